@@ -12,15 +12,48 @@ from lora_inject.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lora_inject import analysis as analysis
-    from lora_inject.adapter.site_state import SiteState as SiteState
-    from lora_inject.adapter.state import AdapterState as AdapterState
-    from lora_inject.adapter.variants import Variant as Variant
-    from lora_inject.adapter.variants import register_variant as register_variant
+    from lora_inject.algebra.combine_files import combine as combine
+    from lora_inject.algebra.combine_files import diff as diff
+    from lora_inject.algebra.combine_files import truncate as truncate
     from lora_inject.checkpoint.conversion import check_adapter as check_adapter
     from lora_inject.checkpoint.conversion import convert as convert
     from lora_inject.checkpoint.extract import extract_adapter as extract_adapter
     from lora_inject.checkpoint.merge_files import merge_checkpoint as merge_checkpoint
     from lora_inject.checkpoint.merge_inputs import MergeOptions as MergeOptions
+    from lora_inject.checks.reached import unreached as unreached
+    from lora_inject.core.adapter.site_state import SiteState as SiteState
+    from lora_inject.core.adapter.state import AdapterState as AdapterState
+    from lora_inject.core.adapter.variants import Variant as Variant
+    from lora_inject.core.adapter.variants import register_variant as register_variant
+    from lora_inject.core.functional.merge_report import MergeReport as MergeReport
+    from lora_inject.core.layers.adapted import WeightUpdate as WeightUpdate
+    from lora_inject.core.layers.kinds import register_kind as register_kind
+    from lora_inject.core.layers.linear_kinds import LoRALinear as LoRALinear
+    from lora_inject.core.model.eject import eject as eject
+    from lora_inject.core.model.inject import inject as inject
+    from lora_inject.core.model.inject import install as install
+    from lora_inject.core.model.inject import load_adapter as load_adapter
+    from lora_inject.core.model.inject import plan as plan
+    from lora_inject.core.model.listing import adapters as adapters
+    from lora_inject.core.model.listing import summary as summary
+    from lora_inject.core.model.merge import merge as merge
+    from lora_inject.core.model.merge import merged_weights as merged_weights
+    from lora_inject.core.model.merge import unmerge as unmerge
+    from lora_inject.core.model.save import adapter_state as adapter_state
+    from lora_inject.core.model.save import push as push
+    from lora_inject.core.model.save import save_adapter as save_adapter
+    from lora_inject.core.model.select import activate as activate
+    from lora_inject.core.model.select import disabled as disabled
+    from lora_inject.core.model.select import routed as routed
+    from lora_inject.core.model.swap import swap_adapter as swap_adapter
+    from lora_inject.core.model.train import adapter_parameters as adapter_parameters
+    from lora_inject.core.model.train import parameter_groups as parameter_groups
+    from lora_inject.core.model.train import train_only as train_only
+    from lora_inject.core.spec.config import Config as Config
+    from lora_inject.core.spec.config import Expect as Expect
+    from lora_inject.core.spec.config import Rule as Rule
+    from lora_inject.core.spec.inventory import Geometry as Geometry
+    from lora_inject.core.spec.plan import Plan as Plan
     from lora_inject.errors import CheckpointError as CheckpointError
     from lora_inject.errors import ConfigError as ConfigError
     from lora_inject.errors import FormatError as FormatError
@@ -28,54 +61,24 @@ if TYPE_CHECKING:
     from lora_inject.errors import LoraInjectError as LoraInjectError
     from lora_inject.errors import MatchError as MatchError
     from lora_inject.errors import StateError as StateError
+    from lora_inject.experts.mxfp4 import packed_experts as packed_experts
     from lora_inject.formats import read_adapter as read_adapter
     from lora_inject.formats import register_format as register_format
     from lora_inject.formats import write_adapter as write_adapter
-    from lora_inject.formats.combine_files import combine as combine
-    from lora_inject.formats.combine_files import diff as diff
-    from lora_inject.formats.combine_files import truncate as truncate
-    from lora_inject.functional.merge_report import MergeReport as MergeReport
-    from lora_inject.integrations.mxfp4 import packed_experts as packed_experts
     from lora_inject.integrations.trainer import AdapterCheckpoint as AdapterCheckpoint
     from lora_inject.integrations.trl import reference as reference
-    from lora_inject.layers.kinds import register_kind as register_kind
-    from lora_inject.model.eject import eject as eject
-    from lora_inject.model.inject import inject as inject
-    from lora_inject.model.inject import install as install
-    from lora_inject.model.inject import load_adapter as load_adapter
-    from lora_inject.model.inject import plan as plan
-    from lora_inject.model.listing import adapters as adapters
-    from lora_inject.model.listing import summary as summary
-    from lora_inject.model.merge import merge as merge
-    from lora_inject.model.merge import merged_weights as merged_weights
-    from lora_inject.model.merge import unmerge as unmerge
-    from lora_inject.model.reached import unreached as unreached
-    from lora_inject.model.save import adapter_state as adapter_state
-    from lora_inject.model.save import push as push
-    from lora_inject.model.save import save_adapter as save_adapter
-    from lora_inject.model.select import activate as activate
-    from lora_inject.model.select import disabled as disabled
-    from lora_inject.model.select import routed as routed
-    from lora_inject.model.swap import swap_adapter as swap_adapter
-    from lora_inject.model.train import adapter_parameters as adapter_parameters
-    from lora_inject.model.train import parameter_groups as parameter_groups
-    from lora_inject.model.train import train_only as train_only
-    from lora_inject.spec.config import Config as Config
-    from lora_inject.spec.config import Expect as Expect
-    from lora_inject.spec.config import Rule as Rule
-    from lora_inject.spec.plan import Plan as Plan
-    from lora_inject.spec.space import Space as Space
     from lora_inject.trials.advise import advise as advise
     from lora_inject.trials.losses import causal_loss as causal_loss
     from lora_inject.trials.runs import Trials as Trials
     from lora_inject.trials.search import Search as Search
     from lora_inject.trials.search import search as search
+    from lora_inject.trials.space import Space as Space
     from lora_inject.trials.trial import Trial as Trial
 
 _HOMES = {
-    "adapter.site_state": "SiteState",
-    "adapter.state": "AdapterState",
-    "adapter.variants": "Variant register_variant",
+    "core.adapter.site_state": "SiteState",
+    "core.adapter.state": "AdapterState",
+    "core.adapter.variants": "Variant register_variant",
     "checkpoint.conversion": "check_adapter convert",
     "checkpoint.extract": "extract_adapter",
     "checkpoint.merge_files": "merge_checkpoint",
@@ -83,24 +86,27 @@ _HOMES = {
     "errors": "CheckpointError ConfigError FormatError LayerError LoraInjectError MatchError "
     "StateError",
     "formats": "read_adapter register_format write_adapter",
-    "formats.combine_files": "combine diff truncate",
-    "functional.merge_report": "MergeReport",
-    "integrations.mxfp4": "packed_experts",
+    "algebra.combine_files": "combine diff truncate",
+    "core.functional.merge_report": "MergeReport",
+    "experts.mxfp4": "packed_experts",
     "integrations.trainer": "AdapterCheckpoint",
     "integrations.trl": "reference",
-    "layers.kinds": "register_kind",
-    "model.eject": "eject",
-    "model.inject": "inject install load_adapter plan",
-    "model.listing": "adapters summary",
-    "model.merge": "merge merged_weights unmerge",
-    "model.reached": "unreached",
-    "model.save": "adapter_state push save_adapter",
-    "model.select": "activate disabled routed",
-    "model.swap": "swap_adapter",
-    "model.train": "adapter_parameters parameter_groups train_only",
-    "spec.config": "Config Expect Rule",
-    "spec.plan": "Plan",
-    "spec.space": "Space",
+    "core.layers.adapted": "WeightUpdate",
+    "core.layers.kinds": "register_kind",
+    "core.layers.linear_kinds": "LoRALinear",
+    "core.model.eject": "eject",
+    "core.model.inject": "inject install load_adapter plan",
+    "core.model.listing": "adapters summary",
+    "core.model.merge": "merge merged_weights unmerge",
+    "checks.reached": "unreached",
+    "core.model.save": "adapter_state push save_adapter",
+    "core.model.select": "activate disabled routed",
+    "core.model.swap": "swap_adapter",
+    "core.model.train": "adapter_parameters parameter_groups train_only",
+    "core.spec.config": "Config Expect Rule",
+    "core.spec.inventory": "Geometry",
+    "core.spec.plan": "Plan",
+    "trials.space": "Space",
     "trials.advise": "advise",
     "trials.losses": "causal_loss",
     "trials.trial": "Trial",

@@ -21,7 +21,7 @@ from lora_inject import errors
 from lora_inject.cli import app
 from lora_inject.cli.given import Reading
 from lora_inject.cli.program import EXAMPLES
-from lora_inject.spec.config import Config
+from lora_inject.core.spec.config import Config
 
 MARK = re.compile(r"<!-- generated: (\w+) ?(.*?) -->")
 MESSAGES = Path(__file__).parents[1] / "tests" / "test_messages.py"

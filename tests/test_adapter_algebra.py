@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.adapter.fingerprint import Fingerprint
-from lora_inject.adapter.generators import generators_of
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.state import AdapterState
-from lora_inject.adapter.svd import decompose
+from lora_inject.algebra.svd import decompose
+from lora_inject.checks.fingerprint import Fingerprint
+from lora_inject.core.adapter.generators import generators_of
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files import safetensors_file
+from lora_inject.core.files.disk import read_at
+from lora_inject.core.spec.sites import SiteSpec, Slices
 from lora_inject.errors import StateError
-from lora_inject.spec.sites import SiteSpec, Slices
-from lora_inject.storage import safetensors_file
-from lora_inject.storage.disk import read_at
 
 KINDS = list(KIND_SPECS)
 WEIGHTS = st.sampled_from([1.0, -1.0, 0.5, -0.3, 2.0])

@@ -17,8 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis import (
     FORMATS,
     Rounded,
@@ -40,7 +38,9 @@ from lora_inject.analysis import (
 from lora_inject.analysis.blocks import Place
 from lora_inject.analysis.rounding import rounding_of_rows
 from lora_inject.analysis.subspaces import block_directions
-from lora_inject.spec.sites import SiteSpec
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.spec.sites import SiteSpec
 
 FLOAT64 = 1e-10  # sums of a few hundred float64 products of size 1, with a margin
 SEEDS = st.integers(0, 2**31 - 1)

@@ -14,8 +14,6 @@ import torch
 from safetensors.torch import save_file
 
 import lora_inject as li
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis import (
     analyze,
     compare,
@@ -28,7 +26,9 @@ from lora_inject.analysis import (
 from lora_inject.analysis.drawings import _corner, lines_figure
 from lora_inject.analysis.report.search_page import search_report
 from lora_inject.analysis.tables import Rows
-from lora_inject.spec.sites import SiteSpec, Slices
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.spec.sites import SiteSpec, Slices
 
 EVIL = '\x1b[2J"><script>alert(1)</script>&<b>'
 VOID = {"meta"}

@@ -14,8 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis import (
     Weights,
     amplification,
@@ -27,8 +25,10 @@ from lora_inject.analysis import (
     spectrum,
 )
 from lora_inject.checkpoint import Checkpoint
-from lora_inject.spec.sites import SiteSpec
-from lora_inject.storage import safetensors_file
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files import safetensors_file
+from lora_inject.core.spec.sites import SiteSpec
 
 
 @pytest.fixture(autouse=True)

@@ -15,11 +15,11 @@ from helpers.checkpoints import (
     site,
 )
 
-from lora_inject.adapter.svd import decompose
+from lora_inject.algebra.svd import decompose
 from lora_inject.checkpoint import difference_of, merge_checkpoint, plan_merge
+from lora_inject.core.model.save import fingerprint
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import read_adapter, write_adapter
-from lora_inject.model.save import fingerprint
 
 
 def case(tmp_path, dtype=torch.float32):

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from lora_inject.checkpoint import Checkpoint, MergeOptions, merge_checkpoint
 from lora_inject.checkpoint.index import edit_config, find_side_files
+from lora_inject.core.files.disk import copy_range, read_at
+from lora_inject.core.files.safetensors_file import build_header, read_header
 from lora_inject.errors import CheckpointError
-from lora_inject.storage.disk import copy_range, read_at
-from lora_inject.storage.safetensors_file import build_header, read_header
 
 
 def write_raw(path, table, data=b"", length=None):

@@ -25,12 +25,12 @@ from helpers.checkpoints import (
 )
 from safetensors import safe_open
 
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint import WeightedAdapter
 from lora_inject.checkpoint import merge_files as merging
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files import safetensors_file as reading
 from lora_inject.errors import CheckpointError
-from lora_inject.storage import safetensors_file as reading
 
 
 def names_of(folder):

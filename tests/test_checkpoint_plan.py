@@ -21,8 +21,6 @@ from helpers.checkpoints import (
 from torch import nn
 
 import lora_inject
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint import (
     Checkpoint,
     MergeOptions,
@@ -30,9 +28,11 @@ from lora_inject.checkpoint import (
     plan_merge,
     read_weighted,
 )
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.functional import dense_delta
+from lora_inject.core.spec.sites import Slices
 from lora_inject.errors import CheckpointError, FormatError
-from lora_inject.functional import dense_delta
-from lora_inject.spec.sites import Slices
 
 
 def renamed(state, rename):

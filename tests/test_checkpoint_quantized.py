@@ -29,9 +29,9 @@ from lora_inject.checkpoint import (
     plan_merge,
     verify_checkpoint,
 )
+from lora_inject.core.files import safetensors_file as reading
+from lora_inject.core.functional import dense_delta
 from lora_inject.errors import CheckpointError
-from lora_inject.functional import dense_delta
-from lora_inject.storage import safetensors_file as reading
 
 N = 64
 BF16, AGAIN = MergeOptions(dequantize="bfloat16"), MergeOptions(requantize=True)

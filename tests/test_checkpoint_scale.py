@@ -24,7 +24,6 @@ from helpers.checkpoints import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_inject.adapter.fingerprint import Fingerprint, samples
 from lora_inject.checkpoint import (
     Checkpoint,
     MergeOptions,
@@ -34,9 +33,10 @@ from lora_inject.checkpoint import (
     read_weighted,
 )
 from lora_inject.checkpoint.write import write_shard
+from lora_inject.checks.fingerprint import Fingerprint, samples
+from lora_inject.core.files.safetensors_file import build_header, read_header
 from lora_inject.errors import CheckpointError, LoraInjectError
 from lora_inject.formats import write_adapter
-from lora_inject.storage.safetensors_file import build_header, read_header
 
 # Fingerprints -----------------------------------------------------------------------------------
 

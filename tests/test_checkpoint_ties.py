@@ -26,7 +26,6 @@ from helpers.checkpoints import (
 from helpers.models import tiny_gpt_oss, tiny_llama
 
 import lora_inject as li
-from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint import (
     Checkpoint,
     MergeOptions,
@@ -35,6 +34,7 @@ from lora_inject.checkpoint import (
     plan_merge,
     read_weighted,
 )
+from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import read_adapter
 

@@ -13,7 +13,7 @@ from helpers.forks import program
 from safetensors.torch import save_file
 
 import lora_inject as li
-from lora_inject.adapter import renaming
+from lora_inject.algebra import renaming
 
 
 @pytest.fixture

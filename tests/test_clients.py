@@ -13,10 +13,10 @@ from helpers.adapter_states import KIND_SPECS, make_state, spoil
 from helpers.reference import llama
 
 import lora_inject as li
+from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError
 from lora_inject.formats import write_adapter
 from lora_inject.formats.clients import CLIENTS
-from lora_inject.spec.sites import SiteSpec
 
 FC = KIND_SPECS["linear"]
 

@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.adapter.combining import METHODS, kept
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.state import AdapterState
+from lora_inject.algebra.combining import METHODS, kept
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import StateError
 
 WEIGHTS = [0.7, -0.4]

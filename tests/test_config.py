@@ -13,8 +13,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_inject.core.spec.config import Axes, Config, Expect, Normal, Rule
 from lora_inject.errors import ConfigError
-from lora_inject.spec.config import Axes, Config, Expect, Normal, Rule
 
 
 def test_defaults_are_those_of_the_paper_code() -> None:

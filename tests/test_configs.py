@@ -13,12 +13,12 @@ import torch
 import transformers as tf
 from torch import nn
 
-from lora_inject.layers.candidates import inventory
-from lora_inject.layers.survey import Survey
-from lora_inject.spec.config import Config
-from lora_inject.spec.inventory import Inventory
-from lora_inject.spec.matching import resolve
-from lora_inject.spec.plan import Plan
+from lora_inject.core.layers.candidates import inventory
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.spec.config import Config
+from lora_inject.core.spec.inventory import Inventory
+from lora_inject.core.spec.matching import resolve
+from lora_inject.core.spec.plan import Plan
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
-from lora_inject.layers import contexts
+from lora_inject.core.layers import contexts
 
 NAMES = ("a", "b", "c")
 
@@ -441,8 +441,8 @@ def test_without_fullgraph_such_a_forward_runs_without_a_graph() -> None:
 
 def test_threads_may_list_what_others_add_to() -> None:
     """Selections and roots of the process are in weak sets, which may not grow in an iteration."""
-    from lora_inject.layers.checkpointing import SELECTIONS, alive
-    from lora_inject.layers.selection import Selection
+    from lora_inject.core.layers.checkpointing import SELECTIONS, alive
+    from lora_inject.core.layers.selection import Selection
 
     kept: list[Selection] = []
     done = threading.Event()

@@ -30,7 +30,7 @@ from helpers.models import Several
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.layers import kinds as table
+from lora_inject.core.layers import kinds as table
 
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])

@@ -19,9 +19,9 @@ from helpers.models import IDS, SEVERAL, Several
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.layers.adapted import _CLASSES
-from lora_inject.layers.survey import Survey
-from lora_inject.model import carried
+from lora_inject.core.layers.adapted import _CLASSES
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model import carried
 
 ONE = {**SEVERAL, "alpha": 5, "targets": [*SEVERAL["targets"], "own"]}
 TWO = {"rank": 1, "scaling": "rslora", "targets": ["fc", "conv"], "init": "pissa", "alpha": 2}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
-from lora_inject.adapter.svd import decompose
+from lora_inject.algebra.svd import decompose
 
 DEVICE = os.environ.get("LORA_INJECT_DEVICE", "cuda")
 FORWARD = [name for name, kind in KINDS.items() if kind.update == "forward"]

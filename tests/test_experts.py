@@ -76,7 +76,7 @@ def test_stacked_experts_in_the_family_s_own_way(family: str) -> None:
 @pytest.mark.parametrize("how", ["eager", "batched_mm", "default"])
 @pytest.mark.parametrize("family", MOE)
 def test_the_delta_of_experts_is_not_formed(family, how, monkeypatch) -> None:
-    from lora_inject.functional.weight import LowRank
+    from lora_inject.core.functional.weight import LowRank
 
     plain, layout = experts(family, how)
     model = fill(li.inject(plain, config(expert_rule(layout))))

@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lora_inject as li
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint import Checkpoint, merge_checkpoint, read_weighted
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.spec.sites import SiteSpec, Slices
 from lora_inject.errors import FormatError
 from lora_inject.formats import gguf_file, read_adapter, write_adapter
-from lora_inject.spec.sites import SiteSpec, Slices
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
 FILES = {"torchtune": "adapter_model.pt", "litgpt": "lit_model.pth.lora"}

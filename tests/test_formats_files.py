@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from lora_inject.core.files import atomic as files
+from lora_inject.core.files import disk
+from lora_inject.core.files.atomic import write_directory, write_file
 from lora_inject.errors import FormatError
-from lora_inject.storage import atomic as files
-from lora_inject.storage import disk
-from lora_inject.storage.atomic import write_directory, write_file
 
 OLD, NEW = {"config": b"old", "model": b"old"}, {"config": b"new", "model": b"new"}
 

@@ -17,11 +17,11 @@ from helpers.adapter_states import FINGERPRINT, KIND_SPECS, make_site, make_stat
 from safetensors.torch import load_file, save_file
 
 import lora_inject as li
-from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint import Checkpoint
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files.tensors import read_names, read_tensors
 from lora_inject.errors import CheckpointError, FormatError
 from lora_inject.formats import read_adapter, write_adapter
-from lora_inject.storage.tensors import read_names, read_tensors
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 P = "base_model.model."

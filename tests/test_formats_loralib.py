@@ -10,7 +10,7 @@ from helpers.adapter_states import KIND_SPECS, dense, make_site, make_state
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_inject.adapter.state import AdapterState
+from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
 

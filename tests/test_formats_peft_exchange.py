@@ -18,11 +18,11 @@ from helpers.models import tiny_llama
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.state import AdapterState
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.spec.sites import SiteSpec, Slices
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
-from lora_inject.spec.sites import SiteSpec, Slices
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

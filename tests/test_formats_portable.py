@@ -12,10 +12,10 @@ from helpers.reference import IDS, adapted, llama, logits
 from safetensors.torch import load_file
 
 import lora_inject as li
-from lora_inject.adapter.state import AdapterState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError
 from lora_inject.formats import losses_of, read_adapter, write_adapter
-from lora_inject.spec.sites import SiteSpec
 
 MODEL = "adapter_model.safetensors"
 

@@ -22,13 +22,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lora_inject.adapter.fingerprint import Fingerprint
-from lora_inject.adapter.state import AdapterState
+from lora_inject.checks.fingerprint import Fingerprint
+from lora_inject.core.adapter.native import describe
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files.tensors import read_names
+from lora_inject.core.spec.sites import SiteSpec, Slices
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
-from lora_inject.formats.native import describe
-from lora_inject.spec.sites import SiteSpec, Slices
-from lora_inject.storage.tensors import read_names
 
 MODEL = "adapter_model.safetensors"
 

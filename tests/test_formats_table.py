@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_inject.adapter.state import AdapterState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files.tensors import read_names
+from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, StateError
 from lora_inject.formats import FORMATS, Format, losses_of, read_adapter, write_adapter
-from lora_inject.spec.sites import SiteSpec
-from lora_inject.storage.tensors import read_names
 
 HIDDEN, HEADS, KV, HEAD, INNER, VOCAB, LAYERS = 8, 4, 2, 2, 12, 13, 2
 LLAMA = {

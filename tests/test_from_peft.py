@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import lora_inject as li
-from lora_inject.spec.from_peft import FIELDS
+from lora_inject.formats.from_peft import FIELDS
 
 SMALL = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "vocab_size": 20}
 LAYERS = {"num_hidden_layers": 3, "num_key_value_heads": 1, "max_position_embeddings": 8}

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import lora_inject as li
 from lora_inject import functional
-from lora_inject.functional import (
+from lora_inject.core.functional import (
     Delta,
     Factors,
     Tally,
@@ -41,7 +41,7 @@ from lora_inject.functional import (
     effective_weight,
     fold_rows,
 )
-from lora_inject.spec.sites import SiteSpec, Slices
+from lora_inject.core.spec.sites import SiteSpec, Slices
 
 MATRICES = ["linear", "conv1d", "equal slices"]
 FORWARD = [name for name, kind in KINDS.items() if kind.update == "forward"]
@@ -104,7 +104,7 @@ ONE_TOKEN |= {"transposed": False, "bias": False, "on a cpu": True, "updates": [
 @example(problem=ONE_TOKEN, dtype=torch.float64, float32=False, seed=0)
 @example(problem={**ONE_TOKEN, "train": {"A"}}, dtype=torch.float64, float32=False, seed=0)
 def test_linear_is_the_dense_layer(problem, dtype, float32, seed) -> None:
-    with patch("lora_inject.functional.cpu.is_cpu", lambda _: problem["on a cpu"]):
+    with patch("lora_inject.core.functional.cpu.is_cpu", lambda _: problem["on a cpu"]):
         _is_the_dense_layer(problem, dtype, float32, seed)
 
 

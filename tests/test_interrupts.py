@@ -20,7 +20,7 @@ LOOKING = {"candidates", "survey", "kinds", "linear_kinds", "initial", "sharding
 LOOKING |= {"fit_state", "checkpointing", "contexts", "routed_forward"}
 CHANGING = {
     str(path)
-    for folder in ("model", "layers")
+    for folder in ("core/model", "core/layers", "quantized", "distributed", "integrations")
     for path in (PACKAGE / folder).glob("*.py")
     if path.stem not in LOOKING
 }

@@ -16,9 +16,10 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 import lora_inject as li
-from lora_inject.functional import Factors, cpu, linear
-from lora_inject.functional.packed_experts import PackedExperts
-from lora_inject.layers import forward_update, routing, sending
+from lora_inject.core.functional import Factors, cpu, linear
+from lora_inject.core.layers import forward_update, sending
+from lora_inject.experts.packed_experts import PackedExperts
+from lora_inject.rows import routing
 
 table = script("benchmarks.launches")
 ROWS = table.ROWS

@@ -17,8 +17,8 @@ from helpers.reference import with_deltas
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.layers import Geometry, LoRALinear, register_kind
-from lora_inject.layers.kinds import KINDS
+from lora_inject import Geometry, LoRALinear, register_kind
+from lora_inject.core.layers.kinds import KINDS
 
 CONFIG = {"rank": 2, "alpha": 3.0, "targets": [r"^layer$"]}
 N = 6

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
-from lora_inject.functional import Gain, LazyWeight, effective_weight, lazy_weight
-from lora_inject.functional.weight import LowRank, Update
-from lora_inject.spec.sites import SiteSpec, Slices
+from lora_inject.core.functional import Gain, effective_weight
+from lora_inject.core.functional.weight import LowRank, Update
+from lora_inject.core.spec.sites import SiteSpec, Slices
+from lora_inject.experts.lazy import LazyWeight, lazy_weight
 
 E, M, N, R, T = 3, 5, 4, 2, 6
 SCALE = 2.0

@@ -16,7 +16,7 @@ from lora_inject.formats import write_adapter
 
 HEAVY = ("transformers", "peft", "accelerate", "gguf", "loralib", "huggingface_hub", "datasets")
 HEAVY += ("matplotlib",)
-OWN = ("model.inject", "layers", "spec.config", "checkpoint", "analysis")
+OWN = ("core.model.inject", "core.layers", "core.spec.config", "checkpoint", "analysis")
 NAMES = (*HEAVY, "torch", "pydantic", *(f"lora_inject.{name}" for name in OWN))
 
 REPORT = """
@@ -52,12 +52,12 @@ def test_imports_and_commands_bring_in_what_they_use_and_nothing_heavy(tmp_path)
         ("import lora_inject.checkpoint", {"torch", "lora_inject.checkpoint"}),
         (["merge", "--help"], set()),
         (["merge", str(base), str(adapter), "-o", str(tmp_path / "out")], set()),
-        ("import lora_inject.spec.config", {"lora_inject.spec.config"}),
-        ("import lora_inject.spec.matching", set()),
+        ("import lora_inject.core.spec.config", {"lora_inject.core.spec.config"}),
+        ("import lora_inject.core.spec.matching", set()),
         (["schema"], set()),
         (
             "import lora_inject; lora_inject.plan",
-            {"lora_inject.model.inject", "lora_inject.layers"},
+            {"lora_inject.core.model.inject", "lora_inject.core.layers"},
         ),
         ("import lora_inject; lora_inject.analysis.analyze", {"lora_inject.analysis"}),
         (f"{every}; import lora_inject.formats", set()),

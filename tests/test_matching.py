@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_inject.core.spec.config import Config, Expect, Rule
+from lora_inject.core.spec.inventory import Candidate, Inventory
+from lora_inject.core.spec.matching import resolve
+from lora_inject.core.spec.names import canonical, matching
+from lora_inject.core.spec.names import templates as templates_of
+from lora_inject.core.spec.plan import Plan, Tied
 from lora_inject.errors import LayerError, MatchError
-from lora_inject.spec.config import Config, Expect, Rule
-from lora_inject.spec.inventory import Candidate, Inventory
-from lora_inject.spec.matching import resolve
-from lora_inject.spec.names import canonical, matching
-from lora_inject.spec.names import templates as templates_of
-from lora_inject.spec.plan import Plan, Tied
 
 
 def linear(name: str, n_in: int = 8, n_out: int = 8, **more: Any) -> Candidate:

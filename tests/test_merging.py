@@ -23,7 +23,7 @@ from helpers.models import Tied
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.functional import fold
+from lora_inject.core.functional import fold
 
 RANK2 = {"rank": 2, "alpha": 3}
 SIXTEEN = [torch.bfloat16, torch.float16]

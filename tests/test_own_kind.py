@@ -16,7 +16,8 @@ from helpers.reference import EXACT, SCALE, config, random, refused, saved, with
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.layers import KINDS, Geometry, LoRALinear, WeightUpdate, register_kind
+from lora_inject import Geometry, LoRALinear, WeightUpdate, register_kind
+from lora_inject.core.layers.kinds import KINDS
 
 N_IN, N_OUT = 5, 4
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lora_inject as li
-from lora_inject.functional.packed_experts import PackedExperts
-from lora_inject.functional.weight import dense_delta
+from lora_inject.core.functional.weight import dense_delta
+from lora_inject.experts.packed_experts import PackedExperts
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.quantizers.quantizer_mxfp4")

@@ -11,7 +11,7 @@ from helpers.models import tiny_llama
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.adapter.state import AdapterState
+from lora_inject.core.adapter.state import AdapterState
 from lora_inject.formats import read_adapter, write_adapter
 
 transformers = pytest.importorskip("transformers")

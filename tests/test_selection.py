@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
-from lora_inject.layers import survey
-from lora_inject.model import carried
+from lora_inject.core.layers import survey
+from lora_inject.core.model import carried
 
 Grads = dict[str, Tensor | None]
 

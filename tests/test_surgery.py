@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lora_inject as li
-from lora_inject.layers import linear_kinds
+from lora_inject.core.layers import linear_kinds
 
 RANK2 = {"rank": 2, "alpha": 3}
 
@@ -276,7 +276,7 @@ class ReadsThrice(nn.Module):
 
 
 def test_one_delta_a_forward_and_none_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_inject.functional.weight import LowRank
+    from lora_inject.core.functional.weight import LowRank
 
     model = fill(li.inject(ReadsThrice(), {**RANK2, "targets": ["w"]}))
     raw = model._parameters["w"]
@@ -300,7 +300,7 @@ def test_one_delta_a_forward_and_none_kept(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_getter_never_hands_out_the_raw_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_inject.layers import reading
+    from lora_inject.core.layers import reading
 
     model = injected(KINDS["parameter"])
     (x,) = KINDS["parameter"].inputs(torch.float32)

@@ -30,8 +30,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.adapter.variants import VARIANTS, Variant, register_variant
-from lora_inject.spec.sites import ROLES
+from lora_inject.core.adapter.variants import VARIANTS, Variant, register_variant
+from lora_inject.core.spec.sites import ROLES
 
 NO_GAIN = ("conv_transpose 2d", "conv_transpose 1d", "experts", "turned experts")
 GAINED = {name: kind for name, kind in KINDS.items() if name not in NO_GAIN}

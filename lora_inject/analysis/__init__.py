@@ -4,7 +4,7 @@ Every figure is a pure function of tensors or of an `AdapterState`; W is needed 
 them, and is then streamed from a checkpoint. Nothing here needs a model.
 """
 
-from lora_inject.adapter.svd import ThinProduct
+from lora_inject.algebra.svd import ThinProduct
 from lora_inject.analysis.blocks import SHARES, SiteBlock, Spectrum, site_blocks, spectrum
 from lora_inject.analysis.drawings import draw_similarity, draw_spectra, need_matplotlib
 from lora_inject.analysis.figures import Analysis, Finding, analyze, findings

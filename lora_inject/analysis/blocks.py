@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.svd import ThinProduct
+from lora_inject.algebra.svd import ThinProduct
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.functional import Term
+from lora_inject.core.spec.sites import ROLES, Block
 from lora_inject.errors import StateError
-from lora_inject.functional import Term
-from lora_inject.spec.sites import ROLES, Block
 
 SHARES = (0.90, 0.95, 0.99)
 """Shares of the energy for which the needed rank is stated."""
@@ -136,7 +136,7 @@ def site_blocks(site: SiteState, *, checked: bool = True) -> tuple[SiteBlock, ..
         StateError: A tensor holds NaN or Inf, or the update is not low-rank.
 
     Examples:
-        >>> from lora_inject.spec.sites import SiteSpec, Slices
+        >>> from lora_inject.core.spec.sites import SiteSpec, Slices
         >>> spec = SiteSpec("qkv", "linear", 4, 6, (6, 4), rank=2, alpha=2,
         ...                 slices=Slices((("q", 2), ("k", 2), ("v", 2)), ("q", "v")))
         >>> [b.label for b in site_blocks(SiteState(spec, torch.ones(4, 4), torch.ones(4, 2)))]

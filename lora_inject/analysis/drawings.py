@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from lora_inject.analysis.blocks import Place
+from lora_inject.core.spec.names import printable
 from lora_inject.errors import StateError
-from lora_inject.spec.names import printable
 
 COLORS = "viridis"
 LINES = (0.4, 0.85)  # of the color scale for lines: its ends are lost on black and on white

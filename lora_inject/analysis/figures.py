@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis.blocks import Figures, Place, Spectrum, site_blocks, spectrum
 from lora_inject.analysis.rounding import Rounded
 from lora_inject.analysis.weights import BlockOnWeight, SiteOnWeight, Weights
 from lora_inject.checkpoint import Checkpoint
 from lora_inject.checkpoint.write import Progress, counted
+from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import StateError
 
 ONE_DIRECTION = 0.99  # of the energy in the first direction: a block that has only one
@@ -86,8 +86,8 @@ def analyze(
 
     Examples:
         >>> import torch
-        >>> from lora_inject.spec.sites import SiteSpec
-        >>> from lora_inject.adapter.site_state import SiteState
+        >>> from lora_inject.core.spec.sites import SiteSpec
+        >>> from lora_inject.core.adapter.site_state import SiteState
         >>> spec = SiteSpec("h.0.fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> site = SiteState(spec, torch.eye(2, 4), torch.eye(6, 2))
         >>> block = analyze(AdapterState({"h.0.fc": site})).blocks[0]
@@ -146,9 +146,9 @@ def findings(analysis: Analysis) -> tuple[Finding, ...]:
     Examples:
         >>> import torch
         >>> from lora_inject.analysis.figures import analyze
-        >>> from lora_inject.spec.sites import SiteSpec
-        >>> from lora_inject.adapter.site_state import SiteState
-        >>> from lora_inject.adapter.state import AdapterState
+        >>> from lora_inject.core.spec.sites import SiteSpec
+        >>> from lora_inject.core.adapter.site_state import SiteState
+        >>> from lora_inject.core.adapter.state import AdapterState
         >>> spec = SiteSpec("h.0.fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> site = SiteState(spec, torch.eye(2, 4), torch.zeros(6, 2))
         >>> [f.code for f in findings(analyze(AdapterState({"h.0.fc": site})))]

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis.blocks import Place, by_kind, site_blocks, spectrum
 from lora_inject.analysis.drawings import (
     draw_similarity,
@@ -30,6 +29,7 @@ from lora_inject.analysis.subspaces import (
     similarity,
 )
 from lora_inject.analysis.weights import Weights
+from lora_inject.core.adapter.state import AdapterState
 
 WEIGHT_DIRECTIONS = 128
 MOST_BLOCKS = 4

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis.blocks import Figures, site_blocks
-from lora_inject.spec.sites import SiteSpec
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.spec.sites import SiteSpec
 
 _OF_SPEC = (
     *("name", "kind", "variant", "in_features", "out_features"),
@@ -116,7 +116,7 @@ def inspect_state(state: AdapterState) -> Inspection:
         Its sizes, norms and non-finite values.
 
     Examples:
-        >>> from lora_inject.spec.sites import SiteSpec
+        >>> from lora_inject.core.spec.sites import SiteSpec
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> site = SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))
         >>> found = inspect_state(AdapterState({"fc": site})).sites[0]

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from lora_inject.analysis.blocks import Figures
+from lora_inject.core.functional import Tally
 from lora_inject.errors import StateError
-from lora_inject.functional import Tally
 
 INT4_GROUP = 64
 

@@ -22,9 +22,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.state import AdapterState, called
 from lora_inject.analysis.blocks import Figures, Place, SiteBlock, by_kind, site_blocks
 from lora_inject.checkpoint.write import Progress, counted
+from lora_inject.core.adapter.state import AdapterState, called
 from lora_inject.errors import StateError
 
 MOST_LAYERS = 256
@@ -194,8 +194,8 @@ def compare(
             holds NaN or Inf.
 
     Examples:
-        >>> from lora_inject.spec.sites import SiteSpec
-        >>> from lora_inject.adapter.site_state import SiteState
+        >>> from lora_inject.core.spec.sites import SiteSpec
+        >>> from lora_inject.core.adapter.site_state import SiteState
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> one = AdapterState({"fc": SiteState(spec, torch.eye(2, 4), torch.eye(6, 2))})
         >>> pair = compare(one, one).pairs[0]

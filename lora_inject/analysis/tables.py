@@ -10,7 +10,7 @@ from statistics import median
 from lora_inject.analysis.blocks import SHARES, Place, by_kind
 from lora_inject.analysis.figures import Analysis
 from lora_inject.analysis.subspaces import Comparison
-from lora_inject.spec.columns import Rows, number
+from lora_inject.core.spec.columns import Rows, number
 
 
 def percent(share: float) -> str:

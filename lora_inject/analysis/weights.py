@@ -20,18 +20,18 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.state import AdapterState
-from lora_inject.adapter.svd import ThinProduct, decompose
+from lora_inject.algebra.svd import ThinProduct, decompose
 from lora_inject.analysis.blocks import Figures, Place, SiteBlock, blocks_of_terms
 from lora_inject.analysis.rounding import Rounded, rounding_of_rows
 from lora_inject.checkpoint import Checkpoint, MergeOptions, WeightedAdapter
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.choose import Fit, choose
 from lora_inject.checkpoint.place import Placed
-from lora_inject.checkpoint.quantized import why_not
+from lora_inject.checkpoint.quantized_base import why_not
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files.safetensors_file import FLOATS, RowReader
+from lora_inject.core.functional import Delta
 from lora_inject.errors import CheckpointError, StateError
-from lora_inject.functional import Delta
-from lora_inject.storage.safetensors_file import FLOATS, RowReader
 
 RowsOfW = Callable[[], Iterator[tuple[int, Tensor]]]
 """Gives `(first row, rows)` over a whole weight matrix, anew at every call."""

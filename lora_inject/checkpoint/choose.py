@@ -19,18 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.fingerprint import Fingerprint, compare, same_values
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.merge_inputs import MergeOptions, WeightedAdapter
 from lora_inject.checkpoint.output_files import TensorJob, clash
 from lora_inject.checkpoint.place import NoPlace, Orientation, Placed, Update
-from lora_inject.checkpoint.quantized import why_not
+from lora_inject.checkpoint.quantized_base import why_not
+from lora_inject.checks.fingerprint import Fingerprint, compare, same_values
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files.safetensors_file import FLOATS, RowReader, TensorEntry
+from lora_inject.core.files.tensors import in_memory
+from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import CheckpointError, nearest
-from lora_inject.spec.sites import SiteSpec
-from lora_inject.storage.safetensors_file import FLOATS, RowReader, TensorEntry
-from lora_inject.storage.tensors import in_memory
 
 MAX_SHOWN = 8
 

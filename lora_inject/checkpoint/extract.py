@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.fingerprint import Fingerprint
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.state import AdapterState
-from lora_inject.adapter.svd import Decomposed, decompose
+from lora_inject.algebra.svd import Decomposed, decompose
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.conversion import facts_of
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.place import matrix_of
 from lora_inject.checkpoint.write import Progress, counted
+from lora_inject.checks.fingerprint import Fingerprint
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files.atomic import check_free
+from lora_inject.core.files.safetensors_file import FLOATS, RowReader, TensorEntry
+from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import write_adapter
-from lora_inject.spec.sites import SiteSpec
-from lora_inject.storage.atomic import check_free
-from lora_inject.storage.safetensors_file import FLOATS, RowReader, TensorEntry
 
 
 @dataclass(frozen=True)

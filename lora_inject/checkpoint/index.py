@@ -18,12 +18,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_inject.adapter.fingerprint import sample_positions
+from lora_inject.checks.fingerprint import sample_positions
+from lora_inject.core.files.safetensors_file import Header, RowReader, TensorEntry, read_header
+from lora_inject.core.files.strict_json import read_json
+from lora_inject.core.spec.names import leaf, parent
 from lora_inject.errors import CheckpointError
 from lora_inject.formats.model_facts import ModelFacts
-from lora_inject.spec.names import leaf, parent
-from lora_inject.storage.safetensors_file import Header, RowReader, TensorEntry, read_header
-from lora_inject.storage.strict_json import read_json
 
 MAX_INDEX_BYTES = 200_000_000
 MAX_CONFIG_BYTES = 20_000_000

@@ -29,11 +29,11 @@ from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.output_files import OutputShard
 from lora_inject.checkpoint.verify import verify_shards
 from lora_inject.checkpoint.write import BytesDone, Progress, check_unchanged, write_shard
+from lora_inject.core.files.disk import fsync_dir, remedy_for, replace_file, write_new
+from lora_inject.core.files.safetensors_file import read_header
+from lora_inject.core.files.strict_json import read_json
+from lora_inject.core.functional import MergeReport, TensorReport
 from lora_inject.errors import CheckpointError
-from lora_inject.functional import MergeReport, TensorReport
-from lora_inject.storage.disk import fsync_dir, remedy_for, replace_file, write_new
-from lora_inject.storage.safetensors_file import read_header
-from lora_inject.storage.strict_json import read_json
 from lora_inject.version import __version__
 
 SPARE_BYTES = 64 << 20

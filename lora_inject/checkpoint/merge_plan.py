@@ -36,9 +36,9 @@ from lora_inject.checkpoint.merge_inputs import (
     weighted_adapters,
 )
 from lora_inject.checkpoint.output_files import OutputShard, TensorJob, clash, lay_out
-from lora_inject.checkpoint.quantized import FORMAT_DTYPES, unpacked, why_not
+from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES, unpacked, why_not
+from lora_inject.core.files.safetensors_file import DTYPE_BITS, FLOATS
 from lora_inject.errors import CheckpointError
-from lora_inject.storage.safetensors_file import DTYPE_BITS, FLOATS
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from torch import Tensor
 from lora_inject.checkpoint.index import Checkpoint, Shard
 from lora_inject.checkpoint.packed import Packed
 from lora_inject.checkpoint.place import Placed, matrix_of
+from lora_inject.core.files.safetensors_file import FLOATS, Header, TensorEntry, build_header
+from lora_inject.core.functional import Tally, TensorReport
 from lora_inject.errors import CheckpointError
-from lora_inject.functional import Tally, TensorReport
-from lora_inject.storage.safetensors_file import FLOATS, Header, TensorEntry, build_header
 
 
 @dataclass

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lora_inject.adapter.fingerprint import glimpse
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.functional.packed_experts import unpacked_mxfp4
-from lora_inject.storage.safetensors_file import (
+from lora_inject.checks.fingerprint import glimpse
+from lora_inject.core.files.safetensors_file import (
     DTYPES,
     FLOATS,
     RowReader,
     TensorEntry,
     rows_per_block,
 )
+from lora_inject.experts.packed_experts import unpacked_mxfp4
 
 _MAX_FLOAT8 = 448.0  # of e4m3
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the places in a word of eight neighbors

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.variants import VARIANTS
 from lora_inject.checkpoint.base_class import BaseClass
-from lora_inject.functional import Gain, Term
-from lora_inject.spec.sites import SiteSpec
-from lora_inject.storage.safetensors_file import TensorEntry
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.variants import VARIANTS
+from lora_inject.core.files.safetensors_file import TensorEntry
+from lora_inject.core.functional import Gain, Term
+from lora_inject.core.spec.sites import SiteSpec
 
 
 class NoPlace(Exception):  # noqa: N818  (collected into one error)

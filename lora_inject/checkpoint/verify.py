@@ -21,9 +21,9 @@ from lora_inject.checkpoint.merge_inputs import Given, MergeOptions
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.output_files import Copy, OutputShard
 from lora_inject.checkpoint.write import BytesDone, Progress, work_through
+from lora_inject.core.files.disk import read_at
+from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry, read_header
 from lora_inject.errors import CheckpointError
-from lora_inject.storage.disk import read_at
-from lora_inject.storage.safetensors_file import FLOATS, TensorEntry, read_header
 
 MOST_NEIGHBORS = 1e-3
 """Share of a tensor's values that may be one unit in the last place off."""

@@ -32,17 +32,25 @@ from lora_inject.checkpoint.index import Checkpoint, Shard
 from lora_inject.checkpoint.merge_plan import MergePlan
 from lora_inject.checkpoint.output_files import Copy, OutputShard, TensorJob
 from lora_inject.checkpoint.packed import Packed
-from lora_inject.errors import CheckpointError
-from lora_inject.functional import Delta, Gain, Tally, TensorReport, Term, fold_rows, mix_copies
-from lora_inject.storage.disk import clone, copy_range, reserve, write_at
-from lora_inject.storage.safetensors_file import (
+from lora_inject.core.files.disk import clone, copy_range, reserve, write_at
+from lora_inject.core.files.safetensors_file import (
     FLOATS,
     Room,
     RowReader,
     TensorEntry,
     rows_per_block,
 )
-from lora_inject.storage.tensors import bytes_of, in_memory
+from lora_inject.core.files.tensors import bytes_of, in_memory
+from lora_inject.core.functional import (
+    Delta,
+    Gain,
+    Tally,
+    TensorReport,
+    Term,
+    fold_rows,
+    mix_copies,
+)
+from lora_inject.errors import CheckpointError
 
 SPAN_ELEMENTS = 1 << 24
 """Elements that one thread takes at a time: many blocks, and a small part of a large tensor."""

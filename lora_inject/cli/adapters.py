@@ -11,13 +11,13 @@ from typer import Argument, BadParameter, Exit, Option
 
 from lora_inject.cli import given, show
 from lora_inject.cli.program import app
-from lora_inject.spec.columns import Rows
-from lora_inject.spec.names import templates
+from lora_inject.core.spec.columns import Rows
+from lora_inject.core.spec.names import templates
 
 if TYPE_CHECKING:
-    from lora_inject.adapter.state import AdapterState
+    from lora_inject.algebra.combine_files import Difference
+    from lora_inject.core.adapter.state import AdapterState
     from lora_inject.formats.clients import Finding
-    from lora_inject.formats.combine_files import Difference
 
 WriteDtype = Annotated[given.Dtype | None, Option(help="Dtype to write. (default: the adapters')")]
 Base = Annotated[
@@ -52,7 +52,7 @@ def combine(
     output: given.Output,
 ) -> None:
     """Combine several adapters of one base into one."""
-    from lora_inject.formats.combine_files import combine as combined
+    from lora_inject.algebra.combine_files import combine as combined
 
     how: dict[str, Any] = {"density": density, "majority_sign": majority_sign, "seed": seed}
     states = reading.read(adapters)
@@ -73,7 +73,7 @@ def truncate(
 
     The error of a site is |D - D_cut| / |D|, in Frobenius norm.
     """
-    from lora_inject.formats.combine_files import truncate as truncated
+    from lora_inject.algebra.combine_files import truncate as truncated
 
     [state] = reading.read([adapter])
     made, cuts = truncated(state, rank=keeping.rank, energy=keeping.energy)
@@ -91,7 +91,7 @@ def diff(
     listing: given.Listing,
 ) -> None:
     """Compare the adapters ONE and TWO, site by site."""
-    from lora_inject.formats.combine_files import diff as compared
+    from lora_inject.algebra.combine_files import diff as compared
 
     found = compared(*reading.read([one, two]))
     listing.show(found.to_dict(), _print_difference, found)
@@ -113,7 +113,7 @@ def rename(
     output: given.Output,
 ) -> None:
     """Write ADAPTER with other names of its layers."""
-    from lora_inject.formats.checks import one_line
+    from lora_inject.core.adapter.value_checks import one_line
 
     pairs = given.pairs_of(names, "OLD=NEW", "transformer=model.decoder", whole="old")
     [state] = reading.read([adapter])

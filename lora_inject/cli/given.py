@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, BadParameter, Option
 
 from lora_inject.cli.show import print_json
+from lora_inject.core.files.atomic import check_free
 from lora_inject.errors import LoraInjectError
-from lora_inject.storage.atomic import check_free
 
 if TYPE_CHECKING:
-    from lora_inject.adapter.state import AdapterState
     from lora_inject.checkpoint import Checkpoint
+    from lora_inject.core.adapter.state import AdapterState
 
 Dtype = StrEnum("Dtype", "float32 bfloat16 float16")
 Believe = StrEnum("Believe", "metadata config")

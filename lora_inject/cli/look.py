@@ -16,7 +16,7 @@ from lora_inject.cli import given, show
 from lora_inject.cli.program import app
 
 if TYPE_CHECKING:
-    from lora_inject.spec.inventory import Inventory
+    from lora_inject.core.spec.inventory import Inventory
 
 
 @app.command()
@@ -36,8 +36,8 @@ def plan(
     output: given.Output,
 ) -> None:
     """List the layers of MODEL that CONFIG selects. Reads no weights, changes nothing."""
-    from lora_inject.spec.config import Config
-    from lora_inject.spec.matching import resolve
+    from lora_inject.core.spec.config import Config
+    from lora_inject.core.spec.matching import resolve
 
     wanted = Config.from_yaml(config)
     planned = resolve(wanted, _inventory_of(model, keys=keys))
@@ -79,10 +79,10 @@ def _inventory_of(path: Path, *, keys: bool = False) -> Inventory:
     from lora_inject.checkpoint import Checkpoint
     from lora_inject.checkpoint.base_class import meta_model
     from lora_inject.checkpoint.index import INDEX_SUFFIX, read_config
+    from lora_inject.core.layers.candidates import inventory
+    from lora_inject.core.layers.survey import Survey
+    from lora_inject.core.spec.inventory import Inventory
     from lora_inject.errors import CheckpointError
-    from lora_inject.layers.candidates import inventory
-    from lora_inject.layers.survey import Survey
-    from lora_inject.spec.inventory import Inventory
 
     if not path.exists():
         asked = f"plan on '{path}'"
@@ -193,6 +193,6 @@ def analyze(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a config, for editors."""
-    from lora_inject.spec.config import Config
+    from lora_inject.core.spec.config import Config
 
     show.print_json(Config.json_schema())

@@ -15,8 +15,8 @@ import typer
 
 from lora_inject.cli.program import app
 from lora_inject.cli.show import is_live, note, print_rows, say
+from lora_inject.core.spec.names import counted
 from lora_inject.errors import CheckpointError, ConfigError, FormatError
-from lora_inject.spec.names import counted
 
 if TYPE_CHECKING:
     from lora_inject.trials.search import Search
@@ -61,8 +61,8 @@ def search(
     from lora_inject.analysis.report.search_page import search_report, trial_rows
     from lora_inject.analysis.report.write_page import template, write_report
     from lora_inject.formats import write_adapter
-    from lora_inject.spec.space import Space
     from lora_inject.trials.search import search as run
+    from lora_inject.trials.space import Space
 
     template("search.html.j2")  # raises if a package is missing
     wanted = Space.from_yaml(space)

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lora_inject.spec.columns import Rows, columns, sides
-from lora_inject.spec.names import counted as count
-from lora_inject.spec.names import printable, templates
-from lora_inject.spec.sites import ROLES
+from lora_inject.core.spec.columns import Rows, columns, sides
+from lora_inject.core.spec.names import counted as count
+from lora_inject.core.spec.names import printable, templates
+from lora_inject.core.spec.sites import ROLES
 
 if TYPE_CHECKING:
     from lora_inject.analysis import Analysis, Comparison
     from lora_inject.analysis.inspection import Inspection, SiteFigures
     from lora_inject.checkpoint import ExtractReport, MergePlan, VerifyReport
-    from lora_inject.functional.merge_report import MergeReport
+    from lora_inject.core.functional.merge_report import MergeReport
 
 WIDTH = 80  # where stdout is not a terminal
 MOST_NAMES = 6

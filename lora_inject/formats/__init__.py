@@ -15,7 +15,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lora_inject.adapter.state import AdapterState
+from lora_inject.core.adapter import native
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.adapter.value_checks import check_state
+from lora_inject.core.files.atomic import write_directory, write_file
 from lora_inject.errors import FormatError, check_path, check_type, nearest, within
 from lora_inject.formats import (
     diffusers,
@@ -24,15 +27,12 @@ from lora_inject.formats import (
     litgpt,
     loralib,
     mlx,
-    native,
     peft,
     portable,
     torchtune,
 )
-from lora_inject.formats.checks import check_state
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.tensor_layout import file_rank
-from lora_inject.storage.atomic import write_directory, write_file
 
 __all__ = [
     "FORMATS",
@@ -170,8 +170,8 @@ def write_adapter(
 
     Examples:
         >>> import tempfile, torch
-        >>> from lora_inject.spec.sites import SiteSpec
-        >>> from lora_inject.adapter.site_state import SiteState
+        >>> from lora_inject.core.spec.sites import SiteSpec
+        >>> from lora_inject.core.adapter.site_state import SiteState
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> state = AdapterState({"fc": SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))})
         >>> with tempfile.TemporaryDirectory() as parent:

@@ -12,9 +12,9 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from lora_inject.adapter.state import AdapterState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.spec.columns import Rows
 from lora_inject.formats.model_facts import ModelFacts
-from lora_inject.spec.columns import Rows
 from lora_inject.version import __version__
 
 

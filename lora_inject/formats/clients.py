@@ -21,20 +21,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lora_inject.core.adapter.value_checks import one_line
+from lora_inject.core.files.safetensors_file import read_header
+from lora_inject.core.files.strict_json import read_json
+from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors
+from lora_inject.core.functional import all_finite
+from lora_inject.core.spec.names import leaf, parent
 from lora_inject.errors import FormatError, nearest, within
 from lora_inject.formats import detected, diffusers, mlx
-from lora_inject.formats.checks import one_line
 from lora_inject.formats.gguf_file import FAMILIES, content
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import check_field
 from lora_inject.formats.peft.folder import CONFIG, MODEL
 from lora_inject.formats.peft.name_patterns import values_of
 from lora_inject.formats.peft.tensor_layout import PREFIX
-from lora_inject.functional import all_finite
-from lora_inject.spec.names import leaf, parent
-from lora_inject.storage.safetensors_file import read_header
-from lora_inject.storage.strict_json import read_json
-from lora_inject.storage.tensors import is_safetensors, read_names, read_tensors
 
 CONVERT = "Write it with `lora-inject convert --to "
 PORTABLE = f"{CONVERT}portable`"

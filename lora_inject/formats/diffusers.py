@@ -21,7 +21,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_inject.adapter.state import AdapterState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files.strict_json import parse_json
+from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import Claims, read_claims
@@ -33,8 +35,6 @@ from lora_inject.formats.plain import (
     plain_site,
     plain_sites,
 )
-from lora_inject.storage.strict_json import parse_json
-from lora_inject.storage.tensors import is_safetensors, read_names, read_tensors, serialize
 
 FILE = "pytorch_lora_weights.safetensors"
 COMPONENTS = (

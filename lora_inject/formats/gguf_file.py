@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.state import AdapterState
+from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats.decoder_names import Decoder
 from lora_inject.formats.model_facts import ModelFacts

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.state import AdapterState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.adapter.value_checks import CONVERT, check_no_clash, one_line
+from lora_inject.core.files.strict_json import misfit, parse_json
+from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
 from lora_inject.errors import FormatError, nearest, within
-from lora_inject.formats.checks import CONVERT, check_no_clash, one_line
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.tensor_layout import pack
 from lora_inject.formats.plain import (
@@ -32,8 +34,6 @@ from lora_inject.formats.plain import (
     plain_site,
     plain_sites,
 )
-from lora_inject.storage.strict_json import misfit, parse_json
-from lora_inject.storage.tensors import is_safetensors, read_names, read_tensors, serialize
 
 COMPONENTS = ("unet", "te", "te1", "te2", "te3", "transformer")
 _KEY = re.compile(r"((?:lora|lycoris)_[^.]+)\.(lora_down\.weight|lora_up\.weight|alpha)")

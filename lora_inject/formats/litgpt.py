@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.state import AdapterState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.adapter.value_checks import one_line
+from lora_inject.core.files.strict_json import is_positive
+from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
-from lora_inject.formats.checks import one_line
 from lora_inject.formats.decoder_names import Decoder, Pairs, check_whole
 from lora_inject.formats.model_facts import Heads, ModelFacts
 from lora_inject.formats.pickles import pickled, read_pickle
 from lora_inject.formats.plain import plain_site, plain_sites
-from lora_inject.spec.names import leaf
-from lora_inject.storage.strict_json import is_positive
 
 FILE, CONFIG = "lit_model.pth.lora", "hyperparameters.yaml"
 _PARTS = {"lora_query": "q_proj", "lora_key": "k_proj", "lora_value": "v_proj"}

@@ -16,16 +16,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.state import AdapterState
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.adapter.value_checks import check_no_clash, one_line
+from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
+from lora_inject.core.spec.names import joined, leaf, parent
+from lora_inject.core.spec.sites import Slices
 from lora_inject.errors import FormatError, within
-from lora_inject.formats.checks import check_no_clash, one_line
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pickles import pickled, read_pickle
 from lora_inject.formats.plain import plain_site
-from lora_inject.spec.names import joined, leaf, parent
-from lora_inject.spec.sites import Slices
-from lora_inject.storage.tensors import is_safetensors, read_names, read_tensors, serialize
 
 PICKLES = (".pt", ".bin", ".pth")
 _EDITED = "The file is incomplete or was edited; fetch it again"

@@ -16,13 +16,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lora_inject.adapter.state import AdapterState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files.strict_json import is_positive, read_json
+from lora_inject.core.files.tensors import contiguous, read_tensors, serialize
+from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.plain import matrices, plain_site, plain_sites
-from lora_inject.spec.names import leaf
-from lora_inject.storage.strict_json import is_positive, read_json
-from lora_inject.storage.tensors import contiguous, read_tensors, serialize
 
 FILE, CONFIG = "adapters.safetensors", "adapter_config.json"
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from lora_inject.core.adapter.value_checks import CONVERT
 from lora_inject.errors import FormatError
-from lora_inject.formats.checks import CONVERT
 
 _NO_CONFIG = f"Pass config, the base's config.json as plain data, or {CONVERT}"
 

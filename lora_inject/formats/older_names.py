@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from lora_inject.adapter import reshape
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.state import AdapterState
+from lora_inject.algebra import reshape
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 
 K = TypeVar("K", bound=Hashable)

@@ -14,14 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.state import AdapterState
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.adapter.value_checks import FLOATS, one_line
+from lora_inject.core.files.strict_json import is_positive
+from lora_inject.core.functional import all_finite
+from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, within
-from lora_inject.formats.checks import FLOATS, one_line
 from lora_inject.formats.peft.tensor_layout import file_alpha, file_rank, plain_pair
-from lora_inject.functional import all_finite
-from lora_inject.spec.sites import SiteSpec
-from lora_inject.storage.strict_json import is_positive
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 """Dtypes that writers accept, by name."""

@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from lora_inject.adapter.reshape import renamed, split, split_experts
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.state import AdapterState
+from lora_inject.algebra.reshape import renamed, split, split_experts
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats import peft
 from lora_inject.formats.model_facts import ModelFacts

@@ -15,14 +15,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_inject.adapter.state import AdapterState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files.strict_json import read_json
+from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
 from lora_inject.formats.decoder_names import Decoder, check_whole
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pickles import pickled, read_pickle
 from lora_inject.formats.plain import plain_site, plain_sites
-from lora_inject.spec.names import leaf
-from lora_inject.storage.strict_json import read_json
 
 FILES, CONFIG = ("adapter_model.pt", "adapter_0.pt"), "adapter_config.json"
 _NAMES = {

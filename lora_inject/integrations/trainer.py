@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import nn
 
+from lora_inject.checks.reached import has_gradient, refuse_unused
+from lora_inject.core.layers.survey import Survey, unwrapped
+from lora_inject.core.model.carried import Carried, entries, reach
+from lora_inject.core.model.save import adapter_tensors
+from lora_inject.core.model.train import adapter_parameters
 from lora_inject.errors import StateError
-from lora_inject.layers.survey import Survey, unwrapped
-from lora_inject.model.carried import Carried, entries, reach
-from lora_inject.model.reached import has_gradient, refuse_unused
-from lora_inject.model.save import adapter_tensors
-from lora_inject.model.stand_ins import SAVE
-from lora_inject.model.train import adapter_parameters
+from lora_inject.integrations.stand_ins import SAVE
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _N_WATCHED = 10  # steps in which a list of layers may be left out as a whole

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
+from lora_inject.core.layers.attached import attached_to
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.carried import reach
+from lora_inject.core.model.select import disabled
 from lora_inject.errors import StateError
-from lora_inject.layers.attached import attached_to
-from lora_inject.layers.survey import Survey
-from lora_inject.model.carried import reach
-from lora_inject.model.select import disabled
 
 
 def reference(model: nn.Module) -> nn.Module:
@@ -38,7 +38,7 @@ def reference(model: nn.Module) -> nn.Module:
 
     Examples:
         >>> import torch
-        >>> from lora_inject.model.inject import inject
+        >>> from lora_inject.core.model.inject import inject
         >>> net = nn.Sequential(nn.Linear(4, 6))
         >>> x = torch.ones(1, 4)
         >>> before = net(x)

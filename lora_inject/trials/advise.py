@@ -13,12 +13,12 @@ from numbers import Integral
 
 from torch import nn
 
+from lora_inject.core.layers.candidates import inventory as inventory_of
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.spec.config import ALL_LINEAR, Config
+from lora_inject.core.spec.inventory import Inventory
+from lora_inject.core.spec.matching import resolve
 from lora_inject.errors import ConfigError, MatchError, check_type
-from lora_inject.layers.candidates import inventory as inventory_of
-from lora_inject.layers.survey import Survey
-from lora_inject.spec.config import ALL_LINEAR, Config
-from lora_inject.spec.inventory import Inventory
-from lora_inject.spec.matching import resolve
 
 ALPHA_OVER_RANK = 2.0
 """The defaults' ratio (alpha 16, rank 8). With it the best learning rate hardly depends on the

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.functional.ranges import Range
-from lora_inject.layers.attached import Attached, Entry, Recipe
+from lora_inject.core.layers.attached import Attached, Entry, Recipe
+from lora_inject.trials.ranges import Range
 from lora_inject.trials.trial import Trial
 
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lora_inject.adapter.generators import generators_of
+from lora_inject.core.adapter.generators import generators_of
+from lora_inject.core.layers.attached import attached_to
 from lora_inject.errors import LoraInjectError, StateError
-from lora_inject.layers.attached import attached_to
-from lora_inject.layers.expert_rows import sorts_tokens
 from lora_inject.trials.batches import Joined, Padding, joined, parted
 from lora_inject.trials.counts import Counts
+from lora_inject.trials.expert_rows import sorts_tokens
 from lora_inject.trials.flat import Flat
 
 Run = Callable[[Joined], Any]

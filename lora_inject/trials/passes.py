@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_inject.adapter.generators import generators_of
+from lora_inject.core.adapter.generators import generators_of
+from lora_inject.core.layers.attached import held_by
 from lora_inject.errors import LayerError, StateError
-from lora_inject.functional.ranges import Range
-from lora_inject.functional.routed import dropped
-from lora_inject.layers.attached import held_by
+from lora_inject.rows.routed import dropped
 from lora_inject.trials.batches import Joined
 from lora_inject.trials.counts import REMEDY, widths_of
 from lora_inject.trials.flat import Buffer
+from lora_inject.trials.ranges import Range
 
 
 class Pass:

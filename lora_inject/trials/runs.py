@@ -19,19 +19,19 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.files.atomic import write_file
+from lora_inject.core.layers.selection import State
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.carried import adapted_modules
+from lora_inject.core.model.eject import eject
+from lora_inject.core.model.inject import inject
+from lora_inject.core.model.save import adapter_state
+from lora_inject.core.model.select import within_state
+from lora_inject.core.model.train import adapter_parameters, train_only
+from lora_inject.core.spec.names import joined as joined_name
 from lora_inject.errors import FormatError, StateError, check_type
 from lora_inject.formats.pickles import DAMAGE
-from lora_inject.layers.routed_forward import routes_rows, runs_apart
-from lora_inject.layers.selection import State
-from lora_inject.layers.survey import Survey
-from lora_inject.model.carried import adapted_modules
-from lora_inject.model.eject import eject
-from lora_inject.model.inject import inject
-from lora_inject.model.save import adapter_state
-from lora_inject.model.select import within_state
-from lora_inject.model.train import adapter_parameters, train_only
-from lora_inject.spec.names import joined as joined_name
-from lora_inject.storage.atomic import write_file
+from lora_inject.rows.routed_forward import routes_rows, runs_apart
 from lora_inject.trials.batches import (
     Forward,
     Joined,

@@ -18,22 +18,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lora_inject.adapter.state import AdapterState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files.atomic import write_file
+from lora_inject.core.files.strict_json import read_json
+from lora_inject.core.files.tensors import bytes_of
+from lora_inject.core.layers.candidates import inventory
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.listing import adapters
+from lora_inject.core.model.save import adapter_state
+from lora_inject.core.spec.config import Config
+from lora_inject.core.spec.names import counted
 from lora_inject.errors import FormatError, StateError, check_type
-from lora_inject.layers.candidates import inventory
-from lora_inject.layers.survey import Survey
-from lora_inject.model.listing import adapters
-from lora_inject.model.save import adapter_state
-from lora_inject.spec.config import Config
-from lora_inject.spec.names import counted
-from lora_inject.spec.space import Candidate, Space
-from lora_inject.storage.atomic import write_file
-from lora_inject.storage.strict_json import read_json
-from lora_inject.storage.tensors import bytes_of
 from lora_inject.trials.batches import Forward, evaluating, in_one_order, plain_forward, size_of
 from lora_inject.trials.losses import Loss, default_loss, scalar_loss
 from lora_inject.trials.rungs import JUDGED, behind, ranked, rungs, steps_within
 from lora_inject.trials.runs import Trials
+from lora_inject.trials.space import Candidate, Space
 from lora_inject.trials.trial import Trial
 
 SAVE_SECONDS = 20.0

@@ -10,8 +10,8 @@ from numbers import Real
 from os import PathLike
 from typing import Any, Literal
 
+from lora_inject.core.spec.config import Config
 from lora_inject.errors import ConfigError, check_type
-from lora_inject.spec.config import Config
 
 Schedule = Literal["constant", "linear", "cosine"]
 _SHAPES: dict[str, Callable[[float], float]] = {

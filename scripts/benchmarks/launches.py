@@ -231,7 +231,7 @@ def count(row: Row, who: str) -> Counted:
         if row.autocast:  # which knows no meta device
             _on_cpu(model)
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            stack.enter_context(patch("lora_inject.functional.cpu.is_cpu", lambda _: False))
+            stack.enter_context(patch("lora_inject.core.functional.cpu.is_cpu", lambda _: False))
         x = _input(row, model)
         context: AbstractContextManager[Any] = (
             torch.autocast("cpu", torch.bfloat16) if row.autocast else nullcontext()

@@ -276,6 +276,6 @@ def launches_of_trials(n: int, dtype: torch.dtype = torch.float32, compute: str 
     ids = some_ids(1, 6).cpu() % 31
     batch = {"input_ids": ids, "labels": ids}
     many.step(batch)
-    with patch("lora_inject.functional.cpu.is_cpu", lambda _: False), Counted() as counted:
+    with patch("lora_inject.core.functional.cpu.is_cpu", lambda _: False), Counted() as counted:
         many.step(batch)
     return float(counted.total)

@@ -28,8 +28,8 @@ from data.minilm import mean_of_tokens
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.layers.candidates import inventory
-from lora_inject.layers.survey import Survey
+from lora_inject.core.layers.candidates import inventory
+from lora_inject.core.layers.survey import Survey
 
 from . import classifier, document
 from .lab import FULL, QUICK, Lab, Result

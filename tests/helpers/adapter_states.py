@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_inject.adapter.fingerprint import Fingerprint
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.state import AdapterState
-from lora_inject.spec.sites import SiteSpec, Slices
+from lora_inject.checks.fingerprint import Fingerprint
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.spec.sites import SiteSpec, Slices
 
 KIND_SPECS: dict[str, SiteSpec] = {
     "linear": SiteSpec("h.0.fc", "linear", 5, 7, (7, 5), 2, 4.0, weight="h.0.fc.weight"),

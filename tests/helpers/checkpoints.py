@@ -7,8 +7,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint import (
     Checkpoint,
     MergeOptions,
@@ -16,8 +14,10 @@ from lora_inject.checkpoint import (
     read_weighted,
     verify_checkpoint,
 )
-from lora_inject.functional import dense_delta
-from lora_inject.spec.sites import SiteSpec
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.functional import dense_delta
+from lora_inject.core.spec.sites import SiteSpec
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
 

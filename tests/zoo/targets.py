@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from lora_inject.layers.candidates import inventory
-from lora_inject.layers.survey import Survey
+from lora_inject.core.layers.candidates import inventory
+from lora_inject.core.layers.survey import Survey
 from zoo.shrink import WIDTH
 
 RANK, ALPHA = 2, 3.0

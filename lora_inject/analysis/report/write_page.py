@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis import tables
 from lora_inject.analysis.blocks import Place, by_kind
 from lora_inject.analysis.drawings import (
@@ -28,10 +27,11 @@ from lora_inject.analysis.drawings import (
 from lora_inject.analysis.figures import Analysis, findings
 from lora_inject.analysis.gallery import LAYERS, comparable
 from lora_inject.analysis.subspaces import Comparison, across_layers
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files.atomic import write_file
+from lora_inject.core.spec.columns import number
+from lora_inject.core.spec.names import printable, templates
 from lora_inject.errors import StateError
-from lora_inject.spec.columns import number
-from lora_inject.spec.names import printable, templates
-from lora_inject.storage.atomic import write_file
 from lora_inject.version import __version__
 
 
@@ -63,8 +63,8 @@ def report(
     Examples:
         >>> import torch
         >>> from lora_inject.analysis.figures import analyze
-        >>> from lora_inject.spec.sites import SiteSpec
-        >>> from lora_inject.adapter.site_state import SiteState
+        >>> from lora_inject.core.spec.sites import SiteSpec
+        >>> from lora_inject.core.adapter.site_state import SiteState
         >>> spec = SiteSpec("h.0.fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> state = AdapterState({"h.0.fc": SiteState(spec, torch.eye(2, 4), torch.eye(6, 2))})
         >>> "<h1>mine &amp; yours</h1>" in report(analyze(state), state, "mine & yours")

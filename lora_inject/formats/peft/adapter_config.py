@@ -14,9 +14,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_inject.adapter.state import AdapterState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.adapter.value_checks import one_line
+from lora_inject.core.files.strict_json import is_positive, misfit
+from lora_inject.core.spec.names import leaf, parent
+from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, within
-from lora_inject.formats.checks import one_line
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.name_patterns import (
     allowed_task,
@@ -28,9 +31,6 @@ from lora_inject.formats.peft.name_patterns import (
     whole_modules,
 )
 from lora_inject.formats.peft.tensor_layout import attentions, file_alpha, file_rank, wrapped
-from lora_inject.spec.names import leaf, parent
-from lora_inject.spec.sites import SiteSpec
-from lora_inject.storage.strict_json import is_positive, misfit
 
 # The PEFT whose layout the files follow.
 PEFT_VERSION = "0.21.2"

@@ -27,12 +27,16 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lora_inject.adapter.state import AdapterState
+from lora_inject.core.adapter.native import Described, describe, is_native, parse
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.adapter.value_checks import check_keys, check_no_clash, one_line
+from lora_inject.core.files.strict_json import read_json
+from lora_inject.core.files.tensors import read_names, read_tensors, serialize
+from lora_inject.core.spec.names import parent
+from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.card import model_card
-from lora_inject.formats.checks import check_keys, check_no_clash, one_line
 from lora_inject.formats.model_facts import ModelFacts
-from lora_inject.formats.native import Described, describe, is_native, parse
 from lora_inject.formats.peft.adapter_config import Claims, build, read_claims
 from lora_inject.formats.peft.foreign import Foreign
 from lora_inject.formats.peft.tensor_layout import (
@@ -48,10 +52,6 @@ from lora_inject.formats.peft.tensor_layout import (
     unpack,
     wrapped,
 )
-from lora_inject.spec.names import parent
-from lora_inject.spec.sites import SiteSpec
-from lora_inject.storage.strict_json import read_json
-from lora_inject.storage.tensors import read_names, read_tensors, serialize
 
 CONFIG, CARD = "adapter_config.json", "README.md"
 MODEL, PICKLE = "adapter_model.safetensors", "adapter_model.bin"

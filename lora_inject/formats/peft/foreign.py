@@ -19,17 +19,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.state import AdapterState
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.adapter.value_checks import CONVERT, one_line
+from lora_inject.core.spec.names import around, canonical, joined, leaf, parent
+from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, within
-from lora_inject.formats.checks import CONVERT, one_line
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import Claims
 from lora_inject.formats.peft.name_patterns import ends
 from lora_inject.formats.peft.tensor_layout import PREFIX, ROWS, unpack
 from lora_inject.formats.plain import check_shapes, pairs_of, plain_site
-from lora_inject.spec.names import around, canonical, joined, leaf, parent
-from lora_inject.spec.sites import SiteSpec
 
 _REPAIR = "The file is incomplete or was edited; fetch it again"
 

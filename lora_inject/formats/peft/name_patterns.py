@@ -23,9 +23,9 @@ from typing import TypeVar
 
 import regex
 
+from lora_inject.core.spec.names import MATCH_SECONDS, around, leaf, matching, parent
 from lora_inject.errors import FormatError
 from lora_inject.formats.model_facts import ModelFacts
-from lora_inject.spec.names import MATCH_SECONDS, around, leaf, matching, parent
 
 T = TypeVar("T", bound=Hashable)
 

@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.site_state import SiteState
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.files.tensors import contiguous
+from lora_inject.core.functional.factors import spread
+from lora_inject.core.spec.names import joined, leaf, parent
+from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError
-from lora_inject.functional.factors import spread
-from lora_inject.spec.names import joined, leaf, parent
-from lora_inject.spec.sites import SiteSpec
-from lora_inject.storage.tensors import contiguous
 
 PREFIX = "base_model.model."
 KINDS = ("linear", "conv1d", "embedding", "conv", "parameter")

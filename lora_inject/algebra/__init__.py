@@ -1,0 +1,1 @@
+"""Arithmetic on adapters as values: sums, truncations, other shapes, published ways to combine."""

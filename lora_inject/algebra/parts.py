@@ -1,0 +1,260 @@
+"""Arithmetic on the updates of one site, on their thin factors, and on trained tensors.
+
+No dense delta is formed. An update has one part for each adapted span of the output,
+`left @ right`, of shapes `(experts, width, k)` and `(experts, k, in)`, with the scale in `left`.
+Sites with the same slices are added slice by slice, other sites over the whole output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_inject.algebra.svd import thin_svd
+from lora_inject.core.adapter.site_state import SiteState, plain
+from lora_inject.core.spec.sites import SiteSpec, Slices
+from lora_inject.errors import StateError
+
+_SAME = 1e-12  # relative difference of two equal scales alpha / rank by rounding
+
+MADE: dict[str, Any] = {"init": "kaiming", "rule": None, "aliases": ()}
+"""Fields of a site that was computed from others: no config and no model made it."""
+
+Term = tuple[SiteState, float]
+Parts = list[tuple[tuple[int, int], Tensor, Tensor]]
+
+
+class Cut(NamedTuple):
+    """What truncation did to one site.
+
+    Attributes:
+        before: Its rank before.
+        rank: Its rank now.
+        error: `|D - D_truncated| / |D|` in Frobenius norm, before rounding to the adapter's dtype.
+    """
+
+    before: int
+    rank: int
+    error: float
+
+
+def check_alike(specs: Sequence[SiteSpec], names: Sequence[str], asked: str) -> None:
+    """Refuse sites, which messages call by `names`, of other features, experts or orientation."""
+    one = specs[0]
+    for two, name in zip(specs[1:], names[1:], strict=True):
+        maps = [
+            (s.in_features, s.out_features, s.experts, s.kind == "parameter" and s.transposed)
+            for s in (one, two)
+        ]
+        if maps[0] != maps[1]:
+            shapes = [f"{m[0]} to {m[1]}" + f" ({m[2]} experts)" * bool(m[2]) for m in maps]
+            found = f"{names[0]} maps {shapes[0]} features and {name} {shapes[1]}"
+            if shapes[0] == shapes[1]:
+                layouts = ["(in, out)" if m[3] else "(out, in)" for m in maps]
+                found = f"the weight is {layouts[0]} in {names[0]} and {layouts[1]} in {name}"
+            raise StateError(f"{asked}, site '{one.name}'", found, "Give adapters of one base")
+
+
+def _contributions(
+    term: Term, unit: float
+) -> Iterator[tuple[tuple[int, int], Tensor, Tensor, float]]:
+    """Yield `(span, A (experts, r, in), B (experts, width, r), factor)` of each part and pair."""
+    site, weight = term
+    spec = site.spec
+    for A, B, sign in site.pairs:
+        factor = weight * sign * spec.scale / unit
+        if math.isclose(abs(factor), 1, rel_tol=_SAME):
+            factor = math.copysign(1, factor)
+        a = A.detach().reshape(spec.experts or 1, -1, spec.in_features)
+        b = B.detach().reshape(spec.experts or 1, -1, spec.rank)
+        row = 0
+        for part, (start, stop) in enumerate(spec.spans):
+            some = a[:, part * spec.rank : (part + 1) * spec.rank]
+            yield (start, stop), some, b[:, row : row + stop - start], factor
+            row += stop - start
+
+
+def _common(specs: Sequence[SiteSpec]) -> Slices | None:
+    """Return the slices that cover what several sites adapt; None for the whole output."""
+    sizes = {spec.slices.sizes if spec.slices else () for spec in specs}
+    if len(sizes) > 1 or () in sizes:
+        return None
+    named = {name for spec in specs if spec.slices for name in spec.slices.adapt}
+    all_parts = sizes.pop()
+    return Slices(all_parts, tuple(name for name, _ in all_parts if name in named))
+
+
+def gathered(
+    terms: Sequence[Term],
+    dtype: torch.dtype = torch.float64,
+    unit: float = 1.0,
+    place: torch.device | None = None,
+    specs: Sequence[SiteSpec] = (),
+) -> Parts:
+    """Return the parts of `sum of weight * delta / unit`: ranks concatenated, in one dtype.
+
+    `place` is their device, by default that of the first term. They have the spans that `specs`
+    share, by default those of the terms; where no term has values the rank is 0.
+    """
+    specs, place = specs or [site.spec for site, _ in terms], place or terms[0][0].A.device
+    slices = _common(specs)
+    found: Parts = []
+    rows = [row for term in terms for row in _contributions(term, unit)]
+    for start, stop in slices.spans if slices else ((0, specs[0].out_features),):
+        n = specs[0].experts or 1
+        lefts = [torch.empty(n, stop - start, 0, dtype=dtype, device=place)]
+        rights = [torch.empty(n, 0, specs[0].in_features, dtype=dtype, device=place)]
+        for (first, last), a, b, factor in rows:
+            if start <= first and last <= stop:
+                left = b if factor == 1 else b.double() * factor
+                left = F.pad(left.to(place, dtype), (0, 0, first - start, stop - last))
+                lefts.append(left)
+                rights.append(a.to(place, dtype))
+        found.append(((start, stop), torch.cat(lefts, 2), torch.cat(rights, 1)))
+    return found
+
+
+def total(terms: Sequence[Term], like: SiteSpec) -> SiteState:
+    """Return `sum of weight * delta` as one site, with all ranks side by side.
+
+    The scale is the largest of the terms'. The B of a term with another scale is multiplied by the
+    ratio, in float32 at least. A frozen start becomes further ranks with the opposite sign.
+    """
+    specs = [site.spec for site, _ in terms]
+    pairs = [pair for site, _ in terms for pair in site.pairs]
+    dtype = reduce(torch.promote_types, (t.dtype for A, B, _ in pairs for t in (A, B)))
+    scales = [abs(weight) * site.scale for site, weight in terms]
+    unit = max(scales)
+    if not all(math.isclose(scale, unit, rel_tol=_SAME) for scale in scales):
+        dtype = torch.promote_types(dtype, torch.float32)
+    rslora = all(spec.scaling == "rslora" for spec in specs)
+    like = replace(like, slices=_common(specs), scaling="rslora" if rslora else "standard")
+    return _site(terms, like, gathered(terms, dtype, unit), unit)
+
+
+def _site(terms: Sequence[Term], like: SiteSpec, parts: Parts, scale: float) -> SiteState:
+    """Build a site from parts, padded with zeros to one rank; biases of B (lora_bias) are added."""
+    rank = max(left.shape[2] for _, left, _ in parts)
+    A = torch.cat([F.pad(right, (0, 0, 0, rank - right.shape[1])) for _, _, right in parts], 1)
+    B = torch.cat([F.pad(left, (0, rank - left.shape[2])) for _, left, _ in parts], 1)
+    biases = [
+        weight * site.scale * site.further["b"].detach().double()
+        for site, weight in terms
+        if "b" in site.further
+    ]
+    alpha = scale * (math.sqrt(rank) if like.scaling == "rslora" else rank)
+    spec = replace(like, rank=rank, alpha=alpha, lora_bias=bool(biases), **MADE)
+    tensors = {"A": A.reshape(spec.a_shape), "B": B.reshape(spec.b_shape)}
+    if biases:
+        tensors["b"] = (torch.stack(biases).sum(0) / scale).to(B.dtype)
+    return SiteState.of(spec, tensors)
+
+
+def truncated(
+    site: SiteState, rank: int | None, energy: float | None, asked: str
+) -> tuple[SiteState, Cut]:
+    """Return the best site of a lower rank, by a QR of the thin factors and an SVD of k by k.
+
+    All parts of a site get one rank: the smallest that keeps `energy` of the site's sum of squares,
+    at most `rank`, and at most the rank of the update.
+    """
+    plain(site, asked, bias=True)
+    parts = gathered([(site, 1.0)])
+    found = [thin_svd(left, right) for _, left, right in parts]
+    largest = max(S.shape[-1] for _, S, _ in found)
+    squares = torch.zeros(largest, dtype=torch.float64, device="cpu")
+    for _, S, _ in found:
+        squares[: S.shape[-1]] += S.square().sum(0).cpu()
+    rest = squares.flip(0).cumsum(0).flip(0)  # what a cut in front of each leaves out
+    whole = float(rest[0])
+    best = max(1, int(squares.count_nonzero()))
+    if rank is not None:
+        best = min(best, rank)
+    if energy is not None and whole:
+        # What is below the rounding of A and B is no part of the update.
+        noise = (4 * torch.finfo(torch.promote_types(site.A.dtype, torch.float32)).eps) ** 2
+        enough = (rest <= (1 - energy + noise) * whole).nonzero()
+        best = min(best, max(1, int(enough[0])) if len(enough) else best)
+    error = math.sqrt(float(squares[best:].sum()) / whole) if whole else 0.0
+    thin = []
+    for (span, _, _), (U, S, V) in zip(parts, found, strict=True):
+        root = S[:, None, :best].sqrt()
+        left, right = ((m[..., :best] * root).to(site.A.dtype) for m in (U, V))
+        thin.append((span, left, right.mT))
+    made = _site([(site, 1.0)], replace(site.spec, scaling="standard"), thin, 1.0)
+    return made, Cut(site.spec.rank, best, error)
+
+
+class Compared(NamedTuple):
+    """Two updates: their Frobenius norms, their inner product and the norm of their difference."""
+
+    norms: tuple[float, float]
+    dot: float
+    distance: float
+
+
+def compared(one: SiteState | None, two: SiteState | None) -> Compared:
+    """Compare two sites, None for no update, to float64's precision where they nearly cancel.
+
+    A QR of the factors of both gives orthonormal bases in which the updates are k by k: norms and
+    products are the same, and the difference is formed.
+    """
+    there = [site for site in (one, two) if site is not None]
+    specs, place = [site.spec for site in there], there[0].A.device
+    parts = (
+        gathered([(site, 1.0)] if site is not None else [], place=place, specs=specs)
+        for site in (one, two)
+    )
+    squares, dot = torch.zeros(3, dtype=torch.float64), 0.0
+    for (_, left, right), (_, left2, right2) in zip(*parts, strict=True):
+        sides = torch.cat((left, left2), 2), torch.cat((right, right2), 1).mT
+        R_l, R_r = (torch.linalg.qr(m, mode="r").R for m in sides)
+        k = left.shape[2]
+        ours, theirs = R_l[..., :k] @ R_r[..., :k].mT, R_l[..., k:] @ R_r[..., k:].mT
+        norms = [torch.linalg.vector_norm(m) for m in (ours, theirs, ours - theirs)]
+        squares += torch.stack(norms).square().cpu()
+        dot += float((ours * theirs).sum())
+    first, second, apart = squares.sqrt().tolist()
+    return Compared((first, second), dot, 0.0 if one == two else apart)
+
+
+def mixed(
+    several: Sequence[tuple[Mapping[str, Tensor], float]], names: Sequence[str], asked: str
+) -> dict[str, Tensor]:
+    """Return trained tensors T mixed by their weights, `W + sum of w (T - W)`.
+
+    W is not known here, so the weights of a tensor must add up to 1: then W cancels out. `names`
+    are what messages call the adapters.
+    """
+    found = {}
+    for name in dict.fromkeys(name for trained, _ in several for name in trained):
+        there = [(trained[name], weight) for trained, weight in several if name in trained]
+        tensors, where = [tensor for tensor, _ in there], f"{asked}, trained tensor '{name}'"
+        if not math.isclose(sum(weight for _, weight in there), 1, rel_tol=1e-9):
+            added = " + ".join(f"{weight:g}" for _, weight in there)
+            raise StateError(
+                where,
+                f"it is a full copy of the base's tensor, with weight {added}: its change from the "
+                "base is not known here",
+                "Fold the adapters into the base with `lora-inject merge`, give weights that add "
+                "up to 1, or leave it out (select)",
+            )
+        if len({tensor.shape for tensor in tensors}) > 1:
+            holders = (n for n, (trained, _) in zip(names, several, strict=True) if name in trained)
+            each = zip(tensors, holders, strict=True)
+            shapes = " and ".join(f"{list(tensor.shape)} in {holder}" for tensor, holder in each)
+            raise StateError(where, f"its shape is {shapes}", "Give adapters of one base")
+        if len(there) == 1:
+            found[name] = tensors[0]
+            continue
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+        products = [weight * tensor.detach().double() for tensor, weight in there]
+        found[name] = torch.stack(products).sum(0).to(dtype)
+    return found

@@ -1,0 +1,115 @@
+"""Names in an adapter: matching by patterns, and renaming."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import regex
+
+from lora_inject.core.spec.names import MATCH_SECONDS, Below, around, matching
+from lora_inject.errors import LoraInjectError, StateError, check_type, nearest
+
+T = TypeVar("T")
+
+
+def named(
+    names: Iterable[str],
+    patterns: Iterable[str],
+    asked: str,
+    error: type[LoraInjectError] = StateError,
+) -> dict[str, None]:
+    """Return the names that patterns match, directly or by a parent; each pattern must match."""
+    names = list(names)
+    chosen: dict[str, None] = {}
+    modules = [*names, *around(names)]
+    for pattern in patterns:
+        check_type(f"{asked}, a pattern", pattern, str, "Give a regex for the end of a name", error)
+        below = Below(matching(pattern, modules, asked=f"{asked} {pattern!r}", error=error))
+        found = dict.fromkeys(name for name in names if name in below)
+        if not found:
+            close = ", ".join(map(repr, nearest(pattern, modules))) or "none"
+            raise error(f"{asked} {pattern!r}", "it matches nothing", f"Nearest: {close}")
+        chosen |= found
+    return {name: None for name in names if name in chosen}
+
+
+def renaming(
+    new: Mapping[str, str] | Callable[[str], str], names: Sequence[str]
+) -> Callable[[str], str]:
+    """Return the change of a name; it refuses names that no module can be saved and loaded under.
+
+    `new` is as in `AdapterState.rename`; each of its regexes must occur in one of `names`.
+    """
+    if callable(new):
+        change = new
+    else:
+        check_type("rename", new, Mapping, "Give a dict, such as {'old': 'new'}, or a function")
+        change = _substitution(new, names)
+
+    def checked(name: str) -> str:
+        made = change(name)
+        if made != name and not re.fullmatch(r"[^\s./\\]+(\.[^\s./\\]+)*", made):
+            remedy = "Give segments joined by dots, without spaces and slashes"
+            raise StateError(f"rename '{name}'", f"its new name would be {made!r}", remedy)
+        return made
+
+    return checked
+
+
+def _rule(old: str, text: str) -> regex.Pattern[str]:
+    """Compile the regex of whole segments, which `regex` applies within a time limit."""
+    for part in (old, text):
+        check_type(f"rename {old!r}", part, str, "Give the new name as text")
+    try:
+        re.compile(old)
+        return regex.compile(rf"(?<![^.])(?:{old})(?![^.])")
+    except (re.error, regex.error) as error:
+        remedy = "Escape literal characters with a backslash"
+        raise StateError(f"rename {old!r}", f"it is not a regex ({error})", remedy) from None
+
+
+def _substitution(new: Mapping[str, str], names: Sequence[str]) -> Callable[[str], str]:
+    """Return the function that replaces segments of a name, checked on all names."""
+    rules = {old: _rule(old, text) for old, text in new.items()}
+    used = set()
+
+    def change(name: str) -> str:
+        for old, rule in rules.items():
+            try:
+                changed, n = rule.subn(new[old], name, timeout=MATCH_SECONDS)
+            except TimeoutError:
+                found = f"it took more than {MATCH_SECONDS:g} s (on '{name[:60]}')"
+                remedy = "Write it without repetition inside repetition, such as (a+)+"
+                raise StateError(f"rename {old!r}", found, remedy) from None
+            except (regex.error, IndexError) as error:
+                found, remedy = f"{new[old]!r} does not fit it ({error})", "Write \\1 for a group"
+                raise StateError(f"rename {old!r}", found, remedy) from None
+            if n:
+                name = re.sub(r"\.{2,}", ".", changed).strip(".")
+                used.add(old)
+        return name
+
+    for name in names:
+        change(name)
+    if unused := [old for old in new if old not in used]:
+        remedy = f"Give whole segments of names such as {some_of(names)}"
+        raise StateError(f"rename {unused[0]!r}", "it occurs in no name of the adapter", remedy)
+    return change
+
+
+def some_of(names: Iterable[str]) -> str:
+    """Return the first three names, for a message."""
+    return ", ".join(repr(name) for name, _ in zip(names, range(3), strict=False)) or "none"
+
+
+def distinct(items: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """Return a mapping; two values under one name are an error."""
+    found: dict[str, T] = {}
+    for name, value in items:
+        if name in found:
+            remedy = "Give each its own name"
+            raise StateError(f"the name '{name}'", "two tensors would have it", remedy)
+        found[name] = value
+    return found

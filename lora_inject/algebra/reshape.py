@@ -1,0 +1,147 @@
+"""Split sites and join sites: fused projections, stacked experts.
+
+Values change only where ranks or scales differ: then A and B are padded with zeros, and B is
+multiplied by the ratio of the scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import reduce
+
+import torch
+
+from lora_inject.algebra.parts import MADE, check_alike, total
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.spec.names import joined, parent
+from lora_inject.core.spec.sites import SiteSpec, Slices
+from lora_inject.errors import StateError
+
+
+def renamed(spec: SiteSpec, name: str) -> SiteSpec:
+    """Return the site under another name, with its weight's name changed likewise."""
+    return replace(spec, name=name, weight=name + spec.weight.removeprefix(spec.name), aliases=())
+
+
+def _resized(spec: SiteSpec, name: str, width: int) -> SiteSpec:
+    """Return a plain site under another name, with another number of outputs."""
+    axis = -1 if spec.transposed else 0 if spec.kind == "conv" else -2
+    shape = list(spec.weight_shape)
+    if shape[axis] != spec.out_features:
+        found = f"its weight {shape} has no axis for its outputs"
+        raise StateError(f"split or join '{spec.name}'", found, "Leave it as it is")
+    shape[axis] = width
+    of = renamed(spec, name)
+    return replace(of, out_features=width, weight_shape=tuple(shape), slices=None, rule=None)
+
+
+def split(site: SiteState, sizes: Mapping[str, int], asked: str) -> dict[str, SiteState]:
+    """Return the adapted parts of a fused projection as separate sites with the same parent."""
+    spec = site.spec
+    if spec.slices is not None and (not sizes or tuple(sizes.items()) == spec.slices.sizes):
+        sizes, adapted = dict(spec.slices.sizes), spec.slices.adapt
+    elif spec.slices is not None or sum(sizes.values()) != spec.out_features:
+        has = dict(spec.slices.sizes) if spec.slices else f"{spec.out_features} outputs"
+        found = f"it has {has}, and {dict(sizes)} is asked for"
+        raise StateError(f"{asked}, site '{spec.name}'", found, "Correct the sizes")
+    else:
+        adapted = tuple(sizes)
+    made: dict[str, SiteState] = {}
+    row = 0
+    for number, part in enumerate(adapted):
+        first = number * spec.rank if spec.slices else 0
+        rows = {"A": slice(first, first + spec.rank), "B": slice(row, row + sizes[part])}
+        row += sizes[part]
+        tensors = {role: t[..., rows[role[0]], :] for role, t in site.tensors.items()}
+        name = joined(parent(spec.name), part)
+        made[name] = SiteState.of(_resized(spec, name, sizes[part]), tensors)
+    return made
+
+
+def join(
+    name: str, members: Mapping[str, SiteState], sizes: Mapping[str, int], asked: str
+) -> SiteState:
+    """Return one site on a fused projection from sites on some of its parts."""
+    asked = f"{asked}, site '{name}'"
+    for part, site in members.items():
+        if site.spec.slices is not None or site.spec.out_features != sizes[part]:
+            found = f"'{site.spec.name}' has {site.spec.out_features} outputs, not {sizes[part]}"
+            raise StateError(asked, found, "Correct the sizes")
+    parts = [part for part in sizes if part in members]
+    first = members[parts[0]].spec
+    width = first.out_features
+    specs = [replace(members[part].spec, out_features=width) for part in parts]
+    check_alike(specs, [repr(spec.name) for spec in specs], asked)
+    fused = _resized(first, name, sum(sizes.values()))
+    terms = []
+    for part in parts:
+        spec, slices = members[part].spec, Slices(tuple(sizes.items()), (part,))
+        numbers = {"rank": spec.rank, "alpha": spec.alpha, "scaling": spec.scaling}
+        whole = replace(fused, slices=slices, **numbers)  # type: ignore[arg-type]
+        terms.append((SiteState.of(whole, members[part].tensors), 1.0))
+    return total(terms, fused)
+
+
+def split_experts(site: SiteState) -> dict[str, SiteState]:
+    """Return the experts of a stack as linear sites: `experts.up` as `experts.0.up` and so on."""
+    spec = site.spec
+    head, _, leaf = spec.name.rpartition(".")
+    found = {}
+    for expert in range(spec.experts or 0):
+        name = joined(head, f"{expert}.{leaf}")
+        made = replace(
+            spec,
+            name=name,
+            weight=f"{name}.weight",
+            kind="linear",
+            weight_shape=(spec.out_features, spec.in_features),
+            transposed=False,
+            experts=None,
+            update="forward",
+            rule=None,
+            aliases=(),
+        )
+        found[name] = SiteState.of(made, {role: t[expert] for role, t in site.tensors.items()})
+    return found
+
+
+def join_experts(name: str, members: Mapping[int, SiteState], n: int, asked: str) -> SiteState:
+    """Return one site on a stack of experts from the sites on them, zeros for missing ones."""
+    asked = f"{asked}, site '{name}'"
+    specs = [site.spec for site in members.values()]
+    check_alike(specs, [repr(spec.name) for spec in specs], asked)
+    first = next(iter(members.values())).spec
+    if first.kind != "linear" or len({site.spec.slices for site in members.values()}) > 1:
+        found = "its experts are not all plain linear layers with the same slices"
+        raise StateError(asked, found, "Join the layers of each expert first")
+    ratios = {number: site.scale / first.scale for number, site in members.items()}
+    plain = {
+        number: site if site.A0 is None else total([(site, 1.0)], site.spec)
+        for number, site in members.items()
+    }
+    rank = max(site.spec.rank for site in plain.values())
+    dtype = reduce(torch.promote_types, (site.A.dtype for site in plain.values()))
+    if set(ratios.values()) != {1.0}:
+        dtype = torch.promote_types(dtype, torch.float32)
+    made = replace(
+        first,
+        name=name,
+        weight=name,
+        kind="parameter",
+        weight_shape=(n, first.out_features, first.in_features),
+        experts=n,
+        rank=rank,
+        alpha=first.scale * rank,
+        scaling="standard",
+        update="weight",
+        **MADE,
+    )
+    place = members[next(iter(members))].A.device
+    A = torch.zeros(n, len(first.spans), rank, first.in_features, dtype=dtype, device=place)
+    B = torch.zeros(made.b_shape, dtype=dtype, device=place)
+    for number, site in plain.items():
+        r, b = site.spec.rank, site.B.detach()
+        A[number, :, :r] = site.A.detach().to(dtype).reshape(-1, r, first.in_features)
+        B[number, :, :r] = (b if ratios[number] == 1 else b.double() * ratios[number]).to(dtype)
+    return SiteState(made, A.reshape(made.a_shape), B)

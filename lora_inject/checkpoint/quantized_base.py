@@ -1,0 +1,229 @@
+"""Quantized weights of a checkpoint: recognized, refused with a remedy, or shown as floats.
+
+A quantized weight is recognized by its neighbors (`qweight`, `weight.absmax`, `weight_scale_inv`,
+`_blocks`) or by its dtype. Only the tensors that the adapter needs are checked, so an adapter on
+layers that stayed in 16 bits merges as usual.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lora_inject.checkpoint.index import Checkpoint
+from lora_inject.checkpoint.packed import Float8, FourBit, Int8, Mxfp4, Packed, PackedWords
+from lora_inject.core.files.safetensors_file import TensorEntry
+from lora_inject.core.files.strict_json import misfit, parse_json
+from lora_inject.errors import CheckpointError
+
+FORMAT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""The format's names of dtypes that a checkpoint can be written in."""
+_STATES = {f"quant_state.bitsandbytes__{kind}": kind.upper() for kind in ("nf4", "fp4")}
+_MARKS = {
+    **{f"weight.{state}": f"bitsandbytes 4-bit ({kind})" for state, kind in _STATES.items()},
+    "weight.absmax": "bitsandbytes 4-bit",
+    "weight.SCB": "bitsandbytes 8-bit",
+    "SCB": "bitsandbytes 8-bit",
+    "qweight": "GPTQ or AWQ",
+    "weight_packed": "compressed-tensors",
+    "weight_scale_inv": "fp8 with block scales",
+    "weight_scale": "fp8 or int8 with scales",
+}
+_COUNT = range(1, 2**63)
+_INTEGER = {"U8", "I8", "I32", "U32", "F4"}
+_FLOAT8 = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+_READ_ONLY = ("MXFP4", "GPTQ or AWQ")  # what `unpacked` can read, and nothing here writes
+_KNOWN = ("bitsandbytes", "fp8 with block", *_READ_ONLY)
+_LAYOUTS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}  # of packed words; the first if unsaid
+_WORDS = {"scales": "scales", "zeros": "qzeros", "groups": "g_idx"}  # of GPTQ and AWQ
+_ROLES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *_STATES)  # of 4 bits
+
+
+def method_of(checkpoint: Checkpoint, name: str) -> str | None:
+    """Return how one weight is quantized; None if it is a plain float tensor or absent."""
+    tensors, module = checkpoint.tensors, name.removesuffix(".weight")
+    for mark, method in _MARKS.items():
+        if f"{module}.{mark}" in tensors:
+            return method
+    if f"{name}_blocks" in tensors and f"{name}_scales" in tensors:
+        return "MXFP4"
+    dtype = tensors[name].dtype if name in tensors else ""
+    if dtype in _FLOAT8:
+        return "fp8"
+    return f"packed integers ({dtype})" if dtype in _INTEGER else None
+
+
+def why_not(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[str, str] | None:
+    """Return why some weights take no update, and a remedy; None if none is quantized."""
+    for name in names:
+        if method := method_of(checkpoint, name):
+            remedy = (
+                "Merge into the 16-bit checkpoint that it was made from and quantize the result"
+            )
+            if method.startswith(_KNOWN):
+                remedy += ", or write the merged one in 16 bits (--dequantize bfloat16)"
+                remedy += "" if method in _READ_ONLY else " or in its own format (--requantize)"
+            return f"'{name}' is quantized: {method}", remedy
+    return None
+
+
+def unpacked(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
+    """Return a checkpoint that shows quantized tensors as float tensors of a dtype.
+
+    Each tensor has its plain name and shape, so adapters are placed as on any base. Without a dtype
+    the tensors will be quantized again, and have the name of their format as dtype.
+    """
+    packed = dict(_find(checkpoint))
+    parts = {part.name for each in packed.values() for part in each.parts.values()}
+    for entry in checkpoint if dtype is not None else ():
+        if entry.name not in parts and len(entry.shape) > 1:
+            method = method_of(checkpoint, entry.name)
+            _check(entry, method is None, f"its quantization, {method}, is not supported")
+    if not packed:
+        asked = f"{'re' if dtype is None else 'de'}quantize '{checkpoint.folder}'"
+        remedy = f"Leave it out, or write every float tensor so: dtype={dtype or 'bfloat16'!r}"
+        raise CheckpointError(asked, "none of its tensors is quantized", remedy)
+    dtypes = {
+        name: each.form if dtype is None else FORMAT_DTYPES[dtype] for name, each in packed.items()
+    }
+    shown = {n: TensorEntry(n, dtypes[n], each.shape, 0, 0) for n, each in packed.items()}
+    return replace(checkpoint, packed=packed, shown=shown)
+
+
+def _find(checkpoint: Checkpoint) -> Iterator[tuple[str, Packed]]:
+    tensors, said = checkpoint.tensors, checkpoint.config.get("quantization_config")
+    said = said if isinstance(said, dict) else {}
+    for entry in checkpoint:
+        name, module = entry.name, entry.name.removesuffix("weight")
+        near = {role: tensors[f"{name}.{role}"] for role in _ROLES if f"{name}.{role}" in tensors}
+        if state := next((role for role in _STATES if role in near), None):
+            yield name, _four_bit(checkpoint, {"codes": entry, "state": near[state], **near})
+        elif entry.dtype == "I8" and f"{module}SCB" in tensors and len(entry.shape) == 2:
+            parts = {"codes": entry, "scales": tensors[f"{module}SCB"]}
+            if (form := tensors.get(f"{module}weight_format")) is not None:
+                parts["format"] = form
+            _check(entry, parts["scales"].n_elements == entry.shape[0], "its scales do not fit")
+            yield name, Int8(checkpoint, entry.shape, parts)
+        elif entry.dtype in _FLOAT8 and not name.endswith("_scale_inv"):
+            scales = tensors.get(f"{name}_scale_inv")
+            fits = entry.dtype == "F8_E4M3" and len(entry.shape) == 2
+            if scales is None or not fits:
+                raise _misfit(entry, "it is float8 without block scales")
+            yield name, _float8(checkpoint, entry, scales, said)
+        elif name.endswith("_blocks") and said.get("quant_method") == "mxfp4":
+            stem = name.removesuffix("_blocks")
+            yield stem, _mxfp4(checkpoint, entry, tensors.get(f"{stem}_scales"))
+        elif name.endswith(".qweight") and said.get("quant_method") in _LAYOUTS:
+            yield f"{name.removesuffix('qweight')}weight", _words(checkpoint, entry, said)
+
+
+def _four_bit(checkpoint: Checkpoint, parts: Mapping[str, TensorEntry]) -> FourBit:
+    entry, nested = parts["codes"], "nested_absmax" in parts
+    found = FourBit(checkpoint, (), parts, {})
+    text = found.read("state", as_bytes=True)(0, parts["state"].n_bytes).flatten().tolist()
+    state = parse_json(bytes(text), f"read the quantization of '{entry.name}'", CheckpointError)
+    form: dict[str, Any] = {
+        "shape": (_COUNT, _COUNT),
+        "blocksize": _COUNT,
+        "dtype": (*FORMAT_DTYPES,).__contains__,
+    }
+    form |= {"nested_blocksize": _COUNT, "nested_offset": float} if nested else {}
+    good = isinstance(state, dict) and {"quant_map", "absmax"} <= parts.keys()
+    good = good and not misfit({key: state.get(key) for key in form}, form)
+    _check(entry, good, f"its settings are {str(state)[:80]}")
+    n_values = math.prod(state["shape"])
+    n_blocks = -(-n_values // state["blocksize"])
+    fits = [entry.n_bytes * 2 in (n_values, n_values + 1), parts["absmax"].n_elements == n_blocks]
+    fits.append(parts["quant_map"].n_elements == 16)
+    if nested:
+        n_nested = -(-n_blocks // state["nested_blocksize"])
+        fits.append(parts["absmax"].dtype == "U8")
+        fits.append(parts["nested_absmax"].n_elements == n_nested)
+        fits.append(parts.get("nested_quant_map", entry).n_elements == 256)
+    _check(entry, all(fits), "its parts do not fit each other")
+    said = {**state, "dtype": FORMAT_DTYPES[state["dtype"]]}
+    return replace(found, shape=tuple(state["shape"]), state=said)
+
+
+def _float8(
+    checkpoint: Checkpoint, entry: TensorEntry, scales: TensorEntry, said: Mapping[str, Any]
+) -> Float8:
+    block = said.get("weight_block_size", [128, 128])
+    if misfit(block, (_COUNT, _COUNT)):
+        found = f"config.json has the block size {str(block)[:40]}"
+        raise CheckpointError("dequantize", found, "Give it two numbers")
+    wanted = tuple(-(-size // b) for size, b in zip(entry.shape, block, strict=True))
+    fits = scales.shape == wanted and scales.dtype in {"F32", "BF16", "F16"}
+    _check(entry, fits, f"its scales are {scales.dtype} {list(scales.shape)}")
+    parts, powers = {"codes": entry, "scales": scales}, said.get("scale_fmt") == "ue8m0"
+    return Float8(checkpoint, entry.shape, parts, (block[0], block[1]), powers)
+
+
+def _mxfp4(checkpoint: Checkpoint, entry: TensorEntry, scales: TensorEntry | None) -> Mxfp4:
+    fits = len(entry.shape) == 4 and entry.shape[3] == 16 and entry.dtype == "U8"
+    if scales is None or not fits or (scales.shape, scales.dtype) != (entry.shape[:3], "U8"):
+        raise _misfit(entry, "its blocks or scales have another shape")
+    n_experts, n_out, n_groups, _ = entry.shape
+    parts = {"codes": entry, "scales": scales}
+    return Mxfp4(checkpoint, (n_experts, n_groups * 32, n_out), parts)
+
+
+def _words(checkpoint: Checkpoint, entry: TensorEntry, said: Mapping[str, Any]) -> PackedWords:
+    module, method = entry.name.removesuffix("qweight"), str(said["quant_method"])
+    near = {role: checkpoint.tensors.get(module + end) for role, end in _WORDS.items()}
+    parts = {"codes": entry, **{role: part for role, part in near.items() if part is not None}}
+    spoken = (said.get(key) for key in ("checkpoint_format", "version", "format"))
+    layout = str(next(filter(None, spoken), _LAYOUTS[method][0])).lower()
+    _check(entry, layout in _LAYOUTS[method], f"its {method} layout is '{layout}'")
+    good = {"scales", "zeros"} <= parts.keys() and entry.dtype == parts["zeros"].dtype == "I32"
+    good = good and all(len(parts[role].shape) == 2 for role in ("codes", "scales", "zeros"))
+    good = good and parts["scales"].dtype in FORMAT_DTYPES.values()
+    _check(entry, good and parts["scales"].n_elements > 0, "its scales or zeros are missing")
+    n_out, is_awq = parts["scales"].shape[1], method == "awq"
+    bits: Any = parts["zeros"].shape[1] * 32 // n_out if said.get("dynamic") else said.get("bits")
+    good = type(bits) is int and bits in ((4,) if is_awq else (2, 4, 8))
+    _check(entry, good, f"{method} has {bits} bits")
+    _check(entry, said.get("zero_point", True) is True, "it has no zeros")
+    n_in = entry.shape[0] if is_awq else entry.shape[0] * 32 // bits
+    size: Any = n_in if said.get("group_size") == -1 else said.get("group_size")
+    words = PackedWords(
+        checkpoint, (n_out, n_in), parts, method, bits, size, less_one=layout == "gptq"
+    )
+    _check(entry, _words_fit(words, bool(said.get("desc_act"))), "its parts do not fit each other")
+    same = said.get("sym") is True or "gptqmodel" in str(said.get("meta")) or not words.wraps()
+    _check(entry, same, "some zeros are the largest code, which programs read differently")
+    return words
+
+
+def _words_fit(words: PackedWords, is_ordered: bool) -> bool:
+    """Whether the parts have the shapes, and every input a group; `is_ordered` by activations."""
+    (n_out, n_in), parts, is_awq = words.shape, words.parts, words.method == "awq"
+    n_groups, n_packed = parts["scales"].shape[0], n_out * words.bits // 32
+    fits = parts["zeros"].shape == (n_groups, n_packed) and n_packed * 32 == n_out * words.bits
+    fits = fits and parts["codes"].shape[1] == (n_packed if is_awq else n_out)
+    if "groups" not in parts:
+        fits = fits and type(words.size) is int and words.size > 0 and not is_ordered
+        return fits and -(-n_in // words.size) == n_groups
+    form = (parts["groups"].shape, parts["groups"].dtype)
+    fits = fits and not is_awq and n_in > 0 and form == ((n_in,), "I32")
+    groups = words.part("groups") if fits else torch.tensor([-1])
+    return 0 <= int(groups.min()) <= int(groups.max()) < n_groups
+
+
+def _check(entry: TensorEntry, fits: bool, found: str) -> None:
+    if not fits:
+        raise _misfit(entry, found)
+
+
+def _misfit(entry: TensorEntry, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"dequantize '{entry.name}'",
+        found,
+        "Supported: 4 and 8 bits of bitsandbytes, float8 (e4m3) with block scales, MXFP4, GPTQ in "
+        "2, 4 and 8 bits, and AWQ (gemm) in 4; "
+        "merge into the 16-bit checkpoint that it was made from",
+    )

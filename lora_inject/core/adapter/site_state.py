@@ -1,0 +1,125 @@
+"""One site of an adapter as a value: its numbers and its tensors.
+
+Tensors are in the native layout of `spec.sites.SiteSpec`: A stacked over slices, B without the rows
+of the slices that are not adapted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.errors import StateError
+
+T = TypeVar("T")
+
+
+def signed_pairs(A: T, B: T, A0: T | None, B0: T | None) -> tuple[tuple[T, T, float], ...]:
+    """Return `(A, B, sign)` of tensors or their names: the update, and its frozen start if any.
+
+    The site computes `W + scale * sum of sign * B @ A`. A0 and B0 are the frozen start of pissa
+    and olora, which has the sign -1.
+
+    Examples:
+        >>> signed_pairs("A", "B", "A0", "B0")
+        (('A', 'B', 1.0), ('A0', 'B0', -1.0))
+    """
+    if A0 is None or B0 is None:
+        return ((A, B, 1.0),)
+    return (A, B, 1.0), (A0, B0, -1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class SiteState:
+    """One site of an adapter: its numbers and its tensors. Equal where all of them are.
+
+    Attributes:
+        spec: Shapes and hyper-parameters.
+        A: `spec.a_shape`, float32 or the base's dtype.
+        B: `spec.b_shape`.
+        A0: Frozen start of A for the inits that are derived from W, else None.
+        B0: Frozen start of B likewise. The site computes `W + scale * (B @ A - B0 @ A0)`.
+        further: Further tensors of the variant, by role.
+    """
+
+    spec: SiteSpec
+    A: Tensor
+    B: Tensor
+    A0: Tensor | None = None
+    B0: Tensor | None = None
+    further: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, spec: SiteSpec, tensors: Mapping[str, Tensor]) -> SiteState:
+        """Return the site that has these tensors by their roles."""
+        further = {role: tensors[role] for role in spec.shapes if role not in ("A", "B")}
+        frozen = tensors.get("A0"), tensors.get("B0")
+        return cls(spec, tensors["A"], tensors["B"], *frozen, further)
+
+    @property
+    def scale(self) -> float:
+        """The factor on `B @ A`."""
+        return self.spec.scale
+
+    @property
+    def pairs(self) -> tuple[tuple[Tensor, Tensor, float], ...]:
+        """`(A, B, sign)` of the update and of its frozen start; see `signed_pairs`."""
+        return signed_pairs(self.A, self.B, self.A0, self.B0)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by role: A, B, a frozen start A0 and B0, and those of the variant."""
+        found = {"A": self.A, "B": self.B}
+        if self.A0 is not None and self.B0 is not None:
+            found |= {"A0": self.A0, "B0": self.B0}
+        return {**found, **self.further}
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the update is that before training: A or B is 0, or both are their start."""
+        if self.A0 is not None and self.B0 is not None:
+            return torch.equal(self.A, self.A0) and torch.equal(self.B, self.B0)
+        return not (bool(self.A.any()) and bool(self.B.any()))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> SiteState:
+        """Return the site with each tensor changed."""
+        return self.of(self.spec, {role: change(tensor) for role, tensor in self.tensors.items()})
+
+    def __eq__(self, other: object) -> bool:
+        """Compare the numbers and the tensors bit for bit, dtypes included."""
+        if not isinstance(other, SiteState):
+            return NotImplemented
+        return self.spec == other.spec and same(self.tensors, other.tensors)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def plain(site: SiteState, asked: str, *, bias: bool = False) -> SiteState:
+    """Refuse a site whose update is not a product of A and B alone, as DoRA's is not.
+
+    A bias of B is accepted where the caller asks for it, if the site has no slices.
+    """
+    allowed = {"A", "B", "A0", "B0"} | ({"b"} if bias and site.spec.slices is None else set())
+    further = sorted(set(site.tensors) - allowed)
+    if further or site.spec.variant != "lora":
+        raise StateError(
+            f"{asked}, site '{site.spec.name}'",
+            f"its update is not B @ A alone (variant {site.spec.variant}, with {further})",
+            "Merge it into the base instead: merge(model), or `lora-inject merge`",
+        )
+    return site
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are equal, with tensors in mappings compared bit for bit."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        alike = (one.dtype, one.shape, one.is_meta) == (other.dtype, other.shape, other.is_meta)
+        return alike and (one.is_meta or torch.equal(one, other.to(one.device)))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return bool(one == other)

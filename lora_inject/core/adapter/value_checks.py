@@ -1,0 +1,81 @@
+"""Checks of every adapter before it is written and after it is read, and names for messages."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.errors import FormatError, check_type
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+CONVERT = "convert it with its base: lora-inject convert ADAPTER OUT --to FORMAT --base BASE"
+
+
+def one_line(names: Iterable[str], n: int = 3) -> str:
+    """The first few names for a message, and how many more there are.
+
+    Examples:
+        >>> one_line(["a", "b", "c", "d", "e"])
+        "'a', 'b', 'c' and 2 more"
+    """
+    listed = list(names)
+    shown = ", ".join(f"'{name[:200]}'" for name in listed[:n])
+    return shown if len(listed) <= n else f"{shown} and {len(listed) - n} more"
+
+
+def check_state(state: AdapterState) -> AdapterState:
+    """Return an adapter if its tensors fit its specs; raise if they do not."""
+    check_type("", state, AdapterState, "Give an AdapterState, as adapter_state(model) does")
+    trained: Mapping[str, object] = state.trained
+    if wrong := [name for name, tensor in trained.items() if not isinstance(tensor, Tensor)]:
+        raise FormatError("", f"{one_line(wrong)} is not a tensor", "Pass tensors only")
+    for name, rows in state.rows.items():
+        tensor = state.trained.get(name)
+        if tensor is None or tensor.dim() != 2 or len(tensor) != len(rows) or not rows:
+            found = f"it has {len(rows)} row numbers for a tensor of other rows"
+            raise FormatError(f"trained tensor '{name}'", found, "Give one for each row")
+    for site in state.sites.values():
+        _check_site(site, f"site '{site.spec.name[:200]}'")
+    return state
+
+
+def _check_site(site: SiteState, where: str) -> None:
+    """Refuse a site whose tensors have other shapes or dtypes than its spec states."""
+    if (site.A0 is None) != (site.B0 is None):
+        raise FormatError(where, "it has only one of A0 and B0", "Give both or neither")
+    for role, tensor in site.tensors.items():
+        due = site.spec.shapes[role.removesuffix("0")]
+        if tensor.shape != due:
+            found = f"{role} has shape {tuple(tensor.shape)} where {due} is due"
+            remedy = "The tensors and what is said about them do not belong together"
+            raise FormatError(where, found, remedy)
+        of_pair = role not in site.further
+        if tensor.dtype not in FLOATS or (of_pair and tensor.dtype != site.A.dtype):
+            other, what = ("B", site.B) if role == "A" else (role, tensor)
+            found = f"A is {site.A.dtype} and {other} {what.dtype}"
+            remedy = "Both must be of one of float16, bfloat16, float32 and float64"
+            raise FormatError(where, found, remedy)
+
+
+def check_keys(found: Iterable[str], due: Iterable[str]) -> None:
+    """Refuse a file whose tensors are not exactly the expected ones."""
+    found, due = set(found), set(due)
+    parts = [f"it lacks {one_line(sorted(due - found))}"] if due - found else []
+    if found - due:
+        parts.append(f"it holds {one_line(sorted(found - due))}, which nothing accounts for")
+    if parts:
+        raise FormatError("", "; ".join(parts), "The file is incomplete or was edited")
+
+
+def check_no_clash(keys: Iterable[str]) -> None:
+    """Refuse two tensors with the same name."""
+    if twice := [key for key, count in Counter(keys).items() if count > 1]:
+        found = f"two tensors would be called {one_line(twice)}"
+        raise FormatError("", found, 'Use format="native"')

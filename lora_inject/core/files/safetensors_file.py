@@ -1,0 +1,284 @@
+"""A safetensors file: its header, parsed as untrusted input and built byte by byte, and its rows.
+
+With the byte positions a tensor can be read in row blocks, which the reference library does not
+offer. So memory does not depend on its size: each thread has one buffer, filled by positioned
+reads. The file is not mapped: the pages of a mapping count as memory of the process.
+
+Format: 8 bytes little-endian length N, N bytes of JSON, then the tensors end to end
+(https://github.com/huggingface/safetensors, README "Format").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeGuard
+
+import torch
+from torch import Tensor
+
+from lora_inject.core.files.disk import read_at
+from lora_inject.core.files.strict_json import parse_json
+from lora_inject.errors import CheckpointError, LoraInjectError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The reference implementation's limit on N."""
+MAX_NAME_LENGTH = 1024
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, changes of direction, and halves of surrogate pairs."""
+MAX_DIMENSIONS = 16
+MAX_DIMENSION = 1 << 48
+
+FLOATS: Mapping[str, torch.dtype] = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""Dtypes that take an update, by the format's name."""
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    **FLOATS,
+}
+"""Dtypes whose values can be read, and that an adapter's file may hold."""
+
+DTYPE_BITS: Mapping[str, int] = {
+    **{name: 8 * dtype.itemsize for name, dtype in DTYPES.items()},
+    **dict.fromkeys(("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("U64", "C64"), 64),
+    "F4": 4,
+    "U16": 16,
+    "U32": 32,
+}
+"""Bits an element takes, by the format's dtype name."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a file: the format's name of its dtype; bytes from the file's beginning."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes it takes."""
+        return self.stop - self.start
+
+    @property
+    def n_elements(self) -> int:
+        """Product of its dimensions."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of one file, checked: `raw` is length and JSON, byte for byte as in the file.
+
+    Tensors are in the order of the data. `size_bytes` is the size of the whole file.
+    """
+
+    raw: bytes
+    tensors: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str] | None
+    size_bytes: int
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `raw`, in hexadecimal."""
+        return hashlib.sha256(self.raw).hexdigest()
+
+
+def read_header(path: Path, error: type[LoraInjectError] = CheckpointError) -> Header:
+    """Read and check the header of a safetensors file.
+
+    `error` is the class of errors: of a checkpoint, or `FormatError` for an adapter.
+    """
+    with path.open("rb") as file:
+        return header_of(file, path, error)
+
+
+def header_of(file: BinaryIO, path: Path, error: type[LoraInjectError]) -> Header:
+    """Read and check the header of an open file; see `read_header`."""
+    asked = f"read '{path}'"
+    try:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            found = f"it is cut off or not a safetensors file ({size} bytes)"
+            raise error(asked, found, _DAMAGED)
+        return _parse_header(start + file.read(length), size, asked, error)
+    except _HeaderError as cause:
+        raise error(asked, str(cause), _DAMAGED) from None
+
+
+_DAMAGED = "The file is damaged; fetch it again"
+
+
+class _HeaderError(Exception):
+    """What is wrong with a header, before it becomes an error of this package."""
+
+
+def _parse_header(raw: bytes, size_bytes: int, asked: str, error: type[LoraInjectError]) -> Header:
+    """Check that the table is well formed and that its tensors tile the file exactly."""
+    table = parse_json(raw[8:], f"{asked}, its header", error, MAX_HEADER_BYTES)
+    if not isinstance(table, dict):
+        raise _HeaderError("its header is not a JSON object")
+    metadata = table.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    ):
+        raise _HeaderError("its metadata is not a table of strings")
+    entries = [_entry(name, entry, len(raw)) for name, entry in table.items()]
+    entries.sort(key=lambda entry: (entry.start, entry.stop))
+    position = len(raw)
+    for entry in entries:
+        if entry.start != position:
+            raise _HeaderError(f"'{entry.name}' begins at {entry.start}, not at {position}")
+        position = entry.stop
+    if position != size_bytes:
+        raise _HeaderError(f"its tensors end at byte {position} of {size_bytes}")
+    return Header(raw, {entry.name: entry for entry in entries}, metadata, size_bytes)
+
+
+def _entry(name: str, entry: object, data_start: int) -> TensorEntry:
+    shown = name[:80]
+    if not is_plain_name(name):
+        raise _HeaderError(f"the tensor name {shown!r} is too long or not printable")
+    if not isinstance(entry, dict):
+        raise _HeaderError(f"the entry of {shown!r} is not an object")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise _HeaderError(f"{shown!r} has the unknown dtype {str(dtype)[:40]!r}")
+    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS or max(shape, default=0) > MAX_DIMENSION:
+        raise _HeaderError(f"{shown!r} has the impossible shape {str(shape)[:80]}")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _HeaderError(f"{shown!r} has the impossible offsets {str(offsets)[:80]}")
+    n_bits, start, stop = math.prod(shape) * DTYPE_BITS[dtype], offsets[0], offsets[1]
+    if n_bits != 8 * (stop - start):
+        raise _HeaderError(
+            f"{shown!r} is {dtype} {list(shape)}, which does not take {stop - start} bytes"
+        )
+    return TensorEntry(name, dtype, tuple(shape), data_start + start, data_start + stop)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a tensor may have this name: not too long, and without control characters."""
+    return len(name) <= MAX_NAME_LENGTH and not _CONTROL.search(name)
+
+
+def _naturals(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+
+
+def build_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None
+) -> Header:
+    """Build the header of tensors `(name, dtype, shape)` that are stored end to end.
+
+    Its length is padded with spaces to a multiple of 8, as the reference library does, so the data
+    begins aligned.
+    """
+    table: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    position, rows = 0, []
+    for name, dtype, shape in tensors:
+        start, position = position, position + math.prod(shape) * DTYPE_BITS[dtype] // 8
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, position]}
+        rows.append((name, dtype, shape, start, position))
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    raw = struct.pack("<Q", len(text)) + text
+    entries = {row[0]: TensorEntry(*row[:3], *(len(raw) + at for at in row[3:])) for row in rows}
+    return Header(raw, entries, metadata, len(raw) + position)
+
+
+# Rows -------------------------------------------------------------------------------------------
+
+BLOCK_ELEMENTS = 1 << 20
+"""Elements read and written at a time.
+
+2 MiB of a 16-bit weight: longer writes cost less in the kernel."""
+
+
+def rows_per_block(n_cols: int, n_blocks: int = 1) -> int:
+    """Return how many rows make some blocks; at least one."""
+    return max(1, n_blocks * BLOCK_ELEMENTS // max(1, n_cols))
+
+
+class Room:
+    """Memory for one block of rows, reused for the next.
+
+    New memory for each block costs more in page faults than the arithmetic.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self.data = memoryview(self._buffer)
+        """The bytes of the last result of `rows`."""
+
+    def rows(self, dtype: torch.dtype, n_rows: int, n_cols: int) -> Tensor:
+        """Return the memory as `(n_rows, n_cols)`, with its previous contents."""
+        n_bytes = n_rows * n_cols * dtype.itemsize
+        if len(self._buffer) < n_bytes:
+            self._buffer = bytearray(n_bytes)
+        self.data = memoryview(self._buffer)[:n_bytes]
+        if not n_bytes:
+            return torch.empty(n_rows, n_cols, dtype=dtype, device="cpu")
+        return torch.frombuffer(self.data, dtype=dtype).view(n_rows, n_cols)
+
+
+class RowReader:
+    """Reads rows of tensors of one file into `room`, which it reuses.
+
+    The file is a path, which is open while the reader exists, or a descriptor of the caller.
+    """
+
+    def __init__(self, file: Path | int) -> None:
+        self.room = Room()
+        if isinstance(file, int):
+            self._fd = file
+        else:
+            self._fd = os.open(file, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._fd)
+
+    def rows(self, entry: TensorEntry, n_cols: int, start: int, stop: int) -> Tensor:
+        """Return `(stop - start, n_cols)` rows of a tensor's matrix; valid until the next call."""
+        dtype = DTYPES[entry.dtype]
+        rows = self.room.rows(dtype, stop - start, n_cols)
+        read_at(self._fd, self.room.data, entry.start + start * n_cols * dtype.itemsize)
+        return rows
+
+    def whole(self, entry: TensorEntry) -> Tensor:
+        """Return a whole tensor of its own shape; valid until the next call."""
+        return self.rows(entry, 1, 0, entry.n_elements).view(entry.shape)
+
+    def blocks(
+        self, entry: TensorEntry, n_cols: int, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield `(first row, rows)` over a whole tensor, or over some of its rows."""
+        stop = entry.n_elements // max(1, n_cols) if stop is None else stop
+        step = rows_per_block(n_cols)
+        for first in range(start, stop, step):
+            yield first, self.rows(entry, n_cols, first, min(stop, first + step))

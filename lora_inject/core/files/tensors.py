@@ -1,0 +1,254 @@
+"""The tensors of an adapter's safetensors file: read when they are used, and written.
+
+Unlike in the reference library, a duplicate tensor name is refused (the library takes the last
+one), and equal values give equal bytes (the library's metadata is in random order). No file is
+mapped: the pages of a mapping count as memory of the process, and truncating the file would kill
+it. NaN is allowed here; merging refuses it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lora_inject.core.files.safetensors_file import (
+    DTYPES,
+    RowReader,
+    TensorEntry,
+    build_header,
+    header_of,
+    is_plain_name,
+    read_header,
+)
+from lora_inject.errors import CheckpointError, FormatError
+
+_WRITTEN = "the file was written to after it was opened", "Read the adapter again"
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a path is a file whose name says that it is of safetensors."""
+    return path.suffix == ".safetensors" and path.is_file()
+
+
+def read_names(path: Path) -> tuple[list[str], dict[str, str]]:
+    """Return the names of a file's tensors, in the order of the data, and its text metadata."""
+    header = read_header(path, FormatError)
+    return list(header.tensors), dict(header.metadata or {})
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: tensors by name, and the metadata.
+
+    The values stay in the file, and each operation reads those that it needs.
+    """
+    path = Path(path)
+    asked = f"read '{path}'"
+    if not path.is_file():
+        raise FormatError(asked, "there is no such file", "Check the path")
+    file = _File(path)
+    header = file.header
+    unknown = sorted({entry.dtype for entry in header.tensors.values()} - DTYPES.keys())
+    if unknown:
+        found = f"no adapter's tensor has the dtype {unknown[0]}"
+        raise FormatError(asked, found, "Give the adapter's file, not the base's")
+    tensors: dict[str, Tensor] = {n: _TensorOnDisk.of(file, e) for n, e in header.tensors.items()}
+    return tensors, dict(header.metadata or {})
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """Return a tensor itself, or the values of one that `read_tensors` left on disk."""
+    return tensor.read() if isinstance(tensor, _TensorOnDisk) else tensor
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    """Return a tensor with contiguous values; a tensor on disk is returned as it is."""
+    return tensor if isinstance(tensor, _TensorOnDisk) else tensor.contiguous()
+
+
+def bytes_of(tensor: Tensor) -> bytearray:
+    """Return the bytes of a tensor's values in their order; without numpy."""
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+    content = bytearray(len(flat))
+    if content:
+        torch.frombuffer(content, dtype=torch.uint8).copy_(flat)
+    return content
+
+
+_MOST_OPEN = 64
+_TICK_NS = 20_000_000  # the clock of a file system is not coarser on Linux
+_OPEN: weakref.WeakSet[_File] = weakref.WeakSet()
+
+
+class _File:
+    """A file that stays open for the values that are read later, or all of its bytes.
+
+    Hundreds of adapters would use up the descriptors of the process, and a file that was written
+    to just now can be written to again without a change of its time: these are read at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.fd = path, os.open(path, os.O_RDONLY)
+        close = weakref.finalize(self, os.close, self.fd)
+        self._written, self._last = self._when(), threading.local()
+        self._bytes: bytearray | None = None
+        with open(self.fd, "rb", closefd=False) as file:
+            self.header = header_of(file, path, FormatError)
+            if len(_OPEN) < _MOST_OPEN and time.time_ns() - self._written[0] > _TICK_NS:
+                _OPEN.add(self)
+                return
+            self._bytes = bytearray(self.header.size_bytes)
+            file.seek(0)
+            n = file.readinto(self._bytes)
+        close()
+        if n != len(self._bytes) or not self._bytes.startswith(self.header.raw):
+            raise FormatError(f"read '{path}'", *_WRITTEN)
+
+    def read(self, entry: TensorEntry) -> Tensor:
+        """Return one tensor in memory of its own."""
+        return self.elements(entry, 0, entry.n_elements).view(entry.shape)
+
+    def elements(self, entry: TensorEntry, first: int, n: int) -> Tensor:
+        """Return some elements of a tensor, `(n,)`."""
+        dtype = DTYPES[entry.dtype]
+        if self._bytes is not None:
+            start = entry.start + first * dtype.itemsize
+            return torch.frombuffer(self._bytes, dtype=dtype, count=n, offset=start).clone()
+        try:
+            values = RowReader(self.fd).rows(entry, 1, first, first + n).flatten()
+            now = self._when()
+        except CheckpointError as error:
+            raise FormatError(f"read '{self.path}'", error.found, _WRITTEN[1]) from None
+        except OSError as error:
+            raise FormatError(f"read '{self.path}'", str(error), _WRITTEN[1]) from error
+        if now != self._written:
+            raise FormatError(f"read '{self.path}'", *_WRITTEN)
+        return values
+
+    def _when(self) -> tuple[int, int]:
+        """Return what changes where the file is written again in place, as PEFT does."""
+        now = os.fstat(self.fd)
+        return now.st_mtime_ns, now.st_size
+
+    def last(self, entry: TensorEntry) -> Tensor:
+        """Return one tensor, cached if this thread read it last.
+
+        Experts with interleaved values are read one after the other.
+        """
+        if getattr(self._last, "entry", None) is not entry:
+            self._last.entry, self._last.values = entry, self.read(entry)
+        values: Tensor = self._last.values
+        return values
+
+
+_WITHOUT_VALUES = frozenset(
+    {"__get__", "__getitem__", "__len__", "contiguous", "detach", "dim", "element_size", "expand"}
+    | {"flatten", "is_contiguous", "is_floating_point", "numel", "permute", "reshape", "size"}
+    | {"stride", "storage_offset", "t", "transpose", "unbind", "view"}
+)
+"""Methods, and all attributes, that need no values unless they copy."""
+_CHANGES = re.compile(
+    r"__set(item)?__|__i(add|and|div|mul|or|pow|sub|xor|\w+shift|\w+div)__|.*[^_]_"
+    r"|data_ptr|.*storage"
+)
+"""Names of what changes its first argument, or needs the address of its values."""
+
+
+class _TensorOnDisk(Tensor):
+    """A tensor of a file. Its views are on disk as well, other results are ordinary tensors.
+
+    Its own memory is on the meta device: the strides say which elements of the file it has.
+    `__torch_dispatch__` would be shorter and makes torch import all of its distributed tensors.
+    """
+
+    device, is_meta = torch.device("cpu"), False
+    file: _File
+    entry: TensorEntry
+
+    @classmethod
+    def of(cls, file: _File, entry: TensorEntry, place: Tensor | None = None) -> _TensorOnDisk:
+        if place is None:
+            place = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+        self = place.as_subclass(cls)
+        self.file, self.entry = file, entry
+        return self
+
+    def read(self) -> Tensor:
+        """Return the values in memory of their own."""
+        with torch._C.DisableTorchFunctionSubclass():
+            shape, strides, first = self.shape, self.stride(), int(self.storage_offset())
+            numel, dtype = self.numel(), self.dtype
+        n = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        if not numel:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        if n > numel:
+            return self.file.last(self.entry).as_strided(shape, strides, first).clone()
+        return self.file.elements(self.entry, first, n).as_strided(shape, strides)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, first, name = kwargs or {}, args[0] if args else None, func.__name__
+        if name == "__get__":  # an attribute: the most frequent, so the shortest way
+            with torch._C.DisableTorchFunctionSubclass():
+                found = func(*args)
+            if not isinstance(found, Tensor):
+                return found
+        changed = first if _CHANGES.fullmatch(name) else None
+        for target in tree_leaves((changed, kwargs.get("out"))):
+            if isinstance(target, cls):
+                asked = f"{name} of a tensor of '{target.file.path}'"
+                remedy = "Use a copy: tensor.clone(), or copy.deepcopy of the adapter"
+                raise FormatError(asked, "its values are in the file", remedy)
+        if isinstance(first, cls) and name in _WITHOUT_VALUES:
+            with torch._C.DisableTorchFunctionSubclass():
+                found = func(*args, **kwargs)
+                views = tree_map_only(Tensor, lambda t: _view(first, t), found)
+                if None not in tree_leaves(views) or found is None:
+                    return views
+        args, kwargs = tree_map_only(cls, cls.read, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _view(of: _TensorOnDisk, made: Tensor) -> _TensorOnDisk | None:
+    """Return a result as a tensor on disk; None if it is not a view of the tensor."""
+    shared = made.untyped_storage()._cdata == of.untyped_storage()._cdata
+    return _TensorOnDisk.of(of.file, of.entry, made) if shared and made.dtype == of.dtype else None
+
+
+def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return the bytes of a safetensors file; equal values give equal bytes.
+
+    Tensors may have any strides and be on any device but meta; dtypes and names must be such as
+    `read_tensors` accepts. Shared memory is written twice.
+    """
+    for name, tensor in tensors.items():
+        asked = f"write tensor {name[:80]!r}"
+        if tensor.is_meta:
+            found = "it is on the meta device and has no values"
+            raise FormatError(asked, found, "Load its values first")
+        if not is_plain_name(name):
+            found = "the name is too long or has control characters"
+            raise FormatError(asked, found, "Rename the module")
+        if tensor.dtype not in _NAMES:
+            found = f"its dtype is {tensor.dtype}"
+            raise FormatError(asked, found, "Convert it to a plain dtype first")
+    # The widest elements first, as the library has them: then each tensor begins aligned.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    rows = [(name, _NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered]
+    header = build_header(rows, dict(sorted(metadata.items())))
+    content = bytearray(header.size_bytes)
+    content[: len(header.raw)] = header.raw
+    for name, tensor in ordered:
+        entry = header.tensors[name]
+        content[entry.start : entry.stop] = bytes_of(tensor)
+    return bytes(content)

@@ -1,0 +1,402 @@
+"""A frozen linear layer and its low-rank updates, forward and backward.
+
+With gradients, layer and updates are one autograd Function. It keeps x, which the frozen layers
+around it keep too, and `h = x A^T`, which is thin. It casts the thin factors and never x, unless
+the low-rank arithmetic is wider than x. It reads no value and no size: every forward is the same
+sequence of operations, on every device.
+
+A quantized or unknown base runs unchanged, and `add_updates` adds to its output out of place: such
+a layer may need its output in its own backward, or return a view.
+
+Tracers and function transforms get plain operations, which they can transform and fuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_inject.core.functional import cpu
+from lora_inject.core.functional.factors import (
+    Factors,
+    Spans,
+    cast,
+    compute_dtype,
+    is_watched,
+    needs_plain_operations,
+    plus_product,
+    spread,
+    without_autocast,
+)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    updates: Sequence[Factors],
+    *,
+    transposed: bool = False,
+    float32: bool = False,
+) -> Tensor:
+    """Apply a frozen linear layer and its low-rank updates, outside of compiled graphs.
+
+    Args:
+        x: `(..., in)`.
+        weight: `(out, in)`, or `(in, out)` where `transposed`.
+        bias: `(out,)` or None.
+        updates: The updates to add.
+        transposed: Whether the weight is stored as transformers' Conv1D stores it.
+        float32: Keep the low-rank arithmetic in float32 on a 16-bit base.
+
+    Returns:
+        `(..., out)`, in the dtype of the plain layer's output.
+
+    Examples:
+        >>> W, A, B = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
+        >>> x = torch.randn(3, 4)
+        >>> y = linear(x, W, None, [Factors(A, B, 0.5)])
+        >>> torch.allclose(y, x @ (W + 0.5 * B @ A).T, atol=1e-5)
+        True
+    """
+    if is_watched():
+        return add_updates(
+            frozen_output(x, weight, bias, transposed, None), x, updates, float32=float32
+        )
+    context = without_autocast(x)
+    if context is None:
+        if len(updates) == 1 and not torch.is_grad_enabled() and cpu.are_few(x, updates[0]):
+            y = frozen_output(x, weight, bias, transposed, None)  # the shortest path through Python
+            cpu.add_few_(y, x, updates[0])
+            return y
+        return _run(x, None, weight, bias, updates, transposed, float32, None)
+    dtype = torch.get_autocast_dtype(x.device.type)
+    if not float32:  # by autograd, so that the layer and A share one copy, and x gets a gradient
+        x = lowered(x, dtype)
+    with context:
+        return _run(x, None, weight, bias, updates, transposed, float32, dtype)
+
+
+def add_updates(
+    y: Tensor, x: Tensor, updates: Sequence[Factors], *, float32: bool = False
+) -> Tensor:
+    """Add low-rank updates, out of place, to the output y of a layer that was called with x."""
+    if y.is_nested:
+        return _add_to_nested(y, x, updates)
+    with without_autocast(y) or nullcontext():
+        if needs_plain_operations():
+            return _plain(y, x, updates, [None] * len(updates), float32)
+        return _run(x, y, None, None, updates, False, float32, None)
+
+
+def _run(
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    updates: Sequence[Factors],
+    transposed: bool,
+    float32: bool,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    if torch.is_grad_enabled():
+        factors = [t for u in updates for t in (u.A, u.B)]
+        if any(t is not None and t.requires_grad for t in (x, y, weight, bias, *factors)):
+            how = _How(transposed, float32, dtype, [u[2:] for u in updates])
+            found: Tensor = _Function.apply(x, y, weight, bias, how, *factors)  # type: ignore[no-untyped-call]
+            return found
+    if weight is not None:
+        y = frozen_output(x, weight, bias, transposed, dtype)
+    assert y is not None
+    return _add(y, x, updates, float32, in_place=weight is not None)[0]
+
+
+def lowered(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor as autocast gives it to a matrix product."""
+    return t if t.dtype in (dtype, torch.float64) else t.to(dtype)
+
+
+def frozen_output(
+    x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, dtype: torch.dtype | None
+) -> Tensor:
+    """Compute the frozen layer exactly as its own class does, bit for bit.
+
+    `dtype` is what autocast casts to, None outside.
+    """
+    if dtype is not None:
+        x, weight = lowered(x, dtype), lowered(weight, dtype)
+        bias = None if bias is None else lowered(bias, dtype)
+    if not transposed:
+        return F.linear(x, weight, bias).contiguous()
+    # transformers.pytorch_utils.Conv1D.forward
+    size_out = (*x.shape[:-1], weight.shape[1])
+    if bias is None:
+        return (x.reshape(-1, x.shape[-1]) @ weight).view(size_out)
+    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(size_out)
+
+
+def as_matrix(t: Tensor) -> Tensor:
+    """Return a tensor `(..., width)` as `(n, width)`, a view where it can be one."""
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+# ------------------------------------------------------------------------------- plain operations
+
+
+def _plain(
+    y: Tensor,
+    x: Tensor,
+    updates: Sequence[Factors],
+    masks: Sequence[Tensor | None],
+    float32: bool,
+) -> Tensor:
+    """The formula in operations that autograd, torch.func and torch.compile support."""
+    x2, out = cast(as_matrix(x), compute_dtype(y.dtype, float32)), as_matrix(y)
+    for u, mask in zip(updates, masks, strict=True):
+        kept = x2
+        if u.dropout:
+            kept = F.dropout(x2, u.dropout) if mask is None else x2 * mask / (1 - u.dropout)
+        h, B = kept @ cast(u.A, x2.dtype).t(), spread(cast(u.B, x2.dtype), u.spans, out.shape[1])
+        out = plus_product(out, h, B.t(), u.scale)
+    return out.reshape(y.shape)
+
+
+def _add_to_nested(y: Tensor, x: Tensor, updates: Iterable[Factors]) -> Tensor:
+    """Likewise for nested tensors, in the few operations that torch has for them."""
+    for u in updates:
+        B, h = spread(u.B, u.spans, y.size(-1)), F.dropout(x, u.dropout) if u.dropout else x
+        y = y + F.linear(F.linear(h, u.A.to(y.dtype)), B.to(y.dtype)) * u.scale
+    return y
+
+
+def differentiate(
+    out: Tensor,
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    g: Tensor,
+    *,
+    again: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """Differentiate plain operations, for a backward that may itself be differentiated `again`.
+
+    `out` is their value, `g` its gradient; each input that needs one gets a gradient.
+    """
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if t is not None and need]
+    found = iter(torch.autograd.grad(out, wanted, g, create_graph=again))
+    return tuple(
+        next(found) if t is not None and need else None
+        for t, need in zip(inputs, needs, strict=True)
+    )
+
+
+# --------------------------------------------------------------------------------- the Function
+
+
+class Kept(NamedTuple):
+    """What the backward of one update needs besides x."""
+
+    h: Tensor  # `drop(x) A^T`, `(n, rank * parts)`
+    A: Tensor  # both factors in the dtype of the product
+    B: Tensor
+    # None without dropout; else the kept elements of x, bool `(n, in)`, or on a CPU the gaps
+    # between dropped elements, `(m,)`, integers
+    dropped: Tensor | None
+
+
+def _add(
+    y: Tensor, x: Tensor, updates: Sequence[Factors], float32: bool, *, in_place: bool
+) -> tuple[Tensor, list[Kept]]:
+    """Return the sum of y and all updates, and what their backward needs."""
+    y2, x2, dtype = as_matrix(y), as_matrix(x), compute_dtype(y.dtype, float32)
+    kept = []
+    for u in updates:
+        A, B, dropped = cast(u.A, dtype), cast(u.B, dtype), None
+        few = cpu.are_few(x2, u)
+        if not in_place and (few or u.spans is not None):
+            y2, in_place = y2.clone(memory_format=torch.contiguous_format), True
+        if few:
+            h = cast(cpu.add_few_(y2, x2, u), dtype)
+        else:
+            inputs = x2 = cast(x2, dtype)
+            if u.dropout:
+                inputs, dropped = cpu.drop(x2, u.dropout)
+            h = torch.mm(inputs, A.t())
+            for y_part, h_part, B_part in _parts(u.spans, y2, h, B):
+                added = add_product(y_part, h_part, B_part.mT, u.scale, in_place=in_place)
+            y2 = added if u.spans is None else y2
+        kept.append(Kept(h, A, B, dropped))
+        in_place = True
+    return y2.view(y.shape), kept
+
+
+def _parts(
+    spans: Spans | None, wide: Tensor, thin: Tensor, B: Tensor
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return matching views of the output, of `x A^T` or its gradient, and of B.
+
+    Of `(n, out)`, `(n, rank * parts)` and `(adapted out, rank)` there is one matrix for each span.
+    If the spans are equal in size and evenly spaced, it is one stack, which needs only one product.
+    """
+    if spans is None:
+        return [(wide, thin, B)]
+    starts, widths = [a for a, _ in spans], [b - a for a, b in spans]
+    rank, n_parts, width = B.shape[1], len(spans), widths[0]
+    steps = {b - a for a, b in pairwise(starts)}
+    # oneDNN, which multiplies in 16 bits on a CPU, does not support matrices side by side.
+    one_product = not (wide.element_size() == 2 and cpu.is_cpu(wide))
+    if one_product and len(steps) == len(set(widths)) == 1:
+        rows, cols = wide.stride()
+        strides, offset = (steps.pop() * cols, rows, cols), wide.storage_offset() + starts[0] * cols
+        stack = wide.as_strided((n_parts, wide.shape[0], width), strides, offset)
+        return [(stack, thin.view(-1, n_parts, rank).transpose(0, 1), B.view(-1, width, rank))]
+    wides = [wide[:, a:b] for a, b in spans]
+    return list(zip(wides, torch.split(thin, rank, 1), torch.split(B, widths), strict=True))
+
+
+def add_product(
+    y: Tensor, left: Tensor, right: Tensor, scale: float, *, in_place: bool = True
+) -> Tensor:
+    """Return `y + scale * left @ right`, of matrices or stacks, rounded once to the dtype of y.
+
+    Autograd cannot differentiate it where the dtypes differ.
+    """
+    if y.dtype != left.dtype:
+        if cpu.is_cpu(y) and y.dtype.itemsize < left.dtype.itemsize:
+            return cpu.plus_product(y, left, right, scale, in_place=in_place)
+        out = y if in_place else torch.empty_like(y, memory_format=torch.contiguous_format)
+        return torch.add(y, torch.matmul(left, right), alpha=scale, out=out)
+    if not in_place:
+        return torch.addmm(y, left, right, alpha=scale)
+    return (y.addmm_ if y.dim() == 2 else y.baddbmm_)(left, right, alpha=scale)
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """Return `scale * left @ right`, of matrices or stacks, in one operation."""
+    multiply = torch.addmm if left.dim() == 2 else torch.baddbmm
+    unread = left.new_empty(()).expand(*[1] * left.dim())  # as beta is 0
+    return multiply(unread, left, right, beta=0, alpha=scale, out=out)
+
+
+class _How(NamedTuple):
+    """What the Function needs besides tensors."""
+
+    transposed: bool  # whether the layer is a Conv1D
+    float32: bool  # whether the low-rank arithmetic is in float32
+    dtype: torch.dtype | None  # what autocast casts to; None outside
+    terms: Sequence[tuple[Any, ...]]  # scale, spans and dropout of each update
+
+    def updates(self, factors: Sequence[Tensor]) -> list[Factors]:
+        pairs = zip(factors[::2], factors[1::2], strict=True)
+        return [Factors(*pair, *term) for pair, term in zip(pairs, self.terms, strict=True)]
+
+
+class _Function(torch.autograd.Function):
+    """Updates on a frozen layer, or on the output y of any layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        how: _How,
+        *factors: Tensor,
+    ) -> Tensor:
+        in_place = weight is not None
+        if weight is not None:
+            y = frozen_output(x, weight, bias, how.transposed, how.dtype)
+        assert y is not None
+        out, kept = _add(y, x, how.updates(factors), how.float32, in_place=in_place)
+        ctx.how = how
+        ctx.save_for_backward(x, weight, bias, *factors, *(t for one in kept for t in one))
+        # A batch comes as a view of a matrix, and autograd forbids to change a view that a
+        # Function returns; models do change a layer's output in place.
+        return torch.ops.aten._unsafe_view.default(out, out.shape)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        how: _How = ctx.how
+        x, weight, bias, *rest = ctx.saved_tensors
+        n = 2 * len(how.terms)
+        factors, kept = rest[:n], [Kept(*rest[i : i + 4]) for i in range(n, len(rest), 4)]
+        needs, updates = ctx.needs_input_grad, how.updates(factors)
+        if torch.is_grad_enabled():  # by autograd, as this backward is itself differentiated
+            frozen = weight is not None
+            y = (
+                frozen_output(x, weight, bias, how.transposed, how.dtype)
+                if frozen
+                else torch.zeros_like(g)
+            )
+            masks = [cpu.mask(one.dropped, as_matrix(x)) for one in kept]
+            out = _plain(y, x, updates, masks, how.float32)
+            inputs, wanted = (x, None, weight, bias, None, *factors), (needs[0], False, *needs[2:])
+            gx, _, *others = differentiate(out, inputs, wanted, g)
+            return gx, g if needs[1] else None, *others
+        g2, gx2, gw, gb = as_matrix(g), None, None, None
+        if weight is not None and needs[0]:
+            gx2 = torch.mm(g2, cast(weight.t() if how.transposed else weight, g.dtype))
+        if weight is not None and needs[2]:
+            x2 = cast(as_matrix(x), g.dtype)
+            gw = cast(x2.t() @ g2 if how.transposed else g2.t() @ x2, weight.dtype)
+        if bias is not None and needs[3]:
+            gb = cast(g2.sum(0), bias.dtype)
+        dtype = compute_dtype(g.dtype, how.float32)
+        if gx2 is not None and x.dtype == dtype:
+            gx2 = cast(gx2, dtype)
+        grads: list[Tensor | None] = []
+        for i, (u, one) in enumerate(zip(updates, kept, strict=True)):
+            g2, wanted = cast(g2, dtype), (needs[0], *needs[5 + 2 * i : 7 + 2 * i])
+            gx2, gA, gB = _backward_one(g2, as_matrix(x), gx2, u, one, wanted)
+            grads.append(None if gA is None else cast(gA, u.A.dtype))
+            grads.append(None if gB is None else cast(gB, u.B.dtype))
+        gx = None if gx2 is None else cast(gx2.view(x.shape), x.dtype)
+        return (gx, g if needs[1] else None, gw, gb, None, *grads)
+
+
+def _backward_one(
+    g2: Tensor, x2: Tensor, gx2: Tensor | None, u: Factors, kept: Kept, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x so far, of A and of B, as far as they are needed.
+
+    `gx2` `(n, in)` may be overwritten; it is None if x has no gradient yet.
+    """
+    gA, gB, scale = None, None, u.scale / (1 - u.dropout)
+    if u.spans is None:  # without out=, which not every DTensor takes
+        gh = torch.mm(g2, kept.B)
+        gB = _scaled_product(g2.t(), kept.h, u.scale) if needs[2] else None
+    else:
+        gh = torch.empty_like(kept.h)
+        for g_part, gh_part, B_part in _parts(u.spans, g2, gh, kept.B):
+            torch.matmul(g_part, B_part, out=gh_part)
+        if needs[2]:
+            gB = torch.empty_like(kept.B)
+            for g_part, h_part, gB_part in _parts(u.spans, g2, kept.h, gB):
+                _scaled_product(g_part.mT, h_part, u.scale, out=gB_part)
+    if needs[1]:
+        inputs = cast(x2, g2.dtype)
+        inputs = inputs if kept.dropped is None else cpu.without(inputs, kept.dropped)
+        gA = _scaled_product(gh.t(), inputs, scale)
+    if needs[0]:
+        gx2 = _plus_share(gx2, gh, kept, scale)
+    return gx2, gA, gB
+
+
+def _plus_share(gx2: Tensor | None, gh: Tensor, kept: Kept, scale: float) -> Tensor:
+    """Return `gx2 + scale * gh A` without dropped elements, in the memory of `gx2` if any."""
+    if kept.dropped is None:
+        if gx2 is None:
+            return _scaled_product(gh, kept.A, scale)
+        return add_product(gx2, gh, kept.A, scale)
+    if kept.dropped.dtype != torch.bool:
+        return cpu.plus_share(gx2, gh, kept.A, scale, kept.dropped)
+    share = torch.mm(gh, kept.A)
+    if gx2 is None:
+        return share.mul_(kept.dropped).mul_(scale)
+    return gx2.addcmul_(share, kept.dropped, value=scale)

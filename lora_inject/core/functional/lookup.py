@@ -1,0 +1,88 @@
+"""Low-rank updates of looked-up rows, and the norm that an embedding may enforce on them.
+
+The input of an embedding is a one-hot vector, so `x A^T` is a lookup in A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_inject.core.functional.factors import (
+    Factors,
+    compute_dtype,
+    needs_plain_operations,
+    plus_product,
+    without_autocast,
+)
+
+
+def embedding(
+    base: Tensor,
+    ids: Tensor,
+    updates: Sequence[Factors],
+    padding_idx: int | None,
+    *,
+    float32: bool = False,
+) -> Tensor:
+    """Add low-rank updates to looked-up rows: `base + scale * A[:, ids]^T B^T`, out of place.
+
+    `base` is `(..., dim)` of the frozen table for ids `(...)`; A is `(rank, num)`, B `(dim, rank)`.
+    Dropout drops whole tokens, because the input of A is a one-hot vector. The row `padding_idx`
+    receives no gradient, as in `nn.Embedding`.
+    """
+    dtype = compute_dtype(base.dtype, float32)
+    out = base.reshape(-1, base.shape[-1])
+    with without_autocast(base) or nullcontext():
+        for u in updates:
+            h = F.embedding(ids.reshape(-1), u.A.t())
+            if u.dropout:
+                h = h * F.dropout(h.new_ones(len(h), 1), u.dropout)
+            out = plus_product(out, h.to(dtype), u.B.to(dtype).t(), u.scale)
+    if padding_idx is not None:
+        # Padding tokens get the updates but no gradient, as in the dense table.
+        out = torch.where((ids.reshape(-1, 1) == padding_idx), out.detach(), out)
+    # Not a view, like a plain embedding's output: FSDP2 warns of views. The memory is not shared.
+    return torch.ops.aten._unsafe_view.default(out, base.shape)  # type: ignore[no-any-return]
+
+
+def renormalized(rows: Tensor, max_norm: float, p: float) -> Tensor:
+    """Scale rows `(..., dim)` down to a p-norm of `max_norm`, differentiably, out of place.
+
+    The values are bit for bit those that `torch.embedding_renorm_` would write into these rows,
+    unless a tracer or a function transform is active; the derivative is that of its formula.
+    """
+    norm = torch.linalg.vector_norm(rows, p, dim=-1, keepdim=True)
+    formula = torch.where(norm > max_norm, rows * (max_norm / (norm + 1e-7)), rows)
+    if needs_plain_operations():
+        return formula
+    exact = rows.detach().reshape(-1, rows.shape[-1]).clone()
+    torch.embedding_renorm_(exact, torch.arange(len(exact), device=rows.device), max_norm, p)
+    # The two differ by roundings, so their difference is exact, and so is the sum.
+    return formula + (exact.view(rows.shape) - formula.detach())
+
+
+def routed_embedding(
+    base: Tensor,
+    ids: Tensor,
+    rows: Tensor,
+    adapters: Sequence[Sequence[Factors]],
+    padding_idx: int | None,
+    *,
+    float32: bool = False,
+) -> Tensor:
+    """Add to each row of a batch of looked-up rows the update of its own adapter, as `embedding`.
+
+    `rows` is `(batch,)`, int64: 0 for the base, else 1 + the index of the row's adapter.
+    """
+    out = base
+    for index, updates in enumerate(adapters):
+        # Checking which rows these are would wait for the device, and a tracer cannot do it.
+        mine = (rows == index + 1).view(-1, *[1] * ids.dim())
+        changed = embedding(base, ids, updates, padding_idx, float32=float32)
+        out = torch.where(mine, changed, out)
+    return out

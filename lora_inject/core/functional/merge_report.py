@@ -1,0 +1,142 @@
+"""What a merge did, on a live model or on disk: one report, tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_inject.core.functional.fold import Tally
+
+NOTHING = 5e-5
+"""A share of a delta below this prints as 0.0000."""
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What became of one merged tensor.
+
+    Attributes:
+        name: The tensor.
+        action: `folded`, `replaced`, `added`, `untied`, `cast` or `dequantized`.
+        dtype: Its dtype after the merge, such as `bfloat16`.
+        shape: Its dimensions after the merge.
+        sites: The adapters' sites and tensors that went into it.
+        relative: `|D| / |W|`, Frobenius norms of delta and weight; None where nothing was counted.
+        kept: `<W_merged - W, D> / <D, D>`: 1 where the delta survived rounding, 0 where it was
+            rounded away; None where nothing was counted.
+        error: `|W_merged - W - D| / |D|`; None where nothing was counted.
+    """
+
+    name: str
+    action: str
+    dtype: str
+    shape: tuple[int, ...]
+    sites: tuple[str, ...] = ()
+    relative: float | None = None
+    kept: float | None = None
+    error: float | None = None
+
+    def counted(self, tally: Tally | None) -> TensorReport:
+        """Return the report with what a tally says of rounding."""
+        if tally is None or not tally.counted:
+            return self
+        relative = tally.delta_norm / tally.weight_norm if tally.weight_norm else math.inf
+        figures = {"relative": relative, "kept": tally.kept, "error": tally.error}
+        known = {key: v if math.isfinite(v) else None for key, v in figures.items()}
+        return TensorReport(**{**self.__dict__, **known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        return {**asdict(self), "shape": list(self.shape), "sites": list(self.sites)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TensorReport:
+        """Return the report that `to_dict` gave as plain data."""
+        return cls(**{**data, "shape": tuple(data["shape"]), "sites": tuple(data["sites"])})
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        adapters: `(name, weight)` of each adapter that was folded in.
+        tensors: Every tensor that was computed, by name. On a live model only tensors that are
+            stored in 16 bits are counted, as wider ones keep all of a delta.
+        n_tensors: Tensors written; on disk those that were copied too.
+        notes: What a reader should know.
+        output: The folder that was written; None for a live model, like all that follows.
+        n_bytes: Size of all weight files.
+        resumed: Weight files that an earlier run had finished.
+        verified: Whether the output was verified before it was published.
+        seconds: From the plan to the end.
+        fsync_seconds: The part of it that was waiting for the disk.
+        peak_memory_bytes: Most memory that the process ever held, None where unknown.
+    """
+
+    adapters: tuple[tuple[str, float], ...]
+    tensors: Mapping[str, TensorReport] = field(default_factory=dict)
+    n_tensors: int = 0
+    notes: tuple[str, ...] = ()
+    output: Path | None = None
+    n_bytes: int = 0
+    resumed: tuple[str, ...] = ()
+    verified: bool = False
+    seconds: float = 0.0
+    fsync_seconds: float = 0.0
+    peak_memory_bytes: int | None = None
+
+    @property
+    def counted(self) -> tuple[TensorReport, ...]:
+        """The tensors of whose delta is known what rounding left, the least kept first."""
+        known = [t for t in self.tensors.values() if t.kept is not None]
+        return tuple(sorted(known, key=lambda t: t.kept or 0.0))
+
+    @property
+    def min_kept(self) -> float:
+        """The smallest `kept`; 1 where nothing was counted."""
+        return next((t.kept for t in self.counted if t.kept is not None), 1.0)
+
+    @property
+    def inert(self) -> tuple[str, ...]:
+        """Names of tensors whose whole delta was rounded away."""
+        return tuple(t.name for t in self.counted if t.kept is not None and t.kept < NOTHING)
+
+    @property
+    def warning(self) -> str | None:
+        """What must not be overlooked: deltas that are 0, or of which rounding left nothing."""
+        zero = [t.name for t in self.counted if t.relative == 0]
+        found = []
+        if self.inert:
+            found.append(f"rounding left 0.0000 of {self._where(self.inert)}")
+        if zero:
+            found.append(f"{self._where(zero)} is 0, as before training")
+        return f"{'; '.join(found)}: there the adapter has no effect" if found else None
+
+    def _where(self, names: Sequence[str]) -> str:
+        of = "every delta" if len(names) == len(self.counted) else "the delta"
+        return f"{of} at {len(names)} of {len(self.counted)} tensors, such as '{names[0]}'"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        data = {**self.__dict__, "output": None if self.output is None else str(self.output)}
+        data["tensors"] = [tensor.to_dict() for tensor in self.tensors.values()]
+        data["adapters"] = [list(row) for row in self.adapters]
+        data |= {key: list(data[key]) for key in ("notes", "resumed")}
+        return {**data, "inert": list(self.inert), "warning": self.warning}
+
+    def __str__(self) -> str:
+        mix = ", ".join(f"{name} x {weight:g}" for name, weight in self.adapters)
+        lines = [f"merged {mix} into {len(self.tensors)} tensors"]
+        if self.counted:
+            lines.append("   |D|/|W|     kept    error  tensor (least kept first)")
+        for t in self.counted[:10]:
+            relative, kept, error = (
+                math.inf if v is None else v for v in (t.relative, t.kept, t.error)
+            )
+            lines.append(f"{relative:10.2e} {kept:8.3f} {error:8.3f}  {t.name}")
+        last = [self.warning] if self.warning else []
+        return "\n".join([*lines, *self.notes, *last])

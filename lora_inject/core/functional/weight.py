@@ -1,0 +1,191 @@
+"""A weight with its updates: products with the sum, the sum itself, and the textbook formula.
+
+A weight and its updates are `base + sum of scale * left @ right`, matrix by matrix over the
+weight's own memory. `x (W + s L R) = x W + s (x L) R`: the second product and its gradients are as
+thin as the rank, and neither forward nor backward creates a tensor of the weight's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_inject.core.functional.factors import Factors, spread, without_autocast
+from lora_inject.core.functional.gain import Gain, norms_of
+from lora_inject.core.functional.linear import linear
+from lora_inject.core.functional.lookup import embedding
+from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.experts.packed_experts import PackedExperts
+
+Update = tuple[SiteSpec, Tensor, Tensor, float]
+
+
+class LowRank(NamedTuple):
+    """A weight and its updates: `base + sum of scale * left @ right`."""
+
+    base: Tensor  # `(..., m, n)`
+    # `(left, right, scale)` of each: `(..., m, R)` and `(..., R, n)`, in float32 or wider
+    terms: tuple[tuple[Tensor, Tensor, float], ...]
+    float32: bool = False  # whether products keep their low-rank arithmetic in float32
+    # the factor on the outputs of the sum, and whether these are its last axis
+    gain: tuple[Gain, bool] | None = None
+    repeat: int = 1  # how many matrices in a row have one of the base
+
+    def whole_base(self) -> Tensor:
+        """Return the base with a matrix for each of the sum."""
+        return self.base if self.repeat == 1 else self.base.repeat_interleave(self.repeat, 0)
+
+    def formed(self, dtype: torch.dtype) -> Tensor:
+        """Carry out the sum, differentiably: `(..., m, n)`, rounded once to `dtype`."""
+        wide = torch.promote_types(self.base.dtype, torch.float32)
+        add = torch.addmm if self.base.dim() == 2 else torch.baddbmm
+        total = self.whole_base().to(wide)
+        with without_autocast(total) or nullcontext():
+            for left, right, scale in self.terms:
+                total = add(total, left.to(wide), right.to(wide), alpha=scale)
+            if self.gain is not None:
+                gain, transposed = self.gain
+                g = gain.of(norms_of(total, transposed)).to(wide)
+                total = total * (g if transposed else g[:, None])
+        return total.to(dtype)
+
+    def turned(self) -> LowRank:
+        """Return the transposed matrices, which have no gain."""
+        terms = tuple((right.mT, left.mT, scale) for left, right, scale in self.terms)
+        return LowRank(self.base.mT, terms, self.float32, None, self.repeat)
+
+    def at(self, index: int | Tensor) -> LowRank:
+        """Return one or some matrices of a stack, which has no gain."""
+        terms = tuple((left[index], right[index], scale) for left, right, scale in self.terms)
+        return LowRank(self.base[index // self.repeat], terms, self.float32)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return `x @ self + bias`, as `torch.matmul` gives it; a bias is for one matrix only."""
+        if self.base.dim() == 2:
+            in_out = not self.base.mT.is_contiguous()
+            weight = self.base if in_out else self.base.mT
+            factors = self._factors()
+            return linear(x, weight, bias, factors, transposed=in_out, float32=self.float32)
+        y = torch.matmul(x, self.whole_base())
+        with without_autocast(y) or nullcontext():
+            x = x.to(y.dtype)
+            for left, right, scale in self.terms:
+                h, narrow = torch.matmul(x, left.to(y.dtype)), right.to(y.dtype)
+                if y.dim() == narrow.dim() == 3 and len(h) == len(narrow):
+                    y = torch.baddbmm(y, h, narrow, alpha=scale)
+                else:
+                    y = torch.add(y, torch.matmul(h, narrow), alpha=scale)
+        return y
+
+    def looked_up(self, ids: Tensor, padding_idx: int | None) -> Tensor:
+        """Return `F.embedding(ids, self, padding_idx)`."""
+        rows = F.embedding(ids, self.base, padding_idx)
+        padding_idx = None if padding_idx is None else padding_idx % len(self.base)
+        return embedding(rows, ids, self._factors(), padding_idx, float32=self.float32)
+
+    def _factors(self) -> list[Factors]:
+        return [Factors(left.mT, right.mT, scale) for left, right, scale in self.terms]
+
+    def grouped_product(self, multiply: Callable[..., Tensor], x: Tensor, offs: Tensor) -> Tensor:
+        """Return the product of groups of rows, each with a matrix of its own.
+
+        `multiply` is called as `torch._grouped_mm` is: x `(rows, m)`, sorted by group, a stack of
+        matrices, and the end of each group. Rows behind the last are what it leaves there.
+        """
+        y = multiply(x, self.base, offs=offs[self.repeat - 1 :: self.repeat].contiguous())
+        for left, right, scale in self.terms:
+            # The kernels need rows of a multiple of 16 bytes, which a small rank does not give.
+            missing = -left.shape[-1] % max(1, 16 // y.element_size())
+            h = multiply(x, F.pad(left, (0, missing)).to(x.dtype), offs=offs)
+            update = multiply(h, F.pad(right, (0, 0, 0, missing)).to(h.dtype), offs=offs)
+            y = torch.add(y, update, alpha=scale)
+        return y
+
+
+def low_rank(weight: Tensor, updates: Sequence[Update], gain: Gain | None = None) -> LowRank:
+    """Return a weight and its updates as matrices: `(E, m, n)` for stacked experts, else one.
+
+    These are views of the weight, of every A and, where it has no slices, of every B.
+    """
+    spec = updates[0][0]
+    lead = () if spec.experts is None else (spec.experts,)
+    terms = []
+    for site, A, B, scale in updates:
+        right, left = A.reshape(*lead, -1, site.in_features), B.reshape(*lead, -1, site.rank)
+        if site.slices is not None:
+            left = spread(left, site.spans, site.out_features)
+        terms.append((right.mT, left.mT, scale) if site.transposed else (left, right, scale))
+    float32 = any(site.compute == "float32" for site, *_ in updates)
+    packed = isinstance(weight, PackedExperts)
+    matrix = weight if packed else weight.reshape(*lead, -1, spec.matrix_shape[1])
+    return LowRank(matrix, tuple(terms), float32, (gain, spec.transposed) if gain else None)
+
+
+def low_rank_of_each(weight: Tensor, each: Sequence[Sequence[Update]]) -> LowRank:
+    """Return stacked experts in which each has its matrix once with the updates of each adapter.
+
+    All updates are one term, padded with zeros to one rank. `each` has the updates of an adapter,
+    none if it leaves the weight as it is.
+    """
+    pairs = [_one_term(weight, updates) for updates in each]
+    known = [pair for pair in pairs if pair is not None]
+    if not known:
+        return LowRank(weight, (), repeat=len(each))
+    rank, (left, right) = max(left.shape[2] for left, _ in known), known[0]
+    none = (torch.zeros_like(left), torch.zeros_like(right))
+    lefts, rights = zip(*(none if pair is None else pair for pair in pairs), strict=True)
+    left = torch.stack([F.pad(t, (0, rank - t.shape[2])) for t in lefts], 1).flatten(0, 1)
+    right = torch.stack([F.pad(t, (0, 0, 0, rank - t.shape[1])) for t in rights], 1).flatten(0, 1)
+    return LowRank(weight, ((left, right, 1.0),), repeat=len(each))
+
+
+def _one_term(weight: Tensor, updates: Sequence[Update]) -> tuple[Tensor, Tensor] | None:
+    """Return all updates of stacked matrices as one product, scales included."""
+    if not updates:
+        return None
+    terms = low_rank(weight, updates).terms
+    left = torch.cat([left * scale for left, _, scale in terms], 2)
+    return left, torch.cat([right for _, right, _ in terms], 1)
+
+
+def effective_weight(
+    weight: Tensor, updates: Sequence[Update], *, float32: bool, gain: Gain | None = None
+) -> Tensor:
+    """Form `W + sum of scale * B @ A`, times its gain, differentiably.
+
+    For a 16-bit weight the sum is formed in float32 and rounded once; with `float32` not at all.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32) if float32 else weight.dtype
+    return low_rank(weight, updates, gain).formed(dtype).reshape(weight.shape)
+
+
+def dense_delta(spec: SiteSpec, A: Tensor, B: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return `scale * B @ A` in the shape of the weight: the textbook formula.
+
+    Args:
+        spec: The site.
+        A: `spec.a_shape`.
+        B: `spec.b_shape`.
+        dtype: Dtype of the arithmetic and of the result.
+
+    Returns:
+        Tensor of `spec.weight_shape`; zero outside the adapted slices.
+
+    Examples:
+        >>> spec = SiteSpec("q", "linear", 4, 6, (6, 4), rank=2, alpha=4)
+        >>> A, B = torch.randn(2, 4), torch.randn(6, 2)
+        >>> torch.equal(dense_delta(spec, A, B), 2.0 * (B.double() @ A.double()))
+        True
+    """
+    delta = torch.zeros(spec.matrix_shape, dtype=dtype, device=A.device)
+    A2 = A.detach().to(dtype).reshape(-1, spec.in_features)
+    B2 = B.detach().to(dtype).reshape(-1, spec.rank)
+    for block in spec.blocks:
+        product = spec.scale * (B2[slice(*block.b)] @ A2[slice(*block.a)])
+        delta[slice(*block.rows), slice(*block.cols)] = product.t() if spec.transposed else product
+    return delta.reshape(spec.weight_shape)

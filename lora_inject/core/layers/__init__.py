@@ -1,0 +1,1 @@
+"""How one layer carries adapters, and the table of layer kinds."""

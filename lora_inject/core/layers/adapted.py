@@ -1,0 +1,278 @@
+"""The swapped class: a module's own class with a mixin to the left of it, made once per class.
+
+A module that carries adapters stays the object it was and changes its class, so
+everything that knew the old class still does: `isinstance`, hooks, tied tensors, quantized weights,
+other references to the layer. (PyTorch's FSDP2 and parametrize work the same way.)
+
+A module carries adapters in up to two ways. A *forward update* overrides `forward` and adds to the
+output. A *weight update* is a property of the class with the name of a parameter: a forward that
+reads `module.weight` gets the effective value, while the raw parameter stays where it was in
+`_parameters`, under the same key, and is what all other code reads and writes (`layers.readers`).
+The weight of a layer with a forward update is such a property, too, for a parent that reads it.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.core.layers.attached import held_by
+from lora_inject.core.layers.readers import RECURRENT
+from lora_inject.core.layers.reading import Reading, cached_forward, weight_property
+from lora_inject.core.layers.state_dict import refuse_loading
+from lora_inject.core.spec.inventory import Geometry
+from lora_inject.errors import LayerError
+from lora_inject.rows.routed_forward import with_rows
+
+# Key of the scales in a state dict's metadata.
+SCALES = "lora_scales"
+
+
+class Adapted(Reading):
+    """Mixin of every swapped class: copies, pickles, casts and loads like the class below it."""
+
+    kind: ClassVar[str] = ""
+    # The classes of this kind's layers.
+    classes: ClassVar[tuple[type[nn.Module], ...]] = ()
+    # Set on each swapped class by `adapted_class`.
+    _lora_mixin: ClassVar[type[Adapted]]
+    _lora_reads: ClassVar[frozenset[str]]
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Return whether this kind of layer is meant for `module`."""
+        return isinstance(module, cls.classes)
+
+    @staticmethod
+    def geometry(module: nn.Module) -> Geometry:
+        """Return the shapes of the layer's weight."""
+        raise NotImplementedError
+
+    @classmethod
+    def weight_of(cls, module: nn.Module) -> str:  # noqa: ARG003 - for kinds that pack it
+        """Return the name of the tensor, parameter or buffer, that stands for the weight."""
+        return cls.weight_name
+
+    @classmethod
+    def adds_to_output(cls, module: nn.Module) -> bool:
+        """Return whether `f(x; W + D) = f(x; W) + D x` is known of a module for any D.
+
+        Else its weight reads as W + delta, which is right for whatever it computes.
+        """
+        return cls.stock(plain_class(type(module)))
+
+    @staticmethod
+    def stock(plain: type[nn.Module]) -> bool:  # noqa: ARG004 - for kinds that have one
+        """Return whether a class computes exactly what its kind's own torch class does."""
+        return False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Keep a swapped class from bases that register their subclasses, or want options."""
+        if "_lora_plain" not in cls.__dict__:
+            super().__init_subclass__(**options)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Build the plain class: `type(layer)(...)` must not make a carrier without adapters."""
+        if "_lora_plain" not in cls.__dict__ and not args and not kwargs:
+            return object.__new__(cls)  # a copy of a class on top of ours (torch's parametrize)
+        return cls._lora_plain(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy by the plain class, from which the swapped one is made again."""
+        mixin = self._lora_mixin
+        found = super().__reduce_ex__(2)
+        state = found[2] if isinstance(found, tuple) and len(found) > 2 else self.__dict__
+        return _rebuild, (self._lora_plain, mixin, tuple(sorted(self._lora_reads))), state
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Move or cast like nn.Module, but never narrow an adapter's float32 masters."""
+        held = (self._parameters[name] for name in self._lora.flat)
+        masters = {id(t) for p in held if p is not None for t in (p, p.grad)}
+
+        def keep_wide(t: Tensor) -> Tensor:
+            out: Tensor = fn(t)
+            if out.dtype == t.dtype or id(t) not in masters or out.dtype.itemsize >= 4:
+                return out
+            return t.to(out.device, torch.float32)
+
+        super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
+        for name in self._lora.flat:
+            self._lora.selection.extend_to(held_by(self)[name].device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save like nn.Module, and note every scale, which the tensors do not tell."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        noted = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if noted is not None:
+            noted[SCALES] = self._lora_scales()
+
+    def _lora_scales(self) -> dict[str, float]:
+        return {entry.names["A"]: entry.spec.scale for entry in self._lora.entries() if entry.spec}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Let a plain base checkpoint load strictly; half an adapter is still missing keys."""
+        refuse_loading(self)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        noted = local_metadata.get(SCALES, {})
+        for name, scale in self._lora_scales().items():
+            if prefix + name in state_dict and noted.get(name, scale) != scale:
+                error_msgs.append(
+                    f"{prefix}{name}: its adapter has scale {noted[name]:g} in the state dict and "
+                    f"{scale:g} here. Inject with the same alpha and rank, or use load_adapter"
+                )
+        by_adapter: dict[str, list[str]] = {}
+        for entry in self._lora.entries():
+            by_adapter.setdefault(entry.adapter, []).extend(
+                prefix + n for n in entry.names.values()
+            )
+        loading = self._lora.selection.loading(missing_keys)
+        for adapter, keys in by_adapter.items():
+            loading.note(adapter, keys, found=any(key in state_dict for key in keys))
+
+    def extra_repr(self) -> str:
+        """Return the plain layer's description and the adapters on it."""
+        notes = [f"{e.adapter}: r={e.spec.rank}" for e in self._lora.entries() if e.spec]
+        plain = super().extra_repr()
+        return f"{plain}, lora={{{', '.join(notes)}}}" if notes else plain
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register like nn.Module, but no None and no second name for an adapted weight, or for A.
+
+        A second name is the first step of torch's `prune`, which later cannot be undone.
+        """
+        attached = self._lora
+        weight = (self.weight_name,) if attached.forward else ()
+        for adapted in (*attached.reads, *weight, *attached.flat):
+            held = self._parameters.get(adapted)
+            if held is not None and param is (None if name == adapted else held):
+                self._lora_refuse_replaced(adapted)
+        super().register_parameter(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete like nn.Module, but not what carries an adapter."""
+        adapted = name in self._lora.flat or any(e.param == name for e in self._lora.entries())
+        if name in self._parameters and adapted:
+            self._lora_refuse_replaced(name)
+        super().__delattr__(name)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Make the replica that torch's DataParallel fills, of the swapped class."""
+        replica: Any = object.__new__(type(self))
+        replica.__dict__ = {**self.__dict__, "_parameters": {}, "_is_replica": True}
+        replica._buffers, replica._modules = self._buffers.copy(), self._modules.copy()
+        if (flat := self.__dict__.get("_flat_weights")) is not None:  # replicas write theirs
+            replica.__dict__["_flat_weights"] = flat[:]
+        return replica
+
+    def __prepare_scriptable__(self) -> Any:
+        """Raise, before torch.jit.script has changed anything."""
+        raise LayerError(
+            f"torch.jit.script of a {type(self).__name__}",
+            "it carries an adapter, which a script cannot",
+            "Call merge(model, eject=True) first, or use torch.jit.trace or torch.export",
+        )
+
+
+class WeightUpdate(Adapted):
+    """A module whose parameters are read: the mixin for reads without a forward update."""
+
+    kind = "reader"
+
+
+# Both hold a class while a module has it, and let it go with the last one.
+_CLASSES: WeakValueDictionary[Any, type[Adapted]] = WeakValueDictionary()
+_PLAIN: WeakValueDictionary[Any, type] = WeakValueDictionary()
+
+
+def adapted_class(
+    plain: type[nn.Module], mixin: type[Adapted], reads: Iterable[str]
+) -> type[Adapted]:
+    """Return the swapped class of a plain class: one per class, or torch.compile guards fail.
+
+    `reads` are the parameters whose effective value is read, besides the weight of a stock layer.
+    """
+    stock = mixin.stock(plain)
+    key = (plain, mixin, frozenset({*reads, mixin.weight_name} if stock else reads))
+    found = _CLASSES.get(key)
+    if found is None:
+        namespace: dict[str, Any] = {name: weight_property(name) for name in sorted(key[2])}
+        namespace |= {
+            "_lora_plain": plain,
+            "_lora_mixin": mixin,
+            "_lora_reads": key[2],
+            "_lora_stock": stock,
+            "__module__": plain.__module__,
+            "__qualname__": plain.__qualname__,
+            "__doc__": plain.__doc__,
+            **(RECURRENT if issubclass(plain, nn.RNNBase) else {}),
+        }
+        if mixin is WeightUpdate:
+            namespace["forward"] = with_rows(plain, cached_forward(plain))
+        found = types.new_class(
+            plain.__name__, (mixin, plain), exec_body=lambda ns: ns.update(namespace)
+        )
+        if _layout(plain) is not _layout(mixin):
+            found = _in_layout_of(plain, found, namespace)
+        _CLASSES[key] = found
+    return found
+
+
+def _layout(cls: type) -> type:
+    """Return the class that the memory layout of a class begins with; usually nn.Module."""
+    while (base := cls.__base__) is not object and base is not None:
+        cls = base
+    return cls
+
+
+def _in_layout_of(plain: type, wanted: type[Adapted], namespace: dict[str, Any]) -> type[Adapted]:
+    """Return a class like `wanted` that instances of `plain` can change to.
+
+    Python lets an object change its class only where both derive first from the same layout. Where
+    a mixin stands before nn.Module (optimum-quanto's QLinear) ours has to come second among the
+    bases, and first in the order in which methods are looked up.
+    """
+    meta: Any = type("Reordered", (type(plain),), {"mro": lambda cls: [cls, *wanted.__mro__[1:]]})
+    bases = wanted.__bases__[::-1]
+    found: type[Adapted] = types.new_class(
+        plain.__name__, bases, {"metaclass": meta}, lambda ns: ns.update(namespace)
+    )
+    return found
+
+
+def _rebuild(plain: type[nn.Module], mixin: type[Adapted], reads: tuple[str, ...]) -> Adapted:
+    """Make an empty carrier, for pickle and deepcopy, which then restore its state."""
+    made: Adapted = object.__new__(adapted_class(plain, mixin, reads))
+    return made
+
+
+def plain_class(cls: type) -> type:
+    """Return a class without our mixin: what the module is to everybody else."""
+    if "_lora_plain" in cls.__dict__:
+        plain: type = cls.__dict__["_lora_plain"]
+        return plain
+    if not issubclass(cls, Adapted):
+        return cls
+    # Somebody (FSDP2) has swapped the class again on top of ours: the same class on plain bases.
+    found = _PLAIN.get(cls)
+    if found is None:
+        bases = tuple(plain_class(b) for b in cls.__bases__)
+        namespace = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+        found = _PLAIN[cls] = type(cls.__name__, bases, namespace)
+    return found

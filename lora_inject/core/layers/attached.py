@@ -1,0 +1,303 @@
+"""The adapters of one module, the tensors that they adapt, and the names of their tensors.
+
+Adapter tensors are plain Parameters of their module with flat names, found through its
+`Attached` and never through their names. They are looked up at each use, because FSDP2 and `.to()`
+replace them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.core.adapter.site_state import signed_pairs
+from lora_inject.core.adapter.variants import VARIANTS, Variant
+from lora_inject.core.functional.factors import Factors, Spans
+from lora_inject.core.functional.gain import Gain
+from lora_inject.core.layers.selection import Selection, State
+from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.errors import LayerError
+
+
+def encode(adapter: str) -> str:
+    """Return an adapter's name in a form for parameters' names, which cannot have a dot."""
+    return adapter.replace("%", "%25").replace(".", "%2E")
+
+
+def attribute(role: str, adapter: str, param: str | None = None) -> str:
+    """Return the flat name of an adapter's tensor on its module, with the parameter if it is read.
+
+    Examples:
+        >>> attribute("A", "default"), attribute("T", "v1.2", "bias")
+        ('lora_A__default', 'bias__lora_T__v1%2E2')
+    """
+    flat = f"lora_{role}__{encode(adapter)}"
+    return flat if param is None else f"{param}__{flat}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One adapter on one tensor of one module."""
+
+    adapter: str
+    spec: SiteSpec | None  # None for a full trained copy
+    param: str  # name of the parameter in the module that is adapted
+    names: Mapping[str, str]  # role (`A`, `B`, `A0`, `B0`, a variant's, `T` of a copy) to flat name
+    shape: tuple[int, ...] = ()  # of a trained copy
+    rows: tuple[int, ...] | None = None  # indices of the rows that a copy holds, None for all
+    scale: float | None = None  # factor on values that are added; None if they replace the tensor
+
+    @property
+    def mark(self) -> str:
+        """A name that no other entry of its module has: that of its first tensor."""
+        return next(iter(self.names.values()))
+
+    @property
+    def on_output(self) -> bool:
+        """Whether the update is added to the output of its layer, rather than read with W."""
+        return self.spec is not None and self.spec.update == "forward"
+
+    def held(self, module: nn.Module) -> Tensor:
+        """Return the current tensor of the first role; a copy has no other."""
+        return self.tensor(module, next(iter(self.names)))
+
+    def tensor(self, module: nn.Module, role: str) -> Tensor:
+        """Return the current tensor of a role."""
+        found: Tensor = held_by(module)[self.names[role]]
+        return found
+
+    def start(self, base: Tensor) -> Tensor:
+        """Return what a full copy or an added value is before training, for its base tensor."""
+        if self.scale is not None:
+            return torch.zeros_like(base)
+        return base.detach() if self.rows is None else base.detach()[list(self.rows)]
+
+    def tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return the current tensor of each role."""
+        held = held_by(module)
+        return {role: held[flat] for role, flat in self.names.items()}
+
+    def shape_of(self, role: str) -> tuple[int, ...]:
+        """Return the shape that the tensor of a role has, unsharded."""
+        return self.shape if self.spec is None else self.spec.shapes[role.removesuffix("0")]
+
+    def trains(self, role: str) -> bool:
+        """Return whether the tensor of a role trains: all but a frozen start."""
+        return self.spec is None or role in self.spec.shapes
+
+    @property
+    def variant(self) -> Variant:
+        """The variant of the site."""
+        return VARIANTS["lora" if self.spec is None else self.spec.variant]
+
+    def gain(self, held: Mapping[str, Any]) -> Gain | None:
+        """Return the gain of the outputs, None if the variant has none."""
+        spec, variant = self.spec, self.variant
+        if spec is None or not variant.gained:
+            return None
+        tensors = {role: held[self.names[role]] for role in variant.roles}
+        return Gain(variant.gain, tensors, spec.spans)
+
+    def recipes(self, weight: float) -> Iterator[Recipe]:
+        """Yield the update, and with a negative scale the frozen start of pissa or olora."""
+        spec = self.spec
+        assert spec is not None
+        spans = spec.spans if spec.slices else None
+        for A, B, sign in self.pairs():
+            yield Recipe(A, B, sign * spec.scale * weight, spans, spec.dropout)
+
+    def pairs(self) -> tuple[tuple[str, str, float], ...]:
+        """Return the names of A and B with sign 1, and of a frozen start with sign -1."""
+        names = self.names
+        return signed_pairs(names["A"], names["B"], names.get("A0"), names.get("B0"))
+
+
+class Recipe(NamedTuple):
+    """One update of a forward update: the names of its tensors and its numbers."""
+
+    A: str
+    B: str
+    scale: float
+    spans: Spans | None
+    dropout: float
+
+
+def factors_of(
+    recipes: Iterable[Recipe], held: Mapping[str, Any], *, training: bool
+) -> list[Factors]:
+    """Return updates with their tensors, which are looked up at each call."""
+    return [
+        Factors(held[A], held[B], scale, spans, dropout if training else 0.0)
+        for A, B, scale, spans, dropout in recipes
+    ]
+
+
+class Attached:
+    """What one module carries."""
+
+    def __init__(self, selection: Selection) -> None:
+        self.selection = selection  # says which adapters take part
+        self.forward: dict[str, Entry] = {}  # by adapter, on the output of this layer
+        self.reads: dict[str, dict[str, Entry]] = {}  # by parameter and adapter
+        self.flat: set[str] = set()  # names of the adapters' tensors among the parameters
+        self._base: tuple[str, ...] = ()  # those of the other parameters
+        self.old_forward: Any = None  # the `_old_forward` that a hook had saved on the module
+        # For each thread that runs a forward of the module: the effective weights read in it, and
+        # the hooks on saved tensors that it was entered with.
+        self.running: dict[int, tuple[dict[tuple[str, bool], Tensor], Any]] = {}
+        self.float32 = False  # whether an adapter on the output asks for float32 arithmetic
+        self.time_major = False  # whether its input may have time before batch
+        self.gains = False  # whether an adapter on the output has a gain
+        self.still = False  # whether a forward in training has left the module's buffers alone
+        # Marks of the entries that a forward has used so far; and of those that another module read
+        # while this one did not run.
+        self.took_part: frozenset[str] = frozenset()
+        self.read_from_outside: frozenset[str] = frozenset()
+        # One object, which another thread cannot change between two reads.
+        self.last_chosen: tuple[State | None, tuple[Recipe, ...]] = (None, ())
+
+    def entries(self, adapter: str | None = None) -> Iterator[Entry]:
+        """Yield the entries of one adapter, or all, forward update first."""
+        for table in (self.forward, *self.reads.values()):
+            if adapter is None:
+                yield from tuple(table.values())  # another thread may add one meanwhile
+            elif adapter in table:
+                yield table[adapter]
+
+    def add(self, entry: Entry) -> None:
+        """Register an entry whose tensors are on the module."""
+        self.flat.update(entry.names.values())
+        self.last_chosen = (None, ())
+        self.selection.number(entry.adapter)
+        if not entry.on_output:
+            self.reads.setdefault(entry.param, {})[entry.adapter] = entry
+            return
+        self.forward[entry.adapter] = entry
+        self.float32 = self.float32 or _in_float32(entry)
+        self.gains = self.gains or entry.variant.gained
+
+    def remove(self, adapter: str) -> list[Entry]:
+        """Forget an adapter and return its entries."""
+        removed = list(self.entries(adapter))
+        for table in (self.forward, *self.reads.values()):
+            table.pop(adapter, None)
+        self.reads = {param: table for param, table in self.reads.items() if table}
+        self.took_part = self.took_part.difference(entry.mark for entry in removed)
+        self.flat.difference_update(*(entry.names.values() for entry in removed))
+        self.last_chosen = (None, ())
+        self.float32 = self.float32 and any(map(_in_float32, self.forward.values()))
+        self.gains = self.gains and any(entry.variant.gained for entry in self.forward.values())
+        return removed
+
+    def base(self, parameters: Mapping[str, nn.Parameter | None]) -> dict[str, nn.Parameter]:
+        """Return the parameters without the adapters'."""
+        names = self._base  # else a walk would cost more with each adapter
+        if len(parameters) != len(names) + len(self.flat) or not parameters.keys() >= set(names):
+            names = self._base = tuple(key for key in parameters if key not in self.flat)
+        return {key: p for key in names if (p := parameters[key]) is not None}
+
+    def join(self, selection: Selection) -> None:
+        """Follow a selection."""
+        self.selection, self.last_chosen = selection, (None, ())
+        for entry in self.entries():
+            selection.number(entry.adapter)
+
+    def chosen(self, state: State, compiling: bool) -> tuple[Recipe, ...]:
+        """Return what the forward update needs of each update that takes part under `state`."""
+        if compiling:
+            return self._choose(state)
+        chosen = self.last_chosen
+        if chosen[0] is not state:
+            self.used(self.forward[name] for name, _ in state.active if name in self.forward)
+            chosen = self.last_chosen = (state, self._choose(state))
+        return chosen[1]
+
+    def gained(self, state: State) -> Entry | None:
+        """Return the active entry on the output that has a gain, which is the only one."""
+        taking = [(self.forward[name], w) for name, w in state.active if name in self.forward]
+        alone = next((entry for entry, _ in taking if entry.variant.gained), None)
+        if alone is not None:
+            copies = self.reads.get(alone.param, {})
+            refuse_mixed([*taking, *((copies[n], w) for n, w in state.active if n in copies)])
+        return alone
+
+    def forget_use(self) -> None:
+        """Reset the notes of which entries take part in a forward."""
+        self.took_part, self.last_chosen = frozenset(), (None, ())
+
+    def used(self, entries: Iterable[Entry]) -> None:
+        """Note that entries take part in a forward."""
+        self.took_part = self.took_part.union(entry.mark for entry in entries)
+
+    def _choose(self, state: State) -> tuple[Recipe, ...]:
+        return tuple(
+            recipe
+            for name, weight in state.active
+            if name in self.forward
+            for recipe in self.forward[name].recipes(weight)
+        )
+
+    def reads_so_far(self) -> dict[tuple[str, bool], Tensor] | None:
+        """Return the values that were read in the running forward, for the next reads in it.
+
+        None outside a forward of the module, and in a checkpoint that its forward has entered: that
+        part is recomputed outside of it, must read the same way there, and has hooks of its own on
+        the tensors that it saves.
+        """
+        if torch.compiler.is_compiling() or not self.running:
+            return None
+        cache, then = self.running.get(threading.get_ident(), (None, None))
+        now = saving_hooks()
+        return cache if now is then or (now and then and now[0] is then[0]) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last_chosen": (None, ()), "running": {}}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        self.__dict__.update(saved)
+        self.join(self.selection)
+
+
+def refuse_mixed(taking: Sequence[tuple[Entry, float]]) -> None:
+    """Raise if an adapter with a gain is not alone on a tensor, or not with weight 1."""
+    alone = next((entry for entry, _ in taking if entry.variant.gained), None)
+    if alone is None or (len(taking) == 1 and taking[0][1] == 1.0):
+        return
+    assert alone.spec is not None
+    mix = ", ".join(f"{entry.adapter!r} x {weight:g}" for entry, weight in taking)
+    raise LayerError(
+        f"site {alone.spec.name!r} with {mix}",
+        f"the {alone.spec.variant} of {alone.adapter!r} scales what W and all updates give "
+        "together: it is not defined with another adapter, or with another weight",
+        f"Activate {alone.adapter!r} alone, with weight 1",
+    )
+
+
+def _in_float32(entry: Entry) -> bool:
+    return entry.spec is not None and entry.spec.compute == "float32"
+
+
+def attached_to(module: nn.Module) -> Attached | None:
+    """Return what a module carries, or None for a plain module."""
+    return module.__dict__.get("_lora")
+
+
+def held_by(module: nn.Module) -> Mapping[str, Any]:
+    """Return a module's parameters by name; DataParallel keeps those of a replica elsewhere."""
+    own = module.__dict__
+    found: Mapping[str, Any] = own.get("_former_parameters") or own["_parameters"]
+    if "_is_fsdp_managed_module" in own:  # gathered by FSDP1: views beside the parameters
+        return {**found, **{name: own[name] for name in own["_lora"].flat if name in own}}
+    return found
+
+
+def saving_hooks() -> Any:
+    """Return the hooks on tensors that autograd saves, `(pack, unpack)`, or None."""
+    if torch.compiler.is_compiling():  # a part of a forward that cannot be compiled as a whole
+        return None
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)

@@ -1,0 +1,273 @@
+"""Find what can become a site in a model, and how: the names that `matching` works on.
+
+Only this file decides how a module would carry an adapter: by its output if its forward is known to
+be linear in W, else by its weight, or not at all, with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.core.layers.adapted import Adapted, plain_class
+from lora_inject.core.layers.kinds import kind_of
+from lora_inject.core.layers.reading import has_own_forward, is_quantized
+from lora_inject.core.layers.survey import Holder, Survey, memory_of
+from lora_inject.core.spec.inventory import Candidate, Geometry, Inventory
+from lora_inject.core.spec.names import is_bias, joined, parent
+
+# These parents read the weights of their children, or do so in a fast path.
+READING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+def inventory(survey: Survey) -> Inventory:
+    """Return every name of a model that a pattern can match.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
+        >>> found = inventory(Survey(net))
+        >>> found.candidates[0].kind, found.others["1"]
+        ('linear', 'ReLU')
+    """
+    return _Listing(survey).inventory()
+
+
+class _Listing:
+    """The names of one model.
+
+    Attributes:
+        survey: The model.
+        read: Modules whose weights their parent reads, by id.
+        hooked: Whether accelerate has put hooks on the model.
+    """
+
+    def __init__(self, survey: Survey) -> None:
+        self.survey = survey
+        modules = [module for _, module in survey.modules]
+        readers = (m for m in modules if isinstance(m, READING_PARENTS))
+        self.read = {id(child) for reader in readers for child in reader._modules.values()}
+        self.hooked = any("_hf_hook" in module.__dict__ for module in modules)
+        self.aliases = self._first_names()
+        self.candidates: list[Candidate] = []
+        self.others: dict[str, str] = {}
+
+    def inventory(self) -> Inventory:
+        survey, parameters = self.survey, dict[str, tuple[int, ...]]()
+        for name, module in survey.modules:
+            self._module(name, module, survey.own[id(module)])
+        for holder in survey.holders:
+            if holder.name not in self.aliases:
+                parameters[holder.name] = _shape(holder.tensor)
+        heads = (_output_head(module) for _, module in survey.modules)
+        named = (survey.paths[id(head)] for head in heads if id(head) in survey.paths)
+        return Inventory(
+            candidates=tuple(self.candidates),
+            others=self.others,
+            parameters=parameters,
+            aliases=self.aliases,
+            heads=tuple(dict.fromkeys(named)),
+            buffers=tuple(
+                joined(n, key) for n, m in survey.modules for key, _ in m._buffers.items()
+            ),
+        )
+
+    def _first_names(self) -> dict[str, str]:
+        """Return every further name of a parameter, with the one that it is listed under."""
+        first = {name: names[0] for names in self.survey.tied.values() for name in names[1:]}
+        for holder in self.survey.holders if self.survey.further else ():
+            for alias in self.survey.further.get(id(holder.module), ()):
+                first[joined(alias, holder.param)] = first.get(holder.name, holder.name)
+        return first
+
+    def _module(self, name: str, module: nn.Module, own: dict[str, nn.Parameter]) -> None:
+        row = kind_of(module)
+        empty = row is not None and 0 in _shape(own.get(row.weight_of(module)))
+        if row is not None and not empty:
+            self._layer(name, module, row, own)
+        elif name and (members := _members(module, own)):
+            self._whole(name, module, members)
+        else:
+            kind = "empty " * empty + plain_class(type(module)).__name__
+            self.others[name] = "container" if module._modules else kind
+        for key, parameter in own.items():
+            if row is None or key != row.weight_of(module):
+                self._parameter(joined(name, key), module, key, parameter)
+
+    def _layer(
+        self, name: str, module: nn.Module, row: type[Adapted], own: dict[str, nn.Parameter]
+    ) -> None:
+        stated, key = row.geometry(module), row.weight_of(module)
+        weight = own.get(key, module._buffers.get(key))
+        adds = (
+            not has_own_forward(module)
+            and id(module) not in self.read
+            and row.adds_to_output(module)
+        )
+        found = self._candidate(
+            name, row.kind, stated, Holder(joined(name, key), module, key), weight
+        )
+        refusal = found.refusal or _unfit(module, weight, stated, adds)
+        self.candidates.append(
+            found._replace(refusal=refusal, update="forward" if adds else "weight")
+        )
+
+    def _whole(self, name: str, module: nn.Module, members: list[str]) -> None:
+        """The name of an attention or a recurrent module stands for all weights in it."""
+        computed = _computed(module)
+        candidate = Candidate(
+            name,
+            "attention" if "out_proj" in members else "recurrent",
+            *(0, 0, (), ""),
+            aliases=self.survey.further.get(id(module), ()),
+            members=() if computed else tuple(joined(name, key) for key in members),
+            refusal=self._refusal(module, next(iter(computed)), None) if computed else None,
+        )
+        self.candidates.append(candidate)
+
+    def _parameter(self, full: str, module: nn.Module, key: str, parameter: nn.Parameter) -> None:
+        shape = _shape(parameter)
+        n_dims = len(shape)
+        if (n_dims < 2 and not nn.parameter.is_lazy(parameter)) or is_bias(key) or 0 in shape:
+            self.others[full] = "bias" if is_bias(key) else f"{n_dims}-d parameter"
+            return
+        known = _experts_transposed(module) if n_dims == 3 else None
+        stated = _raw_geometry(shape, transposed=bool(known))
+        found = self._candidate(full, "parameter", stated, Holder(full, module, key), parameter)
+        self.candidates.append(
+            found._replace(
+                owner=parent(full),
+                aliases=tuple(joined(alias, key) for alias in found.aliases),
+                needs_layout=n_dims > 2 and known is None,
+                update="weight",
+            )
+        )
+
+    def _candidate(
+        self, name: str, kind: str, stated: Geometry, at: Holder, weight: Tensor | None
+    ) -> Candidate:
+        tied = () if weight is None else self.survey.tied.get(memory_of(weight), ())
+        return Candidate(
+            name=name,
+            kind=kind,
+            **stated._asdict(),
+            weight=at.name,
+            aliases=self.survey.further.get(id(at.module), ()),
+            tied=tuple(name for name in tied if name != at.name),
+            refusal=self._refusal(at.module, at.param, weight),
+            dtype="" if weight is None else _dtype(weight.dtype),
+        )
+
+    def _refusal(
+        self, module: nn.Module, key: str, parameter: Tensor | None
+    ) -> tuple[str, str] | None:
+        cls = type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"{cls} is a ScriptModule, whose class cannot change", "Inject before scripting"
+        if (computed := _computed(module)) and key in computed:
+            found = (
+                f"the weight of {cls} is computed by a parametrization: W + delta has no tensor to "
+                "be merged into, and no name in a state dict"
+            )
+            remedy = (
+                f"Name what it is computed of ('parametrizations.{key}.{computed[key]}'), or call "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+            return found, remedy
+        if parameter is None and hasattr(module, "quantization_scheme"):
+            found = "compressed-tensors unpacks its weight when the model first runs"
+            return found, "Run the model once, or load it with dequantize=True, then inject"
+        if parameter is None:
+            found = f"{cls} holds no parameter {key!r} of its own"
+            remedy = "Name what it is computed of ('weight_v' of weight_norm), or remove that"
+            return found, remedy
+        if parameter.is_complex():
+            return (
+                f"the weight of {cls} is complex, and an adapter's factors are real",
+                "Leave it out",
+            )
+        if nn.parameter.is_lazy(parameter):
+            return f"{cls} is lazy and not initialized", "Run the model once first"
+        if self.hooked and parameter.device.type == "meta":
+            found = "accelerate has offloaded its weights"
+            return found, "Inject before dispatch_model, or load the model without offload"
+        return None
+
+
+def _unfit(
+    module: nn.Module, weight: Tensor | None, stated: Geometry, adds: bool
+) -> tuple[str, str] | None:
+    """Say where a weight is not what the layer states, or cannot be read where it has to be."""
+    if weight is None:
+        return None
+    cls = plain_class(type(module)).__name__
+    if is_quantized(weight):
+        if adds:
+            return None  # a packed weight has another shape by design
+        if type(weight) is nn.Parameter and weight.is_floating_point():  # cast in each forward
+            found = f"its weight is kept in {_dtype(weight.dtype)}"
+            return found, "Inject first, then cast (diffusers: enable_layerwise_casting)"
+        found = (
+            f"its weight is a packed {type(weight).__name__}, and the forward of {cls} is not known"
+        )
+        return found, "State that its output is linear in the weight: register_kind"
+    if tuple(weight.shape) != stated.weight_shape:
+        found = (
+            f"{cls} states sizes {stated.weight_shape}, and its weight has {tuple(weight.shape)}"
+        )
+        return found, "Set the layer's sizes to those of its weight (was it resized or sharded?)"
+    return None
+
+
+def _computed(module: nn.Module) -> dict[str, str]:
+    """Return the parameters that torch's parametrize computes, and the last name of what of."""
+    lists = module._modules.get("parametrizations")
+    inside = {} if lists is None else lists._modules
+    return {key: list(each._parameters)[-1] for key, each in inside.items() if each is not None}
+
+
+def _members(module: nn.Module, own: dict[str, nn.Parameter]) -> list[str]:
+    """Return what is meant by the name of an attention or a recurrent module: what it reads."""
+    if isinstance(module, nn.MultiheadAttention):
+        keys = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return [*filter(own.__contains__, keys), "out_proj"]
+    recurrent = isinstance(module, nn.RNNBase)
+    return [key for key in own if key.startswith("weight")] if recurrent else []
+
+
+@functools.cache
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(parameter: nn.Parameter | None) -> tuple[int, ...]:
+    """Return a parameter's shape; `()` if it is missing or not initialized."""
+    known = parameter is not None and not nn.parameter.is_lazy(parameter)
+    return tuple(parameter.shape) if known else ()  # type: ignore[union-attr]
+
+
+def _raw_geometry(shape: tuple[int, ...], *, transposed: bool) -> Geometry:
+    if len(shape) < 2:
+        return Geometry(0, 0, shape)
+    n_out, n_in = shape[:-3:-1] if transposed else shape[-2:]
+    experts = math.prod(shape[:-2]) if len(shape) > 2 else None
+    return Geometry(n_in, n_out, shape, transposed=transposed, experts=experts)
+
+
+def _experts_transposed(module: nn.Module) -> bool | None:
+    """Return whether stacked experts are `(in, out)`, where transformers' class states it."""
+    own = module.__dict__  # set by transformers' use_experts_implementation, always both
+    stated = own.get("is_transposed") if "is_concatenated" in own else None
+    return stated if isinstance(stated, bool) else None
+
+
+def _output_head(module: nn.Module) -> nn.Module | None:
+    """Return the output head that a model states by transformers' get_output_embeddings()."""
+    get = getattr(module, "get_output_embeddings", None)
+    try:
+        head = get() if callable(get) else None
+    except (AttributeError, NotImplementedError):  # a model that has none
+        return None
+    return head if isinstance(head, nn.Module) else None

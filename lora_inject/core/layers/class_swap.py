@@ -1,0 +1,160 @@
+"""Change the class of a module that gets its first or next adapter, or loses its last.
+
+One assignment sets or removes the swapped class. Classes and hooks that others have put on top of
+it (FSDP2, hooks that saved the old forward) stay there.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakSet
+
+from torch import nn
+
+from lora_inject.core.layers.adapted import Adapted, WeightUpdate, adapted_class, plain_class
+from lora_inject.core.layers.attached import Attached, attached_to
+from lora_inject.core.layers.reading import cached_forward
+from lora_inject.core.layers.selection import Selection
+from lora_inject.errors import LayerError
+from lora_inject.rows.routed_forward import with_rows
+
+# Modules whose functions wrap a plain forward; `functools.wraps` hides that from `__module__`.
+_WRITE_FORWARDS = {cached_forward.__module__, with_rows.__module__}
+
+
+def swap(
+    module: nn.Module, selection: Selection, mixin: type[Adapted], reads: Iterable[str]
+) -> Attached:
+    """Make a module carry: change its class, or let its swapped class read further parameters.
+
+    The mixin is the kind of layer, or `WeightUpdate` where only parameters are read.
+    """
+    attached, ours = attached_to(module), _own_class(type(module))
+    if attached is None:
+        attached = module.__dict__["_lora"] = Attached(selection)
+        _become(module, attached, ours, mixin, reads)
+    else:
+        kind = ours._lora_mixin if mixin is WeightUpdate else mixin
+        _become(module, attached, ours._lora_plain, kind, ours._lora_reads.union(reads))
+    return attached
+
+
+def narrow(module: nn.Module) -> None:
+    """Let a swapped class read no more parameters than its attached do."""
+    attached = attached_to(module)
+    assert attached is not None
+    if isinstance(module, Adapted):
+        ours = _own_class(type(module))
+        kind = ours._lora_mixin if attached.forward else WeightUpdate
+        _become(module, attached, ours._lora_plain, kind, attached.reads)
+
+
+def unswap(module: nn.Module) -> None:
+    """Give a module its own class back and forget its attached."""
+    attached = module.__dict__.pop("_lora")
+    if not isinstance(module, Adapted):
+        return  # its class was replaced
+    plain = plain_class(type(module))
+    if _is_ours(module.__dict__.get("_old_forward"), module):  # of a hook that came later
+        bound = types.MethodType(plain.forward, module)  # type: ignore[attr-defined]
+        module.__dict__["_old_forward"] = attached.old_forward or bound
+    if _is_ours(module.__dict__.get("forward"), module):
+        # A hook that was removed meanwhile has put our forward back, onto the instance.
+        del module.__dict__["forward"]
+    module.__class__ = plain
+
+
+def change_plain_class(module: nn.Module, plain: type[nn.Module]) -> None:
+    """Give a module, with or without adapters, another class of the same layout."""
+    before: Any = plain_class(type(module))
+    attached = attached_to(module)
+    own, bound = module.__dict__, types.MethodType(plain.forward, module)
+    if getattr(own.get("_old_forward"), "__func__", None) is before.forward:  # a hook's
+        own["_old_forward"] = bound
+    if attached is None:
+        module.__class__ = plain
+        return
+    if attached.old_forward is not None:
+        attached.old_forward = bound
+    _become(module, attached, plain, _own_class(type(module))._lora_mixin, attached.reads)
+
+
+def _become(
+    module: nn.Module, attached: Attached, plain: Any, mixin: type[Adapted], reads: Iterable[str]
+) -> None:
+    """Give a module the swapped class of a plain one, below what others have put on top."""
+    cls = type(module)
+    target = _with_base(cls, _own_class(cls), adapted_class(plain, mixin, reads))
+    if target is not cls:
+        # Past nn.Module.__setattr__, which would look for parameters and children of that name.
+        object.__setattr__(module, "__class__", target)
+    _rebind_hooked_forward(module, attached)
+
+
+def _is_ours(method: Any, module: nn.Module) -> bool:
+    """Whether a method that somebody saved on a module is the forward of a swapped class."""
+    function = getattr(method, "__func__", None)
+    ours = _own_class(type(module))
+    if function is None or function is ours._lora_mixin.forward:
+        return function is not None
+    plain = function
+    while getattr(plain, "__globals__", {}).get("__name__") in _WRITE_FORWARDS:
+        plain = plain.__wrapped__
+    return plain is not function and plain is ours._lora_plain.forward
+
+
+def _own_class(cls: type) -> Any:
+    """Return the swapped class that a class derives from, by default itself."""
+    return next((c for c in cls.__mro__ if "_lora_plain" in c.__dict__), cls)
+
+
+def _with_base(cls: type, old: type, new: type) -> type:
+    """Return `cls` with `old` replaced by `new` among its bases, at any depth."""
+    if cls is old:
+        return new
+    if not issubclass(cls, old):
+        return cls
+    bases = tuple(_with_base(b, old, new) for b in cls.__bases__)
+    namespace = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, bases, namespace)
+
+
+def _rebind_hooked_forward(module: nn.Module, attached: Attached) -> None:
+    """Point accelerate's saved `_old_forward` at the swapped class, which it would bypass."""
+    if "forward" in module.__dict__ and "_old_forward" in module.__dict__:
+        saved = module.__dict__["_old_forward"]
+        if attached.old_forward is None and not _is_ours(saved, module):
+            attached.old_forward = saved
+        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
+
+
+def check_swappable(module: nn.Module, asked: str) -> None:
+    """Check that a module's class can change, by making the class and asking Python."""
+    refuse_replaced_class(module, asked)
+    cls = type(module)
+    if cls in _SWAPPABLE or issubclass(cls, Adapted):
+        return
+    try:
+        module.__class__ = adapted_class(cls, WeightUpdate, ())
+        module.__class__ = cls
+    except TypeError as error:
+        raise LayerError(
+            asked, f"the class of a {cls.__name__} cannot change ({error})", "Leave it out"
+        ) from error
+    _SWAPPABLE.add(cls)
+
+
+def refuse_replaced_class(module: nn.Module, asked: str) -> None:
+    """Raise if a module with adapters was given a class without support for them."""
+    if attached_to(module) is not None and not isinstance(module, Adapted):
+        raise LayerError(
+            asked,
+            f"its layer has adapters and was later given the class {type(module).__name__}, "
+            "which leaves them inert",
+            "Eject them, then inject again",
+        )
+
+
+_SWAPPABLE: WeakSet[type] = WeakSet()

@@ -1,0 +1,248 @@
+"""The table of layer kinds: a kind of layer is a class with a row in `KINDS`.
+
+A weight update is right for every layer that reads its weight, whatever it computes with it:
+stride, dilation, groups, padding modes. So most kinds in this file only state how their weight is a
+matrix. Raw parameters need no kind: the parameter itself is the site.
+
+The table of an embedding is a weight `(num, dim)` whose input is a one-hot vector, so `x A^T` is a
+lookup in A. As in the paper's code (loralib `layers.Embedding`), A starts at zero and B is random:
+rows of tokens that are not in the training data do not change. With `max_norm` torch renormalizes
+rows of W in place during the forward. A plain table with the weight `W + delta` would return
+renormalized `W + delta`. This is computed here out of place, and the adapter never changes W.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_inject.core.functional.gain import gained
+from lora_inject.core.functional.lookup import embedding, renormalized, routed_embedding
+from lora_inject.core.layers.adapted import Adapted, WeightUpdate
+from lora_inject.core.layers.attached import held_by
+from lora_inject.core.layers.forward_update import ForwardUpdate
+from lora_inject.core.layers.linear_kinds import LoRAConv1D, LoRALinear
+from lora_inject.core.layers.selection import State
+from lora_inject.core.spec.inventory import Geometry
+from lora_inject.errors import LayerError
+from lora_inject.rows.routed_forward import apart
+
+
+class LoRAEmbedding(ForwardUpdate):
+    """Forward update of `nn.Embedding`: `W[ids] + scale * A[:, ids]^T B^T`."""
+
+    kind = "embedding"
+    classes = (nn.Embedding,)
+    num_embeddings: int
+    padding_idx: int | None
+    max_norm: float | None
+    norm_type: float
+    scale_grad_by_freq: bool
+    sparse: bool
+
+    @staticmethod
+    def geometry(module: Any) -> Geometry:
+        """Return the table's length as the input and its width as the output."""
+        num, dim = int(module.num_embeddings), int(module.embedding_dim)
+        return Geometry(num, dim, (num, dim), transposed=True)
+
+    @classmethod
+    def adds_to_output(cls, module: nn.Module) -> bool:
+        """Return False for `scale_grad_by_freq`, which changes the gradient of a read weight."""
+        return super().adds_to_output(module) and not module.scale_grad_by_freq
+
+    @staticmethod
+    def stock(plain: type[nn.Module]) -> bool:
+        """Return whether `forward` is nn.Embedding's own, and the weight a parameter."""
+        return plain.forward is nn.Embedding.forward and not hasattr(plain, "weight")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Look rows up with the adapters that take part."""
+        if not isinstance(self, LoRAEmbedding):  # somebody kept this method; the adapter is gone
+            return type(self).forward(self, *args, **kwargs)
+        attached, ids = self._lora, self._lora_input(args, kwargs)
+        weight, state = self._lora_own("weight"), attached.selection.current()
+        if hasattr(weight, "full_tensor"):  # a DTensor does not support adding to single rows
+            return self._lora_rows(ids, self._lora_formed(), self.max_norm)
+        if state.routed:
+            return self._lora_by_rows(ids, weight, state)
+        alone, gain = attached.gained(state) if attached.gains else None, None
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            updates = self._lora_compiled(weight, state)
+        else:
+            updates = self._lora_updates(state, compiling=False)
+        if not updates:
+            return self._lora_rows(ids, weight, self.max_norm)
+        self._lora_refuse_resized(updates[0].A.shape[1])
+        base = self._lora_rows(ids, weight, None)
+        found = embedding(base, ids, updates, self.padding_idx, float32=attached.float32)
+        if alone is not None:
+            gain = self._lora_gain(alone, weight, attached.chosen(state, compiling))
+        return self._lora_finished(found, ids, gain)
+
+    def _lora_by_rows(self, ids: Tensor, weight: Any, state: State) -> Any:
+        """Look rows up with the update, and the gain, of each row's own adapter."""
+        if state.one_pass is not None and not state.alone:
+            return apart(self, functools.partial(LoRAEmbedding.forward, self), state, (ids,), {})
+        if state.packs(ids):
+            return self.forward(ids.flatten(0, 1)).reshape(*ids.shape, -1)
+        routing = self._lora_routing(ids, state)
+        if not routing.entries:
+            return self._lora_rows(ids, weight, self.max_norm)
+        attached, gain = self._lora, None
+        adapters = routing.factors(held_by(self), training=self.training)
+        base, rows = self._lora_rows(ids, weight, None), routing.places
+        found = routed_embedding(
+            base, ids, rows, adapters, self.padding_idx, float32=attached.float32
+        )
+        if attached.gains:
+            gain = self._lora_gains(routing, weight, found.dim())
+        return self._lora_finished(found, ids, gain)
+
+    def _lora_finished(self, rows: Tensor, ids: Tensor, gain: Tensor | None) -> Tensor:
+        """Multiply looked-up rows by a gain, and enforce their norm."""
+        if gain is not None:
+            if self.padding_idx is not None:  # no gradient from the padding row
+                padding = (ids == self.padding_idx).unsqueeze(-1)
+                gain = torch.where(padding, gain.detach(), gain)
+            rows = gained(rows, rows, gain)
+        return rows if self.max_norm is None else renormalized(rows, self.max_norm, self.norm_type)
+
+    def _lora_refuse_resized(self, num: int) -> None:
+        if num != self.num_embeddings:
+            raise LayerError(
+                "an embedding with an adapter",
+                f"it was resized from {num} to {self.num_embeddings} rows after inject",
+                "Eject first, resize, then inject again",
+            )
+
+    def _lora_rows(self, ids: Tensor, weight: Tensor, max_norm: float | None) -> Tensor:
+        """Look up rows as nn.Embedding does; a `max_norm` renormalizes W in place."""
+        options = (self.norm_type, self.scale_grad_by_freq, self.sparse)
+        return F.embedding(ids, weight, self.padding_idx, max_norm, *options)
+
+
+class LoRAConv(WeightUpdate):
+    """Weight update of convolutions: the matrix is `(out, in / groups * kernel)`."""
+
+    kind = "conv"
+    classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    @staticmethod
+    def geometry(module: Any) -> Geometry:
+        """Return channels and kernel as the layer states them."""
+        shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+        return Geometry(math.prod(shape[1:]), shape[0], shape)
+
+
+class LoRAConvTranspose(WeightUpdate):
+    """Weight update of transposed convolutions: the matrix is `(in, out / groups * kernel)`."""
+
+    kind = "conv_transpose"
+    classes = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+    @staticmethod
+    def geometry(module: Any) -> Geometry:
+        """Return channels and kernel as the layer states them."""
+        shape = (module.in_channels, module.out_channels // module.groups, *module.kernel_size)
+        return Geometry(shape[0], math.prod(shape[1:]), shape, transposed=True)
+
+
+class LoRABilinear(WeightUpdate):
+    """Weight update of `nn.Bilinear`: the matrix is `(out, in1 * in2)`."""
+
+    kind = "bilinear"
+    classes = (nn.Bilinear,)
+
+    @staticmethod
+    def geometry(module: Any) -> Geometry:
+        """Return the widths that the layer states."""
+        shape = (module.out_features, module.in1_features, module.in2_features)
+        return Geometry(shape[1] * shape[2], shape[0], shape)
+
+
+# The first row that matches a module is its kind.
+KINDS: list[type[Adapted]] = [
+    LoRALinear,
+    LoRAConv1D,
+    LoRAEmbedding,
+    LoRAConv,
+    LoRAConvTranspose,
+    LoRABilinear,
+]
+
+
+def mixin_for(kind: str) -> type[Adapted]:
+    """Return the class of a kind."""
+    return next(row for row in KINDS if row.kind == kind)
+
+
+def register_kind(row: type[Adapted]) -> type[Adapted]:
+    """Add a kind of layer from outside the package; it is asked before the built-in ones.
+
+    Args:
+        row: A class with a `kind` of its own, `matches` and `geometry`. Derived from `LoRALinear`
+            it adds to the layer's output where its `adds_to_output` says that this is right;
+            derived from `WeightUpdate` its weight reads as W + delta. The kind's name travels with
+            saved adapters.
+
+    Returns:
+        The class, so that this can stand as a decorator.
+
+    Raises:
+        LayerError: The class has no kind of its own, or its name is taken by another class.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lora_inject import Geometry
+        >>> class Dense(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.kernel = nn.Parameter(torch.randn(4, 6))
+        ...     def forward(self, x):
+        ...         return x @ self.kernel
+        >>> @register_kind
+        ... class LoRADense(LoRALinear):
+        ...     kind, weight_name = "dense", "kernel"
+        ...     @classmethod
+        ...     def matches(cls, module):
+        ...         return isinstance(module, Dense)
+        ...     @staticmethod
+        ...     def geometry(module):
+        ...         return Geometry(4, 6, (4, 6), transposed=True)
+        >>> kind_of(Dense()).kind
+        'dense'
+        >>> KINDS.remove(LoRADense)
+    """
+    kind = row.__dict__.get("kind")
+    if not kind or not issubclass(row, Adapted):
+        raise LayerError(
+            f"register_kind({row.__name__})",
+            "it is not an Adapted class with a kind of its own",
+            "Derive from LoRALinear or WeightUpdate and set kind",
+        )
+    for other in KINDS:
+        same = (other.__module__, other.__qualname__) == (row.__module__, row.__qualname__)
+        if other.kind == kind and not same:
+            raise LayerError(
+                f"register_kind({row.__name__})",
+                f"kind {kind!r} is taken by {other.__module__}.{other.__qualname__}",
+                "Choose another name",
+            )
+    KINDS[:] = [row, *(other for other in KINDS if other.kind != kind)]
+    return row
+
+
+def kind_of(module: nn.Module) -> type[Adapted] | None:
+    """Return the first row that matches a module."""
+    for row in KINDS:
+        if row.matches(module):
+            return row
+    return None

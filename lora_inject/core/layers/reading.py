@@ -1,0 +1,362 @@
+"""The value of a weight that a forward reads: W + delta, or an error if it cannot be formed.
+
+`layers.readers` detects who reads. The sum is formed as late as possible: reading a weight's dtype
+or shape costs nothing and is never refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx import _symbolic_trace
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from lora_inject.checks.moving_buffers import buffers_to_watch, refuse_moved
+from lora_inject.core.functional.factors import is_watched
+from lora_inject.core.layers.attached import (
+    Attached,
+    Entry,
+    attached_to,
+    held_by,
+    refuse_mixed,
+    saving_hooks,
+)
+from lora_inject.core.layers.checkpointing import refuse_dead_checkpoint
+from lora_inject.core.layers.readers import computes, running_module
+from lora_inject.core.layers.selection import State
+from lora_inject.core.layers.sending import sent_once
+from lora_inject.errors import LayerError, article
+from lora_inject.experts.lazy import lazy_weight
+from lora_inject.experts.packed_experts import PackedExperts
+from lora_inject.rows.routed_forward import adds_bias, adds_rows
+
+# Older torch has the second only.
+_is_tracing: Callable[[], bool] = getattr(
+    _symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing
+)
+
+# Tensors that W + delta can be formed from: neither packed nor sharded, or their fakes in a trace.
+PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a weight is packed, so that its elements are not its values."""
+    plain = weight.is_floating_point() and weight.element_size() >= 2
+    sharded = hasattr(weight, "full_tensor")  # a DTensor, with the elements that it has here
+    return not plain or (type(weight) not in PLAIN and not sharded)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Return whether the instance has a forward, and one that does not call that of its class.
+
+    Those of accelerate, which are rebound, and of compressed-tensors call it.
+    """
+    own = module.__dict__
+    return "forward" in own and "_old_forward" not in own and not _calls_class(own["forward"])
+
+
+def _calls_class(forward: Any) -> bool:
+    """Whether a forward is one of compressed-tensors' that calls the forward of the class."""
+    function = getattr(forward, "__func__", None)
+    while function is not None:
+        owner = getattr(function, "__globals__", {}).get("__name__", "")
+        if owner.startswith("compressed_tensors.") and "__class__" in function.__code__.co_names:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def refuse_offloaded(module: nn.Module) -> None:
+    """Raise if accelerate or compressed-tensors offloads a module: gradients of copies are lost."""
+    hook, held = module.__dict__.get("_hf_hook"), module._parameters
+    hooks = getattr(hook, "hooks", (hook,))  # accelerate.hooks.SequentialHook, or one hook
+    # compressed_tensors.offload.OffloadCache, which stands for the dict
+    places = (getattr(held, name, "") for name in ("onload_device", "offload_device"))
+    there, kept = (str(place).partition(":")[0] for place in places)
+    if there != kept or any(getattr(h, "offload", False) for h in hooks):
+        raise LayerError(
+            f"training an adapter on a {type(module).__name__} that is offloaded",
+            "its forward gets copies of all parameters, whose gradients are lost",
+            "Train without offload; for inference call model.eval()",
+        )
+
+
+def refuse_symbolic_trace() -> None:
+    """Raise in torch.fx.symbolic_trace, whose graph would keep today's W + delta as a constant."""
+    if get_proxy_mode() is None and not torch.compiler.is_compiling():  # these run what is read
+        raise LayerError(
+            "torch.fx.symbolic_trace of a forward that reads a weight",
+            "the weight has an adapter, and the graph would hold their sum as a constant",
+            "Use torch.export, or call merge(model, eject=True) first",
+        )
+
+
+class Reading(nn.Module):
+    """The part of a swapped class that reads its parameters."""
+
+    # Name of the layer's weight among its parameters.
+    weight_name: ClassVar[str] = "weight"
+    # Set on each swapped class by `adapted_class`.
+    _lora_plain: ClassVar[type[nn.Module]]
+    _lora_stock: ClassVar[bool]
+    # Set on each module by `swap`.
+    _lora: Attached
+
+    def _lora_refuse_vain(self, tensors: Iterable[Tensor]) -> None:
+        """Raise if adapters should train but no gradient would reach them."""
+        if not self.training or torch.compiler.is_compiling():
+            return
+        if torch.is_grad_enabled():
+            if "_hf_hook" in self.__dict__ or type(self._parameters) is not dict:
+                refuse_offloaded(self)
+        elif any(t.requires_grad for t in tensors):
+            refuse_dead_checkpoint()
+
+    def _lora_raw(self, param: str) -> Any:
+        """Return the plain class's attribute: a parameter, or a tensor in its place."""
+        computed = getattr(self._lora_plain, param, None)
+        if isinstance(computed, property):
+            return computed.__get__(self)
+        if param in self._parameters:
+            return self._parameters[param]
+        if param in self.__dict__:
+            return self.__dict__[param]
+        return super().__getattr__(param)  # raises
+
+    def _lora_read(self, param: str, raw: Any) -> Any:
+        """Return a parameter's effective value in a forward, the raw one elsewhere."""
+        reader = running_module()
+        if reader is None:
+            return raw
+        attached = self._lora
+        entries = attached.reads.get(param, {})
+        # Such a forward, put on since inject, computes with the weight; one around ours does not
+        # read it here.
+        put_on = not attached.running and has_own_forward(self)
+        adds = reader is self and not (put_on and self._lora_stock)  # to the output
+        if attached.forward and not adds and param == self.weight_name:
+            entries = {**attached.forward, **entries}
+        by_rows = reader is self and not put_on and adds_rows(self._lora_plain, param)
+        if by_rows and (state := attached.selection.current()).routed and not state.alone:
+            return raw
+        outside = reader is not self and not attached.running and isinstance(reader, nn.Module)
+        return self._lora_value(param, raw, entries, outside=outside)
+
+    def _lora_value(
+        self, param: str, raw: Any, entries: Mapping[str, Entry], *, outside: bool = False
+    ) -> Any:
+        """Return W + delta, with the entries of the current selection."""
+        if not entries:
+            return raw
+        if raw is None:
+            self._lora_refuse_replaced(param)
+        attached = self._lora
+        state = attached.selection.current()
+        if state.routed and adds_bias(type(self), param) and not outside:
+            return raw  # the layer's own forward, which adds to each row's output
+        if state.routed and not state.alone:
+            return self._lora_refuse_routed(param, raw, entries, state)
+        active = state.chosen[:1] if state.alone else state.active
+        taking = [(entries[n], weight) for n, weight in active if n is not None and n in entries]
+        if not taking:
+            return raw
+        if _is_tracing():
+            refuse_symbolic_trace()
+        if type(raw) not in (*PLAIN, PackedExperts):
+            return self._lora_other(raw, taking, outside)
+        # A value read under no_grad would cut the gradient of a later read in the same forward.
+        key, cache = (param, torch.is_grad_enabled()), attached.reads_so_far()
+        if cache is None:
+            return self._lora_effective(raw, taking, outside)
+        if key not in cache:
+            cache[key] = self._lora_effective(raw, taking, outside)
+        return cache[key]
+
+    def _lora_other(self, raw: Any, taking: list[tuple[Entry, float]], outside: bool) -> Any:
+        """Return the value of a sharded or a quantized weight.
+
+        Tensor parallelism computes with shards; FSDP2 reads them in hooks, to gather them. If the
+        weight was replaced after inject, or is read by a parent, there is no W to add to: only its
+        shape and dtype can be read.
+        """
+        if torch.compiler.is_compiling():
+            return raw
+        if hasattr(raw, "full_tensor"):
+            return self._lora_effective(raw, taking, outside) if computes() else raw
+        entry = taking[0][0]
+        if entry.on_output and not outside:
+            return raw  # the layer's own forward, to whose output the update is added
+
+        def used() -> None:
+            raise LayerError(
+                f"reading {entry.param!r} of a {type(self).__name__} in a forward",
+                f"it is {article(type(raw).__name__)}, to which adapter {entry.adapter!r} cannot "
+                "be added",
+                "Leave this layer out of the adapter, or quantize it before inject",
+            )
+
+        stand_in = torch.empty((), dtype=raw.dtype, device=raw.device).expand(raw.shape)
+        return lazy_weight(stand_in, (), float32=False, used=used)
+
+    def _lora_effective(
+        self, raw: Tensor, taking: list[tuple[Entry, float]], outside: bool
+    ) -> Tensor:
+        """Return `W + sum of weight * (copy - W) + sum of weight * scale * B @ A`."""
+        held, value = held_by(self), raw
+        low_rank, float32, gain = [], False, None
+        for entry, weight in taking:
+            spec = entry.spec
+            if spec is None:
+                value = trained(entry, value, raw, held[entry.mark], weight)
+                continue
+            # The weight of a layer keeps its dtype, which the layer's input has.
+            float32 = float32 or (spec.compute == "float32" and spec.kind == "parameter")
+            gain = gain or entry.gain(held)
+            low_rank += [(spec, held[r.A], held[r.B], r.scale) for r in entry.recipes(weight)]
+        if gain is not None:
+            refuse_mixed(taking)
+
+        def used() -> None:
+            for entry, _ in taking:
+                self._lora_is_read(entry)
+                if outside and entry.mark not in self._lora.read_from_outside:
+                    self._lora.read_from_outside |= {entry.mark}
+
+        if low_rank:
+            return lazy_weight(
+                value, low_rank, float32=float32, used=used, gain=gain, any_shape=outside
+            )
+        used()
+        return value
+
+    def _lora_is_read(self, entry: Entry) -> None:
+        """Note that an entry takes part, and refuse dropout, which a weight cannot express."""
+        if torch.compiler.is_compiling():
+            return
+        if entry.mark not in self._lora.took_part:
+            self._lora.used((entry,))
+        self._lora_refuse_vain(entry.tensors(self).values())
+        if entry.on_output and entry.spec and entry.spec.dropout and self._lora_drops():
+            raise LayerError(
+                f"reading the weight of site {entry.spec.name!r} in a forward",
+                f"adapter {entry.adapter!r} has dropout {entry.spec.dropout:g} on the layer's "
+                "input, which the reader of a weight does not see",
+                "Give the site dropout: 0",
+            )
+
+    def _lora_drops(self) -> bool:
+        """Whether dropout of adapters acts: trials have theirs in any mode of the base."""
+        one_pass = self._lora.selection.current().one_pass
+        return self.training if one_pass is None else bool(one_pass.drops)
+
+    def _lora_refuse_routed(
+        self, param: str, raw: Tensor, entries: Mapping[str, Entry], state: State
+    ) -> Tensor:
+        """Return W if its shape or dtype is read; raise if its values are used."""
+        if not state.parts.keys() & entries.keys():
+            return raw
+
+        def used() -> None:
+            raise LayerError(
+                f"routed(), reading {param!r} of a {type(self).__name__} in a forward",
+                "one weight is read for the whole batch, and its rows have adapters of their own",
+                "Leave this layer out of adapters that are routed",
+            )
+
+        return lazy_weight(raw, (), float32=False, used=used, any_shape=True)
+
+    def _lora_refuse_replaced(self, name: str) -> None:
+        """Raise if a parameter becomes computed, as in parametrize, prune and weight_norm.
+
+        FSDP1 and DataParallel also replace parameters by plain tensors, of the same value.
+        """
+        if not self.__dict__.keys() & {"_is_fsdp_managed_module", "_is_replica"}:
+            raise LayerError(
+                f"replacing parameter {name!r} of a {type(self).__name__}",
+                "it carries an adapter, which a parametrized, pruned or normalized weight would "
+                "leave behind",
+                "Eject the adapter first, then inject again",
+            )
+
+
+def trained(entry: Entry, value: Tensor, raw: Tensor, copy: Tensor, weight: float) -> Tensor:
+    """Return a tensor with the values of an entry without a site added or put in its place."""
+    if entry.scale is not None:
+        return (value.to(copy.dtype) + weight * entry.scale * copy).to(raw.dtype)
+    index = None if entry.rows is None else _index(entry.rows, raw)
+    mixed = copy
+    if weight != 1.0 or value is not raw:  # something else was added, too
+        before, base = (t if index is None else t[index] for t in (value, raw))
+        mixed = before.to(copy.dtype) + weight * (copy - base.to(copy.dtype))
+    mixed = mixed.to(raw.dtype)
+    return mixed if index is None else value.index_copy(0, index, mixed)
+
+
+def _index(rows: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return row indices as a tensor on the device of another, which is not sent in each forward.
+
+    A fake one, or one that a transform wraps, would outlive its trace.
+    """
+    plain = type(like) in (nn.Parameter, Tensor)
+    if torch.compiler.is_compiling() or (plain and not is_watched()):
+        return sent_once(rows, like.device)
+    return torch.tensor(rows, device=like.device)
+
+
+def cached_forward(plain: type[nn.Module]) -> Callable[..., Any]:
+    """Return the plain forward, in which each effective weight is formed once."""
+
+    @functools.wraps(plain.forward)
+    def forward(self: Reading, *args: Any, **kwargs: Any) -> Any:
+        attached = attached_to(self)
+        # Without one this bound method was kept and the adapter ejected.
+        if attached is None or torch.compiler.is_compiling():
+            return plain.forward(self, *args, **kwargs)
+        thread, running = threading.get_ident(), attached.running
+        outer, running[thread] = running.get(thread), ({}, saving_hooks())
+        try:
+            buffers = buffers_to_watch(self, attached) if self._buffers else {}
+            outputs = plain.forward(self, *args, **kwargs)
+            if buffers:
+                refuse_moved(self, attached, buffers)
+            return outputs
+        finally:
+            if outer is None:
+                del running[thread]
+            else:
+                running[thread] = outer
+
+    return forward
+
+
+def weight_property(param: str) -> property:
+    """Return the property of a swapped class that replaces a parameter."""
+
+    def read(self: Reading) -> Any:
+        raw = self._lora_raw(param)
+        try:
+            return self._lora_read(param, raw)
+        except AttributeError as error:
+            # nn.Module would answer an AttributeError with the raw weight: an inert adapter.
+            raise LayerError(
+                f"reading {param!r} of {type(self).__name__}",
+                f"its effective value could not be formed ({error})",
+                "This is a defect of the adapter's arithmetic; please report it",
+            ) from error
+
+    def write(self: Reading, value: Any) -> None:
+        # Parameters do not come here: nn.Module.__setattr__ puts them into `_parameters`.
+        self._lora_refuse_replaced(param)
+        self.__dict__[param] = value
+
+    def delete(self: Reading) -> None:
+        del self.__dict__[param]
+
+    return property(read, write, delete)

@@ -1,0 +1,195 @@
+"""One walk over a model: its modules and base parameters, their names, and who shares what.
+
+A verb makes one `Survey` and passes it along. It holds while no module and no base parameter comes
+or goes; adapters may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from functools import cached_property
+from typing import NamedTuple, cast
+
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from lora_inject.core.layers.attached import attached_to
+from lora_inject.core.spec.names import canonical, joined, parent
+from lora_inject.errors import LayerError, article
+
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+
+# Deeper than torch's own train() and eval() get before Python's limit on recursion.
+MAX_DEPTH = 1000
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the user's model inside torch.compile's, DistributedDataParallel's and like wrappers.
+
+    Adapters live on the model itself, so every verb means the same on a wrapped model.
+    """
+    if isinstance(model, type):
+        name = model.__name__
+        raise LayerError("the model", f"it is the class {name}", f"Give an instance: {name}(...)")
+    if not isinstance(model, nn.Module):
+        found = f"it is {article(type(model).__name__)}"
+        raise LayerError("the model", found, "Give a torch.nn.Module")
+    while True:
+        if isinstance(model, _WRAPPERS):
+            model = model.module
+        elif len(model._modules) == 1 and (inner := model._modules.get("_orig_mod")) is not None:
+            model = inner
+        else:
+            return model
+
+
+class Holder(NamedTuple):
+    """A base parameter, or the buffer of a packed one, in its place."""
+
+    name: str
+    module: nn.Module
+    param: str
+
+    @property
+    def tensor(self) -> nn.Parameter:
+        """What stands there now."""
+        return base_tensor(self.module, self.param)
+
+
+def base_tensor(module: nn.Module, key: str) -> nn.Parameter:
+    """Return what stands for a weight in its module: a parameter, or the buffer of a packed one."""
+    table = module._parameters if key in module._parameters else module._buffers
+    return cast(nn.Parameter, table[key])
+
+
+class Survey:
+    """The modules and base parameters of a model, read off it once.
+
+    Attributes:
+        given: The model as the caller has it, maybe in a wrapper.
+        model: The model without the wrappers around it.
+        named: `(canonical name, module)` in the order of the model, the model itself as `""`, a
+            shared module under each of its names.
+        modules: The same with each module once, under its first name. A wrapper and what it wraps
+            have the same canonical name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.given, self.model = model, unwrapped(model)
+        self.named = list(_walk(self.model))
+        first: dict[int, tuple[str, nn.Module]] = {}
+        for pair in self.named:
+            first.setdefault(id(pair[1]), pair)
+        self.modules = list(first.values())
+
+    @cached_property
+    def by_name(self) -> dict[str, nn.Module]:
+        """Every name with its module; of a wrapper and what it wraps, the latter."""
+        return dict(self.named)
+
+    @cached_property
+    def paths(self) -> dict[int, str]:
+        """The first name of each module, by the module's id."""
+        return {id(module): name for name, module in self.modules}
+
+    @cached_property
+    def further(self) -> dict[int, tuple[str, ...]]:
+        """All names but the first of modules that have several, by the module's id."""
+        found: dict[int, tuple[str, ...]] = {}
+        for name, module in self.named if len(self.modules) < len(self.named) else ():
+            if name != self.paths[id(module)]:
+                found[id(module)] = (*found.get(id(module), ()), name)
+        return found
+
+    @cached_property
+    def own(self) -> dict[int, dict[str, nn.Parameter]]:
+        """The base parameters of each module, without its children's, by the module's id."""
+        return {id(module): base_parameters(module) for _, module in self.modules}
+
+    @cached_property
+    def time_major(self) -> tuple[str, ...]:
+        """Prefixes of the names of layers that may get inputs with time before batch.
+
+        These are the layers next to a module with `batch_first=False`.
+        """
+        parts = (name for name, m in self.named if m.__dict__.get("batch_first") is False)
+        return tuple({f"{parent(name)}." if parent(name) else "" for name in parts})
+
+    @cached_property
+    def holders(self) -> list[Holder]:
+        """Every base parameter of every module, by the first name of the module."""
+        own = ((name, module, self.own[id(module)]) for name, module in self.modules)
+        return [Holder(joined(name, key), m, key) for name, m, held in own for key in held]
+
+    @cached_property
+    def _by_memory(self) -> dict[Hashable, list[Holder]]:
+        found: dict[Hashable, list[Holder]] = {}
+        for holder in self.holders:
+            found.setdefault(memory_of(holder.tensor), []).append(holder)
+        return found
+
+    def sharing(self, tensor: Tensor) -> list[Holder]:
+        """Return who holds a base parameter, or one of the same memory; if several, it is tied."""
+        return self._by_memory.get(memory_of(tensor), [])  # none of a packed buffer
+
+    @cached_property
+    def tied(self) -> dict[Hashable, list[str]]:
+        """All names of each base tensor in several modules, by its memory."""
+        several = ((memory, held) for memory, held in self._by_memory.items() if len(held) > 1)
+        return {memory: [holder.name for holder in held] for memory, held in several}
+
+    def at(self, name: str) -> Holder:
+        """Return the place of a base tensor by any of its names."""
+        owner, _, key = name.rpartition(".")
+        module = self.by_name[owner]
+        return Holder(joined(self.paths[id(module)], key), module, key)
+
+    def names_of(self, name: str) -> list[str]:
+        """Return every name of the tensor that a base parameter's name stands for."""
+        return [holder.name for holder in self.sharing(self.at(name).tensor)]
+
+
+def memory_of(parameter: Tensor) -> Hashable:
+    """Return a key that is equal for parameters that are one tensor.
+
+    That is one Parameter under several names, or several Parameters over the same elements, as
+    `load_state_dict(assign=True)` of a tied checkpoint leaves them.
+    """
+    if (
+        type(parameter) is nn.Parameter
+        and not parameter.is_meta
+        and (start := parameter.data_ptr())
+    ):
+        return start, parameter.shape, parameter.stride(), parameter.dtype, parameter.device
+    return id(parameter)
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    pending: list[tuple[str, nn.Module, int]] = [("", model, 0)]
+    while pending:
+        name, module, depth = pending.pop()
+        yield name, module
+        if children := module._modules:
+            if depth == MAX_DEPTH:
+                _refuse_endless(name)
+            for key, child in reversed(children.items()):
+                if child is not None:
+                    inside = joined(name, key) if canonical(key) else name
+                    pending.append((inside, child, depth + 1))
+
+
+def _refuse_endless(name: str) -> None:
+    """Raise for a module that holds itself: its names would have no end."""
+    raise LayerError(
+        f"walk the model, module '{name[:80]}...'",
+        f"it lies {MAX_DEPTH} modules deep: a module holds one that holds it (its parent?)",
+        "Keep such a reference in a tuple, or set it with object.__setattr__; train() and eval() "
+        "of torch would not end either",
+    )
+
+
+def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a module's own parameters, without its children's and without adapters."""
+    if (attached := attached_to(module)) is not None:
+        return attached.base(module._parameters)
+    return {key: p for key, p in module._parameters.items() if p is not None}

@@ -1,0 +1,246 @@
+"""The roots, adapted modules and adapters of a model, read from its modules on each call.
+
+The model is the only state. A small record on the root holds what `eject` must restore and which
+modules each adapter was put on. All names are those of the model that a verb is called on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+from torch import nn
+
+from lora_inject.core.layers.attached import Attached, Entry, attached_to, refuse_mixed
+from lora_inject.core.layers.checkpointing import alive
+from lora_inject.core.layers.class_swap import refuse_replaced_class
+from lora_inject.core.layers.selection import Selection
+from lora_inject.core.layers.survey import Holder, Survey, base_tensor, unwrapped
+from lora_inject.core.spec.names import joined
+from lora_inject.errors import StateError, check_type, nearest
+from lora_inject.rows.routed_forward import routes_rows
+
+ROOT = "_lora_root"
+
+ROOT_MODULES: WeakSet[nn.Module] = WeakSet()
+"""Modules that hold a record: two of them may share layers without one being inside the other."""
+
+
+class Carried(NamedTuple):
+    """One entry of an adapter: the name of its module, the module, the entry."""
+
+    path: str
+    module: nn.Module
+    entry: Entry
+
+    @property
+    def name(self) -> str:
+        """Name of the site, or of the tensor that the entry has a copy of or adds to."""
+        spec = self.entry.spec
+        return joined(self.path, self.entry.param) if spec is None else spec.name
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The frozen tensor."""
+        return base_tensor(self.module, self.entry.param)
+
+
+@dataclass
+class Root:
+    """What the root of an injected model remembers."""
+
+    selection: Selection  # the cell that all its layers share
+    # By adapter: the config it was injected with, as plain data, and the modules it was put on.
+    configs: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    carrying: dict[str, list[nn.Module]] = field(default_factory=dict)
+    trainable: set[str] = field(default_factory=set)  # adapters that may require gradients
+    # Base parameters that required a gradient before the first inject, by their name at that time.
+    required_grad: dict[str, Holder] = field(default_factory=dict)
+    undo: Any = None  # what `unmerge` restores while the model is merged; see `model.merge`
+    kept: tuple[int, Reach] | None = None  # a walk of the model and its generation; see `reach`
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, without values that were read from another model."""
+        return {**self.__dict__, "kept": None}
+
+
+def roots_of(survey: Survey) -> dict[str, Root]:
+    """Return the records of all injected roots in a model, by name; `""` is the model itself."""
+    found = {path: module for path, module in survey.modules if ROOT in module.__dict__}
+    ROOT_MODULES.update(found.values())  # a copy or a pickle has not registered its roots
+    return {path: module.__dict__[ROOT] for path, module in found.items()}
+
+
+def adapted_modules(survey: Survey) -> Iterator[tuple[str, nn.Module, Attached]]:
+    """Yield the modules that carry adapters, by canonical name, in the order of the model."""
+    for path, module in survey.modules:
+        if (attached := attached_to(module)) is not None:
+            yield path, module, attached
+
+
+def entries(survey: Survey, name: str | None = None) -> Iterator[Carried]:
+    """Yield the entries of one adapter, or of all."""
+    for path, module, attached in adapted_modules(survey):
+        for entry in attached.entries(name):
+            yield Carried(path, module, _named(path, entry))
+
+
+def _named(path: str, entry: Entry) -> Entry:
+    """Return an entry whose site has the name that it has in this model."""
+    spec, weight = entry.spec, joined(path, entry.param)
+    if spec is None or spec.weight == weight:
+        return entry
+    owner = spec.weight.rpartition(".")[0]
+    inside = bool(owner) and path.endswith(f".{owner}")
+    aliases = tuple(path.removesuffix(owner) + alias for alias in spec.aliases if inside)
+    name = weight if spec.name == spec.weight else path
+    return replace(entry, spec=spec.at(name, weight, aliases))
+
+
+def idle_among(items: Collection[Carried]) -> tuple[str, ...]:
+    """Return the names of sites and trained tensors that no forward has used, where others were."""
+    idle = tuple(
+        item.name
+        for item in items
+        if (attached := attached_to(item.module)) and item.entry.mark not in attached.took_part
+    )
+    return idle if len(idle) < len(items) else ()
+
+
+def records_of(survey: Survey, name: str) -> list[tuple[nn.Module, Root]]:
+    """Return the roots that an adapter was put on: those inside the model, else those around it."""
+    inside = [(survey.by_name[path], record) for path, record in roots_of(survey).items()]
+    if found := [item for item in inside if name in item[1].carrying]:
+        return found
+    selections = set(map(id, reach(survey.model, survey).selections))
+    around = [(m, m.__dict__[ROOT]) for m in alive(ROOT_MODULES) if ROOT in m.__dict__]
+    return [(m, r) for m, r in around if name in r.carrying and id(r.selection) in selections]
+
+
+def whole_adapter(survey: Survey, name: str, asked: str) -> list[Carried]:
+    """Return the entries of an adapter; raise if the model does not hold all of them."""
+    recorded = {known for record in roots_of(survey).values() for known in record.configs}
+    check_names(reach(survey.model, survey).names | recorded, [name], asked)
+    records = records_of(survey, name)
+    found = list(entries(survey, name))
+    for path, module, _ in found:
+        refuse_replaced_class(module, f"{asked} {name!r} at {path!r}")
+    if not records:  # a copy of one layer, which has no root
+        return found
+    carrying = {id(m): m for _, record in records for m in record.carrying[name]}
+    found = [item for item in found if id(item[1]) in carrying]
+    for _, module, _ in found:
+        carrying.pop(id(module), None)
+    for module in carrying.values():
+        attached = attached_to(module)
+        lost = list(attached.entries(name)) if attached else []
+        site = next((e.spec.name if e.spec else e.param for e in lost), type(module).__name__)
+        here = any(id(root) in survey.paths for root, _ in records)
+        raise StateError(
+            f"{asked} {name!r}",
+            f"the layer that carries its site {site!r} is not in the model"
+            + (" any more" if here else ", which shares only some of its layers"),
+            "Put the layer back, or eject the adapter" if here else "Call it on the injected model",
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a verb on a model reaches: the distinct selections inside, and the adapters.
+
+    `whole` maps an adapter to a parameter that it reads as a whole weight; `gained` are the
+    adapters with a gain at any site.
+    """
+
+    selections: tuple[Selection, ...]
+    names: frozenset[str]
+    whole: Mapping[str, str]
+    gained: frozenset[str]
+
+
+_generation = 0
+
+
+def structure_changed() -> None:
+    """Mark every kept walk as out of date, after adapters were added or removed on any model."""
+    global _generation  # noqa: PLW0603 - counts inject and eject, so that roots can keep a walk
+    _generation += 1
+
+
+def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
+    """Return the selections and adapters in a model.
+
+    The result is kept on the root until the next inject or eject, so the cost of switching does not
+    depend on the size of the model.
+    """
+    model = unwrapped(model)
+    root: Root | None = model.__dict__.get(ROOT)
+    if root is not None and root.kept is not None and root.kept[0] == _generation:
+        return root.kept[1]
+    selections: dict[Selection, None] = {}
+    names: set[str] = set()
+    whole: dict[str, str] = {}
+    gained: set[str] = set()
+    for path, module, attached in adapted_modules(survey or Survey(model)):
+        selections[attached.selection] = None
+        names.update(attached.forward, *attached.reads.values())
+        if attached.gains or attached.reads:  # keeps later verbs fast with many adapters
+            gained.update(entry.adapter for entry in attached.entries() if entry.variant.gained)
+        reads = (entry for table in attached.reads.values() for entry in table.values())
+        shared = (entry for entry in reads if not routes_rows(module, entry))
+        whole |= {entry.adapter: joined(path, entry.param) for entry in shared}
+    found = Reach(tuple(selections), frozenset(names), whole, frozenset(gained))
+    if root is not None:
+        root.kept = (_generation, found)
+    return found
+
+
+def refuse_mixes(model: nn.Module, found: Reach, weights: Mapping[str, float]) -> None:
+    """Raise if an adapter with a gain would not be alone at a site, with weight 1."""
+    if not found.gained & weights.keys() or (len(weights) == 1 and 1.0 in weights.values()):
+        return
+    taking: dict[tuple[int, str], list[tuple[Entry, float]]] = {}
+    survey = Survey(model)
+    for name, weight in weights.items():
+        for _, module, entry in entries(survey, name):
+            taking.setdefault((id(module), entry.param), []).append((entry, weight))
+    for each in taking.values():
+        refuse_mixed(each)
+
+
+def check_names(known: frozenset[str], names: Iterable[str], verb: str) -> set[str]:
+    """Return the names, or raise if one is not an adapter of the model."""
+    listed = list(names)
+    for name in listed:
+        check_type(f"{verb} {name!r}", name, str, "Give the name of an adapter")
+        if name not in known:
+            there = ", ".join(map(repr, sorted(known))) or "none"
+            close = nearest(name, known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else "Inject or load it first"
+            raise StateError(f"{verb} {name!r}", f"the model's adapters are: {there}", hint)
+    return set(listed)
+
+
+def check_new_name(found: Reach, name: str) -> None:
+    """Check that an adapter of that name can be added now, to a model with these adapters."""
+    asked = f"adapter {name!r}"
+    if not isinstance(name, str) or not name:
+        raise StateError(asked, "a name is a string of one character or more", "Give another name")
+    if name in found.names:
+        found_here = "the model has one of that name"
+        raise StateError(asked, found_here, "Eject it, or choose another name")
+    for selection in found.selections:
+        selection.check_settled(f"adding adapter {name!r}")
+    refuse_merged(f"adding adapter {name!r}", *found.selections)
+
+
+def refuse_merged(asked: str, *selections: Selection) -> None:
+    """Raise if the weights hold a merged adapter."""
+    for selection in selections:
+        if selection.state.merged:
+            merged = ", ".join(name for name, _ in selection.state.merged)
+            found = f"{merged!r} is merged into the weights"
+            raise StateError(asked, found, "Call unmerge(model) first")

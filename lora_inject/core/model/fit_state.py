@@ -1,0 +1,227 @@
+"""Fit an adapter, as a value, to a model: its sites, its trained copies, its base.
+
+Only this file matches a site from a file or from another model with the module of that name. It
+uses the names and shapes of the adapter's own tensors, never patterns from a file, and raises an
+error if site and module do not fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lora_inject.algebra.renaming import named
+from lora_inject.checks.fingerprint import Fingerprint, compare, same_values, unverifiable
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.layers.candidates import inventory
+from lora_inject.core.layers.kinds import KINDS
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.save import base_weights, fingerprint
+from lora_inject.core.spec.inventory import Candidate, Inventory
+from lora_inject.core.spec.names import joined
+from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.errors import FormatError, LayerError, nearest
+from lora_inject.formats.older_names import in_names_of
+
+Base = Literal["same", "quantized", "any"]
+# Fields of a site that come from the model, not from the adapter.
+_OF_MODEL = ("name", "kind", "weight_shape", "weight", "update", "aliases")
+
+
+def fit(
+    survey: Survey, state: AdapterState, *, leave_out: Sequence[str], base: Base, asked: str
+) -> AdapterState:
+    """Return an adapter in the names and the geometry of a model, with the tensors as they are."""
+    names, weights = inventory(survey), base_weights(survey)
+    state = in_names_of(survey.model, _without(state, leave_out, asked), weights)
+    sites = {key: _stack_of_one(site, names) for key, site in state.sites.items()}
+    state = dataclasses.replace(state, sites=sites | _under_further_names(sites, names))
+    specs = {key: fit_site(site.spec, names, asked) for key, site in state.sites.items()}
+    for key in state.trained.keys() & set(names.buffers):
+        found = "it is a buffer of the model, and adapters hold parameters only"
+        remedy = "Merge it into the base with PEFT (merge_and_unload) and start from that model"
+        raise FormatError(f"{asked}, trained tensor {key!r}", found, remedy)
+    trained, rows = _fit_trained(state, survey, weights, asked)
+    if state.fingerprint is not None and base != "any":
+        new = {state.sites[key].spec.weight: spec.weight for key, spec in specs.items()}
+        if not state.sites:  # `save.witnesses`: other tensors of the base, under its names
+            new = {name: name for name in state.fingerprint.shapes if name in weights}
+        here = {old: survey.at(name).tensor for old, name in new.items()}
+        check_base(state.fingerprint, fingerprint(here), base, asked)
+    check_base_copies(state, weights, asked)
+    state.check_finite(asked, FormatError)
+    sites = {
+        spec.name: dataclasses.replace(state.sites[key], spec=spec) for key, spec in specs.items()
+    }
+    return AdapterState(sites, trained, state.config, rows=rows)
+
+
+def _without(state: AdapterState, patterns: Iterable[str], asked: str) -> AdapterState:
+    """Leave out what the caller's patterns match; each must match something."""
+    names = [*state.trained, *state.sites]
+    gone = named(names, patterns, f"{asked}, leave_out", FormatError)
+    return state.only(set(names) - gone.keys())
+
+
+def _found(spec: SiteSpec, names: Inventory) -> Candidate | None:
+    """Return the model's candidate of a site's name."""
+    if (place := names.sites.get(spec.name)) is not None:
+        return names.candidates[place]
+    place = names.weights.get(spec.name) if spec.kind == "parameter" else None
+    return None if place is None else names.candidates[place].as_parameter(spec.name)
+
+
+def _under_further_names(sites: Mapping[str, SiteState], names: Inventory) -> dict[str, SiteState]:
+    """Return the sites of layers that were one layer where the adapter was made, and are not here.
+
+    It has an adapter under each of its names, so each of these layers gets one.
+    """
+    found = {}
+    for site in sites.values():
+        spec, own = site.spec, _found(site.spec, names)
+        for alias in spec.aliases:
+            there = spec.at(alias, alias + spec.weight.removeprefix(spec.name))
+            other = _found(there, names)
+            if alias not in sites and other and own and other.weight != own.weight:
+                found[alias] = dataclasses.replace(site, spec=there)
+    return found
+
+
+def _stack_of_one(site: SiteState, names: Inventory) -> SiteState:
+    """Return the site of a stack that holds one matrix as a stack: PEFT's files do not tell."""
+    spec, candidate = site.spec, _found(site.spec, names)
+    if spec.kind != "parameter" or spec.experts is not None:
+        return site
+    if candidate is None or candidate.experts != 1:
+        return site
+    shape = (1, *spec.weight_shape[:: -1 if candidate.transposed else 1])
+    spec = dataclasses.replace(spec, experts=1, weight_shape=shape, transposed=candidate.transposed)
+    return SiteState.of(spec, {role: tensor[None] for role, tensor in site.tensors.items()})
+
+
+def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:
+    """Return a site's spec as this model holds it: the file's numbers, the module's geometry."""
+    candidate, where = _found(spec, names), f"{asked}, site {spec.name!r}"
+    remedy = "Load the adapter onto the model that it was made for"
+    if spec.kind != "parameter" and all(row.kind != spec.kind for row in KINDS):
+        found = f"its kind of layer, {spec.kind!r}, is not registered here"
+        raise FormatError(where, found, "Import the module that calls register_kind for it first")
+    if candidate is None:
+        close = ", ".join(map(repr, nearest(spec.name, names.sites))) or "none"
+        raise FormatError(where, "the model has no such module", f"Nearest: {close}. {remedy}")
+    if candidate.refusal is not None:
+        raise LayerError(where, *candidate.refusal)
+    maps = (spec.in_features, spec.out_features)
+    fits = (candidate.in_features, candidate.out_features)
+    if spec.kind == "parameter" and spec.transposed != candidate.transposed:
+        fits = fits[::-1]
+    # The layout of a parameter may group its axes differently.
+    same = spec.kind == "parameter" and spec.weight_shape == candidate.weight_shape
+    if (maps, spec.experts) != (fits, candidate.experts) and not same:
+        there = f"it maps {maps[0]} to {maps[1]} features in the file"
+        raise FormatError(where, f"{there}, {fits[0]} to {fits[1]} here", remedy)
+    here: dict[str, Any] = {key: getattr(candidate, key) for key in _OF_MODEL} | {"rule": None}
+    if spec.kind != "parameter":
+        here["transposed"] = candidate.transposed
+    same = all(getattr(spec, key) == value for key, value in here.items())
+    return spec if same else dataclasses.replace(spec, **here)
+
+
+def _fit_trained(
+    state: AdapterState, survey: Survey, weights: Mapping[str, Tensor], asked: str
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """Return the full copies by the model's names; equal copies of a tied tensor are one tensor.
+
+    A tied tensor that the adapter names once, or with two values, is read as a copy under the names
+    that it gives and nowhere else, as PEFT does. Rows of the input embedding, which PEFT gives to
+    what is tied to it as well, are read under all its names.
+    """
+    rows_of: dict[str, tuple[int, ...]] = {}
+    fitted: dict[str, Tensor] = {}
+    first: dict[int, list[Tensor]] = {}
+    table = _input_table(survey)
+    for key, tensor in state.trained.items():
+        weight, rows = weights.get(key), state.rows.get(key)
+        if reason := _why_not_copied(key, tensor, rows, weight):
+            raise FormatError(f"{asked}, trained tensor {key!r}", *reason)
+        name = survey.at(key).name  # a module with two names is one module
+        same = first.setdefault(id(weight), [])
+        held = next((t for t in same if torch.equal(t, tensor)), None)
+        if held is None:
+            same.append(tensor)
+        fitted[name] = tensor if held is None else held
+        if rows is not None:
+            tied = survey.names_of(name) if name == table else ()
+            further = [n for n in tied if n not in state.trained]
+            fitted.update(dict.fromkeys(further, fitted[name]))
+            rows_of.update(dict.fromkeys((name, *further), rows))
+    return fitted, rows_of
+
+
+def _input_table(survey: Survey) -> str | None:
+    """Return the name of the weight of a model's input embedding, None if it states none."""
+    get = getattr(survey.model, "get_input_embeddings", None)
+    try:
+        path = survey.paths.get(id(get())) if callable(get) else None
+    except (AttributeError, NotImplementedError):
+        return None
+    return None if path is None else joined(path, "weight")
+
+
+def _why_not_copied(
+    key: str, tensor: Tensor, rows: tuple[int, ...] | None, weight: Tensor | None
+) -> tuple[str, str] | None:
+    """Return why a tensor is not a copy of a model's tensor, or of its rows, and what to do."""
+    leave = "Load the adapter onto the model that it was made for, or leave this tensor out with "
+    leave += f"leave_out=[{key!r}]"
+    if weight is None:
+        return "the model has no such parameter", leave
+    there, here = tuple(tensor.shape), tuple(weight.shape)
+    if rows is None:
+        differ = there != here
+        return (f"it has shape {there} in the file and {here} here", leave) if differ else None
+    if len(here) == 2 and max(rows) < here[0] and here[1:] == there[1:]:
+        return None
+    found = f"it holds rows up to {max(rows)}, of {there[1:]} values, and the model's has the "
+    remedy = "Resize the vocabulary first: model.resize_token_embeddings(n)"
+    return f"{found}shape {here}", remedy
+
+
+def check_base(saved: Fingerprint, here: Fingerprint, base: Base, asked: str) -> None:
+    """Refuse a base that is not, at the adapter's sites, the one that it was made on."""
+    if saved == here and not here.quantized:
+        return
+    common = saved.without(saved.shapes.keys() - here.shapes.keys())
+    if common is not None and (unknown := unverifiable(common, here)):
+        if base != "quantized":
+            raise FormatError(
+                asked,
+                f"the base cannot be compared at {len(unknown)} sites, of which {unknown[0]!r}: "
+                "its weight is quantized here or where the adapter was made, but not in both, "
+                "or it is sharded or on the meta device",
+                'Pass base="quantized" where it is the right base',
+            )
+        common = common.without(unknown)
+    if common is not None and (differences := compare(common, here)):
+        key, what = next(iter(differences.items()))
+        raise FormatError(
+            asked,
+            f"the adapter was made on another base: {key!r} {what} ({len(differences)} of "
+            f"{len(common.shapes)} sites differ)",
+            'Load it onto its own base, or pass base="any"',
+        )
+
+
+def check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked: str) -> None:
+    """PEFT stores whole base embeddings with an adapter; one that differs would be lost."""
+    for key, copy in state.base_copies.items():
+        weight = weights.get(key)
+        if weight is None or not same_values(weight.detach().cpu(), copy):
+            found = "the file carries a copy of this base tensor that is not the model's"
+            remedy = "Load the adapter onto the base that it was made on (was the vocabulary "
+            raise FormatError(f"{asked}, {key!r}", found, remedy + "resized?)")

@@ -1,0 +1,276 @@
+"""Putting an adapter onto a live model: a new one by a config, one from files, or a value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files.tensors import in_memory
+from lora_inject.core.functional import master_dtype, norms_of
+from lora_inject.core.layers.candidates import inventory
+from lora_inject.core.layers.reading import is_quantized
+from lora_inject.core.layers.survey import Survey, memory_of
+from lora_inject.core.model.attach import attach, places, refuse_statistics, survey_for
+from lora_inject.core.model.carried import Carried, reach, records_of
+from lora_inject.core.model.fit_state import Base, fit
+from lora_inject.core.model.save import model_facts
+from lora_inject.core.model.train import refuse_dead_inputs
+from lora_inject.core.spec.config import Config, ConfigLike
+from lora_inject.core.spec.matching import resolve
+from lora_inject.core.spec.names import joined, matching
+from lora_inject.core.spec.plan import Plan
+from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.distributed.sharding import check_shardable, fsdp2_modules, shard_adapter
+from lora_inject.errors import FormatError, StateError, check_path, check_type
+from lora_inject.formats import detected, read_adapter
+from lora_inject.formats.hub import download, is_repo
+from lora_inject.formats.model_facts import expert_names
+from lora_inject.formats.peft.peft_reading import refuse_first_places
+from lora_inject.quantized.dense_values import dense
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def plan(model: nn.Module, config: ConfigLike) -> Plan:
+    r"""Say what `inject` would do, and change nothing.
+
+    Args:
+        model: Any module, also on the meta device.
+        config: A `Config`, a dict, the path of a YAML file, or a LoraConfig of PEFT.
+
+    Returns:
+        The plan; `print(plan)` shows it as a table.
+
+    Raises:
+        ConfigError: The config is not valid.
+        MatchError: A pattern matches nothing, or `expect` is missed.
+        LayerError: A matched module cannot carry an adapter.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> plan(net, {"rank": 2, "targets": [r"\d"]}).n_lora
+        44
+    """
+    found = inventory(Survey(model))
+    return resolve(Config.coerce(config, found, expert_names(model)), found)
+
+
+def inject(
+    model: M, config: ConfigLike, name: str = "default", *, probe: Callable[[], Any] | None = None
+) -> M:
+    """Put a new adapter onto a model, in place, and freeze everything else.
+
+    The adapter becomes the only active and the only trainable one; others keep their values. That
+    holds for another model's adapters as well if it shares a layer with this one.
+
+    Args:
+        model: Any module; stays the same object.
+        config: A `Config`, a dict, the path of a YAML file, or a LoraConfig of PEFT.
+        name: Name of the adapter.
+        probe: Runs the model once, for instance `lambda: model(**batch)`. With it a site that the
+            run does not reach, whose adapter would be inert, is an error.
+
+    Returns:
+        The same object, for chaining.
+
+    Raises:
+        ConfigError: The config is not valid.
+        MatchError: A pattern matches nothing, or `expect` is missed.
+        LayerError: A matched module cannot carry an adapter, or `probe` does not reach it.
+        StateError: The name is in use, or the model is merged.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> _ = inject(net, {"rank": 2, "targets": ["0"]})
+        >>> sorted(n for n, p in net.named_parameters() if p.requires_grad)
+        ['0.lora_A__default', '0.lora_B__default']
+    """
+    survey = survey_for(model, name)
+    refuse_dead_inputs(survey, f"inject {name!r}")
+    present = inventory(survey)
+    planned = resolve(Config.coerce(config, present, expert_names(model)), present)
+    named = {
+        key: trained.rows for trained in planned.trained for key in survey.names_of(trained.name)
+    }
+    found = places(survey, name, planned.sites, named)
+    for i, pattern in enumerate(planned.config.train):
+        asked = f"train {i + 1} ('{pattern}')"
+        refuse_statistics(survey, matching(pattern, present.modules, asked=asked), asked)
+
+    def initial(place: Carried) -> Mapping[str, Tensor]:
+        spec, weight, dtype = place.entry.spec, place.weight, master_dtype(place.weight.dtype)
+        if spec is None:
+            role = next(iter(place.entry.names))
+            return {role: place.entry.start(weight).to(dtype, copy=True)}
+        return place.entry.variant.start(spec, weight, dtype, lambda: _norms(spec, place))
+
+    def tied(place: Carried) -> Hashable:
+        return memory_of(place.weight)
+
+    attach(survey, name, found, initial, tied, planned.config.to_dict(), probe=probe)
+    return model
+
+
+def _norms(spec: SiteSpec, place: Carried) -> Tensor:
+    """Return the norms of the adapted outputs of W, equal in every bit to the first forward's."""
+    weight: Tensor = place.weight
+    if is_quantized(weight):
+        weight = dense(place.module, weight)
+    matrix = weight.detach().reshape(spec.matrix_shape)
+    if spec.update == "weight":
+        matrix = matrix.to(torch.promote_types(weight.dtype, torch.float32))
+    norms = norms_of(matrix, spec.transposed)
+    return torch.cat([norms[start:stop] for start, stop in spec.spans])
+
+
+def load_adapter(
+    model: M,
+    path: str | PathLike[str],
+    name: str = "default",
+    *,
+    leave_out: Sequence[str] = (),
+    base: Base = "same",
+    format: str | None = None,  # noqa: A002
+    revision: str | None = None,
+    **options: Any,
+) -> M:
+    """Read an adapter from files or from the hub, and put it onto a model, all of it or nothing.
+
+    It becomes active only where no adapter of the model is active, and it is not trainable until
+    `train_only(model, name)` says so. After `fully_shard` every process must call it, and the
+    adapter is sharded with its layers.
+
+    Args:
+        model: The model that it was made for.
+        path: What `save_adapter` or PEFT wrote, or `user/name` on the Hugging Face hub if there
+            is no such path. Only safetensors and the config are downloaded.
+        name: Its name on this model.
+        leave_out: Patterns (as in a config) of trained tensors and sites to let go, or of modules
+            around them, for instance a head of another task. Each must match something.
+        base: `same`: the base must be the one that the adapter was made on, as far as its
+            fingerprint tells, in whatever dtype, or quantized in the same way. `quantized`: what
+            cannot be compared is let through, as of a base that is quantized only here, or was only
+            where the adapter was made. `any`: no comparison.
+        format: A row of `formats.FORMATS`; by default it is detected from the files.
+        revision: Branch, tag or commit of a repository; by default the head of its main branch.
+        **options: For the format.
+
+    Returns:
+        The same object.
+
+    Raises:
+        FormatError: Files that are incomplete or unsafe, tensors that do not fit the model, or
+            another base. Nothing was changed.
+        StateError: The name is in use, or the model is merged.
+    """
+    check_path("load adapter", path)
+    survey, asked = survey_for(model, name, loads=True), f"load {str(path)!r}"
+    if is_repo(path):
+        path = download(str(path), revision)
+    elif revision is not None:
+        found = "a revision is for repositories, and this is a path"
+        raise FormatError(f"{asked} at {revision!r}", found, "Leave the revision out")
+    format = format or detected(Path(path))  # noqa: A001
+    state = read_adapter(path, format, facts=model_facts(survey), **options).mapped(in_memory)
+    fitted = fit(survey, state, leave_out=leave_out, base=base, asked=asked)
+    if format == "peft" and state.fingerprint is None:  # as PEFT understands it
+        refuse_first_places(survey, (site.spec for site in fitted.sites.values()), asked)
+    _put_on(survey, fitted, name, _Owned())
+    return model
+
+
+def install(
+    model: M,
+    state: AdapterState,
+    name: str = "default",
+    *,
+    leave_out: Sequence[str] = (),
+    base: Base = "same",
+) -> M:
+    """Put an adapter, as a value, onto a model; see `load_adapter`.
+
+    Args:
+        model: The model.
+        state: The adapter; its tensors are copied.
+        name: Its name on this model.
+        leave_out: Patterns of trained tensors and sites to let go.
+        base: How sure to be of the base.
+
+    Returns:
+        The same object.
+
+    Raises:
+        FormatError: It does not fit the model. Nothing was changed.
+        StateError: The name is in use, or the model is merged.
+    """
+    check_type("install", state, AdapterState, "Give an AdapterState; load_adapter reads files")
+    survey = survey_for(model, name, loads=True)
+    fitted = fit(survey, state, leave_out=leave_out, base=base, asked="install")
+    _put_on(survey, fitted, name, _copied)
+    return model
+
+
+def _put_on(
+    survey: Survey, state: AdapterState, name: str, taken: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Put a fitted adapter on; it becomes active if no other is active on this model.
+
+    The model may be a part of a larger one: what is active in other parts is none of its business.
+    """
+    copies = {key: state.rows.get(key) for key in state.trained}
+    found = places(survey, name, [site.spec for site in state.sites.values()], copies)
+
+    tensors: dict[str, Mapping[str, Tensor]] = {n: site.tensors for n, site in state.sites.items()}
+    tensors |= {joined(n, "bias"): site.tensors for n, site in state.sites.items()}  # lora_bias
+    tensors |= {key: {"T": tensor} for key, tensor in state.trained.items()}
+
+    def given(place: Carried) -> Mapping[str, Tensor]:
+        mine = tensors[place.name]
+        return {role: taken(mine[role], place.weight) for role in place.entry.names}
+
+    def tied(place: Carried) -> Hashable:
+        return id(tensors[place.name][next(iter(place.entry.names))])
+
+    sharded = bool(fsdp2_modules(survey))
+    if sharded:
+        check_shardable(survey, f"adapter {name!r}", found, tied)
+    there = reach(survey.model, survey)
+    active = {each for selection in there.selections for each, _ in selection.state.active}
+    idle = active.isdisjoint({*there.names, name})
+    if idle and records_of(survey, name):
+        found_there = "another part of the model has an adapter of that name, which is not active"
+        remedy = "Choose another name: activating the new one would activate both"
+        raise StateError(f"adapter {name!r}", found_there, remedy)
+    attach(survey, name, found, given, tied, state.config, activate=idle, train=False)
+    if sharded:
+        shard_adapter(survey, name)
+
+
+def _copied(tensor: Tensor, weight: Tensor) -> Tensor:
+    """Return a tensor as an adapter over `weight` holds it, in memory of its own."""
+    dtype = master_dtype(weight.dtype)
+    return tensor.detach().to(device=weight.device, dtype=dtype, copy=True).contiguous()
+
+
+class _Owned:
+    """Takes tensors that nobody else holds as they are, unless two of them share memory.
+
+    A load takes half as long as with a copy of each tensor.
+    """
+
+    def __init__(self) -> None:
+        self.taken: set[int] = set()
+
+    def __call__(self, tensor: Tensor, weight: Tensor) -> Tensor:
+        address = tensor.data_ptr()
+        alone = address not in self.taken and tensor.untyped_storage().nbytes() == tensor.nbytes
+        self.taken.add(address)
+        fits = tensor.dtype == master_dtype(weight.dtype) and tensor.device == weight.device
+        fits = fits and tensor.is_contiguous()  # as those of training: other strides, other bits
+        return tensor if alone and fits else _copied(tensor, weight)

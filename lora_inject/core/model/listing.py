@@ -1,0 +1,125 @@
+"""The list of adapters on a model.
+
+An adapter is what its entries on the modules say, summed up by its name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.carried import Carried, entries, idle_among, reach, roots_of
+from lora_inject.core.spec.columns import columns
+from lora_inject.core.spec.sites import SiteSpec
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """One adapter on a model, as `adapters` lists it.
+
+    Attributes:
+        sites: Site name to its spec.
+        trained: Names of the base tensors that the adapter has copies of, or copies of rows.
+        n_parameters: Elements of all its trainable tensors.
+        weight: Its mixing weight in the current selection, None where it is not active.
+        trainable: Whether its tensors require gradients.
+        idle: Its sites and trained tensors that took no part in any forward so far, where others
+            did: never called and never read, they are inert. Compiled graphs leave no trace.
+    """
+
+    sites: Mapping[str, SiteSpec]
+    trained: tuple[str, ...]
+    n_parameters: int
+    weight: float | None
+    trainable: bool
+    idle: tuple[str, ...] = ()
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The distinct ranks, ascending."""
+        return tuple(sorted({spec.rank for spec in self.sites.values()}))
+
+    @property
+    def active(self) -> bool:
+        """Whether the adapter takes part in a forward."""
+        return self.weight is not None
+
+
+def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
+    """List the adapters on a model.
+
+    Returns:
+        Adapter name to what it is, in the order of injection.
+
+    Examples:
+        >>> from lora_inject.core.model.inject import inject
+        >>> net = inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": ["0"]}, "sql")
+        >>> adapters(net)["sql"].n_parameters
+        8
+    """
+    found: dict[str, list[Carried]] = {}
+    survey = Survey(model)
+    for item in entries(survey):
+        found.setdefault(item[2].adapter, []).append(item)
+    weights: dict[str, float] = {}
+    for selection in reach(model, survey).selections:
+        state = selection.current()
+        weights.update(state.merged or state.active)
+    order = {name: i for root in roots_of(survey).values() for i, name in enumerate(root.configs)}
+    names = sorted(found, key=lambda name: order.get(name, len(order)))
+    return {name: _info(found[name], weights.get(name)) for name in names}
+
+
+def _info(items: list[Carried], weight: float | None) -> AdapterInfo:
+    tensors = [e.tensor(m, r) for _, m, e in items for r in e.names if e.trains(r)]
+    return AdapterInfo(
+        sites={e.spec.name: e.spec for _, _, e in items if e.spec is not None},
+        trained=tuple(item.name for item in items if "T" in item.entry.names),
+        n_parameters=sum(t.numel() for t in {id(t): t for t in tensors}.values()),
+        weight=weight,
+        trainable=any(t.requires_grad for t in tensors),
+        idle=idle_among(items),
+    )
+
+
+def summary(model: nn.Module) -> str:
+    """Return the adapters of a model as a plain text table, with what is active and what trains.
+
+    Examples:
+        >>> from lora_inject.core.model.inject import inject
+        >>> net = inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": ["0"]}, "sql")
+        >>> print(summary(net))
+        adapter  sites  ranks  trained  parameters  active  trainable
+        sql      1      1      0        8           x 1     yes
+        trainable: 8 of 28 parameters (28.5714 %)
+    """
+    found = adapters(model)
+    heads = ("adapter", "sites", "ranks", "trained", "parameters", "active", "trainable")
+    rows = (
+        (
+            name,
+            str(len(info.sites)),
+            ", ".join(map(str, info.ranks)) or "-",
+            str(len(info.trained)),
+            f"{info.n_parameters:,}",
+            "no" if info.weight is None else f"x {info.weight:g}",
+            "yes" if info.trainable else "no",
+        )
+        for name, info in found.items()
+    )
+    lines = [*columns([heads, *rows], len(heads), sys.maxsize, indent="")]
+    for name, info in found.items():
+        if info.idle:
+            some = ", ".join(map(repr, info.idle[:3])) + (", ..." if len(info.idle) > 3 else "")
+            lines.append(f"{name}: no forward has used {some} ({len(info.idle)}) so far")
+    # What is stored: of a packed weight, its bytes.
+    parameters = {id(p): p for p in model.parameters()}.values()
+    n_all = sum(p.numel() for p in parameters)
+    n_trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    share = 100 * n_trainable / n_all if n_all else 0.0
+    lines.append(f"trainable: {n_trainable:,} of {n_all:,} parameters ({share:.4f} %)")
+    return "\n".join(lines)

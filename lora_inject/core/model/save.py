@@ -1,0 +1,349 @@
+"""Read an adapter from a live model, as a value, and save it."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.checks.fingerprint import Fingerprint, packing, samples
+from lora_inject.checks.reached import refuse_unused
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.adapter.value_checks import FLOATS
+from lora_inject.core.files.disk import replace_file
+from lora_inject.core.layers.attached import Entry
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.carried import (
+    Carried,
+    adapted_modules,
+    entries,
+    idle_among,
+    reach,
+    refuse_merged,
+    roots_of,
+    whole_adapter,
+)
+from lora_inject.core.spec.names import joined
+from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.distributed.sharding import is_sharded, reshard, samples_of_shards, writes_here
+from lora_inject.errors import FormatError, StateError, check_path
+from lora_inject.formats import ModelFacts, write_adapter
+from lora_inject.formats.hub import upload
+from lora_inject.formats.peft.peft_reading import refuse_misread
+
+LATEST = "LATEST"
+"""File with the name of an adapter's newest version."""
+
+
+def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
+    """Read an adapter from a model, as a value.
+
+    Args:
+        model: The root, or any module that holds roots.
+        name: The adapter.
+
+    Returns:
+        Its state. The tensors are detached and share memory with the model's.
+
+    Raises:
+        StateError: There is no such adapter, a layer that carries it was replaced, the model is
+            merged, or this process holds only a shard of a tensor.
+
+    Examples:
+        >>> from lora_inject.core.model.inject import inject
+        >>> net = inject(nn.Sequential(nn.Linear(4, 6)), {"rank": 2, "targets": ["0"]})
+        >>> site = adapter_state(net).sites["0"]
+        >>> tuple(site.A.shape), tuple(site.B.shape), site.scale
+        ((2, 4), (6, 2), 8.0)
+    """
+    return read_off(Survey(model), name)
+
+
+def values_on(
+    survey: Survey,
+    name: str,
+    asked: str,
+    taken: Callable[[Tensor, str, Entry, str], Tensor] = lambda held, *_: held,
+) -> tuple[AdapterState, dict[str, Tensor]]:
+    """Return an adapter on a model, without a fingerprint, and the frozen weights of its sites.
+
+    `taken` says what stands in it for a Parameter, given the name of the module, the entry and the
+    role.
+    """
+    reshard(survey)
+    found: list[tuple[SiteSpec, dict[str, Tensor]]] = []
+    biases: dict[str, dict[str, Tensor]] = {}  # of B, by the name of the module
+    trained: dict[str, Tensor] = {}
+    rows: dict[str, tuple[int, ...]] = {}
+    weights: dict[str, Tensor] = {}
+    for item in whole_adapter(survey, name, asked):
+        path, module, entry = item
+        held = entry.tensors(module).items()
+        tensors = {role: taken(tensor, path, entry, role) for role, tensor in held}
+        if entry.spec is not None:
+            found.append((entry.spec, tensors))
+            weights[entry.spec.weight] = item.weight
+        elif entry.scale is not None:
+            biases[path] = tensors
+        else:
+            trained[item.name] = tensors["T"]
+            if entry.rows is not None:
+                rows[item.name] = entry.rows
+    sites = {
+        spec.name: SiteState.of(spec, tensors | biases.get(spec.name, {}))
+        for spec, tensors in found
+    }
+    records = roots_of(survey).values()
+    config = next((root.configs[name] for root in records if name in root.configs), None)
+    return AdapterState(sites, trained, config, rows=rows), weights
+
+
+def read_off(
+    survey: Survey, name: str, gathered: Mapping[str, Tensor] = MappingProxyType({})
+) -> AdapterState:
+    """Read an adapter from a model; see `adapter_state`.
+
+    `gathered` are whole tensors by their keys in the state dict, for those that are sharded.
+    """
+    whole: dict[int, Tensor] = {}  # a tied copy is gathered once, and stands under all its names
+
+    def taken(held: Tensor, path: str, entry: Entry, role: str) -> Tensor:
+        if id(held) not in whole:
+            there = gathered.get(joined(path, entry.names[role]), held)
+            whole[id(held)] = _whole(there, entry, role)
+        return whole[id(held)]
+
+    state, weights = values_on(survey, name, "adapter_state of", taken)
+    # The fingerprint is to be that of the base, which merged weights are not.
+    refuse_merged(f"saving adapter {name!r}", *reach(survey.model, survey).selections)
+    if not state.sites:
+        weights = witnesses(base_weights(survey), state.trained)
+    return replace(state, fingerprint=fingerprint(weights))
+
+
+def _whole(tensor: Tensor, entry: Entry, role: str) -> Tensor:
+    """Return a tensor of an adapter, gathered where FSDP2 holds a shard of it."""
+    spec, tensor = entry.spec, tensor.detach()
+    if hasattr(tensor, "full_tensor"):
+        whole: Tensor = tensor.full_tensor()
+        return whole
+    shape = entry.shape_of(role)
+    if tuple(tensor.shape) != shape:
+        raise StateError(
+            f"adapter_state of {entry.adapter!r}",
+            f"{role} of {spec.name if spec else entry.param!r} has shape {tuple(tensor.shape)} "
+            f"instead of {shape}: this process holds a shard of it",
+            "Call it within FullyShardedDataParallel.summon_full_params(model), or "
+            "deepspeed.zero.GatheredParameters(list(model.parameters()))",
+        )
+    return tensor
+
+
+_N_WITNESSES = 8
+
+
+def witnesses(weights: Mapping[str, Tensor], trained: Collection[str]) -> dict[str, Tensor]:
+    """Return some matrices that identify a base, for an adapter without sites.
+
+    Tensors that the adapter replaces cannot: a new head has other values in every run.
+    """
+    names = [name for name, weight in weights.items() if weight.ndim > 1 and name not in trained]
+    n = min(_N_WITNESSES, len(names))
+    chosen = [names[(2 * k + 1) * len(names) // (2 * n)] for k in range(n)]
+    return {name: weights[name] for name in chosen}
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
+    """Sample weights by name, so that another base of the same shape can be told.
+
+    Quantized tensors are described (`adapter.fingerprint.packing`), meta tensors left out.
+    """
+    floats = {name: weight for name, weight in weights.items() if weight.dtype in FLOATS}
+    shards = {name: weight for name, weight in floats.items() if hasattr(weight, "full_tensor")}
+    plain = {
+        name: weight
+        for name, weight in floats.items()
+        if not weight.is_meta and type(weight) in (nn.Parameter, Tensor)
+    }
+    known = samples(plain) | samples_of_shards(shards)
+    return Fingerprint(
+        shapes={name: tuple(weight.shape) for name, weight in weights.items()},
+        samples=known,
+        quantized={name: packing(weight) for name, weight in weights.items() if name not in known},
+    )
+
+
+def save_adapter(
+    model: nn.Module,
+    path: str | PathLike[str],
+    name: str = "default",
+    *,
+    format: str = "peft",  # noqa: A002 - the word that users look for
+    version: int | None = None,
+    keep: int | None = None,
+    unused: Sequence[str] = (),
+    **options: Any,
+) -> Path:
+    """Write an adapter to files, atomically.
+
+    Of several processes with shards all must call it, and the first writes.
+
+    Args:
+        model: The root, or any module that holds roots.
+        path: Where to; a directory for PEFT's format.
+        name: The adapter.
+        format: A row of `formats.FORMATS`. `peft` refuses what PEFT would compute wrong; where that
+            is because another module reads a layer's weight, it is known once the model has run.
+        version: Write to `path/VERSION`, then replace the file `path/LATEST`, which has the name of
+            the newest version: for servers that follow a training run.
+        keep: With `version`: the number of newest versions to keep; by default all.
+        unused: Patterns (as in a config) of sites and trained tensors that may be without use. Else
+            what no forward has used is an error once the adapter was trained, unless other members
+            of the same ModuleList or ModuleDict were used: experts, layers that are dropped.
+        **options: For the format: `overwrite=True` replaces an adapter that is there; `base_model`,
+            `task_type` and others stand over what the model says (`formats.ModelFacts`).
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        StateError: There is no such adapter, or a site of it is inert.
+        FormatError: It holds NaN or Inf, the format cannot express it, or the path cannot be
+            written.
+    """
+    check_path("save adapter", path)
+    survey = Survey(model)
+    state, facts = read_off(survey, name), facts_for(survey, format, name)
+    refuse_useless(survey, name, state, unused)
+    target = Path(path) if version is None else Path(path, str(version))
+    if writes_here(survey):
+        if version is not None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        write_adapter(state, target, format=format, facts=facts, **options)
+        if version is not None:
+            replace_file(Path(path, LATEST), f"{version}\n".encode())
+            remove_old_versions(Path(path), version, keep)
+    if is_sharded(survey):
+        torch.distributed.barrier()
+    return target
+
+
+def refuse_useless(survey: Survey, name: str, state: AdapterState, unused: Sequence[str]) -> None:
+    """Raise if an adapter holds NaN or Inf, or was trained and has sites that no forward has used.
+
+    `state` is the adapter as it was read from the model. Of several processes all raise.
+    """
+    state.check_finite(f"save adapter {name!r}", FormatError)
+
+    def changed(item: Carried) -> bool:
+        if item.entry.spec is not None:
+            return not state.sites[item.name].is_zero
+        held = item.entry.held(item.module).detach()
+        if hasattr(held, "full_tensor"):  # a comparison would have to be made by all processes
+            return True
+        return not torch.equal(held, item.entry.start(item.weight).to(held.dtype))
+
+    refuse_unused(survey, name, changed, unused, f"save adapter {name!r}")
+
+
+def push(
+    model: nn.Module,
+    repo: str,
+    name: str = "default",
+    *,
+    revision: str | None = None,
+    private: bool | None = None,
+    message: str = "Upload adapter",
+    token: str | None = None,
+    **options: Any,
+) -> str | None:
+    """Upload an adapter with its card as one commit: what `save_adapter` writes.
+
+    `load_adapter(model, repo)`, PEFT and vLLM read it there.
+
+    Args:
+        model: The root, or any module that holds roots.
+        repo: `user/name`; created if missing.
+        name: The adapter.
+        revision: A branch; created if missing.
+        private: Whether a new repository is private.
+        message: The message of the commit.
+        token: The token; by default that of the login.
+        **options: Options of `save_adapter` for PEFT's format, such as `trained_on`.
+
+    Returns:
+        The URL of the commit. Of several processes with shards one uploads; the others return None.
+
+    Raises:
+        StateError: There is no such adapter.
+        FormatError: PEFT's format cannot express it, or the hub refuses or cannot be reached.
+
+    Examples:
+        >>> from lora_inject.core.model.inject import inject
+        >>> net = inject(nn.Sequential(nn.Linear(4, 6)), {"rank": 2, "targets": ["0"]})
+        >>> push(net, "adapter")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        lora_inject.errors.FormatError: push to 'adapter': it is not the id of a repository. ...
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place, "adapter")
+        save_adapter(model, folder, name, published_as=repo, **options)
+        if not writes_here(Survey(model)):
+            return None
+        how: dict[str, Any] = {"revision": revision, "private": private, "token": token}
+        return upload(folder, repo, message=message, **how)
+
+
+def remove_old_versions(folder: Path, newest: int, keep: int | None) -> None:
+    """Remove the oldest versions of an adapter; each is renamed first."""
+    if keep is None:
+        return
+    versions = sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdecimal())
+    for version in [v for v in versions if v != newest][: max(0, len(versions) - max(1, keep))]:
+        doomed = folder / f".{version}.{secrets.token_hex(6)}.tmp"
+        (folder / str(version)).rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def facts_for(survey: Survey, format: str, name: str) -> ModelFacts:  # noqa: A002
+    """Return the facts that a format may need; refuse what PEFT would compute wrong."""
+    if format == "peft":
+        refuse_misread(survey, name)
+    return replace(model_facts(survey), idle=idle_among([*entries(survey, name)]))
+
+
+def model_facts(survey: Survey) -> ModelFacts:
+    """Return the facts about a live model that files depend on."""
+    return ModelFacts.of(survey.model, survey.by_name, base_weights(survey))
+
+
+def adapter_tensors(survey: Survey) -> dict[str, Tensor]:
+    """Return the tensors of all adapters, frozen starts included, by their keys in the state dict.
+
+    The keys include the names of wrappers inside the model.
+    """
+    reshard(survey)
+    carried = adapted_modules(survey)
+    ours = {id(m._parameters[name]) for _, m, attached in carried for name in attached.flat}
+    state = survey.model.state_dict(keep_vars=True)
+    return {key: tensor for key, tensor in state.items() if id(tensor) in ours}
+
+
+def base_weights(survey: Survey) -> dict[str, Tensor]:
+    """Return the base's parameters under each of their names."""
+    return {
+        joined(path, key): parameter
+        for path, module in survey.named
+        for key, parameter in survey.own[id(module)].items()
+    }

@@ -1,0 +1,186 @@
+"""New values into an adapter that is on a model, in place.
+
+Whoever serves many adapters of one shape, or takes one from a training run every few minutes,
+writes the next one's values into the Parameters that are there. All checks come before the first
+write.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Set
+from os import PathLike
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files.tensors import in_memory
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.carried import reach, records_of, refuse_merged
+from lora_inject.core.model.fit_state import Base, check_base, check_base_copies
+from lora_inject.core.model.save import base_weights, fingerprint, model_facts, values_on
+from lora_inject.distributed.sharding import copy_into
+from lora_inject.errors import FormatError, LayerError, nearest
+from lora_inject.formats import read_adapter
+
+M = TypeVar("M", bound=nn.Module)
+
+_BESIDE = "Load it under another name and activate that"
+
+
+def swap_adapter(
+    model: M,
+    source: AdapterState | str | PathLike[str],
+    name: str = "default",
+    *,
+    base: Base = "same",
+    format: str | None = None,  # noqa: A002 - the word that users look for
+    **options: Any,
+) -> M:
+    """Write another adapter's values into one that is on the model, all of them or none.
+
+    Under FSDP2 every process must call it with the same values, and writes its part. The
+    Parameters stay the objects they are, so optimizers keep hold of them and a compiled model
+    is not compiled again. What the slot is stays, too: whether it is active and trainable, its
+    dropout, its init and its `compute`. Gradients and the optimizer's moments are not touched.
+    A backward through a checkpoint whose forward ran before is a StateError, as it would compute
+    with the new values. A forward that runs on another thread meanwhile may compute with both.
+
+    Args:
+        model: The root, or any module that holds roots.
+        source: The adapter as a value, or the path of its files.
+        name: The adapter on the model whose values are replaced.
+        base: How sure to be of the base; see `load_adapter`.
+        format: For files: a row of `formats.FORMATS`; by default it is detected from the files.
+        **options: For the format.
+
+    Returns:
+        The same object.
+
+    Raises:
+        FormatError: The two adapters differ in a site, a rank, a scale, slices or trained tensors,
+            or it was made on another base. Nothing was changed.
+        StateError: There is no such adapter, or the model is merged.
+        LayerError: The slot is on the meta device.
+
+    Examples:
+        >>> from lora_inject.core.model.save import adapter_state
+        >>> from lora_inject.core.model.inject import inject
+        >>> from lora_inject.core.model.train import adapter_parameters
+        >>> net = nn.Sequential(nn.Linear(4, 6))
+        >>> for name in ("slot", "next"):
+        ...     _ = inject(net, {"rank": 2, "targets": ["0"]}, name)
+        >>> A = adapter_parameters(net, "slot")["0.lora_A"]
+        >>> _ = swap_adapter(net, adapter_state(net, "next"), "slot")
+        >>> torch.equal(A, adapter_parameters(net, "next")["0.lora_A"])
+        True
+    """
+    asked = f"swap adapter {name!r}"
+    survey = Survey(model)
+    slot, here = values_on(survey, name, "swap_adapter of")
+    selections = reach(model, survey).selections
+    refuse_merged(asked, *selections)
+    state = source
+    if not isinstance(state, AdapterState):
+        state = read_adapter(state, format, facts=model_facts(survey), **options).mapped(in_memory)
+    pairs, weights = list(_paired_copies(slot, state, asked)), {}
+    for key, site in _in_names_of(state, slot, asked).items():
+        new = state.sites[key]
+        _check_alike(new, site, asked)
+        pairs += [(held, new.tensors[role]) for role, held in site.tensors.items()]
+        weights[new.spec.weight] = here[site.spec.weight]
+    into, values = [held for held, _ in pairs], [value for _, value in pairs]
+    _check_fit(into, values, asked)
+    state.check_finite(asked if state is source else f"{asked} for {str(source)!r}", FormatError)
+    if state.fingerprint is not None and base != "any":
+        check_base(state.fingerprint, fingerprint(weights), base, asked)
+    if state.base_copies:
+        check_base_copies(state, base_weights(survey), asked)
+    values = [*map(in_memory, values)]  # of a file, read before the first write
+    for selection in selections:
+        selection.note_swap(name)
+    copy_into(into, values)
+    for _, root in records_of(survey, name):
+        root.configs[name] = state.config
+    return model
+
+
+def _in_names_of(state: AdapterState, slot: AdapterState, asked: str) -> dict[str, SiteState]:
+    """Return the slot's sites by the names of the new state; the two must have the same sites."""
+    named = {
+        next((n for n in (key, *site.spec.aliases) if n in state.sites), key): site
+        for key, site in slot.sites.items()
+    }
+    _check_same("site", named.keys(), state.sites.keys(), asked)
+    return named
+
+
+def _paired_copies(
+    slot: AdapterState, state: AdapterState, asked: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the trained copies of the slot with their new values."""
+    _check_same("trained tensor", slot.trained.keys(), state.trained.keys(), asked)
+    first: dict[int, Tensor] = {}  # the copy of a tied tensor has several names
+    for name, parameter in slot.trained.items():
+        value = state.trained[name]
+        same = first.setdefault(id(parameter), value)
+        if state.rows.get(name) != slot.rows.get(name):
+            found = "it holds other rows than the adapter on the model"
+        elif same is value or torch.equal(value, same):
+            yield parameter, same
+            continue
+        else:
+            found = "it has another value than under its other name, and both are one copy here"
+        raise FormatError(f"{asked}, trained tensor {name!r}", found, _BESIDE)
+
+
+def _check_same(what: str, here: Set[str], there: Set[str], asked: str) -> None:
+    """Check that the adapter to be swapped in, `there`, has what the slot has, and no more."""
+    for name in sorted(here ^ there)[:1]:
+        found = "the adapter on the model has it, and the one to be swapped in has not"
+        if name in there:
+            close = ", ".join(map(repr, nearest(name, here))) or "none"
+            found = f"the adapter on the model has no such {what} (nearest: {close})"
+        raise FormatError(f"{asked}, {what} {name!r}", found, _BESIDE)
+
+
+def _check_alike(site: SiteState, held: SiteState, asked: str) -> None:
+    """Check that a site is the slot's in all that values alone cannot change."""
+    new, old = site.spec, held.spec
+    if (new.variant, new.lora_bias) != (old.variant, old.lora_bias):
+        kinds = [s.variant + " with lora_bias" * s.lora_bias for s in (new, old)]
+        found = f"its variant is {kinds[0]}, and {kinds[1]} on the model"
+    elif site.tensors.keys() != held.tensors.keys():
+        found = "one of the two adapters starts from W (pissa, olora), and the other does not"
+    elif new.rank != old.rank:
+        found = f"its rank is {new.rank}, and {old.rank} on the model"
+    elif not math.isclose(new.scale, old.scale):
+        found = f"its scale is {new.scale:g}, and {old.scale:g} on the model"
+    elif new.form[2:] != old.form[2:]:
+        found = "it adapts other parts of the weight than the one on the model"
+    else:
+        return
+    raise FormatError(f"{asked}, site {old.name!r}", found, _BESIDE)
+
+
+def _check_fit(into: list[Tensor], values: list[Tensor], asked: str) -> None:
+    """Check that a copy cannot fail halfway."""
+    if any(value.is_meta for value in values):
+        raise FormatError(asked, "its tensors are on the meta device", "Load their values first")
+    # DeepSpeed's shards are plain Parameters of another shape, found below.
+    others = (parameter for parameter in into if type(parameter) is not nn.Parameter)
+    known = all(hasattr(parameter, "full_tensor") for parameter in others)
+    if not known or any(parameter.is_meta for parameter in into):
+        raise LayerError(
+            asked,
+            "the adapter on the model is on the meta device, or its tensors have an unknown class",
+            "Swap after the model has values",
+        )
+    for value, parameter in zip(values, into, strict=True):
+        if value.shape != parameter.shape:
+            shapes = tuple(value.shape), tuple(parameter.shape)
+            found = "a tensor has shape {}, and {} on the model".format(*shapes)
+            raise FormatError(asked, found, "Swap in an adapter that was made for this model")

@@ -1,0 +1,208 @@
+"""Which tensors of a model train, and what an optimizer gets of them.
+
+An adapter's tensors require gradients where `train_only` named it, and the base never.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_inject.core.layers.adapted import plain_class
+from lora_inject.core.layers.attached import Entry
+from lora_inject.core.layers.snapshot import all_or_nothing
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.carried import (
+    adapted_modules,
+    check_names,
+    entries,
+    reach,
+    records_of,
+    refuse_merged,
+)
+from lora_inject.core.spec.names import joined
+from lora_inject.distributed.sharding import reshard
+from lora_inject.errors import LayerError, StateError, check_type
+from lora_inject.quantized.dense_values import packed_weight
+from lora_inject.quantized.quantized_layers import forbid_packing
+
+# What torchao's tensors call it: Int8Tensor and Float8Tensor, IntxUnpackedToInt8Tensor.
+_DYNAMIC = ("act_quant_kwargs", "activation_quantization")
+
+
+def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
+    """Say which adapters require gradients; all others, and the base, do not.
+
+    Args:
+        model: The model.
+        names: One adapter, several, or None for none.
+
+    Raises:
+        StateError: A name is unknown, or the model is merged.
+        LayerError: A quantized layer hands no gradient to its input.
+    """
+    listed = [names] if isinstance(names, str) else [] if names is None else names
+    check_type("train_only", listed, Iterable, "Give a name, several, or None")
+    found = reach(model)
+    wanted = check_names(found.names, listed, "train_only")
+    refuse_merged("train_only", *found.selections)
+    survey = Survey(model)
+    if wanted:
+        refuse_dead_inputs(survey, f"train_only {min(wanted)!r}")
+    records = [record for name in wanted for _, record in records_of(survey, name)]
+    with all_or_nothing((module for _, module, _ in adapted_modules(survey)), records):
+        for _, entry, _, parameter in trainable_tensors(survey):
+            parameter.requires_grad_(entry.adapter in wanted)
+        if wanted:
+            forbid_packing(module for _, module in survey.modules)
+        for record in records:
+            record.trainable |= wanted & record.carrying.keys()
+
+
+def refuse_dead_inputs(survey: Survey, asked: str) -> None:
+    """Refuse to train where a layer hands no gradient to its input.
+
+    Such layers compute without autograd: whatever lies before them would get a part of its
+    gradient, or none.
+    """
+    for name, how, remedy in _dead(survey):
+        found = f"its {how}, through which no gradient reaches the layers before it"
+        serves = "an adapter that was trained elsewhere can be loaded onto it"
+        raise LayerError(f"{asked}, {name!r}", found, f"{remedy}; {serves}")
+
+
+def _dead(survey: Survey) -> Iterator[tuple[str, str, str]]:
+    """Yield names of weights and layers, how each computes, and what to use instead."""
+    for holder in survey.holders:
+        name, weight = holder.name, holder.tensor
+        plain = type(weight) is nn.Parameter
+        if not plain and any(getattr(weight, key, None) is not None for key in _DYNAMIC):
+            remedy = "Quantize the weights only (torchao: Int8WeightOnlyConfig)"
+            yield name, f"{type(weight).__name__} quantizes activations as it runs", remedy
+    # Their matmul_ogs launches kernels into a new tensor.
+    mxfp4 = getattr(sys.modules.get("transformers.integrations.mxfp4"), "Mxfp4GptOssExperts", ())
+    for name, module in survey.modules:
+        scheme = getattr(module, "quantization_scheme", None)  # of compressed-tensors
+        acts = ("input_activations", "output_activations")
+        if any(getattr(scheme, each, None) is not None for each in acts):
+            remedy = "Load the base with CompressedTensorsConfig(dequantize=True)"
+            yield name, f"{type(module).__name__} quantizes activations as it runs", remedy
+        kernel = plain_class(type(module))
+        if packed_weight(kernel) and not _trains(kernel):
+            remedy = 'Load the base with a kernel that trains (backend="auto_trainable")'
+            yield name, f"{kernel.__name__} is a kernel for inference", remedy
+        if isinstance(module, mxfp4):
+            remedy = "Load the base within lora_inject.packed_experts(), which keeps 4 bits, "
+            remedy += "or with Mxfp4Config(dequantize=True)"
+            yield name, "experts compute in MXFP4 by kernels for inference", remedy
+
+
+def _trains(kernel: Any) -> bool:
+    """Whether a layer hands a gradient to its input, as gptqmodel states it of its kernels."""
+    stated = (
+        getattr(kernel, f"SUPPORTS_TRAINING{each}", None) for each in ("", "_USE_TORCH_KERNEL")
+    )
+    return any(stated) or not hasattr(kernel, "SUPPORTS_TRAINING")
+
+
+def trainable_tensors(
+    survey: Survey, name: str | None = None
+) -> Iterator[tuple[str, Entry, str, nn.Parameter]]:
+    """Yield `(key, entry, role, Parameter)` of what may train of one adapter, or of all."""
+    reshard(survey)
+    for path, module, entry in entries(survey, name):
+        site = path if entry.spec is None else entry.spec.name
+        for role, flat in entry.names.items():
+            parameter = module._parameters[flat]
+            if entry.trains(role) and parameter is not None:
+                key = joined(path, entry.param) if role == "T" else f"{site}.lora_{role}"
+                yield key, entry, role, parameter
+
+
+def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
+    """Return the trainable tensors of one adapter, or of all.
+
+    Args:
+        model: The model.
+        name: The adapter. By default all of them, and then the keys begin with `NAME:` where there
+            is more than one.
+
+    Returns:
+        `SITE.lora_A`, `SITE.lora_B` and the names of trained base tensors, to the Parameters, each
+        once: the copy of a tied tensor under its first name. `torch.func` needs the names of
+        `model.named_parameters()`. Ask again after `.to()` or sharding: those may put new
+        Parameters in place.
+
+    Raises:
+        StateError: There is no such adapter.
+    """
+    known = reach(model).names
+    check_names(known, [] if name is None else [name], "adapter_parameters of")
+    several = name is None and len(known) > 1
+    # By identity: an optimizer would step a Parameter that is given twice twice.
+    found = dict[int, tuple[str, nn.Parameter]]()
+    for key, entry, _, parameter in trainable_tensors(Survey(model), name):
+        found.setdefault(id(parameter), (f"{entry.adapter}:{key}" if several else key, parameter))
+    return dict(found.values())
+
+
+def parameter_groups(
+    model: nn.Module, lr: float | Mapping[str, float], b_lr_ratio: float = 1.0
+) -> list[dict[str, Any]]:
+    """Return optimizer groups over the trainable adapters.
+
+    Args:
+        model: The model.
+        lr: Learning rate of A and of trained base tensors: one number, or one for each trainable
+            adapter by its name.
+        b_lr_ratio: Learning rate of B over that of A; 16 is what LoRA+ (arXiv:2402.12354) advises.
+
+    Returns:
+        Groups with `params`, `lr` and a `name`, for any torch optimizer: `lora_A`, `lora_B` and
+        `lora_T`, or `NAME:lora_A` and so on where `lr` is given by adapter. Empty groups are left
+        out.
+
+    Raises:
+        StateError: No adapter is trainable, `lr` does not name just those that are, a rate is
+            negative or not a number, or the ratio is 0.
+
+    Examples:
+        >>> from lora_inject.core.model.inject import inject
+        >>> net = inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": ["0"]}, "sql")
+        >>> [(g["name"], g["lr"]) for g in parameter_groups(net, {"sql": 0.1}, b_lr_ratio=16)]
+        [('sql:lora_A', 0.1), ('sql:lora_B', 1.6)]
+    """
+    # By identity: the copy of a tied tensor stands under each of its names.
+    groups: dict[tuple[str, str], dict[int, nn.Parameter]] = {}
+    for _, entry, role, parameter in trainable_tensors(Survey(model)):
+        if parameter.requires_grad:
+            key = (entry.adapter if isinstance(lr, Mapping) else "", role)
+            groups.setdefault(key, {})[id(parameter)] = parameter
+    if not groups:
+        found = "no adapter of the model is trainable"
+        raise StateError("parameter_groups", found, "Call train_only(model, name)")
+    rates = lr if isinstance(lr, Mapping) else {"": lr}
+    for rate, what in [(b_lr_ratio, "b_lr_ratio"), *((rate, "lr") for rate in rates.values())]:
+        asked, remedy = f"parameter_groups, {what}", "Give a positive number, such as 1e-3"
+        check_type(asked, rate, (Real, Tensor), remedy)
+        # A rate of 0 is asked for in words; a ratio of 0 would leave B, and so the update, at 0.
+        if not (0 < rate < math.inf or (what == "lr" and rate == 0)):
+            raise StateError(asked, f"it is {rate}", remedy)
+    known = {adapter for adapter, _ in groups}
+    if wrong := rates.keys() ^ known:
+        asked = f"parameter_groups, learning rate of {min(wrong)!r}"
+        found = f"the trainable adapters are {sorted(known)}"
+        raise StateError(asked, found, "Give one for each of them and no other")
+    return [
+        {
+            "params": list(parameters.values()),
+            "lr": rates[adapter] * (b_lr_ratio if role == "B" else 1.0),
+            "name": f"{adapter}:lora_{role}" if adapter else f"lora_{role}",
+        }
+        for (adapter, role), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]

@@ -1,0 +1,478 @@
+"""The config: what the user asks for, as a value, from YAML, a dict or keyword arguments.
+
+pydantic checks it (`spec.strict`). YAML is composed into nodes first (`spec.yaml`), so that each
+error is reported at its line and column, with the nearest valid spelling.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from os import PathLike
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, cast
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
+
+from lora_inject.core.spec.inventory import Inventory
+from lora_inject.core.spec.sites import ROLES
+from lora_inject.core.spec.strict import Strict, YamlModel, checked_regex
+from lora_inject.core.spec.yaml import Dumper, show
+from lora_inject.errors import nearest
+from lora_inject.formats.from_peft import is_of_peft, translated
+
+ALL_LINEAR = "all-linear"
+
+# What a value may be. The validators raise ValueError(found, remedy).
+
+
+def _check_pattern(pattern: str) -> str:
+    if (
+        re.fullmatch(checked_regex(pattern), "") and pattern != "^$"
+    ):  # which names the root module, on purpose
+        remedy = "Write what must be there; '.+' matches every name, '^$' the root"
+        raise ValueError(f"{show(pattern)} also matches an empty name", remedy)
+    return pattern
+
+
+def _check_layer(value: Any) -> str:
+    text = str(value) if type(value) is int else value
+    found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text) if isinstance(text, str) else None
+    if found is None or int(found[1]) > int(found[2] or found[1]):
+        raise ValueError(f"{show(value)} is not a range of layers", "Write 16-31, or [0, 4, 8-11]")
+    return found[0]
+
+
+def _read_layers(value: Any) -> tuple[Any, ...]:
+    layers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return layers or (_check_layer(value),)  # which refuses an empty list
+
+
+def _check_distinct(names: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"{show(list(names))} has a repeated entry", "Write each once")
+    return names
+
+
+def _check_variant(name: str) -> str:
+    if name not in ROLES:
+        near = nearest(name, ROLES, n=1)
+        remedy = f"Did you mean {show(near[0])}?" if near else f"Known are {', '.join(ROLES)}"
+        raise ValueError(f"there is no variant {show(name)}", remedy)
+    return name
+
+
+def _read_list(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value  # a set has no order: refused
+
+
+def _either_way(value: Any) -> str:
+    """Distinguish a plain value from a mapping, so that only one of the two reports errors."""
+    return "mapping" if isinstance(value, (Mapping, BaseModel)) else "plain"
+
+
+_List = BeforeValidator(_read_list)
+Distinct = AfterValidator(_check_distinct)
+_EitherWay = Discriminator(_either_way)
+
+_LAYER = {"type": ["integer", "string"], "minimum": 0, "pattern": "^[0-9]+(-[0-9]+)?$"}
+
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
+Patterns = Annotated[tuple[Pattern, ...], _List]
+Count = Annotated[int, Field(ge=0)]
+Number = Annotated[
+    float,
+    Field(allow_inf_nan=False),
+    PlainSerializer(lambda x: int(x) if x.is_integer() and abs(x) < 1e15 else x, int | float),
+]
+Layers = Annotated[
+    tuple[Annotated[str, BeforeValidator(_check_layer)], ...],
+    BeforeValidator(_read_layers),
+    PlainSerializer(lambda texts: [int(t) if t.isdecimal() else t for t in texts]),
+    WithJsonSchema({"anyOf": [_LAYER, {"type": "array", "items": _LAYER, "minItems": 1}]}),
+]
+SliceName = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
+Parts = Annotated[
+    Annotated[tuple[SliceName, ...], Field(min_length=1), _List, Distinct, Tag("plain")]
+    | Annotated[
+        dict[SliceName, Annotated[int, Field(ge=1)]],
+        Field(min_length=1),
+        AfterValidator(lambda widths: tuple(widths.items())),  # hashable, and the order counts
+        Tag("mapping"),
+    ],
+    _EitherWay,
+    PlainSerializer(lambda parts: dict(parts) if isinstance(parts[0], tuple) else parts),
+]
+
+Tokens = Annotated[
+    dict[Pattern, Annotated[tuple[Count, ...], Field(min_length=1), _List, Distinct]],
+    BeforeValidator(lambda value: dict(value) if isinstance(value, tuple) else value),
+    AfterValidator(lambda ids: tuple(ids.items())),  # hashable
+    PlainSerializer(lambda ids: dict(ids)),  # noqa: PLW0108 - pydantic 2.7 needs a signature
+    Field(json_schema_extra={"default": {}}),
+]
+
+# The hyper-parameters: fields of a config, with defaults, and of a rule, which may override them.
+
+Rank = Annotated[int, Field(ge=1, le=1 << 20, description="r: rows of A and columns of B.")]
+Alpha = Annotated[
+    Number,
+    Field(gt=0, description="The update is scaled by alpha / rank (rslora: alpha / sqrt(rank))."),
+]
+Dropout = Annotated[
+    Number,
+    Field(ge=0, lt=1, description="Probability of dropping an input of A, in training only."),
+]
+Scaling = Annotated[
+    Literal["standard", "rslora"],
+    Field(description="standard: alpha / rank. rslora: alpha / sqrt(rank)."),
+]
+Compute = Annotated[
+    Literal["base", "float32"],
+    Field(description="base: low-rank arithmetic in the base's dtype. float32: in float32."),
+]
+Variant = Annotated[
+    str,
+    AfterValidator(_check_variant),
+    Field(description="How A and B become an update of W: lora, or another variant's name."),
+]
+LoraBias = Annotated[
+    bool,
+    Field(description="B has a bias, which is added, scaled, to the layer's: PEFT's lora_bias."),
+]
+
+
+class Normal(Strict):
+    """`init: {normal: std}`: A starts as N(0, std) and B as zero."""
+
+    normal: Annotated[Number, Field(gt=0)]
+    """Standard deviation of A."""
+
+
+_Axes = Annotated[tuple[Count, ...], Field(min_length=1), _List, Distinct]
+
+
+class Axes(Strict):
+    """`layout: {in: [0], out: [1, 2]}`: which axes of a parameter are inputs and which outputs."""
+
+    in_: _Axes = Field(alias="in")
+    """Axes that are summed over, in order."""
+    out: _Axes
+    """Axes of the result, in order. Axes in neither list count stacked matrices."""
+
+
+Init = Annotated[
+    Annotated[Literal["kaiming", "gaussian", "pissa", "olora"], Tag("plain")]
+    | Annotated[Normal, Tag("mapping")],
+    _EitherWay,
+    Field(
+        description="How A starts (B starts at zero). kaiming: uniform, a = sqrt(5), as the "
+        "paper's code. gaussian: N(0, 1/rank), a standard deviation of 1/rank, as PEFT. "
+        "{normal: std}: N(0, std). pissa, olora: A and B from the singular vectors or the QR "
+        "factors of W, which is not written."
+    ),
+]
+Layout = Annotated[
+    Annotated[Literal["out_in", "in_out"], Tag("plain")] | Annotated[Axes, Tag("mapping")],
+    _EitherWay,
+]
+
+
+class Rule(Strict):
+    r"""One entry of `targets`: what it matches, and values that differ from the config's.
+
+    Raises:
+        ConfigError: A value is wrong; the message names the key.
+
+    Examples:
+        >>> rule = Rule(match=r"attn\.c_attn", slices=["q", "k", "v"], adapt=["q", "v"], rank=4)
+        >>> rule.slices, rule.adapt
+        (('q', 'k', 'v'), ('q', 'v'))
+    """
+
+    match: Pattern
+    """Python regex; must match the end of a dotted name, from a dot or its start. In YAML, write it
+    in single quotes. Or all-linear: every linear layer but the model's output head."""
+    kind: str | None = Field(None, min_length=1)
+    """Only sites of this kind: linear, conv1d, embedding, conv, parameter, ..."""
+    layers: Layers | None = None
+    """Only names whose first number is one of these: 16-31, 4, or a list of such."""
+    rank: Rank | None = None
+    alpha: Alpha | None = None
+    dropout: Dropout | None = None
+    init: Init | None = None
+    scaling: Scaling | None = None
+    compute: Compute | None = None
+    variant: Variant | None = None
+    lora_bias: LoraBias | None = None
+    slices: Parts | None = None
+    """Parts of a fused projection along its output, in order: widths by name, or a list of names
+    for equal parts."""
+    adapt: Annotated[tuple[str, ...], Field(min_length=1), _List, Distinct] | None = None
+    """Names of the slices to adapt; the others keep a delta of exactly zero."""
+    layout: Layout | None = None
+    """For parameters whose class does not state it: out_in if the last two dimensions are
+    (out, in), used as x @ W.T (Mixtral, Qwen); in_out if (in, out), used as x @ W (GPT-OSS,
+    Llama 4); or the axes of one matrix, {in: [0], out: [1, 2]}."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_pattern(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            return {"match": data}
+        if not isinstance(data, (Mapping, Rule)):
+            remedy = "Write a pattern in single quotes, or a mapping with 'match'"
+            raise ValueError(f"{show(data)} is not a rule", remedy)  # noqa: TRY004  (pydantic's)
+        return data
+
+    @field_validator("adapt")
+    @classmethod
+    def _adapts_slices(
+        cls, adapt: tuple[str, ...] | None, info: ValidationInfo
+    ) -> tuple[str, ...] | None:
+        names = _names(info.data.get("slices"))
+        for name in adapt or ():
+            if "slices" in info.data and name not in names:
+                remedy = f"The slices are {', '.join(names)}" if names else "Add slices: [q, k, v]"
+                raise ValueError(f"there is no slice {show(name)}", remedy)
+        return adapt
+
+    @model_validator(mode="after")
+    def _adapts_some(self) -> Self:
+        if self.slices and not self.adapt:
+            remedy = f"Add adapt: with some of {', '.join(self.slice_names)}"
+            raise ValueError("slices are given, but not which of them to adapt", remedy)
+        return self
+
+    @property
+    def slice_names(self) -> tuple[str, ...]:
+        """Names of the slices in the order of the output; empty without slices."""
+        return _names(self.slices)
+
+    @property
+    def slice_widths(self) -> tuple[tuple[str, int], ...]:
+        """Names and widths of the slices; empty where they are equal parts."""
+        parts = cast("tuple[Any, ...]", self.slices or ())
+        return tuple(part for part in parts if isinstance(part, tuple))
+
+    def covers(self, index: int | None) -> bool:
+        """Return whether `layers` lets a name with this first number through."""
+        if self.layers is None:
+            return True
+        ends = [text.split("-") for text in self.layers]
+        return index is not None and any(int(e[0]) <= index <= int(e[-1]) for e in ends)
+
+
+def _names(slices: Any) -> tuple[str, ...]:
+    return tuple(part if isinstance(part, str) else part[0] for part in slices or ())
+
+
+class HasFields(Protocol):
+    """A LoraConfig of PEFT, to a type checker."""
+
+    def to_dict(self) -> dict[str, Any]: ...  # noqa: D102
+
+
+class Expect(Strict):
+    """Expected counts; inject raises an error before any change if one differs."""
+
+    sites: Count | None = None
+    """Number of adapted sites."""
+    lora: Count | None = None
+    """Elements of A and B of all sites."""
+    trainable: Count | None = None
+    """Elements of A and B, and of what train and bias add."""
+
+    @model_validator(mode="after")
+    def _expects_something(self) -> Self:
+        if self.sites is None and self.lora is None and self.trainable is None:
+            raise ValueError("nothing is expected", "Give sites, lora or trainable")
+        return self
+
+
+HYPER = ("rank", "alpha", "dropout", "init", "scaling", "compute", "variant", "lora_bias")
+"""The hyper-parameters, which a rule may set."""
+
+
+class Config(YamlModel):
+    r"""Which parts of a model get which adapters.
+
+    Raises:
+        ConfigError: Anything is wrong; the message names the place and the nearest valid spelling.
+
+    Examples:
+        >>> config = Config(rank=4, targets=["q_proj", Rule(match="v_proj", rank=8)])
+        >>> [config.filled(rule).rank for rule in config.targets]
+        [4, 8]
+        >>> Config.from_text(config.to_yaml()) == config
+        True
+    """
+
+    model_config = ConfigDict(title="lora_inject config")
+    inside: ClassVar = {"targets": Rule, "expect": Expect, "init": Normal, "layout": Axes}
+    forms = "a Config, a dict, the path of a YAML file, or a LoraConfig of PEFT"
+
+    version: Literal[1] = 1
+    """Version of this schema."""
+    rank: Rank = 8
+    alpha: Alpha = 16.0
+    dropout: Dropout = 0.0
+    init: Init = "kaiming"
+    scaling: Scaling = "standard"
+    compute: Compute = "base"
+    variant: Variant = "lora"
+    lora_bias: LoraBias = False
+    targets: Annotated[tuple[Rule, ...], _List] = ()
+    """What to adapt: rules in order, the first match wins. A string is a rule's match."""
+    exclude: Patterns = ()
+    """Names that no rule may take, with all that lies below them."""
+    train: Patterns = ()
+    """Further parameters, or modules, that train and are saved with the adapter."""
+    tokens: Tokens = ()  # type: ignore[assignment]
+    """Rows of embeddings that train, tied heads included: a pattern of the module, and the ids."""
+    bias: Literal["none", "adapted", "all"] = "none"
+    """Which biases train too: none, those of adapted modules, or all."""
+    expect: Expect | None = None
+    """Expected counts; inject raises an error before any change if one differs."""
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> Self:
+        if not self.targets and not self.train and not self.tokens and self.bias == "none":
+            remedy = "Add targets: with patterns such as 'q_proj' (or train:, tokens: or bias:)"
+            raise ValueError("it selects nothing: no targets, no train, tokens or bias", remedy)
+        return self
+
+    def filled(self, rule: Rule) -> Rule:
+        """Return a rule of `targets` with this config's values for those that it does not set.
+
+        Examples:
+            >>> Config(alpha=32, targets=["q"]).filled(Rule(match="q", rank=2)).alpha
+            32.0
+        """
+        missing = [key for key in HYPER if getattr(rule, key) is None]
+        return rule.model_copy(update={key: getattr(self, key) for key in missing})
+
+    @classmethod
+    def from_peft(
+        cls,
+        config: Any,
+        *,
+        inventory: Inventory | None = None,
+        expert_names: Mapping[str, str] = MappingProxyType({}),
+    ) -> Config:
+        """Translate a LoraConfig of PEFT, field by field; PEFT itself is not imported.
+
+        Fields about training or files are ignored. A name in `target_modules` that the model does
+        not have is an error when the config is used.
+
+        Args:
+            config: A `LoraConfig`, its plain data, or the path of an adapter_config.json or of the
+                folder that holds it.
+            inventory: The names of the model (`inject` gives them): rules of `rank_pattern` and
+                `alpha_pattern` that would match nothing are left out then.
+            expert_names: Names that PEFT takes for experts of the model, to parameters
+                (`inject` gives them).
+
+        Raises:
+            ConfigError: A field cannot be translated, or the file cannot be read.
+
+        Examples:
+            >>> lora = {"r": 16, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+            >>> config = Config.from_peft(lora)
+            >>> config.rank, config.targets[0].match, config.train
+            (16, 'q_proj', ('[^.]*lm_head',))
+        """
+        return cls.from_dict(translated(config, inventory, expert_names))
+
+    @classmethod
+    def coerce(
+        cls,
+        config: Any,
+        inventory: Inventory | None = None,
+        expert_names: Mapping[str, str] = MappingProxyType({}),
+    ) -> Config:
+        """Return a `Config`, a dict, the path of a YAML file or a LoraConfig of PEFT as a `Config`.
+
+        The other arguments are those of `from_peft`.
+
+        Raises:
+            ConfigError: It is none of these, or not valid.
+        """
+        if is_of_peft(config):
+            return cls.from_peft(config, inventory=inventory, expert_names=expert_names)
+        return super().coerce(config)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as plain data for JSON and YAML, without what is not set.
+
+        A rule that only matches is a string; whole numbers are written as integers. `from_dict`
+        gives back an equal config.
+
+        Examples:
+            >>> Config(targets=["q_proj"]).to_dict()["targets"]
+            ['q_proj']
+        """
+        data = self.model_dump(mode="json", exclude_none=True, by_alias=True)
+        data["targets"] = [r["match"] if len(r) == 1 else r for r in data["targets"]]
+        default = [key for key, value in data.items() if value in ([], {}) or value is False]
+        return {key: value for key, value in data.items() if key not in default or key == "targets"}
+
+    def to_yaml(self) -> str:
+        """Return the config as YAML, from which `from_text` makes an equal one."""
+        return yaml.dump(
+            self.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1 << 16
+        )
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """Return the JSON Schema (draft-07) of a config file, for editors, as plain data.
+
+        It says less than `Config` checks: patterns are only strings.
+
+        Examples:
+            >>> sorted(Config.json_schema()["$defs"])
+            ['Axes', 'Expect', 'Normal', 'Rule']
+        """
+        schema = cls.model_json_schema(schema_generator=_FileSchema)
+        targets = schema["properties"]["targets"]
+        pattern = {"type": "string", "minLength": 1, "description": "The rule that only matches."}
+        targets["items"] = {"anyOf": [pattern, targets["items"]]}
+        head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": schema.pop("title")}
+        description = "Which parts of a model get which low-rank adapters (see the README)."
+        return {**head, "description": description, **schema}
+
+
+ConfigLike = Config | Mapping[str, Any] | str | PathLike[str] | HasFields
+"""Accepted forms of a config; see `Config.coerce`."""
+
+
+class _FileSchema(GenerateJsonSchema):
+    """A schema for files, where a key without a value is left out instead of being null."""
+
+    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        made = super().default_schema(schema)
+        if made.get("default", "") is None:
+            del made["default"]
+        return made
+
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002  (pydantic's)
+        return False

@@ -1,0 +1,149 @@
+"""Make the site of a rule: its orientation, slices and rank, and notes for the user."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from lora_inject.core.spec.config import HYPER, Axes, Normal, Rule
+from lora_inject.core.spec.inventory import Candidate, Geometry
+from lora_inject.core.spec.names import counted
+from lora_inject.core.spec.sites import ROLES, SiteSpec, Slices
+from lora_inject.errors import MatchError, article
+
+BIASED_KINDS = ("linear", "conv1d", "conv")
+SLICED_KINDS = ("linear", "conv1d", "parameter")
+
+
+def fit(candidate: Candidate, rule: Rule, i: int, asked: str) -> SiteSpec:
+    """Make the site that rule `i` asks for, or refuse a layout, slices or rank that do not fit.
+
+    `rule` has the config's values filled in.
+    """
+    numbers = {key: getattr(rule, key) for key in HYPER}
+    if isinstance(rule.init, Normal):
+        numbers["init"] = ("normal", rule.init.normal)
+    shape = _oriented(candidate, rule, asked)
+    slices = _sliced(candidate, shape, rule, asked)
+    site = SiteSpec(
+        name=candidate.name,
+        kind=candidate.kind,
+        slices=slices,
+        rule=i,
+        weight=candidate.weight,
+        update=candidate.update,
+        aliases=candidate.aliases,
+        **shape._asdict(),
+        **numbers,
+    )
+    if site.update == "weight" and site.dropout:
+        found = f"dropout {site.dropout:g} on a weight that is read, not called with inputs"
+        raise MatchError(asked, found, "Give the rule dropout: 0")
+    if site.lora_bias and (slices or site.variant != "lora" or site.kind not in BIASED_KINDS):
+        what = f"variant {site.variant}" if site.variant != "lora" else article(site.kind)
+        found = f"lora_bias on {'slices' if slices else what}"
+        raise MatchError(asked, found, "Give the rule lora_bias: false")
+    if ROLES[site.variant].gained and site.why_no_gain:
+        found = f"variant {site.variant} on {site.why_no_gain}"
+        raise MatchError(asked, found, "Give the rule variant: lora")
+    if site.init in ("pissa", "olora") and site.rank > _limit(site):
+        most = _limit(site)
+        found = f"init {site.init} with rank {site.rank}, but W has a rank of at most {most}"
+        raise MatchError(asked, found, f"Give the rule rank: {most}, or another init")
+    return site
+
+
+def _limit(site: SiteSpec) -> int:
+    """Return the smallest side of the matrices that B @ A updates."""
+    return min(site.in_features, *(stop - start for start, stop in site.spans))
+
+
+def _oriented(candidate: Candidate, rule: Rule, asked: str) -> Geometry:
+    """Return which dimensions are the input; a rule may say it of a parameter."""
+    known, dims = candidate.geometry, candidate.weight_shape
+    if rule.layout is None:
+        if candidate.needs_layout:
+            found = f"a stack of {known.experts:,} matrices, {dims[-2]:,} x {dims[-1]:,}"
+            remedy = (
+                "Say with layout: out_in (x @ W.T, as Mixtral) or in_out (x @ W, as Llama 4) which "
+                "side is the input; or give the axes of one matrix, such as {in: [0], out: [1, 2]}"
+            )
+            raise MatchError(asked, found, remedy)
+        return known
+    if candidate.kind != "parameter" or (len(dims) > 2 and candidate.experts is None):
+        found = f"a layout, but a {candidate.kind} of shape {dims} has its own"
+        raise MatchError(asked, found, "Remove layout; it is for parameters")
+    shape = _laid_out(dims, rule, asked)
+    if candidate.experts is not None and not candidate.needs_layout and shape != known:
+        stated = "in_out" if known.transposed else "out_in"
+        found = f"a layout other than {stated}, which is the one that its class states"
+        raise MatchError(asked, found, "Remove layout")
+    return shape
+
+
+def _laid_out(dims: tuple[int, ...], rule: Rule, asked: str) -> Geometry:
+    """Return the matrices that a rule's layout makes of a shape, in memory order."""
+    n, layout = len(dims), rule.layout
+    if isinstance(layout, Axes):
+        n_in, n_out = layout.in_, layout.out
+    else:
+        n_in, n_out = ((n - 2,), (n - 1,)) if layout == "in_out" else ((n - 1,), (n - 2,))
+    stack = tuple(axis for axis in range(n) if axis not in (*n_in, *n_out))
+    order = tuple(range(n))
+    if order not in ((*stack, *n_out, *n_in), (*stack, *n_in, *n_out)):
+        found = f"a layout of in {[*n_in]} and out {[*n_out]}, but the shape is {dims}"
+        remedy = "Give each axis once, in order: first what counts matrices, then in and out"
+        raise MatchError(asked, found, remedy)
+
+    def size(axes: tuple[int, ...]) -> int:
+        return math.prod(dims[axis] for axis in axes)
+
+    transposed = order == (*stack, *n_in, *n_out)
+    return Geometry(size(n_in), size(n_out), dims, transposed, size(stack) if stack else None)
+
+
+def _sliced(candidate: Candidate, shape: Geometry, rule: Rule, asked: str) -> Slices | None:
+    """Return the slices of a site, with their widths."""
+    if rule.slices is None or rule.adapt is None:
+        return None
+    if candidate.kind not in SLICED_KINDS or shape.experts is not None:
+        what = "a stack of matrices" if shape.experts else f"of kind {candidate.kind}"
+        remedy = "Slices are for linear layers, Conv1D and 2-d parameters"
+        raise MatchError(asked, f"slices, but it is {what}", remedy)
+    names, sizes, width = rule.slice_names, rule.slice_widths, shape.out_features
+    if not sizes:
+        if width % len(names):
+            found = f"{len(names)} equal slices, but {width:,} outputs do not divide"
+            raise MatchError(asked, found, f"Give the widths: {{{names[0]}: ..., ...}}")
+        sizes = tuple((name, width // len(names)) for name in names)
+    total = sum(size for _, size in sizes)
+    if total != width:
+        listed = " + ".join(f"{size:,}" for _, size in sizes)
+        found = f"slices of {listed} = {total:,}, but it has {width:,} outputs"
+        raise MatchError(asked, found, "Give the widths along its output")
+    return Slices(sizes, tuple(name for name in names if name in rule.adapt))
+
+
+def notes(found: Sequence[Candidate], sites: Sequence[SiteSpec]) -> Iterator[str]:
+    """Yield notes about the sites for the user, in sentences."""
+    wide = [site for site in sites if site.rank > _limit(site)]
+    if wide:
+        yield (
+            f"the rank is above the smaller side of {_several(wide)}; a rank of that side can "
+            "express every update"
+        )
+    narrow = (site for site in sites if site.rank <= _limit(site))
+    if full := [site for site in narrow if site.n_parameters > math.prod(site.weight_shape)]:
+        yield f"A and B have more elements than W at {_several(full)}"
+    pairs = zip(found, sites, strict=True)
+    read = (c for c, site in pairs if site.update == "weight" and site.compute == "base")
+    if rounded := [c.dtype for c in read if c.dtype in ("bfloat16", "float16")]:
+        yield (
+            f"{counted(len(rounded), 'weight update')} over {rounded[0]}: W + delta is rounded on "
+            "every read; compute: float32 keeps small deltas"
+        )
+
+
+def _several(sites: Sequence[SiteSpec]) -> str:
+    first = f"'{sites[0].name}' ({sites[0].in_features:,} -> {sites[0].out_features:,})"
+    return first if len(sites) == 1 else f"{len(sites):,} sites, first {first}"

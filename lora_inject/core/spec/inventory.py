@@ -1,0 +1,239 @@
+"""All names of a model or a checkpoint, with what matching and its messages need to know.
+
+A live model, a model on the meta device and a checkpoint's key list all become one
+`Inventory`, so the same code plans all of them. For a key list the kinds are assumed, and the
+inventory says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+from lora_inject.core.spec.names import (
+    around,
+    canonical,
+    is_bias,
+    leaf,
+    matching,
+    nearest_names,
+    parent,
+    quoted,
+    templates,
+)
+from lora_inject.errors import MatchError
+
+LINEAR_KINDS = ("linear", "conv1d")
+
+
+class Geometry(NamedTuple):
+    """Shapes of a weight as a matrix, stated by its layer and never read off packed weights.
+
+    Attributes:
+        in_features: Width of the input of A.
+        out_features: Width of the output of B.
+        weight_shape: Shape of the weight as the layer states it.
+        transposed: Whether the weight matrix is `(in, out)`.
+        experts: Length of a leading dimension of stacked matrices, or None.
+    """
+
+    in_features: int
+    out_features: int
+    weight_shape: tuple[int, ...]
+    transposed: bool = False
+    experts: int | None = None
+
+
+class Candidate(NamedTuple):
+    """A module or a parameter that may become a site; a tuple, as a model has thousands."""
+
+    name: str  # canonical dotted name
+    # row of the table of layer kinds: `linear`, `conv1d`, `embedding`, `conv`, ...; or `parameter`
+    kind: str
+    in_features: int  # width of the input of A
+    out_features: int  # width of the output of B
+    weight_shape: tuple[int, ...]  # shape of the weight tensor
+    weight: str  # name of the weight tensor in the state dict
+    transposed: bool = False  # whether the weight matrix is `(in, out)`
+    experts: int | None = None  # number of stacked matrices, or None
+    owner: str = ""  # for a parameter, the name of the module that owns it
+    aliases: tuple[str, ...] = ()  # other names of the same module or parameter
+    tied: tuple[str, ...] = ()  # names of the same tensor in other modules
+    # None, or what was found and what to do, where it may not be adapted
+    refusal: tuple[str, str] | None = None
+    # whether it is a stacked parameter, whose rule must say which dimension is which
+    needs_layout: bool = False
+    # `forward`, or `weight` where the weight is read rather than the module called
+    update: Literal["forward", "weight"] = "forward"
+    dtype: str = ""  # the weight's dtype, such as `bfloat16`, or empty where it is not known
+    # names of the candidates that this one stands for: an attention module for its projections.
+    # Such a name is not a site itself
+    members: tuple[str, ...] = ()
+
+    @property
+    def geometry(self) -> Geometry:
+        """The shapes of the weight."""
+        return Geometry(*(getattr(self, field) for field in Geometry._fields))
+
+    @property
+    def module(self) -> str:
+        """Name of the module whose biases belong to this candidate."""
+        return self.owner if self.kind == "parameter" else self.name
+
+    @property
+    def weight_names(self) -> list[str]:
+        """Names of the weight of a module, the canonical one first."""
+        weight = canonical(self.weight)
+        tail = weight.removeprefix(self.name)
+        return [weight, *(alias + tail for alias in self.aliases)]
+
+    def as_parameter(self, name: str) -> Candidate:
+        """Return the same weight as a parameter, for a pattern that matches the weight alone."""
+        further = tuple(self.weight_names[1:])
+        return self._replace(
+            name=name, kind="parameter", owner=self.name, update="weight", aliases=further
+        )
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """All names of a model or a checkpoint, with what matching needs to know of each."""
+
+    candidates: tuple[Candidate, ...]  # what may become a site, in model order
+    # every other name of a module or a parameter, with the short reason why it is not one:
+    # `container`, `LayerNorm`, `Dropout`, ...
+    others: Mapping[str, str]
+    # shape of every parameter, by canonical name, a tied one under its first name
+    parameters: Mapping[str, tuple[int, ...]]
+    assumed: bool = False  # whether kinds were assumed from names and shapes
+    # further names of parameters, with the one under which `parameters` has them
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    heads: tuple[str, ...] = ()  # names of the output head, as the model states
+    buffers: tuple[str, ...] = ()  # names of buffers, which cannot be targeted
+
+    @classmethod
+    def from_keys(cls, shapes: Mapping[str, tuple[int, ...]]) -> Inventory:
+        """Make an inventory of a checkpoint's keys and shapes, which do not state kinds.
+
+        A two-dimensional `X.weight` is taken for a linear layer, `(in, out)` where the length of
+        `X.bias` says so; one of three to five dimensions for a convolution. Other tensors of two
+        or more dimensions are parameters. Counts of A and B do not depend on what is assumed.
+
+        Examples:
+            >>> inventory = Inventory.from_keys({"h.0.q.weight": (4, 8), "h.0.ln.weight": (8,)})
+            >>> [(c.name, c.kind, c.in_features) for c in inventory.candidates]
+            [('h.0.q', 'linear', 8)]
+            >>> inventory.others["h.0.ln"]
+            'no matrix'
+        """
+        parameters = {canonical(key): tuple(shape) for key, shape in shapes.items()}
+        candidates, others = [], dict[str, str]()
+        for key in shapes:
+            name = canonical(key)
+            candidate = _assume(name, key, parameters)
+            if candidate is not None:
+                candidates.append(candidate)
+            else:
+                others[name] = "bias" if is_bias(name) else f"{len(parameters[name])}-d tensor"
+        known = {candidate.name for candidate in candidates}
+        others.update(_modules_around(parameters, known))
+        return cls(tuple(candidates), others, parameters, assumed=True)
+
+    @cached_property
+    def sites(self) -> dict[str, int]:
+        """Names and aliases of candidates, with the candidate's number."""
+        sites = {candidate.name: i for i, candidate in enumerate(self.candidates)}
+        for i, candidate in enumerate(self.candidates):
+            for alias in candidate.aliases:
+                sites.setdefault(alias, i)
+        return sites
+
+    @cached_property
+    def linear(self) -> dict[str, None]:
+        """Names of all linear layers but the output head."""
+        linear = (c.name for c in self.candidates if c.kind in LINEAR_KINDS)
+        return dict.fromkeys(name for name in linear if name not in self.heads)
+
+    @cached_property
+    def weights(self) -> dict[str, int]:
+        """Names of the weights of modules, with the candidate's number."""
+        modules = ((i, c) for i, c in enumerate(self.candidates) if c.kind != "parameter")
+        return {name: i for i, c in modules if c.weight for name in c.weight_names}
+
+    @cached_property
+    def names(self) -> dict[str, None]:
+        """Every name that a rule can match."""
+        tables = (self.sites, self.weights, self.others, self.parameters, self.aliases)
+        return dict.fromkeys(name for table in tables for name in table)
+
+    @cached_property
+    def listed(self) -> dict[str, str]:
+        """Every name of a parameter, with its key in `parameters`."""
+        return {**{name: name for name in self.parameters}, **self.aliases}
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """Names of all modules, containers included."""
+        tensors = (self.listed, self.weights)
+        own = (name for name in self.names if not any(name in table for table in tensors))
+        return list(dict.fromkeys([*own, *around([*self.names, *self.listed])]))
+
+    @cached_property
+    def children(self) -> dict[str, list[str]]:
+        """Listed parameters by the module that owns them."""
+        children: dict[str, list[str]] = {}
+        for name in self.parameters:
+            children.setdefault(parent(name), []).append(name)
+        return children
+
+    def reason(self, name: str) -> str:
+        """Return why a name is not a candidate."""
+        if name in self.others:
+            return self.others[name]
+        name = self.aliases.get(name, name)
+        return "bias" if is_bias(name) else f"{len(self.parameters[name])}-d parameter"
+
+    def no_match(self, asked: str, pattern: str, *pools: Collection[str]) -> MatchError:
+        """Return the error for a pattern that matches nothing.
+
+        Suggestions come from the first pool of names that has one; the last pool holds all.
+        """
+        if buffers := matching(pattern, self.buffers, asked=asked):
+            found = f"matches only buffers: {quoted(buffers[:3])}"
+            return MatchError(asked, found, "Name a module or a parameter; buffers do not train")
+        found = f"matched none of {len(pools[-1]):,} names"
+        for pool in pools:
+            if near := nearest_names(pattern, pool):
+                return MatchError(asked, found, f"Nearest: {quoted(near)}")
+        if some := quoted(list(templates(next(filter(None, pools), ())))[:4]):
+            return MatchError(asked, found, f"Nothing is spelled like it; there is {some}")
+        return MatchError(asked, found, "There is nothing to adapt")
+
+
+def _modules_around(parameters: Iterable[str], known: set[str]) -> dict[str, str]:
+    """Return the modules around parameters that are not candidates, with the reason."""
+    owners = dict.fromkeys(map(parent, parameters), "no matrix")
+    reasons = owners | dict.fromkeys(around(owners), "container")
+    return {name: why for name, why in reasons.items() if name and name not in known}
+
+
+def _assume(name: str, key: str, parameters: Mapping[str, tuple[int, ...]]) -> Candidate | None:
+    """Return what a tensor is assumed to be, or None."""
+    shape = parameters[name]
+    if len(shape) < 2 or is_bias(name) or 0 in shape:
+        return None
+    module, (rows, columns) = parent(name), shape[-2:]
+    if not module or leaf(name) != "weight" or len(shape) > 5:
+        stack = math.prod(shape[:-2]) if len(shape) > 2 else None
+        return Candidate(
+            name, "parameter", columns, rows, shape, key, False, stack, module,
+            needs_layout=len(shape) > 2, update="weight",
+        )  # fmt: skip
+    if len(shape) > 2:
+        return Candidate(module, "conv", math.prod(shape[1:]), shape[0], shape, key)
+    if rows != columns and parameters.get(f"{module}.bias") == (columns,):
+        return Candidate(module, "conv1d", rows, columns, shape, key, transposed=True)
+    return Candidate(module, "linear", columns, rows, shape, key)

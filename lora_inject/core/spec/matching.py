@@ -1,0 +1,348 @@
+r"""Which names a config means: from patterns and an inventory of names to a plan of sites.
+
+Matching works only on names and shapes: `resolve` is a pure function of a config and an inventory.
+So a plan can be checked, counted and refused before anything changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from lora_inject.core.spec.config import ALL_LINEAR, Config
+from lora_inject.core.spec.fit import fit, notes
+from lora_inject.core.spec.inventory import Candidate, Inventory
+from lora_inject.core.spec.names import (
+    Below,
+    canonical,
+    counted,
+    first_number,
+    is_bias,
+    matching,
+    parent,
+    quoted,
+)
+from lora_inject.core.spec.plan import Plan, Skipped, Tied, Trained
+from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.errors import LayerError, MatchError, nearest
+
+
+def resolve(config: Config, inventory: Inventory) -> Plan:
+    r"""Find out which sites a config means.
+
+    Rules are tried in order and the first that matches a name takes it. A rule matches a module by
+    its name or by any of its aliases. Where it matches a module and the module's own weight, the
+    module is the site; a pattern that matches the weight alone (`q_proj\.weight`) makes a site of
+    the parameter. `all-linear` matches every linear layer but the output head.
+
+    An `exclude` entry takes out what it names *and all that lies below*: `vision_tower` keeps every
+    rule off the whole tower, and `lm_head` off `lm_head.weight`, too. It takes out a shared module
+    under whichever of its names it matches. It concerns `targets` only, not `train` and `bias`.
+
+    A `train` entry names parameters, or modules, which means all parameters below them. `bias:
+    adapted` trains the biases of the modules that have sites; `all` every parameter called `bias`
+    or `..._bias`, stacked ones of experts included.
+
+    Examples:
+        >>> inventory = Inventory.from_keys({f"h.{i}.q.weight": (8, 8) for i in range(2)})
+        >>> plan = resolve(Config(targets=["q"], rank=2), inventory)
+        >>> plan.n_sites, plan.n_lora
+        (2, 64)
+    """
+    rules = _Rules(config, inventory)
+    for i in range(len(config.targets)):
+        rules.take(i)
+    # Rules are tried in turn, but sites are listed as the model has them.
+    ordered = sorted(rules.taken.values(), key=lambda entry: entry.order)
+    sites = tuple(entry.spec for entry in ordered)
+    found = [entry.candidate for entry in ordered]
+    trained = _trained_by(config, rules.inventory, sites, found)
+    plan = Plan(
+        config=config,
+        sites=sites,
+        trained=trained,
+        skipped=tuple(rules.skipped),
+        tied=_tied_by(rules.inventory, sites, found, trained),
+        notes=(*_head_notes(config, inventory), *notes(found, sites)),
+        n_base=sum(math.prod(shape) for shape in inventory.parameters.values()),
+        assumed=inventory.assumed,
+    )
+    _check_expect(plan)
+    return plan
+
+
+class _Taken(NamedTuple):
+    order: int
+    candidate: Candidate
+    spec: SiteSpec
+
+
+class _Rules:
+    """The rules of a config: each takes the names that it matches and no earlier rule took."""
+
+    def __init__(self, config: Config, inventory: Inventory) -> None:
+        self.config = config
+        self.inventory = inventory
+        self.excluded = _excluded(config, inventory)
+        self.taken: dict[str, _Taken] = {}  # by the name of the weight, in the order of rules
+        self.skipped: list[Skipped] = []
+
+    def take(self, i: int) -> None:
+        """Let rule `i` take its sites; raise if there are none."""
+        rule, label = self.config.targets[i], _rule_label(self.config, i)
+        if self.inventory.assumed and (rule.kind is not None or rule.match == ALL_LINEAR):
+            found = "a list of keys does not say which kind of layer a tensor belongs to"
+            raise MatchError(label, found, "Give the folder with config.json, or write a pattern")
+        names = self._names(i)
+        candidates = list(_candidates(names, self.inventory))
+        kinds = Counter(candidate.kind for _, candidate in candidates)
+        if rule.kind is not None:
+            candidates = [pair for pair in candidates if pair[1].kind == rule.kind]
+            if not candidates:
+                raise _no_kind(label, rule.kind, kinds)
+        left: Counter[str] = Counter()
+        before, made = len(self.taken), dict[Candidate, SiteSpec]()
+        for order, candidate in candidates:
+            if taker := self._taker(candidate):
+                left[taker] += 1
+                if taker == "exclude":
+                    self.skipped.append(Skipped(candidate.name, i, "excluded"))
+                continue
+            asked = f"'{candidate.name}', matched by {label}"
+            if candidate.refusal is not None:
+                raise LayerError(asked, *candidate.refusal)
+            # Sites that differ only in their names are made once.
+            key = candidate._replace(name="", weight="", owner="", aliases=(), tied=())
+            if (like := made.get(key)) is None:
+                like = made[key] = fit(candidate, self.config.filled(rule), i, asked)
+            spec = like.at(candidate.name, candidate.weight, candidate.aliases)
+            self.taken[canonical(candidate.weight)] = _Taken(order, candidate, spec)
+        others = _others(names, self.inventory) if rule.kind is None else []
+        self.skipped += [Skipped(name, i, self.inventory.reason(name)) for name in others]
+        if len(self.taken) == before:
+            raise _all_gone(label, left) if left else _all_skipped(label, others, self.inventory)
+
+    def _names(self, i: int) -> list[str]:
+        """Return the names that a rule matches, in its layers."""
+        rule, label, inventory = self.config.targets[i], _rule_label(self.config, i), self.inventory
+        if rule.match == ALL_LINEAR:
+            names = list(inventory.linear)
+            if not names:
+                but = " but its output head" if inventory.heads else ""
+                found = f"the model has no linear layers{but}"
+                raise MatchError(label, found, "Name what to adapt")
+        else:
+            names = matching(rule.match, inventory.names, asked=label)
+            if not names:
+                raise inventory.no_match(label, rule.match, inventory.sites, inventory.names)
+        inside = [name for name in names if rule.covers(first_number(name))]
+        if not inside:
+            numbers = [n for name in names if (n := first_number(name)) is not None]
+            found = f"nothing that it matches is in layers {', '.join(rule.layers or ())}"
+            span = f"Its layers are {min(numbers)} to {max(numbers)}" if numbers else ""
+            raise MatchError(label, found, span or "Remove layers; no name that it matches has one")
+        return inside
+
+    def _taker(self, candidate: Candidate) -> str:
+        """Return what took a candidate before: `exclude`, an earlier rule, or nothing."""
+        if self.config.exclude:
+            names = (candidate.name, *candidate.aliases, *candidate.weight_names)
+            if any(name in self.excluded for name in names):
+                return "exclude"
+        owner = self.taken.get(canonical(candidate.weight))
+        return "" if owner is None else f"rule {(owner.spec.rule or 0) + 1}"
+
+
+def _rule_label(config: Config, i: int) -> str:
+    return f"rule {i + 1} ('{config.targets[i].match}')"
+
+
+def _excluded(config: Config, inventory: Inventory) -> Below:
+    """Return the names that no rule may take, and all below them."""
+    excluded: set[str] = set()
+    names = list(dict.fromkeys([*inventory.names, *inventory.modules])) if config.exclude else []
+    for i, pattern in enumerate(config.exclude):
+        label = f"exclude {i + 1} ('{pattern}')"
+        found = matching(pattern, names, asked=label)
+        if not found:
+            raise inventory.no_match(label, pattern, names)
+        excluded.update(found)
+    return Below(excluded)
+
+
+def _candidates(names: Sequence[str], inventory: Inventory) -> Iterator[tuple[int, Candidate]]:
+    """Yield the matched candidates, each once: modules, then weights that were matched alone."""
+    numbers: dict[int, None] = {}
+    for name in names:
+        if (number := inventory.sites.get(name)) is not None:
+            members = [inventory.sites[member] for member in inventory.candidates[number].members]
+            numbers.update(dict.fromkeys(members or [number]))
+    for number in sorted(numbers, key=lambda n: (inventory.candidates[n].kind == "parameter", n)):
+        yield number, inventory.candidates[number]
+    for name in names:
+        number = None if name in inventory.sites else inventory.weights.get(name)
+        if number is not None and number not in numbers:
+            candidate = inventory.candidates[number]
+            yield number, candidate.as_parameter(canonical(candidate.weight))
+
+
+def _others(names: Sequence[str], inventory: Inventory) -> list[str]:
+    """Return matched names that are not candidates, without parameters of matched modules."""
+    others = [
+        name for name in names if name not in inventory.sites and name not in inventory.weights
+    ]
+    modules = set(names) if others else set()
+    return [name for name in others if not (name in inventory.listed and parent(name) in modules)]
+
+
+# Rules that take nothing
+
+
+def _no_kind(label: str, kind: str, kinds: Counter[str]) -> MatchError:
+    near = nearest(kind, kinds, n=1)
+    there = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.items()) or "no kind of layer"
+    found = f"nothing that it matches is of kind '{kind}', but of {there}"
+    return MatchError(label, found, f"Did you mean '{near[0]}'?" if near else "Correct kind")
+
+
+def _all_gone(label: str, left: Counter[str]) -> MatchError:
+    who = ", ".join(f"{taker} ({n:,})" for taker, n in left.items())
+    remedy = "Put the narrower rule first, or remove this one"
+    return MatchError(label, f"all that it matches is taken by {who}", remedy)
+
+
+def _all_skipped(label: str, others: Sequence[str], inventory: Inventory) -> MatchError:
+    some = ", ".join(f"'{name}' ({inventory.reason(name)})" for name in others[:3])
+    more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
+    below = Below(others[:1])
+    inside = quoted([c.name for c in inventory.candidates if c.name in below][:4])
+    in_it = f"Name what is in it: {inside}"
+    remedy = in_it if inside else "Name modules or parameters that hold a matrix"
+    return MatchError(label, f"matches only what cannot take an adapter: {some}{more}", remedy)
+
+
+# What trains besides the adapters
+
+
+def _trained_by(
+    config: Config, inventory: Inventory, sites: Sequence[SiteSpec], found: Sequence[Candidate]
+) -> tuple[Trained, ...]:
+    """Return the parameters that `train`, `bias` and `tokens` name, in model order."""
+    shapes, entries = inventory.parameters, dict[str, Trained]()
+    for i, pattern in enumerate(config.train):
+        label = f"train {i + 1} ('{pattern}')"
+        for name in _matched(pattern, label, inventory):
+            entries.setdefault(name, Trained(name, shapes[name], label))
+    if config.bias != "none":
+        label = f"bias: {config.bias}"
+        for name in _biases(config, inventory, found):
+            entries.setdefault(name, Trained(name, shapes[name], label))
+    for pattern, ids in dict(config.tokens).items():
+        label = f"tokens '{pattern}'"
+        for name in _tables(pattern, ids, label, inventory):
+            if name in entries:
+                both = f"'{name}' is also named by {entries[name].why}"
+                raise MatchError(label, both, "Narrow one of the two patterns")
+            entries[name] = Trained(name, (len(ids), *shapes[name][1:]), label, ids)
+    for site in sites if entries else ():
+        weight = canonical(site.weight)
+        entry = entries.get(inventory.listed.get(weight, weight))
+        if entry is not None:  # under whichever of its names it is tied
+            what = f"'{entry.name}' is the weight of the site '{site.name}'"
+            remedy = f"Exclude '{site.name}', or narrow the pattern"
+            raise MatchError(entry.why, f"{what}: adapted and trained both", remedy)
+    return tuple(entries[name] for name in shapes if name in entries) if entries else ()
+
+
+def _tables(pattern: str, ids: tuple[int, ...], label: str, inventory: Inventory) -> list[str]:
+    """Return the matrices that a tokens entry names, which must have these rows."""
+    shapes = inventory.parameters
+    found = [name for name in _matched(pattern, label, inventory) if len(shapes[name]) == 2]
+    if not found:
+        raise MatchError(label, "it names nothing that has rows", "Name an embedding")
+    for name in found:
+        if max(ids) >= shapes[name][0]:
+            less = f"'{name}' has no row {max(ids)}: it has {shapes[name][0]:,} rows"
+            remedy = "Resize the vocabulary first: model.resize_token_embeddings(n)"
+            raise MatchError(label, less, remedy)
+    return found
+
+
+def _matched(pattern: str, label: str, inventory: Inventory) -> list[str]:
+    """Return the listed parameters that an entry names, itself or by a module around them."""
+    direct = matching(pattern, inventory.listed, asked=label)
+    modules = matching(pattern, inventory.modules, asked=label)
+    if not direct and not modules:
+        raise inventory.no_match(label, pattern, [*inventory.listed, *inventory.modules])
+    below = Below([*direct, *modules])
+    found = dict.fromkeys(first for name, first in inventory.listed.items() if name in below)
+    if not found:
+        some = quoted(modules[:3])
+        raise MatchError(label, f"matches {some}, with no parameters", "Name what has parameters")
+    return list(found)
+
+
+def _biases(config: Config, inventory: Inventory, found: Sequence[Candidate]) -> list[str]:
+    if config.bias == "all":
+        names = [name for name in inventory.parameters if is_bias(name)]
+        where = f"none of {len(inventory.parameters):,} parameters"
+    else:
+        modules = dict.fromkeys(candidate.module for candidate in found)
+        names = [n for m in modules for n in inventory.children.get(m, ()) if is_bias(n)]
+        where = f"none of {len(modules):,} adapted modules"
+    if not names:
+        remedy = "Set bias: none" if config.bias == "all" else "Set bias: none, or all"
+        raise MatchError(f"bias: {config.bias}", f"{where} is or has a bias", remedy)
+    return names
+
+
+def _tied_by(
+    inventory: Inventory,
+    sites: Sequence[SiteSpec],
+    found: Sequence[Candidate],
+    trained: Sequence[Trained],
+) -> tuple[Tied, ...]:
+    """Return the tensors with several names that sites or trained entries touch, each once."""
+    names = {entry.name for entry in trained}
+    on: dict[tuple[str, ...], list[str]] = {}
+    for site, candidate in zip(sites, found, strict=True):
+        if candidate.tied:
+            on.setdefault(_all_names(candidate), []).append(site.name)
+    for candidate in inventory.candidates if names else ():
+        if candidate.tied and names.intersection(_all_names(candidate)):
+            on.setdefault(_all_names(candidate), [])
+    return tuple(Tied(same, tuple(at), bool(names.intersection(same))) for same, at in on.items())
+
+
+def _all_names(candidate: Candidate) -> tuple[str, ...]:
+    return tuple(sorted({canonical(candidate.weight), *map(canonical, candidate.tied)}))
+
+
+def _head_notes(config: Config, inventory: Inventory) -> list[str]:
+    """Return a note on the output head that `all-linear` leaves out."""
+    if all(rule.match != ALL_LINEAR for rule in config.targets):
+        return []
+    if inventory.heads:
+        return [f"all-linear leaves out the output head {quoted(inventory.heads)}"]
+    return ["all-linear takes every linear layer: the model states no output head"]
+
+
+def _check_expect(plan: Plan) -> None:
+    expect = plan.config.expect
+    if expect is None:
+        return
+    counts = {"sites": plan.n_sites, "lora": plan.n_lora, "trainable": plan.n_trainable}
+    wanted = {k: n for k, n in expect.model_dump(exclude_none=True).items() if n != counts[k]}
+    if not wanted:
+        return
+    asked = ", ".join(f"{key}: {n:,}" for key, n in wanted.items())
+    got = ", ".join(f"{key}: {counts[key]:,}" for key in wanted)
+    rules = [
+        f"{_rule_label(plan.config, i)} {counted(n, 'site')}"
+        for i, n in enumerate(plan.n_sites_by_rule)
+    ]
+    extra = [f"train and bias {plan.n_trained:,} elements"] if plan.trained else []
+    found = f"found {got} ({'; '.join(rules + extra)})"
+    raise MatchError(f"expect {{{asked}}}", found, "Correct the rules, or the counts")

@@ -1,0 +1,213 @@
+"""What a config does to a model, as a value before it is done, and as a table.
+
+A plan is data. It can be counted, compared, printed and written as JSON; it changes
+nothing and holds no tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from lora_inject.core.spec.columns import columns, sides
+from lora_inject.core.spec.config import Config, Normal, Rule
+from lora_inject.core.spec.names import counted, templates
+from lora_inject.core.spec.sites import SiteSpec
+
+
+class Trained(NamedTuple):
+    """A parameter of the base that trains with the adapter, as its own copy; `why` names it.
+
+    With `rows` only these rows train, and `shape` is theirs.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    why: str
+    rows: tuple[int, ...] | None = None
+
+
+class Skipped(NamedTuple):
+    """A name that a rule matched but that is not a site: `container`, `LayerNorm`, `excluded`."""
+
+    name: str
+    rule: int
+    reason: str
+
+
+class Tied(NamedTuple):
+    """One tensor under several names, which sites or a `train` entry touch.
+
+    Of two sites each adds its own delta where it is used.
+    """
+
+    names: tuple[str, ...]
+    sites: tuple[str, ...]
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config does to a model, before it is done.
+
+    Attributes:
+        config: The config.
+        sites: The sites in model order.
+        trained: Further parameters that train, in model order.
+        skipped: What else the rules matched.
+        tied: Tensors with several names that are adapted or trained.
+        notes: What the user should know, in sentences.
+        n_base: Elements of the base's parameters.
+        assumed: True where kinds were guessed from a checkpoint's keys.
+    """
+
+    config: Config
+    sites: tuple[SiteSpec, ...]
+    trained: tuple[Trained, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    tied: tuple[Tied, ...] = ()
+    notes: tuple[str, ...] = ()
+    n_base: int = 0
+    assumed: bool = False
+
+    @property
+    def n_sites(self) -> int:
+        """Number of sites."""
+        return len(self.sites)
+
+    @cached_property
+    def n_lora(self) -> int:
+        """Elements of A and B of all sites."""
+        return sum(site.n_parameters for site in self.sites)
+
+    @cached_property
+    def n_trained(self) -> int:
+        """Elements of the parameters that `train` and `bias` add."""
+        return sum(math.prod(entry.shape) for entry in self.trained)
+
+    @property
+    def n_trainable(self) -> int:
+        """Elements of A, B and all that `train` and `bias` add."""
+        return self.n_lora + self.n_trained
+
+    @cached_property
+    def n_sites_by_rule(self) -> tuple[int, ...]:
+        """Number of sites of each rule."""
+        found = Counter(site.rule for site in self.sites)
+        return tuple(found[i] for i in range(len(self.config.targets)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data for JSON."""
+        plain = ("n_sites", "n_lora", "n_trained", "n_trainable", "n_base", "assumed")
+        return {
+            "config": self.config.to_dict(),
+            **{name: getattr(self, name) for name in plain},
+            "sites": [_site_dict(site) for site in self.sites],
+            "trained": [t._asdict() for t in self.trained],
+            "skipped": [s._asdict() for s in self.skipped],
+            "tied": [t._asdict() for t in self.tied],
+            "notes": list(self.notes),
+        }
+
+    def text(self, width: int = 80) -> str:
+        """Return the plan as a table that fits into a width; no name is broken."""
+        return "\n".join(_lines(self, width))
+
+    def __str__(self) -> str:
+        return self.text()
+
+
+def _site_dict(site: SiteSpec) -> dict[str, Any]:
+    slices = site.slices and {"sizes": dict(site.slices.sizes), "adapt": site.slices.adapt}
+    names = [field.name for field in fields(site) if field.name not in ("form", "shapes")]
+    return {**{name: getattr(site, name) for name in names}, "slices": slices}
+
+
+# The table ----------------------------------------------------------------------------------------
+
+
+def _lines(plan: Plan, width: int) -> Iterator[str]:
+    """The plan as text: sites by rule, what else trains, what was skipped, totals."""
+    if plan.assumed:
+        yield "kinds are assumed from names and shapes"
+    for i, rule in enumerate(plan.config.targets):
+        sites = [site for site in plan.sites if site.rule == i]
+        numbers = _numbers(plan.config.filled(rule))
+        yield from _filled(f"rule {i + 1} '{rule.match}': {numbers}", width)
+        yield from _table([(site.name, _cells(site)) for site in sites], width)
+    for why in dict.fromkeys(entry.why for entry in plan.trained):
+        rows = any(entry.rows for entry in plan.trained if entry.why == why)
+        yield f"{why}: {'rows that train' if rows else 'trained in full'}"
+        mine = [(entry.name, _cells(entry)) for entry in plan.trained if entry.why == why]
+        yield from _table(mine, width)
+    for reason in dict.fromkeys(entry.reason for entry in plan.skipped):
+        names = templates(dict.fromkeys(e.name for e in plan.skipped if e.reason == reason))
+        some = ", ".join(list(names)[:4]) + (", ..." if len(names) > 4 else "")
+        yield from _filled(f"skipped, {reason}: {some}", width)
+    closing = [f"tied: {' = '.join(tied.names)}; {_tied_text(tied)}" for tied in plan.tied]
+    for line in (*closing, *(f"note: {note}" for note in plan.notes), _totals(plan)):
+        yield from _filled(line, width)
+
+
+def _filled(line: str, width: int) -> list[str]:
+    return textwrap.wrap(
+        line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _numbers(rule: Rule) -> str:
+    root = f"sqrt({rule.rank})" if rule.scaling == "rslora" else str(rule.rank)
+    init = f"normal({rule.init.normal:g})" if isinstance(rule.init, Normal) else str(rule.init)
+    parts = [f"rank {rule.rank}", f"scale {rule.alpha:g}/{root}", init]
+    parts += [f"dropout {rule.dropout:g}"] if rule.dropout else []
+    parts += ["compute float32"] if rule.compute == "float32" else []
+    parts += [str(rule.variant)] if rule.variant != "lora" else []
+    parts += ["lora_bias"] if rule.lora_bias else []
+    return ", ".join(parts)
+
+
+def _table(entries: Iterable[tuple[str, tuple[str, str, int]]], width: int) -> Iterator[str]:
+    """Return rows of kind, shape and size; names with equal values are joined."""
+    groups: dict[tuple[str, str, int], list[str]] = {}
+    for name, alike in entries:
+        groups.setdefault(alike, []).append(name)
+    rows = [
+        (name, f"x{n:,}", kind, shape, f"{each:,} each", f"{each * n:,}")
+        for (kind, shape, each), names in groups.items()
+        for name, n in templates(names).items()
+    ]
+    return columns(rows, 4, width)
+
+
+def _cells(entry: SiteSpec | Trained) -> tuple[str, str, int]:
+    """Return kind, shape and number of parameters."""
+    if isinstance(entry, Trained):
+        return "trained", sides(entry.shape), math.prod(entry.shape)
+    stack = "" if entry.experts is None else f"stack of {entry.experts:,}: "
+    shape = f"{stack}{entry.in_features:,} -> {entry.out_features:,}"
+    if entry.slices:
+        shape += f" [{', '.join(entry.slices.adapt)}]"
+    by_weight = entry.update == "weight" and entry.kind != "parameter"
+    return f"{entry.kind} (weight)" if by_weight else entry.kind, shape, entry.n_parameters
+
+
+def _tied_text(tied: Tied) -> str:
+    each = ", each with its own delta" if len(tied.sites) > 1 else " only"
+    texts = [f"adapted at {' and '.join(tied.sites)}{each}"] if tied.sites else []
+    texts += ["trained under all its names"] if tied.trained else []
+    return "; ".join(texts)
+
+
+def _totals(plan: Plan) -> str:
+    percent = 100 * plan.n_trainable / max(plan.n_base, 1)
+    share = f", {percent:.3g} % of {plan.n_base:,}" if plan.n_base else ""
+    extra = f" + {plan.n_trained:,} trained in full" if plan.trained else ""
+    return (
+        f"{counted(plan.n_sites, 'site')}: {plan.n_lora:,} in A and B{extra} = "
+        f"{plan.n_trainable:,} trainable{share}; {4 * plan.n_trainable / 1e6:,.1f} MB in float32"
+    )

@@ -1,0 +1,204 @@
+"""What a site is, in numbers: no torch, no model.
+
+Every kind of weight is a matrix (`matrix_shape`), and an adapter adds to it a few
+low-rank blocks. A plain linear layer has one block; a fused projection has one for each adapted
+slice; a bank of experts has one for each expert. So merging, exporting and counting need only a
+list of `Block`s, which is stated once, here. So are the tensors that each variant trains besides A
+and B: planning, counting and the checks of a config need no more of it (`adapter.variants`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+from lora_inject.core.spec.names import joined
+
+Shape = tuple[int, ...]
+ShapeOf = Callable[[Shape, Shape], Shape]
+"""The shape of a tensor, by those of A `(..., rank, in)` and B `(..., out, rank)`."""
+
+
+class Roles(NamedTuple):
+    """A variant as planning sees it."""
+
+    further: Mapping[str, ShapeOf]  # tensors besides A and B, by role
+    gained: bool = False  # whether its outputs have a gain besides the update of W
+
+
+ROLES = {
+    "lora": Roles({}),
+    "dora": Roles({"m": lambda a, b: b[:-1]}, gained=True),  # noqa: ARG005 - one for each output
+}
+
+FROM_WEIGHT = ("pissa", "olora")
+"""Inits that are derived from W: the site keeps a frozen copy A0, B0 of its start."""
+
+
+def shapes_of(variant: str, a: Shape, b: Shape, lora_bias: bool = False) -> dict[str, Shape]:
+    """Return the shapes of the trainable tensors of a site; `lora_bias` is that of B.
+
+    Examples:
+        >>> shapes_of("lora", (2, 4), (6, 2))
+        {'A': (2, 4), 'B': (6, 2)}
+    """
+    further = {role: shape(a, b) for role, shape in ROLES[variant].further.items()}
+    return {"A": a, "B": b, **further, **({"b": b[:-1]} if lora_bias else {})}
+
+
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """The parts of a fused projection's output, and which of them are adapted.
+
+    Examples:
+        >>> s = Slices((("q", 8), ("k", 4), ("v", 4)), ("q", "v"))
+        >>> s.spans
+        ((0, 8), (12, 16))
+    """
+
+    # `(name, width)` of each part along the output, in order; the widths sum to `out_features`
+    sizes: tuple[tuple[str, int], ...]
+    adapt: tuple[str, ...]  # names of the adapted parts, in the order of `sizes`
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """`(start, stop)` along the output of each adapted part."""
+        spans, start = [], 0
+        for name, width in self.sizes:
+            if name in self.adapt:
+                spans.append((start, start + width))
+            start += width
+        return tuple(spans)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One low-rank block: `W[rows, cols] += scale * B[b] @ A[a]` (transposed if the site is)."""
+
+    rows: tuple[int, int]  # `(start, stop)` of rows of the weight matrix
+    cols: tuple[int, int]  # `(start, stop)` of its columns
+    a: tuple[int, int]  # `(start, stop)` of rows of A, flattened to two dimensions
+    b: tuple[int, int]  # `(start, stop)` of rows of B, flattened to two dimensions
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """One site and its hyper-parameters, without tensors."""
+
+    name: str  # canonical dotted name of the module, or of the parameter for a weight update
+    kind: str  # row of the table of layer kinds: `linear`, `embedding`, ...; or `parameter`
+    in_features: int  # width of the input of A; of a convolution channels per group times kernel
+    out_features: int  # width of the output of B
+    weight_shape: tuple[int, ...]  # shape of the weight tensor as the module holds it
+    rank: int  # r, the rank of each block
+    alpha: float
+    transposed: bool = False  # whether the weight matrix is `(in, out)`: Conv1D, embeddings, ...
+    experts: int | None = None  # length of a leading dimension of stacked matrices, or None
+    scaling: str = "standard"  # `standard` (alpha / rank) or `rslora` (alpha / sqrt(rank))
+    dropout: float = 0.0  # probability of dropping an element of the input of A
+    init: str | tuple[str, float] = "kaiming"  # a name of `config.Init`, or `("normal", std)`
+    compute: str = "base"  # `base` or `float32`, the dtype of the low-rank arithmetic
+    variant: str = "lora"  # how its tensors become an update of W: a row of `adapter.variants`
+    lora_bias: bool = False  # whether B has a bias b: the layer's becomes `bias + scale * b`
+    slices: Slices | None = None  # parts of a fused projection, or None
+    rule: int | None = None  # index of the rule that matched, None where it came from a file
+    # name of the adapted tensor in the state dict; by default `NAME.weight`, a parameter's own name
+    weight: str = ""
+    # `forward`: the update is added to the layer's output; `weight`: the weight reads as W + delta
+    update: str = "forward"
+    # other names of the same module or parameter
+    aliases: tuple[str, ...] = field(default=(), compare=False)
+    # alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv:2312.03732)
+    scale: float = field(init=False, repr=False, compare=False)
+    # `(start, stop)` along the output of each adapted part; one for a plain site
+    spans: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
+    # `(rank * parts, in)` and `(adapted out, rank)`, with a leading `experts` where there are any
+    a_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    b_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    # shape of each trainable tensor by its role: A, B and what the variant adds
+    shapes: Mapping[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
+    n_parameters: int = field(init=False, repr=False, compare=False)  # elements of all of these
+    # what two sites must have in common for values of A and B to mean the same in both
+    form: tuple[object, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Compute derived fields; torch.compile cannot trace a cached property."""
+        divisor = math.sqrt(self.rank) if self.scaling == "rslora" else self.rank
+        spans = self.slices.spans if self.slices else ((0, self.out_features),)
+        lead = () if self.experts is None else (self.experts,)
+        a_shape = (*lead, self.rank * len(spans), self.in_features)
+        b_shape = (*lead, sum(stop - start for start, stop in spans), self.rank)
+        scale = self.alpha / divisor
+        turned = self.kind == "parameter" and self.transposed
+        shapes = shapes_of(self.variant, a_shape, b_shape, self.lora_bias)
+        own = self.name if self.kind == "parameter" else joined(self.name, "weight")
+        self.__dict__.update(
+            weight=self.weight or own,
+            scale=scale,
+            spans=spans,
+            a_shape=a_shape,
+            b_shape=b_shape,
+            shapes=shapes,
+            n_parameters=sum(map(math.prod, shapes.values())),
+            form=(self.rank, scale, spans, self.experts, turned, self.variant, self.lora_bias),
+        )
+
+    def at(self, name: str, weight: str, aliases: tuple[str, ...] = ()) -> SiteSpec:
+        """Return the same site under another name, at a fraction of the cost of a new one.
+
+        Models have thousands of sites that differ only in their names.
+
+        Examples:
+            >>> q = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), rank=2, alpha=2)
+            >>> k = q.at("h.0.k", "h.0.k.weight")
+            >>> k.name, k.a_shape == q.a_shape
+            ('h.0.k', True)
+        """
+        made = object.__new__(SiteSpec)
+        made.__dict__.update(self.__dict__, name=name, weight=weight, aliases=aliases)
+        return made
+
+    @property
+    def why_no_gain(self) -> str:
+        """Why the outputs of this site cannot have a gain, or ""."""
+        if self.experts is not None:
+            return f"a stack of {self.experts:,} matrices"
+        if self.kind == "conv_transpose":
+            return "a transposed convolution, whose outputs are not rows or columns of its weight"
+        return ""
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Shape of the weight seen as one matrix, in the weight's own memory order."""
+        matrix = (self.out_features, self.in_features)
+        rows, cols = matrix[::-1] if self.transposed else matrix
+        return rows * (self.experts or 1), cols
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The low-rank blocks on the weight matrix.
+
+        Examples:
+            >>> spec = SiteSpec("c_attn", "conv1d", 4, 6, (4, 6), rank=2, alpha=2, transposed=True,
+            ...                 slices=Slices((("q", 2), ("k", 2), ("v", 2)), ("q", "v")))
+            >>> [(b.rows, b.cols) for b in spec.blocks]
+            [((0, 4), (0, 2)), ((0, 4), (4, 6))]
+        """
+        blocks = []
+        n_in, n_out = self.in_features, self.out_features
+        a_rows, b_rows = self.a_shape[-2], self.b_shape[-2]
+        for expert in range(self.experts or 1):
+            b_start = expert * b_rows
+            for part, (start, stop) in enumerate(self.spans):
+                a_start = expert * a_rows + part * self.rank
+                a, b = (a_start, a_start + self.rank), (b_start, b_start + stop - start)
+                if self.transposed:
+                    rows, cols = (expert * n_in, (expert + 1) * n_in), (start, stop)
+                else:
+                    rows, cols = (expert * n_out + start, expert * n_out + stop), (0, n_in)
+                blocks.append(Block(rows, cols, a, b))
+                b_start = b[1]
+        return tuple(blocks)

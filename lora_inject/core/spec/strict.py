@@ -1,0 +1,244 @@
+"""Strict models of pydantic, whose errors say the place in the file, what was found, what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from lora_inject.core.spec.names import regex_problem
+from lora_inject.core.spec.yaml import Document, Loc, dotted, read_text, show
+from lora_inject.errors import ConfigError, check_type, nearest
+
+_ALSO = 4  # further errors that one message lists
+
+_NAMES = {
+    "rank": ("r", "lora_r"),
+    "alpha": ("lora_alpha",),
+    "dropout": ("lora_dropout",),
+    "init": ("init_lora_weights",),
+    "scaling": ("use_rslora",),
+    "targets": ("target_modules", "target_parameters", "rules"),
+    "exclude": ("exclude_modules",),
+    "train": ("modules_to_save",),
+    "layers": ("layers_to_transform",),
+    "sites": ("modules",),
+    "match": ("pattern", "name", "regex"),
+    "normal": ("std",),
+    "adapted": ("lora_only",),
+    "lr": ("learning_rate",),
+}
+_ELSEWHERE = {other: ours for ours, others in _NAMES.items() for other in others}
+"""Names of the same thing in PEFT and elsewhere, to ours."""
+
+_MAPPINGS = {"init": "{normal: 0.02}", "layout": "{in: [0], out: [1, 2]}"}
+
+
+def _for_editors(schema: dict[str, Any]) -> None:
+    """Drop the docstring of a model from its schema, and the line breaks of its fields'."""
+    schema.pop("description", None)
+    for entry in schema["properties"].values():
+        entry["description"] = " ".join(entry["description"].split())
+
+
+class Strict(BaseModel):
+    """Unknown keys and wrong types are errors; an integer is accepted for a float."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
+        json_schema_extra=_for_editors,
+    )
+    # models inside, by their key, where an unknown key may belong
+    inside: ClassVar[Mapping[str, type[BaseModel]]] = {}
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise _config_error(error, type(self), data) from None
+
+    # As in pydantic's own BaseModel: a model inside a model is validated by the outer one.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+def checked_regex(text: str) -> str:
+    """Return a regex; raise ValueError(found, remedy) where it is not one."""
+    if problem := regex_problem(text):
+        remedy = "Patterns are Python regexes; a literal dot is '\\.'"
+        raise ValueError(f"{show(text)} is not a regex: {problem}", remedy)
+    return text
+
+
+class YamlModel(Strict):
+    """A model that is a YAML file as a whole; `forms` says what `coerce` takes."""
+
+    forms: ClassVar[str]
+
+    @classmethod
+    def from_yaml(cls, path: str | PathLike[str]) -> Self:
+        """Read it from a YAML file, UTF-8.
+
+        Raises:
+            ConfigError: The file cannot be read, is not safe YAML, or is not valid; the message
+                gives `FILE:LINE:COLUMN (key)`.
+        """
+        return cls.from_text(read_text(path), source=str(path))
+
+    @classmethod
+    def from_text(cls, text: str, *, source: str = "") -> Self:
+        r"""Read it from YAML text.
+
+        Args:
+            text: The YAML.
+            source: Its name in messages.
+
+        Raises:
+            ConfigError: As in `from_yaml`.
+
+        Examples:
+            >>> from lora_inject import Config
+            >>> Config.from_text("targets: [q_proj, v_proj]").rank
+            8
+            >>> try:
+            ...     Config.from_text("rnak: 4\ntargets: [q_proj]", source="lora.yaml")
+            ... except ConfigError as error:
+            ...     print(error)
+            lora.yaml:1:1 (rnak): unknown key 'rnak'. Did you mean 'rank'?
+        """
+        document = Document(text, source or f"<{cls.__name__.lower()}>")
+        return cls._validated(document.data, document)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Make it from plain data with the keys of the schema.
+
+        Raises:
+            ConfigError: It is not valid; the message names the key.
+        """
+        return cls._validated(dict(data) if isinstance(data, Mapping) else data)
+
+    @classmethod
+    def _validated(cls, data: Any, document: Document | None = None) -> Self:
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise _config_error(error, cls, data, document) from None
+
+    @classmethod
+    def coerce(cls, value: Any) -> Self:
+        """Return a value of this class, a mapping, or the path of a YAML file as this class.
+
+        Raises:
+            ConfigError: It is none of these, or not valid.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            return cls.from_dict(value)
+        name = cls.__name__
+        check_type(name.lower(), value, (str, PathLike), f"Give {cls.forms}", ConfigError)
+        if isinstance(value, str) and "\n" in value:
+            remedy = f"Use {name}.from_text for text; a str is the path of a file"
+            raise ConfigError(name.lower(), "YAML text where a path is meant", remedy)
+        return cls.from_yaml(value)
+
+
+def _config_error(
+    error: ValidationError, cls: type[Strict], data: Any, document: Document | None = None
+) -> ConfigError:
+    """Turn pydantic's errors into one: the first in the order of the text, and a word on others."""
+    models: dict[str, type[BaseModel]] = {"": cls, **cls.inside}
+    faults = []
+    for detail in error.errors(include_url=False):
+        if detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]:
+            continue  # what is wrong with its entries is listed for each
+        path = _path(detail["loc"], data)
+        found, remedy = _explain(detail, path, models)
+        unknown = detail["type"] == "extra_forbidden"
+        if unknown and document is not None and document.anchors(path):
+            remedy += "" if remedy.endswith("?") else "."
+            remedy += " A key cannot only hold an anchor: put it where its value is used first"
+        missing = detail["type"] == "missing"  # sorted last: a misspelled key explains it
+        if document is None:
+            outer = cls.__name__.replace("Config", "config")
+            place, order = f"{outer} ({dotted(path)})" if path else outer, (0, 0)
+        else:
+            place, order = document.place(path, key=unknown), document.order(path)
+        faults.append(((missing, *order), place, found, remedy))
+    (_, place, found, remedy), *others = sorted(faults, key=lambda fault: fault[0])
+    if others:
+        end = "" if remedy.endswith((".", "?", "!")) else "."
+        listed = "; ".join(f"{place}: {found}" for _, place, found, _ in others[:_ALSO])
+        more = f"; and {len(others) - _ALSO} more" if len(others) > _ALSO else ""
+        remedy = f"{remedy}{end} Also: {listed}{more}"
+    return ConfigError(place, found, remedy)
+
+
+def _path(loc: Loc, data: Any) -> Loc:
+    """Return the steps of a location that are in the data; pydantic adds tags of unions."""
+    path: Loc = ()
+    for step in loc:
+        inside = step in data if isinstance(data, Mapping) else isinstance(step, int)
+        if inside and isinstance(data, (Mapping, list, tuple)):
+            data, path = data[step], (*path, step)  # type: ignore[index]
+    return path
+
+
+def _explain(
+    detail: ErrorDetails, path: Loc, models: Mapping[str, type[BaseModel]]
+) -> tuple[str, str]:
+    """Return what was found, and what to do."""
+    kind, value, key = detail["type"], detail["input"], str(path[-1] if path else "")
+    if kind == "value_error":
+        found, remedy = detail["ctx"]["error"].args
+        return found, remedy
+    if kind == "extra_forbidden":
+        return f"unknown key {show(key)}", _other_key(path, models)
+    if kind == "missing":
+        return f"'{detail['loc'][-1]}' is missing", f"Add {detail['loc'][-1]}: with its value"
+    if kind == "too_short":
+        return "it is empty", "Give one entry at least"
+    if kind == "greater_than_equal" and path[:1] == ("tokens",):
+        return f"there is no row {show(value)}", "Rows are counted from 0"
+    remedy = re.sub(r"valid dictionary or instance of \w+", "mapping", detail["msg"])
+    for word, plain in (("tuple", "list"), ("Tuple", "List"), ("Dictionary", "Mapping")):
+        remedy = remedy.replace(word, plain)
+    if kind == "literal_error":
+        choices = re.findall(r"'(\w+)'", str(detail["ctx"]["expected"]))
+        remedy = _suggestion(value, choices) or remedy
+        remedy += f", or {_MAPPINGS[key]}" if key in _MAPPINGS and remedy[-1] != "?" else ""
+    if kind == "tuple_type" and isinstance(value, str):
+        remedy = f"Write a list: [{value}]"
+    return f"{show(value)} is not accepted", remedy
+
+
+def _other_key(path: Loc, models: Mapping[str, type[BaseModel]]) -> str:
+    """Return what to write instead of an unknown key."""
+    key = str(path[-1])
+    owner = next((step for step in reversed(path[:-1]) if step in models), "")
+    keys = _keys(models[str(owner)])
+    meant = _ELSEWHERE.get(key, key)
+    for step, model in models.items():
+        if meant in _keys(model) and meant not in keys:
+            return f"'{meant}' belongs {f'under {step}' if step else 'at the top level'}"
+    return _suggestion(key, keys) or f"The keys are {', '.join(keys)}"
+
+
+def _suggestion(word: Any, choices: list[str]) -> str:
+    """Return a question with the choice that the word means in PEFT, or nearly spells."""
+    if not isinstance(word, str):
+        return ""
+    near = [_ELSEWHERE[word]] if _ELSEWHERE.get(word) in choices else nearest(word, choices, n=1)
+    return f"Did you mean '{near[0]}'?" if near else ""
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -1,0 +1,1 @@
+"""Models whose tensors are spread over processes."""

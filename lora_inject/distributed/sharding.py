@@ -1,0 +1,191 @@
+"""Models whose tensors are spread over processes: what must come before sharding is refused after.
+
+An adapter that is put onto a sharded model would be plain Parameters among shards, whose
+gradients nobody reduces.
+
+What FSDP2 has sharded takes an adapter from files, which becomes shards as well. A parameter group
+of FSDP2 takes no new parameters. So `fully_shard` is called on each layer that gets an adapter,
+with the mesh of its weight. The new Parameters become a separate group; the layer's other
+Parameters are `ignored_params` of this call and stay in their group.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.checks.fingerprint import sample_positions
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.carried import Carried, entries
+from lora_inject.errors import LayerError
+
+
+def sharded_by(tensor: Tensor) -> str | None:
+    """Return what holds only a part of a tensor in this process, None for a whole tensor."""
+    if type(tensor) is not nn.Parameter and hasattr(tensor, "full_tensor"):
+        return "fully_shard or parallelize_module (it is a DTensor)"
+    if hasattr(tensor, "ds_id"):
+        return "DeepSpeed ZeRO-3"
+    return None
+
+
+def refuse_sharded(survey: Survey, asked: str) -> None:
+    """Check that a model is not spread over processes yet."""
+    wrapper: Any = type(survey.given)
+    engine = wrapper.__module__ == "deepspeed.runtime.engine"
+    if engine or issubclass(wrapper, nn.parallel.DistributedDataParallel):
+        raise LayerError(
+            asked,
+            f"the model is wrapped in {wrapper.__name__}, which would not reduce its gradients",
+            "Inject into the model first, then wrap it",
+        )
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    modules = survey.modules
+    found = [(path, "FullyShardedDataParallel") for path, m in modules if isinstance(m, fsdp)]
+    found += [
+        (path, "DeepSpeed ZeRO (its gradients)")
+        for path, module in modules
+        for parameter in module._parameters.values()
+        if hasattr(parameter, "_hp_mapping")  # what DeepSpeed's optimizer has, others come too late
+    ]
+    # Older releases of transformers keep each process's part as a plain tensor.
+    found += [(path, "tp_plan") for path, module in modules if "_hf_tp_plan" in module.__dict__]
+    found += [(h.name, how) for h in survey.holders if (how := sharded_by(h.tensor))]
+    for path, how in found:
+        raise LayerError(
+            asked,
+            f"{path or 'the model'!r} is sharded by {how}, and the adapter's gradients would "
+            "not be reduced",
+            "Inject or load first, then shard: fully_shard, parallelize_module and DeepSpeed "
+            "distribute an adapter with its layer (transformers: load without tp_plan); "
+            "load_adapter and swap_adapter also work after fully_shard",
+        )
+
+
+def is_sharded(survey: Survey) -> bool:
+    """Return whether each process holds only a part of any tensor of the model."""
+    return any(hasattr(p, "full_tensor") for _, m in survey.modules for p in m._parameters.values())
+
+
+def writes_here(survey: Survey) -> bool:
+    """Return whether this process writes a model's files: one of several with shards."""
+    return not is_sharded(survey) or torch.distributed.get_rank() == 0
+
+
+def reshard(survey: Survey) -> None:
+    """Reshard FSDP2 modules: parameters that a forward left gathered are copies."""
+    for module in fsdp2_modules(survey):
+        module.reshard()
+
+
+def fsdp2_modules(survey: Survey) -> list[Any]:
+    """Return the modules that `fully_shard` was called with."""
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    return [module for _, module in survey.modules if isinstance(module, fsdp)]
+
+
+def check_shardable(
+    survey: Survey, asked: str, found: Iterable[Carried], tied: Callable[[Carried], Hashable]
+) -> None:
+    """Check that FSDP2 can shard a new adapter with its layers, before anything is changed."""
+    groups = {id(module): module for module in fsdp2_modules(survey)}
+    inside = {id(module) for group in groups.values() for module in group.modules()}
+    holders: dict[Hashable, nn.Module] = {}
+    for place in found:
+        module = place.module
+        *replicated, shard = getattr(place.weight, "placements", (None,))
+        along_one = shard is not None and shard.is_shard()
+        if id(module) in groups:
+            reason = "fully_shard was called with this very layer, whose group takes no parameters"
+        elif type(module).forward is nn.Module.forward:
+            reason = "it has no forward, before which FSDP2 could gather the adapter"
+        elif holders.setdefault(tied(place), module) is not module:
+            reason = "its trained copy is tied to that of another layer"
+        elif id(module) not in inside or not along_one or any(p.is_shard() for p in replicated):
+            reason = "it is not sharded by fully_shard alone"
+        else:
+            continue
+        remedy = "Load the adapter first, then shard the model"
+        raise LayerError(f"{asked}, {place.name!r}", reason, remedy)
+
+
+def shard_adapter(survey: Survey, name: str) -> None:
+    """Shard the tensors of an adapter that was just put on, layer by layer."""
+    from torch.distributed.fsdp import fully_shard
+
+    new: dict[nn.Module, set[Any]] = {}
+    meshes: dict[nn.Module, Any] = {}
+    depths: dict[nn.Module, int] = {}
+    for item in entries(survey, name):
+        path, module, entry = item
+        new.setdefault(module, set()).update(entry.tensors(module).values())
+        meshes[module] = item.weight.device_mesh  # type: ignore[attr-defined]
+        depths[module] = path.count(".")
+    for module in sorted(new, key=depths.__getitem__, reverse=True):  # as fully_shard asks
+        old = {parameter for parameter in module.parameters() if parameter not in new[module]}
+        fully_shard(module, mesh=meshes[module], reshard_after_forward=True, ignored_params=old)
+
+
+@torch.no_grad()
+def copy_into(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Write values into Parameters; of sharded ones each process writes its part.
+
+    Every process has all the values, so nothing is sent.
+    """
+    plain: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for parameter, value in zip(parameters, values, strict=True):
+        held: Any = parameter
+        if type(held) is not nn.Parameter and hasattr(held, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            value = value.detach().to(held.device, held.dtype)  # noqa: PLW2901
+            mesh, placements = held.device_mesh, held.placements
+            held.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))
+        else:
+            plain[0].append(parameter)
+            plain[1].append(value)
+    if plain[0]:
+        torch._foreach_copy_(*plain)
+
+
+@torch.no_grad()
+def samples_of_shards(weights: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Sample DTensors as `adapter.fingerprint.samples` does tensors; a collective operation."""
+    alike: dict[Any, list[str]] = {}
+    for name, weight in weights.items():
+        alike.setdefault((weight.device_mesh, weight.placements), []).append(name)
+    found: dict[str, tuple[float, ...]] = {}
+    for (mesh, placements), names in alike.items():
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        if not all(type(p).__name__ in ("Shard", "Replicate") for p in placements):
+            continue
+        local = [_local_samples(weights[name]) for name in names]
+        width = max(map(len, local))
+        rows = torch.zeros(len(names), width, device=weights[names[0]].device)
+        for row, values in zip(rows, local, strict=True):
+            row[: len(values)] = values
+        parts = [Partial() if p.is_shard() else Replicate() for p in placements]
+        whole = DTensor.from_local(rows, mesh, parts).full_tensor().tolist()
+        for name, values, row in zip(names, local, whole, strict=True):
+            found[name] = tuple(row[: len(values)])
+    return found
+
+
+def _local_samples(weight: Any) -> Tensor:
+    """Return the sampled values that this process holds, 0 for the others."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements, whole = weight.device_mesh, weight.placements, tuple(weight.shape)
+    shape, offset = compute_local_shape_and_global_offset(whole, mesh, placements)
+    local = weight.to_local()
+    positions = torch.tensor(sample_positions(whole), dtype=torch.long, device="cpu")
+    index = torch.stack(torch.unravel_index(positions, whole), dim=1) - positions.new_tensor(offset)
+    here = ((index >= 0) & (index < positions.new_tensor(shape))).all(dim=1)
+    values = torch.zeros(len(positions), device=local.device)
+    values[here] = local[index[here].unbind(dim=1)].to(values.dtype)
+    return values

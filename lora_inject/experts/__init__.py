@@ -1,0 +1,1 @@
+"""Stacks of experts: weights that are formed only where they are used, and packed ones."""

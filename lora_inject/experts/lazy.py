@@ -1,0 +1,463 @@
+"""A weight with its updates that is formed only if an operation needs it.
+
+Most models only select a matrix from a stack, transpose it and multiply with it. `LazyWeight` is a
+tensor with the shape, dtype and graph of the effective weight, but without memory. Products with it
+are thin (`weight.LowRank`), and selecting or transposing gives a lazy weight again. Any other
+operation gets the effective weight, formed below autograd, and its gradient reaches A and B
+(`_Deferred`). No operation gets the raw weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from lora_inject.core.functional.factors import needs_plain_operations
+from lora_inject.core.functional.gain import Gain
+from lora_inject.core.functional.linear import differentiate
+from lora_inject.core.functional.weight import (
+    LowRank,
+    Update,
+    effective_weight,
+    low_rank,
+    low_rank_of_each,
+)
+from lora_inject.errors import LayerError
+from lora_inject.experts.packed_experts import PackedExperts
+from lora_inject.experts.picking import PICKED, writes
+
+PLAIN = (Tensor, nn.Parameter)
+
+
+def lazy_weight(
+    weight: Tensor,
+    updates: Sequence[Update],
+    *,
+    float32: bool,
+    used: Callable[[], None] = lambda: None,
+    gain: Gain | None = None,
+    any_shape: bool = False,
+) -> Tensor:
+    """Return the result of `effective_weight`: a `LazyWeight` if possible, else formed at once.
+
+    It is lazy if the weight is a plain matrix or a stack of matrices (with `any_shape` a kernel
+    too), and nothing traces or transforms the computation. `used` is called right before the first
+    use of the value, and may raise. Reading shape, dtype or device of a lazy weight is not a use.
+
+    Examples:
+        >>> from lora_inject.core.spec.sites import SiteSpec
+        >>> spec = SiteSpec("w", "parameter", 4, 6, (3, 6, 4), rank=2, alpha=2, experts=3)
+        >>> W, A, B = torch.randn(3, 6, 4), torch.randn(3, 2, 4), torch.randn(3, 6, 2)
+        >>> lazy = lazy_weight(W, [(spec, A, B, 1.0)], float32=False)
+        >>> x = torch.randn(5, 4)
+        >>> torch.allclose(x @ lazy[1].T, x @ (W[1] + B[1] @ A[1]).T, atol=1e-5)
+        True
+    """
+    stacked = updates[0][0].experts is not None if updates else weight.dim() == 3
+    matrices = weight.dim() == (3 if stacked else 2)
+    can_wait = (
+        type(weight) in (*PLAIN, PackedExperts)
+        and (matrices or any_shape)
+        and weight.is_floating_point()
+        and not (float32 and weight.dtype.itemsize < 4)
+        and not needs_plain_operations()
+    )
+    if not can_wait:
+        used()
+        return effective_weight(weight, updates, float32=float32, gain=gain)
+    return _begun(_Read(weight, updates, gain, used, matrices))
+
+
+def lazy_stack(weight: Tensor, each: Sequence[Sequence[Update]]) -> Tensor:
+    """Return stacked experts with each matrix once for each adapter, with the adapter's updates.
+
+    Adapter by adapter for one expert, then the next expert; see `low_rank_of_each`.
+    """
+    return _begun(_ReadForEach(weight, each))
+
+
+def _begun(read: _Read) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _made(read, read.shape, read.weight.stride())
+    found: Tensor = _Deferred.apply(read, *read.leaves)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Read:
+    """One reading of a weight, shared by all lazy weights that come from it.
+
+    Attributes:
+        leaves: The weight, and every tensor of its updates and of its gain.
+        shape: That of the value.
+        is_stack: Whether the weight is a stack, of which matrices are picked.
+        is_thin: Whether products are thin. A gain applies to the sum, not to its terms; and a hook
+            wants the gradient of the sum. A kernel is not a factor of a product.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        updates: Sequence[Update],
+        gain: Gain | None,
+        used: Callable[[], None],
+        matrices: bool,
+    ) -> None:
+        self.weight, self.updates, self.gain, self.shape = weight, updates, gain, weight.shape
+        factors = [t for _, A, B, _ in updates for t in (A, B)]
+        self.leaves = [weight, *factors, *(gain.tensors.values() if gain is not None else ())]
+        self.is_stack = matrices and weight.dim() == 3
+        self.is_thin = matrices and gain is None
+        self.mode = torch.is_grad_enabled()
+        self._used: Callable[[], None] | None = used
+        self._versions = self._versions_now()
+        self._matrices: dict[torch.dtype | None, list[LowRank]] = {}
+
+    def _versions_now(self) -> list[int]:
+        return [0 if t.is_inference() else t._version for t in self.leaves]
+
+    def check(self) -> None:
+        """Raise if the weight or its adapter has changed since; report the first use."""
+        if self._versions_now() != self._versions:
+            raise LayerError(
+                "using a weight that was read in an earlier forward",
+                "its adapter, or the weight itself, was changed since",
+                "Read the weight again from its module, or keep a .clone() of it",
+            )
+        if self._used is not None:
+            self._used()
+            self._used = None
+
+    def sum(self) -> LowRank:
+        """Return the weight and its updates, with the graph of the caller."""
+        return low_rank(self.weight, self.updates, self.gain)
+
+    def formed(self) -> Tensor:
+        """Return the same as one tensor in the weight's shape."""
+        return self.sum().formed(self.weight.dtype).reshape(self.shape)
+
+    @cached_property
+    def whole(self) -> LowRank:
+        """Return the same with the graph of the reading, for products."""
+        with torch.set_grad_enabled(self.mode):
+            return self.sum()
+
+    def matrix(self, index: int) -> LowRank:
+        """Return one matrix of a stack for products.
+
+        In training all matrices are cast to the dtype of the products and unbound together, so the
+        gradient of A is joined and cast once. In inference each matrix is taken separately, because
+        few of many experts may be used.
+        """
+        base, terms, float32, _, repeat = self.whole
+        if not self.mode:
+            return self.whole.at(index)
+        dtype = None if float32 or _is_autocast(base) else base.dtype
+        if dtype not in self._matrices:
+            cut = [(_cut(left.to(dtype)), _cut(right.to(dtype)), s) for left, right, s in terms]
+            self._matrices[dtype] = [
+                LowRank(one, tuple((left[i], right[i], s) for left, right, s in cut), float32)
+                for i, one in enumerate(o for o in base.unbind() for _ in range(repeat))
+            ]
+        return self._matrices[dtype][index]
+
+
+class _ReadForEach(_Read):
+    """Likewise of stacked experts with the updates of several adapters."""
+
+    def __init__(self, weight: Tensor, each: Sequence[Sequence[Update]]) -> None:
+        self._each = each
+        super().__init__(weight, [u for us in each for u in us], None, lambda: None, True)
+        self.shape = torch.Size((len(weight) * len(each), *weight.shape[1:]))
+
+    def sum(self) -> LowRank:
+        """Return the matrices and their updates, with the graph of the caller."""
+        return low_rank_of_each(self.weight, self._each)
+
+
+class LazyWeight(Tensor):
+    """The weight that was read, or one or some of its matrices (`index`); maybe transposed."""
+
+    _read: _Read
+    _index: int | Tensor | None
+    _is_turned: bool
+    _formed: Tensor | None
+    _beneath: Tensor | None
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is a whole stack, of which matrices can be picked."""
+        return self._read.is_stack and self._index is None
+
+    def part(self, index: int | Tensor) -> LazyWeight:
+        """Return one matrix of a stack, or some."""
+        size = self.shape[1:]
+        if isinstance(index, Tensor):
+            return _made(self._read, (len(index), *size), None, index, self._is_turned)
+        return _made(self._read, size, self.stride()[1:], index, self._is_turned)
+
+    def turned(self) -> LazyWeight:
+        """Return it transposed."""
+        size, stride = ((*t[:-2], t[-1], t[-2]) for t in (self.shape, self.stride()))
+        return _made(self._read, size, stride, self._index, not self._is_turned)
+
+    def value(self) -> LowRank:
+        """Return the sum that it represents, for products."""
+        self._read.check()
+        read, index = self._read, self._index
+        if isinstance(index, int):
+            found = read.matrix(index)
+        else:
+            found = read.whole if index is None else read.whole.at(index)
+        return found.turned() if self._is_turned else found
+
+    def formed(self) -> Tensor:
+        """Return the effective weight as a plain tensor with a graph, formed once."""
+        if self._formed is None:
+            self._read.check()
+            with torch.set_grad_enabled(self._read.mode):
+                self._formed = self._form()
+        return self._formed
+
+    def beneath(self) -> Tensor:
+        """Return the effective weight, formed once, for code that runs below autograd."""
+        self._read.check()
+        if self._beneath is None:
+            self._beneath = self._form().detach()
+        return self._beneath
+
+    def _form(self) -> Tensor:
+        read, index = self._read, self._index
+        # In the weight's own layout, as in `effective_weight`.
+        formed = read.formed() if index is None else read.sum().at(index).formed(self.dtype)
+        return formed.mT if self._is_turned else formed
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Compute a product thinly; form the weight for a function that needs it at once."""
+        kwargs = kwargs or {}
+        product = _PRODUCTS.get(func) or _PRODUCTS_BY_NAME.get(str(func))
+        if product is not None and _is_thin(product, args, kwargs):
+            found = product(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+        if func in _HOOKS:
+            args[0]._read.is_thin = False
+        if func in _GET_IT_FORMED:
+            args, kwargs = tree_map_only(LazyWeight, LazyWeight.formed, (tuple(args), kwargs))
+            return func(*args, **kwargs)
+        if func.__name__ == "__set__" or isinstance(kwargs.get("out"), LazyWeight):
+            _refuse_change(func)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Select or transpose lazily, below autograd; form the weight for everything else."""
+        kwargs = kwargs or {}
+        found = PICKED[func](*args) if func in PICKED else func.decompose(*args, **kwargs)
+        if found is not NotImplemented:
+            return found
+        if writes(func, args, kwargs, LazyWeight):
+            _refuse_change(func)
+        args, kwargs = tree_map_only(LazyWeight, LazyWeight.beneath, (tuple(args), kwargs))
+        return func(*args, **kwargs)
+
+
+def formed(weight: Any) -> Any:
+    """Return a weight, lazy or not, as a plain tensor, for a caller that passes it to a kernel."""
+    return weight.formed() if isinstance(weight, LazyWeight) else weight
+
+
+def _refuse_change(func: Any) -> None:
+    raise LayerError(
+        f"{func.__name__} on a weight with an adapter inside a forward",
+        "what a forward reads is W + delta, which is nowhere stored",
+        "Change a .clone() of it, change it outside of the forward, or merge first",
+    )
+
+
+def _made(
+    read: _Read, size: Any, stride: Any, index: int | Tensor | None = None, turned: bool = False
+) -> LazyWeight:
+    weight = read.weight
+    made: LazyWeight = Tensor._make_wrapper_subclass(
+        LazyWeight, size, stride, dtype=weight.dtype, device=weight.device
+    )
+    made._read, made._index, made._is_turned = read, index, turned
+    made._formed = made._beneath = None
+    return made
+
+
+class _Deferred(torch.autograd.Function):
+    """The autograd node of a lazy weight, for gradients with respect to the formed weight."""
+
+    @staticmethod
+    def forward(ctx: Any, read: _Read, *_: Tensor) -> LazyWeight:
+        ctx.read = read
+        return _made(read, read.shape, read.weight.stride())
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        read, again = ctx.read, torch.is_grad_enabled()
+        read.check()
+        with torch.enable_grad():
+            out = read.formed()
+        return None, *differentiate(out, read.leaves, ctx.needs_input_grad[1:], g, again=again)
+
+
+def _cut(stack: Tensor) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = _Cut.apply(stack)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Cut(torch.autograd.Function):
+    """`stack.unbind()`; its backward makes one zero tensor for all matrices that were not used."""
+
+    @staticmethod
+    def forward(ctx: Any, stack: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return stack.detach().unbind()
+
+    @staticmethod
+    def backward(_: Any, *grads: Tensor | None) -> Tensor:
+        some = next(g for g in grads if g is not None)
+        zero = some.new_zeros(()).expand_as(some)
+        return torch.stack([zero if g is None else g for g in grads])
+
+
+# --------------------------------------------------------------------------------------- products
+
+
+def _is_thin(product: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a product supports these arguments, and each of them allows thin products.
+
+    Tensors of other classes have their own arithmetic.
+    """
+    known = product.__code__.co_varnames[: product.__code__.co_argcount]
+    if len(args) > len(known) or not set(kwargs) <= set(known):
+        return False
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    return all(
+        t._read.is_thin
+        if isinstance(t, LazyWeight)
+        else type(t) in PLAIN and t.layout is torch.strided
+        for t in tensors
+    )
+
+
+def _fit(x: Any, weight: Any) -> bool:
+    """Whether torch would multiply a plain x by a lazy weight; if not, torch raises its error."""
+    if type(x) not in PLAIN or not isinstance(weight, LazyWeight) or x.device != weight.device:
+        return False
+    return x.dtype == weight.dtype or _is_autocast(x)
+
+
+def _is_autocast(t: Tensor) -> bool:
+    kind = t.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
+    thin = _fit(x, weight) and weight.dim() == 2
+    return weight.value().turned().product(x, bias) if thin else NotImplemented
+
+
+def _addmm(bias: Tensor, x: Tensor, weight: Any) -> Any:
+    """`torch.addmm` as transformers' Conv1D uses it."""
+    thin = _fit(x, weight) and type(bias) in PLAIN and bias.dim() == 1 and bias.dtype == x.dtype
+    return weight.value().product(x, bias) if thin and weight.dim() == 2 else NotImplemented
+
+
+def _matmul(left: Any, right: Any) -> Any:
+    if _fit(left, right) and left.dim() > 1:
+        return right.value().product(left)
+    if _fit(right, left) and right.dim() > 1:
+        return left.value().turned().product(right.mT).mT.contiguous()
+    return NotImplemented
+
+
+def _mm(left: Any, right: Any) -> Any:
+    return _matmul(left, right) if left.dim() == right.dim() == 2 else NotImplemented
+
+
+def _bmm(left: Any, right: Any) -> Any:
+    return _matmul(left, right) if left.dim() == right.dim() == 3 else NotImplemented
+
+
+def _embedding(
+    ids: Tensor,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    del norm_type
+    if isinstance(ids, LazyWeight) or max_norm is not None or scale_grad_by_freq or sparse:
+        return NotImplemented
+    return weight.value().looked_up(ids, padding_idx)
+
+
+def _grouped_mm(
+    x: Tensor, weight: Any, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
+) -> Any:
+    plain = bias is None and out_dtype is None
+    return _grouped(torch._grouped_mm, x, weight, offs) if plain else NotImplemented
+
+
+def _grouped_fallback(x: Tensor, weight: Any, offs: Tensor) -> Any:
+    """`transformers.integrations.moe`: the replacement for `torch._grouped_mm`."""
+    return _grouped(torch.ops.transformers.grouped_mm_fallback, x, weight, offs)
+
+
+def _grouped(multiply: Callable[..., Tensor], x: Tensor, weight: Any, offs: Tensor | None) -> Any:
+    thin = type(x) in PLAIN and isinstance(weight, LazyWeight) and x.dtype == weight.dtype
+    if not thin or offs is None or x.dim() != 2 or weight.dim() != 3:
+        return NotImplemented
+    return weight.value().grouped_product(multiply, x, offs)
+
+
+_PRODUCTS: dict[Any, Callable[..., Any]] = {
+    F.embedding: _embedding,
+    F.linear: _linear,
+    torch._grouped_mm: _grouped_mm,
+    torch.addmm: _addmm,
+    torch.bmm: _bmm,
+    torch.matmul: _matmul,
+    torch.mm: _mm,
+    Tensor.__matmul__: _matmul,
+    Tensor.bmm: _bmm,
+    Tensor.matmul: _matmul,
+    Tensor.mm: _mm,
+}
+# Custom operations, which exist once their library is imported.
+_PRODUCTS_BY_NAME = {"transformers.grouped_mm_fallback": _grouped_fallback}
+
+_HOOKS = {Tensor.register_hook, Tensor.retain_grad}
+# They read the memory. Attention forms its weights once; otherwise backward would form them again.
+_GET_IT_FORMED = {
+    F.multi_head_attention_forward,
+    Tensor.__array__,
+    Tensor.__deepcopy__,
+    Tensor.__dlpack__,
+    Tensor.__reduce_ex__,
+    Tensor.__repr__,
+    Tensor.data.__get__,  # type: ignore[attr-defined]
+    Tensor.data_ptr,
+    Tensor.numpy,
+    Tensor.share_memory_,
+    Tensor.storage,
+    Tensor.tolist,
+    Tensor.untyped_storage,
+}

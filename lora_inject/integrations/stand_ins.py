@@ -1,0 +1,257 @@
+"""Methods of a model of transformers or diffusers that mean something else while it has adapters.
+
+`save_pretrained` writes the adapters, as PEFT's does: the library would write the base with extra
+keys, which `from_pretrained` drops. Trainer's `save_model` and `push_to_hub` call this method, so
+they write the adapters as well. Methods that would drop adapters with the layers that they replace
+are refused: `resize_token_embeddings` where it meets one, and `dequantize`. So are methods of
+diffusers that would do nothing, because they look for layers of PEFT.
+What stands in for a method is an attribute of the instance; copies and pickles keep it. So is
+`_hf_peft_config_loaded`, without which Trainer refuses a quantized model: what transformers' own
+adapter mixin sets (`transformers/trainer_utils.py: validate_quantization_for_training`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files.disk import replace_file
+from lora_inject.core.layers.attached import attached_to
+from lora_inject.core.layers.survey import Survey, base_parameters
+from lora_inject.core.model.carried import reach
+from lora_inject.core.model.save import adapter_tensors, facts_for, read_off, refuse_useless
+from lora_inject.errors import LayerError, StateError
+from lora_inject.formats import write_adapter
+from lora_inject.formats.card import joined_cards
+
+SAVE, RESIZE, DEQUANTIZE = "save_pretrained", "resize_token_embeddings", "dequantize"
+CARD = "create_or_update_model_card"
+LOADED = "_hf_peft_config_loaded"
+# As true as True, and says whose it is: what transformers' own mixin has set is left alone.
+OURS = "lora_inject"
+_CHECKPOINT = re.compile(r"checkpoint-\d+")  # transformers.trainer_utils.PREFIX_CHECKPOINT_DIR
+# What transformers and diffusers ask of the files of a base; those of an adapter have no choice.
+_OF_A_BASE = {"distributed_checkpoint", "max_shard_size", "safe_serialization", "save_function"}
+_OF_A_BASE |= {"save_original_format", "save_peft_format", "token", "use_flashpack", "variant"}
+# Methods of diffusers' models (loaders/peft.py: PeftAdapterMixin), and what does the same here.
+_INSTEAD = {
+    "delete_adapters": "lora_inject.eject(model, name)",
+    "disable_lora": "lora_inject.disabled(model)",
+    "enable_lora": "lora_inject.activate(model, names)",
+    "fuse_lora": "lora_inject.merge(model)",
+    "set_adapters": "lora_inject.activate(model, {name: weight})",
+    "unfuse_lora": "lora_inject.unmerge(model)",
+    "unload_lora": "lora_inject.eject(model)",
+}
+
+
+class _StandIn:
+    """Stands in for a method of a model, without holding the model, which holds it."""
+
+    def __init__(self, model: nn.Module, method: str) -> None:
+        self._model, self.method = weakref.ref(model), method
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": self._model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _model=weakref.ref(state["_model"]))
+
+    @property
+    def model(self) -> nn.Module:
+        """The model.
+
+        Raises:
+            StateError: It is gone, as in `load_adapter(make(), path).save_pretrained(out)`.
+        """
+        if (model := self._model()) is None:
+            found = "the model is no longer in memory"
+            raise StateError(self.method, found, "Keep it in a variable")
+        return model
+
+
+class _SaveAdapters(_StandIn):
+    """The replacement of `save_pretrained`.
+
+    `format` is a row of `formats.FORMATS`, `unused` as in `save_adapter`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, SAVE)
+        self.format, self.unused = "peft", ()
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> None:
+        """Write each adapter as a PEFT folder.
+
+        The only adapter, or else the one named `default`, is written to `save_directory`, every
+        other into a folder of its name inside, as with PEFT. The tensors of `state_dict` stand in
+        for those of which this process holds a shard. A README.md of somebody else stays.
+
+        In a folder named `checkpoint-N` they are also written in the form that Trainer resumes
+        from; it would silently ignore others (`Trainer._load_from_checkpoint`).
+        """
+        _refuse_options(options, push_to_hub=push_to_hub)
+        survey, given = Survey(self.model), state_dict or {}
+        there = reach(survey.model, survey)
+        names = sorted(there.names)
+        if any(selection.state.merged for selection in there.selections):
+            raise StateError(
+                SAVE,
+                "an adapter is merged into the weights",
+                "Call eject(model) first to write the merged model, or unmerge(model) to write the "
+                "adapters",
+            )
+        for name in names if len(names) > 1 else ():
+            if Path(name).name != name:
+                found = f"the adapter's name {name!r} is not that of a folder"
+                raise StateError(SAVE, found, "Call save_adapter(model, path, name)")
+        states = {name: read_off(survey, name, given) for name in names}
+        for name, state in states.items():
+            refuse_useless(survey, name, state, self.unused)
+        if not is_main_process:
+            return
+        for name, state in states.items():
+            alone = len(names) == 1 or name == "default"
+            folder = Path(save_directory) if alone else Path(save_directory, name)
+            folder.mkdir(parents=True, exist_ok=True)
+            for file, data in _files_of(survey, name, state, self.format).items():
+                if file != "README.md" or not _is_of_others(folder / file):
+                    replace_file(folder / file, data)
+        if _CHECKPOINT.fullmatch(Path(save_directory).name):
+            tensors = {
+                key: given.get(key, tensor).detach().to("cpu", copy=True).contiguous()
+                for key, tensor in adapter_tensors(survey).items()
+            }
+            data = safetensors.torch.save(tensors, {"format": "pt"})
+            replace_file(Path(save_directory, "model.safetensors"), data)
+
+    def card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Merge our card into the one that Trainer wrote over it, as PEFT's models do.
+
+        Trainer calls it by this name if the card of a folder names PEFT as its library
+        (`Trainer.create_model_card`).
+        """
+        survey, path = Survey(self.model), Path(output_dir, "README.md")
+        names = reach(survey.model, survey).names
+        name = min(names, key=lambda name: (name != "default", name))
+        ours = _files_of(survey, name, read_off(survey, name), "peft")["README.md"]
+        replace_file(path, joined_cards(path.read_text("utf-8"), ours.decode()).encode())
+
+
+def _refuse_options(options: Mapping[str, Any], *, push_to_hub: bool) -> None:
+    """Raise for what `save_pretrained` of an adapted model would ignore."""
+    if push_to_hub:
+        found = "an adapted model takes no push_to_hub=True"
+        raise StateError(SAVE, found, "Call model.push_to_hub(repo_id)")
+    if unknown := sorted(options.keys() - _OF_A_BASE):
+        found = f"an adapted model takes no {unknown[0]}"
+        raise StateError(SAVE, found, "Call save_adapter(model, path, name)")
+
+
+def _files_of(survey: Survey, name: str, state: AdapterState, format: str) -> dict[str, bytes]:  # noqa: A002
+    """Return the files of an adapter by name: their folder may hold others, which stay."""
+    with tempfile.TemporaryDirectory() as place:
+        target = Path(place, "adapter" if format == "peft" else "adapter.safetensors")
+        made = write_adapter(state, target, format, facts=facts_for(survey, format, name))
+        paths = sorted(made.iterdir()) if made.is_dir() else [made]
+        return {path.name: path.read_bytes() for path in paths}
+
+
+def _is_of_others(card: Path) -> bool:
+    """Whether a card exists that is not one of ours, which all have this tag."""
+    return card.exists() and b"lora-inject" not in card.read_bytes()
+
+
+class _Refusal:
+    """Stands in for a method that puts new layers in the place of old ones, without adapters."""
+
+    def __init__(self, asked: str, found: str, remedy: str) -> None:
+        self.words = asked, found, remedy
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        raise LayerError(*self.words)
+
+
+class _OfPeft(_StandIn):
+    """Stands in for a method of diffusers that does nothing where no layers of PEFT are."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self.model, "peft_config", None):
+            return getattr(type(self.model), self.method)(self.model, *args, **kwargs)
+        found = "it acts on layers of PEFT only, and the model has none"
+        raise StateError(self.method, found, f"Call {_INSTEAD[self.method]}")
+
+
+def stand_in(modules: Sequence[nn.Module], carrying: Sequence[nn.Module]) -> None:
+    """Put what stands in for their methods onto models with adapters, new ones on `carrying`."""
+    for module in modules:
+        own = module.__dict__
+        if getattr(module, "is_quantized", False) and getattr(module, LOADED, None) is False:
+            own[LOADED] = OURS
+        if _replaceable(module, SAVE) and reach(module).names:
+            own[SAVE] = saving = _SaveAdapters(module)
+            own[CARD] = saving.card
+        if _replaceable(module, RESIZE) and (name := _vocabulary_on(module, carrying)) is not None:
+            found = f"{name!r} carries an adapter, which would not fit the resized layer"
+            own[RESIZE] = _Refusal(RESIZE, found, "Eject first, resize, then inject again")
+        quantizer = getattr(module, "hf_quantizer", None)
+        if quantizer and _replaceable(module, DEQUANTIZE) and reach(module).names:
+            found = "it replaces layers, whose adapters would be gone"
+            remedy = "Call merge(model, dequantize=True), or eject first"
+            own[DEQUANTIZE] = _Refusal(DEQUANTIZE, found, remedy)
+        for method in filter(partial(_replaceable, module), _INSTEAD):
+            of_diffusers = getattr(type(module), method).__module__.startswith("diffusers.")
+            if of_diffusers and reach(module).names:
+                own[method] = _OfPeft(module, method)
+
+
+def _replaceable(module: nn.Module, method: str) -> bool:
+    """Whether a model has a method, of its class and not replaced yet."""
+    return method not in module.__dict__ and callable(getattr(type(module), method, None))
+
+
+def give_back(modules: Iterable[nn.Module]) -> None:
+    """Give models their own methods back where no adapter forbids it any more."""
+    listed = list(modules)
+    carrying = [module for module in listed if attached_to(module) is not None]
+    for module in listed:
+        own = module.__dict__
+        if isinstance(own.get(RESIZE), _Refusal) and _vocabulary_on(module, carrying) is None:
+            del own[RESIZE]
+        mine = [key for key, value in own.items() if isinstance(value, _StandIn | _Refusal)]
+        mine += [CARD] * (SAVE in mine) + [LOADED] * (own.get(LOADED) == OURS)
+        if mine and not reach(module).names:
+            for key in mine:
+                own.pop(key, None)
+
+
+def _vocabulary_on(model: nn.Module, carrying: Sequence[nn.Module]) -> str | None:
+    """Return the name of an embedding or head that holds a tensor of these modules, tied or not."""
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found = getattr(model, getter)()
+        except (AttributeError, NotImplementedError):
+            continue
+        inside = {id(m): m for m in found.modules()} if found is not None else {}
+        held = {id(p) for m in inside.values() for p in base_parameters(m).values()}
+        tied = (m for m in carrying if any(id(p) in held for p in base_parameters(m).values()))
+        if any(id(m) in inside for m in carrying) or any(True for _ in tied):
+            return next(str(name) for name, module in model.named_modules() if module is found)
+    return None

@@ -1,0 +1,1 @@
+"""An adapter for each row of a batch."""

@@ -1,0 +1,163 @@
+"""A frozen linear layer whose tokens have adapters by ranges, for many runs that train at once.
+
+Adapters of one shape, with equally many tokens each, are one stacked product over views of the
+memory that holds them. The backward adds to gradients where they are kept. So nothing is gathered,
+stacked or copied, and the number of operations does not grow with the number of adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_inject.core.functional.factors import Spans, cast, compute_dtype, without_autocast
+from lora_inject.core.functional.linear import add_product, as_matrix, frozen_output, lowered
+
+
+class Range(NamedTuple):
+    """Adapters of consecutive tokens, all with equally many.
+
+    Attributes:
+        tokens: The first token and the one after the last.
+        A: `(n, rank * parts, in)`.
+        B: `(n, adapted out, rank)`.
+        scale: Factor on `B @ A`.
+        spans: `(start, stop)` along the output of each part; None for the whole output.
+        grads: Where the backward adds the gradients of A and B; None for a frozen pair.
+    """
+
+    tokens: tuple[int, int]
+    A: Tensor
+    B: Tensor
+    scale: float
+    spans: Spans | None = None
+    grads: tuple[Tensor, Tensor] | None = None
+
+    def part(self, i: int) -> Range:
+        """Return the i-th adapter alone."""
+        A, B = self.A[i : i + 1], self.B[i : i + 1]
+        if self.grads is None:
+            return self._replace(A=A, B=B)
+        gA, gB = self.grads
+        return self._replace(A=A, B=B, grads=(gA[i : i + 1], gB[i : i + 1]))
+
+    def of(self, t: Tensor) -> Tensor:
+        """Return the tokens of each adapter as a view `(n, tokens each, width)` of a matrix."""
+        start, stop = self.tokens
+        mine = t if stop - start == t.shape[0] else t[start:stop]
+        return mine.view(self.A.shape[0], -1, t.shape[1])
+
+    def parts(self, wide: Tensor, thin: Tensor, B: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield matching views of outputs, of `A x^T` and of B, or of their gradients."""
+        if self.spans is None:
+            yield wide, thin, B
+            return
+        rank, row = B.shape[2], 0
+        for i, (start, stop) in enumerate(self.spans):
+            here = thin[:, i * rank : (i + 1) * rank]
+            yield wide[..., start:stop], here, B[:, row : row + stop - start]
+            row += stop - start
+
+
+def ranged_linear(
+    x: Tensor,
+    kept: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ranges: Sequence[Range],
+    anchor: Tensor,
+    reached: Callable[[], Any],
+    *,
+    transposed: bool = False,
+    float32: bool = False,
+) -> Tensor:
+    """Apply a frozen linear layer with the updates of ranges of its tokens.
+
+    Args:
+        x: `(..., in)`.
+        kept: x after dropout, or x itself.
+        weight: `(out, in)`, or `(in, out)` where `transposed`.
+        bias: `(out,)` or None.
+        ranges: Factors in the dtype of their arithmetic.
+        anchor: A leaf that requires a gradient and gets none: the backward runs for it, and adds to
+            the gradients of the ranges.
+        reached: Called where the backward has added to these gradients.
+        transposed: Whether the weight is stored as transformers' Conv1D stores it.
+        float32: Keep the low-rank arithmetic in float32 over a 16-bit base.
+
+    Returns:
+        `(..., out)`, in the dtype of the plain layer's output.
+    """
+    dtype, context = None, without_autocast(x)
+    if context is not None:
+        dtype, same = torch.get_autocast_dtype(x.device.type), kept is x
+        if not float32:
+            x = lowered(x, dtype)
+            kept = x if same else lowered(kept, dtype)
+    how = (ranges, reached, transposed, float32, dtype)
+    with context or nullcontext():
+        found: Tensor = _Ranged.apply(x, kept, weight, bias, anchor, how)  # type: ignore[no-untyped-call]
+        return found
+
+
+class _Ranged(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        kept: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        _anchor: Tensor,
+        how: tuple[Sequence[Range], Callable[[], Any], bool, bool, torch.dtype | None],
+    ) -> Tensor:
+        ranges, ctx.reached, transposed, ctx.float32, dtype = how
+        out = frozen_output(x, weight, bias, transposed, dtype)
+        low = compute_dtype(out.dtype, ctx.float32)
+        x2, y2, thin = cast(as_matrix(kept), low), as_matrix(out), []
+        for one in ranges:
+            # The rank as rows: on a CPU `x A^T` takes up to twice as long.
+            h = torch.bmm(one.A, one.of(x2).mT)
+            for y_part, h_part, B_part in one.parts(one.of(y2), h, one.B):
+                add_product(y_part, h_part.mT, B_part.mT, one.scale)
+            thin.append(h)
+        ctx.ranges, ctx.transposed, ctx.apart = ranges, transposed, kept is not x
+        ctx.save_for_backward(kept, weight, *thin)
+        return torch.ops.aten._unsafe_view.default(out, out.shape)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        kept, weight, *thin = ctx.saved_tensors
+        of_x, of_kept, *_ = ctx.needs_input_grad
+        g2, x2, gx, into = as_matrix(g), as_matrix(kept), None, None
+        low = compute_dtype(g.dtype, ctx.float32)
+        if of_x:
+            gx = torch.mm(g2, cast(weight.t() if ctx.transposed else weight, g.dtype))
+            gx = cast(gx, low) if x2.dtype == low else gx
+        if of_kept:
+            into = torch.zeros_like(x2) if ctx.apart else gx
+        g2, x2 = cast(g2, low), cast(x2, low)
+        # A derivative with respect to other tensors must leave these gradients as they are.
+        trains = torch._C._will_engine_execute_node(ctx.next_functions[-1][0])  # of the anchor
+        if trains:
+            ctx.reached()
+        for one, h in zip(ctx.ranges, thin, strict=True):
+            g3, x3, gh = one.of(g2), one.of(x2), torch.empty_like(h)
+            for g_part, gh_part, B_part in one.parts(g3, gh, one.B):
+                torch.bmm(B_part.mT, g_part.mT, out=gh_part)
+            if trains and one.grads is not None:
+                # Not by baddbmm_: on a CPU it multiplies matrices apart that do not touch.
+                one.grads[0].add_(torch.bmm(gh, x3), alpha=one.scale)
+                for g_part, h_part, gB_part in one.parts(g3, h, one.grads[1]):
+                    gB_part.add_(torch.bmm(g_part.mT, h_part.mT), alpha=one.scale)
+            if into is not None:
+                add_product(one.of(into), gh.mT, one.A, one.scale)
+        gx = None if gx is None else gx.view(kept.shape)
+        g_kept = into.view(kept.shape) if into is not None and ctx.apart else None
+        return gx, g_kept, None, None, None, None

@@ -1,0 +1,231 @@
+"""What a search tries: choices and ranges for a config and its learning rate, and a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import product
+from random import Random
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from lora_inject.core.spec.config import Config, Distinct, Expect, Rank, Rule, Variant
+from lora_inject.core.spec.inventory import Inventory
+from lora_inject.core.spec.matching import resolve
+from lora_inject.core.spec.strict import Strict, YamlModel
+from lora_inject.errors import MatchError
+
+BYTES_EACH = 4
+"""Bytes of a parameter in a saved adapter: float32, also for a 16-bit base."""
+SEARCHED = ("targets", "rank", "alpha", "variant", "expect")
+_NAMES = {"targets": "{}", "rank": "r{}", "scale": "x{}", "variant": "{}", "lr": "lr {}"}
+"""What may vary, to its name in the name of a trial."""
+_DRAWN = ("targets", "variant", "rank", "scale", "lr")  # in this order: it is part of a seed
+
+
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Limit = Annotated[int, Field(ge=1)]
+
+
+class Range(Strict):
+    """`{from: 1e-4, to: 1e-2}`: values are drawn evenly on a logarithmic scale."""
+
+    from_: _Positive = Field(alias="from")
+    """The smallest value."""
+    to: _Positive
+    """The largest value."""
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if self.from_ >= self.to:
+            found = f"from {self.from_:g} is not below to {self.to:g}"
+            raise ValueError(found, "Give the smaller value as from")
+        return self
+
+    def at(self, share: float) -> float:
+        """Return the value at a share, in [0, 1], of the range."""
+        return math.exp(math.log(self.from_) + share * math.log(self.to / self.from_))
+
+
+def _read_choices(value: Any) -> Any:
+    if isinstance(value, (Mapping, Range)):
+        return value
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+_Read = BeforeValidator(_read_choices)
+_Some = Field(min_length=1)
+_EitherWay = Discriminator(lambda value: "range" if isinstance(value, (Mapping, Range)) else "list")
+_T = TypeVar("_T")
+Varied = Annotated[
+    Annotated[tuple[_T, ...], _Some, Distinct, Tag("list")] | Annotated[Range, Tag("range")],
+    _EitherWay,
+    _Read,
+]
+Rules = Annotated[tuple[Rule, ...], _Some, _Read]
+
+
+class Budget(Strict):
+    """Limits on the adapter and on the search."""
+
+    parameters: _Limit | None = None
+    """Largest number of trainable parameters of the adapter."""
+    bytes: _Limit | None = None
+    """Largest number of bytes of the adapter's tensors, at 4 bytes for each parameter."""
+    steps: _Limit | None = None
+    """Steps of the longest run."""
+    minutes: _Positive | None = None
+    """Minutes of the whole search; the steps are computed from them."""
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        if (self.steps is None) == (self.minutes is None):
+            found = "steps and minutes are " + ("missing" if self.steps is None else "both given")
+            raise ValueError(found, "Give one of them, such as steps: 64")
+        return self
+
+    def allows(self, parameters: int) -> bool:
+        """Return whether an adapter with a number of parameters fits."""
+        most = (self.parameters, None if self.bytes is None else self.bytes // BYTES_EACH)
+        return all(limit is None or parameters <= limit for limit in most)
+
+
+class Training(Strict):
+    """Optimizer settings that all trials share."""
+
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls to 0 over the steps of a run."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.06
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    clip: _Positive | None = None
+    b_lr_ratio: _Positive = 1.0
+
+
+class Candidate(NamedTuple):
+    """A point of a space: a config with its counts in `expect`, and a learning rate."""
+
+    config: Config
+    lr: float
+    parameters: int
+
+
+class Space(YamlModel):
+    r"""What a search tries.
+
+    `rank`, `scale` and `lr` each take a value, a list of choices, or a range
+    `{from: 1e-4, to: 1e-2}`; `variant` takes a value or a list.
+
+    Raises:
+        ConfigError: A key or a value is not valid; the message gives its place.
+
+    Examples:
+        >>> space = Space.from_text('''
+        ... targets: {all: [all-linear], qv: ['[qv]_proj']}
+        ... rank: [2, 8]
+        ... lr: {from: 1e-4, to: 1e-2}
+        ... trials: 8
+        ... budget: {steps: 64}
+        ... ''')
+        >>> points = space.points()
+        >>> len(points), points[0]["targets"] in ("all", "qv")
+        (8, True)
+    """
+
+    forms = "a Space, a dict, or the path of a YAML file"
+    inside: ClassVar = {"targets": Rule, "budget": Budget, "training": Training}
+
+    targets: Annotated[dict[Annotated[str, Field(pattern=r"^[\w-]+$")], Rules], _Some]
+    """Choices of layers: a name, which the tables show, to rules as in a config."""
+    rank: Varied[Rank] = (8,)
+    scale: Varied[_Positive] = (2.0,)
+    """alpha / rank."""
+    lr: Varied[_Positive]
+    """Largest learning rate in the schedule."""
+    variant: Annotated[tuple[Variant, ...], _Some, Distinct, _Read] = ("lora",)
+    trials: Annotated[int, Field(ge=2)] | None = None
+    """Largest number of trials; required with a range, else all combinations by default."""
+    seed: int = 0
+    """Seed of the draws, and of each trial's start and dropout."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Further keys of every config, such as dropout or exclude."""
+    training: Training = Training()
+    budget: Budget
+
+    @model_validator(mode="after")
+    def _chooses(self) -> Self:
+        if wrong := [key for key in SEARCHED if key in self.config]:
+            remedy = "Give it as a key of the space (alpha: as scale, which is alpha / rank)"
+            raise ValueError(f"config has {wrong[0]!r}, which the space sets", remedy)
+        if self.ranges() and self.trials is None:
+            found = f"{next(iter(self.ranges()))} is a range, and trials is missing"
+            raise ValueError(found, "Say how many to draw, such as trials: 16")
+        if not self.ranges() and math.prod(map(len, self.choices().values())) < 2:
+            raise ValueError(
+                "the space holds a single trial", "Give two choices of something, such as two lr"
+            )
+        return self
+
+    def choices(self) -> dict[str, tuple[Any, ...]]:
+        """Return each key that has choices, and its choices."""
+        return {key: tuple(v) for key in _DRAWN if not isinstance(v := getattr(self, key), Range)}
+
+    def ranges(self) -> dict[str, Range]:
+        """Return each key that has a range, and its range."""
+        return {key: v for key in _DRAWN if isinstance(v := getattr(self, key), Range)}
+
+    def points(self) -> list[dict[str, Any]]:
+        """Return the points to try, as the seed draws them.
+
+        Combinations of choices are taken in turn, in random order unless all are taken. Each range
+        is cut into one piece for each point, and each piece has one value (a Latin hypercube).
+        """
+        random = Random(self.seed)  # noqa: S311  (draws, no secrets)
+        choices, ranges = self.choices(), self.ranges()
+        grid = [dict(zip(choices, combination, strict=True))
+                for combination in product(*choices.values())]  # fmt: skip
+        n = self.trials or len(grid)
+        if ranges or n < len(grid):
+            random.shuffle(grid)
+        points = [grid[i % len(grid)] for i in range(n if ranges else min(n, len(grid)))]
+        for key, values in ranges.items():
+            pieces = random.sample(range(n), n)
+            drawn = [values.at((piece + random.random()) / n) for piece in pieces]
+            short = [max(1, round(v)) if key == "rank" else float(f"{v:.3g}") for v in drawn]
+            points = [point | {key: v} for point, v in zip(points, short, strict=True)]
+        return points
+
+    def candidates(self, inventory: Inventory) -> tuple[dict[str, Candidate], list[str]]:
+        """Return the trials for a model by name, and the names of those over the budget.
+
+        Raises:
+            ConfigError: A config is not valid.
+            MatchError: A rule matches nothing, or the budget leaves no trial.
+        """
+        varied = [k for k, v in self.choices().items() if len(v) > 1] + [*self.ranges()]
+        fitting: dict[str, Candidate] = {}
+        over: dict[str, int] = {}
+        for point in self.points():
+            of_point = {
+                "targets": self.targets[point["targets"]],
+                "rank": point["rank"],
+                "alpha": point["scale"] * point["rank"],
+                "variant": point["variant"],
+            }
+            config = Config.from_dict({**self.config, **of_point})
+            plan = resolve(config, inventory)
+            name = " ".join(_NAMES[key].format(point[key]) for key in _NAMES if key in varied)
+            if not self.budget.allows(plan.n_trainable):
+                over[name] = plan.n_trainable
+                continue
+            expect = Expect(sites=plan.n_sites, lora=plan.n_lora)
+            counted = config.model_copy(update={"expect": expect})
+            fitting[name] = Candidate(counted, point["lr"], plan.n_trainable)
+        if not fitting:
+            name, least = min(over.items(), key=lambda item: item[1])
+            asked = f"a search within {self.budget.model_dump(exclude_none=True)}"
+            size = f"{least:,} parameters ({BYTES_EACH * least:,} bytes)"
+            found = f"the smallest trial, {name!r}, has {size}"
+            raise MatchError(asked, found, "Give a larger budget, a smaller rank or fewer layers")
+        return fitting, list(over)
