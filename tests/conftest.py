@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import own_warnings
 from helpers.forks import Forks
 from hypothesis import settings
 from torch import Tensor, nn
@@ -51,6 +52,12 @@ def script(name: str) -> ModuleType:
 
 RANK, ALPHA = 2, 3.0
 SCALE = 1.5  # alpha / rank, by hand
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Decide which warnings fail a test, before the filters that pyproject.toml has for some."""
+    pinned = not script("versions").differences()
+    config.getini("filterwarnings")[:0] = own_warnings.filters(pinned=pinned)
 
 
 FORKS = pytest.StashKey[Forks]()

@@ -9,8 +9,8 @@ Every finished run is a file below `--folder`. It may be stopped at any moment, 
 started again: finished runs are kept, and only what is missing or has other settings is run. The
 document says for each claim what the paper found, what was found here, and whether it holds.
 
-The script makes an environment with the extras `bench` and `demo` and the weights; with one at
-hand, `PYTHONPATH=scripts python -m reproduction` does the same.
+The script makes an environment with the weights; in one with the extras `bench` and `demo` and the
+weights, `PYTHONPATH=scripts python -m reproduction` does the same.
 """
 
 from __future__ import annotations
