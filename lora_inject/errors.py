@@ -8,9 +8,11 @@ class and one child for each stage of the work, so that a caller can catch a sta
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 
 
 class LoraInjectError(Exception):
@@ -104,11 +106,30 @@ def check_type(
         raise error(asked, f"it is {what}", remedy)
 
 
-def check_path(asked: str, value: object) -> None:
-    """Raise unless the value can be the path of an adapter."""
-    check_type(f"{asked}, path", value, (str, PathLike), "Give a str or a Path", FormatError)
-    if "\0" in str(value):
-        raise FormatError(f"{asked}, path", f"{str(value)!r} has a zero byte", "Correct the path")
+_PATH = "Give a str or a Path"
+
+
+def user_path(
+    asked: str, value: object, error: type[LoraInjectError] = FormatError, remedy: str = _PATH
+) -> Path:
+    """Return a path that a user gave, with `~` and `~name` as the homes that they are in a shell.
+
+    Every path that a public function takes goes through here, so that none makes a folder `~`.
+
+    Examples:
+        >>> user_path("save adapter", "~/sql") == Path.home() / "sql"
+        True
+    """
+    check_type(f"{asked}, path", value, (str, PathLike), remedy, error)
+    text = str(value)
+    if "\0" in text:
+        raise error(f"{asked}, path", f"{text!r} has a zero byte", "Correct the path")
+    try:
+        path = Path(text).expanduser() if text.startswith("~") else Path(text)
+    except RuntimeError:
+        found = f"there is no home of '{text[1:].partition(os.sep)[0]}'"
+        raise error(f"{asked}, path", found, f"For a folder of this name, give ./{text}") from None
+    return path.absolute() if str(path).startswith("~") else path  # a Path drops a leading ./
 
 
 _ALIKE = 0.65  # below this likeness a suggestion misleads: 'corda' is not 'olora'

@@ -154,7 +154,7 @@ targets: [q]
    is not accepted; f:3:8 (alpha): 0 is not accepted.
 
 rank: '8'
-=> f:1:7 (rank): '8' is not accepted. Input should be a valid integer.
+=> f:1:7 (rank): '8' is a word. Write 8, without quotes and leading zeros.
 
 rank: true
 => f:1:7 (rank): True is not accepted. Input should be a valid integer.
@@ -163,7 +163,7 @@ rank:
 => f:1:6 (rank): there is no value. Write one, or remove the key.
 
 rank: 010
-=> f:1:7 (rank): '010' is not accepted. Input should be a valid integer.
+=> f:1:7 (rank): '010' is a word. Write 10, without quotes and leading zeros.
 
 alpha: 0
 => f:1:8 (alpha): 0 is not accepted. Input should be greater than 0.
@@ -310,6 +310,18 @@ targets: [{match: q, alhpa: 3}]
 targets: [{match: q, layers: 5-3}]
 => f:1:30 (targets[0].layers): '5-3' is not a range of layers. Write 16-31, or [0, 4, 8-11].
 
+targets: [{match: q, layers: [010]}]
+=> f:1:31 (targets[0].layers[0]): '010' is not a range of layers. Write 16-31, or [0, 4, 8-11].
+
+targets: [{match: q, layers: '٣'}]
+=> f:1:30 (targets[0].layers): '٣' is not a range of layers. Write 16-31, or [0, 4, 8-11].
+
+targets: [{match: q, layers: 1-٣}]
+=> f:1:30 (targets[0].layers): '1-٣' is not a range of layers. Write 16-31, or [0, 4, 8-11].
+
+dropout: 00.5
+=> f:1:10 (dropout): '00.5' is a word. Write 0.5, without quotes and leading zeros.
+
 targets: [{match: q, layers: []}]
 => f:1:30 (targets[0].layers): [] is not a range of layers. Write 16-31, or [0, 4, 8-11].
 
@@ -364,7 +376,7 @@ AS_VALUE: list[tuple[Callable[[], Any], str]] = [
     (lambda: Config.from_yaml(None), "read a config, path: it is None. Give the path of a "),
     (lambda: Config.coerce("rank: 1\n"), "config: YAML text where a path "),
     (lambda: Config.from_text(b"a: 1"), "<config>: it is a bytes. Give YAML text."),
-    (lambda: Config.from_yaml("a\0b"), "a\\x00b: embedded null byte. Give the path "),
+    (lambda: Config.from_yaml("a\0b"), "read a config, path: 'a\\x00b' has a zero byte. "),
     (lambda: Config.from_text(""), "<config>: the config is empty. Add targets: with patterns."),
     (lambda: Config.from_text("targets: " + "[" * 5000), "<config>:1:25: this is not valid YAML: "),
     (lambda: Config.from_text("targets: [\x01]"), "<config>, character 10: YAML does not allow "),

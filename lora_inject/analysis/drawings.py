@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lora_inject.analysis.blocks import Place
 from lora_inject.core.spec.names import printable
-from lora_inject.errors import StateError
+from lora_inject.errors import StateError, user_path
 
 COLORS = "viridis"
 LINES = (0.4, 0.85)  # of the color scale for lines: its ends are lost on black and on white
@@ -140,7 +140,7 @@ def _corner(grid: Tensor) -> Tensor:
 @_styled()
 def png(figure: Any, path: str | os.PathLike[str]) -> Path:
     """Write a figure into a file, folders made as needed."""
-    place = Path(path)
+    place = user_path("draw", path)
     place.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(place, format="png", dpi=150)
     return place

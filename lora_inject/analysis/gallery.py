@@ -30,6 +30,7 @@ from lora_inject.analysis.subspaces import (
 )
 from lora_inject.analysis.weights import Weights
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.errors import user_path
 
 WEIGHT_DIRECTIONS = 128
 MOST_BLOCKS = 4
@@ -57,7 +58,7 @@ def draw_gallery(
     Raises:
         StateError: matplotlib is not installed, or the adapter has no directions at all.
     """
-    place = Path(folder)
+    place = user_path("draw gallery, folder", folder)
     kinds = by_kind(b for site in state.sites.values() for b in site_blocks(site))
     middle = (blocks[len(blocks) // 2] for blocks in kinds.values())
     spectra = {block.name: spectrum(block.delta).values for block in middle}

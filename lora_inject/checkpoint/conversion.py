@@ -14,7 +14,7 @@ from lora_inject.checkpoint.index import Checkpoint, read_config
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import check_free
 from lora_inject.core.files.strict_json import read_json
-from lora_inject.errors import CheckpointError
+from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats import ModelFacts, losses_of, read_adapter, write_adapter
 from lora_inject.formats.clients import Finding, findings
 
@@ -59,13 +59,13 @@ def convert(
         ...     li.read_adapter(made).sites["0"].scale
         1.0
     """
-    check_free(output, overwrite=options.get("overwrite", False))
+    check_free(user_path("convert, output", output), overwrite=options.get("overwrite", False))
     facts = facts_of(base)
     if isinstance(adapter, AdapterState):
         state = adapter
     else:
         state = read_adapter(adapter, facts=facts, **(reading or {}))
-        facts = _completed(facts, Path(adapter))
+        facts = _completed(facts, user_path("convert", adapter))
     if tell is not None:
         for words in losses_of(state, to):
             tell(words)
@@ -76,7 +76,7 @@ def facts_of(base: str | os.PathLike[str] | None) -> ModelFacts:
     """Return the facts that a base's files state."""
     if base is None:
         return ModelFacts()
-    base = Path(base)
+    base = user_path("read a base", base, CheckpointError)
     config = read_config(base)
     if config.get("model_type"):
         asked = f"read the names of '{base}'"
@@ -135,4 +135,4 @@ def check_adapter(
         ...     [finding.problem for finding in li.check_adapter(f"{parent}/a", "sglang")]
         ["SGLang would apply another scale to '0 (1.5 for 2.121)'"]
     """
-    return findings(Path(adapter), client, facts_of(base))
+    return findings(user_path("check", adapter), client, facts_of(base))

@@ -28,7 +28,7 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import check_free
 from lora_inject.core.files.safetensors_file import FLOATS, RowReader, TensorEntry
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.errors import CheckpointError
+from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats import write_adapter
 
 
@@ -116,7 +116,7 @@ def extract_adapter(
         >>> round(report.tensors[0].energy, 4)
         1.0
     """
-    check_free(output, overwrite=overwrite)
+    check_free(user_path("extract, output", output), overwrite=overwrite)
     state, report = difference_of(
         base, tuned, rank=rank, energy=energy, full=full, progress=progress
     )

@@ -22,7 +22,7 @@ from lora_inject.checks.fingerprint import sample_positions
 from lora_inject.core.files.safetensors_file import Header, RowReader, TensorEntry, read_header
 from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.spec.names import leaf, parent
-from lora_inject.errors import CheckpointError
+from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats.model_facts import ModelFacts
 
 MAX_INDEX_BYTES = 200_000_000
@@ -81,7 +81,7 @@ class Checkpoint:
         Raises:
             CheckpointError: There is no safetensors checkpoint, or its headers and index disagree.
         """
-        path = Path(path)
+        path = user_path("open a checkpoint", path, CheckpointError)
         asked = f"open the checkpoint '{path}'"
         if path.is_file() and path.suffix == ".safetensors":
             folder = path.parent.resolve()

@@ -33,7 +33,7 @@ from lora_inject.core.files.disk import fsync_dir, remedy_for, replace_file, wri
 from lora_inject.core.files.safetensors_file import read_header
 from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.functional import MergeReport, TensorReport
-from lora_inject.errors import CheckpointError
+from lora_inject.errors import CheckpointError, user_path
 from lora_inject.version import __version__
 
 SPARE_BYTES = 64 << 20
@@ -89,7 +89,7 @@ def merge_checkpoint(
         True
     """
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-    check_output(checkpoint, Path(output))
+    check_output(checkpoint, output)
     return merge_planned(plan_merge(checkpoint, adapters, options), output, progress)
 
 
@@ -98,7 +98,7 @@ def merge_planned(
 ) -> MergeReport:
     """Carry out what `plan_merge` planned; the rest as for `merge_checkpoint`."""
     began = time.perf_counter()
-    return _Run(plan, check_output(plan.base, Path(output)), progress).all(began)
+    return _Run(plan, check_output(plan.base, output), progress).all(began)
 
 
 class _Run:
@@ -280,13 +280,14 @@ def _peak_memory_bytes() -> int | None:
 # The folder of an unfinished merge --------------------------------------------------------------
 
 
-def check_output(base: Checkpoint, output: Path) -> Path:
+def check_output(base: Checkpoint, output: str | Path) -> Path:
     """Return an output folder, links resolved, that can be written without changing other files.
 
     Raises:
         CheckpointError: It is the base, inside or around it, a file, a mount point, or not empty.
     """
-    asked, folder = f"write to '{output}'", output.resolve()
+    asked = f"write to '{output}'"
+    folder = user_path("merge, output", output, CheckpointError).resolve()
     if folder == base.folder or base.folder in folder.parents or folder in base.folder.parents:
         found = f"it is the base '{base.folder}', or one is inside the other"
         raise CheckpointError(asked, found, "Give another folder")

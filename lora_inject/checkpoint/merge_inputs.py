@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +24,7 @@ from lora_inject.core.adapter.state import AdapterState, called
 from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.files.tensors import bytes_of, in_memory
 from lora_inject.core.functional import all_finite
-from lora_inject.errors import CheckpointError
+from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats import read_adapter
 
 _STEP_ELEMENTS = 1 << 20
@@ -86,7 +85,7 @@ def read_weighted(
     Raises:
         FormatError: The adapter cannot be read correctly.
     """
-    path = Path(path)
+    path = user_path("read adapter", path)
     facts = base.facts
     config_file = path / "adapter_config.json"
     if config_file.is_file():

@@ -23,7 +23,7 @@ from lora_inject.checkpoint.output_files import Copy, OutputShard
 from lora_inject.checkpoint.write import BytesDone, Progress, work_through
 from lora_inject.core.files.disk import read_at
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry, read_header
-from lora_inject.errors import CheckpointError
+from lora_inject.errors import CheckpointError, user_path
 
 MOST_NEIGHBORS = 1e-3
 """Share of a tensor's values that may be one unit in the last place off."""
@@ -95,7 +95,7 @@ def verify_checkpoint(
         CheckpointError: The merge could not be planned, or `merged` is not a folder.
     """
     plan = plan_merge(base, adapters, options)
-    folder = Path(merged).resolve()
+    folder = user_path("verify", merged, CheckpointError).resolve()
     if not folder.is_dir():
         raise CheckpointError(f"verify '{merged}'", "there is no such folder", "Check the path")
     problems = _other_files(plan, folder)

@@ -19,7 +19,7 @@ from lora_inject.core.adapter import native
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import check_state
 from lora_inject.core.files.atomic import write_directory, write_file
-from lora_inject.errors import FormatError, check_path, check_type, nearest, within
+from lora_inject.errors import FormatError, check_type, nearest, user_path, within
 from lora_inject.formats import (
     diffusers,
     gguf_file,
@@ -179,8 +179,8 @@ def write_adapter(
         >>> back.sites["fc"].scale
         2.0
     """
-    check_path("write adapter", path)
-    row, target = _row(format, f"write adapter to '{path}'"), Path(path)
+    target = user_path("write adapter", path)
+    row = _row(format, f"write adapter to '{path}'")
     with within(f"write {format} adapter to '{path}'"):
         facts, own = _split(row.write, facts, options)
         if row.endings and target.suffix not in row.endings:
@@ -222,8 +222,7 @@ def read_adapter(
     Raises:
         FormatError: There is no adapter, or it cannot be read.
     """
-    check_path("read adapter", path)
-    place = Path(path)
+    place = user_path("read adapter", path)
     if format is None:
         format = detected(place)  # noqa: A001
     row = _row(format, f"read adapter '{path}'")

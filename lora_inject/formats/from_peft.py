@@ -37,7 +37,7 @@ from lora_inject.core.spec.inventory import LINEAR_KINDS, Inventory
 from lora_inject.core.spec.names import Below, canonical, first_number, joined, leaf, matching
 from lora_inject.core.spec.strict import checked_regex
 from lora_inject.core.spec.yaml import read_text
-from lora_inject.errors import ConfigError
+from lora_inject.errors import ConfigError, user_path
 
 _MERGE = "Train it with PEFT, merge it there and start from that model"
 _REFUSED = {
@@ -165,7 +165,7 @@ def is_of_peft(config: object) -> bool:
 def _fields_of(config: Any) -> tuple[str, dict[str, Any]]:
     """Return the config's name in messages, and its fields as plain data."""
     if isinstance(config, str | PathLike):
-        return f"from_peft '{config}'", _fields_in(Path(config))
+        return f"from_peft '{config}'", _fields_in(user_path("from_peft", config, ConfigError))
     if isinstance(config, Mapping):
         return "from_peft", dict(config)
     if not is_of_peft(config):

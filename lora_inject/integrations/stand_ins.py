@@ -30,7 +30,7 @@ from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.survey import Survey, base_parameters
 from lora_inject.core.model.carried import reach
 from lora_inject.core.model.save import adapter_tensors, facts_for, read_off, refuse_useless
-from lora_inject.errors import LayerError, StateError
+from lora_inject.errors import LayerError, StateError, user_path
 from lora_inject.formats import write_adapter
 from lora_inject.formats.card import joined_cards
 
@@ -108,6 +108,7 @@ class _SaveAdapters(_StandIn):
         from; it would silently ignore others (`Trainer._load_from_checkpoint`).
         """
         _refuse_options(options, push_to_hub=push_to_hub)
+        place = user_path(SAVE, save_directory)
         survey, given = Survey(self.model), state_dict or {}
         there = reach(survey.model, survey)
         names = sorted(there.names)
@@ -129,18 +130,18 @@ class _SaveAdapters(_StandIn):
             return
         for name, state in states.items():
             alone = len(names) == 1 or name == "default"
-            folder = Path(save_directory) if alone else Path(save_directory, name)
+            folder = place if alone else place / name
             folder.mkdir(parents=True, exist_ok=True)
             for file, data in _files_of(survey, name, state, self.format).items():
                 if file != "README.md" or not _is_of_others(folder / file):
                     replace_file(folder / file, data)
-        if _CHECKPOINT.fullmatch(Path(save_directory).name):
+        if _CHECKPOINT.fullmatch(place.name):
             tensors = {
                 key: given.get(key, tensor).detach().to("cpu", copy=True).contiguous()
                 for key, tensor in adapter_tensors(survey).items()
             }
             data = safetensors.torch.save(tensors, {"format": "pt"})
-            replace_file(Path(save_directory, "model.safetensors"), data)
+            replace_file(place / "model.safetensors", data)
 
     def card(self, output_dir: str | os.PathLike[str]) -> None:
         """Merge our card into the one that Trainer wrote over it, as PEFT's models do.

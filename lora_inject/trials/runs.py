@@ -29,7 +29,7 @@ from lora_inject.core.model.save import adapter_state
 from lora_inject.core.model.select import within_state
 from lora_inject.core.model.train import adapter_parameters, train_only
 from lora_inject.core.spec.names import joined as joined_name
-from lora_inject.errors import FormatError, StateError, check_type
+from lora_inject.errors import FormatError, StateError, check_type, user_path
 from lora_inject.formats.pickles import DAMAGE
 from lora_inject.rows.routed_forward import routes_rows, runs_apart
 from lora_inject.trials.batches import (
@@ -419,7 +419,7 @@ class Trials:
         }
         content = io.BytesIO()
         torch.save(held, content)
-        return write_file(path, content.getvalue(), overwrite=True)
+        return write_file(user_path("save trials", path), content.getvalue(), overwrite=True)
 
     @classmethod
     def resume(cls, model: nn.Module, path: str | PathLike[str]) -> Self:
@@ -432,8 +432,9 @@ class Trials:
         Raises:
             FormatError: `save` did not write the file, or wrote it with another base.
         """
+        file = user_path("resume trials", path)
         try:
-            held = torch.load(path, weights_only=True, map_location="cpu")
+            held = torch.load(file, weights_only=True, map_location="cpu")
             about = json.loads(held["about"])
         except DAMAGE as error:
             found = f"it cannot be read: {error}"

@@ -28,7 +28,7 @@ from lora_inject.core.model.listing import adapters
 from lora_inject.core.model.save import adapter_state
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.names import counted
-from lora_inject.errors import FormatError, StateError, check_type
+from lora_inject.errors import FormatError, StateError, check_type, user_path
 from lora_inject.trials.batches import Forward, evaluating, in_one_order, plain_forward, size_of
 from lora_inject.trials.losses import Loss, default_loss, scalar_loss
 from lora_inject.trials.rungs import JUDGED, behind, ranked, rungs, steps_within
@@ -215,7 +215,7 @@ class _Saved:
     """The saved state of a search in a folder; empty without a folder."""
 
     def __init__(self, folder: str | PathLike[str] | None, key: dict[str, Any]) -> None:
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else user_path("search, folder", folder)
         self.key = key
         self.data: dict[str, Any] = {}
         if self.folder is None or not (path := self.folder / "search.json").exists():

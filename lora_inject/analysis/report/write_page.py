@@ -31,7 +31,7 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import write_file
 from lora_inject.core.spec.columns import number
 from lora_inject.core.spec.names import printable, templates
-from lora_inject.errors import StateError
+from lora_inject.errors import StateError, user_path
 from lora_inject.version import __version__
 
 
@@ -127,7 +127,7 @@ def write_report(path: str | os.PathLike[str], text: str) -> Path:
     Raises:
         FormatError: The path is a directory.
     """
-    return write_file(path, text.encode(), overwrite=True)
+    return write_file(user_path("write report", path), text.encode(), overwrite=True)
 
 
 def template(name: str) -> Any:

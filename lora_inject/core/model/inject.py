@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +26,7 @@ from lora_inject.core.spec.names import joined, matching
 from lora_inject.core.spec.plan import Plan
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.distributed.sharding import check_shardable, fsdp2_modules, shard_adapter
-from lora_inject.errors import FormatError, StateError, check_path, check_type
+from lora_inject.errors import FormatError, StateError, check_type, user_path
 from lora_inject.formats import detected, read_adapter
 from lora_inject.formats.hub import download, is_repo
 from lora_inject.formats.model_facts import expert_names
@@ -169,15 +168,15 @@ def load_adapter(
             another base. Nothing was changed.
         StateError: The name is in use, or the model is merged.
     """
-    check_path("load adapter", path)
+    place = user_path("load adapter", path)
     survey, asked = survey_for(model, name, loads=True), f"load {str(path)!r}"
     if is_repo(path):
-        path = download(str(path), revision)
+        place = download(str(path), revision)
     elif revision is not None:
         found = "a revision is for repositories, and this is a path"
         raise FormatError(f"{asked} at {revision!r}", found, "Leave the revision out")
-    format = format or detected(Path(path))  # noqa: A001
-    state = read_adapter(path, format, facts=model_facts(survey), **options).mapped(in_memory)
+    format = format or detected(place)  # noqa: A001
+    state = read_adapter(place, format, facts=model_facts(survey), **options).mapped(in_memory)
     fitted = fit(survey, state, leave_out=leave_out, base=base, asked=asked)
     if format == "peft" and state.fingerprint is None:  # as PEFT understands it
         refuse_first_places(survey, (site.spec for site in fitted.sites.values()), asked)

@@ -36,7 +36,7 @@ from lora_inject.core.model.carried import (
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.distributed.sharding import is_sharded, reshard, samples_of_shards, writes_here
-from lora_inject.errors import FormatError, StateError, check_path
+from lora_inject.errors import FormatError, StateError, user_path
 from lora_inject.formats import ModelFacts, write_adapter
 from lora_inject.formats.hub import upload
 from lora_inject.formats.peft.peft_reading import refuse_misread
@@ -221,18 +221,18 @@ def save_adapter(
         FormatError: It holds NaN or Inf, the format cannot express it, or the path cannot be
             written.
     """
-    check_path("save adapter", path)
+    folder = user_path("save adapter", path)
     survey = Survey(model)
     state, facts = read_off(survey, name), facts_for(survey, format, name)
     refuse_useless(survey, name, state, unused)
-    target = Path(path) if version is None else Path(path, str(version))
+    target = folder if version is None else folder / str(version)
     if writes_here(survey):
         if version is not None:
             target.parent.mkdir(parents=True, exist_ok=True)
         write_adapter(state, target, format=format, facts=facts, **options)
         if version is not None:
-            replace_file(Path(path, LATEST), f"{version}\n".encode())
-            remove_old_versions(Path(path), version, keep)
+            replace_file(folder / LATEST, f"{version}\n".encode())
+            remove_old_versions(folder, version, keep)
     if is_sharded(survey):
         torch.distributed.barrier()
     return target

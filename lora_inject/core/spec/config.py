@@ -51,9 +51,12 @@ def _check_pattern(pattern: str) -> str:
     return pattern
 
 
+_INDEX = "(?:0|[1-9][0-9]{0,8})"  # no leading zeros: YAML reads 010 as 8, Python as 10
+
+
 def _check_layer(value: Any) -> str:
     text = str(value) if type(value) is int else value
-    found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text) if isinstance(text, str) else None
+    found = re.fullmatch(rf"({_INDEX})(?:-({_INDEX}))?", text) if isinstance(text, str) else None
     if found is None or int(found[1]) > int(found[2] or found[1]):
         raise ValueError(f"{show(value)} is not a range of layers", "Write 16-31, or [0, 4, 8-11]")
     return found[0]
@@ -91,7 +94,7 @@ _List = BeforeValidator(_read_list)
 Distinct = AfterValidator(_check_distinct)
 _EitherWay = Discriminator(_either_way)
 
-_LAYER = {"type": ["integer", "string"], "minimum": 0, "pattern": "^[0-9]+(-[0-9]+)?$"}
+_LAYER = {"type": ["integer", "string"], "minimum": 0, "pattern": f"^{_INDEX}(-{_INDEX})?$"}
 
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
 Patterns = Annotated[tuple[Pattern, ...], _List]

@@ -208,6 +208,8 @@ def _explain(
         return "it is empty", "Give one entry at least"
     if kind == "greater_than_equal" and path[:1] == ("tokens",):
         return f"there is no row {show(value)}", "Rows are counted from 0"
+    if kind in ("int_type", "float_type") and (number := _number_in(value)):
+        return f"{show(value)} is a word", f"Write {number}, without quotes and leading zeros"
     remedy = re.sub(r"valid dictionary or instance of \w+", "mapping", detail["msg"])
     for word, plain in (("tuple", "list"), ("Tuple", "List"), ("Dictionary", "Mapping")):
         remedy = remedy.replace(word, plain)
@@ -218,6 +220,13 @@ def _explain(
     if kind == "tuple_type" and isinstance(value, str):
         remedy = f"Write a list: [{value}]"
     return f"{show(value)} is not accepted", remedy
+
+
+def _number_in(value: Any) -> str:
+    """Return the number that a word with quotes or leading zeros was meant as, or ""."""
+    text = value if isinstance(value, str) else ""
+    match = re.fullmatch(r"([-+]?)0*([0-9]+(\.[0-9]+)?)", text, re.ASCII)
+    return match[1] + match[2] if match else ""
 
 
 def _other_key(path: Loc, models: Mapping[str, type[BaseModel]]) -> str:

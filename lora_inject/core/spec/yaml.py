@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lora_inject.core.spec.names import printable
-from lora_inject.errors import ConfigError, check_type
+from lora_inject.errors import ConfigError, check_type, user_path
 
 Loc = tuple[str | int, ...]
 
@@ -24,12 +23,12 @@ MAX_NODES = 50_000  # of the document with its aliases written out
 MAX_DEPTH = 16
 _TAG = "tag:yaml.org,2002:"
 _QUOTES = "Write patterns in single quotes: there a backslash is only a backslash"
-_DIGITS = "[0-9](_?[0-9]){0,17}"
+_DIGITS = "(0|[1-9](_?[0-9]){0,17})"
 _EXPONENT = "[eE][-+]?[0-9]{1,4}"
 _FINITE = rf"[-+]?(({_DIGITS})?\.[0-9]+|{_DIGITS}\.)({_EXPONENT})?|[-+]?{_DIGITS}{_EXPONENT}"
 # PyYAML reads YAML 1.1, where `no` is false, 010 is 8, 1:30 is 90 and 1e-3 is a word.
 _PLAIN: dict[str, tuple[str, Callable[[str], Any] | None]] = {
-    "int": (r"[-+]?(0|[1-9](_?[0-9]){0,17})", int),
+    "int": (rf"[-+]?{_DIGITS}", int),
     "float": (
         rf"{_FINITE}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         lambda text: float(re.sub(r"\.(?=[in])", "", text.lower())),
@@ -83,13 +82,12 @@ def read_text(
     """Return the text of a UTF-8 file, at most a byte more than a config may have."""
     asked = asked or printable(str(path))
     try:
-        check_type("read a config, path", path, (str, PathLike), remedy, ConfigError)
-        with Path(path).open("rb") as file:
+        with user_path("read a config", path, ConfigError, remedy).open("rb") as file:
             return file.read(MAX_TEXT_BYTES + 1).decode("utf-8")
     except UnicodeDecodeError as error:
         found, remedy = f"byte {error.start} is not UTF-8", "Save it as UTF-8 text"
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        found = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
+        found = error.strerror or str(error)
     raise ConfigError(asked, found, remedy)
 
 

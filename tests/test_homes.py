@@ -1,0 +1,95 @@
+"""`~` in a path is the home, in whatever call; no folder `~` is made, and none is read."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import fill
+from safetensors.torch import save_file
+from torch import nn
+
+import lora_inject as li
+from lora_inject.analysis import draw_spectra, write_report
+from lora_inject.checkpoint import extract_adapter, verify_checkpoint
+from lora_inject.checkpoint.conversion import facts_of
+from lora_inject.errors import LoraInjectError
+
+RULE = {"rank": 2, "targets": ["0"]}
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6))
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return an empty home; the working folder is another one."""
+    for folder in ("home", "here"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "home"
+
+
+def test_what_is_written_to_a_home_is_there_and_read_from_there(home: Path) -> None:
+    for folder in ("base", "tuned"):
+        (home / folder).mkdir()
+    plain, model = net(), fill(li.inject(net(), RULE))
+    save_file(plain.state_dict(), home / "base" / "model.safetensors")
+    tuned = {**plain.state_dict(), "0.weight": plain[0].weight + 1}
+    save_file(tuned, home / "tuned" / "model.safetensors")
+    (home / "lora.yaml").write_text("rank: 2\ntargets: ['0']")
+
+    li.save_adapter(model, "~/saved")
+    li.save_adapter(model, "~/run", version=3)
+    li.save_adapter(model, Path("~/path"))
+    li.write_adapter(li.adapter_state(model), "~/written")
+    li.convert("~/saved", "~/converted", "portable", base="~/base")
+    li.merge_checkpoint("~/base", ["~/saved"], "~/merged")
+    extract_adapter("~/base", "~/tuned", "~/extracted", rank=1)
+    write_report("~/report.html", "<p>")
+    draw_spectra({"0": torch.ones(2)}, "~/spectra.png")
+    written = {"saved", "run", "path", "written", "converted", "merged", "extracted"}
+    written |= {"report.html", "spectra.png"}
+    there = {path.name for path in home.iterdir() if path.name[0] != "."}
+    assert there == {"base", "tuned", "lora.yaml", *written}
+    assert list(Path.cwd().iterdir()) == []
+
+    assert li.load_adapter(net(), "~/run/3") is not None
+    assert li.swap_adapter(model, "~/saved") is model
+    assert list(li.read_adapter("~/written").sites) == ["0"]
+    assert li.check_adapter("~/saved", "peft", base="~/base") == []
+    assert verify_checkpoint("~/base", ["~/saved"], "~/merged").problems == ()
+    assert li.plan(net(), "~/lora.yaml").sites
+    assert facts_of("~/base").module_names == ("0",)
+    assert li.combine(["~/saved", "~/written"], [0.5, 0.5]).sites
+
+
+def test_trials_are_saved_to_a_home(home: Path) -> None:
+    trials = li.Trials(net(), {"a": li.Trial(RULE, lr=1e-3)})
+    trials.save("~/trials.pt")
+    assert li.Trials.resume(net(), "~/trials.pt").trials == trials.trials
+    assert [path.name for path in home.iterdir()] == ["trials.pt"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda path: li.save_adapter(li.inject(net(), RULE), path),
+        lambda path: li.load_adapter(net(), path),
+        lambda path: li.inject(net(), path),
+        lambda path: li.merge_checkpoint(path, [], "out"),
+    ],
+)
+def test_homes_of_nobody_are_refused(call, home: Path) -> None:
+    with pytest.raises(LoraInjectError, match=r"no home of 'nobody-of-this-name'.*give \./~nobody"):
+        call("~nobody-of-this-name/x")
+    assert [*home.iterdir(), *Path.cwd().iterdir()] == []
+
+
+def test_a_folder_whose_name_begins_so_can_be_meant(home: Path) -> None:
+    li.save_adapter(li.inject(net(), RULE), "./~/x")
+    assert (Path.cwd() / "~" / "x" / "adapter_config.json").is_file()
+    assert list(li.read_adapter("./~/x").sites) == ["0"]
+    assert list(home.iterdir()) == []
