@@ -625,6 +625,45 @@ def test_what_fsdp2_cannot_shard_with_its_layer_is_not_loaded(one_rank: None) ->
     assert r"'c.0': it has no forward" in refused(r"c\.0", "")
 
 
+def of_two_adapters() -> nn.Module:
+    """Of which "b" trains."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    for name in "ab":
+        li.inject(model, {"rank": 2, "targets": [r"\d"]}, name)
+    return model
+
+
+@pytest.mark.parametrize("given", ["the wrapper", "the model inside", "a layer inside"])
+def test_what_ddp_would_not_reduce_is_refused(given: str, one_rank: None) -> None:
+    """It reduces what trained when it wrapped the model; the rest would differ in each process."""
+    model = of_two_adapters()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    here = {"the wrapper": wrapped, "the model inside": model, "a layer inside": model[0]}[given]
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    verbs = [lambda: li.train_only(here, "a"), lambda: li.train_only(here, ["a", "b"])]
+    assert all("reduces what trained when it wrapped" in said(verb) for verb in verbs)
+    rule = {"rank": 2, "targets": [".*"] if given == "a layer inside" else ["0"]}
+    state = li.adapter_state(model, "a")
+    for verb in (lambda: li.inject(here, rule, "c"), lambda: li.install(model, state, "c")):
+        refused = said(verb)
+        assert "wrapped in DistributedDataParallel" in refused
+        assert "Inject into the model first, then wrap it" in refused
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+def test_ddp_lets_train_what_trained_when_it_wrapped(one_rank: None) -> None:
+    model = of_two_adapters()
+    li.train_only(model, ["a", "b"])
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    for names in ("a", "b", None, ["a", "b"]):
+        li.train_only(wrapped, names)
+    other = of_two_adapters()  # another model, which no wrapper holds
+    li.train_only(other, "a")
+    del wrapped
+    li.inject(model, {"rank": 2, "targets": ["0"]}, "c")
+    li.train_only(model, "c")
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("shard", SHARDINGS)
 def test_shards_are_not_taken_for_tensors(shard: Any, one_rank: None) -> None:

@@ -5,6 +5,7 @@ import gc
 import weakref
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -571,6 +572,51 @@ def test_a_frozen_part_on_the_meta_device_moves_with_to_empty() -> None:
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     trainable = [name for name, flag in flags(model).items() if flag]
     assert trainable == ["layer.lora_A__default", "layer.lora_B__default"]
+
+
+# ---------------------------------------------------------------------- gradients of what is frozen
+
+
+@pytest.mark.parametrize("verb", ["inject", "load", "inject another", "train_only"])
+def test_a_gradient_of_before_moves_nothing_that_a_verb_froze(verb: str, tmp_path: Path) -> None:
+    """An optimizer steps whatever has a gradient, whether or not it requires one."""
+    model = Net()
+    if verb == "load":
+        path = li.save_adapter(li.inject(Net(), {**RANK2, "targets": ["fc"]}), tmp_path / "a")
+    elif verb != "inject":
+        fill(li.inject(model, {**RANK2, "targets": ["fc"]}, "one"), "one")
+        fill(li.inject(model, {**RANK2, "targets": ["fc"]}, "two"), "two")
+        li.train_only(model, ["one", "two"])
+        li.activate(model, {"one": 1.0, "two": 1.0})
+    model(IDS).sum().backward()
+    kept = set()
+    if verb == "load":
+        li.load_adapter(model, path, base="any")
+    elif verb == "train_only":
+        li.train_only(model, "two")
+        kept = {"fc.lora_A__two", "fc.lora_B__two"}
+    else:
+        li.inject(model, {**RANK2, "targets": ["fc"]}, "three")
+    parameters = dict(model.named_parameters())
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    torch.optim.SGD(parameters.values(), lr=1.0).step()
+    assert {n for n, p in parameters.items() if not torch.equal(p, before[n])} == kept
+
+
+@pytest.mark.parametrize("verb", ["inject", "train_only"])
+def test_a_verb_that_raises_keeps_the_gradients(verb: str) -> None:
+    model = Net()
+    if verb == "train_only":
+        li.inject(model, {**RANK2, "targets": ["fc"]})
+    model(IDS).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    with pytest.raises(li.LoraInjectError):
+        _ = (
+            li.inject(model, {**RANK2, "targets": ["fc"]}, probe=lambda: None)
+            if verb == "inject"
+            else li.train_only(model, ["default", "other"])
+        )
+    assert all(p.grad is grads[name] for name, p in model.named_parameters())
 
 
 # ------------------------------------------------------------------------------------- strict loads

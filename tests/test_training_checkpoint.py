@@ -253,6 +253,20 @@ def test_parameters_that_would_not_be_saved_are_refused(tmp_path: Path) -> None:
         trainer(tmp_path, llama()).train()
 
 
+def test_a_model_of_which_nothing_can_train_is_refused_in_words(tmp_path: Path) -> None:
+    """Torch says it in the first backward: a tensor does not require grad."""
+    model = injected()
+    li.merge(model)
+    with pytest.raises(li.StateError, match=r"'default' is merged .* Call unmerge\(model\) first"):
+        trainer(tmp_path, model).train()
+    li.train_only(li.unmerge(model), None)
+    with pytest.raises(li.StateError, match=r"none .* trains \(default\).*Call train_only"):
+        trainer(tmp_path, model).train()
+    assert not list(tmp_path.iterdir())
+    li.train_only(model, "default")
+    trainer(tmp_path, model, max_steps=1).train()
+
+
 @pytest.mark.parametrize(("step", "frozen"), [(0, "nothing"), (2, "nothing"), (0, "lora_A")])
 def test_a_layer_that_the_model_never_uses_is_refused(step, frozen, tmp_path: Path) -> None:
     """In the first step by the callback, and without it when Trainer saves."""

@@ -11,9 +11,11 @@ Parameters are `ignored_params` of this call and stay in their group.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +39,11 @@ def refuse_sharded(survey: Survey, asked: str) -> None:
     """Check that a model is not spread over processes yet."""
     wrapper: Any = type(survey.given)
     engine = wrapper.__module__ == "deepspeed.runtime.engine"
-    if engine or issubclass(wrapper, nn.parallel.DistributedDataParallel):
+    if engine or replicating(survey):
+        name = wrapper.__name__ if engine else "DistributedDataParallel"
         raise LayerError(
             asked,
-            f"the model is wrapped in {wrapper.__name__}, which would not reduce its gradients",
+            f"the model is wrapped in {name}, which would not reduce its gradients",
             "Inject into the model first, then wrap it",
         )
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
@@ -64,6 +67,51 @@ def refuse_sharded(survey: Survey, asked: str) -> None:
             "distribute an adapter with its layer (transformers: load without tp_plan); "
             "load_adapter and swap_adapter also work after fully_shard",
         )
+
+
+def replicating(survey: Survey) -> list[Any]:
+    """Return DistributedDataParallel's wrappers around any module of a model.
+
+    The wrapped model does not know its wrapper. So the interpreter is asked for all that there are,
+    which takes a moment, in processes of a group only.
+    """
+    given: Any = survey.given
+    if isinstance(given, nn.parallel.DistributedDataParallel):
+        return [given]
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    if _wrappers_around(survey):
+        gc.collect()  # a wrapper that nobody holds any more may wait for it
+    return _wrappers_around(survey)
+
+
+def _wrappers_around(survey: Survey) -> list[Any]:
+    ddp = nn.parallel.DistributedDataParallel
+    wrappers: list[Any] = [each for each in gc.get_objects() if issubclass(type(each), ddp)]
+    return [w for w in wrappers if any(id(m) in survey.paths for m in w.module.modules())]
+
+
+# What each wrapper of DistributedDataParallel reduces: what required a gradient when it was made.
+_REDUCED: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
+
+
+def refuse_unreduced(survey: Survey, parameters: Iterable[nn.Parameter], asked: str) -> None:
+    """Raise if parameters are to train that a wrapper around them would not reduce.
+
+    Called before each change of what trains: what trains at the first call did so when it was made.
+    """
+    training = {id(parameter) for parameter in parameters}
+    for wrapper in replicating(survey):
+        inside = list(wrapper.module.parameters())
+        trained = {id(parameter) for parameter in inside if parameter.requires_grad}
+        reduced = _REDUCED.setdefault(wrapper, trained)
+        if any(id(p) in training and id(p) not in reduced for p in inside):
+            raise LayerError(
+                asked,
+                "DistributedDataParallel reduces what trained when it wrapped the model, and the "
+                "gradients of this adapter would stay different in each process",
+                "Call train_only first, then wrap the model (again)",
+            )
 
 
 def is_sharded(survey: Survey) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 
 from lora_inject.checks.reached import has_gradient, refuse_unused
 from lora_inject.core.layers.survey import Survey, unwrapped
-from lora_inject.core.model.carried import Carried, entries, reach
+from lora_inject.core.model.carried import Carried, entries, reach, refuse_merged
 from lora_inject.core.model.save import adapter_tensors
 from lora_inject.core.model.train import adapter_parameters
 from lora_inject.errors import StateError
@@ -48,7 +48,8 @@ class AdapterCheckpoint:
             that only later batches reach; see `save_adapter`.
 
     Raises:
-        StateError: At the start of training: the model has no adapter, or parameters outside of
+        StateError: At the start of training: the model has no adapter, or none that trains, or is
+            merged, or parameters outside of
             adapters train, which would not be saved, or TRL is to disable dropout and adapters have
             one of their own. In the first step: a site of an adapter that trains is inert.
 
@@ -104,6 +105,7 @@ class AdapterCheckpoint:
     ) -> None:
         """Refuse a run that could not be resumed."""
         del state, control
+        _refuse_idle_adapters(model)
         ours = {id(parameter) for parameter in adapter_parameters(model).values()}
         others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
         if not ours or others:
@@ -161,6 +163,15 @@ class AdapterCheckpoint:
         del args, state, control
         if self._hook is not None:
             self._hook.remove()
+
+
+def _refuse_idle_adapters(model: nn.Module) -> None:
+    """Raise if no adapter of a model can train, which torch says in the first backward only."""
+    asked, there = "train with AdapterCheckpoint", reach(model)
+    refuse_merged(asked, *there.selections)
+    if there.names and not any(p.requires_grad for p in adapter_parameters(model).values()):
+        found = f"none of the model's adapters trains ({', '.join(sorted(there.names))})"
+        raise StateError(asked, found, "Call train_only(model, name) first")
 
 
 def _ignore(*_: Any, **__: Any) -> None:

@@ -35,7 +35,7 @@ from lora_inject.core.model.carried import (
     roots_of,
     structure_changed,
 )
-from lora_inject.core.model.train import trainable_tensors
+from lora_inject.core.model.train import forget_gradients, trainable_tensors
 from lora_inject.core.spec.names import Below
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 from lora_inject.distributed.sharding import fsdp2_modules, refuse_sharded, reshard
@@ -216,6 +216,8 @@ def attach(
             selection.replace(State(active=(*others, (name, 1.0))))
         if probe is not None:
             refuse_unreached(survey.model, probe)
+    forget_gradients(holder.tensor for holder in survey.holders)
+    forget_gradients(trained if train else ())
 
 
 def _put(place: Carried, parameters: Mapping[str, nn.Parameter], selection: Selection) -> Attached:

@@ -66,7 +66,8 @@ def inject(
     """Put a new adapter onto a model, in place, and freeze everything else.
 
     The adapter becomes the only active and the only trainable one; others keep their values. That
-    holds for another model's adapters as well if it shares a layer with this one.
+    holds for another model's adapters as well if it shares a layer with this one. What is frozen
+    loses its `grad`, which an optimizer that holds it would step by.
 
     Args:
         model: Any module; stays the same object.

@@ -26,7 +26,7 @@ from lora_inject.core.model.carried import (
     refuse_merged,
 )
 from lora_inject.core.spec.names import joined
-from lora_inject.distributed.sharding import reshard
+from lora_inject.distributed.sharding import refuse_unreduced, reshard
 from lora_inject.errors import LayerError, StateError, check_type
 from lora_inject.quantized.dense_values import packed_weight
 from lora_inject.quantized.quantized_layers import forbid_packing
@@ -38,13 +38,16 @@ _DYNAMIC = ("act_quant_kwargs", "activation_quantization")
 def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
     """Say which adapters require gradients; all others, and the base, do not.
 
+    What it freezes loses its `grad`, which an optimizer that holds it would step by.
+
     Args:
         model: The model.
         names: One adapter, several, or None for none.
 
     Raises:
         StateError: A name is unknown, or the model is merged.
-        LayerError: A quantized layer hands no gradient to its input.
+        LayerError: A quantized layer hands no gradient to its input; or the model was wrapped in
+            DistributedDataParallel while one of these did not train.
     """
     listed = [names] if isinstance(names, str) else [] if names is None else names
     check_type("train_only", listed, Iterable, "Give a name, several, or None")
@@ -55,13 +58,26 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
     if wanted:
         refuse_dead_inputs(survey, f"train_only {min(wanted)!r}")
     records = [record for name in wanted for _, record in records_of(survey, name)]
+    parameters = [(entry.adapter in wanted, p) for _, entry, _, p in trainable_tensors(survey)]
+    asked = f"train_only {', '.join(map(repr, sorted(wanted)))}"
+    refuse_unreduced(survey, (p for trains, p in parameters if trains), asked)
     with all_or_nothing((module for _, module, _ in adapted_modules(survey)), records):
-        for _, entry, _, parameter in trainable_tensors(survey):
-            parameter.requires_grad_(entry.adapter in wanted)
+        for trains, parameter in parameters:
+            parameter.requires_grad_(trains)
         if wanted:
             forbid_packing(module for _, module in survey.modules)
         for record in records:
             record.trainable |= wanted & record.carrying.keys()
+    forget_gradients(parameter for trains, parameter in parameters if not trains)
+
+
+def forget_gradients(frozen: Iterable[nn.Parameter]) -> None:
+    """Clear the gradients of parameters that were frozen.
+
+    An optimizer steps whatever has a gradient, whether or not it requires one.
+    """
+    for parameter in frozen:
+        parameter.grad = None
 
 
 def refuse_dead_inputs(survey: Survey, asked: str) -> None:
