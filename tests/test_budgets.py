@@ -21,13 +21,13 @@ PACKAGE = Path(lora_inject.__file__).parent
 
 # Stage -> lines of the package that it may load.
 LINES = {
-    "config": 11_000,
+    "config": 2_100,
     "forward": 7_900,
     "activate": 7_750,
-    "inject": 19_500,
+    "inject": 19_100,
     "merge": 17_250,
-    "save, load": 19_500,
-    "life": 20_750,
+    "save, load": 19_100,
+    "life": 20_300,
 }
 STAGES = {
     "config": "from lora_inject import Config",
@@ -83,7 +83,8 @@ LIBRARIES = re.compile(
 def loaded_by(code: str) -> dict[str, int]:
     """Files of the package that a program loads, below the package, with their lines."""
     command = [sys.executable, "-c", code + LOADED]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    root = PACKAGE.parent  # from which `-c` imports
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     paths = [Path(path) for path in json.loads(run.stdout.splitlines()[-1])]
     return {
@@ -156,7 +157,7 @@ def test_a_verb_loads_no_more_of_the_package_than_its_budget(stage: str) -> None
 
 def test_few_functions_have_more_than_ten_branches() -> None:
     tall = tall_functions(sources())
-    assert len(tall) <= 102, tall
+    assert len(tall) <= 104, tall
 
 
 def test_few_public_names_have_two_homes() -> None:
@@ -174,7 +175,7 @@ def test_few_lines_look_at_the_stack_or_at_what_torch_keeps_private() -> None:
 def test_few_files_of_the_core_name_another_library() -> None:
     core = {name: text for name, text in sources().items() if name.startswith("core/")}
     naming = [name for name, text in core.items() if LIBRARIES.search(text)]
-    assert len(naming) <= 28, naming
+    assert len(naming) <= 27, naming
 
 
 def test_the_measures_see_what_they_are_for() -> None:

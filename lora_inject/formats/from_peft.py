@@ -19,7 +19,6 @@ from itertools import takewhile
 from operator import ne
 from os import PathLike
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
@@ -38,6 +37,7 @@ from lora_inject.core.spec.names import Below, canonical, first_number, joined, 
 from lora_inject.core.spec.strict import checked_regex
 from lora_inject.core.spec.yaml import read_text
 from lora_inject.errors import ConfigError, user_path
+from lora_inject.formats.model_facts import expert_names
 
 _MERGE = "Train it with PEFT, merge it there and start from that model"
 _REFUSED = {
@@ -113,14 +113,12 @@ FIELDS = frozenset(_REFUSED) | _NO_MEANING | frozenset(_Lora.model_fields)
 
 
 def translated(
-    config: Any,
-    inventory: Inventory | None = None,
-    expert_names: Mapping[str, str] = MappingProxyType({}),
+    config: Any, inventory: Inventory | None = None, model: Any = None
 ) -> dict[str, Any]:
     r"""Return a LoraConfig, its fields, or the fields in a file, as plain data of a `Config`.
 
-    With an `inventory`, rules that would match nothing are left out. `expert_names` maps ends of
-    names that PEFT reads as experts of this model to parameters.
+    With an `inventory`, rules that would match nothing are left out. With its `model`, names that
+    PEFT reads as those of experts become its parameters.
 
     Examples:
         >>> found = translated({"r": 4, "target_modules": ["q", "v"], "rank_pattern": {"v": 2}})
@@ -140,7 +138,8 @@ def translated(
         exclude += saved  # not adapted; here PEFT matches whole segments
     if inventory is not None:
         _check_saved(train, inventory, asked)
-        lora = _with_experts(lora, inventory, expert_names, asked)
+    if inventory is not None and model is not None:
+        lora = _with_experts(lora, inventory, expert_names(model), asked)
     return {
         "rank": lora.r,
         "alpha": lora.lora_alpha,

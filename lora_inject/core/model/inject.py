@@ -29,7 +29,6 @@ from lora_inject.distributed.sharding import check_shardable, fsdp2_modules, sha
 from lora_inject.errors import FormatError, StateError, check_type, user_path
 from lora_inject.formats import detected, read_adapter
 from lora_inject.formats.hub import download, is_repo
-from lora_inject.formats.model_facts import expert_names
 from lora_inject.formats.peft.peft_reading import refuse_first_places
 from lora_inject.quantized.dense_values import dense
 
@@ -57,7 +56,7 @@ def plan(model: nn.Module, config: ConfigLike) -> Plan:
         44
     """
     found = inventory(Survey(model))
-    return resolve(Config.coerce(config, found, expert_names(model)), found)
+    return resolve(Config.coerce(config, found, model), found)
 
 
 def inject(
@@ -94,7 +93,7 @@ def inject(
     survey = survey_for(model, name)
     refuse_dead_inputs(survey, f"inject {name!r}")
     present = inventory(survey)
-    planned = resolve(Config.coerce(config, present, expert_names(model)), present)
+    planned = resolve(Config.coerce(config, present, model), present)
     named = {
         key: trained.rows for trained in planned.trained for key in survey.names_of(trained.name)
     }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from os import PathLike
-from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, cast
 
 import yaml
@@ -31,11 +30,11 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from lora_inject.core.spec.inventory import Inventory
+from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import ROLES
 from lora_inject.core.spec.strict import Strict, YamlModel, checked_regex
 from lora_inject.core.spec.yaml import Dumper, show
 from lora_inject.errors import nearest
-from lora_inject.formats.from_peft import is_of_peft, translated
 
 ALL_LINEAR = "all-linear"
 
@@ -157,7 +156,7 @@ Variant = Annotated[
 ]
 LoraBias = Annotated[
     bool,
-    Field(description="B has a bias, which is added, scaled, to the layer's: PEFT's lora_bias."),
+    Field(description="B has a bias, which is added, scaled, to the layer's."),
 ]
 
 
@@ -186,7 +185,7 @@ Init = Annotated[
     _EitherWay,
     Field(
         description="How A starts (B starts at zero). kaiming: uniform, a = sqrt(5), as the "
-        "paper's code. gaussian: N(0, 1/rank), a standard deviation of 1/rank, as PEFT. "
+        "paper's code. gaussian: N(0, 1/rank), a standard deviation of 1/rank. "
         "{normal: std}: N(0, std). pissa, olora: A and B from the singular vectors or the QR "
         "factors of W, which is not written."
     ),
@@ -287,7 +286,7 @@ def _names(slices: Any) -> tuple[str, ...]:
 
 
 class HasFields(Protocol):
-    """A LoraConfig of PEFT, to a type checker."""
+    """A `LoraConfig`, to a type checker."""
 
     def to_dict(self) -> dict[str, Any]: ...  # noqa: D102
 
@@ -329,7 +328,7 @@ class Config(YamlModel):
 
     model_config = ConfigDict(title="lora_inject config")
     inside: ClassVar = {"targets": Rule, "expect": Expect, "init": Normal, "layout": Axes}
-    forms = "a Config, a dict, the path of a YAML file, or a LoraConfig of PEFT"
+    forms = "a Config, a dict, the path of a YAML file, or a LoraConfig"
 
     version: Literal[1] = 1
     """Version of this schema."""
@@ -373,13 +372,9 @@ class Config(YamlModel):
 
     @classmethod
     def from_peft(
-        cls,
-        config: Any,
-        *,
-        inventory: Inventory | None = None,
-        expert_names: Mapping[str, str] = MappingProxyType({}),
+        cls, config: Any, *, inventory: Inventory | None = None, model: object = None
     ) -> Config:
-        """Translate a LoraConfig of PEFT, field by field; PEFT itself is not imported.
+        """Translate a `LoraConfig`, field by field; the library that it is of is not imported.
 
         Fields about training or files are ignored. A name in `target_modules` that the model does
         not have is an error when the config is used.
@@ -389,8 +384,7 @@ class Config(YamlModel):
                 folder that holds it.
             inventory: The names of the model (`inject` gives them): rules of `rank_pattern` and
                 `alpha_pattern` that would match nothing are left out then.
-            expert_names: Names that PEFT takes for experts of the model, to parameters
-                (`inject` gives them).
+            model: The model itself (`inject` gives it): some names are renamed by its type.
 
         Raises:
             ConfigError: A field cannot be translated, or the file cannot be read.
@@ -401,24 +395,22 @@ class Config(YamlModel):
             >>> config.rank, config.targets[0].match, config.train
             (16, 'q_proj', ('[^.]*lm_head',))
         """
-        return cls.from_dict(translated(config, inventory, expert_names))
+        return cls.from_dict(room("from_peft").translated(config, inventory, model))
 
     @classmethod
     def coerce(
-        cls,
-        config: Any,
-        inventory: Inventory | None = None,
-        expert_names: Mapping[str, str] = MappingProxyType({}),
+        cls, config: Any, inventory: Inventory | None = None, model: object = None
     ) -> Config:
-        """Return a `Config`, a dict, the path of a YAML file or a LoraConfig of PEFT as a `Config`.
+        """Return a `Config`, a dict, the path of a YAML file or a `LoraConfig` as a `Config`.
 
         The other arguments are those of `from_peft`.
 
         Raises:
             ConfigError: It is none of these, or not valid.
         """
-        if is_of_peft(config):
-            return cls.from_peft(config, inventory=inventory, expert_names=expert_names)
+        is_ours = isinstance(config, (Config, Mapping, str, PathLike))
+        if not is_ours and room("from_peft").is_of_peft(config):
+            return cls.from_peft(config, inventory=inventory, model=model)
         return super().coerce(config)
 
     def to_dict(self) -> dict[str, Any]:
