@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,11 @@ import torch
 from conftest import ALPHA, RANK, error, fill, refusal
 from helpers.reference import gpt2_of_two_layers
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import lora_inject as li
 
@@ -63,3 +68,91 @@ def test_gradient_checkpointing_never_trains_in_vain(
     with context, pytest.raises(li.LayerError, match=words):
         checkpoint(model, x, use_reentrant=True)
     checkpoint(model.eval(), x, use_reentrant=True)
+
+
+ATEN = torch.ops.aten
+SAVED = {
+    "mm": {ATEN.mm.default},  # torchtitan's policy, of its matrix products
+    "products": {ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default, ATEN.baddbmm.default},
+    "everything": None,
+}
+
+
+class Two(nn.Module):
+    """Linear layers with and without bias, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(6, 12, bias=False), nn.Linear(12, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).tanh())
+
+
+def selectively(model: nn.Module, saved: str, allow: bool, x: torch.Tensor) -> torch.Tensor:
+    ops = SAVED[saved]
+
+    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        keeps = ops is None or op in ops
+        return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(
+        create_selective_checkpoint_contexts, policy, allow_cache_entry_mutation=allow
+    )
+    found: torch.Tensor = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+    return found
+
+
+SELECTIVE = pytest.mark.parametrize(
+    ("saved", "allow"), [(saved, allow) for saved in SAVED for allow in (False, True)], ids=str
+)
+
+
+@SELECTIVE
+@pytest.mark.parametrize("shape", [(3, 20, 6), (1, 1, 6)], ids=["many", "one token"])
+def test_selective_checkpoints_give_the_gradients_of_the_dense_weights(saved, allow, shape) -> None:
+    model = fill(li.inject(Two().double(), {"rank": 2, "alpha": 3, "targets": ["up", "down"]}))
+    x = torch.randn(shape).double()
+    selectively(model, saved, allow, x).square().sum().backward()
+    plain, tuned = Two().double(), li.adapter_parameters(model)
+    factors = {name: p.detach().clone().requires_grad_() for name, p in tuned.items()}
+    dense = {
+        f"{site}.weight": getattr(plain, site).weight
+        + 1.5 * factors[f"{site}.lora_B"] @ factors[f"{site}.lora_A"]
+        for site in ("up", "down")
+    }
+    torch.func.functional_call(plain, dense, (x,)).square().sum().backward()
+    for name, parameter in tuned.items():
+        assert error(parameter.grad, factors[name].grad) < 1e-12, name
+
+
+@SELECTIVE
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"dropout": 0.1},
+        {"dropout": 0.5},
+        {"init": "pissa"},
+        {"variant": "dora"},
+        {"slices": {"a": 3, "b": 3}, "adapt": ["b"]},
+        {"slices": {"a": 2, "b": 1, "c": 3}, "adapt": ["a", "c"]},
+        {"match": r"(up|down)\.weight"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_selective_checkpoints_change_no_gradient(saved, allow, rule, dtype) -> None:
+    sites = "down" if "slices" in rule else "up|down"
+    compute = "base" if "match" in rule else "float32"
+    config = {"rank": 2, "compute": compute, "targets": [{"match": sites, **rule}]}
+    model = fill(li.inject(Two().to(dtype), config)).train()
+    x = torch.randn(3, 20, 6).to(dtype)
+    grads = []
+    for run in (model, partial(selectively, model, saved, allow)):
+        torch.manual_seed(1)
+        run(x).float().square().sum().backward()
+        grads.append({name: p.grad for name, p in li.adapter_parameters(model).items()})
+        model.zero_grad(set_to_none=True)
+    for name, grad in grads[0].items():
+        assert error(grads[1][name], grad) < (1e-5 if dtype == torch.float32 else 2e-2), name

@@ -23,6 +23,7 @@ from helpers.trials import (
 )
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from training_models import llama
 from transformers import (
     BatchEncoding,
@@ -113,6 +114,18 @@ def trained_alone(
     trial = (GPT2_TRIALS | FOUR | ALIKE)[name]
     model = in_float64(make, checkpointing)
     return values(train(model, {name: trial}, 4, {name: n_rows}).model, name)
+
+
+@pytest.mark.parametrize("rows", [{}, {"mlp": 3, "qv": 1}], ids=["equal rows", "unequal rows"])
+@pytest.mark.parametrize(("make", "trials"), [(gpt2, GPT2_TRIALS), (of_llama, FOUR), (gpt2, ALIKE)])
+def test_selective_checkpoints_change_no_trial(make, trials, rows) -> None:
+    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    contexts = partial(create_selective_checkpoint_contexts, products)
+    model = make().double().train()
+    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    together = train(model, trials, 4, rows)
+    for name in trials:
+        check_equal(together.model, trained_alone(make, False, name, rows.get(name, 2)), name)
 
 
 HEADS = {

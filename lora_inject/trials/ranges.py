@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_inject.core.functional.factors import Spans, cast, compute_dtype, without_autocast
+from lora_inject.core.functional import recording
+from lora_inject.core.functional.factors import (
+    Spans,
+    cast,
+    compute_dtype,
+    plus_product,
+    spread,
+    without_autocast,
+)
 from lora_inject.core.functional.linear import add_product, as_matrix, frozen_output, lowered
 
 
@@ -105,6 +113,20 @@ def ranged_linear(
         return found
 
 
+def _plus_range(y2: Tensor, one: Range, h: Tensor) -> Tensor:
+    """Return y `(tokens, out)` plus the update of a range, of h `(n, rank * parts, tokens each)`.
+
+    Out of place, as a mode may keep y.
+    """
+    B = spread(one.B, one.spans, y2.shape[1])
+    mine = [
+        plus_product(y_part, h_part.t(), B_part.t(), one.scale)
+        for y_part, h_part, B_part in zip(one.of(y2), h, B, strict=True)
+    ]
+    start, stop = one.tokens
+    return torch.slice_scatter(y2, torch.cat(mine), 0, start, stop)
+
+
 class _Ranged(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -120,12 +142,17 @@ class _Ranged(torch.autograd.Function):
         out = frozen_output(x, weight, bias, transposed, dtype)
         low = compute_dtype(out.dtype, ctx.float32)
         x2, y2, thin = cast(as_matrix(kept), low), as_matrix(out), []
+        recorded = recording.is_recorded()
         for one in ranges:
             # The rank as rows: on a CPU `x A^T` takes up to twice as long.
             h = torch.bmm(one.A, one.of(x2).mT)
-            for y_part, h_part, B_part in one.parts(one.of(y2), h, one.B):
-                add_product(y_part, h_part.mT, B_part.mT, one.scale)
+            if recorded:
+                y2 = _plus_range(y2, one, h)
+            else:
+                for y_part, h_part, B_part in one.parts(one.of(y2), h, one.B):
+                    add_product(y_part, h_part.mT, B_part.mT, one.scale)
             thin.append(h)
+        out = y2.view(out.shape)
         ctx.ranges, ctx.transposed, ctx.apart = ranges, transposed, kept is not x
         ctx.save_for_backward(kept, weight, *thin)
         return torch.ops.aten._unsafe_view.default(out, out.shape)  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 from unittest.mock import patch
 
 import torch
@@ -42,6 +42,8 @@ SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal
 class Counted(TorchDispatchMode):
     """Counts launches, bytes, and what makes the host wait for the device.
 
+    It keeps no tensor. So an adapted layer may write to its products as if nobody counted.
+
     Attributes:
         launches: Name of each operation to how often it ran.
         moved: Bytes read and written.
@@ -55,6 +57,18 @@ class Counted(TorchDispatchMode):
         self.moved = 0
         self.syncs: list[str] = []
         self.on_cpu: list[str] = []
+        self._unrecorded = patch("lora_inject.core.functional.recording.is_recorded", lambda: False)
+
+    def __enter__(self) -> Self:
+        """Start to count."""
+        self._unrecorded.start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        """Stop counting."""
+        super().__exit__(*raised)
+        self._unrecorded.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation, and count it."""

@@ -13,14 +13,13 @@ import math
 import torch
 from torch import Tensor
 
+from lora_inject.core.functional import recording
 from lora_inject.core.functional.factors import Factors
 
 # Tokens of a decoding step.
 FEW = 32
 # Up to this probability positions take less memory than a mask of bytes.
 KEEP_UP_TO = 0.125
-_LEAST = 2.0**-25
-"""Least uniform number, below all others of 24 bits: zero would be a gap without an end."""
 
 
 def is_cpu(t: Tensor) -> bool:
@@ -84,9 +83,12 @@ def drop(x2: Tensor, p: float) -> tuple[Tensor, Tensor]:
     if p > KEEP_UP_TO or not is_cpu(x2):
         return torch.native_dropout(x2, p, True)
     gaps = _draw_gaps(p, x2.numel())
-    scaled = torch.mul(x2, 1 / (1 - p)).contiguous()
-    scaled.view(-1).index_fill_(0, positions(gaps), 0.0)
-    return scaled, gaps
+    scaled = torch.mul(x2, 1 / (1 - p)).contiguous().view(-1)
+    if recording.is_recorded():
+        scaled = scaled.index_fill(0, positions(gaps), 0.0)
+    else:
+        scaled.index_fill_(0, positions(gaps), 0.0)
+    return scaled.view(x2.shape), gaps
 
 
 def without(x2: Tensor, dropped: Tensor) -> Tensor:
@@ -126,8 +128,9 @@ def _draw_gaps(p: float, n: int) -> Tensor:
     dtype = torch.float32 if p > 2**-12 else torch.float64
     found = torch.empty(0, dtype=torch.int64, device="cpu")
     while not len(found) or int(found.sum()) < n + 1:
-        uniform = torch.empty(draws, dtype=dtype, device="cpu").uniform_(_LEAST, 1)
-        gaps = uniform.log_().mul_(1 / math.log1p(-p)).to(torch.int64).add_(1)
+        # Out of place, as a mode may keep each result. Of 1 - u no number is zero.
+        uniform = 1 - torch.rand(draws, dtype=dtype, device="cpu")
+        gaps = uniform.log().mul(1 / math.log1p(-p)).to(torch.int64).add(1)
         found = gaps if not len(found) else torch.cat([found, gaps])
     ends = found.cumsum(0)
     found = found[: int(torch.searchsorted(ends, n, right=True))]
@@ -143,7 +146,7 @@ def positions(gaps: Tensor) -> Tensor:
         >>> positions(torch.tensor([3, 1, 6]))
         tensor([2, 3, 9])
     """
-    return gaps.cumsum(0, dtype=torch.int64).sub_(1)
+    return gaps.cumsum(0, dtype=torch.int64).sub(1)
 
 
 def mask(dropped: Tensor | None, like: Tensor) -> Tensor | None:

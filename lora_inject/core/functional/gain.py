@@ -91,8 +91,8 @@ def updated_norms(weight: Tensor, updates: Sequence[Factors], transposed: bool) 
         A, B = (t[0] if len(t) == 1 else torch.cat(t, dim) for dim, t in enumerate((right, left)))
         narrow = A.to(weight.dtype)
         WA = (narrow @ weight).t() if transposed else weight @ narrow.t()
-        change = torch.addmm(WA.to(wide), B, A @ A.t(), beta=2).mul_(B).sum(1)
-        return torch.addcmul(change, norms, norms).clamp_(min=0).sqrt_()
+        change = torch.addmm(WA.to(wide), B, A @ A.t(), beta=2).mul(B).sum(1)
+        return torch.addcmul(change, norms, norms).clamp(min=0).sqrt()
 
 
 def gained(y: Tensor, base: Tensor, gain: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_inject.core.functional import cpu
+from lora_inject.core.functional import cpu, recording
 from lora_inject.core.functional.factors import (
     Factors,
     Spans,
@@ -71,7 +71,8 @@ def linear(
         )
     context = without_autocast(x)
     if context is None:
-        if len(updates) == 1 and not torch.is_grad_enabled() and cpu.are_few(x, updates[0]):
+        alone = len(updates) == 1 and not torch.is_grad_enabled()
+        if alone and cpu.are_few(x, updates[0]) and not recording.is_recorded():
             y = frozen_output(x, weight, bias, transposed, None)  # the shortest path through Python
             cpu.add_few_(y, x, updates[0])
             return y
@@ -114,7 +115,7 @@ def _run(
     if weight is not None:
         y = frozen_output(x, weight, bias, transposed, dtype)
     assert y is not None
-    return _add(y, x, updates, float32, in_place=weight is not None)[0]
+    return _add(y, x, updates, float32, is_new=weight is not None)[0]
 
 
 def lowered(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -210,15 +211,20 @@ class Kept(NamedTuple):
 
 
 def _add(
-    y: Tensor, x: Tensor, updates: Sequence[Factors], float32: bool, *, in_place: bool
+    y: Tensor, x: Tensor, updates: Sequence[Factors], float32: bool, *, is_new: bool
 ) -> tuple[Tensor, list[Kept]]:
-    """Return the sum of y and all updates, and what their backward needs."""
+    """Return the sum of y and all updates, and what their backward needs.
+
+    `is_new` says that y was made by the caller. It is then written to, unless a mode may keep it.
+    """
     y2, x2, dtype = as_matrix(y), as_matrix(x), compute_dtype(y.dtype, float32)
+    recorded = recording.is_recorded()
+    in_place = is_new and not recorded
     kept = []
     for u in updates:
         A, B, dropped = cast(u.A, dtype), cast(u.B, dtype), None
-        few = cpu.are_few(x2, u)
-        if not in_place and (few or u.spans is not None):
+        few = cpu.are_few(x2, u) and not recorded
+        if not (in_place or recorded) and (few or u.spans is not None):
             y2, in_place = y2.clone(memory_format=torch.contiguous_format), True
         if few:
             h = cast(cpu.add_few_(y2, x2, u), dtype)
@@ -227,24 +233,26 @@ def _add(
             if u.dropout:
                 inputs, dropped = cpu.drop(x2, u.dropout)
             h = torch.mm(inputs, A.t())
-            for y_part, h_part, B_part in _parts(u.spans, y2, h, B):
-                added = add_product(y_part, h_part, B_part.mT, u.scale, in_place=in_place)
-            y2 = added if u.spans is None else y2
+            if recorded:
+                y2 = plus_product(y2, h, spread(B, u.spans, y2.shape[1]).t(), u.scale)
+            elif u.spans is None:
+                y2 = add_product(y2, h, B.t(), u.scale, in_place=in_place)
+            else:
+                for y_part, h_part, B_part in _parts(u.spans, y2, h, B):
+                    add_product(y_part, h_part, B_part.mT, u.scale)
         kept.append(Kept(h, A, B, dropped))
-        in_place = True
+        in_place = not recorded
     return y2.view(y.shape), kept
 
 
 def _parts(
-    spans: Spans | None, wide: Tensor, thin: Tensor, B: Tensor
+    spans: Spans, wide: Tensor, thin: Tensor, B: Tensor
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Return matching views of the output, of `x A^T` or its gradient, and of B.
 
     Of `(n, out)`, `(n, rank * parts)` and `(adapted out, rank)` there is one matrix for each span.
     If the spans are equal in size and evenly spaced, it is one stack, which needs only one product.
     """
-    if spans is None:
-        return [(wide, thin, B)]
     starts, widths = [a for a, _ in spans], [b - a for a, b in spans]
     rank, n_parts, width = B.shape[1], len(spans), widths[0]
     steps = {b - a for a, b in pairwise(starts)}
@@ -309,11 +317,11 @@ class _Function(torch.autograd.Function):
         how: _How,
         *factors: Tensor,
     ) -> Tensor:
-        in_place = weight is not None
+        is_new = weight is not None
         if weight is not None:
             y = frozen_output(x, weight, bias, how.transposed, how.dtype)
         assert y is not None
-        out, kept = _add(y, x, how.updates(factors), how.float32, in_place=in_place)
+        out, kept = _add(y, x, how.updates(factors), how.float32, is_new=is_new)
         ctx.how = how
         ctx.save_for_backward(x, weight, bias, *factors, *(t for one in kept for t in one))
         # A batch comes as a view of a matrix, and autograd forbids to change a view that a
