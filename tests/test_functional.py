@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject import functional
+from lora_inject.core import functional
 from lora_inject.core.functional import (
     Delta,
     Factors,
