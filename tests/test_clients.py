@@ -201,6 +201,7 @@ Q, FC1 = "encoder.layers.0.self_attn.q_proj", "encoder.layers.0.mlp.fc1"
         ("comfyui", "diffusers", "text_encoder", [Q], False),
         ("comfyui", "diffusers", "text_encoder_2", ["encoder.block.0.layer.0.q"], True),
         ("comfyui", "diffusers", "transformer_2", ["blocks.0.attn1.to_q"], True),
+        ("comfyui", "diffusers", "", ["mid_block.attentions.0.to_q"], True),
     ],
 )
 def test_files_of_image_models(client, layout, component, sites, stops, tmp_path) -> None:

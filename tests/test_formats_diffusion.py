@@ -214,9 +214,71 @@ def test_a_file_with_and_without_names_of_components_asks_for_one(tmp_path: Path
     pair = {"lora_A.weight": torch.ones(2, 4), "lora_B.weight": torch.ones(6, 2)}
     file = tmp_path / "a.safetensors"
     save_file({f"{m}.{end}": t.clone() for m in ("unet.a", "b") for end, t in pair.items()}, file)
-    with pytest.raises(FormatError, match=r"holds .*'unet'.*component="):
+    with pytest.raises(FormatError, match=r"holds .*'unet'.*component=.*component=\"\", if all"):
         read_adapter(file)
     assert list(read_adapter(file, component="unet").sites) == ["a"]
+    assert list(read_adapter(file, component="").sites) == ["b", "unet.a"]
+
+
+def vae() -> Any:
+    """Return an autoencoder: its child `decoder` has the name of a component of other pipelines."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+    down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
+    return AutoencoderKL(down_block_types=down, up_block_types=up, **sizes).eval()
+
+
+IMAGE = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("targets", [["to_q", "conv1"], r"decoder\..*\.to_q"])
+@pytest.mark.parametrize("header", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_of_an_autoencoder_is_read_whole(targets, header, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    theirs = vae()
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False)
+    theirs.add_adapter(config)
+    theirs.save_lora_adapter(tmp_path)
+    due = theirs(IMAGE).sample
+    assert (due - vae()(IMAGE).sample).abs().max() > 0.01
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    if not header:  # as diffusers wrote it before 0.34
+        save_file(load_file(file), file)
+    for options in ({}, {"component": ""}):
+        ours = li.load_adapter(vae(), tmp_path, **options)
+        torch.testing.assert_close(ours(IMAGE).sample, due, rtol=1e-4, atol=1e-5)
+    if header:
+        assert all(name in dict(vae().named_modules()) for name in read_adapter(file).sites)
+        with pytest.raises(FormatError, match=r"holds one model.*not 'decoder'.*component=\"\""):
+            read_adapter(file, component="decoder")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_of_one_model_is_read_by_its_load_lora_adapter(tmp_path: Path) -> None:
+    targets = [{"match": "to_q", "alpha": 5.0}, r"resnets\.0\.conv1"]
+    ours = fill(li.inject(vae(), {"rank": 2, "alpha": 3, "targets": targets}))
+    path = tmp_path / "a.safetensors"
+    li.save_adapter(ours, path, format="diffusers", component="")
+    theirs = vae()
+    theirs.load_lora_adapter(tmp_path, prefix=None, weight_name=path.name)
+    due = ours(IMAGE).sample
+    torch.testing.assert_close(theirs(IMAGE).sample, due, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        li.load_adapter(vae(), path)(IMAGE).sample, due, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_file_of_a_pipeline_is_not_read_as_one_model(tmp_path: Path) -> None:
+    pair = {"lora_A.weight": torch.ones(2, 4), "lora_B.weight": torch.ones(6, 2)}
+    tensors = {f"{m}.a.{e}": t.clone() for m in ("unet", "decoder") for e, t in pair.items()}
+    file, numbers = tmp_path / "a.safetensors", {"unet.r": 2, "unet.lora_alpha": 4}
+    save_file(tensors, file, {"lora_adapter_metadata": json.dumps(numbers)})
+    with pytest.raises(FormatError, match=r"its header names the parts of a pipeline"):
+        read_adapter(file, component="")
+    assert read_adapter(file, component="unet").sites["a"].scale == 2.0
 
 
 def test_comfyui_computes_the_same(tmp_path: Path) -> None:

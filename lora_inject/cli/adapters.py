@@ -183,7 +183,9 @@ def convert(
     to_component: Annotated[
         str | None,
         Option(
-            "--component", help="kohya, diffusers: the part of a pipeline, such as unet or te1."
+            "--component",
+            help="kohya, diffusers: the part of a pipeline, such as unet or te1; "
+            "'' for a diffusers file of one model.",
         ),
     ] = None,
     overwrite: given.Overwrite = False,

@@ -53,6 +53,7 @@ _COMFYUI_LACKS = re.compile(
     rf"|text_encoder(_2)?\.(?!text_model\.encoder\.layers\.)|lora_te\d?_{_CLIP}"
     r"|lora_te_(text_projection|encoder_block_)"
 )
+_OF_A_PIPELINE = re.compile(rf"({'|'.join(diffusers.COMPONENTS)})\.|(lora|lycoris)_")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -483,11 +484,12 @@ def _comfyui(files: Files) -> Findings:
         yield Finding(f"ComfyUI reads one file, and this has the format '{files.layout}'", fix)
         return
     file = diffusers.file_of(files.path)
-    lost = [n for n in read_names(file)[0] if _COMFYUI_LACKS.match(n)]
+    names = read_names(file)[0]
+    lost = [n for n in names if _COMFYUI_LACKS.match(n) or not _OF_A_PIPELINE.match(n)]
     yield from _about(lost, "ComfyUI does not know these names and ignores them: {}", fix)
     kind = files.base.get("_class_name")
     whole = kind not in ("FluxTransformer2DModel", "SD3Transformer2DModel")
-    if whole and any(n.startswith("lora_transformer_") for n in read_names(file)[0]):
+    if whole and any(n.startswith("lora_transformer_") for n in names):
         found = "ComfyUI reads kohya files of a transformer for Flux and SD3 only"
         yield Finding(found, MERGE, stops=kind is not None)
     if files.layout == "diffusers" and not lost:

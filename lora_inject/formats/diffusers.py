@@ -4,7 +4,11 @@ Keys are PEFT's under the name of a component: `unet.NAME.lora_A.weight`. Scales
 tensors: diffusers reads them from the header's `lora_adapter_metadata`, with default 1; ComfyUI
 always uses 1. So `write` folds scales into B. `read` accepts older names as diffusers does:
 `.lora.down.weight`, `.lora_linear_layer.down.weight`, and `.processor.to_q_lora.down.weight` of
-attention processors. Files of a single model (`save_lora_adapter`) name no component.
+attention processors.
+
+Files of a single model (`save_lora_adapter`) name no component: their keys are the names of its
+modules, of which the first may be a component's (the `decoder` of an autoencoder). So the header
+says which it is, else the names of the model, and `component=""` reads such a file whole.
 
 Source: diffusers 0.42.1, loaders/peft.py (`load_lora_adapter`), loaders/lora_base.py
 (`pack_weights`), utils/state_dict_utils.py; ComfyUI, comfy/lora.py (generic names under
@@ -14,20 +18,23 @@ Source: diffusers 0.42.1, loaders/peft.py (`load_lora_adapter`), loaders/lora_ba
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.adapter.value_checks import one_line
 from lora_inject.core.files.strict_json import parse_json
 from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
+from lora_inject.core.spec.names import joined
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import Claims, read_claims
-from lora_inject.formats.peft.tensor_layout import pack
+from lora_inject.formats.peft.tensor_layout import PREFIX, pack
 from lora_inject.formats.plain import (
     check_component,
     in_component,
@@ -56,8 +63,12 @@ def file_of(path: Path) -> Path:
 def detects(path: Path) -> bool:
     """Whether a path is such a file, by its keys, or a folder that holds one."""
     file = file_of(path)
-    found = [_KEY.fullmatch(key) for key in read_names(file)[0]] if is_safetensors(file) else []
-    return any(match and (match[1] or file.name == FILE) for match in found)
+    keys = read_names(file)[0] if is_safetensors(file) else []
+    found = [_KEY.fullmatch(key) for key in keys]
+    if any(match and (match[1] or file.name == FILE) for match in found):
+        return True
+    of_one_model = [match and match[8] and not match[2].startswith(PREFIX) for match in found]
+    return bool(found) and all(of_one_model)
 
 
 def write(
@@ -71,23 +82,29 @@ def write(
     """Write an adapter of linear layers and convolutions of one component of a pipeline.
 
     `component` is the adapted model's name in the pipeline, such as `unet`, `transformer` or
-    `text_encoder`; `diffusion_model` for ComfyUI. The path is a folder or a `.safetensors` file.
+    `text_encoder`; `diffusion_model` for ComfyUI; `""` for a file of that model alone, which its
+    `load_lora_adapter(prefix=None)` reads. The path is a folder or a `.safetensors` file.
     """
-    part = check_component(component, COMPONENTS)
+    part = "" if component == "" else check_component(component, COMPONENTS)
     kinds = ("linear", "conv")
     sites = plain_sites(state, "a pipeline of diffusers", kinds, dtype=dtype, alpha="rank")
     tensors: dict[str, Tensor] = {}
     for name, site in sites.items():
         pair, key = zip("AB", pack(site), strict=True), name_in_files(name, part)
-        tensors |= {f"{part}.{key}.lora_{role}.weight": tensor for role, tensor in pair}
+        key = joined(part, key)
+        tensors |= {f"{key}.lora_{role}.weight": tensor for role, tensor in pair}
     content = serialize(tensors, {"format": "pt"})
     return content if path.suffix == ".safetensors" else {FILE: content}
 
 
 def read(path: Path, facts: ModelFacts, *, component: str | None = None) -> AdapterState:
-    """Read the adapter of one component; name the component if the file holds several."""
+    """Read the adapter of one component, or of the model that the file is of (`""`).
+
+    Name the component if the file holds several.
+    """
     tensors, said = read_tensors(file_of(path))
-    component, pairs = in_component(tensors, _parsed, component)
+    whole = _is_of_one_model(tensors, said, facts, component)
+    component, pairs = in_component(tensors, partial(_parsed, whole=whole), component)
     claims = _claims(said, f"{component}." if component else "")
     known = set(facts.module_names or ())
     others = known - pairs.keys()
@@ -105,8 +122,32 @@ def read(path: Path, facts: ModelFacts, *, component: str | None = None) -> Adap
     return AdapterState({site.spec.name: site for site in sites.values()})
 
 
-def _parsed(key: str) -> tuple[str, str, str]:
-    """Return the component, the module and the role of a tensor."""
+def _is_of_one_model(
+    tensors: Collection[str], said: Mapping[str, str], facts: ModelFacts, component: str | None
+) -> bool:
+    """Return whether the keys are names of one model's modules, without a component."""
+    config = parse_json(said.get(_METADATA, "{}"), f"metadata '{_METADATA}'")
+    fields = [str(name) for name in config] if isinstance(config, dict) else []
+    parts = {part for name in fields for part in COMPONENTS if name.startswith(f"{part}.")}
+    if fields and not parts:
+        if component:
+            found = f"it holds one model with its own names, not '{component}' of a pipeline"
+            raise FormatError("", found, 'Leave the component out, or pass component=""')
+        return True
+    if component == "" and parts:
+        found = f"its header names the parts of a pipeline: {one_line(sorted(parts))}"
+        raise FormatError("", found, "Name the one to read, each onto its own model")
+    if component is not None or parts:
+        return component == ""
+    known = set(facts.module_names or ())
+    return all(_parsed(key, whole=True)[1] in known for key in tensors)
+
+
+def _parsed(key: str, *, whole: bool) -> tuple[str, str, str]:
+    """Return the component, the module and the role of a tensor.
+
+    `whole` is whether the key begins with the module's name, not with a component's.
+    """
     match = _KEY.fullmatch(key)
     if match is None:
         remedy = "Give a LoRA of a pipeline; other variants are merged by diffusers (fuse_lora)"
@@ -115,7 +156,10 @@ def _parsed(key: str) -> tuple[str, str, str]:
     if match[5]:  # attention processors used to hold the LoRA of their layers
         module = re.sub(r"(self_attn)\.to_(q|k|v|out)$", r"\1.\2_proj", module)
         module = re.sub(r"\.to_out$", ".to_out.0", module.replace(".processor.", "."))
-    return match[1] or "", module, {"down": "A", "up": "B"}.get(side, side)
+    part = match[1] or ""
+    if whole:
+        part, module = "", joined(part, module)
+    return part, module, {"down": "A", "up": "B"}.get(side, side)
 
 
 def _claims(said: Mapping[str, str], prefix: str) -> Claims | None:

@@ -223,6 +223,8 @@ def in_component(
         held = f"it holds {one_line(found)}" + (f", not '{component}'" if component else "")
         remedy = "Name the one to read, each onto its own model: "
         remedy += f'component="{next(iter(found), "unet")}" (--from-component)'
+        if "" in found:
+            remedy += '; or component="", if all are names of one model'
         raise FormatError("", held, remedy)
     of = found[component]
     pairs = pairs_of(of, "A", "B")
