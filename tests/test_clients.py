@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,14 +126,80 @@ def test_names_that_the_base_lacks_are_found(tmp_path: Path) -> None:
     assert "no module 'model.layers.0.self_attn.v_porj'" in found.problem
     assert "nearest to the first: 'model.layers.0.self_attn.v_proj'" in found.fix
 
-    experts = layer(0, "switch_mlp.up_proj")  # mlx-lm's name, which transformers has not
-    path = write_adapter(make_state(PLAIN[1], experts), tmp_path / "c", "mlx")
-    assert not li.check_adapter(path, "mlx", base=tmp_path / "base")
 
-    path = write_adapter(state, tmp_path / "b", "mlx")
-    (found,) = li.check_adapter(path, "mlx", base=tmp_path / "base")
-    assert found.stops
-    assert "no module 'model.layers.0.self_attn.v_porj'" in found.problem
+SIZES = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 32}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+NEOX = {"rotary_emb_base": 10000, "rotary_pct": 0.25, "max_position_embeddings": 64}
+IMAGES = {**SIZES, "num_attention_heads": 4, "model_type": "siglip_vision_model", "patch_size": 8}
+GEMMA = {**SIZES, **HEADS, "model_type": "gemma3_text", "head_dim": 4}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {**SIZES, **HEADS, "rms_norm_eps": 1e-6},
+    "gpt_neox": {**SIZES, **NEOX, "num_attention_heads": 4, "layer_norm_eps": 1e-5},
+    "gemma3": {"text_config": GEMMA, "vision_config": {**IMAGES, "image_size": 16}},
+    "mixtral": {**SIZES, **HEADS, "num_local_experts": 2, "rms_norm_eps": 1e-6},
+    "opt": {**SIZES, "num_attention_heads": 4},
+}
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "mixtral": "MixtralForCausalLM",
+    "opt": "OPTForCausalLM",
+}
+
+
+def config_of(kind: str) -> dict[str, Any]:
+    said = {"model_type": kind, "architectures": [CLASSES[kind]], "tie_word_embeddings": False}
+    return {**CONFIGS[kind], **said}
+
+
+FOR_MLX = [
+    ("llama", "model.layers.1.mlp.up_proj", (16, 24), ""),
+    ("llama", "model.layers.1.mlp.up_porj", (16, 24), "no module 'model.layers.1.mlp.up_porj'"),
+    ("llama", "model.layers.1.mlp.up_proj", (16, 32), r"sizes: .*\(16, 32 for 16, 24\)"),
+    ("llama", "model.norm", (16, 16), "no LoRA for 'model.norm"),
+    ("gpt_neox", "gpt_neox.layers.0.attention.dense", (16, 16), "no module 'gpt_neox"),
+    ("gpt_neox", "model.h.0.attention.dense", (16, 16), ""),
+    ("gemma3", "model.language_model.layers.0.mlp.up_proj", (16, 24), "no module 'model.lang"),
+    ("gemma3", "language_model.model.layers.0.mlp.up_proj", (16, 24), ""),
+    ("mixtral", "model.layers.0.self_attn.q_proj", (16, 16), ""),
+    ("opt", "model.decoder.layers.0.fc1", (16, 24), "does not load this base .*opt"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "sizes", "words"), FOR_MLX)
+def test_names_are_those_of_the_model_of_mlx(kind, name, sizes, words, tmp_path: Path) -> None:
+    pytest.importorskip("mlx_lm")
+    from mlx_lm.tuner.utils import load_adapters
+    from mlx_lm.utils import _get_classes
+
+    config = config_of(kind)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    site = SiteSpec(name, "linear", *sizes, sizes[::-1], rank=2, alpha=4.0)
+    path = write_adapter(make_state(site), tmp_path / "a", "mlx")
+    found = [f for f in li.check_adapter(path, "mlx", base=tmp_path) if f.stops]
+    assert bool(found) is bool(words), found
+    assert re.search(words, "".join(f.problem for f in found)), found
+
+    def loads() -> None:
+        model, of_args = _get_classes(config)
+        load_adapters(model(of_args.from_dict(config)), str(path))
+
+    if words:
+        with pytest.raises(ValueError, match=r"support|adapter|LoRA"):
+            loads()
+    else:
+        loads()
+
+
+def test_without_mlx_lm_its_names_are_not_promised(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "mlx_lm", None)
+    monkeypatch.delitem(sys.modules, "mlx_lm.utils", raising=False)
+    (tmp_path / "config.json").write_text(json.dumps(config_of("llama")))
+    path = write_adapter(STATES["plain"], tmp_path / "a", "mlx")
+    (found,) = li.check_adapter(path, "mlx", base=tmp_path)
+    assert not found.stops
+    assert "mlx-lm is not installed here" in found.problem
 
 
 @pytest.mark.parametrize(
@@ -154,7 +222,7 @@ def test_stacks_of_experts_are_refused(client: str, fix: str, tmp_path: Path) ->
 def test_heads_that_a_program_has_no_adapter_for(client, layout, changes, words, tmp_path) -> None:
     base = llama()
     base.save_pretrained(tmp_path / "base")
-    state = make_state(dataclasses.replace(FC.at("lm_head", "lm_head.weight"), rank=8, alpha=16.0))
+    state = make_state(SiteSpec("lm_head", "linear", 8, 13, (13, 8), rank=8, alpha=16.0))
     config = json.loads((tmp_path / "base/config.json").read_text())
     path = write_adapter(state, tmp_path / "a", layout, config=config)
     assert not li.check_adapter(path, client, base=tmp_path / "base")

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lora_inject.core.adapter.value_checks import one_line
@@ -28,7 +29,7 @@ from lora_inject.core.files.tensors import is_safetensors, read_names, read_tens
 from lora_inject.core.functional import all_finite
 from lora_inject.core.spec.names import leaf, parent
 from lora_inject.errors import FormatError, nearest, within
-from lora_inject.formats import detected, diffusers, mlx
+from lora_inject.formats import detected, diffusers, mlx, mlx_model
 from lora_inject.formats.gguf_file import FAMILIES, content
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import check_field
@@ -80,6 +81,8 @@ Shape = tuple[int, ...] | None
 class Files:
     """An adapter's files and, if known, the names of the base's modules and its config.
 
+    `base` is the config of the language model with all defaults, `base_config` the base's
+    config.json as it stands, which other programs read.
     For PEFT's and mlx-lm's folders `pairs` has the shapes of A and B by module, with None for a
     missing one, `embeddings` the modules whose keys say that they are embeddings, and `others` the
     names of all other tensors.
@@ -89,6 +92,7 @@ class Files:
     layout: str
     modules: Collection[str] | None = None
     base: Mapping[str, Any] = field(default_factory=dict)
+    base_config: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     pairs: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)
     embeddings: Collection[str] = ()
@@ -122,16 +126,22 @@ class Files:
         return float(self.config["lora_alpha"]) / self.divisor(rank, rslora=rslora)
 
 
-def findings(path: Path, client: str, facts: ModelFacts) -> list[Finding]:
+def findings(
+    path: Path,
+    client: str,
+    facts: ModelFacts,
+    base_config: Mapping[str, Any] = MappingProxyType({}),
+) -> list[Finding]:
     """Return what a program, a name of `CLIENTS`, would refuse, ignore or compute differently.
 
-    Findings that stop come first. The base's module names and config are compared if given.
+    Findings that stop come first. The base's module names and config are compared if given;
+    `base_config` is its config.json as it stands.
     """
     if client not in CLIENTS:
         found = f"there is no client '{client}'"
         raise FormatError(f"check '{path}'", found, f"Known are {', '.join(CLIENTS)}")
     base = facts.text_config("") if facts.config else {}
-    files = Files(path, detected(path), facts.module_names, base)
+    files = Files(path, detected(path), facts.module_names, base, base_config)
     with within(f"check '{path}'"):
         files = replace(files, **_read(path, files.layout))
         listed = [*_damaged(files), *CLIENTS[client](files)]
@@ -498,12 +508,42 @@ def _comfyui(files: Files) -> Findings:
         yield Finding(found, ours, stops=False)
 
 
+def _layers_of_mlx(files: Files) -> Findings:
+    """Find names and sizes that mlx-lm's model of the base does not have; it refuses them."""
+    if not files.base_config:
+        return
+    if not mlx_model.is_installed():
+        yield from _names(files)
+        found = "mlx-lm is not installed here, so that its names of the base's modules are not "
+        yield Finding(found + "known", "Run pip install mlx-lm", stops=False)
+        return
+    try:
+        layers = mlx_model.layers_of(files.base_config)
+    except FormatError as error:
+        yield Finding(error.found, error.remedy)
+        return
+    lost = [name for name in files.pairs if name not in layers]
+    near = one_line(nearest(lost[0], layers, 1)) if lost else ""
+    found = "mlx-lm's model of the base has no module {}"
+    fix = f"Rename it (lora-inject rename); nearest to the first: {near or 'none'}"
+    yield from _about(lost, found, fix)
+    there = {name: layers[name] for name in files.pairs if name in layers}
+    odd = (f"{n} ({layer.kind})" for n, layer in there.items() if not layer.adaptable)
+    yield from _about(odd, "mlx-lm has no LoRA for {}", MERGE)
+    wrong = []
+    for name, layer in there.items():
+        a, b = files.pairs[name]
+        if layer.sizes and a and b and (a[0], b[-1]) != layer.sizes:
+            wrong.append(f"{name} ({a[0]}, {b[-1]} for {layer.sizes[0]}, {layer.sizes[1]})")
+    yield from _about(wrong, "mlx-lm's modules have other sizes: {}", "Name the adapter's own base")
+
+
 def _mlx(files: Files) -> Findings:
     if files.layout == "mlx":
-        pairs = {n: pair for n, pair in files.pairs.items() if ".switch_mlp." not in n}
-        yield from _names(replace(files, pairs=pairs))  # its own name for stacks of experts
-        if files.base.get("tie_word_embeddings") and "lm_head" in files.pairs:
+        pairs = dict(files.pairs)
+        if files.base.get("tie_word_embeddings") and pairs.pop("lm_head", None):
             yield Finding("mlx-lm refuses an adapter of a tied head", MERGE)
+        yield from _layers_of_mlx(replace(files, pairs=pairs))
     else:
         found = f"mlx-lm reads {mlx.FILE}, and this has the format '{files.layout}'"
         yield Finding(found, f"{CONVERT}mlx`")
