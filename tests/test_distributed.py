@@ -325,6 +325,36 @@ def tp_plan(rank: int, model: Any) -> dict[str, Any]:
     return found | train(plain, plain, [IDS])
 
 
+def saved_by_all(rank: int, model: Any) -> dict[str, Any]:
+    """Every process saves, at once or later, or the first one alone."""
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    train(model, wrapped, [mine(rank)])
+    place = Path(os.environ["DCP_FOLDER"], "saved by all")
+    found: dict[str, Any] = {"wanted": values(model)["state"], "paths": []}
+
+    def save(name: str, **options: Any) -> None:
+        found["paths"].append(li.save_adapter(wrapped, place / name, **options))
+        li.load_adapter(li.eject(copy.deepcopy(model)), found["paths"][-1])  # it is there, whole
+
+    for attempt in range(20):
+        dist.barrier()
+        save(f"at once {attempt}")
+        save(f"native {attempt}.safetensors", format="native")
+        save("versions", version=attempt, keep=2)
+    for turn in range(WORLD):
+        if rank == turn:
+            save("in turn")
+        dist.barrier()
+    if rank == 0:
+        save("first alone")
+    dist.barrier()
+    with torch.no_grad():
+        li.adapter_parameters(model)["model.norm.weight"].add_(rank + 1)
+    dist.barrier()
+    found["refused"] = said(lambda: save("in turn"))
+    return found
+
+
 def said(run: Callable[[], Any]) -> str:
     """What a refusal says, with its class; empty where it went through."""
     try:
@@ -350,6 +380,7 @@ JOBS = {
     "older wrapper, checkpointed": (fsdp1_checkpointed, CONFIG),
     "tensor parallel": (tensor_parallel, TENSOR),
     "tp_plan": (tp_plan, FORWARD),
+    "saved by all": (saved_by_all, CONFIG),
 }
 
 
@@ -527,6 +558,22 @@ def test_transformers_tensor_parallelism_is_refused_with_the_order_that_works(ra
         assert "is sharded by" in found["refused"]
         assert "transformers: load without tp_plan" in found["refused"]
         compare(found, wanted)
+
+
+def test_whichever_process_saves_there_is_one_adapter(ranks: Any, folder: Path) -> None:
+    first, *others = (rank["saved by all"] for rank in ranks)
+    for path in first["paths"]:
+        if path.exists():  # of versions some are kept
+            state = li.read_adapter(path)
+            tensors = {f"{k}.{role}": t for k, s in state.sites.items() for role, t in s.tensors.items()}
+            tensors |= state.trained
+            assert tensors.keys() == first["wanted"].keys()
+            assert all(torch.equal(tensors[key], t) for key, t in first["wanted"].items())
+    place = folder / "saved by all"
+    assert not [path for path in place.rglob("*") if "tmp" in path.name]
+    assert {path.name for path in (place / "versions").iterdir()} == {"18", "19", "LATEST"}
+    for found in (first, *others):
+        assert "another process wrote other values" in found["refused"]
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -21,6 +22,7 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import FLOATS
 from lora_inject.core.files.disk import replace_file
+from lora_inject.core.files.together import write_together
 from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import (
@@ -196,7 +198,8 @@ def save_adapter(
 ) -> Path:
     """Write an adapter to files, atomically.
 
-    Of several processes with shards all must call it, and the first writes.
+    Of several processes any may call it, or all with the same path: whoever comes second finds
+    what it would write. With shards all must call it.
 
     Args:
         model: The root, or any module that holds roots.
@@ -229,7 +232,9 @@ def save_adapter(
     if writes_here(survey):
         if version is not None:
             target.parent.mkdir(parents=True, exist_ok=True)
-        write_adapter(state, target, format=format, facts=facts, **options)
+        write_together(
+            target, lambda at: write_adapter(state, at, format=format, facts=facts, **options)
+        )
         if version is not None:
             replace_file(folder / LATEST, f"{version}\n".encode())
             remove_old_versions(folder, version, keep)
@@ -312,8 +317,9 @@ def remove_old_versions(folder: Path, newest: int, keep: int | None) -> None:
     versions = sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdecimal())
     for version in [v for v in versions if v != newest][: max(0, len(versions) - max(1, keep))]:
         doomed = folder / f".{version}.{secrets.token_hex(6)}.tmp"
-        (folder / str(version)).rename(doomed)
-        shutil.rmtree(doomed)
+        with suppress(FileNotFoundError):  # another process was first
+            (folder / str(version)).rename(doomed)
+            shutil.rmtree(doomed)
 
 
 def facts_for(survey: Survey, format: str, name: str) -> ModelFacts:  # noqa: A002
