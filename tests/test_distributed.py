@@ -565,8 +565,9 @@ def test_whichever_process_saves_there_is_one_adapter(ranks: Any, folder: Path) 
     for path in first["paths"]:
         if path.exists():  # of versions some are kept
             state = li.read_adapter(path)
-            tensors = {f"{k}.{role}": t for k, s in state.sites.items() for role, t in s.tensors.items()}
-            tensors |= state.trained
+            tensors = dict(state.trained)
+            for key, site in state.sites.items():
+                tensors |= {f"{key}.{role}": tensor for role, tensor in site.tensors.items()}
             assert tensors.keys() == first["wanted"].keys()
             assert all(torch.equal(tensors[key], t) for key, t in first["wanted"].items())
     place = folder / "saved by all"
