@@ -4,6 +4,8 @@ A message is part of the interface, so a table holds it word for word, one row f
 kind of mistake, each made the way a user would make it.
 """
 
+import ast
+import pkgutil
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -233,6 +235,25 @@ def test_the_message_is_word_for_word(mistake, tmp_path):
     assert not error.found.endswith(".")
     assert error.remedy
     assert error.args == (error.asked, error.found, error.remedy)
+
+
+def test_what_a_message_names_in_the_package_exists():
+    """Names in strings of the source: what is called, and what lies in a module."""
+    package = Path(li.__file__).parent
+    named = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named |= set(
+                    re.findall(
+                        r"\blora_inject(?:\.\w+)+(?=\()|\blora_inject\.\w+\.[\w.]*\w", node.value
+                    )
+                )
+    assert len(named) > 5
+    for name in sorted(named):
+        if (package.parent / f"{name.replace('.', '/')}").with_suffix(".py").exists():
+            continue
+        assert pkgutil.resolve_name(name) is not None, name
 
 
 def test_every_class_of_error_has_a_row():

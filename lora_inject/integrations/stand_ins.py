@@ -215,7 +215,7 @@ def stand_in(modules: Sequence[nn.Module], carrying: Sequence[nn.Module]) -> Non
         quantizer = getattr(module, "hf_quantizer", None)
         if quantizer and _replaceable(module, DEQUANTIZE) and reach(module).names:
             found = "it replaces layers, whose adapters would be gone"
-            remedy = "Call merge(model, dequantize=True), or eject first"
+            remedy = 'Call merge(model, dequantize="bfloat16"), or eject first'
             own[DEQUANTIZE] = _Refusal(DEQUANTIZE, found, remedy)
         for method in filter(partial(_replaceable, module), _INSTEAD):
             of_diffusers = getattr(type(module), method).__module__.startswith("diffusers.")

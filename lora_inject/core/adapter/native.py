@@ -266,7 +266,7 @@ def _fingerprint_to_plain(mark: Fingerprint | None) -> dict[str, Any] | None:
             samples[name] = base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
         except (OverflowError, struct.error) as error:
             found = f"a sample is not a float32 ({error})"
-            remedy = "Take it with lora_inject.checks.fingerprint.sample"
+            remedy = "Take it with lora_inject.checks.fingerprint.samples, as float32"
             raise FormatError(f"its fingerprint of {name!r}", found, remedy) from error
     return {"shapes": {**mark.shapes}, "samples": samples, "quantized": {**mark.quantized}}
 

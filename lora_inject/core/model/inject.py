@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from lora_inject.core.spec.config import Config, ConfigLike
 from lora_inject.core.spec.matching import resolve
 from lora_inject.core.spec.names import joined, matching
 from lora_inject.core.spec.plan import Plan
+from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.distributed.sharding import check_shardable, fsdp2_modules, shard_adapter
 from lora_inject.errors import FormatError, StateError, check_type, user_path
@@ -55,12 +57,20 @@ def plan(model: nn.Module, config: ConfigLike) -> Plan:
         >>> plan(net, {"rank": 2, "targets": [r"\d"]}).n_lora
         44
     """
-    found = inventory(Survey(model))
-    return resolve(Config.coerce(config, found, model), found)
+    survey = Survey(model)
+    present = inventory(survey)
+    planned = resolve(Config.coerce(config, present, model), present)
+    notes = [note for guard in room("guards").guards() for note in guard.notes_on(survey, planned)]
+    return replace(planned, notes=(*planned.notes, *notes))
 
 
 def inject(
-    model: M, config: ConfigLike, name: str = "default", *, probe: Callable[[], Any] | None = None
+    model: M,
+    config: ConfigLike,
+    name: str = "default",
+    *,
+    probe: Callable[[], Any] | None = None,
+    leave_new: bool = False,
 ) -> M:
     """Put a new adapter onto a model, in place, and freeze everything else.
 
@@ -74,6 +84,9 @@ def inject(
         name: Name of the adapter.
         probe: Runs the model once, for instance `lambda: model(**batch)`. With it a site that the
             run does not reach, whose adapter would be inert, is an error.
+        leave_new: Leave weights out that the model's checkpoint lacked, such as a new head, which
+            have other values in each process. By default an adapter that does not `train` them is
+            an error, where the library that loaded the model tells which they are.
 
     Returns:
         The same object, for chaining.
@@ -81,7 +94,8 @@ def inject(
     Raises:
         ConfigError: The config is not valid.
         MatchError: A pattern matches nothing, or `expect` is missed.
-        LayerError: A matched module cannot carry an adapter, or `probe` does not reach it.
+        LayerError: A matched module cannot carry an adapter, or `probe` does not reach it; or new
+            weights would be left out.
         StateError: The name is in use, or the model is merged.
 
     Examples:
@@ -94,6 +108,8 @@ def inject(
     refuse_dead_inputs(survey, f"inject {name!r}")
     present = inventory(survey)
     planned = resolve(Config.coerce(config, present, model), present)
+    for guard in room("guards").guards():
+        guard.before_inject(survey, planned, f"inject {name!r}", leave_new=leave_new)
     named = {
         key: trained.rows for trained in planned.trained for key in survey.names_of(trained.name)
     }

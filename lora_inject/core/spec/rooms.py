@@ -11,6 +11,7 @@ from typing import Any
 
 ROOMS = {
     "from_peft": "lora_inject.formats.from_peft",
+    "guards": "lora_inject.integrations.guards",
 }
 """What is asked for, to the module that answers."""
 
