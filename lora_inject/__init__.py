@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from lora_inject.checkpoint.merge_files import merge_checkpoint as merge_checkpoint
     from lora_inject.checkpoint.merge_inputs import MergeOptions as MergeOptions
     from lora_inject.checks.reached import unreached as unreached
+    from lora_inject.core.adapter.exchange import read_adapter as read_adapter
+    from lora_inject.core.adapter.exchange import register_format as register_format
+    from lora_inject.core.adapter.exchange import write_adapter as write_adapter
     from lora_inject.core.adapter.site_state import SiteState as SiteState
     from lora_inject.core.adapter.state import AdapterState as AdapterState
     from lora_inject.core.adapter.variants import Variant as Variant
@@ -62,9 +65,6 @@ if TYPE_CHECKING:
     from lora_inject.errors import MatchError as MatchError
     from lora_inject.errors import StateError as StateError
     from lora_inject.experts.mxfp4 import packed_experts as packed_experts
-    from lora_inject.formats import read_adapter as read_adapter
-    from lora_inject.formats import register_format as register_format
-    from lora_inject.formats import write_adapter as write_adapter
     from lora_inject.integrations.trainer import AdapterCheckpoint as AdapterCheckpoint
     from lora_inject.integrations.trl import reference as reference
     from lora_inject.trials.advise import advise as advise
@@ -85,7 +85,7 @@ _HOMES = {
     "checkpoint.merge_inputs": "MergeOptions",
     "errors": "CheckpointError ConfigError FormatError LayerError LoraInjectError MatchError "
     "StateError",
-    "formats": "read_adapter register_format write_adapter",
+    "core.adapter.exchange": "read_adapter register_format write_adapter",
     "algebra.combine_files": "combine diff truncate",
     "core.functional.merge_report": "MergeReport",
     "experts.mxfp4": "packed_experts",

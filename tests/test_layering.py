@@ -22,7 +22,7 @@ LADDER = ("spec", "files", "functional", "adapter", "layers", "model")
 
 # Room -> the rooms that it may import besides the core.
 ROOMS: dict[str, set[str]] = {
-    "algebra": {"formats"},
+    "algebra": set(),
     "analysis": {"algebra", "checkpoint", "trials"},
     "checkpoint": {"algebra", "checks", "experts", "formats"},
     "checks": set(),
@@ -76,9 +76,6 @@ TO_CUT = {
     "core.model.fit_state imports checks.fingerprint",
     "core.model.fit_state imports formats.older_names",
     "core.model.inject imports distributed.sharding",
-    "core.model.inject imports formats",
-    "core.model.inject imports formats.hub",
-    "core.model.inject imports formats.peft.peft_reading",
     "core.model.inject imports quantized.dense_values",
     "core.model.merge imports quantized.quantized_layers",
     "core.model.merge_targets imports distributed.sharding",
@@ -88,11 +85,7 @@ TO_CUT = {
     "core.model.save imports checks.fingerprint",
     "core.model.save imports checks.reached",
     "core.model.save imports distributed.sharding",
-    "core.model.save imports formats",
-    "core.model.save imports formats.hub",
-    "core.model.save imports formats.peft.peft_reading",
     "core.model.swap imports distributed.sharding",
-    "core.model.swap imports formats",
     "core.model.train imports distributed.sharding",
     "core.model.train imports quantized.dense_values",
     "core.model.train imports quantized.quantized_layers",

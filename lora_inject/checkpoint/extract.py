@@ -23,13 +23,13 @@ from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.place import matrix_of
 from lora_inject.checkpoint.write import Progress, counted
 from lora_inject.checks.fingerprint import Fingerprint
+from lora_inject.core.adapter.exchange import write_adapter
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import check_free
 from lora_inject.core.files.safetensors_file import FLOATS, RowReader, TensorEntry
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import CheckpointError, user_path
-from lora_inject.formats import write_adapter
 
 
 @dataclass(frozen=True)

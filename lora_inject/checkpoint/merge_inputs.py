@@ -20,12 +20,12 @@ from torch import Tensor
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES
+from lora_inject.core.adapter.exchange import read_adapter
 from lora_inject.core.adapter.state import AdapterState, called
 from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.files.tensors import bytes_of, in_memory
 from lora_inject.core.functional import all_finite
 from lora_inject.errors import CheckpointError, user_path
-from lora_inject.formats import read_adapter
 
 _STEP_ELEMENTS = 1 << 20
 _FACTS = attrgetter(

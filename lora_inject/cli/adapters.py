@@ -135,7 +135,7 @@ def _write(
     """Write the new adapter atomically, and print what `tell` does, its path and its size."""
     import torch
 
-    from lora_inject.formats import write_adapter
+    from lora_inject.core.adapter.exchange import write_adapter
 
     if dtype is not None:
         state = state.to(getattr(torch, dtype))
@@ -197,18 +197,18 @@ def convert(
     Prints what the format cannot express; refuses what would change the outputs.
     """
     from lora_inject.checkpoint.conversion import convert as converted
-    from lora_inject.formats import FORMATS, options_of
+    from lora_inject.formats import FORMATS, format_of, options_of
 
     [how] = reading.options([adapter])
     options = {"dtype": dtype, "rank": rank, "component": to_component}
     chosen = {key: value for key, value in options.items() if value is not None}
     lost: list[str] = []
     for name in chosen:
-        takers = [key for key, row in FORMATS.items() if name in options_of(row.write)]
+        takers = [key for key in FORMATS if name in options_of(format_of(key).write)]
         if to in FORMATS and to not in takers:
             found = f"the format {to!r} does not have it; these do: {', '.join(takers)}"
             raise BadParameter(found, param_hint=f"--{name}")
-    if to in FORMATS and "component" in options_of(FORMATS[to].write) and to_component is None:
+    if to in FORMATS and "component" in options_of(format_of(to).write) and to_component is None:
         found = f"a file of {to} has to name the part of a pipeline; give one, such as unet"
         raise BadParameter(found, param_hint="--component")
 

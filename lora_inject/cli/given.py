@@ -138,8 +138,8 @@ class Reading:
 
         `known` is the format; by default it is detected.
         """
+        from lora_inject.core.adapter.exchange import detected, format_of, options_of
         from lora_inject.errors import FormatError
-        from lora_inject.formats import FORMATS, detected, options_of
 
         given = {f.name: value for f in fields(self) if (value := getattr(self, f.name))}
         if self.alpha is not None:
@@ -153,9 +153,9 @@ class Reading:
         taken: list[dict[str, Any]] = []
         for path in paths:
             try:
-                names = options_of(FORMATS[known or detected(path)].read)
+                names = options_of(format_of(known or detected(path)).read)
                 taken.append({name: given[name] for name in names if name in given})
-            except (FormatError, KeyError):  # reading it will report the error
+            except FormatError:  # reading it will report the error
                 taken.append({})
         for name in given:
             if not any(name in options for options in taken):
@@ -169,7 +169,7 @@ class Reading:
     ) -> list[AdapterState]:
         """Read adapters; a base resolves the weights of stacked experts."""
         from lora_inject.checkpoint import read_weighted
-        from lora_inject.formats import read_adapter
+        from lora_inject.core.adapter.exchange import read_adapter
 
         states = []
         more = {name: value for name, value in more.items() if value is not None}

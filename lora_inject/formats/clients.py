@@ -22,6 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lora_inject.core.adapter.exchange import detected
 from lora_inject.core.adapter.value_checks import one_line
 from lora_inject.core.files.safetensors_file import read_header
 from lora_inject.core.files.strict_json import read_json
@@ -29,7 +30,7 @@ from lora_inject.core.files.tensors import is_safetensors, read_names, read_tens
 from lora_inject.core.functional import all_finite
 from lora_inject.core.spec.names import leaf, parent
 from lora_inject.errors import FormatError, nearest, within
-from lora_inject.formats import detected, diffusers, mlx, mlx_model
+from lora_inject.formats import diffusers, mlx, mlx_model
 from lora_inject.formats.gguf_file import FAMILIES, content
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import check_field

@@ -26,6 +26,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_inject.core.adapter.exchange import RANKS, Format
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import one_line
 from lora_inject.core.files.strict_json import parse_json
@@ -173,3 +174,6 @@ def _claims(said: Mapping[str, str], prefix: str) -> Claims | None:
     mine = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
     with within(where):
         return read_claims({"peft_type": "LORA", **mine}) if mine else None
+
+
+FORMATS = {"diffusers": Format(write, read, detects, frozenset({RANKS}))}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_inject.core.adapter.exchange import RANKS, Format
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats.decoder_names import Decoder
@@ -155,3 +156,6 @@ def content(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             found = f"'{name[:200]}' is of type {kind}"
             raise FormatError("", found, "Convert it with --outtype f32")
     return fields, {n: torch.from_numpy(d.astype(_DTYPES[k])) for n, (k, d) in stored.items()}
+
+
+FORMATS = {"gguf": Format(write, read, detects, frozenset({RANKS}), (".gguf",))}

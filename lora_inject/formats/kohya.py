@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_inject.core.adapter.exchange import NUMBERS, SAFE, Format
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import CONVERT, check_no_clash, one_line
 from lora_inject.core.files.strict_json import misfit, parse_json
@@ -156,3 +157,6 @@ def _unflattened(flat: str, known: Mapping[str, Sequence[str]] | None) -> str:
         others = "Files for SDXL and for other programs name modules in their own way"
         raise FormatError("", "the model has no such module", f"Nearest: {near}. {others}")
     return names[0]
+
+
+FORMATS = {"kohya": Format(write, read, detects, frozenset({NUMBERS}), SAFE)}

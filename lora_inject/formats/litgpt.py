@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_inject.core.adapter.exchange import ONE, Format
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import one_line
 from lora_inject.core.files.strict_json import is_positive
@@ -162,3 +163,6 @@ def _hyperparameters(file: Path) -> Mapping[str, Any]:
 def _base(facts: ModelFacts) -> Heads:
     facts.model_type(MODEL_TYPES, "how wide q, k and v are")
     return facts.heads("")
+
+
+FORMATS = {"litgpt": Format(write, read, detects, frozenset({ONE}))}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lora_inject.core.adapter.exchange import NUMBERS, SAFE, Format
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import check_no_clash, one_line
@@ -178,3 +179,7 @@ def _inexpressible(site: SiteState) -> str:
     if slices is not None and len({width for _, width in slices.sizes}) > 1:
         return f"the parts {one_line(name for name, _ in slices.sizes)} are of unequal widths"
     return ""
+
+
+_KEEPS = frozenset({"slices", NUMBERS})
+FORMATS = {"loralib": Format(write, read, detects, _KEEPS, (*SAFE, *PICKLES))}

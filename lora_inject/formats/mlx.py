@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lora_inject.core.adapter.exchange import ONE, Format
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import is_positive, read_json
 from lora_inject.core.files.tensors import contiguous, read_tensors, serialize
@@ -95,3 +96,6 @@ def _numbers(path: Path) -> tuple[int, float]:
         return rank, float(scale)
     found = f"'lora_parameters' gives rank {str(rank)[:40]} and scale {str(scale)[:40]}"
     raise FormatError(CONFIG, found, "Correct the file; both are needed")
+
+
+FORMATS = {"mlx": Format(write, read, detects, frozenset({ONE}))}

@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_inject.algebra.reshape import renamed, split, split_experts
+from lora_inject.core.adapter.exchange import Format
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import FormatError
@@ -97,3 +98,9 @@ def _matrices(site: SiteState, facts: ModelFacts) -> Iterator[tuple[str, SiteSta
         for part, piece in zip(parts, pieces, strict=True):
             module = part.removesuffix(".weight")
             yield module, replace(piece, spec=renamed(piece.spec, module))
+
+
+FORMATS = {
+    "portable": Format(write, peft.read, detects, frozenset()),
+    "vllm": Format(write_experts, peft.read, detects, frozenset()),
+}

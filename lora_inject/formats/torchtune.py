@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lora_inject.core.adapter.exchange import ONE, Format
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.spec.names import leaf
@@ -100,3 +101,6 @@ def _decoder(facts: ModelFacts) -> Decoder:
     others = "; for others torchtune writes PEFT folders"
     kind = facts.model_type(IN_PAIRS, "the order of the rows of q and k", others)
     return Decoder(_NAMES, "layers.{}.", _ENDS, IN_PAIRS[kind])
+
+
+FORMATS = {"torchtune": Format(write, read, detects, frozenset({ONE}))}

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import safetensors.torch
 from torch import Tensor, nn
 
+from lora_inject.core.adapter.exchange import write_adapter
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.disk import replace_file
 from lora_inject.core.layers.attached import attached_to
@@ -31,7 +32,6 @@ from lora_inject.core.layers.survey import Survey, base_parameters
 from lora_inject.core.model.carried import reach
 from lora_inject.core.model.save import adapter_tensors, facts_for, read_off, refuse_useless
 from lora_inject.errors import LayerError, StateError, user_path
-from lora_inject.formats import write_adapter
 from lora_inject.formats.card import joined_cards
 
 SAVE, RESIZE, DEQUANTIZE = "save_pretrained", "resize_token_embeddings", "dequantize"

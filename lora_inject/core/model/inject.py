@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
+from os.path import lexists
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.adapter.exchange import detected, format_of, read_adapter
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import in_memory
 from lora_inject.core.functional import master_dtype, norms_of
@@ -29,9 +32,6 @@ from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.distributed.sharding import check_shardable, fsdp2_modules, shard_adapter
 from lora_inject.errors import FormatError, StateError, check_type, user_path
-from lora_inject.formats import detected, read_adapter
-from lora_inject.formats.hub import download, is_repo
-from lora_inject.formats.peft.peft_reading import refuse_first_places
 from lora_inject.quantized.dense_values import dense
 
 M = TypeVar("M", bound=nn.Module)
@@ -186,16 +186,17 @@ def load_adapter(
     """
     place = user_path("load adapter", path)
     survey, asked = survey_for(model, name, loads=True), f"load {str(path)!r}"
-    if is_repo(path):
-        place = download(str(path), revision)
+    if not lexists(place) and room("hub").is_repo(path):
+        place = room("hub").download(str(path), revision)
     elif revision is not None:
         found = "a revision is for repositories, and this is a path"
         raise FormatError(f"{asked} at {revision!r}", found, "Leave the revision out")
     format = format or detected(place)  # noqa: A001
-    state = read_adapter(place, format, facts=model_facts(survey), **options).mapped(in_memory)
+    facts = partial(model_facts, survey)
+    state = read_adapter(place, format, facts=facts, **options).mapped(in_memory)
     fitted = fit(survey, state, leave_out=leave_out, base=base, asked=asked)
-    if format == "peft" and state.fingerprint is None:  # as PEFT understands it
-        refuse_first_places(survey, (site.spec for site in fitted.sites.values()), asked)
+    if (check_load := format_of(format).check_load) is not None:
+        check_load(survey, state, fitted, asked)
     _put_on(survey, fitted, name, _Owned())
     return model
 

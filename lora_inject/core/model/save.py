@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_inject.checks.fingerprint import Fingerprint, packing, samples
 from lora_inject.checks.reached import refuse_unused
+from lora_inject.core.adapter.exchange import default_format, format_of, write_adapter
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import FLOATS
@@ -36,12 +37,10 @@ from lora_inject.core.model.carried import (
     whole_adapter,
 )
 from lora_inject.core.spec.names import joined
+from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.distributed.sharding import is_sharded, reshard, samples_of_shards, writes_here
 from lora_inject.errors import FormatError, StateError, user_path
-from lora_inject.formats import ModelFacts, write_adapter
-from lora_inject.formats.hub import upload
-from lora_inject.formats.peft.peft_reading import refuse_misread
 
 LATEST = "LATEST"
 """File with the name of an adapter's newest version."""
@@ -190,7 +189,7 @@ def save_adapter(
     path: str | PathLike[str],
     name: str = "default",
     *,
-    format: str = "peft",  # noqa: A002 - the word that users look for
+    format: str | None = None,  # noqa: A002 - the word that users look for
     version: int | None = None,
     keep: int | None = None,
     unused: Sequence[str] = (),
@@ -203,10 +202,11 @@ def save_adapter(
 
     Args:
         model: The root, or any module that holds roots.
-        path: Where to; a directory for PEFT's format.
+        path: Where to; a directory for the default format.
         name: The adapter.
-        format: A row of `formats.FORMATS`. `peft` refuses what PEFT would compute wrong; where that
-            is because another module reads a layer's weight, it is known once the model has run.
+        format: A row of `formats.FORMATS`; None for the folder that most programs read. A format
+            refuses what its readers would compute wrong; where that is because another module reads
+            a layer's weight, it is known once the model has run.
         version: Write to `path/VERSION`, then replace the file `path/LATEST`, which has the name of
             the newest version: for servers that follow a training run.
         keep: With `version`: the number of newest versions to keep; by default all.
@@ -226,6 +226,7 @@ def save_adapter(
     """
     folder = user_path("save adapter", path)
     survey = Survey(model)
+    format = format or default_format()  # noqa: A001
     state, facts = read_off(survey, name), facts_for(survey, format, name)
     refuse_useless(survey, name, state, unused)
     target = folder if version is None else folder / str(version)
@@ -307,7 +308,8 @@ def push(
         if not writes_here(Survey(model)):
             return None
         how: dict[str, Any] = {"revision": revision, "private": private, "token": token}
-        return upload(folder, repo, message=message, **how)
+        url: str = room("hub").upload(folder, repo, message=message, **how)
+        return url
 
 
 def remove_old_versions(folder: Path, newest: int, keep: int | None) -> None:
@@ -322,16 +324,21 @@ def remove_old_versions(folder: Path, newest: int, keep: int | None) -> None:
             shutil.rmtree(doomed)
 
 
-def facts_for(survey: Survey, format: str, name: str) -> ModelFacts:  # noqa: A002
-    """Return the facts that a format may need; refuse what PEFT would compute wrong."""
-    if format == "peft":
-        refuse_misread(survey, name)
-    return replace(model_facts(survey), idle=idle_among([*entries(survey, name)]))
+def facts_for(survey: Survey, format: str, name: str) -> Callable[[], Any]:  # noqa: A002
+    """Return a function of the facts that a format may ask for.
+
+    Raises:
+        FormatError: There is no such format, or its readers would compute something else.
+    """
+    row = format_of(format, f"save adapter {name!r}")
+    if row.check_save is not None:
+        row.check_save(survey, name)
+    return lambda: replace(model_facts(survey), idle=idle_among([*entries(survey, name)]))
 
 
-def model_facts(survey: Survey) -> ModelFacts:
-    """Return the facts about a live model that files depend on."""
-    return ModelFacts.of(survey.model, survey.by_name, base_weights(survey))
+def model_facts(survey: Survey) -> Any:
+    """Return the facts about a live model that files depend on, a `formats.ModelFacts`."""
+    return room("formats").ModelFacts.of(survey.model, survey.by_name, base_weights(survey))
 
 
 def adapter_tensors(survey: Survey) -> dict[str, Tensor]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Set
+from functools import partial
 from os import PathLike
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.adapter.exchange import read_adapter
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import in_memory
@@ -24,7 +26,6 @@ from lora_inject.core.model.fit_state import Base, check_base, check_base_copies
 from lora_inject.core.model.save import base_weights, fingerprint, model_facts, values_on
 from lora_inject.distributed.sharding import copy_into
 from lora_inject.errors import FormatError, LayerError, nearest
-from lora_inject.formats import read_adapter
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -85,7 +86,8 @@ def swap_adapter(
     refuse_merged(asked, *selections)
     state = source
     if not isinstance(state, AdapterState):
-        state = read_adapter(state, format, facts=model_facts(survey), **options).mapped(in_memory)
+        facts = partial(model_facts, survey)
+        state = read_adapter(state, format, facts=facts, **options).mapped(in_memory)
     pairs, weights = list(_paired_copies(slot, state, asked)), {}
     for key, site in _in_names_of(state, slot, asked).items():
         new = state.sites[key]

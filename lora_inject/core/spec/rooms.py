@@ -10,8 +10,10 @@ from importlib import import_module
 from typing import Any
 
 ROOMS = {
+    "formats": "lora_inject.formats",
     "from_peft": "lora_inject.formats.from_peft",
     "guards": "lora_inject.integrations.guards",
+    "hub": "lora_inject.formats.hub",
 }
 """What is asked for, to the module that answers."""
 

@@ -1,6 +1,28 @@
 """PEFT's folder: `adapter_model.safetensors` and `adapter_config.json`."""
 
+from typing import Any
+
+from lora_inject.core.adapter.exchange import Format
+from lora_inject.core.adapter.state import AdapterState
 from lora_inject.formats.peft.folder import detects, read, write
 from lora_inject.formats.peft.tensor_layout import PREFIX
 
-__all__ = ["PREFIX", "detects", "read", "write"]
+__all__ = ["FORMATS", "PREFIX", "detects", "read", "write"]
+
+
+def _check_save(survey: Any, name: str) -> None:
+    from lora_inject.formats.peft.peft_reading import refuse_misread
+
+    refuse_misread(survey, name)
+
+
+def _check_load(survey: Any, state: AdapterState, fitted: AdapterState, asked: str) -> None:
+    from lora_inject.formats.peft.peft_reading import refuse_first_places
+
+    if state.fingerprint is None:  # it was made by PEFT, and means what PEFT computes
+        refuse_first_places(survey, (site.spec for site in fitted.sites.values()), asked)
+
+
+FORMATS = {
+    "peft": Format(write, read, detects, check_save=_check_save, check_load=_check_load),
+}

@@ -1,0 +1,268 @@
+"""Adapters as files: a table of formats, each known by its name and imported when asked for.
+
+A format is three functions: `write(state, path, facts, **options)`, `read(path, facts, **options)`
+and `detects(path)`. What holds for every format is done here: the checks of an adapter, writing all
+or nothing, and saying in errors which adapter was asked for.
+
+This package's own format needs nothing else. All others lie in the room of formats, which enters
+their rows into the table when it is imported.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lora_inject.core.adapter import native
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.adapter.value_checks import check_state
+from lora_inject.core.files.atomic import write_directory, write_file
+from lora_inject.core.spec.rooms import room
+from lora_inject.errors import FormatError, check_type, nearest, user_path, within
+
+NUMBERS, ONE, RANKS = "numbers", "one", "ranks"
+EVERYTHING = frozenset({"config", "fingerprint", "training", "slices", "start", NUMBERS})
+"""`config` and `fingerprint` of the state; `training`: dropout, init and compute of each site;
+`slices` of fused projections; `start`: the frozen start of pissa and olora; `numbers`: rank, alpha
+and scaling of each site; or `one`: those numbers only if all sites agree;
+or `ranks`: the rank of each site alone."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row of the table.
+
+    Attributes:
+        write: `write(state, path, facts, **options)`: the content of the file that `path` will be,
+            or of each file of the folder, by name. The adapter's shapes and dtypes are checked.
+        read: `read(path, facts, **options) -> AdapterState`; its tensors are checked afterwards.
+        detects: `detects(path) -> bool`, by content; the first row that returns True reads.
+        keeps: What files of the format can express besides the deltas, of `EVERYTHING`.
+        endings: The endings that a file's name may have to be written; empty for any.
+        takes_facts: Whether `write` and `read` look at the facts about the model.
+        check_save: `check_save(survey, name)`: raises where a reader of the format would compute
+            something else from the file than the live model does.
+        check_load: `check_load(survey, state, fitted, asked)`: raises where the adapter of the
+            file, as it fits the live model, meant something else where it was made.
+    """
+
+    write: Callable[..., bytes | Mapping[str, bytes]]
+    read: Callable[..., AdapterState]
+    detects: Callable[[Path], bool]
+    keeps: frozenset[str] = EVERYTHING
+    endings: tuple[str, ...] = ()
+    takes_facts: bool = True
+    check_save: Callable[[Any, str], None] | None = None
+    check_load: Callable[[Any, AdapterState, AdapterState, str], None] | None = None
+
+
+# Files that an older adapter may have and a new one need not, so that they may be replaced.
+OLDER_FILES = {"adapter_model.bin", "adapter_model.pt", "adapter_0.pt"}
+SAFE = (".safetensors",)
+
+FORMATS: dict[str, Format | Callable[[], Format]] = {
+    # One safetensors file of this package.
+    "native": Format(native.write, native.read, native.detects, endings=SAFE, takes_facts=False),
+}
+"""Name to row, or to what returns it: `format_of` gives the row."""
+
+
+def register_format(name: str, row: Format) -> Format:
+    """Add a format from outside the package; detection tries it before the built-in ones.
+
+    Args:
+        name: The name for `format=`.
+        row: Its functions.
+
+    Returns:
+        The row.
+
+    Raises:
+        FormatError: The name is taken.
+
+    Examples:
+        >>> import pickle
+        >>> def write(state, path, facts):
+        ...     return pickle.dumps(state)
+        >>> def read(path, facts):
+        ...     return pickle.loads(path.read_bytes())
+        >>> row = register_format("pickle", Format(write, read, lambda path: path.suffix == ".x"))
+        >>> FORMATS.pop("pickle") is row
+        True
+    """
+    if name in _every_format():
+        raise FormatError(f"register_format({name!r})", "the name is taken", "Choose another one")
+    others = dict(FORMATS)
+    FORMATS.clear()
+    FORMATS.update({name: row, **others})
+    return row
+
+
+def format_of(name: str, asked: str = "") -> Format:
+    """Return the row of a format, which is imported if it was not yet.
+
+    Args:
+        name: Its name.
+        asked: What asks, for the error.
+
+    Raises:
+        FormatError: There is no such format.
+
+    Examples:
+        >>> format_of("native").endings
+        ('.safetensors',)
+    """
+    known = FORMATS if name in FORMATS else _every_format()
+    if name not in known:
+        near = ", ".join(nearest(name, known) or known)
+        raise FormatError(asked, f"there is no format '{name}'", f"Nearest: {near}")
+    row = known[name]
+    if not isinstance(row, Format):
+        row = FORMATS[name] = row()
+    return row
+
+
+def default_format() -> str:
+    """Return the name of the format that is written where none is named."""
+    return str(room("formats").DEFAULT)
+
+
+def _every_format() -> Mapping[str, Format | Callable[[], Format]]:
+    """Return the whole table: what lies in the room enters it on import."""
+    room("formats")
+    return FORMATS
+
+
+def write_adapter(
+    state: AdapterState,
+    path: str | os.PathLike[str],
+    format: str | None = None,  # noqa: A002
+    *,
+    facts: Any = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Write an adapter to files, all or nothing.
+
+    Args:
+        state: The adapter.
+        path: Where to.
+        format: Name of a row of `FORMATS`; None for the folder that most programs read.
+        facts: What is known of the model (`formats.ModelFacts`), or a function that says it; single
+            facts may be given as options.
+        overwrite: Replace an existing adapter.
+        options: The format's own, see its `write`.
+
+    Returns:
+        The path of the files, symbolic links resolved.
+
+    Raises:
+        FormatError: The format does not exist or cannot express the adapter, which may hold no NaN
+            and no Inf, or the target exists and `overwrite` is not set.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from lora_inject.core.spec.sites import SiteSpec
+        >>> from lora_inject.core.adapter.site_state import SiteState
+        >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
+        >>> state = AdapterState({"fc": SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))})
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     back = read_adapter(write_adapter(state, f"{parent}/sql"))
+        >>> back.sites["fc"].scale
+        2.0
+    """
+    target = user_path("write adapter", path)
+    format = format or default_format()  # noqa: A001
+    row = format_of(format, f"write adapter to '{path}'")
+    with within(f"write {format} adapter to '{path}'"):
+        facts, own = _arguments(row, row.write, facts, options)
+        if row.endings and target.suffix not in row.endings:
+            found = f"its name does not end in {' or '.join(row.endings)}"
+            raise FormatError("", found, "Rename it")
+        check_state(state).check_finite("", FormatError)
+        content = row.write(state, target, facts, **own)
+        remedy = "Return the bytes of the file, or of each file by its name"
+        check_type("what the format wrote", content, (bytes, Mapping), remedy, FormatError)
+    if isinstance(content, bytes):
+        return write_file(target, content, overwrite=overwrite)
+    return write_directory(target, content, overwrite=overwrite, replaceable=OLDER_FILES)
+
+
+def read_adapter(
+    path: str | os.PathLike[str],
+    format: str | None = None,  # noqa: A002
+    *,
+    facts: Any = None,
+    **options: Any,
+) -> AdapterState:
+    """Read an adapter from files.
+
+    Values of safetensors are read when they are used, each time, so an adapter may be larger than
+    memory. The file may be moved, deleted or replaced meanwhile. If it was written to in place,
+    using a value raises a FormatError. The tensors cannot be changed in place; `copy.deepcopy` of
+    the value reads all of it into memory. Values that are not finite are read, so that `inspect`
+    shows them; loading, merging, combining and writing refuse them.
+
+    Args:
+        path: Where from.
+        format: Name of a row of `FORMATS`; None detects it from the files.
+        facts: What is known of the model (`formats.ModelFacts`), or a function that says it; single
+            facts may be given as options.
+        options: The format's own, see its `read`.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        FormatError: There is no adapter, or it cannot be read.
+    """
+    place = user_path("read adapter", path)
+    if format is None:
+        format = detected(place)  # noqa: A001
+    row = format_of(format, f"read adapter '{path}'")
+    with within(f"read {format} adapter '{path}'"):
+        facts, own = _arguments(row, row.read, facts, options)
+        return replace(check_state(row.read(place, facts, **own)), source=str(path))
+
+
+def detected(path: Path) -> str:
+    """Return the first format that detects a path as its own; raise if there is none."""
+    asked = f"read adapter '{path}'"
+    if not path.exists():
+        raise FormatError(asked, "there is no such file or directory", "Check the path")
+    asked_already = [*FORMATS]
+    for name in asked_already:
+        if format_of(name).detects(path):
+            return name
+    for name in [name for name in _every_format() if name not in asked_already]:
+        if format_of(name).detects(path):
+            return name
+    found = "it is not an adapter of a known format"
+    remedy = f"Give a folder or a file of one of: {', '.join(FORMATS)}"
+    raise FormatError(asked, found, remedy)
+
+
+def options_of(function: Callable[..., Any]) -> list[str]:
+    """Return the names of the options that only this format's `read` or `write` has.
+
+    Examples:
+        >>> def read(path, facts, *, component=None): ...
+        >>> options_of(read)
+        ['component']
+    """
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
+def _arguments(
+    row: Format, function: Callable[..., Any], facts: Any, options: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Return the facts about the model, and the options that the format has itself."""
+    if not row.takes_facts and not options:
+        return None, {}
+    stated = facts() if callable(facts) else facts
+    return room("formats").facts_and_options(stated, options, options_of(function))  # type: ignore[no-any-return]
