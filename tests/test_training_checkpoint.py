@@ -117,7 +117,9 @@ def test_it_holds_the_adapter_and_nothing_of_the_base(whole: Any) -> None:
     folder = out / "checkpoint-6"
     tensors = load_file(folder / "model.safetensors")
     ours = {k: v for k, v in model.state_dict().items() if "lora_" in k}
-    assert tensors.keys() == ours.keys()
+    forms = {key for key in tensors if "lora_form__" in key}  # of each site, and a copy's
+    assert tensors.keys() == ours.keys() | forms
+    assert len(forms) == len([key for key in ours if "lora_A" in key or "lora_T" in key])
     assert all(torch.equal(tensors[key], ours[key]) for key in ours)
     n_bytes = 4 * sum(p.numel() for p in li.adapter_parameters(model).values())
     states = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
@@ -188,7 +190,8 @@ def test_the_best_is_kept_and_loaded(tmp_path: Path) -> None:
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == [f"checkpoint-{best}", "checkpoint-6"]
     kept = load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors")
-    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in kept.items())
+    held = {key: t for key, t in model.state_dict().items() if "lora_" in key}
+    assert all(torch.equal(kept[key], tensor) for key, tensor in held.items())
     last = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
     assert any(not torch.equal(last[key], kept[key]) for key in kept), "it holds the last step"
     assert made.evaluate()["eval_loss"] == pytest.approx(evaluations[best])
@@ -238,6 +241,100 @@ def test_a_checkpoint_that_a_kill_left_half_written_is_not_resumed(
     assert curve(again.state.log_history) == curve(whole[1].state.log_history)
     aside = out / "checkpoint-6.incomplete-2"
     assert (aside / "adapter_model.safetensors").read_bytes() == b"half", "nothing is thrown away"
+
+
+# --------------------------------------------------------------------- resuming with another config
+
+HALVES = {"match": "q_proj", "slices": {"a": 8, "b": 8}, "adapt": ["a"]}
+SLICED = CONFIG | {"targets": [HALVES]}
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "alpha": (CONFIG, CONFIG | {"alpha": 64}, "scale 2 .* and 32 here"),
+    "slices": (SLICED, SLICED | {"targets": [HALVES | {"adapt": ["b"]}]}, "slices"),
+    "rank": (CONFIG, CONFIG | {"rank": 4, "alpha": 8}, "rank 2 .* and 4 here"),
+    "other targets": (CONFIG, CONFIG | {"targets": ["q_proj", "up_proj"]}, "no such site here"),
+    "more targets": (SLICED, CONFIG | {"targets": [HALVES, "k_proj"]}, "no such site there"),
+}
+
+
+@pytest.mark.parametrize("checkpoint", [None, False], ids=["the callback", "Trainer alone"])
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_run_is_not_resumed_under_other_numbers(
+    other: str, checkpoint: Any, tmp_path: Path
+) -> None:
+    config, changed, words = OTHERS[other]
+    trainer(tmp_path, injected(config), checkpoint=checkpoint, max_steps=2).train()
+    model = injected(changed)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    again = trainer(tmp_path, model, checkpoint=checkpoint, max_steps=4)
+    with pytest.raises(li.StateError, match=words):
+        again.train(resume_from_checkpoint=True)
+    assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
+    same = trainer(tmp_path, injected(config), checkpoint=checkpoint, max_steps=4)
+    same.train(resume_from_checkpoint=True)
+    assert same.state.global_step == 4
+
+
+# ---------------------------------------------------------------------- a model of somebody's own
+
+
+class Plain(torch.nn.Module):
+    """A model of somebody's own, in which a random part has no file to come from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = torch.nn.Embedding(17, 8), torch.nn.Linear(8, 17)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.head(self.embed(input_ids))
+        return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+def plain(**changes: Any) -> Plain:
+    return li.inject(Plain(), {"rank": 2, "alpha": 4, "targets": ["head"]} | changes)
+
+
+@pytest.mark.parametrize("file", ["", "adapter.safetensors"])
+def test_checkpoints_of_a_plain_module_hold_the_adapter(file: str, tmp_path: Path) -> None:
+    def run(out: Path, model: Plain, *callbacks: Any, **how: Any) -> tuple[Trainer, Plain]:
+        made = trainer(out, model, *callbacks, checkpoint=li.AdapterCheckpoint(kind))
+        made.train(**how)
+        return made, model
+
+    kind = "native" if file else "peft"
+    whole, model = run(tmp_path / "whole", plain())
+    loaded = li.load_adapter(Plain(), tmp_path / "whole" / "checkpoint-6" / file)
+    ids = torch.arange(17)[None]
+    assert torch.equal(loaded(ids, ids)["loss"], model(ids, ids)["loss"])
+    with pytest.raises(KilledError):
+        run(tmp_path / "killed", plain(), KillAt(3))
+    again, resumed = run(tmp_path / "killed", plain(), resume_from_checkpoint=True)
+    assert curve(again.state.log_history) == curve(whole.state.log_history)
+    for key, parameter in li.adapter_parameters(model).items():
+        assert torch.equal(parameter, li.adapter_parameters(resumed)[key]), key
+    with pytest.raises(li.StateError, match=r"scale 2 .* and 32 here"):
+        run(tmp_path / "killed", plain(alpha=64), resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_a_plain_module_without_its_adapter_is_half_written(tmp_path: Path) -> None:
+    trainer(tmp_path, plain(), max_steps=4).train()
+    for path in (tmp_path / "checkpoint-4").glob("adapter*"):
+        path.unlink()
+    trainer(tmp_path, plain(), max_steps=4)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"checkpoint-2", "checkpoint-4.incomplete"}
+
+
+@pytest.mark.parametrize("make", [plain, injected])
+def test_adapters_whose_names_are_no_folders_are_refused_before_the_first_step(
+    make: Any, tmp_path: Path
+) -> None:
+    """Not after hours, at the first save."""
+    model = li.inject(make(), {"rank": 2, "targets": [r".*head"]}, "a/b")
+    made = trainer(tmp_path, model)
+    with pytest.raises(li.StateError, match="'a/b' is not that of a folder"):
+        made.train()
+    assert made.state.global_step == 0
 
 
 # -------------------------------------------------------------------------- refusals, and the model

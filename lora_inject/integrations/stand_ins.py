@@ -28,6 +28,7 @@ from lora_inject.core.adapter.exchange import write_adapter
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.disk import replace_file
 from lora_inject.core.layers.attached import attached_to
+from lora_inject.core.layers.forms import forms_as_tensors
 from lora_inject.core.layers.survey import Survey, base_parameters
 from lora_inject.core.model.carried import reach
 from lora_inject.core.model.save import adapter_tensors, facts_for, read_off, refuse_useless
@@ -110,36 +111,16 @@ class _SaveAdapters(_StandIn):
         _refuse_options(options, push_to_hub=push_to_hub)
         place = user_path(SAVE, save_directory)
         survey, given = Survey(self.model), state_dict or {}
-        there = reach(survey.model, survey)
-        names = sorted(there.names)
-        if any(selection.state.merged for selection in there.selections):
-            raise StateError(
-                SAVE,
-                "an adapter is merged into the weights",
-                "Call eject(model) first to write the merged model, or unmerge(model) to write the "
-                "adapters",
-            )
-        for name in names if len(names) > 1 else ():
-            if Path(name).name != name:
-                found = f"the adapter's name {name!r} is not that of a folder"
-                raise StateError(SAVE, found, "Call save_adapter(model, path, name)")
-        states = {name: read_off(survey, name, given) for name in names}
-        for name, state in states.items():
-            refuse_useless(survey, name, state, self.unused)
+        states = adapters_on(survey, given, self.unused)
         if not is_main_process:
             return
-        for name, state in states.items():
-            alone = len(names) == 1 or name == "default"
-            folder = place if alone else place / name
-            folder.mkdir(parents=True, exist_ok=True)
-            for file, data in _files_of(survey, name, state, self.format).items():
-                if file != "README.md" or not _is_of_others(folder / file):
-                    replace_file(folder / file, data)
+        write_adapters(survey, states, place, self.format)
         if _CHECKPOINT.fullmatch(place.name):
             tensors = {
                 key: given.get(key, tensor).detach().to("cpu", copy=True).contiguous()
                 for key, tensor in adapter_tensors(survey).items()
             }
+            tensors |= forms_as_tensors(survey.model)
             data = safetensors.torch.save(tensors, {"format": "pt"})
             replace_file(place / "model.safetensors", data)
 
@@ -154,6 +135,54 @@ class _SaveAdapters(_StandIn):
         name = min(names, key=lambda name: (name != "default", name))
         ours = _files_of(survey, name, read_off(survey, name), "peft")["README.md"]
         replace_file(path, joined_cards(path.read_text("utf-8"), ours.decode()).encode())
+
+
+def folders_of(survey: Survey) -> dict[str, str]:
+    """Return the folder of each adapter inside the one that a model is saved to.
+
+    Raises:
+        StateError: The name of an adapter is not that of a folder.
+    """
+    names = sorted(reach(survey.model, survey).names)
+    folders = {name: "" if len(names) == 1 or name == "default" else name for name in names}
+    for name, folder in folders.items():
+        if Path(folder).name != folder:
+            found = f"the adapter's name {name!r} is not that of a folder"
+            raise StateError(SAVE, found, "Call save_adapter(model, path, name)")
+    return folders
+
+
+def adapters_on(
+    survey: Survey, given: Mapping[str, Tensor], unused: Sequence[str]
+) -> dict[str, AdapterState]:
+    """Return all adapters of a model to be saved, by their names; all processes must call it."""
+    if any(selection.state.merged for selection in reach(survey.model, survey).selections):
+        raise StateError(
+            SAVE,
+            "an adapter is merged into the weights",
+            "Call eject(model) first to write the merged model, or unmerge(model) to write the "
+            "adapters",
+        )
+    states = {name: read_off(survey, name, given) for name in folders_of(survey)}
+    for name, state in states.items():
+        refuse_useless(survey, name, state, unused)
+    return states
+
+
+def write_adapters(
+    survey: Survey,
+    states: Mapping[str, AdapterState],
+    place: Path,
+    format: str,  # noqa: A002
+) -> None:
+    """Write adapters beside what else stands in a folder, or in folders inside."""
+    folders = folders_of(survey)
+    for name, state in states.items():
+        folder = place / folders[name]
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, data in _files_of(survey, name, state, format).items():
+            if file != "README.md" or not _is_of_others(folder / file):
+                replace_file(folder / file, data)
 
 
 def _refuse_options(options: Mapping[str, Any], *, push_to_hub: bool) -> None:

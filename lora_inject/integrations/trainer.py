@@ -13,15 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from torch import nn
 
 from lora_inject.checks.reached import has_gradient, refuse_unused
+from lora_inject.core.files.disk import replace_file
+from lora_inject.core.layers.forms import forms_as_tensors
 from lora_inject.core.layers.survey import Survey, unwrapped
 from lora_inject.core.model.carried import Carried, entries, reach, refuse_merged
 from lora_inject.core.model.save import adapter_tensors
 from lora_inject.core.model.train import adapter_parameters
 from lora_inject.errors import StateError
-from lora_inject.integrations.stand_ins import SAVE
+from lora_inject.integrations.stand_ins import SAVE, adapters_on, folders_of, write_adapters
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _N_WATCHED = 10  # steps in which a list of layers may be left out as a whole
@@ -39,7 +42,8 @@ class AdapterCheckpoint:
       saved. Lists of layers, all of which may be dropped at random, have ten steps.
 
     Schedules, file names, rotation, best model and resuming are left to Trainer. PEFT and
-    `load_adapter` can read each `checkpoint-N`.
+    `load_adapter` can read each `checkpoint-N`, also of a model that is none of transformers'; of
+    such a model Trainer saves the base as well.
 
     Args:
         format: Format of the copy that `load_adapter` reads: `peft`, or `native` for adapters that
@@ -88,12 +92,15 @@ class AdapterCheckpoint:
         """Rename half-written checkpoints, and silence the warning on loading adapters only."""
         del state, control
         model = unwrapped(model)
-        if (saves := model.__dict__.get(SAVE)) is not None:
+        saves = model.__dict__.get(SAVE)
+        if saves is not None:
             saves.format, saves.unused = self.format, self.unused
         self._hook = model.register_load_state_dict_post_hook(_forgive_base)  # type: ignore[no-untyped-call]
         folder = Path(args.output_dir)
         for path in folder.iterdir() if args.should_save and folder.is_dir() else ():
-            if _CHECKPOINT.fullmatch(path.name) and path.is_dir() and not _is_whole(path):
+            if not _CHECKPOINT.fullmatch(path.name) or not path.is_dir():
+                continue
+            if not _is_whole(path) or (saves is None and not _has_adapters(path, model)):
                 aside, n = path.with_name(f"{path.name}.incomplete"), 1
                 while aside.exists():
                     n += 1
@@ -106,6 +113,7 @@ class AdapterCheckpoint:
         """Refuse a run that could not be resumed."""
         del state, control
         _refuse_idle_adapters(model)
+        folders_of(Survey(model))
         ours = {id(parameter) for parameter in adapter_parameters(model).values()}
         others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
         if not ours or others:
@@ -153,6 +161,22 @@ class AdapterCheckpoint:
 
     on_epoch_end = on_step_end
 
+    def on_save(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        """Write the adapters of a model without `save_pretrained`, which Trainer saves whole."""
+        del control
+        survey = Survey(model)
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if SAVE in survey.model.__dict__:
+            return
+        states = adapters_on(survey, {}, self.unused)
+        if not args.should_save:
+            return
+        file = folder / "model.safetensors"  # transformers.utils.SAFE_WEIGHTS_NAME
+        if file.exists():
+            tensors = safetensors.torch.load_file(file) | forms_as_tensors(survey.model)
+            replace_file(file, safetensors.torch.save(tensors, {"format": "pt"}))
+        write_adapters(survey, states, folder, self.format)
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save if the evaluation ends the run."""
         del args, state
@@ -185,6 +209,12 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _has_adapters(checkpoint: Path, model: nn.Module) -> bool:
+    """Return whether a checkpoint has files of each adapter of a model, which come last."""
+    folders = (checkpoint / folder for folder in folders_of(Survey(model)).values())
+    return all(any(folder.glob("adapter*.safetensors")) for folder in folders)
 
 
 def _forgive_base(model: nn.Module, found: Any) -> None:

@@ -22,15 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import held_by
+from lora_inject.core.layers.forms import (
+    form_key,
+    note,
+    refuse_merged_dict,
+    refuse_merged_weights,
+    refuse_unlike,
+    watch_loading,
+)
 from lora_inject.core.layers.readers import RECURRENT
 from lora_inject.core.layers.reading import Reading, cached_forward, weight_property
-from lora_inject.core.layers.state_dict import refuse_loading
 from lora_inject.core.spec.inventory import Geometry
 from lora_inject.errors import LayerError
 from lora_inject.rows.routed_forward import with_rows
-
-# Key of the scales in a state dict's metadata.
-SCALES = "lora_scales"
 
 
 class Adapted(Reading):
@@ -106,14 +110,11 @@ class Adapted(Reading):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Save like nn.Module, and note every scale, which the tensors do not tell."""
+        """Save like nn.Module, and note what the tensors do not tell."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         noted = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if noted is not None:
-            noted[SCALES] = self._lora_scales()
-
-    def _lora_scales(self) -> dict[str, float]:
-        return {entry.names["A"]: entry.spec.scale for entry in self._lora.entries() if entry.spec}
+            note(self._lora, noted)
 
     def _load_from_state_dict(
         self,
@@ -126,17 +127,15 @@ class Adapted(Reading):
         error_msgs: list[str],
     ) -> None:
         """Let a plain base checkpoint load strictly; half an adapter is still missing keys."""
-        refuse_loading(self)
+        refuse_merged_weights(self._lora)
+        refuse_merged_dict(local_metadata)
+        named = {key: key for key in state_dict}
+        refuse_unlike(prefix[:-1], self._lora, named, state_dict, local_metadata)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        noted = local_metadata.get(SCALES, {})
-        for name, scale in self._lora_scales().items():
-            if prefix + name in state_dict and noted.get(name, scale) != scale:
-                error_msgs.append(
-                    f"{prefix}{name}: its adapter has scale {noted[name]:g} in the state dict and "
-                    f"{scale:g} here. Inject with the same alpha and rank, or use load_adapter"
-                )
+        forms = {prefix + form_key(entry) for entry in self._lora.entries()}
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in forms]
         by_adapter: dict[str, list[str]] = {}
         for entry in self._lora.entries():
             by_adapter.setdefault(entry.adapter, []).extend(
@@ -208,6 +207,7 @@ def adapted_class(
 
     `reads` are the parameters whose effective value is read, besides the weight of a stock layer.
     """
+    watch_loading()
     stock = mixin.stock(plain)
     key = (plain, mixin, frozenset({*reads, mixin.weight_name} if stock else reads))
     found = _CLASSES.get(key)

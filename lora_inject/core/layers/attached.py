@@ -153,6 +153,7 @@ class Attached:
         self.float32 = False  # whether an adapter on the output asks for float32 arithmetic
         self.time_major = False  # whether its input may have time before batch
         self.gains = False  # whether an adapter on the output has a gain
+        self.given: set[str] = set()  # marks of the entries that a state dict has told the form of
         self.still = False  # whether a forward in training has left the module's buffers alone
         # Marks of the entries that a forward has used so far; and of those that another module read
         # while this one did not run.
@@ -188,6 +189,7 @@ class Attached:
             table.pop(adapter, None)
         self.reads = {param: table for param, table in self.reads.items() if table}
         self.took_part = self.took_part.difference(entry.mark for entry in removed)
+        self.given = self.given.difference(entry.mark for entry in removed)
         self.flat.difference_update(*(entry.names.values() for entry in removed))
         self.last_chosen = (None, ())
         self.float32 = self.float32 and any(map(_in_float32, self.forward.values()))

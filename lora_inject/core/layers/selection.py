@@ -24,7 +24,7 @@ from lora_inject.core.layers.checkpointing import (
 )
 from lora_inject.core.layers.contexts import Context, entered, innermost
 from lora_inject.core.layers.sending import sent
-from lora_inject.core.layers.state_dict import Loading, watch_loading
+from lora_inject.core.layers.state_dict import Loading
 from lora_inject.errors import StateError
 
 
@@ -273,8 +273,6 @@ class Selection:
         self._numbers = dict(numbers)
         self.devices = saved["devices"]
         self.state = self.prepared(self.state)
-        if self.state.merged:
-            watch_loading()
 
 
 def _as_tensor(pairs: list[tuple[int, float]], device: torch.device) -> Tensor:

@@ -1,17 +1,6 @@
-"""What `load_state_dict` may put into an injected model.
-
-A plain base checkpoint loads strictly, an adapter that a state dict holds must be whole,
-and nothing loads into merged weights, which `unmerge` would write over.
-"""
+"""Which keys of an adapter a state dict may lack: all, as a plain base checkpoint does, or none."""
 
 from __future__ import annotations
-
-import functools
-from typing import Any
-
-from torch import nn
-
-from lora_inject.errors import StateError
 
 
 class Loading:
@@ -30,32 +19,3 @@ class Loading:
         elif adapter not in self._present:
             self._forgiven.setdefault(adapter, []).extend(keys)
             self.missing_keys[:] = [key for key in self.missing_keys if key not in keys]
-
-
-@functools.cache
-def watch_loading() -> None:
-    """Refuse, from now on, `load_state_dict` of modules with merged weights.
-
-    A module's own hook is called too late, after its predecessors in the parent were written, and
-    no module knows its parents. So torch's function is wrapped at the first merge of a process.
-    """
-    load = nn.Module.load_state_dict
-
-    @functools.wraps(load)
-    def asked_first(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        for module in self.modules():
-            refuse_loading(module)
-        return load(self, *args, **kwargs)
-
-    nn.Module.load_state_dict = asked_first  # type: ignore[method-assign]
-
-
-def refuse_loading(module: nn.Module) -> None:
-    """Raise if the weights of a module hold a merged adapter."""
-    attached = module.__dict__.get("_lora")
-    if attached is not None and attached.selection.state.merged:
-        raise StateError(
-            "load_state_dict",
-            "the weights hold a merged adapter, and unmerge would write over what is loaded",
-            "Call unmerge(model) first, or eject(model) where the merge kept nothing (undo=False)",
-        )

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from lora_inject.core.functional import MergeReport, Tally, TensorReport
 from lora_inject.core.layers.selection import State
 from lora_inject.core.layers.snapshot import all_or_nothing
-from lora_inject.core.layers.state_dict import watch_loading
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
 from lora_inject.core.model.carried import Root, check_names, reach, refuse_merged, roots_of
 from lora_inject.core.model.eject import eject as take_off
@@ -148,7 +147,6 @@ def merge(
     with waiting, whole, _taken_back(kept, undos, len(targets)):
         root.undo = kept
         selection.replace(State(merged=mix))
-        watch_loading()
         for parameter in trainable:
             parameter.requires_grad_(False)
         _write(targets, undo, undos)

@@ -1,0 +1,200 @@
+"""What a state dict says of adapters besides their tensors, and which one may be loaded.
+
+Tensors tell neither a scale nor which rows they update nor whether the weights beside them hold
+the adapter already. So:
+
+1. An entry has a *form*: a few numbers, equal if its tensors mean the same.
+2. `state_dict` notes forms, and what is merged, in its metadata. `torch.save` keeps that. A file of
+   ours that is read by others as plain tensors has each form as one more tensor.
+3. `load_state_dict` of a module with adapters compares all forms before anything is written.
+4. Without forms, as through safetensors, a dict is taken for one of the model's own if the model
+   has given one. Else nothing is known of it, and it is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.core.layers.attached import Attached, Entry, attached_to, attribute
+from lora_inject.core.spec.names import canonical, joined
+from lora_inject.errors import StateError
+
+# Keys of the forms of a module's entries, by their marks, and of the names of merged adapters.
+FORMS, MERGED = "lora_forms", "lora_merged"
+_ASKED = "load_state_dict"
+_SAME = "Inject with the same config as there, or use save_adapter and load_adapter"
+
+
+class Form(NamedTuple):
+    """What the tensors of an entry mean."""
+
+    scale: float
+    rank: int  # 0 of a trained copy
+    rest: int  # a checksum over slices, experts, variant and rows
+
+
+def form_of(entry: Entry) -> Form:
+    """Return the form of an entry."""
+    if entry.spec is None:
+        return Form(entry.scale or 0.0, 0, _checksum(entry.rows))
+    spec = entry.spec
+    return Form(spec.scale, spec.rank, _checksum(spec.form[2:]))  # after rank and scale
+
+
+def form_key(entry: Entry) -> str:
+    """Return the name, in its module, of the tensor with an entry's form."""
+    return attribute("form", entry.adapter, None if entry.on_output else entry.param)
+
+
+def forms_as_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the forms of all entries in a model as tensors, by keys like those of a state dict."""
+    return {
+        joined(path, form_key(entry)): torch.tensor(form_of(entry), dtype=torch.float64)
+        for path, module in model.named_modules(remove_duplicate=False)
+        if (attached := attached_to(module)) is not None
+        for entry in attached.entries()
+    }
+
+
+def note(attached: Attached, noted: dict[str, Any]) -> None:
+    """Note forms, and what is merged, in a module's part of the metadata of a state dict."""
+    noted[FORMS] = {entry.mark: [form_key(entry), *form_of(entry)] for entry in attached.entries()}
+    if merged := [name for name, _ in attached.selection.state.merged]:
+        noted[MERGED] = merged
+    attached.given |= noted[FORMS].keys()
+
+
+@functools.cache
+def watch_loading() -> None:
+    """Compare, from now on, before `load_state_dict` of modules with adapters writes anything.
+
+    A module's own hook is called too late, after its predecessors in the parent were written, and
+    no module knows its parents. So torch's function is wrapped with the first swapped class.
+    """
+    load = nn.Module.load_state_dict
+
+    @functools.wraps(load)
+    def asked_first(self: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_other_forms(self, state_dict)
+        return load(self, state_dict, *args, **kwargs)
+
+    nn.Module.load_state_dict = asked_first  # type: ignore[method-assign]
+
+
+def refuse_other_forms(model: nn.Module, state_dict: Any) -> None:
+    """Raise if a state dict may not be loaded into the adapters of a model, and their base."""
+    modules = model.named_modules(remove_duplicate=False)
+    there = [(path, held) for path, module in modules if (held := attached_to(module)) is not None]
+    for _, attached in there:
+        refuse_merged_weights(attached)
+    if not there or not isinstance(state_dict, Mapping):
+        return
+    metadata = getattr(state_dict, "_metadata", None) or {}
+    for noted in metadata.values():
+        refuse_merged_dict(noted)
+    keys = {canonical(key): key for key in state_dict}
+    here: dict[str, set[str]] = {}
+    for path, attached in there:
+        refuse_unlike(canonical(path), attached, keys, state_dict, metadata.get(path, {}))
+        for entry in attached.entries():
+            forms = here.setdefault(entry.adapter, set())
+            forms.add(joined(canonical(path), form_key(entry)))
+    for adapter, forms in here.items():
+        noted_there = set(_noted_in(keys, metadata, adapter))
+        for key in noted_there - forms:
+            found = f"adapter {adapter!r} has {key!r} there, and no such site here"
+            raise StateError(_ASKED, found, _SAME)
+        carried = forms & keys.keys()
+        for key in forms - carried if carried else ():
+            found = f"adapter {adapter!r} has {key!r} here, and no such site there"
+            raise StateError(_ASKED, found, _SAME)
+
+
+def refuse_merged_weights(attached: Attached) -> None:
+    """Raise if the weights of a module hold a merged adapter."""
+    if attached.selection.state.merged:
+        raise StateError(
+            _ASKED,
+            "the weights hold a merged adapter, and unmerge would write over what is loaded",
+            "Call unmerge(model) first, or eject(model) where the merge kept nothing (undo=False)",
+        )
+
+
+def refuse_merged_dict(noted: Mapping[str, Any]) -> None:
+    """Raise if the base's weights in a state dict hold an adapter, which would count twice here."""
+    for name in noted.get(MERGED, ()):
+        raise StateError(
+            _ASKED,
+            f"it was taken while {name!r} was merged into the weights, and here an adapter adds "
+            "to them",
+            "Take it after unmerge(model), or load it into the model without adapters",
+        )
+
+
+def refuse_unlike(
+    path: str,
+    attached: Attached,
+    keys: Mapping[str, str],
+    state_dict: Mapping[str, Any],
+    noted: Mapping[str, Any],
+) -> None:
+    """Raise if what a state dict holds for a module's entries means something else here.
+
+    `keys` are those of the dict by their canonical names; `noted` is the module's metadata.
+    """
+    forms = noted.get(FORMS, {})
+    for entry in attached.entries():
+        names = [joined(path, flat) for flat in entry.names.values()]
+        held = next((name for name in names if name in keys), None)
+        _, *form = forms.get(entry.mark, [""])
+        if (carried := joined(path, form_key(entry))) in keys:
+            form = _numbers(state_dict[keys[carried]])
+        if held is None or (not form and entry.mark in attached.given):
+            continue
+        if not form:
+            raise StateError(
+                f"{_ASKED}, {held!r}",
+                "the dict does not say for which scale and slices its tensors were trained: its "
+                "metadata is gone, as through safetensors",
+                "Keep the OrderedDict that state_dict() gives, as torch.save does, or use "
+                "save_adapter and load_adapter",
+            )
+        for what, theirs, ours in _differences(Form(*form), form_of(entry)):
+            found = f"its adapter has {what} {theirs} in the state dict, and {ours} here"
+            raise StateError(f"{_ASKED}, {held!r}", found, _SAME)
+
+
+def _differences(theirs: Form, ours: Form) -> Iterator[tuple[str, str, str]]:
+    """Yield what differs between two forms, and how it is there and here."""
+    if theirs.rank != ours.rank:
+        yield "rank", f"{theirs.rank:g}", f"{ours.rank:g}"
+    if not math.isclose(theirs.scale, ours.scale):
+        yield "scale", f"{theirs.scale:g}", f"{ours.scale:g}"
+    if theirs.rest != ours.rest:
+        yield "slices, rows or a variant", "of its own", "others"
+
+
+def _numbers(tensor: Tensor) -> list[float]:
+    numbers: list[float] = tensor.tolist()
+    return numbers
+
+
+def _noted_in(keys: Mapping[str, str], metadata: Mapping[str, Any], adapter: str) -> Iterator[str]:
+    """Yield the canonical keys of the forms of an adapter that a state dict tells."""
+    of_adapter = attribute("form", adapter)
+    yield from (key for key in keys if key.endswith(of_adapter))
+    for path, noted in metadata.items():
+        for mark, (form, *_) in noted.get(FORMS, {}).items():
+            if joined(canonical(path), mark) in keys and form.endswith(of_adapter):
+                yield joined(canonical(path), form)
+
+
+def _checksum(value: Any) -> int:
+    return zlib.crc32(repr(value).encode())

@@ -1,0 +1,176 @@
+"""What a state dict tells of adapters, through whatever it is sent, and which one is refused.
+
+Another scale, other slices or rows, another rank or other sites under the same keys would compute
+something else than what was trained; merged weights under an adapter would count it twice.
+"""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import fill, same_bits, snapshot
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lora_inject as li
+
+SLICED = {"match": "fc", "slices": {"a": 3, "b": 3}, "adapt": ["a"]}
+CONFIG: dict[str, Any] = {"rank": 2, "alpha": 4, "targets": [SLICED], "tokens": {"embed": [1, 2]}}
+X = torch.arange(6)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.fc = nn.Embedding(6, 4), nn.LayerNorm(4), nn.Linear(4, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.fc(self.norm(self.embed(ids)))
+
+
+def injected(**changes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return fill(li.inject(Net(), CONFIG | changes))
+
+
+def by_torch(state: Any, folder: Path) -> Any:
+    torch.save(state, folder / "state.pt")
+    return torch.load(folder / "state.pt", weights_only=True)
+
+
+def by_safetensors(state: Any, folder: Path) -> Any:
+    save_file(state, folder / "state.safetensors")
+    return load_file(folder / "state.safetensors")
+
+
+def by_hand(state: Any, folder: Path) -> Any:
+    return {key: tensor.clone() for key, tensor in state.items()}
+
+
+WAYS = {"torch.save": by_torch, "safetensors": by_safetensors, "a dict of clones": by_hand}
+OTHERS: dict[str, dict[str, Any]] = {
+    "scale": {"alpha": 64},
+    "slices": {"targets": [SLICED | {"adapt": ["b"]}]},
+    "rows": {"tokens": {"embed": [2, 3]}},
+    "rank": {"rank": 3, "alpha": 6},
+    "no such site": {"targets": ["fc"], "tokens": {}},
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("way", WAYS)
+def test_what_would_mean_something_else_is_refused(
+    way: str, other: str, strict: bool, tmp_path: Path
+) -> None:
+    state = WAYS[way](injected().state_dict(), tmp_path)
+    model = injected(**OTHERS[other])
+    before = snapshot(model)
+    words = "no such site|slices" if other == "no such site" else other
+    words = words if way == "torch.save" else "does not say for which scale and slices"
+    with pytest.raises(li.StateError, match=words):
+        model.load_state_dict(state, strict=strict)
+    assert snapshot(model) == before
+
+
+def test_the_same_config_takes_what_torch_saved(tmp_path: Path) -> None:
+    source = injected()
+    model = injected()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    model.load_state_dict(by_torch(source.state_dict(), tmp_path))
+    assert same_bits(model(X), source(X))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_takes_back_what_it_gave(way: str, tmp_path: Path) -> None:
+    """The best state so far, kept as clones: there is nothing that could differ."""
+    model = injected()
+    wanted, state = model(X), WAYS[way](model.state_dict(), tmp_path)
+    fill(model)
+    for taking in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        taking.load_state_dict(state)
+        assert same_bits(taking(X), wanted)
+    li.inject(model, CONFIG, "later")
+    later = {key: tensor.clone() for key, tensor in injected().state_dict().items()}
+    other = {key.replace("__default", "__later"): tensor for key, tensor in later.items()}
+    with pytest.raises(li.StateError, match="does not say for which scale"):
+        model.load_state_dict(other)
+
+
+@pytest.mark.parametrize("way", ["torch.save", "the dict itself"])
+@pytest.mark.parametrize("kept", ["all", "the base"])
+def test_merged_weights_are_not_loaded_where_an_adapter_adds_to_them(
+    way: str, kept: str, tmp_path: Path
+) -> None:
+    source = injected()
+    wanted = source(X)
+    li.merge(source)
+    state = source.state_dict()
+    for key in [key for key in state if kept == "the base" and "lora" in key]:
+        del state[key]
+    state = by_torch(state, tmp_path) if way == "torch.save" else state
+    model = injected(alpha=4)
+    before = snapshot(model)
+    with pytest.raises(li.StateError, match=r"'default' was merged .* Take it after unmerge"):
+        model.load_state_dict(state)
+    assert snapshot(model) == before
+    plain = Net()
+    plain.load_state_dict(state, strict=kept == "the base")
+    torch.testing.assert_close(plain(X), wanted)
+    li.unmerge(source)
+    model.load_state_dict(source.state_dict())
+    assert same_bits(model(X), wanted)
+
+
+def test_a_part_tells_what_the_whole_tells() -> None:
+    source, model = injected(), injected(alpha=64)
+    buffer = io.BytesIO()
+    torch.save(source.fc.state_dict(), buffer)
+    buffer.seek(0)
+    with pytest.raises(li.StateError, match="scale 2 in the state dict, and 32 here"):
+        model.fc.load_state_dict(torch.load(buffer, weights_only=True))
+
+
+def test_a_base_loads_whatever_its_way(tmp_path: Path) -> None:
+    for way in WAYS.values():
+        torch.manual_seed(1)
+        plain, model = Net(), injected()
+        held = {key: p.detach().clone() for key, p in li.adapter_parameters(model).items()}
+        model.load_state_dict(way(plain.state_dict(), tmp_path))
+        li_state = li.adapter_parameters(model)
+        assert all(torch.equal(li_state[key], tensor) for key, tensor in held.items())
+        assert torch.equal(model.state_dict()["fc.weight"], plain.fc.weight)
+
+
+CALLS: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "by keyword": lambda m, state: m.load_state_dict(state_dict=state, strict=False),
+    "assigned": lambda m, state: m.load_state_dict(state, assign=True),
+    "in DataParallel": lambda m, state: nn.DataParallel(m).load_state_dict(prefixed(state)),
+    "compiled": lambda m, state: torch.compile(m, backend="eager").load_state_dict(
+        prefixed(state, "_orig_mod."), strict=True
+    ),
+}
+
+
+def prefixed(state: Any, prefix: str = "module.") -> Any:
+    made = type(state)((prefix + key, tensor) for key, tensor in state.items())
+    made._metadata = {(prefix + key).rstrip("."): v for key, v in state._metadata.items()}
+    return made
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_however_it_is_loaded(call: str) -> None:
+    source, model = injected(), injected(alpha=64)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    with pytest.raises(li.StateError, match="scale 2 in the state dict, and 32 here"):
+        CALLS[call](model, source.state_dict())
+    assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
+    same = injected()
+    CALLS[call](same, source.state_dict())
+    assert same_bits(same(X), source(X))
