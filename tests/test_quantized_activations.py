@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import fill, same_bits
+from helpers.packages import loaded
 from torch import nn
 
 import lora_inject as li
@@ -68,7 +69,8 @@ def test_experts_in_mxfp4_let_no_adapter_before_them_train() -> None:
     li.install(net, li.adapter_state(trained), base="any")
 
 
-def test_a_scheme_of_compressed_tensors_that_quantizes_activations() -> None:
+def test_a_scheme_of_compressed_tensors_that_quantizes_activations(monkeypatch) -> None:
+    loaded(monkeypatch, "compressed_tensors.quantization")
     net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
     net[1].quantization_scheme = SimpleNamespace(input_activations=object())
     with pytest.raises(li.LayerError, match=r"'1'.*quantizes activations.*dequantize=True"):

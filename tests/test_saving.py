@@ -24,12 +24,12 @@ from conftest import (
     same_bits,
     snapshot,
 )
-from helpers.models import IDS, Net, Packed, TiedDecoder
+from helpers.models import IDS, Net, Packed, PackedKind, TiedDecoder
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.core.layers import linear_kinds
+from lora_inject.core.layers import weight_kinds
 
 CONFIG = {"rank": 2, "alpha": 3}
 FORMATS = {"peft": "adapter", "native": "adapter.safetensors"}
@@ -228,7 +228,7 @@ def test_another_base_is_refused_unless_told(saved: Path, key: str, how: str) ->
 
 
 def test_a_quantized_base_is_named_and_needs_the_argument(saved, monkeypatch) -> None:
-    monkeypatch.setattr(linear_kinds, "MULTIPLY", {(Packed.__module__, "Packed")})
+    monkeypatch.setattr(weight_kinds, "REGISTERED", [PackedKind()])
     model = base()
     model.fc = Packed(model.fc)
     refused(model, saved, "cannot be compared at 1 sites, of which 'fc.weight'")

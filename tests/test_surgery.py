@@ -26,13 +26,14 @@ from conftest import (
     snapshot,
 )
 from helpers.calls import python_calls
-from helpers.models import IDS, Net, Packed, Tied
+from helpers.models import IDS, Net, Packed, PackedKind, Tied
+from helpers.packages import loaded
 from helpers.reference import gpt2_of_two_layers
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lora_inject as li
-from lora_inject.core.layers import linear_kinds
+from lora_inject.core.layers import weight_kinds
 
 RANK2 = {"rank": 2, "alpha": 3}
 
@@ -233,7 +234,7 @@ def test_backward_hooks_see_the_whole_layer() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_quantized_subclass_is_called_untouched(dtype, monkeypatch) -> None:
-    monkeypatch.setattr(linear_kinds, "MULTIPLY", {(Packed.__module__, "Packed")})
+    monkeypatch.setattr(weight_kinds, "REGISTERED", [PackedKind()])
     model = Host(Packed(nn.Linear(5, 6))).to(dtype)
     codes = model.layer.weight
     before = snapshot(model)
@@ -833,8 +834,9 @@ def test_unmerge_refuses_what_is_not_merged() -> None:
         li.merge(parts)
 
 
-def test_a_weight_that_is_unpacked_by_the_first_forward_is_refused_until_then() -> None:
+def test_a_weight_that_is_unpacked_by_the_first_forward_is_refused_until_then(monkeypatch) -> None:
     """As compressed-tensors leaves a linear layer that it has compressed."""
+    loaded(monkeypatch, "compressed_tensors.quantization")
     layer = nn.Linear(8, 8)
     layer.quantization_scheme = object()
     layer.weight_packed = nn.Parameter(torch.zeros(8, 1, dtype=torch.int32), requires_grad=False)

@@ -8,7 +8,6 @@ base that an adapter carries are compared as such.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,9 @@ N_SAMPLES = 16
 # and the found base may each have been rounded. The smallest step of float16 is 2**-24.
 _RELATIVE = 2.0**-7
 _ABSOLUTE = 2.0**-24
+
+# Of a packed tensor: its settings and a few codes, None if it is of no library that is known.
+Described = Callable[[Tensor], Iterable[str] | None]
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,11 @@ def samples(weights: Mapping[str, Tensor]) -> dict[str, tuple[float, ...]]:
     return found
 
 
-def packing(weight: Tensor) -> str:
+def packing(weight: Tensor, described: Described = lambda _: None) -> str:
     """Describe a quantized weight: class, format, block size, and a few of its bytes.
 
     Scales, which devices may round differently, have three digits. The result is empty for a tensor
-    whose values this process does not hold.
+    whose values this process does not hold. `described` tells what is known of a library's tensors.
 
     Examples:
         >>> packing(torch.arange(3, dtype=torch.int8))
@@ -108,32 +110,20 @@ def packing(weight: Tensor) -> str:
     """
     if weight.is_meta or hasattr(weight, "full_tensor"):
         return ""
-    return ", ".join((type(weight).__name__, *_parts(weight)))
+    return ", ".join((type(weight).__name__, *_parts(weight, described)))
 
 
-def _parts(weight: Tensor) -> Iterator[str]:
+def _parts(weight: Tensor, described: Described) -> Iterator[str]:
     """Yield the settings and the inner tensors of a packed tensor."""
-    state = getattr(weight, "quant_state", None)  # bitsandbytes, 4 bits
-    if state is not None:
-        yield f"{state.quant_type}, blocks of {state.blocksize}, {tuple(state.shape)}"
-        yield glimpse(codes_of(weight.data, state).reshape(-1).view(torch.uint8))
-    elif hasattr(weight, "__tensor_flatten__"):  # torchao, quanto
+    if (said := described(weight)) is not None:
+        yield from said
+    elif hasattr(weight, "__tensor_flatten__"):
         names, settings = weight.__tensor_flatten__()
         yield from _settings(settings.items() if isinstance(settings, Mapping) else ())
         for name in names:
-            yield f"{name}: {', '.join(_parts(getattr(weight, name)))}"
+            yield f"{name}: {', '.join(_parts(getattr(weight, name), described))}"
     else:
         yield glimpse(weight)
-
-
-def codes_of(data: Tensor, state: Any) -> Tensor:
-    """Return bitsandbytes' 4-bit codes as stored; inference on some CPUs rearranges them."""
-    if not getattr(state, "packing_format_for_cpu", False):
-        return data
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-    found: Tensor = _convert_weight_packed_for_cpu_inverse(data, copy.copy(state))[0]
-    return found
 
 
 def _settings(items: Iterable[tuple[str, object]]) -> Iterator[str]:

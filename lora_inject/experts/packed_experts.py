@@ -8,7 +8,7 @@ because autograd saves the codes. Any other operation unpacks what it is given.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,7 @@ class PackedExperts(Tensor):
         (torch.Size([2, 32, 3]), [[48.0, 48.0, 48.0]])
     """
 
+    reads_as_sum: ClassVar[bool] = True  # layers.plain_tensors asks
     codes: Tensor
     scales: Tensor
     is_turned: bool

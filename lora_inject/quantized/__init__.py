@@ -1,1 +1,1 @@
-"""Weights that a model holds packed: the values that they stand for, read and written."""
+"""Weights that a model holds packed: one file for each library that packs them, named after it."""

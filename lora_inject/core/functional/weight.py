@@ -20,7 +20,6 @@ from lora_inject.core.functional.gain import Gain, norms_of
 from lora_inject.core.functional.linear import linear
 from lora_inject.core.functional.lookup import embedding
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.experts.packed_experts import PackedExperts
 
 Update = tuple[SiteSpec, Tensor, Tensor, float]
 
@@ -121,8 +120,8 @@ def low_rank(weight: Tensor, updates: Sequence[Update], gain: Gain | None = None
             left = spread(left, site.spans, site.out_features)
         terms.append((right.mT, left.mT, scale) if site.transposed else (left, right, scale))
     float32 = any(site.compute == "float32" for site, *_ in updates)
-    packed = isinstance(weight, PackedExperts)
-    matrix = weight if packed else weight.reshape(*lead, -1, spec.matrix_shape[1])
+    is_matrix = weight.dim() == len(lead) + 2  # a packed one stays packed
+    matrix = weight if is_matrix else weight.reshape(*lead, -1, spec.matrix_shape[1])
     return LowRank(matrix, tuple(terms), float32, (gain, spec.transposed) if gain else None)
 
 

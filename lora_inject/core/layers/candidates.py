@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.adapted import Adapted, plain_class
 from lora_inject.core.layers.kinds import kind_of
-from lora_inject.core.layers.reading import has_own_forward, is_quantized
+from lora_inject.core.layers.plain_tensors import is_quantized
+from lora_inject.core.layers.reading import has_own_forward
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
+from lora_inject.core.layers.weight_kinds import reason_against
 from lora_inject.core.spec.inventory import Candidate, Geometry, Inventory
 from lora_inject.core.spec.names import is_bias, joined, parent
 
@@ -176,9 +178,8 @@ class _Listing:
                 "torch.nn.utils.parametrize.remove_parametrizations first"
             )
             return found, remedy
-        if parameter is None and hasattr(module, "quantization_scheme"):
-            found = "compressed-tensors unpacks its weight when the model first runs"
-            return found, "Run the model once, or load it with dequantize=True, then inject"
+        if (reason := reason_against("inject", module, parameter)) is not None:
+            return reason
         if parameter is None:
             found = f"{cls} holds no parameter {key!r} of its own"
             remedy = "Name what it is computed of ('weight_v' of weight_norm), or remove that"

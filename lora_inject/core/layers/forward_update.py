@@ -18,11 +18,15 @@ from lora_inject.core.functional.factors import Factors, compute_dtype
 from lora_inject.core.functional.gain import updated_norms
 from lora_inject.core.layers.adapted import Adapted
 from lora_inject.core.layers.attached import Entry, Recipe, factors_of, held_by
-from lora_inject.core.layers.reading import PLAIN, is_quantized
+from lora_inject.core.layers.plain_tensors import PLAIN, is_quantized
 from lora_inject.core.layers.selection import State
 from lora_inject.core.layers.sending import queue_of
+from lora_inject.core.layers.weight_kinds import (
+    UNKNOWN,
+    dense,
+    weight_kind,
+)
 from lora_inject.errors import LayerError, article
-from lora_inject.quantized.dense_values import dense, kind_of_weight
 from lora_inject.rows.routed import chosen_factors, routed_update
 from lora_inject.rows.routing import Routing, eligible, routing_of
 
@@ -110,7 +114,7 @@ class ForwardUpdate(Adapted):
 
     def _lora_gain(self, entry: Entry, weight: Any, recipes: Iterable[Recipe]) -> Tensor:
         """Return the gains of an adapter's outputs `(out,)`, with a gradient to its magnitude."""
-        if is_quantized(weight) and kind_of_weight(self, weight) is not None:
+        if is_quantized(weight) and weight_kind(self, weight) is not UNKNOWN:
             weight = dense(self, weight)
         elif type(weight) not in PLAIN:
             raise LayerError(

@@ -21,29 +21,22 @@ from lora_inject.core.functional.linear import frozen_output
 from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.attached import Entry, held_by
 from lora_inject.core.layers.forward_update import ForwardUpdate
-from lora_inject.core.layers.reading import PLAIN, trained
+from lora_inject.core.layers.plain_tensors import PLAIN
+from lora_inject.core.layers.reading import trained
 from lora_inject.core.layers.selection import State
+from lora_inject.core.layers.weight_kinds import (
+    defines_forward,
+    multiplies,
+    packed_weight,
+)
 from lora_inject.core.spec.inventory import Geometry
 from lora_inject.errors import LayerError
-from lora_inject.quantized.dense_values import packed_weight
 from lora_inject.rows.routed_forward import adds_bias, apart
 from lora_inject.rows.routing import routing_of
 from lora_inject.trials.ranges import ranged_linear
 
 # Classes of other libraries are known by where they are defined, so that none need be imported.
 CONV1D = ("transformers.pytorch_utils", "Conv1D")
-# Their forward multiplies x by the weight, or by what a packed one stands for, and nothing else. A
-# packed weight cannot be read as W + delta, so the update must be added to the output.
-MULTIPLY = {
-    ("bitsandbytes.nn.modules", "Linear4bit"),
-    ("bitsandbytes.nn.modules", "Linear8bitLt"),
-    ("optimum.quanto.nn.qlinear", "QLinear"),
-    ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear"),
-    ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Linear"),
-    ("transformers.integrations.finegrained_fp8", "FP8Linear"),
-    ("transformers.integrations.metal_quantization", "MetalLinear"),
-    ("transformers.models.falcon.modeling_falcon", "FalconLinear"),
-}
 
 
 class LoRALinear(ForwardUpdate):
@@ -77,11 +70,7 @@ class LoRALinear(ForwardUpdate):
     def adds_to_output(cls, module: nn.Module) -> bool:
         """Return whether the layer is stock, or known to multiply by its weight."""
         plain = plain_class(type(module))
-        return (
-            cls.stock(plain)
-            or _defines_forward(plain) in MULTIPLY
-            or packed_weight(plain) is not None
-        )
+        return cls.stock(plain) or multiplies(plain)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the layer with the adapters that take part: by rows, with a gain, or as a sum.
@@ -248,7 +237,7 @@ class LoRAConv1D(LoRALinear):
     @staticmethod
     def stock(plain: type[nn.Module]) -> bool:
         """Return whether `forward` is Conv1D's own, and the weight a parameter."""
-        return _defines_forward(plain) == CONV1D and not hasattr(plain, "weight")
+        return defines_forward(plain) == CONV1D and not hasattr(plain, "weight")
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -256,9 +245,3 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
     lowers = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if lowers else x.dtype
-
-
-def _defines_forward(plain: type) -> tuple[str, str]:
-    """Return the module and the name of the class whose `forward` a class has."""
-    owner = next(c for c in plain.__mro__ if "forward" in c.__dict__)
-    return owner.__module__, owner.__qualname__

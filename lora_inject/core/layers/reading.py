@@ -13,8 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import _symbolic_trace
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -29,28 +27,18 @@ from lora_inject.core.layers.attached import (
     saving_hooks,
 )
 from lora_inject.core.layers.checkpointing import refuse_dead_checkpoint
+from lora_inject.core.layers.plain_tensors import PLAIN, reads_as_sum
 from lora_inject.core.layers.readers import computes, running_module
 from lora_inject.core.layers.selection import State
 from lora_inject.core.layers.sending import sent_once
 from lora_inject.errors import LayerError, article
 from lora_inject.experts.lazy import lazy_weight
-from lora_inject.experts.packed_experts import PackedExperts
 from lora_inject.rows.routed_forward import adds_bias, adds_rows
 
 # Older torch has the second only.
 _is_tracing: Callable[[], bool] = getattr(
     _symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing
 )
-
-# Tensors that W + delta can be formed from: neither packed nor sharded, or their fakes in a trace.
-PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
-
-
-def is_quantized(weight: Tensor) -> bool:
-    """Whether a weight is packed, so that its elements are not its values."""
-    plain = weight.is_floating_point() and weight.element_size() >= 2
-    sharded = hasattr(weight, "full_tensor")  # a DTensor, with the elements that it has here
-    return not plain or (type(weight) not in PLAIN and not sharded)
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -169,7 +157,7 @@ class Reading(nn.Module):
             return raw
         if _is_tracing():
             refuse_symbolic_trace()
-        if type(raw) not in (*PLAIN, PackedExperts):
+        if type(raw) not in PLAIN and not reads_as_sum(raw):
             return self._lora_other(raw, taking, outside)
         # A value read under no_grad would cut the gradient of a later read in the same forward.
         key, cache = (param, torch.is_grad_enabled()), attached.reads_so_far()

@@ -20,10 +20,14 @@ from lora_inject.core.layers.adapted import WeightUpdate
 from lora_inject.core.layers.attached import Attached, Entry, attached_to, attribute, refuse_mixed
 from lora_inject.core.layers.class_swap import check_swappable, swap
 from lora_inject.core.layers.kinds import mixin_for
-from lora_inject.core.layers.reading import is_quantized
+from lora_inject.core.layers.plain_tensors import is_quantized, reads_as_sum
 from lora_inject.core.layers.selection import Selection, State
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.weight_kinds import (
+    begin_training,
+    weight_kind,
+)
 from lora_inject.core.model.carried import (
     ROOT,
     ROOT_MODULES,
@@ -40,10 +44,7 @@ from lora_inject.core.spec.names import Below
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 from lora_inject.distributed.sharding import fsdp2_modules, refuse_sharded, reshard
 from lora_inject.errors import LayerError, StateError
-from lora_inject.experts.packed_experts import PackedExperts
 from lora_inject.integrations.stand_ins import stand_in
-from lora_inject.quantized.dense_values import why_no_norms
-from lora_inject.quantized.quantized_layers import forbid_packing
 
 
 def survey_for(model: nn.Module, name: str, *, loads: bool = False) -> Survey:
@@ -145,16 +146,18 @@ def _why_not_values(place: Carried) -> Iterator[tuple[str, str]]:
     if gained and spec.why_no_gain:
         found = f"variant {spec.variant} on {spec.why_no_gain}"
         yield found, "Train it with variant: lora"
-    fits = place.entry.on_output or isinstance(weight, PackedExperts)
+    fits = place.entry.on_output or reads_as_sum(weight)
     if packed and not place.entry.on_output and fits and spec.compute == "float32":
         yield "compute: float32 would unpack all experts at once", "Use compute: base"
-    hidden = why_no_norms(module, weight) if packed and gained and fits else None
+    hidden = None
+    if packed and gained and fits:
+        hidden = weight_kind(module, weight).why_not("norms", module, weight)
     if packed and (hidden or derived or not fits):
         reader = f"init {spec.init}" if derived else f"variant {spec.variant}"
         reader = reader if fits else "a weight update"
         wants = ["the layer rather than its weight"] * (not fits)
         wants += ["variant: lora"] * bool(hidden) + ["an init that does not start from W"] * derived
-        packed += f": {hidden}" if hidden else ""
+        packed += f": {hidden.found}" if hidden else ""
         yield f"{reader} reads its values, and they are {packed}", f"Use {' and '.join(wants)}"
 
 
@@ -210,7 +213,7 @@ def attach(
         structure_changed()
         stand_in(modules, root.carrying[name])
         if train:
-            forbid_packing(modules)
+            begin_training(modules)
         if activate:
             others = () if train else selection.state.active  # of other parts of the model
             selection.replace(State(active=(*others, (name, 1.0))))

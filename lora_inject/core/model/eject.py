@@ -13,6 +13,7 @@ from lora_inject.core.layers.class_swap import narrow, unswap
 from lora_inject.core.layers.selection import State
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.weight_kinds import end_training
 from lora_inject.core.model.carried import (
     ROOT,
     ROOT_MODULES,
@@ -30,7 +31,6 @@ from lora_inject.core.model.carried import (
 from lora_inject.distributed.sharding import fsdp2_modules, reshard, sharded_by
 from lora_inject.errors import LayerError
 from lora_inject.integrations.stand_ins import give_back
-from lora_inject.quantized.quantized_layers import allow_packing
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -83,7 +83,7 @@ def eject(model: M, name: str | None = None) -> M:
         structure_changed()
         give_back(modules.values())
         if not any(reach(one.model).names for one in walked):
-            allow_packing(modules.values())
+            end_training(modules.values())
     return model
 
 

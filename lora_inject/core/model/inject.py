@@ -17,8 +17,9 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import in_memory
 from lora_inject.core.functional import master_dtype, norms_of
 from lora_inject.core.layers.candidates import inventory
-from lora_inject.core.layers.reading import is_quantized
+from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Survey, memory_of
+from lora_inject.core.layers.weight_kinds import dense
 from lora_inject.core.model.attach import attach, places, refuse_statistics, survey_for
 from lora_inject.core.model.carried import Carried, reach, records_of
 from lora_inject.core.model.fit_state import Base, fit
@@ -32,7 +33,6 @@ from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.distributed.sharding import check_shardable, fsdp2_modules, shard_adapter
 from lora_inject.errors import FormatError, StateError, check_type, user_path
-from lora_inject.quantized.dense_values import dense
 
 M = TypeVar("M", bound=nn.Module)
 

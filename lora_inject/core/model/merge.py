@@ -23,6 +23,7 @@ from lora_inject.core.functional import MergeReport, Tally, TensorReport
 from lora_inject.core.layers.selection import State
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
+from lora_inject.core.layers.weight_kinds import Undo, claims, in_dtype
 from lora_inject.core.model.carried import Root, check_names, reach, refuse_merged, roots_of
 from lora_inject.core.model.eject import eject as take_off
 from lora_inject.core.model.merge_targets import (
@@ -30,6 +31,7 @@ from lora_inject.core.model.merge_targets import (
     Target,
     check_results,
     check_ties,
+    dtype_of,
     merge_targets,
     not_finite,
     refuse_new_ties,
@@ -37,15 +39,8 @@ from lora_inject.core.model.merge_targets import (
 )
 from lora_inject.core.model.select import weights_of
 from lora_inject.core.model.train import trainable_tensors
-from lora_inject.core.spec.names import joined
-from lora_inject.errors import StateError, check_type
-from lora_inject.quantized.quantized_layers import (
-    Layer,
-    dtype_of,
-    refuse_fixed_class,
-    replace_weight,
-    said_quantized,
-)
+from lora_inject.core.spec.names import joined, parent
+from lora_inject.errors import LayerError, StateError, check_type
 
 M = TypeVar("M", bound=nn.Module)
 Mix = tuple[tuple[str, float], ...]
@@ -66,7 +61,7 @@ class _Merged:
     def say_no_more(self, survey: Survey, *, quantized: bool, tied: bool) -> None:
         """Remove from models and configs what is not true of merged weights any more."""
         if quantized:
-            self.said += said_quantized(survey)
+            self.said += claims(module for _, module in survey.modules)
         for owner, attributes in self.said:
             for name in attributes:
                 delattr(owner, name)
@@ -135,8 +130,9 @@ def merge(
     check_ties(survey, untied, eject)
     for target in targets:
         if isinstance(target.into, torch.dtype):
-            asked = f"merge into {target.name!r}"
-            refuse_fixed_class(target.holder.module, target.weight, asked)
+            reason = target.kind.why_not("replace", target.holder.module, target.weight)
+            if reason is not None:
+                raise LayerError(f"merge into {target.name!r}", *reason)
     check_results(targets, min_kept, undo)
 
     undos: list[_Undo] = []
@@ -219,7 +215,7 @@ def _write(targets: list[Target], undo: bool, undos: list[_Undo]) -> None:
             target.tally = Tally() if target.terms else None
             weight = target.replacement(target.tally)
             written = target.written
-            layer = replace_weight(holder.module, holder.param, weight)
+            layer = target.kind.write(holder.module, holder.param, weight)
             target.holder = holder = written
             undos.append(_Undo(holder, weight, before, layer=layer))
         elif left := [other for other in target.sharers if other not in untied]:
@@ -304,18 +300,31 @@ def _folded(survey: Survey, targets: list[Target]) -> Iterator[tuple[str, Tensor
     by_name = {target.name: target for target in targets}
     # One trained copy under all names of a tied tensor is one target.
     tied = {memory_of(target.weight): target for target in targets if not target.sharers}
-    packed = {id(target.holder.module): target for target in targets if target.becomes_linear}
+    # A bias has the dtype of the products that it is added to.
+    unpacked = [target for target in targets if isinstance(target.into, torch.dtype)]
+    biases = {parent(target.written.name): target.dtype for target in unpacked}
+    layers = {id(target.holder.module): target for target in unpacked if target.replaces_layer}
     for path, module in survey.modules:
-        if target := packed.get(id(module)):
-            weight = target.formed()
-            yield target.written.name, weight
-            if isinstance(bias := getattr(module, "bias", None), Tensor):
-                yield joined(path, "bias"), bias.detach().to(weight.dtype)
-            continue
-        for key, parameter in survey.own[id(module)].items():
+        layer = layers.get(id(module))
+        if layer is not None:
+            yield from _replaced(path, layer)
+        for key, parameter in survey.own[id(module)].items() if layer is None else ():
             full = joined(path, key)
             target = by_name.get(full) or tied.get(memory_of(parameter))
-            yield full, parameter.detach() if target is None else target.formed()
+            if target is not None:
+                yield full, target.formed()
+            elif key == "bias" and path in biases:
+                yield full, in_dtype(parameter, biases[path]).detach()
+            else:
+                yield full, parameter.detach()
+
+
+def _replaced(path: str, layer: Target) -> Iterator[tuple[str, Tensor]]:
+    """Yield weight and bias of a quantizer's layer as the plain one has them."""
+    yield layer.written.name, layer.formed()
+    bias = getattr(layer.holder.module, "bias", None)
+    if isinstance(bias, Tensor):
+        yield joined(path, "bias"), in_dtype(bias, layer.dtype).detach()
 
 
 def unmerge(model: M, *, discard: bool = False) -> M:
@@ -375,7 +384,7 @@ class _Undo:
     # The values before as a matrix; None where `before` still has them or nothing is kept.
     original: Tensor | None = None
     partner: Holder | None = None  # of an untied tensor: who else held its memory, and still does
-    layer: Layer | None = None  # of a quantized weight that was replaced: the state of its layer
+    layer: Undo | None = None  # of a quantized weight that was replaced: the state of its layer
     written: tuple[torch.dtype, Tensor] | None = None  # dtype and `_checksum` of what was written
 
     @property

@@ -26,18 +26,34 @@ from lora_inject.core.functional import (
     mix_copies,
 )
 from lora_inject.core.layers.attached import Entry, refuse_mixed
-from lora_inject.core.layers.reading import is_quantized
+from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
+from lora_inject.core.layers.weight_kinds import (
+    UNKNOWN,
+    Verb,
+    WeightKind,
+    dense,
+    packed_weight,
+    reason_against,
+    weight_kind,
+)
 from lora_inject.core.model.carried import whole_adapter
 from lora_inject.core.spec.names import joined
 from lora_inject.distributed.sharding import reshard, sharded_by
 from lora_inject.errors import LayerError, StateError
-from lora_inject.experts.packed_experts import PackedExperts
-from lora_inject.quantized.dense_values import dense, why_not_dense
-from lora_inject.quantized.quantized_layers import quantized_again, quantized_weights
 
 Into = torch.dtype | Literal["same"] | None
 """Target of a quantized weight: a plain dtype, its own format, or None for an error."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_of(dequantize: str | torch.dtype) -> torch.dtype:
+    """Return the dtype of a name."""
+    name = str(dequantize).removeprefix("torch.")
+    if name not in DTYPES:
+        remedy = f"Use one of {list(DTYPES)}"
+        raise LayerError(f"dequantize={name!r}", "the dtype is not known", remedy)
+    return DTYPES[name]
 
 
 @dataclass
@@ -72,16 +88,22 @@ class Target:
         return (self.weight.shape[0] if self.weight.dim() and not self.into else 1, -1)
 
     @property
-    def becomes_linear(self) -> bool:
-        """Whether the layer, whose weight is quantized, is written as an `nn.Linear`."""
-        return isinstance(self.into, torch.dtype) and not isinstance(self.weight, PackedExperts)
+    def kind(self) -> WeightKind:
+        """How the layer holds a quantized weight."""
+        return weight_kind(self.holder.module, self.weight)
+
+    @property
+    def replaces_layer(self) -> bool:
+        """Whether the layer, whose weight is quantized, is written as a plain one."""
+        plain = isinstance(self.into, torch.dtype)
+        return plain and self.kind.replaces_layer(self.holder.module, self.weight)
 
     @property
     def written(self) -> Holder:
         """Where the weight stands once it is written."""
         name, module, param = self.holder
         name = name.removesuffix(param) + "weight"
-        return Holder(name, module, "weight") if self.becomes_linear else self.holder
+        return Holder(name, module, "weight") if self.replaces_layer else self.holder
 
     @property
     def dtype(self) -> torch.dtype:
@@ -182,7 +204,7 @@ class Target:
         values = self.formed(None if self.into == "same" else tally)
         if self.into != "same":
             return nn.Parameter(values, requires_grad=False)
-        weight = quantized_again(self.holder.module, self.weight, values)
+        weight = self.kind.packed(self.holder.module, self.weight, values)
         if tally is not None:
             before, now = self._values(), dense(self.holder.module, weight)
             tally.count(before, values - before, values - now)
@@ -206,7 +228,7 @@ def merge_targets(
             entries.setdefault(holder, []).append((entry, weight))
     for taking in entries.values():
         refuse_mixed(taking)
-    for holder in quantized_weights(survey) if isinstance(into, torch.dtype) else ():
+    for holder in _quantized_weights(survey) if isinstance(into, torch.dtype) else ():
         found.setdefault(holder, Target(holder))
     for target in found.values():
         for reason in _why_not(target, into):
@@ -215,6 +237,20 @@ def merge_targets(
         target.sharers = [one for one in survey.sharing(target.weight) if one != target.holder]
     _refuse_overlaps(survey, {memory_of(t.weight): t.name for t in found.values()})
     return _once_if_tied(found)
+
+
+def _quantized_weights(survey: Survey) -> Iterator[Holder]:
+    """Yield every layer that holds a quantized weight of a library, and the weight's name."""
+    for path, module in survey.modules:
+        name = packed_weight(type(module))
+        if name is not None and name in module._buffers:
+            yield Holder(joined(path, name), module, name)
+    for holder in survey.holders:
+        weight = holder.tensor
+        if is_quantized(weight):
+            kind = weight_kind(holder.module, weight)
+            if type(weight) is not nn.Parameter or kind is not UNKNOWN:
+                yield holder
 
 
 def _add_entry(target: Target, entry: Entry, weight: float) -> None:
@@ -250,9 +286,8 @@ def _why_not(target: Target, into: Into) -> Iterator[tuple[str, str]]:
     if is_quantized(weight):
         yield from _why_not_quantized(target, into)
         return
-    if hasattr(target.holder.module, "quantization_scheme"):
-        remedy = "Load the base in 16 bits, CompressedTensorsConfig(dequantize=True), merge there"
-        yield "its layer is quantized by compressed-tensors, whose checkpoints hold no sum", remedy
+    if (reason := reason_against("merge", target.holder.module, weight)) is not None:
+        yield reason
     shape = target.terms[0].spec.weight_shape if target.terms else weight.shape
     if not target.terms and target.copies[0][2] is None:
         shape = target.copies[0][0].shape
@@ -270,13 +305,14 @@ def _why_not(target: Target, into: Into) -> Iterator[tuple[str, str]]:
 
 
 def _why_not_quantized(target: Target, into: Into) -> Iterator[tuple[str, str]]:
-    module, weight = target.holder.module, target.weight
+    module, weight, kind = target.holder.module, target.weight, target.kind
+    verb: Verb = "requantize" if into == "same" else "dequantize"
     found = f"the weight is quantized ({type(weight).__name__}, {weight.dtype})"
-    if reason := why_not_dense(module, weight, again=into == "same"):
-        yield f"{found}: {reason}", "Load the adapter onto the base in 16 bits and merge there"
+    if (reason := kind.why_not(verb, module, weight)) is not None:
+        yield f"{found}: {reason.found}", reason.remedy
     if into is None:
         remedy = 'Write plain floats, merge(model, dequantize="bfloat16")'
-        if why_not_dense(module, weight, again=True) is None:
+        if kind.why_not("requantize", module, weight) is None:
             remedy += ", or its own format, merge(model, requantize=True)"
         yield found, remedy
     if target.copies:

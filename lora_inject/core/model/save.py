@@ -26,6 +26,7 @@ from lora_inject.core.files.disk import replace_file
 from lora_inject.core.files.together import write_together
 from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.weight_kinds import described
 from lora_inject.core.model.carried import (
     Carried,
     adapted_modules,
@@ -180,7 +181,11 @@ def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
     return Fingerprint(
         shapes={name: tuple(weight.shape) for name, weight in weights.items()},
         samples=known,
-        quantized={name: packing(weight) for name, weight in weights.items() if name not in known},
+        quantized={
+            name: packing(weight, described)
+            for name, weight in weights.items()
+            if name not in known
+        },
     )
 
 

@@ -6,17 +6,21 @@ An adapter's tensors require gradients where `train_only` named it, and the base
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
 
-from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.weight_kinds import (
+    Reason,
+    begin_training,
+    loaded_kinds,
+    reason_against,
+)
 from lora_inject.core.model.carried import (
     adapted_modules,
     check_names,
@@ -28,11 +32,6 @@ from lora_inject.core.model.carried import (
 from lora_inject.core.spec.names import joined
 from lora_inject.distributed.sharding import refuse_unreduced, reshard
 from lora_inject.errors import LayerError, StateError, check_type
-from lora_inject.quantized.dense_values import packed_weight
-from lora_inject.quantized.quantized_layers import forbid_packing
-
-# What torchao's tensors call it: Int8Tensor and Float8Tensor, IntxUnpackedToInt8Tensor.
-_DYNAMIC = ("act_quant_kwargs", "activation_quantization")
 
 
 def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
@@ -65,7 +64,7 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
         for trains, parameter in parameters:
             parameter.requires_grad_(trains)
         if wanted:
-            forbid_packing(module for _, module in survey.modules)
+            begin_training(module for _, module in survey.modules)
         for record in records:
             record.trainable |= wanted & record.carrying.keys()
     forget_gradients(parameter for trains, parameter in parameters if not trains)
@@ -86,44 +85,20 @@ def refuse_dead_inputs(survey: Survey, asked: str) -> None:
     Such layers compute without autograd: whatever lies before them would get a part of its
     gradient, or none.
     """
-    for name, how, remedy in _dead(survey):
-        found = f"its {how}, through which no gradient reaches the layers before it"
+    for name, reason in _dead(survey):
+        found = f"its {reason.found}, through which no gradient reaches the layers before it"
         serves = "an adapter that was trained elsewhere can be loaded onto it"
-        raise LayerError(f"{asked}, {name!r}", found, f"{remedy}; {serves}")
+        raise LayerError(f"{asked}, {name!r}", found, f"{reason.remedy}; {serves}")
 
 
-def _dead(survey: Survey) -> Iterator[tuple[str, str, str]]:
-    """Yield names of weights and layers, how each computes, and what to use instead."""
-    for holder in survey.holders:
-        name, weight = holder.name, holder.tensor
-        plain = type(weight) is nn.Parameter
-        if not plain and any(getattr(weight, key, None) is not None for key in _DYNAMIC):
-            remedy = "Quantize the weights only (torchao: Int8WeightOnlyConfig)"
-            yield name, f"{type(weight).__name__} quantizes activations as it runs", remedy
-    # Their matmul_ogs launches kernels into a new tensor.
-    mxfp4 = getattr(sys.modules.get("transformers.integrations.mxfp4"), "Mxfp4GptOssExperts", ())
-    for name, module in survey.modules:
-        scheme = getattr(module, "quantization_scheme", None)  # of compressed-tensors
-        acts = ("input_activations", "output_activations")
-        if any(getattr(scheme, each, None) is not None for each in acts):
-            remedy = "Load the base with CompressedTensorsConfig(dequantize=True)"
-            yield name, f"{type(module).__name__} quantizes activations as it runs", remedy
-        kernel = plain_class(type(module))
-        if packed_weight(kernel) and not _trains(kernel):
-            remedy = 'Load the base with a kernel that trains (backend="auto_trainable")'
-            yield name, f"{kernel.__name__} is a kernel for inference", remedy
-        if isinstance(module, mxfp4):
-            remedy = "Load the base within lora_inject.packed_experts(), which keeps 4 bits, "
-            remedy += "or with Mxfp4Config(dequantize=True)"
-            yield name, "experts compute in MXFP4 by kernels for inference", remedy
-
-
-def _trains(kernel: Any) -> bool:
-    """Whether a layer hands a gradient to its input, as gptqmodel states it of its kernels."""
-    stated = (
-        getattr(kernel, f"SUPPORTS_TRAINING{each}", None) for each in ("", "_USE_TORCH_KERNEL")
-    )
-    return any(stated) or not hasattr(kernel, "SUPPORTS_TRAINING")
+def _dead(survey: Survey) -> Iterator[tuple[str, Reason]]:
+    """Yield names of layers and weights that hand no gradient on, with the reason."""
+    for path, module in survey.modules if loaded_kinds() else ():
+        held: dict[str, Tensor | None] = {path: None}
+        held |= {joined(path, key): weight for key, weight in survey.own[id(module)].items()}
+        for name, weight in held.items():
+            if (reason := reason_against("train", module, weight)) is not None:
+                yield name, reason
 
 
 def trainable_tensors(

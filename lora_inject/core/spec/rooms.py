@@ -18,6 +18,35 @@ ROOMS = {
 """What is asked for, to the module that answers."""
 
 
+_QUANTIZED = "lora_inject.quantized"
+_TRANSFORMERS = "transformers.integrations"
+
+WEIGHT_KINDS = (
+    ("bitsandbytes.nn.modules", f"{_QUANTIZED}.bitsandbytes:BitsAndBytes4"),
+    ("bitsandbytes.nn.modules", f"{_QUANTIZED}.bitsandbytes:BitsAndBytes8"),
+    ("compressed_tensors.quantization", f"{_QUANTIZED}.compressed_tensors:CompressedTensors"),
+    ("gptqmodel.nn_modules.qlinear", f"{_QUANTIZED}.gptqmodel:Kernel"),
+    ("hqq.core.quantize", f"{_QUANTIZED}.hqq:HQQ"),
+    ("lora_inject.experts.packed_experts", f"{_QUANTIZED}.mxfp4_experts:PackedStack"),
+    ("optimum.quanto.nn.qlinear", f"{_QUANTIZED}.quanto:Quanto"),
+    ("torchao", f"{_QUANTIZED}.torchao:TorchAO"),
+    (f"{_TRANSFORMERS}.fbgemm_fp8", f"{_QUANTIZED}.transformers_linears:Multiplies"),
+    (f"{_TRANSFORMERS}.finegrained_fp8", f"{_QUANTIZED}.transformers_linears:FineGrained"),
+    (f"{_TRANSFORMERS}.metal_quantization", f"{_QUANTIZED}.transformers_linears:Multiplies"),
+    (f"{_TRANSFORMERS}.mxfp4", f"{_QUANTIZED}.mxfp4_experts:KernelExperts"),
+    ("transformers.models.falcon.modeling_falcon", f"{_QUANTIZED}.transformers_linears:Multiplies"),
+    ("transformers.quantizers.base", f"{_QUANTIZED}.transformers_quantizers:Quantized"),
+)
+"""Ways in which a weight is held packed, asked in this order: the module of the library that has to
+be loaded, and the class that knows it (`core/layers/weight_kinds.py`)."""
+
+WEIGHT_KINDS_OF_ANY = (
+    f"{_QUANTIZED}.own_values:OfTensor",
+    f"{_QUANTIZED}.own_values:OfLayer",
+)
+"""Those of whatever library, asked last."""
+
+
 def room(name: str) -> Any:
     """Return the module that answers.
 
@@ -26,3 +55,14 @@ def room(name: str) -> Any:
         'lora_inject.formats.from_peft'
     """
     return import_module(ROOMS[name])
+
+
+def standing_at(path: str) -> Any:
+    """Return what a row names as `module:name`.
+
+    Examples:
+        >>> standing_at("lora_inject.quantized.hqq:HQQ").__name__
+        'HQQ'
+    """
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)

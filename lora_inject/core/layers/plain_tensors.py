@@ -1,0 +1,26 @@
+"""Tensors whose elements are the values of a weight, and those whose elements are not."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+# Tensors that W + delta can be formed from: neither packed nor sharded, or their fakes in a trace.
+PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a weight is packed, so that its elements are not its values."""
+    plain = weight.is_floating_point() and weight.element_size() >= 2
+    sharded = hasattr(weight, "full_tensor")  # a DTensor, with the elements that it has here
+    return not plain or (type(weight) not in PLAIN and not sharded)
+
+
+def reads_as_sum(weight: Tensor) -> bool:
+    """Whether a packed weight reads as W + delta, without being unpacked as a whole.
+
+    The class of the tensor says so (`reads_as_sum = True`) if what is selected, transposed or
+    multiplied stays packed.
+    """
+    return getattr(type(weight), "reads_as_sum", False)

@@ -1,0 +1,42 @@
+"""compressed-tensors: plain layers with a scheme.
+
+It unpacks their weights when the model first runs, and puts a forward onto each instance, which
+calls that of the class.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lora_inject.core.layers.weight_kinds import Reason, Verb, WeightKind, defines_forward
+
+_LAYER = ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear")
+_ACTIVATIONS = ("input_activations", "output_activations")
+
+
+class CompressedTensors(WeightKind):
+    """Every weight of a layer with a `quantization_scheme`."""
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether the layer has a scheme."""
+        return hasattr(module, "quantization_scheme")
+
+    def multiplies(self, cls: type[nn.Module]) -> bool:
+        """Return whether the forward is that of transformers' layer for its float8 weights."""
+        return defines_forward(cls) == _LAYER
+
+    def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
+        """Return why a weight is not there yet, holds no sum, or passes no gradient."""
+        scheme = getattr(module, "quantization_scheme", None)
+        if verb == "inject" and weight is None:
+            found = "compressed-tensors unpacks its weight when the model first runs"
+            remedy = "Run the model once, or load it with dequantize=True, then inject"
+            return Reason(found, remedy)
+        if verb == "merge":
+            found = "its layer is quantized by compressed-tensors, whose checkpoints hold no sum"
+            remedy = "Load the base in 16 bits, CompressedTensorsConfig(dequantize=True), merge "
+            return Reason(found, f"{remedy}there")
+        if verb == "train" and any(getattr(scheme, key, None) is not None for key in _ACTIVATIONS):
+            found = f"{type(module).__name__} quantizes activations as it runs"
+            return Reason(found, "Load the base with CompressedTensorsConfig(dequantize=True)")
+        return super().why_not(verb, module, weight)

@@ -1,0 +1,41 @@
+"""Experts in MXFP4: our packed stacks, and transformers' modules, which compute by kernels."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import Tensor, nn
+
+from lora_inject.core.layers.weight_kinds import Reason, Verb, WeightKind
+from lora_inject.experts.packed_experts import PackedExperts
+
+_KERNELS = "transformers.integrations.mxfp4"
+
+
+class PackedStack(WeightKind):
+    """A parameter that is a `PackedExperts`: a plain stack takes its place."""
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether it is one."""
+        return isinstance(weight, PackedExperts)
+
+    def dense(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """Return the values of all experts."""
+        values: Tensor = weight.dequantize()
+        return values
+
+
+class KernelExperts(WeightKind):
+    """`Mxfp4GptOssExperts`, whose matmul_ogs launches kernels into a new tensor."""
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether the module is one of them."""
+        return isinstance(module, getattr(sys.modules[_KERNELS], "Mxfp4GptOssExperts", ()))
+
+    def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
+        """Return why nothing below them trains."""
+        if verb == "train":
+            remedy = "Load the base within lora_inject.packed_experts(), which keeps 4 bits, "
+            remedy += "or with Mxfp4Config(dequantize=True)"
+            return Reason("experts compute in MXFP4 by kernels for inference", remedy)
+        return super().why_not(verb, module, weight)

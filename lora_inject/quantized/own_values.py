@@ -1,0 +1,75 @@
+"""Packed weights of whatever library that say their values: by a `dequantize` of their own.
+
+It is a method of the tensor's class, or one of the layer's class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_inject.core.layers.adapted import plain_class
+from lora_inject.core.layers.plain_tensors import is_quantized
+from lora_inject.core.layers.weight_kinds import (
+    Reason,
+    Undo,
+    Verb,
+    WeightKind,
+)
+from lora_inject.quantized.plain_layers import (
+    LayerKind,
+    become_plain,
+    package_of,
+    why_class_is_fixed,
+)
+
+
+class OfTensor(WeightKind):
+    """A tensor whose class has a `dequantize` of its own.
+
+    Where the layer's class comes from the same library the layer is exchanged, else the weight
+    alone, in any layer.
+    """
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether the tensor's class has it."""
+        if weight is None or type(weight).dequantize is Tensor.dequantize:
+            return False
+        return is_quantized(weight)
+
+    def dense(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """Return what the tensor says."""
+        values: Tensor = weight.dequantize()
+        return values
+
+    def replaces_layer(self, module: nn.Module, weight: Tensor) -> bool:
+        """Return whether the classes of layer and tensor come from one library."""
+        return package_of(plain_class(type(module))) == package_of(type(weight))
+
+    def write(self, module: nn.Module, key: str, weight: nn.Parameter) -> Undo:
+        """Replace the layer, or the weight alone."""
+        if self.replaces_layer(module, module._parameters[key]):  # type: ignore[arg-type]
+            return become_plain(module, weight)
+        return super().write(module, key, weight)
+
+    def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
+        """Return why a layer cannot be replaced."""
+        if verb == "replace" and weight is not None and self.replaces_layer(module, weight):
+            return why_class_is_fixed(module)
+        return super().why_not(verb, module, weight)
+
+
+class OfLayer(LayerKind):
+    """A layer whose class has a `dequantize`."""
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether the layer's class has it."""
+        method = getattr(plain_class(type(module)), "dequantize", None)
+        return callable(method) and weight is not None and is_quantized(weight)
+
+    def dense(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """Return what the layer says."""
+        layer: Any = module
+        values: Tensor = layer.dequantize()
+        return values

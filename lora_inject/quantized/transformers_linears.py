@@ -1,0 +1,65 @@
+"""Linear layers that transformers defines itself, beside those of quantizers."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.core.layers.adapted import plain_class
+from lora_inject.core.layers.weight_kinds import (
+    OF_VALUES,
+    Reason,
+    Verb,
+    WeightKind,
+    defines_forward,
+)
+from lora_inject.quantized.plain_layers import LayerKind
+
+_FINE_GRAINED = ("transformers.integrations.finegrained_fp8", "FP8Linear")
+_MULTIPLY = {
+    ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Linear"),
+    ("transformers.integrations.metal_quantization", "MetalLinear"),
+    ("transformers.models.falcon.modeling_falcon", "FalconLinear"),
+}
+
+
+class Multiplies(WeightKind):
+    """Layers of which only the forward is known."""
+
+    def multiplies(self, cls: type[nn.Module]) -> bool:
+        """Return whether the forward is one of theirs."""
+        return defines_forward(cls) in _MULTIPLY
+
+
+class FineGrained(LayerKind):
+    """`FP8Linear`: float8 with a scale for each block, or one for all."""
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether the layer is one, and its weight in 8 bits."""
+        plain = plain_class(type(module))
+        if weight is None or (plain.__module__, plain.__qualname__) != _FINE_GRAINED:
+            return False
+        return weight.element_size() == 1
+
+    def multiplies(self, cls: type[nn.Module]) -> bool:
+        """Return whether the forward is that of FP8Linear."""
+        return defines_forward(cls) == _FINE_GRAINED
+
+    def dense(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """Return codes times scales, by transformers' own function."""
+        from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
+
+        layer: Any = module
+        scales, block = layer.weight_scale_inv, layer.block_size
+        values: Tensor = _dequantize_fp8_weight(weight, scales, block, torch.float32)
+        return values
+
+    def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
+        """Return why the values are not known."""
+        known = hasattr(import_module(_FINE_GRAINED[0]), "_dequantize_fp8_weight")
+        if verb in OF_VALUES and not known:
+            return Reason("transformers before 5.24 has no function for it")
+        return super().why_not(verb, module, weight)
