@@ -74,8 +74,10 @@ def test_what_peft_would_compute_otherwise_is_not_written_for_it(case: str, tmp_
     make, site, x, words = MISREAD[case]
     model = fill(li.inject(make(), {**CONFIG, "targets": [site]}))
     due = model(x)
-    with pytest.raises(li.FormatError, match=rf"PEFT would load it wrong: .*{words}.*native"):
-        li.save_adapter(model, tmp_path / "peft")
+    for target in ("peft", "portable", "vllm", "diffusers"):
+        options = {"component": "unet"} if target == "diffusers" else {}
+        with pytest.raises(li.FormatError, match=rf"PEFT would load it wrong: .*{words}.*native"):
+            li.save_adapter(model, tmp_path / target, format=target, **options)
     assert list(tmp_path.iterdir()) == []
     path = li.save_adapter(model, tmp_path / "a.safetensors", format="native")
     assert same_bits(li.load_adapter(li.eject(model), path)(x), due)

@@ -94,6 +94,7 @@ class Files:
     modules: Collection[str] | None = None
     base: Mapping[str, Any] = field(default_factory=dict)
     base_config: Mapping[str, Any] = field(default_factory=dict)
+    unfit: Callable[[str], str] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     pairs: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)
     embeddings: Collection[str] = ()
@@ -142,7 +143,7 @@ def findings(
         found = f"there is no client '{client}'"
         raise FormatError(f"check '{path}'", found, f"Known are {', '.join(CLIENTS)}")
     base = facts.text_config("") if facts.config else {}
-    files = Files(path, detected(path), facts.module_names, base, base_config)
+    files = Files(path, detected(path), facts.module_names, base, base_config, facts.unfit)
     with within(f"check '{path}'"):
         files = replace(files, **_read(path, files.layout))
         listed = [*_damaged(files), *CLIENTS[client](files)]
@@ -405,8 +406,21 @@ def _lorax(files: Files) -> Findings:
     yield from _about(partial, "LoRAX drops a module that some layers lack from all: {}", fix)
 
 
+def _unfit(files: Files, names: Iterable[str], client: str) -> Findings:
+    """Find layers in whose place PEFT's cannot stand; only the base's own classes say it."""
+    if files.unfit is None:
+        return
+    for name in names:
+        if reason := files.unfit(name):
+            yield Finding(f"{client} would load it wrong: '{name}': {reason}", MERGE)
+
+
 def _peft(files: Files) -> Findings:
     yield from _prefixed(files, "PEFT")
+    said = files.config.get("target_parameters") or ()
+    parameters = {parent(name) for name in said}
+    modules = (n for n in files.pairs if n not in parameters and not n.endswith(".base_layer"))
+    yield from _unfit(files, modules, "PEFT")
     if not files.config.get("target_parameters"):
         due = files.numbers("rank_pattern", "r", files.ranks)
         wrong = (f"{n} ({r} for {due[n]})" for n, r in files.ranks.items() if r != due[n])
@@ -417,6 +431,7 @@ def _diffusers(files: Files) -> Findings:
     fix = f"{CONVERT}diffusers --component unet`"
     if files.layout == "peft":
         yield from _halves(files)
+        yield from _unfit(files, files.pairs, "diffusers, which uses PEFT,")
         known = (".weight", ".bias", ".lora_magnitude_vector")
         yield from _full(files, "diffusers", "ignores", known)
         if "lora_adapter_metadata" not in files.metadata:

@@ -34,7 +34,9 @@ from lora_inject.core.files.tensors import is_safetensors, read_names, read_tens
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.model_facts import ModelFacts
+from lora_inject.formats.peft import check_save
 from lora_inject.formats.peft.adapter_config import Claims, read_claims
+from lora_inject.formats.peft.folder import refuse_unfit
 from lora_inject.formats.peft.tensor_layout import PREFIX, pack
 from lora_inject.formats.plain import (
     check_component,
@@ -75,7 +77,7 @@ def detects(path: Path) -> bool:
 def write(
     state: AdapterState,
     path: Path,
-    _facts: ModelFacts,
+    facts: ModelFacts,
     *,
     component: str | None = None,
     dtype: str | None = None,
@@ -89,6 +91,7 @@ def write(
     part = "" if component == "" else check_component(component, COMPONENTS)
     kinds = ("linear", "conv")
     sites = plain_sites(state, "a pipeline of diffusers", kinds, dtype=dtype, alpha="rank")
+    refuse_unfit([site.spec for site in sites.values()], facts, "diffusers, which uses PEFT,")
     tensors: dict[str, Tensor] = {}
     for name, site in sites.items():
         pair, key = zip("AB", pack(site), strict=True), name_in_files(name, part)
@@ -176,4 +179,4 @@ def _claims(said: Mapping[str, str], prefix: str) -> Claims | None:
         return read_claims({"peft_type": "LORA", **mine}) if mine else None
 
 
-FORMATS = {"diffusers": Format(write, read, detects, frozenset({RANKS}))}
+FORMATS = {"diffusers": Format(write, read, detects, frozenset({RANKS}), check_save=check_save)}

@@ -47,6 +47,7 @@ class ModelFacts:
             (`checkpoint_dir`).
         task_type: PEFT's task type, such as `CAUSAL_LM`.
         idle: For the card: sites and trained tensors of the adapter that no forward had used.
+        unfit: For the name of a module: why PEFT's layers cannot stand in its place, or "".
         separate: For the name of a stack of experts that the base's files hold apart: for each
             expert the names of its matrices there.
     """
@@ -59,6 +60,7 @@ class ModelFacts:
     base_model: str | None = None
     task_type: str | None = None
     idle: Sequence[str] = ()
+    unfit: Callable[[str], str] | None = None
     separate: Callable[[str], Sequence[Sequence[str]]] | None = None
 
     @classmethod
@@ -66,6 +68,12 @@ class ModelFacts:
         cls, model: nn.Module, modules: Mapping[str, nn.Module], tensor_names: Iterable[str]
     ) -> ModelFacts:
         """Return what a model answers; its modules and tensors by all their names."""
+
+        def unfit(name: str) -> str:
+            from lora_inject.formats.peft_layers import why_not  # which needs the live layers
+
+            return why_not(model, modules, name)
+
         config: Any = getattr(model, "config", None)
         plain = config.to_dict() if hasattr(config, "to_dict") else config
         return cls(
@@ -78,6 +86,7 @@ class ModelFacts:
             config=dict(plain) if isinstance(plain, Mapping) else None,
             base_model=getattr(config, "_name_or_path", None) or None,
             task_type=_task_type(model, getattr(config, "model_type", None)),
+            unfit=unfit,
         )
 
     def text_config(self, why: str) -> Mapping[str, Any]:

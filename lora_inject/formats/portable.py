@@ -101,6 +101,6 @@ def _matrices(site: SiteState, facts: ModelFacts) -> Iterator[tuple[str, SiteSta
 
 
 FORMATS = {
-    "portable": Format(write, peft.read, detects, frozenset()),
-    "vllm": Format(write_experts, peft.read, detects, frozenset()),
+    "portable": Format(write, peft.read, detects, frozenset(), check_save=peft.check_save),
+    "vllm": Format(write_experts, peft.read, detects, frozenset(), check_save=peft.check_save),
 }

@@ -211,7 +211,7 @@ def save_adapter(
         name: The adapter.
         format: A row of `formats.FORMATS`; None for the folder that most programs read. A format
             refuses what its readers would compute wrong; where that is because another module reads
-            a layer's weight, it is known once the model has run.
+            a layer's weight, it may be known only once the model has run.
         version: Write to `path/VERSION`, then replace the file `path/LATEST`, which has the name of
             the newest version: for servers that follow a training run.
         keep: With `version`: the number of newest versions to keep; by default all.

@@ -7,10 +7,11 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.formats.peft.folder import detects, read, write
 from lora_inject.formats.peft.tensor_layout import PREFIX
 
-__all__ = ["FORMATS", "PREFIX", "detects", "read", "write"]
+__all__ = ["FORMATS", "PREFIX", "check_save", "detects", "read", "write"]
 
 
-def _check_save(survey: Any, name: str) -> None:
+def check_save(survey: Any, name: str) -> None:
+    """Refuse what PEFT would load wrong; for each format that PEFT or its layers read."""
     from lora_inject.formats.peft.peft_reading import refuse_misread
 
     refuse_misread(survey, name)
@@ -24,5 +25,5 @@ def _check_load(survey: Any, state: AdapterState, fitted: AdapterState, asked: s
 
 
 FORMATS = {
-    "peft": Format(write, read, detects, check_save=_check_save, check_load=_check_load),
+    "peft": Format(write, read, detects, check_save=check_save, check_load=_check_load),
 }

@@ -7,10 +7,11 @@ adapter. Where the two disagree, somebody edited one of them, and that is an err
 decides (`prefer`).
 
 What PEFT cannot express is refused: adapters on the root module; layers whose weight their parent
-reads; parameters together with Conv1D layers, or with a site on the module that owns them; other
-kinds than those of `KINDS`. A trained tensor that is only a part of its module (a norm's weight) is
-stored under its plain name: PEFT loads it into the base for good, as it does with biases. An
-adapter without any site is written so that PEFT loads its trained tensors.
+reads, and others that its own cannot stand for (`formats.peft_layers`); parameters together with
+Conv1D layers, or with a site on the module that owns them; other kinds than those of `KINDS`. A
+trained tensor that is only a part of its module (a norm's weight) is stored under its plain name:
+PEFT loads it into the base for good, as it does with biases. An adapter without any site is written
+so that PEFT loads its trained tensors.
 
 Source: peft 0.21.2, utils/save_and_load.py.
 """
@@ -91,6 +92,7 @@ def write(
     _check_rows(state.rows, facts.module_names or ())
     specs = [site.spec for site in state.sites.values()]
     _check_expressible(specs, facts.tensor_names)
+    refuse_unfit(specs, facts)
     called = attentions(specs)
     _check_attentions(state, called)
     layout = plan(specs, state.trained, state.rows)
@@ -263,6 +265,21 @@ def _check_expressible(specs: Sequence[SiteSpec], tensor_names: Sequence[str] | 
         reason = "" if plain else _inexpressible(spec, modules, known)
         if reason:
             raise FormatError(f"site '{spec.name}'", f"PEFT cannot {reason}", _OTHER)
+
+
+def refuse_unfit(specs: Sequence[SiteSpec], facts: ModelFacts, client: str = "PEFT") -> None:
+    """Refuse sites on modules that PEFT's layers cannot stand for, where the model is known.
+
+    `client` is PEFT, or a program that uses its layers.
+    """
+    if facts.unfit is None:
+        return
+    called = attentions(specs)
+    for spec in specs:
+        plain = spec.kind != "parameter" and spec.name not in called
+        if plain and (reason := facts.unfit(spec.name)):
+            found = f"{client} would load it wrong: {reason}"
+            raise FormatError(f"site '{spec.name}'", found, _OTHER)
 
 
 def _inexpressible(spec: SiteSpec, modules: Collection[str], tensor_names: Collection[str]) -> str:
