@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lora_inject as li
 from lora_inject.algebra.svd import decompose
-from lora_inject.checks.fingerprint import Fingerprint
+from lora_inject.core.adapter.fingerprint import Fingerprint
 from lora_inject.core.adapter.generators import generators_of
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState

@@ -22,11 +22,11 @@ PACKAGE = Path(lora_inject.__file__).parent
 # Stage -> lines of the package that it may load.
 LINES = {
     "config": 2_100,
-    "forward": 7_900,
-    "activate": 7_750,
-    "inject": 16_000,
-    "merge": 13_450,
-    "save, load": 16_000,
+    "forward": 8_150,
+    "activate": 7_950,
+    "inject": 15_950,
+    "merge": 12_800,
+    "save, load": 15_950,
     "life": 17_250,
 }
 STAGES = {
@@ -157,13 +157,13 @@ def test_a_verb_loads_no_more_of_the_package_than_its_budget(stage: str) -> None
 
 def test_few_functions_have_more_than_ten_branches() -> None:
     tall = tall_functions(sources())
-    assert len(tall) <= 107, tall
+    assert len(tall) <= 110, tall
 
 
 def test_few_public_names_have_two_homes() -> None:
     homes = public_names(sources())
     twice = {n: where for n, where in homes.items() if len(where) > 1 and n not in FORMAT_VERBS}
-    assert len(twice) <= 26, twice
+    assert len(twice) <= 30, twice
 
 
 def test_few_lines_look_at_the_stack_or_at_what_torch_keeps_private() -> None:
@@ -175,7 +175,7 @@ def test_few_lines_look_at_the_stack_or_at_what_torch_keeps_private() -> None:
 def test_few_files_of_the_core_name_another_library() -> None:
     core = {name: text for name, text in sources().items() if name.startswith("core/")}
     naming = [name for name, text in core.items() if LIBRARIES.search(text)]
-    assert len(naming) <= 27, naming
+    assert len(naming) <= 23, naming
 
 
 def test_the_measures_see_what_they_are_for() -> None:

@@ -33,7 +33,7 @@ from lora_inject.checkpoint import (
     read_weighted,
 )
 from lora_inject.checkpoint.write import write_shard
-from lora_inject.checks.fingerprint import Fingerprint, samples
+from lora_inject.core.adapter.fingerprint import Fingerprint, samples
 from lora_inject.core.files.safetensors_file import build_header, read_header
 from lora_inject.errors import CheckpointError, LoraInjectError
 from lora_inject.formats import write_adapter

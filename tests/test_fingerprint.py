@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_inject as li
-from lora_inject.checks.fingerprint import (
+from lora_inject.core.adapter.fingerprint import (
     Fingerprint,
     compare,
     sample_positions,

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lora_inject.checks.fingerprint import Fingerprint
+from lora_inject.core.adapter.fingerprint import Fingerprint
 from lora_inject.core.adapter.native import describe
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import read_names

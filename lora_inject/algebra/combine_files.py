@@ -12,9 +12,10 @@ import torch
 
 from lora_inject.algebra.combining import Method, Sign
 from lora_inject.algebra.parts import compared
+from lora_inject.algebra.values import Truncated, paired, truncation
 from lora_inject.core.adapter.exchange import read_adapter
 from lora_inject.core.adapter.site_state import SiteState
-from lora_inject.core.adapter.state import AdapterState, Truncated, paired, truncation
+from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import check_type
 
 Adapter = AdapterState | str | PathLike[str]

@@ -1,4 +1,4 @@
-"""Names in an adapter: matching by patterns, and renaming."""
+"""Other names for the sites and tensors of an adapter."""
 
 from __future__ import annotations
 
@@ -8,31 +8,10 @@ from typing import TypeVar
 
 import regex
 
-from lora_inject.core.spec.names import MATCH_SECONDS, Below, around, matching
-from lora_inject.errors import LoraInjectError, StateError, check_type, nearest
+from lora_inject.core.spec.names import MATCH_SECONDS
+from lora_inject.errors import StateError, check_type
 
 T = TypeVar("T")
-
-
-def named(
-    names: Iterable[str],
-    patterns: Iterable[str],
-    asked: str,
-    error: type[LoraInjectError] = StateError,
-) -> dict[str, None]:
-    """Return the names that patterns match, directly or by a parent; each pattern must match."""
-    names = list(names)
-    chosen: dict[str, None] = {}
-    modules = [*names, *around(names)]
-    for pattern in patterns:
-        check_type(f"{asked}, a pattern", pattern, str, "Give a regex for the end of a name", error)
-        below = Below(matching(pattern, modules, asked=f"{asked} {pattern!r}", error=error))
-        found = dict.fromkeys(name for name in names if name in below)
-        if not found:
-            close = ", ".join(map(repr, nearest(pattern, modules))) or "none"
-            raise error(f"{asked} {pattern!r}", "it matches nothing", f"Nearest: {close}")
-        chosen |= found
-    return {name: None for name in names if name in chosen}
 
 
 def renaming(

@@ -22,9 +22,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lora_inject.algebra.values import called
 from lora_inject.analysis.blocks import Figures, Place, SiteBlock, by_kind, site_blocks
 from lora_inject.checkpoint.write import Progress, counted
-from lora_inject.core.adapter.state import AdapterState, called
+from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import StateError
 
 MOST_LAYERS = 256

@@ -24,7 +24,7 @@ from lora_inject.checkpoint.merge_inputs import MergeOptions, WeightedAdapter
 from lora_inject.checkpoint.output_files import TensorJob, clash
 from lora_inject.checkpoint.place import NoPlace, Orientation, Placed, Update
 from lora_inject.checkpoint.quantized_base import why_not
-from lora_inject.checks.fingerprint import Fingerprint, compare, same_values
+from lora_inject.core.adapter.fingerprint import Fingerprint, compare, same_values
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.safetensors_file import FLOATS, RowReader, TensorEntry

@@ -22,8 +22,8 @@ from lora_inject.checkpoint.conversion import facts_of
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.place import matrix_of
 from lora_inject.checkpoint.write import Progress, counted
-from lora_inject.checks.fingerprint import Fingerprint
 from lora_inject.core.adapter.exchange import write_adapter
+from lora_inject.core.adapter.fingerprint import Fingerprint
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import check_free

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_inject.checks.fingerprint import sample_positions
+from lora_inject.core.adapter.fingerprint import sample_positions
 from lora_inject.core.files.safetensors_file import Header, RowReader, TensorEntry, read_header
 from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.spec.names import leaf, parent

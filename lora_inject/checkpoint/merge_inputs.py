@@ -17,11 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_inject.algebra.values import called
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES
 from lora_inject.core.adapter.exchange import read_adapter
-from lora_inject.core.adapter.state import AdapterState, called
+from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.files.tensors import bytes_of, in_memory
 from lora_inject.core.functional import all_finite

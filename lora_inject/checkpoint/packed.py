@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.checks.fingerprint import glimpse
+from lora_inject.core.adapter.fingerprint import glimpse
 from lora_inject.core.files.safetensors_file import (
     DTYPES,
     FLOATS,

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lora_inject.checks.fingerprint import sample_positions
+from lora_inject.core.adapter.fingerprint import sample_positions
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried, entries
 from lora_inject.errors import LayerError

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_inject.checks.fingerprint import Fingerprint
+from lora_inject.core.adapter.fingerprint import Fingerprint
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.sites import SiteSpec, Slices

@@ -1,13 +1,14 @@
 """One safetensors file with the tensors as this package holds them, and what it says about them.
 
 No other program reads this file, so tensors keep their form and every adapter can be written: sites
-that PEFT cannot express (a MultiheadAttention's output projection alone, convolutions in groups,
-parameters of the root) are saved by the same call.
+that other files cannot express (a MultiheadAttention's output projection alone, convolutions in
+groups, parameters of the root) are saved by the same call.
 
 Keys: `ROLE/SITE` (`A/SITE`, `B/SITE`, ...), `trained/NAME`. What the tensors do not say (alpha,
 slices, kinds, the config, the base's fingerprint) is stored as text in the header, so it cannot be
-lost or mixed up with another adapter's. PEFT's files have the same text. Reading is strict: an
-unknown field, a wrong type or an impossible number is an error.
+lost or mixed up with another adapter's. Folders that this package writes for other programs have
+the same text. Reading is strict: an unknown field, a wrong type or an impossible number is an
+error.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_inject.checks.fingerprint import Fingerprint
+from lora_inject.core.adapter.fingerprint import Fingerprint
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import check_keys
@@ -38,9 +39,7 @@ FORMAT_VERSION = "1"
 _PREFIX = "lora_inject."
 _VERSION = _PREFIX + "format_version"
 _LAYOUT = _PREFIX + "layout"
-_EDITED = (
-    'The file was edited; fetch it again, or read it as a plain PEFT file with prefer="config"'
-)
+_EDITED = 'The file was edited; fetch it again, or read it as another program does: prefer="config"'
 
 _INDEX, _COUNT = range(2**63), range(1, 2**63)  # what torch can count
 _PARTS: dict[str, Any] = {
@@ -124,8 +123,8 @@ class Described:
     """The metadata of a file that this package wrote: specs are in the order of the model.
 
     `derived` names the sites that carry A0 and B0. `turned` names those whose A and B are exchanged
-    in the file (`peft.tensor_layout`). `trained` names the tensors of the base that the file has in
-    full, or of which it has `rows`.
+    in the file, as its format has them. `trained` names the tensors of the base that the file has
+    in full, or of which it has `rows`.
     """
 
     specs: Mapping[str, SiteSpec]
@@ -266,7 +265,7 @@ def _fingerprint_to_plain(mark: Fingerprint | None) -> dict[str, Any] | None:
             samples[name] = base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
         except (OverflowError, struct.error) as error:
             found = f"a sample is not a float32 ({error})"
-            remedy = "Take it with lora_inject.checks.fingerprint.samples, as float32"
+            remedy = "Take it with lora_inject.core.adapter.fingerprint.samples, as float32"
             raise FormatError(f"its fingerprint of {name!r}", found, remedy) from error
     return {"shapes": {**mark.shapes}, "samples": samples, "quantized": {**mark.quantized}}
 

@@ -106,7 +106,7 @@ class Dora(Variant):
     """DoRA (arXiv:2402.09353): `W' = m * (W + scale * B A) / |W + scale * B A|`.
 
     The magnitude m, one number for each output, starts as the norm of W over the inputs; no
-    gradient flows through the norm (section 4.3). PEFT computes the same.
+    gradient flows through the norm (section 4.3).
     """
 
     name = "dora"

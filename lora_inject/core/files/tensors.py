@@ -136,7 +136,7 @@ class _File:
         return values
 
     def _when(self) -> tuple[int, int]:
-        """Return what changes where the file is written again in place, as PEFT does."""
+        """Return what changes where the file is written again in place, as some programs do."""
         now = os.fstat(self.fd)
         return now.st_mtime_ns, now.st_size
 

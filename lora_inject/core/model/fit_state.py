@@ -14,8 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lora_inject.algebra.renaming import named
-from lora_inject.checks.fingerprint import Fingerprint, compare, same_values, unverifiable
+from lora_inject.core.adapter.fingerprint import Fingerprint, compare, same_values, unverifiable
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.candidates import inventory
@@ -23,7 +22,7 @@ from lora_inject.core.layers.kinds import KINDS
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.save import base_weights, fingerprint
 from lora_inject.core.spec.inventory import Candidate, Inventory
-from lora_inject.core.spec.names import joined
+from lora_inject.core.spec.names import joined, named
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats.older_names import in_names_of

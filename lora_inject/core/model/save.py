@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.checks.fingerprint import Fingerprint, packing, samples
 from lora_inject.checks.reached import refuse_unused
 from lora_inject.core.adapter.exchange import default_format, format_of, write_adapter
+from lora_inject.core.adapter.fingerprint import Fingerprint, packing, samples
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import FLOATS

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import regex
 
-from lora_inject.errors import LoraInjectError, MatchError, nearest
+from lora_inject.errors import LoraInjectError, MatchError, StateError, check_type, nearest
 
 # Segments that wrappers put into names: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -270,3 +270,24 @@ def printable(text: str, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def named(
+    names: Iterable[str],
+    patterns: Iterable[str],
+    asked: str,
+    error: type[LoraInjectError] = StateError,
+) -> dict[str, None]:
+    """Return the names that patterns match, directly or by a parent; each pattern must match."""
+    names = list(names)
+    chosen: dict[str, None] = {}
+    modules = [*names, *around(names)]
+    for pattern in patterns:
+        check_type(f"{asked}, a pattern", pattern, str, "Give a regex for the end of a name", error)
+        below = Below(matching(pattern, modules, asked=f"{asked} {pattern!r}", error=error))
+        found = dict.fromkeys(name for name in names if name in below)
+        if not found:
+            close = ", ".join(map(repr, nearest(pattern, modules))) or "none"
+            raise error(f"{asked} {pattern!r}", "it matches nothing", f"Nearest: {close}")
+        chosen |= found
+    return {name: None for name in names if name in chosen}

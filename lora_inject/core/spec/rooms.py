@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 ROOMS = {
+    "algebra": "lora_inject.algebra.values",
     "formats": "lora_inject.formats",
     "from_peft": "lora_inject.formats.from_peft",
     "guards": "lora_inject.integrations.guards",

@@ -33,7 +33,7 @@ _NAMES = {
     "lr": ("learning_rate",),
 }
 _ELSEWHERE = {other: ours for ours, others in _NAMES.items() for other in others}
-"""Names of the same thing in PEFT and elsewhere, to ours."""
+"""Names of the same thing elsewhere, to ours."""
 
 _MAPPINGS = {"init": "{normal: 0.02}", "layout": "{in: [0], out: [1, 2]}"}
 
@@ -242,7 +242,7 @@ def _other_key(path: Loc, models: Mapping[str, type[BaseModel]]) -> str:
 
 
 def _suggestion(word: Any, choices: list[str]) -> str:
-    """Return a question with the choice that the word means in PEFT, or nearly spells."""
+    """Return a question with the choice that the word means elsewhere, or nearly spells."""
     if not isinstance(word, str):
         return ""
     near = [_ELSEWHERE[word]] if _ELSEWHERE.get(word) in choices else nearest(word, choices, n=1)
