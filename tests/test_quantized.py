@@ -652,3 +652,55 @@ def test_a_packed_layer_that_is_not_linear_is_not_dequantized() -> None:
     with pytest.raises(li.LayerError, match="it makes no zero of zero"):
         li.merge(net, dequantize="float32")
     assert layer_state(net) == held
+
+
+class TwoProducts(nn.Module):
+    """Two weights of its own, packed by torchao, and a tensor that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("up", "down"):
+            setattr(self, name, torchao("Int8WeightOnlyConfig", 0)[0].weight)
+        self.scale = nn.Parameter(torch.rand(N))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.up) * self.scale, self.down)
+
+
+def test_packed_weights_of_a_module_are_unpacked_under_their_own_names() -> None:
+    """Each is replaced alone: a module that is no quantizer's layer becomes no nn.Linear."""
+    net = nn.Sequential(nn.Linear(N, N), TwoProducts())
+    x = torch.randn(3, N)
+    fill(li.inject(net, config("0")))
+    keys = [key for key in net.state_dict() if "lora_" not in key]
+    adapted, held = net(x), layer_state(net)
+    sent = dict(li.merged_weights(net, dequantize="float32"))
+    assert list(sent) == keys
+    li.merge(net, dequantize="float32")
+    assert {type(p) for p in net[1].parameters()} == {nn.Parameter}
+    assert all(same_bits(sent[key], net.state_dict()[key]) for key in keys)
+    assert error(net(x), adapted.double()) < 1e-5
+    li.unmerge(net)
+    assert layer_state(net) == held
+
+
+def test_a_packed_embedding_becomes_a_plain_embedding() -> None:
+    """A quantizer's class becomes the class of torch that it derives from, not always nn.Linear."""
+    bnb = imported("bitsandbytes").nn
+    plain = nn.Sequential(nn.Embedding(10, N), nn.Linear(N, N))
+    net = nn.Sequential(bnb.Embedding4bit(10, N), nn.Linear(N, N))
+    net.load_state_dict(plain.state_dict())
+    net.to("cpu")
+    ids = torch.arange(10)
+    fill(li.inject(net, config("1")))
+    adapted, held = net(ids), layer_state(net)
+    sent = dict(li.merged_weights(net, dequantize="float32"))
+    assert list(sent) == list(plain.state_dict())
+    li.merge(net, dequantize="float32")
+    assert type(net[0]) is nn.Embedding
+    assert error(net(ids), adapted.double()) < 1e-5
+    li.unmerge(net)
+    assert layer_state(net) == held
+    li.merge(net, dequantize="float32", eject=True)
+    assert sorted(net[0].__dict__) == sorted(plain[0].__dict__)
+    assert list(net.state_dict()) == list(plain.state_dict())

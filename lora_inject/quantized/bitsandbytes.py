@@ -23,7 +23,7 @@ from lora_inject.core.layers.weight_kinds import (
     Verb,
     defines_forward,
 )
-from lora_inject.quantized.plain_layers import Layer, LayerKind
+from lora_inject.quantized.plain_layers import Layer, LayerKind, become_plain
 
 _MODULE = "bitsandbytes.nn.modules"
 _MULTIPLY = {(_MODULE, "Linear4bit"), (_MODULE, "Linear8bitLt")}
@@ -41,7 +41,7 @@ class _OfBitsAndBytes(LayerKind):
     def write(self, module: nn.Module, key: str, weight: nn.Parameter) -> Undo:
         """Replace the layer by a plain one, or its weight by another in the same format."""
         if type(weight) is nn.Parameter:
-            return super().write(module, key, weight)
+            return become_plain(module, weight, later=("quant_state",))
         before, own = Layer.of(module), module.__dict__
         if (state := own.get("state")) is not None:  # of int8: as before its first forward
             before.attributes["state"] = state

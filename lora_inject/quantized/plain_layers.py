@@ -5,6 +5,7 @@ A layer stays the same object: its class, attributes, Parameters and buffers are
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -99,14 +100,18 @@ def why_class_is_fixed(module: nn.Module) -> Reason | None:
     return None
 
 
-def become_plain(module: nn.Module, weight: nn.Parameter) -> Layer:
-    """Make a layer one of torch's, whose Parameters are `weight`, its bias and the adapters."""
+def become_plain(module: nn.Module, weight: nn.Parameter, later: Iterable[str] = ()) -> Layer:
+    """Make a layer one of torch's, whose Parameters are `weight`, its bias and the adapters.
+
+    Attributes that the quantizer's class sets in `__init__` are removed, and those that the
+    quantizer sets `later`.
+    """
     before, own = Layer.of(module), module.__dict__
     plain, target = before.plain, torch_class(before.plain)
     common = _attributes(target)  # type: ignore[arg-type]
     if issubclass(plain, target):
         with torch.device("meta"):
-            alone = plain(1, 1).__dict__.keys() - common  # type: ignore[call-arg]
+            alone = {*plain(64, 64).__dict__, *later} - common  # type: ignore[call-arg]
     else:
         alone = {name for name in own if not name.startswith(_KEPT)} - common
     base = base_parameters(module)
