@@ -29,6 +29,7 @@ from lora_inject import formats
 from lora_inject.cli import app
 from lora_inject.core.adapter.variants import VARIANTS
 from lora_inject.core.layers.kinds import KINDS
+from lora_inject.core.layers.weight_kinds import REGISTERED
 from lora_inject.core.spec.sites import ROLES
 
 REPO = Path(__file__).parents[1]
@@ -159,14 +160,16 @@ def test_every_block_of_a_page_runs(session, capsys, page):
 
 
 def test_every_step_of_the_architecture_runs(session, capsys):
-    """How to add a layer kind, a variant and a format, as it is written there."""
+    """How to add a layer kind, a variant, a format and a packed weight, as it is written there."""
     before, readers = list(KINDS), dict(formats.FORMATS)
     try:
         names = run_document((REPO / "ARCHITECTURE.md").read_text(), "ARCHITECTURE.md", capsys)
         assert KINDS[0] is names["LoRAPerHead"]
         assert {*formats.FORMATS} - {*readers} == {"text"}
         assert type(VARIANTS["gated"]) is names["Gated"]
+        assert [type(kind) for kind in REGISTERED] == [names["FourBit"]]
     finally:
+        REGISTERED.clear()
         KINDS[:] = before
         formats.FORMATS.clear()
         formats.FORMATS.update(readers)

@@ -1,4 +1,7 @@
-"""Experts in MXFP4: our packed stacks, and transformers' modules, which compute by kernels."""
+"""transformers' experts in MXFP4, which compute by kernels.
+
+Those that `packed_experts()` loads are another thing: tensors that say their values themselves.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,8 @@ import sys
 from torch import Tensor, nn
 
 from lora_inject.core.layers.weight_kinds import Reason, Verb, WeightKind
-from lora_inject.experts.packed_experts import PackedExperts
 
 _KERNELS = "transformers.integrations.mxfp4"
-
-
-class PackedStack(WeightKind):
-    """A parameter that is a `PackedExperts`: a plain stack takes its place."""
-
-    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
-        """Return whether it is one."""
-        return isinstance(weight, PackedExperts)
-
-    def dense(self, module: nn.Module, weight: Tensor) -> Tensor:
-        """Return the values of all experts."""
-        values: Tensor = weight.dequantize()
-        return values
 
 
 class KernelExperts(WeightKind):
