@@ -202,7 +202,8 @@ def test_a_trial_with_dropout_trains_as_it_does_alone() -> None:
         for step in range(3):
             x = torch.randn(8, 96, generator=torch.Generator().manual_seed(step)).to(DEVICE)
             batches = dict.fromkeys(names, x)
-            running.step(batches, forward=net, loss=lambda out, _: out.square().mean())
+            loss = lambda out, _: out.square().mean()  # noqa: E731
+            running.step(batches, forward=net, loss=loss, by_name=True)
         return {
             n: [p.detach().cpu() for p in li.adapter_parameters(net, n).values()] for n in names
         }

@@ -35,7 +35,7 @@ from transformers import (
 
 import lora_inject as li
 from lora_inject import Trial, Trials
-from lora_inject.trials import isolation
+from lora_inject.trials import drawing
 
 COSINE = {"schedule": "cosine", "steps": 6}
 
@@ -664,9 +664,9 @@ FC = {"rank": 1, "targets": ["fc"]}
             torch.ones(2, 4),
             "draws random numbers",
         ),
-        (Mixing, {"a": torch.ones(2, 4)}, "there is no batch for 'b'"),
+        (Mixing, {"a": (torch.ones(2, 4),)}, "there is no batch for 'b'"),
         (Mixing, {"typo": (torch.ones(2, 4),)}, "there is no trial 'typo'"),
-        (Mixing, {n: torch.ones(2, w) for n, w in (("a", 4), ("b", 5))}, "4, 5 features"),
+        (Mixing, {n: (torch.ones(2, w),) for n, w in (("a", 4), ("b", 5))}, "4, 5 features"),
         (Mixing, (torch.ones(2, 4), torch.ones(3, 4)), r"its tensors have \[2, 3\] rows"),
     ],
 )
@@ -688,7 +688,7 @@ def test_a_base_that_draws_from_its_devices_own_generator_is_refused(monkeypatch
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.fc(x) + torch.rand(4, generator=own)
 
-    monkeypatch.setattr(isolation, "generators_of", lambda _: [torch.default_generator, own])
+    monkeypatch.setattr(drawing, "generators_of", lambda _: [torch.default_generator, own])
     running = Trials(Noisy().train(), {n: Trial(FC, lr=1e-2) for n in "ab"})
     before = own.get_state()
     with pytest.raises(li.StateError, match="draws random numbers"):

@@ -1,8 +1,11 @@
 """Trials: what would make a trial other than the same run alone is found, or refused in words."""
 
+import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.trials import (
@@ -76,7 +79,7 @@ def test_the_check_of_many_trials_runs_two_of_them() -> None:
     rows: list[int] = []
     running.model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     running.step(torch.randn(3, 4), loss=square)
-    assert rows == [6, 6, 18]
+    assert rows == [6, 6, 6, 6, 6, 18]
 
 
 @pytest.mark.parametrize(
@@ -287,6 +290,169 @@ def test_trials_that_were_frozen_since_are_refused() -> None:
         running.step(torch.ones(2, 4), loss=square)
 
 
+# ------------------------------------------------------------------------- before the first adapter
+
+
+class Upstream(nn.Module):
+    """Something before the first adapter."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.fc = first, nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.first(x))
+
+
+class Centered(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(0)
+
+
+class Slightly(nn.Module):
+    """An influence far below any tolerance."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (1 + 1e-6 * x.sum())
+
+
+class Looked(nn.Module):
+    """A table, whose rows are centered over the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = self.table(ids)
+        return rows - rows.mean((0, 1))
+
+
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+@pytest.mark.parametrize(
+    ("first", "rows"),
+    [
+        (lambda: nn.BatchNorm1d(4), torch.randn(2, 4)),
+        (Centered, torch.randn(2, 4)),
+        (Centered, torch.ones(1, 4)),
+        (Slightly, torch.randn(2, 4)),
+        (Looked, IDS),
+        (Looked, IDS[:1]),
+        (Looked, torch.full((2, 3), 5)),
+    ],
+    ids=["batch norm", "centering", "equal rows", "slight", "ids", "a row", "equal ids"],
+)
+@pytest.mark.parametrize("each", [True, False], ids=["by name", "one for all"])
+def test_rows_that_mix_before_the_first_adapter_are_refused(first, rows, each) -> None:
+    running = Trials(Upstream(first()).train(), {n: Trial(FC, lr=1e-2) for n in "ab"})
+    before = {n: values(running.model, n) for n in "ab"}
+    batch = {"a": (rows,), "b": (rows.flip(0),)} if each else rows
+    with pytest.raises(li.StateError, match="the rows of 'a' change the outputs of 'b'"):
+        running.step(batch, loss=square)
+    assert running.n_steps == 0
+    for name in "ab":
+        check_equal(running.model, before[name], name, 0.0)
+
+
+class Dropping(nn.Module):
+    """A layer that is dropped by numbers of Python, or of NumPy."""
+
+    def __init__(self, draw: Any) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.draw() < 1e-9 else x.tanh()
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["random", "numpy"])
+def test_a_base_that_draws_numbers_of_python_or_numpy_is_refused(draw) -> None:
+    running = Trials(Upstream(Dropping(draw)), {n: Trial(FC, lr=1e-2) for n in "ab"})
+    random.seed(1)
+    np.random.seed(1)
+    wanted = draw()
+    random.seed(1)
+    np.random.seed(1)
+    with pytest.raises(li.StateError, match="draws random numbers, one stream for all trials"):
+        running.step(torch.randn(2, 4), loss=square)
+    assert draw() == wanted
+
+
+class Once(nn.Module):
+    """A layer that is changed by each of its forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.n += 1
+        return x * self.n
+
+
+def test_a_forward_that_remembers_is_refused() -> None:
+    running = Trials(Upstream(Once()), {n: Trial(FC, lr=1e-2) for n in "ab"})
+    with pytest.raises(li.StateError, match="returns other values when it runs again"):
+        running.step(torch.randn(2, 4), loss=square)
+
+
+def test_a_forward_may_change_the_batch_that_it_gets() -> None:
+    def forward(model: nn.Module, batch: dict[str, Any]) -> Any:
+        batch.pop("labels")
+        return model(batch.pop("x").mul_(2))
+
+    data = {"x": torch.randn(3, 4), "labels": torch.randn(3, 4)}
+    kept = {key: t.clone() for key, t in data.items()}
+    running = Trials(nn.Sequential(nn.Linear(4, 4)), {n: Trial(ZERO, lr=1e-2) for n in "ab"})
+    for _ in range(2):
+        running.step(data, forward=partial(forward, running.model), loss=square)
+    assert all(torch.equal(data[key], t) for key, t in kept.items())
+
+
+def normalized(out: torch.Tensor, batch: Any) -> torch.Tensor:
+    labels = batch["labels"]
+    return (out - labels.sub_(labels.mean() + 1)).square().mean()
+
+
+@pytest.mark.parametrize("verb", ["step", "evaluate"])
+@pytest.mark.parametrize("each", [True, False], ids=["by name", "one for all"])
+def test_a_loss_that_writes_into_the_batch_of_others_is_refused(verb, each) -> None:
+    running = Trials(nn.Sequential(nn.Linear(4, 4)), {n: Trial(ZERO, lr=1e-2) for n in "ab"})
+    before = {n: values(running.model, n) for n in "ab"}
+    batch = {"x": torch.randn(3, 4), "labels": torch.randn(3, 4)}
+    given = dict.fromkeys("ab", batch) if each else batch
+    how = {"forward": lambda b: running.model(b["x"]), "loss": normalized}
+    with pytest.raises(li.StateError, match=r"loss of trial 'a': it writes into .*a copy"):
+        getattr(running, verb)(given, **how)
+    for name in "ab":
+        check_equal(running.model, before[name], name, 0.0)
+    own = {n: {key: t.clone() for key, t in batch.items()} for n in "ab"}
+    getattr(running, verb)(own, **how)  # which nobody else reads
+
+
+@pytest.mark.parametrize("verb", ["step", "evaluate"])
+def test_entries_that_are_named_as_trials_are_taken_for_neither(verb) -> None:
+    def both(out: Any, batch: Any) -> torch.Tensor:
+        return (out - (batch["y"] if isinstance(batch, dict) else batch)).square().mean()
+
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    running = Trials(nn.Sequential(nn.Linear(4, 4)), {n: Trial(ZERO, lr=1e-2) for n in "xy"})
+    how = {"forward": lambda b: running.model(b["x"] if isinstance(b, dict) else b), "loss": both}
+    with pytest.raises(li.StateError, match=r"'x' and 'y' are tensors.*by_name=True.*by_name=Fal"):
+        getattr(running, verb)({"x": x, "y": y}, **how)
+    one = running.evaluate({"x": x, "y": y}, by_name=False, **how)
+    with torch.no_grad():
+        wanted = float((running.model[0](x) - y).square().mean())
+    assert one["x"] == one["y"] == pytest.approx(wanted, rel=1e-6)
+    each = running.evaluate({"x": x, "y": y}, by_name=True, **how)
+    assert each["x"] != one["x"]
+    with pytest.raises(li.StateError, match="by_name=True: it is a Tensor"):
+        getattr(running, verb)(x, by_name=True, **how)
+
+
 # ---------------------------------------------------------------------------------- unequal lengths
 
 
@@ -347,7 +513,7 @@ def test_outputs_are_without_padding_in_any_dimension() -> None:
         running = Trials(Channels(stride), some)
         for x in X:
             rows = {name: x[0][None, : 2 + (name == "a")] for name in some}
-            running.step(rows, loss=lambda out, _: square(out[1]))
+            running.step(rows, loss=lambda out, _: square(out[1]), by_name=True)
         return running
 
     check_each(run, trials)

@@ -80,7 +80,7 @@ def test_tokens_that_an_expert_picks_are_refused_and_go_to_no_other_trial(steps)
     def train() -> None:
         for step, each in enumerate(steps):
             done.append({n: rows(signs, step) for n, signs in zip(TRIALS, each, strict=True)})
-            running.step(done[-1], loss=square)
+            running.step(done[-1], loss=square, by_name=True)
 
     with pytest.raises(li.LayerError, match=r"Trials with \d rows: a Linear got .*by itself"):
         train()
@@ -97,7 +97,8 @@ def test_tokens_of_whole_rows_of_any_length_equal_a_plain_loop(model) -> None:
     data = {name: [{"x": rows(2 * f" {'+-' * n}", n + i)} for n in (2, 3, 1, 2)]
             for i, name in enumerate(TRIALS)}  # fmt: skip
     for step in range(4):
-        running.step({name: each[step]["x"] for name, each in data.items()}, loss=square)
+        rows_of = {name: each[step]["x"] for name, each in data.items()}
+        running.step(rows_of, loss=square, by_name=True)
     for name, trial in TRIALS.items():
         alone = Whole(*model)
         by_hand(alone, name, trial, data[name], square)
@@ -121,4 +122,4 @@ def test_visible_rows_need_no_further_run_to_be_checked(ids) -> None:
     model.register_forward_pre_hook(lambda *_: n_runs.append(1))
     for n in (4, 6, 2):
         running.step(torch.arange(n)[None] % 5 if ids else rows("+" * n, n), loss=square)
-    assert len(n_runs) == 2 + 3
+    assert len(n_runs) == 5 + 3

@@ -1,8 +1,14 @@
 """Checks that a forward keeps trials apart, before the first step.
 
-They run the forward with other values where a trial, or padding, must have no influence. All other
-outputs must then stay the same bit for bit, and up to rounding where a stack of experts sorts the
-tokens of all trials: products of other sizes round differently.
+The hypothesis of all of them: the outputs of a trial depend on its own rows and adapter alone. A
+forward is run again with other values where they must have no influence, and every other output
+must stay as it was.
+
+    linear layers, attention within a row:  other rows of 'a' leave the outputs of 'b': passes
+    BatchNorm in training, x - x.mean(0):   other rows of 'a' move the outputs of 'b':  refused
+
+"As it was" is bit for bit, as both runs have the same shapes. Only a stack of experts sorts the
+tokens of all trials and multiplies as many as an expert gets: there it is up to rounding.
 """
 
 from __future__ import annotations
@@ -16,22 +22,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lora_inject.core.adapter.generators import generators_of
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.errors import LoraInjectError, StateError
 from lora_inject.trials.batches import Joined, Padding, joined, parted
 from lora_inject.trials.counts import Counts
+from lora_inject.trials.drawing import Draws
 from lora_inject.trials.expert_rows import sorts_tokens
 from lora_inject.trials.flat import Flat
+from lora_inject.trials.other_rows import with_other_rows
 
 Run = Callable[[Joined], Any]
 """Runs the base on a joined batch, without dropout."""
 
 
 class Checks:
-    """What was checked of a model's trials, for a forward, modes of modules, entries of a batch.
+    """The checks that were made, by forward, training modes and entries of the batch.
 
-    A trial is not checked whose layers were seen to be safe, as its values do not matter.
+    Whether a forward mixes trials does not depend on the values of their adapters, but on where
+    these are. So another trial on the same layers is not checked again.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,32 +68,34 @@ class Checks:
             forward: What tells this forward from others.
             packed: Whether the batches are packed.
         """
-        of, alone = joined(batches, packed=packed), len(batches) == 1
+        of, is_alone = joined(batches, packed=packed), len(batches) == 1
         plain = getattr(forward, "func", forward)  # of a partial
         modes = tuple(module.training for module in self._modules)
         entries = tuple(of.batch) if isinstance(of.batch, Mapping) else type(of.batch)
-        key = (getattr(plain, "__code__", type(plain)), modes, entries, alone)
-        known, new = self._apart.get(key), []
-        if known is None:  # also after a check that failed
+        key = (getattr(plain, "__code__", type(plain)), modes, entries, is_alone)
+        is_first = key not in self._apart
+        if is_first:  # also after a check that failed
             self._counts[key] = Counts()
-        of = of._replace(counts=(counts := self._counts[key]))
-        safe = known or frozenset()
+        counts = self._counts[key]
+        of = of._replace(counts=counts)
+        checked, unchecked = self._apart.get(key, frozenset()), []
         for name in batches:
-            if not (sites := self._sites_of(name)) <= safe:
-                new.append(name)
-                safe |= sites
-        if known is None or (new and not alone):
-            some = joined({n: batches[n] for n in _two_at_least(new, batches)}, packed=packed)
-            some, counts.learns = some._replace(counts=counts), True
-            check_apart(run, some, {n: flats[n] for n in new}, self._layers(), exact=self._exact)
+            if not self._sites_of(name) <= checked:
+                unchecked.append(name)
+                checked |= self._sites_of(name)
+        if is_first or (unchecked and not is_alone):
+            few = {name: batches[name] for name in _two_at_least(unchecked, batches)}
+            some = joined(few, packed=packed)._replace(counts=counts)
+            broken = {name: flats[name] for name in unchecked}
+            _Apart(_on_copies(run), some, self._layers(), exact=self._exact).check(broken)
             if counts.unsure:
                 _check_counts(run, some)
-            self._apart[key] = safe
+            self._apart[key] = checked
         if of.lengths is None:
             return of
         if key not in self._paddings:
-            found = check_padding(run, batches, of, self._layers(), exact=self._exact)
-            self._paddings[key] = found
+            padding = check_padding(run, batches, of, self._layers(), exact=self._exact)
+            self._paddings[key] = padding
         return of._replace(padding=self._paddings[key])
 
     def _layers(self) -> list[nn.Module]:
@@ -111,48 +121,118 @@ def _two_at_least(names: Sequence[str], of: Iterable[str]) -> list[str]:
     return [*names, *(name for name in of if name not in names)][: max(2, len(names))]
 
 
-@torch.no_grad()
-def check_apart(
-    run: Run, of: Joined, flats: Mapping[str, Flat], layers: Sequence[nn.Module], *, exact: bool
-) -> None:
-    """Check that no trial's rows change another's outputs, and that the base draws no numbers.
+def _on_copies(run: Run) -> Run:
+    """Return a run that gets a batch of its own each time, as a forward may change its batch."""
 
-    The A of each trial in `flats` is set to NaN in turn. Packed, 1 is added to the outputs of its
-    tokens, because a masked attention multiplies them by 0.
+    def own(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+    return lambda of: run(of._replace(batch=tree_map(own, of.batch)))
+
+
+class _Apart:
+    """The check that no trial's rows or adapter change another's outputs.
+
+    Args:
+        run: Runs the base on a joined batch.
+        of: The rows of some trials.
+        layers: The adapted layers.
+        exact: Whether outputs must stay bit for bit.
     """
-    sources = generators_of(p.device for layer in layers for p in layer.parameters())
-    before = [source.get_state() for source in sources]
-    plain = parted(run(of), of)
-    if of.counts is not None:
-        of.counts.learns = False
-    after = [source.get_state() for source in sources]
-    if not all(map(torch.equal, after, before)):
-        for source, state in zip(sources, before, strict=True):
-            source.set_state(state)
+
+    def __init__(self, run: Run, of: Joined, layers: Sequence[nn.Module], *, exact: bool) -> None:
+        self._run, self._of, self._layers, self._exact = run, of, layers, exact
+
+    @torch.no_grad()
+    def check(self, flats: Mapping[str, Flat]) -> None:
+        """Run the base with other rows of each trial, and with broken adapters of those in `flats`.
+
+        Raises:
+            StateError: Trials mix, or the forward draws numbers or leaves an adapter out.
+        """
+        draws = Draws(p.device for layer in self._layers for p in layer.parameters())
+        if self._of.counts is not None:
+            self._of.counts.learns = True
+        plain = parted(self._run(self._of), self._of)
+        if self._of.counts is not None:
+            self._of.counts.learns = False
+        if draws.were_used():
+            raise StateError(
+                "step",
+                "the forward of the base draws random numbers, one stream for all trials",
+                "Set the base's own dropout to 0, or train in eval mode",
+            )
+        if len(self._of.sizes) > 1:
+            self._check_repeats(plain)
+            for name in self._of.sizes:
+                self._check_other_rows(name, plain)
+            for name, flat in flats.items():
+                self._check_broken(name, flat, plain)
+
+    def _check_repeats(self, plain: Mapping[str, Any]) -> None:
+        again = parted(self._run(self._of), self._of)
+        if not all(_same(plain[name], again[name], self._exact) for name in plain):
+            raise StateError(
+                "step",
+                "the forward of the base returns other values when it runs again on the same rows",
+                "Let it depend on its batch alone, without state or random numbers of its own",
+            )
+
+    def _check_other_rows(self, name: str, plain: Mapping[str, Any]) -> None:
+        """Check the outputs of the others when a trial has other rows."""
+        failure: Exception | None = None
+        for changed in with_other_rows(self._of, name):
+            try:
+                outputs = parted(self._run(changed), changed)
+            except LoraInjectError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the model refuses such rows
+                failure = error
+                continue
+            self._compare(name, plain, outputs)
+            return
+        raise StateError(
+            f"step, rows of {name!r}",
+            "whether they change the outputs of other trials cannot be seen: "
+            + (f"with other rows the forward raises {failure!r}" if failure else "all are 0"),
+            "Give other rows in the first step, or train that adapter by itself",
+        )
+
+    def _check_broken(self, name: str, flat: Flat, plain: Mapping[str, Any]) -> None:
+        """Check the outputs of the others when a trial's A is NaN, and that its own are then, too.
+
+        Packed, 1 is added to the outputs of its tokens, because a masked attention multiplies them
+        by 0.
+        """
+        with self._moved(name) if self._of.packed else flat.broken():
+            broken = parted(self._run(self._of), self._of)
+        self._compare(name, plain, broken)
+        if not _same(plain[name], broken[name], True):
+            return
+        leaves = [t for t in tree_leaves(plain[name]) if isinstance(t, Tensor)]
+        if any(t.isnan().any() for t in leaves):
+            raise StateError(
+                "step",
+                f"the forward returns NaN for the rows of {name!r} before any training",
+                "Look at its batch, and at the dtype and the values of the base",
+            )
         raise StateError(
             "step",
-            "the forward of the base draws random numbers, one stream for all trials",
-            "Set the base's own dropout to 0, or train in eval mode",
+            f"the adapter of {name!r} takes no part in the forward",
+            "See li.unreached",
         )
-    ends = dict(zip(of.sizes, accumulate(of.sizes.values()), strict=True))
-    for name, flat in flats.items() if len(of.sizes) > 1 else ():
-        place = torch.arange(sum(of.sizes.values()))
-        where = (place >= ends[name] - of.sizes[name]) & (place < ends[name])
-        with _changed(layers, where[None]) if of.packed else flat.broken():
-            broken = parted(run(of), of)
-        for other in of.sizes:
-            if other != name and not _same(plain[other], broken[other], exact):
-                _refuse_mixing(name, other, packed=of.packed)
-        if _same(plain[name], broken[name], True):
-            nan = any(t.isnan().any() for t in tree_leaves(plain[name]) if isinstance(t, Tensor))
-            what, remedy = (
-                f"the adapter of {name!r} takes no part in the forward",
-                "See li.unreached",
-            )
-            if nan:
-                what = f"the forward returns NaN for the rows of {name!r} before any training"
-                remedy = "Look at its batch, and at the dtype and the values of the base"
-            raise StateError("step", what, remedy)
+
+    def _moved(self, name: str) -> Any:
+        """Add 1 to the outputs of layers at a trial's tokens, within a context."""
+        ends = dict(zip(self._of.sizes, accumulate(self._of.sizes.values()), strict=True))
+        place = torch.arange(sum(self._of.sizes.values()))
+        where = (place >= ends[name] - self._of.sizes[name]) & (place < ends[name])
+        return _changed(self._layers, where[None])
+
+    def _compare(self, name: str, plain: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        for other in self._of.sizes:
+            if other != name and not _same(plain[other], outputs[other], self._exact):
+                _refuse_mixing(name, other, packed=self._of.packed)
 
 
 def _check_counts(run: Run, of: Joined) -> None:
@@ -177,7 +257,7 @@ def _check_counts(run: Run, of: Joined) -> None:
 
 
 def _refuse_mixing(name: str, other: str, *, packed: bool) -> NoReturn:
-    mixes = "mixes rows (BatchNorm in training, negatives within the batch)"
+    mixes = "mixes rows (BatchNorm in training, negatives or a mean within the batch)"
     remedy = "Use a forward that treats rows independently, or BatchNorm in eval mode"
     if packed:
         mixes = "does not keep packed sequences apart"

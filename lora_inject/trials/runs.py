@@ -11,6 +11,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -54,6 +55,7 @@ from lora_inject.trials.losses import (
 )
 from lora_inject.trials.passes import Pass, seeded
 from lora_inject.trials.trial import Trial
+from lora_inject.trials.written import shared_by_trials, unwritten
 
 RECENT = 10
 """Steps over which the training loss in the table is averaged."""
@@ -118,6 +120,7 @@ class Trials:
         self._held_out: dict[str, float] = {}
         self._flats: dict[str, Flat] = {}
         self._checks = Checks(model)
+        self._sharing = frozenset[str]()
         done = []
         try:
             for name, trial in self.trials.items():
@@ -151,7 +154,12 @@ class Trials:
     # ----------------------------------------------------------------------------------- a step
 
     def step(
-        self, batch: Any, *, forward: Forward | None = None, loss: Loss | None = None
+        self,
+        batch: Any,
+        *,
+        forward: Forward | None = None,
+        loss: Loss | None = None,
+        by_name: bool | None = None,
     ) -> dict[str, float]:
         """Train every running trial for one step.
 
@@ -164,6 +172,8 @@ class Trials:
                 default the model is called with the batch, without `labels`.
             loss: Takes a trial's outputs and its batch and returns a scalar. By default it is the
                 loss of the next token, from `logits` and `labels`.
+            by_name: Whether `batch` is a dict from names to batches. None: it is, if its entries
+                are dicts or tuples; tensors whose keys are names of trials are refused.
 
         Returns:
             Name to loss. A trial whose loss or gradient is not finite is not stepped and is in
@@ -171,11 +181,11 @@ class Trials:
 
         Raises:
             StateError: A batch is missing or does not fit, or trials would affect each other:
-                the forward mixes rows, returns a mean over them, or draws random numbers; or
-                padding changes outputs.
+                the forward mixes rows, returns a mean over them, or draws random numbers; the
+                loss writes into a batch that others read; or padding changes outputs.
         """
         forward, loss = forward or plain_forward(self.model), loss or default_loss(self.model)
-        batches = self._by_trial(batch)
+        batches = self._by_trial(batch, by_name)
         for name in batches:
             if (changed := self._flats[name].changed()) is not None:
                 raise StateError(f"step, trial {name!r}", *changed)
@@ -221,7 +231,7 @@ class Trials:
         if loss is causal_loss:
             losses = dict(zip(batches, causal_losses(outputs, batches, of), strict=True))
         else:
-            losses = {name: scalar_loss(loss, parts[name], b, name) for name, b in batches.items()}
+            losses = {n: self._loss(loss, parts[n], batch, n) for n, batch in batches.items()}
         if constant := [name for name, one_loss in losses.items() if not one_loss.requires_grad]:
             _refuse_untrained(constant[0])
         values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
@@ -259,16 +269,17 @@ class Trials:
         run = partial(self._outputs, forward=forward)
         return self._checks.joined(batches, self._flats, run, forward, packed=self.packed)
 
-    def _by_trial(self, batch: Any) -> dict[str, Any]:
+    def _by_trial(self, batch: Any, by_name: bool | None) -> dict[str, Any]:
+        """Return the batch of each running trial, and note which of them share memory."""
         running = self.running
         if not running:
             raise StateError("step", "no trial is running", "See trials.stopped for the reasons")
-        by_name = isinstance(batch, Mapping) and (
-            not batch.keys().isdisjoint(self.trials)
-            or any(isinstance(each, Mapping | tuple | list) for each in batch.values())
-        )
+        if by_name is None:
+            by_name = self._is_by_name(batch)
         if not by_name:
+            self._sharing = frozenset(running if len(running) > 1 else ())
             return in_one_order(dict.fromkeys(running, batch))
+        check_type("step, by_name=True", batch, Mapping, "Give a dict from names to batches")
         if unknown := [name for name in batch if name not in self.trials]:
             remedy = f"Known are {running}; of one batch for all, each entry is a tensor"
             raise StateError("step", f"there is no trial {unknown[0]!r}", remedy)
@@ -276,7 +287,26 @@ class Trials:
             raise StateError(
                 "step", f"there is no batch for {missing[0]!r}", "Give one for each running trial"
             )
-        return in_one_order({name: batch[name] for name in running})
+        batches = in_one_order({name: batch[name] for name in running})
+        self._sharing = shared_by_trials(batches)
+        return batches
+
+    def _is_by_name(self, batch: Any) -> bool:
+        """Return whether a batch is a dict of batches, as far as its values tell."""
+        if not isinstance(batch, Mapping):
+            return False
+        if any(isinstance(each, Mapping | tuple | list) for each in batch.values()):
+            return True
+        names = [name for name in batch if name in self.trials]
+        if names:
+            shown = " and ".join(map(repr, names))
+            raise StateError(
+                "step",
+                f"{shown} are tensors, which may be the entries of one batch or a batch for each "
+                "trial of that name",
+                "Pass by_name=True for a batch for each trial, or by_name=False for one for all",
+            )
+        return False
 
     def _groups(self, batches: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield groups of batches with at most `max_tokens`; each has one trial at least."""
@@ -305,7 +335,12 @@ class Trials:
 
     @torch.no_grad()
     def evaluate(
-        self, batch: Any, *, forward: Forward | None = None, loss: Loss | None = None
+        self,
+        batch: Any,
+        *,
+        forward: Forward | None = None,
+        loss: Loss | None = None,
+        by_name: bool | None = None,
     ) -> dict[str, float]:
         """Return and store each running trial's loss on held-out rows, without dropout.
 
@@ -313,12 +348,13 @@ class Trials:
             batch: As for `step`.
             forward: As for `step`.
             loss: As for `step`.
+            by_name: As for `step`.
 
         Returns:
             Name to loss, which `best` and `table` also use.
         """
         forward, loss = forward or plain_forward(self.model), loss or default_loss(self.model)
-        batches = self._by_trial(batch)
+        batches = self._by_trial(batch, by_name)
         with evaluating(self.model):
             found = self._evaluated(self._groups(batches), forward, loss)
             if self.packed and not all(map(math.isfinite, found.values())):  # as in `step`
@@ -337,8 +373,14 @@ class Trials:
             of = self._joined(group, forward)
             outputs = parted(self._outputs(of, forward), of)
             for name, one in group.items():
-                found[name] = scalar_loss(loss, outputs[name], one, name).item()
+                found[name] = self._loss(loss, outputs[name], one, name).item()
         return found
+
+    def _loss(self, loss: Loss, outputs: Any, batch: Any, name: str) -> Tensor:
+        """Return a trial's loss, which must not change what other trials read."""
+        alone = name not in self._sharing
+        with nullcontext() if alone else unwritten(batch, f"loss of trial {name!r}"):
+            return scalar_loss(loss, outputs, batch, name)
 
     @property
     def losses(self) -> dict[str, list[float]]:

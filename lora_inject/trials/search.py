@@ -35,6 +35,7 @@ from lora_inject.trials.rungs import JUDGED, behind, ranked, rungs, steps_within
 from lora_inject.trials.runs import Trials
 from lora_inject.trials.space import Candidate, Space
 from lora_inject.trials.trial import Trial
+from lora_inject.trials.written import unwritten
 
 SAVE_SECONDS = 20.0
 """Time between two saves of the running rung: an interrupt loses at most this much."""
@@ -200,7 +201,11 @@ def search(
     found = Search(space, candidates, over)
     plain = space.model_dump(mode="json", by_alias=True, exclude_none=True)
     state = _Saved(folder, {"space": plain, "data": [_digest(batches), _digest(held_out)]})
-    calls = {"forward": forward or plain_forward(model), "loss": loss or default_loss(model)}
+    calls = {
+        "forward": forward or plain_forward(model),
+        "loss": loss or default_loss(model),
+        "by_name": False,
+    }
     runner = _Runner(model, batches, held_out, calls, max_tokens, watch, state)
     try:
         runner.run(found)
@@ -333,7 +338,8 @@ class _Runner:
         size_of(batch, name)
         with torch.no_grad(), evaluating(self.model):
             outputs = self.calls["forward"](batch)
-            value = scalar_loss(self.calls["loss"], outputs, batch, name).item()
+            with unwritten(batch, "search, loss"):
+                value = scalar_loss(self.calls["loss"], outputs, batch, name).item()
         if not math.isfinite(value):
             raise StateError(f"search, {name}", f"the base's loss is {value}", "Look at its rows")
         return value
