@@ -75,3 +75,67 @@ def test_a_scheme_of_compressed_tensors_that_quantizes_activations(monkeypatch) 
     net[1].quantization_scheme = SimpleNamespace(input_activations=object())
     with pytest.raises(li.LayerError, match=r"'1'.*quantizes activations.*dequantize=True"):
         li.inject(net, CONFIG)
+
+
+class Residual(nn.Module):
+    """Layers beside which a gradient finds another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.between, self.last = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.first(x).relu()
+        x = x + self.between(x).relu()
+        return x + self.last(x)
+
+
+DYNAMIC = pytest.mark.parametrize("how", ["Int8WeightConfig", "IntxWeightConfig"])
+
+
+def quantized_later(how: str, targets: list[str], layers: list[str]) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantization = pytest.importorskip("torchao.quantization")
+    net = fill(li.inject(Residual(), {"rank": 2, "targets": targets}))
+    config = getattr(quantization, f"Int8DynamicActivation{how}")()
+    quantization.quantize_(net, config, filter_fn=lambda module, name: name in layers)
+    return net
+
+
+@DYNAMIC
+def test_a_base_that_is_quantized_after_inject_does_not_train(how: str) -> None:
+    net = quantized_later(how, ["first", "last"], ["first", "between", "last"])
+    x = torch.randn(4, 32)
+    with pytest.raises(li.LayerError, match=r"hands no gradient to its input"):
+        net(x).square().sum().backward()
+    assert all(p.grad is None for p in net.parameters())
+    with torch.no_grad():
+        net(x)
+    li.train_only(net, None)
+    net(x)
+
+
+@DYNAMIC
+def test_a_quantized_layer_that_no_adapter_is_on_is_seen_when_training_is_set_up(how: str) -> None:
+    net = quantized_later(how, ["first", "last"], ["between"])
+    for setup in (lambda: li.parameter_groups(net, 1e-3), lambda: li.train_only(net, "default")):
+        with pytest.raises(li.LayerError, match=r"'between\.weight'.*quantizes activations"):
+            setup()
+    li.train_only(net, None)
+
+
+@DYNAMIC
+def test_what_no_gradient_has_to_pass_may_be_quantized_after_inject(how: str) -> None:
+    net = quantized_later(how, ["last"], ["last"])
+    x = torch.randn(4, 32)
+    net(x).square().sum().backward()
+    A, B = (net.get_parameter(f"last.lora_{role}__default") for role in "AB")
+    with torch.no_grad():
+        h = net.first(x).relu() + x
+        h = h + net.between(h).relu()
+    out = net(x).detach()
+    scale = li.adapter_state(net).sites["last"].scale
+    wanted = scale * 2 * out.T @ (h @ A.detach().T)
+    torch.testing.assert_close(B.grad, wanted, rtol=1e-4, atol=1e-4)

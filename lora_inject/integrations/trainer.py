@@ -22,7 +22,7 @@ from lora_inject.core.layers.forms import forms_as_tensors
 from lora_inject.core.layers.survey import Survey, unwrapped
 from lora_inject.core.model.carried import Carried, entries, reach, refuse_merged
 from lora_inject.core.model.save import adapter_tensors
-from lora_inject.core.model.train import adapter_parameters
+from lora_inject.core.model.train import adapter_parameters, refuse_dead_inputs
 from lora_inject.errors import StateError
 from lora_inject.integrations.stand_ins import SAVE, adapters_on, folders_of, write_adapters
 
@@ -114,6 +114,7 @@ class AdapterCheckpoint:
         del state, control
         _refuse_idle_adapters(model)
         folders_of(Survey(model))
+        refuse_dead_inputs(Survey(model), "train")
         ours = {id(parameter) for parameter in adapter_parameters(model).values()}
         others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
         if not ours or others:

@@ -28,6 +28,7 @@ from lora_inject.core.layers.weight_kinds import (
     defines_forward,
     multiplies,
     packed_weight,
+    reason_against,
 )
 from lora_inject.core.spec.inventory import Geometry
 from lora_inject.errors import LayerError
@@ -106,11 +107,26 @@ class LoRALinear(ForwardUpdate):
 
     def _lora_plain_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute the layer without its forward updates."""
-        if not self._lora_stock:
-            return super().forward(*args, **kwargs)
-        # The plain forward would read the effective weight.
-        x, (weight, bias) = self._lora_input(args, kwargs), self._lora_weight_and_bias()
-        return frozen_output(x, weight, bias, self.transposed, None)
+        x = self._lora_input(args, kwargs)
+        if self._lora_stock:  # the plain forward would read the effective weight
+            weight, bias = self._lora_weight_and_bias()
+            y = frozen_output(x, weight, bias, self.transposed, None)
+        else:
+            y = super().forward(*args, **kwargs)
+        if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
+            self._lora_refuse_dead()
+        return y
+
+    def _lora_refuse_dead(self) -> NoReturn:
+        """Refuse to train what lies before a layer that computes without autograd."""
+        weight = self._parameters.get(self.weight_of(self))
+        reason = reason_against("train", self, weight)
+        remedy = "Run it within torch.no_grad(), or call train_only(model, None)"
+        raise LayerError(
+            f"a forward of a {type(self).__name__} with gradients",
+            f"with its {type(weight).__name__} it hands no gradient to its input",
+            remedy if reason is None else f"{reason.remedy}. {remedy}",
+        )
 
     def _lora_by_rows(
         self, x: Tensor, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -161,6 +161,7 @@ def parameter_groups(
     Raises:
         StateError: No adapter is trainable, `lr` does not name just those that are, a rate is
             negative or not a number, or the ratio is 0.
+        LayerError: A quantized layer hands no gradient to its input.
 
     Examples:
         >>> from lora_inject.core.model.inject import inject
@@ -170,13 +171,15 @@ def parameter_groups(
     """
     # By identity: the copy of a tied tensor stands under each of its names.
     groups: dict[tuple[str, str], dict[int, nn.Parameter]] = {}
-    for _, entry, role, parameter in trainable_tensors(Survey(model)):
+    survey = Survey(model)
+    for _, entry, role, parameter in trainable_tensors(survey):
         if parameter.requires_grad:
             key = (entry.adapter if isinstance(lr, Mapping) else "", role)
             groups.setdefault(key, {})[id(parameter)] = parameter
     if not groups:
         found = "no adapter of the model is trainable"
         raise StateError("parameter_groups", found, "Call train_only(model, name)")
+    refuse_dead_inputs(survey, "parameter_groups")  # a base may be quantized after inject
     rates = lr if isinstance(lr, Mapping) else {"": lr}
     for rate, what in [(b_lr_ratio, "b_lr_ratio"), *((rate, "lr") for rate in rates.values())]:
         asked, remedy = f"parameter_groups, {what}", "Give a positive number, such as 1e-3"
