@@ -457,3 +457,20 @@ def test_threads_may_list_what_others_add_to() -> None:
         alive(SELECTIONS)
     thread.join()
     assert len(alive(SELECTIONS)) >= len(kept)
+
+
+@pytest.mark.parametrize("make", [li.disabled, lambda model: li.routed(model, ["a", "a"])])
+def test_a_context_may_be_entered_again_once_it_was_left(make) -> None:
+    model, x = net(), torch.randn(2, 4).double()
+    li.activate(model, "b")
+    plain, context = model(x), make(model)
+    with context:
+        wanted = model(x)
+        with pytest.raises(li.StateError, match=r"\(\): this object was entered before and not le"):
+            context.__enter__()
+        assert same_bits(model(x), wanted)
+    assert same_bits(model(x), plain)
+    with context:
+        assert same_bits(model(x), wanted)
+    assert same_bits(context(model)(x), wanted)  # as a decorator
+    assert same_bits(model(x), plain)

@@ -6,6 +6,7 @@ lists the same adapters, and can go on: switch, train, merge, eject.
 
 import copy
 import io
+import pickle
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -313,3 +314,32 @@ def test_verbs_reach_through_torchs_averaged_model() -> None:
     average = torch.optim.swa_utils.AveragedModel(model)
     average.update_parameters(model)
     assert li.adapter_state(average, "one").sites == li.adapter_state(model, "one").sites
+
+
+class Short(nn.Linear):
+    """A layer whose copies are built again."""
+
+    def __getstate__(self) -> tuple[int, int]:
+        return self.in_features, self.out_features
+
+    def __setstate__(self, state: tuple[int, int]) -> None:
+        super().__init__(*state)
+
+
+class Whole(nn.Linear):
+    """A layer that changes what it pickles."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "noted": 1}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({key: value for key, value in state.items() if key != "noted"})
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_layer_that_pickles_without_its_adapters_is_refused(through) -> None:
+    config = {"rank": 1, "targets": ["0"]}
+    with pytest.raises(li.LayerError, match="copy or pickle of a Short: its own __getstate__ leav"):
+        through(li.inject(nn.Sequential(Short(4, 4)), config))
+    model, x = fill(li.inject(nn.Sequential(Whole(4, 4)), config)), torch.ones(1, 4)
+    assert same_bits(through(model)(x), model(x))

@@ -185,3 +185,16 @@ def test_classes_of_layers_that_are_gone_are_freed() -> None:
     for _ in range(3):  # a class is freed by one collection, its plain class by the next
         gc.collect()
     assert found() is None
+
+
+@pytest.mark.parametrize("more", [{}, {"train": ["1"]}, {"init": "pissa"}], ids=str)
+def test_an_adapter_loaded_in_inference_mode_trains_outside_of_it(more, tmp_path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    li.inject(model, {"rank": 2, "targets": ["0"], **more})
+    li.save_adapter(fill(model), tmp_path / "a")
+    li.eject(model)
+    with torch.inference_mode():
+        li.load_adapter(model, tmp_path / "a")
+    li.train_only(model, "default")
+    model(torch.ones(2, 4)).square().sum().backward()
+    assert all(p.grad is not None for p in li.adapter_parameters(model).values())

@@ -95,3 +95,14 @@ def test_a_layer_without_elements_is_left_out() -> None:
     for name in (r"tail\.1\.0", r"tail\.1\.1\.weight"):
         with pytest.raises(li.MatchError, match=r"empty Linear|2-d parameter"):
             li.plan(model, {"rank": 2, "targets": [name]})
+
+
+@pytest.mark.parametrize("lazy", [lambda: nn.LazyLinear(3), nn.LazyBatchNorm1d])
+@pytest.mark.parametrize("more", [{}, {"bias": "all"}, {"train": ["1"]}], ids=str)
+def test_a_lazy_module_beside_the_sites_is_refused_until_it_has_run(lazy, more) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), lazy(), nn.Identity())
+    with pytest.raises(li.LayerError, match=r"'1\.weight': it is lazy.*Run the model once first"):
+        li.inject(model, {"rank": 1, "targets": ["0"], **more})
+    assert type(model[0]) is nn.Linear
+    model(torch.ones(2, 4))
+    li.inject(model, {"rank": 1, "targets": ["0"]})

@@ -342,7 +342,8 @@ def test_a_derivative_within_a_loss_adds_to_no_gradient() -> None:
             return out.square().mean()
 
         for _ in range(2):
-            running.step({"a": x, "b": x.detach().requires_grad_()}, loss=loss)
+            rows = {"a": x, "b": x.detach().requires_grad_()}
+            running.step(rows, loss=loss, by_name=True)
         return model
 
     plain, penal = run(False), run(True)

@@ -91,6 +91,13 @@ class Adapted(Reading):
         mixin = self._lora_mixin
         found = super().__reduce_ex__(2)
         state = found[2] if isinstance(found, tuple) and len(found) > 2 else self.__dict__
+        attributes = state[0] if isinstance(state, tuple) and state else state
+        if not isinstance(attributes, dict) or "_lora" not in attributes:
+            raise LayerError(
+                f"a copy or pickle of a {type(self).__name__}",
+                "its own __getstate__ leaves out what carries the adapters",
+                "Let it return all of __dict__, or eject first",
+            )
         return _rebuild, (self._lora_plain, mixin, tuple(sorted(self._lora_reads))), state
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:

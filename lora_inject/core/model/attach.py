@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from lora_inject.checks.reached import refuse_unreached
 from lora_inject.core.layers.adapted import WeightUpdate
@@ -69,6 +70,10 @@ def places(
     Sites and copies have the model's own names; copies come with their rows, None for all. Nothing
     is changed.
     """
+    for holder in survey.holders:
+        if is_lazy(holder.tensor):
+            lazy = "it is lazy and not initialized"
+            raise LayerError(f"adapter {name!r}, {holder.name!r}", lazy, "Run the model once first")
     found = []
     flat_names = cache(lambda roles, read: {role: attribute(role, name, read) for role in roles})
     for spec in sites:
@@ -161,6 +166,11 @@ def _why_not_values(place: Carried) -> Iterator[tuple[str, str]]:
         yield f"{reader} reads its values, and they are {packed}", f"Use {' and '.join(wants)}"
 
 
+def _trainable(tensor: Tensor) -> Tensor:
+    """Return a tensor that can train: one that was made in inference mode cannot."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 def attach(
     survey: Survey,
     name: str,
@@ -184,7 +194,7 @@ def attach(
     with torch.inference_mode(False):  # tensors that are made in it could not train
         for key, place in zip(keys, found, strict=True):
             made[key] = made.get(key) or {
-                role: nn.Parameter(tensor, train and place.entry.trains(role))
+                role: nn.Parameter(_trainable(tensor), train and place.entry.trains(role))
                 for role, tensor in tensors(place).items()
             }
     before, records = reach(survey.model, survey), roots_of(survey).values()

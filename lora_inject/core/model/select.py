@@ -8,16 +8,16 @@ asyncio task or generator that entered them. None of them touches a layer, a par
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import AbstractContextManager, ContextDecorator, contextmanager
+from typing import Any, Self, TypeVar
 
 from torch import nn
 
 from lora_inject.core.layers.contexts import within
 from lora_inject.core.layers.selection import BASE, State
 from lora_inject.core.model.carried import check_names, reach, refuse_merged, refuse_mixes
-from lora_inject.errors import StateError, check_type
+from lora_inject.errors import StateError, article, check_type
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -74,9 +74,43 @@ def weights_of(which: str | Mapping[str, float] | None, verb: str) -> dict[str, 
     return {name: float(weight) for name, weight in which.items()}
 
 
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Run the body with the plain base model: no adapter takes part.
+class Reusable(ContextDecorator):
+    """A context that can be entered again after it was left, and that decorates functions.
+
+    Args:
+        asked: The call that made it.
+        make: Makes the context of one `with`.
+    """
+
+    def __init__(self, asked: str, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._asked, self._make = asked, make
+        self._open: AbstractContextManager[None] | None = None
+
+    def __enter__(self) -> None:
+        """Enter.
+
+        Raises:
+            StateError: It was entered and not left, or the selection is refused.
+        """
+        if self._open is not None:
+            found = "this object was entered before and not left"
+            raise StateError(self._asked, found, f"Call {self._asked} again for each with")
+        made = self._make()
+        made.__enter__()
+        self._open = made
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        """Leave."""
+        opened, self._open = self._open, None
+        return None if opened is None else opened.__exit__(*raised)
+
+    def _recreate_cm(self) -> Self:
+        """Return a context of its own for each call of a decorated function."""
+        return type(self)(self._asked, self._make)
+
+
+def disabled(model: nn.Module) -> Reusable:
+    """Return a context in which the plain base model runs: no adapter takes part.
 
     As with `routed`, other threads, tasks and generators are not affected.
 
@@ -93,13 +127,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
         >>> with disabled(net):
         ...     y = net(torch.ones(2, 4))
     """
-    with within_state(model, BASE, "disabled"):
-        yield
+    return Reusable("disabled()", lambda: within_state(model, BASE, "disabled"))
 
 
-@contextmanager
-def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1) -> Iterator[None]:
-    """Run the body with one adapter for each row of the batch, in training as well.
+def routed(model: nn.Module, adapters: Iterable[str | None], *, repeat: int = 1) -> Reusable:
+    """Return a context with one adapter for each row of the batch, in training as well.
 
     The context belongs to the thread, asyncio task or generator that enters it. A task, or a thread
     of `asyncio.to_thread`, that is started inside sees it; a plain `threading.Thread` or a thread
@@ -109,15 +141,15 @@ def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1)
 
     Args:
         model: The root, or any module that holds roots.
-        adapters: The adapter of each row; None for the plain base.
+        adapters: The adapter of each row, in a list; None for the plain base.
         repeat: Also accept batches in which each row stands `repeat` times in a row, as beam
             search makes them.
 
     Raises:
-        StateError: A name is unknown, the model is merged, or an adapter has what all rows share:
-            sites that are read as a whole weight, or trained copies of other layers than linear
-            ones and torch's norms. On leaving: a context that was entered later is
-            still open.
+        StateError: There is no list of names. On entering: a name is unknown, the model is merged,
+            or an adapter has what all rows share: sites that are read as a whole weight, or trained
+            copies of other layers than linear ones and torch's norms. On leaving: a context that
+            was entered later is still open.
         LayerError: In a forward, the batch is not as long as `adapters`, nor its multiple.
 
     Examples:
@@ -129,10 +161,21 @@ def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1)
         >>> with routed(net, ["sql", None, "style"]):
         ...     y = net(torch.ones(3, 4))
     """
+    listed = "Give the adapter of each row in a list, None for the base"
+    check_type("routed", adapters, Iterable, listed)
+    if isinstance(adapters, str | bytes | Mapping | Set):  # of a string each letter is a name
+        raise StateError("routed", f"it is {article(type(adapters).__name__)}", listed)
     rows = tuple(adapters)
     if not rows or repeat < 1:
         found_rows = f"got {len(rows)} rows and repeat={repeat}"
         raise StateError("routed()", found_rows, "Give one adapter for each row")
+    return Reusable("routed()", lambda: _within_rows(model, rows, repeat))
+
+
+def _within_rows(
+    model: nn.Module, rows: tuple[str | None, ...], repeat: int
+) -> AbstractContextManager[None]:
+    """Check the names of rows, and return the context of one `with`."""
     names = dict.fromkeys(name for name in rows if name is not None)
     found = reach(model)
     check_names(found.names, names, "routed to")
@@ -143,8 +186,7 @@ def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1)
             "Route adapters on layers that are called, and train in full only linear layers and "
             "norms",
         )
-    with within_state(model, State(rows=rows, repeat=repeat), "routed"):
-        yield
+    return within_state(model, State(rows=rows, repeat=repeat), "routed")
 
 
 @contextmanager
