@@ -5,6 +5,10 @@ A format that is added needs one row here too.
 
 import contextlib
 import json
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -99,6 +103,47 @@ CASES = {
 
 def test_every_format_of_the_table_is_held_to_the_contract() -> None:
     assert set(CASES) == set(FORMATS)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
+def test_each_format_is_the_first_that_a_process_may_ask_for() -> None:
+    """Each is imported when it is asked for, so no import may hang on the order."""
+    program = """
+import os, sys
+import torch
+from lora_inject.core.adapter.exchange import format_of
+for name in sys.argv[1:]:
+    if os.fork() == 0:
+        format_of(name)
+        os._exit(0)
+    assert os.wait()[1] == 0, name
+"""
+    subprocess.run([sys.executable, "-c", program, *FORMATS], check=True, timeout=300)
+
+
+LONE = {
+    "mlx": ("adapters.safetensors", "adapter_config.json", "the rank and the scale"),
+    "torchtune": ("adapter_model.pt", "adapter_config.json", "the alpha"),
+    "litgpt": ("lit_model.pth.lora", "hyperparameters.yaml", "the rank, the alpha"),
+    "peft": ("adapter_model.safetensors", "adapter_config.json", "the alpha"),
+}
+
+
+@pytest.mark.parametrize("name", LONE)
+def test_one_file_of_a_folder_says_what_is_missing_beside_it(name: str, tmp_path: Path) -> None:
+    file, config, holds = LONE[name]
+    folder = written(name, tmp_path)
+    for chosen in (None, name):
+        with pytest.raises(FormatError, match=rf"one file of .*Give the folder: '{folder}'"):
+            read_adapter(folder / file, chosen)
+    lone = shutil.copy(folder / file, tmp_path / file)
+    words = rf"one file of .*'{name}', is a folder\. Fetch the {config} .*{holds}.* as {file} and"
+    for chosen in (None, name):
+        with pytest.raises(FormatError, match=words):
+            read_adapter(lone, chosen)
+    if file.endswith(".safetensors"):  # known by its keys, whatever its name
+        with pytest.raises(FormatError, match=words):
+            read_adapter(shutil.copy(lone, tmp_path / "sql.safetensors"))
 
 
 @st.composite

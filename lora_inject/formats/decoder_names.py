@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_inject.core.adapter.value_checks import one_line
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.model_facts import ModelFacts
-from lora_inject.formats.plain import matrices
+from lora_inject.formats.pairs import matrices
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,4})\.(.+)")
 _MERGE = "Merge the adapter into its base instead (lora-inject merge)"

@@ -34,17 +34,12 @@ from lora_inject.core.files.tensors import is_safetensors, read_names, read_tens
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.model_facts import ModelFacts
+from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.peft import check_save
 from lora_inject.formats.peft.adapter_config import Claims, read_claims
 from lora_inject.formats.peft.folder import refuse_unfit
 from lora_inject.formats.peft.tensor_layout import PREFIX, pack
-from lora_inject.formats.plain import (
-    check_component,
-    in_component,
-    name_in_files,
-    plain_site,
-    plain_sites,
-)
+from lora_inject.formats.plain import check_component, in_component, name_in_files, plain_sites
 
 FILE = "pytorch_lora_weights.safetensors"
 COMPONENTS = (

@@ -27,14 +27,9 @@ from lora_inject.core.files.strict_json import misfit, parse_json
 from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
 from lora_inject.errors import FormatError, nearest, within
 from lora_inject.formats.model_facts import ModelFacts
+from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.peft.tensor_layout import pack
-from lora_inject.formats.plain import (
-    check_component,
-    in_component,
-    name_in_files,
-    plain_site,
-    plain_sites,
-)
+from lora_inject.formats.plain import check_component, in_component, name_in_files, plain_sites
 
 COMPONENTS = ("unet", "te", "te1", "te2", "te3", "transformer")
 _KEY = re.compile(r"((?:lora|lycoris)_[^.]+)\.(lora_down\.weight|lora_up\.weight|alpha)")

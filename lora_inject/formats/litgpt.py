@@ -25,9 +25,11 @@ from lora_inject.core.files.strict_json import is_positive
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
 from lora_inject.formats.decoder_names import Decoder, Pairs, check_whole
+from lora_inject.formats.lone_files import rest_of_folder
 from lora_inject.formats.model_facts import Heads, ModelFacts
+from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.pickles import pickled, read_pickle
-from lora_inject.formats.plain import plain_site, plain_sites
+from lora_inject.formats.plain import plain_sites
 
 FILE, CONFIG = "lit_model.pth.lora", "hyperparameters.yaml"
 _PARTS = {"lora_query": "q_proj", "lora_key": "k_proj", "lora_value": "v_proj"}
@@ -48,6 +50,12 @@ MODEL_TYPES = ("llama", "mistral", "gemma", "gemma2")
 def detects(path: Path) -> bool:
     """Whether a path is such a folder."""
     return (path / FILE).is_file()
+
+
+def lacks(path: Path) -> str:
+    """Return what a file of such a folder lacks; it is known by its name, as it is a pickle."""
+    known = path.is_file() and path.name == FILE
+    return rest_of_folder(path, FILE, CONFIG, "the rank, the alpha and the layers") if known else ""
 
 
 def write(
@@ -165,4 +173,4 @@ def _base(facts: ModelFacts) -> Heads:
     return facts.heads("")
 
 
-FORMATS = {"litgpt": Format(write, read, detects, frozenset({ONE}))}
+FORMATS = {"litgpt": Format(write, read, detects, frozenset({ONE}), lacks=lacks)}

@@ -25,8 +25,8 @@ from lora_inject.core.spec.names import joined, leaf, parent
 from lora_inject.core.spec.sites import Slices
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.model_facts import ModelFacts
+from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.pickles import pickled, read_pickle
-from lora_inject.formats.plain import plain_site
 
 PICKLES = (".pt", ".bin", ".pth")
 _EDITED = "The file is incomplete or was edited; fetch it again"

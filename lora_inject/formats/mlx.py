@@ -19,11 +19,19 @@ from typing import Any
 from lora_inject.core.adapter.exchange import ONE, Format
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import is_positive, read_json
-from lora_inject.core.files.tensors import contiguous, read_tensors, serialize
+from lora_inject.core.files.tensors import (
+    contiguous,
+    is_safetensors,
+    read_names,
+    read_tensors,
+    serialize,
+)
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
+from lora_inject.formats.lone_files import rest_of_folder
 from lora_inject.formats.model_facts import ModelFacts
-from lora_inject.formats.plain import matrices, plain_site, plain_sites
+from lora_inject.formats.pairs import matrices, plain_site
+from lora_inject.formats.plain import plain_sites
 
 FILE, CONFIG = "adapters.safetensors", "adapter_config.json"
 
@@ -31,6 +39,14 @@ FILE, CONFIG = "adapters.safetensors", "adapter_config.json"
 def detects(path: Path) -> bool:
     """Whether a path is such a folder."""
     return (path / FILE).is_file()
+
+
+def lacks(path: Path) -> str:
+    """Return what a file of such a folder lacks; it is known by its keys."""
+    keys = read_names(path)[0] if is_safetensors(path) else []
+    if not keys or not all(key.endswith((".lora_a", ".lora_b")) for key in keys):
+        return ""
+    return rest_of_folder(path, FILE, CONFIG, "the rank and the scale")
 
 
 def write(
@@ -98,4 +114,4 @@ def _numbers(path: Path) -> tuple[int, float]:
     raise FormatError(CONFIG, found, "Correct the file; both are needed")
 
 
-FORMATS = {"mlx": Format(write, read, detects, frozenset({ONE}))}
+FORMATS = {"mlx": Format(write, read, detects, frozenset({ONE}), lacks=lacks)}

@@ -21,9 +21,11 @@ from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
 from lora_inject.formats.decoder_names import Decoder, check_whole
+from lora_inject.formats.lone_files import rest_of_folder
 from lora_inject.formats.model_facts import ModelFacts
+from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.pickles import pickled, read_pickle
-from lora_inject.formats.plain import plain_site, plain_sites
+from lora_inject.formats.plain import plain_sites
 
 FILES, CONFIG = ("adapter_model.pt", "adapter_0.pt"), "adapter_config.json"
 _NAMES = {
@@ -48,6 +50,14 @@ def detects(path: Path) -> bool:
 
 def _file(path: Path) -> Path | None:
     return next((path / name for name in FILES if (path / name).is_file()), None)
+
+
+def lacks(path: Path) -> str:
+    """Return what a file of such a folder lacks; it is known by its name, as it is a pickle."""
+    if not path.is_file() or path.name not in FILES:
+        return ""
+    remedy = rest_of_folder(path, path.name, CONFIG, "the alpha")
+    return f'{remedy}; a file of loralib with this name: pass format="loralib"'
 
 
 def write(
@@ -103,4 +113,4 @@ def _decoder(facts: ModelFacts) -> Decoder:
     return Decoder(_NAMES, "layers.{}.", _ENDS, IN_PAIRS[kind])
 
 
-FORMATS = {"torchtune": Format(write, read, detects, frozenset({ONE}))}
+FORMATS = {"torchtune": Format(write, read, detects, frozenset({ONE}), lacks=lacks)}

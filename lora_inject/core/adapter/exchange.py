@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ class Format:
             or of each file of the folder, by name. The adapter's shapes and dtypes are checked.
         read: `read(path, facts, **options) -> AdapterState`; its tensors are checked afterwards.
         detects: `detects(path) -> bool`, by content; the first row that returns True reads.
+        lacks: `lacks(path)`: for the path of one file of an adapter whose format is a folder: what
+            else has to be there, and what to give; "" for any other path.
         keeps: What files of the format can express besides the deltas, of `EVERYTHING`.
         endings: The endings that a file's name may have to be written; empty for any.
         takes_facts: Whether `write` and `read` look at the facts about the model.
@@ -56,6 +58,7 @@ class Format:
     keeps: frozenset[str] = EVERYTHING
     endings: tuple[str, ...] = ()
     takes_facts: bool = True
+    lacks: Callable[[Path], str] | None = None
     check_save: Callable[[Any, str], None] | None = None
     check_load: Callable[[Any, AdapterState, AdapterState, str], None] | None = None
 
@@ -135,6 +138,13 @@ def _every_format() -> Mapping[str, Format | Callable[[], Format]]:
     """Return the whole table: what lies in the room enters it on import."""
     room("formats")
     return FORMATS
+
+
+def _in_order() -> Iterator[str]:
+    """Yield the names of the table; the room is imported only if what is in it did not do."""
+    there = [*FORMATS]
+    yield from there
+    yield from [name for name in _every_format() if name not in there]
 
 
 def write_adapter(
@@ -224,6 +234,7 @@ def read_adapter(
     if format is None:
         format = detected(place)  # noqa: A001
     row = format_of(format, f"read adapter '{path}'")
+    _refuse_part(format, place, f"read adapter '{path}'")
     with within(f"read {format} adapter '{path}'"):
         facts, own = _arguments(row, row.read, facts, options)
         return replace(check_state(row.read(place, facts, **own)), source=str(path))
@@ -234,16 +245,21 @@ def detected(path: Path) -> str:
     asked = f"read adapter '{path}'"
     if not path.exists():
         raise FormatError(asked, "there is no such file or directory", "Check the path")
-    asked_already = [*FORMATS]
-    for name in asked_already:
+    for name in _in_order():
         if format_of(name).detects(path):
             return name
-    for name in [name for name in _every_format() if name not in asked_already]:
-        if format_of(name).detects(path):
-            return name
+        _refuse_part(name, path, asked)
     found = "it is not an adapter of a known format"
     remedy = f"Give a folder or a file of one of: {', '.join(FORMATS)}"
     raise FormatError(asked, found, remedy)
+
+
+def _refuse_part(format: str, path: Path, asked: str) -> None:  # noqa: A002
+    """Raise for one file of an adapter that is a folder; say what is missing."""
+    lacks = format_of(format).lacks
+    if lacks is not None and (remedy := lacks(path)):
+        found = f"it is one file of an adapter whose format, '{format}', is a folder"
+        raise FormatError(asked, found, remedy)
 
 
 def options_of(function: Callable[..., Any]) -> list[str]:

@@ -4,10 +4,10 @@ from typing import Any
 
 from lora_inject.core.adapter.exchange import Format
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.formats.peft.folder import detects, read, write
+from lora_inject.formats.peft.folder import detects, lacks, read, write
 from lora_inject.formats.peft.tensor_layout import PREFIX
 
-__all__ = ["FORMATS", "PREFIX", "check_save", "detects", "read", "write"]
+__all__ = ["FORMATS", "PREFIX", "check_save", "detects", "lacks", "read", "write"]
 
 
 def check_save(survey: Any, name: str) -> None:
@@ -25,5 +25,7 @@ def _check_load(survey: Any, state: AdapterState, fitted: AdapterState, asked: s
 
 
 FORMATS = {
-    "peft": Format(write, read, detects, check_save=check_save, check_load=_check_load),
+    "peft": Format(
+        write, read, detects, lacks=lacks, check_save=check_save, check_load=_check_load
+    ),
 }

@@ -32,11 +32,12 @@ from lora_inject.core.adapter.native import Described, describe, is_native, pars
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import check_keys, check_no_clash, one_line
 from lora_inject.core.files.strict_json import read_json
-from lora_inject.core.files.tensors import read_names, read_tensors, serialize
+from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
 from lora_inject.core.spec.names import parent
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.card import model_card
+from lora_inject.formats.lone_files import rest_of_folder
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import Claims, build, read_claims
 from lora_inject.formats.peft.foreign import Foreign
@@ -333,6 +334,15 @@ def detects(path: Path) -> bool:
         return False
     parts = any((path / name).is_file() for name in (CONFIG, MODEL, PICKLE, _INDEX))
     return parts or bool(_adapters_in(path)) or _in_base(path)
+
+
+def lacks(path: Path) -> str:
+    """Return what a file of such a folder lacks; it is known by its keys, or by a pickle's name."""
+    if path.is_file() and path.name == PICKLE:
+        return rest_of_folder(path, PICKLE, CONFIG, "the alpha")
+    keys = read_names(path)[0] if is_safetensors(path) else []
+    known = bool(keys) and all(key.startswith(PREFIX) for key in keys)
+    return rest_of_folder(path, MODEL, CONFIG, "the alpha") if known else ""
 
 
 def _check_files(path: Path) -> None:

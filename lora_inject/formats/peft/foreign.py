@@ -26,10 +26,10 @@ from lora_inject.core.spec.names import around, canonical, joined, leaf, parent
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.model_facts import ModelFacts
+from lora_inject.formats.pairs import check_shapes, pairs_of, plain_site
 from lora_inject.formats.peft.adapter_config import Claims
 from lora_inject.formats.peft.name_patterns import ends
 from lora_inject.formats.peft.tensor_layout import PREFIX, ROWS, unpack
-from lora_inject.formats.plain import check_shapes, pairs_of, plain_site
 
 _REPAIR = "The file is incomplete or was edited; fetch it again"
 

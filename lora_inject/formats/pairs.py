@@ -1,0 +1,84 @@
+"""Pairs of matrices out of files of other programs, checked, as sites."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.files.strict_json import is_positive
+from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.errors import FormatError, within
+
+_DAMAGED = "The file is damaged or was edited; fetch it again"
+
+
+def plain_site(
+    name: str, a: Tensor, b: Tensor, alpha: float | Tensor | None, kind: str = "linear"
+) -> SiteState:
+    """Return the site of a foreign pair: A `(r, in)` or `(r, in, k, ...)`, B `(out, r)`.
+
+    Without alpha, a number or a scalar tensor, the scale is 1. The kind is `linear`, `conv1d` or
+    `embedding`, or that of a convolution if A has a kernel; loading onto a model replaces it by the
+    kind of the model's layer.
+    """
+    with within(f"site '{name[:200]}'"):
+        check_shapes(a, b)
+        if isinstance(alpha, Tensor) and (alpha.numel() != 1 or alpha.ndim > 1):
+            raise FormatError("", f"its alpha has shape {tuple(alpha.shape)}", _DAMAGED)
+        number: Any = alpha.item() if isinstance(alpha, Tensor) else alpha
+        number = len(a) if number is None else number
+        if not is_positive(number):
+            raise FormatError("", f"its alpha is {str(number)[:40]}", _DAMAGED)
+    rank, n_in, n_out = int(a.shape[0]), a[0].numel(), int(b.shape[0])
+    kind, turned = "conv" if a.ndim > 2 else kind, kind != "linear" and a.ndim == 2
+    shape = (n_in, n_out) if turned else (n_out, *a.shape[1:])
+    spec = SiteSpec(name, kind, n_in, n_out, shape, rank, float(number), transposed=turned)
+    return SiteState(spec, a.reshape(spec.a_shape), b.reshape(spec.b_shape))
+
+
+def check_shapes(a: Tensor, b: Tensor) -> None:
+    """Refuse a pair unless A is `(rank, in, ...)` and B is `(out, rank, 1, ...)`."""
+    found = f"A has shape {tuple(a.shape)} and B {tuple(b.shape)}"
+    if not (a.numel() and b.numel()) or not 2 <= a.ndim <= 5 or a.ndim != b.ndim:
+        raise FormatError("", f"{found}, which is not a low-rank pair", _DAMAGED)
+    if any(size != 1 for size in b.shape[2:]):
+        raise FormatError("", f"{found}, and a kernel in B is not supported", _DAMAGED)
+    if a.shape[0] != b.shape[1]:
+        groups = a.ndim > 2 and a.shape[0] % b.shape[1] == 0
+        remedy = "PEFT's grouped convolutions have no dense delta; they cannot be read"
+        raise FormatError("", f"{found}: the ranks differ", remedy if groups else _DAMAGED)
+
+
+def pairs_of(
+    parts: Mapping[str, Mapping[str, Tensor]], a: str, b: str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return complete pairs by module.
+
+    `parts` are a file's tensors by module and by role; `a` and `b` are the roles of a pair.
+    """
+    for module, found in parts.items():
+        for role in {a, b} - found.keys():
+            raise FormatError(f"site '{module[:200]}'", f"its {role} is missing", _DAMAGED)
+    if not parts:
+        raise FormatError("", "it holds no pair of matrices", "Check the path")
+    return {module: (found[a], found[b]) for module, found in parts.items()}
+
+
+def matrices(
+    tensors: Mapping[str, Tensor], ends: tuple[str, str], remedy: str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the pairs of a file, which must hold nothing else, by the keys without their ends.
+
+    `remedy` is for any other tensor.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        end = next((end for end in ends if key.endswith(end)), None)
+        if end is None or tensor.ndim != 2:
+            found = f"'{key[:200]}' of shape {tuple(tensor.shape)} is not a matrix of a pair"
+            raise FormatError("", found, remedy)
+        parts.setdefault(key.removesuffix(end), {})[end.strip(".")] = tensor
+    return pairs_of(parts, ends[0].strip("."), ends[1].strip("."))
