@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from lora_inject.core.model.save import save_adapter as save_adapter
     from lora_inject.core.model.select import activate as activate
     from lora_inject.core.model.select import disabled as disabled
-    from lora_inject.core.model.select import routed as routed
     from lora_inject.core.model.swap import swap_adapter as swap_adapter
     from lora_inject.core.model.train import adapter_parameters as adapter_parameters
     from lora_inject.core.model.train import parameter_groups as parameter_groups
@@ -67,6 +66,7 @@ if TYPE_CHECKING:
     from lora_inject.experts.mxfp4 import packed_experts as packed_experts
     from lora_inject.integrations.trainer import AdapterCheckpoint as AdapterCheckpoint
     from lora_inject.integrations.trl import reference as reference
+    from lora_inject.rows.routed import routed as routed
     from lora_inject.trials.advise import advise as advise
     from lora_inject.trials.losses import causal_loss as causal_loss
     from lora_inject.trials.runs import Trials as Trials
@@ -100,13 +100,14 @@ _HOMES = {
     "core.model.merge": "merge merged_weights unmerge",
     "checks.reached": "unreached",
     "core.model.save": "adapter_state push save_adapter",
-    "core.model.select": "activate disabled routed",
+    "core.model.select": "activate disabled",
     "core.model.swap": "swap_adapter",
     "core.model.train": "adapter_parameters parameter_groups train_only",
     "core.spec.config": "Config Expect Rule",
     "core.spec.inventory": "Geometry",
     "core.spec.plan": "Plan",
     "trials.space": "Space",
+    "rows.routed": "routed",
     "trials.advise": "advise",
     "trials.losses": "causal_loss",
     "trials.trial": "Trial",

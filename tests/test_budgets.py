@@ -137,7 +137,8 @@ def lines_with(pattern: re.Pattern[str], text: str) -> list[str]:
 
 def may_look_inside(name: str) -> bool:
     """Whether a file is for what torch keeps private, or is named after another library."""
-    return name == "core/layers/stack.py" or name.startswith("integrations/")
+    own = {"core/functional/inside.py", "compiled/torch_checkpoints.py"}
+    return name in own or name.startswith("integrations/")
 
 
 def n_lines(loaded: dict[str, int], at_most: int) -> str:

@@ -180,13 +180,14 @@ def test_a_copy_in_another_order_of_names_still_finds_its_own() -> None:
 def test_what_a_graph_chooses_by_is_on_every_device_of_the_model() -> None:
     """Put there once by activate or a context: a forward copies nothing to a device."""
     model = net(2)
+    compiled(model)[0](IDS)
     selection = model[4]._lora.selection
-    assert set(selection.state.choices) == {torch.device("cpu")}
+    assert set(selection.setting.in_graph.choice.on) == {torch.device("cpu")}
     model[4].to("meta")
     both = {torch.device("cpu"), torch.device("meta")}
-    assert set(selection.state.choices) == both
+    assert set(selection.setting.in_graph.choice.on) == both
     with li.routed(model, ["a0", None]):
-        assert set(selection.current().choices) == both
+        assert set(selection.current().in_graph.choice.on) == both
 
 
 @pytest.mark.slow

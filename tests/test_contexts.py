@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import contextvars
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -225,49 +224,28 @@ def stream(model: nn.Module, name: str | None) -> Iterator[Tensor]:
             yield model(X).detach()
 
 
-def test_generators_taken_in_turn_have_their_own_contexts() -> None:
-    model = net()
-    wanted = outputs(model)
-    streams = {name: stream(model, name) for name in ("b", "c", None)}
-    for _ in range(3):
-        for name, each in streams.items():
-            assert error(next(each), wanted[name]) < 1e-12
-    for each in streams.values():
-        each.close()
-    assert same_bits(model(X), wanted["a"])
-
-
-def test_a_generator_that_every_step_resumes_in_another_thread_keeps_its_context() -> None:
-    """As servers do that stream from a generator."""
+def test_a_generator_cannot_hold_a_context() -> None:
+    """Whoever takes its values would run inside as well."""
     model = net()
     wanted = outputs(model)
     each = stream(model, "b")
-    for _ in range(3):
-        run = contextvars.copy_context().run
-        assert error(in_thread(lambda run=run: run(next, each)), wanted["b"]) < 1e-12
-        assert same_bits(model(X), wanted["a"])
-
-
-def test_a_forward_beside_a_suspended_generator_is_refused() -> None:
-    model = net()
-    wanted = outputs(model)
-    each = stream(model, "b")
-    next(each)
-    with pytest.raises(li.StateError, match="a generator is suspended inside"):
-        model(X)
-    assert error(ask(model, "c"), wanted["c"]) < 1e-12
-    each.close()
-    assert same_bits(model(X), wanted["a"])
-
-
-def test_a_generator_that_nobody_finishes_leaves_nothing_behind() -> None:
-    model = net()
-    wanted = outputs(model)
-    each = stream(model, "b")
-    next(each)
-    del each
+    with pytest.raises(li.StateError, match="a generator entered it, and whoever takes"):
+        next(each)
     assert same_bits(model(X), wanted["a"])
     li.eject(model, "b")
+
+
+def test_a_generator_may_enter_a_context_around_each_forward() -> None:
+    model = net()
+    wanted = outputs(model)
+
+    def steps() -> Iterator[Tensor]:
+        for name in ("b", "c"):
+            yield ask(model, name)
+
+    for name, y in zip(("b", "c"), steps(), strict=True):
+        assert error(y, wanted[name]) < 1e-12
+        assert same_bits(model(X), wanted["a"])
 
 
 def test_contexts_inside_context_managers_of_ones_own() -> None:
@@ -280,43 +258,41 @@ def test_contexts_inside_context_managers_of_ones_own() -> None:
             yield
 
     def steps() -> Iterator[Tensor]:
-        with mine(), contextlib.ExitStack() as stack:
-            yield model(X)
-            stack.enter_context(li.disabled(model))
+        with mine():
             yield model(X)
 
-    with mine():
+    with mine(), contextlib.ExitStack() as stack:
         assert error(model(X), wanted["b"]) < 1e-12
-    b, base = steps()
-    assert error(b, wanted["b"]) < 1e-12
-    assert same_bits(base, wanted[None])
+        stack.enter_context(li.disabled(model))
+        assert same_bits(model(X), wanted[None])
+    with pytest.raises(li.StateError, match="a generator entered it"):
+        next(steps())
+    assert same_bits(model(X), wanted["a"])
 
 
-def test_asynchronous_generators() -> None:
+def test_asynchronous_context_managers_hold_a_context_and_generators_do_not() -> None:
     model = net()
     wanted = outputs(model)
 
+    @contextlib.asynccontextmanager
+    async def mine(name: str) -> AsyncIterator[None]:
+        with li.routed(model, [name, name]):
+            await asyncio.sleep(0)
+            yield
+
+    async def handle(name: str) -> None:
+        async with mine(name):
+            y = await asyncio.to_thread(model, X)
+            assert error(y, wanted[name]) < 1e-12
+
     async def astream(name: str) -> AsyncIterator[Tensor]:
         with li.routed(model, [name, name]):
-            for _ in range(2):
-                yield await asyncio.to_thread(model, X)
-
-    async def consume(name: str) -> None:
-        async for y in astream(name):
-            assert error(y, wanted[name]) < 1e-12
-            with pytest.raises(li.StateError, match="suspended"):
-                model(X)
-
-    async def in_turn() -> None:
-        first, second = astream("b"), astream("c")
-        await anext(first)
-        with pytest.raises(li.StateError, match="in a task of its own"):
-            await anext(second)
-        await first.aclose()
+            yield model(X)
 
     async def serve() -> None:
-        await asyncio.gather(*map(consume, NAMES))
-        await in_turn()
+        await asyncio.gather(*map(handle, NAMES))
+        with pytest.raises(li.StateError, match="a generator entered it"):
+            await anext(astream("b"))
         assert same_bits(model(X), wanted["a"])
 
     asyncio.run(serve())
@@ -417,11 +393,14 @@ def test_compiled_requests_on_a_thread_pool_are_never_mixed() -> None:
 def test_a_compiled_forward_refuses_what_it_cannot_tell_apart() -> None:
     model, call = compiled()
     wanted = outputs(model)
-    each = stream(model, "b")
-    next(each)
-    with pytest.raises(Exception, match="compiled code cannot tell whose forward"):
-        call(X)
-    each.close()
+
+    async def request() -> None:
+        with li.routed(model, ["b", "b"]):
+            await asyncio.sleep(0)
+            with pytest.raises(Exception, match="compiled code cannot tell whose forward"):
+                call(X)
+
+    asyncio.run(request())
     assert error(call(X), wanted["a"]) < 1e-12
 
 
@@ -431,18 +410,17 @@ def test_without_fullgraph_such_a_forward_runs_without_a_graph() -> None:
     wanted = outputs(model)
     call = torch.compile(model, backend="eager")
 
-    def steps() -> Iterator[Tensor]:
+    async def request() -> None:
         with li.routed(model, ["b", "b"]):
-            for _ in range(2):
-                yield call(X)
+            await asyncio.sleep(0)
+            assert error(call(X), wanted["b"]) < 1e-12
 
-    assert all(error(y, wanted["b"]) < 1e-12 for y in steps())
+    asyncio.run(request())
 
 
 def test_threads_may_list_what_others_add_to() -> None:
     """Selections and roots of the process are in weak sets, which may not grow in an iteration."""
-    from lora_inject.core.layers.checkpointing import SELECTIONS, alive
-    from lora_inject.core.layers.selection import Selection
+    from lora_inject.core.layers.selection import SELECTIONS, Selection, alive
 
     kept: list[Selection] = []
     done = threading.Event()

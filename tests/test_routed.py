@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
 from lora_inject.core.functional import Factors
-from lora_inject.rows.routed import routed_update
+from lora_inject.rows.bank import routed_update
 
 Rows = list[str | None]
 # Eight rows of two adapters of one rank, in their order too, or of three of unequal rank.

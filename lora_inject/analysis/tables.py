@@ -10,7 +10,7 @@ from statistics import median
 from lora_inject.analysis.blocks import SHARES, Place, by_kind
 from lora_inject.analysis.figures import Analysis
 from lora_inject.analysis.subspaces import Comparison
-from lora_inject.core.spec.columns import Rows, number
+from lora_inject.core.spec.columns import Listing, number
 
 
 def percent(share: float) -> str:
@@ -24,7 +24,7 @@ def span(values: Iterable[float]) -> str:
     return "-" if not ends else f"{ends[0]:g}" + (f" to {ends[-1]:g}" if len(ends) > 1 else "")
 
 
-def kind_rows(analysis: Analysis) -> Rows:
+def kind_rows(analysis: Analysis) -> Listing:
     """Return the needed ranks of each kind of site: the median, and the largest."""
     rows = []
     for kind, blocks in by_kind(analysis.blocks).items():
@@ -34,28 +34,28 @@ def kind_rows(analysis: Analysis) -> Rows:
         means = median(s.stable_rank for s in spectra), median(s.effective_rank for s in spectra)
         rows.append((kind, len(blocks), span(b.rank for b in blocks), *ranks, *means))
     heads = ("kind", "blocks", "rank", *map(percent, SHARES), "stable", "effective")
-    return Rows(heads, tuple(rows))
+    return Listing(heads, tuple(rows))
 
 
-def block_rows(analysis: Analysis) -> Rows:
+def block_rows(analysis: Analysis) -> Listing:
     """Return the size and the needed ranks of the delta of each block."""
     figures = attrgetter("norm", "first_share", "stable_rank", "effective_rank")
     found = ((b.name, b.rank, b.spectrum) for b in analysis.blocks)
     rows = ((n, rank, *figures(s), *map(float, s.needed.values())) for n, rank, s in found)
     heads = ("block", "rank", "|D|", "first", "stable", "effective", *map(percent, SHARES))
-    return Rows(heads, tuple(rows))
+    return Listing(heads, tuple(rows))
 
 
-def weight_rows(analysis: Analysis) -> Rows:
+def weight_rows(analysis: Analysis) -> Listing:
     """Return how each block compares with the weight that it updates."""
     of_w = "of_delta", "of_weight", "of_random_expected", "factor"
     figures = attrgetter("weight_norm", "relative", "rank", *of_w)
     rows = ((Place(b.tensor, b.label).name, *figures(b.norms)) for b in analysis.on_weight())
     heads = ("tensor", "|W|", "|D|/|W|", "r", "|U'WV|", "W's own", "random", "amplification")
-    return Rows(heads, tuple(rows))
+    return Listing(heads, tuple(rows))
 
 
-def rounding_rows(analysis: Analysis) -> Rows:
+def rounding_rows(analysis: Analysis) -> Listing:
     """Return the part of each delta that each format keeps, and the error."""
     found = analysis.weights
     formats = next(iter(found.values())).rounded if found else ()
@@ -63,10 +63,10 @@ def rounding_rows(analysis: Analysis) -> Rows:
         (name, site.stored, *((r.kept, r.error) for r in site.rounded.values()))
         for name, site in found.items()
     )
-    return Rows(("kept (error) after merging in", "stored", *formats), rows)
+    return Listing(("kept (error) after merging in", "stored", *formats), rows)
 
 
-def comparison_rows(compared: Comparison) -> Rows:
+def comparison_rows(compared: Comparison) -> Listing:
     """Return how far the subspaces of two adapters agree, for each block."""
     rows = []
     for pair in compared.pairs:
@@ -74,4 +74,4 @@ def comparison_rows(compared: Comparison) -> Rows:
         ranks = ", ".join(map(str, pair.ranks))
         rows.append((pair.name, ranks, *(value for side in sides for value in side)))
     heads = (f"{side}: {what}" for side in "AB" for what in ("phi(1,1)", "whole", "chance"))
-    return Rows(("block", "ranks", *heads), tuple(rows))
+    return Listing(("block", "ranks", *heads), tuple(rows))

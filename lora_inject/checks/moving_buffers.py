@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.functional.factors import is_watched
+from lora_inject.core.functional.inside import is_watched
 from lora_inject.core.layers.attached import Attached
 from lora_inject.errors import LayerError
 

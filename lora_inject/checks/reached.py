@@ -35,7 +35,7 @@ def unreached(model: nn.Module, run: Callable[[], Any]) -> list[str]:
     """
     found = reach(model)
     refuse_merged("unreached", *found.selections)
-    active = {name for selection in found.selections for name in selection.current().parts}
+    active = {name for selection in found.selections for name in selection.current().names}
     if not active:
         raise StateError("unreached", "no adapter is active", "Call activate(model, name) first")
     return list(dict.fromkeys(_missed_sites(model, run)))
@@ -68,8 +68,8 @@ def _missed_sites(model: nn.Module, run: Callable[[], Any]) -> list[str]:
     carried = {id(m): (a, a.took_part) for _, m, a in adapted_modules(survey)}
     for attached, _ in carried.values():
         attached.forget_use()
-    for state in states.values():
-        state.kept.clear()
+    for selected in states.values():
+        selected.forget_use()
     try:
         with torch.compiler.set_stance("force_eager"):  # compiled graphs do not note anything
             run()
@@ -77,7 +77,7 @@ def _missed_sites(model: nn.Module, run: Callable[[], Any]) -> list[str]:
             item.name
             for item in entries(survey)
             for attached in (carried[id(item.module)][0],)
-            if item.entry.adapter in states[attached.selection].parts
+            if item.entry.adapter in states[attached.selection].names
             and item.entry.mark not in attached.took_part
         ]
     finally:

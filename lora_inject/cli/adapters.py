@@ -11,7 +11,7 @@ from typer import Argument, BadParameter, Exit, Option
 
 from lora_inject.cli import given, show
 from lora_inject.cli.program import app
-from lora_inject.core.spec.columns import Rows
+from lora_inject.core.spec.columns import Listing
 from lora_inject.core.spec.names import templates
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def truncate(
     [state] = reading.read([adapter])
     made, cuts = truncated(state, rank=keeping.rank, energy=keeping.energy)
     cells = tuple((name, cut.before, float(cut.rank), cut.error) for name, cut in cuts.items())
-    rows = Rows(("site", "rank", "now", "error"), cells, {"now": max, "error": max})
+    rows = Listing(("site", "rank", "now", "error"), cells, {"now": max, "error": max})
     sites = {name: cut._asdict() for name, cut in cuts.items()}
     _write(made, writing, listing, dtype, partial(show.print_rows, rows), sites=sites)
 
@@ -158,7 +158,7 @@ def _print_difference(found: Difference, *, everything: bool) -> None:
         (name, "{} and {}".format(*site.ranks), *site.norms, site.distance, site.cosine)
         for name, site in found.sites.items()
     )
-    show.print_rows(Rows(heads, cells), everything=everything)
+    show.print_rows(Listing(heads, cells), everything=everything)
     for name, distance in found.trained.items():
         where = "in only one of them" if distance is None else f"|one - two| = {distance:.3g}"
         show.say(f"trained {name}: {where}")

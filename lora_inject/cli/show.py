@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lora_inject.core.spec.columns import Rows, columns, sides
+from lora_inject.core.spec.columns import Listing, columns, sides
 from lora_inject.core.spec.names import counted as count
 from lora_inject.core.spec.names import printable, templates
 from lora_inject.core.spec.sites import ROLES
@@ -125,7 +125,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield update
 
 
-def print_rows(rows: Rows, *, everything: bool = False, joined: str = "") -> None:
+def print_rows(rows: Listing, *, everything: bool = False, joined: str = "") -> None:
     """Print a table of sites, if there are any, grouped by kind unless `everything`.
 
     `joined` states how figures of several sites are summarized.
@@ -162,7 +162,7 @@ def print_inspection(found: Inspection, *, everything: bool) -> None:
         further = tuple(found.n_further)
         norms = ("|A|", "|B|", "|delta|", *(f"|{role}|" for role in further))
         cells = tuple(_site_row(site, further) for site in found.sites)
-        rows = Rows(("site", "kind", "shape", "rank", "scale", *norms), cells)
+        rows = Listing(("site", "kind", "shape", "rank", "scale", *norms), cells)
         joined = "Norms of several sites are medians; --all lists each site."
         print_rows(rows, everything=everything, joined=joined)
         if any(ROLES[site.spec.variant].gained for site in found.sites):
@@ -175,7 +175,7 @@ def print_inspection(found: Inspection, *, everything: bool) -> None:
             (name, what, sides(figures.shape), figures.dtype, figures.norm)
             for name, (what, figures) in tensors.items()
         )
-        rows = Rows(("tensor", "", "shape", "dtype", "norm"), cells)
+        rows = Listing(("tensor", "", "shape", "dtype", "norm"), cells)
         print_rows(rows, everything=everything)
         say()
     bad = {site.spec.name: site.n_nonfinite for site in found.sites if site.n_nonfinite}
@@ -246,7 +246,7 @@ def print_analysis(found: Analysis, compared: Comparison | None, *, everything: 
 def print_merge_plan(plan: MergePlan, where: Path, free_bytes: int, *, everything: bool) -> None:
     """Print what a merge would do, and whether the disk of `where` has room for it."""
     cells = tuple((job.name, job.action, job.dtype, sides(job.shape)) for job in plan.jobs)
-    print_rows(Rows(("tensor", "action", "dtype", "shape"), cells), everything=everything)
+    print_rows(Listing(("tensor", "action", "dtype", "shape"), cells), everything=everything)
     for adapter, rule in zip(plan.adapters, plan.rules, strict=True):
         n_sites = len(adapter.state.sites)
         say_words(f"{adapter.label} x {adapter.weight:g}: {count(n_sites, 'site')}, {rule}")
@@ -268,7 +268,7 @@ def print_merge(report: MergeReport, *, everything: bool) -> None:
     heads = ("tensor", "action", "dtype", "|D|/|W|", "kept", "error")
     cells = tuple((t.name, t.action, t.dtype, t.relative, t.kept, t.error) for t in report.counted)
     joined = "Of several: the median |D|/|W| and the worst of the others; --all lists each."
-    rows = Rows(heads, cells, {"kept": min, "error": max})
+    rows = Listing(heads, cells, {"kept": min, "error": max})
     print_rows(rows, everything=everything, joined=joined)
     for text in report.notes:
         say_words(f"note: {text}")
@@ -310,7 +310,7 @@ def print_extraction(report: ExtractReport, written: Path, *, everything: bool) 
     low.sort(key=lambda tensor: tensor.energy or 0.0)
     cells = tuple((t.name, float(t.rank or 0), t.relative, t.energy) for t in low)
     joined = "Of several: the largest rank, median |D|/|W|, least energy; --all lists each."
-    rows = Rows(("tensor", "rank", "|D|/|W|", "energy"), cells, {"rank": max, "energy": min})
+    rows = Listing(("tensor", "rank", "|D|/|W|", "energy"), cells, {"rank": max, "energy": min})
     print_rows(rows, everything=everything, joined=joined)
     say_list("left behind:", report.left, everything=everything)
     n_full = sum(tensor.kept == "in full" for tensor in report.tensors)

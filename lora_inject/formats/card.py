@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.spec.columns import Rows
+from lora_inject.core.spec.columns import Listing
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.version import __version__
 
@@ -124,7 +124,7 @@ def _table(state: AdapterState) -> list[str]:
         (name, s.spec.kind, s.spec.rank, f"{s.spec.alpha:g}", f"{s.spec.scale:g}")
         for name, s in state.sites.items()
     )
-    rows = Rows(("sites", "kind", "rank", "alpha", "scale"), tuple(cells)).by_kind()
+    rows = Listing(("sites", "kind", "rank", "alpha", "scale"), tuple(cells)).by_kind()
     lines = [f"| {' | '.join(rows.heads)} |", "|---|---|---|---|---|"]
     for name, *others in rows.text():
         sites = _inline(name.replace("|", "\\|"))

@@ -156,7 +156,7 @@ def adapters_on(
     survey: Survey, given: Mapping[str, Tensor], unused: Sequence[str]
 ) -> dict[str, AdapterState]:
     """Return all adapters of a model to be saved, by their names; all processes must call it."""
-    if any(selection.state.merged for selection in reach(survey.model, survey).selections):
+    if any(selection.merged for selection in reach(survey.model, survey).selections):
         raise StateError(
             SAVE,
             "an adapter is merged into the weights",

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_inject.core.adapter.generators import generators_of
+from lora_inject.core.functional.inside import in_backward
 from lora_inject.core.layers.attached import held_by
 from lora_inject.errors import LayerError, StateError
-from lora_inject.rows.routed import dropped
+from lora_inject.rows.bank import dropped
 from lora_inject.trials.batches import Joined
 from lora_inject.trials.counts import REMEDY, widths_of
 from lora_inject.trials.flat import Buffer
@@ -107,7 +108,7 @@ class Pass:
             return x
         key = int(torch.empty((), dtype=torch.int64, device="cpu").random_())  # no device waits
         again = self._known.get(key)
-        if again is None and torch._C._current_graph_task_id() != -1:
+        if again is None and in_backward():
             raise StateError(
                 "a forward that is recomputed in a backward",
                 "the checkpoint did not keep the state of the random numbers",

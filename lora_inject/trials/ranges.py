@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_inject.core.functional import recording
+from lora_inject.core.functional import inside
 from lora_inject.core.functional.factors import (
     Spans,
     cast,
@@ -142,7 +142,7 @@ class _Ranged(torch.autograd.Function):
         out = frozen_output(x, weight, bias, transposed, dtype)
         low = compute_dtype(out.dtype, ctx.float32)
         x2, y2, thin = cast(as_matrix(kept), low), as_matrix(out), []
-        recorded = recording.is_recorded()
+        recorded = inside.is_recorded()
         for one in ranges:
             # The rank as rows: on a CPU `x A^T` takes up to twice as long.
             h = torch.bmm(one.A, one.of(x2).mT)

@@ -21,18 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.files.atomic import write_file
-from lora_inject.core.layers.selection import State
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import adapted_modules
 from lora_inject.core.model.eject import eject
 from lora_inject.core.model.inject import inject
 from lora_inject.core.model.save import adapter_state
-from lora_inject.core.model.select import within_state
+from lora_inject.core.model.select import selecting
 from lora_inject.core.model.train import adapter_parameters, train_only
 from lora_inject.core.spec.names import joined as joined_name
 from lora_inject.errors import FormatError, StateError, check_type, user_path
 from lora_inject.formats.pickles import DAMAGE
-from lora_inject.rows.routed_forward import routes_rows, runs_apart
+from lora_inject.rows.kept import routes_rows
 from lora_inject.trials.batches import (
     Forward,
     Joined,
@@ -43,6 +42,7 @@ from lora_inject.trials.batches import (
     plain_forward,
 )
 from lora_inject.trials.flat import Buffer, Flat, Optimizer, clip, norms
+from lora_inject.trials.in_pass import InPass, runs_apart
 from lora_inject.trials.isolation import Checks
 from lora_inject.trials.losses import (
     Loss,
@@ -259,9 +259,9 @@ class Trials:
     ) -> Any:
         """Run the base once; without dropout if `random` is None."""
         each = tuple(name for name, n in of.sizes.items() for _ in range(n))
-        state = State(rows=each, one_pass=Pass(of, self._buffer, random))
+        rows = InPass(Pass(of, self._buffer, random), each)
         self._buffer.refresh()
-        with within_state(self.model, state, "Trials.step"):
+        with selecting(self.model, rows, "Trials.step"):
             return forward(of.batch)
 
     def _joined(self, batches: Mapping[str, Any], forward: Forward) -> Joined:

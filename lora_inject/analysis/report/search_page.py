@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_inject.analysis.drawings import lines_figure, svg
 from lora_inject.analysis.report.write_page import template
-from lora_inject.core.spec.columns import Rows
+from lora_inject.core.spec.columns import Listing
 from lora_inject.trials.rungs import behind, ranked
 from lora_inject.trials.search import Search
 from lora_inject.version import __version__
@@ -65,7 +65,7 @@ def search_report(search: Search, title: str, *, date: dt.date | None = None) ->
     )  # fmt: skip
 
 
-def trial_rows(search: Search) -> Rows:
+def trial_rows(search: Search) -> Listing:
     """Return a row for each trial, the best of the last rung first."""
     order = dict.fromkeys(n for rung in reversed(search.rungs) for n in ranked(rung.held_out))
     order |= dict.fromkeys(search.candidates)
@@ -75,7 +75,7 @@ def trial_rows(search: Search) -> Rows:
         for name in order
     ]  # fmt: skip
     heads = (f"after {steps} steps" for _, steps in search.plan)
-    return Rows(("trial", "lr", "parameters", *heads), tuple(rows))
+    return Listing(("trial", "lr", "parameters", *heads), tuple(rows))
 
 
 def _judged(rung: Any, name: str) -> str:

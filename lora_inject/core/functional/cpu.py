@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from lora_inject.core.functional import recording
+from lora_inject.core.functional import inside
 from lora_inject.core.functional.factors import Factors
 
 # Tokens of a decoding step.
@@ -84,7 +84,7 @@ def drop(x2: Tensor, p: float) -> tuple[Tensor, Tensor]:
         return torch.native_dropout(x2, p, True)
     gaps = _draw_gaps(p, x2.numel())
     scaled = torch.mul(x2, 1 / (1 - p)).contiguous().view(-1)
-    if recording.is_recorded():
+    if inside.is_recorded():
         scaled = scaled.index_fill(0, positions(gaps), 0.0)
     else:
         scaled.index_fill_(0, positions(gaps), 0.0)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from lora_inject.core.functional.inside import is_watched
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -61,15 +62,6 @@ def plus_product(y2: Tensor, left: Tensor, right: Tensor, scale: float) -> Tenso
 def needs_plain_operations() -> bool:
     """Whether a tracer or a function transform is active, which cannot look into a Function."""
     return torch.compiler.is_compiling() or is_watched()
-
-
-def is_watched() -> bool:
-    """Likewise, where nobody compiles."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    )
 
 
 def without_autocast(y: Tensor) -> torch.autocast | None:

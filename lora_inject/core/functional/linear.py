@@ -22,13 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_inject.core.functional import cpu, recording
+from lora_inject.core.functional import cpu, inside
 from lora_inject.core.functional.factors import (
     Factors,
     Spans,
     cast,
     compute_dtype,
-    is_watched,
     needs_plain_operations,
     plus_product,
     spread,
@@ -45,7 +44,7 @@ def linear(
     transposed: bool = False,
     float32: bool = False,
 ) -> Tensor:
-    """Apply a frozen linear layer and its low-rank updates, outside of compiled graphs.
+    """Apply a frozen linear layer and its low-rank updates, as one step where nothing traces it.
 
     Args:
         x: `(..., in)`.
@@ -65,14 +64,14 @@ def linear(
         >>> torch.allclose(y, x @ (W + 0.5 * B @ A).T, atol=1e-5)
         True
     """
-    if is_watched():
+    if needs_plain_operations():
         return add_updates(
             frozen_output(x, weight, bias, transposed, None), x, updates, float32=float32
         )
     context = without_autocast(x)
     if context is None:
         alone = len(updates) == 1 and not torch.is_grad_enabled()
-        if alone and cpu.are_few(x, updates[0]) and not recording.is_recorded():
+        if alone and cpu.are_few(x, updates[0]) and not inside.is_recorded():
             y = frozen_output(x, weight, bias, transposed, None)  # the shortest path through Python
             cpu.add_few_(y, x, updates[0])
             return y
@@ -121,6 +120,13 @@ def _run(
 def lowered(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor as autocast gives it to a matrix product."""
     return t if t.dtype in (dtype, torch.float64) else t.to(dtype)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a plain layer multiplies x."""
+    kind = x.device.type
+    lowers = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if lowers else x.dtype
 
 
 def frozen_output(
@@ -218,7 +224,7 @@ def _add(
     `is_new` says that y was made by the caller. It is then written to, unless a mode may keep it.
     """
     y2, x2, dtype = as_matrix(y), as_matrix(x), compute_dtype(y.dtype, float32)
-    recorded = recording.is_recorded()
+    recorded = inside.is_recorded()
     in_place = is_new and not recorded
     kept = []
     for u in updates:

@@ -64,25 +64,3 @@ def renormalized(rows: Tensor, max_norm: float, p: float) -> Tensor:
     torch.embedding_renorm_(exact, torch.arange(len(exact), device=rows.device), max_norm, p)
     # The two differ by roundings, so their difference is exact, and so is the sum.
     return formula + (exact.view(rows.shape) - formula.detach())
-
-
-def routed_embedding(
-    base: Tensor,
-    ids: Tensor,
-    rows: Tensor,
-    adapters: Sequence[Sequence[Factors]],
-    padding_idx: int | None,
-    *,
-    float32: bool = False,
-) -> Tensor:
-    """Add to each row of a batch of looked-up rows the update of its own adapter, as `embedding`.
-
-    `rows` is `(batch,)`, int64: 0 for the base, else 1 + the index of the row's adapter.
-    """
-    out = base
-    for index, updates in enumerate(adapters):
-        # Checking which rows these are would wait for the device, and a tracer cannot do it.
-        mine = (rows == index + 1).view(-1, *[1] * ids.dim())
-        changed = embedding(base, ids, updates, padding_idx, float32=float32)
-        out = torch.where(mine, changed, out)
-    return out

@@ -13,6 +13,7 @@ The weight of a layer with a forward update is such a property, too, for a paren
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
@@ -32,9 +33,9 @@ from lora_inject.core.layers.forms import (
 )
 from lora_inject.core.layers.readers import RECURRENT
 from lora_inject.core.layers.reading import Reading, cached_forward, weight_property
+from lora_inject.core.layers.selected import Mix
 from lora_inject.core.spec.inventory import Geometry
 from lora_inject.errors import LayerError
-from lora_inject.rows.routed_forward import with_rows
 
 
 class Adapted(Reading):
@@ -74,6 +75,17 @@ class Adapted(Reading):
     def stock(plain: type[nn.Module]) -> bool:  # noqa: ARG004 - for kinds that have one
         """Return whether a class computes exactly what its kind's own torch class does."""
         return False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Let whoever takes part compute the layer; the arguments are those of its own forward."""
+        attached: Any = self.__dict__.get("_lora")
+        if attached is None:  # somebody kept this method, and the adapter is gone
+            return type(self).forward(self, *args, **kwargs)
+        return attached.selection.current().forward(self, args, kwargs)
+
+    def _lora_mixed(self, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute the layer with the adapters of a mix."""
+        raise NotImplementedError
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Keep a swapped class from bases that register their subclasses, or want options."""
@@ -200,6 +212,21 @@ class WeightUpdate(Adapted):
     """A module whose parameters are read: the mixin for reads without a forward update."""
 
     kind = "reader"
+    _lora_cached: ClassVar[Callable[..., Any]]
+
+    def _lora_mixed(self, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
+        """Run the plain forward, whose reads give W + delta."""
+        return self._lora_cached(*args, **kwargs)
+
+
+def selected_forward(plain: type[nn.Module]) -> Callable[..., Any]:
+    """Return a forward with the signature of the plain one, by whoever is selected."""
+
+    @functools.wraps(plain.forward)
+    def forward(self: Adapted, *args: Any, **kwargs: Any) -> Any:
+        return Adapted.forward(self, *args, **kwargs)
+
+    return forward
 
 
 # Both hold a class while a module has it, and let it go with the last one.
@@ -231,7 +258,8 @@ def adapted_class(
             **(RECURRENT if issubclass(plain, nn.RNNBase) else {}),
         }
         if mixin is WeightUpdate:
-            namespace["forward"] = with_rows(plain, cached_forward(plain))
+            namespace["forward"] = selected_forward(plain)
+            namespace["_lora_cached"] = cached_forward(plain)
         found = types.new_class(
             plain.__name__, (mixin, plain), exec_body=lambda ns: ns.update(namespace)
         )

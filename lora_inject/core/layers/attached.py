@@ -19,7 +19,9 @@ from lora_inject.core.adapter.site_state import signed_pairs
 from lora_inject.core.adapter.variants import VARIANTS, Variant
 from lora_inject.core.functional.factors import Factors, Spans
 from lora_inject.core.functional.gain import Gain
-from lora_inject.core.layers.selection import Selection, State
+from lora_inject.core.functional.inside import saving_hooks
+from lora_inject.core.layers.selected import Selected
+from lora_inject.core.layers.selection import Selection
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import LayerError
 
@@ -137,6 +139,9 @@ def factors_of(
     ]
 
 
+NOTHING: tuple[None, tuple[Recipe, ...]] = (None, ())
+
+
 class Attached:
     """What one module carries."""
 
@@ -160,7 +165,7 @@ class Attached:
         self.took_part: frozenset[str] = frozenset()
         self.read_from_outside: frozenset[str] = frozenset()
         # One object, which another thread cannot change between two reads.
-        self.last_chosen: tuple[State | None, tuple[Recipe, ...]] = (None, ())
+        self.last_chosen: tuple[Selected | None, tuple[Recipe, ...]] = NOTHING
 
     def entries(self, adapter: str | None = None) -> Iterator[Entry]:
         """Yield the entries of one adapter, or all, forward update first."""
@@ -173,8 +178,8 @@ class Attached:
     def add(self, entry: Entry) -> None:
         """Register an entry whose tensors are on the module."""
         self.flat.update(entry.names.values())
-        self.last_chosen = (None, ())
-        self.selection.number(entry.adapter)
+        self.last_chosen = NOTHING
+        self.selection.add((entry.adapter,))
         if not entry.on_output:
             self.reads.setdefault(entry.param, {})[entry.adapter] = entry
             return
@@ -191,7 +196,7 @@ class Attached:
         self.took_part = self.took_part.difference(entry.mark for entry in removed)
         self.given = self.given.difference(entry.mark for entry in removed)
         self.flat.difference_update(*(entry.names.values() for entry in removed))
-        self.last_chosen = (None, ())
+        self.last_chosen = NOTHING
         self.float32 = self.float32 and any(map(_in_float32, self.forward.values()))
         self.gains = self.gains and any(entry.variant.gained for entry in self.forward.values())
         return removed
@@ -205,44 +210,46 @@ class Attached:
 
     def join(self, selection: Selection) -> None:
         """Follow a selection."""
-        self.selection, self.last_chosen = selection, (None, ())
-        for entry in self.entries():
-            selection.number(entry.adapter)
+        self.selection = selection
+        self.last_chosen = NOTHING
+        selection.add(entry.adapter for entry in self.entries())
 
-    def chosen(self, state: State, compiling: bool) -> tuple[Recipe, ...]:
-        """Return what the forward update needs of each update that takes part under `state`."""
-        if compiling:
-            return self._choose(state)
-        chosen = self.last_chosen
-        if chosen[0] is not state:
-            self.used(self.forward[name] for name, _ in state.active if name in self.forward)
-            chosen = self.last_chosen = (state, self._choose(state))
-        return chosen[1]
+    def chosen(self, mix: Selected) -> tuple[Recipe, ...]:
+        """Return the updates on the output that take part under a mix, and note their use."""
+        known, recipes = self.last_chosen
+        if known is not mix:
+            self.used(self.forward[name] for name in mix.names if name in self.forward)
+            recipes = self.recipes(mix)
+            self.last_chosen = (mix, recipes)
+        return recipes
 
-    def gained(self, state: State) -> Entry | None:
-        """Return the active entry on the output that has a gain, which is the only one."""
-        taking = [(self.forward[name], w) for name, w in state.active if name in self.forward]
+    def recipes(self, mix: Selected) -> tuple[Recipe, ...]:
+        """Return the updates on the output that take part under a mix."""
+        return tuple(
+            recipe
+            for name, weight in mix.names.items()
+            if name in self.forward
+            for recipe in self.forward[name].recipes(weight)
+        )
+
+    def gained(self, mix: Selected) -> Entry | None:
+        """Return the entry on the output that has a gain under a mix; it is the only one."""
+        taking = [(self.forward[n], w) for n, w in mix.names.items() if n in self.forward]
         alone = next((entry for entry, _ in taking if entry.variant.gained), None)
         if alone is not None:
             copies = self.reads.get(alone.param, {})
-            refuse_mixed([*taking, *((copies[n], w) for n, w in state.active if n in copies)])
+            taking += [(copies[n], w) for n, w in mix.names.items() if n in copies]
+            refuse_mixed(taking)
         return alone
 
     def forget_use(self) -> None:
         """Reset the notes of which entries take part in a forward."""
-        self.took_part, self.last_chosen = frozenset(), (None, ())
+        self.took_part = frozenset()
+        self.last_chosen = NOTHING
 
     def used(self, entries: Iterable[Entry]) -> None:
         """Note that entries take part in a forward."""
         self.took_part = self.took_part.union(entry.mark for entry in entries)
-
-    def _choose(self, state: State) -> tuple[Recipe, ...]:
-        return tuple(
-            recipe
-            for name, weight in state.active
-            if name in self.forward
-            for recipe in self.forward[name].recipes(weight)
-        )
 
     def reads_so_far(self) -> dict[tuple[str, bool], Tensor] | None:
         """Return the values that were read in the running forward, for the next reads in it.
@@ -258,7 +265,7 @@ class Attached:
         return cache if now is then or (now and then and now[0] is then[0]) else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_chosen": (None, ()), "running": {}}
+        return {**self.__dict__, "last_chosen": NOTHING, "running": {}}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__dict__.update(saved)
@@ -296,10 +303,3 @@ def held_by(module: nn.Module) -> Mapping[str, Any]:
     if "_is_fsdp_managed_module" in own:  # gathered by FSDP1: views beside the parameters
         return {**found, **{name: own[name] for name in own["_lora"].flat if name in own}}
     return found
-
-
-def saving_hooks() -> Any:
-    """Return the hooks on tensors that autograd saves, `(pack, unpack)`, or None."""
-    if torch.compiler.is_compiling():  # a part of a forward that cannot be compiled as a whole
-        return None
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)

@@ -13,15 +13,19 @@ from weakref import WeakSet
 
 from torch import nn
 
-from lora_inject.core.layers.adapted import Adapted, WeightUpdate, adapted_class, plain_class
+from lora_inject.core.layers.adapted import (
+    Adapted,
+    WeightUpdate,
+    adapted_class,
+    plain_class,
+    selected_forward,
+)
 from lora_inject.core.layers.attached import Attached, attached_to
-from lora_inject.core.layers.reading import cached_forward
 from lora_inject.core.layers.selection import Selection
 from lora_inject.errors import LayerError
-from lora_inject.rows.routed_forward import with_rows
 
-# Modules whose functions wrap a plain forward; `functools.wraps` hides that from `__module__`.
-_WRITE_FORWARDS = {cached_forward.__module__, with_rows.__module__}
+# Module whose functions wrap a plain forward; `functools.wraps` hides that from `__module__`.
+_WRITES_FORWARDS = selected_forward.__globals__["__name__"]
 
 
 def swap(
@@ -100,7 +104,7 @@ def _is_ours(method: Any, module: nn.Module) -> bool:
     if function is None or function is ours._lora_mixin.forward:
         return function is not None
     plain = function
-    while getattr(plain, "__globals__", {}).get("__name__") in _WRITE_FORWARDS:
+    while getattr(plain, "__globals__", {}).get("__name__") == _WRITES_FORWARDS:
         plain = plain.__wrapped__
     return plain is not function and plain is ours._lora_plain.forward
 

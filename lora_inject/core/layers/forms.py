@@ -66,7 +66,7 @@ def forms_as_tensors(model: nn.Module) -> dict[str, Tensor]:
 def note(attached: Attached, noted: dict[str, Any]) -> None:
     """Note forms, and what is merged, in a module's part of the metadata of a state dict."""
     noted[FORMS] = {entry.mark: [form_key(entry), *form_of(entry)] for entry in attached.entries()}
-    if merged := [name for name, _ in attached.selection.state.merged]:
+    if merged := list(attached.selection.merged):
         noted[MERGED] = merged
     attached.given |= noted[FORMS].keys()
 
@@ -119,7 +119,7 @@ def refuse_other_forms(model: nn.Module, state_dict: Any) -> None:
 
 def refuse_merged_weights(attached: Attached) -> None:
     """Raise if the weights of a module hold a merged adapter."""
-    if attached.selection.state.merged:
+    if attached.selection.merged:
         raise StateError(
             _ASKED,
             "the weights hold a merged adapter, and unmerge would write over what is loaded",

@@ -13,24 +13,22 @@ renormalized `W + delta`. This is computed here out of place, and the adapter ne
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_inject.core.functional.factors import Factors
 from lora_inject.core.functional.gain import gained
-from lora_inject.core.functional.lookup import embedding, renormalized, routed_embedding
+from lora_inject.core.functional.lookup import embedding, renormalized
 from lora_inject.core.layers.adapted import Adapted, WeightUpdate
-from lora_inject.core.layers.attached import held_by
 from lora_inject.core.layers.forward_update import ForwardUpdate
 from lora_inject.core.layers.linear_kinds import LoRAConv1D, LoRALinear
-from lora_inject.core.layers.selection import State
 from lora_inject.core.spec.inventory import Geometry
 from lora_inject.errors import LayerError
-from lora_inject.rows.routed_forward import apart
 
 
 class LoRAEmbedding(ForwardUpdate):
@@ -61,49 +59,41 @@ class LoRAEmbedding(ForwardUpdate):
         """Return whether `forward` is nn.Embedding's own, and the weight a parameter."""
         return plain.forward is nn.Embedding.forward and not hasattr(plain, "weight")
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Look rows up with the adapters that take part."""
-        if not isinstance(self, LoRAEmbedding):  # somebody kept this method; the adapter is gone
-            return type(self).forward(self, *args, **kwargs)
-        attached, ids = self._lora, self._lora_input(args, kwargs)
-        weight, state = self._lora_own("weight"), attached.selection.current()
-        if hasattr(weight, "full_tensor"):  # a DTensor does not support adding to single rows
-            return self._lora_rows(ids, self._lora_formed(), self.max_norm)
-        if state.routed:
-            return self._lora_by_rows(ids, weight, state)
-        alone, gain = attached.gained(state) if attached.gains else None, None
-        compiling = torch.compiler.is_compiling()
-        if compiling:
-            updates = self._lora_compiled(weight, state)
-        else:
-            updates = self._lora_updates(state, compiling=False)
-        if not updates:
-            return self._lora_rows(ids, weight, self.max_norm)
-        self._lora_refuse_resized(updates[0].A.shape[1])
-        base = self._lora_rows(ids, weight, None)
-        found = embedding(base, ids, updates, self.padding_idx, float32=attached.float32)
-        if alone is not None:
-            gain = self._lora_gain(alone, weight, attached.chosen(state, compiling))
-        return self._lora_finished(found, ids, gain)
+    def _lora_with_updates(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], updates: Sequence[Factors]
+    ) -> Any:
+        """Look rows up with a sum of updates."""
+        rows, ids = self._lora_updated(args, kwargs, updates)
+        return self._lora_finished(rows, ids, None)
 
-    def _lora_by_rows(self, ids: Tensor, weight: Any, state: State) -> Any:
-        """Look rows up with the update, and the gain, of each row's own adapter."""
-        if state.one_pass is not None and not state.alone:
-            return apart(self, functools.partial(LoRAEmbedding.forward, self), state, (ids,), {})
-        if state.packs(ids):
-            return self.forward(ids.flatten(0, 1)).reshape(*ids.shape, -1)
-        routing = self._lora_routing(ids, state)
-        if not routing.entries:
-            return self._lora_rows(ids, weight, self.max_norm)
-        attached, gain = self._lora, None
-        adapters = routing.factors(held_by(self), training=self.training)
-        base, rows = self._lora_rows(ids, weight, None), routing.places
-        found = routed_embedding(
-            base, ids, rows, adapters, self.padding_idx, float32=attached.float32
+    def _lora_with_gain(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        updates: Sequence[Factors],
+        gain: Tensor,
+    ) -> Any:
+        """Look rows up with a sum of updates, and multiply by a gain."""
+        rows, ids = self._lora_updated(args, kwargs, updates)
+        return self._lora_finished(rows, ids, gain)
+
+    def _lora_without_updates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Look rows up in the plain table."""
+        return self._lora_rows(
+            self._lora_input(args, kwargs), self._lora_own("weight"), self.max_norm
         )
-        if attached.gains:
-            gain = self._lora_gains(routing, weight, found.dim())
-        return self._lora_finished(found, ids, gain)
+
+    def _lora_updated(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], updates: Sequence[Factors]
+    ) -> tuple[Tensor, Tensor]:
+        """Return looked-up rows with updates, before a gain and before their norm, and the ids."""
+        ids, weight = self._lora_input(args, kwargs), self._lora_own("weight")
+        self._lora_refuse_resized(updates[0].A.shape[1])
+        if hasattr(weight, "full_tensor"):  # a DTensor does not support adding to single rows
+            return self._lora_rows(ids, self._lora_formed(), None), ids
+        base = self._lora_rows(ids, weight, None)
+        rows = embedding(base, ids, updates, self.padding_idx, float32=self._lora.float32)
+        return rows, ids
 
     def _lora_finished(self, rows: Tensor, ids: Tensor, gain: Tensor | None) -> Tensor:
         """Multiply looked-up rows by a gain, and enforce their norm."""
@@ -115,6 +105,7 @@ class LoRAEmbedding(ForwardUpdate):
         return rows if self.max_norm is None else renormalized(rows, self.max_norm, self.norm_type)
 
     def _lora_refuse_resized(self, num: int) -> None:
+        """Raise if the table has other rows than A, which has `num`."""
         if num != self.num_embeddings:
             raise LayerError(
                 "an embedding with an adapter",

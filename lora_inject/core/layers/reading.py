@@ -17,23 +17,20 @@ from torch.fx import _symbolic_trace
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lora_inject.checks.moving_buffers import buffers_to_watch, refuse_moved
-from lora_inject.core.functional.factors import is_watched
+from lora_inject.core.functional.inside import is_watched, saving_hooks
 from lora_inject.core.layers.attached import (
     Attached,
     Entry,
     attached_to,
     held_by,
     refuse_mixed,
-    saving_hooks,
 )
 from lora_inject.core.layers.checkpointing import refuse_dead_checkpoint
 from lora_inject.core.layers.plain_tensors import PLAIN, reads_as_sum
 from lora_inject.core.layers.readers import computes, running_module
-from lora_inject.core.layers.selection import State
 from lora_inject.core.layers.sending import sent_once
 from lora_inject.errors import LayerError, article
 from lora_inject.experts.lazy import lazy_weight
-from lora_inject.rows.routed_forward import adds_bias, adds_rows
 
 # Older torch has the second only.
 _is_tracing: Callable[[], bool] = getattr(
@@ -131,9 +128,6 @@ class Reading(nn.Module):
         adds = reader is self and not (put_on and self._lora_stock)  # to the output
         if attached.forward and not adds and param == self.weight_name:
             entries = {**attached.forward, **entries}
-        by_rows = reader is self and not put_on and adds_rows(self._lora_plain, param)
-        if by_rows and (state := attached.selection.current()).routed and not state.alone:
-            return raw
         outside = reader is not self and not attached.running and isinstance(reader, nn.Module)
         return self._lora_value(param, raw, entries, outside=outside)
 
@@ -145,16 +139,13 @@ class Reading(nn.Module):
             return raw
         if raw is None:
             self._lora_refuse_replaced(param)
+        return self._lora.selection.current().read(self, param, raw, entries, outside=outside)
+
+    def _lora_read_mixed(
+        self, param: str, raw: Any, taking: list[tuple[Entry, float]], *, outside: bool
+    ) -> Any:
+        """Return W + delta, of the entries of a mix that are on a parameter."""
         attached = self._lora
-        state = attached.selection.current()
-        if state.routed and adds_bias(type(self), param) and not outside:
-            return raw  # the layer's own forward, which adds to each row's output
-        if state.routed and not state.alone:
-            return self._lora_refuse_routed(param, raw, entries, state)
-        active = state.chosen[:1] if state.alone else state.active
-        taking = [(entries[n], weight) for n, weight in active if n is not None and n in entries]
-        if not taking:
-            return raw
         if _is_tracing():
             refuse_symbolic_trace()
         if type(raw) not in PLAIN and not reads_as_sum(raw):
@@ -231,34 +222,18 @@ class Reading(nn.Module):
         if entry.mark not in self._lora.took_part:
             self._lora.used((entry,))
         self._lora_refuse_vain(entry.tensors(self).values())
-        if entry.on_output and entry.spec and entry.spec.dropout and self._lora_drops():
+        if (
+            entry.on_output
+            and entry.spec
+            and entry.spec.dropout
+            and self._lora.selection.current().drops(self)
+        ):
             raise LayerError(
                 f"reading the weight of site {entry.spec.name!r} in a forward",
                 f"adapter {entry.adapter!r} has dropout {entry.spec.dropout:g} on the layer's "
                 "input, which the reader of a weight does not see",
                 "Give the site dropout: 0",
             )
-
-    def _lora_drops(self) -> bool:
-        """Whether dropout of adapters acts: trials have theirs in any mode of the base."""
-        one_pass = self._lora.selection.current().one_pass
-        return self.training if one_pass is None else bool(one_pass.drops)
-
-    def _lora_refuse_routed(
-        self, param: str, raw: Tensor, entries: Mapping[str, Entry], state: State
-    ) -> Tensor:
-        """Return W if its shape or dtype is read; raise if its values are used."""
-        if not state.parts.keys() & entries.keys():
-            return raw
-
-        def used() -> None:
-            raise LayerError(
-                f"routed(), reading {param!r} of a {type(self).__name__} in a forward",
-                "one weight is read for the whole batch, and its rows have adapters of their own",
-                "Leave this layer out of adapters that are routed",
-            )
-
-        return lazy_weight(raw, (), float32=False, used=used, any_shape=True)
 
     def _lora_refuse_replaced(self, name: str) -> None:
         """Raise if a parameter becomes computed, as in parametrize, prune and weight_norm.

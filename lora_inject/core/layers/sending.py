@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_inject.core.functional.inside import constant_in_graphs
+
 
 def sent(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Return numbers as a tensor on a device, for a later backward too.
@@ -41,7 +43,7 @@ def _kept(numbers: tuple[int, ...], device: torch.device, queue: Any) -> Tensor:
     return sent(numbers, device)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def _constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Return a constant of a graph, which would else make and send them in each forward."""
     return torch.tensor(numbers, device=device)

@@ -22,7 +22,8 @@ from lora_inject.core.layers.attached import Attached, Entry, attached_to, attri
 from lora_inject.core.layers.class_swap import check_swappable, swap
 from lora_inject.core.layers.kinds import mixin_for
 from lora_inject.core.layers.plain_tensors import is_quantized, reads_as_sum
-from lora_inject.core.layers.selection import Selection, State
+from lora_inject.core.layers.selected import Mix
+from lora_inject.core.layers.selection import Selection
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.layers.weight_kinds import (
@@ -201,7 +202,7 @@ def attach(
     _check_joinable(survey, name, before.selections, train and activate)
     selection = next(iter(before.selections), None) or Selection()
     if not activate:
-        _check_mixable(name, found, dict(selection.state.active))
+        _check_mixable(name, found, selection.setting.names)
     modules = [module for _, module in survey.modules]
     # Only tensors of these records: checking every tensor of every adapter would be quadratic.
     named = {each for record in records for each in record.trainable} if records else (None,)
@@ -225,8 +226,8 @@ def attach(
         if train:
             begin_training(modules)
         if activate:
-            others = () if train else selection.state.active  # of other parts of the model
-            selection.replace(State(active=(*others, (name, 1.0))))
+            others = {} if train else selection.setting.names  # of other parts of the model
+            selection.replace(Mix({**others, name: 1.0}))
         if probe is not None:
             refuse_unreached(survey.model, probe)
     forget_gradients(holder.tensor for holder in survey.holders)
@@ -255,9 +256,9 @@ def _check_joinable(
         return
     for selection in selections:
         selection.check_settled(f"adding adapter {name!r}", others=True)
-    joint = dict(item for selection in selections for item in selection.state.active)
+    joint = dict(item for selection in selections for item in selection.setting.names.items())
     for path, _, attached in adapted_modules(survey) if not alone else ():
-        own = dict(attached.selection.state.active)
+        own = attached.selection.setting.names
         for entry in attached.entries():
             if own.get(entry.adapter) != joint.get(entry.adapter):
                 raise StateError(
@@ -283,11 +284,11 @@ def _become_root(survey: Survey, selection: Selection) -> Root:
     if root is None:
         root = survey.model.__dict__[ROOT] = Root(selection)
         ROOT_MODULES.add(survey.model)
-    active = dict(selection.state.active)
+    active = dict(selection.setting.names)
     for path, inner in roots_of(survey).items():
         if inner is root:
             continue
-        active.update(inner.selection.state.active)
+        active.update(inner.selection.setting.names)
         root.configs |= inner.configs | root.configs
         for name, modules in inner.carrying.items():
             root.carrying[name] = [*root.carrying.get(name, ()), *modules]
@@ -297,8 +298,8 @@ def _become_root(survey: Survey, selection: Selection) -> Root:
     for _, _, attached in adapted_modules(survey):
         if attached.selection is not selection:
             attached.join(selection)
-    if active != dict(selection.state.active):
-        selection.replace(State(active=tuple(active.items())))
+    if active != selection.setting.names:
+        selection.replace(Mix(active))
     return root
 
 

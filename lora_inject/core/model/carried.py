@@ -14,13 +14,11 @@ from weakref import WeakSet
 from torch import nn
 
 from lora_inject.core.layers.attached import Attached, Entry, attached_to, refuse_mixed
-from lora_inject.core.layers.checkpointing import alive
 from lora_inject.core.layers.class_swap import refuse_replaced_class
-from lora_inject.core.layers.selection import Selection
+from lora_inject.core.layers.selection import Selection, alive
 from lora_inject.core.layers.survey import Holder, Survey, base_tensor, unwrapped
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import StateError, check_type, nearest
-from lora_inject.rows.routed_forward import routes_rows
 
 ROOT = "_lora_root"
 
@@ -147,17 +145,15 @@ def whole_adapter(survey: Survey, name: str, asked: str) -> list[Carried]:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reach:
     """What a verb on a model reaches: the distinct selections inside, and the adapters.
 
-    `whole` maps an adapter to a parameter that it reads as a whole weight; `gained` are the
-    adapters with a gain at any site.
+    `gained` are the adapters with a gain at any site.
     """
 
     selections: tuple[Selection, ...]
     names: frozenset[str]
-    whole: Mapping[str, str]
     gained: frozenset[str]
 
 
@@ -182,17 +178,13 @@ def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
         return root.kept[1]
     selections: dict[Selection, None] = {}
     names: set[str] = set()
-    whole: dict[str, str] = {}
     gained: set[str] = set()
-    for path, module, attached in adapted_modules(survey or Survey(model)):
+    for _, _, attached in adapted_modules(survey or Survey(model)):
         selections[attached.selection] = None
         names.update(attached.forward, *attached.reads.values())
         if attached.gains or attached.reads:  # keeps later verbs fast with many adapters
             gained.update(entry.adapter for entry in attached.entries() if entry.variant.gained)
-        reads = (entry for table in attached.reads.values() for entry in table.values())
-        shared = (entry for entry in reads if not routes_rows(module, entry))
-        whole |= {entry.adapter: joined(path, entry.param) for entry in shared}
-    found = Reach(tuple(selections), frozenset(names), whole, frozenset(gained))
+    found = Reach(tuple(selections), frozenset(names), frozenset(gained))
     if root is not None:
         root.kept = (_generation, found)
     return found
@@ -240,7 +232,7 @@ def check_new_name(found: Reach, name: str) -> None:
 def refuse_merged(asked: str, *selections: Selection) -> None:
     """Raise if the weights hold a merged adapter."""
     for selection in selections:
-        if selection.state.merged:
-            merged = ", ".join(name for name, _ in selection.state.merged)
+        if selection.merged:
+            merged = ", ".join(name for name in selection.merged)
             found = f"{merged!r} is merged into the weights"
             raise StateError(asked, found, "Call unmerge(model) first")

@@ -8,9 +8,9 @@ from typing import TypeVar
 from torch import nn
 
 from lora_inject.core.layers.attached import attached_to
-from lora_inject.core.layers.checkpointing import alive
 from lora_inject.core.layers.class_swap import narrow, unswap
-from lora_inject.core.layers.selection import State
+from lora_inject.core.layers.selected import Mix
+from lora_inject.core.layers.selection import alive
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.layers.weight_kinds import end_training
@@ -107,9 +107,10 @@ def _take_off(survey: Survey, record: Root, gone: Set[str]) -> None:
         del record.configs[name]
         record.trainable.discard(name)
     record.selection.forget(gone)
-    left = State(tuple(item for item in record.selection.state.active if item[0] not in gone))
-    if left != record.selection.state:
-        record.selection.replace(left)
+    setting = record.selection.setting
+    left = {name: weight for name, weight in setting.names.items() if name not in gone}
+    if left != setting.names or record.selection.merged:
+        record.selection.replace(Mix(left))
     if not record.configs:
         del survey.model.__dict__[ROOT]
         _unfreeze(survey, record)

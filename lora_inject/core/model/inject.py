@@ -257,7 +257,7 @@ def _put_on(
     if sharded:
         check_shardable(survey, f"adapter {name!r}", found, tied)
     there = reach(survey.model, survey)
-    active = {each for selection in there.selections for each, _ in selection.state.active}
+    active = {each for selection in there.selections for each in selection.setting.names}
     idle = active.isdisjoint({*there.names, name})
     if idle and records_of(survey, name):
         found_there = "another part of the model has an adapter of that name, which is not active"

@@ -67,8 +67,7 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
         found.setdefault(item[2].adapter, []).append(item)
     weights: dict[str, float] = {}
     for selection in reach(model, survey).selections:
-        state = selection.current()
-        weights.update(state.merged or state.active)
+        weights.update(selection.merged or selection.current().names)
     order = {name: i for root in roots_of(survey).values() for i, name in enumerate(root.configs)}
     names = sorted(found, key=lambda name: order.get(name, len(order)))
     return {name: _info(found[name], weights.get(name)) for name in names}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional import MergeReport, Tally, TensorReport
-from lora_inject.core.layers.selection import State
+from lora_inject.core.layers.selected import Mix, Selected
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
 from lora_inject.core.layers.weight_kinds import Undo, claims, in_dtype
@@ -43,7 +43,7 @@ from lora_inject.core.spec.names import joined, parent
 from lora_inject.errors import LayerError, StateError, check_type
 
 M = TypeVar("M", bound=nn.Module)
-Mix = tuple[tuple[str, float], ...]
+Weights = tuple[tuple[str, float], ...]
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 17  # words: 1 MiB, which a CPU's cache holds
 
@@ -52,7 +52,7 @@ _CHUNK = 1 << 17  # words: 1 MiB, which a CPU's cache holds
 class _Merged:
     """What the root keeps while merged; `undos` is None if nothing was kept."""
 
-    was: State
+    was: Selected
     trainable: list[nn.Parameter]
     undos: list[_Undo] | None
     # What models and configs said of quantization and ties: each with attributes of its.
@@ -137,12 +137,12 @@ def merge(
 
     undos: list[_Undo] = []
     trainable = [p for *_, p in trainable_tensors(survey) if p.requires_grad]
-    kept = _Merged(selection.state, trainable, undos if undo else None)
+    kept = _Merged(selection.setting, trainable, undos if undo else None)
     waiting = nullcontext() if undo else _held_back_interrupts()
     whole = all_or_nothing((module for _, module in survey.modules), (selection, root))
     with waiting, whole, _taken_back(kept, undos, len(targets)):
         root.undo = kept
-        selection.replace(State(merged=mix))
+        selection.replace(Mix(), merged=dict(mix))
         for parameter in trainable:
             parameter.requires_grad_(False)
         _write(targets, undo, undos)
@@ -189,12 +189,12 @@ def root_of(survey: Survey) -> Root:
 
 def _mix_and_targets(
     survey: Survey, name: str | Mapping[str, float] | None, into: Into, verb: str
-) -> tuple[Mix, list[Target]]:
+) -> tuple[Weights, list[Target]]:
     """Return what is to be folded, by default what is active, and the tensors to write."""
     selection = root_of(survey).selection
     refuse_merged(verb, selection)
     selection.check_settled(verb, others=True)
-    mix = selection.state.active
+    mix = tuple(selection.setting.names.items())
     if name is not None:
         weights = weights_of(name, "merge, name")
         check_names(reach(survey.model, survey).names, weights, "merge")
@@ -245,7 +245,7 @@ def _write_rows(target: Target, undo: _Undo) -> None:
         raise not_finite(target, undo.before if undo.original is None else undo.original)
 
 
-def _report(targets: list[Target], mix: Mix) -> MergeReport:
+def _report(targets: list[Target], mix: Weights) -> MergeReport:
     tensors, notes = {}, []
     for target in targets:
         action = "untied" if target.sharers else "folded" if target.terms else "replaced"

@@ -1,23 +1,23 @@
-"""Choosing among adapters: which take part, for how much, for which rows.
+"""Choosing among adapters: which take part, and for how much.
 
-`activate` is a setting of the model, for all threads. `disabled` and `routed` hold for the thread,
-asyncio task or generator that entered them. None of them touches a layer, a parameter or
+`activate` is a setting of the model, for all threads. `disabled` holds for the thread or asyncio
+task that entered it. Neither of them touches a layer, a parameter or
 `requires_grad`, so each costs the same for ten sites as for ten thousand.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from typing import Any, Self, TypeVar
 
 from torch import nn
 
-from lora_inject.core.layers.contexts import within
-from lora_inject.core.layers.selection import BASE, State
+from lora_inject.core.layers.contexts import held_by_coroutine, within
+from lora_inject.core.layers.selected import Mix, Selected
 from lora_inject.core.model.carried import check_names, reach, refuse_merged, refuse_mixes
-from lora_inject.errors import StateError, article, check_type
+from lora_inject.errors import StateError, check_type
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -56,9 +56,9 @@ def activate(model: M, which: str | Mapping[str, float] | None) -> M:
     refuse_mixes(model, found, weights)
     for selection in found.selections:
         selection.check_settled("activate")
-    state = State(active=tuple(weights.items()))
+    mix = Mix(weights)
     for selection in found.selections:
-        selection.replace(state)
+        selection.replace(mix)
     return model
 
 
@@ -112,13 +112,13 @@ class Reusable(ContextDecorator):
 def disabled(model: nn.Module) -> Reusable:
     """Return a context in which the plain base model runs: no adapter takes part.
 
-    As with `routed`, other threads, tasks and generators are not affected.
+    As with `routed`, other threads and tasks are not affected.
 
     Args:
         model: The root, or any module that holds roots.
 
     Raises:
-        StateError: The model is merged, and so there is no plain base.
+        StateError: The model is merged, and so there is no plain base; or a generator enters it.
 
     Examples:
         >>> import torch
@@ -127,74 +127,26 @@ def disabled(model: nn.Module) -> Reusable:
         >>> with disabled(net):
         ...     y = net(torch.ones(2, 4))
     """
-    return Reusable("disabled()", lambda: within_state(model, BASE, "disabled"))
+    return Reusable("disabled()", lambda: _without_adapters(model))
 
 
-def routed(model: nn.Module, adapters: Iterable[str | None], *, repeat: int = 1) -> Reusable:
-    """Return a context with one adapter for each row of the batch, in training as well.
-
-    The context belongs to the thread, asyncio task or generator that enters it. A task, or a thread
-    of `asyncio.to_thread`, that is started inside sees it; a plain `threading.Thread` or a thread
-    of an executor does not, and runs under the model's own setting. In a generator it holds while
-    the generator runs. A compiled model sees the contexts of its own thread, and only those that
-    a plain function entered; while a coroutine or generator holds one, its forward is an error.
-
-    Args:
-        model: The root, or any module that holds roots.
-        adapters: The adapter of each row, in a list; None for the plain base.
-        repeat: Also accept batches in which each row stands `repeat` times in a row, as beam
-            search makes them.
-
-    Raises:
-        StateError: There is no list of names. On entering: a name is unknown, the model is merged,
-            or an adapter has what all rows share: sites that are read as a whole weight, or trained
-            copies of other layers than linear ones and torch's norms. On leaving: a context that
-            was entered later is still open.
-        LayerError: In a forward, the batch is not as long as `adapters`, nor its multiple.
-
-    Examples:
-        >>> import torch
-        >>> from lora_inject.core.model.inject import inject
-        >>> net = nn.Sequential(nn.Linear(4, 4))
-        >>> for name in ("sql", "style"):
-        ...     _ = inject(net, {"rank": 1, "targets": ["0"]}, name)
-        >>> with routed(net, ["sql", None, "style"]):
-        ...     y = net(torch.ones(3, 4))
-    """
-    listed = "Give the adapter of each row in a list, None for the base"
-    check_type("routed", adapters, Iterable, listed)
-    if isinstance(adapters, str | bytes | Mapping | Set):  # of a string each letter is a name
-        raise StateError("routed", f"it is {article(type(adapters).__name__)}", listed)
-    rows = tuple(adapters)
-    if not rows or repeat < 1:
-        found_rows = f"got {len(rows)} rows and repeat={repeat}"
-        raise StateError("routed()", found_rows, "Give one adapter for each row")
-    return Reusable("routed()", lambda: _within_rows(model, rows, repeat))
-
-
-def _within_rows(
-    model: nn.Module, rows: tuple[str | None, ...], repeat: int
-) -> AbstractContextManager[None]:
-    """Check the names of rows, and return the context of one `with`."""
-    names = dict.fromkeys(name for name in rows if name is not None)
-    found = reach(model)
-    check_names(found.names, names, "routed to")
-    for name in found.whole.keys() & names.keys():
-        raise StateError(
-            f"routed to {name!r}",
-            f"it changes {found.whole[name]!r} itself, which all rows of a batch share",
-            "Route adapters on layers that are called, and train in full only linear layers and "
-            "norms",
-        )
-    return within_state(model, State(rows=rows, repeat=repeat), "routed")
+def _without_adapters(model: nn.Module) -> AbstractContextManager[None]:
+    """Return the context of one `with`."""
+    waits = held_by_coroutine("disabled()")
+    return selecting(model, Mix(), "disabled", waits=waits)
 
 
 @contextmanager
-def within_state(model: nn.Module, state: State, asked: str) -> Iterator[None]:
-    """Run the body under a selection, of the calling thread or task only."""
+def selecting(
+    model: nn.Module, selected: Selected, asked: str, *, waits: bool = False
+) -> Iterator[None]:
+    """Run the body with others taking part, for the calling thread or task only.
+
+    `waits` says that a coroutine holds the context.
+    """
     selections = reach(model).selections
     if not selections:
         raise StateError(asked, "the model has no adapter", "Inject or load one first")
     refuse_merged(asked, *selections)
-    with within({selection: selection.prepared(state) for selection in selections}):
+    with within(dict.fromkeys(selections, selected), waits=waits):
         yield

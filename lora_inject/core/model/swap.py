@@ -103,7 +103,7 @@ def swap_adapter(
         check_base_copies(state, base_weights(survey), asked)
     values = [*map(in_memory, values)]  # of a file, read before the first write
     for selection in selections:
-        selection.note_swap(name)
+        selection.note(name)
     copy_into(into, values)
     for _, root in records_of(survey, name):
         root.configs[name] = state.config

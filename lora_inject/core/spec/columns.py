@@ -33,7 +33,7 @@ def columns(
 
 
 @dataclass(frozen=True)
-class Rows:
+class Listing:
     """A table of sites, a row each.
 
     Text and integers describe a site; floats, None and pairs of floats, a value and its error, are
@@ -49,11 +49,11 @@ class Rows:
         """Return the rows as text."""
         return [tuple(map(_shown, row)) for row in self.cells]
 
-    def by_kind(self) -> Rows:
+    def by_kind(self) -> Listing:
         """Join the rows of one kind that differ only in figures: `h.{0..11}.fc x12`.
 
         Examples:
-            >>> rows = Rows(("site", "rank", "|D|"), (("h.0.q", 4, 1.0), ("h.1.q", 4, 3.0)))
+            >>> rows = Listing(("site", "rank", "|D|"), (("h.0.q", 4, 1.0), ("h.1.q", 4, 3.0)))
             >>> rows.by_kind().text()
             [('h.{0..1}.q x2', '4', '2')]
         """
@@ -61,7 +61,7 @@ class Rows:
         for row in self.cells:
             same = (cell for cell in row[1:] if isinstance(cell, str | int))
             groups.setdefault((_kind(str(row[0])), *same), []).append(row)
-        return Rows(self.heads, tuple(map(self._joined, groups.values())))
+        return Listing(self.heads, tuple(map(self._joined, groups.values())))
 
     def _joined(self, rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
         if len(rows) == 1:

@@ -13,6 +13,7 @@ ROOMS = {
     "algebra": "lora_inject.algebra.values",
     "formats": "lora_inject.formats",
     "from_peft": "lora_inject.formats.from_peft",
+    "graphs": "lora_inject.compiled.graphs",
     "guards": "lora_inject.integrations.guards",
     "hub": "lora_inject.formats.hub",
 }

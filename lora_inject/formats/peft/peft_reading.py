@@ -22,7 +22,7 @@ from lora_inject.core.model.carried import entries
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError
 from lora_inject.formats.peft.tensor_layout import attentions
-from lora_inject.rows.routed_forward import adds_rows
+from lora_inject.rows.convolution import adds_rows
 
 
 def refuse_misread(survey: Survey, name: str) -> None:

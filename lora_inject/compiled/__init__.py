@@ -1,0 +1,1 @@
+"""Compiled graphs: switching among adapters without compiling again."""

@@ -1,0 +1,169 @@
+"""Who takes part in a compiled graph, in a form that switches without compiling again.
+
+A graph guards on what Python code of ours it has read. So who is selected gets a second form, which
+a graph reads in its place (`Selected.in_graph`): a tensor names the adapters, and a graph holds all
+that it may choose among.
+
+| in a graph | names are |
+|---|---|
+| a layer with one adapter, with gains, or with different dropouts | constants |
+| adapters that train, where gradients are asked for | constants: a graph cannot leave one out |
+| all other adapters of a layer | data |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from lora_inject.compiled.choices import chosen_factors, chosen_rows, number_of
+from lora_inject.compiled.torch_checkpoints import watch_checkpoints
+from lora_inject.core.functional.factors import compute_dtype
+from lora_inject.core.functional.linear import add_updates
+from lora_inject.core.layers.attached import Entry, attached_to, factors_of, held_by
+from lora_inject.core.layers.kinds import LoRAEmbedding
+from lora_inject.core.layers.linear_kinds import LoRALinear
+from lora_inject.core.layers.selected import Mix, Selected
+from lora_inject.core.layers.selection import SELECTIONS, Selection, alive
+from lora_inject.core.layers.sending import sent
+from lora_inject.rows.by_row import Rows, check_rows
+from lora_inject.rows.routing import NOTHING, Places, Routing, routing
+
+
+class Choice:
+    """Numbers and weights of the chosen adapters, on devices.
+
+    Attributes:
+        on: `(n, 2)` on each device: of each active adapter, or of each row's (-1 for the base), its
+            number and its weight.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[int, float]], devices: Iterable[torch.device]) -> None:
+        self.on = {device: _as_tensor(pairs, device) for device in devices}
+
+    def at(self, device: torch.device) -> Tensor:
+        """Return the choice on a device."""
+        there = self.on.get(device)
+        return next(iter(self.on.values())).to(device) if there is None else there
+
+
+class ChosenMix(Mix):
+    """A mix whose names are data, where a layer can choose by data."""
+
+    def __init__(self, mix: Mix, devices: Iterable[torch.device]) -> None:
+        super().__init__(mix.names)
+        self.choice = Choice([(number_of(n), w) for n, w in mix.names.items()], devices)
+
+    def forward(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute a layer with what the tensor chooses."""
+        # The tensor tells how many are chosen; a look at the names would make them constants.
+        if not isinstance(layer, LoRALinear | LoRAEmbedding):
+            return layer._lora_mixed(self, args, kwargs)
+        attached = layer._lora
+        if len(attached.forward) < 2 or attached.gains:
+            return self._by_names(layer, args, kwargs)
+        y = layer._lora_without_updates(args, kwargs)
+        choice = self.choice.at(y.device)
+        entries, numbers = eligible(layer, attached.forward, self.names)
+        if not entries or not choice.shape[0]:
+            return y
+        held, training = held_by(layer), layer.training
+        adapters = [factors_of(e.recipes(1.0), held, training=training) for e in entries]
+        if len({u.dropout for updates in adapters for u in updates}) > 1:
+            return self._by_names(layer, args, kwargs)
+        dtype = compute_dtype(y.dtype, attached.float32)
+        chosen = chosen_factors(choice, numbers, adapters, y.size(-1), dtype)
+        if isinstance(layer, LoRAEmbedding):
+            return layer._lora_with_updates(args, kwargs, [chosen])
+        x = layer._lora_input(args, kwargs)
+        return add_updates(y, x, [chosen], float32=attached.float32)
+
+    def _by_names(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        attached = layer._lora
+        recipes = attached.recipes(self)
+        if not recipes:
+            return layer._lora_without_updates(args, kwargs)
+        updates = factors_of(recipes, held_by(layer), training=layer.training)
+        gained = attached.gained(self) if attached.gains else None
+        if gained is None:
+            return layer._lora_with_updates(args, kwargs, updates)
+        return layer._lora_with_gain(args, kwargs, updates, layer._lora_gain(gained, recipes))
+
+
+class ChosenRows(Rows):
+    """Rows whose adapters are data."""
+
+    def __init__(self, rows: Rows, devices: Iterable[torch.device]) -> None:
+        super().__init__(rows.rows, rows.repeat)
+        pairs = [(-1 if name is None else number_of(name), 1.0) for name in rows.rows]
+        self.choice = Choice(pairs, devices)
+
+    def routing(self, layer: Any, by_adapter: Mapping[str, Entry], x: Tensor) -> Routing:
+        """Return the routing among all adapters that stand ready."""
+        choice = self.choice.at(x.device)
+        check_rows(layer, x, choice.shape[0], self.repeat)
+        entries, numbers = eligible(layer, by_adapter, self.names)
+        if not entries:
+            return NOTHING
+        repeat = x.shape[0] // choice.shape[0]
+        rows = chosen_rows(choice[:, 0], numbers).repeat_interleave(repeat)
+        return routing(entries, Places(rows, rows))
+
+
+def eligible(
+    module: nn.Module, by_adapter: Mapping[str, Entry], names: Mapping[str, float]
+) -> tuple[list[Entry], list[int]]:
+    """Return the entries among which a compiled graph chooses, and their numbers.
+
+    Those that train must be constants of a graph where gradients are asked for: it cannot leave one
+    out, and a gradient of zeros would let weight decay move an adapter that takes no part.
+    """
+    held, grad = held_by(module), torch.is_grad_enabled()
+    assert attached_to(module) is not None
+    entries, numbers = [], []
+    for name, entry in by_adapter.items():
+        trains = any(held[flat].requires_grad for flat in entry.names.values())
+        if not (grad and trains) or name in names:
+            entries.append(entry)
+            numbers.append(number_of(name))
+    return entries, numbers
+
+
+# -------------------------------------------------------------------------------------- following
+
+
+def follow_all() -> None:
+    """Let every selection, and every checkpoint, be followed into graphs from now on."""
+    watch_checkpoints()
+    for selection in alive(SELECTIONS):
+        if selection.into_graphs is None:
+            selection.into_graphs = into_graph
+            _follow_present(selection)
+
+
+def _follow_present(selection: Selection) -> None:
+    """Prepare the setting, and what the contexts that are open now have selected."""
+    selection.follow(selection.setting)
+    for context in tuple(selection.contexts):
+        selection.follow(context.selected[selection])
+
+
+def into_graph(selected: Selected, devices: Iterable[torch.device]) -> None:
+    """Give a `Selected` the form that graphs read."""
+    if isinstance(selected, Mix):
+        selected.in_graph = ChosenMix(selected, devices)
+    elif type(selected) is Rows:
+        selected.in_graph = ChosenRows(selected, devices)
+    else:
+        selected.in_graph = selected
+
+
+def _as_tensor(pairs: Sequence[tuple[int, float]], device: torch.device) -> Tensor:
+    """Return `(n, 2)`; a fake tensor, of the mode that the caller is in, would outlive the mode."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    with _disable_current_modes():
+        return sent(pairs, device, dtype).view(-1, 2)

@@ -1,0 +1,206 @@
+"""What only the inner side of torch, or Python's stack, can say: the one file that asks it.
+
+| question | asked of | if a torch renames it |
+|---|---|---|
+| does a tracer or a transform watch? | `torch._C`, `forward_ad` | a test of this file fails |
+| does a backward run, and which node? | autograd's engine | the same |
+| which checkpoints does the caller run in? | hooks on saved tensors, the stack | the same |
+| who enters a context? | the stack | the same |
+
+Each function has a test that asserts its positive finding, so that a new torch fails loudly. A name
+that torch lacks is noticed when the function is used, never at import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+from torch.autograd import forward_ad
+
+F = TypeVar("F", bound=Callable[..., Any])
+_PACKAGE = __name__.partition(".")[0]
+_GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+
+# ------------------------------------------------------------------------------------- tracers
+
+
+def is_watched() -> bool:
+    """Whether functorch, `torch.jit.trace` or forward-mode AD is active; compiling is not asked."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def is_recorded() -> bool:
+    """Whether a dispatch mode sees each operation, and may keep what it returns.
+
+    Selective activation checkpointing (`create_selective_checkpoint_contexts` of torch) keeps the
+    results of some operations so, and hands them out again in the backward. An update that is added
+    in place to a kept product would be in it already when the recomputation adds it again. So a
+    result is written to only where no mode could keep it.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def constant_in_graphs(function: F) -> F:
+    """Let dynamo run a function while it traces, and keep what it returned as a constant.
+
+    `torch.compiler.assume_constant_result` does the same, and imports dynamo when it decorates.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# ------------------------------------------------------------------------------------ backwards
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward pass in the calling thread."""
+    running: int = torch._C._current_graph_task_id()
+    return running != -1
+
+
+def running_node() -> int | None:
+    """Return the number of the node whose backward runs, by the order in which nodes were made."""
+    node: Any = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
+
+
+def next_node() -> int:
+    """Return the number that autograd gives to the next node of this thread."""
+    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return number
+
+
+def saving_hooks() -> Any:
+    """Return the innermost hooks on tensors that autograd saves, `(pack, unpack)`, or None."""
+    if torch.compiler.is_compiling():  # dynamo may compile this function alone
+        return None
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+# ---------------------------------------------------------------------------------- checkpoints
+#
+# Both modes of `torch.utils.checkpoint` keep the function that they will run again in an object.
+# While code runs inside, this object can be found: in the non-reentrant mode through its hook on
+# saved tensors, in the reentrant mode on the stack, because it is an autograd Function.
+
+
+class RunningCheckpoint:
+    """One running checkpoint: the object that keeps its function, and the attribute it is in."""
+
+    __slots__ = ("_holder", "_name")
+
+    def __init__(self, holder: Any, name: str) -> None:
+        self._holder = holder
+        self._name = name
+
+    @property
+    def function(self) -> Any:
+        """The function that runs again in the backward."""
+        return getattr(self._holder, self._name)
+
+    @function.setter
+    def function(self, function: Any) -> None:
+        setattr(self._holder, self._name, function)
+
+
+def innermost_checkpoint() -> RunningCheckpoint | None:
+    """Return the checkpoint that the innermost hooks on saved tensors belong to, None for others.
+
+    It costs little where there are no hooks. Reentrant checkpoints have none.
+    """
+    hooks = saving_hooks()
+    return None if hooks is None else _of_hook(hooks[0])
+
+
+def checkpoints() -> Iterator[RunningCheckpoint]:
+    """Yield the checkpoints that the caller runs in, of both modes."""
+    for pack in _pack_hooks():
+        checkpoint = _of_hook(pack)
+        if checkpoint is not None:
+            yield checkpoint
+    for call in reentrant_calls():
+        yield RunningCheckpoint(call.f_locals["ctx"], "run_function")
+
+
+def reentrant_calls() -> list[FrameType]:
+    """Return the calls of `CheckpointFunction.forward` on the stack, the innermost first."""
+    # Only in the forward of an autograd Function is this off, and in inference mode.
+    if torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled():
+        return []
+    code = _checkpointing().CheckpointFunction.forward.__code__
+    frame: FrameType | None = sys._getframe(1)
+    calls = []
+    while frame is not None:
+        if frame.f_code is code:
+            calls.append(frame)
+        frame = frame.f_back
+    return calls
+
+
+def reentrant_inputs() -> Iterable[Any] | None:
+    """Return the inputs of the innermost reentrant checkpoint, None outside of one."""
+    calls = reentrant_calls()
+    return calls[0].f_locals.get("args", ()) if calls else None
+
+
+def _checkpointing() -> Any:
+    """Return torch.utils.checkpoint: imported by whoever checkpoints, and by nobody else."""
+    return sys.modules.get("torch.utils.checkpoint") or _imported()
+
+
+def _imported() -> Any:
+    import torch.utils.checkpoint
+
+    return torch.utils.checkpoint
+
+
+def _pack_hooks() -> list[Any]:
+    """Return the hooks on saved tensors, the innermost first: torch shows only that one."""
+    inner: Any = torch._C._autograd
+    pairs = []
+    while (pair := saving_hooks()) is not None:
+        pairs.append(pair)
+        inner._pop_saved_tensors_default_hooks()
+    for pair in reversed(pairs):
+        inner._push_saved_tensors_default_hooks(*pair)
+    return [pack for pack, _ in pairs]
+
+
+def _of_hook(pack: Any) -> RunningCheckpoint | None:
+    """Return the non-reentrant checkpoint that a hook belongs to."""
+    if getattr(pack, "__module__", "") != "torch.utils.checkpoint":
+        return None
+    kind = _checkpointing()._CheckpointFrame
+    for cell in pack.__closure__ or ():
+        if isinstance(cell.cell_contents, kind):
+            return RunningCheckpoint(cell.cell_contents, "recompute_fn")
+    return None
+
+
+# ------------------------------------------------------------------------------------- contexts
+
+
+def entering_code() -> int:
+    """Return the flags of the code that enters a context: `inspect.CO_GENERATOR` and the like.
+
+    That is the innermost frame outside of this package, of contextlib, and of generators that
+    contextlib runs as context managers.
+    """
+    frame = sys._getframe(1)
+    while (back := frame.f_back) is not None:
+        name = frame.f_globals.get("__name__", "")
+        managed = frame.f_code.co_flags & _GENERATOR and back.f_globals is contextlib.__dict__
+        if name != "contextlib" and name.partition(".")[0] != _PACKAGE and not managed:
+            break
+        frame = back
+    return frame.f_code.co_flags

@@ -1,0 +1,232 @@
+"""Adapters stacked in a bank; a tensor selects one for each row of a batch.
+
+Factors are at_places by row, so the cost does not grow with the number of adapters (Punica,
+arXiv:2310.18547, has the same idea as a GPU kernel). A row uses the factors of its own adapter
+only, so NaN in another adapter does not reach it. Nothing is kept from one forward to the next,
+because fused optimizers write tensors without a change of their version counters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_inject.core.functional import cpu
+from lora_inject.core.functional.factors import (
+    Factors,
+    cast,
+    compute_dtype,
+    needs_plain_operations,
+    spread,
+    without_autocast,
+)
+from lora_inject.core.functional.lookup import embedding
+
+
+def routed_update(
+    y: Tensor,
+    x: Tensor,
+    places: Tensor,
+    adapters: Sequence[Sequence[Factors]],
+    *,
+    float32: bool,
+    in_place: bool = False,
+    in_order: bool = False,
+) -> Tensor:
+    """Add to each row of a batch the update of its own adapter.
+
+    Args:
+        y: `(batch, ..., out)`.
+        x: `(batch, ..., in)`.
+        places: `(batch,)`, int64: 0 for the base, else 1 + the index of the row's adapter. Fewer
+            stand for as many equal runs of rows.
+        adapters: The updates of each adapter, of any ranks.
+        float32: Keep the arithmetic in float32 over a 16-bit base.
+        in_place: Whether y may be modified if no gradient is needed, because y is not shared.
+        in_order: Whether the places are 1, 2, ... to the number of adapters: none is at_places.
+
+    Returns:
+        `(batch, ..., out)`, in the dtype of `y`. Rows of the base keep their bits.
+
+    Examples:
+        >>> A, B = torch.randn(2, 4), torch.randn(6, 2)
+        >>> y, x = torch.zeros(2, 1, 6), torch.randn(2, 1, 4)
+        >>> adapters = [[Factors(A, B, 0.5)]]
+        >>> found = routed_update(y, x, torch.tensor([1, 0]), adapters, float32=False)
+        >>> torch.allclose(found[0], 0.5 * x[0] @ A.T @ B.T, atol=1e-6), bool(found[1].any())
+        (True, False)
+    """
+    with without_autocast(y) or nullcontext():
+        dtype = compute_dtype(y.dtype, float32)
+        A, B, scale = stacked(adapters, y.shape[-1], dtype, base=not in_order)
+        if not in_order:
+            A, B = at_places(A, places), at_places(B, places)
+        x3 = x.reshape(places.shape[0], -1, x.shape[-1])
+        y3 = y.reshape(places.shape[0], -1, y.shape[-1])
+        x3 = _routed_dropout(x3, places, [updates[0].dropout for updates in adapters])
+        h, wide = _thin(A, x3), cast(y3, dtype)
+        fresh = in_place and not torch.is_grad_enabled() and not needs_plain_operations()
+        out = _plus_update(wide, h, B, scale, wide if fresh else None)
+        return cast(out, y.dtype).view(y.shape)
+
+
+def _plus_update(y: Tensor, h: Tensor, B: Tensor, scale: float, out: Tensor | None) -> Tensor:
+    """Return y `(rows, n, out)` + scale * h^T B^T, of h `(rows, R, n)` and B `(rows, out, R)`."""
+    if B.is_contiguous() and y.shape[1] == 1 and y.element_size() > 2 and cpu.is_cpu(y):
+        # A vector for each row: MKL takes up to 10 times as long for it in one operation.
+        return torch.add(y, torch.bmm(B, h).mT, alpha=scale, out=out)
+    return torch.baddbmm(y, h.mT, B.mT, alpha=scale, out=out)
+
+
+def _thin(A: Tensor, x3: Tensor) -> Tensor:
+    """Return `A x^T` in the dtype of A; for the backward a narrower x is kept as it is.
+
+    With the rank as rows: on a CPU `x A^T` takes up to twice as long.
+    """
+    if x3.dtype == A.dtype or needs_plain_operations() or not torch.is_grad_enabled():
+        return torch.bmm(A, x3.to(A.dtype).mT)
+    found: Tensor = _Widened.apply(A, x3)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Widened(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, x3: Tensor) -> Tensor:
+        ctx.save_for_backward(A, x3)
+        return torch.bmm(A, x3.to(A.dtype).mT)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        A, x3 = ctx.saved_tensors
+        of_A, of_x = ctx.needs_input_grad
+        return (
+            torch.bmm(g, x3.to(A.dtype)) if of_A else None,
+            torch.bmm(g.mT, A).to(x3.dtype) if of_x else None,
+        )
+
+
+def _routed_dropout(x3: Tensor, places: Tensor, dropouts: Sequence[float]) -> Tensor:
+    """Drop elements of each row with its adapter's probability."""
+    if not any(dropouts):
+        return x3
+    # Filled on the device: a tensor of Python numbers would be copied there in each forward.
+    p = torch.stack([x3.new_full((), p) for p in (0.0, *dropouts)]).index_select(0, places)
+    p = p.view(-1, 1, 1)
+    return x3 * (torch.rand_like(x3) >= p) / (1 - p)
+
+
+def dropped(x: Tensor, p: float) -> Tensor:
+    """Return `(..., in)` with the same elements dropped as for the adapter alone."""
+    return cpu.drop(x.reshape(-1, x.shape[-1]), p)[0].view(x.shape)
+
+
+def routed_convolution(
+    y: Tensor,
+    x: Tensor,
+    places: Tensor,
+    adapters: Sequence[Sequence[Factors]],
+    convolve: Callable[[Tensor, Tensor, int], Tensor],
+    weight_shape: Sequence[int],
+    *,
+    float32: bool,
+) -> Tensor:
+    """Add to each row of a convolution's output the update of its own adapter, out of place.
+
+    The update is a convolution with A, which has a few channels, and then a product with B. The
+    rows are groups of one convolution, each with the A of its adapter: `convolve` is that of the
+    layer without a bias, of an input, a weight and a number of groups; `weight_shape` is `(out,
+    in / groups, *kernel)`. Rows of the base keep their bits.
+    """
+    with without_autocast(y) or nullcontext():
+        dtype = compute_dtype(y.dtype, float32)
+        A_bank, B_bank, scale = stacked(adapters, weight_shape[0], dtype, base=True)
+        batch, groups, rank = len(x), x.shape[1] // weight_shape[1], A_bank.shape[1]
+        kernels = at_places(A_bank, places).view(batch, 1, rank, *weight_shape[1:])
+        kernels = kernels.expand(-1, groups, *[-1] * (kernels.dim() - 2)).flatten(0, 2)
+        h = convolve(x.to(dtype).flatten(0, 1)[None], kernels, batch * groups)
+        B = at_places(B_bank, places).view(batch, groups, -1, rank)
+        update = (B @ h.view(batch, groups, rank, -1)).view(y.shape)
+        mine = (places > 0).view(-1, *[1] * (y.dim() - 1))
+        return torch.where(mine, torch.add(y.to(dtype), update, alpha=scale).to(y.dtype), y)
+
+
+def routed_embedding(
+    base: Tensor,
+    ids: Tensor,
+    rows: Tensor,
+    adapters: Sequence[Sequence[Factors]],
+    padding_idx: int | None,
+    *,
+    float32: bool = False,
+) -> Tensor:
+    """Add to each row of a batch of looked-up rows the update of its own adapter, as `embedding`.
+
+    `rows` is `(batch,)`, int64: 0 for the base, else 1 + the index of the row's adapter.
+    """
+    out = base
+    for index, updates in enumerate(adapters):
+        # Checking which rows these are would wait for the device, and a tracer cannot do it.
+        mine = (rows == index + 1).view(-1, *[1] * ids.dim())
+        changed = embedding(base, ids, updates, padding_idx, float32=float32)
+        out = torch.where(mine, changed, out)
+    return out
+
+
+def stacked(
+    adapters: Sequence[Sequence[Factors]],
+    out: int,
+    dtype: torch.dtype,
+    *,
+    base: bool = False,
+) -> tuple[Tensor, Tensor, float]:
+    """Stack adapters as A `(n, R, in)` and B `(n, out, R)`, spans included, and return their scale.
+
+    Smaller ranks are padded with zeros; with `base` zeros come before the first, for no adapter.
+    """
+    As, Bs, scales = map(list, zip(*(_one_pair(us, out, dtype) for us in adapters), strict=True))
+    scale = scales[0]
+    if any(other != scale for other in scales):
+        Bs, scale = [B * own for B, own in zip(Bs, scales, strict=True)], 1.0
+    rank = max(A.size(0) for A in As)
+    if all(A.size(0) == rank for A in As):
+        if base:
+            As.insert(0, torch.zeros_like(As[0]))
+            Bs.insert(0, torch.zeros_like(Bs[0]))
+        A, B = torch.stack(As), torch.stack(Bs)
+    else:
+        # Rank by rank, so that zeros stand between whole rows.
+        A, B = _padded(As, rank, base=base), _padded([B.t() for B in Bs], rank, base=base).mT
+    # Cast as a stack: that is one launch for any number of adapters.
+    return A.to(dtype), B.to(dtype), scale
+
+
+def _padded(factors: Sequence[Tensor], rank: int, *, base: bool) -> Tensor:
+    """Stack factors `(r, width)` with zeros behind each, up to a rank, and first for the base."""
+    zeros = factors[0].new_zeros(rank, factors[0].size(1))
+    pieces = [zeros] if base else []
+    for factor in factors:
+        pieces += [factor, zeros[len(factor) :]]
+    return torch.cat(pieces).view(-1, *zeros.shape)
+
+
+def at_places(bank: Tensor, places: Tensor) -> Tensor:
+    """Return the matrices at some places, laid out in memory as the bank is."""
+    if bank.is_contiguous():
+        return bank.index_select(0, places)
+    return bank.mT.index_select(0, places).mT
+
+
+def _one_pair(
+    updates: Sequence[Factors], out: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, float]:
+    """Return `A (R, in)`, `B (out, R)` and a scale, as one plain pair that equals all updates."""
+    if len(updates) == 1 and updates[0].spans is None:
+        u = updates[0]
+        return u.A, u.B, u.scale
+    As = [u.A.to(dtype) for u in updates]
+    Bs = [spread(u.B.to(dtype) * u.scale, u.spans, out) for u in updates]
+    return torch.cat(As), torch.cat(Bs, dim=1), 1.0

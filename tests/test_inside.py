@@ -1,0 +1,130 @@
+"""What only torch's inner side or Python's stack can say is still said: each finding is asserted.
+
+If a new torch renames what `core/functional/inside.py` looks at, a test here fails first.
+"""
+
+import asyncio
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from lora_inject.core.functional import inside
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+def test_tracers_and_transforms_are_seen() -> None:
+    seen = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(inside.is_watched())
+        return x * 2
+
+    x = torch.ones(2)
+    look(x)
+    torch.func.vmap(look)(x)
+    torch.jit.trace(look, (x,), check_trace=False)
+    with forward_ad.dual_level():
+        look(x)
+    assert seen == [False, True, True, True]
+
+
+def test_a_dispatch_mode_is_seen() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    assert not inside.is_recorded()
+    with TorchDispatchMode():
+        assert inside.is_recorded()
+
+
+def test_a_backward_and_the_node_that_runs_are_seen() -> None:
+    x = torch.ones(2, requires_grad=True)
+    first = inside.next_node()
+    y = x * 3
+    last = inside.next_node()
+    seen: list[Any] = []
+    y.register_hook(lambda _: seen.append((inside.in_backward(), inside.running_node())))
+    assert not inside.in_backward()
+    y.sum().backward()
+    assert seen[0][0] is True
+    assert first < last
+    assert isinstance(seen[0][1], int)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_function_of_a_running_checkpoint_is_found_and_can_be_replaced(reentrant: bool) -> None:
+    runs = []
+
+    def part(x: torch.Tensor) -> torch.Tensor:
+        for running in inside.checkpoints():
+            known = running.function
+            running.function = lambda *args, known=known: (runs.append("again"), known(*args))[1]
+        return x.sin()
+
+    assert list(inside.checkpoints()) == []
+    x = torch.ones(2, requires_grad=True)
+    y = checkpoint(part, x, use_reentrant=reentrant)
+    assert runs == []
+    y.sum().backward()
+    assert runs == ["again"]
+
+
+def test_the_inputs_of_a_reentrant_checkpoint_are_seen() -> None:
+    seen = []
+
+    def part(x: torch.Tensor) -> torch.Tensor:
+        seen.append(inside.reentrant_inputs())
+        return x.sin()
+
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(part, x, use_reentrant=True)
+    assert seen[0] is not None
+    assert [tuple(t.shape) for t in seen[0]] == [(2,)]
+    assert inside.reentrant_inputs() is None
+
+
+def test_hooks_on_saved_tensors_are_seen() -> None:
+    pair = (lambda t: t), (lambda t: t)
+    assert inside.saving_hooks() is None
+    with torch.autograd.graph.saved_tensors_hooks(*pair):
+        assert inside.saving_hooks() == pair
+
+
+def test_who_enters_is_told_from_who_manages_a_context() -> None:
+    @contextlib.contextmanager
+    def managed() -> Iterator[int]:
+        yield inside.entering_code()
+
+    def generator() -> Iterator[int]:
+        yield inside.entering_code()
+
+    async def coroutine() -> int:
+        return inside.entering_code()
+
+    with managed() as flags:
+        assert not flags & inspect.CO_GENERATOR
+    assert next(generator()) & inspect.CO_GENERATOR
+    assert asyncio.run(coroutine()) & inspect.CO_COROUTINE
+
+
+@pytest.mark.slow
+def test_a_marked_function_is_a_constant_of_a_graph() -> None:
+    called: list[None] = []
+
+    @inside.constant_in_graphs
+    def known() -> int:
+        called.append(None)
+        return 3
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        return x * known()
+
+    compiled: Callable[..., torch.Tensor] = torch.compile(look, backend="eager", fullgraph=True)
+    x = torch.ones(2)
+    assert compiled(x).tolist() == compiled(x).tolist() == [3, 3]
+    assert len(called) == 1
