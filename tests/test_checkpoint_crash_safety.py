@@ -242,6 +242,43 @@ def test_second_merge_into_one_output_never_mixes(case, monkeypatch):
     assert_verified(base, [state], out)
 
 
+def before_publishing(monkeypatch, act):
+    """Do something when all weight files of the first merge are complete."""
+    real, calls = Staging.publish, []
+
+    def publish(self, side_files):
+        calls.append(self)
+        if len(calls) == 1:
+            act()
+        real(self, side_files)
+
+    monkeypatch.setattr(Staging, "publish", publish)
+
+
+def test_a_merge_that_another_has_overtaken_says_so(case, monkeypatch):
+    base, _, state, out = case
+    before_publishing(monkeypatch, lambda: merge(base, [state], out))
+    with pytest.raises(CheckpointError, match="was removed: another merge works on the same outp"):
+        merge(base, [state], out)
+    assert_verified(base, [state], out)
+    assert not staging(out).exists()
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_an_output_that_somebody_writes_meanwhile_is_left_as_it_is(case, monkeypatch, what):
+    base, _, state, out = case
+    kept = out / "notes.txt" if what == "folder" else out
+
+    def write():
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text("mine")
+
+    before_publishing(monkeypatch, write)
+    with pytest.raises(CheckpointError, match="since this merge began somebody else has written"):
+        merge(base, [state], out)
+    assert kept.read_text() == "mine"
+
+
 def test_side_file_with_the_longest_name_there_is_comes_along(case):
     base, _, state, out = case
     name = "a" * 250 + ".json"
@@ -438,6 +475,20 @@ def test_verification_tells_other_adapters_missing_and_strange_files(case):
     (out / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match="model-00002-of-00003"):
         verify_checkpoint(base, [state], out).check()
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "pytorch_model.bin", "modeling.py", "sub/model.bin"]
+)
+def test_verification_names_files_that_were_added(case, name):
+    base, _, state, out = case
+    merge(base, [state], out)
+    (out / ".git").mkdir()
+    (out / ".git" / "config").write_text("")
+    assert_verified(base, [state], out)
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("{}")
+    assert verify_checkpoint(base, [state], out).problems == (f"'{name}' does not belong there",)
 
 
 def test_merge_verifies_before_it_publishes(case, monkeypatch):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -323,6 +324,13 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def _shared_output(asked: str, removed: Path) -> CheckpointError:
+    """Return the error of a merge whose unfinished files somebody else has removed."""
+    found = f"'{removed}' was removed: another merge works on the same output"
+    remedy = "Wait until it ends; to share one merge, start both with torchrun"
+    return CheckpointError(asked, found, remedy)
+
+
 class Staging:
     """The folder of an unfinished merge into `output`; what is in `files` becomes the output."""
 
@@ -364,9 +372,7 @@ class Staging:
         try:
             partial.replace(self.files / shard.name)
         except FileNotFoundError:
-            found = f"'{partial}' was removed: another merge works on the same output"
-            remedy = "Wait until it ends; to share one merge, start both with torchrun"
-            raise CheckpointError(f"write '{shard.name}'", found, remedy) from None
+            raise _shared_output(f"write '{shard.name}'", partial) from None
         fsync_dir(self.files)
         replace_file(self._record(shard), json.dumps(record, sort_keys=True).encode())
 
@@ -389,6 +395,9 @@ class Staging:
 
     def publish(self, side_files: Mapping[str, bytes]) -> None:
         """Add the other files by their relative paths, and rename all to the output in one step."""
+        asked = f"write to '{self.output}'"
+        if not self.files.is_dir():
+            raise _shared_output(asked, self.files)
         for name, data in side_files.items():
             path = self.files / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -396,7 +405,14 @@ class Staging:
             write_new(path, data)
         for folder in {(self.files / name).parent for name in side_files} | {self.files}:
             fsync_dir(folder)
-        self.files.rename(self.output)  # over an empty folder as well
+        try:
+            self.files.rename(self.output)  # over an empty folder as well
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            names = sorted(path.name for path in self.output.glob("*"))[:4]
+            found = f"since this merge began somebody else has written it ({', '.join(names)})"
+            raise CheckpointError(asked, found, "Give each merge an output of its own") from None
         fsync_dir(self.output.parent)
         self.remove()
 

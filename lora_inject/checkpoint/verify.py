@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,10 @@ def verify_checkpoint(
     options: MergeOptions | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Check that a folder is exactly what merging would write.
+    """Check that a folder is exactly what merging would write, hidden files aside.
+
+    A file that was added is a problem, as programs read whatever lies in a model's folder:
+    transformers puts the adapter of an `adapter_config.json` onto the merged weights.
 
     Args:
         base: Folder of the base.
@@ -121,10 +124,21 @@ def _other_files(plan: MergePlan, folder: Path) -> list[str]:
                 found = read_config(folder)
                 wrong = [k for k, v in plan.config_changes.items() if found.get(k) != v]
                 problems[-1] += "".join(f", {k} is {found.get(k)!r}" for k in wrong)
-    names = {shard.name for shard in plan.shards}
-    strangers = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in names)
+    written = {*plan.other_files(), *(shard.name for shard in plan.shards)}
+    strangers = sorted(name for name in _visible_files(folder) if name not in written)
     problems += [f"'{name}' does not belong there" for name in strangers]
     return problems
+
+
+def _visible_files(folder: Path) -> Iterator[str]:
+    """Yield the relative path of each file, but for what lies under a name that begins with a dot.
+
+    Those are what tools leave, such as `.git` and `.cache`; no program reads them as a model.
+    """
+    for path in folder.rglob("*"):
+        relative = path.relative_to(folder)
+        if not path.is_dir() and not any(part.startswith(".") for part in relative.parts):
+            yield relative.as_posix()
 
 
 def verify_shards(
