@@ -160,6 +160,48 @@ def test_a_foreign_forward_mount_is_routed_and_switched() -> None:
         assert same_bits(model(x), plain(x))
 
 
+class Multiplied(nn.Module):
+    """What nn.Linear computes, in a class of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(N_OUT, N_IN))
+        self.bias = nn.Parameter(torch.randn(N_OUT))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.t() + self.bias
+
+
+class LoRAMultiplied(LoRALinear):
+    kind = "test_multiplied"
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return isinstance(module, Multiplied)
+
+    @staticmethod
+    def geometry(module: nn.Module) -> Geometry:
+        return Geometry(N_IN, N_OUT, (N_OUT, N_IN))
+
+    @classmethod
+    def adds_to_output(cls, module: nn.Module) -> bool:
+        return isinstance(module, Multiplied)
+
+
+@pytest.mark.parametrize("more", [{}, {"bias": "all"}, {"variant": "dora", "bias": "all"}], ids=str)
+def test_a_foreign_kind_that_multiplies_is_routed_as_linear_layers_are(more) -> None:
+    register_kind(LoRAMultiplied)
+    model, x = nn.Sequential(Multiplied()), random(3, 6, N_IN)
+    for name in "ab":
+        fill(li.inject(model.double(), {"rank": 2, "targets": ["0"], **more}, name), name)
+    wanted = []
+    for i, name in enumerate(["a", "b", None]):
+        li.activate(model, name)
+        wanted.append(model(x[i : i + 1]))
+    with li.routed(model, ["a", "b", None]):
+        assert error(model(x), torch.cat(wanted)) < EXACT
+
+
 @pytest.mark.parametrize("row", ["test_dense", "test_squared"])
 def test_a_foreign_kind_copies_and_pickles(row: str, tmp_path: Path) -> None:
     model, x = fill(li.inject(build(row), config("layer"))), random(3, N_IN)
