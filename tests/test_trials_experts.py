@@ -9,6 +9,7 @@ from torch import nn
 
 import lora_inject as li
 from lora_inject import Trial, Trials
+from lora_inject.trials.counts import Counts
 
 
 class Picking(nn.Module):
@@ -123,3 +124,28 @@ def test_visible_rows_need_no_further_run_to_be_checked(ids) -> None:
     for n in (4, 6, 2):
         running.step(torch.arange(n)[None] % 5 if ids else rows("+" * n, n), loss=square)
     assert len(n_runs) == 5 + 3
+
+
+@pytest.mark.parametrize(
+    ("steps", "passes"),
+    [
+        ([(5, 5), (7, 7)], True),
+        ([(5, 8), (7, 10)], True),
+        ([(5, 1), (7, 1)], True),
+        ([(4, 2), (4, 3)], False),
+        ([(4, 4), (4, 3)], False),
+        ([(4, 0), (4, 2)], False),
+    ],
+    ids=["all", "three more", "the first", "picked", "all, then picked", "none, then picked"],
+)
+def test_a_number_of_tokens_has_to_follow_from_the_number_of_positions(steps, passes) -> None:
+    """Steps of positions in a row and tokens that a layer gets for it; the first is the check."""
+    counts, layer = Counts(), nn.Linear(1, 1)
+    counts.learns = True
+    counts.check(layer, steps[0][1], (steps[0][0],), "check")
+    counts.learns = False
+    if passes:
+        counts.check(layer, steps[1][1], (steps[1][0],), "step")
+        return
+    with pytest.raises(li.LayerError, match=f"got {steps[1][1]} tokens for each row, which does n"):
+        counts.check(layer, steps[1][1], (steps[1][0],), "step")

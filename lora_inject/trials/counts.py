@@ -1,13 +1,25 @@
-"""How many tokens of each row a layer gets whose input does not show the rows.
+"""Whether a layer whose input does not show the rows gets tokens of whole rows.
 
-An input `(tokens, in)` holds the tokens of whole rows, or those that the model has picked by their
-values, as an expert gets them that is a layer of its own. Of picked ones nothing tells whose they
-are. So the number for each row must follow from the shapes of the batch.
+An input `(tokens, in)` holds the tokens of whole rows, one row after the other, or tokens that the
+model has picked by their values, as an expert that is a layer of its own gets them. Of picked
+tokens nothing tells whose they are. What can be seen is their number for each row.
+
+The hypothesis: this number follows from the shape of the batch alone. It is as many as there are
+positions; or always the same; or always as many more or fewer than there are positions.
+
+    passes   rows of 5, then 7 positions; the layer gets 5, then 7 tokens for each row (all)
+    passes   rows of 5, then 7 positions; the layer gets 8, then 10 (three of the model's own)
+    passes   rows of 5, then 7 positions; the layer gets 1, then 1 (the first of each row)
+    refused  rows of 4, then 4 positions; the layer gets 2, then 3 (those that an expert picked)
+
+What picks tokens may get such a number by chance. So where the number is not that of the positions,
+the check of a forward runs it once more on rows that are all alike, and on rows of one repeated
+token (`isolation._check_counts`): an expert then gets all tokens or none.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -30,7 +42,7 @@ class Counts:
 
     def __init__(self) -> None:
         self.learns = self.unsure = False
-        self._known: dict[nn.Module, list[tuple[int, ...]]] = {}
+        self._noted: dict[nn.Module, list[_Number]] = {}
         self._right: set[Any] = set()
 
     def check(self, layer: nn.Module, per_row: int, widths: tuple[int, ...], asked: str) -> None:
@@ -39,22 +51,41 @@ class Counts:
         Raises:
             LayerError: It is another one.
         """
-        if (key := (layer, per_row, widths)) in self._right:
+        key = (layer, per_row, widths)
+        if key in self._right:
             return
-        known = self._known.setdefault(layer, [])
-        if not (per_row or known):
+        noted = self._noted.setdefault(layer, [])
+        if not per_row and not noted:  # the layer has not had a token yet
             return
-        # As many as positions are all tokens. Else the number stays, or its distance to a width.
-        sure = per_row == max(widths, default=1)
-        over = tuple(per_row - width for width in (0, *widths))
-        if not any(a == b for one in known for a, b in zip(one, over, strict=True)):
-            if not self.learns and (known or not sure):
+        number = _Number(per_row, widths)
+        if not any(number.follows_like(other) for other in noted):
+            is_surprise = bool(noted) or not number.is_all
+            if is_surprise and not self.learns:
                 found = f"a {type(layer).__name__} got {per_row} tokens for each row, which does "
                 found += "not follow from the shape of the batch: the model may have picked them"
                 raise LayerError(asked, found, REMEDY)
-            known.append(over)
-            self.unsure |= not sure
+            noted.append(number)
+            self.unsure |= not number.is_all
         self._right.add(key)
+
+
+class _Number(NamedTuple):
+    """How many tokens a layer gets for each row of a batch with such `widths_of`."""
+
+    per_row: int
+    widths: tuple[int, ...]
+
+    @property
+    def is_all(self) -> bool:
+        """Whether the layer gets as many tokens as a row has positions."""
+        return self.per_row == max(self.widths, default=1)
+
+    def follows_like(self, other: _Number) -> bool:
+        """Whether both are one number, or equally far from the width of one tensor."""
+        if self.per_row == other.per_row:
+            return True
+        both = zip(self.widths, other.widths, strict=False)
+        return any(self.per_row - mine == other.per_row - its for mine, its in both)
 
 
 def widths_of(batch: Any) -> tuple[int, ...]:
