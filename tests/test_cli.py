@@ -25,6 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 import lora_inject as li
 from lora_inject.analysis.tables import Rows
+from lora_inject.checkpoint import VerifyReport
 from lora_inject.cli import app, show
 from lora_inject.cli.program import EXAMPLES
 from lora_inject.formats import read_adapter
@@ -120,6 +121,25 @@ def test_plan_prints_the_table(run, files):
         "  transformer.h.{0..1}.mlp.c_fc  x2  conv1d  16 -> 64  160 each  320",
         "4 sites: 576 in A and B = 576 trainable, 7.83 % of 7,360; 0.0 MB in float32",
     ]
+
+
+def test_plan_lists_each_site_on_request(run, files):
+    found = run("plan", files.config, files.base, "--all")
+    assert found.out.splitlines()[1:3] == [
+        "  transformer.h.0.attn.c_attn  x1  conv1d  16 -> 48 [q, v]  128 each  128",
+        "  transformer.h.1.attn.c_attn  x1  conv1d  16 -> 48 [q, v]  128 each  128",
+    ]
+
+
+def test_verify_shows_the_first_problems_in_the_order_of_layers(run, monkeypatch, capsys):
+    report = VerifyReport(problems=tuple(f"'h.{n}.fc' is wrong" for n in reversed(range(30))))
+    show.print_verification(report, everything=False)
+    few = capsys.readouterr().out.splitlines()
+    assert few[:3] == [f"wrong: 'h.{n}.fc' is wrong" for n in range(3)]
+    assert f"and {30 - show.MOST_NAMES} more (--all)" in few
+    show.print_verification(report, everything=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:30] == [f"wrong: 'h.{n}.fc' is wrong" for n in range(30)]
 
 
 @pytest.mark.parametrize(

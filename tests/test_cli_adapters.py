@@ -180,3 +180,43 @@ def test_a_file_of_a_pipeline_is_read_part_by_part(run, tmp_path):
     assert "kohya: " not in found.err, "no losses of a file that is not written"
     assert "--component" in found.err
     assert run("convert", tmp_path / "out", to, "--to", "kohya", "--component", "unet").code == 0
+
+
+def test_formats_are_listed_and_another_one_is_wrong_usage(run, files, tmp_path):
+    from lora_inject.cli import given
+    from lora_inject.formats import FORMATS
+
+    assert set(given.FORMATS) == set(FORMATS)
+    path = files[0][0]
+    for words in (
+        ("convert", path, tmp_path / "x", "--to"),
+        ("truncate", path, "--rank", 1, "-o", tmp_path / "x", "--format"),
+    ):
+        assert all(name in run(words[0], "--help").out for name in FORMATS)
+        found = run(*words, "pefd")
+        said = " ".join(found.err.replace("│", " ").split())
+        assert (found.code, (tmp_path / "x").exists()) == (2, False)
+        assert "there is no format 'pefd'; did you mean peft?" in said
+        assert "litgpt" in said
+
+
+def test_what_is_lost_is_said_of_what_was_written_only(run, tmp_path):
+    spec = replace(KIND_SPECS["linear"], rank=2, alpha=3.0, dropout=0.5)
+    path = li.write_adapter(make_state(spec), tmp_path / "a")
+    found = run("convert", path, tmp_path / "b", "--to", "torchtune")  # it asks for the base
+    assert (found.code, "left out" in found.err) == (1, False)
+    found = run("convert", path, tmp_path / "c", "--to", "portable")
+    assert (found.code, "dropout" in found.err) == (0, True)
+
+
+def test_a_base_and_an_adapter_that_changed_places_are_told_apart(run, files, tmp_path):
+    base, adapter = tmp_path / "base", files[0][0]
+    save_checkpoint(base, {"fc.weight": torch.ones(2, 2)})
+    (base / "config.json").write_text("{}")
+    found = run("merge", adapter, base, "-o", tmp_path / "out")
+    assert found.code == 1
+    assert "it is an adapter, and a model is due here" in " ".join(found.err.split())
+    for words in (("inspect", base), ("analyze", base), ("diff", base, adapter)):
+        found = run(*words)
+        assert found.code == 1
+        assert "it is a model, and an adapter is due here" in " ".join(found.err.split())

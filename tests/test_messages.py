@@ -139,7 +139,7 @@ class Mistakes:
         read_adapter("nowhere")
 
     def an_unknown_format(self, path):
-        """FormatError: write adapter to 'x': there is no format 'pefd'. Nearest: peft."""
+        """FormatError: save adapter 'default': there is no format 'pefd'. Nearest: peft."""
         li.save_adapter(injected(), "x", format="pefd")
 
     def an_adapter_of_another_shape(self, path):

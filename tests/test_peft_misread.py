@@ -109,8 +109,28 @@ def test_names_that_peft_would_rename_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("transformers", "5")
     model = build("laguna")
     li.inject(model, {**CONFIG, "targets": [r"shared_experts\.up_proj"]})
-    words = r"would look for it at .*shared_experts\.\.up_proj"
+    words = r"\(of its own, too\), and would look for it at .*shared_experts\.\.up_proj"
     with pytest.raises(li.FormatError, match=words):
         li.save_adapter(model, tmp_path / "a")
     li.inject(li.eject(model), {**CONFIG, "targets": ["q_proj"]})
     li.save_adapter(model, tmp_path / "a")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peft_does_not_find_its_own_tensors_there_either(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("transformers", "5")
+    names = "shared_experts.up_proj"
+    config = peft.LoraConfig(r=2, target_modules=[names], init_lora_weights=False)
+    theirs = peft.get_peft_model(build("laguna"), config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if ".lora_" in name:
+                parameter.add_(1.0)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.warns(UserWarning, match="missing adapter keys.*shared_experts"):
+        read = peft.PeftModel.from_pretrained(build("laguna"), str(tmp_path))
+    pairs = zip(theirs.named_parameters(), read.named_parameters(), strict=True)
+    moved = [n for (n, a), (_, b) in pairs if not torch.equal(a, b)]
+    assert moved
+    assert all("shared_experts" in name for name in moved)

@@ -39,7 +39,7 @@ def convert(
         base: Folder of the base, for the names, heads and ties that some formats need. For models
             of transformers its config.json is enough.
         reading: Options for reading the adapter.
-        tell: Called before writing, with one sentence for each loss in the target format.
+        tell: Called once it is written, with one sentence for each loss in the target format.
         **options: Options for writing: those of the format, and `overwrite=True`.
 
     Returns:
@@ -67,10 +67,11 @@ def convert(
     else:
         state = read_adapter(adapter, facts=facts, **(reading or {}))
         facts = _completed(facts, user_path("convert", adapter))
+    path = write_adapter(state, output, to, facts=facts, **options)
     if tell is not None:
         for words in losses_of(state, to):
             tell(words)
-    return write_adapter(state, output, to, facts=facts, **options)
+    return path
 
 
 def facts_of(base: str | os.PathLike[str] | None) -> ModelFacts:

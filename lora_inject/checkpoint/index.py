@@ -184,6 +184,9 @@ def _find_shards(folder: Path, asked: str) -> tuple[str | None, set[str], Any]:
         remedy = "Convert it first: load it and call save_pretrained, which writes safetensors"
         if revisions := sorted(p.name for p in folder.glob("snapshots/*")):
             remedy = f"It is the hub's cache: give its folder 'snapshots/{revisions[-1]}'"
+        if (folder / "adapter_config.json").is_file():
+            found = "it is an adapter, and a model is due here"
+            raise CheckpointError(asked, found, "Give a base; where both are given, it is first")
         raise CheckpointError(asked, "it holds no .safetensors weights", remedy)
     return None, {name}, None
 

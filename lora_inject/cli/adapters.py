@@ -172,7 +172,15 @@ def convert(
     adapter: given.AdapterPath,
     output: Annotated[Path, Argument(metavar="OUT", help="Where to write.")],
     *,
-    to: Annotated[str, Option("--to", metavar="FORMAT", help="Format to write.")],
+    to: Annotated[
+        str,
+        Option(
+            "--to",
+            metavar="FORMAT",
+            help=f"Format to write: {', '.join(given.FORMATS)}.",
+            callback=given.known_format,
+        ),
+    ],
     base: Base = None,
     dtype: Annotated[
         str | None, Option(help="Dtype to write, such as float16. (default: as it is)")
@@ -205,10 +213,10 @@ def convert(
     lost: list[str] = []
     for name in chosen:
         takers = [key for key in FORMATS if name in options_of(format_of(key).write)]
-        if to in FORMATS and to not in takers:
+        if to not in takers:
             found = f"the format {to!r} does not have it; these do: {', '.join(takers)}"
             raise BadParameter(found, param_hint=f"--{name}")
-    if to in FORMATS and "component" in options_of(format_of(to).write) and to_component is None:
+    if "component" in options_of(format_of(to).write) and to_component is None:
         found = f"a file of {to} has to name the part of a pipeline; give one, such as unet"
         raise BadParameter(found, param_hint="--component")
 

@@ -12,7 +12,7 @@ from typer import Argument, BadParameter, Option
 
 from lora_inject.cli.show import print_json
 from lora_inject.core.files.atomic import check_free
-from lora_inject.errors import LoraInjectError
+from lora_inject.errors import LoraInjectError, nearest, user_path
 
 if TYPE_CHECKING:
     from lora_inject.checkpoint import Checkpoint
@@ -31,6 +31,25 @@ Weights = Annotated[
 ]
 AnyBase = Annotated[bool, Option(help="Go on although the adapter was made on another base.")]
 Overwrite = Annotated[bool, Option(help="Replace an existing adapter.")]
+
+
+FORMATS = (
+    *("peft", "portable", "vllm", "native", "kohya", "diffusers"),
+    *("mlx", "torchtune", "litgpt", "gguf", "loralib"),
+)
+"""Names of the formats, which help prints without importing them."""
+
+
+def known_format(name: str) -> str:
+    """Return the name of a format; another one is wrong usage."""
+    if name not in FORMATS:
+        near = nearest(name, FORMATS, 1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise BadParameter(f"there is no format {name!r}{meant} There are {', '.join(FORMATS)}")
+    return name
+
+
+Format = Option("--format", help=f"Format to write: {', '.join(FORMATS)}.", callback=known_format)
 
 
 @dataclass(frozen=True)
@@ -66,12 +85,12 @@ class Writing:
     """Where and how to write an adapter."""
 
     output: Annotated[Path, Option("--output", "-o", help="Where to write the adapter.")]
-    adapter_format: Annotated[str, Option("--format", help="Format to write.")] = "peft"
+    adapter_format: Annotated[str, Format] = "peft"
     overwrite: Overwrite = False
 
     def __post_init__(self) -> None:
         """Refuse an output that exists, before anything is computed."""
-        check_free(self.output, overwrite=self.overwrite)
+        check_free(user_path("write adapter", self.output), overwrite=self.overwrite)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def plan(
         bool, Option(help="Plan on the names in the checkpoint, not on config.json.")
     ] = False,
     *,
-    output: given.Output,
+    listing: given.Listing,
 ) -> None:
     """List the layers of MODEL that CONFIG selects. Reads no weights, changes nothing."""
     from lora_inject.core.spec.config import Config
@@ -41,7 +41,7 @@ def plan(
 
     wanted = Config.from_yaml(config)
     planned = resolve(wanted, _inventory_of(model, keys=keys))
-    output.show(planned.to_dict(), show.say, planned.text(show.width()))
+    listing.show(planned.to_dict(), show.print_plan, planned)
 
 
 @app.command()

@@ -145,7 +145,7 @@ def verify(
     merged: Annotated[Path, Argument(metavar="MERGED", help="The folder to check.")],
     merging: Merging,
     reading: given.Reading,
-    output: given.Output,
+    listing: given.Listing,
 ) -> None:
     """Check that MERGED is what merging ADAPTER into BASE would write.
 
@@ -158,7 +158,7 @@ def verify(
     checkpoint, weighted = merging.read(base, adapters, reading)
     with show.progress_bar("verifying") as progress:
         report = verify_checkpoint(checkpoint, weighted, merged, options=options, progress=progress)
-    output.show(report.to_dict(), show.print_verification, report)
+    listing.show(report.to_dict(), show.print_verification, report)
     if report.problems:
         raise Exit(1)
 

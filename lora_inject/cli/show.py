@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lora_inject.analysis.inspection import Inspection, SiteFigures
     from lora_inject.checkpoint import ExtractReport, MergePlan, VerifyReport
     from lora_inject.core.functional.merge_report import MergeReport
+    from lora_inject.core.spec.plan import Plan
 
 WIDTH = 80  # where stdout is not a terminal
 MOST_NAMES = 6
@@ -62,6 +64,12 @@ def say_words(text: str) -> None:
     text = printable(text)
     for line in textwrap.wrap(text, width(), break_long_words=False, break_on_hyphens=False):
         say(line)
+
+
+def natural(text: str) -> list[str | int]:
+    """Return what a text is sorted by, so that layer 2 comes before layer 10."""
+    parts = re.split(r"([0-9]+)", text)
+    return [int(part) if n % 2 else part for n, part in enumerate(parts)]
 
 
 def say_list(head: str, names: Iterable[str], *, everything: bool) -> None:
@@ -291,10 +299,19 @@ def _merge_totals(report: MergeReport) -> str:
     )
 
 
-def print_verification(report: VerifyReport) -> None:
-    """Print what a verification compared, and what is wrong."""
-    for problem in report.problems:
+def print_plan(plan: Plan, *, everything: bool) -> None:
+    """Print which layers a config selects."""
+    say(plan.text(width(), everything=everything))
+
+
+def print_verification(report: VerifyReport, *, everything: bool) -> None:
+    """Print what a verification compared, and what is wrong; only a part unless `everything`."""
+    problems = sorted(report.problems, key=natural)
+    shown = problems if everything else problems[:MOST_NAMES]
+    for problem in shown:
         say(f"wrong: {problem}")
+    if len(shown) < len(problems):
+        say(f"and {len(problems) - len(shown):,} more (--all)")
     near = f", {report.n_neighbors:,} of them one unit in the last place off"
     values = f"{report.n_values:,} values{near if report.n_neighbors else ''}"
     say_words(

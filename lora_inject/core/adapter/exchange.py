@@ -249,6 +249,9 @@ def detected(path: Path) -> str:
         if format_of(name).detects(path):
             return name
         _refuse_part(name, path, asked)
+    if path.is_dir() and (path / "config.json").is_file():
+        found = "it is a model, and an adapter is due here"
+        raise FormatError(asked, found, "Give an adapter; where both are given, the base is first")
     found = "it is not an adapter of a known format"
     remedy = f"Give a folder or a file of one of: {', '.join(FORMATS)}"
     raise FormatError(asked, found, remedy)

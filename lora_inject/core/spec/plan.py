@@ -114,9 +114,12 @@ class Plan:
             "notes": list(self.notes),
         }
 
-    def text(self, width: int = 80) -> str:
-        """Return the plan as a table that fits into a width; no name is broken."""
-        return "\n".join(_lines(self, width))
+    def text(self, width: int = 80, *, everything: bool = False) -> str:
+        """Return the plan as a table that fits into a width; no name is broken.
+
+        Names that differ in numbers share a row, unless `everything`.
+        """
+        return "\n".join(_lines(self, width, everything=everything))
 
     def __str__(self) -> str:
         return self.text()
@@ -131,7 +134,7 @@ def _site_dict(site: SiteSpec) -> dict[str, Any]:
 # The table ----------------------------------------------------------------------------------------
 
 
-def _lines(plan: Plan, width: int) -> Iterator[str]:
+def _lines(plan: Plan, width: int, *, everything: bool) -> Iterator[str]:
     """The plan as text: sites by rule, what else trains, what was skipped, totals."""
     if plan.assumed:
         yield "kinds are assumed from names and shapes"
@@ -139,15 +142,18 @@ def _lines(plan: Plan, width: int) -> Iterator[str]:
         sites = [site for site in plan.sites if site.rule == i]
         numbers = _numbers(plan.config.filled(rule))
         yield from _filled(f"rule {i + 1} '{rule.match}': {numbers}", width)
-        yield from _table([(site.name, _cells(site)) for site in sites], width)
+        entries = [(site.name, _cells(site)) for site in sites]
+        yield from _table(entries, width, everything=everything)
     for why in dict.fromkeys(entry.why for entry in plan.trained):
         rows = any(entry.rows for entry in plan.trained if entry.why == why)
         yield f"{why}: {'rows that train' if rows else 'trained in full'}"
         mine = [(entry.name, _cells(entry)) for entry in plan.trained if entry.why == why]
-        yield from _table(mine, width)
+        yield from _table(mine, width, everything=everything)
     for reason in dict.fromkeys(entry.reason for entry in plan.skipped):
-        names = templates(dict.fromkeys(e.name for e in plan.skipped if e.reason == reason))
-        some = ", ".join(list(names)[:4]) + (", ..." if len(names) > 4 else "")
+        full = dict.fromkeys(e.name for e in plan.skipped if e.reason == reason)
+        names = list(full if everything else templates(full))
+        most = len(names) if everything else 4
+        some = ", ".join(names[:most]) + (", ..." if len(names) > most else "")
         yield from _filled(f"skipped, {reason}: {some}", width)
     closing = [f"tied: {' = '.join(tied.names)}; {_tied_text(tied)}" for tied in plan.tied]
     for line in (*closing, *(f"note: {note}" for note in plan.notes), _totals(plan)):
@@ -171,15 +177,17 @@ def _numbers(rule: Rule) -> str:
     return ", ".join(parts)
 
 
-def _table(entries: Iterable[tuple[str, tuple[str, str, int]]], width: int) -> Iterator[str]:
-    """Return rows of kind, shape and size; names with equal values are joined."""
+def _table(
+    entries: Iterable[tuple[str, tuple[str, str, int]]], width: int, *, everything: bool
+) -> Iterator[str]:
+    """Return rows of kind, shape and size; names with equal values are joined, or not."""
     groups: dict[tuple[str, str, int], list[str]] = {}
     for name, alike in entries:
         groups.setdefault(alike, []).append(name)
     rows = [
         (name, f"x{n:,}", kind, shape, f"{each:,} each", f"{each * n:,}")
         for (kind, shape, each), names in groups.items()
-        for name, n in templates(names).items()
+        for name, n in (dict.fromkeys(names, 1) if everything else templates(names)).items()
     ]
     return columns(rows, 4, width)
 

@@ -48,7 +48,8 @@ def refuse_misread(survey: Survey, name: str) -> None:
             found = f"its layer stands in {held[id(module)]} places, and PEFT adapts only the first"
         key = f"{path}.lora_A.weight"
         if not found and not key.endswith(there := renamed(key)):
-            found = f"it renames the keys of this model's files, and would look for it at {there!r}"
+            found = "it renames the keys of this model's files (of its own, too), and would look "
+            found += f"for it at {there!r}"
         if found:
             asked = f"write adapter {name!r}, site {entry.spec.name!r}"
             found = f"PEFT would load it wrong: {found}"
