@@ -25,9 +25,9 @@ from lora_inject.analysis import (
 )
 from lora_inject.analysis.drawings import _corner, lines_figure
 from lora_inject.analysis.report.search_page import search_report
-from lora_inject.analysis.tables import Rows
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.spec.columns import Listing
 from lora_inject.core.spec.sites import SiteSpec, Slices
 
 EVIL = '\x1b[2J"><script>alert(1)</script>&<b>'
@@ -166,7 +166,7 @@ def test_nothing_to_look_at_is_said():
 
 
 def test_many_sites_of_one_kind_are_one_row_until_all_are_asked_for():
-    rows = Rows(
+    rows = Listing(
         ("site", "rank", "kept", "error"),
         (
             ("h.0.q [a]", 4, 0.5, 1.0),

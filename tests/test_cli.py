@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 import lora_inject as li
-from lora_inject.analysis.tables import Rows
 from lora_inject.checkpoint import VerifyReport
 from lora_inject.cli import app, show
 from lora_inject.cli.program import EXAMPLES
+from lora_inject.core.spec.columns import Listing
 from lora_inject.formats import read_adapter
 
 CONFIG = """\
@@ -349,7 +349,7 @@ def test_no_name_reaches_the_terminal_raw(run, capsys, files, tmp_path):
     missing = run("inspect", tmp_path / f"{name}2")
     assert (merged.code, page.code, missing.code) == (0, 0, 1)
     capsys.readouterr()
-    show.print_rows(Rows(("a", "b"), ((name, name),)))
+    show.print_rows(Listing(("a", "b"), ((name, name),)))
     show.say_list("names:", [name], everything=True)
     drawn = capsys.readouterr().out
     for text in (merged.out, page.err, missing.err, drawn):
