@@ -567,6 +567,15 @@ def test_what_needs_the_values_of_a_quantized_weight_is_refused(form: str, wish:
     assert objects(net) == held
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_graph_of_a_packed_layer_is_whole(variant: str) -> None:
+    """What is known of a library is imported by inject, and not while a forward is traced."""
+    net, x = build("torchao int8")
+    fill(li.inject(net, config("0", variant=variant)))
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    assert error(compiled(x), net(x).double()) < 1e-6
+
+
 def test_norms_of_kernels_that_only_multiply_are_refused() -> None:
     net, _ = build("gptq")
     with pytest.raises(li.LayerError, match="each forward would have to measure the values"):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -173,6 +172,8 @@ UNKNOWN = WeightKind()
 """What nobody knows how to unpack."""
 
 
+_MADE: dict[str, WeightKind] = {}  # the objects, by where their class stands
+
 REGISTERED: list[WeightKind] = []
 """Kinds from outside, asked before the rows, the newest first."""
 
@@ -200,10 +201,11 @@ def loaded_kinds() -> tuple[WeightKind, ...]:
     return (*REGISTERED, *map(_kind_at, paths))
 
 
-@cache
 def _kind_at(path: str) -> WeightKind:
-    kind: WeightKind = standing_at(path)()
-    return kind
+    """Return the one object of a class, which a compiled forward finds made: it cannot import."""
+    if path not in _MADE:
+        _MADE[path] = standing_at(path)()
+    return _MADE[path]
 
 
 def weight_kind(module: nn.Module, weight: Tensor) -> WeightKind:
