@@ -2,7 +2,8 @@
 
 Fields that change what the tensors mean (DoRA, an init that changed the base, replicated layers)
 are refused by name before anything else is read. Alpha and rank are looked up for each site. The
-rest (targets, task, versions) is not needed, since the tensors' names say which sites there are.
+rest (task, versions) is not needed. The tensors' names say which sites there are, and PEFT leaves
+tensors out whose modules the config does not target (`targeted`).
 
 Source: peft 0.21.2, tuners/lora/config.py.
 """
@@ -166,9 +167,9 @@ _FORMS: dict[str, tuple[Any, str]] = {
 class Claims:
     """What a foreign adapter_config.json states and reading needs, under PEFT's names.
 
-    `modules_to_save` and the keys of `trainable_token_indices` are names or ends of names, targets
-    full names or ends of names after a dot (none for an expression), `peft_version` is
-    `(major, minor)`.
+    `modules_to_save` and the keys of `trainable_token_indices` are names or ends of names;
+    `target_modules` and `exclude_modules` are full names or ends of names after a dot, or an
+    expression for full names, and None where the file has none; `peft_version` is `(major, minor)`.
     """
 
     lora_alpha: float
@@ -181,7 +182,8 @@ class Claims:
     lora_bias: bool = False
     trainable_token_indices: Mapping[str, Sequence[int]] = field(default_factory=dict)
     modules_to_save: Sequence[str] = ()
-    target_modules: frozenset[str] = frozenset()
+    target_modules: frozenset[str] | str | None = None
+    exclude_modules: frozenset[str] | str | None = None
     target_parameters: Sequence[str] = ()
     peft_version: tuple[int, int] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -226,12 +228,19 @@ def read_claims(config: Any, allow: Collection[str] = ()) -> Claims:
         check_field(name, value)
     rows = said.get("trainable_token_indices") or {}
     said["trainable_token_indices"] = rows if isinstance(rows, dict) else {"": rows}
-    targets = config.get("target_modules")  # never a reason to refuse: the tensors say it
     return Claims(
-        target_modules=frozenset(map(str, targets if isinstance(targets, list) else ())),
+        target_modules=_names_or_regex(config, "target_modules"),
+        exclude_modules=_names_or_regex(config, "exclude_modules"),
         peft_version=_version(config.get("peft_version")),
         **said,
     )
+
+
+def _names_or_regex(config: Mapping[str, Any], field: str) -> frozenset[str] | str | None:
+    value = config.get(field)
+    if isinstance(value, list):
+        return frozenset(map(str, value))
+    return value if isinstance(value, str) else None
 
 
 def check_field(name: str, value: Any) -> None:

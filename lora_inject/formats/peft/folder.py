@@ -19,7 +19,6 @@ Source: peft 0.21.2, utils/save_and_load.py.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -39,13 +38,13 @@ from lora_inject.errors import FormatError, within
 from lora_inject.formats.card import model_card
 from lora_inject.formats.lone_files import rest_of_folder
 from lora_inject.formats.model_facts import ModelFacts
-from lora_inject.formats.peft.adapter_config import Claims, build, read_claims
+from lora_inject.formats.peft.adapter_config import build, read_claims
+from lora_inject.formats.peft.agreement import WRITTEN, check_fields, check_numbers
 from lora_inject.formats.peft.foreign import Foreign
 from lora_inject.formats.peft.tensor_layout import (
     KINDS,
     PREFIX,
     attentions,
-    file_alpha,
     file_rank,
     file_shapes,
     is_turned,
@@ -111,7 +110,7 @@ def write(
     said = describe(state, "peft", turned) if metadata else {"format": "pt"}
     # Where diffusers looks for the config: 0.42, loaders/peft.py, `load_lora_adapter(prefix=...)`.
     prefixed = {f"{PREFIX}{field}": value for field, value in config.items() if value is not None}
-    said["lora_adapter_metadata"] = json.dumps(prefixed, sort_keys=True)
+    said[WRITTEN] = json.dumps(prefixed, sort_keys=True)
     card = model_card(state, facts, trained_on=trained_on, published_as=published_as)
     return {
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
@@ -135,8 +134,9 @@ def read(
         facts: What is known of the model; only files of others with adapted parameters need it.
         prefer: Which to believe where the metadata and adapter_config.json disagree; `config` reads
             the file as any PEFT would, without slices and frozen starts.
-        allow: Fields of adapter_config.json to accept although they are unknown, or
-            `init_lora_weights` where the base at hand is the one that PEFT's init has changed.
+        allow: Fields of adapter_config.json to accept although they are unknown;
+            `init_lora_weights` where the base at hand is the one that PEFT's init has changed;
+            `target_modules` to read tensors of modules that the config does not target.
         expert_major: Whether the columns of a stacked B are ordered by expert first, as unsloth
             writes them; the file does not tell.
 
@@ -150,21 +150,24 @@ def read(
     if prefer not in {None, "metadata", "config"}:
         raise FormatError("", f"prefer is {prefer!r}", "Give 'metadata', 'config' or None")
     _check_files(path)
-    claims = None
+    claims, config = None, {}
     if prefer != "metadata":
         with within(CONFIG):
-            claims = read_claims(read_json(path / CONFIG, ""), allow)
+            config = read_json(path / CONFIG, "")
+            claims = read_claims(config, allow)
     tensors, text = _read_all(path)
     ours = is_native(text, "peft")
     if claims is None and not ours:
         found = f"its {MODEL} holds no metadata of this package"
         raise FormatError("", found, "Leave prefer out")
     if claims is not None and (prefer == "config" or not ours):
-        return Foreign(claims, facts, expert_major).read(tensors)
+        any_target = "target_modules" in allow
+        return Foreign(claims, facts, expert_major, any_target).read(tensors)
     with within(MODEL):
         said = parse(text)
     if claims is not None:
-        _check_agreement(said, claims)
+        check_numbers(said, claims)
+        check_fields(config, text)
     with within(MODEL):
         return _read_native(said, tensors)
 
@@ -188,29 +191,6 @@ def _read_native(said: Described, tensors: dict[str, Tensor]) -> AdapterState:
         how = {"derived": name in said.derived, "turned": name in said.turned}
         sites[name] = unpack(spec, mine, **how)
     return said.state(sites, {name: tensors[key] for name, key in layout.trained.items()})
-
-
-def _check_agreement(said: Described, claims: Claims) -> None:
-    """Refuse a config whose ranks or scales are not those of the metadata."""
-    called = {
-        name: spec.weight if spec.weight in claims.target_parameters else name
-        for name, spec in said.specs.items()
-    } | attentions(said.specs.values())
-    numbers = claims.numbers(called.values())
-    for name, spec in said.specs.items():
-        derived = name in said.derived
-        rank, (claimed, alpha) = file_rank(spec, derived=derived), numbers[called[name]]
-        scale = claims.scale(alpha, claimed or rank)
-        if claimed in (None, rank) and math.isclose(scale, spec.scale, rel_tol=1e-6):
-            continue
-        due = file_alpha(spec, derived=derived, rslora=claims.use_rslora)
-        raise FormatError(
-            f"site '{name}'",
-            f"{CONFIG} says rank {claimed or rank} and alpha {alpha:g} (scale {scale:g}), the "
-            f"metadata of {MODEL} says rank {rank} and alpha {due:g} (scale {spec.scale:g})",
-            'Decide which is right: prefer="metadata" is what was saved, prefer="config" what was '
-            "edited since",
-        )
 
 
 def _check_attentions(state: AdapterState, called: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ Source: peft 0.12 to 0.21, utils/save_and_load.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -29,6 +29,7 @@ from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import check_shapes, pairs_of, plain_site
 from lora_inject.formats.peft.adapter_config import Claims
 from lora_inject.formats.peft.name_patterns import ends
+from lora_inject.formats.peft.targeted import not_adapted
 from lora_inject.formats.peft.tensor_layout import PREFIX, ROWS, unpack
 
 _REPAIR = "The file is incomplete or was edited; fetch it again"
@@ -75,21 +76,45 @@ class Foreign:
     claims: Claims
     facts: ModelFacts
     expert_major: bool = False
+    any_target: bool = False
 
     def read(self, tensors: Mapping[str, Tensor]) -> AdapterState:
         """Return the adapter of a file's tensors, without a config and a fingerprint."""
         paths, rows, rest = self._sorted(tensors)
         places = [*self._places(paths)]
+        self._check_targets(places)
         numbers = self.claims.numbers([place.called for place in places])
         sites = {place.name: self._site(place, *numbers[place.called]) for place in places}
         if len(sites) < len(places):
             raise _error("", "two of its pairs are of one site")
         trained, copies = self._full_tensors(rest, sites)
+        self._check_saved({*trained, *(f"{path}.weight" for path in rows)})
         indices = {f"{path}.weight": self._indices(path, found) for path, found in rows.items()}
         if self.claims.trainable_token_indices and not rows:
             raise _error("", "it lacks the rows of 'trainable_token_indices'")
         trained |= {f"{path}.weight": found for path, found in rows.items()}
         return AdapterState(sites, trained, base_copies=copies, rows=indices)
+
+    # What PEFT would leave out ----------------------------------------------------------------
+
+    def _check_targets(self, places: Iterable[_Place]) -> None:
+        """Refuse tensors of modules that the config does not target, which PEFT ignores."""
+        if self.any_target:
+            return
+        modules = {p.called for p in places if not p.parameter or p.called != p.name}
+        for name, said in not_adapted(self.claims, modules):
+            found = f"PEFT ignores its tensors: {said!r} of adapter_config.json leaves it out"
+            remedy = "Restore that field, or read them all the same: allow=['target_modules']"
+            raise _error(f"module '{name[:200]}'", found, remedy)
+
+    def _check_saved(self, trained: Collection[str]) -> None:
+        """Refuse modules that the config keeps whole, and of which the file has nothing."""
+        there, known = around(trained), around(self.facts.tensor_names or ())
+        for saved in self.claims.modules_to_save:
+            missing = [module for module in known if module.endswith(saved)]
+            if missing and not any(module.endswith(saved) for module in there):
+                found = f"the file lacks its tensors, and 'modules_to_save' has {saved!r}"
+                raise _error(f"module '{missing[0]}'", found)
 
     # Names ------------------------------------------------------------------------------------
 
@@ -181,7 +206,8 @@ class Foreign:
         if ".base_layer." in module:
             found = "it is inside another adapted module, and not an attention's output projection"
             raise _error(where, found, "Train it again with this package")
-        if known is None and not self.claims.target_modules.isdisjoint(ends(module)):
+        listed = self.claims.target_modules
+        if known is None and isinstance(listed, frozenset) and not listed.isdisjoint(ends(module)):
             return [module]
         # A target without a module, such as PEFT writes for experts, may be a parameter of any.
         targets = {target: parent(target) for target in self.claims.target_parameters}

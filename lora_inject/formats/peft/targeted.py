@@ -1,0 +1,40 @@
+"""Which modules PEFT adapts by a config: it ignores the tensors of all others, without a word.
+
+Source: peft 0.21.2, tuners/tuners_utils.py, `check_target_module_exists`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from lora_inject.core.spec.names import around, matching
+from lora_inject.errors import FormatError
+from lora_inject.formats.peft.adapter_config import Claims
+from lora_inject.formats.peft.name_patterns import ends
+
+_ALL_LINEAR = "all-linear"
+
+
+def not_adapted(claims: Claims, names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield the modules that PEFT would not adapt, each with the field that says so."""
+    excluded = _hit(claims.exclude_modules, names, "exclude_modules")
+    targets = claims.target_modules
+    nothing_said = targets is None and not claims.target_parameters  # PEFT goes by the model then
+    any_name = nothing_said or targets == _ALL_LINEAR
+    targeted = {*names} if any_name else _hit(targets, names, "target_modules")
+    saved = {*claims.modules_to_save}
+    for name in names:
+        if name in excluded:
+            yield name, "exclude_modules"
+        elif any(not saved.isdisjoint(ends(module)) for module in around([f"{name}.weight"])):
+            yield name, "modules_to_save"
+        elif name not in targeted:
+            yield name, "target_modules"
+
+
+def _hit(said: frozenset[str] | str | None, names: Collection[str], field: str) -> set[str]:
+    """Return the names that are listed, end so after a dot, or match an expression in whole."""
+    if isinstance(said, str):
+        asked = f"{field!r}"
+        return {*matching(f"^(?:{said})", names, asked=asked, error=FormatError)} if said else set()
+    return {name for name in names if not (said or frozenset()).isdisjoint(ends(name))}
