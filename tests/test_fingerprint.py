@@ -1,5 +1,6 @@
 """The fingerprint: the same base in another dtype passes, another base does not."""
 
+import json
 import math
 from itertools import pairwise, product
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_inject as li
@@ -26,14 +29,16 @@ def sample(weight: torch.Tensor) -> tuple[float, ...]:
 
 
 @given(st.lists(st.integers(0, 9), max_size=4))
-def test_positions_are_distinct_ends_included(shape: list[int]) -> None:
+def test_positions_are_distinct_and_even_and_none_is_in_the_last_sixteenth(
+    shape: list[int],
+) -> None:
     positions, numel = sample_positions(tuple(shape)), math.prod(shape)
     assert len(positions) == min(numel, 16)
     assert list(positions) == sorted(set(positions))
     if numel:
-        assert (positions[0], positions[-1]) == (0, numel - 1)
-        gaps = [b - a for a, b in pairwise(positions)]
-        assert not gaps or max(gaps) - min(gaps) <= 1
+        assert positions[0] == 0
+        gaps = [b - a for a, b in pairwise((*positions, numel - 1))] if numel > 16 else [1]
+        assert max(gaps) - min(gaps) <= 1
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (40,), (7, 9), (3, 4, 5)])
@@ -123,3 +128,172 @@ def test_an_adapter_without_sites_knows_its_base(train: str, layout: str, tmp_pa
     with pytest.raises(FormatError, match=r"another base: '0\.weight'"):
         li.load_adapter(other, path)
     li.load_adapter(other, path, base="any")
+
+
+# Tensors that the adapter does not touch ----------------------------------------------------------
+
+
+class Net(nn.Module):
+    """An embedding, a block and a head, as a model of transformers names its tables."""
+
+    def __init__(self, vocabulary: int = 400, classes: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.mlp = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, classes)
+        self.table = nn.Embedding(vocabulary, 8)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        return self.head(x + self.mlp(self.q(x).relu()))  # type: ignore[no-any-return]
+
+
+def moved(model: nn.Module, name: str, std: float = 0.1) -> nn.Module:
+    """A model whose module of this name has other values, as another training leaves them."""
+    with torch.no_grad():
+        for parameter in model.get_submodule(name).parameters():
+            parameter.add_(std * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("other", ["mlp", "head", "table"])
+@pytest.mark.parametrize("layout", ["native", "peft"])
+def test_another_tensor_than_the_adapted_ones_is_noticed(
+    other: str, layout: str, tmp_path: Path
+) -> None:
+    model = li.inject(Net(), {"rank": 2, "targets": ["q"]})
+    path = tmp_path / ("a.safetensors" if layout == "native" else "a")
+    li.save_adapter(model, path, format=layout)
+    li.load_adapter(Net(), path)
+    with pytest.raises(FormatError, match=rf"another base: '{other}\.(weight|bias)'"):
+        li.load_adapter(moved(Net(), other), path)
+    li.load_adapter(moved(Net(), other), path, base="any")
+
+
+def test_another_base_under_a_swapped_adapter_is_noticed() -> None:
+    states = [li.adapter_state(li.inject(Net(), {"targets": ["q"]})) for _ in range(2)]
+    model = li.install(Net(), states[0])
+    li.swap_adapter(model, states[1])
+    moved(model, "mlp")
+    with pytest.raises(FormatError, match=r"another base: 'mlp\.(weight|bias)'"):
+        li.swap_adapter(model, states[0])
+
+
+def test_a_head_of_another_size_is_another_head_and_a_resized_vocabulary_is_not() -> None:
+    state = li.adapter_state(li.inject(Net(), {"rank": 2, "targets": ["q"]}))
+    li.install(Net(vocabulary=410), state)
+    with pytest.raises(FormatError, match=r"'head\.weight' has shape \(3, 8\)"):
+        li.install(Net(classes=2), state)
+
+
+def test_rows_that_were_added_to_a_vocabulary_have_other_values_in_each_process() -> None:
+    def resized(seed: int) -> nn.Module:
+        model = Net()
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            model.table.weight[-4:].normal_()
+        return model
+
+    for targets in (["q"], ["table"]):
+        state = li.adapter_state(li.inject(resized(1), {"rank": 2, "targets": targets}))
+        li.install(resized(2), state)
+
+
+def test_what_the_adapter_trains_may_have_any_value_in_the_base() -> None:
+    config = {"rank": 2, "targets": ["q"], "train": ["head"]}
+    state = li.adapter_state(li.inject(Net(), {**config, "tokens": {"table": [3]}}))
+    li.install(moved(Net(), "head"), state)
+    state = li.adapter_state(li.inject(Net(), config))
+    both = state + li.adapter_state(li.inject(Net(), {"rank": 2, "targets": ["q"]}))
+    li.install(moved(Net(), "head"), both)
+
+
+def test_layers_that_are_quantized_on_one_side_only_are_not_compared() -> None:
+    state = li.adapter_state(li.inject(Net(), {"rank": 2, "targets": ["q"]}))
+    packed = Net()
+    eight_bits = packed.mlp.weight.detach().to(torch.float8_e4m3fn)
+    packed.mlp.weight = nn.Parameter(eight_bits, requires_grad=False)
+    li.install(packed, state)
+
+
+# An update that leaves most of a weight alone -----------------------------------------------------
+
+
+def embedded() -> nn.Module:
+    """An adapter on an embedding that three tokens have trained."""
+    model = li.inject(Net(), {"rank": 2, "targets": ["table"]})
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(li.adapter_parameters(model).values(), 1.0)
+    for _ in range(3):
+        model(torch.tensor([[7, 100, 251]])).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("layout", ["native", "peft"])
+def test_the_merged_base_of_an_embedding_is_not_its_base(layout: str, tmp_path: Path) -> None:
+    model = embedded()
+    path = tmp_path / ("a.safetensors" if layout == "native" else "a")
+    li.save_adapter(model, path, format=layout)
+    li.load_adapter(Net(), path)
+    li.load_adapter(Net().bfloat16(), path)
+    merged = Net()
+    merged.load_state_dict(dict(li.merged_weights(model)))
+    with pytest.raises(FormatError, match=r"another base: 'table\.weight' where the adapter moves"):
+        li.load_adapter(merged, path)
+
+
+def test_an_embedding_is_not_merged_twice_on_disk(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    save_file(Net().state_dict(), tmp_path / "base" / "model.safetensors")
+    li.save_adapter(embedded(), tmp_path / "a")
+    li.merge_checkpoint(tmp_path / "base", [tmp_path / "a"], tmp_path / "out")
+    with pytest.raises(li.CheckpointError, match=r"another base.*where the adapter moves"):
+        li.merge_checkpoint(tmp_path / "out", [tmp_path / "a"], tmp_path / "again")
+
+
+def test_slices_and_experts_are_sampled_where_they_move() -> None:
+    class Bank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fused = nn.Linear(4, 600, bias=False)
+            self.experts = nn.Parameter(torch.randn(40, 8, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fused(x), x @ self.experts[33].T  # type: ignore[return-value]
+
+    slices = {"slices": {"a": 3, "b": 597}, "adapt": ["a"]}
+    config = {
+        "rank": 1,
+        "targets": [{"match": "fused", **slices}, {"match": "experts", "layout": "out_in"}],
+    }
+    model = li.inject(Bank(), config)
+    with torch.no_grad():
+        parameters = li.adapter_parameters(model)
+        parameters["fused.lora_B"].fill_(0.5)
+        parameters["experts.lora_B"][33].fill_(0.5)
+    state = li.adapter_state(model)
+    assert state.fingerprint is not None
+    at = {name: held.positions for name, held in state.fingerprint.moved.items()}
+    assert {position // 4 for position in at["fused.weight"]} <= {0, 1, 2}
+    assert {position // 32 for position in at["experts"]} == {33}
+    merged = Bank()
+    merged.load_state_dict(dict(li.merged_weights(model)))
+    with pytest.raises(FormatError, match="where the adapter moves"):
+        li.install(merged, state)
+    li.install(Bank(), state)
+
+
+def test_positions_outside_of_the_weight_are_an_edited_file(tmp_path: Path) -> None:
+    path = li.save_adapter(embedded(), tmp_path / "a.safetensors", format="native")
+    tensors, said = load_file(path), safe_open(path, "pt").metadata()
+    plain = json.loads(said["lora_inject.fingerprint"])
+    plain["moved"]["table.weight"]["positions"][0] = 10**9
+    save_file(tensors, path, {**said, "lora_inject.fingerprint": json.dumps(plain)})
+    with pytest.raises(FormatError, match=r"positions of 'table\.weight'"):
+        li.load_adapter(Net(), path)

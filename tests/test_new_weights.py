@@ -110,6 +110,29 @@ def test_a_pooler_that_the_checkpoint_lacks_is_named(tmp_path: Path) -> None:
     li.inject(bare, QV)
 
 
+def test_a_pooler_that_nothing_uses_may_be_another_one_on_loading(tmp_path: Path) -> None:
+    config = transformers.BertConfig(**SIZES)
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "base")
+
+    def loaded(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return transformers.BertModel.from_pretrained(tmp_path / "base")
+
+    li.save_adapter(li.inject(loaded(1), QV, leave_new=True), tmp_path / "a")
+    with pytest.raises(li.FormatError, match=r"'pooler\.dense\.weight'.*leave_new=True"):
+        li.load_adapter(loaded(2), tmp_path / "a")
+    li.load_adapter(loaded(2), tmp_path / "a", leave_new=True)
+
+
+def test_another_head_under_an_adapter_is_noticed(encoder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    classifier(encoder).save_pretrained(tmp_path / "tuned")
+    li.save_adapter(li.inject(classifier(tmp_path / "tuned"), QV), tmp_path / "a")
+    li.load_adapter(classifier(tmp_path / "tuned"), tmp_path / "a")
+    with pytest.raises(li.FormatError, match=r"another base: 'classifier\.weight'"):
+        li.load_adapter(classifier(encoder), tmp_path / "a")
+
+
 def test_a_reward_model_trains_its_new_head_or_is_refused(decoder: Path) -> None:
     cls = transformers.LlamaForSequenceClassification
     with pytest.raises(LayerError, match=re.escape("train: ['score']")):

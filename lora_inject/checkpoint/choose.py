@@ -24,7 +24,7 @@ from lora_inject.checkpoint.merge_inputs import MergeOptions, WeightedAdapter
 from lora_inject.checkpoint.output_files import TensorJob, clash
 from lora_inject.checkpoint.place import NoPlace, Orientation, Placed, Update
 from lora_inject.checkpoint.quantized_base import why_not
-from lora_inject.core.adapter.fingerprint import Fingerprint, compare, same_values
+from lora_inject.core.adapter.fingerprint import Fingerprint, Moved, compare, same_values
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.safetensors_file import FLOATS, RowReader, TensorEntry
@@ -157,8 +157,10 @@ class Fit:
         checkpoint, saved = self.checkpoint, self.adapter.state.fingerprint
         if saved is None:
             return
-        shapes, samples, packed = {}, {}, {}
+        shapes, samples, packed, moved = {}, {}, {}, {}
         for name, shape in saved.shapes.items():
+            if name in self.adapter.state.trained:  # replaced
+                continue
             entry = checkpoint.tensors.get(self.rule(name) or name)
             if entry is None:
                 continue
@@ -168,12 +170,12 @@ class Fit:
             # Places depend on the shape: in stacked, cut and grown tensors they have other values.
             elif entry.shape == tuple(shape) and entry.dtype in FLOATS:
                 shapes[name], samples[name] = entry.shape, checkpoint.sample(entry)
-        known = Fingerprint(
-            {name: saved.shapes[name] for name in shapes},
-            {name: values for name, values in saved.samples.items() if name in shapes},
-            saved.quantized,
-        )
-        if differences := compare(known, Fingerprint(shapes, samples, packed)):
+                if name in saved.moved:
+                    positions = saved.moved[name].positions
+                    moved[name] = Moved(positions, checkpoint.sample(entry, positions))
+        known = saved.without(saved.shapes.keys() - shapes.keys())
+        here = Fingerprint(shapes, samples, packed, moved)
+        if known is not None and (differences := compare(known, here)):
             name, how = next(iter(differences.items()))
             raise CheckpointError(
                 f"merge {self.adapter.label} into '{checkpoint.folder}'",

@@ -157,8 +157,12 @@ def difference_of(
         held = f"{n_equal} tensors equal the base's and {len(found)} differ in what is not low rank"
         remedy = "Check the paths; where only small tensors were trained, pass full=True"
         raise CheckpointError(f"extract an adapter from '{tuned}'", held, remedy)
-    stored, weights = extraction.base.tensors, (s.spec.weight for s in extraction.sites.values())
-    entries = {name: stored[name] for name in sorted({*weights} & stored.keys())}
+    stored, trained = extraction.base.tensors, extraction.trained
+    entries = {
+        name: stored[name]
+        for name in sorted(stored.keys() - trained.keys())
+        if stored[name].dtype in FLOATS
+    }
     known = Fingerprint(
         {name: entry.shape for name, entry in entries.items()},
         {name: extraction.base.sample(entry) for name, entry in entries.items()},

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -120,10 +120,13 @@ class Checkpoint:
         """Return the file that a tensor is in."""
         return self.shards[self.shard_of[name]].path
 
-    def sample(self, entry: TensorEntry) -> tuple[float, ...]:
+    def sample(
+        self, entry: TensorEntry, positions: Sequence[int] | None = None
+    ) -> tuple[float, ...]:
         """Return a few values of a float tensor, by which an adapter knows its base."""
         reader = RowReader(self.path_of(entry.name))
-        values = (reader.rows(entry, 1, at, at + 1) for at in sample_positions(entry.shape))
+        positions = sample_positions(entry.shape) if positions is None else positions
+        values = (reader.rows(entry, 1, at, at + 1) for at in positions)
         return tuple(float(value.float()) for value in values)
 
     @property

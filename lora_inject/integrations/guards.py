@@ -2,7 +2,7 @@
 
 A row's module is imported only where the process has imported the library. It has these functions:
 `before_inject(survey, plan, asked, leave_new=)`, which raises, and `notes_on(survey, plan)`, which
-yields sentences for the plan.
+yields sentences for the plan; `new_weights(survey)` names parameters that no checkpoint had.
 """
 
 from __future__ import annotations

@@ -1,9 +1,13 @@
 """Recognize the base of an adapter among others of the same shape, by a few of its values.
 
-Sixteen values at evenly spaced places of each adapted weight identify the base. They are compared
-to the precision of bfloat16, so the same base in another dtype passes and another base does not. Of
-a quantized weight the class, the settings and a few packed bytes are compared. Whole tensors of the
+Sixteen values at evenly spaced places of each parameter identify the base. They are compared to the
+precision of bfloat16, so the same base in another dtype passes and another base does not. Tensors
+that the adapter does not touch are sampled as well: it was trained with them. Of a quantized
+adapted weight the class, the settings and a few packed bytes are compared. Whole tensors of the
 base that an adapter carries are compared as such.
+
+An embedding's adapter changes the rows of the tokens that it has seen, and evenly spaced places
+would miss them: its own merged base would pass. So values that moved are sampled too.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,21 +35,31 @@ _ABSOLUTE = 2.0**-24
 Described = Callable[[Tensor], Iterable[str] | None]
 
 
+class Moved(NamedTuple):
+    """Values of a weight at some flat positions."""
+
+    positions: tuple[int, ...]
+    values: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class Fingerprint:
-    """Values of the base at the adapted sites, to recognize another base of the same shape.
+    """Values of a base's parameters, to recognize another base of the same shape.
 
     Attributes:
-        shapes: Shape of each adapted weight, by its name in the state dict.
+        shapes: Shape of each sampled parameter, by its name in the state dict.
         samples: A few values of each, float32, taken at evenly spaced flat positions.
-        quantized: A description of each weight that is not a plain floating point tensor and so has
-            no samples: class, format, block size and a few packed bytes; empty for sharded tensors
-            and those on the meta device.
+        quantized: A description of each adapted weight that is not a plain floating point tensor
+            and so has no samples: class, format, block size and a few packed bytes; empty for
+            sharded tensors and those on the meta device.
+        moved: Flat positions and values where an adapter changes a weight that it leaves alone
+            elsewhere, such as rows of an embedding.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     samples: Mapping[str, tuple[float, ...]]
     quantized: Mapping[str, str] = field(default_factory=dict)
+    moved: Mapping[str, Moved] = field(default_factory=dict)
 
     def renamed(self, change: Callable[[str], str]) -> Fingerprint:
         """Return the fingerprint with other names of the weights."""
@@ -64,20 +78,23 @@ class Fingerprint:
 
     @property
     def _parts(self) -> tuple[Mapping[str, Any], ...]:
-        return self.shapes, self.samples, self.quantized
+        return self.shapes, self.samples, self.quantized, self.moved
 
 
 def sample_positions(shape: tuple[int, ...], n: int = N_SAMPLES) -> tuple[int, ...]:
     """Flat positions of the values that are compared: `n` evenly spaced ones, or all there are.
 
+    The last part has none: rows that were added to a vocabulary lie there, and they have other
+    values in each process.
+
     Examples:
         >>> sample_positions((2, 2)), sample_positions((10, 10), n=4)
-        ((0, 1, 2, 3), (0, 33, 66, 99))
+        ((0, 1, 2, 3), (0, 24, 49, 74))
     """
     numel = math.prod(shape)
     if numel <= n:
         return tuple(range(numel))
-    return tuple(i * (numel - 1) // (n - 1) for i in range(n))
+    return tuple(i * (numel - 1) // n for i in range(n))
 
 
 def samples(weights: Mapping[str, Tensor]) -> dict[str, tuple[float, ...]]:
@@ -96,6 +113,12 @@ def samples(weights: Mapping[str, Tensor]) -> dict[str, tuple[float, ...]]:
             values = torch.stack([weights[name].take(positions) for name in names])
         found.update(zip(names, map(tuple, values.float().tolist()), strict=True))
     return found
+
+
+def values_at(weight: Tensor, positions: tuple[int, ...]) -> tuple[float, ...]:
+    """Return values of a plain floating point tensor at flat positions, as float32."""
+    at = torch.tensor(positions, dtype=torch.long, device=weight.device)
+    return tuple(weight.detach().take(at).float().tolist())
 
 
 def packing(weight: Tensor, described: Described = lambda _: None) -> str:
@@ -170,18 +193,35 @@ def compare(saved: Fingerprint, found: Fingerprint) -> dict[str, str]:
             )
         elif name in saved.samples and name in found.samples:
             there, here = saved.samples[name], found.samples[name]
-            pairs = () if there == here else zip(there, here, strict=False)
-            wrong = [pair for pair in pairs if not _close(*pair)]
             if len(there) != len(here):
                 differences[name] = (
                     f"has {len(there)} sampled values in the file and {len(here)} here"
                 )
-            elif wrong:
-                differences[name] = (
-                    f"{len(wrong)} of {len(there)} sampled values differ, "
-                    "first {!r} in the file and {!r} here".format(*wrong[0])
-                )
+            elif wrong := _differing(there, here):
+                differences[name] = _words(wrong, len(there))
+            elif wrong := _differing(*_moved_in_both(saved, found, name)):
+                differences[name] = f"where the adapter moves it, {_words(wrong, len(wrong))}"
     return differences
+
+
+def _moved_in_both(
+    saved: Fingerprint, found: Fingerprint, name: str
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return two fingerprints' values where an adapter moves a weight, if at equal positions."""
+    nothing = Moved((), ())
+    there, here = saved.moved.get(name, nothing), found.moved.get(name, nothing)
+    return (there.values, here.values) if there.positions == here.positions else ((), ())
+
+
+def _differing(there: tuple[float, ...], here: tuple[float, ...]) -> list[tuple[float, float]]:
+    """Return the pairs of values that differ by more than a rounding."""
+    pairs = () if there == here else zip(there, here, strict=True)
+    return [pair for pair in pairs if not _close(*pair)]
+
+
+def _words(wrong: list[tuple[float, float]], n: int) -> str:
+    first = "first {!r} in the file and {!r} here".format(*wrong[0])
+    return f"{len(wrong)} of {n} sampled values differ, {first}"
 
 
 def check_one_base(several: Iterable[Fingerprint | None], names: Iterable[str], asked: str) -> None:
@@ -192,6 +232,7 @@ def check_one_base(several: Iterable[Fingerprint | None], names: Iterable[str], 
     marks = [(mark, name) for mark, name in zip(several, names, strict=True) if mark is not None]
     for (one, first), (two, second) in combinations(marks, 2):
         unknown = {*(one.shapes.keys() - two.shapes.keys()), *unverifiable(one, two)}
+        unknown |= {n for n in one.shapes.keys() - unknown if one.shapes[n] != two.shapes[n]}
         common = one.without(unknown)  # not where only one of the bases was quantized
         if common is not None and (wrong := compare(common, two)):
             name, what = next(iter(wrong.items()))

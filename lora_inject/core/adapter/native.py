@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_inject.core.adapter.fingerprint import Fingerprint
+from lora_inject.core.adapter.fingerprint import Fingerprint, Moved
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import check_keys
@@ -46,7 +46,12 @@ _PARTS: dict[str, Any] = {
     "aliases": {...: [str]},  # of sites on layers that the model held under several names
     "config": Maybe(dict),
     "fingerprint": Maybe(
-        {"shapes": {...: [_INDEX]}, "samples": {...: str}, "quantized": {...: str}}
+        {
+            "shapes": {...: [_INDEX]},
+            "samples": {...: str},
+            "quantized": {...: str},
+            "moved": {...: {"positions": [_INDEX], "values": str}},
+        }
     ),
     "kinds": [dict],
     "sites": [(str, str, _INDEX)],  # name, weight, number of the kind
@@ -259,30 +264,48 @@ def _fingerprint_to_plain(mark: Fingerprint | None) -> dict[str, Any] | None:
     """
     if mark is None:
         return None
-    samples = {}
-    for name, values in mark.samples.items():
-        try:
-            samples[name] = base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
-        except (OverflowError, struct.error) as error:
-            found = f"a sample is not a float32 ({error})"
-            remedy = "Take it with lora_inject.core.adapter.fingerprint.samples, as float32"
-            raise FormatError(f"its fingerprint of {name!r}", found, remedy) from error
-    return {"shapes": {**mark.shapes}, "samples": samples, "quantized": {**mark.quantized}}
+    return {
+        "shapes": {**mark.shapes},
+        "samples": {name: _packed(name, values) for name, values in mark.samples.items()},
+        "quantized": {**mark.quantized},
+        "moved": {
+            name: {"positions": moved.positions, "values": _packed(name, moved.values)}
+            for name, moved in mark.moved.items()
+        },
+    }
+
+
+def _packed(name: str, values: Sequence[float]) -> str:
+    try:
+        return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+    except (OverflowError, struct.error) as error:
+        found = f"a sample is not a float32 ({error})"
+        remedy = "Take it with lora_inject.core.adapter.fingerprint.samples, as float32"
+        raise FormatError(f"its fingerprint of {name!r}", found, remedy) from error
 
 
 def _fingerprint(plain: Mapping[str, Any] | None, where: str) -> Fingerprint | None:
     if plain is None:
         return None
-    samples = {}
-    for name, text in plain["samples"].items():
-        try:
-            packed = binascii.a2b_base64(text, strict_mode=True)
-            samples[name] = struct.unpack(f"<{len(packed) // 4}f", packed)
-        except (ValueError, struct.error) as error:
-            found = f"the samples of {name!r} are not float32 in base64 ({error})"
-            raise FormatError(where, found, _EDITED) from error
     shapes = {name: tuple(shape) for name, shape in plain["shapes"].items()}
-    return Fingerprint(shapes, samples, plain["quantized"])
+    samples = {name: _unpacked(name, text, where) for name, text in plain["samples"].items()}
+    moved = {}
+    for name, said in plain["moved"].items():
+        positions, values = tuple(said["positions"]), _unpacked(name, said["values"], where)
+        inside = all(position < math.prod(shapes.get(name, (0,))) for position in positions)
+        fits = inside and len(positions) == len(values)
+        _require(fits, where, f"the positions of {name!r} are not those of its values")
+        moved[name] = Moved(positions, values)
+    return Fingerprint(shapes, samples, plain["quantized"], moved)
+
+
+def _unpacked(name: str, text: str, where: str) -> tuple[float, ...]:
+    try:
+        packed = binascii.a2b_base64(text, strict_mode=True)
+        return struct.unpack(f"<{len(packed) // 4}f", packed)
+    except (ValueError, struct.error) as error:
+        found = f"the samples of {name!r} are not float32 in base64 ({error})"
+        raise FormatError(where, found, _EDITED) from error
 
 
 def _require(holds: bool, where: str, found: str) -> None:

@@ -12,17 +12,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_inject.core.adapter.fingerprint import Fingerprint, compare, same_values, unverifiable
+from lora_inject.core.adapter.fingerprint import compare, same_values, unverifiable
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.kinds import KINDS
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.save import base_weights, fingerprint
+from lora_inject.core.model.save import base_weights, fingerprint, untouched
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.names import joined, named
+from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats.older_names import in_names_of
@@ -33,7 +34,13 @@ _OF_MODEL = ("name", "kind", "weight_shape", "weight", "update", "aliases")
 
 
 def fit(
-    survey: Survey, state: AdapterState, *, leave_out: Sequence[str], base: Base, asked: str
+    survey: Survey,
+    state: AdapterState,
+    *,
+    leave_out: Sequence[str],
+    base: Base,
+    leave_new: bool,
+    asked: str,
 ) -> AdapterState:
     """Return an adapter in the names and the geometry of a model, with the tensors as they are."""
     names, weights = inventory(survey), base_weights(survey)
@@ -46,12 +53,10 @@ def fit(
         remedy = "Merge it into the base with PEFT (merge_and_unload) and start from that model"
         raise FormatError(f"{asked}, trained tensor {key!r}", found, remedy)
     trained, rows = _fit_trained(state, survey, weights, asked)
-    if state.fingerprint is not None and base != "any":
+    if base != "any":
         new = {state.sites[key].spec.weight: spec.weight for key, spec in specs.items()}
-        if not state.sites:  # `save.witnesses`: other tensors of the base, under its names
-            new = {name: name for name in state.fingerprint.shapes if name in weights}
-        here = {old: survey.at(name).tensor for old, name in new.items()}
-        check_base(state.fingerprint, fingerprint(here), base, asked)
+        adapted = {old: survey.at(name).tensor for old, name in new.items()}
+        check_base(survey, state, adapted, base, asked, leave_new=leave_new)
     check_base_copies(state, weights, asked)
     state.check_finite(asked, FormatError)
     sites = {
@@ -191,29 +196,82 @@ def _why_not_copied(
     return f"{found}shape {here}", remedy
 
 
-def check_base(saved: Fingerprint, here: Fingerprint, base: Base, asked: str) -> None:
-    """Refuse a base that is not, at the adapter's sites, the one that it was made on."""
+def check_base(
+    survey: Survey,
+    state: AdapterState,
+    adapted: Mapping[str, Tensor],
+    base: Base,
+    asked: str,
+    *,
+    leave_new: bool = False,
+) -> None:
+    """Refuse a base that is not the one that the adapter was made on, as far as values tell.
+
+    `adapted` are the model's weights under the names that the adapter has for them. With
+    `leave_new`, weights that no checkpoint of this model had may differ.
+    """
+    saved = state.fingerprint and state.fingerprint.without(state.trained)
+    if saved is None:
+        return
+    others = untouched(base_weights(survey), state, saved.shapes)
+    grown = [n for n, tensor in others.items() if tuple(tensor.shape) != tuple(saved.shapes[n])]
+    for name in _vocabulary(survey).intersection(grown) if grown else ():
+        del others[name]  # resized since
+    moved = {name: held.positions for name, held in saved.moved.items()}
+    here = fingerprint(adapted, others, moved)
     if saved == here and not here.quantized:
         return
     common = saved.without(saved.shapes.keys() - here.shapes.keys())
-    if common is not None and (unknown := unverifiable(common, here)):
-        if base != "quantized":
-            raise FormatError(
-                asked,
-                f"the base cannot be compared at {len(unknown)} sites, of which {unknown[0]!r}: "
-                "its weight is quantized here or where the adapter was made, but not in both, "
-                "or it is sharded or on the meta device",
-                'Pass base="quantized" where it is the right base',
-            )
-        common = common.without(unknown)
-    if common is not None and (differences := compare(common, here)):
+    if common is None:
+        return
+    unknown = unverifiable(common, here)
+    if base != "quantized" and (hidden := [name for name in unknown if name in adapted]):
+        raise FormatError(
+            asked,
+            f"the base cannot be compared at {len(hidden)} sites, of which {hidden[0]!r}: "
+            "its weight is quantized here or where the adapter was made, but not in both, "
+            "or it is sharded or on the meta device",
+            'Pass base="quantized" where it is the right base',
+        )
+    common = common.without(unknown)
+    differences = {} if common is None else compare(common, here)
+    new = _new_weights(survey) if differences.keys() - adapted.keys() else set()
+    if leave_new:
+        differences = {n: what for n, what in differences.items() if n not in new}
+    if common is not None and differences:
         key, what = next(iter(differences.items()))
+        remedy = 'Load it onto its own base, or pass base="any"'
+        if differences.keys() <= new:
+            what += ", where no checkpoint had it"
+            remedy = "Load the base with the weights that it had there, or pass leave_new=True "
+            remedy += "where nothing uses them"
         raise FormatError(
             asked,
             f"the adapter was made on another base: {key!r} {what} ({len(differences)} of "
-            f"{len(common.shapes)} sites differ)",
-            'Load it onto its own base, or pass base="any"',
+            f"{len(common.shapes)} tensors differ)",
+            remedy,
         )
+
+
+def _vocabulary(survey: Survey) -> set[str]:
+    """Return all names of the tables and heads over a vocabulary, which is resized at times."""
+    names: set[str] = set()
+    for _, module in survey.modules:
+        for getter in ("get_input_embeddings", "get_output_embeddings"):
+            get = getattr(module, getter, None)
+            try:
+                table = get() if callable(get) else None
+            except (AttributeError, NotImplementedError):
+                continue
+            if isinstance(table, nn.Module) and (path := survey.paths.get(id(table))) is not None:
+                for key in survey.own[id(table)]:
+                    names |= {*survey.names_of(joined(path, key))}
+    return names
+
+
+def _new_weights(survey: Survey) -> set[str]:
+    """Return the parameters that no checkpoint of this model had."""
+    return {name for guard in room("guards").guards() for name in guard.new_weights(survey)}
 
 
 def check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked: str) -> None:

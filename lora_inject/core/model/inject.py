@@ -151,6 +151,7 @@ def load_adapter(
     *,
     leave_out: Sequence[str] = (),
     base: Base = "same",
+    leave_new: bool = False,
     format: str | None = None,  # noqa: A002
     revision: str | None = None,
     **options: Any,
@@ -171,7 +172,10 @@ def load_adapter(
         base: `same`: the base must be the one that the adapter was made on, as far as its
             fingerprint tells, in whatever dtype, or quantized in the same way. `quantized`: what
             cannot be compared is let through, as of a base that is quantized only here, or was only
-            where the adapter was made. `any`: no comparison.
+            where the adapter was made. `any`: no comparison. Tensors that the adapter does not
+            touch are compared as well: an MLP, or a head that it does not hold.
+        leave_new: Let weights differ that no checkpoint of this model had: a new head or pooler,
+            which nothing uses.
         format: A row of `formats.FORMATS`; by default it is detected from the files.
         revision: Branch, tag or commit of a repository; by default the head of its main branch.
         **options: For the format.
@@ -194,7 +198,7 @@ def load_adapter(
     format = format or detected(place)  # noqa: A001
     facts = partial(model_facts, survey)
     state = read_adapter(place, format, facts=facts, **options).mapped(in_memory)
-    fitted = fit(survey, state, leave_out=leave_out, base=base, asked=asked)
+    fitted = fit(survey, state, leave_out=leave_out, base=base, leave_new=leave_new, asked=asked)
     if (check_load := format_of(format).check_load) is not None:
         check_load(survey, state, fitted, asked)
     _put_on(survey, fitted, name, _Owned())
@@ -208,6 +212,7 @@ def install(
     *,
     leave_out: Sequence[str] = (),
     base: Base = "same",
+    leave_new: bool = False,
 ) -> M:
     """Put an adapter, as a value, onto a model; see `load_adapter`.
 
@@ -217,6 +222,7 @@ def install(
         name: Its name on this model.
         leave_out: Patterns of trained tensors and sites to let go.
         base: How sure to be of the base.
+        leave_new: Whether weights may differ that no checkpoint of this model had.
 
     Returns:
         The same object.
@@ -227,7 +233,9 @@ def install(
     """
     check_type("install", state, AdapterState, "Give an AdapterState; load_adapter reads files")
     survey = survey_for(model, name, loads=True)
-    fitted = fit(survey, state, leave_out=leave_out, base=base, asked="install")
+    fitted = fit(
+        survey, state, leave_out=leave_out, base=base, leave_new=leave_new, asked="install"
+    )
     _put_on(survey, fitted, name, _copied)
     return model
 

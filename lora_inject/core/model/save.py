@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from lora_inject.checks.reached import refuse_unused
 from lora_inject.core.adapter.exchange import default_format, format_of, write_adapter
-from lora_inject.core.adapter.fingerprint import Fingerprint, packing, samples
+from lora_inject.core.adapter.fingerprint import (
+    N_SAMPLES,
+    Fingerprint,
+    Moved,
+    packing,
+    samples,
+    values_at,
+)
+from lora_inject.core.adapter.moved import moved_positions
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import FLOATS
@@ -128,9 +136,9 @@ def read_off(
     state, weights = values_on(survey, name, "adapter_state of", taken)
     # The fingerprint is to be that of the base, which merged weights are not.
     refuse_merged(f"saving adapter {name!r}", *reach(survey.model, survey).selections)
-    if not state.sites:
-        weights = witnesses(base_weights(survey), state.trained)
-    return replace(state, fingerprint=fingerprint(weights))
+    moved = {s.spec.weight: moved_positions(s, N_SAMPLES) for s in state.sites.values()}
+    others = untouched(base_weights(survey), state)
+    return replace(state, fingerprint=fingerprint(weights, others, moved))
 
 
 def _whole(tensor: Tensor, entry: Entry, role: str) -> Tensor:
@@ -151,25 +159,34 @@ def _whole(tensor: Tensor, entry: Entry, role: str) -> Tensor:
     return tensor
 
 
-_N_WITNESSES = 8
+def untouched(
+    weights: Mapping[str, Tensor], state: AdapterState, names: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """Return the floating point tensors of a base that an adapter neither adapts nor replaces.
 
-
-def witnesses(weights: Mapping[str, Tensor], trained: Collection[str]) -> dict[str, Tensor]:
-    """Return some matrices that identify a base, for an adapter without sites.
-
-    Tensors that the adapter replaces cannot: a new head has other values in every run.
+    Only those of `names` if they are given. What the adapter replaces cannot identify a base: a new
+    head has other values in every run.
     """
-    names = [name for name, weight in weights.items() if weight.ndim > 1 and name not in trained]
-    n = min(_N_WITNESSES, len(names))
-    chosen = [names[(2 * k + 1) * len(names) // (2 * n)] for k in range(n)]
-    return {name: weights[name] for name in chosen}
+    own = {*state.trained, *(site.spec.weight for site in state.sites.values())}
+    wanted = weights if names is None else names
+    return {
+        name: weights[name]
+        for name in wanted
+        if name in weights and name not in own and weights[name].dtype in FLOATS
+    }
 
 
-def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
+def fingerprint(
+    adapted: Mapping[str, Tensor],
+    others: Mapping[str, Tensor] = MappingProxyType({}),
+    moved: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> Fingerprint:
     """Sample weights by name, so that another base of the same shape can be told.
 
-    Quantized tensors are described (`adapter.fingerprint.packing`), meta tensors left out.
+    Adapted tensors that are quantized are described (`adapter.fingerprint.packing`), meta tensors
+    left out. `moved` are positions to sample as well.
     """
+    weights = {**adapted, **others}
     floats = {name: weight for name, weight in weights.items() if weight.dtype in FLOATS}
     shards = {name: weight for name, weight in floats.items() if hasattr(weight, "full_tensor")}
     plain = {
@@ -179,12 +196,17 @@ def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
     }
     known = samples(plain) | samples_of_shards(shards)
     return Fingerprint(
-        shapes={name: tuple(weight.shape) for name, weight in weights.items()},
+        shapes={n: tuple(w.shape) for n, w in weights.items() if n in adapted or n in known},
         samples=known,
         quantized={
             name: packing(weight, described)
-            for name, weight in weights.items()
+            for name, weight in adapted.items()
             if name not in known
+        },
+        moved={
+            name: Moved(positions, values_at(plain[name], positions))
+            for name, positions in moved.items()
+            if positions and name in plain and max(positions) < plain[name].numel()
         },
     )
 

@@ -23,7 +23,7 @@ from lora_inject.core.files.tensors import in_memory
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import reach, records_of, refuse_merged
 from lora_inject.core.model.fit_state import Base, check_base, check_base_copies
-from lora_inject.core.model.save import base_weights, fingerprint, model_facts, values_on
+from lora_inject.core.model.save import base_weights, model_facts, values_on
 from lora_inject.distributed.sharding import copy_into
 from lora_inject.errors import FormatError, LayerError, nearest
 
@@ -97,8 +97,8 @@ def swap_adapter(
     into, values = [held for held, _ in pairs], [value for _, value in pairs]
     _check_fit(into, values, asked)
     state.check_finite(asked if state is source else f"{asked} for {str(source)!r}", FormatError)
-    if state.fingerprint is not None and base != "any":
-        check_base(state.fingerprint, fingerprint(weights), base, asked)
+    if base != "any":
+        check_base(survey, state, weights, base, asked)
     if state.base_copies:
         check_base_copies(state, base_weights(survey), asked)
     values = [*map(in_memory, values)]  # of a file, read before the first write
