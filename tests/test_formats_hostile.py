@@ -241,7 +241,8 @@ BOMB = "(([a-z_.0-9])+)+X"
 @pytest.mark.parametrize(
     "change",
     [
-        {"target_modules": BOMB},
+        {"target_modules": None},
+        {"target_modules": "all-linear"},
         {"exclude_modules": BOMB, "layers_pattern": [BOMB]},
         {"layers_to_transform": [0]},
         {"auto_mapping": {"parent_library": "os", "base_model_class": "system"}},
@@ -252,6 +253,14 @@ BOMB = "(([a-z_.0-9])+)+X"
 def test_claims_that_are_not_needed_are_not_used(change: dict[str, Any], foreign: Path) -> None:
     edit_config(foreign, **change)
     assert read_adapter(foreign).sites["fc"].scale == 2.0
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_patterns_of_targets_run_under_a_time_limit(field: str, tmp_path: Path) -> None:
+    write_foreign(tmp_path, pair("m" * 40), target_modules=["m" * 40])
+    edit_config(tmp_path, **{field: BOMB})
+    with pytest.raises(FormatError, match=rf"{field}.*it took more than"):
+        read_adapter(tmp_path)
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
@@ -351,7 +360,8 @@ KEYS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
 def test_foreign_keys_are_strict(case: str, tmp_path: Path) -> None:
     tensors, words = KEYS[case]
     version = "0.21.2" if case.startswith("attention") else None
-    write_foreign(tmp_path, tensors, peft_version=version)
+    targets = ["fc", "c", "a"]
+    write_foreign(tmp_path, tensors, peft_version=version, target_modules=targets)
     with pytest.raises(FormatError, match=words):
         read_adapter(tmp_path)
 
@@ -549,6 +559,7 @@ def test_tensors_in_several_files(foreign: Path) -> None:
     (foreign / MODEL).unlink()
     index = foreign / f"{MODEL}.index.json"
     index.write_text(json.dumps({"weight_map": shards}))
+    edit_config(foreign, target_modules=["a", "b"])
     assert list(read_adapter(foreign).sites) == ["a", "b"]
     first = next(iter(shards))
     for table, words in [

@@ -160,7 +160,7 @@ class Mistakes:
     def an_adapter_of_another_base(self, path):
         """FormatError: load 'TMP/sql': the adapter was made on another base:
         'layers.0.q_proj.weight' 16 of 16 sampled values differ, first NUMBER in the file and NUMBER
-        here (1 of 2 sites differ). Load it onto its own base, or pass base="any"."""
+        here (1 of 14 tensors differ). Load it onto its own base, or pass base="any"."""
         other = net()
         with torch.no_grad():
             other["layers"][0]["q_proj"].weight.add_(0.01)

@@ -239,7 +239,8 @@ def check_base(
     if leave_new:
         differences = {n: what for n, what in differences.items() if n not in new}
     if common is not None and differences:
-        key, what = next(iter(differences.items()))
+        key = next((name for name in differences if name in adapted), next(iter(differences)))
+        what = differences[key]
         remedy = 'Load it onto its own base, or pass base="any"'
         if differences.keys() <= new:
             what += ", where no checkpoint had it"
