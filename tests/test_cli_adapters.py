@@ -182,6 +182,28 @@ def test_a_file_of_a_pipeline_is_read_part_by_part(run, tmp_path):
     assert run("convert", tmp_path / "out", to, "--to", "kohya", "--component", "unet").code == 0
 
 
+def test_wrong_values_are_wrong_usage_and_the_right_ones_are_named(run, files, tmp_path):
+    from lora_inject.algebra.combining import METHODS
+    from lora_inject.cli import given
+    from lora_inject.formats.clients import CLIENTS
+    from lora_inject.formats.plain import DTYPES
+
+    assert set(given.CLIENTS) == set(CLIENTS)
+    assert set(given.DTYPES) == set(DTYPES)
+    assert set(given.METHODS) == set(METHODS)
+    path, out = files[0][0], tmp_path / "x"
+    for words, known in (
+        (("check", path, "--for", "all"), "llama.cpp"),
+        (("convert", path, out, "--to", "portable", "--dtype", "fp16"), "float16"),
+        (("combine", path, path, "-o", out, "--method", "tis"), "dare_ties_svd"),
+    ):
+        found = run(*words)
+        said = " ".join(found.err.replace("│", " ").split())
+        assert (found.code, out.exists()) == (2, False)
+        assert "is not known" in said
+        assert known in said
+
+
 def test_formats_are_listed_and_another_one_is_wrong_usage(run, files, tmp_path):
     from lora_inject.cli import given
     from lora_inject.formats import FORMATS
@@ -196,7 +218,7 @@ def test_formats_are_listed_and_another_one_is_wrong_usage(run, files, tmp_path)
         found = run(*words, "pefd")
         said = " ".join(found.err.replace("│", " ").split())
         assert (found.code, (tmp_path / "x").exists()) == (2, False)
-        assert "there is no format 'pefd'; did you mean peft?" in said
+        assert "'pefd' is not known, did you mean peft?" in said
         assert "litgpt" in said
 
 

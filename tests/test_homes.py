@@ -93,3 +93,17 @@ def test_a_folder_whose_name_begins_so_can_be_meant(home: Path) -> None:
     assert (Path.cwd() / "~" / "x" / "adapter_config.json").is_file()
     assert list(li.read_adapter("./~/x").sites) == ["0"]
     assert list(home.iterdir()) == []
+
+
+def test_a_misspelled_path_is_not_looked_for_on_the_hub(home: Path, monkeypatch) -> None:
+    def download(*_: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("lora_inject.formats.hub.download", download)
+    li.save_adapter(li.inject(net(), RULE), "runs/adapter")
+    words = r"the folder 'runs' has no 'adapterr'. Nearest there: 'adapter'.*revision="
+    with pytest.raises(li.FormatError, match=words):
+        li.load_adapter(net(), "runs/adapterr")
+    for path, options in (("runs/adapterr", {"revision": "main"}), ("user/adapter", {})):
+        with pytest.raises(AssertionError, match="asked"):
+            li.load_adapter(net(), path, **options)

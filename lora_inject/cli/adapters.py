@@ -36,7 +36,8 @@ def combine(
         str,
         Option(
             help="cat: the exact sum, ranks add up. svd: the sum cut to --rank. Or linear, ties, "
-            "dare_linear, dare_ties, magnitude_prune on A and B, with _svd on the deltas."
+            "dare_linear, dare_ties, magnitude_prune on A and B, with _svd on the deltas.",
+            callback=given.one_of(given.METHODS),
         ),
     ] = "cat",
     rank: Annotated[
@@ -178,12 +179,16 @@ def convert(
             "--to",
             metavar="FORMAT",
             help=f"Format to write: {', '.join(given.FORMATS)}.",
-            callback=given.known_format,
+            callback=given.one_of(given.FORMATS),
         ),
     ],
     base: Base = None,
     dtype: Annotated[
-        str | None, Option(help="Dtype to write, such as float16. (default: as it is)")
+        str | None,
+        Option(
+            help="Dtype to write, such as float16. (default: as it is)",
+            callback=given.one_of(given.DTYPES),
+        ),
     ] = None,
     rank: Annotated[
         int | None, Option(min=1, help="portable: one rank for all. (default: the largest)")
@@ -240,6 +245,7 @@ def check(
             "--for",
             metavar="PROGRAM",
             help="vllm, sglang, llama.cpp, lorax, diffusers, mlx, comfyui or peft.",
+            callback=given.one_of(given.CLIENTS),
         ),
     ],
     base: Base = None,

@@ -40,16 +40,29 @@ FORMATS = (
 """Names of the formats, which help prints without importing them."""
 
 
-def known_format(name: str) -> str:
-    """Return the name of a format; another one is wrong usage."""
-    if name not in FORMATS:
-        near = nearest(name, FORMATS, 1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        raise BadParameter(f"there is no format {name!r}{meant} There are {', '.join(FORMATS)}")
-    return name
+CLIENTS = ("vllm", "sglang", "llama.cpp", "lorax", "diffusers", "mlx", "comfyui", "peft")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+_CUT = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+METHODS = ("cat", "svd", "linear", *_CUT, *(f"{name}_svd" for name in _CUT))
+"""Names of programs, dtypes and ways to combine, likewise."""
 
 
-Format = Option("--format", help=f"Format to write: {', '.join(FORMATS)}.", callback=known_format)
+def one_of(names: Sequence[str]) -> Callable[[str | None], str | None]:
+    """Return a check of an option's value; another one than of `names` is wrong usage."""
+
+    def checked(value: str | None) -> str | None:
+        if value is None or value in names:
+            return value
+        near = nearest(value, names, 1)
+        meant = f", did you mean {near[0]}?" if near else "."
+        raise BadParameter(f"{value!r} is not known{meant} Known are {', '.join(names)}")
+
+    return checked
+
+
+Format = Option(
+    "--format", help=f"Format to write: {', '.join(FORMATS)}.", callback=one_of(FORMATS)
+)
 
 
 @dataclass(frozen=True)

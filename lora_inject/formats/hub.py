@@ -10,15 +10,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_inject.errors import FormatError
+from lora_inject.errors import FormatError, nearest
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _PEFT = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.json")
 
 
-def is_repo(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path is `user/name`, as of a repository, and no existing file."""
-    return isinstance(path, str) and bool(_REPO.fullmatch(path)) and not os.path.lexists(path)
+def is_repo(path: str | os.PathLike[str], revision: str | None = None) -> bool:
+    """Return whether a path is `user/name`, as of a repository, and no existing file.
+
+    Where a folder `user` is here, a path in it was meant, unless there is a revision: the network
+    is not asked then.
+
+    Raises:
+        FormatError: There is such a folder, and no such name in it.
+    """
+    if not isinstance(path, str) or not _REPO.fullmatch(path) or os.path.lexists(path):
+        return False
+    folder, _, name = path.partition("/")
+    if revision is None and Path(folder).is_dir():
+        near = nearest(name, [each.name for each in Path(folder).iterdir()], 1)
+        meant = f"Nearest there: '{near[0]}'" if near else "Check the path"
+        remedy = f'{meant}. If a repository of the hub is meant, say revision="main"'
+        raise FormatError(f"load {path!r}", f"the folder '{folder}' has no '{name}'", remedy)
+    return True
 
 
 def download(repo: str, revision: str | None) -> Path:

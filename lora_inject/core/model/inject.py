@@ -190,7 +190,7 @@ def load_adapter(
     """
     place = user_path("load adapter", path)
     survey, asked = survey_for(model, name, loads=True), f"load {str(path)!r}"
-    if not lexists(place) and room("hub").is_repo(path):
+    if not lexists(place) and room("hub").is_repo(path, revision):
         place = room("hub").download(str(path), revision)
     elif revision is not None:
         found = "a revision is for repositories, and this is a path"
