@@ -9,6 +9,7 @@ view of them is the stack that a product takes.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.functional.factors import Spans
 from lora_inject.core.layers.attached import Attached, Entry, Recipe
 from lora_inject.trials.ranges import Range
 from lora_inject.trials.trial import Trial
@@ -139,40 +141,32 @@ class Buffer:
         names: Sequence[str],
         dtype: torch.dtype,
     ) -> Iterator[tuple[int, Range]]:
-        """Yield stacks of as many adapters that follow each other as possible.
+        """Yield the updates of a layer, stacked where they can be, with the place of the first.
 
-        Their shapes, scales and spans agree, and their tensors are evenly spaced.
+        The frozen pairs of pissa and olora are not in the buffer, and each stands alone.
         """
-        apart: tuple[int, ...] | None = None
-        kept: list[tuple[int, Recipe]] = []
-        for i, name in enumerate(names):
+        slots = []
+        for place, name in enumerate(names):
             if name not in entries:
                 continue
-            one, *frozen = entries[name].recipes(1.0)
-            for other in frozen:
-                A, B = (held[key].detach().to(dtype)[None] for key in (other.A, other.B))
-                yield i, Range((0, 0), A, B, other.scale, other.spans)
-            step = _step(kept[-1], (i, one), held) if kept else None
-            if kept and (step is None or apart not in (None, step)):
-                yield self._stack(kept, held, dtype)
-                kept, step = [], None
-            kept.append((i, one))
-            apart = step
-        if kept:
-            yield self._stack(kept, held, dtype)
+            trained, *frozen = entries[name].recipes(1.0)
+            slots.append(Slot.of(place, trained, held))
+            for recipe in frozen:
+                A, B = (held[key].detach().to(dtype)[None] for key in (recipe.A, recipe.B))
+                yield place, Range((0, 0), A, B, recipe.scale, recipe.spans)
+        for run in _evenly_spaced(slots):
+            yield run[0].place, self._stack(run, dtype)
 
-    def _stack(
-        self, kept: Sequence[tuple[int, Recipe]], held: Mapping[str, Any], dtype: torch.dtype
-    ) -> tuple[int, Range]:
-        i, one = kept[0]
-        apart = held[kept[-1][1].A].storage_offset() - held[one.A].storage_offset()
-        apart //= max(1, len(kept) - 1)
+    def _stack(self, run: Sequence[Slot], dtype: torch.dtype) -> Range:
+        """Return views of the values and the gradients of evenly spaced slots."""
+        first = run[0]
+        step = 0 if len(run) == 1 else run[1].starts[0] - first.starts[0]
         A, B, gA, gB = (
-            memory.as_strided((len(kept), *t.shape), (apart, *t.stride()), t.storage_offset())
+            memory.as_strided((len(run), *shape), (step, *_strides(shape)), start)
             for memory in (self._low(dtype), self._grads)
-            for t in (held[one.A], held[one.B])
+            for start, shape in zip(first.starts, first.shapes, strict=True)
         )
-        return i, Range((0, 0), A, B, one.scale, one.spans, (gA, gB))
+        return Range((0, 0), A, B, first.scale, first.spans, (gA, gB))
 
     def _low(self, dtype: torch.dtype) -> Tensor:
         """Return all values in the dtype of a product."""
@@ -183,16 +177,59 @@ class Buffer:
         return self._lowered[dtype]
 
 
-def _step(
-    one: tuple[int, Recipe], other: tuple[int, Recipe], held: Mapping[str, Any]
-) -> tuple[int, ...] | None:
-    """Return how far apart two updates are in memory; None if they cannot be in one stack."""
-    (i, first), (j, second) = one, other
-    pairs = [(held[first.A], held[second.A]), (held[first.B], held[second.B])]
-    alike = all(a.shape == b.shape for a, b in pairs)
-    alike = alike and (first.scale, first.spans) == (second.scale, second.spans)
-    steps = {b.storage_offset() - a.storage_offset() for a, b in pairs}
-    return (*steps,) if j == i + 1 and alike and len(steps) == 1 and min(steps) > 0 else None
+@dataclass(frozen=True)
+class Slot:
+    """Where A and B of one trial are in the buffer, for one layer.
+
+    Attributes:
+        place: Of the trial among those of the pass.
+        starts: Where A and B begin, in elements.
+        shapes: Of A and of B.
+        scale: Factor on `B @ A`.
+        spans: Of the output that it reaches; None for all of it.
+    """
+
+    place: int
+    starts: tuple[int, int]
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    scale: float
+    spans: Spans | None
+
+    @classmethod
+    def of(cls, place: int, recipe: Recipe, held: Mapping[str, Any]) -> Slot:
+        """Return the slot of an update of which a layer has the tensors."""
+        A, B = held[recipe.A], held[recipe.B]
+        starts = (A.storage_offset(), B.storage_offset())
+        return cls(place, starts, (tuple(A.shape), tuple(B.shape)), recipe.scale, recipe.spans)
+
+    def step_to(self, other: Slot) -> int | None:
+        """Return how far behind this slot the next trial's is; None if no stack can hold both."""
+        mine, its = (self.shapes, self.scale, self.spans), (other.shapes, other.scale, other.spans)
+        if other.place != self.place + 1 or mine != its:
+            return None
+        step_of_A, step_of_B = (b - a for a, b in zip(self.starts, other.starts, strict=True))
+        return step_of_A if step_of_A == step_of_B > 0 else None
+
+
+def _evenly_spaced(slots: Iterable[Slot]) -> Iterator[list[Slot]]:
+    """Yield runs of slots, each as far behind the one before as that is behind its own.
+
+    Trials of one config have their slots that far apart as one trial has values.
+    """
+    run: list[Slot] = []
+    for slot in slots:
+        step = run[-1].step_to(slot) if run else None
+        if run and (step is None or (len(run) > 1 and step != run[-2].step_to(run[-1]))):
+            yield run
+            run = []
+        run.append(slot)
+    if run:
+        yield run
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 class Flat:
@@ -275,11 +312,11 @@ class Flat:
 
     def fill(self, vectors: Sequence[Tensor], optimizer: Optimizer) -> None:
         """Write values into the vectors, which are cut as these are."""
-        which = {}
-        ends, end, done = [*accumulate(v.numel() for v in vectors)], 0, 0
+        ends = list(accumulate(vector.numel() for vector in vectors))
+        which, start = {}, 0
         for member in self._members:
-            which[member], end = done, end + member.numel()
-            done += end == ends[done]
+            which[member] = bisect_right(ends, start)  # the vector that the member begins in
+            start += member.numel()
         self.cut(lambda members: [which[member] for member in members], optimizer)
         for mine, value in zip(self.vectors, vectors, strict=True):
             mine.data.copy_(value)
