@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from lora_inject.core.spec.names import around, matching
+from lora_inject.core.spec.names import MATCH_SECONDS, around, matching
 from lora_inject.errors import FormatError
 from lora_inject.formats.peft.adapter_config import Claims
 from lora_inject.formats.peft.name_patterns import ends
 
 _ALL_LINEAR = "all-linear"
+_SECONDS = MATCH_SECONDS
 
 
 def not_adapted(claims: Claims, names: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yield the modules that PEFT would not adapt, each with the field that says so."""
-    excluded = _hit(claims.exclude_modules, names, "exclude_modules")
+    excluded = _hit(claims.exclude_modules or None, names, "exclude_modules")
     targets = claims.target_modules
     nothing_said = targets is None and not claims.target_parameters  # PEFT goes by the model then
     any_name = nothing_said or targets == _ALL_LINEAR
@@ -34,7 +35,9 @@ def not_adapted(claims: Claims, names: Collection[str]) -> Iterator[tuple[str, s
 
 def _hit(said: frozenset[str] | str | None, names: Collection[str], field: str) -> set[str]:
     """Return the names that are listed, end so after a dot, or match an expression in whole."""
+    if said is None:
+        return set()
     if isinstance(said, str):
-        asked = f"{field!r}"
-        return {*matching(f"^(?:{said})", names, asked=asked, error=FormatError)} if said else set()
-    return {name for name in names if not (said or frozenset()).isdisjoint(ends(name))}
+        pattern, asked = f"^(?:{said})", repr(field)
+        return {*matching(pattern, names, asked=asked, error=FormatError, seconds=_SECONDS)}
+    return {name for name in names if not said.isdisjoint(ends(name))}
