@@ -68,7 +68,8 @@ BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.BoolOp
 BRANCHES += (ast.comprehension, ast.match_case)
 FORMAT_VERBS = {"read", "write", "detects"}
 
-# Names of what Python's stack and torch keep to themselves.
+# Names of what Python's stack and torch keep to themselves, and lines that can do without.
+GUARDED = re.compile(r"\b(look_up|needed)\(\"")
 PRIVATE = re.compile(
     r"torch\._C\b|_getframe|f_locals|f_code|__closure__|_call_impl|_CheckpointFrame"
     r"|CheckpointFunction|_sequence_nr|_saved_tensors_default_hooks"
@@ -130,14 +131,14 @@ def public_names(files: dict[str, str]) -> dict[str, set[str]]:
 
 
 def lines_with(pattern: re.Pattern[str], text: str) -> list[str]:
-    """Lines of code that match a pattern; comments at their end do not count."""
+    """Lines of code that match a pattern and are not guarded, without comments at their end."""
     code = (line.partition("#")[0] for line in text.splitlines())
-    return [line for line in code if pattern.search(line)]
+    return [line for line in code if pattern.search(line) and not GUARDED.search(line)]
 
 
 def may_look_inside(name: str) -> bool:
     """Whether a file is for what torch keeps private, or is named after another library."""
-    own = {"core/functional/inside.py", "compiled/torch_checkpoints.py"}
+    own = {"core/functional/inside.py", "compiled/torch_checkpoints.py", "private.py"}
     return name in own or name.startswith("integrations/")
 
 
@@ -170,7 +171,7 @@ def test_few_public_names_have_two_homes() -> None:
 def test_few_lines_look_at_the_stack_or_at_what_torch_keeps_private() -> None:
     files = {n: text for n, text in sources().items() if not may_look_inside(n)}
     inside = {n: lines for n, text in files.items() if (lines := lines_with(PRIVATE, text))}
-    assert sum(map(len, inside.values())) <= 48, inside
+    assert sum(map(len, inside.values())) <= 10, inside
 
 
 def test_few_files_of_the_core_name_another_library() -> None:
@@ -189,6 +190,7 @@ def test_the_measures_see_what_they_are_for() -> None:
     assert public_names(files)["tall"] == {"core/a.py", "core/b.py"}
     assert "_own" not in public_names(files)
     assert lines_with(PRIVATE, "x = 1  # f_code\nframe.f_code\n") == ["frame.f_code"]
+    assert lines_with(PRIVATE, 'found = look_up("torch._C._x")\n') == []
     assert LIBRARIES.search('"""What PEFT reads."""')
     assert n_lines({"a.py": 3, "b.py": 4}, 7) == ""
     assert n_lines({"a.py": 3, "b.py": 4}, 6) == "7 lines for 6:\n     4 b.py\n     3 a.py"

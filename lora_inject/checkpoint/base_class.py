@@ -230,7 +230,9 @@ def meta_model(config: Mapping[str, Any], asked: str, remedy: str) -> nn.Module:
             if known is None:
                 model = transformers.AutoModel.from_config(made, trust_remote_code=False)
             else:
-                model = known._from_config(made, attn_implementation="eager")
+                build = getattr(known, "_from_config", None)
+                eager = {"attn_implementation": "eager"}
+                model = known(made) if build is None else build(made, **eager)
     except (*_BUILD_ERRORS, refused) as error:
         said = " ".join(str(error).split()) or type(error).__name__
         said = said if len(said) <= MAX_SAID else f"{said[:MAX_SAID]}..."

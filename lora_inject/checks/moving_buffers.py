@@ -18,7 +18,7 @@ from lora_inject.errors import LayerError
 
 def buffers_to_watch(module: nn.Module, attached: Attached) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the saved buffers of a module with their values, until one run left them alone."""
-    if attached.still or not module.training or is_watched():
+    if attached.still or not module.training or is_watched(unknown=False):
         return {}
     if all(entry.spec is not None or entry.scale is not None for entry in attached.entries()):
         return {}

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_inject.compiled.choices import chosen_factors, chosen_rows, number_of
 from lora_inject.compiled.torch_checkpoints import watch_checkpoints
@@ -30,8 +29,11 @@ from lora_inject.core.layers.linear_kinds import LoRALinear
 from lora_inject.core.layers.selected import Mix, Selected
 from lora_inject.core.layers.selection import SELECTIONS, Selection, alive
 from lora_inject.core.layers.sending import sent
+from lora_inject.private import needed
 from lora_inject.rows.by_row import Rows, check_rows
 from lora_inject.rows.routing import NOTHING, Places, Routing, routing
+
+_WITHOUT_MODES = "torch.utils._python_dispatch._disable_current_modes"
 
 
 class Choice:
@@ -165,5 +167,6 @@ def into_graph(selected: Selected, devices: Iterable[torch.device]) -> None:
 def _as_tensor(pairs: Sequence[tuple[int, float]], device: torch.device) -> Tensor:
     """Return `(n, 2)`; a fake tensor, of the mode that the caller is in, would outlive the mode."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    with _disable_current_modes():
+    without_modes = needed(_WITHOUT_MODES, "switching adapters in a compiled graph")
+    with without_modes():
         return sent(pairs, device, dtype).view(-1, 2)

@@ -16,7 +16,9 @@ from torch.utils import checkpoint as torchs
 from lora_inject.core.functional.inside import checkpoints
 from lora_inject.core.layers.checkpointing import Recomputed, recomputed
 from lora_inject.core.layers.selection import SELECTIONS, alive
+from lora_inject.private import needed
 
+_FRAME = "torch.utils.checkpoint._CheckpointFrame"
 _originals: dict[str, Any] = {}
 
 
@@ -40,7 +42,8 @@ def noted(function: Any) -> Recomputed:
 
 def _watch() -> None:
     """Wrap the functions of all checkpoints that begin from now on."""
-    begin = torchs._CheckpointFrame.__init__
+    frame = needed(_FRAME, "an adapter in a compiled graph")
+    begin = frame.__init__
     apply = torchs.CheckpointFunction.apply
     _originals.update(begin=begin, apply=torchs.CheckpointFunction.__dict__.get("apply"))
 
@@ -51,7 +54,7 @@ def _watch() -> None:
     def applying(run_function: Any, *args: Any) -> Any:
         return apply(noted(run_function), *args)  # type: ignore[no-untyped-call]
 
-    torchs._CheckpointFrame.__init__ = beginning  # type: ignore[method-assign]
+    frame.__init__ = beginning
     torchs.CheckpointFunction.apply = staticmethod(applying)  # type: ignore[method-assign]
 
 
@@ -59,7 +62,7 @@ def _take_back() -> None:
     """Give torch its functions back, once no selection is left."""
     if alive(SELECTIONS) or not _originals:
         return
-    torchs._CheckpointFrame.__init__ = _originals["begin"]  # type: ignore[method-assign]
+    needed(_FRAME, "an adapter in a compiled graph").__init__ = _originals["begin"]
     own = _originals["apply"]
     if own is None:
         del torchs.CheckpointFunction.apply

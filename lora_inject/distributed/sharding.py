@@ -24,6 +24,7 @@ from lora_inject.core.adapter.fingerprint import sample_positions
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried, entries
 from lora_inject.errors import LayerError
+from lora_inject.private import needed
 
 
 def sharded_by(tensor: Tensor) -> str | None:
@@ -184,7 +185,6 @@ def copy_into(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
 
     Every process has all the values, so nothing is sent.
     """
-    plain: tuple[list[Tensor], list[Tensor]] = ([], [])
     for parameter, value in zip(parameters, values, strict=True):
         held: Any = parameter
         if type(held) is not nn.Parameter and hasattr(held, "full_tensor"):
@@ -194,10 +194,7 @@ def copy_into(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
             mesh, placements = held.device_mesh, held.placements
             held.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))
         else:
-            plain[0].append(parameter)
-            plain[1].append(value)
-    if plain[0]:
-        torch._foreach_copy_(*plain)
+            parameter.copy_(value)
 
 
 @torch.no_grad()
@@ -226,10 +223,12 @@ def samples_of_shards(weights: Mapping[str, Any]) -> dict[str, tuple[float, ...]
 
 def _local_samples(weight: Any) -> Tensor:
     """Return the sampled values that this process holds, 0 for the others."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
+    locate = needed(
+        "torch.distributed.tensor._utils.compute_local_shape_and_global_offset",
+        "an adapter on a sharded model",
+    )
     mesh, placements, whole = weight.device_mesh, weight.placements, tuple(weight.shape)
-    shape, offset = compute_local_shape_and_global_offset(whole, mesh, placements)
+    shape, offset = locate(whole, mesh, placements)
     local = weight.to_local()
     positions = torch.tensor(sample_positions(whole), dtype=torch.long, device="cpu")
     index = torch.stack(torch.unravel_index(positions, whole), dim=1) - positions.new_tensor(offset)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from lora_inject.core.functional.factors import needs_plain_operations
 from lora_inject.core.functional.gain import Gain
@@ -31,8 +30,15 @@ from lora_inject.core.functional.weight import (
 from lora_inject.errors import LayerError
 from lora_inject.experts.packed_experts import PackedExperts
 from lora_inject.experts.picking import PICKED, writes
+from lora_inject.private import look_up
+from lora_inject.trees import tree_map_only
 
 PLAIN = (Tensor, nn.Parameter)
+
+
+# What a Parameter has as `__torch_function__` runs a function, past that of any subclass.
+_run_plainly: Any = nn.Parameter.__torch_function__
+_wrapper = look_up("torch.Tensor._make_wrapper_subclass")
 
 
 def lazy_weight(
@@ -67,6 +73,7 @@ def lazy_weight(
         and weight.is_floating_point()
         and not (float32 and weight.dtype.itemsize < 4)
         and not needs_plain_operations()
+        and _wrapper is not None
     )
     if not can_wait:
         used()
@@ -79,7 +86,8 @@ def lazy_stack(weight: Tensor, each: Sequence[Sequence[Update]]) -> Tensor:
 
     Adapter by adapter for one expert, then the next expert; see `low_rank_of_each`.
     """
-    return _begun(_ReadForEach(weight, each))
+    read = _ReadForEach(weight, each)
+    return read.formed() if _wrapper is None else _begun(read)
 
 
 def _begun(read: _Read) -> Tensor:
@@ -255,8 +263,7 @@ class LazyWeight(Tensor):
             return func(*args, **kwargs)
         if func.__name__ == "__set__" or isinstance(kwargs.get("out"), LazyWeight):
             _refuse_change(func)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+        return _run_plainly(func, types, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -290,9 +297,7 @@ def _made(
     read: _Read, size: Any, stride: Any, index: int | Tensor | None = None, turned: bool = False
 ) -> LazyWeight:
     weight = read.weight
-    made: LazyWeight = Tensor._make_wrapper_subclass(
-        LazyWeight, size, stride, dtype=weight.dtype, device=weight.device
-    )
+    made: LazyWeight = _wrapper(LazyWeight, size, stride, dtype=weight.dtype, device=weight.device)
     made._read, made._index, made._is_turned = read, index, turned
     made._formed = made._beneath = None
     return made
@@ -409,11 +414,20 @@ def _embedding(
     return weight.value().looked_up(ids, padding_idx)
 
 
+# Those of them that this torch has; the first is the one that is called.
+_GROUPED_MM = [
+    function
+    for function in (look_up("torch._grouped_mm"), getattr(F, "grouped_mm", None))
+    if function is not None
+]
+
+
 def _grouped_mm(
     x: Tensor, weight: Any, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
 ) -> Any:
     plain = bias is None and out_dtype is None
-    return _grouped(torch._grouped_mm, x, weight, offs) if plain else NotImplemented
+    multiply = _GROUPED_MM[0]
+    return _grouped(multiply, x, weight, offs) if plain else NotImplemented
 
 
 def _grouped_fallback(x: Tensor, weight: Any, offs: Tensor) -> Any:
@@ -431,7 +445,7 @@ def _grouped(multiply: Callable[..., Tensor], x: Tensor, weight: Any, offs: Tens
 _PRODUCTS: dict[Any, Callable[..., Any]] = {
     F.embedding: _embedding,
     F.linear: _linear,
-    torch._grouped_mm: _grouped_mm,
+    **dict.fromkeys(_GROUPED_MM, _grouped_mm),
     torch.addmm: _addmm,
     torch.bmm: _bmm,
     torch.matmul: _matmul,

@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
 from lora_inject.experts.picking import PICKED, writes
+from lora_inject.private import look_up, needed
+from lora_inject.trees import tree_map_only
 
 
 def unpacked_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
@@ -69,13 +70,12 @@ class PackedExperts(Tensor):
         stride = [n_out * 2 * n_bytes] * len(lead) + stride
         if not is_turned:
             size, stride = ([*t[:-2], t[-1], t[-2]] for t in (size, stride))
-        made: PackedExperts = Tensor._make_wrapper_subclass(
-            cls, size, stride, dtype=dtype, device=codes.device
-        )
+        wrap = needed("torch.Tensor._make_wrapper_subclass", "experts that stay packed")
+        made: PackedExperts = wrap(cls, size, stride, dtype=dtype, device=codes.device)
         made.codes, made.scales, made.is_turned = codes, scales, is_turned
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = nn.Parameter.__torch_function__  # none of its own
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
         """Return what torch moves and swaps."""
@@ -148,7 +148,9 @@ class PackedExperts(Tensor):
 
 
 _COPIES = {torch.ops.aten.detach.default, torch.ops.aten.clone.default}
-_COPIES |= {torch.ops.aten.alias.default, torch.ops.aten._to_copy.default}
+_COPIES |= {torch.ops.aten.alias.default}
+if (_to_copy := look_up("torch.ops.aten._to_copy")) is not None:
+    _COPIES |= {_to_copy.default}
 
 
 def _copied(func: Any, stack: PackedExperts, **kwargs: Any) -> PackedExperts:

@@ -51,7 +51,11 @@ PICKED: dict[Any, Callable[..., Any]] = {
 
 def writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], cls: type) -> bool:
     """Whether an operation would write into a tensor of a class."""
-    for i, argument in enumerate(func._schema.arguments):
+    schema = getattr(func, "_schema", None)
+    if schema is None:  # by torch's own convention
+        is_in_place = func.name().partition(".")[0].endswith("_")
+        return isinstance(kwargs.get("out"), cls) or (is_in_place and isinstance(args[0], cls))
+    for i, argument in enumerate(schema.arguments):
         given = args[i] if i < len(args) else kwargs.get(argument.name)
         if argument.is_write and isinstance(given, cls):
             return True

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from lora_inject.errors import FormatError
+from lora_inject.private import needed
 
 
 class Layer(NamedTuple):
@@ -46,11 +47,11 @@ def layers_of(config: Mapping[str, Any]) -> dict[str, Layer]:
         FormatError: mlx-lm has no model of this type, or cannot read the config.
     """
     from mlx_lm.models.switch_layers import SwitchLinear
-    from mlx_lm.utils import _get_classes
 
+    classes_of = needed("mlx_lm.utils._get_classes", "mlx-lm's own model of a base")
     nn: Any = import_module("mlx.nn")
     try:
-        model_class, of_args = _get_classes(dict(config))
+        model_class, of_args = classes_of(dict(config))
         model = model_class(of_args.from_dict(dict(config)))
     except Exception as error:  # whatever its classes raise, it would raise for the base
         found = f"mlx-lm does not load this base ({error})"[:300]

@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_inject.core.adapter.value_checks import CONVERT
 from lora_inject.errors import FormatError
+from lora_inject.private import look_up
 
 _NO_CONFIG = f"Pass config, the base's config.json as plain data, or {CONVERT}"
 
@@ -166,9 +167,8 @@ def expert_names(model: nn.Module) -> dict[str, str]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None or "transformers" not in sys.modules:
         return {}
-    try:
-        table = import_module("transformers.conversion_mapping")._MODEL_TO_CONVERSION_PATTERN
-    except (ImportError, AttributeError):
+    table = look_up("transformers.conversion_mapping._MODEL_TO_CONVERSION_PATTERN")
+    if table is None:
         return {}  # transformers 4 has no stacked experts, and PEFT renames nothing
     family = "mixtral" if model_type == "mixtral" else table.get(model_type)
     return _EXPERT_NAMES.get(family, {})

@@ -144,7 +144,7 @@ def _output_heads(model: PreTrainedModel) -> set[int]:
 
 def _may_be_missing(model: PreTrainedModel, name: str) -> bool:
     """Whether the model's class says that its checkpoints may lack a parameter."""
-    patterns = model._keys_to_ignore_on_load_missing or ()
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     return any(re.search(pattern, name) for pattern in patterns)
 
 

@@ -23,6 +23,7 @@ from lora_inject.core.layers.weight_kinds import (
     Verb,
     defines_forward,
 )
+from lora_inject.private import needed
 from lora_inject.quantized.plain_layers import Layer, LayerKind, become_plain
 
 _MODULE = "bitsandbytes.nn.modules"
@@ -163,9 +164,11 @@ def codes_of(data: Tensor, state: Any) -> Tensor:
     """Return 4-bit codes as they are stored in files; inference on some CPUs rearranges them."""
     if not getattr(state, "packing_format_for_cpu", False):
         return data
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-    codes: Tensor = _convert_weight_packed_for_cpu_inverse(data, copy.copy(state))[0]
+    put_back = needed(
+        "bitsandbytes.functional._convert_weight_packed_for_cpu_inverse",
+        "reading 4-bit weights that inference on a CPU has rearranged",
+    )
+    codes: Tensor = put_back(data, copy.copy(state))[0]
     return codes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,9 +15,11 @@ from lora_inject.core.layers.weight_kinds import (
     WeightKind,
     defines_forward,
 )
+from lora_inject.private import look_up, needed
 from lora_inject.quantized.plain_layers import LayerKind
 
 _FINE_GRAINED = ("transformers.integrations.finegrained_fp8", "FP8Linear")
+_DEQUANTIZE = "transformers.integrations.finegrained_fp8._dequantize_fp8_weight"
 _MULTIPLY = {
     ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Linear"),
     ("transformers.integrations.metal_quantization", "MetalLinear"),
@@ -50,16 +51,14 @@ class FineGrained(LayerKind):
 
     def dense(self, module: nn.Module, weight: Tensor) -> Tensor:
         """Return codes times scales, by transformers' own function."""
-        from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
-
+        dequantize = needed(_DEQUANTIZE, "the values of weights in block FP8")
         layer: Any = module
         scales, block = layer.weight_scale_inv, layer.block_size
-        values: Tensor = _dequantize_fp8_weight(weight, scales, block, torch.float32)
+        values: Tensor = dequantize(weight, scales, block, torch.float32)
         return values
 
     def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
         """Return why the values are not known."""
-        known = hasattr(import_module(_FINE_GRAINED[0]), "_dequantize_fp8_weight")
-        if verb in OF_VALUES and not known:
-            return Reason("transformers before 5.24 has no function for it")
+        if verb in OF_VALUES and look_up(_DEQUANTIZE) is None:
+            return Reason(f"this version of transformers has no {_DEQUANTIZE}")
         return super().why_not(verb, module, weight)

@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lora_inject.core.layers.contexts import within
 from lora_inject.errors import LayerError
+from lora_inject.trees import tree_flatten, tree_unflatten
 
 
 def apart(

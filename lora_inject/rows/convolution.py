@@ -12,7 +12,7 @@ from lora_inject.errors import LayerError
 from lora_inject.rows.bank import routed_convolution
 
 _STOCK = {
-    (kind.forward, kind._conv_forward): convolve
+    (kind.forward, getattr(kind, "_conv_forward", None)): convolve
     for kind, convolve in ((nn.Conv1d, F.conv1d), (nn.Conv2d, F.conv2d), (nn.Conv3d, F.conv3d))
 }
 
@@ -26,7 +26,6 @@ def convolved(rows: Any, module: Any, x: Tensor) -> Tensor:
     """Return a convolution's output with the update of each row's own adapter."""
     held = held_by(module)
     weight: Tensor = held["weight"]
-    y: Tensor = module._conv_forward(x, weight, module.bias)
     if x.dim() != weight.dim():
         raise LayerError(
             rows.asked,
@@ -34,14 +33,16 @@ def convolved(rows: Any, module: Any, x: Tensor) -> Tensor:
             "Give a batch, of one row if need be",
         )
     routing = rows.routing(module, module._lora.reads.get("weight", {}), x)
-    if not routing.entries:
-        return y
     plain = module._lora_plain
-    convolve = _STOCK[plain.forward, plain._conv_forward]
+    convolve = _STOCK[plain.forward, getattr(plain, "_conv_forward", None)]
     padding = module.padding
     if module.padding_mode != "zeros":
-        x = F.pad(x, module._reversed_padding_repeated_twice, module.padding_mode)
+        x = F.pad(x, margins(module), module.padding_mode)
         padding = 0
+    how = (module.stride, padding, module.dilation, module.groups)
+    y: Tensor = convolve(x, weight, module.bias, *how)
+    if not routing.entries:
+        return y
 
     def by_groups(x: Tensor, weight: Tensor, groups: int) -> Tensor:
         out: Tensor = convolve(
@@ -54,3 +55,15 @@ def convolved(rows: Any, module: Any, x: Tensor) -> Tensor:
     factors = routing.factors(held, training=module.training)
     at = routing.places.rows
     return routed_convolution(y, x, at, factors, by_groups, weight.shape, float32=float32)
+
+
+def margins(conv: Any) -> list[int]:
+    """Return what a convolution pads its input by, in the order of `F.pad`: the last axis first."""
+    margins = []
+    for axis in reversed(range(len(conv.kernel_size))):
+        if conv.padding == "same":
+            both = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+            margins += [both // 2, both - both // 2]
+        else:
+            margins += [0 if conv.padding == "valid" else conv.padding[axis]] * 2
+    return margins

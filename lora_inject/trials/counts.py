@@ -22,9 +22,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lora_inject.errors import LayerError
+from lora_inject.trees import tree_leaves
 
 REMEDY = (
     "Use a forward whose layers get whole rows, one after the other (experts as one stack, not as "

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Spans
 from lora_inject.core.layers.attached import Attached, Entry, Recipe
+from lora_inject.private import look_up
 from lora_inject.trials.ranges import Range
 from lora_inject.trials.trial import Trial
 
@@ -388,8 +389,8 @@ class Optimizer:
 
 def norms(flats: Sequence[Flat]) -> list[float]:
     """Return the norm of each trial's gradient. The host waits for the device once."""
-    grads: Any = [vector.grad for flat in flats for vector in flat.vectors]
-    each = iter(torch.stack(torch._foreach_norm(grads)).tolist())
+    grads = [vector.grad for flat in flats for vector in flat.vectors]
+    each = iter(torch.stack(list(_norms(grads))).tolist())
     return [math.hypot(*(next(each) for _ in flat.vectors)) for flat in flats]
 
 
@@ -403,4 +404,20 @@ def clip(flats: Sequence[Flat], found: Sequence[float], most: Sequence[float | N
     ]
     if pairs:
         grads, each = zip(*pairs, strict=True)
-        torch._foreach_mul_(grads, each)
+        _multiply(grads, each)
+
+
+def _norm_each(tensors: Sequence[Any]) -> list[Tensor]:
+    return [torch.linalg.vector_norm(tensor) for tensor in tensors]
+
+
+def _multiply_each(tensors: Sequence[Any], factors: Sequence[float]) -> None:
+    for tensor, factor in zip(tensors, factors, strict=True):
+        tensor.mul_(factor)
+
+
+# In one launch for all tensors where this torch can.
+_norms: Callable[[Sequence[Any]], Sequence[Tensor]] = look_up("torch._foreach_norm") or _norm_each
+_multiply: Callable[[Sequence[Any], Sequence[float]], None] = (
+    look_up("torch._foreach_mul_") or _multiply_each
+)

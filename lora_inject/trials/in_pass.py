@@ -17,7 +17,6 @@ from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lora_inject.core.functional.factors import compute_dtype, needs_plain_operations
 from lora_inject.core.functional.linear import product_dtype
@@ -29,6 +28,7 @@ from lora_inject.rows.by_row import Rows, adds_to_output, check_rows, refuse_amb
 from lora_inject.rows.convolution import adds_rows
 from lora_inject.rows.kept import adds_bias
 from lora_inject.rows.routing import Routing
+from lora_inject.trees import tree_leaves
 from lora_inject.trials.expert_rows import by_expert, sorts_tokens
 from lora_inject.trials.passes import Pass
 from lora_inject.trials.ranges import ranged_linear

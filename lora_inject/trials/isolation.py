@@ -20,10 +20,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.errors import LoraInjectError, StateError
+from lora_inject.trees import tree_leaves, tree_map
 from lora_inject.trials.batches import Joined, Padding, joined, parted
 from lora_inject.trials.counts import Counts
 from lora_inject.trials.drawing import Draws

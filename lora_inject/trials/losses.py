@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_leaves
 
 from lora_inject.core.layers.sending import sent_once
 from lora_inject.core.layers.survey import unwrapped
 from lora_inject.errors import StateError, check_type, within
+from lora_inject.trees import tree_leaves
 from lora_inject.trials.batches import Joined
 
 Loss = Callable[[Any, Any], Tensor]

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
+from lora_inject.trees import tree_leaves, tree_map
 from lora_inject.trials.batches import Joined
 
 _Way = Callable[[Tensor], Tensor]

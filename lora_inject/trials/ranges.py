@@ -20,11 +20,13 @@ from lora_inject.core.functional.factors import (
     Spans,
     cast,
     compute_dtype,
+    no_view,
     plus_product,
     spread,
     without_autocast,
 )
 from lora_inject.core.functional.linear import add_product, as_matrix, frozen_output, lowered
+from lora_inject.private import look_up
 
 
 class Range(NamedTuple):
@@ -113,6 +115,9 @@ def ranged_linear(
         return found
 
 
+_will_run = look_up("torch._C._will_engine_execute_node")  # `Trials` refuses without it
+
+
 def _plus_range(y2: Tensor, one: Range, h: Tensor) -> Tensor:
     """Return y `(tokens, out)` plus the update of a range, of h `(n, rank * parts, tokens each)`.
 
@@ -155,7 +160,7 @@ class _Ranged(torch.autograd.Function):
         out = y2.view(out.shape)
         ctx.ranges, ctx.transposed, ctx.apart = ranges, transposed, kept is not x
         ctx.save_for_backward(kept, weight, *thin)
-        return torch.ops.aten._unsafe_view.default(out, out.shape)  # type: ignore[no-any-return]
+        return no_view(out, out.shape)
 
     @staticmethod
     @once_differentiable
@@ -171,7 +176,7 @@ class _Ranged(torch.autograd.Function):
             into = torch.zeros_like(x2) if ctx.apart else gx
         g2, x2 = cast(g2, low), cast(x2, low)
         # A derivative with respect to other tensors must leave these gradients as they are.
-        trains = torch._C._will_engine_execute_node(ctx.next_functions[-1][0])  # of the anchor
+        trains = _will_run(ctx.next_functions[-1][0])  # of the anchor
         if trains:
             ctx.reached()
         for one, h in zip(ctx.ranges, thin, strict=True):

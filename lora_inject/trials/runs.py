@@ -31,6 +31,7 @@ from lora_inject.core.model.train import adapter_parameters, train_only
 from lora_inject.core.spec.names import joined as joined_name
 from lora_inject.errors import FormatError, StateError, check_type, user_path
 from lora_inject.formats.pickles import DAMAGE
+from lora_inject.private import needed
 from lora_inject.rows.kept import routes_rows
 from lora_inject.trials.batches import (
     Forward,
@@ -113,6 +114,7 @@ class Trials:
             raise StateError("Trials", "no trial is given", "Give a mapping of names to Trial")
         if max_tokens is not None:
             check_type("Trials, max_tokens", max_tokens, int, "Give a whole number, or None")
+        needed("torch._C._will_engine_execute_node", "Trials")
         self.model, self.trials = model, dict(trials)
         self.max_tokens, self.packed, self.n_steps = max_tokens, packed, 0
         self.stopped: dict[str, str] = {}

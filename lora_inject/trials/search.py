@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import write_file
@@ -29,6 +28,7 @@ from lora_inject.core.model.save import adapter_state
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.names import counted
 from lora_inject.errors import FormatError, StateError, check_type, user_path
+from lora_inject.trees import tree_leaves
 from lora_inject.trials.batches import Forward, evaluating, in_one_order, plain_forward, size_of
 from lora_inject.trials.losses import Loss, default_loss, scalar_loss
 from lora_inject.trials.rungs import JUDGED, behind, ranked, rungs, steps_within

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lora_inject.errors import StateError
+from lora_inject.trees import tree_leaves
 
 
 def shared_by_trials(batches: Mapping[str, Any]) -> frozenset[str]:

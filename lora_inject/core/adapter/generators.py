@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from lora_inject.private import needed
+
 
 def generators_of(devices: Iterable[torch.device]) -> list[torch.Generator]:
     """Return the CPU's generator, and after it that of each other device."""
@@ -17,7 +19,7 @@ def generators_of(devices: Iterable[torch.device]) -> list[torch.Generator]:
             continue
         module: Any = torch.get_device_module(device)
         if device.type == "mps":
-            found.append(module._get_default_mps_generator())
+            found.append(needed("torch.mps._get_default_mps_generator", "a seed on MPS")())
         else:
             index = module.current_device() if device.index is None else device.index
             found.append(module.default_generators[index])

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch import Tensor, nn
 
 from lora_inject.core.files.safetensors_file import (
     DTYPES,
@@ -31,6 +30,7 @@ from lora_inject.core.files.safetensors_file import (
     read_header,
 )
 from lora_inject.errors import CheckpointError, FormatError
+from lora_inject.trees import tree_leaves, tree_map_only
 
 _WRITTEN = "the file was written to after it was opened", "Read the adapter again"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -185,9 +185,9 @@ class _TensorOnDisk(Tensor):
 
     def read(self) -> Tensor:
         """Return the values in memory of their own."""
-        with torch._C.DisableTorchFunctionSubclass():
-            shape, strides, first = self.shape, self.stride(), int(self.storage_offset())
-            numel, dtype = self.numel(), self.dtype
+        place = _plain(self)
+        shape, strides, first = place.shape, place.stride(), int(place.storage_offset())
+        numel, dtype = place.numel(), place.dtype
         n = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         if not numel:
             return torch.empty(shape, dtype=dtype, device="cpu")
@@ -199,8 +199,7 @@ class _TensorOnDisk(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, first, name = kwargs or {}, args[0] if args else None, func.__name__
         if name == "__get__":  # an attribute: the most frequent, so the shortest way
-            with torch._C.DisableTorchFunctionSubclass():
-                found = func(*args)
+            found = _run_plainly(func, (), args)
             if not isinstance(found, Tensor):
                 return found
         changed = first if _CHANGES.fullmatch(name) else None
@@ -210,19 +209,30 @@ class _TensorOnDisk(Tensor):
                 remedy = "Use a copy: tensor.clone(), or copy.deepcopy of the adapter"
                 raise FormatError(asked, "its values are in the file", remedy)
         if isinstance(first, cls) and name in _WITHOUT_VALUES:
-            with torch._C.DisableTorchFunctionSubclass():
-                found = func(*args, **kwargs)
-                views = tree_map_only(Tensor, lambda t: _view(first, t), found)
-                if None not in tree_leaves(views) or found is None:
-                    return views
+            found = _run_plainly(func, (), args, kwargs)
+            views = tree_map_only(Tensor, lambda t: _view(first, t), found)
+            if None not in tree_leaves(views) or found is None:
+                return views
         args, kwargs = tree_map_only(cls, cls.read, (args, kwargs))
         return func(*args, **kwargs)
 
 
 def _view(of: _TensorOnDisk, made: Tensor) -> _TensorOnDisk | None:
     """Return a result as a tensor on disk; None if it is not a view of the tensor."""
-    shared = made.untyped_storage()._cdata == of.untyped_storage()._cdata
-    return _TensorOnDisk.of(of.file, of.entry, made) if shared and made.dtype == of.dtype else None
+    place, result = _plain(of), _plain(made)
+    shared = result.untyped_storage() is place.untyped_storage()
+    same = shared and result.dtype == place.dtype
+    return _TensorOnDisk.of(of.file, of.entry, result) if same else None
+
+
+# What a Parameter has as `__torch_function__` runs a function, past that of any subclass.
+_run_plainly: Any = nn.Parameter.__torch_function__
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Return a tensor, if it is one on disk, as the plain meta tensor that it is."""
+    plain: Tensor = _run_plainly(Tensor.as_subclass, (), (tensor, Tensor))
+    return plain
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

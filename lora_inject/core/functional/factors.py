@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_inject.core.functional.inside import is_watched
+from lora_inject.private import look_up
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -62,6 +63,19 @@ def plus_product(y2: Tensor, left: Tensor, right: Tensor, scale: float) -> Tenso
 def needs_plain_operations() -> bool:
     """Whether a tracer or a function transform is active, which cannot look into a Function."""
     return torch.compiler.is_compiling() or is_watched()
+
+
+_unsafe_view = look_up("torch.ops.aten._unsafe_view")
+
+
+def no_view(out: Tensor, shape: torch.Size) -> Tensor:
+    """Return a new tensor in another shape that autograd does not take for a view of it.
+
+    The memory is not copied where torch can do without.
+    """
+    if _unsafe_view is None:
+        return out.reshape(shape).clone()
+    return _unsafe_view.default(out, shape)  # type: ignore[no-any-return]
 
 
 def without_autocast(y: Tensor) -> torch.autocast | None:

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors as flatten
 
 from lora_inject.core.files.tensors import in_memory
 from lora_inject.core.functional.gain import Gain, norms_of
@@ -57,7 +56,7 @@ def _have_finite_sum(alike: list[Tensor]) -> bool:
     sums = []
     for i in range(0, len(alike), step):
         some = alike[i : i + step]
-        joined: Tensor = some[0] if step == 1 else flatten(some)  # type: ignore[no-untyped-call]
+        joined = some[0] if step == 1 else torch.cat([t.reshape(-1) for t in some])
         sums.append((joined.float() if joined.element_size() == 1 else joined).sum())
     return bool(torch.isfinite(torch.stack(sums)).all())
 

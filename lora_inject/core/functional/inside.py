@@ -1,14 +1,14 @@
 """What only the inner side of torch, or Python's stack, can say: the one file that asks it.
 
-| question | asked of | if a torch renames it |
-|---|---|---|
-| does a tracer or a transform watch? | `torch._C`, `forward_ad` | a test of this file fails |
-| does a backward run, and which node? | autograd's engine | the same |
-| which checkpoints does the caller run in? | hooks on saved tensors, the stack | the same |
-| who enters a context? | the stack | the same |
+| question | asked of |
+|---|---|
+| does a tracer or a transform watch? | `torch._C`, `forward_ad` |
+| does a backward run, and which node? | autograd's engine |
+| which checkpoints does the caller run in? | hooks on saved tensors, the stack |
+| who enters a context? | the stack |
 
-Each function has a test that asserts its positive finding, so that a new torch fails loudly. A name
-that torch lacks is noticed when the function is used, never at import.
+Each function has a test that asserts its positive finding, so that a new torch fails loudly. What
+happens where a torch lacks a name stands in `private.NAMES`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 import torch
 from torch.autograd import forward_ad
 
+from lora_inject.private import look_up
+
 F = TypeVar("F", bound=Callable[..., Any])
 _PACKAGE = __name__.partition(".")[0]
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
@@ -30,13 +32,24 @@ _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 # ------------------------------------------------------------------------------------- tracers
 
 
-def is_watched() -> bool:
-    """Whether functorch, `torch.jit.trace` or forward-mode AD is active; compiling is not asked."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    )
+_transforms = look_up("torch._C._are_functorch_transforms_active")
+_tracing_state = look_up("torch._C._get_tracing_state")
+_level = look_up("torch.autograd.forward_ad._current_level")  # a number, which changes
+_tells = None not in (_transforms, _tracing_state, _level)
+
+
+def is_watched(*, unknown: bool = True) -> bool:
+    """Whether functorch, `torch.jit.trace` or forward-mode AD is active; compiling is not asked.
+
+    Args:
+        unknown: What to return where this torch does not tell.
+    """
+    if not _tells:
+        return unknown
+    return _transforms() or _tracing_state() is not None or forward_ad._current_level >= 0
+
+
+_n_modes = look_up("torch._C._len_torch_dispatch_stack")
 
 
 def is_recorded() -> bool:
@@ -45,9 +58,9 @@ def is_recorded() -> bool:
     Selective activation checkpointing (`create_selective_checkpoint_contexts` of torch) keeps the
     results of some operations so, and hands them out again in the backward. An update that is added
     in place to a kept product would be in it already when the recomputation adds it again. So a
-    result is written to only where no mode could keep it.
+    result is written to only where no mode could keep it, and nowhere if this torch does not tell.
     """
-    return torch._C._len_torch_dispatch_stack() > 0
+    return _n_modes is None or _n_modes() > 0
 
 
 def constant_in_graphs(function: F) -> F:
@@ -62,29 +75,46 @@ def constant_in_graphs(function: F) -> F:
 # ------------------------------------------------------------------------------------ backwards
 
 
+_graph_task = look_up("torch._C._current_graph_task_id")
+_node = look_up("torch._C._current_autograd_node")
+_number = look_up("torch.autograd._get_sequence_nr")
+_top_hooks = look_up("torch._C._autograd._top_saved_tensors_default_hooks")
+_push_hooks = look_up("torch._C._autograd._push_saved_tensors_default_hooks")
+_pop_hooks = look_up("torch._C._autograd._pop_saved_tensors_default_hooks")
+_forward_ad_is_on = look_up("torch._C._is_fwd_grad_enabled")
+
+
 def in_backward() -> bool:
     """Whether autograd runs a backward pass in the calling thread."""
-    running: int = torch._C._current_graph_task_id()
-    return running != -1
+    if _graph_task is not None:
+        return _graph_task() != -1  # type: ignore[no-any-return]
+    return _node is not None and _node() is not None
 
 
 def running_node() -> int | None:
-    """Return the number of the node whose backward runs, by the order in which nodes were made."""
-    node: Any = torch._C._current_autograd_node()
-    return None if node is None else node._sequence_nr()
+    """Return the number of the node whose backward runs, by the order in which nodes were made.
+
+    If this torch does not tell, it counts as the first of all.
+    """
+    if _node is None:
+        return 0 if in_backward() else None
+    node: Any = _node()
+    return None if node is None else getattr(node, "_sequence_nr", int)()
 
 
 def next_node() -> int:
-    """Return the number that autograd gives to the next node of this thread."""
-    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-    return number
+    """Return the number that autograd gives to the next node of this thread.
+
+    If this torch does not tell, it counts as the last of all.
+    """
+    return sys.maxsize if _number is None else int(_number())
 
 
 def saving_hooks() -> Any:
     """Return the innermost hooks on tensors that autograd saves, `(pack, unpack)`, or None."""
-    if torch.compiler.is_compiling():  # dynamo may compile this function alone
+    if _top_hooks is None or torch.compiler.is_compiling():  # dynamo may compile this alone
         return None
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return _top_hooks(False)
 
 
 # ---------------------------------------------------------------------------------- checkpoints
@@ -135,7 +165,7 @@ def checkpoints() -> Iterator[RunningCheckpoint]:
 def reentrant_calls() -> list[FrameType]:
     """Return the calls of `CheckpointFunction.forward` on the stack, the innermost first."""
     # Only in the forward of an autograd Function is this off, and in inference mode.
-    if torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled():
+    if torch.is_inference_mode_enabled() or (_forward_ad_is_on and _forward_ad_is_on()):
         return []
     code = _checkpointing().CheckpointFunction.forward.__code__
     frame: FrameType | None = sys._getframe(1)
@@ -166,13 +196,15 @@ def _imported() -> Any:
 
 def _pack_hooks() -> list[Any]:
     """Return the hooks on saved tensors, the innermost first: torch shows only that one."""
-    inner: Any = torch._C._autograd
+    if _push_hooks is None or _pop_hooks is None:
+        innermost = saving_hooks()
+        return [] if innermost is None else [innermost[0]]
     pairs = []
     while (pair := saving_hooks()) is not None:
         pairs.append(pair)
-        inner._pop_saved_tensors_default_hooks()
+        _pop_hooks()
     for pair in reversed(pairs):
-        inner._push_saved_tensors_default_hooks(*pair)
+        _push_hooks(*pair)
     return [pack for pack, _ in pairs]
 
 
@@ -180,9 +212,9 @@ def _of_hook(pack: Any) -> RunningCheckpoint | None:
     """Return the non-reentrant checkpoint that a hook belongs to."""
     if getattr(pack, "__module__", "") != "torch.utils.checkpoint":
         return None
-    kind = _checkpointing()._CheckpointFrame
+    kind = look_up("torch.utils.checkpoint._CheckpointFrame")
     for cell in pack.__closure__ or ():
-        if isinstance(cell.cell_contents, kind):
+        if kind is not None and isinstance(cell.cell_contents, kind):
             return RunningCheckpoint(cell.cell_contents, "recompute_fn")
     return None
 

@@ -29,6 +29,7 @@ from lora_inject.core.functional.factors import (
     cast,
     compute_dtype,
     needs_plain_operations,
+    no_view,
     plus_product,
     spread,
     without_autocast,
@@ -332,7 +333,7 @@ class _Function(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, *factors, *(t for one in kept for t in one))
         # A batch comes as a view of a matrix, and autograd forbids to change a view that a
         # Function returns; models do change a layer's output in place.
-        return torch.ops.aten._unsafe_view.default(out, out.shape)  # type: ignore[no-any-return]
+        return no_view(out, out.shape)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

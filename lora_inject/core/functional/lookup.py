@@ -16,6 +16,7 @@ from lora_inject.core.functional.factors import (
     Factors,
     compute_dtype,
     needs_plain_operations,
+    no_view,
     plus_product,
     without_autocast,
 )
@@ -47,7 +48,7 @@ def embedding(
         # Padding tokens get the updates but no gradient, as in the dense table.
         out = torch.where((ids.reshape(-1, 1) == padding_idx), out.detach(), out)
     # Not a view, like a plain embedding's output: FSDP2 warns of views. The memory is not shared.
-    return torch.ops.aten._unsafe_view.default(out, base.shape)  # type: ignore[no-any-return]
+    return no_view(out, base.shape)
 
 
 def renormalized(rows: Tensor, max_norm: float, p: float) -> Tensor:

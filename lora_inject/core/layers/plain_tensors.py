@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
+from lora_inject.private import look_up
+
+_FAKES = (
+    look_up("torch._subclasses.fake_tensor.FakeTensor"),
+    look_up("torch._subclasses.functional_tensor.FunctionalTensor"),
+)
 # Tensors that W + delta can be formed from: neither packed nor sharded, or their fakes in a trace.
-PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+PLAIN: tuple[type, ...] = (nn.Parameter, Tensor, *filter(None, _FAKES))
 
 
 def is_quantized(weight: Tensor) -> bool:

@@ -19,10 +19,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
+from lora_inject.core.functional.inside import in_backward
 from lora_inject.errors import LayerError
 from lora_inject.experts.lazy import formed
 
-_CALL = nn.Module._call_impl.__code__
+_CALL = getattr(nn.Module, "_call_impl", nn.Module.__call__).__code__
 # Functions that read a weight to put another layer or tensor in its place: torch's by their code,
 # those of other libraries (accelerate, bitsandbytes, diffusers, Lightning, timm, torchao,
 # transformers, ultralytics) by the name of what reads it.
@@ -71,7 +72,7 @@ def running_module() -> Any:
     name = "" if by is None else by.f_code.co_name
     if name.startswith(_FUSING) or name in _CONVERTING:
         _refuse_replacing(name)
-    return SOME_FORWARD if torch._C._current_graph_task_id() != -1 else None
+    return SOME_FORWARD if in_backward() else None
 
 
 def _refuse_replacing(name: str) -> NoReturn:

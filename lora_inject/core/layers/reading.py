@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import _symbolic_trace
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lora_inject.checks.moving_buffers import buffers_to_watch, refuse_moved
@@ -31,10 +30,13 @@ from lora_inject.core.layers.readers import computes, running_module
 from lora_inject.core.layers.sending import sent_once
 from lora_inject.errors import LayerError, article
 from lora_inject.experts.lazy import lazy_weight
+from lora_inject.private import look_up
 
 # Older torch has the second only.
-_is_tracing: Callable[[], bool] = getattr(
-    _symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing
+_is_tracing: Callable[[], bool] = (
+    look_up("torch.fx._symbolic_trace.is_fx_symbolic_tracing")
+    or look_up("torch.fx._symbolic_trace.is_fx_tracing")
+    or (lambda: False)
 )
 
 

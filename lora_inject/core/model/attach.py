@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from lora_inject.checks.reached import refuse_unreached
@@ -131,7 +130,7 @@ def refuse_statistics(survey: Survey, modules: Collection[str], asked: str) -> N
 
 def _why_not_in_full(module: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield why a layer that moves statistics, which are buffers, cannot train in full."""
-    if isinstance(module, _NormBase) and module.running_mean is not None:
+    if isinstance(getattr(module, "running_mean", None), Tensor):
         found = f"its {type(module).__name__} moves running_mean and running_var as well while it "
         found += "trains: those are the base's buffers, which an adapter neither holds nor restores"
         remedy = "Leave it out, or give the layer track_running_stats=False and no running_mean"

@@ -1,0 +1,179 @@
+"""All that the package uses of other libraries' private side, and what happens where it is missing.
+
+A private name may be gone in the next version of its library. So none is imported or written out:
+`look_up` finds what `NAMES` lists, or None, and what stands on a name goes another way or refuses
+the one feature that needs it (`needed`). `ATTRIBUTES` lists private attributes of others' objects,
+which are asked of an object at hand. `tests/test_private_names.py` holds the package to both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any
+
+from lora_inject.errors import LayerError
+
+_RECOMPUTED = "refused: a backward that recomputes a forward, after a change of adapters,"
+_PLAIN = "another way: plain torch operations everywhere"
+
+NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        # name: what happens without it
+        "bitsandbytes.functional._convert_weight_packed_for_cpu_inverse": (
+            "refused: reading 4-bit weights that inference on a CPU has rearranged"
+        ),
+        "mlx_lm.utils._get_classes": "refused: names and sizes of mlx-lm's own model of a base",
+        "torch._C._are_functorch_transforms_active": _PLAIN,
+        "torch._C._autograd._pop_saved_tensors_default_hooks": _RECOMPUTED,
+        "torch._C._autograd._push_saved_tensors_default_hooks": _RECOMPUTED,
+        "torch._C._autograd._top_saved_tensors_default_hooks": _RECOMPUTED,
+        "torch._C._current_autograd_node": _RECOMPUTED,
+        "torch._C._current_graph_task_id": "another way: _current_autograd_node",
+        "torch._C._get_tracing_state": _PLAIN,
+        "torch._C._is_fwd_grad_enabled": "another way: the stack is searched in each forward",
+        "torch._C._len_torch_dispatch_stack": "another way: nothing is added in place",
+        "torch._C._will_engine_execute_node": "refused: training several trials at once",
+        "torch._foreach_mul_": "another way: one launch for each tensor of a trial",
+        "torch._foreach_norm": "another way: one launch for each tensor of a trial",
+        "torch._grouped_mm": "another way: torch.nn.functional.grouped_mm, which is public",
+        "torch.Tensor._make_wrapper_subclass": (
+            "another way: W + delta is formed at once where a weight is read; "
+            "refused: experts that stay packed"
+        ),
+        "torch._subclasses.fake_tensor.FakeTensor": (
+            "refused: weights of a fake model, which count as packed"
+        ),
+        "torch._subclasses.functional_tensor.FunctionalTensor": (
+            "refused: weights in a trace of make_fx that functionalizes, which count as packed"
+        ),
+        "torch.autograd._get_sequence_nr": _RECOMPUTED,
+        "torch.autograd.forward_ad._current_level": _PLAIN,
+        "torch.distributed.tensor._utils.compute_local_shape_and_global_offset": (
+            "refused: an adapter on a sharded model"
+        ),
+        "torch.fx._symbolic_trace.is_fx_symbolic_tracing": "another way: is_fx_tracing",
+        "torch.fx._symbolic_trace.is_fx_tracing": (
+            "another way: is_fx_symbolic_tracing; without both, the graph of "
+            "torch.fx.symbolic_trace holds W + delta as a constant"
+        ),
+        "torch.mps._get_default_mps_generator": "refused: seeded random numbers of an MPS device",
+        "torch.ops.aten._to_copy": "another way: packed experts are unpacked to be moved",
+        "torch.ops.aten._unsafe_view": "another way: a copy",
+        "torch.utils.checkpoint._CheckpointFrame": (
+            f"{_RECOMPUTED} and adapters in a compiled graph"
+        ),
+        "torch.utils._python_dispatch._disable_current_modes": (
+            "refused: switching adapters in a compiled graph"
+        ),
+        "torch.utils._pytree": "another way: trees of tuples, lists and dicts only",
+        "transformers.conversion_mapping._MODEL_TO_CONVERSION_PATTERN": (
+            "another way: PEFT, which reads the same name, renames no experts without it"
+        ),
+        "transformers.integrations.finegrained_fp8._dequantize_fp8_weight": (
+            "refused: the values of weights in block FP8"
+        ),
+    }
+)
+
+_KEPT = "nn.Module: how it keeps what is registered; its pickles stand on it, so it is there"
+_METHOD = "nn.Module: a method for classes to override; a change of its name is a change of theirs"
+_RECURRENT = "nn.LSTM, GRU, RNN: their weights are read as those of any layer"
+_MARK = "a module without it counts as one that the library leaves alone"
+_CHILD = "a wrapper that has another name for its module puts that name into those of the layers"
+
+ATTRIBUTES: Mapping[str, str] = MappingProxyType(
+    {
+        # name: whose it is, and what happens without it
+        "_apply": _METHOD,
+        "_buffers": _KEPT,
+        "_call_impl": "nn.Module: its __call__ stands on the stack as well",
+        "_checkpoint_wrapped_module": f"torch's checkpoint_wrapper: {_CHILD}",
+        "_conv_forward": "nn.Conv1d, 2d, 3d: a class that overrides it counts as a plain one",
+        "_convert_layers": "Lightning: what it puts in the place of a layer is not noticed",
+        "_custom_modules": "PEFT's LoraConfig: such a config counts as one without own layers",
+        "_dynamo_marked_constant": "torch.compile: a graph breaks there",
+        "_experts_implementation": "transformers' config: counts as the default",
+        "_flat_weights": _RECURRENT,
+        "_flat_weights_names": _RECURRENT,
+        "_former_parameters": f"torch's DataParallel: {_MARK}",
+        "_from_config": "transformers' classes: the constructor is called",
+        "_fsdp_wrapped_module": f"torch's FSDP1: {_CHILD}",
+        "_hf_hook": f"accelerate: {_MARK}",
+        "_hf_peft_config_loaded": f"transformers: {_MARK}",
+        "_hf_tp_plan": f"transformers: {_MARK}",
+        "_hp_mapping": f"DeepSpeed: {_MARK}",
+        "_is_expert_parallel": f"transformers: {_MARK}",
+        "_is_fsdp_managed_module": f"torch's FSDP1: {_MARK}",
+        "_is_hf_initialized": f"transformers: {_MARK}",
+        "_is_quantized": f"transformers: {_MARK}",
+        "_is_replica": f"torch's DataParallel: {_MARK}",
+        "_keys_to_ignore_on_load_missing": "transformers: no weight may be missing in a file",
+        "_load_from_state_dict": _METHOD,
+        "_metadata": "torch's state dicts: the versions in it are not known",
+        "_modules": _KEPT,
+        "_name_or_path": "transformers' config: the base has no name in the files",
+        "_non_persistent_buffers_set": _KEPT,
+        "_old_forward": f"accelerate: {_MARK}",
+        "_orig_mod": f"torch.compile: {_CHILD}",
+        "_parameters": _KEPT,
+        "_pre_quantization_dtype": f"transformers: {_MARK}",
+        "_save_to_state_dict": _METHOD,
+        "_sequence_nr": "a node of autograd: it counts as the first of all",
+        "_schema": "an operation of torch: whether it writes is known by its name",
+        "_update_flat_weights": _RECURRENT,
+        "_version": "Tensor: documented with in-place changes",
+    }
+)
+
+
+@cache
+def look_up(name: str) -> Any:
+    """Return what a private name stands for, None where the library at hand does not have it.
+
+    Args:
+        name: In full, as in `NAMES`.
+
+    Raises:
+        KeyError: It is not listed in `NAMES`.
+
+    Examples:
+        >>> look_up("torch._C._are_functorch_transforms_active")()
+        False
+    """
+    if name not in NAMES:
+        raise KeyError(name)
+    parts = name.split(".")
+    for n in range(len(parts), 0, -1):
+        try:
+            value: Any = import_module(".".join(parts[:n]))
+        except ImportError:
+            continue
+        for part in parts[n:]:
+            value = getattr(value, part, None)
+        return value
+    return None
+
+
+def needed(name: str, asked: str) -> Any:
+    """Return what a private name stands for, or refuse what stands on it.
+
+    Args:
+        name: In full, as in `NAMES`.
+        asked: The feature, in the user's words.
+
+    Raises:
+        LayerError: The library at hand does not have the name.
+    """
+    value = look_up(name)
+    if value is None:
+        library = name.partition(".")[0]
+        version = getattr(import_module(library), "__version__", "of an unknown version")
+        raise LayerError(
+            asked,
+            f"it stands on {name}, which {library} {version} does not have",
+            f"Use another version of {library}, or of lora-inject",
+        )
+    return value

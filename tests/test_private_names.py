@@ -1,0 +1,254 @@
+"""Other libraries' private names: each is listed, none is needed by what does not stand on it."""
+
+import ast
+import importlib
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import KINDS, Host
+from helpers.forks import Forks
+from torch import Tensor, nn
+from transformers.integrations.finegrained_fp8 import FP8Linear
+
+import lora_inject as li
+from lora_inject import private
+from lora_inject.core.adapter import generators
+from lora_inject.distributed import sharding
+from lora_inject.private import ATTRIBUTES, NAMES, look_up, needed
+from lora_inject.quantized import transformers_linears
+from lora_inject.quantized.bitsandbytes import codes_of
+from lora_inject.quantized.transformers_linears import FineGrained
+
+PACKAGE = Path(li.__file__).parent
+NAME = re.compile(r"_[A-Za-z]\w*(?<!__)")
+
+# Private by their first letter alone: documented ones of Python, and words that are no names.
+DOCUMENTED = {"_asdict", "_exit", "_fields", "_getframe", "_replace"}
+ENDS_OF_NAMES = {"_USE_TORCH_KERNEL", "_bias", "_blocks", "_config", "_fuse_", "_hf_", "_is_"}
+ENDS_OF_NAMES |= {"_scale_inv", "_scales", "_svd", "_wrapped_module"}
+KEYS_OF_FILES = {"_class_name"}
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return {p.relative_to(PACKAGE).as_posix(): ast.parse(p.read_text()) for p in paths}
+
+
+def defined(files: Mapping[str, ast.Module]) -> set[str]:
+    """Every name that the package gives to something of its own."""
+    names = set()
+    for node in (node for tree in files.values() for node in ast.walk(tree)):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name):
+                names.add(name)
+            case ast.Name(id=name, ctx=ast.Store()):
+                names.add(name)
+            case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+                names.add(name)
+    return names
+
+
+def of_torch() -> set[str]:
+    """Private members of what the package makes subclasses of, or gets handed."""
+    objects = (Tensor, nn.Module(), nn.LSTM(1, 1), nn.Conv1d(1, 1, 1), torch, torch._C)
+    return {name for thing in objects for name in (*dir(thing), *getattr(thing, "__dict__", ()))}
+
+
+def used(tree: ast.Module, own: set[str]) -> set[str]:
+    """Private names of others in a file: attributes, imports, and strings that are such a name."""
+    others, names = of_torch() - {"_values", "_base", "_indices"}, set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name) if name in own:
+                pass
+            case ast.Attribute(attr=name) | ast.Constant(value=str(name)):
+                names.add(name)
+            case ast.ImportFrom(module=str(module), names=imported) if "lora_inject" not in module:
+                names |= {*module.split("."), *(alias.name for alias in imported)}
+            case ast.Import(names=imported):
+                names |= {part for alias in imported for part in alias.name.split(".")}
+    private_names = {name for name in names if NAME.fullmatch(name)}
+    return {n for n in private_names if (n not in own or n in others) and n[:5] != "_lora"}
+
+
+def strings(tree: ast.Module) -> set[str]:
+    return {str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+
+
+def last_parts(tree: ast.Module) -> set[str]:
+    """What a file may write out, because it has looked it up."""
+    return {name.rpartition(".")[2] for name in strings(tree) & NAMES.keys()}
+
+
+def test_every_private_name_is_listed() -> None:
+    files = {name: tree for name, tree in trees().items() if name != "private.py"}
+    own = defined(files)
+    listed = {*ATTRIBUTES, *DOCUMENTED, *ENDS_OF_NAMES, *KEYS_OF_FILES}
+    unlisted = {file: used(tree, own) - listed - last_parts(tree) for file, tree in files.items()}
+    assert {name: names for name, names in unlisted.items() if names} == {}
+    assert {n for tree in files.values() for n in used(tree, own)} >= listed
+
+
+def test_what_is_looked_up_is_what_is_listed() -> None:
+    files = [tree for name, tree in trees().items() if name != "private.py"]
+    assert set().union(*map(strings, files)) & NAMES.keys() == NAMES.keys()
+    with pytest.raises(KeyError):
+        look_up("torch._C._not_listed")
+
+
+def test_the_walk_sees_each_way_to_use_a_name() -> None:
+    source = "import torch._a\nfrom torch._b import _c\nx._d\ngetattr(x, '_e')\nself._f\nx._own\n"
+    assert used(ast.parse(source), {"_own", "_f"}) == {"_a", "_b", "_c", "_d", "_e"}
+    assert used(ast.parse("module._parameters"), {"_parameters"}) == {"_parameters"}
+
+
+def test_a_name_that_is_not_there_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "torch._C._not_there_at_all"
+    monkeypatch.setattr(private, "NAMES", {name: "refused"})
+    with pytest.raises(li.LayerError, match=f"a feature: it stands on {name}, which torch"):
+        needed(name, "a feature")
+
+
+@pytest.mark.parametrize(
+    ("name", "feature"),
+    [
+        ("bitsandbytes.functional._convert_weight_packed_for_cpu_inverse",
+         lambda: codes_of(torch.zeros(1), SimpleNamespace(packing_format_for_cpu=True))),
+        ("torch.distributed.tensor._utils.compute_local_shape_and_global_offset",
+         lambda: sharding._local_samples(torch.zeros(1))),
+        ("torch.mps._get_default_mps_generator",
+         lambda: generators.generators_of([torch.device("mps")])),
+    ],
+)  # fmt: skip
+def test_what_stands_on_a_name_of_a_device_or_a_library_is_refused_without_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, feature: Callable[[], object]
+) -> None:
+    monkeypatch.setattr(private, "look_up", lambda asked: None if asked == name else 1 / 0)
+    with pytest.raises(li.LayerError, match=f"it stands on {name}, which"):
+        feature()
+
+
+def test_block_fp8_is_refused_without_the_function_of_transformers(monkeypatch: Any) -> None:
+    weight = nn.Parameter(torch.zeros(2, 2).to(torch.float8_e4m3fn), requires_grad=False)
+    layer = FP8Linear(2, 2)
+    assert FineGrained().why_not("dequantize", layer, weight) is None
+    monkeypatch.setattr(transformers_linears, "look_up", lambda _: None)
+    assert "finegrained_fp8._dequantize_fp8_weight" in str(
+        FineGrained().why_not("dequantize", layer, weight)
+    )
+
+
+# ---------------------------------------------------------- the life of an adapter without a name
+
+REFUSED = {
+    "torch._C._will_engine_execute_node": {"trials", "trials with dropout"},
+    "torch.Tensor._make_wrapper_subclass": {"packed experts"},
+}
+
+
+def import_without(name: str) -> None:
+    """Import the package anew, as if a library had no such name."""
+    for module in [m for m in sys.modules if m.partition(".")[0] == "lora_inject"]:
+        del sys.modules[module]
+    spec = importlib.util.find_spec("lora_inject")
+    path = Path(spec.origin).parent / "private.py"
+    gate_spec = importlib.util.spec_from_file_location("lora_inject.private", path)
+    gate = importlib.util.module_from_spec(gate_spec)
+    sys.modules["lora_inject.private"] = gate
+    gate_spec.loader.exec_module(gate)
+    there = gate.look_up
+    gate.look_up = lambda asked: None if asked == name else there(asked)
+    importlib.import_module("lora_inject")
+
+
+def lives(name: str) -> dict[str, str]:
+    """What happened to each kind of layer, and to trials, where a name is missing."""
+    import_without(name)
+    kinds = {kind: outcome(lambda k=kind: life(k)) for kind in KINDS}
+    trials = {
+        f"trials{' with dropout' * (dropout > 0)}": outcome(lambda d=dropout: train(d))
+        for dropout in (0.0, 0.5)
+    }
+    return {**kinds, **trials, "packed experts": outcome(pack)}
+
+
+def outcome(run: Any) -> str:
+    try:
+        run()
+    except Exception as error:  # noqa: BLE001 - told apart by the test
+        return f"{type(error).__name__}: {error}"
+    return "works"
+
+
+def life(kind_name: str) -> None:
+    """Inject, train, save, load, merge, unmerge and eject; compare with the dense weight."""
+    from lora_inject import (
+        adapter_parameters,
+        eject,
+        inject,
+        load_adapter,
+        merge,
+        save_adapter,
+        unmerge,
+    )
+
+    kind = KINDS[kind_name]
+    torch.manual_seed(0)
+    model = Host(kind.layer())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    inputs = kind.inputs(torch.float32)
+    inject(model, kind.config)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.normal_(0.0, 0.1)
+    adapted = model(*inputs)
+    adapted.pow(2).sum().backward()
+    assert all(p.grad.isfinite().all() for p in adapter_parameters(model).values())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter.safetensors"
+        save_adapter(model, path, format="native")
+        eject(model)
+        load_adapter(model, path)
+    torch.testing.assert_close(model(*inputs), adapted)
+    merge(model)
+    torch.testing.assert_close(model(*inputs), adapted, rtol=1e-4, atol=1e-5)
+    unmerge(model)
+    eject(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def train(dropout: float) -> None:
+    from lora_inject.trials.runs import Trials
+    from lora_inject.trials.trial import Trial
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    config = {"rank": 2, "dropout": dropout, "targets": ["0"]}
+    trials = Trials(model, {n: Trial(config, lr=1e-2) for n in "ab"})
+    trials.step(torch.randn(3, 4), loss=lambda outputs, _: outputs.pow(2).mean())
+
+
+def pack() -> None:
+    from lora_inject.experts.packed_experts import PackedExperts
+
+    codes = torch.zeros(2, 4, 16, dtype=torch.uint8)
+    PackedExperts(codes, torch.zeros(2, 4, 1, dtype=torch.uint8), torch.bfloat16).dequantize()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("torch.")])
+def test_what_does_not_stand_on_a_name_works_without_it(forks: Forks, name: str) -> None:
+    found = forks.start(lives, name).result()
+    wrong = {what: said for what, said in found.items() if said != "works"}
+    assert wrong.keys() == REFUSED.get(name, set()), wrong
+    assert all(f"it stands on {name}, which torch" in said for said in wrong.values())
