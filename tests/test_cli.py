@@ -131,6 +131,24 @@ def test_plan_lists_each_site_on_request(run, files):
     ]
 
 
+def test_names_of_the_hub_are_found_in_its_local_cache(run, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repo = tmp_path / "hub" / "models--user--tiny"
+    shutil.copytree(files.base, repo / "snapshots" / "abc")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    due = run("plan", files.config, files.base, "--json").out
+    assert run("plan", files.config, "user/tiny", "--json").out == due
+    assert run("merge", "user/tiny", files.one, "-o", tmp_path / "out").code == 0
+    for words in (("plan", files.config, "gpt3"), ("merge", "gpt3", files.one, "-o", "x")):
+        found = run(*words)
+        said = " ".join(found.err.split())
+        assert found.code == 1
+        assert "no such file or folder here, nor a model of this name in the hub's cache" in said
+        assert "hf download gpt3" in said
+
+
 def test_verify_shows_the_first_problems_in_the_order_of_layers(run, monkeypatch, capsys):
     report = VerifyReport(problems=tuple(f"'h.{n}.fc' is wrong" for n in reversed(range(30))))
     show.print_verification(report, everything=False)

@@ -230,7 +230,14 @@ def convert(
         show.note(f"{to}: {words}")
 
     path = converted(
-        adapter, output, to, base=base, reading=how, tell=tell, overwrite=overwrite, **chosen
+        adapter,
+        output,
+        to,
+        base=base and given.model_folder(base),
+        reading=how,
+        tell=tell,
+        overwrite=overwrite,
+        **chosen,
     )
     data = {"output": str(path), "format": to, "lost": lost}
     out.show(data, show.say, f"wrote {path}")
@@ -261,7 +268,7 @@ def check(
 
     from lora_inject.checkpoint.conversion import check_adapter
 
-    found = check_adapter(adapter, client, base=base)
+    found = check_adapter(adapter, client, base=base and given.model_folder(base))
     stopped = any(finding.stops for finding in found)
     data = {"client": client, "accepted": not stopped, "findings": [*map(asdict, found)]}
     output.show(data, _print_findings, client, found, stopped)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +14,7 @@ from typer import Argument, BadParameter, Option
 
 from lora_inject.cli.show import print_json
 from lora_inject.core.files.atomic import check_free
-from lora_inject.errors import LoraInjectError, nearest, user_path
+from lora_inject.errors import CheckpointError, LoraInjectError, nearest, user_path
 
 if TYPE_CHECKING:
     from lora_inject.checkpoint import Checkpoint
@@ -63,6 +65,24 @@ def one_of(names: Sequence[str]) -> Callable[[str | None], str | None]:
 Format = Option(
     "--format", help=f"Format to write: {', '.join(FORMATS)}.", callback=one_of(FORMATS)
 )
+
+
+def model_folder(path: Path) -> Path:
+    """Return a path as it is, or the folder that the hub's local cache has for a name like gpt2.
+
+    The network is never asked.
+    """
+    if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", str(path)):
+        return path
+    with suppress(ImportError, ValueError):  # no hub here, or not a name that it can have
+        from huggingface_hub import try_to_load_from_cache
+
+        file = try_to_load_from_cache(str(path), "config.json")
+        if isinstance(file, str):
+            return Path(file).parent
+    found = "there is no such file or folder here, nor a model of this name in the hub's cache"
+    remedy = f"Check the path; a model of the hub is fetched by: hf download {path}"
+    raise CheckpointError(f"open '{path}'", found, remedy)
 
 
 @dataclass(frozen=True)

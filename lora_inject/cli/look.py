@@ -40,7 +40,7 @@ def plan(
     from lora_inject.core.spec.matching import resolve
 
     wanted = Config.from_yaml(config)
-    planned = resolve(wanted, _inventory_of(model, keys=keys))
+    planned = resolve(wanted, _inventory_of(given.model_folder(model), keys=keys))
     listing.show(planned.to_dict(), show.print_plan, planned)
 
 
@@ -61,7 +61,7 @@ def advise(
     if number is None:
         raise BadParameter(f"{budget!r} is not a number such as 170k", param_hint="--budget")
     most = int(float(number[1]) * {"": 1, "k": 1000, "m": 1_000_000}[number[2].lower()])
-    config = advised(_inventory_of(model), most)
+    config = advised(_inventory_of(given.model_folder(model)), most)
     show.say(
         "# One rank on all linear layers: at an equal number of parameters hard to beat.\n"
         "# Tune the learning rate at a small rank: it matters more, and hardly depends\n"

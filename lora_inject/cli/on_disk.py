@@ -84,7 +84,7 @@ class Merging:
         for weight in weights:
             if not math.isfinite(weight) or weight == 0:
                 raise BadParameter(f"{weight} is not a weight", param_hint="--weight")
-        checkpoint = Checkpoint.open(base)
+        checkpoint = Checkpoint.open(given.model_folder(base))
         if output is not None:
             check_output(checkpoint, output)
         options = reading.options(adapters)
@@ -179,6 +179,12 @@ def extract(
     how: dict[str, Any] = {"rank": keeping.rank, "energy": keeping.energy, "full": full}
     how |= {"format": writing.adapter_format, "overwrite": writing.overwrite}
     with show.progress_bar("extracting") as progress:
-        report = extract_adapter(base, tuned, writing.output, **how, progress=progress)
+        report = extract_adapter(
+            given.model_folder(base),
+            given.model_folder(tuned),
+            writing.output,
+            **how,
+            progress=progress,
+        )
     data = {"output": str(writing.output), **report.to_dict()}
     listing.show(data, show.print_extraction, report, writing.output)
