@@ -10,9 +10,10 @@ their rows into the table when it is imported.
 
 from __future__ import annotations
 
+import glob
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import check_state
 from lora_inject.core.files.atomic import write_directory, write_file
 from lora_inject.core.spec.rooms import room
+from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, check_type, nearest, user_path, within
 
 NUMBERS, ONE, RANKS = "numbers", "one", "ranks"
@@ -46,6 +48,8 @@ class Format:
         keeps: What files of the format can express besides the deltas, of `EVERYTHING`.
         endings: The endings that a file's name may have to be written; empty for any.
         takes_facts: Whether `write` and `read` look at the facts about the model.
+        check_sites: `check_sites(specs, facts)`: raises where files of the format cannot hold such
+            sites, whatever their values; asked before training. `facts` as for `write`.
         check_save: `check_save(survey, name)`: raises where a reader of the format would compute
             something else from the file than the live model does.
         check_load: `check_load(survey, state, fitted, asked)`: raises where the adapter of the
@@ -59,6 +63,7 @@ class Format:
     endings: tuple[str, ...] = ()
     takes_facts: bool = True
     lacks: Callable[[Path], str] | None = None
+    check_sites: Callable[[Sequence[SiteSpec], Any], None] | None = None
     check_save: Callable[[Any, str], None] | None = None
     check_load: Callable[[Any, AdapterState, AdapterState, str], None] | None = None
 
@@ -160,7 +165,7 @@ def write_adapter(
 
     Args:
         state: The adapter.
-        path: Where to.
+        path: Where to; a name without an ending gets the format's own.
         format: Name of a row of `FORMATS`; None for the folder that most programs read.
         facts: What is known of the model (`formats.ModelFacts`), or a function that says it; single
             facts may be given as options.
@@ -190,9 +195,7 @@ def write_adapter(
     row = format_of(format, f"write adapter to '{path}'")
     with within(f"write {format} adapter to '{path}'"):
         facts, own = _arguments(row, row.write, facts, options)
-        if row.endings and target.suffix not in row.endings:
-            found = f"its name does not end in {' or '.join(row.endings)}"
-            raise FormatError("", found, "Rename it")
+        target = completed(target, row)
         check_state(state).check_finite("", FormatError)
         content = row.write(state, target, facts, **own)
         remedy = "Return the bytes of the file, or of each file by its name"
@@ -200,6 +203,36 @@ def write_adapter(
     if isinstance(content, bytes):
         return write_file(target, content, overwrite=overwrite)
     return write_directory(target, content, overwrite=overwrite, replaceable=OLDER_FILES)
+
+
+def completed(path: Path, row: Format) -> Path:
+    """Return the path of a file with the format's ending, if its name has none.
+
+    Raises:
+        FormatError: It has another ending.
+
+    Examples:
+        >>> completed(Path("sql"), format_of("native")).name
+        'sql.safetensors'
+    """
+    if not row.endings or path.suffix in row.endings:
+        return path
+    if path.suffix:
+        found = f"its name does not end in {' or '.join(row.endings)}"
+        raise FormatError("", found, "Rename it, or leave the ending out")
+    return path.with_name(path.name + row.endings[0])
+
+
+def why_not_as(format: str, specs: Sequence[SiteSpec], facts: Any) -> str:  # noqa: A002
+    """Return why files of a format cannot hold sites, and the call that works; or ""."""
+    check = format_of(format).check_sites
+    try:
+        if check is not None:
+            check(specs, facts() if callable(facts) else facts)
+    except FormatError as problem:
+        what = ", ".join(filter(None, (problem.asked, problem.found)))
+        return f"save_adapter cannot write this as {format!r}: {what}. {problem.remedy}"
+    return ""
 
 
 def read_adapter(
@@ -244,7 +277,9 @@ def detected(path: Path) -> str:
     """Return the first format that detects a path as its own; raise if there is none."""
     asked = f"read adapter '{path}'"
     if not path.exists():
-        raise FormatError(asked, "there is no such file or directory", "Check the path")
+        beside = sorted(path.parent.glob(f"{glob.escape(path.name)}.*")) if path.name else []
+        remedy = f"Give '{beside[0]}'" if len(beside) == 1 else "Check the path"
+        raise FormatError(asked, "there is no such file or directory", remedy)
     for name in _in_order():
         if format_of(name).detects(path):
             return name

@@ -23,7 +23,7 @@ from lora_inject.core.layers.weight_kinds import dense
 from lora_inject.core.model.attach import attach, places, refuse_statistics, survey_for
 from lora_inject.core.model.carried import Carried, reach, records_of
 from lora_inject.core.model.fit_state import Base, fit
-from lora_inject.core.model.save import model_facts
+from lora_inject.core.model.save import model_facts, notes_on_files
 from lora_inject.core.model.train import refuse_dead_inputs
 from lora_inject.core.spec.config import Config, ConfigLike
 from lora_inject.core.spec.matching import resolve
@@ -61,6 +61,7 @@ def plan(model: nn.Module, config: ConfigLike) -> Plan:
     present = inventory(survey)
     planned = resolve(Config.coerce(config, present, model), present)
     notes = [note for guard in room("guards").guards() for note in guard.notes_on(survey, planned)]
+    notes += notes_on_files(survey, planned.sites)
     return replace(planned, notes=(*planned.notes, *notes))
 
 

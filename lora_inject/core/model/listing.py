@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried, entries, idle_among, reach, roots_of
+from lora_inject.core.model.save import notes_on_files
 from lora_inject.core.spec.columns import columns
 from lora_inject.core.spec.sites import SiteSpec
 
@@ -96,7 +97,7 @@ def summary(model: nn.Module) -> str:
         sql      1      1      0        8           x 1     yes
         trainable: 8 of 28 parameters (28.5714 %)
     """
-    found = adapters(model)
+    found, survey = adapters(model), Survey(model)
     heads = ("adapter", "sites", "ranks", "trained", "parameters", "active", "trainable")
     rows = (
         (
@@ -115,6 +116,7 @@ def summary(model: nn.Module) -> str:
         if info.idle:
             some = ", ".join(map(repr, info.idle[:3])) + (", ..." if len(info.idle) > 3 else "")
             lines.append(f"{name}: no forward has used {some} ({len(info.idle)}) so far")
+        lines += [f"{name}: {note}" for note in notes_on_files(survey, [*info.sites.values()])]
     # What is stored: of a packed weight, its bytes.
     parameters = {id(p): p for p in model.parameters()}.values()
     n_all = sum(p.numel() for p in parameters)

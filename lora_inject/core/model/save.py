@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.checks.reached import refuse_unused
-from lora_inject.core.adapter.exchange import default_format, format_of, write_adapter
+from lora_inject.core.adapter.exchange import (
+    completed,
+    default_format,
+    format_of,
+    why_not_as,
+    write_adapter,
+)
 from lora_inject.core.adapter.fingerprint import (
     N_SAMPLES,
     Fingerprint,
@@ -49,7 +55,7 @@ from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.distributed.sharding import is_sharded, reshard, samples_of_shards, writes_here
-from lora_inject.errors import FormatError, StateError, user_path
+from lora_inject.errors import FormatError, StateError, user_path, within
 
 LATEST = "LATEST"
 """File with the name of an adapter's newest version."""
@@ -229,7 +235,8 @@ def save_adapter(
 
     Args:
         model: The root, or any module that holds roots.
-        path: Where to; a directory for the default format.
+        path: Where to; a directory for the default format. A file's name without an ending gets
+            the format's own.
         name: The adapter.
         format: A row of `formats.FORMATS`; None for the folder that most programs read. A format
             refuses what its readers would compute wrong; where that is because another module reads
@@ -254,9 +261,9 @@ def save_adapter(
     folder = user_path("save adapter", path)
     survey = Survey(model)
     format = format or default_format()  # noqa: A001
+    target = _target(folder, format, version, f"save adapter {name!r}")
     state, facts = read_off(survey, name), facts_for(survey, format, name)
     refuse_useless(survey, name, state, unused)
-    target = folder if version is None else folder / str(version)
     if writes_here(survey):
         if version is not None:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -269,6 +276,18 @@ def save_adapter(
     if is_sharded(survey):
         torch.distributed.barrier()
     return target
+
+
+def _target(path: Path, format: str, version: int | None, asked: str) -> Path:  # noqa: A002
+    """Return where files of a format are written for a path."""
+    row = format_of(format, asked)
+    if version is None:
+        with within(f"{asked} to '{path}'"):
+            return completed(path, row)
+    if row.endings:
+        found = f"versions are folders, and {format!r} is one file"
+        raise FormatError(f"{asked}, version {version}", found, "Leave version out")
+    return path / str(version)
 
 
 def refuse_useless(survey: Survey, name: str, state: AdapterState, unused: Sequence[str]) -> None:
@@ -361,6 +380,13 @@ def facts_for(survey: Survey, format: str, name: str) -> Callable[[], Any]:  # n
     if row.check_save is not None:
         row.check_save(survey, name)
     return lambda: replace(model_facts(survey), idle=idle_among([*entries(survey, name)]))
+
+
+def notes_on_files(survey: Survey, specs: Sequence[SiteSpec]) -> Iterator[str]:
+    """Yield what the default format cannot hold of sites, and the call that works."""
+    note = why_not_as(default_format(), specs, lambda: model_facts(survey))
+    if note:
+        yield note
 
 
 def model_facts(survey: Survey) -> Any:

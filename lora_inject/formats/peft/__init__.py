@@ -4,7 +4,7 @@ from typing import Any
 
 from lora_inject.core.adapter.exchange import Format
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.formats.peft.folder import detects, lacks, read, write
+from lora_inject.formats.peft.folder import check_sites, detects, lacks, read, write
 from lora_inject.formats.peft.tensor_layout import PREFIX
 
 __all__ = ["FORMATS", "PREFIX", "check_save", "detects", "lacks", "read", "write"]
@@ -26,6 +26,12 @@ def _check_load(survey: Any, state: AdapterState, fitted: AdapterState, asked: s
 
 FORMATS = {
     "peft": Format(
-        write, read, detects, lacks=lacks, check_save=check_save, check_load=_check_load
+        write,
+        read,
+        detects,
+        lacks=lacks,
+        check_sites=check_sites,
+        check_save=check_save,
+        check_load=_check_load,
     ),
 }

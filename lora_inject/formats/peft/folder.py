@@ -58,7 +58,7 @@ CONFIG, CARD = "adapter_config.json", "README.md"
 MODEL, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _INDEX = f"{MODEL}.index.json"
 _WHOLE = "model.safetensors"
-_OTHER = 'Write it with format="native"'
+_OTHER = 'Write it with format="native": save_adapter(model, path, format="native")'
 _IN_PROJ = ".in_proj_weight"  # of a MultiheadAttention
 
 
@@ -91,8 +91,7 @@ def write(
     state = _in_order(state, facts.tensor_names)
     _check_rows(state.rows, facts.module_names or ())
     specs = [site.spec for site in state.sites.values()]
-    _check_expressible(specs, facts.tensor_names)
-    refuse_unfit(specs, facts)
+    check_sites(specs, facts)
     called = attentions(specs)
     _check_attentions(state, called)
     layout = plan(specs, state.trained, state.rows)
@@ -228,6 +227,12 @@ def _in_order(state: AdapterState, tensor_names: Sequence[str] | None) -> Adapte
 
 
 # What PEFT can say ------------------------------------------------------------------------------
+
+
+def check_sites(specs: Sequence[SiteSpec], facts: ModelFacts) -> None:
+    """Refuse sites that PEFT cannot hold, or on modules that its layers cannot stand for."""
+    _check_expressible(specs, facts.tensor_names)
+    refuse_unfit(specs, facts)
 
 
 def _check_expressible(specs: Sequence[SiteSpec], tensor_names: Sequence[str] | None) -> None:

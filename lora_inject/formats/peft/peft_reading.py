@@ -53,7 +53,8 @@ def refuse_misread(survey: Survey, name: str) -> None:
         if found:
             asked = f"write adapter {name!r}, site {entry.spec.name!r}"
             found = f"PEFT would load it wrong: {found}"
-            raise FormatError(asked, found, 'Write it with format="native"')
+            remedy = 'Write it with format="native": save_adapter(model, path, format="native")'
+            raise FormatError(asked, found, remedy)
 
 
 def refuse_first_places(survey: Survey, sites: Iterable[SiteSpec], asked: str) -> None:
