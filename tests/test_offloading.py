@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import error, fill, same_bits, snapshot
+from helpers.packages import loaded
 from helpers.reference import Block, adapted, config, dense, hold, random
 from torch import nn
 
@@ -97,8 +98,9 @@ def test_training_under_offload_is_never_in_vain() -> None:
     assert all(p.grad is not None for p in li.adapter_parameters(model).values())
 
 
-def test_training_under_the_offload_of_compressed_tensors_is_refused() -> None:
+def test_training_under_the_offload_of_compressed_tensors_is_refused(monkeypatch) -> None:
     """Its cache, in the place of a module's dict of parameters, gives a forward copies."""
+    loaded(monkeypatch, "compressed_tensors.quantization")
     cache = type("OffloadCache", (dict,), {"onload_device": "cuda:0", "offload_device": "cpu"})
     net = li.inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 2, "targets": ["0"]})
     net[0]._parameters = cache(net[0]._parameters)

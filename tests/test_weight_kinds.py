@@ -1,4 +1,4 @@
-"""The table of ways in which a weight is held packed."""
+"""The tables of ways in which a weight is held packed, and of who puts forwards on instances."""
 
 import subprocess
 import sys
@@ -7,8 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from lora_inject.core.layers.forwards import ForwardOwner
 from lora_inject.core.layers.weight_kinds import UNKNOWN, WeightKind, dense, weight_kind
-from lora_inject.core.spec.rooms import WEIGHT_KINDS, WEIGHT_KINDS_OF_ANY, standing_at
+from lora_inject.core.spec.rooms import (
+    FORWARD_OWNERS,
+    WEIGHT_KINDS,
+    WEIGHT_KINDS_OF_ANY,
+    standing_at,
+)
 
 LIFE = """
 import sys, torch, lora_inject as li
@@ -21,7 +27,8 @@ li.merge(net)
 li.unmerge(net)
 dict(li.merged_weights(net, dequantize="bfloat16"))
 li.eject(net)
-print([name for name in sys.modules if name.startswith("lora_inject.quantized")])
+rooms = ("lora_inject.quantized", "lora_inject.integrations.accelerate")
+print([name for name in sys.modules if name.startswith(rooms)])
 """
 
 
@@ -30,6 +37,12 @@ def test_every_row_names_a_kind_with_nothing_to_remember(path: str) -> None:
     kind = standing_at(path)
     assert issubclass(kind, WeightKind)
     assert kind().__dict__ == {}
+
+
+@pytest.mark.parametrize("path", [path for _, path in FORWARD_OWNERS])
+def test_every_row_names_an_owner_of_forwards_with_nothing_to_remember(path: str) -> None:
+    assert issubclass(standing_at(path), ForwardOwner)
+    assert standing_at(path)().__dict__ == {}
 
 
 def test_a_process_without_a_quantizer_imports_nothing_about_any(tmp_path) -> None:

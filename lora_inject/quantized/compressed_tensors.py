@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lora_inject.core.layers.forwards import ForwardOwner
 from lora_inject.core.layers.weight_kinds import Reason, Verb, WeightKind, defines_forward
 
 _LAYER = ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear")
@@ -40,3 +41,25 @@ class CompressedTensors(WeightKind):
             found = f"{type(module).__name__} quantizes activations as it runs"
             return Reason(found, "Load the base with CompressedTensorsConfig(dequantize=True)")
         return super().why_not(verb, module, weight)
+
+
+class Forwards(ForwardOwner):
+    """A forward on each instance, and Parameters in a cache that stands for their dict."""
+
+    def calls_class(self, module: nn.Module) -> bool:
+        """Return whether the forward is one of compressed-tensors' that does."""
+        function = getattr(module.__dict__["forward"], "__func__", None)
+        while function is not None:
+            owner = getattr(function, "__globals__", {}).get("__name__", "")
+            ours = owner.startswith("compressed_tensors.")
+            if ours and "__class__" in function.__code__.co_names:
+                return True
+            function = getattr(function, "__wrapped__", None)
+        return False
+
+    def offloads(self, module: nn.Module) -> bool:
+        """Return whether its cache (`compressed_tensors.offload.OffloadCache`) has two devices."""
+        held = module._parameters
+        places = (getattr(held, name, "") for name in ("onload_device", "offload_device"))
+        there, kept = (str(place).partition(":")[0] for place in places)
+        return there != kept

@@ -151,7 +151,7 @@ class Attached:
         self.reads: dict[str, dict[str, Entry]] = {}  # by parameter and adapter
         self.flat: set[str] = set()  # names of the adapters' tensors among the parameters
         self._base: tuple[str, ...] = ()  # those of the other parameters
-        self.old_forward: Any = None  # the `_old_forward` that a hook had saved on the module
+        self.old_forward: Any = None  # the forward that a hook had saved on the module
         # For each thread that runs a forward of the module: the effective weights read in it, and
         # the hooks on saved tensors that it was entered with.
         self.running: dict[int, tuple[dict[tuple[str, bool], Tensor], Any]] = {}

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.adapted import Adapted, plain_class
+from lora_inject.core.layers.forwards import has_own_forward, loaded_owners
 from lora_inject.core.layers.kinds import kind_of
 from lora_inject.core.layers.plain_tensors import is_quantized
-from lora_inject.core.layers.reading import has_own_forward
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
 from lora_inject.core.layers.weight_kinds import reason_against
 from lora_inject.core.spec.inventory import Candidate, Geometry, Inventory
@@ -43,7 +43,7 @@ class _Listing:
     Attributes:
         survey: The model.
         read: Modules whose weights their parent reads, by id.
-        hooked: Whether accelerate has put hooks on the model.
+        away: Why weights on the meta device have no values, where a library offloads them.
     """
 
     def __init__(self, survey: Survey) -> None:
@@ -51,7 +51,8 @@ class _Listing:
         modules = [module for _, module in survey.modules]
         readers = (m for m in modules if isinstance(m, READING_PARENTS))
         self.read = {id(child) for reader in readers for child in reader._modules.values()}
-        self.hooked = any("_hf_hook" in module.__dict__ for module in modules)
+        reasons = (owner.away(modules) for owner in loaded_owners())
+        self.away = next((reason for reason in reasons if reason is not None), None)
         self.aliases = self._first_names()
         self.candidates: list[Candidate] = []
         self.others: dict[str, str] = {}
@@ -191,9 +192,8 @@ class _Listing:
             )
         if nn.parameter.is_lazy(parameter):
             return f"{cls} is lazy and not initialized", "Run the model once first"
-        if self.hooked and parameter.device.type == "meta":
-            found = "accelerate has offloaded its weights"
-            return found, "Inject before dispatch_model, or load the model without offload"
+        if parameter.device.type == "meta":
+            return self.away
         return None
 
 

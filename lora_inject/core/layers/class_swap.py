@@ -21,6 +21,7 @@ from lora_inject.core.layers.adapted import (
     selected_forward,
 )
 from lora_inject.core.layers.attached import Attached, attached_to
+from lora_inject.core.layers.forwards import saved_names
 from lora_inject.core.layers.selection import Selection
 from lora_inject.errors import LayerError
 
@@ -61,9 +62,10 @@ def unswap(module: nn.Module) -> None:
     if not isinstance(module, Adapted):
         return  # its class was replaced
     plain = plain_class(type(module))
-    if _is_ours(module.__dict__.get("_old_forward"), module):  # of a hook that came later
-        bound = types.MethodType(plain.forward, module)  # type: ignore[attr-defined]
-        module.__dict__["_old_forward"] = attached.old_forward or bound
+    for key in saved_names():
+        if _is_ours(module.__dict__.get(key), module):  # of a hook that came later
+            bound = types.MethodType(plain.forward, module)  # type: ignore[attr-defined]
+            module.__dict__[key] = attached.old_forward or bound
     if _is_ours(module.__dict__.get("forward"), module):
         # A hook that was removed meanwhile has put our forward back, onto the instance.
         del module.__dict__["forward"]
@@ -75,8 +77,9 @@ def change_plain_class(module: nn.Module, plain: type[nn.Module]) -> None:
     before: Any = plain_class(type(module))
     attached = attached_to(module)
     own, bound = module.__dict__, types.MethodType(plain.forward, module)
-    if getattr(own.get("_old_forward"), "__func__", None) is before.forward:  # a hook's
-        own["_old_forward"] = bound
+    for key in saved_names():
+        if getattr(own.get(key), "__func__", None) is before.forward:
+            own[key] = bound
     if attached is None:
         module.__class__ = plain
         return
@@ -126,12 +129,14 @@ def _with_base(cls: type, old: type, new: type) -> type:
 
 
 def _rebind_hooked_forward(module: nn.Module, attached: Attached) -> None:
-    """Point accelerate's saved `_old_forward` at the swapped class, which it would bypass."""
-    if "forward" in module.__dict__ and "_old_forward" in module.__dict__:
-        saved = module.__dict__["_old_forward"]
-        if attached.old_forward is None and not _is_ours(saved, module):
-            attached.old_forward = saved
-        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
+    """Point the forward that a hook has saved at the swapped class, which it would bypass."""
+    if "forward" not in module.__dict__:
+        return
+    for key in saved_names():
+        if (saved := module.__dict__.get(key)) is not None:
+            if attached.old_forward is None and not _is_ours(saved, module):
+                attached.old_forward = saved
+            module.__dict__[key] = types.MethodType(type(module).forward, module)
 
 
 def check_swappable(module: nn.Module, asked: str) -> None:

@@ -25,6 +25,7 @@ from lora_inject.core.layers.attached import (
     refuse_mixed,
 )
 from lora_inject.core.layers.checkpointing import refuse_dead_checkpoint
+from lora_inject.core.layers.forwards import has_own_forward, refuse_offloaded
 from lora_inject.core.layers.plain_tensors import PLAIN, reads_as_sum
 from lora_inject.core.layers.readers import computes, running_module
 from lora_inject.core.layers.sending import sent_once
@@ -38,41 +39,6 @@ _is_tracing: Callable[[], bool] = (
     or look_up("torch.fx._symbolic_trace.is_fx_tracing")
     or (lambda: False)
 )
-
-
-def has_own_forward(module: nn.Module) -> bool:
-    """Return whether the instance has a forward, and one that does not call that of its class.
-
-    Those of accelerate, which are rebound, and of compressed-tensors call it.
-    """
-    own = module.__dict__
-    return "forward" in own and "_old_forward" not in own and not _calls_class(own["forward"])
-
-
-def _calls_class(forward: Any) -> bool:
-    """Whether a forward is one of compressed-tensors' that calls the forward of the class."""
-    function = getattr(forward, "__func__", None)
-    while function is not None:
-        owner = getattr(function, "__globals__", {}).get("__name__", "")
-        if owner.startswith("compressed_tensors.") and "__class__" in function.__code__.co_names:
-            return True
-        function = getattr(function, "__wrapped__", None)
-    return False
-
-
-def refuse_offloaded(module: nn.Module) -> None:
-    """Raise if accelerate or compressed-tensors offloads a module: gradients of copies are lost."""
-    hook, held = module.__dict__.get("_hf_hook"), module._parameters
-    hooks = getattr(hook, "hooks", (hook,))  # accelerate.hooks.SequentialHook, or one hook
-    # compressed_tensors.offload.OffloadCache, which stands for the dict
-    places = (getattr(held, name, "") for name in ("onload_device", "offload_device"))
-    there, kept = (str(place).partition(":")[0] for place in places)
-    if there != kept or any(getattr(h, "offload", False) for h in hooks):
-        raise LayerError(
-            f"training an adapter on a {type(module).__name__} that is offloaded",
-            "its forward gets copies of all parameters, whose gradients are lost",
-            "Train without offload; for inference call model.eval()",
-        )
 
 
 def refuse_symbolic_trace() -> None:
@@ -101,8 +67,7 @@ class Reading(nn.Module):
         if not self.training or torch.compiler.is_compiling():
             return
         if torch.is_grad_enabled():
-            if "_hf_hook" in self.__dict__ or type(self._parameters) is not dict:
-                refuse_offloaded(self)
+            refuse_offloaded(self)
         elif any(t.requires_grad for t in tensors):
             refuse_dead_checkpoint()
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.spec.rooms import WEIGHT_KINDS, WEIGHT_KINDS_OF_ANY, standing_at
+from lora_inject.core.spec.rooms import WEIGHT_KINDS, WEIGHT_KINDS_OF_ANY, the_one
 
 Verb = Literal["inject", "train", "norms", "merge", "dequantize", "replace", "requantize"]
 """What somebody wants to do with a weight.
@@ -172,8 +172,6 @@ UNKNOWN = WeightKind()
 """What nobody knows how to unpack."""
 
 
-_MADE: dict[str, WeightKind] = {}  # the objects, by where their class stands
-
 REGISTERED: list[WeightKind] = []
 """Kinds from outside, asked before the rows, the newest first."""
 
@@ -198,14 +196,7 @@ def register_weight_kind(kind: type[WeightKind]) -> type[WeightKind]:
 def loaded_kinds() -> tuple[WeightKind, ...]:
     """Return the kinds of all libraries that are loaded, those from outside first."""
     paths = dict.fromkeys(path for library, path in WEIGHT_KINDS if library in sys.modules)
-    return (*REGISTERED, *map(_kind_at, paths))
-
-
-def _kind_at(path: str) -> WeightKind:
-    """Return the one object of a class, which a compiled forward finds made: it cannot import."""
-    if path not in _MADE:
-        _MADE[path] = standing_at(path)()
-    return _MADE[path]
+    return (*REGISTERED, *map(the_one, paths))
 
 
 def weight_kind(module: nn.Module, weight: Tensor) -> WeightKind:
@@ -213,7 +204,7 @@ def weight_kind(module: nn.Module, weight: Tensor) -> WeightKind:
     for kind in loaded_kinds():
         if kind.matches(module, weight):
             return kind
-    own = (_kind_at(path) for path in WEIGHT_KINDS_OF_ANY)
+    own = (the_one(path) for path in WEIGHT_KINDS_OF_ANY)
     return next((kind for kind in own if kind.matches(module, weight)), UNKNOWN)
 
 

@@ -48,6 +48,16 @@ WEIGHT_KINDS_OF_ANY = (
 """Those of whatever library, asked last."""
 
 
+FORWARD_OWNERS = (
+    ("accelerate.hooks", "lora_inject.integrations.accelerate:Hooks"),
+    ("compressed_tensors.quantization", f"{_QUANTIZED}.compressed_tensors:Forwards"),
+)
+"""Who puts forwards onto instances: a module of the library that has to be loaded, and the class
+that knows it (`core/layers/forwards.py`)."""
+
+_MADE: dict[str, Any] = {}  # the objects that `the_one` has made
+
+
 def room(name: str) -> Any:
     """Return the module that answers.
 
@@ -67,3 +77,10 @@ def standing_at(path: str) -> Any:
     """
     module, _, name = path.partition(":")
     return getattr(import_module(module), name)
+
+
+def the_one(path: str) -> Any:
+    """Return the one object of a class, which a compiled forward finds made: it cannot import."""
+    if path not in _MADE:
+        _MADE[path] = standing_at(path)()
+    return _MADE[path]
