@@ -351,7 +351,7 @@ def test_inspect_prints_one_line_a_kind_or_each_site_and_the_totals(run, files):
     assert lines[1].split() == ["kind", "shape", "rank", "scale", "|A|", "|B|", "|delta|"]
     assert lines[2] == "transformer.h.{0..1}.attn.c_attn x2"
     assert lines[3].split()[:8] == ["conv1d", "16", "->", "48", "[q,", "v]", "2", "2"]
-    assert lines[-1] == "4 sites: 576 in A and B; base known by 4 tensors; finite"
+    assert lines[-1] == "4 sites: 576 in A and B; base known by 29 tensors; finite"
     each = run("inspect", files.one, "--all").out
     assert "transformer.h.1.attn.c_attn\n" in each
 
