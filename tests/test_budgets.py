@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,13 @@ PACKAGE = Path(lora_inject.__file__).parent
 
 # Stage -> lines of the package that it may load.
 LINES = {
-    "config": 2_100,
-    "forward": 8_150,
-    "activate": 7_950,
-    "inject": 15_950,
-    "merge": 12_800,
-    "save, load": 15_950,
-    "life": 17_250,
+    "config": 2_150,
+    "forward": 7_300,
+    "activate": 7_500,
+    "inject": 13_500,
+    "merge": 9_250,
+    "save, load": 13_500,
+    "life": 15_250,
 }
 STAGES = {
     "config": "from lora_inject import Config",
@@ -81,6 +82,7 @@ LIBRARIES = re.compile(
 )
 
 
+@cache
 def loaded_by(code: str) -> dict[str, int]:
     """Files of the package that a program loads, below the package, with their lines."""
     command = [sys.executable, "-c", code + LOADED]
@@ -157,15 +159,22 @@ def test_a_verb_loads_no_more_of_the_package_than_its_budget(stage: str) -> None
     assert n_lines(loaded_by(STAGES[stage]), LINES[stage]) == ""
 
 
+def test_a_plain_life_loads_none_of_what_is_known_of_other_libraries() -> None:
+    rooms = {name.partition("/")[0] for name in loaded_by(STAGES["life"])}
+    assert not rooms & {"algebra", "analysis", "checkpoint", "cli", "formats", "quantized"}
+    known = {name for name in loaded_by(STAGES["life"]) if name.startswith("integrations/")}
+    assert known <= {"integrations/__init__.py", "integrations/libraries.py"}
+
+
 def test_few_functions_have_more_than_ten_branches() -> None:
     tall = tall_functions(sources())
-    assert len(tall) <= 110, tall
+    assert len(tall) <= 100, tall
 
 
 def test_few_public_names_have_two_homes() -> None:
     homes = public_names(sources())
     twice = {n: where for n, where in homes.items() if len(where) > 1 and n not in FORMAT_VERBS}
-    assert len(twice) <= 30, twice
+    assert len(twice) <= 34, twice
 
 
 def test_few_lines_look_at_the_stack_or_at_what_torch_keeps_private() -> None:
@@ -177,7 +186,7 @@ def test_few_lines_look_at_the_stack_or_at_what_torch_keeps_private() -> None:
 def test_few_files_of_the_core_name_another_library() -> None:
     core = {name: text for name, text in sources().items() if name.startswith("core/")}
     naming = [name for name, text in core.items() if LIBRARIES.search(text)]
-    assert len(naming) <= 23, naming
+    assert len(naming) <= 20, naming
 
 
 def test_the_measures_see_what_they_are_for() -> None:

@@ -45,18 +45,6 @@ TO_CUT = {
     "core.layers.readers imports experts.lazy",
     "core.layers.reading imports checks.moving_buffers",
     "core.layers.reading imports experts.lazy",
-    "core.model.attach imports checks.reached",
-    "core.model.attach imports distributed.sharding",
-    "core.model.attach imports integrations.stand_ins",
-    "core.model.eject imports distributed.sharding",
-    "core.model.eject imports integrations.stand_ins",
-    "core.model.fit_state imports formats.older_names",
-    "core.model.inject imports distributed.sharding",
-    "core.model.merge_targets imports distributed.sharding",
-    "core.model.save imports checks.reached",
-    "core.model.save imports distributed.sharding",
-    "core.model.swap imports distributed.sharding",
-    "core.model.train imports distributed.sharding",
 }
 
 # What costs seconds, or need not be installed, is imported where it is used.

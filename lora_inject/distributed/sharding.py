@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Set
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -34,6 +34,14 @@ def sharded_by(tensor: Tensor) -> str | None:
     if hasattr(tensor, "ds_id"):
         return "DeepSpeed ZeRO-3"
     return None
+
+
+def before_attach(survey: Survey, asked: str, *, loads: bool) -> None:
+    """Refuse a model that is spread over processes, but for a load onto FSDP2's."""
+    if loads and fsdp2_modules(survey):
+        before_read(survey)
+    else:
+        refuse_sharded(survey, asked)
 
 
 def refuse_sharded(survey: Survey, asked: str) -> None:
@@ -96,7 +104,7 @@ def _wrappers_around(survey: Survey) -> list[Any]:
 _REDUCED: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
 
 
-def refuse_unreduced(survey: Survey, parameters: Iterable[nn.Parameter], asked: str) -> None:
+def before_train(survey: Survey, parameters: Iterable[nn.Parameter], asked: str) -> None:
     """Raise if parameters are to train that a wrapper around them would not reduce.
 
     Called before each change of what trains: what trains at the first call did so when it was made.
@@ -125,7 +133,13 @@ def writes_here(survey: Survey) -> bool:
     return not is_sharded(survey) or torch.distributed.get_rank() == 0
 
 
-def reshard(survey: Survey) -> None:
+def after_save(survey: Survey) -> None:
+    """Wait until the process that writes has written."""
+    if is_sharded(survey):
+        torch.distributed.barrier()
+
+
+def before_read(survey: Survey) -> None:
     """Reshard FSDP2 modules: parameters that a forward left gathered are copies."""
     for module in fsdp2_modules(survey):
         module.reshard()
@@ -137,11 +151,20 @@ def fsdp2_modules(survey: Survey) -> list[Any]:
     return [module for _, module in survey.modules if isinstance(module, fsdp)]
 
 
-def check_shardable(
-    survey: Survey, asked: str, found: Iterable[Carried], tied: Callable[[Carried], Hashable]
+def before_load(
+    survey: Survey, name: str, found: Iterable[Carried], tied: Callable[[Carried], Hashable]
 ) -> None:
-    """Check that FSDP2 can shard a new adapter with its layers, before anything is changed."""
-    groups = {id(module): module for module in fsdp2_modules(survey)}
+    """Check that FSDP2, if it is there, can shard a new adapter with its layers."""
+    if groups := {id(module): module for module in fsdp2_modules(survey)}:
+        _check_shardable(groups, f"adapter {name!r}", found, tied)
+
+
+def _check_shardable(
+    groups: Mapping[int, nn.Module],
+    asked: str,
+    found: Iterable[Carried],
+    tied: Callable[[Carried], Hashable],
+) -> None:
     inside = {id(module) for group in groups.values() for module in group.modules()}
     holders: dict[Hashable, nn.Module] = {}
     for place in found:
@@ -162,8 +185,25 @@ def check_shardable(
         raise LayerError(f"{asked}, {place.name!r}", reason, remedy)
 
 
-def shard_adapter(survey: Survey, name: str) -> None:
-    """Shard the tensors of an adapter that was just put on, layer by layer."""
+def before_eject(survey: Survey, gone: Set[str]) -> None:
+    """Refuse to eject an adapter in FSDP2's groups: each forward would put it back."""
+    before_read(survey)
+    for path, module, entry in entries(survey) if fsdp2_modules(survey) else ():
+        if entry.adapter in gone and any(map(sharded_by, entry.tensors(module).values())):
+            raise LayerError(
+                f"eject {entry.adapter!r} of {path!r}",
+                "fully_shard holds its tensors, and each forward would put them back",
+                "Call activate(model, None) to compute the base, or eject before fully_shard",
+            )
+
+
+def after_load(survey: Survey, name: str) -> None:
+    """Shard the tensors of an adapter that was just put onto a sharded model, layer by layer."""
+    if fsdp2_modules(survey):
+        _shard_adapter(survey, name)
+
+
+def _shard_adapter(survey: Survey, name: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
     new: dict[nn.Module, set[Any]] = {}
@@ -180,21 +220,16 @@ def shard_adapter(survey: Survey, name: str) -> None:
 
 
 @torch.no_grad()
-def copy_into(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
-    """Write values into Parameters; of sharded ones each process writes its part.
+def write_shard(parameter: Any, value: Tensor) -> None:
+    """Write a whole value into a sharded Parameter, of which each process writes its part.
 
-    Every process has all the values, so nothing is sent.
+    Every process has the value, so nothing is sent.
     """
-    for parameter, value in zip(parameters, values, strict=True):
-        held: Any = parameter
-        if type(held) is not nn.Parameter and hasattr(held, "full_tensor"):
-            from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
-            value = value.detach().to(held.device, held.dtype)  # noqa: PLW2901
-            mesh, placements = held.device_mesh, held.placements
-            held.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))
-        else:
-            parameter.copy_(value)
+    value = value.detach().to(parameter.device, parameter.dtype)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    parameter.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))
 
 
 @torch.no_grad()

@@ -229,7 +229,7 @@ class _OfPeft(_StandIn):
         raise StateError(self.method, found, f"Call {_INSTEAD[self.method]}")
 
 
-def stand_in(modules: Sequence[nn.Module], carrying: Sequence[nn.Module]) -> None:
+def after_attach(modules: Sequence[nn.Module], carrying: Sequence[nn.Module]) -> None:
     """Put what stands in for their methods onto models with adapters, new ones on `carrying`."""
     for module in modules:
         own = module.__dict__
@@ -257,7 +257,7 @@ def _replaceable(module: nn.Module, method: str) -> bool:
     return method not in module.__dict__ and callable(getattr(type(module), method, None))
 
 
-def give_back(modules: Iterable[nn.Module]) -> None:
+def after_eject(modules: Iterable[nn.Module]) -> None:
     """Give models their own methods back where no adapter forbids it any more."""
     listed = list(modules)
     carrying = [module for module in listed if attached_to(module) is not None]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lora_inject.checks.reached import refuse_unreached
 from lora_inject.core.layers.adapted import WeightUpdate
 from lora_inject.core.layers.attached import Attached, Entry, attached_to, attribute, refuse_mixed
 from lora_inject.core.layers.class_swap import check_swappable, swap
@@ -40,21 +39,18 @@ from lora_inject.core.model.carried import (
     roots_of,
     structure_changed,
 )
+from lora_inject.core.model.guards import after, before
 from lora_inject.core.model.train import forget_gradients, trainable_tensors
 from lora_inject.core.spec.names import Below
+from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
-from lora_inject.distributed.sharding import fsdp2_modules, refuse_sharded, reshard
 from lora_inject.errors import LayerError, StateError
-from lora_inject.integrations.stand_ins import stand_in
 
 
 def survey_for(model: nn.Module, name: str, *, loads: bool = False) -> Survey:
     """Return a survey of a model that can take a new adapter of that name now."""
     survey = Survey(model)
-    if loads and fsdp2_modules(survey):
-        reshard(survey)
-    else:
-        refuse_sharded(survey, f"adapter {name!r}")
+    before("attach", survey, f"adapter {name!r}", loads=loads)
     check_new_name(reach(survey.model, survey), name)
     return survey
 
@@ -221,14 +217,14 @@ def attach(
             attached = _put(place, made[key], selection)
             attached.time_major = f"{place.path}.".startswith(survey.time_major)
         structure_changed()
-        stand_in(modules, root.carrying[name])
+        after("attach", modules, root.carrying[name])
         if train:
             begin_training(modules)
         if activate:
             others = {} if train else selection.setting.names  # of other parts of the model
             selection.replace(Mix({**others, name: 1.0}))
         if probe is not None:
-            refuse_unreached(survey.model, probe)
+            room("reached").refuse_unreached(survey.model, probe)
     forget_gradients(holder.tensor for holder in survey.holders)
     forget_gradients(trained if train else ())
 

@@ -20,7 +20,6 @@ from lora_inject.core.model.carried import (
     Root,
     adapted_modules,
     check_names,
-    entries,
     reach,
     records_of,
     refuse_merged,
@@ -28,9 +27,7 @@ from lora_inject.core.model.carried import (
     structure_changed,
     whole_adapter,
 )
-from lora_inject.distributed.sharding import fsdp2_modules, reshard, sharded_by
-from lora_inject.errors import LayerError
-from lora_inject.integrations.stand_ins import give_back
+from lora_inject.core.model.guards import after, before
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -69,7 +66,7 @@ def eject(model: M, name: str | None = None) -> M:
     surveys = [(survey if m is survey.model else Survey(m), r) for m, r in records.values()]
     walked = [survey, *(one for one, _ in surveys)]
     for one in walked:
-        _refuse_fsdp2(one, gone)
+        before("eject", one, gone)
     modules = {id(m): m for one in walked for _, m in one.modules}
     modules |= {id(m): m for _, r in surveys for each in gone for m in r.carrying.get(each, ())}
     values = [value for _, record in surveys for value in (record, record.selection)]
@@ -81,22 +78,10 @@ def eject(model: M, name: str | None = None) -> M:
         for one, record in reversed(surveys):
             _take_off(one, record, gone & record.configs.keys())
         structure_changed()
-        give_back(modules.values())
+        after("eject", modules.values())
         if not any(reach(one.model).names for one in walked):
             end_training(modules.values())
     return model
-
-
-def _refuse_fsdp2(survey: Survey, gone: Set[str]) -> None:
-    """Refuse to eject an adapter in FSDP2's groups: each forward would put it back."""
-    reshard(survey)
-    for path, module, entry in entries(survey) if fsdp2_modules(survey) else ():
-        if entry.adapter in gone and any(map(sharded_by, entry.tensors(module).values())):
-            raise LayerError(
-                f"eject {entry.adapter!r} of {path!r}",
-                "fully_shard holds its tensors, and each forward would put them back",
-                "Call activate(model, None) to compute the base, or eject before fully_shard",
-            )
 
 
 def _take_off(survey: Survey, record: Root, gone: Set[str]) -> None:

@@ -20,13 +20,12 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.kinds import KINDS
 from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.guards import functions
 from lora_inject.core.model.save import base_weights, fingerprint, untouched
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.names import joined, named
-from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, LayerError, nearest
-from lora_inject.formats.older_names import in_names_of
 
 Base = Literal["same", "quantized", "any"]
 # Fields of a site that come from the model, not from the adapter.
@@ -44,7 +43,9 @@ def fit(
 ) -> AdapterState:
     """Return an adapter in the names and the geometry of a model, with the tensors as they are."""
     names, weights = inventory(survey), base_weights(survey)
-    state = in_names_of(survey.model, _without(state, leave_out, asked), weights)
+    state = _without(state, leave_out, asked)
+    for in_names_of in functions("in_names_of"):
+        state = in_names_of(survey.model, state, weights)
     sites = {key: _stack_of_one(site, names) for key, site in state.sites.items()}
     state = dataclasses.replace(state, sites=sites | _under_further_names(sites, names))
     specs = {key: fit_site(site.spec, names, asked) for key, site in state.sites.items()}
@@ -272,7 +273,7 @@ def _vocabulary(survey: Survey) -> set[str]:
 
 def _new_weights(survey: Survey) -> set[str]:
     """Return the parameters that no checkpoint of this model had."""
-    return {name for guard in room("guards").guards() for name in guard.new_weights(survey)}
+    return {name for new_weights in functions("new_weights") for name in new_weights(survey)}
 
 
 def check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked: str) -> None:

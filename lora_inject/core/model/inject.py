@@ -23,6 +23,7 @@ from lora_inject.core.layers.weight_kinds import dense
 from lora_inject.core.model.attach import attach, places, refuse_statistics, survey_for
 from lora_inject.core.model.carried import Carried, reach, records_of
 from lora_inject.core.model.fit_state import Base, fit
+from lora_inject.core.model.guards import after, before, functions
 from lora_inject.core.model.save import model_facts, notes_on_files
 from lora_inject.core.model.train import refuse_dead_inputs
 from lora_inject.core.spec.config import Config, ConfigLike
@@ -31,7 +32,6 @@ from lora_inject.core.spec.names import joined, matching
 from lora_inject.core.spec.plan import Plan
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.distributed.sharding import check_shardable, fsdp2_modules, shard_adapter
 from lora_inject.errors import FormatError, StateError, check_type, user_path
 
 M = TypeVar("M", bound=nn.Module)
@@ -60,7 +60,7 @@ def plan(model: nn.Module, config: ConfigLike) -> Plan:
     survey = Survey(model)
     present = inventory(survey)
     planned = resolve(Config.coerce(config, present, model), present)
-    notes = [note for guard in room("guards").guards() for note in guard.notes_on(survey, planned)]
+    notes = [note for notes_on in functions("notes_on") for note in notes_on(survey, planned)]
     notes += notes_on_files(survey, planned.sites)
     return replace(planned, notes=(*planned.notes, *notes))
 
@@ -109,8 +109,7 @@ def inject(
     refuse_dead_inputs(survey, f"inject {name!r}")
     present = inventory(survey)
     planned = resolve(Config.coerce(config, present, model), present)
-    for guard in room("guards").guards():
-        guard.before_inject(survey, planned, f"inject {name!r}", leave_new=leave_new)
+    before("inject", survey, planned, f"inject {name!r}", leave_new=leave_new)
     named = {
         key: trained.rows for trained in planned.trained for key in survey.names_of(trained.name)
     }
@@ -262,9 +261,7 @@ def _put_on(
     def tied(place: Carried) -> Hashable:
         return id(tensors[place.name][next(iter(place.entry.names))])
 
-    sharded = bool(fsdp2_modules(survey))
-    if sharded:
-        check_shardable(survey, f"adapter {name!r}", found, tied)
+    before("load", survey, name, found, tied)
     there = reach(survey.model, survey)
     active = {each for selection in there.selections for each in selection.setting.names}
     idle = active.isdisjoint({*there.names, name})
@@ -273,8 +270,7 @@ def _put_on(
         remedy = "Choose another name: activating the new one would activate both"
         raise StateError(f"adapter {name!r}", found_there, remedy)
     attach(survey, name, found, given, tied, state.config, activate=idle, train=False)
-    if sharded:
-        shard_adapter(survey, name)
+    after("load", survey, name)
 
 
 def _copied(tensor: Tensor, weight: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ from lora_inject.core.layers.weight_kinds import (
     weight_kind,
 )
 from lora_inject.core.model.carried import whole_adapter
+from lora_inject.core.model.guards import before, sharded_by
 from lora_inject.core.spec.names import joined
-from lora_inject.distributed.sharding import reshard, sharded_by
 from lora_inject.errors import LayerError, StateError
 
 Into = torch.dtype | Literal["same"] | None
@@ -218,7 +218,7 @@ def merge_targets(
 
     `into` is for quantized weights; with a dtype those without an adapter are targets as well.
     """
-    reshard(survey)
+    before("read", survey)
     found: dict[Holder, Target] = {}
     entries: dict[Holder, list[tuple[Entry, float]]] = {}
     for adapter, weight in active:

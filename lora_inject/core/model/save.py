@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.checks.reached import refuse_unused
 from lora_inject.core.adapter.exchange import (
     completed,
     default_format,
@@ -51,10 +50,10 @@ from lora_inject.core.model.carried import (
     roots_of,
     whole_adapter,
 )
+from lora_inject.core.model.guards import after, before, writes_here
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.distributed.sharding import is_sharded, reshard, samples_of_shards, writes_here
 from lora_inject.errors import FormatError, StateError, user_path, within
 
 LATEST = "LATEST"
@@ -96,7 +95,7 @@ def values_on(
     `taken` says what stands in it for a Parameter, given the name of the module, the entry and the
     role.
     """
-    reshard(survey)
+    before("read", survey)
     found: list[tuple[SiteSpec, dict[str, Tensor]]] = []
     biases: dict[str, dict[str, Tensor]] = {}  # of B, by the name of the module
     trained: dict[str, Tensor] = {}
@@ -200,7 +199,9 @@ def fingerprint(
         for name, weight in floats.items()
         if not weight.is_meta and type(weight) in (nn.Parameter, Tensor)
     }
-    known = samples(plain) | samples_of_shards(shards)
+    known = samples(plain)
+    if shards:
+        known |= room("sharding").samples_of_shards(shards)
     return Fingerprint(
         shapes={n: tuple(w.shape) for n, w in weights.items() if n in adapted or n in known},
         samples=known,
@@ -273,8 +274,7 @@ def save_adapter(
         if version is not None:
             replace_file(folder / LATEST, f"{version}\n".encode())
             remove_old_versions(folder, version, keep)
-    if is_sharded(survey):
-        torch.distributed.barrier()
+    after("save", survey)
     return target
 
 
@@ -305,7 +305,7 @@ def refuse_useless(survey: Survey, name: str, state: AdapterState, unused: Seque
             return True
         return not torch.equal(held, item.entry.start(item.weight).to(held.dtype))
 
-    refuse_unused(survey, name, changed, unused, f"save adapter {name!r}")
+    room("reached").refuse_unused(survey, name, changed, unused, f"save adapter {name!r}")
 
 
 def push(
@@ -399,7 +399,7 @@ def adapter_tensors(survey: Survey) -> dict[str, Tensor]:
 
     The keys include the names of wrappers inside the model.
     """
-    reshard(survey)
+    before("read", survey)
     carried = adapted_modules(survey)
     ours = {id(m._parameters[name]) for _, m, attached in carried for name in attached.flat}
     state = survey.model.state_dict(keep_vars=True)

@@ -8,7 +8,7 @@ write.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from functools import partial
 from os import PathLike
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import reach, records_of, refuse_merged
 from lora_inject.core.model.fit_state import Base, check_base, check_base_copies
 from lora_inject.core.model.save import base_weights, model_facts, values_on
-from lora_inject.distributed.sharding import copy_into
+from lora_inject.core.spec.rooms import room
 from lora_inject.errors import FormatError, LayerError, nearest
 
 M = TypeVar("M", bound=nn.Module)
@@ -104,10 +104,20 @@ def swap_adapter(
     values = [*map(in_memory, values)]  # of a file, read before the first write
     for selection in selections:
         selection.note(name)
-    copy_into(into, values)
+    _write(into, values)
     for _, root in records_of(survey, name):
         root.configs[name] = state.config
     return model
+
+
+@torch.no_grad()
+def _write(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Write values into Parameters; of a sharded one each process writes its part."""
+    for parameter, value in zip(parameters, values, strict=True):
+        if type(parameter) is not nn.Parameter and hasattr(parameter, "full_tensor"):
+            room("sharding").write_shard(parameter, value)
+        else:
+            parameter.copy_(value)
 
 
 def _in_names_of(state: AdapterState, slot: AdapterState, asked: str) -> dict[str, SiteState]:

@@ -29,8 +29,8 @@ from lora_inject.core.model.carried import (
     records_of,
     refuse_merged,
 )
+from lora_inject.core.model.guards import before
 from lora_inject.core.spec.names import joined
-from lora_inject.distributed.sharding import refuse_unreduced, reshard
 from lora_inject.errors import LayerError, StateError, check_type
 
 
@@ -59,7 +59,7 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
     records = [record for name in wanted for _, record in records_of(survey, name)]
     parameters = [(entry.adapter in wanted, p) for _, entry, _, p in trainable_tensors(survey)]
     asked = f"train_only {', '.join(map(repr, sorted(wanted)))}"
-    refuse_unreduced(survey, (p for trains, p in parameters if trains), asked)
+    before("train", survey, [p for trains, p in parameters if trains], asked)
     with all_or_nothing((module for _, module, _ in adapted_modules(survey)), records):
         for trains, parameter in parameters:
             parameter.requires_grad_(trains)
@@ -105,7 +105,7 @@ def trainable_tensors(
     survey: Survey, name: str | None = None
 ) -> Iterator[tuple[str, Entry, str, nn.Parameter]]:
     """Yield `(key, entry, role, Parameter)` of what may train of one adapter, or of all."""
-    reshard(survey)
+    before("read", survey)
     for path, module, entry in entries(survey, name):
         site = path if entry.spec is None else entry.spec.name
         for role, flat in entry.names.items():

@@ -14,8 +14,10 @@ ROOMS = {
     "formats": "lora_inject.formats",
     "from_peft": "lora_inject.formats.from_peft",
     "graphs": "lora_inject.compiled.graphs",
-    "guards": "lora_inject.integrations.guards",
+    "guards": "lora_inject.integrations.libraries",
     "hub": "lora_inject.formats.hub",
+    "reached": "lora_inject.checks.reached",
+    "sharding": "lora_inject.distributed.sharding",
 }
 """What is asked for, to the module that answers."""
 
