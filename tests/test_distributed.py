@@ -325,6 +325,91 @@ def tp_plan(rank: int, model: Any) -> dict[str, Any]:
     return found | train(plain, plain, [IDS])
 
 
+class Small(nn.Module):
+    """Without buffers, which `to_empty` empties and no state dict has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(17, 8), nn.LayerNorm(8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.head = nn.Linear(8, 17)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm(self.embed(ids))
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return self.head(x).tanh()  # FSDP2 wants no view
+
+
+META: dict[str, Any] = {
+    "lora": {"rank": 2, "targets": [r"layers\.\d", "embed"], "train": ["norm"]},
+    "read": {"rank": 2, "targets": [r"layers\.\d\.weight"], "tokens": {"embed": [1, 2]}},
+    "dora": {"rank": 2, "targets": [r"layers\.\d"], "variant": "dora"},
+}
+
+
+def small() -> Small:
+    torch.manual_seed(3)
+    return Small().double()
+
+
+def small_steps(model: nn.Module, forwards: Callable[[], list[Tensor]]) -> dict[str, Tensor]:
+    parameters = li.adapter_parameters(model)
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
+    for _ in range(STEPS):
+        losses = [logits.square().mean() for logits in forwards()]
+        (torch.stack(losses).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {key: whole(p) for key, p in parameters.items()}
+
+
+def fsdp_on_meta(rank: int, model: Any) -> dict[str, Any]:
+    """Inject on meta, shard, get memory, load the base: the order of large models."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,))
+    found: dict[str, Any] = {}
+    for name, config in META.items():
+        for way in ("distributed by hand", "by torch's own function"):
+            with torch.device("meta"):
+                model = li.inject(Small().double(), config)
+            for layer in model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            model.to_empty(device="cpu")
+            base = small().state_dict()
+            refused = ""
+            if way.startswith("distributed"):
+                refused = said(lambda model=model: model(IDS))
+                held = model.state_dict()
+                shards = {
+                    key: distribute_tensor(t, mesh, held[key].placements) for key, t in base.items()
+                }
+                model.load_state_dict(shards)
+            else:
+                options = StateDictOptions(full_state_dict=True, strict=False)
+                set_model_state_dict(model, base, options=options)
+            started = {key: whole(p) for key, p in li.adapter_parameters(model).items()}
+            first = model(IDS).detach()
+            li.swap_adapter(model, li.adapter_state(small_with(config)))
+            trained = small_steps(model, lambda model=model: [model(mine(rank))])
+            found[f"{name}, {way}"] = (refused, started, first, trained)
+    return found
+
+
+def small_with(config: dict[str, Any]) -> nn.Module:
+    """The small model with an adapter whose tensors are all random."""
+    model = li.inject(small(), config)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in li.adapter_parameters(model).values():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model
+
+
 def saved_by_all(rank: int, model: Any) -> dict[str, Any]:
     """Every process saves, at once or later, or the first one alone."""
     wrapped = nn.parallel.DistributedDataParallel(model)
@@ -381,6 +466,7 @@ JOBS = {
     "tensor parallel": (tensor_parallel, TENSOR),
     "tp_plan": (tp_plan, FORWARD),
     "saved by all": (saved_by_all, CONFIG),
+    "on meta": (fsdp_on_meta, FORWARD),
 }
 
 
@@ -558,6 +644,30 @@ def test_transformers_tensor_parallelism_is_refused_with_the_order_that_works(ra
         assert "is sharded by" in found["refused"]
         assert "transformers: load without tp_plan" in found["refused"]
         compare(found, wanted)
+
+
+def test_fsdp_with_meta_initialization_equals_one_process(ranks: Any) -> None:
+    for name, config in META.items():
+        model = small_with(config)
+        wanted = small_steps(model, lambda model=model: [model(mine(0)), model(mine(1))])
+        fresh = li.adapter_parameters(li.inject(small(), config))
+        for way in ("distributed by hand", "by torch's own function"):
+            one, two = (rank["on meta"][f"{name}, {way}"] for rank in ranks)
+            for refused, started, first, trained in (one, two):
+                asked = way.startswith("distributed")
+                assert ("made on the meta device or emptied" in refused) == asked
+                assert far(first, small()(IDS).detach()) < TOLERANCE
+                assert started.keys() == fresh.keys()
+                for key, parameter in fresh.items():
+                    assert started[key].shape == parameter.shape
+                    if not key.endswith(("lora_A", "lora_B")) or not parameter.any():
+                        torch.testing.assert_close(started[key], parameter.detach())
+                    else:
+                        assert started[key].std() > 0
+                        assert len(started[key].unique()) == started[key].numel()
+                for key, tensor in wanted.items():
+                    assert far(trained[key], tensor) < TOLERANCE, key
+            assert all(torch.equal(one[1][key], two[1][key]) for key in fresh)
 
 
 def test_whichever_process_saves_there_is_one_adapter(ranks: Any, folder: Path) -> None:

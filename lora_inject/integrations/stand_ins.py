@@ -28,7 +28,6 @@ from lora_inject.core.adapter.exchange import write_adapter
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.disk import replace_file
 from lora_inject.core.layers.attached import attached_to
-from lora_inject.core.layers.forms import forms_as_tensors
 from lora_inject.core.layers.survey import Survey, base_parameters
 from lora_inject.core.model.carried import reach
 from lora_inject.core.model.save import adapter_tensors, facts_for, read_off, refuse_useless
@@ -120,6 +119,8 @@ class _SaveAdapters(_StandIn):
                 key: given.get(key, tensor).detach().to("cpu", copy=True).contiguous()
                 for key, tensor in adapter_tensors(survey).items()
             }
+            from lora_inject.core.layers.forms import forms_as_tensors
+
             tensors |= forms_as_tensors(survey.model)
             data = safetensors.torch.save(tensors, {"format": "pt"})
             replace_file(place / "model.safetensors", data)

@@ -23,17 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import held_by
-from lora_inject.core.layers.forms import (
-    form_key,
-    note,
-    refuse_merged_dict,
-    refuse_merged_weights,
-    refuse_unlike,
-    watch_loading,
-)
+from lora_inject.core.layers.loading import watch_loading
 from lora_inject.core.layers.readers import RECURRENT
 from lora_inject.core.layers.reading import Reading, cached_forward, weight_property
 from lora_inject.core.layers.selected import Mix
+from lora_inject.core.layers.valueless import EMPTYING, moved
 from lora_inject.core.spec.inventory import Geometry
 from lora_inject.errors import LayerError
 
@@ -126,6 +120,7 @@ class Adapted(Reading):
         super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
         for name in self._lora.flat:
             self._lora.selection.extend_to(held_by(self)[name].device)
+        moved(self, emptied=getattr(fn, "__code__", None) in EMPTYING)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -133,6 +128,8 @@ class Adapted(Reading):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         noted = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if noted is not None:
+            from lora_inject.core.layers.forms import note  # no part of a forward
+
             note(self._lora, noted)
 
     def _load_from_state_dict(
@@ -146,13 +143,19 @@ class Adapted(Reading):
         error_msgs: list[str],
     ) -> None:
         """Let a plain base checkpoint load strictly; half an adapter is still missing keys."""
-        refuse_merged_weights(self._lora)
-        refuse_merged_dict(local_metadata)
-        named = {key: key for key in state_dict}
-        refuse_unlike(prefix[:-1], self._lora, named, state_dict, local_metadata)
+        from lora_inject.core.layers.forms import form_key, refuse_unfit
+
+        refuse_unfit(self, prefix, state_dict, local_metadata)
+        waits = bool(self._lora.valueless or self._lora.by_reset)
+        if waits:
+            from lora_inject.core.layers.starting import loaded, names_given
+
+            given = names_given(self, state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if waits:
+            loaded(self, given)
         forms = {prefix + form_key(entry) for entry in self._lora.entries()}
         unexpected_keys[:] = [key for key in unexpected_keys if key not in forms]
         by_adapter: dict[str, list[str]] = {}
@@ -257,6 +260,8 @@ def adapted_class(
             "__doc__": plain.__doc__,
             **(RECURRENT if issubclass(plain, nn.RNNBase) else {}),
         }
+        if callable(getattr(plain, "reset_parameters", None)):
+            namespace["reset_parameters"] = _resetting(plain)
         if mixin is WeightUpdate:
             namespace["forward"] = selected_forward(plain)
             namespace["_lora_cached"] = cached_forward(plain)
@@ -267,6 +272,21 @@ def adapted_class(
             found = _in_layout_of(plain, found, namespace)
         _CLASSES[key] = found
     return found
+
+
+def _resetting(plain: Any) -> Callable[..., Any]:
+    """Return the `reset_parameters` of a swapped class."""
+
+    @functools.wraps(plain.reset_parameters)
+    def reset_parameters(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = plain.reset_parameters(self, *args, **kwargs)
+        if self.__dict__["_lora"].valueless:
+            from lora_inject.core.layers.starting import reset
+
+            reset(self)
+        return result
+
+    return reset_parameters
 
 
 def _layout(cls: type) -> type:

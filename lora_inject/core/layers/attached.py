@@ -164,6 +164,11 @@ class Attached:
         # while this one did not run.
         self.took_part: frozenset[str] = frozenset()
         self.read_from_outside: frozenset[str] = frozenset()
+        # Marks of the entries that have no values, of those of them that have memory; and of those
+        # that `reset_parameters` started from W, with the versions of their tensors.
+        self.valueless: frozenset[str] = frozenset()
+        self.garbage: frozenset[str] = frozenset()
+        self.by_reset: Mapping[str, tuple[int, ...]] = {}
         # One object, which another thread cannot change between two reads.
         self.last_chosen: tuple[Selected | None, tuple[Recipe, ...]] = NOTHING
 
@@ -195,6 +200,8 @@ class Attached:
         self.reads = {param: table for param, table in self.reads.items() if table}
         self.took_part = self.took_part.difference(entry.mark for entry in removed)
         self.given = self.given.difference(entry.mark for entry in removed)
+        self.valueless = self.valueless.difference(entry.mark for entry in removed)
+        self.garbage &= self.valueless
         self.flat.difference_update(*(entry.names.values() for entry in removed))
         self.last_chosen = NOTHING
         self.float32 = self.float32 and any(map(_in_float32, self.forward.values()))
@@ -225,6 +232,9 @@ class Attached:
 
     def recipes(self, mix: Selected) -> tuple[Recipe, ...]:
         """Return the updates on the output that take part under a mix."""
+        if self.garbage:
+            taking = (self.forward[name] for name in mix.names if name in self.forward)
+            self.refuse_garbage(taking, "a forward")
         return tuple(
             recipe
             for name, weight in mix.names.items()
@@ -249,7 +259,23 @@ class Attached:
 
     def used(self, entries: Iterable[Entry]) -> None:
         """Note that entries take part in a forward."""
-        self.took_part = self.took_part.union(entry.mark for entry in entries)
+        taking = list(entries)
+        self.refuse_garbage(taking, "a forward")
+        self.took_part = self.took_part.union(entry.mark for entry in taking)
+
+    def refuse_garbage(self, entries: Iterable[Entry], asked: str) -> None:
+        """Raise if entries have memory that nobody has written to."""
+        for entry in entries if self.garbage else ():
+            if entry.mark in self.garbage:
+                site = entry.param if entry.spec is None else entry.spec.name
+                raise LayerError(
+                    f"{asked} with adapter {entry.adapter!r} at {site!r}",
+                    "its tensors were made on the meta device or emptied by to_empty(), and "
+                    "nothing has started or loaded them since",
+                    "Load the base with load_state_dict, which starts them, call "
+                    "reset_parameters() of the layer, or write an adapter's values with "
+                    "swap_adapter",
+                )
 
     def reads_so_far(self) -> dict[tuple[str, bool], Tensor] | None:
         """Return the values that were read in the running forward, for the next reads in it.

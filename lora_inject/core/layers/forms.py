@@ -13,7 +13,6 @@ the adapter already. So:
 
 from __future__ import annotations
 
-import functools
 import math
 import zlib
 from collections.abc import Iterator, Mapping
@@ -71,29 +70,12 @@ def note(attached: Attached, noted: dict[str, Any]) -> None:
     attached.given |= noted[FORMS].keys()
 
 
-@functools.cache
-def watch_loading() -> None:
-    """Compare, from now on, before `load_state_dict` of modules with adapters writes anything.
-
-    A module's own hook is called too late, after its predecessors in the parent were written, and
-    no module knows its parents. So torch's function is wrapped with the first swapped class.
-    """
-    load = nn.Module.load_state_dict
-
-    @functools.wraps(load)
-    def asked_first(self: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        refuse_other_forms(self, state_dict)
-        return load(self, state_dict, *args, **kwargs)
-
-    nn.Module.load_state_dict = asked_first  # type: ignore[method-assign]
-
-
 def refuse_other_forms(model: nn.Module, state_dict: Any) -> None:
     """Raise if a state dict may not be loaded into the adapters of a model, and their base."""
     modules = model.named_modules(remove_duplicate=False)
-    there = [(path, held) for path, module in modules if (held := attached_to(module)) is not None]
-    for _, attached in there:
-        refuse_merged_weights(attached)
+    there = [(path, module) for path, module in modules if attached_to(module) is not None]
+    for _, module in there:
+        refuse_merged_weights(module)
     if not there or not isinstance(state_dict, Mapping):
         return
     metadata = getattr(state_dict, "_metadata", None) or {}
@@ -101,9 +83,9 @@ def refuse_other_forms(model: nn.Module, state_dict: Any) -> None:
         refuse_merged_dict(noted)
     keys = {canonical(key): key for key in state_dict}
     here: dict[str, set[str]] = {}
-    for path, attached in there:
-        refuse_unlike(canonical(path), attached, keys, state_dict, metadata.get(path, {}))
-        for entry in attached.entries():
+    for path, module in there:
+        refuse_unlike(canonical(path), module, keys, state_dict, metadata.get(path, {}))
+        for entry in _entries(module):
             forms = here.setdefault(entry.adapter, set())
             forms.add(joined(canonical(path), form_key(entry)))
     for adapter, forms in here.items():
@@ -117,9 +99,25 @@ def refuse_other_forms(model: nn.Module, state_dict: Any) -> None:
             raise StateError(_ASKED, found, _SAME)
 
 
-def refuse_merged_weights(attached: Attached) -> None:
+def refuse_unfit(
+    module: nn.Module, prefix: str, state_dict: Mapping[str, Any], noted: Mapping[str, Any]
+) -> None:
+    """Raise if a module may not take its part of a state dict, whoever loads it."""
+    refuse_merged_weights(module)
+    refuse_merged_dict(noted)
+    refuse_unlike(prefix[:-1], module, {key: key for key in state_dict}, state_dict, noted)
+
+
+def _entries(module: nn.Module) -> Iterator[Entry]:
+    attached = attached_to(module)
+    assert attached is not None
+    return attached.entries()
+
+
+def refuse_merged_weights(module: nn.Module) -> None:
     """Raise if the weights of a module hold a merged adapter."""
-    if attached.selection.merged:
+    attached = attached_to(module)
+    if attached is not None and attached.selection.merged:
         raise StateError(
             _ASKED,
             "the weights hold a merged adapter, and unmerge would write over what is loaded",
@@ -140,7 +138,7 @@ def refuse_merged_dict(noted: Mapping[str, Any]) -> None:
 
 def refuse_unlike(
     path: str,
-    attached: Attached,
+    module: nn.Module,
     keys: Mapping[str, str],
     state_dict: Mapping[str, Any],
     noted: Mapping[str, Any],
@@ -149,10 +147,12 @@ def refuse_unlike(
 
     `keys` are those of the dict by their canonical names; `noted` is the module's metadata.
     """
-    forms = noted.get(FORMS, {})
+    forms, attached = noted.get(FORMS, {}), attached_to(module)
+    assert attached is not None
     for entry in attached.entries():
-        names = [joined(path, flat) for flat in entry.names.values()]
-        held = next((name for name in names if name in keys), None)
+        names = {joined(path, flat): tensor for flat, tensor in _flat(entry, module)}
+        foreign = (n for n, own in names.items() if n in keys and not _is(own, state_dict[keys[n]]))
+        held = next(foreign, None)
         _, *form = forms.get(entry.mark, [""])
         if (carried := joined(path, form_key(entry))) in keys:
             form = _numbers(state_dict[keys[carried]])
@@ -169,6 +169,30 @@ def refuse_unlike(
         for what, theirs, ours in _differences(Form(*form), form_of(entry)):
             found = f"its adapter has {what} {theirs} in the state dict, and {ours} here"
             raise StateError(f"{_ASKED}, {held!r}", found, _SAME)
+
+
+def _flat(entry: Entry, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name in the module and the tensor of each role of an entry."""
+    for role, tensor in entry.tensors(module).items():
+        yield entry.names[role], tensor
+
+
+def is_own(module: nn.Module, flat: str, tensor: Any) -> bool:
+    """Return whether a tensor of a state dict is the module's own, which gives it no values.
+
+    torch's `set_model_state_dict` fills a dict with what the model has.
+    """
+    return _is(module._parameters[flat], tensor)
+
+
+def _is(own: Any, tensor: Any) -> bool:
+    mine, given = (getattr(t, "_local_tensor", t) for t in (own, tensor))
+    if mine is given:
+        return True
+    plain = isinstance(mine, Tensor) and isinstance(given, Tensor)
+    if not plain or mine.is_meta or given.is_meta or not mine.numel():
+        return False
+    return bool(mine.data_ptr() == given.data_ptr() and mine.shape == given.shape)
 
 
 def _differences(theirs: Form, ours: Form) -> Iterator[tuple[str, str, str]]:

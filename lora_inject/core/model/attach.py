@@ -24,6 +24,7 @@ from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.selection import Selection
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.valueless import moved
 from lora_inject.core.layers.weight_kinds import (
     begin_training,
     weight_kind,
@@ -237,6 +238,8 @@ def _put(place: Carried, parameters: Mapping[str, nn.Parameter], selection: Sele
         module._parameters[flat] = parameters[role]
         selection.extend_to(parameters[role].device)
     attached.add(entry)
+    if any(parameter.is_meta for parameter in parameters.values()):
+        moved(module, emptied=False)
     return attached
 
 

@@ -9,17 +9,15 @@ from os import PathLike
 from os.path import lexists
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.exchange import detected, format_of, read_adapter
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import in_memory
-from lora_inject.core.functional import master_dtype, norms_of
+from lora_inject.core.functional import master_dtype
 from lora_inject.core.layers.candidates import inventory
-from lora_inject.core.layers.plain_tensors import is_quantized
+from lora_inject.core.layers.first_values import first_values
 from lora_inject.core.layers.survey import Survey, memory_of
-from lora_inject.core.layers.weight_kinds import dense
 from lora_inject.core.model.attach import attach, places, refuse_statistics, survey_for
 from lora_inject.core.model.carried import Carried, reach, records_of
 from lora_inject.core.model.fit_state import Base, fit
@@ -31,7 +29,6 @@ from lora_inject.core.spec.matching import resolve
 from lora_inject.core.spec.names import joined, matching
 from lora_inject.core.spec.plan import Plan
 from lora_inject.core.spec.rooms import room
-from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, StateError, check_type, user_path
 
 M = TypeVar("M", bound=nn.Module)
@@ -119,29 +116,13 @@ def inject(
         refuse_statistics(survey, matching(pattern, present.modules, asked=asked), asked)
 
     def initial(place: Carried) -> Mapping[str, Tensor]:
-        spec, weight, dtype = place.entry.spec, place.weight, master_dtype(place.weight.dtype)
-        if spec is None:
-            role = next(iter(place.entry.names))
-            return {role: place.entry.start(weight).to(dtype, copy=True)}
-        return place.entry.variant.start(spec, weight, dtype, lambda: _norms(spec, place))
+        return first_values(place.module, place.entry, place.weight)
 
     def tied(place: Carried) -> Hashable:
         return memory_of(place.weight)
 
     attach(survey, name, found, initial, tied, planned.config.to_dict(), probe=probe)
     return model
-
-
-def _norms(spec: SiteSpec, place: Carried) -> Tensor:
-    """Return the norms of the adapted outputs of W, equal in every bit to the first forward's."""
-    weight: Tensor = place.weight
-    if is_quantized(weight):
-        weight = dense(place.module, weight)
-    matrix = weight.detach().reshape(spec.matrix_shape)
-    if spec.update == "weight":
-        matrix = matrix.to(torch.promote_types(weight.dtype, torch.float32))
-    norms = norms_of(matrix, spec.transposed)
-    return torch.cat([norms[start:stop] for start, stop in spec.spans])
 
 
 def load_adapter(

@@ -24,7 +24,14 @@ from lora_inject.core.layers.selected import Mix, Selected
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
 from lora_inject.core.layers.weight_kinds import Undo, claims, in_dtype
-from lora_inject.core.model.carried import Root, check_names, reach, refuse_merged, roots_of
+from lora_inject.core.model.carried import (
+    Root,
+    adapted_modules,
+    check_names,
+    reach,
+    refuse_merged,
+    roots_of,
+)
 from lora_inject.core.model.eject import eject as take_off
 from lora_inject.core.model.merge_targets import (
     Into,
@@ -202,6 +209,9 @@ def _mix_and_targets(
     if not mix:
         remedy = "Call activate(model, name), or merge(model, name=name)"
         raise StateError("merge", "no adapter is active", remedy)
+    for _, _, attached in adapted_modules(survey):
+        for folded, _ in mix:
+            attached.refuse_garbage(attached.entries(folded), "merge")
     return mix, merge_targets(survey, mix, into)
 
 

@@ -139,6 +139,8 @@ def read_off(
         return whole[id(held)]
 
     state, weights = values_on(survey, name, "adapter_state of", taken)
+    for _, _, attached in adapted_modules(survey):
+        attached.refuse_garbage(attached.entries(name), "reading")
     # The fingerprint is to be that of the base, which merged weights are not.
     refuse_merged(f"saving adapter {name!r}", *reach(survey.model, survey).selections)
     moved = {s.spec.weight: moved_positions(s, N_SAMPLES) for s in state.sites.values()}

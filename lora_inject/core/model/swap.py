@@ -8,7 +8,7 @@ write.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterator, Set
 from functools import partial
 from os import PathLike
 from typing import Any, TypeVar
@@ -20,11 +20,12 @@ from lora_inject.core.adapter.exchange import read_adapter
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import in_memory
+from lora_inject.core.layers.starting import copy_into
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import reach, records_of, refuse_merged
+from lora_inject.core.layers.valueless import given_values
+from lora_inject.core.model.carried import entries, reach, records_of, refuse_merged
 from lora_inject.core.model.fit_state import Base, check_base, check_base_copies
 from lora_inject.core.model.save import base_weights, model_facts, values_on
-from lora_inject.core.spec.rooms import room
 from lora_inject.errors import FormatError, LayerError, nearest
 
 M = TypeVar("M", bound=nn.Module)
@@ -104,20 +105,12 @@ def swap_adapter(
     values = [*map(in_memory, values)]  # of a file, read before the first write
     for selection in selections:
         selection.note(name)
-    _write(into, values)
+    copy_into(into, values)
+    for _, module, entry in entries(survey, name):
+        given_values(module, [entry])
     for _, root in records_of(survey, name):
         root.configs[name] = state.config
     return model
-
-
-@torch.no_grad()
-def _write(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
-    """Write values into Parameters; of a sharded one each process writes its part."""
-    for parameter, value in zip(parameters, values, strict=True):
-        if type(parameter) is not nn.Parameter and hasattr(parameter, "full_tensor"):
-            room("sharding").write_shard(parameter, value)
-        else:
-            parameter.copy_(value)
 
 
 def _in_names_of(state: AdapterState, slot: AdapterState, asked: str) -> dict[str, SiteState]:

@@ -1,0 +1,205 @@
+"""Models that are built on the meta device, and get memory and values later."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import fill, same_bits
+from torch import Tensor, nn
+
+import lora_inject as li
+
+IDS = torch.arange(6)
+LORA: dict[str, Any] = {"rank": 2, "alpha": 3, "targets": ["fc", r"head\.weight", "embed"]}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "lora": LORA,
+    "dora": LORA | {"targets": ["fc", "head"], "variant": "dora"},
+    "copies": {"rank": 2, "targets": ["fc"], "train": ["norm", "head"]},
+    "rows": {"rank": 2, "targets": ["fc"], "tokens": {"embed": [1, 3]}},
+    "a bias of B": {"rank": 2, "targets": [{"match": "fc", "lora_bias": True}]},
+}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(6, 4), nn.LayerNorm(4)
+        self.fc, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.fc(self.norm(self.embed(ids))))
+
+
+def on_meta(config: dict[str, Any] = LORA) -> Net:
+    with torch.device("meta"):
+        return li.inject(Net(), config)
+
+
+def emptied(model: nn.Module) -> nn.Module:
+    """With memory that holds what no forward may use."""
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data.fill_(torch.nan)
+    return model
+
+
+def reset(model: nn.Module) -> None:
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+WAYS: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "emptied, then loaded": lambda m, base: emptied(m).load_state_dict(base),
+    "emptied, reset, then loaded": lambda m, base: (
+        emptied(m),
+        reset(m),
+        m.load_state_dict(base),
+    ),
+    "assigned": lambda m, base: m.load_state_dict(base, assign=True),
+    "emptied, then assigned": lambda m, base: emptied(m).load_state_dict(base, assign=True),
+    "copied, emptied, then loaded": lambda m, base: emptied(
+        pickle.loads(pickle.dumps(m))
+    ).load_state_dict(base),
+}
+
+
+@pytest.mark.parametrize("way", list(WAYS)[:4])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_it_starts_as_the_plain_model_whose_values_it_gets(config: str, way: str) -> None:
+    torch.manual_seed(1)
+    plain = Net()
+    model = on_meta(CONFIGS[config])
+    WAYS[way](model, plain.state_dict())
+    assert same_bits(model(IDS), plain(IDS))
+    parameters = li.adapter_parameters(model)
+    assert all(p.requires_grad and torch.isfinite(p).all() for p in parameters.values())
+    torch.manual_seed(1)
+    at_once = li.adapter_parameters(li.inject(copy.deepcopy(plain), CONFIGS[config]))
+    for key, parameter in parameters.items():
+        due = at_once[key].detach()
+        assert parameter.shape == due.shape
+        if due.std() == 0 or not key.endswith(("lora_A", "lora_B")):  # what is not random
+            torch.testing.assert_close(parameter, at_once[key]), key
+        else:
+            assert 0.1 < parameter.std() / due.std() < 10, key  # of a few numbers
+    model(IDS).square().sum().backward()
+    assert all(p.grad is not None for p in parameters.values())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_reset_parameters_starts_what_has_no_values(config: str) -> None:
+    model = emptied(on_meta(CONFIGS[config]))
+    reset(model)
+    plain = copy.deepcopy(model)
+    assert same_bits(model(IDS), li.eject(plain)(IDS))
+    held = {key: p.detach().clone() for key, p in li.adapter_parameters(model).items()}
+    fill(model)
+    filled = {key: p.detach().clone() for key, p in li.adapter_parameters(model).items()}
+    assert any(not torch.equal(held[key], filled[key]) for key in held)
+    reset(model)
+    model.load_state_dict(Net().state_dict())
+    now = li.adapter_parameters(model)
+    assert all(torch.equal(now[key], tensor) for key, tensor in filled.items()), "it has values"
+
+
+USES: dict[str, Callable[[Any], Any]] = {
+    "forward": lambda m: m(IDS),
+    "routed": lambda m: _routed(m),
+    "compiled": lambda m: torch.compile(m, backend="eager")(IDS),
+    "a copy": lambda m: copy.deepcopy(m)(IDS),
+    "a pickle": lambda m: pickle.loads(pickle.dumps(m))(IDS),
+    "merge": li.merge,
+    "merged_weights": lambda m: dict(li.merged_weights(m)),
+    "adapter_state": li.adapter_state,
+    "save": lambda m: li.save_adapter(m, "never"),
+}
+
+
+def _routed(model: nn.Module) -> Any:
+    with li.routed(model, ["default"] * 6):
+        return model(IDS)
+
+
+def ran(model: Any) -> Any:
+    model(IDS)
+    return model
+
+
+EMPTIED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "made on meta": on_meta,
+    "sent to meta": lambda config: li.inject(Net(), config).to("meta"),
+    "emptied in place": lambda config: ran(li.inject(Net(), config)),
+}
+
+
+@pytest.mark.parametrize("how", EMPTIED)
+@pytest.mark.parametrize("use", USES)
+def test_what_nothing_has_started_is_not_used(use: str, how: str) -> None:
+    config = LORA | {"targets": ["fc"]} if use == "routed" else LORA
+    model = emptied(EMPTIED[how](config))
+    words = r"made on the meta device or emptied .* Load the base with load_state_dict"
+    with pytest.raises((li.LayerError, RuntimeError), match=words):
+        USES[use](model)
+    with li.disabled(model):
+        model(IDS)
+    model.load_state_dict(Net().state_dict())
+    assert torch.isfinite(model(IDS)).all()
+
+
+@pytest.mark.parametrize("target", ["fc", r"fc\.weight"])
+def test_a_whole_state_dict_and_swap_adapter_give_values(target: str) -> None:
+    config = LORA | {"targets": [target]}
+    source = fill(li.inject(Net(), config))
+    wanted = source(IDS)
+    model = emptied(on_meta(config))
+    model.load_state_dict(source.state_dict())
+    assert same_bits(model(IDS), wanted)
+    model = on_meta(config)
+    model.load_state_dict(source.state_dict(), assign=True)
+    assert same_bits(model(IDS), wanted)
+    model = emptied(on_meta(config))
+    model.load_state_dict(li.eject(copy.deepcopy(source)).state_dict())
+    li.swap_adapter(model, li.adapter_state(source))
+    assert same_bits(model(IDS), wanted)
+    base = li.eject(copy.deepcopy(source)).state_dict()
+    model = emptied(on_meta(config))
+    for key, parameter in model.named_parameters():
+        if key in base:
+            parameter.data.copy_(base[key])
+    li.swap_adapter(model, li.adapter_state(source))
+    assert same_bits(model(IDS), wanted)
+
+
+def test_an_adapter_that_is_loaded_onto_meta_has_no_values_either(tmp_path: Path) -> None:
+    source = fill(li.inject(Net(), LORA))
+    path = li.save_adapter(source, tmp_path / "a")
+    with torch.device("meta"):
+        model = Net()
+    model = li.load_adapter(model, path, base="any")
+    emptied(model)
+    with pytest.raises(li.LayerError, match="made on the meta device or emptied"):
+        model(IDS)
+    li.eject(model)
+    model.load_state_dict(li.eject(copy.deepcopy(source)).state_dict())
+    assert same_bits(li.load_adapter(model, path)(IDS), source(IDS))
+
+
+def test_to_empty_is_known_by_the_function_that_it_applies() -> None:
+    from lora_inject.core.layers.valueless import EMPTYING
+
+    assert len(EMPTYING) == 1
+    seen = []
+
+    class Layer(nn.Linear):
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            seen.append(fn.__code__)
+            return super()._apply(fn, recurse)
+
+    Layer(1, 1).to_empty(device="cpu")
+    assert set(seen) == EMPTYING
