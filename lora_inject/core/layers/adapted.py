@@ -128,9 +128,9 @@ class Adapted(Reading):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         noted = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if noted is not None:
-            from lora_inject.core.layers.forms import note  # no part of a forward
+            from lora_inject.core.layers.forms import note_forms  # no part of a forward
 
-            note(self._lora, noted)
+            note_forms(self._lora, noted)
 
     def _load_from_state_dict(
         self,
@@ -148,14 +148,14 @@ class Adapted(Reading):
         refuse_unfit(self, prefix, state_dict, local_metadata)
         waits = bool(self._lora.valueless or self._lora.by_reset)
         if waits:
-            from lora_inject.core.layers.starting import loaded, names_given
+            from lora_inject.core.layers.starting import after_load, names_given
 
             given = names_given(self, state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if waits:
-            loaded(self, given)
+            after_load(self, given)
         forms = {prefix + form_key(entry) for entry in self._lora.entries()}
         unexpected_keys[:] = [key for key in unexpected_keys if key not in forms]
         by_adapter: dict[str, list[str]] = {}
@@ -281,9 +281,9 @@ def _resetting(plain: Any) -> Callable[..., Any]:
     def reset_parameters(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = plain.reset_parameters(self, *args, **kwargs)
         if self.__dict__["_lora"].valueless:
-            from lora_inject.core.layers.starting import reset
+            from lora_inject.core.layers.starting import after_reset
 
-            reset(self)
+            after_reset(self)
         return result
 
     return reset_parameters

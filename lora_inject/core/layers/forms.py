@@ -62,7 +62,7 @@ def forms_as_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def note(attached: Attached, noted: dict[str, Any]) -> None:
+def note_forms(attached: Attached, noted: dict[str, Any]) -> None:
     """Note forms, and what is merged, in a module's part of the metadata of a state dict."""
     noted[FORMS] = {entry.mark: [form_key(entry), *form_of(entry)] for entry in attached.entries()}
     if merged := list(attached.selection.merged):
