@@ -148,14 +148,14 @@ class Adapted(Reading):
         refuse_unfit(self, prefix, state_dict, local_metadata)
         waits = bool(self._lora.valueless or self._lora.by_reset)
         if waits:
-            from lora_inject.core.layers.starting import after_load, names_given
+            from lora_inject.core.layers.starting import start_loaded, names_given
 
             given = names_given(self, state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if waits:
-            after_load(self, given)
+            start_loaded(self, given)
         forms = {prefix + form_key(entry) for entry in self._lora.entries()}
         unexpected_keys[:] = [key for key in unexpected_keys if key not in forms]
         by_adapter: dict[str, list[str]] = {}
@@ -281,9 +281,9 @@ def _resetting(plain: Any) -> Callable[..., Any]:
     def reset_parameters(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = plain.reset_parameters(self, *args, **kwargs)
         if self.__dict__["_lora"].valueless:
-            from lora_inject.core.layers.starting import after_reset
+            from lora_inject.core.layers.starting import start_reset
 
-            after_reset(self)
+            start_reset(self)
         return result
 
     return reset_parameters

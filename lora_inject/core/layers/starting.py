@@ -32,7 +32,7 @@ def names_given(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -
     return {name for name, tensor in there.items() if not _is_ours(module, name, tensor)}
 
 
-def after_load(module: nn.Module, present: Collection[str]) -> None:
+def start_loaded(module: nn.Module, present: Collection[str]) -> None:
     """Start what has got its W from a state dict, and note what has got values itself."""
     attached = attached_to(module)
     assert attached is not None
@@ -66,7 +66,7 @@ def _on_meta(module: nn.Module, entry: Entry) -> bool:
 
 
 @torch.no_grad()
-def after_reset(module: nn.Module) -> None:
+def start_reset(module: nn.Module) -> None:
     """Start the entries of a layer whose `reset_parameters` has just run."""
     attached = attached_to(module)
     assert attached is not None
