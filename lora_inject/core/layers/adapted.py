@@ -148,7 +148,7 @@ class Adapted(Reading):
         refuse_unfit(self, prefix, state_dict, local_metadata)
         waits = bool(self._lora.valueless or self._lora.by_reset)
         if waits:
-            from lora_inject.core.layers.starting import start_loaded, names_given
+            from lora_inject.core.layers.starting import names_given, start_loaded
 
             given = names_given(self, state_dict, prefix)
         super()._load_from_state_dict(
