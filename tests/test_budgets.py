@@ -23,12 +23,12 @@ PACKAGE = Path(lora_inject.__file__).parent
 # Stage -> lines of the package that it may load.
 LINES = {
     "config": 2_150,
-    "forward": 7_300,
-    "activate": 7_500,
-    "inject": 13_500,
-    "merge": 9_250,
-    "save, load": 13_500,
-    "life": 15_250,
+    "forward": 7_700,
+    "activate": 7_900,
+    "inject": 13_900,
+    "merge": 9_600,
+    "save, load": 13_900,
+    "life": 15_650,
 }
 STAGES = {
     "config": "from lora_inject import Config",
@@ -186,7 +186,7 @@ def test_few_lines_look_at_the_stack_or_at_what_torch_keeps_private() -> None:
 def test_few_files_of_the_core_name_another_library() -> None:
     core = {name: text for name, text in sources().items() if name.startswith("core/")}
     naming = [name for name, text in core.items() if LIBRARIES.search(text)]
-    assert len(naming) <= 20, naming
+    assert len(naming) <= 15, naming
 
 
 def test_the_measures_see_what_they_are_for() -> None:

@@ -52,7 +52,7 @@ def linear(
         weight: `(out, in)`, or `(in, out)` where `transposed`.
         bias: `(out,)` or None.
         updates: The updates to add.
-        transposed: Whether the weight is stored as transformers' Conv1D stores it.
+        transposed: Whether the weight is stored (in, out), as GPT-2's Conv1D stores it.
         float32: Keep the low-rank arithmetic in float32 on a 16-bit base.
 
     Returns:
@@ -142,7 +142,7 @@ def frozen_output(
         bias = None if bias is None else lowered(bias, dtype)
     if not transposed:
         return F.linear(x, weight, bias).contiguous()
-    # transformers.pytorch_utils.Conv1D.forward
+    # as the forward of GPT-2's Conv1D
     size_out = (*x.shape[:-1], weight.shape[1])
     if bias is None:
         return (x.reshape(-1, x.shape[-1]) @ weight).view(size_out)

@@ -47,7 +47,8 @@ def embedding(
     if padding_idx is not None:
         # Padding tokens get the updates but no gradient, as in the dense table.
         out = torch.where((ids.reshape(-1, 1) == padding_idx), out.detach(), out)
-    # Not a view, like a plain embedding's output: FSDP2 warns of views. The memory is not shared.
+    # Not a view, like a plain embedding's output: wrappers that shard warn of views. The memory is
+    # not shared.
     return no_view(out, base.shape)
 
 

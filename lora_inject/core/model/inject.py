@@ -39,7 +39,7 @@ def plan(model: nn.Module, config: ConfigLike) -> Plan:
 
     Args:
         model: Any module, also on the meta device.
-        config: A `Config`, a dict, the path of a YAML file, or a LoraConfig of PEFT.
+        config: A `Config`, a dict, the path of a YAML file, or a `LoraConfig`.
 
     Returns:
         The plan; `print(plan)` shows it as a table.
@@ -78,7 +78,7 @@ def inject(
 
     Args:
         model: Any module; stays the same object.
-        config: A `Config`, a dict, the path of a YAML file, or a LoraConfig of PEFT.
+        config: A `Config`, a dict, the path of a YAML file, or a `LoraConfig`.
         name: Name of the adapter.
         probe: Runs the model once, for instance `lambda: model(**batch)`. With it a site that the
             run does not reach, whose adapter would be inert, is an error.
@@ -145,8 +145,8 @@ def load_adapter(
 
     Args:
         model: The model that it was made for.
-        path: What `save_adapter` or PEFT wrote, or `user/name` on the Hugging Face hub if there
-            is no such path. Only safetensors and the config are downloaded.
+        path: What `save_adapter` or another program wrote, or `user/name` on the Hugging Face hub
+            if there is no such path. Only safetensors and the config are downloaded.
         name: Its name on this model.
         leave_out: Patterns (as in a config) of trained tensors and sites to let go, or of modules
             around them, for instance a head of another task. Each must match something.

@@ -96,8 +96,8 @@ def merge(
 ) -> MergeReport:
     """Fold `scale * B @ A` of the active adapters into the frozen weights, rounding once.
 
-    Quantized weights are merged into on request only: bitsandbytes' NF4, FP4 and int8, and, to
-    plain floats only, those of torchao, HQQ, GPTQ and AWQ (gptqmodel), and `FP8Linear`.
+    Quantized weights are merged into on request only: into their own format
+    (`requantize`) or as plain floats (`dequantize`); the guide on quantized models lists which.
 
     Args:
         model: The injected root.
@@ -238,7 +238,7 @@ def _write(targets: list[Target], undo: bool, undos: list[_Undo]) -> None:
             matrix = before.detach().view(target.matrix_shape)
             undos.append(_Undo(holder, before, before, matrix.clone() if undo else None))
             _write_rows(target, undos[-1])
-        if undo and target.into != "same":  # bitsandbytes rearranges its codes as it runs
+        if undo and target.into != "same":  # some rearrange their codes as they run
             undos[-1].note_written()
 
 

@@ -293,7 +293,9 @@ def _why_not(target: Target, into: Into) -> Iterator[tuple[str, str]]:
         shape = target.copies[0][0].shape
     if tuple(weight.shape) != tuple(shape):
         found = f"the weight has shape {tuple(weight.shape)}, and the adapter is for "
-        remedy = "Merge into an unsharded copy (FSDP1: within summon_full_params(model))"
+        remedy = (
+            "Merge into an unsharded copy (within summon_full_params(model), where there is one)"
+        )
         yield f"{found}{tuple(shape)}: it is sharded or was replaced", remedy
     if not weight.is_contiguous():
         remedy = "Make it so first: model.to(memory_format=torch.contiguous_format), or "
@@ -446,7 +448,7 @@ def _reads_tie_flag(cls: type) -> bool:
 
 
 def tied_configs(survey: Survey) -> list[Any]:
-    """Return every transformers config inside that says that embeddings are tied."""
+    """Return every config inside that says that embeddings are tied."""
     pending: list[Any] = [m.config for _, m in survey.modules if hasattr(m, "config")]
     seen: set[int] = set()
     found = []
@@ -462,7 +464,7 @@ def tied_configs(survey: Survey) -> list[Any]:
 
 
 def refuse_new_ties(survey: Survey, untied: Mapping[str, str]) -> None:
-    """Refuse where a transformers class ties what was untied whatever its config says."""
+    """Refuse where a class ties what was untied whatever its config says."""
     for path, module in survey.modules if untied else ():
         asks = getattr(module, "get_expanded_tied_weights_keys", None)
         for pair in asks(all_submodels=False).items() if callable(asks) else ():

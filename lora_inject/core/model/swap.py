@@ -44,10 +44,10 @@ def swap_adapter(
 ) -> M:
     """Write another adapter's values into one that is on the model, all of them or none.
 
-    Under FSDP2 every process must call it with the same values, and writes its part. The
-    Parameters stay the objects they are, so optimizers keep hold of them and a compiled model
-    is not compiled again. What the slot is stays, too: whether it is active and trainable, its
-    dropout, its init and its `compute`. Gradients and the optimizer's moments are not touched.
+    Where the model is sharded, every process must call it with the same values, and writes its
+    part. The Parameters stay the objects they are, so optimizers keep hold of them and a compiled
+    model is not compiled again. What the slot is stays, too: whether it is active and trainable,
+    its dropout, its init and its `compute`. Gradients and the optimizer's moments are not touched.
     A backward through a checkpoint whose forward ran before is a StateError, as it would compute
     with the new values. A forward that runs on another thread meanwhile may compute with both.
 
@@ -175,7 +175,7 @@ def _check_fit(into: list[Tensor], values: list[Tensor], asked: str) -> None:
     """Check that a copy cannot fail halfway."""
     if any(value.is_meta for value in values):
         raise FormatError(asked, "its tensors are on the meta device", "Load their values first")
-    # DeepSpeed's shards are plain Parameters of another shape, found below.
+    # Some shards are plain Parameters of another shape, found below.
     others = (parameter for parameter in into if type(parameter) is not nn.Parameter)
     known = all(hasattr(parameter, "full_tensor") for parameter in others)
     if not known or any(parameter.is_meta for parameter in into):
