@@ -45,6 +45,7 @@ def _no_gradient(layer: nn.Module, x: torch.Tensor) -> bool:
 def test_serving_an_adapter_is_not(net: nn.Sequential, tmp_path: Path) -> None:
     plain = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
     plain[0] = net[0]
+    plain[1].bias = net[1].bias  # one base, of which the second layer is quantized here only
     li.save_adapter(fill(li.inject(plain, CONFIG)), tmp_path / "a")
     x = torch.randn(3, 32)
     with torch.no_grad():

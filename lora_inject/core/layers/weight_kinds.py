@@ -193,10 +193,11 @@ def register_weight_kind(kind: type[WeightKind]) -> type[WeightKind]:
     return kind
 
 
-def loaded_kinds() -> tuple[WeightKind, ...]:
+def loaded_kinds() -> list[WeightKind]:
     """Return the kinds of all libraries that are loaded, those from outside first."""
-    paths = dict.fromkeys(path for library, path in WEIGHT_KINDS if library in sys.modules)
-    return (*REGISTERED, *map(the_one, paths))
+    modules = sys.modules  # asked for each layer of a model
+    kinds = [the_one(path) for library, path in WEIGHT_KINDS if library in modules]
+    return [*REGISTERED, *kinds]
 
 
 def weight_kind(module: nn.Module, weight: Tensor) -> WeightKind:
