@@ -49,9 +49,12 @@ def test_a_backward_and_the_node_that_runs_are_seen() -> None:
     last = inside.next_node()
     seen: list[Any] = []
     y.register_hook(lambda _: seen.append((inside.in_backward(), inside.running_node())))
+    y.register_hook(lambda _: seen.append(inside.may_recompute()))
     assert not inside.in_backward()
+    assert not inside.may_recompute()
     y.sum().backward()
     assert seen[0][0] is True
+    assert seen[1] is True
     assert first < last
     assert isinstance(seen[0][1], int)
 
@@ -61,6 +64,7 @@ def test_the_function_of_a_running_checkpoint_is_found_and_can_be_replaced(reent
     runs = []
 
     def part(x: torch.Tensor) -> torch.Tensor:
+        assert inside.may_recompute()
         for running in inside.checkpoints():
             known = running.function
             running.function = lambda *args, known=known: (runs.append("again"), known(*args))[1]

@@ -105,10 +105,7 @@ def innermost(selection: Any) -> Context | None:
     Raises:
         StateError: The caller inherited it, and who entered it has left it since.
     """
-    contexts = _ENTERED.get()
-    if not contexts:
-        return None
-    for context in reversed(contexts):
+    for context in reversed(_ENTERED.get()):
         if selection not in context.selected:
             continue
         if context.left:

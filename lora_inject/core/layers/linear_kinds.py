@@ -81,11 +81,11 @@ class LoRALinear(ForwardUpdate):
         float32 = self._lora.float32
         if self._lora_stock and not x.is_nested:
             weight, bias = self._lora_weight_and_bias()
-            if x.layout is not torch.strided or _is_cut(weight, updates):
-                return frozen_output(x, self._lora_formed(), bias, self.transposed, None)
-            if type(weight) in PLAIN:
+            if type(weight) in PLAIN and x.layout is torch.strided:
                 transposed = self.transposed
                 return linear(x, weight, bias, updates, transposed=transposed, float32=float32)
+            if x.layout is not torch.strided or _is_cut(weight, updates):
+                return frozen_output(x, self._lora_formed(), bias, self.transposed, None)
         y = self._lora_without_updates(args, kwargs)
         return add_updates(y, x, updates, float32=float32)
 

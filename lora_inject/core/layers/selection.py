@@ -18,6 +18,7 @@ import torch
 from lora_inject.core.functional.inside import (
     constant_in_graphs,
     in_backward,
+    may_recompute,
     next_node,
     running_node,
 )
@@ -76,11 +77,12 @@ class Selection:
         """Return who takes part in the running forward."""
         if torch.compiler.is_compiling():  # dynamo may compile this function alone
             return self._in_graph()
-        context = innermost(self)
+        context = innermost(self) if entered() else None
         selected: Selected = self.setting if context is None else context.selected[self]
-        if in_backward():
-            self._check_known()
-        remember(self, selected)
+        if may_recompute():
+            if in_backward():
+                self._check_known()
+            remember(self, selected)
         return selected
 
     def _in_graph(self) -> Selected:
