@@ -49,7 +49,11 @@ check ruff check "${sources[@]}"
 check ruff format --check "${sources[@]}"
 # Which `type: ignore` is needed depends on the version of torch.
 check mypy -p lora_inject --no-warn-unused-ignores
-NO_MKDOCS_2_WARNING=1 check mkdocs build --quiet --strict
+if "$venv/bin/python" -c 'import mkdocs' 2>/dev/null; then
+    NO_MKDOCS_2_WARNING=1 check mkdocs build --quiet --strict
+else
+    echo "mkdocs is left out: it needs Python 3.11.5"
+fi
 
 echo "\$ pytest $*"
 "$venv/bin/python" -m pytest -n 2 --dist worksteal --durations=15 -m "not zoo" --junit-xml "$logs/junit.xml" "$@" || status=1

@@ -75,3 +75,13 @@ def test_no_python_that_is_new_enough_is_said(checkout: Path) -> None:
     assert done.returncode == 1
     assert "none of 'python-that-is-not-here' is 3.11 or newer" in done.stderr
     assert not (checkout / ".venv").exists()
+
+
+def test_the_site_is_left_out_where_python_is_too_old_for_it(checkout: Path) -> None:
+    old = checkout / "old-python"
+    old.write_text(
+        f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = (3, 11, 2); $2"\n'
+    )
+    old.chmod(0o755)
+    assert shell(checkout, f"docs_extra '{old}'").stdout == "\n"
+    assert shell(checkout, f"docs_extra '{sys.executable}'").stdout == ",docs\n"
