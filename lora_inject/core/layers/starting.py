@@ -107,7 +107,8 @@ def _start(module: nn.Module, entries: Iterable[Entry]) -> None:
 def copy_into(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     """Write values into Parameters; of a sharded one each process writes its part."""
     for parameter, value in zip(parameters, values, strict=True):
-        if type(parameter) is not nn.Parameter and hasattr(parameter, "full_tensor"):
+        sharded = hasattr(parameter, "full_tensor")
+        if sharded and not hasattr(value, "full_tensor"):
             room("sharding").write_shard(parameter, value)
         else:
             parameter.copy_(value)

@@ -105,11 +105,16 @@ def swap_adapter(
     values = [*map(in_memory, values)]  # of a file, read before the first write
     for selection in selections:
         selection.note(name)
-    copy_into(into, values)
-    for _, module, entry in entries(survey, name):
-        given_values(module, [entry])
-    for _, root in records_of(survey, name):
-        root.configs[name] = state.config
+    before = [parameter.detach().clone() for parameter in into]
+    try:
+        copy_into(into, values)
+        for _, module, entry in entries(survey, name):
+            given_values(module, [entry])
+        for _, root in records_of(survey, name):
+            root.configs[name] = state.config
+    except BaseException:
+        copy_into(into, before)
+        raise
     return model
 
 
