@@ -29,7 +29,10 @@ NAMES: Mapping[str, str] = MappingProxyType(
         "torch._C._are_functorch_transforms_active": _PLAIN,
         "torch._C._autograd._pop_saved_tensors_default_hooks": _RECOMPUTED,
         "torch._C._autograd._push_saved_tensors_default_hooks": _RECOMPUTED,
-        "torch._C._autograd._top_saved_tensors_default_hooks": _RECOMPUTED,
+        # absent before torch 2.8
+        "torch._C._autograd._top_saved_tensors_default_hooks": (
+            "another way: who enters saved_tensors_hooks is noted"
+        ),
         "torch._C._current_autograd_node": _RECOMPUTED,
         "torch._C._current_graph_task_id": "another way: _current_autograd_node",
         "torch._C._get_tracing_state": _PLAIN,
@@ -38,6 +41,7 @@ NAMES: Mapping[str, str] = MappingProxyType(
         "torch._C._will_engine_execute_node": "refused: training several trials at once",
         "torch._foreach_mul_": "another way: one launch for each tensor of a trial",
         "torch._foreach_norm": "another way: one launch for each tensor of a trial",
+        # absent before torch 2.8
         "torch._grouped_mm": "another way: torch.nn.functional.grouped_mm, which is public",
         "torch.Tensor._make_wrapper_subclass": (
             "another way: W + delta is formed at once where a weight is read; "
@@ -91,6 +95,7 @@ ATTRIBUTES: Mapping[str, str] = MappingProxyType(
         "_buffers": _KEPT,
         "_call_impl": "nn.Module: its __call__ stands on the stack as well",
         "_checkpoint_wrapped_module": f"torch's checkpoint_wrapper: {_CHILD}",
+        "_checkpoint_conversion_mapping": "transformers 4: names in older files count as they are",
         "_conv_forward": "nn.Conv1d, 2d, 3d: a class that overrides it counts as a plain one",
         "_convert_layers": "Lightning: what it puts in the place of a layer is not noticed",
         "_custom_modules": "PEFT's LoraConfig: such a config counts as one without own layers",

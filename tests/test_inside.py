@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lora_inject.core.functional import inside
@@ -59,6 +60,17 @@ def test_a_backward_and_the_node_that_runs_are_seen() -> None:
     assert isinstance(seen[0][1], int)
 
 
+@pytest.fixture(params=["as this torch", "as torch before 2.8"])
+def _hooks_are_seen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once as torch tells of hooks on saved tensors, once where it does not."""
+    if request.param == "as torch before 2.8":
+        monkeypatch.setattr(inside, "_top_hooks", None)
+        for name in ("__enter__", "__exit__"):  # put back after the test
+            monkeypatch.setattr(saved_tensors_hooks, name, getattr(saved_tensors_hooks, name))
+        inside.note_saving_hooks()
+
+
+@pytest.mark.usefixtures("_hooks_are_seen")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_the_function_of_a_running_checkpoint_is_found_and_can_be_replaced(reentrant: bool) -> None:
     runs = []
@@ -92,11 +104,16 @@ def test_the_inputs_of_a_reentrant_checkpoint_are_seen() -> None:
     assert inside.reentrant_inputs() is None
 
 
+@pytest.mark.usefixtures("_hooks_are_seen")
 def test_hooks_on_saved_tensors_are_seen() -> None:
-    pair = (lambda t: t), (lambda t: t)
+    pair, inner = ((lambda t: t), (lambda t: t)), ((lambda t: t + 0), (lambda t: t))
     assert inside.saving_hooks() is None
-    with torch.autograd.graph.saved_tensors_hooks(*pair):
+    with saved_tensors_hooks(*pair):
         assert inside.saving_hooks() == pair
+        with saved_tensors_hooks(*inner):
+            assert inside._pack_hooks() == [inner[0], pair[0]]
+        assert inside.saving_hooks() == pair
+    assert inside.saving_hooks() is None
 
 
 def test_who_enters_is_told_from_who_manages_a_context() -> None:

@@ -57,6 +57,7 @@ def writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], cls: type)
         return isinstance(kwargs.get("out"), cls) or (is_in_place and isinstance(args[0], cls))
     for i, argument in enumerate(schema.arguments):
         given = args[i] if i < len(args) else kwargs.get(argument.name)
-        if argument.is_write and isinstance(given, cls):
+        alias = argument.alias_info  # `is_write` of the argument itself is newer
+        if alias is not None and alias.is_write and isinstance(given, cls):
             return True
     return False

@@ -43,11 +43,13 @@ class Place(NamedTuple):
 def places(model: Any, weights: Mapping[str, object]) -> Callable[[str], Place | None]:
     """Return a function from a tensor's name in a file of any age to its place.
 
-    The function returns None for a tensor that is converted in another way than by stacking. Raises
-    ImportError if transformers is older, or no longer has such conversions.
+    The function returns None for a tensor that is converted in another way than by stacking.
     """
-    conversions = import_module("transformers.conversion_mapping")
-    loading = import_module("transformers.core_model_loading")
+    try:
+        conversions = import_module("transformers.conversion_mapping")
+        loading = import_module("transformers.core_model_loading")
+    except ImportError:  # transformers 4, which stacks nothing
+        return _renamed(model, weights)
     transforms = conversions.get_model_conversion_mapping(model)
     converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
     renamings = [t for t in transforms if isinstance(t, loading.WeightRenaming)]
@@ -178,3 +180,22 @@ def _stacked(name: str, shape: tuple[int, ...], members: Mapping[Place, SiteStat
     sizes = {str(part): height for part in range(n_parts)}
     made = parts["0"] if n_parts == 1 else reshape.join(name, parts, sizes, name)
     return replace(made, spec=replace(made.spec, dropout=0.0))
+
+
+def _renamed(model: Any, weights: Mapping[str, object]) -> Callable[[str], Place | None]:
+    """Return the function of `places` for transformers 4, which renames by patterns of a class."""
+    patterns = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    prefix = f"{model.base_model_prefix}."
+
+    def place(name: str) -> Place | None:
+        for pattern, new in patterns.items():
+            renamed = re.sub(pattern, new, name)
+            if renamed != name:
+                name = renamed
+                break
+        if name in weights:
+            return Place(name)
+        candidates = (prefix + name, name.removeprefix(prefix))
+        return Place(next((n for n in candidates if n in weights), name))
+
+    return place

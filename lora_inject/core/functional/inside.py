@@ -16,12 +16,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 
 from lora_inject.private import look_up
 
@@ -84,6 +86,40 @@ _pop_hooks = look_up("torch._C._autograd._pop_saved_tensors_default_hooks")
 _forward_ad_is_on = look_up("torch._C._is_fwd_grad_enabled")
 
 
+class _Entered(threading.local):
+    """The hooks on saved tensors that the calling thread has entered, the innermost last."""
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[Any, Any]] = []
+
+
+_ENTERED = _Entered()
+
+
+def note_saving_hooks() -> None:
+    """Note from now on who enters hooks on saved tensors, which torch tells since 2.8.
+
+    What was entered before is not known, nor what C++ code enters.
+    """
+    enter, leave = saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__
+
+    def entering(self: Any) -> None:
+        enter(self)
+        _ENTERED.pairs.append((self.pack_hook, self.unpack_hook))
+
+    def leaving(self: Any, *raised: object) -> None:
+        if _ENTERED.pairs:
+            _ENTERED.pairs.pop()
+        leave(self, *raised)
+
+    saved_tensors_hooks.__enter__ = entering  # type: ignore[method-assign]
+    saved_tensors_hooks.__exit__ = leaving  # type: ignore[method-assign]
+
+
+if _top_hooks is None:
+    note_saving_hooks()
+
+
 def in_backward() -> bool:
     """Whether autograd runs a backward pass in the calling thread."""
     if _graph_task is not None:
@@ -97,14 +133,11 @@ def may_recompute() -> bool:
     It is asked in each forward of each layer, and costs a quarter of a microsecond. True where this
     torch does not tell.
     """
-    if _graph_task is None or _top_hooks is None or _forward_ad_is_on is None:
+    hooks = _ENTERED.pairs if _top_hooks is None else _top_hooks(False)
+    if hooks or _forward_ad_is_on is None or _graph_task is None:
         return True
-    return (
-        _graph_task() != -1
-        or _top_hooks(False) is not None
-        # Off in the forward of an autograd Function, which a reentrant checkpoint is.
-        or not _forward_ad_is_on()
-    )
+    # The last is off in the forward of an autograd Function, which a reentrant checkpoint is.
+    return _graph_task() != -1 or not _forward_ad_is_on()
 
 
 def running_node() -> int | None:
@@ -128,8 +161,10 @@ def next_node() -> int:
 
 def saving_hooks() -> Any:
     """Return the innermost hooks on tensors that autograd saves, `(pack, unpack)`, or None."""
-    if _top_hooks is None or torch.compiler.is_compiling():  # dynamo may compile this alone
+    if torch.compiler.is_compiling():  # dynamo may compile this alone
         return None
+    if _top_hooks is None:
+        return _ENTERED.pairs[-1] if _ENTERED.pairs else None
     return _top_hooks(False)
 
 
@@ -212,6 +247,8 @@ def _imported() -> Any:
 
 def _pack_hooks() -> list[Any]:
     """Return the hooks on saved tensors, the innermost first: torch shows only that one."""
+    if _top_hooks is None:
+        return [pack for pack, _ in reversed(_ENTERED.pairs)]
     if _push_hooks is None or _pop_hooks is None:
         innermost = saving_hooks()
         return [] if innermost is None else [innermost[0]]
