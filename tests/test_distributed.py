@@ -756,6 +756,86 @@ def test_sharding_comes_after_injecting(shard: Any, one_rank: None) -> None:
     assert {name: (type(m), len(m._parameters)) for name, m in model.named_modules()} == before
 
 
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.cells, self.fc = kind(4, 4, num_layers=2, batch_first=True), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.cells(x)[0]).tanh()
+
+
+def filled_with(model: nn.Module, config: dict[str, Any], *names: str) -> nn.Module:
+    for i, name in enumerate(names):
+        li.inject(model, config, name)
+        torch.manual_seed(i)
+        with torch.no_grad():
+            for parameter in li.adapter_parameters(model, name).values():
+                parameter.normal_()
+    return model.double()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.parametrize("context", ["routed", "disabled", "none"])
+@pytest.mark.parametrize("target", [r"\d", r"0\.weight"])
+def test_the_first_forward_of_shards_may_be_in_a_context(
+    target: str, context: str, one_rank: None
+) -> None:
+    """In it FSDP2 reads each weight, to keep its shard."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(3)
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    whole = filled_with(plain, {"rank": 2, "targets": [target]}, "a", "b")
+    model = copy.deepcopy(whole)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
+
+    def run(of: nn.Module) -> Tensor:
+        if context == "routed":
+            with li.routed(of, ["a", "b", None]):
+                return of(x).tanh()
+        if context == "disabled":
+            with li.disabled(of):
+                return of(x).tanh()
+        return of(x).tanh()
+
+    if context == "routed" and "weight" in target:
+        assert "which all rows of a batch share" in said(lambda: run(model))
+    else:
+        torch.testing.assert_close(run(model), run(whole))
+    torch.testing.assert_close(model(x).tanh(), whole(x).tanh())
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_sharded_weights_of_a_recurrent_layer(
+    kind: type[nn.RNNBase], apart: bool, one_rank: None
+) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(3)
+    rule = {"rank": 2, "targets": [r"weight_[ih]h_l\d", "fc"], "train": [r"bias_ih_l0"]}
+    whole_model = filled_with(Recurrent(kind), rule, "default")
+    model = copy.deepcopy(whole_model)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    if apart:
+        fully_shard(model.cells, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(2, 3, 4)
+    for of in (whole_model, model):
+        for _ in range(2):
+            of(x).square().sum().backward()
+    torch.testing.assert_close(model(x), whole_model(x))
+    wanted = li.adapter_parameters(whole_model)
+    for key, parameter in li.adapter_parameters(model).items():
+        torch.testing.assert_close(whole(parameter.grad), wanted[key].grad), key
+
+
 def test_what_fsdp2_cannot_shard_with_its_layer_is_not_loaded(one_rank: None) -> None:
     from torch.distributed.fsdp import fully_shard
 

@@ -106,17 +106,17 @@ def _forward_of(frame: FrameType) -> nn.Module | None:
 # reads it under the name `_flat_weights`, which a swapped class makes a property: within a forward
 # it holds W + delta, formed there and then, else what torch put into it.
 
-_FLATTENING = nn.RNNBase.flatten_parameters.__code__
+# Methods of torch's that put weights into the list, or move them.
+_KEEPING = {nn.RNNBase.flatten_parameters.__code__, nn.RNNBase.__setattr__.__code__}
 
 
 def _flat_weights(self: Any) -> Any:
     stored = self.__dict__["_flat_weights"]
-    if not torch.compiler.is_compiling():
-        # Their places in memory are those of the raw weights, whoever asks for them to be moved.
-        flattening = sys._getframe(1).f_code is _FLATTENING
-        if flattening or running_module() is None:
-            return stored
-    return _effective(self)
+    if torch.compiler.is_compiling():
+        return _effective(self)
+    # Their places in memory are those of the raw weights, whoever asks for them to be moved.
+    keeps = sys._getframe(1).f_code in _KEEPING or running_module() is None
+    return stored if keeps else _effective(self)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator] # dynamo runs such layers as they are

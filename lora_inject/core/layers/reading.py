@@ -106,6 +106,8 @@ class Reading(nn.Module):
             return raw
         if raw is None:
             self._lora_refuse_replaced(param)
+        if hasattr(raw, "full_tensor") and not torch.compiler.is_compiling() and not computes():
+            return raw  # FSDP2's hooks exchange shards, whoever is selected
         return self._lora.selection.current().read(self, param, raw, entries, outside=outside)
 
     def _lora_read_mixed(
@@ -128,14 +130,13 @@ class Reading(nn.Module):
     def _lora_other(self, raw: Any, taking: list[tuple[Entry, float]], outside: bool) -> Any:
         """Return the value of a sharded or a quantized weight.
 
-        Tensor parallelism computes with shards; FSDP2 reads them in hooks, to gather them. If the
-        weight was replaced after inject, or is read by a parent, there is no W to add to: only its
-        shape and dtype can be read.
+        Tensor parallelism computes with shards. If the weight was replaced after inject, or is read
+        by a parent, there is no W to add to: only its shape and dtype can be read.
         """
         if torch.compiler.is_compiling():
             return raw
         if hasattr(raw, "full_tensor"):
-            return self._lora_effective(raw, taking, outside) if computes() else raw
+            return self._lora_effective(raw, taking, outside)
         entry = taking[0][0]
         if entry.on_output and not outside:
             return raw  # the layer's own forward, to whose output the update is added
