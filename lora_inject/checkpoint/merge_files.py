@@ -30,7 +30,13 @@ from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.output_files import OutputShard
 from lora_inject.checkpoint.verify import verify_shards
 from lora_inject.checkpoint.write import BytesDone, Progress, check_unchanged, write_shard
-from lora_inject.core.files.disk import fsync_dir, remedy_for, replace_file, write_new
+from lora_inject.core.files.disk import (
+    fsync_dir,
+    remedy_for,
+    rename_folder,
+    replace_file,
+    write_new,
+)
 from lora_inject.core.files.safetensors_file import read_header
 from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.functional import MergeReport, TensorReport
@@ -406,7 +412,7 @@ class Staging:
         for folder in {(self.files / name).parent for name in side_files} | {self.files}:
             fsync_dir(folder)
         try:
-            self.files.rename(self.output)  # over an empty folder as well
+            rename_folder(self.files, self.output)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise

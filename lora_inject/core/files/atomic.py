@@ -19,6 +19,7 @@ from pathlib import Path
 from lora_inject.core.files.disk import (
     fsync_dir,
     remedy_for,
+    rename_folder,
     replace_file,
     temporary_name,
     write_new,
@@ -106,7 +107,7 @@ def _check_directory(target: Path, names: Collection[str]) -> None:
 def _put_in_place(temporary: Path, target: Path) -> None:
     """Rename `temporary` to `target`; what had that name gets the temporary one."""
     if not target.exists() or not any(target.iterdir()):
-        temporary.rename(target)  # over an empty directory as well
+        rename_folder(temporary, target)
     elif not _exchange(temporary, target):
         aside = temporary_name(target)
         target.rename(aside)
@@ -122,7 +123,7 @@ def _exchange(first: Path, second: Path) -> bool:
     """Swap two names in one step; return False if the system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, TypeError):  # the last on Windows, of None
         return False
     names = os.fsencode(first), os.fsencode(second)
     if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:

@@ -1,19 +1,28 @@
 """Bytes on disk: read and write at an offset, copy in the kernel, reserve, make durable.
 
 Each operation uses the best call of the platform and falls back if the system does not support it.
-Nothing depends on a file position, so threads can share a descriptor.
+No caller depends on a file position, so threads can share a descriptor.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import secrets
+import threading
 from pathlib import Path
+
+try:
+    from fcntl import ioctl
+except ImportError:  # Windows
+    ioctl = None  # type: ignore[assignment]
 
 from lora_inject.errors import CheckpointError
 
+CAN_REPLACE_OPEN_FILES = os.name != "nt"
+"""Whether a file that is open can be replaced, renamed and removed."""
+_POSITION = threading.Lock()  # of files, where reading or writing at an offset moves it
+_PIECE = 1 << 24  # bytes: what is read at a time where that needs memory of its own
 _FICLONE = 0x40049409  # linux/fs.h: share the extents of a whole file (XFS, btrfs)
 _NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 _CANNOT_COPY_IN_KERNEL = {*_NOT_SUPPORTED, errno.EXDEV, errno.EPERM, errno.EBADF}
@@ -29,7 +38,7 @@ def read_at(fd: int, buffer: memoryview, offset: int) -> None:
     """Fill `buffer` from `fd`, beginning at byte `offset`."""
     done, n_bytes = 0, len(buffer)
     while done < n_bytes:
-        n = os.preadv(fd, [buffer[done:]], offset + done)
+        n = _read_some(fd, buffer[done:], offset + done)
         if n == 0:
             found = f"the file ends after {done} of them"
             remedy = "It was truncated while it was being read; restore it and run again"
@@ -37,11 +46,30 @@ def read_at(fd: int, buffer: memoryview, offset: int) -> None:
         done += n
 
 
+def _read_some(fd: int, buffer: memoryview, offset: int) -> int:
+    """Read some bytes, at least one unless the file ends, and return how many."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [buffer], offset)
+    with _POSITION:
+        os.lseek(fd, offset, os.SEEK_SET)
+        data = os.read(fd, min(len(buffer), _PIECE))
+    buffer[: len(data)] = data
+    return len(data)
+
+
 def write_at(fd: int, data: memoryview | bytes, offset: int) -> None:
     """Write all of `data` to `fd`, beginning at byte `offset`."""
     view, done = memoryview(data), 0
     while done < len(view):
-        done += os.pwrite(fd, view[done:], offset + done)
+        done += _write_some(fd, view[done:], offset + done)
+
+
+def _write_some(fd: int, data: memoryview, offset: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(fd, data, offset)
+    with _POSITION:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, data)
 
 
 def copy_range(
@@ -74,9 +102,11 @@ def _copy_some(source: int, target: int, n_bytes: int, first: int, to: int) -> i
 
 def clone(source: Path, target: int) -> bool:
     """Make `target` share all of `source`'s extents; return False if this is not supported."""
+    if ioctl is None:
+        return False
     with source.open("rb") as file:
         try:
-            fcntl.ioctl(target, _FICLONE, file.fileno())
+            ioctl(target, _FICLONE, file.fileno())
         except OSError:
             return False
     return True
@@ -94,6 +124,20 @@ def reserve(fd: int, n_bytes: int) -> None:
             if error.errno not in _NOT_SUPPORTED:
                 raise
     os.ftruncate(fd, n_bytes)
+
+
+def open_to_read(path: str | os.PathLike[str]) -> int:
+    """Return a descriptor of a file, whose bytes are read as they are."""
+    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+
+def rename_folder(source: Path, target: Path) -> None:
+    """Rename a folder to a name that is free, or that of an empty folder."""
+    try:
+        source.rename(target)
+    except FileExistsError:  # Windows renames over nothing
+        target.rmdir()
+        source.rename(target)
 
 
 def fsync_dir(folder: Path) -> None:

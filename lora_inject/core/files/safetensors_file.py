@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, TypeGuard
 import torch
 from torch import Tensor
 
-from lora_inject.core.files.disk import read_at
+from lora_inject.core.files.disk import open_to_read, read_at
 from lora_inject.core.files.strict_json import parse_json
 from lora_inject.errors import CheckpointError, LoraInjectError
 
@@ -260,7 +260,7 @@ class RowReader:
         if isinstance(file, int):
             self._fd = file
         else:
-            self._fd = os.open(file, os.O_RDONLY)
+            self._fd = open_to_read(file)
             weakref.finalize(self, os.close, self._fd)
 
     def rows(self, entry: TensorEntry, n_cols: int, start: int, stop: int) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.files.disk import CAN_REPLACE_OPEN_FILES, open_to_read
 from lora_inject.core.files.safetensors_file import (
     DTYPES,
     RowReader,
@@ -85,7 +86,7 @@ def bytes_of(tensor: Tensor) -> bytearray:
     return content
 
 
-_MOST_OPEN = 64
+_MOST_OPEN = 64 if CAN_REPLACE_OPEN_FILES else 0
 _TICK_NS = 20_000_000  # the clock of a file system is not coarser on Linux
 _OPEN: weakref.WeakSet[_File] = weakref.WeakSet()
 
@@ -94,11 +95,12 @@ class _File:
     """A file that stays open for the values that are read later, or all of its bytes.
 
     Hundreds of adapters would use up the descriptors of the process, and a file that was written
-    to just now can be written to again without a change of its time: these are read at once.
+    to just now can be written to again without a change of its time: these are read at once, and
+    all where an open file could not be replaced.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.fd = path, os.open(path, os.O_RDONLY)
+        self.path, self.fd = path, open_to_read(path)
         close = weakref.finalize(self, os.close, self.fd)
         self._written, self._last = self._when(), threading.local()
         self._bytes: bytearray | None = None
