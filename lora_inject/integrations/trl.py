@@ -13,9 +13,10 @@ from typing import Any
 from torch import nn
 
 from lora_inject.core.layers.attached import attached_to
+from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import reach
-from lora_inject.core.model.select import disabled
+from lora_inject.core.model.select import selecting
 from lora_inject.errors import StateError
 
 
@@ -64,7 +65,9 @@ class _Reference(nn.Module):
         part = self.__dict__["part"]
         if attached_to(part) is None:
             return self._plain(getattr(part, name))
-        with disabled(self.policy):  # a forward of the model would read W + delta
+        with selecting(
+            self.policy, Mix(), "reference"
+        ):  # a forward of the model would read W + delta
             return self._plain(getattr(part, name))
 
     def _plain(self, found: Any) -> Any:
@@ -83,7 +86,7 @@ class _Reference(nn.Module):
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        with disabled(self.policy), _mode(self.part, self.training):
+        with selecting(self.policy, Mix(), "reference"), _mode(self.part, self.training):
             yield
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
