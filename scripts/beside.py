@@ -37,7 +37,7 @@ def asked_for(extra: str | None) -> list[str]:
 def resolve(uv: str, stack: str, extra: str | None, python: str) -> tuple[bool, str]:
     """Whether a set exists in which both are, and its versions or uv's reason."""
     command = [uv, "pip", "compile", "--quiet", "--no-header", "--no-annotate"]
-    command += ["--python-version", python, "--python-platform", "x86_64-manylinux_2_28", "-"]
+    command += ["--python-version", python, "--python-platform", "x86_64-manylinux_2_40", "-"]
     requirements = "\n".join([*asked_for(extra), stack])
     done = subprocess.run(command, input=requirements, capture_output=True, text=True, check=False)
     if done.returncode:

