@@ -42,7 +42,7 @@ ROOT = "the package's front"  # lora_inject/__init__.py, for users; no file insi
 # Arrows from the core into a room that are still to be cut: none may be added, and each that is
 # cut leaves this list.
 TO_CUT = {
-    "core.layers.readers imports experts.lazy",
+    "core.layers.recurrent imports experts.lazy",
     "core.layers.reading imports checks.moving_buffers",
     "core.layers.reading imports experts.lazy",
 }

@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN: what their fused kernel is handed is W + delta, and everybody else finds W."""
+"""LSTM, GRU and RNN: what their fused kernel is handed is W + delta; torch's books hold W."""
 
 import copy
 import io
@@ -65,8 +65,8 @@ def test_two_adapters_take_turns_and_leave() -> None:
     assert error(run(model), run(wide)) < EXACT
     with li.disabled(model):  # torch multiplies in another order by weights that train
         assert same_bits(run(model), run(copy.deepcopy(plain).requires_grad_(False)))
-    named = zip(model.rnn._flat_weights, model.rnn._flat_weights_names, strict=True)
-    assert all(w is getattr(model.rnn, name) for w, name in named)
+    named = zip(model.rnn.__dict__["_flat_weights"], model.rnn._flat_weights_names, strict=True)
+    assert all(w is model.rnn._parameters[name] for w, name in named)
     assert type(li.eject(model).rnn) is nn.LSTM
     assert same_bits(run(model), run(plain))
 
@@ -94,9 +94,11 @@ def test_weights_that_are_put_in_place_are_read() -> None:
     new = dict(other.named_parameters())
     found = torch.func.functional_call(model, new, (X,))
     replaced = copy.deepcopy(model)
-    for key, parameter in new.items():
-        setattr(replaced.rnn, key.removeprefix("rnn."), copy.deepcopy(parameter))
+    replaced.load_state_dict(copy.deepcopy(new), strict=False, assign=True)
     assert same_bits(found, run(replaced))
+    assert error(run(li.eject(replaced)), run(other)) < EXACT
+    with pytest.raises(li.LayerError, match=r"replacing parameter 'weight_hh_l0'"):
+        model.rnn.weight_hh_l0 = copy.deepcopy(new["rnn.weight_hh_l0"])
     assert error(found, run(dense(other, model))) < EXACT
     assert error(run(model), run(dense(plain, model))) < EXACT
     assert error(run(model.float().double()), run(dense(plain.float().double(), model))) < EXACT

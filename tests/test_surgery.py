@@ -21,7 +21,6 @@ from conftest import (
     fill,
     host,
     injected,
-    refusal,
     same_bits,
     snapshot,
 )
@@ -298,7 +297,7 @@ def test_one_delta_a_forward_and_none_kept(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ZeroDivisionError):
         model(x)
     assert model._lora.running == {}
-    assert model.w is raw
+    assert model.get_parameter("w") is raw
 
 
 def test_the_getter_never_hands_out_the_raw_weight(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,13 +318,16 @@ def test_whoever_registers_a_read_weight_gets_the_raw_one_or_is_refused() -> Non
     model = fill(li.inject(gpt2_of_two_layers(), {**RANK2, "targets": [r"wte\.weight"]}))
     ids = torch.arange(10).view(2, 5)
     wanted, before = model(ids).logits, snapshot(model)
-    refusal(model.tie_weights, AttributeError, li.LayerError)
+    model.tie_weights()
     assert snapshot(model) == before
     assert same_bits(model(ids).logits, wanted)
+    raw = model.transformer.wte._parameters["weight"]
+    assert model.get_parameter("transformer.wte.weight") is raw
+    assert model.get_parameter("lm_head.weight") is raw
     new = nn.Parameter(torch.zeros(13, 8), requires_grad=False)
-    model.transformer.wte.weight = new
-    assert model.transformer.wte._parameters["weight"] is new
-    assert model.transformer.wte.weight is new
+    with pytest.raises(li.LayerError, match="replacing parameter 'weight'"):
+        model.transformer.wte.weight = new
+    assert snapshot(model) == before
 
 
 def test_plan_says_that_reads_are_rounded_over_16_bits() -> None:

@@ -416,7 +416,7 @@ def test_rows_that_train_are_read_in_place_of_the_bases_under_all_names() -> Non
 def test_rows_of_two_adapters_are_mixed_as_copies_are() -> None:
     model = fill(li.inject(TiedDecoder(), {"tokens": {"embed": [7, 2]}}, "a"), "a")
     fill(li.inject(model, {"tokens": {"embed": [2, 3]}}, "b"), "b")
-    W = model.embed.weight.detach().clone()
+    W = model.embed.get_parameter("weight").detach().clone()
     a, b = (li.adapter_state(model, n).trained["embed.weight"].clone() for n in ("a", "b"))
     li.activate(model, {"a": 0.5, "b": 2.0})
     table = W.clone()

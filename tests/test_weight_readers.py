@@ -1,6 +1,7 @@
-"""Who reads a weight finds what it needs: a forward W + delta, everybody else W itself.
+"""Who reads an adapted weight gets W + delta, whoever reads it; Parameters themselves are raw.
 
-A parent may compute with the weight of a child instead of calling it, or besides calling it.
+A parent may compute with the weight of a child instead of calling it, or besides calling it, in any
+method, and users may in any function.
 """
 
 import copy
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import error, fill, same_bits
+from conftest import error, fill, same_bits, snapshot
 from helpers.reference import with_deltas
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -105,7 +106,7 @@ def test_a_weight_that_a_forward_reads_is_the_dense_one(case: str) -> None:
 
 
 class Parts(nn.Module):
-    """Methods that users call in place of the forward, as those of CLIP, timm and Lightning."""
+    """Methods that users call in place of the forward, of any name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +124,7 @@ class Parts(nn.Module):
     def training_step(self, batch: tuple[Tensor], _: int) -> Tensor:
         return F.linear(batch[0], self.fc.weight) @ self.proj
 
-    def encoder_init(self, x: Tensor) -> Tensor:
+    def score(self, x: Tensor) -> Tensor:
         return F.linear(x, self.fc.weight) @ self.proj
 
 
@@ -131,9 +132,9 @@ def test_a_part_of_the_forward_that_users_call_reads_as_the_forward_does() -> No
     plain: Any = Parts().double()
     model: Any = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": ["proj", "fc"]}))
     wanted = with_deltas(plain, model).encode_image(X)  # type: ignore[operator]
-    found = model.encode_image(X), model.decode(X), model.forward_features(X)
-    assert all(error(each, wanted) < 1e-12 for each in (*found, model.training_step((X,), 0)))
-    assert same_bits(model.encoder_init(X), plain.encode_image(X))
+    found = [model.encode_image(X), model.decode(X), model.forward_features(X), model.score(X)]
+    found += [model.training_step((X,), 0), F.linear(X, model.fc.weight) @ model.proj]
+    assert all(error(each, wanted) < 1e-12 for each in found)
 
 
 def check_gradients(model: nn.Module, wide: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
@@ -187,12 +188,13 @@ def test_a_part_that_is_called_directly_and_its_forward() -> None:
 
 def test_threads_do_not_see_each_others_forwards() -> None:
     plain, model, x = made("all")
-    wanted, found, raw = with_deltas(plain, model)(x), [], []
+    wide = with_deltas(plain, model)
+    wanted, found, read = wide(x), [], []
 
     def serve() -> None:
         for _ in range(20):
             found.append(model(x))
-            raw.append(model.read.weight)
+            read.append(model.read.weight.clone())
 
     threads = [threading.Thread(target=serve) for _ in range(4)]
     for t in threads:
@@ -201,7 +203,7 @@ def test_threads_do_not_see_each_others_forwards() -> None:
         t.join()
     assert len(found) == 80
     assert all(error(y, wanted) < 1e-12 for y in found)
-    assert all(w is model.read._parameters["weight"] for w in raw)
+    assert all(error(w, wide.read.weight) < 1e-12 for w in read)
 
 
 def test_a_question_about_a_weight_does_not_count_as_use() -> None:
@@ -222,13 +224,15 @@ def test_a_question_about_a_weight_does_not_count_as_use() -> None:
 
 
 def test_the_summary_and_the_card_name_what_no_forward_has_used(tmp_path: Path) -> None:
-    _, model, x = made("all")
+    model: Any = nn.Sequential(*(nn.Linear(D, D) for _ in range(3))).double()
+    x = X
+    fill(li.inject(model, {**CONFIG, "targets": ["all-linear"]}))
     assert li.adapters(model)["default"].idle == ()
-    model.called(x)
-    assert li.adapters(model)["default"].idle == ("read", "both")
-    assert "default: no forward has used 'read', 'both' (2) so far" in li.summary(model)
+    model[1](x)
+    assert li.adapters(model)["default"].idle == ("0", "2")
+    assert "default: no forward has used '0', '2' (2) so far" in li.summary(model)
     card = (li.save_adapter(model, tmp_path / "a") / "README.md").read_text()
-    assert "used 2 of them when it was saved: `read`, `both`" in card
+    assert "used 2 of them when it was saved: `0`, `2`" in card
     model(x)
     assert li.adapters(model)["default"].idle == ()
     assert "so far" not in li.summary(model)
@@ -291,25 +295,86 @@ def layer(kind: str) -> tuple[nn.Module, Any]:
     return net, net[0]
 
 
+# What code that knows of no adapter does to a weight.
 WRITES: dict[str, Callable[[Any], Any]] = {
     "nn.init": lambda m: nn.init.constant_(m.weight, 0.5),
     "data": lambda m: m.weight.data.fill_(0.5),
+    "clipping": lambda m: m.weight.data.clamp_(0),
+    "detach": lambda m: m.weight.detach().clamp_(0),
+    "an element": lambda m: m.weight.data.__setitem__(0, 0.0),
+    "a row": lambda m: m.weight[0].detach().zero_(),
+    "a view": lambda m: m.weight.detach().view(-1).zero_(),
+    "transposed": lambda m: m.weight.data.mT.mul_(2),
+    "out": lambda m: torch.add(m.weight.detach(), 1, out=m.weight.data),
+    "foreach": lambda m: torch._foreach_mul_([m.weight.data], 2),
+    "inplace": lambda m: F.relu(m.weight.data, inplace=True),
+    "+=": lambda m: m.weight.data.__iadd__(1),
+    "clip_grad_norm_": lambda m: m.weight.data.copy_(m.weight * 2),
     "set data": lambda m: setattr(m.weight, "data", torch.full_like(m.weight, 0.5)),
     "no_grad": lambda m: torch.no_grad()(lambda: m.weight.copy_(torch.full_like(m.weight, 0.5)))(),
+    "inference": lambda m: torch.inference_mode()(lambda: m.weight.data.mul_(2))(),
+    "requires_grad": lambda m: m.weight.requires_grad_(),
     "another Parameter": lambda m: setattr(m, "weight", nn.Parameter(m.weight * 0 + 0.5)),
-    "reset_parameters": lambda m: m.reset_parameters(),
+    "a Parameter of it": lambda m: nn.Parameter(m.weight),
+    "a Parameter of its data": lambda m: nn.Parameter(m.weight.data),
 }
 
 
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_a_write_from_outside_reaches_the_base(kind: str, write: str) -> None:
+def test_a_write_to_what_was_read_is_refused(kind: str, write: str) -> None:
+    """It would go to a temporary."""
+    net, m = layer(kind)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(li.LayerError, match=r"get_parameter.*merge\(model|merge.*get_parameter"):
+        WRITES[write](m)
+    assert all(same_bits(v, before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_in_the_layers_own_forward_is_refused(kind: str, write: str) -> None:
+    """Weight clipping, and layers whose weights stay positive."""
+    plain = LAYERS[kind][0]().double()
+
+    class Clipped(type(plain)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            WRITES[write](self)
+            return super().forward(x)  # type: ignore[no-any-return]
+
+    plain.__class__ = Clipped
+    model = fill(li.inject(nn.Sequential(plain), {**CONFIG, "targets": [r"^0\.weight|^0$"]}))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.arange(D) if kind == "embedding" else torch.eye(D, dtype=torch.float64)
+    with pytest.raises(li.LayerError, match="merge"):
+        model(x)
+    assert all(same_bits(v, before[k]) for k, v in model.state_dict().items())
+
+
+RAW_WRITES: dict[str, Callable[[Any], Any]] = {
+    "a parameter": lambda m: nn.init.constant_(next(m.parameters()), 0.5),
+    "by its name": lambda m: m.get_parameter("weight").data.fill_(0.5),
+    "named": lambda m: dict(m.named_parameters())["weight"].data.clamp_(0),
+    "reset_parameters": lambda m: m.reset_parameters(),
+    "load": lambda m: m.load_state_dict({**m.state_dict(), "weight": torch.full_like(W(m), 0.5)}),
+    "load, assigned": lambda m: m.load_state_dict(
+        {**m.state_dict(), "weight": torch.full_like(W(m), 0.5)}, assign=True
+    ),
+}
+
+
+def W(m: Any) -> Tensor:
+    found: Tensor = m._parameters["weight"]
+    return found
+
+
+@pytest.mark.parametrize("write", RAW_WRITES)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_write_to_a_parameter_reaches_the_base(kind: str, write: str) -> None:
     net, m = layer(kind)
     values = {k: v.clone() for k, v in net.state_dict().items()}
-    assert m.weight is m._parameters["weight"]
-    WRITES[write](m)
-    if write != "reset_parameters":
-        assert (m._parameters["weight"] == 0.5).all()
+    assert m.get_parameter("weight") is W(m)
+    RAW_WRITES[write](m)
     now = net.state_dict()
     assert not torch.equal(now["0.weight"], values["0.weight"])
     assert all(torch.equal(now[k], v) for k, v in values.items() if "lora" in k)
@@ -350,16 +415,6 @@ def test_a_weight_that_would_be_computed_from_now_on_is_refused(kind: str, how: 
     assert same_bits(m._parameters["weight"], values)
 
 
-def fuse_conv_and_bn(layer: Any) -> Tensor:
-    """As ultralytics names it: what reads the weight puts another in its place."""
-    return layer.weight.clone()
-
-
-def from_float(layer: Any) -> Tensor:
-    """As torchao names what makes a float8 layer of another."""
-    return layer.weight
-
-
 class Fused(nn.Linear):
     """Computes with a weight that it fuses in each forward."""
 
@@ -367,17 +422,23 @@ class Fused(nn.Linear):
         return x @ fuse_conv_and_bn(self).T
 
 
-def test_a_layer_that_would_be_replaced_is_refused_and_one_that_fuses_as_it_runs_is_not() -> None:
+def fuse_conv_and_bn(layer: Any) -> Tensor:
+    return layer.weight.clone()  # type: ignore[no-any-return]
+
+
+def test_a_function_of_any_name_reads_the_effective_weight() -> None:
     from transformers.pytorch_utils import prune_linear_layer
 
     for kind in LAYERS:
-        _, m = layer(kind)
-        for put_another in (fuse_conv_and_bn, from_float):
-            with pytest.raises(li.LayerError, match=rf"^{put_another.__name__}: .* merge\(model"):
-                put_another(m)
-    _, m = layer("forward update")
-    with pytest.raises(li.LayerError, match=r"^prune_linear_layer: "):
-        prune_linear_layer(m, torch.tensor([1]))
+        net, m = layer(kind)
+        plain = li.eject(copy.deepcopy(net))
+        assert error(fuse_conv_and_bn(m), with_deltas(plain, net)[0].weight) < 1e-12
+    net, m = layer("forward update")
+    plain = li.eject(copy.deepcopy(net))
+    wanted = with_deltas(plain, net)[0].weight[1:2]
+    found = prune_linear_layer(m, torch.tensor([1])).weight
+    assert found.dtype == torch.float32
+    assert error(found, wanted) < 1e-7
     plain = nn.Sequential(Fused(D, D)).double()
     model = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": ["0"]}))
     assert error(model(X), with_deltas(plain, model)(X)) < 1e-12
@@ -413,23 +474,37 @@ def replaced_by_torchao_sparsity(model: nn.Module) -> None:
     swap_linear_with_semi_sparse_linear(model, {"0": SemiSparseLinear})
 
 
+REPLACE = {
+    "accelerate": (replaced_by_accelerate, False),
+    "bitsandbytes": (replaced_by_bitsandbytes, True),
+    "lightning": (replaced_by_lightning, False),
+    "torchao, QAT": (replaced_for_torchao_qat, True),
+    "torchao, sparse": (replaced_by_torchao_sparsity, True),
+}
+
+
 @pytest.mark.filterwarnings("ignore:Deprecation. TorchAODType")
-@pytest.mark.parametrize(
-    "replace",
-    [
-        replaced_by_accelerate,
-        replaced_by_bitsandbytes,
-        replaced_by_lightning,
-        replaced_for_torchao_qat,
-        replaced_by_torchao_sparsity,
-    ],
-)
-def test_a_library_that_replaces_layers_after_inject_is_refused(replace: Any) -> None:
+@pytest.mark.parametrize("library", REPLACE)
+def test_a_library_that_replaces_layers_after_inject_loses_no_adapter(
+    library: str, tmp_path: Path
+) -> None:
+    """What is read is no Parameter for another layer; one made of its values has the update."""
+    replace, is_refused = REPLACE[library]
     plain = nn.Sequential(nn.Linear(32, 32, bias=False))
     replace(copy.deepcopy(plain))
     model = fill(li.inject(plain, {**CONFIG, "targets": ["0"]}))
-    with pytest.raises(li.LayerError, match=r"the layer has an adapter.*merge\(model"):
-        replace(model)
+    values = {k: v.clone() for k, v in model.state_dict().items()}
+    wide, layer = model[0].weight.clone(), model[0]
+    if is_refused:
+        with pytest.raises(TypeError, match="cannot assign"):
+            replace(model)
+        model[0] = layer
+        assert all(same_bits(v, values[k]) for k, v in model.state_dict().items())
+        return
+    replace(model)
+    assert error(model(torch.eye(32)).t(), wide) < 0.02
+    with pytest.raises(li.StateError, match="layer that carries its site '0' is not in the model"):
+        li.save_adapter(model, tmp_path / "a")
 
 
 def test_a_graph_that_would_hold_the_sum_as_a_constant_is_refused() -> None:
@@ -449,15 +524,14 @@ def test_fusing_with_a_batch_norm_is_refused() -> None:
         ("forward update", nn.BatchNorm1d(D), nn.utils.fuse_linear_bn_eval),
     ):
         net, m = layer(kind)
-        with pytest.raises(li.LayerError, match=r"has an adapter.*merge\(model"):
+        with pytest.raises(li.LayerError, match=r"carries an adapter.*merge\(model"):
             fuse(m.eval(), bn.double().eval())
         li.merge(net)
         li.eject(net)
         fuse(net[0].eval(), bn.double().eval())
 
 
-@pytest.mark.parametrize("first", ["quantized", "injected"])
-def test_a_quantized_weight_that_a_parent_reads_is_refused_where_it_is_used(first: str) -> None:
+def test_a_quantized_weight_that_a_parent_reads_is_refused_where_it_is_used() -> None:
     """torchao's tensor multiplies like a plain one, and would leave the adapter out."""
 
     class Reads(nn.Module):
@@ -471,14 +545,23 @@ def test_a_quantized_weight_that_a_parent_reads_is_refused_where_it_is_used(firs
 
     quantization = pytest.importorskip("torchao.quantization")
     net, x = Reads(), torch.randn(2, 32)
-    if first == "injected":
-        li.inject(net, {"rank": 2, "targets": ["fc"]})
     quantization.quantize_(net, quantization.Int8WeightOnlyConfig())
-    if first == "quantized":
-        li.inject(net, {"rank": 2, "targets": ["fc"]})
+    li.inject(net, {"rank": 2, "targets": ["fc"]})
     with pytest.raises(li.LayerError, match=r"reading 'weight' of a Linear.*Leave this layer out"):
         net(x)
     net.use = False
     assert same_bits(net(x), x), "a question does not count as use"
     with li.disabled(net):
         assert net(x).shape == (2, 32)
+
+
+def test_quantizing_after_inject_is_refused() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    plain = nn.Sequential(nn.Linear(32, 32))
+    model = fill(li.inject(plain, {**CONFIG, "targets": ["0"]}))
+    x = torch.randn(2, 32)
+    before, wanted = snapshot(model), model(x)
+    with pytest.raises(li.LayerError, match=r"replacing parameter 'weight'.*merge\(model"):
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert snapshot(model) == before
+    assert same_bits(model(x), wanted)

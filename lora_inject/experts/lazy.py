@@ -20,6 +20,14 @@ from torch import Tensor, nn
 from lora_inject.core.functional.factors import needs_plain_operations
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.linear import differentiate
+from lora_inject.core.functional.read_only import (
+    ReadOnly,
+    read_only,
+    refuse_change,
+    refuse_writing,
+    still_read_only,
+    unmarked,
+)
 from lora_inject.core.functional.weight import (
     LowRank,
     Update,
@@ -47,6 +55,7 @@ def lazy_weight(
     *,
     float32: bool,
     used: Callable[[], None] = lambda: None,
+    looks: bool = False,
     gain: Gain | None = None,
     any_shape: bool = False,
 ) -> Tensor:
@@ -54,7 +63,8 @@ def lazy_weight(
 
     It is lazy if the weight is a plain matrix or a stack of matrices (with `any_shape` a kernel
     too), and nothing traces or transforms the computation. `used` is called right before the first
-    use of the value, and may raise. Reading shape, dtype or device of a lazy weight is not a use.
+    use of the value, and may raise. Reading shape, dtype or device of a lazy weight is not a use;
+    with `looks` neither is what only shows or copies it.
 
     Examples:
         >>> from lora_inject.core.spec.sites import SiteSpec
@@ -78,7 +88,7 @@ def lazy_weight(
     if not can_wait:
         used()
         return effective_weight(weight, updates, float32=float32, gain=gain)
-    return _begun(_Read(weight, updates, gain, used, matrices))
+    return _begun(_Read(weight, updates, gain, used, looks, matrices))
 
 
 def lazy_stack(weight: Tensor, each: Sequence[Sequence[Update]]) -> Tensor:
@@ -114,6 +124,7 @@ class _Read:
         updates: Sequence[Update],
         gain: Gain | None,
         used: Callable[[], None],
+        looks: bool,
         matrices: bool,
     ) -> None:
         self.weight, self.updates, self.gain, self.shape = weight, updates, gain, weight.shape
@@ -123,21 +134,25 @@ class _Read:
         self.is_thin = matrices and gain is None
         self.mode = torch.is_grad_enabled()
         self._used: Callable[[], None] | None = used
+        self._looks = looks
         self._versions = self._versions_now()
         self._matrices: dict[torch.dtype | None, list[LowRank]] = {}
 
     def _versions_now(self) -> list[int]:
         return [0 if t.is_inference() else t._version for t in self.leaves]
 
-    def check(self) -> None:
-        """Raise if the weight or its adapter has changed since; report the first use."""
+    def check(self, *, look: bool = False) -> None:
+        """Raise if the weight or its adapter has changed since; report the first use.
+
+        A `look` only shows or copies the value.
+        """
         if self._versions_now() != self._versions:
             raise LayerError(
                 "using a weight that was read in an earlier forward",
                 "its adapter, or the weight itself, was changed since",
                 "Read the weight again from its module, or keep a .clone() of it",
             )
-        if self._used is not None:
+        if self._used is not None and not (look and self._looks):
             self._used()
             self._used = None
 
@@ -180,7 +195,7 @@ class _ReadForEach(_Read):
 
     def __init__(self, weight: Tensor, each: Sequence[Sequence[Update]]) -> None:
         self._each = each
-        super().__init__(weight, [u for us in each for u in us], None, lambda: None, True)
+        super().__init__(weight, [u for us in each for u in us], None, lambda: None, True, True)
         self.shape = torch.Size((len(weight) * len(each), *weight.shape[1:]))
 
     def sum(self) -> LowRank:
@@ -188,7 +203,7 @@ class _ReadForEach(_Read):
         return low_rank_of_each(self.weight, self._each)
 
 
-class LazyWeight(Tensor):
+class LazyWeight(ReadOnly):
     """The weight that was read, or one or some of its matrices (`index`); maybe transposed."""
 
     _read: _Read
@@ -224,10 +239,11 @@ class LazyWeight(Tensor):
             found = read.whole if index is None else read.whole.at(index)
         return found.turned() if self._is_turned else found
 
-    def formed(self) -> Tensor:
+    def formed(self, *, look: bool = False) -> Tensor:
         """Return the effective weight as a plain tensor with a graph, formed once."""
+        if self._formed is None or not look:
+            self._read.check(look=look)
         if self._formed is None:
-            self._read.check()
             with torch.set_grad_enabled(self._read.mode):
                 self._formed = self._form()
         return self._formed
@@ -238,6 +254,10 @@ class LazyWeight(Tensor):
         if self._beneath is None:
             self._beneath = self._form().detach()
         return self._beneath
+
+    def _without_values(self) -> Tensor:
+        layout = tuple(self.shape), self.stride()
+        return torch.empty_strided(*layout, dtype=self.dtype, device="meta")
 
     def _form(self) -> Tensor:
         read, index = self._read, self._index
@@ -251,19 +271,27 @@ class LazyWeight(Tensor):
     ) -> Any:
         """Compute a product thinly; form the weight for a function that needs it at once."""
         kwargs = kwargs or {}
+        refuse_writing(cls, func, args, kwargs)
+        if func == _DATA:
+            return read_only(args[0].beneath())
         product = _PRODUCTS.get(func) or _PRODUCTS_BY_NAME.get(str(func))
         if product is not None and _is_thin(product, args, kwargs):
-            found = product(*args, **kwargs)
+            found = product(*map(unmarked, args), **kwargs)
             if found is not NotImplemented:
                 return found
         if func in _HOOKS:
             args[0]._read.is_thin = False
+        if func in _LOOKS:
+            args = (args[0].formed(look=True), *args[1:])
+            return func(*args, **kwargs)
         if func in _GET_IT_FORMED:
             args, kwargs = tree_map_only(LazyWeight, LazyWeight.formed, (tuple(args), kwargs))
             return func(*args, **kwargs)
-        if func.__name__ == "__set__" or isinstance(kwargs.get("out"), LazyWeight):
-            _refuse_change(func)
-        return _run_plainly(func, types, args, kwargs)
+        found = _run_plainly(func, types, args, kwargs)
+        for given in args:
+            if type(given) is cls and given._beneath is not None:
+                return still_read_only(found, given._beneath)
+        return found
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -275,22 +303,17 @@ class LazyWeight(Tensor):
         if found is not NotImplemented:
             return found
         if writes(func, args, kwargs, LazyWeight):
-            _refuse_change(func)
-        args, kwargs = tree_map_only(LazyWeight, LazyWeight.beneath, (tuple(args), kwargs))
+            refuse_change(func)
+        beneath = LazyWeight.beneath
+        if str(kwargs.get("device")) == "meta":  # which asks for no value
+            beneath = LazyWeight._without_values
+        args, kwargs = tree_map_only(LazyWeight, beneath, (tuple(args), kwargs))
         return func(*args, **kwargs)
 
 
 def formed(weight: Any) -> Any:
     """Return a weight, lazy or not, as a plain tensor, for a caller that passes it to a kernel."""
-    return weight.formed() if isinstance(weight, LazyWeight) else weight
-
-
-def _refuse_change(func: Any) -> None:
-    raise LayerError(
-        f"{func.__name__} on a weight with an adapter inside a forward",
-        "what a forward reads is W + delta, which is nowhere stored",
-        "Change a .clone() of it, change it outside of the forward, or merge first",
-    )
+    return weight.formed() if isinstance(weight, LazyWeight) else unmarked(weight)
 
 
 def _made(
@@ -355,7 +378,7 @@ def _is_thin(product: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     return all(
         t._read.is_thin
         if isinstance(t, LazyWeight)
-        else type(t) in PLAIN and t.layout is torch.strided
+        else type(t) in (*PLAIN, ReadOnly) and t.layout is torch.strided
         for t in tensors
     )
 
@@ -458,20 +481,21 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
 # Custom operations, which exist once their library is imported.
 _PRODUCTS_BY_NAME = {"transformers.grouped_mm_fallback": _grouped_fallback}
 
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _HOOKS = {Tensor.register_hook, Tensor.retain_grad}
+_LOOKS = {
+    Tensor.__array__,
+    Tensor.__deepcopy__,
+    Tensor.__reduce_ex__,
+    Tensor.__repr__,
+    Tensor.data_ptr,
+    Tensor.numpy,
+    Tensor.tolist,
+}
 # They read the memory. Attention forms its weights once; otherwise backward would form them again.
 _GET_IT_FORMED = {
     F.multi_head_attention_forward,
-    Tensor.__array__,
-    Tensor.__deepcopy__,
     Tensor.__dlpack__,
-    Tensor.__reduce_ex__,
-    Tensor.__repr__,
-    Tensor.data.__get__,  # type: ignore[attr-defined]
-    Tensor.data_ptr,
-    Tensor.numpy,
-    Tensor.share_memory_,
     Tensor.storage,
-    Tensor.tolist,
     Tensor.untyped_storage,
 }

@@ -50,14 +50,15 @@ PICKED: dict[Any, Callable[..., Any]] = {
 
 
 def writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], cls: type) -> bool:
-    """Whether an operation would write into a tensor of a class."""
+    """Whether an operation would write into a tensor of a class, alone or in a list."""
     schema = getattr(func, "_schema", None)
     if schema is None:  # by torch's own convention
         is_in_place = func.name().partition(".")[0].endswith("_")
         return isinstance(kwargs.get("out"), cls) or (is_in_place and isinstance(args[0], cls))
     for i, argument in enumerate(schema.arguments):
         given = args[i] if i < len(args) else kwargs.get(argument.name)
+        each = given if isinstance(given, tuple | list) else (given,)
         alias = argument.alias_info  # `is_write` of the argument itself is newer
-        if alias is not None and alias.is_write and isinstance(given, cls):
+        if alias is not None and alias.is_write and any(isinstance(t, cls) for t in each):
             return True
     return False

@@ -1,5 +1,6 @@
 """Methods of a model of transformers or diffusers that mean something else while it has adapters.
 
+`get_parameter` gives Parameters themselves, which `tie_weights` of transformers puts into layers.
 `save_pretrained` writes the adapters, as PEFT's does: the library would write the base with extra
 keys, which `from_pretrained` drops. Trainer's `save_model` and `push_to_hub` call this method, so
 they write the adapters as well. Methods that would drop adapters with the layers that they replace
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.exchange import write_adapter
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.disk import replace_file
+from lora_inject.core.layers.adapted import raw_parameter
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.survey import Survey, base_parameters
 from lora_inject.core.model.carried import reach
@@ -35,6 +37,7 @@ from lora_inject.errors import LayerError, StateError, user_path
 from lora_inject.formats.card import joined_cards
 
 SAVE, RESIZE, DEQUANTIZE = "save_pretrained", "resize_token_embeddings", "dequantize"
+PARAMETER = "get_parameter"
 CARD = "create_or_update_model_card"
 LOADED = "_hf_peft_config_loaded"
 # As true as True, and says whose it is: what transformers' own mixin has set is left alone.
@@ -220,6 +223,14 @@ class _Refusal:
         raise LayerError(*self.words)
 
 
+class _Parameters(_StandIn):
+    """The replacement of `get_parameter`, which reads attributes."""
+
+    def __call__(self, target: str) -> nn.Parameter:
+        """Return a Parameter by its name, as `named_parameters()` has it."""
+        return raw_parameter(self.model, target)
+
+
 class _OfPeft(_StandIn):
     """Stands in for a method of diffusers that does nothing where no layers of PEFT are."""
 
@@ -239,6 +250,8 @@ def after_attach(modules: Sequence[nn.Module], carrying: Sequence[nn.Module]) ->
         if _replaceable(module, SAVE) and reach(module).names:
             own[SAVE] = saving = _SaveAdapters(module)
             own[CARD] = saving.card
+            if _replaceable(module, PARAMETER) and attached_to(module) is None:
+                own[PARAMETER] = _Parameters(module, PARAMETER)
         if _replaceable(module, RESIZE) and (name := _vocabulary_on(module, carrying)) is not None:
             found = f"{name!r} carries an adapter, which would not fit the resized layer"
             own[RESIZE] = _Refusal(RESIZE, found, "Eject first, resize, then inject again")

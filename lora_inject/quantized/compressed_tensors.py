@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lora_inject.core.layers.forwards import ForwardOwner
+from lora_inject.core.layers.reading import MOVERS
 from lora_inject.core.layers.weight_kinds import Reason, Verb, WeightKind, defines_forward
 
 _LAYER = ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear")
@@ -63,3 +64,11 @@ class Forwards(ForwardOwner):
         places = (getattr(held, name, "") for name in ("onload_device", "offload_device"))
         there, kept = (str(place).partition(":")[0] for place in places)
         return there != kept
+
+
+def computes_with_own(module: nn.Module, param: str, held: Tensor) -> bool:  # noqa: ARG001
+    """Return whether a layer has a scheme: what stands around its forward rounds W in its place."""
+    return hasattr(module, "quantization_scheme")
+
+
+MOVERS.append(computes_with_own)

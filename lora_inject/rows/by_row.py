@@ -74,7 +74,7 @@ class Rows(Selected):
 
         def used() -> None:
             raise LayerError(
-                f"{self.asked}, reading {param!r} of a {type(layer).__name__} in a forward",
+                f"{self.asked}, reading {param!r} of a {type(layer).__name__}",
                 "one weight is read for the whole batch, and its rows have adapters of their own",
                 "Leave this layer out of adapters that are routed",
             )

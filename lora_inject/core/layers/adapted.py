@@ -5,10 +5,10 @@ everything that knew the old class still does: `isinstance`, hooks, tied tensors
 other references to the layer. (PyTorch's FSDP2 and parametrize work the same way.)
 
 A module carries adapters in up to two ways. A *forward update* overrides `forward` and adds to the
-output. A *weight update* is a property of the class with the name of a parameter: a forward that
-reads `module.weight` gets the effective value, while the raw parameter stays where it was in
-`_parameters`, under the same key, and is what all other code reads and writes (`layers.readers`).
-The weight of a layer with a forward update is such a property, too, for a parent that reads it.
+output. A *weight update* is a property of the class with the name of a parameter: whoever reads
+`module.weight` gets the effective value, while the raw parameter stays where it was in
+`_parameters`, under the same key. The weight of a layer with a forward update is such a property,
+too, unless it is packed.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.functional.read_only import ReadOnly
 from lora_inject.core.layers.attached import held_by
 from lora_inject.core.layers.loading import watch_loading
-from lora_inject.core.layers.readers import RECURRENT
+from lora_inject.core.layers.own_code import OWN, keeping
 from lora_inject.core.layers.reading import Reading, cached_forward, weight_property
+from lora_inject.core.layers.recurrent import RECURRENT
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.valueless import EMPTYING, moved
 from lora_inject.core.spec.inventory import Geometry
@@ -151,9 +153,16 @@ class Adapted(Reading):
             from lora_inject.core.layers.starting import names_given, start_loaded
 
             given = names_given(self, state_dict, prefix)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        with keeping(self._lora, replaces=True):
+            super()._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
         if waits:
             start_loaded(self, given)
         forms = {prefix + form_key(entry) for entry in self._lora.entries()}
@@ -174,17 +183,29 @@ class Adapted(Reading):
         return f"{plain}, lora={{{', '.join(notes)}}}" if notes else plain
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register like nn.Module, but no None and no second name for an adapted weight, or for A.
+        """Register like nn.Module, but nothing in the place of an adapted weight, or of A.
 
-        A second name is the first step of torch's `prune`, which later cannot be undone.
+        What is put there may be the weight with something done to it: quantized, pruned, or fused
+        with a norm, of which the update knows nothing. Nor does a weight get a second name, the
+        first step of torch's `prune`, which later cannot be undone.
         """
         attached = self._lora
+        loads = OWN.keeps is attached and OWN.replaces
         weight = (self.weight_name,) if attached.forward else ()
         for adapted in (*attached.reads, *weight, *attached.flat):
+            if adapted not in self._parameters and attached.put_back(adapted, self._parameters):
+                self._lora_refuse_replaced(adapted)
             held = self._parameters.get(adapted)
-            if held is not None and param is (None if name == adapted else held):
+            if held is None or (loads and param is not None):
+                continue
+            another = param is not held and not hasattr(param, "full_tensor")
+            if another if name == adapted else param is held or isinstance(param, ReadOnly):
                 self._lora_refuse_replaced(adapted)
         super().register_parameter(name, param)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """Return a Parameter itself, as `parameters()` yields it."""
+        return raw_parameter(self, target)
 
     def __delattr__(self, name: str) -> None:
         """Delete like nn.Module, but not what carries an adapter."""
@@ -209,6 +230,14 @@ class Adapted(Reading):
             "it carries an adapter, which a script cannot",
             "Call merge(model, eject=True) first, or use torch.jit.trace or torch.export",
         )
+
+
+def raw_parameter(module: nn.Module, target: str) -> nn.Parameter:
+    """Return what `nn.Module.get_parameter` returns where no adapter is: the Parameter itself."""
+    path, _, name = target.rpartition(".")
+    owner = module.get_submodule(path)
+    held = owner._parameters.get(name) if isinstance(owner, Adapted) else None
+    return nn.Module.get_parameter(module, target) if held is None else held
 
 
 class WeightUpdate(Adapted):
@@ -275,11 +304,12 @@ def adapted_class(
 
 
 def _resetting(plain: Any) -> Callable[..., Any]:
-    """Return the `reset_parameters` of a swapped class."""
+    """Return the `reset_parameters` of a swapped class, which finds the parameters themselves."""
 
     @functools.wraps(plain.reset_parameters)
     def reset_parameters(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = plain.reset_parameters(self, *args, **kwargs)
+        with keeping(self.__dict__["_lora"]):
+            result = plain.reset_parameters(self, *args, **kwargs)
         if self.__dict__["_lora"].valueless:
             from lora_inject.core.layers.starting import start_reset
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
@@ -169,6 +170,8 @@ class Attached:
         self.valueless: frozenset[str] = frozenset()
         self.garbage: frozenset[str] = frozenset()
         self.by_reset: Mapping[str, tuple[int, ...]] = {}
+        # Parameters that were read from outside, in case that the reader takes them out.
+        self.last_read: dict[str, ReferenceType[Tensor]] = {}
         # One object, which another thread cannot change between two reads.
         self.last_chosen: tuple[Selected | None, tuple[Recipe, ...]] = NOTHING
 
@@ -277,6 +280,22 @@ class Attached:
                     "swap_adapter",
                 )
 
+    def put_back(self, param: str, parameters: dict[str, Any]) -> bool:
+        """Put a parameter back that was taken out after it was read; return whether it was."""
+        held = self.last_read.get(param, lambda: None)()
+        if held is None:
+            return False
+        others = dict(parameters)
+        parameters.clear()
+        parameters.update({param: held, **others})
+        return True
+
+    def runs_here(self) -> bool:
+        """Whether the module's own forward runs in this thread; unknown in compiled graphs."""
+        if torch.compiler.is_compiling() or not self.running:
+            return False
+        return threading.get_ident() in self.running
+
     def reads_so_far(self) -> dict[tuple[str, bool], Tensor] | None:
         """Return the values that were read in the running forward, for the next reads in it.
 
@@ -291,7 +310,7 @@ class Attached:
         return cache if now is then or (now and then and now[0] is then[0]) else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_chosen": NOTHING, "running": {}}
+        return {**self.__dict__, "last_chosen": NOTHING, "running": {}, "last_read": {}}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__dict__.update(saved)

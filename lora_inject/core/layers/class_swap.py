@@ -22,6 +22,7 @@ from lora_inject.core.layers.adapted import (
 )
 from lora_inject.core.layers.attached import Attached, attached_to
 from lora_inject.core.layers.forwards import saved_names
+from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.selection import Selection
 from lora_inject.errors import LayerError
 
@@ -93,11 +94,21 @@ def _become(
 ) -> None:
     """Give a module the swapped class of a plain one, below what others have put on top."""
     cls = type(module)
+    if _holds_plain_weight(module, plain, mixin):
+        reads = {*reads, mixin.weight_name}
     target = _with_base(cls, _own_class(cls), adapted_class(plain, mixin, reads))
     if target is not cls:
         # Past nn.Module.__setattr__, which would look for parameters and children of that name.
         object.__setattr__(module, "__class__", target)
     _rebind_hooked_forward(module, attached)
+
+
+def _holds_plain_weight(module: nn.Module, plain: type, mixin: type[Adapted]) -> bool:
+    """Whether a layer with a forward update holds the weight that others may read."""
+    held = module._parameters.get(mixin.weight_name)
+    if mixin is WeightUpdate or held is None or hasattr(plain, mixin.weight_name):
+        return False
+    return not is_quantized(held)
 
 
 def _is_ours(method: Any, module: nn.Module) -> bool:

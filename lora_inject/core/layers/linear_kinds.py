@@ -20,6 +20,7 @@ from lora_inject.core.functional.gain import gained
 from lora_inject.core.functional.linear import frozen_output
 from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.forward_update import ForwardUpdate
+from lora_inject.core.layers.own_code import OWN
 from lora_inject.core.layers.plain_tensors import PLAIN
 from lora_inject.core.layers.weight_kinds import (
     defines_forward,
@@ -133,7 +134,11 @@ class LoRALinear(ForwardUpdate):
             weight, bias = self._lora_weight_and_bias()
             y = frozen_output(x, weight, bias, self.transposed, None)
         else:
-            y = self._lora_plain.forward(self, *args, **kwargs)
+            before, OWN.adds = OWN.adds, self._lora
+            try:
+                y = self._lora_plain.forward(self, *args, **kwargs)
+            finally:
+                OWN.adds = before
         if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
             self._lora_refuse_dead()
         return y

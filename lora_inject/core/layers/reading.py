@@ -1,7 +1,11 @@
-"""The value of a weight that a forward reads: W + delta, or an error if it cannot be formed.
+"""Who reads an adapted parameter, and what it reads as.
 
-`layers.readers` detects who reads. The sum is formed as late as possible: reading a weight's dtype
-or shape costs nothing and is never refused.
+The rule: the attribute of an adapted parameter reads as W + delta, for whoever reads it. Raw are
+`parameters()`, `state_dict()` and `_parameters`. A layer's own forward, to whose output the update
+is added, reads its own W (`own_code`).
+
+The sum is formed as late as possible: reading a weight's dtype or shape costs nothing and is never
+refused.
 """
 
 from __future__ import annotations
@@ -10,13 +14,16 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lora_inject.checks.moving_buffers import buffers_to_watch, refuse_moved
+from lora_inject.core.functional.factors import needs_plain_operations
 from lora_inject.core.functional.inside import is_watched, saving_hooks
+from lora_inject.core.functional.read_only import read_only
 from lora_inject.core.layers.attached import (
     Attached,
     Entry,
@@ -25,9 +32,9 @@ from lora_inject.core.layers.attached import (
     refuse_mixed,
 )
 from lora_inject.core.layers.checkpointing import refuse_dead_checkpoint
-from lora_inject.core.layers.forwards import has_own_forward, refuse_offloaded
+from lora_inject.core.layers.forwards import refuse_offloaded
+from lora_inject.core.layers.own_code import OWN
 from lora_inject.core.layers.plain_tensors import PLAIN, reads_as_sum
-from lora_inject.core.layers.readers import computes, running_module
 from lora_inject.core.layers.sending import sent_once
 from lora_inject.errors import LayerError, article
 from lora_inject.experts.lazy import lazy_weight
@@ -49,6 +56,10 @@ def refuse_symbolic_trace() -> None:
             "the weight has an adapter, and the graph would hold their sum as a constant",
             "Use torch.export, or call merge(model, eject=True) first",
         )
+
+
+MOVERS: list[Callable[[nn.Module, str, Tensor], bool]] = []
+"""Whether a library reads a parameter to move it or to round it, and must find it as it is."""
 
 
 class Reading(nn.Module):
@@ -83,20 +94,24 @@ class Reading(nn.Module):
         return super().__getattr__(param)  # raises
 
     def _lora_read(self, param: str, raw: Any) -> Any:
-        """Return a parameter's effective value in a forward, the raw one elsewhere."""
-        reader = running_module()
-        if reader is None:
-            return raw
+        """Return what the attribute of a parameter reads as."""
         attached = self._lora
+        if OWN.keeps is attached:
+            return raw
+        adds = OWN.adds is attached
         entries = attached.reads.get(param, {})
-        # Such a forward, put on since inject, computes with the weight; one around ours does not
-        # read it here.
-        put_on = not attached.running and has_own_forward(self)
-        adds = reader is self and not (put_on and self._lora_stock)  # to the output
         if attached.forward and not adds and param == self.weight_name:
             entries = {**attached.forward, **entries}
-        outside = reader is not self and not attached.running and isinstance(reader, nn.Module)
-        return self._lora_value(param, raw, entries, outside=outside)
+        if not entries:
+            return raw
+        outside = not adds and not attached.runs_here()
+        if outside and not torch.compiler.is_compiling():
+            if any(moves(self, param, raw) for moves in MOVERS):
+                return raw
+            if type(raw) is nn.Parameter:
+                attached.last_read[param] = ref(raw)
+        value = self._lora_value(param, raw, entries, outside=outside)
+        return value if value is raw or needs_plain_operations() else read_only(value)
 
     def _lora_value(
         self, param: str, raw: Any, entries: Mapping[str, Entry], *, outside: bool = False
@@ -106,8 +121,6 @@ class Reading(nn.Module):
             return raw
         if raw is None:
             self._lora_refuse_replaced(param)
-        if hasattr(raw, "full_tensor") and not torch.compiler.is_compiling() and not computes():
-            return raw  # FSDP2's hooks exchange shards, whoever is selected
         return self._lora.selection.current().read(self, param, raw, entries, outside=outside)
 
     def _lora_read_mixed(
@@ -130,20 +143,18 @@ class Reading(nn.Module):
     def _lora_other(self, raw: Any, taking: list[tuple[Entry, float]], outside: bool) -> Any:
         """Return the value of a sharded or a quantized weight.
 
-        Tensor parallelism computes with shards. If the weight was replaced after inject, or is read
-        by a parent, there is no W to add to: only its shape and dtype can be read.
+        Tensor parallelism computes with shards. Where a quantized weight is read by others than its
+        layer, there is no W to add to: only its shape and dtype can be read.
         """
-        if torch.compiler.is_compiling():
-            return raw
         if hasattr(raw, "full_tensor"):
             return self._lora_effective(raw, taking, outside)
         entry = taking[0][0]
-        if entry.on_output and not outside:
-            return raw  # the layer's own forward, to whose output the update is added
+        if torch.compiler.is_compiling() or (entry.on_output and not outside):
+            return raw
 
         def used() -> None:
             raise LayerError(
-                f"reading {entry.param!r} of a {type(self).__name__} in a forward",
+                f"reading {entry.param!r} of a {type(self).__name__}",
                 f"it is {article(type(raw).__name__)}, to which adapter {entry.adapter!r} cannot "
                 "be added",
                 "Leave this layer out of the adapter, or quantize it before inject",
@@ -178,7 +189,13 @@ class Reading(nn.Module):
 
         if low_rank:
             return lazy_weight(
-                value, low_rank, float32=float32, used=used, gain=gain, any_shape=outside
+                value,
+                low_rank,
+                float32=float32,
+                used=used,
+                looks=True,
+                gain=gain,
+                any_shape=outside,
             )
         used()
         return value
@@ -197,10 +214,10 @@ class Reading(nn.Module):
             and self._lora.selection.current().drops(self)
         ):
             raise LayerError(
-                f"reading the weight of site {entry.spec.name!r} in a forward",
+                f"reading the weight of site {entry.spec.name!r} in training",
                 f"adapter {entry.adapter!r} has dropout {entry.spec.dropout:g} on the layer's "
                 "input, which the reader of a weight does not see",
-                "Give the site dropout: 0",
+                "Give the site dropout: 0, or call model.eval() to look at the weight",
             )
 
     def _lora_refuse_replaced(self, name: str) -> None:
@@ -211,9 +228,10 @@ class Reading(nn.Module):
         if not self.__dict__.keys() & {"_is_fsdp_managed_module", "_is_replica"}:
             raise LayerError(
                 f"replacing parameter {name!r} of a {type(self).__name__}",
-                "it carries an adapter, which a parametrized, pruned or normalized weight would "
-                "leave behind",
-                "Eject the adapter first, then inject again",
+                "it carries an adapter, which a parametrized, pruned, quantized or fused weight "
+                "would leave behind, or take in twice",
+                "Eject the adapter first, then inject again; or call merge(model, eject=True). To "
+                f"change its values, write into layer.get_parameter({name!r})",
             )
 
 

@@ -1,0 +1,109 @@
+"""What was read of an adapted weight must not be written to: the write would reach a temporary.
+
+`ReadOnly` is a formed value in memory of its own. Operations on it give plain tensors, but for
+those that share its memory, which stay read-only. In-place operations, `out=` and new Parameters of
+it are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.errors import LayerError
+
+# What a Parameter has as `__torch_function__` runs a function, past that of any subclass.
+_run_plainly: Any = nn.Parameter.__torch_function__
+
+
+def refuse_change(func: Any) -> NoReturn:
+    """Raise for an operation that would change what was read."""
+    raise LayerError(
+        f"{getattr(func, '__name__', func)} on what was read of a weight with an adapter",
+        "it is W + delta, which is nowhere stored, and W would stay as it is",
+        'Change a .clone() of it, or W itself: layer.get_parameter("weight"). Where the layer has '
+        "an adapter and is to be replaced, call merge(model, eject=True) first",
+    )
+
+
+def refuse_writing(cls: type, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise for a function of torch that would write into a tensor of a class.
+
+    Torch ends the names of what writes into its first argument with an underscore.
+    """
+    name = getattr(func, "__name__", "").partition(".")[0]
+    if name.endswith("_") and (not name.endswith("__") or _assigns(name)):
+        given = args or (*kwargs.values(),)  # torch.nn.init passes all by name
+        # `x.data = W` would make the memory of W writable.
+        _refuse_among(cls, func, given if name == "__set__" else given[:1])
+    if kwargs:
+        _refuse_among(cls, func, kwargs.get("out"))
+        if kwargs.get("inplace") is True:
+            _refuse_among(cls, func, args[:1])
+
+
+def _assigns(name: str) -> bool:
+    """Whether a special method is that of x += y, x[i] = y, or x.data = y."""
+    augmented = name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")
+    return augmented or name in ("__set__", "__setitem__")
+
+
+def _refuse_among(cls: type, func: Any, written: Any) -> None:
+    each = written if isinstance(written, tuple | list) else (written,)
+    if any(isinstance(t, cls) for t in each):
+        refuse_change(func)
+    for inner in each:
+        if isinstance(inner, tuple | list):
+            _refuse_among(cls, func, inner)
+
+
+class ReadOnly(Tensor):
+    """The formed value of a weight with an adapter, or what shares its memory."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Compute like a plain tensor, but write nothing."""
+        kwargs = kwargs or {}
+        refuse_writing(cls, func, args, kwargs)
+        found = _run_plainly(func, types, args, kwargs)
+        for given in (*args, *kwargs.values()):
+            if type(given) is cls:
+                return still_read_only(found, given)
+        return found
+
+
+def read_only(value: Tensor) -> Tensor:
+    """Return a formed value as one that cannot be written to."""
+    plain = type(value) is Tensor and value.layout is torch.strided
+    return value.as_subclass(ReadOnly) if plain else value
+
+
+def still_read_only(found: Any, source: Tensor) -> Any:
+    """Return the result of an operation, read-only where it is what the source is.
+
+    That is what has its memory, or is a copy on another device, which is made to be put there.
+    """
+    if type(found) in (tuple, list):
+        return type(found)(still_read_only(each, source) for each in found)
+    if type(found) is not Tensor or found.layout is not torch.strided or found.is_meta:
+        return found
+    return read_only(found) if _is_part(found, source) else found
+
+
+def _is_part(found: Tensor, source: Tensor) -> bool:
+    source = unmarked(source)
+    if found.device != source.device:
+        return found.shape == source.shape
+    return found.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+
+
+def unmarked(value: Any) -> Any:
+    """Return what was formed as a plain tensor, for a kernel that only reads it."""
+    if type(value) is not ReadOnly:
+        return value
+    return _run_plainly(Tensor.as_subclass, (), (value, Tensor), {})

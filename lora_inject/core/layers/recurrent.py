@@ -1,0 +1,65 @@
+"""LSTM, GRU and RNN: what their fused kernel is handed.
+
+Torch hands the kernel a list of weights that it keeps under the name `_flat_weights`, a property of
+the swapped class. It reads as W + delta, formed there and then. Torch's own bookkeeping, which
+arranges the Parameters in memory, finds the list of these.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_inject.core.layers.attached import attached_to
+from lora_inject.core.layers.own_code import OWN, keeping
+from lora_inject.experts.lazy import formed
+
+
+def _flat_weights(self: Any) -> Any:
+    return self.__dict__["_flat_weights"] if OWN.keeps is self._lora else _effective(self)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator] # dynamo runs such layers as they are
+def _effective(self: Any) -> Any:
+    """Return what the kernel gets."""
+    return [formed(getattr(self, name, None)) for name in self._flat_weights_names]
+
+
+def _write(self: Any, weights: list[Any]) -> None:
+    """Keep the Parameters, whatever was read of them to make the list."""
+    held, names = self._parameters, self._flat_weights_names
+    kept = (held.get(name, given) for name, given in zip(names, weights, strict=False))
+    self.__dict__["_flat_weights"] = list(kept)
+
+
+def _update(self: Any) -> None:
+    """What torch does where a weight was replaced: here the attributes are read each time."""
+
+
+def _bookkeeping(method: str) -> Callable[..., Any]:
+    """Return a method of torch's that looks after the Parameters."""
+
+    @functools.wraps(getattr(nn.RNNBase, method))
+    def run(self: Any, *args: Any) -> Any:
+        plain = getattr(self._lora_plain, method)
+        attached = attached_to(self)
+        if attached is None or torch.compiler.is_compiling():
+            return plain(self, *args)
+        with keeping(attached):
+            return plain(self, *args)
+
+    return run
+
+
+RECURRENT: dict[str, Any] = {
+    "_flat_weights": property(_flat_weights, _write),
+    "_update_flat_weights": _update,
+    "_init_flat_weights": _bookkeeping("_init_flat_weights"),
+    "flatten_parameters": _bookkeeping("flatten_parameters"),
+    "__setattr__": _bookkeeping("__setattr__"),
+}
+"""Members of the swapped class of an LSTM, GRU or RNN."""

@@ -1,0 +1,64 @@
+"""When torch.distributed moves a parameter of a module, and must find it as it is.
+
+FSDP2 looks at its shards through the attributes of modules (`FSDPParam.reset_sharded_param`). Its
+states say which parameter of which module is a shard at this moment. Other DTensors are those of
+tensor parallelism, which computes with them. What makes them, and FSDP1, which moves views in the
+middle of what computes with the same ones, are known by the file that reads.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.core.layers.reading import weight_property
+
+_TORCH = Path(torch.__file__).parent / "distributed"
+_MOVERS = {
+    str(_TORCH / "fsdp" / "_flat_param.py"),
+    str(_TORCH / "tensor" / "parallel" / "style.py"),
+}
+_GETTER = weight_property("").fget.__code__  # type: ignore[union-attr]
+
+# What FSDP2 keeps of each parameter of a module, by name.
+_kept: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+
+
+def is_moved(module: nn.Module, param: str, held: Tensor) -> bool:
+    """Return whether a parameter is a shard of FSDP2, or is read by what moves parameters."""
+    if not hasattr(held, "full_tensor"):
+        return _reader() in _MOVERS
+    if param not in _kept.get(module, {}):
+        for place, name, kept in _all_kept():
+            _kept.setdefault(place, {})[name] = kept
+    kept = _kept.get(module, {}).get(param)
+    return kept is not None and kept.sharded_state.name != "UNSHARDED"
+
+
+def _all_kept() -> Iterator[tuple[nn.Module, str, Any]]:
+    """Yield what `fully_shard` keeps of each parameter, with its modules and names."""
+    composable: Any = sys.modules.get("torch.distributed._composable_state")
+    states = () if composable is None else list(composable._module_state_mapping.values())
+    for reference in states:
+        for group in getattr(reference(), "_fsdp_param_groups", ()):
+            for kept in group.fsdp_params:
+                info = kept._module_info
+                yield info.module, info.param_name, kept
+                shared = zip(info.shared_modules, info.shared_param_names, strict=True)
+                yield from ((module, name, kept) for module, name in shared)
+
+
+def _reader() -> str:
+    """Return the file of the code that calls a property of a swapped class."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _GETTER:
+        frame = frame.f_back
+    reader = None if frame is None else frame.f_back
+    return "" if reader is None else reader.f_code.co_filename
