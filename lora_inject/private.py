@@ -55,6 +55,9 @@ NAMES: Mapping[str, str] = MappingProxyType(
         ),
         "torch.autograd._get_sequence_nr": _RECOMPUTED,
         "torch.autograd.forward_ad._current_level": _PLAIN,
+        "torch.distributed._composable_state._module_state_mapping": (
+            "refused: reading a weight that is a DTensor, which may be a shard of FSDP2"
+        ),
         "torch.distributed.tensor._utils.compute_local_shape_and_global_offset": (
             "refused: an adapter on a sharded model"
         ),
@@ -110,6 +113,9 @@ ATTRIBUTES: Mapping[str, str] = MappingProxyType(
         "_hf_peft_config_loaded": f"transformers: {_MARK}",
         "_hf_tp_plan": f"transformers: {_MARK}",
         "_hp_mapping": f"DeepSpeed: {_MARK}",
+        "_fsdp_param_group": "torch's FSDP2: the name that other versions have is asked",
+        "_fsdp_param_groups": "torch's FSDP2: the name that other versions have is asked",
+        "_init_flat_weights": _RECURRENT,
         "_is_expert_parallel": f"transformers: {_MARK}",
         "_is_fsdp_managed_module": f"torch's FSDP1: {_MARK}",
         "_is_hf_initialized": f"transformers: {_MARK}",
@@ -119,6 +125,7 @@ ATTRIBUTES: Mapping[str, str] = MappingProxyType(
         "_load_from_state_dict": _METHOD,
         "_local_tensor": "torch's DTensor: the whole is compared, and not the part that is here",
         "_metadata": "torch's state dicts: the versions in it are not known",
+        "_module_info": "torch's FSDP2: a read of a DTensor raises",
         "_modules": _KEPT,
         "_name_or_path": "transformers' config: the base has no name in the files",
         "_non_persistent_buffers_set": _KEPT,

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.reading import weight_property
+from lora_inject.private import needed
 
 _TORCH = Path(torch.__file__).parent / "distributed"
 _MOVERS = {
     str(_TORCH / "fsdp" / "_flat_param.py"),
     str(_TORCH / "tensor" / "parallel" / "style.py"),
 }
+_STATES = "torch.distributed._composable_state._module_state_mapping"
 _GETTER = weight_property("").fget.__code__  # type: ignore[union-attr]
 
 # What FSDP2 keeps of each parameter of a module, by name.
@@ -44,10 +46,13 @@ def is_moved(module: nn.Module, param: str, held: Tensor) -> bool:
 
 def _all_kept() -> Iterator[tuple[nn.Module, str, Any]]:
     """Yield what `fully_shard` keeps of each parameter, with its modules and names."""
-    composable: Any = sys.modules.get("torch.distributed._composable_state")
-    states = () if composable is None else list(composable._module_state_mapping.values())
-    for reference in states:
-        for group in getattr(reference(), "_fsdp_param_groups", ()):
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    states = needed(_STATES, "reading a weight that is a DTensor")
+    for reference in list(states.values()):
+        state = reference()
+        one = getattr(state, "_fsdp_param_group", None)  # until torch 2.12
+        for group in getattr(state, "_fsdp_param_groups", None) or filter(None, [one]):
             for kept in group.fsdp_params:
                 info = kept._module_info
                 yield info.module, info.param_name, kept

@@ -154,15 +154,8 @@ class Adapted(Reading):
 
             given = names_given(self, state_dict, prefix)
         with keeping(self._lora, replaces=True):
-            super()._load_from_state_dict(
-                state_dict,
-                prefix,
-                local_metadata,
-                strict,
-                missing_keys,
-                unexpected_keys,
-                error_msgs,
-            )
+            lists = missing_keys, unexpected_keys, error_msgs
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         if waits:
             start_loaded(self, given)
         forms = {prefix + form_key(entry) for entry in self._lora.entries()}
