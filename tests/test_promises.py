@@ -59,6 +59,14 @@ def test_an_adapted_layer_computes_what_the_dense_weight_would() -> None:
     torch.testing.assert_close(model(IDS), y, rtol=0, atol=1e-12)
 
 
+def test_whoever_reads_a_weight_gets_the_sum() -> None:
+    model = trained()
+    site = li.adapter_state(model).sites["fc"]
+    dense = model.fc._parameters["weight"] + site.scale * site.B @ site.A
+    torch.testing.assert_close(model.fc.weight * 1, dense, rtol=0, atol=1e-12)
+    assert model.fc._parameters["weight"] is dict(model.named_parameters())["fc.weight"]
+
+
 def test_gradients_are_those_of_the_dense_weight() -> None:
     model = trained()
     model(IDS).square().sum().backward()
@@ -157,6 +165,8 @@ def test_what_would_make_an_adapter_inert_is_an_error() -> None:
     with pytest.raises(li.MatchError, match="matched none"):
         li.inject(Model(), {"rank": 2, "targets": ["fcc"]})
     model = trained()
+    with pytest.raises(li.LayerError):
+        model.fc.weight.data.clamp_(0)  # would be lost in a temporary
     with pytest.raises(li.StateError):
         li.activate(model, "defualt")
 

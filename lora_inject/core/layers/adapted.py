@@ -27,7 +27,6 @@ from lora_inject.core.layers.attached import held_by
 from lora_inject.core.layers.loading import watch_loading
 from lora_inject.core.layers.own_code import OWN, keeping
 from lora_inject.core.layers.reading import Reading, cached_forward, weight_property
-from lora_inject.core.layers.recurrent import RECURRENT
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.valueless import EMPTYING, moved
 from lora_inject.core.spec.inventory import Geometry
@@ -280,7 +279,7 @@ def adapted_class(
             "__module__": plain.__module__,
             "__qualname__": plain.__qualname__,
             "__doc__": plain.__doc__,
-            **(RECURRENT if issubclass(plain, nn.RNNBase) else {}),
+            **_members_of(plain),
         }
         if callable(getattr(plain, "reset_parameters", None)):
             namespace["reset_parameters"] = _resetting(plain)
@@ -294,6 +293,16 @@ def adapted_class(
             found = _in_layout_of(plain, found, namespace)
         _CLASSES[key] = found
     return found
+
+
+def _members_of(plain: type[nn.Module]) -> dict[str, Any]:
+    """Return further members for the swapped class of an LSTM, GRU or RNN."""
+    if not issubclass(plain, nn.RNNBase):
+        return {}
+    # Here, as it imports torch's compiler, which doubles the start of a program.
+    from lora_inject.core.layers.recurrent import RECURRENT
+
+    return RECURRENT
 
 
 def _resetting(plain: Any) -> Callable[..., Any]:

@@ -18,7 +18,6 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lora_inject.checks.moving_buffers import buffers_to_watch, refuse_moved
 from lora_inject.core.functional.factors import needs_plain_operations
@@ -50,6 +49,8 @@ _is_tracing: Callable[[], bool] = (
 
 def refuse_symbolic_trace() -> None:
     """Raise in torch.fx.symbolic_trace, whose graph would keep today's W + delta as a constant."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # loads sympy: only in a trace
+
     if get_proxy_mode() is None and not torch.compiler.is_compiling():  # these run what is read
         raise LayerError(
             "torch.fx.symbolic_trace of a forward that reads a weight",
