@@ -40,11 +40,11 @@ class Layer:
 
     def put_back(self) -> None:
         """Give the layer its own class, attributes, Parameters and buffers back."""
-        change_plain_class(self.module, self.plain)
         self.module.__dict__.update(self.attributes)
         self.module._parameters.clear()
         self.module._parameters.update(self.parameters)
         self.module._buffers.update(self.buffers)
+        change_plain_class(self.module, self.plain)  # whose reads depend on what is held
 
 
 class LayerKind(WeightKind):
