@@ -96,11 +96,9 @@ ATTRIBUTES: Mapping[str, str] = MappingProxyType(
         # name: whose it is, and what happens without it
         "_apply": _METHOD,
         "_buffers": _KEPT,
-        "_call_impl": "nn.Module: its __call__ stands on the stack as well",
         "_checkpoint_wrapped_module": f"torch's checkpoint_wrapper: {_CHILD}",
         "_checkpoint_conversion_mapping": "transformers 4: names in older files count as they are",
         "_conv_forward": "nn.Conv1d, 2d, 3d: a class that overrides it counts as a plain one",
-        "_convert_layers": "Lightning: what it puts in the place of a layer is not noticed",
         "_custom_modules": "PEFT's LoraConfig: such a config counts as one without own layers",
         "_dynamo_marked_constant": "torch.compile: a graph breaks there",
         "_experts_implementation": "transformers' config: counts as the default",

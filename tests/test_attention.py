@@ -62,7 +62,7 @@ def test_slices_of_an_attentions_in_proj_weight() -> None:
         wide.attn.in_proj_weight[16:] += SCALE * site.B[8:] @ site.A[2:]
     for training in (True, False):
         assert error(model.train(training)(x), wide(x)) < EXACT
-    read = model.attn.in_proj_weight
+    read = model.attn.in_proj_weight.clone()
     assert same_bits(read[8:16], plain.attn.in_proj_weight[8:16])
     li.merge(model)
     assert same_bits(model.attn._parameters["in_proj_weight"][8:16], read[8:16])

@@ -13,7 +13,7 @@ from helpers.adapter_states import spoil
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.checks import fingerprint
+from lora_inject.core.adapter import fingerprint
 
 CONFIG = {"rank": RANK, "alpha": ALPHA}
 

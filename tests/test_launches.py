@@ -17,9 +17,9 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 import lora_inject as li
 from lora_inject.core.functional import Factors, cpu, linear
-from lora_inject.core.layers import forward_update, sending
+from lora_inject.core.layers import sending
 from lora_inject.experts.packed_experts import PackedExperts
-from lora_inject.rows import routing
+from lora_inject.rows import by_row, routing
 
 table = script("benchmarks.launches")
 ROWS = table.ROWS
@@ -260,10 +260,9 @@ def test_rows_go_to_a_gpu_from_pinned_memory_and_the_host_does_not_wait(monkeypa
 
 
 def test_rows_are_sent_once_for_each_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    streams, sent = iter("aabba"), Mock(wraps=sending.sent)
+    streams, sent = iter("aaaabbbaa" * 3), Mock(wraps=sending.sent)
     net = li.inject(nn.Sequential(nn.Linear(8, 8)), {"rank": 2, "targets": ["0"]}, "one")
-    monkeypatch.setattr(forward_update, "queue_of", lambda _: next(streams))
-    monkeypatch.setattr(routing, "queue_of", lambda _: "b" if sent.called else "a")
+    monkeypatch.setattr(by_row, "queue_of", lambda _: next(streams))
     monkeypatch.setattr(routing, "sent", sent)
     with li.routed(net, ["one", None]):
         for _ in range(5):

@@ -51,9 +51,9 @@ def delta_of(relative: float, dtype: torch.dtype, n: int = 64) -> tuple[Host, Te
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
 def test_the_report_says_what_rounding_left(dtype: torch.dtype, relative: float) -> None:
     model, D = delta_of(relative, dtype)
-    W = model.layer.weight.detach().double()
+    W = model.layer._parameters["weight"].detach().double()
     report = li.merge(model)
-    moved = model.layer.weight.detach().double() - W
+    moved = model.layer._parameters["weight"].detach().double() - W
     site = report.tensors["layer.weight"]
     # W + D is formed in float32, which costs D a few 1e-8 of W.
     limit = 1e-8 / relative
@@ -201,9 +201,9 @@ def test_a_shared_module_is_merged_once() -> None:
     model = nn.Sequential(layer, layer)
     fill(li.inject(model, {**RANK2, "targets": ["0"]}))
     A, B = (p.detach() for p in li.adapter_parameters(model).values())
-    wanted = layer.weight.detach() + 1.5 * B @ A
+    wanted = layer._parameters["weight"].detach() + 1.5 * B @ A
     assert li.merge(model).n_tensors == 1
-    assert torch.allclose(layer.weight, wanted)
+    assert torch.allclose(layer._parameters["weight"], wanted)
 
 
 def test_three_holders_of_one_tensor_are_untied_and_tied_again() -> None:
@@ -291,8 +291,8 @@ def test_unmerge_follows_layers_and_not_their_names() -> None:
 
 
 GONE = {
-    "the weight was replaced since the merge": lambda m: setattr(
-        m[1], "weight", nn.Parameter(torch.ones(5, 5))
+    "the weight was replaced since the merge": lambda m: m[1]._parameters.update(
+        weight=nn.Parameter(torch.ones(5, 5))
     ),
     "its layer is not in the model any more": lambda m: setattr(m, "1", nn.Identity()),
     "what was kept is not its base": lambda m: setattr(m[1].weight, "data", torch.ones(3, 5)),
@@ -404,10 +404,10 @@ def test_a_checkpoint_is_refused_before_any_module_is_written(through: str) -> N
 
 def test_unmerge_follows_a_cast() -> None:
     model = injected(KINDS["linear"])
-    W = model.layer.weight.detach().clone()
+    W = model.layer._parameters["weight"].detach().clone()
     li.merge(model)
     li.unmerge(model.bfloat16())
-    assert same_bits(model.layer.weight, W.bfloat16())
+    assert same_bits(model.layer._parameters["weight"], W.bfloat16())
 
 
 def test_unmerge_follows_a_change_of_strides() -> None:
@@ -417,11 +417,11 @@ def test_unmerge_follows_a_change_of_strides() -> None:
     li.merge(model)
     model.to(memory_format=torch.channels_last)
     with torch.no_grad():
-        model[0].weight += 1
+        model[0].get_parameter("weight").add_(1)
     with pytest.raises(li.StateError, match="its values were changed since the merge"):
         li.unmerge(model)
     li.unmerge(model, discard=True)
-    assert torch.equal(model[0].weight, W)
+    assert torch.equal(model[0]._parameters["weight"], W)
     with pytest.raises(li.LayerError, match=r"torch\.contiguous_format"):
         li.merge(model)
 
@@ -477,12 +477,14 @@ def _meta(model: Host) -> Any:
 
 
 def _integer(model: Host) -> Any:
-    model.layer.weight = nn.Parameter(torch.ones(6, 5, dtype=torch.int8), requires_grad=False)
+    model.layer._parameters["weight"] = nn.Parameter(
+        torch.ones(6, 5, dtype=torch.int8), requires_grad=False
+    )
     return li.merge(model)
 
 
 def _strided(model: Host) -> Any:
-    model.layer.weight = nn.Parameter(torch.randn(5, 6).t(), requires_grad=False)
+    model.layer._parameters["weight"] = nn.Parameter(torch.randn(5, 6).t(), requires_grad=False)
     return li.merge(model)
 
 

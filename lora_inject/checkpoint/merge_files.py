@@ -92,7 +92,7 @@ def merge_checkpoint(
         >>> round(report.tensors["0.weight"].kept, 3)
         1.0
         >>> merged = load_file(folder / "merged" / "model.safetensors")["0.weight"]
-        >>> torch.allclose(merged, net[0].weight + 0.25)
+        >>> torch.allclose(merged, net[0]._parameters["weight"] + 0.25)
         True
     """
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)

@@ -57,7 +57,7 @@ class Counted(TorchDispatchMode):
         self.moved = 0
         self.syncs: list[str] = []
         self.on_cpu: list[str] = []
-        self._unrecorded = patch("lora_inject.core.functional.recording.is_recorded", lambda: False)
+        self._unrecorded = patch("lora_inject.core.functional.inside.is_recorded", lambda: False)
 
     def __enter__(self) -> Self:
         """Start to count."""

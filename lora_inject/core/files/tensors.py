@@ -213,7 +213,7 @@ class _TensorOnDisk(Tensor):
         if isinstance(first, cls) and name in _WITHOUT_VALUES:
             found = _run_plainly(func, (), args, kwargs)
             views = tree_map_only(Tensor, lambda t: _view(first, t), found)
-            if None not in tree_leaves(views) or found is None:
+            if found is None or all(leaf is not None for leaf in tree_leaves(views)):
                 return views
         args, kwargs = tree_map_only(cls, cls.read, (args, kwargs))
         return func(*args, **kwargs)
