@@ -23,12 +23,12 @@ PACKAGE = Path(lora_inject.__file__).parent
 # Stage -> lines of the package that it may load.
 LINES = {
     "config": 2_150,
-    "forward": 7_700,
-    "activate": 7_900,
-    "inject": 13_900,
-    "merge": 9_600,
-    "save, load": 13_900,
-    "life": 15_650,
+    "forward": 7_800,
+    "activate": 8_000,
+    "inject": 13_950,
+    "merge": 9_750,
+    "save, load": 13_950,
+    "life": 15_800,
 }
 STAGES = {
     "config": "from lora_inject import Config",
@@ -168,7 +168,7 @@ def test_a_plain_life_loads_none_of_what_is_known_of_other_libraries() -> None:
 
 def test_few_functions_have_more_than_ten_branches() -> None:
     tall = tall_functions(sources())
-    assert len(tall) <= 100, tall
+    assert len(tall) <= 101, tall
 
 
 def test_few_public_names_have_two_homes() -> None:
@@ -180,13 +180,13 @@ def test_few_public_names_have_two_homes() -> None:
 def test_few_lines_look_at_the_stack_or_at_what_torch_keeps_private() -> None:
     files = {n: text for n, text in sources().items() if not may_look_inside(n)}
     inside = {n: lines for n, text in files.items() if (lines := lines_with(PRIVATE, text))}
-    assert sum(map(len, inside.values())) <= 10, inside
+    assert sum(map(len, inside.values())) <= 3, inside
 
 
 def test_few_files_of_the_core_name_another_library() -> None:
     core = {name: text for name, text in sources().items() if name.startswith("core/")}
     naming = [name for name, text in core.items() if LIBRARIES.search(text)]
-    assert len(naming) <= 15, naming
+    assert len(naming) <= 14, naming
 
 
 def test_the_measures_see_what_they_are_for() -> None:

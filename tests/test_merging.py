@@ -39,7 +39,7 @@ def delta_of(relative: float, dtype: torch.dtype, n: int = 64) -> tuple[Host, Te
     fill(li.inject(model, {"rank": 4, "alpha": 4, "targets": ["layer"]}))
     A, B = li.adapter_parameters(model).values()
     with torch.no_grad():
-        size = (B.double() @ A.double()).norm() / model.layer.weight.double().norm()
+        size = (B.double() @ A.double()).norm() / model.layer._parameters["weight"].double().norm()
         B.mul_(relative / float(size))
     return model, (B.double() @ A.double()).detach()
 

@@ -137,7 +137,9 @@ def may_recompute() -> bool:
     if hooks or _forward_ad_is_on is None or _graph_task is None:
         return True
     # The last is off in the forward of an autograd Function, which a reentrant checkpoint is.
-    return _graph_task() != -1 or not _forward_ad_is_on()
+    if _graph_task() != -1:
+        return True
+    return not _forward_ad_is_on() and not torch.is_inference_mode_enabled()
 
 
 def running_node() -> int | None:

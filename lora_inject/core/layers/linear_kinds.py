@@ -78,7 +78,7 @@ class LoRALinear(ForwardUpdate):
            multiplies with W + delta.
         3. Else the layer runs unchanged, and the sum is added to its output.
         """
-        x = self._lora_input(args, kwargs)
+        x = args[0] if len(args) == 1 and not kwargs else self._lora_input(args, kwargs)
         float32 = self._lora.float32
         if self._lora_stock and not x.is_nested:
             weight, bias = self._lora_weight_and_bias()
