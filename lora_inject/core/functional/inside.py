@@ -133,6 +133,8 @@ def may_recompute() -> bool:
     It is asked in each forward of each layer, and costs a quarter of a microsecond. True where this
     torch does not tell.
     """
+    if torch.compiler.is_compiling():  # dynamo may compile this function alone
+        return False
     hooks = _ENTERED.pairs if _top_hooks is None else _top_hooks(False)
     if hooks or _forward_ad_is_on is None or _graph_task is None:
         return True
