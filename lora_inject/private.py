@@ -96,6 +96,7 @@ ATTRIBUTES: Mapping[str, str] = MappingProxyType(
         # name: whose it is, and what happens without it
         "_apply": _METHOD,
         "_buffers": _KEPT,
+        "_call_impl": "nn.Module: a weight that a parent reads is not noted for PEFT's files",
         "_checkpoint_wrapped_module": f"torch's checkpoint_wrapper: {_CHILD}",
         "_checkpoint_conversion_mapping": "transformers 4: names in older files count as they are",
         "_conv_forward": "nn.Conv1d, 2d, 3d: a class that overrides it counts as a plain one",

@@ -105,6 +105,16 @@ def test_the_inputs_of_a_reentrant_checkpoint_are_seen() -> None:
 
 
 @pytest.mark.usefixtures("_hooks_are_seen")
+def test_the_call_of_a_module_is_seen() -> None:
+    class Asks(torch.nn.Module):
+        def forward(self) -> bool:
+            return inside.in_forward()
+
+    asks = Asks()
+    assert asks() is True
+    assert asks.forward() is False
+
+
 def test_hooks_on_saved_tensors_are_seen() -> None:
     pair, inner = ((lambda t: t), (lambda t: t)), ((lambda t: t + 0), (lambda t: t))
     assert inside.saving_hooks() is None

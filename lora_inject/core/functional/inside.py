@@ -276,6 +276,22 @@ def _of_hook(pack: Any) -> RunningCheckpoint | None:
     return None
 
 
+# -------------------------------------------------------------------------------------- forwards
+
+
+def in_forward() -> bool:
+    """Whether a module is being called, as far as the stack of the calling thread tells."""
+    if torch.compiler.is_compiling():  # what is compiled is a forward
+        return True
+    code = getattr(getattr(torch.nn.Module, "_call_impl", None), "__code__", None)
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back
+    return False
+
+
 # ------------------------------------------------------------------------------------- contexts
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lora_inject.checks.moving_buffers import buffers_to_watch, refuse_moved
 from lora_inject.core.functional.factors import needs_plain_operations
-from lora_inject.core.functional.inside import is_watched, saving_hooks
+from lora_inject.core.functional.inside import in_forward, is_watched, saving_hooks
 from lora_inject.core.functional.read_only import read_only
 from lora_inject.core.layers.attached import (
     Attached,
@@ -185,7 +185,9 @@ class Reading(nn.Module):
         def used() -> None:
             for entry, _ in taking:
                 self._lora_is_read(entry)
-                if outside and entry.mark not in self._lora.read_from_outside:
+                # A look at a weight in a notebook is no part of what the model computes.
+                new = outside and entry.mark not in self._lora.read_from_outside
+                if new and in_forward():
                     self._lora.read_from_outside |= {entry.mark}
 
         if low_rank:
