@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_inject as li
+from lora_inject.compiled import graphs
 from lora_inject.core.adapter.variants import VARIANTS, Variant, register_variant
 from lora_inject.core.spec.sites import ROLES
 
@@ -160,6 +161,21 @@ def test_rows_of_a_batch_have_gains_of_their_own() -> None:
             assert error(found[i], alone[name][i]) <= 1e-6
 
 
+def test_before_torch_2_9_a_graph_breaks_at_dora_and_fullgraph_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.compiler.reset()
+    monkeypatch.setattr(graphs, "GRAPHS_HAVE_GAINS", False)
+    kind = KINDS["linear"]
+    model, inputs = dora(kind, host(kind)), kind.inputs(torch.float32)
+    found = torch.compile(model, backend="aot_eager")(*inputs)
+    assert error(found, model(*inputs)) <= 1e-6
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="dora_needs_torch_2_9"):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(*inputs)
+
+
+@pytest.mark.skipif(not graphs.GRAPHS_HAVE_GAINS, reason="a graph with DoRA needs torch 2.9")
 def test_dora_is_compiled_as_a_whole_with_its_gradients() -> None:
     kind = KINDS["linear"]
     model = moved(li.inject(dora(kind, host(kind), "a"), kind.config, "b"), "b")

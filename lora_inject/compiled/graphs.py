@@ -35,6 +35,8 @@ from lora_inject.rows.routing import NOTHING, Places, Routing, routing
 
 _WITHOUT_MODES = "torch.utils._python_dispatch._disable_current_modes"
 
+# dynamo before 2.9 cannot follow the search for the adapter that has the gain.
+GRAPHS_HAVE_GAINS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
 _BY_DATA = (LoRALinear, LoRAEmbedding)  # a tuple: dynamo before 2.9 cannot read a union
 
 
@@ -91,6 +93,8 @@ class ChosenMix(Mix):
         recipes = attached.recipes(self)
         if not recipes:
             return layer._lora_without_updates(args, kwargs)
+        if attached.gains and not GRAPHS_HAVE_GAINS and torch.compiler.is_compiling():
+            fullgraph_of_an_adapter_with_a_gain_as_dora_needs_torch_2_9()
         updates = factors_of(recipes, held_by(layer), training=layer.training)
         gained = attached.gained(self) if attached.gains else None
         if gained is None:
@@ -116,6 +120,11 @@ class ChosenRows(Rows):
         repeat = x.shape[0] // choice.shape[0]
         rows = chosen_rows(choice[:, 0], numbers).repeat_interleave(repeat)
         return routing(entries, Places(rows, rows))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator] # a graph cannot hold it
+def fullgraph_of_an_adapter_with_a_gain_as_dora_needs_torch_2_9() -> None:
+    """Break the graph: dynamo before 2.9 shows a function's name, and no text of ours."""
 
 
 def eligible(
