@@ -133,4 +133,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOME, "analysis"]
+    """Return the public names, for completion."""
+    return sorted([*_HOME, "analysis", "__version__", "__doc__", "__file__", "__path__"])

@@ -502,3 +502,36 @@ def test_dropout_acts_in_training_alone_also_after_a_load(tmp_path: Path) -> Non
         m.eval()
         assert same_bits(m(x), m(x))
     assert same_bits(loaded(x), model(x))
+
+
+def test_saving_an_adapter_that_adds_nothing_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = li.inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 2, "targets": ["0"]})
+    li.save_adapter(model, tmp_path / "fresh")
+    assert "its update is 0 at each of its sites (1)" in caplog.text
+    caplog.clear()
+    with torch.no_grad():
+        model[0].lora_B__default.fill_(1.0)
+    li.save_adapter(model, tmp_path / "trained")
+    assert caplog.text == ""
+
+
+def test_an_adapter_that_is_loaded_to_train_is_the_only_active_and_trainable_one(
+    tmp_path: Path,
+) -> None:
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4))
+
+    config = {"rank": 2, "targets": ["0"]}
+    li.save_adapter(li.inject(net(), config), tmp_path / "a")
+    model = li.inject(net(), config, "other")
+    li.load_adapter(model, tmp_path / "a", "more", trainable=True)
+    training = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert training == {"0.lora_A__more", "0.lora_B__more"}
+    assert {name: info.weight for name, info in li.adapters(model).items()} == {
+        "other": None,
+        "more": 1.0,
+    }
+    model(torch.ones(1, 4)).sum().backward()

@@ -19,13 +19,14 @@ from lora_inject.core.adapter.site_state import SiteState, same
 from lora_inject.core.functional import all_finite
 from lora_inject.core.spec.names import counted, named
 from lora_inject.core.spec.rooms import room
+from lora_inject.core.spec.shown import Shown
 from lora_inject.errors import LoraInjectError, StateError, check_type
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AdapterState:
+class AdapterState(Shown):
     """An adapter as a value. It can be compared, copied, pickled and computed with.
 
     `a * 0.5`, `-a`, `a + b` and `a - b` scale and add updates of W exactly: ranks are concatenated,
@@ -76,7 +77,7 @@ class AdapterState:
         values = (getattr(self, f.name) for f in fields(self))
         return AdapterState, tuple(dict(v) if isinstance(v, Mapping) else v for v in values)
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         """Show the size, not the contents."""
         ranks = sorted({site.spec.rank for site in self.sites.values()}) or [0]
         rank = f"ranks {ranks[0]} to {ranks[-1]}" if ranks[1:] else f"rank {ranks[0]}"

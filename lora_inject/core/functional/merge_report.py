@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_inject.core.functional.fold import Tally
+from lora_inject.core.spec.shown import Shown
 
 NOTHING = 5e-5
 """A share of a delta below this prints as 0.0000."""
@@ -58,8 +59,8 @@ class TensorReport:
         return cls(**{**data, "shape": tuple(data["shape"]), "sites": tuple(data["sites"])})
 
 
-@dataclass(frozen=True)
-class MergeReport:
+@dataclass(frozen=True, repr=False)
+class MergeReport(Shown):
     """What a merge did.
 
     Attributes:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
@@ -170,9 +171,10 @@ class Adapted(Reading):
 
     def extra_repr(self) -> str:
         """Return the plain layer's description and the adapters on it."""
-        notes = [f"{e.adapter}: r={e.spec.rank}" for e in self._lora.entries() if e.spec]
-        plain = super().extra_repr()
-        return f"{plain}, lora={{{', '.join(notes)}}}" if notes else plain
+        notes = Counter(f"{e.adapter}: r={e.spec.rank}" for e in self._lora.entries() if e.spec)
+        parts = [f"{note} x{n}" if n > 1 else note for note, n in notes.items()]
+        adapters = f"lora={{{', '.join(parts)}}}" if parts else ""
+        return ", ".join(filter(None, [super().extra_repr(), adapters]))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register like nn.Module, but nothing in the place of an adapted weight, or of A.

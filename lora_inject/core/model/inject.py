@@ -133,6 +133,7 @@ def load_adapter(
     leave_out: Sequence[str] = (),
     base: Base = "same",
     leave_new: bool = False,
+    trainable: bool = False,
     format: str | None = None,  # noqa: A002
     revision: str | None = None,
     **options: Any,
@@ -140,7 +141,8 @@ def load_adapter(
     """Read an adapter from files or from the hub, and put it onto a model, all of it or nothing.
 
     It becomes active only where no adapter of the model is active, and it is not trainable until
-    `train_only(model, name)` says so. After `fully_shard` every process must call it, and the
+    `train_only(model, name)` says so; with `trainable` it becomes the only active and the only
+    trainable one, as after `inject`. After `fully_shard` every process must call it, and the
     adapter is sharded with its layers.
 
     Args:
@@ -157,6 +159,7 @@ def load_adapter(
             touch are compared as well: an MLP, or a head that it does not hold.
         leave_new: Let weights differ that no checkpoint of this model had: a new head or pooler,
             which nothing uses.
+        trainable: Go on training it: make it the only active and the only trainable adapter.
         format: A row of `formats.FORMATS`; by default it is detected from the files.
         revision: Branch, tag or commit of a repository; by default the head of its main branch.
         **options: For the format.
@@ -168,9 +171,13 @@ def load_adapter(
         FormatError: Files that are incomplete or unsafe, tensors that do not fit the model, or
             another base. Nothing was changed.
         StateError: The name is in use, or the model is merged.
+        LayerError: It is to be `trainable`, and a quantized layer hands no gradient to its input.
     """
     place = user_path("load adapter", path)
-    survey, asked = survey_for(model, name, loads=True), f"load {str(path)!r}"
+    asked = f"load {str(path)!r}"
+    survey = survey_for(model, name, loads=True)
+    if trainable:
+        refuse_dead_inputs(survey, asked)
     if not lexists(place) and room("hub").is_repo(path, revision):
         place = room("hub").download(str(path), revision)
     elif revision is not None:
@@ -182,7 +189,7 @@ def load_adapter(
     fitted = fit(survey, state, leave_out=leave_out, base=base, leave_new=leave_new, asked=asked)
     if (check_load := format_of(format).check_load) is not None:
         check_load(survey, state, fitted, asked)
-    _put_on(survey, fitted, name, _Owned())
+    _put_on(survey, fitted, name, _Owned(), trainable=trainable)
     return model
 
 
@@ -222,9 +229,14 @@ def install(
 
 
 def _put_on(
-    survey: Survey, state: AdapterState, name: str, taken: Callable[[Tensor, Tensor], Tensor]
+    survey: Survey,
+    state: AdapterState,
+    name: str,
+    taken: Callable[[Tensor, Tensor], Tensor],
+    *,
+    trainable: bool = False,
 ) -> None:
-    """Put a fitted adapter on; it becomes active if no other is active on this model.
+    """Put a fitted adapter on; it becomes active if it trains, or no other is active on this model.
 
     The model may be a part of a larger one: what is active in other parts is none of its business.
     """
@@ -246,11 +258,12 @@ def _put_on(
     there = reach(survey.model, survey)
     active = {each for selection in there.selections for each in selection.setting.names}
     idle = active.isdisjoint({*there.names, name})
-    if idle and records_of(survey, name):
+    if (idle or trainable) and records_of(survey, name):
         found_there = "another part of the model has an adapter of that name, which is not active"
         remedy = "Choose another name: activating the new one would activate both"
         raise StateError(f"adapter {name!r}", found_there, remedy)
-    attach(survey, name, found, given, tied, state.config, activate=idle, train=False)
+    is_active = idle or trainable
+    attach(survey, name, found, given, tied, state.config, activate=is_active, train=trainable)
     after("load", survey, name)
 
 

@@ -6,7 +6,7 @@ An adapter is what its entries on the modules say, summed up by its name.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,6 +15,7 @@ from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried, entries, idle_among, reach, roots_of
 from lora_inject.core.model.save import notes_on_files
 from lora_inject.core.spec.columns import columns
+from lora_inject.core.spec.shown import Shown, Table
 from lora_inject.core.spec.sites import SiteSpec
 
 
@@ -50,7 +51,14 @@ class AdapterInfo:
         return self.weight is not None
 
 
-def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
+class Adapters(Shown, dict[str, AdapterInfo]):
+    """Adapter name to what it is. It shows itself as the table of `summary`."""
+
+    def __str__(self) -> str:
+        return "\n".join(_table(self)) if self else "no adapters"
+
+
+def adapters(model: nn.Module) -> Adapters:
     """List the adapters on a model.
 
     Returns:
@@ -62,16 +70,16 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
         >>> adapters(net)["sql"].n_parameters
         8
     """
-    found: dict[str, list[Carried]] = {}
+    carried: dict[str, list[Carried]] = {}
     survey = Survey(model)
     for item in entries(survey):
-        found.setdefault(item[2].adapter, []).append(item)
+        carried.setdefault(item[2].adapter, []).append(item)
     weights: dict[str, float] = {}
     for selection in reach(model, survey).selections:
         weights.update(selection.merged or selection.current().names)
     order = {name: i for root in roots_of(survey).values() for i, name in enumerate(root.configs)}
-    names = sorted(found, key=lambda name: order.get(name, len(order)))
-    return {name: _info(found[name], weights.get(name)) for name in names}
+    names = sorted(carried, key=lambda name: order.get(name, len(order)))
+    return Adapters((name, _info(carried[name], weights.get(name))) for name in names)
 
 
 def _info(items: list[Carried], weight: float | None) -> AdapterInfo:
@@ -86,19 +94,10 @@ def _info(items: list[Carried], weight: float | None) -> AdapterInfo:
     )
 
 
-def summary(model: nn.Module) -> str:
-    """Return the adapters of a model as a plain text table, with what is active and what trains.
-
-    Examples:
-        >>> from lora_inject.core.model.inject import inject
-        >>> net = inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": ["0"]}, "sql")
-        >>> print(summary(net))
-        adapter  sites  ranks  trained  parameters  active  trainable
-        sql      1      1      0        8           x 1     yes
-        trainable: 8 of 28 parameters (28.5714 %)
-    """
-    found, survey = adapters(model), Survey(model)
-    heads = ("adapter", "sites", "ranks", "trained", "parameters", "active", "trainable")
+def _table(infos: Mapping[str, AdapterInfo]) -> Iterator[str]:
+    """Yield the table of adapters line by line; base tensors that train have a column if any do."""
+    has_copies = any(info.trained for info in infos.values())
+    heads = ("adapter", "sites", "ranks", "base tensors", "parameters", "active", "trainable")
     rows = (
         (
             name,
@@ -109,10 +108,29 @@ def summary(model: nn.Module) -> str:
             "no" if info.weight is None else f"x {info.weight:g}",
             "yes" if info.trainable else "no",
         )
-        for name, info in found.items()
+        for name, info in infos.items()
     )
-    lines = [*columns([heads, *rows], len(heads), sys.maxsize, indent="")]
-    for name, info in found.items():
+    table = [row if has_copies else row[:3] + row[4:] for row in (heads, *rows)]
+    return columns(table, len(table[0]), sys.maxsize, indent="")
+
+
+def summary(model: nn.Module) -> Table:
+    """Return the adapters of a model as a table, with what is active and what trains.
+
+    It is text that shows itself at a prompt and in a notebook.
+
+    Examples:
+        >>> from lora_inject.core.model.inject import inject
+        >>> net = inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": ["0"]}, "sql")
+        >>> summary(net)
+        adapter  sites  ranks  parameters  active  trainable
+        sql      1      1      8           x 1     yes
+        trainable: 8 of 28 parameters (28.5714 %)
+    """
+    infos = adapters(model)
+    survey = Survey(model)
+    lines = [*_table(infos)]
+    for name, info in infos.items():
         if info.idle:
             some = ", ".join(map(repr, info.idle[:3])) + (", ..." if len(info.idle) > 3 else "")
             lines.append(f"{name}: no forward has used {some} ({len(info.idle)}) so far")
@@ -123,4 +141,4 @@ def summary(model: nn.Module) -> str:
     n_trainable = sum(p.numel() for p in parameters if p.requires_grad)
     share = 100 * n_trainable / n_all if n_all else 0.0
     lines.append(f"trainable: {n_trainable:,} of {n_all:,} parameters ({share:.4f} %)")
-    return "\n".join(lines)
+    return Table("\n".join(lines))

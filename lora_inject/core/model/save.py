@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import shutil
 import tempfile
@@ -55,6 +56,8 @@ from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, StateError, user_path, within
+
+LOG = logging.getLogger("lora_inject")
 
 LATEST = "LATEST"
 """File with the name of an adapter's newest version."""
@@ -268,6 +271,7 @@ def save_adapter(
     state, facts = read_off(survey, name), facts_for(survey, format, name)
     refuse_useless(survey, name, state, unused)
     if writes_here(survey):
+        _say_if_untrained(state, name)
         if version is not None:
             target.parent.mkdir(parents=True, exist_ok=True)
         write_together(
@@ -308,6 +312,18 @@ def refuse_useless(survey: Survey, name: str, state: AdapterState, unused: Seque
         return not torch.equal(held, item.entry.start(item.weight).to(held.dtype))
 
     room("reached").refuse_unused(survey, name, changed, unused, f"save adapter {name!r}")
+
+
+def _say_if_untrained(state: AdapterState, name: str) -> None:
+    """Log that an adapter adds nothing yet: right at a first step, a lost run at the last."""
+    if state.sites and not state.trained and all(site.is_zero for site in state.sites.values()):
+        LOG.warning(
+            "save adapter %r: its update is 0 at each of its sites (%d), as before training. "
+            "If it was trained, the optimizer did not have its tensors: make the optimizer after "
+            "inject, from adapter_parameters(model).values()",
+            name,
+            len(state.sites),
+        )
 
 
 def push(

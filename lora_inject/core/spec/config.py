@@ -31,6 +31,7 @@ from pydantic_core import core_schema
 
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.rooms import room
+from lora_inject.core.spec.shown import Shown
 from lora_inject.core.spec.sites import ROLES
 from lora_inject.core.spec.strict import Strict, YamlModel, checked_regex
 from lora_inject.core.spec.yaml import Dumper, show
@@ -312,7 +313,7 @@ HYPER = ("rank", "alpha", "dropout", "init", "scaling", "compute", "variant", "l
 """The hyper-parameters, which a rule may set."""
 
 
-class Config(YamlModel):
+class Config(Shown, YamlModel):
     r"""Which parts of a model get which adapters.
 
     Raises:
@@ -433,6 +434,9 @@ class Config(YamlModel):
         return yaml.dump(
             self.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1 << 16
         )
+
+    def __str__(self) -> str:
+        return self.to_yaml().rstrip()
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:

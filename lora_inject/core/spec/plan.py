@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from lora_inject.core.spec.columns import columns, sides
 from lora_inject.core.spec.config import Config, Normal, Rule
 from lora_inject.core.spec.names import counted, templates
+from lora_inject.core.spec.shown import Shown
 from lora_inject.core.spec.sites import SiteSpec
 
 
@@ -51,8 +52,8 @@ class Tied(NamedTuple):
     trained: bool
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """What a config does to a model, before it is done.
 
     Attributes:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from inspect import Signature, signature
 from os import PathLike
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -67,6 +68,15 @@ class Strict(BaseModel):
 
     # As in pydantic's own BaseModel: a model inside a model is validated by the outer one.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Give the class a signature that says types; pydantic's says each of its validators."""
+        super().__pydantic_init_subclass__(**kwargs)
+        types = get_type_hints(cls)
+        parameters = signature(cls).parameters.values()
+        readable = [parameter.replace(annotation=types[parameter.name]) for parameter in parameters]
+        cls.__signature__ = Signature(readable)
 
 
 def checked_regex(text: str) -> str:
