@@ -25,10 +25,10 @@ LINES = {
     "config": 2_150,
     "forward": 7_800,
     "activate": 8_000,
-    "inject": 13_950,
+    "inject": 14_000,
     "merge": 9_750,
-    "save, load": 13_950,
-    "life": 15_800,
+    "save, load": 14_000,
+    "life": 15_850,
 }
 STAGES = {
     "config": "from lora_inject import Config",
