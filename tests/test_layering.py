@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "analysis": {"algebra", "checkpoint", "trials"},
     "checkpoint": {"algebra", "experts", "formats"},
     "checks": set(),
-    "cli": {"algebra", "analysis", "checkpoint", "formats", "trials"},
+    "cli": {"algebra", "analysis", "checkpoint", "formats", "serving", "trials"},
     "compiled": {"rows"},
     "distributed": set(),
     "experts": set(),
@@ -34,6 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "integrations": {"checks", "formats"},
     "quantized": {"experts"},
     "rows": {"experts"},
+    "serving": {"formats"},
     "trials": {"experts", "formats", "rows"},
 }
 LOOSE = {"version", "errors", "private", "trees"}  # beside the folders, for everybody

@@ -41,6 +41,7 @@ EXAMPLES = MappingProxyType(
         "rename": "lora-inject rename sql-adapter transformer=model.decoder --output renamed",
         "extract": "lora-inject extract gpt2 gpt2-tuned --rank 16 --output adapter",
         "schema": "lora-inject schema > schema.json",
+        "doctor": "lora-inject doctor --json > environment.json",
     }
 )
 """An example of every command, in the order in which the help lists them."""

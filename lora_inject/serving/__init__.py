@@ -1,0 +1,1 @@
+"""From the trainer to the server: proof that an adapter is there; what an environment has."""
