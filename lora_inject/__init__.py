@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from lora_inject.core.spec.config import Config as Config
     from lora_inject.core.spec.config import Expect as Expect
     from lora_inject.core.spec.config import Rule as Rule
-    from lora_inject.core.spec.inventory import Geometry as Geometry
     from lora_inject.core.spec.plan import Plan as Plan
+    from lora_inject.core.spec.sites import Geometry as Geometry
     from lora_inject.errors import CheckpointError as CheckpointError
     from lora_inject.errors import ConfigError as ConfigError
     from lora_inject.errors import FormatError as FormatError
@@ -104,8 +104,8 @@ _HOMES = {
     "core.model.swap": "swap_adapter",
     "core.model.train": "adapter_parameters parameter_groups train_only",
     "core.spec.config": "Config Expect Rule",
-    "core.spec.inventory": "Geometry",
     "core.spec.plan": "Plan",
+    "core.spec.sites": "Geometry",
     "trials.space": "Space",
     "rows.routed": "routed",
     "trials.advise": "advise",

@@ -10,8 +10,8 @@ from conftest import COPIES
 from torch import nn
 
 import lora_inject as li
-from lora_inject.core.adapter.site_state import signed_pairs
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.spec.sites import signed_pairs
 
 
 def _state(init: str = "pissa") -> AdapterState:

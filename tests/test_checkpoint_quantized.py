@@ -30,7 +30,7 @@ from lora_inject.checkpoint import (
     verify_checkpoint,
 )
 from lora_inject.core.files import safetensors_file as reading
-from lora_inject.core.functional import dense_delta
+from lora_inject.core.functional.weight import dense_delta
 from lora_inject.errors import CheckpointError
 
 N = 64

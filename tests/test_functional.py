@@ -30,17 +30,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.core import functional
-from lora_inject.core.functional import (
-    Delta,
-    Factors,
-    Tally,
-    Term,
-    cpu,
-    dense_delta,
-    effective_weight,
-    fold_rows,
-)
+from lora_inject.core.functional import cpu
+from lora_inject.core.functional.factors import Factors, master_dtype
+from lora_inject.core.functional.finite import all_finite
+from lora_inject.core.functional.fold import Delta, Tally, Term, fold_rows
+from lora_inject.core.functional.linear import add_updates, linear
+from lora_inject.core.functional.lookup import embedding
+from lora_inject.core.functional.weight import dense_delta, effective_weight
 from lora_inject.core.spec.sites import SiteSpec, Slices
 
 MATRICES = ["linear", "conv1d", "equal slices"]
@@ -112,7 +108,7 @@ def _is_the_dense_layer(
     problem: dict[str, Any], dtype: torch.dtype, float32: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    n_in, wide = problem["n_in"], functional.master_dtype(dtype)
+    n_in, wide = problem["n_in"], master_dtype(dtype)
     x = _input(problem["lead"], n_in, problem["layout"], dtype)
     weight = torch.randn((n_in, 6) if problem["transposed"] else (6, n_in)).to(dtype)
     bias = torch.randn(6).to(dtype) if problem["bias"] else None
@@ -127,7 +123,7 @@ def _is_the_dense_layer(
     leaves = [t.requires_grad_() for t in trained]
 
     options = {"transposed": problem["transposed"], "float32": float32}
-    y = functional.linear(x, weight, bias, updates, **options)
+    y = linear(x, weight, bias, updates, **options)
     everything = [t for tensors in named.values() for t in tensors]
     twins = [t.detach().double().requires_grad_(t.requires_grad) for t in everything]
     twin = dict(zip(map(id, everything), twins, strict=True))
@@ -144,7 +140,7 @@ def _is_the_dense_layer(
     assert (y.shape, y.dtype, y.requires_grad) == (wanted.shape, dtype, bool(leaves))
     assert torch.allclose(y.double(), wanted, rtol=0, atol=bound)
     with torch.no_grad():
-        slim = functional.linear(x, weight, bias, updates, **options)
+        slim = linear(x, weight, bias, updates, **options)
     assert same_bits(slim, y), "with and without gradients"
     if not leaves:
         return
@@ -191,9 +187,9 @@ def test_derivatives_by_finite_differences(name, second, path, monkeypatch) -> N
         updates = [Factors(A, B, 0.7, **options), Factors(A2, B2, -1.3)]
         torch.manual_seed(4)
         if path.startswith("fused"):
-            return functional.linear(x, weight, bias, updates, transposed=transposed)
+            return linear(x, weight, bias, updates, transposed=transposed)
         y = F.linear(x, weight.t() if transposed else weight, bias)
-        return functional.add_updates(y, x, updates)
+        return add_updates(y, x, updates)
 
     check = torch.autograd.gradgradcheck if second else torch.autograd.gradcheck
     assert check(run, leaves, fast_mode=True)  # a random projection sees a wrong entry as well
@@ -212,16 +208,14 @@ def test_embedding_derivatives_by_finite_differences(padding_idx: int | None) ->
     A, B = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 5), (3, 2)))
 
     def run(A: Tensor, B: Tensor) -> Tensor:
-        y = functional.embedding(F.embedding(ids, W), ids, [Factors(A, B, 0.7)], padding_idx)
+        y = embedding(F.embedding(ids, W), ids, [Factors(A, B, 0.7)], padding_idx)
         # With padding the table's gradient is zero there by definition, not by calculus.
         return y if padding_idx is None else y[ids != padding_idx]
 
     assert torch.autograd.gradcheck(run, (A, B))
     assert torch.autograd.gradgradcheck(run, (A, B))
     if padding_idx is not None:
-        functional.embedding(
-            F.embedding(ids, W), ids, [Factors(A, B, 0.7)], padding_idx
-        ).sum().backward()
+        embedding(F.embedding(ids, W), ids, [Factors(A, B, 0.7)], padding_idx).sum().backward()
         assert not A.grad[:, 2].any()
         assert A.grad[:, 0].all()
 
@@ -381,7 +375,7 @@ def test_dropout_of_no_tokens() -> None:
     """An expert that no token came to still trains."""
     A, B = torch.randn(2, 4, requires_grad=True), torch.randn(3, 2, requires_grad=True)
     x = torch.randn(0, 4, requires_grad=True)
-    y = functional.linear(x, torch.randn(3, 4), None, [Factors(A, B, 0.5, None, 0.1)])
+    y = linear(x, torch.randn(3, 4), None, [Factors(A, B, 0.5, None, 0.1)])
     y.sum().backward()
     assert y.shape == (0, 3)
     assert not A.grad.any()
@@ -575,17 +569,17 @@ def test_a_value_that_is_not_finite_is_found_among_many_tensors(bad: float) -> N
     tensors = [torch.full((n % 7, 5000), 6e4, dtype=floats[n % 4]) for n in range(60)]
     tensors += [torch.ones(3, 900_000).mT, torch.ones(2).to(torch.float8_e5m2), torch.arange(3)]
     tensors += [torch.empty(2, device="meta"), torch.ones((), requires_grad=True)]
-    assert functional.all_finite(*tensors)  # sums in 16 bits are not
+    assert all_finite(*tensors)  # sums in 16 bits are not
     for i in (1, 2, 3, 4, 58, 60, 61):
         flat = tensors[i].detach().clone()
         flat[-1, ...] = bad
-        assert not functional.all_finite(*tensors[:i], flat, *tensors[i + 1 :]), i
+        assert not all_finite(*tensors[:i], flat, *tensors[i + 1 :]), i
 
 
 def test_masters_have_at_least_32_bits() -> None:
     narrow = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
-    assert {functional.master_dtype(dtype) for dtype in narrow} == {torch.float32}
-    assert functional.master_dtype(torch.float64) == torch.float64
+    assert {master_dtype(dtype) for dtype in narrow} == {torch.float32}
+    assert master_dtype(torch.float64) == torch.float64
 
 
 def test_a_kind_is_stated_once_more_here() -> None:

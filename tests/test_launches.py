@@ -16,7 +16,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 import lora_inject as li
-from lora_inject.core.functional import Factors, cpu, linear
+from lora_inject.core.functional import cpu
+from lora_inject.core.functional.factors import Factors
+from lora_inject.core.functional.linear import linear
 from lora_inject.core.layers import sending
 from lora_inject.experts.packed_experts import PackedExperts
 from lora_inject.rows import by_row, routing

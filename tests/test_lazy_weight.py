@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
-from lora_inject.core.functional import Gain, effective_weight
+from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.read_only import ReadOnly
-from lora_inject.core.functional.weight import LowRank, Update
+from lora_inject.core.functional.weight import LowRank, Update, effective_weight
 from lora_inject.core.spec.sites import SiteSpec, Slices
 from lora_inject.experts.lazy import LazyWeight, lazy_weight
 

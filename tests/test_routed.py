@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
-from lora_inject.core.functional import Factors
+from lora_inject.core.functional.factors import Factors
 from lora_inject.rows.bank import routed_update
 
 Rows = list[str | None]

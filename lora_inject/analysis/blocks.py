@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_inject.algebra.svd import ThinProduct
 from lora_inject.core.adapter.site_state import SiteState
-from lora_inject.core.functional import Term
+from lora_inject.core.functional.fold import Term
 from lora_inject.core.spec.sites import ROLES, Block
 from lora_inject.errors import StateError
 

@@ -39,7 +39,7 @@ from lora_inject.core.files.disk import (
 )
 from lora_inject.core.files.safetensors_file import read_header
 from lora_inject.core.files.strict_json import read_json
-from lora_inject.core.functional import MergeReport, TensorReport
+from lora_inject.core.functional.merge_report import MergeReport, TensorReport
 from lora_inject.errors import CheckpointError, user_path
 from lora_inject.version import __version__
 

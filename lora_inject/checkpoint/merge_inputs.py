@@ -25,7 +25,7 @@ from lora_inject.core.adapter.exchange import read_adapter
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.files.tensors import bytes_of, in_memory
-from lora_inject.core.functional import all_finite
+from lora_inject.core.functional.finite import all_finite
 from lora_inject.errors import CheckpointError, user_path
 
 _STEP_ELEMENTS = 1 << 20

@@ -9,13 +9,16 @@ matrix.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.variants import VARIANTS
 from lora_inject.core.files.safetensors_file import TensorEntry
-from lora_inject.core.functional import Gain, Term
+from lora_inject.core.files.tensors import in_memory
+from lora_inject.core.functional.fold import Term
+from lora_inject.core.functional.gain import Gain
 from lora_inject.core.spec.sites import SiteSpec
 
 
@@ -40,6 +43,18 @@ class Placed:
     def site(self) -> str:
         """Name of the site."""
         return self.terms[0].spec.name
+
+
+def read_terms(terms: Iterable[Term]) -> list[Term]:
+    """Return updates with the values of those that are still in a file."""
+    return [replace(term, A=in_memory(term.A), B=in_memory(term.B)) for term in terms]
+
+
+def read_gain(gain: Gain | None) -> Gain | None:
+    """Return a gain likewise."""
+    if gain is None:
+        return None
+    return replace(gain, tensors={role: in_memory(t) for role, t in gain.tensors.items()})
 
 
 def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -32,6 +32,7 @@ from lora_inject.checkpoint.index import Checkpoint, Shard
 from lora_inject.checkpoint.merge_plan import MergePlan
 from lora_inject.checkpoint.output_files import Copy, OutputShard, TensorJob
 from lora_inject.checkpoint.packed import Packed
+from lora_inject.checkpoint.place import read_gain, read_terms
 from lora_inject.core.files.disk import clone, copy_range, reserve, write_at
 from lora_inject.core.files.safetensors_file import (
     FLOATS,
@@ -41,15 +42,9 @@ from lora_inject.core.files.safetensors_file import (
     rows_per_block,
 )
 from lora_inject.core.files.tensors import bytes_of, in_memory
-from lora_inject.core.functional import (
-    Delta,
-    Gain,
-    Tally,
-    TensorReport,
-    Term,
-    fold_rows,
-    mix_copies,
-)
+from lora_inject.core.functional.fold import Delta, Tally, Term, fold_rows, mix_copies
+from lora_inject.core.functional.gain import Gain
+from lora_inject.core.functional.merge_report import TensorReport
 from lora_inject.errors import CheckpointError
 
 SPAN_ELEMENTS = 1 << 24
@@ -278,7 +273,7 @@ class _Folding:
         )
         is_double = job.source is not None and job.source.dtype == "F64"
         self.wide = torch.float64 if is_double else torch.float32
-        self.delta = Delta(span.terms, self.wide, span.gain)
+        self.delta = Delta(read_terms(span.terms), self.wide, read_gain(span.gain))
         self.values = None if job.packed is None else job.packed.rows()
         if span.gain is not None:
             blocks = self._limits(1)

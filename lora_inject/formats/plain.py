@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import FLOATS, one_line
-from lora_inject.core.functional import all_finite
+from lora_inject.core.functional.finite import all_finite
 from lora_inject.errors import FormatError
 from lora_inject.formats.pairs import pairs_of
 from lora_inject.formats.peft.tensor_layout import file_alpha, file_rank, plain_pair

@@ -16,7 +16,7 @@ from lora_inject.checkpoint import (
 )
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.functional import dense_delta
+from lora_inject.core.functional.weight import dense_delta
 from lora_inject.core.spec.sites import SiteSpec
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}

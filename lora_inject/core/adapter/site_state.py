@@ -8,30 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.sites import SiteSpec, signed_pairs
 from lora_inject.errors import StateError
-
-T = TypeVar("T")
-
-
-def signed_pairs(A: T, B: T, A0: T | None, B0: T | None) -> tuple[tuple[T, T, float], ...]:
-    """Return `(A, B, sign)` of tensors or their names: the update, and its frozen start if any.
-
-    The site computes `W + scale * sum of sign * B @ A`. A0 and B0 are the frozen start of pissa
-    and olora, which has the sign -1.
-
-    Examples:
-        >>> signed_pairs("A", "B", "A0", "B0")
-        (('A', 'B', 1.0), ('A0', 'B0', -1.0))
-    """
-    if A0 is None or B0 is None:
-        return ((A, B, 1.0),)
-    return (A, B, 1.0), (A0, B0, -1.0)
 
 
 @dataclass(frozen=True, eq=False)

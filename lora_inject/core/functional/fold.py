@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_inject.core.files.tensors import in_memory
 from lora_inject.core.functional.gain import Gain, norms_of
 from lora_inject.core.spec.sites import SiteSpec
 
@@ -30,35 +29,6 @@ def block_rows(matrix: Tensor) -> int:
     """Return how many rows to fold at once: a block for each thread of a CPU, 256 on a device."""
     n_blocks = torch.get_num_threads() if matrix.device.type == "cpu" else 256
     return max(1, n_blocks * BLOCK_ELEMENTS // max(1, matrix.shape[1]))
-
-
-@torch.no_grad()
-def all_finite(*tensors: Tensor) -> bool:
-    """Whether tensors hold no NaN and no Inf, mostly by a few sums; on meta they hold nothing.
-
-    Examples:
-        >>> all_finite(torch.ones(2)), all_finite(torch.ones(2), torch.tensor([1.0, torch.nan]))
-        (True, False)
-    """
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for t in tensors:
-        alike.setdefault((t.device, t.dtype), []).append(t)
-    held = [group for (device, _), group in alike.items() if device.type != "meta"]
-    return all(map(_have_finite_sum, held)) or all(
-        bool(torch.isfinite(t).all()) for group in held for t in group
-    )
-
-
-def _have_finite_sum(alike: list[Tensor]) -> bool:
-    """Whether tensors of one dtype and device have finite sums."""
-    # Small ones are joined, in blocks that stay in the cache: a sum for each takes 4 times as long.
-    step = max(1, BLOCK_ELEMENTS // 2 * len(alike) // max(1, sum(t.numel() for t in alike)))
-    sums = []
-    for i in range(0, len(alike), step):
-        some = alike[i : i + step]
-        joined = some[0] if step == 1 else torch.cat([t.reshape(-1) for t in some])
-        sums.append((joined.float() if joined.element_size() == 1 else joined).sum())
-    return bool(torch.isfinite(torch.stack(sums)).all())
 
 
 def mix_copies(
@@ -181,8 +151,8 @@ class Delta:
 def _parts(term: Term, dtype: torch.dtype) -> list[_Part]:
     """Return the blocks of a term, with the scale in B and everything in its dtype."""
     spec = term.spec
-    A = in_memory(term.A.detach()).reshape(-1, spec.in_features).to(dtype)
-    B = in_memory(term.B.detach()).reshape(-1, spec.rank).to(dtype) * (spec.scale * term.weight)
+    A = term.A.detach().reshape(-1, spec.in_features).to(dtype)
+    B = term.B.detach().reshape(-1, spec.rank).to(dtype) * (spec.scale * term.weight)
     parts = []
     for block in spec.blocks:
         a, b = A[slice(*block.a)], B[slice(*block.b)]

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_inject.core.files.tensors import in_memory
 from lora_inject.core.functional.factors import Factors, Spans, spread, without_autocast
 
 Formula = Callable[[Mapping[str, Tensor], Tensor], Tensor]
@@ -53,9 +52,7 @@ class Gain:
 
     def to(self, dtype: torch.dtype) -> Gain:
         """Return the same gain without gradients, in a dtype."""
-        tensors = {
-            role: in_memory(tensor.detach()).to(dtype) for role, tensor in self.tensors.items()
-        }
+        tensors = {role: tensor.detach().to(dtype) for role, tensor in self.tensors.items()}
         return Gain(self.formula, tensors, self.spans)
 
 

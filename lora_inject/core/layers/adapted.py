@@ -30,7 +30,7 @@ from lora_inject.core.layers.own_code import OWN, keeping
 from lora_inject.core.layers.reading import Reading, cached_forward, weight_property
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.valueless import EMPTYING, moved
-from lora_inject.core.spec.inventory import Geometry
+from lora_inject.core.spec.sites import Geometry
 from lora_inject.errors import LayerError
 
 

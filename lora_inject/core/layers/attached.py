@@ -16,14 +16,13 @@ from weakref import ReferenceType
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.adapter.site_state import signed_pairs
 from lora_inject.core.adapter.variants import VARIANTS, Variant
 from lora_inject.core.functional.factors import Factors, Spans
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.inside import saving_hooks
 from lora_inject.core.layers.selected import Selected
 from lora_inject.core.layers.selection import Selection
-from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.sites import SiteSpec, signed_pairs
 from lora_inject.errors import LayerError
 
 

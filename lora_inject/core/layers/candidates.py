@@ -18,8 +18,9 @@ from lora_inject.core.layers.kinds import kind_of
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
 from lora_inject.core.layers.weight_kinds import reason_against
-from lora_inject.core.spec.inventory import Candidate, Geometry, Inventory
+from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.names import is_bias, joined, parent
+from lora_inject.core.spec.sites import Geometry
 
 # These parents read the weights of their children, or do so in a fast path.
 READING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.functional import master_dtype, norms_of
+from lora_inject.core.functional.factors import master_dtype
+from lora_inject.core.functional.gain import norms_of
 from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.weight_kinds import dense

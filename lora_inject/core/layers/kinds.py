@@ -27,7 +27,7 @@ from lora_inject.core.functional.lookup import embedding, renormalized
 from lora_inject.core.layers.adapted import Adapted, WeightUpdate
 from lora_inject.core.layers.forward_update import ForwardUpdate
 from lora_inject.core.layers.linear_kinds import LoRAConv1D, LoRALinear
-from lora_inject.core.spec.inventory import Geometry
+from lora_inject.core.spec.sites import Geometry
 from lora_inject.errors import LayerError
 
 

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_inject.core.functional import add_updates, linear
 from lora_inject.core.functional.factors import Factors
 from lora_inject.core.functional.gain import gained
-from lora_inject.core.functional.linear import frozen_output
+from lora_inject.core.functional.linear import add_updates, frozen_output, linear
 from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.forward_update import ForwardUpdate
 from lora_inject.core.layers.own_code import OWN
@@ -28,7 +27,7 @@ from lora_inject.core.layers.weight_kinds import (
     packed_weight,
     reason_against,
 )
-from lora_inject.core.spec.inventory import Geometry
+from lora_inject.core.spec.sites import Geometry
 from lora_inject.errors import LayerError
 
 # Classes of other libraries are known by where they are defined, so that none need be imported.

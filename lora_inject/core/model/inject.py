@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.exchange import detected, format_of, read_adapter
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import in_memory
-from lora_inject.core.functional import master_dtype
+from lora_inject.core.functional.factors import master_dtype
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.first_values import first_values
 from lora_inject.core.layers.survey import Survey, memory_of

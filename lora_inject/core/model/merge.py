@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.functional import MergeReport, Tally, TensorReport
+from lora_inject.core.functional.fold import Tally
+from lora_inject.core.functional.merge_report import MergeReport, TensorReport
 from lora_inject.core.layers.selected import Mix, Selected
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Holder, Survey, memory_of

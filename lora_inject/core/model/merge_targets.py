@@ -15,16 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.functional import (
-    Delta,
-    Gain,
-    Tally,
-    Term,
-    all_finite,
-    block_rows,
-    fold_rows,
-    mix_copies,
-)
+from lora_inject.core.functional.finite import all_finite
+from lora_inject.core.functional.fold import Delta, Tally, Term, block_rows, fold_rows, mix_copies
+from lora_inject.core.functional.gain import Gain
 from lora_inject.core.layers.attached import Entry, refuse_mixed
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey, memory_of

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 
 from lora_inject.core.spec.config import HYPER, Axes, Normal, Rule
-from lora_inject.core.spec.inventory import Candidate, Geometry
+from lora_inject.core.spec.inventory import Candidate
 from lora_inject.core.spec.names import counted
-from lora_inject.core.spec.sites import ROLES, SiteSpec, Slices
+from lora_inject.core.spec.sites import ROLES, Geometry, SiteSpec, Slices
 from lora_inject.errors import MatchError, article
 
 BIASED_KINDS = ("linear", "conv1d", "conv")

@@ -25,27 +25,10 @@ from lora_inject.core.spec.names import (
     quoted,
     templates,
 )
+from lora_inject.core.spec.sites import Geometry
 from lora_inject.errors import MatchError
 
 LINEAR_KINDS = ("linear", "conv1d")
-
-
-class Geometry(NamedTuple):
-    """Shapes of a weight as a matrix, stated by its layer and never read off packed weights.
-
-    Attributes:
-        in_features: Width of the input of A.
-        out_features: Width of the output of B.
-        weight_shape: Shape of the weight as the layer states it.
-        transposed: Whether the weight matrix is `(in, out)`.
-        experts: Length of a leading dimension of stacked matrices, or None.
-    """
-
-    in_features: int
-    out_features: int
-    weight_shape: tuple[int, ...]
-    transposed: bool = False
-    experts: int | None = None
 
 
 class Candidate(NamedTuple):

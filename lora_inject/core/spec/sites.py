@@ -13,10 +13,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from lora_inject.core.spec.names import joined
 
+T = TypeVar("T")
 Shape = tuple[int, ...]
 ShapeOf = Callable[[Shape, Shape], Shape]
 """The shape of a tensor, by those of A `(..., rank, in)` and B `(..., out, rank)`."""
@@ -47,6 +48,39 @@ def shapes_of(variant: str, a: Shape, b: Shape, lora_bias: bool = False) -> dict
     """
     further = {role: shape(a, b) for role, shape in ROLES[variant].further.items()}
     return {"A": a, "B": b, **further, **({"b": b[:-1]} if lora_bias else {})}
+
+
+class Geometry(NamedTuple):
+    """Shapes of a weight as a matrix, stated by its layer and never read off packed weights.
+
+    Attributes:
+        in_features: Width of the input of A.
+        out_features: Width of the output of B.
+        weight_shape: Shape of the weight as the layer states it.
+        transposed: Whether the weight matrix is `(in, out)`.
+        experts: Length of a leading dimension of stacked matrices, or None.
+    """
+
+    in_features: int
+    out_features: int
+    weight_shape: tuple[int, ...]
+    transposed: bool = False
+    experts: int | None = None
+
+
+def signed_pairs(A: T, B: T, A0: T | None, B0: T | None) -> tuple[tuple[T, T, float], ...]:
+    """Return `(A, B, sign)` of tensors or their names: the update, and its frozen start if any.
+
+    The site computes `W + scale * sum of sign * B @ A`. A0 and B0 are the frozen start of pissa
+    and olora, which has the sign -1.
+
+    Examples:
+        >>> signed_pairs("A", "B", "A0", "B0")
+        (('A', 'B', 1.0), ('A0', 'B0', -1.0))
+    """
+    if A0 is None or B0 is None:
+        return ((A, B, 1.0),)
+    return (A, B, 1.0), (A0, B0, -1.0)
 
 
 @dataclass(frozen=True, slots=True)
