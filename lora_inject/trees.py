@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from lora_inject.private import look_up
 
 
-class Form(NamedTuple):
+class Structure(NamedTuple):
     """What a tree is without its leaves.
 
     Attributes:
@@ -23,28 +23,28 @@ class Form(NamedTuple):
 
     kind: type | None
     keys: tuple[Any, ...] = ()
-    parts: tuple[Form, ...] = ()
+    parts: tuple[Structure, ...] = ()
 
 
-def _flatten(tree: Any) -> tuple[list[Any], Form]:
+def _flatten(tree: Any) -> tuple[list[Any], Structure]:
     kind = type(tree)
     is_named = isinstance(tree, tuple) and hasattr(tree, "_fields")
     if kind not in (tuple, list, dict) and not is_named:
-        return [tree], Form(None)
+        return [tree], Structure(None)
     keys = tuple(tree) if kind is dict else ()
     leaves, forms = [], []
     for part in tree.values() if kind is dict else tree:
         its_leaves, its_form = _flatten(part)
         leaves += its_leaves
         forms.append(its_form)
-    return leaves, Form(kind, keys, tuple(forms))
+    return leaves, Structure(kind, keys, tuple(forms))
 
 
-def _unflatten(leaves: Sequence[Any], form: Form) -> Any:
+def _unflatten(leaves: Sequence[Any], form: Structure) -> Any:
     return _built(iter(leaves), form)
 
 
-def _built(leaves: Iterator[Any], form: Form) -> Any:
+def _built(leaves: Iterator[Any], form: Structure) -> Any:
     if form.kind is None:
         return next(leaves)
     parts = [_built(leaves, part) for part in form.parts]

@@ -19,7 +19,7 @@ import typer.main
 
 from lora_inject import errors
 from lora_inject.cli import app
-from lora_inject.cli.given import Reading
+from lora_inject.cli.given import ReadOptions
 from lora_inject.cli.program import EXAMPLES
 from lora_inject.core.spec.config import Config
 
@@ -33,7 +33,7 @@ STAGES = {
     "FormatError": "Adapter files",
     "CheckpointError": "Checkpoints on disk",
 }
-SHARED = {option.name for option in fields(Reading)}
+SHARED = {option.name for option in fields(ReadOptions)}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

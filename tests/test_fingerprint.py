@@ -16,7 +16,7 @@ from torch import nn
 import lora_inject as li
 from lora_inject.core.adapter.fingerprint import (
     Fingerprint,
-    compare,
+    base_differences,
     sample_positions,
     samples,
     unverifiable,
@@ -73,27 +73,28 @@ def fingerprint_of(weight: torch.Tensor) -> Fingerprint:
 @pytest.mark.parametrize("scale", [1e-6, 0.02, 10.0])
 def test_the_same_base_in_another_dtype(first, second, scale) -> None:
     weight = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * scale
-    assert compare(fingerprint_of(weight.to(first)), fingerprint_of(weight.to(second))) == {}
+    saved, here = fingerprint_of(weight.to(first)), fingerprint_of(weight.to(second))
+    assert base_differences(saved, here) == {}
 
 
 def test_another_base_and_a_slightly_other_base() -> None:
     torch.manual_seed(0)
     weight = torch.randn(30, 30) * 0.02
     other = fingerprint_of(torch.randn(30, 30) * 0.02)
-    assert "16 of 16" in compare(fingerprint_of(weight), other)["w"]
-    assert compare(fingerprint_of(weight), fingerprint_of(weight * 1.02)) != {}
+    assert "16 of 16" in base_differences(fingerprint_of(weight), other)["w"]
+    assert base_differences(fingerprint_of(weight), fingerprint_of(weight * 1.02)) != {}
 
 
 def test_other_shapes_names_and_values() -> None:
     one = Fingerprint({"w": (2, 3)}, {})
-    turned = compare(one, Fingerprint({"w": (3, 2)}, {}))["w"]
+    turned = base_differences(one, Fingerprint({"w": (3, 2)}, {}))["w"]
     assert "has shape (2, 3) in the file and (3, 2) here" in turned
-    assert compare(one, Fingerprint({}, {}))["w"] == "is not in this model"
+    assert base_differences(one, Fingerprint({}, {}))["w"] == "is not in this model"
     nan = Fingerprint({"w": (1,)}, {"w": (math.nan,)})
     zero = Fingerprint({"w": (1,)}, {"w": (0.0,)})
-    assert compare(nan, nan) == {}
-    assert compare(nan, zero) != {}
-    assert compare(Fingerprint({"w": (1,)}, {"w": ()}), zero) != {}
+    assert base_differences(nan, nan) == {}
+    assert base_differences(nan, zero) != {}
+    assert base_differences(Fingerprint({"w": (1,)}, {"w": ()}), zero) != {}
 
 
 def test_quantized_weights_are_named_not_compared() -> None:
@@ -101,7 +102,7 @@ def test_quantized_weights_are_named_not_compared() -> None:
     packed = Fingerprint({"w": (1,), "v": (1,)}, {"v": (1.0,)}, {"w": "int8"})
     for pair in ((plain, packed), (packed, plain)):
         assert unverifiable(*pair) == ("w",)
-        assert compare(*pair) == {}
+        assert base_differences(*pair) == {}
 
 
 # Adapters without sites -------------------------------------------------------------------------

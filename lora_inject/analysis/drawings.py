@@ -250,7 +250,7 @@ def spectra_figure(lines: Sequence[tuple[str, Tensor]], named: str, most: int = 
     drawn = [(label, values) for label, values in found if values]
     below = any(len(label) > FEW for label, _ in drawn)
     figure, axes = _one_plot(2.2 + 0.3 * len(drawn) * below)
-    in_legend = set(spread(range(len(drawn)), most))
+    in_legend = set(evenly_spaced(range(len(drawn)), most))
     for number, (label, values) in enumerate(drawn):
         relative = [value / values[0] for value in values]
         text = printable(label) if number in in_legend else None
@@ -311,7 +311,7 @@ def ranks_figure(ranks: Sequence[int]) -> Any:
 # ------------------------------------------------------------------------------------------- parts
 
 
-def spread(items: Sequence[T], most: int = 4) -> list[T]:
+def evenly_spaced(items: Sequence[T], most: int = 4) -> list[T]:
     """Take up to `most` items, evenly spaced from the first to the last.
 
     Examples:

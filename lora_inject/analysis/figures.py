@@ -16,7 +16,7 @@ from lora_inject.analysis.blocks import Figures, Place, Spectrum, site_blocks, s
 from lora_inject.analysis.rounding import Rounded
 from lora_inject.analysis.weights import BlockOnWeight, SiteOnWeight, Weights
 from lora_inject.checkpoint import Checkpoint
-from lora_inject.checkpoint.write import Progress, counted
+from lora_inject.checkpoint.write import Progress, counting_bytes
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import StateError
 
@@ -106,7 +106,7 @@ def analyze(
     }
     blocks: list[BlockFigures] = []
     compared: dict[str, SiteOnWeight] = {}
-    for name in counted(sizes, progress):
+    for name in counting_bytes(sizes, progress):
         blocks += [
             BlockFigures(name, b.label, b.delta.shape, b.rank, spectrum(b.delta))
             for b in site_blocks(state.sites[name])

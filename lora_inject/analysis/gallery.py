@@ -17,9 +17,9 @@ from lora_inject.analysis.blocks import Place, by_kind, site_blocks, spectrum
 from lora_inject.analysis.drawings import (
     draw_similarity,
     draw_spectra,
+    evenly_spaced,
     png,
     similarity_figure,
-    spread,
 )
 from lora_inject.analysis.subspaces import (
     Comparison,
@@ -80,7 +80,7 @@ def draw_gallery(
 def comparable(comparison: Comparison) -> dict[str, list[Pair]]:
     """Return kind to its pairs of up to four layers; blocks without directions are left out."""
     kinds = by_kind(pair for pair in comparison.pairs if pair.right.phi.numel())
-    return {kind: spread(pairs) for kind, pairs in kinds.items()}
+    return {kind: evenly_spaced(pairs) for kind, pairs in kinds.items()}
 
 
 def _pair_figure(pairs: Sequence[Pair]) -> tuple[str, dict[str, Any]]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lora_inject.algebra.values import called
 from lora_inject.analysis.blocks import Figures, Place, SiteBlock, by_kind, site_blocks
-from lora_inject.checkpoint.write import Progress, counted
+from lora_inject.checkpoint.write import Progress, counting_bytes
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import StateError
 
@@ -210,7 +210,9 @@ def compare(
         found = f"of {len(first.sites)} and {len(second.sites)} sites none has the same name"
         raise StateError("compare two adapters", found, "Compare adapters of one base")
     sizes = {name: first.sites[name].A.nbytes + first.sites[name].B.nbytes for name in common}
-    pairs = [pair for name in counted(sizes, progress) for pair in _pairs(name, first, second)]
+    pairs = [
+        pair for name in counting_bytes(sizes, progress) for pair in _pairs(name, first, second)
+    ]
     return Comparison(
         tuple(pairs),
         tuple(name for name in first.sites if name not in second.sites),

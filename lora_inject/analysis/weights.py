@@ -27,7 +27,7 @@ from lora_inject.checkpoint import Checkpoint, MergeOptions, WeightedAdapter
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.choose import Fit, choose
 from lora_inject.checkpoint.place import Placed, read_terms
-from lora_inject.checkpoint.quantized_base import why_not
+from lora_inject.checkpoint.quantized_base import why_no_update
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.safetensors_file import FLOATS, RowReader
 from lora_inject.core.functional.fold import Delta
@@ -298,7 +298,7 @@ def _fit(part: WeightedAdapter, checkpoint: Checkpoint, options: MergeOptions) -
     except CheckpointError as error:  # its words are about merging
         raise CheckpointError(asked, error.found, error.remedy) from None
     entries = [placed.source for job in fit.jobs.values() for placed in job.placed]
-    quantized = why_not(checkpoint, [entry.name for entry in entries])
+    quantized = why_no_update(checkpoint, [entry.name for entry in entries])
     odd = [f"'{e.name}' is stored as {e.dtype}" for e in entries if e.dtype not in FLOATS]
     for found in [quantized[0]] if quantized is not None else odd:
         raise CheckpointError(asked, found, "Give the 16-bit checkpoint instead")

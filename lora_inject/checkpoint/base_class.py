@@ -18,7 +18,7 @@ from torch import nn
 from lora_inject.checkpoint.index import Checkpoint, changed_config
 from lora_inject.errors import CheckpointError
 from lora_inject.formats.model_facts import ModelFacts
-from lora_inject.formats.older_names import Place, places
+from lora_inject.formats.older_names import PlaceInClass, places_in_class
 
 UNTIED = {"tie_word_embeddings": False}
 """What `config.json` must contain so that a class loads tied tensors separately."""
@@ -66,9 +66,9 @@ class BaseClass:
             return self._table[place]
         return name if place.expert is not None else self._absent(place.name) or name
 
-    def place_of(self, name: str) -> Place | None:
+    def place_of(self, name: str) -> PlaceInClass | None:
         """Return where a tensor is in the class, by its name in a file of any age."""
-        return Place(name) if name in self._shapes else self._places(name)
+        return PlaceInClass(name) if name in self._shapes else self._places(name)
 
     def separate(self, name: str) -> list[list[str]]:
         """Return the file's names of the matrices of a stack that it stores separately.
@@ -145,11 +145,11 @@ class BaseClass:
         return dict(self.model.state_dict())
 
     @cached_property
-    def _places(self) -> Callable[[str], Place | None]:
-        return places(self.model, self._shapes)
+    def _places(self) -> Callable[[str], PlaceInClass | None]:
+        return places_in_class(self.model, self._shapes)
 
     @cached_property
-    def _table(self) -> dict[Place, str]:
+    def _table(self) -> dict[PlaceInClass, str]:
         """Place in the class to the name in the file, for every tensor that both have."""
         table = {}
         for name in self.checkpoint.tensors:
@@ -157,7 +157,7 @@ class BaseClass:
             if place is not None and place.name in self._shapes:
                 table[place] = name
             elif name in self._shapes:
-                table[Place(name)] = name
+                table[PlaceInClass(name)] = name
         return table
 
     @cached_property
@@ -172,7 +172,7 @@ class BaseClass:
         if self._prefixes:
             outer = {name.partition(".")[0] for name in self._table.values()}
             candidates += [f"{first}.{mine}" for first in sorted(outer)]
-        return next((n for n in candidates if self._places(n) == Place(mine)), mine)
+        return next((n for n in candidates if self._places(n) == PlaceInClass(mine)), mine)
 
     def _with_prefix(self, name: str) -> Iterator[str]:
         """Yield a name with its beginning as the file has it."""

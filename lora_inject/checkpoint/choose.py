@@ -23,8 +23,8 @@ from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.merge_inputs import MergeOptions, WeightedAdapter
 from lora_inject.checkpoint.output_files import TensorJob, clash
 from lora_inject.checkpoint.place import NoPlace, Orientation, Placed, Update
-from lora_inject.checkpoint.quantized_base import why_not
-from lora_inject.core.adapter.fingerprint import Fingerprint, Moved, compare, same_values
+from lora_inject.checkpoint.quantized_base import why_no_update
+from lora_inject.core.adapter.fingerprint import Fingerprint, Moved, base_differences, same_values
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.safetensors_file import FLOATS, RowReader, TensorEntry
@@ -82,7 +82,7 @@ def _told(rename: Mapping[str, str]) -> Rule:
 def _nothing_fits(best: Fit) -> CheckpointError:
     checkpoint, state, left = best.checkpoint, best.adapter.state, best.left
     asked = f"merge {best.adapter.label} into '{checkpoint.folder}'"
-    if quantized := why_not(checkpoint, [name for name, _ in left]):
+    if quantized := why_no_update(checkpoint, [name for name, _ in left]):
         return CheckpointError(asked, *quantized)
     shown = [reason if name in reason else f"'{name}': {reason}" for name, reason in left]
     shown[MAX_SHOWN:] = [f"and {len(left) - MAX_SHOWN} more"] if len(left) > MAX_SHOWN else []
@@ -175,7 +175,7 @@ class Fit:
                     moved[name] = Moved(positions, checkpoint.sample(entry, positions))
         known = saved.without(saved.shapes.keys() - shapes.keys())
         here = Fingerprint(shapes, samples, packed, moved)
-        if known is not None and (differences := compare(known, here)):
+        if known is not None and (differences := base_differences(known, here)):
             name, how = next(iter(differences.items()))
             raise CheckpointError(
                 f"merge {self.adapter.label} into '{checkpoint.folder}'",

@@ -17,7 +17,7 @@ from lora_inject.core.files.atomic import check_free
 from lora_inject.core.files.strict_json import read_json
 from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats import ModelFacts, losses_of
-from lora_inject.formats.clients import Finding, findings
+from lora_inject.formats.clients import Objection, objections
 
 
 def convert(
@@ -112,7 +112,7 @@ def _completed(facts: ModelFacts, path: Path) -> ModelFacts:
 
 def check_adapter(
     adapter: str | os.PathLike[str], client: str, *, base: str | os.PathLike[str] | None = None
-) -> list[Finding]:
+) -> list[Objection]:
     """Return what a program that loads adapters would refuse or misread in an adapter.
 
     Args:
@@ -139,4 +139,4 @@ def check_adapter(
     """
     path = user_path("check", adapter)
     config = {} if base is None else read_config(user_path("read a base", base, CheckpointError))
-    return findings(path, client, facts_of(base), config)
+    return objections(path, client, facts_of(base), config)

@@ -21,7 +21,7 @@ from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.conversion import facts_of
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.place import matrix_of
-from lora_inject.checkpoint.write import Progress, counted
+from lora_inject.checkpoint.write import Progress, counting_bytes
 from lora_inject.core.adapter.exchange import write_adapter
 from lora_inject.core.adapter.fingerprint import Fingerprint
 from lora_inject.core.adapter.site_state import SiteState
@@ -150,7 +150,7 @@ def difference_of(
     extraction = _Extraction(Checkpoint.open(base), Checkpoint.open(tuned), rank, energy, full)
     _check_names(extraction)
     found, tensors = list[Extracted](), extraction.tuned.tensors
-    for name in counted({name: entry.n_bytes for name, entry in tensors.items()}, progress):
+    for name in counting_bytes({name: entry.n_bytes for name, entry in tensors.items()}, progress):
         found += extraction.take(tensors[name])
     n_equal = len(tensors) - len(found)
     if not extraction.sites and not extraction.trained:

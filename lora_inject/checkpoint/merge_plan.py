@@ -36,7 +36,7 @@ from lora_inject.checkpoint.merge_inputs import (
     weighted_adapters,
 )
 from lora_inject.checkpoint.output_files import OutputShard, TensorJob, clash, lay_out
-from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES, unpacked, why_not
+from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES, unpacked, why_no_update
 from lora_inject.core.files.safetensors_file import DTYPE_BITS, FLOATS
 from lora_inject.errors import CheckpointError
 
@@ -400,7 +400,7 @@ def _check_plain(checkpoint: Checkpoint, job: TensorJob) -> None:
     asked, source = f"merge into '{checkpoint.folder}'", job.source
     is_float = source is None or source.dtype in FLOATS
     names = [job.name] if source is None or is_float else [source.name, job.name]
-    if quantized := why_not(checkpoint, names):
+    if quantized := why_no_update(checkpoint, names):
         raise CheckpointError(asked, *quantized)
     if source is not None and not is_float:
         found = f"'{job.name}' has the dtype {source.dtype}"

@@ -57,7 +57,7 @@ def method_of(checkpoint: Checkpoint, name: str) -> str | None:
     return f"packed integers ({dtype})" if dtype in _INTEGER else None
 
 
-def why_not(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[str, str] | None:
+def why_no_update(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[str, str] | None:
     """Return why some weights take no update, and a remedy; None if none is quantized."""
     for name in names:
         if method := method_of(checkpoint, name):

@@ -71,7 +71,7 @@ class BytesDone:
                 self.progress(min(self.done, self.total), self.total)
 
 
-def counted(sizes: Mapping[str, int], progress: Progress | None) -> Iterator[str]:
+def counting_bytes(sizes: Mapping[str, int], progress: Progress | None) -> Iterator[str]:
     """Yield each name, and report its bytes when the next one is asked for."""
     done = BytesDone(sum(sizes.values()), progress)
     for name, size in sizes.items():

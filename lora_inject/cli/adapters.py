@@ -17,7 +17,7 @@ from lora_inject.core.spec.names import templates
 if TYPE_CHECKING:
     from lora_inject.algebra.combine_files import Difference
     from lora_inject.core.adapter.state import AdapterState
-    from lora_inject.formats.clients import Finding
+    from lora_inject.formats.clients import Objection
 
 WriteDtype = Annotated[given.Dtype | None, Option(help="Dtype to write. (default: the adapters')")]
 Base = Annotated[
@@ -26,8 +26,8 @@ Base = Annotated[
 ]
 
 
-@app.command()
-def combine(
+@app.command("combine")
+def combine_command(
     adapters: given.AdapterPaths,
     *,
     writing: given.Writing,
@@ -49,7 +49,7 @@ def combine(
     majority_sign: Annotated[str, Option(help="ties: total or frequency.")] = "total",
     seed: Annotated[int, Option(help="Seed of dare's masks.")] = 0,
     dtype: WriteDtype = None,
-    reading: given.Reading,
+    reading: given.ReadOptions,
     output: given.Output,
 ) -> None:
     """Combine several adapters of one base into one."""
@@ -60,15 +60,15 @@ def combine(
     _write(combined(states, weight, method=method, rank=rank, **how), writing, output, dtype)
 
 
-@app.command()
-def truncate(
+@app.command("truncate")
+def truncate_command(
     adapter: given.AdapterPath,
     *,
     writing: given.Writing,
     keeping: given.Keeping,
     dtype: WriteDtype = None,
-    reading: given.Reading,
-    listing: given.Listing,
+    reading: given.ReadOptions,
+    listing: given.ListOutput,
 ) -> None:
     """Cut ADAPTER to its best approximation of a lower rank.
 
@@ -84,12 +84,12 @@ def truncate(
     _write(made, writing, listing, dtype, partial(show.print_rows, rows), sites=sites)
 
 
-@app.command()
-def diff(
+@app.command("diff")
+def diff_command(
     one: Annotated[Path, Argument(metavar="ONE", help="A PEFT folder or an adapter file.")],
     two: Annotated[Path, Argument(metavar="TWO", help="Another adapter of the same base.")],
-    reading: given.Reading,
-    listing: given.Listing,
+    reading: given.ReadOptions,
+    listing: given.ListOutput,
 ) -> None:
     """Compare the adapters ONE and TWO, site by site."""
     from lora_inject.algebra.combine_files import diff as compared
@@ -110,13 +110,13 @@ def rename(
         ),
     ],
     writing: given.Writing,
-    reading: given.Reading,
+    reading: given.ReadOptions,
     output: given.Output,
 ) -> None:
     """Write ADAPTER with other names of its layers."""
     from lora_inject.core.adapter.value_checks import one_line
 
-    pairs = given.pairs_of(names, "OLD=NEW", "transformer=model.decoder", whole="old")
+    pairs = given.pairs_from(names, "OLD=NEW", "transformer=model.decoder", whole="old")
     [state] = reading.read([adapter])
     made = state.rename(pairs)
     old, new = ([*s.sites, *s.trained, *s.base_copies] for s in (state, made))
@@ -168,8 +168,8 @@ def _print_difference(found: Difference, *, everything: bool) -> None:
     show.say_words(f"{same}; |one - two| = {found.distance:.6g}, cosine {cosine}, over all sites")
 
 
-@app.command()
-def convert(
+@app.command("convert")
+def convert_command(
     adapter: given.AdapterPath,
     output: Annotated[Path, Argument(metavar="OUT", help="Where to write.")],
     *,
@@ -202,7 +202,7 @@ def convert(
         ),
     ] = None,
     overwrite: given.Overwrite = False,
-    reading: given.Reading,
+    reading: given.ReadOptions,
     out: given.Output,
 ) -> None:
     """Write ADAPTER in the format of another program.
@@ -276,7 +276,7 @@ def check(
         raise Exit(1)
 
 
-def _print_findings(client: str, found: Sequence[Finding], stopped: bool) -> None:
+def _print_findings(client: str, found: Sequence[Objection], stopped: bool) -> None:
     show.say(f"{client}: {'does not take it as it is' if stopped else 'takes it'}")
     for finding in found:
         show.say_words(f"{'stop' if finding.stops else 'note'}: {finding.problem}. {finding.fix}.")

@@ -105,7 +105,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Listing(Output):
+class ListOutput(Output):
     """How to print a result with many sites."""
 
     everything: Annotated[
@@ -143,7 +143,7 @@ class Keeping:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How to read adapters."""
 
     prefer: Annotated[
@@ -233,7 +233,7 @@ class Reading:
         return states
 
 
-def pairs_of(texts: Iterable[str], option: str, example: str, whole: str = "") -> dict[str, str]:
+def pairs_from(texts: Iterable[str], option: str, example: str, whole: str = "") -> dict[str, str]:
     """Read pairs such as OLD=NEW; the sides named in `whole` must not be empty."""
     pairs = {}
     for text in texts:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from lora_inject.core.spec.inventory import Inventory
 
 
-@app.command()
-def plan(
+@app.command("plan")
+def plan_command(
     config: Annotated[Path, Argument(metavar="CONFIG", help="The config, a YAML file.")],
     model: Annotated[
         Path,
@@ -33,7 +33,7 @@ def plan(
         bool, Option(help="Plan on the names in the checkpoint, not on config.json.")
     ] = False,
     *,
-    listing: given.Listing,
+    listing: given.ListOutput,
 ) -> None:
     """List the layers of MODEL that CONFIG selects. Reads no weights, changes nothing."""
     from lora_inject.core.spec.config import Config
@@ -44,8 +44,8 @@ def plan(
     listing.show(planned.to_dict(), show.print_plan, planned)
 
 
-@app.command()
-def advise(
+@app.command("advise")
+def advise_command(
     model: Annotated[Path, Argument(metavar="MODEL", help="Folder or file, as for plan.")],
     budget: Annotated[
         str, Option(metavar="N", help="Most parameters in A and B, such as 170k or 1.5M.")
@@ -115,8 +115,8 @@ def inspect(
         str | None,
         Option("--format", help="Format of the adapter. (default: detected from the files)"),
     ] = None,
-    reading: given.Reading,
-    listing: given.Listing,
+    reading: given.ReadOptions,
+    listing: given.ListOutput,
 ) -> None:
     """Show the sites, ranks, norms and non-finite values of ADAPTER."""
     from lora_inject.analysis.inspection import inspect_state
@@ -128,8 +128,8 @@ def inspect(
     listing.show(found.to_dict(), show.print_inspection, found)
 
 
-@app.command()
-def analyze(
+@app.command("analyze")
+def analyze_command(
     adapter: given.AdapterPath,
     other: Annotated[
         Path | None, Argument(metavar="OTHER", help="Another adapter of the same base, to compare.")
@@ -145,8 +145,8 @@ def analyze(
         Path | None, Option(help="Draw the paper's figures into this folder.")
     ] = None,
     any_base: given.AnyBase = False,
-    reading: given.Reading,
-    listing: given.Listing,
+    reading: given.ReadOptions,
+    listing: given.ListOutput,
 ) -> None:
     """Show what ADAPTER has learned: needed rank, spectra, subspaces.
 

@@ -61,17 +61,17 @@ class Merging:
 
         names = ("dtype", "copy_code", "allow_new", "dequantize", "requantize", "any_base")
         more |= {name: getattr(self, name) for name in names}
-        more["rename"] = given.pairs_of(self.rename or (), "--rename", "a.=b.")
+        more["rename"] = given.pairs_from(self.rename or (), "--rename", "a.=b.")
         if self.tie:  # else the base's class decides; an empty table means that nothing is tied
             ties = [] if self.tie == ["none"] else self.tie
-            more["tie"] = given.pairs_of(ties, "--tie", "a.=b.", whole="old new")
+            more["tie"] = given.pairs_from(ties, "--tie", "a.=b.", whole="old new")
         return MergeOptions(**more)
 
     def read(
         self,
         base: Path,
         adapters: Sequence[Path],
-        reading: given.Reading,
+        reading: given.ReadOptions,
         output: Path | None = None,
     ) -> tuple[Checkpoint, list[WeightedAdapter]]:
         """Open the base, check the output and read the adapters."""
@@ -92,8 +92,8 @@ class Merging:
         return checkpoint, [read_weighted(path, checkpoint, w, **how) for path, w, how in rows]
 
 
-@app.command()
-def merge(
+@app.command("merge")
+def merge_command(
     base: BasePath,
     adapters: given.AdapterPaths,
     *,
@@ -110,8 +110,8 @@ def merge(
     workers: Annotated[
         int | None, Option(min=1, help="Threads. (default: one per core, at most four)")
     ] = None,
-    reading: given.Reading,
-    listing: given.Listing,
+    reading: given.ReadOptions,
+    listing: given.ListOutput,
 ) -> None:
     """Fold each ADAPTER into the checkpoint BASE, without the model.
 
@@ -144,8 +144,8 @@ def verify(
     adapters: given.AdapterPaths,
     merged: Annotated[Path, Argument(metavar="MERGED", help="The folder to check.")],
     merging: Merging,
-    reading: given.Reading,
-    listing: given.Listing,
+    reading: given.ReadOptions,
+    listing: given.ListOutput,
 ) -> None:
     """Check that MERGED is what merging ADAPTER into BASE would write.
 
@@ -171,7 +171,7 @@ def extract(
     keeping: given.Keeping,
     full: Annotated[bool, Option(help="Store other tensors in full: norms, biases.")] = False,
     *,
-    listing: given.Listing,
+    listing: given.ListOutput,
 ) -> None:
     """Store the difference of TUNED and BASE as a low-rank adapter."""
     from lora_inject.checkpoint import extract_adapter

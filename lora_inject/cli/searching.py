@@ -30,8 +30,8 @@ Row = tuple[str, str]
 Tokens = tuple[list[int], int]
 
 
-@app.command()
-def search(
+@app.command("search")
+def search_command(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder or name of a causal language model.")
     ],

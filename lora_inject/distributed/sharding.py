@@ -224,7 +224,7 @@ def _shard_adapter(survey: Survey, name: str) -> None:
 
 
 @torch.no_grad()
-def write_shard(parameter: Any, value: Tensor) -> None:
+def write_into_shards(parameter: Any, value: Tensor) -> None:
     """Write a whole value into a sharded Parameter, of which each process writes its part.
 
     Every process has the value, so nothing is sent.

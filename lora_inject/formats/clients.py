@@ -60,7 +60,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
-class Finding:
+class Objection:
     """One thing that a program would refuse, ignore or compute differently.
 
     Attributes:
@@ -74,7 +74,7 @@ class Finding:
     stops: bool = True
 
 
-Findings = Iterator[Finding]
+Findings = Iterator[Objection]
 Shape = tuple[int, ...] | None
 
 
@@ -128,12 +128,12 @@ class Files:
         return float(self.config["lora_alpha"]) / self.divisor(rank, rslora=rslora)
 
 
-def findings(
+def objections(
     path: Path,
     client: str,
     facts: ModelFacts,
     base_config: Mapping[str, Any] = MappingProxyType({}),
-) -> list[Finding]:
+) -> list[Objection]:
     """Return what a program, a name of `CLIENTS`, would refuse, ignore or compute differently.
 
     Findings that stop come first. The base's module names and config are compared if given;
@@ -226,7 +226,7 @@ def _about(
 ) -> Findings:
     """Yield a finding about some names, `{}` in the problem, if there are any."""
     if listed := list(names):
-        yield Finding(problem.replace("{}", one_line(listed, n)), fix, stops)
+        yield Objection(problem.replace("{}", one_line(listed, n)), fix, stops)
 
 
 def _of_peft(client: str, methods: Mapping[str, str], own: Rules) -> Rules:
@@ -239,18 +239,18 @@ def _of_peft(client: str, methods: Mapping[str, str], own: Rules) -> Rules:
         kind = files.config.get("peft_type")
         if files.layout != "peft":
             found = f"{client} reads PEFT folders, and this has the format '{files.layout}'"
-            yield Finding(found, PORTABLE)
+            yield Objection(found, PORTABLE)
         elif kind is None:
-            yield Finding(f"'peft_type' is missing, without which {client} refuses it", "Add it")
+            yield Objection(f"'peft_type' is missing, without which {client} refuses it", "Add it")
         elif kind == "LORA":
             yield from _halves(files)
             for name, what in methods.items():
                 if files.config.get(name) not in (None, False, [], {}, "none"):
-                    yield Finding(f"{client} does not know {what} ('{name}' is set)", MERGE)
+                    yield Objection(f"{client} does not know {what} ('{name}' is set)", MERGE)
             yield from own(files)
             yield from _names(files)
         elif client != "PEFT":
-            yield Finding(f"{client} reads LoRA, and 'peft_type' is {str(kind)[:40]!r}", MERGE)
+            yield Objection(f"{client} reads LoRA, and 'peft_type' is {str(kind)[:40]!r}", MERGE)
 
     return rules
 
@@ -271,7 +271,7 @@ def _names(files: Files) -> Findings:
     if lost and files.modules is not None:
         near = one_line(nearest(lost[0], known, 1)) or "none"
         found = f"the base has no module {one_line(lost)}, so that the update would be ignored"
-        yield Finding(found, f"Rename it (lora-inject rename); nearest to the first: {near}")
+        yield Objection(found, f"Rename it (lora-inject rename); nearest to the first: {near}")
 
 
 def _scaled(
@@ -313,26 +313,26 @@ def _vllm(files: Files) -> Findings:
     copies = tuple(f"{name}.base_layer.weight" for name in ("embed_tokens", "lm_head"))
     yield from _full(files, "vLLM", "refuses", (*heads, *copies))
     if "target_modules" not in files.config:
-        yield Finding("vLLM refuses a config without 'target_modules'", PORTABLE)
+        yield Objection("vLLM refuses a config without 'target_modules'", PORTABLE)
     init = str(files.config.get("init_lora_weights", "")).lower()
     if init.startswith(("pissa", "olora", "corda", "loftq")):
         fix = "Save it with PEFT's path_initial_model_for_weight_conversion"
-        yield Finding(f"vLLM refuses init_lora_weights {init!r}", fix)
+        yield Objection(f"vLLM refuses init_lora_weights {init!r}", fix)
     modules = {name.removesuffix(".base_layer") for name in files.pairs}
     stacks = {name for name in modules if name.endswith(".experts")}
     half = [n for n in sorted(stacks) if not {n, f"{n}.base_layer"} <= files.pairs.keys()]
     yield from _about(half, "vLLM wants both stacks of experts adapted: {}", MERGE)
     if stacks and not half:
         found = "vLLM reads stacks of experts right only for models whose files hold stacks"
-        yield Finding(found, f"For others: {CONVERT}vllm --base BASE`", stops=False)
+        yield Objection(found, f"For others: {CONVERT}vllm --base BASE`", stops=False)
     largest = max([*files.ranks.values(), 0])
     if largest > VLLM_RANKS[-1]:
         found = f"rank {largest} is above vLLM's {VLLM_RANKS[-1]}"
-        yield Finding(found, "Run lora-inject truncate")
+        yield Objection(found, "Run lora-inject truncate")
     elif largest > 16:
         need = next(rank for rank in VLLM_RANKS if rank >= largest)
         found = f"rank {largest} is above vLLM's default of 16"
-        yield Finding(found, f"Start it with --max-lora-rank {need}", stops=False)
+        yield Objection(found, f"Start it with --max-lora-rank {need}", stops=False)
 
 
 def _sglang(files: Files) -> Findings:
@@ -341,7 +341,7 @@ def _sglang(files: Files) -> Findings:
     yield from _scaled(files, "SGLang", lambda _: scale)
     targets = files.config.get("target_modules")
     if isinstance(targets, str) and targets not in ("all", "all-linear"):
-        yield Finding("SGLang reads 'target_modules' as a list, and it is a regex", PORTABLE)
+        yield Objection("SGLang reads 'target_modules' as a list, and it is a regex", PORTABLE)
     unequal = (n for n, rank in files.ranks.items() if rank != files.config["r"])
     found = f"SGLang refuses ranks other than 'r', which is {files.config['r']}: {{}}"
     yield from _about(unequal, found, PORTABLE)
@@ -361,7 +361,7 @@ def _sglang(files: Files) -> Findings:
         yield from _about(lost, f"SGLang packs {names}, and there is no update of {{}}", fix)
     if (files.path / "added_tokens.json").exists():
         found = "SGLang refuses an added_tokens.json with numbers beyond the base's vocabulary"
-        yield Finding(found, "Leave the file out if the base has these tokens", stops=False)
+        yield Objection(found, "Leave the file out if the base has these tokens", stops=False)
 
 
 def _llama_cpp(files: Files) -> Findings:
@@ -374,11 +374,11 @@ def _llama_cpp(files: Files) -> Findings:
     yield from _scaled(files, "llama.cpp", lambda rank: files.scale(rank, rslora=False), fix)
     tied = files.base.get("tie_word_embeddings")
     if tied and {"lm_head", "model.embed_tokens"} & files.pairs.keys():
-        yield Finding("llama.cpp holds a tied head and embedding as one tensor", MERGE)
+        yield Objection("llama.cpp holds a tied head and embedding as one tensor", MERGE)
     kind = files.base.get("model_type")
     if files.base and kind not in FAMILIES:
         fix = "Run its convert_lora_to_gguf.py on a portable folder"
-        yield Finding(f"llama.cpp may not support the model_type {kind!r}", fix, stops=False)
+        yield Objection(f"llama.cpp may not support the model_type {kind!r}", fix, stops=False)
 
 
 def _lorax(files: Files) -> Findings:
@@ -391,7 +391,7 @@ def _lorax(files: Files) -> Findings:
     if ranks != [good]:
         found = "LoRAX pads ranks to 8 or a multiple of 16, and the padded rank of a layer scales "
         found += f"the layers that it loads later. Here the ranks are {one_line(map(str, ranks))}"
-        yield Finding(found, f"{CONVERT}portable --rank {good}`")
+        yield Objection(found, f"{CONVERT}portable --rank {good}`")
     ignored = [n for n in files.pairs if n in files.embeddings or re.search(r"\.experts\b", n)]
     if files.base.get("model_type") in NO_HEAD:
         ignored += [name for name in files.pairs if name == "lm_head"]
@@ -412,7 +412,7 @@ def _unfit(files: Files, names: Iterable[str], client: str) -> Findings:
         return
     for name in names:
         if reason := files.unfit(name):
-            yield Finding(f"{client} would load it wrong: '{name}': {reason}", MERGE)
+            yield Objection(f"{client} would load it wrong: '{name}': {reason}", MERGE)
 
 
 def _peft(files: Files) -> Findings:
@@ -439,11 +439,11 @@ def _diffusers(files: Files) -> Findings:
             yield from _scaled(files, client, lambda _: 1.0, fix)
         if files.config.get("use_dora") and "model_type" in files.base:
             found = "the load_adapter of transformers' models leaves out the magnitudes of DoRA"
-            yield Finding(found, f"Load it with PEFT, or: {MERGE}")
+            yield Objection(found, f"Load it with PEFT, or: {MERGE}")
         options = f'prefix="{PREFIX[:-1]}", weight_name="{MODEL}"'
         load = f"Load it with model.load_lora_adapter(path, {options})"
         load += ", or onto a text encoder with model.load_adapter(path)"
-        yield Finding("it is a PEFT folder", load, stops=False)
+        yield Objection("it is a PEFT folder", load, stops=False)
     elif files.layout == "kohya":
         yield from _kohya_in_diffusers(files)
     elif files.layout == "diffusers":
@@ -457,9 +457,9 @@ def _diffusers(files: Files) -> Findings:
             yield from _text_encoder(ranks)
             if not any(re.search(r"(q|k|v|out)_proj$", name) for name in ranks):
                 found = f"diffusers refuses a {part} without attention of CLIP's names"
-                yield Finding(found, MERGE)
+                yield Objection(found, MERGE)
     else:
-        yield Finding(f"diffusers does not read the format '{files.layout}'", fix)
+        yield Objection(f"diffusers does not read the format '{files.layout}'", fix)
 
 
 def _kohya_in_diffusers(files: Files) -> Findings:
@@ -492,7 +492,7 @@ def _kohya_in_diffusers(files: Files) -> Findings:
         kind = files.base.get("_class_name")
         if kind != "FluxTransformer2DModel":
             found = "diffusers reads kohya files of a transformer for Flux only"
-            yield Finding(found, fix, stops=kind is not None)
+            yield Objection(found, fix, stops=kind is not None)
 
 
 def _text_encoder(ranks: Mapping[str, float]) -> Findings:
@@ -507,7 +507,7 @@ def _text_encoder(ranks: Mapping[str, float]) -> Findings:
 def _comfyui(files: Files) -> Findings:
     fix = f"{CONVERT}kohya --component unet` (transformer for Flux and SD3)"
     if files.layout not in ("diffusers", "kohya"):
-        yield Finding(f"ComfyUI reads one file, and this has the format '{files.layout}'", fix)
+        yield Objection(f"ComfyUI reads one file, and this has the format '{files.layout}'", fix)
         return
     file = diffusers.file_of(files.path)
     names = read_names(file)[0]
@@ -517,11 +517,11 @@ def _comfyui(files: Files) -> Findings:
     whole = kind not in ("FluxTransformer2DModel", "SD3Transformer2DModel")
     if whole and any(n.startswith("lora_transformer_") for n in names):
         found = "ComfyUI reads kohya files of a transformer for Flux and SD3 only"
-        yield Finding(found, MERGE, stops=kind is not None)
+        yield Objection(found, MERGE, stops=kind is not None)
     if files.layout == "diffusers" and not lost:
         found = "ComfyUI takes scale 1 where a file has no alpha; scales in the header are not read"
         ours = f"{fix}, unless it was written by this package, which folds scales into B"
-        yield Finding(found, ours, stops=False)
+        yield Objection(found, ours, stops=False)
 
 
 def _layers_of_mlx(files: Files) -> Findings:
@@ -531,12 +531,12 @@ def _layers_of_mlx(files: Files) -> Findings:
     if not mlx_model.is_installed():
         yield from _names(files)
         found = "mlx-lm is not installed here, so that its names of the base's modules are not "
-        yield Finding(found + "known", "Run pip install mlx-lm", stops=False)
+        yield Objection(found + "known", "Run pip install mlx-lm", stops=False)
         return
     try:
         layers = mlx_model.layers_of(files.base_config)
     except FormatError as error:
-        yield Finding(error.found, error.remedy)
+        yield Objection(error.found, error.remedy)
         return
     lost = [name for name in files.pairs if name not in layers]
     near = one_line(nearest(lost[0], layers, 1)) if lost else ""
@@ -558,11 +558,11 @@ def _mlx(files: Files) -> Findings:
     if files.layout == "mlx":
         pairs = dict(files.pairs)
         if files.base.get("tie_word_embeddings") and pairs.pop("lm_head", None):
-            yield Finding("mlx-lm refuses an adapter of a tied head", MERGE)
+            yield Objection("mlx-lm refuses an adapter of a tied head", MERGE)
         yield from _layers_of_mlx(replace(files, pairs=pairs))
     else:
         found = f"mlx-lm reads {mlx.FILE}, and this has the format '{files.layout}'"
-        yield Finding(found, f"{CONVERT}mlx`")
+        yield Objection(found, f"{CONVERT}mlx`")
 
 
 def _gguf_or(rules: Rules) -> Rules:

@@ -37,7 +37,7 @@ from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.peft import check_save
 from lora_inject.formats.peft.adapter_config import Claims, read_claims
-from lora_inject.formats.peft.folder import refuse_unfit
+from lora_inject.formats.peft.folder import refuse_unfit_sites
 from lora_inject.formats.peft.tensor_layout import PREFIX, pack
 from lora_inject.formats.plain import check_component, in_component, name_in_files, plain_sites
 
@@ -86,7 +86,7 @@ def write(
     part = "" if component == "" else check_component(component, COMPONENTS)
     kinds = ("linear", "conv")
     sites = plain_sites(state, "a pipeline of diffusers", kinds, dtype=dtype, alpha="rank")
-    refuse_unfit([site.spec for site in sites.values()], facts, "diffusers, which uses PEFT,")
+    refuse_unfit_sites([site.spec for site in sites.values()], facts, "diffusers, which uses PEFT,")
     tensors: dict[str, Tensor] = {}
     for name, site in sites.items():
         pair, key = zip("AB", pack(site), strict=True), name_in_files(name, part)

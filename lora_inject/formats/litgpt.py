@@ -52,7 +52,7 @@ def detects(path: Path) -> bool:
     return (path / FILE).is_file()
 
 
-def lacks(path: Path) -> str:
+def _lacks(path: Path) -> str:
     """Return what a file of such a folder lacks; it is known by its name, as it is a pickle."""
     known = path.is_file() and path.name == FILE
     return rest_of_folder(path, FILE, CONFIG, "the rank, the alpha and the layers") if known else ""
@@ -173,4 +173,4 @@ def _base(facts: ModelFacts) -> Heads:
     return facts.heads("")
 
 
-FORMATS = {"litgpt": Format(write, read, detects, frozenset({ONE}), lacks=lacks)}
+FORMATS = {"litgpt": Format(write, read, detects, frozenset({ONE}), lacks=_lacks)}

@@ -41,7 +41,7 @@ def detects(path: Path) -> bool:
     return (path / FILE).is_file()
 
 
-def lacks(path: Path) -> str:
+def _lacks(path: Path) -> str:
     """Return what a file of such a folder lacks; it is known by its keys."""
     keys = read_names(path)[0] if is_safetensors(path) else []
     if not keys or not all(key.endswith((".lora_a", ".lora_b")) for key in keys):
@@ -114,4 +114,4 @@ def _numbers(path: Path) -> tuple[int, float]:
     raise FormatError(CONFIG, found, "Correct the file; both are needed")
 
 
-FORMATS = {"mlx": Format(write, read, detects, frozenset({ONE}), lacks=lacks)}
+FORMATS = {"mlx": Format(write, read, detects, frozenset({ONE}), lacks=_lacks)}

@@ -16,7 +16,7 @@ from lora_inject.errors import FormatError
 from lora_inject.private import needed
 
 
-class Layer(NamedTuple):
+class MlxModule(NamedTuple):
     """A module of mlx-lm's model.
 
     Attributes:
@@ -40,7 +40,7 @@ def is_installed() -> bool:
     return True
 
 
-def layers_of(config: Mapping[str, Any]) -> dict[str, Layer]:
+def layers_of(config: Mapping[str, Any]) -> dict[str, MlxModule]:
     """Return the modules of the model for a config.json, by name.
 
     Raises:
@@ -57,11 +57,11 @@ def layers_of(config: Mapping[str, Any]) -> dict[str, Layer]:
         found = f"mlx-lm does not load this base ({error})"[:300]
         raise FormatError("", found, "Use a base that mlx-lm loads, and name its folder") from error
 
-    def layer(module: Any) -> Layer:
+    def layer(module: Any) -> MlxModule:
         plain = isinstance(module, (nn.Linear, nn.Embedding))
         adaptable = plain or isinstance(module, SwitchLinear) or hasattr(module, "to_lora")
         rows, width = module.weight.shape if plain else (0, 0)
         sizes = (width, rows) if isinstance(module, nn.Linear) else (rows, width)
-        return Layer(type(module).__name__, adaptable, sizes if plain else None)
+        return MlxModule(type(module).__name__, adaptable, sizes if plain else None)
 
     return {name: layer(module) for name, module in model.named_modules() if name}

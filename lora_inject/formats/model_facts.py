@@ -71,9 +71,11 @@ class ModelFacts:
         """Return what a model answers; its modules and tensors by all their names."""
 
         def unfit(name: str) -> str:
-            from lora_inject.formats.peft_layers import why_not  # which needs the live layers
+            from lora_inject.formats.peft_layers import (
+                why_not_in_peft,
+            )  # which needs the live layers
 
-            return why_not(model, modules, name)
+            return why_not_in_peft(model, modules, name)
 
         config: Any = getattr(model, "config", None)
         plain = config.to_dict() if hasattr(config, "to_dict") else config

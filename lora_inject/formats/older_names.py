@@ -27,7 +27,7 @@ T = TypeVar("T")
 _STACKING = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 
 
-class Place(NamedTuple):
+class PlaceInClass(NamedTuple):
     """Where a tensor of an older file is in a class: a whole tensor, or one expert in it.
 
     `part` says which of the `n_parts` matrices that are laid one above the other: of
@@ -40,7 +40,9 @@ class Place(NamedTuple):
     n_parts: int = 1
 
 
-def places(model: Any, weights: Mapping[str, object]) -> Callable[[str], Place | None]:
+def places_in_class(
+    model: Any, weights: Mapping[str, object]
+) -> Callable[[str], PlaceInClass | None]:
     """Return a function from a tensor's name in a file of any age to its place.
 
     The function returns None for a tensor that is converted in another way than by stacking.
@@ -56,12 +58,12 @@ def places(model: Any, weights: Mapping[str, object]) -> Callable[[str], Place |
     renamings += [t for t in transforms if t not in converters and t not in renamings]
     by_source = {source: t for t in converters for source in t.source_patterns}
 
-    def place(name: str) -> Place | None:
+    def place(name: str) -> PlaceInClass | None:
         new, source = loading.rename_source_key(
             name, renamings, converters, model.base_model_prefix, weights
         )
         if source is None:
-            return Place(new)
+            return PlaceInClass(new)
         transform = by_source[source]
         number = re.search(re.escape(source).replace(r"\*", r"(\d+)"), name)
         steps = [type(step).__name__ for step in transform.operations]
@@ -71,7 +73,7 @@ def places(model: Any, weights: Mapping[str, object]) -> Callable[[str], Place |
         if not number.groups():
             return None
         sources = transform.source_patterns
-        return Place(new, int(number[1]), sources.index(source), len(sources))
+        return PlaceInClass(new, int(number[1]), sources.index(source), len(sources))
 
     return place
 
@@ -90,16 +92,16 @@ def in_names_of(
     if "transformers" not in sys.modules or not hasattr(model, "base_model_prefix"):
         return state
     try:
-        place = places(model, weights)
+        place = places_in_class(model, weights)
     except (ImportError, AttributeError):
         return state
     return _in_places(place, state, weights)
 
 
 def _in_places(
-    place: Callable[[str], Place | None], state: AdapterState, weights: Mapping[str, Tensor]
+    place: Callable[[str], PlaceInClass | None], state: AdapterState, weights: Mapping[str, Tensor]
 ) -> AdapterState:
-    def find(name: str) -> Place | None:
+    def find(name: str) -> PlaceInClass | None:
         """The place of a tensor that is not in the model under its name."""
         found = None if name in weights else place(name)
         return found if found is not None and found.name in weights else None
@@ -112,7 +114,7 @@ def _in_places(
         return _distinct((new(name), value) for name, value in each.items())
 
     sites: list[tuple[str, SiteState]] = []
-    experts: list[tuple[Place, SiteState]] = []
+    experts: list[tuple[PlaceInClass, SiteState]] = []
     for name, site in state.sites.items():
         found = find(site.spec.weight)
         if found is None:
@@ -123,7 +125,7 @@ def _in_places(
             end = site.spec.weight.removeprefix(site.spec.name)
             at = found.name.removesuffix(end) if end else found.name
             sites.append((at, replace(site, spec=site.spec.at(at, found.name))))
-    stacks: dict[str, dict[Place, SiteState]] = {}
+    stacks: dict[str, dict[PlaceInClass, SiteState]] = {}
     for expert, site in _distinct(experts).items():
         stacks.setdefault(expert.name, {})[expert] = site
     for name, members in stacks.items():
@@ -151,7 +153,9 @@ def _distinct(items: Iterable[tuple[K, T]]) -> dict[K, T]:
     return found
 
 
-def _stacked(name: str, shape: tuple[int, ...], members: Mapping[Place, SiteState]) -> SiteState:
+def _stacked(
+    name: str, shape: tuple[int, ...], members: Mapping[PlaceInClass, SiteState]
+) -> SiteState:
     """One site on a stack (experts, out, in) from sites on its matrices.
 
     An expert without a site has zeros. Matrices that are laid one above the other are slices.
@@ -182,20 +186,20 @@ def _stacked(name: str, shape: tuple[int, ...], members: Mapping[Place, SiteStat
     return replace(made, spec=replace(made.spec, dropout=0.0))
 
 
-def _renamed(model: Any, weights: Mapping[str, object]) -> Callable[[str], Place | None]:
-    """Return the function of `places` for transformers 4, which renames by patterns of a class."""
+def _renamed(model: Any, weights: Mapping[str, object]) -> Callable[[str], PlaceInClass | None]:
+    """As `places_in_class` for transformers 4, which renames by patterns of a class."""
     patterns = getattr(model, "_checkpoint_conversion_mapping", None) or {}
     prefix = f"{model.base_model_prefix}."
 
-    def place(name: str) -> Place | None:
+    def place(name: str) -> PlaceInClass | None:
         for pattern, new in patterns.items():
             renamed = re.sub(pattern, new, name)
             if renamed != name:
                 name = renamed
                 break
         if name in weights:
-            return Place(name)
+            return PlaceInClass(name)
         candidates = (prefix + name, name.removeprefix(prefix))
-        return Place(next((n for n in candidates if n in weights), name))
+        return PlaceInClass(next((n for n in candidates if n in weights), name))
 
     return place

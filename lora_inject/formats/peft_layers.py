@@ -30,7 +30,7 @@ _ABOUT_A_WEIGHT |= {"ndim", "new_empty", "new_ones", "new_tensor", "new_zeros", 
 _ABOUT_A_WEIGHT |= {"requires_grad", "shape", "size"}
 
 
-def why_not(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> str:
+def why_not_in_peft(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> str:
     """Return why PEFT would refuse, fail or do nothing with an adapter of a module, or "".
 
     Args:

@@ -52,7 +52,7 @@ def _file(path: Path) -> Path | None:
     return next((path / name for name in FILES if (path / name).is_file()), None)
 
 
-def lacks(path: Path) -> str:
+def _lacks(path: Path) -> str:
     """Return what a file of such a folder lacks; it is known by its name, as it is a pickle."""
     if not path.is_file() or path.name not in FILES:
         return ""
@@ -113,4 +113,4 @@ def _decoder(facts: ModelFacts) -> Decoder:
     return Decoder(_NAMES, "layers.{}.", _ENDS, IN_PAIRS[kind])
 
 
-FORMATS = {"torchtune": Format(write, read, detects, frozenset({ONE}), lacks=lacks)}
+FORMATS = {"torchtune": Format(write, read, detects, frozenset({ONE}), lacks=_lacks)}

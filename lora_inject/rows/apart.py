@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.layers.contexts import within
+from lora_inject.core.layers.contexts import in_context
 from lora_inject.errors import LayerError
 from lora_inject.trees import tree_flatten, tree_unflatten
 
@@ -51,7 +51,7 @@ def apart(
     for (name, n), part in zip(runs, parts, strict=True):
         selected = rows.of_run(name, n)
         run_args, run_kwargs = tree_unflatten(list(part), form)
-        with within({module._lora.selection: selected}):
+        with in_context({module._lora.selection: selected}):
             outputs.append(selected.forward(module, run_args, run_kwargs))
     firsts = [next(t for t in part if isinstance(t, Tensor)) for part in parts]
     return _join_rows(module, outputs, firsts, dim)

@@ -95,7 +95,7 @@ def n_tokens(batch: Any) -> int:
     return int(first.shape[:2].numel())
 
 
-def joined(batches: Mapping[str, Any], *, packed: bool = False) -> Joined:
+def joined_batch(batches: Mapping[str, Any], *, packed: bool = False) -> Joined:
     """Concatenate the rows of all batches, padded to one length with zeros; packed, their tokens.
 
     Raises:

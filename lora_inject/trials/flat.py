@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lora_inject.core.functional.factors import Spans
 from lora_inject.core.layers.attached import Attached, Entry, Recipe
 from lora_inject.private import look_up
-from lora_inject.trials.ranges import Range
+from lora_inject.trials.ranges import TokenRange
 from lora_inject.trials.trial import Trial
 
 
@@ -33,13 +33,13 @@ class Stacked:
     """What a layer has of some trials."""
 
     entries: tuple[Entry, ...]
-    stacks: list[tuple[int, Range]]  # each with the place of its first trial, tokens left open
+    stacks: list[tuple[int, TokenRange]]  # each with the place of its first trial, tokens left open
     dropout: dict[str, float]  # of the trials that have one
     trained: frozenset[int]  # where the A and B of these trials are in the buffer
     marks: frozenset[str]  # of the entries
-    last: tuple[tuple[int, ...], list[Range]] = field(default=((), []))
+    last: tuple[tuple[int, ...], list[TokenRange]] = field(default=((), []))
 
-    def ranges(self, sizes: tuple[int, ...]) -> list[Range]:
+    def ranges(self, sizes: tuple[int, ...]) -> list[TokenRange]:
         """Return the stacks as ranges of tokens, for the tokens of each trial."""
         if self.last[0] != sizes:  # most steps have the sizes of the step before
             starts, ranges = [0, *accumulate(sizes)], []
@@ -141,7 +141,7 @@ class Buffer:
         held: Mapping[str, Any],
         names: Sequence[str],
         dtype: torch.dtype,
-    ) -> Iterator[tuple[int, Range]]:
+    ) -> Iterator[tuple[int, TokenRange]]:
         """Yield the updates of a layer, stacked where they can be, with the place of the first.
 
         The frozen pairs of pissa and olora are not in the buffer, and each stands alone.
@@ -154,11 +154,11 @@ class Buffer:
             slots.append(Slot.of(place, trained, held))
             for recipe in frozen:
                 A, B = (held[key].detach().to(dtype)[None] for key in (recipe.A, recipe.B))
-                yield place, Range((0, 0), A, B, recipe.scale, recipe.spans)
+                yield place, TokenRange((0, 0), A, B, recipe.scale, recipe.spans)
         for run in _evenly_spaced(slots):
             yield run[0].place, self._stack(run, dtype)
 
-    def _stack(self, run: Sequence[Slot], dtype: torch.dtype) -> Range:
+    def _stack(self, run: Sequence[Slot], dtype: torch.dtype) -> TokenRange:
         """Return views of the values and the gradients of evenly spaced slots."""
         first = run[0]
         step = 0 if len(run) == 1 else run[1].starts[0] - first.starts[0]
@@ -167,7 +167,7 @@ class Buffer:
             for memory in (self._low(dtype), self._grads)
             for start, shape in zip(first.starts, first.shapes, strict=True)
         )
-        return Range((0, 0), A, B, first.scale, first.spans, (gA, gB))
+        return TokenRange((0, 0), A, B, first.scale, first.spans, (gA, gB))
 
     def _low(self, dtype: torch.dtype) -> Tensor:
         """Return all values in the dtype of a product."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.errors import LoraInjectError, StateError
 from lora_inject.trees import tree_leaves, tree_map
-from lora_inject.trials.batches import Joined, Padding, joined, parted
+from lora_inject.trials.batches import Joined, Padding, joined_batch, parted
 from lora_inject.trials.counts import Counts
 from lora_inject.trials.drawing import Draws
 from lora_inject.trials.expert_rows import sorts_tokens
@@ -68,7 +68,7 @@ class Checks:
             forward: What tells this forward from others.
             packed: Whether the batches are packed.
         """
-        of, is_alone = joined(batches, packed=packed), len(batches) == 1
+        of, is_alone = joined_batch(batches, packed=packed), len(batches) == 1
         plain = getattr(forward, "func", forward)  # of a partial
         modes = tuple(module.training for module in self._modules)
         entries = tuple(of.batch) if isinstance(of.batch, Mapping) else type(of.batch)
@@ -85,7 +85,7 @@ class Checks:
                 checked |= self._sites_of(name)
         if is_first or (unchecked and not is_alone):
             few = {name: batches[name] for name in _two_at_least(unchecked, batches)}
-            some = joined(few, packed=packed)._replace(counts=counts)
+            some = joined_batch(few, packed=packed)._replace(counts=counts)
             broken = {name: flats[name] for name in unchecked}
             _Apart(_on_copies(run), some, self._layers(), exact=self._exact).check(broken)
             if counts.unsure:
@@ -286,8 +286,8 @@ def check_padding(
     assert of.lengths is not None
     lengths = of.lengths
     short, long = min(lengths, key=lengths.__getitem__), max(lengths, key=lengths.__getitem__)
-    both = joined({name: batches[name] for name in batches if name in (short, long)})
-    one = joined({short: batches[short]})
+    both = joined_batch({name: batches[name] for name in batches if name in (short, long)})
+    one = joined_batch({short: batches[short]})
     with _seen(layers) as of_one:
         alone = [t for t in tree_leaves(run(one)) if isinstance(t, Tensor)]
     with _seen(layers) as of_both:

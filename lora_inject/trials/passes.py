@@ -25,7 +25,7 @@ from lora_inject.rows.bank import dropped
 from lora_inject.trials.batches import Joined
 from lora_inject.trials.counts import REMEDY, widths_of
 from lora_inject.trials.flat import Buffer
-from lora_inject.trials.ranges import Range
+from lora_inject.trials.ranges import TokenRange
 
 
 class Pass:
@@ -60,7 +60,7 @@ class Pass:
 
     def of_layer(
         self, layer: Any, x: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, list[Range], Tensor, Callable[[], None]]:
+    ) -> tuple[Tensor, list[TokenRange], Tensor, Callable[[], None]]:
         """Return what `ranged_linear` takes.
 
         Args:

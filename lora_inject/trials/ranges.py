@@ -29,7 +29,7 @@ from lora_inject.core.functional.linear import add_product, as_matrix, frozen_ou
 from lora_inject.private import look_up
 
 
-class Range(NamedTuple):
+class TokenRange(NamedTuple):
     """Adapters of consecutive tokens, all with equally many.
 
     Attributes:
@@ -48,7 +48,7 @@ class Range(NamedTuple):
     spans: Spans | None = None
     grads: tuple[Tensor, Tensor] | None = None
 
-    def part(self, i: int) -> Range:
+    def part(self, i: int) -> TokenRange:
         """Return the i-th adapter alone."""
         A, B = self.A[i : i + 1], self.B[i : i + 1]
         if self.grads is None:
@@ -79,7 +79,7 @@ def ranged_linear(
     kept: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    ranges: Sequence[Range],
+    ranges: Sequence[TokenRange],
     anchor: Tensor,
     reached: Callable[[], Any],
     *,
@@ -118,7 +118,7 @@ def ranged_linear(
 _will_run = look_up("torch._C._will_engine_execute_node")  # `Trials` refuses without it
 
 
-def _plus_range(y2: Tensor, one: Range, h: Tensor) -> Tensor:
+def _plus_range(y2: Tensor, one: TokenRange, h: Tensor) -> Tensor:
     """Return y `(tokens, out)` plus the update of a range, of h `(n, rank * parts, tokens each)`.
 
     Out of place, as a mode may keep y.
@@ -141,7 +141,7 @@ class _Ranged(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         _anchor: Tensor,
-        how: tuple[Sequence[Range], Callable[[], Any], bool, bool, torch.dtype | None],
+        how: tuple[Sequence[TokenRange], Callable[[], Any], bool, bool, torch.dtype | None],
     ) -> Tensor:
         ranges, ctx.reached, transposed, ctx.float32, dtype = how
         out = frozen_output(x, weight, bias, transposed, dtype)

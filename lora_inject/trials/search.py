@@ -33,7 +33,7 @@ from lora_inject.trials.batches import Forward, evaluating, in_one_order, plain_
 from lora_inject.trials.losses import Loss, default_loss, scalar_loss
 from lora_inject.trials.rungs import JUDGED, behind, ranked, rungs, steps_within
 from lora_inject.trials.runs import Trials
-from lora_inject.trials.space import Candidate, Space
+from lora_inject.trials.space import Point, Space
 from lora_inject.trials.trial import Trial
 from lora_inject.trials.written import unwritten
 
@@ -79,7 +79,7 @@ class Search:
     """
 
     space: Space
-    candidates: dict[str, Candidate]
+    candidates: dict[str, Point]
     over_budget: list[str] = field(default_factory=list)
     plan: list[tuple[int, int]] = field(default_factory=list)
     rungs: list[Rung] = field(default_factory=list)

@@ -103,7 +103,7 @@ class Training(Strict):
     b_lr_ratio: _Positive = 1.0
 
 
-class Candidate(NamedTuple):
+class Point(NamedTuple):
     """A point of a space: a config with its counts in `expect`, and a learning rate."""
 
     config: Config
@@ -196,7 +196,7 @@ class Space(YamlModel):
             points = [point | {key: v} for point, v in zip(points, short, strict=True)]
         return points
 
-    def candidates(self, inventory: Inventory) -> tuple[dict[str, Candidate], list[str]]:
+    def candidates(self, inventory: Inventory) -> tuple[dict[str, Point], list[str]]:
         """Return the trials for a model by name, and the names of those over the budget.
 
         Raises:
@@ -204,7 +204,7 @@ class Space(YamlModel):
             MatchError: A rule matches nothing, or the budget leaves no trial.
         """
         varied = [k for k, v in self.choices().items() if len(v) > 1] + [*self.ranges()]
-        fitting: dict[str, Candidate] = {}
+        fitting: dict[str, Point] = {}
         over: dict[str, int] = {}
         for point in self.points():
             of_point = {
@@ -221,7 +221,7 @@ class Space(YamlModel):
                 continue
             expect = Expect(sites=plan.n_sites, lora=plan.n_lora)
             counted = config.model_copy(update={"expect": expect})
-            fitting[name] = Candidate(counted, point["lr"], plan.n_trainable)
+            fitting[name] = Point(counted, point["lr"], plan.n_trainable)
         if not fitting:
             name, least = min(over.items(), key=lambda item: item[1])
             asked = f"a search within {self.budget.model_dump(exclude_none=True)}"

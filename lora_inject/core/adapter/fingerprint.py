@@ -174,7 +174,7 @@ def _index(shape: tuple[int, ...]) -> Tensor:
     return torch.tensor(sample_positions(shape), dtype=torch.long, device="cpu")
 
 
-def compare(saved: Fingerprint, found: Fingerprint) -> dict[str, str]:
+def base_differences(saved: Fingerprint, found: Fingerprint) -> dict[str, str]:
     """Return how weights of the base at hand differ from the one that an adapter was made on.
 
     Empty: the same base, as far as the values reach (see `unverifiable`).
@@ -234,7 +234,7 @@ def check_one_base(several: Iterable[Fingerprint | None], names: Iterable[str], 
         unknown = {*(one.shapes.keys() - two.shapes.keys()), *unverifiable(one, two)}
         unknown |= {n for n in one.shapes.keys() - unknown if one.shapes[n] != two.shapes[n]}
         common = one.without(unknown)  # not where only one of the bases was quantized
-        if common is not None and (wrong := compare(common, two)):
+        if common is not None and (wrong := base_differences(common, two)):
             name, what = next(iter(wrong.items()))
             what = what.replace("in the file", "in one").replace("here", "in the other")
             found = f"they were made on different bases: '{name}' {what}"

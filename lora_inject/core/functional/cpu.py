@@ -59,7 +59,9 @@ def add_few_(y: Tensor, x: Tensor, u: Factors) -> Tensor:
     return h
 
 
-def plus_product(y: Tensor, left: Tensor, right: Tensor, scale: float, *, in_place: bool) -> Tensor:
+def plus_wide_product(
+    y: Tensor, left: Tensor, right: Tensor, scale: float, *, in_place: bool
+) -> Tensor:
     """Return `y + scale * left @ right` for a y in 16 bits and factors in float32.
 
     An addition of two dtypes is slow: 21 points of a step in float32 over bfloat16.
@@ -112,7 +114,7 @@ def plus_share(gx2: Tensor | None, gh: Tensor, A: Tensor, scale: float, dropped:
     if gx2.dtype == gh.dtype:
         gx2.addmm_(gh, A, alpha=scale)
     else:
-        plus_product(gx2, gh, A, scale, in_place=True)
+        plus_wide_product(gx2, gh, A, scale, in_place=True)
     flat.index_copy_(0, where, before)
     return gx2
 

@@ -25,7 +25,7 @@ from lora_inject.core.spec.sites import SiteSpec
 BLOCK_ELEMENTS = 1 << 17
 
 
-def block_rows(matrix: Tensor) -> int:
+def rows_at_once(matrix: Tensor) -> int:
     """Return how many rows to fold at once: a block for each thread of a CPU, 256 on a device."""
     n_blocks = torch.get_num_threads() if matrix.device.type == "cpu" else 256
     return max(1, n_blocks * BLOCK_ELEMENTS // max(1, matrix.shape[1]))
@@ -239,7 +239,7 @@ def fold_rows(
     keep their bits.
     """
     out = torch.empty_like(rows) if out is None else out
-    step = min(block_rows(rows), rows.shape[0])
+    step = min(rows_at_once(rows), rows.shape[0])
     with torch.inference_mode():  # autograd's bookkeeping would be a tenth of the arithmetic
         # Few torch calls for each block: threads wait for the GIL at each call.
         room = torch.empty(3, step, rows.shape[1], dtype=delta.dtype, device=rows.device)

@@ -283,7 +283,7 @@ def add_product(
     """
     if y.dtype != left.dtype:
         if cpu.is_cpu(y) and y.dtype.itemsize < left.dtype.itemsize:
-            return cpu.plus_product(y, left, right, scale, in_place=in_place)
+            return cpu.plus_wide_product(y, left, right, scale, in_place=in_place)
         out = y if in_place else torch.empty_like(y, memory_format=torch.contiguous_format)
         return torch.add(y, torch.matmul(left, right), alpha=scale, out=out)
     if not in_place:

@@ -23,7 +23,7 @@ from lora_inject.core.functional.inside import (
     reentrant_inputs,
     saving_hooks,
 )
-from lora_inject.core.layers.contexts import within
+from lora_inject.core.layers.contexts import in_context
 from lora_inject.errors import LayerError
 
 
@@ -46,7 +46,7 @@ class Recomputed:
         """Run the function."""
         for selection, selected in {**self.compiled, **self.selected}.items():
             selection.check_recomputable(selected, self.before[selection])
-        with within({**self._changed(), **self.selected}, recomputes=True):
+        with in_context({**self._changed(), **self.selected}, recomputes=True):
             return self.function(*args, **kwargs)
 
     def _changed(self) -> Mapping[Any, Any]:

@@ -119,7 +119,7 @@ def innermost(selection: Any) -> Context | None:
 
 
 @contextlib.contextmanager
-def within(
+def in_context(
     selected: Mapping[Any, Any], *, recomputes: bool = False, waits: bool = False
 ) -> Iterator[None]:
     """Run the body in a new context."""

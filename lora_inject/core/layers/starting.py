@@ -109,6 +109,6 @@ def copy_into(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         sharded = hasattr(parameter, "full_tensor")
         if sharded and not hasattr(value, "full_tensor"):
-            room("sharding").write_shard(parameter, value)
+            room("sharding").write_into_shards(parameter, value)
         else:
             parameter.copy_(value)

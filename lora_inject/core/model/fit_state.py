@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.adapter.fingerprint import compare, same_values, unverifiable
+from lora_inject.core.adapter.fingerprint import base_differences, same_values, unverifiable
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.candidates import inventory
@@ -235,7 +235,7 @@ def check_base(
             'Pass base="quantized" where it is the right base',
         )
     common = common.without(unknown)
-    differences = {} if common is None else compare(common, here)
+    differences = {} if common is None else base_differences(common, here)
     new = _new_weights(survey) if differences.keys() - adapted.keys() else set()
     if leave_new:
         differences = {n: what for n, what in differences.items() if n not in new}

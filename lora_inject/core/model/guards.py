@@ -44,12 +44,12 @@ def functions(name: str) -> Iterator[Callable[..., Any]]:
             yield function
 
 
-def writes_here(survey: Survey) -> bool:
+def this_process_writes(survey: Survey) -> bool:
     """Return whether this process writes a model's files: one of several with shards."""
     return all(ask(survey) for ask in functions("writes_here"))
 
 
-def sharded_by(tensor: Tensor) -> str | None:
+def holder_of_shards(tensor: Tensor) -> str | None:
     """Return what holds only a part of a tensor in this process, None for a whole tensor."""
     answers = (ask(tensor) for ask in functions("sharded_by"))
     return next((how for how in answers if how is not None), None)

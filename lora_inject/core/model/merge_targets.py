@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.finite import all_finite
-from lora_inject.core.functional.fold import Delta, Tally, Term, block_rows, fold_rows, mix_copies
+from lora_inject.core.functional.fold import Delta, Tally, Term, fold_rows, mix_copies, rows_at_once
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.layers.attached import Entry, refuse_mixed
 from lora_inject.core.layers.plain_tensors import is_quantized
@@ -31,7 +31,7 @@ from lora_inject.core.layers.weight_kinds import (
     weight_kind,
 )
 from lora_inject.core.model.carried import whole_adapter
-from lora_inject.core.model.guards import before, sharded_by
+from lora_inject.core.model.guards import before, holder_of_shards
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import LayerError, StateError
 
@@ -135,7 +135,7 @@ class Target:
 
     def _split(self, values: Tensor) -> Iterator[tuple[int, Tensor]]:
         matrix = values.view(self.matrix_shape)
-        step = block_rows(matrix)
+        step = rows_at_once(matrix)
         for start in range(0, len(matrix), step):
             yield start, matrix[start : start + step]
 
@@ -250,7 +250,7 @@ def _add_entry(target: Target, entry: Entry, weight: float) -> None:
     module, asked = target.holder.module, f"merge {entry.adapter!r}"
     for role, tensor in entry.tensors(module).items():
         what = f"{role} of site {target.name!r}"
-        if how := sharded_by(tensor):
+        if how := holder_of_shards(tensor):
             found = f"{what} is sharded by {how}"
             raise LayerError(asked, found, "Merge into an unsharded copy")
         if not all_finite(tensor):
@@ -274,7 +274,7 @@ def _why_not(target: Target, into: Into) -> Iterator[tuple[str, str]]:
     weight = target.weight
     if weight.device.type == "meta":
         yield "the weight is on the meta device", "Load the base weights first"
-    if how := sharded_by(weight):
+    if how := holder_of_shards(weight):
         yield f"the weight is sharded by {how}", "Merge into an unsharded copy"
     if is_quantized(weight):
         yield from _why_not_quantized(target, into)

@@ -51,7 +51,7 @@ from lora_inject.core.model.carried import (
     roots_of,
     whole_adapter,
 )
-from lora_inject.core.model.guards import after, before, writes_here
+from lora_inject.core.model.guards import after, before, this_process_writes
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
@@ -270,7 +270,7 @@ def save_adapter(
     target = _target(folder, format, version, f"save adapter {name!r}")
     state, facts = read_off(survey, name), facts_for(survey, format, name)
     refuse_useless(survey, name, state, unused)
-    if writes_here(survey):
+    if this_process_writes(survey):
         _say_if_untrained(state, name)
         if version is not None:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -369,7 +369,7 @@ def push(
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "adapter")
         save_adapter(model, folder, name, published_as=repo, **options)
-        if not writes_here(Survey(model)):
+        if not this_process_writes(Survey(model)):
             return None
         how: dict[str, Any] = {"revision": revision, "private": private, "token": token}
         url: str = room("hub").upload(folder, repo, message=message, **how)

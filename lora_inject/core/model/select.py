@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar
 
 from torch import nn
 
-from lora_inject.core.layers.contexts import held_by_coroutine, within
+from lora_inject.core.layers.contexts import held_by_coroutine, in_context
 from lora_inject.core.layers.selected import Mix, Selected
 from lora_inject.core.model.carried import check_names, reach, refuse_merged, refuse_mixes
 from lora_inject.errors import StateError, check_type
@@ -148,5 +148,5 @@ def selecting(
     if not selections:
         raise StateError(asked, "the model has no adapter", "Inject or load one first")
     refuse_merged(asked, *selections)
-    with within(dict.fromkeys(selections, selected), waits=waits):
+    with in_context(dict.fromkeys(selections, selected), waits=waits):
         yield

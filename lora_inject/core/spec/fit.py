@@ -15,7 +15,7 @@ BIASED_KINDS = ("linear", "conv1d", "conv")
 SLICED_KINDS = ("linear", "conv1d", "parameter")
 
 
-def fit(candidate: Candidate, rule: Rule, i: int, asked: str) -> SiteSpec:
+def site_of_rule(candidate: Candidate, rule: Rule, i: int, asked: str) -> SiteSpec:
     """Make the site that rule `i` asks for, or refuse a layout, slices or rank that do not fit.
 
     `rule` has the config's values filled in.

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lora_inject.core.spec.config import ALL_LINEAR, Config
-from lora_inject.core.spec.fit import fit, notes
+from lora_inject.core.spec.fit import notes, site_of_rule
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.names import (
     Below,
@@ -116,7 +116,7 @@ class _Rules:
             # Sites that differ only in their names are made once.
             key = candidate._replace(name="", weight="", owner="", aliases=(), tied=())
             if (like := made.get(key)) is None:
-                like = made[key] = fit(candidate, self.config.filled(rule), i, asked)
+                like = made[key] = site_of_rule(candidate, self.config.filled(rule), i, asked)
             spec = like.at(candidate.name, candidate.weight, candidate.aliases)
             self.taken[canonical(candidate.weight)] = _Taken(order, candidate, spec)
         others = _others(names, self.inventory) if rule.kind is None else []

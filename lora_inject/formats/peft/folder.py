@@ -48,8 +48,8 @@ from lora_inject.formats.peft.tensor_layout import (
     file_rank,
     file_shapes,
     is_turned,
+    layout_of,
     pack,
-    plan,
     unpack,
     wrapped,
 )
@@ -94,7 +94,7 @@ def write(
     check_sites(specs, facts)
     called = attentions(specs)
     _check_attentions(state, called)
-    layout = plan(specs, state.trained, state.rows)
+    layout = layout_of(specs, state.trained, state.rows)
     check_no_clash(layout.keys)
     turned = {spec.name for spec in specs if is_turned(spec, facts.transposed_modules)}
     tensors = {layout.trained[name]: tensor for name, tensor in state.trained.items()}
@@ -178,7 +178,7 @@ def _read_native(said: Described, tensors: dict[str, Tensor]) -> AdapterState:
             found = f"its metadata says what cannot be ({_odd(spec) or 'turned'})"
             remedy = "The file was edited, or is of a newer version"
             raise FormatError(f"site '{name[:200]}'", found, remedy)
-    layout = plan(said.specs.values(), said.trained, said.rows)
+    layout = layout_of(said.specs.values(), said.trained, said.rows)
     check_no_clash(layout.keys)
     check_keys(tensors, layout.keys)
     for name in attentions(said.specs.values()):
@@ -232,7 +232,7 @@ def _in_order(state: AdapterState, tensor_names: Sequence[str] | None) -> Adapte
 def check_sites(specs: Sequence[SiteSpec], facts: ModelFacts) -> None:
     """Refuse sites that PEFT cannot hold, or on modules that its layers cannot stand for."""
     _check_expressible(specs, facts.tensor_names)
-    refuse_unfit(specs, facts)
+    refuse_unfit_sites(specs, facts)
 
 
 def _check_expressible(specs: Sequence[SiteSpec], tensor_names: Sequence[str] | None) -> None:
@@ -253,7 +253,7 @@ def _check_expressible(specs: Sequence[SiteSpec], tensor_names: Sequence[str] | 
             raise FormatError(f"site '{spec.name}'", f"PEFT cannot {reason}", _OTHER)
 
 
-def refuse_unfit(specs: Sequence[SiteSpec], facts: ModelFacts, client: str = "PEFT") -> None:
+def refuse_unfit_sites(specs: Sequence[SiteSpec], facts: ModelFacts, client: str = "PEFT") -> None:
     """Refuse sites on modules that PEFT's layers cannot stand for, where the model is known.
 
     `client` is PEFT, or a program that uses its layers.

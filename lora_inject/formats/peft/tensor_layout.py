@@ -84,7 +84,9 @@ def attentions(specs: Iterable[SiteSpec]) -> dict[str, str]:
     return found
 
 
-def plan(specs: Iterable[SiteSpec], trained: Iterable[str], rows: Collection[str] = ()) -> Layout:
+def layout_of(
+    specs: Iterable[SiteSpec], trained: Iterable[str], rows: Collection[str] = ()
+) -> Layout:
     """Return the keys of an adapter's tensors in a PEFT file; specs in the order of the model.
 
     `rows` are the names among `trained` of which only rows are stored. PEFT wraps a module once for
