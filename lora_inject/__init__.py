@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from lora_inject.integrations.trainer import AdapterCheckpoint as AdapterCheckpoint
     from lora_inject.integrations.trl import reference as reference
     from lora_inject.rows.routed import routed as routed
+    from lora_inject.serving.peft_state import peft_state as peft_state
     from lora_inject.trials.advise import advise as advise
     from lora_inject.trials.losses import causal_loss as causal_loss
     from lora_inject.trials.runs import Trials as Trials
@@ -106,6 +107,7 @@ _HOMES = {
     "core.spec.config": "Config Expect Rule",
     "core.spec.plan": "Plan",
     "core.spec.sites": "Geometry",
+    "serving.peft_state": "peft_state",
     "trials.space": "Space",
     "rows.routed": "routed",
     "trials.advise": "advise",

@@ -53,10 +53,22 @@ def write(
     `dtype` is by default each tensor's own, `rank` the largest: give that of a server which takes
     only some.
     """
+    return peft.write(plain_state(state, dtype, rank), path, plain_facts(facts), metadata=False)
+
+
+def plain_state(
+    state: AdapterState, dtype: str | None = None, rank: int | None = None
+) -> AdapterState:
+    """Return an adapter with one rank and scale 1; options as for `write`."""
     client = "a portable PEFT file"
-    sites = plain_sites(state, client, KINDS, dtype=dtype, one_rank=True, alpha="rank", rank=rank)
-    plain = replace(facts, module_names=None)  # with them there may be a regular expression
-    return peft.write(AdapterState(sites), path, plain, metadata=False)
+    return AdapterState(
+        plain_sites(state, client, KINDS, dtype=dtype, one_rank=True, alpha="rank", rank=rank)
+    )
+
+
+def plain_facts(facts: ModelFacts) -> ModelFacts:
+    """Return facts with which a config has names only; with all there may be an expression."""
+    return replace(facts, module_names=None)
 
 
 def write_experts(

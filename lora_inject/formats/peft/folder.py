@@ -23,7 +23,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -88,6 +88,39 @@ def write(
     Raises:
         FormatError: PEFT cannot express the adapter.
     """
+    state, tensors, config, turned = contents(state, facts)
+    said = describe(state, "peft", turned) if metadata else {"format": "pt"}
+    # Where diffusers looks for the config: 0.42, loaders/peft.py, `load_lora_adapter(prefix=...)`.
+    prefixed = {f"{PREFIX}{field}": value for field, value in config.items() if value is not None}
+    said[WRITTEN] = json.dumps(prefixed, sort_keys=True)
+    card = model_card(state, facts, trained_on=trained_on, published_as=published_as)
+    return {
+        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        MODEL: serialize(tensors, said),
+        CARD: card.encode(),
+    }
+
+
+class Contents(NamedTuple):
+    """An adapter as PEFT has it: the state with its sites in the file's order, and what it becomes.
+
+    `turned` are the sites whose A and B have changed places.
+    """
+
+    state: AdapterState
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    turned: set[str]
+
+
+def contents(state: AdapterState, facts: ModelFacts) -> Contents:
+    """Return the tensors and the config of an adapter as PEFT has them, with the file's keys.
+
+    Tensors may share memory with those of the adapter.
+
+    Raises:
+        FormatError: PEFT cannot express the adapter.
+    """
     state = _in_order(state, facts.tensor_names)
     _check_rows(state.rows, facts.module_names or ())
     specs = [site.spec for site in state.sites.values()]
@@ -105,17 +138,7 @@ def write(
         for role, tensor in {**dict(of_pair), **further}.items():
             half = role == "B" and name in called and site.spec.kind == "linear"
             tensors[layout.sites[name][role]] = tensor / 2 if half else tensor
-    config = build(state, facts)
-    said = describe(state, "peft", turned) if metadata else {"format": "pt"}
-    # Where diffusers looks for the config: 0.42, loaders/peft.py, `load_lora_adapter(prefix=...)`.
-    prefixed = {f"{PREFIX}{field}": value for field, value in config.items() if value is not None}
-    said[WRITTEN] = json.dumps(prefixed, sort_keys=True)
-    card = model_card(state, facts, trained_on=trained_on, published_as=published_as)
-    return {
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        MODEL: serialize(tensors, said),
-        CARD: card.encode(),
-    }
+    return Contents(state, tensors, build(state, facts), turned)
 
 
 def read(
