@@ -18,6 +18,9 @@ from lora_inject.errors import LayerError
 
 _RECOMPUTED = "refused: a backward that recomputes a forward, after a change of adapters,"
 _PLAIN = "another way: plain torch operations everywhere"
+_NO_AUTOCAST = (
+    "another way: autocast sees no operation of a weight that is read, and of nothing else"
+)
 
 NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -26,6 +29,8 @@ NAMES: Mapping[str, str] = MappingProxyType(
             "refused: reading 4-bit weights that inference on a CPU has rearranged"
         ),
         "mlx_lm.utils._get_classes": "refused: names and sizes of mlx-lm's own model of a base",
+        "torch._C.DispatchKey": _NO_AUTOCAST,
+        "torch._C.DispatchKeySet": _NO_AUTOCAST,
         "torch._C._are_functorch_transforms_active": _PLAIN,
         "torch._C._autograd._pop_saved_tensors_default_hooks": _RECOMPUTED,
         "torch._C._autograd._push_saved_tensors_default_hooks": _RECOMPUTED,

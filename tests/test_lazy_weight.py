@@ -315,6 +315,51 @@ def test_a_change_in_place_is_refused(change: Callable[[Tensor], Any]) -> None:
         change(Case(site("out_in")).lazy())
 
 
+@pytest.mark.parametrize("index", [None, 1, torch.tensor([0, 2])], ids=["all", "one", "some"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_no_tensor_can_have_its_data_which_are_nowhere(index: Any, grad: bool) -> None:
+    """It would have none, and the next read of it would end the process."""
+    with torch.set_grad_enabled(grad):
+        lazy = Case(site("out_in")).lazy()
+        lazy = lazy if index is None else lazy[index]
+    for other in (nn.Parameter(torch.zeros(2)), torch.zeros(lazy.shape, dtype=lazy.dtype)):
+        before = other.clone()
+        with pytest.raises(RuntimeError, match="incompatible tensor type"):
+            other.data = lazy
+        assert same_bits(other, before)
+        other.data = lazy.data.to(other.dtype)
+        assert equal(other.double(), lazy.detach().to(other.dtype).double())
+
+
+def test_torch_is_told_the_device_of_the_weight() -> None:
+    lazy = Case(site("out_in", None)).lazy()
+    assert (lazy.device.type, lazy.is_cpu, lazy.is_meta, lazy.is_cuda) == (
+        "cpu",
+        True,
+        False,
+        False,
+    )
+    same = (torch.empty_like(lazy), lazy.new_zeros(2), torch.zeros(2, device=lazy.device))
+    assert all(t.device.type == "cpu" for t in same)
+    assert torch.empty_like(lazy, device="meta").is_meta
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+def test_autocast_casts_operations_of_the_weight_alone(kept: torch.dtype) -> None:
+    W, B, A = torch.randn(M, M).to(kept), torch.randn(M, R), torch.randn(R, M)
+    lazy = lazy_weight(W, [(_square(), A, B, 1.0)], float32=False)
+    assert type(lazy) is LazyWeight
+    with torch.autocast("cpu", torch.bfloat16):
+        for use in (lambda w: w @ w, lambda w: F.mse_loss(w, -w), lambda w: w.sum()):
+            found, wanted = use(lazy), use(lazy.clone())
+            assert found.dtype == wanted.dtype
+            assert error(found.double(), wanted.double()) < 0.02
+
+
+def _square() -> SiteSpec:
+    return SiteSpec("w", "parameter", M, M, (M, M), R, R * SCALE)
+
+
 def test_a_hook_sees_the_gradient_of_the_sum() -> None:
     case, x = Case(site("out_in")), tokens(T, N)
     lazy = case.lazy()

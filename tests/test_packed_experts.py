@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import error, fill
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import lora_inject as li
 from lora_inject.core.functional.weight import dense_delta
@@ -135,6 +135,15 @@ def test_outputs_and_gradients_are_those_over_the_unpacked_base(folder, how, tar
     for key, gradient in wanted_grads.items():
         assert gradient.any()
         assert error(grads[key], gradient.double()) < 1e-5, key
+
+
+def test_no_plain_tensor_can_have_the_data_of_a_packed_stack(folder: Path) -> None:
+    """It would have none, and the next read of it would end the process."""
+    stack, other = next(iter(stacks(load(folder)).values())), nn.Parameter(torch.zeros(2))
+    with pytest.raises(RuntimeError, match="incompatible tensor type"):
+        other.data = stack
+    assert not other.any()
+    assert (stack.device.type, stack.is_cpu, stack.is_meta) == ("cpu", True, False)
 
 
 def test_what_waits_for_the_backward_pass_is_packed(folder: Path) -> None:

@@ -351,6 +351,19 @@ def test_a_write_in_the_layers_own_forward_is_refused(kind: str, write: str) -> 
     assert all(same_bits(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_what_was_read_does_not_become_another_tensors_data(kind: str) -> None:
+    """Until it is formed it lies nowhere. It was a segmentation fault."""
+    net, m = layer(kind)
+    other = nn.Parameter(torch.zeros_like(W(m)))
+    with pytest.raises(RuntimeError, match="incompatible tensor type"):
+        other.data = m.weight
+    assert not other.any()
+    other.data = m.weight.clone()
+    plain = li.eject(copy.deepcopy(net))
+    assert error(other, with_deltas(plain, net)[0].weight) < 1e-12
+
+
 RAW_WRITES: dict[str, Callable[[Any], Any]] = {
     "a parameter": lambda m: nn.init.constant_(next(m.parameters()), 0.5),
     "by its name": lambda m: m.get_parameter("weight").data.fill_(0.5),

@@ -38,6 +38,7 @@ from lora_inject.core.functional.weight import (
 from lora_inject.errors import LayerError
 from lora_inject.experts.packed_experts import PackedExperts
 from lora_inject.experts.picking import PICKED, writes
+from lora_inject.experts.unstored import DEVICE, can_make, unstored
 from lora_inject.private import look_up
 from lora_inject.trees import tree_map_only
 
@@ -46,7 +47,6 @@ PLAIN = (Tensor, nn.Parameter)
 
 # What a Parameter has as `__torch_function__` runs a function, past that of any subclass.
 _run_plainly: Any = nn.Parameter.__torch_function__
-_wrapper = look_up("torch.Tensor._make_wrapper_subclass")
 
 
 def lazy_weight(
@@ -83,7 +83,7 @@ def lazy_weight(
         and weight.is_floating_point()
         and not (float32 and weight.dtype.itemsize < 4)
         and not needs_plain_operations()
-        and _wrapper is not None
+        and can_make
     )
     if not can_wait:
         used()
@@ -97,7 +97,7 @@ def lazy_stack(weight: Tensor, each: Sequence[Sequence[Update]]) -> Tensor:
     Adapter by adapter for one expert, then the next expert; see `low_rank_of_each`.
     """
     read = _ReadForEach(weight, each)
-    return read.formed() if _wrapper is None else _begun(read)
+    return read.formed() if not can_make else _begun(read)
 
 
 def _begun(read: _Read) -> Tensor:
@@ -270,6 +270,8 @@ class LazyWeight(ReadOnly):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Compute a product thinly; form the weight for a function that needs it at once."""
+        if func == _DEVICE:  # asked in each product
+            return args[0]._read.weight.device
         kwargs = kwargs or {}
         refuse_writing(cls, func, args, kwargs)
         if func == _DATA:
@@ -298,6 +300,8 @@ class LazyWeight(ReadOnly):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Select or transpose lazily, below autograd; form the weight for everything else."""
+        if func is DEVICE:
+            return args[0]._read.weight.device
         kwargs = kwargs or {}
         found = PICKED[func](*args) if func in PICKED else func.decompose(*args, **kwargs)
         if found is not NotImplemented:
@@ -320,7 +324,7 @@ def _made(
     read: _Read, size: Any, stride: Any, index: int | Tensor | None = None, turned: bool = False
 ) -> LazyWeight:
     weight = read.weight
-    made: LazyWeight = _wrapper(LazyWeight, size, stride, dtype=weight.dtype, device=weight.device)
+    made: LazyWeight = unstored(LazyWeight, size, stride, dtype=weight.dtype, device=weight.device)
     made._read, made._index, made._is_turned = read, index, turned
     made._formed = made._beneath = None
     return made
@@ -481,6 +485,7 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
 # Custom operations, which exist once their library is imported.
 _PRODUCTS_BY_NAME = {"transformers.grouped_mm_fallback": _grouped_fallback}
 
+_DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _HOOKS = {Tensor.register_hook, Tensor.retain_grad}
 _LOOKS = {

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
 from lora_inject.experts.picking import PICKED, writes
+from lora_inject.experts.unstored import DEVICE, unstored
 from lora_inject.private import look_up, needed
 from lora_inject.trees import tree_map_only
 
@@ -70,8 +71,8 @@ class PackedExperts(Tensor):
         stride = [n_out * 2 * n_bytes] * len(lead) + stride
         if not is_turned:
             size, stride = ([*t[:-2], t[-1], t[-2]] for t in (size, stride))
-        wrap = needed("torch.Tensor._make_wrapper_subclass", "experts that stay packed")
-        made: PackedExperts = wrap(cls, size, stride, dtype=dtype, device=codes.device)
+        needed("torch.Tensor._make_wrapper_subclass", "experts that stay packed")
+        made: PackedExperts = unstored(cls, size, stride, dtype=dtype, device=codes.device)
         made.codes, made.scales, made.is_turned = codes, scales, is_turned
         return made
 
@@ -126,6 +127,8 @@ class PackedExperts(Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Copy, pick and multiply packed; unpack for everything else."""
+        if func is DEVICE:
+            return args[0].codes.device
         kwargs = kwargs or {}
         if func in _COPIES:
             return _copied(func, *args, **kwargs)
