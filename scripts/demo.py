@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads cost other work much
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -24,12 +24,14 @@ from data import pairs, smollm2
 from data.packaged import refusal, write_json
 from data.pairs import Example, Pair
 from demo_options import parse
+from demo_page import Said, draw_loss, draw_sizes, nearest, write_page
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
 BATCH = 8
 MAX_TOKENS = 160  # of a pair; what is longer is left out
-SHOWN_CHARS = 240
+SHOWN_CHARS = 240  # of a function that is shown
+N_SAID = 8  # functions that each model puts into words
 ADAPTED_BOUND = 0.8  # adapted perplexity over that of the base
 ROUNDING_BOUND = 2e-4  # nats, merged against adapted, the worst target token (float32)
 
@@ -51,7 +53,7 @@ def demo(args: argparse.Namespace) -> bool:
     print("\n== Before: the base by plain transformers", flush=True)
     before = in_a_process(base, out / "before.json", args.pairs)
     print("\n== Train: inject, loss on the target's tokens only, save", flush=True)
-    weights = train(args, base, adapter, split.train)
+    run = train(args, base, adapter, split.train)
     print("\n== Adapted: the adapter, loaded into a fresh model", flush=True)
     adapted = measure(base, args.pairs, adapter)
     print("\n== Merge: fold the adapter into the checkpoint, on disk", flush=True)
@@ -59,11 +61,41 @@ def demo(args: argparse.Namespace) -> bool:
     command("lora-inject", "merge", base, adapter, "--output", merged)
     print("\n== Merged: by plain transformers", flush=True)
     after = in_a_process(merged, out / "merged.json", args.pairs)
-    return show(before, adapted, after, weights, out)
+    print("\n== Look inside: what each layer learned", flush=True)
+    pictures = out / "pictures"
+    wanted = ("--base", base, "--report", out / "analysis.html", "--pictures", pictures)
+    command("lora-inject", "analyze", adapter, *wanted)
+    draw_loss(run.losses, pictures / "loss.png")
+    draw_sizes(run.sizes, pictures / "layers.png")
+    print("\n== Results")
+    said = show_words(before, adapted)
+    for name, measured in (("base", before), ("adapter", adapted), ("merged", after)):
+        size = n_bytes(out / name) / 1e6
+        print(f"{name:8} perplexity {measured['perplexity']:7.2f}  {size:7.1f} MB")
+    holds = check(before, adapted, after, run.weights, out)
+    tiles = [
+        (f"{before['perplexity']:.1f}", "perplexity before"),
+        (f"{adapted['perplexity']:.1f}", "perplexity after"),
+        (f"{n_bytes(adapter) / 1e6:.1f} MB", f"adapter, of a base of {n_bytes(base) / 1e6:.0f} MB"),
+        (f"{rounding(adapted, after):.0e}", "nats that merging cost, at the worst token"),
+    ]
+    shown = {"said": nearest(said), "n_asked": len(said)}
+    write_page(out / "report.html", steps=args.steps, tiles=tiles, **shown)
+    print(f"\nLook at {out / 'report.html'}, and at the pictures in {pictures}:")
+    print(f"  {', '.join(sorted(file.name for file in pictures.iterdir()))}")
+    return holds
 
 
-def train(args: argparse.Namespace, base: Path, adapter: Path, rows: Sequence[Pair]) -> list[str]:
-    """Fine-tune the base, save the adapter, and return the names of the adapted weights."""
+class Run(NamedTuple):
+    """What training left: the adapted weights' names, each step's loss, each update's size."""
+
+    weights: list[str]
+    losses: list[float]
+    sizes: dict[str, list[float]]  # by kind of layer, from the first layer on: |D| / |W|
+
+
+def train(args: argparse.Namespace, base: Path, adapter: Path, rows: Sequence[Pair]) -> Run:
+    """Fine-tune the base, and save the adapter."""
     import lora_inject as li
 
     torch.manual_seed(0)
@@ -85,10 +117,19 @@ def train(args: argparse.Namespace, base: Path, adapter: Path, rows: Sequence[Pa
         optimizer.zero_grad()
         losses.append(loss.item())
         if step % 8 == 0 or step == args.steps:
-            seconds = time.perf_counter() - start
-            print(f"step {step:3d}: loss {fmean(losses[-8:]):.3f}, {seconds:.0f} s")
+            left = (time.perf_counter() - start) * (args.steps - step) / step
+            mean = fmean(losses[-8:])
+            print(
+                f"step {step:3d} of {args.steps}: loss {mean:.3f}, {left:3.0f} s to go", flush=True
+            )
     li.save_adapter(model, adapter, overwrite=True)
-    return sorted(site.spec.weight for site in li.adapter_state(model).sites.values())
+    sites = li.adapter_state(model).sites
+    sizes: dict[str, list[float]] = {}
+    for name, site in sites.items():
+        weight = model.get_parameter(site.spec.weight)
+        size = site.scale * (site.B @ site.A).norm() / weight.norm()
+        sizes.setdefault(name.rpartition(".")[2], []).append(float(size))
+    return Run(sorted(site.spec.weight for site in sites.values()), losses, sizes)
 
 
 def measure(folder: Path, n: int, adapter: Path | None = None) -> dict[str, Any]:
@@ -109,7 +150,7 @@ def measure(folder: Path, n: int, adapter: Path | None = None) -> dict[str, Any]
         batches = (pairs.collate(batch, tokenizer.pad_token_id)
                    for batch in pairs.batches(examples, BATCH))  # fmt: skip
         scores = torch.cat([pairs.target_log_probs(model, *batch) for batch in batches]).double()
-        small = [pair for pair in split.held_out if len(pair.code) <= SHOWN_CHARS][:4]
+        small = [pair for pair in split.held_out if len(pair.code) <= SHOWN_CHARS][:N_SAID]
         found["said"] = [(p.code, p.summary, say(model, tokenizer, p)) for p in small]
     found |= {"perplexity": float((-scores.mean()).exp()), "log_probs": scores.tolist()}
     found["plain"] = "lora_inject" not in sys.modules
@@ -139,17 +180,31 @@ def load(folder: Path) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def show(before: Any, adapted: Any, merged: Any, weights: list[str], out: Path) -> bool:
-    """Print what came out; return whether every check holds."""
-    print("\n== Results")
-    for (code, human, base), (*_, tuned) in zip(before["said"], adapted["said"], strict=True):
-        print(f"{code}\n  human:   {human}\n  base:    {base}\n  adapted: {tuned}\n")
-    for name, found in (("base", before), ("adapter", adapted), ("merged", merged)):
-        n_bytes = sum(file.stat().st_size for file in (out / name).glob("*.safetensors"))
-        print(f"{name:8} perplexity {found['perplexity']:7.2f}  {n_bytes / 1e6:7.1f} MB")
-    both = zip(adapted["log_probs"], merged["log_probs"], strict=True)
-    apart = max(abs(a - b) for a, b in both)
+def show_words(before: Any, adapted: Any) -> list[Said]:
+    """Print two of the functions in the words of human, base and adapter; return all of them."""
+    both = zip(before["said"], adapted["said"], strict=True)
+    said = [Said(*plain, tuned) for plain, (*_, tuned) in both]
+    for row in nearest(said, 2):
+        print(row.code)
+        print(f"  human:   {row.human}\n  base:    {row.before}\n  adapted: {row.after}\n")
+    return said
+
+
+def rounding(adapted: Any, merged: Any) -> float:
+    """The largest distance of a target token's log-probability, adapter and merged checkpoint."""
+    scores = zip(adapted["log_probs"], merged["log_probs"], strict=True)
+    return max(abs(a - b) for a, b in scores)
+
+
+def n_bytes(folder: Path) -> int:
+    """Size of a folder's weights."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def check(before: Any, adapted: Any, merged: Any, weights: list[str], out: Path) -> bool:
+    """Print each check; return whether all hold."""
     ratio = adapted["perplexity"] / before["perplexity"]
+    apart = rounding(adapted, merged)
     plain, folded = (load_file(out / name / "model.safetensors") for name in ("base", "merged"))
     moved = sorted(n for n in folded if n not in plain or not plain[n].equal(folded[n]))
     checks = [

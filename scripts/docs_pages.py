@@ -22,6 +22,7 @@ from lora_inject.cli import app
 from lora_inject.cli.given import ReadOptions
 from lora_inject.cli.program import EXAMPLES
 from lora_inject.core.spec.config import Config
+from lora_inject.version import __version__
 
 MARK = re.compile(r"<!-- generated: (\w+) ?(.*?) -->")
 MESSAGES = Path(__file__).parents[1] / "tests" / "test_messages.py"
@@ -34,6 +35,12 @@ STAGES = {
     "CheckpointError": "Checkpoints on disk",
 }
 SHARED = {option.name for option in fields(ReadOptions)}
+
+
+def on_config(config: Any) -> Any:
+    """Say at the foot of each page which version it describes."""
+    config.copyright = f"lora_inject {__version__}"
+    return config
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -1,18 +1,20 @@
 """Every block of the documents runs: Python, YAML, console.
 
 A reader copies blocks in order into one session in one folder, and so does this test. The
-folder holds a tiny GPT-2 with random weights under the name `gpt2`. Expected output may leave parts
-out with `...`.
+folder holds a tiny GPT-2 with random weights under the name `gpt2`. What a Python block prints
+stands in a block of the language `output` below it, long ones without their middle. After a change
+`WRITE_OUTPUTS=1 pytest tests/test_readme.py` writes what is printed now.
 """
 
-import doctest
+import contextlib
 import importlib
+import io
 import json
+import os
 import re
 import shlex
 import subprocess
 import tomllib
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 import typer.main
 import yaml
 from conftest import script
+from helpers.documents import Block, blocks, commands, output_of, same_output, with_outputs
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_inject as li
@@ -38,42 +41,8 @@ PAGES = sorted(str(p.relative_to(REPO)) for p in REPO.glob("docs/**/*.md"))
 OTHERS = [str(p.relative_to(REPO)) for p in (*REPO.glob("*.md"), *REPO.glob("scripts/**/*.md"))]
 DOCUMENTS = (*sorted(OTHERS), *PAGES)
 docs_pages = script("docs_pages")
-LANGUAGES = {"python", "yaml", "console", "text"}
-CHECKER = doctest.OutputChecker()
-FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of a document, and the line before it."""
-
-    language: str
-    text: str
-    line: int
-    before: str
-
-
-def blocks(text: str) -> list[Block]:
-    found, language, start = [], None, 0
-    lines = text.splitlines()
-    for number, line in enumerate(lines):
-        if not line.lstrip().startswith("```"):
-            continue
-        if language is None:
-            language, start = line.strip().removeprefix("```"), number + 1
-        else:
-            text = "\n".join(lines[start:number]) + "\n"
-            found.append(Block(language, text, start + 1, lines[max(start - 2, 0)]))
-            language = None
-    assert language is None, f"the block at line {start} does not end"
-    return found
-
-
-def commands(block: Block) -> list[tuple[str, str]]:
-    """Each `$ command` of a console block with the output that is shown below it."""
-    parts = re.split(r"^\$ ", block.text.replace("\\\n", ""), flags=re.MULTILINE)
-    assert parts[0] == "", f"line {block.line}: output without a command"
-    return [(command, output) for command, _, output in (p.partition("\n") for p in parts[1:])]
+WRITES = os.environ.get("WRITE_OUTPUTS") == "1"
+LANGUAGES = {"python", "output", "yaml", "console", "text"}
 
 
 @pytest.fixture
@@ -86,12 +55,26 @@ def session(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def run_python(block: Block, names: dict[str, Any], source: str) -> None:
+def run_python(block: Block, names: dict[str, Any], source: str) -> str:
+    """Run a block in the session so far, and return what it prints."""
     code = compile("\n" * (block.line - 1) + block.text, source, "exec")
-    exec(code, names)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, names)
+    return printed.getvalue()
 
 
-def run_command(command: str, output: str, capsys: pytest.CaptureFixture[str]) -> None:
+def check_printed(block: Block, printed: str, shown: Block | None) -> None:
+    if shown is None:
+        assert not printed.strip(), f"the block at line {block.line} prints, and nothing is shown"
+    else:
+        assert same_output(shown.text, printed), (
+            f"line {shown.line} shows something else\n{printed}"
+        )
+
+
+def run_command(command: str, output: str, capsys: pytest.CaptureFixture[str]) -> str | None:
+    """Check a command, and return what it prints if it is one of ours."""
     words = shlex.split(command)
     if "=" in words[0]:  # a variable of the environment
         words.pop(0)
@@ -109,10 +92,13 @@ def run_command(command: str, output: str, capsys: pytest.CaptureFixture[str]) -
             app(words[1:], prog_name="lora-inject")
         printed, said = capsys.readouterr()
         assert not left.value.code, said
-        if output:
-            assert CHECKER.check_output(output, printed, FLAGS), f"{command}\n{printed}"
+        printed = printed.replace(f"{Path.cwd()}/", "")
+        if output and not WRITES:
+            assert same_output(output, printed), f"{command}\n{printed}"
+        return printed
     else:
         pytest.fail(f"do not know how to check: {command}")
+    return None
 
 
 def check_options(program: Path, command: str) -> None:
@@ -125,24 +111,33 @@ def check_options(program: Path, command: str) -> None:
         assert f'"{option}"' in source, option
 
 
+def write_named_files(all_blocks: list[Block]) -> None:
+    for block in all_blocks:
+        name = re.match(r"# ([\w.-]+\.yaml)\n", block.text)
+        if block.language == "yaml" and name:
+            Path(name[1]).write_text(block.text)
+
+
 def run_document(text: str, source: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     """Run all blocks in order; YAML that begins with `# NAME.yaml` is a file from the start."""
-    found = blocks(text)
-    for block in found:
-        if block.language == "yaml":
-            name = re.match(r"# ([\w.-]+\.yaml)\n", block.text)
-            if name:
-                Path(name[1]).write_text(block.text)
+    all_blocks = blocks(text)
+    write_named_files(all_blocks)
     names: dict[str, Any] = {"__name__": "readme"}
-    for block in found:
+    printed: dict[int, str] = {}
+    results: dict[tuple[int, str], str] = {}
+    for block in all_blocks:
         if block.language == "python":
-            run_python(block, names, source)
+            printed[block.line] = run_python(block, names, source)
+            if not WRITES:
+                check_printed(block, printed[block.line], output_of(block, all_blocks))
         elif block.language == "yaml":
             schema = li.Space if block.text.startswith("# space.yaml") else li.Config
             schema.from_text(block.text, source=f"{source}:{block.line}")
         elif block.language == "console":
-            for command, output in commands(block):
-                run_command(command, output, capsys)
+            ran = [(each, run_command(each, shown, capsys)) for each, shown in commands(block)]
+            results |= {(block.line, each): output for each, output in ran if output is not None}
+    if WRITES and (REPO / source).is_file():
+        (REPO / source).write_text(with_outputs(text, printed, results))
     return names
 
 
@@ -268,7 +263,7 @@ def test_the_changelog_begins_with_the_version():
 
 
 def test_the_readme_is_short():
-    assert len(README.read_text().splitlines()) <= 200
+    assert len(README.read_text().splitlines()) <= 220
 
 
 def test_the_reference_has_every_class_of_error():
@@ -316,6 +311,9 @@ def test_no_path_of_some_machine_is_written_anywhere():
     [
         "```python\nassert False\n```\n",
         "```yaml\nrnak: 4\n```\n",
+        "```python\nprint(1)\n```\n",
+        "```python\nprint(1)\n```\n\n```output\n2\n```\n",
+        "```python\nprint('a b c d')\n```\n\n```output\na ... d e\n```\n",
         "```console\n$ lora-inject nonsense\n```\n",
         "```console\n$ lora-inject schema\nsomething else\n```\n",
         "```console\n$ bash scripts/nowhere.sh\n```\n",
