@@ -34,16 +34,15 @@ if TYPE_CHECKING:
     from lora_inject.core.layers.linear_kinds import LoRALinear as LoRALinear
     from lora_inject.core.model.eject import eject as eject
     from lora_inject.core.model.inject import inject as inject
-    from lora_inject.core.model.inject import install as install
-    from lora_inject.core.model.inject import load_adapter as load_adapter
     from lora_inject.core.model.inject import plan as plan
     from lora_inject.core.model.listing import adapters as adapters
     from lora_inject.core.model.listing import summary as summary
+    from lora_inject.core.model.load import install as install
+    from lora_inject.core.model.load import load_adapter as load_adapter
     from lora_inject.core.model.merge import merge as merge
     from lora_inject.core.model.merge import merged_weights as merged_weights
     from lora_inject.core.model.merge import unmerge as unmerge
-    from lora_inject.core.model.save import adapter_state as adapter_state
-    from lora_inject.core.model.save import push as push
+    from lora_inject.core.model.read_off import adapter_state as adapter_state
     from lora_inject.core.model.save import save_adapter as save_adapter
     from lora_inject.core.model.select import activate as activate
     from lora_inject.core.model.select import disabled as disabled
@@ -64,6 +63,7 @@ if TYPE_CHECKING:
     from lora_inject.errors import MatchError as MatchError
     from lora_inject.errors import StateError as StateError
     from lora_inject.experts.mxfp4 import packed_experts as packed_experts
+    from lora_inject.formats.publishing import push as push
     from lora_inject.integrations.trainer import AdapterCheckpoint as AdapterCheckpoint
     from lora_inject.integrations.trl import reference as reference
     from lora_inject.rows.routed import routed as routed
@@ -96,11 +96,14 @@ _HOMES = {
     "core.layers.kinds": "register_kind",
     "core.layers.linear_kinds": "LoRALinear",
     "core.model.eject": "eject",
-    "core.model.inject": "inject install load_adapter plan",
+    "core.model.inject": "inject plan",
     "core.model.listing": "adapters summary",
     "core.model.merge": "merge merged_weights unmerge",
     "checks.reached": "unreached",
-    "core.model.save": "adapter_state push save_adapter",
+    "core.model.load": "install load_adapter",
+    "core.model.read_off": "adapter_state",
+    "core.model.save": "save_adapter",
+    "formats.publishing": "push",
     "core.model.select": "activate disabled",
     "core.model.swap": "swap_adapter",
     "core.model.train": "adapter_parameters parameter_groups train_only",

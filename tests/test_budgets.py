@@ -22,12 +22,12 @@ PACKAGE = Path(lora_inject.__file__).parent
 
 # Stage -> lines of the package that it may load.
 LINES = {
-    "config": 2_150,
-    "forward": 6_125,
-    "activate": 6_315,
-    "inject": 14_000,
-    "merge": 9_750,
-    "save, load": 14_000,
+    "config": 2_160,
+    "forward": 6_130,
+    "activate": 6_330,
+    "inject": 10_150,
+    "merge": 8_550,
+    "save, load": 11_600,
     "life": 15_850,
 }
 STAGES = {
@@ -168,7 +168,7 @@ def test_a_plain_life_loads_none_of_what_is_known_of_other_libraries() -> None:
 
 def test_few_functions_have_more_than_ten_branches() -> None:
     tall = tall_functions(sources())
-    assert len(tall) <= 101, tall
+    assert len(tall) <= 100, tall
 
 
 def test_a_public_name_has_one_home() -> None:
@@ -186,7 +186,7 @@ def test_few_lines_look_at_the_stack_or_at_what_torch_keeps_private() -> None:
 def test_few_files_of_the_core_name_another_library() -> None:
     core = {name: text for name, text in sources().items() if name.startswith("core/")}
     naming = [name for name, text in core.items() if LIBRARIES.search(text)]
-    assert len(naming) <= 14, naming
+    assert len(naming) <= 13, naming
 
 
 def test_the_measures_see_what_they_are_for() -> None:

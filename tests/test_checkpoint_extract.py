@@ -17,7 +17,7 @@ from helpers.checkpoints import (
 
 from lora_inject.algebra.svd import decompose
 from lora_inject.checkpoint import difference_of, merge_checkpoint, plan_merge
-from lora_inject.core.model.save import fingerprint
+from lora_inject.core.model.base import fingerprint
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import read_adapter, write_adapter
 

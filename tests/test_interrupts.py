@@ -17,7 +17,7 @@ import lora_inject as li
 PACKAGE = Path(li.__file__).parent
 # The files whose lines change a model. What only looks at it fails as the line that calls it.
 LOOKING = {"candidates", "survey", "kinds", "linear_kinds", "initial", "sharding"}
-LOOKING |= {"fit_state", "checkpointing", "contexts"}
+LOOKING |= {"base", "fit_state", "checkpointing", "contexts"}
 CHANGING = {
     str(path)
     for folder in ("core/model", "core/layers", "quantized", "distributed", "integrations")

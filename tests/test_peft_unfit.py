@@ -19,8 +19,7 @@ from zoo.steps import run
 
 import lora_inject as li
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.save import model_facts
-from lora_inject.formats import write_adapter
+from lora_inject.formats import facts_about, write_adapter
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of PEFT and transformers about each other
@@ -186,7 +185,7 @@ class Loops(nn.Module):
 
 def test_a_source_shows_who_is_called_and_who_is_read() -> None:
     model = Loops()
-    unfit = model_facts(Survey(model)).unfit
+    unfit = facts_about(Survey(model)).unfit
     assert unfit is not None
     layers = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     assert {n for n in layers if unfit(n)} == {"aliased", "read", "members.0", "members.1"}

@@ -40,6 +40,14 @@ def sharded_by(tensor: Tensor) -> str | None:
     return None
 
 
+def gathering() -> tuple[str, ...]:
+    """Return the contexts in which a process holds whole tensors."""
+    return (
+        "FullyShardedDataParallel.summon_full_params(model)",
+        "deepspeed.zero.GatheredParameters(list(model.parameters()))",
+    )
+
+
 def before_attach(survey: Survey, asked: str, *, loads: bool) -> None:
     """Refuse a model that is spread over processes, but for a load onto FSDP2's."""
     if loads and fsdp2_modules(survey):

@@ -8,11 +8,11 @@ format is done in `core.adapter.exchange`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_inject.core.adapter.exchange import (
     FORMATS,
@@ -28,8 +28,12 @@ from lora_inject.core.adapter.exchange import (
     write_adapter,
 )
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError
 from lora_inject.formats.model_facts import ModelFacts
+
+if TYPE_CHECKING:  # files are read and written without a model
+    from lora_inject.core.layers.survey import Survey
 
 __all__ = [
     "DEFAULT",
@@ -137,3 +141,19 @@ def facts_and_options(
         remedy = f"Its options: {its}; facts of the model: {', '.join(FACTS)}"
         raise FormatError("", found, remedy)
     return replace(facts or ModelFacts(), **stated), own
+
+
+def facts_about(survey: Survey) -> ModelFacts:
+    """Return the facts about a live model that files depend on."""
+    return ModelFacts.of(survey.model, survey.by_name, survey.weights)
+
+
+def notes_on_files(survey: Survey, specs: Sequence[SiteSpec]) -> Iterator[str]:
+    """Yield what the default format cannot hold of sites, and the call that works."""
+    check = format_of(DEFAULT).check_sites
+    try:
+        if check is not None:
+            check(specs, facts_about(survey))
+    except FormatError as problem:
+        what = ", ".join(filter(None, (problem.asked, problem.found)))
+        yield f"save_adapter cannot write this as {DEFAULT!r}: {what}. {problem.remedy}"

@@ -32,7 +32,8 @@ from lora_inject.core.layers.adapted import raw_parameter
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.survey import Survey, base_parameters
 from lora_inject.core.model.carried import reach
-from lora_inject.core.model.save import adapter_tensors, facts_for, read_off, refuse_useless
+from lora_inject.core.model.read_off import adapter_tensors, read_off
+from lora_inject.core.model.save import facts_for, refuse_useless
 from lora_inject.errors import LayerError, StateError, user_path
 from lora_inject.formats.card import joined_cards
 

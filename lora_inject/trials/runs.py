@@ -25,7 +25,7 @@ from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import adapted_modules
 from lora_inject.core.model.eject import eject
 from lora_inject.core.model.inject import inject
-from lora_inject.core.model.save import adapter_state
+from lora_inject.core.model.read_off import adapter_state
 from lora_inject.core.model.select import selecting
 from lora_inject.core.model.train import adapter_parameters, train_only
 from lora_inject.core.spec.names import joined as joined_name

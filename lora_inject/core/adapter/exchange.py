@@ -223,18 +223,6 @@ def completed(path: Path, row: Format) -> Path:
     return path.with_name(path.name + row.endings[0])
 
 
-def why_not_as(format: str, specs: Sequence[SiteSpec], facts: Any) -> str:  # noqa: A002
-    """Return why files of a format cannot hold sites, and the call that works; or ""."""
-    check = format_of(format).check_sites
-    try:
-        if check is not None:
-            check(specs, facts() if callable(facts) else facts)
-    except FormatError as problem:
-        what = ", ".join(filter(None, (problem.asked, problem.found)))
-        return f"save_adapter cannot write this as {format!r}: {what}. {problem.remedy}"
-    return ""
-
-
 def read_adapter(
     path: str | os.PathLike[str],
     format: str | None = None,  # noqa: A002

@@ -44,15 +44,15 @@ def write_together(target: Path, write: Callable[[Path], Path]) -> Path:
         if not several_processes() or not target.exists():
             raise
         with tempfile.TemporaryDirectory() as place:
-            mine = contents(write(Path(place, target.name)))
-        if contents(target) == mine:
+            mine = file_bytes(write(Path(place, target.name)))
+        if file_bytes(target) == mine:
             return target
         found = "it is there, and another process wrote other values or somebody did before"
         remedy = "Choose another path, one for each process if each has an adapter of its own"
         raise FormatError(f"write '{target}'", found, remedy) from error
 
 
-def contents(path: Path) -> dict[str, bytes]:
+def file_bytes(path: Path) -> dict[str, bytes]:
     """Return the bytes of each file of a directory by its name, or of a file."""
     paths = [path] if path.is_file() else [each for each in path.iterdir() if each.is_file()]
     return {each.name: each.read_bytes() for each in paths}

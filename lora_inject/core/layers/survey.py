@@ -107,6 +107,15 @@ class Survey:
         return {id(module): base_parameters(module) for _, module in self.modules}
 
     @cached_property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """Every base parameter, under each of its names."""
+        return {
+            joined(path, key): parameter
+            for path, module in self.named
+            for key, parameter in self.own[id(module)].items()
+        }
+
+    @cached_property
     def time_major(self) -> tuple[str, ...]:
         """Prefixes of the names of layers that may get inputs with time before batch.
 

@@ -9,25 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_inject.core.adapter.fingerprint import base_differences, same_values, unverifiable
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.kinds import KINDS
 from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.base import Base, check_base, check_base_copies
 from lora_inject.core.model.guards import functions
-from lora_inject.core.model.save import base_weights, fingerprint, untouched
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.names import joined, named
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, LayerError, nearest
 
-Base = Literal["same", "quantized", "any"]
 # Fields of a site that come from the model, not from the adapter.
 _OF_MODEL = ("name", "kind", "weight_shape", "weight", "update", "aliases")
 
@@ -42,7 +40,7 @@ def fit(
     asked: str,
 ) -> AdapterState:
     """Return an adapter in the names and the geometry of a model, with the tensors as they are."""
-    names, weights = inventory(survey), base_weights(survey)
+    names, weights = inventory(survey), survey.weights
     state = _without(state, leave_out, asked)
     for in_names_of in functions("in_names_of"):
         state = in_names_of(survey.model, state, weights)
@@ -195,92 +193,3 @@ def _why_not_copied(
     found = f"it holds rows up to {max(rows)}, of {there[1:]} values, and the model's has the "
     remedy = "Resize the vocabulary first: model.resize_token_embeddings(n)"
     return f"{found}shape {here}", remedy
-
-
-def check_base(
-    survey: Survey,
-    state: AdapterState,
-    adapted: Mapping[str, Tensor],
-    base: Base,
-    asked: str,
-    *,
-    leave_new: bool = False,
-) -> None:
-    """Refuse a base that is not the one that the adapter was made on, as far as values tell.
-
-    `adapted` are the model's weights under the names that the adapter has for them. With
-    `leave_new`, weights that no checkpoint of this model had may differ.
-    """
-    saved = state.fingerprint and state.fingerprint.without(state.trained)
-    if saved is None:
-        return
-    others = untouched(base_weights(survey), state, saved.shapes)
-    grown = [n for n, tensor in others.items() if tuple(tensor.shape) != tuple(saved.shapes[n])]
-    for name in _vocabulary(survey).intersection(grown) if grown else ():
-        del others[name]  # resized since
-    moved = {name: held.positions for name, held in saved.moved.items()}
-    here = fingerprint(adapted, others, moved)
-    if saved == here and not here.quantized:
-        return
-    common = saved.without(saved.shapes.keys() - here.shapes.keys())
-    if common is None:
-        return
-    unknown = unverifiable(common, here)
-    if base != "quantized" and (hidden := [name for name in unknown if name in adapted]):
-        raise FormatError(
-            asked,
-            f"the base cannot be compared at {len(hidden)} sites, of which {hidden[0]!r}: "
-            "its weight is quantized here or where the adapter was made, but not in both, "
-            "or it is sharded or on the meta device",
-            'Pass base="quantized" where it is the right base',
-        )
-    common = common.without(unknown)
-    differences = {} if common is None else base_differences(common, here)
-    new = _new_weights(survey) if differences.keys() - adapted.keys() else set()
-    if leave_new:
-        differences = {n: what for n, what in differences.items() if n not in new}
-    if common is not None and differences:
-        key = next((name for name in differences if name in adapted), next(iter(differences)))
-        what = differences[key]
-        remedy = 'Load it onto its own base, or pass base="any"'
-        if differences.keys() <= new:
-            what += ", where no checkpoint had it"
-            remedy = "Load the base with the weights that it had there, or pass leave_new=True "
-            remedy += "where nothing uses them"
-        raise FormatError(
-            asked,
-            f"the adapter was made on another base: {key!r} {what} ({len(differences)} of "
-            f"{len(common.shapes)} tensors differ)",
-            remedy,
-        )
-
-
-def _vocabulary(survey: Survey) -> set[str]:
-    """Return all names of the tables and heads over a vocabulary, which is resized at times."""
-    names: set[str] = set()
-    for _, module in survey.modules:
-        for getter in ("get_input_embeddings", "get_output_embeddings"):
-            get = getattr(module, getter, None)
-            try:
-                table = get() if callable(get) else None
-            except (AttributeError, NotImplementedError):
-                continue
-            if isinstance(table, nn.Module) and (path := survey.paths.get(id(table))) is not None:
-                for key in survey.own[id(table)]:
-                    names |= {*survey.names_of(joined(path, key))}
-    return names
-
-
-def _new_weights(survey: Survey) -> set[str]:
-    """Return the parameters that no checkpoint of this model had."""
-    return {name for new_weights in functions("new_weights") for name in new_weights(survey)}
-
-
-def check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked: str) -> None:
-    """PEFT stores whole base embeddings with an adapter; one that differs would be lost."""
-    for key, copy in state.base_copies.items():
-        weight = weights.get(key)
-        if weight is None or not same_values(weight.detach().cpu(), copy):
-            found = "the file carries a copy of this base tensor that is not the model's"
-            remedy = "Load the adapter onto the base that it was made on (was the vocabulary "
-            raise FormatError(f"{asked}, {key!r}", found, remedy + "resized?)")

@@ -13,8 +13,8 @@ from torch import nn
 
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried, entries, idle_among, reach, roots_of
-from lora_inject.core.model.save import notes_on_files
 from lora_inject.core.spec.columns import columns
+from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.shown import Shown, Table
 from lora_inject.core.spec.sites import SiteSpec
 
@@ -134,7 +134,8 @@ def summary(model: nn.Module) -> Table:
         if info.idle:
             some = ", ".join(map(repr, info.idle[:3])) + (", ..." if len(info.idle) > 3 else "")
             lines.append(f"{name}: no forward has used {some} ({len(info.idle)}) so far")
-        lines += [f"{name}: {note}" for note in notes_on_files(survey, [*info.sites.values()])]
+        notes = room("formats").notes_on_files(survey, [*info.sites.values()])
+        lines += [f"{name}: {note}" for note in notes]
     # What is stored: of a packed weight, its bytes.
     parameters = {id(p): p for p in model.parameters()}.values()
     n_all = sum(p.numel() for p in parameters)

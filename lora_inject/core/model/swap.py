@@ -23,9 +23,9 @@ from lora_inject.core.files.tensors import in_memory
 from lora_inject.core.layers.starting import copy_into
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.layers.valueless import given_values
+from lora_inject.core.model.base import Base, check_base, check_base_copies, model_facts
 from lora_inject.core.model.carried import entries, reach, records_of, refuse_merged
-from lora_inject.core.model.fit_state import Base, check_base, check_base_copies
-from lora_inject.core.model.save import base_weights, model_facts, values_on
+from lora_inject.core.model.read_off import values_on
 from lora_inject.errors import FormatError, LayerError, nearest
 
 M = TypeVar("M", bound=nn.Module)
@@ -69,7 +69,7 @@ def swap_adapter(
         LayerError: The slot is on the meta device.
 
     Examples:
-        >>> from lora_inject.core.model.save import adapter_state
+        >>> from lora_inject.core.model.read_off import adapter_state
         >>> from lora_inject.core.model.inject import inject
         >>> from lora_inject.core.model.train import adapter_parameters
         >>> net = nn.Sequential(nn.Linear(4, 6))
@@ -101,7 +101,7 @@ def swap_adapter(
     if base != "any":
         check_base(survey, state, weights, base, asked)
     if state.base_copies:
-        check_base_copies(state, base_weights(survey), asked)
+        check_base_copies(state, survey.weights, asked)
     values = [*map(in_memory, values)]  # of a file, read before the first write
     for selection in selections:
         selection.note(name)

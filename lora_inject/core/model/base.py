@@ -1,0 +1,183 @@
+"""The base under an adapter: what is sampled of it, and whether it is the one that is meant.
+
+An adapter's state has a fingerprint of the base that it was made on. It is taken, and compared with
+the model at hand, here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from lora_inject.core.adapter.fingerprint import (
+    Fingerprint,
+    Moved,
+    base_differences,
+    packing,
+    same_values,
+    samples,
+    unverifiable,
+    values_at,
+)
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.adapter.value_checks import FLOATS
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.weight_kinds import described
+from lora_inject.core.model.guards import functions
+from lora_inject.core.spec.names import joined
+from lora_inject.core.spec.rooms import room
+from lora_inject.errors import FormatError
+
+Base = Literal["same", "quantized", "any"]
+"""How sure to be of the base: see `load_adapter`."""
+
+
+def model_facts(survey: Survey) -> Any:
+    """Return the facts about a live model that files depend on, a `formats.ModelFacts`."""
+    return room("formats").facts_about(survey)
+
+
+def untouched(
+    weights: Mapping[str, Tensor], state: AdapterState, names: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """Return the floating point tensors of a base that an adapter neither adapts nor replaces.
+
+    Only those of `names` if they are given. What the adapter replaces cannot identify a base: a new
+    head has other values in every run.
+    """
+    own = {*state.trained, *(site.spec.weight for site in state.sites.values())}
+    wanted = weights if names is None else names
+    return {
+        name: weights[name]
+        for name in wanted
+        if name in weights and name not in own and weights[name].dtype in FLOATS
+    }
+
+
+def fingerprint(
+    adapted: Mapping[str, Tensor],
+    others: Mapping[str, Tensor] = MappingProxyType({}),
+    moved: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> Fingerprint:
+    """Sample weights by name, so that another base of the same shape can be told.
+
+    Adapted tensors that are quantized are described (`adapter.fingerprint.packing`), meta tensors
+    left out. `moved` are positions to sample as well.
+    """
+    weights = {**adapted, **others}
+    floats = {name: weight for name, weight in weights.items() if weight.dtype in FLOATS}
+    shards = {name: weight for name, weight in floats.items() if hasattr(weight, "full_tensor")}
+    plain = {
+        name: weight
+        for name, weight in floats.items()
+        if not weight.is_meta and type(weight) in (nn.Parameter, Tensor)
+    }
+    known = samples(plain)
+    if shards:
+        known |= room("sharding").samples_of_shards(shards)
+    return Fingerprint(
+        shapes={n: tuple(w.shape) for n, w in weights.items() if n in adapted or n in known},
+        samples=known,
+        quantized={
+            name: packing(weight, described)
+            for name, weight in adapted.items()
+            if name not in known
+        },
+        moved={
+            name: Moved(positions, values_at(plain[name], positions))
+            for name, positions in moved.items()
+            if positions and name in plain and max(positions) < plain[name].numel()
+        },
+    )
+
+
+def check_base(
+    survey: Survey,
+    state: AdapterState,
+    adapted: Mapping[str, Tensor],
+    base: Base,
+    asked: str,
+    *,
+    leave_new: bool = False,
+) -> None:
+    """Refuse a base that is not the one that the adapter was made on, as far as values tell.
+
+    `adapted` are the model's weights under the names that the adapter has for them. With
+    `leave_new`, weights that no checkpoint of this model had may differ.
+    """
+    saved = state.fingerprint and state.fingerprint.without(state.trained)
+    if saved is None:
+        return
+    others = untouched(survey.weights, state, saved.shapes)
+    grown = [n for n, tensor in others.items() if tuple(tensor.shape) != tuple(saved.shapes[n])]
+    for name in _vocabulary(survey).intersection(grown) if grown else ():
+        del others[name]  # resized since
+    moved = {name: held.positions for name, held in saved.moved.items()}
+    here = fingerprint(adapted, others, moved)
+    if saved == here and not here.quantized:
+        return
+    common = saved.without(saved.shapes.keys() - here.shapes.keys())
+    if common is None:
+        return
+    unknown = unverifiable(common, here)
+    if base != "quantized" and (hidden := [name for name in unknown if name in adapted]):
+        raise FormatError(
+            asked,
+            f"the base cannot be compared at {len(hidden)} sites, of which {hidden[0]!r}: "
+            "its weight is quantized here or where the adapter was made, but not in both, "
+            "or it is sharded or on the meta device",
+            'Pass base="quantized" where it is the right base',
+        )
+    common = common.without(unknown)
+    differences = {} if common is None else base_differences(common, here)
+    new = _new_weights(survey) if differences.keys() - adapted.keys() else set()
+    if leave_new:
+        differences = {n: what for n, what in differences.items() if n not in new}
+    if common is not None and differences:
+        key = next((name for name in differences if name in adapted), next(iter(differences)))
+        what = differences[key]
+        remedy = 'Load it onto its own base, or pass base="any"'
+        if differences.keys() <= new:
+            what += ", where no checkpoint had it"
+            remedy = "Load the base with the weights that it had there, or pass leave_new=True "
+            remedy += "where nothing uses them"
+        raise FormatError(
+            asked,
+            f"the adapter was made on another base: {key!r} {what} ({len(differences)} of "
+            f"{len(common.shapes)} tensors differ)",
+            remedy,
+        )
+
+
+def _vocabulary(survey: Survey) -> set[str]:
+    """Return all names of the tables and heads over a vocabulary, which is resized at times."""
+    names: set[str] = set()
+    for _, module in survey.modules:
+        for getter in ("get_input_embeddings", "get_output_embeddings"):
+            get = getattr(module, getter, None)
+            try:
+                table = get() if callable(get) else None
+            except (AttributeError, NotImplementedError):
+                continue
+            if isinstance(table, nn.Module) and (path := survey.paths.get(id(table))) is not None:
+                for key in survey.own[id(table)]:
+                    names |= {*survey.names_of(joined(path, key))}
+    return names
+
+
+def _new_weights(survey: Survey) -> set[str]:
+    """Return the parameters that no checkpoint of this model had."""
+    return {name for new_weights in functions("new_weights") for name in new_weights(survey)}
+
+
+def check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked: str) -> None:
+    """Refuse a copy of a base tensor, which some programs store, if it is not the model's."""
+    for key, copy in state.base_copies.items():
+        weight = weights.get(key)
+        if weight is None or not same_values(weight.detach().cpu(), copy):
+            found = "the file carries a copy of this base tensor that is not the model's"
+            remedy = "Load the adapter onto the base that it was made on (was the vocabulary "
+            raise FormatError(f"{asked}, {key!r}", found, remedy + "resized?)")

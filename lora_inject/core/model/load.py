@@ -1,0 +1,194 @@
+"""Loading: an adapter from files, or as a value, onto a live model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from os import PathLike
+from os.path import lexists
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from lora_inject.core.adapter.exchange import detected, format_of, read_adapter
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files.tensors import in_memory
+from lora_inject.core.functional.factors import master_dtype
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.attach import attach, places, survey_for
+from lora_inject.core.model.base import Base, model_facts
+from lora_inject.core.model.carried import Carried, reach, records_of
+from lora_inject.core.model.fit_state import fit
+from lora_inject.core.model.guards import after, before
+from lora_inject.core.model.train import refuse_dead_inputs
+from lora_inject.core.spec.names import joined
+from lora_inject.core.spec.rooms import room
+from lora_inject.errors import FormatError, StateError, check_type, user_path
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def load_adapter(
+    model: M,
+    path: str | PathLike[str],
+    name: str = "default",
+    *,
+    leave_out: Sequence[str] = (),
+    base: Base = "same",
+    leave_new: bool = False,
+    trainable: bool = False,
+    format: str | None = None,  # noqa: A002
+    revision: str | None = None,
+    **options: Any,
+) -> M:
+    """Read an adapter from files or from the hub, and put it onto a model, all of it or nothing.
+
+    It becomes active only where no adapter of the model is active, and it is not trainable until
+    `train_only(model, name)` says so; with `trainable` it becomes the only active and the only
+    trainable one, as after `inject`. After `fully_shard` every process must call it, and the
+    adapter is sharded with its layers.
+
+    Args:
+        model: The model that it was made for.
+        path: What `save_adapter` or another program wrote, or `user/name` on the Hugging Face hub
+            if there is no such path. Only safetensors and the config are downloaded.
+        name: Its name on this model.
+        leave_out: Patterns (as in a config) of trained tensors and sites to let go, or of modules
+            around them, for instance a head of another task. Each must match something.
+        base: `same`: the base must be the one that the adapter was made on, as far as its
+            fingerprint tells, in whatever dtype, or quantized in the same way. `quantized`: what
+            cannot be compared is let through, as of a base that is quantized only here, or was only
+            where the adapter was made. `any`: no comparison. Tensors that the adapter does not
+            touch are compared as well: an MLP, or a head that it does not hold.
+        leave_new: Let weights differ that no checkpoint of this model had: a new head or pooler,
+            which nothing uses.
+        trainable: Go on training it: make it the only active and the only trainable adapter.
+        format: A row of `formats.FORMATS`; by default it is detected from the files.
+        revision: Branch, tag or commit of a repository; by default the head of its main branch.
+        **options: For the format.
+
+    Returns:
+        The same object.
+
+    Raises:
+        FormatError: Files that are incomplete or unsafe, tensors that do not fit the model, or
+            another base. Nothing was changed.
+        StateError: The name is in use, or the model is merged.
+        LayerError: It is to be `trainable`, and a quantized layer hands no gradient to its input.
+    """
+    place = user_path("load adapter", path)
+    asked = f"load {str(path)!r}"
+    survey = survey_for(model, name, loads=True)
+    if trainable:
+        refuse_dead_inputs(survey, asked)
+    if not lexists(place) and room("hub").is_repo(path, revision):
+        place = room("hub").download(str(path), revision)
+    elif revision is not None:
+        found = "a revision is for repositories, and this is a path"
+        raise FormatError(f"{asked} at {revision!r}", found, "Leave the revision out")
+    format = format or detected(place)  # noqa: A001
+    facts = partial(model_facts, survey)
+    state = read_adapter(place, format, facts=facts, **options).mapped(in_memory)
+    fitted = fit(survey, state, leave_out=leave_out, base=base, leave_new=leave_new, asked=asked)
+    if (check_load := format_of(format).check_load) is not None:
+        check_load(survey, state, fitted, asked)
+    _put_on(survey, fitted, name, _Owned(), trainable=trainable)
+    return model
+
+
+def install(
+    model: M,
+    state: AdapterState,
+    name: str = "default",
+    *,
+    leave_out: Sequence[str] = (),
+    base: Base = "same",
+    leave_new: bool = False,
+) -> M:
+    """Put an adapter, as a value, onto a model; see `load_adapter`.
+
+    Args:
+        model: The model.
+        state: The adapter; its tensors are copied.
+        name: Its name on this model.
+        leave_out: Patterns of trained tensors and sites to let go.
+        base: How sure to be of the base.
+        leave_new: Whether weights may differ that no checkpoint of this model had.
+
+    Returns:
+        The same object.
+
+    Raises:
+        FormatError: It does not fit the model. Nothing was changed.
+        StateError: The name is in use, or the model is merged.
+    """
+    check_type("install", state, AdapterState, "Give an AdapterState; load_adapter reads files")
+    survey = survey_for(model, name, loads=True)
+    fitted = fit(
+        survey, state, leave_out=leave_out, base=base, leave_new=leave_new, asked="install"
+    )
+    _put_on(survey, fitted, name, _copied)
+    return model
+
+
+def _put_on(
+    survey: Survey,
+    state: AdapterState,
+    name: str,
+    taken: Callable[[Tensor, Tensor], Tensor],
+    *,
+    trainable: bool = False,
+) -> None:
+    """Put a fitted adapter on; it becomes active if it trains, or no other is active on this model.
+
+    The model may be a part of a larger one: what is active in other parts is none of its business.
+    """
+    copies = {key: state.rows.get(key) for key in state.trained}
+    found = places(survey, name, [site.spec for site in state.sites.values()], copies)
+
+    tensors: dict[str, Mapping[str, Tensor]] = {n: site.tensors for n, site in state.sites.items()}
+    tensors |= {joined(n, "bias"): site.tensors for n, site in state.sites.items()}  # lora_bias
+    tensors |= {key: {"T": tensor} for key, tensor in state.trained.items()}
+
+    def given(place: Carried) -> Mapping[str, Tensor]:
+        mine = tensors[place.name]
+        return {role: taken(mine[role], place.weight) for role in place.entry.names}
+
+    def tied(place: Carried) -> Hashable:
+        return id(tensors[place.name][next(iter(place.entry.names))])
+
+    before("load", survey, name, found, tied)
+    there = reach(survey.model, survey)
+    active = {each for selection in there.selections for each in selection.setting.names}
+    idle = active.isdisjoint({*there.names, name})
+    if (idle or trainable) and records_of(survey, name):
+        found_there = "another part of the model has an adapter of that name, which is not active"
+        remedy = "Choose another name: activating the new one would activate both"
+        raise StateError(f"adapter {name!r}", found_there, remedy)
+    is_active = idle or trainable
+    attach(survey, name, found, given, tied, state.config, activate=is_active, train=trainable)
+    after("load", survey, name)
+
+
+def _copied(tensor: Tensor, weight: Tensor) -> Tensor:
+    """Return a tensor as an adapter over `weight` holds it, in memory of its own."""
+    dtype = master_dtype(weight.dtype)
+    return tensor.detach().to(device=weight.device, dtype=dtype, copy=True).contiguous()
+
+
+class _Owned:
+    """Takes tensors that nobody else holds as they are, unless two of them share memory.
+
+    A load takes half as long as with a copy of each tensor.
+    """
+
+    def __init__(self) -> None:
+        self.taken: set[int] = set()
+
+    def __call__(self, tensor: Tensor, weight: Tensor) -> Tensor:
+        address = tensor.data_ptr()
+        alone = address not in self.taken and tensor.untyped_storage().nbytes() == tensor.nbytes
+        self.taken.add(address)
+        fits = tensor.dtype == master_dtype(weight.dtype) and tensor.device == weight.device
+        fits = fits and tensor.is_contiguous()  # as those of training: other strides, other bits
+        return tensor if alone and fits else _copied(tensor, weight)

@@ -1,0 +1,146 @@
+"""Reading an adapter off a live model, as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+from torch import Tensor, nn
+
+from lora_inject.core.adapter.fingerprint import N_SAMPLES
+from lora_inject.core.adapter.moved import moved_positions
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.layers.attached import Entry
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.base import fingerprint, untouched
+from lora_inject.core.model.carried import (
+    adapted_modules,
+    reach,
+    refuse_merged,
+    roots_of,
+    whole_adapter,
+)
+from lora_inject.core.model.guards import before, functions
+from lora_inject.core.spec.names import joined
+from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.errors import StateError
+
+
+def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
+    """Read an adapter from a model, as a value.
+
+    Args:
+        model: The root, or any module that holds roots.
+        name: The adapter.
+
+    Returns:
+        Its state. The tensors are detached and share memory with the model's.
+
+    Raises:
+        StateError: There is no such adapter, a layer that carries it was replaced, the model is
+            merged, or this process holds only a shard of a tensor.
+
+    Examples:
+        >>> from lora_inject.core.model.inject import inject
+        >>> net = inject(nn.Sequential(nn.Linear(4, 6)), {"rank": 2, "targets": ["0"]})
+        >>> site = adapter_state(net).sites["0"]
+        >>> tuple(site.A.shape), tuple(site.B.shape), site.scale
+        ((2, 4), (6, 2), 8.0)
+    """
+    return read_off(Survey(model), name)
+
+
+def values_on(
+    survey: Survey,
+    name: str,
+    asked: str,
+    taken: Callable[[Tensor, str, Entry, str], Tensor] = lambda held, *_: held,
+) -> tuple[AdapterState, dict[str, Tensor]]:
+    """Return an adapter on a model, without a fingerprint, and the frozen weights of its sites.
+
+    `taken` says what stands in it for a Parameter, given the name of the module, the entry and the
+    role.
+    """
+    before("read", survey)
+    found: list[tuple[SiteSpec, dict[str, Tensor]]] = []
+    biases: dict[str, dict[str, Tensor]] = {}  # of B, by the name of the module
+    trained: dict[str, Tensor] = {}
+    rows: dict[str, tuple[int, ...]] = {}
+    weights: dict[str, Tensor] = {}
+    for item in whole_adapter(survey, name, asked):
+        path, module, entry = item
+        held = entry.tensors(module).items()
+        tensors = {role: taken(tensor, path, entry, role) for role, tensor in held}
+        if entry.spec is not None:
+            found.append((entry.spec, tensors))
+            weights[entry.spec.weight] = item.weight
+        elif entry.scale is not None:
+            biases[path] = tensors
+        else:
+            trained[item.name] = tensors["T"]
+            if entry.rows is not None:
+                rows[item.name] = entry.rows
+    sites = {
+        spec.name: SiteState.of(spec, tensors | biases.get(spec.name, {}))
+        for spec, tensors in found
+    }
+    records = roots_of(survey).values()
+    config = next((root.configs[name] for root in records if name in root.configs), None)
+    return AdapterState(sites, trained, config, rows=rows), weights
+
+
+def read_off(
+    survey: Survey, name: str, gathered: Mapping[str, Tensor] = MappingProxyType({})
+) -> AdapterState:
+    """Read an adapter from a model; see `adapter_state`.
+
+    `gathered` are whole tensors by their keys in the state dict, for those that are sharded.
+    """
+    whole: dict[int, Tensor] = {}  # a tied copy is gathered once, and stands under all its names
+
+    def taken(held: Tensor, path: str, entry: Entry, role: str) -> Tensor:
+        if id(held) not in whole:
+            there = gathered.get(joined(path, entry.names[role]), held)
+            whole[id(held)] = _whole(there, entry, role)
+        return whole[id(held)]
+
+    state, weights = values_on(survey, name, "adapter_state of", taken)
+    for _, _, attached in adapted_modules(survey):
+        attached.refuse_garbage(attached.entries(name), "reading")
+    # The fingerprint is to be that of the base, which merged weights are not.
+    refuse_merged(f"saving adapter {name!r}", *reach(survey.model, survey).selections)
+    moved = {s.spec.weight: moved_positions(s, N_SAMPLES) for s in state.sites.values()}
+    others = untouched(survey.weights, state)
+    return replace(state, fingerprint=fingerprint(weights, others, moved))
+
+
+def _whole(tensor: Tensor, entry: Entry, role: str) -> Tensor:
+    """Return a tensor of an adapter, gathered where this process holds a shard of it."""
+    spec, tensor = entry.spec, tensor.detach()
+    if hasattr(tensor, "full_tensor"):
+        whole: Tensor = tensor.full_tensor()
+        return whole
+    shape = entry.shape_of(role)
+    if tuple(tensor.shape) != shape:
+        gathering = [context for contexts in functions("gathering") for context in contexts()]
+        raise StateError(
+            f"adapter_state of {entry.adapter!r}",
+            f"{role} of {spec.name if spec else entry.param!r} has shape {tuple(tensor.shape)} "
+            f"instead of {shape}: this process holds a shard of it",
+            f"Call it within {' or '.join(gathering) or 'a context that gathers whole tensors'}",
+        )
+    return tensor
+
+
+def adapter_tensors(survey: Survey) -> dict[str, Tensor]:
+    """Return the tensors of all adapters, frozen starts included, by their keys in the state dict.
+
+    The keys include the names of wrappers inside the model.
+    """
+    before("read", survey)
+    carried = adapted_modules(survey)
+    ours = {id(m._parameters[name]) for _, m, attached in carried for name in attached.flat}
+    state = survey.model.state_dict(keep_vars=True)
+    return {key: tensor for key, tensor in state.items() if id(tensor) in ours}
