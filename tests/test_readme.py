@@ -213,7 +213,7 @@ def rows(table: str) -> dict[str, list[str]]:
     return {cells[0].strip("`"): cells[1:] for cells in lines}
 
 
-@pytest.mark.parametrize("module", ["", ".analysis", ".checkpoint", ".formats", ".core.functional"])
+@pytest.mark.parametrize("module", ["", ".analysis", ".checkpoint", ".formats"])
 def test_the_reference_has_every_public_name(module):
     pages = reference("api") + reference("modules")
     for name in {*importlib.import_module(f"lora_inject{module}").__all__} - {"__version__"}:
