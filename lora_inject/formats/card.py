@@ -87,6 +87,7 @@ def model_card(
             *_table(state),
             *_trained(state),
             *_idle(facts.idle),
+            *_notes(facts.notes),
             "## Use",
             "",
             *_commands(state, base_model, cls, published_as or "path/to/this/folder"),
@@ -137,6 +138,10 @@ def _trained(state: AdapterState) -> list[str]:
         return []
     numel = sum(tensor.numel() for tensor in state.trained.values())
     return [f"{len(state.trained):,} tensors of the base travel in full ({numel:,} values).", ""]
+
+
+def _notes(notes: Sequence[str]) -> list[str]:
+    return [line for note in notes for line in (f"{note[:1].upper()}{note[1:]}.", "")]
 
 
 def _idle(names: Sequence[str]) -> list[str]:

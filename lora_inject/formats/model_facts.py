@@ -48,6 +48,7 @@ class ModelFacts:
             (`checkpoint_dir`).
         task_type: PEFT's task type, such as `CAUSAL_LM`.
         idle: For the card: sites and trained tensors of the adapter that no forward had used.
+        notes: For the card: what a reader should know of the choice of sites, in sentences.
         unfit: For the name of a module: why PEFT's layers cannot stand in its place, or "".
         separate: For the name of a stack of experts that the base's files hold apart: for each
             expert the names of its matrices there.
@@ -61,6 +62,7 @@ class ModelFacts:
     base_model: str | None = None
     task_type: str | None = None
     idle: Sequence[str] = ()
+    notes: Sequence[str] = ()
     unfit: Callable[[str], str] | None = None
     separate: Callable[[str], Sequence[Sequence[str]]] | None = None
 

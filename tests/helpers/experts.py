@@ -1,8 +1,14 @@
 """Tiny models of stacked experts, one for each way that transformers stores them."""
 
+import copy
 from typing import Any
 
 import torch
+from conftest import error
+from helpers.reference import SCALE, logits
+from torch import nn
+
+import lora_inject as li
 
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 13}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
@@ -31,6 +37,31 @@ MOE: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         "pad_token_id": 0,
     }),
 }  # fmt: skip
+FOUR = {"num_experts_per_tok": 2, "num_experts": 4}
+FOUR_LOCAL = {"num_experts_per_tok": 2, "num_local_experts": 4}
+# Further architectures, that store experts in one of these ways.
+MORE: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "qwen2_moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", "out_in", {
+        "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, **FOUR,
+    }),
+    "glm4_moe": ("Glm4MoeConfig", "Glm4MoeForCausalLM", "out_in", {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+        "n_shared_experts": 1, "first_k_dense_replace": 0, "head_dim": 4, "n_group": 1,
+        "topk_group": 1,
+    }),
+    "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", "out_in", FOUR),
+    "granitemoe": ("GraniteMoeConfig", "GraniteMoeForCausalLM", "out_in", FOUR_LOCAL),
+    "phimoe": ("PhimoeConfig", "PhimoeForCausalLM", "out_in", FOUR_LOCAL),
+    "ernie4_5_moe": ("Ernie4_5_MoeConfig", "Ernie4_5_MoeForCausalLM", "out_in", {
+        "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 8, "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 0, "moe_layer_end_index": 0,
+    }),
+    "jamba": ("JambaConfig", "JambaForCausalLM", "out_in", {
+        "attn_layer_period": 1, "attn_layer_offset": 0, "expert_layer_period": 1,
+        "expert_layer_offset": 0, "use_mamba_kernels": False, **FOUR,
+    }),
+    "jetmoe": ("JetMoeConfig", "JetMoeForCausalLM", "out_in", {"kv_channels": 4, **FOUR_LOCAL}),
+}  # fmt: skip
 
 
 def experts(family: str, how: str = "eager") -> tuple[Any, str]:
@@ -38,17 +69,43 @@ def experts(family: str, how: str = "eager") -> tuple[Any, str]:
     import transformers
 
     torch.manual_seed(0)
-    made, cls, layout, options = MOE[family]
+    made, cls, layout, options = (MOE | MORE)[family]
     settings = getattr(transformers, made)(**SIZES | options, initializer_range=0.3)
     if how != "default":
         settings._experts_implementation = how
     model = getattr(transformers, cls)(settings)
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "experts" in key:  # some families leave them uninitialized
+        for parameter in model.parameters():
+            if parameter.dim() == 3:  # some families leave them uninitialized
                 parameter.normal_(0.0, 0.3)
     return model.eval(), layout
 
 
 def expert_rule(layout: str) -> dict[str, Any]:
     return {"match": r"experts\.(gate_up_proj|down_proj)", "layout": layout}
+
+
+def with_expert_deltas(plain: nn.Module, model: nn.Module, layout: str) -> nn.Module:
+    """The plain model with the dense deltas in its experts, expert by expert."""
+    wide = copy.deepcopy(plain)
+    for site in li.adapter_state(model).sites.values():
+        W = wide.get_parameter(site.spec.weight)
+        with torch.no_grad():
+            for e in range(len(W)):
+                delta = (SCALE * site.B[e].double() @ site.A[e].double()).to(W.dtype)
+                W[e] += delta if layout == "out_in" else delta.t()
+    return wide
+
+
+def gradients_of_experts(model: nn.Module, wide: nn.Module, layout: str) -> None:
+    """dL/dA and dL/dB follow from the dense dL/dW by hand: scale B^T G and scale G A^T."""
+    weights = torch.randn(2, 4, 13, dtype=torch.float64)
+    (logits(wide) * weights).sum().backward()
+    (logits(model) * weights).sum().backward()
+    parameters = li.adapter_parameters(model)
+    for name, site in li.adapter_state(model).sites.items():
+        G = wide.get_parameter(site.spec.weight).grad
+        G = G if layout == "out_in" else G.transpose(1, 2)
+        A, B = parameters[f"{name}.lora_A"], parameters[f"{name}.lora_B"]
+        assert error(A.grad, SCALE * B.transpose(1, 2) @ G) < 1e-10
+        assert error(B.grad, SCALE * G @ A.transpose(1, 2)) < 1e-10

@@ -18,8 +18,9 @@ from lora_inject.core.layers.kinds import kind_of
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
 from lora_inject.core.layers.weight_kinds import reason_against
-from lora_inject.core.spec.inventory import Candidate, Inventory
+from lora_inject.core.spec.inventory import Candidate, Inventory, Mixture
 from lora_inject.core.spec.names import is_bias, joined, parent
+from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import Geometry
 
 # These parents read the weights of their children, or do so in a fast path.
@@ -67,7 +68,9 @@ class _Listing:
                 parameters[holder.name] = _shape(holder.tensor)
         heads = (_output_head(module) for _, module in survey.modules)
         named = (survey.paths[id(head)] for head in heads if id(head) in survey.paths)
+        mixtures = self._mixtures()
         return Inventory(
+            mixtures=mixtures,
             candidates=tuple(self.candidates),
             others=self.others,
             parameters=parameters,
@@ -77,6 +80,14 @@ class _Listing:
                 joined(n, key) for n, m in survey.modules for key, _ in m._buffers.items()
             ),
         )
+
+    def _mixtures(self) -> tuple[Mixture, ...]:
+        """Return the blocks that route tokens; without lists and stacks there are none."""
+        lists = any(isinstance(m, nn.ModuleList | nn.ModuleDict) for _, m in self.survey.modules)
+        if not lists and all(c.experts is None for c in self.candidates):
+            return ()
+        self.candidates, mixtures = room("mixtures").with_mixtures(self.survey, self.candidates)
+        return mixtures  # type: ignore[no-any-return]
 
     def _first_names(self) -> dict[str, str]:
         """Return every further name of a parameter, with the one that it is listed under."""
@@ -137,7 +148,7 @@ class _Listing:
         if (n_dims < 2 and not nn.parameter.is_lazy(parameter)) or is_bias(key) or 0 in shape:
             self.others[full] = "bias" if is_bias(key) else f"{n_dims}-d parameter"
             return
-        known = _experts_transposed(module) if n_dims == 3 else None
+        known = room("stacks").is_transposed(module) if n_dims == 3 else None
         stated = _raw_geometry(shape, transposed=bool(known))
         found = self._candidate(full, "parameter", stated, Holder(full, module, key), parameter)
         self.candidates.append(
@@ -256,13 +267,6 @@ def _raw_geometry(shape: tuple[int, ...], *, transposed: bool) -> Geometry:
     n_out, n_in = shape[:-3:-1] if transposed else shape[-2:]
     experts = math.prod(shape[:-2]) if len(shape) > 2 else None
     return Geometry(n_in, n_out, shape, transposed=transposed, experts=experts)
-
-
-def _experts_transposed(module: nn.Module) -> bool | None:
-    """Return whether stacked experts are `(in, out)`, where transformers' class states it."""
-    own = module.__dict__  # set by transformers' use_experts_implementation, always both
-    stated = own.get("is_transposed") if "is_concatenated" in own else None
-    return stated if isinstance(stated, bool) else None
 
 
 def _output_head(module: nn.Module) -> nn.Module | None:

@@ -134,7 +134,8 @@ def summary(model: nn.Module) -> Table:
         if info.idle:
             some = ", ".join(map(repr, info.idle[:3])) + (", ..." if len(info.idle) > 3 else "")
             lines.append(f"{name}: no forward has used {some} ({len(info.idle)}) so far")
-        notes = room("formats").notes_on_files(survey, [*info.sites.values()])
+        notes = [*room("mixtures").notes_on_adapter(survey, name)]
+        notes += room("formats").notes_on_files(survey, [*info.sites.values()])
         lines += [f"{name}: {note}" for note in notes]
     # What is stored: of a packed weight, its bytes.
     parameters = {id(p): p for p in model.parameters()}.values()

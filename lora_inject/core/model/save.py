@@ -165,6 +165,7 @@ def facts_for(survey: Survey, format: str, name: str) -> Callable[[], Any]:  # n
 
     def facts() -> Any:
         idle = idle_among([*entries(survey, name)])
-        return replace(model_facts(survey), idle=idle)
+        notes = tuple(room("mixtures").notes_on_adapter(survey, name))
+        return replace(model_facts(survey), idle=idle, notes=notes)
 
     return facts

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from os import PathLike
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, cast
 
 import yaml
 from pydantic import (
@@ -29,7 +29,6 @@ from pydantic import (
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.shown import Shown
 from lora_inject.core.spec.sites import ROLES
@@ -37,7 +36,11 @@ from lora_inject.core.spec.strict import Strict, YamlModel, checked_regex
 from lora_inject.core.spec.yaml import Dumper, show
 from lora_inject.errors import nearest
 
+if TYPE_CHECKING:
+    from lora_inject.core.spec.inventory import Inventory
+
 ALL_LINEAR = "all-linear"
+ALL_EXPERTS = "all-experts"
 
 # What a value may be. The validators raise ValueError(found, remedy).
 
@@ -197,6 +200,16 @@ Layout = Annotated[
 ]
 
 
+class Active(Strict):
+    """`rank: {active: 32}`: a rank that is shared by the experts that a token goes to."""
+
+    active: Rank
+    """The rank of all of these together, divided by their number."""
+
+
+_RuleRank = Annotated[Annotated[Rank, Tag("plain")] | Annotated[Active, Tag("mapping")], _EitherWay]
+
+
 class Rule(Strict):
     r"""One entry of `targets`: what it matches, and values that differ from the config's.
 
@@ -211,12 +224,14 @@ class Rule(Strict):
 
     match: Pattern
     """Python regex; must match the end of a dotted name, from a dot or its start. In YAML, write it
-    in single quotes. Or all-linear: every linear layer but the model's output head."""
+    in single quotes. Or all-linear: every linear layer but the model's output head. Or all-experts:
+    every expert that a router chooses; all-linear leaves these to it."""
     kind: str | None = Field(None, min_length=1)
     """Only sites of this kind: linear, conv1d, embedding, conv, parameter, ..."""
     layers: Layers | None = None
     """Only names whose first number is one of these: 16-31, 4, or a list of such."""
-    rank: Rank | None = None
+    rank: _RuleRank | None = None
+    """The rank; or {active: 32} for experts: 32 divided by the number that a token goes to."""
     alpha: Alpha | None = None
     dropout: Dropout | None = None
     init: Init | None = None
@@ -328,7 +343,9 @@ class Config(Shown, YamlModel):
     """
 
     model_config = ConfigDict(title="lora_inject config")
-    inside: ClassVar = {"targets": Rule, "expect": Expect, "init": Normal, "layout": Axes}
+    inside: ClassVar = {
+        "targets": Rule, "expect": Expect, "init": Normal, "layout": Axes, "rank": Active,
+    }  # fmt: skip
     forms = "a Config, a dict, the path of a YAML file, or a LoraConfig"
 
     version: Literal[1] = 1
@@ -446,7 +463,7 @@ class Config(Shown, YamlModel):
 
         Examples:
             >>> sorted(Config.json_schema()["$defs"])
-            ['Axes', 'Expect', 'Normal', 'Rule']
+            ['Active', 'Axes', 'Expect', 'Normal', 'Rule']
         """
         schema = cls.model_json_schema(schema_generator=_FileSchema)
         targets = schema["properties"]["targets"]

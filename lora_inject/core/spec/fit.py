@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from lora_inject.core.spec.config import HYPER, Axes, Normal, Rule
+from lora_inject.core.spec.config import HYPER, Active, Axes, Normal, Rule
 from lora_inject.core.spec.inventory import Candidate
 from lora_inject.core.spec.names import counted
+from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import ROLES, Geometry, SiteSpec, Slices
 from lora_inject.errors import MatchError, article
 
@@ -23,6 +24,8 @@ def site_of_rule(candidate: Candidate, rule: Rule, i: int, asked: str) -> SiteSp
     numbers = {key: getattr(rule, key) for key in HYPER}
     if isinstance(rule.init, Normal):
         numbers["init"] = ("normal", rule.init.normal)
+    if isinstance(rule.rank, Active):
+        numbers["rank"] = room("mixtures").rank_of_each(candidate, rule.rank.active, asked)
     shape = _oriented(candidate, rule, asked)
     slices = _sliced(candidate, shape, rule, asked)
     site = SiteSpec(

@@ -8,7 +8,6 @@ inventory says so.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +24,7 @@ from lora_inject.core.spec.names import (
     quoted,
     templates,
 )
+from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import Geometry
 from lora_inject.errors import MatchError
 
@@ -56,6 +56,7 @@ class Candidate(NamedTuple):
     # names of the candidates that this one stands for: an attention module for its projections.
     # Such a name is not a site itself
     members: tuple[str, ...] = ()
+    active: int | None = None  # of experts: to how many of them a token goes, where it is known
 
     @property
     def geometry(self) -> Geometry:
@@ -82,8 +83,15 @@ class Candidate(NamedTuple):
         )
 
 
-_STACKED = re.compile(r"experts\\?\.[a-z(]")  # a pattern for a tensor that holds all experts
-_IN_EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.(\w+)$")
+class Mixture(NamedTuple):
+    """A block that sends each token to a few of its experts."""
+
+    name: str  # of the block
+    n_experts: int
+    top_k: int | None  # to how many experts a token goes, where it is known
+    experts: tuple[str, ...]  # names of the candidates that are experts, or stacks of them
+    routers: tuple[str, ...]  # names of what chooses
+    shared: tuple[str, ...]  # names of the other linear layers of the block
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,7 @@ class Inventory:
     aliases: Mapping[str, str] = field(default_factory=dict)
     heads: tuple[str, ...] = ()  # names of the output head, as the model states
     buffers: tuple[str, ...] = ()  # names of buffers, which cannot be targeted
+    mixtures: tuple[Mixture, ...] = ()  # the blocks that route tokens to experts
 
     @classmethod
     def from_keys(cls, shapes: Mapping[str, tuple[int, ...]]) -> Inventory:
@@ -144,6 +153,11 @@ class Inventory:
         """Names of all linear layers but the output head."""
         linear = (c.name for c in self.candidates if c.kind in LINEAR_KINDS)
         return dict.fromkeys(name for name in linear if name not in self.heads)
+
+    @cached_property
+    def experts(self) -> dict[str, None]:
+        """Names of the experts that routers choose among, stacked or not."""
+        return dict.fromkeys(name for mixture in self.mixtures for name in mixture.experts)
 
     @cached_property
     def weights(self) -> dict[str, int]:
@@ -193,11 +207,8 @@ class Inventory:
             found = f"matches only buffers: {quoted(buffers[:3])}"
             return MatchError(asked, found, "Name a module or a parameter; buffers do not train")
         found = f"matched none of {len(pools[-1]):,} names"
-        in_experts = [match[1] for match in map(_IN_EXPERT.search, pools[0]) if match]
-        if in_experts and _STACKED.search(pattern):
-            parts = "|".join(dict.fromkeys(in_experts))
-            found += "; experts are modules here, each of its own, as in transformers 4"
-            return MatchError(asked, found, rf"Match those: experts\.\d+\.({parts})")
+        if "experts" in pattern and (hint := room("mixtures").why_no_stack(pattern, pools[0])):
+            return MatchError(asked, f"{found}; {hint[0]}", hint[1])
         for pool in pools:
             if near := nearest_names(pattern, pool):
                 return MatchError(asked, found, f"Nearest: {quoted(near)}")

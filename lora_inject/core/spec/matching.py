@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from lora_inject.core.spec.config import ALL_LINEAR, Config
+from lora_inject.core.spec.config import ALL_EXPERTS, ALL_LINEAR, Config
 from lora_inject.core.spec.fit import notes, site_of_rule
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.names import (
@@ -25,8 +25,11 @@ from lora_inject.core.spec.names import (
     quoted,
 )
 from lora_inject.core.spec.plan import Plan, Skipped, Tied, Trained
+from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import LayerError, MatchError, nearest
+
+WORDS = (ALL_LINEAR, ALL_EXPERTS)  # rules that are no pattern
 
 
 def resolve(config: Config, inventory: Inventory) -> Plan:
@@ -35,7 +38,8 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
     Rules are tried in order and the first that matches a name takes it. A rule matches a module by
     its name or by any of its aliases. Where it matches a module and the module's own weight, the
     module is the site; a pattern that matches the weight alone (`q_proj\.weight`) makes a site of
-    the parameter. `all-linear` matches every linear layer but the output head.
+    the parameter. `all-linear` matches every linear layer but the output head, `all-experts` every
+    expert that a router chooses; where a config has both, all-linear leaves the experts out.
 
     An `exclude` entry takes out what it names *and all that lies below*: `vision_tower` keeps every
     rule off the whole tower, and `lm_head` off `lm_head.weight`, too. It takes out a shared module
@@ -65,7 +69,7 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
         trained=trained,
         skipped=tuple(rules.skipped),
         tied=_tied_by(rules.inventory, sites, found, trained),
-        notes=(*_head_notes(config, inventory), *notes(found, sites)),
+        notes=(*_word_notes(config, inventory, sites), *notes(found, sites)),
         n_base=sum(math.prod(shape) for shape in inventory.parameters.values()),
         assumed=inventory.assumed,
     )
@@ -92,7 +96,7 @@ class _Rules:
     def take(self, i: int) -> None:
         """Let rule `i` take its sites; raise if there are none."""
         rule, label = self.config.targets[i], _rule_label(self.config, i)
-        if self.inventory.assumed and (rule.kind is not None or rule.match == ALL_LINEAR):
+        if self.inventory.assumed and (rule.kind is not None or rule.match in WORDS):
             found = "a list of keys does not say which kind of layer a tensor belongs to"
             raise MatchError(label, found, "Give the folder with config.json, or write a pattern")
         names = self._names(i)
@@ -127,12 +131,8 @@ class _Rules:
     def _names(self, i: int) -> list[str]:
         """Return the names that a rule matches, in its layers."""
         rule, label, inventory = self.config.targets[i], _rule_label(self.config, i), self.inventory
-        if rule.match == ALL_LINEAR:
-            names = list(inventory.linear)
-            if not names:
-                but = " but its output head" if inventory.heads else ""
-                found = f"the model has no linear layers{but}"
-                raise MatchError(label, found, "Name what to adapt")
+        if rule.match in WORDS:
+            names = self._by_word(rule.match, label)
         else:
             names = matching(rule.match, inventory.names, asked=label)
             if not names:
@@ -144,6 +144,22 @@ class _Rules:
             span = f"Its layers are {min(numbers)} to {max(numbers)}" if numbers else ""
             raise MatchError(label, found, span or "Remove layers; no name that it matches has one")
         return inside
+
+    def _by_word(self, word: str, label: str) -> list[str]:
+        """Return the linear layers, without experts that another rule takes; or the experts."""
+        inventory = self.inventory
+        if word == ALL_EXPERTS:
+            if not inventory.experts:
+                raise MatchError(label, *room("mixtures").why_no_experts(inventory))
+            return list(inventory.experts)
+        words = {rule.match for rule in self.config.targets}
+        left = inventory.experts if ALL_EXPERTS in words else ()
+        names = [name for name in inventory.linear if name not in left]
+        if not names:
+            but = " but its output head" if inventory.heads else ""
+            found = f"the model has no linear layers{but}"
+            raise MatchError(label, found, "Name what to adapt")
+        return names
 
     def _taker(self, candidate: Candidate) -> str:
         """Return what took a candidate before: `exclude`, an earlier rule, or nothing."""
@@ -320,13 +336,15 @@ def _all_names(candidate: Candidate) -> tuple[str, ...]:
     return tuple(sorted({canonical(candidate.weight), *map(canonical, candidate.tied)}))
 
 
-def _head_notes(config: Config, inventory: Inventory) -> list[str]:
-    """Return a note on the output head that `all-linear` leaves out."""
-    if all(rule.match != ALL_LINEAR for rule in config.targets):
-        return []
-    if inventory.heads:
-        return [f"all-linear leaves out the output head {quoted(inventory.heads)}"]
-    return ["all-linear takes every linear layer: the model states no output head"]
+def _word_notes(config: Config, inventory: Inventory, sites: Sequence[SiteSpec]) -> Iterator[str]:
+    """Yield what rules that are a word leave out: the output head, and of experts."""
+    if any(rule.match == ALL_LINEAR for rule in config.targets):
+        if inventory.heads:
+            yield f"all-linear leaves out the output head {quoted(inventory.heads)}"
+        else:
+            yield "all-linear takes every linear layer: the model states no output head"
+    if inventory.mixtures:
+        yield from room("mixtures").notes_on_experts(config, inventory.mixtures, sites)
 
 
 def _check_expect(plan: Plan) -> None:

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from lora_inject.core.spec.columns import columns, sides
-from lora_inject.core.spec.config import Config, Normal, Rule
+from lora_inject.core.spec.config import Active, Config, Normal, Rule
 from lora_inject.core.spec.names import counted, templates
 from lora_inject.core.spec.shown import Shown
 from lora_inject.core.spec.sites import SiteSpec
@@ -141,7 +141,7 @@ def _lines(plan: Plan, width: int, *, everything: bool) -> Iterator[str]:
         yield "kinds are assumed from names and shapes"
     for i, rule in enumerate(plan.config.targets):
         sites = [site for site in plan.sites if site.rule == i]
-        numbers = _numbers(plan.config.filled(rule))
+        numbers = _numbers(plan.config.filled(rule), sites)
         yield from _filled(f"rule {i + 1} '{rule.match}': {numbers}", width)
         entries = [(site.name, _cells(site)) for site in sites]
         yield from _table(entries, width, everything=everything)
@@ -167,10 +167,13 @@ def _filled(line: str, width: int) -> list[str]:
     )
 
 
-def _numbers(rule: Rule) -> str:
-    root = f"sqrt({rule.rank})" if rule.scaling == "rslora" else str(rule.rank)
+def _numbers(rule: Rule, sites: Iterable[SiteSpec]) -> str:
+    shared = rule.rank
+    rank = " and ".join(str(r) for r in sorted({site.rank for site in sites}))
+    root = f"sqrt({rank})" if rule.scaling == "rslora" else rank
     init = f"normal({rule.init.normal:g})" if isinstance(rule.init, Normal) else str(rule.init)
-    parts = [f"rank {rule.rank}", f"scale {rule.alpha:g}/{root}", init]
+    of = f" ({shared.active} over a token's experts)" if isinstance(shared, Active) else ""
+    parts = [f"rank {rank}{of}", f"scale {rule.alpha:g}/{root}", init]
     parts += [f"dropout {rule.dropout:g}"] if rule.dropout else []
     parts += ["compute float32"] if rule.compute == "float32" else []
     parts += [str(rule.variant)] if rule.variant != "lora" else []

@@ -16,8 +16,10 @@ ROOMS = {
     "graphs": "lora_inject.compiled.graphs",
     "guards": "lora_inject.integrations.libraries",
     "hub": "lora_inject.formats.hub",
+    "mixtures": "lora_inject.experts.mixtures",
     "reached": "lora_inject.checks.reached",
     "sharding": "lora_inject.distributed.sharding",
+    "stacks": "lora_inject.experts.stacks",
 }
 """What is asked for, to the module that answers."""
 

@@ -1,0 +1,301 @@
+"""`all-experts`, rank for each active expert, and what a plan says of a mixture of experts.
+
+One table for all architectures: planned, trained, merged, exchanged, equal to the dense model.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import error, fill, same_bits
+from helpers.checkpoints import merged_on_disk
+from helpers.experts import MOE, MORE, experts, gradients_of_experts, with_expert_deltas
+from helpers.reference import EXACT, RANK, base_state, config, logits, refused
+from torch import Tensor, nn
+
+import lora_inject as li
+
+ALL = MOE | MORE
+ROUTED = {"match": "all-experts"}
+
+
+def stacks(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.dim() == 3}
+
+
+# ------------------------------------------------------------------- the table of architectures
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_all_experts_are_the_stacks_of_every_architecture(family: str) -> None:
+    model, layout = experts(family)
+    plan = li.plan(model, config("all-experts"))
+    assert {site.name for site in plan.sites} == {*stacks(model)}
+    assert all(site.transposed == (layout == "in_out") for site in plan.sites)
+    assert plan.n_lora == sum(RANK * len(p) * sum(p.shape[1:]) for p in stacks(model).values())
+    routers = next(note for note in plan.notes if "experts, " in note)
+    assert "router not adapted" in routers
+
+
+@pytest.mark.parametrize("family", MORE)
+def test_experts_train_and_merge_as_the_dense_model(family: str) -> None:
+    plain, layout = experts(family)
+    plain = plain.double()
+    model = copy.deepcopy(plain)
+    li.inject(model, config("all-experts"))
+    assert same_bits(logits(model), logits(plain))
+    fill(model)
+    wide = with_expert_deltas(plain, model, layout)
+    assert error(logits(plain), logits(wide)) > 1e-3
+    assert error(logits(model), logits(wide)) < EXACT
+    gradients_of_experts(model, wide, layout)
+    li.merge(model)
+    assert error(logits(model), logits(wide)) < EXACT
+    li.unmerge(model)
+    assert all(same_bits(t, plain.state_dict()[k]) for k, t in base_state(model).items())
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_experts_are_merged_on_disk(family: str, tmp_path: Path) -> None:
+    plain, layout = experts(family)
+    model = fill(li.inject(copy.deepcopy(plain), config("all-experts")))
+    li.save_adapter(model, tmp_path / "adapter")
+    merged = merged_on_disk(plain, tmp_path / "adapter", tmp_path)
+    for name, p in stacks(with_expert_deltas(plain, model, layout)).items():
+        assert error(merged.get_parameter(name), p) < 1e-6, name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ALL)
+def test_experts_are_exchanged_with_peft_both_ways(family: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    plain, _ = experts(family)
+    model = fill(li.inject(copy.deepcopy(plain), config("all-experts")))
+    li.save_adapter(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours")
+    assert error(logits(theirs), logits(model)) < 1e-5
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = li.load_adapter(copy.deepcopy(plain), tmp_path / "theirs")
+    assert error(logits(again), logits(model)) < 1e-5
+
+
+# ------------------------------------------------------------------------------- what is an expert
+
+
+class Expert(nn.Module):
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, width), nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())  # type: ignore[no-any-return]
+
+
+class Routed(nn.Module):
+    """Experts in a list, as remote code and transformers 4 have them."""
+
+    def __init__(self, top_k: Any = 2, n: int = 3, outputs: int = 3) -> None:
+        super().__init__()
+        if top_k is not None:
+            self.top_k = top_k
+        self.gate = nn.Linear(4, outputs, bias=False)
+        self.blocks = nn.ModuleList(Expert() for _ in range(n))
+        self.always = Expert()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.gate(x).softmax(-1).topk(2)
+        y = self.always(x)
+        for n, block in enumerate(self.blocks):
+            y = y + (weights * (chosen == n)).sum(-1, keepdim=True) * block(x)
+        return y  # type: ignore[no-any-return]
+
+
+class Stacked(nn.Module):
+    """A stack that no class of transformers knows."""
+
+    def __init__(self, top_k: int | None = 2) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 3)
+        self.w = nn.Parameter(torch.randn(3, 4, 4))
+        self.k = top_k
+        if top_k is not None:
+            self.num_experts_per_tok = top_k
+
+
+LISTED = {f"0.blocks.{n}.{part}" for n in range(3) for part in ("up", "down")}
+
+
+def test_experts_in_a_list_are_known_by_the_router_beside_them() -> None:
+    model = nn.Sequential(Routed())
+    plan = li.plan(model, {"targets": ["all-experts"]})
+    assert {site.name for site in plan.sites} == LISTED
+    (note,) = plan.notes[:1]
+    assert note == (
+        "1 block of 3 experts, 2 of them for each token; router not adapted: '0.gate'; "
+        "shared not adapted: '0.always.up', '0.always.down'"
+    )
+
+
+def test_all_linear_leaves_experts_in_a_list_to_all_experts() -> None:
+    model, x = nn.Sequential(Routed()).double(), torch.randn(5, 4, dtype=torch.float64)
+    alone = li.plan(model, {"targets": ["all-linear"]})
+    assert {site.name for site in alone.sites} > LISTED
+    both = {"rank": 3, "targets": ["all-linear", {"match": "all-experts", "rank": {"active": 2}}]}
+    plan = li.plan(model, both)
+    assert {site.name: site.rank for site in plan.sites if site.rule == 1} == dict.fromkeys(
+        LISTED, 1
+    )
+    assert {site.name for site in plan.sites if site.rule == 0} == {
+        "0.gate",
+        "0.always.up",
+        "0.always.down",
+    }
+    wanted = model(x)
+    assert same_bits(li.inject(model, both)(x), wanted)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        Routed(top_k=None),
+        Routed(outputs=5),
+        Routed(top_k=True),
+        nn.ModuleList(Expert() for _ in range(3)),
+    ],
+    ids=["no top_k", "no router", "no number", "a list of layers"],
+)
+def test_a_list_without_a_router_that_chooses_is_no_experts(block: nn.Module) -> None:
+    model = nn.Sequential(block)
+    config = {"targets": ["all-experts"]}
+    refused(
+        model, lambda: li.inject(model, config), li.MatchError, "no experts that a router chooses"
+    )
+
+
+def test_layers_of_other_shapes_are_no_experts() -> None:
+    block = Routed()
+    block.blocks[1] = Expert(7)
+    with pytest.raises(li.MatchError, match="no experts that a router chooses"):
+        li.plan(nn.Sequential(block), {"targets": ["all-experts"]})
+
+
+def test_a_stack_of_an_unknown_class_is_experts_beside_a_router_and_asks_for_its_layout() -> None:
+    model = nn.Sequential(Stacked())
+    with pytest.raises(li.MatchError, match="which side is the input"):
+        li.plan(model, {"targets": ["all-experts"]})
+    plan = li.plan(model, {"targets": [{"match": "all-experts", "layout": "out_in"}]})
+    assert [site.name for site in plan.sites] == ["0.w"]
+    with pytest.raises(
+        li.MatchError, match=r"no experts .*it has '0.w'.*Name the stack by a pattern"
+    ):
+        li.plan(nn.Sequential(Stacked(None)), {"targets": ["all-experts"]})
+
+
+def test_a_head_with_as_many_outputs_as_layers_is_no_router() -> None:
+    """The config of a mixture says top_k for the whole model; a list of layers is no experts."""
+    model: Any = nn.Module()
+    model.config = type("Config", (), {"num_experts_per_tok": 2})()
+    model.layers, model.score = nn.ModuleList(Expert() for _ in range(3)), nn.Linear(4, 3)
+    with pytest.raises(li.MatchError, match="no experts"):
+        li.plan(model, {"targets": ["all-experts"]})
+
+
+def test_a_list_of_keys_does_not_say_what_an_expert_is() -> None:
+    from lora_inject.core.spec.config import Config
+    from lora_inject.core.spec.inventory import Inventory
+    from lora_inject.core.spec.matching import resolve
+
+    keys = Inventory.from_keys({"experts.up": (3, 4, 4), "gate.weight": (3, 4)})
+    with pytest.raises(li.MatchError, match="does not say which kind"):
+        resolve(Config.from_dict({"targets": ["all-experts"]}), keys)
+
+
+# ------------------------------------------------------------------ rank for the active experts
+
+
+def test_the_rank_of_active_experts_is_divided_by_the_model_s_own_number() -> None:
+    for family, rank in (("qwen3_moe", 16), ("llama4", 32)):
+        model, _ = experts(family)
+        config = {"alpha": 32, "targets": [{"match": "all-experts", "rank": {"active": 32}}]}
+        plan = li.plan(model, config)
+        assert {(site.rank, site.alpha, site.scale) for site in plan.sites} == {
+            (rank, 32, 32 / rank)
+        }
+        count = {
+            "sites": 2,
+            "lora": rank * sum(len(p) * sum(p.shape[1:]) for p in stacks(model).values()),
+        }
+        assert plan.n_lora == count["lora"]
+        li.inject(model, config | {"expect": count})
+        assert f"rank {rank} (32 over a token's experts), scale 32/{rank}" in str(plan)
+        assert li.Config.from_text(plan.config.to_yaml()) == plan.config
+
+
+def test_the_rank_is_the_whole_part() -> None:
+    model, _ = experts("mixtral")
+    (rank,) = {
+        s.rank for s in li.plan(model, {"targets": [ROUTED | {"rank": {"active": 5}}]}).sites
+    }
+    assert rank == 2
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (ROUTED | {"rank": {"active": 1}}, "a token goes to 2 experts. Give active: 2 or more"),
+        ({"match": "q_proj", "rank": {"active": 8}}, "does not say to how many experts"),
+    ],
+)
+def test_a_rank_that_cannot_be_divided_is_refused(target: Any, words: str) -> None:
+    model, _ = experts("mixtral")
+    refused(model, lambda: li.inject(model, {"targets": [target]}), li.MatchError, words)
+
+
+@pytest.mark.parametrize(
+    ("rank", "words"),
+    [
+        ({"active": 0}, r"targets\[0\].rank.active.*0 is not accepted"),
+        ({"activ": 8}, "unknown key 'activ'. Did you mean 'active'"),
+        ("8", "'8' is a word. Write 8"),
+    ],
+)
+def test_a_rank_is_a_number_or_the_rank_of_active_experts(rank: Any, words: str) -> None:
+    with pytest.raises(li.ConfigError, match=words):
+        li.Config.from_dict({"targets": [{"match": "all-experts", "rank": rank}]})
+
+
+# ------------------------------------------------------------------------ what is left out is said
+
+
+def test_a_plan_a_summary_and_a_card_say_that_all_linear_leaves_the_experts_out(
+    tmp_path: Path,
+) -> None:
+    said = "ll-linear leaves out the experts 'model.layers.0.mlp.experts.gate_up_proj', "
+    model, _ = experts("qwen3_moe")
+    config = {"targets": ["all-linear"]}
+    assert any(said in note for note in li.plan(model, config).notes)
+    fill(li.inject(model, config))
+    logits(model)
+    assert f"default: a{said}" in li.summary(model)
+    li.save_adapter(model, tmp_path / "adapter")
+    assert f"\nA{said}" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_nothing_is_said_of_experts_where_all_are_adapted_or_a_pattern_chose(
+    tmp_path: Path,
+) -> None:
+    for targets in (["all-linear", "all-experts"], ["q_proj"]):
+        model, _ = experts("qwen3_moe")
+        fill(li.inject(model, {"targets": targets}))
+        logits(model)
+        li.save_adapter(model, tmp_path / targets[0])
+        texts = [li.summary(model), (tmp_path / targets[0] / "README.md").read_text()]
+        assert not any("leaves out the experts" in text for text in texts)
+
+
+def test_experts_that_a_rule_excludes_are_named() -> None:
+    model, _ = experts("qwen3_moe")
+    plan = li.plan(model, {"targets": ["all-experts"], "exclude": ["down_proj"]})
+    assert "not adapted of the experts: 'model.layers.0.mlp.experts.down_proj'" in plan.notes
