@@ -35,15 +35,14 @@ from lora_inject.core.functional.weight import (
     low_rank,
     low_rank_of_each,
 )
+from lora_inject.core.layers.plain_tensors import reads_as_sum
 from lora_inject.errors import LayerError
-from lora_inject.experts.packed_experts import PackedExperts
 from lora_inject.experts.picking import PICKED, writes
 from lora_inject.experts.unstored import DEVICE, can_make, unstored
 from lora_inject.private import look_up
 from lora_inject.trees import tree_map_only
 
 PLAIN = (Tensor, nn.Parameter)
-
 
 # What a Parameter has as `__torch_function__` runs a function, past that of any subclass.
 _run_plainly: Any = nn.Parameter.__torch_function__
@@ -78,7 +77,7 @@ def lazy_weight(
     stacked = updates[0][0].experts is not None if updates else weight.dim() == 3
     matrices = weight.dim() == (3 if stacked else 2)
     can_wait = (
-        type(weight) in (*PLAIN, PackedExperts)
+        (type(weight) in PLAIN or reads_as_sum(weight))
         and (matrices or any_shape)
         and weight.is_floating_point()
         and not (float32 and weight.dtype.itemsize < 4)
