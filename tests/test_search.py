@@ -327,7 +327,7 @@ def test_the_command_writes_config_adapter_and_page(folder, run) -> None:
     [
         ("rows.jsonl", '{"text": "a"}\n', (), "it has 1 row, and two batches take 8, one held out"),
         ("rows.jsonl", None, ("--held-out", "one.txt"), "it has 1 row, and a batch takes 4. Give"),
-        ("rows.jsonl", '{"txt": "a"}\n', (), "line 1: its keys are ['txt']. Write"),
+        ("rows.jsonl", '{"txt": "a"}\n', (), "line 1: it holds {'txt': str}. Write"),
         ("rows.jsonl", "a\n", (), "line 1: it is not JSON"),
         ("rows.jsonl", None, ("--length", "2"), "rows have no completion within --length"),
         ("rows.jsonl", None, ("--held-out", "none.txt"), "No such file or directory. Give a file"),

@@ -164,8 +164,17 @@ def _print_difference(found: Difference, *, everything: bool) -> None:
         where = "in only one of them" if distance is None else f"|one - two| = {distance:.3g}"
         show.say(f"trained {name}: {where}")
     cosine = "-" if found.cosine is None else f"{found.cosine:.6f}"
-    same = "equal in every bit" if found.equal else "not equal"
-    show.say_words(f"{same}; |one - two| = {found.distance:.6g}, cosine {cosine}, over all sites")
+    show.say_words(
+        f"{_likeness(found)}; |one - two| = {found.distance:.6g}, cosine {cosine}, over all sites"
+    )
+
+
+def _likeness(difference: Difference) -> str:
+    if difference.equal:
+        return "equal in every bit"
+    if difference.distance == 0 and all(distance == 0 for distance in difference.trained.values()):
+        return "equal values; the configs or fingerprints differ"
+    return "not equal"
 
 
 @app.command("convert")

@@ -132,7 +132,8 @@ def _row(line: str, asked: str) -> Row:
     row = data if isinstance(data, dict) else {}
     prompt, completion = row.get("prompt", ""), row.get("completion", row.get("text"))
     if not isinstance(prompt, str) or not isinstance(completion, str):
-        raise ConfigError(asked, f"its keys are {sorted(row)}", remedy)
+        keys = ", ".join(f"{key!r}: {type(value).__name__}" for key, value in sorted(row.items()))
+        raise ConfigError(asked, f"it holds {{{keys}}}", remedy)
     return prompt, completion
 
 

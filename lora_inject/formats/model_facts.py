@@ -97,7 +97,9 @@ class ModelFacts:
     def text_config(self, why: str) -> Mapping[str, Any]:
         """Return the config of the language model, which may be nested; `why` it is needed."""
         if not self.config:
-            raise FormatError("", f"it depends on the base {why}", _NO_CONFIG)
+            raise FormatError(
+                "", f"the base's config is not given, and it decides {why}", _NO_CONFIG
+            )
         inner = self.config.get("text_config")
         return {**self.config, **inner} if isinstance(inner, Mapping) else self.config
 

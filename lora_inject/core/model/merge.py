@@ -189,9 +189,10 @@ def root_of(survey: Survey) -> Root:
         return root
     raise StateError(
         "merge or unmerge",
-        "the module is not an injected root"
-        + (f"; its roots are {sorted(inner)}" if inner else ""),
-        "Call it on the module that was injected",
+        f"parts of this module were injected, each alone: {sorted(inner)}"
+        if inner
+        else "this module has no adapters",
+        "Call it on the model that was given to inject",
     )
 
 
