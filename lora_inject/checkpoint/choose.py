@@ -154,35 +154,43 @@ class Fit:
 
     def check_same_base(self) -> None:
         """Refuse an adapter whose fingerprint is off by more than a rounding to bfloat16."""
-        checkpoint, saved = self.checkpoint, self.adapter.state.fingerprint
+        saved = self.adapter.state.fingerprint
         if saved is None:
             return
-        shapes, samples, packed, moved = {}, {}, {}, {}
+        here = self._fingerprint_here(saved)
+        known = saved.without(saved.shapes.keys() - here.shapes.keys())
+        if known is not None and (differences := base_differences(known, here)):
+            name, how = next(iter(differences.items()))
+            n_differ, n_compared = len(differences), len(here.shapes)
+            raise CheckpointError(
+                f"merge {self.adapter.label} into '{self.checkpoint.folder}'",
+                f"it was made on another base: {n_differ} of {n_compared} weights differ, "
+                f"'{name}' {how}",
+                "Use the base that it was trained on, or pass any_base=True to merge all the same",
+            )
+
+    def _fingerprint_here(self, saved: Fingerprint) -> Fingerprint:
+        """Return what the files say about the weights of a fingerprint; not all can be compared."""
+        checkpoint = self.checkpoint
+        shapes: dict[str, tuple[int, ...]] = {}
+        samples: dict[str, tuple[float, ...]] = {}
+        packings: dict[str, str] = {}
+        moved: dict[str, Moved] = {}
         for name, shape in saved.shapes.items():
-            if name in self.adapter.state.trained:  # replaced
-                continue
             entry = checkpoint.tensors.get(self.rule(name) or name)
-            if entry is None:
+            if entry is None or name in self.adapter.state.trained:  # absent, or replaced
                 continue
             if entry.name in checkpoint.packed:
-                if name in saved.quantized and (said := checkpoint.packed[entry.name].packing()):
-                    shapes[name], packed[name] = tuple(shape), said
+                packing = checkpoint.packed[entry.name].packing()
+                if packing and name in saved.quantized:
+                    shapes[name], packings[name] = tuple(shape), packing
             # Places depend on the shape: in stacked, cut and grown tensors they have other values.
             elif entry.shape == tuple(shape) and entry.dtype in FLOATS:
                 shapes[name], samples[name] = entry.shape, checkpoint.sample(entry)
                 if name in saved.moved:
                     positions = saved.moved[name].positions
                     moved[name] = Moved(positions, checkpoint.sample(entry, positions))
-        known = saved.without(saved.shapes.keys() - shapes.keys())
-        here = Fingerprint(shapes, samples, packed, moved)
-        if known is not None and (differences := base_differences(known, here)):
-            name, how = next(iter(differences.items()))
-            raise CheckpointError(
-                f"merge {self.adapter.label} into '{checkpoint.folder}'",
-                f"it was made on another base: {len(differences)} of {len(shapes)} weights differ, "
-                f"'{name}' {how}",
-                "Use the base that it was trained on, or pass any_base=True to merge all the same",
-            )
+        return Fingerprint(shapes, samples, packings, moved)
 
     def grown_copies(self) -> Iterator[tuple[str, TensorEntry, Tensor]]:
         """Yield the adapter's copies of base tensors that grew; refuse others that differ."""

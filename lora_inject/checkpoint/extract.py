@@ -8,7 +8,7 @@ listed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,26 @@ def difference_of(
     The adapter's scale is 1 everywhere, and it has the base's fingerprint. Arguments and errors are
     those of `extract_adapter`.
     """
+    _check_arguments(rank, energy)
+    extraction = _Extraction(Checkpoint.open(base), Checkpoint.open(tuned), rank, energy, full)
+    _check_names(extraction)
+    results, tensors = list[Extracted](), extraction.tuned.tensors
+    for name in counting_bytes({name: entry.n_bytes for name, entry in tensors.items()}, progress):
+        if (result := extraction.take(tensors[name])) is not None:
+            results.append(result)
+    n_equal = len(tensors) - len(results)
+    if not extraction.sites and not extraction.trained:
+        problem = (
+            f"{n_equal} tensors equal the base's and {len(results)} differ in what is not low rank"
+        )
+        remedy = "Check the paths; where only small tensors were trained, pass full=True"
+        raise CheckpointError(f"extract an adapter from '{tuned}'", problem, remedy)
+    fingerprint = _fingerprint_of(extraction.base, leave_out=extraction.trained)
+    state = AdapterState(extraction.sites, extraction.trained, fingerprint=fingerprint)
+    return state, ExtractReport(tuple(results), n_equal, len(state.sites))
+
+
+def _check_arguments(rank: int | None, energy: float | None) -> None:
     if rank is None and energy is None:
         raise CheckpointError("extract", "neither rank nor energy was given", "Give one or both")
     if rank is not None and rank < 1:
@@ -147,28 +167,16 @@ def difference_of(
     if energy is not None and not 0 < energy <= 1:
         remedy = "Give a number above 0, at most 1"
         raise CheckpointError(f"extract energy {energy}", "it is not a share", remedy)
-    extraction = _Extraction(Checkpoint.open(base), Checkpoint.open(tuned), rank, energy, full)
-    _check_names(extraction)
-    found, tensors = list[Extracted](), extraction.tuned.tensors
-    for name in counting_bytes({name: entry.n_bytes for name, entry in tensors.items()}, progress):
-        found += extraction.take(tensors[name])
-    n_equal = len(tensors) - len(found)
-    if not extraction.sites and not extraction.trained:
-        held = f"{n_equal} tensors equal the base's and {len(found)} differ in what is not low rank"
-        remedy = "Check the paths; where only small tensors were trained, pass full=True"
-        raise CheckpointError(f"extract an adapter from '{tuned}'", held, remedy)
-    stored, trained = extraction.base.tensors, extraction.trained
-    entries = {
-        name: stored[name]
-        for name in sorted(stored.keys() - trained.keys())
-        if stored[name].dtype in FLOATS
-    }
-    known = Fingerprint(
+
+
+def _fingerprint_of(base: Checkpoint, leave_out: Collection[str]) -> Fingerprint:
+    """Return shapes and samples of a base's float tensors."""
+    names = sorted(base.tensors.keys() - set(leave_out))
+    entries = {name: base.tensors[name] for name in names if base.tensors[name].dtype in FLOATS}
+    return Fingerprint(
         {name: entry.shape for name, entry in entries.items()},
-        {name: extraction.base.sample(entry) for name, entry in entries.items()},
+        {name: base.sample(entry) for name, entry in entries.items()},
     )
-    state = AdapterState(extraction.sites, extraction.trained, fingerprint=known)
-    return state, ExtractReport(tuple(found), n_equal, len(state.sites))
 
 
 def _check_names(extraction: _Extraction) -> None:
@@ -205,30 +213,29 @@ class _Extraction:
         source = self.of.source_of(name) if name not in stored and self.of.known else name
         return stored.get(source or "")
 
-    def take(self, after: TensorEntry) -> Iterator[Extracted]:
-        """Add one tensor's difference to the adapter, and yield its result if it differs."""
+    def take(self, after: TensorEntry) -> Extracted | None:
+        """Add one tensor's difference to the adapter; None if it does not differ."""
         name, before = after.name, self.before(after.name)
         assert before is not None  # as checked
+        same_shape = after.shape == before.shape
         if not {after.dtype, before.dtype} <= FLOATS.keys() or not after.n_elements:
-            if after.shape != before.shape:
-                yield Extracted(name, "left")
-            return
-        if after.shape != before.shape:
-            yield self._whole(after, None)
-            return
+            return None if same_shape else Extracted(name, "left")
+        if not same_shape:
+            return self._whole(after, None)
         difference, size = self._difference(after, before)
         delta = float(torch.linalg.vector_norm(difference, dtype=torch.float64))
         if not math.isfinite(delta):
-            found, remedy = "one of the two holds NaN or Inf", "It is damaged; fetch it again"
-            raise CheckpointError(f"compare '{name}'", found, remedy)
+            problem, remedy = "one of the two holds NaN or Inf", "It is damaged; fetch it again"
+            raise CheckpointError(f"compare '{name}'", problem, remedy)
+        if not delta:
+            return None
         relative = delta / size if size else None
-        if delta and (len(after.shape) < 2 or min(matrix_of(after.shape)) < 2):
-            yield self._whole(after, relative)
-        elif delta:
-            site, held, exact = self._site(name, difference)
-            for each in (site, *self._tied(name, site)):
-                self.sites[each.spec.name] = each
-            yield Extracted(name, "low rank", relative, site.spec.rank, held, exact)
+        if min(matrix_of(after.shape)) < 2:
+            return self._whole(after, relative)
+        site, held, exact = self._site(name, difference)
+        for update in (site, *self._tied(name, site)):
+            self.sites[update.spec.name] = update
+        return Extracted(name, "low rank", relative, site.spec.rank, held, exact)
 
     def _whole(self, after: TensorEntry, relative: float | None) -> Extracted:
         """Store a tensor without a low-rank form in full, if `full` is set."""
@@ -254,16 +261,14 @@ class _Extraction:
         """Decompose one tensor; decompose a stack matrix by matrix, to one rank."""
         shape = tuple(difference.shape)
         stacked = len(shape) == 3 and not name.endswith(".weight")
-        matrices = difference.reshape(-1, *matrix_of(shape[1:] if stacked else shape))
-        found = [decompose(matrix, self.rank, self.energy) for matrix in matrices]
-        spec = self._spec(
-            name, shape, max(len(d.S) for d in found), len(found) if stacked else None
-        )
-        halves = [_halves(d, spec.rank, spec.transposed) for d in found]
-        A, B = (torch.stack(side) if stacked else side[0] for side in zip(*halves, strict=True))
-        total = sum(d.total for d in found)
-        held = sum(d.energy * d.total for d in found) / total if total else 1.0
-        return SiteState(spec, A, B), held, all(d.exact for d in found)
+        matrix = matrix_of(shape[1:] if stacked else shape)
+        parts = [
+            decompose(part, self.rank, self.energy) for part in difference.reshape(-1, *matrix)
+        ]
+        rank = max(len(part.S) for part in parts)
+        spec = self._spec(name, shape, rank, len(parts) if stacked else None)
+        A, B = _factors(parts, spec)
+        return SiteState(spec, A, B), _energy_of(parts), all(part.exact for part in parts)
 
     def _further(self, name: str) -> list[str]:
         """Return the names of tied tensors that neither checkpoint holds apart."""
@@ -289,28 +294,47 @@ class _Extraction:
         self, weight: str, shape: tuple[int, ...], rank: int, experts: int | None = None
     ) -> SiteSpec:
         """Return the site of a weight, of the kind of layer that the class says; else linear."""
-        matrix = self.of.known and len(shape) == 2
-        if not weight.endswith(".weight"):
-            kind = "parameter"
-        elif len(shape) > 2:
-            kind = "conv"
-        elif matrix and isinstance(self.of.module_of(weight), torch.nn.Embedding):
-            kind = "embedding"
-        else:
-            kind = "conv1d" if matrix and self.of.transposed(weight) else "linear"
+        kind = self._kind(weight, shape)
         transposed = kind in {"conv1d", "embedding"}
         if kind == "parameter" and self.of.known:  # of square experts the shape says nothing
             transposed = bool(self.of.transposed(weight))
-        n_out, n_in = matrix_of(shape if experts is None else shape[1:])[:: -1 if transposed else 1]
+        n_out, n_in = matrix_of(shape if experts is None else shape[1:])
+        if transposed:
+            n_out, n_in = n_in, n_out
         name = weight.removesuffix(".weight")
         spec = SiteSpec(name, kind, n_in, n_out, shape, rank, float(rank), weight=weight)
         return replace(spec, transposed=transposed, experts=experts)
 
+    def _kind(self, weight: str, shape: tuple[int, ...]) -> str:
+        if not weight.endswith(".weight"):
+            return "parameter"
+        if len(shape) > 2:
+            return "conv"
+        if not self.of.known or len(shape) != 2:
+            return "linear"
+        if isinstance(self.of.module_of(weight), torch.nn.Embedding):
+            return "embedding"
+        return "conv1d" if self.of.transposed(weight) else "linear"
 
-def _halves(found: Decomposed, rank: int, transposed: bool) -> tuple[Tensor, Tensor]:
+
+def _factors(parts: Sequence[Decomposed], spec: SiteSpec) -> tuple[Tensor, Tensor]:
+    """Return A and B of a site, stacked if it has experts."""
+    halves = [_halves(part, spec.rank, spec.transposed) for part in parts]
+    if spec.experts is None:
+        return halves[0]
+    return torch.stack([A for A, _ in halves]), torch.stack([B for _, B in halves])
+
+
+def _energy_of(parts: Sequence[Decomposed]) -> float:
+    """Return the share of the squares of all matrices that their decompositions hold."""
+    total = sum(part.total for part in parts)
+    return sum(part.energy * part.total for part in parts) / total if total else 1.0
+
+
+def _halves(part: Decomposed, rank: int, transposed: bool) -> tuple[Tensor, Tensor]:
     """Return A and B, each with half of the singular values, padded with zeros to `rank`."""
-    root, pad = found.S.sqrt(), rank - len(found.S)
-    left = torch.nn.functional.pad(found.U * root, (0, pad))
-    right = torch.nn.functional.pad((found.V * root).T, (0, 0, 0, pad))
+    root, pad = part.S.sqrt(), rank - len(part.S)
+    left = torch.nn.functional.pad(part.U * root, (0, pad))
+    right = torch.nn.functional.pad((part.V * root).T, (0, 0, 0, pad))
     A, B = (left.T, right.T) if transposed else (right, left)
     return A.contiguous(), B.contiguous()

@@ -126,18 +126,26 @@ class _Run:
                 if first:
                     self.staging.open(_identity(self.plan))
             with self.processes.together():
-                self._find_finished()
-                resumed = tuple(self.records)
-                todo = [shard for shard in self.mine if shard.name not in self.records]
-                _check_space(self.staging.output, sum(shard.n_bytes for shard in todo))
-                self.counted(sum(s.data_bytes for s in self.mine if s not in todo))
-                for shard in todo:
-                    self._write(shard)
+                resumed = self._write_share()
             self._find_finished()
             with self.processes.together():
                 self._check_kept()
                 if first:
                     self._publish()
+        return self._report(resumed, began)
+
+    def _write_share(self) -> tuple[str, ...]:
+        """Write this process's files; return those that an earlier run had finished."""
+        self._find_finished()
+        resumed = tuple(self.records)
+        todo = [shard for shard in self.mine if shard.name not in self.records]
+        _check_space(self.staging.output, sum(shard.n_bytes for shard in todo))
+        self.counted(sum(shard.data_bytes for shard in self.mine if shard not in todo))
+        for shard in todo:
+            self._write(shard)
+        return resumed
+
+    def _report(self, resumed: tuple[str, ...], began: float) -> MergeReport:
         tensors = [tensor for shard in self.plan.shards for tensor in self.records[shard.name]]
         return MergeReport(
             adapters=tuple((adapter.label, adapter.weight) for adapter in self.plan.adapters),

@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from lora_inject.checkpoint.merge_inputs import (
     weighted_adapters,
 )
 from lora_inject.checkpoint.output_files import OutputShard, TensorJob, clash, lay_out
+from lora_inject.checkpoint.packed import Packed
+from lora_inject.checkpoint.place import Placed
 from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES, unpacked, why_no_update
 from lora_inject.core.files.safetensors_file import DTYPE_BITS, FLOATS
 from lora_inject.errors import CheckpointError
@@ -209,19 +212,22 @@ def _new_index(checkpoint: Checkpoint, shards: Sequence[OutputShard]) -> bytes |
     """Return the index of a changed layout; None if the base's own index is still right."""
     if checkpoint.index is None or all(shard.same_layout for shard in shards):
         return None
+    files = {name: shard.name for shard in shards for name in shard.header.tensors}
+    order = [name for name in checkpoint.index["weight_map"] if name in files]
     index = dict(checkpoint.index)
-    found = {name: (shard.name, e) for shard in shards for name, e in shard.header.tensors.items()}
-    order = [name for name in index["weight_map"] if name in found]
-    index["weight_map"] = {name: found[name][0] for name in (*order, *found)}
-    entries = [entry for _, entry in found.values()]
-    metadata = dict(index.get("metadata") or {})
+    index["weight_map"] = {name: files[name] for name in (*order, *files)}
+    index["metadata"] = _new_metadata(dict(index.get("metadata") or {}), shards)
+    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _new_metadata(metadata: dict[str, Any], shards: Sequence[OutputShard]) -> dict[str, Any]:
+    """Return the metadata of an index with the sizes of the output."""
+    entries = [entry for shard in shards for entry in shard.header.tensors.values()]
     metadata["total_size"] = sum(entry.n_bytes for entry in entries)
     if "total_parameters" in metadata:
-        metadata["total_parameters"] = sum(
-            entry.n_elements for entry in entries if DTYPE_BITS[entry.dtype] >= 16
-        )
-    index["metadata"] = metadata
-    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+        parameters = [entry for entry in entries if DTYPE_BITS[entry.dtype] >= 16]
+        metadata["total_parameters"] = sum(entry.n_elements for entry in parameters)
+    return metadata
 
 
 # What follows from the updates ------------------------------------------------------------------
@@ -265,29 +271,41 @@ class _Settled:
             self.config_changes["quantization_config"] = None
 
     def _untie(self) -> None:
-        """Write every tensor of a cut tie separately."""
-        # Replaced rows are the exception: PEFT writes them into the tied head, too.
-        touched = {name for name, job in self.jobs.items() if job.placed or not job.rows}
-        if not any(_may_be_tied(self.jobs[name]) for name in touched):
+        """Write every tensor of a cut tie separately.
+
+        A tie is cut if some of its tensors change and the others would not: then all are written.
+        """
+        touched = self._touched()
+        if not touched:
             return
         cut = [group for group in self.of.ties if touched & group and not self._stays(group)]
+        if not cut:
+            return
+        self._check_separable(touched, cut)
+        self._store_apart()
+        untied = [job.name for job in self.jobs.values() if job.source and not job.stored]
+        self.notes += [f"'{name}' was tied and becomes a separate tensor" for name in untied]
+        if self.checkpoint.config:
+            self.config_changes |= UNTIED
+
+    def _touched(self) -> set[str]:
+        """Return the tensors whose change may cut a tie; none if no tie can be concerned."""
+        # Replaced rows are the exception: PEFT writes them into the tied head, too.
+        touched = {name for name, job in self.jobs.items() if job.placed or not job.rows}
+        may_cut = any(_may_be_tied(self.jobs[name]) for name in touched)
+        return touched if may_cut else set()
+
+    def _check_separable(self, touched: set[str], cut: Iterable[frozenset[str]]) -> None:
+        """Refuse to cut a tie whose tensors the class of the base cannot load apart."""
         for group in cut:
             if stuck := touched & group & self.of.inseparable:
                 classes = self.checkpoint.config.get("architectures") or ["of the base"]
                 raise CheckpointError(
                     f"merge into '{min(stuck)}'",
-                    f"other layers share its tensor, and the class {classes[0]} cannot load them "
-                    "apart",
+                    "other layers share its tensor, and the class "
+                    f"{classes[0]} cannot load them apart",
                     "Adapt other layers, or keep this adapter unmerged",
                 )
-        if not cut:
-            return
-        self._store_apart()
-        for name, job in self.jobs.items():
-            if not job.stored and job.source is not None:
-                self.notes.append(f"'{name}' was tied and becomes a separate tensor")
-        if self.checkpoint.config:
-            self.config_changes |= UNTIED
 
     def _stays(self, group: frozenset[str]) -> bool:
         """Whether a tie holds after the merge; then its other names stay out of the files."""
@@ -327,11 +345,15 @@ class _Settled:
             if entry.name not in self.jobs and entry.dtype in FLOATS and entry.dtype != dtype:
                 self._add(entry.name, entry.name, "cast")
         for job in self.jobs.values():
-            job.dtype = dtype if job.dtype in FLOATS else job.dtype
+            if job.dtype in FLOATS:
+                job.dtype = dtype
         if self.checkpoint.config:
-            keys = [k for k in ("dtype", "torch_dtype") if any(k in t for t in self._tables)]
-            for key in keys or ["torch_dtype"]:
-                self.config_changes[key] = self.options.dtype
+            self.config_changes |= dict.fromkeys(self._dtype_keys(), self.options.dtype)
+
+    def _dtype_keys(self) -> list[str]:
+        """Return the keys under which the config has its dtype; the usual one if it has none."""
+        keys = [key for table in self._tables for key in ("dtype", "torch_dtype") if key in table]
+        return keys or ["torch_dtype"]
 
     def _grow_vocabulary(self) -> None:
         """Refuse a grown embedding whose head did not grow, and note the new size."""
@@ -362,38 +384,65 @@ def _may_be_tied(job: TensorJob) -> bool:
 
 
 def _check_job(checkpoint: Checkpoint, job: TensorJob) -> None:
-    """Refuse updates that overlap, or whose tensor is not of floats."""
+    """Refuse updates that exclude each other, or whose tensor is not of floats."""
     if job.packed is None and job.reason != "cast":
         _check_plain(checkpoint, job)
     if job.packed is not None and job.again:
-        found = "" if job.packed.written else f"quantizing to {job.dtype} is not supported"
-        if job.grows or not job.stored:
-            found = "it is quantized, and would grow or become a separate tensor"
-        if found:
-            remedy = 'Write plain floats: pass dequantize="bfloat16"'
-            raise CheckpointError(f"merge into '{job.name}'", found, remedy)
-    places = [(p.start, p.stop) for p in job.placed]
-    gained = [p for p in job.placed if p.gain is not None]
-    scaled = any(abs(term.weight) != 1 for p in gained for term in p.terms)
-    mixed = any(job.rows or job.trained or places.count((p.start, p.stop)) > 1 for p in gained)
-    overlap = any(a[1] > b[0] for a, b in itertools.pairwise(sorted(set(places))))
+        _check_requantized(job.name, job, job.packed)
+    for problem, holds in _clashes(job).items():
+        if holds:
+            raise clash(job.name, problem, job.adapters)
+
+
+def _check_requantized(name: str, job: TensorJob, packed: Packed) -> None:
+    """Refuse to quantize a tensor again in a format, or of a size, that cannot be written."""
+    if job.grows or not job.stored:
+        problem = "it is quantized, and would grow or become a separate tensor"
+    elif not packed.written:
+        problem = f"quantizing to {job.dtype} is not supported"
+    else:
+        return
+    remedy = 'Write plain floats: pass dequantize="bfloat16"'
+    raise CheckpointError(f"merge into '{name}'", problem, remedy)
+
+
+def _clashes(job: TensorJob) -> dict[str, bool]:
+    """Return what updates of one tensor cannot do together, and whether these do."""
+    n_copies = len(job.trained)
+    shapes = {tuple(values.shape) for values, _ in job.trained}
     rows = [index for indices, _ in job.rows for index in indices]
-    copies, shapes = len(job.trained), {tuple(t.shape) for t, _ in job.trained}
-    clashes: dict[str, Collection[Any] | bool] = {
-        "DoRA's update cannot be mixed with others or weighted": scaled or mixed,
+    return {
+        "DoRA's update cannot be mixed with others or weighted": _mixes_gain(job),
         "one adapter makes it grow and another updates it": bool(
-            job.placed and copies and job.grows
+            job.placed and n_copies and job.grows
         ),
         "the adapters' values have different shapes": len(shapes) > 1,
-        "the base lacks it and several adapters add it": not job.source and copies > 1,
-        "two adapters need different shapes of it": shapes - {job.shape},
-        "two sites adapt rows of it that overlap": overlap
-        or len({p.n_cols for p in job.placed}) > 1,
-        "the same row is replaced twice": len(set(rows)) < len(rows) or bool(rows and copies),
+        "the base lacks it and several adapters add it": not job.source and n_copies > 1,
+        "two adapters need different shapes of it": bool(shapes - {job.shape}),
+        "two sites adapt rows of it that overlap": _overlap(job.placed),
+        "the same row is replaced twice": len(set(rows)) < len(rows) or bool(rows and n_copies),
     }
-    for found, is_so in clashes.items():
-        if is_so:
-            raise clash(job.name, found, job.adapters)
+
+
+def _mixes_gain(job: TensorJob) -> bool:
+    """Whether a gain, which is right for one whole update, meets another or a weight."""
+    places = Counter((placed.start, placed.stop) for placed in job.placed)
+    for placed in job.placed:
+        if placed.gain is not None:
+            shared = places[placed.start, placed.stop] > 1
+            if shared or job.rows or job.trained:
+                return True
+            if any(abs(term.weight) != 1 for term in placed.terms):
+                return True
+    return False
+
+
+def _overlap(placed: Sequence[Placed]) -> bool:
+    """Whether updates share some of their rows but not all, or see the tensor as other matrices."""
+    spans = sorted({(one.start, one.stop) for one in placed})
+    if any(first[1] > second[0] for first, second in itertools.pairwise(spans)):
+        return True
+    return len({one.n_cols for one in placed}) > 1
 
 
 def _check_plain(checkpoint: Checkpoint, job: TensorJob) -> None:

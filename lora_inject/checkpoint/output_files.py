@@ -165,29 +165,37 @@ class OutputShard:
 
 
 def lay_out(checkpoint: Checkpoint, jobs: Mapping[str, TensorJob]) -> tuple[OutputShard, ...]:
-    """Lay out the output's files; tensors that the base lacks get a separate file."""
-    alone, dropped = checkpoint.index_name is None, checkpoint.hidden - jobs.keys()
+    """Lay out the output's files; tensors that the base lacks get a separate file.
+
+    A checkpoint of one file without an index stays one file.
+    """
+    one_file, dropped = checkpoint.index_name is None, checkpoint.hidden - jobs.keys()
     if any(entry.dtype not in FLOATS for entry in checkpoint.shown.values()):
         dropped = frozenset()  # quantized tensors stay so
     by_output = {name: job for job in jobs.values() for name in job.outputs}
     added = [job for job in jobs.values() if not job.stored]
     shards = []
     for shard in checkpoint.shards.values():
-        unpacked = [  # of another name than what they are stored as
-            job
-            for name, job in jobs.items()
-            if name in checkpoint.packed
-            and job.source_shard == shard.name
-            and name not in shard.header.tensors
-        ]
-        more = [*unpacked, *(added if alone else ())]
+        more = _renamed_in(shard, checkpoint, jobs) + (added if one_file else [])
         shards.append(_lay_out(shard.name, shard, by_output, more, dropped))
-    if added and not alone:
+    if added and not one_file:
         name = f"{checkpoint.stem}-added.safetensors"
         while name in checkpoint.shards:
             name = name.replace("-added", "-added-added", 1)
         shards.append(_lay_out(name, None, {}, added, frozenset()))
     return tuple(shards)
+
+
+def _renamed_in(
+    shard: Shard, checkpoint: Checkpoint, jobs: Mapping[str, TensorJob]
+) -> list[TensorJob]:
+    """Return the jobs of packed tensors of a file that have another name when unpacked."""
+    names = [name for name in jobs if name in checkpoint.packed]
+    return [
+        jobs[name]
+        for name in names
+        if jobs[name].source_shard == shard.name and name not in shard.header.tensors
+    ]
 
 
 def _lay_out(
@@ -202,17 +210,26 @@ def _lay_out(
     `jobs` are by the names of the tensors that are computed for them.
     """
     entries = [] if base is None else list(base.header.tensors.values())
-    kept = [entry for entry in entries if entry.name not in dropped]
-    mine = {jobs[e.name].name: jobs[e.name] for e in kept if e.name in jobs}
-    changed = {name: job for name, job in jobs.items() if not job.again}
-    rows: list[TensorJob | TensorEntry] = [*(changed.get(e.name, e) for e in kept), *added]
+    staying = [entry for entry in entries if entry.name not in dropped]
+    unchanged = [entry for entry in staying if entry.name not in jobs]
+    computed = {jobs[e.name].name: jobs[e.name] for e in staying if e.name in jobs}
+    rows: list[TensorJob | TensorEntry] = []
+    for entry in staying:
+        job = jobs.get(entry.name)
+        rows.append(entry if job is None or job.again else job)
+    header = _header_of([*rows, *added], base)
+    return OutputShard(name, base, header, _copies(unchanged, header), (*computed.values(), *added))
+
+
+def _header_of(rows: Iterable[TensorJob | TensorEntry], base: Shard | None) -> Header:
+    """Return the header of a file with some tensors: the base's own one if it is right."""
     tensors = [(row.name, row.dtype, row.shape) for row in rows]
-    if base is not None and tensors == [(e.name, e.dtype, e.shape) for e in entries]:
-        header = base.header  # byte for byte
-    else:
-        header = build_header(tensors, base.header.metadata if base else {"format": "pt"})
-    copies = _copies([entry for entry in kept if entry.name not in jobs], header)
-    return OutputShard(name, base, header, copies, (*mine.values(), *added))
+    if base is None:
+        return build_header(tensors, {"format": "pt"})
+    entries = base.header.tensors.values()
+    if tensors == [(entry.name, entry.dtype, entry.shape) for entry in entries]:
+        return base.header
+    return build_header(tensors, base.header.metadata)
 
 
 def _copies(entries: Iterable[TensorEntry], header: Header) -> tuple[Copy, ...]:

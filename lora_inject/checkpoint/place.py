@@ -8,8 +8,9 @@ matrix.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lora_inject.checkpoint.base_class import BaseClass
@@ -71,25 +72,34 @@ class Orientation:
     contradicted: str | None = None
 
     def transposed(self, spec: SiteSpec, name: str, matrix: tuple[int, int]) -> bool:
-        """Return whether the matrix of a tensor is `(in, out)`."""
+        """Return whether the matrix of a tensor is `(in, out)`.
+
+        1. A matrix that is not square shows it. A layer whose adapter states the contrary is noted.
+        2. A square matrix of experts is as the adapter or the class says.
+        3. Any other square one is as the adapter states, unless it was wrong about such a layer.
+        4. Then the class decides; without one nobody knows.
+        """
         wide = (spec.out_features, spec.in_features)
         if matrix not in (wide, wide[::-1]):
-            found = f"its shape is {list(matrix)}, the adapter's update is {list(wide)}"
-            raise NoPlace(f"'{name}': {found}")
+            problem = f"its shape is {list(matrix)}, the adapter's update is {list(wide)}"
+            raise NoPlace(f"'{name}': {problem}")
         may_be_wrong = spec.kind in {"linear", "conv1d"}
         if wide[0] != wide[1]:
-            found_transposed = matrix != wide
-            if found_transposed != spec.transposed and may_be_wrong:
+            shown = matrix != wide
+            if shown != spec.transposed and may_be_wrong:
                 self.contradicted = self.contradicted or spec.name
-            return found_transposed
+            return shown
         if spec.experts is not None and self.of.known:
             return spec.transposed or bool(self.of.transposed(name))
         if self.contradicted is None or not may_be_wrong:
             return spec.transposed
+        return self._said_by_class(name)
+
+    def _said_by_class(self, name: str) -> bool:
         said = self.of.transposed(name) if self.of.known else None
         if said is None:
-            found = f"the adapter states a wrong orientation for '{self.contradicted}'"
-            raise NoPlace(f"'{name}': it is square, and {found}")
+            problem = f"the adapter states a wrong orientation for '{self.contradicted}'"
+            raise NoPlace(f"'{name}': it is square, and {problem}")
         return said
 
 
@@ -148,59 +158,84 @@ class Update:
 
     def _in_one(self, entry: TensorEntry) -> list[Placed]:
         """Place the update on one tensor, or on one stack of experts."""
-        spec, shape, name = self.state.spec, entry.shape, self.name
-        stacked = spec.experts is not None
-        if spec.kind == "parameter" and len(spec.weight_shape) > 2 + stacked:  # of many axes
-            if shape != spec.weight_shape:
-                found = f"its shape is {list(shape)}, the adapter's is {list(spec.weight_shape)}"
-                raise NoPlace(f"'{name}': {found}")
-            rows, columns = spec.matrix_shape
-            matrix, transposed = (rows // (spec.experts or 1), columns), spec.transposed
-        elif len(shape) < 2 or (stacked and (len(shape) != 3 or shape[0] != spec.experts)):
-            for_experts = f" for {spec.experts} experts" if stacked else ""
-            found = f"the shape {list(shape)}, which takes no low-rank update{for_experts}"
-            raise NoPlace(f"'{name}' has {found}")
-        else:
-            matrix = matrix_of(shape[1:] if stacked else shape)
-            transposed = self.way.transposed(spec, name, matrix)
-        if not stacked:
+        spec, name = self.state.spec, self.name
+        matrix, transposed = self._matrix_in(entry)
+        if spec.experts is None:
             return [self._placed(name, entry, matrix, transposed=transposed)]
         return [
             self._placed(name, entry, matrix, start=e * matrix[0], transposed=transposed, expert=e)
-            for e in range(spec.experts or 1)
+            for e in range(spec.experts)
         ]
+
+    def _matrix_in(self, entry: TensorEntry) -> tuple[tuple[int, int], bool]:
+        """Return the shape of the matrix, or of each of a stack, and whether it is `(in, out)`."""
+        spec, shape = self.state.spec, entry.shape
+        stacked = spec.experts is not None
+        if spec.kind == "parameter" and len(spec.weight_shape) > 2 + stacked:  # of many axes
+            if shape != spec.weight_shape:
+                problem = f"its shape is {list(shape)}, the adapter's is {list(spec.weight_shape)}"
+                raise NoPlace(f"'{self.name}': {problem}")
+            rows, columns = spec.matrix_shape
+            return (rows // (spec.experts or 1), columns), spec.transposed
+        if len(shape) < 2 or (stacked and (len(shape) != 3 or shape[0] != spec.experts)):
+            for_experts = f" for {spec.experts} experts" if stacked else ""
+            problem = f"the shape {list(shape)}, which takes no low-rank update{for_experts}"
+            raise NoPlace(f"'{self.name}' has {problem}")
+        matrix = matrix_of(shape[1:] if stacked else shape)
+        return matrix, self.way.transposed(spec, self.name, matrix)
 
     def _in_separate(self) -> list[Placed]:
         """Split an update of stacked experts over the per-expert tensors of the file."""
         spec, of = self.state.spec, self.way.of
-        names, tensors = of.separate(self.name), of.checkpoint.tensors
+        names = of.separate(self.name)  # of each expert, its parts one above the other
         if not names:
             return []
+        self._check_complete(names)
+        n_parts, shape = len(names[0]), self._shape_of_all(names)
+        update = (spec.out_features, spec.in_features)
+        matrix = (n_parts * shape[0], shape[1])
+        if matrix not in (update, update[::-1]):
+            problem = f"{n_parts} of {list(shape)}, the adapter's update is {list(update)}"
+            raise NoPlace(f"'{names[0][0]}' and its neighbors are {problem}")
+        # A before B where the update was made for the transposed stack (PEFT before 0.19).
+        transposed = matrix != update
+        places = []
+        for e, expert in enumerate(names):
+            for part, name in enumerate(expert):
+                rows = slice(part * shape[0], (part + 1) * shape[0])
+                entry = of.checkpoint.tensors[name]
+                places.append(
+                    self._placed(name, entry, shape, transposed=transposed, expert=e, rows=rows)
+                )
+        return places
+
+    def _check_complete(self, names: Sequence[Sequence[str]]) -> None:
+        """Refuse experts of another number or with missing parts, and slices of them."""
+        spec = self.state.spec
         if len(names) != spec.experts:
-            found = f"is not in the checkpoint, but for {len(names)} single experts"
-            raise NoPlace(f"'{self.name}' {found}")
+            problem = f"is not in the checkpoint, but for {len(names)} single experts"
+            raise NoPlace(f"'{self.name}' {problem}")
         n_parts = max(map(len, names))
-        if short := [e for e, expert in enumerate(names) if len(expert) < n_parts]:
-            found = f"of {n_parts} it has {names[short[0]]}"
-            raise NoPlace(f"expert {short[0]} is not complete in the checkpoint: {found}")
+        for e, expert in enumerate(names):
+            if len(expert) < n_parts:
+                problem = f"of {n_parts} it has {expert}"
+                raise NoPlace(f"expert {e} is not complete in the checkpoint: {problem}")
         if spec.slices is not None:
             raise NoPlace("slices of experts that the file keeps apart are not supported")
-        first, update = names[0][0], (spec.out_features, spec.in_features)
+
+    def _shape_of_all(self, names: Sequence[Sequence[str]]) -> tuple[int, int]:
+        """Return the shape that all tensors have, which is that of a matrix."""
+        tensors, first = self.way.of.checkpoint.tensors, names[0][0]
         shape = tensors[first].shape
-        if odd := [n for expert in names for n in expert if tensors[n].shape != shape]:
-            raise NoPlace(f"'{odd[0]}' has another shape than '{first}'")
-        if len(shape) != 2 or (n_parts * shape[0], shape[1]) not in (update, update[::-1]):
-            found = f"{n_parts} of {list(shape)}, the adapter's update is {list(update)}"
-            raise NoPlace(f"'{first}' and its neighbors are {found}")
-        matrix = (shape[0], shape[1])
-        # A before B where the update was made for the transposed stack (PEFT before 0.19).
-        transposed = (n_parts * shape[0], shape[1]) != update
-        return [
-            self._placed(one, tensors[one], matrix, transposed=transposed, expert=e,
-                         rows=slice(part * shape[0], (part + 1) * shape[0]))
-            for e, expert in enumerate(names)
-            for part, one in enumerate(expert)
-        ]  # fmt: skip
+        for name in itertools.chain.from_iterable(names):
+            if tensors[name].shape != shape:
+                raise NoPlace(f"'{name}' has another shape than '{first}'")
+        if len(shape) != 2:
+            spec, n_parts = self.state.spec, len(names[0])
+            update = [spec.out_features, spec.in_features]
+            problem = f"{n_parts} of {list(shape)}, the adapter's update is {update}"
+            raise NoPlace(f"'{first}' and its neighbors are {problem}")
+        return shape[0], shape[1]
 
     def _in_stack(self) -> list[Placed]:
         """Place the update of one expert, named apart, in its rows of a stack `(E, out, in)`."""

@@ -78,47 +78,94 @@ def unpacked(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
     the tensors will be quantized again, and have the name of their format as dtype.
     """
     packed = dict(_find(checkpoint))
-    parts = {part.name for each in packed.values() for part in each.parts.values()}
-    for entry in checkpoint if dtype is not None else ():
-        if entry.name not in parts and len(entry.shape) > 1:
-            method = method_of(checkpoint, entry.name)
-            _check(entry, method is None, f"its quantization, {method}, is not supported")
+    if dtype is not None:
+        _check_all_known(checkpoint, packed)
     if not packed:
         asked = f"{'re' if dtype is None else 'de'}quantize '{checkpoint.folder}'"
         remedy = f"Leave it out, or write every float tensor so: dtype={dtype or 'bfloat16'!r}"
         raise CheckpointError(asked, "none of its tensors is quantized", remedy)
-    dtypes = {
-        name: each.form if dtype is None else FORMAT_DTYPES[dtype] for name, each in packed.items()
-    }
-    shown = {n: TensorEntry(n, dtypes[n], each.shape, 0, 0) for n, each in packed.items()}
+    shown = {}
+    for name, weight in packed.items():
+        shown_dtype = weight.form if dtype is None else FORMAT_DTYPES[dtype]
+        shown[name] = TensorEntry(name, shown_dtype, weight.shape, 0, 0)
     return replace(checkpoint, packed=packed, shown=shown)
 
 
-def _find(checkpoint: Checkpoint) -> Iterator[tuple[str, Packed]]:
-    tensors, said = checkpoint.tensors, checkpoint.config.get("quantization_config")
-    said = said if isinstance(said, dict) else {}
+def _check_all_known(checkpoint: Checkpoint, packed: Mapping[str, Packed]) -> None:
+    """Refuse a quantized tensor that is not read: it would stay packed among plain ones."""
+    parts = {part.name for weight in packed.values() for part in weight.parts.values()}
     for entry in checkpoint:
-        name, module = entry.name, entry.name.removesuffix("weight")
-        near = {role: tensors[f"{name}.{role}"] for role in _ROLES if f"{name}.{role}" in tensors}
-        if state := next((role for role in _STATES if role in near), None):
-            yield name, _four_bit(checkpoint, {"codes": entry, "state": near[state], **near})
-        elif entry.dtype == "I8" and f"{module}SCB" in tensors and len(entry.shape) == 2:
-            parts = {"codes": entry, "scales": tensors[f"{module}SCB"]}
-            if (form := tensors.get(f"{module}weight_format")) is not None:
-                parts["format"] = form
-            _check(entry, parts["scales"].n_elements == entry.shape[0], "its scales do not fit")
-            yield name, Int8(checkpoint, entry.shape, parts)
-        elif entry.dtype in _FLOAT8 and not name.endswith("_scale_inv"):
-            scales = tensors.get(f"{name}_scale_inv")
-            fits = entry.dtype == "F8_E4M3" and len(entry.shape) == 2
-            if scales is None or not fits:
-                raise _misfit(entry, "it is float8 without block scales")
-            yield name, _float8(checkpoint, entry, scales, said)
-        elif name.endswith("_blocks") and said.get("quant_method") == "mxfp4":
-            stem = name.removesuffix("_blocks")
-            yield stem, _mxfp4(checkpoint, entry, tensors.get(f"{stem}_scales"))
-        elif name.endswith(".qweight") and said.get("quant_method") in _LAYOUTS:
-            yield f"{name.removesuffix('qweight')}weight", _words(checkpoint, entry, said)
+        if entry.name not in parts and len(entry.shape) > 1:
+            method = method_of(checkpoint, entry.name)
+            _check(entry, method is None, f"its quantization, {method}, is not supported")
+
+
+def _find(checkpoint: Checkpoint) -> Iterator[tuple[str, Packed]]:
+    """Yield each quantized weight by its plain name, as the first of `_WAYS` reads it that can."""
+    said = checkpoint.config.get("quantization_config")
+    settings = said if isinstance(said, dict) else {}
+    for entry in checkpoint:
+        weights = (way(checkpoint, entry, settings) for way in _WAYS)
+        weight = next((weight for weight in weights if weight is not None), None)
+        if weight is not None:
+            yield weight
+
+
+def _bitsandbytes_4(
+    checkpoint: Checkpoint, entry: TensorEntry, _: Mapping[str, Any]
+) -> tuple[str, Packed] | None:
+    tensors, name = checkpoint.tensors, entry.name
+    near = {role: tensors[f"{name}.{role}"] for role in _ROLES if f"{name}.{role}" in tensors}
+    state = next((role for role in _STATES if role in near), None)
+    if state is None:
+        return None
+    return name, _four_bit(checkpoint, {"codes": entry, "state": near[state], **near})
+
+
+def _bitsandbytes_8(
+    checkpoint: Checkpoint, entry: TensorEntry, _: Mapping[str, Any]
+) -> tuple[str, Packed] | None:
+    tensors, module = checkpoint.tensors, entry.name.removesuffix("weight")
+    scales = tensors.get(f"{module}SCB")
+    if entry.dtype != "I8" or scales is None or len(entry.shape) != 2:
+        return None
+    parts = {"codes": entry, "scales": scales}
+    if (form := tensors.get(f"{module}weight_format")) is not None:
+        parts["format"] = form
+    _check(entry, scales.n_elements == entry.shape[0], "its scales do not fit")
+    return entry.name, Int8(checkpoint, entry.shape, parts)
+
+
+def _float8_in_blocks(
+    checkpoint: Checkpoint, entry: TensorEntry, settings: Mapping[str, Any]
+) -> tuple[str, Packed] | None:
+    if entry.dtype not in _FLOAT8 or entry.name.endswith("_scale_inv"):
+        return None
+    scales = checkpoint.tensors.get(f"{entry.name}_scale_inv")
+    if scales is None or entry.dtype != "F8_E4M3" or len(entry.shape) != 2:
+        raise _misfit(entry, "it is float8 without block scales")
+    return entry.name, _float8(checkpoint, entry, scales, settings)
+
+
+def _mxfp4_blocks(
+    checkpoint: Checkpoint, entry: TensorEntry, settings: Mapping[str, Any]
+) -> tuple[str, Packed] | None:
+    if not entry.name.endswith("_blocks") or settings.get("quant_method") != "mxfp4":
+        return None
+    name = entry.name.removesuffix("_blocks")
+    return name, _mxfp4(checkpoint, entry, checkpoint.tensors.get(f"{name}_scales"))
+
+
+def _packed_words(
+    checkpoint: Checkpoint, entry: TensorEntry, settings: Mapping[str, Any]
+) -> tuple[str, Packed] | None:
+    if not entry.name.endswith(".qweight") or settings.get("quant_method") not in _LAYOUTS:
+        return None
+    name = f"{entry.name.removesuffix('qweight')}weight"
+    return name, _words(checkpoint, entry, settings)
+
+
+_WAYS = (_bitsandbytes_4, _bitsandbytes_8, _float8_in_blocks, _mxfp4_blocks, _packed_words)
 
 
 def _four_bit(checkpoint: Checkpoint, parts: Mapping[str, TensorEntry]) -> FourBit:
@@ -173,22 +220,20 @@ def _mxfp4(checkpoint: Checkpoint, entry: TensorEntry, scales: TensorEntry | Non
 
 
 def _words(checkpoint: Checkpoint, entry: TensorEntry, said: Mapping[str, Any]) -> PackedWords:
-    module, method = entry.name.removesuffix("qweight"), str(said["quant_method"])
-    near = {role: checkpoint.tensors.get(module + end) for role, end in _WORDS.items()}
-    parts = {"codes": entry, **{role: part for role, part in near.items() if part is not None}}
-    spoken = (said.get(key) for key in ("checkpoint_format", "version", "format"))
-    layout = str(next(filter(None, spoken), _LAYOUTS[method][0])).lower()
+    """Return a weight of GPTQ or AWQ, whose codes lie side by side in 32-bit words."""
+    method = str(said["quant_method"])
+    layout = _layout_of_words(said, method)
     _check(entry, layout in _LAYOUTS[method], f"its {method} layout is '{layout}'")
-    good = {"scales", "zeros"} <= parts.keys() and entry.dtype == parts["zeros"].dtype == "I32"
-    good = good and all(len(parts[role].shape) == 2 for role in ("codes", "scales", "zeros"))
-    good = good and parts["scales"].dtype in FORMAT_DTYPES.values()
-    _check(entry, good and parts["scales"].n_elements > 0, "its scales or zeros are missing")
-    n_out, is_awq = parts["scales"].shape[1], method == "awq"
-    bits: Any = parts["zeros"].shape[1] * 32 // n_out if said.get("dynamic") else said.get("bits")
-    good = type(bits) is int and bits in ((4,) if is_awq else (2, 4, 8))
-    _check(entry, good, f"{method} has {bits} bits")
+    parts = _parts_of_words(checkpoint, entry)
+    _check(entry, _are_words(parts), "its scales or zeros are missing")
+    n_out = parts["scales"].shape[1]
+    bits: Any = said.get("bits")
+    if said.get("dynamic"):  # layers differ, and only the zeros show this one's
+        bits = parts["zeros"].shape[1] * 32 // n_out
+    known_bits = (4,) if method == "awq" else (2, 4, 8)
+    _check(entry, type(bits) is int and bits in known_bits, f"{method} has {bits} bits")
     _check(entry, said.get("zero_point", True) is True, "it has no zeros")
-    n_in = entry.shape[0] if is_awq else entry.shape[0] * 32 // bits
+    n_in = entry.shape[0] if method == "awq" else entry.shape[0] * 32 // bits
     size: Any = n_in if said.get("group_size") == -1 else said.get("group_size")
     words = PackedWords(
         checkpoint, (n_out, n_in), parts, method, bits, size, less_one=layout == "gptq"
@@ -197,6 +242,29 @@ def _words(checkpoint: Checkpoint, entry: TensorEntry, said: Mapping[str, Any]) 
     same = said.get("sym") is True or "gptqmodel" in str(said.get("meta")) or not words.wraps()
     _check(entry, same, "some zeros are the largest code, which programs read differently")
     return words
+
+
+def _layout_of_words(said: Mapping[str, Any], method: str) -> str:
+    """Return the layout that the first of three keys names; the method's usual one if none does."""
+    spoken = [said.get(key) for key in ("checkpoint_format", "version", "format")]
+    return str(next(filter(None, spoken), _LAYOUTS[method][0])).lower()
+
+
+def _parts_of_words(checkpoint: Checkpoint, entry: TensorEntry) -> dict[str, TensorEntry]:
+    """Return the codes with those of scales, zeros and groups that lie beside them."""
+    module = entry.name.removesuffix("qweight")
+    beside = {role: checkpoint.tensors.get(module + end) for role, end in _WORDS.items()}
+    return {"codes": entry, **{role: part for role, part in beside.items() if part is not None}}
+
+
+def _are_words(parts: Mapping[str, TensorEntry]) -> bool:
+    """Whether scales and zeros are there, and all are matrices of the dtypes that they have."""
+    if not {"scales", "zeros"} <= parts.keys():
+        return False
+    scales = parts["scales"]
+    matrices = all(len(parts[role].shape) == 2 for role in ("codes", "scales", "zeros"))
+    dtypes = parts["codes"].dtype == parts["zeros"].dtype == "I32"
+    return matrices and dtypes and scales.dtype in FORMAT_DTYPES.values() and scales.n_elements > 0
 
 
 def _words_fit(words: PackedWords, is_ordered: bool) -> bool:

@@ -241,16 +241,30 @@ def _spans_of(job: TensorJob) -> Iterator[_Span]:
     n_rows, n_cols = job.matrix
     if not (job.placed or job.rows or job.packed):  # it is computed elementwise
         n_rows, n_cols = n_rows * n_cols, 1
-    limits = sorted({0, n_rows, *(r for p in job.placed for r in (p.start, p.stop))})
-    for first, last in itertools.pairwise(limits):
-        on = [p for p in job.placed if p.start <= first and last <= p.stop]
-        terms = tuple(term for place in on for term in place.terms)
-        step = max(1, SPAN_ELEMENTS // max(1, n_cols))
-        gain = next((place.gain for place in on if place.gain is not None), None)
-        if job.again or (gain is not None and any(term.spec.transposed for term in terms)):
-            step = last - first  # one thread: scales, and norms of columns, are of many rows
+    limits = {0, n_rows}
+    for placed in job.placed:
+        limits |= {placed.start, placed.stop}
+    for first, last in itertools.pairwise(sorted(limits)):
+        whole = _span_of(job, n_cols, first, last)
+        step = _rows_of_a_task(whole)
         for start in range(first, last, step):
-            yield _Span(job, n_cols, start, min(last, start + step), first, terms, gain)
+            yield whole._replace(start=start, stop=min(last, start + step))
+
+
+def _span_of(job: TensorJob, n_cols: int, first: int, last: int) -> _Span:
+    """Return the rows between two limits, with the updates that cover them."""
+    covering = [p for p in job.placed if p.start <= first and last <= p.stop]
+    terms = tuple(term for placed in covering for term in placed.terms)
+    gains = [placed.gain for placed in covering if placed.gain is not None]
+    return _Span(job, n_cols, first, last, first, terms, gains[0] if gains else None)
+
+
+def _rows_of_a_task(span: _Span) -> int:
+    """Return how many rows of a span one thread computes at once."""
+    of_columns = span.gain is not None and any(term.spec.transposed for term in span.terms)
+    if span.job.again or of_columns:  # scales, and norms of columns, are of many rows
+        return span.stop - span.start
+    return max(1, SPAN_ELEMENTS // max(1, span.n_cols))
 
 
 class _Folding:
