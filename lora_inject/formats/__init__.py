@@ -94,39 +94,46 @@ def losses_of(state: AdapterState, format: str) -> list[str]:  # noqa: A002
         >>> losses_of(AdapterState({}, config={"rank": 8}), "portable")
         ['the config is left out']
     """
-    from lora_inject.formats.peft.tensor_layout import file_rank
-
     keeps = format_of(format, f"convert to '{format}'").keeps
-    specs = [site.spec for site in state.sites.values()]
-    numbers = {
-        (file_rank(site.spec, derived=site.A0 is not None), site.scale)
-        for site in state.sites.values()
-    }
-    mixed = len(numbers) > 1 or ONE not in keeps
-    folded = mixed and any(scale != 1 for _, scale in numbers) and NUMBERS not in keeps
-    padded = len({rank for rank, _ in numbers}) > 1 and not {NUMBERS, RANKS} & keeps
-    there = {
+    sites = state.sites.values()
+    losses = {
         "config": (state.config is not None, "the config is left out"),
         "fingerprint": (
             state.fingerprint is not None,
             "the base's fingerprint is left out: another base of the same shape is not noticed",
         ),
         "training": (
-            any(spec.dropout or spec.compute != "base" for spec in specs),
+            any(site.spec.dropout or site.spec.compute != "base" for site in sites),
             "dropout and the dtype of the arithmetic are left out",
         ),
         "slices": (
-            any(spec.slices for spec in specs),
+            any(site.spec.slices for site in sites),
             "slices of fused projections become pairs of the whole projection, of higher rank",
         ),
         "start": (
-            any(site.A0 is not None for site in state.sites.values()),
+            any(site.A0 is not None for site in sites),
             "frozen starts become further ranks, which train on like all others",
         ),
-        "scales": (folded, "scales are folded into B"),
-        RANKS: (padded, "ranks are padded with zeros"),
+        **_losses_of_numbers(state, keeps),
     }
-    return [words for part, (holds, words) in there.items() if holds and part not in keeps]
+    return [words for part, (is_so, words) in losses.items() if is_so and part not in keeps]
+
+
+def _losses_of_numbers(state: AdapterState, keeps: Collection[str]) -> dict[str, tuple[bool, str]]:
+    """Return what happens to ranks and scales where a format has one for all sites, or none."""
+    from lora_inject.formats.peft.tensor_layout import file_rank
+
+    numbers = {
+        (file_rank(site.spec, derived=site.A0 is not None), site.scale)
+        for site in state.sites.values()
+    }
+    mixed = len(numbers) > 1 or ONE not in keeps
+    scaled = any(scale != 1 for _, scale in numbers)
+    several_ranks = len({rank for rank, _ in numbers}) > 1
+    return {
+        "scales": (mixed and scaled and NUMBERS not in keeps, "scales are folded into B"),
+        RANKS: (several_ranks and not {NUMBERS, RANKS} & {*keeps}, "ranks are padded with zeros"),
+    }
 
 
 def facts_and_options(

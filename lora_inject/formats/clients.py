@@ -2,7 +2,7 @@
 
 Each program is one function of the config and of the names and shapes of the tensors. Of values it
 reads only alphas; that all are finite is checked here. Anything that the program would refuse,
-ignore or scale differently is a finding with a remedy. `scripts/clients.py` runs the programs
+ignore or scale differently is an objection with a remedy. `scripts/clients.py` runs the programs
 themselves and compares.
 
 Sources: vLLM 0.33, lora/peft_helper.py, lora/lora_model.py, lora/utils.py; SGLang 0.5.23,
@@ -24,7 +24,7 @@ from typing import Any
 
 from lora_inject.core.adapter.exchange import detected
 from lora_inject.core.adapter.value_checks import one_line
-from lora_inject.core.files.safetensors_file import read_header
+from lora_inject.core.files.safetensors_file import Header, read_header
 from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors
 from lora_inject.core.functional.finite import all_finite
@@ -74,7 +74,7 @@ class Objection:
     stops: bool = True
 
 
-Findings = Iterator[Objection]
+Objections = Iterator[Objection]
 Shape = tuple[int, ...] | None
 
 
@@ -136,7 +136,7 @@ def objections(
 ) -> list[Objection]:
     """Return what a program, a name of `CLIENTS`, would refuse, ignore or compute differently.
 
-    Findings that stop come first. The base's module names and config are compared if given;
+    Those that stop come first. The base's module names and config are compared if given;
     `base_config` is its config.json as it stands.
     """
     if client not in CLIENTS:
@@ -147,7 +147,7 @@ def objections(
     with within(f"check '{path}'"):
         files = replace(files, **_read(path, files.layout))
         listed = [*_damaged(files), *CLIENTS[client](files)]
-        return sorted(listed, key=lambda finding: not finding.stops)
+        return sorted(listed, key=lambda objection: not objection.stops)
 
 
 def _read(path: Path, layout: str) -> dict[str, Any]:
@@ -162,27 +162,34 @@ def _read(path: Path, layout: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise FormatError(CONFIG, "it is not a table of fields", "Fetch it again")
     header = read_header(path / file, FormatError)
+    tensors = _sorted_out(header, layout)
+    if layout == "peft" and (tensors["pairs"] or config.get("peft_type") == "LORA"):
+        with within(CONFIG):
+            _check_config(config)
+    unprefixed = tuple(key for key in header.tensors if not key.startswith(PREFIX))
+    return {
+        **tensors,
+        "config": config,
+        "unprefixed": unprefixed,
+        "metadata": header.metadata or {},
+    }
+
+
+def _sorted_out(header: Header, layout: str) -> dict[str, Any]:
+    """Return the shapes of A and B by module, which are embeddings, and the other keys."""
     pairs: dict[str, list[Shape]] = {}
-    embeddings, others = set(), []
+    embeddings: set[str] = set()
+    others: list[str] = []
     for key, entry in header.tensors.items():
         match = _PAIR[layout].fullmatch(key.removeprefix(PREFIX))
         if match is None:
             others.append(key.removeprefix(PREFIX))
-        else:
-            pairs.setdefault(match[1], [None, None])[match[3] in "Bb"] = entry.shape
-            if match[2]:
-                embeddings.add(match[1])
-    if layout == "peft" and (pairs or config.get("peft_type") == "LORA"):
-        with within(CONFIG):
-            _check_config(config)
-    return {
-        "config": config,
-        "pairs": {name: (a, b) for name, (a, b) in pairs.items()},
-        "embeddings": embeddings,
-        "others": tuple(others),
-        "unprefixed": tuple(key for key in header.tensors if not key.startswith(PREFIX)),
-        "metadata": header.metadata or {},
-    }
+            continue
+        pairs.setdefault(match[1], [None, None])[match[3] in "Bb"] = entry.shape
+        if match[2]:
+            embeddings.add(match[1])
+    shapes = {name: (a, b) for name, (a, b) in pairs.items()}
+    return {"pairs": shapes, "embeddings": embeddings, "others": tuple(others)}
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
@@ -193,7 +200,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
             check_field(name, value)
 
 
-def _damaged(files: Files) -> Findings:
+def _damaged(files: Files) -> Objections:
     """Find tensors with values that are not finite, which every program loads and computes with."""
     name = {"peft": MODEL, "mlx": mlx.FILE, "diffusers": diffusers.FILE}.get(files.layout, "")
     file = files.path / name if files.path.is_dir() else files.path
@@ -209,7 +216,7 @@ def _damaged(files: Files) -> Findings:
 
 # What several programs have in common -------------------------------------------------------------
 
-Rules = Callable[[Files], Findings]
+Rules = Callable[[Files], Objections]
 _METHODS = {
     "use_dora": "DoRA",
     "lora_bias": "a bias of lora_B",
@@ -223,8 +230,8 @@ _ALL = {**_METHODS, "alora_invocation_tokens": "activated LoRA", "bias": "traine
 
 def _about(
     names: Iterable[str], problem: str, fix: str, *, n: int = 3, stops: bool = True
-) -> Findings:
-    """Yield a finding about some names, `{}` in the problem, if there are any."""
+) -> Objections:
+    """Yield an objection about some names, `{}` in the problem, if there are any."""
     if listed := list(names):
         yield Objection(problem.replace("{}", one_line(listed, n)), fix, stops)
 
@@ -235,7 +242,7 @@ def _of_peft(client: str, methods: Mapping[str, str], own: Rules) -> Rules:
     `methods` are the fields of the config that it refuses, with their meaning.
     """
 
-    def rules(files: Files) -> Findings:
+    def rules(files: Files) -> Objections:
         kind = files.config.get("peft_type")
         if files.layout != "peft":
             found = f"{client} reads PEFT folders, and this has the format '{files.layout}'"
@@ -255,12 +262,12 @@ def _of_peft(client: str, methods: Mapping[str, str], own: Rules) -> Rules:
     return rules
 
 
-def _halves(files: Files) -> Findings:
+def _halves(files: Files) -> Objections:
     lost = (name for name, pair in files.pairs.items() if None in pair)
     return _about(lost, "A or B is missing of {}", "Fetch the file again")
 
 
-def _names(files: Files) -> Findings:
+def _names(files: Files) -> Objections:
     """Find modules that the base lacks: their updates would be ignored silently."""
     known = set(files.modules or ())
     bare = (
@@ -276,7 +283,7 @@ def _names(files: Files) -> Findings:
 
 def _scaled(
     files: Files, client: str, scale: Callable[[int], float], fix: str = PORTABLE
-) -> Findings:
+) -> Objections:
     """Compare the scale that a program applies with PEFT's."""
     alphas = files.numbers("alpha_pattern", "lora_alpha", files.ranks)
     due = {n: alphas[n] / files.divisor(rank) for n, rank in files.ranks.items()}
@@ -288,17 +295,17 @@ def _scaled(
     return _about(wrong, f"{client} would apply another scale to {{}}", fix, n=2)
 
 
-def _full(files: Files, client: str, does: str, allowed: tuple[str, ...] = ("\0",)) -> Findings:
+def _full(files: Files, client: str, does: str, allowed: tuple[str, ...] = ("\0",)) -> Objections:
     stray = (key for key in files.others if not key.endswith(allowed))
     return _about(stray, f"{client} {does} tensors that are not A or B: {{}}", MERGE)
 
 
-def _stacks(files: Files, client: str, fix: str) -> Findings:
+def _stacks(files: Files, client: str, fix: str) -> Objections:
     stacks = (name for name in files.pairs if re.search(r"\.experts(\.base_layer)?$", name))
     return _about(stacks, f"{client} refuses stacks of experts: {{}}", fix)
 
 
-def _prefixed(files: Files, client: str) -> Findings:
+def _prefixed(files: Files, client: str) -> Objections:
     found = f"{client} finds no key without '{PREFIX}': {{}}"
     return _about(files.unprefixed, found, PORTABLE)
 
@@ -306,7 +313,7 @@ def _prefixed(files: Files, client: str) -> Findings:
 # One function for each program --------------------------------------------------------------------
 
 
-def _vllm(files: Files) -> Findings:
+def _vllm(files: Files) -> Objections:
     saved = set(files.config.get("modules_to_save") or ()) - {"classifier", "score"}
     yield from _about(sorted(saved), "vLLM refuses 'modules_to_save' {}", MERGE)
     heads = tuple(f"{head}.{end}" for head in ("classifier", "score") for end in ("weight", "bias"))
@@ -318,24 +325,32 @@ def _vllm(files: Files) -> Findings:
     if init.startswith(("pissa", "olora", "corda", "loftq")):
         fix = "Save it with PEFT's path_initial_model_for_weight_conversion"
         yield Objection(f"vLLM refuses init_lora_weights {init!r}", fix)
+    yield from _stacks_in_vllm(files)
+    yield from _ranks_in_vllm(max([*files.ranks.values(), 0]))
+
+
+def _stacks_in_vllm(files: Files) -> Objections:
+    """Find stacks of experts of which only one is adapted, or that it may read wrong."""
     modules = {name.removesuffix(".base_layer") for name in files.pairs}
     stacks = {name for name in modules if name.endswith(".experts")}
     half = [n for n in sorted(stacks) if not {n, f"{n}.base_layer"} <= files.pairs.keys()]
     yield from _about(half, "vLLM wants both stacks of experts adapted: {}", MERGE)
     if stacks and not half:
-        found = "vLLM reads stacks of experts right only for models whose files hold stacks"
-        yield Objection(found, f"For others: {CONVERT}vllm --base BASE`", stops=False)
-    largest = max([*files.ranks.values(), 0])
+        problem = "vLLM reads stacks of experts right only for models whose files hold stacks"
+        yield Objection(problem, f"For others: {CONVERT}vllm --base BASE`", stops=False)
+
+
+def _ranks_in_vllm(largest: int) -> Objections:
     if largest > VLLM_RANKS[-1]:
-        found = f"rank {largest} is above vLLM's {VLLM_RANKS[-1]}"
-        yield Objection(found, "Run lora-inject truncate")
+        problem = f"rank {largest} is above vLLM's {VLLM_RANKS[-1]}"
+        yield Objection(problem, "Run lora-inject truncate")
     elif largest > 16:
         need = next(rank for rank in VLLM_RANKS if rank >= largest)
-        found = f"rank {largest} is above vLLM's default of 16"
-        yield Objection(found, f"Start it with --max-lora-rank {need}", stops=False)
+        problem = f"rank {largest} is above vLLM's default of 16"
+        yield Objection(problem, f"Start it with --max-lora-rank {need}", stops=False)
 
 
-def _sglang(files: Files) -> Findings:
+def _sglang(files: Files) -> Objections:
     yield from _full(files, "SGLang", "ignores")
     scale = files.scale(files.config["r"], rslora=False)
     yield from _scaled(files, "SGLang", lambda _: scale)
@@ -364,7 +379,7 @@ def _sglang(files: Files) -> Findings:
         yield Objection(found, "Leave the file out if the base has these tokens", stops=False)
 
 
-def _llama_cpp(files: Files) -> Findings:
+def _llama_cpp(files: Files) -> Objections:
     norms = [key for key in files.others if re.search(r"_layernorm|\.norm", key)]
     yield from _about(norms, "llama.cpp ignores trained norms: {}", MERGE)
     stray = (k for k in files.others if k not in norms and not k.endswith(".base_layer.weight"))
@@ -381,7 +396,7 @@ def _llama_cpp(files: Files) -> Findings:
         yield Objection(f"llama.cpp may not support the model_type {kind!r}", fix, stops=False)
 
 
-def _lorax(files: Files) -> Findings:
+def _lorax(files: Files) -> Objections:
     yield from _full(files, "LoRAX", "ignores")
     yield from _prefixed(files, "LoRAX")
     scale = files.scale(files.config["r"])
@@ -406,7 +421,7 @@ def _lorax(files: Files) -> Findings:
     yield from _about(partial, "LoRAX drops a module that some layers lack from all: {}", fix)
 
 
-def _unfit(files: Files, names: Iterable[str], client: str) -> Findings:
+def _unfit(files: Files, names: Iterable[str], client: str) -> Objections:
     """Find layers in whose place PEFT's cannot stand; only the base's own classes say it."""
     if files.unfit is None:
         return
@@ -415,7 +430,7 @@ def _unfit(files: Files, names: Iterable[str], client: str) -> Findings:
             yield Objection(f"{client} would load it wrong: '{name}': {reason}", MERGE)
 
 
-def _peft(files: Files) -> Findings:
+def _peft(files: Files) -> Objections:
     yield from _prefixed(files, "PEFT")
     said = files.config.get("target_parameters") or ()
     parameters = {parent(name) for name in said}
@@ -427,75 +442,105 @@ def _peft(files: Files) -> Findings:
         yield from _about(wrong, "the ranks of tensors and config differ: {}", PORTABLE)
 
 
-def _diffusers(files: Files) -> Findings:
+def _diffusers(files: Files) -> Objections:
     fix = f"{CONVERT}diffusers --component unet`"
     if files.layout == "peft":
-        yield from _halves(files)
-        yield from _unfit(files, files.pairs, "diffusers, which uses PEFT,")
-        known = (".weight", ".bias", ".lora_magnitude_vector")
-        yield from _full(files, "diffusers", "ignores", known)
-        if "lora_adapter_metadata" not in files.metadata:
-            client = "diffusers (which reads no adapter_config.json)"
-            yield from _scaled(files, client, lambda _: 1.0, fix)
-        if files.config.get("use_dora") and "model_type" in files.base:
-            found = "the load_adapter of transformers' models leaves out the magnitudes of DoRA"
-            yield Objection(found, f"Load it with PEFT, or: {MERGE}")
-        options = f'prefix="{PREFIX[:-1]}", weight_name="{MODEL}"'
-        load = f"Load it with model.load_lora_adapter(path, {options})"
-        load += ", or onto a text encoder with model.load_adapter(path)"
-        yield Objection("it is a PEFT folder", load, stops=False)
+        yield from _peft_in_diffusers(files, fix)
     elif files.layout == "kohya":
         yield from _kohya_in_diffusers(files)
     elif files.layout == "diffusers":
-        tensors, up = read_tensors(diffusers.file_of(files.path))[0], ".lora_B.weight"
-        parts: dict[str, dict[str, float]] = {}
-        for name in tensors:
-            if name.startswith("text_encoder") and name.endswith(up):
-                ranks = parts.setdefault(name.partition(".")[0], {})
-                ranks[name.removesuffix(up)] = tensors[name].shape[1]
-        for part, ranks in parts.items():
-            yield from _text_encoder(ranks)
-            if not any(re.search(r"(q|k|v|out)_proj$", name) for name in ranks):
-                found = f"diffusers refuses a {part} without attention of CLIP's names"
-                yield Objection(found, MERGE)
+        yield from _own_in_diffusers(files)
     else:
         yield Objection(f"diffusers does not read the format '{files.layout}'", fix)
 
 
-def _kohya_in_diffusers(files: Files) -> Findings:
+def _peft_in_diffusers(files: Files, fix: str) -> Objections:
+    yield from _halves(files)
+    yield from _unfit(files, files.pairs, "diffusers, which uses PEFT,")
+    known = (".weight", ".bias", ".lora_magnitude_vector")
+    yield from _full(files, "diffusers", "ignores", known)
+    if "lora_adapter_metadata" not in files.metadata:
+        client = "diffusers (which reads no adapter_config.json)"
+        yield from _scaled(files, client, lambda _: 1.0, fix)
+    if files.config.get("use_dora") and "model_type" in files.base:
+        problem = "the load_adapter of transformers' models leaves out the magnitudes of DoRA"
+        yield Objection(problem, f"Load it with PEFT, or: {MERGE}")
+    options = f'prefix="{PREFIX[:-1]}", weight_name="{MODEL}"'
+    load = f"Load it with model.load_lora_adapter(path, {options})"
+    load += ", or onto a text encoder with model.load_adapter(path)"
+    yield Objection("it is a PEFT folder", load, stops=False)
+
+
+def _own_in_diffusers(files: Files) -> Objections:
+    """Find what diffusers loses of text encoders in a file of its own layout."""
+    tensors, up = read_tensors(diffusers.file_of(files.path))[0], ".lora_B.weight"
+    parts: dict[str, dict[str, float]] = {}
+    for name in tensors:
+        if name.startswith("text_encoder") and name.endswith(up):
+            ranks = parts.setdefault(name.partition(".")[0], {})
+            ranks[name.removesuffix(up)] = tensors[name].shape[1]
+    for part, ranks in parts.items():
+        yield from _text_encoder(ranks)
+        if not any(re.search(r"(q|k|v|out)_proj$", name) for name in ranks):
+            yield Objection(f"diffusers refuses a {part} without attention of CLIP's names", MERGE)
+
+
+def _kohya_in_diffusers(files: Files) -> Objections:
     """Find what diffusers' conversion of kohya's names loses; it has one for all UNets."""
     fix = f"{CONVERT}diffusers --component COMPONENT`"
     tensors, down = read_tensors(files.path)[0], ".lora_down.weight"
     ranks = {n.removesuffix(down): float(len(t)) for n, t in tensors.items() if n.endswith(down)}
     alphas = {n: float(tensors[f"{n}.alpha"]) for n in ranks if f"{n}.alpha" in tensors}
-    lost = []
-    for part, ends in _LOST_ALPHAS.items():
-        mine = [n for n in ranks if re.match(f"lora_{part}_", n)]
-        counts = Counter(alphas[n] for n in mine if n in alphas)
-        used = {alpha for alpha, count in counts.items() if count == max(counts.values())}
-        own = {n for n in mine if n in alphas and not re.search(f"{ends}$", n)}
-        lost += [n for n in mine if n not in own and used - {alphas.get(n, ranks[n])}]
-    found = "diffusers would apply the component's most frequent alpha to {}"
-    yield from _about(lost, found, fix)
-    text = (n for n in ranks if n.startswith("lora_te"))
-    known = rf"lora_te[12]?_((text_model_)?{_CLIP}|text_projection)"
-    found = "of text encoders diffusers reads only CLIP's in kohya files, not {}"
-    yield from _about((n for n in text if not re.fullmatch(known, n)), found, fix)
+    lost = [n for part in _LOST_ALPHAS for n in _with_lost_alpha(part, ranks, alphas)]
+    problem = "diffusers would apply the component's most frequent alpha to {}"
+    yield from _about(lost, problem, fix)
+    yield from _misread_kohya(list(ranks), fix)
     for part in ("te1?", "te2"):
         yield from _text_encoder({n: r for n, r in ranks.items() if re.match(f"lora_{part}_", n)})
-    strange = (n for n in ranks if re.match(r"lora_unet_((add|class)_embedding|encoder_hid)_", n))
-    yield from _about(strange, "diffusers misreads the names {} in kohya files", fix)
-    strange = (n for n in ranks if re.match(rf"lora_transformer_{_BLOCK}(?!attn_)", n))
-    found = "diffusers reads only attention of a transformer's blocks in kohya files: {}"
-    yield from _about(strange, found, fix)
-    if any(n.startswith("lora_transformer_") for n in ranks):
-        kind = files.base.get("_class_name")
-        if kind != "FluxTransformer2DModel":
-            found = "diffusers reads kohya files of a transformer for Flux only"
-            yield Objection(found, fix, stops=kind is not None)
+    kind = files.base.get("_class_name")
+    if kind != "FluxTransformer2DModel" and any(n.startswith("lora_transformer_") for n in ranks):
+        problem = "diffusers reads kohya files of a transformer for Flux only"
+        yield Objection(problem, fix, stops=kind is not None)
 
 
-def _text_encoder(ranks: Mapping[str, float]) -> Findings:
+def _misread_kohya(names: Iterable[str], fix: str) -> Objections:
+    for pattern, but_for, problem in _MISREAD_KOHYA:
+        misread = [n for n in names if re.match(pattern, n) and not re.fullmatch(but_for, n)]
+        yield from _about(misread, problem, fix)
+
+
+# Names in kohya files, names among these that are read, and what diffusers does with the others.
+_MISREAD_KOHYA = (
+    (
+        "lora_te",
+        rf"lora_te[12]?_((text_model_)?{_CLIP}|text_projection)",
+        "of text encoders diffusers reads only CLIP's in kohya files, not {}",
+    ),
+    (
+        r"lora_unet_((add|class)_embedding|encoder_hid)_",
+        r"(?!)",
+        "diffusers misreads the names {} in kohya files",
+    ),
+    (
+        rf"lora_transformer_{_BLOCK}(?!attn_)",
+        r"(?!)",
+        "diffusers reads only attention of a transformer's blocks in kohya files: {}",
+    ),
+)
+
+
+def _with_lost_alpha(
+    part: str, ranks: Mapping[str, float], alphas: Mapping[str, float]
+) -> list[str]:
+    """Return the layers of a component to which diffusers gives the most frequent of all alphas."""
+    names = [n for n in ranks if re.match(f"lora_{part}_", n)]
+    counts = Counter(alphas[n] for n in names if n in alphas)
+    used = {alpha for alpha, count in counts.items() if count == max(counts.values())}
+    read = {n for n in names if n in alphas and not re.search(f"{_LOST_ALPHAS[part]}$", n)}
+    return [n for n in names if n not in read and used - {alphas.get(n, ranks[n])}]
+
+
+def _text_encoder(ranks: Mapping[str, float]) -> Objections:
     """Find ranks that diffusers loses: it looks for those of CLIP's layers only."""
     found = {n: r for n, r in ranks.items() if re.search(r"((q|k|v|out)_proj|fc[12])$", n)}
     counts = Counter(found.values())
@@ -504,7 +549,7 @@ def _text_encoder(ranks: Mapping[str, float]) -> Findings:
     yield from _about(lost, "diffusers would look for another rank of {}", MERGE)
 
 
-def _comfyui(files: Files) -> Findings:
+def _comfyui(files: Files) -> Objections:
     fix = f"{CONVERT}kohya --component unet` (transformer for Flux and SD3)"
     if files.layout not in ("diffusers", "kohya"):
         yield Objection(f"ComfyUI reads one file, and this has the format '{files.layout}'", fix)
@@ -524,37 +569,44 @@ def _comfyui(files: Files) -> Findings:
         yield Objection(found, ours, stops=False)
 
 
-def _layers_of_mlx(files: Files) -> Findings:
+def _layers_of_mlx(files: Files) -> Objections:
     """Find names and sizes that mlx-lm's model of the base does not have; it refuses them."""
     if not files.base_config:
         return
     if not mlx_model.is_installed():
         yield from _names(files)
-        found = "mlx-lm is not installed here, so that its names of the base's modules are not "
-        yield Objection(found + "known", "Run pip install mlx-lm", stops=False)
+        problem = "mlx-lm is not installed here, so that its names of the base's modules are not "
+        yield Objection(problem + "known", "Run pip install mlx-lm", stops=False)
         return
     try:
-        layers = mlx_model.layers_of(files.base_config)
+        modules = mlx_model.layers_of(files.base_config)
     except FormatError as error:
         yield Objection(error.found, error.remedy)
         return
-    lost = [name for name in files.pairs if name not in layers]
-    near = one_line(nearest(lost[0], layers, 1)) if lost else ""
-    found = "mlx-lm's model of the base has no module {}"
+    lost = [name for name in files.pairs if name not in modules]
+    near = one_line(nearest(lost[0], modules, 1)) if lost else ""
     fix = f"Rename it (lora-inject rename); nearest to the first: {near or 'none'}"
-    yield from _about(lost, found, fix)
-    there = {name: layers[name] for name in files.pairs if name in layers}
-    odd = (f"{n} ({layer.kind})" for n, layer in there.items() if not layer.adaptable)
+    yield from _about(lost, "mlx-lm's model of the base has no module {}", fix)
+    known = {name: modules[name] for name in files.pairs if name in modules}
+    odd = (f"{n} ({module.kind})" for n, module in known.items() if not module.adaptable)
     yield from _about(odd, "mlx-lm has no LoRA for {}", MERGE)
-    wrong = []
-    for name, layer in there.items():
-        a, b = files.pairs[name]
-        if layer.sizes and a and b and (a[0], b[-1]) != layer.sizes:
-            wrong.append(f"{name} ({a[0]}, {b[-1]} for {layer.sizes[0]}, {layer.sizes[1]})")
+    wrong = _other_sizes(known, files.pairs)
     yield from _about(wrong, "mlx-lm's modules have other sizes: {}", "Name the adapter's own base")
 
 
-def _mlx(files: Files) -> Findings:
+def _other_sizes(
+    modules: Mapping[str, mlx_model.MlxModule], pairs: Mapping[str, tuple[Shape, Shape]]
+) -> list[str]:
+    """Return the modules whose sizes are not those of A and B, with both."""
+    wrong = []
+    for name, module in modules.items():
+        a, b = pairs[name]
+        if module.sizes and a and b and (a[0], b[-1]) != module.sizes:
+            wrong.append(f"{name} ({a[0]}, {b[-1]} for {module.sizes[0]}, {module.sizes[1]})")
+    return wrong
+
+
+def _mlx(files: Files) -> Objections:
     if files.layout == "mlx":
         pairs = dict(files.pairs)
         if files.base.get("tie_word_embeddings") and pairs.pop("lm_head", None):

@@ -124,22 +124,32 @@ def read(path: Path, facts: ModelFacts, *, component: str | None = None) -> Adap
 def _is_of_one_model(
     tensors: Collection[str], said: Mapping[str, str], facts: ModelFacts, component: str | None
 ) -> bool:
-    """Return whether the keys are names of one model's modules, without a component."""
+    """Return whether the keys are names of one model's modules, without a component.
+
+    1. A header says so, if it has a config: of one model, or of the parts of a pipeline.
+    2. Else the caller does, if he names a component, or "" for none.
+    3. Else they are if all are names of modules of the model.
+    """
     config = parse_json(said.get(_METADATA, "{}"), f"metadata '{_METADATA}'")
     fields = [str(name) for name in config] if isinstance(config, dict) else []
     parts = {part for name in fields for part in COMPONENTS if name.startswith(f"{part}.")}
-    if fields and not parts:
-        if component:
-            found = f"it holds one model with its own names, not '{component}' of a pipeline"
-            raise FormatError("", found, 'Leave the component out, or pass component=""')
-        return True
-    if component == "" and parts:
-        found = f"its header names the parts of a pipeline: {one_line(sorted(parts))}"
-        raise FormatError("", found, "Name the one to read, each onto its own model")
-    if component is not None or parts:
+    if fields:
+        return _said_to_be_one(parts, component)
+    if component is not None:
         return component == ""
     known = set(facts.module_names or ())
     return all(_parsed(key, whole=True)[1] in known for key in tensors)
+
+
+def _said_to_be_one(parts: Collection[str], component: str | None) -> bool:
+    """Return whether a header is of one model, whose parts it names if not; check the caller's."""
+    if not parts and component:
+        problem = f"it holds one model with its own names, not '{component}' of a pipeline"
+        raise FormatError("", problem, 'Leave the component out, or pass component=""')
+    if parts and component == "":
+        problem = f"its header names the parts of a pipeline: {one_line(sorted(parts))}"
+        raise FormatError("", problem, "Name the one to read, each onto its own model")
+    return not parts
 
 
 def _parsed(key: str, *, whole: bool) -> tuple[str, str, str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from itertools import takewhile
@@ -121,21 +121,15 @@ def translated(
     PEFT reads as those of experts become its parameters.
 
     Examples:
-        >>> found = translated({"r": 4, "target_modules": ["q", "v"], "rank_pattern": {"v": 2}})
-        >>> found["targets"]
+        >>> config = translated({"r": 4, "target_modules": ["q", "v"], "rank_pattern": {"v": 2}})
+        >>> config["targets"]
         [{'match': 'v', 'rank': 2}, {'match': 'q'}]
     """
     asked, fields = _fields_of(config)
     lora = _read(fields, asked)
-    heads = _HEADS.get(lora.task_type or "", ())
-    saved = [re.escape(name) for name in lora.modules_to_save if name not in heads]
-    saved += [f"({'|'.join(heads)})"] if len(heads) > 1 else heads
+    saved = _saved(lora)
     train = [f"[^.]*{name}" for name in saved]  # PEFT matches the end of a name, without a dot
-    exclude = [re.escape(name) for name in sorted(lora.exclude_modules)]
-    if isinstance(lora.exclude_modules, str):
-        exclude = [_from_start(lora.exclude_modules)]
-    if isinstance(lora.target_modules, str):
-        exclude += saved  # not adapted; here PEFT matches whole segments
+    exclude = _excluded(lora, saved)
     if inventory is not None:
         _check_saved(train, inventory, asked)
     if inventory is not None and model is not None:
@@ -154,6 +148,26 @@ def translated(
         "tokens": _tokens(lora.trainable_token_indices, inventory, asked),
         "targets": _Rules(lora, inventory, asked).rules(exclude, saved),
     }
+
+
+def _saved(lora: _Lora) -> list[str]:
+    """Return patterns of the modules that train in full, with those that a task adds."""
+    heads = _HEADS.get(lora.task_type or "", ())
+    saved = [re.escape(name) for name in lora.modules_to_save if name not in heads]
+    if len(heads) > 1:  # a model has one of them
+        return [*saved, f"({'|'.join(heads)})"]
+    return [*saved, *heads]
+
+
+def _excluded(lora: _Lora, saved: Iterable[str]) -> list[str]:
+    """Return patterns of the names that are not adapted."""
+    if isinstance(lora.exclude_modules, str):
+        exclude = [_from_start(lora.exclude_modules)]
+    else:
+        exclude = [re.escape(name) for name in sorted(lora.exclude_modules)]
+    if isinstance(lora.target_modules, str):
+        exclude += saved  # not adapted; here PEFT matches whole segments
+    return exclude
 
 
 def is_of_peft(config: object) -> bool:
@@ -202,25 +216,36 @@ def _read(fields: Mapping[str, Any], asked: str) -> _Lora:
     try:
         lora = _Lora.model_validate({k: v for k, v in plain.items() if k in _Lora.model_fields})
     except ValidationError as error:
-        faults = error.errors()
-        fault = next((f for f in faults if f["type"] == "value_error"), faults[0])
-        name = str(fault["loc"][0])
+        raise _invalid(plain, error, asked) from None
+    _refuse_others(plain, asked)
+    if lora.runtime_config.get("ephemeral_gpu_offload"):
+        problem = "ephemeral_gpu_offload is not supported"
+        raise _error(asked, "runtime_config", problem, "Leave it out")
+    return lora
+
+
+def _invalid(fields: Mapping[str, Any], error: ValidationError, asked: str) -> ConfigError:
+    """Return the error for the first invalid value, a pattern's before others."""
+    faults = error.errors()
+    fault = next((fault for fault in faults if fault["type"] == "value_error"), faults[0])
+    name = str(fault["loc"][0])
+    if fault["type"] == "value_error":
+        problem, remedy = fault["ctx"]["error"].args
+    else:
         wanted = _Lora.model_fields[name].description
-        found, remedy = f"{plain[name]!r} is not {wanted}", f"Give {wanted}"
-        if fault["type"] == "value_error":
-            found, remedy = fault["ctx"]["error"].args
-        raise _error(asked, name, found, remedy) from None
-    for name, value in plain.items():
+        problem, remedy = f"{fields[name]!r} is not {wanted}", f"Give {wanted}"
+    return _error(asked, name, problem, remedy)
+
+
+def _refuse_others(fields: Mapping[str, Any], asked: str) -> None:
+    """Refuse fields that are set and not translated."""
+    for name, value in fields.items():
         if value and name in _REFUSED:
             what, remedy = _REFUSED[name]
             raise _error(asked, name, f"it is not supported: {what}", remedy)
         if value and name not in FIELDS:
             remedy = "Leave it out if it changes nothing"
             raise _error(asked, str(name), "this field of PEFT is not known here", remedy)
-    if lora.runtime_config.get("ephemeral_gpu_offload"):
-        found = "ephemeral_gpu_offload is not supported"
-        raise _error(asked, "runtime_config", found, "Leave it out")
-    return lora
 
 
 def _with_experts(
@@ -228,29 +253,40 @@ def _with_experts(
 ) -> _Lora:
     """Replace targets that PEFT, on transformers 5, reads as experts by parameters.
 
+    `new_names` has the parameter that holds the experts of each old name: `gate_up_proj` for
+    `gate_proj` and for `up_proj`. A parameter that holds several gets their ranks and alphas added.
+
     Source: peft/utils/transformers_weight_conversion.py, `_convert_peft_config_moe`.
     """
-    if not new_names or not any(candidate.experts for candidate in inventory.candidates):
+    has_experts = any(candidate.experts for candidate in inventory.candidates)
+    if not new_names or not has_experts:
         return lora
-    given = lora.target_modules or []
-    if isinstance(given, str):
-        given = _ends_of(given, inventory, new_names, asked)
-    old = {leaf(name) for name in given} & new_names.keys()
-    if not old:
-        return lora
+    targets = lora.target_modules or []
+    if isinstance(targets, str):
+        targets = _ends_of(targets, inventory, new_names, asked)
+    old = {leaf(name) for name in targets} & new_names.keys()
     ranks, alphas = dict(lora.rank_pattern), dict(lora.alpha_pattern)
     for new in {new_names[name] for name in old}:
-        parts = {name for name, other in new_names.items() if other == new}
-        if parts - old:
-            found = f"{min(parts - old)!r} is missing, and is one tensor with {min(parts & old)!r}"
-            raise _error(asked, "target_modules", found, "Name both, or neither")
-        if len(parts) > 1:
+        n_parts = _n_parts(new, old, new_names, asked)
+        if n_parts > 1:
             regex = rf".*\.{re.escape(new)}"
-            ranks[regex], alphas[regex] = lora.r * len(parts), lora.lora_alpha * len(parts)
-    left = [name for name in given if leaf(name) not in old]
-    parameters = [*lora.target_parameters, *(new_names[name] for name in old)]
-    targets = {"target_modules": left, "target_parameters": parameters}
-    return lora.model_copy(update={**targets, "rank_pattern": ranks, "alpha_pattern": alphas})
+            ranks[regex], alphas[regex] = lora.r * n_parts, lora.lora_alpha * n_parts
+    update = {
+        "target_modules": [name for name in targets if leaf(name) not in old],
+        "target_parameters": [*lora.target_parameters, *(new_names[name] for name in old)],
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+    }
+    return lora.model_copy(update=update) if old else lora
+
+
+def _n_parts(new: str, old: set[str], new_names: Mapping[str, str], asked: str) -> int:
+    """Return of how many names a parameter is; refuse some of them targeted without the others."""
+    parts = {name for name, other in new_names.items() if other == new}
+    if missing := parts - old:
+        problem = f"{min(missing)!r} is missing, and is one tensor with {min(parts & old)!r}"
+        raise _error(asked, "target_modules", problem, "Name both, or neither")
+    return len(parts)
 
 
 def _ends_of(
@@ -388,22 +424,27 @@ class _Rules:
         return found
 
     def _targets(self) -> list[_Pattern]:
+        """Return a pattern for each target; names that end in another target are left out."""
         given, parameters = self.lora.target_modules, self.lora.target_parameters
         if given is None and not parameters:
-            found = "it is missing: PEFT has a list of names for each type of model"
+            problem = "it is missing: PEFT has a list of names for each type of model"
             remedy = "Give target_modules, such as 'all-linear'"
-            raise _error(self.asked, "target_modules", found, remedy)
-        targets, names = [], {*parameters}
+            raise _error(self.asked, "target_modules", problem, remedy)
         if isinstance(given, str):
-            targets = [_ALL if given.lower() == "all-linear" else _Pattern(_from_start(given))]
-        else:
-            names.update(given or ())
-        modules = self.inventory.modules if self.inventory and self.layers else ()
+            regex = _ALL if given.lower() == "all-linear" else _Pattern(_from_start(given))
+            return [regex, *self._named({*parameters})]
+        return self._named({*parameters, *(given or ())})
+
+    def _named(self, names: set[str]) -> list[_Pattern]:
+        # PEFT looks at no layer number where a target is a whole name.
+        whole = self.inventory.modules if self.inventory and self.layers else ()
+        targets = []
         for name in sorted(names):
-            if name in modules:
+            if name in whole:
                 targets.append(_Pattern(f"^{re.escape(name)}", name, whole=True))
             if not any(name.endswith(f".{other}") for other in names):
-                targets.append(_Pattern(re.escape(name), name, parameter=name in parameters))
+                is_parameter = name in self.lora.target_parameters
+                targets.append(_Pattern(re.escape(name), name, parameter=is_parameter))
         return targets
 
     def _combinations(self) -> Iterator[dict[str, str]]:
@@ -431,32 +472,58 @@ class _Rules:
     def _rule(
         self, pattern: _Pattern, target: _Pattern, values: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
-        """Return one rule, or one per kind for `all-linear`, without rules that match nothing."""
-        rule: dict[str, Any] = {"match": pattern.regex, **values}
-        if self.layers and not (target.parameter or target.whole):  # as PEFT does
-            if names := self.lora.layers_pattern:
-                rule["match"] = _in_layers(pattern.regex, names, self.layers)
-            else:
-                rule["layers"] = self.layers
-        whole, narrowed = pattern is _ALL, target is _ALL and pattern is not _ALL
+        """Return the rules for a pattern, with their numbers.
+
+        1. Without a model it is one rule, for linear layers if it narrows `all-linear`.
+        2. A rule takes the names that it matches and no earlier one took.
+        3. It is one for each kind if it narrows `all-linear`, or where the pattern matches modules
+           and parameters, of which the target means one.
+        4. A rule that takes nothing is left out, unless its pattern matches no name at all: then
+           matching raises with the nearest names.
+        """
+        rule = {"match": pattern.regex, **values, **self._in_layers(pattern, target)}
+        narrows = target is _ALL and pattern is not _ALL
         if self.inventory is None:
-            return [rule | ({"kind": "linear"} if narrowed else {})]
-        beside = set[bool]() if whole else {*map(self._is_tensor, self._known_by(pattern))}
-        both = target is not _ALL and len(beside) == 2
-        hits = [
-            name
-            for name in (list(self.left) if whole else self._matching(rule["match"], self.left))
-            if ("layers" not in rule or first_number(name) in self.layers)
-            and (target is not _ALL or self.kinds[name] in LINEAR_KINDS)
-            and (not both or self._is_tensor(name) == target.parameter)
-        ]
-        for name in hits:
-            del self.left[name]
-        if hits and (narrowed or both):
-            return [rule | {"kind": kind} for kind in dict.fromkeys(self.kinds[n] for n in hits)]
-        if hits or not (values or whole or self._known_by(pattern)):
-            return [rule]  # if it matches no name, matching raises with the nearest names
+            return [rule | {"kind": "linear"}] if narrows else [rule]
+        mixed = target is not _ALL and self._matches_both(pattern)
+        names = self._take(rule, pattern, target, mixed=mixed)
+        if names and (narrows or mixed):
+            kinds = dict.fromkeys(map(self.kinds.__getitem__, names))
+            return [rule | {"kind": kind} for kind in kinds]
+        if names or self._is_unknown(pattern, values):
+            return [rule]
         return []
+
+    def _is_unknown(self, pattern: _Pattern, values: Mapping[str, Any]) -> bool:
+        """Whether a target, without numbers of its own, matches no name of the model at all."""
+        return pattern is not _ALL and not values and not self._known_by(pattern)
+
+    def _in_layers(self, pattern: _Pattern, target: _Pattern) -> dict[str, Any]:
+        """Return what confines a rule to layers; as in PEFT none of parameters and whole names."""
+        if not self.layers or target.parameter or target.whole:
+            return {}
+        if names := self.lora.layers_pattern:
+            return {"match": _in_layers(pattern.regex, names, self.layers)}
+        return {"layers": self.layers}
+
+    def _matches_both(self, pattern: _Pattern) -> bool:
+        """Whether a pattern matches modules and parameters."""
+        return len({self._is_tensor(name) for name in self._known_by(pattern)}) == 2
+
+    def _take(
+        self, rule: Mapping[str, Any], pattern: _Pattern, target: _Pattern, *, mixed: bool
+    ) -> list[str]:
+        """Take the names that a rule matches out of those that are left."""
+        names = list(self.left) if pattern is _ALL else self._matching(rule["match"], self.left)
+        if "layers" in rule:
+            names = [name for name in names if first_number(name) in self.layers]
+        if target is _ALL:
+            names = [name for name in names if self.kinds[name] in LINEAR_KINDS]
+        if mixed:
+            names = [name for name in names if self._is_tensor(name) == target.parameter]
+        for name in names:
+            del self.left[name]
+        return names
 
     def _matching(self, regex: str, names: Iterable[str]) -> list[str]:
         return matching(regex, names, asked=f"{self.asked}, {regex!r}")
@@ -466,29 +533,43 @@ class _Rules:
     def _look(self, inventory: Inventory, exclude: Iterable[str], saved: Iterable[str]) -> None:
         """Find the names that may be targeted, and refuse those that PEFT treats differently."""
         self.kinds = self._known(inventory)
-        targeted: dict[str, bool] = {}  # name to whether it is targeted as a parameter
+        targeted = self._targeted()
+        if self.lora.ensure_weight_tying:
+            self._refuse_tied(inventory, targeted)
+        others = [*self.kinds, *inventory.others]
+        excluded = self._matching_any(exclude, others)
+        trained = Below(self._matching_any(saved, others))
+        below_excluded = Below(excluded)
+        for name, as_parameter in targeted.items():
+            if not as_parameter and (name in trained or name in excluded):
+                continue
+            if name in below_excluded:
+                problem = (
+                    f"PEFT adapts '{name}', below a module that is excluded; here it would not"
+                )
+                remedy = "Exclude by a regex for full names, such as '.*vision_tower.*'"
+                raise _error(self.asked, "exclude_modules", problem, remedy)
+            self.left[name] = None
+        if targeted and not self.left:
+            problem = f"all {len(targeted)} targeted layers are excluded, or are modules_to_save"
+            raise _error(self.asked, "target_modules", problem, "Target some others")
+
+    def _targeted(self) -> dict[str, bool]:
+        """Return the names that a target matches, and whether one of them means a parameter."""
+        targeted: dict[str, bool] = {}
         for target in self.targets:
             for name in self._matched(target):
                 targeted[name] = targeted.get(name, False) or target.parameter
+        return targeted
+
+    def _matching_any(self, regexes: Iterable[str], names: Sequence[str]) -> set[str]:
+        return {name for regex in regexes for name in self._matching(regex, names)}
+
+    def _refuse_tied(self, inventory: Inventory, targeted: Collection[str]) -> None:
         tied = {name for c in inventory.candidates if c.tied for name in (c.name, *c.aliases)}
-        if self.lora.ensure_weight_tying and (both := tied.intersection(targeted)):
-            found = f"'{min(both)}' is tied, and adapters here are not shared between tied layers"
-            raise _error(self.asked, "ensure_weight_tying", found, "Leave it out of the targets")
-        others = [*self.kinds, *inventory.others]
-        gone = {name for regex in exclude for name in self._matching(regex, others)}
-        kept = Below(name for regex in saved for name in self._matching(regex, others))
-        below = Below(gone)
-        for name, as_parameter in targeted.items():
-            if not as_parameter and (name in kept or name in gone):
-                continue
-            if name in below:
-                found = f"PEFT adapts '{name}', below a module that is excluded; here it would not"
-                remedy = "Exclude by a regex for full names, such as '.*vision_tower.*'"
-                raise _error(self.asked, "exclude_modules", found, remedy)
-            self.left[name] = None
-        if targeted and not self.left:
-            found = f"all {len(targeted)} targeted layers are excluded, or are modules_to_save"
-            raise _error(self.asked, "target_modules", found, "Target some others")
+        if both := tied.intersection(targeted):
+            problem = f"'{min(both)}' is tied, and adapters here are not shared between tied layers"
+            raise _error(self.asked, "ensure_weight_tying", problem, "Leave it out of the targets")
 
     def _known(self, inventory: Inventory) -> dict[str, str]:
         """Return name to kind of everything that may be targeted."""

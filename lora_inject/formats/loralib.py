@@ -10,9 +10,10 @@ Its convolutions are not read, because their factors have another shape than in 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -79,27 +80,52 @@ def read(
         tensors = read_pickle(path, allow=allow_pickle)
     else:
         tensors = read_tensors(path)[0]
-    all_turned = fan_in_fan_out is True
-    turned = () if isinstance(fan_in_fan_out, bool) else fan_in_fan_out
+    if isinstance(fan_in_fan_out, bool):
+        kinds = _Kinds(embeddings, (), "conv1d" if fan_in_fan_out else "linear")
+    else:
+        kinds = _Kinds(embeddings, fan_in_fan_out)
     halves = [key for key in tensors if leaf(key) in ("lora_A", "lora_B")]
     sites: dict[str, SiteState] = {}
     for name in dict.fromkeys(map(parent, halves)):
         with within(f"site '{name}'"):
-            for role in ("lora_A", "lora_B"):
-                if joined(name, role) not in tensors:
-                    raise FormatError("", f"its {role} is missing", _EDITED)
-            kind = "conv1d" if all_turned or _named(name, turned) else "linear"
-            kind = "embedding" if _named(name, embeddings) else kind
-            a, b = (tensors[joined(name, role)] for role in ("lora_A", "lora_B"))
-            sites[name] = _site(name, a, b, kind, alpha, enable_lora)
+            a, b = _pair(tensors, name)
+            sites[name] = _site(name, a, b, kinds.of(name), alpha, enable_lora)
     if not sites:
         raise FormatError("", "it holds no lora_A", "Give a state dict of loralib's layers")
-    named = [*embeddings, *turned, *(enable_lora if isinstance(enable_lora, Mapping) else ())]
-    if lost := [end for end in named if not any(_named(name, (end,)) for name in sites)]:
-        found = f"no site is called {one_line(lost)}"
-        raise FormatError("", found, f"Its sites are {one_line(sites)}")
+    fused = enable_lora if isinstance(enable_lora, Mapping) else ()
+    _check_named([*embeddings, *kinds.transposed, *fused], sites)
     trained = {key: tensor for key, tensor in tensors.items() if key not in halves}
     return AdapterState(sites, trained)
+
+
+class _Kinds(NamedTuple):
+    """What the caller says about layers, by their names or ends of these; others are `usual`."""
+
+    embeddings: Collection[str]
+    transposed: Collection[str]
+    usual: str = "linear"
+
+    def of(self, name: str) -> str:
+        """Return the kind of a layer."""
+        if _named(name, self.embeddings):
+            return "embedding"
+        return "conv1d" if _named(name, self.transposed) else self.usual
+
+
+def _pair(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+    """Return A and B of a site."""
+    for role in ("lora_A", "lora_B"):
+        if joined(name, role) not in tensors:
+            raise FormatError("", f"its {role} is missing", _EDITED)
+    return tensors[joined(name, "lora_A")], tensors[joined(name, "lora_B")]
+
+
+def _check_named(ends: Iterable[str], sites: Collection[str]) -> None:
+    """Refuse names that the caller gave and no site has."""
+    lost = [end for end in ends if not any(_named(name, (end,)) for name in sites)]
+    if lost:
+        problem = f"no site is called {one_line(lost)}"
+        raise FormatError("", problem, f"Its sites are {one_line(sites)}")
 
 
 def write(state: AdapterState, path: Path, _facts: ModelFacts) -> bytes:
@@ -108,21 +134,25 @@ def write(state: AdapterState, path: Path, _facts: ModelFacts) -> bytes:
     The sites must be linear, conv1d or embedding ones, with one rank and one alpha, as loralib's
     layers are made. The file does not hold alpha; readers must know it.
     """
-    if state.rows:
-        found = f"loralib cannot train single rows, as of {one_line(state.rows)}"
-        raise FormatError("", found, _OTHER)
-    numbers = {(s.spec.rank, s.spec.alpha, s.spec.scaling) for s in state.sites.values()}
-    if len(numbers) > 1 or any(scaling != "standard" for _, _, scaling in numbers):
-        found = "its sites do not all have one rank, one alpha and standard scaling"
-        raise FormatError("", found, f"{_OTHER}; a loralib file holds neither number")
+    _check_numbers(state)
     for name, site in state.sites.items():
-        if found := _inexpressible(site):
-            raise FormatError(f"site '{name}'", found, _OTHER)
+        if reason := _inexpressible(site):
+            raise FormatError(f"site '{name}'", reason, _OTHER)
     pairs = {f"{name}.lora_A": site.A for name, site in state.sites.items()}
     pairs |= {f"{name}.lora_B": site.B for name, site in state.sites.items()}
     check_no_clash([*pairs, *state.trained])
     tensors = {name: t.detach().cpu() for name, t in (pairs | dict(state.trained)).items()}
     return pickled(tensors) if path.suffix in PICKLES else serialize(tensors, {"format": "pt"})
+
+
+def _check_numbers(state: AdapterState) -> None:
+    if state.rows:
+        problem = f"loralib cannot train single rows, as of {one_line(state.rows)}"
+        raise FormatError("", problem, _OTHER)
+    numbers = {(s.spec.rank, s.spec.alpha, s.spec.scaling) for s in state.sites.values()}
+    if len(numbers) > 1 or any(scaling != "standard" for _, _, scaling in numbers):
+        problem = "its sites do not all have one rank, one alpha and standard scaling"
+        raise FormatError("", problem, f"{_OTHER}; a loralib file holds neither number")
 
 
 def _named(name: str, ends: Collection[str]) -> bool:
@@ -148,23 +178,27 @@ def _site(
 def _slices(name: str, n: int, width: int, enable_lora: _Flags) -> Slices | None:
     """Return the parts of a fused layer of which `n` are adapted; None for a plain layer."""
     remedy = "Pass enable_lora, the list that MergedLinear was made with"
-    if isinstance(enable_lora, Mapping):
-        flags = next((f for end, f in enable_lora.items() if _named(name, (end,))), None)
-    elif enable_lora is not None and sum(enable_lora) == 1:
-        found = "a fused layer with one part enabled cannot be distinguished from a plain layer"
-        raise FormatError("", found, "Say which are fused: enable_lora={'c_attn': [...]}")
-    else:
-        flags = enable_lora if n > 1 else None
+    flags = _flags_of(name, n, enable_lora)
     if flags is None and n > 1:
         raise FormatError("", f"it is a fused layer with {n} adapted parts", remedy)
     if flags is None:
         return None
     if sum(flags) != n or width % n:
-        found = f"its tensors are of {n} adapted parts and enable_lora says {list(flags)}"
-        raise FormatError("", found, remedy)
+        problem = f"its tensors are of {n} adapted parts and enable_lora says {list(flags)}"
+        raise FormatError("", problem, remedy)
     names = [str(place) for place in range(len(flags))]
     adapt = tuple(part for part, flag in zip(names, flags, strict=True) if flag)
     return Slices(tuple((part, width // n) for part in names), adapt)
+
+
+def _flags_of(name: str, n: int, enable_lora: _Flags) -> Sequence[bool] | None:
+    """Return which parts of a layer are adapted, as the caller says."""
+    if isinstance(enable_lora, Mapping):
+        return next((f for end, f in enable_lora.items() if _named(name, (end,))), None)
+    if enable_lora is not None and sum(enable_lora) == 1:
+        problem = "a fused layer with one part enabled cannot be distinguished from a plain layer"
+        raise FormatError("", problem, "Say which are fused: enable_lora={'c_attn': [...]}")
+    return enable_lora if n > 1 else None
 
 
 def _inexpressible(site: SiteState) -> str:

@@ -33,14 +33,20 @@ def read_pickle(path: Path, *, allow: bool, inside: str | None = None) -> dict[s
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGE as error:
-        found = f"it cannot be loaded ({error})"[:500]
-        raise FormatError("", found, "It is incomplete or was edited; fetch it again") from error
+        problem = f"it cannot be loaded ({error})"[:500]
+        raise FormatError("", problem, "It is incomplete or was edited; fetch it again") from error
     if inside is not None and isinstance(loaded, dict):
         loaded = loaded.get(inside, loaded)
-    good = isinstance(loaded, dict) and all(isinstance(key, str) for key in loaded)
-    if not good or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+    if not _is_table(loaded):
         raise FormatError("", "it is not a table of tensors by name", "Save a state dict")
     return {key: tensor.detach() for key, tensor in loaded.items()}
+
+
+def _is_table(loaded: object) -> bool:
+    """Whether a value is a dict of tensors by name."""
+    if not isinstance(loaded, dict):
+        return False
+    return all(isinstance(k, str) and isinstance(t, Tensor) for k, t in loaded.items())
 
 
 def pickled(tensors: Mapping[str, Tensor], inside: str | None = None) -> bytes:

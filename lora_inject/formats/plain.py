@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -18,7 +18,7 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import FLOATS, one_line
 from lora_inject.core.functional.finite import all_finite
-from lora_inject.errors import FormatError
+from lora_inject.errors import FormatError, within
 from lora_inject.formats.pairs import pairs_of
 from lora_inject.formats.peft.tensor_layout import file_alpha, file_rank, plain_pair
 
@@ -46,37 +46,61 @@ def plain_sites(
     a scale of 1: B is multiplied in float32 at least and rounded once, to `dtype` or each tensor's
     own dtype. Values that become infinite by a cast to a narrower dtype are refused.
     """
+    _check_plain(state, client, dtype)
+    sites = {}
+    for name, site in state.sites.items():
+        with within(f"site '{name}'"):
+            _check_site(site, client, kinds)
+        sites[name] = _plain(site)
+    largest = max(site.spec.rank for site in sites.values())
+    common_alpha = None if _agree(sites.values(), with_rank=one_rank) else float(largest)
+    rank = _checked_rank(rank, largest) if one_rank else None
+    new_dtype = DTYPES.get(dtype or "")
+    changed = {}
+    for name, site in sites.items():
+        new_rank = rank if rank is not None else site.spec.rank
+        new_alpha = {"own": None, "one": common_alpha, "rank": float(new_rank)}[alpha]
+        changed[name] = _changed(site, new_rank, new_alpha, new_dtype)
+        with within(f"site '{name}'"):
+            _check_finite(changed[name])
+    return changed
+
+
+def _agree(sites: Iterable[SiteState], *, with_rank: bool) -> bool:
+    """Whether all sites have one alpha, and one rank if they are to have one."""
+    numbers = {(site.spec.rank if with_rank else 0, site.scale * site.spec.rank) for site in sites}
+    return len(numbers) == 1
+
+
+def _checked_rank(rank: int | None, largest: int) -> int:
+    if rank is not None and rank < largest:
+        remedy = "Give no rank, or truncate the adapter first (lora-inject truncate)"
+        raise FormatError("", f"rank {rank} is asked for, and a site has rank {largest}", remedy)
+    return rank or largest
+
+
+def _check_plain(state: AdapterState, client: str, dtype: str | None) -> None:
     if state.trained:
-        found = f"{client} cannot hold trained tensors, such as {one_line(state.trained)}"
-        raise FormatError("", found, f"{_MERGE}, or train without `train`")
+        problem = f"{client} cannot hold trained tensors, such as {one_line(state.trained)}"
+        raise FormatError("", problem, f"{_MERGE}, or train without `train`")
     if dtype is not None and dtype not in DTYPES:
         raise FormatError("", f"dtype is {dtype!r}", f"Give one of {', '.join(DTYPES)}")
     if not state.sites:
         raise FormatError("", "it has no sites", f"Give sites: {client} holds nothing else")
-    sites = {}
-    for name, site in state.sites.items():
-        if site.spec.kind not in kinds:
-            found = f"{client} cannot hold a site of kind '{site.spec.kind}'"
-            raise FormatError(f"site '{name}'", found, f"{_MERGE}; kinds: {', '.join(kinds)}")
-        if site.further:
-            extra = f"{one_line(site.further)} of the variant '{site.spec.variant}'"
-            raise FormatError(f"site '{name}'", f"{client} cannot hold {extra}", _MERGE)
-        sites[name] = _plain(site)
-    largest = max(site.spec.rank for site in sites.values())
-    if rank is not None and rank < largest:
-        remedy = "Give no rank, or truncate the adapter first (lora-inject truncate)"
-        raise FormatError("", f"rank {rank} is asked for, and a site has rank {largest}", remedy)
-    numbers = {(s.spec.rank if one_rank else 0, s.scale * s.spec.rank) for s in sites.values()}
-    keep = alpha == "own" or (alpha == "one" and len(numbers) == 1)
-    made = {}
-    for name, site in sites.items():
-        width = (rank or largest) if one_rank else site.spec.rank
-        due = None if keep else float(largest if alpha == "one" else width)
-        made[name] = _changed(site, width, due, None if dtype is None else DTYPES[dtype])
-        if not all_finite(made[name].A, made[name].B):
-            found = f"its values are not finite in {made[name].B.dtype}"
-            raise FormatError(f"site '{name}'", found, "Give a wider dtype")
-    return made
+
+
+def _check_site(site: SiteState, client: str, kinds: Collection[str]) -> None:
+    if site.spec.kind not in kinds:
+        problem = f"{client} cannot hold a site of kind '{site.spec.kind}'"
+        raise FormatError("", problem, f"{_MERGE}; kinds: {', '.join(kinds)}")
+    if site.further:
+        extra = f"{one_line(site.further)} of the variant '{site.spec.variant}'"
+        raise FormatError("", f"{client} cannot hold {extra}", _MERGE)
+
+
+def _check_finite(site: SiteState) -> None:
+    if not all_finite(site.A, site.B):
+        raise FormatError("", f"its values are not finite in {site.B.dtype}", "Give a wider dtype")
 
 
 def _plain(site: SiteState) -> SiteState:

@@ -45,57 +45,82 @@ def build(state: AdapterState, facts: ModelFacts) -> dict[str, Any]:
     Only fields that PEFT has had since 0.12 are written, newer ones where they are needed: an older
     PEFT warns of a field that it does not know, or fails.
     """
-    specs = [site.spec for site in state.sites.values()]
-    called = attentions(specs)
-    rslora = bool(specs) and all(spec.scaling == "rslora" for spec in specs)
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    modules: dict[str, str] = {}
-    for site in state.sites.values():
-        derived = site.A0 is not None
-        name = called.get(site.spec.name) or _target(site.spec, facts.expert_names)
-        alpha = file_alpha(site.spec, derived=derived, rslora=rslora)
-        alphas[name] = int(alpha) if alpha == int(alpha) else alpha  # PEFT's alpha is an int
-        ranks[name] = file_rank(site.spec, derived=derived)
-        if name == wrapped(site.spec):
-            modules[name] = site.spec.kind
-    parameters = sorted(ranks.keys() - modules.keys())
-    rank, most = common(ranks.values()), common(alphas.values())
-    full = [name for name in state.trained if name not in state.rows]
-    adapted, kinds = {wrapped(spec) for spec in specs}, set(modules.values())
-    whole = whole_modules(full, facts, sites=adapted)
-    config: dict[str, Any] = {
-        "alpha_pattern": pattern_keys(alphas, most),
+    targets = _Targets(state, facts)
+    rank, alpha = common(targets.ranks.values()), common(targets.alphas.values())
+    has_parameters = bool(targets.parameters)
+    dropout = common(spec.dropout for spec in targets.specs)
+    kinds = set(targets.modules.values())
+    return {
+        "alpha_pattern": pattern_keys(targets.alphas, alpha),
         "auto_mapping": None,
         "base_model_name_or_path": facts.base_model,
-        "bias": bias_setting(full, sites=adapted, whole=whole),
         "fan_in_fan_out": "conv1d" in kinds and "linear" not in kinds,
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
         "layers_to_transform": None,
-        "lora_alpha": 8 if most is None else most,
-        "lora_dropout": 0.0 if parameters else common(spec.dropout for spec in specs) or 0.0,
-        "modules_to_save": whole or None,
+        "lora_alpha": 8 if alpha is None else alpha,
+        # PEFT refuses dropout on a parameter.
+        "lora_dropout": 0.0 if has_parameters else dropout or 0.0,
         "peft_type": "LORA",
         "r": 8 if rank is None else rank,
-        "rank_pattern": pattern_keys(ranks, rank),
+        "rank_pattern": pattern_keys(targets.ranks, rank),
         "revision": None,
-        "target_modules": target_modules(modules, facts, parameters=bool(parameters)),
-        "task_type": allowed_task(facts.task_type, whole=whole),
-        "use_dora": any(spec.variant == "dora" for spec in specs),
-        "use_rslora": rslora,
+        "target_modules": target_modules(targets.modules, facts, parameters=has_parameters),
+        "use_dora": any(spec.variant == "dora" for spec in targets.specs),
+        "use_rslora": targets.rslora,
+        **_trained_fields(state, facts, {wrapped(spec) for spec in targets.specs}),
+        **_newer_fields(state, targets),
     }
-    if any(spec.lora_bias for spec in specs):
-        config["lora_bias"] = True
+
+
+def _trained_fields(
+    state: AdapterState, facts: ModelFacts, adapted: Collection[str]
+) -> dict[str, Any]:
+    """Return the fields that say which tensors the file has in full."""
+    full = [name for name in state.trained if name not in state.rows]
+    whole = whole_modules(full, facts, sites=adapted)
+    return {
+        "bias": bias_setting(full, sites=adapted, whole=whole),
+        "modules_to_save": whole or None,
+        "task_type": allowed_task(facts.task_type, whole=whole),
+    }
+
+
+class _Targets:
+    """What PEFT adapts for the sites of an adapter: modules or parameters, and their numbers."""
+
+    def __init__(self, state: AdapterState, facts: ModelFacts) -> None:
+        self.specs = [site.spec for site in state.sites.values()]
+        self.rslora = bool(self.specs) and all(spec.scaling == "rslora" for spec in self.specs)
+        self.ranks: dict[str, int] = {}
+        self.alphas: dict[str, float] = {}
+        self.modules: dict[str, str] = {}  # with their kinds
+        self.attentions = attentions(self.specs)
+        for site in state.sites.values():
+            derived = site.A0 is not None
+            name = self.attentions.get(site.spec.name) or _target(site.spec, facts.expert_names)
+            alpha = file_alpha(site.spec, derived=derived, rslora=self.rslora)
+            self.alphas[name] = int(alpha) if alpha == int(alpha) else alpha  # an int in PEFT
+            self.ranks[name] = file_rank(site.spec, derived=derived)
+            if name == wrapped(site.spec):
+                self.modules[name] = site.spec.kind
+        self.parameters = sorted(self.ranks.keys() - self.modules.keys())
+
+
+def _newer_fields(state: AdapterState, targets: _Targets) -> dict[str, Any]:
+    """Return the fields that PEFT has had since a later version, where they say something."""
+    fields: dict[str, Any] = {}
+    if any(site.spec.lora_bias for site in state.sites.values()):
+        fields["lora_bias"] = True
     if state.rows:
-        config["trainable_token_indices"] = {parent(n): [*rows] for n, rows in state.rows.items()}
-    if parameters or called:
+        fields["trainable_token_indices"] = {parent(n): [*rows] for n, rows in state.rows.items()}
+    if targets.parameters or targets.attentions:
         # Stacks and attentions are laid out as this PEFT lays them out: readers tell by version.
-        config["peft_version"] = PEFT_VERSION
-    if parameters:
-        config["target_parameters"] = parameters
-    return config
+        fields["peft_version"] = PEFT_VERSION
+    if targets.parameters:
+        fields["target_parameters"] = targets.parameters
+    return fields
 
 
 def _target(spec: SiteSpec, expert_names: Collection[str]) -> str:

@@ -125,20 +125,27 @@ def contents(state: AdapterState, facts: ModelFacts) -> Contents:
     _check_rows(state.rows, facts.module_names or ())
     specs = [site.spec for site in state.sites.values()]
     check_sites(specs, facts)
+    _check_attentions(state, attentions(specs))
+    transposed = {spec.name for spec in specs if is_turned(spec, facts.transposed_modules)}
+    return Contents(state, _tensors_of(state, transposed), build(state, facts), transposed)
+
+
+def _tensors_of(state: AdapterState, transposed: Collection[str]) -> dict[str, Tensor]:
+    """Return the tensors of the file by their keys; sites of `transposed` are (in, out)."""
+    specs = [site.spec for site in state.sites.values()]
     called = attentions(specs)
-    _check_attentions(state, called)
     layout = layout_of(specs, state.trained, state.rows)
     check_no_clash(layout.keys)
-    turned = {spec.name for spec in specs if is_turned(spec, facts.transposed_modules)}
     tensors = {layout.trained[name]: tensor for name, tensor in state.trained.items()}
     for name, site in state.sites.items():
-        shapes = file_shapes(site.spec)
-        further = {role: t.detach().reshape(shapes[role]) for role, t in site.further.items()}
-        of_pair = zip("AB", pack(site, turned=name in turned), strict=True)
-        for role, tensor in {**dict(of_pair), **further}.items():
-            half = role == "B" and name in called and site.spec.kind == "linear"
-            tensors[layout.sites[name][role]] = tensor / 2 if half else tensor
-    return Contents(state, tensors, build(state, facts), turned)
+        keys, shapes = layout.sites[name], file_shapes(site.spec)
+        A, B = pack(site, turned=name in transposed)
+        if name in called and site.spec.kind == "linear":  # PEFT applies it twice
+            B = B / 2
+        tensors |= {keys["A"]: A, keys["B"]: B}
+        for role, tensor in site.further.items():
+            tensors[keys[role]] = tensor.detach().reshape(shapes[role])
+    return tensors
 
 
 def read(
@@ -260,19 +267,19 @@ def check_sites(specs: Sequence[SiteSpec], facts: ModelFacts) -> None:
 
 def _check_expressible(specs: Sequence[SiteSpec], tensor_names: Sequence[str] | None) -> None:
     """Refuse what a PEFT file cannot say, before anything is written."""
-    parameters = {spec.name for spec in specs if spec.kind == "parameter"}
-    modules = {spec.name for spec in specs if spec.kind != "parameter"}
-    if parameters and any(spec.kind == "conv1d" for spec in specs):
+    kinds = {spec.name: spec.kind for spec in specs}
+    parameters = {name for name, kind in kinds.items() if kind == "parameter"}
+    if parameters and "conv1d" in kinds.values():
         raise FormatError("", "PEFT cannot adapt parameters together with Conv1D layers", _OTHER)
     if len({(spec.variant, spec.lora_bias) for spec in specs}) > 1:
-        found = "PEFT has one variant, with lora_bias or without, for all sites"
-        raise FormatError("", f"{found}, and these sites have several", _OTHER)
+        problem = "PEFT has one variant, with lora_bias or without, for all sites"
+        raise FormatError("", f"{problem}, and these sites have several", _OTHER)
     known = {*(tensor_names or ()), *parameters}
     called = attentions(specs)
     for spec in specs:
-        plain = spec.name in called and spec.variant == "lora"  # its attention has no DoRA
-        reason = "" if plain else _inexpressible(spec, modules, known)
-        if reason:
+        if spec.name in called and spec.variant == "lora":  # its attention has no DoRA
+            continue
+        if reason := _inexpressible(spec, kinds.keys() - parameters, known):
             raise FormatError(f"site '{spec.name}'", f"PEFT cannot {reason}", _OTHER)
 
 
@@ -383,23 +390,30 @@ def _read_all(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors, of one file or of all that the index names, and the metadata."""
     if (path / MODEL).is_file():
         return read_tensors(path / MODEL)
+    table = _weight_map(path)
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(table.values())):
+        of_file = read_tensors(path / name)[0]
+        if strangers := [key for key in of_file if table.get(key) != name]:
+            raise _apart(f"'{name}' holds {one_line(strangers)}, which it does not list")
+        tensors |= of_file
+    if missing := table.keys() - tensors.keys():
+        raise _apart(f"its files lack {one_line(sorted(missing))}")
+    return tensors, {}
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Return which file of a folder holds each tensor, by its index."""
     index: Any = read_json(path / _INDEX, _INDEX)
     table: Any = index.get("weight_map") if isinstance(index, dict) else None
     names: list[Any] = [*table.values()] if isinstance(table, dict) else [None]
     if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) for name in names):
         raise FormatError(_INDEX, "its weight_map is not a table of file names", "Fetch it again")
-    tensors: dict[str, Tensor] = {}
-    found = ""
-    for name in sorted(set(names)):
-        held = read_tensors(path / name)[0]
-        if strangers := [key for key in held if table.get(key) != name]:
-            found = f"'{name}' holds {one_line(strangers)}, which it does not list"
-        tensors |= held
-    if missing := table.keys() - tensors.keys():
-        found = f"its files lack {one_line(sorted(missing))}"
-    if found:
-        raise FormatError(_INDEX, found, "The files do not belong together")
-    return tensors, {}
+    return dict(table)
+
+
+def _apart(problem: str) -> FormatError:
+    return FormatError(_INDEX, problem, "The files do not belong together")
 
 
 def _in_base(path: Path) -> bool:

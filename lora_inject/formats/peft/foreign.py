@@ -162,33 +162,38 @@ class Foreign:
         return found
 
     def _places(self, paths: Mapping[str, _Path]) -> Iterator[_Place]:
-        """Yield what is adapted on each module: itself, or some of its parameters."""
-        on: dict[str, list[str]] = {}
+        """Yield what is adapted on each module: itself, or some of its parameters.
+
+        A module with several adapted parameters has a wrapper for each, of which the first
+        parameter's is the innermost, so that its path has the most `.base_layer`.
+        """
+        paths_of: dict[str, list[str]] = {}
         for path in paths:
             module = path
             while module.endswith(".base_layer"):
                 module = module.removesuffix(".base_layer")
-            on.setdefault(module, []).append(path)
-        for module, found in on.items():
-            called, attention = None, module.removesuffix(_OUT)
-            if f"{module}{_OUT}" in on:
-                names, called = [f"{module}.in_proj_weight"], module
-            elif attention != module and attention in on:
-                names, called = [f"{attention}.out_proj"], attention
-            else:
+            paths_of.setdefault(module, []).append(path)
+        for module, given in paths_of.items():
+            attention = self._attention_of(module, paths_of)
+            if attention is None:
                 names = self._names(module)
-            # The wrapper of the first parameter is the innermost.
-            due = [module + ".base_layer" * depth for depth in reversed(range(len(names)))]
-            if {*due} != {*found}:
-                words = f"its pairs at {one_line(found)} are not those of {one_line(names)}"
-                raise _error(f"module '{module[:200]}'", words)
-            for name, path in zip(names, due, strict=True):
-                of, parameter = paths[path], name.startswith(f"{module}.")
-                if called is not None:
-                    self._check_attention(called)
-                    if not parameter:  # see `tensor_layout.attentions`
-                        of = replace(of, tensors={**of.tensors, "B": 2 * of.tensors["B"]})
-                yield _Place(name, called or name, parameter, of)
+            else:
+                self._check_attention(attention)
+                is_output = attention != module
+                names = [f"{attention}.out_proj" if is_output else f"{module}.in_proj_weight"]
+            wrappers = [module + ".base_layer" * depth for depth in reversed(range(len(names)))]
+            if {*wrappers} != {*given}:
+                problem = f"its pairs at {one_line(given)} are not those of {one_line(names)}"
+                raise _error(f"module '{module[:200]}'", problem)
+            for name, path in zip(names, wrappers, strict=True):
+                yield _place(name, module, attention, paths[path])
+
+    def _attention_of(self, module: str, modules: Collection[str]) -> str | None:
+        """Return the MultiheadAttention that PEFT adapts at a module: by its two projections."""
+        if f"{module}{_OUT}" in modules:
+            return module
+        around = module.removesuffix(_OUT)
+        return around if around != module and around in modules else None
 
     def _check_attention(self, module: str) -> None:
         """Refuse a MultiheadAttention of a PEFT that may compute it otherwise than 0.21 does."""
@@ -204,26 +209,31 @@ class Foreign:
         """The sites of a module: its own name, or those of its parameters in the model's order."""
         where, known = f"module '{module[:200]}'", self.facts.tensor_names
         if ".base_layer." in module:
-            found = "it is inside another adapted module, and not an attention's output projection"
-            raise _error(where, found, "Train it again with this package")
+            problem = (
+                "it is inside another adapted module, and not an attention's output projection"
+            )
+            raise _error(where, problem, "Train it again with this package")
         listed = self.claims.target_modules
         if known is None and isinstance(listed, frozenset) and not listed.isdisjoint(ends(module)):
             return [module]
-        # A target without a module, such as PEFT writes for experts, may be a parameter of any.
-        targets = {target: parent(target) for target in self.claims.target_parameters}
-        names = dict.fromkeys(
-            joined(module, leaf(target))
-            for target, place in targets.items()
-            if not place or _ends(module, place)
-        )
+        names = self._parameters_of(module)
         if known is not None:
-            there = [name for name in names if name in self._position]
-            return sorted(there, key=self._position.__getitem__) or [module]
+            existing = [name for name in names if name in self._position]
+            return sorted(existing, key=self._position.__getitem__) or [module]
         if len(names) > 1:
-            found = f"the file does not say which pair is whose of {one_line(map(leaf, names))}"
+            problem = f"the file does not say which pair is whose of {one_line(map(leaf, names))}"
             remedy = "Load it onto the model, pass tensor_names=list(model.state_dict()), or "
-            raise _error(where, found, remedy + CONVERT)
-        return [*names] or [module]
+            raise _error(where, problem, remedy + CONVERT)
+        return names or [module]
+
+    def _parameters_of(self, module: str) -> list[str]:
+        """Return the parameters of a module that the config targets."""
+        names: dict[str, None] = {}
+        for target in self.claims.target_parameters:
+            # A target without a module, such as PEFT writes for experts, may be a parameter of any.
+            if not parent(target) or _ends(module, parent(target)):
+                names[joined(module, leaf(target))] = None
+        return [*names]
 
     @cached_property
     def _position(self) -> dict[str, int]:
@@ -335,24 +345,27 @@ class Foreign:
         trained: dict[str, Tensor] = {}
         copies: dict[str, Tensor] = {}
         for key, tensor in rest.items():
-            name, parts, where = _AROUND.sub("", key), key.split("."), f"'{key[:200]}'"
-            is_copy = "original_module" in parts[:-1] or (
-                "base_layer" in parts[:-1] and parts[-1] != "bias"
-            )
-            # A plain tensor may be a resized embedding; one that looks like an adapter's may not.
-            adapted = any(part.startswith("lora_") for part in parts)
-            if adapted and not is_copy and not self._explained(name):
-                found = f"the tensor {where} is of no known kind"
-                remedy = "It belongs to a variant of LoRA that cannot be read; merge it with PEFT"
-                raise _error("", found, remedy)
-            site = sites.get(parent(name))
-            if site is not None and not is_copy and name == site.spec.weight:
-                raise _error(where, "its module has a site as well")
-            target = copies if is_copy else trained
+            name, where = _AROUND.sub("", key), f"'{key[:200]}'"
+            target = copies
+            if not _is_copy(key):
+                self._check_trained(key, name, sites)
+                target = trained
             if name in target and not torch.equal(target[name], tensor):
                 raise _error(where, "the file holds it twice, unequal")
             target[name] = tensor
         return trained, copies
+
+    def _check_trained(self, key: str, name: str, sites: Mapping[str, SiteState]) -> None:
+        """Refuse a tensor of a variant that is not known, and one whose module has a site."""
+        where = f"'{key[:200]}'"
+        # A plain tensor may be a resized embedding; one that looks like an adapter's may not.
+        of_adapter = any(part.startswith("lora_") for part in key.split("."))
+        if of_adapter and not self._explained(name):
+            remedy = "It belongs to a variant of LoRA that cannot be read; merge it with PEFT"
+            raise _error("", f"the tensor {where} is of no known kind", remedy)
+        site = sites.get(parent(name))
+        if site is not None and name == site.spec.weight:
+            raise _error(where, "its module has a site as well")
 
     def _explained(self, name: str) -> bool:
         """Whether the config says that this tensor travels in full."""
@@ -361,8 +374,22 @@ class Foreign:
         return of_bias or any(module.endswith(saved) for module in around([name]))
 
 
+def _place(name: str, module: str, attention: str | None, path: _Path) -> _Place:
+    """Return a site of a module; PEFT applies an attention's output projection twice."""
+    is_parameter = name.startswith(f"{module}.")
+    if attention is not None and not is_parameter:  # see `tensor_layout.attentions`
+        path = replace(path, tensors={**path.tensors, "B": 2 * path.tensors["B"]})
+    return _Place(name, attention or name, is_parameter, path)
+
+
+def _is_copy(key: str) -> bool:
+    """Whether a tensor is the base's own, which PEFT saves beside the trained one."""
+    *around, last = key.split(".")
+    return "original_module" in around or ("base_layer" in around and last != "bias")
+
+
 def _ends(name: str, end: str) -> bool:
-    """Whether a name is this one, or ends so after a dot."""
+    """Whether a name is `end`, or ends in it after a dot."""
     return f".{name}".endswith(f".{end}")
 
 
