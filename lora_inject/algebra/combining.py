@@ -44,30 +44,35 @@ class Method:
 
     def __post_init__(self) -> None:
         """Refuse options that are missing, wrong or without effect."""
-        asked, density = self.asked, self.density
         if self.name not in METHODS:
             remedy = f"Choose one of {', '.join(METHODS)}"
-            raise StateError(asked, "there is no such method", remedy)
+            raise StateError(self.asked, "there is no such method", remedy)
         if self.rank is not None:
-            check_type(f"{asked}, rank", self.rank, Integral, "Give 1 or more")
-            if self.rank < 1 or not self.name.endswith("svd"):
-                found = f"rank is {self.rank}"
-                if self.rank >= 1:
-                    found = "the method keeps all ranks, and rank is given"
-                remedy = "Give rank=1 or more to svd, or to a method with _svd"
-                raise StateError(asked, found, remedy)
-        if density is not None:
-            check_type(f"{asked}, density", density, Real, "Give a share, in (0, 1]")
-        wants = self.name not in ("cat", "svd", "linear")
-        if wants and (density is None or not 0 < density <= 1):
-            found = "density is missing" if density is None else f"density is {density}"
-            raise StateError(asked, found, "Give the share of values to keep, in (0, 1]")
-        if density is not None and not wants:
-            found = "the method keeps all values, and density is given"
-            raise StateError(asked, found, "Leave density out")
+            self._check_rank(self.rank)
+        self._check_density()
         if self.majority_sign not in ("total", "frequency"):
-            found = f"majority_sign is {self.majority_sign!r}"
-            raise StateError(asked, found, "Give total or frequency")
+            problem = f"majority_sign is {self.majority_sign!r}"
+            raise StateError(self.asked, problem, "Give total or frequency")
+
+    def _check_rank(self, rank: int) -> None:
+        check_type(f"{self.asked}, rank", rank, Integral, "Give 1 or more")
+        remedy = "Give rank=1 or more to svd, or to a method with _svd"
+        if rank < 1:
+            raise StateError(self.asked, f"rank is {rank}", remedy)
+        if not self.name.endswith("svd"):
+            raise StateError(self.asked, "the method keeps all ranks, and rank is given", remedy)
+
+    def _check_density(self) -> None:
+        """Require a share in (0, 1] where the method drops values, and none where it does not."""
+        density, drops = self.density, self.name not in ("cat", "svd", "linear")
+        if density is not None:
+            check_type(f"{self.asked}, density", density, Real, "Give a share, in (0, 1]")
+        if drops and (density is None or not 0 < density <= 1):
+            problem = "density is missing" if density is None else f"density is {density}"
+            raise StateError(self.asked, problem, "Give the share of values to keep, in (0, 1]")
+        if density is not None and not drops:
+            problem = "the method keeps all values, and density is given"
+            raise StateError(self.asked, problem, "Leave density out")
 
     @property
     def asked(self) -> str:

@@ -62,9 +62,10 @@ def check_alike(specs: Sequence[SiteSpec], names: Sequence[str], asked: str) -> 
             raise StateError(f"{asked}, site '{one.name}'", found, "Give adapters of one base")
 
 
-def _contributions(
-    term: Term, unit: float
-) -> Iterator[tuple[tuple[int, int], Tensor, Tensor, float]]:
+_Contribution = tuple[tuple[int, int], Tensor, Tensor, float]
+
+
+def _contributions(term: Term, unit: float) -> Iterator[_Contribution]:
     """Yield `(span, A (experts, r, in), B (experts, width, r), factor)` of each part and pair."""
     site, weight = term
     spec = site.spec
@@ -103,22 +104,28 @@ def gathered(
     `place` is their device, by default that of the first term. They have the spans that `specs`
     share, by default those of the terms; where no term has values the rank is 0.
     """
-    specs, place = specs or [site.spec for site, _ in terms], place or terms[0][0].A.device
+    specs = specs or [site.spec for site, _ in terms]
+    like = torch.empty(0, dtype=dtype, device=place or terms[0][0].A.device)
     slices = _common(specs)
-    found: Parts = []
+    spans = slices.spans if slices else ((0, specs[0].out_features),)
     rows = [row for term in terms for row in _contributions(term, unit)]
-    for start, stop in slices.spans if slices else ((0, specs[0].out_features),):
-        n = specs[0].experts or 1
-        lefts = [torch.empty(n, stop - start, 0, dtype=dtype, device=place)]
-        rights = [torch.empty(n, 0, specs[0].in_features, dtype=dtype, device=place)]
-        for (first, last), a, b, factor in rows:
-            if start <= first and last <= stop:
-                left = b if factor == 1 else b.double() * factor
-                left = F.pad(left.to(place, dtype), (0, 0, first - start, stop - last))
-                lefts.append(left)
-                rights.append(a.to(place, dtype))
-        found.append(((start, stop), torch.cat(lefts, 2), torch.cat(rights, 1)))
-    return found
+    return [(span, *_part(span, rows, specs[0], like)) for span in spans]
+
+
+def _part(
+    span: tuple[int, int], rows: Sequence[_Contribution], spec: SiteSpec, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return left and right of the contributions inside a span, with all their ranks."""
+    start, stop = span
+    n = spec.experts or 1
+    lefts, rights = [like.new_empty(n, stop - start, 0)], [like.new_empty(n, 0, spec.in_features)]
+    for (first, last), a, b, factor in rows:
+        if start <= first and last <= stop:
+            scaled = b if factor == 1 else b.double() * factor
+            padding = (0, 0, first - start, stop - last)
+            lefts.append(F.pad(scaled.to(like.device, like.dtype), padding))
+            rights.append(a.to(like.device, like.dtype))
+    return torch.cat(lefts, 2), torch.cat(rights, 1)
 
 
 def total(terms: Sequence[Term], like: SiteSpec) -> SiteState:
@@ -233,28 +240,35 @@ def mixed(
     W is not known here, so the weights of a tensor must add up to 1: then W cancels out. `names`
     are what messages call the adapters.
     """
-    found = {}
-    for name in dict.fromkeys(name for trained, _ in several for name in trained):
-        there = [(trained[name], weight) for trained, weight in several if name in trained]
-        tensors, where = [tensor for tensor, _ in there], f"{asked}, trained tensor '{name}'"
-        if not math.isclose(sum(weight for _, weight in there), 1, rel_tol=1e-9):
-            added = " + ".join(f"{weight:g}" for _, weight in there)
-            raise StateError(
-                where,
-                f"it is a full copy of the base's tensor, with weight {added}: its change from the "
-                "base is not known here",
-                "Fold the adapters into the base with `lora-inject merge`, give weights that add "
-                "up to 1, or leave it out (select)",
-            )
-        if len({tensor.shape for tensor in tensors}) > 1:
-            holders = (n for n, (trained, _) in zip(names, several, strict=True) if name in trained)
-            each = zip(tensors, holders, strict=True)
-            shapes = " and ".join(f"{list(tensor.shape)} in {holder}" for tensor, holder in each)
-            raise StateError(where, f"its shape is {shapes}", "Give adapters of one base")
-        if len(there) == 1:
-            found[name] = tensors[0]
-            continue
-        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-        products = [weight * tensor.detach().double() for tensor, weight in there]
-        found[name] = torch.stack(products).sum(0).to(dtype)
-    return found
+    mix = {}
+    for key in dict.fromkeys(key for trained, _ in several for key in trained):
+        with_it = zip(names, several, strict=True)
+        copies = {n: (trained[key], w) for n, (trained, w) in with_it if key in trained}
+        _check_copies(copies, f"{asked}, trained tensor '{key}'")
+        mix[key] = _mix_of([*copies.values()])
+    return mix
+
+
+def _check_copies(copies: Mapping[str, tuple[Tensor, float]], where: str) -> None:
+    """Refuse weights that do not add up to 1, and copies of several shapes."""
+    if not math.isclose(sum(weight for _, weight in copies.values()), 1, rel_tol=1e-9):
+        added = " + ".join(f"{weight:g}" for _, weight in copies.values())
+        raise StateError(
+            where,
+            f"it is a full copy of the base's tensor, with weight {added}: its change from the "
+            "base is not known here",
+            "Fold the adapters into the base with `lora-inject merge`, give weights that add "
+            "up to 1, or leave it out (select)",
+        )
+    if len({copy.shape for copy, _ in copies.values()}) > 1:
+        shapes = " and ".join(f"{list(t.shape)} in {name}" for name, (t, _) in copies.items())
+        raise StateError(where, f"its shape is {shapes}", "Give adapters of one base")
+
+
+def _mix_of(copies: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Return the sum of weighted tensors, computed in float64; a single one as it is."""
+    if len(copies) == 1:
+        return copies[0][0]
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor, _ in copies))
+    products = [weight * tensor.detach().double() for tensor, weight in copies]
+    return torch.stack(products).sum(0).to(dtype)

@@ -6,7 +6,7 @@ multiplied by the ratio of the scales.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 
@@ -107,22 +107,18 @@ def split_experts(site: SiteState) -> dict[str, SiteState]:
 
 
 def join_experts(name: str, members: Mapping[int, SiteState], n: int, asked: str) -> SiteState:
-    """Return one site on a stack of experts from the sites on them, zeros for missing ones."""
-    asked = f"{asked}, site '{name}'"
+    """Return one site on a stack of experts from the sites on them, zeros for missing ones.
+
+    The new site has the scale of the first member; the B of others is multiplied to fit it.
+    """
     specs = [site.spec for site in members.values()]
-    check_alike(specs, [repr(spec.name) for spec in specs], asked)
-    first = next(iter(members.values())).spec
-    if first.kind != "linear" or len({site.spec.slices for site in members.values()}) > 1:
-        found = "its experts are not all plain linear layers with the same slices"
-        raise StateError(asked, found, "Join the layers of each expert first")
-    ratios = {number: site.scale / first.scale for number, site in members.items()}
-    plain = {
-        number: site if site.A0 is None else total([(site, 1.0)], site.spec)
-        for number, site in members.items()
-    }
+    first = specs[0]
+    _check_members(specs, f"{asked}, site '{name}'")
+    factors = {number: site.scale / first.scale for number, site in members.items()}
+    plain = {number: _without_start(site) for number, site in members.items()}
     rank = max(site.spec.rank for site in plain.values())
     dtype = reduce(torch.promote_types, (site.A.dtype for site in plain.values()))
-    if set(ratios.values()) != {1.0}:
+    if set(factors.values()) != {1.0}:
         dtype = torch.promote_types(dtype, torch.float32)
     made = replace(
         first,
@@ -137,11 +133,24 @@ def join_experts(name: str, members: Mapping[int, SiteState], n: int, asked: str
         update="weight",
         **MADE,
     )
-    place = members[next(iter(members))].A.device
-    A = torch.zeros(n, len(first.spans), rank, first.in_features, dtype=dtype, device=place)
-    B = torch.zeros(made.b_shape, dtype=dtype, device=place)
+    device = members[next(iter(members))].A.device
+    A = torch.zeros(n, len(first.spans), rank, first.in_features, dtype=dtype, device=device)
+    B = torch.zeros(made.b_shape, dtype=dtype, device=device)
     for number, site in plain.items():
-        r, b = site.spec.rank, site.B.detach()
-        A[number, :, :r] = site.A.detach().to(dtype).reshape(-1, r, first.in_features)
-        B[number, :, :r] = (b if ratios[number] == 1 else b.double() * ratios[number]).to(dtype)
+        own_rank, b, factor = site.spec.rank, site.B.detach(), factors[number]
+        scaled = b if factor == 1 else b.double() * factor
+        A[number, :, :own_rank] = site.A.detach().to(dtype).reshape(-1, own_rank, first.in_features)
+        B[number, :, :own_rank] = scaled.to(dtype)
     return SiteState(made, A.reshape(made.a_shape), B)
+
+
+def _check_members(specs: Sequence[SiteSpec], asked: str) -> None:
+    check_alike(specs, [repr(spec.name) for spec in specs], asked)
+    if specs[0].kind != "linear" or len({spec.slices for spec in specs}) > 1:
+        problem = "its experts are not all plain linear layers with the same slices"
+        raise StateError(asked, problem, "Join the layers of each expert first")
+
+
+def _without_start(site: SiteState) -> SiteState:
+    """Return a site with the subtraction of a frozen start as further ranks."""
+    return site if site.A0 is None else total([(site, 1.0)], site.spec)

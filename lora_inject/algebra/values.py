@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
@@ -270,28 +270,48 @@ def with_sites(
     `make` gets the sites with their weights, what the new site is like, and the adapters' names.
     """
     names = _check_adapters(states, asked)
-    several = list(zip(states, weights, strict=True))
-    for (state, weight), name in zip(several, names, strict=True):
-        _check_term(state, weight, name, asked)
-    marked = sorted(states, key=lambda state: state.fingerprint is None)
-    trained = mixed([(state.trained, weight) for state, weight in several], names, asked)
+    named = [_Named(*three) for three in zip(names, states, weights, strict=True)]
+    for one in named:
+        _check_term(one.state, one.weight, one.name, asked)
+    trained = mixed([(one.state.trained, one.weight) for one in named], names, asked)
     sites = {}
     for site in dict.fromkeys(name for state in states for name in state.sites):
-        there = [(state.sites[site], weight) for state, weight in several if site in state.sites]
-        holders = [n for n, state in zip(names, states, strict=True) if site in state.sites]
-        check_alike([one.spec for one, _ in there], holders, asked)
-        # With the base known, kinds of layers are known; for a foreign file they are assumed.
-        like = next(state.sites[site].spec for state in marked if site in state.sites)
-        sites[site] = make(there, like, holders)
+        holders = [one for one in named if site in one.state.sites]
+        sites[site] = _made(site, holders, make, asked)
         if twice := _tensors_of(sites[site].spec) & trained.keys():
-            name = min(twice)
-            other = next(n for n, s in zip(names, states, strict=True) if name in s.trained)
-            found = f"{holders[0]} updates '{name}' and {other} holds a trained copy of it"
-            raise StateError(asked, found, "Merge both adapters into the base instead")
+            raise _held_twice(min(twice), holders[0].name, named, asked)
     marks = [state.fingerprint for state in states if state.fingerprint is not None]
     copies = common_copies([state.base_copies for state in states], names, asked)
     union = Fingerprint.union(marks) if marks else None
     return AdapterState(sites, trained, None, union, copies)
+
+
+class _Named(NamedTuple):
+    """An adapter among others, as messages call it, with its weight."""
+
+    name: str
+    state: AdapterState
+    weight: float
+
+
+def _made(
+    site: str,
+    holders: Sequence[_Named],
+    make: Callable[[Sequence[Term], SiteSpec, Sequence[str]], SiteState],
+    asked: str,
+) -> SiteState:
+    names = [one.name for one in holders]
+    terms = [(one.state.sites[site], one.weight) for one in holders]
+    check_alike([term.spec for term, _ in terms], names, asked)
+    # With the base known, kinds of layers are known; for a foreign file they are assumed.
+    surest = min(holders, key=lambda one: one.state.fingerprint is None)
+    return make(terms, surest.state.sites[site].spec, names)
+
+
+def _held_twice(name: str, holder: str, named: Iterable[_Named], asked: str) -> StateError:
+    other = next(one.name for one in named if name in one.state.trained)
+    problem = f"{holder} updates '{name}' and {other} holds a trained copy of it"
+    return StateError(asked, problem, "Merge both adapters into the base instead")
 
 
 def _check_term(state: AdapterState, weight: float, name: str, asked: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_inject.algebra.svd import ThinProduct
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.functional.fold import Term
-from lora_inject.core.spec.sites import ROLES, Block
+from lora_inject.core.spec.sites import ROLES, Block, SiteSpec
 from lora_inject.errors import StateError
 
 SHARES = (0.90, 0.95, 0.99)
@@ -153,23 +153,26 @@ def blocks_of_terms(terms: Sequence[Term], *, checked: bool = True) -> tuple[Sit
     """Split the terms of one weight: the update, less its frozen start if it has one."""
     spec = terms[0].spec
     if checked and ROLES[spec.variant].gained:
-        found = f"it is a DoRA adapter ({spec.variant}), whose update is not low-rank"
+        problem = f"it is a DoRA adapter ({spec.variant}), whose update is not low-rank"
         remedy = "Merge it, and extract the difference as an adapter"
-        raise StateError(f"analyze '{spec.name}'", found, remedy)
+        raise StateError(f"analyze '{spec.name}'", problem, remedy)
     flat = [(_flat(t.A, spec.in_features), _flat(t.B, spec.rank), t.weight) for t in terms]
-    slices = spec.slices.adapt if spec.slices else ("",)
-    experts = [""] if spec.experts is None else [f"expert {e}" for e in range(spec.experts)]
-    labels = (f"{expert} {part}".strip() for expert in experts for part in slices)
     made = []
-    for block, label in zip(spec.blocks, labels, strict=True):
+    for block, label in zip(spec.blocks, _labels(spec), strict=True):
         parts = [(a[slice(*block.a)], b[slice(*block.b)], weight) for a, b, weight in flat]
         left = [spec.scale * weight * b.double() for _, b, weight in parts]
         delta = ThinProduct(torch.cat(left, 1), torch.cat([a.double() for a, _, _ in parts]))
         A, B, _ = parts[0]
-        made.append(
-            SiteBlock(spec.name, label, block, spec.transposed, A, B, delta, len(terms) > 1)
-        )
+        several = len(terms) > 1
+        made.append(SiteBlock(spec.name, label, block, spec.transposed, A, B, delta, several))
     return tuple(made)
+
+
+def _labels(spec: SiteSpec) -> list[str]:
+    """Return the names of a site's blocks in their order: by expert, then by slice."""
+    slices = spec.slices.adapt if spec.slices else ("",)
+    experts = [""] if spec.experts is None else [f"expert {e}" for e in range(spec.experts)]
+    return [f"{expert} {part}".strip() for expert in experts for part in slices]
 
 
 def _flat(tensor: Tensor, width: int) -> Tensor:

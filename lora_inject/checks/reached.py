@@ -6,8 +6,9 @@ training has left unused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from enum import Enum
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -85,6 +86,20 @@ def _missed_sites(model: nn.Module, run: Callable[[], Any]) -> list[str]:
             attached.took_part |= before
 
 
+class _Use(Enum):
+    FULL = "a forward used it, and it has a gradient where others have one"
+    CUT = "a forward used it, and no gradient came back"
+    NONE = "no forward used it"
+
+
+class _Site(NamedTuple):
+    """An entry of an adapter, with the use that is known of it."""
+
+    item: Carried
+    group: str  # its name, with `*` for the member of a list or dict of modules
+    use: _Use
+
+
 def refuse_unused(
     survey: Survey,
     name: str,
@@ -96,49 +111,81 @@ def refuse_unused(
 ) -> bool:
     """Raise if an adapter was trained, and a site of it neither changed nor takes part in training.
 
-    A site takes part if a forward has used it and, where others have gradients, it has one too.
-    What stands in a ModuleList or ModuleDict may be skipped, as experts and dropped layers are:
-    members of one list count together. `changed` says whether training has reached an entry, which
-    it also does in compiled graphs; `unused` are patterns of sites that may stay without use. Where
-    there is neither a forward nor a gradient, values were only set, and nothing is said of use.
+    1. A site takes part if a forward has used it and, where others have gradients, it has one too.
+    2. What stands in a ModuleList or ModuleDict may be skipped, as experts and dropped layers are:
+       of the members of one list, one that takes part is enough.
+    3. `changed` says whether training has reached an entry, which it also does in compiled graphs,
+       where no use is noted.
+    4. `unused` are patterns of sites that may stay without use.
+    5. Where there is neither a forward nor a gradient, or nothing has changed, values were only
+       set, and nothing is said of use.
 
     Returns:
         Whether nothing is missing, which without `lists` may be members of lists.
     """
     items = list(entries(survey, name))
-    names = [item.name for item in items]
-    may = {n for each in unused for n in matching(each, names, asked=asked, error=StateError)}
-    ran, seen = any(map(has_gradient, items)), False
-    used: set[str] = set()
-    idle: dict[str, list[str]] = {}
-    cut: set[str] = set()  # used by a forward, and no gradient came back
-    for site, item in zip(names, items, strict=True):
-        attached, group = attached_to(item.module), _in_any_member(survey, site)
-        ran_here = attached is None or item.entry.mark in attached.took_part
-        seen = seen or ran_here
-        if ran_here and (has_gradient(item) or not ran or _shares_work()):
-            used.add(group)
-        elif site not in may and trains(item):
-            idle.setdefault(group, []).append(site)
-            cut.update({site} if ran_here else ())
-    if used.issuperset(idle) or not (seen or ran):
+    have_gradients = any(map(has_gradient, items))
+    sites = [
+        _Site(item, _in_any_member(survey, item.name), _use_of(item, have_gradients))
+        for item in items
+    ]
+    seen = any(site.use is not _Use.NONE for site in sites)
+    if not (have_gradients or seen):
         return True
-    reached = {_in_any_member(survey, item.name) for item in items if changed(item)}
-    absent = {group: idle[group] for group in idle.keys() - used - reached} if reached else {}
-    missed = [s for group, sites in absent.items() if lists or "*" not in group for s in sites]
-    if missed:
-        found = "neither a forward nor training has reached {} ({}): the adapter is inert there"
-        if cut.issuperset(missed):
-            found = "forwards used {} ({}), and no gradient came back: the output is detached, or "
-            found += "the loss does not depend on it"
-        missed = sorted(set(missed) - cut or missed, key=names.index)
-        raise StateError(
-            asked,
-            found.format(quoted(missed[:3]), counted(len(missed), "such site")),
-            "Inject without them, or give patterns of all that may be without use: "
-            f"unused=[{missed[0]!r}{', ...' if missed[1:] else ''}]",
-        )
+    missing = _missing(sites, _allowed(items, unused, asked))
+    if not missing:
+        return True
+    reached = {site.group for site in sites if changed(site.item)}
+    if not reached:
+        return True
+    absent = [site for site in missing if site.group not in reached]
+    refused = [site for site in absent if lists or "*" not in site.group]
+    if refused:
+        raise _unused_error(refused, asked)
     return not absent
+
+
+def _use_of(item: Carried, others_have_gradients: bool) -> _Use:
+    attached = attached_to(item.module)
+    if attached is not None and item.entry.mark not in attached.took_part:
+        return _Use.NONE
+    if has_gradient(item) or not others_have_gradients or _shares_work():
+        return _Use.FULL
+    return _Use.CUT
+
+
+def _allowed(items: Iterable[Carried], unused: Iterable[str], asked: str) -> set[str]:
+    """Return the names that the patterns of `unused` match."""
+    names = [item.name for item in items]
+    hits = (matching(pattern, names, asked=asked, error=StateError) for pattern in unused)
+    return {name for matched in hits for name in matched}
+
+
+def _missing(sites: Iterable[_Site], allowed: Collection[str]) -> list[_Site]:
+    """Return the sites that have to take part and do not, nor does another of their list."""
+    used = {site.group for site in sites if site.use is _Use.FULL}
+    return [
+        site
+        for site in sites
+        if site.group not in used and site.item.name not in allowed and trains(site.item)
+    ]
+
+
+def _unused_error(sites: Sequence[_Site], asked: str) -> StateError:
+    names = [site.item.name for site in sites if site.use is _Use.NONE]
+    problem = "neither a forward nor training has reached {} ({}): the adapter is inert there"
+    if not names:
+        names = [site.item.name for site in sites]
+        problem = (
+            "forwards used {} ({}), and no gradient came back: the output is detached, or the loss "
+            "does not depend on it"
+        )
+    return StateError(
+        asked,
+        problem.format(quoted(names[:3]), counted(len(names), "such site")),
+        "Inject without them, or give patterns of all that may be without use: "
+        f"unused=[{names[0]!r}{', ...' if names[1:] else ''}]",
+    )
 
 
 def _shares_work() -> bool:

@@ -193,15 +193,7 @@ class ReadOptions:
         from lora_inject.core.adapter.exchange import detected, format_of, options_of
         from lora_inject.errors import FormatError
 
-        given = {f.name: value for f in fields(self) if (value := getattr(self, f.name))}
-        if self.alpha is not None:
-            given["alpha"] = self.alpha
-        if self.enable_lora is not None:
-            flags = self.enable_lora.split(",")
-            if set(flags) - {"0", "1"}:
-                found = f"{self.enable_lora!r} is not a list of 0 and 1, such as 1,0,1"
-                raise BadParameter(found, param_hint="--enable-lora")
-            given["enable_lora"] = [flag == "1" for flag in flags]
+        given = self._given()
         taken: list[dict[str, Any]] = []
         for path in paths:
             try:
@@ -212,9 +204,22 @@ class ReadOptions:
         for name in given:
             if not any(name in options for options in taken):
                 option = "from-component" if name == "component" else name.replace("_", "-")
-                found = "no adapter has a format with this option"
-                raise BadParameter(found, param_hint=f"--{option}")
+                problem = "no adapter has a format with this option"
+                raise BadParameter(problem, param_hint=f"--{option}")
         return taken
+
+    def _given(self) -> dict[str, Any]:
+        """Return the options that were given, as `read_adapter` takes them."""
+        given = {f.name: value for f in fields(self) if (value := getattr(self, f.name))}
+        if self.alpha is not None:
+            given["alpha"] = self.alpha
+        if self.enable_lora is not None:
+            flags = self.enable_lora.split(",")
+            if set(flags) - {"0", "1"}:
+                problem = f"{self.enable_lora!r} is not a list of 0 and 1, such as 1,0,1"
+                raise BadParameter(problem, param_hint="--enable-lora")
+            given["enable_lora"] = [flag == "1" for flag in flags]
+        return given
 
     def read(
         self, paths: Sequence[Path], base: Checkpoint | None = None, **more: Any

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ from lora_inject.cli import given, show
 from lora_inject.cli.program import app
 
 if TYPE_CHECKING:
+    from lora_inject.analysis import Analysis, Comparison
     from lora_inject.core.spec.inventory import Inventory
 
 
@@ -162,30 +164,40 @@ def analyze_command(
         raise BadParameter(f"'{report}' is a folder", param_hint="--report")
     if pictures is not None or report is not None:
         analysis.need_matplotlib()
+    weights, comparison, written = None, None, list[Path]()
     checkpoint = None if base is None else Checkpoint.open(base)
-    state, *second = reading.read([adapter, *([other] if other else [])], checkpoint)
-    weights = None
+    paths = [adapter] if other is None else [adapter, other]
+    state, *others = reading.read(paths, checkpoint)
     if checkpoint is not None:
         weights = analysis.Weights(state, checkpoint, str(adapter), any_base=any_base)
     with show.progress_bar("analyzing") as progress:
-        found = analysis.analyze(state, weights, label=str(adapter), progress=progress)
-    compared = None
-    if second:
+        figures = analysis.analyze(state, weights, label=str(adapter), progress=progress)
+    for second in others:
         with show.progress_bar("comparing") as progress:
-            compared = analysis.compare(state, second[0], progress)
-    written: list[Path] = []
+            comparison = analysis.compare(state, second, progress)
     if pictures is not None:
-        written += analysis.draw_gallery(pictures, state, comparison=compared, weights=weights)
+        written += analysis.draw_gallery(pictures, state, comparison=comparison, weights=weights)
     if report is not None:
-        name = "the other adapter" if other is None else other.name
-        page = analysis.report(found, state, adapter.name, comparison=compared, other=name)
+        name = other.name if other else "the other adapter"
+        page = analysis.report(figures, state, adapter.name, comparison=comparison, other=name)
         written.append(analysis.write_report(report, page))
+    _show_analysis(listing, figures, comparison, written)
+
+
+def _show_analysis(
+    listing: given.ListOutput,
+    figures: Analysis,
+    comparison: Comparison | None,
+    written: Sequence[Path],
+) -> None:
+    from lora_inject import analysis
+
     more = {
-        "findings": [finding.to_dict() for finding in analysis.findings(found)],
-        "comparison": None if compared is None else compared.to_dict(),
+        "findings": [finding.to_dict() for finding in analysis.findings(figures)],
+        "comparison": None if comparison is None else comparison.to_dict(),
         "written": [str(path) for path in written],
     }
-    listing.show({**found.to_dict(), **more}, show.print_analysis, found, compared)
+    listing.show({**figures.to_dict(), **more}, show.print_analysis, figures, comparison)
     for path in written:
         show.note(f"wrote {path}")
 

@@ -164,20 +164,13 @@ def _size(n_bytes: int) -> str:
 # ------------------------------------------------------------------------------------------ inspect
 
 
-def print_inspection(found: Inspection, *, everything: bool) -> None:
+def print_inspection(inspection: Inspection, *, everything: bool) -> None:
     """Print what is in an adapter, by kind of site unless `everything`."""
-    if found.sites:
-        further = tuple(found.n_further)
-        norms = ("|A|", "|B|", "|delta|", *(f"|{role}|" for role in further))
-        cells = tuple(_site_row(site, further) for site in found.sites)
-        rows = Listing(("site", "kind", "shape", "rank", "scale", *norms), cells)
-        joined = "Norms of several sites are medians; --all lists each site."
-        print_rows(rows, everything=everything, joined=joined)
-        if any(ROLES[site.spec.variant].gained for site in found.sites):
-            say_words("Of DoRA |delta| is |scale B A|, without the gain by m.")
-        say()
-    tensors = {name: ("trained", figures) for name, figures in found.trained.items()}
-    tensors |= {name: ("copy of the base", figures) for name, figures in found.base_copies.items()}
+    if inspection.sites:
+        _print_sites(inspection, everything=everything)
+    tensors = {name: ("trained", figures) for name, figures in inspection.trained.items()}
+    copies = inspection.base_copies.items()
+    tensors |= {name: ("copy of the base", figures) for name, figures in copies}
     if tensors:
         cells = tuple(
             (name, what, sides(figures.shape), figures.dtype, figures.norm)
@@ -186,10 +179,23 @@ def print_inspection(found: Inspection, *, everything: bool) -> None:
         rows = Listing(("tensor", "", "shape", "dtype", "norm"), cells)
         print_rows(rows, everything=everything)
         say()
-    bad = {site.spec.name: site.n_nonfinite for site in found.sites if site.n_nonfinite}
-    bad |= {name: tensor.n_nonfinite for name, (_, tensor) in tensors.items() if tensor.n_nonfinite}
-    say_list("NaN or Inf in", (f"{k} ({n:,})" for k, n in bad.items()), everything=everything)
-    say_words(_inspection_totals(found))
+    nonfinite = {site.spec.name: site.n_nonfinite for site in inspection.sites}
+    nonfinite |= {name: figures.n_nonfinite for name, (_, figures) in tensors.items()}
+    bad = (f"{name} ({n:,})" for name, n in nonfinite.items() if n)
+    say_list("NaN or Inf in", bad, everything=everything)
+    say_words(_inspection_totals(inspection))
+
+
+def _print_sites(inspection: Inspection, *, everything: bool) -> None:
+    further = tuple(inspection.n_further)
+    norms = ("|A|", "|B|", "|delta|", *(f"|{role}|" for role in further))
+    cells = tuple(_site_row(site, further) for site in inspection.sites)
+    rows = Listing(("site", "kind", "shape", "rank", "scale", *norms), cells)
+    summarized = "Norms of several sites are medians; --all lists each site."
+    print_rows(rows, everything=everything, joined=summarized)
+    if any(ROLES[site.spec.variant].gained for site in inspection.sites):
+        say_words("Of DoRA |delta| is |scale B A|, without the gain by m.")
+    say()
 
 
 def _site_row(site: SiteFigures, further: Sequence[str]) -> tuple[Any, ...]:

@@ -18,7 +18,6 @@ import re
 import tempfile
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -248,23 +247,41 @@ def after_attach(modules: Sequence[nn.Module], carrying: Sequence[nn.Module]) ->
         own = module.__dict__
         if getattr(module, "is_quantized", False) and getattr(module, LOADED, None) is False:
             own[LOADED] = OURS
-        if _replaceable(module, SAVE) and reach(module).names:
-            own[SAVE] = saving = _SaveAdapters(module)
-            own[CARD] = saving.card
-            if _replaceable(module, PARAMETER) and attached_to(module) is None:
-                own[PARAMETER] = _Parameters(module, PARAMETER)
         if _replaceable(module, RESIZE) and (name := _vocabulary_on(module, carrying)) is not None:
-            found = f"{name!r} carries an adapter, which would not fit the resized layer"
-            own[RESIZE] = _Refusal(RESIZE, found, "Eject first, resize, then inject again")
-        quantizer = getattr(module, "hf_quantizer", None)
-        if quantizer and _replaceable(module, DEQUANTIZE) and reach(module).names:
-            found = "it replaces layers, whose adapters would be gone"
-            remedy = 'Call merge(model, dequantize="bfloat16"), or eject first'
-            own[DEQUANTIZE] = _Refusal(DEQUANTIZE, found, remedy)
-        for method in filter(partial(_replaceable, module), _INSTEAD):
-            of_diffusers = getattr(type(module), method).__module__.startswith("diffusers.")
-            if of_diffusers and reach(module).names:
-                own[method] = _OfPeft(module, method)
+            problem = f"{name!r} carries an adapter, which would not fit the resized layer"
+            own[RESIZE] = _Refusal(RESIZE, problem, "Eject first, resize, then inject again")
+        replaceable = [m for m in _WITH_ADAPTERS if _replaceable(module, m)]
+        if replaceable and reach(module).names:
+            for method in replaceable:
+                _WITH_ADAPTERS[method](module, method)
+
+
+def _save_adapters(module: nn.Module, method: str) -> None:
+    saving = _SaveAdapters(module)
+    module.__dict__[method] = saving
+    module.__dict__[CARD] = saving.card
+    if _replaceable(module, PARAMETER) and attached_to(module) is None:
+        module.__dict__[PARAMETER] = _Parameters(module, PARAMETER)
+
+
+def _refuse_dequantize(module: nn.Module, method: str) -> None:
+    if getattr(module, "hf_quantizer", None):
+        problem = "it replaces layers, whose adapters would be gone"
+        remedy = 'Call merge(model, dequantize="bfloat16"), or eject first'
+        module.__dict__[method] = _Refusal(method, problem, remedy)
+
+
+def _say_of_peft(module: nn.Module, method: str) -> None:
+    if getattr(type(module), method).__module__.startswith("diffusers."):
+        module.__dict__[method] = _OfPeft(module, method)
+
+
+_WITH_ADAPTERS = {
+    SAVE: _save_adapters,
+    DEQUANTIZE: _refuse_dequantize,
+    **dict.fromkeys(_INSTEAD, _say_of_peft),
+}
+"""Method of a model with adapters to what is done about it."""
 
 
 def _replaceable(module: nn.Module, method: str) -> bool:
@@ -291,12 +308,18 @@ def _vocabulary_on(model: nn.Module, carrying: Sequence[nn.Module]) -> str | Non
     """Return the name of an embedding or head that holds a tensor of these modules, tied or not."""
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            found = getattr(model, getter)()
+            vocabulary = getattr(model, getter)()
         except (AttributeError, NotImplementedError):
             continue
-        inside = {id(m): m for m in found.modules()} if found is not None else {}
-        held = {id(p) for m in inside.values() for p in base_parameters(m).values()}
-        tied = (m for m in carrying if any(id(p) in held for p in base_parameters(m).values()))
-        if any(id(m) in inside for m in carrying) or any(True for _ in tied):
-            return next(str(name) for name, module in model.named_modules() if module is found)
+        if vocabulary is not None and _shares_with(vocabulary, carrying):
+            return next(str(name) for name, m in model.named_modules() if m is vocabulary)
     return None
+
+
+def _shares_with(vocabulary: nn.Module, carrying: Sequence[nn.Module]) -> bool:
+    """Whether a module holds one of others, or a tensor of theirs."""
+    inside = list(vocabulary.modules())
+    if {id(module) for module in carrying} & {id(module) for module in inside}:
+        return True
+    tensors = {id(p) for module in inside for p in base_parameters(module).values()}
+    return any(id(p) in tensors for module in carrying for p in base_parameters(module).values())

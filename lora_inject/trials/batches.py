@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_inject.errors import StateError
-from lora_inject.trees import tree_flatten, tree_leaves, tree_unflatten
+from lora_inject.trees import Structure, tree_flatten, tree_leaves, tree_unflatten
 from lora_inject.trials.counts import Counts
 
 Forward = Callable[[Any], Any]
@@ -102,34 +102,7 @@ def joined_batch(batches: Mapping[str, Any], *, packed: bool = False) -> Joined:
         StateError: The batches differ in structure, or in a dimension other than the first two.
     """
     sizes = {name: size_of(batch, name, packed=packed) for name, batch in batches.items()}
-    (first, one), *others = batches.items()
-    leaves, form = tree_flatten(one)
-    columns = [[leaf] for leaf in leaves]
-    for name, batch in others:
-        theirs, other = tree_flatten(batch)
-        if other != form:
-            raise StateError(
-                f"step, batches of {first!r} and {name!r}",
-                "their structures differ",
-                "Give all trials batches with the same entries",
-            )
-        for column, leaf in zip(columns, theirs, strict=True):
-            if not _has_rows(leaf) and not _has_rows(column[0]):
-                if not _is_same(leaf, column[0]):
-                    raise StateError(
-                        f"step, batches of {first!r} and {name!r}",
-                        f"an entry without rows differs: {_shown(column[0])} and {_shown(leaf)}",
-                        "The forward gets one for all trials: give a tensor with one row an "
-                        "example, or leave it out of the batches",
-                    )
-                continue
-            if not _joins(column[0], leaf):
-                raise StateError(
-                    f"step, batches of {first!r} and {name!r}",
-                    f"their rows differ: {_shown(column[0])} and {_shown(leaf)}",
-                    "Pad the rows of one step to one shape",
-                )
-            column.append(leaf)
+    columns, structure = _columns_of(batches)
     widths = {tuple(t.shape[1] for t in c) for c in columns if _has_rows(c[0]) and c[0].dim() > 1}
     lengths = None if packed else _lengths(widths, list(batches))
     shared = frozenset(each[0] for each in widths if len(set(each)) == 1)
@@ -140,7 +113,43 @@ def joined_batch(batches: Mapping[str, Any], *, packed: bool = False) -> Joined:
             "Give all trials rows of one shape",
         )
     rows = [_one_tensor(column, packed) for column in columns]
-    return Joined(tree_unflatten(rows, form), sizes, lengths, shared, packed)
+    return Joined(tree_unflatten(rows, structure), sizes, lengths, shared, packed)
+
+
+def _columns_of(batches: Mapping[str, Any]) -> tuple[list[list[Any]], Structure]:
+    """Return for each entry the tensors of all batches, one value if it has no rows."""
+    (first, batch), *others = batches.items()
+    leaves, structure = tree_flatten(batch)
+    columns = [[leaf] for leaf in leaves]
+    for name, other in others:
+        asked = f"step, batches of {first!r} and {name!r}"
+        other_leaves, other_structure = tree_flatten(other)
+        if other_structure != structure:
+            problem = "their structures differ"
+            raise StateError(asked, problem, "Give all trials batches with the same entries")
+        for column, leaf in zip(columns, other_leaves, strict=True):
+            if _has_rows(leaf) or _has_rows(column[0]):
+                _check_joins(column[0], leaf, asked)
+                column.append(leaf)
+            else:
+                _check_shared(column[0], leaf, asked)
+    return columns, structure
+
+
+def _check_joins(one: Any, other: Any, asked: str) -> None:
+    if not _joins(one, other):
+        problem = f"their rows differ: {_shown(one)} and {_shown(other)}"
+        raise StateError(asked, problem, "Pad the rows of one step to one shape")
+
+
+def _check_shared(one: Any, other: Any, asked: str) -> None:
+    if not _is_same(other, one):
+        raise StateError(
+            asked,
+            f"an entry without rows differs: {_shown(one)} and {_shown(other)}",
+            "The forward gets one for all trials: give a tensor with one row an "
+            "example, or leave it out of the batches",
+        )
 
 
 def _lengths(widths: Iterable[tuple[int, ...]], names: Sequence[str]) -> dict[str, int] | None:
@@ -187,35 +196,43 @@ def parted(outputs: Any, of: Joined) -> dict[str, Any]:
     Raises:
         StateError: A tensor does not have as many rows, or tokens, as the batch, or there is none.
     """
-    leaves, form = tree_flatten(outputs)
+    leaves, structure = tree_flatten(outputs)
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         raise StateError(
             "step",
             f"the forward returned a {type(outputs).__name__}, in which there is no tensor to see",
             "Give a forward that returns tensors, or a dict or tuple of them, and a loss for these",
         )
-    sizes, columns = list(of.sizes.values()), []
-    total, dim = sum(sizes), int(of.packed)
-    lengths, unit = of.lengths or {}, "tokens" if dim else "rows"
     padded = iter(() if of.padding is None else of.padding.outputs)
+    columns: list[list[Any]] = []
     for leaf in leaves:
-        if not isinstance(leaf, Tensor):
-            columns.append([leaf] * len(sizes))
-            continue
-        if leaf.dim() <= dim or leaf.shape[dim] != total:
-            raise StateError(
-                "step",
-                f"the forward returned {_shown(leaf)} for {total} {unit}, which "
-                "cannot be split by trial: a mean over the batch would mix the trials",
-                "Give a forward that returns one row of outputs for each row, without a loss",
-            )
-        parts = list(torch.split(leaf, sizes, dim))
-        for d in next(padded, ()):
-            each = zip(parts, lengths.values(), strict=True)
-            parts = [part.narrow(d, 0, n) for part, n in each]
-        columns.append(parts)
-    found = zip(*columns, strict=True)
-    return {n: tree_unflatten(list(part), form) for n, part in zip(of.sizes, found, strict=True)}
+        if isinstance(leaf, Tensor):
+            columns.append(_split(leaf, of, next(padded, ())))
+        else:
+            columns.append([leaf] * len(of.sizes))
+    parts = zip(*columns, strict=True)
+    return {
+        name: tree_unflatten(list(part), structure)
+        for name, part in zip(of.sizes, parts, strict=True)
+    }
+
+
+def _split(output: Tensor, of: Joined, padded: Iterable[int]) -> list[Tensor]:
+    """Return each trial's part of one tensor, without padding in the dimensions that have it."""
+    sizes, dim = list(of.sizes.values()), int(of.packed)
+    if output.dim() <= dim or output.shape[dim] != sum(sizes):
+        raise StateError(
+            "step",
+            f"the forward returned {_shown(output)} for {sum(sizes)} "
+            f"{'tokens' if dim else 'rows'}, which "
+            "cannot be split by trial: a mean over the batch would mix the trials",
+            "Give a forward that returns one row of outputs for each row, without a loss",
+        )
+    parts = list(torch.split(output, sizes, dim))
+    lengths = (of.lengths or {}).values()
+    for d in padded:
+        parts = [part.narrow(d, 0, n) for part, n in zip(parts, lengths, strict=True)]
+    return parts
 
 
 def _has_rows(leaf: Any) -> bool:

@@ -57,17 +57,24 @@ def by_expert(
     assert attached is not None
     names = [name for name, _ in runs]
     entries = [e for table in attached.reads.values() for n in names if (e := table.get(n or ""))]
-    given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-    keys = [k for k, t in given.items() if isinstance(t, Tensor) and not t.is_floating_point()]
-    if len(keys) != 1 or not _picks_and_multiplies(module) or not all(map(_is_plain, entries)):
+    arguments: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    key = _key_of_experts(arguments)
+    if key is None or not _picks_and_multiplies(module) or not all(map(_is_plain, entries)):
         return None
     attached.used(entries)
     module._lora_refuse_vain(t for e in entries for t in e.tensors(module).values())
-    given[keys[0]] = _pairs_of(given[keys[0]], [n_tokens for _, n_tokens in runs])
-    args = tuple(given.pop(i) for i in range(len(args)))
+    arguments[key] = _pairs_of(arguments[key], [n_tokens for _, n_tokens in runs])
+    args = tuple(arguments.pop(i) for i in range(len(args)))
     # The forward of transformers' class, as a function of a stack that is none of its instances.
-    output: Tensor = type(module)._lora_plain.forward(_Pairs(module, names), *args, **given)
+    output: Tensor = type(module)._lora_plain.forward(_Pairs(module, names), *args, **arguments)
     return output
+
+
+def _key_of_experts(arguments: Mapping[Any, Any]) -> Any:
+    """Return the key of the one argument with whole numbers, the experts; None if not one."""
+    tensors = {key: t for key, t in arguments.items() if isinstance(t, Tensor)}
+    whole = [key for key, t in tensors.items() if not t.is_floating_point()]
+    return whole[0] if len(whole) == 1 else None
 
 
 def _pairs_of(experts: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -108,18 +108,23 @@ class InPass(Rows):
             return layer._lora_mixed(self, args, kwargs)
         if adds_rows(layer._lora_plain, "weight") and all(map(adds_to_output, entries)):
             return super().reading(layer, args, kwargs)
-        given = tree_leaves((args, kwargs))
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         sorts = sorts_tokens(layer)
-        first = next((t for t in given if isinstance(t, Tensor)), None)
-        packed = first is not None and self._packs(first)
+        packed = bool(tensors) and self._packs(tensors[0])
         if sorts and not packed:
-            x = check_inputs(self, layer, given, 0, several=True)
-            repeat = x.shape[0] // len(self.rows)
-            tokens = [(name, repeat * len(list(each))) for name, each in groupby(self.rows)]
-            y = by_expert(layer, tokens, args, kwargs) if len(tokens) > 1 else None
+            y = self._by_expert(layer, args, kwargs)
             if y is not None:
                 return y
         return apart(self, layer, args, kwargs, dim=int(packed), several=sorts)
+
+    def _by_expert(
+        self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """Run a stack of experts once for the tokens of several trials, if it can be."""
+        x = check_inputs(self, layer, tree_leaves((args, kwargs)), 0, several=True)
+        repeat = x.shape[0] // len(self.rows)
+        tokens = [(name, repeat * len(list(rows))) for name, rows in groupby(self.rows)]
+        return by_expert(layer, tokens, args, kwargs) if len(tokens) > 1 else None
 
     def summed(
         self,

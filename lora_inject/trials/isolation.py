@@ -68,35 +68,56 @@ class Checks:
             forward: What tells this forward from others.
             packed: Whether the batches are packed.
         """
-        of, is_alone = joined_batch(batches, packed=packed), len(batches) == 1
-        plain = getattr(forward, "func", forward)  # of a partial
-        modes = tuple(module.training for module in self._modules)
-        entries = tuple(of.batch) if isinstance(of.batch, Mapping) else type(of.batch)
-        key = (getattr(plain, "__code__", type(plain)), modes, entries, is_alone)
-        is_first = key not in self._apart
-        if is_first:  # also after a check that failed
+        of = joined_batch(batches, packed=packed)
+        key = self._key_of(of, forward)
+        if key not in self._apart:  # also after a check that failed
             self._counts[key] = Counts()
-        counts = self._counts[key]
-        of = of._replace(counts=counts)
-        checked, unchecked = self._apart.get(key, frozenset()), []
-        for name in batches:
-            if not self._sites_of(name) <= checked:
-                unchecked.append(name)
-                checked |= self._sites_of(name)
-        if is_first or (unchecked and not is_alone):
-            few = {name: batches[name] for name in _two_at_least(unchecked, batches)}
-            some = joined_batch(few, packed=packed)._replace(counts=counts)
-            broken = {name: flats[name] for name in unchecked}
-            _Apart(_on_copies(run), some, self._layers(), exact=self._exact).check(broken)
-            if counts.unsure:
-                _check_counts(run, some)
-            self._apart[key] = checked
+        of = of._replace(counts=self._counts[key])
+        unchecked = self._unchecked(batches, key)
+        if key not in self._apart or (unchecked and len(batches) > 1):
+            self._check_apart(batches, unchecked, flats, run, key, packed=packed)
         if of.lengths is None:
             return of
         if key not in self._paddings:
             padding = check_padding(run, batches, of, self._layers(), exact=self._exact)
             self._paddings[key] = padding
         return of._replace(padding=self._paddings[key])
+
+    def _key_of(self, of: Joined, forward: Any) -> Any:
+        """Return what a check holds for: a forward, modules' modes, the entries of a batch."""
+        plain = getattr(forward, "func", forward)  # of a partial
+        modes = tuple(module.training for module in self._modules)
+        entries = tuple(of.batch) if isinstance(of.batch, Mapping) else type(of.batch)
+        return getattr(plain, "__code__", type(plain)), modes, entries, len(of.sizes) == 1
+
+    def _unchecked(self, batches: Iterable[str], key: Any) -> list[str]:
+        """Return trials of which each has a layer that no trial before it has, or one checked."""
+        checked, unchecked = self._apart.get(key, frozenset()), []
+        for name in batches:
+            if not self._sites_of(name) <= checked:
+                unchecked.append(name)
+                checked |= self._sites_of(name)
+        return unchecked
+
+    def _check_apart(
+        self,
+        batches: Mapping[str, Any],
+        unchecked: Sequence[str],
+        flats: Mapping[str, Flat],
+        run: Run,
+        key: Any,
+        *,
+        packed: bool,
+    ) -> None:
+        """Check that some trials do not change each other's outputs, and note their layers."""
+        few = {name: batches[name] for name in _two_at_least(unchecked, batches)}
+        some = joined_batch(few, packed=packed)._replace(counts=self._counts[key])
+        broken = {name: flats[name] for name in unchecked}
+        _Apart(_on_copies(run), some, self._layers(), exact=self._exact).check(broken)
+        if self._counts[key].unsure:
+            _check_counts(run, some)
+        known = self._apart.get(key, frozenset())
+        self._apart[key] = known.union(*map(self._sites_of, unchecked))
 
     def _layers(self) -> list[nn.Module]:
         return [module for module in self._modules if attached_to(module) is not None]
@@ -288,45 +309,62 @@ def check_padding(
     short, long = min(lengths, key=lengths.__getitem__), max(lengths, key=lengths.__getitem__)
     both = joined_batch({name: batches[name] for name in batches if name in (short, long)})
     one = joined_batch({short: batches[short]})
-    with _seen(layers) as of_one:
-        alone = [t for t in tree_leaves(run(one)) if isinstance(t, Tensor)]
-    with _seen(layers) as of_both:
+    with _seen(layers) as tokens_of_one:
+        alone = _tensors(run(one))
+    with _seen(layers) as tokens_of_both:
         outputs = run(both)
-    tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
     differs = StateError(
         f"step, rows of {lengths[short]} and {lengths[long]} positions",
         f"padding to one length changes the outputs of {short!r}",
         "Give a mask of padding (attention_mask) that the model uses, or rows of one length",
     )
-    if len(alone) != len(tensors):
+    if len(alone) != len(_tensors(outputs)):
         raise differs
-    sizes, each = (
-        (sum(one.sizes.values()), sum(both.sizes.values())),
-        (lengths[short], lengths[long]),
-    )
-    padded, fixed = set[nn.Module](), dict[nn.Module, int]()
-    for layer in of_one.keys() & of_both.keys():
-        kinds = {*zip(of_one[layer], of_both[layer], strict=False)}
-        n, m = kinds.pop()
-        if kinds or len(of_one[layer]) != len(of_both[layer]):
-            continue
-        if (n, m) == (sizes[0] * each[0], sizes[1] * each[1]):
-            padded.add(layer)
-        elif n * sizes[1] == m * sizes[0]:
-            fixed[layer] = n // sizes[0]
+    sizes = (sum(one.sizes.values()), sum(both.sizes.values()))
+    widths = (lengths[short], lengths[long])
+    padded, fixed = _padded_layers(tokens_of_one, tokens_of_both, sizes, widths)
     dims = [
-        tuple(d for d in range(1, min(a.dim(), t.dim())) if (a.shape[d], t.shape[d]) == each)
-        for a, t in zip(alone, tensors, strict=True)
+        tuple(d for d in range(1, min(a.dim(), t.dim())) if (a.shape[d], t.shape[d]) == widths)
+        for a, t in zip(alone, _tensors(outputs), strict=True)
     ]
     padding = Padding(dims, padded, fixed)
     per_row = [lengths[name] for name, size in both.sizes.items() for _ in range(size)]
     where = torch.arange(lengths[long]) >= torch.tensor(per_row)[:, None]
     with _changed(padded, where):
-        other = parted(run(both), both._replace(padding=padding))[short]
-    found = parted(outputs, both._replace(padding=padding))[short]
-    if not _same(found, other, exact) or not _close(tree_leaves(found), alone):
+        with_others = parted(run(both), both._replace(padding=padding))[short]
+    in_both = parted(outputs, both._replace(padding=padding))[short]
+    if not _same(in_both, with_others, exact) or not _close(tree_leaves(in_both), alone):
         raise differs
     return padding
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _padded_layers(
+    of_one: Mapping[nn.Module, Sequence[int]],
+    of_both: Mapping[nn.Module, Sequence[int]],
+    sizes: tuple[int, int],
+    widths: tuple[int, int],
+) -> tuple[set[nn.Module], dict[nn.Module, int]]:
+    """Return the layers whose inputs have padded positions, and the tokens a row of the others.
+
+    A layer has padded positions if its tokens are rows times positions, for the short rows alone
+    and for both. It has none if it has as many tokens for each row in both. What is neither, or
+    both at different calls, stays unknown.
+    """
+    padded, fixed = set[nn.Module](), dict[nn.Module, int]()
+    for layer in of_one.keys() & of_both.keys():
+        calls = {*zip(of_one[layer], of_both[layer], strict=False)}
+        if len(calls) != 1 or len(of_one[layer]) != len(of_both[layer]):
+            continue
+        n, m = calls.pop()
+        if (n, m) == (sizes[0] * widths[0], sizes[1] * widths[1]):
+            padded.add(layer)
+        elif n * sizes[1] == m * sizes[0]:
+            fixed[layer] = n // sizes[0]
+    return padded, fixed
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from os import PathLike
@@ -192,25 +192,35 @@ class Trials:
             if (changed := self._flats[name].changed()) is not None:
                 raise StateError(f"step, trial {name!r}", *changed)
         random, groups = dict(self._random), self._groups(batches)
-        found, norm_of = self._gradients(groups, forward, loss)
-        if self.packed and not all(map(math.isfinite, (*found.values(), *norm_of.values()))):
+        losses, norm_of = self._gradients(groups, forward, loss)
+        if self.packed and not all(map(math.isfinite, (*losses.values(), *norm_of.values()))):
             # A masked attention multiplies the NaN of one trial by 0, so it is in the others, too.
             self._random.update(random)
-            found, norm_of = self._gradients(({n: b} for n, b in batches.items()), forward, loss)
-        for name, value in found.items():
+            one_by_one = ({name: own} for name, own in batches.items())
+            losses, norm_of = self._gradients(one_by_one, forward, loss)
+        self._stop_diverged(losses, norm_of)
+        self._update(norm_of)
+        for name, value in losses.items():
+            self._losses[name].append(value)
+        self.n_steps += 1
+        return losses
+
+    def _stop_diverged(self, losses: Mapping[str, float], norm_of: Mapping[str, float]) -> None:
+        """Stop the trials whose loss or gradient is not finite."""
+        for name, value in losses.items():
+            norm = norm_of.get(name, math.nan)
             if not math.isfinite(value):
                 self._stop(name, f"its loss is {value} at step {self.n_steps}")
-            elif not math.isfinite(norm := norm_of[name]):
+            elif not math.isfinite(norm):
                 self._stop(name, f"its gradient has the norm {norm} at step {self.n_steps}")
+
+    def _update(self, norm_of: Mapping[str, float]) -> None:
+        """Clip the gradients of the running trials, and step what a backward reached."""
         flats = {name: self._flats[name] for name in self.running}
         clip([*flats.values()], [norm_of[n] for n in flats], [self.trials[n].clip for n in flats])
         reached, optimizer = self._buffer.reached, self._optimizer
         idle = [vector for flat in flats.values() for vector in flat.idle(reached, optimizer)]
         optimizer.step(self.n_steps, idle)
-        for name, value in found.items():
-            self._losses[name].append(value)
-        self.n_steps += 1
-        return found
 
     def _gradients(
         self, groups: Iterable[Mapping[str, Any]], forward: Forward, loss: Loss
@@ -236,17 +246,22 @@ class Trials:
             losses = {n: self._loss(loss, parts[n], batch, n) for n, batch in batches.items()}
         if constant := [name for name, one_loss in losses.items() if not one_loss.requires_grad]:
             _refuse_untrained(constant[0])
-        values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
-        found = dict(zip(losses, values, strict=True))
+        numbers = torch.stack([one_loss.detach() for one_loss in losses.values()]).tolist()
+        values = dict(zip(losses, numbers, strict=True))
         if loss is causal_loss:
-            refuse_unlabeled(found, batches)
+            refuse_unlabeled(values, batches)
         # A loss that leads to other outputs than another one may leave layers out.
         alike: dict[Any, list[str]] = {}
-        for name in (name for name, value in found.items() if math.isfinite(value)):
+        for name in filter(lambda name: math.isfinite(values[name]), values):
             ends = None if loss is causal_loss else ends_of(losses[name], outputs)
             alike.setdefault(ends, []).append(name)
         del outputs, parts  # of the size of the logits
-        for i, names in enumerate(alike.values(), 1):
+        self._backward_of(losses, list(alike.values()))
+        return values
+
+    def _backward_of(self, losses: Mapping[str, Tensor], alike: Sequence[Sequence[str]]) -> None:
+        """Run the backward of each group of losses that lead to the same outputs."""
+        for i, names in enumerate(alike, 1):
             starts = {name: self._flats[name].starts for name in names}
             self._buffer.counted = frozenset[int]().union(*starts.values())
             total = torch.stack([losses[name] for name in names]).sum()
@@ -254,7 +269,6 @@ class Trials:
             for name in names:
                 if self._buffer.reached.isdisjoint(starts[name]):
                     _refuse_untrained(name)
-        return found
 
     def _outputs(
         self, of: Joined, forward: Forward, random: dict[str, Tensor] | None = None

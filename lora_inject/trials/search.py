@@ -284,33 +284,40 @@ class _Runner:
         file = self.saved.rung(len(search.rungs)) if self.saved.data else None  # of this search
         began = time.monotonic() - rung.seconds
         with self._trials(search, names, rung.steps, file) as trials:
-            saved = time.monotonic()
-            self.saved.write(search, trials)
-            while trials.n_steps < rung.steps and trials.running:
-                batch = self.batches[trials.n_steps % len(self.batches)]
-                trials.step(batch, **self.calls)
-                for name, values in trials.losses.items():
-                    rung.losses[name] = [loss for loss in values if math.isfinite(loss)]
-                rung.stopped = dict(trials.stopped)
-                rung.seconds = time.monotonic() - began
-                if self.watch is not None:
-                    self.watch(search)
-                if time.monotonic() - saved > SAVE_SECONDS:
-                    self.saved.write(search, trials)
-                    saved = time.monotonic()
-            rung.held_out = {name: [] for name in trials.running}
-            last = len(search.rungs) == len(search.plan)
-            judged = self.held_out[:: 1 if last else JUDGED]
-            for batch in judged if trials.running else ():
-                for name, value in trials.evaluate(batch, **self.calls).items():
-                    rung.held_out[name].append(value)
-            for name in rung.held_out.keys() - set(ranked(rung.held_out)):
-                del rung.held_out[name]
-                rung.stopped[name] = "its held-out loss is not a number"
+            self._train(search, trials, began)
+            is_last = len(search.rungs) == len(search.plan)
+            self._judge(rung, trials, self.held_out[:: 1 if is_last else JUDGED])
             rung.seconds = time.monotonic() - began
             self.saved.write(search, trials)
-            if last and rung.held_out:
+            if is_last and rung.held_out:
                 search.adapter = _copied(adapter_state(self.model, search.best))
+
+    def _train(self, search: Search, trials: Trials, began: float) -> None:
+        """Train to the end of the last rung, or until no trial runs; save now and then."""
+        rung, saved = search.rungs[-1], time.monotonic()
+        self.saved.write(search, trials)
+        while trials.n_steps < rung.steps and trials.running:
+            batch = self.batches[trials.n_steps % len(self.batches)]
+            trials.step(batch, **self.calls)
+            for name, values in trials.losses.items():
+                rung.losses[name] = [loss for loss in values if math.isfinite(loss)]
+            rung.stopped = dict(trials.stopped)
+            rung.seconds = time.monotonic() - began
+            if self.watch is not None:
+                self.watch(search)
+            if time.monotonic() - saved > SAVE_SECONDS:
+                self.saved.write(search, trials)
+                saved = time.monotonic()
+
+    def _judge(self, rung: Rung, trials: Trials, batches: Sequence[Any]) -> None:
+        """Note the held-out losses of the running trials; stop those without a number."""
+        rung.held_out = {name: [] for name in trials.running}
+        for batch in batches if trials.running else ():
+            for name, value in trials.evaluate(batch, **self.calls).items():
+                rung.held_out[name].append(value)
+        for name in rung.held_out.keys() - set(ranked(rung.held_out)):
+            del rung.held_out[name]
+            rung.stopped[name] = "its held-out loss is not a number"
 
     @contextlib.contextmanager
     def _trials(

@@ -111,6 +111,11 @@ class Point(NamedTuple):
     parameters: int
 
 
+def _rounded(key: str, value: float) -> float:
+    """Return a drawn value as a whole rank, or with three digits."""
+    return max(1, round(value)) if key == "rank" else float(f"{value:.3g}")
+
+
 class Space(YamlModel):
     r"""What a search tries.
 
@@ -183,17 +188,17 @@ class Space(YamlModel):
         """
         random = Random(self.seed)  # noqa: S311  (draws, no secrets)
         choices, ranges = self.choices(), self.ranges()
-        grid = [dict(zip(choices, combination, strict=True))
-                for combination in product(*choices.values())]  # fmt: skip
+        combinations = product(*choices.values())
+        grid = [dict(zip(choices, combination, strict=True)) for combination in combinations]
         n = self.trials or len(grid)
         if ranges or n < len(grid):
             random.shuffle(grid)
-        points = [grid[i % len(grid)] for i in range(n if ranges else min(n, len(grid)))]
+        n_points = n if ranges else min(n, len(grid))
+        points = [grid[i % len(grid)] for i in range(n_points)]
         for key, values in ranges.items():
             pieces = random.sample(range(n), n)
             drawn = [values.at((piece + random.random()) / n) for piece in pieces]
-            short = [max(1, round(v)) if key == "rank" else float(f"{v:.3g}") for v in drawn]
-            points = [point | {key: v} for point, v in zip(points, short, strict=True)]
+            points = [p | {key: _rounded(key, v)} for p, v in zip(points, drawn, strict=True)]
         return points
 
     def candidates(self, inventory: Inventory) -> tuple[dict[str, Point], list[str]]:

@@ -70,48 +70,68 @@ def report(
         >>> "<h1>mine &amp; yours</h1>" in report(analyze(state), state, "mine & yours")
         True
     """
+    parts = {
+        "title": title,
+        "facts": _facts(analysis, state, date or dt.date.today()),
+        "tiles": _tiles(analysis),
+        "findings": [(f.serious, f, list(templates(f.names))) for f in findings(analysis)],
+        "maps": list(_maps(analysis)),
+        "kinds": tables.kind_rows(analysis),
+        "rounding": list(_rounding(analysis)),
+        "across": _across(state),
+        "other": other,
+        "blocks": tables.block_rows(analysis),
+        "weights": tables.weight_rows(analysis) if analysis.weights else None,
+        "rounded": tables.rounding_rows(analysis) if analysis.weights else None,
+        "version": __version__,
+    }
+    parts |= _by_kind_and_depth(analysis)
+    parts |= _comparison_parts(comparison)
+    return str(template("page.html.j2").render(**parts))
+
+
+def _by_kind_and_depth(analysis: Analysis) -> dict[str, Any]:
+    """Return the figures of ranks, norms and singular values of the kinds of block."""
     kinds = by_kind(analysis.blocks)
-    ranks = ranks_figure([block.spectrum.rank_for(0.99) for block in analysis.blocks])
     prefix = shared_prefix(kinds)
-    by_depth = {kind.removeprefix(prefix): list(enumerate(block.spectrum.norm for block in found))
-                for kind, found in kinds.items()}  # fmt: skip
-    norms = lines_figure(by_depth, "blocks of a kind, in the order of the model", "|D|", bottom=0)
-    spectra = {
-        kind: spectra_figure([(b.at, b.spectrum.values) for b in found], "layer")
-        for kind, found in kinds.items()
+    ranks = ranks_figure([block.spectrum.rank_for(0.99) for block in analysis.blocks])
+    norms = {
+        kind.removeprefix(prefix): list(enumerate(block.spectrum.norm for block in blocks))
+        for kind, blocks in kinds.items()
     }
-    across = across_layers(state).items()
-    overlaps = {
-        kind: [(f"layer {pair.at} {pair.label}".strip(), pair.right.phi) for pair in pairs]
-        for kind, pairs in (comparable(comparison) if comparison else {}).items()
+    by_depth = lines_figure(norms, "blocks of a kind, in the order of the model", "|D|", bottom=0)
+    spectra = []
+    for kind, blocks in kinds.items():
+        figure = spectra_figure([(b.at, b.spectrum.values) for b in blocks], "layer")
+        spectra.append((kind, svg(figure, f"singular values of {kind}")))
+    return {
+        "prefix": prefix,
+        "needed": svg(ranks, "number of blocks by the rank that holds 99%"),
+        "norms": svg(by_depth, "norm of each delta by depth"),
+        "spectra": spectra,
     }
-    return str(
-        template("page.html.j2").render(
-            title=title,
-            facts=_facts(analysis, state, date or dt.date.today()),
-            tiles=_tiles(analysis),
-            findings=[(f.serious, f, list(templates(f.names))) for f in findings(analysis)],
-            prefix=prefix,
-            maps=list(_maps(analysis)),
-            kinds=tables.kind_rows(analysis),
-            needed=svg(ranks, "number of blocks by the rank that holds 99%"),
-            norms=svg(norms, "norm of each delta by depth"),
-            spectra=[(k, svg(figure, f"singular values of {k}")) for k, figure in spectra.items()],
-            rounding=list(_rounding(analysis)),
-            across=[
-                _phi(kind, [("", phi)], f"phi between layers of {kind}", LAYERS)
-                for kind, (_, phi) in across
-            ],
-            compared=list(_compared(comparison)) if comparison else None,
-            overlaps=[_phi(k, panels, f"phi of {k}, side of A") for k, panels in overlaps.items()],
-            other=other,
-            blocks=tables.block_rows(analysis),
-            weights=tables.weight_rows(analysis) if analysis.weights else None,
-            rounded=tables.rounding_rows(analysis) if analysis.weights else None,
-            pairs=comparison and tables.comparison_rows(comparison),
-            version=__version__,
-        )
-    )
+
+
+def _across(state: AdapterState) -> list[Any]:
+    return [
+        _phi(kind, [("", phi)], f"phi between layers of {kind}", LAYERS)
+        for kind, (_, phi) in across_layers(state).items()
+    ]
+
+
+def _comparison_parts(comparison: Comparison | None) -> dict[str, Any]:
+    """Return what the page says about another adapter; None and an empty list without one."""
+    if comparison is None:
+        return {"compared": None, "overlaps": [], "pairs": None}
+    overlaps = []
+    for kind, pairs in comparable(comparison).items():
+        panels = [(f"layer {pair.at} {pair.label}".strip(), pair.right.phi) for pair in pairs]
+        overlaps.append(_phi(kind, panels, f"phi of {kind}, side of A"))
+    return {
+        "compared": list(_compared(comparison)),
+        "overlaps": overlaps,
+        "pairs": tables.comparison_rows(comparison),
+    }
 
 
 def write_report(path: str | os.PathLike[str], text: str) -> Path:
