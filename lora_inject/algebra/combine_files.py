@@ -183,9 +183,11 @@ def diff(one: Adapter, two: Adapter) -> Difference:
         >>> from lora_inject.core.spec.sites import SiteSpec
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> a = AdapterState({"fc": SiteState(spec, torch.eye(2, 4), torch.eye(6, 2))})
-        >>> found = diff(a, a * 3.0)
-        >>> found.equal, [round(n, 4) for n in found.sites["fc"].norms], round(found.distance, 4)
-        (False, [2.8284, 8.4853], 5.6569)
+        >>> difference = diff(a, a * 3.0)
+        >>> difference.equal, [round(n, 4) for n in difference.sites["fc"].norms]
+        (False, [2.8284, 8.4853])
+        >>> round(difference.distance, 4)
+        5.6569
     """
     one, two = _state(one, "diff, one"), _state(two, "diff, two")
     sites = {name: _site(*pair) for name, *pair in paired(one, two, "diff")}

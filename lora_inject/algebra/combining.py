@@ -87,8 +87,8 @@ class Method:
         if not states:
             raise StateError(self.asked, "no adapter is given", "Give at least one")
         if len(weights) != len(states):
-            found = f"there are {len(weights)} weights for {len(states)} adapters"
-            raise StateError(self.asked, found, "Give one for each")
+            problem = f"there are {len(weights)} weights for {len(states)} adapters"
+            raise StateError(self.asked, problem, "Give one for each")
         for state, name in zip(states, called(states), strict=True):
             state.check_finite(f"{self.asked}, {name}")
         if self.name not in ("cat", "svd"):
@@ -109,13 +109,13 @@ class Method:
         for (site, _), name in zip(there, names, strict=True):
             spec = plain(site, f"{self.asked}, {name}").spec
             if (spec.rank, spec.slices) != (first.rank, first.slices) or site.A0 is not None:
-                found = f"{names[0]} has rank {first.rank} and {name} rank {spec.rank}"
+                problem = f"{names[0]} has rank {first.rank} and {name} rank {spec.rank}"
                 if spec.rank == first.rank:
-                    found = f"{name} has other slices than {names[0]}"
+                    problem = f"{name} has other slices than {names[0]}"
                 if site.A0 is not None:
-                    found = f"{name} has a frozen start"
+                    problem = f"{name} has a frozen start"
                 asked = f"{self.asked}, site '{like.name}'"
-                raise StateError(asked, found, "Use cat, svd, or a method with _svd")
+                raise StateError(asked, problem, "Use cat, svd, or a method with _svd")
         factors = [weight * site.scale for site, weight in there]
         roots = [math.sqrt(abs(factor)) for factor in factors]
         signed = [math.copysign(root, factor) for root, factor in zip(roots, factors, strict=True)]

@@ -55,11 +55,11 @@ def check_alike(specs: Sequence[SiteSpec], names: Sequence[str], asked: str) -> 
         ]
         if maps[0] != maps[1]:
             shapes = [f"{m[0]} to {m[1]}" + f" ({m[2]} experts)" * bool(m[2]) for m in maps]
-            found = f"{names[0]} maps {shapes[0]} features and {name} {shapes[1]}"
+            problem = f"{names[0]} maps {shapes[0]} features and {name} {shapes[1]}"
             if shapes[0] == shapes[1]:
                 layouts = ["(in, out)" if m[3] else "(out, in)" for m in maps]
-                found = f"the weight is {layouts[0]} in {names[0]} and {layouts[1]} in {name}"
-            raise StateError(f"{asked}, site '{one.name}'", found, "Give adapters of one base")
+                problem = f"the weight is {layouts[0]} in {names[0]} and {layouts[1]} in {name}"
+            raise StateError(f"{asked}, site '{one.name}'", problem, "Give adapters of one base")
 
 
 _Contribution = tuple[tuple[int, int], Tensor, Tensor, float]
@@ -174,10 +174,10 @@ def truncated(
     """
     plain(site, asked, bias=True)
     parts = gathered([(site, 1.0)])
-    found = [thin_svd(left, right) for _, left, right in parts]
-    largest = max(S.shape[-1] for _, S, _ in found)
+    svds = [thin_svd(left, right) for _, left, right in parts]
+    largest = max(S.shape[-1] for _, S, _ in svds)
     squares = torch.zeros(largest, dtype=torch.float64, device="cpu")
-    for _, S, _ in found:
+    for _, S, _ in svds:
         squares[: S.shape[-1]] += S.square().sum(0).cpu()
     rest = squares.flip(0).cumsum(0).flip(0)  # what a cut in front of each leaves out
     whole = float(rest[0])
@@ -191,7 +191,7 @@ def truncated(
         best = min(best, max(1, int(enough[0])) if len(enough) else best)
     error = math.sqrt(float(squares[best:].sum()) / whole) if whole else 0.0
     thin = []
-    for (span, _, _), (U, S, V) in zip(parts, found, strict=True):
+    for (span, _, _), (U, S, V) in zip(parts, svds, strict=True):
         root = S[:, None, :best].sqrt()
         left, right = ((m[..., :best] * root).to(site.A.dtype) for m in (U, V))
         thin.append((span, left, right.mT))

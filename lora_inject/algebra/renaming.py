@@ -59,12 +59,12 @@ def _substitution(new: Mapping[str, str], names: Sequence[str]) -> Callable[[str
             try:
                 changed, n = rule.subn(new[old], name, timeout=MATCH_SECONDS)
             except TimeoutError:
-                found = f"it took more than {MATCH_SECONDS:g} s (on '{name[:60]}')"
+                problem = f"it took more than {MATCH_SECONDS:g} s (on '{name[:60]}')"
                 remedy = "Write it without repetition inside repetition, such as (a+)+"
-                raise StateError(f"rename {old!r}", found, remedy) from None
+                raise StateError(f"rename {old!r}", problem, remedy) from None
             except (regex.error, IndexError) as error:
-                found, remedy = f"{new[old]!r} does not fit it ({error})", "Write \\1 for a group"
-                raise StateError(f"rename {old!r}", found, remedy) from None
+                problem, remedy = f"{new[old]!r} does not fit it ({error})", "Write \\1 for a group"
+                raise StateError(f"rename {old!r}", problem, remedy) from None
             if n:
                 name = re.sub(r"\.{2,}", ".", changed).strip(".")
                 used.add(old)
@@ -85,10 +85,10 @@ def some_of(names: Iterable[str]) -> str:
 
 def distinct(items: Iterable[tuple[str, T]]) -> dict[str, T]:
     """Return a mapping; two values under one name are an error."""
-    found: dict[str, T] = {}
+    renamed: dict[str, T] = {}
     for name, value in items:
-        if name in found:
+        if name in renamed:
             remedy = "Give each its own name"
             raise StateError(f"the name '{name}'", "two tensors would have it", remedy)
-        found[name] = value
-    return found
+        renamed[name] = value
+    return renamed

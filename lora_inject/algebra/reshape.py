@@ -29,8 +29,8 @@ def _resized(spec: SiteSpec, name: str, width: int) -> SiteSpec:
     axis = -1 if spec.transposed else 0 if spec.kind == "conv" else -2
     shape = list(spec.weight_shape)
     if shape[axis] != spec.out_features:
-        found = f"its weight {shape} has no axis for its outputs"
-        raise StateError(f"split or join '{spec.name}'", found, "Leave it as it is")
+        problem = f"its weight {shape} has no axis for its outputs"
+        raise StateError(f"split or join '{spec.name}'", problem, "Leave it as it is")
     shape[axis] = width
     of = renamed(spec, name)
     return replace(of, out_features=width, weight_shape=tuple(shape), slices=None, rule=None)
@@ -43,8 +43,8 @@ def split(site: SiteState, sizes: Mapping[str, int], asked: str) -> dict[str, Si
         sizes, adapted = dict(spec.slices.sizes), spec.slices.adapt
     elif spec.slices is not None or sum(sizes.values()) != spec.out_features:
         has = dict(spec.slices.sizes) if spec.slices else f"{spec.out_features} outputs"
-        found = f"it has {has}, and {dict(sizes)} is asked for"
-        raise StateError(f"{asked}, site '{spec.name}'", found, "Correct the sizes")
+        problem = f"it has {has}, and {dict(sizes)} is asked for"
+        raise StateError(f"{asked}, site '{spec.name}'", problem, "Correct the sizes")
     else:
         adapted = tuple(sizes)
     made: dict[str, SiteState] = {}
@@ -66,8 +66,8 @@ def join(
     asked = f"{asked}, site '{name}'"
     for part, site in members.items():
         if site.spec.slices is not None or site.spec.out_features != sizes[part]:
-            found = f"'{site.spec.name}' has {site.spec.out_features} outputs, not {sizes[part]}"
-            raise StateError(asked, found, "Correct the sizes")
+            problem = f"'{site.spec.name}' has {site.spec.out_features} outputs, not {sizes[part]}"
+            raise StateError(asked, problem, "Correct the sizes")
     parts = [part for part in sizes if part in members]
     first = members[parts[0]].spec
     width = first.out_features
@@ -87,7 +87,7 @@ def split_experts(site: SiteState) -> dict[str, SiteState]:
     """Return the experts of a stack as linear sites: `experts.up` as `experts.0.up` and so on."""
     spec = site.spec
     head, _, leaf = spec.name.rpartition(".")
-    found = {}
+    sites = {}
     for expert in range(spec.experts or 0):
         name = joined(head, f"{expert}.{leaf}")
         made = replace(
@@ -102,8 +102,8 @@ def split_experts(site: SiteState) -> dict[str, SiteState]:
             rule=None,
             aliases=(),
         )
-        found[name] = SiteState.of(made, {role: t[expert] for role, t in site.tensors.items()})
-    return found
+        sites[name] = SiteState.of(made, {role: t[expert] for role, t in site.tensors.items()})
+    return sites
 
 
 def join_experts(name: str, members: Mapping[int, SiteState], n: int, asked: str) -> SiteState:

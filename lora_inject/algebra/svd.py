@@ -57,8 +57,8 @@ def decompose(matrix: Tensor, rank: int | None, energy: float | None = None) -> 
 
     Examples:
         >>> D = torch.outer(torch.arange(4.0), torch.arange(3.0))
-        >>> found = decompose(D, rank=2, energy=0.999)
-        >>> found.S.shape, round(found.energy, 6)
+        >>> decomposed = decompose(D, rank=2, energy=0.999)
+        >>> decomposed.S.shape, round(decomposed.energy, 6)
         (torch.Size([1]), 1.0)
     """
     limit = min(matrix.shape)
@@ -68,9 +68,9 @@ def decompose(matrix: Tensor, rank: int | None, energy: float | None = None) -> 
     while 4 * (tried + SPARE) < limit:
         with seeded_generators(0, matrix.device):
             U, S, V = torch.svd_lowrank(matrix, tried + SPARE, niter=POWER_STEPS)
-        found = Decomposed(U, S, V, total, exact=False).cut(tried, energy)
-        if energy is None or tried == most or found.energy >= energy - 1e-9:
-            return found
+        decomposed = Decomposed(U, S, V, total, exact=False).cut(tried, energy)
+        if energy is None or tried == most or decomposed.energy >= energy - 1e-9:
+            return decomposed
         tried = min(most, 2 * tried)
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     return Decomposed(U, S, Vh.T, total, exact=True).cut(most, energy)

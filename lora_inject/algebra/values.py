@@ -220,15 +220,15 @@ def paired(
     for state, name in zip((one, two), names, strict=True):
         replace(state, sites={}).check_finite(f"{asked}, {name}")
     for site in {**one.sites, **two.sites}:
-        found: list[SiteState | None] = []
+        sites_of_both: list[SiteState | None] = []
         for state, name in zip((one, two), names, strict=True):
-            found.append(state.sites.get(site) and state.sites[site].mapped(_read))
-            if (there := found[-1]) is not None:
+            sites_of_both.append(state.sites.get(site) and state.sites[site].mapped(_read))
+            if (there := sites_of_both[-1]) is not None:
                 plain(there, where := f"{asked}, {name}")
                 AdapterState({site: there}).check_finite(where)
-        holders = [name for name, s in zip(names, found, strict=True) if s]
-        check_alike([s.spec for s in found if s], holders, asked)
-        yield site, found[0], found[1]
+        holders = [name for name, s in zip(names, sites_of_both, strict=True) if s]
+        check_alike([s.spec for s in sites_of_both if s], holders, asked)
+        yield site, sites_of_both[0], sites_of_both[1]
 
 
 def _read(tensor: Tensor) -> Tensor:
@@ -251,8 +251,8 @@ def weighted_sum(
         spec = replace(site.spec, alpha=site.spec.alpha * abs(weight))
         if not 0 < spec.alpha < math.inf:
             where = f"{asked}, {names[0]}, site '{spec.name}'"
-            found = f"its alpha would become {spec.alpha}"
-            raise StateError(where, found, "Give a weight nearer to 1")
+            problem = f"its alpha would become {spec.alpha}"
+            raise StateError(where, problem, "Give a weight nearer to 1")
         turned = {r: t if r[0] == "A" or weight > 0 else -t for r, t in site.tensors.items()}
         return SiteState.of(spec, turned)
 
@@ -321,9 +321,9 @@ def _check_term(state: AdapterState, weight: float, name: str, asked: str) -> No
     if not math.isfinite(weight) or weight == 0:
         raise StateError(where, f"it is {weight}", remedy)
     for rows in state.rows:
-        found = f"it trains single rows of '{rows}', which replace the base's"
+        problem = f"it trains single rows of '{rows}', which replace the base's"
         remedy = "Merge the adapters into the base one after the other"
-        raise StateError(f"{asked}, {name}", found, remedy)
+        raise StateError(f"{asked}, {name}", problem, remedy)
 
 
 def _check_adapters(states: Sequence[AdapterState], asked: str) -> list[str]:

@@ -30,10 +30,10 @@ class Figures:
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields and properties as plain data."""
-        found = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
         for cls in reversed(type(self).__mro__):
-            found += [name for name, value in vars(cls).items() if isinstance(value, property)]
-        return {name: _plain(getattr(self, name)) for name in found if name[0] != "_"}
+            names += [name for name, value in vars(cls).items() if isinstance(value, property)]
+        return {name: _plain(getattr(self, name)) for name in names if name[0] != "_"}
 
 
 def _plain(value: Any) -> Any:

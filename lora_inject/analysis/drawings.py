@@ -246,8 +246,8 @@ def spectra_figure(lines: Sequence[tuple[str, Tensor]], named: str, most: int = 
 
     The legend, titled `named`, names up to `most` of them, evenly spaced.
     """
-    found = ((label, values[values > 0].tolist()) for label, values in lines)
-    drawn = [(label, values) for label, values in found if values]
+    positive = ((label, values[values > 0].tolist()) for label, values in lines)
+    drawn = [(label, values) for label, values in positive if values]
     below = any(len(label) > FEW for label, _ in drawn)
     figure, axes = _one_plot(2.2 + 0.3 * len(drawn) * below)
     in_legend = set(evenly_spaced(range(len(drawn)), most))
@@ -366,9 +366,9 @@ def _label_decades(axis: Any) -> None:
 
 def _check_drawable(drawable: bool) -> None:
     if not drawable:
-        found = "there is nothing to draw: no directions, no values"
+        problem = "there is nothing to draw: no directions, no values"
         remedy = "An adapter whose B is zero has none; train it first"
-        raise StateError("draw a picture", found, remedy)
+        raise StateError("draw a picture", problem, remedy)
 
 
 def _shade(line: int, n: int) -> Any:

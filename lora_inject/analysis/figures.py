@@ -56,7 +56,7 @@ class Analysis(Figures):
 
     def on_weight(self) -> list[BlockOnWeight]:
         """Return every block compared with W, in the order of the sites."""
-        return [block for found in self.weights.values() for block in found.blocks]
+        return [block for site in self.weights.values() for block in site.blocks]
 
 
 def analyze(
@@ -95,8 +95,8 @@ def analyze(
         ('h.*.fc', [2.0, 2.0], 2.0)
     """
     if not state.sites:
-        found = "it has no low-rank sites"
-        raise StateError(f"analyze {label}", found, "Only A and B can be analyzed")
+        problem = "it has no low-rank sites"
+        raise StateError(f"analyze {label}", problem, "Only A and B can be analyzed")
     state.check_finite(f"analyze {label}")
     if isinstance(base, str | Path):
         base = Weights(state, Checkpoint.open(base), label, any_base=any_base)
@@ -159,8 +159,8 @@ def findings(analysis: Analysis) -> tuple[Finding, ...]:
         return tuple(block.name for block in analysis.blocks if holds(block))
 
     def rounded(form: str, holds: Callable[[Rounded], bool]) -> tuple[str, ...]:
-        found = {name: site.rounded.get(form) for name, site in analysis.weights.items()}
-        return tuple(name for name, left in found.items() if left is not None and holds(left))
+        roundings = {name: site.rounded.get(form) for name, site in analysis.weights.items()}
+        return tuple(name for name, left in roundings.items() if left is not None and holds(left))
 
     loud = [b.name for b in analysis.on_weight() if b.norms.relative > LOUD]
     rules = (

@@ -86,12 +86,12 @@ class Inspection(Figures):
     @property
     def n_further(self) -> dict[str, int]:
         """Elements of the other trainable tensors of all sites, by role."""
-        found: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for site in self.sites:
             for role, tensor in site.further.items():
                 if role in site.spec.shapes:
-                    found[role] += tensor.n_elements
-        return dict(found)
+                    counts[role] += tensor.n_elements
+        return dict(counts)
 
     @property
     def n_trained(self) -> int:
@@ -119,8 +119,8 @@ def inspect_state(state: AdapterState) -> Inspection:
         >>> from lora_inject.core.spec.sites import SiteSpec
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> site = SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))
-        >>> found = inspect_state(AdapterState({"fc": site})).sites[0]
-        >>> round(found.delta_norm**2, 6)  # 24 values of 2 * (1 + 1)
+        >>> figures = inspect_state(AdapterState({"fc": site})).sites[0]
+        >>> round(figures.delta_norm**2, 6)  # 24 values of 2 * (1 + 1)
         384.0
     """
     return Inspection(

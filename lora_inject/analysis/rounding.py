@@ -76,8 +76,8 @@ def rounding(weight: Tensor, delta: Tensor) -> dict[str, Rounded]:
         0.0
     """
     if weight.shape != delta.shape or weight.dim() != 2:
-        found = f"W is {list(weight.shape)}, the delta {list(delta.shape)}"
-        raise StateError("round a merged weight", found, "Give two matrices of one shape")
+        problem = f"W is {list(weight.shape)}, the delta {list(delta.shape)}"
+        raise StateError("round a merged weight", problem, "Give two matrices of one shape")
     return rounding_of_rows([(weight, delta)])
 
 

@@ -54,8 +54,8 @@ def directions(matrix: Tensor, side: Side = "right") -> Tensor:
     U, S, Vh = torch.linalg.svd(matrix.detach().double(), full_matrices=False)
     noise = S[:1] * max(matrix.shape) * torch.finfo(S.dtype).eps
     n = int(S.gt(noise).sum())
-    found: Tensor = Vh[:n].T if side == "right" else U[:, :n]
-    return found
+    span: Tensor = Vh[:n].T if side == "right" else U[:, :n]
+    return span
 
 
 def block_directions(block: SiteBlock, side: Side = "right") -> Tensor:
@@ -207,8 +207,8 @@ def compare(
         state.check_finite(f"compare, {name}")
     common = [name for name in first.sites if name in second.sites]
     if not common:
-        found = f"of {len(first.sites)} and {len(second.sites)} sites none has the same name"
-        raise StateError("compare two adapters", found, "Compare adapters of one base")
+        problem = f"of {len(first.sites)} and {len(second.sites)} sites none has the same name"
+        raise StateError("compare two adapters", problem, "Compare adapters of one base")
     sizes = {name: first.sites[name].A.nbytes + first.sites[name].B.nbytes for name in common}
     pairs = [
         pair for name in counting_bytes(sizes, progress) for pair in _pairs(name, first, second)
@@ -228,9 +228,9 @@ def _pairs(name: str, first: AdapterState, second: AdapterState) -> Iterator[Pai
             continue
         if one.delta.shape != two.delta.shape:
             shapes = zip(called((first, second)), (one, two), strict=True)
-            found = " and ".join(f"{n} updates {list(b.delta.shape)}" for n, b in shapes)
+            problem = " and ".join(f"{n} updates {list(b.delta.shape)}" for n, b in shapes)
             remedy = "Compare adapters of one base"
-            raise StateError(f"compare '{name}' of two adapters", found, remedy)
+            raise StateError(f"compare '{name}' of two adapters", problem, remedy)
         ranks = one.rank, two.rank
         yield Pair(name, one.label, ranks, _overlap(one, two, "right"), _overlap(one, two, "left"))
 
@@ -253,12 +253,12 @@ def across_layers(state: AdapterState) -> dict[str, tuple[list[str], Tensor]]:
     Raises:
         StateError: A tensor holds NaN or Inf.
     """
-    found = {}
+    phis = {}
     for kind, blocks in by_kind(b for s in state.sites.values() for b in site_blocks(s)).items():
         spans = [block_directions(block) for block in blocks]
         if 1 < len(spans) <= MOST_LAYERS and len({U.shape[0] for U in spans}) == 1:
-            found[kind] = [block.name for block in blocks], _all_pairs(spans)
-    return found
+            phis[kind] = [block.name for block in blocks], _all_pairs(spans)
+    return phis
 
 
 def _all_pairs(spans: list[Tensor]) -> Tensor:

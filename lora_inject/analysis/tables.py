@@ -40,8 +40,8 @@ def kind_rows(analysis: Analysis) -> Listing:
 def block_rows(analysis: Analysis) -> Listing:
     """Return the size and the needed ranks of the delta of each block."""
     figures = attrgetter("norm", "first_share", "stable_rank", "effective_rank")
-    found = ((b.name, b.rank, b.spectrum) for b in analysis.blocks)
-    rows = ((n, rank, *figures(s), *map(float, s.needed.values())) for n, rank, s in found)
+    blocks = ((b.name, b.rank, b.spectrum) for b in analysis.blocks)
+    rows = ((n, rank, *figures(s), *map(float, s.needed.values())) for n, rank, s in blocks)
     heads = ("block", "rank", "|D|", "first", "stable", "effective", *map(percent, SHARES))
     return Listing(heads, tuple(rows))
 
@@ -57,11 +57,11 @@ def weight_rows(analysis: Analysis) -> Listing:
 
 def rounding_rows(analysis: Analysis) -> Listing:
     """Return the part of each delta that each format keeps, and the error."""
-    found = analysis.weights
-    formats = next(iter(found.values())).rounded if found else ()
+    sites = analysis.weights
+    formats = next(iter(sites.values())).rounded if sites else ()
     rows = tuple(
         (name, site.stored, *((r.kept, r.error) for r in site.rounded.values()))
-        for name, site in found.items()
+        for name, site in sites.items()
     )
     return Listing(("kept (error) after merging in", "stored", *formats), rows)
 

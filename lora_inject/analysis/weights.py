@@ -108,8 +108,8 @@ def amplification(
     Examples:
         >>> W = torch.diag(torch.tensor([10.0, 1.0, 0.5, 0.1]))
         >>> A, B = torch.tensor([[0.0, 0.0, 1.0, 0.0]]), torch.tensor([[0.0, 0.0, 2.0, 0.0]]).T
-        >>> found = amplification(W, ThinProduct.of(A, B))
-        >>> found.of_delta, found.of_weight, found.factor
+        >>> amplified = amplification(W, ThinProduct.of(A, B))
+        >>> amplified.of_delta, amplified.of_weight, amplified.factor
         (0.5, 10.0, 4.0)
     """
     rows = _rows_of(weight, delta, transposed) if isinstance(weight, Tensor) else weight
@@ -140,9 +140,9 @@ def amplification(
 
 def _rows_of(weight: Tensor, delta: ThinProduct, transposed: bool) -> RowsOfW:
     if tuple(weight.shape) != (delta.shape[::-1] if transposed else delta.shape):
-        found = f"W is {list(weight.shape)}, the delta {list(delta.shape)}"
+        problem = f"W is {list(weight.shape)}, the delta {list(delta.shape)}"
         remedy = "Give W as (out, in), or transposed=True for a Conv1D or an embedding"
-        raise StateError("compare a delta with W", found, remedy)
+        raise StateError("compare a delta with W", problem, remedy)
     W = weight.detach()
     return lambda: ((i, W[i : i + STEP_ROWS]) for i in range(0, len(W), STEP_ROWS))
 
@@ -153,8 +153,8 @@ def _own(rows: RowsOfW, shape: tuple[int, int], rank: int) -> float:
         return 0.0
     if shape[0] * shape[1] > EXACT_ELEMENTS:
         wide = torch.cat([some.to("cpu", torch.float32, copy=True) for _, some in rows()])
-        found = decompose(wide, min(rank + SPARE_DIRECTIONS, *shape))
-        return float(torch.linalg.vector_norm(found.S[:rank].double()))
+        leading = decompose(wide, min(rank + SPARE_DIRECTIONS, *shape))
+        return float(torch.linalg.vector_norm(leading.S[:rank].double()))
     # The squares of the largest values are the largest eigenvalues of W W^T: faster than an SVD.
     matrix = torch.cat([some.to("cpu", torch.float64) for _, some in rows()])
     gram = matrix @ matrix.T if shape[0] < shape[1] else matrix.T @ matrix
@@ -250,14 +250,14 @@ class Weights:
 
         The directions are `(in, n)`, float64, by an SVD that is exact for small weights.
         """
-        found = []
+        tops = []
         for placed in self._fit.places(site):
             rows = self._open(placed)
             for block in blocks_of_terms(placed.terms):
                 wide = [some.to(torch.float32, copy=True) for _, some in rows.of(block)]
                 top = decompose(torch.cat(wide), min(n, *block.delta.shape))
-                found.append((block, (top.U if block.transposed else top.V).double()))
-        return found
+                tops.append((block, (top.U if block.transposed else top.V).double()))
+        return tops
 
     def _open(self, placed: Placed) -> _Rows:
         return _Rows(placed, RowReader(self.checkpoint.path_of(placed.source.name)))
@@ -300,6 +300,6 @@ def _fit(part: WeightedAdapter, checkpoint: Checkpoint, options: MergeOptions) -
     entries = [placed.source for job in fit.jobs.values() for placed in job.placed]
     quantized = why_no_update(checkpoint, [entry.name for entry in entries])
     odd = [f"'{e.name}' is stored as {e.dtype}" for e in entries if e.dtype not in FLOATS]
-    for found in [quantized[0]] if quantized is not None else odd:
-        raise CheckpointError(asked, found, "Give the 16-bit checkpoint instead")
+    for problem in [quantized[0]] if quantized is not None else odd:
+        raise CheckpointError(asked, problem, "Give the 16-bit checkpoint instead")
     return fit

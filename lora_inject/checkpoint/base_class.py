@@ -76,11 +76,11 @@ class BaseClass:
         For each expert these are the names whose rows follow each other; empty if there are none.
         """
         mine = self.place_of(name)
-        found: dict[int, dict[int, str]] = {}
+        parts_of: dict[int, dict[int, str]] = {}
         for place, theirs in self._table.items():
             if mine is not None and place.name == mine.name and place.expert is not None:
-                found.setdefault(place.expert, {})[place.part] = theirs
-        return [[of[part] for part in sorted(of)] for _, of in sorted(found.items())]
+                parts_of.setdefault(place.expert, {})[place.part] = theirs
+        return [[of[part] for part in sorted(of)] for _, of in sorted(parts_of.items())]
 
     def facts(self) -> ModelFacts:
         """Return what formats need to know; an adapter's names may lack the class's prefix."""
@@ -211,8 +211,10 @@ def meta_model(config: Mapping[str, Any], asked: str, remedy: str) -> nn.Module:
         import transformers as library
         from huggingface_hub import errors
     except ImportError:
-        found = "transformers is not installed"
-        raise CheckpointError(asked, found, f"Run pip install transformers, or {remedy}") from None
+        problem = "transformers is not installed"
+        raise CheckpointError(
+            asked, problem, f"Run pip install transformers, or {remedy}"
+        ) from None
     transformers: Any = library
     refused: Any = errors.StrictDataclassError
     verbosity = transformers.logging.get_verbosity()
@@ -236,8 +238,8 @@ def meta_model(config: Mapping[str, Any], asked: str, remedy: str) -> nn.Module:
     except (*_BUILD_ERRORS, refused) as error:
         said = " ".join(str(error).split()) or type(error).__name__
         said = said if len(said) <= MAX_SAID else f"{said[:MAX_SAID]}..."
-        found = f"transformers {transformers.__version__} cannot build it: {said.rstrip('.')}"
-        raise CheckpointError(asked, found, f"Upgrade transformers, or {remedy}") from error
+        problem = f"transformers {transformers.__version__} cannot build it: {said.rstrip('.')}"
+        raise CheckpointError(asked, problem, f"Upgrade transformers, or {remedy}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     assert isinstance(model, nn.Module)

@@ -44,15 +44,15 @@ def choose(adapter: WeightedAdapter, of: BaseClass, options: MergeOptions) -> Fi
     Reads the options `allow_new`, `any_base` and `rename`.
     """
     if adapter.state.rows and adapter.weight != 1:
-        found = f"rows of {adapter.label} cannot be replaced with weight {adapter.weight}"
-        raise clash(next(iter(adapter.state.rows)), found)
+        problem = f"rows of {adapter.label} cannot be replaced with weight {adapter.weight}"
+        raise clash(next(iter(adapter.state.rows)), problem)
 
     def fit(rule: Rule, label: str) -> Fit:
         way = Orientation(of)
-        found = Fit(rule, label, adapter, way, options.allow_new)
+        fit = Fit(rule, label, adapter, way, options.allow_new)
         if way.contradicted is not None:  # earlier square sites were placed without it
-            found = Fit(rule, label, adapter, way, options.allow_new)
-        return found
+            fit = Fit(rule, label, adapter, way, options.allow_new)
+        return fit
 
     label = "names as given" if options.rename else "names as they are"
     best, refusal = fit(_told(options.rename), label), None
@@ -249,8 +249,8 @@ class Fit:
         if entry is None:
             raise _absent(name)
         if len(entry.shape) != 2 or tuple(rows.shape) != (len(indices), entry.shape[1]):
-            found = f"{list(rows.shape)} for {len(indices)} rows of {list(entry.shape)}"
-            raise NoPlace(f"'{name}': the adapter's rows are {found}")
+            problem = f"{list(rows.shape)} for {len(indices)} rows of {list(entry.shape)}"
+            raise NoPlace(f"'{name}': the adapter's rows are {problem}")
         if not all(0 <= index < entry.shape[0] for index in indices):
             raise NoPlace(f"'{name}' has only {entry.shape[0]} rows")
         if name in self.checkpoint.tensors:
@@ -299,8 +299,8 @@ def _fitting(name: str, value: Tensor, entry: TensorEntry | None) -> TensorEntry
         raise _absent(name)
     if tuple(value.shape) == entry.shape or _grew(entry, value):
         return entry
-    found = f"has the shape {list(entry.shape)}, the adapter's is {list(value.shape)}"
-    raise NoPlace(f"'{name}' {found}")
+    problem = f"has the shape {list(entry.shape)}, the adapter's is {list(value.shape)}"
+    raise NoPlace(f"'{name}' {problem}")
 
 
 def _absent(name: str, why: str = "") -> NoPlace:

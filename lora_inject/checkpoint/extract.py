@@ -187,9 +187,9 @@ def _check_names(extraction: _Extraction) -> None:
         what = [f"'{name}' is only in the base" for name in lost[:3]]
         what += [f"'{name}' is only in the fine-tuned one" for name in new[:3]]
         asked = f"compare '{base.folder}' and '{tuned.folder}'"
-        found = f"{len(lost) + len(new)} tensor names differ: {'; '.join(what)}"
+        problem = f"{len(lost) + len(new)} tensor names differ: {'; '.join(what)}"
         remedy = "Save both with the same version of the same library"
-        raise CheckpointError(asked, found, f"{remedy}, and tied tensors alike: apart or as one")
+        raise CheckpointError(asked, problem, f"{remedy}, and tied tensors alike: apart or as one")
 
 
 @dataclass

@@ -89,9 +89,9 @@ class Checkpoint:
             config = read_config(folder) if alone else {}  # else it is that of all files together
             return cls(folder, _read_shards(folder, [path.name]), None, None, config)
         if not path.is_dir():
-            found = "it is not a folder" if path.exists() else "there is no such folder"
+            problem = "it is not a folder" if path.exists() else "there is no such folder"
             remedy = "Give the folder that holds config.json and the .safetensors files"
-            raise CheckpointError(asked, found, remedy)
+            raise CheckpointError(asked, problem, remedy)
         folder = path.resolve()
         index_name, names, index = _find_shards(folder, asked)
         shards = _read_shards(folder, names)
@@ -175,9 +175,9 @@ def _find_shards(folder: Path, asked: str) -> tuple[str | None, set[str], Any]:
     if index_name := _prefer_model(indexes, asked):
         stem = index_name.removesuffix(INDEX_SUFFIX)
         if stem + ".safetensors" in files:
-            found = f"it holds both '{stem}.safetensors' and '{index_name}'"
+            problem = f"it holds both '{stem}.safetensors' and '{index_name}'"
             remedy = "Programs differ in which they load; remove the one that is not meant"
-            raise CheckpointError(asked, found, remedy)
+            raise CheckpointError(asked, problem, remedy)
         file = resolve_inside(folder, index_name)
         index = read_json(file, f"read '{file.name}'", CheckpointError, MAX_INDEX_BYTES)
         return index_name, set(_weight_map(index_name, index).values()), index
@@ -188,8 +188,8 @@ def _find_shards(folder: Path, asked: str) -> tuple[str | None, set[str], Any]:
         if revisions := sorted(p.name for p in folder.glob("snapshots/*")):
             remedy = f"It is the hub's cache: give its folder 'snapshots/{revisions[-1]}'"
         if (folder / "adapter_config.json").is_file():
-            found = "it is an adapter, and a model is due here"
-            raise CheckpointError(asked, found, "Give a base; where both are given, it is first")
+            problem = "it is an adapter, and a model is due here"
+            raise CheckpointError(asked, problem, "Give a base; where both are given, it is first")
         raise CheckpointError(asked, "it holds no .safetensors weights", remedy)
     return None, {name}, None
 
@@ -201,9 +201,9 @@ def _prefer_model(names: list[str], asked: str) -> str | None:
     for name in names:
         if name.split(".")[0] == "model":
             return name
-    found = f"it holds several and none is called 'model': {', '.join(names[:5])}"
+    problem = f"it holds several and none is called 'model': {', '.join(names[:5])}"
     remedy = "Give the path of the .safetensors file that is meant, or restore the index"
-    raise CheckpointError(asked, found, remedy)
+    raise CheckpointError(asked, problem, remedy)
 
 
 def _weight_map(name: str, index: Any) -> dict[str, str]:
@@ -214,9 +214,9 @@ def _weight_map(name: str, index: Any) -> dict[str, str]:
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
             where = f"it puts {tensor[:80]!r} into {str(shard)[:80]!r}"
-            found = f"{where}, which is not the plain name of a .safetensors file"
+            problem = f"{where}, which is not the plain name of a .safetensors file"
             remedy = "Do not use this checkpoint: such an index reaches outside its folder"
-            raise CheckpointError(asked, found, remedy)
+            raise CheckpointError(asked, problem, remedy)
     return weight_map
 
 
@@ -229,15 +229,15 @@ def resolve_inside(folder: Path, name: str) -> Path:
     path = folder / name
     asked, real = f"read '{name}' of '{folder}'", path.resolve()
     if not real.is_file():
-        found = "it is not a regular file" if real.exists() else "there is no such file"
+        problem = "it is not a regular file" if real.exists() else "there is no such file"
         remedy = "The download is not complete; fetch the checkpoint again"
-        raise CheckpointError(asked, found, remedy)
+        raise CheckpointError(asked, problem, remedy)
     roots = [folder.resolve()]
     if folder.parent.name == "snapshots":
         roots.append((folder.parent.parent / "blobs").resolve())
     if not any(real.is_relative_to(root) for root in roots):
-        found = f"it is a link to '{real}', outside the folder"
-        raise CheckpointError(asked, found, "Copy the file into the folder if it is meant")
+        problem = f"it is a link to '{real}', outside the folder"
+        raise CheckpointError(asked, problem, "Copy the file into the folder if it is meant")
     return real
 
 
@@ -251,11 +251,11 @@ def _read_shards(folder: Path, names: Iterable[str]) -> dict[str, Shard]:
 
 
 def _check_index(asked: str, weight_map: Mapping[str, str], shards: Mapping[str, Shard]) -> None:
-    found = {(tensor, shard.name) for shard in shards.values() for tensor in shard.header.tensors}
+    held = {(tensor, shard.name) for shard in shards.values() for tensor in shard.header.tensors}
     claimed = set(weight_map.items())
-    if found == claimed:
+    if held == claimed:
         return
-    extra, missing = sorted(found - claimed), sorted(claimed - found)
+    extra, missing = sorted(held - claimed), sorted(claimed - held)
     what = [f"'{t}' of '{s}' is not in the index" for t, s in extra[:3]]
     what += [f"the index puts '{t}' into '{s}', which does not hold it" for t, s in missing[:3]]
     differ = f"index and files differ on {len(extra) + len(missing)} tensors: {'; '.join(what)}"

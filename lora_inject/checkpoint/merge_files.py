@@ -186,10 +186,10 @@ class _Run:
         lost = sorted((t.kept, t.name) for t in tensors if t.kept is not None and t.kept < least)
         if lost:
             worst = ", ".join(f"'{name}' {kept!r}" for kept, name in lost[:5])
-            found = f"rounding leaves less in {len(lost)} tensors: {worst}"
+            problem = f"rounding leaves less in {len(lost)} tensors: {worst}"
             wide = "floats (--dequantize)" if self.plan.options.requantize else "float32 (--dtype)"
             remedy = f"Write {wide}, keep the adapter unmerged, or accept less (--min-kept)"
-            raise _LostError(f"keep at least {least} of every delta", found, remedy)
+            raise _LostError(f"keep at least {least} of every delta", problem, remedy)
 
     def _publish(self) -> None:
         for source in self.plan.base.shards.values():
@@ -215,9 +215,9 @@ class _Run:
             if not isinstance(error, OSError):
                 raise
             kept = f"; {n_finished} finished files are kept in '{self.staging.folder}'"
-            found = error.strerror or str(error)
+            problem = error.strerror or str(error)
             remedy = remedy_for(error) + (kept if n_finished else "")
-            raise CheckpointError(f"write to '{self.staging.output}'", found, remedy) from error
+            raise CheckpointError(f"write to '{self.staging.output}'", problem, remedy) from error
 
 
 class _Processes:
@@ -247,9 +247,9 @@ class _Processes:
             raise
         for rank, failure in enumerate(self._gathered(None)):
             if failure is not None:
-                asked, found = f"merge with {self.world} processes", f"process {rank} failed"
+                asked, problem = f"merge with {self.world} processes", f"process {rank} failed"
                 remedy = "Mend that and start all of them again"
-                raise CheckpointError(asked, f"{found}: {failure}", remedy)
+                raise CheckpointError(asked, f"{problem}: {failure}", remedy)
 
     def _gathered(self, failure: str | None) -> list[str | None]:
         """Return what failed in each process; waits for all of them."""
@@ -287,8 +287,8 @@ def _peak_memory_bytes() -> int | None:
     # Not getrusage: it starts from the memory of the parent process.
     with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text(encoding="ascii")
-        if found := re.search(r"VmHWM:\s*(\d+)", status):
-            return 1024 * int(found[1])
+        if peak := re.search(r"VmHWM:\s*(\d+)", status):
+            return 1024 * int(peak[1])
     return None
 
 
@@ -304,8 +304,8 @@ def check_output(base: Checkpoint, output: str | Path) -> Path:
     asked = f"write to '{output}'"
     folder = user_path("merge, output", output, CheckpointError).resolve()
     if folder == base.folder or base.folder in folder.parents or folder in base.folder.parents:
-        found = f"it is the base '{base.folder}', or one is inside the other"
-        raise CheckpointError(asked, found, "Give another folder")
+        problem = f"it is the base '{base.folder}', or one is inside the other"
+        raise CheckpointError(asked, problem, "Give another folder")
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(asked, "it is a file", "Give the name of a folder")
     if folder.is_dir():
@@ -313,11 +313,11 @@ def check_output(base: Checkpoint, output: str | Path) -> Path:
             staging = Staging(folder)
             if not staging.files.exists():  # a process died between the rename and the end
                 staging.remove()
-            found = f"it is not empty ({', '.join(names[:4])})"
-            raise CheckpointError(asked, found, "Give another folder, or remove this one")
+            problem = f"it is not empty ({', '.join(names[:4])})"
+            raise CheckpointError(asked, problem, "Give another folder, or remove this one")
         if folder.is_mount():
-            found = "it is a mount point, and the output gets its name by a rename"
-            raise CheckpointError(asked, found, "Give a folder inside it")
+            problem = "it is a mount point, and the output gets its name by a rename"
+            raise CheckpointError(asked, problem, "Give a folder inside it")
     return folder
 
 
@@ -340,9 +340,9 @@ def free_bytes(folder: Path) -> int:
 
 def _shared_output(asked: str, removed: Path) -> CheckpointError:
     """Return the error of a merge whose unfinished files somebody else has removed."""
-    found = f"'{removed}' was removed: another merge works on the same output"
+    problem = f"'{removed}' was removed: another merge works on the same output"
     remedy = "Wait until it ends; to share one merge, start both with torchrun"
-    return CheckpointError(asked, found, remedy)
+    return CheckpointError(asked, problem, remedy)
 
 
 class Staging:
@@ -373,9 +373,9 @@ class Staging:
         if known != identity:
             known = known if isinstance(known, dict) else {}
             other = [name for name in identity if known.get(name) != identity[name]]
-            found = f"it was of something else: {', '.join(other)} differ"
+            problem = f"it was of something else: {', '.join(other)} differ"
             remedy = f"Remove '{self.folder}' to begin again, or give another output folder"
-            raise CheckpointError(asked, found, remedy)
+            raise CheckpointError(asked, problem, remedy)
 
     def partial(self) -> Path:
         """Return a new name for a file that is being written."""
@@ -425,8 +425,8 @@ class Staging:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
             names = sorted(path.name for path in self.output.glob("*"))[:4]
-            found = f"since this merge began somebody else has written it ({', '.join(names)})"
-            raise CheckpointError(asked, found, "Give each merge an output of its own") from None
+            problem = f"since this merge began somebody else has written it ({', '.join(names)})"
+            raise CheckpointError(asked, problem, "Give each merge an output of its own") from None
         fsync_dir(self.output.parent)
         self.remove()
 

@@ -57,9 +57,9 @@ Given = WeightedAdapter | AdapterState | str | os.PathLike[str]
 
 def weighted_adapters(several: Iterable[Given], base: Checkpoint) -> list[WeightedAdapter]:
     """Return adapters with their weights, 1 by default, and their labels."""
-    found = [_weighted(given, base) for given in several]
-    names = called([one.state for one in found])
-    both = zip(found, names, strict=True)
+    adapters = [_weighted(given, base) for given in several]
+    names = called([one.state for one in adapters])
+    both = zip(adapters, names, strict=True)
     return [replace(one, label=one.label or name) for one, name in both]
 
 
@@ -117,23 +117,23 @@ def check_adapters(adapters: Sequence[WeightedAdapter]) -> None:
             return
         first = seen.setdefault(digest(replace(adapter, weight=1.0)), adapter)
         if first is not adapter:
-            found = "they are the same adapter, which would count twice"
+            problem = "they are the same adapter, which would count twice"
             remedy = "Give it once, with the weight that is meant"
-            raise CheckpointError(f"merge {first.label} and {adapter.label}", found, remedy)
+            raise CheckpointError(f"merge {first.label} and {adapter.label}", problem, remedy)
 
 
 def _check_values(adapter: WeightedAdapter) -> None:
     asked = f"merge {adapter.label}"
     if not math.isfinite(adapter.weight) or adapter.weight == 0:
-        found, remedy = f"its weight is {adapter.weight}", "Give a finite weight other than zero"
-        raise CheckpointError(asked, found, remedy)
+        problem, remedy = f"its weight is {adapter.weight}", "Give a finite weight other than zero"
+        raise CheckpointError(asked, problem, remedy)
     if not (adapter.state.sites or adapter.state.trained):
         remedy = "It is not a trained adapter; check the path"
         raise CheckpointError(asked, "it holds no tensors", remedy)
     for name, tensor in _tensors_of(adapter):
         if tensor.is_meta:
-            found = f"'{name}' is on the meta device"
-            raise CheckpointError(asked, found, "Load the adapter's values first")
+            problem = f"'{name}' is on the meta device"
+            raise CheckpointError(asked, problem, "Load the adapter's values first")
         if not all(map(all_finite, _steps(tensor))):
             remedy = "Its training diverged; take an earlier checkpoint of the adapter"
             raise CheckpointError(asked, f"'{name}' holds NaN or Inf", remedy)
@@ -201,8 +201,8 @@ class MergeOptions:
                 remedy = f"Use {', '.join(FORMAT_DTYPES)}"
                 raise CheckpointError(f"write {option} {said!r}", "it is not known", remedy)
         if self.requantize and self.dequantize is not None:
-            found = "both dequantize and requantize are given"
-            raise CheckpointError("merge", found, "Choose one of them")
+            problem = "both dequantize and requantize are given"
+            raise CheckpointError("merge", problem, "Choose one of them")
         if self.min_kept is not None and not 0 <= self.min_kept <= 1:
             asked = f"keep at least {self.min_kept} of every delta"
             remedy = "Give a number from 0 to 1, such as 0.98"

@@ -139,12 +139,12 @@ class MergePlan:
 def _check_ties(checkpoint: Checkpoint, given_ties: Mapping[str, str]) -> None:
     """Refuse ties of which the files hold both tensors, or not the one that is said to be there."""
     for absent, stored in given_ties.items():
-        found = f"the files hold '{absent}'" if absent in checkpoint.tensors else ""
+        problem = f"the files hold '{absent}'" if absent in checkpoint.tensors else ""
         if stored not in checkpoint.tensors:
-            found = f"the files lack '{stored}'"
-        if found:
+            problem = f"the files lack '{stored}'"
+        if problem:
             remedy = "Name a tensor that the files lack, and the one in them that it equals"
-            raise CheckpointError(f"tie '{absent}' to '{stored}'", found, remedy)
+            raise CheckpointError(f"tie '{absent}' to '{stored}'", problem, remedy)
 
 
 def plan_merge(
@@ -331,8 +331,10 @@ class _Settled:
                     continue
                 job, changed = self._add(name, source), self.jobs.get(source)
                 if changed is not None and changed.rows:
-                    found = f"its rows are replaced, and it is parted from '{name}', its tied head"
-                    raise clash(source, found)
+                    problem = (
+                        f"its rows are replaced, and it is parted from '{name}', its tied head"
+                    )
+                    raise clash(source, problem)
                 if changed is not None and changed.base_copy is not None:
                     job.base_copy, job.shape = changed.base_copy, tuple(changed.base_copy.shape)
 
@@ -452,8 +454,8 @@ def _check_plain(checkpoint: Checkpoint, job: TensorJob) -> None:
     if quantized := why_no_update(checkpoint, names):
         raise CheckpointError(asked, *quantized)
     if source is not None and not is_float:
-        found = f"'{job.name}' has the dtype {source.dtype}"
-        raise CheckpointError(asked, found, "Only floating point weights take an update")
+        problem = f"'{job.name}' has the dtype {source.dtype}"
+        raise CheckpointError(asked, problem, "Only floating point weights take an update")
 
 
 def _same_copies(one: TensorJob, other: TensorJob) -> bool:

@@ -123,11 +123,11 @@ class TensorJob:
         return TensorReport(self.name, self.action, dtype, self.shape, self.sites).counted(tally)
 
 
-def clash(name: str, found: str, adapters: Sequence[str] = ()) -> CheckpointError:
+def clash(name: str, problem: str, adapters: Sequence[str] = ()) -> CheckpointError:
     """Return the error for updates of one tensor that exclude each other."""
     remedy = "Merge one adapter after the other, or leave one out"
     both = f"{' and '.join(adapters)} " if len(adapters) > 1 else ""
-    return CheckpointError(f"merge {both}into '{name}'", found, remedy)
+    return CheckpointError(f"merge {both}into '{name}'", problem, remedy)
 
 
 class Copy(NamedTuple):

@@ -316,5 +316,5 @@ def _nearest(table: Tensor, values: Tensor, block: int) -> tuple[Tensor, Tensor]
     greatest = blocks.abs().amax(dim=1)
     ordered, order = table.float().flatten().sort()
     middles = (ordered[1:] + ordered[:-1]) / 2
-    found = torch.bucketize(blocks / _divisor(greatest)[:, None], middles, out_int32=True)
-    return order.to(torch.uint8)[found.flatten()], greatest
+    nearest = torch.bucketize(blocks / _divisor(greatest)[:, None], middles, out_int32=True)
+    return order.to(torch.uint8)[nearest.flatten()], greatest

@@ -247,10 +247,10 @@ class Update:
         matrix = (spec.out_features, spec.in_features)
         n_experts, rows, cols = entry.shape
         if (rows, cols) != (place.n_parts * matrix[0], matrix[1]):
-            found = f"{list(entry.shape)} is not stacked as (experts, out, in)"
-            raise NoPlace(f"'{entry.name}' {found}")
+            problem = f"{list(entry.shape)} is not stacked as (experts, out, in)"
+            raise NoPlace(f"'{entry.name}' {problem}")
         if place.expert >= n_experts:
-            found = f"has {n_experts} experts, the adapter names number {place.expert}"
-            raise NoPlace(f"'{entry.name}' {found}")
+            problem = f"has {n_experts} experts, the adapter names number {place.expert}"
+            raise NoPlace(f"'{entry.name}' {problem}")
         start = place.expert * rows + place.part * matrix[0]
         return [self._placed(entry.name, entry, matrix, start=start)]

@@ -170,8 +170,8 @@ _WAYS = (_bitsandbytes_4, _bitsandbytes_8, _float8_in_blocks, _mxfp4_blocks, _pa
 
 def _four_bit(checkpoint: Checkpoint, parts: Mapping[str, TensorEntry]) -> FourBit:
     entry, nested = parts["codes"], "nested_absmax" in parts
-    found = FourBit(checkpoint, (), parts, {})
-    text = found.read("state", as_bytes=True)(0, parts["state"].n_bytes).flatten().tolist()
+    weight = FourBit(checkpoint, (), parts, {})
+    text = weight.read("state", as_bytes=True)(0, parts["state"].n_bytes).flatten().tolist()
     state = parse_json(bytes(text), f"read the quantization of '{entry.name}'", CheckpointError)
     form: dict[str, Any] = {
         "shape": (_COUNT, _COUNT),
@@ -193,7 +193,7 @@ def _four_bit(checkpoint: Checkpoint, parts: Mapping[str, TensorEntry]) -> FourB
         fits.append(parts.get("nested_quant_map", entry).n_elements == 256)
     _check(entry, all(fits), "its parts do not fit each other")
     said = {**state, "dtype": FORMAT_DTYPES[state["dtype"]]}
-    return replace(found, shape=tuple(state["shape"]), state=said)
+    return replace(weight, shape=tuple(state["shape"]), state=said)
 
 
 def _float8(
@@ -201,8 +201,8 @@ def _float8(
 ) -> Float8:
     block = said.get("weight_block_size", [128, 128])
     if misfit(block, (_COUNT, _COUNT)):
-        found = f"config.json has the block size {str(block)[:40]}"
-        raise CheckpointError("dequantize", found, "Give it two numbers")
+        problem = f"config.json has the block size {str(block)[:40]}"
+        raise CheckpointError("dequantize", problem, "Give it two numbers")
     wanted = tuple(-(-size // b) for size, b in zip(entry.shape, block, strict=True))
     fits = scales.shape == wanted and scales.dtype in {"F32", "BF16", "F16"}
     _check(entry, fits, f"its scales are {scales.dtype} {list(scales.shape)}")
@@ -282,15 +282,15 @@ def _words_fit(words: PackedWords, is_ordered: bool) -> bool:
     return 0 <= int(groups.min()) <= int(groups.max()) < n_groups
 
 
-def _check(entry: TensorEntry, fits: bool, found: str) -> None:
+def _check(entry: TensorEntry, fits: bool, problem: str) -> None:
     if not fits:
-        raise _misfit(entry, found)
+        raise _misfit(entry, problem)
 
 
-def _misfit(entry: TensorEntry, found: str) -> CheckpointError:
+def _misfit(entry: TensorEntry, problem: str) -> CheckpointError:
     return CheckpointError(
         f"dequantize '{entry.name}'",
-        found,
+        problem,
         "Supported: 4 and 8 bits of bitsandbytes, float8 (e4m3) with block scales, MXFP4, GPTQ in "
         "2, 4 and 8 bits, and AWQ (gemm) in 4; "
         "merge into the 16-bit checkpoint that it was made from",

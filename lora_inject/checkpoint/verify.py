@@ -66,9 +66,9 @@ class VerifyReport:
         """
         if self.problems:
             more = f"; and {len(self.problems) - 5} more" if len(self.problems) > 5 else ""
-            found = "; ".join(self.problems[:5]) + more
+            problem = "; ".join(self.problems[:5]) + more
             remedy = "Merge again, and check the disk and the memory if this comes back"
-            raise CheckpointError("verify the merged checkpoint", found, remedy)
+            raise CheckpointError("verify the merged checkpoint", problem, remedy)
 
 
 def verify_checkpoint(
@@ -121,9 +121,9 @@ def _other_files(plan: MergePlan, folder: Path) -> list[str]:
         elif path.read_bytes() != data:
             problems.append(f"'{name}' is not what it should be")
             if name == "config.json":  # programs rewrite it; what the merge changed must be there
-                found = read_config(folder)
-                wrong = [k for k, v in plan.config_changes.items() if found.get(k) != v]
-                problems[-1] += "".join(f", {k} is {found.get(k)!r}" for k in wrong)
+                config = read_config(folder)
+                wrong = [k for k, v in plan.config_changes.items() if config.get(k) != v]
+                problems[-1] += "".join(f", {k} is {config.get(k)!r}" for k in wrong)
     written = {*plan.other_files(), *(shard.name for shard in plan.shards)}
     strangers = sorted(name for name in _visible_files(folder) if name not in written)
     problems += [f"'{name}' does not belong there" for name in strangers]
@@ -156,11 +156,11 @@ def _verify_shard(
 ) -> VerifyReport:
     try:
         same = read_header(path).raw == shard.header.raw
-        found = "" if same else "its header is not what it should be"
+        problem = "" if same else "its header is not what it should be"
     except CheckpointError as error:
-        found = error.found
-    if found:
-        return VerifyReport(problems=(f"'{shard.name}': {found}",))
+        problem = error.found
+    if problem:
+        return VerifyReport(problems=(f"'{shard.name}': {problem}",))
     with path.open("rb") as file:
         compared = _Compared(shard, file.fileno())
         work_through(shard, plan, shard.copies, compared, counter)
@@ -177,10 +177,10 @@ class _Compared:
         self.differing: dict[str, int] = {}  # what a wrong byte says, and the first such byte
 
     def computed(self, entry: TensorEntry, at: int, data: memoryview) -> None:
-        found = _read(self.fd, at, len(data))
-        if found != data:
+        written = _read(self.fd, at, len(data))
+        if written != data:
             dtype = FLOATS.get(entry.dtype, torch.uint8)
-            mine, wanted = (torch.frombuffer(b, dtype=dtype) for b in (found, data))
+            mine, wanted = (torch.frombuffer(b, dtype=dtype) for b in (written, data))
             near, far = _compare(mine, wanted)
             with self.lock:
                 self.near[entry.name] += near
@@ -213,15 +213,15 @@ class _Compared:
 
 
 def _read(fd: int, at: int, n_bytes: int) -> bytearray:
-    found = bytearray(n_bytes)
-    read_at(fd, memoryview(found), at)
-    return found
+    data = bytearray(n_bytes)
+    read_at(fd, memoryview(data), at)
+    return data
 
 
-def _compare(found: Tensor, wanted: Tensor) -> tuple[int, int]:
+def _compare(written: Tensor, wanted: Tensor) -> tuple[int, int]:
     """Count values that are one unit in the last place off, and those that are further off."""
     bits = _BITS[wanted.element_size()]
-    apart = (found.view(bits).long() - wanted.view(bits).long()).abs()  # of floats of one sign
+    apart = (written.view(bits).long() - wanted.view(bits).long()).abs()  # of floats of one sign
     near = int((apart == 1).sum())
     return near, int(apart.count_nonzero()) - near
 

@@ -134,12 +134,12 @@ def check_unchanged(source: Shard) -> None:
     try:
         stat = source.path.stat()
         same = (stat.st_size, stat.st_mtime_ns) == (source.header.size_bytes, source.mtime_ns)
-        found = "" if same else "it changed while it was being merged"
+        problem = "" if same else "it changed while it was being merged"
     except OSError as error:
-        found = f"it cannot be read any more ({error.strerror})"
-    if found:
+        problem = f"it cannot be read any more ({error.strerror})"
+    if problem:
         remedy = "Nothing was published; run again when nobody writes to the base"
-        raise CheckpointError(f"read the base's '{source.name}'", found, remedy)
+        raise CheckpointError(f"read the base's '{source.name}'", problem, remedy)
 
 
 @contextlib.contextmanager
@@ -310,8 +310,8 @@ class _Folding:
             wanted = torch.frombuffer(data, dtype=torch.float32).view(-1, n_cols)
             parts = packed.encoded(wanted)
             made = replace(packed, shape=tuple(wanted.shape), held=parts)
-            before, found = stored(start, stop), made.rows()(0, len(wanted))
-            tally.count(before, wanted - before, wanted - found)
+            before, written = stored(start, stop), made.rows()(0, len(wanted))
+            tally.count(before, wanted - before, wanted - written)
             if not tally.finite:
                 raise _too_large(self.job)
             for role, part in parts.items():
@@ -337,9 +337,9 @@ class _Folding:
         else:
             merged.copy_(rows)
         if not (self.tally.finite if self.span.terms else _kept_finite(rows, merged)):
-            found = merged.clone()
-            _check_finite(job, self._with_rows(self.base(start, stop), start), found)
-            merged.copy_(found)  # the base's rows may have been read into its place
+            complete = merged.clone()
+            _check_finite(job, self._with_rows(self.base(start, stop), start), complete)
+            merged.copy_(complete)  # the base's rows may have been read into its place
         return room.data
 
     def base(self, start: int, stop: int) -> Tensor:
@@ -398,13 +398,13 @@ def _check_finite(job: TensorJob, rows: Tensor, merged: Tensor) -> None:
     """Check each value: -Inf of a mask may stay; a value that became Inf is an error."""
     finite, finite_before = torch.isfinite(merged), torch.isfinite(rows)
     if job.placed and not bool(finite_before.all()):
-        found, remedy = "the base holds NaN or Inf there", "The base is damaged; fetch it again"
-        raise CheckpointError(f"merge into '{job.name}'", found, remedy)
+        problem, remedy = "the base holds NaN or Inf there", "The base is damaged; fetch it again"
+        raise CheckpointError(f"merge into '{job.name}'", problem, remedy)
     if bool((finite_before & ~finite).any()):
         raise _too_large(job)
 
 
 def _too_large(job: TensorJob) -> CheckpointError:
-    found = f"the result is too large for {job.dtype}: it would become Inf"
+    problem = f"the result is too large for {job.dtype}: it would become Inf"
     remedy = 'Pass dtype="float32" or dtype="bfloat16", or merge with a smaller weight'
-    return CheckpointError(f"merge into '{job.name}'", found, remedy)
+    return CheckpointError(f"merge into '{job.name}'", problem, remedy)

@@ -34,9 +34,9 @@ def unreached(model: nn.Module, run: Callable[[], Any]) -> list[str]:
     Raises:
         StateError: The model is merged or carries no active adapter.
     """
-    found = reach(model)
-    refuse_merged("unreached", *found.selections)
-    active = {name for selection in found.selections for name in selection.current().names}
+    reached = reach(model)
+    refuse_merged("unreached", *reached.selections)
+    active = {name for selection in reached.selections for name in selection.current().names}
     if not active:
         raise StateError("unreached", "no adapter is active", "Call activate(model, name) first")
     return list(dict.fromkeys(_missed_sites(model, run)))

@@ -94,8 +94,8 @@ def diff_command(
     """Compare the adapters ONE and TWO, site by site."""
     from lora_inject.algebra.combine_files import diff as compared
 
-    found = compared(*reading.read([one, two]))
-    listing.show(found.to_dict(), _print_difference, found)
+    difference = compared(*reading.read([one, two]))
+    listing.show(difference.to_dict(), _print_difference, difference)
 
 
 @app.command()
@@ -131,7 +131,7 @@ def _write(
     output: given.Output,
     dtype: given.Dtype | None = None,
     tell: Callable[..., None] | None = None,
-    **found: Any,
+    **figures: Any,
 ) -> None:
     """Write the new adapter atomically, and print what `tell` does, its path and its size."""
     import torch
@@ -143,7 +143,7 @@ def _write(
     path = write_adapter(state, writing.output, writing.adapter_format, overwrite=writing.overwrite)
     ranks = {name: site.spec.rank for name, site in state.sites.items()}
     text = str(state).removeprefix("AdapterState(").removesuffix(")")
-    data = {"output": str(path), "ranks": ranks, **found}
+    data = {"output": str(path), "ranks": ranks, **figures}
 
     def show_it(**options: bool) -> None:
         if tell is not None:
@@ -153,20 +153,19 @@ def _write(
     output.show(data, show_it)
 
 
-def _print_difference(found: Difference, *, everything: bool) -> None:
+def _print_difference(difference: Difference, *, everything: bool) -> None:
     heads = ("site", "ranks", "|one|", "|two|", "|one - two|", "cosine")
     cells = tuple(
         (name, "{} and {}".format(*site.ranks), *site.norms, site.distance, site.cosine)
-        for name, site in found.sites.items()
+        for name, site in difference.sites.items()
     )
     show.print_rows(Listing(heads, cells), everything=everything)
-    for name, distance in found.trained.items():
+    for name, distance in difference.trained.items():
         where = "in only one of them" if distance is None else f"|one - two| = {distance:.3g}"
         show.say(f"trained {name}: {where}")
-    cosine = "-" if found.cosine is None else f"{found.cosine:.6f}"
-    show.say_words(
-        f"{_likeness(found)}; |one - two| = {found.distance:.6g}, cosine {cosine}, over all sites"
-    )
+    cosine = "-" if difference.cosine is None else f"{difference.cosine:.6f}"
+    distance = f"|one - two| = {difference.distance:.6g}"
+    show.say_words(f"{_likeness(difference)}; {distance}, cosine {cosine}, over all sites")
 
 
 def _likeness(difference: Difference) -> str:
@@ -228,11 +227,11 @@ def convert_command(
     for name in chosen:
         takers = [key for key in FORMATS if name in options_of(format_of(key).write)]
         if to not in takers:
-            found = f"the format {to!r} does not have it; these do: {', '.join(takers)}"
-            raise BadParameter(found, param_hint=f"--{name}")
+            problem = f"the format {to!r} does not have it; these do: {', '.join(takers)}"
+            raise BadParameter(problem, param_hint=f"--{name}")
     if "component" in options_of(format_of(to).write) and to_component is None:
-        found = f"a file of {to} has to name the part of a pipeline; give one, such as unet"
-        raise BadParameter(found, param_hint="--component")
+        problem = f"a file of {to} has to name the part of a pipeline; give one, such as unet"
+        raise BadParameter(problem, param_hint="--component")
 
     def tell(words: str) -> None:
         lost.append(words)
@@ -277,15 +276,15 @@ def check(
 
     from lora_inject.checkpoint.conversion import check_adapter
 
-    found = check_adapter(adapter, client, base=base and given.model_folder(base))
-    stopped = any(finding.stops for finding in found)
-    data = {"client": client, "accepted": not stopped, "findings": [*map(asdict, found)]}
-    output.show(data, _print_findings, client, found, stopped)
+    objections = check_adapter(adapter, client, base=base and given.model_folder(base))
+    stopped = any(finding.stops for finding in objections)
+    data = {"client": client, "accepted": not stopped, "findings": [*map(asdict, objections)]}
+    output.show(data, _print_findings, client, objections, stopped)
     if stopped:
         raise Exit(1)
 
 
-def _print_findings(client: str, found: Sequence[Objection], stopped: bool) -> None:
+def _print_findings(client: str, objections: Sequence[Objection], stopped: bool) -> None:
     show.say(f"{client}: {'does not take it as it is' if stopped else 'takes it'}")
-    for finding in found:
+    for finding in objections:
         show.say_words(f"{'stop' if finding.stops else 'note'}: {finding.problem}. {finding.fix}.")

@@ -24,5 +24,5 @@ def doctor(
     """
     from lora_inject.serving.doctor import diagnose, in_words
 
-    found = diagnose(imports=imports)
-    output.show(found.to_dict(), show.say, "\n".join(in_words(found)))
+    diagnosis = diagnose(imports=imports)
+    output.show(diagnosis.to_dict(), show.say, "\n".join(in_words(diagnosis)))

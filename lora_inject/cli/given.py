@@ -80,9 +80,9 @@ def model_folder(path: Path) -> Path:
         file = try_to_load_from_cache(str(path), "config.json")
         if isinstance(file, str):
             return Path(file).parent
-    found = "there is no such file or folder here, nor a model of this name in the hub's cache"
+    problem = "there is no such file or folder here, nor a model of this name in the hub's cache"
     remedy = f"Check the path; a model of the hub is fetched by: hf download {path}"
-    raise CheckpointError(f"open '{path}'", found, remedy)
+    raise CheckpointError(f"open '{path}'", problem, remedy)
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ class Output:
 
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False
 
-    def show(self, data: Mapping[str, Any], print_it: Callable[..., None], *found: Any) -> None:
+    def show(self, data: Mapping[str, Any], print_it: Callable[..., None], *result: Any) -> None:
         """Print a result: its plain data as JSON, or as `print_it` does."""
         options = {name: value for name, value in vars(self).items() if name != "as_json"}
         try:
             if self.as_json:
                 print_json(data)
             else:
-                print_it(*found, **options)
+                print_it(*result, **options)
         except OSError as error:
             done = "The command has done its work, files included; only this is lost"
             raise LoraInjectError("print the result", str(error.strerror), done) from error

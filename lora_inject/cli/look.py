@@ -126,8 +126,8 @@ def inspect(
 
     checkpoint = None if base is None else Checkpoint.open(base)
     [state] = reading.read([adapter], checkpoint, format=adapter_format)
-    found = inspect_state(state)
-    listing.show(found.to_dict(), show.print_inspection, found)
+    inspection = inspect_state(state)
+    listing.show(inspection.to_dict(), show.print_inspection, inspection)
 
 
 @app.command("analyze")

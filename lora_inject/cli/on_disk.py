@@ -79,8 +79,8 @@ class Merging:
 
         weights = self.weight or [1.0] * len(adapters)
         if len(weights) != len(adapters):
-            found = f"{len(weights)} weights for {len(adapters)} adapters"
-            raise BadParameter(f"{found}; give --weight once for each", param_hint="--weight")
+            problem = f"{len(weights)} weights for {len(adapters)} adapters"
+            raise BadParameter(f"{problem}; give --weight once for each", param_hint="--weight")
         for weight in weights:
             if not math.isfinite(weight) or weight == 0:
                 raise BadParameter(f"{weight} is not a weight", param_hint="--weight")

@@ -92,9 +92,9 @@ def _value(kind: re.Match[str]) -> str:
     return VALUES.get(name.lower(), name)
 
 
-def _limits(found: re.Match[str]) -> str:
+def _limits(bounds: re.Match[str]) -> str:
     """Return how the help writes limits: `0<=x<=1` as `0 to 1`, `x>=1` as `at least 1`."""
-    low, high = found.groups()
+    low, high = bounds.groups()
     return f"({low} to {high})" if low else f"(at least {high})"
 
 
@@ -149,10 +149,10 @@ def in_options(message: str, options: Iterable[str]) -> str:
         known.setdefault("format", "--to")
     value = r"""(\[[^\]]*\]|"[^"]*"|'[^']*'|True|\.\.\.|[\w.]*\w)"""
 
-    def option(found: re.Match[str]) -> str:
-        opt, text = found[3] or known.get(found[1]), found[2]
+    def option(match: re.Match[str]) -> str:
+        opt, text = match[3] or known.get(match[1]), match[2]
         if opt is None:
-            return found[0]
+            return match[0]
         if text in ("True", "..."):
             return opt
         values = re.findall(r"""['"]([^'"]*)['"]""", text) or [text]

@@ -79,13 +79,13 @@ def search_command(
             note(f"'{path}': {len(part) - len(encoded)} rows have no completion within --length")
         parts.append(_batches(encoded, batch, path, device))
     with _live() as watch:
-        found = run(base, wanted, *parts, folder=output, watch=watch)
-    (output / "config.yaml").write_text(found.to_yaml(), encoding="utf-8")
-    assert found.adapter is not None
-    write_adapter(found.adapter, output / "adapter", format="peft", overwrite=True)
-    write_report(output / "search.html", search_report(found, f"Search on {model}"))
-    print_rows(trial_rows(found), everything=True)
-    say(f"best: {found.best}; {found.seconds:.0f} s of training")
+        result = run(base, wanted, *parts, folder=output, watch=watch)
+    (output / "config.yaml").write_text(result.to_yaml(), encoding="utf-8")
+    assert result.adapter is not None
+    write_adapter(result.adapter, output / "adapter", format="peft", overwrite=True)
+    write_report(output / "search.html", search_report(result, f"Search on {model}"))
+    print_rows(trial_rows(result), everything=True)
+    say(f"best: {result.best}; {result.seconds:.0f} s of training")
     for name in RESULTS:
         note(f"wrote {output / name}")
 
@@ -97,13 +97,13 @@ def _check(output: Path, device: str) -> None:
     try:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        found = str(error).splitlines()[0]
-        raise typer.BadParameter(found, param_hint="--device") from None
+        problem = str(error).splitlines()[0]
+        raise typer.BadParameter(problem, param_hint="--device") from None
     if not (output / "search.json").exists():
         for name in RESULTS:
             if (output / name).exists():
-                found = f"it has '{name}', which is not of a search"
-                raise FormatError(f"write to '{output}'", found, "Give another --output")
+                problem = f"it has '{name}', which is not of a search"
+                raise FormatError(f"write to '{output}'", problem, "Give another --output")
 
 
 def _read_rows(path: Path) -> list[Row]:
@@ -115,8 +115,8 @@ def _read_rows(path: Path) -> list[Row]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        found = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"data '{path}'", found, "Give a file of UTF-8 text") from None
+        problem = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"data '{path}'", problem, "Give a file of UTF-8 text") from None
     filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix != ".jsonl":
         return [("", line) for _, line in filled]
@@ -140,21 +140,21 @@ def _row(line: str, asked: str) -> Row:
 def _encode(tokenizer: Any, rows: Sequence[Row], most: int) -> list[Tokens]:
     """Return each row's first `most` tokens and its prompt's count; skip rows without more."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    found = []
+    examples = []
     for prompt, completion in rows:
         start = tokenizer.encode(prompt) if prompt else []
         rest = tokenizer.encode(completion, add_special_tokens=not prompt)
         tokens = (start + rest + end)[:most]
         if len(tokens) > max(len(start), 1):
-            found.append((tokens, len(start)))
-    return found
+            examples.append((tokens, len(start)))
+    return examples
 
 
 def _split(rows: Sequence[Row], n: int, path: Path, seed: int) -> tuple[list[Row], list[Row]]:
     """Hold out a tenth of the rows, but at least one batch of `n`; the seed draws them."""
     if len(rows) < 2 * n:
-        found = f"it has {counted(len(rows), 'row')}, and two batches take {2 * n}, one held out"
-        raise ConfigError(f"data '{path}'", found, "Give more rows, or a smaller --batch")
+        problem = f"it has {counted(len(rows), 'row')}, and two batches take {2 * n}, one held out"
+        raise ConfigError(f"data '{path}'", problem, "Give more rows, or a smaller --batch")
     mixed = random.Random(seed).sample(list(rows), len(rows))  # noqa: S311  (no secrets)
     held_out = max(n, len(rows) // 10)
     return mixed[held_out:], mixed[:held_out]
@@ -165,8 +165,8 @@ def _batches(rows: Sequence[Tokens], n: int, path: Path, device: str) -> list[di
     import torch
 
     if len(rows) < n:
-        found = f"it has {counted(len(rows), 'row')}, and a batch takes {n}"
-        raise ConfigError(f"data '{path}'", found, "Give more rows, or a smaller --batch")
+        problem = f"it has {counted(len(rows), 'row')}, and a batch takes {n}"
+        raise ConfigError(f"data '{path}'", problem, "Give more rows, or a smaller --batch")
     made = []
     for start in range(0, len(rows) - n + 1, n):
         cut = rows[start : start + n]
@@ -191,9 +191,9 @@ def _loaded(model: str, device: str) -> tuple[Any, Any]:
         base: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
         return base.to(device).eval(), AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, RuntimeError) as error:
-        found = " ".join(str(error).split())[:300].rstrip(".")
+        problem = " ".join(str(error).split())[:300].rstrip(".")
         remedy = "Give the folder of a causal language model with its tokenizer"
-        raise CheckpointError(asked, found, remedy) from error
+        raise CheckpointError(asked, problem, remedy) from error
 
 
 @contextmanager

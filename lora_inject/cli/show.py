@@ -140,12 +140,12 @@ def print_rows(rows: Listing, *, everything: bool = False, joined: str = "") -> 
     """
     if not rows.cells:
         return
-    found = rows if everything else rows.by_kind()
-    n_left = 1 + sum(isinstance(cell, str) for cell in found.cells[0][1:])
-    shown = [[printable(cell) for cell in row] for row in (found.heads, *found.text())]
+    table = rows if everything else rows.by_kind()
+    n_left = 1 + sum(isinstance(cell, str) for cell in table.cells[0][1:])
+    shown = [[printable(cell) for cell in row] for row in (table.heads, *table.text())]
     for line in columns(shown, n_left, width(), ""):
         say(line)
-    if joined and len(found.cells) < len(rows.cells):
+    if joined and len(table.cells) < len(rows.cells):
         say_words(joined)
 
 
@@ -214,12 +214,14 @@ def _site_row(site: SiteFigures, further: Sequence[str]) -> tuple[Any, ...]:
     )
 
 
-def _inspection_totals(found: Inspection) -> str:
-    parts = [f"{count(len(found.sites), 'site')}: {found.n_lora:,} in A and B"]
-    parts[0] += "".join(f", {n:,} in {role}" for role, n in found.n_further.items())
-    if found.trained:
-        parts.append(f"{found.n_trained:,} in {count(len(found.trained), 'trained tensor')}")
-    known, bad = found.n_fingerprinted, found.n_nonfinite
+def _inspection_totals(inspection: Inspection) -> str:
+    parts = [f"{count(len(inspection.sites), 'site')}: {inspection.n_lora:,} in A and B"]
+    parts[0] += "".join(f", {n:,} in {role}" for role, n in inspection.n_further.items())
+    if inspection.trained:
+        parts.append(
+            f"{inspection.n_trained:,} in {count(len(inspection.trained), 'trained tensor')}"
+        )
+    known, bad = inspection.n_fingerprinted, inspection.n_nonfinite
     parts.append(f"base known by {count(known, 'tensor')}" if known else "base not named")
     parts.append(f"{count(bad, 'value')} NaN or Inf" if bad else "finite")
     return "; ".join(parts)
@@ -228,30 +230,30 @@ def _inspection_totals(found: Inspection) -> str:
 # ------------------------------------------------------------------------------------------ analyze
 
 
-def print_analysis(found: Analysis, compared: Comparison | None, *, everything: bool) -> None:
+def print_analysis(analysis: Analysis, compared: Comparison | None, *, everything: bool) -> None:
     """Print the figures of an adapter, grouped by kind of site unless `everything`."""
     from lora_inject.analysis import findings, tables
 
-    shown = [tables.block_rows(found)]
-    if found.weights:
-        shown += [tables.weight_rows(found), tables.rounding_rows(found)]
+    shown = [tables.block_rows(analysis)]
+    if analysis.weights:
+        shown += [tables.weight_rows(analysis), tables.rounding_rows(analysis)]
     if compared is not None:
         shown.append(tables.comparison_rows(compared))
     for rows in shown:
         print_rows(rows, everything=everything)
         say()
-    if not everything and len(found.blocks) > len(shown[0].by_kind().cells):
+    if not everything and len(analysis.blocks) > len(shown[0].by_kind().cells):
         say("Numbers of several blocks are medians; --all lists each block.")
     if compared is not None:
         for which, names in (("first", compared.only_first), ("second", compared.only_second)):
             say_list(f"only in the {which}:", templates(names), everything=everything)
-    for finding in findings(found):
+    for finding in findings(analysis):
         say_words(f"{finding.code}: {finding.text}")
         head = f"  {len(finding.names):,}:"
         say_list(head, templates(finding.names), everything=everything)
-    needed = median(block.spectrum.rank_for(0.99) for block in found.blocks)
-    blocks = count(len(found.blocks), "block")
-    say(f"{count(found.n_sites, 'site')}, {blocks}; rank {needed:g} holds 99% (median)")
+    needed = median(block.spectrum.rank_for(0.99) for block in analysis.blocks)
+    blocks = count(len(analysis.blocks), "block")
+    say(f"{count(analysis.n_sites, 'site')}, {blocks}; rank {needed:g} holds 99% (median)")
 
 
 # -------------------------------------------------------------------------------- merge and verify

@@ -143,10 +143,10 @@ def facts_and_options(
     stated = {name: value for name, value in options.items() if name in FACTS}
     own = {name: value for name, value in options.items() if name not in FACTS}
     for option in own.keys() - known:
-        found = f"{option!r} is not an option of this format"
+        problem = f"{option!r} is not an option of this format"
         its = ", ".join(known) or "none"
         remedy = f"Its options: {its}; facts of the model: {', '.join(FACTS)}"
-        raise FormatError("", found, remedy)
+        raise FormatError("", problem, remedy)
     return replace(facts or ModelFacts(), **stated), own
 
 

@@ -148,5 +148,5 @@ def _idle(names: Sequence[str]) -> list[str]:
     if not names:
         return []
     some = ", ".join(map(_inline, names[:3])) + (", ..." if len(names) > 3 else "")
-    found = f"No forward of the model had used {len(names):,} of them when it was saved: {some}."
-    return [f"{found} An adapter that is never used changes nothing.", ""]
+    problem = f"No forward of the model had used {len(names):,} of them when it was saved: {some}."
+    return [f"{problem} An adapter that is never used changes nothing.", ""]

@@ -105,13 +105,13 @@ class Files:
     @property
     def ranks(self) -> dict[str, int]:
         """Rank of each complete pair by its tensors; for a stack that of one expert."""
-        found = {name: a[0] for name, (a, b) in self.pairs.items() if a and b}
+        ranks = {name: a[0] for name, (a, b) in self.pairs.items() if a and b}
         if not self.config.get("target_parameters"):
-            return found
-        said = self.numbers("rank_pattern", "r", found)
+            return ranks
+        said = self.numbers("rank_pattern", "r", ranks)
         return {
             n: int(said[n]) if said[n] and rank % said[n] == 0 else rank
-            for n, rank in found.items()
+            for n, rank in ranks.items()
         }
 
     def numbers(self, table: str, default: str, names: Collection[str]) -> dict[str, Any]:
@@ -140,8 +140,8 @@ def objections(
     `base_config` is its config.json as it stands.
     """
     if client not in CLIENTS:
-        found = f"there is no client '{client}'"
-        raise FormatError(f"check '{path}'", found, f"Known are {', '.join(CLIENTS)}")
+        problem = f"there is no client '{client}'"
+        raise FormatError(f"check '{path}'", problem, f"Known are {', '.join(CLIENTS)}")
     base = facts.text_config("") if facts.config else {}
     files = Files(path, detected(path), facts.module_names, base, base_config, facts.unfit)
     with within(f"check '{path}'"):
@@ -245,8 +245,8 @@ def _of_peft(client: str, methods: Mapping[str, str], own: Rules) -> Rules:
     def rules(files: Files) -> Objections:
         kind = files.config.get("peft_type")
         if files.layout != "peft":
-            found = f"{client} reads PEFT folders, and this has the format '{files.layout}'"
-            yield Objection(found, PORTABLE)
+            problem = f"{client} reads PEFT folders, and this has the format '{files.layout}'"
+            yield Objection(problem, PORTABLE)
         elif kind is None:
             yield Objection(f"'peft_type' is missing, without which {client} refuses it", "Add it")
         elif kind == "LORA":
@@ -277,8 +277,8 @@ def _names(files: Files) -> Objections:
     lost = [name for name in dict.fromkeys(bare) if name not in known]
     if lost and files.modules is not None:
         near = one_line(nearest(lost[0], known, 1)) or "none"
-        found = f"the base has no module {one_line(lost)}, so that the update would be ignored"
-        yield Objection(found, f"Rename it (lora-inject rename); nearest to the first: {near}")
+        problem = f"the base has no module {one_line(lost)}, so that the update would be ignored"
+        yield Objection(problem, f"Rename it (lora-inject rename); nearest to the first: {near}")
 
 
 def _scaled(
@@ -306,8 +306,8 @@ def _stacks(files: Files, client: str, fix: str) -> Objections:
 
 
 def _prefixed(files: Files, client: str) -> Objections:
-    found = f"{client} finds no key without '{PREFIX}': {{}}"
-    return _about(files.unprefixed, found, PORTABLE)
+    problem = f"{client} finds no key without '{PREFIX}': {{}}"
+    return _about(files.unprefixed, problem, PORTABLE)
 
 
 # One function for each program --------------------------------------------------------------------
@@ -358,8 +358,8 @@ def _sglang(files: Files) -> Objections:
     if isinstance(targets, str) and targets not in ("all", "all-linear"):
         yield Objection("SGLang reads 'target_modules' as a list, and it is a regex", PORTABLE)
     unequal = (n for n, rank in files.ranks.items() if rank != files.config["r"])
-    found = f"SGLang refuses ranks other than 'r', which is {files.config['r']}: {{}}"
-    yield from _about(unequal, found, PORTABLE)
+    problem = f"SGLang refuses ranks other than 'r', which is {files.config['r']}: {{}}"
+    yield from _about(unequal, problem, PORTABLE)
     yield from _stacks(files, "SGLang", f"For single experts: {CONVERT}vllm --base BASE`")
     there: dict[str, set[str]] = {}
     for name in files.pairs:
@@ -375,8 +375,8 @@ def _sglang(files: Files) -> Objections:
         fix = "Train these layers too, or fold the adapter into the base (lora-inject merge)"
         yield from _about(lost, f"SGLang packs {names}, and there is no update of {{}}", fix)
     if (files.path / "added_tokens.json").exists():
-        found = "SGLang refuses an added_tokens.json with numbers beyond the base's vocabulary"
-        yield Objection(found, "Leave the file out if the base has these tokens", stops=False)
+        problem = "SGLang refuses an added_tokens.json with numbers beyond the base's vocabulary"
+        yield Objection(problem, "Leave the file out if the base has these tokens", stops=False)
 
 
 def _llama_cpp(files: Files) -> Objections:
@@ -404,9 +404,11 @@ def _lorax(files: Files) -> Objections:
     ranks = sorted({files.config["r"], *files.ranks.values()})
     good = 8 if ranks[-1] <= 8 else -(-ranks[-1] // 16) * 16
     if ranks != [good]:
-        found = "LoRAX pads ranks to 8 or a multiple of 16, and the padded rank of a layer scales "
-        found += f"the layers that it loads later. Here the ranks are {one_line(map(str, ranks))}"
-        yield Objection(found, f"{CONVERT}portable --rank {good}`")
+        problem = (
+            "LoRAX pads ranks to 8 or a multiple of 16, and the padded rank of a layer scales "
+        )
+        problem += f"the layers that it loads later. Here the ranks are {one_line(map(str, ranks))}"
+        yield Objection(problem, f"{CONVERT}portable --rank {good}`")
     ignored = [n for n in files.pairs if n in files.embeddings or re.search(r"\.experts\b", n)]
     if files.base.get("model_type") in NO_HEAD:
         ignored += [name for name in files.pairs if name == "lm_head"]
@@ -542,10 +544,10 @@ def _with_lost_alpha(
 
 def _text_encoder(ranks: Mapping[str, float]) -> Objections:
     """Find ranks that diffusers loses: it looks for those of CLIP's layers only."""
-    found = {n: r for n, r in ranks.items() if re.search(r"((q|k|v|out)_proj|fc[12])$", n)}
-    counts = Counter(found.values())
+    of_clip = {n: r for n, r in ranks.items() if re.search(r"((q|k|v|out)_proj|fc[12])$", n)}
+    counts = Counter(of_clip.values())
     used = {rank for rank, count in counts.items() if count == max(counts.values())}
-    lost = (n for n, rank in ranks.items() if n not in found and {rank} != used)
+    lost = (n for n, rank in ranks.items() if n not in of_clip and {rank} != used)
     yield from _about(lost, "diffusers would look for another rank of {}", MERGE)
 
 
@@ -561,12 +563,14 @@ def _comfyui(files: Files) -> Objections:
     kind = files.base.get("_class_name")
     whole = kind not in ("FluxTransformer2DModel", "SD3Transformer2DModel")
     if whole and any(n.startswith("lora_transformer_") for n in names):
-        found = "ComfyUI reads kohya files of a transformer for Flux and SD3 only"
-        yield Objection(found, MERGE, stops=kind is not None)
+        problem = "ComfyUI reads kohya files of a transformer for Flux and SD3 only"
+        yield Objection(problem, MERGE, stops=kind is not None)
     if files.layout == "diffusers" and not lost:
-        found = "ComfyUI takes scale 1 where a file has no alpha; scales in the header are not read"
+        problem = (
+            "ComfyUI takes scale 1 where a file has no alpha; scales in the header are not read"
+        )
         ours = f"{fix}, unless it was written by this package, which folds scales into B"
-        yield Objection(found, ours, stops=False)
+        yield Objection(problem, ours, stops=False)
 
 
 def _layers_of_mlx(files: Files) -> Objections:
@@ -613,8 +617,8 @@ def _mlx(files: Files) -> Objections:
             yield Objection("mlx-lm refuses an adapter of a tied head", MERGE)
         yield from _layers_of_mlx(replace(files, pairs=pairs))
     else:
-        found = f"mlx-lm reads {mlx.FILE}, and this has the format '{files.layout}'"
-        yield Objection(found, f"{CONVERT}mlx`")
+        problem = f"mlx-lm reads {mlx.FILE}, and this has the format '{files.layout}'"
+        yield Objection(problem, f"{CONVERT}mlx`")
 
 
 def _gguf_or(rules: Rules) -> Rules:

@@ -57,46 +57,46 @@ class Decoder(NamedTuple):
 
     def stored(self, pairs: Pairs, facts: ModelFacts) -> dict[str, Tensor]:
         """Return the tensors of a file; the base's config says how many heads q and k have."""
-        found = {}
+        tensors = {}
         for name, (a, b) in pairs.items():
             with within(f"site '{name}'"):
                 key, n_heads = self.theirs(name), self._n_heads(name, facts, len(b))
-            found[key + self.ends[0]] = a.T if name == self.turned else a
-            found[key + self.ends[1]] = in_pairs(b, n_heads) if n_heads else b
-        return found
+            tensors[key + self.ends[0]] = a.T if name == self.turned else a
+            tensors[key + self.ends[1]] = in_pairs(b, n_heads) if n_heads else b
+        return tensors
 
     def read(
         self, tensors: Mapping[str, Tensor], facts: ModelFacts, remedy: str
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the pairs of a file by transformers' names; `remedy` is for any other tensor."""
-        found = {}
+        pairs = {}
         for key, (a, b) in matrices(tensors, self.ends, remedy).items():
             with within(f"'{key[:200]}'"):
                 name = self.ours(key)
                 n_heads = self._n_heads(name, facts, len(b))
             rows = in_pairs(b, n_heads, back=True) if n_heads else b
-            found[name] = (a.T.contiguous() if name == self.turned else a), rows
-        return found
+            pairs[name] = (a.T.contiguous() if name == self.turned else a), rows
+        return pairs
 
     def theirs(self, name: str) -> str:
         """Return the program's name of a module."""
-        found = _LAYER.fullmatch(name)
-        part = name if found is None else found[2]
+        match = _LAYER.fullmatch(name)
+        part = name if match is None else match[2]
         if part not in self.names:
             known = one_line(self.names, 12)
             remedy = f"It names {known}; merge the adapter into its base instead"
             raise FormatError("", "the format has no name for this module", remedy)
-        return (self.layer.format(found[1]) if found else "") + self.names[part]
+        return (self.layer.format(match[1]) if match else "") + self.names[part]
 
     def ours(self, key: str) -> str:
         """Return transformers' name of a module of the program."""
         names = {theirs: mine for mine, theirs in self.names.items()}
         layer = re.escape(self.layer).replace(re.escape("{}"), r"(\d{1,4})")
-        found = re.fullmatch(layer + "(.+)", key)
-        part = key if found is None else found[2]
+        match = re.fullmatch(layer + "(.+)", key)
+        part = key if match is None else match[2]
         if part not in names:
             raise FormatError("", "this module is not known", "Give an adapter of such a model")
-        return (f"model.layers.{found[1]}." if found else "") + names[part]
+        return (f"model.layers.{match[1]}." if match else "") + names[part]
 
     def _n_heads(self, name: str, facts: ModelFacts, n_rows: int) -> int:
         """Return the number of heads of q or k if their rows are in pairs, else 0."""
@@ -106,8 +106,8 @@ class Decoder(NamedTuple):
         sizes = facts.heads("how many heads q and k have")
         n_heads = sizes.n_heads if part == "self_attn.q_proj" else sizes.n_kv_heads
         if n_rows != n_heads * sizes.head_dim or sizes.head_dim % 2:
-            found = f"B has {n_rows} rows, and the base has {n_heads} heads of {sizes.head_dim}"
-            raise FormatError("", found, "Name the base that the adapter was made for")
+            problem = f"B has {n_rows} rows, and the base has {n_heads} heads of {sizes.head_dim}"
+            raise FormatError("", problem, "Name the base that the adapter was made for")
         return n_heads
 
 
@@ -118,8 +118,8 @@ def part_of(name: str) -> str:
         >>> part_of("model.layers.3.self_attn.q_proj"), part_of("lm_head")
         ('self_attn.q_proj', 'lm_head')
     """
-    found = _LAYER.fullmatch(name)
-    return name if found is None else found[2]
+    match = _LAYER.fullmatch(name)
+    return name if match is None else match[2]
 
 
 def check_whole(names: Collection[str], n_layers: int, client: str) -> None:
@@ -131,8 +131,8 @@ def check_whole(names: Collection[str], n_layers: int, client: str) -> None:
     due = [f"model.layers.{i}.{part}" for i in range(n_layers) for part in sorted(parts)]
     mlp = {part for part in parts if part.startswith("mlp.")}
     if missing := [name for name in due if name not in names]:
-        found = f"{client} adapts a module in all layers, and {one_line(missing)} have no update"
-        raise FormatError("", found, _MERGE)
+        problem = f"{client} adapts a module in all layers, and {one_line(missing)} have no update"
+        raise FormatError("", problem, _MERGE)
     if len(mlp) in (1, 2):
-        found = f"{client} adapts gate, up and down of an MLP together, and there is "
-        raise FormatError("", found + one_line(mlp), _MERGE)
+        problem = f"{client} adapts gate, up and down of an MLP together, and there is "
+        raise FormatError("", problem + one_line(mlp), _MERGE)

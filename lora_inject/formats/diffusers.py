@@ -62,11 +62,11 @@ def detects(path: Path) -> bool:
     """Whether a path is such a file, by its keys, or a folder that holds one."""
     file = file_of(path)
     keys = read_names(file)[0] if is_safetensors(file) else []
-    found = [_KEY.fullmatch(key) for key in keys]
-    if any(match and (match[1] or file.name == FILE) for match in found):
+    matches = [_KEY.fullmatch(key) for key in keys]
+    if any(match and (match[1] or file.name == FILE) for match in matches):
         return True
-    of_one_model = [match and match[8] and not match[2].startswith(PREFIX) for match in found]
-    return bool(found) and all(of_one_model)
+    of_one_model = [match and match[8] and not match[2].startswith(PREFIX) for match in matches]
+    return bool(matches) and all(of_one_model)
 
 
 def write(

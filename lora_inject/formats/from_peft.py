@@ -182,11 +182,11 @@ def _fields_of(config: Any) -> tuple[str, dict[str, Any]]:
     if isinstance(config, Mapping):
         return "from_peft", dict(config)
     if not is_of_peft(config):
-        found = f"a value of type {type(config).__name__}"
-        raise ConfigError("from_peft", found, "Give a LoraConfig, a dict, or a path")
+        problem = f"a value of type {type(config).__name__}"
+        raise ConfigError("from_peft", problem, "Give a LoraConfig, a dict, or a path")
     if getattr(config, "_custom_modules", None):
-        found = "custom layers are registered in it"
-        raise ConfigError("from_peft", found, "Register a kind of layer: register_kind")
+        problem = "custom layers are registered in it"
+        raise ConfigError("from_peft", problem, "Register a kind of layer: register_kind")
     return f"from_peft({type(config).__name__})", config.to_dict()
 
 
@@ -202,8 +202,8 @@ def _fields_in(path: Path) -> dict[str, Any]:
     return data
 
 
-def _error(asked: str, field: str, found: str, remedy: str) -> ConfigError:
-    return ConfigError(f"{asked}, '{field}'", found, remedy)
+def _error(asked: str, field: str, problem: str, remedy: str) -> ConfigError:
+    return ConfigError(f"{asked}, '{field}'", problem, remedy)
 
 
 def _read(fields: Mapping[str, Any], asked: str) -> _Lora:
@@ -302,18 +302,18 @@ def _ends_of(
     ends = dict.fromkeys(leaf(name) for name in taken)
     for name in names:
         if leaf(name) in ends and name not in taken:
-            found = f"of a regex PEFT takes ends of names on this model, so '{name}' too"
-            raise _error(asked, "target_modules", found, "Give target_modules as a list")
+            problem = f"of a regex PEFT takes ends of names on this model, so '{name}' too"
+            raise _error(asked, "target_modules", problem, "Give target_modules as a list")
     return list(ends)
 
 
 def _init(init: bool | str, asked: str) -> str:
     name = re.sub(r"^pissa_niter_\d+$", "pissa", str(init).lower())
     if name not in _INITS:
-        found = f"there is no init {init!r}"
+        problem = f"there is no init {init!r}"
         if name == "false":
-            found = "it makes B random, so the adapter would not start at zero"
-        raise _error(asked, "init_lora_weights", found, "Choose True, gaussian, pissa or olora")
+            problem = "it makes B random, so the adapter would not start at zero"
+        raise _error(asked, "init_lora_weights", problem, "Choose True, gaussian, pissa or olora")
     return _INITS[name]
 
 
@@ -323,8 +323,8 @@ def _check_saved(train: Iterable[str], inventory: Inventory, asked: str) -> None
         below = Below(matching(pattern, inventory.modules, asked=asked))
         for name in matching(pattern, inventory.listed, asked=asked):
             if name not in below:
-                found = f"'{name}' is a parameter, and PEFT saves modules only"
-                raise _error(asked, "modules_to_save", found, "Name the module that it is in")
+                problem = f"'{name}' is a parameter, and PEFT saves modules only"
+                raise _error(asked, "modules_to_save", problem, "Name the module that it is in")
 
 
 def _tokens(given: Any, inventory: Inventory | None, asked: str) -> dict[str, list[int]]:
@@ -334,8 +334,8 @@ def _tokens(given: Any, inventory: Inventory | None, asked: str) -> dict[str, li
     if given and len(here) != 1:
         there = f", and there are {len(here)}" if inventory else ""
         remedy = "Give a dict, such as {'embed_tokens': [32000, 32001]}"
-        found = f"it does not name an embedding{there}"
-        raise _error(asked, "trainable_token_indices", found, remedy)
+        problem = f"it does not name an embedding{there}"
+        raise _error(asked, "trainable_token_indices", problem, remedy)
     return {re.escape(here[0]): given} if given else {}
 
 
@@ -408,7 +408,7 @@ class _Rules:
         if self.inventory is not None:
             self._look(self.inventory, exclude, saved)
             self._check_left()
-        found: list[dict[str, Any]] = []
+        rules: list[dict[str, Any]] = []
         for keys in self._combinations():
             values = {name: self.tables[name][key] for name, key in keys.items()}
             for target in self.targets:
@@ -416,12 +416,12 @@ class _Rules:
                 for key in dict.fromkeys(keys.values()):
                     pattern = pattern and self.keys[key].met(pattern)
                 if pattern is not None:
-                    found += self._rule(pattern, target, values)
-        if self.left and self.layers and not found:
+                    rules += self._rule(pattern, target, values)
+        if self.left and self.layers and not rules:
             some = min(self.left)
             none = f"no targeted module is in a layer of {self.layers}, such as '{some}'"
             raise _error(self.asked, "layers_to_transform", none, "Layers are counted from 0")
-        return found
+        return rules
 
     def _targets(self) -> list[_Pattern]:
         """Return a pattern for each target; names that end in another target are left out."""
@@ -584,10 +584,10 @@ class _Rules:
     def _matched(self, target: _Pattern) -> list[str]:
         if target is _ALL:
             return [name for name, kind in self.kinds.items() if kind in LINEAR_KINDS]
-        found = self._known_by(target)
-        meant = [name for name in found if self._is_tensor(name) == target.parameter]
-        if found and not meant and not target.parameter:
-            words = f"'{found[0]}' is a parameter, and PEFT adapts modules by target_modules"
+        known = self._known_by(target)
+        meant = [name for name in known if self._is_tensor(name) == target.parameter]
+        if known and not meant and not target.parameter:
+            words = f"'{known[0]}' is a parameter, and PEFT adapts modules by target_modules"
             raise _error(self.asked, "target_modules", words, "Name it in target_parameters")
         return meant
 
@@ -603,15 +603,17 @@ class _Rules:
         for table, keys in self.tables.items():
             for key in keys:
                 if not self._matching(key, self.left):
-                    found = f"the key {key!r} matches none of the targeted modules"
-                    raise _error(self.asked, f"{table}_pattern", found, "Remove it, or correct it")
+                    problem = f"the key {key!r} matches none of the targeted modules"
+                    raise _error(
+                        self.asked, f"{table}_pattern", problem, "Remove it, or correct it"
+                    )
         for name in self.left if self.layers and not self.lora.layers_pattern else ():
             number = re.match(r".*?\.[^.]*\.(\d+)\.", name)
             theirs, ours = int(number[1]) if number else None, first_number(name)
             if theirs != ours and {theirs, ours} & set(self.layers):
-                found = f"for PEFT the layer of '{name}' is {theirs}, for a rule here {ours}"
+                problem = f"for PEFT the layer of '{name}' is {theirs}, for a rule here {ours}"
                 remedy = "Give layers_pattern, such as 'layers'"
-                raise _error(self.asked, "layers_to_transform", found, remedy)
+                raise _error(self.asked, "layers_to_transform", problem, remedy)
 
 
 def _in_layers(regex: str, names: str | Iterable[str], layers: Iterable[int]) -> str:
@@ -620,9 +622,9 @@ def _in_layers(regex: str, names: str | Iterable[str], layers: Iterable[int]) ->
     numbers = "|".join(map(str, layers))
     # As in PEFT, the first number after the first of the names decides. The group is atomic, so no
     # other number is tried.
-    found, before = [], ""
+    choices, before = [], ""
     for name in several:
         place = rf"(?:.*?\.)??{name}\.(?=\d+\.)"
-        found.append(rf"{before}(?>{place})(?:{numbers})\.")
+        choices.append(rf"{before}(?>{place})(?:{numbers})\.")
         before += rf"(?!{place})"
-    return rf"^(?={'|'.join(found)})(?:.*\.)?(?:{regex})"
+    return rf"^(?={'|'.join(choices)})(?:.*\.)?(?:{regex})"

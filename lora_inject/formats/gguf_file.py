@@ -112,8 +112,8 @@ def read(path: Path, facts: ModelFacts) -> AdapterState:
     alpha = fields.get("adapter.lora.alpha")
     known = dict(FAMILIES.values())
     if architecture not in known:
-        found = f"its architecture is {architecture[:40]!r}"
-        raise FormatError("", found, f"Supported are {', '.join(FAMILIES)}")
+        problem = f"its architecture is {architecture[:40]!r}"
+        raise FormatError("", problem, f"Supported are {', '.join(FAMILIES)}")
     if facts.config is not None and _family(facts)[0] != architecture:
         raise FormatError("", f"its architecture is '{architecture}'", "Name its own base")
     if not isinstance(alpha, float):
@@ -154,8 +154,8 @@ def content(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise FormatError("", f"it is damaged ({error})"[:300], "Fetch it again") from error
     for name, (kind, _) in stored.items():
         if kind not in _DTYPES:
-            found = f"'{name[:200]}' is of type {kind}"
-            raise FormatError("", found, "Convert it with --outtype f32")
+            problem = f"'{name[:200]}' is of type {kind}"
+            raise FormatError("", problem, "Convert it with --outtype f32")
     return fields, {n: torch.from_numpy(d.astype(_DTYPES[k])) for n, (k, d) in stored.items()}
 
 

@@ -71,14 +71,16 @@ def _adapter_among(files: list[str], asked: str) -> list[str]:
     """Return patterns of the files to fetch: PEFT's, or the only safetensors file."""
     if "adapter_config.json" in files:
         if "adapter_model.bin" in files and not any(f.endswith(".safetensors") for f in files):
-            found = "it holds only a pickle (adapter_model.bin), which can run code and is not read"
-            raise FormatError(asked, found, "Ask its author for safetensors")
+            problem = (
+                "it holds only a pickle (adapter_model.bin), which can run code and is not read"
+            )
+            raise FormatError(asked, problem, "Ask its author for safetensors")
         return list(_PEFT)
     tensors = [file for file in files if file.endswith(".safetensors")]
     if len(tensors) != 1:
         held = f"it holds no adapter_config.json and {len(tensors)} safetensors files, not one"
-        found = f"{held}: {', '.join(files[:8]) or 'nothing'}"
-        raise FormatError(asked, found, "Download one of the files and give its path")
+        problem = f"{held}: {', '.join(files[:8]) or 'nothing'}"
+        raise FormatError(asked, problem, "Download one of the files and give its path")
     return tensors
 
 
@@ -109,8 +111,8 @@ def _hub(asked: str) -> Any:
         import huggingface_hub
     except ImportError as error:
         absent = "there is no such folder here, and " if asked.startswith("load") else ""
-        found = f"{absent}huggingface_hub is not installed"
-        raise FormatError(asked, found, "Run pip install huggingface_hub") from error
+        problem = f"{absent}huggingface_hub is not installed"
+        raise FormatError(asked, problem, "Run pip install huggingface_hub") from error
     return huggingface_hub
 
 
@@ -131,17 +133,19 @@ def _in_plain_words(asked: str) -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise FormatError(asked, "its author has to grant access", "Ask on its page") from error
     except errors.RepositoryNotFoundError as error:
-        found = (
+        problem = (
             "there is no such folder here, and no such repository on the hub that you can access"
         )
-        raise FormatError(asked, found, "Check the name, or log in: hf auth login") from error
+        raise FormatError(asked, problem, "Check the name, or log in: hf auth login") from error
     except errors.RevisionNotFoundError as error:
         raise FormatError(asked, "there is no such revision", "Check its name") from error
     except (errors.LocalEntryNotFoundError, FileNotFoundError) as error:
-        found = "there is no such folder here, the hub cannot be reached and it is not in the cache"
-        raise FormatError(asked, found, _REACH) from error
+        problem = (
+            "there is no such folder here, the hub cannot be reached and it is not in the cache"
+        )
+        raise FormatError(asked, problem, _REACH) from error
     except errors.HfHubHTTPError as error:
-        found = f"the hub answered: {str(error).strip().splitlines()[0]}"
-        raise FormatError(asked, found, "Check the repository and your token") from error
+        problem = f"the hub answered: {str(error).strip().splitlines()[0]}"
+        raise FormatError(asked, problem, "Check the repository and your token") from error
     except _unreachable() as error:
         raise FormatError(asked, f"the hub cannot be reached ({error})", _REACH) from error

@@ -77,8 +77,8 @@ def write(
     for name, site in sites.items():
         down, up = pack(site)
         alpha = torch.tensor(site.scale * site.spec.rank, dtype=torch.float32, device="cpu")
-        found = {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
-        tensors |= {f"{flat[name]}.{end}": tensor for end, tensor in found.items()}
+        of_site = {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
+        tensors |= {f"{flat[name]}.{end}": tensor for end, tensor in of_site.items()}
     names = json.dumps({flat[name]: name for name in sites})
     said = {"format": "pt", "ss_network_module": "networks.lora", _NAMES: names}
     return serialize(tensors, said)
@@ -112,16 +112,16 @@ def _parsed(key: str) -> tuple[str, str, str]:
     for end, what in _OTHER.items():
         if key.endswith(f".{end}"):
             remedy = "Merge it into the base with the program that made it, and extract a LoRA"
-            found = f"'{key[:200]}' belongs to {what}, not to a LoRA"
-            raise FormatError("", found, f"{remedy} (lora-inject extract)")
+            problem = f"'{key[:200]}' belongs to {what}, not to a LoRA"
+            raise FormatError("", problem, f"{remedy} (lora-inject extract)")
     match = _KEY.fullmatch(key)
     if match is None:
-        found = f"the tensor '{key[:200]}' is not known"
-        raise FormatError("", found, "Give a LoRA of sd-scripts")
+        problem = f"the tensor '{key[:200]}' is not known"
+        raise FormatError("", problem, "Give a LoRA of sd-scripts")
     prefix = _PREFIX.fullmatch(match[1])
     if prefix is None:
-        found = f"'{match[1][:200]}' does not begin with a component"
-        raise FormatError("", found, f"Known are lora_{', lora_'.join(COMPONENTS)} and lycoris")
+        problem = f"'{match[1][:200]}' does not begin with a component"
+        raise FormatError("", problem, f"Known are lora_{', lora_'.join(COMPONENTS)} and lycoris")
     return prefix[1] or prefix[2], prefix[3], _ROLES.get(match[2], match[2])
 
 
@@ -141,9 +141,9 @@ def _names_in(said: Mapping[str, str]) -> dict[str, str]:
 def _unflattened(flat: str, known: Mapping[str, Sequence[str]] | None) -> str:
     """Return the one module of `known`, by names with `_` for dots, that a flat name means."""
     if known is None:
-        found = "dots of names are written as '_', so the file alone does not give the names"
+        problem = "dots of names are written as '_', so the file alone does not give the names"
         remedy = f"Load it onto the model, pass module_names, or {CONVERT}"
-        raise FormatError("", found, remedy)
+        raise FormatError("", problem, remedy)
     names = known.get(flat) or known.get(flat.removeprefix("text_model_"), ())
     if len(names) > 1:
         raise FormatError("", f"it can mean any of {one_line(names)}", "Rename one of them")

@@ -89,7 +89,7 @@ def write(
 
 def _fused(pairs: Pairs, sizes: Heads) -> Pairs:
     """Stack q, k and v of each layer, in this order."""
-    found = dict(pairs)
+    fused = dict(pairs)
     several: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for end in _PARTS.values():
         for name, (_, b) in pairs.items():
@@ -98,11 +98,11 @@ def _fused(pairs: Pairs, sizes: Heads) -> Pairs:
                     what = f"B has {len(b)} rows, and the base's {end} {_width(end, sizes)}"
                     remedy = "Name the base that the adapter was made for"
                     raise FormatError(f"site '{name}'", what, remedy)
-                several.setdefault(name.removesuffix(end) + _QKV, []).append(found.pop(name))
+                several.setdefault(name.removesuffix(end) + _QKV, []).append(fused.pop(name))
     for name, parts in several.items():
         A, B = zip(*parts, strict=True)
-        found[name] = torch.cat(A), torch.cat(B)
-    return found
+        fused[name] = torch.cat(A), torch.cat(B)
+    return fused
 
 
 def _width(end: str, sizes: Heads) -> int:
@@ -122,8 +122,8 @@ def read(path: Path, facts: ModelFacts, *, allow_pickle: bool = False) -> Adapte
         for name, a, b in _split(fused, *pair, said, sizes):
             sites[name] = plain_site(name, a, b, said["lora_alpha"])
             if len(a) != said["lora_r"]:
-                found = f"its rank is {len(a)}, {CONFIG} says {said['lora_r']}"
-                raise FormatError(f"site '{name}'", found, "The two do not belong together")
+                problem = f"its rank is {len(a)}, {CONFIG} says {said['lora_r']}"
+                raise FormatError(f"site '{name}'", problem, "The two do not belong together")
     return AdapterState(sites)
 
 
@@ -137,9 +137,9 @@ def _split(
     adapted = [end for flag, end in _PARTS.items() if said.get(flag)]
     widths = [_width(end, sizes) for end in adapted]
     if not adapted or len(a) != len(adapted) * b.shape[1] or sum(widths) != len(b):
-        found = f"A has {len(a)} rows and B {len(b)}, which are not those of {adapted}"
+        problem = f"A has {len(a)} rows and B {len(b)}, which are not those of {adapted}"
         remedy = f"Restore {CONFIG}, or name the adapter's own base"
-        raise FormatError(f"'{name[:200]}'", found, remedy)
+        raise FormatError(f"'{name[:200]}'", problem, remedy)
     pieces = zip(adapted, a.chunk(len(adapted)), torch.split(b, widths), strict=True)
     for end, one_a, one_b in pieces:
         yield name.removesuffix(_QKV) + end, one_a.clone(), one_b.clone()
@@ -156,8 +156,8 @@ def _hyperparameters(file: Path) -> Mapping[str, Any]:
         said: Any = yaml.safe_load(text)
         root: Any = yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        found = f"it is not valid YAML ({error})"[:300]
-        raise FormatError(CONFIG, found, "Fetch it again") from error
+        problem = f"it is not valid YAML ({error})"[:300]
+        raise FormatError(CONFIG, problem, "Fetch it again") from error
     fields: dict[str, Any] = said if isinstance(said, dict) else {}
     keys = [key.value for key, _ in root.value] if fields else []
     if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):

@@ -164,8 +164,8 @@ def _site(
     name: str, a: Tensor, b: Tensor, kind: str, alpha: float, enable_lora: _Flags
 ) -> SiteState:
     if a.ndim != 2 or b.ndim != 2 or 0 in (*a.shape, *b.shape) or len(a) % b.shape[1]:
-        found = f"the shapes {tuple(a.shape)} and {tuple(b.shape)} do not fit"
-        raise FormatError("", found, _EDITED)
+        problem = f"the shapes {tuple(a.shape)} and {tuple(b.shape)} do not fit"
+        raise FormatError("", problem, _EDITED)
     slices = _slices(name, len(a) // b.shape[1], len(b), enable_lora)
     spec = plain_site(name, a[: b.shape[1]], b, alpha, kind).spec
     if slices is not None:

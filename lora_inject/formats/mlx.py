@@ -87,9 +87,9 @@ def read(path: Path, facts: ModelFacts) -> AdapterState:
     remedy = "Fuse it with mlx_lm.fuse; experts and DoRA are not read"
     for name, (a, b) in matrices(tensors, (".lora_a", ".lora_b"), remedy).items():
         if a.shape[1] != rank:
-            found = f"its tensors have rank {a.shape[1]}, {CONFIG} says {rank}"
+            problem = f"its tensors have rank {a.shape[1]}, {CONFIG} says {rank}"
             remedy = "The two do not belong together; fetch them again"
-            raise FormatError(f"site '{name[:200]}'", found, remedy)
+            raise FormatError(f"site '{name[:200]}'", problem, remedy)
         if facts.config and re.search("emb|wte", leaf(name)):
             facts.refuse_tied(name, "mlx-lm")
         sites[name] = plain_site(name, contiguous(a.T), contiguous(b.T), scale * rank)
@@ -110,8 +110,8 @@ def _numbers(path: Path) -> tuple[int, float]:
     scale: Any = numbers.get("scale")
     if type(rank) is int and is_positive(rank) and is_positive(scale):
         return rank, float(scale)
-    found = f"'lora_parameters' gives rank {str(rank)[:40]} and scale {str(scale)[:40]}"
-    raise FormatError(CONFIG, found, "Correct the file; both are needed")
+    problem = f"'lora_parameters' gives rank {str(rank)[:40]} and scale {str(scale)[:40]}"
+    raise FormatError(CONFIG, problem, "Correct the file; both are needed")
 
 
 FORMATS = {"mlx": Format(write, read, detects, frozenset({ONE}), lacks=_lacks)}

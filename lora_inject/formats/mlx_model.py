@@ -54,8 +54,10 @@ def layers_of(config: Mapping[str, Any]) -> dict[str, MlxModule]:
         model_class, of_args = classes_of(dict(config))
         model = model_class(of_args.from_dict(dict(config)))
     except Exception as error:  # whatever its classes raise, it would raise for the base
-        found = f"mlx-lm does not load this base ({error})"[:300]
-        raise FormatError("", found, "Use a base that mlx-lm loads, and name its folder") from error
+        problem = f"mlx-lm does not load this base ({error})"[:300]
+        raise FormatError(
+            "", problem, "Use a base that mlx-lm loads, and name its folder"
+        ) from error
 
     def layer(module: Any) -> MlxModule:
         plain = isinstance(module, (nn.Linear, nn.Embedding))

@@ -107,8 +107,8 @@ class ModelFacts:
         """Return the `model_type`, one of `known`; `others` is the remedy for others."""
         kind = str(self.text_config(why).get("model_type"))
         if kind not in known:
-            found = f"the base's model_type is {kind[:40]!r}"
-            raise FormatError("", found, f"Supported are {', '.join(known)}{others}")
+            problem = f"the base's model_type is {kind[:40]!r}"
+            raise FormatError("", problem, f"Supported are {', '.join(known)}{others}")
         return kind
 
     def heads(self, why: str) -> Heads:
@@ -118,8 +118,8 @@ class ModelFacts:
         def size(field: str) -> int:
             value = config.get(field)
             if type(value) is not int or not 0 < value < 1 << 30:
-                found = f"{field!r} of the base's config is {str(value)[:40]!r}"
-                raise FormatError("", found, _NO_CONFIG)
+                problem = f"{field!r} of the base's config is {str(value)[:40]!r}"
+                raise FormatError("", problem, _NO_CONFIG)
             return value
 
         n_heads, n_layers = size("num_attention_heads"), size("num_hidden_layers")
@@ -138,12 +138,12 @@ class ModelFacts:
         config = self.text_config("whether the embedding and the head are tied")
         tied, where = config.get("tie_word_embeddings"), f"site '{name}'"
         if tied:
-            found = f"{client} holds the embedding and the head of this base as one tensor"
+            problem = f"{client} holds the embedding and the head of this base as one tensor"
             remedy = "Merge the adapter into the base (lora-inject merge), or leave that site out"
-            raise FormatError(where, found, remedy)
+            raise FormatError(where, problem, remedy)
         if tied is not False:
-            found = "the config does not say whether the embedding and the head are tied"
-            raise FormatError(where, found, _NO_CONFIG)
+            problem = "the config does not say whether the embedding and the head are tied"
+            raise FormatError(where, problem, _NO_CONFIG)
 
 
 # peft/utils/transformers_weight_conversion.py, `_MOE_TARGET_MODULE_MAPPING` (0.21.2).

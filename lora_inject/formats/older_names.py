@@ -103,12 +103,12 @@ def _in_places(
 ) -> AdapterState:
     def find(name: str) -> PlaceInClass | None:
         """The place of a tensor that is not in the model under its name."""
-        found = None if name in weights else place(name)
-        return found if found is not None and found.name in weights else None
+        converted = None if name in weights else place(name)
+        return converted if converted is not None and converted.name in weights else None
 
     def new(name: str) -> str:
-        found = find(name)
-        return name if found is None or found.expert is not None else found.name
+        converted = find(name)
+        return name if converted is None or converted.expert is not None else converted.name
 
     def renamed(each: Mapping[str, Any]) -> dict[str, Any]:
         return _distinct((new(name), value) for name, value in each.items())
@@ -116,15 +116,15 @@ def _in_places(
     sites: list[tuple[str, SiteState]] = []
     experts: list[tuple[PlaceInClass, SiteState]] = []
     for name, site in state.sites.items():
-        found = find(site.spec.weight)
-        if found is None:
+        converted = find(site.spec.weight)
+        if converted is None:
             sites.append((name, site))
-        elif found.expert is not None:
-            experts.append((found, site))
+        elif converted.expert is not None:
+            experts.append((converted, site))
         else:
             end = site.spec.weight.removeprefix(site.spec.name)
-            at = found.name.removesuffix(end) if end else found.name
-            sites.append((at, replace(site, spec=site.spec.at(at, found.name))))
+            at = converted.name.removesuffix(end) if end else converted.name
+            sites.append((at, replace(site, spec=site.spec.at(at, converted.name))))
     stacks: dict[str, dict[PlaceInClass, SiteState]] = {}
     for expert, site in _distinct(experts).items():
         stacks.setdefault(expert.name, {})[expert] = site
@@ -144,13 +144,13 @@ def _in_places(
 
 
 def _distinct(items: Iterable[tuple[K, T]]) -> dict[K, T]:
-    found: dict[K, T] = {}
+    joined_up: dict[K, T] = {}
     for place, value in items:
-        if place in found:
+        if place in joined_up:
             words = "two tensors of the adapter are this one in the model"
             raise FormatError(f"'{getattr(place, 'name', place)}'", words, "Leave one of them out")
-        found[place] = value
-    return found
+        joined_up[place] = value
+    return joined_up
 
 
 def _stacked(
@@ -175,10 +175,10 @@ def _stacked(
                 "Load the adapter onto the model that it was made for",
             )
         if site.further:
-            found = "its experts are one tensor in this model, which cannot hold the "
-            found += f"{' and '.join(site.further)} of each"
+            problem = "its experts are one tensor in this model, which cannot hold the "
+            problem += f"{' and '.join(site.further)} of each"
             remedy = "Merge it with the transformers and PEFT that it was made with"
-            raise FormatError(where, found, remedy)
+            raise FormatError(where, problem, remedy)
         stacks.setdefault(str(place.part), {})[number] = site
     parts = {p: reshape.join_experts(name, of, experts, name) for p, of in sorted(stacks.items())}
     sizes = {str(part): height for part in range(n_parts)}

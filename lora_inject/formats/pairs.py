@@ -41,15 +41,15 @@ def plain_site(
 
 def check_shapes(a: Tensor, b: Tensor) -> None:
     """Refuse a pair unless A is `(rank, in, ...)` and B is `(out, rank, 1, ...)`."""
-    found = f"A has shape {tuple(a.shape)} and B {tuple(b.shape)}"
+    problem = f"A has shape {tuple(a.shape)} and B {tuple(b.shape)}"
     if not (a.numel() and b.numel()) or not 2 <= a.ndim <= 5 or a.ndim != b.ndim:
-        raise FormatError("", f"{found}, which is not a low-rank pair", _DAMAGED)
+        raise FormatError("", f"{problem}, which is not a low-rank pair", _DAMAGED)
     if any(size != 1 for size in b.shape[2:]):
-        raise FormatError("", f"{found}, and a kernel in B is not supported", _DAMAGED)
+        raise FormatError("", f"{problem}, and a kernel in B is not supported", _DAMAGED)
     if a.shape[0] != b.shape[1]:
         groups = a.ndim > 2 and a.shape[0] % b.shape[1] == 0
         remedy = "PEFT's grouped convolutions have no dense delta; they cannot be read"
-        raise FormatError("", f"{found}: the ranks differ", remedy if groups else _DAMAGED)
+        raise FormatError("", f"{problem}: the ranks differ", remedy if groups else _DAMAGED)
 
 
 def pairs_of(
@@ -59,12 +59,12 @@ def pairs_of(
 
     `parts` are a file's tensors by module and by role; `a` and `b` are the roles of a pair.
     """
-    for module, found in parts.items():
-        for role in {a, b} - found.keys():
+    for module, halves in parts.items():
+        for role in {a, b} - halves.keys():
             raise FormatError(f"site '{module[:200]}'", f"its {role} is missing", _DAMAGED)
     if not parts:
         raise FormatError("", "it holds no pair of matrices", "Check the path")
-    return {module: (found[a], found[b]) for module, found in parts.items()}
+    return {module: (halves[a], halves[b]) for module, halves in parts.items()}
 
 
 def matrices(
@@ -78,7 +78,7 @@ def matrices(
     for key, tensor in tensors.items():
         end = next((end for end in ends if key.endswith(end)), None)
         if end is None or tensor.ndim != 2:
-            found = f"'{key[:200]}' of shape {tuple(tensor.shape)} is not a matrix of a pair"
-            raise FormatError("", found, remedy)
+            problem = f"'{key[:200]}' of shape {tuple(tensor.shape)} is not a matrix of a pair"
+            raise FormatError("", problem, remedy)
         parts.setdefault(key.removesuffix(end), {})[end.strip(".")] = tensor
     return pairs_of(parts, ends[0].strip("."), ends[1].strip("."))

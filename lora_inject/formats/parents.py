@@ -75,7 +75,7 @@ def _meets(step: str, name: str) -> bool:
 @cache
 def _uses_of(cls: type) -> frozenset[Use]:
     """Return the uses in all methods that a class's forward can reach."""
-    found: set[Use] = set()
+    uses: set[Use] = set()
     waiting, done = list(ENTRIES), set[str]()
     while waiting:
         name = waiting.pop()
@@ -84,9 +84,9 @@ def _uses_of(cls: type) -> frozenset[Use]:
         done.add(name)
         for function in _definitions(cls, name):
             source = _read(function)
-            found |= source.uses
+            uses |= source.uses
             waiting += [use.steps[0] for use in source.uses if len(use.steps) == 1]
-    return frozenset(found)
+    return frozenset(uses)
 
 
 def _definitions(cls: type, name: str) -> Iterator[Callable[..., Any]]:

@@ -52,8 +52,8 @@ def _of_convolution(module: Any) -> str:
     """Return why PEFT's pair of convolutions would compute something else than W + delta."""
     cls = plain_class(type(module))
     if module.groups > 1:
-        found = f"its A reads the inputs of all {module.groups} groups"
-        return f"{found}, and a rank that they do not divide is refused"
+        problem = f"its A reads the inputs of all {module.groups} groups"
+        return f"{problem}, and a rank that they do not divide is refused"
     if any(step != 1 for step in module.dilation):
         return "its A is not dilated"
     if module.padding_mode != "zeros":

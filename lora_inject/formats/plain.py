@@ -135,8 +135,8 @@ def check_component(component: str | None, known: Collection[str]) -> str:
     """Return the part of a pipeline that a file is to name; refuse to write one without it."""
     if component is None or component not in known:
         unsaid = "the file has to name the part of a pipeline that the adapted model is"
-        found = unsaid if component is None else f"component is {component!r}"
-        raise FormatError("", found, f'Pass component="unet", or one of {", ".join(known)}')
+        problem = unsaid if component is None else f"component is {component!r}"
+        raise FormatError("", problem, f'Pass component="unet", or one of {", ".join(known)}')
     return component
 
 
@@ -163,22 +163,22 @@ def in_component(
 
     `parsed` gives the component, the module and the role (`A`, `B`, `alpha`) of a key.
     """
-    found: dict[str, dict[str, dict[str, Tensor]]] = {}
+    by_component: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
         part, module, role = parsed(key)
-        place = found.setdefault(part, {}).setdefault(module, {})
+        place = by_component.setdefault(part, {}).setdefault(module, {})
         if role in place:
             raise FormatError(f"'{key[:200]}'", "its site has this tensor twice", "Fetch it again")
         place[role] = tensor
-    if component is None and len(found) == 1:
-        component = next(iter(found))
-    if component is None or component not in found:
-        held = f"it holds {one_line(found)}" + (f", not '{component}'" if component else "")
+    if component is None and len(by_component) == 1:
+        component = next(iter(by_component))
+    if component is None or component not in by_component:
+        held = f"it holds {one_line(by_component)}" + (f", not '{component}'" if component else "")
         remedy = "Name the one to read, each onto its own model: "
-        remedy += f'component="{next(iter(found), "unet")}" (--from-component)'
-        if "" in found:
+        remedy += f'component="{next(iter(by_component), "unet")}" (--from-component)'
+        if "" in by_component:
             remedy += '; or component="", if all are names of one model'
         raise FormatError("", held, remedy)
-    of = found[component]
+    of = by_component[component]
     pairs = pairs_of(of, "A", "B")
     return component, {module: (*pair, of[module].get("alpha")) for module, pair in pairs.items()}

@@ -94,17 +94,17 @@ def _matrices(site: SiteState, facts: ModelFacts) -> Iterator[tuple[str, SiteSta
     """Yield sites on single experts' matrices with their names in the base's files."""
     where, n_experts = f"site '{site.spec.name}'", site.spec.experts
     if facts.separate is None:
-        found = "the names of single experts depend on the base's files"
-        raise FormatError(where, found, "Name the base: --base BASE, li.convert(base=...)")
+        problem = "the names of single experts depend on the base's files"
+        raise FormatError(where, problem, "Name the base: --base BASE, li.convert(base=...)")
     names = facts.separate(site.spec.name)
     if len(names) != n_experts:
-        found = f"the base's files hold {len(names)} of its {n_experts} experts separately"
-        raise FormatError(where, found, 'Write stacks as they are: format="peft"')
+        problem = f"the base's files hold {len(names)} of its {n_experts} experts separately"
+        raise FormatError(where, problem, 'Write stacks as they are: format="peft"')
     for expert, parts in zip(split_experts(site).values(), names, strict=True):
         width, stray = divmod(expert.spec.out_features, len(parts))
         if stray:
-            found = f"{expert.spec.out_features} rows are not those of {len(parts)} matrices"
-            raise FormatError(where, found, "Name the adapter's own base")
+            problem = f"{expert.spec.out_features} rows are not those of {len(parts)} matrices"
+            raise FormatError(where, problem, "Name the adapter's own base")
         sizes = {str(number): width for number in range(len(parts))}
         pieces = [expert] if len(parts) == 1 else split(expert, sizes, where).values()
         for part, piece in zip(parts, pieces, strict=True):

@@ -78,8 +78,8 @@ class _StandIn:
             StateError: It is gone, as in `load_adapter(make(), path).save_pretrained(out)`.
         """
         if (model := self._model()) is None:
-            found = "the model is no longer in memory"
-            raise StateError(self.method, found, "Keep it in a variable")
+            problem = "the model is no longer in memory"
+            raise StateError(self.method, problem, "Keep it in a variable")
         return model
 
 
@@ -151,8 +151,8 @@ def folders_of(survey: Survey) -> dict[str, str]:
     folders = {name: "" if len(names) == 1 or name == "default" else name for name in names}
     for name, folder in folders.items():
         if Path(folder).name != folder:
-            found = f"the adapter's name {name!r} is not that of a folder"
-            raise StateError(SAVE, found, "Call save_adapter(model, path, name)")
+            problem = f"the adapter's name {name!r} is not that of a folder"
+            raise StateError(SAVE, problem, "Call save_adapter(model, path, name)")
     return folders
 
 
@@ -192,11 +192,11 @@ def write_adapters(
 def _refuse_options(options: Mapping[str, Any], *, push_to_hub: bool) -> None:
     """Raise for what `save_pretrained` of an adapted model would ignore."""
     if push_to_hub:
-        found = "an adapted model takes no push_to_hub=True"
-        raise StateError(SAVE, found, "Call model.push_to_hub(repo_id)")
+        problem = "an adapted model takes no push_to_hub=True"
+        raise StateError(SAVE, problem, "Call model.push_to_hub(repo_id)")
     if unknown := sorted(options.keys() - _OF_A_BASE):
-        found = f"an adapted model takes no {unknown[0]}"
-        raise StateError(SAVE, found, "Call save_adapter(model, path, name)")
+        problem = f"an adapted model takes no {unknown[0]}"
+        raise StateError(SAVE, problem, "Call save_adapter(model, path, name)")
 
 
 def _files_of(survey: Survey, name: str, state: AdapterState, format: str) -> dict[str, bytes]:  # noqa: A002
@@ -216,8 +216,8 @@ def _is_of_others(card: Path) -> bool:
 class _Refusal:
     """Stands in for a method that puts new layers in the place of old ones, without adapters."""
 
-    def __init__(self, asked: str, found: str, remedy: str) -> None:
-        self.words = asked, found, remedy
+    def __init__(self, asked: str, problem: str, remedy: str) -> None:
+        self.words = asked, problem, remedy
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         raise LayerError(*self.words)
@@ -237,8 +237,8 @@ class _OfPeft(_StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if getattr(self.model, "peft_config", None):
             return getattr(type(self.model), self.method)(self.model, *args, **kwargs)
-        found = "it acts on layers of PEFT only, and the model has none"
-        raise StateError(self.method, found, f"Call {_INSTEAD[self.method]}")
+        problem = "it acts on layers of PEFT only, and the model has none"
+        raise StateError(self.method, problem, f"Call {_INSTEAD[self.method]}")
 
 
 def after_attach(modules: Sequence[nn.Module], carrying: Sequence[nn.Module]) -> None:

@@ -118,18 +118,20 @@ class AdapterCheckpoint:
         ours = {id(parameter) for parameter in adapter_parameters(model).values()}
         others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
         if not ours or others:
-            found = "the model has no adapter"
+            problem = "the model has no adapter"
             if ours:
-                found = f"{len(others)} parameters outside of adapters train, of which "
-                found += repr(others[0])
+                problem = f"{len(others)} parameters outside of adapters train, of which "
+                problem += repr(others[0])
             remedy = "Inject first, and list other trained parameters under `train` in the config"
-            raise StateError("AdapterCheckpoint", found, remedy)
+            raise StateError("AdapterCheckpoint", problem, remedy)
         drops = [item.entry.spec.dropout for item in entries(Survey(model)) if item.entry.spec]
         if getattr(args, "disable_dropout", False) and any(drops):
-            found = "TRL's disable_dropout is set, and reaches modules only, not the dropout of an "
-            found += f"adapter ({max(drops):g})"
+            problem = (
+                "TRL's disable_dropout is set, and reaches modules only, not the dropout of an "
+            )
+            problem += f"adapter ({max(drops):g})"
             remedy = "Inject with dropout: 0, or pass disable_dropout=False"
-            raise StateError("AdapterCheckpoint", found, remedy)
+            raise StateError("AdapterCheckpoint", problem, remedy)
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any
@@ -195,8 +197,8 @@ def _refuse_idle_adapters(model: nn.Module) -> None:
     asked, there = "train with AdapterCheckpoint", reach(model)
     refuse_merged(asked, *there.selections)
     if there.names and not any(p.requires_grad for p in adapter_parameters(model).values()):
-        found = f"none of the model's adapters trains ({', '.join(sorted(there.names))})"
-        raise StateError(asked, found, "Call train_only(model, name) first")
+        problem = f"none of the model's adapters trains ({', '.join(sorted(there.names))})"
+        raise StateError(asked, problem, "Call train_only(model, name) first")
 
 
 def _ignore(*_: Any, **__: Any) -> None:
@@ -218,9 +220,9 @@ def _has_adapters(checkpoint: Path, model: nn.Module) -> bool:
     return all(any(folder.glob("adapter*.safetensors")) for folder in folders)
 
 
-def _forgive_base(model: nn.Module, found: Any) -> None:
+def _forgive_base(model: nn.Module, keys: Any) -> None:
     """Say of a checkpoint that holds adapters only that the base is not missing from it."""
     ours = adapter_tensors(Survey(model))
     base = [key for key in model.state_dict(keep_vars=True) if key not in ours]
-    if set(found.missing_keys).issuperset(base):
-        found.missing_keys[:] = [key for key in found.missing_keys if key in ours]
+    if set(keys.missing_keys).issuperset(base):
+        keys.missing_keys[:] = [key for key in keys.missing_keys if key in ours]

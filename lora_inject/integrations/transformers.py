@@ -40,8 +40,8 @@ def before_inject(survey: Survey, plan: Plan, asked: str, *, leave_new: bool) ->
 
 def notes_on(survey: Survey, plan: Plan) -> Iterator[str]:
     """Yield why `inject` would refuse a plan."""
-    for found, remedy in _reasons(survey, plan):
-        yield f"inject would refuse this: {found}. {remedy}"
+    for problem, remedy in _reasons(survey, plan):
+        yield f"inject would refuse this: {problem}. {remedy}"
 
 
 def _reasons(survey: Survey, plan: Plan) -> Iterator[tuple[str, str]]:
@@ -58,8 +58,8 @@ def _reasons(survey: Survey, plan: Plan) -> Iterator[tuple[str, str]]:
     if not adapted.isdisjoint(left):
         remedy += f" and exclude: {lines}, as an adapter does not hold the weight under it"
     remedy += ", or pass leave_new=True where nothing uses them or their values come from elsewhere"
-    found = f"{quoted(left)} were not in the checkpoint: transformers has initialized them, with "
-    yield f"{found}other values in each process, and this adapter would not hold them", remedy
+    problem = f"{quoted(left)} were not in the checkpoint: transformers has initialized them, with "
+    yield f"{problem}other values in each process, and this adapter would not hold them", remedy
 
 
 def _train_lines(survey: Survey, unmarked: Iterable[Holder], left: Iterable[str]) -> list[str]:

@@ -48,8 +48,8 @@ def reference(model: nn.Module) -> nn.Module:
         True
     """
     if not reach(model, Survey(model)).names:
-        found = "the model has no adapter"
-        raise StateError("reference", found, "Inject or load one first")
+        problem = "the model has no adapter"
+        raise StateError("reference", problem, "Inject or load one first")
     return _Reference(model, model).eval()
 
 
@@ -70,17 +70,17 @@ class _Reference(nn.Module):
         ):  # a forward of the model would read W + delta
             return self._plain(getattr(part, name))
 
-    def _plain(self, found: Any) -> Any:
+    def _plain(self, attribute: Any) -> Any:
         """Return a part or a method of the model so that it computes without adapters as well."""
-        if isinstance(found, nn.Module):
-            return _Reference(self.policy, found).train(self.training)
-        if not isinstance(getattr(found, "__self__", None), nn.Module):
-            return found
+        if isinstance(attribute, nn.Module):
+            return _Reference(self.policy, attribute).train(self.training)
+        if not isinstance(getattr(attribute, "__self__", None), nn.Module):
+            return attribute
 
-        @functools.wraps(found)
+        @functools.wraps(attribute)
         def method(*args: Any, **kwargs: Any) -> Any:
             with self._alone():
-                return self._plain(found(*args, **kwargs))
+                return self._plain(attribute(*args, **kwargs))
 
         return method
 

@@ -70,9 +70,9 @@ def advised(inventory: Inventory, budget: int) -> Config:
             sizes[kind] = sizes.get(kind, 0) + site.n_parameters
         fits = ", ".join(f"{kind} ({n:,})" for kind, n in sizes.items() if n <= budget)
         asked = f"a config of at most {budget:,} parameters"
-        found = f"rank 1 on all linear layers takes {one.n_lora:,}, and there is no rule for less"
+        problem = f"rank 1 on all linear layers takes {one.n_lora:,}, and there is no rule for less"
         remedy = f"At rank 1 these fit, one at a time: {fits}" if fits else "Give a larger budget"
-        raise MatchError(asked, found, remedy)
+        raise MatchError(asked, problem, remedy)
     expect = {"sites": one.n_sites, "lora": rank * one.n_lora}
     wanted = {"rank": rank, "alpha": ALPHA_OVER_RANK * rank, "targets": [ALL_LINEAR]}
     return Config.from_dict(wanted | {"expect": expect})

@@ -80,12 +80,14 @@ def size_of(batch: Any, whose: str, *, packed: bool = False) -> int:
         t.shape[: 1 + packed] for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()
     }
     if packed and not (len(shapes) == 1 and len(shape := min(shapes)) == 2 and shape[0] == 1):
-        found = f"its tensors have the shapes {sorted(map(tuple, shapes))}"
-        raise StateError(f"step, batch of {whose!r}", found, "Packed, each is (1, tokens, ...)")
+        problem = f"its tensors have the shapes {sorted(map(tuple, shapes))}"
+        raise StateError(f"step, batch of {whose!r}", problem, "Packed, each is (1, tokens, ...)")
     sizes = {shape[-1] for shape in shapes}
     if len(sizes) != 1 or not all(sizes):
-        found = f"its tensors have {sorted(sizes)} rows" if sizes else "it holds no tensor"
-        raise StateError(f"step, batch of {whose!r}", found, "Give tensors with one row an example")
+        problem = f"its tensors have {sorted(sizes)} rows" if sizes else "it holds no tensor"
+        raise StateError(
+            f"step, batch of {whose!r}", problem, "Give tensors with one row an example"
+        )
     return int(sizes.pop())
 
 
@@ -154,13 +156,13 @@ def _check_shared(one: Any, other: Any, asked: str) -> None:
 
 def _lengths(widths: Iterable[tuple[int, ...]], names: Sequence[str]) -> dict[str, int] | None:
     """Return the positions of each trial's rows if they differ, in the same way in all tensors."""
-    found = {lengths for lengths in widths if len(set(lengths)) > 1}
-    if len(found) > 1:
-        shown = " and ".join(map(str, sorted(found)))
+    several = {lengths for lengths in widths if len(set(lengths)) > 1}
+    if len(several) > 1:
+        shown = " and ".join(map(str, sorted(several)))
         remedy = "Give all entries of a batch one length (a label for each token, or -100), or pad "
         remedy += "each entry to one length for all trials"
         raise StateError("step", f"the rows of the trials have the lengths {shown}", remedy)
-    return dict(zip(names, found.pop(), strict=True)) if found else None
+    return dict(zip(names, several.pop(), strict=True)) if several else None
 
 
 def _has_positions(column: Sequence[Any]) -> bool:

@@ -61,9 +61,9 @@ class Counts:
         if not any(number.follows_like(other) for other in noted):
             is_surprise = bool(noted) or not number.is_all
             if is_surprise and not self.learns:
-                found = f"a {type(layer).__name__} got {per_row} tokens for each row, which does "
-                found += "not follow from the shape of the batch: the model may have picked them"
-                raise LayerError(asked, found, REMEDY)
+                problem = f"a {type(layer).__name__} got {per_row} tokens for each row, which does "
+                problem += "not follow from the shape of the batch: the model may have picked them"
+                raise LayerError(asked, problem, REMEDY)
             noted.append(number)
             self.unsure |= not number.is_all
         self._right.add(key)

@@ -121,19 +121,19 @@ class Buffer:
     ) -> Stacked:
         """Return the factors that a layer has of the named trials."""
         key = (attached, names, dtype)
-        found = self._stacked.get(key)
-        if found is None:
+        stacked = self._stacked.get(key)
+        if stacked is None:
             entries = {n: attached.forward[n] for n in names if n in attached.forward}
             stacks = [*self._stacks(entries, held, names, dtype)]
             dropout = {n: e.spec.dropout for n, e in entries.items() if e.spec and e.spec.dropout}
             both = (held[e.names[role]] for e in entries.values() for role in ("A", "B"))
             trained = frozenset(t.storage_offset() for t in both)
             marks = frozenset(entry.mark for entry in entries.values())
-            found = Stacked(tuple(entries.values()), stacks, dropout, trained, marks)
-            self._stacked[key] = found
-        if not found.marks <= attached.took_part:
-            attached.used(found.entries)
-        return found
+            stacked = Stacked(tuple(entries.values()), stacks, dropout, trained, marks)
+            self._stacked[key] = stacked
+        if not stacked.marks <= attached.took_part:
+            attached.used(stacked.entries)
+        return stacked
 
     def _stacks(
         self,
@@ -394,10 +394,10 @@ def norms(flats: Sequence[Flat]) -> list[float]:
     return [math.hypot(*(next(each) for _ in flat.vectors)) for flat in flats]
 
 
-def clip(flats: Sequence[Flat], found: Sequence[float], most: Sequence[float | None]) -> None:
+def clip(flats: Sequence[Flat], norms: Sequence[float], most: Sequence[float | None]) -> None:
     """Scale the gradients whose norm is above its limit, as torch's `clip_grad_norm_` does."""
     factors = [
-        1.0 if m is None else min(1.0, m / (n + 1e-6)) for n, m in zip(found, most, strict=True)
+        1.0 if m is None else min(1.0, m / (n + 1e-6)) for n, m in zip(norms, most, strict=True)
     ]
     pairs = [
         (v.grad, f) for flat, f in zip(flats, factors, strict=True) if f < 1.0 for v in flat.vectors

@@ -148,10 +148,10 @@ class InPass(Rows):
             x, kept, weight, bias, ranges, anchor, reached, transposed=transposed, float32=float32
         )
 
-    def dropped(self, layer: Any, x: Tensor, found: Routing) -> tuple[Tensor, Any]:
+    def dropped(self, layer: Any, x: Tensor, routing: Routing) -> tuple[Tensor, Any]:
         """Return the input after the dropout of each trial, and factors that drop no more."""
-        adapters = found.factors(held_by(layer), training=True)
-        both = zip(found.entries, adapters, strict=True)
+        adapters = routing.factors(held_by(layer), training=True)
+        both = zip(routing.entries, adapters, strict=True)
         dropout = {entry.adapter: updates[0].dropout for entry, updates in both}
         x = self.one_pass.dropped(layer, x, dropout)
         return x, [[u._replace(dropout=0.0) for u in updates] for updates in adapters]

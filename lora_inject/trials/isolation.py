@@ -286,8 +286,8 @@ def _refuse_mixing(name: str, other: str, *, packed: bool) -> NoReturn:
             "Give position_ids that start at 0 in each sequence; transformers reads them "
             "so without attention_mask and with model.config.use_cache = False only"
         )
-    found = f"the rows of {name!r} change the outputs of {other!r}: the forward {mixes}"
-    raise StateError("step", found, remedy)
+    problem = f"the rows of {name!r} change the outputs of {other!r}: the forward {mixes}"
+    raise StateError("step", problem, remedy)
 
 
 @torch.no_grad()
@@ -370,14 +370,14 @@ def _padded_layers(
 @contextmanager
 def _seen(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[int]]]:
     """Yield how many tokens the output of each layer has, for each of its calls."""
-    found: dict[nn.Module, list[int]] = {}
+    tokens: dict[nn.Module, list[int]] = {}
 
     def note(layer: nn.Module, _: Any, out: Any) -> None:
         if isinstance(out, Tensor):
-            found.setdefault(layer, []).append(out.shape[:-1].numel())
+            tokens.setdefault(layer, []).append(out.shape[:-1].numel())
 
     with _hooked(layers, note):
-        yield found
+        yield tokens
 
 
 @contextmanager
@@ -418,9 +418,9 @@ def _same(first: Any, second: Any, exact: bool) -> bool:
     )
 
 
-def _close(found: Iterable[Any], wanted: Iterable[Tensor]) -> bool:
+def _close(outputs: Iterable[Any], wanted: Iterable[Tensor]) -> bool:
     """Whether tensors are equal but for what rounding may do."""
-    for a, b in zip((t for t in found if isinstance(t, Tensor)), wanted, strict=True):
+    for a, b in zip((t for t in outputs if isinstance(t, Tensor)), wanted, strict=True):
         if a.shape != b.shape:
             return False
         if a.is_floating_point():

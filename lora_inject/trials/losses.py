@@ -80,9 +80,9 @@ def causal_losses(outputs: Any, batches: Mapping[str, Any], of: Joined) -> tuple
         for name, batch in batches.items() if of.lengths is not None else ():
             ids, mine = batch.get("input_ids"), batch["labels"]
             if isinstance(ids, Tensor) and ids.shape[:2] != mine.shape:
-                found = f"its labels have the shape {tuple(mine.shape)}, and its input_ids "
-                found += str(tuple(ids.shape))
-                raise StateError(f"step, batch of {name!r}", found, f"Give {LABELS}")
+                problem = f"its labels have the shape {tuple(mine.shape)}, and its input_ids "
+                problem += str(tuple(ids.shape))
+                raise StateError(f"step, batch of {name!r}", problem, f"Give {LABELS}")
         length = of.batch["labels"].shape[1]
         each = [_next(b["labels"], 0 if of.packed else length) for b in batches.values()]
         labels = torch.cat([one.flatten() for one in each])
@@ -100,8 +100,8 @@ def _check_labels(labels: Tensor, logits: Tensor, sizes: Mapping[str, int]) -> N
     """Refuse labels `(n,)` that are not one for each of the logits, or no token on the CPU."""
     asked, n_classes = "the default loss", logits.shape[2]
     if len(labels) != logits.shape[:2].numel():
-        found = f"logits of shape {tuple(logits.shape)} for {len(labels)} labels"
-        raise StateError(asked, found, f"Give {LABELS}, or a loss of your own: loss=...")
+        problem = f"logits of shape {tuple(logits.shape)} for {len(labels)} labels"
+        raise StateError(asked, problem, f"Give {LABELS}, or a loss of your own: loss=...")
     if labels.device.type != "cpu":
         return
     wrong = (labels >= n_classes) | ((labels < 0) & (labels != IGNORED))
@@ -109,13 +109,13 @@ def _check_labels(labels: Tensor, logits: Tensor, sizes: Mapping[str, int]) -> N
         place = int(wrong.nonzero()[0]) * sum(sizes.values()) // len(labels)
         ends = zip(accumulate(sizes.values()), sizes, strict=True)
         whose = next((f", batch of {name!r}" for end, name in ends if place < end), "")
-        found = f"a label is {int(labels[wrong][0])}, and the logits are of {n_classes} tokens"
-        raise StateError(f"{asked}{whose}", found, f"Give {LABELS}")
+        problem = f"a label is {int(labels[wrong][0])}, and the logits are of {n_classes} tokens"
+        raise StateError(f"{asked}{whose}", problem, f"Give {LABELS}")
 
 
-def refuse_unlabeled(found: Mapping[str, float], batches: Mapping[str, Any]) -> None:
+def refuse_unlabeled(losses: Mapping[str, float], batches: Mapping[str, Any]) -> None:
     """Refuse batches whose labels are all ignored: NaN then does not come from the training."""
-    for name in (name for name, value in found.items() if math.isnan(value)):
+    for name in (name for name, value in losses.items() if math.isnan(value)):
         if bool((_next(batches[name]["labels"]) == IGNORED).all()):
             why = f"each label after the first of a row is {IGNORED}, which makes its loss NaN"
             raise StateError(f"step, batch of {name!r}", why, "Label a token, or leave it out")
@@ -125,17 +125,17 @@ def ends_of(loss: Tensor, outputs: Any) -> frozenset[Any]:
     """Return the nodes of the graph that made those outputs which a loss leads to."""
     tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
     made = {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}
-    found, seen, nodes = set(), set[Any](), [loss.grad_fn]
+    ends, seen, nodes = set(), set[Any](), [loss.grad_fn]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if node in made:
-            found.add(node)
+            ends.add(node)
         else:
             nodes += [other for other, _ in node.next_functions]
-    return frozenset(found)
+    return frozenset(ends)
 
 
 def _sums(t: Tensor, sizes: list[int]) -> Tensor:
@@ -148,16 +148,16 @@ def _sums(t: Tensor, sizes: list[int]) -> Tensor:
 def _logits(outputs: Any, batch: Any) -> Tensor:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor) or not hasattr(outputs, "logits"):
-        found = "the default loss needs logits of the model and a batch with 'labels'"
-        raise StateError("step", found, "Give both, or a loss of your own: loss=...")
+        problem = "the default loss needs logits of the model and a batch with 'labels'"
+        raise StateError("step", problem, "Give both, or a loss of your own: loss=...")
     logits: Tensor = outputs.logits
     if logits.dim() != 3 or labels.dim() != 2:
         shapes = f"{tuple(logits.shape)} and {tuple(labels.shape)}"
-        found = f"the default loss needs a label for each token; logits and labels are {shapes}"
-        raise StateError("step", found, "Give a loss of your own: loss=...")
+        problem = f"the default loss needs a label for each token; logits and labels are {shapes}"
+        raise StateError("step", problem, "Give a loss of your own: loss=...")
     if labels.dtype != torch.int64:
-        found = f"the default loss needs labels of torch.int64, and these are {labels.dtype}"
-        raise StateError("step", found, "Convert them, or give a loss of your own: loss=...")
+        problem = f"the default loss needs labels of torch.int64, and these are {labels.dtype}"
+        raise StateError("step", problem, "Convert them, or give a loss of your own: loss=...")
     return logits
 
 

@@ -71,14 +71,14 @@ class Pass:
         Returns:
             x after dropout, the ranges of its tokens, the anchor, and what notes a gradient.
         """
-        found = self._buffer.stacked(layer._lora, held_by(layer), self._names, dtype)
-        kept = self.dropped(layer, x, found.dropout) if found.dropout else x
-        ranges = found.ranges(self._sizes(layer, x))
+        stacked = self._buffer.stacked(layer._lora, held_by(layer), self._names, dtype)
+        kept = self.dropped(layer, x, stacked.dropout) if stacked.dropout else x
+        ranges = stacked.ranges(self._sizes(layer, x))
         return (
             kept,
             ranges,
             self._buffer.anchor,
-            partial(self._buffer.note, found.trained),
+            partial(self._buffer.note, stacked.trained),
         )
 
     def check(self, layer: Any, x: Tensor) -> None:
@@ -89,8 +89,8 @@ class Pass:
         """
         n, total = x.shape[0], self._total
         if n % total:
-            found = f"a {type(layer).__name__} got an input of shape {tuple(x.shape)}"
-            raise LayerError(self._asked, found, REMEDY)
+            problem = f"a {type(layer).__name__} got an input of shape {tuple(x.shape)}"
+            raise LayerError(self._asked, problem, REMEDY)
         if self._counts is not None and x.dim() < (3 if x.is_floating_point() else 2):
             self._counts.check(layer, n // total, self._widths, self._asked)
 

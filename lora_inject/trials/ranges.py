@@ -111,8 +111,8 @@ def ranged_linear(
             kept = x if same else lowered(kept, dtype)
     how = (ranges, reached, transposed, float32, dtype)
     with context or nullcontext():
-        found: Tensor = _Ranged.apply(x, kept, weight, bias, anchor, how)  # type: ignore[no-untyped-call]
-        return found
+        output: Tensor = _Ranged.apply(x, kept, weight, bias, anchor, how)  # type: ignore[no-untyped-call]
+        return output
 
 
 _will_run = look_up("torch._C._will_engine_execute_node")  # `Trials` refuses without it

@@ -142,10 +142,10 @@ class Trials:
     def _put_in_buffer(self) -> None:
         """Move the tensors of all trials into one buffer."""
         parameters = {name: adapter_parameters(self.model, name) for name in self.trials}
-        members = [p for found in parameters.values() for p in found.values()]
+        members = [p for tensors in parameters.values() for p in tensors.values()]
         if len(kinds := {f"{p.dtype} on {p.device}" for p in members}) > 1:
-            found = f"their tensors are {' and '.join(sorted(kinds))}"
-            raise StateError("Trials", found, "Adapt layers of one dtype on one device")
+            problem = f"their tensors are {' and '.join(sorted(kinds))}"
+            raise StateError("Trials", problem, "Adapt layers of one dtype on one device")
         self._buffer = Buffer(members)
         for name, trial in self.trials.items():
             self._flats[name] = Flat(parameters[name], trial, self._buffer)
@@ -226,12 +226,12 @@ class Trials:
         self, groups: Iterable[Mapping[str, Any]], forward: Forward, loss: Loss
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Compute all gradients; return the loss of each trial, and the norm of its gradient."""
-        found: dict[str, float] = {}
+        losses: dict[str, float] = {}
         self._buffer.zero_grad()
         for group in groups:
-            found |= self._backward(group, forward, loss)
-        each = norms([self._flats[name] for name in found])
-        return found, dict(zip(found, each, strict=True))
+            losses |= self._backward(group, forward, loss)
+        each = norms([self._flats[name] for name in losses])
+        return losses, dict(zip(losses, each, strict=True))
 
     def _backward(
         self, batches: Mapping[str, Any], forward: Forward, loss: Loss
@@ -372,25 +372,25 @@ class Trials:
         forward, loss = forward or plain_forward(self.model), loss or default_loss(self.model)
         batches = self._by_trial(batch, by_name)
         with evaluating(self.model):
-            found = self._evaluated(self._groups(batches), forward, loss)
-            if self.packed and not all(map(math.isfinite, found.values())):  # as in `step`
-                found = self._evaluated(({n: b} for n, b in batches.items()), forward, loss)
+            losses = self._evaluated(self._groups(batches), forward, loss)
+            if self.packed and not all(map(math.isfinite, losses.values())):  # as in `step`
+                losses = self._evaluated(({n: b} for n, b in batches.items()), forward, loss)
         if loss is causal_loss:
-            refuse_unlabeled(found, batches)
-        self._held_out |= found
-        return found
+            refuse_unlabeled(losses, batches)
+        self._held_out |= losses
+        return losses
 
     def _evaluated(
         self, groups: Iterable[Mapping[str, Any]], forward: Forward, loss: Loss
     ) -> dict[str, float]:
         """Return the loss of each trial without gradients."""
-        found: dict[str, float] = {}
+        losses: dict[str, float] = {}
         for group in groups:
             of = self._joined(group, forward)
             outputs = parted(self._outputs(of, forward), of)
             for name, one in group.items():
-                found[name] = self._loss(loss, outputs[name], one, name).item()
-        return found
+                losses[name] = self._loss(loss, outputs[name], one, name).item()
+        return losses
 
     def _loss(self, loss: Loss, outputs: Any, batch: Any, name: str) -> Tensor:
         """Return a trial's loss, which must not change what other trials read."""
@@ -495,16 +495,18 @@ class Trials:
             held = torch.load(file, weights_only=True, map_location="cpu")
             about = json.loads(held["about"])
         except DAMAGE as error:
-            found = f"it cannot be read: {error}"
-            raise FormatError(f"resume {str(path)!r}", found, "Give what save wrote") from error
+            problem = f"it cannot be read: {error}"
+            raise FormatError(f"resume {str(path)!r}", problem, "Give what save wrote") from error
         trials = {name: Trial(**kept) for name, kept in about["trials"].items()}
         new = cls(model, trials, max_tokens=about["max_tokens"], packed=about["packed"])
         for name in trials:
             if _base_of(adapter_state(model, name)) != held["base"][name]:
                 for one in trials:
                     eject(model, one)
-                found = f"the base of trial {name!r} has other values"
-                raise FormatError(f"resume {str(path)!r}", found, "Give the model as it was before")
+                problem = f"the base of trial {name!r} has other values"
+                raise FormatError(
+                    f"resume {str(path)!r}", problem, "Give the model as it was before"
+                )
         for name, vectors in held["values"].items():
             new._flats[name].fill(vectors, new._optimizer)
             new._optimizer.restore(new._flats[name], held["optimizer"][name])

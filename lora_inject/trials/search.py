@@ -178,11 +178,11 @@ def search(
         >>> space = {"targets": {"all": ["all-linear"], "last": ["2"]}, "rank": [1, 2],
         ...          "lr": [1e-3, 1e-2], "budget": {"steps": 20}}
         >>> x, y = torch.randn(32, 4), torch.randn(32, 2)
-        >>> found = search(model, space, [(x, y)], [(x, y)], forward=lambda b: model(b[0]),
+        >>> result = search(model, space, [(x, y)], [(x, y)], forward=lambda b: model(b[0]),
         ...     loss=lambda out, b: nn.functional.mse_loss(out, b[1]))
-        >>> found.plan, [len(rung.held_out) for rung in found.rungs]
+        >>> result.plan, [len(rung.held_out) for rung in search_state.rungs]
         ([(8, 4), (2, 20)], [8, 2])
-        >>> found.config.expect.sites in (1, 2)
+        >>> result.config.expect.sites in (1, 2)
         True
     """
     space = Space.coerce(space)
@@ -198,7 +198,7 @@ def search(
         for given in (batches, held_out)
     )
     candidates, over = space.candidates(inventory(Survey(model)))
-    found = Search(space, candidates, over)
+    result = Search(space, candidates, over)
     plain = space.model_dump(mode="json", by_alias=True, exclude_none=True)
     state = _Saved(folder, {"space": plain, "data": [_digest(batches), _digest(held_out)]})
     calls = {
@@ -208,12 +208,12 @@ def search(
     }
     runner = _Runner(model, batches, held_out, calls, max_tokens, watch, state)
     try:
-        runner.run(found)
+        runner.run(result)
     except KeyboardInterrupt as error:
         if folder is not None:
             error.add_note(f"Run the same again: it goes on from what is saved in '{folder}'.")
         raise
-    return found
+    return result
 
 
 class _Saved:
@@ -229,8 +229,8 @@ class _Saved:
         kept = self.data.get("key") if isinstance(self.data, dict) else None
         for what, value in key.items():
             if not isinstance(kept, dict) or kept.get(what) != value:
-                found = f"the {what} of the search in it differs"
-                raise FormatError(f"search in '{folder}'", found, "Give another folder")
+                problem = f"the {what} of the search in it differs"
+                raise FormatError(f"search in '{folder}'", problem, "Give another folder")
 
     def rung(self, n: int) -> Path | None:
         """Return the file of the n-th rung's trials."""
@@ -274,9 +274,9 @@ class _Runner:
                 self._rung(search, names[:size])
             if not (names := ranked(search.rungs[i].held_out)):
                 name, why = next(iter(search.rungs[i].stopped.items()))
-                found = f"all trials diverged; {name!r}: {why}"
+                problem = f"all trials diverged; {name!r}: {why}"
                 remedy = "Give smaller learning rates; if they end at one step, look at its batch"
-                raise StateError("search", found, remedy)
+                raise StateError("search", problem, remedy)
 
     def _rung(self, search: Search, names: Sequence[str]) -> None:
         """Train the trials of the last rung to its end, and evaluate them."""
@@ -371,12 +371,12 @@ class _Runner:
 
 def _digest(batches: Sequence[Any]) -> str:
     """Return a digest of the tensors in their order."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for leaf in tree_leaves(list(batches)):
         if isinstance(leaf, Tensor):
-            found.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-            found.update(bytes_of(leaf.cpu()))
-    return found.hexdigest()
+            digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+            digest.update(bytes_of(leaf.cpu()))
+    return digest.hexdigest()
 
 
 def _copied(state: AdapterState) -> AdapterState:

@@ -39,8 +39,8 @@ class Range(Strict):
     @model_validator(mode="after")
     def _rises(self) -> Self:
         if self.from_ >= self.to:
-            found = f"from {self.from_:g} is not below to {self.to:g}"
-            raise ValueError(found, "Give the smaller value as from")
+            problem = f"from {self.from_:g} is not below to {self.to:g}"
+            raise ValueError(problem, "Give the smaller value as from")
         return self
 
     def at(self, share: float) -> float:
@@ -81,8 +81,8 @@ class Budget(Strict):
     @model_validator(mode="after")
     def _ends(self) -> Self:
         if (self.steps is None) == (self.minutes is None):
-            found = "steps and minutes are " + ("missing" if self.steps is None else "both given")
-            raise ValueError(found, "Give one of them, such as steps: 64")
+            problem = "steps and minutes are " + ("missing" if self.steps is None else "both given")
+            raise ValueError(problem, "Give one of them, such as steps: 64")
         return self
 
     def allows(self, parameters: int) -> bool:
@@ -164,8 +164,8 @@ class Space(YamlModel):
             remedy = "Give it as a key of the space (alpha: as scale, which is alpha / rank)"
             raise ValueError(f"config has {wrong[0]!r}, which the space sets", remedy)
         if self.ranges() and self.trials is None:
-            found = f"{next(iter(self.ranges()))} is a range, and trials is missing"
-            raise ValueError(found, "Say how many to draw, such as trials: 16")
+            problem = f"{next(iter(self.ranges()))} is a range, and trials is missing"
+            raise ValueError(problem, "Say how many to draw, such as trials: 16")
         if not self.ranges() and math.prod(map(len, self.choices().values())) < 2:
             raise ValueError(
                 "the space holds a single trial", "Give two choices of something, such as two lr"
@@ -231,6 +231,6 @@ class Space(YamlModel):
             name, least = min(over.items(), key=lambda item: item[1])
             asked = f"a search within {self.budget.model_dump(exclude_none=True)}"
             size = f"{least:,} parameters ({BYTES_EACH * least:,} bytes)"
-            found = f"the smallest trial, {name!r}, has {size}"
-            raise MatchError(asked, found, "Give a larger budget, a smaller rank or fewer layers")
+            problem = f"the smallest trial, {name!r}, has {size}"
+            raise MatchError(asked, problem, "Give a larger budget, a smaller rank or fewer layers")
         return fitting, list(over)

@@ -88,8 +88,8 @@ class Trial:
             ),
         ):
             if not fits:
-                found = f"it is {getattr(self, name)!r}"
-                raise ConfigError(f"Trial.{name}", found, f"Give {wanted}")
+                problem = f"it is {getattr(self, name)!r}"
+                raise ConfigError(f"Trial.{name}", problem, f"Give {wanted}")
 
     def factor(self, step: int) -> float:
         """Return what the learning rate is multiplied by at a step, counted from 0."""

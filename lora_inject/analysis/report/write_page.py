@@ -231,17 +231,19 @@ def _maps(analysis: Analysis) -> Iterator[tuple[str, str]]:
 def _rounding(analysis: Analysis) -> Iterator[tuple[str, str]]:
     for form in next(iter(analysis.weights.values())).rounded if analysis.weights else ():
         cells = [
-            (Place(site, ""), found.rounded[form].likeness if found.changed else math.nan)
-            for site, found in analysis.weights.items()
+            (Place(site, ""), of_site.rounded[form].likeness if of_site.changed else math.nan)
+            for site, of_site in analysis.weights.items()
         ]
         yield _map(f"Likeness in {form}", cells, 1.0)
 
 
 def _compared(comparison: Comparison) -> Iterator[tuple[str, str]]:
     for side, name in (("A", "right"), ("B", "left")):
-        found = [(pair, getattr(pair, name)) for pair in comparison.pairs]
-        yield _map(f"Side of {side}: phi(1, 1)", [(p, o.first) for p, o in found], 1.0)
-        yield _map(f"Side of {side}: phi of the whole spans", [(p, o.whole) for p, o in found], 1.0)
+        overlaps = [(pair, getattr(pair, name)) for pair in comparison.pairs]
+        yield _map(f"Side of {side}: phi(1, 1)", [(p, o.first) for p, o in overlaps], 1.0)
+        yield _map(
+            f"Side of {side}: phi of the whole spans", [(p, o.whole) for p, o in overlaps], 1.0
+        )
 
 
 def _map(

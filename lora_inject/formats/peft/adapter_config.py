@@ -242,9 +242,9 @@ def read_claims(config: Any, allow: Collection[str] = ()) -> Claims:
     _refuse_other_methods(config, allow)
     unknown = sorted(config.keys() - _FORMS.keys() - _NOT_NEEDED - _REFUSED.keys() - set(allow))
     if unknown := [name for name in unknown if config[name]]:
-        found = f"it sets {one_line(unknown)}, which this package does not know"
+        problem = f"it sets {one_line(unknown)}, which this package does not know"
         remedy = f"If it does not change what the tensors mean, accept it: allow={unknown[:3]}"
-        raise FormatError("", found, remedy)
+        raise FormatError("", problem, remedy)
     said = {name: config[name] for name in _FORMS if config.get(name) is not None}
     if "lora_alpha" not in said:
         remedy = "Ask the author of the adapter; it is never guessed"
@@ -283,10 +283,10 @@ def _refuse_other_methods(config: Mapping[str, Any], allow: Collection[str]) -> 
         if config.get(name):
             raise FormatError("", f"'{name}' is set: it is {what}", remedy)
     if str(init).lower() not in _PLAIN_INITS and "init_lora_weights" not in allow:
-        found = f"'init_lora_weights' is {str(init)[:40]!r}: with it, PEFT changes the base's "
-        found += "weights when it loads the adapter"
+        problem = f"'init_lora_weights' is {str(init)[:40]!r}: with it, PEFT changes the base's "
+        problem += "weights when it loads the adapter"
         remedy = f"{_RESIDUAL}; or, where your base holds the changed weights, pass "
-        raise FormatError("", found, f"{remedy}allow=['init_lora_weights']")
+        raise FormatError("", problem, f"{remedy}allow=['init_lora_weights']")
 
 
 def _version(value: Any) -> tuple[int, int] | None:
@@ -295,6 +295,6 @@ def _version(value: Any) -> tuple[int, int] | None:
     return (int(parts[0]), int(parts[1])) if digits == [True, True] else None
 
 
-def _require(holds: bool, found: str) -> None:
+def _require(holds: bool, problem: str) -> None:
     if not holds:
-        raise FormatError("", found, "Correct the file, or fetch it again")
+        raise FormatError("", problem, "Correct the file, or fetch it again")

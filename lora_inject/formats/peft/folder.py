@@ -187,8 +187,8 @@ def read(
     tensors, text = _read_all(path)
     ours = is_native(text, "peft")
     if claims is None and not ours:
-        found = f"its {MODEL} holds no metadata of this package"
-        raise FormatError("", found, "Leave prefer out")
+        problem = f"its {MODEL} holds no metadata of this package"
+        raise FormatError("", problem, "Leave prefer out")
     if claims is not None and (prefer == "config" or not ours):
         any_target = "target_modules" in allow
         return Foreign(claims, facts, expert_major, any_target).read(tensors)
@@ -205,9 +205,9 @@ def _read_native(said: Described, tensors: dict[str, Tensor]) -> AdapterState:
     """The state that `write` was given; every tensor is accounted for."""
     for name, spec in said.specs.items():
         if _odd(spec) or (name in said.turned and spec.kind != "parameter"):
-            found = f"its metadata says what cannot be ({_odd(spec) or 'turned'})"
+            problem = f"its metadata says what cannot be ({_odd(spec) or 'turned'})"
             remedy = "The file was edited, or is of a newer version"
-            raise FormatError(f"site '{name[:200]}'", found, remedy)
+            raise FormatError(f"site '{name[:200]}'", problem, remedy)
     layout = layout_of(said.specs.values(), said.trained, said.rows)
     check_no_clash(layout.keys)
     check_keys(tensors, layout.keys)
@@ -229,19 +229,19 @@ def _check_attentions(state: AdapterState, called: Mapping[str, str]) -> None:
         site = state.sites[name]
         mine = file_rank(site.spec, derived=site.A0 is not None), site.scale
         if numbers.setdefault(module, mine) != mine:
-            found = f"PEFT has one rank and scale for the parts of '{module}', and these have "
-            raise FormatError(f"site '{name}'", f"{found}{numbers[module]} and {mine}", _OTHER)
+            problem = f"PEFT has one rank and scale for the parts of '{module}', and these have "
+            raise FormatError(f"site '{name}'", f"{problem}{numbers[module]} and {mine}", _OTHER)
 
 
 def _check_rows(rows: Collection[str], modules: Collection[str]) -> None:
     for name in rows:
-        found, module = "", name.removesuffix(".weight")
+        problem, module = "", name.removesuffix(".weight")
         if module == name:
-            found = "PEFT trains rows of the weight of a module only"
+            problem = "PEFT trains rows of the weight of a module only"
         if longer := [m for m in modules if m.endswith(module) and m != module]:
-            found = f"PEFT would train rows of '{longer[0]}' too, whose name ends so"
-        if found:
-            raise FormatError(f"trained tensor '{name}'", found, _OTHER)
+            problem = f"PEFT would train rows of '{longer[0]}' too, whose name ends so"
+        if problem:
+            raise FormatError(f"trained tensor '{name}'", problem, _OTHER)
 
 
 def _in_order(state: AdapterState, tensor_names: Sequence[str] | None) -> AdapterState:
@@ -294,8 +294,8 @@ def refuse_unfit_sites(specs: Sequence[SiteSpec], facts: ModelFacts, client: str
     for spec in specs:
         plain = spec.kind != "parameter" and spec.name not in called
         if plain and (reason := facts.unfit(spec.name)):
-            found = f"{client} would load it wrong: {reason}"
-            raise FormatError(f"site '{spec.name}'", found, _OTHER)
+            problem = f"{client} would load it wrong: {reason}"
+            raise FormatError(f"site '{spec.name}'", problem, _OTHER)
 
 
 def _inexpressible(spec: SiteSpec, modules: Collection[str], tensor_names: Collection[str]) -> str:
@@ -363,25 +363,25 @@ def lacks(path: Path) -> str:
 def _check_files(path: Path) -> None:
     """Refuse a path that is not a directory with a config and tensors."""
     if not path.is_dir():
-        found = "it is a file" if path.exists() else "there is no such directory"
-        raise FormatError("", found, f"Give the directory that holds {CONFIG}")
+        problem = "it is a file" if path.exists() else "there is no such directory"
+        raise FormatError("", problem, f"Give the directory that holds {CONFIG}")
     there = any((path / name).is_file() for name in (MODEL, _INDEX))
     inside = _adapters_in(path)
     if not there and _in_base(path):
-        found = f"its {_WHOLE} holds the base and an adapter's tensors together"
+        problem = f"its {_WHOLE} holds the base and an adapter's tensors together"
         remedy = "Load it with the program that saved it and save the adapter alone (in PEFT: "
         remedy += "save_pretrained of the PeftModel, not of the model inside)"
-        raise FormatError("", found, remedy)
+        raise FormatError("", problem, remedy)
     if not (path / CONFIG).is_file():
-        found, remedy = f"there is no {CONFIG} in it", "Check the path"
+        problem, remedy = f"there is no {CONFIG} in it", "Check the path"
         if inside:
-            found += f", but in its subfolders {one_line(inside)}"
+            problem += f", but in its subfolders {one_line(inside)}"
             remedy = f"Give the subfolder: '{path / inside[0]}'"
-        raise FormatError("", found, remedy)
+        raise FormatError("", problem, remedy)
     if not there and (path / PICKLE).is_file():
-        found = f"its tensors are in {PICKLE}, a pickle, which can run code when it is read"
+        problem = f"its tensors are in {PICKLE}, a pickle, which can run code when it is read"
         remedy = "Load it with PEFT where you trust it and save it again: save_pretrained writes "
-        raise FormatError("", found, f"{remedy}safetensors")
+        raise FormatError("", problem, f"{remedy}safetensors")
     if not there:
         raise FormatError("", f"there is no {MODEL} in it", "Copy the whole directory")
 

@@ -66,7 +66,7 @@ class _Place(NamedTuple):
     name: str
     called: str
     parameter: bool
-    found: _Path
+    path: _Path
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ class Foreign:
             raise _error("", "two of its pairs are of one site")
         trained, copies = self._full_tensors(rest, sites)
         self._check_saved({*trained, *(f"{path}.weight" for path in rows)})
-        indices = {f"{path}.weight": self._indices(path, found) for path, found in rows.items()}
+        indices = {f"{path}.weight": self._indices(path, tensor) for path, tensor in rows.items()}
         if self.claims.trainable_token_indices and not rows:
             raise _error("", "it lacks the rows of 'trainable_token_indices'")
-        trained |= {f"{path}.weight": found for path, found in rows.items()}
+        trained |= {f"{path}.weight": tensor for path, tensor in rows.items()}
         return AdapterState(sites, trained, base_copies=copies, rows=indices)
 
     # What PEFT would leave out ----------------------------------------------------------------
@@ -103,9 +103,9 @@ class Foreign:
             return
         modules = {p.called for p in places if not p.parameter or p.called != p.name}
         for name, said in not_adapted(self.claims, modules):
-            found = f"PEFT ignores its tensors: {said!r} of adapter_config.json leaves it out"
+            problem = f"PEFT ignores its tensors: {said!r} of adapter_config.json leaves it out"
             remedy = "Restore that field, or read them all the same: allow=['target_modules']"
-            raise _error(f"module '{name[:200]}'", found, remedy)
+            raise _error(f"module '{name[:200]}'", problem, remedy)
 
     def _check_saved(self, trained: Collection[str]) -> None:
         """Refuse modules that the config keeps whole, and of which the file has nothing."""
@@ -113,8 +113,8 @@ class Foreign:
         for saved in self.claims.modules_to_save:
             missing = [module for module in known if module.endswith(saved)]
             if missing and not any(module.endswith(saved) for module in there):
-                found = f"the file lacks its tensors, and 'modules_to_save' has {saved!r}"
-                raise _error(f"module '{missing[0]}'", found)
+                problem = f"the file lacks its tensors, and 'modules_to_save' has {saved!r}"
+                raise _error(f"module '{missing[0]}'", problem)
 
     # Names ------------------------------------------------------------------------------------
 
@@ -139,15 +139,15 @@ class Foreign:
                 twice = match[kind] in path.tensors or len(path.kinds) > 1
                 path.tensors[match[kind]] = tensor
             if twice:
-                found = f"'{key[:200]}' says a second time what its site's pair is"
-                raise _error("", found)
+                problem = f"'{key[:200]}' says a second time what its site's pair is"
+                raise _error("", problem)
         if paths:
             pairs_of({name: path.tensors for name, path in paths.items()}, "A", "B")
         return paths, rows, rest
 
     def _without_prefix(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All keys have PEFT's prefix, or none has (transformers and diffusers leave it out)."""
-        found: dict[str, Tensor] = {}
+        plain: dict[str, Tensor] = {}
         bare = {key: canonical(key) for key in tensors}
         without = [key for key in bare.values() if not key.startswith(PREFIX)]
         if without and len(without) < len(tensors):
@@ -156,10 +156,10 @@ class Foreign:
             raise _error("", what, remedy)
         for key, tensor in tensors.items():
             name = bare[key].removeprefix(PREFIX)
-            if name in found:
+            if name in plain:
                 raise _error("", f"the file holds '{name[:200]}' twice")
-            found[name] = tensor
-        return found
+            plain[name] = tensor
+        return plain
 
     def _places(self, paths: Mapping[str, _Path]) -> Iterator[_Place]:
         """Yield what is adapted on each module: itself, or some of its parameters.
@@ -243,7 +243,7 @@ class Foreign:
 
     def _site(self, place: _Place, rank: int | None, alpha: float) -> SiteState:
         """Return a site with the numbers that the config claims; shapes say the rest."""
-        where, tensors, claims = f"site '{place.name}'", dict(place.found.tensors), self.claims
+        where, tensors, claims = f"site '{place.name}'", dict(place.path.tensors), self.claims
         for role, said, claim, what in (
             ("m", claims.use_dora, "use_dora", "DoRA magnitude"),
             ("b", claims.lora_bias, "lora_bias", "bias of lora_B"),
@@ -251,7 +251,7 @@ class Foreign:
             if said != (role in tensors):
                 has = f"no {what}, which '{claim}' asks for" if said else f"a {what}"
                 raise _error(where, f"it has {has}")
-        a, b = place.found.pair
+        a, b = place.path.pair
         with within(where):
             check_shapes(a, b)
         spec = (self._parameter if place.parameter else self._module)(place, rank, alpha)
@@ -261,13 +261,13 @@ class Foreign:
 
     def _module(self, place: _Place, rank: int | None, alpha: float) -> SiteSpec:
         """A site on a module; its kind is read off the shapes as far as they go."""
-        a, b = place.found.pair
+        a, b = place.path.pair
         if rank not in {None, len(a)}:
-            found = f"its tensors have rank {len(a)}, adapter_config.json says {rank}"
+            problem = f"its tensors have rank {len(a)}, adapter_config.json says {rank}"
             remedy = "Correct 'r' or 'rank_pattern' there; the scale depends on it"
-            raise _error(f"site '{place.name}'", found, remedy)
+            raise _error(f"site '{place.name}'", problem, remedy)
         kind = "conv1d" if self.claims.fan_in_fan_out else "linear"
-        kind = "embedding" if "of_embedding" in place.found.kinds else kind
+        kind = "embedding" if "of_embedding" in place.path.kinds else kind
         return replace(
             plain_site(place.name, a, b, alpha, kind).spec,
             scaling=self.claims.scaling,
@@ -278,11 +278,13 @@ class Foreign:
 
     def _parameter(self, place: _Place, rank: int | None, alpha: float) -> SiteSpec:
         """A site on a parameter: one matrix, or a stack of them for experts."""
-        a, b = place.found.pair
-        if rank is None or len(a) % rank or a.ndim != 2 or "of_embedding" in place.found.kinds:
-            found = f"A has {len(a)} rows, which is not a multiple of the rank {rank} in the config"
+        a, b = place.path.pair
+        if rank is None or len(a) % rank or a.ndim != 2 or "of_embedding" in place.path.kinds:
+            problem = (
+                f"A has {len(a)} rows, which is not a multiple of the rank {rank} in the config"
+            )
             remedy = "Correct 'r' or 'rank_pattern' in adapter_config.json"
-            raise _error(f"site '{place.name}'", found, remedy)
+            raise _error(f"site '{place.name}'", problem, remedy)
         n_in, n_out = a.shape[1], len(b)
         experts = len(a) // rank if len(a) > rank else None
         transposed = experts is not None and self._is_transposed(place.name, n_in, n_out)
@@ -311,10 +313,10 @@ class Foreign:
         if version is not None and version < (0, 19):
             return True
         if n_in == n_out and None in (modules, version):
-            found = (
+            problem = (
                 f"its matrices are square ({n_in}), and the file does not say whether the model "
             )
-            found += "holds them as (out, in) or, as GPT-OSS, as (in, out)"
+            problem += "holds them as (out, in) or, as GPT-OSS, as (in, out)"
             remedy = (
                 "Add the version of PEFT that wrote it to adapter_config.json, as 'peft_version'"
             )
@@ -323,20 +325,20 @@ class Foreign:
                     "Load it onto the model, pass transposed_modules (the names of the modules "
                 )
                 remedy += f"that have is_transposed, or ()), or {CONVERT}"
-            raise _error(f"site '{name}'", found, remedy)
+            raise _error(f"site '{name}'", problem, remedy)
         return parent(name) in (modules or ())
 
     # Full tensors -----------------------------------------------------------------------------
 
-    def _indices(self, path: str, found: Tensor) -> tuple[int, ...]:
+    def _indices(self, path: str, tensor: Tensor) -> tuple[int, ...]:
         """The rows of the base that a tensor replaces."""
         claimed = self.claims.trainable_token_indices
-        found_rows = [rows for end, rows in claimed.items() if not end or _ends(path, end)]
-        if len(found_rows) != 1 or found.dim() != 2 or len(found) != len(found_rows[0]):
+        rows_of_end = [rows for end, rows in claimed.items() if not end or _ends(path, end)]
+        if len(rows_of_end) != 1 or tensor.dim() != 2 or len(tensor) != len(rows_of_end[0]):
             what = "the config does not say which rows it replaces"
             remedy = "Restore 'trainable_token_indices' in adapter_config.json"
             raise _error(f"'{path[:200]}.{ROWS}'", what, remedy)
-        return tuple(found_rows[0])
+        return tuple(rows_of_end[0])
 
     def _full_tensors(
         self, rest: Mapping[str, Tensor], sites: Mapping[str, SiteState]
@@ -393,5 +395,5 @@ def _ends(name: str, end: str) -> bool:
     return f".{name}".endswith(f".{end}")
 
 
-def _error(place: str, found: str, remedy: str = _REPAIR) -> FormatError:
-    return FormatError(place, found, remedy)
+def _error(place: str, problem: str, remedy: str = _REPAIR) -> FormatError:
+    return FormatError(place, problem, remedy)

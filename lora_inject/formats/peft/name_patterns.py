@@ -61,8 +61,8 @@ def _matches(key: str, names: Collection[str], end: float) -> list[str]:
     try:
         return matching(key, names, asked=asked, error=FormatError, seconds=seconds)
     except (re.error, regex.error, OverflowError, RecursionError) as error:
-        found = f"it is not a regular expression ({error})"
-        raise FormatError(asked, found, "Write full module names, or correct it") from error
+        problem = f"it is not a regular expression ({error})"
+        raise FormatError(asked, problem, "Write full module names, or correct it") from error
 
 
 def _escaped(name: str) -> str:

@@ -39,22 +39,24 @@ def refuse_misread(survey: Survey, name: str) -> None:
         if entry.spec is None:
             continue
         if (attention := called.get(entry.spec.name)) is None:
-            found = _misread(module, entry)
+            problem = _misread(module, entry)
         elif not isinstance(survey.by_name[attention], nn.MultiheadAttention):
-            found = f"it knows the attention of torch.nn only, and '{attention}' is another"
+            problem = f"it knows the attention of torch.nn only, and '{attention}' is another"
         else:
-            found = ""
+            problem = ""
         if held[id(module)] > 1:
-            found = f"its layer stands in {held[id(module)]} places, and PEFT adapts only the first"
+            problem = (
+                f"its layer stands in {held[id(module)]} places, and PEFT adapts only the first"
+            )
         key = f"{path}.lora_A.weight"
-        if not found and not key.endswith(there := renamed(key)):
-            found = "it renames the keys of this model's files (of its own, too), and would look "
-            found += f"for it at {there!r}"
-        if found:
+        if not problem and not key.endswith(there := renamed(key)):
+            problem = "it renames the keys of this model's files (of its own, too), and would look "
+            problem += f"for it at {there!r}"
+        if problem:
             asked = f"write adapter {name!r}, site {entry.spec.name!r}"
-            found = f"PEFT would load it wrong: {found}"
+            problem = f"PEFT would load it wrong: {problem}"
             remedy = 'Write it with format="native": save_adapter(model, path, format="native")'
-            raise FormatError(asked, found, remedy)
+            raise FormatError(asked, problem, remedy)
 
 
 def refuse_first_places(survey: Survey, sites: Iterable[SiteSpec], asked: str) -> None:

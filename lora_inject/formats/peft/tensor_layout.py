@@ -74,14 +74,14 @@ def attentions(specs: Iterable[SiteSpec]) -> dict[str, str]:
     its files hold half of it. Since 0.18 they state the version.
     """
     by_name = {spec.name: spec for spec in specs}
-    found: dict[str, str] = {}
+    called: dict[str, str] = {}
     for name, spec in by_name.items():
         module = parent(name)
         out = by_name.get(f"{module}.out_proj")
         parts = spec.kind == "parameter" and leaf(name) == "in_proj_weight"
         if parts and out is not None and (out.kind, out.update) == ("linear", "weight"):
-            found |= {name: module, out.name: module}
-    return found
+            called |= {name: module, out.name: module}
+    return called
 
 
 def layout_of(
@@ -189,8 +189,8 @@ def unpack(
     """
     for role, due in file_shapes(spec, derived=derived, turned=turned).items():
         if tensors[role].shape != due:
-            found = f"its {role} has the shape {tuple(tensors[role].shape)} where {due} is due"
-            raise FormatError(f"site '{spec.name}'", found, "The file was edited; fetch it again")
+            problem = f"its {role} has the shape {tuple(tensors[role].shape)} where {due} is due"
+            raise FormatError(f"site '{spec.name}'", problem, "The file was edited; fetch it again")
     further = {r: tensors[r].reshape(spec.shapes[r]) for r in spec.shapes if r in "mb"}
     a, b = tensors["A"], tensors["B"]
     if not turned and (a.shape, b.shape) == (spec.a_shape, spec.b_shape):
@@ -224,10 +224,10 @@ def _native(spec: SiteSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         whole, b = b, torch.cat(parts, dim=1)
         if n_stray := int(torch.count_nonzero(whole) - torch.count_nonzero(b)):
             slices = list(spec.slices.adapt)
-            found = f"{n_stray} values of B lie outside the adapted slices {slices}"
+            problem = f"{n_stray} values of B lie outside the adapted slices {slices}"
             remedy = 'The file was changed after it was written; pass prefer="config" to read it '
             remedy += "as a plain adapter of the whole projection"
-            raise FormatError(f"site '{spec.name}'", found, remedy)
+            raise FormatError(f"site '{spec.name}'", problem, remedy)
     return contiguous(a.reshape(spec.a_shape)), contiguous(b.reshape(spec.b_shape))
 
 
