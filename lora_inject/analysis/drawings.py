@@ -315,7 +315,7 @@ def evenly_spaced(items: Sequence[T], most: int = 4) -> list[T]:
     """Take up to `most` items, evenly spaced from the first to the last.
 
     Examples:
-        >>> spread(range(96)), spread("ab")
+        >>> evenly_spaced(range(96)), evenly_spaced("ab")
         ([0, 31, 63, 95], ['a', 'b'])
     """
     n = min(most, len(items))

@@ -180,7 +180,7 @@ def search(
         >>> x, y = torch.randn(32, 4), torch.randn(32, 2)
         >>> result = search(model, space, [(x, y)], [(x, y)], forward=lambda b: model(b[0]),
         ...     loss=lambda out, b: nn.functional.mse_loss(out, b[1]))
-        >>> result.plan, [len(rung.held_out) for rung in search_state.rungs]
+        >>> result.plan, [len(rung.held_out) for rung in result.rungs]
         ([(8, 4), (2, 20)], [8, 2])
         >>> result.config.expect.sites in (1, 2)
         True

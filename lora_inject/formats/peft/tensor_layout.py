@@ -95,7 +95,7 @@ def layout_of(
 
     Examples:
         >>> spec = SiteSpec("h.0.fc", "linear", 4, 6, (6, 4), rank=2, alpha=2)
-        >>> layout = plan([spec], ["h.0.fc.bias", "ln.weight"])
+        >>> layout = layout_of([spec], ["h.0.fc.bias", "ln.weight"])
         >>> layout.sites["h.0.fc"]["A"]
         'base_model.model.h.0.fc.lora_A.weight'
         >>> list(layout.trained.values())
