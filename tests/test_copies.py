@@ -20,8 +20,8 @@ from helpers.models import IDS, SEVERAL, Several
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.core.layers.adapted import _CLASSES
 from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.swapped_class import _CLASSES
 from lora_inject.core.model import carried
 
 ONE = {**SEVERAL, "alpha": 5, "targets": [*SEVERAL["targets"], "own"]}

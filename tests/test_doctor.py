@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lora_inject.cli import app
-from lora_inject.core.spec.rooms import WEIGHT_KINDS
+from lora_inject.integrations.libraries import WEIGHT_KINDS
 from lora_inject.serving import doctor
 from lora_inject.serving.requirements import REQUIREMENTS, SERVERS
 

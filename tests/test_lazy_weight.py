@@ -20,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
 from lora_inject.core.functional.gain import Gain
+from lora_inject.core.functional.lazy import LazyWeight, lazy_weight
 from lora_inject.core.functional.read_only import ReadOnly
 from lora_inject.core.functional.weight import LowRank, Update, effective_weight
 from lora_inject.core.spec.sites import SiteSpec, Slices
-from lora_inject.experts.lazy import LazyWeight, lazy_weight
 
 E, M, N, R, T = 3, 5, 4, 2, 6
 SCALE = 2.0

@@ -32,7 +32,7 @@ from lora_inject import formats
 from lora_inject.cli import app
 from lora_inject.core.adapter.variants import VARIANTS
 from lora_inject.core.layers.kinds import KINDS
-from lora_inject.core.layers.weight_kinds import REGISTERED
+from lora_inject.core.spec.rooms import REGISTERED
 from lora_inject.core.spec.sites import ROLES
 
 REPO = Path(__file__).parents[1]

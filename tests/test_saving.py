@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.core.layers import weight_kinds
+from lora_inject.core.layers import packed_weights
 
 CONFIG = {"rank": 2, "alpha": 3}
 FORMATS = {"peft": "adapter", "native": "adapter.safetensors"}
@@ -228,7 +228,7 @@ def test_another_base_is_refused_unless_told(saved: Path, key: str, how: str) ->
 
 
 def test_a_quantized_base_is_named_and_needs_the_argument(saved, monkeypatch) -> None:
-    monkeypatch.setattr(weight_kinds, "REGISTERED", [PackedKind()])
+    monkeypatch.setattr(packed_weights, "REGISTERED", [PackedKind()])
     model = base()
     model.fc = Packed(model.fc)
     refused(model, saved, "cannot be compared at 1 sites, of which 'fc.weight'")

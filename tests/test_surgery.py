@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lora_inject as li
-from lora_inject.core.layers import weight_kinds
+from lora_inject.core.layers import packed_weights
 
 RANK2 = {"rank": 2, "alpha": 3}
 
@@ -233,7 +233,7 @@ def test_backward_hooks_see_the_whole_layer() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_quantized_subclass_is_called_untouched(dtype, monkeypatch) -> None:
-    monkeypatch.setattr(weight_kinds, "REGISTERED", [PackedKind()])
+    monkeypatch.setattr(packed_weights, "REGISTERED", [PackedKind()])
     model = Host(Packed(nn.Linear(5, 6))).to(dtype)
     codes = model.layer.weight
     before = snapshot(model)
@@ -301,7 +301,7 @@ def test_one_delta_a_forward_and_none_kept(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_getter_never_hands_out_the_raw_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_inject.core.layers import reading
+    from lora_inject.core.functional import lazy
 
     model = injected(KINDS["parameter"])
     (x,) = KINDS["parameter"].inputs(torch.float32)
@@ -309,7 +309,7 @@ def test_the_getter_never_hands_out_the_raw_weight(monkeypatch: pytest.MonkeyPat
     def broken(*args: Any, **kwargs: Any) -> Tensor:
         raise AttributeError("inside")
 
-    monkeypatch.setattr(reading, "lazy_weight", broken)
+    monkeypatch.setattr(lazy, "lazy_weight", broken)
     with pytest.raises(li.LayerError, match="inside"):
         model(x)
 

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from lora_inject.core.layers.forwards import ForwardOwner
-from lora_inject.core.layers.weight_kinds import UNKNOWN, WeightKind, dense, weight_kind
-from lora_inject.core.spec.rooms import (
+from lora_inject.core.layers.packed_weights import dense, weight_kind
+from lora_inject.core.layers.weight_kinds import UNKNOWN, WeightKind
+from lora_inject.core.spec.rooms import standing_at
+from lora_inject.integrations.libraries import (
     FORWARD_OWNERS,
     WEIGHT_KINDS,
     WEIGHT_KINDS_OF_ANY,
-    standing_at,
 )
 
 LIFE = """

@@ -6,19 +6,28 @@ restores it. No name and no dtype tells it from a constant, so the first forward
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.inside import is_watched
-from lora_inject.core.layers.attached import Attached
+from lora_inject.core.layers.attached import Attached, attached_to
 from lora_inject.errors import LayerError
 
 
-def buffers_to_watch(module: nn.Module, attached: Attached) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the saved buffers of a module with their values, until one run left them alone."""
-    if attached.still or not module.training or is_watched(unknown=False):
+def watched(module: nn.Module) -> Callable[[], None] | None:
+    """Return what raises if a forward of a module in training, which begins now, moves a buffer."""
+    attached = attached_to(module)
+    assert attached is not None
+    before = _saved_buffers(module, attached)
+    return partial(_refuse_moved, module, attached, before) if before else None
+
+
+def _saved_buffers(module: nn.Module, attached: Attached) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the saved buffers of a module that trains a copy, with their values."""
+    if is_watched(unknown=False):
         return {}
     if all(entry.spec is not None or entry.scale is not None for entry in attached.entries()):
         return {}
@@ -31,7 +40,7 @@ def buffers_to_watch(module: nn.Module, attached: Attached) -> dict[str, tuple[T
     }
 
 
-def refuse_moved(
+def _refuse_moved(
     module: nn.Module, attached: Attached, before: Mapping[str, tuple[Tensor, Tensor]]
 ) -> None:
     """Raise if a forward has moved a buffer, after all have their values again."""

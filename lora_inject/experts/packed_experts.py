@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_inject.core.functional.picking import PICKED, writes
+from lora_inject.core.functional.unstored import DEVICE, unstored
 from lora_inject.errors import LayerError
-from lora_inject.experts.picking import PICKED, writes
-from lora_inject.experts.unstored import DEVICE, unstored
 from lora_inject.private import look_up, needed
 from lora_inject.trees import tree_map_only
 
@@ -52,7 +52,7 @@ class PackedExperts(Tensor):
         (torch.Size([2, 32, 3]), [[48.0, 48.0, 48.0]])
     """
 
-    reads_as_sum: ClassVar[bool] = True  # layers.plain_tensors asks
+    reads_as_sum: ClassVar[bool] = True  # core.functional.weight asks
     codes: Tensor
     scales: Tensor
     is_turned: bool

@@ -1,7 +1,12 @@
-"""What must hold around a verb because another library is there: one row for each guard.
+"""What is known of other libraries, row by row: the one place that names their modules.
 
-A row's module is imported only where the process has loaded one of the modules that it is about.
-Which functions a guard may have says `core.model.guards`.
+| table | a row is about |
+|---|---|
+| `GUARDS` | what must hold around a verb because a library is there (`core/model/guards.py`) |
+| `WEIGHT_KINDS` | a way in which a weight is held packed (`core/layers/weight_kinds.py`) |
+| `FORWARD_OWNERS` | who puts forwards onto instances (`core/layers/forwards.py`) |
+
+What a row names is imported only where the process has loaded a module that it is about.
 """
 
 from __future__ import annotations
@@ -28,6 +33,42 @@ GUARDS: dict[str, tuple[str, ...]] = {
 
 IN_A_GROUP = "lora_inject.distributed.sharding"
 """The guard that every process of a group asks, whatever is loaded."""
+
+
+_QUANTIZED = "lora_inject.quantized"
+_TRANSFORMERS = "transformers.integrations"
+
+WEIGHT_KINDS = (
+    ("bitsandbytes.nn.modules", f"{_QUANTIZED}.bitsandbytes:BitsAndBytes4"),
+    ("bitsandbytes.nn.modules", f"{_QUANTIZED}.bitsandbytes:BitsAndBytes8"),
+    ("compressed_tensors.quantization", f"{_QUANTIZED}.compressed_tensors:CompressedTensors"),
+    ("gptqmodel.nn_modules.qlinear", f"{_QUANTIZED}.gptqmodel:Kernel"),
+    ("hqq.core.quantize", f"{_QUANTIZED}.hqq:HQQ"),
+    ("optimum.quanto.nn.qlinear", f"{_QUANTIZED}.quanto:Quanto"),
+    ("torchao", f"{_QUANTIZED}.torchao:TorchAO"),
+    (f"{_TRANSFORMERS}.fbgemm_fp8", f"{_QUANTIZED}.transformers_linears:Multiplies"),
+    (f"{_TRANSFORMERS}.finegrained_fp8", f"{_QUANTIZED}.transformers_linears:FineGrained"),
+    (f"{_TRANSFORMERS}.metal_quantization", f"{_QUANTIZED}.transformers_linears:Multiplies"),
+    (f"{_TRANSFORMERS}.mxfp4", f"{_QUANTIZED}.transformers_mxfp4:KernelExperts"),
+    ("transformers.models.falcon.modeling_falcon", f"{_QUANTIZED}.transformers_linears:Multiplies"),
+    ("transformers.quantizers.base", f"{_QUANTIZED}.transformers_quantizers:Quantized"),
+)
+"""Ways in which a weight is held packed, asked in this order: the module of the library that has to
+be loaded, and the class that knows it (`core/layers/weight_kinds.py`)."""
+
+WEIGHT_KINDS_OF_ANY = (
+    f"{_QUANTIZED}.own_values:OfTensor",
+    f"{_QUANTIZED}.own_values:OfLayer",
+)
+"""Those of whatever library, asked last."""
+
+
+FORWARD_OWNERS = (
+    ("accelerate.hooks", "lora_inject.integrations.accelerate:Hooks"),
+    ("compressed_tensors.quantization", f"{_QUANTIZED}.compressed_tensors:Forwards"),
+)
+"""Who puts forwards onto instances: a module of the library that has to be loaded, and the class
+that knows it (`core/layers/forwards.py`)."""
 
 
 def guards() -> Iterator[Any]:

@@ -15,14 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.fingerprint import glimpse
-from lora_inject.core.layers.adapted import plain_class
-from lora_inject.core.layers.weight_kinds import (
-    OF_VALUES,
-    Reason,
-    Undo,
-    Verb,
-    defines_forward,
-)
+from lora_inject.core.layers.adapted import defines_forward, plain_class
+from lora_inject.core.layers.weight_kinds import OF_VALUES, Reason, Undo, Verb
 from lora_inject.private import needed
 from lora_inject.quantized.plain_layers import Layer, LayerKind, become_plain
 

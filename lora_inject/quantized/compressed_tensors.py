@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lora_inject.core.layers.adapted import defines_forward
 from lora_inject.core.layers.forwards import ForwardOwner
 from lora_inject.core.layers.reading import MOVERS
-from lora_inject.core.layers.weight_kinds import Reason, Verb, WeightKind, defines_forward
+from lora_inject.core.layers.weight_kinds import Reason, Verb, WeightKind
 
 _LAYER = ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear")
 _ACTIVATIONS = ("input_activations", "output_activations")

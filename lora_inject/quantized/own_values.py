@@ -11,12 +11,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.plain_tensors import is_quantized
-from lora_inject.core.layers.weight_kinds import (
-    Reason,
-    Undo,
-    Verb,
-    WeightKind,
-)
+from lora_inject.core.layers.weight_kinds import Reason, Undo, Verb, WeightKind
 from lora_inject.quantized.plain_layers import (
     LayerKind,
     become_plain,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lora_inject.core.layers.weight_kinds import defines_forward
+from lora_inject.core.layers.adapted import defines_forward
 from lora_inject.quantized.own_values import OfTensor
 
 

@@ -7,14 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.layers.adapted import plain_class
-from lora_inject.core.layers.weight_kinds import (
-    OF_VALUES,
-    Reason,
-    Verb,
-    WeightKind,
-    defines_forward,
-)
+from lora_inject.core.layers.adapted import defines_forward, plain_class
+from lora_inject.core.layers.weight_kinds import OF_VALUES, Reason, Verb, WeightKind
 from lora_inject.private import look_up, needed
 from lora_inject.quantized.plain_layers import LayerKind
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lora_inject.core.functional.factors import cast
 from lora_inject.core.functional.gain import gained
+from lora_inject.core.functional.lazy import lazy_weight
 from lora_inject.core.layers.attached import Entry, attached_to, held_by
 from lora_inject.core.layers.kinds import LoRAEmbedding
 from lora_inject.core.layers.linear_kinds import LoRALinear
@@ -27,7 +28,6 @@ from lora_inject.core.layers.reading import trained
 from lora_inject.core.layers.selected import Mix, Selected
 from lora_inject.core.layers.sending import queue_of
 from lora_inject.errors import LayerError
-from lora_inject.experts.lazy import lazy_weight
 from lora_inject.rows.apart import apart
 from lora_inject.rows.bank import routed_embedding, routed_update
 from lora_inject.rows.convolution import adds_rows, convolved

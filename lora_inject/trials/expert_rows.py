@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import Entry, attached_to, held_by
 from lora_inject.core.layers.sending import sent_once
-from lora_inject.experts.lazy import lazy_stack
+from lora_inject.experts.by_adapter import lazy_stack
 
 # Forwards that only pick matrices and multiply; kernels would get the stack formed.
 _FORWARDS = {"eager", "batched_mm", "grouped_mm"}

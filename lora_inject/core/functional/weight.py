@@ -7,7 +7,7 @@ thin as the rank, and neither forward nor backward creates a tensor of the weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -90,21 +90,6 @@ class LowRank(NamedTuple):
     def _factors(self) -> list[Factors]:
         return [Factors(left.mT, right.mT, scale) for left, right, scale in self.terms]
 
-    def grouped_product(self, multiply: Callable[..., Tensor], x: Tensor, offs: Tensor) -> Tensor:
-        """Return the product of groups of rows, each with a matrix of its own.
-
-        `multiply` is called as `torch._grouped_mm` is: x `(rows, m)`, sorted by group, a stack of
-        matrices, and the end of each group. Rows behind the last are what it leaves there.
-        """
-        y = multiply(x, self.base, offs=offs[self.repeat - 1 :: self.repeat].contiguous())
-        for left, right, scale in self.terms:
-            # The kernels need rows of a multiple of 16 bytes, which a small rank does not give.
-            missing = -left.shape[-1] % max(1, 16 // y.element_size())
-            h = multiply(x, F.pad(left, (0, missing)).to(x.dtype), offs=offs)
-            update = multiply(h, F.pad(right, (0, 0, 0, missing)).to(h.dtype), offs=offs)
-            y = torch.add(y, update, alpha=scale)
-        return y
-
 
 def low_rank(weight: Tensor, updates: Sequence[Update], gain: Gain | None = None) -> LowRank:
     """Return a weight and its updates as matrices: `(E, m, n)` for stacked experts, else one.
@@ -125,33 +110,6 @@ def low_rank(weight: Tensor, updates: Sequence[Update], gain: Gain | None = None
     return LowRank(matrix, tuple(terms), float32, (gain, spec.transposed) if gain else None)
 
 
-def low_rank_of_each(weight: Tensor, each: Sequence[Sequence[Update]]) -> LowRank:
-    """Return stacked experts in which each has its matrix once with the updates of each adapter.
-
-    All updates are one term, padded with zeros to one rank. `each` has the updates of an adapter,
-    none if it leaves the weight as it is.
-    """
-    pairs = [_one_term(weight, updates) for updates in each]
-    known = [pair for pair in pairs if pair is not None]
-    if not known:
-        return LowRank(weight, (), repeat=len(each))
-    rank, (left, right) = max(left.shape[2] for left, _ in known), known[0]
-    none = (torch.zeros_like(left), torch.zeros_like(right))
-    lefts, rights = zip(*(none if pair is None else pair for pair in pairs), strict=True)
-    left = torch.stack([F.pad(t, (0, rank - t.shape[2])) for t in lefts], 1).flatten(0, 1)
-    right = torch.stack([F.pad(t, (0, 0, 0, rank - t.shape[1])) for t in rights], 1).flatten(0, 1)
-    return LowRank(weight, ((left, right, 1.0),), repeat=len(each))
-
-
-def _one_term(weight: Tensor, updates: Sequence[Update]) -> tuple[Tensor, Tensor] | None:
-    """Return all updates of stacked matrices as one product, scales included."""
-    if not updates:
-        return None
-    terms = low_rank(weight, updates).terms
-    left = torch.cat([left * scale for left, _, scale in terms], 2)
-    return left, torch.cat([right for _, right, _ in terms], 1)
-
-
 def effective_weight(
     weight: Tensor, updates: Sequence[Update], *, float32: bool, gain: Gain | None = None
 ) -> Tensor:
@@ -161,6 +119,15 @@ def effective_weight(
     """
     dtype = torch.promote_types(weight.dtype, torch.float32) if float32 else weight.dtype
     return low_rank(weight, updates, gain).formed(dtype).reshape(weight.shape)
+
+
+def reads_as_sum(weight: Tensor) -> bool:
+    """Whether a packed weight is read as W + delta without being unpacked as a whole.
+
+    The class of the tensor says so (`reads_as_sum = True`) if what is selected, transposed or
+    multiplied stays packed.
+    """
+    return getattr(type(weight), "reads_as_sum", False)
 
 
 def dense_delta(spec: SiteSpec, A: Tensor, B: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

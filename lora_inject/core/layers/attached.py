@@ -340,6 +340,17 @@ def attached_to(module: nn.Module) -> Attached | None:
     return module.__dict__.get("_lora")
 
 
+def refuse_replaced_class(module: nn.Module, asked: str) -> None:
+    """Raise if a module with adapters was given a class without support for them."""
+    if attached_to(module) is not None and not hasattr(type(module), "_lora_plain"):
+        raise LayerError(
+            asked,
+            f"its layer has adapters and was later given the class {type(module).__name__}, "
+            "which leaves them inert",
+            "Eject them, then inject again",
+        )
+
+
 def held_by(module: nn.Module) -> Mapping[str, Any]:
     """Return a module's parameters by name; DataParallel keeps those of a replica elsewhere."""
     own = module.__dict__

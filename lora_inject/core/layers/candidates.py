@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lora_inject.core.layers.adapted import Adapted, plain_class
 from lora_inject.core.layers.forwards import has_own_forward, loaded_owners
 from lora_inject.core.layers.kinds import kind_of
+from lora_inject.core.layers.packed_weights import reason_against
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
-from lora_inject.core.layers.weight_kinds import reason_against
 from lora_inject.core.spec.inventory import Candidate, Inventory, Mixture
 from lora_inject.core.spec.names import is_bias, joined, parent
 from lora_inject.core.spec.rooms import room

@@ -13,17 +13,12 @@ from weakref import WeakSet
 
 from torch import nn
 
-from lora_inject.core.layers.adapted import (
-    Adapted,
-    WeightUpdate,
-    adapted_class,
-    plain_class,
-    selected_forward,
-)
-from lora_inject.core.layers.attached import Attached, attached_to
+from lora_inject.core.layers.adapted import Adapted, WeightUpdate, plain_class
+from lora_inject.core.layers.attached import Attached, attached_to, refuse_replaced_class
 from lora_inject.core.layers.forwards import saved_names
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.selection import Selection
+from lora_inject.core.layers.swapped_class import adapted_class, selected_forward
 from lora_inject.errors import LayerError
 
 # Module whose functions wrap a plain forward; `functools.wraps` hides that from `__module__`.
@@ -164,17 +159,6 @@ def check_swappable(module: nn.Module, asked: str) -> None:
             asked, f"the class of a {cls.__name__} cannot change ({error})", "Leave it out"
         ) from error
     _SWAPPABLE.add(cls)
-
-
-def refuse_replaced_class(module: nn.Module, asked: str) -> None:
-    """Raise if a module with adapters was given a class without support for them."""
-    if attached_to(module) is not None and not isinstance(module, Adapted):
-        raise LayerError(
-            asked,
-            f"its layer has adapters and was later given the class {type(module).__name__}, "
-            "which leaves them inert",
-            "Eject them, then inject again",
-        )
 
 
 _SWAPPABLE: WeakSet[type] = WeakSet()

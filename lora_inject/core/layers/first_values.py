@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from lora_inject.core.functional.factors import master_dtype
 from lora_inject.core.functional.gain import norms_of
 from lora_inject.core.layers.attached import Entry
+from lora_inject.core.layers.packed_weights import dense
 from lora_inject.core.layers.plain_tensors import is_quantized
-from lora_inject.core.layers.weight_kinds import dense
 from lora_inject.core.spec.sites import SiteSpec
 
 

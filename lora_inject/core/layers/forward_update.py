@@ -20,9 +20,9 @@ from lora_inject.core.functional.factors import Factors
 from lora_inject.core.functional.gain import updated_norms
 from lora_inject.core.layers.adapted import Adapted
 from lora_inject.core.layers.attached import Entry, Recipe, factors_of, held_by
+from lora_inject.core.layers.packed_weights import dense, is_known
 from lora_inject.core.layers.plain_tensors import PLAIN, is_quantized
 from lora_inject.core.layers.selected import Mix
-from lora_inject.core.layers.weight_kinds import UNKNOWN, dense, weight_kind
 from lora_inject.errors import LayerError, article
 
 
@@ -92,7 +92,7 @@ class ForwardUpdate(Adapted):
         """Return the gains of an adapter's outputs `(out,)`, with a gradient to its magnitude."""
         of_kind = self.weight_name if self._lora_stock else self.weight_of(self)
         weight = self._lora_own(of_kind)
-        if is_quantized(weight) and weight_kind(self, weight) is not UNKNOWN:
+        if is_quantized(weight) and is_known(self, weight):
             weight = dense(self, weight)
         elif type(weight) not in PLAIN:
             raise LayerError(

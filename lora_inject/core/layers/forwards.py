@@ -1,8 +1,8 @@
 """Forwards that somebody has put onto an instance, before that of its class.
 
 The core knows none of the libraries that do so. What is known of one is a subclass of
-`ForwardOwner` in the library's file, with a row in `FORWARD_OWNERS` (`core/spec/rooms.py`), and is
-imported only if the library is loaded.
+`ForwardOwner` in the library's file, with a row in `FORWARD_OWNERS`
+(`integrations/libraries.py`), and is imported only if the library is loaded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from lora_inject.core.spec.rooms import FORWARD_OWNERS, the_one
+from lora_inject.core.spec.rooms import library_rows, the_one
 from lora_inject.errors import LayerError
 
 
@@ -41,7 +41,9 @@ class ForwardOwner:
 
 def loaded_owners() -> list[ForwardOwner]:
     """Return those of the libraries that are loaded."""
-    return [the_one(path) for library, path in FORWARD_OWNERS if library in sys.modules]
+    return [
+        the_one(path) for library, path in library_rows("FORWARD_OWNERS") if library in sys.modules
+    ]
 
 
 def saved_names() -> list[str]:

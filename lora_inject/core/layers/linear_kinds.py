@@ -17,16 +17,11 @@ from torch import Tensor, nn
 from lora_inject.core.functional.factors import Factors
 from lora_inject.core.functional.gain import gained
 from lora_inject.core.functional.linear import add_updates, frozen_output, linear
-from lora_inject.core.layers.adapted import plain_class
+from lora_inject.core.layers.adapted import defines_forward, plain_class
 from lora_inject.core.layers.forward_update import ForwardUpdate
 from lora_inject.core.layers.own_code import OWN
+from lora_inject.core.layers.packed_weights import multiplies, packed_weight, reason_against
 from lora_inject.core.layers.plain_tensors import PLAIN
-from lora_inject.core.layers.weight_kinds import (
-    defines_forward,
-    multiplies,
-    packed_weight,
-    reason_against,
-)
 from lora_inject.core.spec.sites import Geometry
 from lora_inject.errors import LayerError
 

@@ -19,12 +19,3 @@ def is_quantized(weight: Tensor) -> bool:
     plain = weight.is_floating_point() and weight.element_size() >= 2
     sharded = hasattr(weight, "full_tensor")  # a DTensor, with the elements that it has here
     return not plain or (type(weight) not in PLAIN and not sharded)
-
-
-def reads_as_sum(weight: Tensor) -> bool:
-    """Whether a packed weight reads as W + delta, without being unpacked as a whole.
-
-    The class of the tensor says so (`reads_as_sum = True`) if what is selected, transposed or
-    multiplied stays packed.
-    """
-    return getattr(type(weight), "reads_as_sum", False)

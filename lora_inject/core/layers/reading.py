@@ -12,31 +12,24 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from lora_inject.checks.moving_buffers import buffers_to_watch, refuse_moved
 from lora_inject.core.functional.factors import needs_plain_operations
 from lora_inject.core.functional.inside import in_forward, is_watched, saving_hooks
 from lora_inject.core.functional.read_only import read_only
-from lora_inject.core.layers.attached import (
-    Attached,
-    Entry,
-    attached_to,
-    held_by,
-    refuse_mixed,
-)
-from lora_inject.core.layers.checkpointing import refuse_dead_checkpoint
-from lora_inject.core.layers.forwards import refuse_offloaded
+from lora_inject.core.functional.weight import Update, effective_weight, reads_as_sum
+from lora_inject.core.layers.adapted import Adapted
+from lora_inject.core.layers.attached import Entry, attached_to, held_by, refuse_mixed
 from lora_inject.core.layers.own_code import OWN
-from lora_inject.core.layers.plain_tensors import PLAIN, reads_as_sum
+from lora_inject.core.layers.plain_tensors import PLAIN
 from lora_inject.core.layers.sending import sent_once
+from lora_inject.core.spec.rooms import room
 from lora_inject.errors import LayerError, article
-from lora_inject.experts.lazy import lazy_weight
 from lora_inject.private import look_up
 
 # Older torch has the second only.
@@ -63,36 +56,8 @@ MOVERS: list[Callable[[nn.Module, str, Tensor], bool]] = []
 """Whether a library reads a parameter to move it or to round it, and must find it as it is."""
 
 
-class Reading(nn.Module):
-    """The part of a swapped class that reads its parameters."""
-
-    # Name of the layer's weight among its parameters.
-    weight_name: ClassVar[str] = "weight"
-    # Set on each swapped class by `adapted_class`.
-    _lora_plain: ClassVar[type[nn.Module]]
-    _lora_stock: ClassVar[bool]
-    # Set on each module by `swap`.
-    _lora: Attached
-
-    def _lora_refuse_vain(self, tensors: Iterable[Tensor]) -> None:
-        """Raise if adapters should train but no gradient would reach them."""
-        if not self.training or torch.compiler.is_compiling():
-            return
-        if torch.is_grad_enabled():
-            refuse_offloaded(self)
-        elif any(t.requires_grad for t in tensors):
-            refuse_dead_checkpoint()
-
-    def _lora_raw(self, param: str) -> Any:
-        """Return the plain class's attribute: a parameter, or a tensor in its place."""
-        computed = getattr(self._lora_plain, param, None)
-        if isinstance(computed, property):
-            return computed.__get__(self)
-        if param in self._parameters:
-            return self._parameters[param]
-        if param in self.__dict__:
-            return self.__dict__[param]
-        return super().__getattr__(param)  # raises
+class Reading(Adapted):
+    """The part of a swapped class that gives whoever reads a parameter W + delta."""
 
     def _lora_read(self, param: str, raw: Any) -> Any:
         """Return what the attribute of a parameter reads as."""
@@ -113,16 +78,6 @@ class Reading(nn.Module):
                 attached.last_read[param] = ref(raw)
         value = self._lora_value(param, raw, entries, outside=outside)
         return value if value is raw or needs_plain_operations() else read_only(value)
-
-    def _lora_value(
-        self, param: str, raw: Any, entries: Mapping[str, Entry], *, outside: bool = False
-    ) -> Any:
-        """Return W + delta, with the entries of the current selection."""
-        if not entries:
-            return raw
-        if raw is None:
-            self._lora_refuse_replaced(param)
-        return self._lora.selection.current().read(self, param, raw, entries, outside=outside)
 
     def _lora_read_mixed(
         self, param: str, raw: Any, taking: list[tuple[Entry, float]], *, outside: bool
@@ -162,7 +117,7 @@ class Reading(nn.Module):
             )
 
         stand_in = torch.empty((), dtype=raw.dtype, device=raw.device).expand(raw.shape)
-        return lazy_weight(stand_in, (), float32=False, used=used)
+        return _late(stand_in, (), used=used)
 
     def _lora_effective(
         self, raw: Tensor, taking: list[tuple[Entry, float]], outside: bool
@@ -190,18 +145,13 @@ class Reading(nn.Module):
                 if new and in_forward():
                     self._lora.read_from_outside |= {entry.mark}
 
-        if low_rank:
-            return lazy_weight(
-                value,
-                low_rank,
-                float32=float32,
-                used=used,
-                looks=True,
-                gain=gain,
-                any_shape=outside,
-            )
+        if low_rank and not needs_plain_operations():
+            how = {"float32": float32, "gain": gain, "any_shape": outside}
+            return _late(value, low_rank, used=used, looks=True, **how)
         used()
-        return value
+        if not low_rank:
+            return value
+        return effective_weight(value, low_rank, float32=float32, gain=gain)
 
     def _lora_is_read(self, entry: Entry) -> None:
         """Note that an entry takes part, and refuse dropout, which a weight cannot express."""
@@ -223,19 +173,13 @@ class Reading(nn.Module):
                 "Give the site dropout: 0, or call model.eval() to look at the weight",
             )
 
-    def _lora_refuse_replaced(self, name: str) -> None:
-        """Raise if a parameter becomes computed, as in parametrize, prune and weight_norm.
 
-        FSDP1 and DataParallel also replace parameters by plain tensors, of the same value.
-        """
-        if not self.__dict__.keys() & {"_is_fsdp_managed_module", "_is_replica"}:
-            raise LayerError(
-                f"replacing parameter {name!r} of a {type(self).__name__}",
-                "it carries an adapter, which a parametrized, pruned, quantized or fused weight "
-                "would leave behind, or take in twice",
-                "Eject the adapter first, then inject again; or call merge(model, eject=True). To "
-                f"change its values, write into layer.get_parameter({name!r})",
-            )
+def _late(weight: Tensor, updates: Sequence[Update], **how: Any) -> Tensor:
+    """Return a weight with updates, formed where it is used."""
+    # Loaded with the first weight that is read, which most models do not.
+    from lora_inject.core.functional.lazy import lazy_weight
+
+    return lazy_weight(weight, updates, **{"float32": False, **how})
 
 
 def trained(entry: Entry, value: Tensor, raw: Tensor, copy: Tensor, weight: float) -> Tensor:
@@ -274,10 +218,10 @@ def cached_forward(plain: type[nn.Module]) -> Callable[..., Any]:
         thread, running = threading.get_ident(), attached.running
         outer, running[thread] = running.get(thread), ({}, saving_hooks())
         try:
-            buffers = buffers_to_watch(self, attached) if self._buffers else {}
+            check_buffers = _watched_buffers(self)
             outputs = plain.forward(self, *args, **kwargs)
-            if buffers:
-                refuse_moved(self, attached, buffers)
+            if check_buffers is not None:
+                check_buffers()
             return outputs
         finally:
             if outer is None:
@@ -286,6 +230,13 @@ def cached_forward(plain: type[nn.Module]) -> Callable[..., Any]:
                 running[thread] = outer
 
     return forward
+
+
+def _watched_buffers(module: Reading) -> Callable[[], None] | None:
+    """Return what raises if a forward that trains has moved a buffer of its module."""
+    if module._buffers and module.training and not module._lora.still:
+        return room("moving_buffers").watched(module)  # type: ignore[no-any-return]
+    return None
 
 
 def weight_property(param: str) -> property:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_inject.core.functional.lazy import formed
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.own_code import OWN, keeping
-from lora_inject.experts.lazy import formed
 
 
 def _flat_weights(self: Any) -> Any:

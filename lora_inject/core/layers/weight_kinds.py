@@ -1,13 +1,12 @@
-"""Ways in which a weight is held packed, and what the verbs ask of each.
+"""Ways in which a weight is held packed: what a row of the table of weight kinds is.
 
-The core knows none of the libraries that
-pack weights: what is known of one is a subclass of `WeightKind` in a file named after it, with a
-row in `WEIGHT_KINDS` (`core/spec/rooms.py`). The file is imported only if the library is loaded.
+The core knows none of the libraries that pack weights: what is known of one is a subclass of
+`WeightKind` in a file named after it, with a row in `WEIGHT_KINDS` (`integrations/libraries.py`).
+The file is imported only if the library is loaded. Who asks the rows is `layers.packed_weights`.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -15,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.spec.rooms import WEIGHT_KINDS, WEIGHT_KINDS_OF_ANY, the_one
+from lora_inject.core.spec.rooms import REGISTERED
 
 Verb = Literal["inject", "train", "norms", "merge", "dequantize", "replace", "requantize"]
 """What somebody wants to do with a weight.
@@ -172,10 +171,6 @@ UNKNOWN = WeightKind()
 """What nobody knows how to unpack."""
 
 
-REGISTERED: list[WeightKind] = []
-"""Kinds from outside, asked before the rows, the newest first."""
-
-
 def register_weight_kind(kind: type[WeightKind]) -> type[WeightKind]:
     """Add a kind of weight from outside.
 
@@ -191,87 +186,6 @@ def register_weight_kind(kind: type[WeightKind]) -> type[WeightKind]:
     """
     REGISTERED.insert(0, kind())
     return kind
-
-
-def loaded_kinds() -> list[WeightKind]:
-    """Return the kinds of all libraries that are loaded, those from outside first."""
-    modules = sys.modules  # asked for each layer of a model
-    kinds = [the_one(path) for library, path in WEIGHT_KINDS if library in modules]
-    return [*REGISTERED, *kinds]
-
-
-def weight_kind(module: nn.Module, weight: Tensor) -> WeightKind:
-    """Return how a layer holds a packed weight; `UNKNOWN` if nobody knows."""
-    for kind in loaded_kinds():
-        if kind.matches(module, weight):
-            return kind
-    own = (the_one(path) for path in WEIGHT_KINDS_OF_ANY)
-    return next((kind for kind in own if kind.matches(module, weight)), UNKNOWN)
-
-
-def reason_against(verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
-    """Return why a verb cannot use a weight, packed or plain, or a layer: the first reason."""
-    kinds = (kind for kind in loaded_kinds() if kind.matches(module, weight))
-    reasons = (kind.why_not(verb, module, weight) for kind in kinds)
-    return next((reason for reason in reasons if reason is not None), None)
-
-
-@torch.no_grad()
-def dense(module: nn.Module, weight: Tensor) -> Tensor:
-    """Return the values that a packed weight stands for in its layer, as new float32."""
-    values = weight_kind(module, weight).dense(module, weight)
-    return values.to(torch.float32).contiguous()
-
-
-def packed_weight(cls: type[nn.Module]) -> str | None:
-    """Return the name of the packed weight of a class that is used as an nn.Linear but is none."""
-    if issubclass(cls, nn.Linear):
-        return None
-    names = (kind.weight_of(cls) for kind in loaded_kinds())
-    return next((name for name in names if name is not None), None)
-
-
-def multiplies(cls: type[nn.Module]) -> bool:
-    """Return whether the forward of a class is known to multiply by its weight, as nn.Linear's."""
-    return any(kind.multiplies(cls) for kind in loaded_kinds())
-
-
-def begin_training(modules: Iterable[nn.Module]) -> None:
-    """Keep packed layers from what would break the gradients of adapters."""
-    kinds = loaded_kinds()
-    for module in modules if kinds else ():
-        for kind in kinds:
-            kind.begin_training(module)
-
-
-def end_training(modules: Iterable[nn.Module]) -> None:
-    """Let packed layers do again what they did before the first adapter."""
-    kinds = loaded_kinds()
-    for module in modules if kinds else ():
-        for kind in kinds:
-            kind.end_training(module)
-
-
-def claims(modules: Iterable[nn.Module]) -> list[tuple[Any, dict[str, Any]]]:
-    """Return who says that it is quantized, with the attributes that say it."""
-    return [
-        (owner, {name: owner.__dict__[name] for name in names if name in owner.__dict__})
-        for module in modules
-        for kind in loaded_kinds()
-        for owner, names in kind.claims(module)
-    ]
-
-
-def described(weight: Tensor) -> Iterable[str] | None:
-    """Return the settings and a few codes of a packed tensor; None if no kind describes it."""
-    said = (kind.described(weight) for kind in loaded_kinds())
-    return next((each for each in said if each is not None), None)
-
-
-def defines_forward(cls: type) -> tuple[str, str]:
-    """Return the module and the name of the class whose `forward` a class has."""
-    owner = next(c for c in cls.__mro__ if "forward" in c.__dict__)
-    return owner.__module__, owner.__qualname__
 
 
 def in_dtype(bias: Tensor, dtype: torch.dtype) -> nn.Parameter:

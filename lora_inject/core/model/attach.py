@@ -15,20 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lora_inject.core.functional.weight import reads_as_sum
 from lora_inject.core.layers.adapted import WeightUpdate
 from lora_inject.core.layers.attached import Attached, Entry, attached_to, attribute, refuse_mixed
 from lora_inject.core.layers.class_swap import check_swappable, swap
 from lora_inject.core.layers.kinds import mixin_for
-from lora_inject.core.layers.plain_tensors import is_quantized, reads_as_sum
+from lora_inject.core.layers.packed_weights import begin_training, weight_kind
+from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.selection import Selection
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.layers.valueless import moved
-from lora_inject.core.layers.weight_kinds import (
-    begin_training,
-    weight_kind,
-)
 from lora_inject.core.model.carried import (
     ROOT,
     ROOT_MODULES,

@@ -24,8 +24,8 @@ from lora_inject.core.adapter.fingerprint import (
 )
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import FLOATS
+from lora_inject.core.layers.packed_weights import described
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.layers.weight_kinds import described
 from lora_inject.core.model.guards import functions
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.rooms import room

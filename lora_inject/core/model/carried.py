@@ -13,8 +13,13 @@ from weakref import WeakSet
 
 from torch import nn
 
-from lora_inject.core.layers.attached import Attached, Entry, attached_to, refuse_mixed
-from lora_inject.core.layers.class_swap import refuse_replaced_class
+from lora_inject.core.layers.attached import (
+    Attached,
+    Entry,
+    attached_to,
+    refuse_mixed,
+    refuse_replaced_class,
+)
 from lora_inject.core.layers.selection import Selection, alive
 from lora_inject.core.layers.survey import Holder, Survey, base_tensor, unwrapped
 from lora_inject.core.spec.names import joined

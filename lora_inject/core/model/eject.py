@@ -9,11 +9,11 @@ from torch import nn
 
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.class_swap import narrow, unswap
+from lora_inject.core.layers.packed_weights import end_training
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.selection import alive
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.layers.weight_kinds import end_training
 from lora_inject.core.model.carried import (
     ROOT,
     ROOT_MODULES,

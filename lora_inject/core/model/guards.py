@@ -39,7 +39,7 @@ def after(verb: str, *about: Any) -> None:
 
 def functions(name: str) -> Iterator[Callable[..., Any]]:
     """Yield the function of this name of each guard that has it."""
-    for guard in room("guards").guards():
+    for guard in room("libraries").guards():
         if (function := getattr(guard, name, None)) is not None:
             yield function
 

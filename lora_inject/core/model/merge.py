@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.fold import Tally
 from lora_inject.core.functional.merge_report import MergeReport, TensorReport
+from lora_inject.core.layers.packed_weights import claims
 from lora_inject.core.layers.selected import Mix, Selected
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
-from lora_inject.core.layers.weight_kinds import Undo, claims, in_dtype
+from lora_inject.core.layers.weight_kinds import Undo, in_dtype
 from lora_inject.core.model.carried import (
     Root,
     adapted_modules,

@@ -19,17 +19,10 @@ from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.functional.fold import Delta, Tally, Term, fold_rows, mix_copies, rows_at_once
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.layers.attached import Entry, refuse_mixed
+from lora_inject.core.layers.packed_weights import dense, packed_weight, reason_against, weight_kind
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
-from lora_inject.core.layers.weight_kinds import (
-    UNKNOWN,
-    Verb,
-    WeightKind,
-    dense,
-    packed_weight,
-    reason_against,
-    weight_kind,
-)
+from lora_inject.core.layers.weight_kinds import UNKNOWN, Verb, WeightKind
 from lora_inject.core.model.carried import whole_adapter
 from lora_inject.core.model.guards import before, holder_of_shards
 from lora_inject.core.spec.names import joined

@@ -13,14 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import Entry
+from lora_inject.core.layers.packed_weights import begin_training, loaded_kinds, reason_against
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.layers.weight_kinds import (
-    Reason,
-    begin_training,
-    loaded_kinds,
-    reason_against,
-)
+from lora_inject.core.layers.weight_kinds import Reason
 from lora_inject.core.model.carried import (
     adapted_modules,
     check_names,

@@ -11,12 +11,14 @@ from typing import Any
 
 ROOMS = {
     "algebra": "lora_inject.algebra.values",
+    "experts": "lora_inject.experts.grouped",
     "formats": "lora_inject.formats",
     "from_peft": "lora_inject.formats.from_peft",
     "graphs": "lora_inject.compiled.graphs",
-    "guards": "lora_inject.integrations.libraries",
     "hub": "lora_inject.formats.hub",
+    "libraries": "lora_inject.integrations.libraries",
     "mixtures": "lora_inject.experts.mixtures",
+    "moving_buffers": "lora_inject.checks.moving_buffers",
     "reached": "lora_inject.checks.reached",
     "sharding": "lora_inject.distributed.sharding",
     "stacks": "lora_inject.experts.stacks",
@@ -24,41 +26,10 @@ ROOMS = {
 """What is asked for, to the module that answers."""
 
 
-_QUANTIZED = "lora_inject.quantized"
-_TRANSFORMERS = "transformers.integrations"
+REGISTERED: list[Any] = []
+"""Weight kinds from outside, asked before the rows of `WEIGHT_KINDS`, the newest first."""
 
-WEIGHT_KINDS = (
-    ("bitsandbytes.nn.modules", f"{_QUANTIZED}.bitsandbytes:BitsAndBytes4"),
-    ("bitsandbytes.nn.modules", f"{_QUANTIZED}.bitsandbytes:BitsAndBytes8"),
-    ("compressed_tensors.quantization", f"{_QUANTIZED}.compressed_tensors:CompressedTensors"),
-    ("gptqmodel.nn_modules.qlinear", f"{_QUANTIZED}.gptqmodel:Kernel"),
-    ("hqq.core.quantize", f"{_QUANTIZED}.hqq:HQQ"),
-    ("optimum.quanto.nn.qlinear", f"{_QUANTIZED}.quanto:Quanto"),
-    ("torchao", f"{_QUANTIZED}.torchao:TorchAO"),
-    (f"{_TRANSFORMERS}.fbgemm_fp8", f"{_QUANTIZED}.transformers_linears:Multiplies"),
-    (f"{_TRANSFORMERS}.finegrained_fp8", f"{_QUANTIZED}.transformers_linears:FineGrained"),
-    (f"{_TRANSFORMERS}.metal_quantization", f"{_QUANTIZED}.transformers_linears:Multiplies"),
-    (f"{_TRANSFORMERS}.mxfp4", f"{_QUANTIZED}.transformers_mxfp4:KernelExperts"),
-    ("transformers.models.falcon.modeling_falcon", f"{_QUANTIZED}.transformers_linears:Multiplies"),
-    ("transformers.quantizers.base", f"{_QUANTIZED}.transformers_quantizers:Quantized"),
-)
-"""Ways in which a weight is held packed, asked in this order: the module of the library that has to
-be loaded, and the class that knows it (`core/layers/weight_kinds.py`)."""
-
-WEIGHT_KINDS_OF_ANY = (
-    f"{_QUANTIZED}.own_values:OfTensor",
-    f"{_QUANTIZED}.own_values:OfLayer",
-)
-"""Those of whatever library, asked last."""
-
-
-FORWARD_OWNERS = (
-    ("accelerate.hooks", "lora_inject.integrations.accelerate:Hooks"),
-    ("compressed_tensors.quantization", f"{_QUANTIZED}.compressed_tensors:Forwards"),
-)
-"""Who puts forwards onto instances: a module of the library that has to be loaded, and the class
-that knows it (`core/layers/forwards.py`)."""
-
+_TABLES: dict[str, Any] = {}  # those that `library_rows` has been handed
 _MADE: dict[str, Any] = {}  # the objects that `the_one` has made
 
 
@@ -70,6 +41,18 @@ def room(name: str) -> Any:
         'lora_inject.formats.from_peft'
     """
     return import_module(ROOMS[name])
+
+
+def library_rows(name: str) -> Any:
+    """Return a table of what is known of other libraries: the core is handed each of them once.
+
+    Examples:
+        >>> {len(row) for row in library_rows("WEIGHT_KINDS")}
+        {2}
+    """
+    if name not in _TABLES:
+        _TABLES[name] = getattr(room("libraries"), name)
+    return _TABLES[name]
 
 
 def standing_at(path: str) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lora_inject.core.functional.factors import needs_plain_operations
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.linear import differentiate
+from lora_inject.core.functional.picking import PICKED, writes
 from lora_inject.core.functional.read_only import (
     ReadOnly,
     read_only,
@@ -28,18 +29,16 @@ from lora_inject.core.functional.read_only import (
     still_read_only,
     unmarked,
 )
+from lora_inject.core.functional.unstored import DEVICE, can_make, unstored
 from lora_inject.core.functional.weight import (
     LowRank,
     Update,
     effective_weight,
     low_rank,
-    low_rank_of_each,
+    reads_as_sum,
 )
-from lora_inject.core.layers.plain_tensors import reads_as_sum
+from lora_inject.core.spec.rooms import room
 from lora_inject.errors import LayerError
-from lora_inject.experts.picking import PICKED, writes
-from lora_inject.experts.unstored import DEVICE, can_make, unstored
-from lora_inject.private import look_up
 from lora_inject.trees import tree_map_only
 
 PLAIN = (Tensor, nn.Parameter)
@@ -87,26 +86,18 @@ def lazy_weight(
     if not can_wait:
         used()
         return effective_weight(weight, updates, float32=float32, gain=gain)
-    return _begun(_Read(weight, updates, gain, used, looks, matrices))
+    return begun(Read(weight, updates, gain, used, looks, matrices))
 
 
-def lazy_stack(weight: Tensor, each: Sequence[Sequence[Update]]) -> Tensor:
-    """Return stacked experts with each matrix once for each adapter, with the adapter's updates.
-
-    Adapter by adapter for one expert, then the next expert; see `low_rank_of_each`.
-    """
-    read = _ReadForEach(weight, each)
-    return read.formed() if not can_make else _begun(read)
-
-
-def _begun(read: _Read) -> Tensor:
+def begun(read: Read) -> Tensor:
+    """Return a reading as a lazy weight."""
     if not torch.is_grad_enabled():
         return _made(read, read.shape, read.weight.stride())
     found: Tensor = _Deferred.apply(read, *read.leaves)  # type: ignore[no-untyped-call]
     return found
 
 
-class _Read:
+class Read:
     """One reading of a weight, shared by all lazy weights that come from it.
 
     Attributes:
@@ -189,23 +180,10 @@ class _Read:
         return self._matrices[dtype][index]
 
 
-class _ReadForEach(_Read):
-    """Likewise of stacked experts with the updates of several adapters."""
-
-    def __init__(self, weight: Tensor, each: Sequence[Sequence[Update]]) -> None:
-        self._each = each
-        super().__init__(weight, [u for us in each for u in us], None, lambda: None, True, True)
-        self.shape = torch.Size((len(weight) * len(each), *weight.shape[1:]))
-
-    def sum(self) -> LowRank:
-        """Return the matrices and their updates, with the graph of the caller."""
-        return low_rank_of_each(self.weight, self._each)
-
-
 class LazyWeight(ReadOnly):
     """The weight that was read, or one or some of its matrices (`index`); maybe transposed."""
 
-    _read: _Read
+    _read: Read
     _index: int | Tensor | None
     _is_turned: bool
     _formed: Tensor | None
@@ -275,7 +253,7 @@ class LazyWeight(ReadOnly):
         refuse_writing(cls, func, args, kwargs)
         if func == _DATA:
             return read_only(args[0].beneath())
-        product = _PRODUCTS.get(func) or _PRODUCTS_BY_NAME.get(str(func))
+        product = _PRODUCTS.get(func) or room("experts").product(func)
         if product is not None and _is_thin(product, args, kwargs):
             found = product(*map(unmarked, args), **kwargs)
             if found is not NotImplemented:
@@ -320,7 +298,7 @@ def formed(weight: Any) -> Any:
 
 
 def _made(
-    read: _Read, size: Any, stride: Any, index: int | Tensor | None = None, turned: bool = False
+    read: Read, size: Any, stride: Any, index: int | Tensor | None = None, turned: bool = False
 ) -> LazyWeight:
     weight = read.weight
     made: LazyWeight = unstored(LazyWeight, size, stride, dtype=weight.dtype, device=weight.device)
@@ -333,7 +311,7 @@ class _Deferred(torch.autograd.Function):
     """The autograd node of a lazy weight, for gradients with respect to the formed weight."""
 
     @staticmethod
-    def forward(ctx: Any, read: _Read, *_: Tensor) -> LazyWeight:
+    def forward(ctx: Any, read: Read, *_: Tensor) -> LazyWeight:
         ctx.read = read
         return _made(read, read.shape, read.weight.stride())
 
@@ -440,38 +418,9 @@ def _embedding(
     return weight.value().looked_up(ids, padding_idx)
 
 
-# Those of them that this torch has; the first is the one that is called.
-_GROUPED_MM = [
-    function
-    for function in (look_up("torch._grouped_mm"), getattr(F, "grouped_mm", None))
-    if function is not None
-]
-
-
-def _grouped_mm(
-    x: Tensor, weight: Any, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
-) -> Any:
-    plain = bias is None and out_dtype is None
-    multiply = _GROUPED_MM[0]
-    return _grouped(multiply, x, weight, offs) if plain else NotImplemented
-
-
-def _grouped_fallback(x: Tensor, weight: Any, offs: Tensor) -> Any:
-    """`transformers.integrations.moe`: the replacement for `torch._grouped_mm`."""
-    return _grouped(torch.ops.transformers.grouped_mm_fallback, x, weight, offs)
-
-
-def _grouped(multiply: Callable[..., Tensor], x: Tensor, weight: Any, offs: Tensor | None) -> Any:
-    thin = type(x) in PLAIN and isinstance(weight, LazyWeight) and x.dtype == weight.dtype
-    if not thin or offs is None or x.dim() != 2 or weight.dim() != 3:
-        return NotImplemented
-    return weight.value().grouped_product(multiply, x, offs)
-
-
 _PRODUCTS: dict[Any, Callable[..., Any]] = {
     F.embedding: _embedding,
     F.linear: _linear,
-    **dict.fromkeys(_GROUPED_MM, _grouped_mm),
     torch.addmm: _addmm,
     torch.bmm: _bmm,
     torch.matmul: _matmul,
@@ -481,9 +430,6 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
     Tensor.matmul: _matmul,
     Tensor.mm: _mm,
 }
-# Custom operations, which exist once their library is imported.
-_PRODUCTS_BY_NAME = {"transformers.grouped_mm_fallback": _grouped_fallback}
-
 _DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _HOOKS = {Tensor.register_hook, Tensor.retain_grad}

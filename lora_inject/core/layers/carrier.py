@@ -1,0 +1,139 @@
+"""What else a swapped class does like the class below it: move, cast, save, load and register."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.core.functional.read_only import ReadOnly
+from lora_inject.core.layers.adapted import raw_parameter
+from lora_inject.core.layers.attached import held_by
+from lora_inject.core.layers.own_code import OWN, keeping
+from lora_inject.core.layers.reading import Reading
+from lora_inject.core.layers.valueless import EMPTYING, moved
+from lora_inject.errors import LayerError
+
+
+class Carrier(Reading):
+    """The part of a swapped class that looks after the tensors of the module."""
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Move or cast like nn.Module, but never narrow an adapter's float32 masters."""
+        held = (self._parameters[name] for name in self._lora.flat)
+        masters = {id(t) for p in held if p is not None for t in (p, p.grad)}
+
+        def keep_wide(t: Tensor) -> Tensor:
+            out: Tensor = fn(t)
+            if out.dtype == t.dtype or id(t) not in masters or out.dtype.itemsize >= 4:
+                return out
+            return t.to(out.device, torch.float32)
+
+        super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
+        for name in self._lora.flat:
+            self._lora.selection.extend_to(held_by(self)[name].device)
+        moved(self, emptied=getattr(fn, "__code__", None) in EMPTYING)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save like nn.Module, and note what the tensors do not tell."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        noted = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if noted is not None:
+            from lora_inject.core.layers.forms import note_forms  # no part of a forward
+
+            note_forms(self._lora, noted)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Let a plain base checkpoint load strictly; half an adapter is still missing keys."""
+        from lora_inject.core.layers.forms import form_key, refuse_unfit
+
+        refuse_unfit(self, prefix, state_dict, local_metadata)
+        waits = bool(self._lora.valueless or self._lora.by_reset)
+        if waits:
+            from lora_inject.core.layers.starting import names_given, start_loaded
+
+            given = names_given(self, state_dict, prefix)
+        with keeping(self._lora, replaces=True):
+            lists = missing_keys, unexpected_keys, error_msgs
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        if waits:
+            start_loaded(self, given)
+        forms = {prefix + form_key(entry) for entry in self._lora.entries()}
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in forms]
+        by_adapter: dict[str, list[str]] = {}
+        for entry in self._lora.entries():
+            by_adapter.setdefault(entry.adapter, []).extend(
+                prefix + n for n in entry.names.values()
+            )
+        loading = self._lora.selection.loading(missing_keys)
+        for adapter, keys in by_adapter.items():
+            loading.note(adapter, keys, found=any(key in state_dict for key in keys))
+
+    def extra_repr(self) -> str:
+        """Return the plain layer's description and the adapters on it."""
+        notes = Counter(f"{e.adapter}: r={e.spec.rank}" for e in self._lora.entries() if e.spec)
+        parts = [f"{note} x{n}" if n > 1 else note for note, n in notes.items()]
+        adapters = f"lora={{{', '.join(parts)}}}" if parts else ""
+        return ", ".join(filter(None, [super().extra_repr(), adapters]))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register like nn.Module, but nothing in the place of an adapted weight, or of A.
+
+        What is put there may be the weight with something done to it: quantized, pruned, or fused
+        with a norm, of which the update knows nothing. Nor does a weight get a second name, the
+        first step of torch's `prune`, which later cannot be undone.
+        """
+        attached = self._lora
+        loads = OWN.keeps is attached and OWN.replaces
+        weight = (self.weight_name,) if attached.forward else ()
+        for adapted in (*attached.reads, *weight, *attached.flat):
+            if adapted not in self._parameters and attached.put_back(adapted, self._parameters):
+                self._lora_refuse_replaced(adapted)
+            held = self._parameters.get(adapted)
+            if held is None or (loads and param is not None):
+                continue
+            another = param is not held and not hasattr(param, "full_tensor")
+            if another if name == adapted else param is held or isinstance(param, ReadOnly):
+                self._lora_refuse_replaced(adapted)
+        super().register_parameter(name, param)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """Return a Parameter itself, as `parameters()` yields it."""
+        return raw_parameter(self, target)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete like nn.Module, but not what carries an adapter."""
+        adapted = name in self._lora.flat or any(e.param == name for e in self._lora.entries())
+        if name in self._parameters and adapted:
+            self._lora_refuse_replaced(name)
+        super().__delattr__(name)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Make the replica that torch's DataParallel fills, of the swapped class."""
+        replica: Any = object.__new__(type(self))
+        replica.__dict__ = {**self.__dict__, "_parameters": {}, "_is_replica": True}
+        replica._buffers, replica._modules = self._buffers.copy(), self._modules.copy()
+        if (flat := self.__dict__.get("_flat_weights")) is not None:  # replicas write theirs
+            replica.__dict__["_flat_weights"] = flat[:]
+        return replica
+
+    def __prepare_scriptable__(self) -> Any:
+        """Raise, before torch.jit.script has changed anything."""
+        raise LayerError(
+            f"torch.jit.script of a {type(self).__name__}",
+            "it carries an adapter, which a script cannot",
+            "Call merge(model, eject=True) first, or use torch.jit.trace or torch.export",
+        )

@@ -1,0 +1,155 @@
+"""The swapped class: a module's own class with a mixin to the left of it, made once per class.
+
+PyTorch's FSDP2 and parametrize work the same way.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+from weakref import WeakValueDictionary
+
+from torch import nn
+
+from lora_inject.core.layers.adapted import Adapted, WeightUpdate
+from lora_inject.core.layers.carrier import Carrier
+from lora_inject.core.layers.loading import watch_loading
+from lora_inject.core.layers.own_code import keeping
+from lora_inject.core.layers.reading import cached_forward, weight_property
+from lora_inject.errors import LayerError
+
+
+class Swapped(Carrier):
+    """Base of every swapped class: built, copied and pickled as the class below it."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Keep a swapped class from bases that register their subclasses, or want options."""
+        if "_lora_plain" not in cls.__dict__:
+            super().__init_subclass__(**options)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Build the plain class: `type(layer)(...)` must not make a carrier without adapters."""
+        if "_lora_plain" not in cls.__dict__ and not args and not kwargs:
+            return object.__new__(cls)  # a copy of a class on top of ours (torch's parametrize)
+        return cls._lora_plain(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy by the plain class, from which the swapped one is made again."""
+        mixin = self._lora_mixin
+        found = super().__reduce_ex__(2)
+        state = found[2] if isinstance(found, tuple) and len(found) > 2 else self.__dict__
+        attributes = state[0] if isinstance(state, tuple) and state else state
+        if not isinstance(attributes, dict) or "_lora" not in attributes:
+            raise LayerError(
+                f"a copy or pickle of a {type(self).__name__}",
+                "its own __getstate__ leaves out what carries the adapters",
+                "Let it return all of __dict__, or eject first",
+            )
+        return _rebuild, (self._lora_plain, mixin, tuple(sorted(self._lora_reads))), state
+
+
+def selected_forward(plain: type[nn.Module]) -> Callable[..., Any]:
+    """Return a forward with the signature of the plain one, by whoever is selected."""
+
+    @functools.wraps(plain.forward)
+    def forward(self: Adapted, *args: Any, **kwargs: Any) -> Any:
+        return Adapted.forward(self, *args, **kwargs)
+
+    return forward
+
+
+# Holds a class while a module has it, and lets it go with the last one.
+_CLASSES: WeakValueDictionary[Any, type[Adapted]] = WeakValueDictionary()
+
+
+def adapted_class(
+    plain: type[nn.Module], mixin: type[Adapted], reads: Iterable[str]
+) -> type[Adapted]:
+    """Return the swapped class of a plain class: one per class, or torch.compile guards fail.
+
+    `reads` are the parameters whose effective value is read, besides the weight of a stock layer.
+    """
+    watch_loading()
+    stock = mixin.stock(plain)
+    key = (plain, mixin, frozenset({*reads, mixin.weight_name} if stock else reads))
+    found = _CLASSES.get(key)
+    if found is None:
+        namespace: dict[str, Any] = {name: weight_property(name) for name in sorted(key[2])}
+        namespace |= {
+            "_lora_plain": plain,
+            "_lora_mixin": mixin,
+            "_lora_reads": key[2],
+            "_lora_stock": stock,
+            "__module__": plain.__module__,
+            "__qualname__": plain.__qualname__,
+            "__doc__": plain.__doc__,
+            **_members_of(plain),
+        }
+        if callable(getattr(plain, "reset_parameters", None)):
+            namespace["reset_parameters"] = _resetting(plain)
+        if mixin is WeightUpdate:
+            namespace["forward"] = selected_forward(plain)
+            namespace["_lora_cached"] = cached_forward(plain)
+        found = types.new_class(
+            plain.__name__, (mixin, Swapped, plain), exec_body=lambda ns: ns.update(namespace)
+        )
+        if _layout(plain) is not _layout(mixin):
+            found = _in_layout_of(plain, found, namespace)
+        _CLASSES[key] = found
+    return found
+
+
+def _members_of(plain: type[nn.Module]) -> dict[str, Any]:
+    """Return further members for the swapped class of an LSTM, GRU or RNN."""
+    if not issubclass(plain, nn.RNNBase):
+        return {}
+    # Here, as it imports torch's compiler, which doubles the start of a program.
+    from lora_inject.core.layers.recurrent import RECURRENT
+
+    return RECURRENT
+
+
+def _resetting(plain: Any) -> Callable[..., Any]:
+    """Return the `reset_parameters` of a swapped class, which finds the parameters themselves."""
+
+    @functools.wraps(plain.reset_parameters)
+    def reset_parameters(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with keeping(self.__dict__["_lora"]):
+            result = plain.reset_parameters(self, *args, **kwargs)
+        if self.__dict__["_lora"].valueless:
+            from lora_inject.core.layers.starting import start_reset
+
+            start_reset(self)
+        return result
+
+    return reset_parameters
+
+
+def _layout(cls: type) -> type:
+    """Return the class that the memory layout of a class begins with; usually nn.Module."""
+    while (base := cls.__base__) is not object and base is not None:
+        cls = base
+    return cls
+
+
+def _in_layout_of(plain: type, wanted: type[Adapted], namespace: dict[str, Any]) -> type[Adapted]:
+    """Return a class like `wanted` that instances of `plain` can change to.
+
+    Python lets an object change its class only where both derive first from the same layout. Where
+    a mixin stands before nn.Module (optimum-quanto's QLinear) ours has to come second among the
+    bases, and first in the order in which methods are looked up.
+    """
+    meta: Any = type("Reordered", (type(plain),), {"mro": lambda cls: [cls, *wanted.__mro__[1:]]})
+    bases = wanted.__bases__[::-1]
+    found: type[Adapted] = types.new_class(
+        plain.__name__, bases, {"metaclass": meta}, lambda ns: ns.update(namespace)
+    )
+    return found
+
+
+def _rebuild(plain: type[nn.Module], mixin: type[Adapted], reads: tuple[str, ...]) -> Adapted:
+    """Make an empty carrier, for pickle and deepcopy, which then restore its state."""
+    made: Adapted = object.__new__(adapted_class(plain, mixin, reads))
+    return made
