@@ -164,8 +164,8 @@ def _print_difference(difference: Difference, *, everything: bool) -> None:
         where = "in only one of them" if distance is None else f"|one - two| = {distance:.3g}"
         show.say(f"trained {name}: {where}")
     cosine = "-" if difference.cosine is None else f"{difference.cosine:.6f}"
-    distance = f"|one - two| = {difference.distance:.6g}"
-    show.say_words(f"{_likeness(difference)}; {distance}, cosine {cosine}, over all sites")
+    apart = f"|one - two| = {difference.distance:.6g}"
+    show.say_words(f"{_likeness(difference)}; {apart}, cosine {cosine}, over all sites")
 
 
 def _likeness(difference: Difference) -> str:
