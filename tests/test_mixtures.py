@@ -299,3 +299,64 @@ def test_experts_that_a_rule_excludes_are_named() -> None:
     model, _ = experts("qwen3_moe")
     plan = li.plan(model, {"targets": ["all-experts"], "exclude": ["down_proj"]})
     assert "not adapted of the experts: 'model.layers.0.mlp.experts.down_proj'" in plan.notes
+
+
+# ------------------------------------------------------------------------------------------ advice
+
+
+def moe(**sizes: Any) -> nn.Module:
+    import transformers
+
+    wanted = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+    wanted |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 8, "head_dim": 16}
+    wanted |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    with torch.device("meta"):
+        return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**wanted | sizes))
+
+
+def test_advice_takes_experts_at_the_rank_that_the_active_ones_share() -> None:
+    model = moe()
+    config = li.advise(model, 30_000)
+    plan = li.plan(model, config)
+    experts = {site.rank for site in plan.sites if site.experts}
+    assert experts == {config.rank // 2}
+    assert config.to_dict()["targets"] == [
+        "all-linear",
+        {"match": "all-experts", "rank": {"active": config.rank}},
+    ]
+    larger = config.to_dict() | {"rank": config.rank + 1, "expect": {"sites": plan.n_sites}}
+    larger["targets"][1]["rank"]["active"] = config.rank + 1
+    assert plan.n_lora <= 30_000 < li.plan(model, larger).n_lora
+
+
+def test_advice_leaves_experts_out_where_not_even_rank_1_fits_and_says_so() -> None:
+    from lora_inject.core.layers.candidates import inventory
+    from lora_inject.core.layers.survey import Survey
+    from lora_inject.trials.advise import advised, remarks
+
+    names = inventory(Survey(moe()))
+    config = advised(names, 3_000)
+    assert [rule.match for rule in config.targets] == ["all-linear"]
+    said = " ".join(remarks(names, config))
+    whole = advised(names, 10**9)
+    least = int(said.partition("with them it takes ")[2].partition(" at least")[0].replace(",", ""))
+    assert li.plan(moe(), advised(names, least)).n_lora == least
+    assert [rule.match for rule in advised(names, least - 1).targets] == ["all-linear"]
+    assert "left out" not in " ".join(remarks(names, whole))
+    assert "ten times that of full fine-tuning" in said
+
+
+def test_the_command_prints_what_is_known_beside_a_config_that_loads(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from lora_inject.cli.program import app
+
+    moe().config.save_pretrained(tmp_path)  # type: ignore[operator, union-attr]
+    given = ["advise", str(tmp_path), "--budget", "70k", "--for", "rl"]
+    out = CliRunner().invoke(app, given).stdout
+    config = li.Config.from_text(out)
+    assert (config.alpha, config.rank) == (32, 32)
+    assert "6.9e-04 to 1.3e-02 by its formula for a" in " ".join(out.replace("#", " ").split())
+    assert "Large ones cost LoRA more" in out
+    wrong = CliRunner().invoke(app, [*given[:-1], "sleep"])
+    assert isinstance(wrong.exception, li.ConfigError) or "no purpose" in wrong.output

@@ -749,9 +749,18 @@ def test_advice_is_the_largest_rank_that_fits_and_says_what_fits_below_one() -> 
         model = of_llama()
     one = li.plan(model, {"rank": 1, "targets": ["all-linear"]}).n_lora
     config = li.advise(model, 3 * one + one // 2)
-    assert (config.rank, config.alpha) == (3, 6.0)
+    assert (config.rank, config.alpha) == (3, 32.0)
     assert config.expect == li.Expect(sites=14, lora=3 * one)
     assert li.plan(model, config).n_lora == 3 * one
     with pytest.raises(li.MatchError, match=r"there is no rule for less.*layers\.\*\.self_attn"):
         li.advise(model, one - 1)
     assert li.advise(model, 10**12).rank == 16
+
+
+@pytest.mark.parametrize(("purpose", "rank"), [("sft", 256), ("rl", 32), ("classify", 16)])
+def test_advice_ends_at_the_rank_that_helps_a_purpose(purpose: str, rank: int) -> None:
+    model = nn.Sequential(nn.Linear(512, 512, device="meta"))
+    config = li.advise(model, 10**9, purpose=purpose)  # type: ignore[arg-type]
+    assert (config.rank, config.alpha) == (rank, 32.0)
+    with pytest.raises(li.ConfigError, match=r"no purpose 'rI'\. .*(rl|sft)"):
+        li.advise(model, 10**9, purpose="rI")  # type: ignore[arg-type]

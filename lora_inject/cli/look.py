@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -52,23 +53,24 @@ def advise_command(
     budget: Annotated[
         str, Option(metavar="N", help="Most parameters in A and B, such as 170k or 1.5M.")
     ],
+    purpose: Annotated[
+        str, Option("--for", help="What it is trained for: sft, rl or classify.")
+    ] = "sft",
 ) -> None:
-    """Print a config to start from, within a budget.
+    """Print a config to start from, within a budget, with what is known of its learning rate.
 
-    One rank on all linear layers of MODEL.
+    One rank on all linear layers and experts of MODEL.
     """
-    from lora_inject.trials.advise import advised
+    from lora_inject.trials.advise import advised, remarks
 
     number = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", budget)
     if number is None:
         raise BadParameter(f"{budget!r} is not a number such as 170k", param_hint="--budget")
     most = int(float(number[1]) * {"": 1, "k": 1000, "m": 1_000_000}[number[2].lower()])
-    config = advised(_inventory_of(given.model_folder(model)), most)
-    show.say(
-        "# One rank on all linear layers: at an equal number of parameters hard to beat.\n"
-        "# Tune the learning rate at a small rank: it matters more, and hardly depends\n"
-        "# on the rank."
-    )
+    inventory = _inventory_of(given.model_folder(model))
+    config = advised(inventory, most, purpose)
+    for remark in remarks(inventory, config):
+        show.say(textwrap.fill(remark, 88, initial_indent="# ", subsequent_indent="#   "))
     show.say(config.to_yaml().rstrip())
 
 

@@ -68,13 +68,13 @@ def rank_of_each(candidate: Candidate, together: int, asked: str) -> int:
     """
     wanted = f"rank: {{active: {together}}}"
     if candidate.active is None:
-        found = f"{wanted}, but the model does not say to how many experts its tokens go"
+        problem = f"{wanted}, but the model does not say to how many experts its tokens go"
         remedy = "Give the rule a rank; {active: ...} is for experts beside a router with top_k"
-        raise MatchError(asked, found, remedy)
+        raise MatchError(asked, problem, remedy)
     if together < candidate.active:
-        found = f"{wanted}, but a token goes to {candidate.active} experts"
+        problem = f"{wanted}, but a token goes to {candidate.active} experts"
         remedy = f"Give active: {candidate.active} or more: it is divided by that"
-        raise MatchError(asked, found, remedy)
+        raise MatchError(asked, problem, remedy)
     return together // candidate.active
 
 
@@ -201,20 +201,20 @@ def why_no_stack(pattern: str, names: Iterable[str]) -> tuple[str, str] | None:
     if not inside or not _STACKED.search(pattern):
         return None
     parts = "|".join(dict.fromkeys(inside))
-    found = "experts are modules here, each of its own, as in transformers 4"
-    return found, rf"Match those: experts\.\d+\.({parts})"
+    problem = "experts are modules here, each of its own, as in transformers 4"
+    return problem, rf"Match those: experts\.\d+\.({parts})"
 
 
 def why_no_experts(inventory: Inventory) -> tuple[str, str]:
-    """Return what was found, and what to do, where `all-experts` means nothing."""
+    """Return what was problem, and what to do, where `all-experts` means nothing."""
     stacks = [c.name for c in inventory.candidates if c.experts is not None]
     there = f"; it has {quoted([*templates(stacks)][:3])}" if stacks else ""
-    found = f"the model has no experts that a router chooses among{there}"
+    problem = f"the model has no experts that a router chooses among{there}"
     remedy = (
         "Name the stack by a pattern. Experts are known by transformers' class, or by a router "
         "beside them with an output for each, in a block that states top_k"
     )
-    return found, remedy
+    return problem, remedy
 
 
 def notes_on_experts(

@@ -19,9 +19,23 @@ from lora_inject.errors import MatchError
 BYTES_EACH = 4
 """Bytes of a parameter in a saved adapter: float32, also for a 16-bit base."""
 SEARCHED = ("targets", "rank", "alpha", "variant", "expect")
-_NAMES = {"targets": "{}", "rank": "r{}", "scale": "x{}", "variant": "{}", "lr": "lr {}"}
+_NAMES = {
+    "targets": "{}",
+    "rank": "r{}",
+    "scale": "x{}",
+    "alpha": "a{}",
+    "variant": "{}",
+    "lr": "lr {}",
+}
 """What may vary, to its name in the name of a trial."""
-_DRAWN = ("targets", "variant", "rank", "scale", "lr")  # in this order: it is part of a seed
+_DRAWN = (
+    "targets",
+    "variant",
+    "rank",
+    "scale",
+    "alpha",
+    "lr",
+)  # in this order: it is part of a seed
 
 
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -119,7 +133,7 @@ def _rounded(key: str, value: float) -> float:
 class Space(YamlModel):
     r"""What a search tries.
 
-    `rank`, `scale` and `lr` each take a value, a list of choices, or a range
+    `rank`, `alpha`, `scale` and `lr` each take a value, a list of choices, or a range
     `{from: 1e-4, to: 1e-2}`; `variant` takes a value or a list.
 
     Raises:
@@ -144,8 +158,10 @@ class Space(YamlModel):
     targets: Annotated[dict[Annotated[str, Field(pattern=r"^[\w-]+$")], Rules], _Some]
     """Choices of layers: a name, which the tables show, to rules as in a config."""
     rank: Varied[Rank] = (8,)
-    scale: Varied[_Positive] = (2.0,)
-    """alpha / rank."""
+    alpha: Varied[_Positive] = (32.0,)
+    """The same for all ranks: the best learning rate then hardly depends on the rank."""
+    scale: Varied[_Positive] | None = None
+    """alpha / rank, in place of alpha."""
     lr: Varied[_Positive]
     """Largest learning rate in the schedule."""
     variant: Annotated[tuple[Variant, ...], _Some, Distinct, _Read] = ("lora",)
@@ -161,8 +177,10 @@ class Space(YamlModel):
     @model_validator(mode="after")
     def _chooses(self) -> Self:
         if wrong := [key for key in SEARCHED if key in self.config]:
-            remedy = "Give it as a key of the space (alpha: as scale, which is alpha / rank)"
+            remedy = "Give it as a key of the space (alpha: or scale, alpha / rank)"
             raise ValueError(f"config has {wrong[0]!r}, which the space sets", remedy)
+        if self.scale is not None and "alpha" in self.model_fields_set:
+            raise ValueError("alpha and scale are both given", "Give one: scale is alpha / rank")
         if self.ranges() and self.trials is None:
             problem = f"{next(iter(self.ranges()))} is a range, and trials is missing"
             raise ValueError(problem, "Say how many to draw, such as trials: 16")
@@ -174,7 +192,8 @@ class Space(YamlModel):
 
     def choices(self) -> dict[str, tuple[Any, ...]]:
         """Return each key that has choices, and its choices."""
-        return {key: tuple(v) for key in _DRAWN if not isinstance(v := getattr(self, key), Range)}
+        given = {key: getattr(self, key) for key in _DRAWN}
+        return {k: tuple(v) for k, v in given.items() if v and not isinstance(v, Range)}
 
     def ranges(self) -> dict[str, Range]:
         """Return each key that has a range, and its range."""
@@ -215,7 +234,7 @@ class Space(YamlModel):
             of_point = {
                 "targets": self.targets[point["targets"]],
                 "rank": point["rank"],
-                "alpha": point["scale"] * point["rank"],
+                "alpha": point["scale"] * point["rank"] if self.scale else point["alpha"],
                 "variant": point["variant"],
             }
             config = Config.from_dict({**self.config, **of_point})

@@ -64,6 +64,7 @@ class Task:
         return {
             "targets": {"all": ["all-linear"], "qv": [self.rules]},
             "rank": [1, 4],
+            "scale": 2,
             "lr": [5e-4, 2e-3, 8e-3, 3.2e-2],
             "seed": seed,
             "training": {"schedule": "linear"},
