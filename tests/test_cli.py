@@ -10,6 +10,7 @@ import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from conftest import fill
 from helpers.adapter_states import spoil
 from helpers.forks import program
@@ -24,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 import lora_inject as li
-from lora_inject.checkpoint import VerifyReport
+from lora_inject.checkpoint import VerifyReport, merge_files
 from lora_inject.cli import app, show
 from lora_inject.cli.program import EXAMPLES
 from lora_inject.core.spec.columns import Listing
@@ -466,6 +468,42 @@ def test_merge_json_is_the_report(run, files, tmp_path):
         assert tensor["error"] == pytest.approx(float((moved - D).norm() / D.norm()), rel=1e-4)
 
 
+def test_merge_replaces_a_checkpoint_only_when_asked_and_only_a_checkpoint(run, files, tmp_path):
+    out = tmp_path / "out"
+    args = ["merge", files.base, files.one, "-o", out]
+    assert run(*args).code == 0
+    first = load_file(out / "model.safetensors")
+    refused = run(*args, "--weight", "2")
+    assert refused.code == 1
+    assert "--overwrite replaces a checkpoint" in refused.err
+    assert run(*args, "--weight", "2", "--overwrite").code == 0
+    second = load_file(out / "model.safetensors")
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert [path.name for path in tmp_path.glob("*out*")] == ["out"]
+
+    (out / "notes").mkdir()
+    refused = run(*args, "--overwrite")
+    assert refused.code == 1
+    assert "what is in it is no checkpoint" in refused.err
+    assert load_file(out / "model.safetensors").keys() == second.keys()
+
+
+def test_a_merge_that_fails_at_the_end_leaves_the_checkpoint_that_it_would_replace(
+    run, files, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    args = ["merge", files.base, files.one, "-o", out]
+    assert run(*args).code == 0
+    before = (out / "model.safetensors").read_bytes()
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(merge_files, "rename_folder", fails)
+    assert run(*args, "--weight", "2", "--overwrite").code == 1
+    assert (out / "model.safetensors").read_bytes() == before
+
+
 def test_merge_dry_run_writes_nothing(run, files, tmp_path):
     out = tmp_path / "out"
     found = run("merge", files.base, files.one, "-o", out, "--dry-run")
@@ -778,13 +816,13 @@ def test_help_lists_the_commands_as_people_need_them(run):
     known = ["plan", "inspect", "analyze", "merge", "verify", "extract", "schema"]
     assert [name for name in names if name in known] == known
     assert "..." not in found.out.partition("Commands:")[2]  # each line is a whole sentence
-    assert {info.callback.__name__ for info in app.registered_commands} == set(names)
+    assert {info.name for info in app.registered_commands} == set(names)
     assert "Exit codes: 0 done" in found.out
 
 
-@pytest.mark.parametrize("info", app.registered_commands, ids=lambda info: info.callback.__name__)
+@pytest.mark.parametrize("info", app.registered_commands, ids=lambda info: info.name)
 def test_help_of_every_command_names_its_arguments_and_speaks_no_python(run, info):
-    name = info.callback.__name__
+    name = info.name
     found = run(name, "--help")
     assert found.code == 0
     usage = found.out.partition("\n")[0]
@@ -794,3 +832,37 @@ def test_help_of_every_command_names_its_arguments_and_speaks_no_python(run, inf
     assert not re.search(r"^ *--[\w-]+, --", found.out, re.MULTILINE)  # each option has one name
     assert f"Example:\n  lora-inject {name} " in found.out
     assert "Exit codes: 0 done" in found.out
+
+
+# ----------------------------------------------------------------------------- colors, completion
+
+
+def test_what_failed_is_red_on_a_terminal_unless_colors_are_unwanted(monkeypatch):
+    written = []
+    monkeypatch.setattr(show, "_write", lambda text, *, err: written.append((text, err)))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    show.note("MatchError: rule 1: nothing", color=show.BAD)
+    monkeypatch.setenv("NO_COLOR", "1")
+    show.note("MatchError: rule 1: nothing", color=show.BAD)
+    red = typer.style("MatchError", fg="red", bold=True)
+    assert written == [(f"{red}: rule 1: nothing", True), ("MatchError: rule 1: nothing", True)]
+
+
+def test_what_is_no_terminal_gets_no_colors(run, files):
+    assert "\x1b" not in run("plan", "nowhere.yaml", files.one).err
+
+
+def test_a_shell_can_complete_commands_and_options():
+    completed = subprocess.run(
+        [sys.executable, "-m", "lora_inject"],
+        env={
+            **os.environ,
+            "_LORA_INJECT_COMPLETE": "complete_bash",
+            "COMP_WORDS": "lora-inject merge --over",
+            "COMP_CWORD": "2",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert completed.stdout.split() == ["--overwrite"]

@@ -35,6 +35,7 @@ from lora_inject.core.files.disk import (
     remedy_for,
     rename_folder,
     replace_file,
+    temporary_name,
     write_new,
 )
 from lora_inject.core.files.safetensors_file import read_header
@@ -54,6 +55,7 @@ def merge_checkpoint(
     *,
     options: MergeOptions | None = None,
     progress: Progress | None = None,
+    overwrite: bool = False,
 ) -> MergeReport:
     """Fold adapters into a safetensors checkpoint, without building the model.
 
@@ -68,6 +70,7 @@ def merge_checkpoint(
         output: Folder to create; it must not exist, or must be empty.
         options: Options of the merge; None for the defaults.
         progress: Called with bytes done and bytes in all.
+        overwrite: Replace a checkpoint that is there, once the new one is complete.
 
     Returns:
         A report for each tensor.
@@ -96,23 +99,31 @@ def merge_checkpoint(
         True
     """
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-    check_output(checkpoint, output)
-    return merge_planned(plan_merge(checkpoint, adapters, options), output, progress)
+    check_output(checkpoint, output, overwrite=overwrite)
+    planned = plan_merge(checkpoint, adapters, options)
+    return merge_planned(planned, output, progress, overwrite=overwrite)
 
 
 def merge_planned(
-    plan: MergePlan, output: str | Path, progress: Progress | None = None
+    plan: MergePlan,
+    output: str | Path,
+    progress: Progress | None = None,
+    *,
+    overwrite: bool = False,
 ) -> MergeReport:
     """Carry out what `plan_merge` planned; the rest as for `merge_checkpoint`."""
     began = time.perf_counter()
-    return _Run(plan, check_output(plan.base, output), progress).all(began)
+    folder = check_output(plan.base, output, overwrite=overwrite)
+    return _Run(plan, Staging(folder, overwrite=overwrite), progress).all(began)
 
 
 class _Run:
     """One process's work on one merge."""
 
-    def __init__(self, plan: MergePlan, folder: Path, progress: Progress | None) -> None:
-        self.plan, self.processes, self.staging = plan, _Processes(), Staging(folder)
+    def __init__(self, plan: MergePlan, staging: Staging, progress: Progress | None) -> None:
+        self.plan = plan
+        self.processes = _Processes()
+        self.staging = staging
         self.mine = plan.shards[self.processes.rank :: self.processes.world]
         self.counted = BytesDone(sum(s.data_bytes for s in self.mine), progress)
         self.fsync_seconds = 0.0
@@ -295,8 +306,10 @@ def _peak_memory_bytes() -> int | None:
 # The folder of an unfinished merge --------------------------------------------------------------
 
 
-def check_output(base: Checkpoint, output: str | Path) -> Path:
+def check_output(base: Checkpoint, output: str | Path, *, overwrite: bool = False) -> Path:
     """Return an output folder, links resolved, that can be written without changing other files.
+
+    With `overwrite` it may hold a checkpoint: files alone, one of them with weights.
 
     Raises:
         CheckpointError: It is the base, inside or around it, a file, a mount point, or not empty.
@@ -313,12 +326,24 @@ def check_output(base: Checkpoint, output: str | Path) -> Path:
             staging = Staging(folder)
             if not staging.files.exists():  # a process died between the rename and the end
                 staging.remove()
-            problem = f"it is not empty ({', '.join(names[:4])})"
-            raise CheckpointError(asked, problem, "Give another folder, or remove this one")
+            if not (overwrite and _is_checkpoint(folder)):
+                which = "what is in it is no checkpoint" if overwrite else "it is not empty"
+                problem = f"{which} ({', '.join(names[:4])})"
+                remedy = "Give another folder, or remove this one"
+                replaces = "" if overwrite else "; overwrite=True replaces a checkpoint"
+                raise CheckpointError(asked, problem, f"{remedy}{replaces}")
         if folder.is_mount():
             problem = "it is a mount point, and the output gets its name by a rename"
             raise CheckpointError(asked, problem, "Give a folder inside it")
     return folder
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder holds what a merge writes: files, one of them with weights."""
+    paths = list(folder.iterdir())
+    return all(path.is_file() for path in paths) and any(
+        path.suffix == ".safetensors" for path in paths
+    )
 
 
 def _check_space(folder: Path, needed_bytes: int) -> None:
@@ -348,8 +373,9 @@ def _shared_output(asked: str, removed: Path) -> CheckpointError:
 class Staging:
     """The folder of an unfinished merge into `output`; what is in `files` becomes the output."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, *, overwrite: bool = False) -> None:
         self.output = output
+        self.overwrite = overwrite
         name = output.name  # shortened, as a name takes at most 255 bytes
         mark = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
         self.folder = output.with_name(f".{name[:50]}.{mark}.merging")
@@ -420,7 +446,8 @@ class Staging:
         for folder in {(self.files / name).parent for name in side_files} | {self.files}:
             fsync_dir(folder)
         try:
-            rename_folder(self.files, self.output)
+            with self._out_of_the_way():
+                rename_folder(self.files, self.output)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
@@ -429,6 +456,21 @@ class Staging:
             raise CheckpointError(asked, problem, "Give each merge an output of its own") from None
         fsync_dir(self.output.parent)
         self.remove()
+
+    @contextlib.contextmanager
+    def _out_of_the_way(self) -> Iterator[None]:
+        """Give a checkpoint that is replaced another name meanwhile; it returns after a failure."""
+        if not (self.overwrite and self.output.is_dir()):
+            yield
+            return
+        old = temporary_name(self.output)
+        self.output.rename(old)
+        try:
+            yield
+        except BaseException:
+            old.rename(self.output)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
     def remove(self) -> None:
         """Remove the folder."""

@@ -285,6 +285,7 @@ def check(
 
 
 def _print_findings(client: str, objections: Sequence[Objection], stopped: bool) -> None:
-    show.say(f"{client}: {'does not take it as it is' if stopped else 'takes it'}")
+    answer = "does not take it as it is" if stopped else "takes it"
+    show.say(f"{client}: {answer}", color=show.BAD if stopped else show.GOOD)
     for finding in objections:
         show.say_words(f"{'stop' if finding.stops else 'note'}: {finding.problem}. {finding.fix}.")

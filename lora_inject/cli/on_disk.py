@@ -73,6 +73,8 @@ class Merging:
         adapters: Sequence[Path],
         reading: given.ReadOptions,
         output: Path | None = None,
+        *,
+        overwrite: bool = False,
     ) -> tuple[Checkpoint, list[WeightedAdapter]]:
         """Open the base, check the output and read the adapters."""
         from lora_inject.checkpoint import Checkpoint, check_output, read_weighted
@@ -86,7 +88,7 @@ class Merging:
                 raise BadParameter(f"{weight} is not a weight", param_hint="--weight")
         checkpoint = Checkpoint.open(given.model_folder(base))
         if output is not None:
-            check_output(checkpoint, output)
+            check_output(checkpoint, output, overwrite=overwrite)
         options = reading.options(adapters)
         rows = zip(adapters, weights, options, strict=True)
         return checkpoint, [read_weighted(path, checkpoint, w, **how) for path, w, how in rows]
@@ -102,6 +104,9 @@ def merge_command(
     ] = None,
     dry_run: Annotated[bool, Option(help="Check everything, print the plan and stop.")] = False,
     verify: Annotated[bool, Option(help="Compute everything again before publishing.")] = False,
+    overwrite: Annotated[
+        bool, Option(help="Replace a checkpoint that is there, once the new one is complete.")
+    ] = False,
     merging: Merging,
     min_kept: Annotated[
         float | None,
@@ -125,7 +130,7 @@ def merge_command(
     if output is None and not dry_run:
         raise BadParameter("say where to write: --output FOLDER (or --dry-run)")
     options = merging.options(min_kept=min_kept, verify=verify, workers=workers)
-    checkpoint, weighted = merging.read(base, adapters, reading, output)
+    checkpoint, weighted = merging.read(base, adapters, reading, output, overwrite=overwrite)
     planned = plan_merge(checkpoint, weighted, options)
     if output is None or dry_run:
         where = output or Path.cwd()
@@ -134,7 +139,7 @@ def merge_command(
         listing.show(data, show.print_merge_plan, planned, where, free)
         return
     with show.progress_bar("merging") as progress:
-        report = merge_planned(planned, output, progress)
+        report = merge_planned(planned, output, progress, overwrite=overwrite)
     listing.show(report.to_dict(), show.print_merge, report)
 
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_args
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
-from lora_inject.cli.show import note, say
+from lora_inject.cli.show import BAD, note, say
 from lora_inject.errors import LoraInjectError
 from lora_inject.version import __version__
 
@@ -46,9 +46,11 @@ EXAMPLES = MappingProxyType(
 )
 """An example of every command, in the order in which the help lists them."""
 EXIT_CODES = "Exit codes: 0 done, 1 refused, 2 wrong usage, 130 interrupted."
-LIMITS = re.compile(r"\[(?:([\d.]+)<=)?x[<>]=([\d.]+)\]")
+LIMITS = re.compile(r"(?:([\d.]+)<=)?x[<>]=([\d.]+)")
 F = TypeVar("F", bound=Callable[..., Any])
-VALUES = MappingProxyType({"path": "PATH", "str": "TEXT", "float": "NUMBER", "int": "N"})
+VALUES = MappingProxyType(
+    {"path": "PATH", "dir": "PATH", "str": "TEXT", "float": "NUMBER", "int": "N"}
+)
 
 
 class _Command(TyperCommand):
@@ -71,8 +73,8 @@ class _Command(TyperCommand):
                 records["Arguments"].append((name, record[1].replace("  [required]", "")))
             else:
                 option = re.sub(r"<([^>]*)>", _value, record[0])
-                text = LIMITS.sub(_limits, record[1])
-                records["Options"].append((option, re.sub(r"  [\[(](.*?)[\])]", r" (\1)", text)))
+                text = re.sub(r"  [\[(](.*?)[\])]", r" (\1)", LIMITS.sub(_limits, record[1]))
+                records["Options"].append((option, text))
         for title, rows in records.items():
             if rows:
                 with formatter.section(title):
@@ -95,7 +97,7 @@ def _value(kind: re.Match[str]) -> str:
 def _limits(bounds: re.Match[str]) -> str:
     """Return how the help writes limits: `0<=x<=1` as `0 to 1`, `x>=1` as `at least 1`."""
     low, high = bounds.groups()
-    return f"({low} to {high})" if low else f"(at least {high})"
+    return f"{low} to {high}" if low else f"at least {high}"
 
 
 class _Commands(TyperGroup):
@@ -119,7 +121,7 @@ class _Commands(TyperGroup):
             public = next(c for c in type(error).__mro__ if not c.__name__.startswith("_"))
             command = self.commands.get(ctx.invoked_subcommand or "")
             options = [opt for param in command.params for opt in param.opts] if command else []
-            note(f"{public.__name__}: {in_options(str(error), options)}")
+            note(f"{public.__name__}: {in_options(str(error), options)}", color=BAD)
             raise typer.Exit(1) from None
         except KeyboardInterrupt as error:
             note(". ".join(["interrupted", *getattr(error, "__notes__", ())]))
@@ -210,7 +212,6 @@ app = _Program(
     name="lora-inject",
     help="Plan, inspect, convert and combine LoRA adapters, and merge them into checkpoints.",
     invoke_without_command=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_inject.cli import given
 from lora_inject.cli.program import app
 from lora_inject.cli.show import is_live, note, print_rows, say
 from lora_inject.core.spec.names import counted
@@ -53,12 +54,16 @@ def search_command(
     batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 8,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a row, at most.")] = 128,
     device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of draws, A and batches. (default: of SPACE)")
+    ] = None,
+    printing: given.Output,
 ) -> None:
     """Find config and learning rate of SPACE for MODEL and your data.
 
     Writes config.yaml, the adapter and search.html. After Ctrl-C the same command goes on.
     """
-    from lora_inject.analysis.report.search_page import search_report, trial_rows
+    from lora_inject.analysis.report.search_page import search_report
     from lora_inject.analysis.report.write_page import template, write_report
     from lora_inject.core.adapter.exchange import write_adapter
     from lora_inject.trials.search import search as run
@@ -66,12 +71,14 @@ def search_command(
 
     template("search.html.j2")  # raises if a package is missing
     wanted = Space.from_yaml(space)
+    if seed is not None:
+        wanted = wanted.model_copy(update={"seed": seed})
     _check(output, device)
     rows = _read_rows(data)
     judged = [] if held_out is None else _read_rows(held_out)
     if held_out is None:
         rows, judged = _split(rows, batch, data, wanted.seed)
-    base, tokenizer = _loaded(model, device)
+    base, tokenizer = _loaded(given.model_folder(Path(model)), device)
     parts = []
     for path, part in ((data, rows), (held_out or data, judged)):
         encoded = _encode(tokenizer, part, length)
@@ -84,10 +91,16 @@ def search_command(
     assert result.adapter is not None
     write_adapter(result.adapter, output / "adapter", format="peft", overwrite=True)
     write_report(output / "search.html", search_report(result, f"Search on {model}"))
-    print_rows(trial_rows(result), everything=True)
-    say(f"best: {result.best}; {result.seconds:.0f} s of training")
+    printing.show(result.to_dict(), _print_result, result)
     for name in RESULTS:
         note(f"wrote {output / name}")
+
+
+def _print_result(search: Search) -> None:
+    from lora_inject.analysis.report.search_page import trial_rows
+
+    print_rows(trial_rows(search), everything=True)
+    say(f"best: {search.best}; {search.seconds:.0f} s of training")
 
 
 def _check(output: Path, device: str) -> None:
@@ -179,7 +192,7 @@ def _batches(rows: Sequence[Tokens], n: int, path: Path, device: str) -> list[di
     return made
 
 
-def _loaded(model: str, device: str) -> tuple[Any, Any]:
+def _loaded(model: Path, device: str) -> tuple[Any, Any]:
     """Return a causal language model in eval mode, in the dtype of its files, and its tokenizer."""
     asked = f"load '{model}'"
     try:

@@ -34,14 +34,20 @@ if TYPE_CHECKING:
 
 WIDTH = 80  # where stdout is not a terminal
 MOST_NAMES = 6
+GOOD = "green"
+BAD = "red"
 
 
-def say(text: str = "", *, err: bool = False) -> None:
+def say(text: str = "", *, err: bool = False, color: str | None = None) -> None:
     """Print text, with escape sequences and other unprintable characters escaped.
 
-    Every line of this program is printed here, and names come from untrusted files.
+    Every line of this program is printed here, and names come from untrusted files. The text before
+    the first colon gets the color, if it is printed on a terminal and NO_COLOR is not set.
     """
-    _write(printable(text, keep="\n"), err=err)
+    head, colon, rest = printable(text, keep="\n").partition(":")
+    if color is not None and colon and not os.environ.get("NO_COLOR"):
+        head = typer.style(head, fg=color, bold=True)  # which echo leaves out where no terminal is
+    _write(f"{head}{colon}{rest}", err=err)
 
 
 def _write(text: str, *, err: bool = False) -> None:
@@ -54,16 +60,17 @@ def _write(text: str, *, err: bool = False) -> None:
             os.dup2(nowhere.fileno(), stream.fileno())
 
 
-def note(text: str) -> None:
+def note(text: str, *, color: str | None = None) -> None:
     """Print a remark on stderr."""
-    say(text, err=True)
+    say(text, err=True, color=color)
 
 
-def say_words(text: str) -> None:
+def say_words(text: str, color: str | None = None) -> None:
     """Print a sentence in lines that fit; words, which may be paths, are not broken."""
     text = printable(text)
-    for line in textwrap.wrap(text, width(), break_long_words=False, break_on_hyphens=False):
-        say(line)
+    lines = textwrap.wrap(text, width(), break_long_words=False, break_on_hyphens=False)
+    for number, line in enumerate(lines):
+        say(line, color=None if number else color)
 
 
 def natural(text: str) -> list[str | int]:
@@ -317,7 +324,7 @@ def print_verification(report: VerifyReport, *, everything: bool) -> None:
     problems = sorted(report.problems, key=natural)
     shown = problems if everything else problems[:MOST_NAMES]
     for problem in shown:
-        say(f"wrong: {problem}")
+        say(f"wrong: {problem}", color=BAD)
     if len(shown) < len(problems):
         say(f"and {len(problems) - len(shown):,} more (--all)")
     near = f", {report.n_neighbors:,} of them one unit in the last place off"
@@ -325,7 +332,8 @@ def print_verification(report: VerifyReport, *, everything: bool) -> None:
     say_words(
         f"{'NOT ' if report.problems else ''}verified: "
         f"{count(report.n_tensors, 'tensor')} computed again ({values}), "
-        f"{_size(report.copied_bytes)} equal to the base's"
+        f"{_size(report.copied_bytes)} equal to the base's",
+        BAD if report.problems else GOOD,
     )
 
 

@@ -108,6 +108,29 @@ class Search:
         warmup = min(math.ceil(settings.pop("warmup") * steps), steps - 1)
         return Trial(config, lr=lr, steps=steps, warmup=warmup, seed=self.space.seed, **settings)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was tried, and how each trial did in each rung, as plain data."""
+        return {
+            "best": self.best,
+            "seed": self.space.seed,
+            "seconds": self.seconds,
+            "base": fmean(self.base),
+            "over_budget": self.over_budget,
+            "trials": {
+                name: {"lr": point.lr, "parameters": point.parameters}
+                for name, point in self.candidates.items()
+            },
+            "rungs": [
+                {
+                    "steps": rung.steps,
+                    "held_out": {name: fmean(losses) for name, losses in rung.held_out.items()},
+                    "stopped": rung.stopped,
+                }
+                for rung in self.rungs
+            ],
+            "config": self.config.to_dict(),
+        }
+
     def to_yaml(self) -> str:
         """Return the best config as YAML, with the evidence for it in comments."""
         last, best = self.rungs[-1], self.best
