@@ -44,6 +44,9 @@ NAMES: Mapping[str, str] = MappingProxyType(
         "torch._C._is_fwd_grad_enabled": "another way: the stack is searched in each forward",
         "torch._C._len_torch_dispatch_stack": "another way: nothing is added in place",
         "torch._C._will_engine_execute_node": "refused: training several trials at once",
+        "torch._dynamo.comptime.comptime": (
+            "another way: a write to a weight that a compiled graph reads is lost"
+        ),
         "torch._foreach_mul_": "another way: one launch for each tensor of a trial",
         "torch._foreach_norm": "another way: one launch for each tensor of a trial",
         # absent before torch 2.8
@@ -119,6 +122,9 @@ ATTRIBUTES: Mapping[str, str] = MappingProxyType(
         "_hp_mapping": f"DeepSpeed: {_MARK}",
         "_fsdp_param_group": "torch's FSDP2: the name that other versions have is asked",
         "_fsdp_param_groups": "torch's FSDP2: the name that other versions have is asked",
+        "_i_will_not_complain_if_bc_breaks_InstructionTranslator": (
+            "torch._dynamo.comptime: a write to a weight that a compiled graph reads is lost"
+        ),
         "_init_flat_weights": _RECURRENT,
         "_is_expert_parallel": f"transformers: {_MARK}",
         "_is_fsdp_managed_module": f"torch's FSDP1: {_MARK}",

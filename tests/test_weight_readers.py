@@ -364,6 +364,48 @@ def test_what_was_read_does_not_become_another_tensors_data(kind: str) -> None:
     assert error(other, with_deltas(plain, net)[0].weight) < 1e-12
 
 
+IN_GRAPHS = {"data", "clipping", "detach", "an element", "a view", "no_grad", "out", "foreach"}
+
+
+@pytest.mark.parametrize("write", sorted(IN_GRAPHS))
+@pytest.mark.parametrize("whose", ["its own forward", "a parent's forward"])
+def test_a_write_in_a_compiled_graph_is_refused(whose: str, write: str) -> None:
+    """It would be lost in the graph, where what is read is a plain tensor."""
+
+    class Writes(nn.Linear):
+        writes = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.writes:
+                WRITES[write](self)
+            return F.linear(x, self.weight, self.bias)
+
+    class Parent(nn.Sequential):
+        writes = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.writes:
+                WRITES[write](self[0])
+            return F.linear(x, self[0].weight, self[0].bias)
+
+    own = whose == "its own forward"
+    net: Any = nn.Sequential(Writes(D, D)) if own else Parent(nn.Linear(D, D))
+    plain = copy.deepcopy(net.double())
+    model = fill(li.inject(net, {**CONFIG, "targets": ["0"]}))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(2):
+        with pytest.raises(Exception, match="nowhere stored"):
+            compiled(X)
+    assert all(same_bits(v, before[k]) for k, v in model.state_dict().items())
+    for m in (model, model[0]):
+        m.writes = False
+    wide = with_deltas(plain, model)
+    wide.writes = wide[0].writes = False  # type: ignore[assignment]
+    assert error(compiled(X), wide(X)) < 1e-12
+
+
 RAW_WRITES: dict[str, Callable[[Any], Any]] = {
     "a parameter": lambda m: nn.init.constant_(next(m.parameters()), 0.5),
     "by its name": lambda m: m.get_parameter("weight").data.fill_(0.5),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.compiled.choices import chosen_factors, chosen_rows, number_of
+from lora_inject.compiled.lost_writes import watch
 from lora_inject.compiled.torch_checkpoints import watch_checkpoints
 from lora_inject.core.functional.factors import compute_dtype
 from lora_inject.core.functional.linear import add_updates
@@ -87,6 +88,15 @@ class ChosenMix(Mix):
             return layer._lora_with_updates(args, kwargs, [chosen])
         x = layer._lora_input(args, kwargs)
         return add_updates(y, x, [chosen], float32=attached.float32)
+
+    def read(
+        self, layer: Any, param: str, raw: Any, entries: Mapping[str, Any], *, outside: bool
+    ) -> Any:
+        """Return W with the updates and trained copies of the mix, which a graph must not write."""
+        value = super().read(layer, param, raw, entries, outside=outside)
+        if value is not raw:
+            watch(value)
+        return value
 
     def _by_names(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         attached = layer._lora
