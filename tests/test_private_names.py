@@ -32,7 +32,7 @@ NAME = re.compile(r"_[A-Za-z]\w*(?<!__)")
 
 # Private by their first letter alone: documented ones of Python, and words that are no names.
 DOCUMENTED = {"_asdict", "_exit", "_fields", "_getframe", "_replace"}
-ENDS_OF_NAMES = {"_USE_TORCH_KERNEL", "_bias", "_blocks", "_config", "_hf_", "_is_"}
+ENDS_OF_NAMES = {"_USE_TORCH_KERNEL", "_bias", "_blocks", "_hf_", "_is_"}
 ENDS_OF_NAMES |= {"_scale_inv", "_scales", "_svd", "_wrapped_module"}
 KEYS_OF_FILES = {"_class_name"}
 
