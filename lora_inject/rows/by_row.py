@@ -5,6 +5,7 @@
 | adds to its output (linear) | products with a bank of the adapters, gathered by row |
 | looks rows up (embedding) | a lookup for each adapter |
 | convolves | one convolution with the adapters as groups |
+| is a stack of experts | one call in which each pair of expert and adapter is an expert |
 | has trained copies, and treats rows alike | one run for each run of rows of one adapter |
 | reads one weight for the whole batch | an error |
 """
@@ -28,11 +29,13 @@ from lora_inject.core.layers.reading import trained
 from lora_inject.core.layers.selected import Mix, Selected
 from lora_inject.core.layers.sending import queue_of
 from lora_inject.errors import LayerError
-from lora_inject.rows.apart import apart
+from lora_inject.rows.apart import apart, check_inputs
 from lora_inject.rows.bank import routed_embedding, routed_update
 from lora_inject.rows.convolution import adds_rows, convolved
+from lora_inject.rows.expert_rows import by_expert, check_tokens, sorts_tokens
 from lora_inject.rows.kept import adds_bias, is_rowwise
 from lora_inject.rows.routing import NOTHING, Places, Routing, places_of, routing
+from lora_inject.trees import tree_leaves
 
 
 class Rows(Selected):
@@ -135,7 +138,19 @@ class Rows(Selected):
             return convolved(self, layer, args[0] if args else kwargs["input"])
         if entries and is_rowwise(plain) and all(entry.spec is None for entry in entries):
             return apart(self, layer, args, kwargs)
+        if entries and sorts_tokens(layer):
+            return self._experts(layer, args, kwargs)
         return layer._lora_mixed(self, args, kwargs)  # reading a weight says what cannot be
+
+    def _experts(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a stack of experts for the tokens of all rows, row after row."""
+        if torch.compiler.is_compiling():  # dynamo cannot raise our exception: it shows the text
+            raise RuntimeError("A stack of experts cannot be routed in a graph.")
+        x = check_inputs(self, layer, tree_leaves((args, kwargs)), 0, several=True)
+        names = list(self.names)
+        places = places_of(self.rows, names, x.shape[0] // len(self.rows), x.device)
+        y = by_expert(layer, (None, *names), places.rows, args, kwargs)
+        return apart(self, layer, args, kwargs, several=True) if y is None else y
 
     def entries_read(self, layer: Any) -> list[Entry]:
         """Return the entries of the rows' adapters on parameters that a layer reads."""
@@ -214,7 +229,10 @@ class Rows(Selected):
         Raises:
             LayerError: It has another length, or time may come before the batch.
         """
-        check_rows(layer, x, len(self.rows), self.repeat)
+        if sorts_tokens(layer):
+            check_tokens(layer, x, len(self.rows))
+        else:
+            check_rows(layer, x, len(self.rows), self.repeat)
 
     # --------------------------------------------------------------------------- gains and biases
 

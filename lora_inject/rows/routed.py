@@ -12,7 +12,7 @@ from lora_inject.core.model.carried import check_names, reach
 from lora_inject.core.model.select import Reusable, selecting
 from lora_inject.errors import StateError, article, check_type
 from lora_inject.rows.by_row import Rows
-from lora_inject.rows.kept import read_whole
+from lora_inject.rows.kept import why_not_routed
 
 
 def routed(model: nn.Module, adapters: Iterable[str | None], *, repeat: int = 1) -> Reusable:
@@ -33,9 +33,10 @@ def routed(model: nn.Module, adapters: Iterable[str | None], *, repeat: int = 1)
 
     Raises:
         StateError: There is no list of names. On entering: a name is unknown, the model is merged,
-            an adapter has what all rows share: sites that are read as a whole weight, or trained
-            copies of other layers than linear ones and torch's norms; or a generator enters it. On
-            leaving: a context that was entered later is still open.
+            an adapter has what all rows share: sites that are read as a whole weight (transformers'
+            stacks of experts aside), or trained copies of other layers than linear ones and torch's
+            norms; or a generator enters it. On leaving: a context that was entered later is still
+            open.
         LayerError: In a forward, the batch is not as long as `adapters`, nor its multiple.
 
     Examples:
@@ -64,13 +65,8 @@ def _by_rows(
     """Check the names of rows, and return the context of one `with`."""
     names = dict.fromkeys(name for name in rows if name is not None)
     check_names(reach(model).names, names, "routed to")
-    whole = read_whole(model)
-    for name in whole.keys() & names.keys():
-        raise StateError(
-            f"routed to {name!r}",
-            f"it changes {whole[name]!r} itself, which all rows of a batch share",
-            "Route adapters on layers that are called, and train in full only linear layers and "
-            "norms",
-        )
+    reasons = why_not_routed(model)
+    for name in reasons.keys() & names.keys():
+        raise StateError(f"routed to {name!r}", *reasons[name])
     waits = held_by_coroutine("routed()")
     return selecting(model, Rows(rows, repeat), "routed", waits=waits)

@@ -26,10 +26,10 @@ from lora_inject.core.layers.selected import Mix
 from lora_inject.rows.apart import apart, check_inputs
 from lora_inject.rows.by_row import Rows, adds_to_output, check_rows, refuse_ambiguous
 from lora_inject.rows.convolution import adds_rows
+from lora_inject.rows.expert_rows import by_expert, places_of_runs, sorts_tokens
 from lora_inject.rows.kept import adds_bias
 from lora_inject.rows.routing import Routing
 from lora_inject.trees import tree_leaves
-from lora_inject.trials.expert_rows import by_expert, sorts_tokens
 from lora_inject.trials.passes import Pass
 from lora_inject.trials.ranges import ranged_linear
 
@@ -124,7 +124,10 @@ class InPass(Rows):
         x = check_inputs(self, layer, tree_leaves((args, kwargs)), 0, several=True)
         repeat = x.shape[0] // len(self.rows)
         tokens = [(name, repeat * len(list(rows))) for name, rows in groupby(self.rows)]
-        return by_expert(layer, tokens, args, kwargs) if len(tokens) > 1 else None
+        if len(tokens) < 2:
+            return None
+        names, sizes = zip(*tokens, strict=True)
+        return by_expert(layer, names, places_of_runs(sizes, x.device), args, kwargs)
 
     def summed(
         self,

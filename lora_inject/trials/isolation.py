@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.errors import LoraInjectError, StateError
+from lora_inject.rows.expert_rows import sorts_tokens
 from lora_inject.trees import tree_leaves, tree_map
 from lora_inject.trials.batches import Joined, Padding, joined_batch, parted
 from lora_inject.trials.counts import Counts
 from lora_inject.trials.drawing import Draws
-from lora_inject.trials.expert_rows import sorts_tokens
 from lora_inject.trials.flat import Flat
 from lora_inject.trials.other_rows import with_other_rows
 

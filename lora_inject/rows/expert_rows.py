@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import Entry, attached_to, held_by
 from lora_inject.core.layers.sending import sent_once
+from lora_inject.errors import LayerError
 from lora_inject.experts.by_adapter import lazy_stack
 
 # Forwards that only pick matrices and multiply; kernels would get the stack formed.
@@ -41,21 +42,22 @@ def sorts_tokens(module: nn.Module) -> bool:
 
 def by_expert(
     module: Any,
-    runs: Sequence[tuple[str | None, int]],
+    names: Sequence[str | None],
+    of_token: Tensor,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Tensor | None:
-    """Return the output of a stack of experts for runs of tokens; None if it must run for each.
+    """Return the output of a stack for tokens of several adapters; None if it must run for each.
 
     Args:
         module: The stack.
-        runs: The adapter of each run, and the number of its tokens.
+        names: The adapters, None for the base.
+        of_token: `(tokens,)`, the place in `names` of each token's adapter.
         args: What the forward takes, among it the experts of each token `(tokens, k)`.
         kwargs: Likewise, by name.
     """
     attached = attached_to(module)
     assert attached is not None
-    names = [name for name, _ in runs]
     entries = [e for table in attached.reads.values() for n in names if (e := table.get(n or ""))]
     arguments: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     key = _key_of_experts(arguments)
@@ -63,7 +65,7 @@ def by_expert(
         return None
     attached.used(entries)
     module._lora_refuse_vain(t for e in entries for t in e.tensors(module).values())
-    arguments[key] = _pairs_of(arguments[key], [n_tokens for _, n_tokens in runs])
+    arguments[key] = arguments[key] * len(names) + of_token[:, None]
     args = tuple(arguments.pop(i) for i in range(len(args)))
     # The forward of transformers' class, as a function of a stack that is none of its instances.
     output: Tensor = type(module)._lora_plain.forward(_Pairs(module, names), *args, **arguments)
@@ -77,14 +79,26 @@ def _key_of_experts(arguments: Mapping[Any, Any]) -> Any:
     return whole[0] if len(whole) == 1 else None
 
 
-def _pairs_of(experts: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return the pair of each token, from its experts `(tokens, k)` and the tokens of each run."""
-    device = experts.device
-    adapter = torch.arange(len(sizes), device=device).repeat_interleave(
+def places_of_runs(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Return the number of the run that each token is in, of runs of so many tokens."""
+    return torch.arange(len(sizes), device=device).repeat_interleave(
         sent_once(tuple(sizes), device),
-        output_size=len(experts),  # else the host waits for the device
+        output_size=sum(sizes),  # else the host waits for the device
     )
-    return experts * len(sizes) + adapter[:, None]
+
+
+def check_tokens(module: nn.Module, x: Tensor, n_rows: int) -> None:
+    """Refuse tokens of a stack that are not as many for each row.
+
+    Raises:
+        LayerError: Their number is no multiple of that of the rows.
+    """
+    if x.shape[0] % n_rows:
+        raise LayerError(
+            f"routed() with {n_rows} rows",
+            f"a {type(module).__name__} got {x.shape[0]:,} tokens, which is no multiple of that",
+            "Give one adapter for each row of the batch, and pad rows to one length",
+        )
 
 
 def _picks_and_multiplies(module: Any) -> bool:
