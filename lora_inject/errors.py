@@ -127,8 +127,10 @@ def user_path(
     try:
         path = Path(text).expanduser() if text.startswith("~") else Path(text)
     except RuntimeError:
-        found = f"there is no home of '{text[1:].partition(os.sep)[0]}'"
-        raise error(f"{asked}, path", found, f"For a folder of this name, give ./{text}") from None
+        problem = f"there is no home of '{text[1:].partition(os.sep)[0]}'"
+        raise error(
+            f"{asked}, path", problem, f"For a folder of this name, give ./{text}"
+        ) from None
     return path.absolute() if str(path).startswith("~") else path  # a Path drops a leading ./
 
 

@@ -177,6 +177,18 @@ def test_a_public_name_has_one_home() -> None:
     assert twice == {}
 
 
+def test_no_value_is_called_found() -> None:
+    """But for the middle part of an error, which is what was found."""
+    calling = [
+        f"{file}:{node.lineno}"
+        for file, text in sources().items()
+        if file not in {"errors.py", "core/layers/weight_kinds.py"}
+        for node in ast.walk(ast.parse(text))
+        if "found" in (getattr(node, "id", None), getattr(node, "arg", None))
+    ]
+    assert calling == []
+
+
 def test_few_lines_look_at_the_stack_or_at_what_torch_keeps_private() -> None:
     files = {n: text for n, text in sources().items() if not may_look_inside(n)}
     inside = {n: lines for n, text in files.items() if (lines := lines_with(PRIVATE, text))}

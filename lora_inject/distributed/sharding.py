@@ -69,17 +69,17 @@ def refuse_sharded(survey: Survey, asked: str) -> None:
         )
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     modules = survey.modules
-    found = [(path, "FullyShardedDataParallel") for path, m in modules if isinstance(m, fsdp)]
-    found += [
+    sharded = [(path, "FullyShardedDataParallel") for path, m in modules if isinstance(m, fsdp)]
+    sharded += [
         (path, "DeepSpeed ZeRO (its gradients)")
         for path, module in modules
         for parameter in module._parameters.values()
         if hasattr(parameter, "_hp_mapping")  # what DeepSpeed's optimizer has, others come too late
     ]
     # Older releases of transformers keep each process's part as a plain tensor.
-    found += [(path, "tp_plan") for path, module in modules if "_hf_tp_plan" in module.__dict__]
-    found += [(h.name, how) for h in survey.holders if (how := sharded_by(h.tensor))]
-    for path, how in found:
+    sharded += [(path, "tp_plan") for path, module in modules if "_hf_tp_plan" in module.__dict__]
+    sharded += [(h.name, how) for h in survey.holders if (how := sharded_by(h.tensor))]
+    for path, how in sharded:
         raise LayerError(
             asked,
             f"{path or 'the model'!r} is sharded by {how}, and the adapter's gradients would "
@@ -164,22 +164,22 @@ def fsdp2_modules(survey: Survey) -> list[Any]:
 
 
 def before_load(
-    survey: Survey, name: str, found: Iterable[Carried], tied: Callable[[Carried], Hashable]
+    survey: Survey, name: str, carried: Iterable[Carried], tied: Callable[[Carried], Hashable]
 ) -> None:
     """Check that FSDP2, if it is there, can shard a new adapter with its layers."""
     if groups := {id(module): module for module in fsdp2_modules(survey)}:
-        _check_shardable(groups, f"adapter {name!r}", found, tied)
+        _check_shardable(groups, f"adapter {name!r}", carried, tied)
 
 
 def _check_shardable(
     groups: Mapping[int, nn.Module],
     asked: str,
-    found: Iterable[Carried],
+    carried: Iterable[Carried],
     tied: Callable[[Carried], Hashable],
 ) -> None:
     inside = {id(module) for group in groups.values() for module in group.modules()}
     holders: dict[Hashable, nn.Module] = {}
-    for place in found:
+    for place in carried:
         module = place.module
         *replicated, shard = getattr(place.weight, "placements", (None,))
         along_one = shard is not None and shard.is_shard()
@@ -250,7 +250,7 @@ def samples_of_shards(weights: Mapping[str, Any]) -> dict[str, tuple[float, ...]
     alike: dict[Any, list[str]] = {}
     for name, weight in weights.items():
         alike.setdefault((weight.device_mesh, weight.placements), []).append(name)
-    found: dict[str, tuple[float, ...]] = {}
+    samples: dict[str, tuple[float, ...]] = {}
     for (mesh, placements), names in alike.items():
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
@@ -264,8 +264,8 @@ def samples_of_shards(weights: Mapping[str, Any]) -> dict[str, tuple[float, ...]
         parts = [Partial() if p.is_shard() else Replicate() for p in placements]
         whole = DTensor.from_local(rows, mesh, parts).full_tensor().tolist()
         for name, values, row in zip(names, local, whole, strict=True):
-            found[name] = tuple(row[: len(values)])
-    return found
+            samples[name] = tuple(row[: len(values)])
+    return samples
 
 
 def _local_samples(weight: Any) -> Tensor:

@@ -137,9 +137,9 @@ class PackedExperts(Tensor):
             args[0].scales.copy_(args[1].scales)
             return args[0]
         known = PICKED.get(func) or _GROUPED.get(str(func))
-        found = known(*args, **kwargs) if known else NotImplemented
-        if found is not NotImplemented:
-            return found
+        result = known(*args, **kwargs) if known else NotImplemented
+        if result is not NotImplemented:
+            return result
         if writes(func, args, kwargs, PackedExperts):
             raise LayerError(
                 f"{func} on experts in MXFP4",

@@ -52,8 +52,8 @@ class _OfBitsAndBytes(LayerKind):
         """Return why a layer of another class cannot be unpacked."""
         plain = plain_class(type(module))
         if verb in OF_VALUES and plain.__module__ != _MODULE:
-            found = f"dequantizing a {plain.__name__} of {plain.__module__} is not supported"
-            return Reason(found)
+            problem = f"dequantizing a {plain.__name__} of {plain.__module__} is not supported"
+            return Reason(problem)
         return super().why_not(verb, module, weight)
 
 

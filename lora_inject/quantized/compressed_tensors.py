@@ -32,16 +32,16 @@ class CompressedTensors(WeightKind):
         """Return why a weight is not there yet, holds no sum, or passes no gradient."""
         scheme = getattr(module, "quantization_scheme", None)
         if verb == "inject" and weight is None:
-            found = "compressed-tensors unpacks its weight when the model first runs"
+            problem = "compressed-tensors unpacks its weight when the model first runs"
             remedy = "Run the model once, or load it with dequantize=True, then inject"
-            return Reason(found, remedy)
+            return Reason(problem, remedy)
         if verb == "merge":
-            found = "its layer is quantized by compressed-tensors, whose checkpoints hold no sum"
+            problem = "its layer is quantized by compressed-tensors, whose checkpoints hold no sum"
             remedy = "Load the base in 16 bits, CompressedTensorsConfig(dequantize=True), merge "
-            return Reason(found, f"{remedy}there")
+            return Reason(problem, f"{remedy}there")
         if verb == "train" and any(getattr(scheme, key, None) is not None for key in _ACTIVATIONS):
-            found = f"{type(module).__name__} quantizes activations as it runs"
-            return Reason(found, "Load the base with CompressedTensorsConfig(dequantize=True)")
+            problem = f"{type(module).__name__} quantizes activations as it runs"
+            return Reason(problem, "Load the base with CompressedTensorsConfig(dequantize=True)")
         return super().why_not(verb, module, weight)
 
 

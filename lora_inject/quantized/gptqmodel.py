@@ -68,8 +68,10 @@ def _measured(layer: Any, dtype: torch.dtype) -> Tensor:
         rows[:size, start : start + size].fill_diagonal_(1)
         columns.append(plain.forward(layer, rows))
     if any(rows[-1].any() for rows in columns):
-        asked, found = f"dequantizing a {type(layer).__name__}", "it makes no zero of zero"
-        raise LayerError(asked, found, "Load the adapter onto the base in 16 bits and merge there")
+        asked, problem = f"dequantizing a {type(layer).__name__}", "it makes no zero of zero"
+        raise LayerError(
+            asked, problem, "Load the adapter onto the base in 16 bits and merge there"
+        )
     return torch.cat([rows[:-1] for rows in columns]).t()
 
 

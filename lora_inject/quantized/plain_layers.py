@@ -93,10 +93,10 @@ def why_class_is_fixed(module: nn.Module) -> Reason | None:
     try:
         plain.__new__(plain).__class__ = torch_class(plain)
     except TypeError:
-        found = f"the weight is quantized, and its {plain.__name__} of {plain.__module__} has a "
-        found += "memory layout of its own and cannot become an nn.Linear"
+        problem = f"the weight is quantized, and its {plain.__name__} of {plain.__module__} has a "
+        problem += "memory layout of its own and cannot become an nn.Linear"
         remedy = "Load dict(merged_weights(model, dequantize=...)) into the base in 16 bits"
-        return Reason(found, remedy)
+        return Reason(problem, remedy)
     return None
 
 

@@ -24,8 +24,8 @@ class TorchAO(OfTensor):
         """Return why no adapter can train: some of its tensors quantize activations."""
         dynamic = any(getattr(weight, key, None) is not None for key in _DYNAMIC)
         if verb == "train" and dynamic:
-            found = f"{type(weight).__name__} quantizes activations as it runs"
-            return Reason(found, "Quantize the weights only (torchao: Int8WeightOnlyConfig)")
+            problem = f"{type(weight).__name__} quantizes activations as it runs"
+            return Reason(problem, "Quantize the weights only (torchao: Int8WeightOnlyConfig)")
         return super().why_not(verb, module, weight)
 
     def write(self, module: nn.Module, key: str, weight: nn.Parameter) -> Undo:

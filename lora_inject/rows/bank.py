@@ -56,8 +56,8 @@ def routed_update(
         >>> A, B = torch.randn(2, 4), torch.randn(6, 2)
         >>> y, x = torch.zeros(2, 1, 6), torch.randn(2, 1, 4)
         >>> adapters = [[Factors(A, B, 0.5)]]
-        >>> found = routed_update(y, x, torch.tensor([1, 0]), adapters, float32=False)
-        >>> torch.allclose(found[0], 0.5 * x[0] @ A.T @ B.T, atol=1e-6), bool(found[1].any())
+        >>> routed = routed_update(y, x, torch.tensor([1, 0]), adapters, float32=False)
+        >>> torch.allclose(routed[0], 0.5 * x[0] @ A.T @ B.T, atol=1e-6), bool(routed[1].any())
         (True, False)
     """
     with without_autocast(y) or nullcontext():
@@ -89,8 +89,8 @@ def _thin(A: Tensor, x3: Tensor) -> Tensor:
     """
     if x3.dtype == A.dtype or needs_plain_operations() or not torch.is_grad_enabled():
         return torch.bmm(A, x3.to(A.dtype).mT)
-    found: Tensor = _Widened.apply(A, x3)  # type: ignore[no-untyped-call]
-    return found
+    output: Tensor = _Widened.apply(A, x3)  # type: ignore[no-untyped-call]
+    return output
 
 
 class _Widened(torch.autograd.Function):

@@ -100,8 +100,8 @@ class Rows(Selected):
         """Compute a layer that adds to its output: the update of each row, its gain, its bias."""
         x = layer._lora_input(args, kwargs)
         if x.is_nested:
-            found = f"a {type(layer).__name__} got a nested tensor"
-            raise LayerError(self.asked, found, "Pad the batch, or run each adapter's rows alone")
+            problem = f"a {type(layer).__name__} got a nested tensor"
+            raise LayerError(self.asked, problem, "Pad the batch, or run each adapter's rows alone")
         whole = self._reads_whole(layer)
         if whole and self.splits():
             return apart(self, layer, args, kwargs)
@@ -114,20 +114,20 @@ class Rows(Selected):
     def embedding(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Look rows up with the update, and the gain, of each row's own adapter."""
         ids = layer._lora_input(args, kwargs)
-        found = self.routing(layer, layer._lora.forward, ids)
+        routing = self.routing(layer, layer._lora.forward, ids)
         weight = layer._lora_own("weight")
-        if not found.entries:
+        if not routing.entries:
             return layer._lora_rows(ids, weight, layer.max_norm)
-        adapters = found.factors(held_by(layer), training=layer.training)
+        adapters = routing.factors(held_by(layer), training=layer.training)
         rows = routed_embedding(
             layer._lora_rows(ids, weight, None),
             ids,
-            found.places.rows,
+            routing.places.rows,
             adapters,
             layer.padding_idx,
             float32=layer._lora.float32,
         )
-        gain = self._gains(layer, found, rows.dim()) if layer._lora.gains else None
+        gain = self._gains(layer, routing, rows.dim()) if layer._lora.gains else None
         return layer._lora_finished(rows, ids, gain)
 
     def reading(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -171,24 +171,24 @@ class Rows(Selected):
         whole: bool,
     ) -> Tensor:
         """Return a layer's output with the update of each row's own adapter."""
-        found = self.routing(layer, layer._lora.forward, x)
+        routing = self.routing(layer, layer._lora.forward, x)
         y: Tensor = layer._lora_without_updates(args, kwargs)
-        if not found.entries:
+        if not routing.entries:
             return y
-        x, adapters = self.dropped(layer, x, found)
+        x, adapters = self.dropped(layer, x, routing)
         return routed_update(
             y,
             x,
-            found.places.blocks,
+            routing.places.blocks,
             adapters,
             float32=layer._lora.float32,
             in_place=self.is_fused(layer) and not whole,
-            in_order=found.places.in_order,
+            in_order=routing.places.in_order,
         )
 
-    def dropped(self, layer: Any, x: Tensor, found: Routing) -> tuple[Tensor, Any]:
+    def dropped(self, layer: Any, x: Tensor, routing: Routing) -> tuple[Tensor, Any]:
         """Return the input of the adapters, and their factors with what is yet to be dropped."""
-        return x, found.factors(held_by(layer), training=layer.training)
+        return x, routing.factors(held_by(layer), training=layer.training)
 
     def is_fused(self, layer: LoRALinear) -> bool:
         """Return whether a layer's output is ours alone, as that of a plain stock layer is."""
@@ -248,21 +248,21 @@ class Rows(Selected):
         by_adapter = layer._lora.reads.get("bias")
         if not by_adapter:
             return None
-        found = self.routing(layer, by_adapter, x)
-        if not found.entries:
+        routing = self.routing(layer, by_adapter, x)
+        if not routing.entries:
             return None
         held, raw = held_by(layer), layer._lora_raw("bias")
-        each = [trained(entry, raw, raw, held[entry.mark], 1.0) - raw for entry in found.entries]
-        biases = torch.stack([torch.zeros_like(raw), *each]).index_select(0, found.places.rows)
+        each = [trained(entry, raw, raw, held[entry.mark], 1.0) - raw for entry in routing.entries]
+        biases = torch.stack([torch.zeros_like(raw), *each]).index_select(0, routing.places.rows)
         return biases.view(-1, *[1] * (x.dim() - 2), biases.shape[-1])
 
     def _gained(self, layer: LoRALinear, y: Tensor, x: Tensor) -> Tensor:
         """Multiply each row's output by the gain of its own adapter."""
-        found = self.routing(layer, layer._lora.forward, x)
-        gains = self._gains(layer, found, y.dim())
+        routing = self.routing(layer, layer._lora.forward, x)
+        gains = self._gains(layer, routing, y.dim())
         if gains is None:
             return y
-        specs = [entry.spec for entry in found.entries if entry.variant.gained]
+        specs = [entry.spec for entry in routing.entries if entry.variant.gained]
         if self.drops(layer) and any(spec is not None and spec.dropout for spec in specs):
             raise LayerError(
                 f"{self.asked} in training",
@@ -272,18 +272,18 @@ class Rows(Selected):
         bias = layer._lora_own("bias")
         return gained(y, y if bias is None else y - bias.to(y.dtype), gains)
 
-    def _gains(self, layer: Any, found: Routing, n_dims: int) -> Tensor | None:
+    def _gains(self, layer: Any, routing: Routing, n_dims: int) -> Tensor | None:
         """Return the gains of each row, `(batch, 1, ..., out)`; None where all are 1."""
         gains = {
             i: layer._lora_gain(entry, recipes)
-            for i, (entry, recipes) in enumerate(zip(found.entries, found.recipes, strict=True))
+            for i, (entry, recipes) in enumerate(zip(routing.entries, routing.recipes, strict=True))
             if entry.variant.gained
         }
         if not gains:
             return None
         ones = torch.ones_like(next(iter(gains.values())))
-        each = [ones, *(gains.get(i, ones) for i in range(len(found.entries)))]
-        of_rows = torch.stack(each).index_select(0, found.places.rows)
+        each = [ones, *(gains.get(i, ones) for i in range(len(routing.entries)))]
+        of_rows = torch.stack(each).index_select(0, routing.places.rows)
         return of_rows.view(-1, *[1] * (n_dims - 2), of_rows.shape[-1])
 
 

@@ -220,7 +220,7 @@ def _private(packages: set[str]) -> dict[str, str]:
     return missing
 
 
-def in_words(found: Diagnosis) -> Iterator[str]:
+def in_words(diagnosis: Diagnosis) -> Iterator[str]:
     """Yield a diagnosis in lines, what is switched off first.
 
     Examples:
@@ -229,17 +229,17 @@ def in_words(found: Diagnosis) -> Iterator[str]:
         True
     """
     yield f"lora-inject {__version__} in {sys.prefix}"
-    for what, value in found.system.items():
+    for what, value in diagnosis.system.items():
         yield f"  {what}: {value}"
-    yield from _listed("packages", found.packages)
-    yield from _listed("servers", found.servers or {"none": "is installed here"})
-    yield from _listed("installed, but cannot be imported", found.broken)
-    yield from _listed("variables", found.variables)
-    off = [feature for feature in found.features if not feature.works]
+    yield from _listed("packages", diagnosis.packages)
+    yield from _listed("servers", diagnosis.servers or {"none": "is installed here"})
+    yield from _listed("installed, but cannot be imported", diagnosis.broken)
+    yield from _listed("variables", diagnosis.variables)
+    off = [feature for feature in diagnosis.features if not feature.works]
     yield from _listed("switched off here", {f.feature: f"{f.here} ({f.without})" for f in off})
-    there = {f.feature: f.here for f in found.features if f.works}
+    there = {f.feature: f.here for f in diagnosis.features if f.works}
     yield from _listed("there", there)
-    yield from _listed("missing of others' private side", found.private)
+    yield from _listed("missing of others' private side", diagnosis.private)
 
 
 def _listed(title: str, rows: Mapping[str, str]) -> Iterator[str]:

@@ -90,8 +90,8 @@ def peft_state(
         tensors = {key: _sent(tensor, device, dtype) for key, tensor in given.items()}
         for key, tensor in tensors.items():
             if not all_finite(tensor):
-                found = f"its values are not finite in {tensor.dtype}"
-                raise FormatError(f"tensor {key!r}", found, "Give a wider dtype")
+                problem = f"its values are not finite in {tensor.dtype}"
+                raise FormatError(f"tensor {key!r}", problem, "Give a wider dtype")
     return tensors, made.config
 
 

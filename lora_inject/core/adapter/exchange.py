@@ -218,8 +218,8 @@ def completed(path: Path, row: Format) -> Path:
     if not row.endings or path.suffix in row.endings:
         return path
     if path.suffix:
-        found = f"its name does not end in {' or '.join(row.endings)}"
-        raise FormatError("", found, "Rename it, or leave the ending out")
+        problem = f"its name does not end in {' or '.join(row.endings)}"
+        raise FormatError("", problem, "Rename it, or leave the ending out")
     return path.with_name(path.name + row.endings[0])
 
 
@@ -273,19 +273,21 @@ def detected(path: Path) -> str:
             return name
         _refuse_part(name, path, asked)
     if path.is_dir() and (path / "config.json").is_file():
-        found = "it is a model, and an adapter is due here"
-        raise FormatError(asked, found, "Give an adapter; where both are given, the base is first")
-    found = "it is not an adapter of a known format"
+        problem = "it is a model, and an adapter is due here"
+        raise FormatError(
+            asked, problem, "Give an adapter; where both are given, the base is first"
+        )
+    problem = "it is not an adapter of a known format"
     remedy = f"Give a folder or a file of one of: {', '.join(FORMATS)}"
-    raise FormatError(asked, found, remedy)
+    raise FormatError(asked, problem, remedy)
 
 
 def _refuse_part(format: str, path: Path, asked: str) -> None:  # noqa: A002
     """Raise for one file of an adapter that is a folder; say what is missing."""
     lacks = format_of(format).lacks
     if lacks is not None and (remedy := lacks(path)):
-        found = f"it is one file of an adapter whose format, '{format}', is a folder"
-        raise FormatError(asked, found, remedy)
+        problem = f"it is one file of an adapter whose format, '{format}', is a folder"
+        raise FormatError(asked, problem, remedy)
 
 
 def options_of(function: Callable[..., Any]) -> list[str]:

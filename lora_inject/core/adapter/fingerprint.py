@@ -105,14 +105,14 @@ def samples(weights: Mapping[str, Tensor]) -> dict[str, tuple[float, ...]]:
     alike: dict[object, list[str]] = {}
     for name, weight in weights.items():
         alike.setdefault((weight.shape, weight.dtype, weight.device), []).append(name)
-    found: dict[str, tuple[float, ...]] = dict.fromkeys(weights, ())
+    values_of: dict[str, tuple[float, ...]] = dict.fromkeys(weights, ())
     for names in alike.values():
         first = weights[names[0]]
         positions = _index(tuple(first.shape)).to(first.device)
         with torch.no_grad():
             values = torch.stack([weights[name].take(positions) for name in names])
-        found.update(zip(names, map(tuple, values.float().tolist()), strict=True))
-    return found
+        values_of.update(zip(names, map(tuple, values.float().tolist()), strict=True))
+    return values_of
 
 
 def values_at(weight: Tensor, positions: tuple[int, ...]) -> tuple[float, ...]:
@@ -174,42 +174,42 @@ def _index(shape: tuple[int, ...]) -> Tensor:
     return torch.tensor(sample_positions(shape), dtype=torch.long, device="cpu")
 
 
-def base_differences(saved: Fingerprint, found: Fingerprint) -> dict[str, str]:
+def base_differences(saved: Fingerprint, current: Fingerprint) -> dict[str, str]:
     """Return how weights of the base at hand differ from the one that an adapter was made on.
 
     Empty: the same base, as far as the values reach (see `unverifiable`).
     """
     differences = {}
     for name, shape in saved.shapes.items():
-        if name not in found.shapes:
+        if name not in current.shapes:
             differences[name] = "is not in this model"
-        elif saved.quantized.get(name) and found.quantized.get(name):
-            packed, other = saved.quantized[name], found.quantized[name]  # shapes included
+        elif saved.quantized.get(name) and current.quantized.get(name):
+            packed, other = saved.quantized[name], current.quantized[name]  # shapes included
             if packed != other:
                 differences[name] = f"is {packed[:300]} in the file and {other[:300]} here"
-        elif tuple(found.shapes[name]) != tuple(shape):
+        elif tuple(current.shapes[name]) != tuple(shape):
             differences[name] = (
-                f"has shape {tuple(shape)} in the file and {found.shapes[name]} here"
+                f"has shape {tuple(shape)} in the file and {current.shapes[name]} here"
             )
-        elif name in saved.samples and name in found.samples:
-            there, here = saved.samples[name], found.samples[name]
+        elif name in saved.samples and name in current.samples:
+            there, here = saved.samples[name], current.samples[name]
             if len(there) != len(here):
                 differences[name] = (
                     f"has {len(there)} sampled values in the file and {len(here)} here"
                 )
             elif wrong := _differing(there, here):
                 differences[name] = _words(wrong, len(there))
-            elif wrong := _differing(*_moved_in_both(saved, found, name)):
+            elif wrong := _differing(*_moved_in_both(saved, current, name)):
                 differences[name] = f"where the adapter moves it, {_words(wrong, len(wrong))}"
     return differences
 
 
 def _moved_in_both(
-    saved: Fingerprint, found: Fingerprint, name: str
+    saved: Fingerprint, current: Fingerprint, name: str
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return two fingerprints' values where an adapter moves a weight, if at equal positions."""
     nothing = Moved((), ())
-    there, here = saved.moved.get(name, nothing), found.moved.get(name, nothing)
+    there, here = saved.moved.get(name, nothing), current.moved.get(name, nothing)
     return (there.values, here.values) if there.positions == here.positions else ((), ())
 
 
@@ -237,17 +237,17 @@ def check_one_base(several: Iterable[Fingerprint | None], names: Iterable[str], 
         if common is not None and (wrong := base_differences(common, two)):
             name, what = next(iter(wrong.items()))
             what = what.replace("in the file", "in one").replace("here", "in the other")
-            found = f"they were made on different bases: '{name}' {what}"
-            raise StateError(f"{asked}, {first} and {second}", found, "Give adapters of one base")
+            problem = f"they were made on different bases: '{name}' {what}"
+            raise StateError(f"{asked}, {first} and {second}", problem, "Give adapters of one base")
 
 
-def unverifiable(saved: Fingerprint, found: Fingerprint) -> tuple[str, ...]:
+def unverifiable(saved: Fingerprint, current: Fingerprint) -> tuple[str, ...]:
     """Names of weights that cannot be compared: quantized on one side only, sharded or on meta."""
     return tuple(
         name
         for name in saved.shapes
-        if (name not in saved.samples or name not in found.samples)
-        and not (saved.quantized.get(name) and found.quantized.get(name))
+        if (name not in saved.samples or name not in current.samples)
+        and not (saved.quantized.get(name) and current.quantized.get(name))
     )
 
 
@@ -270,12 +270,12 @@ def common_copies(
 
     `names` are what messages call the adapters.
     """
-    found: dict[str, Tensor] = {}
+    common: dict[str, Tensor] = {}
     holders: dict[str, str] = {}
     for copies, holder in zip(several, names, strict=True):
         for name, tensor in copies.items():
-            held, first = found.setdefault(name, tensor), holders.setdefault(name, holder)
+            held, first = common.setdefault(name, tensor), holders.setdefault(name, holder)
             if not same_values(held, tensor):
                 different = f"{first} and {holder} hold different copies of this base tensor"
                 raise StateError(f"{asked}, '{name}'", different, "Give adapters of one base")
-    return found
+    return common

@@ -13,17 +13,17 @@ from lora_inject.private import needed
 
 def generators_of(devices: Iterable[torch.device]) -> list[torch.Generator]:
     """Return the CPU's generator, and after it that of each other device."""
-    found = [torch.default_generator]
+    generators = [torch.default_generator]
     for device in dict.fromkeys(devices):
         if device.type in ("cpu", "meta"):
             continue
         module: Any = torch.get_device_module(device)
         if device.type == "mps":
-            found.append(needed("torch.mps._get_default_mps_generator", "a seed on MPS")())
+            generators.append(needed("torch.mps._get_default_mps_generator", "a seed on MPS")())
         else:
             index = module.current_device() if device.index is None else device.index
-            found.append(module.default_generators[index])
-    return found
+            generators.append(module.default_generators[index])
+    return generators
 
 
 @contextmanager

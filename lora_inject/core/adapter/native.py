@@ -187,8 +187,8 @@ def parse(metadata: Mapping[str, str]) -> Described:
     """Read what `describe` wrote, strictly, because users edit files."""
     version = metadata[_VERSION]
     if version != FORMAT_VERSION:
-        found = f"its format version is '{version[:20]}', and this package reads {FORMAT_VERSION}"
-        raise FormatError("", found, "Install a newer lora-inject")
+        problem = f"its format version is '{version[:20]}', and this package reads {FORMAT_VERSION}"
+        raise FormatError("", problem, "Install a newer lora-inject")
     said = {part: _part(metadata, part) for part in _PARTS}
     sites, kinds, trained, rows = (said[part] for part in ("sites", "kinds", "trained", "rows"))
     aliases: dict[str, list[str]] = said["aliases"]
@@ -230,8 +230,8 @@ def _spec(kind: Mapping[str, Any], where: str) -> SiteSpec:
     _require(not wrong, where, wrong.lstrip("."))
     fields = {field: value for field, value in kind.items() if field not in _FLAGS}
     elements = kind["in_features"] * kind["out_features"] * (kind["experts"] or 1)
-    found = f"the variant '{kind['variant'][:80]}' is not registered here"
-    _require(kind["variant"] in ROLES, where, found)
+    problem = f"the variant '{kind['variant'][:80]}' is not registered here"
+    _require(kind["variant"] in ROLES, where, problem)
     fits = math.prod(kind["weight_shape"]) == elements
     _require(fits, where, "weight_shape does not fit in_features and out_features")
     if kind["slices"] is not None:
@@ -253,8 +253,8 @@ def _to_json(value: Any) -> str:
     try:
         return json.dumps(value, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
-        found = f"it is not plain data ({error})"
-        raise FormatError("its config", found, "Pass config.to_dict()") from error
+        problem = f"it is not plain data ({error})"
+        raise FormatError("its config", problem, "Pass config.to_dict()") from error
 
 
 def _fingerprint_to_plain(mark: Fingerprint | None) -> dict[str, Any] | None:
@@ -279,9 +279,9 @@ def _packed(name: str, values: Sequence[float]) -> str:
     try:
         return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
     except (OverflowError, struct.error) as error:
-        found = f"a sample is not a float32 ({error})"
+        problem = f"a sample is not a float32 ({error})"
         remedy = "Take it with lora_inject.core.adapter.fingerprint.samples, as float32"
-        raise FormatError(f"its fingerprint of {name!r}", found, remedy) from error
+        raise FormatError(f"its fingerprint of {name!r}", problem, remedy) from error
 
 
 def _fingerprint(plain: Mapping[str, Any] | None, where: str) -> Fingerprint | None:
@@ -304,10 +304,10 @@ def _unpacked(name: str, text: str, where: str) -> tuple[float, ...]:
         packed = binascii.a2b_base64(text, strict_mode=True)
         return struct.unpack(f"<{len(packed) // 4}f", packed)
     except (ValueError, struct.error) as error:
-        found = f"the samples of {name!r} are not float32 in base64 ({error})"
-        raise FormatError(where, found, _EDITED) from error
+        problem = f"the samples of {name!r} are not float32 in base64 ({error})"
+        raise FormatError(where, problem, _EDITED) from error
 
 
-def _require(holds: bool, where: str, found: str) -> None:
+def _require(holds: bool, where: str, problem: str) -> None:
     if not holds:
-        raise FormatError(where, found, _EDITED)
+        raise FormatError(where, problem, _EDITED)

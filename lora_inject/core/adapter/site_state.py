@@ -57,10 +57,10 @@ class SiteState:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by role: A, B, a frozen start A0 and B0, and those of the variant."""
-        found = {"A": self.A, "B": self.B}
+        factors = {"A": self.A, "B": self.B}
         if self.A0 is not None and self.B0 is not None:
-            found |= {"A0": self.A0, "B0": self.B0}
-        return {**found, **self.further}
+            factors |= {"A0": self.A0, "B0": self.B0}
+        return {**factors, **self.further}
 
     @property
     def is_zero(self) -> bool:

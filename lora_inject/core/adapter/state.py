@@ -101,12 +101,14 @@ class AdapterState(Shown):
         for name, tensor in () if ok else tensors.items():
             where = f"{asked}, {name}" if asked else name
             if tensor.is_meta:
-                found = "it is on the meta device and has no values"
-                raise error(where, found, "Load its values first")
+                problem = "it is on the meta device and has no values"
+                raise error(where, problem, "Load its values first")
             if not all_finite(tensor):
-                found = f"it holds {int((~torch.isfinite(tensor)).sum()):,} NaN or infinite values"
+                problem = (
+                    f"it holds {int((~torch.isfinite(tensor)).sum()):,} NaN or infinite values"
+                )
                 remedy = "Its training diverged; take an earlier checkpoint of the adapter"
-                raise error(where, found, remedy)
+                raise error(where, problem, remedy)
 
     # Arithmetic ---------------------------------------------------------------------------------
 
@@ -177,16 +179,16 @@ class AdapterState(Shown):
         """
         check_type("to, dtype", dtype, torch.dtype, "Give torch.bfloat16")
         if not dtype.is_floating_point:
-            found = "it is not a floating point dtype"
-            raise StateError(f"to({dtype})", found, "Give torch.bfloat16")
+            problem = "it is not a floating point dtype"
+            raise StateError(f"to({dtype})", problem, "Give torch.bfloat16")
 
         def cast(name: str, tensor: Tensor) -> Tensor:
             if not tensor.is_floating_point():
                 return tensor
             made = tensor.to(dtype)
             if not made.is_meta and int(made.isinf().sum()) > int(tensor.isinf().sum()):
-                found = "it holds values that would become infinite"
-                raise StateError(f"to({dtype}), '{name}'", found, "Give torch.bfloat16")
+                problem = "it holds values that would become infinite"
+                raise StateError(f"to({dtype}), '{name}'", problem, "Give torch.bfloat16")
             return made
 
         sites = {name: site.mapped(partial(cast, name)) for name, site in self.sites.items()}

@@ -39,8 +39,8 @@ def check_state(state: AdapterState) -> AdapterState:
     for name, rows in state.rows.items():
         tensor = state.trained.get(name)
         if tensor is None or tensor.dim() != 2 or len(tensor) != len(rows) or not rows:
-            found = f"it has {len(rows)} row numbers for a tensor of other rows"
-            raise FormatError(f"trained tensor '{name}'", found, "Give one for each row")
+            problem = f"it has {len(rows)} row numbers for a tensor of other rows"
+            raise FormatError(f"trained tensor '{name}'", problem, "Give one for each row")
     for site in state.sites.values():
         _check_site(site, f"site '{site.spec.name[:200]}'")
     return state
@@ -53,23 +53,23 @@ def _check_site(site: SiteState, where: str) -> None:
     for role, tensor in site.tensors.items():
         due = site.spec.shapes[role.removesuffix("0")]
         if tensor.shape != due:
-            found = f"{role} has shape {tuple(tensor.shape)} where {due} is due"
+            problem = f"{role} has shape {tuple(tensor.shape)} where {due} is due"
             remedy = "The tensors and what is said about them do not belong together"
-            raise FormatError(where, found, remedy)
+            raise FormatError(where, problem, remedy)
         of_pair = role not in site.further
         if tensor.dtype not in FLOATS or (of_pair and tensor.dtype != site.A.dtype):
             other, what = ("B", site.B) if role == "A" else (role, tensor)
-            found = f"A is {site.A.dtype} and {other} {what.dtype}"
+            problem = f"A is {site.A.dtype} and {other} {what.dtype}"
             remedy = "Both must be of one of float16, bfloat16, float32 and float64"
-            raise FormatError(where, found, remedy)
+            raise FormatError(where, problem, remedy)
 
 
-def check_keys(found: Iterable[str], due: Iterable[str]) -> None:
+def check_keys(keys: Iterable[str], due: Iterable[str]) -> None:
     """Refuse a file whose tensors are not exactly the expected ones."""
-    found, due = set(found), set(due)
-    parts = [f"it lacks {one_line(sorted(due - found))}"] if due - found else []
-    if found - due:
-        parts.append(f"it holds {one_line(sorted(found - due))}, which nothing accounts for")
+    keys, due = set(keys), set(due)
+    parts = [f"it lacks {one_line(sorted(due - keys))}"] if due - keys else []
+    if keys - due:
+        parts.append(f"it holds {one_line(sorted(keys - due))}, which nothing accounts for")
     if parts:
         raise FormatError("", "; ".join(parts), "The file is incomplete or was edited")
 
@@ -77,5 +77,5 @@ def check_keys(found: Iterable[str], due: Iterable[str]) -> None:
 def check_no_clash(keys: Iterable[str]) -> None:
     """Refuse two tensors with the same name."""
     if twice := [key for key, count in Counter(keys).items() if count > 1]:
-        found = f"two tensors would be called {one_line(twice)}"
-        raise FormatError("", found, 'Use format="native"')
+        problem = f"two tensors would be called {one_line(twice)}"
+        raise FormatError("", problem, 'Use format="native"')

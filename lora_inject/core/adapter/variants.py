@@ -83,13 +83,13 @@ def register_variant(cls: type[Variant]) -> type[Variant]:
     """
     asked, name = f"register_variant({cls.__name__})", cls.__dict__.get("name")
     if not name or not issubclass(cls, Variant):
-        found = "it is not a Variant with a name of its own"
-        raise LayerError(asked, found, "Derive from Variant and set name")
+        problem = "it is not a Variant with a name of its own"
+        raise LayerError(asked, problem, "Derive from Variant and set name")
     known = type(VARIANTS.get(name))
     same = (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
     if name in VARIANTS and not same:
-        found = f"variant {name!r} is {known.__module__}.{known.__qualname__}"
-        raise LayerError(asked, found, "Choose another name")
+        problem = f"variant {name!r} is {known.__module__}.{known.__qualname__}"
+        raise LayerError(asked, problem, "Choose another name")
     VARIANTS[name], ROLES[name] = cls(), Roles(cls.roles, cls.gained)
     return cls
 

@@ -88,8 +88,8 @@ def _explained(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        found = error.strerror or str(error)
-        raise FormatError(f"write '{target}'", found, remedy_for(error)) from error
+        problem = error.strerror or str(error)
+        raise FormatError(f"write '{target}'", problem, remedy_for(error)) from error
 
 
 def _check_directory(target: Path, names: Collection[str]) -> None:
@@ -100,8 +100,8 @@ def _check_directory(target: Path, names: Collection[str]) -> None:
     if not target.is_dir():
         raise FormatError(asked, "it is a file; an adapter is a directory", "Choose another path")
     if foreign := sorted({entry.name for entry in target.iterdir()} - {*names}):
-        found = f"the directory holds '{foreign[0]}', which no adapter has and would be lost"
-        raise FormatError(asked, found, "Choose a separate directory for the adapter")
+        problem = f"the directory holds '{foreign[0]}', which no adapter has and would be lost"
+        raise FormatError(asked, problem, "Choose a separate directory for the adapter")
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:

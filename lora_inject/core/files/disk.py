@@ -40,9 +40,9 @@ def read_at(fd: int, buffer: memoryview, offset: int) -> None:
     while done < n_bytes:
         n = _read_some(fd, buffer[done:], offset + done)
         if n == 0:
-            found = f"the file ends after {done} of them"
+            problem = f"the file ends after {done} of them"
             remedy = "It was truncated while it was being read; restore it and run again"
-            raise CheckpointError(f"read {n_bytes} bytes at {offset}", found, remedy)
+            raise CheckpointError(f"read {n_bytes} bytes at {offset}", problem, remedy)
         done += n
 
 

@@ -127,8 +127,8 @@ def header_of(file: BinaryIO, path: Path, error: type[LoraInjectError]) -> Heade
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            found = f"it is cut off or not a safetensors file ({size} bytes)"
-            raise error(asked, found, _DAMAGED)
+            problem = f"it is cut off or not a safetensors file ({size} bytes)"
+            raise error(asked, problem, _DAMAGED)
         return _parse_header(start + file.read(length), size, asked, error)
     except _HeaderError as cause:
         raise error(asked, str(cause), _DAMAGED) from None

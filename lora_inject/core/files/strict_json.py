@@ -27,16 +27,16 @@ def parse_json(
     `asked` is what messages call it, `error` the class of errors: of an adapter or a checkpoint.
     """
     if len(text) > max_bytes:
-        found = f"it has more than {max_bytes:,} bytes"
-        raise error(asked, found, "No real file of its kind is so long")
+        problem = f"it has more than {max_bytes:,} bytes"
+        raise error(asked, problem, "No real file of its kind is so long")
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
         return json.loads(text, object_pairs_hook=_table, parse_constant=_no_constant)
     except RecursionError:
-        found = "its JSON is nested too deeply"
+        problem = "its JSON is nested too deeply"
     except ValueError as cause:
-        found = f"it is not valid JSON ({cause})"
-    raise error(asked, found, "The file is damaged or was edited; fetch it again")
+        problem = f"it is not valid JSON ({cause})"
+    raise error(asked, problem, "The file is damaged or was edited; fetch it again")
 
 
 def read_json(

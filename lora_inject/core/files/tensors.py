@@ -61,8 +61,8 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     header = file.header
     unknown = sorted({entry.dtype for entry in header.tensors.values()} - DTYPES.keys())
     if unknown:
-        found = f"no adapter's tensor has the dtype {unknown[0]}"
-        raise FormatError(asked, found, "Give the adapter's file, not the base's")
+        problem = f"no adapter's tensor has the dtype {unknown[0]}"
+        raise FormatError(asked, problem, "Give the adapter's file, not the base's")
     tensors: dict[str, Tensor] = {n: _TensorOnDisk.of(file, e) for n, e in header.tensors.items()}
     return tensors, dict(header.metadata or {})
 
@@ -201,9 +201,9 @@ class _TensorOnDisk(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, first, name = kwargs or {}, args[0] if args else None, func.__name__
         if name == "__get__":  # an attribute: the most frequent, so the shortest way
-            found = _run_plainly(func, (), args)
-            if not isinstance(found, Tensor):
-                return found
+            result = _run_plainly(func, (), args)
+            if not isinstance(result, Tensor):
+                return result
         changed = first if _CHANGES.fullmatch(name) else None
         for target in tree_leaves((changed, kwargs.get("out"))):
             if isinstance(target, cls):
@@ -211,9 +211,9 @@ class _TensorOnDisk(Tensor):
                 remedy = "Use a copy: tensor.clone(), or copy.deepcopy of the adapter"
                 raise FormatError(asked, "its values are in the file", remedy)
         if isinstance(first, cls) and name in _WITHOUT_VALUES:
-            found = _run_plainly(func, (), args, kwargs)
-            views = tree_map_only(Tensor, lambda t: _view(first, t), found)
-            if found is None or all(leaf is not None for leaf in tree_leaves(views)):
+            result = _run_plainly(func, (), args, kwargs)
+            views = tree_map_only(Tensor, lambda t: _view(first, t), result)
+            if result is None or all(leaf is not None for leaf in tree_leaves(views)):
                 return views
         args, kwargs = tree_map_only(cls, cls.read, (args, kwargs))
         return func(*args, **kwargs)
@@ -246,14 +246,14 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
     for name, tensor in tensors.items():
         asked = f"write tensor {name[:80]!r}"
         if tensor.is_meta:
-            found = "it is on the meta device and has no values"
-            raise FormatError(asked, found, "Load its values first")
+            problem = "it is on the meta device and has no values"
+            raise FormatError(asked, problem, "Load its values first")
         if not is_plain_name(name):
-            found = "the name is too long or has control characters"
-            raise FormatError(asked, found, "Rename the module")
+            problem = "the name is too long or has control characters"
+            raise FormatError(asked, problem, "Rename the module")
         if tensor.dtype not in _NAMES:
-            found = f"its dtype is {tensor.dtype}"
-            raise FormatError(asked, found, "Convert it to a plain dtype first")
+            problem = f"its dtype is {tensor.dtype}"
+            raise FormatError(asked, problem, "Convert it to a plain dtype first")
     # The widest elements first, as the library has them: then each tensor begins aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     rows = [(name, _NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered]

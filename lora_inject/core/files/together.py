@@ -47,9 +47,9 @@ def write_together(target: Path, write: Callable[[Path], Path]) -> Path:
             mine = file_bytes(write(Path(place, target.name)))
         if file_bytes(target) == mine:
             return target
-        found = "it is there, and another process wrote other values or somebody did before"
+        problem = "it is there, and another process wrote other values or somebody did before"
         remedy = "Choose another path, one for each process if each has an adapter of its own"
-        raise FormatError(f"write '{target}'", found, remedy) from error
+        raise FormatError(f"write '{target}'", problem, remedy) from error
 
 
 def file_bytes(path: Path) -> dict[str, bytes]:

@@ -128,17 +128,17 @@ def _draw_gaps(p: float, n: int) -> Tensor:
     draws = int(expected + 6 * math.sqrt(expected) + 16)
     # Uniform numbers of 24 bits tell gaps apart as long as one of them is not worth an element.
     dtype = torch.float32 if p > 2**-12 else torch.float64
-    found = torch.empty(0, dtype=torch.int64, device="cpu")
-    while not len(found) or int(found.sum()) < n + 1:
+    gaps_so_far = torch.empty(0, dtype=torch.int64, device="cpu")
+    while not len(gaps_so_far) or int(gaps_so_far.sum()) < n + 1:
         # Out of place, as a mode may keep each result. Of 1 - u no number is zero.
         uniform = 1 - torch.rand(draws, dtype=dtype, device="cpu")
         gaps = uniform.log().mul(1 / math.log1p(-p)).to(torch.int64).add(1)
-        found = gaps if not len(found) else torch.cat([found, gaps])
-    ends = found.cumsum(0)
-    found = found[: int(torch.searchsorted(ends, n, right=True))]
-    largest = int(found.max()) if len(found) else 0
+        gaps_so_far = gaps if not len(gaps_so_far) else torch.cat([gaps_so_far, gaps])
+    ends = gaps_so_far.cumsum(0)
+    gaps_so_far = gaps_so_far[: int(torch.searchsorted(ends, n, right=True))]
+    largest = int(gaps_so_far.max()) if len(gaps_so_far) else 0
     sizes = (torch.uint8, torch.int16, torch.int32, torch.int64)
-    return found.to(next(size for size in sizes if largest <= torch.iinfo(size).max))
+    return gaps_so_far.to(next(size for size in sizes if largest <= torch.iinfo(size).max))
 
 
 def positions(gaps: Tensor) -> Tensor:

@@ -62,8 +62,8 @@ def norms_of(weight: Tensor, transposed: bool) -> Tensor:
     `weight` is `(out, in)`, or `(in, out)` where `transposed`.
     """
     dtype, axis = torch.promote_types(weight.dtype, torch.float32), 0 if transposed else 1
-    found: Tensor = torch.linalg.vector_norm(weight.detach(), dim=axis, dtype=dtype)
-    return found
+    norms: Tensor = torch.linalg.vector_norm(weight.detach(), dim=axis, dtype=dtype)
+    return norms
 
 
 @torch.no_grad()

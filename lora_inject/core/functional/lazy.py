@@ -93,8 +93,8 @@ def begun(read: Read) -> Tensor:
     """Return a reading as a lazy weight."""
     if not torch.is_grad_enabled():
         return _made(read, read.shape, read.weight.stride())
-    found: Tensor = _Deferred.apply(read, *read.leaves)  # type: ignore[no-untyped-call]
-    return found
+    deferred: Tensor = _Deferred.apply(read, *read.leaves)  # type: ignore[no-untyped-call]
+    return deferred
 
 
 class Read:
@@ -211,10 +211,10 @@ class LazyWeight(ReadOnly):
         self._read.check()
         read, index = self._read, self._index
         if isinstance(index, int):
-            found = read.matrix(index)
+            weight = read.matrix(index)
         else:
-            found = read.whole if index is None else read.whole.at(index)
-        return found.turned() if self._is_turned else found
+            weight = read.whole if index is None else read.whole.at(index)
+        return weight.turned() if self._is_turned else weight
 
     def formed(self, *, look: bool = False) -> Tensor:
         """Return the effective weight as a plain tensor with a graph, formed once."""
@@ -255,9 +255,9 @@ class LazyWeight(ReadOnly):
             return read_only(args[0].beneath())
         product = _PRODUCTS.get(func) or room("experts").product(func)
         if product is not None and _is_thin(product, args, kwargs):
-            found = product(*map(unmarked, args), **kwargs)
-            if found is not NotImplemented:
-                return found
+            result = product(*map(unmarked, args), **kwargs)
+            if result is not NotImplemented:
+                return result
         if func in _HOOKS:
             args[0]._read.is_thin = False
         if func in _LOOKS:
@@ -266,11 +266,11 @@ class LazyWeight(ReadOnly):
         if func in _GET_IT_FORMED:
             args, kwargs = tree_map_only(LazyWeight, LazyWeight.formed, (tuple(args), kwargs))
             return func(*args, **kwargs)
-        found = _run_plainly(func, types, args, kwargs)
+        result = _run_plainly(func, types, args, kwargs)
         for given in args:
             if type(given) is cls and given._beneath is not None:
-                return still_read_only(found, given._beneath)
-        return found
+                return still_read_only(result, given._beneath)
+        return result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -280,9 +280,9 @@ class LazyWeight(ReadOnly):
         if func is DEVICE:
             return args[0]._read.weight.device
         kwargs = kwargs or {}
-        found = PICKED[func](*args) if func in PICKED else func.decompose(*args, **kwargs)
-        if found is not NotImplemented:
-            return found
+        result = PICKED[func](*args) if func in PICKED else func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         if writes(func, args, kwargs, LazyWeight):
             refuse_change(func)
         beneath = LazyWeight.beneath
@@ -325,8 +325,8 @@ class _Deferred(torch.autograd.Function):
 
 
 def _cut(stack: Tensor) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...] = _Cut.apply(stack)  # type: ignore[no-untyped-call]
-    return found
+    matrices: tuple[Tensor, ...] = _Cut.apply(stack)  # type: ignore[no-untyped-call]
+    return matrices
 
 
 class _Cut(torch.autograd.Function):

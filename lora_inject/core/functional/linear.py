@@ -110,8 +110,8 @@ def _run(
         factors = [t for u in updates for t in (u.A, u.B)]
         if any(t is not None and t.requires_grad for t in (x, y, weight, bias, *factors)):
             how = _How(transposed, float32, dtype, [u[2:] for u in updates])
-            found: Tensor = _Function.apply(x, y, weight, bias, how, *factors)  # type: ignore[no-untyped-call]
-            return found
+            output: Tensor = _Function.apply(x, y, weight, bias, how, *factors)  # type: ignore[no-untyped-call]
+            return output
     if weight is not None:
         y = frozen_output(x, weight, bias, transposed, dtype)
     assert y is not None
@@ -196,9 +196,9 @@ def differentiate(
     `out` is their value, `g` its gradient; each input that needs one gets a gradient.
     """
     wanted = [t for t, need in zip(inputs, needs, strict=True) if t is not None and need]
-    found = iter(torch.autograd.grad(out, wanted, g, create_graph=again))
+    gradients = iter(torch.autograd.grad(out, wanted, g, create_graph=again))
     return tuple(
-        next(found) if t is not None and need else None
+        next(gradients) if t is not None and need else None
         for t, need in zip(inputs, needs, strict=True)
     )
 

@@ -110,12 +110,12 @@ class MergeReport(Shown):
     def warning(self) -> str | None:
         """What must not be overlooked: deltas that are 0, or of which rounding left nothing."""
         zero = [t.name for t in self.counted if t.relative == 0]
-        found = []
+        losses = []
         if self.inert:
-            found.append(f"rounding left 0.0000 of {self._where(self.inert)}")
+            losses.append(f"rounding left 0.0000 of {self._where(self.inert)}")
         if zero:
-            found.append(f"{self._where(zero)} is 0, as before training")
-        return f"{'; '.join(found)}: there the adapter has no effect" if found else None
+            losses.append(f"{self._where(zero)} is 0, as before training")
+        return f"{'; '.join(losses)}: there the adapter has no effect" if losses else None
 
     def _where(self, names: Sequence[str]) -> str:
         of = "every delta" if len(names) == len(self.counted) else "the delta"

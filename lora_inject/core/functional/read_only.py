@@ -70,11 +70,11 @@ class ReadOnly(Tensor):
         """Compute like a plain tensor, but write nothing."""
         kwargs = kwargs or {}
         refuse_writing(cls, func, args, kwargs)
-        found = _run_plainly(func, types, args, kwargs)
+        result = _run_plainly(func, types, args, kwargs)
         for given in (*args, *kwargs.values()):
             if type(given) is cls:
-                return still_read_only(found, given)
-        return found
+                return still_read_only(result, given)
+        return result
 
 
 def read_only(value: Tensor) -> Tensor:
@@ -83,23 +83,23 @@ def read_only(value: Tensor) -> Tensor:
     return value.as_subclass(ReadOnly) if plain else value
 
 
-def still_read_only(found: Any, source: Tensor) -> Any:
+def still_read_only(result: Any, source: Tensor) -> Any:
     """Return the result of an operation, read-only where it is what the source is.
 
     That is what has its memory, or is a copy on another device, which is made to be put there.
     """
-    if type(found) in (tuple, list):
-        return type(found)(still_read_only(each, source) for each in found)
-    if type(found) is not Tensor or found.layout is not torch.strided or found.is_meta:
-        return found
-    return read_only(found) if _is_part(found, source) else found
+    if type(result) in (tuple, list):
+        return type(result)(still_read_only(each, source) for each in result)
+    if type(result) is not Tensor or result.layout is not torch.strided or result.is_meta:
+        return result
+    return read_only(result) if _is_part(result, source) else result
 
 
-def _is_part(found: Tensor, source: Tensor) -> bool:
+def _is_part(result: Tensor, source: Tensor) -> bool:
     source = unmarked(source)
-    if found.device != source.device:
-        return found.shape == source.shape
-    return found.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+    if result.device != source.device:
+        return result.shape == source.shape
+    return result.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
 
 
 def unmarked(value: Any) -> Any:

@@ -158,12 +158,12 @@ def plain_class(cls: type) -> type:
     if not issubclass(cls, Adapted):
         return cls
     # Somebody (FSDP2) has swapped the class again on top of ours: the same class on plain bases.
-    found = _PLAIN.get(cls)
-    if found is None:
+    without_ours = _PLAIN.get(cls)
+    if without_ours is None:
         bases = tuple(plain_class(b) for b in cls.__bases__)
         namespace = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
-        found = _PLAIN[cls] = type(cls.__name__, bases, namespace)
-    return found
+        without_ours = _PLAIN[cls] = type(cls.__name__, bases, namespace)
+    return without_ours
 
 
 def defines_forward(cls: type) -> tuple[str, str]:

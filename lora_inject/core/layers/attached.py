@@ -70,8 +70,8 @@ class Entry:
 
     def tensor(self, module: nn.Module, role: str) -> Tensor:
         """Return the current tensor of a role."""
-        found: Tensor = held_by(module)[self.names[role]]
-        return found
+        value: Tensor = held_by(module)[self.names[role]]
+        return value
 
     def start(self, base: Tensor) -> Tensor:
         """Return what a full copy or an added value is before training, for its base tensor."""
@@ -354,7 +354,7 @@ def refuse_replaced_class(module: nn.Module, asked: str) -> None:
 def held_by(module: nn.Module) -> Mapping[str, Any]:
     """Return a module's parameters by name; DataParallel keeps those of a replica elsewhere."""
     own = module.__dict__
-    found: Mapping[str, Any] = own.get("_former_parameters") or own["_parameters"]
+    parameters: Mapping[str, Any] = own.get("_former_parameters") or own["_parameters"]
     if "_is_fsdp_managed_module" in own:  # gathered by FSDP1: views beside the parameters
-        return {**found, **{name: own[name] for name in own["_lora"].flat if name in own}}
-    return found
+        return {**parameters, **{name: own[name] for name in own["_lora"].flat if name in own}}
+    return parameters

@@ -32,8 +32,8 @@ def inventory(survey: Survey) -> Inventory:
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
-        >>> found = inventory(Survey(net))
-        >>> found.candidates[0].kind, found.others["1"]
+        >>> listed = inventory(Survey(net))
+        >>> listed.candidates[0].kind, listed.others["1"]
         ('linear', 'ReLU')
     """
     return _Listing(survey).inventory()
@@ -121,12 +121,12 @@ class _Listing:
             and id(module) not in self.read
             and row.adds_to_output(module)
         )
-        found = self._candidate(
+        candidate = self._candidate(
             name, row.kind, stated, Holder(joined(name, key), module, key), weight
         )
-        refusal = found.refusal or _unfit(module, weight, stated, adds)
+        refusal = candidate.refusal or _unfit(module, weight, stated, adds)
         self.candidates.append(
-            found._replace(refusal=refusal, update="forward" if adds else "weight")
+            candidate._replace(refusal=refusal, update="forward" if adds else "weight")
         )
 
     def _whole(self, name: str, module: nn.Module, members: list[str]) -> None:
@@ -150,11 +150,11 @@ class _Listing:
             return
         known = room("stacks").is_transposed(module) if n_dims == 3 else None
         stated = _raw_geometry(shape, transposed=bool(known))
-        found = self._candidate(full, "parameter", stated, Holder(full, module, key), parameter)
+        candidate = self._candidate(full, "parameter", stated, Holder(full, module, key), parameter)
         self.candidates.append(
-            found._replace(
+            candidate._replace(
                 owner=parent(full),
-                aliases=tuple(joined(alias, key) for alias in found.aliases),
+                aliases=tuple(joined(alias, key) for alias in candidate.aliases),
                 needs_layout=n_dims > 2 and known is None,
                 update="weight",
             )
@@ -182,7 +182,7 @@ class _Listing:
         if isinstance(module, torch.jit.ScriptModule):
             return f"{cls} is a ScriptModule, whose class cannot change", "Inject before scripting"
         if (computed := _computed(module)) and key in computed:
-            found = (
+            problem = (
                 f"the weight of {cls} is computed by a parametrization: W + delta has no tensor to "
                 "be merged into, and no name in a state dict"
             )
@@ -190,13 +190,13 @@ class _Listing:
                 f"Name what it is computed of ('parametrizations.{key}.{computed[key]}'), or call "
                 "torch.nn.utils.parametrize.remove_parametrizations first"
             )
-            return found, remedy
+            return problem, remedy
         if (reason := reason_against("inject", module, parameter)) is not None:
             return reason
         if parameter is None:
-            found = f"{cls} holds no parameter {key!r} of its own"
+            problem = f"{cls} holds no parameter {key!r} of its own"
             remedy = "Name what it is computed of ('weight_v' of weight_norm), or remove that"
-            return found, remedy
+            return problem, remedy
         if parameter.is_complex():
             return (
                 f"the weight of {cls} is complex, and an adapter's factors are real",
@@ -220,17 +220,17 @@ def _unfit(
         if adds:
             return None  # a packed weight has another shape by design
         if type(weight) is nn.Parameter and weight.is_floating_point():  # cast in each forward
-            found = f"its weight is kept in {_dtype(weight.dtype)}"
-            return found, "Inject first, then cast (diffusers: enable_layerwise_casting)"
-        found = (
+            problem = f"its weight is kept in {_dtype(weight.dtype)}"
+            return problem, "Inject first, then cast (diffusers: enable_layerwise_casting)"
+        problem = (
             f"its weight is a packed {type(weight).__name__}, and the forward of {cls} is not known"
         )
-        return found, "State that its output is linear in the weight: register_kind"
+        return problem, "State that its output is linear in the weight: register_kind"
     if tuple(weight.shape) != stated.weight_shape:
-        found = (
+        problem = (
             f"{cls} states sizes {stated.weight_shape}, and its weight has {tuple(weight.shape)}"
         )
-        return found, "Set the layer's sizes to those of its weight (was it resized or sharded?)"
+        return problem, "Set the layer's sizes to those of its weight (was it resized or sharded?)"
     return None
 
 

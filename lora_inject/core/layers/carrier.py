@@ -80,7 +80,7 @@ class Carrier(Reading):
             )
         loading = self._lora.selection.loading(missing_keys)
         for adapter, keys in by_adapter.items():
-            loading.note(adapter, keys, found=any(key in state_dict for key in keys))
+            loading.note(adapter, keys, any_there=any(key in state_dict for key in keys))
 
     def extra_repr(self) -> str:
         """Return the plain layer's description and the adapters on it."""

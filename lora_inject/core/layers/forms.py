@@ -91,12 +91,12 @@ def refuse_other_forms(model: nn.Module, state_dict: Any) -> None:
     for adapter, forms in here.items():
         noted_there = set(_noted_in(keys, metadata, adapter))
         for key in noted_there - forms:
-            found = f"adapter {adapter!r} has {key!r} there, and no such site here"
-            raise StateError(_ASKED, found, _SAME)
+            problem = f"adapter {adapter!r} has {key!r} there, and no such site here"
+            raise StateError(_ASKED, problem, _SAME)
         carried = forms & keys.keys()
         for key in forms - carried if carried else ():
-            found = f"adapter {adapter!r} has {key!r} here, and no such site there"
-            raise StateError(_ASKED, found, _SAME)
+            problem = f"adapter {adapter!r} has {key!r} here, and no such site there"
+            raise StateError(_ASKED, problem, _SAME)
 
 
 def refuse_unfit(
@@ -167,8 +167,8 @@ def refuse_unlike(
                 "save_adapter and load_adapter",
             )
         for what, theirs, ours in _differences(Form(*form), form_of(entry)):
-            found = f"its adapter has {what} {theirs} in the state dict, and {ours} here"
-            raise StateError(f"{_ASKED}, {held!r}", found, _SAME)
+            problem = f"its adapter has {what} {theirs} in the state dict, and {ours} here"
+            raise StateError(f"{_ASKED}, {held!r}", problem, _SAME)
 
 
 def _flat(entry: Entry, module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -32,8 +32,8 @@ def queue_of(device: torch.device) -> Any:
 def sent_once(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Return numbers as a tensor that is kept, for code that asks for them in each forward."""
     if torch.compiler.is_compiling():
-        found: Tensor = _constant(numbers, device)
-        return found
+        tensor: Tensor = _constant(numbers, device)
+        return tensor
     return _kept(numbers, device, queue_of(device))
 
 

@@ -11,9 +11,9 @@ class Loading:
         self._forgiven: dict[str, list[str]] = {}
         self._present: set[str] = set()
 
-    def note(self, adapter: str, keys: list[str], *, found: bool) -> None:
-        """Note whether a layer, whose tensors of an adapter have these keys, found any of them."""
-        if found:
+    def note(self, adapter: str, keys: list[str], *, any_there: bool) -> None:
+        """Note the keys of a layer's tensors of an adapter, and whether any of them is there."""
+        if any_there:
             self._present.add(adapter)
             self.missing_keys.extend(self._forgiven.pop(adapter, ()))
         elif adapter not in self._present:

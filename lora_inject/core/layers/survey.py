@@ -32,8 +32,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
         name = model.__name__
         raise LayerError("the model", f"it is the class {name}", f"Give an instance: {name}(...)")
     if not isinstance(model, nn.Module):
-        found = f"it is {article(type(model).__name__)}"
-        raise LayerError("the model", found, "Give a torch.nn.Module")
+        problem = f"it is {article(type(model).__name__)}"
+        raise LayerError("the model", problem, "Give a torch.nn.Module")
     while True:
         if isinstance(model, _WRAPPERS):
             model = model.module
@@ -95,11 +95,11 @@ class Survey:
     @cached_property
     def further(self) -> dict[int, tuple[str, ...]]:
         """All names but the first of modules that have several, by the module's id."""
-        found: dict[int, tuple[str, ...]] = {}
+        names: dict[int, tuple[str, ...]] = {}
         for name, module in self.named if len(self.modules) < len(self.named) else ():
             if name != self.paths[id(module)]:
-                found[id(module)] = (*found.get(id(module), ()), name)
-        return found
+                names[id(module)] = (*names.get(id(module), ()), name)
+        return names
 
     @cached_property
     def own(self) -> dict[int, dict[str, nn.Parameter]]:
@@ -132,10 +132,10 @@ class Survey:
 
     @cached_property
     def _by_memory(self) -> dict[Hashable, list[Holder]]:
-        found: dict[Hashable, list[Holder]] = {}
+        holders: dict[Hashable, list[Holder]] = {}
         for holder in self.holders:
-            found.setdefault(memory_of(holder.tensor), []).append(holder)
-        return found
+            holders.setdefault(memory_of(holder.tensor), []).append(holder)
+        return holders
 
     def sharing(self, tensor: Tensor) -> list[Holder]:
         """Return who holds a base parameter, or one of the same memory; if several, it is tied."""

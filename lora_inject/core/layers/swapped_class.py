@@ -38,8 +38,8 @@ class Swapped(Carrier):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the plain class, from which the swapped one is made again."""
         mixin = self._lora_mixin
-        found = super().__reduce_ex__(2)
-        state = found[2] if isinstance(found, tuple) and len(found) > 2 else self.__dict__
+        reduced = super().__reduce_ex__(2)
+        state = reduced[2] if isinstance(reduced, tuple) and len(reduced) > 2 else self.__dict__
         attributes = state[0] if isinstance(state, tuple) and state else state
         if not isinstance(attributes, dict) or "_lora" not in attributes:
             raise LayerError(
@@ -74,8 +74,8 @@ def adapted_class(
     watch_loading()
     stock = mixin.stock(plain)
     key = (plain, mixin, frozenset({*reads, mixin.weight_name} if stock else reads))
-    found = _CLASSES.get(key)
-    if found is None:
+    swapped = _CLASSES.get(key)
+    if swapped is None:
         namespace: dict[str, Any] = {name: weight_property(name) for name in sorted(key[2])}
         namespace |= {
             "_lora_plain": plain,
@@ -92,13 +92,13 @@ def adapted_class(
         if mixin is WeightUpdate:
             namespace["forward"] = selected_forward(plain)
             namespace["_lora_cached"] = cached_forward(plain)
-        found = types.new_class(
+        swapped = types.new_class(
             plain.__name__, (mixin, Swapped, plain), exec_body=lambda ns: ns.update(namespace)
         )
         if _layout(plain) is not _layout(mixin):
-            found = _in_layout_of(plain, found, namespace)
-        _CLASSES[key] = found
-    return found
+            swapped = _in_layout_of(plain, swapped, namespace)
+        _CLASSES[key] = swapped
+    return swapped
 
 
 def _members_of(plain: type[nn.Module]) -> dict[str, Any]:
@@ -143,10 +143,10 @@ def _in_layout_of(plain: type, wanted: type[Adapted], namespace: dict[str, Any])
     """
     meta: Any = type("Reordered", (type(plain),), {"mro": lambda cls: [cls, *wanted.__mro__[1:]]})
     bases = wanted.__bases__[::-1]
-    found: type[Adapted] = types.new_class(
+    with_layout: type[Adapted] = types.new_class(
         plain.__name__, bases, {"metaclass": meta}, lambda ns: ns.update(namespace)
     )
-    return found
+    return with_layout
 
 
 def _rebuild(plain: type[nn.Module], mixin: type[Adapted], reads: tuple[str, ...]) -> Adapted:

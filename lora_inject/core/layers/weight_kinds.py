@@ -125,8 +125,8 @@ class WeightKind:
         kind = type(self)
         if verb in OF_VALUES and kind.dense is WeightKind.dense:
             plain = getattr(type(module), "_lora_plain", type(module))
-            found = f"dequantizing a {plain.__name__} of {plain.__module__} is not supported"
-            return Reason(found)
+            problem = f"dequantizing a {plain.__name__} of {plain.__module__} is not supported"
+            return Reason(problem)
         if verb == "requantize" and kind.packed is WeightKind.packed:
             return Reason("its format cannot be quantized again")
         return None

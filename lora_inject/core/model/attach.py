@@ -69,7 +69,7 @@ def places(
         if is_lazy(holder.tensor):
             lazy = "it is lazy and not initialized"
             raise LayerError(f"adapter {name!r}, {holder.name!r}", lazy, "Run the model once first")
-    found = []
+    carried = []
     flat_names = cache(lambda roles, read: {role: attribute(role, name, read) for role in roles})
     for spec in sites:
         _, module, param = survey.at(spec.weight)
@@ -77,42 +77,44 @@ def places(
         roles = (*(role for role in spec.shapes if role != "b"), *starts)
         names = flat_names(roles, None if spec.update == "forward" else param)  # shared by sites
         path = survey.paths[id(module)]
-        found.append(Carried(path, module, Entry(name, spec, param, names)))
+        carried.append(Carried(path, module, Entry(name, spec, param, names)))
         if spec.lora_bias:
             b = {"b": attribute("b", name, "bias")}
             entry = Entry(name, None, "bias", b, spec.shapes["b"], None, spec.scale)
-            found.append(Carried(path, module, entry))
+            carried.append(Carried(path, module, entry))
     for copy, rows in copies.items():
         _, module, param = holder = survey.at(copy)
         whole = holder.tensor.shape
         shape = tuple(whole) if rows is None else (len(rows), *whole[1:])
         entry = Entry(name, None, param, {"T": attribute("T", name, param)}, shape, rows)
-        found.append(Carried(survey.paths[id(module)], module, entry))
+        carried.append(Carried(survey.paths[id(module)], module, entry))
     taken: set[tuple[int, str]] = set()
-    for place in found:
+    for place in carried:
         target = f"{'site' if place.entry.spec else 'trained tensor'} {place.name!r}"
         for reason in chain(_why_not_here(place, taken), _why_not_values(place)):
             raise LayerError(target, *reason)
         check_swappable(place.module, target)
         taken.add((id(place.module), place.entry.param))
-    return found
+    return carried
 
 
 def _why_not_here(place: Carried, taken: set[tuple[int, str]]) -> Iterator[tuple[str, str]]:
     """Yield why a module cannot take an entry, and what to do."""
     module, entry, cls = place.module, place.entry, type(place.module)
     if (id(module), entry.param) in taken:
-        found = f"its {entry.param!r} is adapted and trained, or gets a bias twice"
-        yield found, "Leave one of train, bias and lora_bias out"
+        problem = f"its {entry.param!r} is adapted and trained, or gets a bias twice"
+        yield problem, "Leave one of train, bias and lora_bias out"
     if entry.scale is not None and module._parameters.get("bias") is None:
-        found = "lora_bias is added to the layer's bias, which is None: no merge could hold the sum"
-        yield found, "Leave lora_bias out there, or give the layer a bias of zeros"
+        problem = (
+            "lora_bias is added to the layer's bias, which is None: no merge could hold the sum"
+        )
+        yield problem, "Leave lora_bias out there, or give the layer a bias of zeros"
     for flat in entry.names.values():
         if hasattr(module, flat):
             yield f"the module has an attribute {flat!r}", "Choose another adapter name"
     if not entry.on_output and attached_to(module) is None and hasattr(cls, entry.param):
-        found = f"{cls.__name__}.{entry.param} is computed by the class"
-        yield found, "A parameter that is itself computed cannot take an update"
+        problem = f"{cls.__name__}.{entry.param} is computed by the class"
+        yield problem, "A parameter that is itself computed cannot take an update"
 
 
 def refuse_statistics(survey: Survey, modules: Collection[str], asked: str) -> None:
@@ -126,10 +128,14 @@ def refuse_statistics(survey: Survey, modules: Collection[str], asked: str) -> N
 def _why_not_in_full(module: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield why a layer that moves statistics, which are buffers, cannot train in full."""
     if isinstance(getattr(module, "running_mean", None), Tensor):
-        found = f"its {type(module).__name__} moves running_mean and running_var as well while it "
-        found += "trains: those are the base's buffers, which an adapter neither holds nor restores"
+        problem = (
+            f"its {type(module).__name__} moves running_mean and running_var as well while it "
+        )
+        problem += (
+            "trains: those are the base's buffers, which an adapter neither holds nor restores"
+        )
         remedy = "Leave it out, or give the layer track_running_stats=False and no running_mean"
-        yield found, remedy
+        yield problem, remedy
 
 
 def _why_not_values(place: Carried) -> Iterator[tuple[str, str]]:
@@ -144,8 +150,8 @@ def _why_not_values(place: Carried) -> Iterator[tuple[str, str]]:
         return
     gained, derived = place.entry.variant.gained, spec.init in FROM_WEIGHT
     if gained and spec.why_no_gain:
-        found = f"variant {spec.variant} on {spec.why_no_gain}"
-        yield found, "Train it with variant: lora"
+        problem = f"variant {spec.variant} on {spec.why_no_gain}"
+        yield problem, "Train it with variant: lora"
     fits = place.entry.on_output or reads_as_sum(weight)
     if packed and not place.entry.on_output and fits and spec.compute == "float32":
         yield "compute: float32 would unpack all experts at once", "Use compute: base"
@@ -169,7 +175,7 @@ def _trainable(tensor: Tensor) -> Tensor:
 def attach(
     survey: Survey,
     name: str,
-    found: Sequence[Carried],
+    carried: Sequence[Carried],
     tensors: Callable[[Carried], Mapping[str, Tensor]],
     tied: Callable[[Carried], Hashable],
     config: Mapping[str, Any] | None,
@@ -185,9 +191,9 @@ def attach(
     the only active one. `probe` runs the model; sites that it does not reach are refused.
     """
     made: dict[Hashable, dict[str, nn.Parameter]] = {}
-    keys = [tied(place) if place.entry.spec is None else id(place) for place in found]
+    keys = [tied(place) if place.entry.spec is None else id(place) for place in carried]
     with torch.inference_mode(False):  # tensors that are made in it could not train
-        for key, place in zip(keys, found, strict=True):
+        for key, place in zip(keys, carried, strict=True):
             made[key] = made.get(key) or {
                 role: nn.Parameter(_trainable(tensor), train and place.entry.trains(role))
                 for role, tensor in tensors(place).items()
@@ -196,7 +202,7 @@ def attach(
     _check_joinable(survey, name, before.selections, train and activate)
     selection = next(iter(before.selections), None) or Selection()
     if not activate:
-        _check_mixable(name, found, selection.setting.names)
+        _check_mixable(name, carried, selection.setting.names)
     modules = [module for _, module in survey.modules]
     # Only tensors of these records: checking every tensor of every adapter would be quadratic.
     named = {each for record in records for each in record.trainable} if records else (None,)
@@ -206,13 +212,13 @@ def attach(
     with all_or_nothing(modules, values, flags) as trained:
         root = _become_root(survey, selection)
         root.configs[name] = config
-        root.carrying[name] = list({id(place.module): place.module for place in found}.values())
+        root.carrying[name] = list({id(place.module): place.module for place in carried}.values())
         _freeze(survey, root)
         for parameter in trained if train else ():  # the new ones are trainable already
             parameter.requires_grad_(False)
         if train:
             root.trainable = {name}
-        for key, place in zip(keys, found, strict=True):
+        for key, place in zip(keys, carried, strict=True):
             attached = _put(place, made[key], selection)
             attached.time_major = f"{place.path}.".startswith(survey.time_major)
         structure_changed()
@@ -265,9 +271,9 @@ def _check_joinable(
                 )
 
 
-def _check_mixable(name: str, found: Iterable[Carried], active: Mapping[str, float]) -> None:
+def _check_mixable(name: str, carried: Iterable[Carried], active: Mapping[str, float]) -> None:
     """Check a new adapter that takes part at once, as the mix has named one of another part."""
-    for place in found if name in active else ():
+    for place in carried if name in active else ():
         attached = attached_to(place.module)
         beside = attached.entries() if attached is not None else ()
         there = [e for e in beside if e.param == place.entry.param and e.adapter in active]

@@ -178,6 +178,6 @@ def check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked:
     for key, copy in state.base_copies.items():
         weight = weights.get(key)
         if weight is None or not same_values(weight.detach().cpu(), copy):
-            found = "the file carries a copy of this base tensor that is not the model's"
+            problem = "the file carries a copy of this base tensor that is not the model's"
             remedy = "Load the adapter onto the base that it was made on (was the vocabulary "
-            raise FormatError(f"{asked}, {key!r}", found, remedy + "resized?)")
+            raise FormatError(f"{asked}, {key!r}", problem, remedy + "resized?)")

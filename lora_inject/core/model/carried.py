@@ -71,9 +71,9 @@ class Root:
 
 def roots_of(survey: Survey) -> dict[str, Root]:
     """Return the records of all injected roots in a model, by name; `""` is the model itself."""
-    found = {path: module for path, module in survey.modules if ROOT in module.__dict__}
-    ROOT_MODULES.update(found.values())  # a copy or a pickle has not registered its roots
-    return {path: module.__dict__[ROOT] for path, module in found.items()}
+    roots = {path: module for path, module in survey.modules if ROOT in module.__dict__}
+    ROOT_MODULES.update(roots.values())  # a copy or a pickle has not registered its roots
+    return {path: module.__dict__[ROOT] for path, module in roots.items()}
 
 
 def adapted_modules(survey: Survey) -> Iterator[tuple[str, nn.Module, Attached]]:
@@ -115,8 +115,8 @@ def idle_among(items: Collection[Carried]) -> tuple[str, ...]:
 def records_of(survey: Survey, name: str) -> list[tuple[nn.Module, Root]]:
     """Return the roots that an adapter was put on: those inside the model, else those around it."""
     inside = [(survey.by_name[path], record) for path, record in roots_of(survey).items()]
-    if found := [item for item in inside if name in item[1].carrying]:
-        return found
+    if items := [item for item in inside if name in item[1].carrying]:
+        return items
     selections = set(map(id, reach(survey.model, survey).selections))
     around = [(m, m.__dict__[ROOT]) for m in alive(ROOT_MODULES) if ROOT in m.__dict__]
     return [(m, r) for m, r in around if name in r.carrying and id(r.selection) in selections]
@@ -127,14 +127,14 @@ def whole_adapter(survey: Survey, name: str, asked: str) -> list[Carried]:
     recorded = {known for record in roots_of(survey).values() for known in record.configs}
     check_names(reach(survey.model, survey).names | recorded, [name], asked)
     records = records_of(survey, name)
-    found = list(entries(survey, name))
-    for path, module, _ in found:
+    items = list(entries(survey, name))
+    for path, module, _ in items:
         refuse_replaced_class(module, f"{asked} {name!r} at {path!r}")
     if not records:  # a copy of one layer, which has no root
-        return found
+        return items
     carrying = {id(m): m for _, record in records for m in record.carrying[name]}
-    found = [item for item in found if id(item[1]) in carrying]
-    for _, module, _ in found:
+    items = [item for item in items if id(item[1]) in carrying]
+    for _, module, _ in items:
         carrying.pop(id(module), None)
     for module in carrying.values():
         attached = attached_to(module)
@@ -147,7 +147,7 @@ def whole_adapter(survey: Survey, name: str, asked: str) -> list[Carried]:
             + (" any more" if here else ", which shares only some of its layers"),
             "Put the layer back, or eject the adapter" if here else "Call it on the injected model",
         )
-    return found
+    return items
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,15 +189,15 @@ def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
         names.update(attached.forward, *attached.reads.values())
         if attached.gains or attached.reads:  # keeps later verbs fast with many adapters
             gained.update(entry.adapter for entry in attached.entries() if entry.variant.gained)
-    found = Reach(tuple(selections), frozenset(names), frozenset(gained))
+    reached = Reach(tuple(selections), frozenset(names), frozenset(gained))
     if root is not None:
-        root.kept = (_generation, found)
-    return found
+        root.kept = (_generation, reached)
+    return reached
 
 
-def refuse_mixes(model: nn.Module, found: Reach, weights: Mapping[str, float]) -> None:
+def refuse_mixes(model: nn.Module, reached: Reach, weights: Mapping[str, float]) -> None:
     """Raise if an adapter with a gain would not be alone at a site, with weight 1."""
-    if not found.gained & weights.keys() or (len(weights) == 1 and 1.0 in weights.values()):
+    if not reached.gained & weights.keys() or (len(weights) == 1 and 1.0 in weights.values()):
         return
     taking: dict[tuple[int, str], list[tuple[Entry, float]]] = {}
     survey = Survey(model)
@@ -221,17 +221,17 @@ def check_names(known: frozenset[str], names: Iterable[str], verb: str) -> set[s
     return set(listed)
 
 
-def check_new_name(found: Reach, name: str) -> None:
+def check_new_name(reached: Reach, name: str) -> None:
     """Check that an adapter of that name can be added now, to a model with these adapters."""
     asked = f"adapter {name!r}"
     if not isinstance(name, str) or not name:
         raise StateError(asked, "a name is a string of one character or more", "Give another name")
-    if name in found.names:
+    if name in reached.names:
         found_here = "the model has one of that name"
         raise StateError(asked, found_here, "Eject it, or choose another name")
-    for selection in found.selections:
+    for selection in reached.selections:
         selection.check_settled(f"adding adapter {name!r}")
-    refuse_merged(f"adding adapter {name!r}", *found.selections)
+    refuse_merged(f"adding adapter {name!r}", *reached.selections)
 
 
 def refuse_merged(asked: str, *selections: Selection) -> None:
@@ -239,5 +239,5 @@ def refuse_merged(asked: str, *selections: Selection) -> None:
     for selection in selections:
         if selection.merged:
             merged = ", ".join(name for name in selection.merged)
-            found = f"{merged!r} is merged into the weights"
-            raise StateError(asked, found, "Call unmerge(model) first")
+            problem = f"{merged!r} is merged into the weights"
+            raise StateError(asked, problem, "Call unmerge(model) first")

@@ -48,9 +48,9 @@ def fit(
     state = dataclasses.replace(state, sites=sites | _under_further_names(sites, names))
     specs = {key: fit_site(site.spec, names, asked) for key, site in state.sites.items()}
     for key in state.trained.keys() & set(names.buffers):
-        found = "it is a buffer of the model, and adapters hold parameters only"
+        problem = "it is a buffer of the model, and adapters hold parameters only"
         remedy = "Merge it into the base with PEFT (merge_and_unload) and start from that model"
-        raise FormatError(f"{asked}, trained tensor {key!r}", found, remedy)
+        raise FormatError(f"{asked}, trained tensor {key!r}", problem, remedy)
     trained, rows = _fit_trained(state, survey, weights, asked)
     if base != "any":
         new = {state.sites[key].spec.weight: spec.weight for key, spec in specs.items()}
@@ -84,15 +84,15 @@ def _under_further_names(sites: Mapping[str, SiteState], names: Inventory) -> di
 
     It has an adapter under each of its names, so each of these layers gets one.
     """
-    found = {}
+    sites = {}
     for site in sites.values():
         spec, own = site.spec, _found(site.spec, names)
         for alias in spec.aliases:
             there = spec.at(alias, alias + spec.weight.removeprefix(spec.name))
             other = _found(there, names)
             if alias not in sites and other and own and other.weight != own.weight:
-                found[alias] = dataclasses.replace(site, spec=there)
-    return found
+                sites[alias] = dataclasses.replace(site, spec=there)
+    return sites
 
 
 def _stack_of_one(site: SiteState, names: Inventory) -> SiteState:
@@ -112,8 +112,8 @@ def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:
     candidate, where = _found(spec, names), f"{asked}, site {spec.name!r}"
     remedy = "Load the adapter onto the model that it was made for"
     if spec.kind != "parameter" and all(row.kind != spec.kind for row in KINDS):
-        found = f"its kind of layer, {spec.kind!r}, is not registered here"
-        raise FormatError(where, found, "Import the module that calls register_kind for it first")
+        problem = f"its kind of layer, {spec.kind!r}, is not registered here"
+        raise FormatError(where, problem, "Import the module that calls register_kind for it first")
     if candidate is None:
         close = ", ".join(map(repr, nearest(spec.name, names.sites))) or "none"
         raise FormatError(where, "the model has no such module", f"Nearest: {close}. {remedy}")
@@ -190,6 +190,6 @@ def _why_not_copied(
         return (f"it has shape {there} in the file and {here} here", leave) if differ else None
     if len(here) == 2 and max(rows) < here[0] and here[1:] == there[1:]:
         return None
-    found = f"it holds rows up to {max(rows)}, of {there[1:]} values, and the model's has the "
+    problem = f"it holds rows up to {max(rows)}, of {there[1:]} values, and the model's has the "
     remedy = "Resize the vocabulary first: model.resize_token_embeddings(n)"
-    return f"{found}shape {here}", remedy
+    return f"{problem}shape {here}", remedy

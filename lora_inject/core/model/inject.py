@@ -100,7 +100,7 @@ def inject(
     named = {
         key: trained.rows for trained in planned.trained for key in survey.names_of(trained.name)
     }
-    found = places(survey, name, planned.sites, named)
+    carried = places(survey, name, planned.sites, named)
     for i, pattern in enumerate(planned.config.train):
         asked = f"train {i + 1} ('{pattern}')"
         refuse_statistics(survey, matching(pattern, present.modules, asked=asked), asked)
@@ -111,5 +111,5 @@ def inject(
     def tied(place: Carried) -> Hashable:
         return memory_of(place.weight)
 
-    attach(survey, name, found, initial, tied, planned.config.to_dict(), probe=probe)
+    attach(survey, name, carried, initial, tied, planned.config.to_dict(), probe=probe)
     return model

@@ -84,8 +84,8 @@ def load_adapter(
     if not lexists(place) and room("hub").is_repo(path, revision):
         place = room("hub").download(str(path), revision)
     elif revision is not None:
-        found = "a revision is for repositories, and this is a path"
-        raise FormatError(f"{asked} at {revision!r}", found, "Leave the revision out")
+        problem = "a revision is for repositories, and this is a path"
+        raise FormatError(f"{asked} at {revision!r}", problem, "Leave the revision out")
     format = format or detected(place)  # noqa: A001
     facts = partial(model_facts, survey)
     state = read_adapter(place, format, facts=facts, **options).mapped(in_memory)
@@ -144,7 +144,7 @@ def _put_on(
     The model may be a part of a larger one: what is active in other parts is none of its business.
     """
     copies = {key: state.rows.get(key) for key in state.trained}
-    found = places(survey, name, [site.spec for site in state.sites.values()], copies)
+    carried = places(survey, name, [site.spec for site in state.sites.values()], copies)
 
     tensors: dict[str, Mapping[str, Tensor]] = {n: site.tensors for n, site in state.sites.items()}
     tensors |= {joined(n, "bias"): site.tensors for n, site in state.sites.items()}  # lora_bias
@@ -157,7 +157,7 @@ def _put_on(
     def tied(place: Carried) -> Hashable:
         return id(tensors[place.name][next(iter(place.entry.names))])
 
-    before("load", survey, name, found, tied)
+    before("load", survey, name, carried, tied)
     there = reach(survey.model, survey)
     active = {each for selection in there.selections for each in selection.setting.names}
     idle = active.isdisjoint({*there.names, name})
@@ -166,7 +166,7 @@ def _put_on(
         remedy = "Choose another name: activating the new one would activate both"
         raise StateError(f"adapter {name!r}", found_there, remedy)
     is_active = idle or trainable
-    attach(survey, name, found, given, tied, state.config, activate=is_active, train=trainable)
+    attach(survey, name, carried, given, tied, state.config, activate=is_active, train=trainable)
     after("load", survey, name)
 
 

@@ -415,8 +415,8 @@ class _Undo:
         """Check that the weight is still the one that was merged, in a layer of the model."""
         asked, module = f"unmerge of {self.holder.name!r}", self.holder.module
         if id(module) not in survey.paths:
-            found = "its layer is not in the model any more"
-            raise StateError(asked, found, "Put the layer back first")
+            problem = "its layer is not in the model any more"
+            raise StateError(asked, problem, "Put the layer back first")
         now: Any = module._parameters.get(self.holder.param)
         same = now is self.merged or now is self.before
         if same and self.layer is not None and now.device != self.before.device:

@@ -152,7 +152,7 @@ class Target:
 
     def _copied(self, before: Tensor, start: int) -> list[tuple[Tensor, float]]:
         """Return some rows of each trained copy; a copy of other rows has those of before."""
-        found, stop = [], start + before.shape[0]
+        mixed_copies, stop = [], start + before.shape[0]
         for copy, weight, some in self.copies:
             if some is None:
                 mine = copy.reshape(self.matrix_shape)[start:stop]
@@ -161,8 +161,8 @@ class Target:
                 for at, row in enumerate(some):
                     if start <= row < stop:
                         mine[row - start] = copy.detach()[at]
-            found.append((mine, weight))
-        return found
+            mixed_copies.append((mine, weight))
+        return mixed_copies
 
     def rehearse(self) -> None:
         """Form all merged rows and count, without writing."""
@@ -205,24 +205,24 @@ def merge_targets(
     `into` is for quantized weights; with a dtype those without an adapter are targets as well.
     """
     before("read", survey)
-    found: dict[Holder, Target] = {}
+    targets: dict[Holder, Target] = {}
     entries: dict[Holder, list[tuple[Entry, float]]] = {}
     for adapter, weight in active:
         for path, module, entry in whole_adapter(survey, adapter, "merge"):
             holder = Holder(joined(path, entry.param), module, entry.param)
-            _add_entry(found.setdefault(holder, Target(holder)), entry, weight)
+            _add_entry(targets.setdefault(holder, Target(holder)), entry, weight)
             entries.setdefault(holder, []).append((entry, weight))
     for taking in entries.values():
         refuse_mixed(taking)
     for holder in _quantized_weights(survey) if isinstance(into, torch.dtype) else ():
-        found.setdefault(holder, Target(holder))
-    for target in found.values():
+        targets.setdefault(holder, Target(holder))
+    for target in targets.values():
         for reason in _why_not(target, into):
             raise LayerError(f"merge into {target.name!r}", *reason)
         target.into = into if is_quantized(target.weight) else None
         target.sharers = [one for one in survey.sharing(target.weight) if one != target.holder]
-    _refuse_overlaps(survey, {memory_of(t.weight): t.name for t in found.values()})
-    return _once_if_tied(found)
+    _refuse_overlaps(survey, {memory_of(t.weight): t.name for t in targets.values()})
+    return _once_if_tied(targets)
 
 
 def _quantized_weights(survey: Survey) -> Iterator[Holder]:
@@ -244,12 +244,12 @@ def _add_entry(target: Target, entry: Entry, weight: float) -> None:
     for role, tensor in entry.tensors(module).items():
         what = f"{role} of site {target.name!r}"
         if how := holder_of_shards(tensor):
-            found = f"{what} is sharded by {how}"
-            raise LayerError(asked, found, "Merge into an unsharded copy")
+            problem = f"{what} is sharded by {how}"
+            raise LayerError(asked, problem, "Merge into an unsharded copy")
         if not all_finite(tensor):
-            found = f"{what} is NaN or Inf in {int((~torch.isfinite(tensor)).sum())} places"
+            problem = f"{what} is NaN or Inf in {int((~torch.isfinite(tensor)).sum())} places"
             remedy = "The adapter is broken; merge another checkpoint of it"
-            raise StateError(asked, found, remedy)
+            raise StateError(asked, problem, remedy)
     if entry.spec is None:
         copy = entry.held(module)  # tied: the same under all names
         if entry.scale is not None:
@@ -278,45 +278,45 @@ def _why_not(target: Target, into: Into) -> Iterator[tuple[str, str]]:
     if not target.terms and target.copies[0][2] is None:
         shape = target.copies[0][0].shape
     if tuple(weight.shape) != tuple(shape):
-        found = f"the weight has shape {tuple(weight.shape)}, and the adapter is for "
+        problem = f"the weight has shape {tuple(weight.shape)}, and the adapter is for "
         remedy = (
             "Merge into an unsharded copy (within summon_full_params(model), where there is one)"
         )
-        yield f"{found}{tuple(shape)}: it is sharded or was replaced", remedy
+        yield f"{problem}{tuple(shape)}: it is sharded or was replaced", remedy
     if not weight.is_contiguous():
         remedy = "Make it so first: model.to(memory_format=torch.contiguous_format), or "
         yield "the weight is not contiguous", remedy + "weight.data = weight.data.contiguous()"
     if weight.is_inference() and not torch.is_inference_mode_enabled():
-        found = "the weight was made in inference mode, outside of which nobody may write it"
+        problem = "the weight was made in inference mode, outside of which nobody may write it"
         remedy = "Call merge within torch.inference_mode(), or load the base outside of it"
-        yield found, remedy
+        yield problem, remedy
 
 
 def _why_not_quantized(target: Target, into: Into) -> Iterator[tuple[str, str]]:
     module, weight, kind = target.holder.module, target.weight, target.kind
     verb: Verb = "requantize" if into == "same" else "dequantize"
-    found = f"the weight is quantized ({type(weight).__name__}, {weight.dtype})"
+    problem = f"the weight is quantized ({type(weight).__name__}, {weight.dtype})"
     if (reason := kind.why_not(verb, module, weight)) is not None:
-        yield f"{found}: {reason.found}", reason.remedy
+        yield f"{problem}: {reason.found}", reason.remedy
     if into is None:
         remedy = 'Write plain floats, merge(model, dequantize="bfloat16")'
         if kind.why_not("requantize", module, weight) is None:
             remedy += ", or its own format, merge(model, requantize=True)"
-        yield found, remedy
+        yield problem, remedy
     if target.copies:
         yield "a trained copy stands for a quantized weight", "Leave it out"
 
 
-def _once_if_tied(found: Mapping[Holder, Target]) -> list[Target]:
+def _once_if_tied(targets: Mapping[Holder, Target]) -> list[Target]:
     """A tied tensor that gets the same trained copy under all its names is written once, tied."""
     # What goes into each: trained copies alone, else nothing that another could be equal to.
     contents = {
         holder: None if target.terms else tuple((id(t), weight) for t, weight, _ in target.copies)
-        for holder, target in found.items()
+        for holder, target in targets.items()
     }
     kept: list[Target] = []
     written: set[Holder] = set()
-    for holder, target in found.items():
+    for holder, target in targets.items():
         own = contents[holder]
         if own and target.sharers and all(contents.get(h) == own for h in target.sharers):
             written.update(target.sharers)
@@ -363,8 +363,8 @@ def not_finite(target: Target, base: Tensor) -> LayerError:
     asked = f"merge into {target.name!r}"
     if not all_finite(base):
         return LayerError(asked, "the base holds NaN or Inf", "Check the base")
-    found = f"the merged weight overflows {target.dtype}"
-    return LayerError(asked, found, "Merge in a wider dtype")
+    problem = f"the merged weight overflows {target.dtype}"
+    return LayerError(asked, problem, "Merge in a wider dtype")
 
 
 # Tensors that share memory ----------------------------------------------------------------------
@@ -437,16 +437,16 @@ def tied_configs(survey: Survey) -> list[Any]:
     """Return every config inside that says that embeddings are tied."""
     pending: list[Any] = [m.config for _, m in survey.modules if hasattr(m, "config")]
     seen: set[int] = set()
-    found = []
+    configs = []
     while pending:
         config = pending.pop()
         if id(config) in seen or not hasattr(config, "__dict__"):
             continue
         seen.add(id(config))
         if getattr(config, "tie_word_embeddings", False):  # may be a default of the class
-            found.append(config)
+            configs.append(config)
         pending += [v for k, v in config.__dict__.items() if k.endswith("_config")]
-    return found
+    return configs
 
 
 def refuse_new_ties(survey: Survey, untied: Mapping[str, str]) -> None:

@@ -64,7 +64,7 @@ def values_on(
     role.
     """
     before("read", survey)
-    found: list[tuple[SiteSpec, dict[str, Tensor]]] = []
+    parts: list[tuple[SiteSpec, dict[str, Tensor]]] = []
     biases: dict[str, dict[str, Tensor]] = {}  # of B, by the name of the module
     trained: dict[str, Tensor] = {}
     rows: dict[str, tuple[int, ...]] = {}
@@ -74,7 +74,7 @@ def values_on(
         held = entry.tensors(module).items()
         tensors = {role: taken(tensor, path, entry, role) for role, tensor in held}
         if entry.spec is not None:
-            found.append((entry.spec, tensors))
+            parts.append((entry.spec, tensors))
             weights[entry.spec.weight] = item.weight
         elif entry.scale is not None:
             biases[path] = tensors
@@ -84,7 +84,7 @@ def values_on(
                 rows[item.name] = entry.rows
     sites = {
         spec.name: SiteState.of(spec, tensors | biases.get(spec.name, {}))
-        for spec, tensors in found
+        for spec, tensors in parts
     }
     records = roots_of(survey).values()
     config = next((root.configs[name] for root in records if name in root.configs), None)

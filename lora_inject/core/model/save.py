@@ -106,8 +106,8 @@ def _target(path: Path, format: str, version: int | None, asked: str) -> Path:  
         with within(f"{asked} to '{path}'"):
             return completed(path, row)
     if row.endings:
-        found = f"versions are folders, and {format!r} is one file"
-        raise FormatError(f"{asked}, version {version}", found, "Leave version out")
+        problem = f"versions are folders, and {format!r} is one file"
+        raise FormatError(f"{asked}, version {version}", problem, "Leave version out")
     return path / str(version)
 
 

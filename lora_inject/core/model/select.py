@@ -48,16 +48,16 @@ def activate(model: M, which: str | Mapping[str, float] | None) -> M:
         >>> _ = activate(net, {"sql": 0.7, "style": 0.3})
     """
     weights = weights_of(which, "activate")
-    found = reach(model)
-    if not found.selections:
+    reached = reach(model)
+    if not reached.selections:
         raise StateError("activate", "the model has no adapter", "Inject or load one first")
-    check_names(found.names, weights, "activate")
-    refuse_merged("activate", *found.selections)
-    refuse_mixes(model, found, weights)
-    for selection in found.selections:
+    check_names(reached.names, weights, "activate")
+    refuse_merged("activate", *reached.selections)
+    refuse_mixes(model, reached, weights)
+    for selection in reached.selections:
         selection.check_settled("activate")
     mix = Mix(weights)
-    for selection in found.selections:
+    for selection in reached.selections:
         selection.replace(mix)
     return model
 
@@ -93,8 +93,8 @@ class Reusable(ContextDecorator):
             StateError: It was entered and not left, or the selection is refused.
         """
         if self._open is not None:
-            found = "this object was entered before and not left"
-            raise StateError(self._asked, found, f"Call {self._asked} again for each with")
+            problem = "this object was entered before and not left"
+            raise StateError(self._asked, problem, f"Call {self._asked} again for each with")
         made = self._make()
         made.__enter__()
         self._open = made

@@ -138,23 +138,23 @@ def _paired_copies(
         value = state.trained[name]
         same = first.setdefault(id(parameter), value)
         if state.rows.get(name) != slot.rows.get(name):
-            found = "it holds other rows than the adapter on the model"
+            problem = "it holds other rows than the adapter on the model"
         elif same is value or torch.equal(value, same):
             yield parameter, same
             continue
         else:
-            found = "it has another value than under its other name, and both are one copy here"
-        raise FormatError(f"{asked}, trained tensor {name!r}", found, _BESIDE)
+            problem = "it has another value than under its other name, and both are one copy here"
+        raise FormatError(f"{asked}, trained tensor {name!r}", problem, _BESIDE)
 
 
 def _check_same(what: str, here: Set[str], there: Set[str], asked: str) -> None:
     """Check that the adapter to be swapped in, `there`, has what the slot has, and no more."""
     for name in sorted(here ^ there)[:1]:
-        found = "the adapter on the model has it, and the one to be swapped in has not"
+        problem = "the adapter on the model has it, and the one to be swapped in has not"
         if name in there:
             close = ", ".join(map(repr, nearest(name, here))) or "none"
-            found = f"the adapter on the model has no such {what} (nearest: {close})"
-        raise FormatError(f"{asked}, {what} {name!r}", found, _BESIDE)
+            problem = f"the adapter on the model has no such {what} (nearest: {close})"
+        raise FormatError(f"{asked}, {what} {name!r}", problem, _BESIDE)
 
 
 def _check_alike(site: SiteState, held: SiteState, asked: str) -> None:
@@ -162,18 +162,18 @@ def _check_alike(site: SiteState, held: SiteState, asked: str) -> None:
     new, old = site.spec, held.spec
     if (new.variant, new.lora_bias) != (old.variant, old.lora_bias):
         kinds = [s.variant + " with lora_bias" * s.lora_bias for s in (new, old)]
-        found = f"its variant is {kinds[0]}, and {kinds[1]} on the model"
+        problem = f"its variant is {kinds[0]}, and {kinds[1]} on the model"
     elif site.tensors.keys() != held.tensors.keys():
-        found = "one of the two adapters starts from W (pissa, olora), and the other does not"
+        problem = "one of the two adapters starts from W (pissa, olora), and the other does not"
     elif new.rank != old.rank:
-        found = f"its rank is {new.rank}, and {old.rank} on the model"
+        problem = f"its rank is {new.rank}, and {old.rank} on the model"
     elif not math.isclose(new.scale, old.scale):
-        found = f"its scale is {new.scale:g}, and {old.scale:g} on the model"
+        problem = f"its scale is {new.scale:g}, and {old.scale:g} on the model"
     elif new.form[2:] != old.form[2:]:
-        found = "it adapts other parts of the weight than the one on the model"
+        problem = "it adapts other parts of the weight than the one on the model"
     else:
         return
-    raise FormatError(f"{asked}, site {old.name!r}", found, _BESIDE)
+    raise FormatError(f"{asked}, site {old.name!r}", problem, _BESIDE)
 
 
 def _check_fit(into: list[Tensor], values: list[Tensor], asked: str) -> None:
@@ -192,5 +192,5 @@ def _check_fit(into: list[Tensor], values: list[Tensor], asked: str) -> None:
     for value, parameter in zip(values, into, strict=True):
         if value.shape != parameter.shape:
             shapes = tuple(value.shape), tuple(parameter.shape)
-            found = "a tensor has shape {}, and {} on the model".format(*shapes)
-            raise FormatError(asked, found, "Swap in an adapter that was made for this model")
+            problem = "a tensor has shape {}, and {} on the model".format(*shapes)
+            raise FormatError(asked, problem, "Swap in an adapter that was made for this model")

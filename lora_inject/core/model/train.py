@@ -46,9 +46,9 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
     """
     listed = [names] if isinstance(names, str) else [] if names is None else names
     check_type("train_only", listed, Iterable, "Give a name, several, or None")
-    found = reach(model)
-    wanted = check_names(found.names, listed, "train_only")
-    refuse_merged("train_only", *found.selections)
+    reached = reach(model)
+    wanted = check_names(reached.names, listed, "train_only")
+    refuse_merged("train_only", *reached.selections)
     survey = Survey(model)
     if wanted:
         refuse_dead_inputs(survey, f"train_only {min(wanted)!r}")
@@ -82,9 +82,9 @@ def refuse_dead_inputs(survey: Survey, asked: str) -> None:
     gradient, or none.
     """
     for name, reason in _dead(survey):
-        found = f"its {reason.found}, through which no gradient reaches the layers before it"
+        problem = f"its {reason.found}, through which no gradient reaches the layers before it"
         serves = "an adapter that was trained elsewhere can be loaded onto it"
-        raise LayerError(f"{asked}, {name!r}", found, f"{reason.remedy}; {serves}")
+        raise LayerError(f"{asked}, {name!r}", problem, f"{reason.remedy}; {serves}")
 
 
 def _dead(survey: Survey) -> Iterator[tuple[str, Reason]]:
@@ -132,10 +132,12 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
     check_names(known, [] if name is None else [name], "adapter_parameters of")
     several = name is None and len(known) > 1
     # By identity: an optimizer would step a Parameter that is given twice twice.
-    found = dict[int, tuple[str, nn.Parameter]]()
+    parameters = dict[int, tuple[str, nn.Parameter]]()
     for key, entry, _, parameter in trainable_tensors(Survey(model), name):
-        found.setdefault(id(parameter), (f"{entry.adapter}:{key}" if several else key, parameter))
-    return dict(found.values())
+        parameters.setdefault(
+            id(parameter), (f"{entry.adapter}:{key}" if several else key, parameter)
+        )
+    return dict(parameters.values())
 
 
 def parameter_groups(
@@ -173,8 +175,8 @@ def parameter_groups(
             key = (entry.adapter if isinstance(lr, Mapping) else "", role)
             groups.setdefault(key, {})[id(parameter)] = parameter
     if not groups:
-        found = "no adapter of the model is trainable"
-        raise StateError("parameter_groups", found, "Call train_only(model, name)")
+        problem = "no adapter of the model is trainable"
+        raise StateError("parameter_groups", problem, "Call train_only(model, name)")
     refuse_dead_inputs(survey, "parameter_groups")  # a base may be quantized after inject
     rates = lr if isinstance(lr, Mapping) else {"": lr}
     for rate, what in [(b_lr_ratio, "b_lr_ratio"), *((rate, "lr") for rate in rates.values())]:
@@ -186,8 +188,8 @@ def parameter_groups(
     known = {adapter for adapter, _ in groups}
     if wrong := rates.keys() ^ known:
         asked = f"parameter_groups, learning rate of {min(wrong)!r}"
-        found = f"the trainable adapters are {sorted(known)}"
-        raise StateError(asked, found, "Give one for each of them and no other")
+        problem = f"the trainable adapters are {sorted(known)}"
+        raise StateError(asked, problem, "Give one for each of them and no other")
     return [
         {
             "params": list(parameters.values()),

@@ -75,8 +75,8 @@ class Listing:
 def joined_name(names: Sequence[str]) -> str:
     """Return one name for many of a kind: their template, or `*` where the numbers have gaps."""
     sites, labels = zip(*(name.partition(" [")[::2] for name in names), strict=True)
-    found = list(templates(dict.fromkeys(sites)))
-    name = found[0] if len(found) == 1 else _kind(sites[0])
+    patterns = list(templates(dict.fromkeys(sites)))
+    name = patterns[0] if len(patterns) == 1 else _kind(sites[0])
     label = labels[0] if len(set(labels)) == 1 else _kind(names[0]).partition(" [")[2]
     return f"{name} [{label}" if label else name
 

@@ -59,10 +59,10 @@ _INDEX = "(?:0|[1-9][0-9]{0,8})"  # no leading zeros: YAML reads 010 as 8, Pytho
 
 def _check_layer(value: Any) -> str:
     text = str(value) if type(value) is int else value
-    found = re.fullmatch(rf"({_INDEX})(?:-({_INDEX}))?", text) if isinstance(text, str) else None
-    if found is None or int(found[1]) > int(found[2] or found[1]):
+    match = re.fullmatch(rf"({_INDEX})(?:-({_INDEX}))?", text) if isinstance(text, str) else None
+    if match is None or int(match[1]) > int(match[2] or match[1]):
         raise ValueError(f"{show(value)} is not a range of layers", "Write 16-31, or [0, 4, 8-11]")
-    return found[0]
+    return match[0]
 
 
 def _read_layers(value: Any) -> tuple[Any, ...]:

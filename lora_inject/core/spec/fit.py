@@ -40,19 +40,19 @@ def site_of_rule(candidate: Candidate, rule: Rule, i: int, asked: str) -> SiteSp
         **numbers,
     )
     if site.update == "weight" and site.dropout:
-        found = f"dropout {site.dropout:g} on a weight that is read, not called with inputs"
-        raise MatchError(asked, found, "Give the rule dropout: 0")
+        problem = f"dropout {site.dropout:g} on a weight that is read, not called with inputs"
+        raise MatchError(asked, problem, "Give the rule dropout: 0")
     if site.lora_bias and (slices or site.variant != "lora" or site.kind not in BIASED_KINDS):
         what = f"variant {site.variant}" if site.variant != "lora" else article(site.kind)
-        found = f"lora_bias on {'slices' if slices else what}"
-        raise MatchError(asked, found, "Give the rule lora_bias: false")
+        problem = f"lora_bias on {'slices' if slices else what}"
+        raise MatchError(asked, problem, "Give the rule lora_bias: false")
     if ROLES[site.variant].gained and site.why_no_gain:
-        found = f"variant {site.variant} on {site.why_no_gain}"
-        raise MatchError(asked, found, "Give the rule variant: lora")
+        problem = f"variant {site.variant} on {site.why_no_gain}"
+        raise MatchError(asked, problem, "Give the rule variant: lora")
     if site.init in ("pissa", "olora") and site.rank > _limit(site):
         most = _limit(site)
-        found = f"init {site.init} with rank {site.rank}, but W has a rank of at most {most}"
-        raise MatchError(asked, found, f"Give the rule rank: {most}, or another init")
+        problem = f"init {site.init} with rank {site.rank}, but W has a rank of at most {most}"
+        raise MatchError(asked, problem, f"Give the rule rank: {most}, or another init")
     return site
 
 
@@ -66,21 +66,21 @@ def _oriented(candidate: Candidate, rule: Rule, asked: str) -> Geometry:
     known, dims = candidate.geometry, candidate.weight_shape
     if rule.layout is None:
         if candidate.needs_layout:
-            found = f"a stack of {known.experts:,} matrices, {dims[-2]:,} x {dims[-1]:,}"
+            problem = f"a stack of {known.experts:,} matrices, {dims[-2]:,} x {dims[-1]:,}"
             remedy = (
                 "Say with layout: out_in (x @ W.T, as Mixtral) or in_out (x @ W, as Llama 4) which "
                 "side is the input; or give the axes of one matrix, such as {in: [0], out: [1, 2]}"
             )
-            raise MatchError(asked, found, remedy)
+            raise MatchError(asked, problem, remedy)
         return known
     if candidate.kind != "parameter" or (len(dims) > 2 and candidate.experts is None):
-        found = f"a layout, but a {candidate.kind} of shape {dims} has its own"
-        raise MatchError(asked, found, "Remove layout; it is for parameters")
+        problem = f"a layout, but a {candidate.kind} of shape {dims} has its own"
+        raise MatchError(asked, problem, "Remove layout; it is for parameters")
     shape = _laid_out(dims, rule, asked)
     if candidate.experts is not None and not candidate.needs_layout and shape != known:
         stated = "in_out" if known.transposed else "out_in"
-        found = f"a layout other than {stated}, which is the one that its class states"
-        raise MatchError(asked, found, "Remove layout")
+        problem = f"a layout other than {stated}, which is the one that its class states"
+        raise MatchError(asked, problem, "Remove layout")
     return shape
 
 
@@ -94,9 +94,9 @@ def _laid_out(dims: tuple[int, ...], rule: Rule, asked: str) -> Geometry:
     stack = tuple(axis for axis in range(n) if axis not in (*n_in, *n_out))
     order = tuple(range(n))
     if order not in ((*stack, *n_out, *n_in), (*stack, *n_in, *n_out)):
-        found = f"a layout of in {[*n_in]} and out {[*n_out]}, but the shape is {dims}"
+        problem = f"a layout of in {[*n_in]} and out {[*n_out]}, but the shape is {dims}"
         remedy = "Give each axis once, in order: first what counts matrices, then in and out"
-        raise MatchError(asked, found, remedy)
+        raise MatchError(asked, problem, remedy)
 
     def size(axes: tuple[int, ...]) -> int:
         return math.prod(dims[axis] for axis in axes)
@@ -116,18 +116,18 @@ def _sliced(candidate: Candidate, shape: Geometry, rule: Rule, asked: str) -> Sl
     names, sizes, width = rule.slice_names, rule.slice_widths, shape.out_features
     if not sizes:
         if width % len(names):
-            found = f"{len(names)} equal slices, but {width:,} outputs do not divide"
-            raise MatchError(asked, found, f"Give the widths: {{{names[0]}: ..., ...}}")
+            problem = f"{len(names)} equal slices, but {width:,} outputs do not divide"
+            raise MatchError(asked, problem, f"Give the widths: {{{names[0]}: ..., ...}}")
         sizes = tuple((name, width // len(names)) for name in names)
     total = sum(size for _, size in sizes)
     if total != width:
         listed = " + ".join(f"{size:,}" for _, size in sizes)
-        found = f"slices of {listed} = {total:,}, but it has {width:,} outputs"
-        raise MatchError(asked, found, "Give the widths along its output")
+        problem = f"slices of {listed} = {total:,}, but it has {width:,} outputs"
+        raise MatchError(asked, problem, "Give the widths along its output")
     return Slices(sizes, tuple(name for name in names if name in rule.adapt))
 
 
-def notes(found: Sequence[Candidate], sites: Sequence[SiteSpec]) -> Iterator[str]:
+def notes(candidates: Sequence[Candidate], sites: Sequence[SiteSpec]) -> Iterator[str]:
     """Yield notes about the sites for the user, in sentences."""
     wide = [site for site in sites if site.rank > _limit(site)]
     if wide:
@@ -138,7 +138,7 @@ def notes(found: Sequence[Candidate], sites: Sequence[SiteSpec]) -> Iterator[str
     narrow = (site for site in sites if site.rank <= _limit(site))
     if full := [site for site in narrow if site.n_parameters > math.prod(site.weight_shape)]:
         yield f"A and B have more elements than W at {_several(full)}"
-    pairs = zip(found, sites, strict=True)
+    pairs = zip(candidates, sites, strict=True)
     read = (c for c, site in pairs if site.update == "weight" and site.compute == "base")
     if rounded := [c.dtype for c in read if c.dtype in ("bfloat16", "float16")]:
         yield (

@@ -204,17 +204,17 @@ class Inventory:
         Suggestions come from the first pool of names that has one; the last pool holds all.
         """
         if buffers := matching(pattern, self.buffers, asked=asked):
-            found = f"matches only buffers: {quoted(buffers[:3])}"
-            return MatchError(asked, found, "Name a module or a parameter; buffers do not train")
-        found = f"matched none of {len(pools[-1]):,} names"
+            problem = f"matches only buffers: {quoted(buffers[:3])}"
+            return MatchError(asked, problem, "Name a module or a parameter; buffers do not train")
+        problem = f"matched none of {len(pools[-1]):,} names"
         if "experts" in pattern and (hint := room("mixtures").why_no_stack(pattern, pools[0])):
-            return MatchError(asked, f"{found}; {hint[0]}", hint[1])
+            return MatchError(asked, f"{problem}; {hint[0]}", hint[1])
         for pool in pools:
             if near := nearest_names(pattern, pool):
-                return MatchError(asked, found, f"Nearest: {quoted(near)}")
+                return MatchError(asked, problem, f"Nearest: {quoted(near)}")
         if some := quoted(list(templates(next(filter(None, pools), ())))[:4]):
-            return MatchError(asked, found, f"Nothing is spelled like it; there is {some}")
-        return MatchError(asked, found, "There is nothing to adapt")
+            return MatchError(asked, problem, f"Nothing is spelled like it; there is {some}")
+        return MatchError(asked, problem, "There is nothing to adapt")
 
 
 def _modules_around(parameters: Iterable[str], known: set[str]) -> dict[str, str]:

@@ -61,15 +61,15 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
     # Rules are tried in turn, but sites are listed as the model has them.
     ordered = sorted(rules.taken.values(), key=lambda entry: entry.order)
     sites = tuple(entry.spec for entry in ordered)
-    found = [entry.candidate for entry in ordered]
-    trained = _trained_by(config, rules.inventory, sites, found)
+    candidates = [entry.candidate for entry in ordered]
+    trained = _trained_by(config, rules.inventory, sites, candidates)
     plan = Plan(
         config=config,
         sites=sites,
         trained=trained,
         skipped=tuple(rules.skipped),
-        tied=_tied_by(rules.inventory, sites, found, trained),
-        notes=(*_word_notes(config, inventory, sites), *notes(found, sites)),
+        tied=_tied_by(rules.inventory, sites, candidates, trained),
+        notes=(*_word_notes(config, inventory, sites), *notes(candidates, sites)),
         n_base=sum(math.prod(shape) for shape in inventory.parameters.values()),
         assumed=inventory.assumed,
     )
@@ -97,8 +97,8 @@ class _Rules:
         """Let rule `i` take its sites; raise if there are none."""
         rule, label = self.config.targets[i], _rule_label(self.config, i)
         if self.inventory.assumed and (rule.kind is not None or rule.match in WORDS):
-            found = "a list of keys does not say which kind of layer a tensor belongs to"
-            raise MatchError(label, found, "Give the folder with config.json, or write a pattern")
+            problem = "a list of keys does not say which kind of layer a tensor belongs to"
+            raise MatchError(label, problem, "Give the folder with config.json, or write a pattern")
         names = self._names(i)
         candidates = list(_candidates(names, self.inventory))
         kinds = Counter(candidate.kind for _, candidate in candidates)
@@ -140,9 +140,11 @@ class _Rules:
         inside = [name for name in names if rule.covers(first_number(name))]
         if not inside:
             numbers = [n for name in names if (n := first_number(name)) is not None]
-            found = f"nothing that it matches is in layers {', '.join(rule.layers or ())}"
+            problem = f"nothing that it matches is in layers {', '.join(rule.layers or ())}"
             span = f"Its layers are {min(numbers)} to {max(numbers)}" if numbers else ""
-            raise MatchError(label, found, span or "Remove layers; no name that it matches has one")
+            raise MatchError(
+                label, problem, span or "Remove layers; no name that it matches has one"
+            )
         return inside
 
     def _by_word(self, word: str, label: str) -> list[str]:
@@ -157,8 +159,8 @@ class _Rules:
         names = [name for name in inventory.linear if name not in left]
         if not names:
             but = " but its output head" if inventory.heads else ""
-            found = f"the model has no linear layers{but}"
-            raise MatchError(label, found, "Name what to adapt")
+            problem = f"the model has no linear layers{but}"
+            raise MatchError(label, problem, "Name what to adapt")
         return names
 
     def _taker(self, candidate: Candidate) -> str:
@@ -181,10 +183,10 @@ def _excluded(config: Config, inventory: Inventory) -> Below:
     names = list(dict.fromkeys([*inventory.names, *inventory.modules])) if config.exclude else []
     for i, pattern in enumerate(config.exclude):
         label = f"exclude {i + 1} ('{pattern}')"
-        found = matching(pattern, names, asked=label)
-        if not found:
+        hits = matching(pattern, names, asked=label)
+        if not hits:
             raise inventory.no_match(label, pattern, names)
-        excluded.update(found)
+        excluded.update(hits)
     return Below(excluded)
 
 
@@ -219,8 +221,8 @@ def _others(names: Sequence[str], inventory: Inventory) -> list[str]:
 def _no_kind(label: str, kind: str, kinds: Counter[str]) -> MatchError:
     near = nearest(kind, kinds, n=1)
     there = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.items()) or "no kind of layer"
-    found = f"nothing that it matches is of kind '{kind}', but of {there}"
-    return MatchError(label, found, f"Did you mean '{near[0]}'?" if near else "Correct kind")
+    problem = f"nothing that it matches is of kind '{kind}', but of {there}"
+    return MatchError(label, problem, f"Did you mean '{near[0]}'?" if near else "Correct kind")
 
 
 def _all_gone(label: str, left: Counter[str]) -> MatchError:
@@ -243,7 +245,7 @@ def _all_skipped(label: str, others: Sequence[str], inventory: Inventory) -> Mat
 
 
 def _trained_by(
-    config: Config, inventory: Inventory, sites: Sequence[SiteSpec], found: Sequence[Candidate]
+    config: Config, inventory: Inventory, sites: Sequence[SiteSpec], candidates: Sequence[Candidate]
 ) -> tuple[Trained, ...]:
     """Return the parameters that `train`, `bias` and `tokens` name, in model order."""
     shapes, entries = inventory.parameters, dict[str, Trained]()
@@ -253,7 +255,7 @@ def _trained_by(
             entries.setdefault(name, Trained(name, shapes[name], label))
     if config.bias != "none":
         label = f"bias: {config.bias}"
-        for name in _biases(config, inventory, found):
+        for name in _biases(config, inventory, candidates):
             entries.setdefault(name, Trained(name, shapes[name], label))
     for pattern, ids in dict(config.tokens).items():
         label = f"tokens '{pattern}'"
@@ -275,15 +277,15 @@ def _trained_by(
 def _tables(pattern: str, ids: tuple[int, ...], label: str, inventory: Inventory) -> list[str]:
     """Return the matrices that a tokens entry names, which must have these rows."""
     shapes = inventory.parameters
-    found = [name for name in _matched(pattern, label, inventory) if len(shapes[name]) == 2]
-    if not found:
+    tables = [name for name in _matched(pattern, label, inventory) if len(shapes[name]) == 2]
+    if not tables:
         raise MatchError(label, "it names nothing that has rows", "Name an embedding")
-    for name in found:
+    for name in tables:
         if max(ids) >= shapes[name][0]:
             less = f"'{name}' has no row {max(ids)}: it has {shapes[name][0]:,} rows"
             remedy = "Resize the vocabulary first: model.resize_token_embeddings(n)"
             raise MatchError(label, less, remedy)
-    return found
+    return tables
 
 
 def _matched(pattern: str, label: str, inventory: Inventory) -> list[str]:
@@ -293,19 +295,19 @@ def _matched(pattern: str, label: str, inventory: Inventory) -> list[str]:
     if not direct and not modules:
         raise inventory.no_match(label, pattern, [*inventory.listed, *inventory.modules])
     below = Below([*direct, *modules])
-    found = dict.fromkeys(first for name, first in inventory.listed.items() if name in below)
-    if not found:
+    hits = dict.fromkeys(first for name, first in inventory.listed.items() if name in below)
+    if not hits:
         some = quoted(modules[:3])
         raise MatchError(label, f"matches {some}, with no parameters", "Name what has parameters")
-    return list(found)
+    return list(hits)
 
 
-def _biases(config: Config, inventory: Inventory, found: Sequence[Candidate]) -> list[str]:
+def _biases(config: Config, inventory: Inventory, candidates: Sequence[Candidate]) -> list[str]:
     if config.bias == "all":
         names = [name for name in inventory.parameters if is_bias(name)]
         where = f"none of {len(inventory.parameters):,} parameters"
     else:
-        modules = dict.fromkeys(candidate.module for candidate in found)
+        modules = dict.fromkeys(candidate.module for candidate in candidates)
         names = [n for m in modules for n in inventory.children.get(m, ()) if is_bias(n)]
         where = f"none of {len(modules):,} adapted modules"
     if not names:
@@ -317,13 +319,13 @@ def _biases(config: Config, inventory: Inventory, found: Sequence[Candidate]) ->
 def _tied_by(
     inventory: Inventory,
     sites: Sequence[SiteSpec],
-    found: Sequence[Candidate],
+    candidates: Sequence[Candidate],
     trained: Sequence[Trained],
 ) -> tuple[Tied, ...]:
     """Return the tensors with several names that sites or trained entries touch, each once."""
     names = {entry.name for entry in trained}
     on: dict[tuple[str, ...], list[str]] = {}
-    for site, candidate in zip(sites, found, strict=True):
+    for site, candidate in zip(sites, candidates, strict=True):
         if candidate.tied:
             on.setdefault(_all_names(candidate), []).append(site.name)
     for candidate in inventory.candidates if names else ():
@@ -362,5 +364,5 @@ def _check_expect(plan: Plan) -> None:
         for i, n in enumerate(plan.n_sites_by_rule)
     ]
     extra = [f"train and bias {plan.n_trained:,} elements"] if plan.trained else []
-    found = f"found {got} ({'; '.join(rules + extra)})"
-    raise MatchError(f"expect {{{asked}}}", found, "Correct the rules, or the counts")
+    problem = f"found {got} ({'; '.join(rules + extra)})"
+    raise MatchError(f"expect {{{asked}}}", problem, "Correct the rules, or the counts")

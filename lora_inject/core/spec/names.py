@@ -108,13 +108,13 @@ def parent(name: str) -> str:
 
 def around(names: Iterable[str]) -> list[str]:
     """Return the modules around names, the innermost first, each once."""
-    found: dict[str, None] = {}
+    modules: dict[str, None] = {}
     for name in names:
         module = parent(name)
-        while module and module not in found:
-            found[module] = None
+        while module and module not in modules:
+            modules[module] = None
             module = parent(module)
-    return list(found)
+    return list(modules)
 
 
 def joined(path: str, key: str) -> str:
@@ -285,9 +285,9 @@ def named(
     for pattern in patterns:
         check_type(f"{asked}, a pattern", pattern, str, "Give a regex for the end of a name", error)
         below = Below(matching(pattern, modules, asked=f"{asked} {pattern!r}", error=error))
-        found = dict.fromkeys(name for name in names if name in below)
-        if not found:
+        hits = dict.fromkeys(name for name in names if name in below)
+        if not hits:
             close = ", ".join(map(repr, nearest(pattern, modules))) or "none"
             raise error(f"{asked} {pattern!r}", "it matches nothing", f"Nearest: {close}")
-        chosen |= found
+        chosen |= hits
     return {name: None for name in names if name in chosen}

@@ -99,8 +99,8 @@ class Plan(Shown):
     @cached_property
     def n_sites_by_rule(self) -> tuple[int, ...]:
         """Number of sites of each rule."""
-        found = Counter(site.rule for site in self.sites)
-        return tuple(found[i] for i in range(len(self.config.targets)))
+        counts = Counter(site.rule for site in self.sites)
+        return tuple(counts[i] for i in range(len(self.config.targets)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for JSON."""

@@ -171,7 +171,7 @@ def _config_error(
         if detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]:
             continue  # what is wrong with its entries is listed for each
         path = _path(detail["loc"], data)
-        found, remedy = _explain(detail, path, models)
+        problem, remedy = _explain(detail, path, models)
         unknown = detail["type"] == "extra_forbidden"
         if unknown and document is not None and document.anchors(path):
             remedy += "" if remedy.endswith("?") else "."
@@ -182,14 +182,14 @@ def _config_error(
             place, order = f"{outer} ({dotted(path)})" if path else outer, (0, 0)
         else:
             place, order = document.place(path, key=unknown), document.order(path)
-        faults.append(((missing, *order), place, found, remedy))
-    (_, place, found, remedy), *others = sorted(faults, key=lambda fault: fault[0])
+        faults.append(((missing, *order), place, problem, remedy))
+    (_, place, problem, remedy), *others = sorted(faults, key=lambda fault: fault[0])
     if others:
         end = "" if remedy.endswith((".", "?", "!")) else "."
-        listed = "; ".join(f"{place}: {found}" for _, place, found, _ in others[:_ALSO])
+        listed = "; ".join(f"{place}: {problem}" for _, place, problem, _ in others[:_ALSO])
         more = f"; and {len(others) - _ALSO} more" if len(others) > _ALSO else ""
         remedy = f"{remedy}{end} Also: {listed}{more}"
-    return ConfigError(place, found, remedy)
+    return ConfigError(place, problem, remedy)
 
 
 def _path(loc: Loc, data: Any) -> Loc:
@@ -205,11 +205,11 @@ def _path(loc: Loc, data: Any) -> Loc:
 def _explain(
     detail: ErrorDetails, path: Loc, models: Mapping[str, type[BaseModel]]
 ) -> tuple[str, str]:
-    """Return what was found, and what to do."""
+    """Return what was problem, and what to do."""
     kind, value, key = detail["type"], detail["input"], str(path[-1] if path else "")
     if kind == "value_error":
-        found, remedy = detail["ctx"]["error"].args
-        return found, remedy
+        problem, remedy = detail["ctx"]["error"].args
+        return problem, remedy
     if kind == "extra_forbidden":
         return f"unknown key {show(key)}", _other_key(path, models)
     if kind == "missing":

@@ -85,10 +85,10 @@ def read_text(
         with user_path("read a config", path, ConfigError, remedy).open("rb") as file:
             return file.read(MAX_TEXT_BYTES + 1).decode("utf-8")
     except UnicodeDecodeError as error:
-        found, remedy = f"byte {error.start} is not UTF-8", "Save it as UTF-8 text"
+        problem, remedy = f"byte {error.start} is not UTF-8", "Save it as UTF-8 text"
     except OSError as error:
-        found = error.strerror or str(error)
-    raise ConfigError(asked, found, remedy)
+        problem = error.strerror or str(error)
+    raise ConfigError(asked, problem, remedy)
 
 
 class Document:
@@ -129,28 +129,28 @@ class Document:
     def _compose(self, text: str) -> yaml.Node | None:
         check_type(self.source, text, str, "Give YAML text", ConfigError)
         if len(text) > MAX_TEXT_BYTES:
-            found = f"more than {MAX_TEXT_BYTES:,} characters"
-            raise ConfigError(self.source, found, "Give a config, not a checkpoint")
+            problem = f"more than {MAX_TEXT_BYTES:,} characters"
+            raise ConfigError(self.source, problem, "Give a config, not a checkpoint")
         try:
             return _Loader(text).get_single_node()
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             place = f"{self.source}{_line(mark)}" if mark else self.source
-            found = f"this is not valid YAML: {error.problem}"
-            raise ConfigError(place, found, _yaml_help(str(error.problem))) from None
+            problem = f"this is not valid YAML: {error.problem}"
+            raise ConfigError(place, problem, _yaml_help(str(error.problem))) from None
         except yaml.reader.ReaderError as error:
             place = f"{self.source}, character {error.position}"
-            found = f"YAML does not allow the character U+{error.character:04X}"
-            raise ConfigError(place, found, "Remove it") from None
+            problem = f"YAML does not allow the character U+{error.character:04X}"
+            raise ConfigError(place, problem, "Remove it") from None
         except (ValueError, OverflowError) as error:  # an escape such as \UFFFFFFFF
-            found = f"this is not valid YAML: {error}"
-            raise ConfigError(self.source, found, _QUOTES) from None
+            problem = f"this is not valid YAML: {error}"
+            raise ConfigError(self.source, problem, _QUOTES) from None
 
     def _build(self, node: yaml.Node, path: Loc, above: tuple[yaml.Node, ...]) -> Any:
         self._n_nodes += 1
         if self._n_nodes > MAX_NODES:
-            found = f"more than {MAX_NODES:,} values once its aliases are written out"
-            raise self._fault(node, path, found, "Use fewer aliases")
+            problem = f"more than {MAX_NODES:,} values once its aliases are written out"
+            raise self._fault(node, path, problem, "Use fewer aliases")
         if any(node is other for other in above):
             raise self._fault(node, path, "an alias contains itself", "Write the value out")
         self._nodes.setdefault(path, node)
@@ -171,14 +171,14 @@ class Document:
                 continue
             if key_node.tag != f"{_TAG}str":
                 text = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a collection"
-                found = f"{text} is not a key: keys are strings"
-                raise self._fault(key_node, path, found, "Write it in quotes, if it is meant")
+                problem = f"{text} is not a key: keys are strings"
+                raise self._fault(key_node, path, problem, "Write it in quotes, if it is meant")
             key = key_node.value
             here = (*path, key)
             if key in own:
                 line = self._keys[here].start_mark.line + 1
-                found = f"the key '{key}' is given twice, first in line {line}"
-                raise self._fault(key_node, here, found, "Remove one of them")
+                problem = f"the key '{key}' is given twice, first in line {line}"
+                raise self._fault(key_node, here, problem, "Remove one of them")
             self._keys[here] = key_node
             own[key] = self._build(value_node, here, inside)
         return {**merged, **own}
@@ -199,14 +199,14 @@ class Document:
             try:
                 return read(node.value)
             except ValueError:
-                found = f"{node.value} is not {kind}"
-                raise self._fault(node, path, found, "Remove the tag") from None
-        found = f"the tag {node.tag.replace(_TAG, '!!')} is not allowed"
+                problem = f"{node.value} is not {kind}"
+                raise self._fault(node, path, problem, "Remove the tag") from None
+        problem = f"the tag {node.tag.replace(_TAG, '!!')} is not allowed"
         remedy = "A config has strings, numbers, lists and mappings only; remove the tag"
-        raise self._fault(node, path, found, remedy)
+        raise self._fault(node, path, problem, remedy)
 
-    def _fault(self, node: yaml.Node, path: Loc, found: str, remedy: str) -> ConfigError:
-        return ConfigError(self._at(node, path), found, remedy)
+    def _fault(self, node: yaml.Node, path: Loc, problem: str, remedy: str) -> ConfigError:
+        return ConfigError(self._at(node, path), problem, remedy)
 
     def _at(self, node: yaml.Node, path: Loc) -> str:
         return f"{self.source}{_line(node.start_mark)}{f' ({dotted(path)})' if path else ''}"
