@@ -28,13 +28,14 @@ from conftest import (
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_inject as li
 from lora_inject.core.functional import cpu
 from lora_inject.core.functional.factors import Factors, master_dtype
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.functional.fold import Delta, Tally, Term, fold_rows
-from lora_inject.core.functional.linear import add_updates, linear
+from lora_inject.core.functional.linear import add_updates, linear, lone_token
 from lora_inject.core.functional.lookup import embedding
 from lora_inject.core.functional.weight import dense_delta, effective_weight
 from lora_inject.core.spec.sites import SiteSpec, Slices
@@ -592,3 +593,35 @@ def test_a_kind_is_stated_once_more_here() -> None:
         mine = by_kind(kind, site.A, site.B).reshape(site.spec.weight_shape)
         assert torch.allclose(dense_delta(site.spec, site.A, site.B), mine, atol=1e-12)
     assert isinstance(KINDS["linear"], Kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_lone_token_has_the_bits_of_the_same_token_in_training(dtype: torch.dtype) -> None:
+    layer = li.inject(nn.Sequential(nn.Linear(5, 6)), {"rank": 2, "targets": ["0"]})[0].to(dtype)
+    nn.init.normal_(layer.get_parameter("lora_B__default"))
+    x = torch.randn(1, 1, 10, dtype=dtype)[..., ::2]  # not contiguous
+    wanted = layer(x)
+    with torch.no_grad(), patch("lora_inject.core.functional.linear._run", None):
+        assert same_bits(layer.eval()(x), wanted)
+
+
+def test_what_is_no_lone_token_of_a_cpu_goes_the_general_way() -> None:
+    W, A, B = (nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (2, 4), (6, 2)))
+    x = torch.randn(1, 4)
+
+    def is_lone(x: Tensor, *tensors: Tensor) -> bool:
+        weight, a, b = tensors or (W, A, B)
+        return lone_token(x, weight, None, a, b, 0.5) is not None
+
+    with torch.no_grad():
+        assert is_lone(x)
+        assert not is_lone(torch.randn(2, 4))
+        assert not is_lone(x.to_sparse())
+        assert not is_lone(torch.nested.nested_tensor([x], layout=torch.jagged))
+        assert not is_lone(x.bfloat16())
+        assert not is_lone(x, W, A, nn.Parameter(B.double()))
+        assert not is_lone(x, W.detach(), A, B)
+        with torch.autocast("cpu"):
+            assert not is_lone(x)
+        with TorchDispatchMode():
+            assert not is_lone(x)

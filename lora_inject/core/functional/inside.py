@@ -65,6 +65,17 @@ def is_recorded() -> bool:
     return _n_modes is None or _n_modes() > 0
 
 
+def runs_plainly() -> bool:
+    """Whether nothing compiles, traces, transforms or records what is computed: all of the above.
+
+    In one function, because it is asked for each token of each layer.
+    """
+    if torch.compiler.is_compiling() or not _tells or _n_modes is None:
+        return False
+    transformed = _transforms() or _tracing_state() is not None or forward_ad._current_level >= 0
+    return not transformed and _n_modes() == 0
+
+
 def constant_in_graphs(function: F) -> F:
     """Let dynamo run a function while it traces, and keep what it returned as a constant.
 

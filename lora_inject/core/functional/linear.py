@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_inject.core.functional import cpu, inside
 from lora_inject.core.functional.factors import (
@@ -82,6 +82,31 @@ def linear(
         x = lowered(x, dtype)
     with context:
         return _run(x, None, weight, bias, updates, transposed, float32, dtype)
+
+
+def lone_token(
+    x: Tensor, weight: Any, bias: Tensor | None, A: Any, B: Any, scale: float
+) -> Tensor | None:
+    """Return what `linear` gives for one update of a single token on a CPU; None for all else.
+
+    There the time is in the number of steps, of Python as of torch: these are the fewest. It is
+    called without gradients.
+    """
+    if x.is_nested or x.layout is not torch.strided or x.numel() != x.shape[-1] or not x.is_cpu:
+        return None
+    dtype = x.dtype
+    if not (type(weight) is type(A) is type(B) is nn.Parameter and type(x) is Tensor):
+        return None
+    if not (dtype is weight.dtype is A.dtype is B.dtype) or dtype not in _WIDE:
+        return None
+    if not inside.runs_plainly() or torch.is_autocast_enabled("cpu"):
+        return None
+    y = F.linear(x, weight, bias)
+    y.view(-1).addmv_(B, torch.mv(A, x.view(-1)), alpha=scale)
+    return y
+
+
+_WIDE = (torch.float32, torch.float64)
 
 
 def add_updates(

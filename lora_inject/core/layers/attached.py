@@ -139,7 +139,21 @@ def factors_of(
     ]
 
 
-NOTHING: tuple[None, tuple[Recipe, ...]] = (None, ())
+class Chosen(NamedTuple):
+    """What one layer computes under one selection: looked up once, until either changes.
+
+    Attributes:
+        mix: The selection.
+        recipes: The updates on the output.
+        lone: The only one, if it is on the whole output and nothing else of the layer changes.
+    """
+
+    mix: Selected | None
+    recipes: tuple[Recipe, ...]
+    lone: Recipe | None
+
+
+NOTHING = Chosen(None, (), None)
 
 
 class Attached:
@@ -172,7 +186,7 @@ class Attached:
         # Parameters that were read from outside, in case that the reader takes them out.
         self.last_read: dict[str, ReferenceType[Tensor]] = {}
         # One object, which another thread cannot change between two reads.
-        self.last_chosen: tuple[Selected | None, tuple[Recipe, ...]] = NOTHING
+        self.last_chosen = NOTHING
 
     def entries(self, adapter: str | None = None) -> Iterator[Entry]:
         """Yield the entries of one adapter, or all, forward update first."""
@@ -223,14 +237,16 @@ class Attached:
         self.last_chosen = NOTHING
         selection.add(entry.adapter for entry in self.entries())
 
-    def chosen(self, mix: Selected) -> tuple[Recipe, ...]:
-        """Return the updates on the output that take part under a mix, and note their use."""
-        known, recipes = self.last_chosen
-        if known is not mix:
+    def chosen(self, mix: Selected) -> Chosen:
+        """Return what takes part on the output under a mix, and note its use."""
+        chosen = self.last_chosen
+        if chosen.mix is not mix:
             self.used(self.forward[name] for name in mix.names if name in self.forward)
             recipes = self.recipes(mix)
-            self.last_chosen = (mix, recipes)
-        return recipes
+            alone = len(recipes) == 1 and not self.reads and not self.gains
+            lone = recipes[0] if alone and recipes[0].spans is None else None
+            chosen = self.last_chosen = Chosen(mix, recipes, lone)
+        return chosen
 
     def recipes(self, mix: Selected) -> tuple[Recipe, ...]:
         """Return the updates on the output that take part under a mix."""

@@ -32,9 +32,7 @@ class ForwardUpdate(Adapted):
     def _lora_mixed(self, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute the layer with the adapters of a mix."""
         attached = self._lora
-        known, recipes = attached.last_chosen
-        if known is not mix:
-            recipes = attached.chosen(mix)
+        recipes = attached.chosen(mix).recipes
         if not recipes:
             return self._lora_without_updates(args, kwargs)
         updates = factors_of(recipes, held_by(self), training=self.training)

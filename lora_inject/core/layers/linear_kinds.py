@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Factors
 from lora_inject.core.functional.gain import gained
-from lora_inject.core.functional.linear import add_updates, frozen_output, linear
+from lora_inject.core.functional.linear import add_updates, frozen_output, linear, lone_token
 from lora_inject.core.layers.adapted import defines_forward, plain_class
 from lora_inject.core.layers.forward_update import ForwardUpdate
 from lora_inject.core.layers.own_code import OWN
 from lora_inject.core.layers.packed_weights import multiplies, packed_weight, reason_against
 from lora_inject.core.layers.plain_tensors import PLAIN
+from lora_inject.core.layers.selected import Mix
 from lora_inject.core.spec.sites import Geometry
 from lora_inject.errors import LayerError
 
@@ -61,6 +62,23 @@ class LoRALinear(ForwardUpdate):
         """Return whether the layer is stock, or known to multiply by its weight."""
         plain = plain_class(type(module))
         return cls.stock(plain) or multiplies(plain)
+
+    def _lora_mixed(self, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute the layer with the adapters of a mix: one token of a CPU by the shortest way.
+
+        Decoding calls each layer with one vector, and what Python does then counts as much as the
+        products.
+        """
+        if not (torch.is_grad_enabled() or self.training or kwargs) and len(args) == 1:
+            attached, held = self._lora, self._parameters
+            chosen = attached.last_chosen
+            lone = chosen.lone if chosen.mix is mix else attached.chosen(mix).lone
+            if lone is not None and self._lora_stock and not self.transposed and "bias" in held:
+                weight, A, B = held.get("weight"), held.get(lone.A), held.get(lone.B)
+                y = lone_token(args[0], weight, held["bias"], A, B, lone.scale)
+                if y is not None:
+                    return y
+        return super()._lora_mixed(mix, args, kwargs)
 
     def _lora_with_updates(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], updates: Sequence[Factors]
