@@ -61,7 +61,7 @@ def need_matplotlib() -> None:
         StateError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        remedy = "Install it: pip install 'lora-inject[analysis]', or pip install matplotlib"
+        remedy = "Run pip install matplotlib jinja2"
         raise StateError("draw a picture", "matplotlib is not installed", remedy)
 
 

@@ -198,7 +198,7 @@ def _loaded(model: Path, device: str) -> tuple[Any, Any]:
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
-        remedy = "Run pip install 'lora-inject[transformers]'"
+        remedy = "Run pip install transformers accelerate"
         raise CheckpointError(asked, "transformers is not installed", remedy) from None
     try:
         base: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")

@@ -37,7 +37,7 @@ def packed_experts() -> Iterator[None]:
         import transformers
         from packaging.version import Version
     except ImportError:
-        remedy = "Run pip install 'lora-inject[transformers]'"
+        remedy = "Run pip install 'transformers>=5.24' accelerate"
         raise LayerError("packed_experts()", "transformers is not installed", remedy) from None
     if Version(transformers.__version__) < Version("5.24"):
         raise LayerError(

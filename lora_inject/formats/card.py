@@ -101,7 +101,10 @@ def _commands(state: AdapterState, base_model: str | None, cls: str | None, path
     load = [f"model = ...  # {base}"]
     if cls:
         load = [f"from transformers import {cls}", "", f"model = {cls}.from_pretrained({base})"]
-    ours = ["import lora_inject as li", *load, f"li.load_adapter(model, {there})"]
+    source = (
+        "# lora_inject: pip install lora-inject; before its release, from a checkout: pip install ."
+    )
+    ours = [source, "import lora_inject as li", *load, f"li.load_adapter(model, {there})"]
     peft = [*load, f"model = PeftModel.from_pretrained(model, {there})"]
     peft.insert(0, "from peft import PeftModel")
     lines = ["```python", *ours, "```", "", "```python", *peft, "```", ""]

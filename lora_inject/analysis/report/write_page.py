@@ -156,7 +156,7 @@ def template(name: str) -> Any:
     try:
         import jinja2
     except ImportError:
-        remedy = "Install it: pip install jinja2"
+        remedy = "Run pip install jinja2"
         raise StateError("write a report", "jinja2 is not installed", remedy) from None
 
     def finalize(value: Any) -> Any:
