@@ -311,7 +311,7 @@ def add_product(
             return cpu.plus_wide_product(y, left, right, scale, in_place=in_place)
         out = y if in_place else torch.empty_like(y, memory_format=torch.contiguous_format)
         return torch.add(y, torch.matmul(left, right), alpha=scale, out=out)
-    if not in_place:
+    if not in_place or hasattr(y, "full_tensor"):  # before torch 2.11 a DTensor has no addmm_
         return torch.addmm(y, left, right, alpha=scale)
     return (y.addmm_ if y.dim() == 2 else y.baddbmm_)(left, right, alpha=scale)
 
