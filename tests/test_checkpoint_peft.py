@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from helpers.checkpoints import assert_verified, load_checkpoint, merge, save_checkpoint, ulps
+from helpers.versions import TRANSFORMERS_5, needs_transformers_5
 from safetensors.torch import load_file, save_file
 
 from lora_inject.checkpoint import Checkpoint, read_weighted
@@ -147,6 +148,17 @@ FAMILIES = {
 }  # fmt: skip
 
 
+# On transformers 4 experts are modules, Gemma 3 has no config that unties it, and encoder-decoders
+# are refused.
+OF_TRANSFORMERS_5 = {"mixtral, down only", "gemma3, tied embedding", "gemma3, tied head"}
+
+
+def possible(cases):
+    """The names of cases, marked where this version of transformers cannot have them."""
+    marks = dict.fromkeys(OF_TRANSFORMERS_5, needs_transformers_5)
+    return [pytest.param(case, marks=marks.get(case, ())) for case in cases]
+
+
 def filled(model, seed, size):
     """Give every adapter tensor random values: PEFT starts B at zero."""
     g = torch.Generator().manual_seed(seed)
@@ -189,7 +201,7 @@ def assert_adapted(model, out, atol=2e-5, **inputs):
     return wanted
 
 
-@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize("case", possible(MODELS))
 def test_bfloat16_merge_equals_pefts(tmp_path, case):
     """At most one ulp apart anywhere; fewer than one value in a thousand apart at all."""
     base, model = made(tmp_path, *MODELS[case], torch.bfloat16, size=0.05)
@@ -197,6 +209,9 @@ def test_bfloat16_merge_equals_pefts(tmp_path, case):
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path / "theirs")
     theirs = load_checkpoint(tmp_path / "theirs")
+    if transformers.__version__.startswith("5.0."):  # it saves a LayerNorm's as gamma and beta
+        new = {"gamma": "weight", "beta": "bias"}
+        theirs = {".".join(new.get(p, p) for p in n.split(".")): t for n, t in theirs.items()}
     assert ours.keys() == theirs.keys()
     before = load_checkpoint(base)
     off = total = changed = 0
@@ -215,7 +230,7 @@ def test_bfloat16_merge_equals_pefts(tmp_path, case):
     assert changed > 1
 
 
-@pytest.mark.parametrize("case", MODELS | FAMILIES)
+@pytest.mark.parametrize("case", possible(MODELS | FAMILIES))
 def test_float32_merge_loaded_by_plain_transformers_equals_the_adapted_model(tmp_path, case):
     base, model = made(tmp_path, *(MODELS | FAMILIES)[case], size=0.3)
     inputs = {"input_ids": torch.tensor([[3, 60, 7, 5, 9, 11, 12, 13], [1, 2, 3, 4, 5, 6, 7, 8]])}
@@ -278,16 +293,28 @@ def test_tied_ends_loaded_by_plain_transformers_equal_the_adapted_model(tmp_path
     targets = {"embedding": [embedding], "head": [head], "both": [embedding, head]}[ends]
     base, model = made(tmp_path, lambda: random_everywhere(make), {"target_modules": targets})
     inputs = {"input_ids": torch.arange(3, 21).view(2, 9)}
+    if model.config.is_encoder_decoder and not TRANSFORMERS_5:
+        with pytest.raises(CheckpointError, match="cannot load"):
+            merged_by_us(tmp_path, base)
+        assert not (tmp_path / "out").exists()
+        return
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.arange(4, 22).view(2, 9)
     assert_adapted(model, merged_by_us(tmp_path, base), **inputs)
 
 
-@pytest.mark.parametrize("target", ["embed_tokens", "lm_head", "shared"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param("embed_tokens", marks=needs_transformers_5),  # PEFT saves nothing of it there
+        "lm_head",
+        "shared",
+    ],
+)
 def test_ends_of_t5_are_refused_with_the_reason(tmp_path, target):
     """T5's config cannot say that its ends are apart: the flag also scales its outputs."""
     base, _ = made(tmp_path, t5, {"target_modules": ["q", target]})
-    with pytest.raises(CheckpointError, match=r"cannot load them apart.*Adapt"):
+    with pytest.raises(CheckpointError, match=r"cannot load .*apart.*[Aa]dapt"):
         merge(base, [tmp_path / "adapter"], tmp_path / "o")
     assert not (tmp_path / "o").exists()
 

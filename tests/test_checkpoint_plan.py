@@ -18,6 +18,7 @@ from helpers.checkpoints import (
     save_checkpoint,
     site,
 )
+from helpers.versions import needs_transformers_5
 from torch import nn
 
 import lora_inject
@@ -208,6 +209,7 @@ def separate(family, fused):
     return out
 
 
+@needs_transformers_5
 @pytest.mark.parametrize("shards", [1, 4])
 @pytest.mark.parametrize("family", FILES)
 @pytest.mark.parametrize("old", [False, True])
@@ -240,6 +242,7 @@ def test_stacked_experts_in_a_stacked_file(tmp_path, transposed):
     assert_merged(tmp_path / "out", tensors, state)
 
 
+@needs_transformers_5
 @pytest.mark.parametrize("family", FILES)
 def test_per_expert_adapter_on_a_stacked_file(tmp_path, family):
     fused = {name: torch.randn(shape).bfloat16() for name, shape in FUSED.items()}
@@ -261,6 +264,7 @@ def test_per_expert_adapter_on_a_stacked_file(tmp_path, family):
     assert_equal_to_dense(load_checkpoint(tmp_path / "out"), wanted, set(wanted))
 
 
+@needs_transformers_5
 def test_missing_expert_is_named(tmp_path):
     fused = {name: torch.randn(shape) for name, shape in FUSED.items()}
     tensors = separate("qwen2_moe", fused)

@@ -21,6 +21,7 @@ from helpers.checkpoints import (
     save_checkpoint,
     site,
 )
+from helpers.versions import needs_transformers_5
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -125,6 +126,7 @@ def save_sparse(folder, limit=8 << 30):
     return len(shards)
 
 
+@needs_transformers_5
 @pytest.mark.slow
 def test_671b_parameters_are_planned_in_seconds_and_a_shard_is_merged(tmp_path):
     n_shards = save_sparse(tmp_path / "base")

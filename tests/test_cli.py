@@ -22,6 +22,7 @@ import typer
 from conftest import fill
 from helpers.adapter_states import spoil
 from helpers.forks import program
+from helpers.versions import needs_transformers_5
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
@@ -377,6 +378,7 @@ def test_no_name_reaches_the_terminal_raw(run, capsys, files, tmp_path):
         assert all(c.isprintable() or c == "\n" for c in text)
 
 
+@needs_transformers_5
 def test_inspect_asks_the_base_which_stack_of_experts_a_pair_is_on(run, tmp_path):
     sizes = {"hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1, "vocab_size": 10}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}

@@ -222,6 +222,7 @@ def test_a_file_with_and_without_names_of_components_asks_for_one(tmp_path: Path
 
 def vae() -> Any:
     """Return an autoencoder: its child `decoder` has the name of a component of other pipelines."""
+    pytest.importorskip("diffusers", reason="pip install diffusers")
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)

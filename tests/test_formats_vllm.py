@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import fill
 from helpers.adapter_states import KIND_SPECS, effect, make_state
+from helpers.versions import needs_transformers_5
 from safetensors.torch import load_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -26,6 +27,7 @@ def moe() -> Any:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, initializer_range=0.3)).eval()
 
 
+@needs_transformers_5
 def test_experts_become_the_matrices_that_the_base_has(tmp_path: Path) -> None:
     moe().save_pretrained(tmp_path / "base")
     targets = [{"match": r"experts\.(gate_up|down)_proj", "rank": 2, "alpha": 3}, "q_proj"]

@@ -17,9 +17,10 @@ from torch import nn
 
 from lora_inject.checkpoint.index import Checkpoint, changed_config
 from lora_inject.errors import CheckpointError
-from lora_inject.formats.model_facts import ModelFacts
+from lora_inject.formats.model_facts import ModelFacts, is_transformers_4
 from lora_inject.formats.older_names import PlaceInClass, places_in_class
 
+SILENT = "its matrices are square, and transformers 4 does not say which side is the input"
 UNTIED = {"tie_word_embeddings": False}
 """What `config.json` must contain so that a class loads tied tensors separately."""
 MAX_SAID = 300  # characters of another library's message
@@ -140,6 +141,14 @@ class BaseClass:
             return True
         return False if isinstance(module, nn.Linear) else None
 
+    def stack_transposed(self, name: str) -> bool | None:
+        """Return whether experts are stored as `(in, out)`, not if their class is silent.
+
+        None on transformers 4, where every class is.
+        """
+        said = self.transposed(name)
+        return None if said is None and is_transformers_4() else bool(said)
+
     @cached_property
     def _shapes(self) -> dict[str, Any]:
         return dict(self.model.state_dict())
@@ -242,6 +251,7 @@ def meta_model(config: Mapping[str, Any], asked: str, remedy: str) -> nn.Module:
         raise CheckpointError(asked, problem, f"Upgrade transformers, or {remedy}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
+    model.tie_weights()  # transformers 5.0 leaves that out on the meta device
     assert isinstance(model, nn.Module)
     return model
 

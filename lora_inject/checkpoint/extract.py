@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.algebra.svd import Decomposed, decompose
-from lora_inject.checkpoint.base_class import BaseClass
+from lora_inject.checkpoint.base_class import SILENT, BaseClass
 from lora_inject.checkpoint.conversion import facts_of
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.place import matrix_of
@@ -296,8 +296,12 @@ class _Extraction:
         """Return the site of a weight, of the kind of layer that the class says; else linear."""
         kind = self._kind(weight, shape)
         transposed = kind in {"conv1d", "embedding"}
-        if kind == "parameter" and self.of.known:  # of square experts the shape says nothing
-            transposed = bool(self.of.transposed(weight))
+        if kind == "parameter" and self.of.known:
+            square = len(shape) > 2 and shape[-1] == shape[-2]  # whose shape says nothing
+            said = self.of.stack_transposed(weight)
+            if said is None and square:
+                raise CheckpointError(f"extract '{weight}'", SILENT, "Upgrade transformers to 5")
+            transposed = bool(said)
         n_out, n_in = matrix_of(shape if experts is None else shape[1:])
         if transposed:
             n_out, n_in = n_in, n_out

@@ -42,6 +42,7 @@ from lora_inject.checkpoint.place import Placed
 from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES, unpacked, why_no_update
 from lora_inject.core.files.safetensors_file import DTYPE_BITS, FLOATS
 from lora_inject.errors import CheckpointError
+from lora_inject.formats.model_facts import is_transformers_4
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,7 @@ class _Settled:
         if not cut:
             return
         self._check_separable(touched, cut)
+        self._check_loads_apart(cut[0])
         self._store_apart()
         untied = [job.name for job in self.jobs.values() if job.source and not job.stored]
         self.notes += [f"'{name}' was tied and becomes a separate tensor" for name in untied]
@@ -306,6 +308,19 @@ class _Settled:
                     f"{classes[0]} cannot load them apart",
                     "Adapt other layers, or keep this adapter unmerged",
                 )
+
+    def _check_loads_apart(self, group: frozenset[str]) -> None:
+        """Raise if a class whose config says that its ends are apart would not load them right.
+
+        On transformers 4 the same entry scales the outputs of T5, and leaves the embeddings of
+        Bart's encoder and decoder without values.
+        """
+        if self.of.known and is_transformers_4() and self.of.model.config.is_encoder_decoder:
+            raise CheckpointError(
+                f"merge into '{min(group)}'",
+                "it is tied, and transformers 4 cannot load the ends of an encoder-decoder apart",
+                "Upgrade transformers to 5, adapt other layers, or keep this adapter unmerged",
+            )
 
     def _stays(self, group: frozenset[str]) -> bool:
         """Whether a tie holds after the merge; then its other names stay out of the files."""

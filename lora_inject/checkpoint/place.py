@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from lora_inject.checkpoint.base_class import BaseClass
+from lora_inject.checkpoint.base_class import SILENT, BaseClass
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.variants import VARIANTS
 from lora_inject.core.files.safetensors_file import TensorEntry
@@ -90,7 +90,10 @@ class Orientation:
                 self.contradicted = self.contradicted or spec.name
             return shown
         if spec.experts is not None and self.of.known:
-            return spec.transposed or bool(self.of.transposed(name))
+            said = spec.transposed or self.of.stack_transposed(name)
+            if said is None:
+                raise NoPlace(f"'{name}': {SILENT}, as transformers 5 does")
+            return said
         if self.contradicted is None or not may_be_wrong:
             return spec.transposed
         return self._said_by_class(name)

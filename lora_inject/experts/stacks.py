@@ -37,7 +37,7 @@ def is_transposed(module: nn.Module) -> bool | None:
         True
     """
     own = module.__dict__  # set by transformers' use_experts_implementation, always both
-    stated = own.get("is_transposed") if "is_concatenated" in own else None
+    stated = own.get("is_transposed") if "has_bias" in own else None
     return stated if isinstance(stated, bool) else _known(module, _TRANSPOSED)
 
 

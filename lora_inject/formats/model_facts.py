@@ -17,6 +17,16 @@ from lora_inject.private import look_up
 _NO_CONFIG = f"Pass config, the base's config.json as plain data, or {CONVERT}"
 
 
+def is_transformers_4() -> bool:
+    """Whether the transformers here is of version 4, whose classes say less about themselves.
+
+    No class states how its stacks of experts are stored, and one whose config says that its ends
+    are not tied may leave embeddings without values.
+    """
+    library: Any = sys.modules.get("transformers")
+    return library is not None and int(library.__version__.partition(".")[0]) < 5
+
+
 class Heads(NamedTuple):
     """Sizes of a decoder: q has the rows of `n_heads` heads, k and v of `n_kv_heads`."""
 
@@ -41,6 +51,7 @@ class ModelFacts:
         transposed_modules: Names of the modules that have transformers' `is_transposed`, which hold
             their experts as (experts, in, out): needed to read stacks of square experts in files of
             others, whose class the file does not name. In writing None means: as the sites say.
+        orientation_known: Whether the model's classes say so, which those of transformers 4 do not.
         expert_names: Last parts of names that PEFT takes for experts in this model; linear layers
             called so are written as `target_parameters`, with the same tensors.
         config: The contents of its config.json: kind, heads, ties.
@@ -57,6 +68,7 @@ class ModelFacts:
     module_names: Collection[str] | None = None
     tensor_names: Sequence[str] | None = None
     transposed_modules: Collection[str] | None = None
+    orientation_known: bool = True
     expert_names: Collection[str] = ()
     config: Mapping[str, Any] | None = None
     base_model: str | None = None
@@ -87,6 +99,7 @@ class ModelFacts:
             transposed_modules=tuple(
                 name for name, m in modules.items() if getattr(m, "is_transposed", False)
             ),
+            orientation_known=not (hasattr(model, "base_model_prefix") and is_transformers_4()),
             expert_names=expert_names(model),
             config=dict(plain) if isinstance(plain, Mapping) else None,
             base_model=getattr(config, "_name_or_path", None) or None,

@@ -18,6 +18,11 @@ needs_transformers_5 = pytest.mark.skipif(
     not TRANSFORMERS_5, reason="experts are modules of their own in transformers 4"
 )
 
+# PEFT 0.21 calls a conversion of transformers with an argument that came after 5.0.
+needs_peft_reads_experts = pytest.mark.skipif(
+    not at_least(transformers.__version__, 5, 1), reason="PEFT reads no experts on transformers 5.0"
+)
+
 # Its streams of a CPU have no events before torch 2.8.
 FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 needs_fsdp2 = pytest.mark.skipif(not FSDP2_ON_CPU, reason="FSDP2 of this torch runs on a GPU only")

@@ -126,6 +126,7 @@ def contents(state: AdapterState, facts: ModelFacts) -> Contents:
     specs = [site.spec for site in state.sites.values()]
     check_sites(specs, facts)
     _check_attentions(state, attentions(specs))
+    _check_orientation(specs, facts)
     transposed = {spec.name for spec in specs if is_turned(spec, facts.transposed_modules)}
     return Contents(state, _tensors_of(state, transposed), build(state, facts), transposed)
 
@@ -146,6 +147,16 @@ def _tensors_of(state: AdapterState, transposed: Collection[str]) -> dict[str, T
         for role, tensor in site.further.items():
             tensors[keys[role]] = tensor.detach().reshape(shapes[role])
     return tensors
+
+
+def _check_orientation(specs: Sequence[SiteSpec], facts: ModelFacts) -> None:
+    """Raise if PEFT on another transformers would take square experts the other way round."""
+    for spec in specs:
+        square = spec.experts is not None and spec.in_features == spec.out_features
+        if square and not facts.orientation_known:
+            found = "its matrices are square, and PEFT takes them for (out, in) on transformers 4"
+            found += " whatever they are on transformers 5"
+            raise FormatError(f"site '{spec.name}'", found, _OTHER)
 
 
 def read(

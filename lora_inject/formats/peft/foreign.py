@@ -309,7 +309,8 @@ class Foreign:
         Until 0.18 it took every stack so, since then those whose module has `is_transposed`. Of a
         square matrix neither is seen in the file: it names no class, and before 0.18 no version.
         """
-        version, modules = self.claims.peft_version, self.facts.transposed_modules
+        version = self.claims.peft_version
+        modules = self.facts.transposed_modules if self.facts.orientation_known else None
         if version is not None and version < (0, 19):
             return True
         if n_in == n_out and None in (modules, version):
