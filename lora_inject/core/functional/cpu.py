@@ -23,10 +23,7 @@ KEEP_UP_TO = 0.125
 
 
 def is_cpu(t: Tensor) -> bool:
-    """Whether a tensor is on a CPU: the one place that asks.
-
-    A DTensor counts as elsewhere: it has fewer operations, and those differ between versions.
-    """
+    """Whether a tensor is on a CPU and no DTensor, which has fewer operations: it is asked here."""
     return t.device.type == "cpu" and not hasattr(t, "full_tensor")
 
 

@@ -93,7 +93,7 @@ def spread(B: Tensor, spans: Spans | None, out: int) -> Tensor:
     rank, parts, pieces, end, row = B.shape[-1], len(spans), [], 0, 0
     for part, (start, stop) in enumerate(spans):
         pieces.append(B.new_zeros(*B.shape[:-2], start - end, rank * parts))
-        piece = B[..., row : row + stop - start, :]
+        piece = B.narrow(-2, row, stop - start)  # whole, it is no alias: torch 2.9 shards none
         pieces.append(F.pad(piece, (part * rank, (parts - part - 1) * rank)))
         end, row = stop, row + stop - start
     pieces.append(B.new_zeros(*B.shape[:-2], out - end, rank * parts))
