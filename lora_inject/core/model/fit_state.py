@@ -84,15 +84,15 @@ def _under_further_names(sites: Mapping[str, SiteState], names: Inventory) -> di
 
     It has an adapter under each of its names, so each of these layers gets one.
     """
-    sites = {}
+    further = {}
     for site in sites.values():
         spec, own = site.spec, _found(site.spec, names)
         for alias in spec.aliases:
             there = spec.at(alias, alias + spec.weight.removeprefix(spec.name))
             other = _found(there, names)
-            if alias not in sites and other and own and other.weight != own.weight:
-                sites[alias] = dataclasses.replace(site, spec=there)
-    return sites
+            if alias not in further and other and own and other.weight != own.weight:
+                further[alias] = dataclasses.replace(site, spec=there)
+    return further
 
 
 def _stack_of_one(site: SiteState, names: Inventory) -> SiteState:
