@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from lora_inject.errors import LayerError as LayerError
     from lora_inject.errors import LoraInjectError as LoraInjectError
     from lora_inject.errors import MatchError as MatchError
+    from lora_inject.errors import ServerError as ServerError
     from lora_inject.errors import StateError as StateError
     from lora_inject.experts.mxfp4 import packed_experts as packed_experts
     from lora_inject.formats.publishing import push as push
@@ -68,6 +69,9 @@ if TYPE_CHECKING:
     from lora_inject.integrations.trl import reference as reference
     from lora_inject.rows.routed import routed as routed
     from lora_inject.serving.peft_state import peft_state as peft_state
+    from lora_inject.serving.verdict import Verdict as Verdict
+    from lora_inject.serving.verifying import verify_loaded as verify_loaded
+    from lora_inject.serving.verifying import verify_served as verify_served
     from lora_inject.trials.advise import advise as advise
     from lora_inject.trials.losses import causal_loss as causal_loss
     from lora_inject.trials.runs import Trials as Trials
@@ -85,7 +89,7 @@ _HOMES = {
     "checkpoint.merge_files": "merge_checkpoint",
     "checkpoint.merge_inputs": "MergeOptions",
     "errors": "CheckpointError ConfigError FormatError LayerError LoraInjectError MatchError "
-    "StateError",
+    "ServerError StateError",
     "core.adapter.exchange": "read_adapter register_format write_adapter",
     "algebra.combine_files": "combine diff truncate",
     "core.functional.merge_report": "MergeReport",
@@ -111,6 +115,8 @@ _HOMES = {
     "core.spec.plan": "Plan",
     "core.spec.sites": "Geometry",
     "serving.peft_state": "peft_state",
+    "serving.verdict": "Verdict",
+    "serving.verifying": "verify_loaded verify_served",
     "trials.space": "Space",
     "rows.routed": "routed",
     "trials.advise": "advise",

@@ -64,6 +64,10 @@ class CheckpointError(LoraInjectError):
     """A model checkpoint on disk cannot be read, merged or written as asked."""
 
 
+class ServerError(LoraInjectError):
+    """A server does not answer, or does not return what tells an adapter."""
+
+
 @contextmanager
 def within(asked: str) -> Iterator[None]:
     """Put what was asked for before the place that an error of the body names.

@@ -33,6 +33,7 @@ STAGES = {
     "StateError": "Using a verb",
     "FormatError": "Adapter files",
     "CheckpointError": "Checkpoints on disk",
+    "ServerError": "Servers",
 }
 SHARED = {option.name for option in fields(ReadOptions)}
 

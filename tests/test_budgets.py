@@ -28,7 +28,7 @@ LINES = {
     "inject": 9_280,
     "merge": 7_600,
     "save, load": 10_780,
-    "life": 15_120,
+    "life": 15_165,
 }
 STAGES = {
     "config": "from lora_inject import Config",

@@ -813,7 +813,7 @@ def test_progress_of_a_terminal_goes_to_stderr(capsys, monkeypatch):
 
 def test_help_lists_the_commands_as_people_need_them(run):
     found = run("-h")
-    names = re.findall(r"^  ([a-z]+)  ", found.out.partition("Commands:")[2], re.MULTILINE)
+    names = re.findall(r"^  ([a-z-]+)  ", found.out.partition("Commands:")[2], re.MULTILINE)
     assert names == list(EXAMPLES)
     known = ["plan", "inspect", "analyze", "merge", "verify", "extract", "schema"]
     assert [name for name in names if name in known] == known

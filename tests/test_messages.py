@@ -27,6 +27,7 @@ from lora_inject.checkpoint import (
     plan_merge,
 )
 from lora_inject.formats import read_adapter
+from lora_inject.serving.completions import Server
 
 Q = {"rank": 2, "targets": ["q_proj"]}
 
@@ -208,6 +209,12 @@ class Mistakes:
         """CheckpointError: merge: no adapter was given. Name at least one."""
         save_file({"other.weight": torch.zeros(3, 3)}, path / "model.safetensors")
         merge_checkpoint(path / "model.safetensors", [], path.parent / "out")
+
+    # Servers
+
+    def a_server_without_its_scheme(self, path):
+        """ServerError: ask 'localhost:8000': it is no URL. Give one, such as http://HOST:8000."""
+        Server.at("localhost:8000", None, "sql")
 
 
 MISTAKES = [method for name, method in vars(Mistakes).items() if name[0] != "_"]

@@ -254,7 +254,7 @@ def test_the_reference_has_every_command_with_every_option():
             for word in [parameter.metavar.strip("{}.")] if argument else parameter.opts:
                 assert f"`{word}`" in listed, f"{name} {word}"
     table = README.read_text().partition("| command |")[2].partition("\n\n")[0]
-    assert re.findall(r"^\| `(\w+)", table, re.MULTILINE) == named
+    assert re.findall(r"^\| `([\w-]+)", table, re.MULTILINE) == named
 
 
 def test_the_changelog_begins_with_the_version():

@@ -41,6 +41,7 @@ EXAMPLES = MappingProxyType(
         "rename": "lora-inject rename sql-adapter transformer=model.decoder --output renamed",
         "extract": "lora-inject extract gpt2 gpt2-tuned --rank 16 --output adapter",
         "schema": "lora-inject schema > schema.json",
+        "verify-served": "lora-inject verify-served http://localhost:8000 sql-adapter --model sql",
         "doctor": "lora-inject doctor --json > environment.json",
     }
 )
@@ -107,6 +108,13 @@ class _Commands(TyperGroup):
         """Return the commands in the order of the help."""
         del ctx
         return [name for name in EXAMPLES if name in self.commands]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write each command with its first sentence, whole."""
+        names = self.list_commands(ctx)
+        rows = [(name, self.commands[name].get_short_help_str(limit=999)) for name in names]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the exit codes."""

@@ -18,7 +18,7 @@ Source: vLLM 0.33, lora/model_manager.py (`_create_merged_loras_inplace`,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,13 +47,15 @@ def write(
     *,
     dtype: str | None = None,
     rank: int | None = None,
+    proof: Mapping[str, str] | None = None,
 ) -> dict[str, bytes]:
     """Write an adapter of sites on modules as a PEFT directory with one rank and scale 1.
 
     `dtype` is by default each tensor's own, `rank` the largest: give that of a server which takes
     only some.
     """
-    return peft.write(plain_state(state, dtype, rank), path, plain_facts(facts), metadata=False)
+    plain = plain_state(state, dtype, rank)
+    return peft.write(plain, path, plain_facts(facts), metadata=False, proof=proof)
 
 
 def plain_state(
@@ -78,6 +80,7 @@ def write_experts(
     *,
     dtype: str | None = None,
     rank: int | None = None,
+    proof: Mapping[str, str] | None = None,
 ) -> dict[str, bytes]:
     """Write the directory with a pair for each expert; options as for `write`.
 
@@ -87,7 +90,7 @@ def write_experts(
     for name, site in state.sites.items():
         sites |= {name: site} if site.spec.experts is None else _matrices(site, facts)
     plain = replace(facts, expert_names=())
-    return write(replace(state, sites=sites), path, plain, dtype=dtype, rank=rank)
+    return write(replace(state, sites=sites), path, plain, dtype=dtype, rank=rank, proof=proof)
 
 
 def _matrices(site: SiteState, facts: ModelFacts) -> Iterator[tuple[str, SiteState]]:

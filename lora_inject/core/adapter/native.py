@@ -93,12 +93,14 @@ def detects(path: Path) -> bool:
     return is_safetensors(path) and is_native(read_names(path)[1], "native")
 
 
-def write(state: AdapterState, _path: Path, _facts: object) -> bytes:
-    """Write any adapter as one file."""
+def write(
+    state: AdapterState, _path: Path, _facts: object, *, proof: Mapping[str, str] | None = None
+) -> bytes:
+    """Write any adapter as one file; `proof` is further text of its header."""
     sites = state.sites.items()
     tensors = {f"{role}/{n}": t for n, site in sites for role, t in site.tensors.items()}
     tensors |= {f"trained/{name}": tensor for name, tensor in state.trained.items()}
-    return serialize(tensors, describe(state, "native"))
+    return serialize(tensors, describe(state, "native") | {**(proof or {})})
 
 
 def read(path: Path, _facts: object) -> AdapterState:

@@ -58,6 +58,7 @@ class Root:
     # By adapter: the config it was injected with, as plain data, and the modules it was put on.
     configs: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
     carrying: dict[str, list[nn.Module]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)  # it was read from or written to last
     trainable: set[str] = field(default_factory=set)  # adapters that may require gradients
     # Base parameters that required a gradient before the first inject, by their name at that time.
     required_grad: dict[str, Holder] = field(default_factory=dict)

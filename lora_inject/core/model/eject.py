@@ -90,6 +90,7 @@ def _take_off(survey: Survey, record: Root, gone: Set[str]) -> None:
         for layer in record.carrying.pop(name):
             _detach(layer, name)
         del record.configs[name]
+        record.files.pop(name, None)
         record.trainable.discard(name)
     record.selection.forget(gone)
     setting = record.selection.setting

@@ -20,6 +20,7 @@ from lora_inject.core.model.base import Base, model_facts
 from lora_inject.core.model.carried import Carried, reach, records_of
 from lora_inject.core.model.fit_state import fit
 from lora_inject.core.model.guards import after, before
+from lora_inject.core.model.origins import note_files
 from lora_inject.core.model.train import refuse_dead_inputs
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.rooms import room
@@ -93,6 +94,7 @@ def load_adapter(
     if (check_load := format_of(format).check_load) is not None:
         check_load(survey, state, fitted, asked)
     _put_on(survey, fitted, name, _Owned(), trainable=trainable)
+    note_files(survey, name, place)
     return model
 
 

@@ -28,6 +28,7 @@ from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.base import model_facts
 from lora_inject.core.model.carried import Carried, entries, idle_among
 from lora_inject.core.model.guards import after, this_process_writes
+from lora_inject.core.model.origins import note_files
 from lora_inject.core.model.read_off import read_off
 from lora_inject.core.spec.rooms import room
 from lora_inject.errors import FormatError, user_path, within
@@ -47,6 +48,7 @@ def save_adapter(
     version: int | None = None,
     keep: int | None = None,
     unused: Sequence[str] = (),
+    probe: Any = None,
     **options: Any,
 ) -> Path:
     """Write an adapter to files, atomically.
@@ -68,6 +70,10 @@ def save_adapter(
         unused: Patterns (as in a config) of sites and trained tensors that may be without use. Else
             what no forward has used is an error once the adapter was trained, unless other members
             of the same ModuleList or ModuleDict were used: experts, layers that are dropped.
+        probe: A few short inputs. The file then says what the model computes for them with the
+            adapter and without it, for `verify_loaded` and `verify_served`. Token ids, a pair of
+            texts and their tokenizer, or a dict of the model's arguments; of token ids the first 32
+            of 8 rows are used. The model runs about 14 times.
         **options: For the format: `overwrite=True` replaces an adapter that is there; `base_model`,
             `task_type` and others stand over what the model says (`formats.ModelFacts`).
 
@@ -75,7 +81,7 @@ def save_adapter(
         The path that was written.
 
     Raises:
-        StateError: There is no such adapter, or a site of it is inert.
+        StateError: There is no such adapter, a site of it is inert, or the probe tells nothing.
         FormatError: It holds NaN or Inf, the format cannot express it, or the path cannot be
             written.
     """
@@ -85,6 +91,8 @@ def save_adapter(
     target = _target(folder, format, version, f"save adapter {name!r}")
     state, facts = read_off(survey, name), facts_for(survey, format, name)
     refuse_useless(survey, name, state, unused)
+    if probe is not None:
+        options["proof"] = room("probing").take_proof(survey, name, probe, format)
     if this_process_writes(survey):
         _say_if_untrained(state, name)
         if version is not None:
@@ -96,6 +104,7 @@ def save_adapter(
             replace_file(folder / LATEST, f"{version}\n".encode())
             remove_old_versions(folder, version, keep)
     after("save", survey)
+    note_files(survey, name, target)
     return target
 
 

@@ -19,12 +19,12 @@ ROOMS = {
     "libraries": "lora_inject.integrations.libraries",
     "mixtures": "lora_inject.experts.mixtures",
     "moving_buffers": "lora_inject.checks.moving_buffers",
+    "probing": "lora_inject.serving.probing",
     "reached": "lora_inject.checks.reached",
     "sharding": "lora_inject.distributed.sharding",
     "stacks": "lora_inject.experts.stacks",
 }
 """What is asked for, to the module that answers."""
-
 
 REGISTERED: list[Any] = []
 """Weight kinds from outside, asked before the rows of `WEIGHT_KINDS`, the newest first."""

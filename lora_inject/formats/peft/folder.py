@@ -70,6 +70,7 @@ def write(
     metadata: bool = True,
     trained_on: str | None = None,
     published_as: str | None = None,
+    proof: Mapping[str, str] | None = None,
 ) -> dict[str, bytes]:
     """Write an adapter as a PEFT directory.
 
@@ -81,6 +82,7 @@ def write(
         metadata: Write what PEFT cannot express into the header too, for this package.
         trained_on: For the card: a data set of the hub, or a description.
         published_as: For the card: where readers find the adapter, such as `user/name`.
+        proof: Text for the header that says what the adapter does: see `save_adapter(probe=)`.
 
     Returns:
         The content of each file, by name.
@@ -93,6 +95,7 @@ def write(
     # Where diffusers looks for the config: 0.42, loaders/peft.py, `load_lora_adapter(prefix=...)`.
     prefixed = {f"{PREFIX}{field}": value for field, value in config.items() if value is not None}
     said[WRITTEN] = json.dumps(prefixed, sort_keys=True)
+    said |= proof or {}
     card = model_card(state, facts, trained_on=trained_on, published_as=published_as)
     return {
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),

@@ -1,0 +1,161 @@
+"""A server with the completions interface of OpenAI, asked for log-probabilities.
+
+vLLM (0.32, entrypoints/openai/completion), SGLang (0.5.23, srt/entrypoints/openai), llama.cpp's own
+server and llama-cpp-python's. They differ in what they return: the log-probabilities of the prompt
+(`echo`), or only of the next token; tokens as ids, or as text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lora_inject.errors import ServerError
+
+_ID = "token_id:"  # how vLLM writes a token as its id
+
+
+class Rated(NamedTuple):
+    """A token that a server has rated: its id, None where it says only its text."""
+
+    token: int | None
+    text: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server, and the model on it that is asked.
+
+    Attributes:
+        url: Without `/v1` at its end.
+        model: The name of the model, or of the adapter, on the server.
+        timeout: Seconds that each answer may take.
+    """
+
+    url: str
+    model: str
+    timeout: float = 60.0
+
+    @classmethod
+    def at(cls, url: str, model: str | None, near: str, timeout: float = 60.0) -> Server:
+        """Return a server; without a model, its only one or the one called as the adapter.
+
+        Raises:
+            ServerError: The URL is none, nobody answers, or the model has to be named.
+        """
+        if not url.startswith(("http://", "https://")):
+            raise ServerError(f"ask {url!r}", "it is no URL", "Give one, such as http://HOST:8000")
+        plain = cls(url.rstrip("/").removesuffix("/v1"), model or "", timeout)
+        return plain if model else cls(plain.url, plain.only_model(near), timeout)
+
+    def only_model(self, near: str) -> str:
+        """Return the name that the server has for what is asked for, as far as it tells."""
+        listed = self._ask("/v1/models", None)
+        data = listed.get("data") if isinstance(listed, Mapping) else None
+        rows = data if isinstance(data, list) else []
+        names = [str(row["id"]) for row in rows if isinstance(row, Mapping) and "id" in row]
+        if near in names:
+            return near
+        if len(names) == 1:
+            return names[0]
+        found = f"it serves {', '.join(map(repr, names[:9]))}" if names else "it lists no models"
+        raise ServerError(f"ask {self.url}", found, "Name the one to ask: --model NAME")
+
+    def rated_prompt(self, prompt: Sequence[int] | str) -> tuple[list[Rated], bool]:
+        """Return each token of a prompt as the server rates it, and whether it rates prompts.
+
+        The first token has no rating, and is left out.
+        """
+        body = {"echo": True, "logprobs": 1, "return_tokens_as_token_ids": True}
+        said = self._logprobs(prompt, body)
+        values = said.get("token_logprobs")
+        tokens = said.get("tokens")
+        if not isinstance(values, list) or not isinstance(tokens, list) or len(values) < 2:
+            return [], False
+        if len(values) != len(tokens) or values[0] is not None:  # not the prompt's
+            return [], False
+        pairs = zip(tokens[1:], values[1:], strict=True)
+        rated = [_rated(token, value) for token, value in pairs if isinstance(value, int | float)]
+        return rated, True
+
+    def rated_next(self, prompt: Sequence[int] | str, n: int = 5) -> list[Rated]:
+        """Return the most probable next tokens after a prompt."""
+        said = self._logprobs(prompt, {"logprobs": n, "return_tokens_as_token_ids": True})
+        content = said.get("content")  # llama.cpp's server
+        if isinstance(content, list) and content and isinstance(content[0], Mapping):
+            rows = content[0].get("top_logprobs")
+            known = [row for row in rows or () if isinstance(row, Mapping)]
+            return [_of_row(row) for row in known if isinstance(row.get("logprob"), int | float)]
+        top = said.get("top_logprobs")
+        last = top[-1] if isinstance(top, list) and top else None
+        if not isinstance(last, Mapping):
+            return []
+        return [_rated(t, v) for t, v in last.items() if isinstance(v, int | float)]
+
+    def _logprobs(self, prompt: Sequence[int] | str, more: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Ask for one more token after a prompt; return what the answer says of probabilities."""
+        given = prompt if isinstance(prompt, str) else [*prompt]
+        body = {"model": self.model, "prompt": given, "max_tokens": 1, "temperature": 0, **more}
+        answer = self._ask("/v1/completions", body)
+        choices = answer.get("choices") if isinstance(answer, Mapping) else None
+        first = choices[0] if isinstance(choices, list) and choices else None
+        said = first.get("logprobs") if isinstance(first, Mapping) else None
+        if not isinstance(said, Mapping):
+            found = "the server returns no log-probabilities (choices[0].logprobs)"
+            remedy = "Let it return them (vLLM: --max-logprobs 5; llama-cpp-python: --logits_all "
+            raise ServerError(f"ask {self.url}", found, f"{remedy}true)")
+        return said
+
+    def _ask(self, path: str, body: Mapping[str, Any] | None) -> Any:
+        asked = f"ask {self.url}{path}"
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as answer:  # noqa: S310
+                text = answer.read(1 << 24)
+        except urllib.error.HTTPError as error:
+            words = error.read(2000).decode(errors="replace")
+            remedy = "Check --model, and that it serves the adapter's base"
+            raise ServerError(asked, f"it answers {error.code}: {_said(words)}", remedy) from error
+        except (OSError, urllib.error.URLError) as error:
+            reason = getattr(error, "reason", None) or error
+            remedy = "Start the server, or check the URL"
+            raise ServerError(asked, f"it does not answer ({reason})", remedy) from error
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            remedy = "Give the URL of an OpenAI-compatible server"
+            raise ServerError(asked, "its answer is not JSON", remedy) from error
+
+
+def _rated(token: Any, value: float) -> Rated:
+    text = str(token)
+    number = text.removeprefix(_ID)
+    is_id = number != text and number.isdecimal()
+    return Rated(int(number) if is_id else None, "" if is_id else text, float(value))
+
+
+def _of_row(row: Mapping[str, Any]) -> Rated:
+    token = row.get("id")
+    plain = _rated(row.get("token", ""), row["logprob"])
+    return plain._replace(token=token if isinstance(token, int) else plain.token)
+
+
+def _said(words: str) -> str:
+    """Return the message in the body of an error, in one line."""
+    try:
+        plain = json.loads(words)
+        inner = plain.get("error", plain) if isinstance(plain, Mapping) else words
+        words = str(inner.get("message", inner) if isinstance(inner, Mapping) else inner)
+    except ValueError:
+        pass
+    return " ".join(words.split())[:300]

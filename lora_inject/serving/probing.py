@@ -1,0 +1,266 @@
+"""Running a few short inputs through a live model: as it is, or at strengths of an adapter."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.core.adapter.exchange import format_of, options_of
+from lora_inject.core.layers.selected import Mix
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.carried import reach
+from lora_inject.core.model.select import selecting
+from lora_inject.errors import FormatError, StateError
+from lora_inject.serving.proof import KEY, STRENGTHS, Ahead, Proof
+from lora_inject.trees import tree_leaves
+
+N_PROMPTS, N_TOKENS = 8, 32
+"""More rows, and longer ones, are left out: a file is no data set."""
+
+N_AHEAD, N_TOP = 3, 5
+"""Prefixes of each prompt after which tokens are rated, and how many of each distribution: those
+that servers return."""
+
+N_SAMPLES = 64
+"""Values of each output of a model that does not predict tokens."""
+
+_OF_TOKENS = {"attention_mask", "labels", "token_type_ids", "position_ids"}
+_REMEDY = (
+    "Give token ids (a tensor, or lists), a pair of texts and their tokenizer, or a dict of the "
+    "model's arguments"
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is asked: prompts of token ids, or its arguments as they are."""
+
+    prompts: tuple[tuple[int, ...], ...] = ()
+    texts: tuple[str, ...] = ()
+    pieces: tuple[tuple[str, ...], ...] = ()
+    decode: Callable[[int], str] | None = None
+    arguments: Any = None
+
+
+def take_proof(
+    survey: Survey,
+    name: str,
+    probe: Any,
+    format: str,  # noqa: A002
+) -> dict[str, str]:
+    """Return the proof of an adapter's behavior, as text for the header of a file.
+
+    Args:
+        survey: Of the model that carries it.
+        name: The adapter, which need not be active.
+        probe: See `save_adapter`.
+        format: What is written, whose files have to take such text.
+
+    Raises:
+        StateError: The probe is none, has tokens that the model lacks, or is not changed by the
+            adapter.
+        FormatError: Files of the format hold no proof.
+    """
+    asked = f"save adapter {name!r}, probe"
+    if "proof" not in options_of(format_of(format, asked).write):
+        found = f"files of the format {format!r} hold no proof"
+        raise FormatError(
+            asked, found, "Save it as 'peft', 'portable' or 'native' too, and keep that"
+        )
+    proof = _measured(survey, name, inputs_of(probe, asked), asked)
+    if proof.effect < 4 * proof.noise():
+        found = f"the adapter changes its outputs by {proof.effect:.2g}, and rounding in "
+        found += f"{proof.dtype} by {proof.noise():.2g}: they prove nothing"
+        remedy = "Give inputs that it was trained for, or more of them; or save without probe"
+        raise StateError(asked, found, remedy)
+    return {KEY: proof.to_text()}
+
+
+def _measured(survey: Survey, name: str, inputs: Inputs, asked: str) -> Proof:
+    """Return what a model computes at each strength of an adapter."""
+    gained = name in reach(survey.model, survey).gained  # a mix may not weigh it
+    strengths = (0.0, 1.0) if gained else STRENGTHS
+    with torch.no_grad(), in_evaluation(survey.model):
+        outputs = [_run_at(survey, name, strength, inputs, asked) for strength in strengths]
+    base = outputs[0]
+    largest = torch.stack([each.float().abs().amax() for each in base])
+    predicted = bool(inputs.prompts)
+    rows = [token_values(each, inputs) if predicted else output_samples(each) for each in outputs]
+    return Proof(
+        strengths=[*strengths],
+        values=[_rounded(row) for row in rows],
+        prompts=[[*prompt] for prompt in inputs.prompts],
+        texts=[*inputs.texts],
+        pieces=[[*row] for row in inputs.pieces],
+        ahead=_ahead(outputs, inputs),
+        vocabulary=base[0].shape[-1] if predicted else 0,
+        dtype=str(base[0].dtype).removeprefix("torch."),
+        size=float(largest.mean()),
+        digest="" if predicted else digest_of_inputs(inputs.arguments),
+    )
+
+
+def _run_at(survey: Survey, name: str, strength: float, inputs: Inputs, asked: str) -> list[Tensor]:
+    """Run a model with one adapter, multiplied; 0 is the base."""
+    mix = Mix({name: strength} if strength else {})
+    with selecting(survey.model, mix, asked):
+        return run(survey.model, inputs, asked)
+
+
+def inputs_of(probe: Any, asked: str) -> Inputs:
+    """Return what a model is to be asked for a probe of any form that is taken."""
+    if isinstance(probe, tuple) and len(probe) == 2 and callable(probe[1]):
+        return _of_texts(*probe, asked)
+    if isinstance(probe, Mapping):
+        ids = probe.get("input_ids")
+        if not isinstance(ids, Tensor) or probe.keys() - {"input_ids"} - _OF_TOKENS:
+            return Inputs(arguments=dict(probe))
+        return Inputs(_prompts(_unpadded(ids, probe.get("attention_mask")), asked))
+    if isinstance(probe, Tensor) and probe.is_floating_point():
+        return Inputs(arguments=probe)
+    if isinstance(probe, Tensor):
+        return Inputs(_prompts(probe.reshape(-1, probe.shape[-1]).tolist(), asked))
+    if isinstance(probe, list) and probe and isinstance(probe[0], list | tuple):
+        return Inputs(_prompts(probe, asked))
+    raise StateError(asked, f"it is a {type(probe).__name__} of an unknown form", _REMEDY)
+
+
+def _of_texts(texts: Any, tokenizer: Any, asked: str) -> Inputs:
+    texts = [texts] if isinstance(texts, str) else [*texts]
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise StateError(asked, "it has no texts", _REMEDY)
+    texts = texts[:N_PROMPTS]
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    prompts = _prompts(rows, asked)
+    whole = all(len(row) == len(prompt) for row, prompt in zip(rows, prompts, strict=True))
+
+    def decode(token: int) -> str:
+        return str(tokenizer.decode([token]))
+
+    pieces = tuple(tuple(map(decode, prompt)) for prompt in prompts)
+    return Inputs(prompts, tuple(texts) if whole else (), pieces, decode)
+
+
+def _unpadded(ids: Tensor, mask: Any) -> list[list[int]]:
+    rows = ids.reshape(-1, ids.shape[-1])
+    kept = torch.ones_like(rows) if mask is None else mask.reshape(rows.shape)
+    return [row[keep.bool()].tolist() for row, keep in zip(rows, kept, strict=True)]
+
+
+def _prompts(rows: Sequence[Sequence[Any]], asked: str) -> tuple[tuple[int, ...], ...]:
+    """Return the first tokens of the first rows, checked."""
+    prompts = tuple(tuple(map(int, row[:N_TOKENS])) for row in rows[:N_PROMPTS])
+    short = not prompts or any(len(prompt) < 2 for prompt in prompts)
+    if short or any(token < 0 for prompt in prompts for token in prompt):
+        raise StateError(asked, "a row has fewer than two tokens, or a negative one", _REMEDY)
+    return prompts
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and each of its modules back into its own."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def run(model: nn.Module, inputs: Inputs, asked: str) -> list[Tensor]:
+    """Return the logits of each prompt, `(tokens, vocabulary)`, or every tensor of the outputs."""
+    if not inputs.prompts:
+        given = inputs.arguments
+        made = model(**given) if isinstance(given, dict) else model(given)
+        return [leaf.detach() for leaf in tree_leaves(made) if _is_float(leaf)]
+    _check_vocabulary(model, inputs, asked)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return [
+        _logits(model(torch.tensor([prompt], device=device)), prompt, asked)
+        for prompt in inputs.prompts
+    ]
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _check_vocabulary(model: nn.Module, inputs: Inputs, asked: str) -> None:
+    """Refuse a probe of another tokenizer, which an embedding would fail on."""
+    asks: Any = getattr(model, "get_input_embeddings", None)
+    table = getattr(asks() if callable(asks) else None, "num_embeddings", None)
+    largest = max(max(prompt) for prompt in inputs.prompts)
+    if table is not None and largest >= table:
+        found = f"it has the token {largest}, and the model has {table:,} tokens"
+        raise StateError(asked, found, "Give tokens of the model's own tokenizer")
+
+
+def _logits(made: Any, prompt: Sequence[int], asked: str) -> Tensor:
+    logits = getattr(made, "logits", made)
+    fits = _is_float(logits) and logits.dim() == 3 and logits.shape[:2] == (1, len(prompt))
+    if not fits or logits.shape[-1] <= max(prompt):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(made).__name__
+        found = f"for {len(prompt)} tokens the model returns {shape}, which rates no next token"
+        raise StateError(asked, found, "Give a dict of the model's arguments")
+    return logits.detach()[0]  # type: ignore[no-any-return]
+
+
+def token_values(logits: Sequence[Tensor], inputs: Inputs) -> Tensor:
+    """Return the log-probability of each token but the first of each prompt, `(n,)`."""
+    rated = []
+    for each, prompt in zip(logits, inputs.prompts, strict=True):
+        tokens = torch.tensor(prompt[1:], device=each.device)[:, None]
+        rated.append(_log_probabilities(each[:-1]).gather(1, tokens)[:, 0])
+    return torch.cat(rated).cpu()
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return logits.double().log_softmax(-1).clamp(min=-1e4)
+
+
+def _ahead(outputs: Sequence[Sequence[Tensor]], inputs: Inputs) -> list[Ahead]:
+    """Return the probable tokens after some prefixes, with their values at each strength."""
+    ahead = []
+    for number, prompt in enumerate(inputs.prompts):
+        lengths = {round(len(prompt) * (n + 1) / N_AHEAD) for n in range(N_AHEAD)}
+        for length in sorted(lengths - {0}):
+            rows = [_log_probabilities(each[number][length - 1]) for each in outputs]
+            tops = [row.topk(min(N_TOP, len(row))).indices.tolist() for row in rows]
+            tokens = sorted({token for top in tops for token in top})
+            decode = inputs.decode
+            texts = [] if decode is None else [decode(token) for token in tokens]
+            values = [_rounded(row[tokens]) for row in rows]
+            ahead.append(Ahead(number, length, tokens, texts, values))
+    return ahead
+
+
+def output_samples(outputs: Sequence[Tensor]) -> Tensor:
+    """Return a few values of each output, evenly spaced, `(n,)`."""
+    parts = []
+    for output in outputs:
+        flat = output.reshape(-1)
+        at = torch.linspace(0, len(flat) - 1, min(N_SAMPLES, len(flat))).round().long()
+        parts.append(flat[at.to(flat.device)].double().cpu())
+    return torch.cat(parts)
+
+
+def digest_of_inputs(arguments: Any) -> str:
+    """Return what identifies the inputs of a model, by their values."""
+    made = hashlib.sha256()
+    for leaf in tree_leaves(arguments):
+        values = leaf.detach().cpu().double().tolist() if isinstance(leaf, Tensor) else leaf
+        made.update(repr(values).encode())
+    return made.hexdigest()
+
+
+def _rounded(values: Tensor) -> list[float]:
+    """Return numbers of six digits: more are noise, and make the file longer."""
+    return [float(f"{value:.6g}") for value in values.tolist()]

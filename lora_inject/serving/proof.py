@@ -1,0 +1,198 @@
+"""What an adapter's file says about behavior: outputs with and without it, for a few short inputs.
+
+It stands as text in the header of the safetensors file, where no other program looks. For a model
+that predicts tokens these are log-probabilities of the next token; for any other a sample of its
+outputs. Each is there at several strengths of the adapter: 0 is the base, 1 the adapter, 2 the
+adapter counted twice. So what a server computes can be told from the base, and a wrong scale can be
+named.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from lora_inject.core.adapter.value_checks import FLOATS
+from lora_inject.core.files.strict_json import misfit, parse_json
+from lora_inject.core.files.tensors import is_safetensors, read_names
+from lora_inject.errors import FormatError, user_path
+
+KEY = "lora_inject.proof"
+VERSION = 1
+STRENGTHS = (0.0, *(2 ** (n / 2) for n in range(-6, 7)))
+"""0, and 1/8 to 8 in steps of the root of 2."""
+
+LEAST_NOISE = 2e-3
+"""What programs differ by that compute the same in float32, in log-probabilities: docs/clients.md
+has figures for a model of 30 layers."""
+
+_EDITED = "The file was edited; save the adapter again with probe="
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+_INDEX = range(2**31)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """The most probable tokens after a prefix of a prompt.
+
+    Attributes:
+        prompt: Number of the prompt.
+        length: How many of its tokens stand before.
+        tokens: Token ids: the most probable ones at any of the strengths.
+        texts: The tokens as text; empty where no tokenizer was given.
+        values: For each strength the log-probability of each token.
+    """
+
+    prompt: int
+    length: int
+    tokens: list[int]
+    texts: list[str]
+    values: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Outputs of a model for a few inputs, at several strengths of an adapter.
+
+    Attributes:
+        strengths: By how much the adapter was multiplied; 0 and 1 are among them.
+        values: For each strength, one number for each place: for tokens the log-probability of each
+            token of each prompt but the first, given those before it; else samples of the outputs.
+        prompts: Token ids; none for a model that does not predict tokens.
+        texts: The prompts as text, where a tokenizer was given.
+        pieces: The text of each token of each prompt, likewise.
+        ahead: Probable tokens after some prefixes, for servers that do not rate a prompt.
+        vocabulary: How many tokens there are; 0 for a model that does not predict tokens.
+        dtype: What the model computed in.
+        size: The typical largest logit, or output: what one rounding is relative to.
+        digest: Of the inputs of a model that does not predict tokens.
+    """
+
+    strengths: list[float]
+    values: list[list[float]]
+    prompts: list[list[int]]
+    texts: list[str]
+    pieces: list[list[str]]
+    ahead: list[Ahead]
+    vocabulary: int
+    dtype: str
+    size: float
+    digest: str
+
+    @property
+    def effect(self) -> float:
+        """How far the adapter moves the values: a root of a mean square."""
+        return rms(self.at(1.0) - self.at(0.0))
+
+    def at(self, strength: float) -> torch.Tensor:
+        """Return the values at a strength that was measured, float64 `(n,)`."""
+        row = self.values[self.strengths.index(strength)]
+        return torch.tensor(row, dtype=torch.float64)
+
+    def noise(self, dtype: str | None = None) -> float:
+        """Return what two programs that compute the same in a dtype may differ by.
+
+        Logits are rounded to a share of the largest, and so are their log-probabilities.
+        """
+        eps = torch.finfo(_DTYPES[dtype or self.dtype]).eps
+        floor = LEAST_NOISE if self.prompts else LEAST_NOISE * self.size / 10
+        return max(eps * self.size, floor)
+
+    def to_text(self) -> str:
+        """Return it as a text for the header of a file."""
+        return json.dumps({"version": VERSION, **asdict(self)}, allow_nan=False)
+
+
+_AHEAD = {
+    "prompt": _INDEX,
+    "length": _INDEX,
+    "tokens": [_INDEX],
+    "texts": [str],
+    "values": [[_is_number]],
+}
+_FORM = {
+    "version": _INDEX,
+    "strengths": [_is_number],
+    "values": [[_is_number]],
+    "prompts": [[_INDEX]],
+    "texts": [str],
+    "pieces": [[str]],
+    "ahead": [_AHEAD],
+    "vocabulary": _INDEX,
+    "dtype": _DTYPES.__contains__,
+    "size": _is_number,
+    "digest": str,
+}
+
+
+def rms(values: torch.Tensor) -> float:
+    """Return the root of the mean square; 0 for no values."""
+    return math.sqrt(float(values.square().mean())) if len(values) else 0.0
+
+
+def read_proof(path: Any, asked: str) -> Proof:
+    """Read the proof that an adapter's file holds.
+
+    Args:
+        path: A folder with `adapter_model.safetensors`, or a safetensors file.
+        asked: What asks, for the errors.
+
+    Raises:
+        FormatError: There is no such file, it holds no proof, or the proof was edited.
+    """
+    place = user_path(asked, path)
+    file = place / "adapter_model.safetensors" if place.is_dir() else place
+    if not is_safetensors(file):
+        found = f"there is no safetensors file at '{place}'"
+        raise FormatError(asked, found, "Give what save_adapter(model, path, probe=...) wrote")
+    return parse_proof(read_names(file)[1], f"{asked}, '{file}'")
+
+
+def parse_proof(metadata: Mapping[str, str], asked: str) -> Proof:
+    """Read a proof from the metadata of a file, strictly."""
+    if KEY not in metadata:
+        remedy = "Save the adapter with one: save_adapter(model, path, probe=batch)"
+        raise FormatError(asked, "it holds no proof of behavior", remedy)
+    plain = parse_json(metadata[KEY], asked)
+    version = plain.get("version") if isinstance(plain, dict) else None
+    if version != VERSION:
+        found = f"its proof has version {str(version)[:20]}, and this package reads {VERSION}"
+        raise FormatError(asked, found, "Install a newer lora-inject, or save the adapter again")
+    wrong = misfit(plain, _FORM)
+    if not wrong:
+        wrong = _uneven(plain)
+    if wrong:
+        raise FormatError(f"{asked}, proof", wrong.lstrip(".: "), _EDITED)
+    del plain["version"]
+    ahead = [Ahead(**each) for each in plain.pop("ahead")]
+    return Proof(**plain, ahead=ahead)
+
+
+def _uneven(plain: Mapping[str, Any]) -> str:
+    """Return where the parts of a proof do not fit together, or ""."""
+    strengths, prompts = plain["strengths"], plain["prompts"]
+    n = sum(len(prompt) - 1 for prompt in prompts) if prompts else len(plain["values"][0])
+    if not {0.0, 1.0} <= set(strengths) or sorted(set(strengths)) != strengths:
+        return "its strengths are not in order, or lack 0 or 1"
+    if not _even(plain["values"], len(strengths), n) or not n:
+        return "it has not one value for each place and strength"
+    for each in plain["ahead"]:
+        inside = each["prompt"] < len(prompts)
+        if not inside or not 0 < each["length"] <= len(prompts[each["prompt"]]):
+            return "it rates tokens after a prefix that no prompt has"
+        if not _even(each["values"], len(strengths), len(each["tokens"])):
+            return "it has not one value for each token and strength"
+    return ""
+
+
+def _even(rows: Sequence[Sequence[float]], n_rows: int, width: int) -> bool:
+    return len(rows) == n_rows and all(len(row) == width for row in rows)

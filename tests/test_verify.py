@@ -1,0 +1,289 @@
+"""An adapter proves that it is loaded: by what a model computes, or a server returns.
+
+The verdicts are held to states that the test makes itself, of the adapter and of the base.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import Net, tiny_llama
+from helpers.servers import Letters, Served, serving
+from safetensors import safe_open
+from torch import nn
+from typer.testing import CliRunner
+
+import lora_inject as li
+from lora_inject.cli import app
+from lora_inject.formats import read_adapter
+
+CONFIG = {"rank": 4, "alpha": 8, "targets": ["all-linear"]}
+TEXTS = ["SELECT A FROM B", "HOW MANY ROWS?", "(X + Y) * Z = 42"]
+
+
+def build(seed: int = 0, config: dict[str, Any] = CONFIG) -> Any:
+    """A tiny Llama whose weights follow from a seed, with an adapter that does not."""
+    model = tiny_llama(hidden_size=32, vocab_size=64, initializer_range=0.2).eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2) if parameter.dim() > 1 else None
+    li.inject(model, config)
+    torch.manual_seed(99)
+    with torch.no_grad():
+        for parameter in li.adapter_parameters(model).values():
+            parameter.normal_(std=0.1)
+    return model
+
+
+def merged_twice(model: Any) -> Any:
+    """A base that holds the adapter already, and gets it once more."""
+    state = li.adapter_state(model)
+    li.merge(model, eject=True)
+    return li.install(model, state, base="any")
+
+
+STATES = {
+    "right": (build, "with", 1.0),
+    "missing": (lambda: li.activate(build(), None), "without", 0.0),
+    "doubled": (lambda: merged_twice(build()), "scaled", 2.0),
+    "wrongly scaled": (lambda: li.activate(build(), {"default": 0.25}), "scaled", 0.25),
+    "another base": (lambda: build(seed=1), "neither", None),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapter's folder, whose name is that of the served adapter."""
+    return li.save_adapter(
+        build(), tmp_path_factory.mktemp("proof") / "sql", probe=(TEXTS, Letters())
+    )
+
+
+# ------------------------------------------------------------------------------- on a live model
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_each_state_of_an_adapter_is_told_on_a_live_model(state: str, saved: Path) -> None:
+    make, word, scale = STATES[state]
+    found = li.verify_loaded(make(), source=saved)
+    assert (found.word, found.ok) == (word, word == "with")
+    assert found.scale is scale is None or found.scale == pytest.approx(scale, rel=0.1)
+
+
+def test_a_loaded_adapter_knows_its_files(saved: Path, tmp_path: Path) -> None:
+    model = li.eject(build())
+    li.load_adapter(model, saved)
+    assert li.verify_loaded(model).ok
+    li.eject(model)
+    li.load_adapter(model, saved, "second")
+    assert li.verify_loaded(model, "second").ok
+    assert "no files are known of it" in refused(lambda: li.verify_loaded(model))
+    li.save_adapter(model, tmp_path / "plain", "second")
+    assert "holds no proof of behavior" in refused(lambda: li.verify_loaded(model, "second"))
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_a_model_of_peft_is_verified_by_the_same_file(saved: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.PeftModel.from_pretrained(li.eject(build()), str(saved))
+    assert li.verify_loaded(model, source=saved).ok
+    with model.disable_adapter():
+        assert li.verify_loaded(model, source=saved).word == "without"
+
+
+def test_a_merged_model_and_one_in_bfloat16_are_told(saved: Path) -> None:
+    model = build()
+    li.merge(model)
+    assert li.verify_loaded(model, source=saved).ok
+    found = li.verify_loaded(build().bfloat16(), source=saved, dtype="bfloat16")
+    assert found.ok
+    assert 1e-3 < found.from_adapter < found.tolerance
+
+
+def test_saving_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = build().train()
+    model.model.layers[0].eval()
+    li.activate(model, None)
+    modes = [module.training for module in model.modules()]
+    numbers = torch.random.get_rng_state()
+    li.save_adapter(model, tmp_path / "a", probe=[[1, 2, 3, 4]] * 2)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.random.get_rng_state(), numbers)
+    assert re.search("default .* no +yes", str(li.summary(model)))  # neither active nor frozen
+
+
+@pytest.mark.parametrize("layout", ["peft", "portable", "native"])
+def test_the_proof_is_text_that_other_readers_pass_over(layout: str, tmp_path: Path) -> None:
+    model = build()
+    target = li.save_adapter(
+        model, tmp_path / "a", format=layout, probe=torch.arange(12).view(2, 6)
+    )
+    assert li.verify_loaded(model).ok
+    file = target / "adapter_model.safetensors" if target.is_dir() else target
+    with safe_open(file, "pt") as opened:
+        assert json.loads(opened.metadata()["lora_inject.proof"])["prompts"][0] == [*range(6)]
+    sites = read_adapter(target).sites
+    assert sites.keys() == li.adapter_state(model).sites.keys()
+
+
+def test_dora_is_told_from_its_base(tmp_path: Path) -> None:
+    model = build(config=CONFIG | {"variant": "dora"})
+    li.save_adapter(model, tmp_path / "a", probe=torch.arange(40).view(2, 20))
+    assert li.verify_loaded(model).ok
+    assert li.verify_loaded(li.activate(model, None)).word == "without"
+
+
+def test_a_model_without_a_vocabulary_proves_its_outputs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = li.inject(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), CONFIG)
+    with torch.no_grad():
+        for parameter in li.adapter_parameters(model).values():
+            parameter.normal_(std=0.3)
+    x = torch.randn(5, 4)
+    li.save_adapter(model, tmp_path / "a", probe=x)
+    assert li.verify_loaded(model, probe=x).ok
+    doubled = li.verify_loaded(li.activate(model, {"default": 2.0}), probe=x)
+    assert (doubled.word, doubled.scale) == ("scaled", pytest.approx(2.0, rel=0.1))
+    assert "Pass probe=" in refused(lambda: li.verify_loaded(model))
+    assert "not the inputs" in refused(lambda: li.verify_loaded(model, probe=x + 1))
+    said = refused(lambda: li.verify_served("http://127.0.0.1:9", tmp_path / "a"))
+    assert "the adapter's proof is not over tokens" in said
+
+
+# ------------------------------------------------------------------------------------- by a server
+
+
+@pytest.mark.parametrize("kind", ["vllm", "texts", "llama.cpp"])
+@pytest.mark.parametrize("state", STATES)
+def test_each_state_of_an_adapter_is_told_by_a_server(state: str, kind: str, saved: Path) -> None:
+    make, word, scale = STATES[state]
+    served = Served(make(), kind)
+    with serving(served) as url:
+        found = li.verify_served(f"{url}/v1/", saved)
+    assert found.word == word, str(found)
+    assert found.scale is scale is None or found.scale == pytest.approx(scale, rel=0.15)
+    assert {body["model"] for body in served.asked} == {"sql"}
+    assert {body["temperature"] for body in served.asked} == {0}
+    assert bool(found.notes) == (kind == "llama.cpp")
+
+
+def test_the_command_says_it_and_its_exit_code(saved: Path) -> None:
+    model = build()
+    with serving(Served(model, "vllm")) as url:
+        run = CliRunner().invoke(app, ["verify-served", url, str(saved)])
+        assert run.exit_code == 0
+        assert run.stdout.startswith("with the adapter: ")
+        li.activate(model, None)
+        run = CliRunner().invoke(app, ["verify-served", url, str(saved), "--model", "x", "--json"])
+    said = json.loads(run.stdout)
+    assert (run.exit_code, said["word"], said["ok"]) == (1, "without", False)
+    assert said["from_adapter"] > 5 * said["tolerance"]
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+def refused(run: Any) -> str:
+    with pytest.raises(li.LoraInjectError) as raised:
+        run()
+    return f"{type(raised.value).__name__}: {raised.value}"
+
+
+def test_a_server_that_is_down_is_named(saved: Path) -> None:
+    with serving(Served(None, "vllm")) as url:
+        pass
+    said = refused(lambda: li.verify_served(url, saved))
+    assert said.startswith(f"ServerError: ask {url}/v1/models: it does not answer (")
+    assert "it is no URL" in refused(lambda: li.verify_served("localhost:8000", saved))
+
+
+def test_a_server_without_log_probabilities_is_named(saved: Path) -> None:
+    with serving(Served(build(), "silent")) as url:
+        said = refused(lambda: li.verify_served(url, saved))
+    assert "the server returns no log-probabilities (choices[0].logprobs)" in said
+
+
+def test_a_server_of_several_models_asks_for_a_name(saved: Path) -> None:
+    with serving(Served(build(), "vllm", ("one", "two"))) as url:
+        assert "it serves 'one', 'two'. Name the one to ask: --model NAME" in refused(
+            lambda: li.verify_served(url, saved)
+        )
+        assert li.verify_served(url, saved, model="two").ok
+
+
+def test_a_server_of_another_vocabulary_is_named(saved: Path) -> None:
+    with serving(Served(tiny_llama(vocab_size=17), "vllm")) as url:
+        said = refused(lambda: li.verify_served(url, saved))
+    assert "it answers 400: Token id" in said
+    assert "that it serves the adapter's base" in said
+
+    class Pairs(Served):
+        def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+            return super().complete({**body, "prompt": body["prompt"][::2]})
+
+    for kind in ("vllm", "texts"):
+        with serving(Pairs(build(), kind)) as url:
+            said = refused(lambda: li.verify_served(url, saved))
+        assert "it makes other tokens of prompt 1" in said
+        assert "another vocabulary" in said
+
+
+@pytest.mark.parametrize(
+    ("probe", "found"),
+    [
+        ([[1, 64]], "it has the token 64, and the model has 64 tokens"),
+        ([[1]], "a row has fewer than two tokens"),
+        ([], "it is a list of an unknown form"),
+        ("text", "it is a str of an unknown form"),
+        (([""], Letters()), "it has no texts"),
+    ],
+)
+def test_a_probe_that_proves_nothing_is_refused(probe: Any, found: str, tmp_path: Path) -> None:
+    said = refused(lambda: li.save_adapter(build(), tmp_path / "a", probe=probe))
+    assert said.startswith("StateError: save adapter 'default', probe: ")
+    assert found in said
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_untrained_adapter_has_no_proof(tmp_path: Path) -> None:
+    model = li.inject(tiny_llama(), CONFIG)
+    said = refused(lambda: li.save_adapter(model, tmp_path / "a", probe=[[1, 2, 3]]))
+    assert "the adapter changes its outputs by 0," in said
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_format_without_room_for_a_proof_is_refused(tmp_path: Path) -> None:
+    said = refused(lambda: li.save_adapter(build(), tmp_path / "a", format="gguf", probe=[[1, 2]]))
+    assert "files of the format 'gguf' hold no proof" in said
+
+
+def test_token_ids_for_a_model_that_rates_none_are_refused(tmp_path: Path) -> None:
+    model = li.inject(Net(), {"rank": 2, "targets": ["fc"]})
+    said = refused(lambda: li.save_adapter(model, tmp_path / "a", probe=[[1, 2, 3]]))
+    assert "for 3 tokens the model returns (1, 3, 3), which rates no next token" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda plain: plain.update(version=7), "its proof has version 7"),
+        (lambda plain: plain.update(dtype="int8"), "dtype: 'int8' is impossible"),
+        (lambda plain: plain["values"].pop(), "not one value for each place and strength"),
+        (lambda plain: plain["strengths"].reverse(), "its strengths are not in order"),
+        (lambda plain: plain["ahead"][0].update(length=99), "a prefix that no prompt has"),
+        (lambda plain: plain["ahead"][0]["tokens"].pop(), "each token and strength"),
+    ],
+)
+def test_an_edited_proof_is_refused(change: Any, found: str, saved: Path) -> None:
+    from lora_inject.core.files.tensors import read_names
+    from lora_inject.serving.proof import parse_proof
+
+    metadata = read_names(saved / "adapter_model.safetensors")[1]
+    plain = json.loads(metadata["lora_inject.proof"])
+    change(plain)
+    edited = metadata | {"lora_inject.proof": json.dumps(plain)}
+    assert found in refused(lambda: parse_proof(edited, "verify"))
