@@ -695,6 +695,34 @@ def test_whichever_process_saves_there_is_one_adapter(ranks: Any, folder: Path) 
         assert "another process wrote other values" in found["refused"]
 
 
+def stage(folder: Path) -> None:
+    """Rank 1 alone has the part of a pipeline that is sharded, and saves it."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    try:
+        mesh = DeviceMesh("cpu", [1])  # a new group: every process takes part in making it
+        if dist.get_rank() == 1:
+            model = build(FORWARD)
+            fully_shard(model, mesh=mesh)
+            li.save_adapter(model, folder / "stage")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_first_process_that_has_shards_writes_and_nobody_else_is_waited_for(
+    forks: Forks, tmp_path: Path
+) -> None:
+    for rank in forks.start_ranks(WORLD, stage, tmp_path):
+        rank.result()
+    state, wanted = li.read_adapter(tmp_path / "stage"), li.adapter_state(build(FORWARD))
+    assert state.sites.keys() == wanted.sites.keys()
+    for key, site in wanted.sites.items():
+        assert torch.equal(state.sites[key].B, site.B.to(state.sites[key].B.dtype))
+
+
 @pytest.fixture
 def one_rank() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

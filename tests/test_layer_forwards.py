@@ -331,6 +331,14 @@ class Graph(nn.Module):
         return self.layer(x) + x @ self.read.weight
 
 
+def test_dropout_on_a_sparse_input_is_refused_in_training() -> None:
+    """The layer multiplies with W + delta there, and whoever reads a weight drops nothing."""
+    model = fill(li.inject(Graph().double(), {**CONFIG, "dropout": 0.5, "targets": ["layer"]}))
+    with pytest.raises(li.LayerError, match=r"'layer' in training.*dropout 0\.5.*dropout: 0"):
+        model(X.to_sparse())
+    assert error(model.eval()(X.to_sparse()), model(X)) < 1e-12
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("layout", [Tensor.to_sparse, Tensor.to_sparse_csr], ids=["coo", "csr"])
 @pytest.mark.parametrize("variant", ["lora", "dora"])

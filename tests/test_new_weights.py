@@ -68,6 +68,31 @@ def test_a_new_head_can_be_left_on_purpose(encoder: Path) -> None:
     assert not li.adapter_state(model).trained
 
 
+def test_trials_and_searches_ask_the_same_question(encoder: Path, tmp_path: Path) -> None:
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        return model(ids).logits
+
+    def loss(logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return logits.square().mean()
+
+    model, one = classifier(encoder), {"one": li.Trial(QV, lr=1e-3)}
+    space = {"targets": {"qv": QV["targets"]}, "lr": [1e-3, 1e-2], "budget": {"steps": 10}}
+    batches = [torch.arange(8).view(2, 4)]
+    with pytest.raises(LayerError, match=r"'classifier\.weight'.*leave_new=True"):
+        li.Trials(model, one)
+    with pytest.raises(LayerError, match=r"'classifier\.weight'.*leave_new=True"):
+        li.search(model, space, batches, batches, forward=forward, loss=loss)
+    assert not li.adapters(model)
+    trials = li.Trials(model, one, leave_new=True)
+    trials.step(batches[0], forward=forward, loss=loss)
+    trials.save(tmp_path / "trials")
+    li.eject(model)
+    assert li.Trials.resume(model, tmp_path / "trials").n_steps == 1
+    li.eject(model)
+    calls = {"forward": forward, "loss": loss, "leave_new": True}
+    assert li.search(model, space, batches, batches, **calls).config
+
+
 def test_the_plan_says_that_a_new_head_would_be_refused(encoder: Path) -> None:
     model = classifier(encoder)
     assert "train: ['classifier']" in str(li.plan(model, QV)).replace("\n  ", " ")

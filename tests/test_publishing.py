@@ -17,6 +17,8 @@ from helpers.models import tiny_llama
 from safetensors.torch import load_file
 
 import lora_inject as li
+from lora_inject.core.files import disk
+from lora_inject.core.files.atomic import write_file
 
 pytest.importorskip("huggingface_hub")
 transformers = pytest.importorskip("transformers")
@@ -168,6 +170,25 @@ class Receiver(BaseHTTPRequestHandler):
         self.received.append((folder.name, tensors))
         self.send_response(200)
         self.end_headers()
+
+
+def test_of_two_processes_that_write_one_file_at_once_one_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one wrote over it, and neither was told."""
+    target, real = tmp_path / "a.safetensors", disk.write_new
+
+    def write_later(path: Path, data: bytes) -> None:
+        real(path, data)
+        target.write_bytes(b"theirs")
+
+    monkeypatch.setattr(disk, "write_new", write_later)
+    with pytest.raises(li.FormatError, match="it exists already"):
+        write_file(target, b"mine")
+    assert target.read_bytes() == b"theirs"
+    assert list(tmp_path.iterdir()) == [target]
+    write_file(target, b"mine", overwrite=True)
+    assert target.read_bytes() == b"mine"
 
 
 def test_a_server_of_rollouts_gets_each_version_whole(tmp_path: Path) -> None:

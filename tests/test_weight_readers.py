@@ -260,6 +260,34 @@ def test_over_16_bits_a_read_weight_keeps_its_dtype(compute: str) -> None:
     assert error(found.double(), wide(IDS)) < 0.05
 
 
+FLOAT32: dict[str, tuple[Callable[[], nn.Module], str, Callable[[Any, Tensor], Any]]] = {
+    "linear": (lambda: nn.Linear(D, D), "weight", lambda m, x: m(x)),
+    "convolution": (lambda: nn.Conv1d(4, D, 1), "weight", lambda m, x: m(x)),
+    "embedding": (lambda: nn.Embedding(D, D), "weight", lambda m, _: m(IDS % D)),
+    "attention": (
+        lambda: nn.MultiheadAttention(D, 2),
+        "in_proj_weight",
+        lambda m, x: m(x, x, x)[0],
+    ),
+    "bilinear": (lambda: nn.Bilinear(D, D, D), "weight", lambda m, x: m(x, x)),
+}
+
+
+@pytest.mark.parametrize("layer", FLOAT32)
+def test_the_weight_of_torchs_layers_keeps_the_dtype_that_their_input_has(layer: str) -> None:
+    """With compute: float32 the weight was float32, and torch refused the product."""
+    build, param, run = FLOAT32[layer]
+    torch.manual_seed(0)
+    plain = nn.Sequential(build()).bfloat16()
+    config = {**CONFIG, "compute": "float32", "targets": [rf"0\.{param}"]}
+    model = fill(li.inject(copy.deepcopy(plain), config))
+    found = run(model[0], X.bfloat16())
+    assert found.dtype == torch.bfloat16
+    wide = with_deltas(plain, model)
+    assert error(found.double(), run(wide[0], X)) < 0.05
+    assert error(run(plain[0], X.bfloat16()).double(), run(wide[0], X)) > 0.1
+
+
 # --------------------------------------------------------------------------------- other libraries
 
 

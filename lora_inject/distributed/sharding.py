@@ -135,20 +135,26 @@ def before_train(survey: Survey, parameters: Iterable[nn.Parameter], asked: str)
             )
 
 
-def is_sharded(survey: Survey) -> bool:
-    """Return whether each process holds only a part of any tensor of the model."""
-    return any(hasattr(p, "full_tensor") for _, m in survey.modules for p in m._parameters.values())
+def _meshes(survey: Survey) -> list[Any]:
+    """Return the meshes of processes over which tensors of the model are spread, each once."""
+    tensors: list[Any] = [t for _, m in survey.modules for t in m._parameters.values()]
+    return list(dict.fromkeys(t.device_mesh for t in tensors if hasattr(t, "full_tensor")))
 
 
 def writes_here(survey: Survey) -> bool:
-    """Return whether this process writes a model's files: one of several with shards."""
-    return not is_sharded(survey) or torch.distributed.get_rank() == 0
+    """Return whether this process writes a model's files: one of several with shards.
+
+    That is the first of those that have a part of it, which need not be all processes.
+    """
+    members = {rank for mesh in _meshes(survey) for rank in mesh.mesh.flatten().tolist()}
+    return not members or torch.distributed.get_rank() == min(members)
 
 
 def after_save(survey: Survey) -> None:
     """Wait until the process that writes has written."""
-    if is_sharded(survey):
-        torch.distributed.barrier()
+    for mesh in _meshes(survey):
+        for dim in range(mesh.ndim):
+            torch.distributed.barrier(group=mesh.get_group(dim))
 
 
 def before_read(survey: Survey) -> None:

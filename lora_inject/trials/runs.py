@@ -73,6 +73,7 @@ class Trials:
         packed: Whether batches are packed: all tensors are `(1, tokens, ...)`, and those of all
             trials are concatenated to one row. The forward must keep sequences apart, for example
             by `position_ids`.
+        leave_new: As for `inject`: leave weights out that the model's checkpoint lacked.
 
     Raises:
         ConfigError: A config is not valid.
@@ -106,6 +107,7 @@ class Trials:
         *,
         max_tokens: int | None = None,
         packed: bool = False,
+        leave_new: bool = False,
     ) -> None:
         check_type("Trials, trials", trials, Mapping, "Give a mapping of names to Trial")
         for name, trial in trials.items():
@@ -117,6 +119,7 @@ class Trials:
         needed("torch._C._will_engine_execute_node", "Trials")
         self.model, self.trials = model, dict(trials)
         self.max_tokens, self.packed, self.n_steps = max_tokens, packed, 0
+        self._leave_new = leave_new
         self.stopped: dict[str, str] = {}
         self._losses: dict[str, list[float]] = {name: [] for name in trials}
         self._held_out: dict[str, float] = {}
@@ -128,7 +131,7 @@ class Trials:
             for name, trial in self.trials.items():
                 with torch.random.fork_rng():
                     torch.manual_seed(trial.seed)
-                    inject(model, trial.config, name)
+                    inject(model, trial.config, name, leave_new=leave_new)
                 done.append(name)
             _refuse_shared(model, list(trials))
             _refuse_dropout(model, list(trials))
@@ -462,6 +465,7 @@ class Trials:
             "trials": {name: trial.to_dict() for name, trial in self.trials.items()},
             "max_tokens": self.max_tokens,
             "packed": self.packed,
+            "leave_new": self._leave_new,
             "n_steps": self.n_steps,
             "stopped": self.stopped,
             "losses": self._losses,
@@ -498,7 +502,8 @@ class Trials:
             problem = f"it cannot be read: {error}"
             raise FormatError(f"resume {str(path)!r}", problem, "Give what save wrote") from error
         trials = {name: Trial(**kept) for name, kept in about["trials"].items()}
-        new = cls(model, trials, max_tokens=about["max_tokens"], packed=about["packed"])
+        options = {option: about[option] for option in ("max_tokens", "packed", "leave_new")}
+        new = cls(model, trials, **options)
         for name in trials:
             if _base_of(adapter_state(model, name)) != held["base"][name]:
                 for one in trials:

@@ -167,6 +167,7 @@ def search(
     folder: str | PathLike[str] | None = None,
     max_tokens: int | None = PASS_TOKENS,
     watch: Watch | None = None,
+    leave_new: bool = False,
 ) -> Search:
     """Find the config and learning rate of a space that fit the data best, in one run.
 
@@ -185,6 +186,7 @@ def search(
             arguments continues from the saved state.
         max_tokens: As for `Trials`.
         watch: Called with the search after each step.
+        leave_new: As for `inject`: leave weights out that the model's checkpoint lacked.
 
     Returns:
         The search, with the best config and its adapter.
@@ -229,7 +231,8 @@ def search(
         "loss": loss or default_loss(model),
         "by_name": False,
     }
-    runner = _Runner(model, batches, held_out, calls, max_tokens, watch, state)
+    options = {"max_tokens": max_tokens, "leave_new": leave_new}
+    runner = _Runner(model, batches, held_out, calls, options, watch, state)
     try:
         runner.run(result)
     except KeyboardInterrupt as error:
@@ -280,7 +283,7 @@ class _Runner:
     batches: Sequence[Any]
     held_out: Sequence[Any]
     calls: dict[str, Any]
-    max_tokens: int | None
+    options: dict[str, Any]
     watch: Watch | None
     saved: _Saved
 
@@ -351,7 +354,7 @@ class _Runner:
             trials = Trials.resume(self.model, file)
         else:
             runs = {name: search.trial(name, steps) for name in names}
-            trials = Trials(self.model, runs, max_tokens=self.max_tokens)
+            trials = Trials(self.model, runs, **self.options)
         try:
             yield trials
         finally:

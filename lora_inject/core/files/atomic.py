@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from lora_inject.core.files.disk import (
+    create_file,
     fsync_dir,
     remedy_for,
     rename_folder,
@@ -78,7 +79,13 @@ def write_file(path: str | os.PathLike[str], content: bytes, *, overwrite: bool 
         raise FormatError(f"write '{target}'", "it is a directory", "Give the name of a file")
     with _explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(target, content)
+        if overwrite:
+            replace_file(target, content)
+            return target
+        try:
+            create_file(target, content)
+        except FileExistsError:
+            check_free(target)
     return target
 
 

@@ -176,6 +176,26 @@ def replace_file(path: Path, data: bytes) -> None:
     fsync_dir(path.parent)
 
 
+def create_file(path: Path, data: bytes) -> None:
+    """Write a file atomically and durably; of several that do so at once, one succeeds.
+
+    Raises:
+        FileExistsError: Somebody has written it meanwhile.
+    """
+    temporary = temporary_name(path)
+    try:
+        write_new(temporary, data)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:  # no links there, as in FAT
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_dir(path.parent)
+
+
 def remedy_for(error: OSError) -> str:
     """Return what to do about an error of the system."""
     return _REMEDIES.get(error.errno or 0, "Check the disk and run again")

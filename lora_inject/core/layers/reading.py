@@ -56,6 +56,13 @@ MOVERS: list[Callable[[nn.Module, str, Tensor], bool]] = []
 """Whether a library reads a parameter to move it or to round it, and must find it as it is."""
 
 
+def _is_of_torch(plain: type[nn.Module]) -> bool:
+    """Whether a class is a layer of torch, or derived from one: containers have no parameters."""
+    places = [cls.__module__.rpartition(".") for cls in plain.__mro__]
+    own = [last for package, _, last in places if package == "torch.nn.modules"]
+    return not {*own} <= {"module", "container"}
+
+
 class Reading(Adapted):
     """The part of a swapped class that gives whoever reads a parameter W + delta."""
 
@@ -131,7 +138,8 @@ class Reading(Adapted):
                 value = trained(entry, value, raw, held[entry.mark], weight)
                 continue
             # The weight of a layer keeps its dtype, which the layer's input has.
-            float32 = float32 or (spec.compute == "float32" and spec.kind == "parameter")
+            if spec.compute == "float32" and spec.kind == "parameter":
+                float32 = float32 or not _is_of_torch(self._lora_plain)
             gain = gain or entry.gain(held)
             low_rank += [(spec, held[r.A], held[r.B], r.scale) for r in entry.recipes(weight)]
         if gain is not None:
