@@ -53,11 +53,6 @@ def test_quick_rows_write_json_and_a_document_that_keeps_what_was_written_by_han
     assert "| saved-bytes |" in text  # of the first run, out of the JSON file
 
 
-def test_an_unknown_row_is_an_error_that_names_all_rows(capsys) -> None:
-    assert run(bench, "no-such-row") == 2
-    assert "step-fp32" in capsys.readouterr().err
-
-
 def test_rows_of_another_machine_are_not_joined_into_one_page(tmp_path, capsys) -> None:
     results = tmp_path / "results.json"
     results.write_text('{"machine": {"processor": "another"}, "rows": {}}')

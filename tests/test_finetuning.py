@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import script
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from training_models import bert_folder, llama_folder
 from transformers import (
@@ -76,20 +74,6 @@ def test_what_is_wrong_with_a_file_is_said_with_its_line(name, text, what, tmp_p
     with pytest.raises(SystemExit) as raised:
         rows.read(tmp_path / name, ["context", "target"])
     assert what in str(raised.value)
-
-
-@given(st.lists(st.tuples(st.text("abc", min_size=1), st.text("xyz", min_size=1))))
-def test_no_text_is_on_both_sides(values):
-    some = [rows.Row(*pair) for pair in values]
-    train, held_out = rows.hold_out(some, 0.5)
-    assert sorted(train + held_out, key=repr) == sorted(some, key=repr)
-    assert {row.text for row in train}.isdisjoint(row.text for row in held_out)
-
-
-def test_installed_data_is_for_its_task():
-    args = finetune.parse(["--train", "movies", "--model", "m", "--output", "o"])
-    with pytest.raises(SystemExit, match="--task classify"):
-        rows.data(args)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -273,12 +257,6 @@ def test_a_batch_in_parts_is_the_batch(place, plain, tmp_path):
                 "--gradient-checkpointing", "--keep", "1")  # fmt: skip
     assert curve(parts) == pytest.approx(curve(results(plain)), rel=1e-5)
     assert curve(parts, "eval_nll") == pytest.approx(curve(results(plain), "eval_nll"), rel=1e-5)
-
-
-def test_an_early_end(place, tmp_path):
-    found = run(place, tmp_path / "out", "--lr", "0", "--max-steps", "30", "--patience", "2")
-    assert found["steps"] == 6, "no evaluation is better than the first"
-    assert found["best_step"] == 2
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What an adapter costs a device: launches, bytes and syncs of one layer, counted exactly."""
+"""What an adapter costs a device: at most so many launches and bytes of one layer, and no sync."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ from lora_inject.rows import by_row, routing
 table = script("benchmarks.launches")
 ROWS = table.ROWS
 
-# Launches and GiB of a layer of width 4096, rank 16; the limits of the design in the comments.
-EXPECTED = {
+# Most launches and GiB of a layer of width 4096, rank 16; the limits of the design in the comments.
+MOST = {
     "bf16": (12, 0.82),  # 13; 0.85
     "bf16, low rank in float32": (13, 2.13),  # 17; 2.2
     "bf16, dropout": (15, 1.28),  # 18; 1.4
@@ -54,9 +54,11 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_launches_and_bytes(name: str) -> None:
+def test_launches_and_bytes_are_at_most_these(name: str) -> None:
     found = table.count(ROWS[name], "lora_inject")
-    assert (found.total, round(found.moved / table.GIB, 2)) == EXPECTED[name], found.launches
+    launches, moved = MOST[name]
+    assert found.total <= launches, found.launches
+    assert round(found.moved / table.GIB, 2) <= moved
     assert found.syncs == []
     assert found.on_cpu == [] or ROWS[name].autocast  # whose fake tensors are on the CPU
 
@@ -284,7 +286,7 @@ def test_launches_of_a_routed_layer_depend_on_no_number_and_no_rank(ranks: Seque
         model(x)
         with table.Counted() as counted:
             model(x)
-    assert counted.total == 9, counted.launches
+    assert counted.total <= 9, counted.launches
 
 
 @pytest.mark.parametrize("float32", [False, True])

@@ -15,7 +15,6 @@ import tarfile
 import time
 from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -118,14 +117,6 @@ def test_all_stages_run_survive_ctrl_c_and_a_kill_and_write_the_document(tmp_pat
     assert main(words(folder)) == 0
     assert " ..." not in capsys.readouterr().out
     assert finished(folder) == after
-
-
-def test_the_document_is_written_from_what_is_done_and_says_what_is_not(tmp_path):
-    assert main(words(tmp_path, "--stages", "counting")) == 0
-    assert list(finished(tmp_path)) == ["counting/gpt3.json"]
-    text = (tmp_path / "reproduction.md").read_text()
-    assert "| stage `latency` |  | not run |  |" in text
-    assert all(count in text for count in ("4,718,592", "18,874,368", "37,748,736"))
 
 
 # -------------------------------------------------------------------------------------------- runs
@@ -302,29 +293,6 @@ def test_full_rank_and_all_biases_reach_any_update_of_an_encoder(lab):
     assert found["base"] > found["half"]
 
 
-@given(
-    n_in=st.integers(1, 7),
-    n_out=st.integers(1, 7),
-    seed=st.integers(0, 2**32),
-    size=st.floats(0, 9),
-)
-def test_full_rank_and_the_bias_reach_any_linear_layer(n_in, n_out, seed, size):
-    torch.manual_seed(seed)
-    model, target = (nn.Sequential(nn.Linear(n_in, n_out)).double() for _ in range(2))
-    target[0].weight.data.mul_(size)
-    D = target[0].weight.detach() - model[0].weight.detach()
-    rank = min(n_in, n_out)
-    li.inject(model, {"rank": rank, "alpha": rank, "targets": ["0"], "bias": "all"})
-    parameters = li.adapter_parameters(model)
-    U, S, Vh = torch.linalg.svd(D, full_matrices=False)
-    with torch.no_grad():
-        parameters["0.lora_A"].copy_(S[:, None] * Vh)
-        parameters["0.lora_B"].copy_(U)
-        parameters["0.bias"].copy_(target[0].bias)
-    x = torch.randn(3, n_in, dtype=torch.float64)
-    torch.testing.assert_close(model(x), target(x), rtol=1e-11, atol=1e-11)
-
-
 # -------------------------------------------------------------------------------------- statistics
 
 
@@ -334,12 +302,6 @@ def scores(*rights: str):
         for seed, right in enumerate(rights)
     }
     return trials.Scores(methods.METHODS["full"], results)
-
-
-def test_the_gap_of_a_method_to_itself_is_nothing():
-    one = scores("1101", "1011")
-    gap = trials.gap(one, one)
-    assert (gap.difference, gap.error, gap.n_seeds) == (0, 0, 2)
 
 
 def test_a_gap_is_paired_by_row_and_has_the_error_of_rows_and_seeds():
@@ -373,20 +335,6 @@ def test_a_verdict_needs_two_standard_errors(difference, error, bound, verdict):
     assert document.verdict_above(difference, error, bound) == getattr(document, verdict)
 
 
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (12, "12 bytes"),
-        (3_400, "3.4 kB"),
-        (37_748_736, "37.7 MB"),
-        (349.2e9, "349 GB"),
-        (1.4e12, "1.4 TB"),
-    ],
-)
-def test_bytes_have_a_unit(number, text):
-    assert document.n_bytes(number) == text
-
-
 def test_the_schedule_goes_up_and_then_down_to_nearly_nothing():
     factors = [classifier.factor(step, 100) for step in range(100)]
     peak = factors.index(1.0)
@@ -397,15 +345,6 @@ def test_the_schedule_goes_up_and_then_down_to_nearly_nothing():
 
 
 # ----------------------------------------------------------------------------------------- rows
-
-
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=80), st.integers(1, 7), st.integers(0, 99))
-def test_batches_hold_every_row_once(lengths, size, seed):
-    rows = [([number] * length, number % 2) for number, length in enumerate(lengths)]
-    cut = classifier.batches(rows, size, seed)
-    assert sorted((row for batch in cut for row in batch), key=str) == sorted(rows, key=str)
-    assert all(1 <= len(batch) <= size for batch in cut)
-    assert cut == classifier.batches(rows, size, seed)
 
 
 def test_padding_changes_no_logit():
@@ -446,12 +385,6 @@ def test_sentences_are_read_once_each_in_both_encodings(tmp_path):
     assert [(s.id, s.label) for s in snippets.sentiment(found)] == [("1", 1), ("3", 0), ("5", 1)]
 
 
-def test_a_line_of_another_shape_is_an_error(tmp_path):
-    path = sdist(tmp_path / "x.tar.gz", {snippets.KINDS["tweets"]: b"1\t2.0\n"})
-    with pytest.raises(SystemExit, match="line 1 of tweets: 2 columns"):
-        snippets.read(path, "tweets")
-
-
 @given(st.lists(st.tuples(st.integers(0, 9), st.text("abc ", min_size=1)), max_size=60))
 def test_a_split_has_every_sentence_once_and_no_review_twice(rows):
     made = [snippets.Snippet(f"{review}_{i}", text, 1.0) for i, (review, text) in enumerate(rows)]
@@ -463,37 +396,7 @@ def test_a_split_has_every_sentence_once_and_no_review_twice(rows):
     assert parts == snippets.split(made[::-1]) or len({s.text for s in made}) < len(made)
 
 
-def test_what_cannot_be_downloaded_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
-    failed = SimpleNamespace(returncode=1, stderr="trying\nno route to host")
-    monkeypatch.setattr(snippets.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(SystemExit, match=r"no route to host.*by hand"):
-        snippets.fetch(tmp_path)
-    assert not list(tmp_path.rglob("*.gz"))
-
-
-def test_another_archive_is_an_error(tmp_path):
-    (tmp_path / snippets.SDIST).write_bytes(b"another")
-    with pytest.raises(SystemExit, match=r"SHA-256.*Remove"):
-        snippets.fetch(tmp_path)
-
-
 # -------------------------------------------------------------------------------------- weights
-
-
-def test_weights_that_are_not_there_are_named(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(SystemExit, match=re.escape(minilm.PACKAGE)):
-        minilm.find()
-    assert not labs.weights_present()
-
-
-def test_other_weights_are_an_error(tmp_path, monkeypatch):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"another")
-    origin = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: origin)
-    with pytest.raises(SystemExit, match="SHA-256"):
-        minilm.find()
 
 
 @pytest.mark.real
