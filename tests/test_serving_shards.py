@@ -45,6 +45,16 @@ def by_columns_and_rows(model: Any) -> Any:
     return model
 
 
+CASES = {
+    "float64": (EVERY | {"train": [r"model\.norm"]}, torch.float64),
+    "bfloat16": (EVERY, torch.bfloat16),
+    "read": (EVERY | {"targets": [r"up_proj\.weight", "lm_head"]}, torch.float64),
+    "dora": (EVERY | {"variant": "dora", "targets": ["all-linear", "lm_head"]}, torch.float64),
+}
+CASES = {
+    case: (config | {"targets": [*dict.fromkeys([*config["targets"], "lm_head"])]}, dtype)
+    for case, (config, dtype) in CASES.items()
+}
 SHARDINGS = {"fsdp2": by_fsdp2, "columns and rows": by_columns_and_rows}
 
 
@@ -55,11 +65,61 @@ def states(shard: Any) -> dict[str, Any]:
     return {"every": every, "config": config, "first": first, "portable": same}
 
 
+def merged(shard: Any) -> dict[str, Any]:
+    """Every kind of update: forward, read, DoRA, trained copies; a mix; in float32 and bfloat16."""
+    found = {}
+    for case, (config, dtype) in CASES.items():
+        model = shard(two(build(config).to(dtype)))
+        before = {name: whole(p).clone() for name, p in model.named_parameters()}
+        kept: dict[str, float] = {}
+        got = {name: tensor.clone() for name, tensor in li.merged_weights(model, kept=kept)}
+        alone = {n: t.clone() for n, t in li.merged_weights(model, name="default")}
+        after = {name: whole(p) for name, p in model.named_parameters()}
+        found[case] = {"got": got, "alone": alone, "kept": kept, "same": same(before, after)}
+    return found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+
+
+def two(model: Any) -> Any:
+    """A second adapter, active with the first one unless that has a gain."""
+    if li.adapter_state(model).sites["lm_head"].spec.variant == "lora":
+        fill(li.inject(model, {"rank": 3, "targets": ["gate_proj"]}, "second"), "second")
+        li.activate(model, {"default": 0.5, "second": 1.0})
+    return model
+
+
+def refusals() -> list[str]:
+    model = by_fsdp2(build())
+    found = [said(lambda: li.merged_weights(li.activate(model, None)))]
+    li.activate(model, "default")
+    found.append(said(lambda: li.merged_weights(model, dequantize="bfloat16")))
+    with torch.no_grad():
+        for parameter in li.adapter_parameters(model).values():
+            parameter.mul_(float("nan") if dist.get_rank() == 0 else 1.0)
+    found.append(said(lambda: dict(li.merged_weights(model))))
+    return found
+
+
+def said(run: Any) -> str:
+    try:
+        run()
+    except li.LoraInjectError as raised:
+        return f"{type(raised).__name__}: {raised}"
+    return ""
+
+
 def work() -> dict[str, Any]:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
-        return {name: {"states": states(shard)} for name, shard in SHARDINGS.items()}
+        found: dict[str, Any] = {
+            name: {"states": states(shard), "merged": merged(shard)}
+            for name, shard in SHARDINGS.items()
+        }
+        return found | {"refusals": refusals()}
     finally:
         dist.destroy_process_group()
 
@@ -84,3 +144,29 @@ def test_shards_are_gathered_on_every_rank_or_on_the_first(how: str, ranks: Any)
         assert same(got["every"], tensors)
         assert (got["config"], got["portable"]) == (config, plain)
         assert same(got["first"], portable if rank == 0 else {})
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("how", SHARDINGS)
+def test_merged_weights_of_shards_are_those_of_one_process(how: str, case: str, ranks: Any) -> None:
+    config, dtype = CASES[case]
+    model = two(build(config).to(dtype))
+    kept: dict[str, float] = {}
+    wanted = dict(li.merged_weights(model, kept=kept))
+    alone = dict(li.merged_weights(model, name="default"))
+    for rank in ranks:
+        found = rank[how]["merged"][case]
+        assert found["same"]
+        assert same(found["got"], wanted)
+        assert same(found["alone"], alone)
+        assert found["kept"] == kept
+    assert bool(kept) == (dtype is torch.bfloat16)
+
+
+def test_what_cannot_be_gathered_is_refused_by_every_process(ranks: Any) -> None:
+    """A NaN in the shard of one process is seen by all, and none waits for another."""
+    assert ranks[0]["refusals"] == ranks[1]["refusals"]
+    idle, quantized, broken = ranks[0]["refusals"]
+    assert "no adapter is active" in idle
+    assert "its weights are quantized or to be dequantized" in quantized
+    assert "is NaN or Inf" in broken

@@ -49,6 +49,7 @@ from lora_inject.core.model.merge_targets import (
 from lora_inject.core.model.select import weights_of
 from lora_inject.core.model.train import trainable_tensors
 from lora_inject.core.spec.names import joined, parent
+from lora_inject.core.spec.rooms import room
 from lora_inject.errors import LayerError, StateError, check_type
 
 M = TypeVar("M", bound=nn.Module)
@@ -201,6 +202,12 @@ def _mix_and_targets(
     survey: Survey, name: str | Mapping[str, float] | None, into: Into, verb: str
 ) -> tuple[Weights, list[Target]]:
     """Return what is to be folded, by default what is active, and the tensors to write."""
+    mix = _mix_to_fold(survey, name, verb)
+    return mix, merge_targets(survey, mix, into)
+
+
+def _mix_to_fold(survey: Survey, name: str | Mapping[str, float] | None, verb: str) -> Weights:
+    """Return what is to be folded, by default what is active, checked."""
     selection = root_of(survey).selection
     refuse_merged(verb, selection)
     selection.check_settled(verb, others=True)
@@ -215,7 +222,7 @@ def _mix_and_targets(
     for _, _, attached in adapted_modules(survey):
         for folded, _ in mix:
             attached.refuse_garbage(attached.entries(folded), "merge")
-    return mix, merge_targets(survey, mix, into)
+    return mix
 
 
 def _write(targets: list[Target], undo: bool, undos: list[_Undo]) -> None:
@@ -277,13 +284,19 @@ def merged_weights(
     *,
     name: str | Mapping[str, float] | None = None,
     dequantize: str | torch.dtype | None = None,
+    kept: dict[str, float] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Iterate over the base's parameters as `merge` would leave them, without merging.
+
+    What FSDP2 and tensor parallelism have sharded comes whole, gathered one tensor at a time: every
+    process has to iterate to the end.
 
     Args:
         model: The injected root.
         name: Fold this adapter, or mix; by default what is active.
         dequantize: Yield quantized weights as plain ones of this dtype; see `merge`.
+        kept: A dict that gets, by the name of each merged tensor of 16 bits, the share of its delta
+            that rounding has kept: see `MergeReport`.
 
     Returns:
         Pairs of a parameter's name in the base's state dict and its value: a new tensor where an
@@ -304,12 +317,17 @@ def merged_weights(
     """
     survey = Survey(model)
     into = None if dequantize is None else dtype_of(dequantize)
+    if any(hasattr(holder.tensor, "full_tensor") for holder in survey.holders):
+        mix = _mix_to_fold(survey, name, "merged_weights")
+        return iter(room("gathering").gathered_weights(survey, mix, into, kept))
     _, targets = _mix_and_targets(survey, name, into, "merged_weights")
     check_results(targets, None, undo=True)
-    return _folded(survey, targets)
+    return _folded(survey, targets, kept)
 
 
-def _folded(survey: Survey, targets: list[Target]) -> Iterator[tuple[str, Tensor]]:
+def _folded(
+    survey: Survey, targets: list[Target], kept: dict[str, float] | None
+) -> Iterator[tuple[str, Tensor]]:
     by_name = {target.name: target for target in targets}
     # One trained copy under all names of a tied tensor is one target.
     tied = {memory_of(target.weight): target for target in targets if not target.sharers}
@@ -325,7 +343,7 @@ def _folded(survey: Survey, targets: list[Target]) -> Iterator[tuple[str, Tensor
             full = joined(path, key)
             target = by_name.get(full) or tied.get(memory_of(parameter))
             if target is not None:
-                yield full, target.formed()
+                yield full, target.counted_in(kept)
             elif key == "bias" and path in biases:
                 yield full, in_dtype(parameter, biases[path]).detach()
             else:

@@ -185,6 +185,14 @@ class Target:
             raise not_finite(self, values)
         return formed
 
+    def counted_in(self, kept: dict[str, float] | None) -> Tensor:
+        """Return all merged values; note in `kept` the share of the delta that rounding kept."""
+        tally = Tally() if kept is not None and self.narrow else None
+        formed = self.formed(tally)
+        if tally is not None and kept is not None:
+            kept[self.name] = tally.kept
+        return formed
+
     def replacement(self, tally: Tally | None) -> nn.Parameter:
         """Return the replacement of a quantized weight."""
         values = self.formed(None if self.into == "same" else tally)
@@ -210,7 +218,7 @@ def merge_targets(
     for adapter, weight in active:
         for path, module, entry in whole_adapter(survey, adapter, "merge"):
             holder = Holder(joined(path, entry.param), module, entry.param)
-            _add_entry(targets.setdefault(holder, Target(holder)), entry, weight)
+            add_entry(targets.setdefault(holder, Target(holder)), entry, weight)
             entries.setdefault(holder, []).append((entry, weight))
     for taking in entries.values():
         refuse_mixed(taking)
@@ -239,7 +247,8 @@ def _quantized_weights(survey: Survey) -> Iterator[Holder]:
                 yield holder
 
 
-def _add_entry(target: Target, entry: Entry, weight: float) -> None:
+def add_entry(target: Target, entry: Entry, weight: float) -> None:
+    """Add what an entry of an adapter does to a tensor, checked."""
     module, asked = target.holder.module, f"merge {entry.adapter!r}"
     for role, tensor in entry.tensors(module).items():
         what = f"{role} of site {target.name!r}"

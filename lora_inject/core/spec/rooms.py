@@ -14,6 +14,7 @@ ROOMS = {
     "experts": "lora_inject.experts.grouped",
     "formats": "lora_inject.formats",
     "from_peft": "lora_inject.formats.from_peft",
+    "gathering": "lora_inject.distributed.gathering",
     "graphs": "lora_inject.compiled.graphs",
     "hub": "lora_inject.formats.hub",
     "libraries": "lora_inject.integrations.libraries",
