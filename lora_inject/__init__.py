@@ -64,6 +64,8 @@ if TYPE_CHECKING:
     from lora_inject.errors import ServerError as ServerError
     from lora_inject.errors import StateError as StateError
     from lora_inject.experts.mxfp4 import packed_experts as packed_experts
+    from lora_inject.experts.profile import ExpertProfile as ExpertProfile
+    from lora_inject.experts.profile import profile_experts as profile_experts
     from lora_inject.formats.publishing import push as push
     from lora_inject.integrations.trainer import AdapterCheckpoint as AdapterCheckpoint
     from lora_inject.integrations.trl import reference as reference
@@ -94,6 +96,7 @@ _HOMES = {
     "algebra.combine_files": "combine diff truncate",
     "core.functional.merge_report": "MergeReport",
     "experts.mxfp4": "packed_experts",
+    "experts.profile": "ExpertProfile profile_experts",
     "integrations.trainer": "AdapterCheckpoint",
     "integrations.trl": "reference",
     "core.layers.adapted": "WeightUpdate",

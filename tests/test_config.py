@@ -340,7 +340,8 @@ targets:
 
 targets: [{match: q, use_dora: true}]
 => f:1:22 (targets[0].use_dora): unknown key 'use_dora'. The keys are match, kind, layers, rank,
-   alpha, dropout, init, scaling, compute, variant, lora_bias, slices, adapt, layout.
+   alpha, dropout, init, scaling, compute, variant, lora_bias, only, top, share, slices, adapt,
+   layout.
 """
 
 

@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "analysis": {"algebra", "checkpoint", "trials"},
     "checkpoint": {"algebra", "experts", "formats"},
     "checks": set(),
-    "cli": {"algebra", "analysis", "checkpoint", "formats", "serving", "trials"},
+    "cli": {"algebra", "analysis", "checkpoint", "experts", "formats", "serving", "trials"},
     "compiled": {"rows"},
     "distributed": set(),
     "experts": set(),

@@ -270,6 +270,7 @@ def with_sites(
     `make` gets the sites with their weights, what the new site is like, and the adapters' names.
     """
     names = _check_adapters(states, asked)
+    states = [state.whole for state in states]
     named = [_Named(*three) for three in zip(names, states, weights, strict=True)]
     for one in named:
         _check_term(one.state, one.weight, one.name, asked)

@@ -171,7 +171,8 @@ def blocks_of_terms(terms: Sequence[Term], *, checked: bool = True) -> tuple[Sit
 def _labels(spec: SiteSpec) -> list[str]:
     """Return the names of a site's blocks in their order: by expert, then by slice."""
     slices = spec.slices.adapt if spec.slices else ("",)
-    experts = [""] if spec.experts is None else [f"expert {e}" for e in range(spec.experts)]
+    numbers = spec.only or range(spec.experts or 0)
+    experts = [""] if spec.experts is None else [f"expert {e}" for e in numbers]
     return [f"{expert} {part}".strip() for expert in experts for part in slices]
 
 

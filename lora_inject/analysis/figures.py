@@ -99,7 +99,7 @@ def analyze(
         raise StateError(f"analyze {label}", problem, "Only A and B can be analyzed")
     state.check_finite(f"analyze {label}")
     if isinstance(base, str | Path):
-        base = Weights(state, Checkpoint.open(base), label, any_base=any_base)
+        base = Weights(state.whole, Checkpoint.open(base), label, any_base=any_base)
     sizes = {
         name: site.A.nbytes + site.B.nbytes + (base.n_bytes(name) if base else 0)
         for name, site in state.sites.items()

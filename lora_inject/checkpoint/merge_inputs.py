@@ -66,7 +66,9 @@ def weighted_adapters(several: Iterable[Given], base: Checkpoint) -> list[Weight
 def _weighted(given: Given, base: Checkpoint) -> WeightedAdapter:
     if isinstance(given, WeightedAdapter):
         return given
-    return WeightedAdapter(given) if isinstance(given, AdapterState) else read_weighted(given, base)
+    if isinstance(given, AdapterState):
+        return WeightedAdapter(given.whole)
+    return read_weighted(given, base)
 
 
 def read_weighted(
@@ -94,7 +96,7 @@ def read_weighted(
         if isinstance(said, dict) and said.get("target_parameters"):  # building a class is slow
             with contextlib.suppress(CheckpointError):  # a class that cannot be built
                 facts = BaseClass(base).facts()
-    return WeightedAdapter(read_adapter(path, facts=facts, **options), weight, str(path))
+    return WeightedAdapter(read_adapter(path, facts=facts, **options).whole, weight, str(path))
 
 
 def _tensors_of(adapter: WeightedAdapter) -> Iterator[tuple[str, Tensor]]:

@@ -4,7 +4,14 @@ A command is its arguments, one call of the package, and printing. Results go to
 and errors to stderr.
 """
 
-from lora_inject.cli import adapters, environment, look, on_disk, searching  # register commands
+from lora_inject.cli import (  # register commands
+    adapters,
+    environment,
+    look,
+    on_disk,
+    profiling,
+    searching,
+)
 from lora_inject.cli.program import app, main
 
-__all__ = ["adapters", "app", "environment", "look", "main", "on_disk", "searching"]
+__all__ = ["adapters", "app", "environment", "look", "main", "on_disk", "profiling", "searching"]

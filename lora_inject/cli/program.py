@@ -29,6 +29,7 @@ EXAMPLES = MappingProxyType(
         "plan": "lora-inject plan lora.yaml gpt2/config.json",
         "advise": "lora-inject advise gpt2 --budget 170k",
         "search": "lora-inject search gpt2 space.yaml --data rows.jsonl --output found",
+        "profile": "lora-inject profile olmoe --data rows.jsonl --output profile.yaml",
         "inspect": "lora-inject inspect sql-adapter",
         "analyze": "lora-inject analyze sql-adapter --base gpt2 --report report.html",
         "merge": "lora-inject merge gpt2 sql-adapter --output merged --verify",

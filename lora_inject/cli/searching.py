@@ -74,14 +74,14 @@ def search_command(
     if seed is not None:
         wanted = wanted.model_copy(update={"seed": seed})
     _check(output, device)
-    rows = _read_rows(data)
-    judged = [] if held_out is None else _read_rows(held_out)
+    rows = rows_of_file(data)
+    judged = [] if held_out is None else rows_of_file(held_out)
     if held_out is None:
         rows, judged = _split(rows, batch, data, wanted.seed)
-    base, tokenizer = _loaded(given.model_folder(Path(model)), device)
+    base, tokenizer = loaded_model(given.model_folder(Path(model)), device)
     parts = []
     for path, part in ((data, rows), (held_out or data, judged)):
-        encoded = _encode(tokenizer, part, length)
+        encoded = encoded_rows(tokenizer, part, length)
         if len(encoded) < len(part):
             note(f"'{path}': {len(part) - len(encoded)} rows have no completion within --length")
         parts.append(_batches(encoded, batch, path, device))
@@ -119,7 +119,7 @@ def _check(output: Path, device: str) -> None:
                 raise FormatError(f"write to '{output}'", problem, "Give another --output")
 
 
-def _read_rows(path: Path) -> list[Row]:
+def rows_of_file(path: Path) -> list[Row]:
     """Read prompt and completion of each row.
 
     Each line of a `.jsonl` file is `{"text": ...}` or `{"prompt": ..., "completion": ...}`. Each
@@ -150,7 +150,7 @@ def _row(line: str, asked: str) -> Row:
     return prompt, completion
 
 
-def _encode(tokenizer: Any, rows: Sequence[Row], most: int) -> list[Tokens]:
+def encoded_rows(tokenizer: Any, rows: Sequence[Row], most: int) -> list[Tokens]:
     """Return each row's first `most` tokens and its prompt's count; skip rows without more."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     examples = []
@@ -192,7 +192,7 @@ def _batches(rows: Sequence[Tokens], n: int, path: Path, device: str) -> list[di
     return made
 
 
-def _loaded(model: Path, device: str) -> tuple[Any, Any]:
+def loaded_model(model: Path, device: str) -> tuple[Any, Any]:
     """Return a causal language model in eval mode, in the dtype of its files, and its tokenizer."""
     asked = f"load '{model}'"
     try:

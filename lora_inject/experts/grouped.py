@@ -62,10 +62,23 @@ def grouped_product(
     for left, right, scale in stack.terms:
         # The kernels need rows of a multiple of 16 bytes, which a small rank does not give.
         missing = -left.shape[-1] % max(1, 16 // y.element_size())
-        h = multiply(x, F.pad(left, (0, missing)).to(x.dtype), offs=offs)
-        update = multiply(h, F.pad(right, (0, 0, 0, missing)).to(h.dtype), offs=offs)
+        h = _factor_product(multiply, x, left, (0, missing), offs)
+        update = _factor_product(multiply, h, right, (0, 0, 0, missing), offs)
         y = torch.add(y, update, alpha=scale)
     return y
+
+
+def _factor_product(
+    multiply: Callable[..., Tensor],
+    x: Tensor,
+    stack: Tensor,
+    padding: tuple[int, ...],
+    offs: Tensor,
+) -> Tensor:
+    """Return the product with a factor of each group, or with the one that all groups share."""
+    is_one = len(stack) > 1 and stack.stride(0) == 0
+    stack = F.pad(stack[:1] if is_one else stack, padding).to(x.dtype)
+    return torch.matmul(x, stack[0]) if is_one else multiply(x, stack, offs=offs)
 
 
 _PRODUCTS = dict.fromkeys(_GROUPED_MM, _grouped_mm)

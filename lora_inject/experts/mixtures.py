@@ -21,11 +21,12 @@ from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import entries, records_of
-from lora_inject.core.spec.config import ALL_EXPERTS, ALL_LINEAR, Config
+from lora_inject.core.spec.config import ALL_EXPERTS, ALL_LINEAR, Config, Rule
 from lora_inject.core.spec.inventory import LINEAR_KINDS, Candidate, Inventory, Mixture
 from lora_inject.core.spec.names import counted, joined, parent, quoted, templates
-from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.errors import MatchError
+from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
+from lora_inject.errors import MatchError, article
+from lora_inject.experts.profile import ExpertProfile
 from lora_inject.experts.stacks import is_transposed, top_k_of_class
 
 WORDS = {ALL_EXPERTS, ALL_LINEAR}
@@ -76,6 +77,31 @@ def rank_of_each(candidate: Candidate, together: int, asked: str) -> int:
         remedy = f"Give active: {candidate.active} or more: it is divided by that"
         raise MatchError(asked, problem, remedy)
     return together // candidate.active
+
+
+def part_of_stack(candidate: Candidate, rule: Rule, asked: str) -> dict[str, Any]:
+    """Return which experts of a stack a rule adapts, and what they share.
+
+    Raises:
+        MatchError: It is no stack, has no such expert, or another model was profiled.
+    """
+    n = candidate.experts
+    wanted = "share" if rule.only is None else "only"
+    if n is None:
+        problem = f"{wanted}, but it is {article(candidate.kind)} of its own"
+        remedy = r"It is for stacks; match single experts by name, such as experts\.(0|3)\..*"
+        raise MatchError(asked, problem, remedy)
+    if rule.share is not None and rule.init in FROM_WEIGHT:
+        problem = f"share, and init {rule.init}, which starts each expert from its own weight"
+        raise MatchError(asked, problem, "Give the rule another init")
+    if isinstance(rule.only, str):
+        assert rule.top is not None
+        profile = ExpertProfile.from_yaml(rule.only)
+        return {"only": profile.most_chosen(candidate.owner, n, rule.top, asked)}
+    if rule.only is not None and max(rule.only) >= n:
+        problem = f"only: {max(rule.only)}, but it has {n:,} experts, 0 to {n - 1:,}"
+        raise MatchError(asked, problem, "Leave that number out")
+    return {"only": rule.only and tuple(sorted(rule.only)), "share": rule.share or ""}
 
 
 class _Finder:

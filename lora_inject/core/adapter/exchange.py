@@ -197,7 +197,7 @@ def write_adapter(
         facts, own = _arguments(row, row.write, facts, options)
         target = completed(target, row)
         check_state(state).check_finite("", FormatError)
-        content = row.write(state, target, facts, **own)
+        content = row.write(state if format == "native" else state.whole, target, facts, **own)
         remedy = "Return the bytes of the file, or of each file by its name"
         check_type("what the format wrote", content, (bytes, Mapping), remedy, FormatError)
     if isinstance(content, bytes):

@@ -75,9 +75,11 @@ _KIND: dict[str, Any] = {
     "init": lambda value: isinstance(value, str) or not misfit(value, (str, _is_number)),
     "kind": str,
     "lora_bias": bool,
+    "only": Maybe([_INDEX]),
     "out_features": _COUNT,
     "rank": _COUNT,
     "scaling": ("standard", "rslora").__contains__,
+    "share": ("", "A", "B").__contains__,
     "slices": Maybe({"sizes": [(str, _COUNT)], "adapt": [str]}),
     "transposed": bool,
     "turned": bool,
@@ -244,7 +246,10 @@ def _spec(kind: Mapping[str, Any], where: str) -> SiteSpec:
         in_order = tuple(name for name, _ in sizes if name in slices.adapt)
         _require(slices.adapt == in_order != (), where, "'adapt' does not name its slices in order")
         fields["slices"] = slices
-    for field in ("weight_shape", "init"):
+    if (only := kind["only"]) is not None:
+        in_order = only == sorted({*only}) != [] and only[-1] < (kind["experts"] or 0)
+        _require(in_order, where, "'only' does not name experts of its stack in order")
+    for field in ("weight_shape", "init", "only"):
         fields[field] = tuple(kind[field]) if isinstance(kind[field], list) else kind[field]
     for field in ("alpha", "dropout"):
         fields[field] = float(kind[field])

@@ -7,12 +7,13 @@ of the slices that are not adapted.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_inject.core.functional.weight import of_every_expert
 from lora_inject.core.spec.sites import SiteSpec, signed_pairs
 from lora_inject.errors import StateError
 
@@ -68,6 +69,14 @@ class SiteState:
         if self.A0 is not None and self.B0 is not None:
             return torch.equal(self.A, self.A0) and torch.equal(self.B, self.B0)
         return not (bool(self.A.any()) and bool(self.B.any()))
+
+    @property
+    def whole(self) -> SiteState:
+        """The same with A and B of each expert of a stack: zeros where an expert has none."""
+        if self.spec.only is None and not self.spec.share:
+            return self
+        tensors = {r: of_every_expert(t, self.spec).contiguous() for r, t in self.tensors.items()}
+        return self.of(replace(self.spec, only=None, share=""), tensors)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> SiteState:
         """Return the site with each tensor changed."""

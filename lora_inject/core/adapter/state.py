@@ -145,16 +145,21 @@ class AdapterState(Shown):
         A site that one of them lacks counts as zero there. Trained tensors are not counted: their
         change from the base is not known.
         """
-        return float(room("algebra").cosine(self, other))
+        return float(room("algebra").cosine(self.whole, other.whole))
 
     def distance(self, other: AdapterState) -> float:
         """Return the Frobenius norm of the difference of two updates, over all sites.
 
         Trained tensors are not counted; `lora_inject.diff` lists them.
         """
-        return float(room("algebra").distance(self, other))
+        return float(room("algebra").distance(self.whole, other.whole))
 
     # The same update in another shape -----------------------------------------------------------
+
+    @property
+    def whole(self) -> AdapterState:
+        """The same adapter with A and B of each expert of every stack."""
+        return replace(self, sites={name: site.whole for name, site in self.sites.items()})
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> AdapterState:
         """Return the adapter with each of its tensors changed; what was one tensor stays one."""
@@ -309,5 +314,6 @@ class AdapterState(Shown):
 
 def _computed(function: str, *arguments: Any) -> AdapterState:
     """Return what a function of the arithmetic on values makes, which lies in its own room."""
-    state: AdapterState = getattr(room("algebra"), function)(*arguments)
+    given = [a.whole if isinstance(a, AdapterState) else a for a in arguments]
+    state: AdapterState = getattr(room("algebra"), function)(*given)
     return state

@@ -33,6 +33,7 @@ from lora_inject.core.functional.unstored import DEVICE, can_make, unstored
 from lora_inject.core.functional.weight import (
     LowRank,
     Update,
+    cast_stack,
     effective_weight,
     low_rank,
     reads_as_sum,
@@ -172,7 +173,10 @@ class Read:
             return self.whole.at(index)
         dtype = None if float32 or _is_autocast(base) else base.dtype
         if dtype not in self._matrices:
-            cut = [(_cut(left.to(dtype)), _cut(right.to(dtype)), s) for left, right, s in terms]
+            cut = [
+                (_cut(cast_stack(left, dtype)), _cut(cast_stack(right, dtype)), s)
+                for left, right, s in terms
+            ]
             self._matrices[dtype] = [
                 LowRank(one, tuple((left[i], right[i], s) for left, right, s in cut), float32)
                 for i, one in enumerate(o for o in base.unbind() for _ in range(repeat))

@@ -100,7 +100,8 @@ def low_rank(weight: Tensor, updates: Sequence[Update], gain: Gain | None = None
     lead = () if spec.experts is None else (spec.experts,)
     terms = []
     for site, A, B, scale in updates:
-        right, left = A.reshape(*lead, -1, site.in_features), B.reshape(*lead, -1, site.rank)
+        a, b = (of_every_expert(t, site) if lead else t for t in (A, B))
+        right, left = a.reshape(*lead, -1, site.in_features), b.reshape(*lead, -1, site.rank)
         if site.slices is not None:
             left = spread(left, site.spans, site.out_features)
         terms.append((right.mT, left.mT, scale) if site.transposed else (left, right, scale))
@@ -108,6 +109,28 @@ def low_rank(weight: Tensor, updates: Sequence[Update], gain: Gain | None = None
     is_matrix = weight.dim() == len(lead) + 2  # a packed one stays packed
     matrix = weight if is_matrix else weight.reshape(*lead, -1, spec.matrix_shape[1])
     return LowRank(matrix, tuple(terms), float32, (gain, spec.transposed) if gain else None)
+
+
+def of_every_expert(factor: Tensor, site: SiteSpec) -> Tensor:
+    """Return A or B of a stack for each expert: a shared one as views, zeros of those left out."""
+    n, numbers = site.experts or 1, site.only
+    if len(factor) == n:
+        return factor
+    if numbers is None:
+        return factor.expand(n, -1, -1)
+    zeros = factor.new_zeros(()).expand(n, *factor.shape[1:])
+    parts = []
+    for matrix, before, number in zip(
+        torch.split(factor, 1), (-1, *numbers), numbers, strict=False
+    ):
+        parts += [zeros[: number - before - 1], matrix]
+    return torch.cat([*parts, zeros[numbers[-1] + 1 :]])
+
+
+def cast_stack(stack: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a stack in another dtype, one that all matrices share as views of one."""
+    is_one = len(stack) > 1 and stack.stride(0) == 0
+    return stack[:1].to(dtype).expand_as(stack) if is_one else stack.to(dtype)
 
 
 def effective_weight(

@@ -210,6 +210,13 @@ class Active(Strict):
 _RuleRank = Annotated[Annotated[Rank, Tag("plain")] | Annotated[Active, Tag("mapping")], _EitherWay]
 
 
+_Only = Annotated[
+    Annotated[tuple[Count, ...], Field(min_length=1), _List, Distinct, Tag("plain")]
+    | Annotated[str, Field(min_length=1), Tag("path")],
+    Discriminator(lambda value: "path" if isinstance(value, str) else "plain"),
+]
+
+
 class Rule(Strict):
     r"""One entry of `targets`: what it matches, and values that differ from the config's.
 
@@ -239,6 +246,12 @@ class Rule(Strict):
     compute: Compute | None = None
     variant: Variant | None = None
     lora_bias: LoraBias | None = None
+    only: _Only | None = None
+    """Of stacked experts, those of these numbers; or the path of a profile, with top."""
+    top: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """With a profile: the share of each stack's experts that is adapted, the most chosen first."""
+    share: Literal["A", "B"] | None = None
+    """What all experts of a stack have in common: A, or B."""
     slices: Parts | None = None
     """Parts of a fused projection along its output, in order: widths by name, or a list of names
     for equal parts."""
@@ -276,6 +289,15 @@ class Rule(Strict):
         if self.slices and not self.adapt:
             remedy = f"Add adapt: with some of {', '.join(self.slice_names)}"
             raise ValueError("slices are given, but not which of them to adapt", remedy)
+        return self
+
+    @model_validator(mode="after")
+    def _chooses_experts(self) -> Self:
+        if isinstance(self.only, str) == (self.top is None):
+            found = "top needs a profile" if self.top else f"{show(self.only)} is a profile"
+            raise ValueError(found, "Give both: only: profile.yaml and top: 0.25")
+        if self.share and self.only is not None:
+            raise ValueError("share is for whole stacks, and only chooses of them", "Give one")
         return self
 
     @property

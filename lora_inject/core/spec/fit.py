@@ -26,6 +26,8 @@ def site_of_rule(candidate: Candidate, rule: Rule, i: int, asked: str) -> SiteSp
         numbers["init"] = ("normal", rule.init.normal)
     if isinstance(rule.rank, Active):
         numbers["rank"] = room("mixtures").rank_of_each(candidate, rule.rank.active, asked)
+    if rule.only is not None or rule.share is not None:
+        numbers |= room("mixtures").part_of_stack(candidate, rule, asked)
     shape = _oriented(candidate, rule, asked)
     slices = _sliced(candidate, shape, rule, asked)
     site = SiteSpec(

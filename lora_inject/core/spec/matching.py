@@ -119,6 +119,7 @@ class _Rules:
                 raise LayerError(asked, *candidate.refusal)
             # Sites that differ only in their names are made once.
             key = candidate._replace(name="", weight="", owner="", aliases=(), tied=())
+            key = candidate if isinstance(rule.only, str) else key  # of each stack its own
             if (like := made.get(key)) is None:
                 like = made[key] = site_of_rule(candidate, self.config.filled(rule), i, asked)
             spec = like.at(candidate.name, candidate.weight, candidate.aliases)

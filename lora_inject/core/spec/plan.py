@@ -200,7 +200,9 @@ def _cells(entry: SiteSpec | Trained) -> tuple[str, str, int]:
     """Return kind, shape and number of parameters."""
     if isinstance(entry, Trained):
         return "trained", sides(entry.shape), math.prod(entry.shape)
-    stack = "" if entry.experts is None else f"stack of {entry.experts:,}: "
+    some = "" if entry.only is None else f"{len(entry.only):,} of a "
+    share = f", one {entry.share}" if entry.share else ""
+    stack = "" if entry.experts is None else f"{some}stack of {entry.experts:,}{share}: "
     shape = f"{stack}{entry.in_features:,} -> {entry.out_features:,}"
     if entry.slices:
         shape += f" [{', '.join(entry.slices.adapt)}]"

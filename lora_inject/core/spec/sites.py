@@ -143,6 +143,8 @@ class SiteSpec:
     weight: str = ""
     # `forward`: the update is added to the layer's output; `weight`: the weight reads as W + delta
     update: str = "forward"
+    only: tuple[int, ...] | None = None  # of a stack, the experts that are adapted; None for all
+    share: str = ""  # `A` or `B`, of which all experts of a stack have one
     # other names of the same module or parameter
     aliases: tuple[str, ...] = field(default=(), compare=False)
     # alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv:2312.03732)
@@ -162,12 +164,14 @@ class SiteSpec:
         """Compute derived fields; torch.compile cannot trace a cached property."""
         divisor = math.sqrt(self.rank) if self.scaling == "rslora" else self.rank
         spans = self.slices.spans if self.slices else ((0, self.out_features),)
-        lead = () if self.experts is None else (self.experts,)
-        a_shape = (*lead, self.rank * len(spans), self.in_features)
-        b_shape = (*lead, sum(stop - start for start, stop in spans), self.rank)
+        stack = () if self.experts is None else (len(self.only or range(self.experts)),)
+        a_stack, b_stack = ((1,) if self.share == role else stack for role in "AB")
+        a_shape = (*a_stack, self.rank * len(spans), self.in_features)
+        b_shape = (*b_stack, sum(stop - start for start, stop in spans), self.rank)
         scale = self.alpha / divisor
         turned = self.kind == "parameter" and self.transposed
         shapes = shapes_of(self.variant, a_shape, b_shape, self.lora_bias)
+        form = (self.rank, scale, spans, self.experts, turned, self.variant, self.lora_bias)
         own = self.name if self.kind == "parameter" else joined(self.name, "weight")
         self.__dict__.update(
             weight=self.weight or own,
@@ -177,7 +181,7 @@ class SiteSpec:
             b_shape=b_shape,
             shapes=shapes,
             n_parameters=sum(map(math.prod, shapes.values())),
-            form=(self.rank, scale, spans, self.experts, turned, self.variant, self.lora_bias),
+            form=(*form, self.only, self.share) if self.only or self.share else form,
         )
 
     def at(self, name: str, weight: str, aliases: tuple[str, ...] = ()) -> SiteSpec:
@@ -224,10 +228,11 @@ class SiteSpec:
         blocks = []
         n_in, n_out = self.in_features, self.out_features
         a_rows, b_rows = self.a_shape[-2], self.b_shape[-2]
-        for expert in range(self.experts or 1):
-            b_start = expert * b_rows
+        for place, expert in enumerate(self.only or range(self.experts or 1)):
+            a_place, b_place = (0 if self.share == role else place for role in "AB")
+            b_start = b_place * b_rows
             for part, (start, stop) in enumerate(self.spans):
-                a_start = expert * a_rows + part * self.rank
+                a_start = a_place * a_rows + part * self.rank
                 a, b = (a_start, a_start + self.rank), (b_start, b_start + stop - start)
                 if self.transposed:
                     rows, cols = (expert * n_in, (expert + 1) * n_in), (start, stop)
