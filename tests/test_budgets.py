@@ -23,8 +23,8 @@ PACKAGE = Path(lora_inject.__file__).parent
 # Stage -> lines of the package that it may load.
 LINES = {
     "config": 1_975,
-    "forward": 4_075,
-    "activate": 3_360,
+    "forward": 4_180,
+    "activate": 3_460,
     "inject": 9_405,
     "merge": 7_680,
     "save, load": 10_945,
@@ -198,7 +198,7 @@ def test_few_lines_look_at_the_stack_or_at_what_torch_keeps_private() -> None:
 def test_few_files_of_the_core_name_another_library() -> None:
     core = {name: text for name, text in sources().items() if name.startswith("core/")}
     naming = [name for name, text in core.items() if LIBRARIES.search(text)]
-    assert len(naming) <= 13, naming
+    assert len(naming) <= 2, naming
 
 
 def test_the_measures_see_what_they_are_for() -> None:

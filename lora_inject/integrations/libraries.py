@@ -5,6 +5,8 @@
 | `GUARDS` | what must hold around a verb because a library is there (`core/model/guards.py`) |
 | `WEIGHT_KINDS` | a way in which a weight is held packed (`core/layers/weight_kinds.py`) |
 | `FORWARD_OWNERS` | who puts forwards onto instances (`core/layers/forwards.py`) |
+| `CONV1D` | a class of linear layers with the transposed weight |
+| `GATHERED` | a mark of modules whose parameters are views of gathered shards |
 
 What a row names is imported only where the process has loaded a module that it is about.
 """
@@ -69,6 +71,13 @@ FORWARD_OWNERS = (
 )
 """Who puts forwards onto instances: a module of the library that has to be loaded, and the class
 that knows it (`core/layers/forwards.py`)."""
+
+
+CONV1D = (("transformers.pytorch_utils", "Conv1D"),)
+"""Linear layers with the weight `(in, out)`: the module and the name of the class."""
+
+GATHERED = ("_is_fsdp_managed_module",)
+"""Attributes by which a wrapper marks modules whose parameters it gathers into views: FSDP1."""
 
 
 def guards() -> Iterator[Any]:

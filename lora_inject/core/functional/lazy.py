@@ -386,7 +386,7 @@ def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
 
 
 def _addmm(bias: Tensor, x: Tensor, weight: Any) -> Any:
-    """`torch.addmm` as transformers' Conv1D uses it."""
+    """`torch.addmm` as a linear layer with the weight `(in, out)` uses it."""
     thin = _fit(x, weight) and type(bias) in PLAIN and bias.dim() == 1 and bias.dtype == x.dtype
     return weight.value().product(x, bias) if thin and weight.dim() == 2 else NotImplemented
 

@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.layers.attached import Attached, Entry
+from lora_inject.core.layers.attached import GATHERED, Attached, Entry
 from lora_inject.core.layers.checkpointing import refuse_dead_checkpoint
 from lora_inject.core.layers.forwards import refuse_offloaded
 from lora_inject.core.layers.selected import Mix
@@ -116,9 +116,9 @@ class Adapted(nn.Module):
     def _lora_refuse_replaced(self, name: str) -> None:
         """Raise if a parameter becomes computed, as in parametrize, prune and weight_norm.
 
-        FSDP1 and DataParallel also replace parameters by plain tensors, of the same value.
+        Wrappers that gather shards or replicate replace them by plain tensors of the same value.
         """
-        if not self.__dict__.keys() & {"_is_fsdp_managed_module", "_is_replica"}:
+        if not self.__dict__.keys() & {*GATHERED, "_is_replica"}:
             raise LayerError(
                 f"replacing parameter {name!r} of a {type(self).__name__}",
                 "it carries an adapter, which a parametrized, pruned, quantized or fused weight "
@@ -157,7 +157,7 @@ def plain_class(cls: type) -> type:
         return plain
     if not issubclass(cls, Adapted):
         return cls
-    # Somebody (FSDP2) has swapped the class again on top of ours: the same class on plain bases.
+    # Somebody (fully_shard) has swapped the class again on top: the same class on plain bases.
     without_ours = _PLAIN.get(cls)
     if without_ours is None:
         bases = tuple(plain_class(b) for b in cls.__bases__)

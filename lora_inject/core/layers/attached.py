@@ -1,8 +1,8 @@
 """The adapters of one module, the tensors that they adapt, and the names of their tensors.
 
 Adapter tensors are plain Parameters of their module with flat names, found through its
-`Attached` and never through their names. They are looked up at each use, because FSDP2 and `.to()`
-replace them.
+`Attached` and never through their names. They are looked up at each use, because `fully_shard` and
+`.to()` replace them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.inside import saving_hooks
 from lora_inject.core.layers.selected import Selected
 from lora_inject.core.layers.selection import Selection
+from lora_inject.core.spec.rooms import library_rows
 from lora_inject.core.spec.sites import SiteSpec, signed_pairs
 from lora_inject.errors import LayerError
 
@@ -367,10 +368,15 @@ def refuse_replaced_class(module: nn.Module, asked: str) -> None:
         )
 
 
+GATHERED: tuple[str, ...] = library_rows("GATHERED")
+"""Attributes by which a wrapper marks modules whose parameters it gathers into views."""
+
+
 def held_by(module: nn.Module) -> Mapping[str, Any]:
     """Return a module's parameters by name; DataParallel keeps those of a replica elsewhere."""
     own = module.__dict__
     parameters: Mapping[str, Any] = own.get("_former_parameters") or own["_parameters"]
-    if "_is_fsdp_managed_module" in own:  # gathered by FSDP1: views beside the parameters
-        return {**parameters, **{name: own[name] for name in own["_lora"].flat if name in own}}
+    for mark in GATHERED:
+        if mark in own:  # the views are attributes
+            return {**parameters, **{name: own[name] for name in own["_lora"].flat if name in own}}
     return parameters

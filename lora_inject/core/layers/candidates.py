@@ -221,7 +221,7 @@ def _unfit(
             return None  # a packed weight has another shape by design
         if type(weight) is nn.Parameter and weight.is_floating_point():  # cast in each forward
             problem = f"its weight is kept in {_dtype(weight.dtype)}"
-            return problem, "Inject first, then cast (diffusers: enable_layerwise_casting)"
+            return problem, "Inject first, then cast (enable_layerwise_casting)"
         problem = (
             f"its weight is a packed {type(weight).__name__}, and the forward of {cls} is not known"
         )
@@ -270,7 +270,7 @@ def _raw_geometry(shape: tuple[int, ...], *, transposed: bool) -> Geometry:
 
 
 def _output_head(module: nn.Module) -> nn.Module | None:
-    """Return the output head that a model states by transformers' get_output_embeddings()."""
+    """Return the output head that a model states by get_output_embeddings()."""
     get = getattr(module, "get_output_embeddings", None)
     try:
         head = get() if callable(get) else None

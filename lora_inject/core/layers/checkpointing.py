@@ -96,5 +96,5 @@ def refuse_dead_checkpoint() -> None:
         "training an adapter inside a reentrant checkpoint",
         "no input of the checkpoint requires a gradient, so none would reach the adapter",
         "Checkpoint with use_reentrant=False, or let the embeddings' output require a gradient "
-        "(transformers: model.enable_input_require_grads()); use model.eval() to only evaluate",
+        "(model.enable_input_require_grads(), if there is one); use model.eval() to only evaluate",
     )

@@ -1,7 +1,7 @@
 """Change the class of a module that gets its first or next adapter, or loses its last.
 
 One assignment sets or removes the swapped class. Classes and hooks that others have put on top of
-it (FSDP2, hooks that saved the old forward) stay there.
+it (`fully_shard`, hooks that saved the old forward) stay there.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class ForwardUpdate(Adapted):
             raise LayerError(
                 f"a forward of site {entry.spec.name!r}",  # type: ignore[union-attr]
                 f"its gain needs the norms of W, which is {article(type(weight).__name__)} here",
-                "Shard with fully_shard (FSDP2), or train this layer with variant: lora",
+                "Shard with fully_shard, or train this layer with variant: lora",
             )
         gain = entry.gain(held_by(self))
         assert gain is not None

@@ -1,4 +1,4 @@
-"""Linear layers: `nn.Linear` and transformers' Conv1D, and quantized subclasses of them.
+"""Linear layers: `nn.Linear`, layers with the transposed weight, and quantized subclasses of them.
 
 If the layer's forward is the stock one on a plain tensor, layer and update run as one fused step.
 Otherwise the layer runs unchanged and the update is added to its output; quantized layers, and
@@ -23,11 +23,9 @@ from lora_inject.core.layers.own_code import OWN
 from lora_inject.core.layers.packed_weights import multiplies, packed_weight, reason_against
 from lora_inject.core.layers.plain_tensors import PLAIN
 from lora_inject.core.layers.selected import Mix
+from lora_inject.core.spec.rooms import library_rows
 from lora_inject.core.spec.sites import Geometry
 from lora_inject.errors import LayerError
-
-# Classes of other libraries are known by where they are defined, so that none need be imported.
-CONV1D = ("transformers.pytorch_utils", "Conv1D")
 
 
 class LoRALinear(ForwardUpdate):
@@ -112,7 +110,7 @@ class LoRALinear(ForwardUpdate):
         """Compute the layer with a sum of updates u, and multiply by a gain g.
 
         `g (W x + u) + b = (W x + b + u) + (g - 1) (W x + u)`, which is the plain output to the bit
-        where g is 1 and u is 0. With dropout the second W x uses the dropped x, as in PEFT.
+        where g is 1 and u is 0. With dropout the second W x uses the dropped x, too.
         """
         x = self._lora_input(args, kwargs)
         if x.is_nested:
@@ -174,15 +172,19 @@ class LoRALinear(ForwardUpdate):
 
 
 class LoRAConv1D(LoRALinear):
-    """Forward update of Conv1D (`transformers/pytorch_utils.py`), with the weight `(in, out)`."""
+    """Forward update of a linear layer with the weight `(in, out)`, as GPT-2's Conv1D has it.
+
+    Its classes are known by where they are defined, so that no library need be imported.
+    """
 
     kind = "conv1d"
     transposed = True
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Return whether the module's class is, or derives from, transformers' Conv1D."""
-        return any((c.__module__, c.__qualname__) == CONV1D for c in type(module).__mro__)
+        """Return whether the module's class is, or derives from, a known one."""
+        known = library_rows("CONV1D")
+        return any((c.__module__, c.__qualname__) in known for c in type(module).__mro__)
 
     @staticmethod
     def geometry(module: Any) -> Geometry:
@@ -193,7 +195,7 @@ class LoRAConv1D(LoRALinear):
     @staticmethod
     def stock(plain: type[nn.Module]) -> bool:
         """Return whether `forward` is Conv1D's own, and the weight a parameter."""
-        return defines_forward(plain) == CONV1D and not hasattr(plain, "weight")
+        return defines_forward(plain) in library_rows("CONV1D") and not hasattr(plain, "weight")
 
 
 def _is_cut(weight: Any, updates: Sequence[Factors]) -> bool:

@@ -62,7 +62,7 @@ def _tables_of(module: nn.Module) -> Iterator[Any]:
     """Yield the dicts and sets of a module that verbs change."""
     parameters: Any = module._parameters
     yield module.__dict__
-    # compressed-tensors' OffloadCache is no dict; reading its items would load them.
+    # A table that offloads is no dict; reading its items would load them.
     yield from (parameters,) if isinstance(parameters, dict) else _tables(parameters)
     if (attached := attached_to(module)) is not None:
         yield from (attached.__dict__, attached.flat, attached.forward)

@@ -1,6 +1,6 @@
 """The swapped class: a module's own class with a mixin to the left of it, made once per class.
 
-PyTorch's FSDP2 and parametrize work the same way.
+PyTorch's `fully_shard` and `parametrize` work the same way.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _in_layout_of(plain: type, wanted: type[Adapted], namespace: dict[str, Any])
     """Return a class like `wanted` that instances of `plain` can change to.
 
     Python lets an object change its class only where both derive first from the same layout. Where
-    a mixin stands before nn.Module (optimum-quanto's QLinear) ours has to come second among the
+    a mixin stands before nn.Module ours has to come second among the
     bases, and first in the order in which methods are looked up.
     """
     meta: Any = type("Reordered", (type(plain),), {"mro": lambda cls: [cls, *wanted.__mro__[1:]]})

@@ -60,8 +60,8 @@ def standing_at(path: str) -> Any:
     """Return what a row names as `module:name`.
 
     Examples:
-        >>> standing_at("lora_inject.quantized.hqq:HQQ").__name__
-        'HQQ'
+        >>> standing_at("lora_inject.checks.reached:unreached").__name__
+        'unreached'
     """
     module, _, name = path.partition(":")
     return getattr(import_module(module), name)
