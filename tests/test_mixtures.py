@@ -360,3 +360,32 @@ def test_the_command_prints_what_is_known_beside_a_config_that_loads(tmp_path: P
     assert "Large ones cost LoRA more" in out
     wrong = CliRunner().invoke(app, [*given[:-1], "sleep"])
     assert isinstance(wrong.exception, li.ConfigError) or "no purpose" in wrong.output
+
+
+# ------------------------------------------------------------------------------- packed experts
+
+
+@pytest.mark.parametrize("match", ["all-experts", r"experts\.gate_up_proj", r"experts\..*"])
+def test_experts_that_kernels_read_in_8_bits_are_refused_and_their_scales_are_no_experts(
+    match,
+) -> None:
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    model: Any = experts("qwen3_moe")[0]
+    model.model.layers[0].mlp.experts = fp8.FP8Experts(model.config, block_size=(4, 4))
+    rule = {"match": match, "layout": "out_in"}
+    words = r"gate_up_proj', .*by kernels on codes.*FineGrainedFP8Config\(dequantize=True\)"
+    refused(model, lambda: li.inject(model, {"targets": [rule]}), li.LayerError, words)
+    (note,) = [
+        n for n in li.plan(model, {"targets": ["all-linear"]}).notes if "leaves out the ex" in n
+    ]
+    assert "scale" not in note
+
+
+def test_experts_in_mxfp4_that_kernels_read_are_refused() -> None:
+    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    model: Any = experts("gpt_oss")[0]
+    settings = copy.copy(model.config)
+    settings.hidden_size = settings.intermediate_size = 32
+    model.model.layers[0].mlp.experts = mxfp4.Mxfp4GptOssExperts(settings)
+    with pytest.raises(li.LayerError, match=r"gate_up_proj.*MXFP4 by kernels.*packed_experts\(\)"):
+        li.plan(model, {"targets": ["all-experts"]})

@@ -31,6 +31,7 @@ from lora_inject.experts.stacks import is_transposed, top_k_of_class
 
 WORDS = {ALL_EXPERTS, ALL_LINEAR}
 
+_FLOATS = ("float32", "bfloat16", "float16", "float64", "")
 _STACKED = re.compile(r"experts\\?\.[a-z(]")  # a pattern for a tensor that holds all experts
 _IN_EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.(\w+)$")
 
@@ -130,8 +131,10 @@ class _Finder:
         """Return the weights of a stack, or of a list of modules of one class."""
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             return self._members(name, module)
-        own = (c for c in self.inside.get(name, ()) if c.kind == "parameter" and c.owner == name)
-        return [c for c in own if c.experts is not None and len(c.weight_shape) == 3]
+        own = [c for c in self.inside.get(name, ()) if c.kind == "parameter" and c.owner == name]
+        stacks = [c for c in own if c.experts is not None and len(c.weight_shape) >= 3]
+        packed = [c for c in stacks if c.dtype not in _FLOATS]  # beside which scales lie
+        return packed or [c for c in stacks if len(c.weight_shape) == 3]
 
     def _members(self, name: str, module: nn.Module) -> list[Candidate]:
         members = {key: self.inside.get(joined(name, key), []) for key in module._modules}

@@ -50,6 +50,7 @@ WEIGHT_KINDS = (
     ("torchao", f"{_QUANTIZED}.torchao:TorchAO"),
     (f"{_TRANSFORMERS}.fbgemm_fp8", f"{_QUANTIZED}.transformers_linears:Multiplies"),
     (f"{_TRANSFORMERS}.finegrained_fp8", f"{_QUANTIZED}.transformers_linears:FineGrained"),
+    (f"{_TRANSFORMERS}.finegrained_fp8", f"{_QUANTIZED}.transformers_linears:FineGrainedExperts"),
     (f"{_TRANSFORMERS}.metal_quantization", f"{_QUANTIZED}.transformers_linears:Multiplies"),
     (f"{_TRANSFORMERS}.mxfp4", f"{_QUANTIZED}.transformers_mxfp4:KernelExperts"),
     ("transformers.models.falcon.modeling_falcon", f"{_QUANTIZED}.transformers_linears:Multiplies"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -27,6 +28,24 @@ class Multiplies(WeightKind):
     def multiplies(self, cls: type[nn.Module]) -> bool:
         """Return whether the forward is one of theirs."""
         return defines_forward(cls) in _MULTIPLY
+
+
+class FineGrainedExperts(WeightKind):
+    """`FP8Experts`, stacks in float8 or in 4 bits that kernels multiply with, and their scales."""
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether the module is one of them."""
+        del weight
+        return isinstance(module, getattr(sys.modules[_FINE_GRAINED[0]], "FP8Experts", ()))
+
+    def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
+        """Return why they get no adapter: the kernels read codes, and scales beside them."""
+        if verb == "inject":
+            remedy = (
+                "Load the base with FineGrainedFP8Config(dequantize=True), or exclude the experts"
+            )
+            return Reason("experts compute by kernels on codes in 8 or 4 bits", remedy)
+        return super().why_not(verb, module, weight)
 
 
 class FineGrained(LayerKind):

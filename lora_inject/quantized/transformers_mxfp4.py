@@ -22,8 +22,8 @@ class KernelExperts(WeightKind):
         return isinstance(module, getattr(sys.modules[_KERNELS], "Mxfp4GptOssExperts", ()))
 
     def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
-        """Return why nothing below them trains."""
-        if verb == "train":
+        """Return why nothing below them trains, and why they get no adapter."""
+        if verb in ("inject", "train"):
             remedy = "Load the base within lora_inject.packed_experts(), which keeps 4 bits, "
             remedy += "or with Mxfp4Config(dequantize=True)"
             return Reason("experts compute in MXFP4 by kernels for inference", remedy)
