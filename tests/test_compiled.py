@@ -51,6 +51,26 @@ def compiled(model: nn.Module) -> tuple[Any, CompileCounter]:
     return torch.compile(model, backend=counter, fullgraph=True), counter
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_what_trains_later_gets_its_gradients_from_a_compiled_model(variant: str) -> None:
+    """Before torch 2.13 a graph does not look whether a parameter requires a gradient."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    fill(li.inject(model, {"rank": 2, "variant": variant, "targets": ["0"]}))
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
+    call = torch.compile(model, backend="aot_eager")
+    for training in (None, "default"):
+        li.train_only(model, training)
+        assert error(call(x), model(x)) < EXACT
+    trained = list(li.adapter_parameters(model).values())
+    one, two = (torch.autograd.grad(run(x).square().sum(), trained) for run in (call, model))
+    assert max(map(error, one, two)) < EXACT
+    li.eject(model)
+    one, two = (
+        torch.autograd.grad(run(x).square().sum(), [model[2].weight]) for run in (call, model)
+    )
+    assert error(one[0], two[0]) < EXACT
+
+
 @pytest.mark.skipif(TORCH < (2, 8), reason="this torch compiles more often, see docs/install.md")
 @pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])

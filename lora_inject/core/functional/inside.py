@@ -85,6 +85,19 @@ def constant_in_graphs(function: F) -> F:
     return function
 
 
+_TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
+
+def forget_graphs() -> None:
+    """Have torch compile again, where its graphs do not see that other parameters train now.
+
+    Before 2.13 they do not look whether a parameter requires a gradient, of any module: what began
+    to train later got none.
+    """
+    if _TORCH < (2, 13) and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 # ------------------------------------------------------------------------------------ backwards
 
 

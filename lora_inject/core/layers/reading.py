@@ -151,7 +151,8 @@ class Reading(Adapted):
                 # A look at a weight in a notebook is no part of what the model computes.
                 new = outside and entry.mark not in self._lora.read_from_outside
                 if new and in_forward():
-                    self._lora.read_from_outside |= {entry.mark}
+                    noted = self._lora.read_from_outside
+                    self._lora.read_from_outside = noted.union([entry.mark])
 
         if low_rank and not needs_plain_operations():
             how = {"float32": float32, "gain": gain, "any_shape": outside}

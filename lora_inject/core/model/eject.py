@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from lora_inject.core.functional.inside import forget_graphs
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.class_swap import narrow, unswap
 from lora_inject.core.layers.packed_weights import end_training
@@ -100,6 +101,7 @@ def _take_off(survey: Survey, record: Root, gone: Set[str]) -> None:
     if not record.configs:
         del survey.model.__dict__[ROOT]
         _unfreeze(survey, record)
+        forget_graphs()
 
 
 def _detach(module: nn.Module, name: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_inject.core.functional.inside import forget_graphs
 from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.packed_weights import begin_training, loaded_kinds, reason_against
 from lora_inject.core.layers.snapshot import all_or_nothing
@@ -56,6 +57,7 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
     parameters = [(entry.adapter in wanted, p) for _, entry, _, p in trainable_tensors(survey)]
     asked = f"train_only {', '.join(map(repr, sorted(wanted)))}"
     before("train", survey, [p for trains, p in parameters if trains], asked)
+    changed = any(parameter.requires_grad != trains for trains, parameter in parameters)
     with all_or_nothing((module for _, module, _ in adapted_modules(survey)), records):
         for trains, parameter in parameters:
             parameter.requires_grad_(trains)
@@ -64,6 +66,8 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
         for record in records:
             record.trainable |= wanted & record.carrying.keys()
     forget_gradients(parameter for trains, parameter in parameters if not trains)
+    if changed:
+        forget_graphs()
 
 
 def forget_gradients(frozen: Iterable[nn.Parameter]) -> None:
