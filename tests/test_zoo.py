@@ -4,7 +4,9 @@ A sample of twenty runs with the ordinary tests, the others with the marker `zoo
 prints the count that passes at the end of a run.
 """
 
+import copy
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,8 @@ from zoo.build import build
 from zoo.exceptions import EXCHANGED, EXEMPTIONS, Exchanged
 from zoo.exchange import Exchange
 from zoo.inputs import dummy_inputs
-from zoo.steps import Calls, Ours, changed, hold, randomise_factors, run, same
+from zoo.readers import READERS, Called, calls_of, readers
+from zoo.steps import Calls, Ours, changed, distance, hold, make_dense, randomise_factors, run, same
 from zoo.targets import ALPHA, Targets
 
 # transformers warns of its own future and of configs as small as these.
@@ -53,6 +56,56 @@ def test_dead_sites_are_dead_in_the_model(model_type: str) -> None:
         assert claimed.fullmatch(name)
         with changed(model.get_submodule(name).weight):
             assert same(plain, run(model, calls)), name
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("model_type", READERS)
+@torch.no_grad()
+def test_methods_besides_forward_read_what_was_trained(model_type: str) -> None:
+    """The reference is the plain model with the trained values, or W + delta, as its parameter."""
+    plain: nn.Module = build(model_type).requires_grad_(False)
+    found = readers(plain)
+    calls = calls_of(plain, model_type, found)
+    read = {reader.name for reader in found if (reader.path, reader.method) in called(calls)}
+    train = li.inject(copy.deepcopy(plain), {"rank": 2, "targets": [], "train": whole(read)})
+    wide = copy.deepcopy(plain)
+    for parameter in li.adapter_parameters(train).values():
+        parameter.add_(torch.randn_like(parameter) + 1)
+    for name, tensor in li.adapter_state(train).trained.items():
+        wide.get_parameter(name).copy_(tensor)
+    assert compare(calls, plain, train, wide)
+    for name in read:
+        adapted, wide = copy.deepcopy(plain), copy.deepcopy(plain)
+        try:
+            li.inject(adapted, {"rank": 2, "alpha": ALPHA, "targets": whole([name])})
+        except li.LoraInjectError:  # no matrix
+            continue
+        sites = li.adapter_parameters(adapted)
+        randomise_factors([(sites[f"{name}.lora_A"], sites[f"{name}.lora_B"])])
+        make_dense(wide, li.adapter_state(adapted))
+        path, _, _ = name.rpartition(".")
+        compare([call for call in calls if call.path == path], plain, adapted, wide)
+
+
+def whole(names: Iterable[str]) -> list[str]:
+    return [f"^{re.escape(name)}" for name in sorted(names)]
+
+
+def called(calls: Iterable[Called]) -> set[tuple[str, str]]:
+    return {(call.path, call.method) for call in calls}
+
+
+def compare(calls: list[Called], plain: nn.Module, model: nn.Module, wide: nn.Module) -> int:
+    """Hold each call of the model to the dense one; return how many of them differ from the base.
+
+    A call may not depend on the parameter: `mask_time_prob` may mask nothing.
+    """
+    n_moved = 0
+    for call in calls:
+        wanted = call.on(wide)
+        assert distance(wanted, call.on(model)) < 1e-5, call[:2]
+        n_moved += distance(wanted, call.on(plain)) > 1e-4
+    return n_moved
 
 
 @pytest.mark.parametrize("model_type", CASES)
