@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from lora_inject.integrations.trl import reference as reference
     from lora_inject.rows.routed import routed as routed
     from lora_inject.serving.peft_state import peft_state as peft_state
+    from lora_inject.serving.slots import reserve as reserve
     from lora_inject.serving.verdict import Verdict as Verdict
     from lora_inject.serving.verifying import verify_loaded as verify_loaded
     from lora_inject.serving.verifying import verify_served as verify_served
@@ -118,6 +119,7 @@ _HOMES = {
     "core.spec.plan": "Plan",
     "core.spec.sites": "Geometry",
     "serving.peft_state": "peft_state",
+    "serving.slots": "reserve",
     "serving.verdict": "Verdict",
     "serving.verifying": "verify_loaded verify_served",
     "trials.space": "Space",

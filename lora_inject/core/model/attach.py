@@ -293,6 +293,7 @@ def _become_root(survey: Survey, selection: Selection) -> Root:
         active.update(inner.selection.setting.names)
         root.configs |= inner.configs | root.configs
         root.files |= inner.files | root.files
+        root.slots |= inner.slots
         for name, modules in inner.carrying.items():
             root.carrying[name] = [*root.carrying.get(name, ()), *modules]
         root.required_grad |= {f"{path}.{key}": at for key, at in inner.required_grad.items()}

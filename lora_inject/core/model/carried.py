@@ -59,6 +59,7 @@ class Root:
     configs: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
     carrying: dict[str, list[nn.Module]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # it was read from or written to last
+    slots: set[str] = field(default_factory=set)  # take other ranks and sites: `serving.slots`
     trainable: set[str] = field(default_factory=set)  # adapters that may require gradients
     # Base parameters that required a gradient before the first inject, by their name at that time.
     required_grad: dict[str, Holder] = field(default_factory=dict)

@@ -92,6 +92,7 @@ def _take_off(survey: Survey, record: Root, gone: Set[str]) -> None:
             _detach(layer, name)
         del record.configs[name]
         record.files.pop(name, None)
+        record.slots.discard(name)
         record.trainable.discard(name)
     record.selection.forget(gone)
     setting = record.selection.setting

@@ -26,6 +26,7 @@ from lora_inject.core.layers.valueless import given_values
 from lora_inject.core.model.base import Base, check_base, check_base_copies, model_facts
 from lora_inject.core.model.carried import entries, reach, records_of, refuse_merged
 from lora_inject.core.model.read_off import values_on
+from lora_inject.core.spec.rooms import room
 from lora_inject.errors import FormatError, LayerError, nearest
 
 M = TypeVar("M", bound=nn.Module)
@@ -47,7 +48,8 @@ def swap_adapter(
     Where the model is sharded, every process must call it with the same values, and writes its
     part. The Parameters stay the objects they are, so optimizers keep hold of them and a compiled
     model is not compiled again. What the slot is stays, too: whether it is active and trainable,
-    its dropout, its init and its `compute`. Gradients and the optimizer's moments are not touched.
+    its dropout, its init and its `compute`. What `reserve` has made takes other ranks, scales and
+    fewer sites. Gradients and the optimizer's moments are not touched.
     A backward through a checkpoint whose forward ran before is a StateError, as it would compute
     with the new values. A forward that runs on another thread meanwhile may compute with both.
 
@@ -89,6 +91,8 @@ def swap_adapter(
     if not isinstance(state, AdapterState):
         facts = partial(model_facts, survey)
         state = read_adapter(state, format, facts=facts, **options).mapped(in_memory)
+    if any(name in root.slots for _, root in records_of(survey, name)):
+        state = room("slots").in_slot(state, slot, asked)
     pairs, weights = list(_paired_copies(slot, state, asked)), {}
     for key, site in _in_names_of(state, slot, asked).items():
         new = state.sites[key]

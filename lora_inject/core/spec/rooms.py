@@ -23,6 +23,7 @@ ROOMS = {
     "probing": "lora_inject.serving.probing",
     "reached": "lora_inject.checks.reached",
     "sharding": "lora_inject.distributed.sharding",
+    "slots": "lora_inject.serving.slots",
     "stacks": "lora_inject.experts.stacks",
 }
 """What is asked for, to the module that answers."""
