@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_inject.algebra.svd import thin_svd
 from lora_inject.core.adapter.site_state import SiteState, plain
-from lora_inject.core.spec.sites import SiteSpec, Slices
+from lora_inject.core.spec.sites import SiteSpec, Slices, adapted_parts
 from lora_inject.errors import StateError
 
 _SAME = 1e-12  # relative difference of two equal scales alpha / rank by rounding
@@ -75,11 +75,8 @@ def _contributions(term: Term, unit: float) -> Iterator[_Contribution]:
             factor = math.copysign(1, factor)
         a = A.detach().reshape(spec.experts or 1, -1, spec.in_features)
         b = B.detach().reshape(spec.experts or 1, -1, spec.rank)
-        row = 0
-        for part, (start, stop) in enumerate(spec.spans):
-            some = a[:, part * spec.rank : (part + 1) * spec.rank]
-            yield (start, stop), some, b[:, row : row + stop - start], factor
-            row += stop - start
+        for part in adapted_parts(spec.spans, spec.rank):
+            yield (part.start, part.stop), a[:, part.a], b[:, part.b], factor
 
 
 def _common(specs: Sequence[SiteSpec]) -> Slices | None:

@@ -15,7 +15,7 @@ import torch
 from lora_inject.algebra.parts import MADE, check_alike, total
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.spec.names import joined, parent
-from lora_inject.core.spec.sites import SiteSpec, Slices
+from lora_inject.core.spec.sites import SiteSpec, Slices, adapted_parts
 from lora_inject.errors import StateError
 
 
@@ -48,11 +48,9 @@ def split(site: SiteState, sizes: Mapping[str, int], asked: str) -> dict[str, Si
     else:
         adapted = tuple(sizes)
     made: dict[str, SiteState] = {}
-    row = 0
-    for number, part in enumerate(adapted):
-        first = number * spec.rank if spec.slices else 0
-        rows = {"A": slice(first, first + spec.rank), "B": slice(row, row + sizes[part])}
-        row += sizes[part]
+    spans = Slices(tuple(sizes.items()), adapted).spans
+    for part, (_, _, ranks, of_b) in zip(adapted, adapted_parts(spans, spec.rank), strict=True):
+        rows = {"A": ranks if spec.slices else slice(spec.rank), "B": of_b}
         tensors = {role: t[..., rows[role[0]], :] for role, t in site.tensors.items()}
         name = joined(parent(spec.name), part)
         made[name] = SiteState.of(_resized(spec, name, sizes[part]), tensors)

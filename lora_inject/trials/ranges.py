@@ -26,6 +26,7 @@ from lora_inject.core.functional.factors import (
     without_autocast,
 )
 from lora_inject.core.functional.linear import add_product, as_matrix, frozen_output, lowered
+from lora_inject.core.spec.sites import adapted_parts
 from lora_inject.private import look_up
 
 
@@ -67,11 +68,8 @@ class TokenRange(NamedTuple):
         if self.spans is None:
             yield wide, thin, B
             return
-        rank, row = B.shape[2], 0
-        for i, (start, stop) in enumerate(self.spans):
-            here = thin[:, i * rank : (i + 1) * rank]
-            yield wide[..., start:stop], here, B[:, row : row + stop - start]
-            row += stop - start
+        for part in adapted_parts(self.spans, B.shape[2]):
+            yield wide[..., part.start : part.stop], thin[:, part.a], B[:, part.b]
 
 
 def ranged_linear(

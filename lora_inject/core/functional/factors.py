@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_inject.core.functional.inside import is_watched
+from lora_inject.core.spec.sites import adapted_parts
 from lora_inject.private import look_up
 
 Spans = tuple[tuple[int, int], ...]
@@ -90,11 +91,13 @@ def spread(B: Tensor, spans: Spans | None, out: int) -> Tensor:
     """Spread a stacked B over all outputs: `(..., adapted, rank)` to `(..., out, rank * parts)`."""
     if spans is None:
         return B
-    rank, parts, pieces, end, row = B.shape[-1], len(spans), [], 0, 0
-    for part, (start, stop) in enumerate(spans):
-        pieces.append(B.new_zeros(*B.shape[:-2], start - end, rank * parts))
-        piece = B.narrow(-2, row, stop - start)  # whole, it is no alias: torch 2.9 shards none
-        pieces.append(F.pad(piece, (part * rank, (parts - part - 1) * rank)))
-        end, row = stop, row + stop - start
-    pieces.append(B.new_zeros(*B.shape[:-2], out - end, rank * parts))
+    rank = B.shape[-1]
+    width, end, pieces = rank * len(spans), 0, []
+    for start, stop, ranks, rows in adapted_parts(spans, rank):
+        pieces.append(B.new_zeros(*B.shape[:-2], start - end, width))
+        # Whole, it is no alias: torch 2.9 shards none.
+        piece = B.narrow(-2, rows.start, stop - start)
+        pieces.append(F.pad(piece, (ranks.start, width - ranks.stop)))
+        end = stop
+    pieces.append(B.new_zeros(*B.shape[:-2], out - end, width))
     return torch.cat(pieces, dim=-2)

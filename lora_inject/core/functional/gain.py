@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.core.functional.factors import Factors, Spans, spread, without_autocast
+from lora_inject.core.spec.sites import adapted_parts
 
 Formula = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
@@ -35,18 +36,17 @@ class Gain:
 
     def of(self, norms: Tensor, first: int = 0) -> Tensor:
         """Return the gains `(n,)` of outputs from `first` on, from their norms `(n,)`."""
-        pieces, end, last, row = [], first, first + norms.shape[0], 0
-        for start, stop in self.spans:
+        pieces, end, last = [], first, first + norms.shape[0]
+        for start, stop, _, held in adapted_parts(self.spans, 1):
             a, b = max(start, first), min(stop, last)
             if a < b:
                 mine = self.tensors
                 if (a, b) != (start, stop) or len(self.spans) > 1:  # a slice has a backward
-                    rows = slice(row + a - start, row + b - start)
+                    rows = slice(held.start + a - start, held.start + b - start)
                     mine = {role: tensor[rows] for role, tensor in mine.items()}
                 pieces += [norms.new_ones(a - end)] if a > end else []
                 pieces.append(self.formula(mine, norms[a - first : b - first]))
                 end = b
-            row += stop - start
         pieces += [norms.new_ones(last - end)] if last > end else []
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 

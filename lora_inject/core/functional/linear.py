@@ -34,6 +34,7 @@ from lora_inject.core.functional.factors import (
     spread,
     without_autocast,
 )
+from lora_inject.core.spec.sites import adapted_parts
 
 
 def linear(
@@ -295,8 +296,8 @@ def _parts(
         strides, offset = (steps.pop() * cols, rows, cols), wide.storage_offset() + starts[0] * cols
         stack = wide.as_strided((n_parts, wide.shape[0], width), strides, offset)
         return [(stack, thin.view(-1, n_parts, rank).transpose(0, 1), B.view(-1, width, rank))]
-    wides = [wide[:, a:b] for a, b in spans]
-    return list(zip(wides, torch.split(thin, rank, 1), torch.split(B, widths), strict=True))
+    parts = adapted_parts(spans, rank)
+    return [(wide[:, part.start : part.stop], thin[:, part.a], B[part.b]) for part in parts]
 
 
 def add_product(

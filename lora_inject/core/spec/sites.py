@@ -10,7 +10,7 @@ and B: planning, counting and the checks of a config need no more of it (`adapte
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, TypeVar
@@ -81,6 +81,34 @@ def signed_pairs(A: T, B: T, A0: T | None, B0: T | None) -> tuple[tuple[T, T, fl
     if A0 is None or B0 is None:
         return ((A, B, 1.0),)
     return (A, B, 1.0), (A0, B0, -1.0)
+
+
+class AdaptedPart(NamedTuple):
+    """One adapted part of an output, and which rows of A `(rank * parts, in)` and of B it has."""
+
+    start: int
+    stop: int
+    a: slice
+    b: slice
+
+
+def adapted_parts(spans: Iterable[tuple[int, int]], rank: int) -> list[AdaptedPart]:
+    """Return the parts that `(start, stop)` along the output stand for, in order.
+
+    B has a row for each adapted output, A the rank of each part.
+
+    Examples:
+        >>> adapted_parts([(0, 2), (4, 7)], 8)[1]
+        AdaptedPart(start=4, stop=7, a=slice(8, 16, None), b=slice(2, 5, None))
+    """
+    parts: list[AdaptedPart] = []
+    row = 0
+    for i, (start, stop) in enumerate(spans):
+        width = stop - start
+        ranks, rows = slice(i * rank, (i + 1) * rank), slice(row, row + width)
+        parts.append(AdaptedPart(start, stop, ranks, rows))
+        row += width
+    return parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,14 +258,12 @@ class SiteSpec:
         a_rows, b_rows = self.a_shape[-2], self.b_shape[-2]
         for place, expert in enumerate(self.only or range(self.experts or 1)):
             a_place, b_place = (0 if self.share == role else place for role in "AB")
-            b_start = b_place * b_rows
-            for part, (start, stop) in enumerate(self.spans):
-                a_start = a_place * a_rows + part * self.rank
-                a, b = (a_start, a_start + self.rank), (b_start, b_start + stop - start)
+            for start, stop, of_a, of_b in adapted_parts(self.spans, self.rank):
+                a = a_place * a_rows + of_a.start, a_place * a_rows + of_a.stop
+                b = b_place * b_rows + of_b.start, b_place * b_rows + of_b.stop
                 if self.transposed:
                     rows, cols = (expert * n_in, (expert + 1) * n_in), (start, stop)
                 else:
                     rows, cols = (expert * n_out + start, expert * n_out + stop), (0, n_in)
                 blocks.append(Block(rows, cols, a, b))
-                b_start = b[1]
         return tuple(blocks)
