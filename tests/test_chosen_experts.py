@@ -240,3 +240,24 @@ def test_a_model_without_experts_has_no_profile() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
     with pytest.raises(li.LayerError, match="no batch reached an expert"):
         li.profile_experts(model, [])
+
+
+def test_the_counts_in_the_guide_are_those_of_qwen3_30b_a3b() -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 6144, "head_dim": 128}
+    sizes |= {"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
+    sizes |= {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
+    four = ALL | {"rank": {"active": 32}}
+    up, down = (
+        {"match": rf"experts\.{part}", "rank": {"active": 32}}
+        for part in ("gate_up_proj", "down_proj")
+    )
+    rules: list[list[Any]] = [[], [ALL | {"rank": 32}], [four], [four | {"share": "A"}]]
+    rules += [[up | {"share": "A"}, down | {"share": "B"}], [four | {"only": list(range(32))}]]
+    guide = (Path(__file__).parents[1] / "docs/guide/choose-layers.md").read_text()
+    for each in rules:
+        plan = li.plan(model, {"rank": 32, "targets": ["all-linear", *each]})
+        assert f"| {plan.n_lora:,} |" in guide

@@ -1,1 +1,1 @@
-"""Stacks of experts: weights that are formed only where they are used, and packed ones."""
+"""Mixtures of experts: which weights are experts, how often each is chosen, and their stacks."""
