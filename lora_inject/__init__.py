@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from lora_inject.formats.publishing import push as push
     from lora_inject.integrations.trainer import AdapterCheckpoint as AdapterCheckpoint
     from lora_inject.integrations.trl import reference as reference
+    from lora_inject.integrations.trl import sync_merged as sync_merged
     from lora_inject.rows.routed import routed as routed
     from lora_inject.serving.peft_state import peft_state as peft_state
     from lora_inject.serving.slots import reserve as reserve
@@ -99,7 +100,7 @@ _HOMES = {
     "experts.mxfp4": "packed_experts",
     "experts.profile": "ExpertProfile profile_experts",
     "integrations.trainer": "AdapterCheckpoint",
-    "integrations.trl": "reference",
+    "integrations.trl": "reference sync_merged",
     "core.layers.adapted": "WeightUpdate",
     "core.layers.kinds": "register_kind",
     "core.layers.linear_kinds": "LoRALinear",

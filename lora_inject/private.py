@@ -132,6 +132,7 @@ ATTRIBUTES: Mapping[str, str] = MappingProxyType(
         "_is_quantized": f"transformers: {_MARK}",
         "_is_replica": f"torch's DataParallel: {_MARK}",
         "_keys_to_ignore_on_load_missing": "transformers: no weight may be missing in a file",
+        "_iter_named_params": "TRL's VLLMGeneration: merged weights are not sent to vLLM; refused",
         "_load_from_state_dict": _METHOD,
         "_local_tensor": "torch's DTensor: the whole is compared, and not the part that is here",
         "_metadata": "torch's state dicts: the versions in it are not known",

@@ -4,13 +4,16 @@ SFTTrainer knows nothing of this package, so what it is to leave alone is compar
 bit, and what it is to train is seen to have changed.
 """
 
+import contextlib
+import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import fill
-from training_models import CONFIG, as_peft, curve, llama_folder
+from conftest import error, fill
+from training_models import CONFIG, as_peft, curve, llama, llama_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import lora_inject as li
@@ -233,3 +236,84 @@ def tokenizer(folder: Path) -> Any:
 
 def dataset(rows: list[dict[str, Any]]) -> Any:
     return pytest.importorskip("datasets").Dataset.from_list(rows)
+
+
+class Recorder:
+    """TRL's client of a server, or the model inside a colocated engine: keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.received: dict[str, torch.Tensor] = {}
+        self.llm_engine = self.model_executor = self.driver_worker = self.model_runner = self
+        self.model, self.n_resets = self, 0
+
+    def update_named_params(self, metadata: Any, pairs: Any) -> None:
+        pairs = [(name, tensor.clone()) for name, tensor in pairs]
+        said = [(n, str(t.dtype).removeprefix("torch."), list(t.shape)) for n, t in pairs]
+        assert said == metadata
+        self.load_weights(pairs)
+
+    def load_weights(self, pairs: Any) -> None:
+        self.received |= {name: tensor.clone() for name, tensor in pairs}
+
+    def reset_prefix_cache(self) -> None:
+        self.n_resets += 1
+
+
+class TrainerWithVllm:
+    """What a trainer holds of vLLM, without the engine."""
+
+    def __init__(self, model: Any, mode: str) -> None:
+        trl = pytest.importorskip("trl.generation.vllm_generation", reason=REASON)
+        self.model, self.engine = model, Recorder()
+        self.vllm_generation = generation = trl.VLLMGeneration.__new__(trl.VLLMGeneration)
+        generation.model, generation.mode, generation.enable_sleep_mode = model, mode, False
+        generation.accelerator = SimpleNamespace(is_main_process=True)
+        generation.vllm_client = generation.llm = self.engine
+        generation._weight_metadata = None
+        generation._dist = SimpleNamespace(
+            is_fsdp=False, gather_params=lambda _: contextlib.nullcontext()
+        )
+
+
+@pytest.mark.parametrize("mode", ["server", "colocate"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_vllm_gets_the_merged_weights_of_each_step(mode: str, tied: bool, tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=tied).eval()
+    names = [name for name, _ in model.named_parameters()]
+    plain = copy.deepcopy(model)
+    trainer = TrainerWithVllm(fill(li.inject(model, CONFIG)), mode)
+    trainer.vllm_generation.sync_weights()
+    assert any("lora" in name for name in trainer.engine.received)  # what TRL does on its own
+    li.sync_merged(trainer)
+    for step in (1, 2):
+        fill(model)
+        trainer.engine.received.clear()
+        trainer.vllm_generation._weight_metadata = None
+        trainer.vllm_generation.sync_weights()
+        assert list(trainer.engine.received) == names
+        plain.load_state_dict(trainer.engine.received, strict=False)
+        ids = torch.arange(9)[None]
+        assert error(plain(ids).logits, model(ids).logits) < 1e-5
+        assert trainer.engine.n_resets == 1 + step
+
+
+def test_what_vllm_would_misread_is_refused() -> None:
+    model = llama(tie_word_embeddings=True)
+    with pytest.raises(li.StateError, match="the model has no adapter"):
+        li.sync_merged(TrainerWithVllm(model, "server"))
+    with pytest.raises(li.StateError, match="does not generate with vLLM"):
+        li.sync_merged(SimpleNamespace(model=model))
+    li.inject(model, {"rank": 2, "targets": ["lm_head"]})
+    trainer = li.sync_merged(TrainerWithVllm(model, "server"))
+    with pytest.raises(li.StateError, match="'lm_head': it is tied to another tensor"):
+        trainer.vllm_generation.sync_weights()
+
+
+def test_a_run_with_vllm_that_would_send_the_base_is_refused() -> None:
+    model = fill(li.inject(llama(), CONFIG))
+    args = SimpleNamespace(use_vllm=True, disable_dropout=False)
+    callback = li.AdapterCheckpoint()
+    with pytest.raises(li.StateError, match=r"Call lora_inject\.sync_merged"):
+        callback.on_train_begin(args, None, None, model)
+    li.sync_merged(TrainerWithVllm(model, "colocate"))
+    callback.on_train_begin(args, None, None, model)

@@ -25,6 +25,7 @@ from lora_inject.core.model.read_off import adapter_tensors
 from lora_inject.core.model.train import adapter_parameters, refuse_dead_inputs
 from lora_inject.errors import StateError
 from lora_inject.integrations.stand_ins import SAVE, adapters_on, folders_of, write_adapters
+from lora_inject.integrations.trl import SENT_MERGED
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _N_WATCHED = 10  # steps in which a list of layers may be left out as a whole
@@ -124,6 +125,10 @@ class AdapterCheckpoint:
                 problem += repr(others[0])
             remedy = "Inject first, and list other trained parameters under `train` in the config"
             raise StateError("AdapterCheckpoint", problem, remedy)
+        if getattr(args, "use_vllm", False) and unwrapped(model) not in SENT_MERGED:
+            found = "use_vllm is set, and TRL would send vLLM the base without the adapters"
+            remedy = "Call lora_inject.sync_merged(trainer) before training"
+            raise StateError("AdapterCheckpoint", found, remedy)
         drops = [item.entry.spec.dropout for item in entries(Survey(model)) if item.entry.spec]
         if getattr(args, "disable_dropout", False) and any(drops):
             problem = (

@@ -1,23 +1,87 @@
-"""A reference model for TRL's trainers that is the trained model with its adapters left out.
+"""What TRL's trainers need of a model with adapters: a reference, and weights for vLLM.
 
-TRL knows adapters by PEFT's class, and loads a second base as reference for any other model.
+TRL knows adapters by PEFT's class. For any other model it loads a second base as reference, and
+sends every parameter to vLLM as it is: of ours the plain base, and names that vLLM does not have.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakSet
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.selected import Mix
-from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import reach
+from lora_inject.core.layers.survey import Survey, memory_of, unwrapped
+from lora_inject.core.model.carried import entries, reach
+from lora_inject.core.model.merge import merged_weights
 from lora_inject.core.model.select import selecting
 from lora_inject.errors import StateError
+
+T = TypeVar("T")
+
+SENT_MERGED: WeakSet[nn.Module] = WeakSet()
+"""Models whose trainer sends merged weights."""
+
+
+def sync_merged(trainer: T, *, dequantize: str | None = None) -> T:
+    """Let a trainer of TRL that generates with vLLM send it the merged weights of its model.
+
+    For GRPO and others with `use_vllm=True`, colocated or with a server. Each synchronization folds
+    the active adapters, one tensor at a time, and writes nothing of the model. `AdapterCheckpoint`
+    refuses a run that lacks this call: vLLM would get the base, and names that it does not know.
+
+    Args:
+        trainer: The trainer, after it was made.
+        dequantize: For a quantized base: the dtype that vLLM serves; see `merged_weights`.
+
+    Returns:
+        The trainer.
+
+    Raises:
+        StateError: The trainer does not use vLLM, its model has no adapter, or TRL has changed. At
+            a synchronization: what `merged_weights` raises, or a tied tensor is adapted under one
+            of its names, which vLLM holds once.
+
+    Examples:
+        >>> sync_merged(object())  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        lora_inject.errors.StateError: sync_merged: the trainer does not generate with vLLM. ...
+    """
+    generation: Any = getattr(trainer, "vllm_generation", None)
+    if generation is None:
+        found = "the trainer does not generate with vLLM"
+        raise StateError("sync_merged", found, "Give one that was made with use_vllm=True")
+    if not callable(getattr(generation, "_iter_named_params", None)):
+        found = "this version of TRL iterates over the weights in another way"
+        raise StateError("sync_merged", found, "Use TRL 1.16, with which it was tested")
+    if not reach(generation.model, Survey(generation.model)).names:
+        raise StateError("sync_merged", "the model has no adapter", "Inject or load one first")
+    generation._iter_named_params = lambda: _weights_for_vllm(generation.model, dequantize)
+    SENT_MERGED.add(unwrapped(generation.model))
+    return trainer
+
+
+def _weights_for_vllm(model: nn.Module, dequantize: str | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield merged weights under the first name of each, as `named_parameters` does."""
+    survey = Survey(model)
+    first: dict[Hashable, str] = {}
+    for holder in survey.holders:
+        first.setdefault(memory_of(holder.tensor), holder.name)
+    for item in entries(survey):
+        if item.entry.spec is not None and len(survey.sharing(item.weight)) > 1:
+            found = "it is tied to another tensor, and vLLM would give both the same values"
+            remedy = "Leave the site out of the adapter, or untie the two"
+            raise StateError(f"sync_merged, {item.name!r}", found, remedy)
+    known = {holder.name: memory_of(holder.tensor) for holder in survey.holders}
+    for name, tensor in merged_weights(model, dequantize=dequantize):
+        if first.get(known.get(name), name) == name:
+            yield name, tensor
 
 
 def reference(model: nn.Module) -> nn.Module:
