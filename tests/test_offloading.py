@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +84,33 @@ def test_a_model_offloaded_after_inject_serves_its_adapter() -> None:
     assert [(type(m), [*m._parameters]) for m in model.modules()] == shapes
     with torch.no_grad():
         assert error(model(x), wanted) < FLOAT32
+
+
+OFFLOADS = {
+    "cpu": lambda model, _: accelerate().cpu_offload(model, execution_device=CPU),
+    "disk": lambda model, folder: accelerate().disk_offload(model, folder, execution_device=CPU),
+    "dispatched": lambda model, folder: accelerate().dispatch_model(
+        model, {"0": "cpu", "1": "disk"}, main_device="cpu", offload_dir=folder, force_hooks=True
+    ),
+}
+CPU = torch.device("cpu")
+
+
+def accelerate() -> Any:
+    return pytest.importorskip("accelerate")
+
+
+@pytest.mark.parametrize("how", OFFLOADS)
+def test_what_is_read_of_weights_that_move_is_the_dense_weight(how: str, tmp_path: Path) -> None:
+    """Weights lie on meta between the forwards of their layers."""
+    plain, x = nn.Sequential(Block(), Block()), torch.randn(3, 4)
+    model = adapted(plain, "up", r"down\.weight")
+    wanted = dense(plain, model)(x.double())
+    assert error(plain(x), wanted) > 0.01
+    OFFLOADS[how](model, str(tmp_path))
+    for _ in range(2):
+        with torch.no_grad():
+            assert error(model(x), wanted) < FLOAT32
 
 
 def test_training_under_offload_is_never_in_vain() -> None:

@@ -120,3 +120,29 @@ def test_a_quantized_layer_that_no_adapter_is_on_is_seen_when_training_is_set_up
         with pytest.raises(li.LayerError, match=r"'between\.weight'.*quantizes activations"):
             setup()
     li.train_only(net, None)
+
+
+def test_what_a_parent_computes_with_a_packed_weight_counts_as_no_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Layers of compressed-tensors round W in its place: their weights read raw for everybody."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.called = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.called(torch.nn.functional.linear(x, self.fc.weight))
+
+    loaded(monkeypatch, "compressed_tensors.quantization")
+    net, x, config = Reads(), torch.randn(2, 32), {"rank": 2, "targets": ["fc", "called"]}
+    net.fc.quantization_scheme = SimpleNamespace()
+    with pytest.raises(li.LayerError, match=r"'fc'.*reached"):
+        li.inject(net, config, probe=lambda: net(x))
+    fill(li.inject(net, config))
+    net(x)
+    assert li.unreached(net, lambda: net(x)) == ["fc"]
+    assert li.adapters(net)["default"].idle == ("fc",)
+    with pytest.raises(li.StateError, match="'fc'"):
+        li.save_adapter(net, tmp_path / "a.safetensors", format="native")
