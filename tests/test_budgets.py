@@ -22,11 +22,11 @@ PACKAGE = Path(lora_inject.__file__).parent
 
 # Stage -> lines of the package that it may load.
 LINES = {
-    "config": 1_975,
+    "config": 1_700,
     "forward": 4_230,
-    "activate": 3_510,
-    "inject": 9_405,
-    "merge": 7_680,
+    "activate": 3_500,
+    "inject": 8_850,
+    "merge": 7_890,
     "save, load": 10_945,
     "life": 15_370,
 }
@@ -168,7 +168,7 @@ def test_a_plain_life_loads_none_of_what_is_known_of_other_libraries() -> None:
 
 def test_few_functions_have_more_than_ten_branches() -> None:
     tall = tall_functions(sources())
-    assert len(tall) <= 39, tall
+    assert len(tall) <= 28, tall
 
 
 def test_a_public_name_has_one_home() -> None:

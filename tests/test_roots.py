@@ -1,7 +1,6 @@
 """Models that hold several injected modules: names, parts and shared layers."""
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -69,30 +68,49 @@ def test_a_swap_from_the_parent_writes_each_towers_own_values() -> None:
     assert not torch.equal(values["left.2.lora_B"], values["right.2.lora_B"])
 
 
-def test_a_part_that_was_injected_first_has_the_names_of_the_whole(tmp_path: Path) -> None:
+def test_a_part_that_was_injected_has_the_names_of_the_whole(tmp_path: Path) -> None:
     model = Towers()
     fill(li.inject(model.right, RULE, "part"), "part")
-    fill(li.inject(model, {**RULE, "targets": [r"left\.0"]}, "whole"), "whole")
     assert list(li.adapter_state(model, "part").sites) == ["right.2"]
     path = li.save_adapter(model, tmp_path / "part", "part")
-    li.activate(model, "part")
     plain = li.eject(copy.deepcopy(model))
     assert same_bits(li.load_adapter(plain, path)(X), model(X))
 
 
-def test_towers_that_became_one_root_keep_both_of_their_adapters() -> None:
+@pytest.mark.parametrize("verb", ["inject", "install"])
+def test_a_model_around_or_inside_an_injected_one_is_refused(verb: str) -> None:
+    """Two selections could not say what is active, nor two records what eject restores."""
+    state = li.adapter_state(li.inject(Towers(), {**RULE, "targets": [r"right\.0"]}))
+    of_part = li.adapter_state(li.inject(layers(), RULE))
+
+    def add(model: nn.Module, state: li.AdapterState) -> None:
+        if verb == "install":
+            li.install(model, state, "c", base="any")
+        else:
+            li.inject(model, {**RULE, "targets": [*state.sites]}, "c")
+
     model = Towers()
+    li.inject(model.left, RULE, "a")
     before = snapshot(model)
-    for tower in (model.left, model.right):
-        fill(li.inject(tower, RULE, "a"), "a")
-    wanted = model(X)
-    li.inject(model, {**RULE, "targets": [r"left\.0"]}, "whole")
-    assert list(li.adapter_state(model, "a").sites) == ["left.2", "right.2"]
-    assert same_bits(li.activate(model, "a")(X), wanted)
-    li.eject(model, "a")
-    assert list(li.adapters(model)) == ["whole"]
-    li.eject(model)
+    with pytest.raises(li.StateError, match="a part of the model, 'left', was injected by itself"):
+        add(model, state)
     assert snapshot(model) == before
+    add(model.right, of_part)
+    whole = li.inject(Towers(), {**RULE, "targets": [r"left\.2"]}, "a")
+    before = snapshot(whole)
+    for part in (whole.left, whole.right):
+        with pytest.raises(li.StateError, match="is a part of a model that was injected"):
+            add(part, of_part)
+    assert snapshot(whole) == before
+    li.eject(whole)
+    add(whole.left, of_part)
+
+
+def test_layers_of_two_models_that_were_injected_apart_take_no_adapter_together() -> None:
+    one, two = (li.inject(layers(), RULE, name) for name in "ab")
+    both = nn.ModuleDict({"one": one[2], "two": two[2]})
+    with pytest.raises(li.StateError, match="layers of models that were injected apart"):
+        li.inject(both, {**RULE, "targets": ["one"]}, "c")
 
 
 def test_eject_of_one_model_leaves_another_that_shares_its_encoder() -> None:
@@ -165,31 +183,10 @@ def test_a_verb_on_a_part_of_an_adapter_says_so() -> None:
             verb(model.left)
 
 
-def test_loading_onto_a_parent_of_towers_changes_no_output() -> None:
-    """One selection for all cannot say that `a` is active on one tower and idle on the other."""
+def test_what_is_active_on_another_tower_does_not_decide_for_this_one() -> None:
+    """An adapter that is loaded onto one tower is active there."""
     model = Towers()
-    for tower, names in ((model.left, "a"), (model.right, "ab")):
-        for name in names:
-            fill(li.inject(tower, RULE, name), name)
-    other = fill(li.inject(li.eject(copy.deepcopy(model)), {**RULE, "targets": [r"left\.0"]}))
-    state, before = li.adapter_state(other), snapshot(model)
-    with pytest.raises(li.StateError, match=r"'a' is active in one .* than in 'right.2'.*activate"):
-        li.install(model, state, "c")
-    assert snapshot(model) == before
-    li.activate(model, {"a": 0.5, "b": 2.0})
-    wanted = model(X)
-    li.install(model, state, "c")
-    assert same_bits(model(X), wanted)
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_what_is_active_on_another_tower_does_not_decide_for_this_one(whole: bool) -> None:
-    """Injected as one root or apart: an adapter that is loaded onto one tower is active there."""
-    model = Towers()
-    if whole:
-        li.inject(model, {**RULE, "targets": [r"right\.0"]}, "idle")
-    else:
-        li.inject(model.right, {**RULE, "targets": ["0"]}, "idle")
+    li.inject(model.right, {**RULE, "targets": ["0"]}, "idle")
     fill(li.inject(model.left, RULE, "left"), "left")
     li.activate(model, {"left": 0.5})
     state = li.adapter_state(fill(li.inject(layers(), RULE)))
@@ -205,31 +202,17 @@ def test_what_is_active_on_another_tower_does_not_decide_for_this_one(whole: boo
     assert same_bits(model.right(X), wanted(X))
 
 
-def test_a_part_with_the_name_of_an_idle_adapter_of_another_part_is_refused() -> None:
-    """Both would become active by that name, and the other tower would compute something else."""
-    model = li.activate(li.inject(Towers(), {**RULE, "targets": [r"left\.2"]}, "a"), None)
-    li.inject(model, {**RULE, "targets": [r"right\.2"]}, "b")
-    li.activate(model, None)
-    state, before = li.adapter_state(li.inject(layers(), RULE)), snapshot(model)
-    with pytest.raises(li.StateError, match="another part of the model has an adapter of that"):
-        li.install(model.right, state, "a", base="any")
-    assert snapshot(model) == before
-
-
-@pytest.mark.parametrize("verb", ["inject", "install"])
-def test_towers_are_not_joined_while_another_thread_is_inside_a_context(verb: str) -> None:
-    model = two_towers()
-    config = {**RULE, "targets": [r"left\.0"]}
-    state = li.adapter_state(li.inject(li.eject(copy.deepcopy(model)), config))
-    before = snapshot(model)
-    add = {
-        "inject": lambda: li.inject(model, config, "c"),
-        "install": lambda: li.install(model, state, "c"),
-    }[verb]
-    with li.disabled(model), ThreadPoolExecutor(1) as pool:
-        with pytest.raises(li.StateError, match="another thread or task is inside"):
-            pool.submit(add).result()
-        assert snapshot(model) == before
+def test_a_name_that_a_model_has_that_shares_layers_is_refused() -> None:
+    """Both would become active by that name, and the other model would compute something else."""
+    encoder = layers()
+    one, two = Encoded(encoder), Encoded(encoder)
+    li.inject(one, {**RULE, "targets": ["head"]}, "a")
+    li.inject(one, {**RULE, "targets": [r"encoder\.0"]}, "b")
+    state = li.adapter_state(li.inject(Encoded(layers()), {**RULE, "targets": ["head"]}))
+    before = snapshot(two)
+    with pytest.raises(li.StateError, match="a model that shares layers, has one of that name"):
+        li.install(two, state, "a", base="any")
+    assert snapshot(two) == before
 
 
 def test_unreached_asks_each_tower_for_its_own_adapters() -> None:

@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
 from lora_inject.core.layers import survey
-from lora_inject.core.model import carried
 
 Grads = dict[str, Tensor | None]
 
@@ -483,35 +482,6 @@ def test_activate_on_a_parent_reaches_every_part_once() -> None:
     assert same_bits(parts[1](x), outputs[1])
     li.activate(parts, None)
     assert not any(info.active for info in li.adapters(parts[0]).values())
-
-
-def test_a_root_above_roots_takes_their_adapters_over() -> None:
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.left, self.right, self.top = net(), net(), nn.Linear(4, 4).double()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.top(self.left(x) + self.right(x))
-
-    pair = Pair()
-    before = snapshot(pair)
-    li.eject(pair)
-    bare = snapshot(pair)
-    pair = Pair()
-    x = torch.randn(4, 3, 4, dtype=torch.float64)
-    fill(li.inject(pair, {"rank": 2, "targets": ["top"]}, "d"), "d")
-    assert set(li.adapters(pair)) == {"a", "b", "c", "d"}
-    assert {n for n, info in li.adapters(pair).items() if info.active} == {"d"}
-    layers = [m for _, m, _ in carried.adapted_modules(survey.Survey(pair))]
-    assert len({id(m._lora.selection) for m in layers}) == 1
-    li.activate(pair, {"a": 1.0, "d": 1.0})
-    y = pair(x)
-    li.activate(pair.left, "b")
-    assert not same_bits(pair(x), y)
-    assert li.adapters(pair.right)["b"].active
-    li.eject(pair)
-    assert len(before) == len(bare) == len(snapshot(pair))
 
 
 @pytest.mark.parametrize(

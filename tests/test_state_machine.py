@@ -445,10 +445,12 @@ class Machine(RuleBasedStateMachine):
         biased = [n for n in chosen & sites.keys() if "lora_bias" in allowed(further, sites[n])]
         twice = any(n.removesuffix(sites[n].name) + sites[n].bias in train for n in biased)
         in_use = name in self.truth.on(root) or any(r.startswith(root) for r in self.truth.merged)
+        around = root not in self.truth.active and any(map(self.truth.on, self.truth.active))
+        must = in_use or twice or around
         li.plan(self.at(root), config)
-        if self.refused(lambda: li.inject(self.at(root), config, name), must=in_use or twice):
+        if self.refused(lambda: li.inject(self.at(root), config, name), must=must):
             return
-        if root not in self.truth.active:  # the towers are parts of one root from now on
+        if root not in self.truth.active:  # no tower has an adapter, and the whole is the root
             self.truth.active, self.truth.trainable = {root: {}}, {root: set()}
         self.truth.active[root] = {}
         if self.truth.dtype != torch.bfloat16:

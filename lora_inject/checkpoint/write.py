@@ -33,7 +33,7 @@ from lora_inject.checkpoint.merge_plan import MergePlan
 from lora_inject.checkpoint.output_files import Copy, OutputShard, TensorJob
 from lora_inject.checkpoint.packed import Packed
 from lora_inject.checkpoint.place import read_gain, read_terms
-from lora_inject.core.files.disk import clone, copy_range, reserve, write_at
+from lora_inject.core.files.disk import clone, copy_range, reserve_bytes, write_at
 from lora_inject.core.files.safetensors_file import (
     FLOATS,
     Room,
@@ -121,7 +121,7 @@ def write_shard(
             counted(sum(copy.n_bytes for copy in copies))
             copies = ()
         else:
-            reserve(fd, shard.n_bytes)
+            reserve_bytes(fd, shard.n_bytes)
             write_at(fd, shard.header.raw, 0)
         reports = work_through(shard, plan, copies, _Written(fd), counted)
         before = time.perf_counter()

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from lora_inject.core.layers.attached import Entry, refuse_mixed
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey
-from lora_inject.core.model.carried import whole_adapter
 from lora_inject.core.model.guards import before, holder_of_shards
 from lora_inject.core.model.merge_targets import Into, Target, add_entry
+from lora_inject.core.model.whole import whole_adapter
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import LayerError
 

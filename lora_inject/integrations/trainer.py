@@ -22,7 +22,8 @@ from lora_inject.core.layers.forms import forms_as_tensors
 from lora_inject.core.layers.survey import Survey, unwrapped
 from lora_inject.core.model.carried import Carried, entries, reach, refuse_merged
 from lora_inject.core.model.read_off import adapter_tensors
-from lora_inject.core.model.train import adapter_parameters, refuse_dead_inputs
+from lora_inject.core.model.train import adapter_parameters
+from lora_inject.core.model.trainable import refuse_dead_inputs
 from lora_inject.errors import StateError
 from lora_inject.integrations.stand_ins import SAVE, adapters_on, folders_of, write_adapters
 from lora_inject.integrations.trl import SENT_MERGED

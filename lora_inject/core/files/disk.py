@@ -112,7 +112,7 @@ def clone(source: Path, target: int) -> bool:
     return True
 
 
-def reserve(fd: int, n_bytes: int) -> None:
+def reserve_bytes(fd: int, n_bytes: int) -> None:
     """Give the file its full size, with its blocks reserved if the platform can.
 
     A full disk is then an `OSError` before anything is written.

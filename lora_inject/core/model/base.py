@@ -105,25 +105,25 @@ def check_base(
 ) -> None:
     """Refuse a base that is not the one that the adapter was made on, as far as values tell.
 
+    1. The model is sampled where the adapter's fingerprint has samples.
+    2. Adapted weights that cannot be compared are refused, unless `base` is `quantized`.
+    3. Any other difference is refused.
+
     `adapted` are the model's weights under the names that the adapter has for them. With
     `leave_new`, weights that no checkpoint of this model had may differ.
     """
     saved = state.fingerprint and state.fingerprint.without(state.trained)
     if saved is None:
         return
-    others = untouched(survey.weights, state, saved.shapes)
-    grown = [n for n, tensor in others.items() if tuple(tensor.shape) != tuple(saved.shapes[n])]
-    for name in _vocabulary(survey).intersection(grown) if grown else ():
-        del others[name]  # resized since
-    moved = {name: held.positions for name, held in saved.moved.items()}
-    here = fingerprint(adapted, others, moved)
+    here = _fingerprint_here(survey, state, saved, adapted)
     if saved == here and not here.quantized:
         return
     common = saved.without(saved.shapes.keys() - here.shapes.keys())
     if common is None:
         return
     unknown = unverifiable(common, here)
-    if base != "quantized" and (hidden := [name for name in unknown if name in adapted]):
+    hidden = [name for name in unknown if name in adapted]
+    if hidden and base != "quantized":
         raise FormatError(
             asked,
             f"the base cannot be compared at {len(hidden)} sites, of which {hidden[0]!r}: "
@@ -132,24 +132,51 @@ def check_base(
             'Pass base="quantized" where it is the right base',
         )
     common = common.without(unknown)
-    differences = {} if common is None else base_differences(common, here)
+    if common is not None:
+        _check_values(survey, common, here, adapted, asked, leave_new=leave_new)
+
+
+def _fingerprint_here(
+    survey: Survey, state: AdapterState, saved: Fingerprint, adapted: Mapping[str, Tensor]
+) -> Fingerprint:
+    """Sample the model where a saved fingerprint has samples; no vocabulary that was resized."""
+    others = untouched(survey.weights, state, saved.shapes)
+    grown = {n for n, tensor in others.items() if tuple(tensor.shape) != tuple(saved.shapes[n])}
+    resized = grown & _vocabulary(survey) if grown else grown
+    others = {name: tensor for name, tensor in others.items() if name not in resized}
+    moved = {name: values.positions for name, values in saved.moved.items()}
+    return fingerprint(adapted, others, moved)
+
+
+def _check_values(
+    survey: Survey,
+    saved: Fingerprint,
+    here: Fingerprint,
+    adapted: Mapping[str, Tensor],
+    asked: str,
+    *,
+    leave_new: bool,
+) -> None:
+    """Refuse a base with other values; name an adapted tensor that differs, if there is one."""
+    differences = base_differences(saved, here)
     new = _new_weights(survey) if differences.keys() - adapted.keys() else set()
     if leave_new:
         differences = {n: what for n, what in differences.items() if n not in new}
-    if common is not None and differences:
-        key = next((name for name in differences if name in adapted), next(iter(differences)))
-        what = differences[key]
-        remedy = 'Load it onto its own base, or pass base="any"'
-        if differences.keys() <= new:
-            what += ", where no checkpoint had it"
-            remedy = "Load the base with the weights that it had there, or pass leave_new=True "
-            remedy += "where nothing uses them"
-        raise FormatError(
-            asked,
-            f"the adapter was made on another base: {key!r} {what} ({len(differences)} of "
-            f"{len(common.shapes)} tensors differ)",
-            remedy,
-        )
+    if not differences:
+        return
+    key = next((name for name in differences if name in adapted), next(iter(differences)))
+    what = differences[key]
+    remedy = 'Load it onto its own base, or pass base="any"'
+    if differences.keys() <= new:
+        what += ", where no checkpoint had it"
+        remedy = "Load the base with the weights that it had there, or pass leave_new=True "
+        remedy += "where nothing uses them"
+    raise FormatError(
+        asked,
+        f"the adapter was made on another base: {key!r} {what} ({len(differences)} of "
+        f"{len(saved.shapes)} tensors differ)",
+        remedy,
+    )
 
 
 def _vocabulary(survey: Survey) -> set[str]:

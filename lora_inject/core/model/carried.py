@@ -1,12 +1,14 @@
 """The roots, adapted modules and adapters of a model, read from its modules on each call.
 
-The model is the only state. A small record on the root holds what `eject` must restore and which
-modules each adapter was put on. All names are those of the model that a verb is called on.
+The model is the only state. A root is a module that was injected; a small record on it holds what
+`eject` must restore and which modules each adapter was put on. No root lies inside another. A
+module that was not injected may hold several roots, and two roots may share layers: such have one
+selection. All names are those of the model that a verb is called on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -18,7 +20,6 @@ from lora_inject.core.layers.attached import (
     Entry,
     attached_to,
     refuse_mixed,
-    refuse_replaced_class,
 )
 from lora_inject.core.layers.selection import Selection, alive
 from lora_inject.core.layers.survey import Holder, Survey, base_tensor, unwrapped
@@ -71,11 +72,27 @@ class Root:
         return {**self.__dict__, "kept": None}
 
 
+def root_at(survey: Survey) -> Root | None:
+    """Return the record of a model that is a root itself."""
+    record: Root | None = survey.model.__dict__.get(ROOT)
+    return record
+
+
+def known_roots() -> list[tuple[nn.Module, Root]]:
+    """Return the roots of the process that a verb has seen."""
+    return [(m, m.__dict__[ROOT]) for m in alive(ROOT_MODULES) if ROOT in m.__dict__]
+
+
 def roots_of(survey: Survey) -> dict[str, Root]:
     """Return the records of all injected roots in a model, by name; `""` is the model itself."""
     roots = {path: module for path, module in survey.modules if ROOT in module.__dict__}
     ROOT_MODULES.update(roots.values())  # a copy or a pickle has not registered its roots
     return {path: module.__dict__[ROOT] for path, module in roots.items()}
+
+
+def names_at(survey: Survey) -> set[str]:
+    """Return the adapters that the roots inside a model have."""
+    return {name for record in roots_of(survey).values() for name in record.configs}
 
 
 def adapted_modules(survey: Survey) -> Iterator[tuple[str, nn.Module, Attached]]:
@@ -104,52 +121,15 @@ def _named(path: str, entry: Entry) -> Entry:
     return replace(entry, spec=spec.at(name, weight, aliases))
 
 
-def idle_among(items: Collection[Carried]) -> tuple[str, ...]:
-    """Return the names of sites and trained tensors that no forward has used, where others were."""
-    idle = tuple(
-        item.name
-        for item in items
-        if (attached := attached_to(item.module)) and item.entry.mark not in attached.took_part
-    )
-    return idle if len(idle) < len(items) else ()
-
-
 def records_of(survey: Survey, name: str) -> list[tuple[nn.Module, Root]]:
     """Return the roots that an adapter was put on: those inside the model, else those around it."""
     inside = [(survey.by_name[path], record) for path, record in roots_of(survey).items()]
-    if items := [item for item in inside if name in item[1].carrying]:
-        return items
+    holding = [(module, record) for module, record in inside if name in record.carrying]
+    if holding:
+        return holding
     selections = set(map(id, reach(survey.model, survey).selections))
-    around = [(m, m.__dict__[ROOT]) for m in alive(ROOT_MODULES) if ROOT in m.__dict__]
-    return [(m, r) for m, r in around if name in r.carrying and id(r.selection) in selections]
-
-
-def whole_adapter(survey: Survey, name: str, asked: str) -> list[Carried]:
-    """Return the entries of an adapter; raise if the model does not hold all of them."""
-    recorded = {known for record in roots_of(survey).values() for known in record.configs}
-    check_names(reach(survey.model, survey).names | recorded, [name], asked)
-    records = records_of(survey, name)
-    items = list(entries(survey, name))
-    for path, module, _ in items:
-        refuse_replaced_class(module, f"{asked} {name!r} at {path!r}")
-    if not records:  # a copy of one layer, which has no root
-        return items
-    carrying = {id(m): m for _, record in records for m in record.carrying[name]}
-    items = [item for item in items if id(item[1]) in carrying]
-    for _, module, _ in items:
-        carrying.pop(id(module), None)
-    for module in carrying.values():
-        attached = attached_to(module)
-        lost = list(attached.entries(name)) if attached else []
-        site = next((e.spec.name if e.spec else e.param for e in lost), type(module).__name__)
-        here = any(id(root) in survey.paths for root, _ in records)
-        raise StateError(
-            f"{asked} {name!r}",
-            f"the layer that carries its site {site!r} is not in the model"
-            + (" any more" if here else ", which shares only some of its layers"),
-            "Put the layer back, or eject the adapter" if here else "Call it on the injected model",
-        )
-    return items
+    around = ((m, r) for m, r in known_roots() if id(r.selection) in selections)
+    return [(module, record) for module, record in around if name in record.carrying]
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,19 +201,6 @@ def check_names(known: frozenset[str], names: Iterable[str], verb: str) -> set[s
             hint = f"Did you mean {close[0]!r}?" if close else "Inject or load it first"
             raise StateError(f"{verb} {name!r}", f"the model's adapters are: {there}", hint)
     return set(listed)
-
-
-def check_new_name(reached: Reach, name: str) -> None:
-    """Check that an adapter of that name can be added now, to a model with these adapters."""
-    asked = f"adapter {name!r}"
-    if not isinstance(name, str) or not name:
-        raise StateError(asked, "a name is a string of one character or more", "Give another name")
-    if name in reached.names:
-        found_here = "the model has one of that name"
-        raise StateError(asked, found_here, "Eject it, or choose another name")
-    for selection in reached.selections:
-        selection.check_settled(f"adding adapter {name!r}")
-    refuse_merged(f"adding adapter {name!r}", *reached.selections)
 
 
 def refuse_merged(asked: str, *selections: Selection) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
-from typing import TypeVar
+from collections.abc import Iterable, Sequence, Set
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -12,25 +13,25 @@ from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.class_swap import narrow, unswap
 from lora_inject.core.layers.packed_weights import end_training
 from lora_inject.core.layers.selected import Mix
-from lora_inject.core.layers.selection import alive
 from lora_inject.core.layers.snapshot import all_or_nothing
-from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.survey import Holder, Survey
 from lora_inject.core.model.carried import (
     ROOT,
-    ROOT_MODULES,
     Root,
     adapted_modules,
     check_names,
+    known_roots,
+    names_at,
     reach,
     records_of,
     refuse_merged,
-    roots_of,
     structure_changed,
-    whole_adapter,
 )
 from lora_inject.core.model.guards import after, before
+from lora_inject.core.model.whole import whole_adapter
 
 M = TypeVar("M", bound=nn.Module)
+_Root = tuple[Survey, Root]
 
 
 def eject(model: M, name: str | None = None) -> M:
@@ -53,36 +54,78 @@ def eject(model: M, name: str | None = None) -> M:
         LayerError: `fully_shard` has sharded it.
     """
     survey = Survey(model)
+    gone = _names_to_eject(survey, name)
+    roots = _roots_with(survey, gone)
+    for _, record in roots:
+        _check_free(record, gone, every=name is None)
+    walked = [survey, *(one for one, _ in roots)]
+    for one in walked:
+        before("eject", one, gone)
+    modules = _modules_of(walked, roots, gone)
+    with _unless_it_fails(modules, roots):
+        if not roots:
+            _take_off_a_copy(survey, gone)
+        for one, record in roots:
+            _take_off(one, record, gone & record.configs.keys())
+        structure_changed()
+        after("eject", modules)
+        if not any(reach(one.model).names for one in walked):
+            end_training(modules)
+    return model
+
+
+def _names_to_eject(survey: Survey, name: str | None) -> Set[str]:
+    """Return the adapters that go: one, or all that the roots inside have, or all that are there.
+
+    What no root inside has must be whole in this model: it is a part of a root, or a copy of one.
+    """
     known = reach(survey.model, survey).names
     check_names(known, [] if name is None else [name], "eject")
-    inside = {name for record in roots_of(survey).values() for name in record.configs}
+    inside = names_at(survey)
     gone = {name} if name is not None else inside or known
     for each in gone - inside:
         whole_adapter(survey, each, "eject")
+    return gone
+
+
+def _check_free(record: Root, gone: Set[str], *, every: bool) -> None:
+    """Check that a root can lose adapters now: merged ones only all together."""
+    record.selection.check_settled("eject", others=True)
+    if not every or not gone >= record.configs.keys():
+        refuse_merged(f"ejecting {min(gone)!r}", record.selection)
+
+
+def _roots_with(survey: Survey, gone: Set[str]) -> list[_Root]:
+    """Return the roots that hold adapters, each once."""
     records = {id(m): (m, record) for each in gone for m, record in records_of(survey, each)}
-    for _, record in records.values():
-        record.selection.check_settled("eject", others=True)
-        if name is not None or not gone >= record.configs.keys():
-            refuse_merged(f"ejecting {min(gone)!r}", record.selection)
-    surveys = [(survey if m is survey.model else Survey(m), r) for m, r in records.values()]
-    walked = [survey, *(one for one, _ in surveys)]
-    for one in walked:
-        before("eject", one, gone)
-    modules = {id(m): m for one in walked for _, m in one.modules}
-    modules |= {id(m): m for _, r in surveys for each in gone for m in r.carrying.get(each, ())}
-    values = [value for _, record in surveys for value in (record, record.selection)]
-    flags = [holder.tensor for one, _ in surveys for holder in one.holders]
-    with all_or_nothing(modules.values(), values, flags):
-        for _, module, _ in adapted_modules(survey) if not records else ():
-            for each in gone:  # from a copy of one layer, which has no root
-                _detach(module, each)
-        for one, record in reversed(surveys):
-            _take_off(one, record, gone & record.configs.keys())
-        structure_changed()
-        after("eject", modules.values())
-        if not any(reach(one.model).names for one in walked):
-            end_training(modules.values())
-    return model
+    return [(survey if m is survey.model else Survey(m), r) for m, r in records.values()]
+
+
+def _unless_it_fails(
+    modules: Iterable[nn.Module], roots: Sequence[_Root]
+) -> AbstractContextManager[Any]:
+    """Return the context in which roots change, all or none."""
+    values = [value for _, record in roots for value in (record, record.selection)]
+    flags = [holder.tensor for one, _ in roots for holder in one.holders]
+    return all_or_nothing(modules, values, flags)
+
+
+def _modules_of(
+    walked: Iterable[Survey], roots: Iterable[_Root], gone: Set[str]
+) -> list[nn.Module]:
+    """Return the modules of all models, and those that adapters were put on and that are gone."""
+    modules = {id(module): module for one in walked for _, module in one.modules}
+    for _, record in roots:
+        for name in gone:
+            modules |= {id(module): module for module in record.carrying.get(name, ())}
+    return list(modules.values())
+
+
+def _take_off_a_copy(survey: Survey, gone: Set[str]) -> None:
+    """Remove adapters from a copy of a part, which has no root."""
+    for _, module, _ in adapted_modules(survey):
+        for name in gone:
+            _detach(module, name)
 
 
 def _take_off(survey: Survey, record: Root, gone: Set[str]) -> None:
@@ -121,15 +164,10 @@ def _detach(module: nn.Module, name: str) -> None:
 def _unfreeze(survey: Survey, record: Root) -> None:
     """Restore the flags of base parameters; another root that holds one restores it instead.
 
-    Layers that were moved keep their flags; a layer that replaced another gets that layer's flag.
+    1. A layer gets its own flags back, wherever in the model it was moved to.
+    2. Where it was replaced, so does what stands in its place.
     """
-    others = [(m.__dict__[ROOT], m) for m in alive(ROOT_MODULES) if ROOT in m.__dict__]
-    held = {
-        id(holder.tensor): (other, holder)
-        for other, model in others
-        if other.selection is record.selection
-        for holder in Survey(model).holders
-    }
+    held = _held_by_others(record)
     for name, (_, module, key) in record.required_grad.items():
         here = survey.by_name.get(name.rpartition(".")[0])
         moved = here is None or id(module) in survey.paths
@@ -142,3 +180,13 @@ def _unfreeze(survey: Survey, record: Root) -> None:
                 other.required_grad[holder.name] = holder
             else:
                 parameter.requires_grad_(True)
+
+
+def _held_by_others(record: Root) -> dict[int, tuple[Root, Holder]]:
+    """Return the base parameters of roots that share layers with one, by id, with their root."""
+    others = [(m, other) for m, other in known_roots() if other.selection is record.selection]
+    return {
+        id(holder.tensor): (other, holder)
+        for model, other in others
+        for holder in Survey(model).holders
+    }

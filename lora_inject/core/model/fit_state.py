@@ -26,6 +26,7 @@ from lora_inject.core.spec.names import joined, named
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, LayerError, nearest
 
+_ITS_MODEL = "Load the adapter onto the model that it was made for"
 # Fields of a site that come from the model, not from the adapter.
 _OF_MODEL = ("name", "kind", "weight_shape", "weight", "update", "aliases")
 
@@ -49,7 +50,7 @@ def fit(
     specs = {key: fit_site(site.spec, names, asked) for key, site in state.sites.items()}
     for key in state.trained.keys() & set(names.buffers):
         problem = "it is a buffer of the model, and adapters hold parameters only"
-        remedy = "Merge it into the base with PEFT (merge_and_unload) and start from that model"
+        remedy = "Merge it into the base with the program that made it, and start from that model"
         raise FormatError(f"{asked}, trained tensor {key!r}", problem, remedy)
     trained, rows = _fit_trained(state, survey, weights, asked)
     if base != "any":
@@ -71,7 +72,7 @@ def _without(state: AdapterState, patterns: Iterable[str], asked: str) -> Adapte
     return state.only(set(names) - gone.keys())
 
 
-def _found(spec: SiteSpec, names: Inventory) -> Candidate | None:
+def _candidate(spec: SiteSpec, names: Inventory) -> Candidate | None:
     """Return the model's candidate of a site's name."""
     if (place := names.sites.get(spec.name)) is not None:
         return names.candidates[place]
@@ -84,20 +85,20 @@ def _under_further_names(sites: Mapping[str, SiteState], names: Inventory) -> di
 
     It has an adapter under each of its names, so each of these layers gets one.
     """
-    further = {}
+    sites_of_aliases = {}
     for site in sites.values():
-        spec, own = site.spec, _found(site.spec, names)
+        spec, own = site.spec, _candidate(site.spec, names)
         for alias in spec.aliases:
             there = spec.at(alias, alias + spec.weight.removeprefix(spec.name))
-            other = _found(there, names)
-            if alias not in further and other and own and other.weight != own.weight:
-                further[alias] = dataclasses.replace(site, spec=there)
-    return further
+            other = _candidate(there, names)
+            if alias not in sites and other and own and other.weight != own.weight:
+                sites_of_aliases[alias] = dataclasses.replace(site, spec=there)
+    return sites_of_aliases
 
 
 def _stack_of_one(site: SiteState, names: Inventory) -> SiteState:
-    """Return the site of a stack that holds one matrix as a stack: PEFT's files do not tell."""
-    spec, candidate = site.spec, _found(site.spec, names)
+    """Return the site of a stack that holds one matrix as a stack, where the file does not tell."""
+    spec, candidate = site.spec, _candidate(site.spec, names)
     if spec.kind != "parameter" or spec.experts is not None:
         return site
     if candidate is None or candidate.experts != 1:
@@ -109,25 +110,17 @@ def _stack_of_one(site: SiteState, names: Inventory) -> SiteState:
 
 def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:
     """Return a site's spec as this model holds it: the file's numbers, the module's geometry."""
-    candidate, where = _found(spec, names), f"{asked}, site {spec.name!r}"
-    remedy = "Load the adapter onto the model that it was made for"
+    where = f"{asked}, site {spec.name!r}"
     if spec.kind != "parameter" and all(row.kind != spec.kind for row in KINDS):
-        problem = f"its kind of layer, {spec.kind!r}, is not registered here"
-        raise FormatError(where, problem, "Import the module that calls register_kind for it first")
+        unknown = f"its kind of layer, {spec.kind!r}, is not registered here"
+        raise FormatError(where, unknown, "Import the module that calls register_kind for it first")
+    candidate = _candidate(spec, names)
     if candidate is None:
         close = ", ".join(map(repr, nearest(spec.name, names.sites))) or "none"
-        raise FormatError(where, "the model has no such module", f"Nearest: {close}. {remedy}")
+        raise FormatError(where, "the model has no such module", f"Nearest: {close}. {_ITS_MODEL}")
     if candidate.refusal is not None:
         raise LayerError(where, *candidate.refusal)
-    maps = (spec.in_features, spec.out_features)
-    fits = (candidate.in_features, candidate.out_features)
-    if spec.kind == "parameter" and spec.transposed != candidate.transposed:
-        fits = fits[::-1]
-    # The layout of a parameter may group its axes differently.
-    same = spec.kind == "parameter" and spec.weight_shape == candidate.weight_shape
-    if (maps, spec.experts) != (fits, candidate.experts) and not same:
-        there = f"it maps {maps[0]} to {maps[1]} features in the file"
-        raise FormatError(where, f"{there}, {fits[0]} to {fits[1]} here", remedy)
+    _check_shape(spec, candidate, where)
     here: dict[str, Any] = {key: getattr(candidate, key) for key in _OF_MODEL} | {"rule": None}
     if spec.kind != "parameter":
         here["transposed"] = candidate.transposed
@@ -135,14 +128,28 @@ def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:
     return spec if same else dataclasses.replace(spec, **here)
 
 
+def _check_shape(spec: SiteSpec, candidate: Candidate, where: str) -> None:
+    """Check that a site maps as many features as the model's; a parameter may lie the other way."""
+    is_parameter = spec.kind == "parameter"
+    if is_parameter and spec.weight_shape == candidate.weight_shape:
+        return  # its layout may group the axes differently
+    maps = (spec.in_features, spec.out_features)
+    fits = (candidate.in_features, candidate.out_features)
+    if is_parameter and spec.transposed != candidate.transposed:
+        fits = fits[::-1]
+    if (maps, spec.experts) != (fits, candidate.experts):
+        there = f"it maps {maps[0]} to {maps[1]} features in the file"
+        raise FormatError(where, f"{there}, {fits[0]} to {fits[1]} here", _ITS_MODEL)
+
+
 def _fit_trained(
     state: AdapterState, survey: Survey, weights: Mapping[str, Tensor], asked: str
 ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
     """Return the full copies by the model's names; equal copies of a tied tensor are one tensor.
 
-    A tied tensor that the adapter names once, or with two values, is read as a copy under the names
-    that it gives and nowhere else, as PEFT does. Rows of the input embedding, which PEFT gives to
-    what is tied to it as well, are read under all its names.
+    1. A tied tensor that the adapter names once, or with two values, is a copy under the names that
+       it gives and nowhere else: those who write such files read them so.
+    2. Rows of the input embedding are read under all its names, as they are written for all.
     """
     rows_of: dict[str, tuple[int, ...]] = {}
     fitted: dict[str, Tensor] = {}

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.first_values import first_values
 from lora_inject.core.layers.survey import Survey, memory_of
-from lora_inject.core.model.attach import attach, places, refuse_statistics, survey_for
+from lora_inject.core.model.attach import attach, survey_for
 from lora_inject.core.model.carried import Carried
 from lora_inject.core.model.guards import before, functions
-from lora_inject.core.model.train import refuse_dead_inputs
+from lora_inject.core.model.places import places, refuse_statistics
+from lora_inject.core.model.trainable import refuse_dead_inputs
 from lora_inject.core.spec.config import Config, ConfigLike
 from lora_inject.core.spec.matching import resolve
 from lora_inject.core.spec.names import matching
@@ -100,7 +101,7 @@ def inject(
     named = {
         key: trained.rows for trained in planned.trained for key in survey.names_of(trained.name)
     }
-    carried = places(survey, name, planned.sites, named)
+    wanted = places(survey, name, planned.sites, named)
     for i, pattern in enumerate(planned.config.train):
         asked = f"train {i + 1} ('{pattern}')"
         refuse_statistics(survey, matching(pattern, present.modules, asked=asked), asked)
@@ -111,5 +112,5 @@ def inject(
     def tied(place: Carried) -> Hashable:
         return memory_of(place.weight)
 
-    attach(survey, name, carried, initial, tied, planned.config.to_dict(), probe=probe)
+    attach(survey, name, wanted, initial, tied, planned.config.to_dict(), probe=probe)
     return model

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import Carried, entries, idle_among, reach, roots_of
+from lora_inject.core.model.carried import (
+    Carried,
+    entries,
+    reach,
+    roots_of,
+)
+from lora_inject.core.model.whole import idle_among
 from lora_inject.core.spec.columns import columns
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.shown import Shown, Table

@@ -15,16 +15,17 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import in_memory
 from lora_inject.core.functional.factors import master_dtype
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.attach import attach, places, survey_for
+from lora_inject.core.model.attach import attach, survey_for
 from lora_inject.core.model.base import Base, model_facts
-from lora_inject.core.model.carried import Carried, reach, records_of
+from lora_inject.core.model.carried import Carried, reach
 from lora_inject.core.model.fit_state import fit
 from lora_inject.core.model.guards import after, before
 from lora_inject.core.model.origins import note_files
-from lora_inject.core.model.train import refuse_dead_inputs
+from lora_inject.core.model.places import places
+from lora_inject.core.model.trainable import refuse_dead_inputs
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.rooms import room
-from lora_inject.errors import FormatError, StateError, check_type, user_path
+from lora_inject.errors import FormatError, check_type, user_path
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -143,14 +144,11 @@ def _put_on(
 ) -> None:
     """Put a fitted adapter on; it becomes active if it trains, or no other is active on this model.
 
-    The model may be a part of a larger one: what is active in other parts is none of its business.
+    A model that shares layers with it may have active ones: these stay so.
     """
-    copies = {key: state.rows.get(key) for key in state.trained}
-    carried = places(survey, name, [site.spec for site in state.sites.values()], copies)
-
-    tensors: dict[str, Mapping[str, Tensor]] = {n: site.tensors for n, site in state.sites.items()}
-    tensors |= {joined(n, "bias"): site.tensors for n, site in state.sites.items()}  # lora_bias
-    tensors |= {key: {"T": tensor} for key, tensor in state.trained.items()}
+    specs = [site.spec for site in state.sites.values()]
+    wanted = places(survey, name, specs, {key: state.rows.get(key) for key in state.trained})
+    tensors = _by_name(state)
 
     def given(place: Carried) -> Mapping[str, Tensor]:
         mine = tensors[place.name]
@@ -159,17 +157,19 @@ def _put_on(
     def tied(place: Carried) -> Hashable:
         return id(tensors[place.name][next(iter(place.entry.names))])
 
-    before("load", survey, name, carried, tied)
+    before("load", survey, name, wanted, tied)
     there = reach(survey.model, survey)
     active = {each for selection in there.selections for each in selection.setting.names}
-    idle = active.isdisjoint({*there.names, name})
-    if (idle or trainable) and records_of(survey, name):
-        found_there = "another part of the model has an adapter of that name, which is not active"
-        remedy = "Choose another name: activating the new one would activate both"
-        raise StateError(f"adapter {name!r}", found_there, remedy)
-    is_active = idle or trainable
-    attach(survey, name, carried, given, tied, state.config, activate=is_active, train=trainable)
+    takes_part = trainable or active.isdisjoint(there.names)
+    attach(survey, name, wanted, given, tied, state.config, activate=takes_part, train=trainable)
     after("load", survey, name)
+
+
+def _by_name(state: AdapterState) -> dict[str, Mapping[str, Tensor]]:
+    """Return the tensors of each entry by role, under the name of its site or base tensor."""
+    tensors: dict[str, Mapping[str, Tensor]] = {n: site.tensors for n, site in state.sites.items()}
+    tensors |= {joined(n, "bias"): site.tensors for n, site in state.sites.items()}  # lora_bias
+    return tensors | {key: {"T": tensor} for key, tensor in state.trained.items()}
 
 
 def _copied(tensor: Tensor, weight: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +37,7 @@ from lora_inject.core.model.eject import eject as take_off
 from lora_inject.core.model.merge_targets import (
     Into,
     Target,
+    check_min_kept,
     check_results,
     check_ties,
     dtype_of,
@@ -47,10 +47,10 @@ from lora_inject.core.model.merge_targets import (
     tied_configs,
 )
 from lora_inject.core.model.select import weights_of
-from lora_inject.core.model.train import trainable_tensors
+from lora_inject.core.model.trainable import trainable_tensors
 from lora_inject.core.spec.names import joined, parent
 from lora_inject.core.spec.rooms import room
-from lora_inject.errors import LayerError, StateError, check_type
+from lora_inject.errors import StateError
 
 M = TypeVar("M", bound=nn.Module)
 Weights = tuple[tuple[str, float], ...]
@@ -127,36 +127,27 @@ def merge(
             a part of its memory, the merged weight would not be finite, `min_kept` is missed, or
             the model's class would tie again what has to be untied. Nothing was changed.
     """
-    if min_kept is not None:
-        check_type("merge, min_kept", min_kept, Real, "Give a number from 0 to 1")
-    if dequantize is not None and requantize:
-        raise StateError("merge", "both dequantize and requantize are given", "Choose one of them")
-    into: Into = "same" if requantize else None if dequantize is None else dtype_of(dequantize)
+    check_min_kept(min_kept)
+    into = _into(dequantize, requantize)
     survey = Survey(model)
     root = root_of(survey)
-    selection = root.selection
     mix, targets = _mix_and_targets(survey, name, into, "merge")
     untied = {target.name: target.sharers[0].name for target in targets if target.sharers}
     check_ties(survey, untied, eject)
     for target in targets:
-        if isinstance(target.into, torch.dtype):
-            reason = target.kind.why_not("replace", target.holder.module, target.weight)
-            if reason is not None:
-                raise LayerError(f"merge into {target.name!r}", *reason)
+        target.check_replaceable()
     check_results(targets, min_kept, undo)
 
     undos: list[_Undo] = []
     trainable = [p for *_, p in trainable_tensors(survey) if p.requires_grad]
-    kept = _Merged(selection.setting, trainable, undos if undo else None)
-    waiting = nullcontext() if undo else _held_back_interrupts()
-    whole = all_or_nothing((module for _, module in survey.modules), (selection, root))
-    with waiting, whole, _taken_back(kept, undos, len(targets)):
+    kept = _Merged(root.selection.setting, trainable, undos if undo else None)
+    with _writing(survey, root, kept, undos, len(targets)):
         root.undo = kept
-        selection.replace(Mix(), merged=dict(mix))
+        root.selection.replace(Mix(), merged=dict(mix))
         for parameter in trainable:
             parameter.requires_grad_(False)
         _write(targets, undo, undos)
-        plain = any(isinstance(target.into, torch.dtype) for target in targets)
+        plain = any(target.becomes_plain for target in targets)
         # With the old flag a saved merged model would be tied again when it is loaded.
         kept.say_no_more(survey, quantized=plain, tied=bool(untied))
         refuse_new_ties(survey, untied)
@@ -164,6 +155,26 @@ def merge(
         if eject:
             take_off(model)
     return report
+
+
+def _into(dequantize: str | torch.dtype | None, requantize: bool) -> Into:
+    """Return what quantized weights become."""
+    if dequantize is None:
+        return "same" if requantize else None
+    if requantize:
+        raise StateError("merge", "both dequantize and requantize are given", "Choose one of them")
+    return dtype_of(dequantize)
+
+
+@contextmanager
+def _writing(
+    survey: Survey, root: Root, kept: _Merged, undos: list[_Undo], n: int
+) -> Iterator[None]:
+    """Run the body, which writes `n` tensors, all or nothing; Ctrl-C waits if nothing is kept."""
+    waiting = _held_back_interrupts() if kept.undos is None else nullcontext()
+    whole = all_or_nothing((module for _, module in survey.modules), (root.selection, root))
+    with waiting, whole, _taken_back(kept, undos, n):
+        yield
 
 
 @contextmanager
@@ -328,26 +339,39 @@ def merged_weights(
 def _folded(
     survey: Survey, targets: list[Target], kept: dict[str, float] | None
 ) -> Iterator[tuple[str, Tensor]]:
+    """Yield each base parameter as a merge would leave it.
+
+    | parameter | value |
+    |---|---|
+    | of a layer that becomes a plain one | the plain weight and bias |
+    | of a target, or tied to one that stays tied | the merged values |
+    | a bias beside a weight that is unpacked | in that weight's dtype, as the sum has it |
+    | any other | its own |
+    """
     by_name = {target.name: target for target in targets}
-    # One trained copy under all names of a tied tensor is one target.
     tied = {memory_of(target.weight): target for target in targets if not target.sharers}
-    # A bias has the dtype of the products that it is added to.
-    unpacked = [target for target in targets if isinstance(target.into, torch.dtype)]
-    biases = {parent(target.written.name): target.dtype for target in unpacked}
+    unpacked = [target for target in targets if target.becomes_plain]
+    biases = {joined(parent(t.written.name), "bias"): t.dtype for t in unpacked}
     layers = {id(target.holder.module): target for target in unpacked if target.replaces_layer}
     for path, module in survey.modules:
         layer = layers.get(id(module))
         if layer is not None:
             yield from _replaced(path, layer)
-        for key, parameter in survey.own[id(module)].items() if layer is None else ():
+            continue
+        for key, parameter in survey.own[id(module)].items():
             full = joined(path, key)
             target = by_name.get(full) or tied.get(memory_of(parameter))
             if target is not None:
                 yield full, target.counted_in(kept)
-            elif key == "bias" and path in biases:
-                yield full, in_dtype(parameter, biases[path]).detach()
             else:
-                yield full, parameter.detach()
+                yield full, _unmerged(parameter, biases.get(full))
+
+
+def _unmerged(parameter: nn.Parameter, bias_dtype: torch.dtype | None) -> Tensor:
+    """Return a base parameter that no adapter changes; a bias may get another dtype."""
+    if bias_dtype is not None:
+        parameter = in_dtype(parameter, bias_dtype)
+    return parameter.detach()
 
 
 def _replaced(path: str, layer: Target) -> Iterator[tuple[str, Tensor]]:

@@ -10,7 +10,8 @@ import inspect
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from numbers import Real
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,10 @@ from lora_inject.core.layers.packed_weights import dense, packed_weight, reason_
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
 from lora_inject.core.layers.weight_kinds import UNKNOWN, Verb, WeightKind
-from lora_inject.core.model.carried import whole_adapter
 from lora_inject.core.model.guards import before, holder_of_shards
+from lora_inject.core.model.whole import whole_adapter
 from lora_inject.core.spec.names import joined
-from lora_inject.errors import LayerError, StateError
+from lora_inject.errors import LayerError, StateError, check_type
 
 Into = torch.dtype | Literal["same"] | None
 """Target of a quantized weight: a plain dtype, its own format, or None for an error."""
@@ -62,9 +63,22 @@ class Target:
         return self.holder.name
 
     @property
+    def changes(self) -> bool:
+        """Whether an adapter takes part: a quantized weight may be unpacked without one."""
+        return bool(self.terms or self.copies)
+
+    @property
     def weight(self) -> nn.Parameter:
         """The tensor."""
         return self.holder.tensor
+
+    @property
+    def due_shape(self) -> tuple[int, ...]:
+        """The shape that the adapters say it has."""
+        if self.terms:
+            return self.terms[0].spec.weight_shape
+        copy, _, rows = self.copies[0]
+        return tuple(self.weight.shape if rows is not None else copy.shape)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -79,10 +93,21 @@ class Target:
         return weight_kind(self.holder.module, self.weight)
 
     @property
+    def becomes_plain(self) -> bool:
+        """Whether a quantized weight is written as plain floats."""
+        return isinstance(self.into, torch.dtype)
+
+    @property
     def replaces_layer(self) -> bool:
         """Whether the layer, whose weight is quantized, is written as a plain one."""
-        plain = isinstance(self.into, torch.dtype)
-        return plain and self.kind.replaces_layer(self.holder.module, self.weight)
+        return self.becomes_plain and self.kind.replaces_layer(self.holder.module, self.weight)
+
+    def check_replaceable(self) -> None:
+        """Raise if plain values cannot be the weight of the layer itself."""
+        if self.becomes_plain:
+            reason = self.kind.why_not("replace", self.holder.module, self.weight)
+            if reason is not None:
+                raise LayerError(f"merge into {self.name!r}", *reason)
 
     @property
     def written(self) -> Holder:
@@ -225,7 +250,7 @@ def merge_targets(
     for holder in _quantized_weights(survey) if isinstance(into, torch.dtype) else ():
         targets.setdefault(holder, Target(holder))
     for target in targets.values():
-        for reason in _why_not(target, into):
+        for reason in _reasons_against(target, into):
             raise LayerError(f"merge into {target.name!r}", *reason)
         target.into = into if is_quantized(target.weight) else None
         target.sharers = [one for one in survey.sharing(target.weight) if one != target.holder]
@@ -271,7 +296,7 @@ def add_entry(target: Target, entry: Entry, weight: float) -> None:
         target.terms.append(Term(entry.spec, held[A].detach(), held[B].detach(), weight * sign))
 
 
-def _why_not(target: Target, into: Into) -> Iterator[tuple[str, str]]:
+def _reasons_against(target: Target, into: Into) -> Iterator[tuple[str, str]]:
     """Yield why a tensor cannot be written, and what to do."""
     weight = target.weight
     if weight.device.type == "meta":
@@ -279,19 +304,22 @@ def _why_not(target: Target, into: Into) -> Iterator[tuple[str, str]]:
     if how := holder_of_shards(weight):
         yield f"the weight is sharded by {how}", "Merge into an unsharded copy"
     if is_quantized(weight):
-        yield from _why_not_quantized(target, into)
-        return
+        yield from _reasons_of_quantized(target, into)
+    else:
+        yield from _reasons_of_plain(target)
+
+
+def _reasons_of_plain(target: Target) -> Iterator[tuple[str, str]]:
+    """Yield why nothing can be added to a plain weight where it stands."""
+    weight = target.weight
     if (reason := reason_against("merge", target.holder.module, weight)) is not None:
         yield reason
-    shape = target.terms[0].spec.weight_shape if target.terms else weight.shape
-    if not target.terms and target.copies[0][2] is None:
-        shape = target.copies[0][0].shape
-    if tuple(weight.shape) != tuple(shape):
+    if tuple(weight.shape) != target.due_shape:
         problem = f"the weight has shape {tuple(weight.shape)}, and the adapter is for "
         remedy = (
             "Merge into an unsharded copy (within summon_full_params(model), where there is one)"
         )
-        yield f"{problem}{tuple(shape)}: it is sharded or was replaced", remedy
+        yield f"{problem}{target.due_shape}: it is sharded or was replaced", remedy
     if not weight.is_contiguous():
         remedy = "Make it so first: model.to(memory_format=torch.contiguous_format), or "
         yield "the weight is not contiguous", remedy + "weight.data = weight.data.contiguous()"
@@ -301,7 +329,7 @@ def _why_not(target: Target, into: Into) -> Iterator[tuple[str, str]]:
         yield problem, remedy
 
 
-def _why_not_quantized(target: Target, into: Into) -> Iterator[tuple[str, str]]:
+def _reasons_of_quantized(target: Target, into: Into) -> Iterator[tuple[str, str]]:
     module, weight, kind = target.holder.module, target.weight, target.kind
     verb: Verb = "requantize" if into == "same" else "dequantize"
     problem = f"the weight is quantized ({type(weight).__name__}, {weight.dtype})"
@@ -345,22 +373,33 @@ def check_results(targets: list[Target], min_kept: float | None, undo: bool) -> 
     for target in targets:
         if target.narrow and not undo and not target.into and not all_finite(target.weight):
             raise not_finite(target, target.weight)
-        changed = target.terms or target.copies
-        if (min_kept is not None and target.narrow and changed) or target.may_overflow():
+        counted = min_kept is not None and target.narrow and target.changes
+        if counted or target.may_overflow():
             target.rehearse()
             if target.tally is not None and not target.tally.finite:
                 raise not_finite(target, target.weight)
+    if min_kept is not None:
+        _check_kept(targets, min_kept)
+
+
+def check_min_kept(min_kept: float | None) -> None:
+    """Check the smallest share of a delta that rounding may leave."""
     if min_kept is None:
         return
-    asked = f"merge with min_kept={min_kept}"
+    check_type("merge, min_kept", min_kept, Real, "Give a number from 0 to 1")
     if not 0 <= min_kept <= 1:
+        asked = f"merge with min_kept={min_kept}"
         raise LayerError(asked, "it is a share of a delta", "Give a number from 0 to 1")
+
+
+def _check_kept(targets: list[Target], min_kept: float) -> None:
+    """Refuse a merge of which rounding would leave less than was asked for."""
     kept = {t.name: t.tally.kept for t in targets if t.narrow and t.tally is not None}
     missed = [name for name, share in kept.items() if not share >= min_kept]
     if missed:
         worst = min(missed, key=lambda name: kept[name])
         raise LayerError(
-            asked,
+            f"merge with min_kept={min_kept}",
             f"rounding would leave {kept[worst]:.3f} of the delta of {worst!r}, and less than "
             f"asked at {len(missed)} of {len(targets)} tensors",
             "Stay unmerged, or merge in float32",
@@ -380,34 +419,56 @@ def not_finite(target: Target, base: Tensor) -> LayerError:
 
 
 def _refuse_overlaps(survey: Survey, written: Mapping[Hashable, str]) -> None:
-    """Refuse to write a tensor of which another holds a part; who holds the whole is tied to it."""
-    spans = []
-    held: list[tuple[str, Tensor, Hashable]]
-    held = [(h.name, h.tensor, memory_of(h.tensor)) for h in survey.holders]
-    held += [
-        (name, buffer, (buffer.data_ptr(), name))  # tied to nothing: it would not be untied
-        for path, module in survey.modules
-        for key, buffer in module._buffers.items()
-        for name in (joined(path, key),)
-        if type(buffer) is Tensor and not buffer.is_meta and buffer.data_ptr()
-    ]
-    for name, tensor, memory in held:
-        if isinstance(memory, tuple):
-            steps = zip(tensor.shape, tensor.stride(), strict=True)
-            n_bytes = (1 + sum((n - 1) * step for n, step in steps)) * tensor.element_size()
-            spans.append((memory[0], memory[0] + n_bytes, name, memory))
-    spans.sort(key=lambda span: span[:3])
-    last = spans[:1]  # of those that begin before: if any overlaps, the one that ends last does
+    """Refuse to write a tensor of which another holds a part; who holds the whole is tied to it.
+
+    In the order of their first bytes, a tensor can overlap one before it only if it overlaps that
+    of these which ends last.
+    """
+    spans = sorted(_spans(survey), key=lambda span: span[:3])
+    last = spans[:1]
     for two in spans:
         one, last = last[0], [max(*last, two, key=lambda span: span[1])]
-        if two[0] < one[1] and one[3] != two[3] and not written.keys().isdisjoint((one[3], two[3])):
-            asked, other = (one, two) if one[3] in written else (two, one)
+        overlap = two.start < one.stop and one.memory != two.memory
+        if overlap and not written.keys().isdisjoint((one.memory, two.memory)):
+            asked, other = (one, two) if one.memory in written else (two, one)
             raise LayerError(
-                f"merge into {written[asked[3]]!r}",
-                f"a part of its memory is also a part of {other[2]!r}, which would change",
+                f"merge into {written[asked.memory]!r}",
+                f"a part of its memory is also a part of {other.name!r}, which would change",
                 "Give one of them memory of its own: layer.weight = "
                 "torch.nn.Parameter(layer.weight.detach().clone())",
             )
+
+
+class _Span(NamedTuple):
+    """The bytes of a tensor."""
+
+    start: int
+    stop: int
+    name: str
+    memory: Hashable
+
+
+def _spans(survey: Survey) -> Iterator[_Span]:
+    """Yield the bytes of each base parameter that has memory, and of each buffer.
+
+    A buffer is tied to nothing: it would not be untied.
+    """
+    for holder in survey.holders:
+        memory = memory_of(holder.tensor)
+        if isinstance(memory, tuple):
+            yield _span(holder.name, holder.tensor, memory)
+    for path, module in survey.modules:
+        for key, buffer in module._buffers.items():
+            if type(buffer) is Tensor and not buffer.is_meta and buffer.data_ptr():
+                name = joined(path, key)
+                yield _span(name, buffer, (buffer.data_ptr(), name))
+
+
+def _span(name: str, tensor: Tensor, memory: Hashable) -> _Span:
+    start = tensor.data_ptr()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    n_elements = 1 + sum((n - 1) * step for n, step in steps)
+    return _Span(start, start + n_elements * tensor.element_size(), name, memory)
 
 
 def check_ties(survey: Survey, untied: Mapping[str, str], eject: bool) -> None:

@@ -20,9 +20,9 @@ from lora_inject.core.model.carried import (
     reach,
     refuse_merged,
     roots_of,
-    whole_adapter,
 )
 from lora_inject.core.model.guards import before, functions
+from lora_inject.core.model.whole import whole_adapter
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import StateError

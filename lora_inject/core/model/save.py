@@ -26,10 +26,14 @@ from lora_inject.core.files.disk import replace_file
 from lora_inject.core.files.together import write_together
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.base import model_facts
-from lora_inject.core.model.carried import Carried, entries, idle_among
+from lora_inject.core.model.carried import (
+    Carried,
+    entries,
+)
 from lora_inject.core.model.guards import after, this_process_writes
 from lora_inject.core.model.origins import note_files
 from lora_inject.core.model.read_off import read_off
+from lora_inject.core.model.whole import idle_among
 from lora_inject.core.spec.rooms import room
 from lora_inject.errors import FormatError, user_path, within
 

@@ -8,7 +8,7 @@ write.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Collection, Iterator, Mapping, Set
 from functools import partial
 from os import PathLike
 from typing import Any, TypeVar
@@ -88,38 +88,50 @@ def swap_adapter(
     selections = reach(model, survey).selections
     refuse_merged(asked, *selections)
     state = source
+    whose = asked
     if not isinstance(state, AdapterState):
         facts = partial(model_facts, survey)
         state = read_adapter(state, format, facts=facts, **options).mapped(in_memory)
+        whose = f"{asked} for {str(source)!r}"
     if any(name in root.slots for _, root in records_of(survey, name)):
         state = room("slots").in_slot(state, slot, asked)
-    pairs, weights = list(_paired_copies(slot, state, asked)), {}
-    for key, site in _in_names_of(state, slot, asked).items():
+    pairs = [*_paired_copies(slot, state, asked)]
+    sites = _in_names_of(state, slot, asked)
+    for key, held in sites.items():
         new = state.sites[key]
-        _check_alike(new, site, asked)
-        pairs += [(held, new.tensors[role]) for role, held in site.tensors.items()]
-        weights[new.spec.weight] = here[site.spec.weight]
-    into, values = [held for held, _ in pairs], [value for _, value in pairs]
-    _check_fit(into, values, asked)
-    state.check_finite(asked if state is source else f"{asked} for {str(source)!r}", FormatError)
+        _check_alike(new, held, asked)
+        pairs += [(tensor, new.tensors[role]) for role, tensor in held.tensors.items()]
+    _check_fit(pairs, asked)
+    state.check_finite(whose, FormatError)
     if base != "any":
+        weights = {state.sites[key].spec.weight: here[s.spec.weight] for key, s in sites.items()}
         check_base(survey, state, weights, base, asked)
-    if state.base_copies:
-        check_base_copies(state, survey.weights, asked)
-    values = [*map(in_memory, values)]  # of a file, read before the first write
+    check_base_copies(state, survey.weights, asked)
+    values = [in_memory(value) for _, value in pairs]  # of a file, read before the first write
     for selection in selections:
         selection.note(name)
+    _write(survey, name, [tensor for tensor, _ in pairs], values, state.config)
+    return model
+
+
+def _write(
+    survey: Survey,
+    name: str,
+    into: list[Tensor],
+    values: list[Tensor],
+    config: Mapping[str, Any] | None,
+) -> None:
+    """Write all values into an adapter's Parameters, or none of them."""
     before = [parameter.detach().clone() for parameter in into]
     try:
         copy_into(into, values)
         for _, module, entry in entries(survey, name):
             given_values(module, [entry])
         for _, root in records_of(survey, name):
-            root.configs[name] = state.config
+            root.configs[name] = config
     except BaseException:
         copy_into(into, before)
         raise
-    return model
 
 
 def _in_names_of(state: AdapterState, slot: AdapterState, asked: str) -> dict[str, SiteState]:
@@ -180,20 +192,20 @@ def _check_alike(site: SiteState, held: SiteState, asked: str) -> None:
     raise FormatError(f"{asked}, site {old.name!r}", problem, _BESIDE)
 
 
-def _check_fit(into: list[Tensor], values: list[Tensor], asked: str) -> None:
+def _check_fit(pairs: Collection[tuple[Tensor, Tensor]], asked: str) -> None:
     """Check that a copy cannot fail halfway."""
-    if any(value.is_meta for value in values):
+    if any(value.is_meta for _, value in pairs):
         raise FormatError(asked, "its tensors are on the meta device", "Load their values first")
-    # Some shards are plain Parameters of another shape, found below.
-    others = (parameter for parameter in into if type(parameter) is not nn.Parameter)
-    known = all(hasattr(parameter, "full_tensor") for parameter in others)
-    if not known or any(parameter.is_meta for parameter in into):
-        raise LayerError(
-            asked,
-            "the adapter on the model is on the meta device, or its tensors have an unknown class",
-            "Swap after the model has values",
-        )
-    for value, parameter in zip(values, into, strict=True):
+    for parameter, value in pairs:
+        # Some shards are plain Parameters of another shape, found below.
+        known = type(parameter) is nn.Parameter or hasattr(parameter, "full_tensor")
+        if not known or parameter.is_meta:
+            raise LayerError(
+                asked,
+                "the adapter on the model is on the meta device, or its tensors have an unknown "
+                "class",
+                "Swap after the model has values",
+            )
         if value.shape != parameter.shape:
             shapes = tuple(value.shape), tuple(parameter.shape)
             problem = "a tensor has shape {}, and {} on the model".format(*shapes)

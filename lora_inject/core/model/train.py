@@ -6,29 +6,30 @@ An adapter's tensors require gradients where `train_only` named it, and the base
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
 
 from lora_inject.core.functional.inside import forget_graphs
-from lora_inject.core.layers.attached import Entry
-from lora_inject.core.layers.packed_weights import begin_training, loaded_kinds, reason_against
+from lora_inject.core.layers.packed_weights import begin_training
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.layers.weight_kinds import Reason
 from lora_inject.core.model.carried import (
     adapted_modules,
     check_names,
-    entries,
     reach,
     records_of,
     refuse_merged,
 )
 from lora_inject.core.model.guards import before
-from lora_inject.core.spec.names import joined
-from lora_inject.errors import LayerError, StateError, check_type
+from lora_inject.core.model.trainable import (
+    forget_gradients,
+    refuse_dead_inputs,
+    trainable_tensors,
+)
+from lora_inject.errors import StateError, check_type
 
 
 def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
@@ -45,74 +46,47 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
         LayerError: A quantized layer hands no gradient to its input; or the model was wrapped in
             DistributedDataParallel while one of these did not train.
     """
-    listed = [names] if isinstance(names, str) else [] if names is None else names
-    check_type("train_only", listed, Iterable, "Give a name, several, or None")
-    reached = reach(model)
-    wanted = check_names(reached.names, listed, "train_only")
-    refuse_merged("train_only", *reached.selections)
+    wanted = _adapters_named(model, names)
     survey = Survey(model)
     if wanted:
         refuse_dead_inputs(survey, f"train_only {min(wanted)!r}")
-    records = [record for name in wanted for _, record in records_of(survey, name)]
-    parameters = [(entry.adapter in wanted, p) for _, entry, _, p in trainable_tensors(survey)]
     asked = f"train_only {', '.join(map(repr, sorted(wanted)))}"
-    before("train", survey, [p for trains, p in parameters if trains], asked)
-    changed = any(parameter.requires_grad != trains for trains, parameter in parameters)
+    may_train = [(entry.adapter, p) for _, entry, _, p in trainable_tensors(survey)]
+    trained = [parameter for adapter, parameter in may_train if adapter in wanted]
+    frozen = [parameter for adapter, parameter in may_train if adapter not in wanted]
+    before("train", survey, trained, asked)
+    records = [record for name in wanted for _, record in records_of(survey, name)]
     with all_or_nothing((module for _, module, _ in adapted_modules(survey)), records):
-        for trains, parameter in parameters:
-            parameter.requires_grad_(trains)
+        changed = _set_flags(trained, frozen)
         if wanted:
             begin_training(module for _, module in survey.modules)
         for record in records:
             record.trainable |= wanted & record.carrying.keys()
-    forget_gradients(parameter for trains, parameter in parameters if not trains)
+    forget_gradients(frozen)
     if changed:
         forget_graphs()
 
 
-def forget_gradients(frozen: Iterable[nn.Parameter]) -> None:
-    """Clear the gradients of parameters that were frozen.
-
-    An optimizer steps whatever has a gradient, whether or not it requires one.
-    """
-    for parameter in frozen:
-        parameter.grad = None
-
-
-def refuse_dead_inputs(survey: Survey, asked: str) -> None:
-    """Refuse to train where a layer hands no gradient to its input.
-
-    Such layers compute without autograd: whatever lies before them would get a part of its
-    gradient, or none.
-    """
-    for name, reason in _dead(survey):
-        problem = f"its {reason.found}, through which no gradient reaches the layers before it"
-        serves = "an adapter that was trained elsewhere can be loaded onto it"
-        raise LayerError(f"{asked}, {name!r}", problem, f"{reason.remedy}; {serves}")
+def _set_flags(trained: Sequence[nn.Parameter], frozen: Sequence[nn.Parameter]) -> bool:
+    """Let some parameters train and no others; return whether that changed any."""
+    flags = [(parameter, True) for parameter in trained]
+    flags += [(parameter, False) for parameter in frozen]
+    changed = any(parameter.requires_grad != trains for parameter, trains in flags)
+    for parameter, trains in flags:
+        parameter.requires_grad_(trains)
+    return changed
 
 
-def _dead(survey: Survey) -> Iterator[tuple[str, Reason]]:
-    """Yield names of layers and weights that hand no gradient on, with the reason."""
-    for path, module in survey.modules if loaded_kinds() else ():
-        held: dict[str, Tensor | None] = {path: None}
-        held |= {joined(path, key): weight for key, weight in survey.own[id(module)].items()}
-        for name, weight in held.items():
-            if (reason := reason_against("train", module, weight)) is not None:
-                yield name, reason
-
-
-def trainable_tensors(
-    survey: Survey, name: str | None = None
-) -> Iterator[tuple[str, Entry, str, nn.Parameter]]:
-    """Yield `(key, entry, role, Parameter)` of what may train of one adapter, or of all."""
-    before("read", survey)
-    for path, module, entry in entries(survey, name):
-        site = path if entry.spec is None else entry.spec.name
-        for role, flat in entry.names.items():
-            parameter = module._parameters[flat]
-            if entry.trains(role) and parameter is not None:
-                key = joined(path, entry.param) if role == "T" else f"{site}.lora_{role}"
-                yield key, entry, role, parameter
+def _adapters_named(model: nn.Module, names: str | Iterable[str] | None) -> set[str]:
+    """Return the names of adapters that may train now."""
+    listed: Any = [] if names is None else names
+    if isinstance(names, str):
+        listed = [names]
+    check_type("train_only", listed, Iterable, "Give a name, several, or None")
+    there = reach(model)
+    wanted = check_names(there.names, listed, "train_only")
+    refuse_merged("train_only", *there.selections)
+    return wanted
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
@@ -171,29 +145,14 @@ def parameter_groups(
         >>> [(g["name"], g["lr"]) for g in parameter_groups(net, {"sql": 0.1}, b_lr_ratio=16)]
         [('sql:lora_A', 0.1), ('sql:lora_B', 1.6)]
     """
-    # By identity: the copy of a tied tensor stands under each of its names.
-    groups: dict[tuple[str, str], dict[int, nn.Parameter]] = {}
     survey = Survey(model)
-    for _, entry, role, parameter in trainable_tensors(survey):
-        if parameter.requires_grad:
-            key = (entry.adapter if isinstance(lr, Mapping) else "", role)
-            groups.setdefault(key, {})[id(parameter)] = parameter
+    groups = _groups(survey, by_adapter=isinstance(lr, Mapping))
     if not groups:
         problem = "no adapter of the model is trainable"
         raise StateError("parameter_groups", problem, "Call train_only(model, name)")
     refuse_dead_inputs(survey, "parameter_groups")  # a base may be quantized after inject
     rates = lr if isinstance(lr, Mapping) else {"": lr}
-    for rate, what in [(b_lr_ratio, "b_lr_ratio"), *((rate, "lr") for rate in rates.values())]:
-        asked, remedy = f"parameter_groups, {what}", "Give a positive number, such as 1e-3"
-        check_type(asked, rate, (Real, Tensor), remedy)
-        # A rate of 0 is asked for in words; a ratio of 0 would leave B, and so the update, at 0.
-        if not (0 < rate < math.inf or (what == "lr" and rate == 0)):
-            raise StateError(asked, f"it is {rate}", remedy)
-    known = {adapter for adapter, _ in groups}
-    if wrong := rates.keys() ^ known:
-        asked = f"parameter_groups, learning rate of {min(wrong)!r}"
-        problem = f"the trainable adapters are {sorted(known)}"
-        raise StateError(asked, problem, "Give one for each of them and no other")
+    _check_rates(rates, b_lr_ratio, {adapter for adapter, _ in groups})
     return [
         {
             "params": list(parameters.values()),
@@ -202,3 +161,30 @@ def parameter_groups(
         }
         for (adapter, role), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def _groups(survey: Survey, *, by_adapter: bool) -> dict[tuple[str, str], dict[int, nn.Parameter]]:
+    """Return what trains by adapter ("" for all together) and role, each Parameter once.
+
+    By identity: the copy of a tied tensor stands under each of its names.
+    """
+    groups: dict[tuple[str, str], dict[int, nn.Parameter]] = {}
+    for _, entry, role, parameter in trainable_tensors(survey):
+        if parameter.requires_grad:
+            key = (entry.adapter if by_adapter else "", role)
+            groups.setdefault(key, {})[id(parameter)] = parameter
+    return groups
+
+
+def _check_rates(rates: Mapping[str, Any], ratio: Any, trainable: set[str]) -> None:
+    """Check learning rates by adapter, and the ratio of B's: positive numbers, for each adapter."""
+    for rate, what in [(ratio, "b_lr_ratio"), *((rate, "lr") for rate in rates.values())]:
+        asked, remedy = f"parameter_groups, {what}", "Give a positive number, such as 1e-3"
+        check_type(asked, rate, (Real, Tensor), remedy)
+        # A rate of 0 is asked for in words; a ratio of 0 would leave B, and so the update, at 0.
+        if not (0 < rate < math.inf or (what == "lr" and rate == 0)):
+            raise StateError(asked, f"it is {rate}", remedy)
+    if wrong := rates.keys() ^ trainable:
+        asked = f"parameter_groups, learning rate of {min(wrong)!r}"
+        problem = f"the trainable adapters are {sorted(trainable)}"
+        raise StateError(asked, problem, "Give one for each of them and no other")

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, cast
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -33,7 +32,7 @@ from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.shown import Shown
 from lora_inject.core.spec.sites import ROLES
 from lora_inject.core.spec.strict import Strict, YamlModel, checked_regex
-from lora_inject.core.spec.yaml import Dumper, show
+from lora_inject.core.spec.words import show
 from lora_inject.errors import nearest
 
 if TYPE_CHECKING:
@@ -294,8 +293,8 @@ class Rule(Strict):
     @model_validator(mode="after")
     def _chooses_experts(self) -> Self:
         if isinstance(self.only, str) == (self.top is None):
-            found = "top needs a profile" if self.top else f"{show(self.only)} is a profile"
-            raise ValueError(found, "Give both: only: profile.yaml and top: 0.25")
+            problem = "top needs a profile" if self.top else f"{show(self.only)} is a profile"
+            raise ValueError(problem, "Give both: only: profile.yaml and top: 0.25")
         if self.share and self.only is not None:
             raise ValueError("share is for whole stacks, and only chooses of them", "Give one")
         return self
@@ -470,9 +469,9 @@ class Config(Shown, YamlModel):
 
     def to_yaml(self) -> str:
         """Return the config as YAML, from which `from_text` makes an equal one."""
-        return yaml.dump(
-            self.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1 << 16
-        )
+        from lora_inject.core.spec.yaml import written  # no part of injecting
+
+        return written(self.to_dict())
 
     def __str__(self) -> str:
         return self.to_yaml().rstrip()

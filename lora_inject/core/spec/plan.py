@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from lora_inject.core.spec.columns import columns, sides
 from lora_inject.core.spec.config import Active, Config, Normal, Rule
 from lora_inject.core.spec.names import counted, templates
 from lora_inject.core.spec.shown import Shown
@@ -145,20 +144,29 @@ def _lines(plan: Plan, width: int, *, everything: bool) -> Iterator[str]:
         yield from _filled(f"rule {i + 1} '{rule.match}': {numbers}", width)
         entries = [(site.name, _cells(site)) for site in sites]
         yield from _table(entries, width, everything=everything)
+    yield from _trained_lines(plan, width, everything=everything)
+    yield from _skipped_lines(plan, width, everything=everything)
+    closing = [f"tied: {' = '.join(tied.names)}; {_tied_text(tied)}" for tied in plan.tied]
+    for line in (*closing, *(f"note: {note}" for note in plan.notes), _totals(plan)):
+        yield from _filled(line, width)
+
+
+def _trained_lines(plan: Plan, width: int, *, everything: bool) -> Iterator[str]:
     for why in dict.fromkeys(entry.why for entry in plan.trained):
-        rows = any(entry.rows for entry in plan.trained if entry.why == why)
-        yield f"{why}: {'rows that train' if rows else 'trained in full'}"
-        mine = [(entry.name, _cells(entry)) for entry in plan.trained if entry.why == why]
-        yield from _table(mine, width, everything=everything)
+        mine = [entry for entry in plan.trained if entry.why == why]
+        has_rows = any(entry.rows for entry in mine)
+        yield f"{why}: {'rows that train' if has_rows else 'trained in full'}"
+        cells = [(entry.name, _cells(entry)) for entry in mine]
+        yield from _table(cells, width, everything=everything)
+
+
+def _skipped_lines(plan: Plan, width: int, *, everything: bool) -> Iterator[str]:
     for reason in dict.fromkeys(entry.reason for entry in plan.skipped):
         full = dict.fromkeys(e.name for e in plan.skipped if e.reason == reason)
         names = list(full if everything else templates(full))
         most = len(names) if everything else 4
         some = ", ".join(names[:most]) + (", ..." if len(names) > most else "")
         yield from _filled(f"skipped, {reason}: {some}", width)
-    closing = [f"tied: {' = '.join(tied.names)}; {_tied_text(tied)}" for tied in plan.tied]
-    for line in (*closing, *(f"note: {note}" for note in plan.notes), _totals(plan)):
-        yield from _filled(line, width)
 
 
 def _filled(line: str, width: int) -> list[str]:
@@ -185,6 +193,8 @@ def _table(
     entries: Iterable[tuple[str, tuple[str, str, int]]], width: int, *, everything: bool
 ) -> Iterator[str]:
     """Return rows of kind, shape and size; names with equal values are joined, or not."""
+    from lora_inject.core.spec.columns import columns  # no part of planning
+
     groups: dict[tuple[str, str, int], list[str]] = {}
     for name, alike in entries:
         groups.setdefault(alike, []).append(name)
@@ -199,6 +209,8 @@ def _table(
 def _cells(entry: SiteSpec | Trained) -> tuple[str, str, int]:
     """Return kind, shape and number of parameters."""
     if isinstance(entry, Trained):
+        from lora_inject.core.spec.columns import sides
+
         return "trained", sides(entry.shape), math.prod(entry.shape)
     some = "" if entry.only is None else f"{len(entry.only):,} of a "
     share = f", one {entry.share}" if entry.share else ""

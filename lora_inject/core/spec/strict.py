@@ -1,42 +1,20 @@
-"""Strict models of pydantic, whose errors say the place in the file, what was found, what to do."""
+"""Strict models of pydantic: no unknown keys, no conversions, and errors in words."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from inspect import Signature, signature
 from os import PathLike
-from typing import Any, ClassVar, Self, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
 
 from lora_inject.core.spec.names import regex_problem
-from lora_inject.core.spec.yaml import Document, Loc, dotted, read_text, show
-from lora_inject.errors import ConfigError, check_type, nearest
+from lora_inject.core.spec.words import show
+from lora_inject.errors import ConfigError, check_type
 
-_ALSO = 4  # further errors that one message lists
-
-_NAMES = {
-    "rank": ("r", "lora_r"),
-    "alpha": ("lora_alpha",),
-    "dropout": ("lora_dropout",),
-    "init": ("init_lora_weights",),
-    "scaling": ("use_rslora",),
-    "targets": ("target_modules", "target_parameters", "rules"),
-    "exclude": ("exclude_modules",),
-    "train": ("modules_to_save",),
-    "layers": ("layers_to_transform",),
-    "sites": ("modules",),
-    "match": ("pattern", "name", "regex"),
-    "normal": ("std",),
-    "adapted": ("lora_only",),
-    "lr": ("learning_rate",),
-}
-_ELSEWHERE = {other: ours for ours, others in _NAMES.items() for other in others}
-"""Names of the same thing elsewhere, to ours."""
-
-_MAPPINGS = {"init": "{normal: 0.02}", "layout": "{in: [0], out: [1, 2]}"}
+if TYPE_CHECKING:
+    from lora_inject.core.spec.yaml import Document
 
 
 def _for_editors(schema: dict[str, Any]) -> None:
@@ -64,7 +42,7 @@ class Strict(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise _config_error(error, type(self), data) from None
+            raise _in_words(error, type(self), data) from None
 
     # As in pydantic's own BaseModel: a model inside a model is validated by the outer one.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
@@ -100,6 +78,8 @@ class YamlModel(Strict):
             ConfigError: The file cannot be read, is not safe YAML, or is not valid; the message
                 gives `FILE:LINE:COLUMN (key)`.
         """
+        from lora_inject.core.spec.yaml import read_text  # a config of plain data needs no YAML
+
         return cls.from_text(read_text(path), source=str(path))
 
     @classmethod
@@ -123,6 +103,8 @@ class YamlModel(Strict):
             ...     print(error)
             lora.yaml:1:1 (rnak): unknown key 'rnak'. Did you mean 'rank'?
         """
+        from lora_inject.core.spec.yaml import Document
+
         document = Document(text, source or f"<{cls.__name__.lower()}>")
         return cls._validated(document.data, document)
 
@@ -140,7 +122,7 @@ class YamlModel(Strict):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise _config_error(error, cls, data, document) from None
+            raise _in_words(error, cls, data, document) from None
 
     @classmethod
     def coerce(cls, value: Any) -> Self:
@@ -161,103 +143,10 @@ class YamlModel(Strict):
         return cls.from_yaml(value)
 
 
-def _config_error(
+def _in_words(
     error: ValidationError, cls: type[Strict], data: Any, document: Document | None = None
 ) -> ConfigError:
-    """Turn pydantic's errors into one: the first in the order of the text, and a word on others."""
-    models: dict[str, type[BaseModel]] = {"": cls, **cls.inside}
-    faults = []
-    for detail in error.errors(include_url=False):
-        if detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]:
-            continue  # what is wrong with its entries is listed for each
-        path = _path(detail["loc"], data)
-        problem, remedy = _explain(detail, path, models)
-        unknown = detail["type"] == "extra_forbidden"
-        if unknown and document is not None and document.anchors(path):
-            remedy += "" if remedy.endswith("?") else "."
-            remedy += " A key cannot only hold an anchor: put it where its value is used first"
-        missing = detail["type"] == "missing"  # sorted last: a misspelled key explains it
-        if document is None:
-            outer = cls.__name__.replace("Config", "config")
-            place, order = f"{outer} ({dotted(path)})" if path else outer, (0, 0)
-        else:
-            place, order = document.place(path, key=unknown), document.order(path)
-        faults.append(((missing, *order), place, problem, remedy))
-    (_, place, problem, remedy), *others = sorted(faults, key=lambda fault: fault[0])
-    if others:
-        end = "" if remedy.endswith((".", "?", "!")) else "."
-        listed = "; ".join(f"{place}: {problem}" for _, place, problem, _ in others[:_ALSO])
-        more = f"; and {len(others) - _ALSO} more" if len(others) > _ALSO else ""
-        remedy = f"{remedy}{end} Also: {listed}{more}"
-    return ConfigError(place, problem, remedy)
+    """Return what pydantic found wrong, in words."""
+    from lora_inject.core.spec.explained import config_error  # no part of a config that is right
 
-
-def _path(loc: Loc, data: Any) -> Loc:
-    """Return the steps of a location that are in the data; pydantic adds tags of unions."""
-    path: Loc = ()
-    for step in loc:
-        inside = step in data if isinstance(data, Mapping) else isinstance(step, int)
-        if inside and isinstance(data, (Mapping, list, tuple)):
-            data, path = data[step], (*path, step)  # type: ignore[index]
-    return path
-
-
-def _explain(
-    detail: ErrorDetails, path: Loc, models: Mapping[str, type[BaseModel]]
-) -> tuple[str, str]:
-    """Return what was problem, and what to do."""
-    kind, value, key = detail["type"], detail["input"], str(path[-1] if path else "")
-    if kind == "value_error":
-        problem, remedy = detail["ctx"]["error"].args
-        return problem, remedy
-    if kind == "extra_forbidden":
-        return f"unknown key {show(key)}", _other_key(path, models)
-    if kind == "missing":
-        return f"'{detail['loc'][-1]}' is missing", f"Add {detail['loc'][-1]}: with its value"
-    if kind == "too_short":
-        return "it is empty", "Give one entry at least"
-    if kind == "greater_than_equal" and path[:1] == ("tokens",):
-        return f"there is no row {show(value)}", "Rows are counted from 0"
-    if kind in ("int_type", "float_type") and (number := _number_in(value)):
-        return f"{show(value)} is a word", f"Write {number}, without quotes and leading zeros"
-    remedy = re.sub(r"valid dictionary or instance of \w+", "mapping", detail["msg"])
-    for word, plain in (("tuple", "list"), ("Tuple", "List"), ("Dictionary", "Mapping")):
-        remedy = remedy.replace(word, plain)
-    if kind == "literal_error":
-        choices = re.findall(r"'(\w+)'", str(detail["ctx"]["expected"]))
-        remedy = _suggestion(value, choices) or remedy
-        remedy += f", or {_MAPPINGS[key]}" if key in _MAPPINGS and remedy[-1] != "?" else ""
-    if kind == "tuple_type" and isinstance(value, str):
-        remedy = f"Write a list: [{value}]"
-    return f"{show(value)} is not accepted", remedy
-
-
-def _number_in(value: Any) -> str:
-    """Return the number that a word with quotes or leading zeros was meant as, or ""."""
-    text = value if isinstance(value, str) else ""
-    match = re.fullmatch(r"([-+]?)0*([0-9]+(\.[0-9]+)?)", text, re.ASCII)
-    return match[1] + match[2] if match else ""
-
-
-def _other_key(path: Loc, models: Mapping[str, type[BaseModel]]) -> str:
-    """Return what to write instead of an unknown key."""
-    key = str(path[-1])
-    owner = next((step for step in reversed(path[:-1]) if step in models), "")
-    keys = _keys(models[str(owner)])
-    meant = _ELSEWHERE.get(key, key)
-    for step, model in models.items():
-        if meant in _keys(model) and meant not in keys:
-            return f"'{meant}' belongs {f'under {step}' if step else 'at the top level'}"
-    return _suggestion(key, keys) or f"The keys are {', '.join(keys)}"
-
-
-def _suggestion(word: Any, choices: list[str]) -> str:
-    """Return a question with the choice that the word means elsewhere, or nearly spells."""
-    if not isinstance(word, str):
-        return ""
-    near = [_ELSEWHERE[word]] if _ELSEWHERE.get(word) in choices else nearest(word, choices, n=1)
-    return f"Did you mean '{near[0]}'?" if near else ""
-
-
-def _keys(model: type[BaseModel]) -> list[str]:
-    return [field.alias or name for name, field in model.model_fields.items()]
+    return config_error(error, cls, cls.inside, data, document)

@@ -7,16 +7,15 @@ tags, and aliases that expand without bound are errors. Words and numbers are th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any
 
 import yaml
 
 from lora_inject.core.spec.names import printable
+from lora_inject.core.spec.words import Loc, dotted
 from lora_inject.errors import ConfigError, check_type, user_path
-
-Loc = tuple[str | int, ...]
 
 MAX_TEXT_BYTES = 1 << 20
 MAX_NODES = 50_000  # of the document with its aliases written out
@@ -55,7 +54,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-class Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):
     """Quotes what YAML 1.1 or 1.2 would read as something else; never writes aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002  (PyYAML's signature)
@@ -70,10 +69,16 @@ class Dumper(yaml.SafeDumper):
 
 
 _Loader.yaml_implicit_resolvers = {}  # those of YAML 1.1
-Dumper.add_representer(str, Dumper.text)
-for _reader in (_Loader, Dumper):
+_Dumper.add_representer(str, _Dumper.text)
+for _reader in (_Loader, _Dumper):
     for _kind, (_pattern, _) in _PLAIN.items():
         _reader.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(rf"({_pattern})\Z"), None)
+
+
+def written(data: Mapping[str, Any]) -> str:
+    """Return plain data as YAML, in its order."""
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 16)
+    return text
 
 
 def read_text(
@@ -230,15 +235,3 @@ def _yaml_help(problem: str) -> str:
     if "alias" in problem:
         return "Define the anchor before it is used; a pattern that begins with * needs quotes"
     return "Check indentation, brackets and quotes there"
-
-
-def show(value: Any) -> str:
-    """Return the value as the user would recognize it, short and printable."""
-    text = f"'{value}'" if isinstance(value, str) else repr(value)
-    return printable(text if len(text) <= 60 else f"{text[:57]}...")
-
-
-def dotted(path: Loc) -> str:
-    """Return `("targets", 1, "rank")` as `targets[1].rank`."""
-    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
-    return text.removeprefix(".")

@@ -1,0 +1,74 @@
+"""Becoming a root: which module may be injected, under which name, and what its layers share."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lora_inject.core.layers.selection import Selection
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.carried import (
+    ROOT,
+    ROOT_MODULES,
+    Root,
+    known_roots,
+    reach,
+    records_of,
+    refuse_merged,
+    root_at,
+    roots_of,
+)
+from lora_inject.errors import StateError
+
+
+def become_root(survey: Survey, selection: Selection) -> Root:
+    """Return the record of a model, which is a root from now on."""
+    record = root_at(survey)
+    if record is None:
+        record = survey.model.__dict__[ROOT] = Root(selection)
+        ROOT_MODULES.add(survey.model)
+    return record
+
+
+def selection_for(survey: Survey) -> Selection:
+    """Return what the layers of a model share, or will if they have no adapter yet."""
+    record = root_at(survey)
+    if record is not None:
+        return record.selection
+    return next(iter(reach(survey.model, survey).selections), None) or Selection()
+
+
+def refuse_nested(survey: Survey, asked: str) -> None:
+    """Refuse to inject into a module inside or around a root, or into layers of several roots."""
+    inside = [path for path in roots_of(survey) if path]
+    if inside:
+        problem = f"a part of the model, {inside[0]!r}, was injected by itself"
+        remedy = "Inject into that part again, or eject it and inject into the whole model"
+        raise StateError(asked, problem, remedy)
+    if root_at(survey) is None and _is_inside_a_root(survey.model):
+        problem = "the module is a part of a model that was injected"
+        remedy = "Inject into that model, with patterns that begin with the name of the part"
+        raise StateError(asked, problem, remedy)
+    if len(reach(survey.model, survey).selections) > 1:
+        problem = "it has layers of models that were injected apart"
+        raise StateError(asked, problem, "Eject those first")
+
+
+def _is_inside_a_root(module: nn.Module) -> bool:
+    return any(module is part for root, _ in known_roots() for part in root.modules())
+
+
+def check_new_name(survey: Survey, name: str) -> None:
+    """Check that an adapter of that name can be added to a model now."""
+    asked = f"adapter {name!r}"
+    if not isinstance(name, str) or not name:
+        raise StateError(asked, "a name is a string of one character or more", "Give another name")
+    there = reach(survey.model, survey)
+    if name in there.names:
+        has_it = "the model has one of that name"
+        raise StateError(asked, has_it, "Eject it, or choose another name")
+    if records_of(survey, name):
+        has_it = "a layer that was replaced, or a model that shares layers, has one of that name"
+        raise StateError(asked, has_it, "Eject it, or choose another name")
+    for selection in there.selections:
+        selection.check_settled(f"adding adapter {name!r}")
+    refuse_merged(f"adding adapter {name!r}", *there.selections)

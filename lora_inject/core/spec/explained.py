@@ -1,0 +1,201 @@
+"""What is wrong with a config, in words: the place, what is there, and what to do.
+
+Loaded when a config is wrong. pydantic's faults become one error; a key that other programs use
+is met with ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from lora_inject.core.spec.words import Loc, dotted, show
+from lora_inject.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from lora_inject.core.spec.yaml import Document
+
+_ALSO = 4  # further errors that one message lists
+
+_NAMES = {
+    "rank": ("r", "lora_r"),
+    "alpha": ("lora_alpha",),
+    "dropout": ("lora_dropout",),
+    "init": ("init_lora_weights",),
+    "scaling": ("use_rslora",),
+    "targets": ("target_modules", "target_parameters", "rules"),
+    "exclude": ("exclude_modules",),
+    "train": ("modules_to_save",),
+    "layers": ("layers_to_transform",),
+    "sites": ("modules",),
+    "match": ("pattern", "name", "regex"),
+    "normal": ("std",),
+    "adapted": ("lora_only",),
+    "lr": ("learning_rate",),
+}
+_ELSEWHERE = {other: ours for ours, others in _NAMES.items() for other in others}
+"""Names of the same thing elsewhere, to ours."""
+
+_MAPPINGS = {"init": "{normal: 0.02}", "layout": "{in: [0], out: [1, 2]}"}
+
+
+def config_error(
+    error: ValidationError,
+    cls: type[BaseModel],
+    inside: Mapping[str, type[BaseModel]],
+    data: Any,
+    document: Document | None = None,
+) -> ConfigError:
+    """Turn pydantic's errors into one: the first in the order of the text, and a word on others.
+
+    A key that is missing comes last: a misspelled one explains it.
+
+    Args:
+        error: What pydantic raised.
+        cls: The model of the whole.
+        inside: Models inside, by their key, where an unknown key may belong.
+        data: What was validated.
+        document: The text that it was read from.
+    """
+    models = {"": cls, **inside}
+    faults = []
+    for detail in error.errors(include_url=False):
+        if _is_of_its_entries(detail):
+            continue
+        path = _path(detail["loc"], data)
+        problem, remedy = _explain(detail, path, models)
+        unknown = detail["type"] == "extra_forbidden"
+        if unknown and document is not None and document.anchors(path):
+            remedy += "" if remedy.endswith("?") else "."
+            remedy += " A key cannot only hold an anchor: put it where its value is used first"
+        place, order = _place(cls, path, document, key=unknown)
+        faults.append(((detail["type"] == "missing", *order), place, problem, remedy))
+    (_, place, problem, remedy), *others = sorted(faults, key=lambda fault: fault[0])
+    listed = [f"{place}: {problem}" for _, place, problem, _ in others]
+    return ConfigError(place, problem, remedy + _also(listed, remedy))
+
+
+def _is_of_its_entries(detail: ErrorDetails) -> bool:
+    """Whether a list is short because of entries that are wrong, each of which has its error."""
+    return detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]
+
+
+def _place(
+    cls: type[BaseModel], path: Loc, document: Document | None, *, key: bool
+) -> tuple[str, tuple[int, int]]:
+    """Return the place of a value, or of its key, in words, and where it stands in the text."""
+    if document is not None:
+        return document.place(path, key=key), document.order(path)
+    outer = cls.__name__.replace("Config", "config")
+    return f"{outer} ({dotted(path)})" if path else outer, (0, 0)
+
+
+def _also(listed: list[str], remedy: str) -> str:
+    """Return what follows a remedy: further faults."""
+    if not listed:
+        return ""
+    end = "" if remedy.endswith((".", "?", "!")) else "."
+    more = f"; and {len(listed) - _ALSO} more" if len(listed) > _ALSO else ""
+    return f"{end} Also: {'; '.join(listed[:_ALSO])}{more}"
+
+
+def _path(loc: Loc, data: Any) -> Loc:
+    """Return the steps of a location that are in the data; pydantic adds tags of unions."""
+    path: Loc = ()
+    for step in loc:
+        inside = step in data if isinstance(data, Mapping) else isinstance(step, int)
+        if inside and isinstance(data, (Mapping, list, tuple)):
+            data, path = data[step], (*path, step)  # type: ignore[index]
+    return path
+
+
+def _explain(
+    detail: ErrorDetails, path: Loc, models: Mapping[str, type[BaseModel]]
+) -> tuple[str, str]:
+    """Return what was found, and what to do.
+
+    | pydantic's kind of fault | said by |
+    |---|---|
+    | `value_error` | the validator, which raises both |
+    | `extra_forbidden`, `missing`, `too_short` | the key |
+    | `literal_error`, `tuple_type`, numbers | the value and what it may have meant |
+    | any other | pydantic, in words of a config |
+    """
+    kind, value, key = detail["type"], detail["input"], str(path[-1] if path else "")
+    if kind == "value_error":
+        problem, remedy = detail["ctx"]["error"].args
+        return problem, remedy
+    if kind == "extra_forbidden":
+        return f"unknown key {show(key)}", _other_key(path, models)
+    if kind == "missing":
+        return f"'{detail['loc'][-1]}' is missing", f"Add {detail['loc'][-1]}: with its value"
+    if kind == "too_short":
+        return "it is empty", "Give one entry at least"
+    return _of_value(detail, value, key, path)
+
+
+def _of_value(detail: ErrorDetails, value: Any, key: str, path: Loc) -> tuple[str, str]:
+    """Return what is wrong with a value, and what to write."""
+    kind, number = detail["type"], _number_in(value)
+    if kind == "greater_than_equal" and path[:1] == ("tokens",):
+        return f"there is no row {show(value)}", "Rows are counted from 0"
+    if kind in ("int_type", "float_type") and number:
+        return f"{show(value)} is a word", f"Write {number}, without quotes and leading zeros"
+    remedy = _in_our_words(detail["msg"])
+    if kind == "literal_error":
+        remedy = _choice(detail, value, key, remedy)
+    if kind == "tuple_type" and isinstance(value, str):
+        remedy = f"Write a list: [{value}]"
+    return f"{show(value)} is not accepted", remedy
+
+
+def _in_our_words(message: str) -> str:
+    """Return pydantic's message in the words of YAML."""
+    message = re.sub(r"valid dictionary or instance of \w+", "mapping", message)
+    for word, plain in (("tuple", "list"), ("Tuple", "List"), ("Dictionary", "Mapping")):
+        message = message.replace(word, plain)
+    return message
+
+
+def _choice(detail: ErrorDetails, value: Any, key: str, otherwise: str) -> str:
+    """Return which of some words may be meant."""
+    choices = re.findall(r"'(\w+)'", str(detail["ctx"]["expected"]))
+    meant = _suggestion(value, choices) or otherwise
+    if key in _MAPPINGS and not meant.endswith("?"):
+        meant += f", or {_MAPPINGS[key]}"
+    return meant
+
+
+def _number_in(value: Any) -> str:
+    """Return the number that a word with quotes or leading zeros was meant as, or ""."""
+    text = value if isinstance(value, str) else ""
+    match = re.fullmatch(r"([-+]?)0*([0-9]+(\.[0-9]+)?)", text, re.ASCII)
+    return match[1] + match[2] if match else ""
+
+
+def _other_key(path: Loc, models: Mapping[str, type[BaseModel]]) -> str:
+    """Return what to write instead of an unknown key."""
+    key = str(path[-1])
+    owner = next((step for step in reversed(path[:-1]) if step in models), "")
+    keys = _keys(models[str(owner)])
+    meant = _ELSEWHERE.get(key, key)
+    for step, model in models.items():
+        if meant in _keys(model) and meant not in keys:
+            return f"'{meant}' belongs {f'under {step}' if step else 'at the top level'}"
+    return _suggestion(key, keys) or f"The keys are {', '.join(keys)}"
+
+
+def _suggestion(word: Any, choices: list[str]) -> str:
+    """Return a question with the choice that the word means elsewhere, or nearly spells."""
+    if not isinstance(word, str):
+        return ""
+    near = [_ELSEWHERE[word]] if _ELSEWHERE.get(word) in choices else nearest(word, choices, n=1)
+    return f"Did you mean '{near[0]}'?" if near else ""
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]
