@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import logging
 import os
 import re
 import sys
@@ -252,6 +253,9 @@ def main() -> None:
     gc.set_threshold(400_000)
     # Torch says so when it is imported; no command needs numpy.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    # transformers imports each quantizer that is installed, and they log what they lack on a CPU.
+    for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         app(prog_name="lora-inject")
     except SystemExit as left:
