@@ -140,8 +140,9 @@ def test_what_a_parent_computes_with_a_packed_weight_counts_as_no_use(
     net.fc.quantization_scheme = SimpleNamespace()
     with pytest.raises(li.LayerError, match=r"'fc'.*reached"):
         li.inject(net, config, probe=lambda: net(x))
-    fill(li.inject(net, config))
-    net(x)
+    optimizer = torch.optim.SGD(li.adapter_parameters(li.inject(net, config)).values(), 0.1)
+    net(x).square().sum().backward()
+    optimizer.step()
     assert li.unreached(net, lambda: net(x)) == ["fc"]
     assert li.adapters(net)["default"].idle == ("fc",)
     with pytest.raises(li.StateError, match="'fc'"):
