@@ -32,9 +32,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_inject as li
 from lora_inject.core.functional import cpu
-from lora_inject.core.functional.factors import Factors, master_dtype
+from lora_inject.core.functional.factors import Patch, Update, master_dtype
 from lora_inject.core.functional.finite import all_finite
-from lora_inject.core.functional.fold import Delta, Tally, Term, fold_rows
+from lora_inject.core.functional.fold import Delta, Tally, fold_rows
 from lora_inject.core.functional.linear import add_updates, linear, lone_token
 from lora_inject.core.functional.lookup import embedding
 from lora_inject.core.functional.weight import dense_delta, effective_weight
@@ -46,7 +46,7 @@ Span = tuple[int, int]
 SEEDS = st.integers(0, 9999)
 
 
-def dense(updates: Sequence[Factors], n_out: int) -> Tensor:
+def dense(updates: Sequence[Update], n_out: int) -> Tensor:
     """The sum of `scale * B A` as one `(out, in)` matrix, in the dtype of the factors."""
     total = 0.0
     for u in updates:
@@ -117,7 +117,7 @@ def _is_the_dense_layer(
     for rank, spans, scale in problem["updates"]:
         width = sum(b - a for a, b in spans) if spans else 6
         A = torch.randn(rank * len(spans or (1,)), n_in, dtype=wide)
-        updates.append(Factors(A, torch.randn(width, rank, dtype=wide), scale, spans))
+        updates.append(Update(A, torch.randn(width, rank, dtype=wide), scale, spans))
     named = {"x": [x], "weight": [weight], "bias": [bias] if bias is not None else []}
     named |= {"A": [u.A for u in updates], "B": [u.B for u in updates]}
     trained = [t for name in sorted(problem["train"]) for t in named[name]]
@@ -185,7 +185,7 @@ def test_derivatives_by_finite_differences(name, second, path, monkeypatch) -> N
 
     def run(*tensors: Tensor) -> Tensor:
         x, weight, bias, A, B, A2, B2 = tensors
-        updates = [Factors(A, B, 0.7, **options), Factors(A2, B2, -1.3)]
+        updates = [Update(A, B, 0.7, **options), Update(A2, B2, -1.3)]
         torch.manual_seed(4)
         if path.startswith("fused"):
             return linear(x, weight, bias, updates, transposed=transposed)
@@ -209,14 +209,14 @@ def test_embedding_derivatives_by_finite_differences(padding_idx: int | None) ->
     A, B = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 5), (3, 2)))
 
     def run(A: Tensor, B: Tensor) -> Tensor:
-        y = embedding(F.embedding(ids, W), ids, [Factors(A, B, 0.7)], padding_idx)
+        y = embedding(F.embedding(ids, W), ids, [Update(A, B, 0.7)], padding_idx)
         # With padding the table's gradient is zero there by definition, not by calculus.
         return y if padding_idx is None else y[ids != padding_idx]
 
     assert torch.autograd.gradcheck(run, (A, B))
     assert torch.autograd.gradgradcheck(run, (A, B))
     if padding_idx is not None:
-        embedding(F.embedding(ids, W), ids, [Factors(A, B, 0.7)], padding_idx).sum().backward()
+        embedding(F.embedding(ids, W), ids, [Update(A, B, 0.7)], padding_idx).sum().backward()
         assert not A.grad[:, 2].any()
         assert A.grad[:, 0].all()
 
@@ -376,7 +376,7 @@ def test_dropout_of_no_tokens() -> None:
     """An expert that no token came to still trains."""
     A, B = torch.randn(2, 4, requires_grad=True), torch.randn(3, 2, requires_grad=True)
     x = torch.randn(0, 4, requires_grad=True)
-    y = linear(x, torch.randn(3, 4), None, [Factors(A, B, 0.5, None, 0.1)])
+    y = linear(x, torch.randn(3, 4), None, [Update(A, B, 0.5, None, 0.1)])
     y.sum().backward()
     assert y.shape == (0, 3)
     assert not A.grad.any()
@@ -499,7 +499,7 @@ def delta_by_hand(spec: SiteSpec, A: Tensor, B: Tensor) -> Tensor:
     A, B = A.double(), B.double()
     banks = zip(A, B, strict=True) if spec.experts is not None else [(A, B)]
     found = [
-        dense([Factors(a, b, spec.alpha / divisor, spans)], spec.out_features) for a, b in banks
+        dense([Update(a, b, spec.alpha / divisor, spans)], spec.out_features) for a, b in banks
     ]
     found = [d.t() if spec.transposed else d for d in found]
     return torch.stack(found) if spec.experts is not None else found[0]
@@ -518,17 +518,17 @@ def test_delta_effective_weight_and_fold_state_one_fact(spec, dtype, data, seed)
     half = torch.finfo(dtype).eps / 2 if torch.finfo(dtype).bits == 16 else 0.0
     slack = 1e-5 if dtype != torch.float64 else 1e-12
     bound = half * exact.abs() + slack * (1 + delta.abs())
-    read = effective_weight(W, [(spec, A, B, spec.scale)], float32=False)
+    read = effective_weight(W, [Patch(spec, A, B)], float32=False)
     assert (read.shape, read.dtype) == (W.shape, dtype)
     assert ((read.double() - exact).abs() <= bound).all()
-    wide = effective_weight(W, [(spec, A, B, spec.scale)], float32=True)
+    wide = effective_weight(W, [Patch(spec, A, B)], float32=True)
     assert wide.dtype == torch.promote_types(dtype, torch.float32)
     assert ((wide.double() - exact).abs() <= slack * (1 + delta.abs())).all()
 
     matrix, bits = W.view(spec.matrix_shape), W.clone()
     cut = data.draw(st.integers(0, matrix.shape[0]))
     tally = Tally()
-    delta_rows = Delta([Term(spec, A, B)], torch.promote_types(dtype, torch.float32))
+    delta_rows = Delta([Patch(spec, A, B)], torch.promote_types(dtype, torch.float32))
     halves = [(matrix[:cut], 0), (matrix[cut:], cut)]
     merged = torch.cat([fold_rows(*half, delta_rows, tally) for half in halves]).view(W.shape)
     assert same_bits(W, bits), "the rows that were given are never written"
@@ -548,9 +548,9 @@ def test_delta_effective_weight_and_fold_state_one_fact(spec, dtype, data, seed)
 def test_fold_takes_mixed_weights_and_another_dtype() -> None:
     spec = SiteSpec("s", "linear", 3, 4, (4, 3), 2, 2.0)
     A, B, W = torch.randn(2, 3), torch.randn(4, 2), torch.randn(4, 3).bfloat16()
-    merged = fold_rows(W, 0, Delta([Term(spec, A, B, 0.5), Term(spec, 2 * A, B, -0.25)]))
+    merged = fold_rows(W, 0, Delta([Patch(spec, A, B, 0.5), Patch(spec, 2 * A, B, -0.25)]))
     assert same_bits(merged, W)
-    wide = fold_rows(W, 0, Delta([Term(spec, A, B)]), out=torch.empty(4, 3))
+    wide = fold_rows(W, 0, Delta([Patch(spec, A, B)]), out=torch.empty(4, 3))
     assert torch.allclose(wide, W.float() + B @ A, atol=1e-6)
 
 
@@ -559,7 +559,7 @@ def test_fold_says_when_the_result_is_not_finite() -> None:
     W = torch.zeros(4, 3, dtype=torch.float16)
     for size, finite in ((1e2, True), (1e3, False)):
         tally = Tally()
-        term = Term(spec, torch.full((2, 3), size), torch.full((4, 2), size))
+        term = Patch(spec, torch.full((2, 3), size), torch.full((4, 2), size))
         fold_rows(W, 0, Delta([term]), tally)
         assert tally.finite is finite
 

@@ -17,7 +17,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 import lora_inject as li
 from lora_inject.core.functional import cpu
-from lora_inject.core.functional.factors import Factors
+from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.linear import linear
 from lora_inject.core.layers import sending
 from lora_inject.experts.packed_experts import PackedExperts
@@ -300,7 +300,7 @@ def test_the_path_of_a_cpu_gives_the_values_of_every_other(dtype, float32, monke
     g = torch.randn(300, 700).to(dtype)
 
     def run() -> list[Tensor]:
-        y = linear(x, W, None, [Factors(A, B, 0.7)], float32=float32)
+        y = linear(x, W, None, [Update(A, B, 0.7)], float32=float32)
         return [y.detach(), *torch.autograd.grad(y, leaves, g)]
 
     near = run()

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
+from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.lazy import LazyWeight, lazy_weight
 from lora_inject.core.functional.read_only import ReadOnly
-from lora_inject.core.functional.weight import LowRank, Update, effective_weight
+from lora_inject.core.functional.weight import LowRank, effective_weight
 from lora_inject.core.spec.sites import SiteSpec, Slices
 
 E, M, N, R, T = 3, 5, 4, 2, 6
@@ -50,12 +51,12 @@ class Case:
         torch.manual_seed(0)
         self.W = torch.randn(specs[0].weight_shape, dtype=torch.float64)
         self.leaves: list[Tensor] = []
-        self.updates: list[Update] = []
+        self.updates: list[Patch] = []
         for spec, weight in zip(specs, weights, strict=True):
             A = torch.randn(spec.a_shape, dtype=torch.float64, requires_grad=True)
             B = torch.randn(spec.b_shape, dtype=torch.float64, requires_grad=True)
             self.leaves += [A, B]
-            self.updates.append((spec, A, B, spec.scale * weight))
+            self.updates.append(Patch(spec, A, B, weight))
 
     def lazy(self) -> Tensor:
         """The weight as a forward reads it."""
@@ -66,10 +67,12 @@ class Case:
     def dense(self) -> Tensor:
         """The formula, one expert and one slice at a time."""
         total = self.W
-        for spec, A, B, scale in self.updates:
+        for spec, A, B, weight in self.updates:
             pairs = zip(A, B, strict=True) if spec.experts else [(A, B)]
             deltas = [self._delta(spec, a, b) for a, b in pairs]
-            total = total + scale * (torch.stack(deltas) if spec.experts else deltas[0])
+            total = total + spec.scale * weight * (
+                torch.stack(deltas) if spec.experts else deltas[0]
+            )
         return total
 
     @staticmethod
@@ -347,7 +350,7 @@ def test_torch_is_told_the_device_of_the_weight() -> None:
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
 def test_autocast_casts_operations_of_the_weight_alone(kept: torch.dtype) -> None:
     W, B, A = torch.randn(M, M).to(kept), torch.randn(M, R), torch.randn(R, M)
-    lazy = lazy_weight(W, [(_square(), A, B, 1.0)], float32=False)
+    lazy = lazy_weight(W, [Patch(_square(), A, B, 1 / SCALE)], float32=False)
     assert type(lazy) is LazyWeight
     with torch.autocast("cpu", torch.bfloat16):
         for use in (lambda w: w @ w, lambda w: F.mse_loss(w, -w), lambda w: w.sum()):
@@ -624,7 +627,7 @@ def test_bf16_keeps_what_rounding_the_sum_would_lose() -> None:
     spec = site("out_in")
     W = torch.randn(E, M, N).bfloat16()
     A, B = 1e-3 * torch.randn(spec.a_shape), torch.randn(spec.b_shape)
-    lazy = lazy_weight(W, [(spec, A, B, 1.0)], float32=False)
+    lazy = lazy_weight(W, [Patch(spec, A, B, 1 / SCALE)], float32=False)
     assert lazy.dtype == torch.bfloat16
     x = torch.eye(N, dtype=torch.bfloat16)
     with torch.no_grad():

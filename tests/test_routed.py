@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
-from lora_inject.core.functional.factors import Factors
+from lora_inject.core.functional.factors import Update
 from lora_inject.rows.bank import routed_update
 
 Rows = list[str | None]
@@ -170,7 +170,7 @@ def test_any_distribution_of_rows_by_hand(rows, ranks, n_tokens) -> None:
 
     def run(y: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
         pairs = zip(tensors[::2], tensors[1::2], strict=True)
-        adapters = [[Factors(A, B, 0.5 + i % 2)] for i, (A, B) in enumerate(pairs)]
+        adapters = [[Update(A, B, 0.5 + i % 2)] for i, (A, B) in enumerate(pairs)]
         return routed_update(y, x, torch.tensor(rows), adapters, float32=False)
 
     def by_hand(y: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:

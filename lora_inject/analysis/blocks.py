@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_inject.algebra.svd import ThinProduct
 from lora_inject.core.adapter.site_state import SiteState
-from lora_inject.core.functional.fold import Term
+from lora_inject.core.functional.factors import Patch
 from lora_inject.core.spec.sites import ROLES, Block, SiteSpec
 from lora_inject.errors import StateError
 
@@ -142,14 +142,14 @@ def site_blocks(site: SiteState, *, checked: bool = True) -> tuple[SiteBlock, ..
         >>> [b.label for b in site_blocks(SiteState(spec, torch.ones(4, 4), torch.ones(4, 2)))]
         ['q', 'v']
     """
-    terms = [Term(site.spec, A, B, sign) for A, B, sign in site.pairs]
+    terms = [Patch(site.spec, A, B, sign) for A, B, sign in site.pairs]
     if checked and not all(bool(torch.isfinite(t).all()) for t in site.tensors.values()):
         remedy = "Its training diverged; take an earlier checkpoint of the adapter"
         raise StateError(f"analyze '{site.spec.name}'", "it holds NaN or Inf", remedy)
     return blocks_of_terms(terms, checked=checked)
 
 
-def blocks_of_terms(terms: Sequence[Term], *, checked: bool = True) -> tuple[SiteBlock, ...]:
+def blocks_of_terms(terms: Sequence[Patch], *, checked: bool = True) -> tuple[SiteBlock, ...]:
     """Split the terms of one weight: the update, less its frozen start if it has one."""
     spec = terms[0].spec
     if checked and ROLES[spec.variant].gained:

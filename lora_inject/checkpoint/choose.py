@@ -22,7 +22,7 @@ from torch import Tensor
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.merge_inputs import MergeOptions, WeightedAdapter
 from lora_inject.checkpoint.output_files import TensorJob, clash
-from lora_inject.checkpoint.place import NoPlace, Orientation, Placed, Update
+from lora_inject.checkpoint.place import NoPlace, Orientation, Placed, SiteUpdate
 from lora_inject.checkpoint.quantized_base import why_no_update
 from lora_inject.core.adapter.fingerprint import Fingerprint, Moved, base_differences, same_values
 from lora_inject.core.adapter.site_state import SiteState
@@ -218,7 +218,7 @@ class Fit:
         if copy is not None and entry is not None and _grew(entry, copy):
             entry = replace(entry, shape=tuple(copy.shape))
         try:
-            places = Update(state, self.adapter.weight, name, self.way).places(entry)
+            places = SiteUpdate(state, self.adapter.weight, name, self.way).places(entry)
         except CheckpointError:  # the class cannot be built
             places = []
         if not places:

@@ -18,7 +18,7 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.variants import VARIANTS
 from lora_inject.core.files.safetensors_file import TensorEntry
 from lora_inject.core.files.tensors import in_memory
-from lora_inject.core.functional.fold import Term
+from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.spec.sites import SiteSpec
 
@@ -37,7 +37,7 @@ class Placed:
     start: int  # first row of the tensor's matrix
     stop: int  # first row after
     n_cols: int  # columns of the tensor's matrix
-    terms: tuple[Term, ...]  # the updates, on a matrix of `stop - start` rows
+    terms: tuple[Patch, ...]  # the updates, on a matrix of `stop - start` rows
     gain: Gain | None = None  # factor on the outputs of W + the terms (DoRA)
 
     @property
@@ -46,9 +46,9 @@ class Placed:
         return self.terms[0].spec.name
 
 
-def read_terms(terms: Iterable[Term]) -> list[Term]:
+def read_terms(terms: Iterable[Patch]) -> list[Patch]:
     """Return updates with the values of those that are still in a file."""
-    return [replace(term, A=in_memory(term.A), B=in_memory(term.B)) for term in terms]
+    return [term._replace(A=in_memory(term.A), B=in_memory(term.B)) for term in terms]
 
 
 def read_gain(gain: Gain | None) -> Gain | None:
@@ -107,7 +107,7 @@ class Orientation:
 
 
 @dataclass(frozen=True)
-class Update:
+class SiteUpdate:
     """The update of one site, to be placed under its weight's name in the files."""
 
     state: SiteState
@@ -153,7 +153,7 @@ class Update:
             b = B.reshape(-1, spec.rank) if expert is None else B[expert]
             if rows is not None:
                 a, b = (a[:, rows], b) if transposed else (a, b[rows])
-            terms.append(Term(spec, a, b, sign * self.weight))
+            terms.append(Patch(spec, a, b, sign * self.weight))
         variant, gain = VARIANTS[spec.variant], None
         if variant.gained:  # one matrix: sites that cannot have a gain were refused before
             gain = Gain(variant.gain, self.state.further, spec.spans)

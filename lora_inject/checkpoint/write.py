@@ -42,7 +42,8 @@ from lora_inject.core.files.safetensors_file import (
     rows_per_block,
 )
 from lora_inject.core.files.tensors import bytes_of, in_memory
-from lora_inject.core.functional.fold import Delta, Tally, Term, fold_rows, mix_copies
+from lora_inject.core.functional.factors import Patch
+from lora_inject.core.functional.fold import Delta, Tally, fold_rows, mix_copies
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.merge_report import TensorReport
 from lora_inject.errors import CheckpointError
@@ -227,7 +228,7 @@ class _Span(NamedTuple):
     start: int
     stop: int
     offset: int  # the row that the terms' matrix begins at
-    terms: tuple[Term, ...]
+    terms: tuple[Patch, ...]
     gain: Gain | None
 
     @property

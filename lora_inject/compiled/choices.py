@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_inject.core.functional.factors import Factors
+from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.inside import constant_in_graphs
 from lora_inject.rows.bank import at_places, stacked
 
@@ -27,10 +27,10 @@ def number_of(adapter: str) -> int:
 def chosen_factors(
     choice: Tensor,
     numbers: Sequence[int],
-    adapters: Sequence[Sequence[Factors]],
+    adapters: Sequence[Sequence[Update]],
     out: int,
     dtype: torch.dtype,
-) -> Factors:
+) -> Update:
     """Return one update that equals those of the adapters that a tensor names.
 
     `choice` is `(k, 2)`, float64: number and weight of each chosen adapter; `numbers` are those of
@@ -44,7 +44,7 @@ def chosen_factors(
     A = torch.where(here, at_places(A_bank, index), 0)
     B = torch.where(here, at_places(B_bank, index) * weights, 0)
     p = adapters[0][0].dropout
-    return Factors(A.flatten(0, 1), B.transpose(0, 1).flatten(1), scale, dropout=p)
+    return Update(A.flatten(0, 1), B.transpose(0, 1).flatten(1), scale, dropout=p)
 
 
 def chosen_rows(chosen: Tensor, numbers: Sequence[int]) -> Tensor:

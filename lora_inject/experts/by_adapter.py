@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.lazy import Read, begun
 from lora_inject.core.functional.unstored import can_make
-from lora_inject.core.functional.weight import LowRank, Update, low_rank
+from lora_inject.core.functional.weight import LowRank, low_rank
 
 
-def lazy_stack(weight: Tensor, each: Sequence[Sequence[Update]]) -> Tensor:
+def lazy_stack(weight: Tensor, each: Sequence[Sequence[Patch]]) -> Tensor:
     """Return stacked experts with each matrix once for each adapter, with the adapter's updates.
 
     Adapter by adapter for one expert, then the next expert.
@@ -25,7 +26,7 @@ def lazy_stack(weight: Tensor, each: Sequence[Sequence[Update]]) -> Tensor:
 class _ReadForEach(Read):
     """One reading of stacked experts with the updates of several adapters."""
 
-    def __init__(self, weight: Tensor, each: Sequence[Sequence[Update]]) -> None:
+    def __init__(self, weight: Tensor, each: Sequence[Sequence[Patch]]) -> None:
         self._each = each
         super().__init__(weight, [u for us in each for u in us], None, lambda: None, True, True)
         self.shape = torch.Size((len(weight) * len(each), *weight.shape[1:]))
@@ -35,13 +36,13 @@ class _ReadForEach(Read):
         return _low_rank_of_each(self.weight, self._each)
 
 
-def _low_rank_of_each(weight: Tensor, each: Sequence[Sequence[Update]]) -> LowRank:
+def _low_rank_of_each(weight: Tensor, each: Sequence[Sequence[Patch]]) -> LowRank:
     """Return stacked experts in which each has its matrix once with the updates of each adapter.
 
     All updates are one term, padded with zeros to one rank. `each` has the updates of an adapter,
     none if it leaves the weight as it is.
     """
-    pairs = [_one_term(weight, updates) for updates in each]
+    pairs = [_one_term(weight, patches) for patches in each]
     known = [pair for pair in pairs if pair is not None]
     if not known:
         return LowRank(weight, (), repeat=len(each))
@@ -53,10 +54,10 @@ def _low_rank_of_each(weight: Tensor, each: Sequence[Sequence[Update]]) -> LowRa
     return LowRank(weight, ((left, right, 1.0),), repeat=len(each))
 
 
-def _one_term(weight: Tensor, updates: Sequence[Update]) -> tuple[Tensor, Tensor] | None:
+def _one_term(weight: Tensor, patches: Sequence[Patch]) -> tuple[Tensor, Tensor] | None:
     """Return all updates of stacked matrices as one product, scales included."""
-    if not updates:
+    if not patches:
         return None
-    terms = low_rank(weight, updates).terms
+    terms = low_rank(weight, patches).terms
     left = torch.cat([left * scale for left, _, scale in terms], 2)
     return left, torch.cat([right for _, right, _ in terms], 1)

@@ -1,6 +1,6 @@
 """Adapters stacked in a bank; a tensor selects one for each row of a batch.
 
-Factors are at_places by row, so the cost does not grow with the number of adapters (Punica,
+Update are at_places by row, so the cost does not grow with the number of adapters (Punica,
 arXiv:2310.18547, has the same idea as a GPU kernel). A row uses the factors of its own adapter
 only, so NaN in another adapter does not reach it. Nothing is kept from one forward to the next,
 because fused optimizers write tensors without a change of their version counters.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_inject.core.functional import cpu
 from lora_inject.core.functional.factors import (
-    Factors,
+    Update,
     cast,
     compute_dtype,
     needs_plain_operations,
@@ -31,7 +31,7 @@ def routed_update(
     y: Tensor,
     x: Tensor,
     places: Tensor,
-    adapters: Sequence[Sequence[Factors]],
+    adapters: Sequence[Sequence[Update]],
     *,
     float32: bool,
     in_place: bool = False,
@@ -55,7 +55,7 @@ def routed_update(
     Examples:
         >>> A, B = torch.randn(2, 4), torch.randn(6, 2)
         >>> y, x = torch.zeros(2, 1, 6), torch.randn(2, 1, 4)
-        >>> adapters = [[Factors(A, B, 0.5)]]
+        >>> adapters = [[Update(A, B, 0.5)]]
         >>> routed = routed_update(y, x, torch.tensor([1, 0]), adapters, float32=False)
         >>> torch.allclose(routed[0], 0.5 * x[0] @ A.T @ B.T, atol=1e-6), bool(routed[1].any())
         (True, False)
@@ -128,7 +128,7 @@ def routed_convolution(
     y: Tensor,
     x: Tensor,
     places: Tensor,
-    adapters: Sequence[Sequence[Factors]],
+    adapters: Sequence[Sequence[Update]],
     convolve: Callable[[Tensor, Tensor, int], Tensor],
     weight_shape: Sequence[int],
     *,
@@ -158,7 +158,7 @@ def routed_embedding(
     base: Tensor,
     ids: Tensor,
     rows: Tensor,
-    adapters: Sequence[Sequence[Factors]],
+    adapters: Sequence[Sequence[Update]],
     padding_idx: int | None,
     *,
     float32: bool = False,
@@ -177,7 +177,7 @@ def routed_embedding(
 
 
 def stacked(
-    adapters: Sequence[Sequence[Factors]],
+    adapters: Sequence[Sequence[Update]],
     out: int,
     dtype: torch.dtype,
     *,
@@ -221,7 +221,7 @@ def at_places(bank: Tensor, places: Tensor) -> Tensor:
 
 
 def _one_pair(
-    updates: Sequence[Factors], out: int, dtype: torch.dtype
+    updates: Sequence[Update], out: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, float]:
     """Return `A (R, in)`, `B (out, R)` and a scale, as one plain pair that equals all updates."""
     if len(updates) == 1 and updates[0].spans is None:

@@ -143,6 +143,5 @@ class _Pairs:
         updates = []
         for adapter in self._names:
             entry = table.get(adapter or "")
-            recipes = [] if entry is None else entry.recipes(1.0)
-            updates.append([(entry.spec, held[r.A], held[r.B], r.scale) for r in recipes])
+            updates.append([] if entry is None else entry.patches(held, 1.0))
         return lazy_stack(raw, updates)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_inject.core.functional.factors import Factors
+from lora_inject.core.functional.factors import Update
 from lora_inject.core.layers.attached import Entry, Recipe, factors_of
 from lora_inject.core.layers.sending import sent
 
@@ -37,7 +37,7 @@ class Routing(NamedTuple):
     places: Places
     recipes: Sequence[Sequence[Recipe]] = ()
 
-    def factors(self, held: Mapping[str, Any], *, training: bool) -> list[list[Factors]]:
+    def factors(self, held: Mapping[str, Any], *, training: bool) -> list[list[Update]]:
         """Return the updates of each adapter."""
         return [factors_of(recipes, held, training=training) for recipes in self.recipes]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.core.functional import inside
-from lora_inject.core.functional.factors import Factors
+from lora_inject.core.functional.factors import Update
 
 # Tokens of a decoding step.
 FEW = 32
@@ -27,7 +27,7 @@ def is_cpu(t: Tensor) -> bool:
     return t.device.type == "cpu" and not hasattr(t, "full_tensor")
 
 
-def are_few(x: Tensor, u: Factors) -> bool:
+def are_few(x: Tensor, u: Update) -> bool:
     """Whether x has so few tokens that time is in the number of operations."""
     if x.numel() > FEW * x.shape[-1] or u.dropout or u.spans is not None or not is_cpu(x):
         return False
@@ -35,7 +35,7 @@ def are_few(x: Tensor, u: Factors) -> bool:
     return 2 < dtype.itemsize >= x.dtype.itemsize and dtype == u.B.dtype
 
 
-def add_few_(y: Tensor, x: Tensor, u: Factors) -> Tensor:
+def add_few_(y: Tensor, x: Tensor, u: Update) -> Tensor:
     """Add an update to the output of few tokens in place, in the dtype of its factors.
 
     Casting x and y takes less than casting A and B, and a single token is a vector: decoding one

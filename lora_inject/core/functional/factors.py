@@ -1,6 +1,11 @@
-"""Definitions of the arithmetic: one update as a forward uses it, and which operations to use.
+"""Definitions of the arithmetic: one update, and which operations to use.
 
-An update is a pair of thin matrices, a scale and the spans of the output that it reaches.
+| an update is | where | it has |
+|---|---|---|
+| `Update` | a forward adds it to an output | A, B, a scale, the spans of the output, dropout |
+| `Patch` | a weight that is read or merged takes it | A, B, the site, the weight in a mix |
+| `layers.attached.Recipe` | nothing is looked up yet | an `Update` with the names of A and B |
+| `weight.LowRank` | a weight is multiplied with | W and all of its patches, as matrices |
 """
 
 from __future__ import annotations
@@ -12,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_inject.core.functional.inside import is_watched
-from lora_inject.core.spec.sites import adapted_parts
+from lora_inject.core.spec.sites import SiteSpec, adapted_parts
 from lora_inject.private import look_up
 
 Spans = tuple[tuple[int, int], ...]
 
 
-class Factors(NamedTuple):
+class Update(NamedTuple):
     """One low-rank update as a forward uses it.
 
     Attributes:
@@ -34,6 +39,27 @@ class Factors(NamedTuple):
     scale: float
     spans: Spans | None = None
     dropout: float = 0.0
+
+
+class Patch(NamedTuple):
+    """One low-rank update as a weight takes it: what is added to W that is read, or merged into it.
+
+    Attributes:
+        spec: The site.
+        A: `spec.a_shape`.
+        B: `spec.b_shape`.
+        weight: Mixing weight; negative for the frozen start of a weight-derived init.
+    """
+
+    spec: SiteSpec
+    A: Tensor
+    B: Tensor
+    weight: float = 1.0
+
+    @property
+    def scale(self) -> float:
+        """The factor on `B @ A`."""
+        return self.spec.scale * self.weight
 
 
 def master_dtype(dtype: torch.dtype) -> torch.dtype:

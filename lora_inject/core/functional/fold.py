@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.gain import Gain, norms_of
-from lora_inject.core.spec.sites import SiteSpec
 
 # Elements of a block: what is computed on them stays in a core's cache from one step to the next. A
 # merge takes a third longer with blocks of a quarter.
@@ -52,23 +52,6 @@ def mix_copies(
     return total
 
 
-@dataclass(frozen=True)
-class Term:
-    """One low-rank update to fold into a weight.
-
-    Attributes:
-        spec: The site.
-        A: `spec.a_shape`.
-        B: `spec.b_shape`.
-        weight: Mixing weight; negative for the frozen start of a weight-derived init.
-    """
-
-    spec: SiteSpec
-    A: Tensor
-    B: Tensor
-    weight: float = 1.0
-
-
 class _Part(NamedTuple):
     """`left @ right`, added to rows `first` to `last` and some columns of a weight matrix."""
 
@@ -90,14 +73,14 @@ class Delta:
     Examples:
         >>> spec = SiteSpec("q", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> A, B = torch.randn(2, 4), torch.randn(6, 2)
-        >>> rows = Delta([Term(spec, A, B)]).add_(torch.zeros(3, 4), start=1)
+        >>> rows = Delta([Patch(spec, A, B)]).add_(torch.zeros(3, 4), start=1)
         >>> torch.allclose(rows, 2.0 * (B @ A)[1:4], atol=1e-6)
         True
     """
 
     def __init__(
         self,
-        terms: Sequence[Term],
+        terms: Sequence[Patch],
         dtype: torch.dtype = torch.float32,
         gain: Gain | None = None,
     ) -> None:
@@ -148,11 +131,11 @@ class Delta:
         return total.mul_(self.gain.of(norms_of(total, False), start)[:, None])
 
 
-def _parts(term: Term, dtype: torch.dtype) -> list[_Part]:
+def _parts(term: Patch, dtype: torch.dtype) -> list[_Part]:
     """Return the blocks of a term, with the scale in B and everything in its dtype."""
     spec = term.spec
     A = term.A.detach().reshape(-1, spec.in_features).to(dtype)
-    B = term.B.detach().reshape(-1, spec.rank).to(dtype) * (spec.scale * term.weight)
+    B = term.B.detach().reshape(-1, spec.rank).to(dtype) * term.scale
     parts = []
     for block in spec.blocks:
         a, b = A[slice(*block.a)], B[slice(*block.b)]

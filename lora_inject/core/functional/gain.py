@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_inject.core.functional.factors import Factors, Spans, spread, without_autocast
+from lora_inject.core.functional.factors import Spans, Update, spread, without_autocast
 from lora_inject.core.spec.sites import adapted_parts
 
 Formula = Callable[[Mapping[str, Tensor], Tensor], Tensor]
@@ -67,7 +67,7 @@ def norms_of(weight: Tensor, transposed: bool) -> Tensor:
 
 
 @torch.no_grad()
-def updated_norms(weight: Tensor, updates: Sequence[Factors], transposed: bool) -> Tensor:
+def updated_norms(weight: Tensor, updates: Sequence[Update], transposed: bool) -> Tensor:
     """Return the norms of `W + sum of scale * B @ A` by thin products, without forming it.
 
     `|w + d|^2 = |w|^2 + 2 w d + d^2` for each output w with update `d = b A`. Where B is zero,
@@ -76,7 +76,7 @@ def updated_norms(weight: Tensor, updates: Sequence[Factors], transposed: bool) 
 
     Examples:
         >>> W, A, B = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
-        >>> norms = updated_norms(W, [Factors(A, B, 0.5)], False)
+        >>> norms = updated_norms(W, [Update(A, B, 0.5)], False)
         >>> torch.allclose(norms, (W + 0.5 * B @ A).norm(dim=1), atol=1e-5)
         True
     """

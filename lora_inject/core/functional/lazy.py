@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_inject.core.functional.factors import needs_plain_operations
+from lora_inject.core.functional.factors import Patch, needs_plain_operations
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.linear import differentiate
 from lora_inject.core.functional.picking import PICKED, writes
@@ -32,7 +32,6 @@ from lora_inject.core.functional.read_only import (
 from lora_inject.core.functional.unstored import DEVICE, can_make, unstored
 from lora_inject.core.functional.weight import (
     LowRank,
-    Update,
     cast_stack,
     effective_weight,
     low_rank,
@@ -50,7 +49,7 @@ _run_plainly: Any = nn.Parameter.__torch_function__
 
 def lazy_weight(
     weight: Tensor,
-    updates: Sequence[Update],
+    patches: Sequence[Patch],
     *,
     float32: bool,
     used: Callable[[], None] = lambda: None,
@@ -69,12 +68,12 @@ def lazy_weight(
         >>> from lora_inject.core.spec.sites import SiteSpec
         >>> spec = SiteSpec("w", "parameter", 4, 6, (3, 6, 4), rank=2, alpha=2, experts=3)
         >>> W, A, B = torch.randn(3, 6, 4), torch.randn(3, 2, 4), torch.randn(3, 6, 2)
-        >>> lazy = lazy_weight(W, [(spec, A, B, 1.0)], float32=False)
+        >>> lazy = lazy_weight(W, [Patch(spec, A, B)], float32=False)
         >>> x = torch.randn(5, 4)
         >>> torch.allclose(x @ lazy[1].T, x @ (W[1] + B[1] @ A[1]).T, atol=1e-5)
         True
     """
-    stacked = updates[0][0].experts is not None if updates else weight.dim() == 3
+    stacked = patches[0].spec.experts is not None if patches else weight.dim() == 3
     matrices = weight.dim() == (3 if stacked else 2)
     can_wait = (
         (type(weight) in PLAIN or reads_as_sum(weight))
@@ -86,8 +85,8 @@ def lazy_weight(
     )
     if not can_wait:
         used()
-        return effective_weight(weight, updates, float32=float32, gain=gain)
-    return begun(Read(weight, updates, gain, used, looks, matrices))
+        return effective_weight(weight, patches, float32=float32, gain=gain)
+    return begun(Read(weight, patches, gain, used, looks, matrices))
 
 
 def begun(read: Read) -> Tensor:
@@ -112,14 +111,14 @@ class Read:
     def __init__(
         self,
         weight: Tensor,
-        updates: Sequence[Update],
+        patches: Sequence[Patch],
         gain: Gain | None,
         used: Callable[[], None],
         looks: bool,
         matrices: bool,
     ) -> None:
-        self.weight, self.updates, self.gain, self.shape = weight, updates, gain, weight.shape
-        factors = [t for _, A, B, _ in updates for t in (A, B)]
+        self.weight, self.patches, self.gain, self.shape = weight, patches, gain, weight.shape
+        factors = [t for patch in patches for t in (patch.A, patch.B)]
         self.leaves = [weight, *factors, *(gain.tensors.values() if gain is not None else ())]
         self.is_stack = matrices and weight.dim() == 3
         self.is_thin = matrices and gain is None
@@ -149,7 +148,7 @@ class Read:
 
     def sum(self) -> LowRank:
         """Return the weight and its updates, with the graph of the caller."""
-        return low_rank(self.weight, self.updates, self.gain)
+        return low_rank(self.weight, self.patches, self.gain)
 
     def formed(self) -> Tensor:
         """Return the same as one tensor in the weight's shape."""

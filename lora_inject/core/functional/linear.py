@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional import cpu, inside
 from lora_inject.core.functional.factors import (
-    Factors,
     Spans,
+    Update,
     cast,
     compute_dtype,
     needs_plain_operations,
@@ -41,7 +41,7 @@ def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    updates: Sequence[Factors],
+    updates: Sequence[Update],
     *,
     transposed: bool = False,
     float32: bool = False,
@@ -62,7 +62,7 @@ def linear(
     Examples:
         >>> W, A, B = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
         >>> x = torch.randn(3, 4)
-        >>> y = linear(x, W, None, [Factors(A, B, 0.5)])
+        >>> y = linear(x, W, None, [Update(A, B, 0.5)])
         >>> torch.allclose(y, x @ (W + 0.5 * B @ A).T, atol=1e-5)
         True
     """
@@ -111,7 +111,7 @@ _WIDE = (torch.float32, torch.float64)
 
 
 def add_updates(
-    y: Tensor, x: Tensor, updates: Sequence[Factors], *, float32: bool = False
+    y: Tensor, x: Tensor, updates: Sequence[Update], *, float32: bool = False
 ) -> Tensor:
     """Add low-rank updates, out of place, to the output y of a layer that was called with x."""
     if y.is_nested:
@@ -127,7 +127,7 @@ def _run(
     y: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    updates: Sequence[Factors],
+    updates: Sequence[Update],
     transposed: bool,
     float32: bool,
     dtype: torch.dtype | None,
@@ -186,7 +186,7 @@ def as_matrix(t: Tensor) -> Tensor:
 def _plain(
     y: Tensor,
     x: Tensor,
-    updates: Sequence[Factors],
+    updates: Sequence[Update],
     masks: Sequence[Tensor | None],
     float32: bool,
 ) -> Tensor:
@@ -201,7 +201,7 @@ def _plain(
     return out.reshape(y.shape)
 
 
-def _add_to_nested(y: Tensor, x: Tensor, updates: Iterable[Factors]) -> Tensor:
+def _add_to_nested(y: Tensor, x: Tensor, updates: Iterable[Update]) -> Tensor:
     """Likewise for nested tensors, in the few operations that torch has for them."""
     for u in updates:
         B, h = spread(u.B, u.spans, y.size(-1)), F.dropout(x, u.dropout) if u.dropout else x
@@ -244,7 +244,7 @@ class Kept(NamedTuple):
 
 
 def _add(
-    y: Tensor, x: Tensor, updates: Sequence[Factors], float32: bool, *, is_new: bool
+    y: Tensor, x: Tensor, updates: Sequence[Update], float32: bool, *, is_new: bool
 ) -> tuple[Tensor, list[Kept]]:
     """Return the sum of y and all updates, and what their backward needs.
 
@@ -332,9 +332,9 @@ class _How(NamedTuple):
     dtype: torch.dtype | None  # what autocast casts to; None outside
     terms: Sequence[tuple[Any, ...]]  # scale, spans and dropout of each update
 
-    def updates(self, factors: Sequence[Tensor]) -> list[Factors]:
+    def updates(self, factors: Sequence[Tensor]) -> list[Update]:
         pairs = zip(factors[::2], factors[1::2], strict=True)
-        return [Factors(*pair, *term) for pair, term in zip(pairs, self.terms, strict=True)]
+        return [Update(*pair, *term) for pair, term in zip(pairs, self.terms, strict=True)]
 
 
 class _Function(torch.autograd.Function):
@@ -402,7 +402,7 @@ class _Function(torch.autograd.Function):
 
 
 def _backward_one(
-    g2: Tensor, x2: Tensor, gx2: Tensor | None, u: Factors, kept: Kept, needs: Sequence[bool]
+    g2: Tensor, x2: Tensor, gx2: Tensor | None, u: Update, kept: Kept, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x so far, of A and of B, as far as they are needed.
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_inject.core.functional.factors import (
-    Factors,
+    Update,
     compute_dtype,
     needs_plain_operations,
     no_view,
@@ -25,7 +25,7 @@ from lora_inject.core.functional.factors import (
 def embedding(
     base: Tensor,
     ids: Tensor,
-    updates: Sequence[Factors],
+    updates: Sequence[Update],
     padding_idx: int | None,
     *,
     float32: bool = False,

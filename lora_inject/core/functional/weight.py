@@ -15,13 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_inject.core.functional.factors import Factors, spread, without_autocast
+from lora_inject.core.functional.factors import Patch, Update, spread, without_autocast
 from lora_inject.core.functional.gain import Gain, norms_of
 from lora_inject.core.functional.linear import linear
 from lora_inject.core.functional.lookup import embedding
 from lora_inject.core.spec.sites import SiteSpec
-
-Update = tuple[SiteSpec, Tensor, Tensor, float]
 
 
 class LowRank(NamedTuple):
@@ -87,25 +85,27 @@ class LowRank(NamedTuple):
         padding_idx = None if padding_idx is None else padding_idx % len(self.base)
         return embedding(rows, ids, self._factors(), padding_idx, float32=self.float32)
 
-    def _factors(self) -> list[Factors]:
-        return [Factors(left.mT, right.mT, scale) for left, right, scale in self.terms]
+    def _factors(self) -> list[Update]:
+        return [Update(left.mT, right.mT, scale) for left, right, scale in self.terms]
 
 
-def low_rank(weight: Tensor, updates: Sequence[Update], gain: Gain | None = None) -> LowRank:
+def low_rank(weight: Tensor, patches: Sequence[Patch], gain: Gain | None = None) -> LowRank:
     """Return a weight and its updates as matrices: `(E, m, n)` for stacked experts, else one.
 
     These are views of the weight, of every A and, where it has no slices, of every B.
     """
-    spec = updates[0][0]
+    spec = patches[0].spec
     lead = () if spec.experts is None else (spec.experts,)
     terms = []
-    for site, A, B, scale in updates:
-        a, b = (of_every_expert(t, site) if lead else t for t in (A, B))
+    for patch in patches:
+        site = patch.spec
+        scale = site.scale * patch.weight
+        a, b = (of_every_expert(t, site) if lead else t for t in (patch.A, patch.B))
         right, left = a.reshape(*lead, -1, site.in_features), b.reshape(*lead, -1, site.rank)
         if site.slices is not None:
             left = spread(left, site.spans, site.out_features)
         terms.append((right.mT, left.mT, scale) if site.transposed else (left, right, scale))
-    float32 = any(site.compute == "float32" for site, *_ in updates)
+    float32 = any(patch.spec.compute == "float32" for patch in patches)
     is_matrix = weight.dim() == len(lead) + 2  # a packed one stays packed
     matrix = weight if is_matrix else weight.reshape(*lead, -1, spec.matrix_shape[1])
     return LowRank(matrix, tuple(terms), float32, (gain, spec.transposed) if gain else None)
@@ -134,14 +134,14 @@ def cast_stack(stack: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def effective_weight(
-    weight: Tensor, updates: Sequence[Update], *, float32: bool, gain: Gain | None = None
+    weight: Tensor, patches: Sequence[Patch], *, float32: bool, gain: Gain | None = None
 ) -> Tensor:
     """Form `W + sum of scale * B @ A`, times its gain, differentiably.
 
     For a 16-bit weight the sum is formed in float32 and rounded once; with `float32` not at all.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32) if float32 else weight.dtype
-    return low_rank(weight, updates, gain).formed(dtype).reshape(weight.shape)
+    return low_rank(weight, patches, gain).formed(dtype).reshape(weight.shape)
 
 
 def reads_as_sum(weight: Tensor) -> bool:

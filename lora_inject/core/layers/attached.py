@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.variants import VARIANTS, Variant
-from lora_inject.core.functional.factors import Factors, Spans
+from lora_inject.core.functional.factors import Patch, Spans, Update
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.inside import saving_hooks
 from lora_inject.core.layers.selected import Selected
@@ -114,6 +114,12 @@ class Entry:
         for A, B, sign in self.pairs():
             yield Recipe(A, B, sign * spec.scale * weight, spans, spec.dropout)
 
+    def patches(self, held: Mapping[str, Any], weight: float) -> list[Patch]:
+        """Return the same as W takes it, with the current tensors."""
+        spec = self.spec
+        assert spec is not None
+        return [Patch(spec, held[A], held[B], weight * sign) for A, B, sign in self.pairs()]
+
     def pairs(self) -> tuple[tuple[str, str, float], ...]:
         """Return the names of A and B with sign 1, and of a frozen start with sign -1."""
         names = self.names
@@ -132,10 +138,10 @@ class Recipe(NamedTuple):
 
 def factors_of(
     recipes: Iterable[Recipe], held: Mapping[str, Any], *, training: bool
-) -> list[Factors]:
+) -> list[Update]:
     """Return updates with their tensors, which are looked up at each call."""
     return [
-        Factors(held[A], held[B], scale, spans, dropout if training else 0.0)
+        Update(held[A], held[B], scale, spans, dropout if training else 0.0)
         for A, B, scale, spans, dropout in recipes
     ]
 

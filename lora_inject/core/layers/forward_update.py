@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_inject.core.functional.factors import Factors
+from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.gain import updated_norms
 from lora_inject.core.layers.adapted import Adapted
 from lora_inject.core.layers.attached import Entry, Recipe, factors_of, held_by
@@ -44,7 +44,7 @@ class ForwardUpdate(Adapted):
         return self._lora_with_gain(args, kwargs, updates, self._lora_gain(gained, recipes))
 
     def _lora_with_updates(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], updates: Sequence[Factors]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], updates: Sequence[Update]
     ) -> Any:
         """Compute the layer with a sum of updates."""
         raise NotImplementedError
@@ -53,7 +53,7 @@ class ForwardUpdate(Adapted):
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        updates: Sequence[Factors],
+        updates: Sequence[Update],
         gain: Tensor,
     ) -> Any:
         """Compute the layer with a sum of updates, and multiply by a gain `(out,)`."""

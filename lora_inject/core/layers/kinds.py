@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_inject.core.functional.factors import Factors
+from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.gain import gained
 from lora_inject.core.functional.lookup import embedding, renormalized
 from lora_inject.core.layers.adapted import Adapted, WeightUpdate
@@ -60,7 +60,7 @@ class LoRAEmbedding(ForwardUpdate):
         return plain.forward is nn.Embedding.forward and not hasattr(plain, "weight")
 
     def _lora_with_updates(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], updates: Sequence[Factors]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], updates: Sequence[Update]
     ) -> Any:
         """Look rows up with a sum of updates."""
         rows, ids = self._lora_updated(args, kwargs, updates)
@@ -70,7 +70,7 @@ class LoRAEmbedding(ForwardUpdate):
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        updates: Sequence[Factors],
+        updates: Sequence[Update],
         gain: Tensor,
     ) -> Any:
         """Look rows up with a sum of updates, and multiply by a gain."""
@@ -84,7 +84,7 @@ class LoRAEmbedding(ForwardUpdate):
         )
 
     def _lora_updated(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], updates: Sequence[Factors]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], updates: Sequence[Update]
     ) -> tuple[Tensor, Tensor]:
         """Return looked-up rows with updates, before a gain and before their norm, and the ids."""
         ids, weight = self._lora_input(args, kwargs), self._lora_own("weight")

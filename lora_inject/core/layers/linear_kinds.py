@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_inject.core.functional.factors import Factors
+from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.gain import gained
 from lora_inject.core.functional.linear import add_updates, frozen_output, linear, lone_token
 from lora_inject.core.layers.adapted import defines_forward, plain_class
@@ -79,7 +79,7 @@ class LoRALinear(ForwardUpdate):
         return super()._lora_mixed(mix, args, kwargs)
 
     def _lora_with_updates(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], updates: Sequence[Factors]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], updates: Sequence[Update]
     ) -> Any:
         """Compute the layer with a sum of updates.
 
@@ -104,7 +104,7 @@ class LoRALinear(ForwardUpdate):
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        updates: Sequence[Factors],
+        updates: Sequence[Update],
         gain: Tensor,
     ) -> Any:
         """Compute the layer with a sum of updates u, and multiply by a gain g.
@@ -198,6 +198,6 @@ class LoRAConv1D(LoRALinear):
         return defines_forward(plain) in library_rows("CONV1D") and not hasattr(plain, "weight")
 
 
-def _is_cut(weight: Any, updates: Sequence[Factors]) -> bool:
+def _is_cut(weight: Any, updates: Sequence[Update]) -> bool:
     """Whether updates reach slices of the output of a DTensor, which adds to no part of itself."""
     return hasattr(weight, "full_tensor") and any(update.spans for update in updates)

@@ -19,10 +19,10 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.functional.factors import needs_plain_operations
+from lora_inject.core.functional.factors import Patch, needs_plain_operations
 from lora_inject.core.functional.inside import in_forward, is_watched, saving_hooks
 from lora_inject.core.functional.read_only import read_only
-from lora_inject.core.functional.weight import Update, effective_weight, reads_as_sum
+from lora_inject.core.functional.weight import effective_weight, reads_as_sum
 from lora_inject.core.layers.adapted import Adapted
 from lora_inject.core.layers.attached import Entry, attached_to, held_by, refuse_mixed
 from lora_inject.core.layers.own_code import OWN
@@ -131,7 +131,8 @@ class Reading(Adapted):
     ) -> Tensor:
         """Return `W + sum of weight * (copy - W) + sum of weight * scale * B @ A`."""
         held, value = held_by(self), raw
-        low_rank, float32, gain = [], False, None
+        patches: list[Patch] = []
+        float32, gain = False, None
         for entry, weight in taking:
             spec = entry.spec
             if spec is None:
@@ -141,7 +142,7 @@ class Reading(Adapted):
             if spec.compute == "float32" and spec.kind == "parameter":
                 float32 = float32 or not _is_of_torch(self._lora_plain)
             gain = gain or entry.gain(held)
-            low_rank += [(spec, held[r.A], held[r.B], r.scale) for r in entry.recipes(weight)]
+            patches += entry.patches(held, weight)
         if gain is not None:
             refuse_mixed(taking)
 
@@ -154,13 +155,13 @@ class Reading(Adapted):
                     noted = self._lora.read_from_outside
                     self._lora.read_from_outside = noted.union([entry.mark])
 
-        if low_rank and not needs_plain_operations():
+        if patches and not needs_plain_operations():
             how = {"float32": float32, "gain": gain, "any_shape": outside}
-            return _late(value, low_rank, used=used, looks=True, **how)
+            return _late(value, patches, used=used, looks=True, **how)
         used()
-        if not low_rank:
+        if not patches:
             return value
-        return effective_weight(value, low_rank, float32=float32, gain=gain)
+        return effective_weight(value, patches, float32=float32, gain=gain)
 
     def _lora_is_read(self, entry: Entry) -> None:
         """Note that an entry takes part, and refuse dropout, which a weight cannot express."""
@@ -183,12 +184,12 @@ class Reading(Adapted):
             )
 
 
-def _late(weight: Tensor, updates: Sequence[Update], **how: Any) -> Tensor:
+def _late(weight: Tensor, patches: Sequence[Patch], **how: Any) -> Tensor:
     """Return a weight with updates, formed where it is used."""
     # Loaded with the first weight that is read, which most models do not.
     from lora_inject.core.functional.lazy import lazy_weight
 
-    return lazy_weight(weight, updates, **{"float32": False, **how})
+    return lazy_weight(weight, patches, **{"float32": False, **how})
 
 
 def trained(entry: Entry, value: Tensor, raw: Tensor, copy: Tensor, weight: float) -> Tensor:

@@ -16,8 +16,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.finite import all_finite
-from lora_inject.core.functional.fold import Delta, Tally, Term, fold_rows, mix_copies, rows_at_once
+from lora_inject.core.functional.fold import Delta, Tally, fold_rows, mix_copies, rows_at_once
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.layers.attached import Entry, refuse_mixed
 from lora_inject.core.layers.packed_weights import dense, packed_weight, reason_against, weight_kind
@@ -48,7 +49,7 @@ class Target:
     """One tensor to write."""
 
     holder: Holder  # where it stands
-    terms: list[Term] = field(default_factory=list)  # low-rank updates to fold in
+    terms: list[Patch] = field(default_factory=list)  # low-rank updates to fold in
     gain: Gain | None = None  # what multiplies the outputs of their sum with W
     # Trained copies, each with its weight and the rows that it is of, None for all.
     copies: list[tuple[Tensor, float, tuple[int, ...] | None]] = field(default_factory=list)
@@ -292,8 +293,8 @@ def add_entry(target: Target, entry: Entry, weight: float) -> None:
         return
     held: Mapping[str, Any] = module._parameters
     target.gain = target.gain or entry.gain(held)
-    for A, B, sign in entry.pairs():
-        target.terms.append(Term(entry.spec, held[A].detach(), held[B].detach(), weight * sign))
+    detached = {name: held[name].detach() for name in entry.names.values()}
+    target.terms += entry.patches(detached, weight)
 
 
 def _reasons_against(target: Target, into: Into) -> Iterator[tuple[str, str]]:
