@@ -27,7 +27,7 @@ from lora_inject.analysis.drawings import _corner, lines_figure
 from lora_inject.analysis.report.search_page import search_report
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.spec.columns import Listing
+from lora_inject.core.spec.site_tables import Listing
 from lora_inject.core.spec.sites import SiteSpec, Slices
 
 EVIL = '\x1b[2J"><script>alert(1)</script>&<b>'

@@ -25,10 +25,10 @@ LINES = {
     "config": 1_700,
     "forward": 4_260,
     "activate": 3_510,
-    "inject": 8_850,
+    "inject": 9_025,
     "merge": 7_890,
-    "save, load": 10_945,
-    "life": 15_370,
+    "save, load": 10_980,
+    "life": 15_540,
 }
 STAGES = {
     "config": "from lora_inject import Config",

@@ -30,7 +30,7 @@ import lora_inject as li
 from lora_inject.checkpoint import VerifyReport, merge_files
 from lora_inject.cli import app, show
 from lora_inject.cli.program import EXAMPLES
-from lora_inject.core.spec.columns import Listing
+from lora_inject.core.spec.site_tables import Listing
 from lora_inject.formats import read_adapter
 
 CONFIG = """\

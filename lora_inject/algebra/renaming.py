@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import regex
 
-from lora_inject.core.spec.names import MATCH_SECONDS
+from lora_inject.core.spec.patterns import MATCH_SECONDS
 from lora_inject.errors import StateError, check_type
 
 T = TypeVar("T")

@@ -16,7 +16,8 @@ from torch import nn
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried, adapted_modules, entries, reach, refuse_merged
-from lora_inject.core.spec.names import counted, matching, quoted
+from lora_inject.core.spec.names import counted, quoted
+from lora_inject.core.spec.patterns import matching
 from lora_inject.errors import LayerError, StateError
 
 

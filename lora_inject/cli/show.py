@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lora_inject.core.spec.columns import Listing, columns, sides
+from lora_inject.core.spec.columns import columns, sides
 from lora_inject.core.spec.names import counted as count
-from lora_inject.core.spec.names import printable, templates
+from lora_inject.core.spec.names import printable
+from lora_inject.core.spec.site_tables import Listing
 from lora_inject.core.spec.sites import ROLES
+from lora_inject.core.spec.spellings import templates
 
 if TYPE_CHECKING:
     from lora_inject.analysis import Analysis, Comparison

@@ -23,8 +23,9 @@ from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import entries, records_of
 from lora_inject.core.spec.config import ALL_EXPERTS, ALL_LINEAR, Config, Rule
 from lora_inject.core.spec.inventory import LINEAR_KINDS, Candidate, Inventory, Mixture
-from lora_inject.core.spec.names import counted, joined, parent, quoted, templates
+from lora_inject.core.spec.names import counted, joined, parent, quoted
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
+from lora_inject.core.spec.spellings import templates
 from lora_inject.errors import MatchError, article
 from lora_inject.experts.profile import ExpertProfile
 from lora_inject.experts.stacks import is_transposed, top_k_of_class

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.spec.columns import Listing
+from lora_inject.core.spec.site_tables import Listing
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.version import __version__
 

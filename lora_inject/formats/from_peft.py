@@ -33,7 +33,8 @@ from pydantic import (
 )
 
 from lora_inject.core.spec.inventory import LINEAR_KINDS, Inventory
-from lora_inject.core.spec.names import Below, canonical, first_number, joined, leaf, matching
+from lora_inject.core.spec.names import Below, canonical, first_number, joined, leaf
+from lora_inject.core.spec.patterns import matching
 from lora_inject.core.spec.strict import checked_regex
 from lora_inject.core.spec.yaml import read_text
 from lora_inject.errors import ConfigError, user_path

@@ -17,7 +17,8 @@ from torch import Tensor
 from lora_inject.core.adapter.fingerprint import Fingerprint
 from lora_inject.core.adapter.site_state import SiteState, same
 from lora_inject.core.functional.finite import all_finite
-from lora_inject.core.spec.names import counted, named
+from lora_inject.core.spec.names import counted
+from lora_inject.core.spec.patterns import named
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.shown import Shown
 from lora_inject.errors import LoraInjectError, StateError, check_type

@@ -63,9 +63,9 @@ class _Listing:
         survey, parameters = self.survey, dict[str, tuple[int, ...]]()
         for name, module in survey.modules:
             self._module(name, module, survey.own[id(module)])
-        for holder in survey.holders:
+        for holder, tensor in zip(survey.holders, survey.tensors, strict=True):
             if holder.name not in self.aliases:
-                parameters[holder.name] = _shape(holder.tensor)
+                parameters[holder.name] = _shape(tensor)
         heads = (_output_head(module) for _, module in survey.modules)
         named = (survey.paths[id(head)] for head in heads if id(head) in survey.paths)
         mixtures = self._mixtures()

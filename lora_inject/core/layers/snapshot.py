@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -27,29 +28,35 @@ def all_or_nothing(
     `parameters` are those whose `requires_grad` may change, by default all of the modules'; what is
     yielded are those of them that require a gradient.
     """
-    distinct = list({id(module): module for module in modules}.values())
+    distinct = {id(module): module for module in modules}.values()
     classes = [(module, type(module)) for module in distinct]
-    tables = [table for module in distinct for table in _tables_of(module)]
-    tables += [table for value in values for table in _tables(value)]
+    tables = [*chain.from_iterable(map(_tables_of, distinct))]
+    tables += chain.from_iterable(map(_tables, values))
     before = [(table, table.copy()) for table in tables]
-    if parameters is None:
-        parameters = (
-            p for module in distinct for p in module._parameters.values() if p is not None
-        )
-    flagged = list(parameters)
+    flagged = [*_held_by(distinct)] if parameters is None else [*parameters]
     trained = [parameter for parameter in flagged if parameter.requires_grad]
     try:
         yield trained
     except BaseException:
-        for module, cls in classes:
-            module.__class__ = cls
-        for table, held in before:
-            table.clear()
-            table.update(held)
+        _restore(classes, before)
         flags = {id(parameter) for parameter in trained}
         for parameter in flagged:
             parameter.requires_grad_(id(parameter) in flags)
         raise
+
+
+def _restore(classes: Iterable[tuple[nn.Module, type]], tables: Iterable[tuple[Any, Any]]) -> None:
+    """Put classes and contents back."""
+    for module, cls in classes:
+        module.__class__ = cls
+    for table, held in tables:
+        table.clear()
+        table.update(held)
+
+
+def _held_by(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
+    tables = (module._parameters.values() for module in modules)
+    return (parameter for table in tables for parameter in table if parameter is not None)
 
 
 def _tables(value: Any) -> Iterator[Any]:
@@ -58,12 +65,13 @@ def _tables(value: Any) -> Iterator[Any]:
     yield from (table for table in value.__dict__.values() if type(table) in (dict, set))
 
 
-def _tables_of(module: nn.Module) -> Iterator[Any]:
-    """Yield the dicts and sets of a module that verbs change."""
+def _tables_of(module: nn.Module) -> list[Any]:
+    """Return the dicts and sets of a module that verbs change."""
     parameters: Any = module._parameters
-    yield module.__dict__
     # A table that offloads is no dict; reading its items would load them.
-    yield from (parameters,) if isinstance(parameters, dict) else _tables(parameters)
-    if (attached := attached_to(module)) is not None:
-        yield from (attached.__dict__, attached.flat, attached.forward)
-        yield from (attached.reads, *attached.reads.values())
+    held = (parameters,) if isinstance(parameters, dict) else _tables(parameters)
+    attached = attached_to(module)
+    if attached is None:
+        return [module.__dict__, *held]
+    adapters = (attached.__dict__, attached.flat, attached.forward)
+    return [module.__dict__, *held, *adapters, attached.reads, *attached.reads.values()]

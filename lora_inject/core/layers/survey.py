@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -58,8 +58,10 @@ class Holder(NamedTuple):
 
 def base_tensor(module: nn.Module, key: str) -> nn.Parameter:
     """Return what stands for a weight in its module: a parameter, or the buffer of a packed one."""
-    table = module._parameters if key in module._parameters else module._buffers
-    return cast(nn.Parameter, table[key])
+    parameters: Any = module._parameters
+    buffers: Any = module._buffers
+    tensor: nn.Parameter = (parameters if key in parameters else buffers)[key]
+    return tensor
 
 
 class Survey:
@@ -131,11 +133,16 @@ class Survey:
         return [Holder(joined(name, key), m, key) for name, m, held in own for key in held]
 
     @cached_property
+    def tensors(self) -> list[nn.Parameter]:
+        """The tensor of each of `holders`."""
+        return [p for _, module in self.modules for p in self.own[id(module)].values()]
+
+    @cached_property
     def _by_memory(self) -> dict[Hashable, list[Holder]]:
-        holders: dict[Hashable, list[Holder]] = {}
-        for holder in self.holders:
-            holders.setdefault(memory_of(holder.tensor), []).append(holder)
-        return holders
+        sharers: dict[Hashable, list[Holder]] = {}
+        for holder, tensor in zip(self.holders, self.tensors, strict=True):
+            sharers.setdefault(memory_of(tensor), []).append(holder)
+        return sharers
 
     def sharing(self, tensor: Tensor) -> list[Holder]:
         """Return who holds a base parameter, or one of the same memory; if several, it is tied."""

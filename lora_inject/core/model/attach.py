@@ -90,7 +90,7 @@ def attach(
             _activate(selection, name, alone=train)
         if probe is not None:
             room("reached").refuse_unreached(survey.model, probe)
-    forget_gradients(holder.tensor for holder in survey.holders)
+    forget_gradients(survey.tensors)
     forget_gradients(trained if train else ())
 
 
@@ -119,7 +119,7 @@ def _may_train(survey: Survey, record: Root | None) -> Iterator[nn.Parameter]:
 
     To ask every tensor of every adapter would be quadratic in a model that collects adapters.
     """
-    yield from (holder.tensor for holder in survey.holders)
+    yield from survey.tensors
     for name in (None,) if record is None else record.trainable:
         yield from (parameter for *_, parameter in trainable_tensors(survey, name))
 
@@ -153,7 +153,7 @@ def _put(place: Carried, parameters: Mapping[str, nn.Parameter], selection: Sele
 
 def _freeze(survey: Survey, root: Root) -> None:
     """Freeze every base parameter and remember which ones were not, by all names of a tied one."""
-    unfrozen = [holder for holder in survey.holders if holder.tensor.requires_grad]
-    root.required_grad |= {holder.name: holder for holder in unfrozen}
-    for holder in unfrozen:
-        holder.tensor.requires_grad_(False)
+    for holder, tensor in zip(survey.holders, survey.tensors, strict=True):
+        if tensor.requires_grad:
+            root.required_grad[holder.name] = holder
+            tensor.requires_grad_(False)

@@ -106,7 +106,7 @@ def _unless_it_fails(
 ) -> AbstractContextManager[Any]:
     """Return the context in which roots change, all or none."""
     values = [value for _, record in roots for value in (record, record.selection)]
-    flags = [holder.tensor for one, _ in roots for holder in one.holders]
+    flags = [tensor for one, _ in roots for tensor in one.tensors]
     return all_or_nothing(modules, values, flags)
 
 

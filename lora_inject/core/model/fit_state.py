@@ -22,7 +22,8 @@ from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.base import Base, check_base, check_base_copies
 from lora_inject.core.model.guards import functions
 from lora_inject.core.spec.inventory import Candidate, Inventory
-from lora_inject.core.spec.names import joined, named
+from lora_inject.core.spec.names import joined
+from lora_inject.core.spec.patterns import named
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, LayerError, nearest
 

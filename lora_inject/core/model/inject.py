@@ -17,14 +17,16 @@ from lora_inject.core.model.guards import before, functions
 from lora_inject.core.model.places import places, refuse_statistics
 from lora_inject.core.model.trainable import refuse_dead_inputs
 from lora_inject.core.spec.config import Config, ConfigLike
+from lora_inject.core.spec.garbage import few_collections
 from lora_inject.core.spec.matching import resolve
-from lora_inject.core.spec.names import matching
+from lora_inject.core.spec.patterns import matching
 from lora_inject.core.spec.plan import Plan
 from lora_inject.core.spec.rooms import room
 
 M = TypeVar("M", bound=nn.Module)
 
 
+@few_collections()
 def plan(model: nn.Module, config: ConfigLike) -> Plan:
     r"""Say what `inject` would do, and change nothing.
 
@@ -53,6 +55,7 @@ def plan(model: nn.Module, config: ConfigLike) -> Plan:
     return replace(planned, notes=(*planned.notes, *notes))
 
 
+@few_collections()
 def inject(
     model: M,
     config: ConfigLike,

@@ -23,6 +23,7 @@ from lora_inject.core.model.guards import after, before
 from lora_inject.core.model.origins import note_files
 from lora_inject.core.model.places import places
 from lora_inject.core.model.trainable import refuse_dead_inputs
+from lora_inject.core.spec.garbage import few_collections
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.rooms import room
 from lora_inject.errors import FormatError, check_type, user_path
@@ -30,6 +31,7 @@ from lora_inject.errors import FormatError, check_type, user_path
 M = TypeVar("M", bound=nn.Module)
 
 
+@few_collections()
 def load_adapter(
     model: M,
     path: str | PathLike[str],
@@ -99,6 +101,7 @@ def load_adapter(
     return model
 
 
+@few_collections()
 def install(
     model: M,
     state: AdapterState,

@@ -32,7 +32,7 @@ def places(
     Sites and copies have the model's own names; copies come with their rows, None for all. Nothing
     is changed.
     """
-    for holder in survey.holders:
+    for holder in survey.holders if any(map(is_lazy, survey.tensors)) else ():
         if is_lazy(holder.tensor):
             lazy = "it is lazy and not initialized"
             raise LayerError(f"adapter {name!r}, {holder.name!r}", lazy, "Run the model once first")

@@ -1,15 +1,8 @@
-"""Tables of names and figures: joining rows of one kind, and columns that fit a width."""
+"""Columns of text that fit a width."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from statistics import median
-from typing import Any
-
-from lora_inject.core.spec.names import templates
+from collections.abc import Iterable, Iterator, Sequence
 
 
 def columns(
@@ -32,91 +25,6 @@ def columns(
         yield f"{indent}{'  '.join([name, *cells])}".rstrip()
 
 
-@dataclass(frozen=True)
-class Listing:
-    """A table of sites, a row each.
-
-    Text and integers describe a site; floats, None and pairs of floats, a value and its error, are
-    figures.
-    """
-
-    heads: tuple[str, ...]  # titles of the columns; the first column holds names
-    cells: tuple[tuple[Any, ...], ...]
-    # functions that summarize figures of many sites, by column title; others use the median
-    choose: dict[str, Callable[[Iterable[float]], float]] = field(default_factory=dict)
-
-    def text(self) -> list[tuple[str, ...]]:
-        """Return the rows as text."""
-        return [tuple(map(_shown, row)) for row in self.cells]
-
-    def by_kind(self) -> Listing:
-        """Join the rows of one kind that differ only in figures: `h.{0..11}.fc x12`.
-
-        Examples:
-            >>> rows = Listing(("site", "rank", "|D|"), (("h.0.q", 4, 1.0), ("h.1.q", 4, 3.0)))
-            >>> rows.by_kind().text()
-            [('h.{0..1}.q x2', '4', '2')]
-        """
-        groups: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
-        for row in self.cells:
-            same = (cell for cell in row[1:] if isinstance(cell, str | int))
-            groups.setdefault((_kind(str(row[0])), *same), []).append(row)
-        return Listing(self.heads, tuple(map(self._joined, groups.values())))
-
-    def _joined(self, rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
-        if len(rows) == 1:
-            return rows[0]
-        names, *columns = zip(*rows, strict=True)
-        heads = self.heads[1:]
-        joined = (_one(c, self.choose.get(h, median)) for h, c in zip(heads, columns, strict=True))
-        return f"{joined_name(names)} x{len(rows)}", *joined
-
-
-def joined_name(names: Sequence[str]) -> str:
-    """Return one name for many of a kind: their template, or `*` where the numbers have gaps."""
-    sites, labels = zip(*(name.partition(" [")[::2] for name in names), strict=True)
-    patterns = list(templates(dict.fromkeys(sites)))
-    name = patterns[0] if len(patterns) == 1 else _kind(sites[0])
-    label = labels[0] if len(set(labels)) == 1 else _kind(names[0]).partition(" [")[2]
-    return f"{name} [{label}" if label else name
-
-
-def _kind(name: str) -> str:
-    """Return a name with `*` for each number, in its label too: `h.*.up [expert * q]`."""
-    return re.sub(r"(?<![^. \[])\d+(?![^. \]])", "*", name)
-
-
-def _one(column: tuple[Any, ...], choose: Callable[[Iterable[float]], float]) -> Any:
-    """Return the summary of a column of one kind."""
-    if isinstance(column[0], tuple):
-        return tuple(_of_finite(values, choose) for values in zip(*column, strict=True))
-    return column[0] if isinstance(column[0], str | int) else _of_finite(column, choose)
-
-
-def _of_finite(values: Iterable[float | None], choose: Callable[[Iterable[float]], float]) -> float:
-    finite = [value for value in values if value is not None and not math.isnan(value)]
-    return choose(finite) if finite else math.nan
-
-
-def _shown(cell: Any) -> str:
-    if isinstance(cell, tuple):
-        return f"{number(cell[0])} ({number(cell[1])})"
-    return cell if isinstance(cell, str) else number(cell)
-
-
 def sides(shape: Iterable[int]) -> str:
     """Return a shape as `2 x 1,024`."""
     return " x ".join(f"{side:,}" for side in shape) or "scalar"
-
-
-def number(value: float | None) -> str:
-    """Return a number with three digits, whole numbers in full, `-` for none.
-
-    Examples:
-        >>> number(0.012345), number(1024.0), number(float("nan")), number(None)
-        ('0.0123', '1,024', '-', '-')
-    """
-    if value is None or math.isnan(value):
-        return "-"
-    whole = math.isfinite(value) and abs(value) < 1e9 and value == int(value)
-    return f"{int(value):,}" if whole else f"{value:.3g}"

@@ -9,7 +9,7 @@ from lora_inject.core.spec.config import HYPER, Active, Axes, Normal, Rule
 from lora_inject.core.spec.inventory import Candidate
 from lora_inject.core.spec.names import counted
 from lora_inject.core.spec.rooms import room
-from lora_inject.core.spec.sites import ROLES, Geometry, SiteSpec, Slices
+from lora_inject.core.spec.sites import FROM_WEIGHT, ROLES, Geometry, SiteSpec, Slices
 from lora_inject.errors import MatchError, article
 
 BIASED_KINDS = ("linear", "conv1d", "conv")
@@ -41,21 +41,24 @@ def site_of_rule(candidate: Candidate, rule: Rule, i: int, asked: str) -> SiteSp
         **shape._asdict(),
         **numbers,
     )
+    for reason in _why_not(site):
+        raise MatchError(asked, *reason)
+    return site
+
+
+def _why_not(site: SiteSpec) -> Iterator[tuple[str, str]]:
+    """Yield which of a rule's values a site cannot have, and what to give instead."""
     if site.update == "weight" and site.dropout:
         problem = f"dropout {site.dropout:g} on a weight that is read, not called with inputs"
-        raise MatchError(asked, problem, "Give the rule dropout: 0")
-    if site.lora_bias and (slices or site.variant != "lora" or site.kind not in BIASED_KINDS):
+        yield problem, "Give the rule dropout: 0"
+    if site.lora_bias and (site.slices or site.variant != "lora" or site.kind not in BIASED_KINDS):
         what = f"variant {site.variant}" if site.variant != "lora" else article(site.kind)
-        problem = f"lora_bias on {'slices' if slices else what}"
-        raise MatchError(asked, problem, "Give the rule lora_bias: false")
+        yield f"lora_bias on {'slices' if site.slices else what}", "Give the rule lora_bias: false"
     if ROLES[site.variant].gained and site.why_no_gain:
-        problem = f"variant {site.variant} on {site.why_no_gain}"
-        raise MatchError(asked, problem, "Give the rule variant: lora")
-    if site.init in ("pissa", "olora") and site.rank > _limit(site):
-        most = _limit(site)
+        yield f"variant {site.variant} on {site.why_no_gain}", "Give the rule variant: lora"
+    if site.init in FROM_WEIGHT and site.rank > (most := _limit(site)):
         problem = f"init {site.init} with rank {site.rank}, but W has a rank of at most {most}"
-        raise MatchError(asked, problem, f"Give the rule rank: {most}, or another init")
-    return site
+        yield problem, f"Give the rule rank: {most}, or another init"
 
 
 def _limit(site: SiteSpec) -> int:

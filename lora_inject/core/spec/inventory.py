@@ -13,17 +13,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from lora_inject.core.spec.names import (
-    around,
-    canonical,
-    is_bias,
-    leaf,
-    matching,
-    nearest_names,
-    parent,
-    quoted,
-    templates,
-)
+from lora_inject.core.spec.names import around, canonical, is_bias, leaf, parent, quoted
+from lora_inject.core.spec.patterns import matching
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import Geometry
 from lora_inject.errors import MatchError
@@ -209,6 +200,8 @@ class Inventory:
         problem = f"matched none of {len(pools[-1]):,} names"
         if "experts" in pattern and (hint := room("mixtures").why_no_stack(pattern, pools[0])):
             return MatchError(asked, f"{problem}; {hint[0]}", hint[1])
+        from lora_inject.core.spec.spellings import nearest_names, templates  # for messages only
+
         for pool in pools:
             if near := nearest_names(pattern, pool):
                 return MatchError(asked, problem, f"Nearest: {quoted(near)}")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from lora_inject.core.spec.config import ALL_EXPERTS, ALL_LINEAR, Config
@@ -20,10 +21,10 @@ from lora_inject.core.spec.names import (
     counted,
     first_number,
     is_bias,
-    matching,
     parent,
     quoted,
 )
+from lora_inject.core.spec.patterns import matching
 from lora_inject.core.spec.plan import Plan, Skipped, Tied, Trained
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
@@ -77,6 +78,13 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
     return plan
 
 
+# Sites that differ only in their names are made once: what else a site is made of.
+_ALIKE = attrgetter(
+    *("kind", "in_features", "out_features", "weight_shape", "transposed", "experts"),
+    *("needs_layout", "update", "dtype"),
+)
+
+
 class _Taken(NamedTuple):
     order: int
     candidate: Candidate
@@ -99,35 +107,36 @@ class _Rules:
         if self.inventory.assumed and (rule.kind is not None or rule.match in WORDS):
             problem = "a list of keys does not say which kind of layer a tensor belongs to"
             raise MatchError(label, problem, "Give the folder with config.json, or write a pattern")
-        names = self._names(i)
-        candidates = list(_candidates(names, self.inventory))
-        kinds = Counter(candidate.kind for _, candidate in candidates)
-        if rule.kind is not None:
-            candidates = [pair for pair in candidates if pair[1].kind == rule.kind]
-            if not candidates:
-                raise _no_kind(label, rule.kind, kinds)
+        names, n_before = self._names(i), len(self.taken)
+        left = self._take_each(i, _of_kind(rule.kind, names, self.inventory, label))
+        others = _others(names, self.inventory) if rule.kind is None else []
+        self.skipped += [Skipped(name, i, self.inventory.reason(name)) for name in others]
+        if len(self.taken) == n_before:
+            raise _all_gone(label, left) if left else _all_skipped(label, others, self.inventory)
+
+    def _take_each(self, i: int, candidates: Iterable[tuple[int, Candidate]]) -> Counter[str]:
+        """Make sites of what nobody took before; return who took how many of the others."""
+        rule, label = self.config.filled(self.config.targets[i]), _rule_label(self.config, i)
         left: Counter[str] = Counter()
-        before, made = len(self.taken), dict[Candidate, SiteSpec]()
+        made: dict[Hashable, SiteSpec] = {}
         for order, candidate in candidates:
-            if taker := self._taker(candidate):
+            weight = canonical(candidate.weight)
+            if taker := self._taker(candidate, weight):
                 left[taker] += 1
                 if taker == "exclude":
                     self.skipped.append(Skipped(candidate.name, i, "excluded"))
                 continue
-            asked = f"'{candidate.name}', matched by {label}"
             if candidate.refusal is not None:
+                asked = f"'{candidate.name}', matched by {label}"
                 raise LayerError(asked, *candidate.refusal)
-            # Sites that differ only in their names are made once.
-            key = candidate._replace(name="", weight="", owner="", aliases=(), tied=())
-            key = candidate if isinstance(rule.only, str) else key  # of each stack its own
+            # With `only: FILE` each stack has its own.
+            key = candidate if isinstance(rule.only, str) else _ALIKE(candidate)
             if (like := made.get(key)) is None:
-                like = made[key] = site_of_rule(candidate, self.config.filled(rule), i, asked)
+                asked = f"'{candidate.name}', matched by {label}"
+                like = made[key] = site_of_rule(candidate, rule, i, asked)
             spec = like.at(candidate.name, candidate.weight, candidate.aliases)
-            self.taken[canonical(candidate.weight)] = _Taken(order, candidate, spec)
-        others = _others(names, self.inventory) if rule.kind is None else []
-        self.skipped += [Skipped(name, i, self.inventory.reason(name)) for name in others]
-        if len(self.taken) == before:
-            raise _all_gone(label, left) if left else _all_skipped(label, others, self.inventory)
+            self.taken[weight] = _Taken(order, candidate, spec)
+        return left
 
     def _names(self, i: int) -> list[str]:
         """Return the names that a rule matches, in its layers."""
@@ -138,10 +147,12 @@ class _Rules:
             names = matching(rule.match, inventory.names, asked=label)
             if not names:
                 raise inventory.no_match(label, rule.match, inventory.sites, inventory.names)
+        if rule.layers is None:
+            return names
         inside = [name for name in names if rule.covers(first_number(name))]
         if not inside:
             numbers = [n for name in names if (n := first_number(name)) is not None]
-            problem = f"nothing that it matches is in layers {', '.join(rule.layers or ())}"
+            problem = f"nothing that it matches is in layers {', '.join(rule.layers)}"
             span = f"Its layers are {min(numbers)} to {max(numbers)}" if numbers else ""
             raise MatchError(
                 label, problem, span or "Remove layers; no name that it matches has one"
@@ -164,13 +175,13 @@ class _Rules:
             raise MatchError(label, problem, "Name what to adapt")
         return names
 
-    def _taker(self, candidate: Candidate) -> str:
+    def _taker(self, candidate: Candidate, weight: str) -> str:
         """Return what took a candidate before: `exclude`, an earlier rule, or nothing."""
         if self.config.exclude:
             names = (candidate.name, *candidate.aliases, *candidate.weight_names)
             if any(name in self.excluded for name in names):
                 return "exclude"
-        owner = self.taken.get(canonical(candidate.weight))
+        owner = self.taken.get(weight)
         return "" if owner is None else f"rule {(owner.spec.rule or 0) + 1}"
 
 
@@ -205,6 +216,17 @@ def _candidates(names: Sequence[str], inventory: Inventory) -> Iterator[tuple[in
         if number is not None and number not in numbers:
             candidate = inventory.candidates[number]
             yield number, candidate.as_parameter(canonical(candidate.weight))
+
+
+def _of_kind(
+    kind: str | None, names: Sequence[str], inventory: Inventory, label: str
+) -> list[tuple[int, Candidate]]:
+    """Return the matched candidates of a kind, by default all; raise if there are others only."""
+    candidates = list(_candidates(names, inventory))
+    of_kind = [pair for pair in candidates if kind is None or pair[1].kind == kind]
+    if kind is not None and not of_kind:
+        raise _no_kind(label, kind, Counter(candidate.kind for _, candidate in candidates))
+    return of_kind
 
 
 def _others(names: Sequence[str], inventory: Inventory) -> list[str]:
@@ -265,14 +287,23 @@ def _trained_by(
                 both = f"'{name}' is also named by {entries[name].why}"
                 raise MatchError(label, both, "Narrow one of the two patterns")
             entries[name] = Trained(name, (len(ids), *shapes[name][1:]), label, ids)
-    for site in sites if entries else ():
+    if not entries:
+        return ()
+    _refuse_both(entries, inventory, sites)
+    return tuple(entries[name] for name in shapes if name in entries)
+
+
+def _refuse_both(
+    entries: Mapping[str, Trained], inventory: Inventory, sites: Iterable[SiteSpec]
+) -> None:
+    """Raise for a tensor that is adapted and trained, under whichever of its names it is tied."""
+    for site in sites:
         weight = canonical(site.weight)
         entry = entries.get(inventory.listed.get(weight, weight))
-        if entry is not None:  # under whichever of its names it is tied
+        if entry is not None:
             what = f"'{entry.name}' is the weight of the site '{site.name}'"
             remedy = f"Exclude '{site.name}', or narrow the pattern"
             raise MatchError(entry.why, f"{what}: adapted and trained both", remedy)
-    return tuple(entries[name] for name in shapes if name in entries) if entries else ()
 
 
 def _tables(pattern: str, ids: tuple[int, ...], label: str, inventory: Inventory) -> list[str]:

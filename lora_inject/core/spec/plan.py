@@ -15,9 +15,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from lora_inject.core.spec.config import Active, Config, Normal, Rule
-from lora_inject.core.spec.names import counted, templates
+from lora_inject.core.spec.names import counted
 from lora_inject.core.spec.shown import Shown
 from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.spellings import templates
 
 
 class Trained(NamedTuple):
@@ -193,7 +194,7 @@ def _table(
     entries: Iterable[tuple[str, tuple[str, str, int]]], width: int, *, everything: bool
 ) -> Iterator[str]:
     """Return rows of kind, shape and size; names with equal values are joined, or not."""
-    from lora_inject.core.spec.columns import columns  # no part of planning
+    from lora_inject.core.spec.site_tables import columns  # no part of planning
 
     groups: dict[tuple[str, str, int], list[str]] = {}
     for name, alike in entries:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lora_inject.core.spec.names import regex_problem
+from lora_inject.core.spec.patterns import regex_problem
 from lora_inject.core.spec.words import show
 from lora_inject.errors import ConfigError, check_type
 

@@ -157,9 +157,9 @@ def _check_orientation(specs: Sequence[SiteSpec], facts: ModelFacts) -> None:
     for spec in specs:
         square = spec.experts is not None and spec.in_features == spec.out_features
         if square and not facts.orientation_known:
-            found = "its matrices are square, and PEFT takes them for (out, in) on transformers 4"
-            found += " whatever they are on transformers 5"
-            raise FormatError(f"site '{spec.name}'", found, _OTHER)
+            problem = "its matrices are square, and PEFT takes them for (out, in) on transformers 4"
+            problem += " whatever they are on transformers 5"
+            raise FormatError(f"site '{spec.name}'", problem, _OTHER)
 
 
 def read(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from lora_inject.core.spec.names import MATCH_SECONDS, around, matching
+from lora_inject.core.spec.names import around
+from lora_inject.core.spec.patterns import MATCH_SECONDS, matching
 from lora_inject.errors import FormatError
 from lora_inject.formats.peft.adapter_config import Claims
 from lora_inject.formats.peft.name_patterns import ends

@@ -1,0 +1,153 @@
+"""Patterns on the ends of names: regexes, and a limit on the time that they may take."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+from lora_inject.core.spec.names import Below, around
+from lora_inject.errors import LoraInjectError, MatchError, StateError, check_type, nearest
+
+MATCH_SECONDS = 5.0  # for one pattern and all names; a harmless pattern takes milliseconds
+_FEW_STEPS = 10_000_000  # which take a part of a second
+_AT_ONCE = 16  # matches between two looks at the clock
+
+_NOT_A_REGEX = (re.error, OverflowError, RecursionError)
+
+
+def matching(
+    pattern: str,
+    names: Iterable[str],
+    *,
+    asked: str,
+    error: type[LoraInjectError] = MatchError,
+    seconds: float = MATCH_SECONDS,
+) -> list[str]:
+    r"""Return the names that a pattern matches: their ends, from the start or just after a dot.
+
+    A backtracking regex can take exponential time on a short name, so the processor time for all
+    names together is limited, in `seconds`; `error` is raised then. `asked` is what messages call
+    the pattern.
+
+    Examples:
+        >>> matching("q_proj", ["a.q_proj", "a.my_q_proj", "a.q_proj_norm"], asked="rule 1")
+        ['a.q_proj']
+    """
+    names = list(names)
+    end = time.process_time() + seconds
+    try:
+        if _steps(pattern, max(map(len, names), default=0)) <= _FEW_STEPS:
+            return list(_matching_at_once(re.compile(_at_the_end(pattern)), names, end))
+        return list(_matching_in_time(_timed(pattern), names, end))
+    except _NOT_A_REGEX as problem:
+        raise error(asked, f"it is not a regex: {problem}", "Escape its brackets") from None
+    except TimeoutError as late:
+        what = f"it took more than {seconds:g} s to match (on '{late.args[0][:60]}')"
+        remedy = "Write the pattern without repetition inside repetition, such as (a+)+"
+        raise error(asked, what, remedy) from None
+
+
+def _steps(pattern: str, length: int) -> float:
+    """Return how many steps the match of a name of that length may take, at most.
+
+    A repetition ends after one of the characters, a choice (`|` or `?`) goes one of two ways. What
+    repeats a group may try every way to divide a name: there is no such bound. Patterns that can be
+    written in more ways (verbose, a set in a set) are not looked into.
+    """
+    plain = re.sub(r"(?s)\\.", "_", pattern)
+    repeated_group, set_in_set = r"\)[*+?{]", r"\[[^]]*\["
+    if re.compile(pattern).flags & re.VERBOSE or re.search(f"{repeated_group}|{set_in_set}", plain):
+        return math.inf
+    repetitions = sum(map(plain.count, "*+{"))
+    choices = plain.count("|") + plain.count("?") - plain.count("(?")
+    return float(length) ** min(repetitions, 9) * 2.0 ** min(choices, 99)
+
+
+def _matching_at_once(compiled: re.Pattern[str], names: Sequence[str], end: float) -> Iterator[str]:
+    """Yield the names that match; the clock is asked for many of them together."""
+    for start in range(0, len(names), _AT_ONCE):
+        if time.process_time() > end:
+            raise TimeoutError(names[start])
+        yield from filter(compiled.match, names[start : start + _AT_ONCE])
+
+
+def _matching_in_time(compiled: Any, names: Sequence[str], end: float) -> Iterator[str]:
+    """Yield the names that match; each match may take the time that is left, and costs more."""
+    for name in names:
+        try:
+            left = end - time.process_time()  # the clock that `timeout` is counted on
+            if compiled.match(name, timeout=max(left, 1e-6)):
+                yield name
+        except TimeoutError:
+            raise TimeoutError(name) from None
+
+
+def regex_problem(pattern: str) -> str | None:
+    """Return why a pattern is not a valid regex for names; None if it is one."""
+    try:
+        pattern.encode()  # half a surrogate pair is not text
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # "possible nested set" and the like mean a mistake
+            re.compile(pattern)
+    except (*_NOT_A_REGEX, UnicodeError, Warning) as problem:
+        return str(problem)
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _at_the_end(pattern: str) -> str:
+    """Return a regex for whole names from one for their ends.
+
+    Everything inside the pattern keeps its meaning: alternations, a leading `^` (the name's start),
+    inline flags, verbose mode, group numbers and names.
+    """
+    verbose = bool(re.compile(pattern).flags & re.VERBOSE)
+    # Global inline flags may only stand first.
+    space = r"\s*" if verbose else ""
+    flags = re.match(rf"(?:\(\?[aiLmsux]+\){space})*", pattern)
+    body = pattern[flags.end() :] if flags else pattern
+    # In verbose mode the line break ends a comment that would swallow the bracket.
+    close = "\n)" if verbose else ")"
+    return rf"{flags[0] if flags else ''}(?s:.*\.)?(?:{body}{close}\Z"
+
+
+@lru_cache(maxsize=1024)
+def _timed(pattern: str) -> Any:
+    """Return a pattern compiled by `regex`, which can limit the time of a match.
+
+    It is imported here: few patterns need it.
+    """
+    import regex
+
+    # To `re`, a brace that is not a count is text; to `regex`, it may ask for a fuzzy match.
+    brace = r"(?<!\\)((?:\\\\)*)(?<!\\N)\{(?!\d+(?:,\d*)?\}|,\d*\})"
+    try:
+        return regex.compile(re.sub(brace, r"\1\\{", _at_the_end(pattern)))
+    except regex.error as problem:  # such as [a[:b], which only `re` reads
+        raise re.error(str(problem)) from None
+
+
+def named(
+    names: Iterable[str],
+    patterns: Iterable[str],
+    asked: str,
+    error: type[LoraInjectError] = StateError,
+) -> dict[str, None]:
+    """Return the names that patterns match, directly or by a parent; each pattern must match."""
+    names = list(names)
+    chosen: dict[str, None] = {}
+    modules = [*names, *around(names)]
+    for pattern in patterns:
+        check_type(f"{asked}, a pattern", pattern, str, "Give a regex for the end of a name", error)
+        below = Below(matching(pattern, modules, asked=f"{asked} {pattern!r}", error=error))
+        matched = dict.fromkeys(name for name in names if name in below)
+        if not matched:
+            close = ", ".join(map(repr, nearest(pattern, modules))) or "none"
+            raise error(f"{asked} {pattern!r}", "it matches nothing", f"Nearest: {close}")
+        chosen |= matched
+    return {name: None for name in names if name in chosen}

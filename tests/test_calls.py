@@ -1,0 +1,134 @@
+"""How much work the verbs do, in calls of functions: what time would say if machines were quiet.
+
+The figures are upper bounds, a little above what was counted when they were last lowered. Times
+against an older commit: scripts/benchmarks/surgery.py.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora_inject import adapter_state, inject, install, plan
+from lora_inject.core.spec.garbage import few_collections
+from lora_inject.errors import MatchError
+
+CONFIG = {"rank": 2, "targets": ["q", "k", "v", "o"]}
+N_BLOCKS = 100
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("q", "k", "v", "o"):
+            self.add_module(name, nn.Linear(4, 4, bias=False))
+        self.norm = nn.LayerNorm(4)
+
+
+def blocks(n: int = N_BLOCKS) -> nn.Module:
+    return nn.Sequential(*[Block() for _ in range(n)])
+
+
+def calls(run: Callable[[], Any]) -> int:
+    """Return how many calls, of Python's functions and of C's, a function makes."""
+    counter = count()
+    gc.collect()  # else what others left behind might be finalized meanwhile
+
+    def step(frame: Any, event: str, argument: Any) -> None:
+        if event in ("call", "c_call"):
+            next(counter)
+
+    sys.setprofile(step)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return next(counter)
+
+
+def a_site(verb: Callable[[nn.Module], Any], prepare: Callable[[nn.Module], Any]) -> float:
+    """Return the calls that a verb makes for each further site of a model."""
+    n_calls = []
+    for n in (1, N_BLOCKS, 2 * N_BLOCKS):  # the first imports what a verb needs
+        model = blocks(n)
+        prepare(model)
+        n_calls.append(calls(lambda: verb(model)))  # noqa: B023 - it runs at once
+    return (n_calls[2] - n_calls[1]) / (4 * N_BLOCKS)
+
+
+def put_on(model: nn.Module, name: str = "default") -> nn.Module:
+    return inject(model, CONFIG, name)
+
+
+VERBS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[nn.Module], Any], float]] = {
+    "plan": (lambda model: plan(model, CONFIG), lambda _: None, 290),
+    "inject": (put_on, lambda _: None, 400),
+    "install a second": (lambda model: install(model, adapter_state(model), "b"), put_on, 620),
+}
+
+
+def test_a_verb_makes_few_calls_for_each_site() -> None:
+    # In a process of its own: each further library that is loaded is asked of each site, too.
+    command = [sys.executable, __file__]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    figures = json.loads(run.stdout)
+    assert {verb: n for verb, n in figures.items() if n > VERBS[verb][2]} == {}
+
+
+@pytest.fixture
+def usual() -> Any:
+    before = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
+    yield gc.get_threshold()
+    gc.set_threshold(*before)
+
+
+@pytest.mark.usefixtures("usual")
+def test_the_collector_waits_while_a_verb_makes_its_objects_and_no_longer() -> None:
+    model, thresholds = blocks(1), []
+
+    def probe() -> None:
+        thresholds.append(gc.get_threshold()[0])
+        forward(model)
+
+    inject(model, CONFIG, probe=probe)
+    with pytest.raises(MatchError):
+        plan(model, {"targets": ["no_such_layer"]})
+    assert thresholds[0] > 100_000
+    assert gc.get_threshold() == (700, 10, 10)
+
+
+def forward(model: nn.Module) -> None:
+    for block in model:
+        block.o(block.v(block.k(block.q(torch.ones(1, 4)))))
+
+
+@pytest.mark.usefixtures("usual")
+@pytest.mark.parametrize("young", [0, 10**6])
+def test_a_collector_that_is_off_or_waits_longer_is_left_as_it_is(young: int) -> None:
+    gc.set_threshold(young, 5, 5)
+    with few_collections(), few_collections():
+        assert gc.get_threshold() == (young, 5, 5)
+    assert gc.get_threshold() == (young, 5, 5)
+
+
+@pytest.mark.usefixtures("usual")
+def test_a_threshold_that_somebody_sets_in_a_verb_stays() -> None:
+    with few_collections():
+        gc.set_threshold(900)
+    assert gc.get_threshold()[0] == 900
+
+
+if __name__ == "__main__":
+    print(json.dumps({verb: a_site(run, prepare) for verb, (run, prepare, _) in VERBS.items()}))
