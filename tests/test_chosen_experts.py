@@ -261,3 +261,25 @@ def test_the_counts_in_the_guide_are_those_of_qwen3_30b_a3b() -> None:
     for each in rules:
         plan = li.plan(model, {"rank": 32, "targets": ["all-linear", *each]})
         assert f"| {plan.n_lora:,} |" in guide
+
+
+def test_the_command_writes_a_profile_that_a_rule_reads(tmp_path: Path, monkeypatch, run) -> None:
+    from training_models import tokenizer
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
+    sizes |= {"vocab_size": 103, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4))
+    model.save_pretrained("base")
+    tokenizer(Path("base"))
+    Path("rows.txt").write_text("1 and 1 is 2\n2 is a number\n")
+    done = run("profile", "base", "--data", "rows.txt", "--output", "profile.yaml", "--length", 6)
+    assert done.code == 0, done.err
+    profile = li.ExpertProfile.from_yaml("profile.yaml")
+    assert [sum(counts) for counts in profile.experts.values()] == [2 * 2 * 6] * 2
+    assert profile.picture() in done.out
+    assert "top: 0.25 of each stack gets" in done.out
+    plan = li.plan(model, config(ALL | {"only": "profile.yaml", "top": 0.25}))
+    assert all(len(site.only or ()) == 1 for site in plan.sites)
