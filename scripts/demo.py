@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import shlex
 import shutil
@@ -235,9 +234,6 @@ def in_a_process(folder: Path, result: Path, n: int) -> dict[str, Any]:
 
 def main() -> None:
     args = parse()
-    # transformers imports each quantizer that is installed, and they log what they lack on a CPU.
-    for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):
-        logging.getLogger(library).setLevel(logging.ERROR)
     if args.measure:
         write_json(args.measure[1], measure(args.measure[0], args.pairs))
     elif not demo(args):
