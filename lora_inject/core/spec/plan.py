@@ -194,7 +194,7 @@ def _table(
     entries: Iterable[tuple[str, tuple[str, str, int]]], width: int, *, everything: bool
 ) -> Iterator[str]:
     """Return rows of kind, shape and size; names with equal values are joined, or not."""
-    from lora_inject.core.spec.site_tables import columns  # no part of planning
+    from lora_inject.core.spec.columns import columns  # no part of planning
 
     groups: dict[tuple[str, str, int], list[str]] = {}
     for name, alike in entries:
