@@ -1,11 +1,12 @@
 """What goes to a server from two processes with shards: adapters in memory, merged weights."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import fill
+from conftest import error, fill
 from helpers.forks import Forks
 from helpers.models import tiny_llama
 from torch import Tensor
@@ -91,6 +92,34 @@ def two(model: Any) -> Any:
     return model
 
 
+FRESH = {"rank": 2, "alpha": 3.0, "train": [r"model\.norm"], "targets": ["q_proj", "down_proj"]}
+BATCH = torch.arange(4 * 6).view(4, 6) % 17
+
+
+def fresh(late: bool) -> dict[str, Any]:
+    """An adapter that is injected into shards, with another seed in each process."""
+    model = by_fsdp2(tiny_llama(num_key_value_heads=WORLD).double())
+    rank = dist.get_rank()
+    if late:
+        model(BATCH)
+    torch.manual_seed(rank)
+    li.inject(model, FRESH)
+    start = li.adapter_state(model)
+    held = li.adapter_parameters(model)
+    kinds = {type(p.data).__name__ for p in held.values()}
+    steps(model, BATCH[2 * rank : 2 * rank + 2])
+    return {"start": start, "kinds": kinds, "end": li.adapter_state(model)}
+
+
+def steps(model: Any, batch: Tensor) -> None:
+    optimizer = torch.optim.SGD(li.adapter_parameters(model).values(), lr=0.3)
+    for _ in range(3):
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def refusals() -> list[str]:
     model = by_fsdp2(build())
     found = [said(lambda: li.merged_weights(li.activate(model, None)))]
@@ -119,6 +148,7 @@ def work() -> dict[str, Any]:
             name: {"states": states(shard), "merged": merged(shard)}
             for name, shard in SHARDINGS.items()
         }
+        found |= {"fresh": fresh(late=False), "fresh, late": fresh(late=True)}
         return found | {"refusals": refusals()}
     finally:
         dist.destroy_process_group()
@@ -170,3 +200,26 @@ def test_what_cannot_be_gathered_is_refused_by_every_process(ranks: Any) -> None
     assert "no adapter is active" in idle
     assert "its weights are quantized or to be dequantized" in quantized
     assert "is NaN or Inf" in broken
+
+
+@pytest.mark.parametrize("when", ["fresh", "fresh, late"])
+def test_a_fresh_adapter_on_shards_trains_like_one_process(when: str, ranks: Any) -> None:
+    """Each process draws other numbers, and all start with those of the first one."""
+    one, two = (rank[when] for rank in ranks)
+    assert one["start"] == two["start"]
+    assert one["kinds"] == two["kinds"] == {"DTensor"}
+    assert all(site.is_zero for site in one["start"].sites.values())
+    model = tiny_llama(num_key_value_heads=WORLD).double()
+    torch.manual_seed(0)  # that of the first process
+    alone = li.adapter_state(li.inject(copy.deepcopy(model), FRESH))
+    assert one["start"].sites == alone.sites
+    li.install(model, one["start"])
+    li.train_only(model, "default")
+    steps(model, BATCH)
+    wanted = li.adapter_state(model)
+    for found in (one["end"], two["end"]):
+        for name, site in wanted.sites.items():
+            assert error(found.sites[name].B, site.B) < 1e-5
+            assert error(found.sites[name].A, site.A) < 1e-5
+        for name, tensor in wanted.trained.items():
+            assert error(found.trained[name], tensor) < 1e-5

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.fingerprint import sample_positions
+from lora_inject.core.layers.first_values import first_values
 from lora_inject.core.layers.reading import MOVERS
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried, entries
@@ -86,7 +87,7 @@ def refuse_sharded(survey: Survey, asked: str) -> None:
             "not be reduced",
             "Inject or load first, then shard: fully_shard, parallelize_module and DeepSpeed "
             "distribute an adapter with its layer (transformers: load without tp_plan); "
-            "load_adapter and swap_adapter also work after fully_shard",
+            "inject, load_adapter and swap_adapter also work after fully_shard",
         )
 
 
@@ -163,6 +164,23 @@ def before_read(survey: Survey) -> None:
         module.reshard()
 
 
+@torch.no_grad()
+def first_values_of_shards(place: Carried) -> dict[str, Tensor]:
+    """Return the values that a new adapter starts with at a layer that FSDP2 has sharded.
+
+    Whole, and the same in every process: those of the mesh's first one. A collective operation.
+    """
+    weight: Any = place.weight
+    values = first_values(place.module, place.entry, weight.full_tensor())
+    mesh = weight.device_mesh
+    for tensor in values.values():
+        for axis in range(mesh.ndim):
+            group = mesh.get_group(axis)
+            source = torch.distributed.get_global_rank(group, 0)
+            torch.distributed.broadcast(tensor, source, group)
+    return values
+
+
 def fsdp2_modules(survey: Survey) -> list[Any]:
     """Return the modules that `fully_shard` was called with."""
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
@@ -199,7 +217,7 @@ def _check_shardable(
             reason = "it is not sharded by fully_shard alone"
         else:
             continue
-        remedy = "Load the adapter first, then shard the model"
+        remedy = "Inject or load the adapter first, then shard the model"
         raise LayerError(f"{asked}, {place.name!r}", reason, remedy)
 
 

@@ -13,7 +13,7 @@ from lora_inject.core.layers.first_values import first_values
 from lora_inject.core.layers.survey import Survey, memory_of
 from lora_inject.core.model.attach import attach, survey_for
 from lora_inject.core.model.carried import Carried
-from lora_inject.core.model.guards import before, functions
+from lora_inject.core.model.guards import after, before, functions
 from lora_inject.core.model.places import places, refuse_statistics
 from lora_inject.core.model.trainable import refuse_dead_inputs
 from lora_inject.core.spec.config import Config, ConfigLike
@@ -96,7 +96,7 @@ def inject(
         >>> sorted(n for n, p in net.named_parameters() if p.requires_grad)
         ['0.lora_A__default', '0.lora_B__default']
     """
-    survey = survey_for(model, name)
+    survey = survey_for(model, name, loads=True)
     refuse_dead_inputs(survey, f"inject {name!r}")
     present = inventory(survey)
     planned = resolve(Config.coerce(config, present, model), present)
@@ -110,10 +110,14 @@ def inject(
         refuse_statistics(survey, matching(pattern, present.modules, asked=asked), asked)
 
     def initial(place: Carried) -> Mapping[str, Tensor]:
+        if hasattr(place.weight, "full_tensor"):  # of several processes each has a part
+            return room("sharding").first_values_of_shards(place)  # type: ignore[no-any-return]
         return first_values(place.module, place.entry, place.weight)
 
     def tied(place: Carried) -> Hashable:
         return memory_of(place.weight)
 
+    before("load", survey, name, wanted, tied)
     attach(survey, name, wanted, initial, tied, planned.config.to_dict(), probe=probe)
+    after("load", survey, name)
     return model
