@@ -11,6 +11,7 @@ LORA_MACHINE_STEPS make a longer search among others.
 from __future__ import annotations
 
 import copy
+import io
 import math
 import os
 import re
@@ -879,6 +880,51 @@ class Machine(RuleBasedStateMachine):
                 for key, due in adapter.tensors().items():
                     assert_close(self.parameters(name)[key], due, torch.float32)
                 self.adopt(name)  # `assign` cuts the ties among copies, as it does with the base's
+
+    @rule(assign=st.booleans())
+    def resumed(self, assign: bool) -> None:
+        """A file of the state, read into a model with the same adapters and no values of its own.
+
+        That of a merged model would count its adapters twice where they are not merged.
+        """
+        file = io.BytesIO()
+        torch.save(self.model.state_dict(), file)
+        file.seek(0)
+        held = torch.load(file)
+        if self.truth.merged:
+            if not all(self.undo[root] for root in self.truth.merged):
+                return
+            other = copy.deepcopy(self.model)
+            for root in self.truth.merged:
+                li.unmerge(other.get_submodule(root.removesuffix(".")))
+            self.refused(lambda: other.load_state_dict(held), must=True)
+            return
+        fresh = copy.deepcopy(self.model)
+        with torch.no_grad():
+            for parameter in fresh.parameters():
+                parameter.fill_(torch.nan)
+        fresh.load_state_dict(held, assign=assign)
+        self.model = fresh
+        self.load_into_truth(held, assign)
+        for name in self.truth.adapters:
+            self.adopt(name)
+
+    @rule(data=st.data(), threads=st.booleans())
+    def reads(self, data: Any, threads: bool) -> None:
+        """Whoever reads a parameter, in a thread of its own too, gets that of the dense model."""
+        due = {**self.truth.base(), **self.truth.weights()}
+        name = data.draw(st.sampled_from(sorted(due)), "read")
+        owner, _, parameter = name.rpartition(".")
+
+        def read() -> Tensor:
+            with torch.no_grad():
+                return getattr(self.model.get_submodule(owner), parameter).clone()
+
+        if self.model.training:  # dropout on a layer's input is not seen by who reads its weight
+            threads = False
+        if not self.refused(read, may=self.model.training):
+            (found,) = run_all([read], threads)
+            assert_close(found, due[name], self.truth.dtype)
 
     @rule(seed=st.integers(0, 3), assign=st.booleans())
     def load_another_base(self, seed: int, assign: bool) -> None:
