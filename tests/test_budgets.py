@@ -25,10 +25,10 @@ LINES = {
     "config": 1_700,
     "forward": 4_260,
     "activate": 3_510,
-    "inject": 9_025,
+    "inject": 9_040,
     "merge": 7_890,
-    "save, load": 10_980,
-    "life": 15_540,
+    "save, load": 10_995,
+    "life": 15_575,
 }
 STAGES = {
     "config": "from lora_inject import Config",

@@ -1,5 +1,3 @@
-
-
 import logging
 
 # transformers imports each quantizer that is installed, and they log what they lack on a CPU.

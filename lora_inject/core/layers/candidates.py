@@ -271,7 +271,11 @@ def _raw_geometry(shape: tuple[int, ...], *, transposed: bool) -> Geometry:
 
 def _output_head(module: nn.Module) -> nn.Module | None:
     """Return the output head that a model states by get_output_embeddings()."""
-    get = getattr(module, "get_output_embeddings", None)
+    key = "get_output_embeddings"
+    # Asked of the class: an instance that lacks it would look through its tables, and each does.
+    if not hasattr(type(module), key) and key not in module.__dict__:
+        return None
+    get = getattr(module, key)
     try:
         head = get() if callable(get) else None
     except (AttributeError, NotImplementedError):  # a model that has none

@@ -28,8 +28,8 @@ from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, LayerError, nearest
 
 _ITS_MODEL = "Load the adapter onto the model that it was made for"
-# Fields of a site that come from the model, not from the adapter.
-_OF_MODEL = ("name", "kind", "weight_shape", "weight", "update", "aliases")
+# Fields of a site, besides its names, that come from the model, not from the adapter.
+_OF_MODEL = ("kind", "weight_shape", "update")
 
 
 def fit(
@@ -122,11 +122,12 @@ def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:
     if candidate.refusal is not None:
         raise LayerError(where, *candidate.refusal)
     _check_shape(spec, candidate, where)
-    here: dict[str, Any] = {key: getattr(candidate, key) for key in _OF_MODEL} | {"rule": None}
+    here: dict[str, Any] = {key: getattr(candidate, key) for key in _OF_MODEL}
     if spec.kind != "parameter":
         here["transposed"] = candidate.transposed
-    same = all(getattr(spec, key) == value for key, value in here.items())
-    return spec if same else dataclasses.replace(spec, **here)
+    if any(getattr(spec, key) != value for key, value in here.items()):
+        spec = dataclasses.replace(spec, **here)
+    return spec.at(candidate.name, candidate.weight, candidate.aliases, from_rule=False)
 
 
 def _check_shape(spec: SiteSpec, candidate: Candidate, where: str) -> None:

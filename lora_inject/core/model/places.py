@@ -87,11 +87,17 @@ def _reasons_here(place: Carried, taken: set[tuple[int, str]]) -> Iterator[tuple
         )
         yield problem, "Leave lora_bias out there, or give the layer a bias of zeros"
     for flat in entry.names.values():
-        if hasattr(module, flat):
+        if _is_taken(module, flat):
             yield f"the module has an attribute {flat!r}", "Choose another adapter name"
     if not entry.on_output and attached_to(module) is None and hasattr(cls, entry.param):
         problem = f"{cls.__name__}.{entry.param} is computed by the class"
         yield problem, "A parameter that is itself computed cannot take an update"
+
+
+def _is_taken(module: nn.Module, flat: str) -> bool:
+    """Whether a module has an attribute; `hasattr` would raise and catch for each that is free."""
+    own = flat in module.__dict__ or hasattr(type(module), flat)
+    return own or flat in module._parameters or flat in module._buffers or flat in module._modules
 
 
 def refuse_statistics(survey: Survey, modules: Collection[str], asked: str) -> None:

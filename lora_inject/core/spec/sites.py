@@ -212,10 +212,13 @@ class SiteSpec:
             form=(*form, self.only, self.share) if self.only or self.share else form,
         )
 
-    def at(self, name: str, weight: str, aliases: tuple[str, ...] = ()) -> SiteSpec:
+    def at(
+        self, name: str, weight: str, aliases: tuple[str, ...] = (), *, from_rule: bool = True
+    ) -> SiteSpec:
         """Return the same site under another name, at a fraction of the cost of a new one.
 
-        Models have thousands of sites that differ only in their names.
+        Models have thousands of sites that differ only in their names. What comes from files is of
+        no rule: `from_rule` is False.
 
         Examples:
             >>> q = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), rank=2, alpha=2)
@@ -223,8 +226,9 @@ class SiteSpec:
             >>> k.name, k.a_shape == q.a_shape
             ('h.0.k', True)
         """
+        rule = self.rule if from_rule else None
         made = object.__new__(SiteSpec)
-        made.__dict__.update(self.__dict__, name=name, weight=weight, aliases=aliases)
+        made.__dict__.update(self.__dict__, name=name, weight=weight, aliases=aliases, rule=rule)
         return made
 
     @property

@@ -1,0 +1,106 @@
+"""Compare the verbs of two source trees, in turn on one machine.
+
+    python scripts/benchmarks/against.py OTHER_TREE [--sites 20176] [--rounds 7]
+
+Each run is a process of its own that imports one of the trees; runs alternate. Times are those of
+the process, since others may use the machine. The ratio of the minima is the figure; medians and
+maxima say how quiet the machine was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+HERE = Path(__file__).resolve().parents[2]
+RUN = """
+import json, sys, time
+start = time.process_time()
+import torch
+from torch import nn
+torch_alone = time.process_time() - start
+n_sites = int(sys.argv[1])
+torch.set_num_threads(1)
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name in "qkvo":
+            self.add_module(name, nn.Linear(4, 4, bias=False))
+        self.norm = nn.LayerNorm(4)
+
+class Layer(nn.Module):
+    def __init__(self, hidden=8192, inner=28672, small=1024):
+        super().__init__()
+        for name, n_in, n_out in [
+            ("q", hidden, hidden), ("k", hidden, small), ("v", hidden, small),
+            ("o", hidden, hidden), ("up", hidden, inner), ("gate", hidden, inner),
+            ("down", inner, hidden),
+        ]:
+            self.add_module(name, nn.Linear(n_in, n_out, bias=False, device="meta"))
+
+def timed(run):
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+def blocks(n):
+    return nn.Sequential(*[Block() for _ in range(n // 4)])
+
+config = {"rank": 2, "targets": ["q", "k", "v", "o"]}
+start = time.process_time()
+import lora_inject as li
+li.inject(blocks(4), config)
+first = time.process_time() - start
+warm = blocks(8)
+li.inject(warm, config)
+li.install(warm, li.adapter_state(warm), "b")
+model, small = blocks(n_sites), blocks(n_sites // 4)
+large = nn.Sequential(*[Layer() for _ in range(80)])
+seven = {"targets": ["q", "k", "v", "o", "up", "gate", "down"]}
+li.plan(large, seven)
+times = {
+    "import torch and first inject, over import torch": (torch_alone + first) / torch_alone,
+    f"inject, {n_sites:,} sites": timed(lambda: li.inject(model, config)),
+}
+li.inject(small, config)
+state = li.adapter_state(small)
+times |= {
+    f"second adapter, {n_sites // 4:,} sites": timed(lambda: li.install(small, state, "b")),
+    "plan of 560 sites, 70B on meta": timed(lambda: li.plan(large, seven)),
+}
+print(json.dumps(times))
+"""
+
+
+def run(tree: Path, n_sites: int) -> dict[str, float]:
+    """Return the times of one process that imports the package from a tree."""
+    env = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RUN, str(n_sites)]
+    done = subprocess.run(command, env=env, cwd="/", stdout=subprocess.PIPE, text=True, check=True)
+    times: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("other", type=Path, help="another checkout of this repository")
+    parser.add_argument("--sites", type=int, default=20_176)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    trees = (HERE, options.other.resolve())
+    runs = [[run(tree, options.sites) for tree in trees] for _ in range(options.rounds)]
+    print(f"here, there (min, median, max) and the ratio of minima; {options.rounds} rounds")
+    for case in runs[0][0]:
+        here, there = ([pair[i][case] for pair in runs] for i in range(2))
+        cells = [f"{min(t):.3f} {median(t):.3f} {max(t):.3f}" for t in (here, there)]
+        print(f"{case:50} {cells[0]:24} {cells[1]:24} {min(here) / min(there):.2f}")
+
+
+if __name__ == "__main__":
+    main()
