@@ -67,7 +67,8 @@ def inject(
     """Put a new adapter onto a model, in place, and freeze everything else.
 
     The adapter becomes the only active and the only trainable one; others keep their values. That
-    holds for another model's adapters as well if it shares a layer with this one. What is frozen
+    holds for another model's adapters as well if it shares a layer with this one. A further adapter
+    goes onto the same module: one around or inside an injected one is refused. What is frozen
     loses its `grad`, which an optimizer that holds it would step by.
 
     Args:
@@ -88,7 +89,8 @@ def inject(
         MatchError: A pattern matches nothing, or `expect` is missed.
         LayerError: A matched module cannot carry an adapter, or `probe` does not reach it; or new
             weights would be left out.
-        StateError: The name is in use, or the model is merged.
+        StateError: The name is in use, the model is merged, or it lies around or inside of an
+            injected one.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
