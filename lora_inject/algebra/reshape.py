@@ -20,7 +20,7 @@ from lora_inject.errors import StateError
 
 
 def renamed(spec: SiteSpec, name: str) -> SiteSpec:
-    """Return the site under another name, with its weight's name changed likewise."""
+    """Return the site under another name, with its weight under the same new name."""
     return replace(spec, name=name, weight=name + spec.weight.removeprefix(spec.name), aliases=())
 
 

@@ -82,7 +82,7 @@ def rounding(weight: Tensor, delta: Tensor) -> dict[str, Rounded]:
 
 
 def rounding_of_rows(rows: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Rounded]:
-    """Do the same for whole rows of W and of D, `(n, cols)` each, block by block."""
+    """Return what roundings lose of a weight in blocks of rows of W and of D, `(n, cols)`."""
     tallies = {name: Tally() for name in FORMATS}
     for some, delta in rows:
         wide = torch.float64 if some.dtype == torch.float64 else torch.float32

@@ -169,7 +169,7 @@ class Comparison(Figures):
     Attributes:
         pairs: Every block that both have.
         only_first: Names of sites that only the first has.
-        only_second: Likewise.
+        only_second: Names of sites that only the second has.
     """
 
     pairs: tuple[Pair, ...]

@@ -322,20 +322,28 @@ def check_output(base: Checkpoint, output: str | Path, *, overwrite: bool = Fals
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(asked, "it is a file", "Give the name of a folder")
     if folder.is_dir():
-        if names := sorted(path.name for path in folder.iterdir()):
-            staging = Staging(folder)
-            if not staging.files.exists():  # a process died between the rename and the end
-                staging.remove()
-            if not (overwrite and _is_checkpoint(folder)):
-                which = "what is in it is no checkpoint" if overwrite else "it is not empty"
-                problem = f"{which} ({', '.join(names[:4])})"
-                remedy = "Give another folder, or remove this one"
-                replaces = "" if overwrite else "; overwrite=True replaces a checkpoint"
-                raise CheckpointError(asked, problem, f"{remedy}{replaces}")
+        _check_content(folder, asked, overwrite=overwrite)
         if folder.is_mount():
             problem = "it is a mount point, and the output gets its name by a rename"
             raise CheckpointError(asked, problem, "Give a folder inside it")
     return folder
+
+
+def _check_content(folder: Path, asked: str, *, overwrite: bool) -> None:
+    """Refuse a folder that holds something, but for a checkpoint that may be replaced."""
+    names = sorted(path.name for path in folder.iterdir())
+    if not names:
+        return
+    staging = Staging(folder)
+    if not staging.files.exists():  # a process died between the rename and the end
+        staging.remove()
+    if overwrite and _is_checkpoint(folder):
+        return
+    which = "what is in it is no checkpoint" if overwrite else "it is not empty"
+    remedy = "Give another folder, or remove this one"
+    if not overwrite:
+        remedy += "; overwrite=True replaces a checkpoint"
+    raise CheckpointError(asked, f"{which} ({', '.join(names[:4])})", remedy)
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -46,7 +46,7 @@ CLIENTS = ("vllm", "sglang", "llama.cpp", "lorax", "diffusers", "mlx", "comfyui"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 _CUT = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 METHODS = ("cat", "svd", "linear", *_CUT, *(f"{name}_svd" for name in _CUT))
-"""Names of programs, dtypes and ways to combine, likewise."""
+"""Names of programs, dtypes and ways to combine, which help prints without importing them."""
 
 
 def one_of(names: Sequence[str]) -> Callable[[str | None], str | None]:

@@ -162,10 +162,7 @@ def analyze_command(
 
     if any_base and base is None:
         raise BadParameter("it needs --base", param_hint="--any-base")
-    if report is not None and report.is_dir():
-        raise BadParameter(f"'{report}' is a folder", param_hint="--report")
-    if pictures is not None or report is not None:
-        analysis.need_matplotlib()
+    _check_outputs(report, pictures)
     weights, comparison, written = None, None, list[Path]()
     checkpoint = None if base is None else Checkpoint.open(base)
     paths = [adapter] if other is None else [adapter, other]
@@ -184,6 +181,16 @@ def analyze_command(
         page = analysis.report(figures, state, adapter.name, comparison=comparison, other=name)
         written.append(analysis.write_report(report, page))
     _show_analysis(listing, figures, comparison, written)
+
+
+def _check_outputs(report: Path | None, pictures: Path | None) -> None:
+    """Refuse what cannot be written, before anything is computed."""
+    from lora_inject import analysis
+
+    if report is not None and report.is_dir():
+        raise BadParameter(f"'{report}' is a folder", param_hint="--report")
+    if pictures is not None or report is not None:
+        analysis.need_matplotlib()
 
 
 def _show_analysis(

@@ -62,8 +62,8 @@ def _check(holder: Holder, into: Into) -> None:
     """Refuse what cannot be gathered, before the first tensor."""
     asked = f"merged_weights, {holder.name!r}"
     if into is not None or is_quantized(holder.tensor):
-        found = "the model is sharded, and its weights are quantized or to be dequantized"
-        raise LayerError(asked, found, "Call it on an unsharded copy")
+        problem = "the model is sharded, and its weights are quantized or to be dequantized"
+        raise LayerError(asked, problem, "Call it on an unsharded copy")
     if not hasattr(holder.tensor, "full_tensor") and (how := holder_of_shards(holder.tensor)):
         raise LayerError(asked, f"it is sharded by {how}", "Shard with fully_shard alone")
 

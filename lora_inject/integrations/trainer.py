@@ -127,9 +127,9 @@ class AdapterCheckpoint:
             remedy = "Inject first, and list other trained parameters under `train` in the config"
             raise StateError("AdapterCheckpoint", problem, remedy)
         if getattr(args, "use_vllm", False) and unwrapped(model) not in SENT_MERGED:
-            found = "use_vllm is set, and TRL would send vLLM the base without the adapters"
+            problem = "use_vllm is set, and TRL would send vLLM the base without the adapters"
             remedy = "Call lora_inject.sync_merged(trainer) before training"
-            raise StateError("AdapterCheckpoint", found, remedy)
+            raise StateError("AdapterCheckpoint", problem, remedy)
         drops = [item.entry.spec.dropout for item in entries(Survey(model)) if item.entry.spec]
         if getattr(args, "disable_dropout", False) and any(drops):
             problem = (

@@ -55,11 +55,11 @@ def sync_merged(trainer: T, *, dequantize: str | None = None) -> T:
     """
     generation: Any = getattr(trainer, "vllm_generation", None)
     if generation is None:
-        found = "the trainer does not generate with vLLM"
-        raise StateError("sync_merged", found, "Give one that was made with use_vllm=True")
+        problem = "the trainer does not generate with vLLM"
+        raise StateError("sync_merged", problem, "Give one that was made with use_vllm=True")
     if not callable(getattr(generation, "_iter_named_params", None)):
-        found = "this version of TRL iterates over the weights in another way"
-        raise StateError("sync_merged", found, "Use TRL 1.16, with which it was tested")
+        problem = "this version of TRL iterates over the weights in another way"
+        raise StateError("sync_merged", problem, "Use TRL 1.16, with which it was tested")
     if not reach(generation.model, Survey(generation.model)).names:
         raise StateError("sync_merged", "the model has no adapter", "Inject or load one first")
     generation._iter_named_params = lambda: _weights_for_vllm(generation.model, dequantize)
@@ -75,9 +75,9 @@ def _weights_for_vllm(model: nn.Module, dequantize: str | None) -> Iterator[tupl
         first.setdefault(memory_of(holder.tensor), holder.name)
     for item in entries(survey):
         if item.entry.spec is not None and len(survey.sharing(item.weight)) > 1:
-            found = "it is tied to another tensor, and vLLM would give both the same values"
+            problem = "it is tied to another tensor, and vLLM would give both the same values"
             remedy = "Leave the site out of the adapter, or untie the two"
-            raise StateError(f"sync_merged, {item.name!r}", found, remedy)
+            raise StateError(f"sync_merged, {item.name!r}", problem, remedy)
     known = {holder.name: memory_of(holder.tensor) for holder in survey.holders}
     for name, tensor in merged_weights(model, dequantize=dequantize):
         if first.get(known.get(name), name) == name:

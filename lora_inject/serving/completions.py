@@ -64,8 +64,8 @@ class Server:
             return near
         if len(names) == 1:
             return names[0]
-        found = f"it serves {', '.join(map(repr, names[:9]))}" if names else "it lists no models"
-        raise ServerError(f"ask {self.url}", found, "Name the one to ask: --model NAME")
+        problem = f"it serves {', '.join(map(repr, names[:9]))}" if names else "it lists no models"
+        raise ServerError(f"ask {self.url}", problem, "Name the one to ask: --model NAME")
 
     def rated_prompt(self, prompt: Sequence[int] | str) -> tuple[list[Rated], bool]:
         """Return each token of a prompt as the server rates it, and whether it rates prompts.
@@ -107,9 +107,9 @@ class Server:
         first = choices[0] if isinstance(choices, list) and choices else None
         said = first.get("logprobs") if isinstance(first, Mapping) else None
         if not isinstance(said, Mapping):
-            found = "the server returns no log-probabilities (choices[0].logprobs)"
+            problem = "the server returns no log-probabilities (choices[0].logprobs)"
             remedy = "Let it return them (vLLM: --max-logprobs 5; llama-cpp-python: --logits_all "
-            raise ServerError(f"ask {self.url}", found, f"{remedy}true)")
+            raise ServerError(f"ask {self.url}", problem, f"{remedy}true)")
         return said
 
     def _ask(self, path: str, body: Mapping[str, Any] | None) -> Any:

@@ -69,16 +69,16 @@ def take_proof(
     """
     asked = f"save adapter {name!r}, probe"
     if "proof" not in options_of(format_of(format, asked).write):
-        found = f"files of the format {format!r} hold no proof"
+        problem = f"files of the format {format!r} hold no proof"
         raise FormatError(
-            asked, found, "Save it as 'peft', 'portable' or 'native' too, and keep that"
+            asked, problem, "Save it as 'peft', 'portable' or 'native' too, and keep that"
         )
     proof = _measured(survey, name, inputs_of(probe, asked), asked)
     if proof.effect < 4 * proof.noise():
-        found = f"the adapter changes its outputs by {proof.effect:.2g}, and rounding in "
-        found += f"{proof.dtype} by {proof.noise():.2g}: they prove nothing"
+        problem = f"the adapter changes its outputs by {proof.effect:.2g}, and rounding in "
+        problem += f"{proof.dtype} by {proof.noise():.2g}: they prove nothing"
         remedy = "Give inputs that it was trained for, or more of them; or save without probe"
-        raise StateError(asked, found, remedy)
+        raise StateError(asked, problem, remedy)
     return {KEY: proof.to_text()}
 
 
@@ -199,8 +199,8 @@ def _check_vocabulary(model: nn.Module, inputs: Inputs, asked: str) -> None:
     table = getattr(asks() if callable(asks) else None, "num_embeddings", None)
     largest = max(max(prompt) for prompt in inputs.prompts)
     if table is not None and largest >= table:
-        found = f"it has the token {largest}, and the model has {table:,} tokens"
-        raise StateError(asked, found, "Give tokens of the model's own tokenizer")
+        problem = f"it has the token {largest}, and the model has {table:,} tokens"
+        raise StateError(asked, problem, "Give tokens of the model's own tokenizer")
 
 
 def _logits(made: Any, prompt: Sequence[int], asked: str) -> Tensor:
@@ -208,8 +208,8 @@ def _logits(made: Any, prompt: Sequence[int], asked: str) -> Tensor:
     fits = _is_float(logits) and logits.dim() == 3 and logits.shape[:2] == (1, len(prompt))
     if not fits or logits.shape[-1] <= max(prompt):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(made).__name__
-        found = f"for {len(prompt)} tokens the model returns {shape}, which rates no next token"
-        raise StateError(asked, found, "Give a dict of the model's arguments")
+        problem = f"for {len(prompt)} tokens the model returns {shape}, which rates no next token"
+        raise StateError(asked, problem, "Give a dict of the model's arguments")
     return logits.detach()[0]  # type: ignore[no-any-return]
 
 

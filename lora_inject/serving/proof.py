@@ -152,8 +152,8 @@ def read_proof(path: Any, asked: str) -> Proof:
     place = user_path(asked, path)
     file = place / "adapter_model.safetensors" if place.is_dir() else place
     if not is_safetensors(file):
-        found = f"there is no safetensors file at '{place}'"
-        raise FormatError(asked, found, "Give what save_adapter(model, path, probe=...) wrote")
+        problem = f"there is no safetensors file at '{place}'"
+        raise FormatError(asked, problem, "Give what save_adapter(model, path, probe=...) wrote")
     return parse_proof(read_names(file)[1], f"{asked}, '{file}'")
 
 
@@ -165,8 +165,8 @@ def parse_proof(metadata: Mapping[str, str], asked: str) -> Proof:
     plain = parse_json(metadata[KEY], asked)
     version = plain.get("version") if isinstance(plain, dict) else None
     if version != VERSION:
-        found = f"its proof has version {str(version)[:20]}, and this package reads {VERSION}"
-        raise FormatError(asked, found, "Install a newer lora-inject, or save the adapter again")
+        problem = f"its proof has version {str(version)[:20]}, and this package reads {VERSION}"
+        raise FormatError(asked, problem, "Install a newer lora-inject, or save the adapter again")
     wrong = misfit(plain, _FORM)
     if not wrong:
         wrong = _uneven(plain)

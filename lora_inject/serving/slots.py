@@ -67,8 +67,8 @@ def reserve(model: M, name: str = "slot", *, rank: int, targets: Targets = ("all
     sites = {}
     for spec in plan(model, config).sites:
         if spec.slices is not None or spec.scale != 1:
-            found = "a slot is for whole layers, with the slot's rank and scale 1"
-            raise StateError(f"reserve {name!r}, {spec.name!r}", found, "Give patterns only")
+            problem = "a slot is for whole layers, with the slot's rank and scale 1"
+            raise StateError(f"reserve {name!r}, {spec.name!r}", problem, "Give patterns only")
         sites[spec.name] = _zeros(spec)
     install(model, AdapterState(sites), name, base="any")
     for _, root in records_of(Survey(model), name):
@@ -95,9 +95,9 @@ def in_slot(state: AdapterState, slot: AdapterState, asked: str) -> AdapterState
     for name, site in state.sites.items():
         rank = file_rank(site.spec, derived=site.A0 is not None)
         if rank > some.spec.rank:
-            found = f"its rank is {rank}, and the slot has room for {some.spec.rank}"
+            problem = f"its rank is {rank}, and the slot has room for {some.spec.rank}"
             remedy = f"Reserve a slot of rank {rank}, or truncate the adapter"
-            raise FormatError(f"{asked}, site {name!r}", found, remedy)
+            raise FormatError(f"{asked}, site {name!r}", problem, remedy)
     kinds = {site.spec.kind for site in state.sites.values()}
     dtype = str(some.A.dtype).removeprefix("torch.")
     with within(asked):

@@ -67,8 +67,8 @@ def verify_loaded(
         outputs = run(model, inputs, asked)
     values = token_values(outputs, inputs) if proof.prompts else output_samples(outputs)
     if len(values) != len(proof.values[0]):
-        found = f"it returns {len(values)} values, and the adapter's model {len(proof.values[0])}"
-        raise StateError(asked, found, "Give the model that the adapter was made for")
+        problem = f"it returns {len(values)} values, and the adapter's model {len(proof.values[0])}"
+        raise StateError(asked, problem, "Give the model that the adapter was made for")
     residuals = [values.double() - proof.at(strength) for strength in proof.strengths]
     return judge(proof, residuals, _what(proof), dtype=dtype)
 
@@ -123,9 +123,9 @@ def _judged_by_next_tokens(server: Server, proof: Proof, asked: str, dtype: str 
     parts = [_next_residuals(server, proof, ahead) for ahead in proof.ahead]
     residuals = [torch.cat([*each]) for each in zip(*parts, strict=True)]
     if not len(residuals[0]):
-        found = "it rates neither the tokens of a prompt nor the next one"
+        problem = "it rates neither the tokens of a prompt nor the next one"
         remedy = "Let the server return log-probabilities: logprobs=5 in /v1/completions"
-        raise ServerError(asked, found, remedy)
+        raise ServerError(asked, problem, remedy)
     note = "The server does not rate the tokens of a prompt (echo with logprobs); what it says of "
     note += "the next token was compared"
     what = "log-probabilities of next tokens"
@@ -144,8 +144,8 @@ def _source_on(model: nn.Module, name: str, asked: str) -> Path:
         key: path for root in roots_of(Survey(model)).values() for key, path in root.files.items()
     }
     if name not in known:
-        found = "no files are known of it"
-        raise StateError(asked, found, "Pass source=, what save_adapter(probe=) wrote")
+        problem = "no files are known of it"
+        raise StateError(asked, problem, "Pass source=, what save_adapter(probe=) wrote")
     return Path(known[name])
 
 
@@ -153,12 +153,12 @@ def _inputs(proof: Proof, probe: Any, asked: str) -> Inputs:
     if proof.prompts:
         return Inputs(tuple(map(tuple, proof.prompts)))
     if probe is None:
-        found = "the file has outputs of its model, but not the inputs"
-        raise StateError(asked, found, "Pass probe=, the inputs that it was saved with")
+        problem = "the file has outputs of its model, but not the inputs"
+        raise StateError(asked, problem, "Pass probe=, the inputs that it was saved with")
     inputs = inputs_of(probe, f"{asked}, probe")
     if digest_of_inputs(inputs.arguments) != proof.digest:
-        found = "these are not the inputs that the adapter was saved with"
-        raise StateError(f"{asked}, probe", found, "Pass those, value for value")
+        problem = "these are not the inputs that the adapter was saved with"
+        raise StateError(f"{asked}, probe", problem, "Pass those, value for value")
     return inputs
 
 
@@ -192,9 +192,9 @@ def _prompt_values(proof: Proof, rows: Sequence[Sequence[Rated]], asked: str) ->
             for place, (each, token) in enumerate(zip(rated, due, strict=True))
         )
         if not same:
-            found = f"it makes other tokens of prompt {number + 1} than the adapter's tokenizer"
+            problem = f"it makes other tokens of prompt {number + 1} than the adapter's tokenizer"
             remedy = "Give the server of the adapter's base, with its tokenizer"
-            raise ServerError(asked, f"{found}: another vocabulary", remedy)
+            raise ServerError(asked, f"{problem}: another vocabulary", remedy)
         yield torch.tensor([each.value for each in rated], dtype=torch.float64)
 
 

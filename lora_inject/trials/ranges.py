@@ -116,6 +116,36 @@ def ranged_linear(
 _will_run = look_up("torch._C._will_engine_execute_node")  # `Trials` refuses without it
 
 
+def _frozen_gradient(
+    ctx: Any, g2: Tensor, weight: Tensor, low: torch.dtype, dtype: torch.dtype
+) -> Tensor:
+    """Return the frozen layer's gradient of x, in the dtype of the arithmetic if x has that."""
+    gx = torch.mm(g2, cast(weight.t() if ctx.transposed else weight, g2.dtype))
+    return cast(gx, low) if dtype == low else gx
+
+
+def _gradient_of_thin(one: TokenRange, g3: Tensor, h: Tensor) -> Tensor:
+    """Return the gradient of h `(n, rank * parts, tokens each)`, before the scale."""
+    gh = torch.empty_like(h)
+    for g_part, gh_part, B_part in one.parts(g3, gh, one.B):
+        torch.bmm(B_part.mT, g_part.mT, out=gh_part)
+    return gh
+
+
+def _add_gradients(one: TokenRange, g3: Tensor, x3: Tensor, h: Tensor, gh: Tensor) -> None:
+    """Add the gradients of A and B of a range in place; nothing for a frozen pair."""
+    if one.grads is None:
+        return
+    # Not by baddbmm_: on a CPU it multiplies matrices apart that do not touch.
+    one.grads[0].add_(torch.bmm(gh, x3), alpha=one.scale)
+    for g_part, h_part, gB_part in one.parts(g3, h, one.grads[1]):
+        gB_part.add_(torch.bmm(g_part.mT, h_part.mT), alpha=one.scale)
+
+
+def _viewed(gradient: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if gradient is None else gradient.view(like.shape)
+
+
 def _plus_range(y2: Tensor, one: TokenRange, h: Tensor) -> Tensor:
     """Return y `(tokens, out)` plus the update of a range, of h `(n, rank * parts, tokens each)`.
 
@@ -165,11 +195,9 @@ class _Ranged(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight, *thin = ctx.saved_tensors
         of_x, of_kept, *_ = ctx.needs_input_grad
-        g2, x2, gx, into = as_matrix(g), as_matrix(kept), None, None
+        g2, x2, into = as_matrix(g), as_matrix(kept), None
         low = compute_dtype(g.dtype, ctx.float32)
-        if of_x:
-            gx = torch.mm(g2, cast(weight.t() if ctx.transposed else weight, g.dtype))
-            gx = cast(gx, low) if x2.dtype == low else gx
+        gx = _frozen_gradient(ctx, g2, weight, low, x2.dtype) if of_x else None
         if of_kept:
             into = torch.zeros_like(x2) if ctx.apart else gx
         g2, x2 = cast(g2, low), cast(x2, low)
@@ -178,16 +206,10 @@ class _Ranged(torch.autograd.Function):
         if trains:
             ctx.reached()
         for one, h in zip(ctx.ranges, thin, strict=True):
-            g3, x3, gh = one.of(g2), one.of(x2), torch.empty_like(h)
-            for g_part, gh_part, B_part in one.parts(g3, gh, one.B):
-                torch.bmm(B_part.mT, g_part.mT, out=gh_part)
-            if trains and one.grads is not None:
-                # Not by baddbmm_: on a CPU it multiplies matrices apart that do not touch.
-                one.grads[0].add_(torch.bmm(gh, x3), alpha=one.scale)
-                for g_part, h_part, gB_part in one.parts(g3, h, one.grads[1]):
-                    gB_part.add_(torch.bmm(g_part.mT, h_part.mT), alpha=one.scale)
+            gh = _gradient_of_thin(one, one.of(g2), h)
+            if trains:
+                _add_gradients(one, one.of(g2), one.of(x2), h, gh)
             if into is not None:
                 add_product(one.of(into), gh.mT, one.A, one.scale)
-        gx = None if gx is None else gx.view(kept.shape)
-        g_kept = into.view(kept.shape) if into is not None and ctx.apart else None
-        return gx, g_kept, None, None, None, None
+        g_kept = into if ctx.apart else None
+        return _viewed(gx, kept), _viewed(g_kept, kept), None, None, None, None

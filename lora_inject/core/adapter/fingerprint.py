@@ -179,29 +179,31 @@ def base_differences(saved: Fingerprint, current: Fingerprint) -> dict[str, str]
 
     Empty: the same base, as far as the values reach (see `unverifiable`).
     """
-    differences = {}
-    for name, shape in saved.shapes.items():
-        if name not in current.shapes:
-            differences[name] = "is not in this model"
-        elif saved.quantized.get(name) and current.quantized.get(name):
-            packed, other = saved.quantized[name], current.quantized[name]  # shapes included
-            if packed != other:
-                differences[name] = f"is {packed[:300]} in the file and {other[:300]} here"
-        elif tuple(current.shapes[name]) != tuple(shape):
-            differences[name] = (
-                f"has shape {tuple(shape)} in the file and {current.shapes[name]} here"
-            )
-        elif name in saved.samples and name in current.samples:
-            there, here = saved.samples[name], current.samples[name]
-            if len(there) != len(here):
-                differences[name] = (
-                    f"has {len(there)} sampled values in the file and {len(here)} here"
-                )
-            elif wrong := _differing(there, here):
-                differences[name] = _words(wrong, len(there))
-            elif wrong := _differing(*_moved_in_both(saved, current, name)):
-                differences[name] = f"where the adapter moves it, {_words(wrong, len(wrong))}"
-    return differences
+    differences = {name: _difference(saved, current, name) for name in saved.shapes}
+    return {name: how for name, how in differences.items() if how}
+
+
+def _difference(saved: Fingerprint, current: Fingerprint, name: str) -> str:
+    """Return how a weight differs, "" if it does not as far as can be seen."""
+    if name not in current.shapes:
+        return "is not in this model"
+    if saved.quantized.get(name) and current.quantized.get(name):
+        packed, other = saved.quantized[name], current.quantized[name]  # shapes included
+        same = packed == other
+        return "" if same else f"is {packed[:300]} in the file and {other[:300]} here"
+    shape, shape_here = tuple(saved.shapes[name]), tuple(current.shapes[name])
+    if shape != shape_here:
+        return f"has shape {shape} in the file and {current.shapes[name]} here"
+    if name not in saved.samples or name not in current.samples:
+        return ""
+    there, here = saved.samples[name], current.samples[name]
+    if len(there) != len(here):
+        return f"has {len(there)} sampled values in the file and {len(here)} here"
+    if wrong := _differing(there, here):
+        return _words(wrong, len(there))
+    if wrong := _differing(*_moved_in_both(saved, current, name)):
+        return f"where the adapter moves it, {_words(wrong, len(wrong))}"
+    return ""
 
 
 def _moved_in_both(

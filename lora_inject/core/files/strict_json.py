@@ -84,24 +84,31 @@ def misfit(value: Any, form: Any) -> str:
         >>> misfit([{"rank": -1}], [{"rank": range(1, 9)}])
         '.0.rank: -1 is impossible'
     """
-    places: Iterable[tuple[Any, Any, Any]]
     if isinstance(form, Maybe):
         return "" if value is None else misfit(value, form.form)
     if isinstance(form, dict) and isinstance(value, dict):
-        form = dict.fromkeys(value, form[...]) if ... in form else form
-        for key in sorted(form.keys() ^ value.keys()):
-            return f".{key[:200]}: {'it is missing' if key in form else 'there is no such field'}"
-        places = ((key, value[key], form[key]) for key in value)
-    elif isinstance(form, list) and isinstance(value, list):
-        places = ((place, each, form[0]) for place, each in enumerate(value))
-    elif isinstance(form, tuple) and isinstance(value, list) and len(value) == len(form):
-        places = zip(count(), value, form)
-    elif _is_plainly(value, form):
+        return _misfit_of_table(value, form)
+    if isinstance(form, list) and isinstance(value, list):
+        return _first_misfit((place, each, form[0]) for place, each in enumerate(value))
+    if isinstance(form, tuple) and isinstance(value, list) and len(value) == len(form):
+        return _first_misfit(zip(count(), value, form))
+    if _is_plainly(value, form):
         return ""
-    else:
-        shown = type(value).__name__ if isinstance(value, dict | list) else repr(value)[:40]
-        return f": {shown} is impossible"
-    wrongs = ((key, misfit(each, of)) for key, each, of in places)
+    shown = type(value).__name__ if isinstance(value, dict | list) else repr(value)[:40]
+    return f": {shown} is impossible"
+
+
+def _misfit_of_table(value: dict[str, Any], form: dict[Any, Any]) -> str:
+    if ... in form:
+        form = dict.fromkeys(value, form[...])
+    for key in sorted(form.keys() ^ value.keys()):
+        return f".{key[:200]}: {'it is missing' if key in form else 'there is no such field'}"
+    return _first_misfit((key, value[key], form[key]) for key in value)
+
+
+def _first_misfit(places: Iterable[tuple[Any, Any, Any]]) -> str:
+    """Return the first misfit of parts of a value, each with its place and its form."""
+    wrongs = ((key, misfit(each, form)) for key, each, form in places)
     return next((f".{key}{wrong}" for key, wrong in wrongs if wrong), "")
 
 
