@@ -1,4 +1,4 @@
-"""Merged weights of a sharded model: whole, one tensor at a time, and nothing of the model written.
+"""Whole tensors of a sharded model: merged weights one at a time, first values of an adapter.
 
 1. Every process goes through the model in the same order, and gathers the shards of one tensor and
    of its adapters.
@@ -13,13 +13,16 @@ they are whole, which all processes see alike.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import Entry, refuse_mixed
+from lora_inject.core.layers.first_values import first_values
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey
+from lora_inject.core.model.carried import Carried
 from lora_inject.core.model.guards import before, holder_of_shards
 from lora_inject.core.model.merge_targets import Into, Target, add_entry
 from lora_inject.core.model.whole import whole_adapter
@@ -105,3 +108,20 @@ def whole(tensor: Tensor) -> Tensor:
         return values
     gathered: Tensor = gather()
     return gathered
+
+
+@torch.no_grad()
+def first_values_of_shards(place: Carried) -> dict[str, Tensor]:
+    """Return the values that a new adapter starts with at a layer that FSDP2 has sharded.
+
+    Whole, and the same in every process: those of the mesh's first one. A collective operation.
+    """
+    weight: Any = place.weight
+    values = first_values(place.module, place.entry, weight.full_tensor())
+    mesh = weight.device_mesh
+    for tensor in values.values():
+        for axis in range(mesh.ndim):
+            group = mesh.get_group(axis)
+            source = torch.distributed.get_global_rank(group, 0)
+            torch.distributed.broadcast(tensor, source, group)
+    return values

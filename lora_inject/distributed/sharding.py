@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.fingerprint import sample_positions
-from lora_inject.core.layers.first_values import first_values
 from lora_inject.core.layers.reading import MOVERS
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried, entries
@@ -162,23 +161,6 @@ def before_read(survey: Survey) -> None:
     """Reshard FSDP2 modules: parameters that a forward left gathered are copies."""
     for module in fsdp2_modules(survey):
         module.reshard()
-
-
-@torch.no_grad()
-def first_values_of_shards(place: Carried) -> dict[str, Tensor]:
-    """Return the values that a new adapter starts with at a layer that FSDP2 has sharded.
-
-    Whole, and the same in every process: those of the mesh's first one. A collective operation.
-    """
-    weight: Any = place.weight
-    values = first_values(place.module, place.entry, weight.full_tensor())
-    mesh = weight.device_mesh
-    for tensor in values.values():
-        for axis in range(mesh.ndim):
-            group = mesh.get_group(axis)
-            source = torch.distributed.get_global_rank(group, 0)
-            torch.distributed.broadcast(tensor, source, group)
-    return values
 
 
 def fsdp2_modules(survey: Survey) -> list[Any]:

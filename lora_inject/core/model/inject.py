@@ -113,7 +113,7 @@ def inject(
 
     def initial(place: Carried) -> Mapping[str, Tensor]:
         if hasattr(place.weight, "full_tensor"):  # of several processes each has a part
-            return room("sharding").first_values_of_shards(place)  # type: ignore[no-any-return]
+            return room("gathering").first_values_of_shards(place)  # type: ignore[no-any-return]
         return first_values(place.module, place.entry, place.weight)
 
     def tied(place: Carried) -> Hashable:
