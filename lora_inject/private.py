@@ -34,7 +34,7 @@ NAMES: Mapping[str, str] = MappingProxyType(
         "torch._C._are_functorch_transforms_active": _PLAIN,
         "torch._C._autograd._pop_saved_tensors_default_hooks": _RECOMPUTED,
         "torch._C._autograd._push_saved_tensors_default_hooks": _RECOMPUTED,
-        # absent before torch 2.8
+        # since torch 2.8
         "torch._C._autograd._top_saved_tensors_default_hooks": (
             "another way: who enters saved_tensors_hooks is noted"
         ),
@@ -49,7 +49,7 @@ NAMES: Mapping[str, str] = MappingProxyType(
         ),
         "torch._foreach_mul_": "another way: one launch for each tensor of a trial",
         "torch._foreach_norm": "another way: one launch for each tensor of a trial",
-        # absent before torch 2.8
+        # since torch 2.8
         "torch._grouped_mm": "another way: torch.nn.functional.grouped_mm, which is public",
         "torch.Tensor._make_wrapper_subclass": (
             "another way: W + delta is formed at once where a weight is read; "
@@ -71,8 +71,8 @@ NAMES: Mapping[str, str] = MappingProxyType(
         ),
         "torch.fx._symbolic_trace.is_fx_symbolic_tracing": "another way: is_fx_tracing",
         "torch.fx._symbolic_trace.is_fx_tracing": (
-            "another way: is_fx_symbolic_tracing; without both, the graph of "
-            "torch.fx.symbolic_trace holds W + delta as a constant"
+            "another way: is_fx_symbolic_tracing; without both, the stack is searched for "
+            "torch.fx.Tracer, whose graph would hold W + delta as a constant"
         ),
         "torch.mps._get_default_mps_generator": "refused: seeded random numbers of an MPS device",
         "torch.ops.aten._to_copy": "another way: packed experts are unpacked to be moved",

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import KINDS, Host
 from helpers.forks import Forks
+from helpers.versions import at_least
 from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
@@ -105,6 +107,48 @@ def test_what_is_looked_up_is_what_is_listed() -> None:
         look_up("torch._C._not_listed")
 
 
+# The oldest version of its library that was seen to have a name; all others were in torch 2.6,
+# transformers 5.0 and the oldest version of each other library that is admitted.
+SINCE = {
+    "torch._C._autograd._top_saved_tensors_default_hooks": "2.8",
+    "torch._grouped_mm": "2.8",
+    "torch.fx._symbolic_trace.is_fx_symbolic_tracing": "2.9",
+    "transformers.conversion_mapping._MODEL_TO_CONVERSION_PATTERN": "5.0",
+    "transformers.integrations.finegrained_fp8._dequantize_fp8_weight": "5.24",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_name_is_in_the_versions_that_are_said_to_have_it(name: str) -> None:
+    """A name that leaves a library fails here first, on the version that lacks it."""
+    library = name.partition(".")[0]
+    pytest.importorskip(library)
+    numbers = [int(n) for n in SINCE.get(name, "0").split(".")]
+    if at_least(version(library.replace("_", "-")), *numbers):
+        assert look_up(name) is not None
+
+
+def test_versions_are_said_of_names_that_are_listed() -> None:
+    assert SINCE.keys() <= NAMES.keys()
+
+
+def traced_without_its_names(_: str) -> str:
+    import_without("torch.fx._symbolic_trace.is_fx_symbolic_tracing", FX)
+    from lora_inject import inject
+    from lora_inject.core.layers import reading
+
+    assert reading._is_tracing.__name__ == "in_symbolic_trace"
+    model = nn.Sequential(Mixed())
+    inject(model, {"rank": 2, "init": {"normal": 0.3}, "targets": [r"0\.matrix"]})
+    model(torch.ones(2, 4))
+    return outcome(lambda: torch.fx.symbolic_trace(model))
+
+
+def test_a_symbolic_trace_is_refused_whatever_torch_tells_of_it(forks: Forks) -> None:
+    said = forks.start(traced_without_its_names, "").result()
+    assert "the graph would hold their sum as a constant" in said
+
+
 def test_the_walk_sees_each_way_to_use_a_name() -> None:
     source = "import torch._a\nfrom torch._b import _c\nx._d\ngetattr(x, '_e')\nself._f\nx._own\n"
     assert used(ast.parse(source), {"_own", "_f"}) == {"_a", "_b", "_c", "_d", "_e"}
@@ -122,7 +166,8 @@ def test_a_name_that_is_not_there_is_refused_in_words(monkeypatch: pytest.Monkey
     ("name", "feature"),
     [
         ("bitsandbytes.functional._convert_weight_packed_for_cpu_inverse",
-         lambda: codes_of(torch.zeros(1), SimpleNamespace(packing_format_for_cpu=True))),
+         lambda: pytest.importorskip("bitsandbytes")
+         and codes_of(torch.zeros(1), SimpleNamespace(packing_format_for_cpu=True))),
         ("torch.distributed.tensor._utils.compute_local_shape_and_global_offset",
          lambda: sharding._local_samples(torch.zeros(1))),
         ("torch.mps._get_default_mps_generator",
@@ -155,8 +200,20 @@ REFUSED = {
 }
 
 
-def import_without(name: str) -> None:
-    """Import the package anew, as if a library had no such name."""
+FX = "torch.fx._symbolic_trace.is_fx_tracing"
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix
+
+
+def import_without(*names: str) -> None:
+    """Import the package anew, as if libraries had no such names."""
     for module in [m for m in sys.modules if m.partition(".")[0] == "lora_inject"]:
         del sys.modules[module]
     spec = importlib.util.find_spec("lora_inject")
@@ -166,7 +223,7 @@ def import_without(name: str) -> None:
     sys.modules["lora_inject.private"] = gate
     gate_spec.loader.exec_module(gate)
     there = gate.look_up
-    gate.look_up = lambda asked: None if asked == name else there(asked)
+    gate.look_up = lambda asked: None if asked in names else there(asked)
     importlib.import_module("lora_inject")
 
 

@@ -89,11 +89,7 @@ _TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 def forget_graphs() -> None:
-    """Have torch compile again, where its graphs do not see that other parameters train now.
-
-    Before 2.13 they do not look whether a parameter requires a gradient, of any module: what began
-    to train later got none.
-    """
+    """Have torch compile again: before 2.13 a graph does not see that a parameter trains now."""
     if _TORCH < (2, 13) and "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
@@ -307,13 +303,21 @@ def in_forward() -> bool:
     """Whether a module is being called, as far as the stack of the calling thread tells."""
     if torch.compiler.is_compiling():  # what is compiled is a forward
         return True
-    code = getattr(getattr(torch.nn.Module, "_call_impl", None), "__code__", None)
+    return _runs(getattr(torch.nn.Module, "_call_impl", None))
+
+
+def _runs(function: Any) -> bool:
+    """Whether the calling thread runs a function, which None never is."""
+    code = getattr(function, "__code__", None)
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is code:
-            return True
+    while frame is not None and frame.f_code is not code:
         frame = frame.f_back
-    return False
+    return frame is not None
+
+
+def in_symbolic_trace() -> bool:
+    """Whether torch.fx.symbolic_trace runs what calls this, as far as the stack tells."""
+    return not torch.compiler.is_compiling() and _runs(torch.fx.Tracer.trace)
 
 
 # ------------------------------------------------------------------------------------- contexts

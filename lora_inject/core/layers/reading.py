@@ -20,7 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Patch, needs_plain_operations
-from lora_inject.core.functional.inside import in_forward, is_watched, saving_hooks
+from lora_inject.core.functional.inside import (
+    in_forward,
+    in_symbolic_trace,
+    is_watched,
+    saving_hooks,
+)
 from lora_inject.core.functional.read_only import read_only
 from lora_inject.core.functional.weight import effective_weight, reads_as_sum
 from lora_inject.core.layers.adapted import Adapted
@@ -36,7 +41,7 @@ from lora_inject.private import look_up
 _is_tracing: Callable[[], bool] = (
     look_up("torch.fx._symbolic_trace.is_fx_symbolic_tracing")
     or look_up("torch.fx._symbolic_trace.is_fx_tracing")
-    or (lambda: False)
+    or in_symbolic_trace
 )
 
 
