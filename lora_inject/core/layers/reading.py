@@ -157,8 +157,8 @@ class Reading(Adapted):
                 # A look at a weight in a notebook is no part of what the model computes.
                 new = outside and entry.mark not in self._lora.read_from_outside
                 if new and in_forward():
-                    noted = self._lora.read_from_outside
-                    self._lora.read_from_outside = noted.union([entry.mark])
+                    noted = self._lora.read_from_outside  # dynamo of torch 2.9 follows no |=
+                    self._lora.read_from_outside = noted | {entry.mark}
 
         if patches and not needs_plain_operations():
             how = {"float32": float32, "gain": gain, "any_shape": outside}
