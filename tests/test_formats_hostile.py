@@ -507,7 +507,7 @@ def test_unknown_formats_and_choices(foreign: Path) -> None:
         read_adapter(foreign, prefer="metadata")
     with pytest.raises(FormatError, match=r"'prefers' is not an option .* Its options: prefer,"):
         read_adapter(foreign, prefers="metadata")
-    with pytest.raises(FormatError, match=r"'base' is not .* options: none; facts .*base_model"):
+    with pytest.raises(FormatError, match=r"'base' is not .* options: proof; facts .*base_model"):
         write_adapter(make_state(KIND_SPECS["linear"]), foreign, format="native", base="org/base")
 
 
