@@ -273,7 +273,7 @@ def test_dtype_selection_and_names():
     assert set(renamed.fingerprint.shapes) == {"net.0.weight", "net.2.weight", "net.2.bias"}
     assert renamed.rename({"net": ""}) == replace(state, config=None)
     assert renamed.rename(lambda name: name.removeprefix("net.")) == replace(state, config=None)
-    li.install(nn.ModuleDict({"net": net}), renamed, "again")
+    li.install(nn.ModuleDict({"net": li.eject(net)}), renamed, "again")
     plain = SiteSpec("fc", "linear", 6, 8, (8, 6), rank=2, alpha=2.0)  # the weight is not named
     poor = AdapterState({"fc": replace(state.sites["0"], spec=plain)}).rename({"fc": "net.fc"})
     assert poor.sites["net.fc"].spec.weight == "net.fc.weight"

@@ -120,7 +120,7 @@ def test_statistics_of_a_base_in_pefts_files_are_refused_by_what_they_are(tmp_pa
     config = peft.LoraConfig(target_modules=["0"], modules_to_save=["1"])
     peft.get_peft_model(copy.deepcopy(plain), config).save_pretrained(tmp_path)
     run = lambda: li.load_adapter(plain, tmp_path)  # noqa: E731
-    refused(plain, run, li.FormatError, r"it is a buffer of the model.*merge_and_unload")
+    refused(plain, run, li.FormatError, r"it is a buffer of the model.*Merge it into the base")
 
 
 @pytest.mark.parametrize("layout", ["native", "peft"])

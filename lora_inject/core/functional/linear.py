@@ -93,14 +93,14 @@ def lone_token(
     There the time is in the number of steps, of Python as of torch: these are the fewest. It is
     called without gradients.
     """
+    if not inside.runs_plainly() or torch.is_autocast_enabled("cpu"):
+        return None  # first: a trace would record what is asked of the sizes
     if x.is_nested or x.layout is not torch.strided or x.numel() != x.shape[-1] or not x.is_cpu:
         return None
     dtype = x.dtype
     if not (type(weight) is type(A) is type(B) is nn.Parameter and type(x) is Tensor):
         return None
     if not (dtype is weight.dtype is A.dtype is B.dtype) or dtype not in _WIDE:
-        return None
-    if not inside.runs_plainly() or torch.is_autocast_enabled("cpu"):
         return None
     y = F.linear(x, weight, bias)
     y.view(-1).addmv_(B, torch.mv(A, x.view(-1)), alpha=scale)

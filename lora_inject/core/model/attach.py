@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.adapted import WeightUpdate
-from lora_inject.core.layers.attached import Attached
+from lora_inject.core.layers.attached import Attached, attached_to, refuse_mixed
 from lora_inject.core.layers.class_swap import swap
 from lora_inject.core.layers.kinds import mixin_for
 from lora_inject.core.layers.packed_weights import begin_training
@@ -69,6 +69,8 @@ def attach(
     """
     parameters = _parameters(wanted, tensors, tied, train=train)
     selection = selection_for(survey)
+    if not activate:
+        _check_mixable(name, wanted, selection.setting.names)
     modules = [module for _, module in survey.modules]
     record = root_at(survey)
     values = (selection,) if record is None else (selection, record)
@@ -129,6 +131,15 @@ def _stop_training(trained: Iterable[nn.Parameter], root: Root, name: str) -> No
     for parameter in trained:
         parameter.requires_grad_(False)
     root.trainable = {name}
+
+
+def _check_mixable(name: str, wanted: Iterable[Carried], active: Mapping[str, float]) -> None:
+    """Check an adapter that takes part at once, as the mix has named one of another part."""
+    for place in wanted if name in active else ():
+        attached = attached_to(place.module)
+        beside = attached.entries() if attached is not None else ()
+        there = [e for e in beside if e.param == place.entry.param and e.adapter in active]
+        refuse_mixed([(entry, active[entry.adapter]) for entry in (place.entry, *there)])
 
 
 def _activate(selection: Selection, name: str, *, alone: bool) -> None:
