@@ -314,6 +314,7 @@ def test_no_path_of_some_machine_is_written_anywhere():
         "```python\nprint(1)\n```\n",
         "```python\nprint(1)\n```\n\n```output\n2\n```\n",
         "```python\nprint('a b c d')\n```\n\n```output\na ... d e\n```\n",
+        "```python\nprint('3 MB of 3')\n```\n\n```output\n2 GB of 2\n```\n",
         "```console\n$ lora-inject nonsense\n```\n",
         "```console\n$ lora-inject schema\nsomething else\n```\n",
         "```console\n$ bash scripts/nowhere.sh\n```\n",
