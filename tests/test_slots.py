@@ -127,8 +127,7 @@ def test_an_adapter_that_is_no_slot_keeps_its_form() -> None:
 def test_a_slot_travels_with_its_model() -> None:
     base = tiny_llama().eval()
     model = copy.deepcopy(li.reserve(copy.deepcopy(base), "slot", rank=8))
-    whole = nn.ModuleDict({"inner": model})
-    li.inject(whole, {"rank": 2, "targets": ["q_proj"]}, "other")
+    li.inject(model, {"rank": 2, "targets": ["q_proj"]}, "other")
     state = apart(base, 1, rank=3)
     li.swap_adapter(model, state, "slot")
     li.activate(model, "slot")

@@ -71,6 +71,7 @@ class Delta:
         gain: The factor on the outputs of `W + delta`, or None.
 
     Examples:
+        >>> from lora_inject.core.spec.sites import SiteSpec
         >>> spec = SiteSpec("q", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> A, B = torch.randn(2, 4), torch.randn(6, 2)
         >>> rows = Delta([Patch(spec, A, B)]).add_(torch.zeros(3, 4), start=1)

@@ -3,7 +3,8 @@
 A guard is a module that knows a library. It has any of these functions, and what it lacks, it has
 nothing to say about:
 
-- `before_VERB(survey, ...)` raises where the verb would go wrong, before anything is changed;
+- `before_VERB(survey, ...)` raises where the verb would go wrong, before anything of ours is
+  changed; it may bring weights together that the verb has to see whole;
 - `after_VERB(...)` does what the library needs after it, inside of what is undone if it fails;
 - further ones are questions, such as `sharded_by(tensor)`.
 
