@@ -218,6 +218,7 @@ def paired(
     Values that are in a file are read here, once.
     """
     names = _check_adapters([one, two], asked)
+    one, two = one.whole, two.whole
     for state, name in zip((one, two), names, strict=True):
         replace(state, sites={}).check_finite(f"{asked}, {name}")
     for site in {**one.sites, **two.sites}:

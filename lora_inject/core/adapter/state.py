@@ -146,14 +146,14 @@ class AdapterState(Shown):
         A site that one of them lacks counts as zero there. Trained tensors are not counted: their
         change from the base is not known.
         """
-        return float(room("algebra").cosine(self.whole, other.whole))
+        return float(room("algebra").cosine(self, other))
 
     def distance(self, other: AdapterState) -> float:
         """Return the Frobenius norm of the difference of two updates, over all sites.
 
         Trained tensors are not counted; `lora_inject.diff` lists them.
         """
-        return float(room("algebra").distance(self.whole, other.whole))
+        return float(room("algebra").distance(self, other))
 
     # The same update in another shape -----------------------------------------------------------
 
