@@ -112,6 +112,8 @@ ATTRIBUTES: Mapping[str, str] = MappingProxyType(
         "_experts_implementation": "transformers' config: counts as the default",
         "_flat_weights": _RECURRENT,
         "_flat_weights_names": _RECURRENT,
+        "_checkpoint_wrapped_module": f"torch's checkpoint_wrapper: {_CHILD}",
+        "_fsdp_wrapped_module": f"torch's FSDP1: {_CHILD}",
         "_former_parameters": f"torch's DataParallel: {_MARK}",
         "_from_config": "transformers' classes: the constructor is called",
         "_hf_hook": f"accelerate: {_MARK}",

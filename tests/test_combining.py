@@ -170,3 +170,17 @@ def test_an_update_and_a_trained_copy_of_one_tensor_are_refused(method):
     states = [make_state(KIND_SPECS["linear"]), trained]
     with pytest.raises(StateError, match=r"updates '.*weight' and adapter 2"):
         li.combine(states, method=method)
+
+
+def test_trained_tensors_of_two_adapters_of_one_file_are_both_mixed() -> None:
+    def state(value: float) -> li.AdapterState:
+        net = li.inject(nn.Sequential(nn.Linear(2, 2)), {"train": ["0"]})
+        tensors = {
+            name: torch.full_like(t, value) for name, t in li.adapter_state(net).trained.items()
+        }
+        return replace(li.adapter_state(net), trained=tensors, source="one path")
+
+    mixed = li.combine([state(1.0), state(3.0)], [0.5, 0.5], method="cat")
+    assert all((tensor == 2).all() for tensor in mixed.trained.values())
+    with pytest.raises(li.StateError, match=r"with weight 1 \+ 1"):
+        li.combine([state(1.0), state(3.0)], method="cat")

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import lora_inject as li
+from lora_inject.core.spec import patterns
 from lora_inject.core.spec.config import Config, Expect, Rule
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.matching import resolve
@@ -967,3 +970,20 @@ def test_a_pattern_for_stacked_experts_is_told_that_experts_are_modules() -> Non
         assert resolve(Config(targets=[fits]), model).n_sites == len(names)
     with pytest.raises(MatchError, match="Nearest"):
         resolve(Config(targets=[r"experts\.\d+\.w3"]), model)
+
+
+def test_names_that_end_like_a_wrapper_s_stay_what_they_are() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self._a_wrapped_module = nn.Linear(4, 4)
+            self._b_wrapped_module = nn.Linear(4, 4)
+
+    names = [site.name for site in li.plan(Two(), {"targets": ["all-linear"]}).sites]
+    assert names == ["_a_wrapped_module", "_b_wrapped_module"]
+
+
+@pytest.mark.parametrize("pattern", ["(?x:(a+) +)X", "(?i-s:(?x: (a+)\n+ ))X", ".*" * 60 + "X"])
+def test_a_pattern_that_may_explode_is_matched_with_a_clock(pattern: str) -> None:
+    assert patterns._steps(pattern, 28) > patterns._FEW_STEPS
+    assert matching(pattern, ["a" * 28], asked="rule 1") == []

@@ -389,3 +389,17 @@ def test_experts_in_mxfp4_that_kernels_read_are_refused() -> None:
     model.model.layers[0].mlp.experts = mxfp4.Mxfp4GptOssExperts(settings)
     with pytest.raises(li.LayerError, match=r"gate_up_proj.*MXFP4 by kernels.*packed_experts\(\)"):
         li.plan(model, {"targets": ["all-experts"]})
+
+
+def test_each_block_divides_the_rank_by_its_own_number_of_experts() -> None:
+    class Block(nn.Module):
+        def __init__(self, top_k: int) -> None:
+            super().__init__()
+            self.top_k = top_k
+            self.gate = nn.Linear(8, 4, bias=False)
+            self.experts = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(4))
+
+    model = nn.Sequential(Block(2), Block(4))
+    rule = {"match": "all-experts", "rank": {"active": 8}}
+    ranks = {site.name[0]: site.rank for site in li.plan(model, {"targets": [rule]}).sites}
+    assert ranks == {"0": 4, "1": 2}

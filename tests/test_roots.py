@@ -1,7 +1,9 @@
 """Models that hold several injected modules: names, parts and shared layers."""
 
 import copy
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -221,3 +223,28 @@ def test_unreached_asks_each_tower_for_its_own_adapters() -> None:
         for name in (other, active):
             li.inject(tower, {**RULE, "targets": ["0"]}, name)
     assert li.unreached(model, lambda: model(X)) == []
+
+
+def test_two_models_that_share_a_layer_have_one_selection_before_it_is_adapted() -> None:
+    shared = nn.Sequential(nn.Linear(4, 4))
+    one = nn.ModuleDict({"enc": shared, "head": nn.Linear(4, 2)})
+    two = nn.ModuleDict({"enc": shared, "head": nn.Linear(4, 2)})
+    li.inject(one, {"rank": 1, "targets": ["head"]}, "a")
+    li.inject(two, {"rank": 1, "targets": [r"enc\.0"]}, "b")
+    nn.init.normal_(shared[0].lora_B__b)
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        adapted = shared(x)
+        li.merge(one, name="b")
+        torch.testing.assert_close(shared(x), adapted)
+        li.unmerge(one)
+    li.inject(one, {"rank": 1, "targets": ["head"]}, "c")
+    assert {"a", "c"} <= {*li.adapters(one)}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_part_of_a_copy_of_a_root_is_refused_like_a_part_of_the_root(copied: Any) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
+    li.inject(model, {"rank": 1, "targets": ["all-linear"]}, "a")
+    with pytest.raises(li.StateError, match="a part of a model that was injected"):
+        li.inject(copied(model)[0], {"rank": 1, "targets": ["0"]}, "b")

@@ -107,9 +107,7 @@ def test_reserving_badly_is_refused() -> None:
     assert refused(lambda: li.reserve(model, rank=0)).startswith("ConfigError: ")
     assert "matched none" in refused(lambda: li.reserve(model, rank=2, targets=["nowhere"]))
     slices = {"match": "up_proj", "slices": {"a": 8, "b": 16}, "adapt": ["b"]}
-    assert "a slot is for whole layers" in refused(
-        lambda: li.reserve(model, rank=2, targets=[slices])
-    )
+    assert "a slot has whole layers" in refused(lambda: li.reserve(model, rank=2, targets=[slices]))
     li.reserve(model, rank=2)
     assert "the model has one of that name" in refused(lambda: li.reserve(model, rank=2))
 
@@ -132,3 +130,11 @@ def test_a_slot_travels_with_its_model() -> None:
     li.swap_adapter(model, state, "slot")
     li.activate(model, "slot")
     assert error(model(IDS).logits, li.install(base, state)(IDS).logits) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "rule", [{"variant": "dora"}, {"lora_bias": True}, {"rank": 4, "alpha": 4}, {"init": "pissa"}]
+)
+def test_a_slot_has_one_rank_and_no_variant(rule: dict[str, Any]) -> None:
+    with pytest.raises(li.StateError, match="Give patterns only"):
+        li.reserve(nn.Sequential(nn.Linear(8, 8)), rank=8, targets=[{"match": "0", **rule}])

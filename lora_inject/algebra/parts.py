@@ -240,16 +240,19 @@ def mixed(
     mix = {}
     for key in dict.fromkeys(key for trained, _ in several for key in trained):
         with_it = zip(names, several, strict=True)
-        copies = {n: (trained[key], w) for n, (trained, w) in with_it if key in trained}
+        copies = [(n, trained[key], w) for n, (trained, w) in with_it if key in trained]
         _check_copies(copies, f"{asked}, trained tensor '{key}'")
-        mix[key] = _mix_of([*copies.values()])
+        mix[key] = _mix_of([(tensor, weight) for _, tensor, weight in copies])
     return mix
 
 
-def _check_copies(copies: Mapping[str, tuple[Tensor, float]], where: str) -> None:
-    """Refuse weights that do not add up to 1, and copies of several shapes."""
-    if not math.isclose(sum(weight for _, weight in copies.values()), 1, rel_tol=1e-9):
-        added = " + ".join(f"{weight:g}" for _, weight in copies.values())
+def _check_copies(copies: Sequence[tuple[str, Tensor, float]], where: str) -> None:
+    """Refuse weights that do not add up to 1, and copies of several shapes.
+
+    Each copy comes with what its adapter is called: two may be called alike, as of one file.
+    """
+    if not math.isclose(sum(weight for *_, weight in copies), 1, rel_tol=1e-9):
+        added = " + ".join(f"{weight:g}" for *_, weight in copies)
         raise StateError(
             where,
             f"it is a full copy of the base's tensor, with weight {added}: its change from the "
@@ -257,8 +260,8 @@ def _check_copies(copies: Mapping[str, tuple[Tensor, float]], where: str) -> Non
             "Fold the adapters into the base with `lora-inject merge`, give weights that add "
             "up to 1, or leave it out (select)",
         )
-    if len({copy.shape for copy, _ in copies.values()}) > 1:
-        shapes = " and ".join(f"{list(t.shape)} in {name}" for name, (t, _) in copies.items())
+    if len({copy.shape for _, copy, _ in copies}) > 1:
+        shapes = " and ".join(f"{list(copy.shape)} in {name}" for name, copy, _ in copies)
         raise StateError(where, f"its shape is {shapes}", "Give adapters of one base")
 
 

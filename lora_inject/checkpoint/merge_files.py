@@ -347,11 +347,11 @@ def _check_content(folder: Path, asked: str, *, overwrite: bool) -> None:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder holds what a merge writes: files, one of them with weights."""
+    """Return whether a folder holds what a merge writes: files, `model*.safetensors` among them."""
     paths = list(folder.iterdir())
-    return all(path.is_file() for path in paths) and any(
-        path.suffix == ".safetensors" for path in paths
-    )
+    has_weights = any(path.match("model*.safetensors") for path in paths)
+    is_adapter = any(path.name.startswith("adapter_") for path in paths)
+    return has_weights and not is_adapter and all(path.is_file() for path in paths)
 
 
 def _check_space(folder: Path, needed_bytes: int) -> None:

@@ -65,14 +65,14 @@ class ExpertProfile(YamlModel):
             problem = f"the profile counts {len(counts):,} experts of '{stack}', which has {n:,}"
             raise MatchError(asked, problem, remedy)
         order = sorted(range(n), key=lambda expert: (-counts[expert], expert))
-        return tuple(sorted(order[: math.ceil(share * n)]))
+        return tuple(sorted(order[: _n_of(share, n)]))
 
     def covered(self, share: float) -> float:
         """Return the share of all choices that go to the most chosen share of each stack."""
         best = total = 0
         for counts in self.experts.values():
             most = sorted(counts, reverse=True)
-            best += sum(most[: math.ceil(share * len(most))])
+            best += sum(most[: _n_of(share, len(most))])
             total += sum(most)
         return best / total if total else 0.0
 
@@ -170,3 +170,8 @@ def _counted(
         yield
     finally:
         handle.remove()
+
+
+def _n_of(share: float, n: int) -> int:
+    """Return a share of n, rounded up; what the product of floats is off by does not count."""
+    return math.ceil(round(share * n, 9))

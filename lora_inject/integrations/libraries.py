@@ -6,6 +6,7 @@
 | `WEIGHT_KINDS` | a way in which a weight is held packed (`core/layers/weight_kinds.py`) |
 | `FORWARD_OWNERS` | who puts forwards onto instances (`core/layers/forwards.py`) |
 | `CONV1D` | a class of linear layers with the transposed weight |
+| `WRAPPERS` | segments of names that stand for no module of the user's |
 | `GATHERED` | a mark of modules whose parameters are views of gathered shards |
 
 What a row names is imported only where the process has loaded a module that it is about.
@@ -76,6 +77,9 @@ that knows it (`core/layers/forwards.py`)."""
 
 CONV1D = (("transformers.pytorch_utils", "Conv1D"),)
 """Linear layers with the weight `(in, out)`: the module and the name of the class."""
+
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Segments that wrappers of torch put into names: its compiler, FSDP1, activation checkpointing."""
 
 GATHERED = ("_is_fsdp_managed_module",)
 """Attributes by which a wrapper marks modules whose parameters it gathers into views: FSDP1."""

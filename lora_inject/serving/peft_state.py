@@ -82,6 +82,7 @@ def peft_state(
     facts = facts_for(survey, "portable" if portable else "peft", name)
     state = read_off(survey, name)
     refuse_useless(survey, name, state, unused)
+    state = state.whole
     with within(asked):
         stated = facts()
         shape = (plain_state(state), plain_facts(stated)) if portable else (state, stated)

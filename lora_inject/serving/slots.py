@@ -66,8 +66,12 @@ def reserve(model: M, name: str = "slot", *, rank: int, targets: Targets = ("all
     config = Config.from_dict({"rank": rank, "alpha": rank, "targets": [*targets]})
     sites = {}
     for spec in plan(model, config).sites:
-        if spec.slices is not None or spec.scale != 1:
-            problem = "a slot is for whole layers, with the slot's rank and scale 1"
+        is_plain = spec.slices is None and spec.variant == "lora" and not spec.lora_bias
+        is_plain = is_plain and spec.init == config.init
+        if not is_plain or spec.rank != rank or spec.scale != 1:
+            problem = (
+                "a slot has whole layers, one rank, scale 1, and no variant or start of its own"
+            )
             raise StateError(f"reserve {name!r}, {spec.name!r}", problem, "Give patterns only")
         sites[spec.name] = _zeros(spec)
     install(model, AdapterState(sites), name, base="any")

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lora_inject.errors import StateError
 from lora_inject.serving.proof import Proof, rms
 
 Word = Literal["with", "without", "scaled", "neither"]
@@ -110,6 +111,14 @@ def judge(
     effect = rms(base - adapter)
     noise = proof.noise(dtype)
     tolerance = max(noise, effect / _SMALL)
+    if effect <= 2 * tolerance:
+        raise StateError(
+            "compare with the proof",
+            f"with and without the adapter these {len(adapter)} {what} differ by {effect:.2g}, of "
+            f"which rounding in {dtype or proof.dtype} alone explains {noise:.2g}: they tell "
+            "nothing",
+            "Compute in a wider dtype, or save the adapter with a probe on which it acts",
+        )
     scale, off, piece = _nearest(proof.strengths, residuals)
     word: Word = "neither"
     if rms(adapter) <= tolerance:

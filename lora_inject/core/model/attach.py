@@ -164,7 +164,8 @@ def _put(place: Carried, parameters: Mapping[str, nn.Parameter], selection: Sele
 
 def _freeze(survey: Survey, root: Root) -> None:
     """Freeze every base parameter and remember which ones were not, by all names of a tied one."""
-    for holder, tensor in zip(survey.holders, survey.tensors, strict=True):
-        if tensor.requires_grad:
-            root.required_grad[holder.name] = holder
-            tensor.requires_grad_(False)
+    held = zip(survey.holders, survey.tensors, strict=True)
+    unfrozen = [(holder, tensor) for holder, tensor in held if tensor.requires_grad]
+    for holder, tensor in unfrozen:
+        root.required_grad[holder.name] = holder
+        tensor.requires_grad_(False)

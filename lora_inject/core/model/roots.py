@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from lora_inject.core.layers.selection import Selection
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import (
@@ -34,7 +32,17 @@ def selection_for(survey: Survey) -> Selection:
     record = root_at(survey)
     if record is not None:
         return record.selection
-    return next(iter(reach(survey.model, survey).selections), None) or Selection()
+    there = next(iter(reach(survey.model, survey).selections), None)
+    return there or _selection_of_a_neighbor(survey) or Selection()
+
+
+def _selection_of_a_neighbor(survey: Survey) -> Selection | None:
+    """Return that of a root which has a module of this model, adapted or not yet."""
+    ours = {id(module) for _, module in survey.modules}
+    for root, record in known_roots():
+        if any(id(part) in ours for part in root.modules()):
+            return record.selection
+    return None
 
 
 def refuse_nested(survey: Survey, asked: str) -> None:
@@ -44,7 +52,7 @@ def refuse_nested(survey: Survey, asked: str) -> None:
         problem = f"a part of the model, {inside[0]!r}, was injected by itself"
         remedy = "Inject into that part again, or eject it and inject into the whole model"
         raise StateError(asked, problem, remedy)
-    if root_at(survey) is None and _is_inside_a_root(survey.model):
+    if root_at(survey) is None and _is_inside_a_root(survey):
         problem = "the module is a part of a model that was injected"
         remedy = "Inject into that model, with patterns that begin with the name of the part"
         raise StateError(asked, problem, remedy)
@@ -53,8 +61,12 @@ def refuse_nested(survey: Survey, asked: str) -> None:
         raise StateError(asked, problem, "Eject those first")
 
 
-def _is_inside_a_root(module: nn.Module) -> bool:
-    return any(module is part for root, _ in known_roots() for part in root.modules())
+def _is_inside_a_root(survey: Survey) -> bool:
+    """Return whether a module is a part of a root, also of a copy that nobody has asked yet."""
+    if any(survey.model is part for root, _ in known_roots() for part in root.modules()):
+        return True
+    known = {id(record.selection) for _, record in known_roots()}
+    return any(id(each) not in known for each in reach(survey.model, survey).selections)
 
 
 def check_new_name(survey: Survey, name: str) -> None:

@@ -81,7 +81,7 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
 # Sites that differ only in their names are made once: what else a site is made of.
 _ALIKE = attrgetter(
     *("kind", "in_features", "out_features", "weight_shape", "transposed", "experts"),
-    *("needs_layout", "update", "dtype"),
+    *("needs_layout", "update", "dtype", "active"),
 )
 
 

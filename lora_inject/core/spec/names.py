@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from lora_inject.core.spec.rooms import library_rows
+
 
 def canonical(name: str) -> str:
     """Return a dotted name without the segments that wrappers put into it.
@@ -16,14 +18,9 @@ def canonical(name: str) -> str:
         'layers.0.q_proj'
     """
     if "_orig_mod" in name or "_wrapped_module" in name:
-        return ".".join(part for part in name.split(".") if not _is_of_a_wrapper(part))
+        wrappers = library_rows("WRAPPERS")
+        return ".".join(segment for segment in name.split(".") if segment not in wrappers)
     return name
-
-
-def _is_of_a_wrapper(segment: str) -> bool:
-    """Whether a segment is a wrapper's own: `_orig_mod`, `_checkpoint_wrapped_module`, ..."""
-    wraps = segment.startswith("_") and segment.endswith("_wrapped_module")
-    return wraps or segment == "_orig_mod"
 
 
 def parent(name: str) -> str:

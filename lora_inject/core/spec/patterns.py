@@ -55,17 +55,20 @@ def matching(
 def _steps(pattern: str, length: int) -> float:
     """Return how many steps the match of a name of that length may take, at most.
 
-    A repetition ends after one of the characters, a choice (`|` or `?`) goes one of two ways. What
-    repeats a group may try every way to divide a name: there is no such bound. Patterns that can be
-    written in more ways (verbose, a set in a set) are not looked into.
+    Repetitions divide a name among them, in one of `comb(length + n, n)` ways; a choice (`|`, `?`)
+    goes one of two ways. What repeats a group may try every way to divide what it repeats: there is
+    no such bound. Patterns that can be written in more ways (verbose, if only in a group; a set in
+    a set) are not looked into.
     """
     plain = re.sub(r"(?s)\\.", "_", pattern)
-    repeated_group, set_in_set = r"\)[*+?{]", r"\[[^]]*\["
-    if re.compile(pattern).flags & re.VERBOSE or re.search(f"{repeated_group}|{set_in_set}", plain):
+    repeated_group, set_in_set, verbose = r"\)[*+?{]", r"\[[^]]*\[", r"\(\?[a-zA-Z]*x"
+    re.compile(pattern)
+    if re.search(f"{repeated_group}|{set_in_set}|{verbose}", plain):
         return math.inf
     repetitions = sum(map(plain.count, "*+{"))
     choices = plain.count("|") + plain.count("?") - plain.count("(?")
-    return float(length) ** min(repetitions, 9) * 2.0 ** min(choices, 99)
+    ways = math.comb(length + repetitions, repetitions)
+    return min(ways, 10**99) * 2.0 ** min(choices, 99)
 
 
 def _matching_at_once(compiled: re.Pattern[str], names: Sequence[str], end: float) -> Iterator[str]:
