@@ -283,3 +283,8 @@ def test_the_command_writes_a_profile_that_a_rule_reads(tmp_path: Path, monkeypa
     assert "top: 0.25 of each stack gets" in done.out
     plan = li.plan(model, config(ALL | {"only": "profile.yaml", "top": 0.25}))
     assert all(len(site.only or ()) == 1 for site in plan.sites)
+
+
+def test_the_plan_says_what_the_default_files_do_not_keep_of_chosen_experts() -> None:
+    rules = {"targets": [{"match": "all-experts", "only": [0]}]}
+    assert "hold every expert" in str(li.plan(experts("mixtral")[0], rules))

@@ -84,6 +84,10 @@ def test_a_loaded_adapter_knows_its_files(saved: Path, tmp_path: Path) -> None:
     assert "no files are known of it" in refused(lambda: li.verify_loaded(model))
     li.save_adapter(model, tmp_path / "plain", "second")
     assert "holds no proof of behavior" in refused(lambda: li.verify_loaded(model, "second"))
+    li.swap_adapter(model, saved, "second")
+    assert li.verify_loaded(model, "second").ok
+    li.swap_adapter(model, li.adapter_state(model, "second"), "second")
+    assert "no files are known of it" in refused(lambda: li.verify_loaded(model, "second"))
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own

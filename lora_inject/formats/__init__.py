@@ -164,3 +164,9 @@ def notes_on_files(survey: Survey, specs: Sequence[SiteSpec]) -> Iterator[str]:
     except FormatError as problem:
         what = ", ".join(filter(None, (problem.asked, problem.found)))
         yield f"save_adapter cannot write this as {DEFAULT!r}: {what}. {problem.remedy}"
+    if any(spec.only or spec.share for spec in specs):
+        yield (
+            f"files of {DEFAULT!r} hold every expert: loaded again, those that are left out train "
+            "with zeros, and a shared factor is one for each. save_adapter(model, path, format="
+            '"native") keeps both'
+        )

@@ -11,6 +11,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Set
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from lora_inject.core.layers.survey import Survey
 from lora_inject.core.layers.valueless import given_values
 from lora_inject.core.model.base import Base, check_base, check_base_copies, model_facts
 from lora_inject.core.model.carried import entries, reach, records_of, refuse_merged
+from lora_inject.core.model.origins import note_files
 from lora_inject.core.model.read_off import values_on
 from lora_inject.core.spec.rooms import room
 from lora_inject.errors import FormatError, LayerError, nearest
@@ -89,7 +91,9 @@ def swap_adapter(
     refuse_merged(asked, *selections)
     state = source
     whose = asked
+    files = None
     if not isinstance(state, AdapterState):
+        files = Path(state)
         facts = partial(model_facts, survey)
         state = read_adapter(state, format, facts=facts, **options).mapped(in_memory)
         whose = f"{asked} for {str(source)!r}"
@@ -111,6 +115,7 @@ def swap_adapter(
     for selection in selections:
         selection.note(name)
     _write(survey, name, [tensor for tensor, _ in pairs], values, state.config)
+    note_files(survey, name, files)
     return model
 
 
