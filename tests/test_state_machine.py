@@ -502,6 +502,8 @@ class Machine(RuleBasedStateMachine):
         moved = copy.deepcopy(self.truth.adapters[name]).part(under(root))
         parts = sorted([*moved.sites, *moved.copies]) if leave else []
         gone = {data.draw(st.sampled_from(parts), "gone")} if len(parts) > 1 else set[str]()
+        # A pattern of a module lets go of what trains inside it, too.
+        gone |= {key for key in moved.copies for site in gone if key.startswith(f"{site}.")}
         gone.update(*(self.tied(key) for key in gone & moved.copies.keys()))
         # Files have a module that stands in two places under its first name.
         first = {f"{p}.{key}" for p, m in self.model.named_modules() for key in m._parameters}
