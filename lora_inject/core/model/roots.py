@@ -38,9 +38,8 @@ def selection_for(survey: Survey) -> Selection:
 
 def _selection_of_a_neighbor(survey: Survey) -> Selection | None:
     """Return that of a root which has a module of this model, adapted or not yet."""
-    ours = {id(module) for _, module in survey.modules}
     for root, record in known_roots():
-        if any(id(part) in ours for part in root.modules()):
+        if any(id(part) in survey.own for part in root.modules()):
             return record.selection
     return None
 
