@@ -4,6 +4,7 @@ One table for all architectures: planned, trained, merged, exchanged, equal to t
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from helpers.reference import EXACT, RANK, base_state, config, logits, refused
 from torch import Tensor, nn
 
 import lora_inject as li
+from lora_inject.core.layers.candidates import inventory
+from lora_inject.core.layers.survey import Survey
 
 ALL = MOE | MORE
 ROUTED = {"match": "all-experts"}
@@ -403,3 +406,15 @@ def test_each_block_divides_the_rank_by_its_own_number_of_experts() -> None:
     rule = {"match": "all-experts", "rank": {"active": 8}}
     ranks = {site.name[0]: site.rank for site in li.plan(model, {"targets": [rule]}).sites}
     assert ranks == {"0": 4, "1": 2}
+
+
+def test_advice_stays_within_its_budget_where_one_mixture_says_no_number_of_experts() -> None:
+    from lora_inject.trials.advise import advised
+
+    present = inventory(Survey(experts("mixtral")[0]))
+    first, *others = present.mixtures
+    present = replace(present, mixtures=(first._replace(top_k=None), *others))
+    for budget in (1_500, 3_000, 6_000):
+        expect = advised(present, budget).expect
+        assert expect is not None
+        assert 0 < expect.lora <= budget

@@ -203,6 +203,56 @@ def test_a_server_that_is_down_is_named(saved: Path) -> None:
     said = refused(lambda: li.verify_served(url, saved))
     assert said.startswith(f"ServerError: ask {url}/v1/models: it does not answer (")
     assert "it is no URL" in refused(lambda: li.verify_served("localhost:8000", saved))
+    assert "it is no URL" in refused(lambda: li.verify_served(None, saved))
+    assert "it does not answer" in refused(lambda: li.verify_served("http://localhost:80a", saved))
+
+
+def test_a_server_that_says_tokens_as_text_needs_a_proof_with_texts(tmp_path: Path) -> None:
+    adapter = li.save_adapter(build(), tmp_path / "sql", probe=torch.arange(12).view(2, 6))
+
+    class TextsOfNextTokens(Served):
+        def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+            made = super().complete(body)
+            for row in made["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+                del row["id"]
+            return made
+
+    with serving(TextsOfNextTokens(build(), "llama.cpp")) as url:
+        said = refused(lambda: li.verify_served(url, adapter))
+    assert "it says tokens as text, and the proof knows only their ids" in said
+
+
+def test_where_rounding_explains_the_effect_nothing_is_said(tmp_path: Path) -> None:
+    model = build()
+    with torch.no_grad():
+        for name, parameter in li.adapter_parameters(model).items():
+            if "lora_B" in name:
+                parameter.mul_(0.03)
+    saved = li.save_adapter(model, tmp_path / "faint", probe=torch.arange(40).view(2, 20))
+    assert li.verify_loaded(model, source=saved).ok
+    assert li.verify_loaded(li.activate(model, None), source=saved).word == "without"
+    said = refused(lambda: li.verify_loaded(model, source=saved, dtype="bfloat16"))
+    assert "they tell nothing" in said
+
+
+def test_outputs_that_prove_nothing_are_refused(tmp_path: Path) -> None:
+    class Ids(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x).argmax(-1)
+
+    def save(model: nn.Module) -> None:
+        li.save_adapter(li.inject(model, CONFIG), tmp_path / "a", probe=torch.ones(1, 4))
+
+    assert "returns no tensor of floats" in refused(lambda: save(Ids()))
+    infinite = nn.Sequential(nn.Linear(4, 4))
+    with torch.no_grad():
+        infinite[0].bias.fill_(float("-inf"))
+    assert "are not finite" in refused(lambda: save(infinite))
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_server_without_log_probabilities_is_named(saved: Path) -> None:
@@ -244,6 +294,14 @@ def test_a_server_of_another_vocabulary_is_named(saved: Path) -> None:
         ([], "it is a list of an unknown form"),
         ("text", "it is a str of an unknown form"),
         (([""], Letters()), "it has no texts"),
+        ((["a b"], lambda text: {"input_ids": [1, 2]}), "its tokenizer has no decode"),
+        ([["a", "b"]], "its rows are not token ids"),
+        (torch.zeros(2, 0, dtype=torch.long), "it is a Tensor of an unknown form"),
+        (torch.tensor(3), "a row has fewer than two tokens"),
+        (
+            {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": [[1, 1, 1]]},
+            "its attention_mask is no tensor of the shape of input_ids",
+        ),
     ],
 )
 def test_a_probe_that_proves_nothing_is_refused(probe: Any, found: str, tmp_path: Path) -> None:

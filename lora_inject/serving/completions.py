@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any, NamedTuple
 
 from lora_inject.errors import ServerError
@@ -49,7 +50,7 @@ class Server:
         Raises:
             ServerError: The URL is none, nobody answers, or the model has to be named.
         """
-        if not url.startswith(("http://", "https://")):
+        if not (isinstance(url, str) and url.startswith(("http://", "https://"))):
             raise ServerError(f"ask {url!r}", "it is no URL", "Give one, such as http://HOST:8000")
         plain = cls(url.rstrip("/").removesuffix("/v1"), model or "", timeout)
         return plain if model else cls(plain.url, plain.only_model(near), timeout)
@@ -126,7 +127,7 @@ class Server:
             words = error.read(2000).decode(errors="replace")
             remedy = "Check --model, and that it serves the adapter's base"
             raise ServerError(asked, f"it answers {error.code}: {_said(words)}", remedy) from error
-        except (OSError, urllib.error.URLError) as error:
+        except (OSError, HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             remedy = "Start the server, or check the URL"
             raise ServerError(asked, f"it does not answer ({reason})", remedy) from error

@@ -78,6 +78,13 @@ def peft_state(
         check_type(f"{asked}, dtype", dtype, torch.dtype, "Give torch.bfloat16", FormatError)
         if dtype not in FLOATS:
             raise FormatError(f"{asked}, dtype", f"it is {dtype}", "Give a floating point dtype")
+    if device is not None:
+        try:
+            torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            problem = str(error).splitlines()[0]
+            remedy = "Give one, such as 'cpu' or 'cuda:0'"
+            raise FormatError(f"{asked}, device {device!r}", problem, remedy) from None
     survey = Survey(model)
     facts = facts_for(survey, "portable" if portable else "peft", name)
     state = read_off(survey, name)

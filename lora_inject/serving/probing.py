@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.exchange import format_of, options_of
+from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import reach
@@ -89,6 +90,9 @@ def _measured(survey: Survey, name: str, inputs: Inputs, asked: str) -> Proof:
     with torch.no_grad(), in_evaluation(survey.model):
         outputs = [_run_at(survey, name, strength, inputs, asked) for strength in strengths]
     base = outputs[0]
+    if not all_finite(*(each for strength in outputs for each in strength)):
+        problem = "the model's outputs are not finite, with the adapter or without it"
+        raise StateError(asked, problem, "Give inputs on which they are")
     largest = torch.stack([each.float().abs().amax() for each in base])
     predicted = bool(inputs.prompts)
     rows = [token_values(each, inputs) if predicted else output_samples(each) for each in outputs]
@@ -121,10 +125,15 @@ def inputs_of(probe: Any, asked: str) -> Inputs:
         ids = probe.get("input_ids")
         if not isinstance(ids, Tensor) or probe.keys() - {"input_ids"} - _OF_TOKENS:
             return Inputs(arguments=dict(probe))
-        return Inputs(_prompts(_unpadded(ids, probe.get("attention_mask")), asked))
+        mask = probe.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
+            problem = "its attention_mask is no tensor of the shape of input_ids"
+            raise StateError(asked, problem, _REMEDY)
+        return Inputs(_prompts(_unpadded(ids, mask), asked))
     if isinstance(probe, Tensor) and probe.is_floating_point():
         return Inputs(arguments=probe)
-    if isinstance(probe, Tensor):
+    if isinstance(probe, Tensor) and probe.numel():
+        probe = probe if probe.dim() else probe[None]
         return Inputs(_prompts(probe.reshape(-1, probe.shape[-1]).tolist(), asked))
     if isinstance(probe, list) and probe and isinstance(probe[0], list | tuple):
         return Inputs(_prompts(probe, asked))
@@ -135,6 +144,8 @@ def _of_texts(texts: Any, tokenizer: Any, asked: str) -> Inputs:
     texts = [texts] if isinstance(texts, str) else [*texts]
     if not texts or not all(isinstance(text, str) and text for text in texts):
         raise StateError(asked, "it has no texts", _REMEDY)
+    if not hasattr(tokenizer, "decode"):
+        raise StateError(asked, "its tokenizer has no decode", _REMEDY)
     texts = texts[:N_PROMPTS]
     rows = [tokenizer(text)["input_ids"] for text in texts]
     prompts = _prompts(rows, asked)
@@ -155,7 +166,10 @@ def _unpadded(ids: Tensor, mask: Any) -> list[list[int]]:
 
 def _prompts(rows: Sequence[Sequence[Any]], asked: str) -> tuple[tuple[int, ...], ...]:
     """Return the first tokens of the first rows, checked."""
-    prompts = tuple(tuple(map(int, row[:N_TOKENS])) for row in rows[:N_PROMPTS])
+    try:
+        prompts = tuple(tuple(map(int, row[:N_TOKENS])) for row in rows[:N_PROMPTS])
+    except (TypeError, ValueError):
+        raise StateError(asked, "its rows are not token ids", _REMEDY) from None
     short = not prompts or any(len(prompt) < 2 for prompt in prompts)
     if short or any(token < 0 for prompt in prompts for token in prompt):
         raise StateError(asked, "a row has fewer than two tokens, or a negative one", _REMEDY)
@@ -180,7 +194,11 @@ def run(model: nn.Module, inputs: Inputs, asked: str) -> list[Tensor]:
     if not inputs.prompts:
         given = inputs.arguments
         made = model(**given) if isinstance(given, dict) else model(given)
-        return [leaf.detach() for leaf in tree_leaves(made) if _is_float(leaf)]
+        leaves = [leaf.detach() for leaf in tree_leaves(made) if _is_float(leaf) and leaf.numel()]
+        if not leaves:
+            problem = "with these inputs the model returns no tensor of floats"
+            raise StateError(asked, problem, "Give inputs of which it does")
+        return leaves
     _check_vocabulary(model, inputs, asked)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return [

@@ -120,7 +120,7 @@ def verify_served(
 
 def _judged_by_next_tokens(server: Server, proof: Proof, asked: str, dtype: str | None) -> Verdict:
     """Return the verdict on a server that does not rate the tokens of a prompt."""
-    parts = [_next_residuals(server, proof, ahead) for ahead in proof.ahead]
+    parts = [_next_residuals(server, proof, ahead, asked) for ahead in proof.ahead]
     residuals = [torch.cat([*each]) for each in zip(*parts, strict=True)]
     if not len(residuals[0]):
         problem = "it rates neither the tokens of a prompt nor the next one"
@@ -205,13 +205,17 @@ def _is_token(rated: Rated, token: int, text: str | None) -> bool:
     return text is None or rated.text.strip(" ▁Ġ") == text.strip(" ▁Ġ")
 
 
-def _next_residuals(server: Server, proof: Proof, ahead: Ahead) -> list[Tensor]:
+def _next_residuals(server: Server, proof: Proof, ahead: Ahead, asked: str) -> list[Tensor]:
     """Return, for each strength, how far the server's next tokens are from the proof's.
 
     A token that the proof does not rate is less probable than any that it rates: only what is above
     those counts.
     """
     rated = server.rated_next(proof.prompts[ahead.prompt][: ahead.length])
+    if not ahead.texts and any(each.token is None for each in rated):
+        problem = "it says tokens as text, and the proof knows only their ids"
+        remedy = "Save the adapter with a pair of texts and their tokenizer as probe"
+        raise ServerError(asked, problem, remedy)
     place = _places(ahead)
     at = [place(each) for each in rated]
     residuals = []

@@ -102,7 +102,12 @@ class _Part(NamedTuple):
 
 def _parts(inventory: Inventory, config: dict[str, Any]) -> list[_Part]:
     """Return the sites of a config by the number that divides their rank."""
-    top_k = {name: m.top_k or 1 for m in inventory.mixtures for name in m.experts}
+    top_k = {
+        name: mixture.top_k or 1
+        for mixture in inventory.mixtures
+        if _states_active(inventory)
+        for name in mixture.experts
+    }
     parts: dict[int, list[Any]] = {}
     words = config["targets"]
     for site in resolve(Config.from_dict({**config, "rank": 1}), inventory).sites:
@@ -117,6 +122,11 @@ def _parts(inventory: Inventory, config: dict[str, Any]) -> list[_Part]:
     ]
 
 
+def _states_active(inventory: Inventory) -> bool:
+    """Return whether a rank can be divided: every mixture says to how many experts a token goes."""
+    return all(mixture.top_k for mixture in inventory.mixtures)
+
+
 def _size(parts: list[_Part], rank: int) -> float:
     """Return the elements of A and B at a rank; infinity if it leaves nothing for an expert."""
     ranks = [rank // part.active for part in parts]
@@ -127,8 +137,8 @@ def _size(parts: list[_Part], rank: int) -> float:
 def _config(inventory: Inventory, rank: int, *, experts: bool) -> Config:
     targets: list[Any] = [ALL_LINEAR]
     if experts:
-        known = all(mixture.top_k for mixture in inventory.mixtures)
-        targets.append({"match": ALL_EXPERTS, "rank": {"active": rank}} if known else ALL_EXPERTS)
+        divided = {"match": ALL_EXPERTS, "rank": {"active": rank}}
+        targets.append(divided if _states_active(inventory) else ALL_EXPERTS)
     wanted = {"rank": rank, "alpha": ALPHA, "targets": targets}
     plan = resolve(Config.from_dict(wanted), inventory)
     return Config.from_dict(wanted | {"expect": {"sites": plan.n_sites, "lora": plan.n_lora}})
