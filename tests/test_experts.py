@@ -6,8 +6,14 @@ from typing import Any
 
 import pytest
 from conftest import error, fill, same_bits
-from helpers.experts import MOE, expert_rule, experts, gradients_of_experts, with_expert_deltas
-from helpers.reference import EXACT, base_state, config, logits, refused, saved
+from helpers.experts import (
+    MOE,
+    check_like_dense,
+    expert_rule,
+    experts,
+    with_expert_deltas,
+)
+from helpers.reference import config, logits, refused, saved
 
 import lora_inject as li
 
@@ -16,21 +22,8 @@ FLOAT32 = 2e-5  # of the largest logit, after some twenty roundings of sums of f
 
 @pytest.mark.parametrize("family", MOE)
 def test_stacked_experts_equal_the_dense_model(family: str) -> None:
-    plain, layout = experts(family)
-    plain = plain.double()
-    model = copy.deepcopy(plain)
-    li.inject(model, config(expert_rule(layout)))
-    assert same_bits(logits(model), logits(plain))
+    model = check_like_dense(family, expert_rule)
     assert all(s.experts in (3, 4) for s in li.adapters(model)["default"].sites.values())
-    fill(model)
-    wide = with_expert_deltas(plain, model, layout)
-    assert error(logits(plain), logits(wide)) > 1e-3
-    assert error(logits(model), logits(wide)) < EXACT
-    gradients_of_experts(model, wide, layout)
-    li.merge(model)
-    assert error(logits(model), logits(wide)) < EXACT
-    li.unmerge(model)
-    assert all(same_bits(t, plain.state_dict()[k]) for k, t in base_state(model).items())
 
 
 @pytest.mark.parametrize("family", MOE)

@@ -1,11 +1,12 @@
 """Tiny models of stacked experts, one for each way that transformers stores them."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from conftest import error
-from helpers.reference import SCALE, logits
+from conftest import error, fill, same_bits
+from helpers.reference import EXACT, SCALE, base_state, config, logits
 from torch import nn
 
 import lora_inject as li
@@ -109,3 +110,25 @@ def gradients_of_experts(model: nn.Module, wide: nn.Module, layout: str) -> None
         A, B = parameters[f"{name}.lora_A"], parameters[f"{name}.lora_B"]
         assert error(A.grad, SCALE * B.transpose(1, 2) @ G) < 1e-10
         assert error(B.grad, SCALE * G @ A.transpose(1, 2)) < 1e-10
+
+
+def check_like_dense(family: str, rule_for: Callable[[str], Any]) -> Any:
+    """Check outputs, gradients, merge and unmerge against the dense model, in float64.
+
+    `rule_for` gives the rule for a layout. Returns the injected model.
+    """
+    plain, layout = experts(family)
+    plain = plain.double()
+    model = copy.deepcopy(plain)
+    li.inject(model, config(rule_for(layout)))
+    assert same_bits(logits(model), logits(plain))
+    fill(model)
+    wide = with_expert_deltas(plain, model, layout)
+    assert error(logits(plain), logits(wide)) > 1e-3
+    assert error(logits(model), logits(wide)) < EXACT
+    gradients_of_experts(model, wide, layout)
+    li.merge(model)
+    assert error(logits(model), logits(wide)) < EXACT
+    li.unmerge(model)
+    assert all(same_bits(t, plain.state_dict()[k]) for k, t in base_state(model).items())
+    return model
