@@ -74,17 +74,7 @@ def peft_state(
         (2, 4, ['0'])
     """
     asked = f"peft_state of {name!r}"
-    if dtype is not None:
-        check_type(f"{asked}, dtype", dtype, torch.dtype, "Give torch.bfloat16", FormatError)
-        if dtype not in FLOATS:
-            raise FormatError(f"{asked}, dtype", f"it is {dtype}", "Give a floating point dtype")
-    if device is not None:
-        try:
-            torch.device(device)
-        except (RuntimeError, TypeError) as error:
-            problem = str(error).splitlines()[0]
-            remedy = "Give one, such as 'cpu' or 'cuda:0'"
-            raise FormatError(f"{asked}, device {device!r}", problem, remedy) from None
+    _check_form(device, dtype, asked)
     survey = Survey(model)
     facts = facts_for(survey, "portable" if portable else "peft", name)
     state = read_off(survey, name)
@@ -101,6 +91,21 @@ def peft_state(
                 problem = f"its values are not finite in {tensor.dtype}"
                 raise FormatError(f"tensor {key!r}", problem, "Give a wider dtype")
     return tensors, made.config
+
+
+def _check_form(device: Any, dtype: Any, asked: str) -> None:
+    """Refuse a device or a dtype that tensors cannot be sent in."""
+    if dtype is not None:
+        check_type(f"{asked}, dtype", dtype, torch.dtype, "Give torch.bfloat16", FormatError)
+        if dtype not in FLOATS:
+            raise FormatError(f"{asked}, dtype", f"it is {dtype}", "Give a floating point dtype")
+    if device is not None:
+        try:
+            torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            problem = str(error).splitlines()[0]
+            remedy = "Give one, such as 'cpu' or 'cuda:0'"
+            raise FormatError(f"{asked}, device {device!r}", problem, remedy) from None
 
 
 def _sent(tensor: Tensor, device: str | torch.device | None, dtype: torch.dtype | None) -> Tensor:

@@ -90,9 +90,6 @@ def _measured(survey: Survey, name: str, inputs: Inputs, asked: str) -> Proof:
     with torch.no_grad(), in_evaluation(survey.model):
         outputs = [_run_at(survey, name, strength, inputs, asked) for strength in strengths]
     base = outputs[0]
-    if not all_finite(*(each for strength in outputs for each in strength)):
-        problem = "the model's outputs are not finite, with the adapter or without it"
-        raise StateError(asked, problem, "Give inputs on which they are")
     largest = torch.stack([each.float().abs().amax() for each in base])
     predicted = bool(inputs.prompts)
     rows = [token_values(each, inputs) if predicted else output_samples(each) for each in outputs]
@@ -114,7 +111,11 @@ def _run_at(survey: Survey, name: str, strength: float, inputs: Inputs, asked: s
     """Run a model with one adapter, multiplied; 0 is the base."""
     mix = Mix({name: strength} if strength else {})
     with selecting(survey.model, mix, asked):
-        return run(survey.model, inputs, asked)
+        made = run(survey.model, inputs, asked)
+    if not all_finite(*made):
+        problem = f"the model's outputs are not finite, with the adapter times {strength:g}"
+        raise StateError(asked, problem, "Give inputs on which they are")
+    return made
 
 
 def inputs_of(probe: Any, asked: str) -> Inputs:
@@ -122,22 +123,27 @@ def inputs_of(probe: Any, asked: str) -> Inputs:
     if isinstance(probe, tuple) and len(probe) == 2 and callable(probe[1]):
         return _of_texts(*probe, asked)
     if isinstance(probe, Mapping):
-        ids = probe.get("input_ids")
-        if not isinstance(ids, Tensor) or probe.keys() - {"input_ids"} - _OF_TOKENS:
-            return Inputs(arguments=dict(probe))
-        mask = probe.get("attention_mask")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
-            problem = "its attention_mask is no tensor of the shape of input_ids"
-            raise StateError(asked, problem, _REMEDY)
-        return Inputs(_prompts(_unpadded(ids, mask), asked))
+        return _of_arguments(probe, asked)
     if isinstance(probe, Tensor) and probe.is_floating_point():
         return Inputs(arguments=probe)
     if isinstance(probe, Tensor) and probe.numel():
-        probe = probe if probe.dim() else probe[None]
-        return Inputs(_prompts(probe.reshape(-1, probe.shape[-1]).tolist(), asked))
+        rows = probe.reshape(-1, probe.shape[-1] if probe.dim() else 1)
+        return Inputs(_prompts(rows.tolist(), asked))
     if isinstance(probe, list) and probe and isinstance(probe[0], list | tuple):
         return Inputs(_prompts(probe, asked))
     raise StateError(asked, f"it is a {type(probe).__name__} of an unknown form", _REMEDY)
+
+
+def _of_arguments(probe: Mapping[str, Any], asked: str) -> Inputs:
+    """Return the prompts of a model's arguments, if they are of tokens alone; else these."""
+    ids = probe.get("input_ids")
+    if not isinstance(ids, Tensor) or probe.keys() - {"input_ids"} - _OF_TOKENS:
+        return Inputs(arguments=dict(probe))
+    mask = probe.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
+        problem = "its attention_mask is no tensor of the shape of input_ids"
+        raise StateError(asked, problem, _REMEDY)
+    return Inputs(_prompts(_unpadded(ids, mask), asked))
 
 
 def _of_texts(texts: Any, tokenizer: Any, asked: str) -> Inputs:

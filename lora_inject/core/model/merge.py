@@ -299,8 +299,8 @@ def merged_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Iterate over the base's parameters as `merge` would leave them, without merging.
 
-    What FSDP2 and tensor parallelism have sharded comes whole, gathered one tensor at a time: every
-    process has to iterate to the end.
+    What is sharded comes whole, gathered one tensor at a time: every process has to iterate to the
+    end.
 
     Args:
         model: The injected root.
