@@ -56,6 +56,9 @@ falls fast, few directions do the work: a smaller rank would do.</p>
 """
 
 
+COMMON = {"a", "an", "the", "of", "to", "in", "for", "from"}
+
+
 class Said(NamedTuple):
     """A function in code, and in one line by a human, the base and the adapted model."""
 
@@ -65,8 +68,12 @@ class Said(NamedTuple):
     after: str
 
     def shared(self) -> float:
-        """Return the part of the words of the human and of the adapted model that both have."""
-        human, after = ({*text.lower().strip(".").split()} for text in (self.human, self.after))
+        """Return the part of the words of the human and of the adapted model that both have.
+
+        Words that stand in every sentence do not count.
+        """
+        texts = (self.human, self.after)
+        human, after = ({*text.lower().strip(".").split()} - COMMON for text in texts)
         return len(human & after) / max(1, len(human | after))
 
 
