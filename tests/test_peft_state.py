@@ -124,5 +124,5 @@ def test_what_a_receiver_would_misread_is_refused() -> None:
 
 def test_a_device_that_is_none_is_refused_in_words() -> None:
     model = li.inject(nn.Sequential(nn.Linear(4, 4)), {"targets": ["0"]})
-    with pytest.raises(li.FormatError, match="device 'gpu'.*Give one, such as 'cpu'"):
+    with pytest.raises(li.FormatError, match=r"device 'gpu'.*Give one, such as 'cpu'"):
         li.peft_state(model, device="gpu")

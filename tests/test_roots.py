@@ -248,3 +248,28 @@ def test_a_part_of_a_copy_of_a_root_is_refused_like_a_part_of_the_root(copied: A
     li.inject(model, {"rank": 1, "targets": ["all-linear"]}, "a")
     with pytest.raises(li.StateError, match="a part of a model that was injected"):
         li.inject(copied(model)[0], {"rank": 1, "targets": ["0"]}, "b")
+
+
+def heads_on(trunk: nn.Module) -> nn.ModuleDict:
+    return nn.ModuleDict({"trunk": trunk, "head": nn.Linear(4, 2)})
+
+
+def test_models_that_share_only_what_neither_adapts_have_a_selection_each() -> None:
+    trunk = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    actor, critic = heads_on(trunk), heads_on(trunk)
+    li.inject(actor, {"rank": 1, "targets": ["head"]}, "a")
+    li.inject(critic, {"rank": 1, "targets": ["head"]}, "b")
+    assert li.adapters(actor)["a"].active
+    li.activate(critic, None)
+    assert li.adapters(actor)["a"].active
+
+
+def test_a_layer_of_two_models_that_were_injected_apart_is_not_adapted() -> None:
+    trunk = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    actor, critic = heads_on(trunk), heads_on(trunk)
+    li.inject(actor, {"rank": 1, "targets": ["head"]}, "a")
+    li.inject(critic, {"rank": 1, "targets": ["head"]}, "b")
+    before = snapshot(critic)
+    with pytest.raises(li.StateError, match="also in a model that was injected apart"):
+        li.inject(critic, {"rank": 1, "targets": [r"trunk\.0"]}, "c")
+    assert snapshot(critic) == before

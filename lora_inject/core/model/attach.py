@@ -68,7 +68,7 @@ def attach(
     5. `probe` runs the model; sites that it does not reach are refused.
     """
     parameters = _parameters(wanted, tensors, tied, train=train)
-    selection = selection_for(survey)
+    selection = selection_for(survey, wanted, f"adapter {name!r}")
     if not activate:
         _check_mixable(name, wanted, selection.setting.names)
     modules = [module for _, module in survey.modules]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lora_inject.core.layers.selection import Selection
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import (
     ROOT,
     ROOT_MODULES,
+    Carried,
     Root,
     known_roots,
     reach,
@@ -27,21 +30,37 @@ def become_root(survey: Survey, selection: Selection) -> Root:
     return record
 
 
-def selection_for(survey: Survey) -> Selection:
-    """Return what the layers of a model share, or will if they have no adapter yet."""
+def selection_for(survey: Survey, wanted: Sequence[Carried], asked: str) -> Selection:
+    """Return what the layers of a model share, or will if they have no adapter yet.
+
+    1. A root has its own; another model takes that of the adapted layers inside.
+    2. Where a layer that is wanted stands in another root as well, both share that root's.
+    3. Else it is a new one: what two models share and neither adapts joins nothing.
+
+    Raises:
+        StateError: Two of these differ.
+    """
     record = root_at(survey)
-    if record is not None:
-        return record.selection
-    there = next(iter(reach(survey.model, survey).selections), None)
-    return there or _selection_of_a_neighbor(survey) or Selection()
+    adapted = reach(survey.model, survey).selections
+    own = record.selection if record is not None else next(iter(adapted), None)
+    others = _selections_around(survey, wanted)
+    selection = own or next(iter(others), None) or Selection()
+    if any(other is not selection for other in others):
+        problem = "a layer that it would adapt is also in a model that was injected apart"
+        remedy = "Inject that layer first, in either model; or give each model a copy of it"
+        raise StateError(asked, problem, remedy)
+    return selection
 
 
-def _selection_of_a_neighbor(survey: Survey) -> Selection | None:
-    """Return that of a root which has a module of this model, adapted or not yet."""
-    for root, record in known_roots():
-        if any(id(part) in survey.own for part in root.modules()):
-            return record.selection
-    return None
+def _selections_around(survey: Survey, wanted: Sequence[Carried]) -> list[Selection]:
+    """Return those of the other roots that have a module which is wanted here."""
+    others = [(root, record) for root, record in known_roots() if root is not survey.model]
+    modules = {id(place.module) for place in wanted} if others else set[int]()
+    return [
+        record.selection
+        for root, record in others
+        if not modules.isdisjoint(map(id, root.modules()))
+    ]
 
 
 def refuse_nested(survey: Survey, asked: str) -> None:
