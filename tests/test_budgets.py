@@ -25,10 +25,10 @@ LINES = {
     "config": 1_655,
     "forward": 4_090,
     "activate": 3_345,
-    "inject": 9_100,
+    "inject": 9_105,
     "merge": 7_755,
-    "save, load": 11_065,
-    "life": 15_630,
+    "save, load": 11_070,
+    "life": 15_635,
 }
 STAGES = {
     "config": "from lora_inject import Config",

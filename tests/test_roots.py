@@ -1,6 +1,7 @@
 """Models that hold several injected modules: names, parts and shared layers."""
 
 import copy
+import gc
 import pickle
 from pathlib import Path
 from typing import Any
@@ -273,3 +274,15 @@ def test_a_layer_of_two_models_that_were_injected_apart_is_not_adapted() -> None
     with pytest.raises(li.StateError, match="also in a model that was injected apart"):
         li.inject(critic, {"rank": 1, "targets": [r"trunk\.0"]}, "c")
     assert snapshot(critic) == before
+
+
+def test_a_part_of_a_model_that_is_gone_takes_an_adapter_after_eject() -> None:
+    model = heads_on(nn.Sequential(nn.Linear(4, 4)))
+    li.inject(model, {"rank": 1, "targets": ["all-linear"]}, "a")
+    part = model["trunk"]
+    del model
+    gc.collect()
+    with pytest.raises(li.StateError, match="if it is gone, eject this part first"):
+        li.inject(part, {"rank": 1, "targets": ["0"]}, "b")
+    li.inject(li.eject(part), {"rank": 1, "targets": ["0"]}, "b")
+    assert list(li.adapters(part)) == ["b"]

@@ -72,7 +72,10 @@ def refuse_nested(survey: Survey, asked: str) -> None:
         raise StateError(asked, problem, remedy)
     if root_at(survey) is None and _is_inside_a_root(survey):
         problem = "the module is a part of a model that was injected"
-        remedy = "Inject into that model, with patterns that begin with the name of the part"
+        remedy = (
+            "Inject into that model, with patterns that begin with the name of the part; if it is "
+            "gone, eject this part first"
+        )
         raise StateError(asked, problem, remedy)
     if len(reach(survey.model, survey).selections) > 1:
         problem = "it has layers of models that were injected apart"
