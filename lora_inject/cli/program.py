@@ -59,6 +59,14 @@ VALUES = MappingProxyType(
 class _Command(TyperCommand):
     """A command whose help has an example, the exit codes, and no types of Python."""
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; with click 8.3, typer before 0.18 passes a missing argument as None."""
+        params: list[Any] = self.params
+        for param in params:
+            if param.required and ctx.params.get(param.name) is None:
+                ctx.fail(f"Missing {param.param_type_name} {param.get_error_hint(ctx)}.")
+        return super().invoke(ctx)
+
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the arguments without braces and double dots."""
         pieces = super().collect_usage_pieces(ctx)
