@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from lora_inject.errors import MatchError as MatchError
     from lora_inject.errors import ServerError as ServerError
     from lora_inject.errors import StateError as StateError
-    from lora_inject.experts.mxfp4 import packed_experts as packed_experts
+    from lora_inject.experts.kept_packed import packed_experts as packed_experts
     from lora_inject.experts.profile import ExpertProfile as ExpertProfile
     from lora_inject.experts.profile import profile_experts as profile_experts
     from lora_inject.formats.publishing import push as push
@@ -97,7 +97,7 @@ _HOMES = {
     "core.adapter.exchange": "read_adapter register_format write_adapter",
     "algebra.combine_files": "combine diff truncate",
     "core.functional.merge_report": "MergeReport",
-    "experts.mxfp4": "packed_experts",
+    "experts.kept_packed": "packed_experts",
     "experts.profile": "ExpertProfile profile_experts",
     "integrations.trainer": "AdapterCheckpoint",
     "integrations.trl": "reference sync_merged",

@@ -21,6 +21,7 @@ from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.linear import linear
 from lora_inject.core.layers import sending
 from lora_inject.experts.packed_experts import PackedExperts
+from lora_inject.experts.stack_formats import Mxfp4Stack
 from lora_inject.rows import by_row, routing
 
 table = script("benchmarks.launches")
@@ -186,8 +187,8 @@ class _Batched(nn.Module):
 def test_experts_of_each_token_need_no_sync(packed: bool) -> None:
     weight = torch.randn(3, 6, 32)
     if packed:
-        codes, scales = torch.zeros(3, 6, 16), torch.zeros(3, 6, 1)
-        weight = PackedExperts(codes.byte(), scales.byte(), torch.float32, is_turned=True)
+        parts = {"codes": torch.zeros(3, 6, 16).byte(), "scales": torch.zeros(3, 6, 1).byte()}
+        weight = PackedExperts(Mxfp4Stack(), parts, torch.float32, is_turned=True)
     model = _Batched(nn.Parameter(weight, requires_grad=False))
     li.inject(model, {"rank": 2, "targets": [{"match": "weight", "layout": "out_in"}]}).to("meta")
     x = torch.empty(5, 32, device="meta", requires_grad=True)

@@ -186,8 +186,8 @@ def test_heavy_and_optional_packages_are_imported_where_they_are_used():
         ("cli.look", "from lora_inject import plan", f"cli.look imports {ROOT}"),
         ("core.layers.kinds", "if TYPE_CHECKING:\n    import lora_inject.core.model.inject",
          "core.layers.kinds imports core.model.inject"),
-        ("experts.mxfp4", "import lora_inject.formats.kohya",
-         "experts.mxfp4 imports formats.kohya"),
+        ("experts.kept_packed", "import lora_inject.formats.kohya",
+         "experts.kept_packed imports formats.kohya"),
     ],
 )  # fmt: skip
 def test_an_import_that_is_not_allowed_is_found(name, line, expected):

@@ -35,7 +35,8 @@ NAME = re.compile(r"_[A-Za-z]\w*(?<!__)")
 # Private by their first letter alone: documented ones of Python, and words that are no names.
 DOCUMENTED = {"_asdict", "_exit", "_fields", "_getframe", "_replace"}
 ENDS_OF_NAMES = {"_USE_TORCH_KERNEL", "_bias", "_blocks", "_hf_", "_is_"}
-ENDS_OF_NAMES |= {"_scale_inv", "_scales", "_svd", "_wrapped_module"}
+ENDS_OF_NAMES |= {"_global_scale", "_scale", "_scale_inv", "_scales", "_svd"}
+ENDS_OF_NAMES |= {"_wrapped_module"}
 KEYS_OF_FILES = {"_class_name"}
 
 
@@ -297,9 +298,11 @@ def train(dropout: float) -> None:
 
 def pack() -> None:
     from lora_inject.experts.packed_experts import PackedExperts
+    from lora_inject.experts.stack_formats import Mxfp4Stack
 
-    codes = torch.zeros(2, 4, 16, dtype=torch.uint8)
-    PackedExperts(codes, torch.zeros(2, 4, 1, dtype=torch.uint8), torch.bfloat16).dequantize()
+    codes, scales = torch.zeros(2, 4, 16).byte(), torch.zeros(2, 4, 1).byte()
+    parts = {"codes": codes, "scales": scales}
+    PackedExperts(Mxfp4Stack(), parts, torch.bfloat16).dequantize()
 
 
 @pytest.mark.slow

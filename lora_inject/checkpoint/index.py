@@ -30,7 +30,7 @@ MAX_CONFIG_BYTES = 20_000_000
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_DEPTH = 2  # folders inside, of other files
-QUANTIZED_FILES = ("quantize_config.json", "quant_config.json")
+QUANTIZED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Files in which GPTQ and AWQ describe a quantized checkpoint; wrong for plain floats."""
 _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".md", ".yaml", ".yml"}
 _SUFFIXES |= {".tiktoken", ".bpe", ".spm", ".vocab"}

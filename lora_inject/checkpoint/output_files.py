@@ -190,7 +190,7 @@ def _renamed_in(
     shard: Shard, checkpoint: Checkpoint, jobs: Mapping[str, TensorJob]
 ) -> list[TensorJob]:
     """Return the jobs of packed tensors of a file that have another name when unpacked."""
-    names = [name for name in jobs if name in checkpoint.packed]
+    names = [name for name, job in jobs.items() if name in checkpoint.packed and not job.again]
     return [
         jobs[name]
         for name in names

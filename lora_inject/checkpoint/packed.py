@@ -1,7 +1,7 @@
 """The formats of quantized tensors of a checkpoint: values read row by row, and encoded again.
 
 A quantized tensor is stored as several tensors, its parts: codes, scales, tables. Supported are
-bitsandbytes' 4 and 8 bits, float8 with block scales, the MXFP4 experts of GPT-OSS, GPTQ and AWQ.
+bitsandbytes' 4 and 8 bits, float8 with scales, NVFP4, the MXFP4 experts of GPT-OSS, GPTQ and AWQ.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from lora_inject.core.files.safetensors_file import (
     TensorEntry,
     rows_per_block,
 )
-from lora_inject.experts.packed_experts import unpacked_mxfp4
+from lora_inject.errors import CheckpointError
+from lora_inject.experts import stack_formats
 
-_MAX_FLOAT8 = 448.0  # of e4m3
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the places in a word of eight neighbors
 
 Rows = Callable[[int, int], Tensor]
@@ -87,18 +87,19 @@ class Packed(ABC):
 
 @dataclass(frozen=True)
 class Float8(Packed):
-    """Float8 with one scale for every block: `W = q * s`."""
+    """Float8 with one scale for every block: `W = q * s`. A block may be a row, or all of W."""
 
     block: tuple[int, int]
     powers: bool  # whether the scales are powers of two
     written = ("codes", "scales")
 
     def rows(self) -> Rows:  # noqa: D102
-        codes, scales = self.read(n_cols=self.shape[1]), self.part("scales").float()
+        codes, (high, wide) = self.read(n_cols=self.shape[1]), self.block
+        scales = self.part("scales").float().reshape(-1, -(-self.shape[1] // wide))
 
         def read(start: int, stop: int) -> Tensor:
-            per_row = scales[torch.arange(start, stop, device="cpu") // self.block[0]]
-            spread = per_row.repeat_interleave(self.block[1], dim=1)[:, : self.shape[1]]
+            per_row = scales[torch.arange(start, stop, device="cpu") // high]
+            spread = per_row.repeat_interleave(wide, dim=1)[:, : self.shape[1]]
             return codes(start, stop).float() * spread
 
         return read
@@ -111,12 +112,59 @@ class Float8(Packed):
         (n_rows, n_cols), (high, wide) = values.shape, self.block
         padded = pad(values, (0, -n_cols % wide, 0, -n_rows % high))
         blocks = padded.view(-1, high, padded.shape[1] // wide, wide)
-        scales = blocks.abs().amax(dim=(1, 3)) / _MAX_FLOAT8
+        scales = blocks.abs().amax(dim=(1, 3)) / stack_formats.MAX_FLOAT8
         scales = scales.log2().ceil().exp2() if self.powers else scales
         scales = scales.to(DTYPES[self.parts["scales"].dtype])
         scaled = blocks / _divisor(scales.float())[:, None, :, None]
-        codes = scaled.clamp(-_MAX_FLOAT8, _MAX_FLOAT8).to(torch.float8_e4m3fn)
+        codes = scaled.clamp(-stack_formats.MAX_FLOAT8, stack_formats.MAX_FLOAT8).to(
+            torch.float8_e4m3fn
+        )
         return {"codes": codes.view(padded.shape)[:n_rows, :n_cols].contiguous(), "scales": scales}
+
+
+@dataclass(frozen=True)
+class Nvfp4(Packed):
+    """4 bits (e2m1), a float8 scale for each 16 of them, and a float32 scale for all.
+
+    That of all is kept when the others are made anew.
+    """
+
+    divides: bool  # whether the scale of all divides the others
+    written = ("codes", "scales")
+
+    def rows(self) -> Rows:  # noqa: D102
+        n_in, values = self.shape[1], self._form.values
+        codes, whole = self.read(n_cols=n_in // 2, as_bytes=True), self.part("whole").float()
+        scales = self.read("scales", n_in // stack_formats.NVFP4_GROUP)
+        return lambda start, stop: values(
+            {"codes": codes(start, stop), "scales": scales(start, stop), "whole": whole}
+        )
+
+    @property
+    def _form(self) -> stack_formats.Nvfp4Stack:
+        return stack_formats.Nvfp4Stack(self.divides)
+
+    def encoded(self, values: Tensor) -> dict[str, Tensor]:
+        """Return the contents of parts, each value the nearest that its group holds.
+
+        Raises:
+            CheckpointError: A value is further beyond all of them than they are from each other.
+        """
+        whole = self.part("whole").float()
+        unit = self._form.scales(torch.ones(()), whole)
+        groups = values.view(len(values), -1, stack_formats.NVFP4_GROUP)
+        largest, top = groups.abs().amax(dim=2), stack_formats.MAX_FLOAT8 * unit
+        # The codes lie 2 apart at 6: one that is off by 1 is as good as the format's others.
+        if bool((largest > (stack_formats.MAX_FLOAT4 + 1) * top).any()):
+            name = self.parts["codes"].name
+            problem = f"merged, it has values up to {float(largest.max()):.3g}; its scale of all "
+            problem += f"groups holds up to {float(stack_formats.MAX_FLOAT4 * top):.3g}"
+            remedy = "Write plain floats (--dequantize bfloat16)"
+            raise CheckpointError(f"requantize '{name}'", problem, remedy)
+        wanted = (largest / stack_formats.MAX_FLOAT4 / unit).clamp(max=stack_formats.MAX_FLOAT8)
+        scales = wanted.to(torch.float8_e4m3fn)
+        steps = _divisor(self._form.scales(scales, whole))
+        return {"codes": stack_formats.float4_codes(groups / steps[..., None]), "scales": scales}
 
 
 @dataclass(frozen=True)
@@ -213,6 +261,7 @@ class Mxfp4(Packed):
     def rows(self) -> Rows:  # noqa: D102
         read_codes, read_scales = self.read(), self.read("scales")
         n_in, n_out = self.shape[1:]
+        values = stack_formats.Mxfp4Stack().values
         latest: dict[int, Tensor] = {}
 
         def expert(index: int) -> Tensor:
@@ -221,7 +270,7 @@ class Mxfp4(Packed):
                 codes = read_codes(index * size, (index + 1) * size).view(n_out, -1)
                 scales = read_scales(index * size // 16, (index + 1) * size // 16).view(n_out, -1)
                 latest.clear()
-                latest[index] = unpacked_mxfp4(codes, scales).t()
+                latest[index] = values({"codes": codes, "scales": scales}).t()
             return latest[index]
 
         def read(start: int, stop: int) -> Tensor:

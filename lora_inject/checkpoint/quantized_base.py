@@ -15,10 +15,19 @@ from typing import Any
 import torch
 
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.checkpoint.packed import Float8, FourBit, Int8, Mxfp4, Packed, PackedWords
+from lora_inject.checkpoint.packed import (
+    Float8,
+    FourBit,
+    Int8,
+    Mxfp4,
+    Nvfp4,
+    Packed,
+    PackedWords,
+)
 from lora_inject.core.files.safetensors_file import TensorEntry
 from lora_inject.core.files.strict_json import misfit, parse_json
 from lora_inject.errors import CheckpointError
+from lora_inject.experts.stack_formats import block_structure
 
 FORMAT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """The format's names of dtypes that a checkpoint can be written in."""
@@ -29,6 +38,8 @@ _MARKS = {
     "weight.SCB": "bitsandbytes 8-bit",
     "SCB": "bitsandbytes 8-bit",
     "qweight": "GPTQ or AWQ",
+    "weight_global_scale": "NVFP4",
+    "weight_scale_2": "NVFP4",
     "weight_packed": "compressed-tensors",
     "weight_scale_inv": "fp8 with block scales",
     "weight_scale": "fp8 or int8 with scales",
@@ -37,21 +48,26 @@ _COUNT = range(1, 2**63)
 _INTEGER = {"U8", "I8", "I32", "U32", "F4"}
 _FLOAT8 = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 _READ_ONLY = ("MXFP4", "GPTQ or AWQ")  # what `unpacked` can read, and nothing here writes
-_KNOWN = ("bitsandbytes", "fp8 with block", *_READ_ONLY)
+_KNOWN = ("bitsandbytes", "fp8 with", "NVFP4", *_READ_ONLY)
 _LAYOUTS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}  # of packed words; the first if unsaid
 _WORDS = {"scales": "scales", "zeros": "qzeros", "groups": "g_idx"}  # of GPTQ and AWQ
+# Of NVFP4, by whether it divides: that of compressed-tensors, that of modelopt.
+_WHOLE = {True: "global_scale", False: "scale_2"}
+_INPUTS = ("input_scale", "input_global_scale")  # of activations, beside NVFP4 and float8
 _ROLES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *_STATES)  # of 4 bits
 
 
 def method_of(checkpoint: Checkpoint, name: str) -> str | None:
     """Return how one weight is quantized; None if it is a plain float tensor or absent."""
     tensors, module = checkpoint.tensors, name.removesuffix(".weight")
+    dtype = tensors[name].dtype if name in tensors else ""
+    if dtype in _FLOAT8 and f"{module}.weight_scale" in tensors:
+        return "fp8 with scales"
     for mark, method in _MARKS.items():
         if f"{module}.{mark}" in tensors:
             return method
     if f"{name}_blocks" in tensors and f"{name}_scales" in tensors:
         return "MXFP4"
-    dtype = tensors[name].dtype if name in tensors else ""
     if dtype in _FLOAT8:
         return "fp8"
     return f"packed integers ({dtype})" if dtype in _INTEGER else None
@@ -136,15 +152,52 @@ def _bitsandbytes_8(
     return entry.name, Int8(checkpoint, entry.shape, parts)
 
 
-def _float8_in_blocks(
+def _float8_with_scales(
     checkpoint: Checkpoint, entry: TensorEntry, settings: Mapping[str, Any]
 ) -> tuple[str, Packed] | None:
-    if entry.dtype not in _FLOAT8 or entry.name.endswith("_scale_inv"):
+    tensors, name = checkpoint.tensors, entry.name
+    if entry.dtype not in _FLOAT8 or name.endswith("_scale_inv"):
         return None
-    scales = checkpoint.tensors.get(f"{entry.name}_scale_inv")
+    if name.endswith("_scale") and _nvfp4_codes(checkpoint, name.removesuffix("_scale")):
+        return None
+    in_blocks, of_rows = tensors.get(f"{name}_scale_inv"), tensors.get(f"{name}_scale")
+    scales = in_blocks or of_rows
     if scales is None or entry.dtype != "F8_E4M3" or len(entry.shape) != 2:
         raise _misfit(entry, "it is float8 without block scales")
-    return entry.name, _float8(checkpoint, entry, scales, settings)
+    return name, _float8(checkpoint, entry, scales, settings)
+
+
+def _nvfp4(
+    checkpoint: Checkpoint, entry: TensorEntry, _: Mapping[str, Any]
+) -> tuple[str, Packed] | None:
+    """Yield a weight as compressed-tensors (`weight_packed`) or modelopt (`weight`) stores it."""
+    name = entry.name.removesuffix("_packed")
+    if entry != _nvfp4_codes(checkpoint, name):
+        return None
+    tensors, divides = checkpoint.tensors, f"{name}_global_scale" in checkpoint.tensors
+    whole, scales = tensors[f"{name}_{_WHOLE[divides]}"], tensors.get(f"{name}_scale")
+    n_out, n_in = entry.shape[0], 2 * entry.shape[-1]
+    if scales is None or len(entry.shape) != 2 or entry.dtype != "U8" or n_in % 16:
+        raise _misfit(entry, "its codes or scales are not those of NVFP4")
+    fits = (scales.shape, scales.dtype) == ((n_out, n_in // 16), "F8_E4M3")
+    _check(entry, fits, f"its scales are {scales.dtype} {list(scales.shape)}")
+    _check(entry, (whole.n_elements, whole.dtype) == (1, "F32"), "its scale of all is not one")
+    parts = {"codes": entry, "scales": scales, "whole": whole}
+    return name, Nvfp4(checkpoint, (n_out, n_in), parts | _inputs(checkpoint, name), divides)
+
+
+def _nvfp4_codes(checkpoint: Checkpoint, name: str) -> TensorEntry | None:
+    """Return the codes of a weight that has a scale of all."""
+    tensors = checkpoint.tensors
+    if f"{name}_{_WHOLE[True]}" in tensors:
+        return tensors.get(f"{name}_packed")
+    return tensors.get(name) if f"{name}_{_WHOLE[False]}" in tensors else None
+
+
+def _inputs(checkpoint: Checkpoint, name: str) -> dict[str, TensorEntry]:
+    """Return the scales of a layer's activations, which no plain weight has."""
+    module, tensors = name.removesuffix("weight"), checkpoint.tensors
+    return {role: tensors[module + role] for role in _INPUTS if module + role in tensors}
 
 
 def _mxfp4_blocks(
@@ -165,7 +218,14 @@ def _packed_words(
     return name, _words(checkpoint, entry, settings)
 
 
-_WAYS = (_bitsandbytes_4, _bitsandbytes_8, _float8_in_blocks, _mxfp4_blocks, _packed_words)
+_WAYS = (
+    _bitsandbytes_4,
+    _bitsandbytes_8,
+    _nvfp4,
+    _float8_with_scales,
+    _mxfp4_blocks,
+    _packed_words,
+)
 
 
 def _four_bit(checkpoint: Checkpoint, parts: Mapping[str, TensorEntry]) -> FourBit:
@@ -199,15 +259,26 @@ def _four_bit(checkpoint: Checkpoint, parts: Mapping[str, TensorEntry]) -> FourB
 def _float8(
     checkpoint: Checkpoint, entry: TensorEntry, scales: TensorEntry, said: Mapping[str, Any]
 ) -> Float8:
-    block = said.get("weight_block_size", [128, 128])
+    block = _block_of(entry, scales, said)
     if misfit(block, (_COUNT, _COUNT)):
         problem = f"config.json has the block size {str(block)[:40]}"
         raise CheckpointError("dequantize", problem, "Give it two numbers")
     wanted = tuple(-(-size // b) for size, b in zip(entry.shape, block, strict=True))
-    fits = scales.shape == wanted and scales.dtype in {"F32", "BF16", "F16"}
+    fits = scales.n_elements == math.prod(wanted) and scales.dtype in {"F32", "BF16", "F16"}
+    fits = fits and (len(scales.shape) < 2 or scales.shape == wanted)
     _check(entry, fits, f"its scales are {scales.dtype} {list(scales.shape)}")
-    parts, powers = {"codes": entry, "scales": scales}, said.get("scale_fmt") == "ue8m0"
+    parts = {"codes": entry, "scales": scales, **_inputs(checkpoint, entry.name)}
+    powers = said.get("scale_fmt") == "ue8m0"
     return Float8(checkpoint, entry.shape, parts, (block[0], block[1]), powers)
+
+
+def _block_of(entry: TensorEntry, scales: TensorEntry, said: Mapping[str, Any]) -> Any:
+    """Return what one scale is for: the whole, a row, or the block that the config states."""
+    if scales.n_elements == 1:
+        return list(entry.shape)
+    if scales.shape in ((entry.shape[0],), (entry.shape[0], 1)):
+        return [1, entry.shape[1]]
+    return said.get("weight_block_size") or block_structure(said) or [128, 128]
 
 
 def _mxfp4(checkpoint: Checkpoint, entry: TensorEntry, scales: TensorEntry | None) -> Mxfp4:
@@ -291,7 +362,7 @@ def _misfit(entry: TensorEntry, problem: str) -> CheckpointError:
     return CheckpointError(
         f"dequantize '{entry.name}'",
         problem,
-        "Supported: 4 and 8 bits of bitsandbytes, float8 (e4m3) with block scales, MXFP4, GPTQ in "
+        "Supported: 4 and 8 bits of bitsandbytes, float8 (e4m3) with scales, NVFP4, MXFP4, GPTQ in "
         "2, 4 and 8 bits, and AWQ (gemm) in 4; "
         "merge into the 16-bit checkpoint that it was made from",
     )

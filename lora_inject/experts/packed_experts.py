@@ -1,86 +1,81 @@
-"""Stacked experts in MXFP4, of which each is unpacked where it is used, and never all of them.
+"""Stacked experts in few bits, of which each is unpacked where it is used, and never all of them.
 
-The tensor has the shape and dtype of the stack and the memory of its 4-bit codes. Selected or
-transposed it stays packed. A product unpacks its matrices one by one, and its backward again,
-because autograd saves the codes. Any other operation unpacks what it is given.
+The tensor has the shape and dtype of the stack and the memory of its codes. Selected, transposed,
+stacked or joined it stays packed. A product unpacks its matrices one by one, and its backward
+again, because autograd saves the codes. Any other operation unpacks what it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_inject.core.functional.picking import PICKED, writes
 from lora_inject.core.functional.unstored import DEVICE, unstored
 from lora_inject.errors import LayerError
+from lora_inject.experts.stack_formats import StackFormat
 from lora_inject.private import look_up, needed
-from lora_inject.trees import tree_map_only
-
-
-def unpacked_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
-    """Unpack values of 4 bits: codes `(..., n / 2)`, two to a byte; powers of two `(..., n / 32)`.
-
-    Returns float32 `(..., n)`. Source: the OCP Microscaling formats, version 1.0.
-    """
-    # Formed on the device: a table of Python numbers would be sent there for each product.
-    pairs = torch.arange(256, device=codes.device)
-    four = torch.stack([pairs & 15, pairs >> 4], dim=1)
-    exponent, half = four >> 1 & 3, (four & 1) / 2
-    size = torch.where(exponent > 0, torch.ldexp(1 + half, exponent - 1), half)
-    table = torch.where(four < 8, size, -size)
-    values = F.embedding(codes.int(), table).view(*scales.shape, -1)
-    return torch.ldexp(values, scales.int().unsqueeze(-1) - 127).flatten(-2)
+from lora_inject.trees import tree_leaves, tree_map_only
 
 
 class PackedExperts(Tensor):
-    """A stack of matrices `(E, in, out)`, or one matrix of it, with codes `(..., out, in / 2)`.
+    """A stack of matrices, or one matrix of it, held by the codes and scales of a format.
 
     Args:
-        codes: uint8 `(..., out, in / 2)`.
-        scales: uint8 `(..., out, in / 32)`, exponents of 2 plus 127.
+        form: The format.
+        parts: Its parts, of matrices `(..., out, in)`.
         dtype: Dtype of the values.
-        is_turned: Whether the matrices are transposed, `(..., out, in)`.
+        is_turned: Whether the tensor's matrices are `(out, in)`, as the parts are, or `(in, out)`.
 
     Examples:
+        >>> from lora_inject.experts.stack_formats import Mxfp4Stack
         >>> codes, scales = torch.full((2, 3, 16), 0x21), torch.full((2, 3, 1), 128)
-        >>> stack = PackedExperts(codes.byte(), scales.byte(), torch.float32)
+        >>> parts = {"codes": codes.byte(), "scales": scales.byte()}
+        >>> stack = PackedExperts(Mxfp4Stack(), parts, torch.float32)
         >>> stack.shape, (torch.ones(1, 32) @ stack[0]).tolist()
         (torch.Size([2, 32, 3]), [[48.0, 48.0, 48.0]])
     """
 
     reads_as_sum: ClassVar[bool] = True  # core.functional.weight asks
-    codes: Tensor
-    scales: Tensor
+    form: StackFormat
     is_turned: bool
 
     @staticmethod
     def __new__(
         cls: type[PackedExperts],
-        codes: Tensor,
-        scales: Tensor,
+        form: StackFormat,
+        parts: Mapping[str, Tensor],
         dtype: torch.dtype,
         is_turned: bool = False,
     ) -> PackedExperts:
         """Make a tensor without memory of its own."""
-        *lead, n_out, n_bytes = codes.shape
-        size, stride = [*lead, n_out, 2 * n_bytes], [2 * n_bytes, 1]
-        stride = [n_out * 2 * n_bytes] * len(lead) + stride
+        codes = parts["codes"]
+        *lead, n_out, _ = codes.shape
+        n_in = form.n_in(parts)
+        size, stride = [*lead, n_out, n_in], [*([n_out * n_in] * len(lead)), n_in, 1]
         if not is_turned:
             size, stride = ([*t[:-2], t[-1], t[-2]] for t in (size, stride))
         needed("torch.Tensor._make_wrapper_subclass", "experts that stay packed")
         made: PackedExperts = unstored(cls, size, stride, dtype=dtype, device=codes.device)
-        made.codes, made.scales, made.is_turned = codes, scales, is_turned
+        made.form, made.is_turned = form, is_turned
+        for role in form.rows_of:  # attributes, by which torch moves and swaps them
+            setattr(made, role, parts[role])
         return made
 
     __torch_function__ = nn.Parameter.__torch_function__  # none of its own
 
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The format's parts."""
+        return {role: getattr(self, role) for role in self.form.rows_of}
+
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
         """Return what torch moves and swaps."""
-        return ["codes", "scales"], {"dtype": self.dtype, "is_turned": self.is_turned}
+        settings = {"form": self.form, "dtype": self.dtype, "is_turned": self.is_turned}
+        return list(self.form.rows_of), settings
 
     @staticmethod
     def __tensor_unflatten__(
@@ -88,11 +83,11 @@ class PackedExperts(Tensor):
     ) -> PackedExperts:
         """Make it from what `__tensor_flatten__` returns."""
         del size, stride
-        return PackedExperts(inner["codes"], inner["scales"], **settings)
+        return PackedExperts(parts=inner, **settings)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        """Return shape and dtype; a print unpacks nothing."""
-        return f"PackedExperts({tuple(self.shape)}, {self.dtype}, {self.device})"
+        """Return format, shape and dtype; a print unpacks nothing."""
+        return f"PackedExperts({self.form.title}, {tuple(self.shape)}, {self.dtype}, {self.device})"
 
     def dequantize(self) -> Tensor:
         """Return the values, a new contiguous tensor."""
@@ -100,7 +95,7 @@ class PackedExperts(Tensor):
 
     def unpacked(self) -> Tensor:
         """Return the values, a new tensor with the strides of this one."""
-        values = unpacked_mxfp4(self.codes, self.scales).to(self.dtype)
+        values = self.form.values(self.parts).to(self.dtype)
         return values if self.is_turned else values.mT
 
     @property
@@ -114,13 +109,13 @@ class PackedExperts(Tensor):
 
     def turned(self) -> PackedExperts:
         """Return it transposed."""
-        return PackedExperts(self.codes, self.scales, self.dtype, not self.is_turned)
+        return PackedExperts(self.form, self.parts, self.dtype, not self.is_turned)
 
     def _like(
         self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None
     ) -> PackedExperts:
-        codes, scales = change(self.codes), change(self.scales)
-        return PackedExperts(codes, scales, dtype or self.dtype, self.is_turned)
+        parts = {role: change(part) for role, part in self.parts.items()}
+        return PackedExperts(self.form, parts, dtype or self.dtype, self.is_turned)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -128,23 +123,23 @@ class PackedExperts(Tensor):
     ) -> Any:
         """Copy, pick and multiply packed; unpack for everything else."""
         if func is DEVICE:
-            return args[0].codes.device
+            return args[0].parts["codes"].device
         kwargs = kwargs or {}
         if func in _COPIES:
             return _copied(func, *args, **kwargs)
         if func is torch.ops.aten.copy_.default and _alike(*args[:2]):
-            args[0].codes.copy_(args[1].codes)
-            args[0].scales.copy_(args[1].scales)
+            for role, part in args[0].parts.items():
+                part.copy_(args[1].parts[role])
             return args[0]
-        known = PICKED.get(func) or _GROUPED.get(str(func))
+        known = PICKED.get(func) or _JOINED.get(func) or _GROUPED.get(str(func))
         result = known(*args, **kwargs) if known else NotImplemented
         if result is not NotImplemented:
             return result
         if writes(func, args, kwargs, PackedExperts):
             raise LayerError(
-                f"{func} on experts in MXFP4",
+                f"{func} on experts in {_title_of(args, kwargs)}",
                 "their values are packed, and what is written would be lost",
-                "Load the base with Mxfp4Config(dequantize=True) to change it",
+                "Load the base dequantized, outside packed_experts(), to change it",
             )
         args, kwargs = tree_map_only(PackedExperts, PackedExperts.unpacked, (tuple(args), kwargs))
         return func(*args, **kwargs)
@@ -163,7 +158,59 @@ def _copied(func: Any, stack: PackedExperts, **kwargs: Any) -> PackedExperts:
 
 def _alike(one: Any, two: Any) -> bool:
     both = isinstance(one, PackedExperts) and isinstance(two, PackedExperts)
-    return both and one.shape == two.shape and one.is_turned == two.is_turned
+    return both and one.shape == two.shape and _as(one) == _as(two)
+
+
+def _as(stack: PackedExperts) -> tuple[StackFormat, bool]:
+    return stack.form, stack.is_turned
+
+
+def _title_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    leaves = tree_leaves((tuple(args), dict(kwargs)))
+    return next(leaf.form.title for leaf in leaves if isinstance(leaf, PackedExperts))
+
+
+def _stacked(matrices: Sequence[Any], dim: int = 0) -> Any:
+    """`torch.stack` of matrices of one format."""
+    first = matrices[0]
+    alike = all(_alike(first, matrix) for matrix in matrices)
+    if not alike or dim != 0 or first.is_stack:
+        return NotImplemented
+    return _with_parts(matrices, torch.stack)
+
+
+def _joined(stacks: Sequence[Any], dim: int = 0) -> Any:
+    """`torch.cat` along the outputs, where no block of scales is cut."""
+    first = stacks[0]
+    packed = all(isinstance(stack, PackedExperts) for stack in stacks)
+    if not packed or any(_as(stack) != _as(first) for stack in stacks):
+        return NotImplemented
+    outputs = first.dim() - (2 if first.is_turned else 1)
+    if dim % first.dim() != outputs:
+        return NotImplemented
+    block = max(first.form.rows_of.values())
+    for stack in stacks[:-1]:
+        if stack.shape[outputs] % block:
+            raise LayerError(
+                f"join experts in {first.form.title}",
+                f"one has {stack.shape[outputs]:,} outputs, in blocks of {block} with one scale",
+                "Load the base dequantized, outside packed_experts()",
+            )
+    return _with_parts(stacks, lambda parts: torch.cat(parts, dim=-2))
+
+
+def _with_parts(
+    stacks: Sequence[PackedExperts], join: Callable[[list[Tensor]], Tensor]
+) -> PackedExperts:
+    first = stacks[0]
+    parts = {role: join([stack.parts[role] for stack in stacks]) for role in first.parts}
+    return PackedExperts(first.form, parts, first.dtype, first.is_turned)
+
+
+_JOINED: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.stack.default: _stacked,
+    torch.ops.aten.cat.default: _joined,
+}
 
 
 def _product(x: Tensor, stack: Any, offs: Any = None, bias: Any = None, out: Any = None) -> Any:

@@ -41,9 +41,8 @@ class FineGrainedExperts(WeightKind):
     def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
         """Return why they get no adapter: the kernels read codes, and scales beside them."""
         if verb == "inject":
-            remedy = (
-                "Load the base with FineGrainedFP8Config(dequantize=True), or exclude the experts"
-            )
+            remedy = "Load the base within lora_inject.packed_experts(), which keeps their bits, "
+            remedy += "with FineGrainedFP8Config(dequantize=True), or exclude the experts"
             return Reason("experts compute by kernels on codes in 8 or 4 bits", remedy)
         return super().why_not(verb, module, weight)
 

@@ -1,0 +1,253 @@
+"""The formats in which experts are published: what their codes and scales mean as floats.
+
+A format knows matrices `(..., out, in)` by their parts. Every part has the leading dimensions of
+the stack, and in its last but one dimension an entry for so many rows (`rows_of`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_inject.errors import LayerError
+
+MAX_FLOAT8 = 448.0  # of e4m3
+MAX_FLOAT4 = 6.0  # of e2m1
+NVFP4_GROUP = 16
+_MXFP4_GROUP = 32
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+Parts = Mapping[str, Tensor]
+
+
+class StackFormat(ABC):
+    """A format of matrices; two are equal if their codes mean the same."""
+
+    title: ClassVar[str]
+    """What messages call it."""
+
+    @property
+    @abstractmethod
+    def rows_of(self) -> Mapping[str, int]:
+        """The parts, each with the number of rows that one of its entries is for."""
+
+    @abstractmethod
+    def n_in(self, parts: Parts) -> int:
+        """Return the number of columns."""
+
+    @abstractmethod
+    def values(self, parts: Parts) -> Tensor:
+        """Return the values, float32 `(..., out, in)`."""
+
+
+@dataclass(frozen=True)
+class Mxfp4Stack(StackFormat):
+    """MXFP4: codes of 4 bits, a power of two for each 32 of them (GPT-OSS, DeepSeek-V4).
+
+    Parts: `codes` uint8 `(..., out, in / 2)`; `scales` uint8 `(..., out, in / 32)`, exponents of 2
+    plus 127. Source: the OCP Microscaling formats, version 1.0.
+    """
+
+    title: ClassVar[str] = "MXFP4"
+
+    @property
+    def rows_of(self) -> Mapping[str, int]:  # noqa: D102
+        return {"codes": 1, "scales": 1}
+
+    def n_in(self, parts: Parts) -> int:  # noqa: D102
+        return 2 * parts["codes"].shape[-1]
+
+    def values(self, parts: Parts) -> Tensor:  # noqa: D102
+        scales = parts["scales"]
+        values = float4_values(parts["codes"]).view(*scales.shape, -1)
+        return torch.ldexp(values, scales.int().unsqueeze(-1) - 127).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Float8Stack(StackFormat):
+    """Float8 (e4m3) times the scale of its block (DeepSeek-V3, Qwen3-FP8, GLM).
+
+    Parts: `codes` `(..., out, in)`; `scales` of any float dtype, one for each block, those at the
+    edges smaller. A scale for each row is a block `(1, in)`.
+    """
+
+    block: tuple[int, int]
+    title: ClassVar[str] = "float8"
+
+    @property
+    def rows_of(self) -> Mapping[str, int]:  # noqa: D102
+        return {"codes": 1, "scales": self.block[0]}
+
+    def n_in(self, parts: Parts) -> int:  # noqa: D102
+        return parts["codes"].shape[-1]
+
+    def values(self, parts: Parts) -> Tensor:  # noqa: D102
+        (high, wide), codes = self.block, parts["codes"]
+        scales = parts["scales"].float().repeat_interleave(high, -2)[..., : codes.shape[-2], :]
+        return codes.float() * scales.repeat_interleave(wide, -1)[..., : codes.shape[-1]]
+
+
+@dataclass(frozen=True)
+class Nvfp4Stack(StackFormat):
+    """NVFP4: codes of 4 bits, a float8 scale for each 16 of them, a float32 scale for the matrix.
+
+    Parts: `codes` uint8 `(..., out, in / 2)`; `scales` float8 `(..., out, in / 16)`; `whole`
+    float32 `(..., out, 1)`, the matrix's scale for each row, as matrices that are joined differ.
+    Sources: `compressed_tensors/compressors/nvfp4`; modelopt, `qtensor/nvfp4_tensor.py`.
+    """
+
+    divides: bool
+    """Whether `whole` divides the scales (compressed-tensors), or is multiplied (modelopt)."""
+    title: ClassVar[str] = "NVFP4"
+
+    @property
+    def rows_of(self) -> Mapping[str, int]:  # noqa: D102
+        return {"codes": 1, "scales": 1, "whole": 1}
+
+    def n_in(self, parts: Parts) -> int:  # noqa: D102
+        return 2 * parts["codes"].shape[-1]
+
+    def values(self, parts: Parts) -> Tensor:  # noqa: D102
+        scales = self.scales(parts["scales"], parts["whole"])
+        values = float4_values(parts["codes"]).view(*scales.shape, -1)
+        return (values * scales.unsqueeze(-1)).flatten(-2)
+
+    def scales(self, scales: Tensor, whole: Tensor) -> Tensor:
+        """Return the scale of each group, float32."""
+        return scales.float() / whole if self.divides else scales.float() * whole
+
+
+def float4_values(codes: Tensor) -> Tensor:
+    """Return what codes of 4 bits (e2m1) mean, two to a byte, the lower half first.
+
+    Args:
+        codes: uint8 `(..., n / 2)`.
+
+    Returns:
+        float32 `(..., n)`.
+
+    Examples:
+        >>> float4_values(torch.tensor([0x21, 0xF7], dtype=torch.uint8)).tolist()
+        [0.5, 1.0, 6.0, -6.0]
+    """
+    # Formed on the device: a table of Python numbers would be sent there for each product.
+    pairs = torch.arange(256, device=codes.device)
+    four = torch.stack([pairs & 15, pairs >> 4], dim=1)
+    exponent, half = four >> 1 & 3, (four & 1) / 2
+    size = torch.where(exponent > 0, torch.ldexp(1 + half, exponent - 1), half)
+    table = torch.where(four < 8, size, -size)
+    return F.embedding(codes.int(), table).flatten(-2)
+
+
+def float4_codes(values: Tensor) -> Tensor:
+    """Return the nearest codes of 4 bits (e2m1), two to a byte; the largest for what is beyond.
+
+    Args:
+        values: float32 `(n, ...)`, an even number for each n.
+
+    Returns:
+        uint8 `(n, m / 2)`.
+
+    Examples:
+        >>> float4_values(float4_codes(torch.tensor([[0.6, 1.0, 9.0, -5.1]]))).tolist()
+        [[0.5, 1.0, 6.0, -6.0]]
+    """
+    sizes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=values.device)
+    middles = (sizes[1:] + sizes[:-1]) / 2
+    codes = torch.bucketize(values.abs(), middles) + 8 * torch.signbit(values)
+    pairs = codes.flatten(1).to(torch.uint8)
+    return pairs[:, ::2] | pairs[:, 1::2] << 4
+
+
+def read_matrix(
+    tensors: Mapping[str, Tensor], block: tuple[int, int] | None, asked: str
+) -> tuple[StackFormat, dict[str, Tensor]] | None:
+    """Return the format and the parts of a matrix, by what a checkpoint stores of a linear layer.
+
+    Args:
+        tensors: `weight` or `weight_packed` with the tensors of its module that belong to it, as
+            transformers' fp8, compressed-tensors and modelopt name them.
+        block: Block of float8 that the config says.
+        asked: For messages.
+
+    Returns:
+        None for a plain weight.
+
+    Raises:
+        LayerError: It is quantized in another way.
+    """
+    codes = tensors.get("weight_packed", tensors.get("weight"))
+    scales = tensors.get("weight_scale_inv", tensors.get("weight_scale"))
+    if codes is None or (scales is None and codes.dtype in (*_FLOATS, torch.float64)):
+        return None
+    is_symmetric = tensors.get("weight_zero_point") is None
+    if scales is not None and codes.dim() == 2 and is_symmetric:
+        if codes.dtype == torch.float8_e4m3fn:
+            known = _float8(codes, scales, block)
+        else:
+            known = _float4(codes, scales, tensors)
+        if known is not None:
+            return known
+    kinds = ", ".join(f"{name} {t.dtype} {list(t.shape)}" for name, t in tensors.items())
+    raise LayerError(
+        asked,
+        f"it is stored as {kinds}",
+        "Experts stay packed in MXFP4, in NVFP4 and in float8 with scales; load others dequantized",
+    )
+
+
+def block_structure(said: Mapping[str, Any]) -> Any:
+    """Return the block of float8 that a config of compressed-tensors states, or None."""
+    groups = said.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict) and weights.get("block_structure"):
+            return weights["block_structure"]
+    return None
+
+
+def _float8(
+    codes: Tensor, scales: Tensor, block: tuple[int, int] | None
+) -> tuple[StackFormat, dict[str, Tensor]] | None:
+    n_out, n_in = codes.shape
+    scales = _of_bytes(scales)
+    is_of_rows = scales.dim() < 2 and scales.numel() in (1, n_out)
+    if is_of_rows or scales.shape in ((n_out, 1), (1, 1)):
+        rows = scales.reshape(-1, 1).expand(n_out, 1).contiguous()
+        return Float8Stack((1, n_in)), {"codes": codes, "scales": rows}
+    if block is None or scales.shape != (-(-n_out // block[0]), -(-n_in // block[1])):
+        return None
+    return Float8Stack(block), {"codes": codes, "scales": scales}
+
+
+def _float4(
+    codes: Tensor, scales: Tensor, tensors: Mapping[str, Tensor]
+) -> tuple[StackFormat, dict[str, Tensor]] | None:
+    if codes.dtype not in (torch.uint8, torch.int8):
+        return None
+    codes, n_out, n_in = codes.view(torch.uint8), len(codes), 2 * codes.shape[1]
+    divisor, factor = tensors.get("weight_global_scale"), tensors.get("weight_scale_2")
+    whole = divisor if divisor is not None else factor
+    if whole is not None:
+        fits = scales.shape == (n_out, n_in // NVFP4_GROUP) and whole.numel() == 1
+        if not fits or scales.dtype != torch.float8_e4m3fn:
+            return None
+        of_rows = whole.float().reshape(1, 1).expand(n_out, 1).contiguous()
+        parts = {"codes": codes, "scales": scales, "whole": of_rows}
+        return Nvfp4Stack(divides=divisor is not None), parts
+    if scales.shape != (n_out, n_in // _MXFP4_GROUP) or scales.element_size() != 1:
+        return None
+    return Mxfp4Stack(), {"codes": codes, "scales": scales.view(torch.uint8)}
+
+
+def _of_bytes(scales: Tensor) -> Tensor:
+    """Return scales as floats; bytes are exponents of 2 plus 127."""
+    if scales.dtype != torch.uint8:
+        return scales
+    return torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - 127)
