@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lora_inject.core.layers.adapted import WeightUpdate as WeightUpdate
     from lora_inject.core.layers.kinds import register_kind as register_kind
     from lora_inject.core.layers.linear_kinds import LoRALinear as LoRALinear
+    from lora_inject.core.model.disabling import disabled as disabled
     from lora_inject.core.model.eject import eject as eject
     from lora_inject.core.model.inject import inject as inject
     from lora_inject.core.model.inject import plan as plan
@@ -40,15 +41,14 @@ if TYPE_CHECKING:
     from lora_inject.core.model.load import install as install
     from lora_inject.core.model.load import load_adapter as load_adapter
     from lora_inject.core.model.merge import merge as merge
-    from lora_inject.core.model.merge import merged_weights as merged_weights
     from lora_inject.core.model.merge import unmerge as unmerge
+    from lora_inject.core.model.merged_weights import merged_weights as merged_weights
+    from lora_inject.core.model.optimizing import parameter_groups as parameter_groups
+    from lora_inject.core.model.parameters import adapter_parameters as adapter_parameters
     from lora_inject.core.model.read_off import adapter_state as adapter_state
     from lora_inject.core.model.save import save_adapter as save_adapter
     from lora_inject.core.model.select import activate as activate
-    from lora_inject.core.model.select import disabled as disabled
     from lora_inject.core.model.swap import swap_adapter as swap_adapter
-    from lora_inject.core.model.train import adapter_parameters as adapter_parameters
-    from lora_inject.core.model.train import parameter_groups as parameter_groups
     from lora_inject.core.model.train import train_only as train_only
     from lora_inject.core.spec.config import Config as Config
     from lora_inject.core.spec.config import Expect as Expect
@@ -107,15 +107,19 @@ _HOMES = {
     "core.model.eject": "eject",
     "core.model.inject": "inject plan",
     "core.model.listing": "adapters summary",
-    "core.model.merge": "merge merged_weights unmerge",
+    "core.model.merge": "merge unmerge",
+    "core.model.merged_weights": "merged_weights",
     "checks.reached": "unreached",
     "core.model.load": "install load_adapter",
     "core.model.read_off": "adapter_state",
     "core.model.save": "save_adapter",
     "formats.publishing": "push",
-    "core.model.select": "activate disabled",
+    "core.model.select": "activate",
+    "core.model.disabling": "disabled",
     "core.model.swap": "swap_adapter",
-    "core.model.train": "adapter_parameters parameter_groups train_only",
+    "core.model.train": "train_only",
+    "core.model.parameters": "adapter_parameters",
+    "core.model.optimizing": "parameter_groups",
     "core.spec.config": "Config Expect Rule",
     "core.spec.plan": "Plan",
     "core.spec.sites": "Geometry",

@@ -22,13 +22,13 @@ PACKAGE = Path(lora_inject.__file__).parent
 
 # Stage -> lines of the package that it may load.
 LINES = {
-    "config": 1_655,
-    "forward": 4_090,
-    "activate": 3_345,
-    "inject": 9_105,
-    "merge": 7_755,
-    "save, load": 11_070,
-    "life": 15_635,
+    "config": 1_630,
+    "forward": 4_015,
+    "activate": 3_225,
+    "inject": 8_805,
+    "merge": 7_505,
+    "save, load": 10_915,
+    "life": 14_500,
 }
 STAGES = {
     "config": "from lora_inject import Config",
@@ -168,7 +168,7 @@ def test_a_plain_life_loads_none_of_what_is_known_of_other_libraries() -> None:
 
 def test_few_functions_have_more_than_ten_branches() -> None:
     tall = tall_functions(sources())
-    assert len(tall) <= 20, tall
+    assert len(tall) <= 18, tall
 
 
 def test_a_public_name_has_one_home() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import KINDS, Host
 from helpers.forks import Forks
+from helpers.private_attributes import ATTRIBUTES
 from helpers.versions import at_least
 from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import FP8Linear
@@ -24,7 +25,7 @@ import lora_inject as li
 from lora_inject import private
 from lora_inject.core.adapter import generators
 from lora_inject.distributed import sharding
-from lora_inject.private import ATTRIBUTES, NAMES, look_up, needed
+from lora_inject.private import NAMES, look_up, needed
 from lora_inject.quantized import transformers_linears
 from lora_inject.quantized.bitsandbytes import codes_of
 from lora_inject.quantized.transformers_linears import FineGrained

@@ -28,12 +28,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lora_inject.checkpoint.disk_copies import clone, copy_range, reserve_bytes, write_at
 from lora_inject.checkpoint.index import Checkpoint, Shard
 from lora_inject.checkpoint.merge_plan import MergePlan
 from lora_inject.checkpoint.output_files import Copy, OutputShard, TensorJob
 from lora_inject.checkpoint.packed import Packed
 from lora_inject.checkpoint.place import read_gain, read_terms
-from lora_inject.core.files.disk import clone, copy_range, reserve_bytes, write_at
 from lora_inject.core.files.safetensors_file import (
     FLOATS,
     Room,

@@ -21,14 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.fingerprint import sample_positions
-from lora_inject.core.layers.reading import MOVERS
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried, entries
-from lora_inject.distributed.movers import is_moved
 from lora_inject.errors import LayerError
 from lora_inject.private import needed
-
-MOVERS.append(is_moved)
 
 
 def sharded_by(tensor: Tensor) -> str | None:

@@ -5,6 +5,7 @@
 | `GUARDS` | what must hold around a verb because a library is there (`core/model/guards.py`) |
 | `WEIGHT_KINDS` | a way in which a weight is held packed (`core/layers/weight_kinds.py`) |
 | `FORWARD_OWNERS` | who puts forwards onto instances (`core/layers/forwards.py`) |
+| `MOVERS` | who reads a parameter to move it, and must find it as it is |
 | `CONV1D` | a class of linear layers with the transposed weight |
 | `WRAPPERS` | segments of names that stand for no module of the user's |
 | `GATHERED` | a mark of modules whose parameters are views of gathered shards |
@@ -19,6 +20,9 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
+GROUP = "a group of processes"
+"""Of torch.distributed. Whether FSDP is loaded tells nothing: an optimizer of torch loads it."""
+
 GUARDS: dict[str, tuple[str, ...]] = {
     "lora_inject.integrations.transformers": ("transformers",),
     # Names that older versions of transformers gave to a model's tensors.
@@ -26,17 +30,9 @@ GUARDS: dict[str, tuple[str, ...]] = {
     # Methods of a model that stand for something else while it has adapters.
     "lora_inject.integrations.stand_ins": ("transformers", "diffusers", "huggingface_hub"),
     # Tensors that are spread over processes.
-    "lora_inject.distributed.sharding": (
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor",
-        "deepspeed",
-    ),
+    "lora_inject.distributed.sharding": (GROUP, "deepspeed"),
 }
-"""Guard, and what has to be loaded, any of it."""
-
-IN_A_GROUP = "lora_inject.distributed.sharding"
-"""The guard that every process of a group asks, whatever is loaded."""
-
+"""Guard, and what has to be there, any of it: modules of a library, or a group of processes."""
 
 _QUANTIZED = "lora_inject.quantized"
 _TRANSFORMERS = "transformers.integrations"
@@ -74,6 +70,13 @@ FORWARD_OWNERS = (
 """Who puts forwards onto instances: a module of the library that has to be loaded, and the class
 that knows it (`core/layers/forwards.py`)."""
 
+MOVERS = (
+    ("compressed_tensors.quantization", f"{_QUANTIZED}.compressed_tensors:computes_with_own"),
+    (GROUP, "lora_inject.distributed.movers:is_moved"),
+)
+"""Who reads parameters to move them or to round them, and must find them as they are: what has to
+be there, and the function that says so of a read."""
+
 
 CONV1D = (("transformers.pytorch_utils", "Conv1D"),)
 """Linear layers with the weight `(in, out)`: the module and the name of the class."""
@@ -87,12 +90,25 @@ GATHERED = ("_is_fsdp_managed_module",)
 
 def guards() -> Iterator[Any]:
     """Yield the guards of what this process has loaded."""
-    for guard, libraries in GUARDS.items():
-        is_there = any(library in sys.modules for library in libraries)
-        if is_there or (guard == IN_A_GROUP and _is_in_a_group()):
+    for guard, about in GUARDS.items():
+        if any(map(_is_there, about)):
             yield import_module(guard)
 
 
-def _is_in_a_group() -> bool:
+def movers() -> list[str]:
+    """Return the functions that say whether a library reads a parameter to move or to round it."""
+    return [function for about, function in MOVERS if _is_there(about)]
+
+
+def _is_there(about: str) -> bool:
+    return about in sys.modules if about != GROUP else _group_was_made()
+
+
+_groups: list[bool] = []  # a group that is gone may have left its shards
+
+
+def _group_was_made() -> bool:
     distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if not _groups and distributed is not None and distributed.is_available():
+        _groups[:] = [True] if distributed.is_initialized() else []
+    return bool(_groups)

@@ -16,13 +16,13 @@ from typing import Any
 import safetensors.torch
 from torch import nn
 
-from lora_inject.checks.reached import has_gradient, refuse_unused
+from lora_inject.checks.unused import has_gradient, refuse_unused
 from lora_inject.core.files.disk import replace_file
 from lora_inject.core.layers.forms import forms_as_tensors
 from lora_inject.core.layers.survey import Survey, unwrapped
 from lora_inject.core.model.carried import Carried, entries, reach, refuse_merged
+from lora_inject.core.model.parameters import adapter_parameters
 from lora_inject.core.model.read_off import adapter_tensors
-from lora_inject.core.model.train import adapter_parameters
 from lora_inject.core.model.trainable import refuse_dead_inputs
 from lora_inject.errors import StateError
 from lora_inject.integrations.stand_ins import SAVE, adapters_on, folders_of, write_adapters

@@ -18,8 +18,8 @@ from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.survey import Survey, memory_of, unwrapped
 from lora_inject.core.model.carried import entries, reach
-from lora_inject.core.model.merge import merged_weights
-from lora_inject.core.model.select import selecting
+from lora_inject.core.model.disabling import selecting
+from lora_inject.core.model.merged_weights import merged_weights
 from lora_inject.errors import StateError
 
 T = TypeVar("T")

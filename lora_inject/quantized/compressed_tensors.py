@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.adapted import defines_forward
 from lora_inject.core.layers.forwards import ForwardOwner
-from lora_inject.core.layers.reading import MOVERS
 from lora_inject.core.layers.weight_kinds import Reason, Verb, WeightKind
 
 _LAYER = ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear")
@@ -70,6 +69,3 @@ class Forwards(ForwardOwner):
 def computes_with_own(module: nn.Module, param: str, held: Tensor) -> bool:  # noqa: ARG001
     """Return whether a layer has a scheme: what stands around its forward rounds W in its place."""
     return hasattr(module, "quantization_scheme")
-
-
-MOVERS.append(computes_with_own)

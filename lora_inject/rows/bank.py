@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.core.functional import cpu
+from lora_inject.core.functional.dropout import drop
 from lora_inject.core.functional.factors import (
     Update,
     cast,
@@ -121,7 +122,7 @@ def _routed_dropout(x3: Tensor, places: Tensor, dropouts: Sequence[float]) -> Te
 
 def dropped(x: Tensor, p: float) -> Tensor:
     """Return `(..., in)` with the same elements dropped as for the adapter alone."""
-    return cpu.drop(x.reshape(-1, x.shape[-1]), p)[0].view(x.shape)
+    return drop(x.reshape(-1, x.shape[-1]), p)[0].view(x.shape)
 
 
 def routed_convolution(

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_inject.core.layers.contexts import held_by_coroutine
 from lora_inject.core.model.carried import check_names, reach
-from lora_inject.core.model.select import Reusable, selecting
+from lora_inject.core.model.disabling import Reusable, selecting
 from lora_inject.errors import StateError, article, check_type
 from lora_inject.rows.by_row import Rows
 from lora_inject.rows.kept import why_not_routed

@@ -16,7 +16,7 @@ from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import reach
-from lora_inject.core.model.select import selecting
+from lora_inject.core.model.disabling import selecting
 from lora_inject.errors import FormatError, StateError
 from lora_inject.serving.proof import KEY, STRENGTHS, Ahead, Proof
 from lora_inject.trees import tree_leaves

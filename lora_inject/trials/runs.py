@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from lora_inject.core.files.atomic import write_file
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import adapted_modules
+from lora_inject.core.model.disabling import selecting
 from lora_inject.core.model.eject import eject
 from lora_inject.core.model.inject import inject
+from lora_inject.core.model.parameters import adapter_parameters
 from lora_inject.core.model.read_off import adapter_state
-from lora_inject.core.model.select import selecting
-from lora_inject.core.model.train import adapter_parameters, train_only
+from lora_inject.core.model.train import train_only
 from lora_inject.core.spec.names import joined as joined_name
 from lora_inject.errors import FormatError, StateError, check_type, user_path
 from lora_inject.formats.pickles import DAMAGE

@@ -248,34 +248,68 @@ def _add(
 ) -> tuple[Tensor, list[Kept]]:
     """Return the sum of y and all updates, and what their backward needs.
 
-    `is_new` says that y was made by the caller. It is then written to, unless a mode may keep it.
+    `is_new` says that y was made by the caller.
+
+    1. Where a mode may keep results, nothing is written to: each sum is a new tensor.
+    2. Few tokens, and slices, are added in place. A y that is not new is copied first.
+    3. Else the first sum is in place if y is new, and the others are.
     """
     y2, x2, dtype = as_matrix(y), as_matrix(x), compute_dtype(y.dtype, float32)
-    recorded = inside.is_recorded()
-    in_place = is_new and not recorded
+    if inside.is_recorded():
+        total, kept = _add_anew(y2, x2, updates, dtype)
+        return total.view(y.shape), kept
+    is_ours = is_new
     kept = []
     for u in updates:
-        A, B, dropped = cast(u.A, dtype), cast(u.B, dtype), None
-        few = cpu.are_few(x2, u) and not recorded
-        if not (in_place or recorded) and (few or u.spans is not None):
-            y2, in_place = y2.clone(memory_format=torch.contiguous_format), True
+        few = cpu.are_few(x2, u)
+        if not is_ours and (few or u.spans is not None):
+            y2 = y2.clone(memory_format=torch.contiguous_format)
+            is_ours = True
         if few:
             h = cast(cpu.add_few_(y2, x2, u), dtype)
+            kept.append(Kept(h, cast(u.A, dtype), cast(u.B, dtype), None))
         else:
-            inputs = x2 = cast(x2, dtype)
-            if u.dropout:
-                inputs, dropped = cpu.drop(x2, u.dropout)
-            h = torch.mm(inputs, A.t())
-            if recorded:
-                y2 = plus_product(y2, h, spread(B, u.spans, y2.shape[1]).t(), u.scale)
-            elif u.spans is None:
-                y2 = add_product(y2, h, B.t(), u.scale, in_place=in_place)
-            else:
-                for y_part, h_part, B_part in _parts(u.spans, y2, h, B):
-                    add_product(y_part, h_part, B_part.mT, u.scale)
-        kept.append(Kept(h, A, B, dropped))
-        in_place = not recorded
+            x2 = cast(x2, dtype)
+            kept.append(_thin(x2, u))
+            y2 = _plus(y2, u, kept[-1], in_place=is_ours)
+        is_ours = True
     return y2.view(y.shape), kept
+
+
+def _add_anew(
+    y2: Tensor, x2: Tensor, updates: Sequence[Update], dtype: torch.dtype
+) -> tuple[Tensor, list[Kept]]:
+    """Do what `_add` does, with a new tensor for each sum."""
+    x2 = cast(x2, dtype)
+    kept = [_thin(x2, u) for u in updates]
+    for u, (h, _, B, _) in zip(updates, kept, strict=True):
+        y2 = plus_product(y2, h, spread(B, u.spans, y2.shape[1]).t(), u.scale)
+    return y2, kept
+
+
+def _thin(x2: Tensor, u: Update) -> Kept:
+    """Return `drop(x) A^T` in the dtype of x, with what else a backward needs."""
+    A, B, dropped = cast(u.A, x2.dtype), cast(u.B, x2.dtype), None
+    if u.dropout:
+        x2, dropped = _dropout().drop(x2, u.dropout)
+    return Kept(torch.mm(x2, A.t()), A, B, dropped)
+
+
+def _dropout() -> Any:
+    """Return the functions of dropout, loaded with the first update that has any."""
+    from lora_inject.core.functional import dropout
+
+    return dropout
+
+
+def _plus(y2: Tensor, u: Update, kept: Kept, *, in_place: bool) -> Tensor:
+    """Return y with one update, whose `x A^T` is known; slices are always added in place."""
+    h, B = kept.h, kept.B
+    if u.spans is None:
+        return add_product(y2, h, B.t(), u.scale, in_place=in_place)
+    for y_part, h_part, B_part in _parts(u.spans, y2, h, B):
+        add_product(y_part, h_part, B_part.mT, u.scale)
+    return y2
 
 
 def _parts(
@@ -363,42 +397,72 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        how: _How = ctx.how
-        x, weight, bias, *rest = ctx.saved_tensors
-        n = 2 * len(how.terms)
-        factors, kept = rest[:n], [Kept(*rest[i : i + 4]) for i in range(n, len(rest), 4)]
-        needs, updates = ctx.needs_input_grad, how.updates(factors)
-        if torch.is_grad_enabled():  # by autograd, as this backward is itself differentiated
-            frozen = weight is not None
-            y = (
-                frozen_output(x, weight, bias, how.transposed, how.dtype)
-                if frozen
-                else torch.zeros_like(g)
-            )
-            masks = [cpu.mask(one.dropped, as_matrix(x)) for one in kept]
-            out = _plain(y, x, updates, masks, how.float32)
-            inputs, wanted = (x, None, weight, bias, None, *factors), (needs[0], False, *needs[2:])
-            gx, _, *others = differentiate(out, inputs, wanted, g)
-            return gx, g if needs[1] else None, *others
-        g2, gx2, gw, gb = as_matrix(g), None, None, None
-        if weight is not None and needs[0]:
-            gx2 = torch.mm(g2, cast(weight.t() if how.transposed else weight, g.dtype))
-        if weight is not None and needs[2]:
-            x2 = cast(as_matrix(x), g.dtype)
-            gw = cast(x2.t() @ g2 if how.transposed else g2.t() @ x2, weight.dtype)
-        if bias is not None and needs[3]:
-            gb = cast(g2.sum(0), bias.dtype)
-        dtype = compute_dtype(g.dtype, how.float32)
+        """Return the gradients, as far as they are needed.
+
+        1. Where this backward is itself differentiated, by autograd through plain operations.
+        2. Else those of the frozen layer first.
+        3. To that of x each update adds its share, and A and B get theirs.
+        """
+        if torch.is_grad_enabled():
+            return _differentiable_backward(ctx, g)
+        how, needs = ctx.how, ctx.needs_input_grad
+        x, weight, bias, factors, kept = _saved(ctx)
+        g2, x2, dtype = as_matrix(g), as_matrix(x), compute_dtype(g.dtype, how.float32)
+        gx2, gw, gb = _of_frozen(g2, x2, weight, bias, how.transposed, needs)
         if gx2 is not None and x.dtype == dtype:
             gx2 = cast(gx2, dtype)
+        g2 = cast(g2, dtype)
         grads: list[Tensor | None] = []
-        for i, (u, one) in enumerate(zip(updates, kept, strict=True)):
-            g2, wanted = cast(g2, dtype), (needs[0], *needs[5 + 2 * i : 7 + 2 * i])
-            gx2, gA, gB = _backward_one(g2, as_matrix(x), gx2, u, one, wanted)
+        for i, (u, one) in enumerate(zip(how.updates(factors), kept, strict=True)):
+            wanted = (needs[0], *needs[5 + 2 * i : 7 + 2 * i])
+            gx2, gA, gB = _backward_one(g2, x2, gx2, u, one, wanted)
             grads.append(None if gA is None else cast(gA, u.A.dtype))
             grads.append(None if gB is None else cast(gB, u.B.dtype))
         gx = None if gx2 is None else cast(gx2.view(x.shape), x.dtype)
         return (gx, g if needs[1] else None, gw, gb, None, *grads)
+
+
+def _saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor], list[Kept]]:
+    """Return what a forward saved: x, weight, bias, the factors, and what each update kept."""
+    x, weight, bias, *rest = ctx.saved_tensors
+    n = 2 * len(ctx.how.terms)
+    return x, weight, bias, rest[:n], [Kept(*rest[i : i + 4]) for i in range(n, len(rest), 4)]
+
+
+def _differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients with a graph, for a backward that is itself differentiated."""
+    how, needs = ctx.how, ctx.needs_input_grad
+    x, weight, bias, factors, kept = _saved(ctx)
+    if weight is None:
+        y = torch.zeros_like(g)
+    else:
+        y = frozen_output(x, weight, bias, how.transposed, how.dtype)
+    dropped = [one.dropped for one in kept]
+    masks = [None if d is None else _dropout().mask(d, as_matrix(x)) for d in dropped]
+    out = _plain(y, x, how.updates(factors), masks, how.float32)
+    inputs, wanted = (x, None, weight, bias, None, *factors), (needs[0], False, *needs[2:])
+    gx, _, *others = differentiate(out, inputs, wanted, g)
+    return gx, g if needs[1] else None, *others
+
+
+def _of_frozen(
+    g2: Tensor,
+    x2: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    transposed: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of the frozen layer: of x `(n, in)`, of its weight and its bias."""
+    gx2 = gw = gb = None
+    if weight is not None and needs[0]:
+        gx2 = torch.mm(g2, cast(weight.t() if transposed else weight, g2.dtype))
+    if weight is not None and needs[2]:
+        x2 = cast(x2, g2.dtype)
+        gw = cast(x2.t() @ g2 if transposed else g2.t() @ x2, weight.dtype)
+    if bias is not None and needs[3]:
+        gb = cast(g2.sum(0), bias.dtype)
+    return gx2, gw, gb
 
 
 def _backward_one(
@@ -422,7 +486,8 @@ def _backward_one(
                 _scaled_product(g_part.mT, h_part, u.scale, out=gB_part)
     if needs[1]:
         inputs = cast(x2, g2.dtype)
-        inputs = inputs if kept.dropped is None else cpu.without(inputs, kept.dropped)
+        if kept.dropped is not None:
+            inputs = _dropout().without(inputs, kept.dropped)
         gA = _scaled_product(gh.t(), inputs, scale)
     if needs[0]:
         gx2 = _plus_share(gx2, gh, kept, scale)
@@ -435,9 +500,4 @@ def _plus_share(gx2: Tensor | None, gh: Tensor, kept: Kept, scale: float) -> Ten
         if gx2 is None:
             return _scaled_product(gh, kept.A, scale)
         return add_product(gx2, gh, kept.A, scale)
-    if kept.dropped.dtype != torch.bool:
-        return cpu.plus_share(gx2, gh, kept.A, scale, kept.dropped)
-    share = torch.mm(gh, kept.A)
-    if gx2 is None:
-        return share.mul_(kept.dropped).mul_(scale)
-    return gx2.addcmul_(share, kept.dropped, value=scale)
+    return _dropout().plus_share(gx2, gh, kept.A, scale, kept.dropped)  # type: ignore[no-any-return]

@@ -33,7 +33,7 @@ from lora_inject.core.layers.attached import Entry, attached_to, held_by, refuse
 from lora_inject.core.layers.own_code import OWN
 from lora_inject.core.layers.plain_tensors import PLAIN
 from lora_inject.core.layers.sending import sent_once
-from lora_inject.core.spec.rooms import room
+from lora_inject.core.spec.rooms import room, standing_at
 from lora_inject.errors import LayerError, article
 from lora_inject.private import look_up
 
@@ -55,10 +55,6 @@ def refuse_symbolic_trace() -> None:
             "the weight has an adapter, and the graph would hold their sum as a constant",
             "Use torch.export, or call merge(model, eject=True) first",
         )
-
-
-MOVERS: list[Callable[[nn.Module, str, Tensor], bool]] = []
-"""Whether a library reads a parameter to move it or to round it, and must find it as it is."""
 
 
 def _is_of_torch(plain: type[nn.Module]) -> bool:
@@ -84,8 +80,8 @@ class Reading(Adapted):
             return raw
         outside = not adds and not attached.runs_here()
         if outside and not torch.compiler.is_compiling():
-            if any(moves(self, param, raw) for moves in MOVERS):
-                return raw
+            if any(standing_at(path)(self, param, raw) for path in room("libraries").movers()):
+                return raw  # to a library that moves it or rounds it
             if type(raw) is nn.Parameter:
                 attached.last_read[param] = ref(raw)
         value = self._lora_value(param, raw, entries, outside=outside)

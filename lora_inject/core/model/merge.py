@@ -23,8 +23,8 @@ from lora_inject.core.functional.merge_report import MergeReport, TensorReport
 from lora_inject.core.layers.packed_weights import claims
 from lora_inject.core.layers.selected import Mix, Selected
 from lora_inject.core.layers.snapshot import all_or_nothing
-from lora_inject.core.layers.survey import Holder, Survey, memory_of
-from lora_inject.core.layers.weight_kinds import Undo, in_dtype
+from lora_inject.core.layers.survey import Holder, Survey
+from lora_inject.core.layers.weight_kinds import Undo
 from lora_inject.core.model.carried import (
     Root,
     adapted_modules,
@@ -48,8 +48,6 @@ from lora_inject.core.model.merge_targets import (
 )
 from lora_inject.core.model.select import weights_of
 from lora_inject.core.model.trainable import trainable_tensors
-from lora_inject.core.spec.names import joined, parent
-from lora_inject.core.spec.rooms import room
 from lora_inject.errors import StateError
 
 M = TypeVar("M", bound=nn.Module)
@@ -131,7 +129,7 @@ def merge(
     into = _into(dequantize, requantize)
     survey = Survey(model)
     root = root_of(survey)
-    mix, targets = _mix_and_targets(survey, name, into, "merge")
+    mix, targets = mix_and_targets(survey, name, into, "merge")
     untied = {target.name: target.sharers[0].name for target in targets if target.sharers}
     check_ties(survey, untied, eject)
     for target in targets:
@@ -209,15 +207,15 @@ def root_of(survey: Survey) -> Root:
     )
 
 
-def _mix_and_targets(
+def mix_and_targets(
     survey: Survey, name: str | Mapping[str, float] | None, into: Into, verb: str
 ) -> tuple[Weights, list[Target]]:
     """Return what is to be folded, by default what is active, and the tensors to write."""
-    mix = _mix_to_fold(survey, name, verb)
+    mix = mix_to_fold(survey, name, verb)
     return mix, merge_targets(survey, mix, into)
 
 
-def _mix_to_fold(survey: Survey, name: str | Mapping[str, float] | None, verb: str) -> Weights:
+def mix_to_fold(survey: Survey, name: str | Mapping[str, float] | None, verb: str) -> Weights:
     """Return what is to be folded, by default what is active, checked."""
     selection = root_of(survey).selection
     refuse_merged(verb, selection)
@@ -288,98 +286,6 @@ def _report(targets: list[Target], mix: Weights) -> MergeReport:
             others = ", ".join(repr(holder.name) for holder in target.sharers)
             notes.append(f"untied: {target.name!r} no longer is the tensor of {others}")
     return MergeReport(mix, tensors, len(targets), notes=tuple(notes))
-
-
-def merged_weights(
-    model: nn.Module,
-    *,
-    name: str | Mapping[str, float] | None = None,
-    dequantize: str | torch.dtype | None = None,
-    kept: dict[str, float] | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over the base's parameters as `merge` would leave them, without merging.
-
-    What is sharded comes whole, gathered one tensor at a time: every process has to iterate to the
-    end.
-
-    Args:
-        model: The injected root.
-        name: Fold this adapter, or mix; by default what is active.
-        dequantize: Yield quantized weights as plain ones of this dtype; see `merge`.
-        kept: A dict that gets, by the name of each merged tensor of 16 bits, the share of its delta
-            that rounding has kept: see `MergeReport`.
-
-    Returns:
-        Pairs of a parameter's name in the base's state dict and its value: a new tensor where an
-        adapter takes part, else the base's own, which is not to be written to. A tied tensor comes
-        under each of its names.
-
-    Raises:
-        StateError: Nothing is active, the model is merged, or an adapter holds NaN or Inf or is not
-            whole in this model.
-        LayerError: A weight cannot be merged into, as with `merge`; during iteration: a merged
-            weight is not finite.
-
-    Examples:
-        >>> from lora_inject.core.model.inject import inject
-        >>> net = inject(nn.Sequential(nn.Linear(4, 6)), {"rank": 2, "targets": ["0"]})
-        >>> [(key, tuple(tensor.shape)) for key, tensor in merged_weights(net)]
-        [('0.weight', (6, 4)), ('0.bias', (6,))]
-    """
-    survey = Survey(model)
-    into = None if dequantize is None else dtype_of(dequantize)
-    if any(hasattr(holder.tensor, "full_tensor") for holder in survey.holders):
-        mix = _mix_to_fold(survey, name, "merged_weights")
-        return iter(room("gathering").gathered_weights(survey, mix, into, kept))
-    _, targets = _mix_and_targets(survey, name, into, "merged_weights")
-    check_results(targets, None, undo=True)
-    return _folded(survey, targets, kept)
-
-
-def _folded(
-    survey: Survey, targets: list[Target], kept: dict[str, float] | None
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield each base parameter as a merge would leave it.
-
-    | parameter | value |
-    |---|---|
-    | of a layer that becomes a plain one | the plain weight and bias |
-    | of a target, or tied to one that stays tied | the merged values |
-    | a bias beside a weight that is unpacked | in that weight's dtype, as the sum has it |
-    | any other | its own |
-    """
-    by_name = {target.name: target for target in targets}
-    tied = {memory_of(target.weight): target for target in targets if not target.sharers}
-    unpacked = [target for target in targets if target.becomes_plain]
-    biases = {joined(parent(t.written.name), "bias"): t.dtype for t in unpacked}
-    layers = {id(target.holder.module): target for target in unpacked if target.replaces_layer}
-    for path, module in survey.modules:
-        layer = layers.get(id(module))
-        if layer is not None:
-            yield from _replaced(path, layer)
-            continue
-        for key, parameter in survey.own[id(module)].items():
-            full = joined(path, key)
-            target = by_name.get(full) or tied.get(memory_of(parameter))
-            if target is not None:
-                yield full, target.counted_in(kept)
-            else:
-                yield full, _unmerged(parameter, biases.get(full))
-
-
-def _unmerged(parameter: nn.Parameter, bias_dtype: torch.dtype | None) -> Tensor:
-    """Return a base parameter that no adapter changes; a bias may get another dtype."""
-    if bias_dtype is not None:
-        parameter = in_dtype(parameter, bias_dtype)
-    return parameter.detach()
-
-
-def _replaced(path: str, layer: Target) -> Iterator[tuple[str, Tensor]]:
-    """Yield weight and bias of a quantizer's layer as the plain one has them."""
-    yield layer.written.name, layer.formed()
-    bias = getattr(layer.holder.module, "bias", None)
-    if isinstance(bias, Tensor):
-        yield joined(path, "bias"), in_dtype(bias, layer.dtype).detach()
 
 
 def unmerge(model: M, *, discard: bool = False) -> M:

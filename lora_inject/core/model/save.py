@@ -139,7 +139,7 @@ def refuse_useless(survey: Survey, name: str, state: AdapterState, unused: Seque
             return True
         return not torch.equal(held, item.entry.start(item.weight).to(held.dtype))
 
-    room("reached").refuse_unused(survey, name, changed, unused, f"save adapter {name!r}")
+    room("unused").refuse_unused(survey, name, changed, unused, f"save adapter {name!r}")
 
 
 def _say_if_untrained(state: AdapterState, name: str) -> None:

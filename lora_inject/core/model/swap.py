@@ -75,7 +75,7 @@ def swap_adapter(
     Examples:
         >>> from lora_inject.core.model.read_off import adapter_state
         >>> from lora_inject.core.model.inject import inject
-        >>> from lora_inject.core.model.train import adapter_parameters
+        >>> from lora_inject.core.model.parameters import adapter_parameters
         >>> net = nn.Sequential(nn.Linear(4, 6))
         >>> for name in ("slot", "next"):
         ...     _ = inject(net, {"rank": 2, "targets": ["0"]}, name)

@@ -25,8 +25,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
-from pydantic_core import core_schema
 
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.shown import Shown
@@ -486,30 +484,10 @@ class Config(Shown, YamlModel):
             >>> sorted(Config.json_schema()["$defs"])
             ['Active', 'Axes', 'Expect', 'Normal', 'Rule']
         """
-        schema = cls.model_json_schema(schema_generator=_FileSchema)
-        targets = schema["properties"]["targets"]
-        pattern = {"type": "string", "minLength": 1, "description": "The rule that only matches."}
-        targets["items"] = {"anyOf": [pattern, targets["items"]]}
-        head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": schema.pop("title")}
-        description = "Which parts of a model get which low-rank adapters (see the README)."
-        return {**head, "description": description, **schema}
+        from lora_inject.core.spec.schema import file_schema  # no part of injecting
+
+        return file_schema(cls)
 
 
 ConfigLike = Config | Mapping[str, Any] | str | PathLike[str] | HasFields
 """Accepted forms of a config; see `Config.coerce`."""
-
-
-class _FileSchema(GenerateJsonSchema):
-    """A schema for files, where a key without a value is left out instead of being null."""
-
-    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
-        return self.generate_inner(schema["schema"])
-
-    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
-        made = super().default_schema(schema)
-        if made.get("default", "") is None:
-            del made["default"]
-        return made
-
-    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002  (pydantic's)
-        return False

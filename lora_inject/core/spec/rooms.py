@@ -25,6 +25,7 @@ ROOMS = {
     "sharding": "lora_inject.distributed.sharding",
     "slots": "lora_inject.serving.slots",
     "stacks": "lora_inject.experts.stacks",
+    "unused": "lora_inject.checks.unused",
 }
 """What is asked for, to the module that answers."""
 
