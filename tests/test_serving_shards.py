@@ -129,7 +129,18 @@ def refusals() -> list[str]:
         for parameter in li.adapter_parameters(model).values():
             parameter.mul_(float("nan") if dist.get_rank() == 0 else 1.0)
     found.append(said(lambda: dict(li.merged_weights(model))))
-    return found
+    return [*found, *tenants()]
+
+
+def tenants() -> list[str]:
+    """Tenants on a model of shards, and on one that is sharded later."""
+    some = {"ann": li.Trial({"rank": 2, "targets": ["q_proj"]}, lr=1e-2)}
+    model = by_fsdp2(tiny_llama(num_key_value_heads=WORLD))
+    found = [said(lambda: li.Trials(model, some)), ", ".join(li.adapters(model))]
+    run = li.Trials(tiny_llama(num_key_value_heads=WORLD), some)
+    by_fsdp2(run.model)
+    batch = {"input_ids": BATCH, "labels": BATCH}
+    return [*found, said(lambda: run.forward_backward({"ann": batch}))]
 
 
 def said(run: Any) -> str:
@@ -196,10 +207,13 @@ def test_merged_weights_of_shards_are_those_of_one_process(how: str, case: str, 
 def test_what_cannot_be_gathered_is_refused_by_every_process(ranks: Any) -> None:
     """A NaN in the shard of one process is seen by all, and none waits for another."""
     assert ranks[0]["refusals"] == ranks[1]["refusals"]
-    idle, quantized, broken = ranks[0]["refusals"]
+    idle, quantized, broken, early, left, late = ranks[0]["refusals"]
     assert "no adapter is active" in idle
     assert "its weights are quantized or to be dequantized" in quantized
     assert "is NaN or Inf" in broken
+    assert "StateError: Trials: this process has a part of 'model.embed_tokens.weight'" in early
+    assert left == ""
+    assert "'ann': the model was moved, cast or sharded since the trials were made" in late
 
 
 @pytest.mark.parametrize("when", ["fresh", "fresh, late"])

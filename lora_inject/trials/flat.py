@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, groupby
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,56 +55,47 @@ class Stacked:
 
 
 class Buffer:
-    """The memory of all trials; the memory of a dropped trial is freed with the whole buffer.
+    """The memory of the tensors of several trials.
 
     Args:
-        members: The Parameters of all trials.
+        like: A tensor of their dtype and device.
+        numel: How many values there is room for.
 
     Attributes:
         anchor: A leaf for which the backward of `ranged_linear` runs.
-        reached: Where the members begin that have got a gradient, maybe 0, since `zero_grad`.
+        reached: Where the members begin that have got a gradient, maybe 0, since `zero`.
         counted: Where the members of those trials begin whose losses the running backward is of.
     """
 
-    def __init__(self, members: Sequence[nn.Parameter]) -> None:
-        self._values = members[0].new_empty(sum(member.numel() for member in members))
+    def __init__(self, like: Tensor, numel: int) -> None:
+        self._values = like.new_empty(numel)
         self._grads = torch.zeros_like(self._values)
         self._lowered: dict[torch.dtype, Tensor] = {}
         self._end = 0
         self._stacked: dict[tuple[Any, ...], Stacked] = {}
-        self.anchor = members[0].new_zeros(()).requires_grad_()
+        self.anchor = like.new_zeros(()).requires_grad_()
         self.reached: set[int] = set()
         self.counted: frozenset[int] = frozenset()
-        self._views: dict[nn.Parameter, Tensor] = {}
 
-    def vector(self, members: Sequence[nn.Parameter]) -> nn.Parameter:
-        """Move Parameters into the buffer and return one vector of all of them."""
-        begin = self._end
-        for member in members:
-            start, self._end = self._end, self._end + member.numel()
-            place = self._values[start : self._end].view(member.shape)
-            member.data = place.copy_(member.data)
-            self._views[member] = self._grads[start : self._end].view(member.shape)
-            note = partial(self.note, frozenset((start,)))
-            member.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
-        vector = nn.Parameter(self._values[begin : self._end])
-        vector.grad = self._grads[begin : self._end]
-        return vector
+    def take(self, vector: nn.Parameter) -> slice:
+        """Move a vector into the buffer, with its gradient if it has one; return its place."""
+        place = slice(self._end, self._end + vector.numel())
+        self._end = place.stop
+        vector.data = self._values[place].copy_(vector.detach())
+        if vector.grad is not None:
+            vector.grad = self._grads[place].copy_(vector.grad)
+        return place
+
+    def views(self, place: slice, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the values and the gradient of a member."""
+        return self._values[place].view(shape), self._grads[place].view(shape)
 
     def note(self, starts: frozenset[int], *_: Tensor) -> None:
         """Note that members have got a gradient."""
         self.reached |= starts & self.counted
 
-    def zero_grad(self) -> None:
-        """Set all gradients to zero in place: those of the Parameters are views of them again."""
-        self._grads.zero_()
-        for member, view in self._views.items():
-            if member.grad is not view and member.requires_grad:  # somebody has set it to None
-                member.grad = view
-        self.reached.clear()
-
     def forget(self) -> None:
-        """Forget the known stacks, because Parameters were removed or frozen."""
+        """Forget the known stacks, because Parameters were frozen."""
         self._stacked.clear()
 
     def refresh(self) -> None:
@@ -233,49 +224,163 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
+class Placement(NamedTuple):
+    """Where a module has a trained tensor of an adapter, its role, and the Parameter there."""
+
+    module: nn.Module
+    key: str
+    role: str
+    held: nn.Parameter
+
+
+class Gradient(NamedTuple):
+    """The gradient of a trial.
+
+    Attributes:
+        vectors: By vector.
+        reached: By member, whether it has got a gradient, maybe 0.
+    """
+
+    vectors: Sequence[Tensor]
+    reached: Sequence[bool]
+
+
+class Setting(NamedTuple):
+    """How AdamW steps a vector."""
+
+    lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+
+
+def _joined(members: Sequence[nn.Parameter]) -> nn.Parameter:
+    """Return one flat Parameter with the values of several, and a gradient of zeros."""
+    vector = nn.Parameter(torch.cat([member.detach().flatten() for member in members]))
+    vector.grad = torch.zeros_like(vector)
+    return vector
+
+
 class Flat:
     """The tensors of a trial.
 
     Args:
-        parameters: Names such as `SITE.lora_A` to Parameters, which become views.
+        places: Where the trained tensors are.
         trial: The settings.
-        buffer: The memory that the tensors move to.
 
     Attributes:
         trial: The settings.
-        vectors: One flat Parameter of all, or two, of all A and of all B, if their rates differ.
+        vectors: One flat Parameter of all, or two, of all A and of all B, if their rates differ;
+            or more, if a step had made use of a part of them only.
         starts: Where the members begin in the buffer.
     """
 
-    def __init__(
-        self, parameters: Mapping[str, nn.Parameter], trial: Trial, buffer: Buffer
-    ) -> None:
+    def __init__(self, places: Sequence[Placement], trial: Trial) -> None:
         # By identity: the copy of a tied tensor is listed under each of its names.
-        of_B = dict.fromkeys(p for key, p in parameters.items() if key.endswith("lora_B"))
-        rest = dict.fromkeys(p for p in parameters.values() if p not in of_B)
-        self.trial, self._of_A, self._members = trial, [*rest], [*rest, *of_B]
+        of_B = dict.fromkeys(place.held for place in places if place.role == "B")
+        rest = dict.fromkeys(place.held for place in places if place.role != "B")
+        self.trial, self._places = trial, places
+        self._of_A, self._members = [*rest], [*rest, *of_B]
         whole = trial.b_lr_ratio == 1.0
-        self._parts = [part for part in ([self._members] if whole else [[*rest], [*of_B]]) if part]
-        self.vectors = [buffer.vector(members) for members in self._parts]
-        self.starts = frozenset(int(member.storage_offset()) for member in self._members)
-        self._rates = [trial.lr, trial.lr * trial.b_lr_ratio][-len(self.vectors) :]
+        parts = [(self._members, 1.0)] if whole else [([*rest], 1.0), ([*of_B], trial.b_lr_ratio)]
+        self._parts = [members for members, _ in parts if members]
+        self._ratios = [ratio for members, ratio in parts if members]
+        self.vectors = [_joined(members) for members in self._parts]
+        self.starts = frozenset[int]()
+        self._buffer: Buffer | None = None
+        self._views: dict[nn.Parameter, Tensor] = {}
+        self._hooks: list[Any] = []
 
     @property
     def n_parameters(self) -> int:
         """The number of trained parameters."""
         return sum(vector.numel() for vector in self.vectors)
 
-    def settings(self) -> Iterator[tuple[nn.Parameter, tuple[Any, ...]]]:
-        """Yield each vector, and what it shares with others of one group of the optimizer."""
-        t = self.trial
-        for vector, rate in zip(self.vectors, self._rates, strict=True):
-            yield vector, (rate, t.betas, t.weight_decay, t.schedule, t.steps, t.warmup)
+    @property
+    def example(self) -> nn.Parameter:
+        """One of the Parameters."""
+        return self._members[0]
+
+    def move(self, buffer: Buffer) -> None:
+        """Move values and gradients into another buffer."""
+        reached = {member for member in self._members if self._is_reached(member)}
+        self.release()
+        for vector, members in zip(self.vectors, self._parts, strict=True):
+            start = buffer.take(vector).start
+            for member in members:
+                place = slice(start, start + member.numel())
+                member.data, self._views[member] = buffer.views(place, member.shape)
+                if member.requires_grad:
+                    self._note(member, buffer, start)
+                start = place.stop
+        self._buffer = buffer
+        self.starts = frozenset(int(member.storage_offset()) for member in self._members)
+        buffer.reached |= {int(member.storage_offset()) for member in reached}
+        self._attach()
+
+    def _note(self, member: nn.Parameter, buffer: Buffer, start: int) -> None:
+        """Let the buffer note each gradient of a member."""
+        note = partial(buffer.note, frozenset((start,)))
+        self._hooks.append(member.register_post_accumulate_grad_hook(note))  # type: ignore[no-untyped-call]
+
+    def _is_reached(self, member: nn.Parameter) -> bool:
+        return self._buffer is not None and member.storage_offset() in self._buffer.reached
+
+    def release(self) -> None:
+        """Let the Parameters go: their gradients are noted no more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _attach(self) -> None:
+        """Let the gradients of the Parameters be views of those of the vectors."""
+        for member, view in self._views.items():
+            if member.requires_grad:
+                member.grad = view
+
+    def begin(self) -> None:
+        """Note that no member has got a gradient."""
+        assert self._buffer is not None
+        self._buffer.reached -= self.starts
+        self._attach()
+
+    def collect(self) -> None:
+        """Let further gradients add to those that are there; one that was set to None is zero."""
+        for member, view in self._views.items():
+            if member.grad is None and member.requires_grad:
+                view.zero_()
+        self._attach()
+
+    def gradient(self) -> Gradient:
+        """Return a copy of the gradients, and which members have got one."""
+        grads = [vector.grad.clone() for vector in self.vectors if vector.grad is not None]
+        return Gradient(grads, [self._is_reached(member) for member in self._members])
+
+    def set_gradient(self, gradient: Gradient) -> None:
+        """Put gradients back that `gradient` returned."""
+        self.begin()
+        assert self._buffer is not None
+        for vector, values in zip(self.vectors, gradient.vectors, strict=True):
+            assert vector.grad is not None
+            vector.grad.copy_(values)
+        both = zip(self._members, gradient.reached, strict=True)
+        self._buffer.reached |= {int(member.storage_offset()) for member, is_ in both if is_}
+
+    def settings(self, n_steps: int, lr: float | None) -> Iterator[tuple[nn.Parameter, Setting]]:
+        """Yield each vector and how it is stepped after `n_steps` steps.
+
+        `lr` is the rate of A in place of the schedule's.
+        """
+        trial = self.trial
+        for vector, ratio in zip(self.vectors, self._ratios, strict=True):
+            rate = trial.lr * ratio * trial.factor(n_steps) if lr is None else lr * ratio
+            yield vector, Setting(rate, trial.betas, trial.weight_decay)
 
     def changed(self) -> tuple[str, str] | None:
         """Return what somebody has done to the Parameters, and what to do; None for nothing."""
-        if self._members[0].data_ptr() != self.vectors[0].data_ptr():
-            what = "the model was moved or cast since the trials were made"
-            return what, "Make the trials after .to()"
+        there = all(place.module._parameters.get(place.key) is place.held for place in self._places)
+        if not there or self._members[0].data_ptr() != self.vectors[0].data_ptr():
+            what = "the model was moved, cast or sharded since the trials were made"
+            return what, "Make the trials after .to(), and on a whole model"
         if not all(member.requires_grad for member in self._members):
             what = "its tensors were frozen since the trials were made"
             return what, "Call train_only(model, trials.running)"
@@ -294,22 +399,31 @@ class Flat:
             for piece, grad in zip(made, torch.split(vector.grad, sizes), strict=True):
                 piece.grad = grad
             i = next(i for i, v in enumerate(self.vectors) if v is vector)
-            self.vectors[i : i + 1], self._parts[i : i + 1] = made, parts
+            self.vectors[i : i + 1] = made
+            self._parts[i : i + 1] = parts
+            self._ratios[i : i + 1] = [self._ratios[i]] * len(parts)
             optimizer.cut(vector, made)
 
-    def idle(self, reached: Set[int], optimizer: Optimizer) -> list[nn.Parameter]:
-        """Return the vectors of the members without a gradient, cut off from others if need be."""
-        if self.starts <= reached:
-            return []
-        self.cut(lambda members: [m.storage_offset() in reached for m in members], optimizer)
-        return [vector for vector in self.vectors if vector.storage_offset() not in reached]
+    def used(self, optimizer: Optimizer) -> set[nn.Parameter]:
+        """Return the vectors of the members with a gradient, cut off from others if need be."""
+        assert self._buffer is not None
+        reached = self._buffer.reached
+        if not self.starts <= reached:
+            self.cut(lambda members: [m.storage_offset() in reached for m in members], optimizer)
+        return {vector for vector in self.vectors if vector.storage_offset() in reached}
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether `freeze` was called."""
+        return self.vectors[0].grad is None
 
     def freeze(self) -> None:
-        """Remove the gradients, so that an optimizer skips the vectors."""
+        """Train no more: remove the gradients, and keep the values in memory of their own."""
         for tensor in (*self.vectors, *self._members):
             tensor.grad = None
         for member in self._members:
             member.requires_grad_(False)
+        self.move(Buffer(self.example, self.n_parameters))
 
     def fill(self, vectors: Sequence[Tensor], optimizer: Optimizer) -> None:
         """Write values into the vectors, which are cut as these are."""
@@ -336,33 +450,32 @@ class Flat:
 
 
 class Optimizer:
-    """One fused AdamW for all trials, with a group for all vectors of the same settings."""
+    """One fused AdamW for all trials, which steps vectors of the same settings together."""
 
-    def __init__(self, flats: Iterable[Flat]) -> None:
-        groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for flat in flats:
-            for vector, key in flat.settings():
-                rate, betas, decay, *_ = key
-                group = {"params": [], "betas": betas, "weight_decay": decay, "peak": rate}
-                groups.setdefault(key, {**group, "trial": flat.trial})["params"].append(vector)
-        self._adamw = torch.optim.AdamW(groups.values(), fused=True)
+    def __init__(self) -> None:
+        self._adamw = torch.optim.AdamW([{"params": []}], fused=True)
 
-    def step(self, n: int, idle: Sequence[nn.Parameter]) -> None:
-        """Take the n-th step, counted from 0, of all vectors that have a gradient; none is idle."""
-        for group in self._adamw.param_groups:
-            group["lr"] = group["peak"] * group["trial"].factor(n)
-        grads = [vector.grad for vector in idle]
-        for vector in idle:
-            vector.grad = None
+    def step(self, settings: Iterable[tuple[nn.Parameter, Setting]]) -> None:
+        """Step some vectors, each by its own setting."""
+        alike: dict[Setting, list[nn.Parameter]] = {}
+        for vector, setting in settings:
+            alike.setdefault(setting, []).append(vector)
+        self._adamw.param_groups = [
+            {**self._adamw.defaults, **setting._asdict(), "params": vectors}
+            for setting, vectors in alike.items()
+        ]
         self._adamw.step()
-        for vector, grad in zip(idle, grads, strict=True):
-            vector.grad = grad
+
+    def zero(self, flats: Sequence[Flat]) -> None:
+        """Set the gradients of some trials to zero, in place."""
+        vectors = [vector for flat in flats for vector in flat.vectors]
+        self._adamw.param_groups = [{"params": vectors}]
+        self._adamw.zero_grad(set_to_none=False)
+        for flat in flats:
+            flat.begin()
 
     def cut(self, vector: nn.Parameter, pieces: Sequence[nn.Parameter]) -> None:
-        """Put pieces in the place of a vector, with its state."""
-        for group in self._adamw.param_groups:
-            each = [pieces if p is vector else [p] for p in group["params"]]
-            group["params"] = [p for some in each for p in some]
+        """Give the state of a vector to its pieces."""
         state, start = self._adamw.state.pop(vector, {}), 0
         for piece in pieces:
             part = slice(start, start := start + piece.numel())
@@ -372,8 +485,7 @@ class Optimizer:
 
     def drop(self, flat: Flat) -> None:
         """Forget a trial's vectors."""
-        for group in self._adamw.param_groups:
-            group["params"] = [p for p in group["params"] if all(p is not v for v in flat.vectors)]
+        self._adamw.param_groups = [{"params": []}]
         for vector in flat.vectors:
             self._adamw.state.pop(vector, None)
 

@@ -83,6 +83,10 @@ class Checks:
             self._paddings[key] = padding
         return of._replace(padding=self._paddings[key])
 
+    def forget(self, name: str) -> None:
+        """Forget where a trial's adapter is: another may get its name."""
+        self._sites.pop(name, None)
+
     def _key_of(self, of: Joined, forward: Any) -> Any:
         """Return what a check holds for: a forward, modules' modes, the entries of a batch."""
         plain = getattr(forward, "func", forward)  # of a partial

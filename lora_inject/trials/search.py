@@ -322,8 +322,8 @@ class _Runner:
         """Train to the end of the last rung, or until no trial runs; save now and then."""
         rung, saved = search.rungs[-1], time.monotonic()
         self.saved.write(search, trials)
-        while trials.n_steps < rung.steps and trials.running:
-            batch = self.batches[trials.n_steps % len(self.batches)]
+        while trials.running and (n := trials.n_steps[trials.running[0]]) < rung.steps:
+            batch = self.batches[n % len(self.batches)]
             trials.step(batch, **self.calls)
             for name, values in trials.losses.items():
                 rung.losses[name] = [loss for loss in values if math.isfinite(loss)]

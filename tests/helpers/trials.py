@@ -74,22 +74,31 @@ def check_each(run: Any, trials: dict[str, Trial], within: float = 1e-12) -> Tri
 
 
 def by_hand(
-    model: nn.Module, name: str, trial: Trial, data: list[Any], loss: Any, before: Any = None
+    model: nn.Module,
+    name: str,
+    trial: Trial,
+    data: list[Any],
+    loss: Any,
+    before: Any = None,
+    *,
+    add: bool = False,
 ) -> None:
-    """A plain training loop of one adapter."""
+    """A plain training loop of one adapter; with `add` each step has several batches."""
     torch.manual_seed(trial.seed)
     li.inject(model, trial.config, name)
     torch.manual_seed(trial.seed)
     groups = li.parameter_groups(model, trial.lr, trial.b_lr_ratio)
     rates = [group["lr"] for group in groups]
-    optimizer = torch.optim.AdamW(groups, weight_decay=trial.weight_decay)
-    for step, batch in enumerate(data):
+    optimizer = torch.optim.AdamW(groups, betas=trial.betas, weight_decay=trial.weight_decay)
+    for step, given in enumerate(data):
         if before is not None:
             before(step)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * trial.factor(step)
         optimizer.zero_grad()
-        loss(model(**{k: v for k, v in batch.items() if k != "labels"}), batch).backward()
+        for batch in given if add else [given]:
+            out = model(**{k: v for k, v in batch.items() if k != "labels"})
+            (loss or li.causal_loss)(out, batch).backward()
         if trial.clip:
             nn.utils.clip_grad_norm_(li.adapter_parameters(model, name).values(), trial.clip)
         optimizer.step()
