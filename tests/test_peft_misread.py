@@ -1,5 +1,6 @@
 """Adapters that PEFT would load without a word and compute something else with: refused."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,20 +118,36 @@ def test_names_that_peft_would_rename_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_peft_does_not_find_its_own_tensors_there_either(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["laguna", "maskformer", "inkling2_text"])
+def test_what_is_refused_is_what_peft_does_not_find_in_its_own_file(
+    family: str, tmp_path: Path
+) -> None:
+    """What PEFT reads of an adapter of its own is written, and the rest refused."""
     peft = pytest.importorskip("peft")
     pytest.importorskip("transformers", "5")
-    names = "shared_experts.up_proj"
-    config = peft.LoraConfig(r=2, target_modules=[names], init_lora_weights=False)
-    theirs = peft.get_peft_model(build("laguna"), config)
+    names = [site.name for site in li.plan(build(family), {"targets": ["all-linear"]}).sites]
+    config = peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+    theirs = peft.get_peft_model(build(family), config)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if ".lora_" in name:
                 parameter.add_(1.0)
-    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
-    with pytest.warns(UserWarning, match="missing adapter keys.*shared_experts"):
-        read = peft.PeftModel.from_pretrained(build("laguna"), str(tmp_path))
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        read = peft.PeftModel.from_pretrained(build(family), str(tmp_path / "theirs"))
     pairs = zip(theirs.named_parameters(), read.named_parameters(), strict=True)
-    moved = [n for (n, a), (_, b) in pairs if not torch.equal(a, b)]
-    assert moved
-    assert all("shared_experts" in name for name in moved)
+    moved = {n.partition(".lora_")[0] for (n, a), (_, b) in pairs if not torch.equal(a, b)}
+    lost = [name for name in names if f"base_model.model.{name}" in moved]
+    assert 0 < len(lost) == len(moved) < len(names)
+    whole = {name: f"^{re.escape(name)}" for name in names}
+    for name in (lost[0], lost[-1]):
+        model = fill(li.inject(build(family), {**CONFIG, "targets": [whole[name]]}))
+        with pytest.raises(li.FormatError, match="of its own, too"):
+            li.save_adapter(model, tmp_path / "ours", unused=[".*"])
+    kept = [whole[name] for name in names if name not in lost]
+    model = fill(li.inject(build(family), {**CONFIG, "targets": kept}))
+    li.save_adapter(model, tmp_path / "ours", unused=[".*"])
+    again = peft.PeftModel.from_pretrained(build(family), str(tmp_path / "ours"))
+    given = {n: p for n, p in again.named_parameters() if ".lora_" in n}
+    for name, parameter in li.adapter_parameters(model).items():
+        assert torch.equal(given[f"base_model.model.{name}.default.weight"], parameter)

@@ -1,12 +1,13 @@
 """Bases with layers that hand no gradient to what lies before them."""
 
+import copy
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import fill, same_bits
+from conftest import error, fill, same_bits, snapshot
 from helpers.packages import loaded
 from torch import nn
 
@@ -122,28 +123,99 @@ def test_a_quantized_layer_that_no_adapter_is_on_is_seen_when_training_is_set_up
     li.train_only(net, None)
 
 
-def test_what_a_parent_computes_with_a_packed_weight_counts_as_no_use(
+@pytest.mark.parametrize("first", ["inject", "quantize"])
+def test_layers_that_torch_quantizes_serve_and_let_no_adapter_before_them_train(
+    first: str, tmp_path: Path
+) -> None:
+    """They compute without autograd: a gradient would pass by them in silence."""
+    quantize = torch.ao.quantization.quantize_dynamic
+    plain, x = Residual(), torch.randn(3, 32)
+    if first == "quantize":
+        net = quantize(plain, {"between", "last"})
+        with pytest.raises(li.LayerError, match=r"'between': its Linear of torch\.ao computes"):
+            li.inject(net, {"rank": 2, "targets": ["first"]})
+        assert type(net.first) is nn.Linear
+        return
+    model = fill(li.inject(plain, {"rank": 2, "targets": ["first", "last"]}))
+    net = quantize(model)
+    kinds = [type(layer).__module__ for layer in (net.first, net.between, net.last)]
+    plain_one, quantized = "torch.nn.modules.linear", "torch.ao.nn.quantized.dynamic.modules.linear"
+    assert kinds == [plain_one, quantized, plain_one]
+    wide = Residual()
+    with torch.no_grad():
+        for name in ("first", "last"):
+            wide.get_submodule(name).weight.copy_(model.get_submodule(name).weight)
+        wide.between = net.between
+        assert error(net(x), wide(x)) < 1e-5
+    for setup in (lambda: li.parameter_groups(net, 1e-3), lambda: li.train_only(net, "default")):
+        with pytest.raises(li.LayerError, match=r"'between': its Linear of torch\.ao computes"):
+            setup()
+    assert li.adapter_state(net).sites == li.adapter_state(model).sites
+
+
+@pytest.mark.parametrize("by", ["name", "class", "static", "training"])
+def test_a_layer_with_an_adapter_is_not_quantized_by_torch(by: str) -> None:
+    quantization = torch.ao.quantization
+    model = fill(li.inject(Residual(), {"rank": 2, "targets": ["first", "between", "last"]}))
+    x = torch.randn(3, 32)
+    before, wanted = snapshot(model), model(x)
+    if by in ("name", "class"):
+        made = quantization.quantize_dynamic(model, {"first"} if by == "name" else {nn.Linear})
+    else:
+        made = copy.deepcopy(model).train(by == "training")
+        made.qconfig = quantization.get_default_qconfig("x86")
+        prepare = quantization.prepare_qat if by == "training" else quantization.prepare
+        made = quantization.convert(prepare(made).eval())
+    assert same_bits(made(x), wanted)
+    assert snapshot(model) == before
+    with pytest.raises(AssertionError, match="only works for one of"):
+        quantization.quantize_dynamic(
+            model,
+            {type(model.first)},
+            mapping={type(model.first): torch.ao.nn.quantized.dynamic.Linear},
+        )
+
+
+ROUNDS = """
+def quantized_forward(self, x):
+    held = self.weight.data
+    self.weight.data = held.round(decimals=1)
+    try:
+        return self.__class__.forward(self, x)
+    finally:
+        self.weight.data = held
+"""
+
+
+def test_a_layer_that_rounds_its_weight_in_place_is_read_by_others_with_its_adapter(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Layers of compressed-tensors round W in its place: their weights read raw for everybody."""
+    """Layers of compressed-tensors do so: whoever else read the weight got plain W in silence."""
 
-    class Reads(nn.Module):
+    class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.fc, self.called = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.fc, self.calls = nn.Linear(32, 32), True
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.called(torch.nn.functional.linear(x, self.fc.weight))
+            read = nn.functional.linear(x, self.fc.weight)
+            return read + self.fc(x) if self.calls else read
 
     loaded(monkeypatch, "compressed_tensors.quantization")
-    net, x, config = Reads(), torch.randn(2, 32), {"rank": 2, "targets": ["fc", "called"]}
+    made = {"__name__": "compressed_tensors.quantization.lifecycle.forward"}
+    exec(ROUNDS, made)
+    net, x = Both(), torch.randn(2, 32)
     net.fc.quantization_scheme = SimpleNamespace()
-    with pytest.raises(li.LayerError, match=r"'fc'.*reached"):
-        li.inject(net, config, probe=lambda: net(x))
-    optimizer = torch.optim.SGD(li.adapter_parameters(li.inject(net, config)).values(), 0.1)
+    net.fc.forward = made["quantized_forward"].__get__(net.fc)
+    W, bias = net.fc.weight.detach().clone(), net.fc.bias.detach().clone()
+    li.inject(net, {"rank": 2, "alpha": 3, "targets": ["fc"]}, probe=lambda: net(x))
+    delta = 1.5 * fill(net).fc.lora_B__default @ net.fc.lora_A__default
+    torch.testing.assert_close(net(x), x @ (W.round(decimals=1) + W + 2 * delta).T + bias)
     net(x).square().sum().backward()
-    optimizer.step()
-    assert li.unreached(net, lambda: net(x)) == ["fc"]
-    assert li.adapters(net)["default"].idle == ("fc",)
-    with pytest.raises(li.StateError, match="'fc'"):
-        li.save_adapter(net, tmp_path / "a.safetensors", format="native")
+    assert all(p.grad.norm() > 0 for p in li.adapter_parameters(net).values())
+    assert torch.equal(net.fc.get_parameter("weight"), W)
+    net.calls = False
+    torch.testing.assert_close(net(x), x @ (W + delta).T)
+    assert li.unreached(net, lambda: net(x)) == []
+    path = li.save_adapter(net, tmp_path / "a.safetensors", format="native")
+    torch.testing.assert_close(li.load_adapter(li.eject(net), path)(x), x @ (W + delta).T)

@@ -3,7 +3,9 @@
 import copy
 import gc
 import pickle
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from conftest import fill, same_bits, snapshot
 from torch import Tensor, nn
 
 import lora_inject as li
+from lora_inject.integrations import libraries
 
 
 def layers() -> nn.Sequential:
@@ -286,3 +289,101 @@ def test_a_part_of_a_model_that_is_gone_takes_an_adapter_after_eject() -> None:
         li.inject(part, {"rank": 1, "targets": ["0"]}, "b")
     li.inject(li.eject(part), {"rank": 1, "targets": ["0"]}, "b")
     assert list(li.adapters(part)) == ["b"]
+
+
+def in_a_cycle(model: nn.Module) -> nn.Module:
+    """Nobody else holds it, and yet it stays until the collector runs."""
+    model.__dict__["itself"] = model
+    return model
+
+
+def test_a_model_that_only_a_cycle_holds_stands_in_nobodys_way() -> None:
+    """The collector runs now and then: a second run of a cell of a notebook was refused, or not."""
+    gc.disable()
+    try:
+        trunk = nn.Sequential(nn.Linear(4, 4))
+        whole = in_a_cycle(heads_on(trunk))
+        li.inject(whole, {"rank": 1, "targets": ["head"]}, "a")
+        del whole
+        li.inject(trunk, {"rank": 1, "targets": ["0"]}, "a")
+        mine = heads_on(nn.Sequential(nn.Linear(4, 4)))
+        li.inject(mine, {"rank": 1, "targets": ["head"]}, "a")
+        other = in_a_cycle(heads_on(mine["trunk"]))
+        li.inject(other, {"rank": 1, "targets": ["head"]}, "b")
+        del other
+        li.inject(mine, {"rank": 1, "targets": [r"trunk\.0"]}, "c")
+    finally:
+        gc.enable()
+    assert list(li.adapters(trunk)) == ["a"]
+    assert list(li.adapters(mine)) == ["a", "c"]
+
+
+@pytest.mark.parametrize("verb", ["inject", "load"])
+def test_what_becomes_the_only_trainable_one_stops_adapters_of_models_that_share_a_layer(
+    verb: str, tmp_path: Path
+) -> None:
+    """The other adapter stayed trainable, inactive, and a step with weight decay moved it."""
+    encoder = layers()
+    one, two = Encoded(encoder), Encoded(encoder)
+    both = {**RULE, "targets": ["head", r"encoder\.0"]}
+    li.inject(one, both, "a")
+    one(X).sum().backward()
+    if verb == "inject":
+        li.inject(two, both, "b")
+    else:
+        apart = fill(li.inject(Encoded(layers()), both, "b"), "b")
+        path = li.save_adapter(apart, tmp_path / "b", "b")
+        li.load_adapter(two, path, "b", trainable=True, base="any")
+    assert {name: info.trainable for name, info in li.adapters(one).items()} == {
+        "a": False,
+        "b": True,
+    }
+    held = li.adapter_parameters(one, "a")
+    assert len(held) == 4
+    assert not any(p.requires_grad or p.grad is not None for p in held.values())
+    assert all(p.requires_grad for p in li.adapter_parameters(two, "b").values())
+    li.train_only(one, "a")
+    li.activate(one, "a")
+    assert all(p.requires_grad for p in held.values())
+
+
+def test_a_refused_inject_leaves_an_adapter_of_a_model_that_shares_a_layer_training() -> None:
+    encoder = layers()
+    one, two = Encoded(encoder), Encoded(encoder)
+    li.inject(one, {**RULE, "targets": ["head", r"encoder\.0"]}, "a")
+    before = snapshot(one)
+
+    def fails() -> None:
+        raise RuntimeError("no such batch")
+
+    with pytest.raises(RuntimeError, match="no such batch"):
+        li.inject(two, {**RULE, "targets": [r"encoder\.2"]}, "b", probe=fails)
+    assert snapshot(one) == before
+    assert li.adapters(one)["a"].trainable
+
+
+@pytest.mark.parametrize("verb", ["inject", "install"])
+def test_what_a_library_does_after_a_load_is_a_part_of_all_or_nothing(
+    verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = li.adapter_state(li.inject(layers(), RULE))
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    def add(model: nn.Module) -> None:
+        if verb == "install":
+            li.install(model, state, "b", base="any")
+        else:
+            li.inject(model, RULE, "b")
+
+    models = [layers(), fill(li.inject(layers(), RULE, "a"), "a")]
+    guard: Any = ModuleType("guard_of_a_library")
+    guard.after_load = fails
+    monkeypatch.setitem(sys.modules, guard.__name__, guard)
+    monkeypatch.setitem(libraries.GUARDS, guard.__name__, ("torch",))
+    for model in models:
+        before = snapshot(model)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            add(model)
+        assert snapshot(model) == before

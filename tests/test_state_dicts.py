@@ -103,29 +103,65 @@ def test_a_model_takes_back_what_it_gave(way: str, tmp_path: Path) -> None:
         model.load_state_dict(other)
 
 
-@pytest.mark.parametrize("way", ["torch.save", "the dict itself"])
-@pytest.mark.parametrize("kept", ["all", "the base"])
+def the_dict_itself(state: Any, folder: Path) -> Any:
+    return state
+
+
+OF_MERGED = [(way, "all") for way in (*WAYS.values(), the_dict_itself)]
+OF_MERGED += [(by_torch, "the base"), (the_dict_itself, "the base")]
+
+
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize(("way", "kept"), OF_MERGED)
 def test_merged_weights_are_not_loaded_where_an_adapter_adds_to_them(
-    way: str, kept: str, tmp_path: Path
+    way: Callable[[Any, Path], Any], kept: str, part: bool, tmp_path: Path
 ) -> None:
+    """A dict of clones has no metadata, and computed W + 2 delta."""
     source = injected()
     wanted = source(X)
     li.merge(source)
-    state = source.state_dict()
+    state = source.fc.state_dict() if part else source.state_dict()
     for key in [key for key in state if kept == "the base" and "lora" in key]:
         del state[key]
-    state = by_torch(state, tmp_path) if way == "torch.save" else state
+    state = way(state, tmp_path)
     model = injected(alpha=4)
     before = snapshot(model)
-    with pytest.raises(li.StateError, match=r"'default' was merged .* Take it after unmerge"):
-        model.load_state_dict(state)
+    with pytest.raises(li.StateError, match=r"w(as|ere) merged into .* Take it after unmerge"):
+        (model.fc if part else model).load_state_dict(state, strict=False)
     assert snapshot(model) == before
     plain = Net()
-    plain.load_state_dict(state, strict=kept == "the base")
+    (plain.fc if part else plain).load_state_dict(state, strict=kept == "the base")
+    if part:
+        return
     torch.testing.assert_close(plain(X), wanted)
     li.unmerge(source)
     model.load_state_dict(source.state_dict())
     assert same_bits(model(X), wanted)
+
+
+def test_the_keys_of_a_model_that_is_not_merged_are_those_of_its_tensors() -> None:
+    """So they are again after unmerge: no other reader meets a key of ours."""
+    model = injected()
+    keys = [*model.state_dict()]
+    assert keys == [name for name, _ in model.named_parameters()]
+    li.merge(model)
+    further = [key for key in model.state_dict() if key not in keys]
+    assert further == ["embed._lora_merged", "fc._lora_merged"]
+    li.unmerge(model)
+    assert [*model.state_dict()] == keys
+    li.merge(model, eject=True)
+    assert [*model.state_dict()] == [*Net().state_dict()]
+
+
+def test_torchs_distributed_checkpoints_take_a_merged_model() -> None:
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    model = injected()
+    li.merge(model)
+    state = get_model_state_dict(model)
+    assert state.keys() == model.state_dict().keys()
+    with pytest.raises(li.StateError, match="were merged into the weights"):
+        injected().load_state_dict(dict(state))
 
 
 def test_a_part_tells_what_the_whole_tells() -> None:

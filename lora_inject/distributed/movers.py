@@ -11,14 +11,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.layers.reading import weight_property
+from lora_inject.core.functional.inside import caller_of
+from lora_inject.core.layers.reading import READER
 from lora_inject.private import needed
 
 _TORCH = Path(torch.__file__).parent / "distributed"
@@ -27,7 +27,6 @@ _MOVERS = {
     str(_TORCH / "tensor" / "parallel" / "style.py"),
 }
 _STATES = "torch.distributed._composable_state._module_state_mapping"
-_GETTER = weight_property("").fget.__code__  # type: ignore[union-attr]
 
 # What FSDP2 keeps of each parameter of a module, by name.
 _kept: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
@@ -62,8 +61,5 @@ def _all_kept() -> Iterator[tuple[nn.Module, str, Any]]:
 
 def _reader() -> str:
     """Return the file of the code that calls a property of a swapped class."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not _GETTER:
-        frame = frame.f_back
-    reader = None if frame is None else frame.f_back
+    reader = caller_of(READER)
     return "" if reader is None else reader.f_code.co_filename

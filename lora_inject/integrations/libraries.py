@@ -71,7 +71,7 @@ FORWARD_OWNERS = (
 that knows it (`core/layers/forwards.py`)."""
 
 MOVERS = (
-    ("compressed_tensors.quantization", f"{_QUANTIZED}.compressed_tensors:computes_with_own"),
+    ("compressed_tensors.quantization", f"{_QUANTIZED}.compressed_tensors:rounds_in_place"),
     (GROUP, "lora_inject.distributed.movers:is_moved"),
 )
 """Who reads parameters to move them or to round them, and must find them as they are: what has to

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lora_inject.core.functional.inside import caller_of
 from lora_inject.core.layers.adapted import defines_forward
 from lora_inject.core.layers.forwards import ForwardOwner
+from lora_inject.core.layers.reading import READER
 from lora_inject.core.layers.weight_kinds import Reason, Verb, WeightKind
 
 _LAYER = ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear")
+_PACKAGES = ("compressed_tensors.", "transformers.integrations.compressed_tensors")
 _ACTIVATIONS = ("input_activations", "output_activations")
 
 
@@ -66,6 +69,9 @@ class Forwards(ForwardOwner):
         return there != kept
 
 
-def computes_with_own(module: nn.Module, param: str, held: Tensor) -> bool:  # noqa: ARG001
-    """Return whether a layer has a scheme: what stands around its forward rounds W in its place."""
-    return hasattr(module, "quantization_scheme")
+def rounds_in_place(module: nn.Module, param: str, held: Tensor) -> bool:  # noqa: ARG001
+    """Return whether its forward reads W, which it rounds in its place while the layer runs."""
+    if not hasattr(module, "quantization_scheme"):
+        return False
+    reader = caller_of(READER)
+    return reader is not None and reader.f_globals.get("__name__", "").startswith(_PACKAGES)

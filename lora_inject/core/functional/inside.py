@@ -18,7 +18,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -308,11 +308,21 @@ def in_forward() -> bool:
 
 def _runs(function: Any) -> bool:
     """Whether the calling thread runs a function, which None never is."""
-    code = getattr(function, "__code__", None)
+    return _frame_of(getattr(function, "__code__", None)) is not None
+
+
+def _frame_of(code: CodeType | None) -> FrameType | None:
+    """Return the innermost frame of the calling thread that runs some code."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
-    return frame is not None
+    return frame
+
+
+def caller_of(code: CodeType) -> FrameType | None:
+    """Return the frame that called the innermost running function with this code."""
+    frame = _frame_of(code)
+    return None if frame is None else frame.f_back
 
 
 def in_symbolic_trace() -> bool:

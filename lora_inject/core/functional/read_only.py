@@ -60,8 +60,29 @@ def _refuse_among(cls: type, func: Any, written: Any) -> None:
             _refuse_among(cls, func, inner)
 
 
+class _TypeOfRead(str):
+    """What `type()` says of such a value.
+
+    torch puts it into the error by which it refuses to make the value another layer's Parameter.
+    """
+
+    __slots__ = ()
+
+    def __format__(self, spec: str) -> str:
+        words = "W + delta of a weight with an adapter: before its layer is replaced, eject, or "
+        return f"{format(str(self), spec)} ({words}call merge(model, eject=True))"
+
+
+def type_of_read(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stand for `Tensor.type` in the classes of what was read."""
+    result = Tensor.type(self, *args, **kwargs)
+    return _TypeOfRead(result) if isinstance(result, str) else result
+
+
 class ReadOnly(Tensor):
     """The formed value of a weight with an adapter, or what shares its memory."""
+
+    type = type_of_read
 
     @classmethod
     def __torch_function__(

@@ -40,12 +40,18 @@ class Carrier(Reading):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save like nn.Module, and note what the tensors do not tell."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        noted = getattr(destination, "_metadata", {}).get(prefix[:-1])
-        if noted is not None:
-            from lora_inject.core.layers.forms import note_forms  # no part of a forward
+        from lora_inject.core.layers.forms import note_forms  # no part of a forward
 
-            note_forms(self._lora, noted)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        note_forms(self, destination, prefix)
+
+    @property
+    def _lora_merged(self) -> Tensor:
+        """What a state dict holds of merged adapters: their weights in the mix.
+
+        torch's distributed checkpoints look up each key as an attribute.
+        """
+        return torch.tensor(list(self._lora.selection.merged.values()), dtype=torch.float64)
 
     def _load_from_state_dict(
         self,

@@ -5,7 +5,8 @@ the adapter already. So:
 
 1. An entry has a *form*: a few numbers, equal if its tensors mean the same.
 2. `state_dict` notes forms, and what is merged, in its metadata. `torch.save` keeps that. A file of
-   ours that is read by others as plain tensors has each form as one more tensor.
+   ours that is read by others as plain tensors has each form as one more tensor. Of merged weights
+   each layer says it by a tensor as well, which stays among the keys whatever they pass through.
 3. `load_state_dict` of a module with adapters compares all forms before anything is written.
 4. Without forms, as through safetensors, a dict is taken for one of the model's own if the model
    has given one. Else nothing is known of it, and it is refused.
@@ -15,18 +16,20 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.layers.attached import Attached, Entry, attached_to, attribute
+from lora_inject.core.layers.attached import Entry, attached_to, attribute
 from lora_inject.core.spec.names import canonical, joined
 from lora_inject.errors import StateError
 
 # Keys of the forms of a module's entries, by their marks, and of the names of merged adapters.
 FORMS, MERGED = "lora_forms", "lora_merged"
+# Name, in its module, of the tensor by which merged weights say so: an attribute of its class.
+MERGED_MARK = "_lora_merged"
 _ASKED = "load_state_dict"
 _SAME = "Inject with the same config as there, or use save_adapter and load_adapter"
 
@@ -62,10 +65,17 @@ def forms_as_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def note_forms(attached: Attached, noted: dict[str, Any]) -> None:
-    """Note forms, and what is merged, in a module's part of the metadata of a state dict."""
+def note_forms(module: Any, state_dict: Any, prefix: str) -> None:
+    """Note forms, and what is merged, in a module's part of a state dict and of its metadata."""
+    attached = module._lora
+    merged = list(attached.selection.merged)
+    if merged:
+        state_dict[prefix + MERGED_MARK] = getattr(module, MERGED_MARK)
+    noted = getattr(state_dict, "_metadata", {}).get(prefix[:-1])
+    if noted is None:
+        return
     noted[FORMS] = {entry.mark: [form_key(entry), *form_of(entry)] for entry in attached.entries()}
-    if merged := list(attached.selection.merged):
+    if merged:
         noted[MERGED] = merged
     attached.given |= noted[FORMS].keys()
 
@@ -81,6 +91,7 @@ def refuse_other_forms(model: nn.Module, state_dict: Any) -> None:
     metadata = getattr(state_dict, "_metadata", None) or {}
     for noted in metadata.values():
         refuse_merged_dict(noted)
+    refuse_marked(state_dict)
     keys = {canonical(key): key for key in state_dict}
     here: dict[str, set[str]] = {}
     for path, module in there:
@@ -105,6 +116,7 @@ def refuse_unfit(
     """Raise if a module may not take its part of a state dict, whoever loads it."""
     refuse_merged_weights(module)
     refuse_merged_dict(noted)
+    refuse_marked(key for key in state_dict if key == prefix + MERGED_MARK)
     refuse_unlike(prefix[:-1], module, {key: key for key in state_dict}, state_dict, noted)
 
 
@@ -128,12 +140,20 @@ def refuse_merged_weights(module: nn.Module) -> None:
 def refuse_merged_dict(noted: Mapping[str, Any]) -> None:
     """Raise if the base's weights in a state dict hold an adapter, which would count twice here."""
     for name in noted.get(MERGED, ()):
-        raise StateError(
-            _ASKED,
-            f"it was taken while {name!r} was merged into the weights, and here an adapter adds "
-            "to them",
-            "Take it after unmerge(model), or load it into the model without adapters",
-        )
+        raise _merged(f"{name!r} was")
+
+
+def refuse_marked(keys: Iterable[str]) -> None:
+    """Raise if one of the keys is the mark of merged weights."""
+    for key in keys:
+        if key.rpartition(".")[2] == MERGED_MARK:
+            raise _merged("adapters were")
+
+
+def _merged(who: str) -> StateError:
+    problem = f"it was taken while {who} merged into the weights, and here an adapter adds to them"
+    remedy = "Take it after unmerge(model), or load it into the model without adapters"
+    return StateError(_ASKED, problem, remedy)
 
 
 def refuse_unlike(

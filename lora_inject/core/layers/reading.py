@@ -274,3 +274,7 @@ def weight_property(param: str) -> property:
         del self.__dict__[param]
 
     return property(read, write, delete)
+
+
+READER = weight_property("").fget.__code__  # type: ignore[union-attr]
+"""The code by whose caller it is known who reads a parameter (`inside.caller_of`)."""

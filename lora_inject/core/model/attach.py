@@ -18,15 +18,16 @@ from lora_inject.core.layers.selection import Selection
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.layers.valueless import moved
-from lora_inject.core.model.carried import Carried, Root, root_at, structure_changed
+from lora_inject.core.model.carried import Carried, Root, structure_changed
 from lora_inject.core.model.guards import after, before
 from lora_inject.core.model.roots import (
     become_root,
     check_new_name,
+    records_with,
     refuse_nested,
     selection_for,
 )
-from lora_inject.core.model.trainable import forget_gradients, trainable_tensors
+from lora_inject.core.model.trainable import forget_gradients
 from lora_inject.core.spec.rooms import room
 
 
@@ -62,7 +63,7 @@ def attach(
     1. The Parameters are made: `tensors` gives those of a place by role. Trained copies for which
        `tied` is equal are one Parameter.
     2. The model becomes the adapter's root; its base is frozen. With `train` the adapter becomes
-       the only one that trains.
+       the only one that trains, of all models that share its selection.
     3. Each module is swapped, and gets its Parameters.
     4. With `activate` the adapter takes part: alone if it trains, else beside what is active.
     5. `probe` runs the model; sites that it does not reach are refused.
@@ -72,15 +73,15 @@ def attach(
     if not activate:
         _check_mixable(name, wanted, selection.setting.names)
     modules = [module for _, module in survey.modules]
-    record = root_at(survey)
-    values = (selection,) if record is None else (selection, record)
-    with all_or_nothing(modules, values, _may_train(survey, record)) as trained:
+    records = records_with(selection)
+    with all_or_nothing(modules, (selection, *records), _may_train(survey, records)) as trained:
         root = become_root(survey, selection)
         root.configs[name] = config
         root.carrying[name] = list({id(place.module): place.module for place in wanted}.values())
         _freeze(survey, root)
         if train:
-            _stop_training(trained, root, name)
+            _stop_training(trained, records)
+            root.trainable = {name}
         for place, held in zip(wanted, parameters, strict=True):
             attached = _put(place, held, selection)
             attached.time_major = f"{place.path}.".startswith(survey.time_major)
@@ -90,6 +91,7 @@ def attach(
             begin_training(modules)
         if activate:
             _activate(selection, name, alone=train)
+        after("load", survey, name)
         if probe is not None:
             room("reached").refuse_unreached(survey.model, probe)
     forget_gradients(survey.tensors)
@@ -116,21 +118,33 @@ def _parameters(
     return [made[key] for key in keys]
 
 
-def _may_train(survey: Survey, record: Root | None) -> Iterator[nn.Parameter]:
-    """Yield what may require a gradient now: the base, and the adapters that a record says train.
+def _may_train(survey: Survey, records: Iterable[Root]) -> Iterator[nn.Parameter]:
+    """Yield what may require a gradient now: the base, and the adapters that records say train.
 
     To ask every tensor of every adapter would be quadratic in a model that collects adapters.
     """
     yield from survey.tensors
-    for name in (None,) if record is None else record.trainable:
-        yield from (parameter for *_, parameter in trainable_tensors(survey, name))
+    for record in records:
+        for name in record.trainable:
+            yield from (p for module in record.carrying[name] for p in _held(module, name))
 
 
-def _stop_training(trained: Iterable[nn.Parameter], root: Root, name: str) -> None:
-    """Make an adapter the only one that trains; its Parameters are made so."""
+def _held(module: nn.Module, name: str) -> Iterator[nn.Parameter]:
+    """Yield the tensors of an adapter on a module that may train."""
+    attached = attached_to(module)
+    for entry in () if attached is None else attached.entries(name):
+        held = (
+            module._parameters[flat] for role, flat in entry.names.items() if entry.trains(role)
+        )
+        yield from (parameter for parameter in held if parameter is not None)
+
+
+def _stop_training(trained: Iterable[nn.Parameter], records: Iterable[Root]) -> None:
+    """Let nothing train that did."""
     for parameter in trained:
         parameter.requires_grad_(False)
-    root.trainable = {name}
+    for record in records:
+        record.trainable = set()
 
 
 def _check_mixable(name: str, wanted: Iterable[Carried], active: Mapping[str, float]) -> None:

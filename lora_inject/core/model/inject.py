@@ -13,7 +13,7 @@ from lora_inject.core.layers.first_values import first_values
 from lora_inject.core.layers.survey import Survey, memory_of
 from lora_inject.core.model.attach import attach, survey_for
 from lora_inject.core.model.carried import Carried
-from lora_inject.core.model.guards import after, before, functions
+from lora_inject.core.model.guards import before, functions
 from lora_inject.core.model.places import places, refuse_statistics
 from lora_inject.core.model.trainable import refuse_dead_inputs
 from lora_inject.core.spec.config import Config, ConfigLike
@@ -121,5 +121,4 @@ def inject(
 
     before("load", survey, name, wanted, tied)
     attach(survey, name, wanted, initial, tied, planned.config.to_dict(), probe=probe)
-    after("load", survey, name)
     return model

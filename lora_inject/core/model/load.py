@@ -19,7 +19,7 @@ from lora_inject.core.model.attach import attach, survey_for
 from lora_inject.core.model.base import Base, model_facts
 from lora_inject.core.model.carried import Carried, reach
 from lora_inject.core.model.fit_state import fit
-from lora_inject.core.model.guards import after, before
+from lora_inject.core.model.guards import before
 from lora_inject.core.model.origins import note_files
 from lora_inject.core.model.places import places
 from lora_inject.core.model.trainable import refuse_dead_inputs
@@ -165,7 +165,6 @@ def _put_on(
     active = {each for selection in there.selections for each in selection.setting.names}
     takes_part = trainable or active.isdisjoint(there.names)
     attach(survey, name, wanted, given, tied, state.config, activate=takes_part, train=trainable)
-    after("load", survey, name)
 
 
 def _by_name(state: AdapterState) -> dict[str, Mapping[str, Tensor]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Sequence
 
 from lora_inject.core.layers.selection import Selection
 from lora_inject.core.layers.survey import Survey
@@ -19,6 +20,22 @@ from lora_inject.core.model.carried import (
     roots_of,
 )
 from lora_inject.errors import StateError
+
+
+def records_with(selection: Selection) -> list[Root]:
+    """Return the records of all models that share a selection."""
+    return [record for _, record in known_roots() if record.selection is selection]
+
+
+def _still(holds: Callable[[], bool]) -> bool:
+    """Return whether something holds of the roots that there are, without those that wait to go.
+
+    A model that was deleted and lies in a cycle of references waits for the collector.
+    """
+    if not holds():
+        return False
+    gc.collect()
+    return holds()
 
 
 def become_root(survey: Survey, selection: Selection) -> Root:
@@ -42,14 +59,16 @@ def selection_for(survey: Survey, wanted: Sequence[Carried], asked: str) -> Sele
     """
     record = root_at(survey)
     adapted = reach(survey.model, survey).selections
-    own = record.selection if record is not None else next(iter(adapted), None)
-    others = _selections_around(survey, wanted)
-    selection = own or next(iter(others), None) or Selection()
-    if any(other is not selection for other in others):
+    own = [*adapted][:1] if record is None else [record.selection]
+    shared = {*own, *_selections_around(survey, wanted)}
+    if len(shared) > 1:
+        gc.collect()  # a model that nobody holds any more may wait for it
+        shared = {*own, *_selections_around(survey, wanted)}
+    if len(shared) > 1:
         problem = "a layer that it would adapt is also in a model that was injected apart"
         remedy = "Inject that layer first, in either model; or give each model a copy of it"
         raise StateError(asked, problem, remedy)
-    return selection
+    return shared.pop() if shared else Selection()
 
 
 def _selections_around(survey: Survey, wanted: Sequence[Carried]) -> list[Selection]:
@@ -70,7 +89,7 @@ def refuse_nested(survey: Survey, asked: str) -> None:
         problem = f"a part of the model, {inside[0]!r}, was injected by itself"
         remedy = "Inject into that part again, or eject it and inject into the whole model"
         raise StateError(asked, problem, remedy)
-    if root_at(survey) is None and _is_inside_a_root(survey):
+    if root_at(survey) is None and _still(lambda: _is_inside_a_root(survey)):
         problem = "the module is a part of a model that was injected"
         remedy = (
             "Inject into that model, with patterns that begin with the name of the part; if it is "
@@ -99,7 +118,7 @@ def check_new_name(survey: Survey, name: str) -> None:
     if name in there.names:
         has_it = "the model has one of that name"
         raise StateError(asked, has_it, "Eject it, or choose another name")
-    if records_of(survey, name):
+    if _still(lambda: bool(records_of(survey, name))):
         has_it = "a layer that was replaced, or a model that shares layers, has one of that name"
         raise StateError(asked, has_it, "Eject it, or choose another name")
     for selection in there.selections:

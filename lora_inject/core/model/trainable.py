@@ -40,8 +40,18 @@ def refuse_dead_inputs(survey: Survey, asked: str) -> None:
         raise LayerError(f"{asked}, {name!r}", problem, f"{reason.remedy}; {serves}")
 
 
+# torch's own quantized layers, as `torch.ao.quantization.quantize_dynamic` makes them.
+_WITHOUT_AUTOGRAD = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")
+
+
 def _dead(survey: Survey) -> Iterator[tuple[str, Reason]]:
     """Yield names of layers and weights that hand no gradient on, with the reason."""
+    for path, module in survey.modules:
+        if type(module).__module__.startswith(_WITHOUT_AUTOGRAD):
+            from lora_inject.core.layers.weight_kinds import Reason
+
+            problem = f"{type(module).__name__} of torch.ao computes without autograd"
+            yield path, Reason(problem, "Train first, then quantize")
     for path, module in survey.modules if loaded_kinds() else ():
         held: dict[str, Tensor | None] = {path: None}
         held |= {joined(path, key): weight for key, weight in survey.own[id(module)].items()}
