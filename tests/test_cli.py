@@ -144,12 +144,25 @@ def test_names_of_the_hub_are_found_in_its_local_cache(run, files, tmp_path, mon
     due = run("plan", files.config, files.base, "--json").out
     assert run("plan", files.config, "user/tiny", "--json").out == due
     assert run("merge", "user/tiny", files.one, "-o", tmp_path / "out").code == 0
-    for words in (("plan", files.config, "gpt3"), ("merge", "gpt3", files.one, "-o", "x")):
+    for command in ("inspect", "analyze"):
+        due = run(command, files.one, "--base", files.base).out
+        assert run(command, files.one, "--base", "user/tiny").out == due
+    rows = tmp_path / "rows.txt"
+    rows.write_text("one\n")
+    for words in (
+        ("plan", files.config, "gpt3"),
+        ("merge", "gpt3", files.one, "-o", "x"),
+        ("analyze", files.one, "--base", "gpt3"),
+        ("profile", "gpt3", "--data", rows, "-o", "x"),
+    ):
         found = run(*words)
         said = " ".join(found.err.split())
         assert found.code == 1
         assert "no such file or folder here, nor a model of this name in the hub's cache" in said
         assert "hf download gpt3" in said
+    (tmp_path / "runs").mkdir()
+    said = " ".join(run("plan", files.config, "runs/mine").err.split())
+    assert "there is no such file or folder. Check the path." in said  # no name of the hub
 
 
 def test_verify_shows_the_first_problems_in_the_order_of_layers(run, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 import lora_inject as li
 from lora_inject.algebra import renaming
+from lora_inject.core.adapter.site_state import SiteState
 
 
 @pytest.fixture
@@ -196,12 +198,57 @@ def test_wrong_values_are_wrong_usage_and_the_right_ones_are_named(run, files, t
         (("check", path, "--for", "all"), "llama.cpp"),
         (("convert", path, out, "--to", "portable", "--dtype", "fp16"), "float16"),
         (("combine", path, path, "-o", out, "--method", "tis"), "dare_ties_svd"),
+        (("combine", path, path, "-o", out, "--majority-sign", "most"), "frequency"),
+        (("combine", path, path, "-o", out, "--prefer", "both"), "metadata"),
+        (("combine", path, path, "-o", out, "--dtype", "floats16"), "did you mean float16?"),
+        (("inspect", path, "--format", "pefd"), "did you mean peft?"),
+        (("advise", path, "--budget", "9k", "--for", "sfd"), "did you mean sft?"),
     ):
         found = run(*words)
         said = " ".join(found.err.replace("│", " ").split())
         assert (found.code, out.exists()) == (2, False)
         assert "is not known" in said
         assert known in said
+
+
+def test_a_number_out_of_its_bounds_is_said_as_the_help_says_them(run, files, tmp_path):
+    path, out = files[0][0], tmp_path / "x"
+    for words, said in (
+        (("combine", path, path, "-o", out, "--density", "2"), "give a number, 0 to 1"),
+        (("combine", path, path, "-o", out, "--rank", "0"), "give a whole number, at least 1"),
+        (("combine", path, path, "-o", out, "--rank", "x"), "give a whole number, at least 1"),
+        (("combine", path, path, "-o", out, "--seed", "x"), "give a whole number"),
+        (("combine", path, path, "-o", out, "-w", "x"), "give a number"),
+        (("combine", path, path, "-o", out, "-w", "1"), "1 weight for 2 adapters"),
+        (("combine", path, path, "-o", out, "-w", "1", "-w", "0"), "0 is not a weight"),
+        (("verify-served", "url", path, "--timeout", "0"), "give a number, at least 0.1"),
+    ):
+        found = run(*words)
+        shown = " ".join(found.err.replace("│", " ").split())
+        assert (found.code, out.exists()) == (2, False)
+        assert shown.endswith(said) or f"{said};" in shown
+        bounds = said.partition(", ")[2]
+        assert bounds in " ".join(run(words[0], "--help").out.split())
+
+
+def test_a_command_does_not_speak_of_arguments_of_functions(run, tmp_path):
+    path = li.write_adapter(make_state(KIND_SPECS["linear"]), tmp_path / "a")
+    found = run("convert", path, tmp_path / "b", "--to", "torchtune")
+    assert found.code == 1
+    assert "--base BASE." in " ".join(found.err.split())
+    assert "Python" not in found.err
+
+
+def test_a_group_of_sites_that_were_cut_differently_shows_each_rank(run, tmp_path):
+    spec = replace(KIND_SPECS["linear"], rank=2)
+    sites = {}
+    for i, values in enumerate(([1.0, 1.0], [1.0, 0.01])):
+        A = torch.eye(2, spec.in_features)
+        B = torch.eye(spec.out_features, 2) * torch.tensor(values)
+        sites[f"h.{i}.fc"] = SiteState(replace(spec, name=f"h.{i}.fc"), A, B)
+    path = li.write_adapter(li.AdapterState(sites), tmp_path / "a")
+    found = run("truncate", path, "-o", tmp_path / "b", "--energy", "0.99")
+    assert re.search(r"h\.\{0\.\.1\}\.fc x2 +2 +1 to 2 ", found.out), found.out
 
 
 def test_formats_are_listed_and_another_one_is_wrong_usage(run, files, tmp_path):

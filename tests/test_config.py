@@ -157,7 +157,7 @@ rank: '8'
 => f:1:7 (rank): '8' is a word. Write 8, without quotes and leading zeros.
 
 rank: true
-=> f:1:7 (rank): True is not accepted. Input should be a valid integer.
+=> f:1:7 (rank): True is not accepted. Write a whole number.
 
 rank:
 => f:1:6 (rank): there is no value. Write one, or remove the key.
@@ -166,16 +166,16 @@ rank: 010
 => f:1:7 (rank): '010' is a word. Write 10, without quotes and leading zeros.
 
 alpha: 0
-=> f:1:8 (alpha): 0 is not accepted. Input should be greater than 0.
+=> f:1:8 (alpha): 0 is not accepted. Write more than 0.
 
 alpha: .nan
-=> f:1:8 (alpha): nan is not accepted. Input should be a finite number.
+=> f:1:8 (alpha): nan is not accepted. Write a finite number.
 
 alpha: 1e999
-=> f:1:8 (alpha): inf is not accepted. Input should be a finite number.
+=> f:1:8 (alpha): inf is not accepted. Write a finite number.
 
 dropout: 1
-=> f:1:10 (dropout): 1 is not accepted. Input should be less than 1.
+=> f:1:10 (dropout): 1 is not accepted. Write less than 1.
 
 bias: no
 => f:1:7 (bias): 'no' is not accepted. Did you mean 'none'?
@@ -184,17 +184,33 @@ init: gausian
 => f:1:7 (init): 'gausian' is not accepted. Did you mean 'gaussian'?
 
 init: 3
-=> f:1:7 (init): 3 is not accepted. Input should be 'kaiming', 'gaussian', 'pissa' or 'olora', or
+=> f:1:7 (init): 3 is not accepted. Write 'kaiming', 'gaussian', 'pissa' or 'olora', or
    {normal: 0.02}.
 
 variant: dor
 => f:1:10 (variant): there is no variant 'dor'. Did you mean 'dora'?
 
 version: 2
-=> f:1:10 (version): 2 is not accepted. Input should be 1.
+=> f:1:10 (version): 2 is not accepted. Write 1.
 
 targets: q_proj
 => f:1:10 (targets): 'q_proj' is not accepted. Write a list: [q_proj].
+
+targets: {match: q_proj, rank: 4}
+=> f:1:10 (targets): {'match': 'q_proj', 'rank': 4} is not accepted. Write a list: each entry is a
+   line that begins with '- '.
+
+targets: [q]
+expect: 3
+=> f:2:9 (expect): 3 is not accepted. Write a mapping of sites, lora, trainable.
+
+targets: [q]
+tokens: [1]
+=> f:2:9 (tokens): [1] is not accepted. Write a mapping, such as {name: [1]}.
+
+targets: [q]
+bias: 3
+=> f:2:7 (bias): 3 is not accepted. Write 'none', 'adapted' or 'all'.
 
 targets: [12]
 => f:1:11 (targets[0]): 12 is not a rule. Write a pattern in single quotes, or a mapping with
@@ -205,7 +221,7 @@ targets: [{rank: 3}]
 
 targets: [q]
 exclude: [3]
-=> f:2:11 (exclude[0]): 3 is not accepted. Input should be a valid string.
+=> f:2:11 (exclude[0]): 3 is not accepted. Write a text.
 
 targets:
   - q
@@ -243,11 +259,11 @@ targets: [{match: q, slices: [q, q], adapt: [q]}]
 => f:1:30 (targets[0].slices): ['q', 'q'] has a repeated entry. Write each once.
 
 targets: [{match: q, slices: {q: 8, k: 0}, adapt: [q]}]
-=> f:1:40 (targets[0].slices.k): 0 is not accepted. Input should be greater than or equal to 1.
+=> f:1:40 (targets[0].slices.k): 0 is not accepted. Write at least 1.
 
 targets: [{match: q, slices: ['a b', k], adapt: [k]}]
-=> f:1:31 (targets[0].slices[0]): 'a b' is not accepted. String should match pattern
-   '^[A-Za-z_][A-Za-z0-9_]*$'.
+=> f:1:31 (targets[0].slices[0]): 'a b' is not accepted. Write a name of letters,
+   digits and _ that begins with a letter.
 
 targets: [{match: q, layout: out-in}]
 => f:1:30 (targets[0].layout): 'out-in' is not accepted. Did you mean 'out_in'?
@@ -298,7 +314,7 @@ use_rslora: true
 => f:1:1 (use_rslora): unknown key 'use_rslora'. Did you mean 'scaling'?
 
 init: corda
-=> f:1:7 (init): 'corda' is not accepted. Input should be 'kaiming', 'gaussian', 'pissa' or 'olora',
+=> f:1:7 (init): 'corda' is not accepted. Write 'kaiming', 'gaussian', 'pissa' or 'olora',
    or {normal: 0.02}.
 
 bias: lora_only
@@ -361,7 +377,7 @@ AS_VALUE: list[tuple[Callable[[], Any], str]] = [
     (lambda: Rule(), "Rule: 'match' is missing. "),
     (
         lambda: Config(targets=["a", {"match": "b", "alpha": float("nan")}]),
-        "config (targets[1].alpha): nan is not accepted. Input should be a finite number.",
+        "config (targets[1].alpha): nan is not accepted. Write a finite number.",
     ),
     (
         lambda: Config(targets=[{"match": "a", "adapt": ["q"]}]),
@@ -371,8 +387,11 @@ AS_VALUE: list[tuple[Callable[[], Any], str]] = [
     (lambda: Normal(normal=0), "Normal (normal): 0 is not accepted. "),
     (lambda: Expect(), "Expect: nothing is expected. "),
     (lambda: Config(targets={"q"}), "config (targets): {'q'} is not accepted. "),
-    (lambda: Config.from_dict({1: 2}), "config ([1]): 1 is not accepted. Keys should be strings."),
-    (lambda: Config.from_dict(["q"]), "config: ['q'] is not accepted. Input should be a mapping"),
+    (
+        lambda: Config.from_dict({1: 2}),
+        "config ([1]): 1 is not accepted. Write keys that are texts.",
+    ),
+    (lambda: Config.from_dict(["q"]), "config: ['q'] is not accepted. Write a mapping"),
     (lambda: Config.coerce(3), "config: it is an int. Give a Config, a dict, the path of a YAML "),
     (lambda: Config.from_yaml(None), "read a config, path: it is None. Give the path of a "),
     (lambda: Config.coerce("rank: 1\n"), "config: YAML text where a path "),

@@ -230,7 +230,7 @@ END = "\nbudget: {steps: 8}"
         (f"{SHORT}lr: 1e-3{END}", "a single trial. Give two choices"),
         (f"{SHORT}lr: []{END}", r"s.yaml:2:5 \(lr\): it is empty. Give one entry"),
         (f"{SHORT}lr: [1e-3, 1e-3]{END}", "has a repeated entry"),
-        (f"{SHORT}lr: [1e-3, -1]{END}", r"2:12 \(lr\[1\]\): -1 is not accepted.*greater than 0"),
+        (f"{SHORT}lr: [1e-3, -1]{END}", r"2:12 \(lr\[1\]\): -1 is not accepted. Write more than 0"),
         (f"{SHORT}lr: {{from: 1e-2, to: 1e-4}}\ntrials: 4{END}", "0.01 is not below to 0.0001"),
         (f"{SHORT}lr: {{from: 1e-4, to: 1e-2}}{END}", "lr is a range, and trials is missing. Say"),
         (f"{SHORT}lr: [1, 2]\nbudget: {{}}", "steps and minutes are missing. Give one of them"),
@@ -239,7 +239,17 @@ END = "\nbudget: {steps: 8}"
         (f"{SHORT}learning_rate: [1, 2]{END}", r"2:1 \(learning_rate\).*Did you mean 'lr'"),
         (f"{SHORT}lr: [1, 2]\nbudget: {{step: 8}}", r"\(budget.step\).*Did you mean 'steps'"),
         (f"{SHORT}lr: [1, 2]\nconfig: {{rank: 2}}{END}", "config has 'rank', which the space sets"),
-        (f"targets: {{'a b': [q]}}\nlr: [1, 2]{END}", "should match pattern"),
+        (f"targets: {{'a b': [q]}}\nlr: [1, 2]{END}", "Write a name of letters, digits and _"),
+        (
+            f"targets: [q]\nlr: [1, 2]{END}",
+            r"\(targets\).*Write a mapping, such as {name: \['q'\]}",
+        ),
+        (
+            f"targets: {{a: {{match: q}}}}\nlr: [1, 2]{END}",
+            r"targets.a.*a line that begins with '- '",
+        ),
+        (f"{SHORT}lr: [1, 2]\nbudget: 8", "Write a mapping of parameters, bytes, steps, minutes"),
+        (f"{SHORT}lr: [1, 2]\nbudget: {{steps: 0}}", "Write at least 1"),
         ("", "the config is empty"),
     ],
 )

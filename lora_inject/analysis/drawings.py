@@ -172,8 +172,12 @@ def similarity_figure(
     columns: int = 3,
     title: str = "",
     side: float = PANEL,
+    counted: Sequence[str] = (),
 ) -> Any:
-    """Return heat maps of phi, titled grids in rows of `columns`, on one scale from 0 to 1."""
+    """Return heat maps of phi, titled grids in rows of `columns`, on one scale from 0 to 1.
+
+    `counted` names the rows and columns; without it directions are counted from 1.
+    """
     _check_drawable(any(grid.numel() for _, grid in panels))
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
@@ -192,8 +196,8 @@ def similarity_figure(
             grid.detach().cpu().tolist(), vmin=0, vmax=1, cmap=COLORS, aspect="auto",
             interpolation="nearest", extent=(0.5, width + 0.5, height + 0.5, 0.5),
         )  # fmt: skip
-        axes.set_xticks(range(1, width + 1, -(-width // MOST_TICKS)))
-        axes.set_yticks(range(1, height + 1, -(-height // MOST_TICKS)))
+        axes.set_xticks(*_ticks(width, counted))
+        axes.set_yticks(*_ticks(height, counted))
         axes.tick_params(labelsize=6)
         axes.set_ylabel(labels[0], fontsize=7)
         axes.set_xlabel(labels[1], fontsize=7)
@@ -202,6 +206,12 @@ def similarity_figure(
     if title:
         figure.suptitle(printable(title), fontsize=9)
     return figure
+
+
+def _ticks(n: int, counted: Sequence[str]) -> tuple[range, list[str]]:
+    """Return which of n rows, from 1, have a tick, and what it says."""
+    at = range(1, n + 1, -(-n // MOST_TICKS))
+    return at, [counted[i - 1] if counted else str(i) for i in at]
 
 
 @_styled()

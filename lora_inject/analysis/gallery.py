@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from lora_inject.errors import user_path
 
 WEIGHT_DIRECTIONS = 128
 MOST_BLOCKS = 4
-LAYERS = ("layer, from 1", "layer, from 1")  # what rows and columns of layers compared are
+LAYERS = ("layer", "layer")  # what rows and columns of layers compared are
 
 
 def draw_gallery(
@@ -63,8 +63,8 @@ def draw_gallery(
     middle = (blocks[len(blocks) // 2] for blocks in kinds.values())
     spectra = {block.name: spectrum(block.delta).values for block in middle}
     drawn = [draw_spectra(spectra, place / "spectra.png")]
-    for kind, (_, phi) in across_layers(state).items():
-        figure = similarity_figure([("", phi)], LAYERS, title=kind)
+    for kind, (names, phi) in across_layers(state).items():
+        figure = similarity_figure([("", phi)], LAYERS, title=kind, counted=layer_names(names))
         drawn.append(png(figure, place / f"layers-{_slug(kind)}.png"))
     if comparison is not None:
         for kind, pairs in comparable(comparison).items():
@@ -75,6 +75,11 @@ def draw_gallery(
     if weights is not None:
         drawn += _on_weight(place, state, weights)
     return drawn
+
+
+def layer_names(names: Iterable[str]) -> list[str]:
+    """Return the layer of each block, by its name."""
+    return [Place(name.partition(" [")[0], "").at for name in names]
 
 
 def comparable(comparison: Comparison) -> dict[str, list[Pair]]:

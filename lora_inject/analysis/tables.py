@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from operator import attrgetter
 from statistics import median
 
 from lora_inject.analysis.blocks import SHARES, Place, by_kind
 from lora_inject.analysis.figures import Analysis
 from lora_inject.analysis.subspaces import Comparison
-from lora_inject.core.spec.site_tables import Listing, number
+from lora_inject.core.spec.site_tables import Listing, number, span
 
 
 def percent(share: float) -> str:
     """Return a share in percent: `0.99` as `99%`."""
     return f"{share * 100:.3g}%" if math.isfinite(share) else number(share)
-
-
-def span(values: Iterable[float]) -> str:
-    """Return the range of some numbers: `8`, or `4 to 16`."""
-    ends = sorted(set(values))
-    return "-" if not ends else f"{ends[0]:g}" + (f" to {ends[-1]:g}" if len(ends) > 1 else "")
 
 
 def kind_rows(analysis: Analysis) -> Listing:

@@ -11,7 +11,7 @@ from typer import Argument, BadParameter, Exit, Option
 
 from lora_inject.cli import given, show
 from lora_inject.cli.program import app
-from lora_inject.core.spec.site_tables import Listing
+from lora_inject.core.spec.site_tables import Listing, span
 from lora_inject.core.spec.spellings import templates
 
 if TYPE_CHECKING:
@@ -46,7 +46,10 @@ def combine_command(
     density: Annotated[
         float | None, Option(min=0, max=1, help="Share of the values to keep.")
     ] = None,
-    majority_sign: Annotated[str, Option(help="ties: total or frequency.")] = "total",
+    majority_sign: Annotated[
+        str,
+        Option(help="ties: total or frequency.", callback=given.one_of(("total", "frequency"))),
+    ] = "total",
     seed: Annotated[int, Option(help="Seed of dare's masks.")] = 0,
     dtype: WriteDtype = None,
     reading: given.ReadOptions,
@@ -56,8 +59,9 @@ def combine_command(
     from lora_inject.algebra.combine_files import combine as combined
 
     how: dict[str, Any] = {"density": density, "majority_sign": majority_sign, "seed": seed}
+    weights = weight and given.weights_for(adapters, weight)
     states = reading.read(adapters)
-    _write(combined(states, weight, method=method, rank=rank, **how), writing, output, dtype)
+    _write(combined(states, weights, method=method, rank=rank, **how), writing, output, dtype)
 
 
 @app.command("truncate")
@@ -79,7 +83,7 @@ def truncate_command(
     [state] = reading.read([adapter])
     made, cuts = truncated(state, rank=keeping.rank, energy=keeping.energy)
     cells = tuple((name, cut.before, float(cut.rank), cut.error) for name, cut in cuts.items())
-    rows = Listing(("site", "rank", "now", "error"), cells, {"now": max, "error": max})
+    rows = Listing(("site", "rank", "now", "error"), cells, {"now": span, "error": max})
     sites = {name: cut._asdict() for name, cut in cuts.items()}
     _write(made, writing, listing, dtype, partial(show.print_rows, rows), sites=sites)
 

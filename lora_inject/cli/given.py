@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, BadParameter, Option
 
-from lora_inject.cli.show import print_json
+from lora_inject.cli.show import not_one_of, print_json
 from lora_inject.core.files.atomic import check_free
-from lora_inject.errors import CheckpointError, LoraInjectError, nearest, user_path
+from lora_inject.core.spec.names import counted
+from lora_inject.errors import CheckpointError, LoraInjectError, user_path
 
 if TYPE_CHECKING:
     from lora_inject.checkpoint import Checkpoint
@@ -55,9 +57,7 @@ def one_of(names: Sequence[str]) -> Callable[[str | None], str | None]:
     def checked(value: str | None) -> str | None:
         if value is None or value in names:
             return value
-        near = nearest(value, names, 1)
-        meant = f", did you mean {near[0]}?" if near else "."
-        raise BadParameter(f"{value!r} is not known{meant} Known are {', '.join(names)}")
+        raise BadParameter(not_one_of(value, names))
 
     return checked
 
@@ -70,9 +70,10 @@ Format = Option(
 def model_folder(path: Path) -> Path:
     """Return a path as it is, or the folder that the hub's local cache has for a name like gpt2.
 
-    The network is never asked.
+    The network is never asked. Where the folder `user` is here, `user/name` is a path.
     """
-    if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", str(path)):
+    is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", str(path))
+    if path.exists() or not is_name or (len(path.parts) > 1 and path.parent.exists()):
         return path
     with suppress(ImportError, ValueError):  # no hub here, or not a name that it can have
         from huggingface_hub import try_to_load_from_cache
@@ -236,6 +237,19 @@ class ReadOptions:
             else:
                 states.append(read_weighted(path, base, **options, **more).state)
         return states
+
+
+def weights_for(adapters: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
+    """Return a weight for each adapter: 1 by default."""
+    if not weights:
+        return [1.0] * len(adapters)
+    if len(weights) != len(adapters):
+        problem = f"{counted(len(weights), 'weight')} for {counted(len(adapters), 'adapter')}"
+        raise BadParameter(f"{problem}; give --weight once for each", param_hint="--weight")
+    for weight in weights:
+        if not math.isfinite(weight) or weight == 0:
+            raise BadParameter(f"{weight:g} is not a weight", param_hint="--weight")
+    return [*weights]
 
 
 def pairs_from(texts: Iterable[str], option: str, example: str, whole: str = "") -> dict[str, str]:

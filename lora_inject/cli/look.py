@@ -54,7 +54,12 @@ def advise_command(
         str, Option(metavar="N", help="Most parameters in A and B, such as 170k or 1.5M.")
     ],
     purpose: Annotated[
-        str, Option("--for", help="What it is trained for: sft, rl or classify.")
+        str,
+        Option(
+            "--for",
+            help="What it is trained for: sft, rl or classify.",
+            callback=given.one_of(("sft", "rl", "classify")),
+        ),
     ] = "sft",
 ) -> None:
     """Print a config to start from, within a budget, with what is known of its learning rate.
@@ -117,7 +122,11 @@ def inspect(
     ] = None,
     adapter_format: Annotated[
         str | None,
-        Option("--format", help="Format of the adapter. (default: detected from the files)"),
+        Option(
+            "--format",
+            help="Format of the adapter. (default: detected from the files)",
+            callback=given.one_of(given.FORMATS),
+        ),
     ] = None,
     reading: given.ReadOptions,
     listing: given.ListOutput,
@@ -126,7 +135,7 @@ def inspect(
     from lora_inject.analysis.inspection import inspect_state
     from lora_inject.checkpoint import Checkpoint
 
-    checkpoint = None if base is None else Checkpoint.open(base)
+    checkpoint = None if base is None else Checkpoint.open(given.model_folder(base))
     [state] = reading.read([adapter], checkpoint, format=adapter_format)
     inspection = inspect_state(state)
     listing.show(inspection.to_dict(), show.print_inspection, inspection)
@@ -164,7 +173,7 @@ def analyze_command(
         raise BadParameter("it needs --base", param_hint="--any-base")
     _check_outputs(report, pictures)
     weights, comparison, written = None, None, list[Path]()
-    checkpoint = None if base is None else Checkpoint.open(base)
+    checkpoint = None if base is None else Checkpoint.open(given.model_folder(base))
     paths = [adapter] if other is None else [adapter, other]
     state, *others = reading.read(paths, checkpoint)
     if checkpoint is not None:
@@ -178,7 +187,7 @@ def analyze_command(
         written += analysis.draw_gallery(pictures, state, comparison=comparison, weights=weights)
     if report is not None:
         name = other.name if other else "the other adapter"
-        page = analysis.report(figures, state, adapter.name, comparison=comparison, other=name)
+        page = analysis.report(figures, state, str(adapter), comparison=comparison, other=name)
         written.append(analysis.write_report(report, page))
     _show_analysis(listing, figures, comparison, written)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,13 +78,7 @@ class Merging:
         """Open the base, check the output and read the adapters."""
         from lora_inject.checkpoint import Checkpoint, check_output, read_weighted
 
-        weights = self.weight or [1.0] * len(adapters)
-        if len(weights) != len(adapters):
-            problem = f"{len(weights)} weights for {len(adapters)} adapters"
-            raise BadParameter(f"{problem}; give --weight once for each", param_hint="--weight")
-        for weight in weights:
-            if not math.isfinite(weight) or weight == 0:
-                raise BadParameter(f"{weight} is not a weight", param_hint="--weight")
+        weights = given.weights_for(adapters, self.weight)
         checkpoint = Checkpoint.open(given.model_folder(base))
         if output is not None:
             check_output(checkpoint, output, overwrite=overwrite)

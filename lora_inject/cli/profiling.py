@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lora_inject.cli import given
 from lora_inject.cli.program import app
 from lora_inject.cli.searching import encoded_rows, loaded_model, rows_of_file
 from lora_inject.cli.show import note, say
@@ -38,7 +39,7 @@ def profile_command(
     from lora_inject.experts.profile import profile_experts
 
     rows = rows_of_file(data)
-    base, tokenizer = loaded_model(model, device)
+    base, tokenizer = loaded_model(given.model_folder(model), device)
     tokens = [ids for ids, _ in encoded_rows(tokenizer, rows, length)]
     batches = ({"input_ids": torch.tensor([ids], device=device)} for ids in tokens)
     profile = profile_experts(base, batches)

@@ -21,7 +21,7 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_args
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
-from lora_inject.cli.show import BAD, note, say
+from lora_inject.cli.show import BAD, not_one_of, note, say
 from lora_inject.errors import LoraInjectError
 from lora_inject.version import __version__
 
@@ -67,6 +67,14 @@ class _Command(TyperCommand):
                 ctx.fail(f"Missing {param.param_type_name} {param.get_error_hint(ctx)}.")
         return super().invoke(ctx)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments; a value that is wrong is said in one wording, whatever the typer."""
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            error.message = _wrong_value(error, ctx)
+            raise
+
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the arguments without braces and double dots."""
         pieces = super().collect_usage_pieces(ctx)
@@ -103,6 +111,20 @@ def _value(kind: re.Match[str]) -> str:
     """Return how the help writes a value: `<list[float]>` as NUMBER, choices as they are."""
     name = kind[1].removeprefix("list[").removesuffix("]").split(" ")[0]
     return VALUES.get(name.lower(), name)
+
+
+def _wrong_value(error: typer.BadParameter, ctx: Any) -> str:
+    """Return what is wrong with a value, in place of what typer, click or pydantic say."""
+    message = error.message.removeprefix("Value error, ")
+    if choices := re.fullmatch(r"'(.*)' is not one of (.*?)\.?", message):
+        return not_one_of(choices[1], re.findall(r"'([^']+)'", choices[2]))
+    if not re.search(r"^Input should|not a valid|not in the range", message):
+        return error.message
+    record: Any = error.param and error.param.get_help_record(ctx)  # type: ignore[arg-type]
+    kind, text = record or ("", "")
+    number = "a whole number" if re.search(r"\bint", kind, re.IGNORECASE) else "a number"
+    bounds = LIMITS.search(text)
+    return f"give {number}, {_limits(bounds)}" if bounds else f"give {number}"
 
 
 def _limits(bounds: re.Match[str]) -> str:
@@ -156,7 +178,11 @@ class _Commands(TyperGroup):
 def in_options(message: str, options: Iterable[str]) -> str:
     """Return a message of the package in the words of the command line, with its options.
 
+    What begins with "(in Python," is for those who call the function, and is left out.
+
     Examples:
+        >>> in_options("Convert it with its base (in Python, pass config=).", [])
+        'Convert it with its base.'
         >>> in_options("pass allow=['x', 'y'], any_base=True or a=1", ["--allow", "--any-base"])
         'pass --allow x --allow y, --any-base or a=1'
         >>> in_options("pass component='unet' (--from-component)", [])
@@ -164,6 +190,7 @@ def in_options(message: str, options: Iterable[str]) -> str:
         >>> in_options('write format="peft"', ["--to"])  # of convert
         'write --to peft'
     """
+    message = re.sub(r" \(in Python, [^()]*\)", "", message)
     known = {opt[2:].replace("-", "_"): opt for opt in options if opt.startswith("--")}
     if "to" in known:
         known.setdefault("format", "--to")

@@ -23,9 +23,10 @@ import typer
 from lora_inject.core.spec.columns import columns, sides
 from lora_inject.core.spec.names import counted as count
 from lora_inject.core.spec.names import printable
-from lora_inject.core.spec.site_tables import Listing
+from lora_inject.core.spec.site_tables import Listing, span
 from lora_inject.core.spec.sites import ROLES
 from lora_inject.core.spec.spellings import templates
+from lora_inject.errors import nearest
 
 if TYPE_CHECKING:
     from lora_inject.analysis import Analysis, Comparison
@@ -73,6 +74,13 @@ def say_words(text: str, color: str | None = None) -> None:
     lines = textwrap.wrap(text, width(), break_long_words=False, break_on_hyphens=False)
     for number, line in enumerate(lines):
         say(line, color=None if number else color)
+
+
+def not_one_of(value: str, names: Sequence[str]) -> str:
+    """Return that a value is none of some names, the nearest of them, and all of them."""
+    near = nearest(value, names, 1)
+    meant = f", did you mean {near[0]}?" if near else "."
+    return f"{value!r} is not known{meant} Known are {', '.join(names)}"
 
 
 def natural(text: str) -> list[str | int]:
@@ -344,8 +352,8 @@ def print_extraction(report: ExtractReport, written: Path, *, everything: bool) 
     low = [tensor for tensor in report.tensors if tensor.kept == "low rank"]
     low.sort(key=lambda tensor: tensor.energy or 0.0)
     cells = tuple((t.name, float(t.rank or 0), t.relative, t.energy) for t in low)
-    joined = "Of several: the largest rank, median |D|/|W|, least energy; --all lists each."
-    rows = Listing(("tensor", "rank", "|D|/|W|", "energy"), cells, {"rank": max, "energy": min})
+    joined = "Of several: the ranks, median |D|/|W|, least energy; --all lists each."
+    rows = Listing(("tensor", "rank", "|D|/|W|", "energy"), cells, {"rank": span, "energy": min})
     print_rows(rows, everything=everything, joined=joined)
     say_list("left behind:", report.left, everything=everything)
     n_full = sum(tensor.kept == "in full" for tensor in report.tensors)

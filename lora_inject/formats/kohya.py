@@ -142,7 +142,7 @@ def _unflattened(flat: str, known: Mapping[str, Sequence[str]] | None) -> str:
     """Return the one module of `known`, by names with `_` for dots, that a flat name means."""
     if known is None:
         problem = "dots of names are written as '_', so the file alone does not give the names"
-        remedy = f"Load it onto the model, pass module_names, or {CONVERT}"
+        remedy = f"{CONVERT} (in Python, load it onto the model, or pass module_names=)"
         raise FormatError("", problem, remedy)
     names = known.get(flat) or known.get(flat.removeprefix("text_model_"), ())
     if len(names) > 1:

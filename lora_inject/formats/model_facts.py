@@ -14,7 +14,7 @@ from lora_inject.core.adapter.value_checks import CONVERT
 from lora_inject.errors import FormatError
 from lora_inject.private import look_up
 
-_NO_CONFIG = f"Pass config, the base's config.json as plain data, or {CONVERT}"
+_NO_CONFIG = f"{CONVERT} (in Python, pass config=, what its config.json holds)"
 
 
 def is_transformers_4() -> bool:

@@ -25,12 +25,12 @@ from lora_inject.analysis.drawings import (
     svg,
 )
 from lora_inject.analysis.figures import Analysis, findings
-from lora_inject.analysis.gallery import LAYERS, comparable
+from lora_inject.analysis.gallery import LAYERS, comparable, layer_names
 from lora_inject.analysis.subspaces import Comparison, across_layers
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import write_file
 from lora_inject.core.spec.names import printable
-from lora_inject.core.spec.site_tables import number
+from lora_inject.core.spec.site_tables import number, span
 from lora_inject.core.spec.spellings import templates
 from lora_inject.errors import StateError, user_path
 from lora_inject.version import __version__
@@ -115,8 +115,8 @@ def _by_kind_and_depth(analysis: Analysis) -> dict[str, Any]:
 
 def _across(state: AdapterState) -> list[Any]:
     return [
-        _phi(kind, [("", phi)], f"phi between layers of {kind}", LAYERS)
-        for kind, (_, phi) in across_layers(state).items()
+        _phi(kind, [("", phi)], f"phi between layers of {kind}", LAYERS, layer_names(names))
+        for kind, (names, phi) in across_layers(state).items()
     ]
 
 
@@ -181,8 +181,8 @@ def _facts(analysis: Analysis, state: AdapterState, date: dt.date) -> list[tuple
     dtypes = sorted({str(site.A.dtype).removeprefix("torch.") for site in sites})
     trained = f"{len(state.trained):,} tensors"
     return [
-        *((key, tables.span(getattr(s.spec, key) for s in sites)) for key in ("rank", "alpha")),
-        ("scale", tables.span(site.scale for site in sites)),
+        *((key, span(getattr(s.spec, key) for s in sites)) for key in ("rank", "alpha")),
+        ("scale", span(site.scale for site in sites)),
         ("parameters", f"{n_lora:,} in A and B, {', '.join(dtypes)}"),
         *([("trained in full", trained)] if state.trained else ()),
         ("base", Path(analysis.base).name if analysis.base else "not given: the adapter alone"),
@@ -258,6 +258,8 @@ def _phi(
     panels: Sequence[tuple[str, Tensor]],
     about: str,
     labels: tuple[str, str] = ("i", "j"),
+    counted: Sequence[str] = (),
 ) -> tuple[str, str]:
     side = 2.3 if len(panels) > 1 else 3.0  # inches, so that two panels are as wide as the page
-    return kind, svg(similarity_figure(panels, labels, columns=2, side=side), about)
+    figure = similarity_figure(panels, labels, columns=2, side=side, counted=counted)
+    return kind, svg(figure, about)

@@ -15,7 +15,7 @@ from lora_inject.errors import FormatError, check_type
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-CONVERT = "convert it with its base: lora-inject convert ADAPTER OUT --to FORMAT --base BASE"
+CONVERT = "Convert it with its base: lora-inject convert ADAPTER OUT --to FORMAT --base BASE"
 
 
 def one_line(names: Iterable[str], n: int = 3) -> str:

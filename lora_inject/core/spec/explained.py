@@ -122,8 +122,8 @@ def _explain(
     |---|---|
     | `value_error` | the validator, which raises both |
     | `extra_forbidden`, `missing`, `too_short` | the key |
-    | `literal_error`, `tuple_type`, numbers | the value and what it may have meant |
-    | any other | pydantic, in words of a config |
+    | `literal_error`, lists, numbers | the value and what it may have meant |
+    | bounds and types | `_to_write`, in words of a YAML file |
     """
     kind, value, key = detail["type"], detail["input"], str(path[-1] if path else "")
     if kind == "value_error":
@@ -135,6 +135,9 @@ def _explain(
         return f"'{detail['loc'][-1]}' is missing", f"Add {detail['loc'][-1]}: with its value"
     if kind == "too_short":
         return "it is empty", "Give one entry at least"
+    if kind == "model_type" and key in models:
+        keys = f" of {', '.join(_keys(models[key]))}" if key else ""
+        return f"{show(value)} is not accepted", f"Write a mapping{keys}"
     return _of_value(detail, value, key, path)
 
 
@@ -145,26 +148,55 @@ def _of_value(detail: ErrorDetails, value: Any, key: str, path: Loc) -> tuple[st
         return f"there is no row {show(value)}", "Rows are counted from 0"
     if kind in ("int_type", "float_type") and number:
         return f"{show(value)} is a word", f"Write {number}, without quotes and leading zeros"
-    remedy = _in_our_words(detail["msg"])
+    return f"{show(value)} is not accepted", _to_write(detail, value, key)
+
+
+def _to_write(detail: ErrorDetails, value: Any, key: str) -> str:
+    """Return what to write in place of a value, in the words of a YAML file."""
+    kind = detail["type"]
     if kind == "literal_error":
-        remedy = _choice(detail, value, key, remedy)
-    if kind == "tuple_type" and isinstance(value, str):
-        remedy = f"Write a list: [{value}]"
-    return f"{show(value)} is not accepted", remedy
+        return _choice(detail, value, key)
+    if kind in ("list_type", "tuple_type"):
+        return _list_of(value)
+    if kind in ("model_type", "dict_type"):
+        return f"Write a mapping, such as {{name: {show(value)}}}"
+    if bound := _BOUNDS.get(kind):
+        words, name = bound
+        return f"Write {words} {detail['ctx'][name]:g}"
+    return _MEANT.get(kind, detail["msg"])
 
 
-def _in_our_words(message: str) -> str:
-    """Return pydantic's message in the words of YAML."""
-    message = re.sub(r"valid dictionary or instance of \w+", "mapping", message)
-    for word, plain in (("tuple", "list"), ("Tuple", "List"), ("Dictionary", "Mapping")):
-        message = message.replace(word, plain)
-    return message
+_BOUNDS = {
+    "greater_than": ("more than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+"""pydantic's kind of fault to how bounds are said, and the bound's name there."""
+
+_MEANT = {
+    "int_type": "Write a whole number",
+    "int_from_float": "Write a whole number",
+    "float_type": "Write a number",
+    "finite_number": "Write a finite number",
+    "string_type": "Write a text",
+    "bool_type": "Write true or false",
+    "string_pattern_mismatch": "Write a name of letters, digits and _ that begins with a letter",
+    "invalid_key": "Write keys that are texts",
+}
 
 
-def _choice(detail: ErrorDetails, value: Any, key: str, otherwise: str) -> str:
+def _list_of(value: Any) -> str:
+    """Return how a value is written where a list is due."""
+    if isinstance(value, Mapping):
+        return "Write a list: each entry is a line that begins with '- '"
+    return f"Write a list: [{value}]" if isinstance(value, str | int | float) else "Write a list"
+
+
+def _choice(detail: ErrorDetails, value: Any, key: str) -> str:
     """Return which of some words may be meant."""
-    choices = re.findall(r"'(\w+)'", str(detail["ctx"]["expected"]))
-    meant = _suggestion(value, choices) or otherwise
+    expected = str(detail["ctx"]["expected"])
+    meant = _suggestion(value, re.findall(r"'(\w+)'", expected)) or f"Write {expected}"
     if key in _MAPPINGS and not meant.endswith("?"):
         meant += f", or {_MAPPINGS[key]}"
     return meant

@@ -23,7 +23,7 @@ class Listing:
     heads: tuple[str, ...]  # titles of the columns; the first column holds names
     cells: tuple[tuple[Any, ...], ...]
     # functions that summarize figures of many sites, by column title; others use the median
-    choose: dict[str, Callable[[Iterable[float]], float]] = field(default_factory=dict)
+    choose: dict[str, Callable[[Iterable[float]], float | str]] = field(default_factory=dict)
 
     def text(self) -> list[tuple[str, ...]]:
         """Return the rows as text."""
@@ -66,14 +66,16 @@ def _kind(name: str) -> str:
     return re.sub(r"(?<![^. \[])\d+(?![^. \]])", "*", name)
 
 
-def _one(column: tuple[Any, ...], choose: Callable[[Iterable[float]], float]) -> Any:
+def _one(column: tuple[Any, ...], choose: Callable[[Iterable[float]], float | str]) -> Any:
     """Return the summary of a column of one kind."""
     if isinstance(column[0], tuple):
         return tuple(_of_finite(values, choose) for values in zip(*column, strict=True))
     return column[0] if isinstance(column[0], str | int) else _of_finite(column, choose)
 
 
-def _of_finite(values: Iterable[float | None], choose: Callable[[Iterable[float]], float]) -> float:
+def _of_finite(
+    values: Iterable[float | None], choose: Callable[[Iterable[float]], float | str]
+) -> float | str:
     finite = [value for value in values if value is not None and not math.isnan(value)]
     return choose(finite) if finite else math.nan
 
@@ -82,6 +84,17 @@ def _shown(cell: Any) -> str:
     if isinstance(cell, tuple):
         return f"{number(cell[0])} ({number(cell[1])})"
     return cell if isinstance(cell, str) else number(cell)
+
+
+def span(values: Iterable[float]) -> str:
+    """Return the range of some numbers.
+
+    Examples:
+        >>> span([8, 8]), span([16, 4, 8])
+        ('8', '4 to 16')
+    """
+    ends = sorted(set(values))
+    return "-" if not ends else f"{ends[0]:g}" + (f" to {ends[-1]:g}" if len(ends) > 1 else "")
 
 
 def number(value: float | None) -> str:

@@ -222,8 +222,8 @@ class Foreign:
             return sorted(existing, key=self._position.__getitem__) or [module]
         if len(names) > 1:
             problem = f"the file does not say which pair is whose of {one_line(map(leaf, names))}"
-            remedy = "Load it onto the model, pass tensor_names=list(model.state_dict()), or "
-            raise _error(where, problem, remedy + CONVERT)
+            remedy = f"{CONVERT} (in Python, load it onto the model, or pass its tensor_names=)"
+            raise _error(where, problem, remedy)
         return names or [module]
 
     def _parameters_of(self, module: str) -> list[str]:
@@ -322,10 +322,8 @@ class Foreign:
                 "Add the version of PEFT that wrote it to adapter_config.json, as 'peft_version'"
             )
             if version is not None:
-                remedy = (
-                    "Load it onto the model, pass transposed_modules (the names of the modules "
-                )
-                remedy += f"that have is_transposed, or ()), or {CONVERT}"
+                remedy = f"{CONVERT} (in Python, load it onto the model, or pass "
+                remedy += "transposed_modules=, the names of the modules that have is_transposed)"
             raise _error(f"site '{name}'", problem, remedy)
         return parent(name) in (modules or ())
 
