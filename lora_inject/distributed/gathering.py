@@ -27,6 +27,7 @@ from lora_inject.core.model.guards import before, holder_of_shards
 from lora_inject.core.model.merge_targets import Into, Target, add_entry
 from lora_inject.core.model.whole import whole_adapter
 from lora_inject.core.spec.names import joined
+from lora_inject.distributed.sharding import meshes
 from lora_inject.errors import LayerError
 
 Taking = Sequence[tuple[Entry, float]]
@@ -111,17 +112,18 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def first_values_of_shards(place: Carried) -> dict[str, Tensor]:
-    """Return the values that a new adapter starts with at a layer that FSDP2 has sharded.
+def first_values_alike(survey: Survey, place: Carried) -> dict[str, Tensor]:
+    """Return the values that a new adapter starts with at a layer of a model with DTensors.
 
-    Whole, and the same in every process: those of the mesh's first one. A collective operation.
+    Whole, and the same in every process: those of the first one. A collective operation.
     """
     weight: Any = place.weight
-    values = first_values(place.module, place.entry, weight.full_tensor())
-    mesh = weight.device_mesh
-    for tensor in values.values():
+    values = first_values(place.module, place.entry, whole(weight))
+    spread = [weight.device_mesh] if hasattr(weight, "full_tensor") else meshes(survey)
+    for mesh in spread:
         for axis in range(mesh.ndim):
             group = mesh.get_group(axis)
             source = torch.distributed.get_global_rank(group, 0)
-            torch.distributed.broadcast(tensor, source, group)
+            for tensor in values.values():
+                torch.distributed.broadcast(tensor, source, group)
     return values

@@ -1,28 +1,33 @@
 """Models whose tensors are spread over processes: what must come before sharding is refused after.
 
-An adapter that is put onto a sharded model would be plain Parameters among shards, whose
-gradients nobody reduces.
+An adapter that is put onto a model that DeepSpeed, FSDP1 or DistributedDataParallel has spread
+would be plain Parameters among shards, whose gradients nobody reduces.
 
-What FSDP2 has sharded takes an adapter from files, which becomes shards as well. A parameter group
-of FSDP2 takes no new parameters. So `fully_shard` is called on each layer that gets an adapter,
-with the mesh of its weight. The new Parameters become a separate group; the layer's other
-Parameters are `ignored_params` of this call and stay in their group.
+What consists of DTensors takes an adapter, which becomes shards as well:
+
+1. A parameter group of FSDP2 takes no new parameters. So `fully_shard` is called on each layer that
+   gets an adapter, with the mesh of its weight. The new Parameters become a separate group; the
+   layer's other Parameters are `ignored_params` of this call and stay in their group.
+2. Tensor and expert parallelism compute with DTensors: the new ones are distributed as their
+   weights are (`placements`).
 """
 
 from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Hashable, Iterable, Mapping, Set
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Set
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.adapter.fingerprint import sample_positions
+from lora_inject.core.adapter.fingerprint import sample_positions, samples
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried, entries
+from lora_inject.core.model.guards import before
+from lora_inject.distributed.placements import check_parts, distribute
 from lora_inject.errors import LayerError
 from lora_inject.private import needed
 
@@ -45,15 +50,15 @@ def gathering() -> tuple[str, ...]:
 
 
 def before_attach(survey: Survey, asked: str, *, loads: bool) -> None:
-    """Refuse a model that is spread over processes, but for a load onto FSDP2's."""
+    """Refuse a model that is spread over processes, but for a load onto DTensors."""
     if loads and fsdp2_modules(survey):
         before_read(survey)
     else:
-        refuse_sharded(survey, asked)
+        refuse_sharded(survey, asked, but_for="full_tensor" if loads else "")
 
 
-def refuse_sharded(survey: Survey, asked: str) -> None:
-    """Check that a model is not spread over processes yet."""
+def refuse_sharded(survey: Survey, asked: str, but_for: str = "") -> None:
+    """Check that a model is not spread over processes yet, but for tensors with an attribute."""
     wrapper: Any = type(survey.given)
     engine = wrapper.__module__ == "deepspeed.runtime.engine"
     if engine or replicating(survey):
@@ -63,27 +68,34 @@ def refuse_sharded(survey: Survey, asked: str) -> None:
             f"the model is wrapped in {name}, which would not reduce its gradients",
             "Inject into the model first, then wrap it",
         )
-    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
-    modules = survey.modules
-    sharded = [(path, "FullyShardedDataParallel") for path, m in modules if isinstance(m, fsdp)]
-    sharded += [
-        (path, "DeepSpeed ZeRO (its gradients)")
-        for path, module in modules
-        for parameter in module._parameters.values()
-        if hasattr(parameter, "_hp_mapping")  # what DeepSpeed's optimizer has, others come too late
-    ]
-    # Older releases of transformers keep each process's part as a plain tensor.
-    sharded += [(path, "tp_plan") for path, module in modules if "_hf_tp_plan" in module.__dict__]
-    sharded += [(h.name, how) for h in survey.holders if (how := sharded_by(h.tensor))]
-    for path, how in sharded:
+    for path, how in _spread(survey, but_for):
         raise LayerError(
             asked,
             f"{path or 'the model'!r} is sharded by {how}, and the adapter's gradients would "
             "not be reduced",
             "Inject or load first, then shard: fully_shard, parallelize_module and DeepSpeed "
-            "distribute an adapter with its layer (transformers: load without tp_plan); "
-            "inject, load_adapter and swap_adapter also work after fully_shard",
+            "distribute an adapter with its layer; inject, load_adapter and swap_adapter also work "
+            "after fully_shard and parallelize_module, and on what transformers from 5.20 on has "
+            "loaded with tp_plan",
         )
+
+
+def _spread(survey: Survey, but_for: str) -> Iterator[tuple[str, str]]:
+    """Yield what of a model is spread over processes, and by whom."""
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    for path, module in survey.modules:
+        if isinstance(module, fsdp):
+            yield path, "FullyShardedDataParallel"
+        # What DeepSpeed's optimizer has: others come too late.
+        if any(hasattr(parameter, "_hp_mapping") for parameter in module._parameters.values()):
+            yield path, "DeepSpeed ZeRO (its gradients)"
+        # Older releases of transformers keep each process's part as a plain tensor.
+        if "_hf_tp_plan" in module.__dict__:
+            yield path, "tp_plan"
+    for holder in survey.holders:
+        allowed = but_for and hasattr(holder.tensor, but_for)
+        if not allowed and (how := sharded_by(holder.tensor)):
+            yield holder.name, how
 
 
 def replicating(survey: Survey) -> list[Any]:
@@ -131,7 +143,7 @@ def before_train(survey: Survey, parameters: Iterable[nn.Parameter], asked: str)
             )
 
 
-def _meshes(survey: Survey) -> list[Any]:
+def meshes(survey: Survey) -> list[Any]:
     """Return the meshes of processes over which tensors of the model are spread, each once."""
     tensors: list[Any] = [t for _, m in survey.modules for t in m._parameters.values()]
     return list(dict.fromkeys(t.device_mesh for t in tensors if hasattr(t, "full_tensor")))
@@ -142,13 +154,13 @@ def writes_here(survey: Survey) -> bool:
 
     That is the first of those that have a part of it, which need not be all processes.
     """
-    members = {rank for mesh in _meshes(survey) for rank in mesh.mesh.flatten().tolist()}
+    members = {rank for mesh in meshes(survey) for rank in mesh.mesh.flatten().tolist()}
     return not members or torch.distributed.get_rank() == min(members)
 
 
 def after_save(survey: Survey) -> None:
     """Wait until the process that writes has written."""
-    for mesh in _meshes(survey):
+    for mesh in meshes(survey):
         for dim in range(mesh.ndim):
             torch.distributed.barrier(group=mesh.get_group(dim))
 
@@ -168,9 +180,13 @@ def fsdp2_modules(survey: Survey) -> list[Any]:
 def before_load(
     survey: Survey, name: str, carried: Iterable[Carried], tied: Callable[[Carried], Hashable]
 ) -> None:
-    """Check that FSDP2, if it is there, can shard a new adapter with its layers."""
+    """Check that a new adapter can be sharded with its layers."""
+    asked = f"adapter {name!r}"
     if groups := {id(module): module for module in fsdp2_modules(survey)}:
-        _check_shardable(groups, f"adapter {name!r}", carried, tied)
+        _check_shardable(groups, asked, carried, tied)
+    elif meshes(survey):
+        before("spread", asked, carried)
+        check_parts(asked, carried)
 
 
 def _check_shardable(
@@ -215,6 +231,10 @@ def after_load(survey: Survey, name: str) -> None:
     """Shard the tensors of an adapter that was just put onto a sharded model, layer by layer."""
     if fsdp2_modules(survey):
         _shard_adapter(survey, name)
+    elif meshes(survey):
+        made: dict[nn.Parameter, nn.Parameter] = {}
+        for place in entries(survey, name):
+            distribute(place, made)
 
 
 def _shard_adapter(survey: Survey, name: str) -> None:
@@ -250,24 +270,35 @@ def write_into_shards(parameter: Any, value: Tensor) -> None:
 def samples_of_shards(weights: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
     """Sample DTensors as `adapter.fingerprint.samples` does tensors; a collective operation."""
     alike: dict[Any, list[str]] = {}
+    sampled: dict[str, tuple[float, ...]] = {}
     for name, weight in weights.items():
-        alike.setdefault((weight.device_mesh, weight.placements), []).append(name)
-    samples: dict[str, tuple[float, ...]] = {}
+        placements = weight.placements
+        if any(hasattr(placement, "split_factor") for placement in placements):  # interleaved
+            sampled |= samples({name: weight.full_tensor()})
+        elif all(p.is_shard() or p.is_replicate() for p in placements):
+            alike.setdefault((weight.device_mesh, placements), []).append(name)
     for (mesh, placements), names in alike.items():
-        from torch.distributed.tensor import DTensor, Partial, Replicate
+        sampled |= _samples_alike({name: weights[name] for name in names}, mesh, placements)
+    return sampled
 
-        if not all(type(p).__name__ in ("Shard", "Replicate") for p in placements):
-            continue
-        local = [_local_samples(weights[name]) for name in names]
-        width = max(map(len, local))
-        rows = torch.zeros(len(names), width, device=weights[names[0]].device)
-        for row, values in zip(rows, local, strict=True):
-            row[: len(values)] = values
-        parts = [Partial() if p.is_shard() else Replicate() for p in placements]
-        whole = DTensor.from_local(rows, mesh, parts).full_tensor().tolist()
-        for name, values, row in zip(names, local, whole, strict=True):
-            samples[name] = tuple(row[: len(values)])
-    return samples
+
+def _samples_alike(
+    weights: Mapping[str, Any], mesh: Any, placements: Any
+) -> dict[str, tuple[float, ...]]:
+    """Sample DTensors that lie alike over the same processes, with one message."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    local = {name: _local_samples(weight) for name, weight in weights.items()}
+    device = next(iter(weights.values())).device
+    rows = torch.zeros(len(local), max(map(len, local.values())), device=device)
+    for row, values in zip(rows, local.values(), strict=True):
+        row[: len(values)] = values
+    parts = [Partial() if p.is_shard() else Replicate() for p in placements]
+    whole = DTensor.from_local(rows, mesh, parts).full_tensor().tolist()
+    return {
+        name: tuple(row[: len(values)])
+        for (name, values), row in zip(local.items(), whole, strict=True)
+    }
 
 
 def _local_samples(weight: Any) -> Tensor:

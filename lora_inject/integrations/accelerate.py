@@ -6,7 +6,8 @@ A hook keeps the forward of before as `_old_forward` and calls it; who removes t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +19,13 @@ _HOOK = "_hf_hook"
 class Hooks(ForwardOwner):
     """A hook on a module, or several as one (SequentialHook)."""
 
-    saved_as = "_old_forward"
+    def kept(self, module: nn.Module) -> Any:
+        """Return the forward that a hook on a module calls."""
+        return module.__dict__.get("_old_forward")
+
+    def keep(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Let the hook on a module call a forward."""
+        module.__dict__["_old_forward"] = forward
 
     def calls_class(self, module: nn.Module) -> bool:
         """Return whether a hook is on it: what it keeps is pointed at the class."""

@@ -25,6 +25,7 @@ GROUP = "a group of processes"
 
 GUARDS: dict[str, tuple[str, ...]] = {
     "lora_inject.integrations.transformers": ("transformers",),
+    "lora_inject.integrations.transformers_parallel": ("transformers.distributed.tensor_parallel",),
     # Names that older versions of transformers gave to a model's tensors.
     "lora_inject.formats.older_names": ("transformers",),
     # Methods of a model that stand for something else while it has adapters.
@@ -66,6 +67,10 @@ WEIGHT_KINDS_OF_ANY = (
 FORWARD_OWNERS = (
     ("accelerate.hooks", "lora_inject.integrations.accelerate:Hooks"),
     ("compressed_tensors.quantization", f"{_QUANTIZED}.compressed_tensors:Forwards"),
+    (
+        "transformers.distributed.tensor_parallel",
+        "lora_inject.integrations.transformers_parallel:Styles",
+    ),
 )
 """Who puts forwards onto instances: a module of the library that has to be loaded, and the class
 that knows it (`core/layers/forwards.py`)."""

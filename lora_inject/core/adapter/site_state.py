@@ -75,7 +75,8 @@ class SiteState:
         """The same with A and B of each expert of a stack: zeros where an expert has none."""
         if self.spec.only is None and not self.spec.share:
             return self
-        tensors = {r: of_every_expert(t, self.spec).contiguous() for r, t in self.tensors.items()}
+        spec, n = self.spec, self.spec.experts or 1
+        tensors = {r: of_every_expert(t, spec, n).contiguous() for r, t in self.tensors.items()}
         return self.of(replace(self.spec, only=None, share=""), tensors)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> SiteState:

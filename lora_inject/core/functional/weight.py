@@ -95,13 +95,12 @@ def low_rank(weight: Tensor, patches: Sequence[Patch], gain: Gain | None = None)
     These are views of the weight, of every A and, where it has no slices, of every B.
     """
     spec = patches[0].spec
-    lead = () if spec.experts is None else (spec.experts,)
+    lead = _n_matrices(weight, spec)
     terms = []
     for patch in patches:
         site = patch.spec
         scale = site.scale * patch.weight
-        a, b = (of_every_expert(t, site) if lead else t for t in (patch.A, patch.B))
-        right, left = a.reshape(*lead, -1, site.in_features), b.reshape(*lead, -1, site.rank)
+        right, left = (of_every_expert(t, site, *lead) if lead else t for t in (patch.A, patch.B))
         if site.slices is not None:
             left = spread(left, site.spans, site.out_features)
         terms.append((right.mT, left.mT, scale) if site.transposed else (left, right, scale))
@@ -111,9 +110,16 @@ def low_rank(weight: Tensor, patches: Sequence[Patch], gain: Gain | None = None)
     return LowRank(matrix, tuple(terms), float32, (gain, spec.transposed) if gain else None)
 
 
-def of_every_expert(factor: Tensor, site: SiteSpec) -> Tensor:
-    """Return A or B of a stack for each expert: a shared one as views, zeros of those left out."""
-    n, numbers = site.experts or 1, site.only
+def _n_matrices(weight: Tensor, spec: SiteSpec) -> tuple[int, ...]:
+    """Return how many experts a stack has, of which this process may hold a part; () for one."""
+    if spec.experts is None:
+        return ()
+    return (len(weight) if weight.dim() == 3 else spec.experts,)
+
+
+def of_every_expert(factor: Tensor, site: SiteSpec, n: int) -> Tensor:
+    """Return A or B of a stack for n experts: a shared one as views, zeros of those left out."""
+    numbers = site.only
     if len(factor) == n:
         return factor
     if numbers is None:

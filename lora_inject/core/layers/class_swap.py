@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_inject.core.layers.adapted import Adapted, WeightUpdate, plain_class
 from lora_inject.core.layers.attached import Attached, attached_to, refuse_replaced_class
-from lora_inject.core.layers.forwards import saved_names
+from lora_inject.core.layers.forwards import keepers
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.selection import Selection
 from lora_inject.core.layers.swapped_class import adapted_class, selected_forward
@@ -58,10 +58,10 @@ def unswap(module: nn.Module) -> None:
     if not isinstance(module, Adapted):
         return  # its class was replaced
     plain = plain_class(type(module))
-    for key in saved_names():
-        if _is_ours(module.__dict__.get(key), module):  # of a hook that came later
+    for keeper in keepers(module):
+        if _is_ours(keeper.kept(module), module):  # of a hook that came later
             bound = types.MethodType(plain.forward, module)  # type: ignore[attr-defined]
-            module.__dict__[key] = attached.old_forward or bound
+            keeper.keep(module, attached.old_forward or bound)
     if _is_ours(module.__dict__.get("forward"), module):
         # A hook that was removed meanwhile has put our forward back, onto the instance.
         del module.__dict__["forward"]
@@ -72,10 +72,10 @@ def change_plain_class(module: nn.Module, plain: type[nn.Module]) -> None:
     """Give a module, with or without adapters, another class of the same layout."""
     before: Any = plain_class(type(module))
     attached = attached_to(module)
-    own, bound = module.__dict__, types.MethodType(plain.forward, module)
-    for key in saved_names():
-        if getattr(own.get(key), "__func__", None) is before.forward:
-            own[key] = bound
+    bound = types.MethodType(plain.forward, module)
+    for keeper in keepers(module):
+        if getattr(keeper.kept(module), "__func__", None) is before.forward:
+            keeper.keep(module, bound)
     if attached is None:
         module.__class__ = plain
         return
@@ -138,11 +138,11 @@ def _rebind_hooked_forward(module: nn.Module, attached: Attached) -> None:
     """Point the forward that a hook has saved at the swapped class, which it would bypass."""
     if "forward" not in module.__dict__:
         return
-    for key in saved_names():
-        if (saved := module.__dict__.get(key)) is not None:
-            if attached.old_forward is None and not _is_ours(saved, module):
-                attached.old_forward = saved
-            module.__dict__[key] = types.MethodType(type(module).forward, module)
+    for keeper in keepers(module):
+        kept = keeper.kept(module)
+        if attached.old_forward is None and not _is_ours(kept, module):
+            attached.old_forward = kept
+        keeper.keep(module, types.MethodType(type(module).forward, module))
 
 
 def check_swappable(module: nn.Module, asked: str) -> None:

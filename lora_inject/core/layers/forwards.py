@@ -8,8 +8,8 @@ The core knows none of the libraries that do so. What is known of one is a subcl
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 
@@ -20,8 +20,12 @@ from lora_inject.errors import LayerError
 class ForwardOwner:
     """A library that puts forwards onto instances."""
 
-    saved_as: ClassVar[str | None] = None
-    """The attribute of an instance that keeps its forward of before, which the new one calls."""
+    def kept(self, module: nn.Module) -> Any:
+        """Return the forward of before, which the library's forward on an instance calls."""
+        del module
+
+    def keep(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Let the library's forward on an instance call another one."""
 
     def calls_class(self, module: nn.Module) -> bool:
         """Return whether the forward on an instance is the library's and calls the class's."""
@@ -46,9 +50,9 @@ def loaded_owners() -> list[ForwardOwner]:
     ]
 
 
-def saved_names() -> list[str]:
-    """Return the attributes of instances that keep a forward of before."""
-    return [owner.saved_as for owner in loaded_owners() if owner.saved_as is not None]
+def keepers(module: nn.Module) -> list[ForwardOwner]:
+    """Return the libraries that keep a forward of a module from before theirs."""
+    return [owner for owner in loaded_owners() if owner.kept(module) is not None]
 
 
 def has_own_forward(module: nn.Module) -> bool:

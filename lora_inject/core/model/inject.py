@@ -111,9 +111,11 @@ def inject(
         asked = f"train {i + 1} ('{pattern}')"
         refuse_statistics(survey, matching(pattern, present.modules, asked=asked), asked)
 
+    spread = any(hasattr(tensor, "full_tensor") for tensor in survey.tensors)
+
     def initial(place: Carried) -> Mapping[str, Tensor]:
-        if hasattr(place.weight, "full_tensor"):  # of several processes each has a part
-            return room("gathering").first_values_of_shards(place)  # type: ignore[no-any-return]
+        if spread:  # several processes start with the same values
+            return room("gathering").first_values_alike(survey, place)  # type: ignore[no-any-return]
         return first_values(place.module, place.entry, place.weight)
 
     def tied(place: Carried) -> Hashable:

@@ -1,0 +1,199 @@
+"""transformers' plans for tensor and expert parallelism: forwards around those of classes.
+
+`from_pretrained(tp_plan="auto")` and `distributed_config=` make weights DTensors, and put a forward
+onto each module that the plan has a style for (`transformers.distributed`, since 5.20). That
+forward brings inputs and outputs into their layouts, and calls the forward that the module had
+before. It does so in two ways:
+
+1. With DTensors: the layer's own operations know what a process has only a part of.
+2. With the parts of this process as plain tensors: all styles of experts, and linear layers
+   without gradients. What is the same in every process then meets a part of what is not, and its
+   gradient is a part of a sum (`parts_of_gradients`).
+
+A forward of such a style calls a method of the class, through a variable of a closure. So for an
+adapted module a copy of the function stands in its place that calls the swapped class.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_inject.core.layers.attached import attached_to
+from lora_inject.core.layers.forwards import ForwardOwner
+from lora_inject.core.model.carried import Carried
+from lora_inject.errors import LayerError
+
+_PLACE = "transformers.distributed."
+
+KNOWN = {
+    "ColwiseParallel",
+    "EmbeddingParallel",
+    "EpDispatchExpertsParallel",
+    "LocalParamsParallel",
+    "MlaKvAProjParallel",
+    "MoeExpertsParallel",
+    "PackedColwiseParallel",
+    "ReplicatedWithGradAllReduce",
+    "RowwiseParallel",
+    "SequenceParallel",
+    "TensorParallelLayer",
+}
+"""Styles of modules that adapters take part in; `AllReduceParallel` says that all of a module's
+parameters have parts of gradients, and `MoeIdentityParallel` is for modules without any."""
+
+
+class Styles(ForwardOwner):
+    """The forwards that a plan has put onto modules."""
+
+    def kept(self, module: nn.Module) -> Any:
+        """Return the forward that the style of a module calls."""
+        forward: Any = module.__dict__.get("forward")
+        if hasattr(forward, "lora_calls"):
+            return forward.lora_calls
+        return None if _given(module) is None else _called(forward)
+
+    def keep(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Let the style of a module call another forward."""
+        given: Any = _given(module)
+        before = getattr(_called(given), "__func__", None)
+        same = before is getattr(forward, "__func__", None)
+        module.__dict__["forward"] = given if same else _calling(module, given, forward)
+
+    def calls_class(self, module: nn.Module) -> bool:
+        """Return whether the style calls the forward of the module's class."""
+        return getattr(self.kept(module), "__self__", None) is module
+
+
+def before_spread(asked: str, carried: Iterable[Carried]) -> None:
+    """Refuse an adapter where the style of its module computes what the adapter cannot."""
+    for place in carried:
+        for reason in _reasons(place):
+            remedy = "Leave it out, or inject first and call parallelize_module then"
+            raise LayerError(f"{asked}, {place.name!r}", reason, remedy)
+
+
+def _reasons(place: Carried) -> Iterator[str]:
+    """Yield why the style of a module does not fit an entry."""
+    given = _given(place.module)
+    if given is None:
+        return
+    style = _style(given)
+    if style not in KNOWN:
+        yield f"its style in transformers' plan is {style}, which adapters do not take part in"
+    if not Styles().calls_class(place.module):
+        yield f"the forward that {style} calls is not that of its class"
+    if style == "RowwiseParallel" and place.entry.param == "bias":
+        yield "rowwise adds the bias outside of the layer, where no adapter is"
+    is_part = hasattr(place.weight, "full_tensor") and not _is_whole(place.weight)
+    if computes_locally(place.module) and not is_part:
+        yield f"{style} computes with parts of other weights, but each process has this one whole"
+
+
+def computes_locally(module: nn.Module) -> bool:
+    """Return whether the style of a module gives it plain tensors while gradients are computed."""
+    given = _given(module)
+    style = None if given is None else _variables(given).get("self")
+    with torch.enable_grad():
+        return style is not None and bool(style.should_use_local_tensors(module))
+
+
+@contextmanager
+def parts_of_gradients(module: nn.Module) -> Iterator[None]:
+    """Let adapter tensors that each process has whole be plain, and their gradients be summed.
+
+    Where a style gives a module the parts of this process as plain tensors, it takes the gradient
+    of what is whole for whole as well.
+    """
+    from torch.distributed.tensor import Partial
+
+    attached, held = attached_to(module), module._parameters
+    names = attached.flat if attached is not None else ()
+    whole: dict[str, Any] = {name: held[name] for name in names if _is_whole(held[name])}
+    for name, tensor in whole.items():
+        parts = [Partial()] * tensor.device_mesh.ndim
+        held[name] = tensor.to_local(grad_placements=parts)
+    try:
+        yield
+    finally:
+        held.update(whole)
+
+
+def _is_whole(tensor: Any) -> bool:
+    """Return whether a tensor is a DTensor that each process has whole."""
+    placements = getattr(tensor, "placements", ())
+    return bool(placements) and all(placement.is_replicate() for placement in placements)
+
+
+def _given(module: nn.Module) -> Any:
+    """Return the forward that transformers has put onto a module; None if it has not."""
+    forward = module.__dict__.get("forward")
+    forward = getattr(forward, "lora_given", forward)
+    ours = isinstance(forward, types.FunctionType) and forward.__module__.startswith(_PLACE)
+    return forward if ours and _called(forward) is not None else None
+
+
+def _variables(given: Any) -> dict[str, Any]:
+    """Return the variables of a closure."""
+    pairs = zip(given.__code__.co_freevars, given.__closure__ or (), strict=True)
+    return {name: cell.cell_contents for name, cell in pairs}
+
+
+def _style(given: Any) -> str:
+    """Return the name of the class of a style; one of them is a function without itself."""
+    style = _variables(given).get("self")
+    return "ReplicatedWithGradAllReduce" if style is None else type(style).__name__
+
+
+def _called(given: Any) -> Any:
+    """Return the forward that a style calls: its variable, or an attribute of one for experts."""
+    variables = _variables(given)
+    experts = variables.get("implementation")
+    return variables.get("original_forward", getattr(experts, "experts_forward", None))
+
+
+def _calling(module: nn.Module, given: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward like the given one of a style that calls another."""
+    inner, style = _like(given, forward), _variables(given).get("self")
+
+    @functools.wraps(given)
+    def styled(*args: Any, **kwargs: Any) -> Any:
+        if style is None or not style.should_use_local_tensors(module):
+            return inner(*args, **kwargs)
+        with parts_of_gradients(module):
+            return inner(*args, **kwargs)
+
+    styled.lora_given = given  # type: ignore[attr-defined]
+    styled.lora_calls = forward  # type: ignore[attr-defined]
+    return styled
+
+
+def _like(given: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a copy of a style's function that calls another forward."""
+    changed = {"original_forward": forward}
+    if (experts := _variables(given).get("implementation")) is not None:
+        changed["implementation"] = _experts_like(experts, forward)
+    names, cells = given.__code__.co_freevars, given.__closure__
+    closure = tuple(
+        types.CellType(changed[name]) if name in changed else cell
+        for name, cell in zip(names, cells, strict=True)
+    )
+    code, where = given.__code__, given.__globals__
+    return types.FunctionType(code, where, given.__name__, given.__defaults__, closure)
+
+
+def _experts_like(given: Any, forward: Callable[..., Any]) -> Any:
+    """Return a copy of how experts get their tokens; `auto` has others inside of it."""
+    made = copy.copy(given)
+    made.experts_forward = forward
+    for name, value in vars(given).items():
+        if hasattr(value, "experts_forward"):
+            setattr(made, name, _experts_like(value, forward))
+    return made
