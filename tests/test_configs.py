@@ -17,6 +17,7 @@ from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.inventory import Inventory
+from lora_inject.core.spec.key_lists import inventory_of
 from lora_inject.core.spec.matching import resolve
 from lora_inject.core.spec.plan import Plan
 
@@ -46,7 +47,7 @@ def unet() -> Inventory:
             shapes[f"{path}.{attention}.to_out.0.bias"] = (width,)
         shapes[f"{path}.ff.net.0.proj.weight"] = (8 * width, width)
         shapes[f"{path}.ff.net.2.weight"] = (width, 4 * width)
-    return Inventory.from_keys(shapes)
+    return inventory_of(shapes)
 
 
 def gpt2(depth: int, width: int, heads: int, positions: int = 1024) -> Callable[[], Inventory]:

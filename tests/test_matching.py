@@ -16,6 +16,7 @@ import lora_inject as li
 from lora_inject.core.spec import patterns
 from lora_inject.core.spec.config import Config, Expect, Rule
 from lora_inject.core.spec.inventory import Candidate, Inventory
+from lora_inject.core.spec.key_lists import inventory_of
 from lora_inject.core.spec.matching import resolve
 from lora_inject.core.spec.names import canonical
 from lora_inject.core.spec.patterns import matching
@@ -576,7 +577,7 @@ def test_all_linear_is_every_linear_layer_but_the_head_that_the_model_states() -
     assert site_names(plan)[-1] == "lm_head"
     assert "the model states no output head" in plan.notes[0]
     for rule in ("all-linear", {"match": "q", "kind": "linear"}):
-        keys = Inventory.from_keys({"h.0.q.weight": (8, 8)})
+        keys = inventory_of({"h.0.q.weight": (8, 8)})
         message = refused(Config(targets=[rule]), keys)
         assert "a list of keys does not say which kind of layer" in message
     head_only = inventory(linear("head"), heads=("head",))
@@ -785,7 +786,7 @@ def test_the_plan_prints_ties_notes_and_assumptions() -> None:
     text = str(resolve(Config(targets=["out"], rank=2), half))
     assert "linear (weight)" in text
     assert "\nnote: 1 weight update over float16" in text
-    guessed = resolve(Config(targets=["q"]), Inventory.from_keys({"q.weight": (8, 8)}))
+    guessed = resolve(Config(targets=["q"]), inventory_of({"q.weight": (8, 8)}))
     assert str(guessed).startswith("kinds are assumed from names and shapes\n")
 
 
@@ -896,7 +897,7 @@ def test_of_keys_only_a_bias_says_which_side_is_the_output() -> None:
         "h.0.attn.c_proj.weight": (8, 8),
         "h.0.attn.c_proj.bias": (8,),
     }
-    names = Inventory.from_keys(keys)
+    names = inventory_of(keys)
     assert names.assumed
     assert kinds(names) == {
         "wte": ("linear", 8, 50),  # no name says that it is an embedding
@@ -928,7 +929,7 @@ def test_keys_of_other_models() -> None:
         "patch.weight": (8, 3, 4, 4),
         "table": (5, 8),
     }
-    names = Inventory.from_keys(keys)
+    names = inventory_of(keys)
     assert kinds(names) == {
         "model.layers.0.q_proj": ("linear", 8, 16),
         "model.layers.0.experts.gate_up": ("parameter", 8, 32),
@@ -944,13 +945,13 @@ def test_keys_of_other_models() -> None:
 
 def test_names_as_deep_as_a_file_can_make_them() -> None:
     deep = ".".join(["a"] * 3_000)
-    names = Inventory.from_keys({f"{deep}.weight": (8, 8), "b.weight": (8, 8)})
+    names = inventory_of({f"{deep}.weight": (8, 8), "b.weight": (8, 8)})
     plan = resolve(Config(targets=["a"], exclude=["b"]), names)
     assert site_names(plan) == [deep]
 
 
 def test_keys_with_wrapper_segments_keep_their_tensor_names() -> None:
-    names = Inventory.from_keys({"_orig_mod.h.q.weight": (8, 8), "_orig_mod.h.q.bias": (8,)})
+    names = inventory_of({"_orig_mod.h.q.weight": (8, 8), "_orig_mod.h.q.bias": (8,)})
     plan = resolve(Config(targets=[r"^h\.q"], bias="adapted"), names)
     assert (plan.sites[0].name, plan.sites[0].weight) == ("h.q", "_orig_mod.h.q.weight")
     assert [t.name for t in plan.trained] == ["h.q.bias"]

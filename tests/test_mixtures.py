@@ -200,10 +200,10 @@ def test_a_head_with_as_many_outputs_as_layers_is_no_router() -> None:
 
 def test_a_list_of_keys_does_not_say_what_an_expert_is() -> None:
     from lora_inject.core.spec.config import Config
-    from lora_inject.core.spec.inventory import Inventory
+    from lora_inject.core.spec.key_lists import inventory_of
     from lora_inject.core.spec.matching import resolve
 
-    keys = Inventory.from_keys({"experts.up": (3, 4, 4), "gate.weight": (3, 4)})
+    keys = inventory_of({"experts.up": (3, 4, 4), "gate.weight": (3, 4)})
     with pytest.raises(li.MatchError, match="does not say which kind"):
         resolve(Config.from_dict({"targets": ["all-experts"]}), keys)
 

@@ -137,9 +137,9 @@ def test_versions_are_said_of_names_that_are_listed() -> None:
 def traced_without_its_names(_: str) -> str:
     import_without("torch.fx._symbolic_trace.is_fx_symbolic_tracing", FX)
     from lora_inject import inject
-    from lora_inject.core.layers import reading
+    from lora_inject.core.layers import effective
 
-    assert reading._is_tracing.__name__ == "in_symbolic_trace"
+    assert effective._is_tracing.__name__ == "in_symbolic_trace"
     model = nn.Sequential(Mixed())
     inject(model, {"rank": 2, "init": {"normal": 0.3}, "targets": [r"0\.matrix"]})
     model(torch.ones(2, 4))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lora_inject.algebra import reshape
+from lora_inject.algebra.one_base import check_one_base, common_copies
 from lora_inject.algebra.parts import (
     Cut,
     Term,
@@ -27,7 +28,7 @@ from lora_inject.algebra.parts import (
     truncated,
 )
 from lora_inject.algebra.renaming import distinct, renaming, some_of
-from lora_inject.core.adapter.fingerprint import Fingerprint, check_one_base, common_copies
+from lora_inject.core.adapter.fingerprint import Fingerprint
 from lora_inject.core.adapter.site_state import SiteState, plain
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.names import joined

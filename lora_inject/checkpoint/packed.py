@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.core.adapter.fingerprint import glimpse
+from lora_inject.core.adapter.packing import glimpse
 from lora_inject.core.files.safetensors_file import (
     DTYPES,
     FLOATS,
@@ -64,7 +64,7 @@ class Packed(ABC):
         raise NotImplementedError(self.form)
 
     def packing(self) -> str:
-        """Describe the format as `adapter.fingerprint.packing` does for a live model, or as ""."""
+        """Describe the format as `adapter.packing` does for a live model, or as ""."""
         return ""
 
     def part(self, role: str) -> Tensor:

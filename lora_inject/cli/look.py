@@ -19,7 +19,8 @@ from lora_inject.cli.program import app
 
 if TYPE_CHECKING:
     from lora_inject.analysis import Analysis, Comparison
-    from lora_inject.core.spec.inventory import Inventory
+    from lora_inject.core.spec.key_lists import inventory_of
+from lora_inject.core.spec.inventory import Inventory
 
 
 @app.command("plan")
@@ -90,7 +91,6 @@ def _inventory_of(path: Path, *, keys: bool = False) -> Inventory:
     from lora_inject.checkpoint.index import INDEX_SUFFIX, read_config
     from lora_inject.core.layers.candidates import inventory
     from lora_inject.core.layers.survey import Survey
-    from lora_inject.core.spec.inventory import Inventory
     from lora_inject.errors import CheckpointError
 
     if not path.exists():
@@ -105,7 +105,7 @@ def _inventory_of(path: Path, *, keys: bool = False) -> Inventory:
         shapes = {entry.name: entry.shape for entry in checkpoint}
         n_files = len(checkpoint.shards)
         show.note(f"planned on {len(shapes):,} keys of {n_files:,} safetensors file(s)")
-        return Inventory.from_keys(shapes)
+        return inventory_of(shapes)
     config = read_config(folder, path.name if path.is_file() else "config.json")
     remedy = "pass --keys to plan on the names in the checkpoint"
     model = meta_model(config, f"build the model of '{path}'", remedy)

@@ -22,10 +22,10 @@ from lora_inject.core.functional.factors import cast
 from lora_inject.core.functional.gain import gained
 from lora_inject.core.functional.lazy import lazy_weight
 from lora_inject.core.layers.attached import Entry, attached_to, held_by
+from lora_inject.core.layers.effective import trained
 from lora_inject.core.layers.kinds import LoRAEmbedding
 from lora_inject.core.layers.linear_kinds import LoRALinear
 from lora_inject.core.layers.plain_tensors import PLAIN
-from lora_inject.core.layers.reading import trained
 from lora_inject.core.layers.selected import Mix, Selected
 from lora_inject.core.layers.sending import queue_of
 from lora_inject.errors import LayerError

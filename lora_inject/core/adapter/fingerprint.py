@@ -13,16 +13,13 @@ would miss them: its own merged base would pass. So values that moved are sample
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from lora_inject.errors import StateError
 
 N_SAMPLES = 16
 
@@ -30,9 +27,6 @@ N_SAMPLES = 16
 # and the found base may each have been rounded. The smallest step of float16 is 2**-24.
 _RELATIVE = 2.0**-7
 _ABSOLUTE = 2.0**-24
-
-# Of a packed tensor: its settings and a few codes, None if it is of no library that is known.
-Described = Callable[[Tensor], Iterable[str] | None]
 
 
 class Moved(NamedTuple):
@@ -108,7 +102,7 @@ def samples(weights: Mapping[str, Tensor]) -> dict[str, tuple[float, ...]]:
     values_of: dict[str, tuple[float, ...]] = dict.fromkeys(weights, ())
     for names in alike.values():
         first = weights[names[0]]
-        positions = _index(tuple(first.shape)).to(first.device)
+        positions = sample_index(tuple(first.shape)).to(first.device)
         with torch.no_grad():
             values = torch.stack([weights[name].take(positions) for name in names])
         values_of.update(zip(names, map(tuple, values.float().tolist()), strict=True))
@@ -121,55 +115,8 @@ def values_at(weight: Tensor, positions: tuple[int, ...]) -> tuple[float, ...]:
     return tuple(weight.detach().take(at).float().tolist())
 
 
-def packing(weight: Tensor, described: Described = lambda _: None) -> str:
-    """Describe a quantized weight: class, format, block size, and a few of its bytes.
-
-    Scales, which devices may round differently, have three digits. The result is empty for a tensor
-    whose values this process does not hold. `described` tells what is known of a library's tensors.
-
-    Examples:
-        >>> packing(torch.arange(3, dtype=torch.int8))
-        'Tensor, int8 (3,) 000102'
-    """
-    if weight.is_meta or hasattr(weight, "full_tensor"):
-        return ""
-    return ", ".join((type(weight).__name__, *_parts(weight, described)))
-
-
-def _parts(weight: Tensor, described: Described) -> Iterator[str]:
-    """Yield the settings and the inner tensors of a packed tensor."""
-    if (said := described(weight)) is not None:
-        yield from said
-    elif hasattr(weight, "__tensor_flatten__"):
-        names, settings = weight.__tensor_flatten__()
-        yield from _settings(settings.items() if isinstance(settings, Mapping) else ())
-        for name in names:
-            yield f"{name}: {', '.join(_parts(getattr(weight, name), described))}"
-    else:
-        yield glimpse(weight)
-
-
-def _settings(items: Iterable[tuple[str, object]]) -> Iterator[str]:
-    for name, value in items:
-        if isinstance(value, float):
-            yield f"{name} {value:.2e}"
-        elif isinstance(value, str | int | tuple | list) and not name.endswith("dtype"):
-            yield f"{name} {value}"  # any dtype will do, as for a plain base
-
-
-def glimpse(tensor: Tensor) -> str:
-    """Return the dtype, the shape and a few values of a tensor that holds codes or scales."""
-    flat = tensor.detach().reshape(-1)
-    start = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-    if tensor.is_floating_point() and tensor.element_size() > 1:
-        values = flat[_index((flat.numel(),))[::5].to(flat.device)].tolist()
-        return " ".join((start, *(f"{value:.2e}" for value in values)))
-    raw = flat.view(torch.uint8)
-    return f"{start} {bytes(raw[_index((raw.numel(),)).to(raw.device)].tolist()).hex()}"
-
-
 @lru_cache(maxsize=256)
-def _index(shape: tuple[int, ...]) -> Tensor:
+def sample_index(shape: tuple[int, ...]) -> Tensor:
     """The positions as a tensor; a model has few shapes and many weights."""
     return torch.tensor(sample_positions(shape), dtype=torch.long, device="cpu")
 
@@ -226,23 +173,6 @@ def _words(wrong: list[tuple[float, float]], n: int) -> str:
     return f"{len(wrong)} of {n} sampled values differ, {first}"
 
 
-def check_one_base(several: Iterable[Fingerprint | None], names: Iterable[str], asked: str) -> None:
-    """Refuse adapters of different bases, by the weights that two fingerprints have in common.
-
-    `names` are what messages call the adapters.
-    """
-    marks = [(mark, name) for mark, name in zip(several, names, strict=True) if mark is not None]
-    for (one, first), (two, second) in combinations(marks, 2):
-        unknown = {*(one.shapes.keys() - two.shapes.keys()), *unverifiable(one, two)}
-        unknown |= {n for n in one.shapes.keys() - unknown if one.shapes[n] != two.shapes[n]}
-        common = one.without(unknown)  # not where only one of the bases was quantized
-        if common is not None and (wrong := base_differences(common, two)):
-            name, what = next(iter(wrong.items()))
-            what = what.replace("in the file", "in one").replace("here", "in the other")
-            problem = f"they were made on different bases: '{name}' {what}"
-            raise StateError(f"{asked}, {first} and {second}", problem, "Give adapters of one base")
-
-
 def unverifiable(saved: Fingerprint, current: Fingerprint) -> tuple[str, ...]:
     """Names of weights that cannot be compared: quantized on one side only, sharded or on meta."""
     return tuple(
@@ -263,21 +193,3 @@ def same_values(one: Tensor, two: Tensor) -> bool:
     """Compare two copies of a tensor in the narrower of their dtypes: one may have been rounded."""
     narrow = min(one.dtype, two.dtype, key=lambda dtype: dtype.itemsize)
     return torch.equal(one.to(narrow), two.to(narrow))
-
-
-def common_copies(
-    several: Iterable[Mapping[str, Tensor]], names: Iterable[str], asked: str
-) -> dict[str, Tensor]:
-    """Return the copies of the base's tensors that any of several adapters carries.
-
-    `names` are what messages call the adapters.
-    """
-    common: dict[str, Tensor] = {}
-    holders: dict[str, str] = {}
-    for copies, holder in zip(several, names, strict=True):
-        for name, tensor in copies.items():
-            held, first = common.setdefault(name, tensor), holders.setdefault(name, holder)
-            if not same_values(held, tensor):
-                different = f"{first} and {holder} hold different copies of this base tensor"
-                raise StateError(f"{asked}, '{name}'", different, "Give adapters of one base")
-    return common

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.core.functional.weight import of_every_expert
 from lora_inject.core.spec.sites import SiteSpec, signed_pairs
 from lora_inject.errors import StateError
 
@@ -75,6 +74,8 @@ class SiteState:
         """The same with A and B of each expert of a stack: zeros where an expert has none."""
         if self.spec.only is None and not self.spec.share:
             return self
+        from lora_inject.core.functional.weight import of_every_expert  # of stacks only
+
         spec, n = self.spec, self.spec.experts or 1
         tensors = {r: of_every_expert(t, spec, n).contiguous() for r, t in self.tensors.items()}
         return self.of(replace(self.spec, only=None, share=""), tensors)

@@ -12,17 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from lora_inject.errors import FormatError
-
-
-def several_processes() -> bool:
-    """Return whether this is one of several processes of torch's default group."""
-    distributed = torch.distributed
-    return distributed.is_available() and (
-        distributed.is_initialized() and distributed.get_world_size() > 1
-    )
 
 
 def write_together(target: Path, write: Callable[[Path], Path]) -> Path:
@@ -41,7 +31,7 @@ def write_together(target: Path, write: Callable[[Path], Path]) -> Path:
     try:
         return write(target)
     except FormatError as error:
-        if not several_processes() or not target.exists():
+        if not target.exists():
             raise
         with tempfile.TemporaryDirectory() as place:
             mine = file_bytes(write(Path(place, target.name)))

@@ -105,6 +105,15 @@ def no_view(out: Tensor, shape: torch.Size) -> Tensor:
     return _unsafe_view.default(out, shape)  # type: ignore[no-any-return]
 
 
+def reads_as_sum(weight: Tensor) -> bool:
+    """Whether a packed weight is read as W + delta without being unpacked as a whole.
+
+    The class of the tensor says so (`reads_as_sum = True`) if what is selected, transposed or
+    multiplied stays packed.
+    """
+    return getattr(type(weight), "reads_as_sum", False)
+
+
 def without_autocast(y: Tensor) -> torch.autocast | None:
     """Return a context that is needed only inside autocast, because entering it is slow."""
     kind = y.device.type

@@ -237,6 +237,11 @@ def checkpoints() -> Iterator[RunningCheckpoint]:
         yield RunningCheckpoint(call.f_locals["ctx"], "run_function")
 
 
+def in_checkpoint() -> bool:
+    """Whether the caller runs inside a checkpointed function."""
+    return next(checkpoints(), None) is not None
+
+
 def reentrant_calls() -> list[FrameType]:
     """Return the calls of `CheckpointFunction.forward` on the stack, the innermost first."""
     # Only in the forward of an autograd Function is this off, and in inference mode.

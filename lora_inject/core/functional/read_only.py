@@ -82,6 +82,7 @@ def type_of_read(self: Any, *args: Any, **kwargs: Any) -> Any:
 class ReadOnly(Tensor):
     """The formed value of a weight with an adapter, or what shares its memory."""
 
+    is_read_only = True
     type = type_of_read
 
     @classmethod

@@ -150,15 +150,6 @@ def effective_weight(
     return low_rank(weight, patches, gain).formed(dtype).reshape(weight.shape)
 
 
-def reads_as_sum(weight: Tensor) -> bool:
-    """Whether a packed weight is read as W + delta without being unpacked as a whole.
-
-    The class of the tensor says so (`reads_as_sum = True`) if what is selected, transposed or
-    multiplied stays packed.
-    """
-    return getattr(type(weight), "reads_as_sum", False)
-
-
 def dense_delta(spec: SiteSpec, A: Tensor, B: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return `scale * B @ A` in the shape of the weight: the textbook formula.
 

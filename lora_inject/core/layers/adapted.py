@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import GATHERED, Attached, Entry
-from lora_inject.core.layers.checkpointing import refuse_dead_checkpoint
 from lora_inject.core.layers.forwards import refuse_offloaded
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.spec.sites import Geometry
@@ -90,6 +89,8 @@ class Adapted(nn.Module):
         if torch.is_grad_enabled():
             refuse_offloaded(self)
         elif any(t.requires_grad for t in tensors):
+            from lora_inject.core.layers.checkpointing import refuse_dead_checkpoint
+
             refuse_dead_checkpoint()
 
     def _lora_raw(self, param: str) -> Any:

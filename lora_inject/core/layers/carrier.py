@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.functional.read_only import ReadOnly
 from lora_inject.core.layers.adapted import raw_parameter
 from lora_inject.core.layers.attached import held_by
 from lora_inject.core.layers.own_code import OWN, keeping
@@ -99,20 +98,22 @@ class Carrier(Reading):
         """Register like nn.Module, but nothing in the place of an adapted weight, or of A.
 
         What is put there may be the weight with something done to it: quantized, pruned, or fused
-        with a norm, of which the update knows nothing. Nor does a weight get a second name, the
-        first step of torch's `prune`, which later cannot be undone.
+        with a norm, of which the update knows nothing.
+
+        1. A parameter that was read and then taken out is put back, and its successor is refused.
+        2. In the place of an adapted one stands no other, but its shards, and what
+           `load_state_dict` puts there.
+        3. An adapted one gets no second name, nor does what was read of it: that is the first step
+           of torch's `prune`, which later cannot be undone.
         """
-        attached = self._lora
-        loads = OWN.keeps is attached and OWN.replaces
+        attached, held = self._lora, self._parameters
         weight = (self.weight_name,) if attached.forward else ()
+        loads = OWN.keeps is attached and OWN.replaces and param is not None
         for adapted in (*attached.reads, *weight, *attached.flat):
-            if adapted not in self._parameters and attached.put_back(adapted, self._parameters):
+            if adapted not in held and attached.put_back(adapted, held):
                 self._lora_refuse_replaced(adapted)
-            held = self._parameters.get(adapted)
-            if held is None or (loads and param is not None):
-                continue
-            another = param is not held and not hasattr(param, "full_tensor")
-            if another if name == adapted else param is held or isinstance(param, ReadOnly):
+            there = held.get(adapted)
+            if there is not None and not loads and _is_put_wrong(there, param, name == adapted):
                 self._lora_refuse_replaced(adapted)
         super().register_parameter(name, param)
 
@@ -143,3 +144,10 @@ class Carrier(Reading):
             "it carries an adapter, which a script cannot",
             "Call merge(model, eject=True) first, or use torch.jit.trace or torch.export",
         )
+
+
+def _is_put_wrong(adapted: nn.Parameter, given: Any, in_its_place: bool) -> bool:
+    """Whether a Parameter may not be registered beside, or in the place of, an adapted one."""
+    if in_its_place:
+        return given is not adapted and not hasattr(given, "full_tensor")
+    return given is adapted or getattr(type(given), "is_read_only", False)

@@ -82,11 +82,6 @@ def _is_known(selection: Any) -> bool:
     return isinstance(function, Recomputed) and selection in function.selected
 
 
-def are_running() -> bool:
-    """Whether the caller runs inside a checkpointed function."""
-    return next(checkpoints(), None) is not None
-
-
 def refuse_dead_checkpoint() -> None:
     """Raise where the caller runs in a reentrant checkpoint that will ask for no gradient."""
     inputs = reentrant_inputs()

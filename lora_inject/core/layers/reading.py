@@ -2,66 +2,23 @@
 
 The rule: the attribute of an adapted parameter reads as W + delta, for whoever reads it. Raw are
 `parameters()`, `state_dict()` and `_parameters`. A layer's own forward, to whose output the update
-is added, reads its own W (`own_code`).
-
-The sum is formed as late as possible: reading a weight's dtype or shape costs nothing and is never
-refused.
+is added, reads its own W (`own_code`). What the sum is stands in `effective`.
 """
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lora_inject.core.functional.factors import Patch, needs_plain_operations
-from lora_inject.core.functional.inside import (
-    in_forward,
-    in_symbolic_trace,
-    is_watched,
-    saving_hooks,
-)
-from lora_inject.core.functional.read_only import read_only
-from lora_inject.core.functional.weight import effective_weight, reads_as_sum
+from lora_inject.core.functional.factors import needs_plain_operations
 from lora_inject.core.layers.adapted import Adapted
-from lora_inject.core.layers.attached import Entry, attached_to, held_by, refuse_mixed
+from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.own_code import OWN
-from lora_inject.core.layers.plain_tensors import PLAIN
-from lora_inject.core.layers.sending import sent_once
 from lora_inject.core.spec.rooms import room, standing_at
-from lora_inject.errors import LayerError, article
-from lora_inject.private import look_up
-
-# Older torch has the second only.
-_is_tracing: Callable[[], bool] = (
-    look_up("torch.fx._symbolic_trace.is_fx_symbolic_tracing")
-    or look_up("torch.fx._symbolic_trace.is_fx_tracing")
-    or in_symbolic_trace
-)
-
-
-def refuse_symbolic_trace() -> None:
-    """Raise in torch.fx.symbolic_trace, whose graph would keep today's W + delta as a constant."""
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # loads sympy: only in a trace
-
-    if get_proxy_mode() is None and not torch.compiler.is_compiling():  # these run what is read
-        raise LayerError(
-            "torch.fx.symbolic_trace of a forward that reads a weight",
-            "the weight has an adapter, and the graph would hold their sum as a constant",
-            "Use torch.export, or call merge(model, eject=True) first",
-        )
-
-
-def _is_of_torch(plain: type[nn.Module]) -> bool:
-    """Whether a class is a layer of torch, or derived from one: containers have no parameters."""
-    places = [cls.__module__.rpartition(".") for cls in plain.__mro__]
-    own = [last for package, _, last in places if package == "torch.nn.modules"]
-    return not {*own} <= {"module", "container"}
+from lora_inject.errors import LayerError
 
 
 class Reading(Adapted):
@@ -85,169 +42,19 @@ class Reading(Adapted):
             if type(raw) is nn.Parameter:
                 attached.last_read[param] = ref(raw)
         value = self._lora_value(param, raw, entries, outside=outside)
-        return value if value is raw or needs_plain_operations() else read_only(value)
+        if value is raw or needs_plain_operations():
+            return value
+        from lora_inject.core.functional.read_only import read_only
+
+        return read_only(value)
 
     def _lora_read_mixed(
         self, param: str, raw: Any, taking: list[tuple[Entry, float]], *, outside: bool
     ) -> Any:
         """Return W + delta, of the entries of a mix that are on a parameter."""
-        attached = self._lora
-        if _is_tracing():
-            refuse_symbolic_trace()
-        if type(raw) not in PLAIN and not reads_as_sum(raw):
-            return self._lora_other(raw, taking, outside)
-        # A value read under no_grad would cut the gradient of a later read in the same forward.
-        key, cache = (param, torch.is_grad_enabled()), attached.reads_so_far()
-        if cache is None:
-            return self._lora_effective(raw, taking, outside)
-        if key not in cache:
-            cache[key] = self._lora_effective(raw, taking, outside)
-        return cache[key]
+        from lora_inject.core.layers.effective import read_mixed
 
-    def _lora_other(self, raw: Any, taking: list[tuple[Entry, float]], outside: bool) -> Any:
-        """Return the value of a sharded or a quantized weight.
-
-        Tensor parallelism computes with shards. Where a quantized weight is read by others than its
-        layer, there is no W to add to: only its shape and dtype can be read.
-        """
-        if hasattr(raw, "full_tensor"):
-            return self._lora_effective(raw, taking, outside)
-        entry = taking[0][0]
-        if torch.compiler.is_compiling() or (entry.on_output and not outside):
-            return raw
-
-        def used() -> None:
-            raise LayerError(
-                f"reading {entry.param!r} of a {type(self).__name__}",
-                f"it is {article(type(raw).__name__)}, to which adapter {entry.adapter!r} cannot "
-                "be added",
-                "Leave this layer out of the adapter, or quantize it before inject",
-            )
-
-        stand_in = torch.empty((), dtype=raw.dtype, device=raw.device).expand(raw.shape)
-        return _late(stand_in, (), used=used)
-
-    def _lora_effective(
-        self, raw: Tensor, taking: list[tuple[Entry, float]], outside: bool
-    ) -> Tensor:
-        """Return `W + sum of weight * (copy - W) + sum of weight * scale * B @ A`."""
-        held, value = held_by(self), raw
-        patches: list[Patch] = []
-        float32, gain = False, None
-        for entry, weight in taking:
-            spec = entry.spec
-            if spec is None:
-                value = trained(entry, value, raw, held[entry.mark], weight)
-                continue
-            # The weight of a layer keeps its dtype, which the layer's input has.
-            if spec.compute == "float32" and spec.kind == "parameter":
-                float32 = float32 or not _is_of_torch(self._lora_plain)
-            gain = gain or entry.gain(held)
-            patches += entry.patches(held, weight)
-        if gain is not None:
-            refuse_mixed(taking)
-
-        def used() -> None:
-            for entry, _ in taking:
-                self._lora_is_read(entry)
-                # A look at a weight in a notebook is no part of what the model computes.
-                new = outside and entry.mark not in self._lora.read_from_outside
-                if new and in_forward():
-                    noted = self._lora.read_from_outside  # dynamo of torch 2.9 follows no |=
-                    self._lora.read_from_outside = noted | {entry.mark}
-
-        if patches and not needs_plain_operations():
-            how = {"float32": float32, "gain": gain, "any_shape": outside}
-            return _late(value, patches, used=used, looks=True, **how)
-        used()
-        if not patches:
-            return value
-        return effective_weight(value, patches, float32=float32, gain=gain)
-
-    def _lora_is_read(self, entry: Entry) -> None:
-        """Note that an entry takes part, and refuse dropout, which a weight cannot express."""
-        if torch.compiler.is_compiling():
-            return
-        if entry.mark not in self._lora.took_part:
-            self._lora.used((entry,))
-        self._lora_refuse_vain(entry.tensors(self).values())
-        if (
-            entry.on_output
-            and entry.spec
-            and entry.spec.dropout
-            and self._lora.selection.current().drops(self)
-        ):
-            raise LayerError(
-                f"reading the weight of site {entry.spec.name!r} in training",
-                f"adapter {entry.adapter!r} has dropout {entry.spec.dropout:g} on the layer's "
-                "input, which the reader of a weight does not see",
-                "Give the site dropout: 0, or call model.eval() to look at the weight",
-            )
-
-
-def _late(weight: Tensor, patches: Sequence[Patch], **how: Any) -> Tensor:
-    """Return a weight with updates, formed where it is used."""
-    # Loaded with the first weight that is read, which most models do not.
-    from lora_inject.core.functional.lazy import lazy_weight
-
-    return lazy_weight(weight, patches, **{"float32": False, **how})
-
-
-def trained(entry: Entry, value: Tensor, raw: Tensor, copy: Tensor, weight: float) -> Tensor:
-    """Return a tensor with the values of an entry without a site added or put in its place."""
-    if entry.scale is not None:
-        return (value.to(copy.dtype) + weight * entry.scale * copy).to(raw.dtype)
-    index = None if entry.rows is None else _index(entry.rows, raw)
-    mixed = copy
-    if weight != 1.0 or value is not raw:  # something else was added, too
-        before, base = (t if index is None else t[index] for t in (value, raw))
-        mixed = before.to(copy.dtype) + weight * (copy - base.to(copy.dtype))
-    mixed = mixed.to(raw.dtype)
-    return mixed if index is None else value.index_copy(0, index, mixed)
-
-
-def _index(rows: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return row indices as a tensor on the device of another, which is not sent in each forward.
-
-    A fake one, or one that a transform wraps, would outlive its trace.
-    """
-    plain = type(like) in (nn.Parameter, Tensor)
-    if torch.compiler.is_compiling() or (plain and not is_watched()):
-        return sent_once(rows, like.device)
-    return torch.tensor(rows, device=like.device)
-
-
-def cached_forward(plain: type[nn.Module]) -> Callable[..., Any]:
-    """Return the plain forward, in which each effective weight is formed once."""
-
-    @functools.wraps(plain.forward)
-    def forward(self: Reading, *args: Any, **kwargs: Any) -> Any:
-        attached = attached_to(self)
-        # Without one this bound method was kept and the adapter ejected.
-        if attached is None or torch.compiler.is_compiling():
-            return plain.forward(self, *args, **kwargs)
-        thread, running = threading.get_ident(), attached.running
-        outer, running[thread] = running.get(thread), ({}, saving_hooks())
-        try:
-            check_buffers = _watched_buffers(self)
-            outputs = plain.forward(self, *args, **kwargs)
-            if check_buffers is not None:
-                check_buffers()
-            return outputs
-        finally:
-            if outer is None:
-                del running[thread]
-            else:
-                running[thread] = outer
-
-    return forward
-
-
-def _watched_buffers(module: Reading) -> Callable[[], None] | None:
-    """Return what raises if a forward that trains has moved a buffer of its module."""
-    if module._buffers and module.training and not module._lora.still:
-        return room("moving_buffers").watched(module)  # type: ignore[no-any-return]
-    return None
+        return read_mixed(self, param, raw, taking, outside=outside)
 
 
 def weight_property(param: str) -> property:

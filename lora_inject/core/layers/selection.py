@@ -18,11 +18,11 @@ import torch
 from lora_inject.core.functional.inside import (
     constant_in_graphs,
     in_backward,
+    in_checkpoint,
     may_recompute,
     next_node,
     running_node,
 )
-from lora_inject.core.layers.checkpointing import are_running, remember
 from lora_inject.core.layers.contexts import Context, entered, innermost
 from lora_inject.core.layers.selected import Mix, Selected
 from lora_inject.core.layers.state_dict import Loading
@@ -82,6 +82,8 @@ class Selection:
         if may_recompute():
             if in_backward():
                 self._check_known()
+            from lora_inject.core.layers.checkpointing import remember  # few forwards run in one
+
             remember(self, selected)
         return selected
 
@@ -119,7 +121,7 @@ class Selection:
                 f"it was called {whose} disabled() or routed(), whose end would undo it",
                 "Leave the context first",
             )
-        if in_backward() or are_running():
+        if in_backward() or in_checkpoint():
             raise StateError(
                 asked,
                 "it was called inside a checkpointed function or a backward pass",
@@ -154,7 +156,7 @@ class Selection:
 
     def entered(self, context: Context) -> None:
         """Note that a context of this selection begins."""
-        if are_running():
+        if in_checkpoint():
             self.current()  # a checkpoint that is running began outside of the context
         self._note_change()
         selected = context.selected[self]

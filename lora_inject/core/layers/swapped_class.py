@@ -17,7 +17,7 @@ from lora_inject.core.layers.adapted import Adapted, WeightUpdate
 from lora_inject.core.layers.carrier import Carrier
 from lora_inject.core.layers.loading import watch_loading
 from lora_inject.core.layers.own_code import keeping
-from lora_inject.core.layers.reading import cached_forward, weight_property
+from lora_inject.core.layers.reading import weight_property
 from lora_inject.errors import LayerError
 
 
@@ -90,6 +90,8 @@ def adapted_class(
         if callable(getattr(plain, "reset_parameters", None)):
             namespace["reset_parameters"] = _resetting(plain)
         if mixin is WeightUpdate:
+            from lora_inject.core.layers.effective import cached_forward
+
             namespace["forward"] = selected_forward(plain)
             namespace["_lora_cached"] = cached_forward(plain)
         swapped = types.new_class(

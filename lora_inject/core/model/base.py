@@ -16,7 +16,6 @@ from lora_inject.core.adapter.fingerprint import (
     Fingerprint,
     Moved,
     base_differences,
-    packing,
     same_values,
     samples,
     unverifiable,
@@ -64,7 +63,7 @@ def fingerprint(
 ) -> Fingerprint:
     """Sample weights by name, so that another base of the same shape can be told.
 
-    Adapted tensors that are quantized are described (`adapter.fingerprint.packing`), meta tensors
+    Adapted tensors that are quantized are described (`adapter.packing`), meta tensors
     left out. `moved` are positions to sample as well.
     """
     weights = {**adapted, **others}
@@ -81,17 +80,22 @@ def fingerprint(
     return Fingerprint(
         shapes={n: tuple(w.shape) for n, w in weights.items() if n in adapted or n in known},
         samples=known,
-        quantized={
-            name: packing(weight, described)
-            for name, weight in adapted.items()
-            if name not in known
-        },
+        quantized=_in_words({n: w for n, w in adapted.items() if n not in known}),
         moved={
             name: Moved(positions, values_at(plain[name], positions))
             for name, positions in moved.items()
             if positions and name in plain and max(positions) < plain[name].numel()
         },
     )
+
+
+def _in_words(packed: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return packed weights, and those without values, in words."""
+    if not packed:
+        return {}
+    from lora_inject.core.adapter.packing import packing
+
+    return {name: packing(weight, described) for name, weight in packed.items()}
 
 
 def check_base(

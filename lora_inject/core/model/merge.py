@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from lora_inject.core.layers.packed_weights import claims
 from lora_inject.core.layers.selected import Mix, Selected
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Holder, Survey
-from lora_inject.core.layers.weight_kinds import Undo
 from lora_inject.core.model.carried import (
     Root,
     adapted_modules,
@@ -34,21 +33,15 @@ from lora_inject.core.model.carried import (
     roots_of,
 )
 from lora_inject.core.model.eject import eject as take_off
-from lora_inject.core.model.merge_targets import (
-    Into,
-    Target,
-    check_min_kept,
-    check_results,
-    check_ties,
-    dtype_of,
-    merge_targets,
-    not_finite,
-    refuse_new_ties,
-    tied_configs,
-)
+from lora_inject.core.model.merge_targets import check_min_kept, check_results, merge_targets
 from lora_inject.core.model.select import weights_of
+from lora_inject.core.model.target import Target, not_finite
 from lora_inject.core.model.trainable import trainable_tensors
 from lora_inject.errors import StateError
+
+if TYPE_CHECKING:
+    from lora_inject.core.layers.weight_kinds import Undo
+    from lora_inject.core.model.packed_target import Into
 
 M = TypeVar("M", bound=nn.Module)
 Weights = tuple[tuple[str, float], ...]
@@ -66,17 +59,12 @@ class _Merged:
     # What models and configs said of quantization and ties: each with attributes of its.
     said: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
 
-    def say_no_more(self, survey: Survey, *, quantized: bool, tied: bool) -> None:
-        """Remove from models and configs what is not true of merged weights any more."""
-        if quantized:
-            self.said += claims(module for _, module in survey.modules)
+    def say_unpacked(self, survey: Survey) -> None:
+        """Remove from models what is not true of unpacked weights any more."""
+        self.said += claims(module for _, module in survey.modules)
         for owner, attributes in self.said:
             for name in attributes:
                 delattr(owner, name)
-        configs = tied_configs(survey) if tied else []
-        self.said += ((config, {"tie_word_embeddings": True}) for config in configs)
-        for config in configs:
-            config.tie_word_embeddings = False
 
     def say_again(self) -> None:
         """Restore what models and configs said before the merge."""
@@ -131,7 +119,8 @@ def merge(
     root = root_of(survey)
     mix, targets = mix_and_targets(survey, name, into, "merge")
     untied = {target.name: target.sharers[0].name for target in targets if target.sharers}
-    check_ties(survey, untied, eject)
+    if untied:
+        _ties().check_ties(survey, untied, eject)
     for target in targets:
         target.check_replaceable()
     check_results(targets, min_kept, undo)
@@ -145,22 +134,32 @@ def merge(
         for parameter in trainable:
             parameter.requires_grad_(False)
         _write(targets, undo, undos)
-        plain = any(target.becomes_plain for target in targets)
-        # With the old flag a saved merged model would be tied again when it is loaded.
-        kept.say_no_more(survey, quantized=plain, tied=bool(untied))
-        refuse_new_ties(survey, untied)
+        if any(target.becomes_plain for target in targets):
+            kept.say_unpacked(survey)
+        if untied:
+            kept.said += _ties().say_untied(survey)
+            _ties().check_new_ties(survey, untied)
         report = _report(targets, mix)
         if eject:
             take_off(model)
     return report
 
 
+def _ties() -> Any:
+    """Return what is known of ties, loaded with the first tensor that is untied."""
+    from lora_inject.core.model import merge_ties
+
+    return merge_ties
+
+
 def _into(dequantize: str | torch.dtype | None, requantize: bool) -> Into:
-    """Return what quantized weights become."""
+    """Return what packed weights become."""
     if dequantize is None:
         return "same" if requantize else None
     if requantize:
         raise StateError("merge", "both dequantize and requantize are given", "Choose one of them")
+    from lora_inject.core.model.packed_target import dtype_of
+
     return dtype_of(dequantize)
 
 
@@ -238,26 +237,25 @@ def _write(targets: list[Target], undo: bool, undos: list[_Undo]) -> None:
     """Write every merged weight, and note in `undos`, before each, what would take it back."""
     untied: set[Holder] = set()
     # First: a layer that becomes a plain one may get its bias in another dtype.
-    for target in sorted(targets, key=lambda target: target.into is None):
-        holder, before = target.holder, target.weight
-        if target.into is not None:
-            target.tally = Tally() if target.terms else None
-            weight = target.replacement(target.tally)
-            written = target.written
-            layer = target.kind.write(holder.module, holder.param, weight)
-            target.holder = holder = written
-            undos.append(_Undo(holder, weight, before, layer=layer))
-        elif left := [other for other in target.sharers if other not in untied]:
+    for target in sorted(targets, key=lambda target: not target.is_packed):
+        before = target.weight
+        if (replaced := target.replace()) is not None:
+            weight, layer = replaced
+            undos.append(_Undo(target.holder, weight, before, layer=layer))
+            if undo and target.becomes_plain:  # some rearrange their codes as they run
+                undos[-1].note_written()
+            continue
+        holder = target.holder
+        if left := [other for other in target.sharers if other not in untied]:
             own = nn.Parameter(before.detach().clone(), requires_grad=False)
             undos.append(_Undo(holder, own, before, partner=left[-1]))
             holder.module._parameters[holder.param] = own
             untied.add(holder)
-            _write_rows(target, undos[-1])
         else:  # nobody shares it, or nobody any more
             matrix = before.detach().view(target.matrix_shape)
             undos.append(_Undo(holder, before, before, matrix.clone() if undo else None))
-            _write_rows(target, undos[-1])
-        if undo and target.into != "same":  # some rearrange their codes as they run
+        _write_rows(target, undos[-1])
+        if undo:
             undos[-1].note_written()
 
 
@@ -277,10 +275,8 @@ def _write_rows(target: Target, undo: _Undo) -> None:
 def _report(targets: list[Target], mix: Weights) -> MergeReport:
     tensors, notes = {}, []
     for target in targets:
-        action = "untied" if target.sharers else "folded" if target.terms else "replaced"
-        action = "dequantized" if target.into and not target.terms else action
         dtype = str(target.weight.dtype).removeprefix("torch.")
-        row = TensorReport(target.name, action, dtype, tuple(target.weight.shape))
+        row = TensorReport(target.name, target.action, dtype, tuple(target.weight.shape))
         tensors[target.name] = row.counted(target.tally if target.narrow else None)
         if target.sharers:
             others = ", ".join(repr(holder.name) for holder in target.sharers)

@@ -1,234 +1,26 @@
-"""The tensors that a merge writes, their updates, and the reasons to refuse a merge.
-
-Below, `untied` is the name of each tensor that gets memory of its own, to the name of another
-tensor that it was.
-"""
+"""The tensors that a merge writes, and the reasons to refuse a merge before anything is written."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
 from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.finite import all_finite
-from lora_inject.core.functional.fold import Delta, Tally, fold_rows, mix_copies, rows_at_once
-from lora_inject.core.functional.gain import Gain
 from lora_inject.core.layers.attached import Entry, refuse_mixed
-from lora_inject.core.layers.packed_weights import dense, packed_weight, reason_against, weight_kind
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
-from lora_inject.core.layers.weight_kinds import UNKNOWN, Verb, WeightKind
 from lora_inject.core.model.guards import before, holder_of_shards
+from lora_inject.core.model.target import Target, not_finite
 from lora_inject.core.model.whole import whole_adapter
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import LayerError, StateError, check_type
 
-Into = torch.dtype | Literal["same"] | None
-"""Target of a quantized weight: a plain dtype, its own format, or None for an error."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def dtype_of(dequantize: str | torch.dtype) -> torch.dtype:
-    """Return the dtype of a name."""
-    name = str(dequantize).removeprefix("torch.")
-    if name not in DTYPES:
-        remedy = f"Use one of {list(DTYPES)}"
-        raise LayerError(f"dequantize={name!r}", "the dtype is not known", remedy)
-    return DTYPES[name]
-
-
-@dataclass
-class Target:
-    """One tensor to write."""
-
-    holder: Holder  # where it stands
-    terms: list[Patch] = field(default_factory=list)  # low-rank updates to fold in
-    gain: Gain | None = None  # what multiplies the outputs of their sum with W
-    # Trained copies, each with its weight and the rows that it is of, None for all.
-    copies: list[tuple[Tensor, float, tuple[int, ...] | None]] = field(default_factory=list)
-    # Who else holds the same memory, and must not see the merge.
-    sharers: list[Holder] = field(default_factory=list)
-    tally: Tally | None = None  # what rounding left, where it was counted
-    into: Into = None  # what a quantized weight becomes
-
-    @property
-    def name(self) -> str:
-        """Name of the tensor."""
-        return self.holder.name
-
-    @property
-    def changes(self) -> bool:
-        """Whether an adapter takes part: a quantized weight may be unpacked without one."""
-        return bool(self.terms or self.copies)
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The tensor."""
-        return self.holder.tensor
-
-    @property
-    def due_shape(self) -> tuple[int, ...]:
-        """The shape that the adapters say it has."""
-        if self.terms:
-            return self.terms[0].spec.weight_shape
-        copy, _, rows = self.copies[0]
-        return tuple(self.weight.shape if rows is not None else copy.shape)
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """Its shape as one matrix."""
-        if self.terms:
-            return self.terms[0].spec.matrix_shape
-        return (self.weight.shape[0] if self.weight.dim() and not self.into else 1, -1)
-
-    @property
-    def kind(self) -> WeightKind:
-        """How the layer holds a quantized weight."""
-        return weight_kind(self.holder.module, self.weight)
-
-    @property
-    def becomes_plain(self) -> bool:
-        """Whether a quantized weight is written as plain floats."""
-        return isinstance(self.into, torch.dtype)
-
-    @property
-    def replaces_layer(self) -> bool:
-        """Whether the layer, whose weight is quantized, is written as a plain one."""
-        return self.becomes_plain and self.kind.replaces_layer(self.holder.module, self.weight)
-
-    def check_replaceable(self) -> None:
-        """Raise if plain values cannot be the weight of the layer itself."""
-        if self.becomes_plain:
-            reason = self.kind.why_not("replace", self.holder.module, self.weight)
-            if reason is not None:
-                raise LayerError(f"merge into {self.name!r}", *reason)
-
-    @property
-    def written(self) -> Holder:
-        """Where the weight stands once it is written."""
-        name, module, param = self.holder
-        name = name.removesuffix(param) + "weight"
-        return Holder(name, module, "weight") if self.replaces_layer else self.holder
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the merged values."""
-        if self.into is None:
-            return self.weight.dtype
-        return torch.float32 if self.into == "same" else self.into
-
-    @property
-    def narrow(self) -> bool:
-        """Whether the result has 16 bits or less, which may lose a part of a delta."""
-        return self.into == "same" or self.dtype.itemsize <= 2
-
-    @cached_property
-    def delta(self) -> Delta:
-        """The terms, prepared for all blocks."""
-        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        delta = Delta(self.terms, wide, self.gain)
-        if self.gain is not None:
-            delta.norms_of(self.blocks())
-        return delta
-
-    def may_overflow(self) -> bool:
-        """Whether the largest possible value of a delta is near the largest of the dtype."""
-        if self.gain is not None:
-            return True
-        norm = torch.linalg.vector_norm
-        bound = sum(
-            abs(t.spec.scale * t.weight) * float(norm(t.A)) * float(norm(t.B)) for t in self.terms
-        )
-        return not bound <= 1e-6 * torch.finfo(self.dtype).max
-
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield `(first row, rows)` of the weight matrix, views in the storage of a plain one."""
-        return self._split(self._values())
-
-    def _split(self, values: Tensor) -> Iterator[tuple[int, Tensor]]:
-        matrix = values.view(self.matrix_shape)
-        step = rows_at_once(matrix)
-        for start in range(0, len(matrix), step):
-            yield start, matrix[start : start + step]
-
-    def _values(self) -> Tensor:
-        weight = self.weight
-        return weight.detach() if self.into is None else dense(self.holder.module, weight)
-
-    def merged(
-        self, rows: Tensor, start: int, tally: Tally | None, out: Tensor | None = None
-    ) -> Tensor:
-        """Return some merged rows, possibly into `rows` itself."""
-        if not self.copies:
-            return fold_rows(rows, start, self.delta, tally, out)
-        wide = self.delta.dtype
-        before = rows.to(wide, copy=True)
-        wanted = self.delta.add_(mix_copies(rows, self._copied(before, start), wide), start)
-        merged = wanted.to(rows.dtype) if out is None else out.copy_(wanted)
-        if tally is not None:
-            tally.count(before, wanted - before, wanted - merged.to(wide))
-        return merged
-
-    def _copied(self, before: Tensor, start: int) -> list[tuple[Tensor, float]]:
-        """Return some rows of each trained copy; a copy of other rows has those of before."""
-        mixed_copies, stop = [], start + before.shape[0]
-        for copy, weight, some in self.copies:
-            if some is None:
-                mine = copy.reshape(self.matrix_shape)[start:stop]
-            else:
-                mine = before.clone()
-                for at, row in enumerate(some):
-                    if start <= row < stop:
-                        mine[row - start] = copy.detach()[at]
-            mixed_copies.append((mine, weight))
-        return mixed_copies
-
-    def rehearse(self) -> None:
-        """Form all merged rows and count, without writing."""
-        self.tally = Tally()
-        if self.into is not None:
-            self.replacement(self.tally)
-            return
-        for start, rows in self.blocks():
-            self.merged(rows, start, self.tally)
-
-    @torch.no_grad()
-    def formed(self, tally: Tally | None = None) -> Tensor:
-        """Return all merged values, finite, a new tensor in the shape that the layer states."""
-        values = self._values()
-        formed = torch.empty(values.shape, dtype=self.dtype, device=values.device)
-        out = formed.view(self.matrix_shape)
-        for start, rows in self._split(values):
-            self.merged(rows, start, tally, out[start : start + len(rows)])
-        if not all_finite(formed):
-            raise not_finite(self, values)
-        return formed
-
-    def counted_in(self, kept: dict[str, float] | None) -> Tensor:
-        """Return all merged values; note in `kept` the share of the delta that rounding kept."""
-        tally = Tally() if kept is not None and self.narrow else None
-        formed = self.formed(tally)
-        if tally is not None and kept is not None:
-            kept[self.name] = tally.kept
-        return formed
-
-    def replacement(self, tally: Tally | None) -> nn.Parameter:
-        """Return the replacement of a quantized weight."""
-        values = self.formed(None if self.into == "same" else tally)
-        if self.into != "same":
-            return nn.Parameter(values, requires_grad=False)
-        weight = self.kind.packed(self.holder.module, self.weight, values)
-        if tally is not None:
-            before, now = self._values(), dense(self.holder.module, weight)
-            tally.count(before, values - before, values - now)
-        return weight
+if TYPE_CHECKING:
+    from lora_inject.core.model.packed_target import Into
 
 
 def merge_targets(
@@ -236,7 +28,7 @@ def merge_targets(
 ) -> list[Target]:
     """Return the targets to write to fold `(adapter, weight)` pairs in, checked.
 
-    `into` is for quantized weights; with a dtype those without an adapter are targets as well.
+    `into` is what packed weights become; with a dtype those without an adapter are targets as well.
     """
     before("read", survey)
     targets: dict[Holder, Target] = {}
@@ -244,33 +36,32 @@ def merge_targets(
     for adapter, weight in active:
         for path, module, entry in whole_adapter(survey, adapter, "merge"):
             holder = Holder(joined(path, entry.param), module, entry.param)
-            add_entry(targets.setdefault(holder, Target(holder)), entry, weight)
+            if holder not in targets:
+                targets[holder] = _target(holder, into)
+            add_entry(targets[holder], entry, weight)
             entries.setdefault(holder, []).append((entry, weight))
     for taking in entries.values():
         refuse_mixed(taking)
-    for holder in _quantized_weights(survey) if isinstance(into, torch.dtype) else ():
-        targets.setdefault(holder, Target(holder))
+    if isinstance(into, torch.dtype):
+        from lora_inject.core.model.packed_target import packed_in
+
+        for holder in packed_in(survey):
+            targets.setdefault(holder, _target(holder, into))
     for target in targets.values():
-        for reason in _reasons_against(target, into):
+        for reason in target.reasons():
             raise LayerError(f"merge into {target.name!r}", *reason)
-        target.into = into if is_quantized(target.weight) else None
         target.sharers = [one for one in survey.sharing(target.weight) if one != target.holder]
     _refuse_overlaps(survey, {memory_of(t.weight): t.name for t in targets.values()})
     return _once_if_tied(targets)
 
 
-def _quantized_weights(survey: Survey) -> Iterator[Holder]:
-    """Yield every layer that holds a quantized weight of a library, and the weight's name."""
-    for path, module in survey.modules:
-        name = packed_weight(type(module))
-        if name is not None and name in module._buffers:
-            yield Holder(joined(path, name), module, name)
-    for holder in survey.holders:
-        weight = holder.tensor
-        if is_quantized(weight):
-            kind = weight_kind(holder.module, weight)
-            if type(weight) is not nn.Parameter or kind is not UNKNOWN:
-                yield holder
+def _target(holder: Holder, into: Into) -> Target:
+    """Return a tensor to write, of the class for how its layer holds it."""
+    if not is_quantized(holder.tensor):
+        return Target(holder)
+    from lora_inject.core.model.packed_target import PackedTarget
+
+    return PackedTarget(holder, into=into)
 
 
 def add_entry(target: Target, entry: Entry, weight: float) -> None:
@@ -295,54 +86,6 @@ def add_entry(target: Target, entry: Entry, weight: float) -> None:
     target.gain = target.gain or entry.gain(held)
     detached = {name: held[name].detach() for name in entry.names.values()}
     target.terms += entry.patches(detached, weight)
-
-
-def _reasons_against(target: Target, into: Into) -> Iterator[tuple[str, str]]:
-    """Yield why a tensor cannot be written, and what to do."""
-    weight = target.weight
-    if weight.device.type == "meta":
-        yield "the weight is on the meta device", "Load the base weights first"
-    if how := holder_of_shards(weight):
-        yield f"the weight is sharded by {how}", "Merge into an unsharded copy"
-    if is_quantized(weight):
-        yield from _reasons_of_quantized(target, into)
-    else:
-        yield from _reasons_of_plain(target)
-
-
-def _reasons_of_plain(target: Target) -> Iterator[tuple[str, str]]:
-    """Yield why nothing can be added to a plain weight where it stands."""
-    weight = target.weight
-    if (reason := reason_against("merge", target.holder.module, weight)) is not None:
-        yield reason
-    if tuple(weight.shape) != target.due_shape:
-        problem = f"the weight has shape {tuple(weight.shape)}, and the adapter is for "
-        remedy = (
-            "Merge into an unsharded copy (within summon_full_params(model), where there is one)"
-        )
-        yield f"{problem}{target.due_shape}: it is sharded or was replaced", remedy
-    if not weight.is_contiguous():
-        remedy = "Make it so first: model.to(memory_format=torch.contiguous_format), or "
-        yield "the weight is not contiguous", remedy + "weight.data = weight.data.contiguous()"
-    if weight.is_inference() and not torch.is_inference_mode_enabled():
-        problem = "the weight was made in inference mode, outside of which nobody may write it"
-        remedy = "Call merge within torch.inference_mode(), or load the base outside of it"
-        yield problem, remedy
-
-
-def _reasons_of_quantized(target: Target, into: Into) -> Iterator[tuple[str, str]]:
-    module, weight, kind = target.holder.module, target.weight, target.kind
-    verb: Verb = "requantize" if into == "same" else "dequantize"
-    problem = f"the weight is quantized ({type(weight).__name__}, {weight.dtype})"
-    if (reason := kind.why_not(verb, module, weight)) is not None:
-        yield f"{problem}: {reason.found}", reason.remedy
-    if into is None:
-        remedy = 'Write plain floats, merge(model, dequantize="bfloat16")'
-        if kind.why_not("requantize", module, weight) is None:
-            remedy += ", or its own format, merge(model, requantize=True)"
-        yield problem, remedy
-    if target.copies:
-        yield "a trained copy stands for a quantized weight", "Leave it out"
 
 
 def _once_if_tied(targets: Mapping[Holder, Target]) -> list[Target]:
@@ -372,7 +115,8 @@ def check_results(targets: list[Target], min_kept: float | None, undo: bool) -> 
     undone later. All other targets are formed once without being written.
     """
     for target in targets:
-        if target.narrow and not undo and not target.into and not all_finite(target.weight):
+        plain = not is_quantized(target.weight)
+        if target.narrow and not undo and plain and not all_finite(target.weight):
             raise not_finite(target, target.weight)
         counted = min_kept is not None and target.narrow and target.changes
         if counted or target.may_overflow():
@@ -405,15 +149,6 @@ def _check_kept(targets: list[Target], min_kept: float) -> None:
             f"asked at {len(missed)} of {len(targets)} tensors",
             "Stay unmerged, or merge in float32",
         )
-
-
-def not_finite(target: Target, base: Tensor) -> LayerError:
-    """Return the error of a merged weight with NaN or Inf, whose base was `base`."""
-    asked = f"merge into {target.name!r}"
-    if not all_finite(base):
-        return LayerError(asked, "the base holds NaN or Inf", "Check the base")
-    problem = f"the merged weight overflows {target.dtype}"
-    return LayerError(asked, problem, "Merge in a wider dtype")
 
 
 # Tensors that share memory ----------------------------------------------------------------------
@@ -470,64 +205,3 @@ def _span(name: str, tensor: Tensor, memory: Hashable) -> _Span:
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     n_elements = 1 + sum((n - 1) * step for n, step in steps)
     return _Span(start, start + n_elements * tensor.element_size(), name, memory)
-
-
-def check_ties(survey: Survey, untied: Mapping[str, str], eject: bool) -> None:
-    """Refuse to untie where the model computes or loads something else when it is untied."""
-    if not untied:
-        return
-    name, sharer = next(iter(untied.items()))
-    asked = f"merge into {name!r}"
-    for cls in {type(module): None for _, module in survey.modules}:
-        if _reads_tie_flag(cls):
-            raise LayerError(
-                asked,
-                f"its tensor is tied, and {cls.__name__} scales its output by whether "
-                "config.tie_word_embeddings says so: untied it would be another model",
-                "Stay unmerged, or leave this site out of the adapter",
-            )
-    if eject and not tied_configs(survey):
-        raise LayerError(
-            f"{asked} with eject=True",
-            f"its tensor is also that of {sharer!r} and would be untied, and no "
-            "config of the model says so: code that ties the two, when a saved state dict is "
-            "loaded, would lose one of them",
-            "Where no code ties them any more, call merge(model) and eject(model)",
-        )
-
-
-def _reads_tie_flag(cls: type) -> bool:
-    forward = getattr(cls, "forward", None)
-    if not inspect.isfunction(forward):  # a ScriptModule's is not
-        return False
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    return code is not None and "tie_word_embeddings" in code.co_names
-
-
-def tied_configs(survey: Survey) -> list[Any]:
-    """Return every config inside that says that embeddings are tied."""
-    pending: list[Any] = [m.config for _, m in survey.modules if hasattr(m, "config")]
-    seen: set[int] = set()
-    configs = []
-    while pending:
-        config = pending.pop()
-        if id(config) in seen or not hasattr(config, "__dict__"):
-            continue
-        seen.add(id(config))
-        if getattr(config, "tie_word_embeddings", False):  # may be a default of the class
-            configs.append(config)
-        pending += [v for k, v in config.__dict__.items() if k.endswith("_config")]
-    return configs
-
-
-def refuse_new_ties(survey: Survey, untied: Mapping[str, str]) -> None:
-    """Refuse where a class ties what was untied whatever its config says."""
-    for path, module in survey.modules if untied else ():
-        asks = getattr(module, "get_expanded_tied_weights_keys", None)
-        for pair in asks(all_submodels=False).items() if callable(asks) else ():
-            for name in untied.keys() & {joined(path, key) for key in pair}:
-                raise LayerError(
-                    f"merge into {name!r}",
-                    f"{type(module).__name__} ties it when it is loaded, whatever its config says",
-                    "Stay unmerged, or leave this site out of the adapter",
-                )

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from lora_inject.core.layers.survey import Survey, memory_of
 from lora_inject.core.layers.weight_kinds import in_dtype
 from lora_inject.core.model.merge import mix_and_targets, mix_to_fold
-from lora_inject.core.model.merge_targets import Target, check_results, dtype_of
+from lora_inject.core.model.merge_targets import check_results
+from lora_inject.core.model.packed_target import PackedTarget, dtype_of
+from lora_inject.core.model.target import Target
 from lora_inject.core.spec.names import joined, parent
 from lora_inject.core.spec.rooms import room
 
@@ -75,7 +77,8 @@ def _folded(
     """
     by_name = {target.name: target for target in targets}
     tied = {memory_of(target.weight): target for target in targets if not target.sharers}
-    unpacked = [target for target in targets if target.becomes_plain]
+    packed = [target for target in targets if isinstance(target, PackedTarget)]
+    unpacked = [target for target in packed if target.becomes_plain]
     biases = {joined(parent(t.written.name), "bias"): t.dtype for t in unpacked}
     layers = {id(target.holder.module): target for target in unpacked if target.replaces_layer}
     for path, module in survey.modules:
@@ -99,7 +102,7 @@ def _unmerged(parameter: nn.Parameter, bias_dtype: torch.dtype | None) -> Tensor
     return parameter.detach()
 
 
-def _replaced(path: str, layer: Target) -> Iterator[tuple[str, Tensor]]:
+def _replaced(path: str, layer: PackedTarget) -> Iterator[tuple[str, Tensor]]:
     """Yield weight and bias of a quantizer's layer as the plain one has them."""
     yield layer.written.name, layer.formed()
     bias = getattr(layer.holder.module, "bias", None)

@@ -9,7 +9,7 @@ from itertools import chain
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lora_inject.core.functional.weight import reads_as_sum
+from lora_inject.core.functional.factors import reads_as_sum
 from lora_inject.core.layers.attached import Entry, attached_to, attribute
 from lora_inject.core.layers.class_swap import check_swappable
 from lora_inject.core.layers.packed_weights import weight_kind

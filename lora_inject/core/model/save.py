@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import secrets
-import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,6 @@ from lora_inject.core.adapter.exchange import (
     write_adapter,
 )
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.disk import replace_file
-from lora_inject.core.files.together import write_together
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.base import model_facts
 from lora_inject.core.model.carried import (
@@ -38,9 +34,6 @@ from lora_inject.core.spec.rooms import room
 from lora_inject.errors import FormatError, user_path, within
 
 LOG = logging.getLogger("lora_inject")
-
-LATEST = "LATEST"
-"""File with the name of an adapter's newest version."""
 
 
 def save_adapter(
@@ -99,14 +92,11 @@ def save_adapter(
         options["proof"] = room("probing").take_proof(survey, name, probe, format)
     if this_process_writes(survey):
         _say_if_untrained(state, name)
+        _write(target, partial(write_adapter, state, format=format, facts=facts, **options))
         if version is not None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        write_together(
-            target, lambda at: write_adapter(state, at, format=format, facts=facts, **options)
-        )
-        if version is not None:
-            replace_file(folder / LATEST, f"{version}\n".encode())
-            remove_old_versions(folder, version, keep)
+            from lora_inject.core.model.versions import note_newest
+
+            note_newest(folder, version, keep)
     after("save", survey)
     note_files(survey, name, target)
     return target
@@ -122,6 +112,18 @@ def _target(path: Path, format: str, version: int | None, asked: str) -> Path:  
         problem = f"versions are folders, and {format!r} is one file"
         raise FormatError(f"{asked}, version {version}", problem, "Leave version out")
     return path / str(version)
+
+
+def _write(target: Path, write: Callable[[Path], Path]) -> None:
+    """Write an adapter, which other processes of the group may write as well."""
+    distributed = torch.distributed
+    in_group = distributed.is_available() and distributed.is_initialized()
+    if not in_group or distributed.get_world_size() == 1:
+        write(target)
+        return
+    from lora_inject.core.files.together import write_together
+
+    write_together(target, write)
 
 
 def refuse_useless(survey: Survey, name: str, state: AdapterState, unused: Sequence[str]) -> None:
@@ -152,18 +154,6 @@ def _say_if_untrained(state: AdapterState, name: str) -> None:
             name,
             len(state.sites),
         )
-
-
-def remove_old_versions(folder: Path, newest: int, keep: int | None) -> None:
-    """Remove the oldest versions of an adapter; each is renamed first."""
-    if keep is None:
-        return
-    versions = sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdecimal())
-    for version in [v for v in versions if v != newest][: max(0, len(versions) - max(1, keep))]:
-        doomed = folder / f".{version}.{secrets.token_hex(6)}.tmp"
-        with suppress(FileNotFoundError):  # another process was first
-            (folder / str(version)).rename(doomed)
-            shutil.rmtree(doomed)
 
 
 def facts_for(survey: Survey, format: str, name: str) -> Callable[[], Any]:  # noqa: A002

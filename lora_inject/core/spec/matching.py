@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lora_inject.core.spec.config import ALL_EXPERTS, ALL_LINEAR, Config
 from lora_inject.core.spec.fit import notes, site_of_rule
@@ -20,7 +20,6 @@ from lora_inject.core.spec.names import (
     canonical,
     counted,
     first_number,
-    is_bias,
     parent,
     quoted,
 )
@@ -28,7 +27,7 @@ from lora_inject.core.spec.patterns import matching
 from lora_inject.core.spec.plan import Plan, Skipped, Tied, Trained
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.errors import LayerError, MatchError, nearest
+from lora_inject.errors import LayerError, MatchError
 
 WORDS = (ALL_LINEAR, ALL_EXPERTS)  # rules that are no pattern
 
@@ -51,7 +50,8 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
     or `..._bias`, stacked ones of experts included.
 
     Examples:
-        >>> inventory = Inventory.from_keys({f"h.{i}.q.weight": (8, 8) for i in range(2)})
+        >>> from lora_inject.core.spec.key_lists import inventory_of
+        >>> inventory = inventory_of({f"h.{i}.q.weight": (8, 8) for i in range(2)})
         >>> plan = resolve(Config(targets=["q"], rank=2), inventory)
         >>> plan.n_sites, plan.n_lora
         (2, 64)
@@ -63,13 +63,17 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
     ordered = sorted(rules.taken.values(), key=lambda entry: entry.order)
     sites = tuple(entry.spec for entry in ordered)
     candidates = [entry.candidate for entry in ordered]
-    trained = _trained_by(config, rules.inventory, sites, candidates)
+    trained: tuple[Trained, ...] = ()
+    if config.train or config.tokens or config.bias != "none":
+        from lora_inject.core.spec.trained import trained_by
+
+        trained = trained_by(config, inventory, sites, candidates)
     plan = Plan(
         config=config,
         sites=sites,
         trained=trained,
         skipped=tuple(rules.skipped),
-        tied=_tied_by(rules.inventory, sites, candidates, trained),
+        tied=_tied_by(inventory, sites, candidates, trained),
         notes=(*_word_notes(config, inventory, sites), *notes(candidates, sites)),
         n_base=sum(math.prod(shape) for shape in inventory.parameters.values()),
         assumed=inventory.assumed,
@@ -112,7 +116,9 @@ class _Rules:
         others = _others(names, self.inventory) if rule.kind is None else []
         self.skipped += [Skipped(name, i, self.inventory.reason(name)) for name in others]
         if len(self.taken) == n_before:
-            raise _all_gone(label, left) if left else _all_skipped(label, others, self.inventory)
+            if left:
+                raise _errors().all_gone(label, left)
+            raise _errors().all_skipped(label, others, self.inventory)
 
     def _take_each(self, i: int, candidates: Iterable[tuple[int, Candidate]]) -> Counter[str]:
         """Make sites of what nobody took before; return who took how many of the others."""
@@ -146,7 +152,9 @@ class _Rules:
         else:
             names = matching(rule.match, inventory.names, asked=label)
             if not names:
-                raise inventory.no_match(label, rule.match, inventory.sites, inventory.names)
+                raise _errors().no_match(
+                    inventory, label, rule.match, inventory.sites, inventory.names
+                )
         if rule.layers is None:
             return names
         inside = [name for name in names if rule.covers(first_number(name))]
@@ -185,6 +193,13 @@ class _Rules:
         return "" if owner is None else f"rule {(owner.spec.rule or 0) + 1}"
 
 
+def _errors() -> Any:
+    """Return the errors of rules that take nothing."""
+    from lora_inject.core.spec import unmatched
+
+    return unmatched
+
+
 def _rule_label(config: Config, i: int) -> str:
     return f"rule {i + 1} ('{config.targets[i].match}')"
 
@@ -197,7 +212,7 @@ def _excluded(config: Config, inventory: Inventory) -> Below:
         label = f"exclude {i + 1} ('{pattern}')"
         hits = matching(pattern, names, asked=label)
         if not hits:
-            raise inventory.no_match(label, pattern, names)
+            raise _errors().no_match(inventory, label, pattern, names)
         excluded.update(hits)
     return Below(excluded)
 
@@ -225,7 +240,7 @@ def _of_kind(
     candidates = list(_candidates(names, inventory))
     of_kind = [pair for pair in candidates if kind is None or pair[1].kind == kind]
     if kind is not None and not of_kind:
-        raise _no_kind(label, kind, Counter(candidate.kind for _, candidate in candidates))
+        raise _errors().no_kind(label, kind, Counter(candidate.kind for _, candidate in candidates))
     return of_kind
 
 
@@ -236,116 +251,6 @@ def _others(names: Sequence[str], inventory: Inventory) -> list[str]:
     ]
     modules = set(names) if others else set()
     return [name for name in others if not (name in inventory.listed and parent(name) in modules)]
-
-
-# Rules that take nothing
-
-
-def _no_kind(label: str, kind: str, kinds: Counter[str]) -> MatchError:
-    near = nearest(kind, kinds, n=1)
-    there = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.items()) or "no kind of layer"
-    problem = f"nothing that it matches is of kind '{kind}', but of {there}"
-    return MatchError(label, problem, f"Did you mean '{near[0]}'?" if near else "Correct kind")
-
-
-def _all_gone(label: str, left: Counter[str]) -> MatchError:
-    who = ", ".join(f"{taker} ({n:,})" for taker, n in left.items())
-    remedy = "Put the narrower rule first, or remove this one"
-    return MatchError(label, f"all that it matches is taken by {who}", remedy)
-
-
-def _all_skipped(label: str, others: Sequence[str], inventory: Inventory) -> MatchError:
-    some = ", ".join(f"'{name}' ({inventory.reason(name)})" for name in others[:3])
-    more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
-    below = Below(others[:1])
-    inside = quoted([c.name for c in inventory.candidates if c.name in below][:4])
-    in_it = f"Name what is in it: {inside}"
-    remedy = in_it if inside else "Name modules or parameters that hold a matrix"
-    return MatchError(label, f"matches only what cannot take an adapter: {some}{more}", remedy)
-
-
-# What trains besides the adapters
-
-
-def _trained_by(
-    config: Config, inventory: Inventory, sites: Sequence[SiteSpec], candidates: Sequence[Candidate]
-) -> tuple[Trained, ...]:
-    """Return the parameters that `train`, `bias` and `tokens` name, in model order."""
-    shapes, entries = inventory.parameters, dict[str, Trained]()
-    for i, pattern in enumerate(config.train):
-        label = f"train {i + 1} ('{pattern}')"
-        for name in _matched(pattern, label, inventory):
-            entries.setdefault(name, Trained(name, shapes[name], label))
-    if config.bias != "none":
-        label = f"bias: {config.bias}"
-        for name in _biases(config, inventory, candidates):
-            entries.setdefault(name, Trained(name, shapes[name], label))
-    for pattern, ids in dict(config.tokens).items():
-        label = f"tokens '{pattern}'"
-        for name in _tables(pattern, ids, label, inventory):
-            if name in entries:
-                both = f"'{name}' is also named by {entries[name].why}"
-                raise MatchError(label, both, "Narrow one of the two patterns")
-            entries[name] = Trained(name, (len(ids), *shapes[name][1:]), label, ids)
-    if not entries:
-        return ()
-    _refuse_both(entries, inventory, sites)
-    return tuple(entries[name] for name in shapes if name in entries)
-
-
-def _refuse_both(
-    entries: Mapping[str, Trained], inventory: Inventory, sites: Iterable[SiteSpec]
-) -> None:
-    """Raise for a tensor that is adapted and trained, under whichever of its names it is tied."""
-    for site in sites:
-        weight = canonical(site.weight)
-        entry = entries.get(inventory.listed.get(weight, weight))
-        if entry is not None:
-            what = f"'{entry.name}' is the weight of the site '{site.name}'"
-            remedy = f"Exclude '{site.name}', or narrow the pattern"
-            raise MatchError(entry.why, f"{what}: adapted and trained both", remedy)
-
-
-def _tables(pattern: str, ids: tuple[int, ...], label: str, inventory: Inventory) -> list[str]:
-    """Return the matrices that a tokens entry names, which must have these rows."""
-    shapes = inventory.parameters
-    tables = [name for name in _matched(pattern, label, inventory) if len(shapes[name]) == 2]
-    if not tables:
-        raise MatchError(label, "it names nothing that has rows", "Name an embedding")
-    for name in tables:
-        if max(ids) >= shapes[name][0]:
-            less = f"'{name}' has no row {max(ids)}: it has {shapes[name][0]:,} rows"
-            remedy = "Resize the vocabulary first: model.resize_token_embeddings(n)"
-            raise MatchError(label, less, remedy)
-    return tables
-
-
-def _matched(pattern: str, label: str, inventory: Inventory) -> list[str]:
-    """Return the listed parameters that an entry names, itself or by a module around them."""
-    direct = matching(pattern, inventory.listed, asked=label)
-    modules = matching(pattern, inventory.modules, asked=label)
-    if not direct and not modules:
-        raise inventory.no_match(label, pattern, [*inventory.listed, *inventory.modules])
-    below = Below([*direct, *modules])
-    hits = dict.fromkeys(first for name, first in inventory.listed.items() if name in below)
-    if not hits:
-        some = quoted(modules[:3])
-        raise MatchError(label, f"matches {some}, with no parameters", "Name what has parameters")
-    return list(hits)
-
-
-def _biases(config: Config, inventory: Inventory, candidates: Sequence[Candidate]) -> list[str]:
-    if config.bias == "all":
-        names = [name for name in inventory.parameters if is_bias(name)]
-        where = f"none of {len(inventory.parameters):,} parameters"
-    else:
-        modules = dict.fromkeys(candidate.module for candidate in candidates)
-        names = [n for m in modules for n in inventory.children.get(m, ()) if is_bias(n)]
-        where = f"none of {len(modules):,} adapted modules"
-    if not names:
-        remedy = "Set bias: none" if config.bias == "all" else "Set bias: none, or all"
-        raise MatchError(f"bias: {config.bias}", f"{where} is or has a bias", remedy)
-    return names
 
 
 def _tied_by(

@@ -1,0 +1,85 @@
+"""Tied tensors that a merge unties: where that is refused, and what says that they are tied.
+
+Loaded with the first merge into one. `untied` is the name of each tensor that gets memory of its
+own, to the name of another tensor that it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.spec.names import joined
+from lora_inject.errors import LayerError
+
+
+def check_ties(survey: Survey, untied: Mapping[str, str], eject: bool) -> None:
+    """Refuse to untie where the model computes or loads something else when it is untied."""
+    name, sharer = next(iter(untied.items()))
+    asked = f"merge into {name!r}"
+    for cls in {type(module): None for _, module in survey.modules}:
+        if _reads_tie_flag(cls):
+            raise LayerError(
+                asked,
+                f"its tensor is tied, and {cls.__name__} scales its output by whether "
+                "config.tie_word_embeddings says so: untied it would be another model",
+                "Stay unmerged, or leave this site out of the adapter",
+            )
+    if eject and not _tied_configs(survey):
+        raise LayerError(
+            f"{asked} with eject=True",
+            f"its tensor is also that of {sharer!r} and would be untied, and no "
+            "config of the model says so: code that ties the two, when a saved state dict is "
+            "loaded, would lose one of them",
+            "Where no code ties them any more, call merge(model) and eject(model)",
+        )
+
+
+def _reads_tie_flag(cls: type) -> bool:
+    forward = getattr(cls, "forward", None)
+    if not inspect.isfunction(forward):  # a ScriptModule's is not
+        return False
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return code is not None and "tie_word_embeddings" in code.co_names
+
+
+def say_untied(survey: Survey) -> list[tuple[Any, dict[str, Any]]]:
+    """Let no config say that embeddings are tied; return what each said.
+
+    With the old flag a saved merged model would be tied again when it is loaded.
+    """
+    configs = _tied_configs(survey)
+    for config in configs:
+        config.tie_word_embeddings = False
+    return [(config, {"tie_word_embeddings": True}) for config in configs]
+
+
+def _tied_configs(survey: Survey) -> list[Any]:
+    """Return every config inside that says that embeddings are tied."""
+    pending: list[Any] = [m.config for _, m in survey.modules if hasattr(m, "config")]
+    seen: set[int] = set()
+    configs = []
+    while pending:
+        config = pending.pop()
+        if id(config) in seen or not hasattr(config, "__dict__"):
+            continue
+        seen.add(id(config))
+        if getattr(config, "tie_word_embeddings", False):  # may be a default of the class
+            configs.append(config)
+        pending += [v for k, v in config.__dict__.items() if k.endswith("_config")]
+    return configs
+
+
+def check_new_ties(survey: Survey, untied: Mapping[str, str]) -> None:
+    """Refuse where a class ties what was untied whatever its config says."""
+    for path, module in survey.modules:
+        asks = getattr(module, "get_expanded_tied_weights_keys", None)
+        for pair in asks(all_submodels=False).items() if callable(asks) else ():
+            for name in untied.keys() & {joined(path, key) for key in pair}:
+                raise LayerError(
+                    f"merge into {name!r}",
+                    f"{type(module).__name__} ties it when it is loaded, whatever its config says",
+                    "Stay unmerged, or leave this site out of the adapter",
+                )

@@ -1,0 +1,221 @@
+"""One tensor that a merge writes, and what it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.core.functional.factors import Patch
+from lora_inject.core.functional.finite import all_finite
+from lora_inject.core.functional.fold import Delta, Tally, fold_rows, mix_copies, rows_at_once
+from lora_inject.core.functional.gain import Gain
+from lora_inject.core.layers.packed_weights import reason_against
+from lora_inject.core.layers.survey import Holder
+from lora_inject.core.model.guards import holder_of_shards
+from lora_inject.errors import LayerError
+
+if TYPE_CHECKING:
+    from lora_inject.core.layers.weight_kinds import Undo
+
+
+@dataclass
+class Target:
+    """One tensor to write, which is plain; see `PackedTarget` for others."""
+
+    is_packed: ClassVar[bool] = False
+
+    holder: Holder  # where it stands
+    terms: list[Patch] = field(default_factory=list)  # low-rank updates to fold in
+    gain: Gain | None = None  # what multiplies the outputs of their sum with W
+    # Trained copies, each with its weight and the rows that it is of, None for all.
+    copies: list[tuple[Tensor, float, tuple[int, ...] | None]] = field(default_factory=list)
+    # Who else holds the same memory, and must not see the merge.
+    sharers: list[Holder] = field(default_factory=list)
+    tally: Tally | None = None  # what rounding left, where it was counted
+
+    @property
+    def name(self) -> str:
+        """Name of the tensor."""
+        return self.holder.name
+
+    @property
+    def changes(self) -> bool:
+        """Whether an adapter takes part: a quantized weight may be unpacked without one."""
+        return bool(self.terms or self.copies)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The tensor."""
+        return self.holder.tensor
+
+    @property
+    def due_shape(self) -> tuple[int, ...]:
+        """The shape that the adapters say it has."""
+        if self.terms:
+            return self.terms[0].spec.weight_shape
+        copy, _, rows = self.copies[0]
+        return tuple(self.weight.shape if rows is not None else copy.shape)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Its shape as one matrix."""
+        if self.terms:
+            return self.terms[0].spec.matrix_shape
+        return (self.weight.shape[0] if self.weight.dim() else 1, -1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the merged values."""
+        return self.weight.dtype
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the result has 16 bits or less, which may lose a part of a delta."""
+        return self.dtype.itemsize <= 2
+
+    @property
+    def becomes_plain(self) -> bool:
+        """Whether a packed weight is written as plain floats."""
+        return False
+
+    @property
+    def action(self) -> str:
+        """What a report calls what is done."""
+        if self.sharers:
+            return "untied"
+        return "folded" if self.terms else "replaced"
+
+    def check_replaceable(self) -> None:
+        """Raise if what is written cannot be the weight of the layer itself."""
+
+    def replace(self) -> tuple[nn.Parameter, Undo] | None:
+        """Put what a packed weight becomes in its place; return it, and what takes it back."""
+        return None
+
+    def reasons(self) -> Iterator[tuple[str, str]]:
+        """Yield why the tensor cannot be written, and what to do."""
+        weight = self.weight
+        if weight.device.type == "meta":
+            yield "the weight is on the meta device", "Load the base weights first"
+        if how := holder_of_shards(weight):
+            yield f"the weight is sharded by {how}", "Merge into an unsharded copy"
+        yield from self.reasons_here()
+
+    def reasons_here(self) -> Iterator[tuple[str, str]]:
+        """Yield why nothing can be added to a whole weight where it stands."""
+        weight = self.weight
+        if (reason := reason_against("merge", self.holder.module, weight)) is not None:
+            yield reason
+        if tuple(weight.shape) != self.due_shape:
+            problem = f"the weight has shape {tuple(weight.shape)}, and the adapter is for "
+            remedy = "Merge into an unsharded copy (within summon_full_params(model), where there "
+            remedy += "is one)"
+            yield f"{problem}{self.due_shape}: it is sharded or was replaced", remedy
+        if not weight.is_contiguous():
+            remedy = "Make it so first: model.to(memory_format=torch.contiguous_format), or "
+            yield "the weight is not contiguous", remedy + "weight.data = weight.data.contiguous()"
+        if weight.is_inference() and not torch.is_inference_mode_enabled():
+            problem = "the weight was made in inference mode, outside of which nobody may write it"
+            remedy = "Call merge within torch.inference_mode(), or load the base outside of it"
+            yield problem, remedy
+
+    @cached_property
+    def delta(self) -> Delta:
+        """The terms, prepared for all blocks."""
+        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        delta = Delta(self.terms, wide, self.gain)
+        if self.gain is not None:
+            delta.norms_of(self.blocks())
+        return delta
+
+    def may_overflow(self) -> bool:
+        """Whether the largest possible value of a delta is near the largest of the dtype."""
+        if self.gain is not None:
+            return True
+        norm = torch.linalg.vector_norm
+        bound = sum(
+            abs(t.spec.scale * t.weight) * float(norm(t.A)) * float(norm(t.B)) for t in self.terms
+        )
+        return not bound <= 1e-6 * torch.finfo(self.dtype).max
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield `(first row, rows)` of the weight matrix, views in the storage of a plain one."""
+        return self._split(self.values())
+
+    def _split(self, values: Tensor) -> Iterator[tuple[int, Tensor]]:
+        matrix = values.view(self.matrix_shape)
+        step = rows_at_once(matrix)
+        for start in range(0, len(matrix), step):
+            yield start, matrix[start : start + step]
+
+    def values(self) -> Tensor:
+        """Return W; of a packed one what it stands for."""
+        return self.weight.detach()
+
+    def merged(
+        self, rows: Tensor, start: int, tally: Tally | None, out: Tensor | None = None
+    ) -> Tensor:
+        """Return some merged rows, possibly into `rows` itself."""
+        if not self.copies:
+            return fold_rows(rows, start, self.delta, tally, out)
+        wide = self.delta.dtype
+        before = rows.to(wide, copy=True)
+        wanted = self.delta.add_(mix_copies(rows, self._copied(before, start), wide), start)
+        merged = wanted.to(rows.dtype) if out is None else out.copy_(wanted)
+        if tally is not None:
+            tally.count(before, wanted - before, wanted - merged.to(wide))
+        return merged
+
+    def _copied(self, before: Tensor, start: int) -> list[tuple[Tensor, float]]:
+        """Return some rows of each trained copy; a copy of other rows has those of before."""
+        mixed_copies, stop = [], start + before.shape[0]
+        for copy, weight, some in self.copies:
+            if some is None:
+                mine = copy.reshape(self.matrix_shape)[start:stop]
+            else:
+                mine = before.clone()
+                for at, row in enumerate(some):
+                    if start <= row < stop:
+                        mine[row - start] = copy.detach()[at]
+            mixed_copies.append((mine, weight))
+        return mixed_copies
+
+    def rehearse(self) -> None:
+        """Form all merged rows and count, without writing."""
+        self.tally = Tally()
+        for start, rows in self.blocks():
+            self.merged(rows, start, self.tally)
+
+    @torch.no_grad()
+    def formed(self, tally: Tally | None = None) -> Tensor:
+        """Return all merged values, finite, a new tensor in the shape that the layer states."""
+        values = self.values()
+        formed = torch.empty(values.shape, dtype=self.dtype, device=values.device)
+        out = formed.view(self.matrix_shape)
+        for start, rows in self._split(values):
+            self.merged(rows, start, tally, out[start : start + len(rows)])
+        if not all_finite(formed):
+            raise not_finite(self, values)
+        return formed
+
+    def counted_in(self, kept: dict[str, float] | None) -> Tensor:
+        """Return all merged values; note in `kept` the share of the delta that rounding kept."""
+        tally = Tally() if kept is not None and self.narrow else None
+        formed = self.formed(tally)
+        if tally is not None and kept is not None:
+            kept[self.name] = tally.kept
+        return formed
+
+
+def not_finite(target: Target, base: Tensor) -> LayerError:
+    """Return the error of a merged weight with NaN or Inf, whose base was `base`."""
+    asked = f"merge into {target.name!r}"
+    if not all_finite(base):
+        return LayerError(asked, "the base holds NaN or Inf", "Check the base")
+    problem = f"the merged weight overflows {target.dtype}"
+    return LayerError(asked, problem, "Merge in a wider dtype")

@@ -1,0 +1,27 @@
+"""Versions of an adapter, side by side in a folder, for servers that follow a training run."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from lora_inject.core.files.disk import replace_file
+
+LATEST = "LATEST"
+"""File with the name of an adapter's newest version."""
+
+
+def note_newest(folder: Path, newest: int, keep: int | None) -> None:
+    """Note the version that was written last, and remove the oldest but `keep`."""
+    replace_file(folder / LATEST, f"{newest}\n".encode())
+    if keep is None:
+        return
+    versions = sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdecimal())
+    for version in [v for v in versions if v != newest][: max(0, len(versions) - max(1, keep))]:
+        # renamed first: nobody finds half of one
+        doomed = folder / f".{version}.{secrets.token_hex(6)}.tmp"
+        with suppress(FileNotFoundError):  # another process was first
+            (folder / str(version)).rename(doomed)
+            shutil.rmtree(doomed)
