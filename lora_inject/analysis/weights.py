@@ -29,7 +29,8 @@ from lora_inject.checkpoint.choose import Fit, choose
 from lora_inject.checkpoint.place import Placed, read_terms
 from lora_inject.checkpoint.quantized_base import why_no_update
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.safetensors_file import FLOATS, RowReader
+from lora_inject.core.files.row_reader import RowReader
+from lora_inject.core.files.safetensors_file import FLOATS
 from lora_inject.core.functional.fold import Delta
 from lora_inject.errors import CheckpointError, StateError
 

@@ -27,7 +27,8 @@ from lora_inject.checkpoint.quantized_base import why_no_update
 from lora_inject.core.adapter.fingerprint import Fingerprint, Moved, base_differences, same_values
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.safetensors_file import FLOATS, RowReader, TensorEntry
+from lora_inject.core.files.row_reader import RowReader
+from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
 from lora_inject.core.files.tensors import in_memory
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import CheckpointError, nearest

@@ -27,7 +27,8 @@ from lora_inject.core.adapter.fingerprint import Fingerprint
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import check_free
-from lora_inject.core.files.safetensors_file import FLOATS, RowReader, TensorEntry
+from lora_inject.core.files.row_reader import RowReader
+from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import CheckpointError, user_path
 

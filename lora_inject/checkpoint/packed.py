@@ -18,13 +18,8 @@ from torch.nn.functional import pad
 
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.core.adapter.packing import glimpse
-from lora_inject.core.files.safetensors_file import (
-    DTYPES,
-    FLOATS,
-    RowReader,
-    TensorEntry,
-    rows_per_block,
-)
+from lora_inject.core.files.row_reader import RowReader, rows_per_block
+from lora_inject.core.files.safetensors_file import DTYPES, FLOATS, TensorEntry
 from lora_inject.errors import CheckpointError
 from lora_inject.experts import stack_formats
 

@@ -1,8 +1,4 @@
-"""A safetensors file: its header, parsed as untrusted input and built byte by byte, and its rows.
-
-With the byte positions a tensor can be read in row blocks, which the reference library does not
-offer. So memory does not depend on its size: each thread has one buffer, filled by positioned
-reads. The file is not mapped: the pages of a mapping count as memory of the process.
+"""The header of a safetensors file, parsed as untrusted input and built byte by byte.
 
 Format: 8 bytes little-endian length N, N bytes of JSON, then the tensors end to end
 (https://github.com/huggingface/safetensors, README "Format").
@@ -16,18 +12,15 @@ import math
 import os
 import re
 import struct
-import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 import torch
-from torch import Tensor
 
-from lora_inject.core.files.disk import open_to_read, read_at
 from lora_inject.core.files.strict_json import parse_json
-from lora_inject.errors import CheckpointError, LoraInjectError
+from lora_inject.errors import CheckpointError, FormatError, LoraInjectError
 
 MAX_HEADER_BYTES = 100_000_000
 """The reference implementation's limit on N."""
@@ -184,6 +177,13 @@ def _entry(name: str, entry: object, data_start: int) -> TensorEntry:
     return TensorEntry(name, dtype, tuple(shape), data_start + start, data_start + stop)
 
 
+def check_dtypes(entries: Mapping[str, TensorEntry], asked: str) -> None:
+    """Refuse a file with tensors that no adapter has."""
+    for dtype in sorted({entry.dtype for entry in entries.values()} - DTYPES.keys()):
+        problem = f"no adapter's tensor has the dtype {dtype}"
+        raise FormatError(asked, problem, "Give the adapter's file, not the base's")
+
+
 def is_plain_name(name: str) -> bool:
     """Whether a tensor may have this name: not too long, and without control characters."""
     return len(name) <= MAX_NAME_LENGTH and not _CONTROL.search(name)
@@ -212,73 +212,3 @@ def build_header(
     raw = struct.pack("<Q", len(text)) + text
     entries = {row[0]: TensorEntry(*row[:3], *(len(raw) + at for at in row[3:])) for row in rows}
     return Header(raw, entries, metadata, len(raw) + position)
-
-
-# Rows -------------------------------------------------------------------------------------------
-
-BLOCK_ELEMENTS = 1 << 20
-"""Elements read and written at a time.
-
-2 MiB of a 16-bit weight: longer writes cost less in the kernel."""
-
-
-def rows_per_block(n_cols: int, n_blocks: int = 1) -> int:
-    """Return how many rows make some blocks; at least one."""
-    return max(1, n_blocks * BLOCK_ELEMENTS // max(1, n_cols))
-
-
-class Room:
-    """Memory for one block of rows, reused for the next.
-
-    New memory for each block costs more in page faults than the arithmetic.
-    """
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-        self.data = memoryview(self._buffer)
-        """The bytes of the last result of `rows`."""
-
-    def rows(self, dtype: torch.dtype, n_rows: int, n_cols: int) -> Tensor:
-        """Return the memory as `(n_rows, n_cols)`, with its previous contents."""
-        n_bytes = n_rows * n_cols * dtype.itemsize
-        if len(self._buffer) < n_bytes:
-            self._buffer = bytearray(n_bytes)
-        self.data = memoryview(self._buffer)[:n_bytes]
-        if not n_bytes:
-            return torch.empty(n_rows, n_cols, dtype=dtype, device="cpu")
-        return torch.frombuffer(self.data, dtype=dtype).view(n_rows, n_cols)
-
-
-class RowReader:
-    """Reads rows of tensors of one file into `room`, which it reuses.
-
-    The file is a path, which is open while the reader exists, or a descriptor of the caller.
-    """
-
-    def __init__(self, file: Path | int) -> None:
-        self.room = Room()
-        if isinstance(file, int):
-            self._fd = file
-        else:
-            self._fd = open_to_read(file)
-            weakref.finalize(self, os.close, self._fd)
-
-    def rows(self, entry: TensorEntry, n_cols: int, start: int, stop: int) -> Tensor:
-        """Return `(stop - start, n_cols)` rows of a tensor's matrix; valid until the next call."""
-        dtype = DTYPES[entry.dtype]
-        rows = self.room.rows(dtype, stop - start, n_cols)
-        read_at(self._fd, self.room.data, entry.start + start * n_cols * dtype.itemsize)
-        return rows
-
-    def whole(self, entry: TensorEntry) -> Tensor:
-        """Return a whole tensor of its own shape; valid until the next call."""
-        return self.rows(entry, 1, 0, entry.n_elements).view(entry.shape)
-
-    def blocks(
-        self, entry: TensorEntry, n_cols: int, start: int = 0, stop: int | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Yield `(first row, rows)` over a whole tensor, or over some of its rows."""
-        stop = entry.n_elements // max(1, n_cols) if stop is None else stop
-        step = rows_per_block(n_cols)
-        for first in range(start, stop, step):
-            yield first, self.rows(entry, n_cols, first, min(stop, first + step))

@@ -1,4 +1,4 @@
-"""The tensors of an adapter's safetensors file: read when they are used, and written.
+"""The tensors of an adapter's safetensors file: read and written.
 
 Unlike in the reference library, a duplicate tensor name is refused (the library takes the last
 one), and equal values give equal bytes (the library's metadata is in random order). No file is
@@ -9,36 +9,32 @@ it. NaN is allowed here; merging refuses it.
 from __future__ import annotations
 
 import os
-import re
-import threading
-import time
-import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_inject.core.files.disk import CAN_REPLACE_OPEN_FILES, open_to_read
 from lora_inject.core.files.safetensors_file import (
     DTYPES,
-    RowReader,
     TensorEntry,
     build_header,
+    check_dtypes,
     header_of,
     is_plain_name,
     read_header,
 )
-from lora_inject.errors import CheckpointError, FormatError
-from lora_inject.trees import tree_leaves, tree_map_only
+from lora_inject.errors import FormatError
 
-_WRITTEN = "the file was written to after it was opened", "Read the adapter again"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_at_once: ContextVar[bool] = ContextVar("lora_inject_values_at_once", default=False)
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a path is a file whose name says that it is of safetensors."""
+    """Return whether a path is a file whose name says that it is of safetensors."""
     return path.suffix == ".safetensors" and path.is_file()
 
 
@@ -51,30 +47,55 @@ def read_names(path: Path) -> tuple[list[str], dict[str, str]]:
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file: tensors by name, and the metadata.
 
-    The values stay in the file, and each operation reads those that it needs.
+    The values stay in the file, and each operation reads those that it needs; within
+    `values_at_once` they are read now.
     """
     path = Path(path)
     asked = f"read '{path}'"
     if not path.is_file():
         raise FormatError(asked, "there is no such file", "Check the path")
-    file = _File(path)
-    header = file.header
-    unknown = sorted({entry.dtype for entry in header.tensors.values()} - DTYPES.keys())
-    if unknown:
-        problem = f"no adapter's tensor has the dtype {unknown[0]}"
-        raise FormatError(asked, problem, "Give the adapter's file, not the base's")
-    tensors: dict[str, Tensor] = {n: _TensorOnDisk.of(file, e) for n, e in header.tensors.items()}
-    return tensors, dict(header.metadata or {})
+    if _at_once.get():
+        with path.open("rb") as file:
+            header = header_of(file, path, FormatError)
+            check_dtypes(header.tensors, asked)
+            tensors = {n: _values(file, e, asked) for n, e in header.tensors.items()}
+        return tensors, dict(header.metadata or {})
+    from lora_inject.core.files.tensors_on_disk import left_on_disk  # may be larger than memory
+
+    return left_on_disk(path)
+
+
+@contextmanager
+def values_at_once() -> Iterator[None]:
+    """Let what reads files inside read all values, for whoever needs them all: a model."""
+    token = _at_once.set(True)
+    try:
+        yield
+    finally:
+        _at_once.reset(token)
+
+
+def _values(file: BinaryIO, entry: TensorEntry, asked: str) -> Tensor:
+    """Return the values of a tensor in memory of their own."""
+    dtype = DTYPES[entry.dtype]
+    if not entry.n_bytes:
+        return torch.empty(entry.shape, dtype=dtype, device="cpu")
+    content = bytearray(entry.n_bytes)
+    file.seek(entry.start)
+    if file.readinto(content) != entry.n_bytes:  # type: ignore[attr-defined]
+        raise FormatError(asked, "it was cut off while it was read", "Read the adapter again")
+    return torch.frombuffer(content, dtype=dtype).view(entry.shape)
 
 
 def in_memory(tensor: Tensor) -> Tensor:
     """Return a tensor itself, or the values of one that `read_tensors` left on disk."""
-    return tensor.read() if isinstance(tensor, _TensorOnDisk) else tensor
+    read: Any = getattr(tensor, "read_from_disk", None)
+    return tensor if read is None else read()
 
 
 def contiguous(tensor: Tensor) -> Tensor:
     """Return a tensor with contiguous values; a tensor on disk is returned as it is."""
-    return tensor if isinstance(tensor, _TensorOnDisk) else tensor.contiguous()
+    return tensor if hasattr(tensor, "read_from_disk") else tensor.contiguous()
 
 
 def bytes_of(tensor: Tensor) -> bytearray:
@@ -84,157 +105,6 @@ def bytes_of(tensor: Tensor) -> bytearray:
     if content:
         torch.frombuffer(content, dtype=torch.uint8).copy_(flat)
     return content
-
-
-_MOST_OPEN = 64 if CAN_REPLACE_OPEN_FILES else 0
-_TICK_NS = 20_000_000  # the clock of a file system is not coarser on Linux
-_OPEN: weakref.WeakSet[_File] = weakref.WeakSet()
-
-
-class _File:
-    """A file that stays open for the values that are read later, or all of its bytes.
-
-    Hundreds of adapters would use up the descriptors of the process, and a file that was written
-    to just now can be written to again without a change of its time: these are read at once, and
-    all where an open file could not be replaced.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.fd = path, open_to_read(path)
-        close = weakref.finalize(self, os.close, self.fd)
-        self._written, self._last = self._when(), threading.local()
-        self._bytes: bytearray | None = None
-        with open(self.fd, "rb", closefd=False) as file:
-            self.header = header_of(file, path, FormatError)
-            if len(_OPEN) < _MOST_OPEN and time.time_ns() - self._written[0] > _TICK_NS:
-                _OPEN.add(self)
-                return
-            self._bytes = bytearray(self.header.size_bytes)
-            file.seek(0)
-            n = file.readinto(self._bytes)
-        close()
-        if n != len(self._bytes) or not self._bytes.startswith(self.header.raw):
-            raise FormatError(f"read '{path}'", *_WRITTEN)
-
-    def read(self, entry: TensorEntry) -> Tensor:
-        """Return one tensor in memory of its own."""
-        return self.elements(entry, 0, entry.n_elements).view(entry.shape)
-
-    def elements(self, entry: TensorEntry, first: int, n: int) -> Tensor:
-        """Return some elements of a tensor, `(n,)`."""
-        dtype = DTYPES[entry.dtype]
-        if self._bytes is not None:
-            start = entry.start + first * dtype.itemsize
-            return torch.frombuffer(self._bytes, dtype=dtype, count=n, offset=start).clone()
-        try:
-            values = RowReader(self.fd).rows(entry, 1, first, first + n).flatten()
-            now = self._when()
-        except CheckpointError as error:
-            raise FormatError(f"read '{self.path}'", error.found, _WRITTEN[1]) from None
-        except OSError as error:
-            raise FormatError(f"read '{self.path}'", str(error), _WRITTEN[1]) from error
-        if now != self._written:
-            raise FormatError(f"read '{self.path}'", *_WRITTEN)
-        return values
-
-    def _when(self) -> tuple[int, int]:
-        """Return what changes where the file is written again in place, as some programs do."""
-        now = os.fstat(self.fd)
-        return now.st_mtime_ns, now.st_size
-
-    def last(self, entry: TensorEntry) -> Tensor:
-        """Return one tensor, cached if this thread read it last.
-
-        Experts with interleaved values are read one after the other.
-        """
-        if getattr(self._last, "entry", None) is not entry:
-            self._last.entry, self._last.values = entry, self.read(entry)
-        values: Tensor = self._last.values
-        return values
-
-
-_WITHOUT_VALUES = frozenset(
-    {"__get__", "__getitem__", "__len__", "contiguous", "detach", "dim", "element_size", "expand"}
-    | {"flatten", "is_contiguous", "is_floating_point", "numel", "permute", "reshape", "size"}
-    | {"stride", "storage_offset", "t", "transpose", "unbind", "view"}
-)
-"""Methods, and all attributes, that need no values unless they copy."""
-_CHANGES = re.compile(
-    r"__set(item)?__|__i(add|and|div|mul|or|pow|sub|xor|\w+shift|\w+div)__|.*[^_]_"
-    r"|data_ptr|.*storage"
-)
-"""Names of what changes its first argument, or needs the address of its values."""
-
-
-class _TensorOnDisk(Tensor):
-    """A tensor of a file. Its views are on disk as well, other results are ordinary tensors.
-
-    Its own memory is on the meta device: the strides say which elements of the file it has.
-    `__torch_dispatch__` would be shorter and makes torch import all of its distributed tensors.
-    """
-
-    device, is_meta = torch.device("cpu"), False
-    file: _File
-    entry: TensorEntry
-
-    @classmethod
-    def of(cls, file: _File, entry: TensorEntry, place: Tensor | None = None) -> _TensorOnDisk:
-        if place is None:
-            place = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
-        self = place.as_subclass(cls)
-        self.file, self.entry = file, entry
-        return self
-
-    def read(self) -> Tensor:
-        """Return the values in memory of their own."""
-        place = _plain(self)
-        shape, strides, first = place.shape, place.stride(), int(place.storage_offset())
-        numel, dtype = place.numel(), place.dtype
-        n = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        if not numel:
-            return torch.empty(shape, dtype=dtype, device="cpu")
-        if n > numel:
-            return self.file.last(self.entry).as_strided(shape, strides, first).clone()
-        return self.file.elements(self.entry, first, n).as_strided(shape, strides)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, first, name = kwargs or {}, args[0] if args else None, func.__name__
-        if name == "__get__":  # an attribute: the most frequent, so the shortest way
-            result = _run_plainly(func, (), args)
-            if not isinstance(result, Tensor):
-                return result
-        changed = first if _CHANGES.fullmatch(name) else None
-        for target in tree_leaves((changed, kwargs.get("out"))):
-            if isinstance(target, cls):
-                asked = f"{name} of a tensor of '{target.file.path}'"
-                remedy = "Use a copy: tensor.clone(), or copy.deepcopy of the adapter"
-                raise FormatError(asked, "its values are in the file", remedy)
-        if isinstance(first, cls) and name in _WITHOUT_VALUES:
-            result = _run_plainly(func, (), args, kwargs)
-            views = tree_map_only(Tensor, lambda t: _view(first, t), result)
-            if result is None or all(leaf is not None for leaf in tree_leaves(views)):
-                return views
-        args, kwargs = tree_map_only(cls, cls.read, (args, kwargs))
-        return func(*args, **kwargs)
-
-
-def _view(of: _TensorOnDisk, made: Tensor) -> _TensorOnDisk | None:
-    """Return a result as a tensor on disk; None if it is not a view of the tensor."""
-    place, result = _plain(of), _plain(made)
-    shared = result.untyped_storage() is place.untyped_storage()
-    same = shared and result.dtype == place.dtype
-    return _TensorOnDisk.of(of.file, of.entry, result) if same else None
-
-
-# What a Parameter has as `__torch_function__` runs a function, past that of any subclass.
-_run_plainly: Any = nn.Parameter.__torch_function__
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """Return a tensor, if it is one on disk, as the plain meta tensor that it is."""
-    plain: Tensor = _run_plainly(Tensor.as_subclass, (), (tensor, Tensor))
-    return plain
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

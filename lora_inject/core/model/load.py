@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.adapter.exchange import detected, format_of, read_adapter
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.tensors import in_memory
+from lora_inject.core.files.tensors import values_at_once
 from lora_inject.core.functional.factors import master_dtype
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.attach import attach, survey_for
@@ -92,7 +92,8 @@ def load_adapter(
         raise FormatError(f"{asked} at {revision!r}", problem, "Leave the revision out")
     format = format or detected(place)  # noqa: A001
     facts = partial(model_facts, survey)
-    state = read_adapter(place, format, facts=facts, **options).mapped(in_memory)
+    with values_at_once():
+        state = read_adapter(place, format, facts=facts, **options)
     fitted = fit(survey, state, leave_out=leave_out, base=base, leave_new=leave_new, asked=asked)
     if (check_load := format_of(format).check_load) is not None:
         check_load(survey, state, fitted, asked)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.exchange import read_adapter
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.tensors import in_memory
+from lora_inject.core.files.tensors import in_memory, values_at_once
 from lora_inject.core.layers.starting import copy_into
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.layers.valueless import given_values
@@ -95,7 +95,8 @@ def swap_adapter(
     if not isinstance(state, AdapterState):
         files = Path(state)
         facts = partial(model_facts, survey)
-        state = read_adapter(state, format, facts=facts, **options).mapped(in_memory)
+        with values_at_once():
+            state = read_adapter(state, format, facts=facts, **options)
         whose = f"{asked} for {str(source)!r}"
     if any(name in root.slots for _, root in records_of(survey, name)):
         state = room("slots").in_slot(state, slot, asked)

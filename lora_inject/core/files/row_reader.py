@@ -1,0 +1,85 @@
+"""Rows of the tensors of a safetensors file, which the reference library does not offer.
+
+Memory does not depend on the size of a tensor: each thread has one buffer, filled by positioned
+reads. The file is not mapped: the pages of a mapping count as memory of the process.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_inject.core.files.disk import open_to_read, read_at
+from lora_inject.core.files.safetensors_file import DTYPES, TensorEntry
+
+BLOCK_ELEMENTS = 1 << 20
+"""Elements read and written at a time.
+
+2 MiB of a 16-bit weight: longer writes cost less in the kernel."""
+
+
+def rows_per_block(n_cols: int, n_blocks: int = 1) -> int:
+    """Return how many rows make some blocks; at least one."""
+    return max(1, n_blocks * BLOCK_ELEMENTS // max(1, n_cols))
+
+
+class Room:
+    """Memory for one block of rows, reused for the next.
+
+    New memory for each block costs more in page faults than the arithmetic.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self.data = memoryview(self._buffer)
+        """The bytes of the last result of `rows`."""
+
+    def rows(self, dtype: torch.dtype, n_rows: int, n_cols: int) -> Tensor:
+        """Return the memory as `(n_rows, n_cols)`, with its previous contents."""
+        n_bytes = n_rows * n_cols * dtype.itemsize
+        if len(self._buffer) < n_bytes:
+            self._buffer = bytearray(n_bytes)
+        self.data = memoryview(self._buffer)[:n_bytes]
+        if not n_bytes:
+            return torch.empty(n_rows, n_cols, dtype=dtype, device="cpu")
+        return torch.frombuffer(self.data, dtype=dtype).view(n_rows, n_cols)
+
+
+class RowReader:
+    """Reads rows of tensors of one file into `room`, which it reuses.
+
+    The file is a path, which is open while the reader exists, or a descriptor of the caller.
+    """
+
+    def __init__(self, file: Path | int) -> None:
+        self.room = Room()
+        if isinstance(file, int):
+            self._fd = file
+        else:
+            self._fd = open_to_read(file)
+            weakref.finalize(self, os.close, self._fd)
+
+    def rows(self, entry: TensorEntry, n_cols: int, start: int, stop: int) -> Tensor:
+        """Return `(stop - start, n_cols)` rows of a tensor's matrix; valid until the next call."""
+        dtype = DTYPES[entry.dtype]
+        rows = self.room.rows(dtype, stop - start, n_cols)
+        read_at(self._fd, self.room.data, entry.start + start * n_cols * dtype.itemsize)
+        return rows
+
+    def whole(self, entry: TensorEntry) -> Tensor:
+        """Return a whole tensor of its own shape; valid until the next call."""
+        return self.rows(entry, 1, 0, entry.n_elements).view(entry.shape)
+
+    def blocks(
+        self, entry: TensorEntry, n_cols: int, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield `(first row, rows)` over a whole tensor, or over some of its rows."""
+        stop = entry.n_elements // max(1, n_cols) if stop is None else stop
+        step = rows_per_block(n_cols)
+        for first in range(start, stop, step):
+            yield first, self.rows(entry, n_cols, first, min(stop, first + step))
