@@ -14,13 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_inject as li
-from lora_inject.core.adapter.fingerprint import (
-    Fingerprint,
-    base_differences,
-    sample_positions,
-    samples,
-    unverifiable,
-)
+from lora_inject.core.adapter.base_differences import base_differences, unverifiable
+from lora_inject.core.adapter.fingerprint import Fingerprint, sample_positions, samples
 from lora_inject.errors import FormatError
 
 

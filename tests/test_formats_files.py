@@ -7,7 +7,8 @@ import pytest
 
 from lora_inject.core.files import atomic as files
 from lora_inject.core.files import disk
-from lora_inject.core.files.atomic import write_directory, write_file
+from lora_inject.core.files.atomic import write_file
+from lora_inject.core.files.atomic_folder import write_directory
 from lora_inject.errors import FormatError
 
 OLD, NEW = {"config": b"old", "model": b"old"}, {"config": b"new", "model": b"new"}

@@ -7,12 +7,8 @@ from itertools import combinations
 
 from torch import Tensor
 
-from lora_inject.core.adapter.fingerprint import (
-    Fingerprint,
-    base_differences,
-    same_values,
-    unverifiable,
-)
+from lora_inject.core.adapter.base_differences import base_differences, unverifiable
+from lora_inject.core.adapter.fingerprint import Fingerprint, same_values
 from lora_inject.errors import StateError
 
 

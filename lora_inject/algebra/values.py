@@ -31,8 +31,9 @@ from lora_inject.algebra.renaming import distinct, renaming, some_of
 from lora_inject.core.adapter.fingerprint import Fingerprint
 from lora_inject.core.adapter.site_state import SiteState, plain
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.spec.named import named
 from lora_inject.core.spec.names import joined
-from lora_inject.core.spec.patterns import matching, named
+from lora_inject.core.spec.patterns import matching
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import StateError, check_type
 

@@ -21,7 +21,7 @@ from typing import Any
 from lora_inject.core.adapter import native
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import check_state
-from lora_inject.core.files.atomic import write_directory, write_file
+from lora_inject.core.files.atomic import write_file
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, check_type, nearest, user_path, within
@@ -202,6 +202,8 @@ def write_adapter(
         check_type("what the format wrote", content, (bytes, Mapping), remedy, FormatError)
     if isinstance(content, bytes):
         return write_file(target, content, overwrite=overwrite)
+    from lora_inject.core.files.atomic_folder import write_directory  # one file needs none of it
+
     return write_directory(target, content, overwrite=overwrite, replaceable=OLDER_FILES)
 
 

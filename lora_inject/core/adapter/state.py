@@ -18,7 +18,6 @@ from lora_inject.core.adapter.fingerprint import Fingerprint
 from lora_inject.core.adapter.site_state import SiteState, same
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.spec.names import counted
-from lora_inject.core.spec.patterns import named
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.shown import Shown
 from lora_inject.errors import LoraInjectError, StateError, check_type
@@ -219,6 +218,8 @@ class AdapterState(Shown):
             >>> list(a.select(r"h\.1").sites)
             ['h.1.q']
         """
+        from lora_inject.core.spec.named import named  # for those who ask by patterns
+
         kept = named([*self.sites, *self.trained], patterns, "select")
         return replace(self.only(kept), config=None)
 

@@ -15,18 +15,14 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.fingerprint import (
     Fingerprint,
     Moved,
-    base_differences,
     same_values,
     samples,
-    unverifiable,
     values_at,
 )
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import FLOATS
 from lora_inject.core.layers.packed_weights import described
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.guards import functions
-from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.rooms import room
 from lora_inject.errors import FormatError
 
@@ -122,22 +118,9 @@ def check_base(
     here = _fingerprint_here(survey, state, saved, adapted)
     if saved == here and not here.quantized:
         return
-    common = saved.without(saved.shapes.keys() - here.shapes.keys())
-    if common is None:
-        return
-    unknown = unverifiable(common, here)
-    hidden = [name for name in unknown if name in adapted]
-    if hidden and base != "quantized":
-        raise FormatError(
-            asked,
-            f"the base cannot be compared at {len(hidden)} sites, of which {hidden[0]!r}: "
-            "its weight is quantized here or where the adapter was made, but not in both, "
-            "or it is sharded or on the meta device",
-            'Pass base="quantized" where it is the right base',
-        )
-    common = common.without(unknown)
-    if common is not None:
-        _check_values(survey, common, here, adapted, asked, leave_new=leave_new)
+    from lora_inject.core.model.other_base import check_differences
+
+    check_differences(survey, saved, here, adapted, base, asked, leave_new=leave_new)
 
 
 def _fingerprint_here(
@@ -146,62 +129,13 @@ def _fingerprint_here(
     """Sample the model where a saved fingerprint has samples; no vocabulary that was resized."""
     others = untouched(survey.weights, state, saved.shapes)
     grown = {n for n, tensor in others.items() if tuple(tensor.shape) != tuple(saved.shapes[n])}
-    resized = grown & _vocabulary(survey) if grown else grown
-    others = {name: tensor for name, tensor in others.items() if name not in resized}
+    if grown:
+        from lora_inject.core.model.other_base import vocabulary
+
+        resized = grown & vocabulary(survey)
+        others = {name: tensor for name, tensor in others.items() if name not in resized}
     moved = {name: values.positions for name, values in saved.moved.items()}
     return fingerprint(adapted, others, moved)
-
-
-def _check_values(
-    survey: Survey,
-    saved: Fingerprint,
-    here: Fingerprint,
-    adapted: Mapping[str, Tensor],
-    asked: str,
-    *,
-    leave_new: bool,
-) -> None:
-    """Refuse a base with other values; name an adapted tensor that differs, if there is one."""
-    differences = base_differences(saved, here)
-    new = _new_weights(survey) if differences.keys() - adapted.keys() else set()
-    if leave_new:
-        differences = {n: what for n, what in differences.items() if n not in new}
-    if not differences:
-        return
-    key = next((name for name in differences if name in adapted), next(iter(differences)))
-    what = differences[key]
-    remedy = 'Load it onto its own base, or pass base="any"'
-    if differences.keys() <= new:
-        what += ", where no checkpoint had it"
-        remedy = "Load the base with the weights that it had there, or pass leave_new=True "
-        remedy += "where nothing uses them"
-    raise FormatError(
-        asked,
-        f"the adapter was made on another base: {key!r} {what} ({len(differences)} of "
-        f"{len(saved.shapes)} tensors differ)",
-        remedy,
-    )
-
-
-def _vocabulary(survey: Survey) -> set[str]:
-    """Return all names of the tables and heads over a vocabulary, which is resized at times."""
-    names: set[str] = set()
-    for _, module in survey.modules:
-        for getter in ("get_input_embeddings", "get_output_embeddings"):
-            get = getattr(module, getter, None)
-            try:
-                table = get() if callable(get) else None
-            except (AttributeError, NotImplementedError):
-                continue
-            if isinstance(table, nn.Module) and (path := survey.paths.get(id(table))) is not None:
-                for key in survey.own[id(table)]:
-                    names |= {*survey.names_of(joined(path, key))}
-    return names
-
-
-def _new_weights(survey: Survey) -> set[str]:
-    """Return the parameters that no checkpoint of this model had."""
-    return {name for new_weights in functions("new_weights") for name in new_weights(survey)}
 
 
 def check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked: str) -> None:

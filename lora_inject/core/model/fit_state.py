@@ -8,7 +8,7 @@ error if site and module do not fit.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from lora_inject.core.model.base import Base, check_base, check_base_copies
 from lora_inject.core.model.guards import functions
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.names import joined
-from lora_inject.core.spec.patterns import named
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, LayerError, nearest
 
@@ -66,8 +65,12 @@ def fit(
     return AdapterState(sites, trained, state.config, rows=rows)
 
 
-def _without(state: AdapterState, patterns: Iterable[str], asked: str) -> AdapterState:
+def _without(state: AdapterState, patterns: Sequence[str], asked: str) -> AdapterState:
     """Leave out what the caller's patterns match; each must match something."""
+    if not patterns:
+        return state
+    from lora_inject.core.spec.named import named
+
     names = [*state.trained, *state.sites]
     gone = named(names, patterns, f"{asked}, leave_out", FormatError)
     return state.only(set(names) - gone.keys())

@@ -8,10 +8,8 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
 
-from lora_inject.core.spec.names import Below, around
-from lora_inject.errors import LoraInjectError, MatchError, StateError, check_type, nearest
+from lora_inject.errors import LoraInjectError, MatchError
 
 MATCH_SECONDS = 5.0  # for one pattern and all names; a harmless pattern takes milliseconds
 _FEW_STEPS = 10_000_000  # which take a part of a second
@@ -43,7 +41,9 @@ def matching(
     try:
         if _steps(pattern, max(map(len, names), default=0)) <= _FEW_STEPS:
             return list(_matching_at_once(re.compile(_at_the_end(pattern)), names, end))
-        return list(_matching_in_time(_timed(pattern), names, end))
+        from lora_inject.core.spec.timed_patterns import matching_in_time
+
+        return list(matching_in_time(_at_the_end(pattern), names, end))
     except _NOT_A_REGEX as problem:
         raise error(asked, f"it is not a regex: {problem}", "Escape its brackets") from None
     except TimeoutError as late:
@@ -79,17 +79,6 @@ def _matching_at_once(compiled: re.Pattern[str], names: Sequence[str], end: floa
         yield from filter(compiled.match, names[start : start + _AT_ONCE])
 
 
-def _matching_in_time(compiled: Any, names: Sequence[str], end: float) -> Iterator[str]:
-    """Yield the names that match; each match may take the time that is left, and costs more."""
-    for name in names:
-        try:
-            left = end - time.process_time()  # the clock that `timeout` is counted on
-            if compiled.match(name, timeout=max(left, 1e-6)):
-                yield name
-        except TimeoutError:
-            raise TimeoutError(name) from None
-
-
 def regex_problem(pattern: str) -> str | None:
     """Return why a pattern is not a valid regex for names; None if it is one."""
     try:
@@ -117,40 +106,3 @@ def _at_the_end(pattern: str) -> str:
     # In verbose mode the line break ends a comment that would swallow the bracket.
     close = "\n)" if verbose else ")"
     return rf"{flags[0] if flags else ''}(?s:.*\.)?(?:{body}{close}\Z"
-
-
-@lru_cache(maxsize=1024)
-def _timed(pattern: str) -> Any:
-    """Return a pattern compiled by `regex`, which can limit the time of a match.
-
-    It is imported here: few patterns need it.
-    """
-    import regex
-
-    # To `re`, a brace that is not a count is text; to `regex`, it may ask for a fuzzy match.
-    brace = r"(?<!\\)((?:\\\\)*)(?<!\\N)\{(?!\d+(?:,\d*)?\}|,\d*\})"
-    try:
-        return regex.compile(re.sub(brace, r"\1\\{", _at_the_end(pattern)))
-    except regex.error as problem:  # such as [a[:b], which only `re` reads
-        raise re.error(str(problem)) from None
-
-
-def named(
-    names: Iterable[str],
-    patterns: Iterable[str],
-    asked: str,
-    error: type[LoraInjectError] = StateError,
-) -> dict[str, None]:
-    """Return the names that patterns match, directly or by a parent; each pattern must match."""
-    names = list(names)
-    chosen: dict[str, None] = {}
-    modules = [*names, *around(names)]
-    for pattern in patterns:
-        check_type(f"{asked}, a pattern", pattern, str, "Give a regex for the end of a name", error)
-        below = Below(matching(pattern, modules, asked=f"{asked} {pattern!r}", error=error))
-        matched = dict.fromkeys(name for name in names if name in below)
-        if not matched:
-            close = ", ".join(map(repr, nearest(pattern, modules))) or "none"
-            raise error(f"{asked} {pattern!r}", "it matches nothing", f"Nearest: {close}")
-        chosen |= matched
-    return {name: None for name in names if name in chosen}
