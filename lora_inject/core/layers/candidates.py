@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 from lora_inject.core.layers.adapted import Adapted, plain_class
 from lora_inject.core.layers.forwards import has_own_forward, loaded_owners
 from lora_inject.core.layers.kinds import kind_of
-from lora_inject.core.layers.packed_weights import reason_against
+from lora_inject.core.layers.packed_weights import loaded_kinds, reason_against
 from lora_inject.core.layers.plain_tensors import is_quantized
-from lora_inject.core.layers.survey import Holder, Survey, memory_of
+from lora_inject.core.layers.survey import Survey, memory_of
 from lora_inject.core.spec.inventory import Candidate, Inventory, Mixture
 from lora_inject.core.spec.names import is_bias, joined, parent
 from lora_inject.core.spec.rooms import room
@@ -45,6 +46,7 @@ class _Listing:
     Attributes:
         survey: The model.
         read: Modules whose weights their parent reads, by id.
+        asks: Whether a library that packs weights is loaded.
         away: Why weights on the meta device have no values, where a library offloads them.
     """
 
@@ -54,6 +56,7 @@ class _Listing:
         readers = (m for m in modules if isinstance(m, READING_PARENTS))
         self.read = {id(child) for reader in readers for child in reader._modules.values()}
         reasons = (owner.away(modules) for owner in loaded_owners())
+        self.asks = bool(loaded_kinds())
         self.away = next((reason for reason in reasons if reason is not None), None)
         self.aliases = self._first_names()
         self.candidates: list[Candidate] = []
@@ -66,7 +69,7 @@ class _Listing:
         for holder, tensor in zip(survey.holders, survey.tensors, strict=True):
             if holder.name not in self.aliases:
                 parameters[holder.name] = _shape(tensor)
-        heads = (_output_head(module) for _, module in survey.modules)
+        heads = (_output_head(module) for _, module in survey.modules if _states_head(module))
         named = (survey.paths[id(head)] for head in heads if id(head) in survey.paths)
         mixtures = self._mixtures()
         return Inventory(
@@ -99,34 +102,39 @@ class _Listing:
 
     def _module(self, name: str, module: nn.Module, own: dict[str, nn.Parameter]) -> None:
         row = kind_of(module)
-        empty = row is not None and 0 in _shape(own.get(row.weight_of(module)))
+        weight_name = "" if row is None else row.weight_of(module)
+        empty = 0 in _shape(own.get(weight_name))
         if row is not None and not empty:
-            self._layer(name, module, row, own)
+            self._layer(name, module, row, weight_name)
         elif name and (members := _members(module, own)):
             self._whole(name, module, members)
         else:
             kind = "empty " * empty + plain_class(type(module)).__name__
             self.others[name] = "container" if module._modules else kind
         for key, parameter in own.items():
-            if row is None or key != row.weight_of(module):
+            if key != weight_name:
                 self._parameter(joined(name, key), module, key, parameter)
 
-    def _layer(
-        self, name: str, module: nn.Module, row: type[Adapted], own: dict[str, nn.Parameter]
-    ) -> None:
-        stated, key = row.geometry(module), row.weight_of(module)
-        weight = own.get(key, module._buffers.get(key))
+    def _layer(self, name: str, module: nn.Module, row: type[Adapted], key: str) -> None:
+        stated = row.geometry(module)
+        weight = self.survey.own[id(module)].get(key, module._buffers.get(key))
         adds = (
             not has_own_forward(module)
             and id(module) not in self.read
             and row.adds_to_output(module)
         )
-        candidate = self._candidate(
-            name, row.kind, stated, Holder(joined(name, key), module, key), weight
-        )
-        refusal = candidate.refusal or _unfit(module, weight, stated, adds)
+        refusal = self._refusal(module, key, weight) or _unfit(module, weight, stated, adds)
         self.candidates.append(
-            candidate._replace(refusal=refusal, update="forward" if adds else "weight")
+            Candidate(
+                name,
+                row.kind,
+                *_shapes(stated, joined(name, key)),
+                aliases=self.survey.further.get(id(module), ()),
+                tied=self._tied(joined(name, key), weight),
+                refusal=refusal,
+                update="forward" if adds else "weight",
+                dtype="" if weight is None else _dtype(weight.dtype),
+            )
         )
 
     def _whole(self, name: str, module: nn.Module, members: list[str]) -> None:
@@ -150,30 +158,26 @@ class _Listing:
             return
         known = room("stacks").is_transposed(module) if n_dims == 3 else None
         stated = _raw_geometry(shape, transposed=bool(known))
-        candidate = self._candidate(full, "parameter", stated, Holder(full, module, key), parameter)
         self.candidates.append(
-            candidate._replace(
+            Candidate(
+                full,
+                "parameter",
+                *_shapes(stated, full),
                 owner=parent(full),
-                aliases=tuple(joined(alias, key) for alias in candidate.aliases),
+                aliases=tuple(joined(n, key) for n in self.survey.further.get(id(module), ())),
+                tied=self._tied(full, parameter),
+                refusal=self._refusal(module, key, parameter),
                 needs_layout=n_dims > 2 and known is None,
                 update="weight",
+                dtype=_dtype(parameter.dtype),
             )
         )
 
-    def _candidate(
-        self, name: str, kind: str, stated: Geometry, at: Holder, weight: Tensor | None
-    ) -> Candidate:
-        tied = () if weight is None else self.survey.tied.get(memory_of(weight), ())
-        return Candidate(
-            name=name,
-            kind=kind,
-            **stated._asdict(),
-            weight=at.name,
-            aliases=self.survey.further.get(id(at.module), ()),
-            tied=tuple(name for name in tied if name != at.name),
-            refusal=self._refusal(at.module, at.param, weight),
-            dtype="" if weight is None else _dtype(weight.dtype),
-        )
+    def _tied(self, name: str, weight: Tensor | None) -> tuple[str, ...]:
+        """Return the further names of a tensor."""
+        if weight is None or not self.survey.tied:
+            return ()
+        return tuple(n for n in self.survey.tied.get(memory_of(weight), ()) if n != name)
 
     def _refusal(
         self, module: nn.Module, key: str, parameter: Tensor | None
@@ -191,7 +195,7 @@ class _Listing:
                 "torch.nn.utils.parametrize.remove_parametrizations first"
             )
             return problem, remedy
-        if (reason := reason_against("inject", module, parameter)) is not None:
+        if self.asks and (reason := reason_against("inject", module, parameter)) is not None:
             return reason
         if parameter is None:
             problem = f"{cls} holds no parameter {key!r} of its own"
@@ -207,6 +211,12 @@ class _Listing:
         if parameter.device.type == "meta":
             return self.away
         return None
+
+
+def _shapes(stated: Geometry, weight: str) -> tuple[int, int, tuple[int, ...], str, bool, Any]:
+    """Return the fields of a candidate that a geometry states, with its weight's name."""
+    n_in, n_out, shape, transposed, experts = stated
+    return n_in, n_out, shape, weight, transposed, experts
 
 
 def _unfit(
@@ -269,13 +279,22 @@ def _raw_geometry(shape: tuple[int, ...], *, transposed: bool) -> Geometry:
     return Geometry(n_in, n_out, shape, transposed=transposed, experts=experts)
 
 
+_HEAD = "get_output_embeddings"
+
+
+def _states_head(module: nn.Module) -> bool:
+    """Whether a module may state its output head."""
+    return _has_head(type(module)) or _HEAD in module.__dict__
+
+
+@functools.lru_cache(maxsize=1024)
+def _has_head(cls: type) -> bool:
+    return hasattr(cls, _HEAD)
+
+
 def _output_head(module: nn.Module) -> nn.Module | None:
     """Return the output head that a model states by get_output_embeddings()."""
-    key = "get_output_embeddings"
-    # Asked of the class: an instance that lacks it would look through its tables, and each does.
-    if not hasattr(type(module), key) and key not in module.__dict__:
-        return None
-    get = getattr(module, key)
+    get = getattr(module, _HEAD)
     try:
         head = get() if callable(get) else None
     except (AttributeError, NotImplementedError):  # a model that has none

@@ -16,6 +16,8 @@ PLAIN: tuple[type, ...] = (nn.Parameter, Tensor, *filter(None, _FAKES))
 
 def is_quantized(weight: Tensor) -> bool:
     """Whether a weight is packed, so that its elements are not its values."""
-    plain = weight.is_floating_point() and weight.element_size() >= 2
-    sharded = hasattr(weight, "full_tensor")  # a DTensor, with the elements that it has here
-    return not plain or (type(weight) not in PLAIN and not sharded)
+    dtype = weight.dtype
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        return True
+    # A DTensor has elements here.
+    return type(weight) not in PLAIN and not hasattr(weight, "full_tensor")

@@ -74,10 +74,12 @@ class Survey:
             shared module under each of its names.
         modules: The same with each module once, under its first name. A wrapper and what it wraps
             have the same canonical name.
+        kept: What a verb has read of the adapters inside; see `model.carried.reach`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.given, self.model = model, unwrapped(model)
+        self.kept: Any = None
         self.named = list(_walk(self.model))
         first: dict[int, tuple[str, nn.Module]] = {}
         for pair in self.named:

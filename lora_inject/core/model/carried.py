@@ -156,13 +156,15 @@ def structure_changed() -> None:
 def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
     """Return the selections and adapters in a model.
 
-    The result is kept on the root until the next inject or eject, so the cost of switching does not
-    depend on the size of the model.
+    The result is kept on the root, and on the walk of a verb, until the next inject or eject. So
+    the cost of switching does not depend on the size of the model.
     """
     model = unwrapped(model)
-    root: Root | None = model.__dict__.get(ROOT)
-    if root is not None and root.kept is not None and root.kept[0] == _generation:
-        return root.kept[1]
+    keepers = [keeper for keeper in (model.__dict__.get(ROOT), survey) if keeper is not None]
+    for keeper in keepers:
+        if keeper.kept is not None and keeper.kept[0] == _generation:
+            kept: Reach = keeper.kept[1]
+            return kept
     selections: dict[Selection, None] = {}
     names: set[str] = set()
     gained: set[str] = set()
@@ -172,8 +174,8 @@ def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
         if attached.gains or attached.reads:  # keeps later verbs fast with many adapters
             gained.update(entry.adapter for entry in attached.entries() if entry.variant.gained)
     reached = Reach(tuple(selections), frozenset(names), frozenset(gained))
-    if root is not None:
-        root.kept = (_generation, reached)
+    for keeper in keepers:
+        keeper.kept = (_generation, reached)
     return reached
 
 

@@ -140,8 +140,8 @@ def notes(candidates: Sequence[Candidate], sites: Sequence[SiteSpec]) -> Iterato
             f"the rank is above the smaller side of {_several(wide)}; a rank of that side can "
             "express every update"
         )
-    narrow = (site for site in sites if site.rank <= _limit(site))
-    if full := [site for site in narrow if site.n_parameters > math.prod(site.weight_shape)]:
+    above = [site for site in sites if site.n_parameters > math.prod(site.weight_shape)]
+    if full := [site for site in above if site.rank <= _limit(site)]:
         yield f"A and B have more elements than W at {_several(full)}"
     pairs = zip(candidates, sites, strict=True)
     read = (c for c, site in pairs if site.update == "weight" and site.compute == "base")

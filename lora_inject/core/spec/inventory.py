@@ -59,6 +59,8 @@ class Candidate(NamedTuple):
     def weight_names(self) -> list[str]:
         """Names of the weight of a module, the canonical one first."""
         weight = canonical(self.weight)
+        if not self.aliases:
+            return [weight]
         tail = weight.removeprefix(self.name)
         return [weight, *(alias + tail for alias in self.aliases)]
 
