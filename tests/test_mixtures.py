@@ -19,7 +19,7 @@ from helpers.experts import (
     experts,
     with_expert_deltas,
 )
-from helpers.reference import RANK, config, logits, refused
+from helpers.reference import RANK, adapted, config, dense, hold, logits, refused
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -75,6 +75,56 @@ def test_experts_are_exchanged_with_peft_both_ways(family: str, tmp_path: Path) 
     theirs.save_pretrained(tmp_path / "theirs")
     again = li.load_adapter(copy.deepcopy(plain), tmp_path / "theirs")
     assert error(logits(again), logits(model)) < 1e-5
+
+
+def dbrx() -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    inner = {"ffn_hidden_size": 6, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 8}
+    sizes = {"d_model": 8, "n_heads": 2, "n_layers": 1, "vocab_size": 13, "max_seq_len": 16}
+    heads = {"kv_n_heads": 1, "rope_theta": 10000.0, "clip_qkv": 8.0}
+    settings = transformers.DbrxConfig(**sizes, attn_config=heads, ffn_config=inner)
+    model = transformers.DbrxForCausalLM(settings)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+JOINED = {f"transformer.blocks.0.ffn.experts.mlp.{name}" for name in ("w1", "v1", "w2")}
+
+
+def test_experts_that_lie_in_one_matrix_are_adapted_as_that_matrix() -> None:
+    """DBRX: A is (rank, in) for all experts, B has the rows of each."""
+    plain = dbrx().double()
+    plan = li.plan(plain, config("all-experts"))
+    assert {site.name for site in plan.sites} == JOINED
+    assert plan.n_lora == 3 * RANK * (4 * 6 + 8)
+    notes = " ".join(plan.notes)
+    assert "1 block of 4 experts, 2 of them for each token; router not adapted" in notes
+    assert "the experts of a matrix have one A: 'transformer.blocks.0.ffn.experts.mlp.w1'" in notes
+    halved = li.plan(plain, config({"match": "all-experts", "rank": {"active": 8}}))
+    assert {site.rank for site in halved.sites} == {4}
+    hold(plain, adapted(plain, "all-experts"), logits)
+    only = config({"match": "all-experts", "only": [0]})
+    refused(plain, lambda: li.inject(plain, only), li.MatchError, "a parameter of its own")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_that_lie_in_one_matrix_travel_and_are_merged_on_disk(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    plain = dbrx()
+    model = adapted(plain, "all-experts")
+    wanted = logits(dense(plain, model))
+    li.save_adapter(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours")
+    with pytest.raises(AttributeError, match="no attribute 'v1'"):
+        logits(theirs)  # its wrapper of `mlp` stands between the block and what that reads
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = li.load_adapter(copy.deepcopy(plain), tmp_path / "theirs")
+    assert error(logits(again), wanted) < 1e-5
+    merged = merged_on_disk(plain, tmp_path / "ours", tmp_path)
+    assert error(logits(merged), wanted) < 1e-5
 
 
 # ------------------------------------------------------------------------------- what is an expert

@@ -1,6 +1,7 @@
 """The mixtures of experts in a model: which weights are experts, and what chooses among them.
 
 1. A stack is experts if its class is one of transformers' classes of experts.
+   A class of experts that lie in one matrix is in a table beside them.
 2. Any other stack of E matrices, and a ModuleList or ModuleDict of E modules of one class, is
    experts if beside it lies a router: a part whose only matrix has E outputs.
 3. Without a class that is known, somebody must also say to how many experts a token goes: the
@@ -28,7 +29,7 @@ from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 from lora_inject.core.spec.spellings import templates
 from lora_inject.errors import MatchError, article
 from lora_inject.experts.profile import ExpertProfile
-from lora_inject.experts.stacks import is_transposed, top_k_of_class
+from lora_inject.experts.stacks import is_transposed, n_in_one_matrix, top_k_of_class
 
 WORDS = {ALL_EXPERTS, ALL_LINEAR}
 
@@ -121,18 +122,26 @@ class _Finder:
         blocks: dict[str, dict[str, list[Candidate]]] = {}  # holders of experts by their block
         for name, module in self.survey.modules:
             if name and (experts := self._experts(name, module)):
-                alone = self._routers(name, (), {self._n_experts(name, experts)})
-                blocks.setdefault(name if alone else parent(name), {})[name] = experts
+                blocks.setdefault(self._block(name, module, experts), {})[name] = experts
         for block, holders in blocks.items():
             mixture = self._mixture(block, holders)
             if mixture is not None:
                 yield mixture
+
+    def _block(self, name: str, module: nn.Module, experts: Sequence[Candidate]) -> str:
+        """Return the name of the module around a holder of experts and their router."""
+        if self._routers(name, (), {self._n_experts(name, experts)}):
+            return name
+        around = parent(name)
+        return around if n_in_one_matrix(module) is None else parent(around)
 
     def _experts(self, name: str, module: nn.Module) -> list[Candidate]:
         """Return the weights of a stack, or of a list of modules of one class."""
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             return self._members(name, module)
         own = [c for c in self.inside.get(name, ()) if c.kind == "parameter" and c.owner == name]
+        if n_in_one_matrix(module) is not None:
+            return own
         stacks = [c for c in own if c.experts is not None and len(c.weight_shape) >= 3]
         packed = [c for c in stacks if c.dtype not in _FLOATS]  # beside which scales lie
         return packed or [c for c in stacks if len(c.weight_shape) == 3]
@@ -152,7 +161,7 @@ class _Finder:
         """Return the mixture of a block; None if nothing says that these are experts."""
         numbers = {self._n_experts(name, experts) for name, experts in holders.items()}
         routers = self._routers(block, holders, numbers)
-        is_known = all(is_transposed(self.survey.by_name[name]) is not None for name in holders)
+        is_known = all(_is_known(self.survey.by_name[name]) for name in holders)
         asked = [*self._around(block, holders, routers)]
         asked += self._configs(asked) if is_known else []
         top_k = _top_k(asked, max(numbers))
@@ -164,6 +173,8 @@ class _Finder:
         return Mixture(block, max(numbers), top_k, tuple(experts), tuple(routers), shared)
 
     def _n_experts(self, name: str, experts: Sequence[Candidate]) -> int:
+        if (n := n_in_one_matrix(self.survey.by_name[name])) is not None:
+            return n
         stacked = [c.experts for c in experts if c.experts is not None]
         return max(stacked) if stacked else len({_member(c.name, name) for c in experts})
 
@@ -203,6 +214,10 @@ def _top_k(asked: Iterable[Any], n_experts: int) -> int | None:
         if isinstance(thing, nn.Module) and (k := top_k_of_class(thing)) is not None:
             return k
     return None
+
+
+def _is_known(holder: nn.Module) -> bool:
+    return is_transposed(holder) is not None or n_in_one_matrix(holder) is not None
 
 
 def _linear(candidates: Iterable[Candidate]) -> list[Candidate]:
@@ -253,9 +268,13 @@ def notes_on_experts(
     """Yield what a plan takes and leaves of experts, if words such as `all-linear` are rules."""
     words = WORDS.intersection(rule.match for rule in config.targets)
     if words:
-        taken = {site.name for site in sites}
-        yield from left_out(words, mixtures, taken)
-        yield from (_said(alike, taken) for alike in _alike(mixtures))
+        taken = {site.name: site for site in sites}
+        yield from left_out(words, mixtures, set(taken))
+        yield from (_said(alike, set(taken)) for alike in _alike(mixtures))
+        names = [name for mixture in mixtures for name in mixture.experts if name in taken]
+        joined_up = [n for n in names if taken[n].kind == "parameter" and taken[n].experts is None]
+        if joined_up:
+            yield f"the experts of a matrix have one A: {_some(joined_up)}"
 
 
 def notes_on_adapter(survey: Survey, adapter: str) -> Iterator[str]:

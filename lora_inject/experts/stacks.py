@@ -22,6 +22,8 @@ _TRANSPOSED = {
     f"{_MODELS}.longcat_flash.modeling_longcat_flash.LongcatFlashExperts": False,
     f"{_MODELS}.step3p7.modeling_step3p7.Step3p7Experts": False,
 }
+# Classes whose experts lie below each other in matrices, with the attribute that says how many.
+_IN_ONE_MATRIX = {f"{_MODELS}.dbrx.modeling_dbrx.DbrxExpertGLU": "moe_num_experts"}
 # Routers that state no number, whose class is written for one.
 _TOP_K = {
     f"{_MODELS}.nllb_moe.modeling_nllb_moe.NllbMoeTop2Router": 2,
@@ -39,6 +41,12 @@ def is_transposed(module: nn.Module) -> bool | None:
     own = module.__dict__  # set by transformers' use_experts_implementation, always both
     stated = own.get("is_transposed") if "has_bias" in own else None
     return stated if isinstance(stated, bool) else _known(module, _TRANSPOSED)
+
+
+def n_in_one_matrix(module: nn.Module) -> int | None:
+    """Return how many experts lie in each matrix of a module; None if no class says it."""
+    stated = _known(module, _IN_ONE_MATRIX)
+    return None if stated is None else getattr(module, stated, None)
 
 
 def top_k_of_class(module: nn.Module) -> int | None:
