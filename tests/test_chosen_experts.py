@@ -288,3 +288,22 @@ def test_the_command_writes_a_profile_that_a_rule_reads(tmp_path: Path, monkeypa
 def test_the_plan_says_what_the_default_files_do_not_keep_of_chosen_experts() -> None:
     rules = {"targets": [{"match": "all-experts", "only": [0]}]}
     assert "hold every expert" in str(li.plan(experts("mixtral")[0], rules))
+
+
+@pytest.mark.parametrize("part", [{"only": [0, 2]}, {"share": "A"}, {"share": "B"}])
+def test_a_file_with_every_expert_is_swapped_into_chosen_ones(part: Any, tmp_path: Path) -> None:
+    plain, _ = experts("mixtral")
+    rule = config(ALL | part)
+    model = fill(li.inject(copy.deepcopy(plain), rule))
+    wanted = logits(model)
+    li.save_adapter(model, tmp_path / "a")
+    slot = fill(li.inject(copy.deepcopy(plain), rule), std=0.01)
+    li.swap_adapter(slot, tmp_path / "a")
+    assert same_bits(logits(slot), wanted)
+    assert {key: t.shape for key, t in li.adapter_parameters(slot).items()} == {
+        key: t.shape for key, t in li.adapter_parameters(model).items()
+    }
+    other = fill(li.inject(copy.deepcopy(plain), config(ALL)))
+    li.save_adapter(other, tmp_path / "b")
+    words = "it updates expert 1, which" if "only" in part else "its experts have a factor"
+    refused(slot, lambda: li.swap_adapter(slot, tmp_path / "b"), li.FormatError, words)

@@ -50,8 +50,8 @@ def swap_adapter(
     Where the model is sharded, every process must call it with the same values, and writes its
     part. The Parameters stay the objects they are, so optimizers keep hold of them and a compiled
     model is not compiled again. What the slot is stays, too: whether it is active and trainable,
-    its dropout, its init and its `compute`. What `reserve` has made takes other ranks, scales and
-    fewer sites. Gradients and the optimizer's moments are not touched.
+    its dropout, its init, its `compute`, and which experts it has. What `reserve` has made takes
+    other ranks, scales and fewer sites. Gradients and the optimizer's moments are not touched.
     A backward through a checkpoint whose forward ran before is a StateError, as it would compute
     with the new values. A forward that runs on another thread meanwhile may compute with both.
 
@@ -100,6 +100,8 @@ def swap_adapter(
         whose = f"{asked} for {str(source)!r}"
     if any(name in root.slots for _, root in records_of(survey, name)):
         state = room("slots").in_slot(state, slot, asked)
+    if any(held.spec.only or held.spec.share for held in slot.sites.values()):
+        state = room("parts").on_parts(state, slot, asked)
     pairs = [*_paired_copies(slot, state, asked)]
     sites = _in_names_of(state, slot, asked)
     for key, held in sites.items():
