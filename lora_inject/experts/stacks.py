@@ -45,8 +45,7 @@ def is_transposed(module: nn.Module) -> bool | None:
 
 def n_in_one_matrix(module: nn.Module) -> int | None:
     """Return how many experts lie in each matrix of a module; None if no class says it."""
-    stated = _known(module, _IN_ONE_MATRIX)
-    return None if stated is None else getattr(module, stated, None)
+    return getattr(module, _known(module, _IN_ONE_MATRIX) or "", None)
 
 
 def top_k_of_class(module: nn.Module) -> int | None:
