@@ -98,10 +98,7 @@ def swap_adapter(
         with values_at_once():
             state = read_adapter(state, format, facts=facts, **options)
         whose = f"{asked} for {str(source)!r}"
-    if any(name in root.slots for _, root in records_of(survey, name)):
-        state = room("slots").in_slot(state, slot, asked)
-    if any(held.spec.only or held.spec.share for held in slot.sites.values()):
-        state = room("parts").on_parts(state, slot, asked)
+    state = _in_shape_of(state, slot, survey, name, asked)
     pairs = [*_paired_copies(slot, state, asked)]
     sites = _in_names_of(state, slot, asked)
     for key, held in sites.items():
@@ -120,6 +117,17 @@ def swap_adapter(
     _write(survey, name, [tensor for tensor, _ in pairs], values, state.config)
     note_files(survey, name, files)
     return model
+
+
+def _in_shape_of(
+    state: AdapterState, slot: AdapterState, survey: Survey, name: str, asked: str
+) -> AdapterState:
+    """Return a state with the ranks that a slot has reserved, and with the experts that it has."""
+    if any(name in root.slots for _, root in records_of(survey, name)):
+        state = room("slots").in_slot(state, slot, asked)
+    if any(held.spec.only or held.spec.share for held in slot.sites.values()):
+        state = room("parts").on_parts(state, slot, asked)
+    return state
 
 
 def _write(
