@@ -1,7 +1,6 @@
 """What the core asks of the rooms around it: by name, and imported only when it is asked for.
 
-The core imports no room. What it can do without one, it does; where a verb needs what lies in a
-room (a file of another program, the config of another library), this is the only way there.
+The core imports no room: where a verb needs what lies in one, this is the only way there.
 """
 
 from __future__ import annotations
