@@ -126,7 +126,7 @@ def _in_shape_of(
     if any(name in root.slots for _, root in records_of(survey, name)):
         state = room("slots").in_slot(state, slot, asked)
     if any(held.spec.only or held.spec.share for held in slot.sites.values()):
-        state = room("parts").on_parts(state, slot, asked)
+        state = room("on_parts").on_parts(state, slot, asked)
     return state
 
 

@@ -19,7 +19,7 @@ ROOMS = {
     "libraries": "lora_inject.integrations.libraries",
     "mixtures": "lora_inject.experts.mixtures",
     "moving_buffers": "lora_inject.checks.moving_buffers",
-    "parts": "lora_inject.experts.parts",
+    "on_parts": "lora_inject.experts.on_parts",
     "probing": "lora_inject.serving.probing",
     "reached": "lora_inject.checks.reached",
     "sharding": "lora_inject.distributed.sharding",
