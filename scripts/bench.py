@@ -31,12 +31,17 @@ from benchmarks import compiled, errors, exact, launches, report, serving, shari
 from benchmarks.measure import Options, Result, clock
 
 METHOD = """\
+An adapter adds to a step little more than its two thin products. It is injected, loaded and
+switched in a fraction of PEFT's time, and keeps fewer bytes for the backward:
+
+<!-- result -->
+
 ![What an adapter adds to the time, beside PEFT](pictures/performance.svg)
 
-An adapter adds to a step what its two thin products cost, and little else: compare *lora_inject*
-with *bare operations* and with PEFT below. It switches and loads in a fraction of PEFT's time, and
-keeps fewer bytes for the backward. Every time on this page is that of a CPU. For a GPU, launches
-and bytes are counted, which do not depend on the machine; nothing was timed on one.
+**Every time on this page is that of a CPU.** Of a GPU, what does not depend on the machine is
+counted: the kernels that each path launches and the bytes that it moves
+([Launches](#launches)). What was never run on a GPU: a training step, a forward, a server. So no
+time is promised there.
 
 ## How it was measured
 

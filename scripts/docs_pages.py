@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import fields
@@ -25,6 +27,9 @@ from lora_inject.core.spec.config import Config
 from lora_inject.version import __version__
 
 MARK = re.compile(r"<!-- generated: (\w+) ?(.*?) -->")
+NOTEBOOKS = Path(__file__).parent / "examples"
+CONFIGS = Path(__file__).parents[1] / "configs"
+RUN_OF_THE_PAPER = re.compile(r"glue|dart|e2e|webnlg|gpt3_")
 MESSAGES = Path(__file__).parents[1] / "tests" / "test_messages.py"
 STAGES = {
     "ConfigError": "Reading a config",
@@ -39,8 +44,15 @@ SHARED = {option.name for option in fields(ReadOptions)}
 
 
 def on_config(config: Any) -> Any:
-    """Say at the foot of each page which version it describes."""
+    """Say at the foot of each page which version it describes, and link the repository.
+
+    Where CI builds the site, it says whose repository it is; a checkout may be anybody's.
+    """
     config.copyright = f"lora_inject {__version__}"
+    if repository := os.environ.get("GITHUB_REPOSITORY"):
+        server = os.environ.get("GITHUB_SERVER_URL", "https://github.com")
+        config.repo_url = f"{server}/{repository}"
+        config.repo_name = repository
     return config
 
 
@@ -191,9 +203,55 @@ def _code(message: str) -> str:
     return f"{ticks}{message}{ticks}".replace("|", "\\|")
 
 
+def notebook(name: str) -> str:
+    """A notebook of the examples: its text, its code and what each cell printed and drew."""
+    cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    parts = []
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        printed = "".join(map(_printed, cell["outputs"]))
+        if printed.strip():
+            parts.append(f"```output\n{printed.rstrip()}\n```")
+        parts += [_drawn(out["data"]) for out in cell["outputs"] if _drawn(out.get("data", {}))]
+    return "\n\n".join(parts) + "\n"
+
+
+def configs(paper: str) -> str:
+    """The configs of the repository: those by family, or those of the paper's runs."""
+    parts = []
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        lines = path.read_text(encoding="utf-8").splitlines()[1:]  # the first is for editors
+        body = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+        about = " ".join(line.removeprefix("# ") for line in lines[:body])
+        if bool(RUN_OF_THE_PAPER.search(path.stem)) == (paper == "paper"):
+            text = "\n".join(lines[body:])
+            parts += [f"### {path.stem}\n", about, f"```yaml\n{text}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _printed(output: dict[str, Any]) -> str:
+    """Return what an output of a cell says as text, unless a picture says it."""
+    if output["output_type"] == "stream":
+        return "".join(output["text"])
+    data = output.get("data", {})
+    return "" if _drawn(data) else "".join(data.get("text/plain", ())) + "\n"
+
+
+def _drawn(data: dict[str, Any]) -> str:
+    """Return a picture of a cell inside the page, or ""."""
+    picture = "".join(data.get("image/png", ())).replace("\n", "")
+    return f"![what the cell draws](data:image/png;base64,{picture})" if picture else ""
+
+
 PARTS: dict[str, Callable[..., str]] = {
     "names": names,
     "config_keys": config_keys,
     "commands": commands,
     "error_messages": error_messages,
+    "notebook": notebook,
+    "configs": configs,
 }

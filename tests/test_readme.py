@@ -17,6 +17,7 @@ import subprocess
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -211,6 +212,40 @@ def rows(table: str) -> dict[str, list[str]]:
     """The cells of each row by its first cell."""
     lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line[:3] == "| `"]
     return {cells[0].strip("`"): cells[1:] for cells in lines}
+
+
+@pytest.mark.parametrize("name", ["start", "choose_and_analyze"])
+def test_a_notebook_is_a_page_with_what_its_cells_printed(name):
+    page = docs_pages.on_page_markdown((REPO / "docs" / "notebooks" / f"{name}.md").read_text())
+    cells = json.loads((REPO / "scripts" / "examples" / f"{name}.ipynb").read_text())["cells"]
+    shown = blocks(page)
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert [block.text.rstrip("\n") for block in shown if block.language == "python"] == code
+    printed = "".join(block.text for block in shown if block.language == "output")
+    outputs = [out for cell in cells for out in cell.get("outputs", ())]
+    for out in outputs:
+        for line in "".join(out.get("text", ())).splitlines():
+            assert line in printed
+    drawn = sum("image/png" in out.get("data", {}) for out in outputs)
+    assert page.count("](data:image/png;base64,") == drawn
+    assert page.startswith("# ")
+
+
+def test_every_config_of_the_repository_is_on_its_page():
+    page = reference("configs")
+    assert re.findall(r"^### (.*)$", page, re.MULTILINE)
+    assert set(re.findall(r"^### (.*)$", page, re.MULTILINE)) == {
+        path.stem for path in (REPO / "configs").glob("*.yaml")
+    }
+
+
+def test_the_site_links_the_repository_that_builds_it(monkeypatch):
+    monkeypatch.setenv("GITHUB_REPOSITORY", "somebody/lora_inject")
+    monkeypatch.setenv("GITHUB_SERVER_URL", "https://example.com")
+    config = docs_pages.on_config(SimpleNamespace())
+    assert config.repo_url == "https://example.com/somebody/lora_inject"
+    monkeypatch.delenv("GITHUB_REPOSITORY")
+    assert not hasattr(docs_pages.on_config(SimpleNamespace()), "repo_url")
 
 
 @pytest.mark.parametrize("module", ["", ".analysis", ".checkpoint", ".formats"])
