@@ -165,6 +165,15 @@ def test_names_of_the_hub_are_found_in_its_local_cache(run, files, tmp_path, mon
     assert "there is no such file or folder. Check the path." in said  # no name of the hub
 
 
+def test_a_model_without_its_tokenizer_is_said_to_have_none(run, files, tmp_path):
+    rows = tmp_path / "rows.txt"
+    rows.write_text("one\n")
+    found = run("profile", files.base, "--data", rows, "-o", tmp_path / "x")
+    said = " ".join(found.err.split())
+    assert found.code == 1
+    assert "it has no tokenizer. Save the tokenizer beside the model" in said
+
+
 def test_verify_shows_the_first_problems_in_the_order_of_layers(run, monkeypatch, capsys):
     report = VerifyReport(problems=tuple(f"'h.{n}.fc' is wrong" for n in reversed(range(30))))
     show.print_verification(report, everything=False)

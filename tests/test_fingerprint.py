@@ -123,6 +123,8 @@ def test_an_adapter_without_sites_knows_its_base(train: str, layout: str, tmp_pa
     other = base(head=1.0, body=0.5)
     with pytest.raises(FormatError, match=r"another base: '0\.weight'"):
         li.load_adapter(other, path)
+    with pytest.raises(FormatError, match=r"'any_base' is not an option.*takes base=\"any\""):
+        li.load_adapter(other, path, any_base=True)  # as functions on checkpoints call it
     li.load_adapter(other, path, base="any")
 
 

@@ -319,6 +319,22 @@ def test_links_lead_somewhere(name):
         assert list(REPO.glob(path.rstrip("/"))), path
 
 
+def test_the_readme_of_an_index_leads_into_the_repository_and_installs_by_name():
+    text = script("index_readme").for_index(README.read_text(), "https://example.com/me/li", "v1")
+    outside = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    targets = re.findall(r"\]\(([^)]+)\)", outside)
+    assert all(target.startswith("https://") for target in targets)
+    files = [t.partition("/v1/")[2] for t in targets if "/v1/" in t]
+    assert len(files) > 20
+    assert all((REPO / file).exists() for file in files)
+    assert "https://example.com/me/li/raw/v1/docs/pictures/performance.svg" in targets
+    assert "https://example.com/me/li/actions/workflows/ci.yml" in targets
+    assert "pip install lora-inject\n" in text
+    assert "pip install 'lora-inject[transformers,analysis]'" in text
+    assert "pip install ." not in text
+    assert "checkout:" not in text
+
+
 def project_files() -> list[Path]:
     folders = ("lora_inject", "tests", "scripts", "configs", "docs", ".github", ".ci")
     kinds = {".py", ".md", ".yaml", ".yml", ".sh", ".toml", ".json", ""}

@@ -202,11 +202,15 @@ def loaded_model(model: Path, device: str) -> tuple[Any, Any]:
         raise CheckpointError(asked, "transformers is not installed", remedy) from None
     try:
         base: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-        return base.to(device).eval(), AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, RuntimeError) as error:
         problem = " ".join(str(error).split())[:300].rstrip(".")
         remedy = "Give the folder of a causal language model with its tokenizer"
         raise CheckpointError(asked, problem, remedy) from error
+    if not tokenizer.vocab_size:  # transformers makes an empty one where there are no files
+        remedy = "Save the tokenizer beside the model: tokenizer.save_pretrained(FOLDER)"
+        raise CheckpointError(asked, "it has no tokenizer", remedy)
+    return base.to(device).eval(), tokenizer
 
 
 @contextmanager

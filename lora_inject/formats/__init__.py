@@ -146,6 +146,8 @@ def facts_and_options(
         problem = f"{option!r} is not an option of this format"
         its = ", ".join(known) or "none"
         remedy = f"Its options: {its}; facts of the model: {', '.join(FACTS)}"
+        if option == "any_base":  # so the functions on checkpoints and the commands call it
+            remedy = 'load_adapter takes base="any"'
         raise FormatError("", problem, remedy)
     return replace(facts or ModelFacts(), **stated), own
 
