@@ -48,6 +48,7 @@ NAMES: Mapping[str, str] = MappingProxyType(
         "torch._dynamo.comptime.comptime": (
             "another way: a write to a weight that a compiled graph reads is lost"
         ),
+        "torch._foreach_copy_": "another way: swap_adapter keeps a copy of the values meanwhile",
         "torch._foreach_mul_": "another way: one launch for each tensor of a trial",
         "torch._foreach_norm": "another way: one launch for each tensor of a trial",
         # since torch 2.8
@@ -78,9 +79,7 @@ NAMES: Mapping[str, str] = MappingProxyType(
         "torch.mps._get_default_mps_generator": "refused: seeded random numbers of an MPS device",
         "torch.ops.aten._to_copy": "another way: packed experts are unpacked to be moved",
         "torch.ops.aten._unsafe_view": "another way: a copy",
-        "torch.utils.checkpoint._CheckpointFrame": (
-            f"{_RECOMPUTED} and adapters in a compiled graph"
-        ),
+        "torch.utils.checkpoint._CheckpointFrame": f"{_RECOMPUTED} and adapters in a graph",
         "torch.utils._python_dispatch._disable_current_modes": (
             "refused: switching adapters in a compiled graph"
         ),

@@ -52,6 +52,11 @@ def test_an_empty_slot_is_the_base_and_does_not_train() -> None:
     li.swap_adapter(model, apart(base, 0, rank=4), "slot")
     assert error(model(IDS).logits, base(IDS).logits) > 1e-3
     li.swap_adapter(model, apart(base, 1, rank=2), "slot")
+    for name, site in li.adapter_state(model, "slot").sites.items():
+        rank = 2 if "q_proj" in name else 0  # nothing is left of the one before
+        assert not site.A[rank:].any()
+        assert not site.B[:, rank:].any()
+        assert bool(site.A[:rank].any()) is bool(rank)
     li.swap_adapter(model, li.adapter_state(li.reserve(base, "slot", rank=1), "slot"), "slot")
     li.eject(base)
     assert torch.equal(model(IDS).logits, base(IDS).logits)  # nothing is left of the ones before
@@ -100,6 +105,18 @@ def test_what_a_slot_cannot_hold_is_refused_and_nothing_changed() -> None:
     assert "base" in refused(lambda: li.swap_adapter(model, other, "slot"))
     after = li.adapter_parameters(model, "slot")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_scale_that_makes_values_infinite_is_refused_and_nothing_changed() -> None:
+    base = tiny_llama().half()
+    model = li.reserve(copy.deepcopy(base), "slot", rank=4)
+    for parameter in li.adapter_parameters(model, "slot").values():
+        assert parameter.dtype in (torch.float32, torch.float16)
+    state = apart(base, 1, rank=2, alpha=1e39)
+    assert "its values are not finite in torch.float" in refused(
+        lambda: li.swap_adapter(model, state, "slot")
+    )
+    assert not any(p.any() for p in li.adapter_parameters(model, "slot").values())
 
 
 def test_reserving_badly_is_refused() -> None:

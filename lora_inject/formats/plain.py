@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_inject.core.adapter.site_state import SiteState
@@ -46,12 +47,9 @@ def plain_sites(
     a scale of 1: B is multiplied in float32 at least and rounded once, to `dtype` or each tensor's
     own dtype. Values that become infinite by a cast to a narrower dtype are refused.
     """
-    _check_plain(state, client, dtype)
-    sites = {}
-    for name, site in state.sites.items():
-        with within(f"site '{name}'"):
-            _check_site(site, client, kinds)
-        sites[name] = _plain(site)
+    _check_dtype(dtype)
+    refuse_more_than_pairs(state, client, kinds)
+    sites = {name: site_in_pairs(site) for name, site in state.sites.items()}
     largest = max(site.spec.rank for site in sites.values())
     common_alpha = None if _agree(sites.values(), with_rank=one_rank) else float(largest)
     rank = _checked_rank(rank, largest) if one_rank else None
@@ -61,8 +59,7 @@ def plain_sites(
         new_rank = rank if rank is not None else site.spec.rank
         new_alpha = {"own": None, "one": common_alpha, "rank": float(new_rank)}[alpha]
         changed[name] = _changed(site, new_rank, new_alpha, new_dtype)
-        with within(f"site '{name}'"):
-            _check_finite(changed[name])
+    _check_finite(changed)
     return changed
 
 
@@ -79,14 +76,25 @@ def _checked_rank(rank: int | None, largest: int) -> int:
     return rank or largest
 
 
-def _check_plain(state: AdapterState, client: str, dtype: str | None) -> None:
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise FormatError("", f"dtype is {dtype!r}", f"Give one of {', '.join(DTYPES)}")
+
+
+def refuse_more_than_pairs(state: AdapterState, client: str, kinds: Collection[str]) -> None:
+    """Refuse an adapter that is not pairs of A and B at sites of some kinds, and nothing else.
+
+    Raises:
+        FormatError: A client that holds only such pairs cannot hold it.
+    """
     if state.trained:
         problem = f"{client} cannot hold trained tensors, such as {one_line(state.trained)}"
         raise FormatError("", problem, f"{_MERGE}, or train without `train`")
-    if dtype is not None and dtype not in DTYPES:
-        raise FormatError("", f"dtype is {dtype!r}", f"Give one of {', '.join(DTYPES)}")
     if not state.sites:
         raise FormatError("", "it has no sites", f"Give sites: {client} holds nothing else")
+    for name, site in state.sites.items():
+        with within(f"site '{name}'"):
+            _check_site(site, client, kinds)
 
 
 def _check_site(site: SiteState, client: str, kinds: Collection[str]) -> None:
@@ -98,13 +106,18 @@ def _check_site(site: SiteState, client: str, kinds: Collection[str]) -> None:
         raise FormatError("", f"{client} cannot hold {extra}", _MERGE)
 
 
-def _check_finite(site: SiteState) -> None:
-    if not all_finite(site.A, site.B):
-        raise FormatError("", f"its values are not finite in {site.B.dtype}", "Give a wider dtype")
+def _check_finite(sites: Mapping[str, SiteState]) -> None:
+    """Refuse values that a cast has made infinite; all sites at once take few operations."""
+    if all_finite(*(tensor for site in sites.values() for tensor in (site.A, site.B))):
+        return
+    for name, site in sites.items():
+        if not all_finite(site.A, site.B):
+            problem = f"its values are not finite in {site.B.dtype}"
+            raise FormatError(f"site '{name}'", problem, "Give a wider dtype")
 
 
-def _plain(site: SiteState) -> SiteState:
-    """Return the site without slices and frozen starts."""
+def site_in_pairs(site: SiteState) -> SiteState:
+    """Return a site without slices and frozen starts."""
     spec, derived = site.spec, site.A0 is not None
     if spec.slices is None and not derived:
         return site
@@ -123,11 +136,10 @@ def _changed(
     if alpha is None:
         return SiteState(spec, A.to(dtype or A.dtype), B.to(dtype or B.dtype))
     made = dataclasses.replace(spec, rank=rank, alpha=alpha, scaling="standard", dropout=0.0)
-    a = A.new_zeros(made.a_shape, dtype=dtype or A.dtype)
-    b = B.new_zeros(made.b_shape, dtype=dtype or B.dtype)
-    a[..., : spec.rank, :] = A.to(a.dtype)
-    wide = B.to(torch.promote_types(B.dtype, torch.float32))
-    b[..., : spec.rank] = (wide * (site.scale / made.scale)).to(b.dtype)
+    wide = B.to(torch.promote_types(B.dtype, torch.float32)) * (site.scale / made.scale)
+    more = rank - spec.rank
+    a = F.pad(A.to(dtype or A.dtype), (0, 0, 0, more))
+    b = F.pad(wide.to(dtype or B.dtype), (0, more))
     return SiteState(made, a, b)
 
 

@@ -1,30 +1,32 @@
 """Room for adapters that are not known yet: a slot of zeros, which takes any adapter up to a rank.
 
-An adapter that is swapped in gets the slot's form: A and B are padded with zeros to its rank, the
-scale is multiplied into B, and sites that it does not have are zero. So no tensor of the model
-changes its shape, and no number is a constant in a graph.
+An adapter that is swapped in takes a part of the slot's A and B, and its scale is multiplied into
+B; the rest is zero, and so are sites that it does not have. So no tensor of the model changes its
+shape, and no number is a constant in a graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import records_of
 from lora_inject.core.model.inject import plan
 from lora_inject.core.model.load import install
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.errors import FormatError, StateError, within
+from lora_inject.errors import FormatError, StateError
 from lora_inject.formats.peft.tensor_layout import file_rank
-from lora_inject.formats.plain import plain_sites
+from lora_inject.formats.plain import refuse_more_than_pairs, site_in_pairs
 
 M = TypeVar("M", bound=nn.Module)
 Targets = Sequence[str | dict[str, Any]]
@@ -84,31 +86,89 @@ def _zeros(spec: SiteSpec) -> SiteState:
     return SiteState(spec, torch.zeros(spec.a_shape), torch.zeros(spec.b_shape))
 
 
-def in_slot(state: AdapterState, slot: AdapterState, asked: str) -> AdapterState:
-    """Return an adapter in the form of a slot.
-
-    Args:
-        state: The adapter to be swapped in.
-        slot: The slot, with the model's Parameters.
-        asked: What asks, for the errors.
+def refuse_in_slot(state: AdapterState, slot: AdapterState) -> None:
+    """Refuse an adapter that has a higher rank than a slot, or what no slot holds.
 
     Raises:
-        FormatError: It has a higher rank, or what a slot cannot hold.
+        FormatError: It does.
     """
-    some = next(iter(slot.sites.values()))
+    kinds = {site.spec.kind for site in state.sites.values()}
+    refuse_more_than_pairs(state, "a slot", kinds)
+    room = next(iter(slot.sites.values())).spec.rank
     for name, site in state.sites.items():
         rank = file_rank(site.spec, derived=site.A0 is not None)
-        if rank > some.spec.rank:
-            problem = f"its rank is {rank}, and the slot has room for {some.spec.rank}"
+        if rank > room:
+            problem = f"its rank is {rank}, and the slot has room for {room}"
             remedy = f"Reserve a slot of rank {rank}, or truncate the adapter"
-            raise FormatError(f"{asked}, site {name!r}", problem, remedy)
-    kinds = {site.spec.kind for site in state.sites.values()}
-    dtype = str(some.A.dtype).removeprefix("torch.")
-    with within(asked):
-        plain = plain_sites(
-            state, "a slot", kinds, dtype=dtype, one_rank=True, alpha="rank", rank=some.spec.rank
-        )
-    for name, site in slot.sites.items():
-        if not any(known in plain for known in (name, *site.spec.aliases)):
-            plain[name] = SiteState(site.spec, torch.zeros_like(site.A), torch.zeros_like(site.B))
-    return replace(state, sites=plain, config=None)
+            raise FormatError(f"site {name!r}", problem, remedy)
+
+
+def present(slot: AdapterState, state: AdapterState) -> AdapterState:
+    """Return the part of a slot at the sites that an adapter has."""
+    sites = {
+        name: held
+        for name, held in slot.sites.items()
+        if any(known in state.sites for known in (name, *held.spec.aliases))
+    }
+    return replace(slot, sites=sites)
+
+
+@torch.no_grad()
+def placed(
+    slot: AdapterState, state: AdapterState, sites: Mapping[str, SiteState]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the tensors of a slot, or parts of them, each with its new values.
+
+    Args:
+        slot: The slot.
+        state: The adapter.
+        sites: Sites of the slot by their names in the adapter.
+
+    Raises:
+        FormatError: A site adapts other parts of the weight, or values become infinite.
+    """
+    zeros = _Zeros()
+    pairs: list[tuple[Tensor, Tensor]] = []
+    scaled: list[Tensor] = []
+    for name, held in sites.items():
+        plain = site_in_pairs(state.sites[name])
+        if plain.spec.form[2:] != held.spec.form[2:]:
+            problem = "it adapts other parts of the weight than the slot"
+            raise FormatError(f"site {name!r}", problem, "Load it under another name")
+        # The slot's scale is 1.
+        wide = plain.B.to(torch.promote_types(plain.B.dtype, torch.float32)) * plain.scale
+        scaled.append(wide.to(held.B.dtype))
+        pairs += _parts(held.A, plain.A, -2, zeros)
+        pairs += _parts(held.B, scaled[-1], -1, zeros)
+    if not all_finite(*scaled):
+        problem = f"its values are not finite in {scaled[0].dtype}"
+        raise FormatError("", problem, "Reserve a slot over a base of a wider dtype")
+    others = slot.sites.keys() - {held.spec.name for held in sites.values()}
+    empty = (tensor for name in others for tensor in slot.sites[name].tensors.values())
+    return [*pairs, *((tensor, zeros.like(tensor)) for tensor in empty)]
+
+
+def _parts(held: Tensor, value: Tensor, dim: int, zeros: _Zeros) -> list[tuple[Tensor, Tensor]]:
+    """Return the part of a tensor of a slot that a value takes, and the rest with zeros."""
+    rank, room = value.shape[dim], held.shape[dim]
+    if rank == room:
+        return [(held, value)]
+    if hasattr(held, "full_tensor"):  # a part of shards is no part of the memory
+        return [(held, F.pad(value, (0, room - rank) if dim == -1 else (0, 0, 0, room - rank)))]
+    rest = held.narrow(dim, rank, room - rank)
+    return [(held.narrow(dim, 0, rank), value), (rest, zeros.like(rest))]
+
+
+class _Zeros:
+    """Zeros of any shape, each in the memory of one number; made once for each shape."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], Tensor] = {}
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Return zeros of the shape, dtype and device of a tensor."""
+        kind = (tensor.shape, tensor.dtype, tensor.device)
+        if kind not in self._made:
+            zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device)
+            self._made[kind] = zero.expand(tensor.shape)
+        return self._made[kind]

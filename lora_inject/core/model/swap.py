@@ -8,7 +8,7 @@ write.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Collection, Iterator, Sequence, Set
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -29,9 +29,12 @@ from lora_inject.core.model.carried import entries, reach, records_of, refuse_me
 from lora_inject.core.model.origins import note_files
 from lora_inject.core.model.read_off import values_on
 from lora_inject.core.spec.rooms import room
-from lora_inject.errors import FormatError, LayerError, nearest
+from lora_inject.errors import FormatError, LayerError, nearest, within
+from lora_inject.private import look_up
 
 M = TypeVar("M", bound=nn.Module)
+PLAIN = (nn.Parameter, Tensor)
+_Paired = tuple[dict[str, SiteState], list[tuple[Tensor, Tensor]]]
 
 _BESIDE = "Load it under another name and activate that"
 
@@ -98,15 +101,11 @@ def swap_adapter(
         with values_at_once():
             state = read_adapter(state, format, facts=facts, **options)
         whose = f"{asked} for {str(source)!r}"
-    state = _in_shape_of(state, slot, survey, name, asked)
-    pairs = [*_paired_copies(slot, state, asked)]
-    sites = _in_names_of(state, slot, asked)
-    for key, held in sites.items():
-        new = state.sites[key]
-        _check_alike(new, held, asked)
-        pairs += [(tensor, new.tensors[role]) for role, tensor in held.tensors.items()]
-    _check_fit(pairs, asked)
     state.check_finite(whose, FormatError)
+    state = _of_slots_experts(state, slot, asked)
+    reserved = any(name in root.slots for _, root in records_of(survey, name))
+    sites, pairs = (_paired_in_slot if reserved else _paired)(slot, state, asked)
+    _check_fit(pairs, asked)
     if base != "any":
         weights = {state.sites[key].spec.weight: here[s.spec.weight] for key, s in sites.items()}
         check_base(survey, state, weights, base, asked)
@@ -114,40 +113,62 @@ def swap_adapter(
     values = [in_memory(value) for _, value in pairs]  # of a file, read before the first write
     for selection in selections:
         selection.note(name)
-    _write(survey, name, [tensor for tensor, _ in pairs], values, state.config)
+    _write(survey, name, [tensor for tensor, _ in pairs], values)
+    for _, root in records_of(survey, name):
+        root.configs[name] = state.config
     note_files(survey, name, files)
     return model
 
 
-def _in_shape_of(
-    state: AdapterState, slot: AdapterState, survey: Survey, name: str, asked: str
-) -> AdapterState:
-    """Return a state with the ranks that a slot has reserved, and with the experts that it has."""
-    if any(name in root.slots for _, root in records_of(survey, name)):
-        state = room("slots").in_slot(state, slot, asked)
+def _of_slots_experts(state: AdapterState, slot: AdapterState, asked: str) -> AdapterState:
+    """Return a state with those experts of a stack that the slot has."""
     if any(held.spec.only or held.spec.share for held in slot.sites.values()):
-        state = room("on_parts").on_parts(state, slot, asked)
+        return room("on_parts").on_parts(state, slot, asked)  # type: ignore[no-any-return]
     return state
 
 
-def _write(
-    survey: Survey,
-    name: str,
-    into: list[Tensor],
-    values: list[Tensor],
-    config: Mapping[str, Any] | None,
-) -> None:
+def _write(survey: Survey, name: str, into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Write all values into an adapter's Parameters, or none of them."""
+    copy = look_up("torch._foreach_copy_")
+    if copy is None or not all(type(tensor) in PLAIN for tensor in into):
+        _write_one_by_one(into, values)
+    else:
+        # One call of torch, which nothing interrupts, and in which nothing asks for memory.
+        alike = [v.to(tensor) for tensor, v in zip(into, values, strict=True)]
+        with torch.no_grad():
+            copy(into, alike)
+    for _, module, entry in entries(survey, name):
+        given_values(module, [entry])
+
+
+def _write_one_by_one(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     before = [parameter.detach().clone() for parameter in into]
     try:
         copy_into(into, values)
-        for _, module, entry in entries(survey, name):
-            given_values(module, [entry])
-        for _, root in records_of(survey, name):
-            root.configs[name] = config
     except BaseException:
         copy_into(into, before)
         raise
+
+
+def _paired(slot: AdapterState, state: AdapterState, asked: str) -> _Paired:
+    """Return the slot's sites by the new names, and its tensors, each with its new value."""
+    pairs = [*_paired_copies(slot, state, asked)]
+    sites = _in_names_of(state, slot, asked)
+    for key, held in sites.items():
+        new = state.sites[key]
+        _check_alike(new, held, asked)
+        pairs += [(tensor, new.tensors[role]) for role, tensor in held.tensors.items()]
+    return sites, pairs
+
+
+def _paired_in_slot(slot: AdapterState, state: AdapterState, asked: str) -> _Paired:
+    """Return the same for what `reserve` has made, which takes other ranks and fewer sites."""
+    slots = room("slots")
+    with within(asked):
+        slots.refuse_in_slot(state, slot)
+    sites = _in_names_of(state, slots.present(slot, state), asked)
+    with within(asked):
+        return sites, slots.placed(slot, state, sites)
 
 
 def _in_names_of(state: AdapterState, slot: AdapterState, asked: str) -> dict[str, SiteState]:
@@ -214,7 +235,7 @@ def _check_fit(pairs: Collection[tuple[Tensor, Tensor]], asked: str) -> None:
         raise FormatError(asked, "its tensors are on the meta device", "Load their values first")
     for parameter, value in pairs:
         # Some shards are plain Parameters of another shape, found below.
-        known = type(parameter) is nn.Parameter or hasattr(parameter, "full_tensor")
+        known = type(parameter) in PLAIN or hasattr(parameter, "full_tensor")
         if not known or parameter.is_meta:
             raise LayerError(
                 asked,
