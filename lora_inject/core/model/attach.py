@@ -28,7 +28,6 @@ from lora_inject.core.model.roots import (
     selection_for,
 )
 from lora_inject.core.model.trainable import forget_gradients
-from lora_inject.core.spec.rooms import room
 
 
 def survey_for(model: nn.Module, name: str, *, loads: bool = False) -> Survey:
@@ -56,7 +55,7 @@ def attach(
     *,
     activate: bool = True,
     train: bool = True,
-    probe: Callable[[], Any] | None = None,
+    last: Callable[[], None] = lambda: None,
 ) -> None:
     """Put a new adapter onto a model, all or nothing, at the places that `places` returned.
 
@@ -66,7 +65,7 @@ def attach(
        the only one that trains, of all models that share its selection.
     3. Each module is swapped, and gets its Parameters.
     4. With `activate` the adapter takes part: alone if it trains, else beside what is active.
-    5. `probe` runs the model; sites that it does not reach are refused.
+    5. `last` may refuse it all.
     """
     parameters = _parameters(wanted, tensors, tied, train=train)
     selection = selection_for(survey, wanted, f"adapter {name!r}")
@@ -92,8 +91,7 @@ def attach(
         if activate:
             _activate(selection, name, alone=train)
         after("load", survey, name)
-        if probe is not None:
-            room("reached").refuse_unreached(survey.model, probe)
+        last()
     forget_gradients(survey.tensors)
     forget_gradients(trained if train else ())
 

@@ -165,10 +165,12 @@ def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
         if keeper.kept is not None and keeper.kept[0] == _generation:
             kept: Reach = keeper.kept[1]
             return kept
-    selections: dict[Selection, None] = {}
-    names: set[str] = set()
+    survey = survey or Survey(model)
+    without_layers = dict(_without_layers(survey))
+    selections = dict.fromkeys(without_layers.values())
+    names = set(without_layers)
     gained: set[str] = set()
-    for _, _, attached in adapted_modules(survey or Survey(model)):
+    for _, _, attached in adapted_modules(survey):
         selections[attached.selection] = None
         names.update(attached.forward, *attached.reads.values())
         if attached.gains or attached.reads:  # keeps later verbs fast with many adapters
@@ -177,6 +179,12 @@ def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
     for keeper in keepers:
         keeper.kept = (_generation, reached)
     return reached
+
+
+def _without_layers(survey: Survey) -> Iterator[tuple[str, Selection]]:
+    """Yield the adapters that have no layer in this process: of a model that lies in several."""
+    for record in roots_of(survey).values():
+        yield from ((name, record.selection) for name, held in record.carrying.items() if not held)
 
 
 def refuse_mixes(model: nn.Module, reached: Reach, weights: Mapping[str, float]) -> None:

@@ -20,6 +20,7 @@ from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.kinds import KINDS
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.base import Base, check_base, check_base_copies
+from lora_inject.core.model.callers import Alone
 from lora_inject.core.model.guards import functions
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.names import joined
@@ -34,17 +35,22 @@ _OF_MODEL = ("kind", "weight_shape", "update")
 def fit(
     survey: Survey,
     state: AdapterState,
+    all_of: Alone,
     *,
     leave_out: Sequence[str],
     base: Base,
     leave_new: bool,
     asked: str,
 ) -> AdapterState:
-    """Return an adapter in the names and the geometry of a model, with the tensors as they are."""
+    """Return an adapter in the names and the geometry of a model, with the tensors as they are.
+
+    `all_of` says which part of it is for this process.
+    """
     names, weights = inventory(survey), survey.weights
     state = _without(state, leave_out, asked)
     for in_names_of in functions("in_names_of"):
         state = in_names_of(survey.model, state, weights)
+    state = all_of.part_of_state(state, names)
     sites = {key: _stack_of_one(site, names) for key, site in state.sites.items()}
     state = dataclasses.replace(state, sites=sites | _under_further_names(sites, names))
     specs = {key: fit_site(site.spec, names, asked) for key, site in state.sites.items()}

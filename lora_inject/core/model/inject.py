@@ -12,12 +12,14 @@ from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.first_values import first_values
 from lora_inject.core.layers.survey import Survey, memory_of
 from lora_inject.core.model.attach import attach, survey_for
+from lora_inject.core.model.callers import callers_of
 from lora_inject.core.model.carried import Carried
 from lora_inject.core.model.guards import before, functions
 from lora_inject.core.model.places import places, refuse_statistics
 from lora_inject.core.model.trainable import refuse_dead_inputs
 from lora_inject.core.spec.config import Config, ConfigLike
 from lora_inject.core.spec.garbage import few_collections
+from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.matching import resolve
 from lora_inject.core.spec.patterns import matching
 from lora_inject.core.spec.plan import Plan
@@ -63,6 +65,7 @@ def inject(
     *,
     probe: Callable[[], Any] | None = None,
     leave_new: bool = False,
+    group: Any = None,
 ) -> M:
     """Put a new adapter onto a model, in place, and freeze everything else.
 
@@ -80,6 +83,9 @@ def inject(
         leave_new: Leave weights out that the model's checkpoint lacked, such as a new head, which
             have other values in each process. By default an adapter that does not `train` them is
             an error, where the library that loaded the model tells which they are.
+        group: Processes of which each has other layers of the model, as the stages of a pipeline:
+            a group of torch.distributed. Each calls this with its part. Patterns must match, and
+            `expect` must hold, over all parts; a part may get nothing. All raise, or none.
 
     Returns:
         The same object, for chaining.
@@ -98,19 +104,18 @@ def inject(
         >>> sorted(n for n, p in net.named_parameters() if p.requires_grad)
         ['0.lora_A__default', '0.lora_B__default']
     """
-    survey = survey_for(model, name, loads=True)
-    refuse_dead_inputs(survey, f"inject {name!r}")
-    present = inventory(survey)
-    planned = resolve(Config.coerce(config, present, model), present)
-    before("inject", survey, planned, f"inject {name!r}", leave_new=leave_new)
-    named = {
-        key: trained.rows for trained in planned.trained for key in survey.names_of(trained.name)
-    }
-    wanted = places(survey, name, planned.sites, named)
-    for i, pattern in enumerate(planned.config.train):
-        asked = f"train {i + 1} ('{pattern}')"
-        refuse_statistics(survey, matching(pattern, present.modules, asked=asked), asked)
+    asked = f"inject {name!r}"
+    all_of = callers_of(group, asked)
+    survey, present = all_of.run(lambda: _surveyed(model, name, asked))
+    whole = all_of.whole(present)
 
+    def checked() -> tuple[Plan, list[Carried]]:
+        plan_of_all = resolve(Config.coerce(config, whole, model), whole)
+        planned = all_of.part(plan_of_all, present)
+        before("inject", survey, planned, asked, leave_new=leave_new)
+        return planned, _places(survey, name, planned, present)
+
+    planned, wanted = all_of.run(checked)
     spread = any(hasattr(tensor, "full_tensor") for tensor in survey.tensors)
 
     def initial(place: Carried) -> Mapping[str, Tensor]:
@@ -118,9 +123,37 @@ def inject(
             return room("gathering").first_values_alike(survey, place)  # type: ignore[no-any-return]
         return first_values(place.module, place.entry, place.weight)
 
-    def tied(place: Carried) -> Hashable:
-        return memory_of(place.weight)
+    def put_on(agreed: Callable[[], None]) -> None:
+        def last() -> None:
+            if probe is not None:
+                room("reached").refuse_unreached(survey.model, probe)
+            agreed()
 
-    before("load", survey, name, wanted, tied)
-    attach(survey, name, wanted, initial, tied, planned.config.to_dict(), probe=probe)
+        attach(survey, name, wanted, initial, _tied, planned.config.to_dict(), last=last)
+
+    all_of.put_on(put_on)
     return model
+
+
+def _surveyed(model: nn.Module, name: str, asked: str) -> tuple[Survey, Inventory]:
+    """Return a model that can take a new adapter of that name, and its names."""
+    survey = survey_for(model, name, loads=True)
+    refuse_dead_inputs(survey, asked)
+    return survey, inventory(survey)
+
+
+def _places(survey: Survey, name: str, planned: Plan, present: Inventory) -> list[Carried]:
+    """Return where the sites and trained tensors of a plan go; everything can take them."""
+    named = {
+        key: trained.rows for trained in planned.trained for key in survey.names_of(trained.name)
+    }
+    wanted = places(survey, name, planned.sites, named)
+    for i, pattern in enumerate(planned.config.train):
+        asked = f"train {i + 1} ('{pattern}')"
+        refuse_statistics(survey, matching(pattern, present.modules, asked=asked), asked)
+    before("load", survey, name, wanted, _tied)
+    return wanted
+
+
+def _tied(place: Carried) -> Hashable:
+    return memory_of(place.weight)

@@ -76,12 +76,13 @@ def adapters(model: nn.Module) -> Adapters:
         >>> adapters(net)["sql"].n_parameters
         8
     """
-    carried: dict[str, list[Carried]] = {}
     survey = Survey(model)
+    reached = reach(model, survey)
+    carried: dict[str, list[Carried]] = {name: [] for name in reached.names}
     for item in entries(survey):
         carried.setdefault(item[2].adapter, []).append(item)
     weights: dict[str, float] = {}
-    for selection in reach(model, survey).selections:
+    for selection in reached.selections:
         weights.update(selection.merged or selection.current().names)
     order = {name: i for root in roots_of(survey).values() for i, name in enumerate(root.configs)}
     names = sorted(carried, key=lambda name: order.get(name, len(order)))

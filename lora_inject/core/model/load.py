@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from os.path import lexists
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from lora_inject.core.functional.factors import master_dtype
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.attach import attach, survey_for
 from lora_inject.core.model.base import Base, model_facts
+from lora_inject.core.model.callers import Alone, callers_of
 from lora_inject.core.model.carried import Carried, reach
 from lora_inject.core.model.fit_state import fit
 from lora_inject.core.model.guards import before
@@ -43,6 +45,7 @@ def load_adapter(
     trainable: bool = False,
     format: str | None = None,  # noqa: A002
     revision: str | None = None,
+    group: Any = None,
     **options: Any,
 ) -> M:
     """Read an adapter from files or from the hub, and put it onto a model, all of it or nothing.
@@ -69,6 +72,8 @@ def load_adapter(
         trainable: Go on training it: make it the only active and the only trainable adapter.
         format: A row of `formats.FORMATS`; by default it is detected from the files.
         revision: Branch, tag or commit of a repository; by default the head of its main branch.
+        group: Processes of which each has other layers of the model; see `inject`. Each takes what
+            it has layers for. All raise, or none.
         **options: For the format.
 
     Returns:
@@ -82,24 +87,44 @@ def load_adapter(
     """
     place = user_path("load adapter", path)
     asked = f"load {str(path)!r}"
-    survey = survey_for(model, name, loads=True)
-    if trainable:
-        refuse_dead_inputs(survey, asked)
+    all_of = callers_of(group, asked)
+
+    def fitted() -> tuple[Survey, Path, AdapterState]:
+        survey = survey_for(model, name, loads=True)
+        if trainable:
+            refuse_dead_inputs(survey, asked)
+        there = _on_disk(place, path, revision, asked)
+        known = format or detected(there)
+        facts = partial(model_facts, survey)
+        with values_at_once():
+            state = read_adapter(there, known, facts=facts, **options)
+        mine = fit(
+            survey, state, all_of, leave_out=leave_out, base=base, leave_new=leave_new, asked=asked
+        )
+        if (check_load := format_of(known).check_load) is not None:
+            check_load(survey, state, mine, asked)
+        return survey, there, mine
+
+    survey, there, state = all_of.run(fitted)
+    all_of.check_complete()
+
+    def put_on(agreed: Callable[[], None]) -> None:
+        _put_on(survey, state, name, _Owned(), trainable=trainable, last=agreed)
+
+    all_of.put_on(put_on)
+    note_files(survey, name, there)
+    return model
+
+
+def _on_disk(place: Path, path: str | PathLike[str], revision: str | None, asked: str) -> Path:
+    """Return where an adapter's files are, downloaded if they are on the hub."""
     if not lexists(place) and room("hub").is_repo(path, revision):
-        place = room("hub").download(str(path), revision)
-    elif revision is not None:
+        downloaded: Path = room("hub").download(str(path), revision)
+        return downloaded
+    if revision is not None:
         problem = "a revision is for repositories, and this is a path"
         raise FormatError(f"{asked} at {revision!r}", problem, "Leave the revision out")
-    format = format or detected(place)  # noqa: A001
-    facts = partial(model_facts, survey)
-    with values_at_once():
-        state = read_adapter(place, format, facts=facts, **options)
-    fitted = fit(survey, state, leave_out=leave_out, base=base, leave_new=leave_new, asked=asked)
-    if (check_load := format_of(format).check_load) is not None:
-        check_load(survey, state, fitted, asked)
-    _put_on(survey, fitted, name, _Owned(), trainable=trainable)
-    note_files(survey, name, place)
-    return model
+    return place
 
 
 @few_collections()
@@ -132,7 +157,7 @@ def install(
     check_type("install", state, AdapterState, "Give an AdapterState; load_adapter reads files")
     survey = survey_for(model, name, loads=True)
     fitted = fit(
-        survey, state, leave_out=leave_out, base=base, leave_new=leave_new, asked="install"
+        survey, state, Alone(), leave_out=leave_out, base=base, leave_new=leave_new, asked="install"
     )
     _put_on(survey, fitted, name, _copied)
     return model
@@ -145,6 +170,7 @@ def _put_on(
     taken: Callable[[Tensor, Tensor], Tensor],
     *,
     trainable: bool = False,
+    last: Callable[[], None] = lambda: None,
 ) -> None:
     """Put a fitted adapter on; it becomes active if it trains, or no other is active on this model.
 
@@ -165,7 +191,8 @@ def _put_on(
     there = reach(survey.model, survey)
     active = {each for selection in there.selections for each in selection.setting.names}
     takes_part = trainable or active.isdisjoint(there.names)
-    attach(survey, name, wanted, given, tied, state.config, activate=takes_part, train=trainable)
+    how = {"activate": takes_part, "train": trainable}
+    attach(survey, name, wanted, given, tied, state.config, last=last, **how)
 
 
 def _by_name(state: AdapterState) -> dict[str, Mapping[str, Tensor]]:

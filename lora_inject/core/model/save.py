@@ -22,6 +22,7 @@ from lora_inject.core.adapter.exchange import (
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.base import model_facts
+from lora_inject.core.model.callers import callers_of
 from lora_inject.core.model.carried import (
     Carried,
     entries,
@@ -46,6 +47,7 @@ def save_adapter(
     keep: int | None = None,
     unused: Sequence[str] = (),
     probe: Any = None,
+    group: Any = None,
     **options: Any,
 ) -> Path:
     """Write an adapter to files, atomically.
@@ -71,6 +73,8 @@ def save_adapter(
             adapter and without it, for `verify_loaded` and `verify_served`. Token ids, a pair of
             texts and their tokenizer, or a dict of the model's arguments; of token ids the first 32
             of 8 rows are used. The model runs about 14 times.
+        group: Processes of which each has other layers of the model; see `inject`. The first one
+            writes the parts of all.
         **options: For the format: `overwrite=True` replaces an adapter that is there; `base_model`,
             `task_type` and others stand over what the model says (`formats.ModelFacts`).
 
@@ -86,17 +90,30 @@ def save_adapter(
     survey = Survey(model)
     format = format or default_format()  # noqa: A001
     target = _target(folder, format, version, f"save adapter {name!r}")
-    state, facts = read_off(survey, name), facts_for(survey, format, name)
-    refuse_useless(survey, name, state, unused)
+    all_of = callers_of(group, f"save adapter {name!r}")
+
+    def taken() -> tuple[AdapterState, Callable[[], Any]]:
+        state = read_off(survey, name)
+        facts = facts_for(survey, format, name)
+        refuse_useless(survey, name, state, unused)
+        return state, facts
+
+    part, facts = all_of.run(taken)
     if probe is not None:
         options["proof"] = room("probing").take_proof(survey, name, probe, format)
-    if this_process_writes(survey):
+
+    def written() -> None:
+        state = all_of.whole_state(part)
+        if not (all_of.is_first and this_process_writes(survey)):
+            return
         _say_if_untrained(state, name)
         _write(target, partial(write_adapter, state, format=format, facts=facts, **options))
         if version is not None:
             from lora_inject.core.model.versions import note_newest
 
             note_newest(folder, version, keep)
+
+    all_of.run(written)
     after("save", survey)
     note_files(survey, name, target)
     return target

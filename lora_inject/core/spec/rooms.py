@@ -24,6 +24,7 @@ ROOMS = {
     "reached": "lora_inject.checks.reached",
     "sharding": "lora_inject.distributed.sharding",
     "slots": "lora_inject.serving.slots",
+    "stages": "lora_inject.distributed.stages",
     "stacks": "lora_inject.experts.stacks",
     "unused": "lora_inject.checks.unused",
 }
