@@ -36,6 +36,7 @@ from lora_inject.analysis import (
     subspace_similarity,
 )
 from lora_inject.analysis.blocks import Place
+from lora_inject.analysis.gallery import layer_names
 from lora_inject.analysis.rounding import rounding_of_rows
 from lora_inject.analysis.subspaces import block_directions
 from lora_inject.core.adapter.site_state import SiteState
@@ -475,6 +476,15 @@ def test_layers_are_compared_by_their_whole_spans():
         wanted = subspace_similarity(matrices[i], matrices[j])[-1, -1]
         assert float(table[i, j]) == pytest.approx(float(wanted), abs=FLOAT64)
     assert table[2].isnan().all()
+
+
+def test_layers_come_in_the_order_of_the_model_whatever_the_order_of_a_file():
+    state = adapter("h.0.q", "h.10.q", "h.2.q")  # as safetensors sorts them
+    (_, (names, table)), = across_layers(state).items()  # fmt: skip
+    assert names == ["h.0.q", "h.2.q", "h.10.q"]
+    assert layer_names(names) == ["0", "2", "10"]
+    wanted = subspace_similarity(state.sites["h.2.q"].A, state.sites["h.10.q"].A)[-1, -1]
+    assert float(table[1, 2]) == pytest.approx(float(wanted), abs=FLOAT64)
 
 
 # ----------------------------------------------------------------------------------------- findings

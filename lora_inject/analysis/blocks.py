@@ -98,11 +98,14 @@ P = TypeVar("P", bound=Place)
 
 
 def by_kind(places: Iterable[P]) -> dict[str, list[P]]:
-    """Group blocks or pairs by their kind, in order."""
+    """Group blocks or pairs by their kind, those of a kind from the first layer to the last.
+
+    A file may hold layer 10 before layer 2.
+    """
     kinds: dict[str, list[P]] = {}
     for place in places:
         kinds.setdefault(place.kind, []).append(place)
-    return kinds
+    return {kind: sorted(group, key=lambda place: place.position) for kind, group in kinds.items()}
 
 
 @dataclass(frozen=True)
