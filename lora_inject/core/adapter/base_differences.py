@@ -60,7 +60,7 @@ def _differing(there: tuple[float, ...], here: tuple[float, ...]) -> list[tuple[
 
 
 def _words(wrong: list[tuple[float, float]], n: int) -> str:
-    first = "first {!r} in the file and {!r} here".format(*wrong[0])
+    first = "first {:.6g} in the file and {:.6g} here".format(*wrong[0])
     return f"{len(wrong)} of {n} sampled values differ, {first}"
 
 
