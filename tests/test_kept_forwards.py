@@ -161,6 +161,17 @@ def test_a_trace_holds_for_any_number_of_rows(n_rows: int) -> None:
             assert error(traced(x[:n]), model(x[:n]).double()) < 1e-6
 
 
+def test_a_trace_of_an_embedding_holds_for_any_number_of_ids() -> None:
+    """The shape of its example was a constant of the graph."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(N, N), nn.Linear(N, 2))
+    fill(li.inject(model, {"rank": 2, "targets": ["0", "1"]}))
+    traced = torch.jit.trace(model, (torch.tensor([[0, 1, 2], [2, 1, 0]]),))
+    for shape in ((1, 1), (4, 1), (3, 5)):
+        ids = torch.randint(N, shape)
+        assert error(traced(ids), model(ids).double()) < 1e-6
+
+
 def test_an_adapter_injected_in_inference_mode_trains_outside_of_it() -> None:
     plain, _ = made("forward update")
     with torch.inference_mode():

@@ -345,6 +345,8 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "another Parameter": lambda m: setattr(m, "weight", nn.Parameter(m.weight * 0 + 0.5)),
     "a Parameter of it": lambda m: nn.Parameter(m.weight),
     "a Parameter of its data": lambda m: nn.Parameter(m.weight.data),
+    "swapped": lambda m: torch.utils.swap_tensors(m.weight, torch.zeros(D, D).double()),
+    "swapped with": lambda m: torch.utils.swap_tensors(torch.zeros(D, D).double(), m.weight),
 }
 
 

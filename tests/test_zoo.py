@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import script
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -22,6 +23,7 @@ from zoo.build import build
 from zoo.exceptions import EXCHANGED, EXEMPTIONS, Exchanged
 from zoo.exchange import Exchange
 from zoo.inputs import dummy_inputs
+from zoo.parts import PARTS, REASONS, Part, families, read_by
 from zoo.readers import READERS, Called, calls_of, readers
 from zoo.steps import Calls, Ours, changed, distance, hold, make_dense, randomise_factors, run, same
 from zoo.targets import ALPHA, Targets
@@ -85,6 +87,33 @@ def test_methods_besides_forward_read_what_was_trained(model_type: str) -> None:
         make_dense(wide, li.adapter_state(adapted))
         path, _, _ = name.rpartition(".")
         compare([call for call in calls if call.path == path], plain, adapted, wide)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("part", PARTS, ids=lambda p: f"{p.module.partition(':')[2]}.{p.method}")
+@torch.no_grad()
+def test_methods_of_parts_read_what_was_trained(part: Part) -> None:
+    plain = part.build()
+    read = read_by(plain, part.method)
+    train = li.inject(copy.deepcopy(plain), {"rank": 2, "targets": [], "train": whole(read)})
+    wide = copy.deepcopy(plain)
+    for parameter in li.adapter_parameters(train).values():
+        parameter.add_(torch.randn_like(parameter) + 1)
+    for name, tensor in li.adapter_state(train).trained.items():
+        wide.get_parameter(name).copy_(tensor)
+    assert compare([Called("", part.method, (), part.arguments(plain))], plain, train, wide)
+
+
+@pytest.mark.zoo
+def test_each_family_with_a_method_besides_forward_that_reads_is_held_or_has_a_reason() -> None:
+    """As the sources tell of the pinned transformers; another version may have others."""
+    from transformers import CONFIG_MAPPING
+
+    held = {CONFIG_MAPPING[name].__module__.split(".")[2] for name in READERS}
+    held |= {part.module.partition("/")[0] for part in PARTS}
+    assert held.isdisjoint(REASONS)
+    if "transformers" not in script("versions").differences():
+        assert families() - held - REASONS.keys() == set()
 
 
 def whole(names: Iterable[str]) -> list[str]:

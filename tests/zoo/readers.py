@@ -120,11 +120,12 @@ def _recording(
 # Model types with such a method, called with what `calls_of` derives.
 # fmt: off
 READERS = (
-    "blip", "blip-2", "data2vec-audio", "deepseek_vl_hybrid", "deit", "dinov2",
+    "apertus", "blip", "blip-2", "data2vec-audio", "deepseek_vl_hybrid", "deit", "dinov2",
     "dinov2_with_registers", "funnel", "glm5_next", "hiera", "hubert", "ijepa", "internvl",
     "internvl_vision", "jetmoe", "levit", "llava_next", "llava_next_video", "llava_onevision",
-    "mllama", "pixio", "qianfan_ocr", "radio", "rf_detr", "rwkv", "sew", "sew-d", "tipsv2",
-    "tipsv2_vision_model", "unispeech", "unispeech-sat", "vilt", "vit", "vit_mae", "vit_msn",
-    "wav2vec2", "wav2vec2-conformer", "wavlm", "xlnet",
+    "mllama", "pixio", "qianfan_ocr", "qianfan_ocr_vision", "radio", "rf_detr", "rwkv",
+    "sam3_lite_text_text_model", "sew", "sew-d", "speecht5", "tipsv2", "tipsv2_vision_model",
+    "unispeech", "unispeech-sat", "vilt", "vit", "vit_mae", "vit_msn", "wav2vec2",
+    "wav2vec2-conformer", "wavlm", "xlnet",
 )
 # fmt: on

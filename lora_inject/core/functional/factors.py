@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_inject.core.functional.inside import is_watched
+from lora_inject.core.functional.inside import in_trace, is_watched
 from lora_inject.core.spec.sites import SiteSpec, adapted_parts
 from lora_inject.private import look_up
 
@@ -98,9 +98,10 @@ _unsafe_view = look_up("torch.ops.aten._unsafe_view")
 def no_view(out: Tensor, shape: torch.Size) -> Tensor:
     """Return a new tensor in another shape that autograd does not take for a view of it.
 
-    The memory is not copied where torch can do without.
+    The memory is not copied where torch can do without. A trace of torch.jit would keep the shape
+    that an operator gets by its own name as a constant.
     """
-    if _unsafe_view is None:
+    if _unsafe_view is None or in_trace():
         return out.reshape(shape).clone()
     return _unsafe_view.default(out, shape)  # type: ignore[no-any-return]
 

@@ -40,6 +40,13 @@ _level = look_up("torch.autograd.forward_ad._current_level")  # a number, which 
 _tells = None not in (_transforms, _tracing_state, _level)
 
 
+def in_trace() -> bool:
+    """Whether `torch.jit.trace` records: sizes are tensors then."""
+    if torch.compiler.is_compiling() or _tracing_state is None:
+        return False
+    return _tracing_state() is not None
+
+
 def is_watched(*, unknown: bool = True) -> bool:
     """Whether functorch, `torch.jit.trace` or forward-mode AD is active; compiling is not asked.
 

@@ -85,6 +85,10 @@ class ReadOnly(Tensor):
     is_read_only = True
     type = type_of_read
 
+    def _use_count(self) -> NoReturn:
+        """Refuse `torch.utils.swap_tensors`, which asks it of both tensors before it swaps."""
+        refuse_change(torch.utils.swap_tensors)
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.gain import gained
+from lora_inject.core.functional.inside import in_trace
 from lora_inject.core.functional.lookup import embedding, renormalized
 from lora_inject.core.layers.adapted import Adapted, WeightUpdate
 from lora_inject.core.layers.forward_update import ForwardUpdate
@@ -106,7 +107,7 @@ class LoRAEmbedding(ForwardUpdate):
 
     def _lora_refuse_resized(self, num: int) -> None:
         """Raise if the table has other rows than A, which has `num`."""
-        if num != self.num_embeddings:
+        if not in_trace() and num != self.num_embeddings:
             raise LayerError(
                 "an embedding with an adapter",
                 f"it was resized from {num} to {self.num_embeddings} rows after inject",
