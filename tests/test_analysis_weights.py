@@ -27,13 +27,13 @@ from lora_inject.analysis import (
 from lora_inject.checkpoint import Checkpoint
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files import safetensors_file
+from lora_inject.core.files import row_reader
 from lora_inject.core.spec.sites import SiteSpec
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(safetensors_file, "BLOCK_ELEMENTS", 12)
+    monkeypatch.setattr(row_reader, "BLOCK_ELEMENTS", 12)
 
 
 def saved(model: nn.Module, path: Path) -> Path:

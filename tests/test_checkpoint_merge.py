@@ -29,7 +29,7 @@ from lora_inject.checkpoint import WeightedAdapter
 from lora_inject.checkpoint import merge_files as merging
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files import safetensors_file as reading
+from lora_inject.core.files import row_reader as reading
 from lora_inject.errors import CheckpointError
 
 

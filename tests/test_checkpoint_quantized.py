@@ -29,7 +29,7 @@ from lora_inject.checkpoint import (
     plan_merge,
     verify_checkpoint,
 )
-from lora_inject.core.files import safetensors_file as reading
+from lora_inject.core.files import row_reader as reading
 from lora_inject.core.functional.weight import dense_delta
 from lora_inject.errors import CheckpointError
 

@@ -424,8 +424,8 @@ def test_inspect_of_something_else(run, files, tmp_path):
         assert (found.code, found.out) == (1, "")
         assert found.err.startswith("FormatError: ")
     found = run("inspect", files.one, "--format", "pef")
-    assert found.code == 1
-    assert "Nearest: peft" in found.err
+    assert found.code == 2
+    assert "did you mean peft?" in found.err
 
 
 def test_a_folder_that_was_edited_needs_to_be_told_what_to_believe(run, files, tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_inject.core.files import atomic as files
+from lora_inject.core.files import atomic_folder as files
 from lora_inject.core.files import disk
 from lora_inject.core.files.atomic import write_file
 from lora_inject.core.files.atomic_folder import write_directory

@@ -19,8 +19,7 @@ from lora_inject.cli.program import app
 
 if TYPE_CHECKING:
     from lora_inject.analysis import Analysis, Comparison
-    from lora_inject.core.spec.key_lists import inventory_of
-from lora_inject.core.spec.inventory import Inventory
+    from lora_inject.core.spec.inventory import Inventory
 
 
 @app.command("plan")
@@ -91,6 +90,7 @@ def _inventory_of(path: Path, *, keys: bool = False) -> Inventory:
     from lora_inject.checkpoint.index import INDEX_SUFFIX, read_config
     from lora_inject.core.layers.candidates import inventory
     from lora_inject.core.layers.survey import Survey
+    from lora_inject.core.spec.key_lists import inventory_of
     from lora_inject.errors import CheckpointError
 
     if not path.exists():
