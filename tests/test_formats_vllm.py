@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import fill
 from helpers.adapter_states import KIND_SPECS, effect, make_state
+from helpers.experts import experts
 from helpers.versions import needs_transformers_5
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import lora_inject as li
@@ -60,3 +61,63 @@ def test_stacks_without_a_base_or_half_of_them_are_refused(tmp_path: Path) -> No
     spec = KIND_SPECS["experts"].at("mlp.experts.up", "mlp.experts.up")
     path = write_adapter(make_state(spec), tmp_path / "b")
     assert "both stacks of experts" in li.check_adapter(path, "vllm")[0].problem
+
+
+@needs_transformers_5
+def test_experts_under_the_names_of_older_files_are_those_of_the_base(tmp_path: Path) -> None:
+    """Mixtral's files say `block_sparse_moe.experts.0.w1`, its class has `mlp.experts`."""
+    model, _ = experts("mixtral")
+    model.save_pretrained(tmp_path / "base")
+    li.save_adapter(fill(li.inject(model, {"targets": ["all-experts"]})), tmp_path / "a")
+    path = li.convert(tmp_path / "a", tmp_path / "b", "vllm", base=tmp_path / "base")
+    names = load_file(path / "adapter_model.safetensors")
+    assert f"{PREFIX}model.layers.0.block_sparse_moe.experts.0.w1.lora_A.weight" in names
+    assert li.check_adapter(path, "vllm", base=tmp_path / "base") == []
+    wrong = {n.replace("block_sparse_moe", "moe"): t for n, t in names.items()}
+    save_file(wrong, path / "adapter_model.safetensors")
+    (found, *_) = li.check_adapter(path, "vllm", base=tmp_path / "base")
+    assert "the base has no module 'model.layers.0.moe.experts'" in found.problem
+
+
+@needs_transformers_5
+def test_stacks_for_a_model_with_single_experts_stop_and_the_other_way_round(tmp_path) -> None:
+    """vLLM 0.32 refuses Qwen3-MoE's when it loads them, and serves the base in place of Mixtral's."""
+    for family, words in (
+        (
+            "qwen3_moe",
+            "vLLM refuses stacks of experts for the model_type 'qwen3_moe', or ignores them",
+        ),
+        ("gpt_oss", None),
+    ):
+        model, _ = experts(family)
+        model.save_pretrained(tmp_path / family)
+        model = fill(li.inject(model, {"targets": ["all-experts"]}))
+        path = li.save_adapter(model, tmp_path / f"{family} adapter")
+        stops = [f.problem for f in li.check_adapter(path, "vllm", base=tmp_path / family)]
+        assert stops == ([] if words is None else [words])
+        if words is not None:
+            single = li.convert(path, tmp_path / "single", "vllm", base=tmp_path / family)
+            assert li.check_adapter(single, "vllm", base=tmp_path / family) == []
+    assert any(
+        "has stacks of experts for the model_type 'gpt_oss'" in f.problem
+        for f in li.check_adapter(single, "vllm", base=tmp_path / "gpt_oss")
+    )
+
+
+@needs_transformers_5
+def test_half_of_the_matrices_of_an_expert_are_refused(tmp_path: Path) -> None:
+    """vLLM stops at them by an assertion without a word."""
+    moe().save_pretrained(tmp_path / "base")
+    model = fill(li.inject(moe(), {"targets": [r"experts\.down_proj"]}))
+    li.save_adapter(model, tmp_path / "a.safetensors", format="native")
+    with pytest.raises(FormatError, match=r"'model.layers.0.mlp.experts.0.gate_proj' is not"):
+        li.convert(tmp_path / "a.safetensors", tmp_path / "b", "vllm", base=tmp_path / "base")
+    whole = fill(li.inject(moe(), {"targets": ["all-experts"]}))
+    li.save_adapter(whole, tmp_path / "c")
+    path = li.convert(tmp_path / "c", tmp_path / "d", "vllm", base=tmp_path / "base")
+    names = load_file(path / "adapter_model.safetensors")
+    some = {n: t for n, t in names.items() if ".experts.1.up_proj" not in n}
+    save_file(some, path / "adapter_model.safetensors")
+    for base in (None, tmp_path / "base"):
+        (found,) = [f for f in li.check_adapter(path, "vllm", base=base) if f.stops]
+        assert "stops at 'model.layers.0.mlp.experts.1.up_proj'" in found.problem

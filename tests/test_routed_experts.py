@@ -90,6 +90,16 @@ def test_a_batch_of_another_size_is_refused() -> None:
         model(IDS[:2, :].repeat(1, 3)[:, :5])
 
 
+def test_sequences_packed_into_one_row_are_refused_with_the_way_out() -> None:
+    """Token ranges by positions that begin anew: what is a row cannot be told from a tensor."""
+    model = adapted("qwen3_moe", "eager")
+    packed = {"input_ids": IDS.reshape(1, -1), "position_ids": torch.arange(20)[None] % 4}
+    words = r"packed into one row have one adapter: pad them, .*Trials\(packed=True\)"
+    for rows in (ROWS, ["one"] * 10):
+        with li.routed(model, rows), pytest.raises(li.LayerError, match=words):
+            model(**packed)
+
+
 def test_adapters_on_stacks_alone_are_refused_as_nothing_sees_the_rows() -> None:
     model, _ = experts("mixtral")
     li.inject(model, config("all-experts"), "one")

@@ -37,6 +37,7 @@ from lora_inject.formats.peft.adapter_config import check_field
 from lora_inject.formats.peft.folder import CONFIG, MODEL
 from lora_inject.formats.peft.name_patterns import values_of
 from lora_inject.formats.peft.tensor_layout import PREFIX
+from lora_inject.formats.single_experts import is_single_expert, left_out
 
 CONVERT = "Write it with `lora-inject convert --to "
 PORTABLE = f"{CONVERT}portable`"
@@ -56,6 +57,8 @@ _COMFYUI_LACKS = re.compile(
     r"|lora_te_(text_projection|encoder_block_)"
 )
 _OF_A_PIPELINE = re.compile(rf"({'|'.join(diffusers.COMPONENTS)})\.|(lora|lycoris)_")
+# Models whose stacks of experts vLLM adapts as PEFT stacks them (`is_3d_moe_weight`).
+VLLM_STACKS = ("gpt_oss", "interns1_pro", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_vl_moe")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -143,7 +146,7 @@ def objections(
         problem = f"there is no client '{client}'"
         raise FormatError(f"check '{path}'", problem, f"Known are {', '.join(CLIENTS)}")
     base = facts.text_config("") if facts.config else {}
-    files = Files(path, detected(path), facts.module_names, base, base_config, facts.unfit)
+    files = Files(path, detected(path), _modules(facts), base, base_config, facts.unfit)
     with within(f"check '{path}'"):
         files = replace(files, **_read(path, files.layout))
         listed = [*_damaged(files), *CLIENTS[client](files)]
@@ -267,6 +270,15 @@ def _halves(files: Files) -> Objections:
     return _about(lost, "A or B is missing of {}", "Fetch the file again")
 
 
+def _modules(facts: ModelFacts) -> Collection[str] | None:
+    """Return the names of a base's modules, and those of single experts in its files."""
+    if facts.module_names is None or facts.separate is None:
+        return facts.module_names
+    stacks = [name for name in facts.tensor_names or () if leaf(parent(name)) == "experts"]
+    parts = (part for stack in stacks for parts in facts.separate(stack) for part in parts)
+    return {*facts.module_names, *(part.removesuffix(".weight") for part in parts)}
+
+
 def _names(files: Files) -> Objections:
     """Find modules that the base lacks: their updates would be ignored silently."""
     known = set(files.modules or ())
@@ -274,7 +286,8 @@ def _names(files: Files) -> Objections:
         re.sub(r"\.experts\.\d+\..+", ".experts", name.removesuffix(".base_layer"))
         for name in files.pairs
     )
-    lost = [name for name in dict.fromkeys(bare) if name not in known]
+    whole = (name for name, own in zip(bare, files.pairs, strict=True) if own not in known)
+    lost = [name for name in dict.fromkeys(whole) if name not in known]
     if lost and files.modules is not None:
         near = one_line(nearest(lost[0], known, 1)) or "none"
         problem = f"the base has no module {one_line(lost)}, so that the update would be ignored"
@@ -335,9 +348,26 @@ def _stacks_in_vllm(files: Files) -> Objections:
     stacks = {name for name in modules if name.endswith(".experts")}
     half = [n for n in sorted(stacks) if not {n, f"{n}.base_layer"} <= files.pairs.keys()]
     yield from _about(half, "vLLM wants both stacks of experts adapted: {}", MERGE)
-    if stacks and not half:
-        problem = "vLLM reads stacks of experts right only for models whose files hold stacks"
-        yield Objection(problem, f"For others: {CONVERT}vllm --base BASE`", stops=False)
+    yield from _forms_of_experts(files, bool(stacks) and not half)
+    lost = left_out(files.pairs, files.modules or ())
+    yield from _about(
+        lost, "vLLM wants every matrix of every expert adapted, and stops at {}", MERGE
+    )
+
+
+def _forms_of_experts(files: Files, has_stacks: bool) -> Objections:
+    """Find stacks for a model whose experts vLLM adapts singly, or the other way round."""
+    kind, singly = files.base_config.get("model_type"), f"{CONVERT}vllm --base BASE`"
+    if has_stacks and kind is None:
+        problem = "vLLM reads stacks of experts only for models whose files hold stacks"
+        yield Objection(problem, f"For others: {singly}", stops=False)
+    elif has_stacks and kind not in VLLM_STACKS:
+        problem = f"vLLM refuses stacks of experts for the model_type {kind!r}, or ignores them"
+        yield Objection(problem, singly)
+    single = [name for name in files.pairs if is_single_expert(name)]
+    if kind in VLLM_STACKS:
+        problem = f"vLLM has stacks of experts for the model_type {kind!r}, and refuses {{}}"
+        yield from _about(single, problem, "Write it in PEFT's format (--to peft)")
 
 
 def _ranks_in_vllm(largest: int) -> Objections:

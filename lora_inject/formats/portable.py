@@ -8,9 +8,8 @@ Source: the readers of vLLM 0.33 (lora/peft_helper.py), SGLang 0.5.23 (srt/lora/
 LoRAX (adapters/lora.py) and llama.cpp (convert_lora_to_gguf.py).
 
 For vLLM, stacked experts are single matrices: it names experts as the base's files do
-(`experts.0.gate_proj`) and reads A and B of each. It reads PEFT's stacks correctly only for models
-whose files hold stacks (`is_3d_moe_weight`); for other models it reads every second row of
-`gate_up_proj` as the gate. `format="peft"` writes stacks.
+(`experts.0.gate_proj`), reads A and B of each, and wants them of all. It reads PEFT's stacks only
+for models whose files hold stacks (`is_3d_moe_weight`). `format="peft"` writes stacks.
 
 Source: vLLM 0.33, lora/model_manager.py (`_create_merged_loras_inplace`,
 `_stack_moe_lora_weights`), lora/utils.py (`process_packed_modules_mapping`).
@@ -18,7 +17,7 @@ Source: vLLM 0.33, lora/model_manager.py (`_create_merged_loras_inplace`,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,10 +25,12 @@ from lora_inject.algebra.reshape import renamed, split, split_experts
 from lora_inject.core.adapter.exchange import Format
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.spec.names import parent
 from lora_inject.errors import FormatError
 from lora_inject.formats import peft
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.plain import plain_sites
+from lora_inject.formats.single_experts import left_out
 
 KINDS = ("linear", "conv1d", "embedding", "conv")
 
@@ -89,8 +90,24 @@ def write_experts(
     sites: dict[str, SiteState] = {}
     for name, site in state.sites.items():
         sites |= {name: site} if site.spec.experts is None else _matrices(site, facts)
+    _check_complete(sites, state, facts)
     plain = replace(facts, expert_names=())
     return write(replace(state, sites=sites), path, plain, dtype=dtype, rank=rank, proof=proof)
+
+
+def _check_complete(sites: Mapping[str, SiteState], state: AdapterState, facts: ModelFacts) -> None:
+    """Refuse an adapter of some matrices of a block of experts, at which vLLM stops."""
+    blocks = {parent(name) for name, site in state.sites.items() if site.spec.experts is not None}
+    stacks = [name for name in facts.tensor_names or () if parent(name) in blocks]
+    inside = (part for stack in stacks for parts in _separate(facts, stack) for part in parts)
+    lost = left_out(sites, {part.removesuffix(".weight") for part in inside})
+    if lost:
+        problem = f"vLLM wants every matrix of every expert adapted, and '{lost[0]}' is not"
+        raise FormatError("single experts", problem, "Adapt all stacks of the block, or merge")
+
+
+def _separate(facts: ModelFacts, stack: str) -> Sequence[Sequence[str]]:
+    return () if facts.separate is None else facts.separate(stack)
 
 
 def _matrices(site: SiteState, facts: ModelFacts) -> Iterator[tuple[str, SiteState]]:

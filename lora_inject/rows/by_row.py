@@ -304,7 +304,9 @@ def check_rows(layer: Any, x: Tensor, n_rows: int, repeat: int) -> None:
             f"routed() with {n_rows} rows",
             f"a {type(layer).__name__} got an input of shape {tuple(x.shape)}, whose first "
             f"dimension is not the number of rows{multiple}",
-            "Give one adapter for each row of the batch; for beams use repeat=n",
+            "Give one adapter for each row of the batch; for beams use repeat=n. "
+            "Sequences that are packed into one row have one adapter: pad them, or train them with "
+            "Trials(packed=True)",
         )
     refuse_ambiguous(layer, x, n_rows, repeat)
 
