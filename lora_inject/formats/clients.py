@@ -37,7 +37,7 @@ from lora_inject.formats.peft.adapter_config import check_field
 from lora_inject.formats.peft.folder import CONFIG, MODEL
 from lora_inject.formats.peft.name_patterns import values_of
 from lora_inject.formats.peft.tensor_layout import PREFIX
-from lora_inject.formats.single_experts import is_single_expert, left_out
+from lora_inject.formats.single_experts import is_single_expert, missing_matrices
 
 CONVERT = "Write it with `lora-inject convert --to "
 PORTABLE = f"{CONVERT}portable`"
@@ -349,7 +349,7 @@ def _stacks_in_vllm(files: Files) -> Objections:
     half = [n for n in sorted(stacks) if not {n, f"{n}.base_layer"} <= files.pairs.keys()]
     yield from _about(half, "vLLM wants both stacks of experts adapted: {}", MERGE)
     yield from _forms_of_experts(files, bool(stacks) and not half)
-    lost = left_out(files.pairs, files.modules or ())
+    lost = missing_matrices(files.pairs, files.modules or ())
     yield from _about(
         lost, "vLLM wants every matrix of every expert adapted, and stops at {}", MERGE
     )

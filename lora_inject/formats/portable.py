@@ -30,7 +30,7 @@ from lora_inject.errors import FormatError
 from lora_inject.formats import peft
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.plain import plain_sites
-from lora_inject.formats.single_experts import left_out
+from lora_inject.formats.single_experts import missing_matrices
 
 KINDS = ("linear", "conv1d", "embedding", "conv")
 
@@ -100,7 +100,7 @@ def _check_complete(sites: Mapping[str, SiteState], state: AdapterState, facts: 
     blocks = {parent(name) for name, site in state.sites.items() if site.spec.experts is not None}
     stacks = [name for name in facts.tensor_names or () if parent(name) in blocks]
     inside = (part for stack in stacks for parts in _separate(facts, stack) for part in parts)
-    lost = left_out(sites, {part.removesuffix(".weight") for part in inside})
+    lost = missing_matrices(sites, {part.removesuffix(".weight") for part in inside})
     if lost:
         problem = f"vLLM wants every matrix of every expert adapted, and '{lost[0]}' is not"
         raise FormatError("single experts", problem, "Adapt all stacks of the block, or merge")

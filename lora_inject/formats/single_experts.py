@@ -22,7 +22,7 @@ def is_single_expert(name: str) -> bool:
     return _SINGLE.fullmatch(name) is not None
 
 
-def left_out(names: Iterable[str], known: Collection[str] = ()) -> list[str]:
+def missing_matrices(names: Iterable[str], known: Collection[str] = ()) -> list[str]:
     """Return the matrices of adapted blocks that have no pair.
 
     Args:
@@ -31,7 +31,7 @@ def left_out(names: Iterable[str], known: Collection[str] = ()) -> list[str]:
             and each has what one of them has.
 
     Examples:
-        >>> left_out(["mlp.experts.0.up_proj", "mlp.experts.2.up_proj"])
+        >>> missing_matrices(["mlp.experts.0.up_proj", "mlp.experts.2.up_proj"])
         ['mlp.experts.1.up_proj']
     """
     adapted = {name for name in names if is_single_expert(name)}
