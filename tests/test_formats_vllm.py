@@ -81,14 +81,9 @@ def test_experts_under_the_names_of_older_files_are_those_of_the_base(tmp_path: 
 
 @needs_transformers_5
 def test_stacks_for_a_model_with_single_experts_stop_and_the_other_way_round(tmp_path) -> None:
-    """vLLM 0.32 refuses Qwen3-MoE's when it loads them, and serves the base in place of Mixtral's."""
-    for family, words in (
-        (
-            "qwen3_moe",
-            "vLLM refuses stacks of experts for the model_type 'qwen3_moe', or ignores them",
-        ),
-        ("gpt_oss", None),
-    ):
+    """vLLM 0.32 refuses those of Qwen3-MoE, and serves the base in place of Mixtral's."""
+    refusal = "vLLM refuses stacks of experts for the model_type 'qwen3_moe', or ignores them"
+    for family, words in (("qwen3_moe", refusal), ("gpt_oss", None)):
         model, _ = experts(family)
         model.save_pretrained(tmp_path / family)
         model = fill(li.inject(model, {"targets": ["all-experts"]}))
