@@ -1,15 +1,32 @@
 """Merged weights handed out one at a time, as to a server beside a run: W is not written."""
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
 from conftest import fill, same_bits, snapshot
+from helpers.experts import expert_rule, experts
+from safetensors.torch import load_file
 from training_models import llama
+from transformers import HrmTextConfig, HrmTextForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 import lora_inject as li
+from lora_inject.integrations.checkpoint_names import in_checkpoint
 
 CONFIG = {"rank": 2, "targets": ["q_proj", "down_proj", "lm_head"], "train": [r"model\.norm"]}
+
+
+def fused() -> Any:
+    """A model whose checkpoint has one tensor for several of the model's, in each layer."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 31}
+    torch.manual_seed(0)
+    return HrmTextForCausalLM(HrmTextConfig(**sizes, num_hidden_layers=4, head_dim=8))
+
+
+def of_experts() -> Any:
+    return experts("mixtral", "eager")[0]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -41,6 +58,29 @@ def test_one_merged_tensor_exists_at_a_time() -> None:
     assert len(alive) == 6
 
 
+@pytest.mark.parametrize(("make", "at_most"), [(of_experts, 1), (fused, 9)])
+def test_only_what_belongs_together_waits_for_each_other(make, at_most) -> None:
+    model = make()
+    shapes = {name: parameter.to("meta") for name, parameter in model.named_parameters()}
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def weights() -> Any:
+        for name, shape in shapes.items():
+            tensor = torch.zeros_like(shape, device="cpu", requires_grad=False)
+            alive.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+            alive[:] = [ref for ref in alive if ref() is not None]
+            assert len(alive) < at_most
+
+    n = 0
+    for _, tensor in in_checkpoint(model, shapes, weights()):
+        n += 1
+        del tensor
+    assert n == len(revert_weight_conversion(model, shapes))
+    assert len(alive) <= 1
+
+
 def test_what_cannot_be_merged_is_refused_before_the_first() -> None:
     model = fill(li.inject(llama(), CONFIG))
     li.activate(model, None)
@@ -51,3 +91,39 @@ def test_what_cannot_be_merged_is_refused_before_the_first() -> None:
         li.adapter_parameters(model)[name].fill_(float("nan"))
     with pytest.raises(li.StateError, match="NaN or Inf"):
         li.merged_weights(model, name="default")
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["made", "loaded"])
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [
+        (llama, ["q_proj", "lm_head"]),
+        (of_experts, [expert_rule("out_in"), "q_proj"]),
+        (fused, ["all-linear"]),
+    ],
+    ids=["llama", "experts", "fused"],
+)
+def test_names_of_the_checkpoint_are_those_that_save_pretrained_writes(
+    make, targets, loaded, tmp_path
+) -> None:
+    plain = make()
+    if loaded:
+        plain.save_pretrained(tmp_path / "base")
+        plain = type(plain).from_pretrained(tmp_path / "base")
+    model = fill(li.inject(plain, {"rank": 2, "targets": targets}))
+    own = [name for name, _ in li.merged_weights(model)]
+    received = {n: t.clone() for n, t in li.merged_weights(model, names="checkpoint")}
+    li.merge(model, eject=True)
+    model.save_pretrained(tmp_path / "merged")
+    wanted = load_file(tmp_path / "merged" / "model.safetensors")
+    assert received.keys() == wanted.keys()
+    assert all(same_bits(tensor, wanted[name]) for name, tensor in received.items())
+    assert (own == [*received]) is (make is llama)
+
+
+def test_names_of_a_checkpoint_are_refused_where_none_knows_them() -> None:
+    net = fill(li.inject(torch.nn.Sequential(torch.nn.Linear(4, 4)), {"rank": 1, "targets": ["0"]}))
+    with pytest.raises(li.LayerError, match="a Sequential is no model of transformers"):
+        li.merged_weights(net, names="checkpoint")
+    with pytest.raises(li.StateError, match=r"it is 'vllm'\. Give 'model' or 'checkpoint'"):
+        li.merged_weights(net, names="vllm")  # type: ignore[arg-type]

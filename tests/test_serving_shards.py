@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import error, fill
+from helpers.experts import expert_rule, experts
 from helpers.forks import Forks
 from helpers.models import tiny_llama
 from torch import Tensor
@@ -78,6 +79,15 @@ def merged(shard: Any) -> dict[str, Any]:
         after = {name: whole(p) for name, p in model.named_parameters()}
         found[case] = {"got": got, "alone": alone, "kept": kept, "same": same(before, after)}
     return found
+
+
+def of_experts(shard: Any) -> dict[str, Tensor]:
+    """Merged weights of a model of experts, by the names of its checkpoint."""
+    model = experts("mixtral", "eager")[0]
+    torch.manual_seed(1)
+    fill(li.inject(model, {"rank": 2, "targets": [expert_rule("out_in"), "q_proj"]}))
+    weights = li.merged_weights(shard(model), names="checkpoint")
+    return {name: tensor.clone() for name, tensor in weights}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -160,6 +170,7 @@ def work() -> dict[str, Any]:
             for name, shard in SHARDINGS.items()
         }
         found |= {"fresh": fresh(late=False), "fresh, late": fresh(late=True)}
+        found["experts"] = of_experts(by_fsdp2)
         return found | {"refusals": refusals()}
     finally:
         dist.destroy_process_group()
@@ -202,6 +213,13 @@ def test_merged_weights_of_shards_are_those_of_one_process(how: str, case: str, 
         assert same(found["alone"], alone)
         assert found["kept"] == kept
     assert bool(kept) == (dtype is torch.bfloat16)
+
+
+def test_names_of_a_checkpoint_come_from_shards_as_well(ranks: Any) -> None:
+    wanted = of_experts(lambda model: model)
+    assert "model.layers.0.block_sparse_moe.experts.1.w2.weight" in wanted
+    for rank in ranks:
+        assert same(rank["experts"], wanted)
 
 
 def test_what_cannot_be_gathered_is_refused_by_every_process(ranks: Any) -> None:

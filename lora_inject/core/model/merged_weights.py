@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Survey, memory_of
 from lora_inject.core.layers.weight_kinds import in_dtype
 from lora_inject.core.model.merge import mix_and_targets, mix_to_fold
@@ -15,6 +17,7 @@ from lora_inject.core.model.packed_target import PackedTarget, dtype_of
 from lora_inject.core.model.target import Target
 from lora_inject.core.spec.names import joined, parent
 from lora_inject.core.spec.rooms import room
+from lora_inject.errors import LayerError, StateError
 
 
 def merged_weights(
@@ -23,6 +26,7 @@ def merged_weights(
     name: str | Mapping[str, float] | None = None,
     dequantize: str | torch.dtype | None = None,
     kept: dict[str, float] | None = None,
+    names: Literal["model", "checkpoint"] = "model",
 ) -> Iterator[tuple[str, Tensor]]:
     """Iterate over the base's parameters as `merge` would leave them, without merging.
 
@@ -35,16 +39,19 @@ def merged_weights(
         dequantize: Yield quantized weights as plain ones of this dtype; see `merge`.
         kept: A dict that gets, by the name of each merged tensor of 16 bits, the share of its delta
             that rounding has kept: see `MergeReport`.
+        names: `model`: the names and shapes of the base's state dict. `checkpoint`: those of its
+            checkpoint on disk, as `save_pretrained` of transformers 5 writes them, which is what
+            the loaders of vLLM and SGLang read: each expert by itself, projections fused as there.
 
     Returns:
-        Pairs of a parameter's name in the base's state dict and its value: a new tensor where an
-        adapter takes part, else the base's own, which is not to be written to. A tied tensor comes
-        under each of its names.
+        Pairs of a parameter's name and its value: a new tensor where an adapter takes part, else
+        the base's own, which is not to be written to. A tied tensor comes under each of its names.
 
     Raises:
         StateError: Nothing is active, the model is merged, or an adapter holds NaN or Inf or is not
             whole in this model.
-        LayerError: A weight cannot be merged into, as with `merge`; during iteration: a merged
+        LayerError: A weight cannot be merged into, as with `merge`; names of a checkpoint are asked
+            for, and the model is none of transformers, or quantized; during iteration: a merged
             weight is not finite.
 
     Examples:
@@ -54,6 +61,37 @@ def merged_weights(
         [('0.weight', (6, 4)), ('0.bias', (6,))]
     """
     survey = Survey(model)
+    if names not in ("model", "checkpoint"):
+        raise StateError(
+            "merged_weights, names", f"it is {names!r}", "Give 'model' or 'checkpoint'"
+        )
+    weights = _merged(survey, name, dequantize, kept)
+    return weights if names == "model" else _as_on_disk(survey, weights)
+
+
+def _as_on_disk(
+    survey: Survey, weights: Iterator[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Return weights by the names of the checkpoint."""
+    shapes = {}
+    for path, module in survey.modules:
+        for key, parameter in survey.own[id(module)].items():
+            name = joined(path, key)
+            if is_quantized(parameter):
+                problem = "it is quantized, and has another form on disk"
+                raise LayerError(
+                    f"merged_weights, names='checkpoint', {name!r}", problem, "Leave names out"
+                )
+            shapes[name] = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    return iter(room("checkpoint_names").in_checkpoint(survey.model, shapes, weights))
+
+
+def _merged(
+    survey: Survey,
+    name: str | Mapping[str, float] | None,
+    dequantize: str | torch.dtype | None,
+    kept: dict[str, float] | None,
+) -> Iterator[tuple[str, Tensor]]:
     into = None if dequantize is None else dtype_of(dequantize)
     if any(hasattr(holder.tensor, "full_tensor") for holder in survey.holders):
         mix = mix_to_fold(survey, name, "merged_weights")
