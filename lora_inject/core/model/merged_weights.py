@@ -16,7 +16,7 @@ from lora_inject.core.model.merge_targets import check_results
 from lora_inject.core.model.packed_target import PackedTarget, dtype_of
 from lora_inject.core.model.target import Target
 from lora_inject.core.spec.names import joined, parent
-from lora_inject.core.spec.rooms import room
+from lora_inject.core.spec.rooms import room, standing_at
 from lora_inject.errors import LayerError, StateError
 
 
@@ -83,7 +83,8 @@ def _as_on_disk(
                     f"merged_weights, names='checkpoint', {name!r}", problem, "Leave names out"
                 )
             shapes[name] = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-    return iter(room("checkpoint_names").in_checkpoint(survey.model, shapes, weights))
+    in_checkpoint = standing_at("lora_inject.integrations.checkpoint_names:in_checkpoint")
+    return iter(in_checkpoint(survey.model, shapes, weights))
 
 
 def _merged(

@@ -10,7 +10,6 @@ from typing import Any
 
 ROOMS = {
     "algebra": "lora_inject.algebra.values",
-    "checkpoint_names": "lora_inject.integrations.checkpoint_names",
     "experts": "lora_inject.experts.grouped",
     "formats": "lora_inject.formats",
     "from_peft": "lora_inject.formats.from_peft",
