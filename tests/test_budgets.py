@@ -25,10 +25,10 @@ LINES = {
     "config": 1_590,
     "forward": 3_980,
     "activate": 3_190,
-    "inject": 8_180,
+    "inject": 8_190,
     "merge": 6_030,
-    "save, load": 9_640,
-    "life": 13_415,
+    "save, load": 9_660,
+    "life": 13_435,
 }
 STAGES = {
     "config": "from lora_inject import Config",

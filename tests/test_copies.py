@@ -207,6 +207,48 @@ def test_a_copy_of_one_layer_works_alone() -> None:
         assert type(layer) is nn.Linear
 
 
+def test_a_copy_of_a_layer_beside_the_original_is_switched_with_it() -> None:
+    """As a model is made deeper: its layers go on after disabled() and activate(model, None)."""
+    plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model = fill(li.inject(copy.deepcopy(plain), {"rank": 2, "targets": ["0"]}))
+    x = torch.randn(3, 4)
+    li.activate(model, "default")  # keeps a walk of the model
+    model.append(copy.deepcopy(model[0]))
+    wide = model[0].weight.detach()
+    due = torch.relu(x @ wide.T + plain[0].bias) @ wide.T + plain[0].bias
+    deeper = nn.Sequential(*plain, copy.deepcopy(plain[0]))
+    torch.testing.assert_close(model(x), due)
+    with li.disabled(model):
+        assert same_bits(model(x), deeper(x))
+    li.activate(model, None)
+    assert same_bits(model(x), deeper(x))
+
+
+def test_a_copy_of_a_layer_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    """No file held its adapter, and a merged and ejected model kept it."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    fill(li.inject(model, {"rank": 2, "targets": ["0"]}))
+    model.append(copy.deepcopy(model[0]))
+    before = snapshot(model)
+    for verb in (
+        lambda: li.save_adapter(model, tmp_path / "a"),
+        lambda: li.adapter_state(model),
+        lambda: li.merge(model),
+        lambda: li.swap_adapter(model, li.AdapterState({})),
+    ):
+        with pytest.raises(li.StateError, match=r"layer '2' has it, too, .* it is a copy"):
+            verb()
+    with pytest.raises(li.StateError, match="Eject those first"):
+        li.inject(model, {"rank": 1, "targets": ["0"]}, "b")
+    assert snapshot(model) == before
+    li.eject(model[2])
+    assert list(li.adapter_state(model).sites) == ["0"]
+    model[2] = copy.deepcopy(model[0])
+    li.eject(model)
+    assert [type(layer) for layer in model] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert len(model.state_dict()) == 4
+
+
 def load_and_compare(file: Path) -> None:
     assert not any(issubclass(c, nn.Linear) for c in _CLASSES.values()), "none was injected"
     saved = torch.load(file, weights_only=False)

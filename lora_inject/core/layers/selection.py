@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -54,7 +54,10 @@ class Selection:
         contexts: The contexts of this selection that are open anywhere.
         waits: Whether a coroutine holds one of them.
         into_graphs: Gives a `Selected` the form that compiled graphs read; None before the first.
+        n_made: How many there have been: a copied layer has one of its own.
     """
+
+    n_made: ClassVar[int] = 0
 
     def __init__(self, setting: Selected | None = None) -> None:
         self.setting = setting or Mix()
@@ -70,6 +73,7 @@ class Selection:
         # Autograd's number of the first node that may be made after the last change.
         self._changed = 0
         SELECTIONS.add(self)
+        Selection.n_made += 1
 
     # ---------------------------------------------------------------------------- who takes part
 

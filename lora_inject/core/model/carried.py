@@ -156,13 +156,14 @@ def structure_changed() -> None:
 def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
     """Return the selections and adapters in a model.
 
-    The result is kept on the root, and on the walk of a verb, until the next inject or eject. So
-    the cost of switching does not depend on the size of the model.
+    The result is kept on the root, and on the walk of a verb, until the next inject or eject, or
+    copy of a layer. So the cost of switching does not depend on the size of the model.
     """
     model = unwrapped(model)
+    now = _generation + Selection.n_made
     keepers = [keeper for keeper in (model.__dict__.get(ROOT), survey) if keeper is not None]
     for keeper in keepers:
-        if keeper.kept is not None and keeper.kept[0] == _generation:
+        if keeper.kept is not None and keeper.kept[0] == now:
             kept: Reach = keeper.kept[1]
             return kept
     survey = survey or Survey(model)
@@ -177,7 +178,7 @@ def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
             gained.update(entry.adapter for entry in attached.entries() if entry.variant.gained)
     reached = Reach(tuple(selections), frozenset(names), frozenset(gained))
     for keeper in keepers:
-        keeper.kept = (_generation, reached)
+        keeper.kept = (now, reached)
     return reached
 
 

@@ -63,8 +63,7 @@ def eject(model: M, name: str | None = None) -> M:
         before("eject", one, gone)
     modules = _modules_of(walked, roots, gone)
     with _unless_it_fails(modules, roots):
-        if not roots:
-            _take_off_a_copy(survey, gone)
+        _take_off_copies(survey, gone)
         for one, record in roots:
             _take_off(one, record, gone & record.configs.keys())
         structure_changed()
@@ -121,10 +120,11 @@ def _modules_of(
     return list(modules.values())
 
 
-def _take_off_a_copy(survey: Survey, gone: Set[str]) -> None:
-    """Remove adapters from a copy of a part, which has no root."""
-    for _, module, _ in adapted_modules(survey):
-        for name in gone:
+def _take_off_copies(survey: Survey, gone: Set[str]) -> None:
+    """Remove adapters from copies of layers, or of a part, which have no root."""
+    known = {id(record.selection) for _, record in known_roots()}
+    for _, module, attached in adapted_modules(survey):
+        for name in gone if id(attached.selection) not in known else ():
             _detach(module, name)
 
 

@@ -34,7 +34,14 @@ def whole_adapter(survey: Survey, name: str, asked: str) -> list[Carried]:
         if key not in there:
             in_model = any(id(root) in survey.paths for root, _ in records)
             raise _lost(f"{asked} {name!r}", name, module, in_model=in_model)
-    return [item for item in held if id(item.module) in carrying]
+    for item in held:
+        if id(item.module) not in carrying:
+            problem = (
+                f"layer {item.path!r} has it, too, and inject did not put it there: it is a copy"
+            )
+            remedy = "Copy layers before inject, or call eject(layer) of the copy"
+            raise StateError(f"{asked} {name!r}", problem, remedy)
+    return held
 
 
 def _lost(asked: str, name: str, module: nn.Module, *, in_model: bool) -> StateError:
