@@ -393,7 +393,7 @@ def test_a_checkpoint_is_refused_before_any_module_is_written(through: str) -> N
         "a copy": pickle.loads(pickle.dumps(parent)),
     }[through]
     before = snapshot(loading)
-    other = {key: torch.randn_like(t) for key, t in loading.state_dict().items()}
+    other = {key: torch.randn_like(t) for key, t in loading.named_parameters()}
     with pytest.raises(li.StateError, match=r"Call unmerge\(model\) first, or eject"):
         loading.load_state_dict(other)
     assert snapshot(loading) == before
