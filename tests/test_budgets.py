@@ -25,10 +25,10 @@ LINES = {
     "config": 1_590,
     "forward": 3_980,
     "activate": 3_190,
-    "inject": 8_190,
-    "merge": 6_030,
-    "save, load": 9_660,
-    "life": 13_435,
+    "inject": 8_205,
+    "merge": 6_040,
+    "save, load": 9_675,
+    "life": 13_450,
 }
 STAGES = {
     "config": "from lora_inject import Config",

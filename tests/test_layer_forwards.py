@@ -5,6 +5,7 @@ base is loaded: nothing of that is guessed from its answers.
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -358,3 +359,30 @@ def test_a_sparse_input_gives_what_a_dense_one_gives(layout: Any, variant: str) 
     assert all(error(p.grad, wanted[k]) < 1e-12 for k, p in li.adapter_parameters(model).items())
     with li.disabled(model):
         assert error(model(layout(x)).to_dense(), plain(x)) < 1e-12
+
+
+@pytest.mark.parametrize("keeps_names", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "embedding", "Conv1D"])
+def test_a_forward_that_was_put_onto_the_class_is_the_one_that_computes(
+    kind: str, keeps_names: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs replace `nn.Linear.forward` for a whole process: not even the start was the same."""
+    x: Tensor = torch.tensor([0, 3, 1])
+    if kind == "Conv1D":
+        cls: Any = pytest.importorskip("transformers.pytorch_utils").Conv1D
+        plain = nn.Sequential(cls(4, 5))
+    else:
+        plain = nn.Sequential(nn.Linear(5, 4) if kind == "linear" else nn.Embedding(5, 4))
+        cls = type(plain[0])
+    x = x if kind == "embedding" else torch.randn(3, 5)
+    real = cls.forward
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return 2 * real(self, x)
+
+    monkeypatch.setattr(cls, "forward", functools.wraps(real)(forward) if keeps_names else forward)
+    model = li.inject(copy.deepcopy(plain), {"rank": 2, "alpha": 3.0, "targets": ["0"]})
+    assert same_bits(model(x), plain(x))
+    fill(model)
+    wide = with_deltas(plain, model)
+    assert error(model(x), wide(x if kind == "embedding" else x.double())) < 1e-5

@@ -167,6 +167,15 @@ def plain_class(cls: type) -> type:
     return without_ours
 
 
+def keeps_forward(cls: Any) -> bool:
+    """Return whether a class computes by the code of its own module, which nobody has replaced.
+
+    Some programs put their own function at `nn.Linear.forward`, for all layers of a process.
+    """
+    code = getattr(cls.forward, "__globals__", {})
+    return bool(code.get("__name__") == defines_forward(cls)[0])
+
+
 def defines_forward(cls: type) -> tuple[str, str]:
     """Return the module and the name of the class whose `forward` a class has."""
     owner = next(c for c in cls.__mro__ if "forward" in c.__dict__)

@@ -25,7 +25,7 @@ from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.gain import gained
 from lora_inject.core.functional.inside import in_trace
 from lora_inject.core.functional.lookup import embedding, renormalized
-from lora_inject.core.layers.adapted import Adapted, WeightUpdate
+from lora_inject.core.layers.adapted import Adapted, WeightUpdate, keeps_forward
 from lora_inject.core.layers.forward_update import ForwardUpdate
 from lora_inject.core.layers.linear_kinds import LoRAConv1D, LoRALinear
 from lora_inject.core.spec.sites import Geometry
@@ -58,7 +58,8 @@ class LoRAEmbedding(ForwardUpdate):
     @staticmethod
     def stock(plain: type[nn.Module]) -> bool:
         """Return whether `forward` is nn.Embedding's own, and the weight a parameter."""
-        return plain.forward is nn.Embedding.forward and not hasattr(plain, "weight")
+        is_torchs = plain.forward is nn.Embedding.forward and keeps_forward(plain)
+        return is_torchs and not hasattr(plain, "weight")
 
     def _lora_with_updates(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], updates: Sequence[Update]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.gain import gained
 from lora_inject.core.functional.linear import add_updates, frozen_output, linear, lone_token
-from lora_inject.core.layers.adapted import defines_forward, plain_class
+from lora_inject.core.layers.adapted import defines_forward, keeps_forward, plain_class
 from lora_inject.core.layers.forward_update import ForwardUpdate
 from lora_inject.core.layers.own_code import OWN
 from lora_inject.core.layers.packed_weights import multiplies, packed_weight, reason_against
@@ -53,7 +53,8 @@ class LoRALinear(ForwardUpdate):
     @staticmethod
     def stock(plain: type[nn.Module]) -> bool:
         """Return whether `forward` is nn.Linear's own, and the weight a parameter."""
-        return plain.forward is nn.Linear.forward and not hasattr(plain, "weight")
+        is_torchs = plain.forward is nn.Linear.forward and keeps_forward(plain)
+        return is_torchs and not hasattr(plain, "weight")
 
     @classmethod
     def adds_to_output(cls, module: nn.Module) -> bool:
@@ -195,7 +196,8 @@ class LoRAConv1D(LoRALinear):
     @staticmethod
     def stock(plain: type[nn.Module]) -> bool:
         """Return whether `forward` is Conv1D's own, and the weight a parameter."""
-        return defines_forward(plain) in library_rows("CONV1D") and not hasattr(plain, "weight")
+        is_known = defines_forward(plain) in library_rows("CONV1D") and keeps_forward(plain)
+        return is_known and not hasattr(plain, "weight")
 
 
 def _is_cut(weight: Any, updates: Sequence[Update]) -> bool:
