@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -31,6 +32,15 @@ import lora_inject as li
 WORDS = 320
 CONFIG = {"rank": 8, "alpha": 16, "targets": ["all-linear"]}
 TEXTS = ["w5 w99 w7 w250 w31 w8 w64 w12", "w300 w2 w2 w77 w140 w9", "w11 w12 w13 w14 w15 w16 w17"]
+# A gigabyte for the cache, no core of its own, no second process, no report to anybody.
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 # Name of the server's base, name of the model on it, and the word that is due.
 STATES = {
     "right": ("base", "sql", "with the adapter:"),
@@ -87,14 +97,14 @@ def vllm(python: str, folder: Path, base: str, port: int) -> list[str]:
     command += ["--max-num-seqs", "4", "--max-num-batched-tokens", "64"]
     command += ["--num-gpu-blocks-override", "64"]
     adapters = [f"{name}={folder / name}" for name in ("sql", "wrong")]
-    return [*command, "--lora-modules", *adapters]
+    return [*command, "--no-enable-prefix-caching", "--lora-modules", *adapters]
 
 
 @contextmanager
 def running(command: Sequence[str], url: str, log: Path) -> Iterator[None]:
     """Run a server until the body ends."""
     with log.open("w") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=out)
+        server = subprocess.Popen(command, stdout=out, stderr=out, env={**SETTINGS, **os.environ})
     try:
         for _ in range(600):
             if server.poll() is not None:

@@ -13,7 +13,7 @@ from transformers import HrmTextConfig, HrmTextForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 import lora_inject as li
-from lora_inject.integrations.checkpoint_names import in_checkpoint
+from lora_inject.integrations.checkpoint_names import as_on_disk
 
 CONFIG = {"rank": 2, "targets": ["q_proj", "down_proj", "lm_head"], "train": [r"model\.norm"]}
 
@@ -74,7 +74,7 @@ def test_only_what_belongs_together_waits_for_each_other(make, at_most) -> None:
             assert len(alive) < at_most
 
     n = 0
-    for _, tensor in in_checkpoint(model, shapes, weights()):
+    for _, tensor in as_on_disk(model, shapes, weights()):
         n += 1
         del tensor
     assert n == len(revert_weight_conversion(model, shapes))

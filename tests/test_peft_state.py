@@ -126,3 +126,11 @@ def test_a_device_that_is_none_is_refused_in_words() -> None:
     model = li.inject(nn.Sequential(nn.Linear(4, 4)), {"targets": ["0"]})
     with pytest.raises(li.FormatError, match=r"device 'gpu'.*Give one, such as 'cpu'"):
         li.peft_state(model, device="gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
+def test_a_device_that_is_not_there_is_refused_in_words() -> None:
+    model = li.inject(nn.Sequential(nn.Linear(4, 4)), {"targets": ["0"]})
+    fill(model)
+    with pytest.raises(li.FormatError, match=r"device 'cuda'.*Give one, such as 'cpu'"):
+        li.peft_state(model, device="cuda")

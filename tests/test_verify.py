@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import fill
 from helpers.models import Net, tiny_llama
 from helpers.servers import Letters, Served, serving
 from safetensors import safe_open
@@ -261,6 +262,59 @@ def test_a_server_without_log_probabilities_is_named(saved: Path) -> None:
     assert "the server returns no log-probabilities (choices[0].logprobs)" in said
 
 
+class TextsWithoutIds(Served):
+    """Takes ids, names tokens as text, and puts a token before each prompt."""
+
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.kind = "texts"
+        self.prefix: list[int] = getattr(self, "prefix", [])
+        prompt = body["prompt"]
+        if not isinstance(prompt, str):
+            prompt = Letters().decode(self.prefix + prompt)
+        return super().complete({**body, "prompt": prompt})
+
+
+def test_where_neither_may_be_for_other_tokens_it_is_said_what_is_missing(tmp_path: Path) -> None:
+    ids = torch.arange(12).view(2, 6)
+    without = li.save_adapter(build(), tmp_path / "sql", probe=ids)
+    served = TextsWithoutIds(build(), "texts")
+    with serving(served) as url:
+        assert li.verify_served(url, without).ok
+        served.prefix = [7, 9]
+        said = refused(lambda: li.verify_served(url, without))
+        assert "it says tokens as text, and the proof knows only their ids" in said
+        assert "Save the adapter with a pair of texts and their tokenizer as probe" in said
+        texts = [Letters().decode(row) for row in ids.tolist()]
+        told = li.save_adapter(build(), tmp_path / "told" / "sql", probe=(texts, Letters()))
+        assert "another vocabulary" in refused(lambda: li.verify_served(url, told))
+
+
+def test_log_probabilities_that_are_nan_are_named(saved: Path) -> None:
+    model = build()
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with serving(Served(model, "vllm")) as url:
+        assert "it returns NaN as log-probabilities" in refused(
+            lambda: li.verify_served(url, saved)
+        )
+
+
+@pytest.mark.parametrize("url", ["http://", "http://[::1", "http://a b", "https:///v1"])
+def test_addresses_that_are_none_are_named(url: str, saved: Path) -> None:
+    said = refused(lambda: li.verify_served(url, saved))
+    assert "it is no URL. Give one, such as http://HOST:8000" in said
+
+
+def test_a_server_that_asks_for_a_key_is_given_one(saved: Path, monkeypatch: Any) -> None:
+    class Locked(Served):
+        def models(self) -> dict[str, Any]:
+            raise PermissionError
+
+    with serving(Locked(build(), "vllm")) as url:
+        assert "it answers 401" in (said := refused(lambda: li.verify_served(url, saved)))
+        assert "Set OPENAI_API_KEY" in said
+
+
 def test_a_server_of_several_models_asks_for_a_name(saved: Path) -> None:
     with serving(Served(build(), "vllm", ("one", "two"))) as url:
         assert "it serves 'one', 'two'. Name the one to ask: --model NAME" in refused(
@@ -291,12 +345,20 @@ def test_a_server_of_another_vocabulary_is_named(saved: Path) -> None:
     [
         ([[1, 64]], "it has the token 64, and the model has 64 tokens"),
         ([[1]], "a row has fewer than two tokens"),
-        ([], "it is a list of an unknown form"),
-        ("text", "it is a str of an unknown form"),
+        ([], "it is empty"),
+        ({}, "it is empty"),
+        ([[]], "it is empty"),
+        ({"input_ids": torch.zeros(0, 5, dtype=torch.long)}, "it is empty"),
+        ("text", "it is text without a tokenizer"),
+        (["some", "texts"], "it is text without a tokenizer"),
+        (("text", None), "it is text without a tokenizer"),
+        (3, "it is an int of an unknown form"),
+        ({"ids": torch.tensor([[1, 2]])}, "with these inputs the model raises ValueError: "),
+        ({"input_ids": torch.tensor([[1, 64]])}, "it has the token 64, and the model has 64"),
         (([""], Letters()), "it has no texts"),
         ((["a b"], lambda text: {"input_ids": [1, 2]}), "its tokenizer has no decode"),
         ([["a", "b"]], "its rows are not token ids"),
-        (torch.zeros(2, 0, dtype=torch.long), "it is a Tensor of an unknown form"),
+        (torch.zeros(2, 0, dtype=torch.long), "it is empty"),
         (torch.tensor(3), "a row has fewer than two tokens"),
         (
             {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": [[1, 1, 1]]},
@@ -309,6 +371,22 @@ def test_a_probe_that_proves_nothing_is_refused(probe: Any, found: str, tmp_path
     assert said.startswith("StateError: save adapter 'default', probe: ")
     assert found in said
     assert not (tmp_path / "a").exists()
+
+
+def test_what_a_model_without_a_known_vocabulary_raises_is_said(tmp_path: Path) -> None:
+    class Rating(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.fc = nn.Embedding(9, 4), nn.Linear(4, 9)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.table(ids))
+
+    model = fill(li.inject(Rating(), CONFIG))
+    said = refused(lambda: li.save_adapter(model, tmp_path / "a", probe=[[1, 9]]))
+    assert "with these inputs the model raises IndexError: " in said
+    li.save_adapter(model, tmp_path / "a", probe=[[1, 8, 3]])
+    assert li.verify_loaded(model).ok
 
 
 def test_an_untrained_adapter_has_no_proof(tmp_path: Path) -> None:
@@ -327,6 +405,26 @@ def test_token_ids_for_a_model_that_rates_none_are_refused(tmp_path: Path) -> No
     model = li.inject(Net(), {"rank": 2, "targets": ["fc"]})
     said = refused(lambda: li.save_adapter(model, tmp_path / "a", probe=[[1, 2, 3]]))
     assert "for 3 tokens the model returns (1, 3, 3), which rates no next token" in said
+
+
+def test_the_card_says_how_to_verify_an_adapter_with_a_proof(saved: Path, tmp_path: Path) -> None:
+    line = "lora-inject verify-served http://localhost:8000 path/to/this/folder --model adapter"
+    assert line in (saved / "README.md").read_text()
+    kinds = {"none": {}, "portable": {"format": "portable", "probe": [[1, 2, 3]]}}
+    for name, options in kinds.items():
+        card = (li.save_adapter(build(), tmp_path / name, **options) / "README.md").read_text()
+        assert (line in card) is bool(options)
+        assert ("li.verify_loaded(model)" in card) is bool(options)
+    help_of = [*line.split()[1:2], "--help"]
+    assert CliRunner().invoke(app, help_of).exit_code == 0
+
+
+def test_the_card_of_a_model_without_a_vocabulary_asks_for_its_inputs(tmp_path: Path) -> None:
+    model = fill(li.inject(nn.Sequential(nn.Linear(4, 6)), {"rank": 2, "targets": ["0"]}))
+    folder = li.save_adapter(model, tmp_path / "a", probe=torch.randn(5, 4))
+    card = (folder / "README.md").read_text()
+    assert "li.verify_loaded(model, probe=...)" in card
+    assert "verify-served" not in card
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ _TASKS = {
     "TOKEN_CLS": ("token-classification", "AutoModelForTokenClassification"),
     "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
 }
+_FOLDER = "path/to/this/folder"
 _DATASET = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
@@ -53,11 +54,13 @@ def model_card(
     *,
     trained_on: str | None = None,
     published_as: str | None = None,
+    proves: bool = False,
 ) -> str:
     """Return the text of README.md: YAML front matter and Markdown.
 
     `trained_on` is a data set of the hub or a description of the data. `published_as` is where
-    readers find the adapter; by default a placeholder path.
+    readers find the adapter; by default a placeholder path. `proves` says that its file holds what
+    it computes, see `save_adapter(probe=)`.
     """
     import yaml  # reading an adapter, as merging does, must not wait for it
 
@@ -90,7 +93,8 @@ def model_card(
             *_notes(facts.notes),
             "## Use",
             "",
-            *_commands(state, base_model, cls, published_as or "path/to/this/folder"),
+            *_commands(state, base_model, cls, published_as or _FOLDER),
+            *(_checks(cls) if proves else []),
         ]
     )
 
@@ -115,6 +119,17 @@ def _commands(state: AdapterState, base_model: str | None, cls: str | None, path
         serve += f" --lora-modules {shlex.quote(f'adapter={path}')}"
         lines += ["```console", serve, "```", ""]
     return lines
+
+
+def _checks(cls: str | None) -> list[str]:
+    """Return how to find out whether a model or a server computes with the adapter."""
+    said = "The file holds what the adapter computes for a few inputs. To see that a model"
+    if cls != "AutoModelForCausalLM":
+        check = "print(li.verify_loaded(model, probe=...))  # the inputs that it was saved with"
+        return [f"{said} has it:", "", "```python", check, "```", ""]
+    serve = f"lora-inject verify-served http://localhost:8000 {_FOLDER} --model adapter"
+    lines = [f"{said}, or a server, has it:", "", "```python", "print(li.verify_loaded(model))"]
+    return [*lines, "```", "", "```console", serve, "```", ""]
 
 
 def _inline(text: str) -> str:

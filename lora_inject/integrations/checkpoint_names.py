@@ -22,7 +22,7 @@ Weights = Mapping[str, Tensor]
 Revert = Callable[[Any, dict[str, Tensor]], dict[str, Tensor]]
 
 
-def in_checkpoint(
+def as_on_disk(
     model: nn.Module, shapes: Weights, weights: Iterable[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     """Return weights by the names and in the shapes of the model's checkpoint.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Server:
         Raises:
             ServerError: The URL is none, nobody answers, or the model has to be named.
         """
-        if not (isinstance(url, str) and url.startswith(("http://", "https://"))):
+        if not _is_address(url):
             raise ServerError(f"ask {url!r}", "it is no URL", "Give one, such as http://HOST:8000")
         plain = cls(url.rstrip("/").removesuffix("/v1"), model or "", timeout)
         return plain if model else cls(plain.url, plain.only_model(near), timeout)
@@ -126,6 +127,8 @@ class Server:
         except urllib.error.HTTPError as error:
             words = error.read(2000).decode(errors="replace")
             remedy = "Check --model, and that it serves the adapter's base"
+            if error.code in (401, 403):
+                remedy = "Set OPENAI_API_KEY to the server's key"
             raise ServerError(asked, f"it answers {error.code}: {_said(words)}", remedy) from error
         except (OSError, HTTPException) as error:
             reason = getattr(error, "reason", None) or error
@@ -136,6 +139,17 @@ class Server:
         except ValueError as error:
             remedy = "Give the URL of an OpenAI-compatible server"
             raise ServerError(asked, "its answer is not JSON", remedy) from error
+
+
+def _is_address(url: Any) -> bool:
+    """Whether a URL names a host; whether its port is a number is seen when it is asked."""
+    if not isinstance(url, str) or not url.startswith(("http://", "https://")):
+        return False
+    try:
+        host = urllib.parse.urlsplit(url).hostname
+    except ValueError:
+        return False
+    return bool(host) and not any(letter.isspace() for letter in url)
 
 
 def _rated(token: Any, value: float) -> Rated:

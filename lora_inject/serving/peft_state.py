@@ -101,8 +101,8 @@ def _check_form(device: Any, dtype: Any, asked: str) -> None:
             raise FormatError(f"{asked}, dtype", f"it is {dtype}", "Give a floating point dtype")
     if device is not None:
         try:
-            torch.device(device)
-        except (RuntimeError, TypeError) as error:
+            torch.empty(0, device=device)
+        except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
             problem = str(error).splitlines()[0]
             remedy = "Give one, such as 'cpu' or 'cuda:0'"
             raise FormatError(f"{asked}, device {device!r}", problem, remedy) from None

@@ -17,7 +17,7 @@ from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import reach
 from lora_inject.core.model.disabling import selecting
-from lora_inject.errors import FormatError, StateError
+from lora_inject.errors import FormatError, StateError, article
 from lora_inject.serving.proof import KEY, STRENGTHS, Ahead, Proof
 from lora_inject.trees import tree_leaves
 
@@ -120,18 +120,42 @@ def _run_at(survey: Survey, name: str, strength: float, inputs: Inputs, asked: s
 
 def inputs_of(probe: Any, asked: str) -> Inputs:
     """Return what a model is to be asked for a probe of any form that is taken."""
+    _check_probe(probe, asked)
     if isinstance(probe, tuple) and len(probe) == 2 and callable(probe[1]):
         return _of_texts(*probe, asked)
     if isinstance(probe, Mapping):
         return _of_arguments(probe, asked)
     if isinstance(probe, Tensor) and probe.is_floating_point():
         return Inputs(arguments=probe)
-    if isinstance(probe, Tensor) and probe.numel():
+    if isinstance(probe, Tensor):
         rows = probe.reshape(-1, probe.shape[-1] if probe.dim() else 1)
         return Inputs(_prompts(rows.tolist(), asked))
-    if isinstance(probe, list) and probe and isinstance(probe[0], list | tuple):
+    if isinstance(probe, list) and isinstance(probe[0], list | tuple):
         return Inputs(_prompts(probe, asked))
-    raise StateError(asked, f"it is a {type(probe).__name__} of an unknown form", _REMEDY)
+    problem = f"it is {article(type(probe).__name__)} of an unknown form"
+    raise StateError(asked, problem, _REMEDY)
+
+
+def _check_probe(probe: Any, asked: str) -> None:
+    """Refuse a probe that is empty, and text by itself."""
+    texts, *others = probe if isinstance(probe, tuple) and probe else (probe,)
+    if _is_text(texts) and not (len(others) == 1 and callable(others[0])):
+        raise StateError(asked, "it is text without a tokenizer", _REMEDY)
+    tensors = [leaf for leaf in tree_leaves(probe) if isinstance(leaf, Tensor)]
+    if any(not tensor.numel() for tensor in tensors) or _is_empty(probe):
+        raise StateError(asked, "it is empty", _REMEDY)
+
+
+def _is_text(probe: Any) -> bool:
+    """Whether a probe is a text, or a list of some."""
+    several = isinstance(probe, list) and bool(probe) and isinstance(probe[0], str)
+    return isinstance(probe, str) or several
+
+
+def _is_empty(probe: Any) -> bool:
+    """Whether a probe, or each of its rows, is a collection of nothing."""
+    rows = probe if isinstance(probe, list) else [probe]
+    return not any(len(row) if isinstance(row, Mapping | list | tuple) else 1 for row in rows)
 
 
 def _of_arguments(probe: Mapping[str, Any], asked: str) -> Inputs:
@@ -198,8 +222,9 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
 def run(model: nn.Module, inputs: Inputs, asked: str) -> list[Tensor]:
     """Return the logits of each prompt, `(tokens, vocabulary)`, or every tensor of the outputs."""
     if not inputs.prompts:
-        given = inputs.arguments
-        made = model(**given) if isinstance(given, dict) else model(given)
+        with _said(asked):
+            given = inputs.arguments
+            made = model(**given) if isinstance(given, dict) else model(given)
         leaves = [leaf.detach() for leaf in tree_leaves(made) if _is_float(leaf) and leaf.numel()]
         if not leaves:
             problem = "with these inputs the model returns no tensor of floats"
@@ -207,10 +232,23 @@ def run(model: nn.Module, inputs: Inputs, asked: str) -> list[Tensor]:
         return leaves
     _check_vocabulary(model, inputs, asked)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return [
-        _logits(model(torch.tensor([prompt], device=device)), prompt, asked)
-        for prompt in inputs.prompts
-    ]
+    rated = []
+    for prompt in inputs.prompts:
+        with _said(asked):
+            made = model(torch.tensor([prompt], device=device))
+        rated.append(_logits(made, prompt, asked))
+    return rated
+
+
+@contextmanager
+def _said(asked: str) -> Iterator[None]:
+    """Say what a model raises that is given a probe."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        words = " ".join(str(e).split())[:200]
+        problem = f"with these inputs the model raises {type(e).__name__}: {words}"
+        raise StateError(asked, problem, _REMEDY) from e
 
 
 def _is_float(leaf: Any) -> bool:

@@ -26,6 +26,8 @@ from lora_inject.serving.probing import (
 from lora_inject.serving.proof import Ahead, Proof, read_proof
 from lora_inject.serving.verdict import Verdict, judge
 
+_UNNAMED = "it says tokens as text, and the proof knows only their ids"
+_WITH_TEXTS = "Save the adapter with a pair of texts and their tokenizer as probe"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -112,16 +114,35 @@ def verify_served(
     server = Server.at(url, model, place.stem if place.is_file() else place.name, timeout)
     rated = [server.rated_prompt(prompt) for prompt in _sendable(server, proof)]
     if all(whole for _, whole in rated):
-        values = torch.cat([*_prompt_values(proof, [row for row, _ in rated], asked)])
-        residuals = [values - proof.at(strength) for strength in proof.strengths]
-        return judge(proof, residuals, _what(proof), dtype=dtype)
+        return _judged_by_prompts(proof, [row for row, _ in rated], asked, dtype)
     return _judged_by_next_tokens(server, proof, asked, dtype)
+
+
+def _judged_by_prompts(
+    proof: Proof, rows: Sequence[Sequence[Rated]], asked: str, dtype: str | None
+) -> Verdict:
+    """Return the verdict on a server that rates the tokens of prompts."""
+    values = torch.cat([*_prompt_values(proof, rows, asked)])
+    _refuse_nan(values, asked)
+    residuals = [values - proof.at(strength) for strength in proof.strengths]
+    verdict = judge(proof, residuals, _what(proof), dtype=dtype)
+    named = proof.pieces or all(each.token is not None for row in rows for each in row)
+    if verdict.word == "neither" and not named:  # maybe it made other tokens
+        raise ServerError(asked, f"it computes neither, and {_UNNAMED}", _WITH_TEXTS)
+    return verdict
+
+
+def _refuse_nan(values: Tensor, asked: str) -> None:
+    if not bool(torch.isfinite(values).all()):
+        problem = "it returns NaN as log-probabilities"
+        raise ServerError(asked, problem, "Look at its dtype and at the weights that it has loaded")
 
 
 def _judged_by_next_tokens(server: Server, proof: Proof, asked: str, dtype: str | None) -> Verdict:
     """Return the verdict on a server that does not rate the tokens of a prompt."""
     parts = [_next_residuals(server, proof, ahead, asked) for ahead in proof.ahead]
     residuals = [torch.cat([*each]) for each in zip(*parts, strict=True)]
+    _refuse_nan(residuals[0], asked)
     if not len(residuals[0]):
         problem = "it rates neither the tokens of a prompt nor the next one"
         remedy = "Let the server return log-probabilities: logprobs=5 in /v1/completions"
@@ -213,9 +234,7 @@ def _next_residuals(server: Server, proof: Proof, ahead: Ahead, asked: str) -> l
     """
     rated = server.rated_next(proof.prompts[ahead.prompt][: ahead.length])
     if not ahead.texts and any(each.token is None for each in rated):
-        problem = "it says tokens as text, and the proof knows only their ids"
-        remedy = "Save the adapter with a pair of texts and their tokenizer as probe"
-        raise ServerError(asked, problem, remedy)
+        raise ServerError(asked, _UNNAMED, _WITH_TEXTS)
     place = _places(ahead)
     at = [place(each) for each in rated]
     residuals = []

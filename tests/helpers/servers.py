@@ -73,7 +73,10 @@ def serving(served: Served) -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self._answer(200, served.models())
+            try:
+                self._answer(200, served.models())
+            except PermissionError:
+                self._answer(401, {"error": "Unauthorized"})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

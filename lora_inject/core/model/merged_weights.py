@@ -83,8 +83,8 @@ def _as_on_disk(
                     f"merged_weights, names='checkpoint', {name!r}", problem, "Leave names out"
                 )
             shapes[name] = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-    in_checkpoint = standing_at("lora_inject.integrations.checkpoint_names:in_checkpoint")
-    return iter(in_checkpoint(survey.model, shapes, weights))
+    as_on_disk = standing_at("lora_inject.integrations.checkpoint_names:as_on_disk")
+    return iter(as_on_disk(survey.model, shapes, weights))
 
 
 def _merged(

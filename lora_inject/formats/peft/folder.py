@@ -96,7 +96,8 @@ def write(
     prefixed = {f"{PREFIX}{field}": value for field, value in config.items() if value is not None}
     said[WRITTEN] = json.dumps(prefixed, sort_keys=True)
     said |= proof or {}
-    card = model_card(state, facts, trained_on=trained_on, published_as=published_as)
+    known = {"trained_on": trained_on, "published_as": published_as}
+    card = model_card(state, facts, **known, proves=bool(proof))
     return {
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         MODEL: serialize(tensors, said),
