@@ -90,14 +90,90 @@ def test_a_batch_of_another_size_is_refused() -> None:
         model(IDS[:2, :].repeat(1, 3)[:, :5])
 
 
-def test_sequences_packed_into_one_row_are_refused_with_the_way_out() -> None:
-    """Token ranges by positions that begin anew: what is a row cannot be told from a tensor."""
+LENGTHS = [3, 5, 1, 4, 2]
+
+
+def packed() -> dict[str, Tensor]:
+    positions = [torch.arange(n) for n in LENGTHS]
+    ids = torch.arange(sum(LENGTHS)) % 13
+    return {"input_ids": ids[None], "position_ids": torch.cat(positions)[None]}
+
+
+def packed_alone(model: nn.Module) -> Tensor:
+    """The logits of each sequence by itself, under its own adapter, side by side.
+
+    GPT-OSS, with eager attention, does not keep packed sequences apart in transformers 5.24.
+    """
+    each = []
+    for ids, name in zip(packed()["input_ids"][0].split(LENGTHS), ROWS, strict=True):
+        li.activate(model, name)
+        each.append(model(ids[None]).logits)
+    return torch.cat(each, 1)
+
+
+@pytest.mark.parametrize("how", ["eager", "batched_mm", "default"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_each_packed_sequence_has_its_own_experts(family: str, how: str) -> None:
+    model = adapted(family, how)
+    model.config.use_cache = False
+    with torch.no_grad():
+        wanted = packed_alone(model)
+        with li.routed(model, ROWS, tokens=LENGTHS):
+            assert error(model(**packed()).logits, wanted) < 2e-5
+
+
+@pytest.mark.parametrize("further", [[], ["embed_tokens"], [{"train": ["lm_head.weight"]}]])
+def test_each_packed_sequence_trains_its_own_adapter(further: list[Any]) -> None:
+    model, _ = experts("qwen3_moe")
+    model = model.double()
+    model.config.use_cache = False
+    options: dict[str, Any] = {}
+    targets = [*ROUTED, "q_proj", *(t for t in further if isinstance(t, str))]
+    for more in further:
+        options |= more if isinstance(more, dict) else {}
+    for name in ("one", "two"):
+        fill(li.inject(model, config(*targets, **options), name), name)
+    weights = torch.randn(1, sum(LENGTHS), 13, dtype=torch.float64)
+    li.train_only(model, ["one", "two"])
+    wanted_logits = packed_alone(model)
+    (wanted_logits * weights).sum().backward()
+    one, two = (li.adapter_parameters(model, name) for name in ("one", "two"))
+    both = {**one, **{f"two {key}": parameter for key, parameter in two.items()}}
+    wanted = {key: p.grad.clone() for key, p in both.items()}
+    model.zero_grad()
+    with li.routed(model, ROWS, tokens=LENGTHS):
+        logits = model(**packed()).logits
+        assert error(logits, wanted_logits) < 1e-12
+        (logits * weights).sum().backward()
+    for key, p in both.items():
+        assert error(p.grad, wanted[key]) < 1e-10, key
+
+
+def test_sequences_packed_into_one_row_are_refused_without_their_lengths() -> None:
+    """What is a row cannot be told from a tensor."""
     model = adapted("qwen3_moe", "eager")
-    packed = {"input_ids": IDS.reshape(1, -1), "position_ids": torch.arange(20)[None] % 4}
-    words = r"packed into one row have one adapter: pad them, .*Trials\(packed=True\)"
     for rows in (ROWS, ["one"] * 10):
+        words = r"packed into one row give tokens="
         with li.routed(model, rows), pytest.raises(li.LayerError, match=words):
-            model(**packed)
+            model(**packed())
+    other = [*LENGTHS[:-1], 9]
+    with (
+        li.routed(model, ROWS, tokens=other),
+        pytest.raises(li.LayerError, match=r"routed\(\) with 22 tokens.*shape \(1, 15, 8\)"),
+    ):
+        model(**packed())
+    with li.routed(model, ROWS, tokens=LENGTHS), pytest.raises(li.LayerError, match="15 tokens"):
+        model(IDS)
+
+
+@pytest.mark.parametrize(
+    "given", [{"tokens": [3, 5]}, {"tokens": [3, 0]}, {"tokens": [3, 5, 1, 4, 2], "repeat": 2}]
+)
+def test_lengths_that_are_not_one_for_each_adapter_are_refused(given: dict[str, Any]) -> None:
+    model = adapted("mixtral", "eager")
+    rows = ROWS if len(given["tokens"]) != 2 or given["tokens"][1] else ROWS[:2]
+    with pytest.raises(li.StateError, match="number of tokens of each packed sequence"):
+        li.routed(model, rows, **given)
 
 
 def test_adapters_on_stacks_alone_are_refused_as_nothing_sees_the_rows() -> None:
@@ -147,3 +223,14 @@ def test_a_plain_forward_after_routing_is_the_active_adapter_s() -> None:
         with li.routed(copy.copy(model), ROWS):
             model(IDS)
         assert same_bits(model(IDS).logits, before)
+
+
+def test_a_compiled_model_runs_ranges_of_tokens_without_a_graph() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    for name in ("one", "two"):
+        fill(li.inject(model, config("0", "2"), name), name)
+    x = torch.randn(1, 5, 4)
+    compiled = torch.compile(model, backend="eager")
+    for rows in (["one", None], ["two", "one"]):
+        with torch.no_grad(), li.routed(model, rows, tokens=[2, 3]):
+            assert error(compiled(x), model(x).double()) < 1e-6

@@ -305,8 +305,7 @@ def check_rows(layer: Any, x: Tensor, n_rows: int, repeat: int) -> None:
             f"a {type(layer).__name__} got an input of shape {tuple(x.shape)}, whose first "
             f"dimension is not the number of rows{multiple}",
             "Give one adapter for each row of the batch; for beams use repeat=n. "
-            "Sequences that are packed into one row have one adapter: pad them, or train them with "
-            "Trials(packed=True)",
+            "Of sequences that are packed into one row give tokens=[...], the length of each",
         )
     refuse_ambiguous(layer, x, n_rows, repeat)
 

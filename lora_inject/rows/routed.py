@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 
 from torch import nn
@@ -13,9 +13,16 @@ from lora_inject.core.model.disabling import Reusable, selecting
 from lora_inject.errors import StateError, article, check_type
 from lora_inject.rows.by_row import Rows
 from lora_inject.rows.kept import why_not_routed
+from lora_inject.rows.token_ranges import TokenRanges
 
 
-def routed(model: nn.Module, adapters: Iterable[str | None], *, repeat: int = 1) -> Reusable:
+def routed(
+    model: nn.Module,
+    adapters: Iterable[str | None],
+    *,
+    repeat: int = 1,
+    tokens: Iterable[int] | None = None,
+) -> Reusable:
     """Return a context with one adapter for each row of the batch, in training as well.
 
     The context belongs to the thread or asyncio task that enters it. A task, or a thread of
@@ -30,6 +37,9 @@ def routed(model: nn.Module, adapters: Iterable[str | None], *, repeat: int = 1)
         adapters: The adapter of each row, in a list; None for the plain base.
         repeat: Also accept batches in which each row stands `repeat` times in a row, as beam
             search makes them.
+        tokens: For sequences that are packed into one row `(1, tokens)`: how many tokens each
+            adapter has, in their order. The model must keep the sequences apart, as transformers
+            does by `position_ids` that begin anew. Lengths with a large common divisor cost less.
 
     Raises:
         StateError: There is no list of names. On entering: a name is unknown, the model is merged,
@@ -37,7 +47,8 @@ def routed(model: nn.Module, adapters: Iterable[str | None], *, repeat: int = 1)
             stacks of experts aside), or trained copies of other layers than linear ones and torch's
             norms; or a generator enters it. On leaving: a context that was entered later is still
             open.
-        LayerError: In a forward, the batch is not as long as `adapters`, nor its multiple.
+        LayerError: In a forward, the batch is not as long as `adapters`, nor its multiple, or does
+            not have `tokens`.
 
     Examples:
         >>> import torch
@@ -56,11 +67,23 @@ def routed(model: nn.Module, adapters: Iterable[str | None], *, repeat: int = 1)
     if not rows or repeat < 1:
         given = f"got {len(rows)} rows and repeat={repeat}"
         raise StateError("routed()", given, "Give one adapter for each row")
-    return Reusable("routed()", lambda: _by_rows(model, rows, repeat))
+    lengths = None if tokens is None else tuple(tokens)
+    if lengths is not None:
+        _check_tokens(rows, lengths, repeat)
+    return Reusable("routed()", lambda: _by_rows(model, rows, repeat, lengths))
+
+
+def _check_tokens(rows: Sequence[str | None], lengths: Sequence[int], repeat: int) -> None:
+    """Refuse lengths of packed sequences that are not one for each adapter."""
+    fits = len(lengths) == len(rows) and all(type(n) is int and n > 0 for n in lengths)
+    if not fits or repeat != 1:
+        given = f"got {len(rows)} adapters, tokens={list(lengths)} and repeat={repeat}"
+        remedy = "Give the number of tokens of each packed sequence, one for each adapter, alone"
+        raise StateError("routed()", given, remedy)
 
 
 def _by_rows(
-    model: nn.Module, rows: tuple[str | None, ...], repeat: int
+    model: nn.Module, rows: tuple[str | None, ...], repeat: int, lengths: Sequence[int] | None
 ) -> AbstractContextManager[None]:
     """Check the names of rows, and return the context of one `with`."""
     names = dict.fromkeys(name for name in rows if name is not None)
@@ -69,4 +92,5 @@ def _by_rows(
     for name in reasons.keys() & names.keys():
         raise StateError(f"routed to {name!r}", *reasons[name])
     waits = held_by_coroutine("routed()")
-    return selecting(model, Rows(rows, repeat), "routed", waits=waits)
+    selected = Rows(rows, repeat) if lengths is None else TokenRanges(rows, lengths)
+    return selecting(model, selected, "routed", waits=waits)
