@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from helpers.forks import Forks
 from helpers.models import tiny_llama
-from helpers.versions import FSDP2_ON_CPU, needs_fsdp2
+from helpers.versions import FSDP2_ON_CPU, GLOO_TAKES_MEANS, needs_fsdp2
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -175,11 +175,14 @@ def shard(model: Any, shape: tuple[int, ...] = (WORLD,), **how: Any) -> Any:
 
 def fsdp_mixed(rank: int, model: Any) -> dict[str, Any]:
     """As people run it: a bfloat16 forward over float32 masters that wait in the host's memory."""
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=False)
     shard(model.float(), mp_policy=precision, offload_policy=offload)
+    for module in () if GLOO_TAKES_MEANS else model.modules():  # what docs/guide says of torch 2.8
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
     found = train(model, model, [mine(rank)])
     found["masters"] = {p.dtype for p in li.adapter_parameters(model).values()}
     return found

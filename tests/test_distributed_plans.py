@@ -282,12 +282,53 @@ def by_hand() -> dict[str, Any]:
     return {"spread": state_of(model), "alone": state_of(plain)}
 
 
+class Experts(nn.Module):
+    """As torchtitan's: its stack is a DTensor, of which a forward takes the part that is here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(4, 6, 5))
+        self.first = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        w1: Any = self.w1
+        here = w1.to_local() if hasattr(w1, "to_local") else w1
+        rows = x.view(4, -1, 5)[self.first : self.first + len(here)]
+        return torch.bmm(rows, here.mT).tanh()
+
+
+def of_dtensors(share: str) -> dict[str, Any]:
+    """What torchtitan's ExpertParallel makes of a stack, then inject."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Experts()).double()
+    plain = copy.deepcopy(model)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,), mesh_dim_names=("ep",))
+    model[0].w1 = nn.Parameter(distribute_tensor(model[0].w1.detach(), mesh, [Shard(0)]))
+    model[0].first = 2 * dist.get_rank()
+    rule = {"match": "w1", "layout": "out_in", "share": share}
+    li.inject(model, EVERY | {"targets": [{k: v for k, v in rule.items() if v}]})
+    li.install(plain, state_of(filled(model)))
+    li.train_only(plain, "default")
+    x = torch.linspace(-1, 1, 60, dtype=torch.float64).view(12, 5)
+    for each in (model, plain):
+        optimizer = torch.optim.SGD(li.adapter_parameters(each).values(), lr=0.1)
+        for _ in range(3):
+            each(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return {"spread": state_of(model), "alone": state_of(plain)}
+
+
 def work(folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     dist.init_process_group("gloo")
     try:
         seen: dict[str, Any] = {name: trained(folder, case) for name, case in CASES.items()}
+        for share in ("", "A", "B"):
+            seen[f"of DTensors {share}"] = of_dtensors(share)
         return seen | {"refused": refused(folder), "by hand": by_hand()}
     finally:
         dist.destroy_process_group()
@@ -386,6 +427,7 @@ def test_what_a_plan_cannot_have_is_refused_by_every_process(name: str, ranks: A
     assert REFUSED[name][3] in one
 
 
-def test_what_was_parallelized_by_hand_takes_an_adapter(ranks: Any) -> None:
-    for seen in (rank["by hand"] for rank in ranks):
+@pytest.mark.parametrize("how", ["by hand", "of DTensors ", "of DTensors A", "of DTensors B"])
+def test_what_was_parallelized_by_hand_takes_an_adapter(how: str, ranks: Any) -> None:
+    for seen in (rank[how] for rank in ranks):
         assert far(seen["spread"], seen["alone"]) < 1e-12

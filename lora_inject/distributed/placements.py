@@ -24,14 +24,19 @@ from lora_inject.core.model.carried import Carried
 from lora_inject.errors import LayerError
 
 
-def check_parts(asked: str, carried: Iterable[Carried]) -> None:
+def check_parts(asked: str, carried: Iterable[Carried], *, gathered: bool = False) -> None:
     """Check that each entry of a new adapter can go with the parts of its weight.
+
+    Args:
+        asked: What messages begin with.
+        carried: The places of the entries.
+        gathered: Whether FSDP2 brings the weights together over all axes of the mesh but the last.
 
     Raises:
         LayerError: It cannot; nothing has changed.
     """
     for place in carried:
-        for reason, remedy in _reasons(place):
+        for reason, remedy in _reasons(place, gathered):
             raise LayerError(f"{asked}, {place.name!r}", reason, remedy)
 
 
@@ -40,17 +45,17 @@ _FIRST = (
 )
 
 
-def _reasons(place: Carried) -> Iterator[tuple[str, str]]:
+def _reasons(place: Carried, gathered: bool) -> Iterator[tuple[str, str]]:
     """Yield why an entry cannot go with the parts of its weight, and what to do."""
     weight: Any = place.weight
     if is_quantized(weight):
         yield "its weight is quantized, and the model is spread over processes", _FIRST
     if not hasattr(weight, "full_tensor"):
         yield from _reasons_of_whole(place)
+    elif len(weight.placements) > 1 and not gathered:
+        yield f"its weight is {weight.placements}, on a mesh of several axes", _FIRST
     elif (shard := _shard(weight)) is not None:
         yield from _reasons_of_part(place, shard)
-    elif not all(placement.is_replicate() for placement in weight.placements):
-        yield f"its weight is {weight.placements}, on a mesh of several axes", _FIRST
 
 
 def _reasons_of_whole(place: Carried) -> Iterator[tuple[str, str]]:
@@ -102,16 +107,17 @@ def distribute(place: Carried, made: dict[nn.Parameter, nn.Parameter]) -> None:
 @torch.no_grad()
 def _part(whole: nn.Parameter, place: Carried, role: str) -> nn.Parameter:
     """Return a tensor of an adapter as a DTensor on the mesh of its weight."""
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import Replicate, distribute_tensor
 
     weight: Any = place.weight
-    placements = [_placement(place, role, whole)]
+    last, n_axes = _placement(place, role, whole), weight.device_mesh.ndim
+    placements = [*[Replicate()] * (n_axes - 1), last]
     made = distribute_tensor(whole.detach(), weight.device_mesh, placements, src_data_rank=None)
     return nn.Parameter(made.clone(), whole.requires_grad)
 
 
 def _placement(place: Carried, role: str, whole: Tensor) -> Any:
-    """Return how a tensor of an entry lies over the processes."""
+    """Return how a tensor of an entry lies over the last axis of the mesh of its weight."""
     from torch.distributed.tensor import Replicate
 
     shard, spec = _shard(place.weight), place.entry.spec
@@ -130,10 +136,9 @@ def _placement(place: Carried, role: str, whole: Tensor) -> Any:
 
 
 def _shard(weight: Any) -> Any:
-    """Return how a weight is sharded over the one axis of its mesh; None if it is not."""
-    placements = weight.placements
-    alone = len(placements) == 1 and hasattr(placements[0], "dim")
-    return placements[0] if alone else None
+    """Return how a weight is sharded over the last axis of its mesh; None if it is not."""
+    last = weight.placements[-1]
+    return last if hasattr(last, "dim") else None
 
 
 def _moved(shard: Any, dim: int) -> Any:

@@ -9,7 +9,8 @@ What consists of DTensors takes an adapter, which becomes shards as well:
    gets an adapter, with the mesh of its weight. The new Parameters become a separate group; the
    layer's other Parameters are `ignored_params` of this call and stay in their group.
 2. Tensor and expert parallelism compute with DTensors: the new ones are distributed as their
-   weights are (`placements`).
+   weights are (`placements`). Experts stay out of FSDP2's groups there: their gradients come from
+   the tokens of other processes, and are summed where they are computed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.fingerprint import sample_positions, samples
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried, entries
-from lora_inject.core.model.guards import before
+from lora_inject.core.model.guards import before, functions
 from lora_inject.distributed.placements import check_parts, distribute
 from lora_inject.errors import LayerError
 from lora_inject.private import needed
@@ -183,10 +184,18 @@ def before_load(
     """Check that a new adapter can be sharded with its layers."""
     asked = f"adapter {name!r}"
     if groups := {id(module): module for module in fsdp2_modules(survey)}:
-        _check_shardable(groups, asked, carried, tied)
+        apart = [place for place in carried if _sums_itself(place.module)]
+        check_parts(asked, apart, gathered=True)
+        others = [place for place in carried if not _sums_itself(place.module)]
+        _check_shardable(groups, asked, others, tied)
     elif meshes(survey):
         before("spread", asked, carried)
         check_parts(asked, carried)
+
+
+def _sums_itself(module: nn.Module) -> bool:
+    """Return whether the gradients of an adapter are summed in the forward of its module."""
+    return any(ask(module) for ask in functions("sums_gradients"))
 
 
 def _check_shardable(
@@ -229,11 +238,12 @@ def before_eject(survey: Survey, gone: Set[str]) -> None:
 
 def after_load(survey: Survey, name: str) -> None:
     """Shard the tensors of an adapter that was just put onto a sharded model, layer by layer."""
-    if fsdp2_modules(survey):
+    by_fsdp2 = bool(fsdp2_modules(survey))
+    if by_fsdp2:
         _shard_adapter(survey, name)
-    elif meshes(survey):
-        made: dict[nn.Parameter, nn.Parameter] = {}
-        for place in entries(survey, name):
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for place in entries(survey, name) if meshes(survey) else ():
+        if not by_fsdp2 or _sums_itself(place.module):
             distribute(place, made)
 
 
@@ -245,12 +255,22 @@ def _shard_adapter(survey: Survey, name: str) -> None:
     depths: dict[nn.Module, int] = {}
     for item in entries(survey, name):
         path, module, entry = item
+        if _sums_itself(module):
+            continue
         new.setdefault(module, set()).update(entry.tensors(module).values())
         meshes[module] = item.weight.device_mesh  # type: ignore[attr-defined]
         depths[module] = path.count(".")
     for module in sorted(new, key=depths.__getitem__, reverse=True):  # as fully_shard asks
         old = {parameter for parameter in module.parameters() if parameter not in new[module]}
         fully_shard(module, mesh=meshes[module], reshard_after_forward=True, ignored_params=old)
+        _let_mean_be_mean(module)
+
+
+def _let_mean_be_mean(module: Any) -> None:
+    """Let FSDP2 add gradients and divide: gloo of torch 2.8 adds where it is to take the mean."""
+    force = getattr(module, "set_force_sum_reduction_for_comms", None)
+    if force is not None and torch.distributed.get_backend() == "gloo":
+        force(True)
 
 
 @torch.no_grad()

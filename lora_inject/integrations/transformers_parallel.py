@@ -7,8 +7,12 @@ before. It does so in two ways:
 
 1. With DTensors: the layer's own operations know what a process has only a part of.
 2. With the parts of this process as plain tensors: all styles of experts, and linear layers
-   without gradients. What is the same in every process then meets a part of what is not, and its
-   gradient is a part of a sum (`parts_of_gradients`).
+   without gradients. What is the same in several processes then meets a part of what is not, and
+   its gradient is a part of a sum (`parts_of_gradients`).
+
+Experts that are apart get tokens of other processes. Where these have other batches (`fsdp_size`),
+a gradient is a sum over all batches: transformers divides it by their number, as the gradients of
+the other layers are means.
 
 A forward of such a style calls a method of the class, through a variable of a closure. So for an
 adapted module a copy of the function stands in its place that calls the swapped class.
@@ -105,25 +109,48 @@ def computes_locally(module: nn.Module) -> bool:
         return style is not None and bool(style.should_use_local_tensors(module))
 
 
+def sums_gradients(module: nn.Module) -> bool:
+    """Return whether a module has experts that are apart, with tokens of other processes."""
+    given = _given(module)
+    return given is not None and "implementation" in _variables(given)
+
+
 @contextmanager
-def parts_of_gradients(module: nn.Module) -> Iterator[None]:
-    """Let adapter tensors that each process has whole be plain, and their gradients be summed.
+def parts_of_gradients(module: nn.Module, n_batches: int) -> Iterator[None]:
+    """Let adapter tensors that several processes have be plain, and their gradients be summed.
 
     Where a style gives a module the parts of this process as plain tensors, it takes the gradient
-    of what is whole for whole as well.
+    of what is whole for whole as well. Gradients are divided by the number of batches.
     """
     from torch.distributed.tensor import Partial
 
     attached, held = attached_to(module), module._parameters
     names = attached.flat if attached is not None else ()
-    whole: dict[str, Any] = {name: held[name] for name in names if _is_whole(held[name])}
-    for name, tensor in whole.items():
-        parts = [Partial()] * tensor.device_mesh.ndim
-        held[name] = tensor.to_local(grad_placements=parts)
+    spread: dict[str, Any] = {name: held[name] for name in names if _is_spread(held[name])}
+    for name, tensor in spread.items():
+        parts = [Partial() if p.is_replicate() else p for p in tensor.placements]
+        local = held[name] = tensor.to_local(grad_placements=parts)
+        if n_batches > 1 and local.requires_grad:
+            local.register_hook(lambda gradient: gradient / n_batches)
     try:
         yield
     finally:
-        held.update(whole)
+        held.update(spread)
+
+
+def _is_spread(tensor: Any) -> bool:
+    return hasattr(tensor, "placements")
+
+
+def _n_batches(given: Any, module: nn.Module) -> int:
+    """Return over how many batches the gradients of experts are summed: 1 but with `fsdp_size`."""
+    experts = _variables(given).get("implementation")
+    if experts is None:
+        return 1
+    held: Any = module._parameters.values()
+    meshes = [tensor.device_mesh for tensor in held if _is_spread(tensor)]
+    copies = max((mesh.size() // mesh.size(mesh.ndim - 1) for mesh in meshes), default=1)
+    return int(experts.ep_mesh.size() // experts.tp_mesh.size() * copies)
 
 
 def _is_whole(tensor: Any) -> bool:
@@ -167,7 +194,7 @@ def _calling(module: nn.Module, given: Any, forward: Callable[..., Any]) -> Call
     def styled(*args: Any, **kwargs: Any) -> Any:
         if style is None or not style.should_use_local_tensors(module):
             return inner(*args, **kwargs)
-        with parts_of_gradients(module):
+        with parts_of_gradients(module, _n_batches(given, module)):
             return inner(*args, **kwargs)
 
     styled.lora_given = given  # type: ignore[attr-defined]

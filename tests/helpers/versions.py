@@ -26,3 +26,6 @@ needs_peft_reads_experts = pytest.mark.skipif(
 # Its streams of a CPU have no events before torch 2.8.
 FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 needs_fsdp2 = pytest.mark.skipif(not FSDP2_ON_CPU, reason="FSDP2 of this torch runs on a GPU only")
+
+# FSDP2 asks gloo for the mean of gradients in 32 and 16 bits; that of torch 2.8 gives the sum.
+GLOO_TAKES_MEANS = at_least(torch.__version__, 2, 9)
