@@ -187,11 +187,13 @@ def test_a_file_of_a_pipeline_is_read_part_by_part(run, tmp_path):
 def test_wrong_values_are_wrong_usage_and_the_right_ones_are_named(run, files, tmp_path):
     from lora_inject.algebra.combining import METHODS
     from lora_inject.cli import given
+    from lora_inject.formats import diffusers, kohya
     from lora_inject.formats.clients import CLIENTS
     from lora_inject.formats.plain import DTYPES
 
     assert set(given.CLIENTS) == set(CLIENTS)
     assert set(given.DTYPES) == set(DTYPES)
+    assert set(given.COMPONENTS) == {*kohya.COMPONENTS, *diffusers.COMPONENTS, ""}
     assert set(given.METHODS) == set(METHODS)
     path, out = files[0][0], tmp_path / "x"
     for words, known in (
@@ -202,6 +204,7 @@ def test_wrong_values_are_wrong_usage_and_the_right_ones_are_named(run, files, t
         (("combine", path, path, "-o", out, "--prefer", "both"), "metadata"),
         (("combine", path, path, "-o", out, "--dtype", "floats16"), "did you mean float16?"),
         (("inspect", path, "--format", "pefd"), "did you mean peft?"),
+        (("convert", path, out, "--to", "kohya", "--component", "unett"), "did you mean unet?"),
         (("advise", path, "--budget", "9k", "--for", "sfd"), "did you mean sft?"),
     ):
         found = run(*words)

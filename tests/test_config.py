@@ -472,8 +472,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     binary.write_bytes(b"targets: [q]\n\xff\xfe")
     huge.write_bytes(b"#" * (1 << 20) + b"\ntargets: [q]")
     for path, found in [
-        (missing, " No such file or directory. Give the path of a YAML file."),
-        (tmp_path, " Is a directory. Give the path of a YAML file."),
+        (missing, " there is no such file. Give the path of a YAML file."),
+        (tmp_path, " it is a folder. Give the path of a YAML file."),
         (binary, " byte 13 is not UTF-8. Save it as UTF-8 text."),
         (faulty, "2:7 (rank): 0 is not accepted"),
         (huge, " more than 1,048,576 characters. "),

@@ -340,7 +340,7 @@ def test_the_command_writes_config_adapter_and_page(folder, run) -> None:
         ("rows.jsonl", '{"txt": "a"}\n', (), "line 1: it holds {'txt': str}. Write"),
         ("rows.jsonl", "a\n", (), "line 1: it is not JSON"),
         ("rows.jsonl", None, ("--length", "2"), "rows have no completion within --length"),
-        ("rows.jsonl", None, ("--held-out", "none.txt"), "No such file or directory. Give a file"),
+        ("rows.jsonl", None, ("--held-out", "none.txt"), "there is no such file. Give a file"),
         ("space.yaml", "lr: 1", (), "space.yaml:1"),
     ],
 )
@@ -357,7 +357,10 @@ def test_the_command_refuses_bad_input(folder, run, name, text, more, message) -
     ("words", "message"),
     [
         (("--device", "cuda:99"), "Invalid value for --device: "),
-        (("--device", "foo"), "Invalid value for --device: Expected one of cpu"),
+        (
+            ("--device", "foo"),
+            "Invalid value for --device: 'foo' does not work here: Expected one of cpu",
+        ),
         (("--device", "meta"), "Invalid value for --device: "),
         (("--output", "rows.jsonl"), "'rows.jsonl' is a file"),
     ],

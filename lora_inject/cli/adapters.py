@@ -211,6 +211,7 @@ def convert_command(
             "--component",
             help="kohya, diffusers: the part of a pipeline, such as unet or te1; "
             "'' for a diffusers file of one model.",
+            callback=given.one_of(given.COMPONENTS),
         ),
     ] = None,
     overwrite: given.Overwrite = False,

@@ -44,11 +44,15 @@ FORMATS = (
 """Names of the formats, which help prints without importing them."""
 
 
+COMPONENTS = (
+    *("unet", "te", "te1", "te2", "te3", "transformer", "transformer_2", "prior", "decoder"),
+    *("diffusion_model", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoders", ""),
+)
 CLIENTS = ("vllm", "sglang", "llama.cpp", "lorax", "diffusers", "mlx", "comfyui", "peft")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 _CUT = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 METHODS = ("cat", "svd", "linear", *_CUT, *(f"{name}_svd" for name in _CUT))
-"""Names of programs, dtypes and ways to combine, which help prints without importing them."""
+"""Names of parts of pipelines, programs, dtypes, ways to combine: help imports none of these."""
 
 
 def one_of(names: Sequence[str]) -> Callable[[str | None], str | None]:

@@ -167,9 +167,11 @@ class _Commands(TyperGroup):
             note(". ".join(["interrupted", *getattr(error, "__notes__", ())]))
             raise typer.Exit(130) from None
         except OSError as error:
+            from lora_inject.core.spec.explained import system_words
+
             place = f"'{error.filename}'" if error.filename else "the output"
             note(
-                f"read or write {place}: {error.strerror or error}. Check the path and the disk, "
+                f"read or write {place}: {system_words(error)}. Check the path and the disk, "
                 "and run again."
             )
             raise typer.Exit(1) from None

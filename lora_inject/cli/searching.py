@@ -110,7 +110,7 @@ def _check(output: Path, device: str) -> None:
     try:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        problem = str(error).splitlines()[0]
+        problem = f"{device!r} does not work here: {str(error).splitlines()[0]}"
         raise typer.BadParameter(problem, param_hint="--device") from None
     if not (output / "search.json").exists():
         for name in RESULTS:
@@ -128,7 +128,9 @@ def rows_of_file(path: Path) -> list[Row]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        problem = getattr(error, "strerror", None) or str(error)
+        from lora_inject.core.spec.explained import system_words
+
+        problem = system_words(error) if isinstance(error, OSError) else str(error)
         raise ConfigError(f"data '{path}'", problem, "Give a file of UTF-8 text") from None
     filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix != ".jsonl":

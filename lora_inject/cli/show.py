@@ -80,7 +80,8 @@ def not_one_of(value: str, names: Sequence[str]) -> str:
     """Return that a value is none of some names, the nearest of them, and all of them."""
     near = nearest(value, names, 1)
     meant = f", did you mean {near[0]}?" if near else "."
-    return f"{value!r} is not known{meant} Known are {', '.join(names)}"
+    known = ", ".join(name or "''" for name in names)
+    return f"{value!r} is not known{meant} Known are {known}"
 
 
 def natural(text: str) -> list[str | int]:
