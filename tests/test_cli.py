@@ -268,7 +268,7 @@ def test_plan_refuses_what_is_not_a_model(run, files, tmp_path, files_in_it, wor
     found = run("plan", files.config, tmp_path)
     assert found.code == 1
     assert found.out == ""
-    assert found.err.startswith("CheckpointError: ")
+    assert found.err.startswith("Error: ")
     assert found.err.count("\n") == 1
     assert words in found.err
 
@@ -277,10 +277,10 @@ def test_plan_passes_the_errors_of_config_and_matching_on(run, files, tmp_path):
     wrong = write_config(tmp_path, "rnak: 4\ntargets: [c_attn]")
     found = run("plan", wrong, files.base)
     expected = f"{wrong}:1:1 (rnak): unknown key 'rnak'. Did you mean 'rank'?"
-    assert (found.code, found.out, found.err) == (1, "", f"ConfigError: {expected}\n")
+    assert (found.code, found.out, found.err) == (1, "", f"Error: {expected}\n")
     found = run("plan", write_config(tmp_path, "targets: [c_atn]"), files.base)
     assert found.code == 1
-    assert "MatchError: rule 1 ('c_atn'): matched none of" in found.err
+    assert "Error: rule 1 ('c_atn'): matched none of" in found.err
     assert "transformer.h.0.attn.c_attn" in found.err
 
 
@@ -422,7 +422,7 @@ def test_inspect_of_something_else(run, files, tmp_path):
     for path in (tmp_path, tmp_path / "nowhere", files.config, files.base):
         found = run("inspect", path)
         assert (found.code, found.out) == (1, "")
-        assert found.err.startswith("FormatError: ")
+        assert found.err.startswith("Error: ")
     found = run("inspect", files.one, "--format", "pef")
     assert found.code == 2
     assert "did you mean peft?" in found.err
@@ -559,9 +559,7 @@ def test_merge_refuses_where_rounding_leaves_too_little(run, files, tmp_path):
     args = ("merge", files.bf16, files.one, *small, "--min-kept", 0.99, "-o", tmp_path / "out")
     found = run(*args)
     assert found.code == 1
-    assert found.err.startswith(
-        "CheckpointError: keep at least 0.99 of every delta: rounding leaves"
-    )
+    assert found.err.startswith("Error: keep at least 0.99 of every delta: rounding leaves")
     assert not (tmp_path / "out").exists()
     assert run(*args[:-1], tmp_path / "wide", "--dtype", "float32").code == 0
 
@@ -719,7 +717,7 @@ def test_every_refusal_of_the_package_is_exit_code_1(run, monkeypatch):
         monkeypatch.setattr(li.Config, "json_schema", fail)
         found = run("schema")
         assert (found.code, found.out) == (1, "")
-        assert found.err == f"{kind.__name__}: asked: found. remedy.\n"
+        assert found.err == "Error: asked: found. remedy.\n"
 
 
 def program_into(what: str, *args: object) -> None:
@@ -736,7 +734,7 @@ def program_into(what: str, *args: object) -> None:
     program(*args)
 
 
-FULL = "read or write the output: No space left on device. Check the path and the disk, "
+FULL = "Error: read or write the output: No space left on device. Check the path and the disk, "
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no disk that is always full")
@@ -762,7 +760,7 @@ def test_both_ways_to_call_it_print_errors_without_a_traceback(way, forks):
     start = (program,) if way == "-m" else (script, found)
     done = forks.start(*start, "inspect", "nowhere")
     assert (done.wait(), done.out()) == (1, "")
-    words = "FormatError: read adapter 'nowhere': there is no such file or directory."
+    words = "Error: read adapter 'nowhere': there is no such file or directory."
     assert done.err().startswith(words)
     assert "Traceback" not in done.err()
 

@@ -187,7 +187,8 @@ def analyze_command(
         written += analysis.draw_gallery(pictures, state, comparison=comparison, weights=weights)
     if report is not None:
         name = other.name if other else "the other adapter"
-        page = analysis.report(figures, state, str(adapter), comparison=comparison, other=name)
+        title = "/".join(adapter.parts[-2:])  # the name alone may be `adapter`
+        page = analysis.report(figures, state, title, comparison=comparison, other=name)
         written.append(analysis.write_report(report, page))
     _show_analysis(listing, figures, comparison, written)
 

@@ -158,10 +158,9 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except LoraInjectError as error:
-            public = next(c for c in type(error).__mro__ if not c.__name__.startswith("_"))
             command = self.commands.get(ctx.invoked_subcommand or "")
             options = [opt for param in command.params for opt in param.opts] if command else []
-            note(f"{public.__name__}: {in_options(str(error), options)}", color=BAD)
+            note(f"Error: {in_options(str(error), options)}", color=BAD)  # as of wrong usage
             raise typer.Exit(1) from None
         except KeyboardInterrupt as error:
             note(". ".join(["interrupted", *getattr(error, "__notes__", ())]))
@@ -170,10 +169,8 @@ class _Commands(TyperGroup):
             from lora_inject.core.spec.explained import system_words
 
             place = f"'{error.filename}'" if error.filename else "the output"
-            note(
-                f"read or write {place}: {system_words(error)}. Check the path and the disk, "
-                "and run again."
-            )
+            remedy = "Check the path and the disk, and run again"
+            note(f"Error: read or write {place}: {system_words(error)}. {remedy}.", color=BAD)
             raise typer.Exit(1) from None
 
 
