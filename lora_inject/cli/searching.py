@@ -128,7 +128,7 @@ def rows_of_file(path: Path) -> list[Row]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        from lora_inject.core.spec.explained import system_words
+        from lora_inject.core.spec.system_words import system_words
 
         problem = system_words(error) if isinstance(error, OSError) else str(error)
         raise ConfigError(f"data '{path}'", problem, "Give a file of UTF-8 text") from None

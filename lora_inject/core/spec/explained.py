@@ -6,7 +6,6 @@ is met with ours.
 
 from __future__ import annotations
 
-import errno
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -78,12 +77,6 @@ def config_error(
     (_, place, problem, remedy), *others = sorted(faults, key=lambda fault: fault[0])
     listed = [f"{place}: {problem}" for _, place, problem, _ in others]
     return ConfigError(place, problem, remedy + _also(listed, remedy))
-
-
-def system_words(error: OSError) -> str:
-    """Return what the system says of a file, in the words of other messages."""
-    words = {errno.ENOENT: "there is no such file", errno.EISDIR: "it is a folder"}
-    return words.get(error.errno or 0) or error.strerror or str(error)
 
 
 def _is_of_its_entries(detail: ErrorDetails) -> bool:

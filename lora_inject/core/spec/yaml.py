@@ -92,7 +92,7 @@ def read_text(
     except UnicodeDecodeError as error:
         problem, remedy = f"byte {error.start} is not UTF-8", "Save it as UTF-8 text"
     except OSError as error:
-        from lora_inject.core.spec.explained import system_words
+        from lora_inject.core.spec.system_words import system_words
 
         problem = system_words(error)
     raise ConfigError(asked, problem, remedy)
