@@ -4,6 +4,9 @@ Count the graphs, and compare each output with the eager one, which goes by name
 """
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -259,6 +262,23 @@ def test_a_compiled_block_in_a_checkpoint_is_recomputed_under_its_forwards_selec
         y.sum().backward()
         assert error(x.grad, wanted) < 1e-6
         x.grad = None
+
+
+FIRST = """
+import test_compiled
+test_compiled.test_a_compiled_block_in_a_checkpoint_is_recomputed_under_its_forwards_selection(
+    "activate", False
+)
+"""
+
+
+def test_the_first_graph_of_a_process_may_be_traced_inside_a_checkpoint() -> None:
+    """Checkpoints that begin later are watched; this one has to be found while it runs."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent)])
+    subprocess.run(
+        [sys.executable, "-c", FIRST], check=True, env={**os.environ, "PYTHONPATH": paths}
+    )
 
 
 def test_a_compiled_block_in_a_checkpoint_is_compiled_once_where_nothing_changed() -> None:

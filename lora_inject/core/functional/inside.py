@@ -192,7 +192,7 @@ def next_node() -> int:
 
 def saving_hooks() -> Any:
     """Return the innermost hooks on tensors that autograd saves, `(pack, unpack)`, or None."""
-    if torch.compiler.is_compiling():  # dynamo may compile this alone
+    if torch.compiler.is_dynamo_compiling():  # it may compile this alone; a trace may ask
         return None
     if _top_hooks is None:
         return _ENTERED.pairs[-1] if _ENTERED.pairs else None
