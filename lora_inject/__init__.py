@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from lora_inject.checkpoint.merge_inputs import MergeOptions as MergeOptions
     from lora_inject.checks.reached import unreached as unreached
     from lora_inject.core.adapter.exchange import read_adapter as read_adapter
-    from lora_inject.core.adapter.exchange import register_format as register_format
     from lora_inject.core.adapter.exchange import write_adapter as write_adapter
+    from lora_inject.core.adapter.own_formats import register_format as register_format
     from lora_inject.core.adapter.site_state import SiteState as SiteState
     from lora_inject.core.adapter.state import AdapterState as AdapterState
     from lora_inject.core.adapter.variants import Variant as Variant
     from lora_inject.core.adapter.variants import register_variant as register_variant
     from lora_inject.core.functional.merge_report import MergeReport as MergeReport
     from lora_inject.core.layers.adapted import WeightUpdate as WeightUpdate
-    from lora_inject.core.layers.kinds import register_kind as register_kind
     from lora_inject.core.layers.linear_kinds import LoRALinear as LoRALinear
+    from lora_inject.core.layers.own_kinds import register_kind as register_kind
     from lora_inject.core.model.disabling import disabled as disabled
     from lora_inject.core.model.eject import eject as eject
     from lora_inject.core.model.inject import inject as inject
@@ -94,7 +94,8 @@ _HOMES = {
     "checkpoint.merge_inputs": "MergeOptions",
     "errors": "CheckpointError ConfigError FormatError LayerError LoraInjectError MatchError "
     "ServerError StateError",
-    "core.adapter.exchange": "read_adapter register_format write_adapter",
+    "core.adapter.exchange": "read_adapter write_adapter",
+    "core.adapter.own_formats": "register_format",
     "algebra.combine_files": "combine diff truncate",
     "core.functional.merge_report": "MergeReport",
     "experts.kept_packed": "packed_experts",
@@ -102,7 +103,7 @@ _HOMES = {
     "integrations.trainer": "AdapterCheckpoint",
     "integrations.trl": "reference sync_merged",
     "core.layers.adapted": "WeightUpdate",
-    "core.layers.kinds": "register_kind",
+    "core.layers.own_kinds": "register_kind",
     "core.layers.linear_kinds": "LoRALinear",
     "core.model.eject": "eject",
     "core.model.inject": "inject plan",

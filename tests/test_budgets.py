@@ -23,12 +23,12 @@ PACKAGE = Path(lora_inject.__file__).parent
 # Stage -> lines of the package that it may load.
 LINES = {
     "config": 1_590,
-    "forward": 3_980,
-    "activate": 3_190,
-    "inject": 8_205,
-    "merge": 6_040,
-    "save, load": 9_675,
-    "life": 13_450,
+    "forward": 3_956,
+    "activate": 3_170,
+    "inject": 8_011,
+    "merge": 6_035,
+    "save, load": 9_475,
+    "life": 12_755,
 }
 STAGES = {
     "config": "from lora_inject import Config",
@@ -168,7 +168,7 @@ def test_a_plain_life_loads_none_of_what_is_known_of_other_libraries() -> None:
 
 def test_few_functions_have_more_than_ten_branches() -> None:
     tall = tall_functions(sources())
-    assert len(tall) <= 18, tall
+    assert len(tall) <= 13, tall
 
 
 def test_a_public_name_has_one_home() -> None:

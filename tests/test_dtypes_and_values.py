@@ -141,7 +141,7 @@ def _what_verbs_give(folder: Path) -> list[Tensor]:
 def test_verbs_do_not_depend_on_the_default_device(tmp_path: Path) -> None:
     """As where somebody calls `torch.set_default_device("cuda")` and has a model on the CPU."""
     wanted = _what_verbs_give(tmp_path / "cpu")
-    fingerprint._index.cache_clear()
+    fingerprint.sample_index.cache_clear()
     with torch.device("meta"):
         found = _what_verbs_give(tmp_path / "meta")
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import adapted_modules, entries, reach, refuse_merged
+from lora_inject.core.model.carried import adapted_modules, check_unmerged, entries, reach
 from lora_inject.core.spec.names import counted
 from lora_inject.errors import LayerError, StateError
 
@@ -32,7 +32,7 @@ def unreached(model: nn.Module, run: Callable[[], Any]) -> list[str]:
         StateError: The model is merged or carries no active adapter.
     """
     reached = reach(model)
-    refuse_merged("unreached", *reached.selections)
+    check_unmerged("unreached", *reached.selections)
     active = {name for selection in reached.selections for name in selection.current().names}
     if not active:
         raise StateError("unreached", "no adapter is active", "Call activate(model, name) first")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.layers.attached import Entry, refuse_mixed
+from lora_inject.core.layers.attached import Entry, check_mixed
 from lora_inject.core.layers.first_values import first_values
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey
@@ -58,7 +58,7 @@ def gathered_weights(
         for path, _, entry in whole_adapter(survey, adapter, "merged_weights of"):
             taking.setdefault(joined(path, entry.param), []).append((entry, weight))
     for entries in taking.values():
-        refuse_mixed(entries)
+        check_mixed(entries)
     for holder in survey.holders:
         _check(holder, into)
     return _each(survey, taking, kept)

@@ -24,7 +24,6 @@ from lora_inject.core.adapter.exchange import (
     format_of,
     options_of,
     read_adapter,
-    register_format,
     write_adapter,
 )
 from lora_inject.core.adapter.state import AdapterState
@@ -46,7 +45,6 @@ __all__ = [
     "losses_of",
     "options_of",
     "read_adapter",
-    "register_format",
     "write_adapter",
 ]
 

@@ -32,7 +32,7 @@ from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.survey import Survey, base_parameters
 from lora_inject.core.model.carried import reach
 from lora_inject.core.model.read_off import adapter_tensors, read_off
-from lora_inject.core.model.save import facts_for, refuse_useless
+from lora_inject.core.model.save import check_used, facts_for
 from lora_inject.errors import LayerError, StateError, user_path
 from lora_inject.formats.card import joined_cards
 
@@ -169,7 +169,7 @@ def adapters_on(
         )
     states = {name: read_off(survey, name, given) for name in folders_of(survey)}
     for name, state in states.items():
-        refuse_useless(survey, name, state, unused)
+        check_used(survey, name, state, unused)
     return states
 
 

@@ -20,10 +20,10 @@ from lora_inject.checks.unused import has_gradient, refuse_unused
 from lora_inject.core.files.disk import replace_file
 from lora_inject.core.layers.forms import forms_as_tensors
 from lora_inject.core.layers.survey import Survey, unwrapped
-from lora_inject.core.model.carried import Carried, entries, reach, refuse_merged
+from lora_inject.core.model.carried import Carried, check_unmerged, entries, reach
 from lora_inject.core.model.parameters import adapter_parameters
 from lora_inject.core.model.read_off import adapter_tensors
-from lora_inject.core.model.trainable import refuse_dead_inputs
+from lora_inject.core.model.trainable import check_live_inputs
 from lora_inject.errors import StateError
 from lora_inject.integrations.stand_ins import SAVE, adapters_on, folders_of, write_adapters
 from lora_inject.integrations.trl import SENT_MERGED
@@ -116,7 +116,7 @@ class AdapterCheckpoint:
         del state, control
         _refuse_idle_adapters(model)
         folders_of(Survey(model))
-        refuse_dead_inputs(Survey(model), "train")
+        check_live_inputs(Survey(model), "train")
         ours = {id(parameter) for parameter in adapter_parameters(model).values()}
         others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
         if not ours or others:
@@ -201,7 +201,7 @@ class AdapterCheckpoint:
 def _refuse_idle_adapters(model: nn.Module) -> None:
     """Raise if no adapter of a model can train, which torch says in the first backward only."""
     asked, there = "train with AdapterCheckpoint", reach(model)
-    refuse_merged(asked, *there.selections)
+    check_unmerged(asked, *there.selections)
     if there.names and not any(p.requires_grad for p in adapter_parameters(model).values()):
         problem = f"none of the model's adapters trains ({', '.join(sorted(there.names))})"
         raise StateError(asked, problem, "Call train_only(model, name) first")

@@ -212,7 +212,7 @@ class Rows(Selected):
             known = routing(entries, self._places_of(entries, x)) if entries else NOTHING
             self._routings[key] = known
             attached.used(entries)
-        layer._lora_refuse_vain(t for entry in known.entries for t in entry.tensors(layer).values())
+        layer._lora_check_vain(t for entry in known.entries for t in entry.tensors(layer).values())
         return known
 
     def _places_of(self, entries: Sequence[Entry], x: Tensor) -> Places:

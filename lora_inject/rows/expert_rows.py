@@ -64,7 +64,7 @@ def by_expert(
     if key is None or not _picks_and_multiplies(module) or not all(map(_is_plain, entries)):
         return None
     attached.used(entries)
-    module._lora_refuse_vain(t for e in entries for t in e.tensors(module).values())
+    module._lora_check_vain(t for e in entries for t in e.tensors(module).values())
     arguments[key] = arguments[key] * len(names) + of_token[:, None]
     args = tuple(arguments.pop(i) for i in range(len(args)))
     # The forward of transformers' class, as a function of a stack that is none of its instances.

@@ -21,7 +21,7 @@ from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.guards import this_process_writes
 from lora_inject.core.model.read_off import read_off
-from lora_inject.core.model.save import facts_for, refuse_useless
+from lora_inject.core.model.save import check_used, facts_for
 from lora_inject.errors import FormatError, check_type, within
 from lora_inject.formats.peft.folder import contents
 from lora_inject.formats.portable import plain_facts, plain_state
@@ -78,7 +78,7 @@ def peft_state(
     survey = Survey(model)
     facts = facts_for(survey, "portable" if portable else "peft", name)
     state = read_off(survey, name)
-    refuse_useless(survey, name, state, unused)
+    check_used(survey, name, state, unused)
     state = state.whole
     with within(asked):
         stated = facts()

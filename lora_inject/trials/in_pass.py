@@ -144,7 +144,7 @@ class InPass(Rows):
         float32 = layer._lora.float32
         dtype = compute_dtype(product_dtype(x), float32)
         kept, ranges, anchor, reached = self.one_pass.of_layer(layer, x, dtype)
-        layer._lora_refuse_vain((anchor,))
+        layer._lora_check_vain((anchor,))
         weight, bias = layer._lora_weight_and_bias()
         transposed = layer.transposed
         return ranged_linear(

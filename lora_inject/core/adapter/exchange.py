@@ -79,37 +79,6 @@ FORMATS: dict[str, Format | Callable[[], Format]] = {
 """Name to row, or to what returns it: `format_of` gives the row."""
 
 
-def register_format(name: str, row: Format) -> Format:
-    """Add a format from outside the package; detection tries it before the built-in ones.
-
-    Args:
-        name: The name for `format=`.
-        row: Its functions.
-
-    Returns:
-        The row.
-
-    Raises:
-        FormatError: The name is taken.
-
-    Examples:
-        >>> import pickle
-        >>> def write(state, path, facts):
-        ...     return pickle.dumps(state)
-        >>> def read(path, facts):
-        ...     return pickle.loads(path.read_bytes())
-        >>> row = register_format("pickle", Format(write, read, lambda path: path.suffix == ".x"))
-        >>> FORMATS.pop("pickle") is row
-        True
-    """
-    if name in _every_format():
-        raise FormatError(f"register_format({name!r})", "the name is taken", "Choose another one")
-    others = dict(FORMATS)
-    FORMATS.clear()
-    FORMATS.update({name: row, **others})
-    return row
-
-
 def format_of(name: str, asked: str = "") -> Format:
     """Return the row of a format, which is imported if it was not yet.
 
@@ -124,7 +93,7 @@ def format_of(name: str, asked: str = "") -> Format:
         >>> format_of("native").endings
         ('.safetensors',)
     """
-    known = FORMATS if name in FORMATS else _every_format()
+    known = FORMATS if name in FORMATS else every_format()
     if name not in known:
         near = ", ".join(nearest(name, known) or known)
         raise FormatError(asked, f"there is no format '{name}'", f"Nearest: {near}")
@@ -139,7 +108,7 @@ def default_format() -> str:
     return str(room("formats").DEFAULT)
 
 
-def _every_format() -> Mapping[str, Format | Callable[[], Format]]:
+def every_format() -> Mapping[str, Format | Callable[[], Format]]:
     """Return the whole table: what lies in the room enters it on import."""
     room("formats")
     return FORMATS
@@ -149,7 +118,7 @@ def _in_order() -> Iterator[str]:
     """Yield the names of the table; the room is imported only if what is in it did not do."""
     there = [*FORMATS]
     yield from there
-    yield from [name for name in _every_format() if name not in there]
+    yield from [name for name in every_format() if name not in there]
 
 
 def write_adapter(
@@ -257,7 +226,7 @@ def read_adapter(
     if format is None:
         format = detected(place)  # noqa: A001
     row = format_of(format, f"read adapter '{path}'")
-    _refuse_part(format, place, f"read adapter '{path}'")
+    _check_not_a_part(format, place, f"read adapter '{path}'")
     with within(f"read {format} adapter '{path}'"):
         facts, own = _arguments(row, row.read, facts, options)
         return replace(check_state(row.read(place, facts, **own)), source=str(path))
@@ -273,7 +242,7 @@ def detected(path: Path) -> str:
     for name in _in_order():
         if format_of(name).detects(path):
             return name
-        _refuse_part(name, path, asked)
+        _check_not_a_part(name, path, asked)
     if path.is_dir() and (path / "config.json").is_file():
         problem = "it is a model, and an adapter is due here"
         raise FormatError(
@@ -284,7 +253,7 @@ def detected(path: Path) -> str:
     raise FormatError(asked, problem, remedy)
 
 
-def _refuse_part(format: str, path: Path, asked: str) -> None:  # noqa: A002
+def _check_not_a_part(format: str, path: Path, asked: str) -> None:  # noqa: A002
     """Raise for one file of an adapter that is a folder; say what is missing."""
     lacks = format_of(format).lacks
     if lacks is not None and (remedy := lacks(path)):

@@ -18,7 +18,7 @@ import binascii
 import json
 import math
 import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,31 +229,45 @@ def _part(metadata: Mapping[str, str], part: str) -> Any:
 
 
 def _spec(kind: Mapping[str, Any], where: str) -> SiteSpec:
-    """Return the spec of the sites of one kind, without a name."""
+    """Return the spec of the sites of one kind, without a name.
+
+    What each field must be stands in `_KIND`; what they must be together, in `_reasons_against`.
+    """
     wrong = misfit(kind, _KIND)
     _require(not wrong, where, wrong.lstrip("."))
+    for problem in _reasons_against(kind):
+        raise FormatError(where, problem, _EDITED)
     fields = {field: value for field, value in kind.items() if field not in _FLAGS}
-    elements = kind["in_features"] * kind["out_features"] * (kind["experts"] or 1)
-    problem = f"the variant '{kind['variant'][:80]}' is not registered here"
-    _require(kind["variant"] in ROLES, where, problem)
-    fits = math.prod(kind["weight_shape"]) == elements
-    _require(fits, where, "weight_shape does not fit in_features and out_features")
     if kind["slices"] is not None:
-        sizes = tuple((name, width) for name, width in kind["slices"]["sizes"])
-        slices = Slices(sizes, tuple(kind["slices"]["adapt"]))
-        whole = sum(width for _, width in sizes) == kind["out_features"]
-        _require(whole, where, "the slices do not fill the output")
-        in_order = tuple(name for name, _ in sizes if name in slices.adapt)
-        _require(slices.adapt == in_order != (), where, "'adapt' does not name its slices in order")
-        fields["slices"] = slices
-    if (only := kind["only"]) is not None:
-        in_order = only == sorted({*only}) != [] and only[-1] < (kind["experts"] or 0)
-        _require(in_order, where, "'only' does not name experts of its stack in order")
+        fields["slices"] = Slices(_sizes(kind), tuple(kind["slices"]["adapt"]))
     for field in ("weight_shape", "init", "only"):
         fields[field] = tuple(kind[field]) if isinstance(kind[field], list) else kind[field]
     for field in ("alpha", "dropout"):
         fields[field] = float(kind[field])
     return SiteSpec(name="", **fields)
+
+
+def _sizes(kind: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+    """Return the names and widths of the slices of a kind."""
+    return tuple((name, width) for name, width in kind["slices"]["sizes"])
+
+
+def _reasons_against(kind: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why the fields of a kind do not fit together."""
+    if kind["variant"] not in ROLES:
+        yield f"the variant '{kind['variant'][:80]}' is not registered here"
+    elements = kind["in_features"] * kind["out_features"] * (kind["experts"] or 1)
+    if math.prod(kind["weight_shape"]) != elements:
+        yield "weight_shape does not fit in_features and out_features"
+    if kind["slices"] is not None:
+        sizes, adapt = _sizes(kind), kind["slices"]["adapt"]
+        if sum(width for _, width in sizes) != kind["out_features"]:
+            yield "the slices do not fill the output"
+        if not adapt or adapt != [name for name, _ in sizes if name in adapt]:
+            yield "'adapt' does not name its slices in order"
+    only, n = kind["only"], kind["experts"] or 0
+    if only is not None and (not only or only != sorted({*only}) or only[-1] >= n):
+        yield "'only' does not name experts of its stack in order"
 
 
 def _to_json(value: Any) -> str:

@@ -144,17 +144,19 @@ class _TensorOnDisk(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compute without values what needs none, and read them for all else.
+
+        1. An attribute needs none: the most frequent, so the shortest way.
+        2. What would write into the tensor is refused.
+        3. What gives views of it gives tensors on disk.
+        4. All else gets the values, in memory.
+        """
         kwargs, first, name = kwargs or {}, args[0] if args else None, func.__name__
-        if name == "__get__":  # an attribute: the most frequent, so the shortest way
+        if name == "__get__":
             result = _run_plainly(func, (), args)
             if not isinstance(result, Tensor):
                 return result
-        changed = first if _CHANGES.fullmatch(name) else None
-        for target in tree_leaves((changed, kwargs.get("out"))):
-            if isinstance(target, cls):
-                asked = f"{name} of a tensor of '{target.file.path}'"
-                remedy = "Use a copy: tensor.clone(), or copy.deepcopy of the adapter"
-                raise FormatError(asked, "its values are in the file", remedy)
+        _check_unchanged(name, first, kwargs)
         if isinstance(first, cls) and name in _WITHOUT_VALUES:
             result = _run_plainly(func, (), args, kwargs)
             views = tree_map_only(Tensor, lambda t: _view(first, t), result)
@@ -162,6 +164,16 @@ class _TensorOnDisk(Tensor):
                 return views
         args, kwargs = tree_map_only(cls, cls.read_from_disk, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _check_unchanged(name: str, first: Any, kwargs: dict[str, Any]) -> None:
+    """Raise for a function that would change a tensor on disk, by the function's name."""
+    changed = first if _CHANGES.fullmatch(name) else None
+    for target in tree_leaves((changed, kwargs.get("out"))):
+        if isinstance(target, _TensorOnDisk):
+            asked = f"{name} of a tensor of '{target.file.path}'"
+            remedy = "Use a copy: tensor.clone(), or copy.deepcopy of the adapter"
+            raise FormatError(asked, "its values are in the file", remedy)
 
 
 def _view(of: _TensorOnDisk, made: Tensor) -> _TensorOnDisk | None:

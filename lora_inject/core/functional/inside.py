@@ -244,7 +244,7 @@ def checkpoints() -> Iterator[RunningCheckpoint]:
         yield RunningCheckpoint(call.f_locals["ctx"], "run_function")
 
 
-def in_checkpoint() -> bool:
+def runs_in_checkpoint() -> bool:
     """Whether the caller runs inside a checkpointed function."""
     return next(checkpoints(), None) is not None
 

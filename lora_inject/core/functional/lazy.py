@@ -23,9 +23,10 @@ from lora_inject.core.functional.linear import differentiate
 from lora_inject.core.functional.picking import PICKED, writes
 from lora_inject.core.functional.read_only import (
     ReadOnly,
+    check_not_written,
     read_only,
     refuse_change,
-    refuse_writing,
+    run_plainly,
     still_read_only,
     unmarked,
 )
@@ -41,9 +42,6 @@ from lora_inject.errors import LayerError
 from lora_inject.trees import tree_map_only
 
 PLAIN = (Tensor, nn.Parameter)
-
-# What a Parameter has as `__torch_function__` runs a function, past that of any subclass.
-_run_plainly: Any = nn.Parameter.__torch_function__
 
 
 def lazy_weight(
@@ -248,27 +246,31 @@ class LazyWeight(ReadOnly):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Compute a product thinly; form the weight for a function that needs it at once."""
-        if func == _DEVICE:  # asked in each product
+        """Run a function of torch.
+
+        1. The device is asked in each product: the shortest way.
+        2. What would write is refused, and `.data` is the formed value, which is read-only.
+        3. A product is thin if it can be.
+        4. What shows or copies the value, or reads its memory, gets it formed.
+        5. All else runs below autograd (`__torch_dispatch__`).
+        """
+        if func == _DEVICE:
             return args[0]._read.weight.device
         kwargs = kwargs or {}
-        refuse_writing(cls, func, args, kwargs)
+        check_not_written(cls, func, args, kwargs)
         if func == _DATA:
             return read_only(args[0].beneath())
-        product = _PRODUCTS.get(func) or room("experts").product(func)
-        if product is not None and _is_thin(product, args, kwargs):
-            result = product(*map(unmarked, args), **kwargs)
-            if result is not NotImplemented:
-                return result
+        result = _thin_product(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
         if func in _HOOKS:
             args[0]._read.is_thin = False
         if func in _LOOKS:
-            args = (args[0].formed(look=True), *args[1:])
-            return func(*args, **kwargs)
+            return func(args[0].formed(look=True), *args[1:], **kwargs)
         if func in _GET_IT_FORMED:
             args, kwargs = tree_map_only(LazyWeight, LazyWeight.formed, (tuple(args), kwargs))
             return func(*args, **kwargs)
-        result = _run_plainly(func, types, args, kwargs)
+        result = run_plainly(func, types, args, kwargs)
         for given in args:
             if type(given) is cls and given._beneath is not None:
                 return still_read_only(result, given._beneath)
@@ -347,6 +349,14 @@ class _Cut(torch.autograd.Function):
 
 
 # --------------------------------------------------------------------------------------- products
+
+
+def _thin_product(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Return a product with a sum that is not formed; NotImplemented for all else."""
+    product = _PRODUCTS.get(func) or room("experts").product(func)
+    if product is None or not _is_thin(product, args, kwargs):
+        return NotImplemented
+    return product(*map(unmarked, args), **kwargs)
 
 
 def _is_thin(product: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_inject.errors import LayerError
 
 # What a Parameter has as `__torch_function__` runs a function, past that of any subclass.
-_run_plainly: Any = nn.Parameter.__torch_function__
+run_plainly: Any = nn.Parameter.__torch_function__
 
 
 def refuse_change(func: Any) -> NoReturn:
@@ -29,7 +29,7 @@ def refuse_change(func: Any) -> NoReturn:
     )
 
 
-def refuse_writing(cls: type, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def check_not_written(cls: type, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Raise for a function of torch that would write into a tensor of a class.
 
     Torch ends the names of what writes into its first argument with an underscore.
@@ -38,11 +38,11 @@ def refuse_writing(cls: type, func: Any, args: Sequence[Any], kwargs: Mapping[st
     if name.endswith("_") and (not name.endswith("__") or _assigns(name)):
         given = args or (*kwargs.values(),)  # torch.nn.init passes all by name
         # `x.data = W` would make the memory of W writable.
-        _refuse_among(cls, func, given if name == "__set__" else given[:1])
+        _check_none_among(cls, func, given if name == "__set__" else given[:1])
     if kwargs:
-        _refuse_among(cls, func, kwargs.get("out"))
+        _check_none_among(cls, func, kwargs.get("out"))
         if kwargs.get("inplace") is True:
-            _refuse_among(cls, func, args[:1])
+            _check_none_among(cls, func, args[:1])
 
 
 def _assigns(name: str) -> bool:
@@ -51,13 +51,13 @@ def _assigns(name: str) -> bool:
     return augmented or name in ("__set__", "__setitem__")
 
 
-def _refuse_among(cls: type, func: Any, written: Any) -> None:
+def _check_none_among(cls: type, func: Any, written: Any) -> None:
     each = written if isinstance(written, tuple | list) else (written,)
     if any(isinstance(t, cls) for t in each):
         refuse_change(func)
     for inner in each:
         if isinstance(inner, tuple | list):
-            _refuse_among(cls, func, inner)
+            _check_none_among(cls, func, inner)
 
 
 class _TypeOfRead(str):
@@ -95,8 +95,8 @@ class ReadOnly(Tensor):
     ) -> Any:
         """Compute like a plain tensor, but write nothing."""
         kwargs = kwargs or {}
-        refuse_writing(cls, func, args, kwargs)
-        result = _run_plainly(func, types, args, kwargs)
+        check_not_written(cls, func, args, kwargs)
+        result = run_plainly(func, types, args, kwargs)
         for given in (*args, *kwargs.values()):
             if type(given) is cls:
                 return still_read_only(result, given)
@@ -132,4 +132,4 @@ def unmarked(value: Any) -> Any:
     """Return what was formed as a plain tensor, for a kernel that only reads it."""
     if type(value) is not ReadOnly:
         return value
-    return _run_plainly(Tensor.as_subclass, (), (value, Tensor), {})
+    return run_plainly(Tensor.as_subclass, (), (value, Tensor), {})

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import GATHERED, Attached, Entry
-from lora_inject.core.layers.forwards import refuse_offloaded
+from lora_inject.core.layers.forwards import check_not_offloaded
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.spec.sites import Geometry
 from lora_inject.errors import LayerError
@@ -82,16 +82,16 @@ class Adapted(nn.Module):
         """Compute the layer with the adapters of a mix."""
         raise NotImplementedError
 
-    def _lora_refuse_vain(self, tensors: Iterable[Tensor]) -> None:
+    def _lora_check_vain(self, tensors: Iterable[Tensor]) -> None:
         """Raise if adapters should train but no gradient would reach them."""
         if not self.training or torch.compiler.is_compiling():
             return
         if torch.is_grad_enabled():
-            refuse_offloaded(self)
+            check_not_offloaded(self)
         elif any(t.requires_grad for t in tensors):
-            from lora_inject.core.layers.checkpointing import refuse_dead_checkpoint
+            from lora_inject.core.layers.checkpointing import check_live_checkpoint
 
-            refuse_dead_checkpoint()
+            check_live_checkpoint()
 
     def _lora_raw(self, param: str) -> Any:
         """Return the plain class's attribute: a parameter, or a tensor in its place."""
@@ -111,10 +111,10 @@ class Adapted(nn.Module):
         if not entries:
             return raw
         if raw is None:
-            self._lora_refuse_replaced(param)
+            self._lora_check_replaced(param)
         return self._lora.selection.current().read(self, param, raw, entries, outside=outside)
 
-    def _lora_refuse_replaced(self, name: str) -> None:
+    def _lora_check_replaced(self, name: str) -> None:
         """Raise if a parameter becomes computed, as in parametrize, prune and weight_norm.
 
         Wrappers that gather shards or replicate replace them by plain tensors of the same value.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from weakref import ReferenceType
 
@@ -166,30 +167,32 @@ NOTHING = Chosen(None, (), None)
 class Attached:
     """What one module carries."""
 
+    # What few modules have stands here, as there are many thousands.
+    old_forward: Any = None  # the forward that a hook had saved on the module
+    float32 = False  # whether an adapter on the output asks for float32 arithmetic
+    time_major = False  # whether its input may have time before batch
+    gains = False  # whether an adapter on the output has a gain
+    still = False  # whether a forward in training has left the module's buffers alone
+    # Marks of the entries that a state dict has told the form of; that a forward has used so far;
+    # and that another module read while this one did not run.
+    given: frozenset[str] = frozenset()
+    took_part: frozenset[str] = frozenset()
+    read_from_outside: frozenset[str] = frozenset()
+    # Marks of the entries that have no values, of those of them that have memory; and of those
+    # that `reset_parameters` started from W, with the versions of their tensors.
+    valueless: frozenset[str] = frozenset()
+    garbage: frozenset[str] = frozenset()
+    by_reset: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+
     def __init__(self, selection: Selection) -> None:
         self.selection = selection  # says which adapters take part
         self.forward: dict[str, Entry] = {}  # by adapter, on the output of this layer
         self.reads: dict[str, dict[str, Entry]] = {}  # by parameter and adapter
         self.flat: set[str] = set()  # names of the adapters' tensors among the parameters
         self._base: tuple[str, ...] = ()  # those of the other parameters
-        self.old_forward: Any = None  # the forward that a hook had saved on the module
         # For each thread that runs a forward of the module: the effective weights read in it, and
         # the hooks on saved tensors that it was entered with.
         self.running: dict[int, tuple[dict[tuple[str, bool], Tensor], Any]] = {}
-        self.float32 = False  # whether an adapter on the output asks for float32 arithmetic
-        self.time_major = False  # whether its input may have time before batch
-        self.gains = False  # whether an adapter on the output has a gain
-        self.given: set[str] = set()  # marks of the entries that a state dict has told the form of
-        self.still = False  # whether a forward in training has left the module's buffers alone
-        # Marks of the entries that a forward has used so far; and of those that another module read
-        # while this one did not run.
-        self.took_part: frozenset[str] = frozenset()
-        self.read_from_outside: frozenset[str] = frozenset()
-        # Marks of the entries that have no values, of those of them that have memory; and of those
-        # that `reset_parameters` started from W, with the versions of their tensors.
-        self.valueless: frozenset[str] = frozenset()
-        self.garbage: frozenset[str] = frozenset()
-        self.by_reset: Mapping[str, tuple[int, ...]] = {}
         # Parameters that were read from outside, in case that the reader takes them out.
         self.last_read: dict[str, ReferenceType[Tensor]] = {}
         # One object, which another thread cannot change between two reads.
@@ -259,7 +262,7 @@ class Attached:
         """Return the updates on the output that take part under a mix."""
         if self.garbage:
             taking = (self.forward[name] for name in mix.names if name in self.forward)
-            self.refuse_garbage(taking, "a forward")
+            self.check_started(taking, "a forward")
         return tuple(
             recipe
             for name, weight in mix.names.items()
@@ -274,7 +277,7 @@ class Attached:
         if alone is not None:
             copies = self.reads.get(alone.param, {})
             taking += [(copies[n], w) for n, w in mix.names.items() if n in copies]
-            refuse_mixed(taking)
+            check_mixed(taking)
         return alone
 
     def forget_use(self) -> None:
@@ -285,10 +288,10 @@ class Attached:
     def used(self, entries: Iterable[Entry]) -> None:
         """Note that entries take part in a forward."""
         taking = list(entries)
-        self.refuse_garbage(taking, "a forward")
+        self.check_started(taking, "a forward")
         self.took_part = self.took_part.union(entry.mark for entry in taking)
 
-    def refuse_garbage(self, entries: Iterable[Entry], asked: str) -> None:
+    def check_started(self, entries: Iterable[Entry], asked: str) -> None:
         """Raise if entries have memory that nobody has written to."""
         for entry in entries if self.garbage else ():
             if entry.mark in self.garbage:
@@ -339,7 +342,7 @@ class Attached:
         self.join(self.selection)
 
 
-def refuse_mixed(taking: Sequence[tuple[Entry, float]]) -> None:
+def check_mixed(taking: Sequence[tuple[Entry, float]]) -> None:
     """Raise if an adapter with a gain is not alone on a tensor, or not with weight 1."""
     alone = next((entry for entry, _ in taking if entry.variant.gained), None)
     if alone is None or (len(taking) == 1 and taking[0][1] == 1.0):
@@ -363,7 +366,7 @@ def attached_to(module: nn.Module) -> Attached | None:
     return module.__dict__.get("_lora")
 
 
-def refuse_replaced_class(module: nn.Module, asked: str) -> None:
+def check_class_kept(module: nn.Module, asked: str) -> None:
     """Raise if a module with adapters was given a class without support for them."""
     if attached_to(module) is not None and not hasattr(type(module), "_lora_plain"):
         raise LayerError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -69,8 +70,7 @@ class _Listing:
         for holder, tensor in zip(survey.holders, survey.tensors, strict=True):
             if holder.name not in self.aliases:
                 parameters[holder.name] = _shape(tensor)
-        heads = (_output_head(module) for _, module in survey.modules if _states_head(module))
-        named = (survey.paths[id(head)] for head in heads if id(head) in survey.paths)
+        named = (survey.paths[id(h)] for h in _heads(survey) if id(h) in survey.paths)
         mixtures = self._mixtures()
         return Inventory(
             mixtures=mixtures,
@@ -201,14 +201,14 @@ class _Listing:
             problem = f"{cls} holds no parameter {key!r} of its own"
             remedy = "Name what it is computed of ('weight_v' of weight_norm), or remove that"
             return problem, remedy
-        if parameter.is_complex():
+        if parameter.dtype.is_complex:
             return (
                 f"the weight of {cls} is complex, and an adapter's factors are real",
                 "Leave it out",
             )
         if nn.parameter.is_lazy(parameter):
             return f"{cls} is lazy and not initialized", "Run the model once first"
-        if parameter.device.type == "meta":
+        if parameter.is_meta:
             return self.away
         return None
 
@@ -225,18 +225,19 @@ def _unfit(
     """Say where a weight is not what the layer states, or cannot be read where it has to be."""
     if weight is None:
         return None
-    cls = plain_class(type(module)).__name__
     if is_quantized(weight):
         if adds:
             return None  # a packed weight has another shape by design
         if type(weight) is nn.Parameter and weight.is_floating_point():  # cast in each forward
             problem = f"its weight is kept in {_dtype(weight.dtype)}"
             return problem, "Inject first, then cast (enable_layerwise_casting)"
+        cls = plain_class(type(module)).__name__
         problem = (
             f"its weight is a packed {type(weight).__name__}, and the forward of {cls} is not known"
         )
         return problem, "State that its output is linear in the weight: register_kind"
-    if tuple(weight.shape) != stated.weight_shape:
+    if weight.shape != stated.weight_shape:
+        cls = plain_class(type(module)).__name__
         problem = (
             f"{cls} states sizes {stated.weight_shape}, and its weight has {tuple(weight.shape)}"
         )
@@ -282,14 +283,15 @@ def _raw_geometry(shape: tuple[int, ...], *, transposed: bool) -> Geometry:
 _HEAD = "get_output_embeddings"
 
 
-def _states_head(module: nn.Module) -> bool:
-    """Whether a module may state its output head."""
-    return _has_head(type(module)) or _HEAD in module.__dict__
-
-
-@functools.lru_cache(maxsize=1024)
-def _has_head(cls: type) -> bool:
-    return hasattr(cls, _HEAD)
+def _heads(survey: Survey) -> Iterator[nn.Module]:
+    """Yield the output heads that models and parts of them state."""
+    classes = {type(module) for _, module in survey.modules}
+    stating = {cls for cls in classes if hasattr(cls, _HEAD)}
+    for _, module in survey.modules:
+        if type(module) in stating or _HEAD in module.__dict__:
+            head = _output_head(module)
+            if head is not None:
+                yield head
 
 
 def _output_head(module: nn.Module) -> nn.Module | None:

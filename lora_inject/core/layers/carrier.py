@@ -63,9 +63,9 @@ class Carrier(Reading):
         error_msgs: list[str],
     ) -> None:
         """Let a plain base checkpoint load strictly; half an adapter is still missing keys."""
-        from lora_inject.core.layers.forms import form_key, refuse_unfit
+        from lora_inject.core.layers.forms import check_part, form_key
 
-        refuse_unfit(self, prefix, state_dict, local_metadata)
+        check_part(self, prefix, state_dict, local_metadata)
         waits = bool(self._lora.valueless or self._lora.by_reset)
         if waits:
             from lora_inject.core.layers.starting import names_given, start_loaded
@@ -111,10 +111,10 @@ class Carrier(Reading):
         loads = OWN.keeps is attached and OWN.replaces and param is not None
         for adapted in (*attached.reads, *weight, *attached.flat):
             if adapted not in held and attached.put_back(adapted, held):
-                self._lora_refuse_replaced(adapted)
+                self._lora_check_replaced(adapted)
             there = held.get(adapted)
             if there is not None and not loads and _is_put_wrong(there, param, name == adapted):
-                self._lora_refuse_replaced(adapted)
+                self._lora_check_replaced(adapted)
         super().register_parameter(name, param)
 
     def get_parameter(self, target: str) -> nn.Parameter:
@@ -125,7 +125,7 @@ class Carrier(Reading):
         """Delete like nn.Module, but not what carries an adapter."""
         adapted = name in self._lora.flat or any(e.param == name for e in self._lora.entries())
         if name in self._parameters and adapted:
-            self._lora_refuse_replaced(name)
+            self._lora_check_replaced(name)
         super().__delattr__(name)
 
     def _replicate_for_data_parallel(self) -> Any:

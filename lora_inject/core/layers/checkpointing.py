@@ -11,7 +11,7 @@ functions when their checkpoint begins.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +24,10 @@ from lora_inject.core.functional.inside import (
     saving_hooks,
 )
 from lora_inject.core.layers.contexts import in_context
-from lora_inject.errors import LayerError
+from lora_inject.errors import LayerError, StateError
+
+Before = tuple[Mapping[str, int], Mapping[str, float]]
+"""What `Selection.versions` and `Selection.merged` were when a checkpoint began."""
 
 
 class Recomputed:
@@ -40,12 +43,12 @@ class Recomputed:
         self.function = function
         self.selected: dict[Any, Any] = {}
         self.compiled: dict[Any, Any] = {}
-        self.before: dict[Any, Any] = {}
+        self.before: dict[Any, Before] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function."""
         for selection, selected in {**self.compiled, **self.selected}.items():
-            selection.check_recomputable(selected, self.before[selection])
+            _check_recomputable(selection, selected, self.before[selection])
         with in_context({**self._changed(), **self.selected}, recomputes=True):
             return self.function(*args, **kwargs)
 
@@ -57,6 +60,27 @@ class Recomputed:
         """Note who takes part, unless it is known: what was noted first was in force."""
         (self.compiled if compiled else self.selected).setdefault(selection, selected)
         self.before.setdefault(selection, (selection.versions, selection.merged))
+
+
+def _check_recomputable(selection: Any, selected: Any, before: Before) -> None:
+    """Check that the adapters of a checkpointed forward are still there, with their values."""
+    for what, verb in _changes_since(selection, selected, before):
+        raise StateError(
+            "backward through a checkpoint",
+            f"{what} since its forward, which is to be recomputed",
+            f"Run the backward before {verb}",
+        )
+
+
+def _changes_since(selection: Any, selected: Any, before: Before) -> Iterator[tuple[str, str]]:
+    versions, merged = before
+    if merged != selection.merged:
+        yield "the model was merged or unmerged", "merge() or unmerge()"
+    for name in selected.names:
+        if name not in selection.versions:
+            yield f"adapter {name!r} was ejected", "eject()"
+        elif selection.versions[name] != versions.get(name):
+            yield f"adapter {name!r} got other values", "swap_adapter()"
 
 
 def recomputed(function: Any) -> Recomputed:
@@ -82,7 +106,7 @@ def _is_known(selection: Any) -> bool:
     return isinstance(function, Recomputed) and selection in function.selected
 
 
-def refuse_dead_checkpoint() -> None:
+def check_live_checkpoint() -> None:
     """Raise where the caller runs in a reentrant checkpoint that will ask for no gradient."""
     inputs = reentrant_inputs()
     if inputs is None or any(isinstance(t, Tensor) and t.requires_grad for t in inputs):

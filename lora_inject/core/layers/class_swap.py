@@ -14,7 +14,7 @@ from weakref import WeakSet
 from torch import nn
 
 from lora_inject.core.layers.adapted import Adapted, WeightUpdate, plain_class
-from lora_inject.core.layers.attached import Attached, attached_to, refuse_replaced_class
+from lora_inject.core.layers.attached import Attached, attached_to, check_class_kept
 from lora_inject.core.layers.forwards import keepers
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.selection import Selection
@@ -120,7 +120,9 @@ def _is_ours(method: Any, module: nn.Module) -> bool:
 
 def _own_class(cls: type) -> Any:
     """Return the swapped class that a class derives from, by default itself."""
-    return next((c for c in cls.__mro__ if "_lora_plain" in c.__dict__), cls)
+    if not hasattr(cls, "_lora_plain"):
+        return cls
+    return next(c for c in cls.__mro__ if "_lora_plain" in c.__dict__)
 
 
 def _with_base(cls: type, old: type, new: type) -> type:
@@ -145,14 +147,14 @@ def _rebind_hooked_forward(module: nn.Module, attached: Attached) -> None:
         keeper.keep(module, types.MethodType(type(module).forward, module))
 
 
-def check_swappable(module: nn.Module, asked: str) -> None:
+def check_swappable(module: nn.Module, mixin: type[Adapted], asked: str) -> None:
     """Check that a module's class can change, by making the class and asking Python."""
-    refuse_replaced_class(module, asked)
+    check_class_kept(module, asked)
     cls = type(module)
     if cls in _SWAPPABLE or issubclass(cls, Adapted):
         return
     try:
-        module.__class__ = adapted_class(cls, WeightUpdate, ())
+        module.__class__ = adapted_class(cls, mixin, ())
         module.__class__ = cls
     except TypeError as error:
         raise LayerError(

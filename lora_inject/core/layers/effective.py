@@ -22,7 +22,7 @@ from lora_inject.core.functional.inside import (
     saving_hooks,
 )
 from lora_inject.core.functional.weight import effective_weight
-from lora_inject.core.layers.attached import Entry, attached_to, held_by, refuse_mixed
+from lora_inject.core.layers.attached import Entry, attached_to, check_mixed, held_by
 from lora_inject.core.layers.plain_tensors import PLAIN
 from lora_inject.core.layers.sending import sent_once
 from lora_inject.core.spec.rooms import room
@@ -37,7 +37,7 @@ _is_tracing: Callable[[], bool] = (
 )
 
 
-def refuse_symbolic_trace() -> None:
+def check_not_symbolic() -> None:
     """Raise in torch.fx.symbolic_trace, whose graph would keep today's W + delta as a constant."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode  # loads sympy: only in a trace
 
@@ -62,7 +62,7 @@ def read_mixed(
     """Return W + delta, of the entries of a mix that are on a parameter."""
     attached = layer._lora
     if _is_tracing():
-        refuse_symbolic_trace()
+        check_not_symbolic()
     if type(raw) not in PLAIN and not reads_as_sum(raw):
         return _other(layer, raw, taking, outside)
     # A value read under no_grad would cut the gradient of a later read in the same forward.
@@ -114,7 +114,7 @@ def _effective(layer: Any, raw: Tensor, taking: list[tuple[Entry, float]], outsi
         gain = gain or entry.gain(held)
         patches += entry.patches(held, weight)
     if gain is not None:
-        refuse_mixed(taking)
+        check_mixed(taking)
 
     def used() -> None:
         for entry, _ in taking:
@@ -140,7 +140,7 @@ def _is_read(layer: Any, entry: Entry) -> None:
         return
     if entry.mark not in layer._lora.took_part:
         layer._lora.used((entry,))
-    layer._lora_refuse_vain(entry.tensors(layer).values())
+    layer._lora_check_vain(entry.tensors(layer).values())
     if (
         entry.on_output
         and entry.spec

@@ -77,47 +77,58 @@ def note_forms(module: Any, state_dict: Any, prefix: str) -> None:
     noted[FORMS] = {entry.mark: [form_key(entry), *form_of(entry)] for entry in attached.entries()}
     if merged:
         noted[MERGED] = merged
-    attached.given |= noted[FORMS].keys()
+    attached.given = attached.given.union(noted[FORMS])
 
 
-def refuse_other_forms(model: nn.Module, state_dict: Any) -> None:
-    """Raise if a state dict may not be loaded into the adapters of a model, and their base."""
+def check_forms(model: nn.Module, state_dict: Any) -> None:
+    """Raise if a state dict may not be loaded into the adapters of a model, and their base.
+
+    1. Neither the weights here nor those of the dict hold a merged adapter.
+    2. What the dict has of an entry means there what it means here.
+    3. Of an adapter that it tells of, it has the entries that are here, and no others.
+    """
     modules = model.named_modules(remove_duplicate=False)
     there = [(path, module) for path, module in modules if attached_to(module) is not None]
     for _, module in there:
-        refuse_merged_weights(module)
+        check_weights_unmerged(module)
     if not there or not isinstance(state_dict, Mapping):
         return
     metadata = getattr(state_dict, "_metadata", None) or {}
     for noted in metadata.values():
-        refuse_merged_dict(noted)
-    refuse_marked(state_dict)
+        check_dict_unmerged(noted)
+    check_unmarked(state_dict)
     keys = {canonical(key): key for key in state_dict}
     here: dict[str, set[str]] = {}
     for path, module in there:
-        refuse_unlike(canonical(path), module, keys, state_dict, metadata.get(path, {}))
+        check_same_forms(canonical(path), module, keys, state_dict, metadata.get(path, {}))
         for entry in _entries(module):
             forms = here.setdefault(entry.adapter, set())
             forms.add(joined(canonical(path), form_key(entry)))
     for adapter, forms in here.items():
-        noted_there = set(_noted_in(keys, metadata, adapter))
-        for key in noted_there - forms:
-            problem = f"adapter {adapter!r} has {key!r} there, and no such site here"
-            raise StateError(_ASKED, problem, _SAME)
-        carried = forms & keys.keys()
-        for key in forms - carried if carried else ():
-            problem = f"adapter {adapter!r} has {key!r} here, and no such site there"
-            raise StateError(_ASKED, problem, _SAME)
+        _check_same_entries(adapter, forms, keys, metadata)
 
 
-def refuse_unfit(
+def _check_same_entries(
+    adapter: str, here: set[str], keys: Mapping[str, str], metadata: Mapping[str, Any]
+) -> None:
+    """Raise if a dict tells of other entries of an adapter than there are, by their forms' keys."""
+    for key in {*_noted_in(keys, metadata, adapter)} - here:
+        problem = f"adapter {adapter!r} has {key!r} there, and no such site here"
+        raise StateError(_ASKED, problem, _SAME)
+    carried = here & keys.keys()
+    for key in here - carried if carried else ():
+        problem = f"adapter {adapter!r} has {key!r} here, and no such site there"
+        raise StateError(_ASKED, problem, _SAME)
+
+
+def check_part(
     module: nn.Module, prefix: str, state_dict: Mapping[str, Any], noted: Mapping[str, Any]
 ) -> None:
     """Raise if a module may not take its part of a state dict, whoever loads it."""
-    refuse_merged_weights(module)
-    refuse_merged_dict(noted)
-    refuse_marked(key for key in state_dict if key == prefix + MERGED_MARK)
-    refuse_unlike(prefix[:-1], module, {key: key for key in state_dict}, state_dict, noted)
+    check_weights_unmerged(module)
+    check_dict_unmerged(noted)
+    check_unmarked(key for key in state_dict if key == prefix + MERGED_MARK)
+    check_same_forms(prefix[:-1], module, {key: key for key in state_dict}, state_dict, noted)
 
 
 def _entries(module: nn.Module) -> Iterator[Entry]:
@@ -126,7 +137,7 @@ def _entries(module: nn.Module) -> Iterator[Entry]:
     return attached.entries()
 
 
-def refuse_merged_weights(module: nn.Module) -> None:
+def check_weights_unmerged(module: nn.Module) -> None:
     """Raise if the weights of a module hold a merged adapter."""
     attached = attached_to(module)
     if attached is not None and attached.selection.merged:
@@ -137,13 +148,13 @@ def refuse_merged_weights(module: nn.Module) -> None:
         )
 
 
-def refuse_merged_dict(noted: Mapping[str, Any]) -> None:
+def check_dict_unmerged(noted: Mapping[str, Any]) -> None:
     """Raise if the base's weights in a state dict hold an adapter, which would count twice here."""
     for name in noted.get(MERGED, ()):
         raise _merged(f"{name!r} was")
 
 
-def refuse_marked(keys: Iterable[str]) -> None:
+def check_unmarked(keys: Iterable[str]) -> None:
     """Raise if one of the keys is the mark of merged weights."""
     for key in keys:
         if key.rpartition(".")[2] == MERGED_MARK:
@@ -156,7 +167,7 @@ def _merged(who: str) -> StateError:
     return StateError(_ASKED, problem, remedy)
 
 
-def refuse_unlike(
+def check_same_forms(
     path: str,
     module: nn.Module,
     keys: Mapping[str, str],

@@ -37,7 +37,7 @@ class ForwardUpdate(Adapted):
             return self._lora_without_updates(args, kwargs)
         updates = factors_of(recipes, held_by(self), training=self.training)
         if self.training:
-            self._lora_refuse_vain(t for u in updates for t in (u.A, u.B))
+            self._lora_check_vain(t for u in updates for t in (u.A, u.B))
         gained = attached.gained(mix) if attached.gains else None
         if gained is None:
             return self._lora_with_updates(args, kwargs, updates)

@@ -62,7 +62,7 @@ def has_own_forward(module: nn.Module) -> bool:
     return not any(owner.calls_class(module) for owner in loaded_owners())
 
 
-def refuse_offloaded(module: nn.Module) -> None:
+def check_not_offloaded(module: nn.Module) -> None:
     """Raise if a library offloads a module: gradients of copies are lost."""
     if any(owner.offloads(module) for owner in loaded_owners()):
         raise LayerError(

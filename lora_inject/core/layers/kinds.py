@@ -7,8 +7,7 @@ matrix. Raw parameters need no kind: the parameter itself is the site.
 The table of an embedding is a weight `(num, dim)` whose input is a one-hot vector, so `x A^T` is a
 lookup in A. As in the paper's code (loralib `layers.Embedding`), A starts at zero and B is random:
 rows of tokens that are not in the training data do not change. With `max_norm` torch renormalizes
-rows of W in place during the forward. A plain table with the weight `W + delta` would return
-renormalized `W + delta`. This is computed here out of place, and the adapter never changes W.
+rows of W in place during the forward: here those of `W + delta` are, out of place.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from lora_inject.core.functional.gain import gained
 from lora_inject.core.functional.inside import in_trace
 from lora_inject.core.functional.lookup import embedding, renormalized
 from lora_inject.core.layers.adapted import Adapted, WeightUpdate, keeps_forward
+from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.forward_update import ForwardUpdate
 from lora_inject.core.layers.linear_kinds import LoRAConv1D, LoRALinear
 from lora_inject.core.spec.sites import Geometry
@@ -90,7 +90,7 @@ class LoRAEmbedding(ForwardUpdate):
     ) -> tuple[Tensor, Tensor]:
         """Return looked-up rows with updates, before a gain and before their norm, and the ids."""
         ids, weight = self._lora_input(args, kwargs), self._lora_own("weight")
-        self._lora_refuse_resized(updates[0].A.shape[1])
+        self._lora_check_rows(updates[0].A.shape[1])
         if hasattr(weight, "full_tensor"):  # a DTensor does not support adding to single rows
             return self._lora_rows(ids, self._lora_formed(), None), ids
         base = self._lora_rows(ids, weight, None)
@@ -106,7 +106,7 @@ class LoRAEmbedding(ForwardUpdate):
             rows = gained(rows, rows, gain)
         return rows if self.max_norm is None else renormalized(rows, self.max_norm, self.norm_type)
 
-    def _lora_refuse_resized(self, num: int) -> None:
+    def _lora_check_rows(self, num: int) -> None:
         """Raise if the table has other rows than A, which has `num`."""
         if not in_trace() and num != self.num_embeddings:
             raise LayerError(
@@ -176,61 +176,10 @@ def mixin_for(kind: str) -> type[Adapted]:
     return next(row for row in KINDS if row.kind == kind)
 
 
-def register_kind(row: type[Adapted]) -> type[Adapted]:
-    """Add a kind of layer from outside the package; it is asked before the built-in ones.
-
-    Args:
-        row: A class with a `kind` of its own, `matches` and `geometry`. Derived from `LoRALinear`
-            it adds to the layer's output where its `adds_to_output` says that this is right;
-            derived from `WeightUpdate` its weight reads as W + delta. The kind's name travels with
-            saved adapters.
-
-    Returns:
-        The class, so that this can stand as a decorator.
-
-    Raises:
-        LayerError: The class has no kind of its own, or its name is taken by another class.
-
-    Examples:
-        >>> import torch
-        >>> from torch import nn
-        >>> from lora_inject import Geometry
-        >>> class Dense(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.kernel = nn.Parameter(torch.randn(4, 6))
-        ...     def forward(self, x):
-        ...         return x @ self.kernel
-        >>> @register_kind
-        ... class LoRADense(LoRALinear):
-        ...     kind, weight_name = "dense", "kernel"
-        ...     @classmethod
-        ...     def matches(cls, module):
-        ...         return isinstance(module, Dense)
-        ...     @staticmethod
-        ...     def geometry(module):
-        ...         return Geometry(4, 6, (4, 6), transposed=True)
-        >>> kind_of(Dense()).kind
-        'dense'
-        >>> KINDS.remove(LoRADense)
-    """
-    kind = row.__dict__.get("kind")
-    if not kind or not issubclass(row, Adapted):
-        raise LayerError(
-            f"register_kind({row.__name__})",
-            "it is not an Adapted class with a kind of its own",
-            "Derive from LoRALinear or WeightUpdate and set kind",
-        )
-    for other in KINDS:
-        same = (other.__module__, other.__qualname__) == (row.__module__, row.__qualname__)
-        if other.kind == kind and not same:
-            raise LayerError(
-                f"register_kind({row.__name__})",
-                f"kind {kind!r} is taken by {other.__module__}.{other.__qualname__}",
-                "Choose another name",
-            )
-    KINDS[:] = [row, *(other for other in KINDS if other.kind != kind)]
-    return row
+def mixin_of(entry: Entry) -> type[Adapted]:
+    """Return the mixin by which a module carries an entry: its kind's, or that of reads."""
+    on_output = entry.on_output and entry.spec is not None
+    return mixin_for(entry.spec.kind) if on_output else WeightUpdate  # type: ignore[union-attr]
 
 
 def kind_of(module: nn.Module) -> type[Adapted] | None:

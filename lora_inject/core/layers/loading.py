@@ -23,9 +23,9 @@ def watch_loading() -> None:
     @functools.wraps(load)
     def asked_first(self: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         if any("_lora" in module.__dict__ for module in self.modules()):
-            from lora_inject.core.layers.forms import refuse_other_forms
+            from lora_inject.core.layers.forms import check_forms
 
-            refuse_other_forms(self, state_dict)
+            check_forms(self, state_dict)
         return load(self, state_dict, *args, **kwargs)
 
     nn.Module.load_state_dict = asked_first  # type: ignore[method-assign]

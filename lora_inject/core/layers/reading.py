@@ -7,6 +7,7 @@ is added, reads its own W (`own_code`). What the sum is stands in `effective`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 from weakref import ref
 
@@ -25,20 +26,24 @@ class Reading(Adapted):
     """The part of a swapped class that gives whoever reads a parameter W + delta."""
 
     def _lora_read(self, param: str, raw: Any) -> Any:
-        """Return what the attribute of a parameter reads as."""
+        """Return what the attribute of a parameter reads as.
+
+        1. Code that keeps or writes the parameters finds them.
+        2. The forward to whose output updates are added finds W, with what is read alone.
+        3. A library that moves or rounds a parameter finds it.
+        4. Whoever else reads gets W + delta, which cannot be written to.
+        """
         attached = self._lora
         if OWN.keeps is attached:
             return raw
         adds = OWN.adds is attached
-        entries = attached.reads.get(param, {})
-        if attached.forward and not adds and param == self.weight_name:
-            entries = {**attached.forward, **entries}
+        entries = self._lora_entries(param, with_forward=not adds)
         if not entries:
             return raw
         outside = not adds and not attached.runs_here()
         if outside and not torch.compiler.is_compiling():
             if any(standing_at(path)(self, param, raw) for path in room("libraries").movers()):
-                return raw  # to a library that moves it or rounds it
+                return raw
             if type(raw) is nn.Parameter:
                 attached.last_read[param] = ref(raw)
         value = self._lora_value(param, raw, entries, outside=outside)
@@ -47,6 +52,13 @@ class Reading(Adapted):
         from lora_inject.core.functional.read_only import read_only
 
         return read_only(value)
+
+    def _lora_entries(self, param: str, *, with_forward: bool) -> Mapping[str, Entry]:
+        """Return the entries on a parameter, those on the output of the layer as well or not."""
+        reads = self._lora.reads.get(param, {})
+        if not (with_forward and self._lora.forward and param == self.weight_name):
+            return reads
+        return {**self._lora.forward, **reads}
 
     def _lora_read_mixed(
         self, param: str, raw: Any, taking: list[tuple[Entry, float]], *, outside: bool
@@ -74,7 +86,7 @@ def weight_property(param: str) -> property:
 
     def write(self: Reading, value: Any) -> None:
         # Parameters do not come here: nn.Module.__setattr__ puts them into `_parameters`.
-        self._lora_refuse_replaced(param)
+        self._lora_check_replaced(param)
         self.__dict__[param] = value
 
     def delete(self: Reading) -> None:

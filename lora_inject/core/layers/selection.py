@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakSet
 
@@ -18,10 +18,10 @@ import torch
 from lora_inject.core.functional.inside import (
     constant_in_graphs,
     in_backward,
-    in_checkpoint,
     may_recompute,
     next_node,
     running_node,
+    runs_in_checkpoint,
 )
 from lora_inject.core.layers.contexts import Context, entered, innermost
 from lora_inject.core.layers.selected import Mix, Selected
@@ -125,7 +125,7 @@ class Selection:
                 f"it was called {whose} disabled() or routed(), whose end would undo it",
                 "Leave the context first",
             )
-        if in_backward() or in_checkpoint():
+        if in_backward() or runs_in_checkpoint():
             raise StateError(
                 asked,
                 "it was called inside a checkpointed function or a backward pass",
@@ -160,7 +160,7 @@ class Selection:
 
     def entered(self, context: Context) -> None:
         """Note that a context of this selection begins."""
-        if in_checkpoint():
+        if runs_in_checkpoint():
             self.current()  # a checkpoint that is running began outside of the context
         self._note_change()
         selected = context.selected[self]
@@ -185,25 +185,6 @@ class Selection:
             self.into_graphs(selected, self.devices)
 
     # ----------------------------------------------------------------------------- recomputation
-
-    def check_recomputable(self, selected: Selected, before: Before) -> None:
-        """Check that the adapters of a checkpointed forward are still there, with their values."""
-        for what, verb in self._changes_since(selected, before):
-            raise StateError(
-                "backward through a checkpoint",
-                f"{what} since its forward, which is to be recomputed",
-                f"Run the backward before {verb}",
-            )
-
-    def _changes_since(self, selected: Selected, before: Before) -> Iterator[tuple[str, str]]:
-        versions, merged = before
-        if merged != self.merged:
-            yield "the model was merged or unmerged", "merge() or unmerge()"
-        for name in selected.names:
-            if name not in self.versions:
-                yield f"adapter {name!r} was ejected", "eject()"
-            elif self.versions[name] != versions.get(name):
-                yield f"adapter {name!r} got other values", "swap_adapter()"
 
     def _check_known(self) -> None:
         """Check a forward in a backward that no checkpoint of torch's recomputes."""
@@ -237,10 +218,6 @@ class Selection:
     def __setstate__(self, saved: dict[str, Any]) -> None:
         Selection.__init__(self)
         self.__dict__.update(saved)
-
-
-Before = tuple[Mapping[str, int], Mapping[str, float]]
-"""What `Selection.versions` and `Selection.merged` were when a checkpoint began."""
 
 
 @constant_in_graphs

@@ -2,7 +2,7 @@
 
 An entry that is put on a module on the meta device has no values. Neither has one that `to_empty`
 gave new memory. `layers.starting` says where it gets them. Until then a forward that would use what
-the memory holds is refused (`Attached.refuse_garbage`).
+the memory holds is refused (`Attached.check_started`).
 """
 
 from __future__ import annotations

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.layers.adapted import WeightUpdate
-from lora_inject.core.layers.attached import Attached, attached_to, refuse_mixed
+from lora_inject.core.layers.attached import Attached, attached_to, check_mixed
 from lora_inject.core.layers.class_swap import swap
-from lora_inject.core.layers.kinds import mixin_for
+from lora_inject.core.layers.kinds import mixin_of
 from lora_inject.core.layers.packed_weights import begin_training
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.selection import Selection
@@ -23,8 +22,8 @@ from lora_inject.core.model.guards import after, before
 from lora_inject.core.model.roots import (
     become_root,
     check_new_name,
+    check_not_nested,
     records_with,
-    refuse_nested,
     selection_for,
 )
 from lora_inject.core.model.trainable import forget_gradients
@@ -35,7 +34,7 @@ def survey_for(model: nn.Module, name: str, *, loads: bool = False) -> Survey:
     survey = Survey(model)
     asked = f"adapter {name!r}"
     before("attach", survey, asked, loads=loads)
-    refuse_nested(survey, asked)
+    check_not_nested(survey, asked)
     check_new_name(survey, name)
     return survey
 
@@ -89,7 +88,8 @@ def attach(
         if train:
             begin_training(modules)
         if activate:
-            _activate(selection, name, alone=train)
+            beside = {} if train else selection.setting.names
+            selection.replace(Mix({**beside, name: 1.0}))
         after("load", survey, name)
         last()
     forget_gradients(survey.tensors)
@@ -151,25 +151,19 @@ def _check_mixable(name: str, wanted: Iterable[Carried], active: Mapping[str, fl
         attached = attached_to(place.module)
         beside = attached.entries() if attached is not None else ()
         there = [e for e in beside if e.param == place.entry.param and e.adapter in active]
-        refuse_mixed([(entry, active[entry.adapter]) for entry in (place.entry, *there)])
-
-
-def _activate(selection: Selection, name: str, *, alone: bool) -> None:
-    """Let an adapter take part, alone or beside those of a model that shares layers."""
-    others = {} if alone else selection.setting.names
-    selection.replace(Mix({**others, name: 1.0}))
+        check_mixed([(entry, active[entry.adapter]) for entry in (place.entry, *there)])
 
 
 def _put(place: Carried, parameters: Mapping[str, nn.Parameter], selection: Selection) -> Attached:
     """Swap the class of a module if it has none of ours yet, and add an entry to it."""
-    entry, module, spec = place.entry, place.module, place.entry.spec
-    mixin = mixin_for(spec.kind) if entry.on_output and spec is not None else WeightUpdate
-    attached = swap(module, selection, mixin, () if entry.on_output else (entry.param,))
+    entry, module = place.entry, place.module
+    reads = () if entry.on_output else (entry.param,)
+    attached = swap(module, selection, mixin_of(entry), reads)
     for role, flat in entry.names.items():
         module._parameters[flat] = parameters[role]
         selection.extend_to(parameters[role].device)
     attached.add(entry)
-    if any(parameter.is_meta for parameter in parameters.values()):
+    if next(iter(parameters.values())).is_meta:
         moved(module, emptied=False)
     return attached
 

@@ -19,7 +19,6 @@ from lora_inject.core.layers.attached import (
     Attached,
     Entry,
     attached_to,
-    refuse_mixed,
 )
 from lora_inject.core.layers.selection import Selection, alive
 from lora_inject.core.layers.survey import Holder, Survey, base_tensor, unwrapped
@@ -188,19 +187,6 @@ def _without_layers(survey: Survey) -> Iterator[tuple[str, Selection]]:
         yield from ((name, record.selection) for name, held in record.carrying.items() if not held)
 
 
-def refuse_mixes(model: nn.Module, reached: Reach, weights: Mapping[str, float]) -> None:
-    """Raise if an adapter with a gain would not be alone at a site, with weight 1."""
-    if not reached.gained & weights.keys() or (len(weights) == 1 and 1.0 in weights.values()):
-        return
-    taking: dict[tuple[int, str], list[tuple[Entry, float]]] = {}
-    survey = Survey(model)
-    for name, weight in weights.items():
-        for _, module, entry in entries(survey, name):
-            taking.setdefault((id(module), entry.param), []).append((entry, weight))
-    for each in taking.values():
-        refuse_mixed(each)
-
-
 def check_names(known: frozenset[str], names: Iterable[str], verb: str) -> set[str]:
     """Return the names, or raise if one is not an adapter of the model."""
     listed = list(names)
@@ -214,7 +200,7 @@ def check_names(known: frozenset[str], names: Iterable[str], verb: str) -> set[s
     return set(listed)
 
 
-def refuse_merged(asked: str, *selections: Selection) -> None:
+def check_unmerged(asked: str, *selections: Selection) -> None:
     """Raise if the weights hold a merged adapter."""
     for selection in selections:
         if selection.merged:

@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_inject.core.layers.contexts import held_by_coroutine, in_context
 from lora_inject.core.layers.selected import Mix, Selected
-from lora_inject.core.model.carried import reach, refuse_merged
+from lora_inject.core.model.carried import check_unmerged, reach
 from lora_inject.errors import StateError
 
 
@@ -90,6 +90,6 @@ def selecting(
     selections = reach(model).selections
     if not selections:
         raise StateError(asked, "the model has no adapter", "Inject or load one first")
-    refuse_merged(asked, *selections)
+    check_unmerged(asked, *selections)
     with in_context(dict.fromkeys(selections, selected), waits=waits):
         yield

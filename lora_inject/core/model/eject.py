@@ -20,11 +20,11 @@ from lora_inject.core.model.carried import (
     Root,
     adapted_modules,
     check_names,
+    check_unmerged,
     known_roots,
     names_at,
     reach,
     records_of,
-    refuse_merged,
     structure_changed,
 )
 from lora_inject.core.model.guards import after, before
@@ -91,7 +91,7 @@ def _check_free(record: Root, gone: Set[str], *, every: bool) -> None:
     """Check that a root can lose adapters now: merged ones only all together."""
     record.selection.check_settled("eject", others=True)
     if not every or not gone >= record.configs.keys():
-        refuse_merged(f"ejecting {min(gone)!r}", record.selection)
+        check_unmerged(f"ejecting {min(gone)!r}", record.selection)
 
 
 def _roots_with(survey: Survey, gone: Set[str]) -> list[_Root]:

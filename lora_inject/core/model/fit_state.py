@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_inject.core.adapter.site_state import SiteState
@@ -23,7 +22,6 @@ from lora_inject.core.model.base import Base, check_base, check_base_copies
 from lora_inject.core.model.callers import Alone
 from lora_inject.core.model.guards import functions
 from lora_inject.core.spec.inventory import Candidate, Inventory
-from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, LayerError, nearest
 
@@ -58,7 +56,12 @@ def fit(
         problem = "it is a buffer of the model, and adapters hold parameters only"
         remedy = "Merge it into the base with the program that made it, and start from that model"
         raise FormatError(f"{asked}, trained tensor {key!r}", problem, remedy)
-    trained, rows = _fit_trained(state, survey, weights, asked)
+    trained: dict[str, Tensor] = {}
+    rows: dict[str, tuple[int, ...]] = {}
+    if state.trained:
+        from lora_inject.core.model.fit_trained import fit_trained
+
+        trained, rows = fit_trained(state, survey, weights, asked)
     if base != "any":
         new = {state.sites[key].spec.weight: spec.weight for key, spec in specs.items()}
         adapted = {old: survey.at(name).tensor for old, name in new.items()}
@@ -151,63 +154,3 @@ def _check_shape(spec: SiteSpec, candidate: Candidate, where: str) -> None:
     if (maps, spec.experts) != (fits, candidate.experts):
         there = f"it maps {maps[0]} to {maps[1]} features in the file"
         raise FormatError(where, f"{there}, {fits[0]} to {fits[1]} here", _ITS_MODEL)
-
-
-def _fit_trained(
-    state: AdapterState, survey: Survey, weights: Mapping[str, Tensor], asked: str
-) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
-    """Return the full copies by the model's names; equal copies of a tied tensor are one tensor.
-
-    1. A tied tensor that the adapter names once, or with two values, is a copy under the names that
-       it gives and nowhere else: those who write such files read them so.
-    2. Rows of the input embedding are read under all its names, as they are written for all.
-    """
-    rows_of: dict[str, tuple[int, ...]] = {}
-    fitted: dict[str, Tensor] = {}
-    first: dict[int, list[Tensor]] = {}
-    table = _input_table(survey)
-    for key, tensor in state.trained.items():
-        weight, rows = weights.get(key), state.rows.get(key)
-        if reason := _why_not_copied(key, tensor, rows, weight):
-            raise FormatError(f"{asked}, trained tensor {key!r}", *reason)
-        name = survey.at(key).name  # a module with two names is one module
-        same = first.setdefault(id(weight), [])
-        held = next((t for t in same if torch.equal(t, tensor)), None)
-        if held is None:
-            same.append(tensor)
-        fitted[name] = tensor if held is None else held
-        if rows is not None:
-            tied = survey.names_of(name) if name == table else ()
-            further = [n for n in tied if n not in state.trained]
-            fitted.update(dict.fromkeys(further, fitted[name]))
-            rows_of.update(dict.fromkeys((name, *further), rows))
-    return fitted, rows_of
-
-
-def _input_table(survey: Survey) -> str | None:
-    """Return the name of the weight of a model's input embedding, None if it states none."""
-    get = getattr(survey.model, "get_input_embeddings", None)
-    try:
-        path = survey.paths.get(id(get())) if callable(get) else None
-    except (AttributeError, NotImplementedError):
-        return None
-    return None if path is None else joined(path, "weight")
-
-
-def _why_not_copied(
-    key: str, tensor: Tensor, rows: tuple[int, ...] | None, weight: Tensor | None
-) -> tuple[str, str] | None:
-    """Return why a tensor is not a copy of a model's tensor, or of its rows, and what to do."""
-    leave = "Load the adapter onto the model that it was made for, or leave this tensor out with "
-    leave += f"leave_out=[{key!r}]"
-    if weight is None:
-        return "the model has no such parameter", leave
-    there, here = tuple(tensor.shape), tuple(weight.shape)
-    if rows is None:
-        differ = there != here
-        return (f"it has shape {there} in the file and {here} here", leave) if differ else None
-    if len(here) == 2 and max(rows) < here[0] and here[1:] == there[1:]:
-        return None
-    problem = f"it holds rows up to {max(rows)}, of {there[1:]} values, and the model's has the "
-    remedy = "Resize the vocabulary first: model.resize_token_embeddings(n)"
-    return f"{problem}shape {here}", remedy

@@ -15,13 +15,12 @@ from lora_inject.core.model.attach import attach, survey_for
 from lora_inject.core.model.callers import callers_of
 from lora_inject.core.model.carried import Carried
 from lora_inject.core.model.guards import before, functions
-from lora_inject.core.model.places import places, refuse_statistics
-from lora_inject.core.model.trainable import refuse_dead_inputs
+from lora_inject.core.model.places import places
+from lora_inject.core.model.trainable import check_live_inputs
 from lora_inject.core.spec.config import Config, ConfigLike
 from lora_inject.core.spec.garbage import few_collections
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.matching import resolve
-from lora_inject.core.spec.patterns import matching
 from lora_inject.core.spec.plan import Plan
 from lora_inject.core.spec.rooms import room
 
@@ -138,7 +137,7 @@ def inject(
 def _surveyed(model: nn.Module, name: str, asked: str) -> tuple[Survey, Inventory]:
     """Return a model that can take a new adapter of that name, and its names."""
     survey = survey_for(model, name, loads=True)
-    refuse_dead_inputs(survey, asked)
+    check_live_inputs(survey, asked)
     return survey, inventory(survey)
 
 
@@ -148,9 +147,10 @@ def _places(survey: Survey, name: str, planned: Plan, present: Inventory) -> lis
         key: trained.rows for trained in planned.trained for key in survey.names_of(trained.name)
     }
     wanted = places(survey, name, planned.sites, named)
-    for i, pattern in enumerate(planned.config.train):
-        asked = f"train {i + 1} ('{pattern}')"
-        refuse_statistics(survey, matching(pattern, present.modules, asked=asked), asked)
+    if planned.config.train:
+        from lora_inject.core.model.in_full import check_statistics
+
+        check_statistics(survey, planned.config.train, present.modules)
     before("load", survey, name, wanted, _tied)
     return wanted
 

@@ -24,7 +24,7 @@ from lora_inject.core.model.fit_state import fit
 from lora_inject.core.model.guards import before
 from lora_inject.core.model.origins import note_files
 from lora_inject.core.model.places import places
-from lora_inject.core.model.trainable import refuse_dead_inputs
+from lora_inject.core.model.trainable import check_live_inputs
 from lora_inject.core.spec.garbage import few_collections
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.rooms import room
@@ -92,7 +92,7 @@ def load_adapter(
     def fitted() -> tuple[Survey, Path, AdapterState]:
         survey = survey_for(model, name, loads=True)
         if trainable:
-            refuse_dead_inputs(survey, asked)
+            check_live_inputs(survey, asked)
         there = _on_disk(place, path, revision, asked)
         known = format or detected(there)
         facts = partial(model_facts, survey)

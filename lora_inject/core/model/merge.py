@@ -28,8 +28,8 @@ from lora_inject.core.model.carried import (
     Root,
     adapted_modules,
     check_names,
+    check_unmerged,
     reach,
-    refuse_merged,
     roots_of,
 )
 from lora_inject.core.model.eject import eject as take_off
@@ -217,7 +217,7 @@ def mix_and_targets(
 def mix_to_fold(survey: Survey, name: str | Mapping[str, float] | None, verb: str) -> Weights:
     """Return what is to be folded, by default what is active, checked."""
     selection = root_of(survey).selection
-    refuse_merged(verb, selection)
+    check_unmerged(verb, selection)
     selection.check_settled(verb, others=True)
     mix = tuple(selection.setting.names.items())
     if name is not None:
@@ -229,7 +229,7 @@ def mix_to_fold(survey: Survey, name: str | Mapping[str, float] | None, verb: st
         raise StateError("merge", "no adapter is active", remedy)
     for _, _, attached in adapted_modules(survey):
         for folded, _ in mix:
-            attached.refuse_garbage(attached.entries(folded), "merge")
+            attached.check_started(attached.entries(folded), "merge")
     return mix
 
 

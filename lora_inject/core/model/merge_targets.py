@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.core.functional.finite import all_finite
-from lora_inject.core.layers.attached import Entry, refuse_mixed
+from lora_inject.core.layers.attached import Entry, check_mixed
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
 from lora_inject.core.model.guards import before, holder_of_shards
@@ -41,7 +41,7 @@ def merge_targets(
             add_entry(targets[holder], entry, weight)
             entries.setdefault(holder, []).append((entry, weight))
     for taking in entries.values():
-        refuse_mixed(taking)
+        check_mixed(taking)
     if isinstance(into, torch.dtype):
         from lora_inject.core.model.packed_target import packed_in
 
@@ -51,7 +51,7 @@ def merge_targets(
         for reason in target.reasons():
             raise LayerError(f"merge into {target.name!r}", *reason)
         target.sharers = [one for one in survey.sharing(target.weight) if one != target.holder]
-    _refuse_overlaps(survey, {memory_of(t.weight): t.name for t in targets.values()})
+    _check_overlaps(survey, {memory_of(t.weight): t.name for t in targets.values()})
     return _once_if_tied(targets)
 
 
@@ -154,7 +154,7 @@ def _check_kept(targets: list[Target], min_kept: float) -> None:
 # Tensors that share memory ----------------------------------------------------------------------
 
 
-def _refuse_overlaps(survey: Survey, written: Mapping[Hashable, str]) -> None:
+def _check_overlaps(survey: Survey, written: Mapping[Hashable, str]) -> None:
     """Refuse to write a tensor of which another holds a part; who holds the whole is tied to it.
 
     In the order of their first bytes, a tensor can overlap one before it only if it overlaps that

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.trainable import refuse_dead_inputs, trainable_tensors
+from lora_inject.core.model.trainable import check_live_inputs, trainable_tensors
 from lora_inject.errors import StateError, check_type
 
 
@@ -46,7 +46,7 @@ def parameter_groups(
     if not groups:
         problem = "no adapter of the model is trainable"
         raise StateError("parameter_groups", problem, "Call train_only(model, name)")
-    refuse_dead_inputs(survey, "parameter_groups")  # a base may be quantized after inject
+    check_live_inputs(survey, "parameter_groups")  # a base may be quantized after inject
     rates = lr if isinstance(lr, Mapping) else {"": lr}
     _check_rates(rates, b_lr_ratio, {adapter for adapter, _ in groups})
     return [

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from itertools import chain
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lora_inject.core.functional.factors import reads_as_sum
 from lora_inject.core.layers.attached import Entry, attached_to, attribute
 from lora_inject.core.layers.class_swap import check_swappable
-from lora_inject.core.layers.packed_weights import weight_kind
+from lora_inject.core.layers.kinds import mixin_of
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried
-from lora_inject.core.spec.names import Below
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 from lora_inject.errors import LayerError
 
@@ -29,22 +27,32 @@ def places(
 ) -> list[Carried]:
     """Find the module of each site and of each name of a copied tensor; check that it can take it.
 
-    Sites and copies have the model's own names; copies come with their rows, None for all. Nothing
-    is changed.
+    Sites and copies have the model's own names; copies come with their rows, None for all.
     """
     for holder in survey.holders if any(map(is_lazy, survey.tensors)) else ():
         if is_lazy(holder.tensor):
             lazy = "it is lazy and not initialized"
             raise LayerError(f"adapter {name!r}, {holder.name!r}", lazy, "Run the model once first")
-    wanted = [*_of_sites(survey, name, sites), *_of_copies(survey, name, copies)]
+    wanted = [*_of_sites(survey, name, sites)]
+    if copies:
+        from lora_inject.core.model.in_full import places_of_copies
+
+        wanted += places_of_copies(survey, name, copies)
     taken: set[tuple[int, str]] = set()
+    swappable: set[tuple[type, bool]] = set()  # what holds of one layer of a class holds of all
     for place in wanted:
-        target = f"{'site' if place.entry.spec else 'trained tensor'} {place.name!r}"
         for reason in chain(_reasons_here(place, taken), _reasons_of_values(place)):
-            raise LayerError(target, *reason)
-        check_swappable(place.module, target)
+            raise LayerError(_asked(place), *reason)
+        alike = type(place.module), attached_to(place.module) is None
+        if alike not in swappable:
+            check_swappable(place.module, mixin_of(place.entry), _asked(place))
+            swappable.add(alike)
         taken.add((id(place.module), place.entry.param))
     return wanted
+
+
+def _asked(place: Carried) -> str:
+    return f"{'site' if place.entry.spec else 'trained tensor'} {place.name!r}"
 
 
 def _of_sites(survey: Survey, name: str, sites: Iterable[SiteSpec]) -> Iterator[Carried]:
@@ -61,18 +69,6 @@ def _of_sites(survey: Survey, name: str, sites: Iterable[SiteSpec]) -> Iterator[
             b = {"b": attribute("b", name, "bias")}
             entry = Entry(name, None, "bias", b, spec.shapes["b"], None, spec.scale)
             yield Carried(path, module, entry)
-
-
-def _of_copies(
-    survey: Survey, name: str, copies: Mapping[str, tuple[int, ...] | None]
-) -> Iterator[Carried]:
-    """Yield the place of each copied tensor."""
-    for copy, rows in copies.items():
-        _, module, param = holder = survey.at(copy)
-        whole = holder.tensor.shape
-        shape = tuple(whole) if rows is None else (len(rows), *whole[1:])
-        entry = Entry(name, None, param, {"T": attribute("T", name, param)}, shape, rows)
-        yield Carried(survey.paths[id(module)], module, entry)
 
 
 def _reasons_here(place: Carried, taken: set[tuple[int, str]]) -> Iterator[tuple[str, str]]:
@@ -100,27 +96,6 @@ def _is_taken(module: nn.Module, flat: str) -> bool:
     return own or flat in module._parameters or flat in module._buffers or flat in module._modules
 
 
-def refuse_statistics(survey: Survey, modules: Collection[str], asked: str) -> None:
-    """Raise if one of the modules that are to train in full has a layer with statistics inside."""
-    below = Below(modules)
-    for name, module in survey.by_name.items() if modules else ():
-        for reason in _reasons_in_full(module) if name in below else ():
-            raise LayerError(f"{asked}, {name!r}", *reason)
-
-
-def _reasons_in_full(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield why a layer that moves statistics, which are buffers, cannot train in full."""
-    if isinstance(getattr(module, "running_mean", None), Tensor):
-        problem = (
-            f"its {type(module).__name__} moves running_mean and running_var as well while it "
-        )
-        problem += (
-            "trains: those are the base's buffers, which an adapter neither holds nor restores"
-        )
-        remedy = "Leave it out, or give the layer track_running_stats=False and no running_mean"
-        yield problem, remedy
-
-
 def _reasons_of_values(place: Carried) -> Iterator[tuple[str, str]]:
     """Yield why an entry cannot use the values of its tensor, and what to do.
 
@@ -131,45 +106,16 @@ def _reasons_of_values(place: Carried) -> Iterator[tuple[str, str]]:
     | site on the output | packed | with an init from W, or a gain whose norms its kind hides |
     | site that is read | packed | the same, in float32, and where it cannot read as a sum |
     """
-    spec, weight = place.entry.spec, place.weight
-    packed = f"quantized ({type(weight).__name__})" if is_quantized(weight) else ""
+    spec = place.entry.spec
     if spec is None:
-        if packed:
-            remedy = "Adapt the layer with a rule (targets) instead, or load the base unquantized"
-            yield f"it is {packed}: no copy of it can train", remedy
-        yield from _reasons_in_full(place.module)
+        from lora_inject.core.model.in_full import reasons_against_copy
+
+        yield from reasons_against_copy(place)
         return
     if spec.why_no_gain and place.entry.variant.gained:
         problem = f"variant {spec.variant} on {spec.why_no_gain}"
         yield problem, "Train it with variant: lora"
-    if packed:
-        yield from _reasons_of_packed(place, spec, packed)
+    if is_quantized(place.weight):
+        from lora_inject.core.model.packed_places import reasons_of_packed
 
-
-def _reasons_of_packed(place: Carried, spec: SiteSpec, packed: str) -> Iterator[tuple[str, str]]:
-    """Yield why a site cannot be on a packed weight; `packed` says how it is held."""
-    module, weight = place.module, place.weight
-    on_output = place.entry.on_output
-    fits = on_output or reads_as_sum(weight)
-    if fits and not on_output and spec.compute == "float32":
-        yield "compute: float32 would unpack all experts at once", "Use compute: base"
-    hidden = None
-    if fits and place.entry.variant.gained:
-        hidden = weight_kind(module, weight).why_not("norms", module, weight)
-    advice = {
-        "the layer rather than its weight": not fits,
-        "variant: lora": hidden is not None,
-        "an init that does not start from W": spec.init in FROM_WEIGHT,
-    }
-    wanted = [words for words, holds in advice.items() if holds]
-    if wanted:
-        how = packed if hidden is None else f"{packed}: {hidden.found}"
-        reads = f"{_reader(spec, fits=fits)} reads its values, and they are {how}"
-        yield reads, f"Use {' and '.join(wanted)}"
-
-
-def _reader(spec: SiteSpec, *, fits: bool) -> str:
-    """Return what of a site reads the values of W, for a message."""
-    if not fits:
-        return "a weight update"
-    return f"init {spec.init}" if spec.init in FROM_WEIGHT else f"variant {spec.variant}"
+        yield from reasons_of_packed(place, spec)

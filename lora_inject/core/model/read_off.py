@@ -17,8 +17,8 @@ from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.base import fingerprint, untouched
 from lora_inject.core.model.carried import (
     adapted_modules,
+    check_unmerged,
     reach,
-    refuse_merged,
     roots_of,
 )
 from lora_inject.core.model.guards import before, functions
@@ -108,9 +108,9 @@ def read_off(
 
     state, weights = values_on(survey, name, "adapter_state of", taken)
     for _, _, attached in adapted_modules(survey):
-        attached.refuse_garbage(attached.entries(name), "reading")
+        attached.check_started(attached.entries(name), "reading")
     # The fingerprint is to be that of the base, which merged weights are not.
-    refuse_merged(f"saving adapter {name!r}", *reach(survey.model, survey).selections)
+    check_unmerged(f"saving adapter {name!r}", *reach(survey.model, survey).selections)
     moved = {s.spec.weight: moved_positions(s, N_SAMPLES) for s in state.sites.values()}
     others = untouched(survey.weights, state)
     return replace(state, fingerprint=fingerprint(weights, others, moved))

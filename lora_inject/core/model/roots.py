@@ -12,10 +12,10 @@ from lora_inject.core.model.carried import (
     ROOT_MODULES,
     Carried,
     Root,
+    check_unmerged,
     known_roots,
     reach,
     records_of,
-    refuse_merged,
     root_at,
     roots_of,
 )
@@ -82,7 +82,7 @@ def _selections_around(survey: Survey, wanted: Sequence[Carried]) -> list[Select
     ]
 
 
-def refuse_nested(survey: Survey, asked: str) -> None:
+def check_not_nested(survey: Survey, asked: str) -> None:
     """Refuse to inject into a module inside or around a root, or into layers of several roots."""
     inside = [path for path in roots_of(survey) if path]
     if inside:
@@ -123,4 +123,4 @@ def check_new_name(survey: Survey, name: str) -> None:
         raise StateError(asked, has_it, "Eject it, or choose another name")
     for selection in there.selections:
         selection.check_settled(f"adding adapter {name!r}")
-    refuse_merged(f"adding adapter {name!r}", *there.selections)
+    check_unmerged(f"adding adapter {name!r}", *there.selections)

@@ -95,7 +95,7 @@ def save_adapter(
     def taken() -> tuple[AdapterState, Callable[[], Any]]:
         state = read_off(survey, name)
         facts = facts_for(survey, format, name)
-        refuse_useless(survey, name, state, unused)
+        check_used(survey, name, state, unused)
         return state, facts
 
     part, facts = all_of.run(taken)
@@ -143,7 +143,7 @@ def _write(target: Path, write: Callable[[Path], Path]) -> None:
     write_together(target, write)
 
 
-def refuse_useless(survey: Survey, name: str, state: AdapterState, unused: Sequence[str]) -> None:
+def check_used(survey: Survey, name: str, state: AdapterState, unused: Sequence[str]) -> None:
     """Raise if an adapter holds NaN or Inf, or was trained and has sites that no forward has used.
 
     `state` is the adapter as it was read from the model. Of several processes all raise.

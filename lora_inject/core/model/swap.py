@@ -25,7 +25,7 @@ from lora_inject.core.layers.starting import copy_into
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.layers.valueless import given_values
 from lora_inject.core.model.base import Base, check_base, check_base_copies, model_facts
-from lora_inject.core.model.carried import entries, reach, records_of, refuse_merged
+from lora_inject.core.model.carried import check_unmerged, entries, reach, records_of
 from lora_inject.core.model.origins import note_files
 from lora_inject.core.model.read_off import values_on
 from lora_inject.core.spec.rooms import room
@@ -91,7 +91,7 @@ def swap_adapter(
     survey = Survey(model)
     slot, here = values_on(survey, name, "swap_adapter of")
     selections = reach(model, survey).selections
-    refuse_merged(asked, *selections)
+    check_unmerged(asked, *selections)
     state = source
     whose = asked
     files = None

@@ -14,14 +14,14 @@ from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import (
     adapted_modules,
     check_names,
+    check_unmerged,
     reach,
     records_of,
-    refuse_merged,
 )
 from lora_inject.core.model.guards import before
 from lora_inject.core.model.trainable import (
+    check_live_inputs,
     forget_gradients,
-    refuse_dead_inputs,
     trainable_tensors,
 )
 from lora_inject.errors import check_type
@@ -44,28 +44,24 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
     wanted = _adapters_named(model, names)
     survey = Survey(model)
     if wanted:
-        refuse_dead_inputs(survey, f"train_only {min(wanted)!r}")
+        check_live_inputs(survey, f"train_only {min(wanted)!r}")
     asked = f"train_only {', '.join(map(repr, sorted(wanted)))}"
-    may_train = [(entry.adapter, p) for _, entry, _, p in trainable_tensors(survey)]
-    trained = [parameter for adapter, parameter in may_train if adapter in wanted]
-    frozen = [parameter for adapter, parameter in may_train if adapter not in wanted]
-    before("train", survey, trained, asked)
+    flags = [(p, entry.adapter in wanted) for _, entry, _, p in trainable_tensors(survey)]
+    before("train", survey, [parameter for parameter, trains in flags if trains], asked)
     records = [record for name in wanted for _, record in records_of(survey, name)]
     with all_or_nothing((module for _, module, _ in adapted_modules(survey)), records):
-        changed = _set_flags(trained, frozen)
+        changed = _set_flags(flags)
         if wanted:
             begin_training(module for _, module in survey.modules)
         for record in records:
             record.trainable |= wanted & record.carrying.keys()
-    forget_gradients(frozen)
+    forget_gradients(parameter for parameter, trains in flags if not trains)
     if changed:
         forget_graphs()
 
 
-def _set_flags(trained: Sequence[nn.Parameter], frozen: Sequence[nn.Parameter]) -> bool:
-    """Let some parameters train and no others; return whether that changed any."""
-    flags = [(parameter, True) for parameter in trained]
-    flags += [(parameter, False) for parameter in frozen]
+def _set_flags(flags: Sequence[tuple[nn.Parameter, bool]]) -> bool:
+    """Let parameters train or not; return whether that changed any."""
     changed = any(parameter.requires_grad != trains for parameter, trains in flags)
     for parameter, trains in flags:
         parameter.requires_grad_(trains)
@@ -80,5 +76,5 @@ def _adapters_named(model: nn.Module, names: str | Iterable[str] | None) -> set[
     check_type("train_only", listed, Iterable, "Give a name, several, or None")
     there = reach(model)
     wanted = check_names(there.names, listed, "train_only")
-    refuse_merged("train_only", *there.selections)
+    check_unmerged("train_only", *there.selections)
     return wanted

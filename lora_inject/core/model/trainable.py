@@ -28,7 +28,7 @@ def forget_gradients(frozen: Iterable[nn.Parameter]) -> None:
         parameter.grad = None
 
 
-def refuse_dead_inputs(survey: Survey, asked: str) -> None:
+def check_live_inputs(survey: Survey, asked: str) -> None:
     """Refuse to train where a layer hands no gradient to its input.
 
     Such layers compute without autograd: whatever lies before them would get a part of its

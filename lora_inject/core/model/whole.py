@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from lora_inject.core.layers.attached import attached_to, refuse_replaced_class
+from lora_inject.core.layers.attached import attached_to, check_class_kept
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import (
     Carried,
@@ -25,7 +25,7 @@ def whole_adapter(survey: Survey, name: str, asked: str) -> list[Carried]:
     records = records_of(survey, name)
     held = list(entries(survey, name))
     for path, module, _ in held:
-        refuse_replaced_class(module, f"{asked} {name!r} at {path!r}")
+        check_class_kept(module, f"{asked} {name!r} at {path!r}")
     if not records:  # a copy of one layer, which has no root
         return held
     carrying = {id(module): module for _, record in records for module in record.carrying[name]}

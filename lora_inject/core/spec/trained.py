@@ -36,11 +36,11 @@ def trained_by(
             entries[name] = Trained(name, (len(ids), *shapes[name][1:]), label, ids)
     if not entries:
         return ()
-    _refuse_both(entries, inventory, sites)
+    _check_not_both(entries, inventory, sites)
     return tuple(entries[name] for name in shapes if name in entries)
 
 
-def _refuse_both(
+def _check_not_both(
     entries: Mapping[str, Trained], inventory: Inventory, sites: Iterable[SiteSpec]
 ) -> None:
     """Raise for a tensor that is adapted and trained, under whichever of its names it is tied."""

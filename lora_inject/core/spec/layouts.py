@@ -1,0 +1,86 @@
+"""Rules that say of a weight which sides are its input, or into which parts its output is cut."""
+
+from __future__ import annotations
+
+import math
+
+from lora_inject.core.spec.config import Axes, Rule
+from lora_inject.core.spec.inventory import Candidate
+from lora_inject.core.spec.sites import Geometry, Slices
+from lora_inject.errors import MatchError
+
+SLICED_KINDS = ("linear", "conv1d", "parameter")
+
+
+def oriented(candidate: Candidate, rule: Rule, asked: str) -> Geometry:
+    """Return which dimensions are the input; a rule may say it of a parameter."""
+    known, dims = candidate.geometry, candidate.weight_shape
+    if rule.layout is None:
+        if candidate.needs_layout:
+            problem = f"a stack of {known.experts:,} matrices, {dims[-2]:,} x {dims[-1]:,}"
+            remedy = (
+                "Say with layout: out_in (x @ W.T, as Mixtral) or in_out (x @ W, as Llama 4) which "
+                "side is the input; or give the axes of one matrix, such as {in: [0], out: [1, 2]}"
+            )
+            raise MatchError(asked, problem, remedy)
+        return known
+    if candidate.kind != "parameter" or (len(dims) > 2 and candidate.experts is None):
+        problem = f"a layout, but a {candidate.kind} of shape {dims} has its own"
+        raise MatchError(asked, problem, "Remove layout; it is for parameters")
+    shape = _laid_out(dims, rule, asked)
+    if candidate.experts is not None and not candidate.needs_layout and shape != known:
+        stated = "in_out" if known.transposed else "out_in"
+        problem = f"a layout other than {stated}, which is the one that its class states"
+        raise MatchError(asked, problem, "Remove layout")
+    return shape
+
+
+def _laid_out(dims: tuple[int, ...], rule: Rule, asked: str) -> Geometry:
+    """Return the matrices that a rule's layout makes of a shape, in memory order."""
+    n, layout = len(dims), rule.layout
+    if isinstance(layout, Axes):
+        n_in, n_out = layout.in_, layout.out
+    else:
+        n_in, n_out = ((n - 2,), (n - 1,)) if layout == "in_out" else ((n - 1,), (n - 2,))
+    stack = tuple(axis for axis in range(n) if axis not in (*n_in, *n_out))
+    order = tuple(range(n))
+    if order not in ((*stack, *n_out, *n_in), (*stack, *n_in, *n_out)):
+        problem = f"a layout of in {[*n_in]} and out {[*n_out]}, but the shape is {dims}"
+        remedy = "Give each axis once, in order: first what counts matrices, then in and out"
+        raise MatchError(asked, problem, remedy)
+
+    def size(axes: tuple[int, ...]) -> int:
+        return math.prod(dims[axis] for axis in axes)
+
+    transposed = order == (*stack, *n_in, *n_out)
+    return Geometry(size(n_in), size(n_out), dims, transposed, size(stack) if stack else None)
+
+
+def sliced(candidate: Candidate, shape: Geometry, rule: Rule, asked: str) -> Slices | None:
+    """Return the slices of a site, with their widths.
+
+    1. Only one matrix is cut, along its output.
+    2. Where a rule names no widths, the parts are equal.
+    3. The parts fill the output.
+    """
+    if rule.slices is None or rule.adapt is None:
+        return None
+    if candidate.kind not in SLICED_KINDS or shape.experts is not None:
+        what = "a stack of matrices" if shape.experts else f"of kind {candidate.kind}"
+        remedy = "Slices are for linear layers, Conv1D and 2-d parameters"
+        raise MatchError(asked, f"slices, but it is {what}", remedy)
+    names, width = rule.slice_names, shape.out_features
+    sizes = rule.slice_widths or _equal_parts(names, width, asked)
+    total = sum(size for _, size in sizes)
+    if total != width:
+        listed = " + ".join(f"{size:,}" for _, size in sizes)
+        problem = f"slices of {listed} = {total:,}, but it has {width:,} outputs"
+        raise MatchError(asked, problem, "Give the widths along its output")
+    return Slices(sizes, tuple(name for name in names if name in rule.adapt))
+
+
+def _equal_parts(names: tuple[str, ...], width: int, asked: str) -> tuple[tuple[str, int], ...]:
+    if width % len(names):
+        problem = f"{len(names)} equal slices, but {width:,} outputs do not divide"
+        raise MatchError(asked, problem, f"Give the widths: {{{names[0]}: ..., ...}}")
+    return tuple((name, width // len(names)) for name in names)
