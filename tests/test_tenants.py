@@ -118,6 +118,18 @@ def test_a_tenant_that_leaves_and_comes_back_goes_on_as_if_it_had_stayed(
     check_equal(run.model, alone("ann", [[0], [1], [2], [3]]), "ann")
 
 
+def test_some_tenants_are_evaluated_and_no_gradient_that_waits_changes() -> None:
+    run = tenants("ann", "bob", "cy")
+    run.forward_backward({"bob": rows("bob", 0)})
+    losses = run.evaluate({"bob": rows("bob", 5), "cy": rows("cy", 5)})
+    assert losses.keys() == {"bob", "cy"}
+    assert run.held_out == losses
+    with pytest.raises(li.StateError, match="there is no batch for 'ann'"):
+        run.evaluate({}, by_name=True)
+    run.optimizer_step("bob")
+    check_equal(run.model, alone("bob", [[0]]), "bob")
+
+
 def test_a_run_of_one_tenant_goes_on_bit_for_bit_beside_others_that_rest(tmp_path: Path) -> None:
     one = tenants("dee")
     go(one, "dee", 0)

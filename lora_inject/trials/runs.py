@@ -309,8 +309,10 @@ class Trials:
 
     # ---------------------------------------------------------------------------------- checks
 
-    def _by_trial(self, batch: Any, by_name: bool | None) -> dict[str, Any]:
-        """Return the batch of each running trial."""
+    def _by_trial(
+        self, batch: Any, by_name: bool | None, *, all_of_them: bool = True
+    ) -> dict[str, Any]:
+        """Return the batch of each running trial, or of those that a dict names."""
         running = self.running
         if not running:
             raise StateError("step", "no trial is running", "See trials.stopped for the reasons")
@@ -322,11 +324,13 @@ class Trials:
         if unknown := [name for name in batch if name not in self.trials]:
             remedy = f"Known are {running}; of one batch for all, each entry is a tensor"
             raise StateError("step", f"there is no trial {unknown[0]!r}", remedy)
-        if missing := [name for name in running if name not in batch]:
+        given = [name for name in running if name in batch]
+        missing = [name for name in running if name not in batch]
+        if missing and (all_of_them or not given):
             problem = f"there is no batch for {missing[0]!r}"
             remedy = "Give one for each running trial; forward_backward takes some"
             raise StateError("step", problem, remedy)
-        return in_one_order({name: batch[name] for name in running})
+        return in_one_order({name: batch[name] for name in given})
 
     def _is_by_name(self, batch: Any) -> bool:
         """Return whether a batch is a dict of batches, as far as its values tell."""
@@ -387,7 +391,7 @@ class Trials:
         """Return and store each running trial's loss on held-out rows, without dropout.
 
         Args:
-            batch: As for `step`.
+            batch: As for `step`; a dict from names to batches may leave trials out.
             forward: As for `step`.
             loss: As for `step`.
             by_name: As for `step`.
@@ -395,7 +399,8 @@ class Trials:
         Returns:
             Name to loss, which `best` and `table` also use.
         """
-        asked = Asked.of(self.model, self._by_trial(batch, by_name), forward, loss)
+        batches = self._by_trial(batch, by_name, all_of_them=False)
+        asked = Asked.of(self.model, batches, forward, loss)
         with evaluating(self.model):
             losses = self.together.losses(asked)
         self.held_out |= losses
