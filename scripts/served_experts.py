@@ -66,6 +66,8 @@ def prepare(folder: Path) -> None:
         for parameter in li.adapter_parameters(model).values():
             nn.init.normal_(parameter, std=0.1)
         ours["adapter"] = _log_probabilities(model)
+        sites = li.adapter_state(model).sites.values()
+        ours["deltas"] = [site.scale * site.B @ site.A for site in sites]
         torch.save(ours, here / "ours.pt")
         li.save_adapter(model, here / "peft")
         try:
@@ -99,7 +101,7 @@ def _log_probabilities(model: Any) -> Tensor:
 def serve(folder: Path, family: str) -> None:
     """Print how far vLLM's log-probabilities are from ours."""
     settings = {"CPU_KVCACHE_SPACE": "1", "CPU_OMP_THREADS_BIND": "nobind", "NO_USAGE_STATS": "1"}
-    settings |= {"ENABLE_V1_MULTIPROCESSING": "0", "LOGGING_LEVEL": "ERROR"}
+    settings |= {"ENABLE_V1_MULTIPROCESSING": "0", "LOGGING_LEVEL": "ERROR", "MLA_DISABLE": "1"}
     os.environ.update({f"VLLM_{key}": value for key, value in settings.items()})
     import vllm
     from vllm.lora.request import LoRARequest
@@ -109,7 +111,7 @@ def serve(folder: Path, family: str) -> None:
     here = folder / family
     engine = vllm.LLM(
         model=str(here / "base"), dtype="float32", enforce_eager=True, max_model_len=32,
-        enable_lora=True, max_lora_rank=8, max_num_seqs=2, max_num_batched_tokens=32,
+        enable_lora=True, max_lora_rank=8, max_loras=2, max_num_seqs=2, max_num_batched_tokens=32,
         num_gpu_blocks_override=64, enable_prefix_caching=False,
     )  # fmt: skip
     ours = torch.load(here / "ours.pt")
@@ -125,6 +127,24 @@ def serve(folder: Path, family: str) -> None:
             print(f"{form}: {type(refused).__name__}: {str(refused)[:160]}")
         else:
             print(f"{form}: off by {off:.1e}")
+            if _CONTEXTS and number:
+                pairs = zip(_deltas(number - 1), ours["deltas"], strict=True)
+                furthest = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+                print(f"{form}: B A as vLLM holds it is off by {furthest:.1e}")
+
+
+_CONTEXTS: dict[int, Any] = {}  # what vLLM hands to each block's product, in the order of blocks
+
+
+def _deltas(slot: int) -> list[Tensor]:
+    """Return B A of each stack of vLLM's buffers, block by block."""
+    stacks_of_blocks = []
+    for context in _CONTEXTS.values():
+        for kind in ("w13", "w2"):
+            stacks = (getattr(context, f"{kind}_lora_{f}_stacked") for f in "ba")
+            parts = [b[slot] @ a[slot] for b, a in zip(*stacks, strict=True)]
+            stacks_of_blocks.append(torch.cat(parts, 1))
+    return stacks_of_blocks
 
 
 def _served(engine: Any, request: Any) -> Tensor:
@@ -153,6 +173,7 @@ def apply(
     context, total = self._lora_context, torch.zeros_like(hidden_states)
     slots = [-1] * len(total)
     if context is not None:
+        _CONTEXTS[id(self)] = context
         of_tokens = context.punica_wrapper.token_lora_indices.tolist()
         slots = of_tokens[: len(total)] if len(of_tokens) >= len(total) else slots
     for t, x in enumerate(hidden_states):
