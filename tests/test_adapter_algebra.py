@@ -17,7 +17,7 @@ from lora_inject.core.adapter.fingerprint import Fingerprint
 from lora_inject.core.adapter.generators import generators_of
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files import safetensors_file
+from lora_inject.core.files import row_reader
 from lora_inject.core.files.disk import read_at
 from lora_inject.core.spec.sites import SiteSpec, Slices
 from lora_inject.errors import StateError
@@ -419,7 +419,7 @@ def test_adapters_in_files_are_compared_in_one_reading(act, most, tmp_path, monk
         sizes.append(len(buffer))
         read_at(fd, buffer, offset)
 
-    monkeypatch.setattr(safetensors_file, "read_at", counted)
+    monkeypatch.setattr(row_reader, "read_at", counted)
     values = []
     for seed in (0, 1):
         state = one_site(KIND_SPECS["linear"], seed=seed)

@@ -219,7 +219,8 @@ def _headlines(rows: Mapping[str, Any]) -> list[tuple[str, ...]]:
         if name in rows:
             lines = [ln for ln in lines_of(rows[name]) if (ln.case, ln.metric) == (case, metric)]
             values = {ln.variant: f"{number(ln.mid)} {unit}".strip() for ln in lines}
-            table.append((about, values[OURS], values["PEFT"]))
+            if values:  # a quick row has other cases
+                table.append((about, values[OURS], values["PEFT"]))
     return table
 
 
