@@ -766,11 +766,19 @@ def stepped_by_zero2(model: nn.Module) -> nn.Module:
     return model
 
 
+def spread_by_older_transformers(model: nn.Module) -> nn.Module:
+    """As before 5.21: this process's part of each weight is a plain tensor."""
+    model[0]._hf_tp_plan = "colwise"
+    return model
+
+
 SHARDINGS = [sharded_by_fsdp2, sharded_by_columns, sharded_by_fsdp1, sharded_by_zero3]
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("shard", [*SHARDINGS[2:], stepped_by_zero2])  # DTensors take one
+@pytest.mark.parametrize(
+    "shard", [*SHARDINGS[2:], stepped_by_zero2, spread_by_older_transformers]
+)  # DTensors take one
 def test_sharding_comes_after_injecting(shard: Any, one_rank: None) -> None:
     """An adapter that is put onto shards would train alone in each process."""
     rule = {"rank": 2, "alpha": 3.0, "targets": ["0"]}

@@ -139,21 +139,21 @@ def loaded(folder: Path, name: str, how: Mapping[str, Any] | None = None) -> Any
     return CLASSES[name].from_pretrained(folder / name, dtype=torch.float64, **options)
 
 
-def state_of(model: Any) -> Any:
-    return copy.deepcopy(li.adapter_state(model))
+def state_of(model: Any, name: str = "default") -> Any:
+    return copy.deepcopy(li.adapter_state(model, name))
 
 
 @torch.no_grad()
-def filled(model: Any) -> Any:
-    """The model with noise in all of its adapter, the same in every process."""
-    state = state_of(model)
+def filled(model: Any, name: str = "default") -> Any:
+    """The model with noise in all of an adapter, the same in every process."""
+    state = state_of(model, name)
     generator = torch.Generator().manual_seed(1)
 
     def noisy(tensor: Tensor) -> Tensor:
         noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
         return tensor + 0.3 * noise
 
-    li.swap_adapter(model, state.mapped(noisy))
+    li.swap_adapter(model, state.mapped(noisy), name)
     return model
 
 
@@ -282,6 +282,41 @@ def by_hand() -> dict[str, Any]:
     return {"spread": state_of(model), "alone": state_of(plain)}
 
 
+def further(folder: Path) -> dict[str, float]:
+    """How far a mix of two, rows of their own, a compiled model and clipping are from one process.
+
+    Each is compared in every process with an unsharded copy.
+    """
+    spread, plain = (loaded(folder, "llama", how) for how in (AUTO, None))
+    rules = EVERY | {"targets": ["q_proj", "down_proj"]}
+    for name in ("one", "two"):
+        filled(li.inject(spread, rules, name), name)
+        li.install(plain, state_of(spread, name), name)
+    errors = {}
+    for mix in ({"one": 1.0, "two": 0.5}, "two", None):
+        for model in (spread, plain):
+            li.activate(model, mix)
+        errors[f"activate {mix}"] = error(logits(spread), logits(plain))
+    rows = ["one", None, "two", None]
+    with li.routed(spread, rows), li.routed(plain, rows):
+        errors["routed"] = error(logits(spread), logits(plain))
+    for model in (spread, plain):
+        li.eject(model, "two")
+        li.train_only(model, "one")
+        li.activate(model, "one")
+    errors["ejected"] = error(logits(spread), logits(plain))
+    compiled = torch.compile(spread, backend="eager")
+    errors["compiled"] = error(logits(compiled), logits(plain))
+    norms = []
+    for model in (compiled, plain):
+        model(IDS, labels=IDS).loss.backward()
+        parameters = li.adapter_parameters(model).values()
+        norm: Any = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    errors["clipped"] = error(*norms)
+    return errors
+
+
 class Experts(nn.Module):
     """As torchtitan's: its stack is a DTensor, of which a forward takes the part that is here."""
 
@@ -329,7 +364,8 @@ def work(folder: Path) -> dict[str, Any]:
         seen: dict[str, Any] = {name: trained(folder, case) for name, case in CASES.items()}
         for share in ("", "A", "B"):
             seen[f"of DTensors {share}"] = of_dtensors(share)
-        return seen | {"refused": refused(folder), "by hand": by_hand()}
+        seen |= {"refused": refused(folder), "by hand": by_hand()}
+        return seen | {"further": further(folder)}
     finally:
         dist.destroy_process_group()
 
@@ -431,3 +467,9 @@ def test_what_a_plan_cannot_have_is_refused_by_every_process(name: str, ranks: A
 def test_what_was_parallelized_by_hand_takes_an_adapter(how: str, ranks: Any) -> None:
     for seen in (rank[how] for rank in ranks):
         assert far(seen["spread"], seen["alone"]) < 1e-12
+
+
+def test_mixes_rows_graphs_and_norms_of_parts_are_those_of_one_process(ranks: Any) -> None:
+    for rank in ranks:
+        assert len(rank["further"]) == 7
+        assert max(rank["further"].values()) < 1e-12, rank["further"]

@@ -76,7 +76,7 @@ def refuse_sharded(survey: Survey, asked: str, but_for: str = "") -> None:
             "not be reduced",
             "Inject or load first, then shard: fully_shard, parallelize_module and DeepSpeed "
             "distribute an adapter with its layer; inject, load_adapter and swap_adapter also work "
-            "after fully_shard and parallelize_module, and on what transformers from 5.20 on has "
+            "after fully_shard and parallelize_module, and on what transformers from 5.21 on has "
             "loaded with tp_plan",
         )
 

@@ -1,7 +1,7 @@
 """transformers' plans for tensor and expert parallelism: forwards around those of classes.
 
 `from_pretrained(tp_plan="auto")` and `distributed_config=` make weights DTensors, and put a forward
-onto each module that the plan has a style for (`transformers.distributed`, since 5.20). That
+onto each module that the plan has a style for (`transformers.distributed`, since 5.21). That
 forward brings inputs and outputs into their layouts, and calls the forward that the module had
 before. It does so in two ways:
 
@@ -142,9 +142,8 @@ def _is_spread(tensor: Any) -> bool:
     return hasattr(tensor, "placements")
 
 
-def _n_batches(given: Any, module: nn.Module) -> int:
+def _n_batches(experts: Any, module: nn.Module) -> int:
     """Return over how many batches the gradients of experts are summed: 1 but with `fsdp_size`."""
-    experts = _variables(given).get("implementation")
     if experts is None:
         return 1
     held: Any = module._parameters.values()
@@ -188,13 +187,16 @@ def _called(given: Any) -> Any:
 
 def _calling(module: nn.Module, given: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
     """Return a forward like the given one of a style that calls another."""
-    inner, style = _like(given, forward), _variables(given).get("self")
+    inner, variables = _like(given, forward), _variables(given)
+    style, experts = variables.get("self"), variables.get("implementation")
 
     @functools.wraps(given)
     def styled(*args: Any, **kwargs: Any) -> Any:
-        if style is None or not style.should_use_local_tensors(module):
+        if style is None or not torch.is_grad_enabled():
             return inner(*args, **kwargs)
-        with parts_of_gradients(module, _n_batches(given, module)):
+        if not style.should_use_local_tensors(module):
+            return inner(*args, **kwargs)
+        with parts_of_gradients(module, _n_batches(experts, module)):
             return inner(*args, **kwargs)
 
     styled.lora_given = given  # type: ignore[attr-defined]
