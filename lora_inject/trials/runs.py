@@ -320,6 +320,11 @@ class Trials:
             by_name = self._is_by_name(batch)
         if not by_name:
             return in_one_order(dict.fromkeys(running, batch))
+        return in_one_order(self._named(batch, all_of_them=all_of_them))
+
+    def _named(self, batch: Any, *, all_of_them: bool) -> dict[str, Any]:
+        """Return the batches of the running trials that a dict names."""
+        running = self.running
         check_type("step, by_name=True", batch, Mapping, "Give a dict from names to batches")
         if unknown := [name for name in batch if name not in self.trials]:
             remedy = f"Known are {running}; of one batch for all, each entry is a tensor"
@@ -330,7 +335,7 @@ class Trials:
             problem = f"there is no batch for {missing[0]!r}"
             remedy = "Give one for each running trial; forward_backward takes some"
             raise StateError("step", problem, remedy)
-        return in_one_order({name: batch[name] for name in given})
+        return {name: batch[name] for name in given}
 
     def _is_by_name(self, batch: Any) -> bool:
         """Return whether a batch is a dict of batches, as far as its values tell."""
