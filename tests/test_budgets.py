@@ -25,7 +25,7 @@ LINES = {
     "config": 1_590,
     "forward": 3_956,
     "activate": 3_170,
-    "inject": 8_011,
+    "inject": 8_000,
     "merge": 6_035,
     "save, load": 9_475,
     "life": 12_755,

@@ -260,14 +260,20 @@ def _reasons_against(kind: Mapping[str, Any]) -> Iterator[str]:
     if math.prod(kind["weight_shape"]) != elements:
         yield "weight_shape does not fit in_features and out_features"
     if kind["slices"] is not None:
-        sizes, adapt = _sizes(kind), kind["slices"]["adapt"]
-        if sum(width for _, width in sizes) != kind["out_features"]:
-            yield "the slices do not fill the output"
-        if not adapt or adapt != [name for name, _ in sizes if name in adapt]:
-            yield "'adapt' does not name its slices in order"
+        yield from _reasons_against_slices(_sizes(kind), kind["slices"]["adapt"], kind)
     only, n = kind["only"], kind["experts"] or 0
     if only is not None and (not only or only != sorted({*only}) or only[-1] >= n):
         yield "'only' does not name experts of its stack in order"
+
+
+def _reasons_against_slices(
+    sizes: Sequence[tuple[str, int]], adapt: Sequence[str], kind: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield why slices do not fit their kind."""
+    if sum(width for _, width in sizes) != kind["out_features"]:
+        yield "the slices do not fill the output"
+    if not adapt or adapt != [name for name, _ in sizes if name in adapt]:
+        yield "'adapt' does not name its slices in order"
 
 
 def _to_json(value: Any) -> str:

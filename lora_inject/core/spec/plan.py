@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -100,16 +100,9 @@ class Plan(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for JSON."""
-        plain = ("n_sites", "n_lora", "n_trained", "n_trainable", "n_base", "assumed")
-        return {
-            "config": self.config.to_dict(),
-            **{name: getattr(self, name) for name in plain},
-            "sites": [_site_dict(site) for site in self.sites],
-            "trained": [t._asdict() for t in self.trained],
-            "skipped": [s._asdict() for s in self.skipped],
-            "tied": [t._asdict() for t in self.tied],
-            "notes": list(self.notes),
-        }
+        from lora_inject.core.spec.plan_table import as_data
+
+        return as_data(self)
 
     def text(self, width: int = 80, *, everything: bool = False) -> str:
         """Return the plan as a table that fits into a width; no name is broken.
@@ -122,9 +115,3 @@ class Plan(Shown):
 
     def __str__(self) -> str:
         return self.text()
-
-
-def _site_dict(site: SiteSpec) -> dict[str, Any]:
-    slices = site.slices and {"sizes": dict(site.slices.sizes), "adapt": site.slices.adapt}
-    names = [field.name for field in fields(site) if field.name not in ("form", "shapes")]
-    return {**{name: getattr(site, name) for name in names}, "slices": slices}

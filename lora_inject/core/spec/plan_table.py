@@ -1,10 +1,11 @@
-"""A plan as a table, whose names that differ in numbers share a row."""
+"""A plan as plain data, and as a table, whose names that differ in numbers share a row."""
 
 from __future__ import annotations
 
 import math
 import textwrap
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from typing import Any
 
 from lora_inject.core.spec.columns import columns, sides
@@ -12,6 +13,26 @@ from lora_inject.core.spec.config import Active, Normal, Rule
 from lora_inject.core.spec.names import counted
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.core.spec.spellings import templates
+
+
+def as_data(plan: Any) -> dict[str, Any]:
+    """Return a plan as plain data for JSON."""
+    plain = ("n_sites", "n_lora", "n_trained", "n_trainable", "n_base", "assumed")
+    return {
+        "config": plan.config.to_dict(),
+        **{name: getattr(plan, name) for name in plain},
+        "sites": [_site_dict(site) for site in plan.sites],
+        "trained": [t._asdict() for t in plan.trained],
+        "skipped": [s._asdict() for s in plan.skipped],
+        "tied": [t._asdict() for t in plan.tied],
+        "notes": list(plan.notes),
+    }
+
+
+def _site_dict(site: SiteSpec) -> dict[str, Any]:
+    slices = site.slices and {"sizes": dict(site.slices.sizes), "adapt": site.slices.adapt}
+    names = [field.name for field in fields(site) if field.name not in ("form", "shapes")]
+    return {**{name: getattr(site, name) for name in names}, "slices": slices}
 
 
 def table_of(plan: Any, width: int, *, everything: bool) -> Iterator[str]:
