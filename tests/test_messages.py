@@ -95,7 +95,8 @@ class Mistakes:
     def rows_that_are_not_the_batch(self, path):
         """LayerError: routed() with 3 rows: a Linear got an input of shape (2, 4), whose first
         dimension is not the number of rows. Give one adapter for each row of the batch; for beams
-        use repeat=n."""
+        use repeat=n, for sequences that are packed into one row tokens=[...], the length of
+        each."""
         model = li.inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": ["0"]})
         with li.routed(model, ["default", None, "default"]):
             model(torch.zeros(2, 4))

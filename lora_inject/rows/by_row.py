@@ -304,8 +304,8 @@ def check_rows(layer: Any, x: Tensor, n_rows: int, repeat: int) -> None:
             f"routed() with {n_rows} rows",
             f"a {type(layer).__name__} got an input of shape {tuple(x.shape)}, whose first "
             f"dimension is not the number of rows{multiple}",
-            "Give one adapter for each row of the batch; for beams use repeat=n. "
-            "Of sequences that are packed into one row give tokens=[...], the length of each",
+            "Give one adapter for each row of the batch; for beams use repeat=n, for sequences "
+            "that are packed into one row tokens=[...], the length of each",
         )
     refuse_ambiguous(layer, x, n_rows, repeat)
 
