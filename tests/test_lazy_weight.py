@@ -367,8 +367,13 @@ def test_a_hook_sees_the_gradient_of_the_sum() -> None:
     case, x = Case(site("out_in")), tokens(T, N)
     lazy = case.lazy()
     seen: list[Tensor] = []
-    lazy.register_hook(seen.append)
-    F.linear(x, lazy[1]).sum().backward()
+
+    class Hooked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            lazy.register_hook(seen.append)
+            return F.linear(x, lazy[1])
+
+    Hooked()(x).sum().backward()
     assert len(seen) == 1
     assert not seen[0][0].any()
     assert error(seen[0][1], x.detach().sum(0).expand(M, N)) < 1e-12

@@ -382,6 +382,35 @@ def test_a_write_in_the_layers_own_forward_is_refused(kind: str, write: str) -> 
 
 
 @pytest.mark.parametrize("kind", LAYERS)
+def test_a_hook_that_no_forward_would_meet_is_refused(kind: str) -> None:
+    """One that masks rows of a table was lost, and all rows trained."""
+    _, m = layer(kind)
+    with pytest.raises(li.LayerError, match=r"register_hook .* adapter_parameters\(model\)"):
+        m.weight.register_hook(torch.zeros_like)
+    seen: list[Tensor] = []
+    mine = m.weight.clone()
+    mine.register_hook(seen.append)
+    mine.sum().backward()
+    assert len(seen) == 1
+
+
+def test_a_hook_on_what_trains_over_16_bits_is_on_its_parameter() -> None:
+    """In the base's own dtype the attribute is the Parameter itself."""
+    ids = torch.tensor([[1, 2]])
+    for dtype in (torch.float32, torch.bfloat16):
+        net = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4)).to(dtype)
+        li.inject(net, {"rank": 1, "targets": ["1"], "train": ["^0"]})
+        if dtype == torch.float32:
+            net[0].weight.register_hook(torch.zeros_like)
+        else:
+            with pytest.raises(li.LayerError, match="register_hook on what was read"):
+                net[0].weight.register_hook(torch.zeros_like)
+            li.adapter_parameters(net)["0.weight"].register_hook(torch.zeros_like)
+        net(ids).sum().backward()
+        assert not li.adapter_parameters(net)["0.weight"].grad.any()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
 def test_what_was_read_does_not_become_another_tensors_data(kind: str) -> None:
     """Until it is formed it lies nowhere. It was a segmentation fault."""
     net, m = layer(kind)

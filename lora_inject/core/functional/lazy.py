@@ -23,6 +23,7 @@ from lora_inject.core.functional.linear import differentiate
 from lora_inject.core.functional.picking import PICKED, writes
 from lora_inject.core.functional.read_only import (
     ReadOnly,
+    check_hook_is_met,
     check_not_written,
     read_only,
     refuse_change,
@@ -264,6 +265,7 @@ class LazyWeight(ReadOnly):
         if result is not NotImplemented:
             return result
         if func in _HOOKS:
+            check_hook_is_met(func)
             args[0]._read.is_thin = False
         if func in _LOOKS:
             return func(args[0].formed(look=True), *args[1:], **kwargs)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.functional.inside import in_forward
 from lora_inject.errors import LayerError
 
 # What a Parameter has as `__torch_function__` runs a function, past that of any subclass.
@@ -27,6 +28,18 @@ def refuse_change(func: Any) -> NoReturn:
         'Change a .clone() of it, or W itself: layer.get_parameter("weight"). Where the layer has '
         "an adapter and is to be replaced, call merge(model, eject=True) first",
     )
+
+
+def check_hook_is_met(func: Any) -> None:
+    """Raise for a hook on what nobody computes with: outside of a forward, which reads anew."""
+    if func == Tensor.register_hook and not in_forward():
+        raise LayerError(
+            "register_hook on what was read of a weight with an adapter",
+            "it is W + delta as it is now, and a forward reads it anew: the hook would see no "
+            "gradient",
+            "Register it on what trains, a Parameter of adapter_parameters(model) or "
+            "layer.get_parameter(...), or on a .clone() that you compute with",
+        )
 
 
 def check_not_written(cls: type, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -96,6 +109,7 @@ class ReadOnly(Tensor):
         """Compute like a plain tensor, but write nothing."""
         kwargs = kwargs or {}
         check_not_written(cls, func, args, kwargs)
+        check_hook_is_met(func)
         result = run_plainly(func, types, args, kwargs)
         for given in (*args, *kwargs.values()):
             if type(given) is cls:
