@@ -62,7 +62,9 @@ LATENT = {
     "v_head_dim": 8,
 }
 MODELS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: tiny_llama(num_key_value_heads=WORLD, initializer_range=0.2),
+    "llama": lambda: tiny_llama(
+        num_key_value_heads=WORLD, initializer_range=0.2, mlp_bias=True, attention_bias=True
+    ),
     "phi": lambda: Phi3ForCausalLM(Phi3Config(**SMALL)),
     "latent": lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**EXPERTS, **LATENT)),
     "experts": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**EXPERTS, num_experts=4, head_dim=8)),
@@ -102,7 +104,11 @@ CASES = {
     "read": Case(
         "llama",
         AUTO,
-        EVERY | {"targets": [r"q_proj\.weight", r"down_proj\.weight"], "train": ["lm_head"]},
+        EVERY
+        | {
+            "targets": [r"q_proj\.weight", r"down_proj\.weight"],
+            "train": ["lm_head", r"q_proj\.bias"],
+        },
     ),
     "inits from the weight": Case(
         "llama", AUTO, EVERY | {"targets": [r"q_proj", "down_proj"], "init": "pissa"}
@@ -215,6 +221,12 @@ def said(run: Callable[[], Any]) -> str:
 REFUSED: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any], str]] = {
     "gain": ("llama", AUTO, {"targets": ["q_proj"], "variant": "dora"}, "norms of a weight"),
     "rows": ("llama", AUTO, {"targets": ["q_proj"], "tokens": {"embed_tokens": [1]}}, "its rows"),
+    "bias of rows": (
+        "llama",
+        AUTO,
+        {"targets": ["q_proj"], "train": [r"down_proj\.bias"]},
+        "rowwise adds the bias outside of the layer",
+    ),
     "slices": (
         "phi",
         AUTO,
@@ -375,7 +387,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("plans")
     for name, build in MODELS.items():
         torch.manual_seed(0)
-        build().double().save_pretrained(place / name)
+        model = build().double()
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                nn.init.normal_(parameter)
+        model.save_pretrained(place / name)
     return place
 
 
