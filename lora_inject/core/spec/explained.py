@@ -162,7 +162,7 @@ def _to_write(detail: ErrorDetails, value: Any, key: str) -> str:
         return f"Write a mapping, such as {{name: {show(value)}}}"
     if bound := _BOUNDS.get(kind):
         words, name = bound
-        return f"Write {words} {detail['ctx'][name]:g}"
+        return f"Write {words} {detail['ctx'][name]:.12g}"
     return _MEANT.get(kind, detail["msg"])
 
 
