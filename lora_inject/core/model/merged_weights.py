@@ -40,8 +40,8 @@ def merged_weights(
         kept: A dict that gets, by the name of each merged tensor of 16 bits, the share of its delta
             that rounding has kept: see `MergeReport`.
         names: `model`: the names and shapes of the base's state dict. `checkpoint`: those of its
-            checkpoint on disk, as `save_pretrained` of transformers 5 writes them, which is what
-            the loaders of vLLM and SGLang read: each expert by itself, projections fused as there.
+            checkpoint on disk, as `save_pretrained` writes them and servers load them: each expert
+            by itself, projections fused as there.
 
     Returns:
         Pairs of a parameter's name and its value: a new tensor where an adapter takes part, else
@@ -51,8 +51,8 @@ def merged_weights(
         StateError: Nothing is active, the model is merged, or an adapter holds NaN or Inf or is not
             whole in this model.
         LayerError: A weight cannot be merged into, as with `merge`; names of a checkpoint are asked
-            for, and the model is none of transformers, or quantized; during iteration: a merged
-            weight is not finite.
+            for, and the model has no `save_pretrained` that tells them, or is quantized; during
+            iteration: a merged weight is not finite.
 
     Examples:
         >>> from lora_inject.core.model.inject import inject
