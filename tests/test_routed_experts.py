@@ -153,7 +153,7 @@ def test_sequences_packed_into_one_row_are_refused_without_their_lengths() -> No
     """What is a row cannot be told from a tensor."""
     model = adapted("qwen3_moe", "eager")
     for rows in (ROWS, ["one"] * 10):
-        words = r"packed into one row give tokens="
+        words = r"packed into one row tokens="
         with li.routed(model, rows), pytest.raises(li.LayerError, match=words):
             model(**packed())
     other = [*LENGTHS[:-1], 9]
