@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -27,6 +28,7 @@ BARS = "▁▂▃▄▅▆▇█"
 CURVE = 24  # characters
 RECENT = 8  # steps over which the loss in the table is averaged
 IGNORED = -100  # the label that cross entropy leaves out
+TOKENIZER_FILE = re.compile(r"token|vocab|\.(model|spm|bpe)$")
 Row = tuple[str, str]
 Tokens = tuple[list[int], int]
 
@@ -204,15 +206,20 @@ def loaded_model(model: Path, device: str) -> tuple[Any, Any]:
         raise CheckpointError(asked, "transformers is not installed", remedy) from None
     try:
         base: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        _check_tokenizer(model, asked)
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, RuntimeError) as error:
         problem = " ".join(str(error).split())[:300].rstrip(".")
         remedy = "Give the folder of a causal language model with its tokenizer"
         raise CheckpointError(asked, problem, remedy) from error
-    if not tokenizer.vocab_size:  # transformers makes an empty one where there are no files
+    return base.to(device).eval(), tokenizer
+
+
+def _check_tokenizer(model: Path, asked: str) -> None:
+    """Refuse a folder without one: transformers 5 makes an empty one, 4 fails in other words."""
+    if model.is_dir() and not any(TOKENIZER_FILE.search(path.name) for path in model.iterdir()):
         remedy = "Save the tokenizer beside the model: tokenizer.save_pretrained(FOLDER)"
         raise CheckpointError(asked, "it has no tokenizer", remedy)
-    return base.to(device).eval(), tokenizer
 
 
 @contextmanager

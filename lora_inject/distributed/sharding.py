@@ -18,6 +18,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Set
+from itertools import repeat
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -88,7 +89,7 @@ def _spread(survey: Survey, but_for: str) -> Iterator[tuple[str, str]]:
         if isinstance(module, fsdp):
             yield path, "FullyShardedDataParallel"
         # What DeepSpeed's optimizer has: others come too late.
-        if any(hasattr(parameter, "_hp_mapping") for parameter in module._parameters.values()):
+        if any(map(hasattr, module._parameters.values(), repeat("_hp_mapping"))):
             yield path, "DeepSpeed ZeRO (its gradients)"
         # Older releases of transformers keep each process's part as a plain tensor.
         if "_hf_tp_plan" in module.__dict__:
