@@ -504,9 +504,9 @@ def ranks(folder: Path, forks: Forks) -> list[dict[str, Any]]:
 TOLERANCE = 1e-5
 
 
-def far(found: Tensor, wanted: Tensor) -> float:
-    assert found.shape == wanted.shape
-    return float((found - wanted).abs().max() / wanted.abs().max())
+def far(got: Tensor, wanted: Tensor) -> float:
+    assert got.shape == wanted.shape
+    return float((got - wanted).abs().max() / wanted.abs().max())
 
 
 def compare(found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -23,7 +23,8 @@ _CANNOT_COPY_IN_KERNEL = {*_NOT_SUPPORTED, errno.EXDEV, errno.EPERM, errno.EBADF
 
 def write_at(fd: int, data: memoryview | bytes, offset: int) -> None:
     """Write all of `data` to `fd`, beginning at byte `offset`."""
-    view, done = memoryview(data), 0
+    view = memoryview(data)
+    done = 0
     while done < len(view):
         done += _write_some(fd, view[done:], offset + done)
 

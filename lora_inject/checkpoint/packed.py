@@ -128,8 +128,10 @@ class Nvfp4(Packed):
     written = ("codes", "scales")
 
     def rows(self) -> Rows:  # noqa: D102
-        n_in, values = self.shape[1], self._form.values
-        codes, whole = self.read(n_cols=n_in // 2, as_bytes=True), self.part("whole").float()
+        n_in = self.shape[1]
+        values = self._form.values
+        codes = self.read(n_cols=n_in // 2, as_bytes=True)
+        whole = self.part("whole").float()
         scales = self.read("scales", n_in // stack_formats.NVFP4_GROUP)
         return lambda start, stop: values(
             {"codes": codes(start, stop), "scales": scales(start, stop), "whole": whole}
@@ -148,7 +150,8 @@ class Nvfp4(Packed):
         whole = self.part("whole").float()
         unit = self._form.scales(torch.ones(()), whole)
         groups = values.view(len(values), -1, stack_formats.NVFP4_GROUP)
-        largest, top = groups.abs().amax(dim=2), stack_formats.MAX_FLOAT8 * unit
+        largest = groups.abs().amax(dim=2)
+        top = stack_formats.MAX_FLOAT8 * unit
         # The codes lie 2 apart at 6: one that is off by 1 is as good as the format's others.
         if bool((largest > (stack_formats.MAX_FLOAT4 + 1) * top).any()):
             name = self.parts["codes"].name

@@ -130,7 +130,8 @@ def _find(checkpoint: Checkpoint) -> Iterator[tuple[str, Packed]]:
 def _bitsandbytes_4(
     checkpoint: Checkpoint, entry: TensorEntry, _: Mapping[str, Any]
 ) -> tuple[str, Packed] | None:
-    tensors, name = checkpoint.tensors, entry.name
+    tensors = checkpoint.tensors
+    name = entry.name
     near = {role: tensors[f"{name}.{role}"] for role in _ROLES if f"{name}.{role}" in tensors}
     state = next((role for role in _STATES if role in near), None)
     if state is None:
@@ -155,7 +156,8 @@ def _bitsandbytes_8(
 def _float8_with_scales(
     checkpoint: Checkpoint, entry: TensorEntry, settings: Mapping[str, Any]
 ) -> tuple[str, Packed] | None:
-    tensors, name = checkpoint.tensors, entry.name
+    tensors = checkpoint.tensors
+    name = entry.name
     if entry.dtype not in _FLOAT8 or name.endswith("_scale_inv"):
         return None
     if name.endswith("_scale") and _nvfp4_codes(checkpoint, name.removesuffix("_scale")):
@@ -174,7 +176,8 @@ def _nvfp4(
     name = entry.name.removesuffix("_packed")
     if entry != _nvfp4_codes(checkpoint, name):
         return None
-    tensors, divides = checkpoint.tensors, f"{name}_global_scale" in checkpoint.tensors
+    tensors = checkpoint.tensors
+    divides = f"{name}_global_scale" in checkpoint.tensors
     whole, scales = tensors[f"{name}_{_WHOLE[divides]}"], tensors.get(f"{name}_scale")
     n_out, n_in = entry.shape[0], 2 * entry.shape[-1]
     if scales is None or len(entry.shape) != 2 or entry.dtype != "U8" or n_in % 16:
@@ -196,7 +199,8 @@ def _nvfp4_codes(checkpoint: Checkpoint, name: str) -> TensorEntry | None:
 
 def _inputs(checkpoint: Checkpoint, name: str) -> dict[str, TensorEntry]:
     """Return the scales of a layer's activations, which no plain weight has."""
-    module, tensors = name.removesuffix("weight"), checkpoint.tensors
+    module = name.removesuffix("weight")
+    tensors = checkpoint.tensors
     return {role: tensors[module + role] for role in _INPUTS if module + role in tensors}
 
 

@@ -89,6 +89,20 @@ def packed_experts() -> Iterator[None]:
             table.update(rows)
 
 
+def _kept_linears(problems: list[LayerError]) -> Any:
+    """Return what quantizers share whose experts are stored as linear layers."""
+
+    class KeptLinears:
+        def get_load_operations(self) -> dict[str, Any]:
+            return {"dequantize": _operation(_of_linears, problems)}
+
+        def postprocess_model(self, model: Any, **more: Any) -> Any:
+            _freeze(model)
+            return super().postprocess_model(model, **more)  # type: ignore[misc]
+
+    return KeptLinears
+
+
 def _published_by_transformers(problems: list[LayerError]) -> dict[str, type]:
     """Return quantizers in the place of its own that would unpack experts, or run kernels."""
     from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
@@ -101,17 +115,9 @@ def _published_by_transformers(problems: list[LayerError]) -> dict[str, type]:
         def get_load_operations(self) -> dict[str, Any]:
             return {"dequantize": _operation(_of_gpt_oss, problems)}
 
-    class KeptFloat8(FineGrainedFP8HfQuantizer):
+    class KeptFloat8(_kept_linears(problems), FineGrainedFP8HfQuantizer):  # type: ignore[misc]
         def validate_environment(self, *_: Any, **__: Any) -> None:
             self.quantization_config.dequantize = True
-
-        def get_load_operations(self) -> dict[str, Any]:
-            return {"dequantize": _operation(_of_linears, problems)}
-
-        def postprocess_model(self, model: Any, **more: Any) -> Any:
-            _freeze(model)
-            loaded: Any = super().postprocess_model(model, **more)  # type: ignore[no-untyped-call]
-            return loaded
 
     return {"mxfp4": KeptMxfp4, "fp8": KeptFloat8, "mxfp8": KeptFloat8}
 
@@ -120,7 +126,7 @@ def _published_by_others(problems: list[LayerError]) -> dict[str, type]:
     """Return quantizers for files of compressed-tensors and modelopt, without these packages."""
     from transformers.quantizers.base import HfQuantizer
 
-    class KeptByNames(HfQuantizer):  # type: ignore[misc]
+    class KeptByNames(_kept_linears(problems), HfQuantizer):  # type: ignore[misc]
         def __init__(self, quantization_config: Any, **more: Any) -> None:
             super().__init__(quantization_config, **more)
             self.serialized_names = {"weight": list(_BESIDE[quantization_config.quant_method])}
@@ -131,14 +137,6 @@ def _published_by_others(problems: list[LayerError]) -> dict[str, type]:
 
         def is_serializable(self) -> bool:
             return True
-
-        def get_load_operations(self) -> dict[str, Any]:
-            return {"dequantize": _operation(_of_linears, problems)}
-
-        def postprocess_model(self, model: Any, **more: Any) -> Any:
-            _freeze(model)
-            loaded: Any = super().postprocess_model(model, **more)  # type: ignore[no-untyped-call]
-            return loaded
 
     return dict.fromkeys(_BESIDE, KeptByNames)
 

@@ -479,7 +479,7 @@ class Trials:
             FormatError: `save` did not write the file, or wrote it with another base.
             StateError: A name is in use, or as for `Trials`. Everything is then as it was.
         """
-        held = saved.read(path)
+        held = saved.held_in(path)
         self._put_on(held.trials)
         try:
             held.check_base(self.model)
@@ -510,7 +510,7 @@ class Trials:
         Raises:
             FormatError: `save` did not write the file, or wrote it with another base.
         """
-        held = saved.read(path)
+        held = saved.held_in(path)
         options = {option: held.about[option] for option in _OPTIONS}
         new = cls(model, held.trials, **options)
         try:

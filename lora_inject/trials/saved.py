@@ -83,7 +83,7 @@ def content_of(
     return content.getvalue()
 
 
-def read(path: str | PathLike[str]) -> Held:
+def held_in(path: str | PathLike[str]) -> Held:
     """Read a file.
 
     Raises:

@@ -261,7 +261,8 @@ def _reasons_against(kind: Mapping[str, Any]) -> Iterator[str]:
         yield "weight_shape does not fit in_features and out_features"
     if kind["slices"] is not None:
         yield from _reasons_against_slices(_sizes(kind), kind["slices"]["adapt"], kind)
-    only, n = kind["only"], kind["experts"] or 0
+    only = kind["only"]
+    n = kind["experts"] or 0
     if only is not None and (not only or only != sorted({*only}) or only[-1] >= n):
         yield "'only' does not name experts of its stack in order"
 

@@ -76,7 +76,8 @@ class SiteState:
             return self
         from lora_inject.core.functional.weight import of_every_expert  # of stacks only
 
-        spec, n = self.spec, self.spec.experts or 1
+        spec = self.spec
+        n = self.spec.experts or 1
         tensors = {r: of_every_expert(t, spec, n).contiguous() for r, t in self.tensors.items()}
         return self.of(replace(self.spec, only=None, share=""), tensors)
 

@@ -118,7 +118,8 @@ class _TensorOnDisk(Tensor):
     `__torch_dispatch__` would be shorter and makes torch import all of its distributed tensors.
     """
 
-    device, is_meta = torch.device("cpu"), False
+    device = torch.device("cpu")
+    is_meta = False
     file: _File
     entry: TensorEntry
 

@@ -66,7 +66,8 @@ def read_mixed(
     if type(raw) not in PLAIN and not reads_as_sum(raw):
         return _other(layer, raw, taking, outside)
     # A value read under no_grad would cut the gradient of a later read in the same forward.
-    key, cache = (param, torch.is_grad_enabled()), attached.reads_so_far()
+    key = (param, torch.is_grad_enabled())
+    cache = attached.reads_so_far()
     if cache is None:
         return _effective(layer, raw, taking, outside)
     if key not in cache:
@@ -100,9 +101,11 @@ def _other(layer: Any, raw: Any, taking: list[tuple[Entry, float]], outside: boo
 
 def _effective(layer: Any, raw: Tensor, taking: list[tuple[Entry, float]], outside: bool) -> Tensor:
     """Return `W + sum of weight * (copy - W) + sum of weight * scale * B @ A`."""
-    held, value = held_by(layer), raw
+    held = held_by(layer)
+    value = raw
     patches: list[Patch] = []
-    float32, gain = False, None
+    float32 = False
+    gain = None
     for entry, weight in taking:
         spec = entry.spec
         if spec is None:
@@ -196,7 +199,8 @@ def cached_forward(plain: type[nn.Module]) -> Callable[..., Any]:
         # Without one this bound method was kept and the adapter ejected.
         if attached is None or torch.compiler.is_compiling():
             return plain.forward(self, *args, **kwargs)
-        thread, running = threading.get_ident(), attached.running
+        thread = threading.get_ident()
+        running = attached.running
         outer, running[thread] = running.get(thread), ({}, saving_hooks())
         try:
             check_buffers = _watched_buffers(self)

@@ -75,7 +75,8 @@ def _groups(survey: Survey, *, by_adapter: bool) -> dict[tuple[str, str], dict[i
 def _check_rates(rates: Mapping[str, Any], ratio: Any, trainable: set[str]) -> None:
     """Check learning rates by adapter, and the ratio of B's: positive numbers, for each adapter."""
     for rate, what in [(ratio, "b_lr_ratio"), *((rate, "lr") for rate in rates.values())]:
-        asked, remedy = f"parameter_groups, {what}", "Give a positive number, such as 1e-3"
+        asked = f"parameter_groups, {what}"
+        remedy = "Give a positive number, such as 1e-3"
         check_type(asked, rate, (Real, Tensor), remedy)
         # A rate of 0 is asked for in words; a ratio of 0 would leave B, and so the update, at 0.
         if not (0 < rate < math.inf or (what == "lr" and rate == 0)):

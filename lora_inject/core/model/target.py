@@ -173,7 +173,8 @@ class Target:
 
     def _copied(self, before: Tensor, start: int) -> list[tuple[Tensor, float]]:
         """Return some rows of each trained copy; a copy of other rows has those of before."""
-        mixed_copies, stop = [], start + before.shape[0]
+        mixed_copies = []
+        stop = start + before.shape[0]
         for copy, weight, some in self.copies:
             if some is None:
                 mine = copy.reshape(self.matrix_shape)[start:stop]

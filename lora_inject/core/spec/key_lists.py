@@ -24,7 +24,8 @@ def inventory_of(shapes: Mapping[str, tuple[int, ...]]) -> Inventory:
         'no matrix'
     """
     parameters = {canonical(key): tuple(shape) for key, shape in shapes.items()}
-    candidates, others = [], dict[str, str]()
+    candidates = []
+    others = dict[str, str]()
     for key in shapes:
         name = canonical(key)
         candidate = _assume(name, key, parameters)

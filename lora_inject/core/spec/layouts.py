@@ -14,7 +14,8 @@ SLICED_KINDS = ("linear", "conv1d", "parameter")
 
 def oriented(candidate: Candidate, rule: Rule, asked: str) -> Geometry:
     """Return which dimensions are the input; a rule may say it of a parameter."""
-    known, dims = candidate.geometry, candidate.weight_shape
+    known = candidate.geometry
+    dims = candidate.weight_shape
     if rule.layout is None:
         if candidate.needs_layout:
             problem = f"a stack of {known.experts:,} matrices, {dims[-2]:,} x {dims[-1]:,}"
@@ -37,7 +38,8 @@ def oriented(candidate: Candidate, rule: Rule, asked: str) -> Geometry:
 
 def _laid_out(dims: tuple[int, ...], rule: Rule, asked: str) -> Geometry:
     """Return the matrices that a rule's layout makes of a shape, in memory order."""
-    n, layout = len(dims), rule.layout
+    n = len(dims)
+    layout = rule.layout
     if isinstance(layout, Axes):
         n_in, n_out = layout.in_, layout.out
     else:
@@ -69,7 +71,8 @@ def sliced(candidate: Candidate, shape: Geometry, rule: Rule, asked: str) -> Sli
         what = "a stack of matrices" if shape.experts else f"of kind {candidate.kind}"
         remedy = "Slices are for linear layers, Conv1D and 2-d parameters"
         raise MatchError(asked, f"slices, but it is {what}", remedy)
-    names, width = rule.slice_names, shape.out_features
+    names = rule.slice_names
+    width = shape.out_features
     sizes = rule.slice_widths or _equal_parts(names, width, asked)
     total = sum(size for _, size in sizes)
     if total != width:

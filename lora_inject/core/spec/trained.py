@@ -18,7 +18,8 @@ def trained_by(
     config: Config, inventory: Inventory, sites: Sequence[SiteSpec], candidates: Sequence[Candidate]
 ) -> tuple[Trained, ...]:
     """Return the parameters that `train`, `bias` and `tokens` name, in model order."""
-    shapes, entries = inventory.parameters, dict[str, Trained]()
+    shapes = inventory.parameters
+    entries = dict[str, Trained]()
     for i, pattern in enumerate(config.train):
         label = f"train {i + 1} ('{pattern}')"
         for name in _matched(pattern, label, inventory):
