@@ -7,9 +7,8 @@ class and one child for each stage of the work, so that a caller can catch a sta
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -136,25 +135,3 @@ def user_path(
             f"{asked}, path", problem, f"For a folder of this name, give ./{text}"
         ) from None
     return path.absolute() if str(path).startswith("~") else path  # a Path drops a leading ./
-
-
-_ALIKE = 0.65  # below this likeness a suggestion misleads: 'corda' is not 'olora'
-
-
-def nearest(name: str, names: Iterable[str], n: int = 3) -> list[str]:
-    """Return up to `n` of `names` that are spelled most like `name`, best first.
-
-    Args:
-        name: What the user wrote; regex punctuation is ignored.
-        names: What there is.
-        n: How many to return at most.
-
-    Returns:
-        The nearest spellings, possibly none.
-
-    Examples:
-        >>> nearest("v_prj", ["q_proj", "v_proj", "norm"], n=1)
-        ['v_proj']
-    """
-    plain = name.replace("\\d+", "0").replace("\\", "").strip("^$()")
-    return difflib.get_close_matches(plain, list(names), n=n, cutoff=_ALIKE)

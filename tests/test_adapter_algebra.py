@@ -18,7 +18,7 @@ from lora_inject.core.adapter.generators import generators_of
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files import row_reader
-from lora_inject.core.files.disk import read_at
+from lora_inject.core.files.read_at import read_at
 from lora_inject.core.spec.sites import SiteSpec, Slices
 from lora_inject.errors import StateError
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from lora_inject.checkpoint import Checkpoint, MergeOptions, merge_checkpoint
 from lora_inject.checkpoint.disk_copies import copy_range
 from lora_inject.checkpoint.index import edit_config, find_side_files
-from lora_inject.core.files.disk import read_at
+from lora_inject.core.files.read_at import read_at
 from lora_inject.core.files.safetensors_file import build_header, read_header
 from lora_inject.errors import CheckpointError
 

@@ -37,7 +37,8 @@ ROOMS: dict[str, set[str]] = {
     "serving": {"formats"},
     "trials": {"experts", "formats", "rows"},
 }
-LOOSE = {"version", "errors", "private", "trees"}  # beside the folders, for everybody
+# Files beside the folders, for everybody.
+LOOSE = {"version", "errors", "private", "private_names", "trees"}
 ROOT = "the package's front"  # lora_inject/__init__.py, for users; no file inside imports it
 
 # What costs seconds, or need not be installed, is imported where it is used.

@@ -3,6 +3,7 @@
 A fresh interpreter imports and runs one thing after the other, and says what each brought in.
 """
 
+import ast
 import json
 import subprocess
 import sys
@@ -81,6 +82,15 @@ def test_every_public_name_is_there():
         assert name in dir(lora_inject)
     with pytest.raises(AttributeError, match="'lora_inject' has no attribute 'nonsense'"):
         lora_inject.nonsense  # noqa: B018
+
+
+def test_type_checkers_see_the_same_names_at_the_same_homes() -> None:
+    stub = Path(lora_inject.__file__).with_suffix(".pyi")
+    imports = [n for n in ast.parse(stub.read_text()).body if isinstance(n, ast.ImportFrom)]
+    homes = {alias.asname: node.module for node in imports for alias in node.names}
+    assert homes.keys() == {*lora_inject.__all__, "analysis"}
+    for name in homes.keys() - {"analysis", "__version__"}:
+        assert getattr(lora_inject, name).__module__ == homes[name]
 
 
 def test_no_folder_hides_a_public_name():

@@ -32,7 +32,8 @@ from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
 from lora_inject.core.files.tensors import in_memory
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.errors import CheckpointError, nearest
+from lora_inject.core.spec.spellings import nearest
+from lora_inject.errors import CheckpointError
 
 MAX_SHOWN = 8
 

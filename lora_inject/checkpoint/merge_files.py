@@ -30,10 +30,10 @@ from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.output_files import OutputShard
 from lora_inject.checkpoint.verify import verify_shards
 from lora_inject.checkpoint.write import BytesDone, Progress, check_unchanged, write_shard
+from lora_inject.core.files.atomic_folder import rename_folder
 from lora_inject.core.files.disk import (
     fsync_dir,
     remedy_for,
-    rename_folder,
     replace_file,
     temporary_name,
     write_new,

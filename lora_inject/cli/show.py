@@ -25,8 +25,7 @@ from lora_inject.core.spec.names import counted as count
 from lora_inject.core.spec.names import printable
 from lora_inject.core.spec.site_tables import Listing, span
 from lora_inject.core.spec.sites import ROLES
-from lora_inject.core.spec.spellings import templates
-from lora_inject.errors import nearest
+from lora_inject.core.spec.spellings import nearest, templates
 
 if TYPE_CHECKING:
     from lora_inject.analysis import Analysis, Comparison

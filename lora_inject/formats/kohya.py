@@ -25,7 +25,8 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import CONVERT, check_no_clash, one_line
 from lora_inject.core.files.strict_json import misfit, parse_json
 from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
-from lora_inject.errors import FormatError, nearest, within
+from lora_inject.core.spec.spellings import nearest
+from lora_inject.errors import FormatError, within
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.peft.tensor_layout import pack

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from lora_inject.private import NAMES, look_up
+from lora_inject.private import look_up
+from lora_inject.private_names import NAMES
 from lora_inject.serving.requirements import REQUIREMENTS, SERVERS, Requirement
 from lora_inject.version import __version__
 

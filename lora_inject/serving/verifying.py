@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import roots_of
-from lora_inject.errors import FormatError, ServerError, StateError, nearest, user_path
+from lora_inject.core.spec.spellings import nearest
+from lora_inject.errors import FormatError, ServerError, StateError, user_path
 from lora_inject.serving.completions import Rated, Server
 from lora_inject.serving.probing import (
     Inputs,

@@ -21,7 +21,8 @@ from lora_inject.core.spec.config import ALL_EXPERTS, ALL_LINEAR, Config
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.matching import resolve
 from lora_inject.core.spec.names import counted
-from lora_inject.errors import ConfigError, MatchError, check_type, nearest
+from lora_inject.core.spec.spellings import nearest
+from lora_inject.errors import ConfigError, MatchError, check_type
 
 ALPHA = 32.0
 """Alpha of every advised config, whatever the rank. The best learning rate then hardly depends on

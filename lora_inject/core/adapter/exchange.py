@@ -24,7 +24,7 @@ from lora_inject.core.adapter.value_checks import check_state
 from lora_inject.core.files.atomic import write_file
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.errors import FormatError, check_type, nearest, user_path, within
+from lora_inject.errors import FormatError, check_type, user_path, within
 
 NUMBERS, ONE, RANKS = "numbers", "one", "ranks"
 EVERYTHING = frozenset({"config", "fingerprint", "training", "slices", "start", NUMBERS})
@@ -95,6 +95,8 @@ def format_of(name: str, asked: str = "") -> Format:
     """
     known = FORMATS if name in FORMATS else every_format()
     if name not in known:
+        from lora_inject.core.spec.spellings import nearest
+
         near = ", ".join(nearest(name, known) or known)
         raise FormatError(asked, f"there is no format '{name}'", f"Nearest: {near}")
     row = known[name]

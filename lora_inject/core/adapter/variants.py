@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lora_inject.core.spec.sites import ROLES, Roles, ShapeOf, SiteSpec
-from lora_inject.errors import LayerError
+from lora_inject.core.spec.rooms import the_one
+from lora_inject.core.spec.sites import ROLES, ShapeOf, SiteSpec
 
 
 class Variant:
@@ -61,56 +61,15 @@ class Variant:
 
 
 VARIANTS: dict[str, Variant] = {"lora": Variant()}
+"""LoRA, and those from outside the package."""
 
 
-def register_variant(cls: type[Variant]) -> type[Variant]:
-    """Add a variant.
-
-    Args:
-        cls: A class with a `name` of its own, which configs and saved adapters can then use.
-
-    Returns:
-        The class, so that this can be used as a decorator.
-
-    Raises:
-        LayerError: The class has no name of its own, or its name is taken by another class.
-
-    Examples:
-        >>> class Same(Variant):
-        ...     name = "same"
-        >>> _ = register_variant(Same)
-        >>> del VARIANTS["same"], ROLES["same"]
-    """
-    asked, name = f"register_variant({cls.__name__})", cls.__dict__.get("name")
-    if not name or not issubclass(cls, Variant):
-        problem = "it is not a Variant with a name of its own"
-        raise LayerError(asked, problem, "Derive from Variant and set name")
-    known = type(VARIANTS.get(name))
-    same = (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
-    if name in VARIANTS and not same:
-        problem = f"variant {name!r} is {known.__module__}.{known.__qualname__}"
-        raise LayerError(asked, problem, "Choose another name")
-    VARIANTS[name], ROLES[name] = cls(), Roles(cls.roles, cls.gained)
-    return cls
+_OF_THE_PACKAGE = {"dora": "lora_inject.core.adapter.dora:Dora"}
 
 
-@register_variant
-class Dora(Variant):
-    """DoRA (arXiv:2402.09353): `W' = m * (W + scale * B A) / |W + scale * B A|`.
-
-    The magnitude m, one number for each output, starts as the norm of W over the inputs; no
-    gradient flows through the norm (section 4.3).
-    """
-
-    name = "dora"
-    roles, gained = ROLES["dora"]
-
-    def start(
-        self, spec: SiteSpec, weight: Tensor, dtype: torch.dtype, norms: Callable[[], Tensor]
-    ) -> dict[str, Tensor]:
-        """Return A, B and the magnitude; the layer starts equal to the plain one."""
-        return {**super().start(spec, weight, dtype, norms), "m": norms().to(dtype)}
-
-    def gain(self, tensors: Mapping[str, Tensor], norms: Tensor) -> Tensor:
-        """Return `m / norms`; an output of zeros stays zero."""
-        return tensors["m"] / norms.clamp(min=1e-30)
+def variant_of(name: str) -> Variant:
+    """Return the variant of a name; those of the package but LoRA are imported when asked for."""
+    if name in VARIANTS:
+        return VARIANTS[name]
+    variant: Variant = the_one(_OF_THE_PACKAGE[name])
+    return variant

@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from lora_inject.core.files.atomic import check_free, explained
-from lora_inject.core.files.disk import fsync_dir, rename_folder, temporary_name, write_new
+from lora_inject.core.files.disk import fsync_dir, temporary_name, write_new
 from lora_inject.errors import FormatError
 
 _AT_FDCWD = -100
@@ -95,3 +95,12 @@ def _exchange(first: Path, second: Path) -> bool:
     if code in _CANNOT_EXCHANGE:
         return False
     raise OSError(code, os.strerror(code), str(first), None, str(second))
+
+
+def rename_folder(source: Path, target: Path) -> None:
+    """Rename a folder to a name that is free, or that of an empty folder."""
+    try:
+        source.rename(target)
+    except FileExistsError:  # Windows renames over nothing
+        target.rmdir()
+        source.rename(target)

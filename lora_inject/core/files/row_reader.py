@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_inject.core.files.disk import open_to_read, read_at
+from lora_inject.core.files.read_at import open_to_read, read_at
 from lora_inject.core.files.safetensors_file import DTYPES, TensorEntry
 
 BLOCK_ELEMENTS = 1 << 20

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.files.disk import CAN_REPLACE_OPEN_FILES, open_to_read
+from lora_inject.core.files.disk import CAN_REPLACE_OPEN_FILES
+from lora_inject.core.files.read_at import open_to_read
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import DTYPES, TensorEntry, check_dtypes, header_of
 from lora_inject.errors import CheckpointError, FormatError

@@ -8,7 +8,7 @@
 | who enters a context? | the stack |
 
 Each function has a test that asserts its positive finding, so that a new torch fails loudly. What
-happens where a torch lacks a name stands in `private.NAMES`.
+happens where a torch lacks a name stands in `private_names.NAMES`.
 """
 
 from __future__ import annotations

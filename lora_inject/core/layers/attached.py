@@ -17,7 +17,7 @@ from weakref import ReferenceType
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.adapter.variants import VARIANTS, Variant
+from lora_inject.core.adapter.variants import Variant, variant_of
 from lora_inject.core.functional.factors import Patch, Spans, Update
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.inside import saving_hooks
@@ -97,7 +97,7 @@ class Entry:
     @property
     def variant(self) -> Variant:
         """The variant of the site."""
-        return VARIANTS["lora" if self.spec is None else self.spec.variant]
+        return variant_of("lora" if self.spec is None else self.spec.variant)
 
     def gain(self, held: Mapping[str, Any]) -> Gain | None:
         """Return the gain of the outputs, None if the variant has none."""
@@ -339,6 +339,8 @@ class Attached:
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__dict__.update(saved)
+        for entry in self.entries():
+            _ = entry.variant  # a compiled forward cannot import it
         self.join(self.selection)
 
 

@@ -23,7 +23,7 @@ from lora_inject.core.layers.attached import (
 from lora_inject.core.layers.selection import Selection, alive
 from lora_inject.core.layers.survey import Holder, Survey, base_tensor, unwrapped
 from lora_inject.core.spec.names import joined
-from lora_inject.errors import StateError, check_type, nearest
+from lora_inject.errors import StateError, check_type
 
 ROOT = "_lora_root"
 
@@ -194,6 +194,8 @@ def check_names(known: frozenset[str], names: Iterable[str], verb: str) -> set[s
         check_type(f"{verb} {name!r}", name, str, "Give the name of an adapter")
         if name not in known:
             there = ", ".join(map(repr, sorted(known))) or "none"
+            from lora_inject.core.spec.spellings import nearest
+
             close = nearest(name, known, n=1)
             hint = f"Did you mean {close[0]!r}?" if close else "Inject or load it first"
             raise StateError(f"{verb} {name!r}", f"the model's adapters are: {there}", hint)

@@ -23,7 +23,7 @@ from lora_inject.core.model.callers import Alone
 from lora_inject.core.model.guards import functions
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.errors import FormatError, LayerError, nearest
+from lora_inject.errors import FormatError, LayerError
 
 _ITS_MODEL = "Load the adapter onto the model that it was made for"
 # Fields of a site, besides its names, that come from the model, not from the adapter.
@@ -129,6 +129,8 @@ def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:
         raise FormatError(where, unknown, "Import the module that calls register_kind for it first")
     candidate = _candidate(spec, names)
     if candidate is None:
+        from lora_inject.core.spec.spellings import nearest
+
         close = ", ".join(map(repr, nearest(spec.name, names.sites))) or "none"
         raise FormatError(where, "the model has no such module", f"Nearest: {close}. {_ITS_MODEL}")
     if candidate.refusal is not None:

@@ -1,4 +1,4 @@
-"""Loading: an adapter from files, or as a value, onto a live model."""
+"""Loading: an adapter from files onto a live model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_inject.core.functional.factors import master_dtype
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.attach import attach, survey_for
 from lora_inject.core.model.base import Base, model_facts
-from lora_inject.core.model.callers import Alone, callers_of
+from lora_inject.core.model.callers import callers_of
 from lora_inject.core.model.carried import Carried, reach
 from lora_inject.core.model.fit_state import fit
 from lora_inject.core.model.guards import before
@@ -28,7 +28,7 @@ from lora_inject.core.model.trainable import check_live_inputs
 from lora_inject.core.spec.garbage import few_collections
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.rooms import room
-from lora_inject.errors import FormatError, check_type, user_path
+from lora_inject.errors import FormatError, user_path
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -109,7 +109,7 @@ def load_adapter(
     all_of.check_complete()
 
     def put_on(agreed: Callable[[], None]) -> None:
-        _put_on(survey, state, name, _Owned(), trainable=trainable, last=agreed)
+        put_on_model(survey, state, name, _Owned(), trainable=trainable, last=agreed)
 
     all_of.put_on(put_on)
     note_files(survey, name, there)
@@ -127,43 +127,7 @@ def _on_disk(place: Path, path: str | PathLike[str], revision: str | None, asked
     return place
 
 
-@few_collections()
-def install(
-    model: M,
-    state: AdapterState,
-    name: str = "default",
-    *,
-    leave_out: Sequence[str] = (),
-    base: Base = "same",
-    leave_new: bool = False,
-) -> M:
-    """Put an adapter, as a value, onto a model; see `load_adapter`.
-
-    Args:
-        model: The model.
-        state: The adapter; its tensors are copied.
-        name: Its name on this model.
-        leave_out: Patterns of trained tensors and sites to let go.
-        base: How sure to be of the base.
-        leave_new: Whether weights may differ that no checkpoint of this model had.
-
-    Returns:
-        The same object.
-
-    Raises:
-        FormatError: It does not fit the model. Nothing was changed.
-        StateError: The name is in use, or the model is merged.
-    """
-    check_type("install", state, AdapterState, "Give an AdapterState; load_adapter reads files")
-    survey = survey_for(model, name, loads=True)
-    fitted = fit(
-        survey, state, Alone(), leave_out=leave_out, base=base, leave_new=leave_new, asked="install"
-    )
-    _put_on(survey, fitted, name, _copied)
-    return model
-
-
-def _put_on(
+def put_on_model(
     survey: Survey,
     state: AdapterState,
     name: str,
@@ -202,7 +166,7 @@ def _by_name(state: AdapterState) -> dict[str, Mapping[str, Tensor]]:
     return tensors | {key: {"T": tensor} for key, tensor in state.trained.items()}
 
 
-def _copied(tensor: Tensor, weight: Tensor) -> Tensor:
+def copied(tensor: Tensor, weight: Tensor) -> Tensor:
     """Return a tensor as an adapter over `weight` holds it, in memory of its own."""
     dtype = master_dtype(weight.dtype)
     return tensor.detach().to(device=weight.device, dtype=dtype, copy=True).contiguous()
@@ -223,4 +187,4 @@ class _Owned:
         self.taken.add(address)
         fits = tensor.dtype == master_dtype(weight.dtype) and tensor.device == weight.device
         fits = fits and tensor.is_contiguous()  # as those of training: other strides, other bits
-        return tensor if alone and fits else _copied(tensor, weight)
+        return tensor if alone and fits else copied(tensor, weight)

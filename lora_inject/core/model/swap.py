@@ -29,7 +29,8 @@ from lora_inject.core.model.carried import check_unmerged, entries, reach, recor
 from lora_inject.core.model.origins import note_files
 from lora_inject.core.model.read_off import values_on
 from lora_inject.core.spec.rooms import room
-from lora_inject.errors import FormatError, LayerError, nearest, within
+from lora_inject.core.spec.spellings import nearest
+from lora_inject.errors import FormatError, LayerError, within
 from lora_inject.private import look_up
 
 M = TypeVar("M", bound=nn.Module)

@@ -31,7 +31,6 @@ from lora_inject.core.spec.shown import Shown
 from lora_inject.core.spec.sites import ROLES
 from lora_inject.core.spec.strict import Strict, YamlModel, checked_regex
 from lora_inject.core.spec.words import show
-from lora_inject.errors import nearest
 
 if TYPE_CHECKING:
     from lora_inject.core.spec.inventory import Inventory
@@ -75,6 +74,8 @@ def _check_distinct(names: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _check_variant(name: str) -> str:
     if name not in ROLES:
+        from lora_inject.core.spec.spellings import nearest
+
         near = nearest(name, ROLES, n=1)
         remedy = f"Did you mean {show(near[0])}?" if near else f"Known are {', '.join(ROLES)}"
         raise ValueError(f"there is no variant {show(name)}", remedy)

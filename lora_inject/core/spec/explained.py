@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from lora_inject.core.spec.spellings import nearest
 from lora_inject.core.spec.words import Loc, dotted, show
-from lora_inject.errors import ConfigError, nearest
+from lora_inject.errors import ConfigError
 
 if TYPE_CHECKING:
     from lora_inject.core.spec.yaml import Document

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 
-from lora_inject.errors import nearest
-
+_ALIKE = 0.65  # below this likeness a suggestion misleads: 'corda' is not 'olora'
 _MAX_SPELLINGS = 4000
 
 
@@ -87,3 +87,22 @@ def _collapse(groups: dict[tuple[str, ...], int], at: int) -> dict[tuple[str, ..
         run = (_runs(numbers),) if numbers else key[at : at + 1]
         result[(*key[:at], *run, *key[at + 1 :])] = n * max(1, len(numbers))
     return result
+
+
+def nearest(name: str, names: Iterable[str], n: int = 3) -> list[str]:
+    """Return up to `n` of `names` that are spelled most like `name`, best first.
+
+    Args:
+        name: What the user wrote; regex punctuation is ignored.
+        names: What there is.
+        n: How many to return at most.
+
+    Returns:
+        The nearest spellings, possibly none.
+
+    Examples:
+        >>> nearest("v_prj", ["q_proj", "v_proj", "norm"], n=1)
+        ['v_proj']
+    """
+    plain = name.replace("\\d+", "0").replace("\\", "").strip("^$()")
+    return difflib.get_close_matches(plain, list(names), n=n, cutoff=_ALIKE)

@@ -9,8 +9,8 @@ from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.names import Below, quoted
 from lora_inject.core.spec.patterns import matching
 from lora_inject.core.spec.rooms import room
-from lora_inject.core.spec.spellings import nearest_names, templates
-from lora_inject.errors import MatchError, nearest
+from lora_inject.core.spec.spellings import nearest, nearest_names, templates
+from lora_inject.errors import MatchError
 
 
 def no_match(inventory: Inventory, asked: str, pattern: str, *pools: Collection[str]) -> MatchError:

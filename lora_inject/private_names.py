@@ -1,0 +1,82 @@
+"""Names of other libraries' private side that the package uses, and what happens without each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+_RECOMPUTED = "refused: a backward that recomputes a forward, after a change of adapters,"
+_PLAIN = "another way: plain torch operations everywhere"
+_NO_AUTOCAST = (
+    "another way: autocast sees no operation of a weight that is read, and of nothing else"
+)
+
+NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        # name: what happens without it
+        "bitsandbytes.functional._convert_weight_packed_for_cpu_inverse": (
+            "refused: reading 4-bit weights that inference on a CPU has rearranged"
+        ),
+        "mlx_lm.utils._get_classes": "refused: names and sizes of mlx-lm's own model of a base",
+        "torch._C.DispatchKey": _NO_AUTOCAST,
+        "torch._C.DispatchKeySet": _NO_AUTOCAST,
+        "torch._C._are_functorch_transforms_active": _PLAIN,
+        "torch._C._autograd._pop_saved_tensors_default_hooks": _RECOMPUTED,
+        "torch._C._autograd._push_saved_tensors_default_hooks": _RECOMPUTED,
+        # since torch 2.8
+        "torch._C._autograd._top_saved_tensors_default_hooks": (
+            "another way: who enters saved_tensors_hooks is noted"
+        ),
+        "torch._C._current_autograd_node": _RECOMPUTED,
+        "torch._C._current_graph_task_id": "another way: _current_autograd_node",
+        "torch._C._get_tracing_state": _PLAIN,
+        "torch._C._is_fwd_grad_enabled": "another way: the stack is searched in each forward",
+        "torch._C._len_torch_dispatch_stack": "another way: nothing is added in place",
+        "torch._C._will_engine_execute_node": "refused: training several trials at once",
+        "torch._dynamo.comptime.comptime": (
+            "another way: a write to a weight that a compiled graph reads is lost"
+        ),
+        "torch._foreach_copy_": "another way: swap_adapter keeps a copy of the values meanwhile",
+        "torch._foreach_mul_": "another way: one launch for each tensor of a trial",
+        "torch._foreach_norm": "another way: one launch for each tensor of a trial",
+        # since torch 2.8
+        "torch._grouped_mm": "another way: torch.nn.functional.grouped_mm, which is public",
+        "torch.Tensor._make_wrapper_subclass": (
+            "another way: W + delta is formed at once where a weight is read; "
+            "refused: experts that stay packed"
+        ),
+        "torch._subclasses.fake_tensor.FakeTensor": (
+            "refused: weights of a fake model, which count as packed"
+        ),
+        "torch._subclasses.functional_tensor.FunctionalTensor": (
+            "refused: weights in a trace of make_fx that functionalizes, which count as packed"
+        ),
+        "torch.autograd._get_sequence_nr": _RECOMPUTED,
+        "torch.autograd.forward_ad._current_level": _PLAIN,
+        "torch.distributed._composable_state._module_state_mapping": (
+            "refused: reading a weight that is a DTensor, which may be a shard of FSDP2"
+        ),
+        "torch.distributed.tensor._utils.compute_local_shape_and_global_offset": (
+            "refused: an adapter on a sharded model"
+        ),
+        "torch.fx._symbolic_trace.is_fx_symbolic_tracing": "another way: is_fx_tracing",
+        "torch.fx._symbolic_trace.is_fx_tracing": (
+            "another way: is_fx_symbolic_tracing; without both, the stack is searched for "
+            "torch.fx.Tracer, whose graph would hold W + delta as a constant"
+        ),
+        "torch.mps._get_default_mps_generator": "refused: seeded random numbers of an MPS device",
+        "torch.ops.aten._to_copy": "another way: packed experts are unpacked to be moved",
+        "torch.ops.aten._unsafe_view": "another way: a copy",
+        "torch.utils.checkpoint._CheckpointFrame": f"{_RECOMPUTED} and adapters in a graph",
+        "torch.utils._python_dispatch._disable_current_modes": (
+            "refused: switching adapters in a compiled graph"
+        ),
+        "torch.utils._pytree": "another way: trees of tuples, lists and dicts only",
+        "transformers.conversion_mapping._MODEL_TO_CONVERSION_PATTERN": (
+            "another way: PEFT, which reads the same name, renames no experts without it"
+        ),
+        "transformers.integrations.finegrained_fp8._dequantize_fp8_weight": (
+            "refused: the values of weights in block FP8"
+        ),
+    }
+)
