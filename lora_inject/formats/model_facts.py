@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -89,21 +89,20 @@ class ModelFacts:
                 why_not_in_peft,
             )  # which needs the live layers
 
-            return why_not_in_peft(model, modules, name)
+            return why_not_in_peft(model_type, modules, name)
 
         config: Any = getattr(model, "config", None)
+        model_type = getattr(config, "model_type", None)
         plain = config.to_dict() if hasattr(config, "to_dict") else config
         return cls(
-            module_names=tuple(name for name in modules if name),
+            module_names=tuple(filter(None, modules)),
             tensor_names=tuple(tensor_names),
-            transposed_modules=tuple(
-                name for name, m in modules.items() if getattr(m, "is_transposed", False)
-            ),
+            transposed_modules=tuple(_transposed(modules)),
             orientation_known=not (hasattr(model, "base_model_prefix") and is_transformers_4()),
             expert_names=expert_names(model),
             config=dict(plain) if isinstance(plain, Mapping) else None,
             base_model=getattr(config, "_name_or_path", None) or None,
-            task_type=_task_type(model, getattr(config, "model_type", None)),
+            task_type=_task_type(model, model_type),
             unfit=unfit,
         )
 
@@ -157,6 +156,18 @@ class ModelFacts:
         if tied is not False:
             problem = "the config does not say whether the embedding and the head are tied"
             raise FormatError(where, problem, _NO_CONFIG)
+
+
+def _transposed(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Yield the names of modules that say `is_transposed`.
+
+    `getattr` of a module that does not takes as long as all else that is asked of it here.
+    """
+    stating = {cls for cls in set(map(type, modules.values())) if hasattr(cls, "is_transposed")}
+    for name, module in modules.items():
+        states = type(module) in stating or "is_transposed" in module.__dict__
+        if states and module.is_transposed:
+            yield name
 
 
 # peft/utils/transformers_weight_conversion.py, `_MOE_TARGET_MODULE_MAPPING` (0.21.2).

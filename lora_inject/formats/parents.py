@@ -20,13 +20,7 @@ from lora_inject.core.layers.adapted import plain_class
 ENTRIES = ("forward", "generate")
 EACH = "*"  # the step to a member of a list, whatever its index
 Steps = tuple[str, ...]
-
-
-class Use(NamedTuple):
-    """One use of something under `self`: `self.layers[0].fc.weight` has four steps."""
-
-    steps: Steps
-    called: bool
+"""One use of something under `self`: `self.layers[0].fc.weight` has four steps."""
 
 
 class Uses(NamedTuple):
@@ -53,29 +47,42 @@ def uses(modules: Mapping[str, nn.Module], name: str) -> Uses:
         >>> uses({"": net, "fc": net.fc}, "fc").called  # a class in a doctest has no source
         False
     """
-    path = tuple(name.split("."))
-    called, read = False, set()
-    for depth in range(len(path)):
-        around = modules.get(".".join(path[:depth]))
-        child = path[depth:]
-        for use in () if around is None else _uses_of(plain_class(type(around))):
-            head, rest = use.steps[: len(child)], use.steps[len(child) :]
-            if len(head) < len(child) or not all(map(_meets, head, child)):
-                continue
-            called |= not rest
-            if rest:
-                read.add((rest[0], rest[1] if len(rest) > 1 else ""))
-    return Uses(called, frozenset(read))
+    around, _, child = name.rpartition(".")
+    return _of_child(_under(modules, around), child)
 
 
-def _meets(step: str, name: str) -> bool:
-    return step == name or (step == EACH and name.isdecimal())
+def _under(modules: Mapping[str, nn.Module], name: str) -> frozenset[Steps]:
+    """Return the steps from a module on, of its own forward and of those around it."""
+    module = modules.get(name)
+    own = frozenset[Steps]() if module is None else _uses_of(plain_class(type(module)))
+    if not name:
+        return own
+    around, _, child = name.rpartition(".")
+    return _joined(own, _under(modules, around), child)
+
+
+@cache  # the layers of a model are alike
+def _joined(own: frozenset[Steps], around: frozenset[Steps], child: str) -> frozenset[Steps]:
+    return own.union(_after(around, child))
 
 
 @cache
-def _uses_of(cls: type) -> frozenset[Use]:
+def _of_child(around: frozenset[Steps], child: str) -> Uses:
+    rests = _after(around, child)
+    read = frozenset((rest[0], rest[1] if len(rest) > 1 else "") for rest in rests if rest)
+    return Uses(() in rests, read)
+
+
+def _after(around: Iterable[Steps], child: str) -> set[Steps]:
+    """Return what is left of steps that begin with a child; one of a list has any index."""
+    first = {child, EACH} if child.isdecimal() else {child}
+    return {steps[1:] for steps in around if steps and steps[0] in first}
+
+
+@cache
+def _uses_of(cls: type) -> frozenset[Steps]:
     """Return the uses in all methods that a class's forward can reach."""
-    uses: set[Use] = set()
+    uses: set[Steps] = set()
     waiting, done = list(ENTRIES), set[str]()
     while waiting:
         name = waiting.pop()
@@ -85,7 +92,7 @@ def _uses_of(cls: type) -> frozenset[Use]:
         for function in _definitions(cls, name):
             source = _read(function)
             uses |= source.uses
-            waiting += [use.steps[0] for use in source.uses if len(use.steps) == 1]
+            waiting += [steps[0] for steps in source.uses if len(steps) == 1]
     return frozenset(uses)
 
 
@@ -105,7 +112,7 @@ def _definitions(cls: type, name: str) -> Iterator[Callable[..., Any]]:
 
 
 class _Source(NamedTuple):
-    uses: frozenset[Use]
+    uses: frozenset[Steps]
     supers: frozenset[str]
 
 
@@ -130,7 +137,7 @@ class _Visitor(ast.NodeVisitor):
 
     def __init__(self, owner: str) -> None:
         self.known: dict[str, Steps] = {owner: ()}
-        self.uses: set[Use] = set()
+        self.uses: set[Steps] = set()
         self.supers: set[str] = set()
 
     def steps_of(self, node: ast.AST) -> Steps | None:
@@ -176,7 +183,7 @@ class _Visitor(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         steps = self.steps_of(node.func)
         if steps:
-            self.uses.add(Use(steps, called=True))
+            self.uses.add(steps)
         elif _is_super(node.func):
             self.supers.add(node.func.attr)  # type: ignore[attr-defined]
         else:
@@ -198,7 +205,7 @@ class _Visitor(ast.NodeVisitor):
     def _used(self, node: ast.Attribute | ast.Subscript | ast.Name) -> None:
         steps = self.steps_of(node)
         if steps:
-            self.uses.add(Use(steps, called=False))
+            self.uses.add(steps)
         elif not isinstance(node, ast.Name):
             self.visit(node.value)
 

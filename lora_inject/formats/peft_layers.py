@@ -30,18 +30,17 @@ _ABOUT_A_WEIGHT |= {"ndim", "new_empty", "new_ones", "new_tensor", "new_zeros", 
 _ABOUT_A_WEIGHT |= {"requires_grad", "shape", "size"}
 
 
-def why_not_in_peft(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> str:
+def why_not_in_peft(model_type: Any, modules: Mapping[str, nn.Module], name: str) -> str:
     """Return why PEFT would refuse, fail or do nothing with an adapter of a module, or "".
 
     Args:
-        model: The model.
+        model_type: What the model's config calls it.
         modules: Its modules, by all their names.
         name: That of the adapted module.
     """
     module: Any = modules.get(name)
     if module is None:
         return ""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in _MAMBA and leaf(name) in _NOT_IN_MAMBA:
         return f"it refuses every '{leaf(name)}' in models of the type '{model_type}'"
     reason = _of_convolution(module) if isinstance(module, _CONVOLUTIONS) else ""

@@ -290,11 +290,12 @@ def _check_expressible(specs: Sequence[SiteSpec], tensor_names: Sequence[str] | 
         problem = "PEFT has one variant, with lora_bias or without, for all sites"
         raise FormatError("", f"{problem}, and these sites have several", _OTHER)
     known = {*(tensor_names or ()), *parameters}
+    modules = kinds.keys() - parameters
     called = attentions(specs)
     for spec in specs:
         if spec.name in called and spec.variant == "lora":  # its attention has no DoRA
             continue
-        if reason := _inexpressible(spec, kinds.keys() - parameters, known):
+        if reason := _inexpressible(spec, modules, known):
             raise FormatError(f"site '{spec.name}'", f"PEFT cannot {reason}", _OTHER)
 
 
@@ -315,20 +316,28 @@ def refuse_unfit_sites(specs: Sequence[SiteSpec], facts: ModelFacts, client: str
 
 def _inexpressible(spec: SiteSpec, modules: Collection[str], tensor_names: Collection[str]) -> str:
     """Why PEFT cannot carry this site, or an empty text."""
-    module, odd, kind = parent(spec.weight), _odd(spec), spec.kind
-    by_weight = spec.update == "weight"
-    as_parameter = kind == "parameter" or (kind == "linear" and by_weight)
+    if odd := _odd(spec):
+        return f"adapt {odd}"
+    if not wrapped(spec):
+        return "adapt the root module or a parameter of it"
+    if spec.kind == "parameter" or spec.update == "weight":
+        return _inexpressible_read(spec, modules, tensor_names)
+    return ""
+
+
+def _inexpressible_read(
+    spec: SiteSpec, modules: Collection[str], tensor_names: Collection[str]
+) -> str:
+    """Why PEFT cannot carry a site whose weight is read, or an empty text."""
+    module, kind = parent(spec.weight), spec.kind
+    as_parameter = kind in ("parameter", "linear")
     dims = len(spec.weight_shape)
     of_attention = spec.weight == f"{module}.weight" and parent(module) + _IN_PROJ in tensor_names
     reasons = {
-        f"adapt {odd}": odd,
-        "adapt the root module or a parameter of it": not wrapped(spec),
         "adapt a linear layer with DoRA whose own forward it does not know": (
-            by_weight and kind == "linear" and spec.variant == "dora"
+            kind == "linear" and spec.variant == "dora"
         ),
-        "adapt the weight of a Conv1D layer whose own forward it does not know": (
-            by_weight and kind == "conv1d"
-        ),
+        "adapt the weight of a Conv1D layer whose own forward it does not know": kind == "conv1d",
         "adapt a module and a parameter of it": kind == "parameter" and module in modules,
         f"adapt a parameter of {dims} dimensions": (
             as_parameter and dims != (2 if spec.experts is None else 3)

@@ -75,12 +75,13 @@ def attentions(specs: Iterable[SiteSpec]) -> dict[str, str]:
     """
     by_name = {spec.name: spec for spec in specs}
     called: dict[str, str] = {}
-    for name, spec in by_name.items():
+    parameters = [name for name, spec in by_name.items() if spec.kind == "parameter"]
+    for name in parameters:
         module = parent(name)
         out = by_name.get(f"{module}.out_proj")
-        parts = spec.kind == "parameter" and leaf(name) == "in_proj_weight"
-        if parts and out is not None and (out.kind, out.update) == ("linear", "weight"):
-            called |= {name: module, out.name: module}
+        read = out is not None and (out.kind, out.update) == ("linear", "weight")
+        if read and leaf(name) == "in_proj_weight":
+            called |= {name: module, f"{module}.out_proj": module}
     return called
 
 
