@@ -10,8 +10,19 @@ from lora_inject.cli import (  # register commands
     look,
     on_disk,
     profiling,
+    proofs,
     searching,
 )
 from lora_inject.cli.program import app, main
 
-__all__ = ["adapters", "app", "environment", "look", "main", "on_disk", "profiling", "searching"]
+__all__ = [
+    "adapters",
+    "app",
+    "environment",
+    "look",
+    "main",
+    "on_disk",
+    "profiling",
+    "proofs",
+    "searching",
+]

@@ -43,6 +43,7 @@ EXAMPLES = MappingProxyType(
         "rename": "lora-inject rename sql-adapter transformer=model.decoder --output renamed",
         "extract": "lora-inject extract gpt2 gpt2-tuned --rank 16 --output adapter",
         "schema": "lora-inject schema > schema.json",
+        "prove": "lora-inject prove sql-adapter --base gpt2 --probe 'SELECT name FROM users'",
         "verify-served": "lora-inject verify-served http://localhost:8000 sql-adapter --model sql",
         "doctor": "lora-inject doctor --json > environment.json",
     }

@@ -196,16 +196,21 @@ def _batches(rows: Sequence[Tokens], n: int, path: Path, device: str) -> list[di
     return made
 
 
-def loaded_model(model: Path, device: str) -> tuple[Any, Any]:
-    """Return a causal language model in eval mode, in the dtype of its files, and its tokenizer."""
+def loaded_model(model: Path, device: str, dtype: str = "auto") -> tuple[Any, Any]:
+    """Return a causal language model in eval mode, and its tokenizer.
+
+    The dtype "auto" is that of its files.
+    """
     asked = f"load '{model}'"
+    if not model.exists():
+        raise CheckpointError(asked, "there is no such file or folder", "Check the path")
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         remedy = "Run pip install transformers accelerate"
         raise CheckpointError(asked, "transformers is not installed", remedy) from None
     try:
-        base: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         _check_tokenizer(model, asked)
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, RuntimeError) as error:

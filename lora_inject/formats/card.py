@@ -132,6 +132,22 @@ def _checks(cls: str | None) -> list[str]:
     return [*lines, "```", "", "```console", serve, "```", ""]
 
 
+def with_checks(card: str) -> str:
+    """Return a card of a language model's adapter that says how to verify it, where it did not.
+
+    A card that this package did not write is returned as it is.
+
+    Examples:
+        >>> "verify-served" in with_checks("written by lora-inject 0.1.0.")
+        True
+        >>> with_checks("a card of others")
+        'a card of others'
+    """
+    if "written by lora-inject" not in card or "verify_loaded" in card:
+        return card
+    return "\n".join([card.rstrip(), "", *_checks("AutoModelForCausalLM")])
+
+
 def _inline(text: str) -> str:
     """Return text as inline code of Markdown."""
     return "`" + text.replace("`", "'").replace("\n", " ") + "`"

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,12 +150,21 @@ def read_proof(path: Any, asked: str) -> Proof:
     Raises:
         FormatError: There is no such file, it holds no proof, or the proof was edited.
     """
-    place = user_path(asked, path)
-    file = place / "adapter_model.safetensors" if place.is_dir() else place
-    if not is_safetensors(file):
-        problem = f"there is no safetensors file at '{place}'"
-        raise FormatError(asked, problem, "Give what save_adapter(model, path, probe=...) wrote")
+    file = proof_file(user_path(asked, path), asked)
     return parse_proof(read_names(file)[1], f"{asked}, '{file}'")
+
+
+def proof_file(path: Path, asked: str) -> Path:
+    """Return the safetensors file of an adapter, whose header has room for a proof.
+
+    Raises:
+        FormatError: There is none.
+    """
+    file = path / "adapter_model.safetensors" if path.is_dir() else path
+    if not is_safetensors(file):
+        problem = f"there is no safetensors file at '{path}'"
+        raise FormatError(asked, problem, "Give what save_adapter(model, path, probe=...) wrote")
+    return file
 
 
 def parse_proof(metadata: Mapping[str, str], asked: str) -> Proof:
