@@ -140,8 +140,8 @@ def lines_with(pattern: re.Pattern[str], text: str) -> list[str]:
 
 def may_look_inside(name: str) -> bool:
     """Whether a file is for what torch keeps private, or is named after another library."""
-    own = {"core/functional/inside.py", "compiled/torch_checkpoints.py"}
-    own |= {"private.py", "private_names.py"}
+    own = {"core/functional/call_stack.py", "core/functional/inside.py"}
+    own |= {"compiled/torch_checkpoints.py", "private.py", "private_names.py"}
     return name in own or name.startswith("integrations/")
 
 

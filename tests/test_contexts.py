@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
-from lora_inject.core.layers import contexts
+from lora_inject.core.layers import selected
 
 NAMES = ("a", "b", "c")
 
@@ -354,7 +354,7 @@ def test_an_interrupt_at_any_line_of_a_context_leaves_nothing_behind(context: An
     while stops_at(n):
         n += 1
         assert same_bits(model(X), wanted)
-        assert all(c.left for c in contexts._ENTERED.get())
+        assert all(c.left for c in selected.ENTERED.get())
         assert not model.first._lora.selection.contexts
     assert n > 50
     li.eject(model)

@@ -1,6 +1,6 @@
 """What only torch's inner side or Python's stack can say is still said: each finding is asserted.
 
-If a new torch renames what `core/functional/inside.py` looks at, a test here fails first.
+If a new torch renames what `inside.py` or `call_stack.py` looks at, a test here fails first.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from lora_inject.core.functional import inside
+from lora_inject.core.functional import call_stack, inside, noted_hooks
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
@@ -49,7 +49,7 @@ def test_a_backward_and_the_node_that_runs_are_seen() -> None:
     y = x * 3
     last = inside.next_node()
     seen: list[Any] = []
-    y.register_hook(lambda _: seen.append((inside.in_backward(), inside.running_node())))
+    y.register_hook(lambda _: seen.append((inside.in_backward(), call_stack.running_node())))
     y.register_hook(lambda _: seen.append(inside.may_recompute()))
     assert not inside.in_backward()
     assert not inside.may_recompute()
@@ -63,11 +63,13 @@ def test_a_backward_and_the_node_that_runs_are_seen() -> None:
 @pytest.fixture(params=["as this torch", "as torch before 2.8"])
 def _hooks_are_seen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once as torch tells of hooks on saved tensors, once where it does not."""
-    if request.param == "as torch before 2.8" and inside._top_hooks is not None:
-        monkeypatch.setattr(inside, "_top_hooks", None)
+    if request.param == "as torch before 2.8" and call_stack._TORCH_TELLS:
+        monkeypatch.setattr(call_stack, "_TORCH_TELLS", False)
+        for each in (inside, call_stack):
+            monkeypatch.setattr(each, "top_hooks", noted_hooks.innermost_noted)
         for name in ("__enter__", "__exit__"):  # put back after the test
             monkeypatch.setattr(saved_tensors_hooks, name, getattr(saved_tensors_hooks, name))
-        inside.note_saving_hooks()
+        noted_hooks.note_saving_hooks()
 
 
 @pytest.mark.usefixtures("_hooks_are_seen")
@@ -77,12 +79,12 @@ def test_the_function_of_a_running_checkpoint_is_found_and_can_be_replaced(reent
 
     def part(x: torch.Tensor) -> torch.Tensor:
         assert inside.may_recompute()
-        for running in inside.checkpoints():
+        for running in call_stack.checkpoints():
             known = running.function
             running.function = lambda *args, known=known: (runs.append("again"), known(*args))[1]
         return x.sin()
 
-    assert list(inside.checkpoints()) == []
+    assert list(call_stack.checkpoints()) == []
     x = torch.ones(2, requires_grad=True)
     y = checkpoint(part, x, use_reentrant=reentrant)
     assert runs == []
@@ -94,21 +96,21 @@ def test_the_inputs_of_a_reentrant_checkpoint_are_seen() -> None:
     seen = []
 
     def part(x: torch.Tensor) -> torch.Tensor:
-        seen.append(inside.reentrant_inputs())
+        seen.append(call_stack.reentrant_inputs())
         return x.sin()
 
     x = torch.ones(2, requires_grad=True)
     checkpoint(part, x, use_reentrant=True)
     assert seen[0] is not None
     assert [tuple(t.shape) for t in seen[0]] == [(2,)]
-    assert inside.reentrant_inputs() is None
+    assert call_stack.reentrant_inputs() is None
 
 
 @pytest.mark.usefixtures("_hooks_are_seen")
 def test_the_call_of_a_module_is_seen() -> None:
     class Asks(torch.nn.Module):
         def forward(self) -> bool:
-            return inside.in_forward()
+            return call_stack.in_forward()
 
     asks = Asks()
     assert asks() is True
@@ -117,25 +119,25 @@ def test_the_call_of_a_module_is_seen() -> None:
 
 def test_hooks_on_saved_tensors_are_seen() -> None:
     pair, inner = ((lambda t: t), (lambda t: t)), ((lambda t: t + 0), (lambda t: t))
-    assert inside.saving_hooks() is None
+    assert call_stack.saving_hooks() is None
     with saved_tensors_hooks(*pair):
-        assert inside.saving_hooks() == pair
+        assert call_stack.saving_hooks() == pair
         with saved_tensors_hooks(*inner):
-            assert inside._pack_hooks() == [inner[0], pair[0]]
-        assert inside.saving_hooks() == pair
-    assert inside.saving_hooks() is None
+            assert call_stack._pack_hooks() == [inner[0], pair[0]]
+        assert call_stack.saving_hooks() == pair
+    assert call_stack.saving_hooks() is None
 
 
 def test_who_enters_is_told_from_who_manages_a_context() -> None:
     @contextlib.contextmanager
     def managed() -> Iterator[int]:
-        yield inside.entering_code()
+        yield call_stack.entering_code()
 
     def generator() -> Iterator[int]:
-        yield inside.entering_code()
+        yield call_stack.entering_code()
 
     async def coroutine() -> int:
-        return inside.entering_code()
+        return call_stack.entering_code()
 
     with managed() as flags:
         assert not flags & inspect.CO_GENERATOR

@@ -25,7 +25,8 @@ from lora_inject.compiled.torch_checkpoints import watch_checkpoints
 from lora_inject.core.functional.factors import compute_dtype
 from lora_inject.core.functional.linear import add_updates
 from lora_inject.core.layers.attached import Entry, attached_to, factors_of, held_by
-from lora_inject.core.layers.kinds import LoRAEmbedding
+from lora_inject.core.layers.embedding_kind import LoRAEmbedding
+from lora_inject.core.layers.gains import with_gain
 from lora_inject.core.layers.linear_kinds import LoRALinear
 from lora_inject.core.layers.selected import Mix, Selected
 from lora_inject.core.layers.selection import SELECTIONS, Selection, alive
@@ -106,10 +107,9 @@ class ChosenMix(Mix):
         if attached.gains and not GRAPHS_HAVE_GAINS and torch.compiler.is_compiling():
             fullgraph_of_an_adapter_with_a_gain_as_dora_needs_torch_2_9()
         updates = factors_of(recipes, held_by(layer), training=layer.training)
-        gained = attached.gained(self) if attached.gains else None
-        if gained is None:
-            return layer._lora_with_updates(args, kwargs, updates)
-        return layer._lora_with_gain(args, kwargs, updates, layer._lora_gain(gained, recipes))
+        if attached.gains:
+            return with_gain(layer, self, args, kwargs, updates)
+        return layer._lora_with_updates(args, kwargs, updates)
 
 
 class ChosenRows(Rows):

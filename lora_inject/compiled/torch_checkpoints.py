@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils import checkpoint as torchs
 
-from lora_inject.core.functional.inside import checkpoints
+from lora_inject.core.functional.call_stack import checkpoints
 from lora_inject.core.layers.checkpointing import Recomputed, recomputed
 from lora_inject.core.layers.selection import SELECTIONS, alive
 from lora_inject.private import needed

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.layers.attached import Entry, check_mixed
+from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.first_values import first_values
+from lora_inject.core.layers.gains import check_mixed
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey
 from lora_inject.core.model.carried import Carried

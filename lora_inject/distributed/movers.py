@@ -17,8 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.functional.inside import caller_of
-from lora_inject.core.layers.reading import READER
+from lora_inject.core.functional.call_stack import caller_of
+from lora_inject.core.layers.swapped_class import READER
 from lora_inject.private import needed
 
 _TORCH = Path(torch.__file__).parent / "distributed"

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lora_inject.core.functional.inside import caller_of
+from lora_inject.core.functional.call_stack import caller_of
 from lora_inject.core.layers.adapted import defines_forward
 from lora_inject.core.layers.forwards import ForwardOwner
-from lora_inject.core.layers.reading import READER
+from lora_inject.core.layers.swapped_class import READER
 from lora_inject.core.layers.weight_kinds import Reason, Verb, WeightKind
 
 _LAYER = ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear")

@@ -23,7 +23,8 @@ from lora_inject.core.functional.gain import gained
 from lora_inject.core.functional.lazy import lazy_weight
 from lora_inject.core.layers.attached import Entry, attached_to, held_by
 from lora_inject.core.layers.effective import trained
-from lora_inject.core.layers.kinds import LoRAEmbedding
+from lora_inject.core.layers.embedding_kind import LoRAEmbedding
+from lora_inject.core.layers.gains import gain_in_forward
 from lora_inject.core.layers.linear_kinds import LoRALinear
 from lora_inject.core.layers.plain_tensors import PLAIN
 from lora_inject.core.layers.selected import Mix, Selected
@@ -275,7 +276,7 @@ class Rows(Selected):
     def _gains(self, layer: Any, routing: Routing, n_dims: int) -> Tensor | None:
         """Return the gains of each row, `(batch, 1, ..., out)`; None where all are 1."""
         gains = {
-            i: layer._lora_gain(entry, recipes)
+            i: gain_in_forward(layer, entry, recipes)
             for i, (entry, recipes) in enumerate(zip(routing.entries, routing.recipes, strict=True))
             if entry.variant.gained
         }

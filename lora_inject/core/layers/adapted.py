@@ -114,6 +114,14 @@ class Adapted(nn.Module):
             self._lora_check_replaced(param)
         return self._lora.selection.current().read(self, param, raw, entries, outside=outside)
 
+    def _lora_read_mixed(
+        self, param: str, raw: Any, taking: list[tuple[Entry, float]], *, outside: bool
+    ) -> Any:
+        """Return W + delta, of the entries of a mix that are on a parameter."""
+        from lora_inject.core.layers.effective import read_mixed
+
+        return read_mixed(self, param, raw, taking, outside=outside)
+
     def _lora_check_replaced(self, name: str) -> None:
         """Raise if a parameter becomes computed, as in parametrize, prune and weight_norm.
 

@@ -8,7 +8,7 @@ Adapter tensors are plain Parameters of their module with flat names, found thro
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from lora_inject.core.adapter.variants import Variant, variant_of
 from lora_inject.core.functional.factors import Patch, Spans, Update
-from lora_inject.core.functional.gain import Gain
-from lora_inject.core.functional.inside import saving_hooks
 from lora_inject.core.layers.selected import Selected
 from lora_inject.core.layers.selection import Selection
 from lora_inject.core.spec.rooms import library_rows
@@ -98,14 +96,6 @@ class Entry:
     def variant(self) -> Variant:
         """The variant of the site."""
         return variant_of("lora" if self.spec is None else self.spec.variant)
-
-    def gain(self, held: Mapping[str, Any]) -> Gain | None:
-        """Return the gain of the outputs, None if the variant has none."""
-        spec, variant = self.spec, self.variant
-        if spec is None or not variant.gained:
-            return None
-        tensors = {role: held[self.names[role]] for role in variant.roles}
-        return Gain(variant.gain, tensors, spec.spans)
 
     def recipes(self, weight: float) -> Iterator[Recipe]:
         """Yield the update, and with a negative scale the frozen start of pissa or olora."""
@@ -270,16 +260,6 @@ class Attached:
             for recipe in self.forward[name].recipes(weight)
         )
 
-    def gained(self, mix: Selected) -> Entry | None:
-        """Return the entry on the output that has a gain under a mix; it is the only one."""
-        taking = [(self.forward[n], w) for n, w in mix.names.items() if n in self.forward]
-        alone = next((entry for entry, _ in taking if entry.variant.gained), None)
-        if alone is not None:
-            copies = self.reads.get(alone.param, {})
-            taking += [(copies[n], w) for n, w in mix.names.items() if n in copies]
-            check_mixed(taking)
-        return alone
-
     def forget_use(self) -> None:
         """Reset the notes of which entries take part in a forward."""
         self.took_part = frozenset()
@@ -321,19 +301,6 @@ class Attached:
             return False
         return threading.get_ident() in self.running
 
-    def reads_so_far(self) -> dict[tuple[str, bool], Tensor] | None:
-        """Return the values that were read in the running forward, for the next reads in it.
-
-        None outside a forward of the module, and in a checkpoint that its forward has entered: that
-        part is recomputed outside of it, must read the same way there, and has hooks of its own on
-        the tensors that it saves.
-        """
-        if torch.compiler.is_compiling() or not self.running:
-            return None
-        cache, then = self.running.get(threading.get_ident(), (None, None))
-        now = saving_hooks()
-        return cache if now is then or (now and then and now[0] is then[0]) else None
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last_chosen": NOTHING, "running": {}, "last_read": {}}
 
@@ -342,21 +309,6 @@ class Attached:
         for entry in self.entries():
             _ = entry.variant  # a compiled forward cannot import it
         self.join(self.selection)
-
-
-def check_mixed(taking: Sequence[tuple[Entry, float]]) -> None:
-    """Raise if an adapter with a gain is not alone on a tensor, or not with weight 1."""
-    alone = next((entry for entry, _ in taking if entry.variant.gained), None)
-    if alone is None or (len(taking) == 1 and taking[0][1] == 1.0):
-        return
-    assert alone.spec is not None
-    mix = ", ".join(f"{entry.adapter!r} x {weight:g}" for entry, weight in taking)
-    raise LayerError(
-        f"site {alone.spec.name!r} with {mix}",
-        f"the {alone.spec.variant} of {alone.adapter!r} scales what W and all updates give "
-        "together: it is not defined with another adapter, or with another weight",
-        f"Activate {alone.adapter!r} alone, with weight 1",
-    )
 
 
 def _in_float32(entry: Entry) -> bool:

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.layers.adapted import raw_parameter
+from lora_inject.core.layers.adapted import Adapted, raw_parameter
 from lora_inject.core.layers.attached import held_by
 from lora_inject.core.layers.own_code import OWN, keeping
-from lora_inject.core.layers.reading import Reading
 from lora_inject.core.layers.valueless import EMPTYING, moved
 from lora_inject.errors import LayerError
 
 
-class Carrier(Reading):
+class Carrier(Adapted):
     """The part of a swapped class that looks after the tensors of the module."""
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:

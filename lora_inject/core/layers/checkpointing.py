@@ -16,14 +16,17 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_inject.core.functional.inside import (
+from lora_inject.core.functional.call_stack import (
     checkpoints,
     innermost_checkpoint,
     reentrant_calls,
     reentrant_inputs,
+    running_node,
     saving_hooks,
 )
+from lora_inject.core.functional.inside import in_backward
 from lora_inject.core.layers.contexts import in_context
+from lora_inject.core.layers.selected import ENTERED
 from lora_inject.errors import LayerError, StateError
 
 Before = tuple[Mapping[str, int], Mapping[str, float]]
@@ -89,7 +92,13 @@ def recomputed(function: Any) -> Recomputed:
 
 
 def remember(selection: Any, selected: Any) -> None:
-    """Let the checkpoints that the caller runs in be recomputed under `selected`."""
+    """Let the checkpoints that the caller runs in be recomputed under `selected`.
+
+    Raises:
+        StateError: A forward runs in a backward, and may compute something else than it did.
+    """
+    if in_backward():
+        _check_unchanged(selection)
     is_new = saving_hooks() is not None and not _is_known(selection)
     if not is_new and not reentrant_calls():
         return
@@ -97,6 +106,19 @@ def remember(selection: Any, selected: Any) -> None:
         wrapped = recomputed(checkpoint.function)
         wrapped.note(selection, selected)
         checkpoint.function = wrapped
+
+
+def _check_unchanged(selection: Any) -> None:
+    """Check a forward in a backward that no checkpoint of torch's recomputes."""
+    if any(context.recomputes and selection in context.selected for context in ENTERED.get()):
+        return
+    node = running_node()
+    if node is not None and node < selection.changed:
+        raise StateError(
+            "a forward inside a backward pass",
+            "the selection or an adapter's values changed since the forward that it may recompute",
+            "Use torch.utils.checkpoint, or change neither from forward to backward",
+        )
 
 
 def _is_known(selection: Any) -> bool:

@@ -7,7 +7,7 @@ no such generator.
 
 A context goes through three states:
 
-| state | `_ENTERED` of its thread or task | what a forward there does |
+| state | `ENTERED` of its thread or task | what a forward there does |
 |---|---|---|
 | made | does not hold it | does not see it |
 | open | holds it | runs under it, if it is the innermost of its selection |
@@ -20,10 +20,10 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
 from typing import Any
 
-from lora_inject.core.functional.inside import entering_code
+from lora_inject.core.functional.call_stack import entering_code, runs_in_checkpoint
+from lora_inject.core.layers.selected import ENTERED
 from lora_inject.errors import StateError
 
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
@@ -53,8 +53,8 @@ class Context:
     def enter(self) -> None:
         """Make the context the caller's innermost."""
         for selection in self.selected:
-            selection.entered(self)
-        _ENTERED.set((*_ENTERED.get(), self))
+            self._begin(selection)
+        ENTERED.set((*ENTERED.get(), self))
         self._is_open = True
 
     def leave(self) -> None:
@@ -65,13 +65,13 @@ class Context:
         """
         if self._is_closed:
             return
-        here = _ENTERED.get()
+        here = ENTERED.get()
         above = here[here.index(self) + 1 :] if self in here else ()
         elsewhere = self._is_open and not self.left and self not in here
         self.left = True
         for selection in self.selected:
-            selection.was_left(self)
-        _ENTERED.set(tuple(context for context in here if context is not self))
+            self._end(selection)
+        ENTERED.set(tuple(context for context in here if context is not self))
         self._is_closed = True
         if any(not context.left for context in above):
             raise StateError(
@@ -86,36 +86,40 @@ class Context:
                 "Leave a context where it was entered",
             )
 
-    def of_this_thread(self) -> bool:
-        """Whether the calling thread entered it."""
-        return self._thread == threading.get_ident()
+    def in_force(self, selection: Any) -> Any:
+        """Return who takes part of a selection, in a forward that runs in this context.
 
-
-_ENTERED: ContextVar[tuple[Context, ...]] = ContextVar("lora_inject_contexts", default=())
-
-
-def entered() -> tuple[Context, ...]:
-    """Return the contexts that the caller runs in, the innermost last."""
-    return _ENTERED.get()
-
-
-def innermost(selection: Any) -> Context | None:
-    """Return the caller's innermost context of a selection, None where there is none.
-
-    Raises:
-        StateError: The caller inherited it, and who entered it has left it since.
-    """
-    for context in reversed(_ENTERED.get()):
-        if selection not in context.selected:
-            continue
-        if context.left:
+        Raises:
+            StateError: The caller inherited it, and who entered it has left it since.
+        """
+        if self.left:
             raise StateError(
                 "a forward in a context that was inherited",
                 "the thread or task that entered routed() or disabled() has left it",
                 "Wait for what was started inside before leaving, or enter a context of its own",
             )
-        return context
-    return None
+        return self.selected[selection]
+
+    def _begin(self, selection: Any) -> None:
+        """Let a selection know that this context begins."""
+        if runs_in_checkpoint():
+            selection.current()  # a checkpoint that is running began outside of the context
+        selection.note_change()
+        selected = self.selected[selection]
+        selection.follow(selected)
+        selection.contexts.add(self)
+        selection.waits = any(each.waits for each in tuple(selection.contexts))
+        if not self.waits:
+            self.shadowed[selection] = selection.in_thread.selected
+            selection.in_thread.selected = selected
+
+    def _end(self, selection: Any) -> None:
+        """Let a selection know that this context ends."""
+        selection.note_change()
+        if selection in self.shadowed and self._thread == threading.get_ident():
+            selection.in_thread.selected = self.shadowed.pop(selection)
+        selection.contexts.discard(self)
+        selection.waits = any(each.waits for each in tuple(selection.contexts))
 
 
 @contextlib.contextmanager

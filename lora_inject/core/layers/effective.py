@@ -14,15 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.functional.call_stack import in_forward, in_symbolic_trace, saving_hooks
 from lora_inject.core.functional.factors import Patch, needs_plain_operations, reads_as_sum
-from lora_inject.core.functional.inside import (
-    in_forward,
-    in_symbolic_trace,
-    is_watched,
-    saving_hooks,
-)
+from lora_inject.core.functional.inside import is_watched
 from lora_inject.core.functional.weight import effective_weight
-from lora_inject.core.layers.attached import Entry, attached_to, check_mixed, held_by
+from lora_inject.core.layers.attached import Attached, Entry, attached_to, held_by
+from lora_inject.core.layers.gains import check_mixed, gain_of
 from lora_inject.core.layers.plain_tensors import PLAIN
 from lora_inject.core.layers.sending import sent_once
 from lora_inject.core.spec.rooms import room
@@ -67,12 +64,26 @@ def read_mixed(
         return _other(layer, raw, taking, outside)
     # A value read under no_grad would cut the gradient of a later read in the same forward.
     key = (param, torch.is_grad_enabled())
-    cache = attached.reads_so_far()
+    cache = _read_so_far(attached)
     if cache is None:
         return _effective(layer, raw, taking, outside)
     if key not in cache:
         cache[key] = _effective(layer, raw, taking, outside)
     return cache[key]
+
+
+def _read_so_far(attached: Attached) -> dict[tuple[str, bool], Tensor] | None:
+    """Return the values that were read in the running forward, for the next reads in it.
+
+    None outside a forward of the module, and in a checkpoint that its forward has entered: that
+    part is recomputed outside of it, must read the same way there, and has hooks of its own on
+    the tensors that it saves.
+    """
+    if torch.compiler.is_compiling() or not attached.running:
+        return None
+    cache, then = attached.running.get(threading.get_ident(), (None, None))
+    now = saving_hooks()
+    return cache if now is then or (now and then and now[0] is then[0]) else None
 
 
 def _other(layer: Any, raw: Any, taking: list[tuple[Entry, float]], outside: bool) -> Any:
@@ -114,7 +125,7 @@ def _effective(layer: Any, raw: Tensor, taking: list[tuple[Entry, float]], outsi
         # The weight of a layer keeps its dtype, which the layer's input has.
         if spec.compute == "float32" and spec.kind == "parameter":
             float32 = float32 or not _is_of_torch(layer._lora_plain)
-        gain = gain or entry.gain(held)
+        gain = gain or gain_of(entry, held)
         patches += entry.patches(held, weight)
     if gain is not None:
         check_mixed(taking)

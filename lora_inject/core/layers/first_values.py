@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import master_dtype
-from lora_inject.core.functional.gain import norms_of
 from lora_inject.core.layers.attached import Entry
-from lora_inject.core.layers.packed_weights import dense
-from lora_inject.core.layers.plain_tensors import is_quantized
-from lora_inject.core.spec.sites import SiteSpec
 
 
 def first_values(module: nn.Module, entry: Entry, weight: Tensor) -> dict[str, Tensor]:
@@ -19,15 +14,10 @@ def first_values(module: nn.Module, entry: Entry, weight: Tensor) -> dict[str, T
     if spec is None:
         role = next(iter(entry.names))
         return {role: entry.start(weight).to(dtype, copy=True)}
-    return entry.variant.start(spec, weight, dtype, lambda: _norms(module, spec, weight))
 
+    def norms() -> Tensor:
+        from lora_inject.core.layers.gains import first_norms
 
-def _norms(module: nn.Module, spec: SiteSpec, weight: Tensor) -> Tensor:
-    """Return the norms of the adapted outputs of W, equal in every bit to the first forward's."""
-    if is_quantized(weight):
-        weight = dense(module, weight)
-    matrix = weight.detach().reshape(spec.matrix_shape)
-    if spec.update == "weight":
-        matrix = matrix.to(torch.promote_types(weight.dtype, torch.float32))
-    norms = norms_of(matrix, spec.transposed)
-    return torch.cat([norms[start:stop] for start, stop in spec.spans])
+        return first_norms(module, spec, weight)
+
+    return entry.variant.start(spec, weight, dtype, norms)

@@ -11,19 +11,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from lora_inject.core.functional.factors import Update
-from lora_inject.core.functional.gain import updated_norms
 from lora_inject.core.layers.adapted import Adapted
-from lora_inject.core.layers.attached import Entry, Recipe, factors_of, held_by
-from lora_inject.core.layers.packed_weights import dense, is_known
-from lora_inject.core.layers.plain_tensors import PLAIN, is_quantized
+from lora_inject.core.layers.attached import factors_of, held_by
 from lora_inject.core.layers.selected import Mix
-from lora_inject.errors import LayerError, article
 
 
 class ForwardUpdate(Adapted):
@@ -38,10 +34,11 @@ class ForwardUpdate(Adapted):
         updates = factors_of(recipes, held_by(self), training=self.training)
         if self.training:
             self._lora_check_vain(t for u in updates for t in (u.A, u.B))
-        gained = attached.gained(mix) if attached.gains else None
-        if gained is None:
-            return self._lora_with_updates(args, kwargs, updates)
-        return self._lora_with_gain(args, kwargs, updates, self._lora_gain(gained, recipes))
+        if attached.gains:
+            from lora_inject.core.layers.gains import with_gain
+
+            return with_gain(self, mix, args, kwargs, updates)
+        return self._lora_with_updates(args, kwargs, updates)
 
     def _lora_with_updates(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], updates: Sequence[Update]
@@ -85,20 +82,3 @@ class ForwardUpdate(Adapted):
         attached = self._lora
         entries = {**attached.forward, **attached.reads.get(self.weight_name, {})}
         return self._lora_value(self.weight_name, self._lora_raw(self.weight_name), entries)
-
-    def _lora_gain(self, entry: Entry, recipes: Iterable[Recipe]) -> Tensor:
-        """Return the gains of an adapter's outputs `(out,)`, with a gradient to its magnitude."""
-        of_kind = self.weight_name if self._lora_stock else self.weight_of(self)
-        weight = self._lora_own(of_kind)
-        if is_quantized(weight) and is_known(self, weight):
-            weight = dense(self, weight)
-        elif type(weight) not in PLAIN:
-            raise LayerError(
-                f"a forward of site {entry.spec.name!r}",  # type: ignore[union-attr]
-                f"its gain needs the norms of W, which is {article(type(weight).__name__)} here",
-                "Shard with fully_shard, or train this layer with variant: lora",
-            )
-        gain = entry.gain(held_by(self))
-        assert gain is not None
-        updates = factors_of(recipes, held_by(self), training=False)
-        return gain.of(updated_norms(weight, updates, self.geometry(self).transposed))

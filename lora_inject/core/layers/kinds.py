@@ -1,179 +1,72 @@
 """The table of layer kinds: a kind of layer is a class with a row in `KINDS`.
 
-A weight update is right for every layer that reads its weight, whatever it computes with it:
-stride, dilation, groups, padding modes. So most kinds in this file only state how their weight is a
-matrix. Raw parameters need no kind: the parameter itself is the site.
-
-The table of an embedding is a weight `(num, dim)` whose input is a one-hot vector, so `x A^T` is a
-lookup in A. As in the paper's code (loralib `layers.Embedding`), A starts at zero and B is random:
-rows of tokens that are not in the training data do not change. With `max_norm` torch renormalizes
-rows of W in place during the forward: here those of `W + delta` are, out of place.
+Raw parameters need no kind: the parameter itself is the site.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from lora_inject.core.functional.factors import Update
-from lora_inject.core.functional.gain import gained
-from lora_inject.core.functional.inside import in_trace
-from lora_inject.core.functional.lookup import embedding, renormalized
-from lora_inject.core.layers.adapted import Adapted, WeightUpdate, keeps_forward
+from lora_inject.core.layers.adapted import Adapted, WeightUpdate
 from lora_inject.core.layers.attached import Entry
-from lora_inject.core.layers.forward_update import ForwardUpdate
-from lora_inject.core.layers.linear_kinds import LoRAConv1D, LoRALinear
-from lora_inject.core.spec.sites import Geometry
-from lora_inject.errors import LayerError
+from lora_inject.core.layers.linear_kinds import LoRALinear
+from lora_inject.core.spec.rooms import library_rows, standing_at
 
 
-class LoRAEmbedding(ForwardUpdate):
-    """Forward update of `nn.Embedding`: `W[ids] + scale * A[:, ids]^T B^T`."""
+class Row(NamedTuple):
+    """A kind whose class is loaded with the first layer that it is meant for.
 
-    kind = "embedding"
-    classes = (nn.Embedding,)
-    num_embeddings: int
-    padding_idx: int | None
-    max_norm: float | None
-    norm_type: float
-    scale_grad_by_freq: bool
-    sparse: bool
+    Attributes:
+        kind: Its name.
+        matches: Whether it is meant for a module.
+        where: Its class, as `module:name`.
+    """
 
-    @staticmethod
-    def geometry(module: Any) -> Geometry:
-        """Return the table's length as the input and its width as the output."""
-        num, dim = int(module.num_embeddings), int(module.embedding_dim)
-        return Geometry(num, dim, (num, dim), transposed=True)
-
-    @classmethod
-    def adds_to_output(cls, module: nn.Module) -> bool:
-        """Return False for `scale_grad_by_freq`, which changes the gradient of a read weight."""
-        return super().adds_to_output(module) and not module.scale_grad_by_freq
-
-    @staticmethod
-    def stock(plain: type[nn.Module]) -> bool:
-        """Return whether `forward` is nn.Embedding's own, and the weight a parameter."""
-        is_torchs = plain.forward is nn.Embedding.forward and keeps_forward(plain)
-        return is_torchs and not hasattr(plain, "weight")
-
-    def _lora_with_updates(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], updates: Sequence[Update]
-    ) -> Any:
-        """Look rows up with a sum of updates."""
-        rows, ids = self._lora_updated(args, kwargs, updates)
-        return self._lora_finished(rows, ids, None)
-
-    def _lora_with_gain(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        updates: Sequence[Update],
-        gain: Tensor,
-    ) -> Any:
-        """Look rows up with a sum of updates, and multiply by a gain."""
-        rows, ids = self._lora_updated(args, kwargs, updates)
-        return self._lora_finished(rows, ids, gain)
-
-    def _lora_without_updates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Look rows up in the plain table."""
-        return self._lora_rows(
-            self._lora_input(args, kwargs), self._lora_own("weight"), self.max_norm
-        )
-
-    def _lora_updated(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], updates: Sequence[Update]
-    ) -> tuple[Tensor, Tensor]:
-        """Return looked-up rows with updates, before a gain and before their norm, and the ids."""
-        ids, weight = self._lora_input(args, kwargs), self._lora_own("weight")
-        self._lora_check_rows(updates[0].A.shape[1])
-        if hasattr(weight, "full_tensor"):  # a DTensor does not support adding to single rows
-            return self._lora_rows(ids, self._lora_formed(), None), ids
-        base = self._lora_rows(ids, weight, None)
-        rows = embedding(base, ids, updates, self.padding_idx, float32=self._lora.float32)
-        return rows, ids
-
-    def _lora_finished(self, rows: Tensor, ids: Tensor, gain: Tensor | None) -> Tensor:
-        """Multiply looked-up rows by a gain, and enforce their norm."""
-        if gain is not None:
-            if self.padding_idx is not None:  # no gradient from the padding row
-                padding = (ids == self.padding_idx).unsqueeze(-1)
-                gain = torch.where(padding, gain.detach(), gain)
-            rows = gained(rows, rows, gain)
-        return rows if self.max_norm is None else renormalized(rows, self.max_norm, self.norm_type)
-
-    def _lora_check_rows(self, num: int) -> None:
-        """Raise if the table has other rows than A, which has `num`."""
-        if not in_trace() and num != self.num_embeddings:
-            raise LayerError(
-                "an embedding with an adapter",
-                f"it was resized from {num} to {self.num_embeddings} rows after inject",
-                "Eject first, resize, then inject again",
-            )
-
-    def _lora_rows(self, ids: Tensor, weight: Tensor, max_norm: float | None) -> Tensor:
-        """Look up rows as nn.Embedding does; a `max_norm` renormalizes W in place."""
-        options = (self.norm_type, self.scale_grad_by_freq, self.sparse)
-        return F.embedding(ids, weight, self.padding_idx, max_norm, *options)
+    kind: str
+    matches: Callable[[nn.Module], bool]
+    where: str
 
 
-class LoRAConv(WeightUpdate):
-    """Weight update of convolutions: the matrix is `(out, in / groups * kernel)`."""
-
-    kind = "conv"
-    classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-    @staticmethod
-    def geometry(module: Any) -> Geometry:
-        """Return channels and kernel as the layer states them."""
-        shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
-        return Geometry(math.prod(shape[1:]), shape[0], shape)
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """Whether a class is, or derives from, one that is known by where it is defined."""
+    known = library_rows("CONV1D")
+    return any((c.__module__, c.__qualname__) in known for c in type(module).__mro__)
 
 
-class LoRAConvTranspose(WeightUpdate):
-    """Weight update of transposed convolutions: the matrix is `(in, out / groups * kernel)`."""
-
-    kind = "conv_transpose"
-    classes = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-    @staticmethod
-    def geometry(module: Any) -> Geometry:
-        """Return channels and kernel as the layer states them."""
-        shape = (module.in_channels, module.out_channels // module.groups, *module.kernel_size)
-        return Geometry(shape[0], math.prod(shape[1:]), shape, transposed=True)
-
-
-class LoRABilinear(WeightUpdate):
-    """Weight update of `nn.Bilinear`: the matrix is `(out, in1 * in2)`."""
-
-    kind = "bilinear"
-    classes = (nn.Bilinear,)
-
-    @staticmethod
-    def geometry(module: Any) -> Geometry:
-        """Return the widths that the layer states."""
-        shape = (module.out_features, module.in1_features, module.in2_features)
-        return Geometry(shape[1] * shape[2], shape[0], shape)
+def _row(kind: str, file: str, name: str, *classes: type[nn.Module]) -> Row:
+    """Return the row of a kind of torch's own layers."""
+    where = f"{__package__}.{file}:{name}"
+    return Row(kind, lambda module: isinstance(module, classes), where)
 
 
 # The first row that matches a module is its kind.
-KINDS: list[type[Adapted]] = [
+KINDS: list[Row | type[Adapted]] = [
     LoRALinear,
-    LoRAConv1D,
-    LoRAEmbedding,
-    LoRAConv,
-    LoRAConvTranspose,
-    LoRABilinear,
+    Row("conv1d", _is_transposed_linear, f"{__package__}.conv1d_kind:LoRAConv1D"),
+    _row("embedding", "embedding_kind", "LoRAEmbedding", nn.Embedding),
+    _row("conv", "conv_kinds", "LoRAConv", nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    _row(
+        "conv_transpose",
+        "conv_kinds",
+        "LoRAConvTranspose",
+        *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    ),
+    _row("bilinear", "conv_kinds", "LoRABilinear", nn.Bilinear),
 ]
+
+
+def class_of(row: Row | type[Adapted]) -> type[Adapted]:
+    """Return the class of a row."""
+    loaded: type[Adapted] = standing_at(row.where) if isinstance(row, Row) else row
+    return loaded
 
 
 def mixin_for(kind: str) -> type[Adapted]:
     """Return the class of a kind."""
-    return next(row for row in KINDS if row.kind == kind)
+    return class_of(next(row for row in KINDS if row.kind == kind))
 
 
 def mixin_of(entry: Entry) -> type[Adapted]:
@@ -183,8 +76,5 @@ def mixin_of(entry: Entry) -> type[Adapted]:
 
 
 def kind_of(module: nn.Module) -> type[Adapted] | None:
-    """Return the first row that matches a module."""
-    for row in KINDS:
-        if row.matches(module):
-            return row
-    return None
+    """Return the class of the first row that matches a module."""
+    return next((class_of(row) for row in KINDS if row.matches(module)), None)

@@ -1,4 +1,4 @@
-"""Linear layers: `nn.Linear`, layers with the transposed weight, and quantized subclasses of them.
+"""Linear layers: `nn.Linear` and quantized subclasses of it.
 
 If the layer's forward is the stock one on a plain tensor, layer and update run as one fused step.
 Otherwise the layer runs unchanged and the update is added to its output; quantized layers, and
@@ -11,19 +11,16 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Update
-from lora_inject.core.functional.gain import gained
 from lora_inject.core.functional.linear import add_updates, frozen_output, linear, lone_token
-from lora_inject.core.layers.adapted import defines_forward, keeps_forward, plain_class
+from lora_inject.core.layers.adapted import keeps_forward, plain_class
 from lora_inject.core.layers.forward_update import ForwardUpdate
 from lora_inject.core.layers.own_code import OWN
 from lora_inject.core.layers.packed_weights import multiplies, packed_weight, reason_against
 from lora_inject.core.layers.plain_tensors import PLAIN
 from lora_inject.core.layers.selected import Mix
-from lora_inject.core.spec.rooms import library_rows
 from lora_inject.core.spec.sites import Geometry
 from lora_inject.errors import LayerError
 
@@ -32,7 +29,7 @@ class LoRALinear(ForwardUpdate):
     """Forward update of `nn.Linear`: `x W^T + b + scale * drop(x) A^T B^T` (paper, eq. 3)."""
 
     kind = "linear"
-    transposed = False
+    transposed = False  # whether the weight is stored (in, out)
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -108,30 +105,10 @@ class LoRALinear(ForwardUpdate):
         updates: Sequence[Update],
         gain: Tensor,
     ) -> Any:
-        """Compute the layer with a sum of updates u, and multiply by a gain g.
+        """Compute the layer with a sum of updates, and multiply by a gain."""
+        from lora_inject.core.layers.gains import linear_with_gain
 
-        `g (W x + u) + b = (W x + b + u) + (g - 1) (W x + u)`, which is the plain output to the bit
-        where g is 1 and u is 0. With dropout the second W x uses the dropped x, too.
-        """
-        x = self._lora_input(args, kwargs)
-        if x.is_nested:
-            raise LayerError(
-                "an adapter with a gain", f"a {type(self).__name__} got a nested tensor",
-                "Pad the batch",
-            )  # fmt: skip
-        if self._lora_stock and x.layout is not torch.strided:
-            return self._lora_whole(x)
-        if not updates[0].dropout:
-            y = base = self._lora_with_updates(args, kwargs, updates)
-        else:
-            float32 = self._lora.float32
-            kept = F.dropout(x, updates[0].dropout)
-            updates = [update._replace(dropout=0.0) for update in updates]
-            plain = self._lora_without_updates(args, kwargs)
-            y = add_updates(plain, kept, updates, float32=float32)
-            base = self._lora_with_updates((kept,), {}, updates)
-        bias = self._lora_own("bias")
-        return gained(y, base if bias is None else base - bias.to(base.dtype), gain)
+        return linear_with_gain(self, args, kwargs, updates, gain)
 
     def _lora_whole(self, x: Tensor) -> Tensor:
         """Multiply with the whole weight: all updates, and the gain, are in it."""
@@ -170,34 +147,6 @@ class LoRALinear(ForwardUpdate):
         if self._lora.reads or "weight" not in held or "bias" not in held:
             return self._lora_own("weight"), self._lora_own("bias")
         return held["weight"], held["bias"]
-
-
-class LoRAConv1D(LoRALinear):
-    """Forward update of a linear layer with the weight `(in, out)`, as GPT-2's Conv1D has it.
-
-    Its classes are known by where they are defined, so that no library need be imported.
-    """
-
-    kind = "conv1d"
-    transposed = True
-
-    @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        """Return whether the module's class is, or derives from, a known one."""
-        known = library_rows("CONV1D")
-        return any((c.__module__, c.__qualname__) in known for c in type(module).__mro__)
-
-    @staticmethod
-    def geometry(module: Any) -> Geometry:
-        """Return the widths, `nx` in and `nf` out."""
-        n_in, n_out = int(module.nx), int(module.nf)
-        return Geometry(n_in, n_out, (n_in, n_out), transposed=True)
-
-    @staticmethod
-    def stock(plain: type[nn.Module]) -> bool:
-        """Return whether `forward` is Conv1D's own, and the weight a parameter."""
-        is_known = defines_forward(plain) in library_rows("CONV1D") and keeps_forward(plain)
-        return is_known and not hasattr(plain, "weight")
 
 
 def _is_cut(weight: Any, updates: Sequence[Update]) -> bool:

@@ -9,9 +9,13 @@ touches no layer.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
+
+ENTERED: ContextVar[tuple[Any, ...]] = ContextVar("lora_inject_contexts", default=())
+"""The contexts that the caller runs in, the innermost last (`layers.contexts`)."""
 
 
 class Selected:

@@ -20,11 +20,8 @@ from lora_inject.core.functional.inside import (
     in_backward,
     may_recompute,
     next_node,
-    running_node,
-    runs_in_checkpoint,
 )
-from lora_inject.core.layers.contexts import Context, entered, innermost
-from lora_inject.core.layers.selected import Mix, Selected
+from lora_inject.core.layers.selected import ENTERED, Mix, Selected
 from lora_inject.core.layers.state_dict import Loading
 from lora_inject.core.spec.rooms import room
 from lora_inject.errors import StateError
@@ -43,6 +40,12 @@ def alive(members: WeakSet[T]) -> list[T]:
     return [member for reference in references if (member := reference()) is not None]
 
 
+class _InThread(threading.local):
+    """Who takes part in compiled forwards of a thread, where a context says so; else None."""
+
+    selected: Selected | None = None
+
+
 class Selection:
     """What all layers of a root share.
 
@@ -53,6 +56,8 @@ class Selection:
         devices: Where adapters are, or were.
         contexts: The contexts of this selection that are open anywhere.
         waits: Whether a coroutine holds one of them.
+        in_thread: The same for compiled forwards, as dynamo reads no context variable.
+        changed: Autograd's number of the first node that may be made after the last change.
         into_graphs: Gives a `Selected` the form that compiled graphs read; None before the first.
         n_made: How many there have been: a copied layer has one of its own.
     """
@@ -64,14 +69,12 @@ class Selection:
         self.merged: Mapping[str, float] = {}
         self.versions: Mapping[str, int] = {}
         self.devices: frozenset[torch.device] = frozenset()
-        self.contexts: set[Context] = set()
+        self.contexts: set[Any] = set()
         self.waits = False
         self.into_graphs: Callable[[Selected, Iterable[torch.device]], None] | None = None
-        # Who takes part in compiled forwards of this thread: dynamo reads no context variable.
-        self._of_thread = threading.local()
+        self.in_thread = _InThread()
         self._loading: Loading | None = None
-        # Autograd's number of the first node that may be made after the last change.
-        self._changed = 0
+        self.changed = 0
         SELECTIONS.add(self)
         Selection.n_made += 1
 
@@ -81,11 +84,12 @@ class Selection:
         """Return who takes part in the running forward."""
         if torch.compiler.is_compiling():  # dynamo may compile this function alone
             return self._in_graph()
-        context = innermost(self) if entered() else None
-        selected: Selected = self.setting if context is None else context.selected[self]
+        selected = self.setting
+        for context in reversed(ENTERED.get()):
+            if self in context.selected:
+                selected = context.in_force(self)
+                break
         if may_recompute():
-            if in_backward():
-                self._check_known()
             from lora_inject.core.layers.checkpointing import remember  # few forwards run in one
 
             remember(self, selected)
@@ -104,20 +108,20 @@ class Selection:
 
     def of_thread(self) -> Selected:
         """Return who takes part in compiled forwards of this thread."""
-        selected: Selected | None = getattr(self._of_thread, "selected", None)
+        selected = self.in_thread.selected
         return self.setting if selected is None else selected
 
     def replace(self, setting: Selected, *, merged: Mapping[str, float] | None = None) -> None:
         """Change the setting of the model, and what its weights hold."""
         self.check_settled("a change of adapters")
-        self._note_change()
+        self.note_change()
         self.follow(setting)
         self.merged = {} if merged is None else merged
         self.setting = setting
 
     def check_settled(self, asked: str, *, others: bool = False) -> None:
         """Check that a lasting change can be made now; `others` also in other threads and tasks."""
-        inside = any(self in context.selected for context in entered() if not context.left)
+        inside = any(self in context.selected for context in ENTERED.get() if not context.left)
         if inside or (others and self.contexts):
             whose = "inside" if inside else "while another thread or task is inside"
             raise StateError(
@@ -125,7 +129,7 @@ class Selection:
                 f"it was called {whose} disabled() or routed(), whose end would undo it",
                 "Leave the context first",
             )
-        if in_backward() or runs_in_checkpoint():
+        if may_recompute() and _recomputes():
             raise StateError(
                 asked,
                 "it was called inside a checkpointed function or a backward pass",
@@ -136,7 +140,7 @@ class Selection:
 
     def note(self, adapter: str) -> None:
         """Note that an adapter is new, or has other values."""
-        self._note_change()
+        self.note_change()
         self.versions = {**self.versions, adapter: next(_versions)}
 
     def add(self, adapters: Iterable[str]) -> None:
@@ -156,51 +160,14 @@ class Selection:
         gone = set(adapters)
         self.versions = {name: n for name, n in self.versions.items() if name not in gone}
 
-    # ---------------------------------------------------------------------------------- contexts
-
-    def entered(self, context: Context) -> None:
-        """Note that a context of this selection begins."""
-        if runs_in_checkpoint():
-            self.current()  # a checkpoint that is running began outside of the context
-        self._note_change()
-        selected = context.selected[self]
-        self.follow(selected)
-        self.contexts.add(context)
-        self.waits = any(each.waits for each in tuple(self.contexts))
-        if not context.waits:
-            context.shadowed[self] = getattr(self._of_thread, "selected", None)
-            self._of_thread.selected = selected
-
-    def was_left(self, context: Context) -> None:
-        """Note that a context of this selection ends."""
-        self._note_change()
-        if self in context.shadowed and context.of_this_thread():
-            self._of_thread.selected = context.shadowed.pop(self)
-        self.contexts.discard(context)
-        self.waits = any(each.waits for each in tuple(self.contexts))
-
     def follow(self, selected: Selected) -> None:
         """Prepare who will take part for compiled graphs, if there are any."""
         if self.into_graphs is not None:
             self.into_graphs(selected, self.devices)
 
-    # ----------------------------------------------------------------------------- recomputation
-
-    def _check_known(self) -> None:
-        """Check a forward in a backward that no checkpoint of torch's recomputes."""
-        if any(context.recomputes and self in context.selected for context in entered()):
-            return
-        node = running_node()
-        if node is not None and node < self._changed:
-            raise StateError(
-                "a forward inside a backward pass",
-                "the selection or an adapter's values changed since the forward that it may "
-                "recompute",
-                "Use torch.utils.checkpoint, or change neither from forward to backward",
-            )
-
-    def _note_change(self) -> None:
-        self._changed = max(self._changed, next_node())
+    def note_change(self) -> None:
+        """Note that forwards compute something else from now on."""
+        self.changed = max(self.changed, next_node())
 
     # ------------------------------------------------------------------------------- state dicts
 
@@ -218,6 +185,13 @@ class Selection:
     def __setstate__(self, saved: dict[str, Any]) -> None:
         Selection.__init__(self)
         self.__dict__.update(saved)
+
+
+def _recomputes() -> bool:
+    """Whether the caller runs in a backward pass or in a checkpoint."""
+    from lora_inject.core.functional.call_stack import runs_in_checkpoint
+
+    return in_backward() or runs_in_checkpoint()
 
 
 @constant_in_graphs

@@ -17,7 +17,6 @@ from lora_inject.core.layers.adapted import Adapted, WeightUpdate
 from lora_inject.core.layers.carrier import Carrier
 from lora_inject.core.layers.loading import watch_loading
 from lora_inject.core.layers.own_code import keeping
-from lora_inject.core.layers.reading import weight_property
 from lora_inject.errors import LayerError
 
 
@@ -48,6 +47,29 @@ class Swapped(Carrier):
                 "Let it return all of __dict__, or eject first",
             )
         return _rebuild, (self._lora_plain, mixin, tuple(sorted(self._lora_reads))), state
+
+
+def weight_property(param: str) -> property:
+    """Return the property of a swapped class that replaces a parameter."""
+
+    def read(self: Adapted) -> Any:
+        from lora_inject.core.layers.reading import read_attribute
+
+        return read_attribute(self, param, self._lora_raw(param))
+
+    def write(self: Adapted, value: Any) -> None:
+        # Parameters do not come here: nn.Module.__setattr__ puts them into `_parameters`.
+        self._lora_check_replaced(param)
+        self.__dict__[param] = value
+
+    def delete(self: Adapted) -> None:
+        del self.__dict__[param]
+
+    return property(read, write, delete)
+
+
+READER = weight_property("").fget.__code__  # type: ignore[union-attr]
+"""The code by whose caller it is known who reads a parameter (`call_stack.caller_of`)."""
 
 
 def selected_forward(plain: type[nn.Module]) -> Callable[..., Any]:

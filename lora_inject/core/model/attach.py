@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.layers.attached import Attached, attached_to, check_mixed
+from lora_inject.core.layers.attached import Attached, attached_to
 from lora_inject.core.layers.class_swap import swap
 from lora_inject.core.layers.kinds import mixin_of
 from lora_inject.core.layers.packed_weights import begin_training
@@ -147,7 +147,11 @@ def _stop_training(trained: Iterable[nn.Parameter], records: Iterable[Root]) -> 
 
 def _check_mixable(name: str, wanted: Iterable[Carried], active: Mapping[str, float]) -> None:
     """Check an adapter that takes part at once, as the mix has named one of another part."""
-    for place in wanted if name in active else ():
+    if name not in active:
+        return
+    from lora_inject.core.layers.gains import check_mixed
+
+    for place in wanted:
         attached = attached_to(place.module)
         beside = attached.entries() if attached is not None else ()
         there = [e for e in beside if e.param == place.entry.param and e.adapter in active]

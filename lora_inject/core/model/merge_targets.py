@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.core.functional.finite import all_finite
-from lora_inject.core.layers.attached import Entry, check_mixed
+from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
 from lora_inject.core.model.guards import before, holder_of_shards
@@ -40,8 +40,11 @@ def merge_targets(
                 targets[holder] = _target(holder, into)
             add_entry(targets[holder], entry, weight)
             entries.setdefault(holder, []).append((entry, weight))
-    for taking in entries.values():
-        check_mixed(taking)
+    for holder, taking in entries.items():
+        if targets[holder].gain is not None:
+            from lora_inject.core.layers.gains import check_mixed
+
+            check_mixed(taking)
     if isinstance(into, torch.dtype):
         from lora_inject.core.model.packed_target import packed_in
 
@@ -83,7 +86,10 @@ def add_entry(target: Target, entry: Entry, weight: float) -> None:
         target.copies.append((copy, weight, entry.rows))
         return
     held: Mapping[str, Any] = module._parameters
-    target.gain = target.gain or entry.gain(held)
+    if entry.variant.gained:
+        from lora_inject.core.layers.gains import gain_of
+
+        target.gain = target.gain or gain_of(entry, held)
     detached = {name: held[name].detach() for name in entry.names.values()}
     target.terms += entry.patches(detached, weight)
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from lora_inject.core.layers.attached import Entry, check_mixed
+from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Reach, check_names, check_unmerged, entries, reach
@@ -65,6 +65,8 @@ def _check_mixes(model: nn.Module, reached: Reach, weights: Mapping[str, float])
     """Raise if an adapter with a gain would not be alone at a site, with weight 1."""
     if not reached.gained & weights.keys() or (len(weights) == 1 and 1.0 in weights.values()):
         return
+    from lora_inject.core.layers.gains import check_mixed
+
     taking: dict[tuple[int, str], list[tuple[Entry, float]]] = {}
     survey = Survey(model)
     for name, weight in weights.items():
