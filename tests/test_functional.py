@@ -34,9 +34,10 @@ import lora_inject as li
 from lora_inject.core.functional import cpu
 from lora_inject.core.functional.factors import Patch, Update, master_dtype
 from lora_inject.core.functional.finite import all_finite
-from lora_inject.core.functional.fold import Delta, Tally, fold_rows
+from lora_inject.core.functional.fold import Delta
 from lora_inject.core.functional.linear import add_updates, linear, lone_token
 from lora_inject.core.functional.lookup import embedding
+from lora_inject.core.functional.rounded_fold import Tally, fold_rows
 from lora_inject.core.functional.weight import dense_delta, effective_weight
 from lora_inject.core.spec.sites import SiteSpec, Slices
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.analysis.blocks import Figures
-from lora_inject.core.functional.fold import Tally
+from lora_inject.core.functional.rounded_fold import Tally
 from lora_inject.errors import StateError
 
 INT4_GROUP = 64

@@ -18,8 +18,8 @@ from lora_inject.checkpoint.index import Checkpoint, Shard
 from lora_inject.checkpoint.packed import Packed
 from lora_inject.checkpoint.place import Placed, matrix_of
 from lora_inject.core.files.safetensors_file import FLOATS, Header, TensorEntry, build_header
-from lora_inject.core.functional.fold import Tally
 from lora_inject.core.functional.merge_report import TensorReport
+from lora_inject.core.functional.rounded_fold import Tally
 from lora_inject.errors import CheckpointError
 
 

@@ -6,8 +6,8 @@ piece of bytes.
 
 Every output row depends only on the same row of the base and on small factors. So a tensor of any
 size is computed in blocks of one size, which threads share. The arithmetic is that of
-`functional.fold_rows`: float32 (float64 for float64), with one rounding at the end for any number
-of adapters.
+`functional.rounded_fold`: float32 (float64 for float64), with one rounding at the end for any
+number of adapters.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ from lora_inject.core.files.row_reader import Room, RowReader, rows_per_block
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
 from lora_inject.core.files.tensors import bytes_of, in_memory
 from lora_inject.core.functional.factors import Patch
-from lora_inject.core.functional.fold import Delta, Tally, fold_rows, mix_copies
+from lora_inject.core.functional.fold import Delta
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.merge_report import TensorReport
+from lora_inject.core.functional.rounded_fold import GainedDelta, Tally, fold_rows, mix_copies
 from lora_inject.errors import CheckpointError
 
 SPAN_ELEMENTS = 1 << 24
@@ -283,11 +284,13 @@ class _Folding:
         )
         is_double = job.source is not None and job.source.dtype == "F64"
         self.wide = torch.float64 if is_double else torch.float32
-        self.delta = Delta(read_terms(span.terms), self.wide, read_gain(span.gain))
+        terms, gain = read_terms(span.terms), read_gain(span.gain)
         self.values = None if job.packed is None else job.packed.rows()
-        if span.gain is not None:
+        self.delta = Delta(terms, self.wide)
+        if gain is not None:
+            self.delta = gained = GainedDelta(terms, self.wide, gain)
             blocks = self._limits(1)
-            self.delta.norms_of((a - span.offset, self.stored(a, b)) for a, b in blocks)
+            gained.norms_of((a - span.offset, self.stored(a, b)) for a, b in blocks)
 
     def pieces(self) -> Iterator[tuple[str, memoryview]]:
         """Yield `(tensor, bytes)` of the output in their order, each valid until the next."""

@@ -26,6 +26,7 @@ from lora_inject.core.layers.survey import Holder, Survey
 from lora_inject.core.model.carried import Carried
 from lora_inject.core.model.guards import before, holder_of_shards
 from lora_inject.core.model.merge_targets import add_entry
+from lora_inject.core.model.merged_rows import counted_in
 from lora_inject.core.model.packed_target import Into
 from lora_inject.core.model.target import Target
 from lora_inject.core.model.whole import whole_adapter
@@ -100,7 +101,7 @@ def _merged(holder: Holder, entries: Taking, kept: dict[str, float] | None) -> T
     target = Target(Holder(holder.name, stand_in, holder.param))
     for entry, weight in entries:
         add_entry(target, entry, weight)
-    return target.counted_in(kept)
+    return counted_in(target, kept)
 
 
 @torch.no_grad()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_inject.core.functional.fold import Tally
 from lora_inject.core.spec.shown import Shown
+
+if TYPE_CHECKING:
+    from lora_inject.core.functional.rounded_fold import Tally
 
 NOTHING = 5e-5
 """A share of a delta below this prints as 0.0000."""
@@ -109,17 +111,9 @@ class MergeReport(Shown):
     @property
     def warning(self) -> str | None:
         """What must not be overlooked: deltas that are 0, or of which rounding left nothing."""
-        zero = [t.name for t in self.counted if t.relative == 0]
-        losses = []
-        if self.inert:
-            losses.append(f"rounding left 0.0000 of {self._where(self.inert)}")
-        if zero:
-            losses.append(f"{self._where(zero)} is 0, as before training")
-        return f"{'; '.join(losses)}: there the adapter has no effect" if losses else None
+        from lora_inject.core.functional.merge_table import merge_warning
 
-    def _where(self, names: Sequence[str]) -> str:
-        of = "every delta" if len(names) == len(self.counted) else "the delta"
-        return f"{of} at {len(names)} of {len(self.counted)} tensors, such as '{names[0]}'"
+        return merge_warning(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
@@ -130,14 +124,6 @@ class MergeReport(Shown):
         return {**data, "inert": list(self.inert), "warning": self.warning}
 
     def __str__(self) -> str:
-        mix = ", ".join(f"{name} x {weight:g}" for name, weight in self.adapters)
-        lines = [f"merged {mix} into {len(self.tensors)} tensors"]
-        if self.counted:
-            lines.append("   |D|/|W|     kept    error  tensor (least kept first)")
-        for t in self.counted[:10]:
-            relative, kept, error = (
-                math.inf if v is None else v for v in (t.relative, t.kept, t.error)
-            )
-            lines.append(f"{relative:10.2e} {kept:8.3f} {error:8.3f}  {t.name}")
-        last = [self.warning] if self.warning else []
-        return "\n".join([*lines, *self.notes, *last])
+        from lora_inject.core.functional.merge_table import merge_table
+
+        return merge_table(self)

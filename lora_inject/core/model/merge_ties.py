@@ -10,9 +10,29 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.survey import Holder, Survey
+from lora_inject.core.model.target import Target
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import LayerError
+
+
+def once_if_tied(targets: Mapping[Holder, Target]) -> list[Target]:
+    """A tied tensor that gets the same trained copy under all its names is written once, tied."""
+    # What goes into each: trained copies alone, else nothing that another could be equal to.
+    contents = {
+        holder: None if target.terms else tuple((id(t), weight) for t, weight, _ in target.copies)
+        for holder, target in targets.items()
+    }
+    kept: list[Target] = []
+    written: set[Holder] = set()
+    for holder, target in targets.items():
+        own = contents[holder]
+        if own and target.sharers and all(contents.get(h) == own for h in target.sharers):
+            written.update(target.sharers)
+            target.sharers = []
+        if holder not in written:
+            kept.append(target)
+    return kept
 
 
 def check_ties(survey: Survey, untied: Mapping[str, str], eject: bool) -> None:

@@ -13,6 +13,7 @@ from lora_inject.core.layers.survey import Survey, memory_of
 from lora_inject.core.layers.weight_kinds import in_dtype
 from lora_inject.core.model.merge import mix_and_targets, mix_to_fold
 from lora_inject.core.model.merge_targets import check_results
+from lora_inject.core.model.merged_rows import counted_in, formed_values
 from lora_inject.core.model.packed_target import PackedTarget, dtype_of
 from lora_inject.core.model.target import Target
 from lora_inject.core.spec.names import joined, parent
@@ -129,7 +130,7 @@ def _folded(
             full = joined(path, key)
             target = by_name.get(full) or tied.get(memory_of(parameter))
             if target is not None:
-                yield full, target.counted_in(kept)
+                yield full, counted_in(target, kept)
             else:
                 yield full, _unmerged(parameter, biases.get(full))
 
@@ -143,7 +144,7 @@ def _unmerged(parameter: nn.Parameter, bias_dtype: torch.dtype | None) -> Tensor
 
 def _replaced(path: str, layer: PackedTarget) -> Iterator[tuple[str, Tensor]]:
     """Yield weight and bias of a quantizer's layer as the plain one has them."""
-    yield layer.written.name, layer.formed()
+    yield layer.written.name, formed_values(layer)
     bias = getattr(layer.holder.module, "bias", None)
     if isinstance(bias, Tensor):
         yield joined(path, "bias"), in_dtype(bias, layer.dtype).detach()

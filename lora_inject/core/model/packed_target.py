@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.functional.fold import Tally
-from lora_inject.core.layers.packed_weights import dense, packed_weight, weight_kind
+from lora_inject.core.functional.rounded_fold import Tally
+from lora_inject.core.layers.packed_weights import claims, dense, packed_weight, weight_kind
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey
 from lora_inject.core.layers.weight_kinds import UNKNOWN, Undo, Verb, WeightKind
+from lora_inject.core.model.merged_rows import formed_values
 from lora_inject.core.model.target import Target
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import LayerError
@@ -111,14 +112,9 @@ class PackedTarget(Target):
         """Return what the weight stands for, float32."""
         return dense(self.holder.module, self.weight)
 
-    def rehearse(self) -> None:
-        """Form the replacement and count, without writing."""
-        self.tally = Tally()
-        self.replacement(self.tally)
-
     def replacement(self, tally: Tally | None) -> nn.Parameter:
         """Return what is written in the place of the weight."""
-        values = self.formed(None if self.into == "same" else tally)
+        values = formed_values(self, None if self.into == "same" else tally)
         if self.into != "same":
             return nn.Parameter(values, requires_grad=False)
         weight = self.kind.packed(self.holder.module, self.weight, values)
@@ -135,6 +131,22 @@ class PackedTarget(Target):
         undo = self.kind.write(holder.module, holder.param, weight)
         self.holder = written
         return weight, undo
+
+
+def rehearse_packed(target: Target) -> None:
+    """Form what is written in the place of a packed weight and count, without writing."""
+    assert isinstance(target, PackedTarget)
+    target.tally = Tally()
+    target.replacement(target.tally)
+
+
+def say_unpacked(survey: Survey) -> list[tuple[Any, dict[str, Any]]]:
+    """Remove from models what is not true of unpacked weights; return what each said."""
+    said = claims(module for _, module in survey.modules)
+    for owner, attributes in said:
+        for name in attributes:
+            delattr(owner, name)
+    return said
 
 
 def packed_in(survey: Survey) -> Iterator[Holder]:

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Patch
-from lora_inject.core.functional.finite import all_finite
-from lora_inject.core.functional.fold import Delta, Tally, fold_rows, mix_copies, rows_at_once
-from lora_inject.core.functional.gain import Gain
+from lora_inject.core.functional.fold import Delta, rows_at_once
 from lora_inject.core.layers.packed_weights import reason_against
 from lora_inject.core.layers.survey import Holder
 from lora_inject.core.model.guards import holder_of_shards
-from lora_inject.errors import LayerError
 
 if TYPE_CHECKING:
+    from lora_inject.core.functional.gain import Gain
+    from lora_inject.core.functional.rounded_fold import Tally
     from lora_inject.core.layers.weight_kinds import Undo
 
 
@@ -128,10 +127,13 @@ class Target:
     def delta(self) -> Delta:
         """The terms, prepared for all blocks."""
         wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        delta = Delta(self.terms, wide, self.gain)
-        if self.gain is not None:
-            delta.norms_of(self.blocks())
-        return delta
+        if self.gain is None:
+            return Delta(self.terms, wide)
+        from lora_inject.core.functional.rounded_fold import GainedDelta
+
+        gained = GainedDelta(self.terms, wide, self.gain)
+        gained.norms_of(self.blocks())
+        return gained
 
     def may_overflow(self) -> bool:
         """Whether the largest possible value of a delta is near the largest of the dtype."""
@@ -145,9 +147,10 @@ class Target:
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield `(first row, rows)` of the weight matrix, views in the storage of a plain one."""
-        return self._split(self.values())
+        return self.split(self.values())
 
-    def _split(self, values: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def split(self, values: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield `(first row, rows)` of values in the shape of the weight."""
         matrix = values.view(self.matrix_shape)
         step = rows_at_once(matrix)
         for start in range(0, len(matrix), step):
@@ -156,67 +159,3 @@ class Target:
     def values(self) -> Tensor:
         """Return W; of a packed one what it stands for."""
         return self.weight.detach()
-
-    def merged(
-        self, rows: Tensor, start: int, tally: Tally | None, out: Tensor | None = None
-    ) -> Tensor:
-        """Return some merged rows, possibly into `rows` itself."""
-        if not self.copies:
-            return fold_rows(rows, start, self.delta, tally, out)
-        wide = self.delta.dtype
-        before = rows.to(wide, copy=True)
-        wanted = self.delta.add_(mix_copies(rows, self._copied(before, start), wide), start)
-        merged = wanted.to(rows.dtype) if out is None else out.copy_(wanted)
-        if tally is not None:
-            tally.count(before, wanted - before, wanted - merged.to(wide))
-        return merged
-
-    def _copied(self, before: Tensor, start: int) -> list[tuple[Tensor, float]]:
-        """Return some rows of each trained copy; a copy of other rows has those of before."""
-        mixed_copies = []
-        stop = start + before.shape[0]
-        for copy, weight, some in self.copies:
-            if some is None:
-                mine = copy.reshape(self.matrix_shape)[start:stop]
-            else:
-                mine = before.clone()
-                for at, row in enumerate(some):
-                    if start <= row < stop:
-                        mine[row - start] = copy.detach()[at]
-            mixed_copies.append((mine, weight))
-        return mixed_copies
-
-    def rehearse(self) -> None:
-        """Form all merged rows and count, without writing."""
-        self.tally = Tally()
-        for start, rows in self.blocks():
-            self.merged(rows, start, self.tally)
-
-    @torch.no_grad()
-    def formed(self, tally: Tally | None = None) -> Tensor:
-        """Return all merged values, finite, a new tensor in the shape that the layer states."""
-        values = self.values()
-        formed = torch.empty(values.shape, dtype=self.dtype, device=values.device)
-        out = formed.view(self.matrix_shape)
-        for start, rows in self._split(values):
-            self.merged(rows, start, tally, out[start : start + len(rows)])
-        if not all_finite(formed):
-            raise not_finite(self, values)
-        return formed
-
-    def counted_in(self, kept: dict[str, float] | None) -> Tensor:
-        """Return all merged values; note in `kept` the share of the delta that rounding kept."""
-        tally = Tally() if kept is not None and self.narrow else None
-        formed = self.formed(tally)
-        if tally is not None and kept is not None:
-            kept[self.name] = tally.kept
-        return formed
-
-
-def not_finite(target: Target, base: Tensor) -> LayerError:
-    """Return the error of a merged weight with NaN or Inf, whose base was `base`."""
-    asked = f"merge into {target.name!r}"
-    if not all_finite(base):
-        return LayerError(asked, "the base holds NaN or Inf", "Check the base")
-    problem = f"the merged weight overflows {target.dtype}"
-    return LayerError(asked, problem, "Merge in a wider dtype")

@@ -1,0 +1,49 @@
+"""Weights that were replaced, moved or edited after a merge: which `unmerge` refuses, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.undo import Undone, checksum
+from lora_inject.errors import StateError
+
+
+def check_undo(undo: Undone, survey: Survey, discard: bool) -> None:
+    """Check that the weight is still the one that was merged, in a layer of the model."""
+    asked, module = f"unmerge of {undo.holder.name!r}", undo.holder.module
+    if id(module) not in survey.paths:
+        problem = "its layer is not in the model any more"
+        raise StateError(asked, problem, "Put the layer back first")
+    now: Any = module._parameters.get(undo.holder.param)
+    same = now is undo.merged or now is undo.before
+    if same and undo.layer is not None and now.device != undo.before.device:
+        remedy = f"Move the model back to {undo.before.device} first"
+        raise StateError(asked, f"it was moved to {now.device} since the merge", remedy)
+    if not same or (undo.original is not None and now.numel() != undo.original.numel()):
+        raise StateError(
+            asked,
+            "the weight was replaced since the merge, and what was kept is not its base",
+            "Put the merged Parameter back, or eject the adapters and load the base again",
+        )
+    if not discard and _edited(undo, now):
+        raise StateError(
+            asked,
+            "its values were changed since the merge, which unmerge would drop",
+            "Call unmerge(model, discard=True) to drop the change, or eject(model) to keep it "
+            "with what was merged",
+        )
+
+
+def _edited(undo: Undone, now: Any) -> bool:
+    """Whether a weight has other values than were written; not known once it was cast."""
+    if now is not undo.merged or undo.written is None or now.dtype != undo.written[0]:
+        return False
+    if int(checksum(now)) == int(undo.written[1]):
+        return False
+    if undo.original is None:
+        return True
+    # An interrupted call may have restored it already.
+    return not torch.equal(now.detach(), undo.original.to(now.device).view(now.shape))
