@@ -22,10 +22,10 @@ from lora_inject.core.functional.factors import (
     cast,
     compute_dtype,
     needs_plain_operations,
-    spread,
     without_autocast,
 )
 from lora_inject.core.functional.lookup import embedding
+from lora_inject.core.functional.plain_operations import spread
 
 
 def routed_update(

@@ -21,11 +21,11 @@ from lora_inject.core.functional.factors import (
     cast,
     compute_dtype,
     no_view,
-    plus_product,
-    spread,
     without_autocast,
 )
-from lora_inject.core.functional.linear import add_product, as_matrix, frozen_output, lowered
+from lora_inject.core.functional.linear import frozen_output, lowered
+from lora_inject.core.functional.plain_operations import plus_product, spread
+from lora_inject.core.functional.products import add_product, as_matrix
 from lora_inject.core.spec.sites import adapted_parts
 from lora_inject.private import look_up
 

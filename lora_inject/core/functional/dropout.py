@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_inject.core.functional import cpu
 from lora_inject.core.functional.inside import is_recorded
+from lora_inject.core.functional.products import plus_wide_product
 
 # Up to this probability gaps take less memory than a mask of bytes.
 GAPS_UP_TO = 0.125
@@ -65,7 +66,7 @@ def _plus_share_between_gaps(
     if gx2.dtype == gh.dtype:
         gx2.addmm_(gh, A, alpha=scale)
     else:
-        cpu.plus_wide_product(gx2, gh, A, scale, in_place=True)
+        plus_wide_product(gx2, gh, A, scale, in_place=True)
     flat.index_copy_(0, where, before)
     return gx2
 

@@ -13,11 +13,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lora_inject.core.functional.inside import in_trace, is_watched
-from lora_inject.core.spec.sites import SiteSpec, adapted_parts
+from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.private import look_up
 
 Spans = tuple[tuple[int, int], ...]
@@ -80,13 +79,6 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
-def plus_product(y2: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """Return `y2 + scale * left @ right`, differentiably, in the dtype of `y2`."""
-    if left.dtype == y2.dtype:
-        return torch.addmm(y2, left, right, alpha=scale)
-    return torch.add(y2, left @ right, alpha=scale).to(y2.dtype)
-
-
 def needs_plain_operations() -> bool:
     """Whether a tracer or a function transform is active, which cannot look into a Function."""
     return torch.compiler.is_compiling() or is_watched()
@@ -106,34 +98,9 @@ def no_view(out: Tensor, shape: torch.Size) -> Tensor:
     return _unsafe_view.default(out, shape)  # type: ignore[no-any-return]
 
 
-def reads_as_sum(weight: Tensor) -> bool:
-    """Whether a packed weight is read as W + delta without being unpacked as a whole.
-
-    The class of the tensor says so (`reads_as_sum = True`) if what is selected, transposed or
-    multiplied stays packed.
-    """
-    return getattr(type(weight), "reads_as_sum", False)
-
-
 def without_autocast(y: Tensor) -> torch.autocast | None:
     """Return a context that is needed only inside autocast, because entering it is slow."""
     kind = y.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):  # torch raises for meta
         return None
     return torch.autocast(kind, enabled=False)
-
-
-def spread(B: Tensor, spans: Spans | None, out: int) -> Tensor:
-    """Spread a stacked B over all outputs: `(..., adapted, rank)` to `(..., out, rank * parts)`."""
-    if spans is None:
-        return B
-    rank = B.shape[-1]
-    width, end, pieces = rank * len(spans), 0, []
-    for start, stop, ranks, rows in adapted_parts(spans, rank):
-        pieces.append(B.new_zeros(*B.shape[:-2], start - end, width))
-        # Whole, it is no alias: torch 2.9 shards none.
-        piece = B.narrow(-2, rows.start, stop - start)
-        pieces.append(F.pad(piece, (ranks.start, width - ranks.stop)))
-        end = stop
-    pieces.append(B.new_zeros(*B.shape[:-2], out - end, width))
-    return torch.cat(pieces, dim=-2)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_inject.core.functional.factors import Spans, Update, spread, without_autocast
+from lora_inject.core.functional.factors import Spans, Update, without_autocast
+from lora_inject.core.functional.plain_operations import spread
 from lora_inject.core.spec.sites import adapted_parts
 
 Formula = Callable[[Mapping[str, Tensor], Tensor], Tensor]

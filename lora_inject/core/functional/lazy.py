@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_inject.core.functional.factors import Patch, needs_plain_operations, reads_as_sum
+from lora_inject.core.functional.factors import Patch, needs_plain_operations
 from lora_inject.core.functional.gain import Gain
-from lora_inject.core.functional.linear import differentiate
 from lora_inject.core.functional.picking import PICKED, writes
+from lora_inject.core.functional.plain_operations import differentiate
 from lora_inject.core.functional.read_only import (
     ReadOnly,
     check_hook_is_met,
@@ -37,6 +37,7 @@ from lora_inject.core.functional.weight import (
     cast_stack,
     effective_weight,
     low_rank,
+    reads_as_sum,
 )
 from lora_inject.core.spec.rooms import room
 from lora_inject.errors import LayerError

@@ -8,14 +8,13 @@ sequence of operations, on every device.
 A quantized or unknown base runs unchanged, and `add_updates` adds to its output out of place: such
 a layer may need its output in its own backward, or return a view.
 
-Tracers and function transforms get plain operations, which they can transform and fuse.
+Tracers and function transforms get other operations (`plain_operations`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -24,17 +23,14 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional import cpu, inside
 from lora_inject.core.functional.factors import (
-    Spans,
     Update,
     cast,
     compute_dtype,
     needs_plain_operations,
     no_view,
-    plus_product,
-    spread,
     without_autocast,
 )
-from lora_inject.core.spec.sites import adapted_parts
+from lora_inject.core.functional.products import add_product, as_matrix, scaled_product
 
 
 def linear(
@@ -115,10 +111,14 @@ def add_updates(
 ) -> Tensor:
     """Add low-rank updates, out of place, to the output y of a layer that was called with x."""
     if y.is_nested:
-        return _add_to_nested(y, x, updates)
+        from lora_inject.core.functional.plain_operations import add_to_nested
+
+        return add_to_nested(y, x, updates)
     with without_autocast(y) or nullcontext():
         if needs_plain_operations():
-            return _plain(y, x, updates, [None] * len(updates), float32)
+            from lora_inject.core.functional.plain_operations import plain_updates
+
+            return plain_updates(y, x, updates, [None] * len(updates), float32)
         return _run(x, y, None, None, updates, False, float32, None)
 
 
@@ -175,60 +175,6 @@ def frozen_output(
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(size_out)
 
 
-def as_matrix(t: Tensor) -> Tensor:
-    """Return a tensor `(..., width)` as `(n, width)`, a view where it can be one."""
-    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
-
-
-# ------------------------------------------------------------------------------- plain operations
-
-
-def _plain(
-    y: Tensor,
-    x: Tensor,
-    updates: Sequence[Update],
-    masks: Sequence[Tensor | None],
-    float32: bool,
-) -> Tensor:
-    """The formula in operations that autograd, torch.func and torch.compile support."""
-    x2, out = cast(as_matrix(x), compute_dtype(y.dtype, float32)), as_matrix(y)
-    for u, mask in zip(updates, masks, strict=True):
-        kept = x2
-        if u.dropout:
-            kept = F.dropout(x2, u.dropout) if mask is None else x2 * mask / (1 - u.dropout)
-        h, B = kept @ cast(u.A, x2.dtype).t(), spread(cast(u.B, x2.dtype), u.spans, out.shape[1])
-        out = plus_product(out, h, B.t(), u.scale)
-    return out.reshape(y.shape)
-
-
-def _add_to_nested(y: Tensor, x: Tensor, updates: Iterable[Update]) -> Tensor:
-    """Likewise for nested tensors, in the few operations that torch has for them."""
-    for u in updates:
-        B, h = spread(u.B, u.spans, y.size(-1)), F.dropout(x, u.dropout) if u.dropout else x
-        y = y + F.linear(F.linear(h, u.A.to(y.dtype)), B.to(y.dtype)) * u.scale
-    return y
-
-
-def differentiate(
-    out: Tensor,
-    inputs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    g: Tensor,
-    *,
-    again: bool = True,
-) -> tuple[Tensor | None, ...]:
-    """Differentiate plain operations, for a backward that may itself be differentiated `again`.
-
-    `out` is their value, `g` its gradient; each input that needs one gets a gradient.
-    """
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if t is not None and need]
-    gradients = iter(torch.autograd.grad(out, wanted, g, create_graph=again))
-    return tuple(
-        next(gradients) if t is not None and need else None
-        for t, need in zip(inputs, needs, strict=True)
-    )
-
-
 # --------------------------------------------------------------------------------- the Function
 
 
@@ -256,8 +202,11 @@ def _add(
     """
     y2, x2, dtype = as_matrix(y), as_matrix(x), compute_dtype(y.dtype, float32)
     if inside.is_recorded():
-        total, kept = _add_anew(y2, x2, updates, dtype)
-        return total.view(y.shape), kept
+        from lora_inject.core.functional.plain_operations import add_anew
+
+        x2 = cast(x2, dtype)
+        kept = [_thin(x2, u) for u in updates]
+        return add_anew(y2, updates, [(one.h, one.B) for one in kept]).view(y.shape), kept
     is_ours = is_new
     kept = []
     for u in updates:
@@ -274,17 +223,6 @@ def _add(
             y2 = _plus(y2, u, kept[-1], in_place=is_ours)
         is_ours = True
     return y2.view(y.shape), kept
-
-
-def _add_anew(
-    y2: Tensor, x2: Tensor, updates: Sequence[Update], dtype: torch.dtype
-) -> tuple[Tensor, list[Kept]]:
-    """Do what `_add` does, with a new tensor for each sum."""
-    x2 = cast(x2, dtype)
-    kept = [_thin(x2, u) for u in updates]
-    for u, (h, _, B, _) in zip(updates, kept, strict=True):
-        y2 = plus_product(y2, h, spread(B, u.spans, y2.shape[1]).t(), u.scale)
-    return y2, kept
 
 
 def _thin(x2: Tensor, u: Update) -> Kept:
@@ -304,58 +242,12 @@ def _dropout() -> Any:
 
 def _plus(y2: Tensor, u: Update, kept: Kept, *, in_place: bool) -> Tensor:
     """Return y with one update, whose `x A^T` is known; slices are always added in place."""
-    h, B = kept.h, kept.B
     if u.spans is None:
-        return add_product(y2, h, B.t(), u.scale, in_place=in_place)
-    for y_part, h_part, B_part in _parts(u.spans, y2, h, B):
-        add_product(y_part, h_part, B_part.mT, u.scale)
+        return add_product(y2, kept.h, kept.B.t(), u.scale, in_place=in_place)
+    from lora_inject.core.functional.sliced import add_to_slices
+
+    add_to_slices(y2, u.spans, kept.h, kept.B, u.scale)
     return y2
-
-
-def _parts(
-    spans: Spans, wide: Tensor, thin: Tensor, B: Tensor
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return matching views of the output, of `x A^T` or its gradient, and of B.
-
-    Of `(n, out)`, `(n, rank * parts)` and `(adapted out, rank)` there is one matrix for each span.
-    If the spans are equal in size and evenly spaced, it is one stack, which needs only one product.
-    """
-    starts, widths = [a for a, _ in spans], [b - a for a, b in spans]
-    rank, n_parts, width = B.shape[1], len(spans), widths[0]
-    steps = {b - a for a, b in pairwise(starts)}
-    # oneDNN, which multiplies in 16 bits on a CPU, does not support matrices side by side.
-    one_product = not (wide.element_size() == 2 and cpu.is_cpu(wide))
-    if one_product and len(steps) == len(set(widths)) == 1:
-        rows, cols = wide.stride()
-        strides, offset = (steps.pop() * cols, rows, cols), wide.storage_offset() + starts[0] * cols
-        stack = wide.as_strided((n_parts, wide.shape[0], width), strides, offset)
-        return [(stack, thin.view(-1, n_parts, rank).transpose(0, 1), B.view(-1, width, rank))]
-    parts = adapted_parts(spans, rank)
-    return [(wide[:, part.start : part.stop], thin[:, part.a], B[part.b]) for part in parts]
-
-
-def add_product(
-    y: Tensor, left: Tensor, right: Tensor, scale: float, *, in_place: bool = True
-) -> Tensor:
-    """Return `y + scale * left @ right`, of matrices or stacks, rounded once to the dtype of y.
-
-    Autograd cannot differentiate it where the dtypes differ.
-    """
-    if y.dtype != left.dtype:
-        if cpu.is_cpu(y) and y.dtype.itemsize < left.dtype.itemsize:
-            return cpu.plus_wide_product(y, left, right, scale, in_place=in_place)
-        out = y if in_place else torch.empty_like(y, memory_format=torch.contiguous_format)
-        return torch.add(y, torch.matmul(left, right), alpha=scale, out=out)
-    if not in_place or hasattr(y, "full_tensor"):  # before torch 2.11 a DTensor has no addmm_
-        return torch.addmm(y, left, right, alpha=scale)
-    return (y.addmm_ if y.dim() == 2 else y.baddbmm_)(left, right, alpha=scale)
-
-
-def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """Return `scale * left @ right`, of matrices or stacks, in one operation."""
-    multiply = torch.addmm if left.dim() == 2 else torch.baddbmm
-    unread = left.new_empty(()).expand(*[1] * left.dim())  # as beta is 0
-    return multiply(unread, left, right, beta=0, alpha=scale, out=out)
 
 
 class _How(NamedTuple):
@@ -431,6 +323,8 @@ def _saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]
 
 def _differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients with a graph, for a backward that is itself differentiated."""
+    from lora_inject.core.functional.plain_operations import differentiate, plain_updates
+
     how, needs = ctx.how, ctx.needs_input_grad
     x, weight, bias, factors, kept = _saved(ctx)
     if weight is None:
@@ -439,7 +333,7 @@ def _differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         y = frozen_output(x, weight, bias, how.transposed, how.dtype)
     dropped = [one.dropped for one in kept]
     masks = [None if d is None else _dropout().mask(d, as_matrix(x)) for d in dropped]
-    out = _plain(y, x, how.updates(factors), masks, how.float32)
+    out = plain_updates(y, x, how.updates(factors), masks, how.float32)
     inputs, wanted = (x, None, weight, bias, None, *factors), (needs[0], False, *needs[2:])
     gx, _, *others = differentiate(out, inputs, wanted, g)
     return gx, g if needs[1] else None, *others
@@ -472,23 +366,19 @@ def _backward_one(
 
     `gx2` `(n, in)` may be overwritten; it is None if x has no gradient yet.
     """
-    gA, gB, scale = None, None, u.scale / (1 - u.dropout)
+    gA, scale = None, u.scale / (1 - u.dropout)
     if u.spans is None:  # without out=, which not every DTensor takes
         gh = torch.mm(g2, kept.B)
-        gB = _scaled_product(g2.t(), kept.h, u.scale) if needs[2] else None
+        gB = scaled_product(g2.t(), kept.h, u.scale) if needs[2] else None
     else:
-        gh = torch.empty_like(kept.h)
-        for g_part, gh_part, B_part in _parts(u.spans, g2, gh, kept.B):
-            torch.matmul(g_part, B_part, out=gh_part)
-        if needs[2]:
-            gB = torch.empty_like(kept.B)
-            for g_part, h_part, gB_part in _parts(u.spans, g2, kept.h, gB):
-                _scaled_product(g_part.mT, h_part, u.scale, out=gB_part)
+        from lora_inject.core.functional.sliced import gradients_of_slices
+
+        gh, gB = gradients_of_slices(g2, u.spans, kept.h, kept.B, u.scale, to_B=needs[2])
     if needs[1]:
         inputs = cast(x2, g2.dtype)
         if kept.dropped is not None:
             inputs = _dropout().without(inputs, kept.dropped)
-        gA = _scaled_product(gh.t(), inputs, scale)
+        gA = scaled_product(gh.t(), inputs, scale)
     if needs[0]:
         gx2 = _plus_share(gx2, gh, kept, scale)
     return gx2, gA, gB
@@ -498,6 +388,6 @@ def _plus_share(gx2: Tensor | None, gh: Tensor, kept: Kept, scale: float) -> Ten
     """Return `gx2 + scale * gh A` without dropped elements, in the memory of `gx2` if any."""
     if kept.dropped is None:
         if gx2 is None:
-            return _scaled_product(gh, kept.A, scale)
+            return scaled_product(gh, kept.A, scale)
         return add_product(gx2, gh, kept.A, scale)
     return _dropout().plus_share(gx2, gh, kept.A, scale, kept.dropped)  # type: ignore[no-any-return]

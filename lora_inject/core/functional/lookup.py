@@ -17,9 +17,9 @@ from lora_inject.core.functional.factors import (
     compute_dtype,
     needs_plain_operations,
     no_view,
-    plus_product,
     without_autocast,
 )
+from lora_inject.core.functional.plain_operations import plus_product
 
 
 def embedding(

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_inject.core.functional.factors import Patch, Update, spread, without_autocast
+from lora_inject.core.functional.factors import Patch, Update, without_autocast
 from lora_inject.core.functional.gain import Gain, norms_of
 from lora_inject.core.functional.linear import linear
 from lora_inject.core.functional.lookup import embedding
+from lora_inject.core.functional.plain_operations import spread
 from lora_inject.core.spec.sites import SiteSpec
 
 
@@ -175,3 +176,12 @@ def dense_delta(spec: SiteSpec, A: Tensor, B: Tensor, dtype: torch.dtype = torch
         product = spec.scale * (B2[slice(*block.b)] @ A2[slice(*block.a)])
         delta[slice(*block.rows), slice(*block.cols)] = product.t() if spec.transposed else product
     return delta.reshape(spec.weight_shape)
+
+
+def reads_as_sum(weight: Tensor) -> bool:
+    """Whether a packed weight is read as W + delta without being unpacked as a whole.
+
+    The class of the tensor says so (`reads_as_sum = True`) if what is selected, transposed or
+    multiplied stays packed.
+    """
+    return getattr(type(weight), "reads_as_sum", False)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.call_stack import in_forward, in_symbolic_trace, saving_hooks
-from lora_inject.core.functional.factors import Patch, needs_plain_operations, reads_as_sum
+from lora_inject.core.functional.factors import Patch, needs_plain_operations
 from lora_inject.core.functional.inside import is_watched
-from lora_inject.core.functional.weight import effective_weight
+from lora_inject.core.functional.weight import effective_weight, reads_as_sum
 from lora_inject.core.layers.attached import Attached, Entry, attached_to, held_by
 from lora_inject.core.layers.gains import check_mixed, gain_of
 from lora_inject.core.layers.plain_tensors import PLAIN

@@ -127,10 +127,7 @@ def merge(
         for parameter in trainable:
             parameter.requires_grad_(False)
         _write(targets, undo, undos)
-        if any(target.becomes_plain for target in targets):
-            from lora_inject.core.model.packed_target import say_unpacked
-
-            kept.said += say_unpacked(survey)
+        _say_unpacked(survey, targets, kept)
         if untied:
             kept.said += say_untied(survey)
             check_new_ties(survey, untied)
@@ -138,6 +135,14 @@ def merge(
         if eject:
             take_off(model)
     return report
+
+
+def _say_unpacked(survey: Survey, targets: list[Target], kept: _Merged) -> None:
+    """Let no model say that weights are quantized which are not any more."""
+    if any(target.becomes_plain for target in targets):
+        from lora_inject.core.model.packed_target import say_unpacked
+
+        kept.said += say_unpacked(survey)
 
 
 def _into(dequantize: str | torch.dtype | None, requantize: bool) -> Into:

@@ -40,11 +40,7 @@ def merge_targets(
                 targets[holder] = _target(holder, into)
             add_entry(targets[holder], entry, weight)
             entries.setdefault(holder, []).append((entry, weight))
-    if any(target.gain is not None for target in targets.values()):
-        from lora_inject.core.layers.gains import check_mixed
-
-        for taking in entries.values():
-            check_mixed(taking)
+    _check_gains(targets, entries)
     if isinstance(into, torch.dtype):
         from lora_inject.core.model.packed_target import packed_in
 
@@ -55,6 +51,17 @@ def merge_targets(
             raise LayerError(f"merge into {target.name!r}", *reason)
         target.sharers = [one for one in survey.sharing(target.weight) if one != target.holder]
     return _without_shared_memory(survey, targets)
+
+
+def _check_gains(
+    targets: Mapping[Holder, Target], entries: Mapping[Holder, list[tuple[Entry, float]]]
+) -> None:
+    """Raise if an adapter with a gain is not alone on a tensor."""
+    if any(target.gain is not None for target in targets.values()):
+        from lora_inject.core.layers.gains import check_mixed
+
+        for taking in entries.values():
+            check_mixed(taking)
 
 
 def _without_shared_memory(survey: Survey, targets: Mapping[Holder, Target]) -> list[Target]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.files.tensors import contiguous
-from lora_inject.core.functional.factors import spread
+from lora_inject.core.functional.plain_operations import spread
 from lora_inject.core.spec.names import joined, leaf, parent
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError
