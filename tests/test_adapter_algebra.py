@@ -19,7 +19,8 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files import row_reader
 from lora_inject.core.files.read_at import read_at
-from lora_inject.core.spec.sites import SiteSpec, Slices
+from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.slices import Slices
 from lora_inject.errors import StateError
 
 KINDS = list(KIND_SPECS)

@@ -28,7 +28,8 @@ from lora_inject.analysis.report.search_page import search_report
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.site_tables import Listing
-from lora_inject.core.spec.sites import SiteSpec, Slices
+from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.slices import Slices
 
 EVIL = '\x1b[2J"><script>alert(1)</script>&<b>'
 VOID = {"meta"}

@@ -32,7 +32,7 @@ from lora_inject.checkpoint import (
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.functional.weight import dense_delta
-from lora_inject.core.spec.sites import Slices
+from lora_inject.core.spec.slices import Slices
 from lora_inject.errors import CheckpointError, FormatError
 
 

@@ -67,7 +67,6 @@ def test_every_field_of_the_schema_is_read() -> None:
     assert config.targets[3] == Rule(match="Wq", layout=axes, layers=[0, "4-7"])
     assert config.expect == Expect(sites=24, lora=294912, trainable=887811)
     assert config.targets[1].slices == (("q", 768), ("k", 64), ("v", 64))
-    assert config.targets[1].slice_names == ("q", "k", "v")
     assert config.targets[-1].slices == ("q", "k")
 
 

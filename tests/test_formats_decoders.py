@@ -24,7 +24,8 @@ import lora_inject as li
 from lora_inject.checkpoint import Checkpoint, merge_checkpoint, read_weighted
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.spec.sites import SiteSpec, Slices
+from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.slices import Slices
 from lora_inject.errors import FormatError
 from lora_inject.formats import gguf_file, read_adapter, write_adapter
 

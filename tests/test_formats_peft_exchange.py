@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import lora_inject as li
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.spec.sites import SiteSpec, Slices
+from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.slices import Slices
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
 

@@ -27,7 +27,8 @@ from lora_inject.core.adapter.native import describe
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.safetensors_file import is_plain_name
 from lora_inject.core.files.tensors import read_names
-from lora_inject.core.spec.sites import SiteSpec, Slices
+from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.slices import Slices
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
 

@@ -39,7 +39,8 @@ from lora_inject.core.functional.linear import add_updates, linear, lone_token
 from lora_inject.core.functional.lookup import embedding
 from lora_inject.core.functional.rounded_fold import Tally, fold_rows
 from lora_inject.core.functional.weight import dense_delta, effective_weight
-from lora_inject.core.spec.sites import SiteSpec, Slices
+from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.slices import Slices
 
 MATRICES = ["linear", "conv1d", "equal slices"]
 FORWARD = [name for name, kind in KINDS.items() if kind.update == "forward"]

@@ -24,7 +24,8 @@ from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.lazy import LazyWeight, lazy_weight
 from lora_inject.core.functional.read_only import ReadOnly
 from lora_inject.core.functional.weight import LowRank, effective_weight
-from lora_inject.core.spec.sites import SiteSpec, Slices
+from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.slices import Slices
 
 E, M, N, R, T = 3, 5, 4, 2, 6
 SCALE = 2.0

@@ -14,7 +14,7 @@ from torch import nn
 
 import lora_inject as li
 from lora_inject import AdapterState
-from lora_inject.core.spec.sites import Slices
+from lora_inject.core.spec.slices import Slices
 
 RULE = {"rank": 2, "alpha": 3}
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lora_inject.algebra.svd import thin_svd
 from lora_inject.core.adapter.site_state import SiteState, plain
-from lora_inject.core.spec.sites import SiteSpec, Slices, adapted_parts
+from lora_inject.core.spec.sites import SiteSpec, adapted_parts
+from lora_inject.core.spec.slices import Slices
 from lora_inject.errors import StateError
 
 _SAME = 1e-12  # relative difference of two equal scales alpha / rank by rounding

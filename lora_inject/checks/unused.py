@@ -9,9 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried, entries
+from lora_inject.core.model.whole import has_gradient
 from lora_inject.core.spec.names import counted, quoted
 from lora_inject.core.spec.patterns import matching
 from lora_inject.errors import StateError
@@ -29,6 +31,22 @@ class _Site(NamedTuple):
     item: Carried
     group: str  # its name, with `*` for the member of a list or dict of modules
     use: _Use
+
+
+def refuse_unused_sites(
+    survey: Survey, name: str, state: AdapterState, unused: Iterable[str], asked: str
+) -> None:
+    """Raise if an adapter was trained, and has sites of no use; `state` has its values."""
+
+    def changed(item: Carried) -> bool:
+        if item.entry.spec is not None:
+            return not state.sites[item.name].is_zero
+        held = item.entry.held(item.module).detach()
+        if hasattr(held, "full_tensor"):  # a comparison would have to be made by all processes
+            return True
+        return not torch.equal(held, item.entry.start(item.weight).to(held.dtype))
+
+    refuse_unused(survey, name, changed, unused, asked)
 
 
 def refuse_unused(
@@ -122,11 +140,6 @@ def _unused_error(sites: Sequence[_Site], asked: str) -> StateError:
 def _shares_work() -> bool:
     """Whether this is one of several processes, each of which may hold the gradients of a part."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def has_gradient(item: Carried) -> bool:
-    """Return whether a tensor of an entry has a gradient."""
-    return any(t.grad is not None for t in item.entry.tensors(item.module).values())
 
 
 def trains(item: Carried) -> bool:

@@ -32,9 +32,12 @@ from pydantic import (
     ValidationError,
 )
 
+from lora_inject.core.spec.below import Below, modules_of
 from lora_inject.core.spec.inventory import LINEAR_KINDS, Inventory
-from lora_inject.core.spec.names import Below, canonical, first_number, joined, leaf
+from lora_inject.core.spec.layer_ranges import first_number
+from lora_inject.core.spec.names import canonical, joined, leaf
 from lora_inject.core.spec.patterns import matching
+from lora_inject.core.spec.rule_words import linear_layers
 from lora_inject.core.spec.strict import checked_regex
 from lora_inject.core.spec.yaml import read_text
 from lora_inject.errors import ConfigError, user_path
@@ -295,8 +298,8 @@ def _ends_of(
 ) -> list[str]:
     """Return the ends of names that PEFT uses for all-linear, or for a regex, on such a model."""
     if given.lower() == "all-linear":
-        return list(dict.fromkeys([*map(leaf, inventory.linear), *new_names]))
-    names = list(inventory.modules)
+        return list(dict.fromkeys([*map(leaf, linear_layers(inventory)), *new_names]))
+    names = modules_of(inventory)
     for stack in (candidate for candidate in inventory.candidates if candidate.experts):
         names += [joined(stack.owner, o) for o, n in new_names.items() if n == leaf(stack.name)]
     taken = dict.fromkeys(matching(_from_start(given), names, asked=asked))
@@ -320,8 +323,9 @@ def _init(init: bool | str, asked: str) -> str:
 
 def _check_saved(train: Iterable[str], inventory: Inventory, asked: str) -> None:
     """Refuse the name of a parameter: PEFT skips it, and here it would train."""
+    modules = modules_of(inventory)
     for pattern in train:
-        below = Below(matching(pattern, inventory.modules, asked=asked))
+        below = Below(matching(pattern, modules, asked=asked))
         for name in matching(pattern, inventory.listed, asked=asked):
             if name not in below:
                 problem = f"'{name}' is a parameter, and PEFT saves modules only"
@@ -438,7 +442,7 @@ class _Rules:
 
     def _named(self, names: set[str]) -> list[_Pattern]:
         # PEFT looks at no layer number where a target is a whole name.
-        whole = self.inventory.modules if self.inventory and self.layers else ()
+        whole = modules_of(self.inventory) if self.inventory and self.layers else ()
         targets = []
         for name in sorted(names):
             if name in whole:
@@ -575,8 +579,9 @@ class _Rules:
     def _known(self, inventory: Inventory) -> dict[str, str]:
         """Return name to kind of everything that may be targeted."""
         names, everything = dict[str, str](), _ALL in self.targets
+        linear = {*linear_layers(inventory)}
         for c in inventory.candidates:
-            if not everything or c.kind == "parameter" or c.name in inventory.linear:
+            if not everything or c.kind == "parameter" or c.name in linear:
                 names |= dict.fromkeys((c.name, *c.aliases), c.kind)
             if not everything and c.kind != "parameter":
                 names[canonical(c.weight)] = "parameter"

@@ -23,7 +23,7 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import check_no_clash, one_line
 from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
 from lora_inject.core.spec.names import joined, leaf, parent
-from lora_inject.core.spec.sites import Slices
+from lora_inject.core.spec.slices import Slices
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import plain_site

@@ -31,8 +31,9 @@ from lora_inject.core.layers.adapted import raw_parameter
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.survey import Survey, base_parameters
 from lora_inject.core.model.carried import reach
+from lora_inject.core.model.facts import facts_for
 from lora_inject.core.model.read_off import adapter_tensors, read_off
-from lora_inject.core.model.save import check_used, facts_for
+from lora_inject.core.model.save import check_used
 from lora_inject.errors import LayerError, StateError, user_path
 from lora_inject.formats.card import joined_cards
 

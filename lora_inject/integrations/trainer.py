@@ -16,7 +16,7 @@ from typing import Any
 import safetensors.torch
 from torch import nn
 
-from lora_inject.checks.unused import has_gradient, refuse_unused
+from lora_inject.checks.unused import refuse_unused
 from lora_inject.core.files.disk import replace_file
 from lora_inject.core.layers.forms import forms_as_tensors
 from lora_inject.core.layers.survey import Survey, unwrapped
@@ -24,6 +24,7 @@ from lora_inject.core.model.carried import Carried, check_unmerged, entries, rea
 from lora_inject.core.model.parameters import adapter_parameters
 from lora_inject.core.model.read_off import adapter_tensors
 from lora_inject.core.model.trainable import check_live_inputs
+from lora_inject.core.model.whole import has_gradient
 from lora_inject.errors import StateError
 from lora_inject.integrations.stand_ins import SAVE, adapters_on, folders_of, write_adapters
 from lora_inject.integrations.trl import SENT_MERGED

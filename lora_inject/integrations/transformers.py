@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.fingerprint import samples
 from lora_inject.core.adapter.value_checks import FLOATS
 from lora_inject.core.layers.survey import Holder, Survey
-from lora_inject.core.spec.names import around, joined, parent, quoted
+from lora_inject.core.spec.below import around
+from lora_inject.core.spec.names import joined, parent, quoted
 from lora_inject.core.spec.plan import Plan
 from lora_inject.errors import LayerError
 

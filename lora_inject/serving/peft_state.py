@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.value_checks import FLOATS
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.facts import facts_for
 from lora_inject.core.model.guards import this_process_writes
 from lora_inject.core.model.read_off import read_off
-from lora_inject.core.model.save import check_used, facts_for
+from lora_inject.core.model.save import check_used
 from lora_inject.errors import FormatError, check_type, within
 from lora_inject.formats.peft.folder import contents
 from lora_inject.formats.portable import plain_facts, plain_state

@@ -14,7 +14,8 @@ from torch import Tensor
 from lora_inject.core.adapter.fingerprint import Fingerprint
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.spec.sites import SiteSpec, Slices
+from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.slices import Slices
 
 KIND_SPECS: dict[str, SiteSpec] = {
     "linear": SiteSpec("h.0.fc", "linear", 5, 7, (7, 5), 2, 4.0, weight="h.0.fc.weight"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -28,11 +28,6 @@ from lora_inject.errors import FormatError
 
 Base = Literal["same", "quantized", "any"]
 """How sure to be of the base: see `load_adapter`."""
-
-
-def model_facts(survey: Survey) -> Any:
-    """Return the facts about a live model that files depend on, a `formats.ModelFacts`."""
-    return room("formats").facts_about(survey)
 
 
 def untouched(

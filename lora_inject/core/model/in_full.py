@@ -13,7 +13,8 @@ from lora_inject.core.layers.attached import Entry, attribute
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried
-from lora_inject.core.spec.names import Below
+from lora_inject.core.spec.below import Below, modules_of
+from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.patterns import matching
 from lora_inject.errors import LayerError
 
@@ -39,8 +40,9 @@ def reasons_against_copy(place: Carried) -> Iterator[tuple[str, str]]:
     yield from _reasons_in_full(place.module)
 
 
-def check_statistics(survey: Survey, patterns: Sequence[str], modules: Sequence[str]) -> None:
+def check_statistics(survey: Survey, patterns: Sequence[str], names: Inventory) -> None:
     """Raise if one of the modules that are to train in full has a layer with statistics inside."""
+    modules = modules_of(names)
     for i, pattern in enumerate(patterns):
         asked = f"train {i + 1} ('{pattern}')"
         named = matching(pattern, modules, asked=asked)

@@ -150,7 +150,7 @@ def _places(survey: Survey, name: str, planned: Plan, present: Inventory) -> lis
     if planned.config.train:
         from lora_inject.core.model.in_full import check_statistics
 
-        check_statistics(survey, planned.config.train, present.modules)
+        check_statistics(survey, planned.config.train, present)
     before("load", survey, name, wanted, _tied)
     return wanted
 

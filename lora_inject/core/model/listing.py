@@ -18,7 +18,7 @@ from lora_inject.core.model.carried import (
     reach,
     roots_of,
 )
-from lora_inject.core.model.whole import idle_among
+from lora_inject.core.model.facts import idle_among
 from lora_inject.core.spec.columns import columns
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.shown import Shown, Table

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import partial
 from os import PathLike
 from os.path import lexists
 from pathlib import Path
@@ -17,7 +16,7 @@ from lora_inject.core.files.tensors import values_at_once
 from lora_inject.core.functional.factors import master_dtype
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.attach import attach, survey_for
-from lora_inject.core.model.base import Base, model_facts
+from lora_inject.core.model.base import Base
 from lora_inject.core.model.callers import callers_of
 from lora_inject.core.model.carried import Carried, reach
 from lora_inject.core.model.fit_state import fit
@@ -95,9 +94,10 @@ def load_adapter(
             check_live_inputs(survey, asked)
         there = _on_disk(place, path, revision, asked)
         known = format or detected(there)
-        facts = partial(model_facts, survey)
         with values_at_once():
-            state = read_adapter(there, known, facts=facts, **options)
+            state = read_adapter(
+                there, known, facts=lambda: room("formats").facts_about(survey), **options
+            )
         mine = fit(
             survey, state, all_of, leave_out=leave_out, base=base, leave_new=leave_new, asked=asked
         )

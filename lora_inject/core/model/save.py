@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -21,16 +20,12 @@ from lora_inject.core.adapter.exchange import (
 )
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.base import model_facts
 from lora_inject.core.model.callers import callers_of
-from lora_inject.core.model.carried import (
-    Carried,
-    entries,
-)
+from lora_inject.core.model.carried import entries
 from lora_inject.core.model.guards import after, this_process_writes
 from lora_inject.core.model.origins import note_files
 from lora_inject.core.model.read_off import read_off
-from lora_inject.core.model.whole import idle_among
+from lora_inject.core.model.whole import all_take_part
 from lora_inject.core.spec.rooms import room
 from lora_inject.errors import FormatError, user_path, within
 
@@ -92,9 +87,13 @@ def save_adapter(
     target = _target(folder, format, version, f"save adapter {name!r}")
     all_of = callers_of(group, f"save adapter {name!r}")
 
-    def taken() -> tuple[AdapterState, Callable[[], Any]]:
+    def taken() -> tuple[AdapterState, Callable[[], Any] | None]:
         state = read_off(survey, name)
-        facts = facts_for(survey, format, name)
+        facts = None
+        if format_of(format).takes_facts:
+            from lora_inject.core.model.facts import facts_for
+
+            facts = facts_for(survey, format, name)
         check_used(survey, name, state, unused)
         return state, facts
 
@@ -148,17 +147,10 @@ def check_used(survey: Survey, name: str, state: AdapterState, unused: Sequence[
 
     `state` is the adapter as it was read from the model. Of several processes all raise.
     """
-    state.check_finite(f"save adapter {name!r}", FormatError)
-
-    def changed(item: Carried) -> bool:
-        if item.entry.spec is not None:
-            return not state.sites[item.name].is_zero
-        held = item.entry.held(item.module).detach()
-        if hasattr(held, "full_tensor"):  # a comparison would have to be made by all processes
-            return True
-        return not torch.equal(held, item.entry.start(item.weight).to(held.dtype))
-
-    room("unused").refuse_unused(survey, name, changed, unused, f"save adapter {name!r}")
+    asked = f"save adapter {name!r}"
+    state.check_finite(asked, FormatError)
+    if unused or not all_take_part([*entries(survey, name)]):
+        room("unused").refuse_unused_sites(survey, name, state, unused, asked)
 
 
 def _say_if_untrained(state: AdapterState, name: str) -> None:
@@ -171,21 +163,3 @@ def _say_if_untrained(state: AdapterState, name: str) -> None:
             name,
             len(state.sites),
         )
-
-
-def facts_for(survey: Survey, format: str, name: str) -> Callable[[], Any]:  # noqa: A002
-    """Return a function of the facts that a format may ask for.
-
-    Raises:
-        FormatError: There is no such format, or its readers would compute something else.
-    """
-    row = format_of(format, f"save adapter {name!r}")
-    if row.check_save is not None:
-        row.check_save(survey, name)
-
-    def facts() -> Any:
-        idle = idle_among([*entries(survey, name)])
-        notes = tuple(room("mixtures").notes_on_adapter(survey, name))
-        return replace(model_facts(survey), idle=idle, notes=notes)
-
-    return facts

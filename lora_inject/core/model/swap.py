@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence, Set
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +23,7 @@ from lora_inject.core.files.tensors import in_memory, values_at_once
 from lora_inject.core.layers.starting import copy_into
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.layers.valueless import given_values
-from lora_inject.core.model.base import Base, check_base, check_base_copies, model_facts
+from lora_inject.core.model.base import Base, check_base, check_base_copies
 from lora_inject.core.model.carried import check_unmerged, entries, reach, records_of
 from lora_inject.core.model.origins import note_files
 from lora_inject.core.model.read_off import values_on
@@ -98,9 +97,10 @@ def swap_adapter(
     files = None
     if not isinstance(state, AdapterState):
         files = Path(state)
-        facts = partial(model_facts, survey)
         with values_at_once():
-            state = read_adapter(state, format, facts=facts, **options)
+            state = read_adapter(
+                state, format, facts=lambda: room("formats").facts_about(survey), **options
+            )
         whose = f"{asked} for {str(source)!r}"
     state.check_finite(whose, FormatError)
     state = _of_slots_experts(state, slot, asked)

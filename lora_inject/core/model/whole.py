@@ -58,11 +58,15 @@ def _lost(asked: str, name: str, module: nn.Module, *, in_model: bool) -> StateE
     return StateError(asked, problem, "Call it on the injected model")
 
 
-def idle_among(items: Collection[Carried]) -> tuple[str, ...]:
-    """Return the names of sites and trained tensors that no forward has used, where others were."""
-    idle = tuple(
-        item.name
-        for item in items
-        if (attached := attached_to(item.module)) and item.entry.mark not in attached.took_part
-    )
-    return idle if len(idle) < len(items) else ()
+def all_take_part(items: Collection[Carried]) -> bool:
+    """Return whether a forward has used each entry, and all have a gradient or none has."""
+    for item in items:
+        attached = attached_to(item.module)
+        if attached is not None and item.entry.mark not in attached.took_part:
+            return False
+    return len({*map(has_gradient, items)}) < 2
+
+
+def has_gradient(item: Carried) -> bool:
+    """Return whether a tensor of an entry has a gradient."""
+    return any(t.grad is not None for t in item.entry.tensors(item.module).values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from os import PathLike
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import (
     AfterValidator,
@@ -26,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from lora_inject.core.spec.patterns import INDEX
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.shown import Shown
 from lora_inject.core.spec.sites import ROLES
@@ -50,15 +51,10 @@ def _check_pattern(pattern: str) -> str:
     return pattern
 
 
-_INDEX = "(?:0|[1-9][0-9]{0,8})"  # no leading zeros: YAML reads 010 as 8, Python as 10
-
-
 def _check_layer(value: Any) -> str:
-    text = str(value) if type(value) is int else value
-    match = re.fullmatch(rf"({_INDEX})(?:-({_INDEX}))?", text) if isinstance(text, str) else None
-    if match is None or int(match[1]) > int(match[2] or match[1]):
-        raise ValueError(f"{show(value)} is not a range of layers", "Write 16-31, or [0, 4, 8-11]")
-    return match[0]
+    from lora_inject.core.spec.layer_ranges import layer_range
+
+    return layer_range(value)
 
 
 def _read_layers(value: Any) -> tuple[Any, ...]:
@@ -95,7 +91,7 @@ _List = BeforeValidator(_read_list)
 Distinct = AfterValidator(_check_distinct)
 _EitherWay = Discriminator(_either_way)
 
-_LAYER = {"type": ["integer", "string"], "minimum": 0, "pattern": f"^{_INDEX}(-{_INDEX})?$"}
+_LAYER = {"type": ["integer", "string"], "minimum": 0, "pattern": f"^{INDEX}(-{INDEX})?$"}
 
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
 Patterns = Annotated[tuple[Pattern, ...], _List]
@@ -275,50 +271,19 @@ class Rule(Strict):
     def _adapts_slices(
         cls, adapt: tuple[str, ...] | None, info: ValidationInfo
     ) -> tuple[str, ...] | None:
-        names = _names(info.data.get("slices"))
-        for name in adapt or ():
-            if "slices" in info.data and name not in names:
-                remedy = f"The slices are {', '.join(names)}" if names else "Add slices: [q, k, v]"
-                raise ValueError(f"there is no slice {show(name)}", remedy)
+        if adapt and "slices" in info.data:
+            from lora_inject.core.spec.rule_checks import check_adapted
+
+            check_adapted(adapt, info.data["slices"])
         return adapt
 
     @model_validator(mode="after")
-    def _adapts_some(self) -> Self:
-        if self.slices and not self.adapt:
-            remedy = f"Add adapt: with some of {', '.join(self.slice_names)}"
-            raise ValueError("slices are given, but not which of them to adapt", remedy)
+    def _has_parts_that_fit(self) -> Self:
+        if self.slices or self.only is not None or self.top is not None:
+            from lora_inject.core.spec.rule_checks import check_parts
+
+            check_parts(self)
         return self
-
-    @model_validator(mode="after")
-    def _chooses_experts(self) -> Self:
-        if isinstance(self.only, str) == (self.top is None):
-            problem = "top needs a profile" if self.top else f"{show(self.only)} is a profile"
-            raise ValueError(problem, "Give both: only: profile.yaml and top: 0.25")
-        if self.share and self.only is not None:
-            raise ValueError("share is for whole stacks, and only chooses of them", "Give one")
-        return self
-
-    @property
-    def slice_names(self) -> tuple[str, ...]:
-        """Names of the slices in the order of the output; empty without slices."""
-        return _names(self.slices)
-
-    @property
-    def slice_widths(self) -> tuple[tuple[str, int], ...]:
-        """Names and widths of the slices; empty where they are equal parts."""
-        parts = cast("tuple[Any, ...]", self.slices or ())
-        return tuple(part for part in parts if isinstance(part, tuple))
-
-    def covers(self, index: int | None) -> bool:
-        """Return whether `layers` lets a name with this first number through."""
-        if self.layers is None:
-            return True
-        ends = [text.split("-") for text in self.layers]
-        return index is not None and any(int(e[0]) <= index <= int(e[-1]) for e in ends)
-
-
-def _names(slices: Any) -> tuple[str, ...]:
-    return tuple(part if isinstance(part, str) else part[0] for part in slices or ())
 
 
 class HasFields(Protocol):
@@ -407,6 +372,15 @@ class Config(Shown, YamlModel):
         """
         missing = [key for key in HYPER if getattr(rule, key) is None]
         return rule.model_copy(update={key: getattr(self, key) for key in missing})
+
+    def label(self, i: int) -> str:
+        """Return what messages call a rule of `targets`, by its place.
+
+        Examples:
+            >>> Config(targets=["q_proj"]).label(0)
+            "rule 1 ('q_proj')"
+        """
+        return f"rule {i + 1} ('{self.targets[i].match}')"
 
     @classmethod
     def from_peft(

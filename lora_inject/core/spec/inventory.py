@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from lora_inject.core.spec.names import around, canonical, is_bias, parent
+from lora_inject.core.spec.names import canonical, is_bias
 from lora_inject.core.spec.sites import Geometry
 
 LINEAR_KINDS = ("linear", "conv1d")
@@ -110,17 +110,6 @@ class Inventory:
         return sites
 
     @cached_property
-    def linear(self) -> dict[str, None]:
-        """Names of all linear layers but the output head."""
-        linear = (c.name for c in self.candidates if c.kind in LINEAR_KINDS)
-        return dict.fromkeys(name for name in linear if name not in self.heads)
-
-    @cached_property
-    def experts(self) -> dict[str, None]:
-        """Names of the experts that routers choose among, stacked or not."""
-        return dict.fromkeys(name for mixture in self.mixtures for name in mixture.experts)
-
-    @cached_property
     def weights(self) -> dict[str, int]:
         """Names of the weights of modules, with the candidate's number."""
         modules = ((i, c) for i, c in enumerate(self.candidates) if c.kind != "parameter")
@@ -136,21 +125,6 @@ class Inventory:
     def listed(self) -> dict[str, str]:
         """Every name of a parameter, with its key in `parameters`."""
         return {**{name: name for name in self.parameters}, **self.aliases}
-
-    @cached_property
-    def modules(self) -> list[str]:
-        """Names of all modules, containers included."""
-        tensors = (self.listed, self.weights)
-        own = (name for name in self.names if not any(name in table for table in tensors))
-        return list(dict.fromkeys([*own, *around([*self.names, *self.listed])]))
-
-    @cached_property
-    def children(self) -> dict[str, list[str]]:
-        """Listed parameters by the module that owns them."""
-        children: dict[str, list[str]] = {}
-        for name in self.parameters:
-            children.setdefault(parent(name), []).append(name)
-        return children
 
     def reason(self, name: str) -> str:
         """Return why a name is not a candidate."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 from lora_inject.core.spec.config import Axes, Rule
 from lora_inject.core.spec.inventory import Candidate
-from lora_inject.core.spec.sites import Geometry, Slices
+from lora_inject.core.spec.rule_checks import slice_names
+from lora_inject.core.spec.sites import Geometry
+from lora_inject.core.spec.slices import Slices
 from lora_inject.errors import MatchError
 
 SLICED_KINDS = ("linear", "conv1d", "parameter")
@@ -71,9 +74,11 @@ def sliced(candidate: Candidate, shape: Geometry, rule: Rule, asked: str) -> Sli
         what = "a stack of matrices" if shape.experts else f"of kind {candidate.kind}"
         remedy = "Slices are for linear layers, Conv1D and 2-d parameters"
         raise MatchError(asked, f"slices, but it is {what}", remedy)
-    names = rule.slice_names
+    names = slice_names(rule.slices)
     width = shape.out_features
-    sizes = rule.slice_widths or _equal_parts(names, width, asked)
+    parts = cast("tuple[Any, ...]", rule.slices)
+    given = tuple(part for part in parts if isinstance(part, tuple))
+    sizes = given or _equal_parts(names, width, asked)
     total = sum(size for _, size in sizes)
     if total != width:
         listed = " + ".join(f"{size:,}" for _, size in sizes)

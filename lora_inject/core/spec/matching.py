@@ -10,24 +10,19 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_inject.core.spec.config import ALL_EXPERTS, ALL_LINEAR, Config
 from lora_inject.core.spec.fit import notes, site_of_rule
 from lora_inject.core.spec.inventory import Candidate, Inventory
-from lora_inject.core.spec.names import (
-    Below,
-    canonical,
-    counted,
-    first_number,
-    parent,
-    quoted,
-)
+from lora_inject.core.spec.names import canonical, parent
 from lora_inject.core.spec.patterns import matching
 from lora_inject.core.spec.plan import Plan, Skipped, Tied, Trained
-from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import LayerError, MatchError
+
+if TYPE_CHECKING:
+    from lora_inject.core.spec.excluded import Excluded
 
 WORDS = (ALL_LINEAR, ALL_EXPERTS)  # rules that are no pattern
 
@@ -68,17 +63,30 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
         from lora_inject.core.spec.trained import trained_by
 
         trained = trained_by(config, inventory, sites, candidates)
+    tied: tuple[Tied, ...] = ()
+    if any(candidate.tied for candidate in inventory.candidates):
+        from lora_inject.core.spec.tied_names import tied_by
+
+        tied = tied_by(inventory, sites, candidates, trained)
+    notes_of_words: Iterable[str] = ()
+    if inventory.mixtures or any(rule.match in WORDS for rule in config.targets):
+        from lora_inject.core.spec.rule_words import notes_on_words
+
+        notes_of_words = notes_on_words(config, inventory, sites)
     plan = Plan(
         config=config,
         sites=sites,
         trained=trained,
         skipped=tuple(rules.skipped),
-        tied=_tied_by(inventory, sites, candidates, trained),
-        notes=(*_word_notes(config, inventory, sites), *notes(candidates, sites)),
+        tied=tied,
+        notes=(*notes_of_words, *notes(candidates, sites)),
         n_base=sum(math.prod(shape) for shape in inventory.parameters.values()),
         assumed=inventory.assumed,
     )
-    _check_expect(plan)
+    if config.expect is not None:
+        from lora_inject.core.spec.expected import check_expect
+
+        check_expect(plan, config.expect)
     return plan
 
 
@@ -101,13 +109,17 @@ class _Rules:
     def __init__(self, config: Config, inventory: Inventory) -> None:
         self.config = config
         self.inventory = inventory
-        self.excluded = _excluded(config, inventory)
+        self.excluded: Excluded | None = None
+        if config.exclude:
+            from lora_inject.core.spec.excluded import Excluded
+
+            self.excluded = Excluded(config, inventory)
         self.taken: dict[str, _Taken] = {}  # by the name of the weight, in the order of rules
         self.skipped: list[Skipped] = []
 
     def take(self, i: int) -> None:
         """Let rule `i` take its sites; raise if there are none."""
-        rule, label = self.config.targets[i], _rule_label(self.config, i)
+        rule, label = self.config.targets[i], self.config.label(i)
         if self.inventory.assumed and (rule.kind is not None or rule.match in WORDS):
             problem = "a list of keys does not say which kind of layer a tensor belongs to"
             raise MatchError(label, problem, "Give the folder with config.json, or write a pattern")
@@ -122,7 +134,7 @@ class _Rules:
 
     def _take_each(self, i: int, candidates: Iterable[tuple[int, Candidate]]) -> Counter[str]:
         """Make sites of what nobody took before; return who took how many of the others."""
-        rule, label = self.config.filled(self.config.targets[i]), _rule_label(self.config, i)
+        rule, label = self.config.filled(self.config.targets[i]), self.config.label(i)
         left: Counter[str] = Counter()
         made: dict[Hashable, SiteSpec] = {}
         for order, candidate in candidates:
@@ -146,49 +158,26 @@ class _Rules:
 
     def _names(self, i: int) -> list[str]:
         """Return the names that a rule matches, in its layers."""
-        rule, label, inventory = self.config.targets[i], _rule_label(self.config, i), self.inventory
+        rule, label, inventory = self.config.targets[i], self.config.label(i), self.inventory
         if rule.match in WORDS:
-            names = self._by_word(rule.match, label)
+            from lora_inject.core.spec.rule_words import names_by_word
+
+            names = names_by_word(rule.match, self.config, inventory, label)
         else:
             names = matching(rule.match, inventory.names, asked=label)
-            if not names:
-                raise _errors().no_match(
-                    inventory, label, rule.match, inventory.sites, inventory.names
-                )
+        if not names:
+            pools = inventory.sites, inventory.names
+            raise _errors().no_match(inventory, label, rule.match, *pools)
         if rule.layers is None:
             return names
-        inside = [name for name in names if rule.covers(first_number(name))]
-        if not inside:
-            numbers = [n for name in names if (n := first_number(name)) is not None]
-            problem = f"nothing that it matches is in layers {', '.join(rule.layers)}"
-            span = f"Its layers are {min(numbers)} to {max(numbers)}" if numbers else ""
-            raise MatchError(
-                label, problem, span or "Remove layers; no name that it matches has one"
-            )
-        return inside
+        from lora_inject.core.spec.layer_ranges import inside
 
-    def _by_word(self, word: str, label: str) -> list[str]:
-        """Return the linear layers, without experts that another rule takes; or the experts."""
-        inventory = self.inventory
-        if word == ALL_EXPERTS:
-            if not inventory.experts:
-                raise MatchError(label, *room("mixtures").why_no_experts(inventory))
-            return list(inventory.experts)
-        words = {rule.match for rule in self.config.targets}
-        left = inventory.experts if ALL_EXPERTS in words else ()
-        names = [name for name in inventory.linear if name not in left]
-        if not names:
-            but = " but its output head" if inventory.heads else ""
-            problem = f"the model has no linear layers{but}"
-            raise MatchError(label, problem, "Name what to adapt")
-        return names
+        return inside(rule.layers, names, label)
 
     def _taker(self, candidate: Candidate, weight: str) -> str:
         """Return what took a candidate before: `exclude`, an earlier rule, or nothing."""
-        if self.config.exclude:
-            names = (candidate.name, *candidate.aliases, *candidate.weight_names)
-            if any(name in self.excluded for name in names):
-                return "exclude"
+        if self.excluded is not None and self.excluded.takes(candidate):
+            return "exclude"
         owner = self.taken.get(weight)
         return "" if owner is None else f"rule {(owner.spec.rule or 0) + 1}"
 
@@ -198,23 +187,6 @@ def _errors() -> Any:
     from lora_inject.core.spec import unmatched
 
     return unmatched
-
-
-def _rule_label(config: Config, i: int) -> str:
-    return f"rule {i + 1} ('{config.targets[i].match}')"
-
-
-def _excluded(config: Config, inventory: Inventory) -> Below:
-    """Return the names that no rule may take, and all below them."""
-    excluded: set[str] = set()
-    names = list(dict.fromkeys([*inventory.names, *inventory.modules])) if config.exclude else []
-    for i, pattern in enumerate(config.exclude):
-        label = f"exclude {i + 1} ('{pattern}')"
-        hits = matching(pattern, names, asked=label)
-        if not hits:
-            raise _errors().no_match(inventory, label, pattern, names)
-        excluded.update(hits)
-    return Below(excluded)
 
 
 def _candidates(names: Sequence[str], inventory: Inventory) -> Iterator[tuple[int, Candidate]]:
@@ -251,55 +223,3 @@ def _others(names: Sequence[str], inventory: Inventory) -> list[str]:
     ]
     modules = set(names) if others else set()
     return [name for name in others if not (name in inventory.listed and parent(name) in modules)]
-
-
-def _tied_by(
-    inventory: Inventory,
-    sites: Sequence[SiteSpec],
-    candidates: Sequence[Candidate],
-    trained: Sequence[Trained],
-) -> tuple[Tied, ...]:
-    """Return the tensors with several names that sites or trained entries touch, each once."""
-    names = {entry.name for entry in trained}
-    on: dict[tuple[str, ...], list[str]] = {}
-    for site, candidate in zip(sites, candidates, strict=True):
-        if candidate.tied:
-            on.setdefault(_all_names(candidate), []).append(site.name)
-    for candidate in inventory.candidates if names else ():
-        if candidate.tied and names.intersection(_all_names(candidate)):
-            on.setdefault(_all_names(candidate), [])
-    return tuple(Tied(same, tuple(at), bool(names.intersection(same))) for same, at in on.items())
-
-
-def _all_names(candidate: Candidate) -> tuple[str, ...]:
-    return tuple(sorted({canonical(candidate.weight), *map(canonical, candidate.tied)}))
-
-
-def _word_notes(config: Config, inventory: Inventory, sites: Sequence[SiteSpec]) -> Iterator[str]:
-    """Yield what rules that are a word leave out: the output head, and of experts."""
-    if any(rule.match == ALL_LINEAR for rule in config.targets):
-        if inventory.heads:
-            yield f"all-linear leaves out the output head {quoted(inventory.heads)}"
-        else:
-            yield "all-linear takes every linear layer: the model states no output head"
-    if inventory.mixtures:
-        yield from room("mixtures").notes_on_experts(config, inventory.mixtures, sites)
-
-
-def _check_expect(plan: Plan) -> None:
-    expect = plan.config.expect
-    if expect is None:
-        return
-    counts = {"sites": plan.n_sites, "lora": plan.n_lora, "trainable": plan.n_trainable}
-    wanted = {k: n for k, n in expect.model_dump(exclude_none=True).items() if n != counts[k]}
-    if not wanted:
-        return
-    asked = ", ".join(f"{key}: {n:,}" for key, n in wanted.items())
-    got = ", ".join(f"{key}: {counts[key]:,}" for key in wanted)
-    rules = [
-        f"{_rule_label(plan.config, i)} {counted(n, 'site')}"
-        for i, n in enumerate(plan.n_sites_by_rule)
-    ]
-    extra = [f"train and bias {plan.n_trained:,} elements"] if plan.trained else []
-    problem = f"found {got} ({'; '.join(rules + extra)})"
-    raise MatchError(f"expect {{{asked}}}", problem, "Correct the rules, or the counts")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lora_inject.core.spec.names import Below, around
+from lora_inject.core.spec.below import Below, around
 from lora_inject.core.spec.patterns import matching
 from lora_inject.core.spec.spellings import nearest
 from lora_inject.errors import LoraInjectError, StateError, check_type

@@ -28,17 +28,6 @@ def parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def around(names: Iterable[str]) -> list[str]:
-    """Return the modules around names, the innermost first, each once."""
-    around_them: dict[str, None] = {}
-    for name in names:
-        module = parent(name)
-        while module and module not in around_them:
-            around_them[module] = None
-            module = parent(module)
-    return list(around_them)
-
-
 def joined(path: str, key: str) -> str:
     """Return the name of what `path` holds under `key`; the root's name is empty.
 
@@ -52,32 +41,6 @@ def joined(path: str, key: str) -> str:
 def leaf(name: str) -> str:
     """Return the last segment of a name."""
     return name.rpartition(".")[2]
-
-
-def first_number(name: str) -> int | None:
-    """Return the first number among the segments of a name: its layer.
-
-    Examples:
-        >>> first_number("model.layers.3.experts.0.up"), first_number("lm_head")
-        (3, None)
-    """
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
-
-
-class Below:
-    """Whether a name, or a module around it, is in a set; each module is looked up once."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._known = dict.fromkeys(names, True)
-        self._known.setdefault("", False)
-
-    def __contains__(self, name: str) -> bool:
-        asked = []
-        while (known := self._known.get(name)) is None:  # "" is always known
-            asked.append(name)
-            name = parent(name)
-        self._known.update(dict.fromkeys(asked, known))
-        return known
 
 
 def is_bias(name: str) -> bool:

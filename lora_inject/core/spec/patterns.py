@@ -15,6 +15,7 @@ MATCH_SECONDS = 5.0  # for one pattern and all names; a harmless pattern takes m
 _FEW_STEPS = 10_000_000  # which take a part of a second
 _AT_ONCE = 16  # matches between two looks at the clock
 
+INDEX = "(?:0|[1-9][0-9]{0,8})"  # no leading zeros: YAML reads 010 as 8, Python as 10
 _NOT_A_REGEX = (re.error, OverflowError, RecursionError)
 
 

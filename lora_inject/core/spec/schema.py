@@ -23,6 +23,14 @@ def file_schema(config: type[BaseModel]) -> dict[str, Any]:
 class _FileSchema(GenerateJsonSchema):
     """A schema for files, where a key without a value is left out instead of being null."""
 
+    def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
+        """Drop the docstring of a model, and the line breaks of its fields'."""
+        made = super().model_schema(schema)
+        made.pop("description", None)
+        for entry in made["properties"].values():
+            entry["description"] = " ".join(entry["description"].split())
+        return made
+
     def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
         return self.generate_inner(schema["schema"])
 

@@ -13,9 +13,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from lora_inject.core.spec.names import joined
+
+if TYPE_CHECKING:
+    from lora_inject.core.spec.slices import Slices
 
 T = TypeVar("T")
 Shape = tuple[int, ...]
@@ -109,31 +112,6 @@ def adapted_parts(spans: Iterable[tuple[int, int]], rank: int) -> list[AdaptedPa
         parts.append(AdaptedPart(start, stop, ranks, rows))
         row += width
     return parts
-
-
-@dataclass(frozen=True, slots=True)
-class Slices:
-    """The parts of a fused projection's output, and which of them are adapted.
-
-    Examples:
-        >>> s = Slices((("q", 8), ("k", 4), ("v", 4)), ("q", "v"))
-        >>> s.spans
-        ((0, 8), (12, 16))
-    """
-
-    # `(name, width)` of each part along the output, in order; the widths sum to `out_features`
-    sizes: tuple[tuple[str, int], ...]
-    adapt: tuple[str, ...]  # names of the adapted parts, in the order of `sizes`
-
-    @property
-    def spans(self) -> tuple[tuple[int, int], ...]:
-        """`(start, stop)` along the output of each adapted part."""
-        spans, start = [], 0
-        for name, width in self.sizes:
-            if name in self.adapt:
-                spans.append((start, start + width))
-            start += width
-        return tuple(spans)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,6 @@ if TYPE_CHECKING:
     from lora_inject.core.spec.yaml import Document
 
 
-def _for_editors(schema: dict[str, Any]) -> None:
-    """Drop the docstring of a model from its schema, and the line breaks of its fields'."""
-    schema.pop("description", None)
-    for entry in schema["properties"].values():
-        entry["description"] = " ".join(entry["description"].split())
-
-
 class Strict(BaseModel):
     """Unknown keys and wrong types are errors; an integer is accepted for a float."""
 
@@ -33,7 +26,6 @@ class Strict(BaseModel):
         strict=True,
         populate_by_name=True,
         use_attribute_docstrings=True,
-        json_schema_extra=_for_editors,
     )
     # models inside, by their key, where an unknown key may belong
     inside: ClassVar[Mapping[str, type[BaseModel]]] = {}

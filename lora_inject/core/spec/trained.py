@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from lora_inject.core.spec.below import Below, modules_of
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.inventory import Candidate, Inventory
-from lora_inject.core.spec.names import Below, canonical, is_bias, quoted
+from lora_inject.core.spec.names import canonical, is_bias, parent, quoted
 from lora_inject.core.spec.patterns import matching
 from lora_inject.core.spec.plan import Trained
 from lora_inject.core.spec.sites import SiteSpec
@@ -71,9 +72,10 @@ def _tables(pattern: str, ids: tuple[int, ...], label: str, inventory: Inventory
 def _matched(pattern: str, label: str, inventory: Inventory) -> list[str]:
     """Return the listed parameters that an entry names, itself or by a module around them."""
     direct = matching(pattern, inventory.listed, asked=label)
-    modules = matching(pattern, inventory.modules, asked=label)
+    all_modules = modules_of(inventory)
+    modules = matching(pattern, all_modules, asked=label)
     if not direct and not modules:
-        raise no_match(inventory, label, pattern, [*inventory.listed, *inventory.modules])
+        raise no_match(inventory, label, pattern, [*inventory.listed, *all_modules])
     below = Below([*direct, *modules])
     hits = dict.fromkeys(first for name, first in inventory.listed.items() if name in below)
     if not hits:
@@ -88,7 +90,11 @@ def _biases(config: Config, inventory: Inventory, candidates: Sequence[Candidate
         where = f"none of {len(inventory.parameters):,} parameters"
     else:
         modules = dict.fromkeys(candidate.module for candidate in candidates)
-        names = [n for m in modules for n in inventory.children.get(m, ()) if is_bias(n)]
+        inside: dict[str, list[str]] = {module: [] for module in modules}
+        for name in inventory.parameters:
+            if (owner := parent(name)) in inside:
+                inside[owner].append(name)
+        names = [name for listed in inside.values() for name in listed if is_bias(name)]
         where = f"none of {len(modules):,} adapted modules"
     if not names:
         remedy = "Set bias: none" if config.bias == "all" else "Set bias: none, or all"

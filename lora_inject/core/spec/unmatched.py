@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 
+from lora_inject.core.spec.below import Below
 from lora_inject.core.spec.inventory import Inventory
-from lora_inject.core.spec.names import Below, quoted
+from lora_inject.core.spec.names import quoted
 from lora_inject.core.spec.patterns import matching
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.spellings import nearest, nearest_names, templates

@@ -23,7 +23,8 @@ from typing import TypeVar
 
 import regex
 
-from lora_inject.core.spec.names import around, leaf, parent
+from lora_inject.core.spec.below import around
+from lora_inject.core.spec.names import leaf, parent
 from lora_inject.core.spec.patterns import MATCH_SECONDS, matching
 from lora_inject.errors import FormatError
 from lora_inject.formats.model_facts import ModelFacts

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from lora_inject.core.spec.names import around
+from lora_inject.core.spec.below import around
 from lora_inject.core.spec.patterns import MATCH_SECONDS, matching
 from lora_inject.errors import FormatError
 from lora_inject.formats.peft.adapter_config import Claims

@@ -1,0 +1,47 @@
+"""The `layers` of a rule: ranges of the first number in a name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from lora_inject.core.spec.patterns import INDEX
+from lora_inject.core.spec.words import show
+from lora_inject.errors import MatchError
+
+
+def layer_range(value: Any) -> str:
+    """Return a range as text, `4` or `16-31`; raise ValueError(found, remedy) for other values."""
+    text = str(value) if type(value) is int else value
+    match = re.fullmatch(rf"({INDEX})(?:-({INDEX}))?", text) if isinstance(text, str) else None
+    if match is None or int(match[1]) > int(match[2] or match[1]):
+        raise ValueError(f"{show(value)} is not a range of layers", "Write 16-31, or [0, 4, 8-11]")
+    return match[0]
+
+
+def first_number(name: str) -> int | None:
+    """Return the first number among the segments of a name: its layer.
+
+    Examples:
+        >>> first_number("model.layers.3.experts.0.up"), first_number("lm_head")
+        (3, None)
+    """
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def inside(layers: Sequence[str], names: Sequence[str], label: str) -> list[str]:
+    """Return the names whose first number is in one of the ranges; raise if there are none."""
+    ends = [[int(end) for end in text.split("-")] for text in layers]
+    numbers = {name: first_number(name) for name in names}
+    kept = [
+        name
+        for name, number in numbers.items()
+        if number is not None and any(e[0] <= number <= e[-1] for e in ends)
+    ]
+    if not kept:
+        there = [number for number in numbers.values() if number is not None]
+        problem = f"nothing that it matches is in layers {', '.join(layers)}"
+        span = f"Its layers are {min(there)} to {max(there)}" if there else ""
+        raise MatchError(label, problem, span or "Remove layers; no name that it matches has one")
+    return kept
