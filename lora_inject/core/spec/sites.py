@@ -230,6 +230,7 @@ class SiteSpec:
         """The low-rank blocks on the weight matrix.
 
         Examples:
+            >>> from lora_inject.core.spec.slices import Slices
             >>> spec = SiteSpec("c_attn", "conv1d", 4, 6, (4, 6), rank=2, alpha=2, transposed=True,
             ...                 slices=Slices((("q", 2), ("k", 2), ("v", 2)), ("q", "v")))
             >>> [(b.rows, b.cols) for b in spec.blocks]
