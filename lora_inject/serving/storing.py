@@ -18,7 +18,7 @@ from lora_inject.core.model.load import load_adapter
 from lora_inject.errors import FormatError, user_path
 from lora_inject.formats.card import with_checks
 from lora_inject.serving.probing import refuse_without_room, take_proof
-from lora_inject.serving.proof import KEY, Proof, proof_file, parse_proof
+from lora_inject.serving.proof import KEY, Proof, parse_proof, proof_file
 
 _NAME = "default"  # of the adapter while it is on the model
 _CARD = "README.md"
