@@ -68,18 +68,13 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
         from lora_inject.core.spec.tied_names import tied_by
 
         tied = tied_by(inventory, sites, candidates, trained)
-    notes_of_words: Iterable[str] = ()
-    if inventory.mixtures or any(rule.match in WORDS for rule in config.targets):
-        from lora_inject.core.spec.rule_words import notes_on_words
-
-        notes_of_words = notes_on_words(config, inventory, sites)
     plan = Plan(
         config=config,
         sites=sites,
         trained=trained,
         skipped=tuple(rules.skipped),
         tied=tied,
-        notes=(*notes_of_words, *notes(candidates, sites)),
+        notes=(*_notes_on_words(config, inventory, sites), *notes(candidates, sites)),
         n_base=sum(math.prod(shape) for shape in inventory.parameters.values()),
         assumed=inventory.assumed,
     )
@@ -88,6 +83,16 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
 
         check_expect(plan, config.expect)
     return plan
+
+
+def _notes_on_words(
+    config: Config, inventory: Inventory, sites: Sequence[SiteSpec]
+) -> Iterable[str]:
+    if not inventory.mixtures and all(rule.match not in WORDS for rule in config.targets):
+        return ()
+    from lora_inject.core.spec.rule_words import notes_on_words
+
+    return notes_on_words(config, inventory, sites)
 
 
 # Sites that differ only in their names are made once: what else a site is made of.
