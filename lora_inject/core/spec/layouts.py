@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
 from lora_inject.core.spec.config import Axes, Rule
 from lora_inject.core.spec.inventory import Candidate
@@ -76,15 +76,18 @@ def sliced(candidate: Candidate, shape: Geometry, rule: Rule, asked: str) -> Sli
         raise MatchError(asked, f"slices, but it is {what}", remedy)
     names = slice_names(rule.slices)
     width = shape.out_features
-    parts = cast("tuple[Any, ...]", rule.slices)
-    given = tuple(part for part in parts if isinstance(part, tuple))
-    sizes = given or _equal_parts(names, width, asked)
+    sizes = _widths(rule.slices) or _equal_parts(names, width, asked)
     total = sum(size for _, size in sizes)
     if total != width:
         listed = " + ".join(f"{size:,}" for _, size in sizes)
         problem = f"slices of {listed} = {total:,}, but it has {width:,} outputs"
         raise MatchError(asked, problem, "Give the widths along its output")
     return Slices(sizes, tuple(name for name in names if name in rule.adapt))
+
+
+def _widths(slices: Any) -> tuple[tuple[str, int], ...]:
+    """Return names and widths of a rule's slices; empty where they are equal parts."""
+    return tuple(part for part in slices if isinstance(part, tuple))
 
 
 def _equal_parts(names: tuple[str, ...], width: int, asked: str) -> tuple[tuple[str, int], ...]:
