@@ -280,9 +280,9 @@ class Rule(Strict):
     @model_validator(mode="after")
     def _has_parts_that_fit(self) -> Self:
         if self.slices or self.only is not None or self.top is not None:
-            from lora_inject.core.spec.rule_checks import check_parts
+            from lora_inject.core.spec.rule_checks import check_slices_and_experts
 
-            check_parts(self)
+            check_slices_and_experts(self)
         return self
 
 

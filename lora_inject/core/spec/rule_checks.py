@@ -29,7 +29,7 @@ def check_adapted(adapt: tuple[str, ...], slices: Any) -> None:
             raise ValueError(f"there is no slice {show(name)}", remedy)
 
 
-def check_parts(rule: Any) -> None:
+def check_slices_and_experts(rule: Any) -> None:
     """Raise if slices come without those to adapt, or the choice of experts is not one."""
     if rule.slices and not rule.adapt:
         remedy = f"Add adapt: with some of {', '.join(slice_names(rule.slices))}"
