@@ -233,6 +233,16 @@ def test_float32_output_keeps_a_delta_that_bfloat16_loses(tmp_path):
     assert report.min_kept == pytest.approx(1.0, abs=1e-4)
 
 
+def test_the_same_adapter_twice_is_refused(tmp_path):
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors)
+    parts = [
+        WeightedAdapter(llama_adapter(tensors), w, label) for w, label in ((1.0, "a"), (0.5, "b"))
+    ]
+    with pytest.raises(CheckpointError, match="merge a and b: they are the same adapter"):
+        merge(base, parts, tmp_path / "out")
+
+
 # Ties -------------------------------------------------------------------------------------------
 
 TIED = {**LLAMA, "tie_word_embeddings": True}

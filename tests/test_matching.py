@@ -20,7 +20,7 @@ from lora_inject.core.spec.key_lists import inventory_of
 from lora_inject.core.spec.matching import resolve
 from lora_inject.core.spec.names import canonical
 from lora_inject.core.spec.patterns import matching
-from lora_inject.core.spec.plan import Plan, Tied
+from lora_inject.core.spec.plan import Plan
 from lora_inject.core.spec.spellings import templates as templates_of
 from lora_inject.errors import LayerError, MatchError
 
@@ -638,37 +638,6 @@ def test_weight_updates_refuse_dropout_and_note_their_rounding() -> None:
     assert not resolve(Config(targets=["out", "q"], rank=2, compute="float32"), names).notes
 
 
-# Tied tensors
-
-
-def tied() -> Inventory:
-    return inventory(
-        embedding("embed", 32, 8, tied=("head.weight",)),
-        linear("q"),
-        linear("head", 8, 32, tied=("embed.weight",)),
-    )
-
-
-def test_tied_modules_are_two_sites_only_when_both_are_hit() -> None:
-    both = ("embed.weight", "head.weight")
-    plan = resolve(Config(targets=["embed", "head", "q"]), tied())
-    assert site_names(plan) == ["embed", "q", "head"]
-    assert plan.tied == (Tied(both, ("embed", "head"), trained=False),)
-    assert resolve(Config(targets=["head"]), tied()).tied == (Tied(both, ("head",), trained=False),)
-    assert resolve(Config(targets=["q"]), tied()).tied == ()
-    assert resolve(Config(targets=["q"]), tied()).n_base == 32 * 8 + 64  # the tied one once
-
-
-def test_a_tied_tensor_trains_under_either_name_and_once() -> None:
-    both = ("embed.weight", "head.weight")
-    for pattern in ("embed", "head", r"head\.weight"):
-        plan = resolve(Config(targets=["q"], train=[pattern]), tied())
-        assert [t.name for t in plan.trained] == ["embed.weight"]
-        assert plan.tied == (Tied(both, (), trained=True),)
-    with pytest.raises(MatchError, match=r"'embed\.weight' is the weight of the site 'head'"):
-        resolve(Config(targets=["head"], train=["embed"]), tied())
-
-
 # What else trains
 
 
@@ -772,6 +741,13 @@ def test_the_plan_prints_as_a_table() -> None:
         "skipped, LayerNorm: model.layers.{0..1}.norm\n"
         "7 sites: 336 in A and B + 288 trained in full = 624 trainable, 38.2 % of 1,632;\n"
         "  0.0 MB in float32"
+    )
+
+
+def tied() -> Inventory:
+    return inventory(
+        embedding("embed", 32, 8, tied=("head.weight",)),
+        linear("head", 8, 32, tied=("embed.weight",)),
     )
 
 

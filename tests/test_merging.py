@@ -206,60 +206,6 @@ def test_a_shared_module_is_merged_once() -> None:
     assert torch.allclose(layer._parameters["weight"], wanted)
 
 
-def test_three_holders_of_one_tensor_are_untied_and_tied_again() -> None:
-    model = nn.Sequential(*(nn.Linear(5, 5, bias=False) for _ in range(4)))
-    for i in (1, 2, 3):
-        model[i].weight = model[0].weight
-    before = snapshot(model)
-    x = torch.randn(2, 5)
-    for name, targets in (("one", ["1"]), ("three", ["0", "2", "3"]), ("all", [r"\d"])):
-        fill(li.inject(model, {**RANK2, "targets": targets}, name), name)
-        wanted = model(x)
-        inside = snapshot(model)
-        report = li.merge(model)
-        assert report.n_tensors == len(targets) if name != "all" else 4
-        assert error(model(x), wanted) < 8 * TOLERANCE[torch.float32]
-        li.unmerge(model)
-        assert snapshot(model) == inside
-    li.eject(model)
-    assert snapshot(model) == before
-
-
-def test_a_tie_that_was_cut_is_in_the_report_and_stops_an_eject_in_the_same_call() -> None:
-    model = fill(li.inject(Tied(), {**RANK2, "targets": ["head"]}))
-    before = snapshot(model)
-    with pytest.raises(li.LayerError, match=r"also that of 'embed\.weight' and would be untied"):
-        li.merge(model, eject=True)
-    assert snapshot(model) == before
-    report = li.merge(model)
-    assert report.notes == ("untied: 'head.weight' no longer is the tensor of 'embed.weight'",)
-    assert report.notes[0] in str(report)
-    assert report.tensors["head.weight"].action == "untied"
-
-
-def test_a_class_that_ties_whatever_its_config_says_is_refused() -> None:
-    class Always(Tied):
-        def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-            return {"head.weight": "embed.weight"}
-
-    model = fill(li.inject(Always(), {**RANK2, "targets": ["head"]}))
-    before = snapshot(model)
-    with pytest.raises(li.LayerError, match="Always ties it when it is loaded"):
-        li.merge(model)
-    assert snapshot(model) == before
-
-
-@pytest.mark.filterwarnings("ignore:.*is deprecated")
-def test_a_model_with_a_tie_and_a_script_module_is_merged() -> None:
-    model = Tied()
-    model.scripted = torch.jit.script(nn.Linear(3, 3))
-    fill(li.inject(model, {**RANK2, "targets": ["head"]}))
-    ids = torch.tensor([[1, 2]])
-    wanted = model(ids)
-    li.merge(model)
-    assert error(model(ids), wanted) < 1e-5
-
-
 def test_weights_of_inference_mode_are_merged_within_it_and_refused_outside() -> None:
     with torch.inference_mode():
         model = Host(nn.Linear(5, 6))

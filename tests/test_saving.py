@@ -24,7 +24,7 @@ from conftest import (
     same_bits,
     snapshot,
 )
-from helpers.models import IDS, Net, Packed, PackedKind, TiedDecoder
+from helpers.models import IDS, Net, Packed, PackedKind
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -117,38 +117,6 @@ def test_adapters_without_sites_come_back(config, layout, tmp_path) -> None:
     model = fill(li.inject(copy.deepcopy(plain), config))
     loaded = li.load_adapter(copy.deepcopy(plain), save(model, tmp_path, layout))
     assert same_bits(loaded(IDS), model(IDS))
-
-
-@every_format
-def test_a_trained_copy_of_a_tied_tensor_comes_back(layout: str, tmp_path: Path) -> None:
-    plain, ids = TiedDecoder(), torch.tensor([[0, 3, 6]])
-    config = {**CONFIG, "targets": ["fc"], "train": [r"head\.weight"]}
-    model = fill(li.inject(copy.deepcopy(plain), config))
-    assert list(li.adapter_state(model).trained) == ["embed.weight", "head.weight"]
-    assert "embed.weight" in li.adapter_parameters(model)
-    back = li.load_adapter(copy.deepcopy(plain), save(model, tmp_path, layout))
-    assert same_bits(back(ids), model(ids))
-    assert len({id(p) for p in li.adapter_parameters(back).values()}) == 3
-
-
-@pytest.mark.parametrize("named", [["embed"], ["head"], ["embed", "head"]], ids="+".join)
-def test_a_copy_of_a_tied_tensor_is_read_under_the_names_that_the_adapter_gives(
-    named: list[str], tmp_path: Path
-) -> None:
-    """The base is never written, and what is not named stays the base's."""
-    plain, ids = TiedDecoder(), torch.tensor([[0, 3, 6]])
-    trained = {f"{name}.weight": torch.randn(9, 4) for name in named}
-    model = li.install(copy.deepcopy(plain), li.AdapterState({}, trained))
-    wanted = copy.deepcopy(plain)
-    for name, tensor in trained.items():
-        wanted.get_submodule(name.partition(".")[0]).weight = nn.Parameter(tensor)
-    assert same_bits(model(ids), wanted(ids))
-    assert li.adapter_state(model).trained.keys() == trained.keys()
-    li.merge(model)
-    assert same_bits(model(ids), wanted(ids))
-    li.eject(li.unmerge(model))
-    assert same_bits(model(ids), plain(ids))
-    assert model.head.weight is model.embed.weight
 
 
 @every_format

@@ -25,7 +25,7 @@ from conftest import (
     snapshot,
 )
 from helpers.calls import python_calls
-from helpers.models import IDS, Net, Packed, PackedKind, Tied
+from helpers.models import IDS, Net, Packed, PackedKind
 from helpers.packages import loaded
 from helpers.reference import gpt2_of_two_layers
 from helpers.versions import TRANSFORMERS_5
@@ -409,28 +409,6 @@ def test_bitfit_is_bias_without_targets() -> None:
     assert same_bits(model(IDS), plain(IDS))
     li.unmerge(model)
     assert_base_is(model, before)
-
-
-@pytest.mark.parametrize("entry", ["embed", "head", r"head\.weight"])
-def test_a_tied_tensor_in_train_is_one_copy_read_under_both_names(entry: str) -> None:
-    model = Tied()
-    plain, before = copy.deepcopy(model), snapshot(model)
-    li.inject(model, {"train": [entry]})
-    assert li.adapters(model)["default"].n_parameters == 35
-    assert len({id(p) for p in li.adapter_parameters(model).values()}) == 1
-    (group,) = li.parameter_groups(model, lr=0.1)
-    assert len(group["params"]) == 1, "it is optimized once"
-    train(model, group["params"])
-    train(plain, plain.parameters())
-    assert same_bits(model(IDS), plain(IDS))
-    merged = copy.deepcopy(model)
-    li.merge(merged)
-    assert same_bits(merged(IDS), plain(IDS))
-    assert merged.head.weight is merged.embed.weight, "one copy for both names: still tied"
-    li.eject(merged)
-    assert merged.head.weight is merged.embed.weight
-    li.eject(model)
-    assert snapshot(model) == before
 
 
 # ------------------------------------------------------------------------------------- pissa, olora

@@ -111,9 +111,9 @@ def merge(
     mix, targets = mix_and_targets(survey, name, into, "merge")
     untied = {target.name: target.sharers[0].name for target in targets if target.sharers}
     if untied:
-        from lora_inject.core.model.merge_ties import check_new_ties, check_ties, say_untied
+        from lora_inject.core.model import merge_ties
 
-        check_ties(survey, untied, eject)
+        merge_ties.check_ties(survey, untied, eject)
     for target in targets:
         target.check_replaceable()
     check_results(targets, min_kept, undo)
@@ -128,10 +128,9 @@ def merge(
             parameter.requires_grad_(False)
         _write(targets, undo, undos)
         _say_unpacked(survey, targets, kept)
-        if untied:
-            kept.said += say_untied(survey)
-            check_new_ties(survey, untied)
         report = _report(targets, mix)
+        if untied:
+            merge_ties.untie_rest(survey, untied, kept.said, undos)
         if eject:
             take_off(model)
     return report
@@ -246,9 +245,9 @@ def _write(targets: list[Target], undo: bool, undos: list[Undone]) -> None:
             continue
         holder = target.holder
         if left := [other for other in target.sharers if other not in untied]:
-            own = nn.Parameter(before.detach().clone(), requires_grad=False)
-            undos.append(Undone(holder, own, before, partner=left[-1]))
-            holder.module._parameters[holder.param] = own
+            from lora_inject.core.model.merge_ties import part
+
+            undos.append(part(holder, left[-1]))
             untied.add(holder)
         else:  # nobody shares it, or nobody any more
             matrix = before.detach().view(target.matrix_shape)

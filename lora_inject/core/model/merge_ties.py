@@ -10,8 +10,11 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from lora_inject.core.layers.survey import Holder, Survey
+from torch import nn
+
+from lora_inject.core.layers.survey import Holder, Survey, memory_of
 from lora_inject.core.model.target import Target
+from lora_inject.core.model.undo import Undone
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import LayerError
 
@@ -95,11 +98,53 @@ def _tied_configs(survey: Survey) -> list[Any]:
 def check_new_ties(survey: Survey, untied: Mapping[str, str]) -> None:
     """Refuse where a class ties what was untied whatever its config says."""
     for path, module in survey.modules:
-        asks = getattr(module, "get_expanded_tied_weights_keys", None)
-        for pair in asks(all_submodels=False).items() if callable(asks) else ():
+        for pair in _asked(module).items():
             for name in untied.keys() & {joined(path, key) for key in pair}:
                 raise LayerError(
                     f"merge into {name!r}",
                     f"{type(module).__name__} ties it when it is loaded, whatever its config says",
                     "Stay unmerged, or leave this site out of the adapter",
                 )
+
+
+def tied_by_class(survey: Survey) -> set[tuple[str, str]]:
+    """Return each pair of names that a class ties when it is loaded, by what its config says."""
+    return {
+        (joined(path, name), joined(path, other))
+        for path, module in survey.modules
+        for name, other in _asked(module).items()
+    }
+
+
+def _asked(module: Any) -> Mapping[str, str]:
+    asks = getattr(module, "get_expanded_tied_weights_keys", None)
+    return asks(all_submodels=False) if callable(asks) else {}
+
+
+def part(holder: Holder, partner: Holder) -> Undone:
+    """Give a tensor memory of its own, which it has had in common with a partner."""
+    before = holder.tensor
+    own = nn.Parameter(before.detach().clone(), requires_grad=False)
+    holder.module._parameters[holder.param] = own
+    return Undone(holder, own, before, partner=partner)
+
+
+def untie_rest(
+    survey: Survey,
+    untied: Mapping[str, str],
+    said: list[tuple[Any, dict[str, Any]]],
+    undos: list[Undone],
+) -> None:
+    """Let no config say that tensors are tied, and part those that then nothing ties again.
+
+    A saved model holds one tensor under one of its names only, such as the bias of BERT's head, and
+    nothing would give it to the others.
+    """
+    pairs = tied_by_class(survey)
+    said += say_untied(survey)
+    check_new_ties(survey, untied)
+    first: dict[Any, Holder] = {}
+    for name in sorted({name for pair in pairs - tied_by_class(survey) for name in pair}):
+        holder = survey.at(name)
+        if (other := first.setdefault(memory_of(holder.tensor), holder)) != holder:
+            undos.append(part(holder, other))
