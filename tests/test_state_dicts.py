@@ -7,6 +7,7 @@ something else than what was trained; merged weights under an adapter would coun
 import copy
 import io
 import pickle
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import fill, same_bits, snapshot
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -72,24 +73,24 @@ def test_what_would_mean_something_else_is_refused(
     model = injected(**OTHERS[other])
     before = snapshot(model)
     words = "no such site|slices" if other == "no such site" else other
-    words = words if way == "torch.save" else "does not say for which scale and slices"
     with pytest.raises(li.StateError, match=words):
         model.load_state_dict(state, strict=strict)
     assert snapshot(model) == before
 
 
-def test_the_same_config_takes_what_torch_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_config_takes_it(way: str, tmp_path: Path) -> None:
     source = injected()
     model = injected()
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
-    model.load_state_dict(by_torch(source.state_dict(), tmp_path))
+    model.load_state_dict(WAYS[way](source.state_dict(), tmp_path))
     assert same_bits(model(X), source(X))
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_model_takes_back_what_it_gave(way: str, tmp_path: Path) -> None:
-    """The best state so far, kept as clones: there is nothing that could differ."""
+    """The best state so far, kept as clones; what it says is that of its adapters by name."""
     model = injected()
     wanted, state = model(X), WAYS[way](model.state_dict(), tmp_path)
     fill(model)
@@ -97,10 +98,166 @@ def test_a_model_takes_back_what_it_gave(way: str, tmp_path: Path) -> None:
         taking.load_state_dict(state)
         assert same_bits(taking(X), wanted)
     li.inject(model, CONFIG, "later")
-    later = {key: tensor.clone() for key, tensor in injected().state_dict().items()}
-    other = {key.replace("__default", "__later"): tensor for key, tensor in later.items()}
+    model.load_state_dict(state)
+    other = {key.replace("__default", "__later"): tensor for key, tensor in state.items()}
     with pytest.raises(li.StateError, match="does not say for which scale"):
         model.load_state_dict(other)
+
+
+# ------------------------------------------------------------- what is done to the dict on its way
+
+
+def averaged(state: Any) -> Any:
+    return {key: (tensor + tensor.clone()) / 2 for key, tensor in state.items()}
+
+
+KEPT: dict[str, Callable[[Any], Any]] = {
+    "bfloat16": lambda state: {key: t.to(torch.bfloat16) for key, t in state.items()},
+    "half": lambda state: {key: t.half() for key, t in state.items()},
+    "double": lambda state: {key: t.double() for key, t in state.items()},
+    "averaged": averaged,
+    "averaged in bfloat16": lambda state: averaged(KEPT["bfloat16"](state)),
+    "the adapters alone": lambda state: {key: t for key, t in state.items() if "lora" in key},
+    "moving average": lambda state: {key: t.lerp(t.clone(), 0.1) for key, t in state.items()},
+}
+
+
+@pytest.mark.parametrize("done", KEPT)
+def test_casts_and_averages_keep_what_it_says(done: str) -> None:
+    state = KEPT[done](injected().state_dict())
+    model = injected()
+    model.load_state_dict(state, strict=done != "the adapters alone")
+    values = model.state_dict()
+    for key, tensor in state.items():
+        assert torch.equal(values[key], tensor.to(values[key].dtype)), key
+    with pytest.raises(li.StateError, match="scale 2 in the state dict, and 32 here"):
+        injected(alpha=64).load_state_dict(state)
+
+
+SPOILT: dict[str, Callable[[Any], Any]] = {
+    "scaled": lambda state: {key: t * 0.9 for key, t in state.items()},
+    "the difference to another": lambda state: {key: t - t for key, t in state.items()},
+    "averaged with another scale": lambda state: {
+        key: (t + other) / 2
+        for (key, t), other in zip(
+            state.items(), injected(alpha=8).state_dict().values(), strict=True
+        )
+    },
+    "NaN": lambda state: {key: t * float("nan") for key, t in state.items()},
+    "infinite": lambda state: {key: t + float("inf") for key, t in state.items()},
+    "float8": lambda state: {key: t.to(torch.float8_e4m3fn) for key, t in state.items()},
+    "cut": lambda state: {key: t[:-1] for key, t in state.items()},
+    "stacked": lambda state: {key: torch.stack([t, t]) for key, t in state.items()},
+    "empty": lambda state: {key: t[:0] for key, t in state.items()},
+    "meta": lambda state: {key: t.to("meta") for key, t in state.items()},
+    "no tensors": lambda state: {key: t.tolist() for key, t in state.items()},
+    "a text that is none of ours": lambda state: state | {"fc._lora_forms": text(b"[[[]]]")},
+    "a deep text": lambda state: state | {"fc._lora_forms": text(b"[" * 100_000)},
+}
+
+
+def text(told: bytes) -> Tensor:
+    return torch.tensor([*told, *(b"#%08x" % zlib.crc32(told))], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("done", SPOILT)
+def test_what_can_no_longer_be_read_is_refused(done: str) -> None:
+    """Arithmetic with a dict changes what it means; that is no reason to take it for ours."""
+    state = SPOILT[done](dict(injected().state_dict()))
+    model = injected()
+    before = snapshot(model)
+    with pytest.raises(li.StateError, match="_lora_forms': what it says of adapters is no longer"):
+        model.load_state_dict(state)
+    assert snapshot(model) == before
+
+
+def test_safetensors_own_loader_compares(tmp_path: Path) -> None:
+    """It calls `state_dict()` of the model that it loads into: alpha 3 was loaded under alpha 9."""
+    file = str(tmp_path / "model.safetensors")
+    source = injected(alpha=3)
+    save_model(source, file)
+    model = injected(alpha=9)
+    before = snapshot(model)
+    with pytest.raises(li.StateError, match=r"scale 1\.5 in the state dict, and 4\.5 here"):
+        load_model(model, file)
+    assert snapshot(model) == before
+    same = injected(alpha=3)
+    for parameter in same.parameters():
+        nn.init.zeros_(parameter)
+    load_model(same, file)
+    assert same_bits(same(X), source(X))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_distributed_checkpoint_is_not_read_in_place_under_other_adapters(tmp_path: Path) -> None:
+    """It asks for the keys that the model has: merged weights were loaded under an adapter."""
+    import torch.distributed.checkpoint as dcp
+
+    source, merged = injected(), injected()
+    li.merge(merged)
+    for name, model in {"source": source, "merged": merged}.items():
+        dcp.save(model.state_dict(), checkpoint_id=tmp_path / name)
+    same = fill(injected())
+    dcp.load(same.state_dict(), checkpoint_id=tmp_path / "source")
+    assert same_bits(same(X), source(X))
+    for model, name in ((same, "merged"), (injected(alpha=64), "source")):
+        before = snapshot(model)
+        with pytest.raises(dcp.CheckpointException, match="_lora_forms"):
+            dcp.load(model.state_dict(), checkpoint_id=tmp_path / name)
+        assert snapshot(model) == before
+    # Texts of one length are read: who then calls load_state_dict is told.
+    model = injected(alpha=8)
+    state = model.state_dict()
+    dcp.load(state, checkpoint_id=tmp_path / "source")
+    with pytest.raises(li.StateError, match="scale 2 in the state dict, and 4 here"):
+        model.load_state_dict(state)
+    with pytest.raises(li.StateError, match="scale 2 in the state dict, and 4 here"):
+        dcp.load({"model": model}, checkpoint_id=save_as(tmp_path / "whole", {"model": source}))
+
+
+def save_as(folder: Path, state: Any) -> Path:
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save(state, checkpoint_id=folder)
+    return folder
+
+
+@pytest.mark.parametrize("transform", ["none", "grad", "vmap", "compiled"])
+def test_functional_calls_take_a_whole_state_dict(transform: str) -> None:
+    model = injected()
+    wanted, state = model(X), model.state_dict()
+    before = [{**module.__dict__} for module in model.modules()]
+
+    def run(values: Any) -> Tensor:
+        return torch.func.functional_call(model, values, (X,))
+
+    if transform == "none":
+        assert same_bits(run(state), wanted)
+    elif transform == "compiled":
+        torch.testing.assert_close(torch.compile(run, backend="eager")(state), wanted)
+    elif transform == "grad":
+        gradients = torch.func.grad(lambda values: run(values).sum())(state)
+        wanted.sum().backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                torch.testing.assert_close(gradients[name], parameter.grad)
+    else:
+        rows = torch.func.vmap(run)({key: torch.stack([t, t]) for key, t in state.items()})
+        torch.testing.assert_close(rows, torch.stack([wanted, wanted]))
+    assert [{**module.__dict__} for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("change", ["other numbers", "merged", "unmerged"])
+def test_functional_calls_with_what_means_something_else_are_refused(change: str) -> None:
+    model, source = injected(), injected(alpha=64 if change == "other numbers" else 4)
+    if change != "other numbers":
+        li.merge(source if change == "merged" else model)
+    wanted, attributes = model(X), [{**module.__dict__} for module in model.modules()]
+    words = "scale 32" if change == "other numbers" else "merged into them"
+    with pytest.raises(li.StateError, match=words):
+        torch.func.functional_call(model, source.state_dict(), (X,))
+    assert same_bits(model(X), wanted)
+    assert [{**module.__dict__} for module in model.modules()] == attributes
 
 
 def the_dict_itself(state: Any, folder: Path) -> Any:
@@ -116,7 +273,7 @@ OF_MERGED += [(by_torch, "the base"), (the_dict_itself, "the base")]
 def test_merged_weights_are_not_loaded_where_an_adapter_adds_to_them(
     way: Callable[[Any, Path], Any], kept: str, part: bool, tmp_path: Path
 ) -> None:
-    """A dict of clones has no metadata, and computed W + 2 delta."""
+    """They would compute W + 2 delta."""
     source = injected()
     wanted = source(X)
     li.merge(source)
@@ -126,7 +283,7 @@ def test_merged_weights_are_not_loaded_where_an_adapter_adds_to_them(
     state = way(state, tmp_path)
     model = injected(alpha=4)
     before = snapshot(model)
-    with pytest.raises(li.StateError, match=r"w(as|ere) merged into .* Take it after unmerge"):
+    with pytest.raises(li.StateError, match=r"was merged into .* Take it after unmerge"):
         (model.fc if part else model).load_state_dict(state, strict=False)
     assert snapshot(model) == before
     plain = Net()
@@ -139,18 +296,28 @@ def test_merged_weights_are_not_loaded_where_an_adapter_adds_to_them(
     assert same_bits(model(X), wanted)
 
 
-def test_the_keys_of_a_model_that_is_not_merged_are_those_of_its_tensors() -> None:
-    """So they are again after unmerge: no other reader meets a key of ours."""
+def test_each_module_with_adapters_has_one_key_besides_its_tensors() -> None:
     model = injected()
-    keys = [*model.state_dict()]
-    assert keys == [name for name, _ in model.named_parameters()]
-    li.merge(model)
-    further = [key for key in model.state_dict() if key not in keys]
-    assert further == ["embed._lora_merged", "fc._lora_merged"]
-    li.unmerge(model)
-    assert [*model.state_dict()] == keys
-    li.merge(model, eject=True)
+    names = [name for name, _ in model.named_parameters()]
+    for change in (li.merge, li.unmerge, lambda model: li.inject(model, CONFIG, "later")):
+        change(model)
+        names = [name for name, _ in model.named_parameters()]
+        further = [key for key in model.state_dict() if key not in names]
+        assert further == ["embed._lora_forms", "fc._lora_forms"]
+        assert [key for key in model.state_dict() if key in names] == names
+    li.eject(model)
     assert [*model.state_dict()] == [*Net().state_dict()]
+    assert not hasattr(model.fc, "_lora_forms")
+
+
+def test_files_hold_no_memory_twice(tmp_path: Path) -> None:
+    """safetensors refuses tensors that share memory."""
+    layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(9)))
+    state = li.inject(layers, {"rank": 1, "targets": ["all-linear"]}).state_dict()
+    forms = [tensor for key, tensor in state.items() if "_lora_forms" in key]
+    assert len({tensor.data_ptr() for tensor in forms}) == 9
+    assert max(tensor.nbytes for tensor in forms) < 400
+    save_file(state, tmp_path / "state.safetensors")
 
 
 def test_torchs_distributed_checkpoints_take_a_merged_model() -> None:
@@ -160,7 +327,7 @@ def test_torchs_distributed_checkpoints_take_a_merged_model() -> None:
     li.merge(model)
     state = get_model_state_dict(model)
     assert state.keys() == model.state_dict().keys()
-    with pytest.raises(li.StateError, match="were merged into the weights"):
+    with pytest.raises(li.StateError, match="was merged into the weights"):
         injected().load_state_dict(dict(state))
 
 
@@ -195,9 +362,7 @@ CALLS: dict[str, Callable[[nn.Module, Any], Any]] = {
 
 
 def prefixed(state: Any, prefix: str = "module.") -> Any:
-    made = type(state)((prefix + key, tensor) for key, tensor in state.items())
-    made._metadata = {(prefix + key).rstrip("."): v for key, v in state._metadata.items()}
-    return made
+    return type(state)((prefix + key, tensor) for key, tensor in state.items())
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -675,6 +675,8 @@ def test_a_live_state_dict_holds_base_and_adapters() -> None:
         "fc.lora_B__default",
         "head.weight__lora_T__default",
         "head.bias__lora_T__default",
+        "fc._lora_forms",
+        "head._lora_forms",
     }
     wanted = model(IDS)
     fill(model)

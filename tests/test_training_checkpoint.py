@@ -117,9 +117,7 @@ def test_it_holds_the_adapter_and_nothing_of_the_base(whole: Any) -> None:
     folder = out / "checkpoint-6"
     tensors = load_file(folder / "model.safetensors")
     ours = {k: v for k, v in model.state_dict().items() if "lora_" in k}
-    forms = {key for key in tensors if "lora_form__" in key}  # of each site, and a copy's
-    assert tensors.keys() == ours.keys() | forms
-    assert len(forms) == len([key for key in ours if "lora_A" in key or "lora_T" in key])
+    assert tensors.keys() == ours.keys()
     assert all(torch.equal(tensors[key], ours[key]) for key in ours)
     n_bytes = 4 * sum(p.numel() for p in li.adapter_parameters(model).values())
     states = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
@@ -426,10 +424,9 @@ def test_a_checkpoint_that_lacks_a_part_of_the_base_is_still_reported(tmp_path: 
     assert model.load_state_dict(adapter).missing_keys == []
     base.pop("model.norm.weight")
     assert model.load_state_dict(base | adapter, strict=False).missing_keys == ["model.norm.weight"]
-    adapter.popitem()
-    found = model.load_state_dict(adapter, strict=False).missing_keys
-    assert len(found) == 1
-    assert "lora_" in found[0]
+    taken_out = next(key for key in adapter if "lora_B" in key)
+    del adapter[taken_out]
+    assert model.load_state_dict(adapter, strict=False).missing_keys == [taken_out]
 
 
 def test_without_optimizer_if_so_asked(tmp_path: Path) -> None:

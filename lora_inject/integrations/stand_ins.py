@@ -30,10 +30,13 @@ from lora_inject.core.files.disk import replace_file
 from lora_inject.core.layers.adapted import raw_parameter
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.survey import Survey, base_parameters
-from lora_inject.core.model.carried import reach
+from lora_inject.core.layers.told import FORMS
+from lora_inject.core.model.carried import adapted_modules, reach
 from lora_inject.core.model.facts import facts_for
-from lora_inject.core.model.read_off import adapter_tensors, read_off
+from lora_inject.core.model.guards import before
+from lora_inject.core.model.read_off import read_off
 from lora_inject.core.model.save import check_used
+from lora_inject.core.spec.names import leaf
 from lora_inject.errors import LayerError, StateError, user_path
 from lora_inject.formats.card import joined_cards
 
@@ -123,9 +126,6 @@ class _SaveAdapters(_StandIn):
                 key: given.get(key, tensor).detach().to("cpu", copy=True).contiguous()
                 for key, tensor in adapter_tensors(survey).items()
             }
-            from lora_inject.core.layers.forms import forms_as_tensors
-
-            tensors |= forms_as_tensors(survey.model)
             data = safetensors.torch.save(tensors, {"format": "pt"})
             replace_file(place / "model.safetensors", data)
 
@@ -172,6 +172,19 @@ def adapters_on(
     for name, state in states.items():
         check_used(survey, name, state, unused)
     return states
+
+
+def adapter_tensors(survey: Survey) -> dict[str, Tensor]:
+    """Return what the state dict of a model has more than that of its base.
+
+    The tensors of all adapters, frozen starts included, and what they mean. The keys include the
+    names of wrappers inside the model.
+    """
+    before("read", survey)
+    carried = adapted_modules(survey)
+    ours = {id(m._parameters[name]) for _, m, attached in carried for name in attached.flat}
+    state = survey.model.state_dict(keep_vars=True)
+    return {key: t for key, t in state.items() if id(t) in ours or leaf(key) == FORMS}
 
 
 def write_adapters(

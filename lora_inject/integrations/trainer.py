@@ -13,20 +13,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import nn
 
 from lora_inject.checks.unused import refuse_unused
-from lora_inject.core.files.disk import replace_file
-from lora_inject.core.layers.forms import forms_as_tensors
 from lora_inject.core.layers.survey import Survey, unwrapped
 from lora_inject.core.model.carried import Carried, check_unmerged, entries, reach
 from lora_inject.core.model.parameters import adapter_parameters
-from lora_inject.core.model.read_off import adapter_tensors
 from lora_inject.core.model.trainable import check_live_inputs
 from lora_inject.core.model.whole import has_gradient
 from lora_inject.errors import StateError
-from lora_inject.integrations.stand_ins import SAVE, adapters_on, folders_of, write_adapters
+from lora_inject.integrations.stand_ins import (
+    SAVE,
+    adapter_tensors,
+    adapters_on,
+    folders_of,
+    write_adapters,
+)
 from lora_inject.integrations.trl import SENT_MERGED
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -181,10 +183,6 @@ class AdapterCheckpoint:
         states = adapters_on(survey, {}, self.unused)
         if not args.should_save:
             return
-        file = folder / "model.safetensors"  # transformers.utils.SAFE_WEIGHTS_NAME
-        if file.exists():
-            tensors = safetensors.torch.load_file(file) | forms_as_tensors(survey.model)
-            replace_file(file, safetensors.torch.save(tensors, {"format": "pt"}))
         write_adapters(survey, states, folder, self.format)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -163,9 +163,9 @@ class Attached:
     time_major = False  # whether its input may have time before batch
     gains = False  # whether an adapter on the output has a gain
     still = False  # whether a forward in training has left the module's buffers alone
-    # Marks of the entries that a state dict has told the form of; that a forward has used so far;
-    # and that another module read while this one did not run.
-    given: frozenset[str] = frozenset()
+    put: Tensor | None = None  # the text about tensors that stand for its own (`layers.told`)
+    # Marks of the entries that a forward has used so far, and that another module read while this
+    # one did not run.
     took_part: frozenset[str] = frozenset()
     read_from_outside: frozenset[str] = frozenset()
     # Marks of the entries that have no values, of those of them that have memory; and of those
@@ -215,7 +215,6 @@ class Attached:
             table.pop(adapter, None)
         self.reads = {param: table for param, table in self.reads.items() if table}
         self.took_part = self.took_part.difference(entry.mark for entry in removed)
-        self.given = self.given.difference(entry.mark for entry in removed)
         self.valueless = self.valueless.difference(entry.mark for entry in removed)
         self.garbage &= self.valueless
         self.flat.difference_update(*(entry.names.values() for entry in removed))

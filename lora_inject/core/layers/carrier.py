@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.functional.inside import runs_plainly
 from lora_inject.core.layers.adapted import Adapted, raw_parameter
 from lora_inject.core.layers.attached import held_by
 from lora_inject.core.layers.own_code import OWN, keeping
@@ -38,18 +39,26 @@ class Carrier(Adapted):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save like nn.Module, and note what the tensors do not tell."""
-        from lora_inject.core.layers.forms import note_forms  # no part of a forward
+        from lora_inject.core.layers.told import tell  # no part of a forward
 
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        note_forms(self, destination, prefix)
+        tell(self, destination, prefix)
 
     @property
-    def _lora_merged(self) -> Tensor:
-        """What a state dict holds of merged adapters: their weights in the mix.
+    def _lora_forms(self) -> Tensor:
+        """The attribute that torch looks for under each key of a state dict, empty but in a call.
 
-        torch's distributed checkpoints look up each key as an attribute.
+        `torch.func.functional_call` puts the values of a dict there, and then what was there.
         """
-        return torch.tensor(list(self._lora.selection.merged.values()), dtype=torch.float64)
+        return torch.empty(0) if self._lora.put is None else self._lora.put
+
+    @_lora_forms.setter
+    def _lora_forms(self, value: Tensor) -> None:
+        if value.numel() and runs_plainly():  # else values cannot be read
+            from lora_inject.core.layers.forms import check_put
+
+            check_put(self, value)
+        self._lora.put = value if value.numel() else None
 
     def _load_from_state_dict(
         self,
@@ -62,7 +71,7 @@ class Carrier(Adapted):
         error_msgs: list[str],
     ) -> None:
         """Let a plain base checkpoint load strictly; half an adapter is still missing keys."""
-        from lora_inject.core.layers.forms import check_part, form_key
+        from lora_inject.core.layers.forms import check_part
 
         check_part(self, prefix, state_dict, local_metadata)
         waits = bool(self._lora.valueless or self._lora.by_reset)
@@ -75,8 +84,7 @@ class Carrier(Adapted):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         if waits:
             start_loaded(self, given)
-        forms = {prefix + form_key(entry) for entry in self._lora.entries()}
-        unexpected_keys[:] = [key for key in unexpected_keys if key not in forms]
+        unexpected_keys[:] = [key for key in unexpected_keys if key != prefix + "_lora_forms"]
         by_adapter: dict[str, list[str]] = {}
         for entry in self._lora.entries():
             by_adapter.setdefault(entry.adapter, []).extend(

@@ -132,15 +132,3 @@ def _whole(tensor: Tensor, entry: Entry, role: str) -> Tensor:
             f"Call it within {' or '.join(gathering) or 'a context that gathers whole tensors'}",
         )
     return tensor
-
-
-def adapter_tensors(survey: Survey) -> dict[str, Tensor]:
-    """Return the tensors of all adapters, frozen starts included, by their keys in the state dict.
-
-    The keys include the names of wrappers inside the model.
-    """
-    before("read", survey)
-    carried = adapted_modules(survey)
-    ours = {id(m._parameters[name]) for _, m, attached in carried for name in attached.flat}
-    state = survey.model.state_dict(keep_vars=True)
-    return {key: tensor for key, tensor in state.items() if id(tensor) in ours}
