@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_inject.core.functional.inside import runs_plainly
 from lora_inject.core.layers.adapted import Adapted, raw_parameter
 from lora_inject.core.layers.attached import held_by
-from lora_inject.core.layers.own_code import OWN, keeping
+from lora_inject.core.layers.own_code import OWN
 from lora_inject.core.layers.valueless import EMPTYING, moved
 from lora_inject.errors import LayerError
 
@@ -71,28 +71,13 @@ class Carrier(Adapted):
         error_msgs: list[str],
     ) -> None:
         """Let a plain base checkpoint load strictly; half an adapter is still missing keys."""
-        from lora_inject.core.layers.forms import check_part
+        from lora_inject.core.layers.state_dict import taking  # no part of a forward
 
-        check_part(self, prefix, state_dict, local_metadata)
-        waits = bool(self._lora.valueless or self._lora.by_reset)
-        if waits:
-            from lora_inject.core.layers.starting import names_given, start_loaded
-
-            given = names_given(self, state_dict, prefix)
-        with keeping(self._lora, replaces=True):
-            lists = missing_keys, unexpected_keys, error_msgs
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
-        if waits:
-            start_loaded(self, given)
-        unexpected_keys[:] = [key for key in unexpected_keys if key != prefix + "_lora_forms"]
-        by_adapter: dict[str, list[str]] = {}
-        for entry in self._lora.entries():
-            by_adapter.setdefault(entry.adapter, []).extend(
-                prefix + n for n in entry.names.values()
+        lists = missing_keys, unexpected_keys
+        with taking(self, state_dict, prefix, local_metadata, *lists):
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, *lists, error_msgs
             )
-        loading = self._lora.selection.loading(missing_keys)
-        for adapter, keys in by_adapter.items():
-            loading.note(adapter, keys, any_there=any(key in state_dict for key in keys))
 
     def extra_repr(self) -> str:
         """Return the plain layer's description and the adapters on it."""

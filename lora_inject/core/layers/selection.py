@@ -22,7 +22,6 @@ from lora_inject.core.functional.inside import (
     next_node,
 )
 from lora_inject.core.layers.selected import ENTERED, Mix, Selected
-from lora_inject.core.layers.state_dict import Loading
 from lora_inject.core.spec.rooms import room
 from lora_inject.errors import StateError
 
@@ -59,6 +58,7 @@ class Selection:
         in_thread: The same for compiled forwards, as dynamo reads no context variable.
         changed: Autograd's number of the first node that may be made after the last change.
         into_graphs: Gives a `Selected` the form that compiled graphs read; None before the first.
+        loading: What is known of the last `load_state_dict`; see `layers.state_dict`.
         n_made: How many there have been: a copied layer has one of its own.
     """
 
@@ -73,8 +73,8 @@ class Selection:
         self.waits = False
         self.into_graphs: Callable[[Selected, Iterable[torch.device]], None] | None = None
         self.in_thread = _InThread()
-        self._loading: Loading | None = None
         self.changed = 0
+        self.loading: Any = None
         SELECTIONS.add(self)
         Selection.n_made += 1
 
@@ -168,14 +168,6 @@ class Selection:
     def note_change(self) -> None:
         """Note that forwards compute something else from now on."""
         self.changed = max(self.changed, next_node())
-
-    # ------------------------------------------------------------------------------- state dicts
-
-    def loading(self, missing_keys: list[str]) -> Loading:
-        """Return what is known of the call of `load_state_dict` that collects `missing_keys`."""
-        if self._loading is None or self._loading.missing_keys is not missing_keys:
-            self._loading = Loading(missing_keys)
-        return self._loading
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy carries: the setting, and no open context."""
