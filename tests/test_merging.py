@@ -344,7 +344,7 @@ def test_a_checkpoint_is_refused_before_any_module_is_written(through: str) -> N
         loading.load_state_dict(other)
     assert snapshot(loading) == before
     li.unmerge(loading[1] if through == "a copy" else root)
-    other = {key: other[key] for key in loading.state_dict()}  # without the mark of a merge
+    other = loading.state_dict() | other  # and what it means
     loading.load_state_dict(other)
     assert all(same_bits(t, other[key]) for key, t in loading.state_dict().items())
 

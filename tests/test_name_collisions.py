@@ -56,7 +56,7 @@ def test_name_collisions(name: str, tmp_path: Path) -> None:
     )
     assert error(model(x), wide(x.double())) < TOLERANCE[torch.float32]
     assert set(li.adapters(model)) == {"other", name}
-    assert len(model.state_dict()) == len(plain.state_dict()) + 2 * (6 + 3)
+    assert len(model.state_dict()) == len(plain.state_dict()) + 2 * (6 + 3) + 3
     wanted = model(x)
     li.save_adapter(model, tmp_path / "a", name)
     li.eject(model)

@@ -76,10 +76,14 @@ def _write_data(model: nn.Module) -> None:
         p.data.add_(1)
 
 
+def _plus_one(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: t if key.endswith("_lora_forms") else t + 1 for key, t in state.items()}
+
+
 CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "in place": lambda model: fill(model, "wide"),
     "replaced": _replace,
-    "loaded": lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),
+    "loaded": lambda m: m.load_state_dict(_plus_one(m.state_dict())),
     "fused optimizer": _fused_step,
     "through .data": _write_data,
 }
