@@ -27,9 +27,10 @@ from lora_inject.algebra.parts import (
     total,
     truncated,
 )
+from lora_inject.algebra.plain_sites import plain
 from lora_inject.algebra.renaming import distinct, renaming, some_of
 from lora_inject.core.adapter.fingerprint import Fingerprint
-from lora_inject.core.adapter.site_state import SiteState, plain
+from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.named import named
 from lora_inject.core.spec.names import joined

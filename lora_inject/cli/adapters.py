@@ -118,7 +118,7 @@ def rename(
     output: given.Output,
 ) -> None:
     """Write ADAPTER with other names of its layers."""
-    from lora_inject.core.adapter.value_checks import one_line
+    from lora_inject.core.adapter.file_keys import one_line
 
     pairs = given.pairs_from(names, "OLD=NEW", "transformer=model.decoder", whole="old")
     [state] = reading.read([adapter])

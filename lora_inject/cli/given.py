@@ -195,8 +195,9 @@ class ReadOptions:
 
         `known` is the format; by default it is detected.
         """
-        from lora_inject.core.adapter.exchange import detected, format_of, options_of
+        from lora_inject.core.adapter.exchange import detected, format_of
         from lora_inject.errors import FormatError
+        from lora_inject.formats import options_of
 
         given = self._given()
         taken: list[dict[str, Any]] = []

@@ -8,7 +8,8 @@ format is done in `core.adapter.exchange`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from importlib import import_module
@@ -22,7 +23,6 @@ from lora_inject.core.adapter.exchange import (
     Format,
     detected,
     format_of,
-    options_of,
     read_adapter,
     write_adapter,
 )
@@ -134,10 +134,25 @@ def _losses_of_numbers(state: AdapterState, keeps: Collection[str]) -> dict[str,
     }
 
 
+def options_of(function: Callable[..., Any]) -> list[str]:
+    """Return the names of the options that only this format's `read` or `write` has.
+
+    Examples:
+        >>> def read(path, facts, *, component=None): ...
+        >>> options_of(read)
+        ['component']
+    """
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
 def facts_and_options(
-    facts: ModelFacts | None, options: Mapping[str, Any], known: Collection[str]
+    facts: ModelFacts | Callable[[], ModelFacts] | None,
+    options: Mapping[str, Any],
+    function: Callable[..., Any],
 ) -> tuple[ModelFacts, dict[str, Any]]:
-    """Return the facts with those among the options, and the options that a format `known`s."""
+    """Return the facts with those among the options, and the options of a format's function."""
+    known = options_of(function)
     stated = {name: value for name, value in options.items() if name in FACTS}
     own = {name: value for name, value in options.items() if name not in FACTS}
     for option in own.keys() - known:
@@ -147,7 +162,8 @@ def facts_and_options(
         if option == "any_base":  # so the functions on checkpoints and the commands call it
             remedy = 'load_adapter takes base="any"'
         raise FormatError("", problem, remedy)
-    return replace(facts or ModelFacts(), **stated), own
+    given = facts() if callable(facts) else facts
+    return replace(given or ModelFacts(), **stated), own
 
 
 def facts_about(survey: Survey) -> ModelFacts:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lora_inject.core.adapter.value_checks import one_line
+from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import matrices

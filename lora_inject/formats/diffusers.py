@@ -27,8 +27,8 @@ from typing import Any
 from torch import Tensor
 
 from lora_inject.core.adapter.exchange import RANKS, Format
+from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.adapter.value_checks import one_line
 from lora_inject.core.files.strict_json import parse_json
 from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
 from lora_inject.core.spec.names import joined

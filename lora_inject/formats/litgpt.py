@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from lora_inject.core.adapter.exchange import ONE, Format
+from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.adapter.value_checks import one_line
 from lora_inject.core.files.strict_json import is_positive
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError

@@ -18,9 +18,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lora_inject.core.adapter.exchange import NUMBERS, SAFE, Format
+from lora_inject.core.adapter.file_keys import check_no_clash, one_line
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.adapter.value_checks import check_no_clash, one_line
 from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
 from lora_inject.core.spec.names import joined, leaf, parent
 from lora_inject.core.spec.slices import Slices

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lora_inject.core.adapter.value_checks import CONVERT
 from lora_inject.errors import FormatError
 from lora_inject.private import look_up
+
+CONVERT = "Convert it with its base: lora-inject convert ADAPTER OUT --to FORMAT --base BASE"
 
 _NO_CONFIG = f"{CONVERT} (in Python, pass config=, what its config.json holds)"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_inject.core.adapter.value_checks import one_line
+from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.spec.names import leaf
 from lora_inject.formats.parents import uses

@@ -10,8 +10,6 @@ their rows into the table when it is imported.
 
 from __future__ import annotations
 
-import glob
-import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -237,22 +235,13 @@ def read_adapter(
 def detected(path: Path) -> str:
     """Return the first format that detects a path as its own; raise if there is none."""
     asked = f"read adapter '{path}'"
-    if not path.exists():
-        beside = sorted(path.parent.glob(f"{glob.escape(path.name)}.*")) if path.name else []
-        remedy = f"Give '{beside[0]}'" if len(beside) == 1 else "Check the path"
-        raise FormatError(asked, "there is no such file or directory", remedy)
-    for name in _in_order():
+    for name in _in_order() if path.exists() else ():
         if format_of(name).detects(path):
             return name
         _check_not_a_part(name, path, asked)
-    if path.is_dir() and (path / "config.json").is_file():
-        problem = "it is a model, and an adapter is due here"
-        raise FormatError(
-            asked, problem, "Give an adapter; where both are given, the base is first"
-        )
-    problem = "it is not an adapter of a known format"
-    remedy = f"Give a folder or a file of one of: {', '.join(FORMATS)}"
-    raise FormatError(asked, problem, remedy)
+    from lora_inject.core.adapter.undetected import why_none
+
+    raise FormatError(asked, *why_none(path, FORMATS))
 
 
 def _check_not_a_part(format: str, path: Path, asked: str) -> None:  # noqa: A002
@@ -263,23 +252,10 @@ def _check_not_a_part(format: str, path: Path, asked: str) -> None:  # noqa: A00
         raise FormatError(asked, problem, remedy)
 
 
-def options_of(function: Callable[..., Any]) -> list[str]:
-    """Return the names of the options that only this format's `read` or `write` has.
-
-    Examples:
-        >>> def read(path, facts, *, component=None): ...
-        >>> options_of(read)
-        ['component']
-    """
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-
-
 def _arguments(
     row: Format, function: Callable[..., Any], facts: Any, options: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """Return the facts about the model, and the options that the format has itself."""
     if not row.takes_facts and not options:
         return None, {}
-    stated = facts() if callable(facts) else facts
-    return room("formats").facts_and_options(stated, options, options_of(function))  # type: ignore[no-any-return]
+    return room("formats").facts_and_options(facts, options, function)  # type: ignore[no-any-return]

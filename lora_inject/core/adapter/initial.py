@@ -3,10 +3,6 @@
 One factor starts at zero, so that the adapted layer starts equal to the plain one; the other is
 random. For a linear layer B is zero (paper, section 4.1). For an embedding A is zero, so that
 tokens that do not occur in training keep their rows (loralib `layers.Embedding`).
-
-pissa (arXiv:2404.02948) and olora (arXiv:2406.01775) start from factors of W instead. They do not
-write W here: a frozen copy A0, B0 of the start is kept, and the site computes
-`W + scale * (B A - B0 A0)`.
 """
 
 from __future__ import annotations
@@ -17,21 +13,16 @@ import torch
 from torch import Tensor
 
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
-from lora_inject.errors import LayerError
 
 
 def initial_tensors(spec: SiteSpec, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return A and B of a new site, and for pissa and olora the frozen A0 and B0, on W's device."""
-    if spec.init in FROM_WEIGHT and weight.device.type == "meta":
-        raise LayerError(
-            f"init {spec.init} of site {spec.name!r}",
-            "the weight is on the meta device and has no values to start from",
-            "Load the base weights first",
-        )
     A = torch.empty(spec.a_shape, dtype=dtype, device=weight.device)
     B = torch.empty(spec.b_shape, dtype=dtype, device=weight.device)
     if spec.init in FROM_WEIGHT:
-        _factorize(weight.detach().reshape(spec.matrix_shape), A, B, spec)
+        from lora_inject.core.adapter.from_weight import factorize
+
+        factorize(weight.detach(), A, B, spec)
         return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
     if weight.device.type != "meta":  # there are no values, and torch would be slow
         zero, random = (A, B) if spec.kind == "embedding" else (B, A)
@@ -48,19 +39,3 @@ def _randomize(tensor: Tensor, spec: SiteSpec) -> None:
     else:  # kaiming_uniform_(a=sqrt(5)) of the paper's code is this bound
         bound = 1.0 / math.sqrt(spec.in_features)
         tensor.uniform_(-bound, bound)
-
-
-def _factorize(W: Tensor, A: Tensor, B: Tensor, spec: SiteSpec) -> None:
-    """Fill A and B with factors of each block of W."""
-    A, B = A.view(-1, spec.in_features), B.view(-1, spec.rank)
-    for block in spec.blocks:
-        part = W[slice(*block.rows), slice(*block.cols)].to(A.dtype)
-        part = part.t() if spec.transposed else part
-        if spec.init == "pissa":  # scale * B @ A is the best approximation of W of that rank
-            U, S, Vh = torch.linalg.svd(part, full_matrices=False)
-            root = (S[: spec.rank] / spec.scale).sqrt()
-            b, a = U[:, : spec.rank] * root, root[:, None] * Vh[: spec.rank]
-        else:  # olora: the leading columns of Q and rows of R
-            Q, R = torch.linalg.qr(part)
-            b, a = Q[:, : spec.rank], R[: spec.rank]
-        A[slice(*block.a)], B[slice(*block.b)] = a, b

@@ -21,20 +21,21 @@ import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from lora_inject.core.adapter.fingerprint import Fingerprint, Moved
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.adapter.value_checks import check_keys
 from lora_inject.core.files.strict_json import Maybe, is_positive, misfit, parse_json
 from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
 from lora_inject.core.spec.sites import ROLES, SiteSpec
-from lora_inject.core.spec.slices import Slices
 from lora_inject.errors import FormatError
 from lora_inject.version import __version__
+
+if TYPE_CHECKING:
+    from lora_inject.core.spec.slices import Slices
 
 FORMAT_VERSION = "1"
 _PREFIX = "lora_inject."
@@ -117,7 +118,11 @@ def read(path: Path, _facts: object) -> AdapterState:
         for name, spec in said.specs.items()
     }
     due = {f"{role}/{name}" for name in roles for role in roles[name]}
-    check_keys(tensors, due | {f"trained/{name}" for name in said.trained})
+    due |= {f"trained/{name}" for name in said.trained}
+    if tensors.keys() != due:
+        from lora_inject.core.adapter.file_keys import check_keys
+
+        check_keys(tensors, due)
     sites = {
         name: SiteState.of(spec, {role: tensors[f"{role}/{name}"] for role in roles[name]})
         for name, spec in said.specs.items()
@@ -239,8 +244,7 @@ def _spec(kind: Mapping[str, Any], where: str) -> SiteSpec:
     for problem in _reasons_against(kind):
         raise FormatError(where, problem, _EDITED)
     fields = {field: value for field, value in kind.items() if field not in _FLAGS}
-    if kind["slices"] is not None:
-        fields["slices"] = Slices(_sizes(kind), tuple(kind["slices"]["adapt"]))
+    fields["slices"] = _slices(kind["slices"])
     for field in ("weight_shape", "init", "only"):
         fields[field] = tuple(kind[field]) if isinstance(kind[field], list) else kind[field]
     for field in ("alpha", "dropout"):
@@ -248,9 +252,12 @@ def _spec(kind: Mapping[str, Any], where: str) -> SiteSpec:
     return SiteSpec(name="", **fields)
 
 
-def _sizes(kind: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
-    """Return the names and widths of the slices of a kind."""
-    return tuple((name, width) for name, width in kind["slices"]["sizes"])
+def _slices(said: Mapping[str, Any] | None) -> Slices | None:
+    if said is None:
+        return None
+    from lora_inject.core.spec.slices import Slices
+
+    return Slices(tuple((name, width) for name, width in said["sizes"]), tuple(said["adapt"]))
 
 
 def _reasons_against(kind: Mapping[str, Any]) -> Iterator[str]:
@@ -260,22 +267,12 @@ def _reasons_against(kind: Mapping[str, Any]) -> Iterator[str]:
     elements = kind["in_features"] * kind["out_features"] * (kind["experts"] or 1)
     if math.prod(kind["weight_shape"]) != elements:
         yield "weight_shape does not fit in_features and out_features"
-    if kind["slices"] is not None:
-        yield from _reasons_against_slices(_sizes(kind), kind["slices"]["adapt"], kind)
+    if (slices := _slices(kind["slices"])) is not None:
+        yield from slices.reasons_against(kind["out_features"])
     only = kind["only"]
     n = kind["experts"] or 0
     if only is not None and (not only or only != sorted({*only}) or only[-1] >= n):
         yield "'only' does not name experts of its stack in order"
-
-
-def _reasons_against_slices(
-    sizes: Sequence[tuple[str, int]], adapt: Sequence[str], kind: Mapping[str, Any]
-) -> Iterator[str]:
-    """Yield why slices do not fit their kind."""
-    if sum(width for _, width in sizes) != kind["out_features"]:
-        yield "the slices do not fill the output"
-    if not adapt or adapt != [name for name, _ in sizes if name in adapt]:
-        yield "'adapt' does not name its slices in order"
 
 
 def _to_json(value: Any) -> str:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_inject.core.spec.sites import SiteSpec, signed_pairs
-from lora_inject.errors import StateError
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,32 +87,8 @@ class SiteState:
         """Compare the numbers and the tensors bit for bit, dtypes included."""
         if not isinstance(other, SiteState):
             return NotImplemented
+        from lora_inject.core.adapter.equality import same
+
         return self.spec == other.spec and same(self.tensors, other.tensors)
 
     __hash__ = None  # type: ignore[assignment]
-
-
-def plain(site: SiteState, asked: str, *, bias: bool = False) -> SiteState:
-    """Refuse a site whose update is not a product of A and B alone, as DoRA's is not.
-
-    A bias of B is accepted where the caller asks for it, if the site has no slices.
-    """
-    allowed = {"A", "B", "A0", "B0"} | ({"b"} if bias and site.spec.slices is None else set())
-    further = sorted(set(site.tensors) - allowed)
-    if further or site.spec.variant != "lora":
-        raise StateError(
-            f"{asked}, site '{site.spec.name}'",
-            f"its update is not B @ A alone (variant {site.spec.variant}, with {further})",
-            "Merge it into the base instead: merge(model), or `lora-inject merge`",
-        )
-    return site
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two values are equal, with tensors in mappings compared bit for bit."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        alike = (one.dtype, one.shape, one.is_meta) == (other.dtype, other.shape, other.is_meta)
-        return alike and (one.is_meta or torch.equal(one, other.to(one.device)))
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    return bool(one == other)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from lora_inject.core.adapter.fingerprint import Fingerprint
-from lora_inject.core.adapter.site_state import SiteState, same
+from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.spec.names import counted
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.shown import Shown
-from lora_inject.errors import LoraInjectError, StateError, check_type
+from lora_inject.errors import LoraInjectError, StateError
 
 T = TypeVar("T")
 
@@ -67,6 +67,8 @@ class AdapterState(Shown):
         """Compare by content: specs, config, fingerprint, and tensors with their dtypes."""
         if not isinstance(other, AdapterState):
             return NotImplemented
+        from lora_inject.core.adapter.equality import same
+
         parts = (f.name for f in fields(self) if f.compare)
         return all(same(getattr(self, name), getattr(other, name)) for name in parts)
 
@@ -91,24 +93,12 @@ class AdapterState(Shown):
 
         A model with one of them returns NaN.
         """
-        tensors = {
-            f"{role} of site {name!r}": tensor
-            for name, site in self.sites.items()
-            for role, tensor in site.tensors.items()
-        }
-        tensors |= {f"trained tensor {name!r}": t for name, t in self.trained.items()}
-        ok = all_finite(*tensors.values()) and not any(t.is_meta for t in tensors.values())
-        for name, tensor in () if ok else tensors.items():
-            where = f"{asked}, {name}" if asked else name
-            if tensor.is_meta:
-                problem = "it is on the meta device and has no values"
-                raise error(where, problem, "Load its values first")
-            if not all_finite(tensor):
-                problem = (
-                    f"it holds {int((~torch.isfinite(tensor)).sum()):,} NaN or infinite values"
-                )
-                remedy = "Its training diverged; take an earlier checkpoint of the adapter"
-                raise error(where, problem, remedy)
+        tensors = [tensor for site in self.sites.values() for tensor in site.tensors.values()]
+        tensors += self.trained.values()
+        if not all_finite(*tensors) or any(tensor.is_meta for tensor in tensors):
+            from lora_inject.core.adapter.not_finite import first_without_values
+
+            raise first_without_values(self.sites, self.trained, asked, error)
 
     # Arithmetic ---------------------------------------------------------------------------------
 
@@ -182,20 +172,9 @@ class AdapterState(Shown):
         Raises:
             StateError: `dtype` is not one, or a finite value would become infinite.
         """
-        check_type("to, dtype", dtype, torch.dtype, "Give torch.bfloat16")
-        if not dtype.is_floating_point:
-            problem = "it is not a floating point dtype"
-            raise StateError(f"to({dtype})", problem, "Give torch.bfloat16")
+        from lora_inject.core.adapter.casting import caster
 
-        def cast(name: str, tensor: Tensor) -> Tensor:
-            if not tensor.is_floating_point():
-                return tensor
-            made = tensor.to(dtype)
-            if not made.is_meta and int(made.isinf().sum()) > int(tensor.isinf().sum()):
-                problem = "it holds values that would become infinite"
-                raise StateError(f"to({dtype}), '{name}'", problem, "Give torch.bfloat16")
-            return made
-
+        cast = caster(dtype)
         sites = {name: site.mapped(partial(cast, name)) for name, site in self.sites.items()}
         trained = {name: cast(name, tensor) for name, tensor in self.trained.items()}
         return replace(self, sites=sites, trained=trained)

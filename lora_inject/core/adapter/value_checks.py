@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,26 +14,13 @@ from lora_inject.errors import FormatError, check_type
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-CONVERT = "Convert it with its base: lora-inject convert ADAPTER OUT --to FORMAT --base BASE"
-
-
-def one_line(names: Iterable[str], n: int = 3) -> str:
-    """The first few names for a message, and how many more there are.
-
-    Examples:
-        >>> one_line(["a", "b", "c", "d", "e"])
-        "'a', 'b', 'c' and 2 more"
-    """
-    listed = list(names)
-    shown = ", ".join(f"'{name[:200]}'" for name in listed[:n])
-    return shown if len(listed) <= n else f"{shown} and {len(listed) - n} more"
-
-
 def check_state(state: AdapterState) -> AdapterState:
     """Return an adapter if its tensors fit its specs; raise if they do not."""
     check_type("", state, AdapterState, "Give an AdapterState, as adapter_state(model) does")
     trained: Mapping[str, object] = state.trained
     if wrong := [name for name, tensor in trained.items() if not isinstance(tensor, Tensor)]:
+        from lora_inject.core.adapter.file_keys import one_line
+
         raise FormatError("", f"{one_line(wrong)} is not a tensor", "Pass tensors only")
     for name, rows in state.rows.items():
         tensor = state.trained.get(name)
@@ -62,20 +48,3 @@ def _check_site(site: SiteState, where: str) -> None:
             problem = f"A is {site.A.dtype} and {other} {what.dtype}"
             remedy = "Both must be of one of float16, bfloat16, float32 and float64"
             raise FormatError(where, problem, remedy)
-
-
-def check_keys(keys: Iterable[str], due: Iterable[str]) -> None:
-    """Refuse a file whose tensors are not exactly the expected ones."""
-    keys, due = set(keys), set(due)
-    parts = [f"it lacks {one_line(sorted(due - keys))}"] if due - keys else []
-    if keys - due:
-        parts.append(f"it holds {one_line(sorted(keys - due))}, which nothing accounts for")
-    if parts:
-        raise FormatError("", "; ".join(parts), "The file is incomplete or was edited")
-
-
-def check_no_clash(keys: Iterable[str]) -> None:
-    """Refuse two tensors with the same name."""
-    if twice := [key for key, count in Counter(keys).items() if count > 1]:
-        problem = f"two tensors would be called {one_line(twice)}"
-        raise FormatError("", problem, 'Use format="native"')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -28,3 +29,10 @@ class Slices:
                 spans.append((start, start + width))
             start += width
         return tuple(spans)
+
+    def reasons_against(self, n_outputs: int) -> Iterator[str]:
+        """Yield why they are not the parts of an output of this width."""
+        if sum(width for _, width in self.sizes) != n_outputs:
+            yield "the slices do not fill the output"
+        if not self.adapt or self.adapt != tuple(n for n, _ in self.sizes if n in self.adapt):
+            yield "'adapt' does not name its slices in order"

@@ -15,8 +15,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.adapter.value_checks import one_line
 from lora_inject.core.files.strict_json import is_positive, misfit
 from lora_inject.core.spec.names import leaf, parent
 from lora_inject.core.spec.sites import SiteSpec

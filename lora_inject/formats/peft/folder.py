@@ -27,9 +27,9 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from lora_inject.core.adapter.file_keys import check_keys, check_no_clash, one_line
 from lora_inject.core.adapter.native import Described, describe, is_native, parse
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.adapter.value_checks import check_keys, check_no_clash, one_line
 from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
 from lora_inject.core.spec.names import parent

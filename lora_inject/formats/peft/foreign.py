@@ -19,14 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.adapter.value_checks import CONVERT, one_line
 from lora_inject.core.spec.below import around
 from lora_inject.core.spec.names import canonical, joined, leaf, parent
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, within
-from lora_inject.formats.model_facts import ModelFacts
+from lora_inject.formats.model_facts import CONVERT, ModelFacts
 from lora_inject.formats.pairs import check_shapes, pairs_of, plain_site
 from lora_inject.formats.peft.adapter_config import Claims
 from lora_inject.formats.peft.name_patterns import ends

@@ -1,0 +1,20 @@
+"""Why a path is no adapter of a known format, and what to do."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def why_none(path: Path, formats: Iterable[str]) -> tuple[str, str]:
+    """Return what a path is instead, and what to give."""
+    if not path.exists():
+        beside = sorted(path.parent.glob(f"{glob.escape(path.name)}.*")) if path.name else []
+        remedy = f"Give '{beside[0]}'" if len(beside) == 1 else "Check the path"
+        return "there is no such file or directory", remedy
+    if path.is_dir() and (path / "config.json").is_file():
+        problem = "it is a model, and an adapter is due here"
+        return problem, "Give an adapter; where both are given, the base is first"
+    problem = "it is not an adapter of a known format"
+    return problem, f"Give a folder or a file of one of: {', '.join(formats)}"
