@@ -37,6 +37,20 @@ def is_repo(path: str | os.PathLike[str], revision: str | None = None) -> bool:
     return True
 
 
+def on_disk(place: Path, path: str | os.PathLike[str], revision: str | None, asked: str) -> Path:
+    """Return where an adapter's files are, downloaded if they are on the hub.
+
+    Raises:
+        FormatError: A revision is given, and `path` is not on the hub; or as `download` raises.
+    """
+    if not os.path.lexists(place) and is_repo(path, revision):
+        return download(str(path), revision)
+    if revision is not None:
+        problem = "a revision is for repositories, and this is a path"
+        raise FormatError(f"{asked} at {revision!r}", problem, "Leave the revision out")
+    return place
+
+
 def download(repo: str, revision: str | None) -> Path:
     """Fetch an adapter from the hub, or from its cache, and return its folder or file."""
     asked = f"load {repo!r}" + (f" at {revision!r}" if revision is not None else "")

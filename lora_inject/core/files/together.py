@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from lora_inject.errors import FormatError
 
 
@@ -31,7 +33,7 @@ def write_together(target: Path, write: Callable[[Path], Path]) -> Path:
     try:
         return write(target)
     except FormatError as error:
-        if not target.exists():
+        if not target.exists() or torch.distributed.get_world_size() == 1:
             raise
         with tempfile.TemporaryDirectory() as place:
             mine = file_bytes(write(Path(place, target.name)))

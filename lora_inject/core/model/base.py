@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.fingerprint import (
     Fingerprint,
     Moved,
-    same_values,
     samples,
     values_at,
 )
@@ -24,7 +23,6 @@ from lora_inject.core.adapter.value_checks import FLOATS
 from lora_inject.core.layers.packed_weights import described
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.spec.rooms import room
-from lora_inject.errors import FormatError
 
 Base = Literal["same", "quantized", "any"]
 """How sure to be of the base: see `load_adapter`."""
@@ -131,13 +129,3 @@ def _fingerprint_here(
         others = {name: tensor for name, tensor in others.items() if name not in resized}
     moved = {name: values.positions for name, values in saved.moved.items()}
     return fingerprint(adapted, others, moved)
-
-
-def check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked: str) -> None:
-    """Refuse a copy of a base tensor, which some programs store, if it is not the model's."""
-    for key, copy in state.base_copies.items():
-        weight = weights.get(key)
-        if weight is None or not same_values(weight.detach().cpu(), copy):
-            problem = "the file carries a copy of this base tensor that is not the model's"
-            remedy = "Load the adapter onto the base that it was made on (was the vocabulary "
-            raise FormatError(f"{asked}, {key!r}", problem, remedy + "resized?)")

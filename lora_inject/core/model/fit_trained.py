@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from lora_inject.errors import FormatError
 
 
 def fit_trained(
-    state: AdapterState, survey: Survey, weights: Mapping[str, Tensor], asked: str
+    state: AdapterState, survey: Survey, buffers: Collection[str], asked: str
 ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
     """Return the full copies by the model's names; equal copies of a tied tensor are one tensor.
 
@@ -22,6 +22,11 @@ def fit_trained(
        it gives and nowhere else: those who write such files read them so.
     2. Rows of the input embedding are read under all its names, as they are written for all.
     """
+    for key in state.trained.keys() & {*buffers}:
+        problem = "it is a buffer of the model, and adapters hold parameters only"
+        remedy = "Merge it into the base with the program that made it, and start from that model"
+        raise FormatError(f"{asked}, trained tensor {key!r}", problem, remedy)
+    weights = survey.weights
     rows_of: dict[str, tuple[int, ...]] = {}
     fitted: dict[str, Tensor] = {}
     first: dict[int, list[Tensor]] = {}

@@ -27,7 +27,7 @@ from lora_inject.core.model.trainable import check_live_inputs
 from lora_inject.core.spec.garbage import few_collections
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.rooms import room
-from lora_inject.errors import FormatError, user_path
+from lora_inject.errors import user_path
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -92,7 +92,9 @@ def load_adapter(
         survey = survey_for(model, name, loads=True)
         if trainable:
             check_live_inputs(survey, asked)
-        there = _on_disk(place, path, revision, asked)
+        there = place
+        if revision is not None or not lexists(place):
+            there = room("hub").on_disk(place, path, revision, asked)
         known = format or detected(there)
         with values_at_once():
             state = read_adapter(
@@ -114,17 +116,6 @@ def load_adapter(
     all_of.put_on(put_on)
     note_files(survey, name, there)
     return model
-
-
-def _on_disk(place: Path, path: str | PathLike[str], revision: str | None, asked: str) -> Path:
-    """Return where an adapter's files are, downloaded if they are on the hub."""
-    if not lexists(place) and room("hub").is_repo(path, revision):
-        downloaded: Path = room("hub").download(str(path), revision)
-        return downloaded
-    if revision is not None:
-        problem = "a revision is for repositories, and this is a path"
-        raise FormatError(f"{asked} at {revision!r}", problem, "Leave the revision out")
-    return place
 
 
 def put_on_model(

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.base_differences import base_differences, unverifiable
-from lora_inject.core.adapter.fingerprint import Fingerprint
+from lora_inject.core.adapter.fingerprint import Fingerprint, same_values
+from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.guards import functions
 from lora_inject.core.spec.names import joined
@@ -93,3 +94,13 @@ def vocabulary(survey: Survey) -> set[str]:
 def _new_weights(survey: Survey) -> set[str]:
     """Return the parameters that no checkpoint of this model had."""
     return {name for new_weights in functions("new_weights") for name in new_weights(survey)}
+
+
+def check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked: str) -> None:
+    """Refuse a copy of a base tensor, which some programs store, if it is not the model's."""
+    for key, copy in state.base_copies.items():
+        weight = weights.get(key)
+        if weight is None or not same_values(weight.detach().cpu(), copy):
+            problem = "the file carries a copy of this base tensor that is not the model's"
+            remedy = "Load the adapter onto the base that it was made on (was the vocabulary "
+            raise FormatError(f"{asked}, {key!r}", problem, remedy + "resized?)")

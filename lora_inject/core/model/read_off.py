@@ -21,11 +21,10 @@ from lora_inject.core.model.carried import (
     reach,
     roots_of,
 )
-from lora_inject.core.model.guards import before, functions
+from lora_inject.core.model.guards import before
 from lora_inject.core.model.whole import whole_adapter
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.errors import StateError
 
 
 def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
@@ -103,7 +102,11 @@ def read_off(
     def taken(held: Tensor, path: str, entry: Entry, role: str) -> Tensor:
         if id(held) not in whole:
             there = gathered.get(joined(path, entry.names[role]), held)
-            whole[id(held)] = _whole(there, entry, role)
+            whole[id(held)] = there.detach()
+            if hasattr(there, "full_tensor") or tuple(there.shape) != entry.shape_of(role):
+                from lora_inject.core.model.spread import gathered_whole
+
+                whole[id(held)] = gathered_whole(there, entry, role)
         return whole[id(held)]
 
     state, weights = values_on(survey, name, "adapter_state of", taken)
@@ -114,21 +117,3 @@ def read_off(
     moved = {s.spec.weight: moved_positions(s, N_SAMPLES) for s in state.sites.values()}
     others = untouched(survey.weights, state)
     return replace(state, fingerprint=fingerprint(weights, others, moved))
-
-
-def _whole(tensor: Tensor, entry: Entry, role: str) -> Tensor:
-    """Return a tensor of an adapter, gathered where this process holds a shard of it."""
-    spec, tensor = entry.spec, tensor.detach()
-    if hasattr(tensor, "full_tensor"):
-        whole: Tensor = tensor.full_tensor()
-        return whole
-    shape = entry.shape_of(role)
-    if tuple(tensor.shape) != shape:
-        gathering = [context for contexts in functions("gathering") for context in contexts()]
-        raise StateError(
-            f"adapter_state of {entry.adapter!r}",
-            f"{role} of {spec.name if spec else entry.param!r} has shape {tuple(tensor.shape)} "
-            f"instead of {shape}: this process holds a shard of it",
-            f"Call it within {' or '.join(gathering) or 'a context that gathers whole tensors'}",
-        )
-    return tensor

@@ -121,25 +121,22 @@ def save_adapter(
 def _target(path: Path, format: str, version: int | None, asked: str) -> Path:  # noqa: A002
     """Return where files of a format are written for a path."""
     row = format_of(format, asked)
-    if version is None:
-        with within(f"{asked} to '{path}'"):
-            return completed(path, row)
-    if row.endings:
-        problem = f"versions are folders, and {format!r} is one file"
-        raise FormatError(f"{asked}, version {version}", problem, "Leave version out")
-    return path / str(version)
+    if version is not None:
+        from lora_inject.core.model.versions import folder_of
+
+        return folder_of(version, path, format, row, asked)
+    with within(f"{asked} to '{path}'"):
+        return completed(path, row)
 
 
 def _write(target: Path, write: Callable[[Path], Path]) -> None:
     """Write an adapter, which other processes of the group may write as well."""
-    distributed = torch.distributed
-    in_group = distributed.is_available() and distributed.is_initialized()
-    if not in_group or distributed.get_world_size() == 1:
-        write(target)
-        return
-    from lora_inject.core.files.together import write_together
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from lora_inject.core.files.together import write_together
 
-    write_together(target, write)
+        write_together(target, write)
+    else:
+        write(target)
 
 
 def check_used(survey: Survey, name: str, state: AdapterState, unused: Sequence[str]) -> None:

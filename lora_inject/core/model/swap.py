@@ -23,9 +23,10 @@ from lora_inject.core.files.tensors import in_memory, values_at_once
 from lora_inject.core.layers.starting import copy_into
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.layers.valueless import given_values
-from lora_inject.core.model.base import Base, check_base, check_base_copies
+from lora_inject.core.model.base import Base, check_base
 from lora_inject.core.model.carried import check_unmerged, entries, reach, records_of
 from lora_inject.core.model.origins import note_files
+from lora_inject.core.model.other_base import check_base_copies
 from lora_inject.core.model.read_off import values_on
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.spellings import nearest

@@ -7,10 +7,20 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from lora_inject.core.adapter.exchange import Format
 from lora_inject.core.files.disk import replace_file
+from lora_inject.errors import FormatError
 
 LATEST = "LATEST"
 """File with the name of an adapter's newest version."""
+
+
+def folder_of(version: int, path: Path, format: str, row: Format, asked: str) -> Path:  # noqa: A002
+    """Return where a version is written; `row` is that of its format, which must be a folder's."""
+    if row.endings:
+        problem = f"versions are folders, and {format!r} is one file"
+        raise FormatError(f"{asked}, version {version}", problem, "Leave version out")
+    return path / str(version)
 
 
 def note_newest(folder: Path, newest: int, keep: int | None) -> None:

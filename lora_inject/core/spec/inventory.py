@@ -126,6 +126,13 @@ class Inventory:
         """Every name of a parameter, with its key in `parameters`."""
         return {**{name: name for name in self.parameters}, **self.aliases}
 
+    def of_site(self, name: str, kind: str) -> Candidate | None:
+        """Return the candidate that a site of this name and kind is on, None if there is none."""
+        if (place := self.sites.get(name)) is not None:
+            return self.candidates[place]
+        place = self.weights.get(name) if kind == "parameter" else None
+        return None if place is None else self.candidates[place].as_parameter(name)
+
     def reason(self, name: str) -> str:
         """Return why a name is not a candidate."""
         if name in self.others:
