@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.analysis.blocks import Place
-from lora_inject.core.spec.names import printable
+from lora_inject.core.spec.words import printable
 from lora_inject.errors import StateError, user_path
 
 COLORS = "viridis"

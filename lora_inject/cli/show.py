@@ -22,10 +22,10 @@ import typer
 
 from lora_inject.core.spec.columns import columns, sides
 from lora_inject.core.spec.names import counted as count
-from lora_inject.core.spec.names import printable
 from lora_inject.core.spec.site_tables import Listing, span
 from lora_inject.core.spec.sites import ROLES
 from lora_inject.core.spec.spellings import nearest, templates
+from lora_inject.core.spec.words import printable
 
 if TYPE_CHECKING:
     from lora_inject.analysis import Analysis, Comparison

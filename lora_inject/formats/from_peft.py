@@ -36,9 +36,8 @@ from lora_inject.core.spec.below import Below, modules_of
 from lora_inject.core.spec.inventory import LINEAR_KINDS, Inventory
 from lora_inject.core.spec.layer_ranges import first_number
 from lora_inject.core.spec.names import canonical, joined, leaf
-from lora_inject.core.spec.patterns import matching
+from lora_inject.core.spec.patterns import checked_regex, matching
 from lora_inject.core.spec.rule_words import linear_layers
-from lora_inject.core.spec.strict import checked_regex
 from lora_inject.core.spec.yaml import read_text
 from lora_inject.errors import ConfigError, user_path
 from lora_inject.formats.model_facts import expert_names

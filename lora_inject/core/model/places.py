@@ -112,9 +112,11 @@ def _reasons_of_values(place: Carried) -> Iterator[tuple[str, str]]:
 
         yield from reasons_against_copy(place)
         return
-    if spec.why_no_gain and place.entry.variant.gained:
-        problem = f"variant {spec.variant} on {spec.why_no_gain}"
-        yield problem, "Train it with variant: lora"
+    if place.entry.variant.gained:
+        from lora_inject.core.spec.limits import why_no_gain
+
+        if why := why_no_gain(spec):
+            yield f"variant {spec.variant} on {why}", "Train it with variant: lora"
     if is_quantized(place.weight):
         from lora_inject.core.model.packed_places import reasons_of_packed
 

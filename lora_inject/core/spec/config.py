@@ -26,12 +26,11 @@ from pydantic import (
     model_validator,
 )
 
-from lora_inject.core.spec.patterns import INDEX
+from lora_inject.core.spec.patterns import INDEX, checked_regex
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.shown import Shown
 from lora_inject.core.spec.sites import ROLES
-from lora_inject.core.spec.strict import Strict, YamlModel, checked_regex
-from lora_inject.core.spec.words import show
+from lora_inject.core.spec.strict import Strict, YamlModel
 
 if TYPE_CHECKING:
     from lora_inject.core.spec.inventory import Inventory
@@ -39,16 +38,20 @@ if TYPE_CHECKING:
 ALL_LINEAR = "all-linear"
 ALL_EXPERTS = "all-experts"
 
-# What a value may be. The validators raise ValueError(found, remedy).
+# What a value may be: `spec.rule_checks` says what is wrong with one.
 
 
 def _check_pattern(pattern: str) -> str:
-    if (
-        re.fullmatch(checked_regex(pattern), "") and pattern != "^$"
-    ):  # which names the root module, on purpose
-        remedy = "Write what must be there; '.+' matches every name, '^$' the root"
-        raise ValueError(f"{show(pattern)} also matches an empty name", remedy)
+    matches_nothing = re.fullmatch(checked_regex(pattern), "")
+    if matches_nothing and pattern != "^$":  # which names the root module, on purpose
+        raise _checks().empty_pattern(pattern)
     return pattern
+
+
+def _checks() -> Any:
+    from lora_inject.core.spec import rule_checks
+
+    return rule_checks
 
 
 def _check_layer(value: Any) -> str:
@@ -64,17 +67,13 @@ def _read_layers(value: Any) -> tuple[Any, ...]:
 
 def _check_distinct(names: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(names)) < len(names):
-        raise ValueError(f"{show(list(names))} has a repeated entry", "Write each once")
+        raise _checks().repeated(names)
     return names
 
 
 def _check_variant(name: str) -> str:
     if name not in ROLES:
-        from lora_inject.core.spec.spellings import nearest
-
-        near = nearest(name, ROLES, n=1)
-        remedy = f"Did you mean {show(near[0])}?" if near else f"Known are {', '.join(ROLES)}"
-        raise ValueError(f"there is no variant {show(name)}", remedy)
+        raise _checks().unknown_variant(name)
     return name
 
 
@@ -262,8 +261,7 @@ class Rule(Strict):
         if isinstance(data, str):
             return {"match": data}
         if not isinstance(data, (Mapping, Rule)):
-            remedy = "Write a pattern in single quotes, or a mapping with 'match'"
-            raise ValueError(f"{show(data)} is not a rule", remedy)  # noqa: TRY004  (pydantic's)
+            raise _checks().no_rule(data)
         return data
 
     @field_validator("adapt")
@@ -272,17 +270,13 @@ class Rule(Strict):
         cls, adapt: tuple[str, ...] | None, info: ValidationInfo
     ) -> tuple[str, ...] | None:
         if adapt and "slices" in info.data:
-            from lora_inject.core.spec.rule_checks import check_adapted
-
-            check_adapted(adapt, info.data["slices"])
+            _checks().check_adapted(adapt, info.data["slices"])
         return adapt
 
     @model_validator(mode="after")
     def _has_parts_that_fit(self) -> Self:
         if self.slices or self.only is not None or self.top is not None:
-            from lora_inject.core.spec.rule_checks import check_slices_and_experts
-
-            check_slices_and_experts(self)
+            _checks().check_slices_and_experts(self)
         return self
 
 

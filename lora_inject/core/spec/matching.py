@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_inject.core.spec.config import ALL_EXPERTS, ALL_LINEAR, Config
-from lora_inject.core.spec.fit import notes, site_of_rule
+from lora_inject.core.spec.fit import may_need_a_note, site_of_rule
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.names import canonical, parent
 from lora_inject.core.spec.patterns import matching
@@ -74,7 +74,7 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
         trained=trained,
         skipped=tuple(rules.skipped),
         tied=tied,
-        notes=(*_notes_on_words(config, inventory, sites), *notes(candidates, sites)),
+        notes=tuple(_notes(config, inventory, sites, candidates)),
         n_base=sum(math.prod(shape) for shape in inventory.parameters.values()),
         assumed=inventory.assumed,
     )
@@ -85,14 +85,21 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
     return plan
 
 
-def _notes_on_words(
-    config: Config, inventory: Inventory, sites: Sequence[SiteSpec]
-) -> Iterable[str]:
-    if not inventory.mixtures and all(rule.match not in WORDS for rule in config.targets):
-        return ()
-    from lora_inject.core.spec.rule_words import notes_on_words
+def _notes(
+    config: Config,
+    inventory: Inventory,
+    sites: Sequence[SiteSpec],
+    candidates: Sequence[Candidate],
+) -> Iterator[str]:
+    """Yield what users should know of a plan, in sentences."""
+    if inventory.mixtures or any(rule.match in WORDS for rule in config.targets):
+        from lora_inject.core.spec.rule_words import notes_on_words
 
-    return notes_on_words(config, inventory, sites)
+        yield from notes_on_words(config, inventory, sites)
+    if any(map(may_need_a_note, sites)):
+        from lora_inject.core.spec.limits import notes
+
+        yield from notes(candidates, sites)
 
 
 # Sites that differ only in their names are made once: what else a site is made of.

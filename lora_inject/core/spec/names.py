@@ -57,17 +57,3 @@ def counted(n: int, noun: str) -> str:
 def quoted(names: Iterable[str]) -> str:
     """Return names in quotes, with commas between."""
     return ", ".join(f"'{name}'" for name in names)
-
-
-def printable(text: str, keep: str = "") -> str:
-    r"""Return text that a terminal and a page can show safely: other characters are escaped.
-
-    Names come from untrusted files, and a terminal runs escape sequences. `keep` is not escaped.
-
-    Examples:
-        >>> printable("h.0\x1b[2J.q\n"), printable("a\n", keep="\n")
-        ('h.0\\x1b[2J.q\\n', 'a\n')
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)

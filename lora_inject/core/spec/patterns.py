@@ -80,16 +80,19 @@ def _matching_at_once(compiled: re.Pattern[str], names: Sequence[str], end: floa
         yield from filter(compiled.match, names[start : start + _AT_ONCE])
 
 
-def regex_problem(pattern: str) -> str | None:
-    """Return why a pattern is not a valid regex for names; None if it is one."""
+def checked_regex(text: str) -> str:
+    """Return a regex for names; raise ValueError(found, remedy) where it is not one."""
     try:
-        pattern.encode()  # half a surrogate pair is not text
+        text.encode()  # half a surrogate pair is not text
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # "possible nested set" and the like mean a mistake
-            re.compile(pattern)
+            re.compile(text)
     except (*_NOT_A_REGEX, UnicodeError, Warning) as problem:
-        return str(problem)
-    return None
+        from lora_inject.core.spec.words import show
+
+        remedy = "Patterns are Python regexes; a literal dot is '\\.'"
+        raise ValueError(f"{show(text)} is not a regex: {problem}", remedy) from None
+    return text
 
 
 @lru_cache(maxsize=1024)

@@ -1,13 +1,39 @@
-"""What a rule's slices and experts must be together; loaded for rules that have them.
+"""What is wrong with the values of a config; and what a rule's slices and experts must be together.
 
-Checks raise ValueError(found, remedy), as validators of a config do.
+Errors are ValueError(found, remedy), which validators raise.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from lora_inject.core.spec.sites import ROLES
+from lora_inject.core.spec.spellings import nearest
 from lora_inject.core.spec.words import show
+
+
+def empty_pattern(pattern: str) -> ValueError:
+    """Return the error of a pattern that matches a name without characters."""
+    remedy = "Write what must be there; '.+' matches every name, '^$' the root"
+    return ValueError(f"{show(pattern)} also matches an empty name", remedy)
+
+
+def repeated(names: tuple[Any, ...]) -> ValueError:
+    """Return the error of a list that names something twice."""
+    return ValueError(f"{show(list(names))} has a repeated entry", "Write each once")
+
+
+def unknown_variant(name: str) -> ValueError:
+    """Return the error of a variant that is not registered."""
+    near = nearest(name, ROLES, n=1)
+    remedy = f"Did you mean {show(near[0])}?" if near else f"Known are {', '.join(ROLES)}"
+    return ValueError(f"there is no variant {show(name)}", remedy)
+
+
+def no_rule(data: Any) -> ValueError:
+    """Return the error of an entry of `targets` that is no pattern and no mapping."""
+    remedy = "Write a pattern in single quotes, or a mapping with 'match'"
+    return ValueError(f"{show(data)} is not a rule", remedy)
 
 
 def slice_names(slices: Any) -> tuple[str, ...]:

@@ -210,15 +210,6 @@ class SiteSpec:
         return made
 
     @property
-    def why_no_gain(self) -> str:
-        """Why the outputs of this site cannot have a gain, or ""."""
-        if self.experts is not None:
-            return f"a stack of {self.experts:,} matrices"
-        if self.kind == "conv_transpose":
-            return "a transposed convolution, whose outputs are not rows or columns of its weight"
-        return ""
-
-    @property
     def matrix_shape(self) -> tuple[int, int]:
         """Shape of the weight seen as one matrix, in the weight's own memory order."""
         matrix = (self.out_features, self.in_features)

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lora_inject.core.spec.patterns import regex_problem
-from lora_inject.core.spec.words import show
 from lora_inject.errors import ConfigError, check_type
 
 if TYPE_CHECKING:
@@ -47,14 +45,6 @@ class Strict(BaseModel):
         parameters = signature(cls).parameters.values()
         readable = [parameter.replace(annotation=types[parameter.name]) for parameter in parameters]
         cls.__signature__ = Signature(readable)
-
-
-def checked_regex(text: str) -> str:
-    """Return a regex; raise ValueError(found, remedy) where it is not one."""
-    if problem := regex_problem(text):
-        remedy = "Patterns are Python regexes; a literal dot is '\\.'"
-        raise ValueError(f"{show(text)} is not a regex: {problem}", remedy)
-    return text
 
 
 class YamlModel(Strict):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_inject.core.spec.names import printable
-
 Loc = tuple[str | int, ...]
 """The keys and indices from a config to a value inside."""
 
@@ -20,3 +18,17 @@ def dotted(path: Loc) -> str:
     """Return `("targets", 1, "rank")` as `targets[1].rank`."""
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
     return text.removeprefix(".")
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Return text that a terminal and a page can show safely: other characters are escaped.
+
+    Names come from untrusted files, and a terminal runs escape sequences. `keep` is not escaped.
+
+    Examples:
+        >>> printable("h.0\x1b[2J.q\n"), printable("a\n", keep="\n")
+        ('h.0\\x1b[2J.q\\n', 'a\n')
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)

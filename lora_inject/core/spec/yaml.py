@@ -13,8 +13,7 @@ from typing import Any
 
 import yaml
 
-from lora_inject.core.spec.names import printable
-from lora_inject.core.spec.words import Loc, dotted
+from lora_inject.core.spec.words import Loc, dotted, printable
 from lora_inject.errors import ConfigError, check_type, user_path
 
 MAX_TEXT_BYTES = 1 << 20
