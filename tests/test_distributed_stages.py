@@ -103,7 +103,12 @@ def trained(folder: Path, rank: int) -> dict[str, Any]:
     apart = li.save_adapter(model, folder / f"stage {rank}")
     again = li.load_adapter(stage(rank), folder / "whole", group=group, trainable=True)
     from_parts = li.load_adapter(stage(rank), apart)
+    state = li.read_adapter(folder / "whole")
+    installed = li.install(stage(rank), state, group=group)
+    plan = li.plan(stage(rank), RULES, group=group)
     return {
+        "planned": [[site.name for site in plan.sites], [each.name for each in plan.trained]],
+        "installed": copy.deepcopy(li.adapter_state(installed)),
         "end": copy.deepcopy(li.adapter_state(model)),
         "again": copy.deepcopy(li.adapter_state(again)),
         "from parts": copy.deepcopy(li.adapter_state(from_parts)),
@@ -158,6 +163,12 @@ def refused(folder: Path, rank: int) -> dict[str, str]:
         "taken": inject(FIRST_ONLY, taken) if rank else inject(FIRST_ONLY),
         "unreached": inject(RULES, probe=probe),
         "each has all": inject(RULES, whole()),
+        "plan": said(lambda: li.plan(model, RULES | {"expect": {"sites": 4}}, group=group)),
+        "plan alone": said(lambda: li.plan(model, RULES)),
+        "install nowhere": said(
+            lambda: li.install(narrow, li.read_adapter(saved), group=group),
+        ),
+        "install alone": said(lambda: li.install(narrow, li.read_adapter(saved))),
         "nowhere": said(lambda: li.load_adapter(narrow, saved, group=group)),
         "no group": said(lambda: li.inject(model, RULES, group="pp")),
     }
@@ -206,7 +217,8 @@ def test_what_stages_save_together_is_one_adapter(ranks: Any, folder: Path) -> N
     saved = li.adapter_state(li.load_adapter(whole(), folder / "whole"))
     for rank in ranks:
         end = rank["trained"]["end"]
-        for other in (rank["trained"]["again"], rank["trained"]["from parts"], saved):
+        loaded = (rank["trained"][how] for how in ("again", "from parts", "installed"))
+        for other in (*loaded, saved):
             assert {*other.sites} >= {*end.sites}
             assert all(torch.equal(other.sites[name].A, s.A) for name, s in end.sites.items())
             assert all(torch.equal(other.sites[name].B, s.B) for name, s in end.sites.items())
@@ -214,6 +226,15 @@ def test_what_stages_save_together_is_one_adapter(ranks: Any, folder: Path) -> N
     file = li.read_adapter(folder / "whole")
     assert file.fingerprint is not None
     assert {*file.fingerprint.samples} >= {"layers.0.weight", "out.weight", "out.bias"}
+
+
+def test_a_plan_of_stages_is_what_each_gets_of_the_plan_of_the_whole_model(ranks: Any) -> None:
+    assert [rank["trained"]["planned"] for rank in ranks] == [
+        [["layers.0"], []],
+        [["layers.1", "out"], ["norm.weight", "norm.bias"]],
+    ]
+    whole_plan = li.plan(whole(), RULES)
+    assert [site.name for site in whole_plan.sites] == ["layers.0", "layers.1", "out"]
 
 
 def test_a_stage_without_sites_has_the_adapter_as_well(ranks: Any) -> None:
@@ -226,10 +247,15 @@ def test_a_stage_without_sites_has_the_adapter_as_well(ranks: Any) -> None:
 def test_all_stages_refuse_or_none(ranks: Any) -> None:
     first, second = (rank["refused"] for rank in ranks)
     assert all({**first, **second}.values())
-    for name in ("nothing", "expect", "config", "each has all", "nowhere", "no group"):
+    for name in ("nothing", "expect", "config", "each has all", "nowhere", "no group", "plan"):
         assert first[name] == second[name], name
     assert first["nothing"].startswith("MatchError: rule 1 ('layer_0'): ")
     assert "found sites: 3" in first["expect"]
+    assert "found sites: 3" in first["plan"]
+    assert "matched" in first["plan alone"]
+    assert first["plan alone"] != second["plan alone"]
+    assert "no process of the group has 'out'" in first["install nowhere"]
+    assert first["install alone"].startswith("FormatError: ")
     assert "processes 0, 1 of the group each have 'layers.0.weight'" in first["each has all"]
     assert "no process of the group has 'out'" in first["nowhere"]
     assert "process 1 of the group refused it" in first["taken"]

@@ -28,12 +28,14 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @few_collections()
-def plan(model: nn.Module, config: ConfigLike) -> Plan:
+def plan(model: nn.Module, config: ConfigLike, *, group: Any = None) -> Plan:
     r"""Say what `inject` would do, and change nothing.
 
     Args:
         model: Any module, also on the meta device.
         config: A `Config`, a dict, the path of a YAML file, or a `LoraConfig`.
+        group: Processes of which each has other layers of the model; see `inject`. Each gets the
+            plan of its part, and what the whole model lacks is an error in all.
 
     Returns:
         The plan; `print(plan)` shows it as a table.
@@ -48,9 +50,12 @@ def plan(model: nn.Module, config: ConfigLike) -> Plan:
         >>> plan(net, {"rank": 2, "targets": [r"\d"]}).n_lora
         44
     """
+    all_of = callers_of(group, "plan")
     survey = Survey(model)
-    present = inventory(survey)
-    planned = resolve(Config.coerce(config, present, model), present)
+    present = all_of.run(lambda: inventory(survey))
+    whole = all_of.whole(present)
+    plan_of_all = all_of.run(lambda: resolve(Config.coerce(config, whole, model), whole))
+    planned = all_of.run(lambda: all_of.part(plan_of_all, present))
     notes = [note for notes_on in functions("notes_on") for note in notes_on(survey, planned)]
     notes += room("formats").notes_on_files(survey, planned.sites)
     return replace(planned, notes=(*planned.notes, *notes))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.attach import survey_for
 from lora_inject.core.model.base import Base
-from lora_inject.core.model.callers import Alone
+from lora_inject.core.model.callers import callers_of
 from lora_inject.core.model.fit_state import fit
 from lora_inject.core.model.load import M, copied, put_on_model
 from lora_inject.core.spec.garbage import few_collections
@@ -23,6 +25,7 @@ def install(
     leave_out: Sequence[str] = (),
     base: Base = "same",
     leave_new: bool = False,
+    group: Any = None,
 ) -> M:
     """Put an adapter, as a value, onto a model; see `load_adapter`.
 
@@ -33,6 +36,8 @@ def install(
         leave_out: Patterns of trained tensors and sites to let go.
         base: How sure to be of the base.
         leave_new: Whether weights may differ that no checkpoint of this model had.
+        group: Processes of which each has other layers of the model; see `inject`. Each has the
+            whole value, and takes what it has layers for. All raise, or none.
 
     Returns:
         The same object.
@@ -42,9 +47,14 @@ def install(
         StateError: The name is in use, or the model is merged.
     """
     check_type("install", state, AdapterState, "Give an AdapterState; load_adapter reads files")
-    survey = survey_for(model, name, loads=True)
-    fitted = fit(
-        survey, state, Alone(), leave_out=leave_out, base=base, leave_new=leave_new, asked="install"
-    )
-    put_on_model(survey, fitted, name, copied)
+    all_of = callers_of(group, "install")
+
+    def fitted() -> tuple[Survey, AdapterState]:
+        survey = survey_for(model, name, loads=True)
+        how: dict[str, Any] = {"leave_out": leave_out, "base": base, "leave_new": leave_new}
+        return survey, fit(survey, state, all_of, **how, asked="install")
+
+    survey, mine = all_of.run(fitted)
+    all_of.check_complete()
+    all_of.put_on(lambda last: put_on_model(survey, mine, name, copied, last=last))
     return model
