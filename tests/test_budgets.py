@@ -25,10 +25,10 @@ LINES = {
     "config": 1_338,
     "forward": 2_914,
     "activate": 2_258,
-    "inject": 6_498,
+    "inject": 6_503,
     "merge": 4_767,
     "save, load": 7_850,
-    "life": 10_475,
+    "life": 10_480,
 }
 STAGES = {
     "config": "from lora_inject import Config",

@@ -176,6 +176,82 @@ def test_each_state_of_an_adapter_is_told_by_a_server(state: str, kind: str, sav
     assert bool(found.notes) == (kind == "llama.cpp")
 
 
+@pytest.mark.parametrize("kind", ["llama.cpp", "llama-cpp-python"])
+@pytest.mark.parametrize("scale", [0.3, 1.7, 3.0])
+def test_a_scale_between_those_of_the_proof_is_told_by_next_tokens(
+    scale: float, kind: str, saved: Path
+) -> None:
+    """Tokens that the proof does not rate are among the server's best there."""
+    with serving(Served(li.activate(build(), {"default": scale}), kind)) as url:
+        verdict = li.verify_served(url, saved)
+    assert verdict.word == "scaled", str(verdict)
+    assert verdict.scale == pytest.approx(scale, rel=0.05)
+
+
+class Begun(Letters):
+    """A tokenizer whose texts begin with a token of their own."""
+
+    first = 63
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [self.first, *super().__call__(text)["input_ids"]]}
+
+
+class Words(Letters):
+    """A tokenizer that decodes a token without the space before it."""
+
+    def decode(self, ids: list[int]) -> str:
+        return super().decode(ids).strip()
+
+
+@pytest.mark.parametrize("tokenizer", [Letters, Begun, Words])
+@pytest.mark.parametrize("state", STATES)
+def test_ratings_one_place_late_are_seen_and_not_believed(
+    state: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    """llama-cpp-python's server, whose ratings of a prompt are right only after a first token."""
+    adapter = li.save_adapter(build(), tmp_path / "sql", probe=(TEXTS, tokenizer()))
+    make, word, scale = STATES[state]
+    served = Served(make(), "llama-cpp-python")
+    served.first = getattr(tokenizer, "first", None)
+    with serving(served) as url:
+        verdict = li.verify_served(url, adapter)
+    assert verdict.word == word, str(verdict)
+    assert verdict.scale is scale is None or verdict.scale == pytest.approx(scale, rel=0.15)
+    if tokenizer is Begun:  # the token after the first has no rating
+        assert (verdict.n, verdict.notes) == (sum(len(text) - 1 for text in TEXTS), ())
+    else:
+        assert "by a text that holds it already" in verdict.notes[0]
+        assert verdict.what == "log-probabilities of next tokens"
+
+
+def test_a_server_that_takes_only_text_needs_a_proof_with_texts(tmp_path: Path) -> None:
+    adapter = li.save_adapter(build(), tmp_path / "sql", probe=torch.arange(12).view(2, 6))
+    for kind in ("texts", "llama-cpp-python"):
+        with serving(Served(build(), kind)) as url:
+            said = refused(lambda: li.verify_served(url, adapter))
+        assert (
+            "it takes only text as a prompt, and the proof has only ids. Save the adapter" in said
+        )
+
+
+def test_a_prefix_that_a_server_cuts_otherwise_is_not_compared(tmp_path: Path) -> None:
+    class Pairs(Served):
+        def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+            answer = super().complete(body)
+            if body["prompt"] not in TEXTS:  # a prefix: what it says is of other tokens
+                answer["usage"]["prompt_tokens"] -= 1
+                for row in answer["choices"][0]["logprobs"]["top_logprobs"]:
+                    row.update(dict.fromkeys(row, -9.0))
+            return answer
+
+    adapter = li.save_adapter(build(), tmp_path / "sql", probe=(TEXTS, Letters()))
+    with serving(Pairs(build(), "llama-cpp-python")) as url:
+        verdict = li.verify_served(url, adapter)
+    assert verdict.ok
+    assert verdict.n == 5 * len(TEXTS)
+
+
 def test_the_command_says_it_and_its_exit_code(saved: Path) -> None:
     model = build()
     with serving(Served(model, "vllm")) as url:

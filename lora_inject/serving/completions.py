@@ -1,8 +1,8 @@
 """A server with the completions interface of OpenAI, asked for log-probabilities.
 
 vLLM (0.32, entrypoints/openai/completion), SGLang (0.5.23, srt/entrypoints/openai), llama.cpp's own
-server and llama-cpp-python's. They differ in what they return: the log-probabilities of the prompt
-(`echo`), or only of the next token; tokens as ids, or as text.
+server and llama-cpp-python's (0.3.36, llama_cpp/llama.py). They differ in what they return: the
+log-probabilities of the prompt (`echo`), or only of the next token; tokens as ids, or as text.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 from lora_inject.errors import ServerError
 
 _ID = "token_id:"  # how vLLM writes a token as its id
+_IDS = {"return_tokens_as_token_ids": True}
+_ECHO = {"echo": True, **_IDS}
 
 
 class Rated(NamedTuple):
@@ -28,6 +30,13 @@ class Rated(NamedTuple):
     token: int | None
     text: str
     value: float
+
+
+class _Answer(NamedTuple):
+    """What an answer says of probabilities, and of how many tokens the prompt had."""
+
+    said: Mapping[str, Any]
+    n_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -69,38 +78,49 @@ class Server:
         problem = f"it serves {', '.join(map(repr, names[:9]))}" if names else "it lists no models"
         raise ServerError(f"ask {self.url}", problem, "Name the one to ask: --model NAME")
 
-    def rated_prompt(self, prompt: Sequence[int] | str) -> tuple[list[Rated], bool]:
-        """Return each token of a prompt as the server rates it, and whether it rates prompts.
+    def rated_prompt(self, prompt: Sequence[int] | str) -> list[Rated]:
+        """Return each token of a prompt as the server rates it, and the one that it made after it.
 
-        The first token has no rating, and is left out.
+        Nothing if the server does not rate prompts. The first token has no rating, and is left out.
         """
-        body = {"echo": True, "logprobs": 1, "return_tokens_as_token_ids": True}
-        said = self._logprobs(prompt, body)
+        said = self._logprobs(prompt, {**_ECHO, "logprobs": 1}).said
         values = said.get("token_logprobs")
         tokens = said.get("tokens")
         if not isinstance(values, list) or not isinstance(tokens, list) or len(values) < 2:
-            return [], False
+            return []
         if len(values) != len(tokens) or values[0] is not None:  # not the prompt's
-            return [], False
+            return []
         pairs = zip(tokens[1:], values[1:], strict=True)
-        rated = [_rated(token, value) for token, value in pairs if isinstance(value, int | float)]
-        return rated, True
+        return [_rated(token, value) for token, value in pairs if isinstance(value, int | float)]
 
-    def rated_next(self, prompt: Sequence[int] | str, n: int = 5) -> list[Rated]:
-        """Return the most probable next tokens after a prompt."""
-        said = self._logprobs(prompt, {"logprobs": n, "return_tokens_as_token_ids": True})
-        content = said.get("content")  # llama.cpp's server
+    def rated_made(self, prompt: Sequence[int] | str) -> Rated | None:
+        """Return the token that the server makes after a prompt, as it rates it."""
+        said = self._logprobs(prompt, {**_IDS, "logprobs": 1}).said
+        values, tokens = said.get("token_logprobs"), said.get("tokens")
+        if not isinstance(values, list) or not isinstance(tokens, list) or not tokens or not values:
+            return None
+        return _rated(tokens[-1], values[-1]) if isinstance(values[-1], int | float) else None
+
+    def rated_next(self, prompt: Sequence[int] | str, n: int = 5) -> tuple[list[Rated], int | None]:
+        """Return the most probable next tokens after a prompt, and of how many tokens that was.
+
+        The number is None where the server does not say it.
+        """
+        answer = self._logprobs(prompt, {**_IDS, "logprobs": n})
+        content = answer.said.get("content")  # llama.cpp's server
         if isinstance(content, list) and content and isinstance(content[0], Mapping):
             rows = content[0].get("top_logprobs")
             known = [row for row in rows or () if isinstance(row, Mapping)]
-            return [_of_row(row) for row in known if isinstance(row.get("logprob"), int | float)]
-        top = said.get("top_logprobs")
+            rated = [_of_row(row) for row in known if isinstance(row.get("logprob"), int | float)]
+            return rated, answer.n_tokens
+        top = answer.said.get("top_logprobs")
         last = top[-1] if isinstance(top, list) and top else None
         if not isinstance(last, Mapping):
-            return []
-        return [_rated(t, v) for t, v in last.items() if isinstance(v, int | float)]
+            return [], answer.n_tokens
+        pairs = [(token, value) for token, value in last.items() if isinstance(value, int | float)]
+        return [_rated(*pair) for pair in pairs], answer.n_tokens
 
-    def _logprobs(self, prompt: Sequence[int] | str, more: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _logprobs(self, prompt: Sequence[int] | str, more: Mapping[str, Any]) -> _Answer:
         """Ask for one more token after a prompt; return what the answer says of probabilities."""
         given = prompt if isinstance(prompt, str) else [*prompt]
         body = {"model": self.model, "prompt": given, "max_tokens": 1, "temperature": 0, **more}
@@ -112,7 +132,9 @@ class Server:
             problem = "the server returns no log-probabilities (choices[0].logprobs)"
             remedy = "Let it return them (vLLM: --max-logprobs 5; llama-cpp-python: --logits_all "
             raise ServerError(f"ask {self.url}", problem, f"{remedy}true)")
-        return said
+        usage = answer.get("usage")
+        count = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
+        return _Answer(said, count if isinstance(count, int) else None)
 
     def _ask(self, path: str, body: Mapping[str, Any] | None) -> Any:
         asked = f"ask {self.url}{path}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from lora_inject.core.spec.spellings import nearest
 from lora_inject.errors import FormatError, ServerError, StateError, user_path
 from lora_inject.serving.completions import Rated, Server
 from lora_inject.serving.probing import (
+    N_TOP,
     Inputs,
     digest_of_inputs,
     in_evaluation,
@@ -27,6 +28,12 @@ from lora_inject.serving.probing import (
 from lora_inject.serving.proof import Ahead, Proof, read_proof
 from lora_inject.serving.verdict import Verdict, judge
 
+_SPACES = " ▁Ġ"  # as tokenizers write the space before a word
+_NO_RATINGS = "The server does not rate the tokens of a prompt (echo with logprobs); what it says "
+_NO_RATINGS += "of the next token was compared"
+_MISPLACED = "The server rates each token of a prompt by a text that holds it already; what it "
+_MISPLACED += "says of the next token was compared"
+_REFUSALS = (400, 422, 500)  # of ids, by a server that takes text; llama-cpp-python's answers 500
 _UNNAMED = "it says tokens as text, and the proof knows only their ids"
 _WITH_TEXTS = "Save the adapter with a pair of texts and their tokenizer as probe"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -113,19 +120,37 @@ def verify_served(
         raise FormatError(asked, "the adapter's proof is not over tokens", remedy)
     place = user_path(asked, adapter)
     server = Server.at(url, model, place.stem if place.is_file() else place.name, timeout)
-    rated = [server.rated_prompt(prompt) for prompt in _sendable(server, proof)]
-    if all(whole for _, whole in rated):
-        return _judged_by_prompts(proof, [row for row, _ in rated], asked, dtype)
-    return _judged_by_next_tokens(server, proof, asked, dtype)
+    prompts = _sendable(server, proof)
+    rows = [server.rated_prompt(prompt) for prompt in prompts]
+    if all(rows) and _are_in_place(server, prompts, rows):
+        return _judged_by_prompts(proof, rows, asked, dtype)
+    note = _NO_RATINGS if not all(rows) else _MISPLACED
+    by_text = prompts is proof.texts
+    return _judged_by_next_tokens(server, proof, asked, dtype, note=note, by_text=by_text)
+
+
+def _are_in_place(
+    server: Server, prompts: Sequence[Sequence[int] | str], rows: Sequence[Sequence[Rated]]
+) -> bool:
+    """Whether each token of a prompt is rated by what stands before it.
+
+    llama-cpp-python rates it by what it is a part of, unless a token that begins texts stands
+    first. It shows at the end: there the token that was made is due, as without the prompt.
+    """
+    made = [server.rated_made(prompt) for prompt in prompts]
+    known = [(one, row[-1]) for one, row in zip(made, rows, strict=True) if one is not None]
+    return bool(known) and all(one[:2] == last[:2] for one, last in known)
 
 
 def _judged_by_prompts(
     proof: Proof, rows: Sequence[Sequence[Rated]], asked: str, dtype: str | None
 ) -> Verdict:
     """Return the verdict on a server that rates the tokens of prompts."""
-    values = torch.cat([*_prompt_values(proof, rows, asked)])
+    rated = [*_prompt_values(proof, rows, asked)]
+    values = torch.cat([each.values for each in rated])
     _refuse_nan(values, asked)
-    residuals = [values - proof.at(strength) for strength in proof.strengths]
+    at = torch.cat([each.places for each in rated])
+    residuals = [values - proof.at(strength)[at] for strength in proof.strengths]
     verdict = judge(proof, residuals, _what(proof), dtype=dtype)
     named = proof.pieces or all(each.token is not None for row in rows for each in row)
     if verdict.word == "neither" and not named:  # maybe it made other tokens
@@ -139,17 +164,17 @@ def _refuse_nan(values: Tensor, asked: str) -> None:
         raise ServerError(asked, problem, "Look at its dtype and at the weights that it has loaded")
 
 
-def _judged_by_next_tokens(server: Server, proof: Proof, asked: str, dtype: str | None) -> Verdict:
+def _judged_by_next_tokens(
+    server: Server, proof: Proof, asked: str, dtype: str | None, *, note: str, by_text: bool
+) -> Verdict:
     """Return the verdict on a server that does not rate the tokens of a prompt."""
-    parts = [_next_residuals(server, proof, ahead, asked) for ahead in proof.ahead]
+    parts = [_next_residuals(server, proof, ahead, asked, by_text) for ahead in proof.ahead]
     residuals = [torch.cat([*each]) for each in zip(*parts, strict=True)]
     _refuse_nan(residuals[0], asked)
     if not len(residuals[0]):
         problem = "it rates neither the tokens of a prompt nor the next one"
         remedy = "Let the server return log-probabilities: logprobs=5 in /v1/completions"
         raise ServerError(asked, problem, remedy)
-    note = "The server does not rate the tokens of a prompt (echo with logprobs); what it says of "
-    note += "the next token was compared"
     what = "log-probabilities of next tokens"
     return judge(proof, residuals, what, dtype=dtype, notes=[note])
 
@@ -193,7 +218,12 @@ def _sendable(server: Server, proof: Proof) -> Sequence[Sequence[int] | str]:
     try:
         server.rated_prompt(proof.prompts[0])
     except ServerError as refused:
-        if not proof.texts or not any(f"answers {code}" in refused.found for code in (400, 422)):
+        if not any(f"answers {code}" in refused.found for code in _REFUSALS):
+            raise
+        if not proof.texts and "valid string" in refused.found:
+            problem = "it takes only text as a prompt, and the proof has only ids"
+            raise ServerError(refused.asked, problem, _WITH_TEXTS) from None
+        if not proof.texts:
             raise
         try:
             server.rated_prompt(proof.texts[0])
@@ -203,44 +233,63 @@ def _sendable(server: Server, proof: Proof) -> Sequence[Sequence[int] | str]:
     return proof.prompts
 
 
-def _prompt_values(proof: Proof, rows: Sequence[Sequence[Rated]], asked: str) -> Iterator[Tensor]:
-    """Yield the values of each prompt; refuse those of other tokens than the proof's."""
+class _Values(NamedTuple):
+    """The values of a prompt that a server has rated, and their places among the proof's."""
+
+    values: Tensor
+    places: Tensor
+
+
+def _prompt_values(proof: Proof, rows: Sequence[Sequence[Rated]], asked: str) -> Iterator[_Values]:
+    """Yield the values of each prompt; refuse those of other tokens than the proof's.
+
+    A server may leave the token out that begins a text, and then does not rate the one after it.
+    """
+    start = 0
     for number, (prompt, row) in enumerate(zip(proof.prompts, rows, strict=True)):
-        pieces = proof.pieces[number] if proof.pieces else []
-        due = prompt[1:]
-        rated = row[: len(due)]
-        same = len(rated) == len(due) and all(
-            _is_token(each, token, pieces[place + 1] if pieces else None)
-            for place, (each, token) in enumerate(zip(rated, due, strict=True))
-        )
-        if not same:
+        pieces = proof.pieces[number] if proof.pieces else [None] * len(prompt)
+        tokens = [*zip(prompt, pieces, strict=True)]
+        fitting = [left for left in (1, 2) if _are_tokens(row, tokens[left:])]
+        if not fitting:
             problem = f"it makes other tokens of prompt {number + 1} than the adapter's tokenizer"
             remedy = "Give the server of the adapter's base, with its tokenizer"
             raise ServerError(asked, f"{problem}: another vocabulary", remedy)
-        yield torch.tensor([each.value for each in rated], dtype=torch.float64)
+        n = len(prompt) - fitting[0]
+        places = torch.arange(start + fitting[0] - 1, start + len(prompt) - 1)
+        values = torch.tensor([each.value for each in row[:n]], dtype=torch.float64)
+        yield _Values(values, places)
+        start += len(prompt) - 1
+
+
+def _are_tokens(row: Sequence[Rated], due: Sequence[tuple[int, str | None]]) -> bool:
+    """Whether a row begins with the tokens that are due, as far as is known."""
+    pairs = [*zip(row, due, strict=False)]
+    return len(pairs) == len(due) > 0 and all(_is_token(rated, *one) for rated, one in pairs)
 
 
 def _is_token(rated: Rated, token: int, text: str | None) -> bool:
     """Whether a token is the one that is due, as far as the server and the proof say."""
     if rated.token is not None:
         return rated.token == token
-    return text is None or rated.text.strip(" ▁Ġ") == text.strip(" ▁Ġ")
+    return text is None or rated.text.strip(_SPACES) == text.strip(_SPACES)
 
 
-def _next_residuals(server: Server, proof: Proof, ahead: Ahead, asked: str) -> list[Tensor]:
+def _next_residuals(
+    server: Server, proof: Proof, ahead: Ahead, asked: str, by_text: bool
+) -> list[Tensor]:
     """Return, for each strength, how far the server's next tokens are from the proof's.
 
-    A token that the proof does not rate is less probable than any that it rates: only what is above
-    those counts.
+    A token that the proof does not rate is less probable than the most probable ones, all of which
+    it rates: only what is above the last of those counts.
     """
-    rated = server.rated_next(proof.prompts[ahead.prompt][: ahead.length])
+    rated = _rated_after(server, proof, ahead, by_text)
     if not ahead.texts and any(each.token is None for each in rated):
         raise ServerError(asked, _UNNAMED, _WITH_TEXTS)
-    place = _places(ahead)
+    place = _places(ahead, strip=_first_of_text(proof, ahead) is None)
     at = [place(each) for each in rated]
     residuals = []
     for row in ahead.values:
-        least = min(row)
+        least = sorted(row)[-min(N_TOP, len(row))]
         off = [
             each.value - row[i] if i is not None else max(0.0, each.value - least)
             for each, i in zip(rated, at, strict=True)
@@ -249,12 +298,49 @@ def _next_residuals(server: Server, proof: Proof, ahead: Ahead, asked: str) -> l
     return residuals
 
 
-def _places(ahead: Ahead) -> Callable[[Rated], int | None]:
-    """Return what finds a server's token among those that a proof rates."""
+def _rated_after(server: Server, proof: Proof, ahead: Ahead, by_text: bool) -> list[Rated]:
+    """Return the next tokens after a prefix; none where the server cuts it into other tokens."""
+    if not by_text:
+        rated, _ = server.rated_next(proof.prompts[ahead.prompt][: ahead.length])
+    elif text := _prefix_text(proof, ahead):
+        rated, n_tokens = server.rated_next(text)
+        if n_tokens not in (None, ahead.length):
+            return []
+    else:
+        return []
+    return [each for each in rated if each.token is not None or each.text]
+
+
+def _prefix_text(proof: Proof, ahead: Ahead) -> str:
+    """Return the text of a prefix, "" if it is not known."""
+    if ahead.length == len(proof.prompts[ahead.prompt]):
+        return proof.texts[ahead.prompt]
+    start = _first_of_text(proof, ahead)
+    return "" if start is None else "".join(proof.pieces[ahead.prompt][start : ahead.length])
+
+
+def _first_of_text(proof: Proof, ahead: Ahead) -> int | None:
+    """Return the piece with which the text begins; None if the pieces do not make up the text."""
+    if not proof.texts or not proof.pieces:
+        return None
+    pieces, text = proof.pieces[ahead.prompt], proof.texts[ahead.prompt]
+    return next((start for start in (0, 1) if "".join(pieces[start:]) == text), None)
+
+
+def _places(ahead: Ahead, *, strip: bool) -> Callable[[Rated], int | None]:
+    """Return what finds a server's token among those that a proof rates.
+
+    `strip`: the proof's texts of single tokens lack the space before a word, as some tokenizers
+    decode them.
+    """
+
+    def plain(text: str) -> str:
+        return text.strip(_SPACES) if strip else text
+
     ids = {token: i for i, token in enumerate(ahead.tokens)}
-    texts = {text: i for i, text in enumerate(ahead.texts)}
+    texts = {plain(text): i for i, text in enumerate(ahead.texts)}
 
     def place(rated: Rated) -> int | None:
-        return ids.get(rated.token) if rated.token is not None else texts.get(rated.text)
+        return ids.get(rated.token) if rated.token is not None else texts.get(plain(rated.text))
 
     return place
