@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import fields
 from enum import EnumType
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,25 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Give each cell the head of its column: narrow screens show a table's rows as blocks."""
-    return re.sub(r"<table>.*?</table>", _labeled, html, flags=re.DOTALL)
+    """Prepare tables for narrow screens, and consoles for copying."""
+    html = re.sub(r"<table>.*?</table>", _labeled, html, flags=re.DOTALL)
+    return re.sub(r'<div class="highlight">.*?</div>', _copied, html, flags=re.DOTALL)
+
+
+def _copied(block: re.Match[str]) -> str:
+    """Say what the button of a console copies: its commands, without prompts and outputs."""
+    prompt = r'<span class="gp">.*?</span>'
+    if not re.search(prompt, block[0]):
+        return block[0]
+    typed = (line for line in block[0].splitlines() if '<span class="go">' not in line)
+    text = re.sub("<.*?>", "", re.sub(prompt, "", "\n".join(typed)))
+    commands = "\n".join(line for line in text.splitlines() if line.strip())
+    copied = escape(unescape(commands))
+    return block[0].replace("<div ", f'<div data-copy="{copied}" ', 1)
 
 
 def _labeled(table: re.Match[str]) -> str:
+    """Give each cell the head of its column: narrow screens show a table's rows as blocks."""
     if "text-align: right" in table[0]:  # numbers: columns stay columns
         return table[0]
     found = re.findall(r"<th(?: [^>]*)?>(.*?)</th>", table[0])

@@ -7,6 +7,7 @@ stands in a block of the language `output` below it, long ones without their mid
 """
 
 import contextlib
+import html
 import importlib
 import io
 import json
@@ -26,6 +27,9 @@ import typer.main
 import yaml
 from conftest import script
 from helpers.documents import Block, blocks, commands, output_of, same_output, with_outputs
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import BashSessionLexer, PythonLexer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_inject as li
@@ -229,6 +233,20 @@ def test_a_notebook_is_a_page_with_what_its_cells_printed(name):
     drawn = sum("image/png" in out.get("data", {}) for out in outputs)
     assert page.count("](data:image/png;base64,") == drawn
     assert page.startswith("# ")
+
+
+def test_the_button_of_a_console_copies_commands_alone():
+    typed = "echo 'a < b' && \\\n    echo \"$HOME\"\nls"
+    console = "$ echo 'a < b' && \\\n    echo \"$HOME\"\na < b\n\n$ ls\nfile\n"
+    shown = '<div class="highlight">{}</div>'
+    made = [
+        highlight(text, lexer, HtmlFormatter(nowrap=True))
+        for text, lexer in ((console, BashSessionLexer()), ("x = 1", PythonLexer()))
+    ]
+    commands, code = (docs_pages.on_page_content(shown.format(text)) for text in made)
+    assert html.unescape(re.search(r'data-copy="(.*?)"', commands, re.DOTALL)[1]) == typed
+    assert commands.endswith(f">{made[0]}</div>")
+    assert code == shown.format(made[1])
 
 
 def test_every_config_of_the_repository_is_on_its_page():
