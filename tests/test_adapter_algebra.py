@@ -118,6 +118,12 @@ def test_sites_of_one_of_them_are_kept_and_bases_that_differ_are_refused():
         a + b
     with pytest.raises(StateError, match=r"different bases"):
         a.cosine(b)
+    both = li.combine([a, b], any_base=True)
+    assert (both.fingerprint, b.fingerprint) == (
+        a.fingerprint,
+        Fingerprint({"w": (2,)}, {"w": (1.0, 3.0)}),
+    )
+    assert_close(dense(both.sites["h.0.fc"]), 2 * dense(a.sites["h.0.fc"]))
     packed = replace(b, fingerprint=Fingerprint({"w": (1, 1)}, {}, {"w": "Params4bit, nf4"}))
     assert len((a + packed).sites) == 1  # one was trained on a quantized base: nothing to compare
     other = Fingerprint({"v": (1,)}, {"v": (5.0,)})

@@ -47,6 +47,26 @@ def test_combine_writes_the_weighted_sum(run, files, tmp_path):
     assert "density is missing" in found.err
 
 
+def test_combine_adds_what_was_trained_after_the_first_was_merged(run, tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8, dtype=torch.float64))
+    x, paths = torch.randn(5, 6, dtype=torch.float64), []
+    plain = net[0].weight.detach().clone()
+    for name in ("first", "second"):
+        li.inject(net, {"rank": 2, "targets": ["0"]})
+        for parameter in li.adapter_parameters(net).values():
+            torch.nn.init.normal_(parameter)
+        paths.append(li.save_adapter(net, tmp_path / name, format="native"))
+        li.merge(net, eject=True)
+    due = net(x)
+    refused = run("combine", *paths, "-o", tmp_path / "both", "--format", "native")
+    assert (refused.code, (tmp_path / "both").exists()) == (1, False)
+    assert "combine them with --any-base" in " ".join(refused.err.split())
+    run("combine", *paths, "-o", tmp_path / "both", "--format", "native", "--any-base")
+    net[0].weight.data.copy_(plain)
+    li.load_adapter(net, tmp_path / "both.safetensors")
+    torch.testing.assert_close(net(x), due)
+
+
 @pytest.mark.parametrize("bad", [0, 1])
 @pytest.mark.parametrize("command", ["combine", "combine --method linear", "diff", "analyze"])
 def test_the_one_of_two_adapters_that_holds_nan_is_named(run, files, tmp_path, command, bad):

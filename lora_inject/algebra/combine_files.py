@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -30,6 +30,7 @@ def combine(
     density: float | None = None,
     majority_sign: Sign = "total",
     seed: int = 0,
+    any_base: bool = False,
 ) -> AdapterState:
     """Combine several adapters of one base into one.
 
@@ -54,6 +55,8 @@ def combine(
         majority_sign: How ties elects a sign: by the sum (`total`) or the count (`frequency`).
         seed: Seed of DARE. The mask of a tensor also depends on the site and on the adapter's
             position, but not on the other adapters.
+        any_base: Add adapters of different bases, for the base of the first: what was trained after
+            the first was merged.
 
     Returns:
         The adapter, computed in float32 or float64 and rounded once to the adapters' dtype. `cat`
@@ -82,7 +85,10 @@ def combine(
     made = Method(method, rank, density, majority_sign, seed)
     given = list(adapters)
     names = (f"combine, adapter {n} of {len(given)}" for n in range(1, 1 + len(given)))
-    return made.combined([_state(*each) for each in zip(given, names, strict=True)], weights)
+    states = [_state(*each) for each in zip(given, names, strict=True)]
+    if any_base:
+        states[1:] = [replace(state, fingerprint=None) for state in states[1:]]
+    return made.combined(states, weights)
 
 
 def truncate(

@@ -26,7 +26,9 @@ def check_one_base(several: Iterable[Fingerprint | None], names: Iterable[str], 
             name, what = next(iter(wrong.items()))
             what = what.replace("in the file", "in one").replace("here", "in the other")
             problem = f"they were made on different bases: '{name}' {what}"
-            raise StateError(f"{asked}, {first} and {second}", problem, "Give adapters of one base")
+            remedy = "Give adapters of one base; where the second was trained after the first was "
+            remedy += "merged, combine them with any_base=True"
+            raise StateError(f"{asked}, {first} and {second}", problem, remedy)
 
 
 def common_copies(

@@ -51,6 +51,10 @@ def combine_command(
         Option(help="ties: total or frequency.", callback=given.one_of(("total", "frequency"))),
     ] = "total",
     seed: Annotated[int, Option(help="Seed of dare's masks.")] = 0,
+    any_base: Annotated[
+        bool,
+        Option(help="Add what was trained after the first was merged, for the first one's base."),
+    ] = False,
     dtype: WriteDtype = None,
     reading: given.ReadOptions,
     output: given.Output,
@@ -59,6 +63,7 @@ def combine_command(
     from lora_inject.algebra.combine_files import combine as combined
 
     how: dict[str, Any] = {"density": density, "majority_sign": majority_sign, "seed": seed}
+    how["any_base"] = any_base
     weights = weight and given.weights_for(adapters, weight)
     states = reading.read(adapters)
     _write(combined(states, weights, method=method, rank=rank, **how), writing, output, dtype)
