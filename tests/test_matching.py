@@ -395,6 +395,9 @@ targets: [running_mean]
 targets: [{match: up, layers: 2-3}]
 => rule 1 ('up'): nothing that it matches is in layers 2-3. Its layers are 0 to 1.
 
+targets: [{match: up, layers: [0, 7]}]
+=> rule 1 ('up'): nothing that it matches is in layers 7. Its layers are 0 to 1.
+
 targets: [{match: lm_head, layers: 0}]
 => rule 1 ('lm_head'): nothing that it matches is in layers 0. Remove layers; no name that it
    matches has one.

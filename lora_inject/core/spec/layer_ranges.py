@@ -31,17 +31,19 @@ def first_number(name: str) -> int | None:
 
 
 def inside(layers: Sequence[str], names: Sequence[str], label: str) -> list[str]:
-    """Return the names whose first number is in one of the ranges; raise if there are none."""
-    ends = [[int(end) for end in text.split("-")] for text in layers]
-    numbers = {name: first_number(name) for name in names}
-    kept = [
-        name
-        for name, number in numbers.items()
-        if number is not None and any(e[0] <= number <= e[-1] for e in ends)
-    ]
-    if not kept:
-        there = [number for number in numbers.values() if number is not None]
-        problem = f"nothing that it matches is in layers {', '.join(layers)}"
-        span = f"Its layers are {min(there)} to {max(there)}" if there else ""
-        raise MatchError(label, problem, span or "Remove layers; no name that it matches has one")
-    return kept
+    """Return the names whose first number is in one of the ranges; raise if one of them is empty."""
+    numbers = {name: n for name in names if (n := first_number(name)) is not None}
+    kept: set[str] = set()
+    empty: list[str] = []
+    for text in layers:
+        first, last = int(text.split("-")[0]), int(text.split("-")[-1])
+        there = {name for name, number in numbers.items() if first <= number <= last}
+        kept |= there
+        empty += [] if there else [text]
+    if empty:
+        problem = f"nothing that it matches is in layers {', '.join(empty)}"
+        remedy = "Remove layers; no name that it matches has one"
+        if numbers:
+            remedy = f"Its layers are {min(numbers.values())} to {max(numbers.values())}"
+        raise MatchError(label, problem, remedy)
+    return [name for name in names if name in kept]
