@@ -31,19 +31,13 @@ def first_number(name: str) -> int | None:
 
 
 def inside(layers: Sequence[str], names: Sequence[str], label: str) -> list[str]:
-    """Return the names whose first number is in one of the ranges; raise if one of them is empty."""
+    """Return the names whose first number is in a range; raise if one of the ranges has none."""
+    ends = {text: [int(end) for end in text.split("-")] for text in layers}
+    spans = {text: range(end[0], end[-1] + 1) for text, end in ends.items()}
     numbers = {name: n for name in names if (n := first_number(name)) is not None}
-    kept: set[str] = set()
-    empty: list[str] = []
-    for text in layers:
-        first, last = int(text.split("-")[0]), int(text.split("-")[-1])
-        there = {name for name, number in numbers.items() if first <= number <= last}
-        kept |= there
-        empty += [] if there else [text]
-    if empty:
+    there = numbers.values()
+    if empty := [text for text, span in spans.items() if not any(n in span for n in there)]:
         problem = f"nothing that it matches is in layers {', '.join(empty)}"
-        remedy = "Remove layers; no name that it matches has one"
-        if numbers:
-            remedy = f"Its layers are {min(numbers.values())} to {max(numbers.values())}"
-        raise MatchError(label, problem, remedy)
-    return [name for name in names if name in kept]
+        remedy = f"Its layers are {min(there)} to {max(there)}" if numbers else ""
+        raise MatchError(label, problem, remedy or "Remove layers; no name that it matches has one")
+    return [name for name, n in numbers.items() if any(n in span for span in spans.values())]
