@@ -75,7 +75,7 @@ def __getattr__(name: str) -> Any:
     if name == "analysis":
         return importlib.import_module("lora_inject.analysis")
     if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise importlib.import_module("lora_inject.integrations.peft_names").lacking(name, _HOME)
     value = getattr(importlib.import_module(f"lora_inject.{_HOME[name]}"), name)
     globals()[name] = value
     return value

@@ -27,8 +27,8 @@ LINES = {
     "activate": 2_258,
     "inject": 6_503,
     "merge": 4_767,
-    "save, load": 7_850,
-    "life": 10_480,
+    "save, load": 7_856,
+    "life": 10_486,
 }
 STAGES = {
     "config": "from lora_inject import Config",

@@ -125,6 +125,8 @@ def test_an_adapter_without_sites_knows_its_base(train: str, layout: str, tmp_pa
         li.load_adapter(other, path)
     with pytest.raises(FormatError, match=r"'any_base' is not an option.*takes base=\"any\""):
         li.load_adapter(other, path, any_base=True)  # as functions on checkpoints call it
+    with pytest.raises(FormatError, match=r"'adapter_name' is not an option.*takes name="):
+        li.load_adapter(other, path, adapter_name="sql")  # as PEFT calls it
     li.load_adapter(other, path, base="any")
 
 

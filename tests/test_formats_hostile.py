@@ -457,7 +457,11 @@ def test_experts_of_another_rank(tmp_path: Path) -> None:
 def test_the_parent_of_a_named_adapter(foreign: Path, tmp_path: Path) -> None:
     parent = tmp_path / "parent"
     shutil.copytree(foreign, parent / "sql")
-    with pytest.raises(FormatError, match="in its subfolders 'sql'"):
+    shutil.copytree(foreign, parent / "early")
+    os.utime(parent / "sql" / "adapter_config.json", ns=(2, 2))
+    os.utime(parent / "early" / "adapter_config.json", ns=(1, 1))
+    remedy = r"such as the newest: '.*sql'"
+    with pytest.raises(FormatError, match=rf"in its subfolders 'early', 'sql'.*{remedy}"):
         read_adapter(parent)
     assert list(read_adapter(parent / "sql").sites) == ["fc"]
 

@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 from helpers.checkpoints import LLAMA, llama_adapter, llama_tensors, save_checkpoint
 
 import lora_inject
 from lora_inject.formats import write_adapter
+from lora_inject.integrations import peft_names
 
 HEAVY = ("transformers", "peft", "accelerate", "gguf", "loralib", "huggingface_hub", "datasets")
 HEAVY += ("matplotlib",)
@@ -80,8 +82,17 @@ def test_every_public_name_is_there():
     for name in lora_inject.__all__:
         assert getattr(lora_inject, name) is not None, name
         assert name in dir(lora_inject)
-    with pytest.raises(AttributeError, match="'lora_inject' has no attribute 'nonsense'"):
+    with pytest.raises(AttributeError, match=r"'lora_inject' has no attribute 'nonsense'$"):
         lora_inject.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize(("name", "ours"), [("injct", "inject"), *peft_names.OURS.items()])
+def test_a_name_that_is_not_there_gets_the_nearest_or_ours_for_one_of_pefts(name, ours):
+    assert ours in lora_inject.__all__
+    assert name == "injct" or hasattr(peft, name)
+    with pytest.raises(AttributeError, match=rf"'{name}'\. Did you mean '{ours}'\?"):
+        getattr(lora_inject, name)
+    assert not hasattr(lora_inject, "__wrapped__")
 
 
 def test_type_checkers_see_the_same_names_at_the_same_homes() -> None:

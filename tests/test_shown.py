@@ -57,6 +57,22 @@ def test_summary_is_text_and_has_a_column_of_base_tensors_only_where_some_train(
     assert row.split()[:4] == ["default", "1", "4", "1"]
 
 
+def test_a_site_shows_its_numbers_and_no_values() -> None:
+    sites = li.adapter_state(injected()).sites
+    assert repr(sites["0"]) == "SiteState('0', linear, 8 -> 8, rank 4)"
+
+
+def test_what_the_weights_hold_is_listed_as_merged() -> None:
+    model = injected()
+    before = li.summary(model)
+    li.merge(model)
+    assert li.adapters(model)["default"].merged
+    assert "  merged x 1  no" in li.summary(model)
+    li.unmerge(model)
+    assert not li.adapters(model)["default"].merged
+    assert li.summary(model) == before
+
+
 def test_a_model_without_adapters_lists_none() -> None:
     assert str(li.adapters(nn.Linear(2, 2))) == "no adapters"
     assert dict(li.adapters(nn.Linear(2, 2))) == {}

@@ -163,7 +163,7 @@ REFUSED: dict[str, tuple[Callable[[AdapterState], AdapterState], str]] = {
     "a site is unknown": (_renamed, "site 'upp'.*nearest: 'up'"),
     "rank": (
         lambda s: _site(s, rank=1, A=torch.zeros(1, 6), B=torch.zeros(6, 1)),
-        "site 'up': its rank is 1, and 2 on the model",
+        "its rank is 1, and 2 on the model. Load it .*, or swap it into what reserve",
     ),
     "alpha": (lambda s: _site(s, alpha=6.0), "site 'up': its scale is 3, and 1.5 on the model"),
     "scaling": (lambda s: _site(s, scaling="rslora"), "its scale is 2.12132, and 1.5"),

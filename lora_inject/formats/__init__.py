@@ -146,6 +146,14 @@ def options_of(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
+_CALLED_OTHERWISE = {
+    "any_base": 'base="any"',  # the functions on checkpoints and the commands
+    "adapter_name": "name=",  # this and the next: PEFT
+    "is_trainable": "trainable=True",
+}
+"""What load_adapter's options are called elsewhere."""
+
+
 def facts_and_options(
     facts: ModelFacts | Callable[[], ModelFacts] | None,
     options: Mapping[str, Any],
@@ -159,8 +167,8 @@ def facts_and_options(
         problem = f"{option!r} is not an option of this format"
         its = ", ".join(known) or "none"
         remedy = f"Its options: {its}; facts of the model: {', '.join(FACTS)}"
-        if option == "any_base":  # so the functions on checkpoints and the commands call it
-            remedy = 'load_adapter takes base="any"'
+        if option in _CALLED_OTHERWISE:
+            remedy = f"load_adapter takes {_CALLED_OTHERWISE[option]}"
         raise FormatError("", problem, remedy)
     given = facts() if callable(facts) else facts
     return replace(given or ModelFacts(), **stated), own

@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_inject.core.spec.sites import SiteSpec, signed_pairs
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SiteState:
     """One site of an adapter: its numbers and its tensors. Equal where all of them are.
 
@@ -82,6 +82,12 @@ class SiteState:
     def mapped(self, change: Callable[[Tensor], Tensor]) -> SiteState:
         """Return the site with each tensor changed."""
         return self.of(self.spec, {role: change(tensor) for role, tensor in self.tensors.items()})
+
+    def __repr__(self) -> str:
+        """Return the numbers in a line, without the values of tensors."""
+        spec = self.spec
+        widths = f"{spec.in_features} -> {spec.out_features}"
+        return f"SiteState({spec.name!r}, {spec.kind}, {widths}, rank {spec.rank})"
 
     def __eq__(self, other: object) -> bool:
         """Compare the numbers and the tensors bit for bit, dtypes included."""

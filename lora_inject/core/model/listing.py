@@ -35,6 +35,7 @@ class AdapterInfo:
         n_parameters: Elements of all its trainable tensors.
         weight: Its mixing weight in the current selection, None where it is not active.
         trainable: Whether its tensors require gradients.
+        merged: Whether the weights of the base hold it, until `unmerge`.
         idle: Its sites and trained tensors that took no part in any forward so far, where others
             did: never called and never read, they are inert. Compiled graphs leave no trace.
     """
@@ -45,6 +46,7 @@ class AdapterInfo:
     weight: float | None
     trainable: bool
     idle: tuple[str, ...] = ()
+    merged: bool = False
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -82,14 +84,18 @@ def adapters(model: nn.Module) -> Adapters:
     for item in entries(survey):
         carried.setdefault(item[2].adapter, []).append(item)
     weights: dict[str, float] = {}
+    merged: set[str] = set()
     for selection in reached.selections:
+        merged.update(selection.merged or ())
         weights.update(selection.merged or selection.current().names)
     order = {name: i for root in roots_of(survey).values() for i, name in enumerate(root.configs)}
     names = sorted(carried, key=lambda name: order.get(name, len(order)))
-    return Adapters((name, _info(carried[name], weights.get(name))) for name in names)
+    return Adapters(
+        (name, _info(carried[name], weights.get(name), merged=name in merged)) for name in names
+    )
 
 
-def _info(items: list[Carried], weight: float | None) -> AdapterInfo:
+def _info(items: list[Carried], weight: float | None, *, merged: bool) -> AdapterInfo:
     tensors = [e.tensor(m, r) for _, m, e in items for r in e.names if e.trains(r)]
     return AdapterInfo(
         sites={e.spec.name: e.spec for _, _, e in items if e.spec is not None},
@@ -98,6 +104,7 @@ def _info(items: list[Carried], weight: float | None) -> AdapterInfo:
         weight=weight,
         trainable=any(t.requires_grad for t in tensors),
         idle=idle_among(items),
+        merged=merged,
     )
 
 
@@ -112,13 +119,20 @@ def _table(infos: Mapping[str, AdapterInfo]) -> Iterator[str]:
             ", ".join(map(str, info.ranks)) or "-",
             str(len(info.trained)),
             f"{info.n_parameters:,}",
-            "no" if info.weight is None else f"x {info.weight:g}",
+            _activity(info),
             "yes" if info.trainable else "no",
         )
         for name, info in infos.items()
     )
     table = [row if has_copies else row[:3] + row[4:] for row in (heads, *rows)]
     return columns(table, len(table[0]), sys.maxsize, indent="")
+
+
+def _activity(info: AdapterInfo) -> str:
+    """Say whether an adapter takes part, how strongly, and whether the weights hold it."""
+    if info.weight is None:
+        return "no"
+    return f"merged x {info.weight:g}" if info.merged else f"x {info.weight:g}"
 
 
 def summary(model: nn.Module) -> Table:

@@ -38,6 +38,7 @@ PLAIN = (nn.Parameter, Tensor)
 _Paired = tuple[dict[str, SiteState], list[tuple[Tensor, Tensor]]]
 
 _BESIDE = "Load it under another name and activate that"
+_SLOT = ", or swap it into what reserve(model, name, rank=...) has made"
 
 
 def swap_adapter(
@@ -215,6 +216,7 @@ def _check_same(what: str, here: Set[str], there: Set[str], asked: str) -> None:
 def _check_alike(site: SiteState, held: SiteState, asked: str) -> None:
     """Check that a site is the slot's in all that values alone cannot change."""
     new, old = site.spec, held.spec
+    remedy = _BESIDE
     if (new.variant, new.lora_bias) != (old.variant, old.lora_bias):
         kinds = [s.variant + " with lora_bias" * s.lora_bias for s in (new, old)]
         problem = f"its variant is {kinds[0]}, and {kinds[1]} on the model"
@@ -222,13 +224,15 @@ def _check_alike(site: SiteState, held: SiteState, asked: str) -> None:
         problem = "one of the two adapters starts from W (pissa, olora), and the other does not"
     elif new.rank != old.rank:
         problem = f"its rank is {new.rank}, and {old.rank} on the model"
+        remedy += _SLOT
     elif not math.isclose(new.scale, old.scale):
         problem = f"its scale is {new.scale:g}, and {old.scale:g} on the model"
+        remedy += _SLOT
     elif new.form[2:] != old.form[2:]:
         problem = "it adapts other parts of the weight than the one on the model"
     else:
         return
-    raise FormatError(f"{asked}, site {old.name!r}", problem, _BESIDE)
+    raise FormatError(f"{asked}, site {old.name!r}", problem, remedy)
 
 
 def _check_fit(pairs: Collection[tuple[Tensor, Tensor]], asked: str) -> None:

@@ -400,7 +400,7 @@ def _check_files(path: Path) -> None:
         problem, remedy = f"there is no {CONFIG} in it", "Check the path"
         if inside:
             problem += f", but in its subfolders {one_line(inside)}"
-            remedy = f"Give the subfolder: '{path / inside[0]}'"
+            remedy = f"Give one of them, such as the newest: '{path / inside[-1]}'"
         raise FormatError("", problem, remedy)
     if not there and (path / PICKLE).is_file():
         problem = f"its tensors are in {PICKLE}, a pickle, which can run code when it is read"
@@ -447,5 +447,6 @@ def _in_base(path: Path) -> bool:
 
 
 def _adapters_in(path: Path) -> list[str]:
-    """The names of the subfolders that hold an adapter."""
-    return sorted(child.name for child in path.iterdir() if (child / CONFIG).is_file())
+    """The names of the subfolders that hold an adapter, the newest last."""
+    configs = [child / CONFIG for child in path.iterdir() if (child / CONFIG).is_file()]
+    return [config.parent.name for config in sorted(configs, key=lambda c: c.stat().st_mtime_ns)]

@@ -1,0 +1,34 @@
+"""What names of PEFT are called in this package, for the error about a name that it lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lora_inject.core.spec.spellings import nearest
+
+OURS = {
+    "LoraConfig": "Config",
+    "get_peft_model": "inject",
+    "inject_adapter_in_model": "inject",
+    "PeftModel": "load_adapter",
+    "PeftModelForCausalLM": "load_adapter",
+    "AutoPeftModel": "load_adapter",
+    "AutoPeftModelForCausalLM": "load_adapter",
+    "get_peft_model_state_dict": "adapter_state",
+    "set_peft_model_state_dict": "swap_adapter",
+}
+"""Name of PEFT to ours."""
+
+
+def lacking(name: str, ours: Iterable[str]) -> AttributeError:
+    """Return the error about a name that the package lacks, with what it may have meant.
+
+    Examples:
+        >>> str(lacking("PeftModel", []))
+        "module 'lora_inject' has no attribute 'PeftModel'. Did you mean 'load_adapter'?"
+        >>> str(lacking("nonsense", ["inject"]))
+        "module 'lora_inject' has no attribute 'nonsense'"
+    """
+    near = [OURS[name]] if name in OURS else nearest(name, ours, n=1)
+    hint = f". Did you mean {near[0]!r}?" if near else ""
+    return AttributeError(f"module 'lora_inject' has no attribute {name!r}{hint}")
