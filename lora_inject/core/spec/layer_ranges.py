@@ -32,12 +32,18 @@ def first_number(name: str) -> int | None:
 
 def inside(layers: Sequence[str], names: Sequence[str], label: str) -> list[str]:
     """Return the names whose first number is in a range; raise if one of the ranges has none."""
-    ends = {text: [int(end) for end in text.split("-")] for text in layers}
-    spans = {text: range(end[0], end[-1] + 1) for text, end in ends.items()}
+    spans = {text: _span(text) for text in layers}
     numbers = {name: n for name in names if (n := first_number(name)) is not None}
     there = numbers.values()
     if empty := [text for text, span in spans.items() if not any(n in span for n in there)]:
         problem = f"nothing that it matches is in layers {', '.join(empty)}"
-        remedy = f"Its layers are {min(there)} to {max(there)}" if numbers else ""
-        raise MatchError(label, problem, remedy or "Remove layers; no name that it matches has one")
+        if not numbers:
+            remedy = "Remove layers; no name that it matches has one"
+            raise MatchError(label, problem, remedy)
+        raise MatchError(label, problem, f"Its layers are {min(there)} to {max(there)}")
     return [name for name, n in numbers.items() if any(n in span for span in spans.values())]
+
+
+def _span(text: str) -> range:
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
