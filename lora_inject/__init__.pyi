@@ -24,7 +24,6 @@ from lora_inject.core.layers.own_kinds import register_kind as register_kind
 from lora_inject.core.model.disabling import disabled as disabled
 from lora_inject.core.model.eject import eject as eject
 from lora_inject.core.model.inject import inject as inject
-from lora_inject.core.model.inject import plan as plan
 from lora_inject.core.model.install import install as install
 from lora_inject.core.model.listing import adapters as adapters
 from lora_inject.core.model.listing import summary as summary
@@ -34,6 +33,7 @@ from lora_inject.core.model.merge import unmerge as unmerge
 from lora_inject.core.model.merged_weights import merged_weights as merged_weights
 from lora_inject.core.model.optimizing import parameter_groups as parameter_groups
 from lora_inject.core.model.parameters import adapter_parameters as adapter_parameters
+from lora_inject.core.model.planning import plan as plan
 from lora_inject.core.model.read_off import adapter_state as adapter_state
 from lora_inject.core.model.save import save_adapter as save_adapter
 from lora_inject.core.model.select import activate as activate

@@ -35,8 +35,9 @@ from lora_inject.core.functional import cpu
 from lora_inject.core.functional.factors import Patch, Update, master_dtype
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.functional.fold import Delta
-from lora_inject.core.functional.linear import add_updates, linear, lone_token
+from lora_inject.core.functional.linear import linear, lone_token
 from lora_inject.core.functional.lookup import embedding
+from lora_inject.core.functional.on_output import add_updates
 from lora_inject.core.functional.rounded_fold import Tally, fold_rows
 from lora_inject.core.functional.weight import dense_delta, effective_weight
 from lora_inject.core.spec.sites import SiteSpec
@@ -603,7 +604,7 @@ def test_a_lone_token_has_the_bits_of_the_same_token_in_training(dtype: torch.dt
     nn.init.normal_(layer.get_parameter("lora_B__default"))
     x = torch.randn(1, 1, 10, dtype=dtype)[..., ::2]  # not contiguous
     wanted = layer(x)
-    with torch.no_grad(), patch("lora_inject.core.functional.linear._run", None):
+    with torch.no_grad(), patch("lora_inject.core.functional.linear.apply_updates", None):
         assert same_bits(layer.eval()(x), wanted)
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_inject.core.layers.forwards import ForwardOwner
-from lora_inject.core.layers.packed_weights import dense, weight_kind
+from lora_inject.core.layers.forward_owners import ForwardOwner
+from lora_inject.core.layers.packed_values import dense, weight_kind
 from lora_inject.core.layers.weight_kinds import UNKNOWN, WeightKind
 from lora_inject.core.spec.rooms import standing_at
 from lora_inject.integrations.libraries import (

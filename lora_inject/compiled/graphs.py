@@ -23,7 +23,7 @@ from lora_inject.compiled.choices import chosen_factors, chosen_rows, number_of
 from lora_inject.compiled.lost_writes import watch
 from lora_inject.compiled.torch_checkpoints import watch_checkpoints
 from lora_inject.core.functional.factors import compute_dtype
-from lora_inject.core.functional.linear import add_updates
+from lora_inject.core.functional.on_output import add_updates
 from lora_inject.core.layers.attached import Entry, attached_to, factors_of, held_by
 from lora_inject.core.layers.embedding_kind import LoRAEmbedding
 from lora_inject.core.layers.gains import with_gain

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_inject.core.layers.forwards import ForwardOwner
+from lora_inject.core.layers.forward_owners import ForwardOwner
 
 _HOOK = "_hf_hook"
 

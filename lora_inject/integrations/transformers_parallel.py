@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from lora_inject.core.layers.attached import attached_to
-from lora_inject.core.layers.forwards import ForwardOwner
+from lora_inject.core.layers.forward_owners import ForwardOwner
 from lora_inject.core.model.carried import Carried
 from lora_inject.errors import LayerError
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.call_stack import caller_of
 from lora_inject.core.layers.adapted import defines_forward
-from lora_inject.core.layers.forwards import ForwardOwner
+from lora_inject.core.layers.forward_owners import ForwardOwner
 from lora_inject.core.layers.swapped_class import READER
 from lora_inject.core.layers.weight_kinds import Reason, Verb, WeightKind
 

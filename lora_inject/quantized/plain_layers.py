@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.adapted import plain_class
-from lora_inject.core.layers.class_swap import change_plain_class
+from lora_inject.core.layers.attached import attached_to
+from lora_inject.core.layers.class_swap import become, own_class
+from lora_inject.core.layers.forwards import keepers
 from lora_inject.core.layers.survey import base_parameters
 from lora_inject.core.layers.weight_kinds import Reason, Undo, Verb, WeightKind, in_dtype
 
@@ -44,7 +47,7 @@ class Layer:
         self.module._parameters.clear()
         self.module._parameters.update(self.parameters)
         self.module._buffers.update(self.buffers)
-        change_plain_class(self.module, self.plain)  # whose reads depend on what is held
+        _change_plain_class(self.module, self.plain)  # whose reads depend on what is held
 
 
 class LayerKind(WeightKind):
@@ -118,7 +121,7 @@ def become_plain(module: nn.Module, weight: nn.Parameter, later: Iterable[str] =
     adapters = {name: p for name, p in module._parameters.items() if name not in base}
     held: dict[str, Any] = {**before.buffers, **before.parameters}
     bias = own["bias"] if "bias" in alone else held.get("bias")
-    change_plain_class(module, target)
+    _change_plain_class(module, target)
     before.attributes = {name: own.pop(name) for name in sorted(alone & own.keys())}
     module._parameters.clear()
     module._parameters["weight"] = weight
@@ -139,3 +142,19 @@ def _attributes(cls: type[nn.Module]) -> frozenset[str]:
 def _parameters(cls: type[nn.Module]) -> frozenset[str]:
     with torch.device("meta"):
         return frozenset(cls(1, 1)._parameters)  # type: ignore[call-arg]
+
+
+def _change_plain_class(module: nn.Module, plain: type[nn.Module]) -> None:
+    """Give a module, with or without adapters, another class of the same layout."""
+    before: Any = plain_class(type(module))
+    attached = attached_to(module)
+    bound = MethodType(plain.forward, module)
+    for keeper in keepers(module):
+        if getattr(keeper.kept(module), "__func__", None) is before.forward:
+            keeper.keep(module, bound)
+    if attached is None:
+        module.__class__ = plain
+        return
+    if attached.old_forward is not None:
+        attached.old_forward = bound
+    become(module, attached, plain, own_class(type(module))._lora_mixin, attached.reads)

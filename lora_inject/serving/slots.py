@@ -20,8 +20,8 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import records_of
-from lora_inject.core.model.inject import plan
 from lora_inject.core.model.install import install
+from lora_inject.core.model.planning import plan
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, StateError

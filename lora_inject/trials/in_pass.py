@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import compute_dtype, needs_plain_operations
-from lora_inject.core.functional.linear import product_dtype
 from lora_inject.core.layers.attached import held_by
 from lora_inject.core.layers.linear_kinds import LoRALinear
 from lora_inject.core.layers.selected import Mix
@@ -142,7 +142,7 @@ class InPass(Rows):
         if whole or not self.is_fused(layer) or needs_plain_operations():
             return super().summed(layer, x, args, kwargs, whole=whole)
         float32 = layer._lora.float32
-        dtype = compute_dtype(product_dtype(x), float32)
+        dtype = compute_dtype(_product_dtype(x), float32)
         kept, ranges, anchor, reached = self.one_pass.of_layer(layer, x, dtype)
         layer._lora_check_vain((anchor,))
         weight, bias = layer._lora_weight_and_bias()
@@ -181,3 +181,10 @@ def runs_apart(module: Any) -> bool:
     ]
     stacked = any(e.spec is not None and e.spec.experts for e in module._lora.entries())
     return len(needed) == 2 and not stacked and not isinstance(module, nn.RNNBase)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a plain layer multiplies x."""
+    kind = x.device.type
+    lowers = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if lowers else x.dtype

@@ -5,9 +5,6 @@ around it keep too, and `h = x A^T`, which is thin. It casts the thin factors an
 the low-rank arithmetic is wider than x. It reads no value and no size: every forward is the same
 sequence of operations, on every device.
 
-A quantized or unknown base runs unchanged, and `add_updates` adds to its output out of place: such
-a layer may need its output in its own backward, or return a view.
-
 Tracers and function transforms get other operations (`plain_operations`).
 """
 
@@ -63,9 +60,11 @@ def linear(
         True
     """
     if needs_plain_operations():
-        return add_updates(
-            frozen_output(x, weight, bias, transposed, None), x, updates, float32=float32
-        )
+        from lora_inject.core.functional.plain_operations import plain_updates
+
+        y = frozen_output(x, weight, bias, transposed, None)
+        with without_autocast(y) or nullcontext():
+            return plain_updates(y, x, updates, [None] * len(updates), float32)
     context = without_autocast(x)
     if context is None:
         alone = len(updates) == 1 and not torch.is_grad_enabled()
@@ -73,12 +72,12 @@ def linear(
             y = frozen_output(x, weight, bias, transposed, None)  # the shortest path through Python
             cpu.add_few_(y, x, updates[0])
             return y
-        return _run(x, None, weight, bias, updates, transposed, float32, None)
+        return apply_updates(x, None, weight, bias, updates, transposed, float32, None)
     dtype = torch.get_autocast_dtype(x.device.type)
     if not float32:  # by autograd, so that the layer and A share one copy, and x gets a gradient
         x = lowered(x, dtype)
     with context:
-        return _run(x, None, weight, bias, updates, transposed, float32, dtype)
+        return apply_updates(x, None, weight, bias, updates, transposed, float32, dtype)
 
 
 def lone_token(
@@ -106,23 +105,7 @@ def lone_token(
 _WIDE = (torch.float32, torch.float64)
 
 
-def add_updates(
-    y: Tensor, x: Tensor, updates: Sequence[Update], *, float32: bool = False
-) -> Tensor:
-    """Add low-rank updates, out of place, to the output y of a layer that was called with x."""
-    if y.is_nested:
-        from lora_inject.core.functional.plain_operations import add_to_nested
-
-        return add_to_nested(y, x, updates)
-    with without_autocast(y) or nullcontext():
-        if needs_plain_operations():
-            from lora_inject.core.functional.plain_operations import plain_updates
-
-            return plain_updates(y, x, updates, [None] * len(updates), float32)
-        return _run(x, y, None, None, updates, False, float32, None)
-
-
-def _run(
+def apply_updates(
     x: Tensor,
     y: Tensor | None,
     weight: Tensor | None,
@@ -132,6 +115,7 @@ def _run(
     float32: bool,
     dtype: torch.dtype | None,
 ) -> Tensor:
+    """Add updates to y, or to the frozen layer of a weight, by the Function where it is needed."""
     if torch.is_grad_enabled():
         factors = [t for u in updates for t in (u.A, u.B)]
         if any(t is not None and t.requires_grad for t in (x, y, weight, bias, *factors)):
@@ -147,13 +131,6 @@ def _run(
 def lowered(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor as autocast gives it to a matrix product."""
     return t if t.dtype in (dtype, torch.float64) else t.to(dtype)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a plain layer multiplies x."""
-    kind = x.device.type
-    lowers = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if lowers else x.dtype
 
 
 def frozen_output(

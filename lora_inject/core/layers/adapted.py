@@ -13,18 +13,17 @@ too, unless it is packed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.layers.attached import GATHERED, Attached, Entry
+from lora_inject.core.layers.attached import Attached, Entry
 from lora_inject.core.layers.forwards import check_not_offloaded
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.spec.sites import Geometry
-from lora_inject.errors import LayerError
 
 
 class Adapted(nn.Module):
@@ -104,16 +103,6 @@ class Adapted(nn.Module):
             return self.__dict__[param]
         return super().__getattr__(param)  # raises
 
-    def _lora_value(
-        self, param: str, raw: Any, entries: Mapping[str, Entry], *, outside: bool = False
-    ) -> Any:
-        """Return W + delta, with the entries of the current selection."""
-        if not entries:
-            return raw
-        if raw is None:
-            self._lora_check_replaced(param)
-        return self._lora.selection.current().read(self, param, raw, entries, outside=outside)
-
     def _lora_read_mixed(
         self, param: str, raw: Any, taking: list[tuple[Entry, float]], *, outside: bool
     ) -> Any:
@@ -123,18 +112,10 @@ class Adapted(nn.Module):
         return read_mixed(self, param, raw, taking, outside=outside)
 
     def _lora_check_replaced(self, name: str) -> None:
-        """Raise if a parameter becomes computed, as in parametrize, prune and weight_norm.
+        """Raise if a parameter becomes computed, as in parametrize, prune and weight_norm."""
+        from lora_inject.core.layers.replaced import check_replaced
 
-        Wrappers that gather shards or replicate replace them by plain tensors of the same value.
-        """
-        if not self.__dict__.keys() & {*GATHERED, "_is_replica"}:
-            raise LayerError(
-                f"replacing parameter {name!r} of a {type(self).__name__}",
-                "it carries an adapter, which a parametrized, pruned, quantized or fused weight "
-                "would leave behind, or take in twice",
-                "Eject the adapter first, then inject again; or call merge(model, eject=True). To "
-                f"change its values, write into layer.get_parameter({name!r})",
-            )
+        check_replaced(self, name)
 
 
 def raw_parameter(module: nn.Module, target: str) -> nn.Parameter:

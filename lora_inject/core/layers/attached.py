@@ -66,11 +66,7 @@ class Entry:
 
     def held(self, module: nn.Module) -> Tensor:
         """Return the current tensor of the first role; a copy has no other."""
-        return self.tensor(module, next(iter(self.names)))
-
-    def tensor(self, module: nn.Module, role: str) -> Tensor:
-        """Return the current tensor of a role."""
-        value: Tensor = held_by(module)[self.names[role]]
+        value: Tensor = held_by(module)[self.mark]
         return value
 
     def start(self, base: Tensor) -> Tensor:
@@ -230,12 +226,6 @@ class Attached:
             names = self._base = tuple(key for key in parameters if key not in self.flat)
         return {key: p for key in names if (p := parameters[key]) is not None}
 
-    def join(self, selection: Selection) -> None:
-        """Follow a selection."""
-        self.selection = selection
-        self.last_chosen = NOTHING
-        selection.add(entry.adapter for entry in self.entries())
-
     def chosen(self, mix: Selected) -> Chosen:
         """Return what takes part on the output under a mix, and note its use."""
         chosen = self.last_chosen
@@ -272,17 +262,10 @@ class Attached:
 
     def check_started(self, entries: Iterable[Entry], asked: str) -> None:
         """Raise if entries have memory that nobody has written to."""
-        for entry in entries if self.garbage else ():
-            if entry.mark in self.garbage:
-                site = entry.param if entry.spec is None else entry.spec.name
-                raise LayerError(
-                    f"{asked} with adapter {entry.adapter!r} at {site!r}",
-                    "its tensors were made on the meta device or emptied by to_empty(), and "
-                    "nothing has started or loaded them since",
-                    "Load the base with load_state_dict, which starts them, call "
-                    "reset_parameters() of the layer, or write an adapter's values with "
-                    "swap_adapter",
-                )
+        if self.garbage:
+            from lora_inject.core.layers.unstarted import refuse_unstarted
+
+            refuse_unstarted(self, entries, asked)
 
     def put_back(self, param: str, parameters: dict[str, Any]) -> bool:
         """Put a parameter back that was taken out after it was read; return whether it was."""
@@ -307,7 +290,7 @@ class Attached:
         self.__dict__.update(saved)
         for entry in self.entries():
             _ = entry.variant  # a compiled forward cannot import it
-        self.join(self.selection)
+        self.selection.add(entry.adapter for entry in self.entries())
 
 
 def _in_float32(entry: Entry) -> bool:

@@ -13,7 +13,6 @@ from lora_inject.core.functional.inside import runs_plainly
 from lora_inject.core.layers.adapted import Adapted, raw_parameter
 from lora_inject.core.layers.attached import held_by
 from lora_inject.core.layers.own_code import OWN
-from lora_inject.core.layers.valueless import EMPTYING, moved
 from lora_inject.errors import LayerError
 
 
@@ -22,6 +21,8 @@ class Carrier(Adapted):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         """Move or cast like nn.Module, but never narrow an adapter's float32 masters."""
+        from lora_inject.core.layers.valueless import EMPTYING, moved
+
         held = (self._parameters[name] for name in self._lora.flat)
         masters = {id(t) for p in held if p is not None for t in (p, p.grad)}
 

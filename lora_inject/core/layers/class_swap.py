@@ -6,7 +6,6 @@ it (`fully_shard`, hooks that saved the old forward) stay there.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterable
 from typing import Any
 from weakref import WeakSet
@@ -15,14 +14,10 @@ from torch import nn
 
 from lora_inject.core.layers.adapted import Adapted, WeightUpdate, plain_class
 from lora_inject.core.layers.attached import Attached, attached_to, check_class_kept
-from lora_inject.core.layers.forwards import keepers
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.selection import Selection
-from lora_inject.core.layers.swapped_class import adapted_class, selected_forward
+from lora_inject.core.layers.swapped_class import adapted_class
 from lora_inject.errors import LayerError
-
-# Module whose functions wrap a plain forward; `functools.wraps` hides that from `__module__`.
-_WRITES_FORWARDS = selected_forward.__globals__["__name__"]
 
 
 def swap(
@@ -32,13 +27,13 @@ def swap(
 
     The mixin is the kind of layer, or `WeightUpdate` where only parameters are read.
     """
-    attached, ours = attached_to(module), _own_class(type(module))
+    attached, ours = attached_to(module), own_class(type(module))
     if attached is None:
         attached = module.__dict__["_lora"] = Attached(selection)
-        _become(module, attached, ours, mixin, reads)
+        become(module, attached, ours, mixin, reads)
     else:
         kind = ours._lora_mixin if mixin is WeightUpdate else mixin
-        _become(module, attached, ours._lora_plain, kind, ours._lora_reads.union(reads))
+        become(module, attached, ours._lora_plain, kind, ours._lora_reads.union(reads))
     return attached
 
 
@@ -47,9 +42,9 @@ def narrow(module: nn.Module) -> None:
     attached = attached_to(module)
     assert attached is not None
     if isinstance(module, Adapted):
-        ours = _own_class(type(module))
+        ours = own_class(type(module))
         kind = ours._lora_mixin if attached.forward else WeightUpdate
-        _become(module, attached, ours._lora_plain, kind, attached.reads)
+        become(module, attached, ours._lora_plain, kind, attached.reads)
 
 
 def unswap(module: nn.Module) -> None:
@@ -58,44 +53,28 @@ def unswap(module: nn.Module) -> None:
     if not isinstance(module, Adapted):
         return  # its class was replaced
     plain = plain_class(type(module))
-    for keeper in keepers(module):
-        if _is_ours(keeper.kept(module), module):  # of a hook that came later
-            bound = types.MethodType(plain.forward, module)  # type: ignore[attr-defined]
-            keeper.keep(module, attached.old_forward or bound)
-    if _is_ours(module.__dict__.get("forward"), module):
-        # A hook that was removed meanwhile has put our forward back, onto the instance.
-        del module.__dict__["forward"]
+    if "forward" in module.__dict__:
+        from lora_inject.core.layers.hooked_forwards import give_forward_back
+
+        give_forward_back(module, attached, own_class(type(module)), plain)
     module.__class__ = plain
 
 
-def change_plain_class(module: nn.Module, plain: type[nn.Module]) -> None:
-    """Give a module, with or without adapters, another class of the same layout."""
-    before: Any = plain_class(type(module))
-    attached = attached_to(module)
-    bound = types.MethodType(plain.forward, module)
-    for keeper in keepers(module):
-        if getattr(keeper.kept(module), "__func__", None) is before.forward:
-            keeper.keep(module, bound)
-    if attached is None:
-        module.__class__ = plain
-        return
-    if attached.old_forward is not None:
-        attached.old_forward = bound
-    _become(module, attached, plain, _own_class(type(module))._lora_mixin, attached.reads)
-
-
-def _become(
+def become(
     module: nn.Module, attached: Attached, plain: Any, mixin: type[Adapted], reads: Iterable[str]
 ) -> None:
     """Give a module the swapped class of a plain one, below what others have put on top."""
     cls = type(module)
     if _holds_plain_weight(module, plain, mixin):
         reads = {*reads, mixin.weight_name}
-    target = _with_base(cls, _own_class(cls), adapted_class(plain, mixin, reads))
+    target = _with_base(cls, own_class(cls), adapted_class(plain, mixin, reads))
     if target is not cls:
         # Past nn.Module.__setattr__, which would look for parameters and children of that name.
         object.__setattr__(module, "__class__", target)
-    _rebind_hooked_forward(module, attached)
+    if "forward" in module.__dict__:
+        from lora_inject.core.layers.hooked_forwards import rebind_hooked_forward
+
+        rebind_hooked_forward(module, attached, own_class(type(module)))
 
 
 def _holds_plain_weight(module: nn.Module, plain: type, mixin: type[Adapted]) -> bool:
@@ -106,19 +85,7 @@ def _holds_plain_weight(module: nn.Module, plain: type, mixin: type[Adapted]) ->
     return not is_quantized(held)
 
 
-def _is_ours(method: Any, module: nn.Module) -> bool:
-    """Whether a method that somebody saved on a module is the forward of a swapped class."""
-    function = getattr(method, "__func__", None)
-    ours = _own_class(type(module))
-    if function is None or function is ours._lora_mixin.forward:
-        return function is not None
-    plain = function
-    while getattr(plain, "__globals__", {}).get("__name__") == _WRITES_FORWARDS:
-        plain = plain.__wrapped__
-    return plain is not function and plain is ours._lora_plain.forward
-
-
-def _own_class(cls: type) -> Any:
+def own_class(cls: type) -> Any:
     """Return the swapped class that a class derives from, by default itself."""
     if not hasattr(cls, "_lora_plain"):
         return cls
@@ -134,17 +101,6 @@ def _with_base(cls: type, old: type, new: type) -> type:
     bases = tuple(_with_base(b, old, new) for b in cls.__bases__)
     namespace = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
     return type(cls.__name__, bases, namespace)
-
-
-def _rebind_hooked_forward(module: nn.Module, attached: Attached) -> None:
-    """Point the forward that a hook has saved at the swapped class, which it would bypass."""
-    if "forward" not in module.__dict__:
-        return
-    for keeper in keepers(module):
-        kept = keeper.kept(module)
-        if attached.old_forward is None and not _is_ours(kept, module):
-            attached.old_forward = kept
-        keeper.keep(module, types.MethodType(type(module).forward, module))
 
 
 def check_swappable(module: nn.Module, mixin: type[Adapted], asked: str) -> None:

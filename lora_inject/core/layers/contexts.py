@@ -110,7 +110,7 @@ class Context:
         selection.contexts.add(self)
         selection.waits = any(each.waits for each in tuple(selection.contexts))
         if not self.waits:
-            self.shadowed[selection] = selection.in_thread.selected
+            self.shadowed[selection] = getattr(selection.in_thread, "selected", None)
             selection.in_thread.selected = selected
 
     def _end(self, selection: Any) -> None:

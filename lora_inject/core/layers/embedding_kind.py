@@ -21,6 +21,7 @@ from lora_inject.core.functional.inside import in_trace
 from lora_inject.core.functional.lookup import embedding, renormalized
 from lora_inject.core.layers.adapted import keeps_forward
 from lora_inject.core.layers.forward_update import ForwardUpdate
+from lora_inject.core.layers.reading import formed_weight
 from lora_inject.core.spec.sites import Geometry
 from lora_inject.errors import LayerError
 
@@ -85,7 +86,7 @@ class LoRAEmbedding(ForwardUpdate):
         ids, weight = self._lora_input(args, kwargs), self._lora_own("weight")
         self._lora_check_rows(updates[0].A.shape[1])
         if hasattr(weight, "full_tensor"):  # a DTensor does not support adding to single rows
-            return self._lora_rows(ids, self._lora_formed(), None), ids
+            return self._lora_rows(ids, formed_weight(self), None), ids
         base = self._lora_rows(ids, weight, None)
         rows = embedding(base, ids, updates, self.padding_idx, float32=self._lora.float32)
         return rows, ids

@@ -75,10 +75,8 @@ class ForwardUpdate(Adapted):
             return getattr(self, param)
         raw = self._lora_raw(param)
         reads = self._lora.reads.get(param)
-        return self._lora_value(param, raw, reads) if reads else raw
+        if not reads:
+            return raw
+        from lora_inject.core.layers.reading import effective_value
 
-    def _lora_formed(self) -> Any:
-        """Return the weight with all updates, for a product that cannot be added to."""
-        attached = self._lora
-        entries = {**attached.forward, **attached.reads.get(self.weight_name, {})}
-        return self._lora_value(self.weight_name, self._lora_raw(self.weight_name), entries)
+        return effective_value(self, param, raw, reads)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.gain import Gain, gained, norms_of, updated_norms
-from lora_inject.core.functional.linear import add_updates
+from lora_inject.core.functional.on_output import add_updates
 from lora_inject.core.layers.attached import Attached, Entry, Recipe, factors_of, held_by
-from lora_inject.core.layers.packed_weights import dense, is_known
+from lora_inject.core.layers.packed_values import dense, is_known
 from lora_inject.core.layers.plain_tensors import PLAIN, is_quantized
 from lora_inject.core.layers.selected import Selected
+from lora_inject.core.layers.unusual_linear import with_whole_weight
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import LayerError, article
 
@@ -126,7 +127,7 @@ def linear_with_gain(
             "Pad the batch",
         )  # fmt: skip
     if layer._lora_stock and x.layout is not torch.strided:
-        return layer._lora_whole(x)
+        return with_whole_weight(layer, x)
     if not updates[0].dropout:
         y = base = layer._lora_with_updates(args, kwargs, updates)
     else:

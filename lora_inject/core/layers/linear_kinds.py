@@ -8,21 +8,20 @@ kinds from outside that add to their output, use this second way.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Update
-from lora_inject.core.functional.linear import add_updates, frozen_output, linear, lone_token
+from lora_inject.core.functional.linear import frozen_output, linear, lone_token
 from lora_inject.core.layers.adapted import keeps_forward, plain_class
 from lora_inject.core.layers.forward_update import ForwardUpdate
 from lora_inject.core.layers.own_code import OWN
-from lora_inject.core.layers.packed_weights import multiplies, packed_weight, reason_against
+from lora_inject.core.layers.packed_weights import multiplies, packed_weight
 from lora_inject.core.layers.plain_tensors import PLAIN
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.spec.sites import Geometry
-from lora_inject.errors import LayerError
 
 
 class LoRALinear(ForwardUpdate):
@@ -93,8 +92,14 @@ class LoRALinear(ForwardUpdate):
             if type(weight) in PLAIN and x.layout is torch.strided:
                 transposed = self.transposed
                 return linear(x, weight, bias, updates, transposed=transposed, float32=float32)
-            if x.layout is not torch.strided or _is_cut(weight, updates):
-                return self._lora_whole(x)
+            sliced = any(update.spans for update in updates)
+            # A DTensor can be added to as a whole, and to no part of it.
+            if x.layout is not torch.strided or (sliced and hasattr(weight, "full_tensor")):
+                from lora_inject.core.layers.unusual_linear import with_whole_weight
+
+                return with_whole_weight(self, x)
+        from lora_inject.core.functional.on_output import add_updates
+
         y = self._lora_without_updates(args, kwargs)
         return add_updates(y, x, updates, float32=float32)
 
@@ -110,11 +115,6 @@ class LoRALinear(ForwardUpdate):
 
         return linear_with_gain(self, args, kwargs, updates, gain)
 
-    def _lora_whole(self, x: Tensor) -> Tensor:
-        """Multiply with the whole weight: all updates, and the gain, are in it."""
-        bias = self._lora_own("bias")
-        return frozen_output(x, self._lora_formed(), bias, self.transposed, None)
-
     def _lora_without_updates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute the layer without its forward updates."""
         x = self._lora_input(args, kwargs)
@@ -128,27 +128,13 @@ class LoRALinear(ForwardUpdate):
             finally:
                 OWN.adds = before
         if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
-            self._lora_refuse_dead()
-        return y
+            from lora_inject.core.layers.unusual_linear import refuse_dead
 
-    def _lora_refuse_dead(self) -> NoReturn:
-        """Refuse to train what lies before a layer that computes without autograd."""
-        weight = self._parameters.get(self.weight_of(self))
-        reason = reason_against("train", self, weight)
-        remedy = "Run it within torch.no_grad(), or call train_only(model, None)"
-        raise LayerError(
-            f"a forward of a {type(self).__name__} with gradients",
-            f"with its {type(weight).__name__} it hands no gradient to its input",
-            remedy if reason is None else f"{reason.remedy}. {remedy}",
-        )
+            refuse_dead(self)
+        return y
 
     def _lora_weight_and_bias(self) -> tuple[Any, Any]:
         held = self._parameters
         if self._lora.reads or "weight" not in held or "bias" not in held:
             return self._lora_own("weight"), self._lora_own("bias")
         return held["weight"], held["bias"]
-
-
-def _is_cut(weight: Any, updates: Sequence[Update]) -> bool:
-    """Whether updates reach slices of the output of a DTensor, which adds to no part of itself."""
-    return hasattr(weight, "full_tensor") and any(update.spans for update in updates)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from lora_inject.core.spec.rooms import REGISTERED, library_rows, the_one
@@ -26,42 +25,11 @@ def loaded_kinds() -> list[WeightKind]:
     return [*REGISTERED, *kinds]
 
 
-def weight_kind(module: nn.Module, weight: Tensor) -> WeightKind:
-    """Return how a layer holds a packed weight; `UNKNOWN` if nobody knows."""
-    kind = _known_kind(module, weight)
-    if kind is None:
-        # Few weights are packed at all: nothing else here needs what a kind is.
-        from lora_inject.core.layers.weight_kinds import UNKNOWN
-
-        return UNKNOWN
-    return kind
-
-
-def is_known(module: nn.Module, weight: Tensor) -> bool:
-    """Return whether a kind knows how a layer holds a packed weight."""
-    return _known_kind(module, weight) is not None
-
-
-def _known_kind(module: nn.Module, weight: Tensor) -> WeightKind | None:
-    for kind in loaded_kinds():
-        if kind.matches(module, weight):
-            return kind
-    own = (the_one(path) for path in library_rows("WEIGHT_KINDS_OF_ANY"))
-    return next((kind for kind in own if kind.matches(module, weight)), None)
-
-
 def reason_against(verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
     """Return why a verb cannot use a weight, packed or plain, or a layer: the first reason."""
     kinds = (kind for kind in loaded_kinds() if kind.matches(module, weight))
     reasons = (kind.why_not(verb, module, weight) for kind in kinds)
     return next((reason for reason in reasons if reason is not None), None)
-
-
-@torch.no_grad()
-def dense(module: nn.Module, weight: Tensor) -> Tensor:
-    """Return the values that a packed weight stands for in its layer, as new float32."""
-    values = weight_kind(module, weight).dense(module, weight)
-    return values.to(torch.float32).contiguous()
 
 
 def packed_weight(cls: type[nn.Module]) -> str | None:
@@ -91,16 +59,6 @@ def end_training(modules: Iterable[nn.Module]) -> None:
     for module in modules if kinds else ():
         for kind in kinds:
             kind.end_training(module)
-
-
-def claims(modules: Iterable[nn.Module]) -> list[tuple[Any, dict[str, Any]]]:
-    """Return who says that it is quantized, with the attributes that say it."""
-    return [
-        (owner, {name: owner.__dict__[name] for name in names if name in owner.__dict__})
-        for module in modules
-        for kind in loaded_kinds()
-        for owner, names in kind.claims(module)
-    ]
 
 
 def described(weight: Tensor) -> Iterable[str] | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 from torch import Tensor, nn
 
 from lora_inject.private import look_up
@@ -21,3 +24,9 @@ def is_quantized(weight: Tensor) -> bool:
         return True
     # A DTensor has elements here.
     return type(weight) not in PLAIN and not hasattr(weight, "full_tensor")
+
+
+@cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")

@@ -60,10 +60,27 @@ def _read(layer: Any, param: str, raw: Any) -> Any:
             return raw
         if type(raw) is nn.Parameter:
             attached.last_read[param] = ref(raw)
-    value = layer._lora_value(param, raw, entries, outside=outside)
+    value = effective_value(layer, param, raw, entries, outside=outside)
     if value is raw or needs_plain_operations():
         return value
     return read_only(value)
+
+
+def effective_value(
+    layer: Any, param: str, raw: Any, entries: Mapping[str, Entry], *, outside: bool = False
+) -> Any:
+    """Return W + delta, with the entries of the current selection."""
+    if raw is None:
+        layer._lora_check_replaced(param)
+    return layer._lora.selection.current().read(layer, param, raw, entries, outside=outside)
+
+
+def formed_weight(layer: Any) -> Any:
+    """Return the weight with all updates, for a product that cannot be added to."""
+    attached = layer._lora
+    name = layer.weight_name
+    entries = {**attached.forward, **attached.reads.get(name, {})}
+    return effective_value(layer, name, layer._lora_raw(name), entries)
 
 
 def _entries(layer: Any, param: str, *, with_forward: bool) -> Mapping[str, Entry]:

@@ -39,12 +39,6 @@ def alive(members: WeakSet[T]) -> list[T]:
     return [member for reference in references if (member := reference()) is not None]
 
 
-class _InThread(threading.local):
-    """Who takes part in compiled forwards of a thread, where a context says so; else None."""
-
-    selected: Selected | None = None
-
-
 class Selection:
     """What all layers of a root share.
 
@@ -72,7 +66,7 @@ class Selection:
         self.contexts: set[Any] = set()
         self.waits = False
         self.into_graphs: Callable[[Selected, Iterable[torch.device]], None] | None = None
-        self.in_thread = _InThread()
+        self.in_thread = threading.local()  # no subclass with a default: dynamo would keep that
         self.changed = 0
         self.loading: Any = None
         SELECTIONS.add(self)
@@ -108,7 +102,7 @@ class Selection:
 
     def of_thread(self) -> Selected:
         """Return who takes part in compiled forwards of this thread."""
-        selected = self.in_thread.selected
+        selected: Selected | None = getattr(self.in_thread, "selected", None)
         return self.setting if selected is None else selected
 
     def replace(self, setting: Selected, *, merged: Mapping[str, float] | None = None) -> None:

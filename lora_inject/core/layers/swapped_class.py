@@ -120,7 +120,9 @@ def adapted_class(
             plain.__name__, (mixin, Swapped, plain), exec_body=lambda ns: ns.update(namespace)
         )
         if _layout(plain) is not _layout(mixin):
-            swapped = _in_layout_of(plain, swapped, namespace)
+            from lora_inject.core.layers.class_layout import in_layout_of
+
+            swapped = in_layout_of(plain, swapped, namespace)
         _CLASSES[key] = swapped
     return swapped
 
@@ -156,21 +158,6 @@ def _layout(cls: type) -> type:
     while (base := cls.__base__) is not object and base is not None:
         cls = base
     return cls
-
-
-def _in_layout_of(plain: type, wanted: type[Adapted], namespace: dict[str, Any]) -> type[Adapted]:
-    """Return a class like `wanted` that instances of `plain` can change to.
-
-    Python lets an object change its class only where both derive first from the same layout. Where
-    a mixin stands before nn.Module ours has to come second among the
-    bases, and first in the order in which methods are looked up.
-    """
-    meta: Any = type("Reordered", (type(plain),), {"mro": lambda cls: [cls, *wanted.__mro__[1:]]})
-    bases = wanted.__bases__[::-1]
-    with_layout: type[Adapted] = types.new_class(
-        plain.__name__, bases, {"metaclass": meta}, lambda ns: ns.update(namespace)
-    )
-    return with_layout
 
 
 def _rebuild(plain: type[nn.Module], mixin: type[Adapted], reads: tuple[str, ...]) -> Adapted:

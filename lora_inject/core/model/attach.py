@@ -16,13 +16,11 @@ from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.selection import Selection
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.layers.valueless import moved
 from lora_inject.core.model.carried import Carried, Root, structure_changed
 from lora_inject.core.model.guards import after, before
 from lora_inject.core.model.roots import (
     become_root,
-    check_new_name,
-    check_not_nested,
+    check_new_adapter,
     records_with,
     selection_for,
 )
@@ -34,8 +32,7 @@ def survey_for(model: nn.Module, name: str, *, loads: bool = False) -> Survey:
     survey = Survey(model)
     asked = f"adapter {name!r}"
     before("attach", survey, asked, loads=loads)
-    check_not_nested(survey, asked)
-    check_new_name(survey, name)
+    check_new_adapter(survey, name)
     return survey
 
 
@@ -168,6 +165,8 @@ def _put(place: Carried, parameters: Mapping[str, nn.Parameter], selection: Sele
         selection.extend_to(parameters[role].device)
     attached.add(entry)
     if next(iter(parameters.values())).is_meta:
+        from lora_inject.core.layers.valueless import moved
+
         moved(module, emptied=False)
     return attached
 

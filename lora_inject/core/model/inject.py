@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from lora_inject.core.layers.survey import Survey, memory_of
 from lora_inject.core.model.attach import attach, survey_for
 from lora_inject.core.model.callers import callers_of
 from lora_inject.core.model.carried import Carried
-from lora_inject.core.model.guards import before, functions
+from lora_inject.core.model.guards import before
 from lora_inject.core.model.places import places
 from lora_inject.core.model.trainable import check_live_inputs
 from lora_inject.core.spec.config import Config, ConfigLike
@@ -25,40 +24,6 @@ from lora_inject.core.spec.plan import Plan
 from lora_inject.core.spec.rooms import room
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@few_collections()
-def plan(model: nn.Module, config: ConfigLike, *, group: Any = None) -> Plan:
-    r"""Say what `inject` would do, and change nothing.
-
-    Args:
-        model: Any module, also on the meta device.
-        config: A `Config`, a dict, the path of a YAML file, or a `LoraConfig`.
-        group: Processes of which each has other layers of the model; see `inject`. Each gets the
-            plan of its part, and what the whole model lacks is an error in all.
-
-    Returns:
-        The plan; `print(plan)` shows it as a table.
-
-    Raises:
-        ConfigError: The config is not valid.
-        MatchError: A pattern matches nothing, or `expect` is missed.
-        LayerError: A matched module cannot carry an adapter.
-
-    Examples:
-        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> plan(net, {"rank": 2, "targets": [r"\d"]}).n_lora
-        44
-    """
-    all_of = callers_of(group, "plan")
-    survey = Survey(model)
-    present = all_of.run(lambda: inventory(survey))
-    whole = all_of.whole(present)
-    plan_of_all = all_of.run(lambda: resolve(Config.coerce(config, whole, model), whole))
-    planned = all_of.run(lambda: all_of.part(plan_of_all, present))
-    notes = [note for notes_on in functions("notes_on") for note in notes_on(survey, planned)]
-    notes += room("formats").notes_on_files(survey, planned.sites)
-    return replace(planned, notes=(*planned.notes, *notes))
 
 
 @few_collections()

@@ -96,7 +96,7 @@ def adapters(model: nn.Module) -> Adapters:
 
 
 def _info(items: list[Carried], weight: float | None, *, merged: bool) -> AdapterInfo:
-    tensors = [e.tensor(m, r) for _, m, e in items for r in e.names if e.trains(r)]
+    tensors = [t for _, m, e in items for role, t in e.tensors(m).items() if e.trains(role)]
     return AdapterInfo(
         sites={e.spec.name: e.spec for _, _, e in items if e.spec is not None},
         trained=tuple(item.name for item in items if "T" in item.entry.names),

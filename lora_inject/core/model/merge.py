@@ -105,7 +105,11 @@ def merge(
         from lora_inject.core.model.merge_shares import check_min_kept
 
         check_min_kept(min_kept)
-    into = _into(dequantize, requantize)
+    into: Into = None
+    if dequantize is not None or requantize:
+        from lora_inject.core.model.packed_target import what_packed_become
+
+        into = what_packed_become(dequantize, requantize=requantize)
     survey = Survey(model)
     root = root_of(survey)
     mix, targets = mix_and_targets(survey, name, into, "merge")
@@ -144,17 +148,6 @@ def _say_unpacked(survey: Survey, targets: list[Target], kept: _Merged) -> None:
         kept.said += say_unpacked(survey)
 
 
-def _into(dequantize: str | torch.dtype | None, requantize: bool) -> Into:
-    """Return what packed weights become."""
-    if dequantize is None:
-        return "same" if requantize else None
-    if requantize:
-        raise StateError("merge", "both dequantize and requantize are given", "Choose one of them")
-    from lora_inject.core.model.packed_target import dtype_of
-
-    return dtype_of(dequantize)
-
-
 @contextmanager
 def _writing(
     survey: Survey, root: Root, kept: _Merged, undos: list[Undone], n: int
@@ -162,25 +155,19 @@ def _writing(
     """Run the body, which writes `n` tensors, all or nothing; Ctrl-C waits if nothing is kept."""
     waiting = _held_back_interrupts() if kept.undos is None else nullcontext()
     whole = all_or_nothing((module for _, module in survey.modules), (root.selection, root))
-    with waiting, whole, _taken_back(kept, undos, n):
-        yield
-
-
-@contextmanager
-def _taken_back(kept: _Merged, undos: list[Undone], n: int) -> Iterator[None]:
-    """If the body raises, restore configs and weights, as far as these were kept."""
-    try:
-        yield
-    except BaseException as error:
-        kept.say_again()
-        _restore(undos)
-        if any(undo.lost for undo in undos):
-            raise StateError(
-                "merge(undo=False)",
-                f"it failed at tensor {len(undos)} of {n}, and what was written stays written",
-                "Load the base weights again, which undo=False did not keep",
-            ) from error
-        raise
+    with waiting, whole:
+        try:
+            yield
+        except BaseException as error:
+            kept.say_again()
+            _restore(undos)
+            if any(undo.lost for undo in undos):
+                raise StateError(
+                    "merge(undo=False)",
+                    f"it failed at tensor {len(undos)} of {n}, and what was written stays written",
+                    "Load the base weights again, which undo=False did not keep",
+                ) from error
+            raise
 
 
 def _restore(undos: Iterable[Undone]) -> None:

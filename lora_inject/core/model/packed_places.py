@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lora_inject.core.functional.weight import reads_as_sum
-from lora_inject.core.layers.packed_weights import weight_kind
+from lora_inject.core.layers.packed_values import weight_kind
 from lora_inject.core.model.carried import Carried
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.rounded_fold import Tally
-from lora_inject.core.layers.packed_weights import claims, dense, packed_weight, weight_kind
+from lora_inject.core.layers.packed_values import claims, dense, weight_kind
+from lora_inject.core.layers.packed_weights import packed_weight
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey
 from lora_inject.core.layers.weight_kinds import UNKNOWN, Undo, Verb, WeightKind
 from lora_inject.core.model.merged_rows import formed_values
 from lora_inject.core.model.target import Target
 from lora_inject.core.spec.names import joined
-from lora_inject.errors import LayerError
+from lora_inject.errors import LayerError, StateError
 
 Into = torch.dtype | Literal["same"] | None
 """Target of a packed weight: a plain dtype, its own format, or None for an error."""
@@ -34,6 +35,15 @@ def dtype_of(dequantize: str | torch.dtype) -> torch.dtype:
         remedy = f"Use one of {list(DTYPES)}"
         raise LayerError(f"dequantize={name!r}", "the dtype is not known", remedy)
     return DTYPES[name]
+
+
+def what_packed_become(dequantize: str | torch.dtype | None, *, requantize: bool) -> Into:
+    """Return what packed weights become, by the options of a merge."""
+    if dequantize is None:
+        return "same" if requantize else None
+    if requantize:
+        raise StateError("merge", "both dequantize and requantize are given", "Choose one of them")
+    return dtype_of(dequantize)
 
 
 @dataclass

@@ -1,9 +1,11 @@
-"""Becoming a root: which module may be injected, under which name, and what its layers share."""
+"""Becoming a root: which module may be injected, under which name, and what its layers share.
+
+Most models are the only ones of their process, and get one adapter. `several_roots` knows the rest.
+"""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from lora_inject.core.layers.selection import Selection
 from lora_inject.core.layers.survey import Survey
@@ -12,10 +14,8 @@ from lora_inject.core.model.carried import (
     ROOT_MODULES,
     Carried,
     Root,
-    check_unmerged,
     known_roots,
     reach,
-    records_of,
     root_at,
     roots_of,
 )
@@ -27,17 +27,6 @@ def records_with(selection: Selection) -> list[Root]:
     return [record for _, record in known_roots() if record.selection is selection]
 
 
-def _still(holds: Callable[[], bool]) -> bool:
-    """Return whether something holds of the roots that there are, without those that wait to go.
-
-    A model that was deleted and lies in a cycle of references waits for the collector.
-    """
-    if not holds():
-        return False
-    gc.collect()
-    return holds()
-
-
 def become_root(survey: Survey, selection: Selection) -> Root:
     """Return the record of a model, which is a root from now on."""
     record = root_at(survey)
@@ -47,80 +36,35 @@ def become_root(survey: Survey, selection: Selection) -> Root:
     return record
 
 
+def _is_first(survey: Survey) -> bool:
+    """Whether no model of the process has an adapter, as far as it is known."""
+    return not (known_roots() or roots_of(survey) or reach(survey.model, survey).selections)
+
+
+def check_new_adapter(survey: Survey, name: str) -> None:
+    """Check that a model can get an adapter of that name now.
+
+    Raises:
+        StateError: It has one of that name, lies inside or around a root, is merged, or is in use.
+    """
+    if not isinstance(name, str) or not name:
+        problem = "a name is a string of one character or more"
+        raise StateError(f"adapter {name!r}", problem, "Give another name")
+    if not _is_first(survey):
+        from lora_inject.core.model.several_roots import check_free_name, check_not_nested
+
+        check_not_nested(survey, f"adapter {name!r}")
+        check_free_name(survey, name)
+
+
 def selection_for(survey: Survey, wanted: Sequence[Carried], asked: str) -> Selection:
     """Return what the layers of a model share, or will if they have no adapter yet.
 
-    1. A root has its own; another model takes that of the adapted layers inside.
-    2. Where a layer that is wanted stands in another root as well, both share that root's.
-    3. Else it is a new one: what two models share and neither adapts joins nothing.
-
     Raises:
-        StateError: Two of these differ.
+        StateError: Layers that are wanted have several already.
     """
-    record = root_at(survey)
-    adapted = reach(survey.model, survey).selections
-    own = [*adapted][:1] if record is None else [record.selection]
-    shared = {*own, *_selections_around(survey, wanted)}
-    if len(shared) > 1:
-        gc.collect()  # a model that nobody holds any more may wait for it
-        shared = {*own, *_selections_around(survey, wanted)}
-    if len(shared) > 1:
-        problem = "a layer that it would adapt is also in a model that was injected apart"
-        remedy = "Inject that layer first, in either model; or give each model a copy of it"
-        raise StateError(asked, problem, remedy)
-    return shared.pop() if shared else Selection()
+    if _is_first(survey):
+        return Selection()
+    from lora_inject.core.model.several_roots import shared_selection
 
-
-def _selections_around(survey: Survey, wanted: Sequence[Carried]) -> list[Selection]:
-    """Return those of the other roots that have a module which is wanted here."""
-    others = [(root, record) for root, record in known_roots() if root is not survey.model]
-    modules = {id(place.module) for place in wanted} if others else set[int]()
-    return [
-        record.selection
-        for root, record in others
-        if not modules.isdisjoint(map(id, root.modules()))
-    ]
-
-
-def check_not_nested(survey: Survey, asked: str) -> None:
-    """Refuse to inject into a module inside or around a root, or into layers of several roots."""
-    inside = [path for path in roots_of(survey) if path]
-    if inside:
-        problem = f"a part of the model, {inside[0]!r}, was injected by itself"
-        remedy = "Inject into that part again, or eject it and inject into the whole model"
-        raise StateError(asked, problem, remedy)
-    if root_at(survey) is None and _still(lambda: _is_inside_a_root(survey)):
-        problem = "the module is a part of a model that was injected"
-        remedy = (
-            "Inject into that model, with patterns that begin with the name of the part; if it is "
-            "gone, eject this part first"
-        )
-        raise StateError(asked, problem, remedy)
-    if len(reach(survey.model, survey).selections) > 1:
-        problem = "it has layers of models that were injected apart"
-        raise StateError(asked, problem, "Eject those first")
-
-
-def _is_inside_a_root(survey: Survey) -> bool:
-    """Return whether a module is a part of a root, also of a copy that nobody has asked yet."""
-    if any(survey.model is part for root, _ in known_roots() for part in root.modules()):
-        return True
-    known = {id(record.selection) for _, record in known_roots()}
-    return any(id(each) not in known for each in reach(survey.model, survey).selections)
-
-
-def check_new_name(survey: Survey, name: str) -> None:
-    """Check that an adapter of that name can be added to a model now."""
-    asked = f"adapter {name!r}"
-    if not isinstance(name, str) or not name:
-        raise StateError(asked, "a name is a string of one character or more", "Give another name")
-    there = reach(survey.model, survey)
-    if name in there.names:
-        has_it = "the model has one of that name"
-        raise StateError(asked, has_it, "Eject it, or choose another name")
-    if _still(lambda: bool(records_of(survey, name))):
-        has_it = "a layer that was replaced, or a model that shares layers, has one of that name"
-        raise StateError(asked, has_it, "Eject it, or choose another name")
-    for selection in there.selections:
-        selection.check_settled(f"adding adapter {name!r}")
-    check_unmerged(f"adding adapter {name!r}", *there.selections)
+    return shared_selection(survey, wanted, asked)

@@ -1,0 +1,52 @@
+"""What `inject` would do to a live model, without doing it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lora_inject.core.layers.candidates import inventory
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.callers import callers_of
+from lora_inject.core.model.guards import functions
+from lora_inject.core.spec.config import Config, ConfigLike
+from lora_inject.core.spec.garbage import few_collections
+from lora_inject.core.spec.matching import resolve
+from lora_inject.core.spec.plan import Plan
+from lora_inject.core.spec.rooms import room
+
+
+@few_collections()
+def plan(model: nn.Module, config: ConfigLike, *, group: Any = None) -> Plan:
+    r"""Say what `inject` would do, and change nothing.
+
+    Args:
+        model: Any module, also on the meta device.
+        config: A `Config`, a dict, the path of a YAML file, or a `LoraConfig`.
+        group: Processes of which each has other layers of the model; see `inject`. Each gets the
+            plan of its part, and what the whole model lacks is an error in all.
+
+    Returns:
+        The plan; `print(plan)` shows it as a table.
+
+    Raises:
+        ConfigError: The config is not valid.
+        MatchError: A pattern matches nothing, or `expect` is missed.
+        LayerError: A matched module cannot carry an adapter.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> plan(net, {"rank": 2, "targets": [r"\d"]}).n_lora
+        44
+    """
+    all_of = callers_of(group, "plan")
+    survey = Survey(model)
+    present = all_of.run(lambda: inventory(survey))
+    whole = all_of.whole(present)
+    plan_of_all = all_of.run(lambda: resolve(Config.coerce(config, whole, model), whole))
+    planned = all_of.run(lambda: all_of.part(plan_of_all, present))
+    notes = [note for notes_on in functions("notes_on") for note in notes_on(survey, planned)]
+    notes += room("formats").notes_on_files(survey, planned.sites)
+    return replace(planned, notes=(*planned.notes, *notes))
