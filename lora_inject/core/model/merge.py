@@ -101,10 +101,6 @@ def merge(
             a part of its memory, the merged weight would not be finite, `min_kept` is missed, or
             the model's class would tie again what has to be untied. Nothing was changed.
     """
-    if min_kept is not None:
-        from lora_inject.core.model.merge_shares import check_min_kept
-
-        check_min_kept(min_kept)
     into: Into = None
     if dequantize is not None or requantize:
         from lora_inject.core.model.packed_target import what_packed_become

@@ -120,6 +120,10 @@ def check_results(targets: list[Target], min_kept: float | None, undo: bool) -> 
     the dtype, the merged weight is finite if W is. This is checked now only if the merge cannot be
     undone later. All other targets are formed once without being written.
     """
+    if min_kept is not None:
+        from lora_inject.core.model.merge_shares import check_kept, check_min_kept
+
+        check_min_kept(min_kept)
     for target in targets:
         plain = not is_quantized(target.weight)
         if target.narrow and not undo and plain and not all_finite(target.weight):
@@ -130,8 +134,6 @@ def check_results(targets: list[Target], min_kept: float | None, undo: bool) -> 
             if target.tally is not None and not target.tally.finite:
                 _refuse_not_finite(target)
     if min_kept is not None:
-        from lora_inject.core.model.merge_shares import check_kept
-
         check_kept(targets, min_kept)
 
 
