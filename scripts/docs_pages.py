@@ -25,6 +25,7 @@ from lora_inject.cli import app
 from lora_inject.cli.given import ReadOptions
 from lora_inject.cli.program import EXAMPLES
 from lora_inject.core.spec.config import Config
+from lora_inject.core.spec.schema import json_schema
 from lora_inject.version import __version__
 
 MARK = re.compile(r"<!-- generated: (\w+) ?(.*?) -->")
@@ -102,7 +103,7 @@ def names(module: str) -> str:
 
 def config_keys() -> str:
     """Every key of the config with its type, default and meaning, from the JSON Schema."""
-    schema = Config.json_schema()
+    schema = json_schema()
     named = ("Rule", "Expect", "Axes", "Normal")
     parts = [_keys(name, schema["$defs"][name]) for name in named]
     return "\n".join([_keys("The file", schema), *parts])

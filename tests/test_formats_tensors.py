@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
-from lora_inject.core.files.tensors import in_memory, read_tensors, serialize
+from lora_inject.core.files.tensors import read_tensors, serialize
+from lora_inject.core.files.tensors_on_disk import in_memory
 from lora_inject.errors import FormatError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool)

@@ -38,6 +38,7 @@ from lora_inject.cli import app
 from lora_inject.core.adapter.variants import VARIANTS
 from lora_inject.core.layers.kinds import KINDS
 from lora_inject.core.spec.rooms import REGISTERED
+from lora_inject.core.spec.schema import json_schema
 from lora_inject.core.spec.sites import ROLES
 
 REPO = Path(__file__).parents[1]
@@ -397,6 +398,6 @@ def test_a_wrong_block_is_found(session, capsys, text):
 
 
 def test_output_may_leave_parts_out(session, capsys):
-    schema = json.dumps(li.Config.json_schema(), indent=2)
+    schema = json.dumps(json_schema(), indent=2)
     first = schema.splitlines()[0]
     run_document(f"```console\n$ lora-inject schema\n{first}\n...\n```\n", "right.md", capsys)

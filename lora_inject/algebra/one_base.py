@@ -8,7 +8,8 @@ from itertools import combinations
 from torch import Tensor
 
 from lora_inject.core.adapter.base_differences import base_differences, unverifiable
-from lora_inject.core.adapter.fingerprint import Fingerprint, same_values
+from lora_inject.core.adapter.fingerprint import Fingerprint
+from lora_inject.core.adapter.fingerprints import same_values
 from lora_inject.errors import StateError
 
 

@@ -29,7 +29,7 @@ from lora_inject.algebra.parts import (
 )
 from lora_inject.algebra.plain_sites import plain
 from lora_inject.algebra.renaming import distinct, renaming, some_of
-from lora_inject.core.adapter.fingerprint import Fingerprint
+from lora_inject.core.adapter.fingerprints import renamed_fingerprint, union_of
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.named import named
@@ -61,7 +61,25 @@ def distance(one: AdapterState, two: AdapterState) -> float:
 def renamed_adapter(
     state: AdapterState, new: Mapping[str, str] | Callable[[str], str]
 ) -> AdapterState:
-    """Return an adapter under other names; see `AdapterState.rename`."""
+    r"""Return the adapter with other names of sites, trained tensors and the fingerprint.
+
+    Args:
+        state: The adapter.
+        new: Regexes of whole segments and their replacements (`\1` for a group, empty to
+            remove them), applied in order to every name; or a function of a name.
+
+    Raises:
+        StateError: A regex is not valid or matches no name, two names would become one, or a
+            new name is empty or has spaces or slashes.
+
+    Examples:
+        >>> from lora_inject.core.spec.sites import SiteSpec
+        >>> spec = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), 2, 4.0, weight="h.0.q.weight")
+        >>> a = AdapterState({"h.0.q": SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))})
+        >>> site = a.rename({"h": "model.layers", "q": "self_attn.q_proj"}).sites
+        >>> [site.spec.weight for site in site.values()]
+        ['model.layers.0.self_attn.q_proj.weight']
+    """
     change = renaming(new, [*state.sites, *state.trained])
     sites, weights = [], {}
     for name, site in state.sites.items():
@@ -79,7 +97,7 @@ def renamed_adapter(
         trained=distinct((place(name), tensor) for name, tensor in state.trained.items()),
         base_copies=distinct((place(name), t) for name, t in state.base_copies.items()),
         rows={place(name): rows for name, rows in state.rows.items()},
-        fingerprint=marks and marks.renamed(place),
+        fingerprint=marks and renamed_fingerprint(marks, place),
         config=None,
     )
 
@@ -87,7 +105,19 @@ def renamed_adapter(
 def split_adapter(
     state: AdapterState, pattern: str, sizes: Mapping[str, int] | None = None
 ) -> AdapterState:
-    """Return an adapter with split projections; see `AdapterState.split`."""
+    """Split fused projections: `attn.qkv` becomes `attn.q`, `attn.k` and `attn.v`.
+
+    Args:
+        state: The adapter.
+        pattern: Which sites, as in a config.
+        sizes: Width of each part along the output, in order; those of its slices by default.
+
+    Returns:
+        A site for each adapted part, under the parent of the fused one.
+
+    Raises:
+        StateError: The pattern matches nothing, or the widths do not fit the site.
+    """
     asked, sizes = f"split {pattern!r}", {} if sizes is None else sizes
     _check_sizes(asked, sizes)
     chosen = named(state.sites, [pattern], asked)
@@ -96,7 +126,20 @@ def split_adapter(
 
 
 def joined_adapter(state: AdapterState, name: str, sizes: Mapping[str, int]) -> AdapterState:
-    """Return an adapter with joined projections; see `AdapterState.join`."""
+    """Join sites of one parent to sites on fused projections.
+
+    Args:
+        state: The adapter.
+        name: Name of the fused layer, such as `qkv_proj`.
+        sizes: Name and width of each of its parts, in order: `{"q_proj": 8, "k_proj": 4}`.
+
+    Returns:
+        One site with slices for each module that holds some of the parts. Ranks are padded with
+        zeros to the largest.
+
+    Raises:
+        StateError: No site is such a part, or a width does not fit.
+    """
     asked = f"join {name!r}"
     check_type(f"{asked}, name", name, str, "Give the name of the fused layer")
     _check_sizes(asked, sizes)
@@ -111,7 +154,18 @@ def joined_adapter(state: AdapterState, name: str, sizes: Mapping[str, int]) -> 
 
 
 def adapter_of_experts(state: AdapterState, pattern: str) -> AdapterState:
-    """Return an adapter with a site for each expert; see `AdapterState.split_experts`."""
+    """Split stacks of experts: `experts.up` becomes `experts.0.up`, `experts.1.up`, ...
+
+    Args:
+        state: The adapter.
+        pattern: Which sites, as in a config.
+
+    Returns:
+        A linear site for each expert.
+
+    Raises:
+        StateError: The pattern matches nothing, or a site that is not a stack.
+    """
     asked = f"split_experts {pattern!r}"
     new = {}
     for name in named(state.sites, [pattern], asked):
@@ -123,7 +177,19 @@ def adapter_of_experts(state: AdapterState, pattern: str) -> AdapterState:
 
 
 def adapter_of_stacks(state: AdapterState, pattern: str, n: int) -> AdapterState:
-    """Return an adapter with stacks of experts; see `AdapterState.join_experts`."""
+    """Join the sites of single experts to stacks: `experts.0.up`, ... become `experts.up`.
+
+    Args:
+        state: The adapter.
+        pattern: Which modules hold numbered experts, as in a config.
+        n: How many experts there are; one without a site gets zeros.
+
+    Returns:
+        A site on a stacked parameter `(n, out, in)` for each kind of layer.
+
+    Raises:
+        StateError: No site is such an expert, or they do not fit on one stack.
+    """
     asked = f"join_experts {pattern!r}"
     check_type(f"{asked}, pattern", pattern, str, "Give a regex for the end of a name")
     check_type(f"{asked}, n", n, Integral, "Give the number of experts")
@@ -288,7 +354,7 @@ def with_sites(
             raise _held_twice(min(twice), holders[0].name, named, asked)
     marks = [state.fingerprint for state in states if state.fingerprint is not None]
     copies = common_copies([state.base_copies for state in states], names, asked)
-    union = Fingerprint.union(marks) if marks else None
+    union = union_of(marks) if marks else None
     return AdapterState(sites, trained, None, union, copies)
 
 

@@ -25,12 +25,13 @@ from lora_inject.checkpoint.output_files import TensorJob, clash
 from lora_inject.checkpoint.place import NoPlace, Orientation, Placed, SiteUpdate
 from lora_inject.checkpoint.quantized_base import why_no_update
 from lora_inject.core.adapter.base_differences import base_differences
-from lora_inject.core.adapter.fingerprint import Fingerprint, Moved, same_values
+from lora_inject.core.adapter.fingerprint import Fingerprint, Moved
+from lora_inject.core.adapter.fingerprints import same_values
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
-from lora_inject.core.files.tensors import in_memory
+from lora_inject.core.files.tensors_on_disk import in_memory
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.core.spec.spellings import nearest
 from lora_inject.errors import CheckpointError

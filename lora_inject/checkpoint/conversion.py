@@ -14,7 +14,7 @@ from lora_inject.checkpoint.index import Checkpoint, read_config
 from lora_inject.core.adapter.exchange import read_adapter, write_adapter
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import check_free
-from lora_inject.core.files.strict_json import read_json
+from lora_inject.core.files.json_files import read_json
 from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats import ModelFacts, losses_of
 from lora_inject.formats.clients import Objection, objections

@@ -17,7 +17,7 @@ from lora_inject.checkpoint.base_class import SILENT, BaseClass
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.variants import variant_of
 from lora_inject.core.files.safetensors_file import TensorEntry
-from lora_inject.core.files.tensors import in_memory
+from lora_inject.core.files.tensors_on_disk import in_memory
 from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.spec.sites import SiteSpec

@@ -36,7 +36,8 @@ from lora_inject.checkpoint.packed import Packed
 from lora_inject.checkpoint.place import read_gain, read_terms
 from lora_inject.core.files.row_reader import Room, RowReader, rows_per_block
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
-from lora_inject.core.files.tensors import bytes_of, in_memory
+from lora_inject.core.files.tensors import bytes_of
+from lora_inject.core.files.tensors_on_disk import in_memory
 from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.fold import Delta
 from lora_inject.core.functional.gain import Gain

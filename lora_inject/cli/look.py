@@ -224,6 +224,6 @@ def _show_analysis(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a config, for editors."""
-    from lora_inject.core.spec.config import Config
+    from lora_inject.core.spec.schema import json_schema
 
-    show.print_json(Config.json_schema())
+    show.print_json(json_schema())

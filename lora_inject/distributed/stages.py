@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from lora_inject.core.adapter.fingerprint import Fingerprint
+from lora_inject.core.adapter.fingerprints import union_of
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.model.callers import Alone
 from lora_inject.core.spec.inventory import Inventory
@@ -197,6 +197,6 @@ def _joined(parts: Sequence[AdapterState], asked: str) -> AdapterState:
         _first(part.sites for part in parts),
         _first(part.trained for part in parts),
         next(iter(configs), None),
-        Fingerprint.union(prints) if prints else None,
+        union_of(prints) if prints else None,
         rows=_first(part.rows for part in parts),
     )

@@ -18,14 +18,10 @@ from typing import Any
 
 from lora_inject.core.adapter.exchange import ONE, Format
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.strict_json import is_positive, read_json
-from lora_inject.core.files.tensors import (
-    contiguous,
-    is_safetensors,
-    read_names,
-    read_tensors,
-    serialize,
-)
+from lora_inject.core.files.json_files import read_json
+from lora_inject.core.files.strict_json import is_positive
+from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
+from lora_inject.core.files.tensors_on_disk import contiguous
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
 from lora_inject.formats.lone_files import rest_of_folder

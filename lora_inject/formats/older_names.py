@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from lora_inject.algebra import reshape
+from lora_inject.core.adapter.fingerprints import renamed_fingerprint
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import FormatError
@@ -139,7 +140,7 @@ def _in_places(
         trained=renamed(state.trained),
         rows=renamed(state.rows),
         base_copies=renamed(state.base_copies),
-        fingerprint=mark and mark.renamed(new),
+        fingerprint=mark and renamed_fingerprint(mark, new),
     )
 
 

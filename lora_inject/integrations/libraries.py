@@ -54,15 +54,13 @@ WEIGHT_KINDS = (
     ("transformers.models.falcon.modeling_falcon", f"{_QUANTIZED}.transformers_linears:Multiplies"),
     ("transformers.quantizers.base", f"{_QUANTIZED}.transformers_quantizers:Quantized"),
 )
-"""Ways in which a weight is held packed, asked in this order: the module of the library that has to
-be loaded, and the class that knows it (`core/layers/weight_kinds.py`)."""
+"""Asked in this order: the module that has to be loaded, and the class that knows the way."""
 
 WEIGHT_KINDS_OF_ANY = (
     f"{_QUANTIZED}.own_values:OfTensor",
     f"{_QUANTIZED}.own_values:OfLayer",
 )
 """Those of whatever library, asked last."""
-
 
 FORWARD_OWNERS = (
     ("accelerate.hooks", "lora_inject.integrations.accelerate:Hooks"),
@@ -72,25 +70,22 @@ FORWARD_OWNERS = (
         "lora_inject.integrations.transformers_parallel:Styles",
     ),
 )
-"""Who puts forwards onto instances: a module of the library that has to be loaded, and the class
-that knows it (`core/layers/forwards.py`)."""
+"""The module that has to be loaded, and the class that knows it."""
 
 MOVERS = (
     ("compressed_tensors.quantization", f"{_QUANTIZED}.compressed_tensors:rounds_in_place"),
     (GROUP, "lora_inject.distributed.movers:is_moved"),
 )
-"""Who reads parameters to move them or to round them, and must find them as they are: what has to
-be there, and the function that says so of a read."""
-
+"""What has to be there, and the function that says so of a read."""
 
 CONV1D = (("transformers.pytorch_utils", "Conv1D"),)
-"""Linear layers with the weight `(in, out)`: the module and the name of the class."""
+"""The module and the name of the class."""
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Segments that wrappers of torch put into names: its compiler, FSDP1, activation checkpointing."""
+"""Those of torch's compiler, of FSDP1 and of activation checkpointing."""
 
 GATHERED = ("_is_fsdp_managed_module",)
-"""Attributes by which a wrapper marks modules whose parameters it gathers into views: FSDP1."""
+"""The attribute that FSDP1 sets."""
 
 
 def guards() -> Iterator[Any]:

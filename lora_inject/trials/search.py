@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import write_file
-from lora_inject.core.files.strict_json import read_json
+from lora_inject.core.files.json_files import read_json
 from lora_inject.core.files.tensors import bytes_of
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.survey import Survey

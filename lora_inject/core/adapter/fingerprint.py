@@ -13,7 +13,7 @@ would miss them: its own merged base would pass. So values that moved are sample
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -50,23 +50,14 @@ class Fingerprint:
     quantized: Mapping[str, str] = field(default_factory=dict)
     moved: Mapping[str, Moved] = field(default_factory=dict)
 
-    def renamed(self, change: Callable[[str], str]) -> Fingerprint:
-        """Return the fingerprint with other names of the weights."""
-        return Fingerprint(*({change(k): v for k, v in each.items()} for each in self._parts))
-
     def without(self, names: Collection[str]) -> Fingerprint | None:
         """Return the fingerprint without some weights, None if no weight is left."""
-        kept = [{k: v for k, v in each.items() if k not in names} for each in self._parts]
+        kept = [{k: v for k, v in each.items() if k not in names} for each in self.parts]
         return Fingerprint(*kept) if kept[0] else None
 
-    @staticmethod
-    def union(several: Iterable[Fingerprint]) -> Fingerprint:
-        """Return the union of fingerprints of one base."""
-        known = zip(*(mark._parts for mark in several), strict=True)
-        return Fingerprint(*({k: v for each in part for k, v in each.items()} for part in known))
-
     @property
-    def _parts(self) -> tuple[Mapping[str, Any], ...]:
+    def parts(self) -> tuple[Mapping[str, Any], ...]:
+        """All that it says, each by the names of weights."""
         return self.shapes, self.samples, self.quantized, self.moved
 
 
@@ -114,9 +105,3 @@ def values_at(weight: Tensor, positions: tuple[int, ...]) -> tuple[float, ...]:
 def sample_index(shape: tuple[int, ...]) -> Tensor:
     """The positions as a tensor; a model has few shapes and many weights."""
     return torch.tensor(sample_positions(shape), dtype=torch.long, device="cpu")
-
-
-def same_values(one: Tensor, two: Tensor) -> bool:
-    """Compare two copies of a tensor in the narrower of their dtypes: one may have been rounded."""
-    narrow = min(one.dtype, two.dtype, key=lambda dtype: dtype.itemsize)
-    return torch.equal(one.to(narrow), two.to(narrow))

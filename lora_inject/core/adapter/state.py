@@ -212,84 +212,23 @@ class AdapterState(Shown):
         return replace(self, sites=sites, trained=trained, rows=rows)
 
     def rename(self, new: Mapping[str, str] | Callable[[str], str]) -> AdapterState:
-        r"""Return the adapter with other names of sites, trained tensors and the fingerprint.
-
-        Args:
-            new: Regexes of whole segments and their replacements (`\1` for a group, empty to
-                remove them), applied in order to every name; or a function of a name.
-
-        Raises:
-            StateError: A regex is not valid or matches no name, two names would become one, or a
-                new name is empty or has spaces or slashes.
-
-        Examples:
-            >>> from lora_inject.core.spec.sites import SiteSpec
-            >>> spec = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), 2, 4.0, weight="h.0.q.weight")
-            >>> a = AdapterState({"h.0.q": SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))})
-            >>> site = a.rename({"h": "model.layers", "q": "self_attn.q_proj"}).sites
-            >>> [site.spec.weight for site in site.values()]
-            ['model.layers.0.self_attn.q_proj.weight']
-        """
+        """Return the adapter with other names of layers; see `algebra.values.renamed_adapter`."""
         return _computed("renamed_adapter", self, new)
 
     def split(self, pattern: str, sizes: Mapping[str, int] | None = None) -> AdapterState:
-        """Split fused projections: `attn.qkv` becomes `attn.q`, `attn.k` and `attn.v`.
-
-        Args:
-            pattern: Which sites, as in a config.
-            sizes: Width of each part along the output, in order; those of its slices by default.
-
-        Returns:
-            A site for each adapted part, under the parent of the fused one.
-
-        Raises:
-            StateError: The pattern matches nothing, or the widths do not fit the site.
-        """
+        """Split fused projections, as qkv to q, k, v; see `algebra.values.split_adapter`."""
         return _computed("split_adapter", self, pattern, sizes)
 
     def join(self, name: str, sizes: Mapping[str, int]) -> AdapterState:
-        """Join sites of one parent to sites on fused projections.
-
-        Args:
-            name: Name of the fused layer, such as `qkv_proj`.
-            sizes: Name and width of each of its parts, in order: `{"q_proj": 8, "k_proj": 4}`.
-
-        Returns:
-            One site with slices for each module that holds some of the parts. Ranks are padded with
-            zeros to the largest.
-
-        Raises:
-            StateError: No site is such a part, or a width does not fit.
-        """
+        """Join sites to fused ones, as q, k, v to qkv; see `algebra.values.joined_adapter`."""
         return _computed("joined_adapter", self, name, sizes)
 
     def split_experts(self, pattern: str) -> AdapterState:
-        """Split stacks of experts: `experts.up` becomes `experts.0.up`, `experts.1.up`, ...
-
-        Args:
-            pattern: Which sites, as in a config.
-
-        Returns:
-            A linear site for each expert.
-
-        Raises:
-            StateError: The pattern matches nothing, or a site that is not a stack.
-        """
+        """Split stacks to sites of single experts; see `algebra.values.adapter_of_experts`."""
         return _computed("adapter_of_experts", self, pattern)
 
     def join_experts(self, pattern: str, n: int) -> AdapterState:
-        """Join the sites of single experts to stacks: `experts.0.up`, ... become `experts.up`.
-
-        Args:
-            pattern: Which modules hold numbered experts, as in a config.
-            n: How many experts there are; one without a site gets zeros.
-
-        Returns:
-            A site on a stacked parameter `(n, out, in)` for each kind of layer.
-
-        Raises:
-            StateError: No site is such an expert, or they do not fit on one stack.
-        """
+        """Join sites of single experts to stacks; see `algebra.values.adapter_of_stacks`."""
         return _computed("adapter_of_stacks", self, pattern, n)
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_inject.core.files.disk import create_file, remedy_for, replace_file
+from lora_inject.core.files.disk import create_file, replace_file
 from lora_inject.errors import FormatError
 
 
@@ -43,5 +43,7 @@ def explained(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        from lora_inject.core.files.system_errors import remedy_for
+
         problem = error.strerror or str(error)
         raise FormatError(f"write '{target}'", problem, remedy_for(error)) from error

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
-
-CAN_REPLACE_OPEN_FILES = os.name != "nt"
-"""Whether a file that is open can be replaced, renamed and removed."""
-_REMEDIES = {
-    errno.ENOSPC: "Free some space and run again",
-    errno.EDQUOT: "Your quota is used up; free some space and run again",
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "Give a folder that you may write to"),
-    errno.EROFS: "Give a folder on a disk that is not read-only",
-}
 
 
 def fsync_dir(folder: Path) -> None:
@@ -44,13 +35,7 @@ def temporary_name(target: Path) -> Path:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file atomically and durably."""
-    temporary = temporary_name(path)
-    try:
-        write_new(temporary, data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_dir(path.parent)
+    _put(path, data, Path.replace)
 
 
 def create_file(path: Path, data: bytes) -> None:
@@ -59,20 +44,23 @@ def create_file(path: Path, data: bytes) -> None:
     Raises:
         FileExistsError: Somebody has written it meanwhile.
     """
+    _put(path, data, _link)
+
+
+def _put(path: Path, data: bytes, name_it: Callable[[Path, Path], object]) -> None:
     temporary = temporary_name(path)
     try:
         write_new(temporary, data)
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            raise
-        except OSError:  # no links there, as in FAT
-            temporary.replace(path)
+        name_it(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_dir(path.parent)
 
 
-def remedy_for(error: OSError) -> str:
-    """Return what to do about an error of the system."""
-    return _REMEDIES.get(error.errno or 0, "Check the disk and run again")
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # no links there, as in FAT
+        temporary.replace(path)

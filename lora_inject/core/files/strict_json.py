@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from itertools import count
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_inject.errors import FormatError, LoraInjectError
@@ -37,18 +35,6 @@ def parse_json(
     except ValueError as cause:
         problem = f"it is not valid JSON ({cause})"
     raise error(asked, problem, "The file is damaged or was edited; fetch it again")
-
-
-def read_json(
-    path: Path,
-    asked: str,
-    error: type[LoraInjectError] = FormatError,
-    max_bytes: int = MAX_BYTES,
-) -> Any:
-    """Parse a file as `parse_json` does; reads at most `max_bytes + 1`."""
-    with path.open("rb") as file:
-        n_bytes = min(os.fstat(file.fileno()).st_size, max_bytes)  # `read` allocates all at once
-        return parse_json(file.read(n_bytes + 1), asked, error, max_bytes)
 
 
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

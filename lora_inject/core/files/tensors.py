@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -85,17 +85,6 @@ def _values(file: BinaryIO, entry: TensorEntry, asked: str) -> Tensor:
     if file.readinto(content) != entry.n_bytes:  # type: ignore[attr-defined]
         raise FormatError(asked, "it was cut off while it was read", "Read the adapter again")
     return torch.frombuffer(content, dtype=dtype).view(entry.shape)
-
-
-def in_memory(tensor: Tensor) -> Tensor:
-    """Return a tensor itself, or the values of one that `read_tensors` left on disk."""
-    read: Any = getattr(tensor, "read_from_disk", None)
-    return tensor if read is None else read()
-
-
-def contiguous(tensor: Tensor) -> Tensor:
-    """Return a tensor with contiguous values; a tensor on disk is returned as it is."""
-    return tensor if hasattr(tensor, "read_from_disk") else tensor.contiguous()
 
 
 def bytes_of(tensor: Tensor) -> bytearray:

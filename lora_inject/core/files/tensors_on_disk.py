@@ -13,10 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.files.disk import CAN_REPLACE_OPEN_FILES
 from lora_inject.core.files.read_at import open_to_read
 from lora_inject.core.files.row_reader import RowReader
-from lora_inject.core.files.safetensors_file import DTYPES, TensorEntry, check_dtypes, header_of
+from lora_inject.core.files.safetensors_file import (
+    DTYPES,
+    TensorEntry,
+    check_dtypes,
+    header_of,
+)
 from lora_inject.errors import CheckpointError, FormatError
 from lora_inject.trees import tree_leaves, tree_map_only
 
@@ -32,6 +36,8 @@ def left_on_disk(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, dict(header.metadata or {})
 
 
+CAN_REPLACE_OPEN_FILES = os.name != "nt"
+"""Whether a file that is open can be replaced, renamed and removed."""
 _MOST_OPEN = 64 if CAN_REPLACE_OPEN_FILES else 0
 _TICK_NS = 20_000_000  # the clock of a file system is not coarser on Linux
 _OPEN: weakref.WeakSet[_File] = weakref.WeakSet()
@@ -194,3 +200,14 @@ def _plain(tensor: Tensor) -> Tensor:
     """Return a tensor, if it is one on disk, as the plain meta tensor that it is."""
     plain: Tensor = _run_plainly(Tensor.as_subclass, (), (tensor, Tensor))
     return plain
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """Return a tensor itself, or the values of one that `read_tensors` left on disk."""
+    read: Any = getattr(tensor, "read_from_disk", None)
+    return tensor if read is None else read()
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    """Return a tensor with contiguous values; a tensor on disk is returned as it is."""
+    return tensor if hasattr(tensor, "read_from_disk") else tensor.contiguous()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
-from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from collections.abc import Iterable, Set
+from typing import TypeVar
 
 from torch import nn
 
@@ -62,7 +61,9 @@ def eject(model: M, name: str | None = None) -> M:
     for one in walked:
         before("eject", one, gone)
     modules = _modules_of(walked, roots, gone)
-    with _unless_it_fails(modules, roots):
+    values = [value for _, record in roots for value in (record, record.selection)]
+    flags = [tensor for one, _ in roots for tensor in one.tensors]
+    with all_or_nothing(modules, values, flags):
         _take_off_copies(survey, gone)
         for one, record in roots:
             _take_off(one, record, gone & record.configs.keys())
@@ -98,15 +99,6 @@ def _roots_with(survey: Survey, gone: Set[str]) -> list[_Root]:
     """Return the roots that hold adapters, each once."""
     records = {id(m): (m, record) for each in gone for m, record in records_of(survey, each)}
     return [(survey if m is survey.model else Survey(m), r) for m, r in records.values()]
-
-
-def _unless_it_fails(
-    modules: Iterable[nn.Module], roots: Sequence[_Root]
-) -> AbstractContextManager[Any]:
-    """Return the context in which roots change, all or none."""
-    values = [value for _, record in roots for value in (record, record.selection)]
-    flags = [tensor for one, _ in roots for tensor in one.tensors]
-    return all_or_nothing(modules, values, flags)
 
 
 def _modules_of(

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.base_differences import base_differences, unverifiable
-from lora_inject.core.adapter.fingerprint import Fingerprint, same_values
+from lora_inject.core.adapter.fingerprint import Fingerprint
+from lora_inject.core.adapter.fingerprints import same_values
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.guards import functions

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from itertools import chain
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -41,14 +40,25 @@ def places(
     taken: set[tuple[int, str]] = set()
     swappable: set[tuple[type, bool]] = set()  # what holds of one layer of a class holds of all
     for place in wanted:
-        for reason in chain(_reasons_here(place, taken), _reasons_of_values(place)):
+        for reason in _reasons_here(place, taken):
             raise LayerError(_asked(place), *reason)
         alike = type(place.module), attached_to(place.module) is None
         if alike not in swappable:
             check_swappable(place.module, mixin_of(place.entry), _asked(place))
             swappable.add(alike)
         taken.add((id(place.module), place.entry.param))
+    if unusual := [place for place in wanted if not _is_usual(place)]:
+        from lora_inject.core.model.unusable import check_values
+
+        for place in unusual:
+            check_values(place, _asked(place))
     return wanted
+
+
+def _is_usual(place: Carried) -> bool:
+    """Whether an entry is LoRA on a plain tensor, whose values it can always use."""
+    spec = place.entry.spec
+    return spec is not None and spec.variant == "lora" and not is_quantized(place.weight)
 
 
 def _asked(place: Carried) -> str:
@@ -94,30 +104,3 @@ def _is_taken(module: nn.Module, flat: str) -> bool:
     """Whether a module has an attribute; `hasattr` would raise and catch for each that is free."""
     own = flat in module.__dict__ or hasattr(type(module), flat)
     return own or flat in module._parameters or flat in module._buffers or flat in module._modules
-
-
-def _reasons_of_values(place: Carried) -> Iterator[tuple[str, str]]:
-    """Yield why an entry cannot use the values of its tensor, and what to do.
-
-    | entry | tensor | refused |
-    |---|---|---|
-    | copy | packed, or of a layer that moves statistics | always |
-    | site with a gain | any | where the layer has no norms of its outputs |
-    | site on the output | packed | with an init from W, or a gain whose norms its kind hides |
-    | site that is read | packed | the same, in float32, and where it cannot read as a sum |
-    """
-    spec = place.entry.spec
-    if spec is None:
-        from lora_inject.core.model.in_full import reasons_against_copy
-
-        yield from reasons_against_copy(place)
-        return
-    if place.entry.variant.gained:
-        from lora_inject.core.spec.limits import why_no_gain
-
-        if why := why_no_gain(spec):
-            yield f"variant {spec.variant} on {why}", "Train it with variant: lora"
-    if is_quantized(place.weight):
-        from lora_inject.core.model.packed_places import reasons_of_packed
-
-        yield from reasons_of_packed(place, spec)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.exchange import read_adapter
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.tensors import in_memory, values_at_once
+from lora_inject.core.files.tensors import values_at_once
+from lora_inject.core.files.tensors_on_disk import in_memory
 from lora_inject.core.layers.starting import copy_into
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.layers.valueless import given_values

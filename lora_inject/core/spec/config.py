@@ -443,20 +443,6 @@ class Config(Shown, YamlModel):
     def __str__(self) -> str:
         return self.to_yaml().rstrip()
 
-    @classmethod
-    def json_schema(cls) -> dict[str, Any]:
-        """Return the JSON Schema (draft-07) of a config file, for editors, as plain data.
-
-        It says less than `Config` checks: patterns are only strings.
-
-        Examples:
-            >>> sorted(Config.json_schema()["$defs"])
-            ['Active', 'Axes', 'Expect', 'Normal', 'Rule']
-        """
-        from lora_inject.core.spec.schema import file_schema  # no part of injecting
-
-        return file_schema(cls)
-
 
 ConfigLike = Config | Mapping[str, Any] | str | PathLike[str] | HasFields
 """Accepted forms of a config; see `Config.coerce`."""

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
+from lora_inject.core.spec.config import Config
 
-def file_schema(config: type[BaseModel]) -> dict[str, Any]:
-    """Return the JSON Schema (draft-07) of files of `Config`; see `Config.json_schema`."""
-    schema = config.model_json_schema(schema_generator=_FileSchema)
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (draft-07) of a config file, for editors, as plain data.
+
+    It says less than `Config` checks: patterns are only strings.
+
+    Examples:
+        >>> sorted(json_schema()["$defs"])
+        ['Active', 'Axes', 'Expect', 'Normal', 'Rule']
+    """
+    schema = Config.model_json_schema(schema_generator=_FileSchema)
     targets = schema["properties"]["targets"]
     pattern = {"type": "string", "minLength": 1, "description": "The rule that only matches."}
     targets["items"] = {"anyOf": [pattern, targets["items"]]}

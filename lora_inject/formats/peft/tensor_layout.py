@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.core.adapter.site_state import SiteState
-from lora_inject.core.files.tensors import contiguous
+from lora_inject.core.files.tensors_on_disk import contiguous
 from lora_inject.core.functional.plain_operations import spread
 from lora_inject.core.spec.names import joined, leaf, parent
 from lora_inject.core.spec.sites import SiteSpec
