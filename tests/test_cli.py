@@ -30,6 +30,7 @@ import lora_inject as li
 from lora_inject.checkpoint import VerifyReport, merge_files
 from lora_inject.cli import app, show
 from lora_inject.cli.program import EXAMPLES
+from lora_inject.core.spec import schema
 from lora_inject.core.spec.schema import json_schema
 from lora_inject.core.spec.site_tables import Listing
 from lora_inject.formats import read_adapter
@@ -701,7 +702,7 @@ def test_a_defect_is_not_taken_for_a_refusal(monkeypatch):
     def fail() -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(li.Config, "json_schema", fail)
+    monkeypatch.setattr(schema, "json_schema", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         app(["schema"])
 
@@ -715,7 +716,7 @@ def test_every_refusal_of_the_package_is_exit_code_1(run, monkeypatch):
         def fail(kind=kind) -> None:
             raise kind("asked", "found", "remedy")
 
-        monkeypatch.setattr(li.Config, "json_schema", fail)
+        monkeypatch.setattr(schema, "json_schema", fail)
         found = run("schema")
         assert (found.code, found.out) == (1, "")
         assert found.err == "Error: asked: found. remedy.\n"

@@ -62,7 +62,7 @@ def import_as_on_windows() -> None:
         del sys.modules[module]
     name, os.name = os.name, "nt"
     try:
-        importlib.import_module("lora_inject.core.files.disk")
+        importlib.import_module("lora_inject.core.files.read_at")
     finally:
         os.name = name  # pathlib asks it as well, and there is no Windows here
 

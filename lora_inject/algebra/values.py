@@ -73,7 +73,7 @@ def renamed_adapter(
             new name is empty or has spaces or slashes.
 
     Examples:
-        >>> from lora_inject.core.spec.sites import SiteSpec
+        >>> import torch
         >>> spec = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), 2, 4.0, weight="h.0.q.weight")
         >>> a = AdapterState({"h.0.q": SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))})
         >>> site = a.rename({"h": "model.layers", "q": "self_attn.q_proj"}).sites

@@ -10,6 +10,8 @@ import threading
 
 from lora_inject.errors import CheckpointError
 
+CAN_REPLACE_OPEN_FILES = os.name != "nt"
+"""Whether a file that is open can be replaced, renamed and removed."""
 POSITION = threading.Lock()  # of files, where reading or writing at an offset moves it
 _PIECE = 1 << 24  # bytes: what is read at a time where that needs memory of its own
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.files.read_at import open_to_read
+from lora_inject.core.files.read_at import CAN_REPLACE_OPEN_FILES, open_to_read
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import (
     DTYPES,
@@ -36,8 +36,6 @@ def left_on_disk(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, dict(header.metadata or {})
 
 
-CAN_REPLACE_OPEN_FILES = os.name != "nt"
-"""Whether a file that is open can be replaced, renamed and removed."""
 _MOST_OPEN = 64 if CAN_REPLACE_OPEN_FILES else 0
 _TICK_NS = 20_000_000  # the clock of a file system is not coarser on Linux
 _OPEN: weakref.WeakSet[_File] = weakref.WeakSet()
