@@ -38,24 +38,9 @@ def fit(
     leave_new: bool,
     asked: str,
 ) -> AdapterState:
-    """Return an adapter in the names and the geometry of a model, with the tensors as they are.
-
-    `all_of` says which part of it is for this process.
-    """
-    names, weights = inventory(survey), survey.weights
-    if leave_out:
-        given = [*state.trained, *state.sites]
-        from lora_inject.core.spec.named import named
-
-        gone = named(given, leave_out, f"{asked}, leave_out", FormatError)
-        state = state.only(set(given) - gone.keys())
-    for in_names_of in functions("in_names_of"):
-        state = in_names_of(survey.model, state, weights)
-    state = all_of.part_of_state(state, names)
-    if any(site.spec.aliases or site.spec.kind == "parameter" for site in state.sites.values()):
-        from lora_inject.core.model.held_otherwise import as_held_here
-
-        state = dataclasses.replace(state, sites=as_held_here(state.sites, names))
+    """Return an adapter in the names and the geometry of a model, with the tensors as they are."""
+    names = inventory(survey)
+    state = _in_names_here(survey, state, all_of, names, leave_out, asked)
     specs = {key: fit_site(site.spec, names, asked) for key, site in state.sites.items()}
     trained: dict[str, Tensor] = {}
     rows: dict[str, tuple[int, ...]] = {}
@@ -70,12 +55,37 @@ def fit(
     if state.base_copies:
         from lora_inject.core.model.other_base import check_base_copies
 
-        check_base_copies(state, weights, asked)
+        check_base_copies(state, survey.weights, asked)
     state.check_finite(asked, FormatError)
     sites = {
         spec.name: dataclasses.replace(state.sites[key], spec=spec) for key, spec in specs.items()
     }
     return AdapterState(sites, trained, state.config, rows=rows)
+
+
+def _in_names_here(
+    survey: Survey,
+    state: AdapterState,
+    all_of: Alone,
+    names: Inventory,
+    leave_out: Sequence[str],
+    asked: str,
+) -> AdapterState:
+    """Return what of an adapter is for this process, in the names of the model."""
+    if leave_out:
+        from lora_inject.core.spec.named import named
+
+        given = [*state.trained, *state.sites]
+        gone = named(given, leave_out, f"{asked}, leave_out", FormatError)
+        state = state.only(set(given) - gone.keys())
+    for in_names_of in functions("in_names_of"):
+        state = in_names_of(survey.model, state, survey.weights)
+    state = all_of.part_of_state(state, names)
+    if any(site.spec.aliases or site.spec.kind == "parameter" for site in state.sites.values()):
+        from lora_inject.core.model.held_otherwise import as_held_here
+
+        state = dataclasses.replace(state, sites=as_held_here(state.sites, names))
+    return state
 
 
 def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:
