@@ -412,6 +412,43 @@ def small_with(config: dict[str, Any]) -> nn.Module:
     return model
 
 
+def fsdp_state_dicts(rank: int, model: Any) -> dict[str, Any]:
+    """Whole state dicts by torch's own functions, where they mean the same and where not."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict as torchs
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,))
+
+    def sharded(alpha: int) -> nn.Module:
+        made = small_with(META["lora"] | {"alpha": alpha})
+        return fully_shard(made, mesh=mesh)
+
+    source, folder = sharded(4), Path(os.environ["DCP_FOLDER"], "state dicts")
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.mul_(1.5)
+    dcp.save(torchs.get_model_state_dict(source), checkpoint_id=folder)
+    whole_dict = torchs.StateDictOptions(full_state_dict=True)
+    state = torchs.get_model_state_dict(source, options=whole_dict)
+    found: dict[str, Any] = {"wanted": source(IDS).detach()}
+    for alpha in (4, 6):  # texts of one length
+
+        def in_place(model: nn.Module) -> None:
+            state = model.state_dict()
+            dcp.load(state, checkpoint_id=folder)
+            model.load_state_dict(state)
+
+        def whole_state(model: nn.Module) -> None:
+            torchs.set_model_state_dict(model, dict(state), options=whole_dict)
+
+        for load in (in_place, whole_state):
+            model = sharded(alpha)
+            words = said(lambda load=load, model=model: load(model))
+            found[f"{load.__name__}, {alpha}"] = words, model(IDS).detach()
+    return found
+
+
 def saved_by_all(rank: int, model: Any) -> dict[str, Any]:
     """Every process saves, at once or later, or the first one alone."""
     wrapped = nn.parallel.DistributedDataParallel(model)
@@ -469,6 +506,7 @@ JOBS = {
     "tp_plan": (tp_plan, FORWARD),
     "saved by all": (saved_by_all, CONFIG),
     "on meta": (fsdp_on_meta, FORWARD),
+    "state dicts": (fsdp_state_dicts, FORWARD),
 }
 OF_FSDP2 = {name for name, (run, _) in JOBS.items() if run.__name__.startswith("fsdp_")} | {"fsdp"}
 
@@ -675,6 +713,18 @@ def test_fsdp_with_meta_initialization_equals_one_process(ranks: Any) -> None:
                 for key, tensor in wanted.items():
                     assert far(trained[key], tensor) < TOLERANCE, key
             assert all(torch.equal(one[1][key], two[1][key]) for key in fresh)
+
+
+@needs_fsdp2
+@pytest.mark.parametrize("way", ["in_place", "whole_state"])
+def test_state_dicts_of_shards_say_what_their_adapters_mean(way: str, ranks: Any) -> None:
+    for rank in ranks:
+        found = rank["state dicts"]
+        words, given = found[f"{way}, 4"]
+        assert words == ""
+        assert far(given, found["wanted"]) < TOLERANCE
+        words, _ = found[f"{way}, 6"]
+        assert "scale 2 in the state dict, and 3 here" in words
 
 
 def test_whichever_process_saves_there_is_one_adapter(ranks: Any, folder: Path) -> None:
