@@ -54,6 +54,23 @@ def compiled(model: nn.Module) -> tuple[Any, CompileCounter]:
     return torch.compile(model, backend=counter, fullgraph=True), counter
 
 
+@pytest.mark.parametrize("how", ["the method", "the function"])
+def test_a_layer_that_is_compiled_alone_follows_contexts(how: str) -> None:
+    """dynamo guards on no default of a class: the first graph ran on under `disabled`."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    plain, x = copy.deepcopy(model), torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
+    fill(li.inject(model, {"rank": 2, "targets": ["0", "2"]}))
+    wanted = model(x)
+    if how == "the method":
+        model[0].compile(backend="eager")
+    else:
+        model[0] = torch.compile(model[0], backend="eager")
+    for _ in range(2):
+        assert error(model(x), wanted) < EXACT
+        with li.disabled(model):
+            assert error(model(x), plain(x)) < EXACT
+
+
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_what_trains_later_gets_its_gradients_from_a_compiled_model(variant: str) -> None:
     """Before torch 2.13 a graph does not look whether a parameter requires a gradient."""

@@ -160,8 +160,7 @@ class Attached:
     gains = False  # whether an adapter on the output has a gain
     still = False  # whether a forward in training has left the module's buffers alone
     put: Tensor | None = None  # the text about tensors that stand for its own (`layers.told`)
-    # Marks of the entries that a forward has used so far, and that another module read while this
-    # one did not run.
+    # Marks of the entries that forwards have used, and of those that others read meanwhile.
     took_part: frozenset[str] = frozenset()
     read_from_outside: frozenset[str] = frozenset()
     # Marks of the entries that have no values, of those of them that have memory; and of those
