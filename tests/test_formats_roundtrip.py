@@ -232,15 +232,6 @@ def test_alpha_of_widened_ranks(scaling, kind, derived, alpha, rank, tmp_path) -
     assert (config["r"], config["use_rslora"]) == (rank, scaling == "rslora")
 
 
-def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
-    state = make_state(
-        *(KIND_SPECS[k] for k in ("linear", "slices", "embedding", "conv")), derived=True
-    )
-    paths = [write_adapter(state, tmp_path / name) for name in "ab"]
-    for name in ("adapter_config.json", MODEL, "README.md"):
-        assert (paths[0] / name).read_bytes() == (paths[1] / name).read_bytes()
-
-
 @pytest.mark.parametrize(
     ("umask", "file", "directory"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)]
 )
@@ -291,15 +282,3 @@ def test_sites_alike_are_stated_once() -> None:
     words = describe(make_state(*alike), "native")
     assert len(json.loads(words["lora_inject.kinds"])) == 2
     assert [kind for *_, kind in json.loads(words["lora_inject.sites"])] == [0, 1, 0, 1]
-
-
-def test_the_reference_is_the_textbook_product() -> None:
-    site = make_site(KIND_SPECS["linear"])
-    torch.testing.assert_close(dense(site), 2.0 * site.B.double() @ site.A.double())
-
-
-def test_the_reference_leaves_other_slices_at_zero() -> None:
-    delta = dense(make_site(KIND_SPECS["slices"]))
-    assert not delta[4:5].any()
-    assert delta[:4].all()
-    assert delta[5:].all()

@@ -196,16 +196,6 @@ def test_trained_copies_are_rounded_and_reported(dtype: torch.dtype) -> None:
     assert set(report.tensors) == {"layer.weight", "layer.bias"}
 
 
-def test_a_shared_module_is_merged_once() -> None:
-    layer = nn.Linear(5, 5)
-    model = nn.Sequential(layer, layer)
-    fill(li.inject(model, {**RANK2, "targets": ["0"]}))
-    A, B = (p.detach() for p in li.adapter_parameters(model).values())
-    wanted = layer._parameters["weight"].detach() + 1.5 * B @ A
-    assert li.merge(model).n_tensors == 1
-    assert torch.allclose(layer._parameters["weight"], wanted)
-
-
 def test_weights_of_inference_mode_are_merged_within_it_and_refused_outside() -> None:
     with torch.inference_mode():
         model = Host(nn.Linear(5, 6))

@@ -1,4 +1,4 @@
-"""Layers in whose place PEFT's own cannot stand: nothing that PEFT reads is written, check says it.
+"""Layers and names that PEFT would load wrong or not at all: nothing that it reads is written.
 
 Each case is held to PEFT itself: it raises, or its adapter does nothing, or something else.
 """
@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fill
+import torch.nn.functional as F
+from conftest import fill, same_bits
 from torch import Tensor, nn
 from zoo.build import build
 from zoo.inputs import dummy_inputs
@@ -23,6 +24,50 @@ from lora_inject.formats import facts_about, write_adapter
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of PEFT and transformers about each other
+
+
+class Reads(nn.Module):
+    """Computes with a weight of a child, which nobody calls."""
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.child = child
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel: Any = self.child.weight
+        return F.linear(x, kernel) if kernel.dim() == 2 else F.conv1d(x[..., None], kernel)
+
+
+class Asks(nn.Module):
+    """Calls a child after a look at the dtype of its weight."""
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.child = child
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child(x.to(self.child.weight.dtype))
+
+
+class Standardized(nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Tripled(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return 3 * super().forward(ids)
+
+
+class Scaled(nn.Embedding):
+    """A gain under the name by which PEFT knows it."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 4)
+        self.register_buffer("embed_scale", torch.tensor(3.0), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embed_scale
 
 
 class Shortened(nn.Conv1d):
@@ -55,7 +100,7 @@ def conv(**options: Any) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(nn.Conv1d(4, 4, 3, **options))
 
 
-SOUND = torch.randn(2, 4, 12)
+SOUND, X, IDS = torch.randn(2, 4, 12), torch.randn(3, 4), torch.tensor([[0, 4]])
 Case = tuple[Callable[[], nn.Module], str, str]
 CASES: dict[str, Case] = {
     "read": (mamba, "dt_proj", "another module reads the weight"),
@@ -72,6 +117,10 @@ CASES: dict[str, Case] = {
         "0",
         "its A is not dilated",
     ),
+    "a layer that is read": (lambda: Reads(nn.Linear(4, 4)), "child", "another module reads"),
+    "a kernel that is read": (lambda: Reads(nn.Conv1d(4, 4, 1)), "child", "another module reads"),
+    "its own forward": (lambda: nn.Sequential(Standardized(4, 4, 1)), "0", "its own"),
+    "a table with its own": (lambda: nn.Sequential(Tripled(5, 4)), "0", "Tripled has a forward of"),
     "padding": (conv(padding=1, padding_mode="circular"), "0", "pads with zeros"),
     "arguments": (
         lambda: nn.Sequential(Shortened(4, 3)),
@@ -82,11 +131,15 @@ CASES: dict[str, Case] = {
 FORMATS = ("peft", "portable", "vllm")
 
 
-def computed(model: nn.Module, make: Callable[[], nn.Module]) -> Tensor:
+INPUTS = {"a layer that is read": X, "a kernel that is read": X, "its own forward": X[..., None]}
+INPUTS |= {"a table with its own": IDS}
+
+
+def computed(model: nn.Module, make: Callable[[], nn.Module], x: Tensor = SOUND) -> Tensor:
     """Return the outputs, flat, of a model that `make` made, also inside PEFT's."""
     if make in (mamba, whisper):
         return torch.cat([t.flatten() for t in run(model, dummy_inputs(make(), make.__name__))])
-    return model(SOUND).flatten()
+    return model(x).flatten()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -96,17 +149,21 @@ def test_what_peft_cannot_adapt_is_not_written_for_it(case: str, tmp_path: Path)
     torch.manual_seed(1)
     plain = make()
     model = fill(li.inject(copy.deepcopy(plain), {"rank": 2, "alpha": 3, "targets": [site]}))
-    before, due = computed(plain, make), computed(model, make)
+    x = INPUTS.get(case, SOUND)
+    before, due = computed(plain, make, x), computed(model, make, x)
     assert (due - before).abs().max() > 1e-4
     for target in FORMATS:
         with pytest.raises(li.FormatError, match=rf"PEFT would load it wrong: .*({words})"):
             li.save_adapter(model, tmp_path / target, format=target)
     assert list(tmp_path.iterdir()) == []
+    native = li.save_adapter(model, tmp_path / "a.safetensors", format="native")
+    assert same_bits(computed(li.load_adapter(copy.deepcopy(plain), native), make, x), due)
 
     state = li.adapter_state(model)
     path = write_adapter(state, tmp_path / "made")  # as nobody knows the model
     try:  # what PEFT makes of it
-        theirs = computed(peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(path)), make)
+        read = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(path))
+        theirs = computed(read, make, x)
     except (ValueError, AttributeError, RuntimeError, TypeError):
         return
     assert theirs.shape != due.shape or not torch.allclose(theirs, due, atol=1e-5)
@@ -148,6 +205,72 @@ def test_what_peft_computes_the_same_beside_them_is_written(tmp_path: Path) -> N
             torch.testing.assert_close(
                 computed(theirs, make), computed(model, make), rtol=1e-4, atol=1e-5
             )
+
+
+@pytest.mark.parametrize(
+    ("make", "site", "x"),
+    [
+        (lambda: Asks(nn.Linear(4, 4)), "child", X),
+        (lambda: Asks(nn.Conv1d(4, 4, 1)), "child", X[..., None]),
+        (lambda: nn.Sequential(Scaled()), "0", IDS),
+    ],
+    ids=["asked for its dtype", "a kernel asked for its dtype", "a gain that PEFT knows"],
+)
+def test_what_peft_computes_the_same_is_written(make, site, x, tmp_path) -> None:
+    plain = make()
+    before = {key: value.clone() for key, value in plain.state_dict().items()}
+    model = fill(li.inject(plain, {"rank": 2, "alpha": 3, "targets": [site]}))
+    due, path = model(x), li.save_adapter(model, tmp_path / "a")
+    base = make()
+    base.load_state_dict(before)
+    opened = peft.PeftModel.from_pretrained(base, str(path))
+    assert torch.allclose(opened(x), due, atol=1e-6)
+
+
+def test_names_that_peft_would_rename_are_refused(tmp_path: Path) -> None:
+    """transformers takes `mlp.shared_experts` for what its old checkpoints call `shared_expert`."""
+    pytest.importorskip("transformers", "5")
+    model = build("laguna")
+    li.inject(model, {"rank": 2, "alpha": 3, "targets": [r"shared_experts\.up_proj"]})
+    words = r"\(of its own, too\), and would look for it at .*shared_experts\.\.up_proj"
+    with pytest.raises(li.FormatError, match=words):
+        li.save_adapter(model, tmp_path / "a")
+    li.inject(li.eject(model), {"rank": 2, "alpha": 3, "targets": ["q_proj"]})
+    li.save_adapter(model, tmp_path / "a")
+
+
+@pytest.mark.parametrize("family", ["laguna", "maskformer", "inkling2_text"])
+def test_what_is_refused_is_what_peft_does_not_find_in_its_own_file(
+    family: str, tmp_path: Path
+) -> None:
+    """What PEFT reads of an adapter of its own is written, and the rest refused."""
+    pytest.importorskip("transformers", "5")
+    names = [site.name for site in li.plan(build(family), {"targets": ["all-linear"]}).sites]
+    config = peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+    theirs = peft.get_peft_model(build(family), config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if ".lora_" in name:
+                parameter.add_(1.0)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        read = peft.PeftModel.from_pretrained(build(family), str(tmp_path / "theirs"))
+    pairs = zip(theirs.named_parameters(), read.named_parameters(), strict=True)
+    moved = {n.partition(".lora_")[0] for (n, a), (_, b) in pairs if not torch.equal(a, b)}
+    lost = [name for name in names if f"base_model.model.{name}" in moved]
+    assert 0 < len(lost) == len(moved) < len(names)
+    whole = {name: f"^{re.escape(name)}" for name in names}
+    for name in (lost[0], lost[-1]):
+        model = fill(li.inject(build(family), {"rank": 2, "alpha": 3, "targets": [whole[name]]}))
+        with pytest.raises(li.FormatError, match="of its own, too"):
+            li.save_adapter(model, tmp_path / "ours", unused=[".*"])
+    kept = [whole[name] for name in names if name not in lost]
+    model = fill(li.inject(build(family), {"rank": 2, "alpha": 3, "targets": kept}))
+    li.save_adapter(model, tmp_path / "ours", unused=[".*"])
+    again = peft.PeftModel.from_pretrained(build(family), str(tmp_path / "ours"))
+    given = {n: p for n, p in again.named_parameters() if ".lora_" in n}
+    for name, parameter in li.adapter_parameters(model).items():
+        assert torch.equal(given[f"base_model.model.{name}.default.weight"], parameter)
 
 
 class Loops(nn.Module):

@@ -130,22 +130,6 @@ def test_the_fortieth_adapter_costs_what_the_fourth_does() -> None:
 # ---------------------------------------------------------------------------- freezing and its undo
 
 
-@pytest.mark.parametrize("order", ["ab", "ba"])
-def test_freezing_is_undone_exactly(order: str) -> None:
-    model = Net()
-    model.fc.weight.requires_grad_(False)
-    model.norm.requires_grad_(False)
-    before, first = snapshot(model), flags(model)
-    li.inject(model, {**RANK2, "targets": ["fc"]}, "a")
-    assert [n for n, flag in flags(model).items() if flag] == ["fc.lora_A__a", "fc.lora_B__a"]
-    li.inject(model, {**RANK2, "targets": ["embed"]}, "b")
-    li.eject(model, order[0])
-    assert not any(flag for n, flag in flags(model).items() if n in first)
-    li.eject(model, order[1])
-    assert snapshot(model) == before
-    assert flags(model) == first
-
-
 def test_eject_forgets_the_adapter_entirely() -> None:
     model = injected(KINDS["linear"])
     dead = weakref.ref(li.adapter_parameters(model)["layer.lora_A"])
@@ -156,18 +140,6 @@ def test_eject_forgets_the_adapter_entirely() -> None:
     assert li.summary(model).count("\n") == 1
     with pytest.raises(li.StateError, match="eject 'default': the model's adapters are: none"):
         li.eject(model, "default")
-
-
-def test_other_references_to_the_layer_see_the_adapter() -> None:
-    model = Host(nn.Linear(5, 6))
-    layer, forward = model.layer, model.layer.forward
-    x = torch.randn(2, 5)
-    plain = layer(x)
-    fill(li.inject(model, {**RANK2, "targets": ["layer"]}))
-    assert layer is model.layer
-    assert not same_bits(layer(x), plain)
-    assert same_bits(model.layer.weight, layer.weight)
-    assert forward.__self__ is layer
 
 
 def test_hooks_stay_and_their_outputs_are_not_written() -> None:
@@ -466,19 +438,6 @@ def test_pissa_starts_at_the_best_approximation_and_olora_at_qr() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "alpha", "scaling", "scale"),
-    [(1, 1, "standard", 1.0), (4, 32, "rslora", 16.0), (2, 0.5, "standard", 0.25)],
-)
-def test_scale_is_alpha_over_rank_or_its_root(rank, alpha, scaling, scale) -> None:
-    plain = Host(nn.Linear(5, 6)).double()
-    config = {"rank": rank, "alpha": alpha, "scaling": scaling, "targets": ["layer"]}
-    model = fill(li.inject(copy.deepcopy(plain), config))
-    A, B = li.adapter_parameters(model).values()
-    x = torch.randn(3, 5, dtype=torch.float64)
-    assert error(model(x) - plain(x), scale * x @ A.t() @ B.t()) < 1e-12
-
-
-@pytest.mark.parametrize(
     ("init", "std"),
     [("kaiming", 3**-0.5 / 20), ("gaussian", 1 / 4), ({"normal": 0.02}, 0.02)],
     ids=str,
@@ -685,28 +644,6 @@ def test_a_live_state_dict_holds_base_and_adapters() -> None:
 
 
 # ----------------------------------------------------------------------------------------- the root
-
-
-class RootWithParameter(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.randn(4, 5))
-        self.fc = nn.Linear(5, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x) @ self.table.t()
-
-
-def test_the_root_itself_may_carry() -> None:
-    model = RootWithParameter()
-    before = snapshot(model)
-    fill(li.inject(model, {**RANK2, "targets": ["table", "fc"]}))
-    assert type(model) is not RootWithParameter
-    for attribute in ("__name__", "__qualname__", "__module__"):
-        assert getattr(type(model), attribute) == getattr(RootWithParameter, attribute)
-    assert isinstance(model, RootWithParameter)
-    li.eject(model)
-    assert snapshot(model) == before
 
 
 # ----------------------------------------------------------------------------------- what is listed

@@ -11,6 +11,7 @@ grew, only such a copy has the new rows, and it is used as the base.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -213,8 +214,9 @@ class Fit:
 
     def _equal(self, entry: TensorEntry, copy: Tensor) -> bool:
         reader = RowReader(self.checkpoint.path_of(entry.name))
-        blocks = reader.blocks(entry, entry.shape[1])
-        return all(same_values(rows, copy[start : start + len(rows)]) for start, rows in blocks)
+        blocks = reader.blocks(entry, math.prod(entry.shape[1:]))
+        parts = ((rows, copy[start : start + len(rows)]) for start, rows in blocks)
+        return all(same_values(rows.view(part.shape), part) for rows, part in parts)
 
     def _site(self, name: str, state: SiteState) -> None:
         entry = self._find(name)

@@ -93,7 +93,7 @@ DEEPSEEK = {"num_key_value_heads": 4, "v_head_dim": 8, "n_routed_experts": 4, "n
 LLAMA4 = {"intermediate_size_mlp": 48, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1}
 # Experts as wide as the model, so that no shape tells which way round a stack lies.
 SQUARE = {**TEXT, "intermediate_size": 32}
-DENSE = {"num_experts": 4, "head_dim": 8, "mlp_only_layers": [0]}
+DENSE = {"num_experts": 4, "head_dim": 8, "num_experts_per_tok": 2, "mlp_only_layers": [0]}
 ARIA = {"moe_num_experts": 4, "moe_num_shared_experts": 1}
 ERNIE = {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1}
 LLAVA = {"image_token_index": 63}
@@ -146,7 +146,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama4": causal("Llama4", **SQUARE, **LOCAL, **LLAMA4),
     "aria": causal("AriaText", **SQUARE, **ARIA),
     # The first layer is dense.
-    "qwen moe, dense first": causal("Qwen3Moe", **TEXT, **ROUTED, **DENSE),
+    "qwen moe, dense first": causal("Qwen3Moe", **TEXT, **DENSE, moe_intermediate_size=32),
     "deepseek": causal("DeepseekV3", **{**TEXT, **LATENT, **GROUPED, **DEEPSEEK}),
     "glm4 moe": causal("Glm4Moe", **TEXT, **GROUPED, n_routed_experts=4),
     "ernie": causal("Ernie4_5_Moe", **SQUARE, **ERNIE),

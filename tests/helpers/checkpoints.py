@@ -167,7 +167,7 @@ def merged(tmp_path, tensors, *adapters, shards=1, config=None, **options):
 
 def merged_on_disk(model, adapter, folder):
     """Save a model, merge an adapter's files into it, and load the model that comes out."""
-    model.save_pretrained(folder / "base")
+    model.save_pretrained(folder / "base", max_shard_size="40KB")
     base = Checkpoint.open(folder / "base")
     merge(base, [read_weighted(adapter, base)], folder / "merged")
     return type(model).from_pretrained(folder / "merged").eval()
