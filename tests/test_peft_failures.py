@@ -19,7 +19,6 @@ import torch
 from conftest import error, fill, same_bits
 from helpers.reference import (
     EXACT,
-    LLAMA,
     adapted,
     config,
     dense,
@@ -33,7 +32,6 @@ from helpers.reference import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM
 
 import lora_inject as li
 
@@ -62,17 +60,6 @@ def test_attention_matched_with_its_own_child_is_adapted_once_or_refused(tmp_pat
     _, file = saved(model, tmp_path, "native")
     shapes = sorted(tuple(t.shape) for t in load_file(file).values())
     assert shapes == [(2, 8), (2, 8), (8, 2), (24, 2)]
-
-
-def test_a_layer_that_runs_several_times_merges_to_the_same() -> None:
-    plain = llama()
-    layers = plain.model.layers
-    plain.model.layers = nn.ModuleList([layers[0], layers[1], layers[0], layers[1]])
-    plain.config.num_hidden_layers = 4
-    plain.config.use_cache = False
-    model = adapted(plain, "q_proj", r"mlp\.down_proj")
-    assert len(li.adapters(model)["default"].sites) == 4
-    hold(plain, model, logits, LLAMA)
 
 
 @pytest.mark.parametrize("undo", [True, False])
@@ -136,22 +123,6 @@ def test_an_adapter_named_like_a_module_leaves_the_others_file(layout: str, tmp_
 
 
 # ------------------------------------------------------------------------------------- targeting
-
-
-def mixtral() -> MixtralForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1, "vocab_size": 13}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 3}
-    settings = MixtralConfig(**sizes, **heads, initializer_range=0.3)
-    return MixtralForCausalLM(settings).eval().double()
-
-
-def test_every_projection_reaches_the_stacked_experts() -> None:
-    model = mixtral()
-    sites = {s.name.rpartition(".")[2] for s in li.plan(model, config(".*_proj")).sites}
-    assert sites == {"gate_up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj"}
-    old = config("w1", "w2")
-    refused(model, lambda: li.inject(model, old), li.MatchError, r"'w1'")
 
 
 class Outer(nn.Linear):
