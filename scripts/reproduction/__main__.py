@@ -76,9 +76,9 @@ arXiv:2106.09685) with results of this package on small pretrained models and a 
 by `bash scripts/reproduce.sh`; do not edit it by hand.
 
 A claim *holds* or *does not hold* if the difference is more than two standard errors from the
-bound; otherwise it is *undecided*. The models here have 23 and 135 million parameters and the runs
-are short. So a claim that holds here is shown at this scale only, and a claim that does not hold
-here may still hold at the paper's scale."""
+bound; otherwise the runs are too few to tell, and it is *undecided*. The models here have 23 and
+135 million parameters and the runs are short. What holds here is shown at this scale only. What
+does not hold here may still hold at the paper's scale."""
 RANDOM = """
 
 **These are tiny random models and made-up sentences: the numbers mean nothing.**"""

@@ -87,7 +87,7 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
         Claim(
             "Memory to train GPT-3 175B falls from 1.2 TB to 350 GB",
             "1.2 TB; 350 GB",
-            f"{low} to {high}, by how Adam is kept; {memory[0][2]}; beside activations",
+            f"{low} or {high}, by how Adam is kept; {memory[0][2]}; both without activations",
             PARTLY,
         ),
     ]
@@ -100,9 +100,8 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
         "Weights, gradients and optimizer state, by count, without activations:",
         table(("layout", "full", "LoRA q, v r = 4", "ratio"), memory),
         (
-            "The paper's 1.2 TB is below both layouts, so its full fine-tuning used a smaller "
-            "layout. "
-            "The 350 GB are the frozen weights at 16 bits; this figure holds."
+            "Both are more than the paper's 1.2 TB, so the paper kept fewer bytes for each "
+            "parameter. Its 350 GB are the frozen weights at 16 bits; that figure holds."
         ),
     ]
     return Section("Counting GPT-3 175B (sections 1, 4.2)", claims, text)

@@ -234,7 +234,8 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
         ),
         table(("method", "parameters", "rate", "perplexity", "nats behind full", "s"), rows),
         (
-            "*Nats behind full* are for each target token, ± one standard error over pairs. "
+            "*Nats behind full* is the loss of a target token minus that of full fine-tuning, so "
+            "below 0 is better, ± one standard error over pairs. "
             "LoRA at r = 1 and 16 uses the rate of r = 4."
         ),
     ]

@@ -143,12 +143,10 @@ def section(lab: Lab, document: Path) -> Section | None:
     text = [
         (
             f"The adapters of the first section, q and v at r = 8 and r = 64, seeds {seeds}. "
-            "phi(i, j) "
-            "of A, eq. (4), says how much of the first i directions of one lies in the first j "
-            "of the "
-            "other. The table has the mean over all pairs of different seeds and all sites, and "
-            "the "
-            "value of random matrices (chance)."
+            "phi(i, j), eq. (4), compares the A of two adapters: how much of the first i "
+            "directions of one lies in the first j of the other, from 0 for nothing to 1 for all. "
+            "The table has the mean over all sites and all pairs of different seeds, beside that "
+            "of random matrices (chance)."
         ),
         table(
             ("", "phi(1, 1)", "chance", "phi(1, 8)", "chance", "phi of all", "chance"),
@@ -169,8 +167,10 @@ def section(lab: Lab, document: Path) -> Section | None:
         picture(pictures[0], document, "Figure 3: r = 8 against r = 64"),
         picture(pictures[1], document, "Figure 4: two seeds at r = 64"),
         (
-            "Table 7 has Frobenius norms, as medians over sites and seeds. W is projected onto the "
-            "top r directions of the delta, of W itself, and of a random matrix:"
+            "Table 7 asks where in W the delta lies. The first three columns are the Frobenius "
+            "norm of W projected onto the top r directions of the delta, of W itself, and of a "
+            "random matrix. *Factor* is the norm of the delta over the first of them. All are "
+            "medians over sites and seeds:"
         ),
         _table_7(seven),
     ]
@@ -231,7 +231,7 @@ def _claims(phi: Result, seven: Result) -> list[Claim]:
             HOLDS if all(a < 2 * c for a, c in rest) else FAILS,
         ),
         Claim(
-            "Delta lies in directions that are in W, but not among its strongest (Table 7)",
+            "The delta lies in directions that W has, but not in its strongest (Table 7)",
             "0.32, between 0.02 (random) and 21.67 (W's own), r = 4",
             "; ".join(
                 f"{r['of_delta']:.2f}, between {r['of_random']:.2f} and {r['of_weight']:.2f} "
@@ -241,7 +241,8 @@ def _claims(phi: Result, seven: Result) -> list[Claim]:
             _between(seven),
         ),
         Claim(
-            "It amplifies them by about 20 at a small rank, and by less at r = 64 (Table 7)",
+            "The delta amplifies these directions by about 20 at a small rank, "
+            "and by less at r = 64 (Table 7)",
             "21.5 at r = 4, 1.9 at r = 64",
             ", ".join(f"{x:.1f} (r = {key})" for key, x in factors.items()),
             _amplified(factors),

@@ -128,11 +128,11 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
             "LoRA on "
             f"q and v at r = 4; adapter layers of about {SHARE:.0%} of the layers' parameters, "
             "as in "
-            f"the paper (widths {widths['Adapter-L']} and {widths['Adapter-H']}). The table has "
-            "the milliseconds of the plain model and the share that each variant adds, as medians "
-            "over rounds that run all variants in turn, ± the distance of the quartiles over the "
-            "root of the rounds. *Plain again* is the plain model measured a second time, which "
-            "shows the noise."
+            f"the paper (widths {widths['Adapter-L']} and {widths['Adapter-H']}). Each "
+            "round runs all variants in turn. The table has the median time of the plain model, "
+            "and the median of what each variant adds to it; ± is the distance of the quartiles "
+            "over the root of the number of rounds. *Plain again* is the plain model measured a "
+            "second time: the noise."
         ),
         table(("batch x length", "plain, ms", *names), rows),
         "In the paper (GPT-2 medium on a GPU), Adapter-L and Adapter-H add "

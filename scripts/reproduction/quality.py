@@ -54,8 +54,9 @@ def section(lab: Lab, document: Path) -> Section | None:
         "LoRA: alpha 16 for every rank."
     )
     how = (
-        "*Against full* is in points of accuracy, ± one standard error. The error is that of the "
-        "test part, row by row against full fine-tuning with the same seed, and that of the seeds. "
+        "*Against full* is the accuracy minus that of full fine-tuning, in points, ± one standard "
+        "error. The error has two sources: the test rows, each compared with full fine-tuning of "
+        "the same seed, and the seeds. "
         "Time is processor time of one thread. Memory is the peak of the process during training, "
         "without the loaded model."
     )

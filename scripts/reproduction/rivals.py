@@ -42,7 +42,7 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
     claim = Claim(
         "LoRA is ahead of the other ways to train less than everything",
         "in most columns of Tables 2 to 4",
-        "points that q, v r = 8 is ahead of each: "
+        "q, v at r = 8 is ahead, in points, of "
         + "; ".join(f"{title} {ahead}" for title, _, _, ahead, _ in rows),
         verdict,
     )

@@ -153,8 +153,8 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
         Claim(
             "Inputs of several tasks can share a batch while nothing is merged",
             "section 4.2, in words",
-            f"a row for each task: last states within {result['mixed_off']:.0e} of each task alone "
-            "(the heads apart)",
+            f"a row for each task: its last states are within {result['mixed_off']:.0e} of those "
+            "of the task alone",
             HOLDS if result["mixed_off"] < 1e-5 else FAILS,
         ),
         Claim(

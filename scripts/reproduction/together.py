@@ -114,11 +114,12 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
     ]
     text = [
         (
-            "Every attention and MLP matrix of the encoder is changed at random by "
-            f"{CHANGE:.0%} of its size, and so is every bias. LoRA on all of them at rank "
-            f"{result['rank']} with `bias: all` has the SVD of the update as its factors. It gives "
-            f"that model's outputs to {result['full']:.0e} (relative, float64). Without adapters "
-            f"the outputs differ by {result['base']:.2f}, at half the rank by {result['half']:.2f}."
+            "Can LoRA express any update? Every attention and MLP matrix of the encoder, and every "
+            f"bias, is changed at random by {CHANGE:.0%} of its size. An adapter of the plain "
+            f"encoder, of rank {result['rank']} on all of them and with `bias: all`, gets the SVD "
+            "of these changes as its A and B. Its outputs are those of the changed encoder to "
+            f"{result['full']:.0e} (relative, float64). Without the adapter they differ by "
+            f"{result['base']:.2f}, at half the rank by {result['half']:.2f}."
         )
     ]
     found = {name: scores for name in COMBINED if (scores := trials.scores(lab, name))}
