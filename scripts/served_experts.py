@@ -2,6 +2,7 @@
 
     python scripts/served_experts.py prepare FOLDER          # with lora_inject and transformers
     python scripts/served_experts.py serve FOLDER qwen3_moe  # with vllm (its CPU build will do)
+    python scripts/served_experts.py serve FOLDER qwen3_moe --shared  # factors for all experts
 
 `prepare` writes a tiny base of random weights for each family, an adapter on its experts as vLLM
 takes it (`vllm`) and as PEFT stacks it (`peft`), and our log-probabilities. `serve` starts vLLM's
@@ -30,26 +31,34 @@ SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embe
 SIZES |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "num_experts_per_tok": 2}
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64}  # as vLLM has kernels
 LATENT |= {"qk_nope_head_dim": 128, "v_head_dim": 128}
+# As DeepSeek-V3 is published. Without it vLLM 0.32's kernel for a CPU turns the wrong rows of
+# queries with several heads (model_executor/layers/rotary_embedding/base.py, `forward_cpu`).
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40, "mscale": 1.0}
+YARN |= {"mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}
+YARN |= {"original_max_position_embeddings": 4096}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 64, "head_dim": 32}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "head_dim": 32}),
     "gpt_oss": ("GptOss", {"num_local_experts": 4, "head_dim": 32}),
     "deepseek_v3": ("DeepseekV3", {
         "n_routed_experts": 4, "moe_intermediate_size": 64, "n_shared_experts": 1, "n_group": 1,
-        "first_k_dense_replace": 1, "topk_group": 1, **LATENT,
+        "first_k_dense_replace": 1, "topk_group": 1, **LATENT, "rope_parameters": YARN,
     }),
 }  # fmt: skip
+SHARED = {"gate_up": "A", "down": "B"}
 # What vLLM reads of a DeepSeek's config, and transformers' class does not write.
 SAID = {"deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, only: str | None) -> None:
     """Write bases, adapters and log-probabilities."""
     import transformers
 
     import lora_inject as li
 
     for family, (cls, own) in FAMILIES.items():
+        if only not in (None, family):
+            continue
         torch.manual_seed(0)
         config = getattr(transformers, f"{cls}Config")(**SIZES | own)
         model = getattr(transformers, f"{cls}ForCausalLM")(config).eval()
@@ -74,10 +83,29 @@ def prepare(folder: Path) -> None:
             li.convert(here / "peft", here / "vllm", "vllm", base=here / "base")
         except li.FormatError as refused:
             print(f"{family}: {refused}")
-        for form in ("peft", "vllm"):
+        _prepare_shared(li, li.eject(model), here, ours)
+        torch.save(ours, here / "ours.pt")
+        for form in ("peft", "vllm", "sglang"):
             if (here / form).is_dir():
                 found = li.check_adapter(here / form, "vllm", base=here / "base")
                 print(f"{family}, {form}: check says {[each.problem for each in found]}")
+
+
+def _prepare_shared(li: Any, model: Any, here: Path, ours: dict[str, Any]) -> None:
+    """Write an adapter whose experts share a factor, where the base has experts singly."""
+    shared = [
+        {"match": rf"experts\.{part}_proj", "share": factor} for part, factor in SHARED.items()
+    ]
+    li.inject(model, {"rank": 8, "alpha": 16, "targets": shared})
+    for parameter in li.adapter_parameters(model).values():
+        nn.init.normal_(parameter, std=0.1)
+    ours["shared"] = _log_probabilities(model)
+    sites = li.adapter_state(model).whole.sites.values()
+    ours["shared deltas"] = [site.scale * site.B @ site.A for site in sites]
+    try:
+        li.convert(li.adapter_state(model), here / "sglang", "sglang", base=here / "base")
+    except li.FormatError as refused:
+        print(f"{here.name}: {refused}")
 
 
 def _tokenizer() -> Any:
@@ -98,7 +126,7 @@ def _log_probabilities(model: Any) -> Tensor:
     return logits[torch.arange(len(IDS) - 1), torch.tensor(IDS[1:])]
 
 
-def serve(folder: Path, family: str) -> None:
+def serve(folder: Path, family: str, *, shared: bool) -> None:
     """Print how far vLLM's log-probabilities are from ours."""
     settings = {"CPU_KVCACHE_SPACE": "1", "CPU_OMP_THREADS_BIND": "nobind", "NO_USAGE_STATS": "1"}
     settings |= {"ENABLE_V1_MULTIPROCESSING": "0", "LOGGING_LEVEL": "ERROR", "MLA_DISABLE": "1"}
@@ -112,14 +140,16 @@ def serve(folder: Path, family: str) -> None:
     engine = vllm.LLM(
         model=str(here / "base"), dtype="float32", enforce_eager=True, max_model_len=32,
         enable_lora=True, max_lora_rank=8, max_loras=2, max_num_seqs=2, max_num_batched_tokens=32,
-        num_gpu_blocks_override=64, enable_prefix_caching=False,
+        num_gpu_blocks_override=64, enable_prefix_caching=False, enable_moe_shared_loras=shared,
     )  # fmt: skip
     ours = torch.load(here / "ours.pt")
-    moved = float((ours["adapter"] - ours["base"]).abs().max())
+    adapter = "shared" if shared else "adapter"
+    moved = float((ours[adapter] - ours["base"]).abs().max())
     print(f"vllm {vllm.__version__}, {family}: the adapter moves log-probabilities by {moved:.1e}")
-    forms = [form for form in ("vllm", "peft") if (here / form).is_dir()]
+    layouts = ("sglang",) if shared else ("vllm", "peft")
+    forms = [form for form in layouts if (here / form).is_dir()]
     for number, form in enumerate(["base", *forms]):
-        wanted = ours["base" if form == "base" else "adapter"]
+        wanted = ours["base" if form == "base" else adapter]
         request = LoRARequest(form, number, str(here / form)) if number else None
         try:
             off = float((_served(engine, request) - wanted).abs().max())
@@ -128,7 +158,8 @@ def serve(folder: Path, family: str) -> None:
         else:
             print(f"{form}: off by {off:.1e}")
             if _CONTEXTS and number:
-                pairs = zip(_deltas(number - 1), ours["deltas"], strict=True)
+                wanted = ours["shared deltas" if shared else "deltas"]
+                pairs = zip(_deltas(number - 1), wanted, strict=True)
                 furthest = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
                 print(f"{form}: B A as vLLM holds it is off by {furthest:.1e}")
 
@@ -221,11 +252,12 @@ def main() -> None:
     parser.add_argument("step", choices=["prepare", "serve"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("family", nargs="?", choices=list(FAMILIES))
+    parser.add_argument("--shared", action="store_true", help="experts that share a factor")
     given = parser.parse_args()
     if given.step == "prepare":
-        prepare(given.folder)
+        prepare(given.folder, given.family)
     else:
-        serve(given.folder, given.family)
+        serve(given.folder, given.family, shared=given.shared)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ CASES = {
     "peft": Case(damaged="adapter_model.safetensors"),
     "portable": Case(damaged="adapter_model.safetensors"),
     "vllm": Case(damaged="adapter_model.safetensors"),
+    "sglang": Case(damaged="adapter_model.safetensors"),
     "native": Case("a.safetensors"),
     "kohya": Case("a.safetensors", {"component": "unet"}, odd=("conv", "fused")),
     "diffusers": Case("a.safetensors", {"component": "transformer"}, odd=("conv", "fused")),

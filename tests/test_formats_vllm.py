@@ -1,16 +1,14 @@
 """Experts for vLLM: single matrices under the names of the base's files."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import fill
 from helpers.adapter_states import KIND_SPECS, effect, make_state
-from helpers.experts import experts
+from helpers.experts import experts, moe
 from helpers.versions import needs_transformers_5
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import lora_inject as li
 from lora_inject.errors import FormatError
@@ -18,14 +16,6 @@ from lora_inject.formats import write_adapter
 
 IDS = torch.tensor([[1, 2, 3]])
 PREFIX = "base_model.model."
-
-
-def moe() -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "moe_intermediate_size": 8}
-    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    sizes |= {"head_dim": 4, "vocab_size": 13, "num_experts": 3, "num_experts_per_tok": 2}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, initializer_range=0.3)).eval()
 
 
 @needs_transformers_5

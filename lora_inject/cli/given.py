@@ -38,7 +38,7 @@ Overwrite = Annotated[bool, Option(help="Replace an existing adapter.")]
 
 
 FORMATS = (
-    *("peft", "portable", "vllm", "native", "kohya", "diffusers"),
+    *("peft", "portable", "vllm", "sglang", "native", "kohya", "diffusers"),
     *("mlx", "torchtune", "litgpt", "gguf", "loralib"),
 )
 """Names of the formats, which help prints without importing them."""

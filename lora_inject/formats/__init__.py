@@ -65,6 +65,8 @@ MODULES = {
     "gguf": "gguf_file",
     # The portable directory with a pair for each expert.
     "vllm": "portable",
+    # The portable directory with stacks of experts that share a factor.
+    "sglang": "shared_experts",
     # One file of sd-scripts, LyCORIS, ComfyUI.
     "kohya": "kohya",
     # One file of a pipeline, or the folder that holds it.

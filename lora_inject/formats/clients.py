@@ -38,6 +38,7 @@ from lora_inject.formats.peft.adapter_config import check_field
 from lora_inject.formats.peft.folder import CONFIG, MODEL
 from lora_inject.formats.peft.name_patterns import values_of
 from lora_inject.formats.peft.tensor_layout import PREFIX
+from lora_inject.formats.shared_layout import is_shared_layout, of_one
 from lora_inject.formats.single_experts import is_single_expert, missing_matrices
 
 CONVERT = "Write it with `lora-inject convert --to "
@@ -90,7 +91,8 @@ class Files:
     config.json as it stands, which other programs read.
     For PEFT's and mlx-lm's folders `pairs` has the shapes of A and B by module, with None for a
     missing one, `embeddings` the modules whose keys say that they are embeddings, and `others` the
-    names of all other tensors.
+    names of all other tensors. `shared` says that there are stacks `experts.w1` with shared
+    factors; their shapes are those of one expert.
     """
 
     path: Path
@@ -104,6 +106,7 @@ class Files:
     embeddings: Collection[str] = ()
     others: tuple[str, ...] = ()
     unprefixed: tuple[str, ...] = ()
+    shared: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -175,6 +178,7 @@ def _read(path: Path, layout: str) -> dict[str, Any]:
         **tensors,
         "config": config,
         "unprefixed": unprefixed,
+        "shared": is_shared_layout(header.tensors),
         "metadata": header.metadata or {},
     }
 
@@ -193,6 +197,8 @@ def _sorted_out(header: Header, layout: str) -> dict[str, Any]:
         if match[2]:
             embeddings.add(match[1])
     shapes = {name: (a, b) for name, (a, b) in pairs.items()}
+    if layout == "peft":
+        shapes = {n: of_one(n, *pair) for n, pair in shapes.items()}
     return {"pairs": shapes, "embeddings": embeddings, "others": tuple(others)}
 
 
@@ -284,7 +290,7 @@ def _names(files: Files) -> Objections:
     """Find modules that the base lacks: their updates would be ignored silently."""
     known = set(files.modules or ())
     bare = (
-        re.sub(r"\.experts\.\d+\..+", ".experts", name.removesuffix(".base_layer"))
+        re.sub(r"\.experts\.(\d+\..+|w[123])", ".experts", name.removesuffix(".base_layer"))
         for name in files.pairs
     )
     whole = (name for name, own in zip(bare, files.pairs, strict=True) if own not in known)
@@ -315,8 +321,13 @@ def _full(files: Files, client: str, does: str, allowed: tuple[str, ...] = ("\0"
 
 
 def _stacks(files: Files, client: str, fix: str) -> Objections:
-    stacks = (name for name in files.pairs if re.search(r"\.experts(\.base_layer)?$", name))
+    stacks = (n for n in files.pairs if re.search(r"\.experts(\.base_layer|\.w[123])?$", n))
     return _about(stacks, f"{client} refuses stacks of experts: {{}}", fix)
+
+
+def _no_shared_stacks(files: Files, client: str) -> Objections:
+    if files.shared:
+        yield Objection(f"{client} ignores stacks of experts named w1, w2 and w3", PORTABLE)
 
 
 def _prefixed(files: Files, client: str) -> Objections:
@@ -339,6 +350,8 @@ def _vllm(files: Files) -> Objections:
     if init.startswith(("pissa", "olora", "corda", "loftq")):
         fix = "Save it with PEFT's path_initial_model_for_weight_conversion"
         yield Objection(f"vLLM refuses init_lora_weights {init!r}", fix)
+    if files.shared:
+        yield _started_with("vLLM", "--enable-moe-shared-loras")
     yield from _stacks_in_vllm(files)
     yield from _ranks_in_vllm(max([*files.ranks.values(), 0]))
 
@@ -391,7 +404,10 @@ def _sglang(files: Files) -> Objections:
     unequal = (n for n, rank in files.ranks.items() if rank != files.config["r"])
     problem = f"SGLang refuses ranks other than 'r', which is {files.config['r']}: {{}}"
     yield from _about(unequal, problem, PORTABLE)
-    yield from _stacks(files, "SGLang", f"For single experts: {CONVERT}vllm --base BASE`")
+    if files.shared:
+        yield _started_with("SGLang", "--experts-shared-outer-loras")
+    else:
+        yield from _stacks(files, "SGLang", f"For single experts: {CONVERT}vllm --base BASE`")
     there: dict[str, set[str]] = {}
     for name in files.pairs:
         there.setdefault(parent(name), set()).add(leaf(name))
@@ -408,6 +424,11 @@ def _sglang(files: Files) -> Objections:
     if (files.path / "added_tokens.json").exists():
         problem = "SGLang refuses an added_tokens.json with numbers beyond the base's vocabulary"
         yield Objection(problem, "Leave the file out if the base has these tokens", stops=False)
+
+
+def _started_with(client: str, flag: str) -> Objection:
+    problem = f"its experts share factors, which {client} loads right only with an option"
+    return Objection(problem, f"Start it with {flag}", stops=False)
 
 
 def _llama_cpp(files: Files) -> Objections:
@@ -465,6 +486,7 @@ def _unfit(files: Files, names: Iterable[str], client: str) -> Objections:
 
 def _peft(files: Files) -> Objections:
     yield from _prefixed(files, "PEFT")
+    yield from _no_shared_stacks(files, "PEFT")
     said = files.config.get("target_parameters") or ()
     parameters = {parent(name) for name in said}
     modules = (n for n in files.pairs if n not in parameters and not n.endswith(".base_layer"))
@@ -489,6 +511,7 @@ def _diffusers(files: Files) -> Objections:
 
 def _peft_in_diffusers(files: Files, fix: str) -> Objections:
     yield from _halves(files)
+    yield from _no_shared_stacks(files, "diffusers")
     yield from _unfit(files, files.pairs, "diffusers, which uses PEFT,")
     known = (".weight", ".bias", ".lora_magnitude_vector")
     yield from _full(files, "diffusers", "ignores", known)

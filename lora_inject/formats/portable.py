@@ -87,12 +87,22 @@ def write_experts(
 
     `facts.separate` names a stack's matrices in the base's files; `li.convert(base=...)` gives it.
     """
+    single = single_experts(state, facts)
+    plain = replace(facts, expert_names=())
+    return write(single, path, plain, dtype=dtype, rank=rank, proof=proof)
+
+
+def single_experts(state: AdapterState, facts: ModelFacts) -> AdapterState:
+    """Return an adapter with a site for each matrix of each expert, as the base's files have them.
+
+    Raises:
+        FormatError: The base's files are not known, or a block is adapted in part.
+    """
     sites: dict[str, SiteState] = {}
     for name, site in state.sites.items():
         sites |= {name: site} if site.spec.experts is None else _matrices(site, facts)
     _check_complete(sites, state, facts)
-    plain = replace(facts, expert_names=())
-    return write(replace(state, sites=sites), path, plain, dtype=dtype, rank=rank, proof=proof)
+    return replace(state, sites=sites)
 
 
 def _check_complete(sites: Mapping[str, SiteState], state: AdapterState, facts: ModelFacts) -> None:

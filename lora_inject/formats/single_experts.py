@@ -22,6 +22,17 @@ def is_single_expert(name: str) -> bool:
     return _SINGLE.fullmatch(name) is not None
 
 
+def block_and_part(name: str) -> tuple[str, int, str] | None:
+    """Return the block, the number and the matrix of a single expert; None for another name.
+
+    Examples:
+        >>> block_and_part("mlp.experts.3.up_proj")
+        ('mlp.experts', 3, 'up_proj')
+    """
+    match = _SINGLE.fullmatch(name)
+    return None if match is None else (match[1], int(match[2]), match[3])
+
+
 def missing_matrices(names: Iterable[str], known: Collection[str] = ()) -> list[str]:
     """Return the matrices of adapted blocks that have no pair.
 

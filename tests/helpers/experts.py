@@ -132,3 +132,14 @@ def check_like_dense(family: str, rule_for: Callable[[str], Any]) -> Any:
     li.unmerge(model)
     assert all(same_bits(t, plain.state_dict()[k]) for k, t in base_state(model).items())
     return model
+
+
+def moe() -> Any:
+    """A tiny Qwen3-MoE, whose files have experts singly."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "moe_intermediate_size": 8}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"head_dim": 4, "vocab_size": 13, "num_experts": 3, "num_experts_per_tok": 2}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, initializer_range=0.3)).eval()

@@ -200,6 +200,7 @@ def read(
             config = read_json(path / CONFIG, "")
             claims = read_claims(config, allow)
     tensors, text = _read_all(path)
+    tensors = _single_experts(tensors, config)
     ours = is_native(text, "peft")
     if claims is None and not ours:
         problem = f"its {MODEL} holds no metadata of this package"
@@ -214,6 +215,15 @@ def read(
         check_fields(config, text)
     with within(MODEL):
         return _read_native(said, tensors)
+
+
+def _single_experts(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return tensors with a pair for each expert, where servers' stacks `experts.w1` stand."""
+    if any(".experts.w" in key for key in tensors):
+        from lora_inject.formats.shared_layout import as_single_experts  # most do not need it
+
+        return as_single_experts(tensors, config)
+    return tensors
 
 
 def _read_native(said: Described, tensors: dict[str, Tensor]) -> AdapterState:
