@@ -70,15 +70,29 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def _copied(block: re.Match[str]) -> str:
-    """Say what the button of a console copies: its commands, without prompts and outputs."""
-    prompt = r'<span class="gp">.*?</span>'
-    if not re.search(prompt, block[0]):
+    """Say what the button of a console copies: what is typed, without prompts and outputs."""
+    typed = _typed(unescape(re.sub("<.*?>", "", block[0])))
+    if '<span class="gp">' not in block[0] or not typed:
         return block[0]
-    typed = (line for line in block[0].splitlines() if '<span class="go">' not in line)
-    text = re.sub("<.*?>", "", re.sub(prompt, "", "\n".join(typed)))
-    commands = "\n".join(line for line in text.splitlines() if line.strip())
-    copied = escape(unescape(commands))
+    copied = escape("\n".join(typed))
     return block[0].replace("<div ", f'<div data-copy="{copied}" ', 1)
+
+
+def _typed(console: str) -> list[str]:
+    """Return the lines after a prompt, and those that continue them."""
+    typed: list[str] = []
+    shell, last = True, ""  # the line before, where it was typed
+    for line in console.strip().splitlines():
+        if prompt := re.match(r"(\$|>>>) ", line):
+            shell, last = prompt[1] == "$", line[prompt.end() :]
+        elif shell and last.endswith("\\"):
+            last = line
+        elif last and not shell and line.startswith("... "):
+            last = line[4:]
+        else:
+            last = ""
+        typed += [last] if last else []
+    return typed
 
 
 def _labeled(table: re.Match[str]) -> str:

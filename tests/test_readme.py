@@ -29,7 +29,8 @@ from conftest import script
 from helpers.documents import Block, blocks, commands, output_of, same_output, with_outputs
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
-from pygments.lexers import BashSessionLexer, PythonLexer
+from pygments.lexers import BashSessionLexer, PythonConsoleLexer, PythonLexer
+from pygments.lexers.special import OutputLexer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_inject as li
@@ -236,18 +237,43 @@ def test_a_notebook_is_a_page_with_what_its_cells_printed(name):
     assert page.startswith("# ")
 
 
-def test_the_button_of_a_console_copies_commands_alone():
-    typed = "echo 'a < b' && \\\n    echo \"$HOME\"\nls"
-    console = "$ echo 'a < b' && \\\n    echo \"$HOME\"\na < b\n\n$ ls\nfile\n"
-    shown = '<div class="highlight">{}</div>'
-    made = [
-        highlight(text, lexer, HtmlFormatter(nowrap=True))
-        for text, lexer in ((console, BashSessionLexer()), ("x = 1", PythonLexer()))
-    ]
-    commands, code = (docs_pages.on_page_content(shown.format(text)) for text in made)
-    assert html.unescape(re.search(r'data-copy="(.*?)"', commands, re.DOTALL)[1]) == typed
-    assert commands.endswith(f">{made[0]}</div>")
-    assert code == shown.format(made[1])
+SHELL = r"""$ echo 'a < b' && \
+    echo "$HOME"
+a < b
+
+...
+# no prompt of root \
+b
+$ ls
+file
+"""
+PYTHON = """>>> for x in 'ab':
+...     print(x)
+a
+b
+>>> 1 / 0
+Traceback (most recent call last):
+...
+ZeroDivisionError: division by zero
+>>> x
+'b'
+"""
+CONSOLES = {
+    "a shell": (BashSessionLexer(), SHELL, "echo 'a < b' && \\\n    echo \"$HOME\"\nls"),
+    "Python": (PythonConsoleLexer(), PYTHON, "for x in 'ab':\n    print(x)\n1 / 0\nx"),
+    "no console": (PythonLexer(), "x = 1\n", None),
+    "an output": (OutputLexer(), "$ 5 a month\n", None),
+}
+
+
+@pytest.mark.parametrize("what", CONSOLES)
+def test_the_button_of_a_console_copies_what_is_typed(what: str) -> None:
+    lexer, text, typed = CONSOLES[what]
+    code = highlight(text, lexer, HtmlFormatter(nowrap=True))
+    page = docs_pages.on_page_content(f'<div class="highlight"><code>{code}</code></div>')
+    copied = re.search(r'data-copy="(.*?)"', page, re.DOTALL)
+    assert (copied and html.unescape(copied[1])) == typed
+    assert page.endswith(f"<code>{code}</code></div>")
 
 
 def test_every_config_of_the_repository_is_on_its_page():
