@@ -41,7 +41,7 @@ _HOMES = {
     "checks.reached": "unreached",
     "core.model.install": "install",
     "core.model.load": "load_adapter",
-    "core.model.read_off": "adapter_state",
+    "core.model.adapter_state": "adapter_state",
     "core.model.save": "save_adapter",
     "formats.publishing": "push",
     "core.model.select": "activate",

@@ -21,6 +21,7 @@ from lora_inject.core.functional.merge_report import MergeReport as MergeReport
 from lora_inject.core.layers.adapted import WeightUpdate as WeightUpdate
 from lora_inject.core.layers.linear_kinds import LoRALinear as LoRALinear
 from lora_inject.core.layers.own_kinds import register_kind as register_kind
+from lora_inject.core.model.adapter_state import adapter_state as adapter_state
 from lora_inject.core.model.disabling import disabled as disabled
 from lora_inject.core.model.eject import eject as eject
 from lora_inject.core.model.inject import inject as inject
@@ -34,7 +35,6 @@ from lora_inject.core.model.merged_weights import merged_weights as merged_weigh
 from lora_inject.core.model.optimizing import parameter_groups as parameter_groups
 from lora_inject.core.model.parameters import adapter_parameters as adapter_parameters
 from lora_inject.core.model.planning import plan as plan
-from lora_inject.core.model.read_off import adapter_state as adapter_state
 from lora_inject.core.model.save import save_adapter as save_adapter
 from lora_inject.core.model.select import activate as activate
 from lora_inject.core.model.swap import swap_adapter as swap_adapter

@@ -19,7 +19,7 @@ from lora_inject.integrations import peft_names
 
 HEAVY = ("transformers", "peft", "accelerate", "gguf", "loralib", "huggingface_hub", "datasets")
 HEAVY += ("matplotlib",)
-OWN = ("core.model.inject", "core.layers", "core.spec.config", "checkpoint", "analysis")
+OWN = ("core.model.planning", "core.layers", "core.spec.config", "checkpoint", "analysis")
 NAMES = (*HEAVY, "torch", "pydantic", *(f"lora_inject.{name}" for name in OWN))
 
 REPORT = """
@@ -60,7 +60,7 @@ def test_imports_and_commands_bring_in_what_they_use_and_nothing_heavy(tmp_path)
         (["schema"], set()),
         (
             "import lora_inject; lora_inject.plan",
-            {"lora_inject.core.model.inject", "lora_inject.core.layers"},
+            {"lora_inject.core.model.planning", "lora_inject.core.layers"},
         ),
         ("import lora_inject; lora_inject.analysis.analyze", {"lora_inject.analysis"}),
         (f"{every}; import lora_inject.formats", set()),

@@ -30,8 +30,8 @@ from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.output_files import OutputShard
 from lora_inject.checkpoint.verify import verify_shards
 from lora_inject.checkpoint.write import BytesDone, Progress, check_unchanged, write_shard
+from lora_inject.core.files.atomic import fsync_dir, replace_file, temporary_name, write_new
 from lora_inject.core.files.atomic_folder import rename_folder
-from lora_inject.core.files.disk import fsync_dir, replace_file, temporary_name, write_new
 from lora_inject.core.files.json_files import read_json
 from lora_inject.core.files.safetensors_file import read_header
 from lora_inject.core.files.system_errors import remedy_for

@@ -23,7 +23,8 @@ from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import entries, records_of
 from lora_inject.core.spec.config import ALL_EXPERTS, ALL_LINEAR, Config, Rule
-from lora_inject.core.spec.inventory import LINEAR_KINDS, Candidate, Inventory, Mixture
+from lora_inject.core.spec.inventory import LINEAR_KINDS, Candidate, Inventory
+from lora_inject.core.spec.mixture import Mixture
 from lora_inject.core.spec.names import counted, joined, parent, quoted
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 from lora_inject.core.spec.spellings import templates

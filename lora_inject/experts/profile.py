@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.spec.inventory import Mixture
+from lora_inject.core.spec.mixture import Mixture
 from lora_inject.core.spec.names import parent, quoted
 from lora_inject.core.spec.strict import YamlModel
 from lora_inject.errors import LayerError, MatchError

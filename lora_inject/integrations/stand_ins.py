@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.adapter.exchange import write_adapter
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.disk import replace_file
+from lora_inject.core.files.atomic import replace_file
 from lora_inject.core.layers.adapted import raw_parameter
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.survey import Survey, base_parameters

@@ -23,6 +23,7 @@ from lora_inject.core.model.carried import records_of
 from lora_inject.core.model.install import install
 from lora_inject.core.model.planning import plan
 from lora_inject.core.spec.config import Config
+from lora_inject.core.spec.meaning import meaning
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, StateError
 from lora_inject.formats.peft.tensor_layout import file_rank
@@ -56,7 +57,7 @@ def reserve(model: M, name: str = "slot", *, rank: int, targets: Targets = ("all
 
     Examples:
         >>> from lora_inject.core.model.inject import inject
-        >>> from lora_inject.core.model.read_off import adapter_state
+        >>> from lora_inject.core.model.adapter_state import adapter_state
         >>> from lora_inject.core.model.swap import swap_adapter
         >>> net = nn.Sequential(nn.Linear(4, 6))
         >>> small = adapter_state(inject(net, {"rank": 2, "targets": ["0"]}))
@@ -132,7 +133,7 @@ def placed(
     scaled: list[Tensor] = []
     for name, held in sites.items():
         plain = site_in_pairs(state.sites[name])
-        if plain.spec.form[2:] != held.spec.form[2:]:
+        if meaning(plain.spec) != meaning(held.spec):
             problem = "it adapts other parts of the weight than the slot"
             raise FormatError(f"site {name!r}", problem, "Load it under another name")
         # The slot's scale is 1.

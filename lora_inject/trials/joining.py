@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.adapter_state import adapter_state
 from lora_inject.core.model.carried import adapted_modules, entries, root_at
 from lora_inject.core.model.eject import eject
 from lora_inject.core.model.guards import holder_of_shards
 from lora_inject.core.model.inject import inject
-from lora_inject.core.model.read_off import adapter_state
 from lora_inject.core.model.train import train_only
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import StateError

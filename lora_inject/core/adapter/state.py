@@ -180,22 +180,10 @@ class AdapterState(Shown):
         return replace(self, sites=sites, trained=trained)
 
     def select(self, *patterns: str) -> AdapterState:
-        r"""Return the sites and trained tensors that patterns match.
-
-        Args:
-            *patterns: As in a config: a regex for the end of a name, or of a parent module's name.
+        """Return the sites and trained tensors that patterns, as in a config, match.
 
         Raises:
             StateError: A pattern matches nothing.
-
-        Examples:
-            >>> from lora_inject.core.spec.sites import SiteSpec
-            >>> spec = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), rank=2, alpha=4)
-            >>> q = SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))
-            >>> other = replace(q, spec=spec.at("h.1.q", "h.1.q.weight"))
-            >>> a = AdapterState({"h.0.q": q, "h.1.q": other})
-            >>> list(a.select(r"h\.1").sites)
-            ['h.1.q']
         """
         from lora_inject.core.spec.named import named  # for those who ask by patterns
 

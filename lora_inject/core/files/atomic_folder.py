@@ -15,8 +15,13 @@ import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from lora_inject.core.files.atomic import check_free, explained
-from lora_inject.core.files.disk import fsync_dir, temporary_name, write_new
+from lora_inject.core.files.atomic import (
+    check_free,
+    explained,
+    fsync_dir,
+    temporary_name,
+    write_new,
+)
 from lora_inject.errors import FormatError
 
 _AT_FDCWD = -100

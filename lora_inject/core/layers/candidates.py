@@ -17,7 +17,8 @@ from lora_inject.core.layers.kinds import kind_of
 from lora_inject.core.layers.packed_weights import loaded_kinds
 from lora_inject.core.layers.plain_tensors import dtype_name
 from lora_inject.core.layers.survey import Survey, memory_of
-from lora_inject.core.spec.inventory import Candidate, Inventory, Mixture
+from lora_inject.core.spec.inventory import Candidate, Inventory
+from lora_inject.core.spec.mixture import Mixture
 from lora_inject.core.spec.names import is_bias, joined
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import Geometry

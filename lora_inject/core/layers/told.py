@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import Entry, attached_to
+from lora_inject.core.spec.meaning import meaning
 from lora_inject.core.spec.names import canonical, leaf, parent
 from lora_inject.errors import StateError
 
@@ -53,7 +54,7 @@ def form_of(entry: Entry) -> Form:
     if entry.spec is None:
         return Form(entry.scale or 0.0, 0, _checksum(entry.rows))
     spec = entry.spec
-    return Form(spec.scale, spec.rank, _checksum(spec.form[2:]))  # after rank and scale
+    return Form(spec.scale, spec.rank, _checksum(meaning(spec)))
 
 
 @functools.lru_cache(maxsize=1024)

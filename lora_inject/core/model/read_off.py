@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_inject.core.adapter.fingerprint import N_SAMPLES
 from lora_inject.core.adapter.moved import moved_positions
@@ -25,30 +25,6 @@ from lora_inject.core.model.guards import before
 from lora_inject.core.model.whole import whole_adapter
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.sites import SiteSpec
-
-
-def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
-    """Read an adapter from a model, as a value.
-
-    Args:
-        model: The root, or any module that holds roots.
-        name: The adapter.
-
-    Returns:
-        Its state. The tensors are detached and share memory with the model's.
-
-    Raises:
-        StateError: There is no such adapter, a layer that carries it was replaced, the model is
-            merged, or this process holds only a shard of a tensor.
-
-    Examples:
-        >>> from lora_inject.core.model.inject import inject
-        >>> net = inject(nn.Sequential(nn.Linear(4, 6)), {"rank": 2, "targets": ["0"]})
-        >>> site = adapter_state(net).sites["0"]
-        >>> tuple(site.A.shape), tuple(site.B.shape), site.scale
-        ((2, 4), (6, 2), 8.0)
-    """
-    return read_off(Survey(model), name)
 
 
 def values_on(
@@ -93,7 +69,7 @@ def values_on(
 def read_off(
     survey: Survey, name: str, gathered: Mapping[str, Tensor] = MappingProxyType({})
 ) -> AdapterState:
-    """Read an adapter from a model; see `adapter_state`.
+    """Read an adapter from a model, as a value; see `adapter_state`.
 
     `gathered` are whole tensors by their keys in the state dict, for those that are sharded.
     """

@@ -29,6 +29,7 @@ from lora_inject.core.model.carried import check_unmerged, entries, reach, recor
 from lora_inject.core.model.origins import note_files
 from lora_inject.core.model.other_base import check_base_copies
 from lora_inject.core.model.read_off import values_on
+from lora_inject.core.spec.meaning import meaning
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.spellings import nearest
 from lora_inject.errors import FormatError, LayerError, within
@@ -79,7 +80,7 @@ def swap_adapter(
         LayerError: The slot is on the meta device.
 
     Examples:
-        >>> from lora_inject.core.model.read_off import adapter_state
+        >>> from lora_inject.core.model.adapter_state import adapter_state
         >>> from lora_inject.core.model.inject import inject
         >>> from lora_inject.core.model.parameters import adapter_parameters
         >>> net = nn.Sequential(nn.Linear(4, 6))
@@ -229,7 +230,7 @@ def _check_alike(site: SiteState, held: SiteState, asked: str) -> None:
     elif not math.isclose(new.scale, old.scale):
         problem = f"its scale is {new.scale:g}, and {old.scale:g} on the model"
         remedy += _SLOT
-    elif new.form[2:] != old.form[2:]:
+    elif meaning(new) != meaning(old):
         problem = "it adapts other parts of the weight than the one on the model"
     else:
         return

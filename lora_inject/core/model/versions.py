@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lora_inject.core.adapter.exchange import Format
-from lora_inject.core.files.disk import replace_file
+from lora_inject.core.files.atomic import replace_file
 from lora_inject.errors import FormatError
 
 LATEST = "LATEST"

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lora_inject.core.spec.names import canonical, is_bias
 from lora_inject.core.spec.sites import Geometry
+
+if TYPE_CHECKING:
+    from lora_inject.core.spec.mixture import Mixture
 
 LINEAR_KINDS = ("linear", "conv1d")
 
@@ -70,17 +73,6 @@ class Candidate(NamedTuple):
         return self._replace(
             name=name, kind="parameter", owner=self.name, update="weight", aliases=further
         )
-
-
-class Mixture(NamedTuple):
-    """A block that sends each token to a few of its experts."""
-
-    name: str  # of the block
-    n_experts: int
-    top_k: int | None  # to how many experts a token goes, where it is known
-    experts: tuple[str, ...]  # names of the candidates that are experts, or stacks of them
-    routers: tuple[str, ...]  # names of what chooses
-    shared: tuple[str, ...]  # names of the other linear layers of the block
 
 
 @dataclass(frozen=True)

@@ -163,8 +163,6 @@ class SiteSpec:
     # shape of each trainable tensor by its role: A, B and what the variant adds
     shapes: Mapping[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
     n_parameters: int = field(init=False, repr=False, compare=False)  # elements of all of these
-    # what two sites must have in common for values of A and B to mean the same in both
-    form: tuple[object, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Compute derived fields; torch.compile cannot trace a cached property."""
@@ -175,9 +173,7 @@ class SiteSpec:
         a_shape = (*a_stack, self.rank * len(spans), self.in_features)
         b_shape = (*b_stack, sum(stop - start for start, stop in spans), self.rank)
         scale = self.alpha / divisor
-        turned = self.kind == "parameter" and self.transposed
         shapes = shapes_of(self.variant, a_shape, b_shape, self.lora_bias)
-        form = (self.rank, scale, spans, self.experts, turned, self.variant, self.lora_bias)
         own = self.name if self.kind == "parameter" else joined(self.name, "weight")
         self.__dict__.update(
             weight=self.weight or own,
@@ -187,7 +183,6 @@ class SiteSpec:
             b_shape=b_shape,
             shapes=shapes,
             n_parameters=sum(map(math.prod, shapes.values())),
-            form=(*form, self.only, self.share) if self.only or self.share else form,
         )
 
     def at(
