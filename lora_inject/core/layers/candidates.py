@@ -7,6 +7,7 @@ be linear in W, else by its weight, or not at all, with the reason.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,12 @@ from lora_inject.core.layers.packed_weights import loaded_kinds
 from lora_inject.core.layers.plain_tensors import dtype_name
 from lora_inject.core.layers.survey import Survey, memory_of
 from lora_inject.core.spec.inventory import Candidate, Inventory
-from lora_inject.core.spec.mixture import Mixture
 from lora_inject.core.spec.names import is_bias, joined
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import Geometry
+
+if TYPE_CHECKING:
+    from lora_inject.core.spec.mixture import Mixture
 
 # These parents read the weights of their children, or do so in a fast path.
 READING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
