@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from helpers.forks import Forks
 from helpers.models import tiny_llama
+from helpers.refusals import said
 from helpers.versions import FSDP2_ON_CPU, GLOO_TAKES_MEANS, needs_fsdp2
 from torch import Tensor, nn
 
@@ -477,15 +478,6 @@ def saved_by_all(rank: int, model: Any) -> dict[str, Any]:
     dist.barrier()
     found["refused"] = said(lambda: save("in turn"))
     return found
-
-
-def said(run: Callable[[], Any]) -> str:
-    """What a refusal says, with its class; empty where it went through."""
-    try:
-        run()
-    except li.LoraInjectError as raised:
-        return f"{type(raised).__name__}: {raised}"
-    return ""
 
 
 JOBS = {

@@ -4,7 +4,7 @@ Steps are those of SGD, so a gradient that is a sum where it should be a mean sh
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from conftest import fill
 from helpers.forks import Forks
+from helpers.refusals import said
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -116,14 +117,6 @@ def reloaded(folder: Path) -> bool:
     li.load_adapter(model, folder / "saved")
     li.save_adapter(model, folder / "again")
     return li.adapter_state(model) == li.read_adapter(folder / "again")
-
-
-def said(run: Callable[[], Any]) -> str:
-    try:
-        run()
-    except li.LoraInjectError as raised:
-        return f"{type(raised).__name__}: {raised}"
-    return ""
 
 
 def refused(folder: Path) -> list[str]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from conftest import error
 from helpers.forks import Forks
 from helpers.models import tiny_llama
+from helpers.refusals import said
 from torch import Tensor, nn
 from transformers import (
     DeepseekV3Config,
@@ -208,14 +209,6 @@ def trained(folder: Path, case: Case) -> dict[str, Any]:
     li.load_adapter(model, seen["saved"])
     seen["again"] = logits(model)
     return seen
-
-
-def said(run: Callable[[], Any]) -> str:
-    try:
-        run()
-    except li.LoraInjectError as raised:
-        return f"{type(raised).__name__}: {raised}"
-    return ""
 
 
 REFUSED: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any], str]] = {

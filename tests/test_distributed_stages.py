@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from conftest import error
 from helpers.forks import Forks
+from helpers.refusals import said
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -84,14 +85,6 @@ def steps(model: nn.Module, run: Callable[[], object]) -> None:
         run()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def said(run: Callable[[], Any]) -> str:
-    try:
-        run()
-    except li.LoraInjectError as raised:
-        return f"{type(raised).__name__}: {raised}"
-    return ""
 
 
 def trained(folder: Path, rank: int) -> dict[str, Any]:

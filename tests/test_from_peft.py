@@ -7,25 +7,10 @@ import re
 
 import pytest
 import torch
+from helpers.architectures import of
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
 
 import lora_inject as li
 from lora_inject.formats.from_peft import FIELDS
@@ -50,27 +35,24 @@ class Nested(nn.Module):
 @pytest.fixture(scope="module")
 def models():
     torch.manual_seed(0)
-    gpt2 = GPT2Config(n_layer=3, n_embd=8, n_head=2, n_positions=8, vocab_size=20)
-    bert = BertConfig(**SMALL, num_hidden_layers=2, max_position_embeddings=8)
-    distil = DistilBertConfig(vocab_size=20, dim=8, hidden_dim=12, n_layers=2, n_heads=2)
-    moe = MixtralConfig(**SMALL, **LAYERS, num_local_experts=2)
-    qwen = Qwen2MoeConfig(
-        **SMALL, **LAYERS, num_experts=2, moe_intermediate_size=6,
-        shared_expert_intermediate_size=6, mlp_only_layers=[1],
-    )  # fmt: skip
-    dense = Qwen3MoeConfig(
-        **SMALL, **LAYERS, num_experts=2, moe_intermediate_size=6, head_dim=4, mlp_only_layers=[1]
-    )
-    return {
-        "llama": LlamaForCausalLM(LlamaConfig(**SMALL, **LAYERS)),
-        "gpt2": GPT2LMHeadModel(gpt2),
-        "bert": BertForSequenceClassification(bert),
-        "distilbert": DistilBertForSequenceClassification(distil),
-        "mixtral": MixtralForCausalLM(moe),
-        "qwen": Qwen2MoeForCausalLM(qwen),
-        "dense": Qwen3MoeForCausalLM(dense),
-        "nested": Nested(),
-    }
+    dense = {"num_experts": 2, "moe_intermediate_size": 6, "mlp_only_layers": [1]}
+    made = {
+        "llama": ("Llama", "ForCausalLM", {**SMALL, **LAYERS}),
+        "gpt2": ("GPT2", "LMHeadModel", {"n_layer": 3, "n_embd": 8, "n_head": 2, "vocab_size": 20}),
+        "bert": ("Bert", "ForSequenceClassification", {**SMALL, "num_hidden_layers": 2}),
+        "distilbert": (
+            "DistilBert", "ForSequenceClassification",
+            {"vocab_size": 20, "dim": 8, "hidden_dim": 12, "n_layers": 2, "n_heads": 2},
+        ),
+        "mixtral": ("Mixtral", "ForCausalLM", {**SMALL, **LAYERS, "num_local_experts": 2}),
+        "qwen": (
+            "Qwen2Moe", "ForCausalLM",
+            {**SMALL, **LAYERS, **dense, "shared_expert_intermediate_size": 6},
+        ),
+        "dense": ("Qwen3Moe", "ForCausalLM", {**SMALL, **LAYERS, **dense, "head_dim": 4}),
+    }  # fmt: skip
+    found = {name: of(cls, head, {}, **sizes).make() for name, (cls, head, sizes) in made.items()}
+    return {**found, "nested": Nested()}
 
 
 def of_peft(model: nn.Module, config: LoraConfig):

@@ -10,6 +10,7 @@ from conftest import error, fill
 from helpers.experts import expert_rule, experts
 from helpers.forks import Forks
 from helpers.models import tiny_llama
+from helpers.refusals import said
 from torch import Tensor
 
 import lora_inject as li
@@ -151,14 +152,6 @@ def tenants() -> list[str]:
     by_fsdp2(run.model)
     batch = {"input_ids": BATCH, "labels": BATCH}
     return [*found, said(lambda: run.forward_backward({"ann": batch}))]
-
-
-def said(run: Any) -> str:
-    try:
-        run()
-    except li.LoraInjectError as raised:
-        return f"{type(raised).__name__}: {raised}"
-    return ""
 
 
 def work() -> dict[str, Any]:
