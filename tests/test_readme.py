@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +42,7 @@ from lora_inject.core.layers.kinds import KINDS
 from lora_inject.core.spec.rooms import REGISTERED
 from lora_inject.core.spec.schema import json_schema
 from lora_inject.core.spec.sites import ROLES
+from lora_inject.integrations import libraries
 
 REPO = Path(__file__).parents[1]
 README = REPO / "README.md"
@@ -162,7 +164,7 @@ def test_every_block_of_a_page_runs(session, capsys, page):
 
 
 def test_every_step_of_the_architecture_runs(session, capsys):
-    """How to add a layer kind, a variant, a format and a packed weight, as it is written there."""
+    """How to add a kind, a variant, a format, another library, ..., as it is written there."""
     before, readers = list(KINDS), dict(formats.FORMATS)
     try:
         names = run_document((REPO / "ARCHITECTURE.md").read_text(), "ARCHITECTURE.md", capsys)
@@ -172,6 +174,9 @@ def test_every_step_of_the_architecture_runs(session, capsys):
         assert [type(kind) for kind in REGISTERED] == [names["FourBit"]]
     finally:
         REGISTERED.clear()
+        libraries.GUARDS.pop("lora_inject.integrations.servant", None)
+        for name in ("servant", "lora_inject.integrations.servant"):
+            sys.modules.pop(name, None)
         KINDS[:] = before
         formats.FORMATS.clear()
         formats.FORMATS.update(readers)
