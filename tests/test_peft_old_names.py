@@ -9,6 +9,7 @@ import torch
 from conftest import error
 from helpers.architectures import ARCHITECTURES
 from helpers.checkpoints import merged_on_disk
+from helpers.versions import needs_peft_reads_experts
 from safetensors.torch import load_file, save_file
 
 import lora_inject as li
@@ -43,6 +44,7 @@ def write_old(path: Path, modules: list[str], targets: list[str]) -> Path:
     return path
 
 
+@needs_peft_reads_experts
 @pytest.mark.parametrize("kind", SINGLE)
 def test_single_experts_become_stacks(kind: str, tmp_path: Path) -> None:
     block, leaves, layers, n = SINGLE[kind]
@@ -92,6 +94,7 @@ def test_experts_that_a_stack_cannot_hold_are_refused(expert, dora, words, tmp_p
         li.load_adapter(ARCHITECTURES["mixtral"].build(), path)
 
 
+@needs_peft_reads_experts
 def test_names_of_llava_before_4_52_are_the_class_s_names_now(tmp_path: Path) -> None:
     old = [f"language_model.model.layers.{n}.self_attn.q_proj" for n in range(2)]
     old.append("vision_tower.vision_model.encoder.layers.0.self_attn.v_proj")

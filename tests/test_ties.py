@@ -111,15 +111,20 @@ def holders(model: nn.Module, targets: Iterable[str]) -> dict[str, Any]:
     return {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in targets}
 
 
-# On transformers 4 a T5 reads the flag, and what else is tied is lost from a saved model.
-OF_TRANSFORMERS_5 = {"gemma3", "t5", "t5 that says it is untied", "bart", "bert"}
+# On transformers 4 a T5 reads the flag, layers of a Pegasus stand in several places, Gemma 3 has no
+# config that unties it, and what else is tied is lost from a saved model.
+OF_TRANSFORMERS_5 = {"gemma3", "t5", "t5 that says it is untied", "pegasus"}
+
+
+def marked(case: Any, live: bool) -> Any:
+    name = case if isinstance(case, str) else case[0]
+    newer = name in OF_TRANSFORMERS_5 or (live and name in ("bart", "bert"))
+    values = (case,) if isinstance(case, str) else case
+    return pytest.param(*values, marks=needs_transformers_5 if newer else ())
 
 
 @pytest.mark.parametrize("which", WHICH)
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=needs_transformers_5 if n in OF_TRANSFORMERS_5 else ()) for n in ENDS],
-)
+@pytest.mark.parametrize("name", [marked(name, live=True) for name in ENDS])
 def test_a_live_model_computes_as_if_nothing_were_tied_and_is_given_back_tied(
     name: str, which: str, tmp_path: Path
 ) -> None:
@@ -163,9 +168,10 @@ def test_a_live_model_computes_as_if_nothing_were_tied_and_is_given_back_tied(
 REFUSED_IN_FILES = {"t5", "t5 that says it is untied"}  # the flag also scales a T5's outputs
 
 
-@pytest.mark.parametrize(
-    ("name", "which"), [*product(IN_FILES, WHICH), *product(MORE_ENDS, ["both"])]
-)
+CASES_OF_FILES = [*product(IN_FILES, WHICH), *product(MORE_ENDS, ["both"])]
+
+
+@pytest.mark.parametrize(("name", "which"), [marked(case, live=False) for case in CASES_OF_FILES])
 def test_merged_files_are_to_plain_transformers_what_the_adapter_is(
     name: str, which: str, tmp_path: Path
 ) -> None:
@@ -418,6 +424,7 @@ def test_a_model_with_a_tie_and_a_script_module_is_merged() -> None:
     assert error(model(ids), wanted) < 1e-5
 
 
+@needs_transformers_5
 def test_a_tied_name_that_is_never_called_is_refused_by_a_probe() -> None:
     row = ARCHITECTURES["t5"]
     model = row.build()
@@ -460,6 +467,9 @@ RESIZED = [config(*ends) for ends in (["wte"], ["lm_head"], ["wte", "c_attn"])]
 RESIZED.append(config("c_attn", train=["wte"]))
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.0."), reason="a head that it resized states its old size"
+)
 @pytest.mark.parametrize("part", ["", "transformer"])
 @pytest.mark.parametrize("entries", RESIZED, ids=str)
 def test_resize(entries: dict[str, Any], part: str) -> None:
