@@ -28,7 +28,7 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.names import parent
 from lora_inject.errors import FormatError
 from lora_inject.formats import peft
-from lora_inject.formats.model_facts import ModelFacts
+from lora_inject.formats.model_facts import CONVERT, ModelFacts
 from lora_inject.formats.plain import plain_sites
 from lora_inject.formats.single_experts import missing_matrices
 
@@ -125,7 +125,7 @@ def _matrices(site: SiteState, facts: ModelFacts) -> Iterator[tuple[str, SiteSta
     where, n_experts = f"site '{site.spec.name}'", site.spec.experts
     if facts.separate is None:
         problem = "the names of single experts depend on the base's files"
-        raise FormatError(where, problem, "Name the base: --base BASE, li.convert(base=...)")
+        raise FormatError(where, problem, CONVERT)
     names = facts.separate(site.spec.name)
     if len(names) != n_experts:
         problem = f"the base's files hold {len(names)} of its {n_experts} experts separately"

@@ -57,7 +57,7 @@ def _reasons(survey: Survey, plan: Plan) -> Iterator[tuple[str, str]]:
     remedy = f"Add train: {lines} to the config"
     adapted = {site.weight for site in plan.sites}
     if not adapted.isdisjoint(left):
-        remedy += f" and exclude: {lines}, as an adapter does not hold the weight under it"
+        remedy += f" and exclude: {lines} (what trains in full is not adapted as well)"
     remedy += ", or pass leave_new=True where nothing uses them or their values come from elsewhere"
     problem = f"{quoted(left)} were not in the checkpoint: transformers has initialized them, with "
     yield f"{problem}other values in each process, and this adapter would not hold them", remedy
