@@ -23,12 +23,12 @@ PACKAGE = Path(lora_inject.__file__).parent
 # Stage -> lines of the package that it may load.
 LINES = {
     "config": 1_320,
-    "forward": 2_765,
-    "activate": 2_225,
-    "inject": 6_013,
-    "merge": 4_473,
-    "save, load": 7_243,
-    "life": 9_801,
+    "forward": 2_773,
+    "activate": 2_223,
+    "inject": 6_021,
+    "merge": 4_471,
+    "save, load": 7_251,
+    "life": 9_809,
 }
 STAGES = {
     "config": "from lora_inject import Config",

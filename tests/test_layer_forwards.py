@@ -386,3 +386,29 @@ def test_a_forward_that_was_put_onto_the_class_is_the_one_that_computes(
     fill(model)
     wide = with_deltas(plain, model)
     assert error(model(x), wide(x if kind == "embedding" else x.double())) < 1e-5
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "embedding", "Conv1D"])
+def test_a_forward_that_is_put_onto_the_class_after_inject_is_refused(
+    kind: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer whose class computes as torch's does is computed without a call of its forward."""
+    if kind == "Conv1D":
+        layer: nn.Module = pytest.importorskip("transformers.pytorch_utils").Conv1D(4, 5)
+    else:
+        layer = nn.Linear(5, 4) if kind == "linear" else nn.Embedding(5, 4)
+    cls: Any = type("Own", (type(layer),), {})
+    layer.__class__ = cls
+    x: Tensor = torch.tensor([0, 3, 1]) if kind == "embedding" else torch.randn(3, 5)
+    model = fill(li.inject(nn.Sequential(layer), {"rank": 2, "targets": ["0"]})).train(training)
+    real = cls.forward
+    with torch.set_grad_enabled(training):
+        model(x)
+        with monkeypatch.context() as patched:
+            patched.setattr(cls, "forward", lambda self, x: 2 * real(self, x))
+            li.activate(model, None)
+            with pytest.raises(li.LayerError, match="another forward onto Own, which would not be"):
+                model(x)
+            again = li.inject(li.eject(model), {"rank": 2, "targets": ["0"]})
+            assert same_bits(again(x), 2 * real(li.eject(again)[0], x))

@@ -350,6 +350,40 @@ WRITES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_deep_copy_of_what_was_read_is_its_value(kind: str, grad: bool) -> None:
+    """As of a Parameter: in memory of its own, without a graph."""
+    net, m = layer(kind)
+    wanted, values = m.weight.detach().clone(), {k: v.clone() for k, v in net.state_dict().items()}
+    with torch.set_grad_enabled(grad):
+        copied = copy.deepcopy(m.weight)
+    assert same_bits(copied, wanted)
+    assert (type(copied), copied.requires_grad) == (Tensor, False)
+    copied.zero_()
+    assert same_bits(m.weight.detach(), wanted)
+    assert all(same_bits(v, values[k]) for k, v in net.state_dict().items())
+
+
+def test_what_holds_parameters_gives_those_of_adapters_as_sums_and_makes_no_others_of_them() -> (
+    None
+):
+    """A slice of a ParameterList is a new list, of Parameters that nobody trains."""
+    lists = nn.Module()
+    lists.held = nn.ParameterList([nn.Parameter(torch.randn(D, D).double()) for _ in range(3)])
+    lists.named = nn.ParameterDict({"one": nn.Parameter(torch.randn(D, D).double())})
+    fill(li.inject(lists, {"rank": 2, "targets": [r"held\.\d", r"named\.one"]}))
+    merged = copy.deepcopy(lists)
+    li.merge(merged, eject=True)
+    for one, other in zip(lists.held, merged.held, strict=True):
+        assert error(one, other) < 1e-12
+    for one, other in zip(lists.named.values(), merged.named.values(), strict=True):
+        assert error(one, other) < 1e-12
+    for making in (lambda: lists.held[1:], lambda: lists.named.copy()):
+        with pytest.raises(li.LayerError, match=r"what was read of a weight with an adapter"):
+            making()
+
+
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_write_to_what_was_read_is_refused(kind: str, write: str) -> None:

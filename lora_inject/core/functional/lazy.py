@@ -268,6 +268,8 @@ class LazyWeight(ReadOnly):
         if func in _HOOKS:
             check_hook_is_met(func)
             args[0]._read.is_thin = False
+        if func == Tensor.__deepcopy__:
+            return args[0].formed(look=True).detach().clone()
         if func in _LOOKS:
             return func(args[0].formed(look=True), *args[1:], **kwargs)
         if func in _GET_IT_FORMED:
@@ -450,7 +452,6 @@ _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _HOOKS = {Tensor.register_hook, Tensor.retain_grad}
 _LOOKS = {
     Tensor.__array__,
-    Tensor.__deepcopy__,
     Tensor.__reduce_ex__,
     Tensor.__repr__,
     Tensor.data_ptr,

@@ -225,15 +225,13 @@ class Attached:
             names = self._base = tuple(key for key in parameters if key not in self.flat)
         return {key: p for key in names if (p := parameters[key]) is not None}
 
-    def chosen(self, mix: Selected) -> Chosen:
-        """Return what takes part on the output under a mix, and note its use."""
-        chosen = self.last_chosen
-        if chosen.mix is not mix:
-            self.used(self.forward[name] for name in mix.names if name in self.forward)
-            recipes = self.recipes(mix)
-            alone = len(recipes) == 1 and not self.reads and not self.gains
-            lone = recipes[0] if alone and recipes[0].spans is None else None
-            chosen = self.last_chosen = Chosen(mix, recipes, lone)
+    def choose(self, mix: Selected) -> Chosen:
+        """Look up what takes part on the output under a mix, and note its use."""
+        self.used(self.forward[name] for name in mix.names if name in self.forward)
+        recipes = self.recipes(mix)
+        alone = len(recipes) == 1 and not self.reads and not self.gains
+        lone = recipes[0] if alone and recipes[0].spans is None else None
+        self.last_chosen = chosen = Chosen(mix, recipes, lone)
         return chosen
 
     def recipes(self, mix: Selected) -> tuple[Recipe, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.layers.adapted import Adapted
-from lora_inject.core.layers.attached import factors_of, held_by
+from lora_inject.core.layers.attached import Chosen, factors_of, held_by
 from lora_inject.core.layers.selected import Mix
 
 
@@ -28,7 +28,7 @@ class ForwardUpdate(Adapted):
     def _lora_mixed(self, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute the layer with the adapters of a mix."""
         attached = self._lora
-        recipes = attached.chosen(mix).recipes
+        recipes = self._lora_chosen(mix).recipes
         if not recipes:
             return self._lora_without_updates(args, kwargs)
         updates = factors_of(recipes, held_by(self), training=self.training)
@@ -39,6 +39,17 @@ class ForwardUpdate(Adapted):
 
             return with_gain(self, mix, args, kwargs, updates)
         return self._lora_with_updates(args, kwargs, updates)
+
+    def _lora_chosen(self, mix: Mix) -> Chosen:
+        """Return what takes part under a mix; it is looked up when that changes."""
+        chosen = self._lora.last_chosen
+        if chosen.mix is mix:
+            return chosen
+        if self._lora_stock and not self.stock(self._lora_plain):
+            from lora_inject.core.layers.replaced import refuse_other_forward
+
+            refuse_other_forward(self)
+        return self._lora.choose(mix)
 
     def _lora_with_updates(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], updates: Sequence[Update]

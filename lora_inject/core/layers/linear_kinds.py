@@ -65,9 +65,8 @@ class LoRALinear(ForwardUpdate):
         products.
         """
         if not (torch.is_grad_enabled() or self.training or kwargs) and len(args) == 1:
-            attached, held = self._lora, self._parameters
-            chosen = attached.last_chosen
-            lone = chosen.lone if chosen.mix is mix else attached.chosen(mix).lone
+            held, chosen = self._parameters, self._lora.last_chosen
+            lone = chosen.lone if chosen.mix is mix else self._lora_chosen(mix).lone
             if lone is not None and self._lora_stock and not self.transposed and "bias" in held:
                 weight, A, B = held.get("weight"), held.get(lone.A), held.get(lone.B)
                 y = lone_token(args[0], weight, held["bias"], A, B, lone.scale)

@@ -1,6 +1,8 @@
-"""Parameters with an adapter that somebody replaces: by what is quantized, pruned or computed."""
+"""What somebody replaces after `inject`: parameters with an adapter, and forwards of classes."""
 
 from __future__ import annotations
+
+from typing import NoReturn
 
 from torch import nn
 
@@ -21,3 +23,13 @@ def check_replaced(layer: nn.Module, name: str) -> None:
             "Eject the adapter first, then inject again; or call merge(model, eject=True). To "
             f"change its values, write into layer.get_parameter({name!r})",
         )
+
+
+def refuse_other_forward(layer: nn.Module) -> NoReturn:
+    """Raise for a forward that was put onto the class after `inject`, and would not be called."""
+    name = type(layer).__name__
+    raise LayerError(
+        f"a forward of a {name} with an adapter",
+        f"since inject somebody has put another forward onto {name}, which would not be called",
+        "Eject, then inject again",
+    )
