@@ -190,15 +190,15 @@ def test_a_kind_from_outside_says_which_argument_it_is() -> None:
         kind = "test_adds"
 
         @classmethod
-        def matches(cls, module: nn.Module) -> bool:
-            return isinstance(module, Adds)
+        def matches(cls, layer: type[nn.Module]) -> bool:
+            return issubclass(layer, Adds)
 
         @staticmethod
         def geometry(module: nn.Module) -> Geometry:
             return Geometry(N, N, (N, N))
 
         @classmethod
-        def adds_to_output(cls, module: nn.Module) -> bool:
+        def adds_to_output(cls, module: nn.Module, *, stock: bool) -> bool:
             return type(module).forward is Adds.forward
 
     before = list(KINDS)

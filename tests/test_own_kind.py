@@ -62,15 +62,15 @@ class LoRADense(LoRALinear):
     kind, weight_name, transposed = "test_dense", "kernel", True
 
     @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        return isinstance(module, Dense)
+    def matches(cls, layer: type[nn.Module]) -> bool:
+        return issubclass(layer, Dense)
 
     @staticmethod
     def geometry(module: nn.Module) -> Geometry:
         return Geometry(N_IN, N_OUT, (N_IN, N_OUT), transposed=True)
 
     @classmethod
-    def adds_to_output(cls, module: nn.Module) -> bool:
+    def adds_to_output(cls, module: nn.Module, *, stock: bool) -> bool:
         return isinstance(module, Dense) and module.gain == 1.0
 
 
@@ -80,8 +80,8 @@ class LoRASquared(WeightUpdate):
     kind, weight_name = "test_squared", "table"
 
     @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        return isinstance(module, Squared)
+    def matches(cls, layer: type[nn.Module]) -> bool:
+        return issubclass(layer, Squared)
 
     @staticmethod
     def geometry(module: nn.Module) -> Geometry:
@@ -176,15 +176,15 @@ class LoRAMultiplied(LoRALinear):
     kind = "test_multiplied"
 
     @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        return isinstance(module, Multiplied)
+    def matches(cls, layer: type[nn.Module]) -> bool:
+        return issubclass(layer, Multiplied)
 
     @staticmethod
     def geometry(module: nn.Module) -> Geometry:
         return Geometry(N_IN, N_OUT, (N_OUT, N_IN))
 
     @classmethod
-    def adds_to_output(cls, module: nn.Module) -> bool:
+    def adds_to_output(cls, module: nn.Module, *, stock: bool) -> bool:
         return isinstance(module, Multiplied)
 
 
@@ -263,8 +263,8 @@ def test_a_foreign_kind_is_asked_before_the_built_in_ones() -> None:
         kind = "test_special"
 
         @classmethod
-        def matches(cls, module: nn.Module) -> bool:
-            return isinstance(module, Special)
+        def matches(cls, layer: type[nn.Module]) -> bool:
+            return issubclass(layer, Special)
 
     assert register_kind(LoRASpecial) is LoRASpecial
     planned = li.plan(nn.Sequential(Special(3, 3), nn.Linear(3, 3)), config(r"\d"))

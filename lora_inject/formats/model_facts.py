@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -86,11 +87,7 @@ class ModelFacts:
         """Return what a model answers; its modules and tensors by all their names."""
 
         def unfit(name: str) -> str:
-            from lora_inject.formats.peft_layers import (
-                why_not_in_peft,
-            )  # which needs the live layers
-
-            return why_not_in_peft(model_type, modules, name)
+            return _why_not_in_peft()(model_type, modules, name)  # type: ignore[no-any-return]
 
         config: Any = getattr(model, "config", None)
         model_type = getattr(config, "model_type", None)
@@ -157,6 +154,13 @@ class ModelFacts:
         if tied is not False:
             problem = "the config does not say whether the embedding and the head are tied"
             raise FormatError(where, problem, _NO_CONFIG)
+
+
+@cache  # an import for each site takes as long as the answer
+def _why_not_in_peft() -> Any:
+    from lora_inject.formats.peft_layers import why_not_in_peft  # which needs the live layers
+
+    return why_not_in_peft
 
 
 def _transposed(modules: Mapping[str, nn.Module]) -> Iterator[str]:

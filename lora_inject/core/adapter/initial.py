@@ -17,14 +17,15 @@ from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 
 def initial_tensors(spec: SiteSpec, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return A and B of a new site, and for pissa and olora the frozen A0 and B0, on W's device."""
-    A = torch.empty(spec.a_shape, dtype=dtype, device=weight.device)
-    B = torch.empty(spec.b_shape, dtype=dtype, device=weight.device)
+    device = weight.device
+    A = torch.empty(spec.a_shape, dtype=dtype, device=device)
+    B = torch.empty(spec.b_shape, dtype=dtype, device=device)
     if spec.init in FROM_WEIGHT:
         from lora_inject.core.adapter.from_weight import factorize
 
         factorize(weight.detach(), A, B, spec)
         return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
-    if weight.device.type != "meta":  # there are no values, and torch would be slow
+    if device.type != "meta":  # there are no values, and torch would be slow
         zero, random = (A, B) if spec.kind == "embedding" else (B, A)
         zero.zero_()
         _randomize(random, spec)

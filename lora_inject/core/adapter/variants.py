@@ -7,13 +7,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lora_inject.core.spec.rooms import the_one
 from lora_inject.core.spec.sites import ROLES, ShapeOf, SiteSpec
+
+
+@cache
+def _initial_tensors() -> Any:
+    from lora_inject.core.adapter.initial import initial_tensors
+
+    return initial_tensors  # of new adapters only; an import takes as long as the tensors
 
 
 class Variant:
@@ -42,9 +50,7 @@ class Variant:
             norms: Returns the norm of each adapted output of W over its inputs, `(adapted out,)`.
         """
         del norms
-        from lora_inject.core.adapter.initial import initial_tensors  # for a new adapter only
-
-        return initial_tensors(spec, weight, dtype)
+        return _initial_tensors()(spec, weight, dtype)  # type: ignore[no-any-return]
 
     def gain(self, tensors: Mapping[str, Tensor], norms: Tensor) -> Tensor:
         """Return the gain of some outputs; called only for variants that are `gained`.

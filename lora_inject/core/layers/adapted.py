@@ -43,9 +43,9 @@ class Adapted(nn.Module):
     _lora: Attached
 
     @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        """Return whether this kind of layer is meant for `module`."""
-        return isinstance(module, cls.classes)
+    def matches(cls, layer: type[nn.Module]) -> bool:
+        """Return whether this kind is meant for layers of a class, with adapters or without."""
+        return issubclass(layer, cls.classes)
 
     @staticmethod
     def geometry(module: nn.Module) -> Geometry:
@@ -53,17 +53,18 @@ class Adapted(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def weight_of(cls, module: nn.Module) -> str:  # noqa: ARG003 - for kinds that pack it
-        """Return the name of the tensor, parameter or buffer, that stands for the weight."""
+    def weight_of(cls, layer: type[nn.Module]) -> str:  # noqa: ARG003 - for kinds that pack it
+        """Return the name of the tensor, parameter or buffer, that stands for a class's weight."""
         return cls.weight_name
 
     @classmethod
-    def adds_to_output(cls, module: nn.Module) -> bool:
+    def adds_to_output(cls, module: nn.Module, *, stock: bool) -> bool:  # noqa: ARG003
         """Return whether `f(x; W + D) = f(x; W) + D x` is known of a module for any D.
 
-        Else its weight reads as W + delta, which is right for whatever it computes.
+        Else its weight reads as W + delta, which is right for whatever it computes. `stock` is what
+        `cls.stock` says of the module's class.
         """
-        return cls.stock(plain_class(type(module)))
+        return stock
 
     @staticmethod
     def stock(plain: type[nn.Module]) -> bool:  # noqa: ARG004 - for kinds that have one

@@ -42,7 +42,7 @@ def attribute(role: str, adapter: str, param: str | None = None) -> str:
     return flat if param is None else f"{param}__{flat}"
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, which takes three times as long to make: there are many thousands
 class Entry:
     """One adapter on one tensor of one module."""
 
@@ -195,13 +195,14 @@ class Attached:
         """Register an entry whose tensors are on the module."""
         self.flat.update(entry.names.values())
         self.last_chosen = NOTHING
-        self.selection.add((entry.adapter,))
         if not entry.on_output:
             self.reads.setdefault(entry.param, {})[entry.adapter] = entry
             return
         self.forward[entry.adapter] = entry
-        self.float32 = self.float32 or _in_float32(entry)
-        self.gains = self.gains or entry.variant.gained
+        if _in_float32(entry):
+            self.float32 = True
+        if entry.variant.gained:
+            self.gains = True
 
     def remove(self, adapter: str) -> list[Entry]:
         """Forget an adapter and return its entries."""

@@ -7,12 +7,13 @@ be linear in W, else by its weight, or not at all, with the reason.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from lora_inject.core.layers.adapted import Adapted, plain_class
+from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.forwards import has_own_forward, loaded_owners
 from lora_inject.core.layers.kinds import kind_of
 from lora_inject.core.layers.packed_weights import loaded_kinds
@@ -21,7 +22,7 @@ from lora_inject.core.layers.survey import Survey, memory_of
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.names import is_bias, joined
 from lora_inject.core.spec.rooms import room
-from lora_inject.core.spec.sites import Geometry
+from lora_inject.core.spec.sites import Geometry, Shape
 
 if TYPE_CHECKING:
     from lora_inject.core.spec.mixture import Mixture
@@ -45,6 +46,22 @@ def inventory(survey: Survey) -> Inventory:
     return _Listing(survey).inventory()
 
 
+class _Class(NamedTuple):
+    """What all modules of a class have in common, asked once for a model."""
+
+    name: str
+    kind: Any  # its `Adapted`, or None
+    weight: str  # name of the weight
+    stock: bool  # whether it computes what its kind's own class does
+
+    @classmethod
+    def of(cls, layer: type[nn.Module]) -> _Class:
+        kind, plain = kind_of(layer), plain_class(layer)
+        if kind is None:
+            return cls(plain.__name__, None, "", stock=False)
+        return cls(plain.__name__, kind, kind.weight_of(layer), kind.stock(plain))
+
+
 class _Listing:
     """The names of one model.
 
@@ -64,23 +81,22 @@ class _Listing:
         self.asks = bool(loaded_kinds())
         self.away = next((reason for reason in reasons if reason is not None), None)
         self.aliases = self._first_names()
+        self.classes: dict[type, _Class] = {}
         self.candidates: list[Candidate] = []
         self.others: dict[str, str] = {}
+        self.parameters: dict[str, Shape] = {}
 
     def inventory(self) -> Inventory:
-        survey, parameters = self.survey, dict[str, tuple[int, ...]]()
+        survey = self.survey
         for name, module in survey.modules:
             self._module(name, module, survey.own[id(module)])
-        for holder, tensor in zip(survey.holders, survey.tensors, strict=True):
-            if holder.name not in self.aliases:
-                parameters[holder.name] = _shape(tensor)
         named = (survey.paths[id(h)] for h in _heads(survey) if id(h) in survey.paths)
         mixtures = self._mixtures()
         return Inventory(
             mixtures=mixtures,
             candidates=tuple(self.candidates),
             others=self.others,
-            parameters=parameters,
+            parameters=self.parameters,
             aliases=self.aliases,
             heads=tuple(dict.fromkeys(named)),
             buffers=tuple(
@@ -105,47 +121,57 @@ class _Listing:
         return first
 
     def _module(self, name: str, module: nn.Module, own: dict[str, nn.Parameter]) -> None:
-        row = kind_of(module)
-        weight_name = "" if row is None else row.weight_of(module)
-        empty = 0 in _shape(own.get(weight_name))
-        if row is not None and not empty:
-            self._layer(name, module, row, weight_name)
+        known = self.classes.get(type(module))
+        if known is None:
+            known = self.classes[type(module)] = _Class.of(type(module))
+        shapes = {key: () if is_lazy(p) else tuple(p.shape) for key, p in own.items()}
+        empty = 0 in shapes.get(known.weight, ())
+        if known.kind is not None and not empty:
+            self._layer(name, module, known, shapes.get(known.weight))
         elif (whole := self._whole(name, module, own)) is not None:
             self.candidates.append(whole)
         else:
-            kind = "empty " * empty + plain_class(type(module)).__name__
-            self.others[name] = "container" if module._modules else kind
-        for key, parameter in own.items():
-            if key != weight_name:
-                self._parameter(joined(name, key), module, key, parameter)
+            self.others[name] = "container" if module._modules else "empty " * empty + known.name
+        around = joined(name, "")
+        for key, shape in shapes.items():
+            full = around + key
+            if full not in self.aliases:
+                self.parameters[full] = shape
+            if key != known.weight:
+                self._parameter(full, module, key, own[key], shape)
 
-    def _layer(self, name: str, module: nn.Module, row: type[Adapted], key: str) -> None:
-        stated = row.geometry(module)
+    def _layer(self, name: str, module: nn.Module, known: _Class, shape: Shape | None) -> None:
+        row, key, full = known.kind, known.weight, joined(name, known.weight)
+        stated: Geometry = row.geometry(module)
         weight = self.survey.own[id(module)].get(key, module._buffers.get(key))
         adds = (
             not has_own_forward(module)
             and id(module) not in self.read
-            and row.adds_to_output(module)
+            and row.adds_to_output(module, stock=known.stock)
         )
+        refusal = None
+        if shape != stated.weight_shape or not self._is_plain(weight):
+            refusal = self._refusal(module, key, weight, stated, adds)
         self.candidates.append(
             Candidate(
                 name,
                 row.kind,
                 *stated[:3],
-                joined(name, key),
+                full,
                 *stated[3:],
                 aliases=self.survey.further.get(id(module), ()),
-                tied=self._tied(joined(name, key), weight),
-                refusal=self._refusal(module, key, weight, stated, adds),
+                tied=self._tied(full, weight),
+                refusal=refusal,
                 update="forward" if adds else "weight",
                 dtype="" if weight is None else dtype_name(weight.dtype),
             )
         )
 
-    def _parameter(self, full: str, module: nn.Module, key: str, parameter: nn.Parameter) -> None:
-        shape = _shape(parameter)
+    def _parameter(
+        self, full: str, module: nn.Module, key: str, parameter: nn.Parameter, shape: Shape
+    ) -> None:
         n_dims = len(shape)
-        if (n_dims < 2 and not nn.parameter.is_lazy(parameter)) or is_bias(key) or 0 in shape:
+        if (n_dims < 2 and not is_lazy(parameter)) or is_bias(key) or 0 in shape:
             self.others[full] = "bias" if is_bias(key) else f"{n_dims}-d parameter"
             return
         from lora_inject.core.layers.raw_candidates import raw_candidate
@@ -176,13 +202,15 @@ class _Listing:
     def _refusal(
         self, module: nn.Module, key: str, weight: Tensor | None, stated: Geometry, adds: bool
     ) -> tuple[str, str] | None:
-        """Return why a layer cannot carry an adapter; a plain Parameter in its place can."""
-        plain = type(weight) is nn.Parameter and weight.dtype in _FLOATS and not weight.is_meta
-        if plain and weight is not None and weight.shape == stated.weight_shape and not self.asks:
-            return None
         from lora_inject.core.layers.refusals import unfit
 
         return self._why_not(module, key, weight) or unfit(module, weight, stated, adds)
+
+    def _is_plain(self, weight: Tensor | None) -> bool:
+        """Whether a weight is what most are: a Parameter with its values."""
+        if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS or self.asks:
+            return False
+        return self.away is None or not weight.is_meta
 
     def _why_not(
         self, module: nn.Module, key: str, weight: Tensor | None
@@ -196,12 +224,6 @@ class _Listing:
         if weight is None or not self.survey.tied:
             return ()
         return tuple(n for n in self.survey.tied.get(memory_of(weight), ()) if n != name)
-
-
-def _shape(parameter: nn.Parameter | None) -> tuple[int, ...]:
-    """Return a parameter's shape; `()` if it is missing or not initialized."""
-    known = parameter is not None and not nn.parameter.is_lazy(parameter)
-    return tuple(parameter.shape) if known else ()  # type: ignore[union-attr]
 
 
 _HEAD = "get_output_embeddings"

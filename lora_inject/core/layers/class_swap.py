@@ -79,15 +79,15 @@ def become(
 
 def _holds_plain_weight(module: nn.Module, plain: type, mixin: type[Adapted]) -> bool:
     """Whether a layer with a forward update holds the weight that others may read."""
-    held = module._parameters.get(mixin.weight_name)
-    if mixin is WeightUpdate or held is None or hasattr(plain, mixin.weight_name):
+    held = None if mixin is WeightUpdate else module._parameters.get(mixin.weight_name)
+    if held is None or hasattr(plain, mixin.weight_name):
         return False
     return not is_quantized(held)
 
 
 def own_class(cls: type) -> Any:
     """Return the swapped class that a class derives from, by default itself."""
-    if not hasattr(cls, "_lora_plain"):
+    if not issubclass(cls, Adapted) or "_lora_plain" in cls.__dict__:
         return cls
     return next(c for c in cls.__mro__ if "_lora_plain" in c.__dict__)
 

@@ -45,9 +45,9 @@ class LoRAEmbedding(ForwardUpdate):
         return Geometry(num, dim, (num, dim), transposed=True)
 
     @classmethod
-    def adds_to_output(cls, module: nn.Module) -> bool:
+    def adds_to_output(cls, module: nn.Module, *, stock: bool) -> bool:
         """Return False for `scale_grad_by_freq`, which changes the gradient of a read weight."""
-        return super().adds_to_output(module) and not module.scale_grad_by_freq
+        return stock and not module.scale_grad_by_freq
 
     @staticmethod
     def stock(plain: type[nn.Module]) -> bool:

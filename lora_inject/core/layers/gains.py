@@ -92,7 +92,7 @@ def gained_entry(attached: Attached, mix: Selected) -> Entry | None:
 
 def gain_in_forward(layer: Any, entry: Entry, recipes: Iterable[Recipe]) -> Tensor:
     """Return the gains of an adapter's outputs `(out,)`, with a gradient to its magnitude."""
-    of_kind = layer.weight_name if layer._lora_stock else layer.weight_of(layer)
+    of_kind = layer.weight_name if layer._lora_stock else layer.weight_of(type(layer))
     weight = layer._lora_own(of_kind)
     if is_quantized(weight) and is_known(layer, weight):
         weight = dense(layer, weight)

@@ -21,28 +21,28 @@ class Row(NamedTuple):
 
     Attributes:
         kind: Its name.
-        matches: Whether it is meant for a module.
+        matches: Whether it is meant for layers of a class.
         where: Its class, as `module:name`.
     """
 
     kind: str
-    matches: Callable[[nn.Module], bool]
+    matches: Callable[[type[nn.Module]], bool]
     where: str
 
 
-def _is_transposed_linear(module: nn.Module) -> bool:
+def _is_transposed_linear(layer: type[nn.Module]) -> bool:
     """Whether a class is, or derives from, one that is known by where it is defined."""
     known = library_rows("CONV1D")
-    return any((c.__module__, c.__qualname__) in known for c in type(module).__mro__)
+    return any((c.__module__, c.__qualname__) in known for c in layer.__mro__)
 
 
 def _row(kind: str, file: str, name: str, *classes: type[nn.Module]) -> Row:
     """Return the row of a kind of torch's own layers."""
     where = f"{__package__}.{file}:{name}"
-    return Row(kind, lambda module: isinstance(module, classes), where)
+    return Row(kind, lambda layer: issubclass(layer, classes), where)
 
 
-# The first row that matches a module is its kind.
+# The first row that matches a layer's class is its kind.
 KINDS: list[Row | type[Adapted]] = [
     LoRALinear,
     Row("conv1d", _is_transposed_linear, f"{__package__}.conv1d_kind:LoRAConv1D"),
@@ -66,7 +66,8 @@ def class_of(row: Row | type[Adapted]) -> type[Adapted]:
 
 def mixin_for(kind: str) -> type[Adapted]:
     """Return the class of a kind."""
-    return class_of(next(row for row in KINDS if row.kind == kind))
+    [row] = [row for row in KINDS if row.kind == kind]
+    return class_of(row)
 
 
 def mixin_of(entry: Entry) -> type[Adapted]:
@@ -75,6 +76,6 @@ def mixin_of(entry: Entry) -> type[Adapted]:
     return mixin_for(entry.spec.kind) if on_output else WeightUpdate  # type: ignore[union-attr]
 
 
-def kind_of(module: nn.Module) -> type[Adapted] | None:
-    """Return the class of the first row that matches a module."""
-    return next((class_of(row) for row in KINDS if row.matches(module)), None)
+def kind_of(layer: type[nn.Module]) -> type[Adapted] | None:
+    """Return the class of the first row that matches a layer's class."""
+    return next((class_of(row) for row in KINDS if row.matches(layer)), None)

@@ -31,14 +31,14 @@ class LoRALinear(ForwardUpdate):
     transposed = False  # whether the weight is stored (in, out)
 
     @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        """Return whether the module is an `nn.Linear`, or a packed layer that stands for one."""
-        return isinstance(module, nn.Linear) or packed_weight(type(module)) is not None
+    def matches(cls, layer: type[nn.Module]) -> bool:
+        """Return whether a class is an `nn.Linear`, or a packed layer that stands for one."""
+        return issubclass(layer, nn.Linear) or packed_weight(layer) is not None
 
     @classmethod
-    def weight_of(cls, module: nn.Module) -> str:
+    def weight_of(cls, layer: type[nn.Module]) -> str:
         """Return the name of the weight, or of what is packed in its place."""
-        return packed_weight(type(module)) or cls.weight_name
+        return packed_weight(layer) or cls.weight_name
 
     @staticmethod
     def geometry(module: Any) -> Geometry:
@@ -53,10 +53,9 @@ class LoRALinear(ForwardUpdate):
         return is_torchs and not hasattr(plain, "weight")
 
     @classmethod
-    def adds_to_output(cls, module: nn.Module) -> bool:
+    def adds_to_output(cls, module: nn.Module, *, stock: bool) -> bool:
         """Return whether the layer is stock, or known to multiply by its weight."""
-        plain = plain_class(type(module))
-        return cls.stock(plain) or multiplies(plain)
+        return stock or multiplies(plain_class(type(module)))
 
     def _lora_mixed(self, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute the layer with the adapters of a mix: one token of a CPU by the shortest way.

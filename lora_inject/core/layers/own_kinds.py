@@ -37,12 +37,12 @@ def register_kind(row: type[Adapted]) -> type[Adapted]:
         ... class LoRADense(LoRALinear):
         ...     kind, weight_name = "dense", "kernel"
         ...     @classmethod
-        ...     def matches(cls, module):
-        ...         return isinstance(module, Dense)
+        ...     def matches(cls, layer):
+        ...         return issubclass(layer, Dense)
         ...     @staticmethod
         ...     def geometry(module):
         ...         return Geometry(4, 6, (4, 6), transposed=True)
-        >>> kind_of(Dense()).kind
+        >>> kind_of(Dense).kind
         'dense'
         >>> KINDS.remove(LoRADense)
     """

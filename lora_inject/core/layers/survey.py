@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lora_inject.core.layers.attached import attached_to
-from lora_inject.core.spec.names import canonical, joined, parent
+from lora_inject.core.spec.names import joined
+from lora_inject.core.spec.rooms import library_rows
 from lora_inject.errors import LayerError, article
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
@@ -120,15 +121,6 @@ class Survey:
         }
 
     @cached_property
-    def time_major(self) -> tuple[str, ...]:
-        """Prefixes of the names of layers that may get inputs with time before batch.
-
-        These are the layers next to a module with `batch_first=False`.
-        """
-        parts = (name for name, m in self.named if m.__dict__.get("batch_first") is False)
-        return tuple({f"{parent(name)}." if parent(name) else "" for name in parts})
-
-    @cached_property
     def holders(self) -> list[Holder]:
         """Every base parameter of every module, by the first name of the module."""
         own = ((name, module, self.own[id(module)]) for name, module in self.modules)
@@ -153,6 +145,8 @@ class Survey:
     @cached_property
     def tied(self) -> dict[Hashable, list[str]]:
         """All names of each base tensor in several modules, by its memory."""
+        if len(set(map(_start, self.tensors))) == len(self.tensors):
+            return {}  # as in most models, at half the cost
         several = ((memory, held) for memory, held in self._by_memory.items() if len(held) > 1)
         return {memory: [holder.name for holder in held] for memory, held in several}
 
@@ -173,26 +167,32 @@ def memory_of(parameter: Tensor) -> Hashable:
     That is one Parameter under several names, or several Parameters over the same elements, as
     `load_state_dict(assign=True)` of a tied checkpoint leaves them.
     """
-    if (
-        type(parameter) is nn.Parameter
-        and not parameter.is_meta
-        and (start := parameter.data_ptr())
-    ):
-        return start, parameter.shape, parameter.stride(), parameter.dtype, parameter.device
+    start = _start(parameter)
+    if start == id(parameter):
+        return start
+    return start, parameter.shape, parameter.stride(), parameter.dtype, parameter.device
+
+
+def _start(parameter: Tensor) -> int:
+    """Return where the elements of a parameter begin; its own identity where there are none."""
+    if type(parameter) is nn.Parameter and not parameter.is_meta:
+        return parameter.data_ptr() or id(parameter)
     return id(parameter)
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     pending: list[tuple[str, nn.Module, int]] = [("", model, 0)]
+    wrappers = library_rows("WRAPPERS")
     while pending:
         name, module, depth = pending.pop()
         yield name, module
         if children := module._modules:
             if depth == MAX_DEPTH:
                 _refuse_endless(name)
+            around = joined(name, "")
             for key, child in reversed(children.items()):
                 if child is not None:
-                    inside = joined(name, key) if canonical(key) else name
+                    inside = name if key in wrappers else around + key
                     pending.append((inside, child, depth + 1))
 
 

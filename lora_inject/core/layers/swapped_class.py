@@ -93,16 +93,20 @@ def adapted_class(
 
     `reads` are the parameters whose effective value is read, besides the weight of a stock layer.
     """
+    asked = (plain, mixin, frozenset(reads), plain.forward)  # another forward may be no stock one
+    if (known := _CLASSES.get(asked)) is not None:
+        return known
     watch_loading()
     stock = mixin.stock(plain)
-    key = (plain, mixin, frozenset({*reads, mixin.weight_name} if stock else reads))
+    reads = asked[2] | {mixin.weight_name} if stock else asked[2]
+    key = (plain, mixin, reads, plain.forward)
     swapped = _CLASSES.get(key)
     if swapped is None:
-        namespace: dict[str, Any] = {name: weight_property(name) for name in sorted(key[2])}
+        namespace: dict[str, Any] = {name: weight_property(name) for name in sorted(reads)}
         namespace |= {
             "_lora_plain": plain,
             "_lora_mixin": mixin,
-            "_lora_reads": key[2],
+            "_lora_reads": reads,
             "_lora_stock": stock,
             "__module__": plain.__module__,
             "__qualname__": plain.__qualname__,
@@ -124,6 +128,7 @@ def adapted_class(
 
             swapped = in_layout_of(plain, swapped, namespace)
         _CLASSES[key] = swapped
+    _CLASSES[asked] = swapped
     return swapped
 
 

@@ -19,7 +19,7 @@ def with_whole_weight(layer: Any, x: Tensor) -> Tensor:
 
 def refuse_dead(layer: Any) -> NoReturn:
     """Refuse to train what lies before a layer that computes without autograd."""
-    weight = layer._parameters.get(layer.weight_of(layer))
+    weight = layer._parameters.get(layer.weight_of(type(layer)))
     reason = reason_against("train", layer, weight)
     remedy = "Run it within torch.no_grad(), or call train_only(model, None)"
     raise LayerError(

@@ -25,6 +25,7 @@ from lora_inject.core.model.roots import (
     selection_for,
 )
 from lora_inject.core.model.trainable import forget_gradients
+from lora_inject.core.spec.names import parent
 
 
 def survey_for(model: nn.Module, name: str, *, loads: bool = False) -> Survey:
@@ -34,11 +35,6 @@ def survey_for(model: nn.Module, name: str, *, loads: bool = False) -> Survey:
     before("attach", survey, asked, loads=loads)
     check_new_adapter(survey, name)
     return survey
-
-
-def _trainable(tensor: Tensor) -> Tensor:
-    """Return a tensor that can train: one that was made in inference mode cannot."""
-    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def attach(
@@ -77,9 +73,8 @@ def attach(
         if train:
             _stop_training(trained, records)
             root.trainable = {name}
-        for place, held in zip(wanted, parameters, strict=True):
-            attached = _put(place, held, selection)
-            attached.time_major = f"{place.path}.".startswith(survey.time_major)
+        selection.add((name,))
+        _put_all(survey, wanted, parameters, selection)
         structure_changed()
         after("attach", modules, root.carrying[name])
         if train:
@@ -107,7 +102,7 @@ def _parameters(
         for key, place in zip(keys, wanted, strict=True):
             if not made.get(key):
                 made[key] = {
-                    role: nn.Parameter(_trainable(tensor), train and place.entry.trains(role))
+                    role: nn.Parameter(tensor, train and place.entry.trains(role))
                     for role, tensor in tensors(place).items()
                 }
     return [made[key] for key in keys]
@@ -128,10 +123,10 @@ def _held(module: nn.Module, name: str) -> Iterator[nn.Parameter]:
     """Yield the tensors of an adapter on a module that may train."""
     attached = attached_to(module)
     for entry in () if attached is None else attached.entries(name):
-        held = (
-            module._parameters[flat] for role, flat in entry.names.items() if entry.trains(role)
-        )
-        yield from (parameter for parameter in held if parameter is not None)
+        for role, flat in entry.names.items():
+            parameter = module._parameters[flat]
+            if entry.trains(role) and parameter is not None:
+                yield parameter
 
 
 def _stop_training(trained: Iterable[nn.Parameter], records: Iterable[Root]) -> None:
@@ -155,6 +150,31 @@ def _check_mixable(name: str, wanted: Iterable[Carried], active: Mapping[str, fl
         check_mixed([(entry, active[entry.adapter]) for entry in (place.entry, *there)])
 
 
+def _time_major(survey: Survey) -> tuple[str, ...]:
+    """Return prefixes of the names of layers that may get inputs with time before batch.
+
+    These are the layers next to a module with `batch_first=False`.
+    """
+    parts = (name for name, m in survey.named if m.__dict__.get("batch_first") is False)
+    return tuple({f"{parent(name)}." if parent(name) else "" for name in parts})
+
+
+def _put_all(
+    survey: Survey,
+    wanted: Iterable[Carried],
+    parameters: Sequence[Mapping[str, nn.Parameter]],
+    selection: Selection,
+) -> None:
+    """Put each entry on its module."""
+    time_major = _time_major(survey)
+    for place, held in zip(wanted, parameters, strict=True):
+        attached = _put(place, held, selection)
+        if time_major:
+            attached.time_major = f"{place.path}.".startswith(time_major)
+    for device in {tensor.device for held in parameters for tensor in held.values()}:
+        selection.extend_to(device)
+
+
 def _put(place: Carried, parameters: Mapping[str, nn.Parameter], selection: Selection) -> Attached:
     """Swap the class of a module if it has none of ours yet, and add an entry to it."""
     entry, module = place.entry, place.module
@@ -162,7 +182,6 @@ def _put(place: Carried, parameters: Mapping[str, nn.Parameter], selection: Sele
     attached = swap(module, selection, mixin_of(entry), reads)
     for role, flat in entry.names.items():
         module._parameters[flat] = parameters[role]
-        selection.extend_to(parameters[role].device)
     attached.add(entry)
     if next(iter(parameters.values())).is_meta:
         from lora_inject.core.layers.valueless import moved

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,7 @@ from lora_inject.errors import FormatError
 
 # Fields of a site, besides its names, that come from the model, not from the adapter.
 _OF_MODEL = ("kind", "weight_shape", "update")
+_of_model = attrgetter(*_OF_MODEL)
 
 
 def fit(
@@ -57,9 +59,7 @@ def fit(
 
         check_base_copies(state, survey.weights, asked)
     state.check_finite(asked, FormatError)
-    sites = {
-        spec.name: dataclasses.replace(state.sites[key], spec=spec) for key, spec in specs.items()
-    }
+    sites = {spec.name: state.sites[key].at(spec) for key, spec in specs.items()}
     return AdapterState(sites, trained, state.config, rows=rows)
 
 
@@ -95,18 +95,17 @@ def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:
         from lora_inject.core.model.unfit import why_unfit
 
         raise why_unfit(spec, candidate, names, f"{asked}, site {spec.name!r}")
-    here: dict[str, Any] = {key: getattr(candidate, key) for key in _OF_MODEL}
-    if spec.kind != "parameter":
-        here["transposed"] = candidate.transposed
-    if any(getattr(spec, key) != value for key, value in here.items()):
-        spec = dataclasses.replace(spec, **here)
+    lies = spec.transposed if spec.kind == "parameter" else candidate.transposed
+    if (*_of_model(spec), spec.transposed) != (*_of_model(candidate), lies):
+        here: dict[str, Any] = dict(zip(_OF_MODEL, _of_model(candidate), strict=True))
+        spec = dataclasses.replace(spec, **here, transposed=lies)
     return spec.at(candidate.name, candidate.weight, candidate.aliases, from_rule=False)
 
 
 def _fits(spec: SiteSpec, candidate: Candidate) -> bool:
     """Whether a site maps as many features as the model's; a parameter may lie the other way."""
     is_parameter = spec.kind == "parameter"
-    if not is_parameter and all(row.kind != spec.kind for row in KINDS):
+    if not is_parameter and spec.kind not in map(attrgetter("kind"), KINDS):
         return False
     if is_parameter and spec.weight_shape == candidate.weight_shape:
         return True  # its layout may group the axes differently

@@ -136,8 +136,8 @@ def put_on_model(
     tensors = _by_name(state)
 
     def given(place: Carried) -> Mapping[str, Tensor]:
-        mine = tensors[place.name]
-        return {role: taken(mine[role], place.weight) for role in place.entry.names}
+        mine, weight = tensors[place.name], place.weight
+        return {role: taken(mine[role], weight) for role in place.entry.names}
 
     def tied(place: Carried) -> Hashable:
         return id(tensors[place.name][next(iter(place.entry.names))])
@@ -153,7 +153,8 @@ def put_on_model(
 def _by_name(state: AdapterState) -> dict[str, Mapping[str, Tensor]]:
     """Return the tensors of each entry by role, under the name of its site or base tensor."""
     tensors: dict[str, Mapping[str, Tensor]] = {n: site.tensors for n, site in state.sites.items()}
-    tensors |= {joined(n, "bias"): site.tensors for n, site in state.sites.items()}  # lora_bias
+    biased = [name for name, site in state.sites.items() if site.spec.lora_bias]
+    tensors |= {joined(name, "bias"): tensors[name] for name in biased}
     return tensors | {key: {"T": tensor} for key, tensor in state.trained.items()}
 
 
@@ -177,5 +178,6 @@ class _Owned:
         alone = address not in self.taken and tensor.untyped_storage().nbytes() == tensor.nbytes
         self.taken.add(address)
         fits = tensor.dtype == master_dtype(weight.dtype) and tensor.device == weight.device
+        fits = fits and not tensor.is_inference()  # which could not train
         fits = fits and tensor.is_contiguous()  # as those of training: other strides, other bits
         return tensor if alone and fits else copied(tensor, weight)

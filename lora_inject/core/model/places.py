@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from functools import cache
 
-from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lora_inject.core.layers.attached import Entry, attached_to, attribute
@@ -38,15 +37,11 @@ def places(
 
         wanted += places_of_copies(survey, name, copies)
     taken: set[tuple[int, str]] = set()
-    swappable: set[tuple[type, bool]] = set()  # what holds of one layer of a class holds of all
+    classes: set[Hashable] = set()  # what holds of one layer of a class holds of all
     for place in wanted:
-        for reason in _reasons_here(place, taken):
-            raise LayerError(_asked(place), *reason)
-        alike = type(place.module), attached_to(place.module) is None
-        if alike not in swappable:
-            check_swappable(place.module, mixin_of(place.entry), _asked(place))
-            swappable.add(alike)
-        taken.add((id(place.module), place.entry.param))
+        tensor = id(place.module), place.entry.param
+        _check_free(place, classes, again=tensor in taken)
+        taken.add(tensor)
     if unusual := [place for place in wanted if not _is_usual(place)]:
         from lora_inject.core.model.unusable import check_values
 
@@ -67,13 +62,19 @@ def _asked(place: Carried) -> str:
 
 def _of_sites(survey: Survey, name: str, sites: Iterable[SiteSpec]) -> Iterator[Carried]:
     """Yield the place of each site, and of the bias of its B where it has one."""
-    flat_names = cache(lambda roles, read: {role: attribute(role, name, read) for role in roles})
+    modules, paths = survey.by_name, survey.paths
+
+    @cache  # shared by sites
+    def names_of(trained: tuple[str, ...], starts: bool, read: str | None) -> dict[str, str]:
+        roles = [role for role in trained if role != "b"] + ["A0", "B0"] * starts
+        return {role: attribute(role, name, read) for role in roles}
+
     for spec in sites:
-        _, module, param = survey.at(spec.weight)
-        starts = ("A0", "B0") * (spec.init in FROM_WEIGHT)
-        roles = (*(role for role in spec.shapes if role != "b"), *starts)
-        names = flat_names(roles, None if spec.update == "forward" else param)  # shared by sites
-        path = survey.paths[id(module)]
+        owner, _, param = spec.weight.rpartition(".")
+        module = modules[owner]
+        read = None if spec.update == "forward" else param
+        names = names_of(tuple(spec.shapes), spec.init in FROM_WEIGHT, read)
+        path = paths[id(module)]
         yield Carried(path, module, Entry(name, spec, param, names))
         if spec.lora_bias:
             b = {"b": attribute("b", name, "bias")}
@@ -81,26 +82,36 @@ def _of_sites(survey: Survey, name: str, sites: Iterable[SiteSpec]) -> Iterator[
             yield Carried(path, module, entry)
 
 
-def _reasons_here(place: Carried, taken: set[tuple[int, str]]) -> Iterator[tuple[str, str]]:
-    """Yield why a module cannot take an entry, and what to do."""
-    module, entry, cls = place.module, place.entry, type(place.module)
-    if (id(module), entry.param) in taken:
-        problem = f"its {entry.param!r} is adapted and trained, or gets a bias twice"
-        yield problem, "Leave one of train, bias and lora_bias out"
+def _check_free(place: Carried, classes: set[Hashable], *, again: bool) -> None:
+    """Check that a module has room for an entry; of each class and set of names once."""
+    alike = type(place.module), attached_to(place.module) is None, id(place.entry.names)
+    is_new = alike not in classes
+    if again or not _is_free(place) or (is_new and not _class_is_free(place)):
+        from lora_inject.core.model.unusable import refuse_taken
+
+        refuse_taken(place, _asked(place), again=again)
+    if is_new:
+        check_swappable(place.module, mixin_of(place.entry), _asked(place))
+        classes.add(alike)
+
+
+def _is_free(place: Carried) -> bool:
+    """Whether a module has room for an entry; `hasattr` would raise and catch for each name."""
+    module, entry = place.module, place.entry
     if entry.scale is not None and module._parameters.get("bias") is None:
-        problem = (
-            "lora_bias is added to the layer's bias, which is None: no merge could hold the sum"
-        )
-        yield problem, "Leave lora_bias out there, or give the layer a bias of zeros"
-    for flat in entry.names.values():
-        if _is_taken(module, flat):
-            yield f"the module has an attribute {flat!r}", "Choose another adapter name"
-    if not entry.on_output and attached_to(module) is None and hasattr(cls, entry.param):
-        problem = f"{cls.__name__}.{entry.param} is computed by the class"
-        yield problem, "A parameter that is itself computed cannot take an update"
+        return False
+    own, parameters = module.__dict__, module._parameters
+    buffers, modules = module._buffers, module._modules
+    return not any(
+        flat in own or flat in parameters or flat in buffers or flat in modules
+        for flat in entry.names.values()
+    )
 
 
-def _is_taken(module: nn.Module, flat: str) -> bool:
-    """Whether a module has an attribute; `hasattr` would raise and catch for each that is free."""
-    own = flat in module.__dict__ or hasattr(type(module), flat)
-    return own or flat in module._parameters or flat in module._buffers or flat in module._modules
+def _class_is_free(place: Carried) -> bool:
+    """Whether a class has room for an entry."""
+    cls, entry = type(place.module), place.entry
+    if any(hasattr(cls, flat) for flat in entry.names.values()):
+        return False
+    plain = attached_to(place.module) is None
+    return entry.on_output or not plain or not hasattr(cls, entry.param)

@@ -1,13 +1,33 @@
-"""Why a copy, or an adapter with a gain or on a packed weight, cannot use a tensor's values."""
+"""Why a module has no room for an entry, or the entry cannot use its tensor's values."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NoReturn
 
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.model.carried import Carried
 from lora_inject.core.spec.limits import why_no_gain
 from lora_inject.errors import LayerError
+
+
+def refuse_taken(place: Carried, asked: str, *, again: bool) -> NoReturn:
+    """Raise for a place that has no room; `again` if another entry is on the same tensor."""
+    module, entry, cls = place.module, place.entry, type(place.module)
+    problem = f"{cls.__name__}.{entry.param} is computed by the class"
+    remedy = "A parameter that is itself computed cannot take an update"
+    if flat := next((flat for flat in entry.names.values() if hasattr(module, flat)), None):
+        problem = f"the module has an attribute {flat!r}"
+        remedy = "Choose another adapter name"
+    if entry.scale is not None and module._parameters.get("bias") is None:
+        problem = (
+            "lora_bias is added to the layer's bias, which is None: no merge could hold the sum"
+        )
+        remedy = "Leave lora_bias out there, or give the layer a bias of zeros"
+    if again:
+        problem = f"its {entry.param!r} is adapted and trained, or gets a bias twice"
+        remedy = "Leave one of train, bias and lora_bias out"
+    raise LayerError(asked, problem, remedy)
 
 
 def check_values(place: Carried, asked: str) -> None:

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
 
-# New objects between two looks, some 100 MB of them; the collector is never off.
-_MANY = 500_000
+# New objects between two looks, some 200 MB of them; the collector is never off. Injecting 20,000
+# sites makes 600,000, and a look at them would take 4 us a site of 55.
+_MANY = 1_000_000
 
 _lock = Lock()
 _inside = 0  # how many threads, and verbs in verbs, are in `few_collections`

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lora_inject.core.spec.names import canonical, is_bias
@@ -104,14 +105,18 @@ class Inventory:
     @cached_property
     def weights(self) -> dict[str, int]:
         """Names of the weights of modules, with the candidate's number."""
-        modules = ((i, c) for i, c in enumerate(self.candidates) if c.kind != "parameter")
-        return {name: i for i, c in modules if c.weight for name in c.weight_names}
+        return {
+            name: i
+            for i, candidate in enumerate(self.candidates)
+            if candidate.kind != "parameter" and candidate.weight
+            for name in candidate.weight_names
+        }
 
     @cached_property
     def names(self) -> dict[str, None]:
         """Every name that a rule can match."""
         tables = (self.sites, self.weights, self.others, self.parameters, self.aliases)
-        return dict.fromkeys(name for table in tables for name in table)
+        return dict.fromkeys(chain.from_iterable(tables))
 
     @cached_property
     def listed(self) -> dict[str, str]:

@@ -55,7 +55,7 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
     for i in range(len(config.targets)):
         rules.take(i)
     # Rules are tried in turn, but sites are listed as the model has them.
-    ordered = sorted(rules.taken.values(), key=lambda entry: entry.order)
+    ordered = sorted(rules.taken.values(), key=attrgetter("order"))
     sites = tuple(entry.spec for entry in ordered)
     candidates = [entry.candidate for entry in ordered]
     trained: tuple[Trained, ...] = ()
@@ -74,7 +74,7 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
         trained=trained,
         skipped=tuple(rules.skipped),
         tied=tied,
-        notes=tuple(_notes(config, inventory, sites, candidates)),
+        notes=tuple(_notes(rules, sites, candidates)),
         n_base=sum(math.prod(shape) for shape in inventory.parameters.values()),
         assumed=inventory.assumed,
     )
@@ -86,17 +86,15 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
 
 
 def _notes(
-    config: Config,
-    inventory: Inventory,
-    sites: Sequence[SiteSpec],
-    candidates: Sequence[Candidate],
+    rules: _Rules, sites: Sequence[SiteSpec], candidates: Sequence[Candidate]
 ) -> Iterator[str]:
     """Yield what users should know of a plan, in sentences."""
+    config, inventory = rules.config, rules.inventory
     if inventory.mixtures or any(rule.match in WORDS for rule in config.targets):
         from lora_inject.core.spec.rule_words import notes_on_words
 
         yield from notes_on_words(config, inventory, sites)
-    if any(map(may_need_a_note, sites)):
+    if any(map(may_need_a_note, rules.forms)):
         from lora_inject.core.spec.limits import notes
 
         yield from notes(candidates, sites)
@@ -127,6 +125,7 @@ class _Rules:
 
             self.excluded = Excluded(config, inventory)
         self.taken: dict[str, _Taken] = {}  # by the name of the weight, in the order of rules
+        self.forms: list[SiteSpec] = []  # one of all sites that differ only in their names
         self.skipped: list[Skipped] = []
 
     def take(self, i: int) -> None:
@@ -164,6 +163,7 @@ class _Rules:
             if (like := made.get(key)) is None:
                 asked = f"'{candidate.name}', matched by {label}"
                 like = made[key] = site_of_rule(candidate, rule, i, asked)
+                self.forms.append(like)
             spec = like.at(candidate.name, candidate.weight, candidate.aliases)
             self.taken[weight] = _Taken(order, candidate, spec)
         return left
@@ -206,10 +206,12 @@ def _candidates(names: Sequence[str], inventory: Inventory) -> Iterator[tuple[in
     numbers: dict[int, None] = {}
     for name in names:
         if (number := inventory.sites.get(name)) is not None:
-            members = [inventory.sites[member] for member in inventory.candidates[number].members]
-            numbers.update(dict.fromkeys(members or [number]))
-    for number in sorted(numbers, key=lambda n: (inventory.candidates[n].kind == "parameter", n)):
-        yield number, inventory.candidates[number]
+            members = inventory.candidates[number].members
+            numbers |= {inventory.sites[member]: None for member in members} or {number: None}
+    for parameters in (False, True):
+        for number in sorted(numbers):
+            if (inventory.candidates[number].kind == "parameter") == parameters:
+                yield number, inventory.candidates[number]
     for name in names:
         number = None if name in inventory.sites else inventory.weights.get(name)
         if number is not None and number not in numbers:

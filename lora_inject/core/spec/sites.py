@@ -201,7 +201,9 @@ class SiteSpec:
         """
         rule = self.rule if from_rule else None
         made = object.__new__(SiteSpec)
-        made.__dict__.update(self.__dict__, name=name, weight=weight, aliases=aliases, rule=rule)
+        values = self.__dict__.copy()  # `update` with all of them takes twice as long
+        values |= {"name": name, "weight": weight, "aliases": aliases, "rule": rule}
+        object.__setattr__(made, "__dict__", values)
         return made
 
     @property
