@@ -106,3 +106,23 @@ def test_half_of_the_matrices_of_an_expert_are_refused(tmp_path: Path) -> None:
     for base in (None, tmp_path / "base"):
         (found,) = [f for f in li.check_adapter(path, "vllm", base=base) if f.stops]
         assert "stops at 'model.layers.0.mlp.experts.1.up_proj'" in found.problem
+
+
+@needs_transformers_5
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_the_config_of_a_base_is_enough_for_the_names_of_its_experts(
+    family: str, tmp_path: Path
+) -> None:
+    model, _ = experts(family)
+    model.save_pretrained(tmp_path / "base")
+    model.config.save_pretrained(tmp_path / "config")
+    li.save_adapter(fill(li.inject(model, {"targets": ["all-experts"]})), tmp_path / "a")
+    made = {}
+    for base in ("base", "config"):
+        made[base] = li.convert(
+            tmp_path / "a", tmp_path / f"of {base}", "vllm", base=tmp_path / base
+        )
+        assert li.check_adapter(made[base], "vllm", base=tmp_path / "config") == []
+    tensors = {base: load_file(path / "adapter_model.safetensors") for base, path in made.items()}
+    assert tensors["base"].keys() == tensors["config"].keys()
+    assert all(torch.equal(tensors["config"][key], t) for key, t in tensors["base"].items())

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import error, fill
+from conftest import error, fill, same_bits
+from helpers.experts import experts
+from helpers.versions import needs_transformers_5
+from safetensors.torch import load_file
 from training_models import CONFIG, as_peft, curve, llama, llama_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -295,6 +298,26 @@ def test_vllm_gets_the_merged_weights_of_each_step(mode: str, tied: bool, tmp_pa
         ids = torch.arange(9)[None]
         assert error(plain(ids).logits, model(ids).logits) < 1e-5
         assert trainer.engine.n_resets == 1 + step
+
+
+@needs_transformers_5
+@pytest.mark.parametrize("mode", ["server", "colocate"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_vllm_gets_experts_by_the_names_of_the_checkpoint(
+    mode: str, family: str, tmp_path: Path
+) -> None:
+    """vLLM's loaders know the files; transformers 5 holds experts in stacks of other names."""
+    model, _ = experts(family)
+    config = {"rank": 2, "targets": ["all-linear", "all-experts"]}
+    trainer = li.sync_merged(TrainerWithVllm(fill(li.inject(model, config)), mode))
+    trainer.vllm_generation.sync_weights()
+    li.merge(model, eject=True)
+    model.save_pretrained(tmp_path)
+    due = load_file(tmp_path / "model.safetensors")
+    buffers = {name for name, _ in model.named_buffers()}  # which TRL does not send either
+    assert {*trainer.engine.received} == {*due} - buffers
+    for name, tensor in trainer.engine.received.items():
+        assert same_bits(tensor, due[name]), name
 
 
 def test_what_vllm_would_misread_is_refused() -> None:

@@ -15,6 +15,8 @@ from lora_inject.core.adapter.exchange import read_adapter, write_adapter
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import check_free
 from lora_inject.core.files.json_files import read_json
+from lora_inject.core.files.safetensors_file import TensorEntry
+from lora_inject.core.spec.rooms import standing_at
 from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats import ModelFacts, losses_of
 from lora_inject.formats.clients import Objection, objections
@@ -86,15 +88,23 @@ def facts_of(base: str | os.PathLike[str] | None) -> ModelFacts:
             model = meta_model(config, asked, "give a base of a known class")
             modules = dict(model.named_modules(remove_duplicate=False))
             facts = ModelFacts.of(model, modules, model.state_dict())  # defaults filled in
-            with contextlib.suppress(CheckpointError):  # a config alone names no tensors
-                return replace(facts, separate=BaseClass(Checkpoint.open(base)).separate)
-            return facts
+            return replace(facts, separate=_files_of(model, base, config).separate)
     try:
         return Checkpoint.open(base).facts
     except CheckpointError:
         if not config:
             raise
         return ModelFacts(config=config)  # enough for some formats
+
+
+def _files_of(model: Any, base: Path, config: Mapping[str, Any]) -> BaseClass:
+    """Return what a base's files hold; for a config alone, what its class would write."""
+    try:
+        return BaseClass(Checkpoint.open(base))
+    except CheckpointError:
+        tensors = standing_at("lora_inject.integrations.checkpoint_names:names_on_disk")(model)
+        shown = {name: TensorEntry(name, "F32", shape, 0, 0) for name, shape in tensors.items()}
+        return BaseClass(Checkpoint(base, {}, None, None, config, shown=shown))
 
 
 def _completed(facts: ModelFacts, path: Path) -> ModelFacts:

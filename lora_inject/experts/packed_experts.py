@@ -40,6 +40,10 @@ class PackedExperts(Tensor):
     """
 
     reads_as_sum: ClassVar[bool] = True  # core.functional.weight asks
+    packed_again_by: ClassVar[str] = (
+        "Save the adapter and merge on disk, lora-inject merge BASE ADAPTER --requantize; or write "
+        'plain floats, merge(model, dequantize="bfloat16")'
+    )  # quantized.own_values asks
     form: StackFormat
     is_turned: bool
 

@@ -12,14 +12,36 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor, nn
 
+from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.errors import LayerError
 
 Weights = Mapping[str, Tensor]
 Revert = Callable[[Any, dict[str, Tensor]], dict[str, Tensor]]
+
+
+def knows_names(model: nn.Module) -> bool:
+    """Whether `as_on_disk` can be asked: a model of transformers 5 that is not quantized."""
+    library = sys.modules.get("transformers")
+    if library is None or not isinstance(model, library.PreTrainedModel):
+        return False
+    return find_spec("transformers.core_model_loading") is not None and not any(
+        is_quantized(parameter) for parameter in model.parameters()
+    )
+
+
+def names_on_disk(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of a model's checkpoint; empty where transformers cannot tell.
+
+    The model may be on the meta device.
+    """
+    if not knows_names(model):
+        return {}
+    return _shapes(_revert_for(model)(model, dict(model.state_dict())))
 
 
 def as_on_disk(

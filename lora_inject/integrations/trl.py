@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from weakref import WeakSet
 
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from lora_inject.core.model.carried import entries, reach
 from lora_inject.core.model.disabling import selecting
 from lora_inject.core.model.merged_weights import merged_weights
 from lora_inject.errors import StateError
+from lora_inject.integrations.checkpoint_names import knows_names
 
 T = TypeVar("T")
 
@@ -32,7 +33,9 @@ def sync_merged(trainer: T, *, dequantize: str | None = None) -> T:
     """Let a trainer of TRL that generates with vLLM send it the merged weights of its model.
 
     For GRPO and others with `use_vllm=True`, colocated or with a server. Each synchronization folds
-    the active adapters, one tensor at a time, and writes nothing of the model. `AdapterCheckpoint`
+    the active adapters, one tensor at a time, and writes nothing of the model. Tensors have the
+    names and shapes of the checkpoint on disk, as vLLM loads them: each expert by itself; those of
+    the model where transformers cannot tell them (before 5, or quantized). `AdapterCheckpoint`
     refuses a run that lacks this call: vLLM would get the base, and names that it does not know.
 
     Args:
@@ -79,7 +82,8 @@ def _weights_for_vllm(model: nn.Module, dequantize: str | None) -> Iterator[tupl
             remedy = "Leave the site out of the adapter, or untie the two"
             raise StateError(f"sync_merged, {item.name!r}", problem, remedy)
     known = {holder.name: memory_of(holder.tensor) for holder in survey.holders}
-    for name, tensor in merged_weights(model, dequantize=dequantize):
+    names: Literal["model", "checkpoint"] = "checkpoint" if knows_names(model) else "model"
+    for name, tensor in merged_weights(model, dequantize=dequantize, names=names):
         if first.get(known.get(name), name) == name:
             yield name, tensor
 

@@ -49,7 +49,10 @@ class OfTensor(WeightKind):
         return super().write(module, key, weight)
 
     def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
-        """Return why a layer cannot be replaced."""
+        """Return why a layer cannot be replaced, or its weight be packed again in memory."""
+        remedy = getattr(type(weight), "packed_again_by", "")
+        if verb == "requantize" and remedy:
+            return Reason("its format is not quantized again in memory", remedy)
         if verb == "replace" and weight is not None and self.replaces_layer(module, weight):
             return why_class_is_fixed(module)
         return super().why_not(verb, module, weight)
