@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from conftest import ALPHA, RANK
+from conftest import ALPHA, RANK, fill
 from helpers.reference import Block, config, saved
 from torch import nn
 
@@ -106,3 +107,29 @@ def test_a_lazy_module_beside_the_sites_is_refused_until_it_has_run(lazy, more) 
     assert type(model[0]) is nn.Linear
     model(torch.ones(2, 4))
     li.inject(model, {"rank": 1, "targets": ["0"]})
+
+
+def test_what_is_pefts_own_in_a_model_that_it_has_wrapped_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)).double()
+    lora = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = peft.get_peft_model(net, lora)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    classes, due = [type(m) for m in model.modules()], model(x)
+    problem = r"'base_model\.model\.0\.lora_A\.default' is a part of an adapter of PEFT \(2 such"
+    with pytest.raises(li.LayerError, match=problem):
+        li.inject(model, config("all-linear"))
+    assert "inject would refuse this" in str(li.plan(model, config("all-linear")))
+    assert ([type(m) for m in model.modules()], model(x).equal(due)) == (classes, True)
+
+    li.inject(model, {**config("all-linear"), "exclude": [r"lora_[AB]\.default"]})
+    names = ["base_model.model.0.base_layer", "base_model.model.2"]
+    assert list(li.adapters(model)["default"].sites) == names
+    state = li.adapter_state(fill(model))
+    theirs = model.base_model.model[0]
+    first = theirs.base_layer.get_parameter("weight") + theirs.get_delta_weight("default")
+    weights = [first, model.base_model.model[2].get_parameter("weight")]
+    for i, name in enumerate(names):
+        site = state.sites[name]
+        weights[i] = weights[i] + site.scale * site.B @ site.A
+    hidden = nn.functional.linear(x, weights[0], net[0].bias).relu()
+    torch.testing.assert_close(model(x), nn.functional.linear(hidden, weights[1], net[2].bias))

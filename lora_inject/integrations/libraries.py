@@ -30,6 +30,7 @@ GUARDS: dict[str, tuple[str, ...]] = {
     "lora_inject.formats.older_names": ("transformers",),
     # Methods of a model that stand for something else while it has adapters.
     "lora_inject.integrations.stand_ins": ("transformers", "diffusers", "huggingface_hub"),
+    "lora_inject.integrations.peft_wrapped": ("peft.tuners.tuners_utils",),
     # Tensors that are spread over processes.
     "lora_inject.distributed.sharding": (GROUP, "deepspeed"),
 }
