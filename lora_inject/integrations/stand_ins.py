@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.exchange import write_adapter
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import replace_file
-from lora_inject.core.layers.adapted import raw_parameter
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.survey import Survey, base_parameters
 from lora_inject.core.layers.told import FORMS
+from lora_inject.core.layers.upkeep import raw_parameter
 from lora_inject.core.model.carried import adapted_modules, reach
 from lora_inject.core.model.facts import facts_for
 from lora_inject.core.model.guards import before

@@ -112,20 +112,6 @@ class Adapted(nn.Module):
 
         return read_mixed(self, param, raw, taking, outside=outside)
 
-    def _lora_check_replaced(self, name: str) -> None:
-        """Raise if a parameter becomes computed, as in parametrize, prune and weight_norm."""
-        from lora_inject.core.layers.replaced import check_replaced
-
-        check_replaced(self, name)
-
-
-def raw_parameter(module: nn.Module, target: str) -> nn.Parameter:
-    """Return what `nn.Module.get_parameter` returns where no adapter is: the Parameter itself."""
-    path, _, name = target.rpartition(".")
-    owner = module.get_submodule(path)
-    held = owner._parameters.get(name) if isinstance(owner, Adapted) else None
-    return nn.Module.get_parameter(module, target) if held is None else held
-
 
 class WeightUpdate(Adapted):
     """A module whose parameters are read: the mixin for reads without a forward update."""

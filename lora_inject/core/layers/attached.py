@@ -265,16 +265,6 @@ class Attached:
 
             refuse_unstarted(self, entries, asked)
 
-    def put_back(self, param: str, parameters: dict[str, Any]) -> bool:
-        """Put a parameter back that was taken out after it was read; return whether it was."""
-        held = self.last_read.get(param, lambda: None)()
-        if held is None:
-            return False
-        others = dict(parameters)
-        parameters.clear()
-        parameters.update({param: held, **others})
-        return True
-
     def runs_here(self) -> bool:
         """Whether the module's own forward runs in this thread; unknown in compiled graphs."""
         if torch.compiler.is_compiling() or not self.running:

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.inside import runs_plainly
-from lora_inject.core.layers.adapted import Adapted, raw_parameter
-from lora_inject.core.layers.attached import held_by
-from lora_inject.core.layers.own_code import OWN
+from lora_inject.core.layers.adapted import Adapted
 from lora_inject.errors import LayerError
 
 
@@ -21,21 +19,9 @@ class Carrier(Adapted):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         """Move or cast like nn.Module, but never narrow an adapter's float32 masters."""
-        from lora_inject.core.layers.valueless import EMPTYING, moved
+        from lora_inject.core.layers.upkeep import move
 
-        held = (self._parameters[name] for name in self._lora.flat)
-        masters = {id(t) for p in held if p is not None for t in (p, p.grad)}
-
-        def keep_wide(t: Tensor) -> Tensor:
-            out: Tensor = fn(t)
-            if out.dtype == t.dtype or id(t) not in masters or out.dtype.itemsize >= 4:
-                return out
-            return t.to(out.device, torch.float32)
-
-        super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
-        for name in self._lora.flat:
-            self._lora.selection.extend_to(held_by(self)[name].device)
-        moved(self, emptied=getattr(fn, "__code__", None) in EMPTYING)
+        move(self, super()._apply, fn, recurse)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -88,47 +74,32 @@ class Carrier(Adapted):
         return ", ".join(filter(None, [super().extra_repr(), adapters]))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register like nn.Module, but nothing in the place of an adapted weight, or of A.
+        """Register like nn.Module, but nothing in the place of an adapted weight, or of A."""
+        from lora_inject.core.layers.upkeep import check_registered
 
-        What is put there may be the weight with something done to it: quantized, pruned, or fused
-        with a norm, of which the update knows nothing.
-
-        1. A parameter that was read and then taken out is put back, and its successor is refused.
-        2. In the place of an adapted one stands no other, but its shards, and what
-           `load_state_dict` puts there.
-        3. An adapted one gets no second name, nor does what was read of it: that is the first step
-           of torch's `prune`, which later cannot be undone.
-        """
-        attached, held = self._lora, self._parameters
-        weight = (self.weight_name,) if attached.forward else ()
-        loads = OWN.keeps is attached and OWN.replaces and param is not None
-        for adapted in (*attached.reads, *weight, *attached.flat):
-            if adapted not in held and attached.put_back(adapted, held):
-                self._lora_check_replaced(adapted)
-            there = held.get(adapted)
-            if there is not None and not loads and _is_put_wrong(there, param, name == adapted):
-                self._lora_check_replaced(adapted)
+        check_registered(self, name, param)
         super().register_parameter(name, param)
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """Return a Parameter itself, as `parameters()` yields it."""
+        from lora_inject.core.layers.upkeep import raw_parameter
+
         return raw_parameter(self, target)
 
     def __delattr__(self, name: str) -> None:
         """Delete like nn.Module, but not what carries an adapter."""
         adapted = name in self._lora.flat or any(e.param == name for e in self._lora.entries())
         if name in self._parameters and adapted:
-            self._lora_check_replaced(name)
+            from lora_inject.core.layers.replaced import check_replaced
+
+            check_replaced(self, name)
         super().__delattr__(name)
 
     def _replicate_for_data_parallel(self) -> Any:
         """Make the replica that torch's DataParallel fills, of the swapped class."""
-        replica: Any = object.__new__(type(self))
-        replica.__dict__ = {**self.__dict__, "_parameters": {}, "_is_replica": True}
-        replica._buffers, replica._modules = self._buffers.copy(), self._modules.copy()
-        if (flat := self.__dict__.get("_flat_weights")) is not None:  # replicas write theirs
-            replica.__dict__["_flat_weights"] = flat[:]
-        return replica
+        from lora_inject.core.layers.upkeep import replica_of
+
+        return replica_of(self)
 
     def __prepare_scriptable__(self) -> Any:
         """Raise, before torch.jit.script has changed anything."""
@@ -137,10 +108,3 @@ class Carrier(Adapted):
             "it carries an adapter, which a script cannot",
             "Call merge(model, eject=True) first, or use torch.jit.trace or torch.export",
         )
-
-
-def _is_put_wrong(adapted: nn.Parameter, given: Any, in_its_place: bool) -> bool:
-    """Whether a Parameter may not be registered beside, or in the place of, an adapted one."""
-    if in_its_place:
-        return given is not adapted and not hasattr(given, "full_tensor")
-    return given is adapted or getattr(type(given), "is_read_only", False)

@@ -18,6 +18,7 @@ from lora_inject.core.functional.factors import needs_plain_operations
 from lora_inject.core.functional.read_only import read_only
 from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.own_code import OWN
+from lora_inject.core.layers.replaced import check_replaced
 from lora_inject.core.spec.rooms import room, standing_at
 from lora_inject.errors import LayerError
 
@@ -71,7 +72,7 @@ def effective_value(
 ) -> Any:
     """Return W + delta, with the entries of the current selection."""
     if raw is None:
-        layer._lora_check_replaced(param)
+        check_replaced(layer, param)
     return layer._lora.selection.current().read(layer, param, raw, entries, outside=outside)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_inject.core.layers.attached import Attached, Entry, attached_to
 from lora_inject.core.layers.first_values import first_values
 from lora_inject.core.layers.forms import is_own
+from lora_inject.core.layers.own_code import keeping
 from lora_inject.core.layers.survey import base_tensor
 from lora_inject.core.layers.valueless import given_values
 from lora_inject.core.spec.rooms import room
@@ -112,3 +113,13 @@ def copy_into(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
             room("sharding").write_into_shards(parameter, value)
         else:
             parameter.copy_(value)
+
+
+def reset(module: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the plain class's `reset_parameters`, which finds the parameters themselves."""
+    attached = module.__dict__["_lora"]
+    with keeping(attached):
+        result = plain(module, *args, **kwargs)
+    if attached.valueless:
+        start_reset(module)
+    return result

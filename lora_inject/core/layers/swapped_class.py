@@ -16,7 +16,6 @@ from torch import nn
 from lora_inject.core.layers.adapted import Adapted, WeightUpdate
 from lora_inject.core.layers.carrier import Carrier
 from lora_inject.core.layers.loading import watch_loading
-from lora_inject.core.layers.own_code import keeping
 from lora_inject.errors import LayerError
 
 
@@ -58,8 +57,10 @@ def weight_property(param: str) -> property:
         return read_attribute(self, param, self._lora_raw(param))
 
     def write(self: Adapted, value: Any) -> None:
+        from lora_inject.core.layers.replaced import check_replaced
+
         # Parameters do not come here: nn.Module.__setattr__ puts them into `_parameters`.
-        self._lora_check_replaced(param)
+        check_replaced(self, param)
         self.__dict__[param] = value
 
     def delete(self: Adapted) -> None:
@@ -147,13 +148,9 @@ def _resetting(plain: Any) -> Callable[..., Any]:
 
     @functools.wraps(plain.reset_parameters)
     def reset_parameters(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with keeping(self.__dict__["_lora"]):
-            result = plain.reset_parameters(self, *args, **kwargs)
-        if self.__dict__["_lora"].valueless:
-            from lora_inject.core.layers.starting import start_reset
+        from lora_inject.core.layers.starting import reset
 
-            start_reset(self)
-        return result
+        return reset(self, plain.reset_parameters, args, kwargs)
 
     return reset_parameters
 
