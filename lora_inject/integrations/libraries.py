@@ -4,7 +4,7 @@
 |---|---|
 | `GUARDS` | what must hold around a verb because a library is there (`core/model/guards.py`) |
 | `WEIGHT_KINDS` | a way in which a weight is held packed (`core/layers/weight_kinds.py`) |
-| `FORWARD_OWNERS` | who puts forwards onto instances (`core/layers/forwards.py`) |
+| `FORWARD_OWNERS` | who puts forwards onto instances (`core/layers/forward_owners.py`) |
 | `MOVERS` | who reads a parameter to move it, and must find it as it is |
 | `CONV1D` | a class of linear layers with the transposed weight |
 | `WRAPPERS` | segments of names that stand for no module of the user's |

@@ -201,6 +201,16 @@ def _index(rows: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.tensor(rows, device=like.device)
 
 
+def selected_forward(plain: type[nn.Module]) -> Callable[..., Any]:
+    """Return a forward with the signature of the plain one, by whoever is selected."""
+
+    @functools.wraps(plain.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._lora_mixin.forward(self, *args, **kwargs)
+
+    return forward
+
+
 def cached_forward(plain: type[nn.Module]) -> Callable[..., Any]:
     """Return the plain forward, in which each effective weight is formed once."""
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from lora_inject.core.layers.attached import Attached
+from lora_inject.core.layers.effective import selected_forward
 from lora_inject.core.layers.forwards import keepers
-from lora_inject.core.layers.swapped_class import selected_forward
 
 # Module whose functions wrap a plain forward; `functools.wraps` hides that from `__module__`.
 _WRITES_FORWARDS = selected_forward.__globals__["__name__"]

@@ -16,7 +16,8 @@ from torch import nn
 
 from lora_inject.core.functional.lazy import formed
 from lora_inject.core.layers.attached import attached_to
-from lora_inject.core.layers.own_code import OWN, keeping
+from lora_inject.core.layers.keeping import keeping
+from lora_inject.core.layers.own_code import OWN
 
 
 def _flat_weights(self: Any) -> Any:

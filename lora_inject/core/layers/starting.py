@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_inject.core.layers.attached import Attached, Entry, attached_to
 from lora_inject.core.layers.first_values import first_values
 from lora_inject.core.layers.forms import is_own
-from lora_inject.core.layers.own_code import keeping
+from lora_inject.core.layers.keeping import keeping
 from lora_inject.core.layers.survey import base_tensor
 from lora_inject.core.layers.valueless import given_values
 from lora_inject.core.spec.rooms import room

@@ -73,16 +73,6 @@ READER = weight_property("").fget.__code__  # type: ignore[union-attr]
 """The code by whose caller it is known who reads a parameter (`call_stack.caller_of`)."""
 
 
-def selected_forward(plain: type[nn.Module]) -> Callable[..., Any]:
-    """Return a forward with the signature of the plain one, by whoever is selected."""
-
-    @functools.wraps(plain.forward)
-    def forward(self: Adapted, *args: Any, **kwargs: Any) -> Any:
-        return Adapted.forward(self, *args, **kwargs)
-
-    return forward
-
-
 # Holds a class while a module has it, and lets it go with the last one.
 _CLASSES: WeakValueDictionary[Any, type[Adapted]] = WeakValueDictionary()
 
@@ -117,7 +107,7 @@ def adapted_class(
         if callable(getattr(plain, "reset_parameters", None)):
             namespace["reset_parameters"] = _resetting(plain)
         if mixin is WeightUpdate:
-            from lora_inject.core.layers.effective import cached_forward
+            from lora_inject.core.layers.effective import cached_forward, selected_forward
 
             namespace["forward"] = selected_forward(plain)
             namespace["_lora_cached"] = cached_forward(plain)
