@@ -201,12 +201,12 @@ def _index(rows: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.tensor(rows, device=like.device)
 
 
-def selected_forward(plain: type[nn.Module]) -> Callable[..., Any]:
-    """Return a forward with the signature of the plain one, by whoever is selected."""
+def selected_forward(plain: type[nn.Module], of_mixin: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the mixin's forward, by whoever is selected, with the signature of the plain one."""
 
     @functools.wraps(plain.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._lora_mixin.forward(self, *args, **kwargs)
+        return of_mixin(self, *args, **kwargs)
 
     return forward
 

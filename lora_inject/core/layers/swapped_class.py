@@ -109,7 +109,7 @@ def adapted_class(
         if mixin is WeightUpdate:
             from lora_inject.core.layers.effective import cached_forward, selected_forward
 
-            namespace["forward"] = selected_forward(plain)
+            namespace["forward"] = selected_forward(plain, mixin.forward)
             namespace["_lora_cached"] = cached_forward(plain)
         swapped = types.new_class(
             plain.__name__, (mixin, Swapped, plain), exec_body=lambda ns: ns.update(namespace)

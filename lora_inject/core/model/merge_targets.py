@@ -47,8 +47,10 @@ def merge_targets(
         for holder in packed_in(survey):
             targets.setdefault(holder, _target(holder, into))
     for target in targets.values():
-        for reason in target.reasons():
-            raise LayerError(f"merge into {target.name!r}", *reason)
+        if not target.is_writable:
+            from lora_inject.core.model.merge_reasons import refuse_unwritable
+
+            refuse_unwritable(target)
         target.sharers = [one for one in survey.sharing(target.weight) if one != target.holder]
     return _without_shared_memory(survey, targets)
 

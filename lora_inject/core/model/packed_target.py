@@ -96,21 +96,6 @@ class PackedTarget(Target):
         """What a report calls what is done."""
         return super().action if self.terms else "dequantized"
 
-    def reasons_here(self) -> Iterator[tuple[str, str]]:
-        """Yield why nothing can be added to the weight, or to what it stands for."""
-        module, weight, kind = self.holder.module, self.weight, self.kind
-        verb: Verb = "requantize" if self.into == "same" else "dequantize"
-        problem = f"the weight is quantized ({type(weight).__name__}, {weight.dtype})"
-        if (reason := kind.why_not(verb, module, weight)) is not None:
-            yield f"{problem}: {reason.found}", reason.remedy
-        if self.into is None:
-            remedy = 'Write plain floats, merge(model, dequantize="bfloat16")'
-            if kind.why_not("requantize", module, weight) is None:
-                remedy += ", or its own format, merge(model, requantize=True)"
-            yield problem, remedy
-        if self.copies:
-            yield "a trained copy stands for a quantized weight", "Leave it out"
-
     def check_replaceable(self) -> None:
         """Raise if plain values cannot be the weight of the layer itself."""
         if self.becomes_plain:
@@ -141,6 +126,23 @@ class PackedTarget(Target):
         undo = self.kind.write(holder.module, holder.param, weight)
         self.holder = written
         return weight, undo
+
+
+def reasons_against_packed(target: Target) -> Iterator[tuple[str, str]]:
+    """Yield why nothing can be added to the weight, or to what it stands for."""
+    assert isinstance(target, PackedTarget)
+    module, weight, kind = target.holder.module, target.weight, target.kind
+    verb: Verb = "requantize" if target.into == "same" else "dequantize"
+    problem = f"the weight is quantized ({type(weight).__name__}, {weight.dtype})"
+    if (reason := kind.why_not(verb, module, weight)) is not None:
+        yield f"{problem}: {reason.found}", reason.remedy
+    if target.into is None:
+        remedy = 'Write plain floats, merge(model, dequantize="bfloat16")'
+        if kind.why_not("requantize", module, weight) is None:
+            remedy += ", or its own format, merge(model, requantize=True)"
+        yield problem, remedy
+    if target.copies:
+        yield "a trained copy stands for a quantized weight", "Leave it out"
 
 
 def rehearse_packed(target: Target) -> None:

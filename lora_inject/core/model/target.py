@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.fold import Delta, rows_at_once
-from lora_inject.core.layers.packed_weights import reason_against
+from lora_inject.core.layers.packed_weights import loaded_kinds
 from lora_inject.core.layers.survey import Holder
 from lora_inject.core.model.guards import holder_of_shards
 
@@ -96,32 +96,14 @@ class Target:
         """Put what a packed weight becomes in its place; return it, and what takes it back."""
         return None
 
-    def reasons(self) -> Iterator[tuple[str, str]]:
-        """Yield why the tensor cannot be written, and what to do."""
+    @property
+    def is_writable(self) -> bool:
+        """Whether a delta can be added where the weight stands; `merge_reasons` says why not."""
         weight = self.weight
-        if weight.device.type == "meta":
-            yield "the weight is on the meta device", "Load the base weights first"
-        if how := holder_of_shards(weight):
-            yield f"the weight is sharded by {how}", "Merge into an unsharded copy"
-        yield from self.reasons_here()
-
-    def reasons_here(self) -> Iterator[tuple[str, str]]:
-        """Yield why nothing can be added to a whole weight where it stands."""
-        weight = self.weight
-        if (reason := reason_against("merge", self.holder.module, weight)) is not None:
-            yield reason
-        if tuple(weight.shape) != self.due_shape:
-            problem = f"the weight has shape {tuple(weight.shape)}, and the adapter is for "
-            remedy = "Merge into an unsharded copy (within summon_full_params(model), where there "
-            remedy += "is one)"
-            yield f"{problem}{self.due_shape}: it is sharded or was replaced", remedy
-        if not weight.is_contiguous():
-            remedy = "Make it so first: model.to(memory_format=torch.contiguous_format), or "
-            yield "the weight is not contiguous", remedy + "weight.data = weight.data.contiguous()"
-        if weight.is_inference() and not torch.is_inference_mode_enabled():
-            problem = "the weight was made in inference mode, outside of which nobody may write it"
-            remedy = "Call merge within torch.inference_mode(), or load the base outside of it"
-            yield problem, remedy
+        if self.is_packed or loaded_kinds() or weight.is_meta or holder_of_shards(weight):
+            return False
+        whole = tuple(weight.shape) == self.due_shape and weight.is_contiguous()
+        return whole and not weight.is_inference()
 
     @cached_property
     def delta(self) -> Delta:

@@ -1,0 +1,52 @@
+"""Why a merge cannot write a tensor, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from lora_inject.core.layers.packed_weights import reason_against
+from lora_inject.core.model.guards import holder_of_shards
+from lora_inject.core.model.target import Target
+from lora_inject.errors import LayerError
+
+
+def refuse_unwritable(target: Target) -> None:
+    """Raise if there is a reason; a weight that is not plain may be written all the same."""
+    for reason in _reasons(target):
+        raise LayerError(f"merge into {target.name!r}", *reason)
+
+
+def _reasons(target: Target) -> Iterator[tuple[str, str]]:
+    """Yield why the tensor cannot be written, and what to do."""
+    weight = target.weight
+    if weight.device.type == "meta":
+        yield "the weight is on the meta device", "Load the base weights first"
+    if how := holder_of_shards(weight):
+        yield f"the weight is sharded by {how}", "Merge into an unsharded copy"
+    if target.is_packed:
+        from lora_inject.core.model.packed_target import reasons_against_packed
+
+        yield from reasons_against_packed(target)
+    else:
+        yield from _reasons_here(target)
+
+
+def _reasons_here(target: Target) -> Iterator[tuple[str, str]]:
+    """Yield why nothing can be added to a whole weight where it stands."""
+    weight = target.weight
+    if (reason := reason_against("merge", target.holder.module, weight)) is not None:
+        yield reason
+    if tuple(weight.shape) != target.due_shape:
+        problem = f"the weight has shape {tuple(weight.shape)}, and the adapter is for "
+        remedy = "Merge into an unsharded copy (within summon_full_params(model), where there "
+        remedy += "is one)"
+        yield f"{problem}{target.due_shape}: it is sharded or was replaced", remedy
+    if not weight.is_contiguous():
+        remedy = "Make it so first: model.to(memory_format=torch.contiguous_format), or "
+        yield "the weight is not contiguous", remedy + "weight.data = weight.data.contiguous()"
+    if weight.is_inference() and not torch.is_inference_mode_enabled():
+        problem = "the weight was made in inference mode, outside of which nobody may write it"
+        remedy = "Call merge within torch.inference_mode(), or load the base outside of it"
+        yield problem, remedy
