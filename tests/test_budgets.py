@@ -26,9 +26,9 @@ LINES = {
     "forward": 2_732,
     "activate": 2_220,
     "inject": 5_935,
-    "merge": 4_364,
+    "merge": 4_348,
     "save, load": 7_209,
-    "life": 9_767,
+    "life": 9_751,
 }
 STAGES = {
     "config": "from lora_inject import Config",
