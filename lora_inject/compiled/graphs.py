@@ -108,7 +108,7 @@ class ChosenMix(Mix):
             fullgraph_of_an_adapter_with_a_gain_as_dora_needs_torch_2_9()
         updates = factors_of(recipes, held_by(layer), training=layer.training)
         if attached.gains:
-            return with_gain(layer, self, args, kwargs, updates)
+            return with_gain(layer, self, recipes, args, kwargs, updates)
         return layer._lora_with_updates(args, kwargs, updates)
 
 

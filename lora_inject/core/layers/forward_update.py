@@ -37,7 +37,7 @@ class ForwardUpdate(Adapted):
         if attached.gains:
             from lora_inject.core.layers.gains import with_gain
 
-            return with_gain(self, mix, args, kwargs, updates)
+            return with_gain(self, mix, recipes, args, kwargs, updates)
         return self._lora_with_updates(args, kwargs, updates)
 
     def _lora_chosen(self, mix: Mix) -> Chosen:

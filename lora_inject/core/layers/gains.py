@@ -65,16 +65,16 @@ def first_norms(module: nn.Module, spec: SiteSpec, weight: Tensor) -> Tensor:
 def with_gain(
     layer: Any,
     mix: Selected,
+    recipes: Sequence[Recipe],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     updates: Sequence[Update],
 ) -> Any:
     """Compute a layer with the updates of a mix, and the gain that one of its adapters may have."""
-    attached = layer._lora
-    alone = gained_entry(attached, mix)
+    alone = gained_entry(layer._lora, mix)
     if alone is None:
         return layer._lora_with_updates(args, kwargs, updates)
-    gain = gain_in_forward(layer, alone, attached.recipes(mix))
+    gain = gain_in_forward(layer, alone, recipes)
     return layer._lora_with_gain(args, kwargs, updates, gain)
 
 
