@@ -588,6 +588,16 @@ def test_all_linear_is_every_linear_layer_but_the_head_that_the_model_states() -
     assert "no linear layers but its output head" in message
 
 
+def test_a_rule_need_not_match_in_each_of_its_layers_if_the_model_has_them() -> None:
+    rules = [Rule(match=r"1\.attn\.v_proj", layers=[0, 1]), Rule(match="q_proj", layers=[0, 1])]
+    names = [site.name for site in resolve(Config(targets=rules), tower()).sites]
+    layers = ["model.layers.0.attn.q_proj", "model.layers.1.attn.q_proj"]
+    assert sorted(names) == [*layers, "model.layers.1.attn.v_proj"]
+    beyond = Config(targets=[Rule(match="q_proj", layers=[0, "2-7"])])
+    with pytest.raises(MatchError, match=r"in layers 2-7\. Its layers are 0 to 1"):
+        resolve(beyond, tower())
+
+
 def test_kind_and_layers_narrow_a_rule() -> None:
     rule = Rule(match="all-linear", layers=[0, "2-3"])
     plan = resolve(Config(targets=[rule, r".+\.weight"], exclude=["lm_head"]), tower(5))

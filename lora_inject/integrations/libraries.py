@@ -31,7 +31,6 @@ GUARDS: dict[str, tuple[str, ...]] = {
     # Methods of a model that stand for something else while it has adapters.
     "lora_inject.integrations.stand_ins": ("transformers", "diffusers", "huggingface_hub"),
     "lora_inject.integrations.peft_wrapped": ("peft.tuners.tuners_utils",),
-    # Tensors that are spread over processes.
     "lora_inject.distributed.sharding": (GROUP, "deepspeed"),
 }
 """Guard, and what has to be there, any of it: modules of a library, or a group of processes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lora_inject.core.spec.patterns import INDEX
@@ -30,20 +30,26 @@ def first_number(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
-def inside(layers: Sequence[str], names: Sequence[str], label: str) -> list[str]:
-    """Return the names whose first number is in a range; raise if one of the ranges has none."""
-    spans = {text: _span(text) for text in layers}
-    numbers = {name: n for name in names if (n := first_number(name)) is not None}
-    there = numbers.values()
-    if empty := [text for text, span in spans.items() if not any(n in span for n in there)]:
-        problem = f"nothing that it matches is in layers {', '.join(empty)}"
-        if not numbers:
-            remedy = "Remove layers; no name that it matches has one"
-            raise MatchError(label, problem, remedy)
-        raise MatchError(label, problem, f"Its layers are {min(there)} to {max(there)}")
-    return [name for name, n in numbers.items() if any(n in span for span in spans.values())]
+def inside(
+    layers: Sequence[str], names: Sequence[str], label: str, every: Iterable[str]
+) -> list[str]:
+    """Return the names in these layers; raise if there are none, or for layers of no name at all.
+
+    `every` has all names of the model: what one rule matches need not be in each of its layers.
+    """
+    kept = _in(layers, names)
+    missing = [text for text in layers if not kept or not _in([text], every)]
+    if not missing:
+        return kept
+    problem = f"nothing that it matches is in layers {', '.join(missing)}"
+    numbers = [n for name in names if (n := first_number(name)) is not None]
+    if not numbers:
+        raise MatchError(label, problem, "Remove layers; no name that it matches has one")
+    raise MatchError(label, problem, f"Its layers are {min(numbers)} to {max(numbers)}")
 
 
-def _span(text: str) -> range:
-    first, _, last = text.partition("-")
-    return range(int(first), int(last or first) + 1)
+def _in(layers: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Return the names whose first number is in one of the ranges."""
+    ends = [[int(end) for end in text.split("-")] for text in layers]
+    spans = [range(end[0], end[-1] + 1) for end in ends]
+    return [name for name in names if any(first_number(name) in span for span in spans)]

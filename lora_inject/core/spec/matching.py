@@ -184,7 +184,7 @@ class _Rules:
             return names
         from lora_inject.core.spec.layer_ranges import inside
 
-        return inside(rule.layers, names, label)
+        return inside(rule.layers, names, label, inventory.names)
 
     def _taker(self, candidate: Candidate, weight: str) -> str:
         """Return what took a candidate before: `exclude`, an earlier rule, or nothing."""
