@@ -24,12 +24,12 @@ PACKAGE = Path(lora_inject.__file__).parent
 # Stage -> lines of the package that it may load.
 LINES = {
     "config": 1_325,
-    "forward": 2_745,
-    "activate": 2_223,
-    "inject": 6_013,
-    "merge": 4_357,
-    "save, load": 7_243,
-    "life": 9_791,
+    "forward": 2_752,
+    "activate": 2_222,
+    "inject": 6_020,
+    "merge": 4_358,
+    "save, load": 7_250,
+    "life": 9_798,
 }
 STAGES = {
     "config": "from lora_inject import Config",

@@ -34,7 +34,7 @@ from lora_inject.core.functional import cpu
 from lora_inject.core.functional.factors import Patch, Update, master_dtype
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.functional.fold import Delta
-from lora_inject.core.functional.linear import linear, lone_token
+from lora_inject.core.functional.linear import few_tokens, linear
 from lora_inject.core.functional.lookup import embedding
 from lora_inject.core.functional.on_output import add_updates
 from lora_inject.core.functional.rounded_fold import Tally, fold_rows
@@ -570,33 +570,38 @@ def test_a_value_that_is_not_finite_is_found_among_many_tensors(bad: float) -> N
         assert not all_finite(*tensors[:i], flat, *tensors[i + 1 :]), i
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 4)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_lone_token_has_the_bits_of_the_same_token_in_training(dtype: torch.dtype) -> None:
+def test_few_tokens_have_the_bits_of_the_same_tokens_in_training(
+    dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
     layer = li.inject(nn.Sequential(nn.Linear(5, 6)), {"rank": 2, "targets": ["0"]})[0].to(dtype)
     nn.init.normal_(layer.get_parameter("lora_B__default"))
-    x = torch.randn(1, 1, 10, dtype=dtype)[..., ::2]  # not contiguous
+    x = torch.randn(*shape, 10, dtype=dtype)[..., ::2]  # not contiguous
     wanted = layer(x)
     with torch.no_grad(), patch("lora_inject.core.functional.linear.apply_updates", None):
         assert same_bits(layer.eval()(x), wanted)
 
 
-def test_what_is_no_lone_token_of_a_cpu_goes_the_general_way() -> None:
+def test_what_is_not_a_few_tokens_of_a_cpu_goes_the_general_way() -> None:
     W, A, B = (nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (2, 4), (6, 2)))
     x = torch.randn(1, 4)
 
-    def is_lone(x: Tensor, *tensors: Tensor) -> bool:
+    def are_few(x: Tensor, *tensors: Tensor) -> bool:
         weight, a, b = tensors or (W, A, B)
-        return lone_token(x, weight, None, a, b, 0.5) is not None
+        return few_tokens(x, weight, None, a, b, 0.5) is not None
 
     with torch.no_grad():
-        assert is_lone(x)
-        assert not is_lone(torch.randn(2, 4))
-        assert not is_lone(x.to_sparse())
-        assert not is_lone(torch.nested.nested_tensor([x], layout=torch.jagged))
-        assert not is_lone(x.bfloat16())
-        assert not is_lone(x, W, A, nn.Parameter(B.double()))
-        assert not is_lone(x, W.detach(), A, B)
+        assert are_few(x)
+        assert are_few(torch.randn(32, 4))
+        assert not are_few(torch.randn(33, 4))
+        assert not are_few(torch.randn(0, 4))
+        assert not are_few(x.to_sparse())
+        assert not are_few(torch.nested.nested_tensor([x], layout=torch.jagged))
+        assert not are_few(x.bfloat16())
+        assert not are_few(x, W, A, nn.Parameter(B.double()))
+        assert not are_few(x, W.detach(), A, B)
         with torch.autocast("cpu"):
-            assert not is_lone(x)
+            assert not are_few(x)
         with TorchDispatchMode():
-            assert not is_lone(x)
+            assert not are_few(x)

@@ -80,25 +80,31 @@ def linear(
         return apply_updates(x, None, weight, bias, updates, transposed, float32, dtype)
 
 
-def lone_token(
+def few_tokens(
     x: Tensor, weight: Any, bias: Tensor | None, A: Any, B: Any, scale: float
 ) -> Tensor | None:
-    """Return what `linear` gives for one update of a single token on a CPU; None for all else.
+    """Return what `linear` gives for one update of few tokens on a CPU; None for all else.
 
     There the time is in the number of steps, of Python as of torch: these are the fewest. It is
     called without gradients.
     """
     if not inside.runs_plainly() or torch.is_autocast_enabled("cpu"):
         return None  # first: a trace would record what is asked of the sizes
-    if x.is_nested or x.layout is not torch.strided or x.numel() != x.shape[-1] or not x.is_cpu:
+    if x.is_nested or x.layout is not torch.strided or not x.is_cpu:
+        return None
+    n, width = x.numel(), x.shape[-1]
+    if not 0 < n <= cpu.FEW * width:
         return None
     dtype = x.dtype
     if not (type(weight) is type(A) is type(B) is nn.Parameter and type(x) is Tensor):
         return None
     if not (dtype is weight.dtype is A.dtype is B.dtype) or dtype not in _WIDE:
         return None
-    y = F.linear(x, weight, bias)
-    y.view(-1).addmv_(B, torch.mv(A, x.view(-1)), alpha=scale)
+    y = F.linear(x, weight, bias).contiguous()
+    if n == width:
+        y.view(-1).addmv_(B, torch.mv(A, x.reshape(-1)), alpha=scale)
+    else:
+        y.view(-1, y.shape[-1]).addmm_(torch.mm(x.reshape(-1, width), A.t()), B.t(), alpha=scale)
     return y
 
 

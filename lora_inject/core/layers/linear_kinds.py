@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Update
-from lora_inject.core.functional.linear import frozen_output, linear, lone_token
+from lora_inject.core.functional.linear import few_tokens, frozen_output, linear
 from lora_inject.core.layers.adapted import keeps_forward, plain_class
 from lora_inject.core.layers.forward_update import ForwardUpdate
 from lora_inject.core.layers.own_code import OWN
@@ -58,17 +58,17 @@ class LoRALinear(ForwardUpdate):
         return stock or multiplies(plain_class(type(module)))
 
     def _lora_mixed(self, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute the layer with the adapters of a mix: one token of a CPU by the shortest way.
+        """Compute the layer with the adapters of a mix: few tokens of a CPU by the shortest way.
 
-        Decoding calls each layer with one vector, and what Python does then counts as much as the
-        products.
+        Decoding calls each layer with a vector for each sequence, and what Python does then counts
+        as much as the products.
         """
         if not (torch.is_grad_enabled() or self.training or kwargs) and len(args) == 1:
             held, chosen = self._parameters, self._lora.last_chosen
             lone = chosen.lone if chosen.mix is mix else self._lora_chosen(mix).lone
             if lone is not None and self._lora_stock and not self.transposed and "bias" in held:
                 weight, A, B = held.get("weight"), held.get(lone.A), held.get(lone.B)
-                y = lone_token(args[0], weight, held["bias"], A, B, lone.scale)
+                y = few_tokens(args[0], weight, held["bias"], A, B, lone.scale)
                 if y is not None:
                     return y
         return super()._lora_mixed(mix, args, kwargs)

@@ -102,10 +102,10 @@ def _is_free(place: Carried) -> bool:
         return False
     own, parameters = module.__dict__, module._parameters
     buffers, modules = module._buffers, module._modules
-    return not any(
-        flat in own or flat in parameters or flat in buffers or flat in modules
-        for flat in entry.names.values()
-    )
+    for flat in entry.names.values():
+        if flat in own or flat in parameters or flat in buffers or flat in modules:
+            return False
+    return True
 
 
 def _class_is_free(place: Carried) -> bool:
