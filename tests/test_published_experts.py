@@ -236,6 +236,8 @@ def test_an_adapter_travels_and_is_merged_into_floats(published: Any, tmp_path: 
     held = stacks(model)
     with pytest.raises(li.LayerError, match="quantized"):
         li.merge(model)
+    with pytest.raises(li.LayerError, match=r"merge on disk, lora-inject merge .* --requantize"):
+        li.merge(model, requantize=True)
     li.merge(model, dequantize="float32")
     with torch.no_grad():
         assert error(model(IDS).logits, wanted.double()) < 1e-4

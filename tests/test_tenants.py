@@ -11,6 +11,7 @@ from torch import nn
 
 import lora_inject as li
 from lora_inject import Trial, Trials
+from lora_inject.trials.losses import causal_loss
 
 LINEAR = {"rank": 2, "targets": ["all-linear"]}
 TENANTS = {
@@ -69,6 +70,42 @@ def test_tenants_on_their_own_clocks_equal_a_plain_loop_of_each() -> None:
     done = {"bob": [[0], [9], [2], [7]], "cy": [[0], [1], [9], [2], [7]], "dee": [[9], [7]]}
     for name, steps in done.items():
         check_equal(run.model, alone(name, steps), name)
+
+
+def squared(outputs: Any, batch: Any) -> Any:
+    return outputs.logits.square().mean()
+
+
+def absolute(outputs: Any, batch: Any) -> Any:
+    return outputs.logits[:, -1].abs().mean()
+
+
+def test_tenants_have_losses_of_their_own_in_one_pass() -> None:
+    losses = {"ann": squared, "bob": absolute, "cy": causal_loss}
+    run = tenants(*losses)
+    for step in range(3):
+        given = {name: rows(name, step) for name in losses}
+        run.forward_backward(given, loss=losses)
+        run.optimizer_step(list(losses))
+    held_out = run.evaluate({name: rows(name, 9) for name in losses}, loss=losses)
+    for name, loss in losses.items():
+        single = tenants(name)
+        for step in range(3):
+            single.forward_backward({name: rows(name, step)}, loss=loss)
+            single.optimizer_step(name)
+        check_equal(run.model, values(single.model, name), name)
+        assert run.losses[name] == pytest.approx(single.losses[name], rel=1e-12)
+        alone_again = single.evaluate({name: rows(name, 9)}, loss=loss)
+        assert held_out[name] == pytest.approx(alone_again[name], rel=1e-12)
+
+
+def test_a_tenant_without_a_loss_among_those_by_name_is_refused() -> None:
+    run = tenants("ann", "bob")
+    before = values(run.model, "ann")
+    given = {name: rows(name, 0) for name in ("ann", "bob")}
+    with pytest.raises(li.StateError, match=r"loss of trial 'bob': there is none of that name"):
+        run.forward_backward(given, loss={"ann": squared})
+    check_equal(run.model, before, "ann", 0.0)
 
 
 def test_gradients_of_several_calls_add_up() -> None:

@@ -40,10 +40,6 @@ class PackedExperts(Tensor):
     """
 
     reads_as_sum: ClassVar[bool] = True  # core.functional.weight asks
-    packed_again_by: ClassVar[str] = (
-        "Save the adapter and merge on disk, lora-inject merge BASE ADAPTER --requantize; or write "
-        'plain floats, merge(model, dequantize="bfloat16")'
-    )  # quantized.own_values asks
     form: StackFormat
     is_turned: bool
 
@@ -70,6 +66,15 @@ class PackedExperts(Tensor):
         return made
 
     __torch_function__ = nn.Parameter.__torch_function__  # none of its own
+
+    @property
+    def packed_again_by(self) -> str:
+        """What to do where it is to be packed again, as `quantized.own_values` says it."""
+        floats = 'write plain floats, merge(model, dequantize="bfloat16")'
+        if not self.form.is_written_on_disk:
+            return floats.capitalize()
+        on_disk = "lora-inject merge BASE ADAPTER --requantize"
+        return f"Save the adapter and merge on disk, {on_disk}; or {floats}"
 
     @property
     def parts(self) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ class OfTensor(WeightKind):
 
     def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
         """Return why a layer cannot be replaced, or its weight be packed again in memory."""
-        remedy = getattr(type(weight), "packed_again_by", "")
+        remedy = getattr(weight, "packed_again_by", "")
         if verb == "requantize" and remedy:
             return Reason("its format is not quantized again in memory", remedy)
         if verb == "replace" and weight is not None and self.replaces_layer(module, weight):

@@ -23,6 +23,7 @@ from lora_inject.trials.in_pass import InPass
 from lora_inject.trials.isolation import Checks
 from lora_inject.trials.losses import (
     Loss,
+    Losses,
     causal_loss,
     causal_losses,
     default_loss,
@@ -40,13 +41,13 @@ class Asked(NamedTuple):
     Attributes:
         batches: By trial.
         forward: Runs the model on a joined batch.
-        loss: Takes a trial's outputs and its batch.
+        loss: Takes a trial's outputs and its batch; or that of each trial, by name.
         sharing: The trials whose batch lies in memory that another's uses as well.
     """
 
     batches: Mapping[str, Any]
     forward: Forward
-    loss: Loss
+    loss: Losses
     sharing: frozenset[str]
 
     @classmethod
@@ -55,12 +56,24 @@ class Asked(NamedTuple):
         model: nn.Module,
         batches: Mapping[str, Any],
         forward: Forward | None,
-        loss: Loss | None,
+        loss: Losses | None,
     ) -> Asked:
-        """Return what is asked for, with the defaults of a model."""
+        """Return what is asked for, with the defaults of a model.
+
+        Raises:
+            StateError: There are losses by name, and a batch has none.
+        """
         forward = forward or plain_forward(model)
-        loss = loss or default_loss(model)
+        loss = default_loss(model) if loss is None else loss
+        if isinstance(loss, Mapping):
+            for name in batches.keys() - loss.keys():
+                remedy = "Give one for each batch, or one function for all"
+                raise StateError(f"loss of trial {name!r}", "there is none of that name", remedy)
         return cls(batches, forward, loss, shared_by_trials(batches))
+
+    def loss_of(self, name: str) -> Loss:
+        """Return the loss of a trial."""
+        return self.loss[name] if isinstance(self.loss, Mapping) else self.loss
 
 
 class Together:
@@ -282,7 +295,7 @@ def _loss(asked: Asked, outputs: Any, batch: Any, name: str) -> Tensor:
     """Return a trial's loss, which must not change what other trials read."""
     alone = name not in asked.sharing
     with nullcontext() if alone else unwritten(batch, f"loss of trial {name!r}"):
-        return scalar_loss(asked.loss, outputs, batch, name)
+        return scalar_loss(asked.loss_of(name), outputs, batch, name)
 
 
 def _refuse_untrained(name: str) -> NoReturn:

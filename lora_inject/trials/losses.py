@@ -24,6 +24,7 @@ from lora_inject.trees import tree_leaves
 from lora_inject.trials.batches import Joined
 
 Loss = Callable[[Any, Any], Tensor]
+Losses = Loss | Mapping[str, Loss]
 IGNORED, LABELS = -100, "a label for each token, or -100"
 """The label that cross entropy leaves out, and what errors ask for."""
 PARTS = 8

@@ -27,7 +27,7 @@ from lora_inject.trials.batches import Forward, evaluating, in_one_order
 from lora_inject.trials.flat import Flat
 from lora_inject.trials.gradients import Asked, Together
 from lora_inject.trials.joining import put_on
-from lora_inject.trials.losses import Loss
+from lora_inject.trials.losses import Losses
 from lora_inject.trials.passes import seeded
 from lora_inject.trials.trial import Trial
 
@@ -186,7 +186,7 @@ class Trials:
         batch: Any,
         *,
         forward: Forward | None = None,
-        loss: Loss | None = None,
+        loss: Losses | None = None,
         by_name: bool | None = None,
     ) -> dict[str, float]:
         """Train every running trial for one step.
@@ -198,8 +198,9 @@ class Trials:
                 end, and `loss` gets the outputs without padding.
             forward: Runs the model on a joined batch and returns outputs with the same rows. By
                 default the model is called with the batch, without `labels`.
-            loss: Takes a trial's outputs and its batch and returns a scalar. By default it is the
-                loss of the next token, from `logits` and `labels`.
+            loss: Takes a trial's outputs and its batch and returns a scalar; or a dict from each
+                name to its own. By default it is the loss of the next token, from `logits` and
+                `labels`.
             by_name: Whether `batch` is a dict from names to batches. None: it is, if its entries
                 are dicts or tuples; tensors whose keys are names of trials are refused.
 
@@ -223,7 +224,7 @@ class Trials:
         batches: Mapping[str, Any],
         *,
         forward: Forward | None = None,
-        loss: Loss | None = None,
+        loss: Losses | None = None,
     ) -> dict[str, float]:
         """Add to the gradients of some trials, in one pass of the base, and take no step.
 
@@ -390,7 +391,7 @@ class Trials:
         batch: Any,
         *,
         forward: Forward | None = None,
-        loss: Loss | None = None,
+        loss: Losses | None = None,
         by_name: bool | None = None,
     ) -> dict[str, float]:
         """Return and store each running trial's loss on held-out rows, without dropout.
