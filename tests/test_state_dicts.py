@@ -340,6 +340,22 @@ def test_a_part_tells_what_the_whole_tells() -> None:
         model.fc.load_state_dict(torch.load(buffer, weights_only=True))
 
 
+def test_keys_may_be_renamed_in_place() -> None:
+    """The metadata of an OrderedDict go on naming modules as they were."""
+    source = injected()
+    state = prefixed(source.state_dict())
+    state._metadata = {
+        f"module.{key}": noted for key, noted in source.state_dict()._metadata.items()
+    }
+    for key in list(state):
+        state[key.removeprefix("module.")] = state.pop(key)
+    model = injected()
+    fill(model).load_state_dict(state)
+    assert same_bits(model(X), source(X))
+    with pytest.raises(li.StateError, match="scale 2 in the state dict, and 32 here"):
+        injected(alpha=64).load_state_dict(state)
+
+
 def test_a_base_loads_whatever_its_way(tmp_path: Path) -> None:
     for way in WAYS.values():
         torch.manual_seed(1)

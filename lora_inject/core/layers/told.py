@@ -95,10 +95,11 @@ def _written(
 def told_of_all(state_dict: Mapping[str, Any]) -> dict[str, Told]:
     """Return what a state dict tells, by the canonical names of the modules."""
     metadata = getattr(state_dict, "_metadata", None) or {}
-    noted = {path for path, of_module in metadata.items() if FORMS in of_module}
     keyed = {parent(key) for key in state_dict if leaf(key) == FORMS}
+    # Metadata keep the names of modules whose keys were renamed in place.
+    noted = {parent(key) for key in state_dict} & metadata.keys()
     return {
-        canonical(path): told_of(path, state_dict, metadata.get(path, {})) for path in noted | keyed
+        canonical(path): told_of(path, state_dict, metadata.get(path, {})) for path in keyed | noted
     }
 
 
