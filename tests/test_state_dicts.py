@@ -356,6 +356,36 @@ def test_keys_may_be_renamed_in_place() -> None:
         injected(alpha=64).load_state_dict(state)
 
 
+class Renaming(nn.Module):
+    """Its state dict has the names of what is inside."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_state_dict_post_hook(self._shorter)
+        self.register_load_state_dict_pre_hook(self._longer)
+
+    @staticmethod
+    def _shorter(_: Any, state: Any, prefix: str, *__: Any) -> None:
+        for key in list(state):
+            state[key.replace(f"{prefix}inner.", prefix, 1)] = state.pop(key)
+
+    @staticmethod
+    def _longer(_: Any, state: Any, prefix: str, *__: Any) -> None:
+        for key in list(state):
+            state[f"{prefix}inner.{key.removeprefix(prefix)}"] = state.pop(key)
+
+
+def test_hooks_may_rename_what_is_loaded() -> None:
+    source, model = injected(), injected()
+    state = Renaming(source).state_dict()
+    assert "fc._lora_forms" in state
+    Renaming(fill(model)).load_state_dict(state)
+    assert same_bits(model(X), source(X))
+    with pytest.raises(li.StateError, match="scale 2 in the state dict, and 32 here"):
+        Renaming(injected(alpha=64)).load_state_dict(Renaming(source).state_dict())
+
+
 def test_a_base_loads_whatever_its_way(tmp_path: Path) -> None:
     for way in WAYS.values():
         torch.manual_seed(1)

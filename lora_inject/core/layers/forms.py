@@ -36,9 +36,11 @@ _SAME = "Inject with the same config as there, or use save_adapter and load_adap
 
 def check_forms(model: nn.Module, state_dict: Any) -> None:
     """Raise if a state dict may not be loaded into the adapters of a model, and their base."""
-    modules = model.named_modules(remove_duplicate=False)
-    there = [(path, module) for path, module in modules if attached_to(module) is not None]
-    for _, module in there:
+    modules = {
+        canonical(path): module for path, module in model.named_modules(remove_duplicate=False)
+    }
+    there = {path: module for path, module in modules.items() if attached_to(module) is not None}
+    for module in there.values():
         check_weights_unmerged(module)
     if not there or not isinstance(state_dict, Mapping):
         return
@@ -47,13 +49,13 @@ def check_forms(model: nn.Module, state_dict: Any) -> None:
         _check_unmerged(of_module)
     tensors = {canonical(key): tensor for key, tensor in state_dict.items()}
     here: dict[str, set[str]] = {}
-    for path, module in there:
-        name = canonical(path)
-        _check_same_forms(name, module, tensors, told.get(name, NOTHING))
+    for path, module in there.items():
+        _check_same_forms(path, module, tensors, told.get(path, NOTHING))
         for entry in _attached(module).entries():
-            here.setdefault(entry.adapter, set()).add(joined(name, entry.mark))
-    for adapter, marks in here.items():
-        _check_same_entries(adapter, marks, told, tensors)
+            here.setdefault(entry.adapter, set()).add(joined(path, entry.mark))
+    if told.keys() <= modules.keys():  # else it has other names, which a hook may know
+        for adapter, marks in here.items():
+            _check_same_entries(adapter, marks, told, tensors)
 
 
 def check_part(
