@@ -42,20 +42,30 @@ def check_forms(model: nn.Module, state_dict: Any) -> None:
     there = {path: module for path, module in modules.items() if attached_to(module) is not None}
     for module in there.values():
         check_weights_unmerged(module)
-    if not there or not isinstance(state_dict, Mapping):
-        return
-    told = told_of_all(state_dict)
-    for of_module in told.values():
-        _check_unmerged(of_module)
+    if there and isinstance(state_dict, Mapping):
+        told = told_of_all(state_dict)
+        for of_module in told.values():
+            _check_unmerged(of_module)
+        # If it has names that are none here, a hook may know which they are.
+        _check_modules(there, state_dict, told, all_named=told.keys() <= modules.keys())
+
+
+def _check_modules(
+    there: Mapping[str, nn.Module],
+    state_dict: Mapping[str, Any],
+    told: Mapping[str, Told],
+    *,
+    all_named: bool,
+) -> None:
+    """Raise if a state dict may not be loaded into modules with adapters, given by their names."""
     tensors = {canonical(key): tensor for key, tensor in state_dict.items()}
     here: dict[str, set[str]] = {}
     for path, module in there.items():
         _check_same_forms(path, module, tensors, told.get(path, NOTHING))
         for entry in _attached(module).entries():
             here.setdefault(entry.adapter, set()).add(joined(path, entry.mark))
-    if told.keys() <= modules.keys():  # else it has other names, which a hook may know
-        for adapter, marks in here.items():
-            _check_same_entries(adapter, marks, told, tensors)
+    for adapter, marks in here.items() if all_named else ():
+        _check_same_entries(adapter, marks, told, tensors)
 
 
 def check_part(
