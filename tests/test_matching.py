@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_inject as li
-from lora_inject.core.spec import patterns
+from lora_inject.core.spec import bounded_patterns
 from lora_inject.core.spec.config import Config, Expect, Rule
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.key_lists import inventory_of
@@ -975,5 +975,5 @@ def test_names_that_end_like_a_wrapper_s_stay_what_they_are() -> None:
 
 @pytest.mark.parametrize("pattern", ["(?x:(a+) +)X", "(?i-s:(?x: (a+)\n+ ))X", ".*" * 60 + "X"])
 def test_a_pattern_that_may_explode_is_matched_with_a_clock(pattern: str) -> None:
-    assert patterns._steps(pattern, 28) > patterns._FEW_STEPS
+    assert bounded_patterns.steps_of(pattern, 28) > bounded_patterns.FEW_STEPS
     assert matching(pattern, ["a" * 28], asked="rule 1") == []

@@ -1,4 +1,4 @@
-"""The entries of one adapter on a model: all of them, and those that no forward has used."""
+"""The entries of one adapter on a model: all of them, and whether each takes part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Make the site of a rule: its orientation, slices and rank, and notes for the user."""
+"""Make the site of a rule: its numbers, orientation, slices and rank."""
 
 from __future__ import annotations
 
