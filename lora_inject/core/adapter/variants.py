@@ -75,7 +75,4 @@ _OF_THE_PACKAGE = {"dora": "lora_inject.core.adapter.dora:Dora"}
 
 def variant_of(name: str) -> Variant:
     """Return the variant of a name; those of the package but LoRA are imported when asked for."""
-    if name in VARIANTS:
-        return VARIANTS[name]
-    variant: Variant = the_one(_OF_THE_PACKAGE[name])
-    return variant
+    return VARIANTS.get(name) or the_one(_OF_THE_PACKAGE[name])
