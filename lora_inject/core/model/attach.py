@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.layers.attached import Attached, attached_to
+from lora_inject.core.layers.attached import Attached
 from lora_inject.core.layers.class_swap import swap
 from lora_inject.core.layers.kinds import mixin_of
 from lora_inject.core.layers.packed_weights import begin_training
@@ -61,8 +61,10 @@ def attach(
     """
     parameters = _parameters(wanted, tensors, tied, train=train)
     selection = selection_for(survey, wanted, f"adapter {name!r}")
-    if not activate:
-        _check_mixable(name, wanted, selection.setting.names)
+    if not activate and name in selection.setting.names:
+        from lora_inject.core.model.several_roots import check_mixable
+
+        check_mixable(wanted, selection.setting.names)
     modules = [module for _, module in survey.modules]
     records = records_with(selection)
     with all_or_nothing(modules, (selection, *records), _may_train(survey, records)) as trained:
@@ -108,25 +110,13 @@ def _parameters(
     return [made[key] for key in keys]
 
 
-def _may_train(survey: Survey, records: Iterable[Root]) -> Iterator[nn.Parameter]:
-    """Yield what may require a gradient now: the base, and the adapters that records say train.
-
-    To ask every tensor of every adapter would be quadratic in a model that collects adapters.
-    """
+def _may_train(survey: Survey, records: Sequence[Root]) -> Iterator[nn.Parameter]:
+    """Yield what may require a gradient now: the base, and the adapters that records say train."""
     yield from survey.tensors
-    for record in records:
-        for name in record.trainable:
-            yield from (p for module in record.carrying[name] for p in _held(module, name))
+    if records:
+        from lora_inject.core.model.several_roots import training_in
 
-
-def _held(module: nn.Module, name: str) -> Iterator[nn.Parameter]:
-    """Yield the tensors of an adapter on a module that may train."""
-    attached = attached_to(module)
-    for entry in () if attached is None else attached.entries(name):
-        for role, flat in entry.names.items():
-            parameter = module._parameters[flat]
-            if entry.trains(role) and parameter is not None:
-                yield parameter
+        yield from training_in(records)
 
 
 def _stop_training(trained: Iterable[nn.Parameter], records: Iterable[Root]) -> None:
@@ -135,19 +125,6 @@ def _stop_training(trained: Iterable[nn.Parameter], records: Iterable[Root]) -> 
         parameter.requires_grad_(False)
     for record in records:
         record.trainable = set()
-
-
-def _check_mixable(name: str, wanted: Iterable[Carried], active: Mapping[str, float]) -> None:
-    """Check an adapter that takes part at once, as the mix has named one of another part."""
-    if name not in active:
-        return
-    from lora_inject.core.layers.gains import check_mixed
-
-    for place in wanted:
-        attached = attached_to(place.module)
-        beside = attached.entries() if attached is not None else ()
-        there = [e for e in beside if e.param == place.entry.param and e.adapter in active]
-        check_mixed([(entry, active[entry.adapter]) for entry in (place.entry, *there)])
 
 
 def _time_major(survey: Survey) -> tuple[str, ...]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from torch import nn
+
+from lora_inject.core.layers.attached import attached_to
+from lora_inject.core.layers.gains import check_mixed
 from lora_inject.core.layers.selection import Selection
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import (
     Carried,
+    Root,
     check_unmerged,
     known_roots,
     reach,
@@ -105,3 +110,32 @@ def check_free_name(survey: Survey, name: str) -> None:
     for selection in there.selections:
         selection.check_settled(f"adding adapter {name!r}")
     check_unmerged(f"adding adapter {name!r}", *there.selections)
+
+
+def check_mixable(wanted: Iterable[Carried], active: Mapping[str, float]) -> None:
+    """Check an adapter that takes part at once, as the mix has named one of another part."""
+    for place in wanted:
+        attached = attached_to(place.module)
+        beside = attached.entries() if attached is not None else ()
+        there = [e for e in beside if e.param == place.entry.param and e.adapter in active]
+        check_mixed([(entry, active[entry.adapter]) for entry in (place.entry, *there)])
+
+
+def training_in(records: Iterable[Root]) -> Iterator[nn.Parameter]:
+    """Yield the tensors of the adapters that records say train.
+
+    To ask every tensor of every adapter would be quadratic in a model that collects adapters.
+    """
+    for record in records:
+        for name in record.trainable:
+            yield from (p for module in record.carrying[name] for p in _held(module, name))
+
+
+def _held(module: nn.Module, name: str) -> Iterator[nn.Parameter]:
+    """Yield the tensors of an adapter on a module that may train."""
+    attached = attached_to(module)
+    for entry in () if attached is None else attached.entries(name):
+        for role, flat in entry.names.items():
+            parameter = module._parameters[flat]
+            if entry.trains(role) and parameter is not None:
+                yield parameter
