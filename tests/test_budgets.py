@@ -26,10 +26,10 @@ LINES = {
     "config": 1_290,
     "forward": 2_749,
     "activate": 2_219,
-    "inject": 5_982,
+    "inject": 5_959,
     "merge": 4_355,
-    "save, load": 7_247,
-    "life": 9_760,
+    "save, load": 7_224,
+    "life": 9_737,
 }
 STAGES = {
     "config": "from lora_inject import Config",
