@@ -24,12 +24,12 @@ PACKAGE = Path(lora_inject.__file__).parent
 # Stage -> lines of the package that it may load.
 LINES = {
     "config": 1_290,
-    "forward": 2_749,
+    "forward": 2_750,
     "activate": 2_219,
-    "inject": 5_959,
+    "inject": 5_960,
     "merge": 4_355,
-    "save, load": 7_224,
-    "life": 9_737,
+    "save, load": 7_225,
+    "life": 9_738,
 }
 STAGES = {
     "config": "from lora_inject import Config",

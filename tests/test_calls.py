@@ -70,9 +70,9 @@ def put_on(model: nn.Module, name: str = "default") -> nn.Module:
 
 
 VERBS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[nn.Module], Any], float]] = {
-    "plan": (lambda model: plan(model, CONFIG), lambda _: None, 256),
-    "inject": (put_on, lambda _: None, 355),
-    "install a second": (lambda model: install(model, adapter_state(model), "b"), put_on, 535),
+    "plan": (lambda model: plan(model, CONFIG), lambda _: None, 135),
+    "inject": (put_on, lambda _: None, 225),
+    "install a second": (lambda model: install(model, adapter_state(model), "b"), put_on, 375),
 }
 
 

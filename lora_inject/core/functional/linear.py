@@ -100,11 +100,12 @@ def few_tokens(
         return None
     if not (dtype is weight.dtype is A.dtype is B.dtype) or dtype not in _WIDE:
         return None
-    y = F.linear(x, weight, bias).contiguous()
+    y = F.linear(x, weight, bias)
     if n == width:
-        y.view(-1).addmv_(B, torch.mv(A, x.reshape(-1)), alpha=scale)
-    else:
-        y.view(-1, y.shape[-1]).addmm_(torch.mm(x.reshape(-1, width), A.t()), B.t(), alpha=scale)
+        y.view(-1).addmv_(B, torch.mv(A, x.view(-1)), alpha=scale)
+        return y
+    y = y.contiguous()
+    y.view(-1, y.shape[-1]).addmm_(torch.mm(x.reshape(-1, width), A.t()), B.t(), alpha=scale)
     return y
 
 
