@@ -307,6 +307,22 @@ def test_ejecting_a_merged_model_leaves_the_merged_plain_model(at_once: bool) ->
     assert error(model(x), wanted) < TOLERANCE[torch.float32]
 
 
+def test_a_weight_that_other_processes_share_is_not_merged_into() -> None:
+    """They would add their adapters to it; `mp.spawn(run, (model,))` shares it as well."""
+    model: nn.Module = nn.Sequential(nn.Linear(5, 5))
+    fill(li.inject(model, {**RANK2, "targets": ["0"]}))
+    x = torch.ones(1, 5)
+    wanted, own = model(x), copy.deepcopy(model)
+    model.share_memory()
+    before = snapshot(model)
+    with pytest.raises(li.LayerError, match=r"that other processes share.*copy\.deepcopy"):
+        li.merge(model)
+    assert snapshot(model) == before
+    for merged in (own, copy.deepcopy(model)):
+        li.merge(merged)
+        torch.testing.assert_close(merged(x), wanted)
+
+
 class Inner(nn.Sequential):
     """A part whose first layer carries nothing."""
 

@@ -97,9 +97,9 @@ def merge(
             the model is merged already, or an adapter holds NaN or Inf or is not whole in this
             model.
         LayerError: A weight is quantized and neither option is given, or it cannot be dequantized;
-            or it is on the meta device, sharded, of inference mode or shares
-            a part of its memory, the merged weight would not be finite, `min_kept` is missed, or
-            the model's class would tie again what has to be untied. Nothing was changed.
+            or it is on the meta device, sharded, of inference mode, or in memory that is shared
+            with other processes or in part; the merged weight would not be finite, `min_kept` is
+            missed, or the model's class would tie again what must be untied. Nothing was changed.
     """
     into: Into = None
     if dequantize is not None or requantize:

@@ -50,3 +50,7 @@ def _reasons_here(target: Target) -> Iterator[tuple[str, str]]:
         problem = "the weight was made in inference mode, outside of which nobody may write it"
         remedy = "Call merge within torch.inference_mode(), or load the base outside of it"
         yield problem, remedy
+    if weight.is_cpu and weight.is_shared():  # type: ignore[no-untyped-call]
+        problem = "the weight is in memory that other processes share, whose adapters would be "
+        problem += "added to what is merged"
+        yield problem, "Merge before share_memory() and before it is sent, or a copy.deepcopy"

@@ -103,7 +103,8 @@ class Target:
         if self.is_packed or loaded_kinds() or weight.is_meta or holder_of_shards(weight):
             return False
         whole = tuple(weight.shape) == self.due_shape and weight.is_contiguous()
-        return whole and not weight.is_inference()
+        shared = weight.is_cpu and weight.is_shared()  # type: ignore[no-untyped-call]
+        return whole and not weight.is_inference() and not shared
 
     @cached_property
     def delta(self) -> Delta:
