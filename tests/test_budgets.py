@@ -27,9 +27,9 @@ LINES = {
     "forward": 2_750,
     "activate": 2_219,
     "inject": 5_960,
-    "merge": 4_355,
+    "merge": 4_356,
     "save, load": 7_225,
-    "life": 9_738,
+    "life": 9_739,
 }
 STAGES = {
     "config": "from lora_inject import Config",
