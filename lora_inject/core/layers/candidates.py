@@ -1,7 +1,7 @@
 """Find what can become a site in a model, and how: the names that `matching` works on.
 
 Only this file decides how a module would carry an adapter: by its output if its forward is known to
-be linear in W, else by its weight, or not at all, with the reason.
+be linear in W, else by its weight, or not at all, for one of the reasons in `refusals`.
 """
 
 from __future__ import annotations

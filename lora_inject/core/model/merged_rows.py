@@ -1,4 +1,4 @@
-"""Rows of a merged tensor in 16 bits, with trained copies or with a gain, and those not written."""
+"""Merged rows of a tensor in 16 bits, with trained copies or with a gain, written or not."""
 
 from __future__ import annotations
 
