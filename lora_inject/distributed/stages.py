@@ -13,19 +13,88 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from lora_inject.core.adapter.fingerprints import union_of
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.model.callers import Alone
+from lora_inject.core.layers.candidates import inventory
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.carried import Carried
+from lora_inject.core.model.fit_state import Part
+from lora_inject.core.model.inject import places_of_plan, put_plan_on, surveyed
+from lora_inject.core.spec.config import Config, ConfigLike
 from lora_inject.core.spec.inventory import Inventory
+from lora_inject.core.spec.matching import resolve
 from lora_inject.core.spec.names import canonical, quoted
 from lora_inject.core.spec.plan import Plan
 from lora_inject.errors import FormatError, LayerError, LoraInjectError, MatchError, StateError
 
 T = TypeVar("T")
+F = TypeVar("F")
 
 
-class Stages(Alone):
+def inject_by_all(
+    group: Any,
+    model: nn.Module,
+    config: ConfigLike,
+    name: str,
+    probe: Callable[[], Any] | None,
+    *,
+    leave_new: bool,
+) -> None:
+    """Put a new adapter onto the parts of a model; see `inject`."""
+    all_of = Stages(group, f"inject {name!r}")
+    survey, present = all_of.run(lambda: surveyed(model, name))
+    whole = all_of.whole(present)
+
+    def checked() -> tuple[Plan, list[Carried]]:
+        planned = all_of.planned(config, model, whole, present)
+        return planned, places_of_plan(survey, name, planned, present, leave_new=leave_new)
+
+    planned, wanted = all_of.run(checked)
+    all_of.put_on(lambda agreed: put_plan_on(survey, name, planned, wanted, probe, agreed))
+
+
+def plan_of_part(group: Any, survey: Survey, config: ConfigLike) -> Plan:
+    """Return what a config does to the part of a model in this process; see `plan`."""
+    all_of = Stages(group, "plan")
+    present = all_of.run(lambda: inventory(survey))
+    whole = all_of.whole(present)
+    return all_of.run(lambda: all_of.planned(config, survey.model, whole, present))
+
+
+def put_on_by_all(
+    group: Any, asked: str, fitted: Callable[[Part], tuple[Any, ...]], put_on: Callable[..., None]
+) -> None:
+    """Put an adapter onto the parts of a model: what `fitted` returns, by `put_on`.
+
+    Both are of `load_adapter` or `install`. `put_on` is given a last check as well.
+    """
+    all_of = Stages(group, asked)
+    fitting = all_of.run(lambda: fitted(all_of.part_of_state))
+    all_of.check_complete()
+    all_of.put_on(lambda agreed: put_on(*fitting, agreed))
+
+
+def saved_by_all(
+    group: Any,
+    asked: str,
+    taken: Callable[[], tuple[AdapterState, F]],
+    written: Callable[[AdapterState, F], None],
+) -> None:
+    """Write the parts of all processes in the first one; see `save_adapter`."""
+    all_of = Stages(group, asked)
+    part, facts = all_of.run(taken)
+
+    def write() -> None:
+        state = all_of.whole_state(part)
+        if all_of.is_first:
+            written(state, facts)
+
+    all_of.run(write)
+
+
+class Stages:
     """The processes of a group, each of which has other layers of a model."""
 
     def __init__(self, group: Any, asked: str) -> None:
@@ -70,11 +139,17 @@ class Stages(Alone):
         """Return the names of all processes, in their order."""
         inventories = self._all(here)
         holders = defaultdict(list)
-        for rank, inventory in enumerate(inventories):
-            for name in {**inventory.parameters, **inventory.weights}:
+        for rank, part in enumerate(inventories):
+            for name in {**part.parameters, **part.weights}:
                 holders[name].append(rank)
         self._holders = holders
         return _union(inventories)
+
+    def planned(
+        self, config: ConfigLike, model: nn.Module, whole: Inventory, here: Inventory
+    ) -> Plan:
+        """Return what of a config, which is asked of the whole model, is for this process."""
+        return self.part(resolve(Config.coerce(config, whole, model), whole), here)
 
     def part(self, plan: Plan, here: Inventory) -> Plan:
         """Return what of a plan for the whole model is for this process.

@@ -8,7 +8,7 @@ error if site and module do not fit.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -19,7 +19,6 @@ from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.kinds import KINDS
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.base import Base, check_base
-from lora_inject.core.model.callers import Alone
 from lora_inject.core.model.guards import functions
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.sites import SiteSpec
@@ -29,20 +28,31 @@ from lora_inject.errors import FormatError
 _OF_MODEL = ("kind", "weight_shape", "update")
 _of_model = attrgetter(*_OF_MODEL)
 
+Part = Callable[[AdapterState, Inventory], AdapterState]
+"""Returns what of an adapter is for this process, given the names of the model."""
+
+
+def all_of_it(state: AdapterState, _names: Inventory) -> AdapterState:
+    """Return an adapter of which this process takes all."""
+    return state
+
 
 def fit(
     survey: Survey,
     state: AdapterState,
-    all_of: Alone,
     *,
     leave_out: Sequence[str],
     base: Base,
     leave_new: bool,
     asked: str,
+    part: Part = all_of_it,
 ) -> AdapterState:
-    """Return an adapter in the names and the geometry of a model, with the tensors as they are."""
+    """Return an adapter in the names and the geometry of a model, with the tensors as they are.
+
+    `part` returns what of it is for this process, given the names of the model.
+    """
     names = inventory(survey)
-    state = _in_names_here(survey, state, all_of, names, leave_out, asked)
+    state = _in_names_here(survey, state, part, names, leave_out, asked)
     specs = {key: fit_site(site.spec, names, asked) for key, site in state.sites.items()}
     trained: dict[str, Tensor] = {}
     rows: dict[str, tuple[int, ...]] = {}
@@ -66,7 +76,7 @@ def fit(
 def _in_names_here(
     survey: Survey,
     state: AdapterState,
-    all_of: Alone,
+    part: Part,
     names: Inventory,
     leave_out: Sequence[str],
     asked: str,
@@ -80,7 +90,7 @@ def _in_names_here(
         state = state.only(set(given) - gone.keys())
     for in_names_of in functions("in_names_of"):
         state = in_names_of(survey.model, state, survey.weights)
-    state = all_of.part_of_state(state, names)
+    state = part(state, names)
     if any(site.spec.aliases or site.spec.kind == "parameter" for site in state.sites.values()):
         from lora_inject.core.model.held_otherwise import as_held_here
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.first_values import first_values
 from lora_inject.core.layers.survey import Survey, memory_of
 from lora_inject.core.model.attach import attach, survey_for
-from lora_inject.core.model.callers import callers_of
 from lora_inject.core.model.carried import Carried
 from lora_inject.core.model.guards import before
 from lora_inject.core.model.places import places
@@ -73,18 +72,32 @@ def inject(
         >>> sorted(n for n, p in net.named_parameters() if p.requires_grad)
         ['0.lora_A__default', '0.lora_B__default']
     """
-    asked = f"inject {name!r}"
-    all_of = callers_of(group, asked)
-    survey, present = all_of.run(lambda: _surveyed(model, name, asked))
-    whole = all_of.whole(present)
+    if group is not None:
+        room("stages").inject_by_all(group, model, config, name, probe, leave_new=leave_new)
+        return model
+    survey, present = surveyed(model, name)
+    planned = resolve(Config.coerce(config, present, model), present)
+    wanted = places_of_plan(survey, name, planned, present, leave_new=leave_new)
+    put_plan_on(survey, name, planned, wanted, probe)
+    return model
 
-    def checked() -> tuple[Plan, list[Carried]]:
-        plan_of_all = resolve(Config.coerce(config, whole, model), whole)
-        planned = all_of.part(plan_of_all, present)
-        before("inject", survey, planned, asked, leave_new=leave_new)
-        return planned, _places(survey, name, planned, present)
 
-    planned, wanted = all_of.run(checked)
+def surveyed(model: nn.Module, name: str) -> tuple[Survey, Inventory]:
+    """Return a model that can take a new adapter of that name, and its names."""
+    survey = survey_for(model, name, loads=True)
+    check_live_inputs(survey, f"inject {name!r}")
+    return survey, inventory(survey)
+
+
+def put_plan_on(
+    survey: Survey,
+    name: str,
+    planned: Plan,
+    wanted: Sequence[Carried],
+    probe: Callable[[], Any] | None,
+    agreed: Callable[[], None] = lambda: None,
+) -> None:
+    """Put a new adapter on, all of it or nothing; `agreed` is the last that may refuse it."""
     spread = any(hasattr(tensor, "full_tensor") for tensor in survey.tensors)
 
     def initial(place: Carried) -> Mapping[str, Tensor]:
@@ -92,27 +105,19 @@ def inject(
             return room("gathering").first_values_alike(survey, place)  # type: ignore[no-any-return]
         return first_values(place.module, place.entry, place.weight)
 
-    def put_on(agreed: Callable[[], None]) -> None:
-        def last() -> None:
-            if probe is not None:
-                room("reached").refuse_unreached(survey.model, probe)
-            agreed()
+    def last() -> None:
+        if probe is not None:
+            room("reached").refuse_unreached(survey.model, probe)
+        agreed()
 
-        attach(survey, name, wanted, initial, _tied, planned.config.to_dict(), last=last)
-
-    all_of.put_on(put_on)
-    return model
+    attach(survey, name, wanted, initial, _tied, planned.config.to_dict(), last=last)
 
 
-def _surveyed(model: nn.Module, name: str, asked: str) -> tuple[Survey, Inventory]:
-    """Return a model that can take a new adapter of that name, and its names."""
-    survey = survey_for(model, name, loads=True)
-    check_live_inputs(survey, asked)
-    return survey, inventory(survey)
-
-
-def _places(survey: Survey, name: str, planned: Plan, present: Inventory) -> list[Carried]:
+def places_of_plan(
+    survey: Survey, name: str, planned: Plan, present: Inventory, *, leave_new: bool
+) -> list[Carried]:
     """Return where the sites and trained tensors of a plan go; everything can take them."""
+    before("inject", survey, planned, f"inject {name!r}", leave_new=leave_new)
     named = {
         key: trained.rows for trained in planned.trained for key in survey.names_of(trained.name)
     }

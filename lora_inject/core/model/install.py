@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.attach import survey_for
 from lora_inject.core.model.base import Base
-from lora_inject.core.model.callers import callers_of
-from lora_inject.core.model.fit_state import fit
+from lora_inject.core.model.fit_state import Part, all_of_it, fit
 from lora_inject.core.model.load import M, copied, put_on_model
 from lora_inject.core.spec.garbage import few_collections
+from lora_inject.core.spec.rooms import room
 from lora_inject.errors import check_type
 
 
@@ -47,14 +47,17 @@ def install(
         StateError: The name is in use, or the model is merged.
     """
     check_type("install", state, AdapterState, "Give an AdapterState; load_adapter reads files")
-    all_of = callers_of(group, "install")
 
-    def fitted() -> tuple[Survey, AdapterState]:
+    def fitted(part: Part = all_of_it) -> tuple[Survey, AdapterState]:
         survey = survey_for(model, name, loads=True)
         how: dict[str, Any] = {"leave_out": leave_out, "base": base, "leave_new": leave_new}
-        return survey, fit(survey, state, all_of, **how, asked="install")
+        return survey, fit(survey, state, **how, asked="install", part=part)
 
-    survey, mine = all_of.run(fitted)
-    all_of.check_complete()
-    all_of.put_on(lambda last: put_on_model(survey, mine, name, copied, last=last))
+    def put_on(survey: Survey, mine: AdapterState, last: Callable[[], None] = lambda: None) -> None:
+        put_on_model(survey, mine, name, copied, last=last)
+
+    if group is not None:
+        room("stages").put_on_by_all(group, "install", fitted, put_on)
+    else:
+        put_on(*fitted())
     return model

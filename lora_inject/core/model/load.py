@@ -17,9 +17,8 @@ from lora_inject.core.functional.factors import master_dtype
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.attach import attach, survey_for
 from lora_inject.core.model.base import Base
-from lora_inject.core.model.callers import callers_of
 from lora_inject.core.model.carried import Carried, reach
-from lora_inject.core.model.fit_state import fit
+from lora_inject.core.model.fit_state import Part, all_of_it, fit
 from lora_inject.core.model.guards import before
 from lora_inject.core.model.origins import note_files
 from lora_inject.core.model.places import places
@@ -86,9 +85,8 @@ def load_adapter(
     """
     place = user_path("load adapter", path)
     asked = f"load {str(path)!r}"
-    all_of = callers_of(group, asked)
 
-    def fitted() -> tuple[Survey, Path, AdapterState]:
+    def fitted(part: Part = all_of_it) -> tuple[Survey, Path, AdapterState]:
         survey = survey_for(model, name, loads=True)
         if trainable:
             check_live_inputs(survey, asked)
@@ -100,21 +98,22 @@ def load_adapter(
             state = read_adapter(
                 there, known, facts=lambda: room("formats").facts_about(survey), **options
             )
-        mine = fit(
-            survey, state, all_of, leave_out=leave_out, base=base, leave_new=leave_new, asked=asked
-        )
+        how: dict[str, Any] = {"leave_out": leave_out, "base": base, "leave_new": leave_new}
+        mine = fit(survey, state, **how, asked=asked, part=part)
         if (check_load := format_of(known).check_load) is not None:
             check_load(survey, state, mine, asked)
         return survey, there, mine
 
-    survey, there, state = all_of.run(fitted)
-    all_of.check_complete()
+    def put_on(
+        survey: Survey, there: Path, state: AdapterState, last: Callable[[], None] = lambda: None
+    ) -> None:
+        put_on_model(survey, state, name, _Owned(), trainable=trainable, last=last)
+        note_files(survey, name, there)
 
-    def put_on(agreed: Callable[[], None]) -> None:
-        put_on_model(survey, state, name, _Owned(), trainable=trainable, last=agreed)
-
-    all_of.put_on(put_on)
-    note_files(survey, name, there)
+    if group is not None:
+        room("stages").put_on_by_all(group, asked, fitted, put_on)
+    else:
+        put_on(*fitted())
     return model
 
 

@@ -9,7 +9,6 @@ from torch import nn
 
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.callers import callers_of
 from lora_inject.core.model.guards import functions
 from lora_inject.core.spec.config import Config, ConfigLike
 from lora_inject.core.spec.garbage import few_collections
@@ -41,12 +40,12 @@ def plan(model: nn.Module, config: ConfigLike, *, group: Any = None) -> Plan:
         >>> plan(net, {"rank": 2, "targets": [r"\d"]}).n_lora
         44
     """
-    all_of = callers_of(group, "plan")
     survey = Survey(model)
-    present = all_of.run(lambda: inventory(survey))
-    whole = all_of.whole(present)
-    plan_of_all = all_of.run(lambda: resolve(Config.coerce(config, whole, model), whole))
-    planned = all_of.run(lambda: all_of.part(plan_of_all, present))
+    if group is not None:
+        planned: Plan = room("stages").plan_of_part(group, survey, config)
+    else:
+        present = inventory(survey)
+        planned = resolve(Config.coerce(config, present, model), present)
     notes = [note for notes_on in functions("notes_on") for note in notes_on(survey, planned)]
     notes += room("formats").notes_on_files(survey, planned.sites)
     return replace(planned, notes=(*planned.notes, *notes))

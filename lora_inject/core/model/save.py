@@ -20,7 +20,6 @@ from lora_inject.core.adapter.exchange import (
 )
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.callers import callers_of
 from lora_inject.core.model.carried import entries
 from lora_inject.core.model.guards import after, this_process_writes
 from lora_inject.core.model.origins import note_files
@@ -84,8 +83,8 @@ def save_adapter(
     folder = user_path("save adapter", path)
     survey = Survey(model)
     format = format or default_format()  # noqa: A001
-    target = _target(folder, format, version, f"save adapter {name!r}")
-    all_of = callers_of(group, f"save adapter {name!r}")
+    asked = f"save adapter {name!r}"
+    target = _target(folder, format, version, asked)
 
     def taken() -> tuple[AdapterState, Callable[[], Any] | None]:
         state = read_off(survey, name)
@@ -95,15 +94,12 @@ def save_adapter(
 
             facts = facts_for(survey, format, name)
         check_used(survey, name, state, unused)
+        if probe is not None:
+            options["proof"] = room("probing").take_proof(survey, name, probe, format)
         return state, facts
 
-    part, facts = all_of.run(taken)
-    if probe is not None:
-        options["proof"] = room("probing").take_proof(survey, name, probe, format)
-
-    def written() -> None:
-        state = all_of.whole_state(part)
-        if not (all_of.is_first and this_process_writes(survey)):
+    def written(state: AdapterState, facts: Callable[[], Any] | None) -> None:
+        if not this_process_writes(survey):
             return
         _say_if_untrained(state, name)
         _write(target, partial(write_adapter, state, format=format, facts=facts, **options))
@@ -112,7 +108,10 @@ def save_adapter(
 
             note_newest(folder, version, keep)
 
-    all_of.run(written)
+    if group is not None:
+        room("stages").saved_by_all(group, asked, taken, written)
+    else:
+        written(*taken())
     after("save", survey)
     note_files(survey, name, target)
     return target
