@@ -26,10 +26,10 @@ LINES = {
     "config": 1_290,
     "forward": 2_750,
     "activate": 2_219,
-    "inject": 5_960,
+    "inject": 5_908,
     "merge": 4_356,
-    "save, load": 7_225,
-    "life": 9_739,
+    "save, load": 7_176,
+    "life": 9_695,
 }
 STAGES = {
     "config": "from lora_inject import Config",
