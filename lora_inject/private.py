@@ -2,9 +2,9 @@
 
 A private name may be gone in the next version of its library. So none is imported or written out:
 `look_up` finds it, or None, and what stands on it goes another way or refuses the one feature that
-needs it (`needed`). `private_names.NAMES` lists them all. Private attributes are asked of an object
-at hand: `tests/helpers/private_attributes.py` lists them. `tests/test_private_names.py` holds the
-package to both.
+needs it (`private_needed`). `private_names.NAMES` lists them all. Private attributes are asked of
+an object at hand: `tests/helpers/private_attributes.py` lists them. `tests/test_private_names.py`
+holds the package to both.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from typing import Any
-
-from lora_inject.errors import LayerError
 
 
 @cache
@@ -37,25 +35,3 @@ def look_up(name: str) -> Any:
             value = getattr(value, part, None)
         return value
     return None
-
-
-def needed(name: str, asked: str) -> Any:
-    """Return what a private name stands for, or refuse what stands on it.
-
-    Args:
-        name: In full, as in `NAMES`.
-        asked: The feature, in the user's words.
-
-    Raises:
-        LayerError: The library at hand does not have the name.
-    """
-    value = look_up(name)
-    if value is None:
-        library = name.partition(".")[0]
-        version = getattr(import_module(library), "__version__", "of an unknown version")
-        raise LayerError(
-            asked,
-            f"it stands on {name}, which {library} {version} does not have",
-            f"Use another version of {library}, or of lora-inject",
-        )
-    return value

@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "trials": {"experts", "formats", "rows"},
 }
 # Files beside the folders, for everybody.
-LOOSE = {"version", "errors", "private", "private_names", "trees"}
+LOOSE = {"version", "errors", "private", "private_names", "private_needed", "trees"}
 ROOT = "the package's front"  # lora_inject/__init__.py, for users; no file inside imports it
 
 # What costs seconds, or need not be installed, is imported where it is used.

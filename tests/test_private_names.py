@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
 import lora_inject as li
-from lora_inject import private
+from lora_inject import private_needed
 from lora_inject.core.adapter import generators
 from lora_inject.distributed import sharding
-from lora_inject.private import look_up, needed
+from lora_inject.private import look_up
 from lora_inject.private_names import NAMES
+from lora_inject.private_needed import needed
 from lora_inject.quantized import transformers_linears
 from lora_inject.quantized.bitsandbytes import codes_of
 from lora_inject.quantized.transformers_linears import FineGrained
@@ -191,7 +192,7 @@ def test_a_name_that_is_not_there_is_refused_in_words(monkeypatch: pytest.Monkey
 def test_what_stands_on_a_name_of_a_device_or_a_library_is_refused_without_it(
     monkeypatch: pytest.MonkeyPatch, name: str, feature: Callable[[], object]
 ) -> None:
-    monkeypatch.setattr(private, "look_up", lambda asked: None if asked == name else 1 / 0)
+    monkeypatch.setattr(private_needed, "look_up", lambda asked: None if asked == name else 1 / 0)
     with pytest.raises(li.LayerError, match=f"it stands on {name}, which"):
         feature()
 

@@ -46,7 +46,7 @@ from lora_inject.checkpoint import (
     read_weighted,
 )
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.spec.plan import Tied as TiedInPlan
+from lora_inject.core.spec.tied_names import Tied as TiedInPlan
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import read_adapter
 

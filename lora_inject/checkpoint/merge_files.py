@@ -27,7 +27,7 @@ from torch import distributed
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.merge_inputs import Given, MergeOptions, digest
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
-from lora_inject.checkpoint.output_files import OutputShard
+from lora_inject.checkpoint.output_files import OutputShard, header_digest
 from lora_inject.checkpoint.verify import verify_shards
 from lora_inject.checkpoint.write import BytesDone, Progress, check_unchanged, write_shard
 from lora_inject.core.files.atomic import fsync_dir, replace_file, temporary_name, write_new
@@ -277,7 +277,11 @@ class _LostError(CheckpointError):
 def _identity(plan: MergePlan) -> dict[str, Any]:
     """Return the values that must be equal when a merge is run again."""
     base = {
-        s.name: {"bytes": s.header.size_bytes, "mtime_ns": s.mtime_ns, "header": s.header.digest}
+        s.name: {
+            "bytes": s.header.size_bytes,
+            "mtime_ns": s.mtime_ns,
+            "header": header_digest(s.header),
+        }
         for s in plan.base.shards.values()
     }
     return {

@@ -36,7 +36,13 @@ from lora_inject.checkpoint.merge_inputs import (
     check_adapters,
     weighted_adapters,
 )
-from lora_inject.checkpoint.output_files import OutputShard, TensorJob, clash, lay_out
+from lora_inject.checkpoint.output_files import (
+    OutputShard,
+    TensorJob,
+    clash,
+    header_digest,
+    lay_out,
+)
 from lora_inject.checkpoint.packed import Packed
 from lora_inject.checkpoint.place import Placed
 from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES, unpacked, why_no_update
@@ -97,7 +103,7 @@ class MergePlan:
     def digest(self) -> str:
         """SHA-256 of everything that determines the output, except adapters' values."""
         shards = [
-            (s.name, s.header.digest, [(j.name, j.action, sorted(j.sites)) for j in s.jobs])
+            (s.name, header_digest(s.header), [(j.name, j.action, sorted(j.sites)) for j in s.jobs])
             for s in self.shards
         ]
         facts = [shards, dict(self.config_changes), list(self.side_files)]

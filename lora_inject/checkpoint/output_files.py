@@ -7,6 +7,7 @@ kernel then copies everything but the merged tensors in long runs.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -219,6 +220,11 @@ def _lay_out(
         rows.append(entry if job is None or job.again else job)
     header = _header_of([*rows, *added], base)
     return OutputShard(name, base, header, _copies(unchanged, header), (*computed.values(), *added))
+
+
+def header_digest(header: Header) -> str:
+    """Return the SHA-256 of a header as it is in the file, in hexadecimal."""
+    return hashlib.sha256(header.raw).hexdigest()
 
 
 def _header_of(rows: Iterable[TensorJob | TensorEntry], base: Shard | None) -> Header:

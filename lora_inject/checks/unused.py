@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
@@ -17,6 +18,19 @@ from lora_inject.core.model.whole import has_gradient
 from lora_inject.core.spec.names import counted, quoted
 from lora_inject.core.spec.patterns import matching
 from lora_inject.errors import StateError
+
+LOG = logging.getLogger("lora_inject")
+
+
+def say_untrained(name: str, n_sites: int) -> None:
+    """Log that an adapter adds nothing yet: right at a first step, a lost run at the last."""
+    LOG.warning(
+        "save adapter %r: its update is 0 at each of its sites (%d), as before training. "
+        "If it was trained, the optimizer did not have its tensors: make the optimizer after "
+        "inject, from adapter_parameters(model).values()",
+        name,
+        n_sites,
+    )
 
 
 class _Use(Enum):

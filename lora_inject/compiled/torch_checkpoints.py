@@ -16,7 +16,7 @@ from torch.utils import checkpoint as torchs
 from lora_inject.core.functional.call_stack import checkpoints
 from lora_inject.core.layers.checkpointing import Recomputed, recomputed
 from lora_inject.core.layers.selection import SELECTIONS, alive
-from lora_inject.private import needed
+from lora_inject.private_needed import needed
 
 _FRAME = "torch.utils.checkpoint._CheckpointFrame"
 _originals: dict[str, Any] = {}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.call_stack import caller_of
 from lora_inject.core.layers.swapped_class import READER
-from lora_inject.private import needed
+from lora_inject.private_needed import needed
 
 _TORCH = Path(torch.__file__).parent / "distributed"
 _MOVERS = {

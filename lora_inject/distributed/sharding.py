@@ -31,7 +31,7 @@ from lora_inject.core.model.carried import Carried, entries
 from lora_inject.core.model.guards import before, functions
 from lora_inject.distributed.placements import check_parts, distribute
 from lora_inject.errors import LayerError
-from lora_inject.private import needed
+from lora_inject.private_needed import needed
 
 
 def sharded_by(tensor: Tensor) -> str | None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.adapted import defines_forward, plain_class
 from lora_inject.core.layers.weight_kinds import OF_VALUES, Reason, Verb, WeightKind
-from lora_inject.private import look_up, needed
+from lora_inject.private import look_up
+from lora_inject.private_needed import needed
 from lora_inject.quantized.plain_layers import LayerKind
 
 _FINE_GRAINED = ("transformers.integrations.finegrained_fp8", "FP8Linear")

@@ -21,7 +21,7 @@ from torch import nn
 from lora_inject.core.files.atomic import write_file
 from lora_inject.core.model.eject import eject
 from lora_inject.errors import StateError, check_type, user_path
-from lora_inject.private import needed
+from lora_inject.private_needed import needed
 from lora_inject.trials import saved
 from lora_inject.trials.batches import Forward, evaluating, in_one_order
 from lora_inject.trials.flat import Flat

@@ -6,7 +6,6 @@ Format: 8 bytes little-endian length N, N bytes of JSON, then the tensors end to
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -95,11 +94,6 @@ class Header:
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str] | None
     size_bytes: int
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of `raw`, in hexadecimal."""
-        return hashlib.sha256(self.raw).hexdigest()
 
 
 def read_header(path: Path, error: type[LoraInjectError] = CheckpointError) -> Header:

@@ -159,7 +159,11 @@ def _unfreeze(survey: Survey, record: Root) -> None:
     1. A layer gets its own flags back, wherever in the model it was moved to.
     2. Where it was replaced, so does what stands in its place.
     """
-    held = _held_by_others(record)
+    held: dict[int, tuple[Root, Holder]] = {}
+    if any(other.selection is record.selection for _, other in known_roots()):
+        from lora_inject.core.model.several_roots import held_in_common
+
+        held = held_in_common(record)
     for name, (_, module, key) in record.required_grad.items():
         here = survey.by_name.get(name.rpartition(".")[0])
         moved = here is None or id(module) in survey.paths
@@ -172,13 +176,3 @@ def _unfreeze(survey: Survey, record: Root) -> None:
                 other.required_grad[holder.name] = holder
             else:
                 parameter.requires_grad_(True)
-
-
-def _held_by_others(record: Root) -> dict[int, tuple[Root, Holder]]:
-    """Return the base parameters of roots that share layers with one, by id, with their root."""
-    others = [(m, other) for m, other in known_roots() if other.selection is record.selection]
-    return {
-        id(holder.tensor): (other, holder)
-        for model, other in others
-        for holder in Survey(model).holders
-    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from os import PathLike
@@ -27,8 +26,6 @@ from lora_inject.core.model.read_off import read_off
 from lora_inject.core.model.whole import all_take_part
 from lora_inject.core.spec.rooms import room
 from lora_inject.errors import FormatError, user_path, within
-
-LOG = logging.getLogger("lora_inject")
 
 
 def save_adapter(
@@ -101,7 +98,8 @@ def save_adapter(
     def written(state: AdapterState, facts: Callable[[], Any] | None) -> None:
         if not this_process_writes(survey):
             return
-        _say_if_untrained(state, name)
+        if state.sites and not state.trained and all(s.is_zero for s in state.sites.values()):
+            room("unused").say_untrained(name, len(state.sites))
         _write(target, partial(write_adapter, state, format=format, facts=facts, **options))
         if version is not None:
             from lora_inject.core.model.versions import note_newest
@@ -147,15 +145,3 @@ def check_used(survey: Survey, name: str, state: AdapterState, unused: Sequence[
     state.check_finite(asked, FormatError)
     if unused or not all_take_part([*entries(survey, name)]):
         room("unused").refuse_unused_sites(survey, name, state, unused, asked)
-
-
-def _say_if_untrained(state: AdapterState, name: str) -> None:
-    """Log that an adapter adds nothing yet: right at a first step, a lost run at the last."""
-    if state.sites and not state.trained and all(site.is_zero for site in state.sites.values()):
-        LOG.warning(
-            "save adapter %r: its update is 0 at each of its sites (%d), as before training. "
-            "If it was trained, the optimizer did not have its tensors: make the optimizer after "
-            "inject, from adapter_parameters(model).values()",
-            name,
-            len(state.sites),
-        )

@@ -10,7 +10,7 @@ from torch import nn
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.gains import check_mixed
 from lora_inject.core.layers.selection import Selection
-from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.survey import Holder, Survey
 from lora_inject.core.model.carried import (
     Carried,
     Root,
@@ -139,3 +139,13 @@ def _held(module: nn.Module, name: str) -> Iterator[nn.Parameter]:
             parameter = module._parameters[flat]
             if entry.trains(role) and parameter is not None:
                 yield parameter
+
+
+def held_in_common(record: Root) -> dict[int, tuple[Root, Holder]]:
+    """Return the base parameters of roots that share layers with one, by id, with their root."""
+    others = [(m, other) for m, other in known_roots() if other.selection is record.selection]
+    return {
+        id(holder.tensor): (other, holder)
+        for model, other in others
+        for holder in Survey(model).holders
+    }

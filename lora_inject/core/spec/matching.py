@@ -17,12 +17,14 @@ from lora_inject.core.spec.fit import may_need_a_note, site_of_rule
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.names import canonical, parent
 from lora_inject.core.spec.patterns import matching
-from lora_inject.core.spec.plan import Plan, Skipped, Tied, Trained
+from lora_inject.core.spec.plan import Plan, Skipped
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import LayerError, MatchError
 
 if TYPE_CHECKING:
     from lora_inject.core.spec.excluded import Excluded
+    from lora_inject.core.spec.tied_names import Tied
+    from lora_inject.core.spec.trained import Trained
 
 WORDS = (ALL_LINEAR, ALL_EXPERTS)  # rules that are no pattern
 

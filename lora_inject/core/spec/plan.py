@@ -10,23 +10,15 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.shown import Shown
 from lora_inject.core.spec.sites import SiteSpec
 
-
-class Trained(NamedTuple):
-    """A parameter of the base that trains with the adapter, as its own copy; `why` names it.
-
-    With `rows` only these rows train, and `shape` is theirs.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    why: str
-    rows: tuple[int, ...] | None = None
+if TYPE_CHECKING:
+    from lora_inject.core.spec.tied_names import Tied
+    from lora_inject.core.spec.trained import Trained
 
 
 class Skipped(NamedTuple):
@@ -35,17 +27,6 @@ class Skipped(NamedTuple):
     name: str
     rule: int
     reason: str
-
-
-class Tied(NamedTuple):
-    """One tensor under several names, which sites or a `train` entry touch.
-
-    Of two sites each adds its own delta where it is used.
-    """
-
-    names: tuple[str, ...]
-    sites: tuple[str, ...]
-    trained: bool
 
 
 @dataclass(frozen=True, repr=False)

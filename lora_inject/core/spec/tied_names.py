@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.names import canonical
-from lora_inject.core.spec.plan import Tied, Trained
 from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.trained import Trained
+
+
+class Tied(NamedTuple):
+    """One tensor under several names, which sites or a `train` entry touch.
+
+    Of two sites each adds its own delta where it is used.
+    """
+
+    names: tuple[str, ...]
+    sites: tuple[str, ...]
+    trained: bool
 
 
 def tied_by(

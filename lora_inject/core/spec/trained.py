@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from lora_inject.core.spec.below import Below, modules_of
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.names import canonical, is_bias, parent, quoted
 from lora_inject.core.spec.patterns import matching
-from lora_inject.core.spec.plan import Trained
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.core.spec.unmatched import no_match
 from lora_inject.errors import MatchError
+
+
+class Trained(NamedTuple):
+    """A parameter of the base that trains with the adapter, as its own copy; `why` names it.
+
+    With `rows` only these rows train, and `shape` is theirs.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    why: str
+    rows: tuple[int, ...] | None = None
 
 
 def trained_by(
