@@ -151,19 +151,28 @@ def _writing(
     """Run the body, which writes `n` tensors, all or nothing; Ctrl-C waits if nothing is kept."""
     waiting = _held_back_interrupts() if kept.undos is None else nullcontext()
     whole = all_or_nothing((module for _, module in survey.modules), (root.selection, root))
-    with waiting, whole:
-        try:
-            yield
-        except BaseException as error:
-            kept.say_again()
-            _restore(undos)
-            if any(undo.lost for undo in undos):
-                raise StateError(
-                    "merge(undo=False)",
-                    f"it failed at tensor {len(undos)} of {n}, and what was written stays written",
-                    "Load the base weights again, which undo=False did not keep",
-                ) from error
-            raise
+    with waiting, whole, _taken_back(kept, undos, n):
+        yield
+
+
+@contextmanager
+def _taken_back(kept: _Merged, undos: list[Undone], n: int) -> Iterator[None]:
+    """If the body raises, restore configs and weights, as far as these were kept.
+
+    A context of its own: an interrupt between the body and the end of the others meets it, too.
+    """
+    try:
+        yield
+    except BaseException as error:
+        kept.say_again()
+        _restore(undos)
+        if any(undo.lost for undo in undos):
+            raise StateError(
+                "merge(undo=False)",
+                f"it failed at tensor {len(undos)} of {n}, and what was written stays written",
+                "Load the base weights again, which undo=False did not keep",
+            ) from error
+        raise
 
 
 def _restore(undos: Iterable[Undone]) -> None:
