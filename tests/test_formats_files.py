@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_inject.core.files import atomic
 from lora_inject.core.files import atomic_folder as files
-from lora_inject.core.files import disk
 from lora_inject.core.files.atomic import write_file
 from lora_inject.core.files.atomic_folder import write_directory
 from lora_inject.errors import FormatError
@@ -84,7 +84,7 @@ def test_a_full_disk_is_told_and_nothing_is_left(write, tmp_path, monkeypatch) -
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "write_new", full)
-    monkeypatch.setattr(disk, "write_new", full)
+    monkeypatch.setattr(atomic, "write_new", full)
     with pytest.raises(FormatError, match=r"write '.*a': No space left .*\. Free some space"):
         write(tmp_path / "a")
     assert [*tmp_path.iterdir()] == []

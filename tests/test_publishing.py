@@ -17,7 +17,7 @@ from helpers.models import tiny_llama
 from safetensors.torch import load_file
 
 import lora_inject as li
-from lora_inject.core.files import disk
+from lora_inject.core.files import atomic
 from lora_inject.core.files.atomic import write_file
 
 pytest.importorskip("huggingface_hub")
@@ -176,13 +176,13 @@ def test_of_two_processes_that_write_one_file_at_once_one_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other one wrote over it, and neither was told."""
-    target, real = tmp_path / "a.safetensors", disk.write_new
+    target, real = tmp_path / "a.safetensors", atomic.write_new
 
     def write_later(path: Path, data: bytes) -> None:
         real(path, data)
         target.write_bytes(b"theirs")
 
-    monkeypatch.setattr(disk, "write_new", write_later)
+    monkeypatch.setattr(atomic, "write_new", write_later)
     with pytest.raises(li.FormatError, match="it exists already"):
         write_file(target, b"mine")
     assert target.read_bytes() == b"theirs"
