@@ -20,7 +20,7 @@ from lora_inject.checkpoint.packed import Packed
 from lora_inject.checkpoint.place import Placed, matrix_of
 from lora_inject.core.files.safetensors_file import FLOATS, Header, TensorEntry, build_header
 from lora_inject.core.functional.merge_report import TensorReport
-from lora_inject.core.functional.rounded_fold import Tally
+from lora_inject.core.functional.rounded_fold import Tally, with_tally
 from lora_inject.errors import CheckpointError
 
 
@@ -121,7 +121,8 @@ class TensorJob:
     def report(self, tally: Tally) -> TensorReport:
         """Return a report of what was done to the tensor."""
         dtype = str(FLOATS.get(self.dtype, self.dtype)).removeprefix("torch.")
-        return TensorReport(self.name, self.action, dtype, self.shape, self.sites).counted(tally)
+        row = TensorReport(self.name, self.action, dtype, self.shape, self.sites)
+        return with_tally(row, tally)
 
 
 def clash(name: str, problem: str, adapters: Sequence[str] = ()) -> CheckpointError:

@@ -280,9 +280,11 @@ class _Function(torch.autograd.Function):
         3. To that of x each update adds its share, and A and B get theirs.
         """
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, g)
+            from lora_inject.core.functional.double_backward import differentiable_backward
+
+            return differentiable_backward(ctx, g)
         how, needs = ctx.how, ctx.needs_input_grad
-        x, weight, bias, factors, kept = _saved(ctx)
+        x, weight, bias, factors, kept = saved(ctx)
         g2, x2, dtype = as_matrix(g), as_matrix(x), compute_dtype(g.dtype, how.float32)
         gx2, gw, gb = _of_frozen(g2, x2, weight, bias, how.transposed, needs)
         if gx2 is not None and x.dtype == dtype:
@@ -298,29 +300,11 @@ class _Function(torch.autograd.Function):
         return (gx, g if needs[1] else None, gw, gb, None, *grads)
 
 
-def _saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor], list[Kept]]:
+def saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor], list[Kept]]:
     """Return what a forward saved: x, weight, bias, the factors, and what each update kept."""
     x, weight, bias, *rest = ctx.saved_tensors
     n = 2 * len(ctx.how.terms)
     return x, weight, bias, rest[:n], [Kept(*rest[i : i + 4]) for i in range(n, len(rest), 4)]
-
-
-def _differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients with a graph, for a backward that is itself differentiated."""
-    from lora_inject.core.functional.plain_operations import differentiate, plain_updates
-
-    how, needs = ctx.how, ctx.needs_input_grad
-    x, weight, bias, factors, kept = _saved(ctx)
-    if weight is None:
-        y = torch.zeros_like(g)
-    else:
-        y = frozen_output(x, weight, bias, how.transposed, how.dtype)
-    dropped = [one.dropped for one in kept]
-    masks = [None if d is None else _dropout().mask(d, as_matrix(x)) for d in dropped]
-    out = plain_updates(y, x, how.updates(factors), masks, how.float32)
-    inputs, wanted = (x, None, weight, bias, None, *factors), (needs[0], False, *needs[2:])
-    gx, _, *others = differentiate(out, inputs, wanted, g)
-    return gx, g if needs[1] else None, *others
 
 
 def _of_frozen(

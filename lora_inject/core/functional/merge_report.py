@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_inject.core.spec.shown import Shown
-
-if TYPE_CHECKING:
-    from lora_inject.core.functional.rounded_fold import Tally
 
 NOTHING = 5e-5
 """A share of a delta below this prints as 0.0000."""
@@ -41,15 +37,6 @@ class TensorReport:
     relative: float | None = None
     kept: float | None = None
     error: float | None = None
-
-    def counted(self, tally: Tally | None) -> TensorReport:
-        """Return the report with what a tally says of rounding."""
-        if tally is None or not tally.counted:
-            return self
-        relative = tally.delta_norm / tally.weight_norm if tally.weight_norm else math.inf
-        figures = {"relative": relative, "kept": tally.kept, "error": tally.error}
-        known = {key: v if math.isfinite(v) else None for key, v in figures.items()}
-        return TensorReport(**{**self.__dict__, **known})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""

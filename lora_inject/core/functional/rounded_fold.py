@@ -16,6 +16,7 @@ from torch import Tensor
 from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.fold import Delta, rows_at_once
 from lora_inject.core.functional.gain import Gain, norms_of
+from lora_inject.core.functional.merge_report import TensorReport
 
 
 def mix_copies(
@@ -171,3 +172,13 @@ def fold_rows(
             merged.copy_(torch.add(before, change, out=wanted))
             tally.count(before, change, wanted.sub_(merged))
     return out
+
+
+def with_tally(report: TensorReport, tally: Tally | None) -> TensorReport:
+    """Return a report with what a tally says of rounding."""
+    if tally is None or not tally.counted:
+        return report
+    relative = tally.delta_norm / tally.weight_norm if tally.weight_norm else math.inf
+    figures = {"relative": relative, "kept": tally.kept, "error": tally.error}
+    known = {key: v if math.isfinite(v) else None for key, v in figures.items()}
+    return TensorReport(**{**report.__dict__, **known})

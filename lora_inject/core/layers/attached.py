@@ -23,7 +23,6 @@ from lora_inject.core.layers.selected import Selected
 from lora_inject.core.layers.selection import Selection
 from lora_inject.core.spec.rooms import library_rows
 from lora_inject.core.spec.sites import SiteSpec, signed_pairs
-from lora_inject.errors import LayerError
 
 
 def encode(adapter: str) -> str:
@@ -293,12 +292,9 @@ def attached_to(module: nn.Module) -> Attached | None:
 def check_class_kept(module: nn.Module, asked: str) -> None:
     """Raise if a module with adapters was given a class without support for them."""
     if attached_to(module) is not None and not hasattr(type(module), "_lora_plain"):
-        raise LayerError(
-            asked,
-            f"its layer has adapters and was later given the class {type(module).__name__}, "
-            "which leaves them inert",
-            "Eject them, then inject again",
-        )
+        from lora_inject.core.layers.replaced import refuse_inert_class
+
+        refuse_inert_class(module, asked)
 
 
 GATHERED: tuple[str, ...] = library_rows("GATHERED")

@@ -6,7 +6,6 @@ be linear in W, else by its weight, or not at all, for one of the reasons in `re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 READING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # Modules whose name stands for all the weights in them.
 NAMED_WHOLE = (nn.MultiheadAttention, nn.RNNBase)
+STATES_HEAD = "get_output_embeddings"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -90,7 +90,6 @@ class _Listing:
         survey = self.survey
         for name, module in survey.modules:
             self._module(name, module, survey.own[id(module)])
-        named = (survey.paths[id(h)] for h in _heads(survey) if id(h) in survey.paths)
         mixtures = self._mixtures()
         return Inventory(
             mixtures=mixtures,
@@ -98,11 +97,20 @@ class _Listing:
             others=self.others,
             parameters=self.parameters,
             aliases=self.aliases,
-            heads=tuple(dict.fromkeys(named)),
+            heads=self._heads(),
             buffers=tuple(
                 joined(n, key) for n, m in survey.modules for key, _ in m._buffers.items()
             ),
         )
+
+    def _heads(self) -> tuple[str, ...]:
+        """Return the names of the output heads that models and parts of them state."""
+        stating = {cls for cls in self.classes if hasattr(cls, STATES_HEAD)}
+        if not stating and all(STATES_HEAD not in m.__dict__ for _, m in self.survey.modules):
+            return ()
+        from lora_inject.core.layers.heads import stated_heads
+
+        return stated_heads(self.survey, stating)
 
     def _mixtures(self) -> tuple[Mixture, ...]:
         """Return the blocks that route tokens; without lists and stacks there are none."""
@@ -224,27 +232,3 @@ class _Listing:
         if weight is None or not self.survey.tied:
             return ()
         return tuple(n for n in self.survey.tied.get(memory_of(weight), ()) if n != name)
-
-
-_HEAD = "get_output_embeddings"
-
-
-def _heads(survey: Survey) -> Iterator[nn.Module]:
-    """Yield the output heads that models and parts of them state."""
-    classes = {type(module) for _, module in survey.modules}
-    stating = {cls for cls in classes if hasattr(cls, _HEAD)}
-    for _, module in survey.modules:
-        if type(module) in stating or _HEAD in module.__dict__:
-            head = _output_head(module)
-            if head is not None:
-                yield head
-
-
-def _output_head(module: nn.Module) -> nn.Module | None:
-    """Return the output head that a model states by get_output_embeddings()."""
-    get = getattr(module, _HEAD)
-    try:
-        head = get() if callable(get) else None
-    except (AttributeError, NotImplementedError):  # a model that has none
-        return None
-    return head if isinstance(head, nn.Module) else None

@@ -17,13 +17,11 @@ import torch
 
 from lora_inject.core.functional.inside import (
     constant_in_graphs,
-    in_backward,
     may_recompute,
     next_node,
 )
 from lora_inject.core.layers.selected import ENTERED, Mix, Selected
 from lora_inject.core.spec.rooms import room
-from lora_inject.errors import StateError
 
 SELECTIONS: WeakSet[Selection] = WeakSet()
 """Every selection of the process."""
@@ -117,18 +115,13 @@ class Selection:
         """Check that a lasting change can be made now; `others` also in other threads and tasks."""
         inside = any(self in context.selected for context in ENTERED.get() if not context.left)
         if inside or (others and self.contexts):
-            whose = "inside" if inside else "while another thread or task is inside"
-            raise StateError(
-                asked,
-                f"it was called {whose} disabled() or routed(), whose end would undo it",
-                "Leave the context first",
-            )
-        if may_recompute() and _recomputes():
-            raise StateError(
-                asked,
-                "it was called inside a checkpointed function or a backward pass",
-                "Call it outside, or use disabled() or routed() inside",
-            )
+            from lora_inject.core.layers.unsettled import in_context
+
+            raise in_context(asked, inside=inside)
+        if may_recompute():
+            from lora_inject.core.layers.unsettled import check_no_backward
+
+            check_no_backward(asked)
 
     # ---------------------------------------------------------------------------------- adapters
 
@@ -171,13 +164,6 @@ class Selection:
     def __setstate__(self, saved: dict[str, Any]) -> None:
         Selection.__init__(self)
         self.__dict__.update(saved)
-
-
-def _recomputes() -> bool:
-    """Whether the caller runs in a backward pass or in a checkpoint."""
-    from lora_inject.core.functional.call_stack import runs_in_checkpoint
-
-    return in_backward() or runs_in_checkpoint()
 
 
 @constant_in_graphs

@@ -188,22 +188,14 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
         if children := module._modules:
             if depth == MAX_DEPTH:
-                _refuse_endless(name)
+                from lora_inject.core.layers.endless import endless
+
+                raise endless(name, MAX_DEPTH)
             around = joined(name, "")
             for key, child in reversed(children.items()):
                 if child is not None:
                     inside = name if key in wrappers else around + key
                     pending.append((inside, child, depth + 1))
-
-
-def _refuse_endless(name: str) -> None:
-    """Raise for a module that holds itself: its names would have no end."""
-    raise LayerError(
-        f"walk the model, module '{name[:80]}...'",
-        f"it lies {MAX_DEPTH} modules deep: a module holds one that holds it (its parent?)",
-        "Keep such a reference in a tuple, or set it with object.__setattr__; train() and eval() "
-        "of torch would not end either",
-    )
 
 
 def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -193,12 +193,9 @@ def check_names(known: frozenset[str], names: Iterable[str], verb: str) -> set[s
     for name in listed:
         check_type(f"{verb} {name!r}", name, str, "Give the name of an adapter")
         if name not in known:
-            there = ", ".join(map(repr, sorted(known))) or "none"
-            from lora_inject.core.spec.spellings import nearest
+            from lora_inject.core.model.no_such_adapter import no_such_adapter
 
-            close = nearest(name, known, n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else "Inject or load it first"
-            raise StateError(f"{verb} {name!r}", f"the model's adapters are: {there}", hint)
+            raise no_such_adapter(known, name, verb)
     return set(listed)
 
 

@@ -127,21 +127,16 @@ def merge(
         for parameter in trainable:
             parameter.requires_grad_(False)
         _write(targets, undo, undos)
-        _say_unpacked(survey, targets, kept)
+        if any(target.becomes_plain for target in targets):
+            from lora_inject.core.model.packed_target import say_unpacked
+
+            kept.said += say_unpacked(survey)
         report = _report(targets, mix)
         if untied:
             merge_ties.untie_rest(survey, untied, kept.said, undos)
         if eject:
             take_off(model)
     return report
-
-
-def _say_unpacked(survey: Survey, targets: list[Target], kept: _Merged) -> None:
-    """Let no model say that weights are quantized which are not any more."""
-    if any(target.becomes_plain for target in targets):
-        from lora_inject.core.model.packed_target import say_unpacked
-
-        kept.said += say_unpacked(survey)
 
 
 @contextmanager
@@ -167,11 +162,9 @@ def _taken_back(kept: _Merged, undos: list[Undone], n: int) -> Iterator[None]:
         kept.say_again()
         _restore(undos)
         if any(undo.lost for undo in undos):
-            raise StateError(
-                "merge(undo=False)",
-                f"it failed at tensor {len(undos)} of {n}, and what was written stays written",
-                "Load the base weights again, which undo=False did not keep",
-            ) from error
+            from lora_inject.core.model.merge_reasons import left_written
+
+            raise left_written(len(undos), n) from error
         raise
 
 
@@ -185,15 +178,11 @@ def root_of(survey: Survey) -> Root:
     """Return the record of the model, or that of the only root inside."""
     inner = roots_of(survey)
     root = inner.get("") or (next(iter(inner.values())) if len(inner) == 1 else None)
-    if root is not None:
-        return root
-    raise StateError(
-        "merge or unmerge",
-        f"parts of this module were injected, each alone: {sorted(inner)}"
-        if inner
-        else "this module has no adapters",
-        "Call it on the model that was given to inject",
-    )
+    if root is None:
+        from lora_inject.core.model.merge_reasons import no_root
+
+        raise no_root(inner)
+    return root
 
 
 def mix_and_targets(
@@ -265,7 +254,11 @@ def _report(targets: list[Target], mix: Weights) -> MergeReport:
     for target in targets:
         dtype = str(target.weight.dtype).removeprefix("torch.")
         row = TensorReport(target.name, target.action, dtype, tuple(target.weight.shape))
-        tensors[target.name] = row.counted(target.tally if target.narrow else None)
+        if target.narrow:
+            from lora_inject.core.functional.rounded_fold import with_tally
+
+            row = with_tally(row, target.tally)
+        tensors[target.name] = row
         if target.sharers:
             others = ", ".join(repr(holder.name) for holder in target.sharers)
             notes.append(f"untied: {target.name!r} no longer is the tensor of {others}")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch import Tensor
 
+from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.layers.packed_weights import reason_against
 from lora_inject.core.model.guards import holder_of_shards
 from lora_inject.core.model.target import Target
-from lora_inject.errors import LayerError
+from lora_inject.errors import LayerError, StateError
 
 
 def refuse_unwritable(target: Target) -> None:
@@ -54,3 +56,30 @@ def _reasons_here(target: Target) -> Iterator[tuple[str, str]]:
         problem = "the weight is in memory that other processes share, whose adapters would be "
         problem += "added to what is merged"
         yield problem, "Merge before share_memory() and before it is sent, or a copy.deepcopy"
+
+
+def no_root(inner: Iterable[str]) -> StateError:
+    """Return the error of a module that is no root; `inner` are the names of those inside."""
+    problem = "this module has no adapters"
+    if names := sorted(inner):
+        problem = f"parts of this module were injected, each alone: {names}"
+    remedy = "Call it on the model that was given to inject"
+    return StateError("merge or unmerge", problem, remedy)
+
+
+def left_written(i: int, n: int) -> StateError:
+    """Return the error of a merge that failed where nothing of before was kept."""
+    problem = f"it failed at tensor {i} of {n}, and what was written stays written"
+    remedy = "Load the base weights again, which undo=False did not keep"
+    return StateError("merge(undo=False)", problem, remedy)
+
+
+def refuse_values(tensor: Tensor, what: str, asked: str) -> None:
+    """Raise for a tensor of an adapter that is sharded, NaN or Inf; `what` names it."""
+    if how := holder_of_shards(tensor):
+        problem = f"{what} is sharded by {how}"
+        raise LayerError(asked, problem, "Merge into an unsharded copy")
+    if not all_finite(tensor):
+        problem = f"{what} is NaN or Inf in {int((~torch.isfinite(tensor)).sum())} places"
+        remedy = "The adapter is broken; merge another checkpoint of it"
+        raise StateError(asked, problem, remedy)

@@ -17,7 +17,6 @@ from lora_inject.core.model.guards import before, holder_of_shards
 from lora_inject.core.model.target import Target
 from lora_inject.core.model.whole import whole_adapter
 from lora_inject.core.spec.names import joined
-from lora_inject.errors import LayerError, StateError
 
 if TYPE_CHECKING:
     from lora_inject.core.model.packed_target import Into
@@ -90,16 +89,12 @@ def _target(holder: Holder, into: Into) -> Target:
 
 def add_entry(target: Target, entry: Entry, weight: float) -> None:
     """Add what an entry of an adapter does to a tensor, checked."""
-    module, asked = target.holder.module, f"merge {entry.adapter!r}"
+    module = target.holder.module
     for role, tensor in entry.tensors(module).items():
-        what = f"{role} of site {target.name!r}"
-        if how := holder_of_shards(tensor):
-            problem = f"{what} is sharded by {how}"
-            raise LayerError(asked, problem, "Merge into an unsharded copy")
-        if not all_finite(tensor):
-            problem = f"{what} is NaN or Inf in {int((~torch.isfinite(tensor)).sum())} places"
-            remedy = "The adapter is broken; merge another checkpoint of it"
-            raise StateError(asked, problem, remedy)
+        if holder_of_shards(tensor) or not all_finite(tensor):
+            from lora_inject.core.model.merge_reasons import refuse_values
+
+            refuse_values(tensor, f"{role} of site {target.name!r}", f"merge {entry.adapter!r}")
     if entry.spec is None:
         copy = entry.held(module)  # tied: the same under all names
         if entry.scale is not None:
@@ -132,23 +127,13 @@ def check_results(targets: list[Target], min_kept: float | None, undo: bool) -> 
             _refuse_not_finite(target)
         counted = min_kept is not None and target.narrow and target.changes
         if counted or target.may_overflow():
-            _rehearse(target)
+            from lora_inject.core.model.merged_rows import rehearse
+
+            rehearse(target)
             if target.tally is not None and not target.tally.finite:
                 _refuse_not_finite(target)
     if min_kept is not None:
         check_kept(targets, min_kept)
-
-
-def _rehearse(target: Target) -> None:
-    """Form all merged values and count, without writing."""
-    if target.is_packed:
-        from lora_inject.core.model.packed_target import rehearse_packed
-
-        rehearse_packed(target)
-    else:
-        from lora_inject.core.model.merged_rows import rehearse
-
-        rehearse(target)
 
 
 def _refuse_not_finite(target: Target) -> NoReturn:

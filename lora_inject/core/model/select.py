@@ -12,10 +12,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.selected import Mix
-from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import Reach, check_names, check_unmerged, entries, reach
+from lora_inject.core.model.carried import check_names, check_unmerged, reach
 from lora_inject.errors import StateError, check_type
 
 M = TypeVar("M", bound=nn.Module)
@@ -52,28 +50,16 @@ def activate(model: M, which: str | Mapping[str, float] | None) -> M:
         raise StateError("activate", "the model has no adapter", "Inject or load one first")
     check_names(reached.names, weights, "activate")
     check_unmerged("activate", *reached.selections)
-    _check_mixes(model, reached, weights)
+    if reached.gained & weights.keys():
+        from lora_inject.core.model.gained_mixes import check_mixes
+
+        check_mixes(model, weights)
     for selection in reached.selections:
         selection.check_settled("activate")
     mix = Mix(weights)
     for selection in reached.selections:
         selection.replace(mix)
     return model
-
-
-def _check_mixes(model: nn.Module, reached: Reach, weights: Mapping[str, float]) -> None:
-    """Raise if an adapter with a gain would not be alone at a site, with weight 1."""
-    if not reached.gained & weights.keys() or (len(weights) == 1 and 1.0 in weights.values()):
-        return
-    from lora_inject.core.layers.gains import check_mixed
-
-    taking: dict[tuple[int, str], list[tuple[Entry, float]]] = {}
-    survey = Survey(model)
-    for name, weight in weights.items():
-        for _, module, entry in entries(survey, name):
-            taking.setdefault((id(module), entry.param), []).append((entry, weight))
-    for each in taking.values():
-        check_mixed(each)
 
 
 def weights_of(which: str | Mapping[str, float] | None, verb: str) -> dict[str, float]:
