@@ -27,9 +27,9 @@ LINES = {
     "forward": 2_692,
     "activate": 2_152,
     "inject": 5_806,
-    "merge": 4_257,
+    "merge": 4_262,
     "save, load": 7_065,
-    "life": 9_521,
+    "life": 9_526,
 }
 STAGES = {
     "config": "from lora_inject import Config",

@@ -127,16 +127,21 @@ def merge(
         for parameter in trainable:
             parameter.requires_grad_(False)
         _write(targets, undo, undos)
-        if any(target.becomes_plain for target in targets):
-            from lora_inject.core.model.packed_target import say_unpacked
-
-            kept.said += say_unpacked(survey)
+        _say_unpacked(survey, targets, kept)
         report = _report(targets, mix)
         if untied:
             merge_ties.untie_rest(survey, untied, kept.said, undos)
         if eject:
             take_off(model)
     return report
+
+
+def _say_unpacked(survey: Survey, targets: list[Target], kept: _Merged) -> None:
+    """Let no model say that weights are quantized which are not any more."""
+    if any(target.becomes_plain for target in targets):
+        from lora_inject.core.model.packed_target import say_unpacked
+
+        kept.said += say_unpacked(survey)
 
 
 @contextmanager
