@@ -115,9 +115,9 @@ class Selection:
         """Check that a lasting change can be made now; `others` also in other threads and tasks."""
         inside = any(self in context.selected for context in ENTERED.get() if not context.left)
         if inside or (others and self.contexts):
-            from lora_inject.core.layers.unsettled import in_context
+            from lora_inject.core.layers.unsettled import called_in_context
 
-            raise in_context(asked, inside=inside)
+            raise called_in_context(asked, inside=inside)
         if may_recompute():
             from lora_inject.core.layers.unsettled import check_no_backward
 

@@ -7,7 +7,7 @@ from lora_inject.core.functional.inside import in_backward
 from lora_inject.errors import StateError
 
 
-def in_context(asked: str, *, inside: bool) -> StateError:
+def called_in_context(asked: str, *, inside: bool) -> StateError:
     """Return the error of a change in a context, or while another thread or task is in one."""
     whose = "inside" if inside else "while another thread or task is inside"
     problem = f"it was called {whose} disabled() or routed(), whose end would undo it"
