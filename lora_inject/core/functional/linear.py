@@ -279,12 +279,17 @@ class _Function(torch.autograd.Function):
         2. Else those of the frozen layer first.
         3. To that of x each update adds its share, and A and B get theirs.
         """
-        if torch.is_grad_enabled():
-            from lora_inject.core.functional.double_backward import differentiable_backward
-
-            return differentiable_backward(ctx, g)
         how, needs = ctx.how, ctx.needs_input_grad
-        x, weight, bias, factors, kept = saved(ctx)
+        x, weight, bias, factors, kept = _saved(ctx)
+        if torch.is_grad_enabled():
+            from lora_inject.core.functional.double_backward import differentiable_gradients
+
+            y = torch.zeros_like(g)
+            if weight is not None:
+                y = frozen_output(x, weight, bias, how.transposed, how.dtype)
+            updates, dropped = how.updates(factors), [one.dropped for one in kept]
+            inputs = (x, None, weight, bias, None, *factors)
+            return differentiable_gradients(y, inputs, updates, dropped, how.float32, needs, g)
         g2, x2, dtype = as_matrix(g), as_matrix(x), compute_dtype(g.dtype, how.float32)
         gx2, gw, gb = _of_frozen(g2, x2, weight, bias, how.transposed, needs)
         if gx2 is not None and x.dtype == dtype:
@@ -300,7 +305,7 @@ class _Function(torch.autograd.Function):
         return (gx, g if needs[1] else None, gw, gb, None, *grads)
 
 
-def saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor], list[Kept]]:
+def _saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor], list[Kept]]:
     """Return what a forward saved: x, weight, bias, the factors, and what each update kept."""
     x, weight, bias, *rest = ctx.saved_tensors
     n = 2 * len(ctx.how.terms)

@@ -292,7 +292,7 @@ def attached_to(module: nn.Module) -> Attached | None:
 def check_class_kept(module: nn.Module, asked: str) -> None:
     """Raise if a module with adapters was given a class without support for them."""
     if attached_to(module) is not None and not hasattr(type(module), "_lora_plain"):
-        from lora_inject.core.layers.replaced import refuse_inert_class
+        from lora_inject.core.layers.inert_class import refuse_inert_class
 
         refuse_inert_class(module, asked)
 

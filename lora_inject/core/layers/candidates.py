@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 READING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # Modules whose name stands for all the weights in them.
 NAMED_WHOLE = (nn.MultiheadAttention, nn.RNNBase)
-STATES_HEAD = "get_output_embeddings"
+_HEAD = "get_output_embeddings"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -105,12 +105,13 @@ class _Listing:
 
     def _heads(self) -> tuple[str, ...]:
         """Return the names of the output heads that models and parts of them state."""
-        stating = {cls for cls in self.classes if hasattr(cls, STATES_HEAD)}
-        if not stating and all(STATES_HEAD not in m.__dict__ for _, m in self.survey.modules):
+        classes = {cls for cls in self.classes if hasattr(cls, _HEAD)}
+        modules = [m for _, m in self.survey.modules if type(m) in classes or _HEAD in m.__dict__]
+        if not modules:
             return ()
         from lora_inject.core.layers.heads import stated_heads
 
-        return stated_heads(self.survey, stating)
+        return stated_heads(self.survey, [getattr(module, _HEAD) for module in modules])
 
     def _mixtures(self) -> tuple[Mixture, ...]:
         """Return the blocks that route tokens; without lists and stacks there are none."""

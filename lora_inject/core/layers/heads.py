@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
-from lora_inject.core.layers.candidates import STATES_HEAD
 from lora_inject.core.layers.survey import Survey
 
 
-def stated_heads(survey: Survey, stating: Collection[type]) -> tuple[str, ...]:
-    """Return the names of the output heads that models and parts of them state.
-
-    `stating` are the classes that have the method.
-    """
-    heads = (head for head in _heads(survey, stating) if id(head) in survey.paths)
-    return tuple(dict.fromkeys(survey.paths[id(head)] for head in heads))
+def stated_heads(survey: Survey, stated: Iterable[Any]) -> tuple[str, ...]:
+    """Return the names of the output heads; `stated` are the methods that return them."""
+    heads = (head for get in stated if (head := _head(get)) is not None)
+    return tuple(dict.fromkeys(survey.paths[id(h)] for h in heads if id(h) in survey.paths))
 
 
-def _heads(survey: Survey, stating: Collection[type]) -> Iterator[nn.Module]:
-    """Yield the output heads."""
-    for _, module in survey.modules:
-        if type(module) in stating or STATES_HEAD in module.__dict__:
-            head = _output_head(module)
-            if head is not None:
-                yield head
-
-
-def _output_head(module: nn.Module) -> nn.Module | None:
-    """Return the output head that a model states by get_output_embeddings()."""
-    get = getattr(module, STATES_HEAD)
+def _head(get: Any) -> nn.Module | None:
+    """Return the output head that a method of a model states."""
     try:
         head = get() if callable(get) else None
     except (AttributeError, NotImplementedError):  # a model that has none

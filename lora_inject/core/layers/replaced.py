@@ -33,10 +33,3 @@ def refuse_other_forward(layer: nn.Module) -> NoReturn:
         f"since inject somebody has put another forward onto {name}, which would not be called",
         "Eject, then inject again",
     )
-
-
-def refuse_inert_class(module: nn.Module, asked: str) -> NoReturn:
-    """Raise for a module with adapters that was given a class without support for them."""
-    cls = type(module).__name__
-    problem = f"its layer has adapters and was later given the class {cls}, which leaves them inert"
-    raise LayerError(asked, problem, "Eject them, then inject again")

@@ -127,13 +127,23 @@ def check_results(targets: list[Target], min_kept: float | None, undo: bool) -> 
             _refuse_not_finite(target)
         counted = min_kept is not None and target.narrow and target.changes
         if counted or target.may_overflow():
-            from lora_inject.core.model.merged_rows import rehearse
-
-            rehearse(target)
+            _rehearse(target)
             if target.tally is not None and not target.tally.finite:
                 _refuse_not_finite(target)
     if min_kept is not None:
         check_kept(targets, min_kept)
+
+
+def _rehearse(target: Target) -> None:
+    """Form all merged values and count, without writing."""
+    if target.is_packed:
+        from lora_inject.core.model.packed_target import rehearse_packed
+
+        rehearse_packed(target)
+    else:
+        from lora_inject.core.model.merged_rows import rehearse
+
+        rehearse(target)
 
 
 def _refuse_not_finite(target: Target) -> NoReturn:

@@ -54,11 +54,6 @@ def write_rounded(target: Target, base: Tensor) -> None:
 
 def rehearse(target: Target) -> None:
     """Form all merged rows and count, without writing."""
-    if target.is_packed:
-        from lora_inject.core.model.packed_target import rehearse_packed
-
-        rehearse_packed(target)
-        return
     target.tally = Tally()
     for start, rows in target.blocks():
         merged_rows(target, rows, start, target.tally)
