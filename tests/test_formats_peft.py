@@ -306,6 +306,11 @@ def test_an_adapter_of_peft_means_the_same_to_everybody(case: str, tmp_path: Pat
     which, options = THEIRS[case]
     row, path = MODELS[which], tmp_path / "theirs"
     plain = row.build()
+    names = [name for name, _ in plain.named_parameters()]
+    if options.keys() == {"target_parameters"} and not any(
+        name.endswith(target) for name in names for target in options["target_parameters"]
+    ):
+        pytest.skip(f"this transformers has no such parameter in {which}")
     due = row.outputs(of_peft(plain, path, options))
     assert error(row.outputs(plain), due) > 1e-3
     model = read_here(plain, path)
