@@ -49,9 +49,9 @@ def test_a_backward_and_the_node_that_runs_are_seen() -> None:
     y = x * 3
     last = inside.next_node()
     seen: list[Any] = []
-    y.register_hook(lambda _: seen.append((inside.in_backward(), call_stack.running_node())))
+    y.register_hook(lambda _: seen.append((call_stack.in_backward(), call_stack.running_node())))
     y.register_hook(lambda _: seen.append(inside.may_recompute()))
-    assert not inside.in_backward()
+    assert not call_stack.in_backward()
     assert not inside.may_recompute()
     y.sum().backward()
     assert seen[0][0] is True

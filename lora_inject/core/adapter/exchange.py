@@ -93,10 +93,9 @@ def format_of(name: str, asked: str = "") -> Format:
     """
     known = FORMATS if name in FORMATS else every_format()
     if name not in known:
-        from lora_inject.core.spec.spellings import nearest
+        from lora_inject.core.adapter.undetected import no_such_format
 
-        near = ", ".join(nearest(name, known) or known)
-        raise FormatError(asked, f"there is no format '{name}'", f"Nearest: {near}")
+        raise no_such_format(name, known, asked)
     row = known[name]
     if not isinstance(row, Format):
         row = FORMATS[name] = row()

@@ -17,7 +17,6 @@ from torch import Tensor
 from lora_inject.core.adapter.fingerprint import Fingerprint
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.functional.finite import all_finite
-from lora_inject.core.spec.names import counted
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.shown import Shown
 from lora_inject.errors import LoraInjectError, StateError
@@ -81,12 +80,9 @@ class AdapterState(Shown):
 
     def __str__(self) -> str:
         """Show the size, not the contents."""
-        ranks = sorted({site.spec.rank for site in self.sites.values()}) or [0]
-        rank = f"ranks {ranks[0]} to {ranks[-1]}" if ranks[1:] else f"rank {ranks[0]}"
-        n_parameters = sum(site.spec.n_parameters for site in self.sites.values())
-        n_parameters += sum(t.numel() for t in self.trained.values())
-        counts = counted(len(self.sites), "site"), counted(len(self.trained), "trained tensor")
-        return f"AdapterState({counts[0]}, {rank}, {counts[1]}, {n_parameters:,} parameters)"
+        from lora_inject.core.adapter.state_size import size_in_words
+
+        return size_in_words(self.sites, self.trained)
 
     def check_finite(self, asked: str, error: type[LoraInjectError] = StateError) -> None:
         """Refuse values that are NaN or infinite, or on the meta device, by raising `error`.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
+
+from lora_inject.core.spec.spellings import nearest
+from lora_inject.errors import FormatError
 
 
 def why_none(path: Path, formats: Iterable[str]) -> tuple[str, str]:
@@ -18,3 +21,9 @@ def why_none(path: Path, formats: Iterable[str]) -> tuple[str, str]:
         return problem, "Give an adapter; where both are given, the base is first"
     problem = "it is not an adapter of a known format"
     return problem, f"Give a folder or a file of one of: {', '.join(formats)}"
+
+
+def no_such_format(name: str, known: Collection[str], asked: str) -> FormatError:
+    """Return the error of a name that no format has."""
+    near = ", ".join(nearest(name, known) or known)
+    return FormatError(asked, f"there is no format '{name}'", f"Nearest: {near}")

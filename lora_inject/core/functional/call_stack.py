@@ -20,17 +20,25 @@ from typing import Any
 
 import torch
 
-from lora_inject.core.functional.inside import in_backward, top_hooks
+from lora_inject.core.functional.inside import top_hooks
 from lora_inject.private import look_up
 
 _PACKAGE = __name__.partition(".")[0]
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 _node = look_up("torch._C._current_autograd_node")
+_graph_task = look_up("torch._C._current_graph_task_id")
 _TORCH_TELLS = look_up("torch._C._autograd._top_saved_tensors_default_hooks") is not None
 _push_hooks = look_up("torch._C._autograd._push_saved_tensors_default_hooks")
 _pop_hooks = look_up("torch._C._autograd._pop_saved_tensors_default_hooks")
 _forward_ad_is_on = look_up("torch._C._is_fwd_grad_enabled")
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward pass in the calling thread."""
+    if _graph_task is not None:
+        return _graph_task() != -1  # type: ignore[no-any-return]
+    return _node is not None and _node() is not None
 
 
 def running_node() -> int | None:

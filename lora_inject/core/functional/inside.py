@@ -92,7 +92,6 @@ def forget_graphs() -> None:
 
 
 _graph_task = look_up("torch._C._current_graph_task_id")
-_node = look_up("torch._C._current_autograd_node")
 _number = look_up("torch.autograd._get_sequence_nr")
 top_hooks = look_up("torch._C._autograd._top_saved_tensors_default_hooks")
 _forward_ad_is_on = look_up("torch._C._is_fwd_grad_enabled")
@@ -102,13 +101,6 @@ if top_hooks is None:
     from lora_inject.core.functional.noted_hooks import note_saving_hooks
 
     note_saving_hooks()
-
-
-def in_backward() -> bool:
-    """Whether autograd runs a backward pass in the calling thread."""
-    if _graph_task is not None:
-        return _graph_task() != -1  # type: ignore[no-any-return]
-    return _node is not None and _node() is not None
 
 
 def may_recompute() -> bool:

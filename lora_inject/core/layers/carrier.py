@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.inside import runs_plainly
 from lora_inject.core.layers.adapted import Adapted
-from lora_inject.errors import LayerError
 
 
 class Carrier(Adapted):
@@ -88,11 +87,10 @@ class Carrier(Adapted):
 
     def __delattr__(self, name: str) -> None:
         """Delete like nn.Module, but not what carries an adapter."""
-        adapted = name in self._lora.flat or any(e.param == name for e in self._lora.entries())
-        if name in self._parameters and adapted:
-            from lora_inject.core.layers.replaced import check_replaced
+        if name in self._parameters:
+            from lora_inject.core.layers.upkeep import check_deleted
 
-            check_replaced(self, name)
+            check_deleted(self, name)
         super().__delattr__(name)
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -103,8 +101,6 @@ class Carrier(Adapted):
 
     def __prepare_scriptable__(self) -> Any:
         """Raise, before torch.jit.script has changed anything."""
-        raise LayerError(
-            f"torch.jit.script of a {type(self).__name__}",
-            "it carries an adapter, which a script cannot",
-            "Call merge(model, eject=True) first, or use torch.jit.trace or torch.export",
-        )
+        from lora_inject.core.layers.upkeep import refuse_script
+
+        refuse_script(self)

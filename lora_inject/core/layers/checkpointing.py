@@ -18,13 +18,13 @@ from torch import Tensor
 
 from lora_inject.core.functional.call_stack import (
     checkpoints,
+    in_backward,
     innermost_checkpoint,
     reentrant_calls,
     reentrant_inputs,
     running_node,
     saving_hooks,
 )
-from lora_inject.core.functional.inside import in_backward
 from lora_inject.core.layers.contexts import in_context
 from lora_inject.core.layers.selected import ENTERED
 from lora_inject.errors import LayerError, StateError

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lora_inject.core.spec.rooms import library_rows, the_one
-from lora_inject.errors import LayerError
 
 if TYPE_CHECKING:
     from lora_inject.core.layers.forward_owners import ForwardOwner
@@ -42,8 +41,6 @@ def check_not_offloaded(module: nn.Module) -> None:
     for library, path in library_rows("FORWARD_OWNERS"):  # asked in each forward of training
         if library not in sys.modules or not the_one(path).offloads(module):
             continue
-        raise LayerError(
-            f"training an adapter on a {type(module).__name__} that is offloaded",
-            "its forward gets copies of all parameters, whose gradients are lost",
-            "Train without offload; for inference call model.eval()",
-        )
+        from lora_inject.core.layers.offloaded import offloaded
+
+        raise offloaded(type(module))

@@ -16,7 +16,6 @@ from torch.optim.swa_utils import AveragedModel
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.rooms import library_rows
-from lora_inject.errors import LayerError, article
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 
@@ -29,12 +28,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     Adapters live on the model itself, so every verb means the same on a wrapped model.
     """
-    if isinstance(model, type):
-        name = model.__name__
-        raise LayerError("the model", f"it is the class {name}", f"Give an instance: {name}(...)")
     if not isinstance(model, nn.Module):
-        problem = f"it is {article(type(model).__name__)}"
-        raise LayerError("the model", problem, "Give a torch.nn.Module")
+        from lora_inject.core.layers.no_module import no_module
+
+        raise no_module(model)
     while True:
         if isinstance(model, _WRAPPERS):
             model = model.module

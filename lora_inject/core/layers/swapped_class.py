@@ -16,7 +16,6 @@ from torch import nn
 from lora_inject.core.layers.adapted import Adapted, WeightUpdate
 from lora_inject.core.layers.carrier import Carrier
 from lora_inject.core.layers.loading import watch_loading
-from lora_inject.errors import LayerError
 
 
 class Swapped(Carrier):
@@ -40,11 +39,9 @@ class Swapped(Carrier):
         state = reduced[2] if isinstance(reduced, tuple) and len(reduced) > 2 else self.__dict__
         attributes = state[0] if isinstance(state, tuple) and state else state
         if not isinstance(attributes, dict) or "_lora" not in attributes:
-            raise LayerError(
-                f"a copy or pickle of a {type(self).__name__}",
-                "its own __getstate__ leaves out what carries the adapters",
-                "Let it return all of __dict__, or eject first",
-            )
+            from lora_inject.core.layers.incomplete_state import incomplete_state
+
+            raise incomplete_state(type(self))
         return _rebuild, (self._lora_plain, mixin, tuple(sorted(self._lora_reads))), state
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lora_inject.core.functional.call_stack import runs_in_checkpoint
-from lora_inject.core.functional.inside import in_backward
+from lora_inject.core.functional.call_stack import in_backward, runs_in_checkpoint
 from lora_inject.errors import StateError
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from lora_inject.core.layers.attached import Attached, held_by
 from lora_inject.core.layers.own_code import OWN
 from lora_inject.core.layers.replaced import check_replaced
 from lora_inject.core.layers.valueless import EMPTYING, moved
+from lora_inject.errors import LayerError
 
 
 def move(layer: Any, apply: Callable[..., Any], fn: Callable[..., Any], recurse: bool) -> None:
@@ -53,6 +54,21 @@ def check_registered(layer: Any, name: str, param: nn.Parameter | None) -> None:
         there = held.get(adapted)
         if there is not None and not loads and _is_put_wrong(there, param, name == adapted):
             check_replaced(layer, adapted)
+
+
+def check_deleted(layer: Any, name: str) -> None:
+    """Raise for a Parameter that carries an adapter, and may not be deleted."""
+    if name in layer._lora.flat or any(entry.param == name for entry in layer._lora.entries()):
+        check_replaced(layer, name)
+
+
+def refuse_script(layer: nn.Module) -> NoReturn:
+    """Raise, before torch.jit.script has changed anything."""
+    raise LayerError(
+        f"torch.jit.script of a {type(layer).__name__}",
+        "it carries an adapter, which a script cannot",
+        "Call merge(model, eject=True) first, or use torch.jit.trace or torch.export",
+    )
 
 
 def replica_of(layer: Any) -> Any:

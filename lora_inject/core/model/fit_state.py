@@ -27,6 +27,7 @@ from lora_inject.errors import FormatError
 # Fields of a site, besides its names, that come from the model, not from the adapter.
 _OF_MODEL = ("kind", "weight_shape", "update")
 _of_model = attrgetter(*_OF_MODEL)
+_maps = attrgetter("in_features", "out_features", "experts")
 
 Part = Callable[[AdapterState, Inventory], AdapterState]
 """Returns what of an adapter is for this process, given the names of the model."""
@@ -113,14 +114,11 @@ def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:
 
 
 def _fits(spec: SiteSpec, candidate: Candidate) -> bool:
-    """Whether a site maps as many features as the model's; a parameter may lie the other way."""
-    is_parameter = spec.kind == "parameter"
-    if not is_parameter and spec.kind not in map(attrgetter("kind"), KINDS):
+    """Whether a site maps as many features as the model's."""
+    if spec.kind == "parameter":
+        from lora_inject.core.model.held_otherwise import parameter_fits
+
+        return parameter_fits(spec, candidate)
+    if spec.kind not in map(attrgetter("kind"), KINDS):
         return False
-    if is_parameter and spec.weight_shape == candidate.weight_shape:
-        return True  # its layout may group the axes differently
-    maps = (spec.in_features, spec.out_features)
-    if is_parameter and spec.transposed != candidate.transposed:
-        maps = maps[::-1]
-    due = (candidate.in_features, candidate.out_features)
-    return (maps, spec.experts) == (due, candidate.experts)
+    return _maps(spec) == _maps(candidate)

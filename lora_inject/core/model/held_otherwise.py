@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from lora_inject.core.adapter.site_state import SiteState
-from lora_inject.core.spec.inventory import Inventory
+from lora_inject.core.spec.inventory import Candidate, Inventory
+from lora_inject.core.spec.sites import SiteSpec
 
 
 def as_held_here(sites: Mapping[str, SiteState], names: Inventory) -> dict[str, SiteState]:
@@ -41,3 +42,14 @@ def _under_further_names(sites: Mapping[str, SiteState], names: Inventory) -> di
             if alias not in sites and other and own and other.weight != own.weight:
                 sites_of_aliases[alias] = replace(site, spec=there)
     return sites_of_aliases
+
+
+def parameter_fits(spec: SiteSpec, candidate: Candidate) -> bool:
+    """Whether a parameter maps as many features as the model's, which may lie the other way."""
+    if spec.weight_shape == candidate.weight_shape:
+        return True  # its layout may group the axes differently
+    maps = (spec.in_features, spec.out_features)
+    if spec.transposed != candidate.transposed:
+        maps = maps[::-1]
+    due = (candidate.in_features, candidate.out_features)
+    return (maps, spec.experts) == (due, candidate.experts)

@@ -292,15 +292,11 @@ def unmerge(model: M, *, discard: bool = False) -> M:
     survey = Survey(model)
     root = root_of(survey)
     selection, kept = root.selection, root.undo
-    if kept is None:
-        raise StateError("unmerge", "nothing is merged", "Call merge(model) first")
+    if kept is None or kept.undos is None:
+        from lora_inject.core.model.unmerge_checks import nothing_to_restore
+
+        raise nothing_to_restore(merged=kept is not None)
     selection.check_settled("unmerge", others=True)
-    if kept.undos is None:
-        raise StateError(
-            "unmerge",
-            "the merge kept nothing to restore (undo=False)",
-            "Eject the adapters, load the base weights, then load the adapters again",
-        )
     for undo in kept.undos:
         if not undo.stands(survey):
             from lora_inject.core.model.unmerge_checks import check_undo

@@ -14,7 +14,6 @@ from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
-from lora_inject.errors import LayerError
 
 
 def places(
@@ -27,10 +26,10 @@ def places(
 
     Sites and copies have the model's own names; copies come with their rows, None for all.
     """
-    for holder in survey.holders if any(map(is_lazy, survey.tensors)) else ():
-        if is_lazy(holder.tensor):
-            lazy = "it is lazy and not initialized"
-            raise LayerError(f"adapter {name!r}, {holder.name!r}", lazy, "Run the model once first")
+    if any(map(is_lazy, survey.tensors)):
+        from lora_inject.core.model.unusable import refuse_lazy
+
+        refuse_lazy(survey, name)
     wanted = [*_of_sites(survey, name, sites)]
     if copies:
         from lora_inject.core.model.in_full import places_of_copies

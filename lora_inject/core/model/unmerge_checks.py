@@ -47,3 +47,12 @@ def _edited(undo: Undone, now: Any) -> bool:
         return True
     # An interrupted call may have restored it already.
     return not torch.equal(now.detach(), undo.original.to(now.device).view(now.shape))
+
+
+def nothing_to_restore(*, merged: bool) -> StateError:
+    """Return the error where nothing is merged, or a merge kept nothing."""
+    if not merged:
+        return StateError("unmerge", "nothing is merged", "Call merge(model) first")
+    problem = "the merge kept nothing to restore (undo=False)"
+    remedy = "Eject the adapters, load the base weights, then load the adapters again"
+    return StateError("unmerge", problem, remedy)

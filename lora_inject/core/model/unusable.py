@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NoReturn
 
+from torch.nn.parameter import is_lazy
+
 from lora_inject.core.layers.plain_tensors import is_quantized
+from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried
 from lora_inject.core.spec.limits import why_no_gain
 from lora_inject.errors import LayerError
@@ -28,6 +31,13 @@ def refuse_taken(place: Carried, asked: str, *, again: bool) -> NoReturn:
         problem = f"its {entry.param!r} is adapted and trained, or gets a bias twice"
         remedy = "Leave one of train, bias and lora_bias out"
     raise LayerError(asked, problem, remedy)
+
+
+def refuse_lazy(survey: Survey, name: str) -> NoReturn:
+    """Raise for the first parameter of a model that is lazy, for an adapter of that name."""
+    holder = next(holder for holder in survey.holders if is_lazy(holder.tensor))
+    problem = "it is lazy and not initialized"
+    raise LayerError(f"adapter {name!r}, {holder.name!r}", problem, "Run the model once first")
 
 
 def check_values(place: Carried, asked: str) -> None:
