@@ -24,12 +24,12 @@ PACKAGE = Path(lora_inject.__file__).parent
 # Stage -> lines of the package that it may load.
 LINES = {
     "config": 1_290,
-    "forward": 2_697,
-    "activate": 2_152,
-    "inject": 5_812,
-    "merge": 4_272,
-    "save, load": 7_071,
-    "life": 9_542,
+    "forward": 2_549,
+    "activate": 2_141,
+    "inject": 5_790,
+    "merge": 4_247,
+    "save, load": 7_042,
+    "life": 9_509,
 }
 STAGES = {
     "config": "from lora_inject import Config",
