@@ -15,11 +15,7 @@ from weakref import WeakSet
 
 import torch
 
-from lora_inject.core.functional.inside import (
-    constant_in_graphs,
-    may_recompute,
-    next_node,
-)
+from lora_inject.core.functional.inside import constant_in_graphs, may_recompute, next_node
 from lora_inject.core.layers.selected import ENTERED, Mix, Selected
 from lora_inject.core.spec.rooms import room
 

@@ -18,12 +18,7 @@ from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried, Root, structure_changed
 from lora_inject.core.model.guards import after, before
-from lora_inject.core.model.roots import (
-    become_root,
-    check_new_adapter,
-    records_with,
-    selection_for,
-)
+from lora_inject.core.model.roots import become_root, check_new_adapter, records_with, selection_for
 from lora_inject.core.model.trainable import forget_gradients
 from lora_inject.core.spec.names import parent
 

@@ -12,12 +12,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lora_inject.core.adapter.fingerprint import (
-    Fingerprint,
-    Moved,
-    samples,
-    values_at,
-)
+from lora_inject.core.adapter.fingerprint import Fingerprint, Moved, samples, values_at
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import FLOATS
 from lora_inject.core.layers.packed_weights import described

@@ -15,11 +15,7 @@ from weakref import WeakSet
 
 from torch import nn
 
-from lora_inject.core.layers.attached import (
-    Attached,
-    Entry,
-    attached_to,
-)
+from lora_inject.core.layers.attached import Attached, Entry, attached_to
 from lora_inject.core.layers.selection import Selection, alive
 from lora_inject.core.layers.survey import Holder, Survey, base_tensor, unwrapped
 from lora_inject.core.spec.names import joined

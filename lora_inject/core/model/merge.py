@@ -108,7 +108,8 @@ def merge(
         into = what_packed_become(dequantize, requantize=requantize)
     survey = Survey(model)
     root = root_of(survey)
-    mix, targets = mix_and_targets(survey, name, into, "merge")
+    mix = mix_to_fold(survey, name, "merge")
+    targets = merge_targets(survey, mix, into)
     untied = {target.name: target.sharers[0].name for target in targets if target.sharers}
     if untied:
         from lora_inject.core.model import merge_ties
@@ -188,14 +189,6 @@ def root_of(survey: Survey) -> Root:
 
         raise no_root(inner)
     return root
-
-
-def mix_and_targets(
-    survey: Survey, name: str | Mapping[str, float] | None, into: Into, verb: str
-) -> tuple[Weights, list[Target]]:
-    """Return what is to be folded, by default what is active, and the tensors to write."""
-    mix = mix_to_fold(survey, name, verb)
-    return mix, merge_targets(survey, mix, into)
 
 
 def mix_to_fold(survey: Survey, name: str | Mapping[str, float] | None, verb: str) -> Weights:

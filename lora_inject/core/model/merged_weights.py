@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Survey, memory_of
 from lora_inject.core.layers.weight_kinds import in_dtype
-from lora_inject.core.model.merge import mix_and_targets, mix_to_fold
-from lora_inject.core.model.merge_targets import check_results
+from lora_inject.core.model.merge import mix_to_fold
+from lora_inject.core.model.merge_targets import check_results, merge_targets
 from lora_inject.core.model.merged_rows import counted_in, formed_values
 from lora_inject.core.model.packed_target import PackedTarget, dtype_of
 from lora_inject.core.model.target import Target
@@ -95,10 +95,10 @@ def _merged(
     kept: dict[str, float] | None,
 ) -> Iterator[tuple[str, Tensor]]:
     into = None if dequantize is None else dtype_of(dequantize)
+    mix = mix_to_fold(survey, name, "merged_weights")
     if any(hasattr(holder.tensor, "full_tensor") for holder in survey.holders):
-        mix = mix_to_fold(survey, name, "merged_weights")
         return iter(room("gathering").gathered_weights(survey, mix, into, kept))
-    _, targets = mix_and_targets(survey, name, into, "merged_weights")
+    targets = merge_targets(survey, mix, into)
     check_results(targets, None, undo=True)
     return _folded(survey, targets, kept)
 

@@ -11,12 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_inject.core.adapter.exchange import (
-    completed,
-    default_format,
-    format_of,
-    write_adapter,
-)
+from lora_inject.core.adapter.exchange import completed, default_format, format_of, write_adapter
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import entries
