@@ -24,12 +24,12 @@ PACKAGE = Path(lora_inject.__file__).parent
 # Stage -> lines of the package that it may load.
 LINES = {
     "config": 1_290,
-    "forward": 2_545,
-    "activate": 2_133,
-    "inject": 5_777,
-    "merge": 4_232,
-    "save, load": 7_014,
-    "life": 9_474,
+    "forward": 2_546,
+    "activate": 2_134,
+    "inject": 5_778,
+    "merge": 4_233,
+    "save, load": 7_015,
+    "life": 9_475,
 }
 STAGES = {
     "config": "from lora_inject import Config",

@@ -1,1 +1,1 @@
-"""Checks around the verbs: sites that nobody uses, moving buffers, fingerprints of a base."""
+"""Checks around the verbs: sites that nobody uses, buffers that move."""

@@ -1,4 +1,4 @@
-"""Models whose tensors are spread over processes: what must come before sharding is refused after.
+"""Models whose tensors are spread over processes: what is refused, and what becomes shards.
 
 An adapter that is put onto a model that DeepSpeed, FSDP1 or DistributedDataParallel has spread
 would be plain Parameters among shards, whose gradients nobody reduces.

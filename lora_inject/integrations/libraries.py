@@ -1,9 +1,10 @@
-"""What is known of other libraries, row by row: the one place that names their modules.
+"""What is known of other libraries, row by row: all that the core learns of them.
 
 | table | a row is about |
 |---|---|
 | `GUARDS` | what must hold around a verb because a library is there (`core/model/guards.py`) |
 | `WEIGHT_KINDS` | a way in which a weight is held packed (`core/layers/weight_kinds.py`) |
+| `WEIGHT_KINDS_OF_ANY` | one that no library alone has |
 | `FORWARD_OWNERS` | who puts forwards onto instances (`core/layers/forward_owners.py`) |
 | `MOVERS` | who reads a parameter to move it, and must find it as it is |
 | `CONV1D` | a class of linear layers with the transposed weight |

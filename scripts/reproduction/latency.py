@@ -25,7 +25,7 @@ SHARE = 0.031  # of the parameters in adapter layers: 11 M of GPT-2 medium's 355
 PLAIN, AGAIN = "plain", "plain again"
 MERGED, UNMERGED = "LoRA merged", "LoRA not merged"
 
-# what `reproduce.py` chooses: of one thread the processor's, which leaves out waiting for a core
+# what `__main__.py` chooses: of one thread the processor's, which leaves out waiting for a core
 CLOCK = {True: "processor time", False: "time by the clock"}
 
 

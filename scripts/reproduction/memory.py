@@ -30,7 +30,7 @@ VARIANTS: dict[str, tuple[str, int]] = {
 }
 PARTS = ("weights", "gradients", "optimizer", "activations")
 
-# what `reproduce.py` chooses: of one thread the processor's, which leaves out waiting for a core
+# what `__main__.py` chooses: of one thread the processor's, which leaves out waiting for a core
 CLOCK = {True: "processor time", False: "time by the clock"}
 
 

@@ -1,4 +1,4 @@
-"""A packed weight in words, to recognize its base: loaded with the first packed one."""
+"""How a fingerprint describes a packed weight, to recognize its base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear layers: `nn.Linear` and quantized subclasses of it.
+"""Linear layers: `nn.Linear`, quantized subclasses of it, and packed layers that are none.
 
 If the layer's forward is the stock one on a plain tensor, layer and update run as one fused step.
 Otherwise the layer runs unchanged and the update is added to its output; quantized layers, and

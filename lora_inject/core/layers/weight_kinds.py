@@ -2,7 +2,7 @@
 
 The core knows none of the libraries that pack weights: what is known of one is a subclass of
 `WeightKind` in a file named after it, with a row in `WEIGHT_KINDS` (`integrations/libraries.py`).
-The file is imported only if the library is loaded. Who asks the rows is `layers.packed_weights`.
+The file is imported only if the library is loaded. Askers: `packed_weights`, `packed_values`.
 """
 
 from __future__ import annotations

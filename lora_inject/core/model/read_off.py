@@ -1,4 +1,4 @@
-"""Reading an adapter off a live model, as a value."""
+"""Reading an adapter off a live model: its tensors, with the fingerprint of their base."""
 
 from __future__ import annotations
 
