@@ -205,7 +205,9 @@ def hot_swap(options: Options) -> Result:
     following = _apart(adapter_state(tree, "next"))
     eject(tree, "next")
     new = [t for site in following.sites.values() for t in (site.A, site.B)]
-    state = {k: torch.randn_like(v) for k, v in tree.state_dict().items() if "lora_" in k}
+    held = {key: value for key, value in tree.state_dict().items() if "lora_" in key}
+    drawn = {key: torch.randn_like(value) for key, value in held.items() if "__slot" in key}
+    state = held | drawn  # what the tensors mean is taken as it is
     room = reserve(_Tree(n_layers, width), "slot", rank=8, targets=[r".*_proj"])
     with torch.no_grad():
         for plain, same in zip(room.modules(), tree.modules(), strict=True):
