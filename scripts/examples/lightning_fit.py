@@ -37,8 +37,8 @@ class Tuning(lightning.LightningModule):
         return torch.optim.AdamW(li.parameter_groups(self.model, lr=self.lr, b_lr_ratio=4))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = {f"model.{name}" for name, p in self.model.named_parameters() if p.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+        state = checkpoint["state_dict"]  # the adapter's tensors, and what they mean
+        checkpoint["state_dict"] = {key: value for key, value in state.items() if "lora_" in key}
 
 
 def main(arguments: list[str] | None = None) -> None:
