@@ -652,9 +652,9 @@ def test_extract_lists_what_it_leaves_behind(run, files, tmp_path):
 
 
 def test_schema_is_the_schema_of_config(run):
-    found = run("schema")
-    assert found.code == 0
-    assert json.loads(found.out) == json_schema()
+    printed = run("schema")
+    assert printed.code == 0
+    assert json.loads(printed.out) == json_schema()
 
 
 def test_version(run):

@@ -432,7 +432,7 @@ def fsdp_state_dicts(rank: int, model: Any) -> dict[str, Any]:
     dcp.save(torchs.get_model_state_dict(source), checkpoint_id=folder)
     whole_dict = torchs.StateDictOptions(full_state_dict=True)
     state = torchs.get_model_state_dict(source, options=whole_dict)
-    found: dict[str, Any] = {"wanted": source(IDS).detach()}
+    results: dict[str, Any] = {"wanted": source(IDS).detach()}
     for alpha in (4, 6):  # texts of one length
 
         def in_place(model: nn.Module) -> None:
@@ -446,8 +446,8 @@ def fsdp_state_dicts(rank: int, model: Any) -> dict[str, Any]:
         for load in (in_place, whole_state):
             model = sharded(alpha)
             words = said(lambda load=load, model=model: load(model))
-            found[f"{load.__name__}, {alpha}"] = words, model(IDS).detach()
-    return found
+            results[f"{load.__name__}, {alpha}"] = words, model(IDS).detach()
+    return results
 
 
 def saved_by_all(rank: int, model: Any) -> dict[str, Any]:
@@ -711,11 +711,11 @@ def test_fsdp_with_meta_initialization_equals_one_process(ranks: Any) -> None:
 @pytest.mark.parametrize("way", ["in_place", "whole_state"])
 def test_state_dicts_of_shards_say_what_their_adapters_mean(way: str, ranks: Any) -> None:
     for rank in ranks:
-        found = rank["state dicts"]
-        words, given = found[f"{way}, 4"]
+        results = rank["state dicts"]
+        words, given = results[f"{way}, 4"]
         assert words == ""
-        assert far(given, found["wanted"]) < TOLERANCE
-        words, _ = found[f"{way}, 6"]
+        assert far(given, results["wanted"]) < TOLERANCE
+        words, _ = results[f"{way}, 6"]
         assert "scale 2 in the state dict, and 3 here" in words
 
 

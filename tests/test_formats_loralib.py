@@ -338,8 +338,8 @@ def test_what_the_file_does_not_hold_is_asked_for(run, case):
         ("a.safetensors", ("--alpha", "6", "--enable-lora", "yes"), 2, "--enable-lora"),
         ("a.safetensors", ("--alpha", "6"), 1, "enable_lora"),
     ):
-        found = run("merge", folder / "base", folder / file, "-o", folder / "out", *options)
-        assert (found.code, words in found.err) == (code, True), found.err
+        printed = run("merge", folder / "base", folder / file, "-o", folder / "out", *options)
+        assert (printed.code, words in printed.err) == (code, True), printed.err
     assert not (folder / "out").exists()
 
 
@@ -348,9 +348,9 @@ def test_options_of_loralib_without_a_file_of_it_are_wrong_usage(run, tmp_path):
         (tmp_path / name).mkdir()
     base = tmp_path / "base" / "model.safetensors"
     save_file({"w": torch.ones(2, 2)}, base)
-    found = run("merge", base, tmp_path / "folder", "-o", tmp_path / "out", "--alpha", "6")
-    assert found.code == 2
-    assert "no adapter has a format with this option" in found.err
+    printed = run("merge", base, tmp_path / "folder", "-o", tmp_path / "out", "--alpha", "6")
+    assert printed.code == 2
+    assert "no adapter has a format with this option" in printed.err
 
 
 def test_inspect_and_analyze_read_what_merge_reads(run, case):

@@ -558,9 +558,9 @@ def test_experts_of_unsloth_go_by_expert_first_when_told(run: Any, tmp_path: Pat
     save_file(tensors, file)
     words = ("merge", tmp_path / "base", path, "--expert-major", "-o", tmp_path / "cli")
     assert run(*words).code == 0
-    found = type(plain).from_pretrained(tmp_path / "cli").state_dict()
+    merged_state = type(plain).from_pretrained(tmp_path / "cli").state_dict()
     for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor)
+        torch.testing.assert_close(merged_state[name], tensor)
 
 
 # -------------------------------------------------------------------------------------- refusals

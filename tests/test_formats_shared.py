@@ -61,11 +61,11 @@ def as_sglang_loads_it(tensors: dict[str, Tensor], scaling: float, n_experts: in
 
 def as_vllm_loads_it(tensors: dict[str, Tensor], scaling: float, n_experts: int) -> Any:
     """The same by `pack_moe_stacked` and `FusedMoEWithLoRA.set_lora`."""
-    found = {
+    tensors_read = {
         key.split("experts.")[1]: tensor for key, tensor in tensors.items() if "experts" in key
     }
-    a = [found[f"w{n}.lora_A.weight"] for n in (1, 2, 3)]
-    b = [found[f"w{n}.lora_B.weight"] * scaling for n in (1, 2, 3)]
+    a = [tensors_read[f"w{n}.lora_A.weight"] for n in (1, 2, 3)]
+    b = [tensors_read[f"w{n}.lora_B.weight"] * scaling for n in (1, 2, 3)]
     buffers = {"w13 A": 1, "w13 B": n_experts, "w2 A": n_experts, "w2 B": 1}
     assert [len(a[0]), len(a[2])] == [buffers["w13 A"]] * 2
     assert [len(b[0]), len(b[2])] == [buffers["w13 B"]] * 2
@@ -125,14 +125,14 @@ def test_check_names_the_option_that_the_server_needs(tmp_path: Path) -> None:
         "sglang": "--experts-shared-outer-loras",
         "vllm": "--enable-moe-shared-loras",
     }.items():
-        (found,) = li.check_adapter(path, client, base=tmp_path / "base")
-        assert (found.stops, found.fix) == (False, f"Start it with {option}")
+        (finding,) = li.check_adapter(path, client, base=tmp_path / "base")
+        assert (finding.stops, finding.fix) == (False, f"Start it with {option}")
     for client in ("lorax", "peft", "llama.cpp", "diffusers"):
         assert li.check_adapter(path, client, base=tmp_path / "base")[0].stops
 
 
 @pytest.mark.parametrize(
-    ("targets", "found"),
+    ("targets", "words"),
     [
         ([OWN, DOWN], r"w1'.*its own A, and the layout has one.*vllm"),
         ([GATE_UP, {"match": DOWN["match"]}], r"w2'.*its own B.*share: B on down"),
@@ -140,8 +140,8 @@ def test_check_names_the_option_that_the_server_needs(tmp_path: Path) -> None:
         ([GATE_UP], "Adapt all stacks of the block"),
     ],
 )
-def test_other_experts_are_refused(targets: Any, found: str, tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=found):
+def test_other_experts_are_refused(targets: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=words):
         written(adapted(targets), tmp_path)
     assert not (tmp_path / "a").exists()
 

@@ -51,8 +51,8 @@ def models():
         ),
         "dense": ("Qwen3Moe", "ForCausalLM", {**SMALL, **LAYERS, **dense, "head_dim": 4}),
     }  # fmt: skip
-    found = {name: of(cls, head, {}, **sizes).make() for name, (cls, head, sizes) in made.items()}
-    return {**found, "nested": Nested()}
+    built = {name: of(cls, head, {}, **sizes).make() for name, (cls, head, sizes) in made.items()}
+    return {**built, "nested": Nested()}
 
 
 def of_peft(model: nn.Module, config: LoraConfig):

@@ -586,12 +586,12 @@ def test_the_class_renames_what_the_file_calls_otherwise(tmp_path):
     inner = site("transformer.h.0.mlp.c_fc", (8, 32), transposed=True, kind="conv1d")
     head = site("lm_head", (40, 8))
     merge(base, [adapter(inner, head)], tmp_path / "out")
-    found = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").state_dict()
+    merged_state = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").state_dict()
     delta = [s.scale * s.B @ s.A for s in (inner, head)]
     wanted = tensors["h.0.mlp.c_fc.weight"] + delta[0].T
-    assert torch.allclose(found["transformer.h.0.mlp.c_fc.weight"], wanted, atol=1e-6)
-    assert torch.allclose(found[HEAD], tensors["wte.weight"] + delta[1], atol=1e-6)
-    assert torch.equal(found["transformer.wte.weight"], tensors["wte.weight"])
+    assert torch.allclose(merged_state["transformer.h.0.mlp.c_fc.weight"], wanted, atol=1e-6)
+    assert torch.allclose(merged_state[HEAD], tensors["wte.weight"] + delta[1], atol=1e-6)
+    assert torch.equal(merged_state["transformer.wte.weight"], tensors["wte.weight"])
 
 
 def test_square_transposed_experts_take_their_orientation_from_the_class(tmp_path):
@@ -622,9 +622,9 @@ def test_the_difference_of_square_transposed_experts_is_merged_loaded_and_read_b
     ids = torch.arange(20)[None]
     extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=1)
     merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
-    found = load_checkpoint(tmp_path / "out")
+    merged_state = load_checkpoint(tmp_path / "out")
     for name, tensor in load_checkpoint(tmp_path / "tuned").items():
-        assert torch.allclose(found[name], tensor, atol=1e-5), name
+        assert torch.allclose(merged_state[name], tensor, atol=1e-5), name
     loaded = type(model).from_pretrained(tmp_path / "base").eval()
     li.load_adapter(loaded, tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(
@@ -641,8 +641,8 @@ def test_what_a_merge_parted_is_extracted_for_each_name(tied, tmp_path, ends):
     states = {"embedding": [on_embedding()], "head": [adapter(head)]}
     merge(base, states.get(ends, [on_embedding(), adapter(head)]), out, dtype="float32")
     extract_adapter(base, out, tmp_path / "a", rank=4)
-    found = read_adapter(tmp_path / "a")
-    assert set(found.sites) == {
+    extracted = read_adapter(tmp_path / "a")
+    assert set(extracted.sites) == {
         "embedding": {"model.embed_tokens"}, "head": {"lm_head"}
     }.get(ends, {"model.embed_tokens", "lm_head"})  # fmt: skip
     merge(base, [tmp_path / "a"], tmp_path / "again", dtype="float32")
@@ -675,14 +675,14 @@ def test_one_file_of_a_folder_with_a_config_has_its_class_and_its_ties(tied):
 
 
 @pytest.mark.parametrize(
-    ("told", "found"),
+    ("told", "words"),
     [
         ({EMBEDDING: EMBEDDING}, f"the files hold '{EMBEDDING}'"),
         ({HEAD: "embed_tokens.weight"}, "the files lack 'embed_tokens.weight'"),
     ],
 )
-def test_a_tie_that_contradicts_the_files_is_refused(tied, told, found):
-    with pytest.raises(CheckpointError, match=found):
+def test_a_tie_that_contradicts_the_files_is_refused(tied, told, words):
+    with pytest.raises(CheckpointError, match=words):
         plan_merge(tied[0], [on_embedding()], MergeOptions(tie=told))
 
 
@@ -719,11 +719,11 @@ def test_the_difference_of_tied_models_is_on_every_layer_that_shares_the_tensor(
     table += 0.3 * torch.randn(len(table), 1) @ torch.randn(1, table.shape[1])
     model.save_pretrained(tmp_path / "tuned")
     wanted = model(torch.arange(20)[None]).logits
-    found = extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=1)
-    assert (len(found.tensors), found.n_sites) == (1, 2)
+    extracted = extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=1)
+    assert (len(extracted.tensors), extracted.n_sites) == (1, 2)
     merged = merged_on_disk(base, tmp_path / "adapter", tmp_path)
-    for found in (merged, li.load_adapter(base, tmp_path / "adapter")):
-        assert torch.allclose(found(torch.arange(20)[None]).logits, wanted, atol=1e-4)
+    for adapted in (merged, li.load_adapter(base, tmp_path / "adapter")):
+        assert torch.allclose(adapted(torch.arange(20)[None]).logits, wanted, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -749,6 +749,6 @@ def test_a_grown_tied_embedding_extracted_in_full_is_the_head_to_every_reader(tm
         each.resize_token_embeddings(36)
     read = peft.PeftModel.from_pretrained(grown[0], tmp_path / "adapter")
     loaded = li.load_adapter(grown[1], tmp_path / "adapter")
-    for found in (cls.from_pretrained(tmp_path / "out"), read, loaded):
+    for loaded_model in (cls.from_pretrained(tmp_path / "out"), read, loaded):
         with torch.no_grad():
-            assert torch.allclose(found(ids).logits, model(ids).logits, atol=1e-4)
+            assert torch.allclose(loaded_model(ids).logits, model(ids).logits, atol=1e-4)

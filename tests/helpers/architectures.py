@@ -42,8 +42,8 @@ class Architecture:
         """Return the outputs of such a model, also inside PEFT's."""
         named = isinstance(self.inputs, Mapping)
         with torch.no_grad():
-            found = model.eval()(**self.inputs) if named else model.eval()(*self.inputs)
-        return found.logits if named else found
+            output = model.eval()(**self.inputs) if named else model.eval()(*self.inputs)
+        return output.logits if named else output
 
 
 def of(family: str, head: str, inputs: Mapping[str, Tensor], **config: Any) -> Architecture:
