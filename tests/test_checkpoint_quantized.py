@@ -1,7 +1,6 @@
 """Merging on disk into quantized checkpoints, as plain floats or in their format again."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,11 @@ from helpers.checkpoints import (
     LLAMA,
     adapter,
     assert_equal_to_dense,
+    assert_merged,
+    assert_verified,
     dense,
     load_checkpoint,
+    merged,
     save_checkpoint,
     site,
 )
@@ -22,12 +24,10 @@ from torch import Tensor, nn
 
 import lora_inject as li
 from lora_inject.checkpoint import (
-    Checkpoint,
     MergeOptions,
     WeightedAdapter,
     merge_checkpoint,
     plan_merge,
-    verify_checkpoint,
 )
 from lora_inject.core.files import row_reader as reading
 from lora_inject.core.functional.weight import dense_delta
@@ -117,19 +117,11 @@ def test_files_of_bitsandbytes_are_quantized_again_as_the_live_model_is(
     row = report.tensors["0.weight"]
     assert row.dtype == ("int8" if form == "int8" else form[:3])
     assert row.kept == pytest.approx(kept(merged, W, exact), abs=1e-5)
-    assert verify_checkpoint(base, [state], tmp_path / "out", options=AGAIN).problems == ()
+    assert_verified(base, [state], tmp_path / "out", requantize=True)
     strict, little = MergeOptions(requantize=True, min_kept=0.9), WeightedAdapter(state, 1e-3)
     with pytest.raises(CheckpointError, match=r"rounding leaves less.*'0.weight'.*--dequantize"):
         merge_checkpoint(base, [little], tmp_path / "lost", options=strict)
     assert not (tmp_path / "lost").exists()
-
-
-def test_what_cannot_be_quantized_again_is_refused_before_anything_is_written(tmp_path) -> None:
-    with pytest.raises(CheckpointError, match="both dequantize and requantize"):
-        MergeOptions(requantize=True, dequantize="bfloat16")
-    plain = save_checkpoint(tmp_path / "plain", {"v.weight": torch.zeros(8, 8)})
-    with pytest.raises(CheckpointError, match=r"requantize .*none of its tensors is quantized"):
-        plan_merge(plain, [adapter(site("v", (8, 8)))], AGAIN)
 
 
 @quiet
@@ -143,18 +135,17 @@ def test_files_of_bitsandbytes_merge_as_the_live_model_does(form, tmp_path, monk
     with pytest.raises(CheckpointError, match=r"bitsandbytes.*--dequantize"):
         merge_checkpoint(base, [state], tmp_path / "out")
     for kind in ("bfloat16", "float32"):
-        out, options = tmp_path / kind, MergeOptions(dequantize=kind)
-        report = merge_checkpoint(base, [state], out, options=options)
+        out = tmp_path / kind
+        report = merge_checkpoint(base, [state], out, options=MergeOptions(dequantize=kind))
         actions = {name: row.action for name, row in report.tensors.items()}
         assert actions == {"0.weight": "folded", "2.weight": "dequantized"}
-        found = load_checkpoint(out)
-        wanted = dict(li.merged_weights(net, dequantize=kind))
-        assert found.keys() == wanted.keys(), "scales and tables are gone"
+        written, wanted = load_checkpoint(out), dict(li.merged_weights(net, dequantize=kind))
+        assert written.keys() == wanted.keys(), "scales and tables are gone"
         for name in ("0.weight", "2.weight"):
-            assert found[name].dtype == wanted[name].dtype
-            assert error(found[name], wanted[name].double()) < 1e-6, name
+            assert written[name].dtype == wanted[name].dtype
+            assert error(written[name], wanted[name].double()) < 1e-6, name
         assert "quantization_config" not in json.loads((out / "config.json").read_text())
-        assert verify_checkpoint(base, [state], out, options=options).problems == ()
+        assert_verified(base, [state], out, dequantize=kind)
     other = stored(bitsandbytes(form, dtype, seed=1), tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"made on another base.*'0.weight'"):
         merge_checkpoint(other, [state], tmp_path / "no", options=BF16)
@@ -183,40 +174,34 @@ def test_float8_base_is_dequantized_or_quantized_again_on_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int, block: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(reading, "BLOCK_ELEMENTS", 1000)  # scales must follow the rows
-    plain = {n: torch.randn(300, 200) if block[0] == 128 else torch.randn(20, 40) for n in "qv"}
-    tensors, wanted = {"norm.weight": torch.ones(8).bfloat16()}, {}
-    for n, w in plain.items():
-        q, s = quantized(w, block)
+    shape = (300, 200) if block[0] == 128 else (20, 40)
+    tensors, values = {"norm.weight": torch.ones(8).bfloat16()}, {}
+    for n in "qv":
+        q, s = quantized(torch.randn(shape), block)
         tensors |= {f"{n}.weight": q, f"{n}.weight_scale_inv": s}
-        wanted[f"{n}.weight"] = dequantized(q, s, block)
+        values[f"{n}.weight"] = dequantized(q, s, block)
     quantization = {"quant_method": "fp8", "weight_block_size": list(block)}
     config = {**LLAMA, "quantization_config": quantization}
     base = save_checkpoint(tmp_path / "base", tensors, shards, config)
-    before = wanted["q.weight"]
-    state = adapter(site("q", tuple(plain["q"].shape), size=0.1))
+    state, out, again = adapter(site("q", shape, size=0.1)), tmp_path / "out", tmp_path / "again"
     with pytest.raises(CheckpointError, match=r"fp8 with block scales.*--dequantize"):
         plan_merge(base, [state])
-    options = MergeOptions(dequantize="bfloat16")
-    merge_checkpoint(base, [state], tmp_path / "out", options=options)
-    exact = dense(wanted, (state, 1.0))["q.weight"]
-    wanted = {n: t.bfloat16() for n, t in dense(wanted, (state, 1.0)).items()}
-    wanted["norm.weight"] = tensors["norm.weight"]
-    found = load_checkpoint(tmp_path / "out")
-    assert_equal_to_dense(found, wanted, {"q.weight", "v.weight"})
-    assert torch.equal(found["v.weight"], wanted["v.weight"])
-    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    Checkpoint.open(tmp_path / "out")  # the index agrees with the files
-    assert verify_checkpoint(base, [state], tmp_path / "out", options=options).problems == ()
-    report = merge_checkpoint(base, [state], tmp_path / "again", options=AGAIN)
-    found = load_checkpoint(tmp_path / "again")
-    q, s = (found.pop(f"q.weight{end}") for end in ("", "_scale_inv"))
-    assert_same_files(base, tmp_path / "again", {"q.weight", "q.weight_scale_inv"})
-    due = dequantized(*quantized(exact, block), block)
-    assert error(dequantized(q, s, block), due.double()) < 1e-6
+    merge_checkpoint(base, [state], out, options=BF16)
+    exact = dense(values, (state, 1.0))
+    wanted = {n: t.bfloat16() for n, t in exact.items()} | {"norm.weight": tensors["norm.weight"]}
+    assert_equal_to_dense(load_checkpoint(out), wanted, {"q.weight"})
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert_verified(base, [state], out, dequantize="bfloat16")
+    report = merge_checkpoint(base, [state], again, options=AGAIN)
+    written = load_checkpoint(again)
+    assert_same_files(base, again, {"q.weight", "q.weight_scale_inv"})
+    result = dequantized(written["q.weight"], written["q.weight_scale_inv"], block)
+    due = dequantized(*quantized(exact["q.weight"], block), block)
+    assert error(result, due.double()) < 1e-6
     row = report.tensors["q.weight"]
     assert (row.action, row.dtype) == ("folded", "float8")
-    assert row.kept == pytest.approx(kept(dequantized(q, s, block), before, exact))
-    assert verify_checkpoint(base, [state], tmp_path / "again", options=AGAIN).problems == ()
+    assert row.kept == pytest.approx(kept(result, values["q.weight"], exact["q.weight"]))
+    assert_verified(base, [state], again, requantize=True)
 
 
 def test_scales_that_are_powers_of_two_stay_so(tmp_path: Path) -> None:
@@ -225,27 +210,18 @@ def test_scales_that_are_powers_of_two_stay_so(tmp_path: Path) -> None:
     s = s.log2().ceil().exp2()
     said = {"weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
     tensors = {"q.weight": q, "q.weight_scale_inv": s}
-    base = save_checkpoint(tmp_path / "base", tensors, 1, {"quantization_config": said})
     state = adapter(site("q", (256, 200), size=0.1))
-    merge_checkpoint(base, [state], tmp_path / "out", options=AGAIN)
-    found = load_checkpoint(tmp_path / "out")
-    scales = found["q.weight_scale_inv"]
+    config = {"quantization_config": said}
+    written = merged(tmp_path, tensors, state, config=config, requantize=True)
+    scales = written["q.weight_scale_inv"]
     assert torch.equal(scales.log2(), scales.log2().round())
     exact = dense({"q.weight": dequantized(q, s, (128, 128))}, (state, 1.0))["q.weight"]
-    assert error(dequantized(found["q.weight"], scales, (128, 128)), exact.double()) < 0.05
-
-
-def test_float8_without_scales_is_refused(tmp_path: Path) -> None:
-    tensors = {"q.weight": torch.zeros(8, 8).to(torch.float8_e4m3fn), "v.weight": torch.zeros(8, 8)}
-    base = save_checkpoint(tmp_path / "base", tensors)
-    with pytest.raises(CheckpointError, match="without block scales"):
-        plan_merge(base, [adapter(site("v", (8, 8)))], options=MergeOptions(dequantize="bfloat16"))
+    assert error(dequantized(written["q.weight"], scales, (128, 128)), exact.double()) < 0.05
 
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_mxfp4_experts_merge_as_transformers_dequantizes_them(tmp_path: Path, shards: int) -> None:
     mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
-    torch.manual_seed(0)
     E, n_in, n_out, name = 3, 64, 40, "model.layers.0.mlp.experts.gate_up_proj"
     tensors = {
         f"{name}_blocks": torch.randint(0, 256, (E, n_out, n_in // 32, 16), dtype=torch.uint8),
@@ -254,28 +230,20 @@ def test_mxfp4_experts_merge_as_transformers_dequantizes_them(tmp_path: Path, sh
     }
     W = mxfp4.convert_moe_packed_tensors(*list(tensors.values())[:2])
     config = {"quantization_config": {"quant_method": "mxfp4"}}
-    base = save_checkpoint(tmp_path / "base", tensors, shards, config)
-    state = adapter(site(name, (E, n_in, n_out), experts=E, transposed=True, size=0.1))
-    merge_checkpoint(base, [state], tmp_path / "out", options=BF16)
-    found = load_checkpoint(tmp_path / "out")
-    held = state.sites[name]
+    held = site(name, (E, n_in, n_out), experts=E, transposed=True, size=0.1)
+    options = {"shards": shards, "config": config, "dequantize": "bfloat16"}
+    written = merged(tmp_path, tensors, adapter(held), **options)
     wanted = W.double() + dense_delta(held.spec, held.A, held.B)
-    assert same_bits(found[name], wanted.float().bfloat16())
-    assert found.keys() == {name, "model.norm.weight"}
-    assert verify_checkpoint(base, [state], tmp_path / "out", options=BF16).problems == ()
+    assert same_bits(written[name], wanted.float().bfloat16())
+    assert written.keys() == {name, "model.norm.weight"}
+    assert_verified(tmp_path / "base", [adapter(held)], tmp_path / "out", dequantize="bfloat16")
     with pytest.raises(CheckpointError, match="quantizing to mxfp4 is not supported"):
-        plan_merge(base, [state], AGAIN)
-    if shards > 1:  # each is written where its blocks were, and not into one file for all
-        assert len(list((tmp_path / "out").glob("*.safetensors"))) == shards
+        plan_merge(tmp_path / "base", [adapter(held)], AGAIN)
+    # Each is written where its blocks were, and not into one file for all.
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == shards
 
 
-def damaged(change: Any) -> dict[str, torch.Tensor]:
-    tensors = {k: t.contiguous() for k, t in bitsandbytes("nf4").state_dict().items()}
-    change(tensors)
-    return tensors
-
-
-def _state(**changes: Any) -> Any:
+def with_settings(**changes: Any) -> Any:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         key = "0.weight.quant_state.bitsandbytes__nf4"
         said = json.loads(bytes(tensors[key].tolist())) | changes
@@ -285,12 +253,12 @@ def _state(**changes: Any) -> Any:
 
 
 DAMAGE = {
-    "blocksize 0": _state(blocksize=0),
-    "blocksize too small": _state(blocksize=32),
-    "shape too large": _state(shape=[1 << 40, 64]),
-    "shape negative": _state(shape=[-64, -64]),
-    "no offset": _state(nested_offset="x"),
-    "dtype": _state(dtype="int8"),
+    "blocksize 0": with_settings(blocksize=0),
+    "blocksize too small": with_settings(blocksize=32),
+    "shape too large": with_settings(shape=[1 << 40, 64]),
+    "shape negative": with_settings(shape=[-64, -64]),
+    "no offset": with_settings(nested_offset="x"),
+    "dtype": with_settings(dtype="int8"),
     "no absmax": lambda tensors: tensors.pop("0.weight.absmax"),
     "short absmax": lambda t: t.update({"0.weight.absmax": t["0.weight.absmax"][:3].clone()}),
 }
@@ -312,25 +280,30 @@ def test_the_command_dequantizes_or_quantizes_again(run, how, tmp_path) -> None:
 @quiet
 @pytest.mark.parametrize("how", DAMAGE)
 def test_parts_that_do_not_fit_each_other_are_refused(how: str, tmp_path: Path) -> None:
-    base = save_checkpoint(tmp_path / "base", damaged(DAMAGE[how]))
+    tensors = {name: t.contiguous() for name, t in bitsandbytes("nf4").state_dict().items()}
+    DAMAGE[how](tensors)
+    base = save_checkpoint(tmp_path / "base", tensors)
     with pytest.raises(CheckpointError, match=r"dequantize '0.weight': its (parts|settings)"):
         merge_checkpoint(base, [adapter(site("2", (32, N)))], tmp_path / "out", options=BF16)
 
 
-def test_what_nothing_here_knows_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    tensors = {"q.qweight": torch.zeros(8, 8, dtype=torch.int32), "v.weight": torch.zeros(8, 8)}
-    base = save_checkpoint(tmp_path / "base", tensors, 1, LLAMA)
-    scaled = {"q.weight": torch.zeros(8, 8, dtype=torch.int8), "q.weight_scale": torch.ones(8)}
-    other = save_checkpoint(tmp_path / "other", scaled | {"v.weight": torch.zeros(8, 8)})
-    with pytest.raises(CheckpointError, match=r"dequantize 'q.weight': .*int8 with scales"):
-        merge_checkpoint(other, [adapter(site("v", (8, 8)))], tmp_path / "out", options=BF16)
-    with pytest.raises(CheckpointError, match=r"'q.qweight'.*packed.*16-bit checkpoint"):
-        merge_checkpoint(base, [adapter(site("v", (8, 8)))], tmp_path / "out", options=BF16)
-    plain = save_checkpoint(tmp_path / "plain", {"v.weight": torch.zeros(8, 8)})
-    with pytest.raises(CheckpointError, match=r"none of its tensors is .*dtype='bfloat16'"):
-        merge_checkpoint(plain, [adapter(site("v", (8, 8)))], tmp_path / "out", options=BF16)
-    with pytest.raises(CheckpointError, match="write dequantize 'int8'"):
-        MergeOptions(dequantize="int8")
+INT8 = {"q.weight": torch.zeros(8, 8, dtype=torch.int8), "q.weight_scale": torch.ones(8)}
+UNKNOWN = [
+    ({"q.qweight": torch.zeros(8, 8).int()}, BF16, r"'q.qweight'.*packed.*16-bit checkpoint"),
+    (INT8, BF16, r"dequantize 'q.weight': .*int8 with scales"),
+    ({"q.weight": torch.zeros(8, 8).to(torch.float8_e4m3fn)}, BF16, "without block scales"),
+    ({}, BF16, r"none of its tensors is .*dtype='bfloat16'"),
+    ({}, AGAIN, r"requantize .*none of its tensors is quantized"),
+]
+
+
+@pytest.mark.parametrize(("tensors", "options", "words"), UNKNOWN)
+def test_what_nothing_here_knows_is_refused_with_the_way_out(
+    tmp_path, tensors, options, words
+) -> None:
+    base = save_checkpoint(tmp_path / "base", tensors | {"v.weight": torch.zeros(8, 8)}, 1, LLAMA)
+    with pytest.raises(CheckpointError, match=words):
+        plan_merge(base, [adapter(site("v", (8, 8)))], options)
 
 
 def in_words(codes: Tensor, bits: int, *, is_awq: bool = False) -> Tensor:
@@ -384,28 +357,26 @@ def test_gptq_and_awq_merge_into_plain_floats(form, shards, tmp_path, monkeypatc
     monkeypatch.setattr(reading, "BLOCK_ELEMENTS", 300)  # groups and words must follow the rows
     said = WORDS[form]
     tensors = grouped(said, "q", 96, 128) | grouped(said, "v", 64, 32) | {"q.bias": torch.ones(96)}
-    wanted = {n: tensors.pop(n) for n in ("q.weight", "v.weight")} | {"q.bias": torch.ones(96)}
+    wanted = {n: tensors.pop(n).float() for n in ("q.weight", "v.weight")}
     if form == "gptq":
         del tensors["v.g_idx"]
     base = save_checkpoint(tmp_path / "base", tensors, shards, {"quantization_config": said})
     (base / "quantize_config.json").write_text(json.dumps(said))
-    state, out = adapter(site("q", (96, 128), size=0.1)), tmp_path / "out"
+    state = adapter(site("q", (96, 128), size=0.1))
     with pytest.raises(CheckpointError, match=r"quantized: GPTQ or AWQ.*\(--dequantize"):
         plan_merge(base, [state])
     with pytest.raises(CheckpointError, match=f"quantizing to {said['quant_method']} is not"):
         plan_merge(base, [state], AGAIN)
     for dtype in (torch.bfloat16, torch.float32):
-        options = MergeOptions(dequantize=str(dtype).removeprefix("torch."))
-        merge_checkpoint(base, [state], out, options=options)
-        due = {n: t.float() for n, t in wanted.items()}
-        due = {n: t.to(dtype) for n, t in dense(due, (state, 1.0)).items()}
-        due["q.bias"] = wanted["q.bias"]
+        name = str(dtype).removeprefix("torch.")
+        out = tmp_path / name
+        merge_checkpoint(base, [state], out, options=MergeOptions(dequantize=name))
+        due = {n: t.to(dtype) for n, t in dense(wanted, (state, 1.0)).items()}
+        due["q.bias"] = tensors["q.bias"]
         assert_equal_to_dense(load_checkpoint(out), due, {"q.weight"})
-        side = {"config.json", "model.safetensors.index.json"}
-        assert {path.name for path in out.glob("*.json")} <= side
+        assert not (out / "quantize_config.json").exists()
         assert "quantization_config" not in json.loads((out / "config.json").read_text())
-        assert verify_checkpoint(base, [state], out, options=options).problems == ()
-        shutil.rmtree(out)
+        assert_verified(base, [state], out, dequantize=name)
 
 
 @quiet
@@ -466,18 +437,14 @@ def test_gptq_and_awq_of_other_layouts_are_refused_by_name(said, change, found, 
 
 @pytest.mark.parametrize("packed", ["qweight", "W_q"])
 def test_adapter_made_on_packed_layers_merges_into_the_plain_base(packed, tmp_path) -> None:
-    tensors = {"q.weight": torch.randn(32, 64)}
-    base, made = save_checkpoint(tmp_path / "base", tensors), site("q", (32, 64))
-    held = adapter(site("q", (32, 64), weight=f"q.{packed}"))
-    merge_checkpoint(base, [held], tmp_path / "out")
-    due = dense(tensors, (adapter(made), 1.0))
-    assert_equal_to_dense(load_checkpoint(tmp_path / "out"), due, {"q.weight"})
+    tensors, plain = {"q.weight": torch.randn(32, 64)}, adapter(site("q", (32, 64)))
+    on_packed = adapter(site("q", (32, 64), weight=f"q.{packed}"))
+    written = merged(tmp_path, tensors, on_packed)
+    assert_equal_to_dense(written, dense(tensors, (plain, 1.0)), {"q.weight"})
 
 
 def test_a_raw_parameter_keeps_its_name_though_packed_layers_have_such_names(tmp_path) -> None:
     tensors = {name: torch.randn(32, 64) for name in ("q.qweight", "q.weight")}
-    base = save_checkpoint(tmp_path / "base", tensors)
-    made = site("q.qweight", (32, 64), kind="parameter", weight="q.qweight")
-    merge_checkpoint(base, [adapter(made)], tmp_path / "out")
-    due = dense(tensors, (adapter(made), 1.0))
-    assert_equal_to_dense(load_checkpoint(tmp_path / "out"), due, {"q.qweight"})
+    raw = adapter(site("q.qweight", (32, 64), kind="parameter", weight="q.qweight"))
+    merged(tmp_path, tensors, raw)
+    assert_merged(tmp_path / "out", tensors, raw)

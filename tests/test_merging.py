@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -63,14 +64,32 @@ def test_the_report_says_what_rounding_left(dtype: torch.dtype, relative: float)
     assert (report.adapters, report.n_tensors) == ((("default", 1.0),), 1)
     assert report.min_kept == site.kept
     assert "layer.weight" in str(report)
-    if relative == 1e-3 and dtype == torch.bfloat16:  # the reason for the report
-        assert 0.3 < report.min_kept < 0.98
-        assert site.error > 0.5
 
 
-def test_of_a_wide_weight_nothing_is_lost_or_counted() -> None:
+def test_in_float32_and_float64_nothing_is_lost() -> None:
     assert li.merge(delta_of(1e-3, torch.float32)[0]).counted == ()
     assert li.merge(delta_of(1e-3, torch.float64)[0]).min_kept == 1.0
+
+
+def test_what_has_no_effect_is_named_in_the_report() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).bfloat16()
+    li.inject(model, {"rank": 2, "alpha": 2, "targets": [r"\d"]})
+    before = snapshot(model)
+    report = li.merge(model, min_kept=1.0)
+    assert "every delta at 2 of 2 tensors, such as '0.weight' is 0" in str(report)
+    assert report.tensors["0.weight"].error == 0.0
+    assert snapshot(li.unmerge(model)) == before
+    parameters = li.adapter_parameters(model)
+    with torch.no_grad():
+        parameters["0.lora_B"].fill_(1.0)
+    assert "the delta at 1 of 2 tensors, such as '1.weight' is 0" in str(li.merge(model))
+    li.unmerge(model)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.fill_(1e-8)
+    report = li.merge(model)
+    assert report.inert == ("0.weight", "1.weight")
+    assert "0.0000 of every delta at 2 of 2 tensors, such as '0.weight'" in str(report)
 
 
 @pytest.mark.parametrize("undo", [True, False])
@@ -84,15 +103,6 @@ def test_min_kept_is_checked_before_any_change(undo: bool) -> None:
     assert snapshot(model) == before
     assert li.summary(model) == listed
     assert li.merge(model, undo=undo, min_kept=0.2).min_kept > 0.2
-
-
-def test_what_is_not_touched_keeps_everything() -> None:
-    model = Host(nn.Linear(5, 6)).bfloat16()
-    li.inject(model, {"rank": 1, "targets": ["layer"]})  # B = 0
-    W = model.layer.weight.detach().clone()
-    report = li.merge(model, min_kept=1.0)
-    assert (report.min_kept, report.tensors["layer.weight"].error) == (1.0, 0.0)
-    assert same_bits(model.layer.weight, W)
 
 
 # ----------------------------------------------------------------------------------- what it writes
@@ -180,14 +190,12 @@ def test_a_site_and_a_trained_copy_of_one_tensor_mix() -> None:
 
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
 def test_trained_copies_are_rounded_and_reported(dtype: torch.dtype) -> None:
-    model = Host(nn.Linear(5, 6)).to(dtype)
-    li.inject(model, {"train": ["layer"]})
-    copies = li.adapter_parameters(model)
-    W = model.layer._parameters["weight"].detach().double()  # type: ignore[union-attr]
+    model = li.inject(Host(nn.Linear(5, 6)).to(dtype), {"train": ["layer"]})
+    W = dict(model.named_parameters())["layer.weight"].detach().double()
     with torch.no_grad():
-        for parameter in copies.values():
-            parameter.add_(torch.randn_like(parameter), alpha=1e-3)
-    T = copies["layer.weight"].detach()
+        for copied in li.adapter_parameters(model).values():
+            copied.add_(torch.randn_like(copied), alpha=1e-3)
+    T = li.adapter_parameters(model)["layer.weight"].detach()
     report = li.merge(model)
     assert same_bits(model.layer.weight, T.to(dtype))
     D, moved = T.double() - W, T.to(dtype).double() - W
@@ -246,16 +254,14 @@ def test_unmerge_refuses_what_was_replaced_before_any_change(words: str) -> None
     assert snapshot(model) == before
 
 
-def _edited(model: nn.Module, key: str) -> None:
+def _edited(weight: Tensor) -> None:
     """Without a count of versions, as `.data` and fused optimizers write."""
-    weight = model.get_submodule(key.rpartition(".")[0])._parameters[key.rpartition(".")[2]]
-    weight.data.view(-1)[-1:] += 1  # type: ignore[union-attr]
+    weight.data.view(-1)[-1:] += 1
 
 
-def _permuted(model: nn.Module, key: str) -> None:
+def _permuted(weight: Tensor) -> None:
     """The same values in other places."""
-    weight = model.get_submodule(key.rpartition(".")[0])._parameters[key.rpartition(".")[2]]
-    weight.data.copy_(weight.data.flip(0))  # type: ignore[union-attr]
+    weight.data.copy_(weight.data.flip(0))
 
 
 @pytest.mark.parametrize("edit", [_edited, _permuted])
@@ -263,26 +269,19 @@ def _permuted(model: nn.Module, key: str) -> None:
 @pytest.mark.parametrize("key", ["embed.weight", "head.weight", "fc.bias", "fc.weight"])
 def test_unmerge_does_not_drop_a_change_of_a_merged_weight_without_a_word(key, dtype, edit) -> None:
     """Whether it was folded into, untied first, or replaced by a trained copy."""
-    model = Tied().to(dtype)
-    model.fc = nn.Linear(5, 7).to(dtype)
+    model = Tied()
+    model.fc = nn.Linear(5, 7)
     config = {**RANK2, "targets": ["head", "embed", "fc"], "bias": "adapted"}
-    fill(li.inject(model, config))
+    fill(li.inject(model.to(dtype), config))
     unmerged = snapshot(model)
     li.merge(model)
-    edit(model, key)
+    edit(dict(model.named_parameters(remove_duplicate=False))[key])
     before = snapshot(model)
     with pytest.raises(li.StateError, match=rf"unmerge of '{key}': its values were changed.*eject"):
         li.unmerge(model)
     assert snapshot(model) == before
     li.unmerge(model, discard=True)
     assert snapshot(model) == unmerged
-
-
-@pytest.mark.parametrize("share", [math.nan, -0.1, 1.5])
-def test_a_min_kept_that_is_not_a_share_is_refused(share: float) -> None:
-    model = injected(KINDS["linear"])
-    with pytest.raises(li.LayerError, match="Give a number from 0 to 1"):
-        li.merge(model, min_kept=share)
 
 
 @pytest.mark.parametrize("at_once", [True, False])
@@ -309,18 +308,17 @@ def test_ejecting_a_merged_model_leaves_the_merged_plain_model(at_once: bool) ->
 
 def test_a_weight_that_other_processes_share_is_not_merged_into() -> None:
     """They would add their adapters to it; `mp.spawn(run, (model,))` shares it as well."""
-    model: nn.Module = nn.Sequential(nn.Linear(5, 5))
-    fill(li.inject(model, {**RANK2, "targets": ["0"]}))
+    model = injected(KINDS["linear"])
     x = torch.ones(1, 5)
-    wanted, own = model(x), copy.deepcopy(model)
+    wanted = model(x)
     model.share_memory()
     before = snapshot(model)
     with pytest.raises(li.LayerError, match=r"that other processes share.*copy\.deepcopy"):
         li.merge(model)
     assert snapshot(model) == before
-    for merged in (own, copy.deepcopy(model)):
-        li.merge(merged)
-        torch.testing.assert_close(merged(x), wanted)
+    own = copy.deepcopy(model)
+    li.merge(own)
+    torch.testing.assert_close(own(x), wanted)
 
 
 class Inner(nn.Sequential):
@@ -379,13 +377,12 @@ def test_unmerge_follows_a_change_of_strides() -> None:
         li.merge(model)
 
 
-def test_without_undo_nothing_is_kept_and_the_errors_name_the_way_back() -> None:
+def test_without_undo_the_errors_name_the_way_back() -> None:
     model = injected(KINDS["linear"])
     x = torch.randn(2, 5)
     wanted, base = model(x), copy.deepcopy(li.eject(copy.deepcopy(model)).state_dict())
     adapter = copy.deepcopy(li.adapter_state(model))
     li.merge(model, undo=False)
-    assert model.__dict__["_lora_root"].undo.undos is None
     before = snapshot(model)
     with pytest.raises(li.StateError, match=r"undo=False\)\. Eject the adapters, load the base"):
         li.unmerge(model)
@@ -397,66 +394,37 @@ def test_without_undo_nothing_is_kept_and_the_errors_name_the_way_back() -> None
     assert same_bits(li.install(model, adapter)(x), wanted)
 
 
-def test_with_undo_the_merged_weights_are_kept_once() -> None:
-    model = Host(nn.Linear(50, 60))
-    fill(li.inject(model, {**RANK2, "targets": ["layer"], "bias": "adapted"}))
-    li.merge(model)
-    kept = [t.original for t in model.__dict__["_lora_root"].undo.undos]
-    assert sum(t.numel() for t in kept if t is not None) == 50 * 60 + 60
-
-
-def test_merging_keeps_requires_grad_of_the_base_and_gradients() -> None:
-    model = injected(KINDS["linear"])
-    model.before.bias.requires_grad_(True)  # the user's own choice, after inject
-    li.merge(model)
-    li.unmerge(model)
-    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
-        "before.bias",
-        "layer.lora_A__default",
-        "layer.lora_B__default",
-    ]
-
-
 # ---------------------------------------------------------------------------------- what is refused
 
 
-def _not_active(model: Host) -> Any:
-    li.activate(model, None)
-    return li.merge(model)
+class Code(nn.Parameter):
+    """A quantized weight of a class that nobody knows."""
 
 
-def _meta(model: Host) -> Any:
-    return li.merge(model.to("meta"))
+def with_weight(weight: Tensor, cls: Any = nn.Parameter) -> Callable[[Host], Any]:
+    """Merging where the layer has got another weight since inject."""
+
+    def run(model: Host) -> Any:
+        model.layer._parameters["weight"] = cls(weight, requires_grad=False)
+        return li.merge(model)
+
+    return run
 
 
-def _integer(model: Host) -> Any:
-    model.layer._parameters["weight"] = nn.Parameter(
-        torch.ones(6, 5, dtype=torch.int8), requires_grad=False
-    )
-    return li.merge(model)
-
-
-def _strided(model: Host) -> Any:
-    model.layer._parameters["weight"] = nn.Parameter(torch.randn(5, 6).t(), requires_grad=False)
-    return li.merge(model)
-
-
-def _subclass(model: Host) -> Any:
-    class Packed(nn.Parameter):
-        pass
-
-    model.layer._parameters["weight"] = Packed(torch.randn(6, 5), requires_grad=False)
-    return li.merge(model)
-
-
-REFUSED = {
-    "no adapter is active": (_not_active, li.StateError),
-    "the weight is on the meta device": (_meta, li.LayerError),
-    r"the weight is quantized \(Parameter, torch.int8\)": (_integer, li.LayerError),
-    "the weight is not contiguous": (_strided, li.LayerError),
-    r"the weight is quantized \(Packed": (_subclass, li.LayerError),
+REFUSED: dict[str, tuple[Callable[[Host], Any], type[Exception]]] = {
+    "no adapter is active": (lambda m: li.merge(li.activate(m, None)), li.StateError),
+    "the weight is on the meta device": (lambda m: li.merge(m.to("meta")), li.LayerError),
+    r"the weight is quantized \(Parameter, torch.int8\)": (
+        with_weight(torch.ones(6, 5, dtype=torch.int8)), li.LayerError,
+    ),
+    "the weight is not contiguous": (
+        with_weight(torch.randn(5, 6).t()), li.LayerError,
+    ),
+    r"the weight is quantized \(Code": (with_weight(torch.randn(6, 5), Code), li.LayerError),
     "its weight is nan": (lambda m: li.merge(m, name={"default": math.nan}), li.StateError),
-}
+    "nan.*Give a number from 0 to 1": (lambda m: li.merge(m, min_kept=math.nan), li.LayerError),
+    "1.5.*Give a number from 0 to 1": (lambda m: li.merge(m, min_kept=1.5), li.LayerError),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("words", REFUSED)
@@ -491,8 +459,7 @@ def test_a_merge_that_fails_within_a_tensor_puts_its_rows_back(dtype, monkeypatc
     monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 8)
     model = nn.Sequential(nn.Linear(4, 40), nn.Linear(40, 64)).to(dtype)
     fill(li.inject(model, {**RANK2, "targets": ["0", "1"]}))
-    before = snapshot(model)
-    adding = fold.Delta.add_
+    before, adding = snapshot(model), fold.Delta.add_
 
     def fails(delta: Any, rows: Tensor, start: int) -> Any:
         if start >= 4 and rows.shape[1] == 40:
@@ -505,43 +472,18 @@ def test_a_merge_that_fails_within_a_tensor_puts_its_rows_back(dtype, monkeypatc
             li.merge(model)
     assert snapshot(model) == before
     li.merge(model)
-    assert snapshot(model) != before
-    li.unmerge(model)
-    assert snapshot(model) == before
+    assert snapshot(li.unmerge(model)) == before
 
 
+@pytest.mark.parametrize("block_elements", [4, 1000])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("n_blocks", ["one", "many"])
-def test_zeros_outside_the_delta_keep_their_sign(dtype, n_blocks, monkeypatch) -> None:
-    if n_blocks == "many":
-        monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 4)
+def test_zeros_outside_the_delta_keep_their_sign(dtype, block_elements, monkeypatch) -> None:
+    monkeypatch.setattr(fold, "BLOCK_ELEMENTS", block_elements)
     model = nn.Sequential(nn.Linear(4, 6, bias=False)).to(dtype)
     with torch.no_grad():
         model[0].weight.fill_(-0.0)
-    slices = {"q": 2, "k": 2, "v": 2}
-    rule = {"match": "0", "slices": slices, "adapt": ["q", "v"]}
+    rule = {"match": "0", "slices": {"q": 2, "k": 2, "v": 2}, "adapt": ["q", "v"]}
     fill(li.inject(model, {**RANK2, "targets": [rule]}))
     li.merge(model)
     k = model[0].weight.detach()[2:4]
     assert same_bits(k, torch.full_like(k, -0.0))
-
-
-def test_a_delta_of_zero_is_named_in_the_report() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).bfloat16()
-    li.inject(model, {"rank": 2, "targets": [r"\d"]})
-    assert "every delta at 2 of 2 tensors, such as '0.weight' is 0" in str(li.merge(model))
-    li.unmerge(model)
-    with torch.no_grad():
-        li.adapter_parameters(model)["0.lora_B"].fill_(1.0)
-    assert "the delta at 1 of 2 tensors, such as '1.weight' is 0" in str(li.merge(model))
-
-
-def test_a_delta_that_rounding_swallows_is_named_in_the_report() -> None:
-    model = nn.Sequential(nn.Linear(8, 8)).bfloat16()
-    li.inject(model, {"rank": 2, "alpha": 2, "targets": ["0"]})
-    with torch.no_grad():
-        for parameter in li.adapter_parameters(model).values():
-            parameter.fill_(1e-8)
-    report = li.merge(model)
-    assert report.inert == ("0.weight",)
-    assert "0.0000 of every delta at 1 of 1 tensors, such as '0.weight'" in str(report)

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from conftest import error, fill, same_bits
 from helpers.checkpoints import merged_on_disk
 from helpers.experts import (
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 import lora_inject as li
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.survey import Survey
+from lora_inject.trials.advise import advised, remarks
 
 ALL = MOE | MORE
 ROUTED = {"match": "all-experts"}
@@ -37,15 +40,27 @@ def stacks(model: nn.Module) -> dict[str, nn.Parameter]:
 # ------------------------------------------------------------------- the table of architectures
 
 
+@pytest.mark.filterwarnings("ignore")  # of PEFT's
 @pytest.mark.parametrize("family", ALL)
-def test_all_experts_are_the_stacks_of_every_architecture(family: str) -> None:
-    model, layout = experts(family)
-    plan = li.plan(model, config("all-experts"))
-    assert {site.name for site in plan.sites} == {*stacks(model)}
+def test_experts_of_every_architecture(family: str, tmp_path: Path) -> None:
+    """Planned, exchanged with PEFT both ways, merged on disk."""
+    plain, layout = experts(family)
+    plan = li.plan(plain, config("all-experts"))
+    assert {site.name for site in plan.sites} == {*stacks(plain)}
     assert all(site.transposed == (layout == "in_out") for site in plan.sites)
-    assert plan.n_lora == sum(RANK * len(p) * sum(p.shape[1:]) for p in stacks(model).values())
-    routers = next(note for note in plan.notes if "experts, " in note)
-    assert "router not adapted" in routers
+    assert plan.n_lora == sum(RANK * len(p) * sum(p.shape[1:]) for p in stacks(plain).values())
+    assert "router not adapted" in next(note for note in plan.notes if "experts, " in note)
+
+    model = adapted(plain, "all-experts")
+    li.save_adapter(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours")
+    assert error(logits(theirs), logits(model)) < 1e-5
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = li.load_adapter(copy.deepcopy(plain), tmp_path / "theirs")
+    assert error(logits(again), logits(model)) < 1e-5
+    merged = merged_on_disk(plain, tmp_path / "ours", tmp_path)
+    for name, p in stacks(with_expert_deltas(plain, model, layout)).items():
+        assert error(merged.get_parameter(name), p) < 1e-6, name
 
 
 @pytest.mark.parametrize("family", MORE)
@@ -53,33 +68,7 @@ def test_experts_train_and_merge_as_the_dense_model(family: str) -> None:
     check_like_dense(family, lambda layout: "all-experts")
 
 
-@pytest.mark.parametrize("family", ALL)
-def test_experts_are_merged_on_disk(family: str, tmp_path: Path) -> None:
-    plain, layout = experts(family)
-    model = fill(li.inject(copy.deepcopy(plain), config("all-experts")))
-    li.save_adapter(model, tmp_path / "adapter")
-    merged = merged_on_disk(plain, tmp_path / "adapter", tmp_path)
-    for name, p in stacks(with_expert_deltas(plain, model, layout)).items():
-        assert error(merged.get_parameter(name), p) < 1e-6, name
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ALL)
-def test_experts_are_exchanged_with_peft_both_ways(family: str, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    plain, _ = experts(family)
-    model = fill(li.inject(copy.deepcopy(plain), config("all-experts")))
-    li.save_adapter(model, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours")
-    assert error(logits(theirs), logits(model)) < 1e-5
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = li.load_adapter(copy.deepcopy(plain), tmp_path / "theirs")
-    assert error(logits(again), logits(model)) < 1e-5
-
-
 def dbrx() -> Any:
-    import transformers
-
     torch.manual_seed(0)
     inner = {"ffn_hidden_size": 6, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 8}
     sizes = {"d_model": 8, "n_heads": 2, "n_layers": 1, "vocab_size": 13, "max_seq_len": 16}
@@ -98,11 +87,12 @@ def test_experts_that_lie_in_one_matrix_are_adapted_as_that_matrix() -> None:
     """DBRX: A is (rank, in) for all experts, B has the rows of each."""
     plain = dbrx().double()
     plan = li.plan(plain, config("all-experts"))
-    assert {site.name for site in plan.sites} == JOINED
+    stem = "transformer.blocks.0.ffn.experts.mlp"
+    assert {site.name for site in plan.sites} == {f"{stem}.{name}" for name in ("w1", "v1", "w2")}
     assert plan.n_lora == 3 * RANK * (4 * 6 + 8)
     notes = " ".join(plan.notes)
     assert "1 block of 4 experts, 2 of them for each token; router not adapted" in notes
-    assert "the experts of a matrix have one A: 'transformer.blocks.0.ffn.experts.mlp.w1'" in notes
+    assert f"the experts of a matrix have one A: '{stem}.w1'" in notes
     halved = li.plan(plain, config({"match": "all-experts", "rank": {"active": 8}}))
     assert {site.rank for site in halved.sites} == {4}
     hold(plain, adapted(plain, "all-experts"), logits)
@@ -112,19 +102,16 @@ def test_experts_that_lie_in_one_matrix_are_adapted_as_that_matrix() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_experts_that_lie_in_one_matrix_travel_and_are_merged_on_disk(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
     plain = dbrx()
     model = adapted(plain, "all-experts")
     wanted = logits(dense(plain, model))
     li.save_adapter(model, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours")
-    with pytest.raises(AttributeError, match="no attribute 'v1'"):
-        logits(theirs)  # its wrapper of `mlp` stands between the block and what that reads
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(tmp_path / "theirs")  # but its own forward raises
     again = li.load_adapter(copy.deepcopy(plain), tmp_path / "theirs")
-    assert error(logits(again), wanted) < 1e-5
     merged = merged_on_disk(plain, tmp_path / "ours", tmp_path)
-    assert error(logits(merged), wanted) < 1e-5
+    for reader in (again, merged):
+        assert error(logits(reader), wanted) < 1e-5
 
 
 # ------------------------------------------------------------------------------- what is an expert
@@ -165,20 +152,16 @@ class Stacked(nn.Module):
         super().__init__()
         self.gate = nn.Linear(4, 3)
         self.w = nn.Parameter(torch.randn(3, 4, 4))
-        self.k = top_k
-        if top_k is not None:
-            self.num_experts_per_tok = top_k
+        self.num_experts_per_tok = top_k
 
 
 LISTED = {f"0.blocks.{n}.{part}" for n in range(3) for part in ("up", "down")}
 
 
 def test_experts_in_a_list_are_known_by_the_router_beside_them() -> None:
-    model = nn.Sequential(Routed())
-    plan = li.plan(model, {"targets": ["all-experts"]})
+    plan = li.plan(nn.Sequential(Routed()), {"targets": ["all-experts"]})
     assert {site.name for site in plan.sites} == LISTED
-    (note,) = plan.notes[:1]
-    assert note == (
+    assert plan.notes[0] == (
         "1 block of 3 experts, 2 of them for each token; router not adapted: '0.gate'; "
         "shared not adapted: '0.always.up', '0.always.down'"
     )
@@ -189,42 +172,42 @@ def test_all_linear_leaves_experts_in_a_list_to_all_experts() -> None:
     alone = li.plan(model, {"targets": ["all-linear"]})
     assert {site.name for site in alone.sites} > LISTED
     both = {"rank": 3, "targets": ["all-linear", {"match": "all-experts", "rank": {"active": 2}}]}
-    plan = li.plan(model, both)
-    assert {site.name: site.rank for site in plan.sites if site.rule == 1} == dict.fromkeys(
-        LISTED, 1
-    )
-    assert {site.name for site in plan.sites if site.rule == 0} == {
-        "0.gate",
-        "0.always.up",
-        "0.always.down",
-    }
+    rules = {site.name: (site.rule, site.rank) for site in li.plan(model, both).sites}
+    others = ("0.gate", "0.always.up", "0.always.down")
+    assert rules == dict.fromkeys(LISTED, (1, 1)) | dict.fromkeys(others, (0, 3))
     wanted = model(x)
     assert same_bits(li.inject(model, both)(x), wanted)
 
 
-@pytest.mark.parametrize(
-    "block",
-    [
-        Routed(top_k=None),
-        Routed(outputs=5),
-        Routed(top_k=True),
-        nn.ModuleList(Expert() for _ in range(3)),
-    ],
-    ids=["no top_k", "no router", "no number", "a list of layers"],
-)
-def test_a_list_without_a_router_that_chooses_is_no_experts(block: nn.Module) -> None:
-    model = nn.Sequential(block)
-    config = {"targets": ["all-experts"]}
-    refused(
-        model, lambda: li.inject(model, config), li.MatchError, "no experts that a router chooses"
-    )
-
-
-def test_layers_of_other_shapes_are_no_experts() -> None:
+def of_another_shape() -> nn.Module:
     block = Routed()
     block.blocks[1] = Expert(7)
-    with pytest.raises(li.MatchError, match="no experts that a router chooses"):
-        li.plan(nn.Sequential(block), {"targets": ["all-experts"]})
+    return block
+
+
+def with_a_head() -> nn.Module:
+    """As many outputs as layers, and a config that says top_k for the whole model."""
+    model: Any = nn.Module()
+    model.config = type("Config", (), {"num_experts_per_tok": 2})()
+    model.layers, model.score = nn.ModuleList(Expert() for _ in range(3)), nn.Linear(4, 3)
+    return model
+
+
+NO_EXPERTS = {
+    "no top_k": Routed(top_k=None),
+    "no router": Routed(outputs=5),
+    "no number": Routed(top_k=True),
+    "a list of layers": nn.ModuleList(Expert() for _ in range(3)),
+    "other shapes": of_another_shape(),
+    "a head is no router": with_a_head(),
+}
+
+
+@pytest.mark.parametrize("block", NO_EXPERTS)
+def test_a_list_without_a_router_that_chooses_is_no_experts(block: str) -> None:
+    model = nn.Sequential(NO_EXPERTS[block])
+    inject = lambda: li.inject(model, {"targets": ["all-experts"]})  # noqa: E731
+    refused(model, inject, li.MatchError, "no experts that a router chooses")
 
 
 def test_a_stack_of_an_unknown_class_is_experts_beside_a_router_and_asks_for_its_layout() -> None:
@@ -233,58 +216,30 @@ def test_a_stack_of_an_unknown_class_is_experts_beside_a_router_and_asks_for_its
         li.plan(model, {"targets": ["all-experts"]})
     plan = li.plan(model, {"targets": [{"match": "all-experts", "layout": "out_in"}]})
     assert [site.name for site in plan.sites] == ["0.w"]
-    with pytest.raises(
-        li.MatchError, match=r"no experts .*it has '0.w'.*Name the stack by a pattern"
-    ):
+    words = r"no experts .*it has '0.w'.*Name the stack by a pattern"
+    with pytest.raises(li.MatchError, match=words):
         li.plan(nn.Sequential(Stacked(None)), {"targets": ["all-experts"]})
-
-
-def test_a_head_with_as_many_outputs_as_layers_is_no_router() -> None:
-    """The config of a mixture says top_k for the whole model; a list of layers is no experts."""
-    model: Any = nn.Module()
-    model.config = type("Config", (), {"num_experts_per_tok": 2})()
-    model.layers, model.score = nn.ModuleList(Expert() for _ in range(3)), nn.Linear(4, 3)
-    with pytest.raises(li.MatchError, match="no experts"):
-        li.plan(model, {"targets": ["all-experts"]})
-
-
-def test_a_list_of_keys_does_not_say_what_an_expert_is() -> None:
-    from lora_inject.core.spec.config import Config
-    from lora_inject.core.spec.key_lists import inventory_of
-    from lora_inject.core.spec.matching import resolve
-
-    keys = inventory_of({"experts.up": (3, 4, 4), "gate.weight": (3, 4)})
-    with pytest.raises(li.MatchError, match="does not say which kind"):
-        resolve(Config.from_dict({"targets": ["all-experts"]}), keys)
 
 
 # ------------------------------------------------------------------ rank for the active experts
 
 
-def test_the_rank_of_active_experts_is_divided_by_the_model_s_own_number() -> None:
-    for family, rank in (("qwen3_moe", 16), ("llama4", 32)):
-        model, _ = experts(family)
-        config = {"alpha": 32, "targets": [{"match": "all-experts", "rank": {"active": 32}}]}
-        plan = li.plan(model, config)
-        assert {(site.rank, site.alpha, site.scale) for site in plan.sites} == {
-            (rank, 32, 32 / rank)
-        }
-        count = {
-            "sites": 2,
-            "lora": rank * sum(len(p) * sum(p.shape[1:]) for p in stacks(model).values()),
-        }
-        assert plan.n_lora == count["lora"]
-        li.inject(model, config | {"expect": count})
-        assert f"rank {rank} (32 over a token's experts), scale 32/{rank}" in str(plan)
-        assert li.Config.from_text(plan.config.to_yaml()) == plan.config
+@pytest.mark.parametrize(("family", "rank"), [("qwen3_moe", 16), ("llama4", 32)])
+def test_the_rank_of_active_experts_is_divided_by_the_models_own_number(family, rank) -> None:
+    model, _ = experts(family)
+    config = {"alpha": 32, "targets": [ROUTED | {"rank": {"active": 32}}]}
+    plan = li.plan(model, config)
+    assert {(site.rank, site.scale) for site in plan.sites} == {(rank, 32 / rank)}
+    n_lora = rank * sum(len(p) * sum(p.shape[1:]) for p in stacks(model).values())
+    li.inject(model, config | {"expect": {"sites": 2, "lora": n_lora}})
+    assert f"rank {rank} (32 over a token's experts), scale 32/{rank}" in str(plan)
+    assert li.Config.from_text(plan.config.to_yaml()) == plan.config
 
 
-def test_the_rank_is_the_whole_part() -> None:
-    model, _ = experts("mixtral")
-    (rank,) = {
-        s.rank for s in li.plan(model, {"targets": [ROUTED | {"rank": {"active": 5}}]}).sites
-    }
-    assert rank == 2
+def test_each_block_divides_the_rank_by_its_own_number_and_takes_the_whole_part() -> None:
+    model = nn.Sequential(Routed(2), Routed(3))
+    plan = li.plan(model, {"targets": [ROUTED | {"rank": {"active": 9}}]})
+    assert {(site.name[0], site.rank) for site in plan.sites} == {("0", 4), ("1", 3)}
 
 
 @pytest.mark.parametrize(
@@ -315,30 +270,19 @@ def test_a_rank_is_a_number_or_the_rank_of_active_experts(rank: Any, words: str)
 # ------------------------------------------------------------------------ what is left out is said
 
 
+@pytest.mark.parametrize("targets", [["all-linear"], ["all-linear", "all-experts"], ["q_proj"]])
 def test_a_plan_a_summary_and_a_card_say_that_all_linear_leaves_the_experts_out(
-    tmp_path: Path,
+    targets: list[str], tmp_path: Path
 ) -> None:
-    said = "ll-linear leaves out the experts 'model.layers.0.mlp.experts.gate_up_proj', "
     model, _ = experts("qwen3_moe")
-    config = {"targets": ["all-linear"]}
-    assert any(said in note for note in li.plan(model, config).notes)
-    fill(li.inject(model, config))
+    plan = li.plan(model, {"targets": targets})
+    fill(li.inject(model, {"targets": targets}))
     logits(model)
-    assert f"default: a{said}" in li.summary(model)
     li.save_adapter(model, tmp_path / "adapter")
-    assert f"\nA{said}" in (tmp_path / "adapter" / "README.md").read_text()
-
-
-def test_nothing_is_said_of_experts_where_all_are_adapted_or_a_pattern_chose(
-    tmp_path: Path,
-) -> None:
-    for targets in (["all-linear", "all-experts"], ["q_proj"]):
-        model, _ = experts("qwen3_moe")
-        fill(li.inject(model, {"targets": targets}))
-        logits(model)
-        li.save_adapter(model, tmp_path / targets[0])
-        texts = [li.summary(model), (tmp_path / targets[0] / "README.md").read_text()]
-        assert not any("leaves out the experts" in text for text in texts)
+    said = "ll-linear leaves out the experts 'model.layers.0.mlp.experts.gate_up_proj', "
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    for text in (" ".join(plan.notes), li.summary(model), card):
+        assert (said in text) is (targets == ["all-linear"])
 
 
 def test_experts_that_a_rule_excludes_are_named() -> None:
@@ -351,8 +295,6 @@ def test_experts_that_a_rule_excludes_are_named() -> None:
 
 
 def moe(**sizes: Any) -> nn.Module:
-    import transformers
-
     wanted = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
     wanted |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 8, "head_dim": 16}
     wanted |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -364,20 +306,15 @@ def test_advice_takes_experts_at_the_rank_that_the_active_ones_share() -> None:
     model = moe()
     config = li.advise(model, 30_000)
     plan = li.plan(model, config)
-    experts = {site.rank for site in plan.sites if site.experts}
-    assert experts == {config.rank // 2}
-    assert config.to_dict()["targets"] == [
-        "all-linear",
-        {"match": "all-experts", "rank": {"active": config.rank}},
-    ]
+    assert {site.rank for site in plan.sites if site.experts} == {config.rank // 2}
+    shared = ROUTED | {"rank": {"active": config.rank}}
+    assert config.to_dict()["targets"] == ["all-linear", shared]
     larger = config.to_dict() | {"rank": config.rank + 1, "expect": {"sites": plan.n_sites}}
     larger["targets"][1]["rank"]["active"] = config.rank + 1
     assert plan.n_lora <= 30_000 < li.plan(model, larger).n_lora
 
 
 def test_advice_leaves_experts_out_where_not_even_rank_1_fits_and_says_so() -> None:
-    from lora_inject.trials.advise import advised, remarks
-
     names = inventory(Survey(moe()))
     config = advised(names, 3_000)
     assert [rule.match for rule in config.targets] == ["all-linear"]
@@ -390,39 +327,28 @@ def test_advice_leaves_experts_out_where_not_even_rank_1_fits_and_says_so() -> N
     assert "ten times that of full fine-tuning" in said
 
 
-def test_the_command_prints_what_is_known_beside_a_config_that_loads(tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
-    from lora_inject.cli.program import app
-
+def test_the_command_prints_what_is_known_beside_a_config_that_loads(run, tmp_path: Path) -> None:
     moe().config.save_pretrained(tmp_path)  # type: ignore[operator, union-attr]
-    given = ["advise", str(tmp_path), "--budget", "70k", "--for", "rl"]
-    out = CliRunner().invoke(app, given).stdout
+    out = run("advise", tmp_path, "--budget", "70k", "--for", "rl").out
     config = li.Config.from_text(out)
     assert (config.alpha, config.rank) == (32, 32)
     assert "6.9e-04 to 1.3e-02 by its formula for a" in " ".join(out.replace("#", " ").split())
     assert "Large ones cost LoRA more" in out
-    wrong = CliRunner().invoke(app, [*given[:-1], "sleep"])
-    assert wrong.exit_code == 2
-    assert "'sleep' is not known. Known are sft, rl, classify" in wrong.output
 
 
 # ------------------------------------------------------------------------------- packed experts
 
 
-@pytest.mark.parametrize("match", ["all-experts", r"experts\.gate_up_proj", r"experts\..*"])
-def test_experts_that_kernels_read_in_8_bits_are_refused_and_their_scales_are_no_experts(
-    match,
-) -> None:
+@pytest.mark.parametrize("match", ["all-experts", r"experts\.gate_up_proj"])
+def test_experts_that_kernels_read_in_8_bits_are_refused(match: str) -> None:
     fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
     model: Any = experts("qwen3_moe")[0]
     model.model.layers[0].mlp.experts = fp8.FP8Experts(model.config, block_size=(4, 4))
     rule = {"match": match, "layout": "out_in"}
     words = r"gate_up_proj', .*by kernels on codes.*FineGrainedFP8Config\(dequantize=True\)"
     refused(model, lambda: li.inject(model, {"targets": [rule]}), li.LayerError, words)
-    (note,) = [
-        n for n in li.plan(model, {"targets": ["all-linear"]}).notes if "leaves out the ex" in n
-    ]
+    notes = li.plan(model, {"targets": ["all-linear"]}).notes
+    (note,) = [note for note in notes if "leaves out the ex" in note]
     assert "scale" not in note
 
 
@@ -436,28 +362,11 @@ def test_experts_in_mxfp4_that_kernels_read_are_refused() -> None:
         li.plan(model, {"targets": ["all-experts"]})
 
 
-def test_each_block_divides_the_rank_by_its_own_number_of_experts() -> None:
-    class Block(nn.Module):
-        def __init__(self, top_k: int) -> None:
-            super().__init__()
-            self.top_k = top_k
-            self.gate = nn.Linear(8, 4, bias=False)
-            self.experts = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(4))
-
-    model = nn.Sequential(Block(2), Block(4))
-    rule = {"match": "all-experts", "rank": {"active": 8}}
-    ranks = {site.name[0]: site.rank for site in li.plan(model, {"targets": [rule]}).sites}
-    assert ranks == {"0": 4, "1": 2}
-
-
-def test_advice_stays_within_its_budget_where_one_mixture_says_no_number_of_experts() -> None:
-    from lora_inject.trials.advise import advised
-
+@pytest.mark.parametrize("budget", [3_000, 5_000, 6_000, 8_000])
+def test_advice_stays_within_its_budget_where_one_mixture_says_no_number_of_experts(budget) -> None:
     present = inventory(Survey(moe()))
     first, *others = present.mixtures
-    assert all(mixture.top_k for mixture in others)
     present = replace(present, mixtures=(first._replace(top_k=None), *others))
-    for budget in (3_000, 5_000, 6_000, 8_000):
-        expect = advised(present, budget).expect
-        assert expect is not None
-        assert 0 < expect.lora <= budget
+    expect = advised(present, budget).expect
+    assert expect is not None
+    assert 0 < expect.lora <= budget
