@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.functional.inside import is_watched
+from lora_inject.core.functional.torch_inside import is_watched
 from lora_inject.core.layers.attached import Attached, attached_to
 from lora_inject.errors import LayerError
 

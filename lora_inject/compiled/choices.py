@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.core.functional.factors import Update
-from lora_inject.core.functional.inside import constant_in_graphs
+from lora_inject.core.functional.torch_inside import constant_in_graphs
 from lora_inject.rows.bank import at_places, stacked
 
 _NUMBERS: dict[str, int] = {}

@@ -3,29 +3,23 @@
 FSDP2 looks at its shards through the attributes of modules (`FSDPParam.reset_sharded_param`). Its
 states say which parameter of which module is a shard at this moment. Other DTensors are those of
 tensor parallelism, which computes with them. What makes them, and FSDP1, which moves views in the
-middle of what computes with the same ones, are known by the file that reads.
+middle of what computes with the same ones, are known by the module whose code reads.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
-from lora_inject.core.functional.call_stack import caller_of
+from lora_inject.core.functional.torch_stack import module_calling
 from lora_inject.core.layers.swapped_class import READER
 from lora_inject.private_needed import needed
 
-_TORCH = Path(torch.__file__).parent / "distributed"
-_MOVERS = {
-    str(_TORCH / "fsdp" / "_flat_param.py"),
-    str(_TORCH / "tensor" / "parallel" / "style.py"),
-}
+_MOVERS = {"torch.distributed.fsdp._flat_param", "torch.distributed.tensor.parallel.style"}
 _STATES = "torch.distributed._composable_state._module_state_mapping"
 
 # What FSDP2 keeps of each parameter of a module, by name.
@@ -35,7 +29,7 @@ _kept: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 def is_moved(module: nn.Module, param: str, held: Tensor) -> bool:
     """Return whether a parameter is a shard of FSDP2, or is read by what moves parameters."""
     if not hasattr(held, "full_tensor"):
-        return _reader() in _MOVERS
+        return module_calling(READER) in _MOVERS
     if param not in _kept.get(module, {}):
         for place, name, kept in _all_kept():
             _kept.setdefault(place, {})[name] = kept
@@ -57,9 +51,3 @@ def _all_kept() -> Iterator[tuple[nn.Module, str, Any]]:
                 yield info.module, info.param_name, kept
                 shared = zip(info.shared_modules, info.shared_param_names, strict=True)
                 yield from ((module, name, kept) for module, name in shared)
-
-
-def _reader() -> str:
-    """Return the file of the code that calls a property of a swapped class."""
-    reader = caller_of(READER)
-    return "" if reader is None else reader.f_code.co_filename

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.lazy import Read, begun
-from lora_inject.core.functional.unstored import can_make
+from lora_inject.core.functional.torch_unstored import can_make
 from lora_inject.core.functional.weight import LowRank, low_rank
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.picking import PICKED, writes
-from lora_inject.core.functional.unstored import DEVICE, unstored
+from lora_inject.core.functional.torch_unstored import DEVICE, unstored
 from lora_inject.errors import LayerError
 from lora_inject.experts.stack_formats import StackFormat
 from lora_inject.private import look_up

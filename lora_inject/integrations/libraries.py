@@ -3,6 +3,7 @@
 | table | a row is about |
 |---|---|
 | `GUARDS` | what must hold around a verb because a library is there (`core/model/guards.py`) |
+| `AGAINST_PLANS` | what a plan must not have because of a library |
 | `WEIGHT_KINDS` | a way in which a weight is held packed (`core/layers/weight_kinds.py`) |
 | `WEIGHT_KINDS_OF_ANY` | one that no library alone has |
 | `FORWARD_OWNERS` | who puts forwards onto instances (`core/layers/forward_owners.py`) |
@@ -31,10 +32,15 @@ GUARDS: dict[str, tuple[str, ...]] = {
     "lora_inject.formats.older_names": ("transformers",),
     # Methods of a model that stand for something else while it has adapters.
     "lora_inject.integrations.stand_ins": ("transformers", "diffusers", "huggingface_hub"),
-    "lora_inject.integrations.peft_wrapped": ("peft.tuners.tuners_utils",),
     "lora_inject.distributed.sharding": (GROUP, "deepspeed"),
 }
 """Guard, and what has to be there, any of it: modules of a library, or a group of processes."""
+
+AGAINST_PLANS = (
+    ("peft.tuners.tuners_utils", "lora_inject.integrations.peft_wrapped:sites_in_peft"),
+    ("transformers", "lora_inject.integrations.transformers:left_new"),
+)
+"""The module that has to be loaded, and the function that yields reasons."""
 
 _QUANTIZED = "lora_inject.quantized"
 _TRANSFORMERS = "transformers.integrations"
@@ -94,6 +100,11 @@ def guards() -> Iterator[Any]:
     for guard, about in GUARDS.items():
         if any(map(_is_there, about)):
             yield import_module(guard)
+
+
+def against_plans() -> list[str]:
+    """Return the functions that yield reasons against a plan."""
+    return [function for about, function in AGAINST_PLANS if _is_there(about)]
 
 
 def movers() -> list[str]:

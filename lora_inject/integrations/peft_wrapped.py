@@ -7,23 +7,13 @@ from collections.abc import Iterator
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.spec.names import parent
 from lora_inject.core.spec.plan import Plan
-from lora_inject.errors import LayerError
 
 
-def before_inject(survey: Survey, plan: Plan, asked: str, *, leave_new: bool) -> None:  # noqa: ARG001
-    """Refuse sites that are a part of PEFT's adapters, as all-linear would take them."""
-    for problem, remedy in _reasons(survey, plan):
-        raise LayerError(asked, problem, remedy)
+def sites_in_peft(survey: Survey, plan: Plan, *, leave_new: bool) -> Iterator[tuple[str, str]]:  # noqa: ARG001
+    """Yield that sites are a part of PEFT's adapters, as all-linear would take them.
 
-
-def notes_on(survey: Survey, plan: Plan) -> Iterator[str]:
-    """Yield what `inject` would refuse."""
-    for problem, remedy in _reasons(survey, plan):
-        yield f"inject would refuse this: {problem}. {remedy}"
-
-
-def _reasons(survey: Survey, plan: Plan) -> Iterator[tuple[str, str]]:
-    """Yield that sites lie in PEFT's layers, beside the layer that each of them wraps."""
+    What lies in one of PEFT's layers, beside the layer that it wraps, is such a part.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     wrapped = {name for name, module in survey.modules if isinstance(module, BaseTunerLayer)}

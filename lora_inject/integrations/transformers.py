@@ -21,7 +21,6 @@ from lora_inject.core.layers.survey import Holder, Survey
 from lora_inject.core.spec.below import around
 from lora_inject.core.spec.names import joined, parent, quoted
 from lora_inject.core.spec.plan import Plan
-from lora_inject.errors import LayerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,24 +28,10 @@ if TYPE_CHECKING:
 _MARK = "_is_hf_initialized"
 
 
-def before_inject(survey: Survey, plan: Plan, asked: str, *, leave_new: bool) -> None:
-    """Refuse an adapter without the weights that are new in this process.
-
-    Raises:
-        LayerError: The plan leaves out weights that no checkpoint had.
-    """
-    for reason in () if leave_new else _reasons(survey, plan):
-        raise LayerError(asked, *reason)
-
-
-def notes_on(survey: Survey, plan: Plan) -> Iterator[str]:
-    """Yield why `inject` would refuse a plan."""
-    for problem, remedy in _reasons(survey, plan):
-        yield f"inject would refuse this: {problem}. {remedy}"
-
-
-def _reasons(survey: Survey, plan: Plan) -> Iterator[tuple[str, str]]:
-    """Yield which new weights a plan leaves out, and what to do."""
+def left_new(survey: Survey, plan: Plan, *, leave_new: bool) -> Iterator[tuple[str, str]]:
+    """Yield which weights that are new in this process a plan leaves out, and what to do."""
+    if leave_new:
+        return
     whole = [trained.name for trained in plan.trained if trained.rows is None]
     held = {name for trained in whole for name in survey.names_of(trained)}
     unmarked = _unmarked(survey)

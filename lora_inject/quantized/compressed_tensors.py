@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lora_inject.core.functional.call_stack import caller_of
+from lora_inject.core.functional.torch_stack import module_calling
 from lora_inject.core.layers.adapted import defines_forward
 from lora_inject.core.layers.forward_owners import ForwardOwner
 from lora_inject.core.layers.swapped_class import READER
@@ -73,5 +73,4 @@ def rounds_in_place(module: nn.Module, param: str, held: Tensor) -> bool:  # noq
     """Return whether its forward reads W, which it rounds in its place while the layer runs."""
     if not hasattr(module, "quantization_scheme"):
         return False
-    reader = caller_of(READER)
-    return reader is not None and reader.f_globals.get("__name__", "").startswith(_PACKAGES)
+    return module_calling(READER).startswith(_PACKAGES)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_inject.core.functional import inside
+from lora_inject.core.functional import torch_inside
 from lora_inject.core.functional.factors import (
     Spans,
     cast,
@@ -27,7 +27,7 @@ from lora_inject.core.functional.linear import frozen_output, lowered
 from lora_inject.core.functional.plain_operations import plus_product, spread
 from lora_inject.core.functional.products import add_product, as_matrix
 from lora_inject.core.spec.sites import adapted_parts
-from lora_inject.private import look_up
+from lora_inject.trials.torch_engine import will_run
 
 
 class TokenRange(NamedTuple):
@@ -113,9 +113,6 @@ def ranged_linear(
         return output
 
 
-_will_run = look_up("torch._C._will_engine_execute_node")  # `Trials` refuses without it
-
-
 def _frozen_gradient(
     ctx: Any, g2: Tensor, weight: Tensor, low: torch.dtype, dtype: torch.dtype
 ) -> Tensor:
@@ -175,7 +172,7 @@ class _Ranged(torch.autograd.Function):
         out = frozen_output(x, weight, bias, transposed, dtype)
         low = compute_dtype(out.dtype, ctx.float32)
         x2, y2, thin = cast(as_matrix(kept), low), as_matrix(out), []
-        recorded = inside.is_recorded()
+        recorded = torch_inside.is_recorded()
         for one in ranges:
             # The rank as rows: on a CPU `x A^T` takes up to twice as long.
             h = torch.bmm(one.A, one.of(x2).mT)
@@ -202,7 +199,7 @@ class _Ranged(torch.autograd.Function):
             into = torch.zeros_like(x2) if ctx.apart else gx
         g2, x2 = cast(g2, low), cast(x2, low)
         # A derivative with respect to other tensors must leave these gradients as they are.
-        trains = _will_run(ctx.next_functions[-1][0])  # of the anchor
+        trains = will_run(ctx.next_functions[-1][0])  # of the anchor
         if trains:
             ctx.reached()
         for one, h in zip(ctx.ranges, thin, strict=True):

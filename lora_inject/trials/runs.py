@@ -21,7 +21,6 @@ from torch import nn
 from lora_inject.core.files.atomic import write_file
 from lora_inject.core.model.eject import eject
 from lora_inject.errors import StateError, check_type, user_path
-from lora_inject.private_needed import needed
 from lora_inject.trials import saved
 from lora_inject.trials.batches import Forward, evaluating, in_one_order
 from lora_inject.trials.flat import Flat
@@ -29,6 +28,7 @@ from lora_inject.trials.gradients import Asked, Together
 from lora_inject.trials.joining import put_on
 from lora_inject.trials.losses import Losses
 from lora_inject.trials.passes import seeded
+from lora_inject.trials.torch_engine import check_engine_tells
 from lora_inject.trials.trial import Trial
 
 P = ParamSpec("P")
@@ -110,7 +110,7 @@ class Trials:
             raise StateError("Trials", "no trial is given", "Give a mapping of names to Trial")
         if max_tokens is not None:
             check_type("Trials, max_tokens", max_tokens, int, "Give a whole number, or None")
-        needed("torch._C._will_engine_execute_node", "Trials")
+        check_engine_tells()
         self.model = model
         self.max_tokens = max_tokens
         self.packed = packed

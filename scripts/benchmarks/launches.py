@@ -57,7 +57,8 @@ class Counted(TorchDispatchMode):
         self.moved = 0
         self.syncs: list[str] = []
         self.on_cpu: list[str] = []
-        self._unrecorded = patch("lora_inject.core.functional.inside.is_recorded", lambda: False)
+        is_recorded = "lora_inject.core.functional.torch_inside.is_recorded"
+        self._unrecorded = patch(is_recorded, lambda: False)
 
     def __enter__(self) -> Self:
         """Start to count."""

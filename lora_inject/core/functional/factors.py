@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_inject.core.functional.inside import in_trace, is_watched
+from lora_inject.core.functional.torch_inside import in_trace, is_watched
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.private import look_up
 

@@ -31,7 +31,7 @@ from lora_inject.core.functional.read_only import (
     still_read_only,
     unmarked,
 )
-from lora_inject.core.functional.unstored import DEVICE, can_make, unstored
+from lora_inject.core.functional.torch_unstored import DEVICE, can_make, unstored
 from lora_inject.core.functional.weight import (
     LowRank,
     cast_stack,

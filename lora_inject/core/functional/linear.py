@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_inject.core.functional import cpu, inside
+from lora_inject.core.functional import cpu, torch_inside
 from lora_inject.core.functional.factors import (
     Update,
     cast,
@@ -68,7 +68,7 @@ def linear(
     context = without_autocast(x)
     if context is None:
         alone = len(updates) == 1 and not torch.is_grad_enabled()
-        if alone and cpu.are_few(x, updates[0]) and not inside.is_recorded():
+        if alone and cpu.are_few(x, updates[0]) and not torch_inside.is_recorded():
             y = frozen_output(x, weight, bias, transposed, None)  # the shortest path through Python
             cpu.add_few_(y, x, updates[0])
             return y
@@ -88,7 +88,7 @@ def few_tokens(
     There the time is in the number of steps, of Python as of torch: these are the fewest. It is
     called without gradients.
     """
-    if not inside.runs_plainly() or torch.is_autocast_enabled("cpu"):
+    if not torch_inside.runs_plainly() or torch.is_autocast_enabled("cpu"):
         return None  # first: a trace would record what is asked of the sizes
     if x.is_nested or x.layout is not torch.strided or not x.is_cpu:
         return None
@@ -185,7 +185,7 @@ def _add(
     3. Else the first sum is in place if y is new, and the others are.
     """
     y2, x2, dtype = as_matrix(y), as_matrix(x), compute_dtype(y.dtype, float32)
-    if inside.is_recorded():
+    if torch_inside.is_recorded():
         from lora_inject.core.functional.plain_operations import add_anew
 
         x2 = cast(x2, dtype)

@@ -1,6 +1,7 @@
 """Hooks on saved tensors where torch does not tell of them (before 2.8): who enters some is noted.
 
-What was entered before this file was loaded is not known, nor what C++ code enters.
+It is noted while modules have adapters. What was entered before is not known, nor what C++ code
+enters.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import threading
 from typing import Any
 
 from torch.autograd.graph import saved_tensors_hooks
+
+from lora_inject.core.functional.patches import patch
 
 
 class _Entered(threading.local):
@@ -22,20 +25,30 @@ _ENTERED = _Entered()
 
 
 def note_saving_hooks() -> None:
-    """Note from now on who enters hooks on saved tensors."""
-    enter, leave = saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__
+    """Note, while modules have adapters, who enters hooks on saved tensors."""
+    patch(saved_tensors_hooks, "__enter__", _noted)
+    patch(saved_tensors_hooks, "__exit__", _forgotten)
+
+
+def _noted(enter: Any) -> Any:
+    """Return what enters hooks."""
 
     def entering(self: Any) -> None:
         enter(self)
         _ENTERED.pairs.append((self.pack_hook, self.unpack_hook))
+
+    return entering
+
+
+def _forgotten(leave: Any) -> Any:
+    """Return what leaves hooks."""
 
     def leaving(self: Any, *raised: object) -> None:
         if _ENTERED.pairs:
             _ENTERED.pairs.pop()
         leave(self, *raised)
 
-    saved_tensors_hooks.__enter__ = entering  # type: ignore[method-assign]
-    saved_tensors_hooks.__exit__ = leaving  # type: ignore[method-assign]
+    return leaving
 
 
 def innermost_noted(_: bool) -> tuple[Any, Any] | None:

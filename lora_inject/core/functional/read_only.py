@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.functional.call_stack import in_forward
+from lora_inject.core.functional.torch_stack import in_forward
 from lora_inject.errors import LayerError
 
 # What a Parameter has as `__torch_function__` runs a function, past that of any subclass.

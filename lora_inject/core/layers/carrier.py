@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.functional.inside import runs_plainly
+from lora_inject.core.functional.patches import patch
+from lora_inject.core.functional.torch_inside import runs_plainly
 from lora_inject.core.layers.adapted import Adapted
 
 
@@ -104,3 +106,24 @@ class Carrier(Adapted):
         from lora_inject.core.layers.upkeep import refuse_script
 
         refuse_script(self)
+
+
+def _asking_first(load: Any) -> Any:
+    """Return a `load_state_dict` that looks at the dict before anything is written.
+
+    A module's own hook is called too late, after its predecessors in the parent were written, and
+    no module knows its parents.
+    """
+
+    @functools.wraps(load)
+    def load_state_dict(self: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        if any("_lora" in module.__dict__ for module in self.modules()):
+            from lora_inject.core.layers.forms import check_forms
+
+            check_forms(self, state_dict)
+        return load(self, state_dict, *args, **kwargs)
+
+    return load_state_dict
+
+
+patch(nn.Module, "load_state_dict", _asking_first)

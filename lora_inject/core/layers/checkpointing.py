@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_inject.core.functional.call_stack import (
+from lora_inject.core.functional.torch_stack import (
     checkpoints,
     in_backward,
     innermost_checkpoint,

@@ -22,7 +22,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lora_inject.core.functional.call_stack import entering_code, runs_in_checkpoint
+from lora_inject.core.functional.torch_stack import entering_code, runs_in_checkpoint
 from lora_inject.core.layers.selected import ENTERED
 from lora_inject.errors import StateError
 

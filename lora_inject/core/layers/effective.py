@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.functional.call_stack import in_forward, in_symbolic_trace, saving_hooks
 from lora_inject.core.functional.factors import Patch, needs_plain_operations
-from lora_inject.core.functional.inside import is_watched
+from lora_inject.core.functional.torch_inside import is_watched
+from lora_inject.core.functional.torch_stack import in_forward, in_symbolic_trace, saving_hooks
 from lora_inject.core.functional.weight import effective_weight, reads_as_sum
 from lora_inject.core.layers.attached import Attached, Entry, attached_to, held_by
 from lora_inject.core.layers.gains import check_mixed, gain_of

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.gain import gained
-from lora_inject.core.functional.inside import in_trace
 from lora_inject.core.functional.lookup import embedding, renormalized
+from lora_inject.core.functional.torch_inside import in_trace
 from lora_inject.core.layers.adapted import keeps_forward
 from lora_inject.core.layers.forward_update import ForwardUpdate
 from lora_inject.core.layers.reading import formed_weight

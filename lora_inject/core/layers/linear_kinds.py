@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.linear import few_tokens, frozen_output, linear
+from lora_inject.core.functional.on_output import add_updates
 from lora_inject.core.layers.adapted import keeps_forward, plain_class
 from lora_inject.core.layers.forward_update import ForwardUpdate
 from lora_inject.core.layers.own_code import OWN
@@ -96,8 +97,6 @@ class LoRALinear(ForwardUpdate):
                 from lora_inject.core.layers.unusual_linear import with_whole_weight
 
                 return with_whole_weight(self, x)
-        from lora_inject.core.functional.on_output import add_updates
-
         y = self._lora_without_updates(args, kwargs)
         return add_updates(y, x, updates, float32=float32)
 

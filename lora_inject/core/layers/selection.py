@@ -15,7 +15,8 @@ from weakref import WeakSet
 
 import torch
 
-from lora_inject.core.functional.inside import constant_in_graphs, may_recompute, next_node
+from lora_inject.core.functional.patches import hold
+from lora_inject.core.functional.torch_inside import constant_in_graphs, may_recompute, next_node
 from lora_inject.core.layers.selected import ENTERED, Mix, Selected
 from lora_inject.core.spec.rooms import room
 
@@ -64,6 +65,7 @@ class Selection:
         self.changed = 0
         self.loading: Any = None
         SELECTIONS.add(self)
+        hold(self)
         Selection.n_made += 1
 
     # ---------------------------------------------------------------------------- who takes part

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.core.functional.inside import constant_in_graphs
+from lora_inject.core.functional.torch_inside import constant_in_graphs
 
 
 def sent(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -15,7 +15,6 @@ from torch import nn
 
 from lora_inject.core.layers.adapted import Adapted, WeightUpdate
 from lora_inject.core.layers.carrier import Carrier
-from lora_inject.core.layers.loading import watch_loading
 
 
 class Swapped(Carrier):
@@ -67,7 +66,7 @@ def weight_property(param: str) -> property:
 
 
 READER = weight_property("").fget.__code__  # type: ignore[union-attr]
-"""The code by whose caller it is known who reads a parameter (`call_stack.caller_of`)."""
+"""The code by whose caller it is known who reads a parameter (`torch_stack.module_calling`)."""
 
 
 # Holds a class while a module has it, and lets it go with the last one.
@@ -84,7 +83,6 @@ def adapted_class(
     asked = (plain, mixin, frozenset(reads), plain.forward)  # another forward may be no stock one
     if (known := _CLASSES.get(asked)) is not None:
         return known
-    watch_loading()
     stock = mixin.stock(plain)
     reads = asked[2] | {mixin.weight_name} if stock else asked[2]
     key = (plain, mixin, reads, plain.forward)

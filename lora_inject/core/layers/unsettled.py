@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_inject.core.functional.call_stack import in_backward, runs_in_checkpoint
+from lora_inject.core.functional.torch_stack import in_backward, runs_in_checkpoint
 from lora_inject.errors import StateError
 
 

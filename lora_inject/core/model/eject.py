@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from lora_inject.core.functional.inside import forget_graphs
+from lora_inject.core.functional.torch_inside import forget_graphs
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.class_swap import narrow, unswap
 from lora_inject.core.layers.packed_weights import end_training

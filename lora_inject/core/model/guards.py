@@ -8,18 +8,22 @@ nothing to say about:
 - `after_VERB(...)` does what the library needs after it, inside of what is undone if it fails;
 - further ones are questions, such as `sharded_by(tensor)`.
 
+Why a library stands against a plan is yielded by functions of its file (`reasons_of_libraries`).
 Only the guards of libraries that this process has loaded are imported and asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.spec.rooms import room
+from lora_inject.core.spec.rooms import room, standing_at
+
+if TYPE_CHECKING:
+    from lora_inject.core.spec.plan import Plan
 
 
 def before(verb: str, *about: Any, **more: Any) -> None:
@@ -43,6 +47,14 @@ def functions(name: str) -> Iterator[Callable[..., Any]]:
     for guard in room("libraries").guards():
         if (function := getattr(guard, name, None)) is not None:
             yield function
+
+
+def reasons_of_libraries(
+    survey: Survey, plan: Plan, *, leave_new: bool
+) -> Iterator[tuple[str, str]]:
+    """Yield the problem and the remedy of each thing in a plan that a library stands against."""
+    for reasons in room("libraries").against_plans():
+        yield from standing_at(reasons)(survey, plan, leave_new=leave_new)
 
 
 def this_process_writes(survey: Survey) -> bool:

@@ -12,7 +12,7 @@ from lora_inject.core.layers.first_values import first_values
 from lora_inject.core.layers.survey import Survey, memory_of
 from lora_inject.core.model.attach import attach, survey_for
 from lora_inject.core.model.carried import Carried
-from lora_inject.core.model.guards import before
+from lora_inject.core.model.guards import before, reasons_of_libraries
 from lora_inject.core.model.places import places
 from lora_inject.core.model.trainable import check_live_inputs
 from lora_inject.core.spec.config import Config, ConfigLike
@@ -21,6 +21,7 @@ from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.matching import resolve
 from lora_inject.core.spec.plan import Plan
 from lora_inject.core.spec.rooms import room
+from lora_inject.errors import LayerError
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -117,7 +118,8 @@ def places_of_plan(
     survey: Survey, name: str, planned: Plan, present: Inventory, *, leave_new: bool
 ) -> list[Carried]:
     """Return where the sites and trained tensors of a plan go; everything can take them."""
-    before("inject", survey, planned, f"inject {name!r}", leave_new=leave_new)
+    for problem, remedy in reasons_of_libraries(survey, planned, leave_new=leave_new):
+        raise LayerError(f"inject {name!r}", problem, remedy)
     named = {
         key: trained.rows for trained in planned.trained for key in survey.names_of(trained.name)
     }

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.guards import functions
+from lora_inject.core.model.guards import reasons_of_libraries
 from lora_inject.core.spec.config import Config, ConfigLike
 from lora_inject.core.spec.garbage import few_collections
 from lora_inject.core.spec.matching import resolve
@@ -46,6 +46,7 @@ def plan(model: nn.Module, config: ConfigLike, *, group: Any = None) -> Plan:
     else:
         present = inventory(survey)
         planned = resolve(Config.coerce(config, present, model), present)
-    notes = [note for notes_on in functions("notes_on") for note in notes_on(survey, planned)]
+    reasons = reasons_of_libraries(survey, planned, leave_new=False)
+    notes = [f"inject would refuse this: {problem}. {remedy}" for problem, remedy in reasons]
     notes += room("formats").notes_on_files(survey, planned.sites)
     return replace(planned, notes=(*planned.notes, *notes))

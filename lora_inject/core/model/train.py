@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_inject.core.functional.inside import forget_graphs
+from lora_inject.core.functional.torch_inside import forget_graphs
 from lora_inject.core.layers.packed_weights import begin_training
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey

@@ -1,6 +1,6 @@
 """What each forward asks of the inner side of torch: who watches it, and may a backward run it.
 
-The rest of what only torch's inner side or Python's stack can say is asked in `call_stack`. Each
+The rest of what only torch's inner side or Python's stack can say is asked in `torch_stack`. Each
 function of both has a test that asserts its positive finding, so that a new torch fails loudly.
 What happens where a torch lacks a name stands in `private_names.NAMES`.
 """

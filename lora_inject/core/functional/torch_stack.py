@@ -6,7 +6,7 @@
 | which checkpoints does the caller run in? | hooks on saved tensors, the stack |
 | does a forward or a symbolic trace run, and who enters a context? | the stack |
 
-Plain forwards ask none of this (`inside`).
+Plain forwards ask none of this (`torch_inside`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lora_inject.core.functional.inside import top_hooks
+from lora_inject.core.functional.torch_inside import top_hooks
 from lora_inject.private import look_up
 
 _PACKAGE = __name__.partition(".")[0]
@@ -193,10 +193,11 @@ def _frame_of(code: CodeType | None) -> FrameType | None:
     return frame
 
 
-def caller_of(code: CodeType) -> FrameType | None:
-    """Return the frame that called the innermost running function with this code."""
+def module_calling(code: CodeType) -> str:
+    """Return the name of the module whose code called the innermost running function of a code."""
     frame = _frame_of(code)
-    return None if frame is None else frame.f_back
+    caller = None if frame is None else frame.f_back
+    return "" if caller is None else caller.f_globals.get("__name__", "")
 
 
 def in_symbolic_trace() -> bool:
