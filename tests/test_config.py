@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.tables import rows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,11 +79,11 @@ def test_a_string_is_the_rule_that_only_matches() -> None:
 
 
 def test_the_order_of_slices_is_part_of_the_config() -> None:
-    rules = [
+    one, other = (
         Rule(match="c", slices=slices, adapt=["q"])
         for slices in ({"q": 1, "k": 2}, {"k": 2, "q": 1})
-    ]
-    assert rules[0] != rules[1]
+    )
+    assert one != other
 
 
 def test_a_rule_overrides_and_zero_dropout_is_an_override() -> None:
@@ -98,315 +99,122 @@ def test_a_rule_overrides_and_zero_dropout_is_an_override() -> None:
 
 
 def test_configs_are_values() -> None:
-    config = Config(
-        targets=["q", Rule(match="c", slices={"q": 3, "k": 4}, adapt=["q"])], init={"normal": 1}
-    )
+    rule = Rule(match="c", slices={"q": 3, "k": 4}, adapt=["q"])
+    config = Config(targets=["q", rule], init={"normal": 1})
     for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert copied == config
         assert hash(copied) == hash(config)
     with pytest.raises(ValueError, match="frozen"):
         config.rank = 3  # type: ignore[misc]
-    assert Config(**config.model_dump()) == config
 
 
-# What is refused, and the words
+# What is refused, and the words. A key alone is followed by a line `targets: [q]`.
 
-# A key alone is followed by a line `targets: [q]`.
 REFUSED = r"""
-rnak: 4
-=> f:1:1 (rnak): unknown key 'rnak'. Did you mean 'rank'?
-
-targets: [q]
-expect: {sits: 3}
-=> f:2:10 (expect.sits): unknown key 'sits'. Did you mean 'sites'?
-
-targets: [q]
-init: {std: 0.1}
-=> f:2:8 (init.std): unknown key 'std'. Did you mean 'normal'? Also: f:2:7 (init): 'normal' is
-   missing.
-
-lora_alpha: 4
-=> f:1:1 (lora_alpha): unknown key 'lora_alpha'. Did you mean 'alpha'?
-
-x-common: &common {rank: 4}
-=> f:1:1 (x-common): unknown key 'x-common'. The keys are version, rank, alpha, dropout, init,
-   scaling, compute, variant, lora_bias, targets, exclude, train, tokens, bias, expect. A key cannot
-   only hold an anchor: put it where its value is used first.
-
-rnak: &rank 4
-alpha: *rank
-=> f:1:1 (rnak): unknown key 'rnak'. Did you mean 'rank'? A key cannot only hold an anchor: put it
-   where its value is used first.
-
-targets: [{match: q, train: [a]}]
-=> f:1:22 (targets[0].train): unknown key 'train'. 'train' belongs at the top level.
-
-targets: [q]
-slices: [q, k]
-=> f:2:1 (slices): unknown key 'slices'. 'slices' belongs under targets.
-
-foo: 1
-rank: 0
-alpha: 0
-targets: [q]
-=> f:1:1 (foo): unknown key 'foo'. The keys are version, rank, alpha, dropout, init, scaling,
-   compute, variant, lora_bias, targets, exclude, train, tokens, bias, expect. Also: f:2:7 (rank): 0
-   is not accepted; f:3:8 (alpha): 0 is not accepted.
-
-rank: '8'
-=> f:1:7 (rank): '8' is a word. Write 8, without quotes and leading zeros.
-
-rank: true
-=> f:1:7 (rank): True is not accepted. Write a whole number.
-
-rank:
-=> f:1:6 (rank): there is no value. Write one, or remove the key.
-
-rank: 010
-=> f:1:7 (rank): '010' is a word. Write 10, without quotes and leading zeros.
-
-alpha: 0
-=> f:1:8 (alpha): 0 is not accepted. Write more than 0.
-
-alpha: .nan
-=> f:1:8 (alpha): nan is not accepted. Write a finite number.
-
-alpha: 1e999
-=> f:1:8 (alpha): inf is not accepted. Write a finite number.
-
-dropout: 1
-=> f:1:10 (dropout): 1 is not accepted. Write less than 1.
-
-bias: no
-=> f:1:7 (bias): 'no' is not accepted. Did you mean 'none'?
-
-init: gausian
-=> f:1:7 (init): 'gausian' is not accepted. Did you mean 'gaussian'?
-
-init: 3
-=> f:1:7 (init): 3 is not accepted. Write 'kaiming', 'gaussian', 'pissa' or 'olora', or
-   {normal: 0.02}.
-
-variant: dor
-=> f:1:10 (variant): there is no variant 'dor'. Did you mean 'dora'?
-
-version: 2
-=> f:1:10 (version): 2 is not accepted. Write 1.
-
-targets: q_proj
-=> f:1:10 (targets): 'q_proj' is not accepted. Write a list: [q_proj].
-
-targets: {match: q_proj, rank: 4}
-=> f:1:10 (targets): {'match': 'q_proj', 'rank': 4} is not accepted. Write a list: each entry is a
-   line that begins with '- '.
-
-targets: [q]
-expect: 3
-=> f:2:9 (expect): 3 is not accepted. Write a mapping of sites, lora, trainable.
-
-targets: [q]
-tokens: [1]
-=> f:2:9 (tokens): [1] is not accepted. Write a mapping, such as {name: [1]}.
-
-targets: [q]
-bias: 3
-=> f:2:7 (bias): 3 is not accepted. Write 'none', 'adapted' or 'all'.
-
-targets: [12]
-=> f:1:11 (targets[0]): 12 is not a rule. Write a pattern in single quotes, or a mapping with
-   'match'.
-
-targets: [{rank: 3}]
-=> f:1:11 (targets[0]): 'match' is missing. Add match: with its value.
-
-targets: [q]
-exclude: [3]
-=> f:2:11 (exclude[0]): 3 is not accepted. Write a text.
-
-targets:
-  - q
-  - '(q'
-=> f:3:5 (targets[1]): '(q' is not a regex: missing ), unterminated subpattern at position 0.
-   Patterns are Python regexes; a literal dot is '\.'.
-
-targets: [q]
-train: ['a**']
-=> f:2:9 (train[0]): 'a**' is not a regex: multiple repeat at position 2. Patterns are Python
-   regexes; a literal dot is '\.'.
-
-targets: ['[[a]']
-=> f:1:11 (targets[0]): '[[a]' is not a regex: Possible nested set at position 1. Patterns are
-   Python regexes; a literal dot is '\.'.
-
-targets: ['.*']
-=> f:1:11 (targets[0]): '.*' also matches an empty name. Write what must be there; '.+' matches
-   every name, '^$' the root.
-
-targets: [{match: q, adapt: [q]}]
-=> f:1:29 (targets[0].adapt): there is no slice 'q'. Add slices: [q, k, v].
-
-targets: [{match: q, slices: [q, k]}]
-=> f:1:11 (targets[0]): slices are given, but not which of them to adapt. Add adapt: with some of q,
-   k.
-
-targets: [{match: q, slices: [q, k], adapt: [q, x]}]
-=> f:1:45 (targets[0].adapt): there is no slice 'x'. The slices are q, k.
-
-targets: [{match: q, slices: [q, k], adapt: [q, q]}]
-=> f:1:45 (targets[0].adapt): ['q', 'q'] has a repeated entry. Write each once.
-
-targets: [{match: q, slices: [q, q], adapt: [q]}]
-=> f:1:30 (targets[0].slices): ['q', 'q'] has a repeated entry. Write each once.
-
-targets: [{match: q, slices: {q: 8, k: 0}, adapt: [q]}]
-=> f:1:40 (targets[0].slices.k): 0 is not accepted. Write at least 1.
-
-targets: [{match: q, slices: ['a b', k], adapt: [k]}]
-=> f:1:31 (targets[0].slices[0]): 'a b' is not accepted. Write a name of letters,
-   digits and _ that begins with a letter.
-
-targets: [{match: q, layout: out-in}]
-=> f:1:30 (targets[0].layout): 'out-in' is not accepted. Did you mean 'out_in'?
-
-targets: [q]
-expect: {}
-=> f:2:9 (expect): nothing is expected. Give sites, lora or trainable.
-
-{rank: 3}
-=> f:1:1: it selects nothing: no targets, no train, tokens or bias. Add targets: with patterns such
-   as 'q_proj' (or train:, tokens: or bias:).
-
-1: 2
-=> f:1:1: 1 is not a key: keys are strings. Write it in quotes, if it is meant.
-
-rank: !!int x
-=> f:1:7 (rank): x is not int. Remove the tag.
-
-!x {targets: [q]}
-=> f:1:1: the tag !x is not allowed. A config has strings, numbers, lists and mappings only; remove
-   the tag.
-
-targets: !!python/object/apply:os.system ['touch /tmp/pwned']
-=> f:1:10 (targets): the tag !!python/object/apply:os.system is not allowed. A config has strings,
-   numbers, lists and mappings only; remove the tag.
-
-targets: ["h\.d"]
-=> f:1:14: this is not valid YAML: found unknown escape character '.'. Write patterns in single
-   quotes: there a backslash is only a backslash.
-
-targets: [*q_proj]
-=> f:1:11: this is not valid YAML: found undefined alias 'q_proj'. Define the anchor before it is
-   used; a pattern that begins with * needs quotes.
-
-targets: &a [*a]
-=> f:1:10 (targets[0]): an alias contains itself. Write the value out.
-
-targets: [q]
----
-rank: 3
-=> f:2:1: this is not valid YAML: but found another document. Check indentation, brackets and quotes
-   there.
-
-[q_proj]
-=> f:1:1: the config is not a mapping. Write keys and values, such as targets: [q_proj].
-
-use_rslora: true
-=> f:1:1 (use_rslora): unknown key 'use_rslora'. Did you mean 'scaling'?
-
-init: corda
-=> f:1:7 (init): 'corda' is not accepted. Write 'kaiming', 'gaussian', 'pissa' or 'olora',
-   or {normal: 0.02}.
-
-bias: lora_only
-=> f:1:7 (bias): 'lora_only' is not accepted. Did you mean 'adapted'?
-
-targets: [{match: q, alhpa: 3}]
-=> f:1:22 (targets[0].alhpa): unknown key 'alhpa'. Did you mean 'alpha'?
-
-targets: [{match: q, layers: 5-3}]
-=> f:1:30 (targets[0].layers): '5-3' is not a range of layers. Write 16-31, or [0, 4, 8-11].
-
-targets: [{match: q, layers: [010]}]
-=> f:1:31 (targets[0].layers[0]): '010' is not a range of layers. Write 16-31, or [0, 4, 8-11].
-
-targets: [{match: q, layers: '٣'}]
-=> f:1:30 (targets[0].layers): '٣' is not a range of layers. Write 16-31, or [0, 4, 8-11].
-
-targets: [{match: q, layers: 1-٣}]
-=> f:1:30 (targets[0].layers): '1-٣' is not a range of layers. Write 16-31, or [0, 4, 8-11].
-
-dropout: 00.5
-=> f:1:10 (dropout): '00.5' is a word. Write 0.5, without quotes and leading zeros.
-
-targets: [{match: q, layers: []}]
-=> f:1:30 (targets[0].layers): [] is not a range of layers. Write 16-31, or [0, 4, 8-11].
-
-targets: [{match: q, layout: {in: [0], ou: [1]}}]
-=> f:1:40 (targets[0].layout.ou): unknown key 'ou'. Did you mean 'out'? Also: f:1:30
-   (targets[0].layout): 'out' is missing.
-
-targets: [{match: q, layout: {in: [0, 0], out: [1]}}]
-=> f:1:35 (targets[0].layout.in): [0, 0] has a repeated entry. Write each once.
-
-targets:
-- match: q
-  rank: 3
-  rank: 4
-=> f:4:3 (targets[0].rank): the key 'rank' is given twice, first in line 3. Remove one of them.
-
-targets: [{match: q, use_dora: true}]
-=> f:1:22 (targets[0].use_dora): unknown key 'use_dora'. The keys are match, kind, layers, rank,
-   alpha, dropout, init, scaling, compute, variant, lora_bias, only, top, share, slices, adapt,
-   layout.
+rnak: 4 => f:1:1 (rnak): unknown key 'rnak'. Did you mean 'rank'?
+expect: {sits: 3} => f:1:10 (expect.sits): unknown key 'sits'. Did you mean 'sites'?
+init: {std: 0.1} => f:1:8 (init.std): unknown key 'std'. Did you mean 'normal'? Also: f:1:7 (init):
+    'normal' is missing.
+targets: [{match: q, alhpa: 3}] => f:1:22 (targets[0].alhpa): unknown key 'alhpa'. Did you mean
+    'alpha'?
+lora_alpha: 4 => Did you mean 'alpha'?
+use_rslora: true => Did you mean 'scaling'?
+rnak: &rank 4 => A key cannot only hold an anchor: put it where its value is used first.
+targets: [{match: q, train: [a]}] => 'train' belongs at the top level.
+slices: [q, k] => 'slices' belongs under targets.
+{foo: 1, rank: 0, alpha: 0, targets: [q]} => (foo): unknown key 'foo'. The keys are version, rank,
+    alpha, dropout, init, scaling, compute, variant, lora_bias, targets, exclude, train, tokens,
+    bias, expect. Also: f:1:16 (rank): 0 is not accepted; f:1:26 (alpha): 0 is not accepted.
+targets: [{match: q, use_dora: true}] => The keys are match, kind, layers, rank, alpha,
+rank: '8' => '8' is a word. Write 8, without quotes and leading zeros.
+rank: 010 => '010' is a word. Write 10, without quotes and leading zeros.
+dropout: 00.5 => '00.5' is a word. Write 0.5, without quotes and leading zeros.
+rank: true => True is not accepted. Write a whole number.
+rank: => there is no value. Write one, or remove the key.
+alpha: 0 => 0 is not accepted. Write more than 0.
+alpha: .nan => nan is not accepted. Write a finite number.
+alpha: 1e999 => inf is not accepted. Write a finite number.
+dropout: 1 => 1 is not accepted. Write less than 1.
+bias: no => 'no' is not accepted. Did you mean 'none'?
+bias: 3 => Write 'none', 'adapted' or 'all'.
+init: gausian => Did you mean 'gaussian'?
+init: 3 => Write 'kaiming', 'gaussian', 'pissa' or 'olora', or {normal: 0.02}.
+variant: dor => there is no variant 'dor'. Did you mean 'dora'?
+version: 2 => 2 is not accepted. Write 1.
+targets: q_proj => 'q_proj' is not accepted. Write a list: [q_proj].
+targets: {match: q_proj, rank: 4} => Write a list: each entry is a line that begins with '- '.
+expect: 3 => Write a mapping of sites, lora, trainable.
+expect: {} => nothing is expected. Give sites, lora or trainable.
+tokens: [1] => Write a mapping, such as {name: [1]}.
+targets: [12] => (targets[0]): 12 is not a rule. Write a pattern in single quotes, or a mapping with
+targets: [{rank: 3}] => 'match' is missing. Add match: with its value.
+exclude: [3] => (exclude[0]): 3 is not accepted. Write a text.
+targets: [q, '(q'] => f:1:14 (targets[1]): '(q' is not a regex: missing ), unterminated subpattern
+    at position 0. Patterns are Python regexes; a literal dot is '\.'.
+train: ['a**'] => (train[0]): 'a**' is not a regex: multiple repeat at position 2.
+targets: ['[[a]'] => '[[a]' is not a regex: Possible nested set at position 1.
+targets: ['.*'] => '.*' also matches an empty name. Write what must be there; '.+' matches every
+targets: [{match: q, adapt: [q]}] => there is no slice 'q'. Add slices: [q, k, v].
+targets: [{match: q, slices: [q, k]}] => not which of them to adapt. Add adapt: with some of q, k.
+targets: [{match: q, slices: [q, k], adapt: [q, x]}] => there is no slice 'x'. The slices are q, k.
+targets: [{match: q, slices: [q, k], adapt: [q, q]}] => has a repeated entry. Write each once.
+targets: [{match: q, slices: [q, q], adapt: [q]}] => has a repeated entry. Write each once.
+targets: [{match: q, slices: {q: 8, k: 0}, adapt: [q]}] => (targets[0].slices.k): 0 is not accepted.
+targets: [{match: q, slices: ['a b', k], adapt: [k]}] => Write a name of letters, digits and _
+targets: [{match: q, layout: out-in}] => Did you mean 'out_in'?
+targets: [{match: q, layout: {in: [0], ou: [1]}}] => unknown key 'ou'. Did you mean 'out'?
+targets: [{match: q, layout: {in: [0, 0], out: [1]}}] => (targets[0].layout.in): [0, 0] has a
+targets: [{match: q, layers: 5-3}] => '5-3' is not a range of layers. Write 16-31, or [0, 4, 8-11].
+targets: [{match: q, layers: [010]}] => '010' is not a range of layers.
+targets: [{match: q, layers: 1-٣}] => '1-٣' is not a range of layers.
+targets: [{match: q, layers: []}] => [] is not a range of layers.
+{rank: 3} => it selects nothing: no targets, no train, tokens or bias. Add targets: with patterns
+{1: 2} => 1 is not a key: keys are strings. Write it in quotes, if it is meant.
+rank: !!int x => x is not int. Remove the tag.
+!x {targets: [q]} => the tag !x is not allowed. A config has strings, numbers, lists and mappings
+targets: ["h\.d"] => found unknown escape character '.'. Write patterns in single quotes: there a
+targets: [*q_proj] => found undefined alias 'q_proj'. Define the anchor before it is used; a pattern
+    that begins with * needs quotes.
+targets: &a [*a] => an alias contains itself. Write the value out.
+[q_proj] => the config is not a mapping. Write keys and values, such as targets: [q_proj].
 """
 
 
-@pytest.mark.parametrize("case", REFUSED.strip().split("\n\n"))
-def test_an_error_names_the_place_in_the_file_what_was_found_and_the_way_out(case: str) -> None:
-    text, message = case.split("\n=> ")
+@pytest.mark.parametrize(("text", "words"), rows(REFUSED))
+def test_an_error_names_the_place_in_the_file_what_was_found_and_the_way_out(text, words) -> None:
     text += "\ntargets: [q]" if re.fullmatch(r"(?!targets)\w+:.*", text) else ""
     with pytest.raises(ConfigError) as caught:
         Config.from_text(text, source="f")
-    assert str(caught.value) == " ".join(message.split())
+    assert words in str(caught.value)
 
 
-AS_VALUE: list[tuple[Callable[[], Any], str]] = [
+VALUES: list[tuple[Callable[[], Any], str]] = [
     (lambda: Config(rank=0, targets=["q"]), "config (rank): 0 is not accepted. "),
     (lambda: Config(targets=["q"], rnak=3), "config (rnak): unknown key 'rnak'"),
     (lambda: Rule(match="q", rank=0), "Rule (rank): 0 is not accepted. "),
     (lambda: Rule(), "Rule: 'match' is missing. "),
-    (
-        lambda: Config(targets=["a", {"match": "b", "alpha": float("nan")}]),
-        "config (targets[1].alpha): nan is not accepted. Write a finite number.",
-    ),
-    (
-        lambda: Config(targets=[{"match": "a", "adapt": ["q"]}]),
-        "config (targets[0].adapt): there is no slice 'q'. ",
-    ),
+    (lambda: Config(targets=["a", {"match": "b", "alpha": 0}]), "config (targets[1].alpha): 0 is "),
     (lambda: Config(rank=3), "config: it selects nothing: "),
     (lambda: Normal(normal=0), "Normal (normal): 0 is not accepted. "),
-    (lambda: Expect(), "Expect: nothing is expected. "),
     (lambda: Config(targets={"q"}), "config (targets): {'q'} is not accepted. "),
-    (
-        lambda: Config.from_dict({1: 2}),
-        "config ([1]): 1 is not accepted. Write keys that are texts.",
-    ),
+    (lambda: Config.from_dict({1: 2}), "config ([1]): 1 is not accepted. Write keys that are text"),
     (lambda: Config.from_dict(["q"]), "config: ['q'] is not accepted. Write a mapping"),
     (lambda: Config.coerce(3), "config: it is an int. Give a Config, a dict, the path of a YAML "),
-    (lambda: Config.from_yaml(None), "read a config, path: it is None. Give the path of a "),
     (lambda: Config.coerce("rank: 1\n"), "config: YAML text where a path "),
-    (lambda: Config.from_text(b"a: 1"), "<config>: it is a bytes. Give YAML text."),
+    (lambda: Config.from_yaml(None), "read a config, path: it is None. Give the path of a "),
     (lambda: Config.from_yaml("a\0b"), "read a config, path: 'a\\x00b' has a zero byte. "),
+    (lambda: Config.from_text(b"a: 1"), "<config>: it is a bytes. Give YAML text."),
     (lambda: Config.from_text(""), "<config>: the config is empty. Add targets: with patterns."),
+    (lambda: Config.from_text("targets: [q]\n---\nrank: 3"), "<config>:2:1: this is not valid YAM"),
+    (lambda: Config.from_text("rank: 3\nrank: 4"), "<config>:2:1 (rank): the key 'rank' is given "),
     (lambda: Config.from_text("targets: " + "[" * 5000), "<config>:1:25: this is not valid YAML: "),
     (lambda: Config.from_text("targets: [\x01]"), "<config>, character 10: YAML does not allow "),
-    (lambda: Config.from_text("\ttargets: x"), "<config>:1:1: this is not valid YAML: "),
     (lambda: Config(targets=["\ud800"]), "config (targets[0]): '\\ud800' is not a regex: "),
     (lambda: Config(targets=["a{99999999999}"]), "config (targets[0]): 'a{99999999999}' is not a "),
 ]
 
 
-@pytest.mark.parametrize(("make", "message"), AS_VALUE)
+@pytest.mark.parametrize(("make", "message"), VALUES)
 def test_an_error_of_a_value_names_its_key(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         make()
@@ -433,20 +241,13 @@ def test_a_billion_laughs_are_refused_and_a_few_aliases_are_not() -> None:
     assert config.targets[1] == Rule(match="k", rank=64, alpha=2)
     assert config.targets[2] == Rule(match="v", rank=64, alpha=3, dropout=0.5)
     assert config.train == config.exclude == ("a",)
-    with pytest.raises(ConfigError, match="'<<' takes a mapping"):
-        Config.from_text("targets:\n- &a {match: q}\n- {<<: 3, match: k}")
 
 
-@pytest.mark.parametrize(
-    ("text", "alpha"),
-    [("1e-3", 1e-3), ("1.0e3", 1e3), ("2E2", 200.0), (".5", 0.5), ("1_000", 1e3), ("+4", 4.0)],
-)
-def test_numbers_mean_what_people_mean(text: str, alpha: float) -> None:
-    # PyYAML, which reads YAML 1.1, takes the first three for strings.
-    assert Config.from_text(f"alpha: {text}\ntargets: [q]").alpha == alpha
-
-
-def test_words_are_words_where_yaml_1_1_reads_booleans_dates_and_octal_numbers() -> None:
+def test_numbers_and_words_mean_what_people_mean() -> None:
+    """PyYAML, which reads YAML 1.1, takes 1e-3 for a text, and `no` for a boolean."""
+    numbers = {"1e-3": 1e-3, "1.0e3": 1e3, "2E2": 200.0, ".5": 0.5, "1_000": 1e3, "+4": 4.0}
+    for text, alpha in numbers.items():
+        assert Config.from_text(f"alpha: {text}\ntargets: [q]").alpha == alpha
     words = ("no", "on", "2026-01-01", "010", "1:30", "0x1f", "=")
     config = Config.from_text(f"targets: [{', '.join(words)}]")
     assert tuple(rule.match for rule in config.targets) == words
@@ -471,7 +272,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     faulty.write_text("targets: [q]\nrank: 0")
     binary.write_bytes(b"targets: [q]\n\xff\xfe")
     huge.write_bytes(b"#" * (1 << 20) + b"\ntargets: [q]")
-    for path, found in [
+    for path, problem in [
         (missing, " there is no such file. Give the path of a YAML file."),
         (tmp_path, " it is a folder. Give the path of a YAML file."),
         (binary, " byte 13 is not UTF-8. Save it as UTF-8 text."),
@@ -480,7 +281,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ConfigError) as caught:
             Config.from_yaml(path)
-        assert str(caught.value).startswith(f"{path}:{found}")
+        assert str(caught.value).startswith(f"{path}:{problem}")
 
 
 def test_yaml_is_short_and_in_the_order_of_the_schema() -> None:
@@ -510,20 +311,18 @@ YAML_WORDS = r"""1e3 1.0e-3 10 010 on no null ~ 2026-01-01 << = # ' " !!x &a %a 
 patterns = st.one_of(
     st.sampled_from([*YAML_WORDS.split(), "a: b", "- a"]),
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8),
-).filter(lambda text: _compiles(text))
+).filter(lambda text: _made(lambda: Rule(match=text)) is not None)
 
 
-def _compiles(text: str) -> bool:
+def _made(make: Callable[[], Any]) -> Any:
     try:
-        Rule(match=text)
+        return make()
     except ConfigError:
-        return False
-    return True
+        return None
 
 
 @st.composite
 def rules(draw: st.DrawFn) -> Rule:
-    data: dict[str, Any] = {"match": draw(patterns)}
     optional = {
         "rank": st.integers(1, 2**20),
         "alpha": alphas,
@@ -535,9 +334,7 @@ def rules(draw: st.DrawFn) -> Rule:
         "kind": names,
         "layers": st.sampled_from([3, "0-7", [1, "4-5"]]),
     }
-    for key, strategy in optional.items():
-        if draw(st.booleans()):
-            data[key] = draw(strategy)
+    data = draw(st.fixed_dictionaries({"match": patterns}, optional=optional))
     if draw(st.booleans()):
         parts = draw(st.lists(names, min_size=2, max_size=4, unique=True))
         sized = draw(st.booleans())
@@ -569,13 +366,6 @@ def test_a_config_is_the_same_after_yaml_and_after_json(config: Config) -> None:
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def _made(make: Callable[[], Config]) -> Config | None:
-    try:
-        return make()
-    except ConfigError:
-        return None
-
-
 WORDS = ["targets", "rank", "match", "init", "&a", "*a", "!!int", "!x", "1e9", "null", "<<: "]
 fragments = st.sampled_from([*"[]{},'\"\\|>#8?%q\n", *WORDS, ": ", "- ", "  "])
 
@@ -602,87 +392,17 @@ def test_any_data_is_a_config_or_a_config_error(data: dict[str, Any]) -> None:
     assert config is None or Config.from_dict(config.to_dict()) == config
 
 
-# The schema
-
-
-def _conforms(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
-    """What of JSON Schema draft-07 `json_schema` uses, in a few lines."""
-    if "$ref" in schema:
-        return _conforms(value, root["$defs"][schema["$ref"].rpartition("/")[2]], root)
-    for word, few in (("anyOf", any), ("oneOf", lambda found: sum(found) == 1)):
-        if word in schema and not few(_conforms(value, s, root) for s in schema[word]):
-            return False
-    types = {"object": dict, "array": list, "string": str, "integer": int, "number": int | float}
-    kinds = schema.get("type", list(types))
-    allowed = tuple(types[kind] for kind in ([kinds] if isinstance(kinds, str) else kinds))
-    if not isinstance(value, allowed) or isinstance(value, bool):
-        return False
-    if value not in schema.get("enum", [value]) or value != schema.get("const", value):
-        return False
-    if isinstance(value, dict):
-        known = schema.get("properties", {})
-        rest = next(iter(schema.get("patternProperties", {}).values()), {})
-        rest = schema.get("additionalProperties", rest)
-        if any(key not in value for key in schema.get("required", [])):
-            return False
-        if rest is False and set(value) - set(known):
-            return False
-        return all(_conforms(item, known.get(key, rest or {}), root) for key, item in value.items())
-    if isinstance(value, list):
-        return all(_conforms(item, schema.get("items", {}), root) for item in value)
-    return _within(value, schema)
-
-
-def _within(value: Any, schema: dict[str, Any]) -> bool:
-    if isinstance(value, str):
-        return len(value) >= schema.get("minLength", 0)
-    low, above = schema.get("minimum", value), schema.get("exclusiveMinimum")
-    below = schema.get("exclusiveMaximum")
-    return value >= low and (above is None or value > above) and (below is None or value < below)
-
-
-@given(configs)
-def test_every_config_conforms_to_the_json_schema(config: Config) -> None:
-    schema = json_schema()
-    assert _conforms(config.to_dict(), schema, schema)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        {"targets": "q"},
-        {"targets": [3]},
-        {"targets": [{"rank": 3}]},
-        {"targets": [{"match": "q", "foo": 1}]},
-        {"targets": ["q"], "rnak": 3},
-        {"targets": ["q"], "rank": 0},
-        {"targets": ["q"], "rank": 1.5},
-        {"targets": ["q"], "alpha": 0},
-        {"targets": ["q"], "dropout": 1},
-        {"targets": ["q"], "bias": "some"},
-        {"targets": ["q"], "init": "zero"},
-        {"targets": ["q"], "init": {"normal": 0}},
-        {"targets": ["q"], "expect": {"sits": 1}},
-        {"targets": ["q"], "version": 2},
-        {"targets": [{"match": "q", "slices": {"q": 0, "k": 1}, "adapt": ["q"]}]},
-        {"targets": [{"match": "q", "rank": None}]},
-    ],
-)
-def test_the_json_schema_refuses_what_the_config_refuses(data: dict[str, Any]) -> None:
-    schema = json_schema()
-    assert _conforms({"targets": ["q"]}, schema, schema)
-    assert not _conforms(data, schema, schema)
-
-
 def test_the_json_schema_describes_every_key_to_an_editor() -> None:
     schema = json_schema()
-    assert list(schema)[:2] == ["$schema", "title"]
     assert schema["$schema"] == "http://json-schema.org/draft-07/schema#"
     assert list(schema["properties"]) == list(Config.model_fields)
-    assert list(schema["$defs"]["Rule"]["properties"]) == list(Rule.model_fields)
+    rule = schema["$defs"]["Rule"]
+    assert list(rule["properties"]) == list(Rule.model_fields)
+    assert rule["required"] == ["match"]
     for part in (schema, *schema["$defs"].values()):
         assert part["additionalProperties"] is False
         for key, entry in part["properties"].items():
             assert len(entry["description"]) > 15, key
+    assert schema["properties"]["bias"]["enum"] == ["none", "adapted", "all"]
+    assert schema["properties"]["rank"]["minimum"] == 1
     assert '"null"' not in json.dumps(schema)
-    assert '"title"' not in json.dumps(schema["properties"])
