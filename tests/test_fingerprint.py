@@ -18,62 +18,53 @@ from lora_inject.core.adapter.base_differences import base_differences, unverifi
 from lora_inject.core.adapter.fingerprint import Fingerprint, sample_positions, samples
 from lora_inject.errors import FormatError
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+FILES = {"native": "a.safetensors", "peft": "a"}
+every_layout = pytest.mark.parametrize("layout", FILES)
+
 
 def sample(weight: torch.Tensor) -> tuple[float, ...]:
     return samples({"": weight})[""]
-
-
-@given(st.lists(st.integers(0, 9), max_size=4))
-def test_positions_are_distinct_and_even_and_none_is_in_the_last_sixteenth(
-    shape: list[int],
-) -> None:
-    positions, numel = sample_positions(tuple(shape)), math.prod(shape)
-    assert len(positions) == min(numel, 16)
-    assert list(positions) == sorted(set(positions))
-    if numel:
-        assert positions[0] == 0
-        gaps = [b - a for a, b in pairwise((*positions, numel - 1))] if numel > 16 else [1]
-        assert max(gaps) - min(gaps) <= 1
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (5,), (40,), (7, 9), (3, 4, 5)])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_samples_are_the_values_at_the_positions(shape: tuple[int, ...], transposed: bool) -> None:
-    weight = torch.randn(shape)
-    weight = weight.mT if transposed and weight.ndim > 1 else weight
-    due = [float(weight.flatten()[p]) for p in sample_positions(tuple(weight.shape))]
-    assert list(sample(weight)) == due
-
-
-def test_many_are_sampled_as_each_alone() -> None:
-    """Weights alike are sampled together; names, order, dtypes and shapes must not mix."""
-    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
-    weights = {
-        f"{i}": torch.randn(shape, dtype=dtype)
-        for i, (shape, dtype) in enumerate(2 * list(product([(7, 9), (63,), (), (0, 4)], dtypes)))
-    }
-    weights["turned"] = torch.randn(9, 7).mT
-    found = samples(weights)
-    assert [*found] == [*weights]
-    assert found == {name: sample(weight) for name, weight in weights.items()}
-    assert all(len(found[name]) == min(w.numel(), 16) for name, w in weights.items())
 
 
 def fingerprint_of(weight: torch.Tensor) -> Fingerprint:
     return Fingerprint({"w": tuple(weight.shape)}, {"w": sample(weight)})
 
 
-@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("second", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("scale", [1e-6, 0.02, 10.0])
-def test_the_same_base_in_another_dtype(first, second, scale) -> None:
-    weight = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * scale
-    saved, here = fingerprint_of(weight.to(first)), fingerprint_of(weight.to(second))
-    assert base_differences(saved, here) == {}
+@given(st.lists(st.integers(0, 9), max_size=4))
+def test_positions_are_distinct_and_even(shape: list[int]) -> None:
+    positions, numel = sample_positions(tuple(shape)), math.prod(shape)
+    assert len(positions) == min(numel, 16)
+    assert list(positions) == sorted(set(positions))
+    if numel > 16:
+        gaps = [b - a for a, b in pairwise((*positions, numel - 1))]
+        assert max(gaps) - min(gaps) <= 1
+
+
+def test_samples_are_the_values_at_the_positions_of_many_weights_as_of_one() -> None:
+    """Weights alike are sampled together; names, order, dtypes and shapes must not mix."""
+    shapes = [(7, 9), (63,), (), (0, 4), (3, 4, 5)]
+    weights = {
+        f"{i}": torch.randn(shape, dtype=dtype)
+        for i, (shape, dtype) in enumerate(2 * list(product(shapes, DTYPES)))
+    }
+    weights["turned"] = torch.randn(9, 7).mT
+    values = samples(weights)
+    assert [*values] == [*weights]
+    for name, weight in weights.items():
+        at = sample_positions(tuple(weight.shape))
+        due = tuple(float(weight.flatten()[p].float()) for p in at)
+        assert values[name] == due == sample(weight)
+
+
+def test_the_same_base_in_another_dtype() -> None:
+    for scale, first, second in product((1e-6, 0.02, 10.0), DTYPES, DTYPES):
+        weight = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * scale
+        saved, here = fingerprint_of(weight.to(first)), fingerprint_of(weight.to(second))
+        assert base_differences(saved, here) == {}
 
 
 def test_another_base_and_a_slightly_other_base() -> None:
-    torch.manual_seed(0)
     weight = torch.randn(30, 30) * 0.02
     other = fingerprint_of(torch.randn(30, 30) * 0.02)
     assert "16 of 16" in base_differences(fingerprint_of(weight), other)["w"]
@@ -100,37 +91,7 @@ def test_quantized_weights_are_named_not_compared() -> None:
         assert base_differences(*pair) == {}
 
 
-# Adapters without sites -------------------------------------------------------------------------
-
-
-def base(head: float, body: float = 0.0) -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
-    with torch.no_grad():
-        model[3].weight.fill_(head)
-        model[0].weight.add_(body)
-    return model
-
-
-@pytest.mark.parametrize("train", [r"\d\.bias", "3"], ids=["biases", "head"])
-@pytest.mark.parametrize("layout", ["native", "peft"])
-def test_an_adapter_without_sites_knows_its_base(train: str, layout: str, tmp_path: Path) -> None:
-    model = li.inject(base(head=1.0), {"targets": [], "train": [train]})
-    path = tmp_path / ("a.safetensors" if layout == "native" else "a")
-    li.save_adapter(model, path, format=layout)
-    loaded = li.load_adapter(base(head=1.0 if train != "3" else 7.0), path)
-    assert torch.equal(loaded(torch.ones(1, 4)), model(torch.ones(1, 4)))
-    other = base(head=1.0, body=0.5)
-    with pytest.raises(FormatError, match=r"another base: '0\.weight'"):
-        li.load_adapter(other, path)
-    with pytest.raises(FormatError, match=r"'any_base' is not an option.*takes base=\"any\""):
-        li.load_adapter(other, path, any_base=True)  # as functions on checkpoints call it
-    with pytest.raises(FormatError, match=r"'adapter_name' is not an option.*takes name="):
-        li.load_adapter(other, path, adapter_name="sql")  # as PEFT calls it
-    li.load_adapter(other, path, base="any")
-
-
-# Tensors that the adapter does not touch ----------------------------------------------------------
+# Adapters of a model -----------------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -151,72 +112,93 @@ class Net(nn.Module):
         return self.head(x + self.mlp(self.q(x).relu()))  # type: ignore[no-any-return]
 
 
-def moved(model: nn.Module, name: str, std: float = 0.1) -> nn.Module:
+Q = {"rank": 2, "targets": ["q"]}
+IDS = torch.tensor([[7, 100, 251]])
+
+
+def moved(name: str) -> nn.Module:
     """A model whose module of this name has other values, as another training leaves them."""
+    model = Net()
     with torch.no_grad():
         for parameter in model.get_submodule(name).parameters():
-            parameter.add_(std * torch.randn_like(parameter))
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
+@pytest.mark.parametrize("train", [r"q\.bias", "head"])
+@every_layout
+def test_an_adapter_without_sites_knows_its_base(train: str, layout: str, tmp_path: Path) -> None:
+    model = li.inject(Net(), {"targets": [], "train": [train]})
+    with torch.no_grad():
+        for parameter in li.adapter_parameters(model).values():
+            parameter.add_(1.0)
+    path = li.save_adapter(model, tmp_path / FILES[layout], format=layout)
+    loaded = li.load_adapter(moved("head") if train == "head" else Net(), path)
+    assert torch.equal(loaded(IDS), model(IDS))
+    other = moved("q")
+    for words, option in (
+        (r"another base: 'q\.(weight|bias)'", {}),
+        (r"'any_base' is not an option.*takes base=\"any\"", {"any_base": True}),  # as of merges
+        ("'adapter_name' is not an option.*takes name=", {"adapter_name": "sql"}),  # as of PEFT
+    ):
+        with pytest.raises(FormatError, match=words):
+            li.load_adapter(other, path, **option)
+    li.load_adapter(other, path, base="any")
+
+
 @pytest.mark.parametrize("other", ["mlp", "head", "table"])
-@pytest.mark.parametrize("layout", ["native", "peft"])
+@every_layout
 def test_another_tensor_than_the_adapted_ones_is_noticed(
     other: str, layout: str, tmp_path: Path
 ) -> None:
-    model = li.inject(Net(), {"rank": 2, "targets": ["q"]})
-    path = tmp_path / ("a.safetensors" if layout == "native" else "a")
-    li.save_adapter(model, path, format=layout)
+    path = li.save_adapter(li.inject(Net(), Q), tmp_path / FILES[layout], format=layout)
     li.load_adapter(Net(), path)
     with pytest.raises(FormatError, match=rf"another base: '{other}\.(weight|bias)'"):
-        li.load_adapter(moved(Net(), other), path)
-    li.load_adapter(moved(Net(), other), path, base="any")
+        li.load_adapter(moved(other), path)
+    li.load_adapter(moved(other), path, base="any")
 
 
 def test_another_base_under_a_swapped_adapter_is_noticed() -> None:
-    states = [li.adapter_state(li.inject(Net(), {"targets": ["q"]})) for _ in range(2)]
+    states = [li.adapter_state(li.inject(Net(), Q)) for _ in range(2)]
     model = li.install(Net(), states[0])
     li.swap_adapter(model, states[1])
-    moved(model, "mlp")
+    model.load_state_dict(moved("mlp").state_dict(), strict=False)
     with pytest.raises(FormatError, match=r"another base: 'mlp\.(weight|bias)'"):
         li.swap_adapter(model, states[0])
 
 
 def test_a_head_of_another_size_is_another_head_and_a_resized_vocabulary_is_not() -> None:
-    state = li.adapter_state(li.inject(Net(), {"rank": 2, "targets": ["q"]}))
+    state = li.adapter_state(li.inject(Net(), Q))
     li.install(Net(vocabulary=410), state)
     with pytest.raises(FormatError, match=r"'head\.weight' has shape \(3, 8\)"):
         li.install(Net(classes=2), state)
 
 
-def test_rows_that_were_added_to_a_vocabulary_have_other_values_in_each_process() -> None:
+@pytest.mark.parametrize("targets", [["q"], ["table"]], ids=str)
+def test_rows_that_were_added_to_a_vocabulary_have_other_values_in_each_process(targets) -> None:
     def resized(seed: int) -> nn.Module:
         model = Net()
         torch.manual_seed(seed)
-        with torch.no_grad():
-            model.table.weight[-4:].normal_()
+        nn.init.normal_(model.table.weight[-4:])
         return model
 
-    for targets in (["q"], ["table"]):
-        state = li.adapter_state(li.inject(resized(1), {"rank": 2, "targets": targets}))
-        li.install(resized(2), state)
+    state = li.adapter_state(li.inject(resized(1), {"rank": 2, "targets": targets}))
+    li.install(resized(2), state)
 
 
 def test_what_the_adapter_trains_may_have_any_value_in_the_base() -> None:
-    config = {"rank": 2, "targets": ["q"], "train": ["head"]}
-    state = li.adapter_state(li.inject(Net(), {**config, "tokens": {"table": [3]}}))
-    li.install(moved(Net(), "head"), state)
-    state = li.adapter_state(li.inject(Net(), config))
-    both = state + li.adapter_state(li.inject(Net(), {"rank": 2, "targets": ["q"]}))
-    li.install(moved(Net(), "head"), both)
+    config = {**Q, "train": ["head"]}
+    rows = li.adapter_state(li.inject(Net(), {**config, "tokens": {"table": [3]}}))
+    both = li.adapter_state(li.inject(Net(), config)) + li.adapter_state(li.inject(Net(), Q))
+    for state in (rows, both):
+        li.install(moved("head"), state)
 
 
 def test_layers_that_are_quantized_on_one_side_only_are_not_compared() -> None:
-    state = li.adapter_state(li.inject(Net(), {"rank": 2, "targets": ["q"]}))
     packed = Net()
     eight_bits = packed.mlp.weight.detach().to(torch.float8_e4m3fn)
     packed.mlp.weight = nn.Parameter(eight_bits, requires_grad=False)
-    li.install(packed, state)
+    li.install(packed, li.adapter_state(li.inject(Net(), Q)))
 
 
 # An update that leaves most of a weight alone -----------------------------------------------------
@@ -228,32 +210,28 @@ def embedded() -> nn.Module:
     torch.manual_seed(1)
     optimizer = torch.optim.SGD(li.adapter_parameters(model).values(), 1.0)
     for _ in range(3):
-        model(torch.tensor([[7, 100, 251]])).square().sum().backward()
+        model(IDS).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     return model
 
 
-@pytest.mark.parametrize("layout", ["native", "peft"])
+@every_layout
 def test_the_merged_base_of_an_embedding_is_not_its_base(layout: str, tmp_path: Path) -> None:
+    """Neither in memory nor on disk is it merged twice."""
     model = embedded()
-    path = tmp_path / ("a.safetensors" if layout == "native" else "a")
-    li.save_adapter(model, path, format=layout)
+    path = li.save_adapter(model, tmp_path / FILES[layout], format=layout)
     li.load_adapter(Net(), path)
     li.load_adapter(Net().bfloat16(), path)
     merged = Net()
     merged.load_state_dict(dict(li.merged_weights(model)))
     with pytest.raises(FormatError, match=r"another base: 'table\.weight' where the adapter moves"):
         li.load_adapter(merged, path)
-
-
-def test_an_embedding_is_not_merged_twice_on_disk(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     save_file(Net().state_dict(), tmp_path / "base" / "model.safetensors")
-    li.save_adapter(embedded(), tmp_path / "a")
-    li.merge_checkpoint(tmp_path / "base", [tmp_path / "a"], tmp_path / "out")
+    li.merge_checkpoint(tmp_path / "base", [path], tmp_path / "out")
     with pytest.raises(li.CheckpointError, match=r"another base.*where the adapter moves"):
-        li.merge_checkpoint(tmp_path / "out", [tmp_path / "a"], tmp_path / "again")
+        li.merge_checkpoint(tmp_path / "out", [path], tmp_path / "again")
 
 
 def test_slices_and_experts_are_sampled_where_they_move() -> None:
@@ -264,29 +242,23 @@ def test_slices_and_experts_are_sampled_where_they_move() -> None:
             self.fused = nn.Linear(4, 600, bias=False)
             self.experts = nn.Parameter(torch.randn(40, 8, 4))
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fused(x), x @ self.experts[33].T  # type: ignore[return-value]
-
-    slices = {"slices": {"a": 3, "b": 597}, "adapt": ["a"]}
-    config = {
-        "rank": 1,
-        "targets": [{"match": "fused", **slices}, {"match": "experts", "layout": "out_in"}],
-    }
-    model = li.inject(Bank(), config)
+    fused = {"match": "fused", "slices": {"a": 3, "b": 597}, "adapt": ["a"]}
+    model = li.inject(
+        Bank(), {"rank": 1, "targets": [fused, {"match": "experts", "layout": "out_in"}]}
+    )
     with torch.no_grad():
         parameters = li.adapter_parameters(model)
         parameters["fused.lora_B"].fill_(0.5)
         parameters["experts.lora_B"][33].fill_(0.5)
     state = li.adapter_state(model)
-    assert state.fingerprint is not None
     at = {name: held.positions for name, held in state.fingerprint.moved.items()}
     assert {position // 4 for position in at["fused.weight"]} <= {0, 1, 2}
     assert {position // 32 for position in at["experts"]} == {33}
+    li.install(Bank(), state)
     merged = Bank()
     merged.load_state_dict(dict(li.merged_weights(model)))
     with pytest.raises(FormatError, match="where the adapter moves"):
         li.install(merged, state)
-    li.install(Bank(), state)
 
 
 def test_positions_outside_of_the_weight_are_an_edited_file(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import KINDS, fill, host, script
+from conftest import KINDS, host, script
 from helpers.calls import python_calls
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -56,24 +56,18 @@ MOST = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_launches_and_bytes_are_at_most_these(name: str) -> None:
-    found = table.count(ROWS[name], "lora_inject")
+    counted = table.count(ROWS[name], "lora_inject")
     launches, moved = MOST[name]
-    assert found.total <= launches, found.launches
-    assert round(found.moved / table.GIB, 2) <= moved
-    assert found.syncs == []
-    assert found.on_cpu == [] or ROWS[name].autocast  # whose fake tensors are on the CPU
+    assert counted.total <= launches, counted.launches
+    assert round(counted.moved / table.GIB, 2) <= moved
+    assert counted.syncs == []
+    assert counted.on_cpu == [] or ROWS[name].autocast  # whose fake tensors are on the CPU
 
 
 @pytest.mark.parametrize("name", [n for n in ROWS if "decode" not in n and "autocast" not in n])
 def test_launches_do_not_depend_on_the_number_of_tokens(name: str) -> None:
     few = table.count(replace(ROWS[name], tokens=16), "lora_inject")
     assert few.launches == table.count(ROWS[name], "lora_inject").launches
-
-
-def test_an_expert_in_a_loop_adds_at_most_four_launches_to_its_forward() -> None:
-    row = ROWS["bf16, 4 of 8 experts in a loop, forward"]
-    extra = table.count(row, "lora_inject").total - table.count(row, "frozen").total
-    assert extra <= 4 * 4
 
 
 def test_the_counter_sees_launches_bytes_and_syncs() -> None:
@@ -195,23 +189,6 @@ def test_experts_of_each_token_need_no_sync(packed: bool) -> None:
     _watch(model, [x, torch.empty(5, dtype=torch.int64, device="meta")])
 
 
-def test_a_compiled_forward_sends_no_numbers_to_a_device() -> None:
-    layers = {"embed": nn.Embedding(9, 8), "fc": nn.Linear(8, 8)}
-    model = nn.Sequential(OrderedDict(layers)).double()
-    fill(li.inject(model, {"rank": 2, "targets": ["fc"], "tokens": {"embed": [1, 4]}}))
-    graphs: list[torch.fx.GraphModule] = []
-
-    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    ids = torch.tensor([[1, 4, 8], [4, 0, 0]])
-    found = torch.compile(model, backend=keep, fullgraph=True)(ids)
-    torch.testing.assert_close(found, model(ids))
-    (graph,) = graphs
-    assert not [node for node in graph.graph.nodes if node.target is torch.tensor]
-
-
 class _Formula(nn.Module):
     """The textbook formula around a layer, for a compiler to fuse."""
 
@@ -227,44 +204,32 @@ class _Formula(nn.Module):
 
 def _compiled_operations(model: nn.Module, x: Tensor) -> Counter[str]:
     """Count what a compiler gets to fuse, in forward and backward."""
-    found: Counter[str] = Counter()
+    operations: Counter[str] = Counter()
 
     def count(graph: torch.fx.GraphModule, _: Any) -> Any:
         for node in graph.graph.nodes:
             if node.op == "call_function" and not node.target.is_view:
-                found[node.target._schema.name.removeprefix("aten::")] += 1
+                operations[node.target._schema.name.removeprefix("aten::")] += 1
         return make_boxed_func(graph.forward)
 
     torch._dynamo.reset()
     backend = aot_autograd(fw_compiler=count, bw_compiler=count)
     torch.compile(model, backend=backend, fullgraph=True)(x).sum().backward()
-    del found["_unsafe_view"]
-    return found
+    del operations["_unsafe_view"]
+    return operations
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_compiled_step_has_no_more_operations_than_the_textbooks_formula(
-    dtype: torch.dtype,
-) -> None:
-    x = torch.randn(2, 4, 48, dtype=dtype, requires_grad=True)
-    ours = nn.Sequential(nn.Linear(48, 64)).to(dtype)
+def test_a_compiled_step_has_no_more_operations_than_the_textbooks_formula() -> None:
+    x = torch.randn(2, 4, 48, dtype=torch.bfloat16, requires_grad=True)
+    ours = nn.Sequential(nn.Linear(48, 64)).to(x.dtype)
     li.inject(ours, {"rank": 8, "alpha": 16, "targets": ["0"]})
-    wanted = _compiled_operations(_Formula(nn.Linear(48, 64).to(dtype)), x)
-    found = _compiled_operations(ours, x)
-    products = [c["mm"] + c["addmm"] for c in (found, wanted)]
-    assert products == [8, 8]
-    assert found.total() <= wanted.total(), (found, wanted)
-
-
-def test_rows_go_to_a_gpu_from_pinned_memory_and_the_host_does_not_wait(monkeypatch) -> None:
-    made = Mock()
-    monkeypatch.setattr(torch, "tensor", made)
-    sending.sent([1, 2], torch.device("cuda"))
-    made.assert_called_once_with([1, 2], dtype=None, device="cpu", pin_memory=True)
-    made().to.assert_called_once_with(torch.device("cuda"), non_blocking=True)
+    formula = _compiled_operations(_Formula(nn.Linear(48, 64).to(x.dtype)), x)
+    counted = _compiled_operations(ours, x)
+    assert counted.total() <= formula.total(), (counted, formula)
 
 
 def test_rows_are_sent_once_for_each_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another stream does not wait for a copy, and would read what is not there yet."""
     streams, sent = iter("aaaabbbaa" * 3), Mock(wraps=sending.sent)
     net = li.inject(nn.Sequential(nn.Linear(8, 8)), {"rank": 2, "targets": ["0"]}, "one")
     monkeypatch.setattr(by_row, "queue_of", lambda _: next(streams))

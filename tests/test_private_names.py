@@ -19,7 +19,6 @@ from helpers.forks import Forks
 from helpers.private_attributes import ATTRIBUTES
 from helpers.versions import at_least
 from torch import Tensor, nn
-from transformers.integrations.finegrained_fp8 import FP8Linear
 
 import lora_inject as li
 from lora_inject import private_needed
@@ -28,9 +27,7 @@ from lora_inject.distributed import sharding
 from lora_inject.private import look_up
 from lora_inject.private_names import NAMES
 from lora_inject.private_needed import needed
-from lora_inject.quantized import transformers_linears
 from lora_inject.quantized.bitsandbytes import codes_of
-from lora_inject.quantized.transformers_linears import FineGrained
 
 PACKAGE = Path(li.__file__).parent
 NAME = re.compile(r"_[A-Za-z]\w*(?<!__)")
@@ -90,18 +87,16 @@ def strings(tree: ast.Module) -> set[str]:
     return {str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant)}
 
 
-def last_parts(tree: ast.Module) -> set[str]:
-    """What a file may write out, because it has looked it up."""
-    return {name.rpartition(".")[2] for name in strings(tree) & NAMES.keys()}
-
-
 def test_every_private_name_is_listed() -> None:
     files = {name: tree for name, tree in trees().items() if name != "private_names.py"}
     own = defined(files)
     listed = {*ATTRIBUTES, *DOCUMENTED, *ENDS_OF_NAMES, *KEYS_OF_FILES}
-    unlisted = {file: used(tree, own) - listed - last_parts(tree) for file, tree in files.items()}
-    assert {name: names for name, names in unlisted.items() if names} == {}
-    assert {n for tree in files.values() for n in used(tree, own)} >= listed
+    private = {file: used(tree, own) for file, tree in files.items()}
+    for file, names in private.items():
+        # The last part of what a file looks up may be written out in it.
+        parts = {name.rpartition(".")[2] for name in strings(files[file]) & NAMES.keys()}
+        assert names - listed - parts == set(), file
+    assert set().union(*private.values()) >= listed
 
 
 def test_what_is_looked_up_is_what_is_listed() -> None:
@@ -123,6 +118,12 @@ def is_constant(node: ast.AST) -> bool:
     return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
 
 
+def test_the_walk_sees_each_way_to_use_a_name() -> None:
+    source = "import torch._a\nfrom torch._b import _c\nx._d\ngetattr(x, '_e')\nself._f\nx._own\n"
+    assert used(ast.parse(source), {"_own", "_f"}) == {"_a", "_b", "_c", "_d", "_e"}
+    assert used(ast.parse("module._parameters"), {"_parameters"}) == {"_parameters"}
+
+
 # The oldest version of its library that was seen to have a name; all others were in torch 2.6,
 # transformers 5.0 and the oldest version of each other library that is admitted.
 SINCE = {
@@ -137,6 +138,7 @@ SINCE = {
 @pytest.mark.parametrize("name", NAMES)
 def test_each_name_is_in_the_versions_that_are_said_to_have_it(name: str) -> None:
     """A name that leaves a library fails here first, on the version that lacks it."""
+    assert SINCE.keys() <= NAMES.keys()
     library = name.partition(".")[0]
     pytest.importorskip(library)
     numbers = [int(n) for n in SINCE.get(name, "0").split(".")]
@@ -144,42 +146,10 @@ def test_each_name_is_in_the_versions_that_are_said_to_have_it(name: str) -> Non
         assert look_up(name) is not None
 
 
-def test_versions_are_said_of_names_that_are_listed() -> None:
-    assert SINCE.keys() <= NAMES.keys()
-
-
-def traced_without_its_names(_: str) -> str:
-    import_without("torch.fx._symbolic_trace.is_fx_symbolic_tracing", FX)
-    from lora_inject import inject
-    from lora_inject.core.layers import effective
-
-    assert effective._is_tracing.__name__ == "in_symbolic_trace"
-    model = nn.Sequential(Mixed())
-    inject(model, {"rank": 2, "init": {"normal": 0.3}, "targets": [r"0\.matrix"]})
-    model(torch.ones(2, 4))
-    return outcome(lambda: torch.fx.symbolic_trace(model))
-
-
-def test_a_symbolic_trace_is_refused_whatever_torch_tells_of_it(forks: Forks) -> None:
-    said = forks.start(traced_without_its_names, "").result()
-    assert "the graph would hold their sum as a constant" in said
-
-
-def test_the_walk_sees_each_way_to_use_a_name() -> None:
-    source = "import torch._a\nfrom torch._b import _c\nx._d\ngetattr(x, '_e')\nself._f\nx._own\n"
-    assert used(ast.parse(source), {"_own", "_f"}) == {"_a", "_b", "_c", "_d", "_e"}
-    assert used(ast.parse("module._parameters"), {"_parameters"}) == {"_parameters"}
-
-
-def test_a_name_that_is_not_there_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "torch._C._not_there_at_all"
-    with pytest.raises(li.LayerError, match=f"a feature: it stands on {name}, which torch"):
-        needed(name, "a feature")
-
-
 @pytest.mark.parametrize(
     ("name", "feature"),
     [
+        ("torch._C._not_there_at_all", lambda: needed("torch._C._not_there_at_all", "a feature")),
         ("bitsandbytes.functional._convert_weight_packed_for_cpu_inverse",
          lambda: pytest.importorskip("bitsandbytes")
          and codes_of(torch.zeros(1), SimpleNamespace(packing_format_for_cpu=True))),
@@ -197,34 +167,12 @@ def test_what_stands_on_a_name_of_a_device_or_a_library_is_refused_without_it(
         feature()
 
 
-def test_block_fp8_is_refused_without_the_function_of_transformers(monkeypatch: Any) -> None:
-    weight = nn.Parameter(torch.zeros(2, 2).to(torch.float8_e4m3fn), requires_grad=False)
-    layer = FP8Linear(2, 2)
-    assert FineGrained().why_not("dequantize", layer, weight) is None
-    monkeypatch.setattr(transformers_linears, "look_up", lambda _: None)
-    assert "finegrained_fp8._dequantize_fp8_weight" in str(
-        FineGrained().why_not("dequantize", layer, weight)
-    )
-
-
 # ---------------------------------------------------------- the life of an adapter without a name
 
 REFUSED = {
     "torch._C._will_engine_execute_node": {"trials", "trials with dropout"},
     "torch.Tensor._make_wrapper_subclass": {"packed experts"},
 }
-
-
-FX = "torch.fx._symbolic_trace.is_fx_tracing"
-
-
-class Mixed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.matrix = nn.Parameter(torch.ones(4, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.matrix
 
 
 def import_without(*names: str) -> None:
@@ -262,51 +210,39 @@ def outcome(run: Any) -> str:
 
 
 def life(kind_name: str) -> None:
-    """Inject, train, save, load, merge, unmerge and eject; compare with the dense weight."""
-    from lora_inject import (
-        adapter_parameters,
-        eject,
-        inject,
-        load_adapter,
-        merge,
-        save_adapter,
-        unmerge,
-    )
+    """Inject, train, save, load, merge, unmerge and eject."""
+    import lora_inject as li
 
     kind = KINDS[kind_name]
     torch.manual_seed(0)
     model = Host(kind.layer())
     before = {key: value.clone() for key, value in model.state_dict().items()}
     inputs = kind.inputs(torch.float32)
-    inject(model, kind.config)
-    with torch.no_grad():
-        for parameter in adapter_parameters(model).values():
-            parameter.normal_(0.0, 0.1)
+    li.inject(model, kind.config)
+    for parameter in li.adapter_parameters(model).values():
+        nn.init.normal_(parameter, std=0.1)
     adapted = model(*inputs)
     adapted.pow(2).sum().backward()
-    assert all(p.grad.isfinite().all() for p in adapter_parameters(model).values())
+    assert all(p.grad.isfinite().all() for p in li.adapter_parameters(model).values())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
-        save_adapter(model, path, format="native")
-        eject(model)
-        load_adapter(model, path)
+        li.save_adapter(model, path, format="native")
+        li.eject(model)
+        li.load_adapter(model, path)
     torch.testing.assert_close(model(*inputs), adapted)
-    merge(model)
+    li.merge(model)
     torch.testing.assert_close(model(*inputs), adapted, rtol=1e-4, atol=1e-5)
-    unmerge(model)
-    eject(model)
+    li.eject(li.unmerge(model))
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
 def train(dropout: float) -> None:
-    from lora_inject.trials.runs import Trials
-    from lora_inject.trials.trial import Trial
+    from lora_inject import Trial, Trials
 
-    model = nn.Sequential(nn.Linear(4, 4))
     config = {"rank": 2, "dropout": dropout, "targets": ["0"]}
-    trials = Trials(model, {n: Trial(config, lr=1e-2) for n in "ab"})
+    trials = Trials(nn.Sequential(nn.Linear(4, 4)), {n: Trial(config, lr=1e-2) for n in "ab"})
     trials.step(torch.randn(3, 4), loss=lambda outputs, _: outputs.pow(2).mean())
 
 
