@@ -75,11 +75,10 @@ def test_a_part_of_a_stack_equals_the_dense_model(family: str, part: str) -> Non
     assert all(same_bits(t, plain.state_dict()[k]) for k, t in base_state(model).items())
 
 
-@pytest.mark.parametrize("how", ["batched_mm", "default"])
 @pytest.mark.parametrize("part", PARTS)
-def test_a_part_of_a_stack_in_products_of_all_experts(part: str, how: str) -> None:
+def test_a_part_of_a_stack_in_products_of_all_experts(part: str) -> None:
     for family in FAMILIES:
-        plain, model = adapted(family, part, how)
+        plain, model = adapted(family, part, "batched_mm")
         assert error(logits(model), logits(wide(plain, model))) < 2e-5
 
 
@@ -92,14 +91,12 @@ def test_what_is_left_out_or_shared_takes_no_memory(part, n_a, n_b, tmp_path: Pa
     counted = sum(p.numel() for p in li.adapter_parameters(model).values())
     plan = li.plan(plain, config(ALL | PARTS[part]))
     assert plan.n_lora == counted == 2 * (8 * n_a + 16 * n_b) + 2 * (8 * n_a + 8 * n_b)
+    assert "hold every expert" in str(plan)  # what the default files do not keep
     assert ("2 of a stack of 3" if part == "only" else f"stack of 3, one {part}") in str(plan)
     li.save_adapter(model, tmp_path / "a.safetensors", format="native")
     again = li.load_adapter(copy.deepcopy(plain), tmp_path / "a.safetensors")
     for name, site in li.adapter_state(again).sites.items():
-        assert same_bits(site.A, li.adapter_state(model).sites[name].A)
-        held = li.adapter_state(model).sites[name].spec
-        assert meaning(site.spec) == meaning(held)
-        assert (site.spec.rank, site.spec.scale) == (held.rank, held.scale)
+        assert meaning(site.spec) == meaning(li.adapter_state(model).sites[name].spec)
     assert same_bits(logits(again), logits(model))
 
 
@@ -121,17 +118,6 @@ def test_files_of_others_have_every_expert(part: str, tmp_path: Path) -> None:
         assert error(logits(merged), logits(model)) < 1e-5
 
 
-def test_values_of_parts_are_those_of_whole_stacks() -> None:
-    _, one = adapted("mixtral", "only")
-    _, two = adapted("mixtral", "A")
-    a, b = li.adapter_state(one), li.adapter_state(two)
-    total = a + b
-    for name, site in total.sites.items():
-        deltas = [s.B @ s.A for s in (site, a.whole.sites[name], b.whole.sites[name])]
-        torch.testing.assert_close(deltas[0] * site.scale, SCALE * (deltas[1] + deltas[2]))
-    assert a.cosine(a) == pytest.approx(1)
-
-
 def test_a_state_dict_of_other_experts_is_refused() -> None:
     _, one = adapted("mixtral", "only")
     plain, _ = experts("mixtral")
@@ -143,15 +129,12 @@ def test_a_state_dict_of_other_experts_is_refused() -> None:
 # ---------------------------------------------------------------------------------------- profiles
 
 
-def profiled(family: str = "qwen3_moe") -> tuple[nn.Module, li.ExpertProfile]:
-    model, _ = experts(family)
-    return model, li.profile_experts(
-        model, [{"input_ids": torch.arange(8)[None] + n} for n in (0, 3)]
-    )
+BATCHES = [{"input_ids": torch.arange(8)[None] + n} for n in (0, 3)]
 
 
 def test_a_profile_counts_the_experts_that_the_router_chose() -> None:
-    model, profile = profiled()
+    model, _ = experts("qwen3_moe")
+    profile = li.profile_experts(model, BATCHES)
     block: Any = model.model.layers[0].mlp
     counts = torch.zeros(3, dtype=torch.long)
 
@@ -160,39 +143,35 @@ def test_a_profile_counts_the_experts_that_the_router_chose() -> None:
 
     hook = block.gate.register_forward_hook(count)
     with torch.no_grad():
-        for n in (0, 3):
-            model(torch.arange(8)[None] + n)
+        for batch in BATCHES:
+            model(**batch)
     hook.remove()
     assert profile.experts == {"model.layers.0.mlp.experts": counts.tolist()}
     assert sum(counts) == 2 * 16
     assert not block.experts._forward_pre_hooks
 
 
-def test_the_most_chosen_experts_of_a_profile_are_adapted(tmp_path: Path, monkeypatch) -> None:
-    model, profile = profiled()
-    monkeypatch.chdir(tmp_path)
-    profile.write("profile.yaml")
-    assert li.ExpertProfile.from_yaml("profile.yaml") == profile
-    (counts,) = profile.experts.values()
-    for top, n in ((0.3, 1), (0.34, 2), (1, 3)):
-        (only,) = {
-            s.only for s in li.plan(model, config(ALL | {"only": "profile.yaml", "top": top})).sites
-        }
-        assert only == tuple(sorted(sorted(range(3), key=lambda e: (-counts[e], e))[:n]))
-    assert profile.covered(1) == 1
-    assert len(profile.picture().partition("  ")[2]) == 3
-
-
-def test_a_profile_chooses_in_each_layer_its_own(tmp_path: Path) -> None:
+def two_layers(vocabulary: int = 13) -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
-    sizes |= {"vocab_size": 13, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4))
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    return MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=vocabulary))
+
+
+def test_the_most_chosen_experts_of_each_layer_are_adapted(tmp_path: Path) -> None:
     names = [f"model.layers.{i}.mlp.experts" for i in range(2)]
-    li.ExpertProfile(experts={names[0]: [9, 0, 0, 0], names[1]: [0, 0, 0, 9]}).write(tmp_path / "p")
-    plan = li.plan(model, config(ALL | {"only": str(tmp_path / "p"), "top": 0.25}))
-    assert [site.only for site in plan.sites] == [(0,), (0,), (3,), (3,)]
+    profile = li.ExpertProfile(experts={names[0]: [9, 5, 0, 1], names[1]: [0, 0, 2, 9]})
+    profile.write(tmp_path / "p")
+    assert li.ExpertProfile.from_yaml(tmp_path / "p") == profile
+    for top, (first, second) in {
+        0.25: ((0,), (3,)),
+        0.26: ((0, 1), (2, 3)),
+        1: ((0, 1, 2, 3), (0, 1, 2, 3)),
+    }.items():
+        plan = li.plan(two_layers(), config(ALL | {"only": str(tmp_path / "p"), "top": top}))
+        assert [site.only for site in plan.sites] == [first, first, second, second]
+    assert profile.covered(1) == 1
 
 
 # --------------------------------------------------------------------------------------- bad input
@@ -203,7 +182,6 @@ def test_a_profile_chooses_in_each_layer_its_own(tmp_path: Path) -> None:
     [
         ({"only": [3]}, r"only: 3, but it has 3 experts, 0 to 2"),
         ({"only": "other.yaml", "top": 0.5}, "the profile has no 'model.layers.0.mlp.experts'"),
-        ({"only": "fewer.yaml", "top": 0.5}, "the profile counts 2 experts of .*, which has 3"),
         ({"match": "q_proj", "only": [0]}, "only, but it is a linear of its own. It is for stacks"),
         ({"share": "A", "init": "pissa"}, "share, and init pissa"),
     ],
@@ -211,7 +189,6 @@ def test_a_profile_chooses_in_each_layer_its_own(tmp_path: Path) -> None:
 def test_experts_that_are_not_there_are_refused(rule, words, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     li.ExpertProfile(experts={"h.0": [1, 2, 3]}).write("other.yaml")
-    li.ExpertProfile(experts={"model.layers.0.mlp.experts": [1, 2]}).write("fewer.yaml")
     model, _ = experts("mixtral")
     refused(model, lambda: li.inject(model, config(ALL | rule)), li.MatchError, words)
 
@@ -220,13 +197,9 @@ def test_experts_that_are_not_there_are_refused(rule, words, tmp_path: Path, mon
     ("rule", "words"),
     [
         ({"only": [0], "top": 0.5}, "top needs a profile. Give both"),
-        ({"only": "p.yaml"}, "'p.yaml' is a profile. Give both"),
-        ({"only": "p.yaml", "top": 0}, "top.*0 is not accepted"),
         ({"only": []}, "it is empty"),
         ({"only": [1, 1]}, "repeated entry"),
-        ({"only": [-1]}, "-1 is not accepted"),
         ({"only": [0], "share": "A"}, "share is for whole stacks, and only chooses of them"),
-        ({"share": "C"}, "'C' is not accepted"),
     ],
 )
 def test_a_choice_that_says_nothing_is_refused(rule: dict[str, Any], words: str) -> None:
@@ -245,36 +218,12 @@ def test_a_model_without_experts_has_no_profile() -> None:
         li.profile_experts(model, [])
 
 
-def test_the_counts_in_the_guide_are_those_of_qwen3_30b_a3b() -> None:
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    sizes: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 6144, "head_dim": 128}
-    sizes |= {"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
-    sizes |= {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
-    with torch.device("meta"):
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
-    four = ALL | {"rank": {"active": 32}}
-    up, down = (
-        {"match": rf"experts\.{part}", "rank": {"active": 32}}
-        for part in ("gate_up_proj", "down_proj")
-    )
-    rules: list[list[Any]] = [[], [ALL | {"rank": 32}], [four], [four | {"share": "A"}]]
-    rules += [[up | {"share": "A"}, down | {"share": "B"}], [four | {"only": list(range(32))}]]
-    guide = (Path(__file__).parents[1] / "docs/guide/choose-layers.md").read_text()
-    for each in rules:
-        plan = li.plan(model, {"rank": 32, "targets": ["all-linear", *each]})
-        assert f"| {plan.n_lora:,} |" in guide
-
-
 def test_the_command_writes_a_profile_that_a_rule_reads(tmp_path: Path, monkeypatch, run) -> None:
     from training_models import tokenizer
-    from transformers import MixtralConfig, MixtralForCausalLM
 
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
-    sizes |= {"vocab_size": 103, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4))
+    model = two_layers(vocabulary=103)
     model.save_pretrained("base")
     tokenizer(Path("base"))
     Path("rows.txt").write_text("1 and 1 is 2\n2 is a number\n")
@@ -282,15 +231,8 @@ def test_the_command_writes_a_profile_that_a_rule_reads(tmp_path: Path, monkeypa
     assert done.code == 0, done.err
     profile = li.ExpertProfile.from_yaml("profile.yaml")
     assert [sum(counts) for counts in profile.experts.values()] == [2 * 2 * 6] * 2
-    assert profile.picture() in done.out
-    assert "top: 0.25 of each stack gets" in done.out
     plan = li.plan(model, config(ALL | {"only": "profile.yaml", "top": 0.25}))
     assert all(len(site.only or ()) == 1 for site in plan.sites)
-
-
-def test_the_plan_says_what_the_default_files_do_not_keep_of_chosen_experts() -> None:
-    rules = {"targets": [{"match": "all-experts", "only": [0]}]}
-    assert "hold every expert" in str(li.plan(experts("mixtral")[0], rules))
 
 
 @pytest.mark.parametrize("part", [{"only": [0, 2]}, {"share": "A"}, {"share": "B"}])
@@ -303,9 +245,6 @@ def test_a_file_with_every_expert_is_swapped_into_chosen_ones(part: Any, tmp_pat
     slot = fill(li.inject(copy.deepcopy(plain), rule), std=0.01)
     li.swap_adapter(slot, tmp_path / "a")
     assert same_bits(logits(slot), wanted)
-    assert {key: t.shape for key, t in li.adapter_parameters(slot).items()} == {
-        key: t.shape for key, t in li.adapter_parameters(model).items()
-    }
     other = fill(li.inject(copy.deepcopy(plain), config(ALL)))
     li.save_adapter(other, tmp_path / "b")
     words = "it updates expert 1, which" if "only" in part else "its experts have a factor"

@@ -4,8 +4,6 @@ They are held to what the program itself computes (mlx-lm runs on the CPU), or t
 and converter's formulas on the tensors of the file.
 """
 
-import json
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +13,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.adapter_states import KIND_SPECS, dense, effect, make_state
+from helpers.adapter_states import KIND_SPECS, edit_config, effect, make_state
 from helpers.reference import IDS, adapted, llama, logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lora_inject as li
 from lora_inject.checkpoint import Checkpoint, merge_checkpoint, read_weighted
-from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.core.spec.slices import Slices
 from lora_inject.errors import FormatError
 from lora_inject.formats import gguf_file, read_adapter, write_adapter
 
@@ -40,12 +35,9 @@ def base_model() -> Any:
 def held(layout: str, tmp_path: Path, *targets: Any) -> tuple[Any, AdapterState, dict[str, Tensor]]:
     """An adapted model, its adapter, and the tensors of its file."""
     model = adapted(base_model(), *targets)
-    path = tmp_path / ("a.gguf" if layout == "gguf" else "a")
-    li.save_adapter(model, path, format=layout)
-    if layout == "gguf":
-        return model, li.adapter_state(model), content(path)[1]
-    found = torch.load(path / FILES[layout], weights_only=True)
-    return model, li.adapter_state(model), found.get("model", found)
+    path = li.save_adapter(model, tmp_path / "a", format=layout)
+    tensors = torch.load(path / FILES[layout], weights_only=True)
+    return model, li.adapter_state(model), tensors.get("model", tensors)
 
 
 def content(path: Path) -> tuple[float, dict[str, Tensor]]:
@@ -54,8 +46,12 @@ def content(path: Path) -> tuple[float, dict[str, Tensor]]:
     return alpha, {t.name: torch.from_numpy(np.array(t.data)) for t in reader.tensors}
 
 
-def hold_read(path: Path, model: Any, **options: Any) -> None:
-    back = li.load_adapter(base_model(), path, **options)
+def hold_read(path: Path, model: Any, pickled: bool = False) -> None:
+    """Hold what is read of a file to the model, and that a pickle is not read unasked."""
+    if pickled:
+        with pytest.raises(FormatError, match=r"is a pickle\. Pass allow_pickle=True"):
+            li.load_adapter(base_model(), path)
+    back = li.load_adapter(base_model(), path, **({"allow_pickle": True} if pickled else {}))
     torch.testing.assert_close(logits(back), logits(model), rtol=1e-4, atol=1e-4)
 
 
@@ -69,8 +65,7 @@ def hf_to_tune(delta: Tensor, n_heads: int) -> Tensor:
 def test_torchtune_adds_to_its_weights_what_we_add_to_ours(tmp_path: Path) -> None:
     targets = [{"match": "q_proj", "rank": 3}, "k_proj", {"match": "mlp.*", "alpha": 9}, "lm_head"]
     model, state, tensors = held("torchtune", tmp_path, *targets)
-    said = (tmp_path / "a/adapter_config.json").read_text()
-    assert '"target_modules": [' in said
+    assert '"target_modules": [' in (tmp_path / "a/adapter_config.json").read_text()
     names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "lm_head": "output"}
     for name, site in state.sites.items():
         end = name.rpartition(".")[2]
@@ -82,21 +77,17 @@ def test_torchtune_adds_to_its_weights_what_we_add_to_ours(tmp_path: Path) -> No
         due = hf_to_tune(due, heads) if heads else due
         torch.testing.assert_close(b @ a, due, rtol=1e-5, atol=1e-5)  # folded: alpha is the rank
     assert not tensors
-    hold_read(tmp_path / "a", model, allow_pickle=True)
+    hold_read(tmp_path / "a", model, pickled=True)
 
 
 def litgpt_delta(
     a: Tensor, b: Tensor, widths: dict[str, int], on: list[str], scale: float
 ) -> Tensor:
     """`LoRAQKVLinear.get_lora_AB` of litgpt/lora.py with grouped queries, and its `zero_pad`."""
-    pieces = dict(
-        zip(on, zip(a.chunk(len(on)), b.split([widths[p] for p in on]), strict=True), strict=True)
-    )
-    rows = [
-        pieces[part][1] @ pieces[part][0] if part in pieces else a.new_zeros(width, a.shape[1])
-        for part, width in widths.items()
-    ]
-    return scale * torch.cat(rows)
+    parts = zip(on, b.split([widths[part] for part in on]), a.chunk(len(on)), strict=True)
+    updates = {part: scale * up @ down for part, up, down in parts}
+    zeros = {part: a.new_zeros(width, a.shape[1]) for part, width in widths.items()}
+    return torch.cat([*(zeros | updates).values()])
 
 
 def test_litgpt_adds_to_its_fused_weight_what_we_add_to_ours(tmp_path: Path) -> None:
@@ -108,18 +99,15 @@ def test_litgpt_adds_to_its_fused_weight_what_we_add_to_ours(tmp_path: Path) -> 
     for layer in range(2):
         key = f"transformer.h.{layer}.attn.qkv"
         a, b = tensors[f"{key}.lora_A"], tensors[f"{key}.lora_B"]
-        found = litgpt_delta(a, b, widths, ["q_proj", "v_proj"], scale)
         due = [
-            effect(state.sites[name])
+            effect(state.sites[name]).float()
             if (name := f"model.layers.{layer}.self_attn.{part}") in state.sites
             else torch.zeros(width, 16)
             for part, width in widths.items()
         ]
-        torch.testing.assert_close(found, torch.cat(due).float(), rtol=1e-5, atol=1e-5)
-        slices = Slices(tuple(widths.items()), ("q_proj", "v_proj"))
-        spec = SiteSpec("qkv", "linear", 16, 32, (32, 16), 2, 2 * scale, slices=slices)
-        torch.testing.assert_close(dense(SiteState(spec, a, b)).float(), found)  # one of our sites
-    hold_read(tmp_path / "a", model, allow_pickle=True)
+        update = litgpt_delta(a, b, widths, ["q_proj", "v_proj"], scale)
+        torch.testing.assert_close(update, torch.cat(due), rtol=1e-5, atol=1e-5)
+    hold_read(tmp_path / "a", model, pickled=True)
 
 
 @pytest.mark.parametrize("model_type", gguf_file.FAMILIES)
@@ -144,9 +132,10 @@ def test_llama_cpp_adds_to_its_weights_what_we_add_to_ours(tmp_path: Path) -> No
     """Its update is `alpha / rank * B @ A`, rank being the tensor's (src/llama-adapter.h)."""
     targets: list[Any] = [{"match": "q_proj", "rank": 3}, {"match": "k_proj", "alpha": 7}]
     targets += [{"match": "down_proj", "scaling": "rslora"}, "lm_head", "embed_tokens"]
-    model, state, tensors = held("gguf", tmp_path, *targets)
-    alpha, _ = content(tmp_path / "a.gguf")
-    for name, site in state.sites.items():
+    model = adapted(base_model(), *targets)
+    path = li.save_adapter(model, tmp_path / "a.gguf", format="gguf")
+    alpha, tensors = content(path)
+    for name, site in li.adapter_state(model).sites.items():
         key = gguf_file.FAMILIES["llama"][1].theirs(name) + ".weight"
         a, b = tensors.pop(f"{key}.lora_a"), tensors.pop(f"{key}.lora_b")
         a = a.T if name == "model.embed_tokens" else a  # as its loader wants it
@@ -155,25 +144,7 @@ def test_llama_cpp_adds_to_its_weights_what_we_add_to_ours(tmp_path: Path) -> No
         due = permuted(due, heads) if heads else due
         torch.testing.assert_close(found, due, rtol=1e-5, atol=1e-5)
     assert not tensors
-    hold_read(tmp_path / "a.gguf", model)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("base")
-    llama().float().save_pretrained(path)
-    return path
-
-
-def of_mlx(base: Path, adapter: Path) -> Tensor:
-    mx = pytest.importorskip("mlx.core", reason="pip install 'mlx[cpu]' mlx-lm")
-    from mlx_lm.tuner.utils import load_adapters
-    from mlx_lm.utils import load_model
-
-    model, _ = load_model(base)
-    model = load_adapters(model, str(adapter))
-    model.eval()
-    return torch.tensor(model(mx.array(IDS.numpy())).tolist())
+    hold_read(path, model)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -186,14 +157,20 @@ def of_mlx(base: Path, adapter: Path) -> Tensor:
     ],
     ids=["one rank", "unequal", "one layer, head and embedding"],
 )
-def test_mlx_computes_the_same(base: Path, targets: list[Any], tmp_path: Path) -> None:
-    model = adapted(llama().float(), *targets)
+def test_mlx_computes_the_same(targets: list[Any], tmp_path: Path) -> None:
+    mx = pytest.importorskip("mlx.core", reason="pip install 'mlx[cpu]' mlx-lm")
+    from mlx_lm.tuner.utils import load_adapters
+    from mlx_lm.utils import load_model
+
+    base_model().save_pretrained(tmp_path / "base")
+    model = adapted(base_model(), *targets)
     li.save_adapter(model, tmp_path / "a", format="mlx")
-    due = logits(model)
-    assert (due - logits(llama().float())).abs().max() > 0.1
-    torch.testing.assert_close(of_mlx(base, tmp_path / "a"), due, rtol=1e-4, atol=1e-4)
-    back = li.load_adapter(llama().float(), tmp_path / "a")
-    torch.testing.assert_close(logits(back), due, rtol=1e-4, atol=1e-4)
+    theirs = load_adapters(load_model(tmp_path / "base")[0], str(tmp_path / "a"))
+    theirs.eval()
+    due = torch.tensor(theirs(mx.array(IDS.numpy())).tolist())
+    assert (due - logits(base_model())).abs().max() > 0.1
+    torch.testing.assert_close(logits(model), due, rtol=1e-4, atol=1e-4)
+    hold_read(tmp_path / "a", model)
 
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 1}
@@ -225,14 +202,11 @@ REFUSED: list[tuple[str, AdapterState, Any, str]] = [
     ("torchtune litgpt gguf", at("self_attn.o_proj"), {"model_type": "gpt2"}, "type is 'gpt2'"),
     ("torchtune litgpt gguf", at("self_attn.q_proj"), CONFIG, "has 7 rows, and the base"),
     ("torchtune litgpt gguf", at("mlp.fc"), CONFIG, "adapts gate, up|no name for this module"),
-    ("torchtune litgpt gguf", make_state(KIND_SPECS["conv"]), CONFIG, "a site of kind 'conv'"),
     ("torchtune litgpt", at("self_attn.o_proj"), {**CONFIG, "num_hidden_layers": 3}, "'model.l.*2"),
     ("torchtune litgpt", at("mlp.up_proj"), CONFIG, "adapts gate, up and down of an MLP together"),
-    ("torchtune litgpt", EMBEDDING, CONFIG, "cannot hold a site of kind 'embedding'"),
     ("gguf mlx", EMBEDDING, CONFIG, "as one tensor"),
     ("mlx", EMBEDDING, None, r"base's config is not given.*--base"),
     ("gguf mlx torchtune", HEAD, CONFIG, "as one tensor"),
-    ("gguf", at("self_attn.q_proj"), {"model_type": "llama"}, "'num_attention_heads'"),
 ]
 
 
@@ -246,15 +220,6 @@ def test_what_they_would_miss_or_misread_is_refused(layout, state, config, words
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("layout", ["torchtune", "litgpt"])
-def test_pickles_are_read_where_they_are_trusted(layout: str, tmp_path: Path) -> None:
-    held(layout, tmp_path, "o_proj")
-    config = base_model().config.to_dict()
-    with pytest.raises(FormatError, match=r"is a pickle\. Pass allow_pickle=True"):
-        read_adapter(tmp_path / "a", config=config)
-    assert len(read_adapter(tmp_path / "a", config=config, allow_pickle=True).sites) == 2
-
-
 def test_numbers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     held("litgpt", tmp_path, "q_proj", "v_proj")
     config = base_model().config.to_dict()
@@ -263,8 +228,6 @@ def test_numbers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for text, words in [
         (yaml.safe_dump(said | {"lora_query": False}), "A has 4 rows and B 24, which are not"),
         (yaml.safe_dump(said | {"lora_r": 3}), "its rank is 2, hyperparameters.yaml says 3"),
-        (yaml.safe_dump(said | {"lora_alpha": "x"}), "lora_alpha is 'x'"),
-        ("a: [", "not valid YAML"),
         (yaml.safe_dump(said) + "'lora_alpha': 400\n", "'lora_alpha' is given twice"),
     ]:
         file.write_text(text)
@@ -274,17 +237,13 @@ def test_numbers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_torchtunes_alpha_is_asked_for_where_no_config_says_it(tmp_path: Path) -> None:
     _, state, _ = held("torchtune", tmp_path, "o_proj")
-    file = tmp_path / "a/adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 10**400}))
-    with pytest.raises(FormatError, match="its alpha is 1000"):
-        read_adapter(tmp_path / "a", config=base_model().config.to_dict(), allow_pickle=True)
     (tmp_path / "a/adapter_config.json").unlink()
     options = {"config": base_model().config.to_dict(), "allow_pickle": True}
     with pytest.raises(FormatError, match="Pass alpha="):
         read_adapter(tmp_path / "a", **options)
-    found = read_adapter(tmp_path / "a", alpha=3.0, **options)
+    sites = read_adapter(tmp_path / "a", alpha=3.0, **options).sites
     name = "model.layers.0.self_attn.o_proj"
-    torch.testing.assert_close(effect(found.sites[name]), effect(state.sites[name]))
+    torch.testing.assert_close(effect(sites[name]), effect(state.sites[name]))
 
 
 @pytest.mark.parametrize("layout", ["mlx", "torchtune", "litgpt"])
@@ -296,8 +255,8 @@ def test_a_folder_merges_on_disk_as_it_does_in_memory(layout: str, tmp_path: Pat
     allowed = {} if layout == "mlx" else {"allow_pickle": True}
     merge_checkpoint(base, [read_weighted(tmp_path / "a", base, **allowed)], tmp_path / "out")
     li.merge(model, eject=True)
-    due, found = model.state_dict(), load_file(tmp_path / "out" / "model.safetensors")
-    for name, tensor in found.items():
+    due = model.state_dict()
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         torch.testing.assert_close(tensor, due[name], rtol=1e-5, atol=1e-5)
 
 
@@ -311,25 +270,23 @@ def test_scales_are_folded_into_tensors_of_16_bits_with_one_rounding(tmp_path: P
         torch.testing.assert_close(effect(site), effect(state.sites[name]), rtol=1e-6, atol=1e-6)
 
 
-def test_models_and_other_families_are_refused(tmp_path: Path) -> None:
-    for architecture, kind, words in [
+@pytest.mark.parametrize(
+    ("architecture", "kind", "words"),
+    [
         ("llama", gguf.GGUFType.MODEL, "not a model"),
         ("gpt2", gguf.GGUFType.ADAPTER, "architecture is 'gpt2'"),
-        (["llama"], gguf.GGUFType.ADAPTER, "architecture is "),
-    ]:
-        path = tmp_path / f"{len(architecture)}.gguf"
-        writer = gguf.GGUFWriter(path, str(architecture))
-        if isinstance(architecture, list):
-            writer.kv_data[0].pop("general.architecture")
-            writer.add_array("general.architecture", architecture)
-        writer.add_type(kind)
-        writer.add_string("adapter.type", "lora")
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with warnings.catch_warnings(), pytest.raises(FormatError, match=words):
-            read_adapter(path)
+    ],
+)
+def test_models_and_other_families_are_refused(architecture, kind, words, tmp_path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", architecture)
+    writer.add_type(kind)
+    writer.add_string("adapter.type", "lora")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(FormatError, match=words):
+        read_adapter(tmp_path / "a.gguf")
 
 
 def test_fused_projections_of_phi3(tmp_path: Path) -> None:
@@ -340,38 +297,23 @@ def test_fused_projections_of_phi3(tmp_path: Path) -> None:
     assert read_adapter(path).sites.keys() == state.sites.keys()
 
 
-def test_the_config_of_a_base_is_enough(tmp_path: Path) -> None:
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base/config.json").write_text(json.dumps({**CONFIG, "model_type": "mistral"}))
-    state = at("mlp.gate_proj")
-    path = li.convert(state, tmp_path / "a.gguf", "gguf", base=tmp_path / "base")
-    assert read_adapter(path).sites.keys() == state.sites.keys()
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"fine_tune_type": "dora"}, "fine_tune_type is 'dora'"),
         ({"lora_parameters": {"rank": 2, "alpha": 3}}, "gives rank 2 and scale None"),
-        ({"lora_parameters": {"rank": True, "scale": 1}}, "gives rank True"),
         ({"lora_parameters": {"rank": 3, "scale": 1}}, "rank 2, adapter_config.json says 3"),
     ],
 )
-def test_configs_that_contradict_are_refused(change, words, tmp_path) -> None:
+def test_configs_of_mlx_that_contradict_are_refused(change, words, tmp_path) -> None:
     path = write_adapter(make_state(KIND_SPECS["linear"]), tmp_path / "a", "mlx")
-    said = json.loads((path / "adapter_config.json").read_text())
-    (path / "adapter_config.json").write_text(json.dumps({**said, **change}))
     with pytest.raises(FormatError, match=words):
-        read_adapter(path)
+        read_adapter(edit_config(path, **change))
 
 
-def test_experts_and_lost_halves_are_refused(tmp_path: Path) -> None:
+def test_experts_of_mlx_are_refused(tmp_path: Path) -> None:
     path = write_adapter(make_state(KIND_SPECS["linear"]), tmp_path / "a", "mlx")
     file = path / "adapters.safetensors"
-    tensors = load_file(file)
-    save_file({**tensors, "moe.lora_a": torch.ones(2, 2, 2)}, file)
+    save_file({**load_file(file), "moe.lora_a": torch.ones(2, 2, 2)}, file)
     with pytest.raises(FormatError, match=r"'moe.lora_a' of shape \(2, 2, 2\)"):
-        read_adapter(path)
-    save_file({"h.0.fc.lora_a": tensors["h.0.fc.lora_a"]}, file)
-    with pytest.raises(FormatError, match="lora_b is missing"):
         read_adapter(path)

@@ -45,21 +45,14 @@ def kill_at(calls: int, monkeypatch: pytest.MonkeyPatch, owner: object, name: st
     monkeypatch.setattr(owner, name, wrapped)
 
 
-STEPS = [
-    (os, "fsync", 1),
-    (os, "fsync", 2),
-    (os, "fsync", 3),
-    (files, "write_new", 1),
-    (files, "write_new", 2),
-    (files, "_put_in_place", 1),
-]
-RENAMES = [(Path, "rename", 1), (Path, "rename", 2)]
+STEPS = [*((os, "fsync", n) for n in (1, 2, 3)), (files, "write_new", 1), (files, "write_new", 2)]
+STEPS += [(files, "_put_in_place", 1), (Path, "rename", 1)]
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "call", "exists"),
-    [(*step, exists) for step in STEPS + RENAMES[:1] for exists in (True, False)]
-    + [(*RENAMES[1], True)],  # a new directory takes one rename only
+    [(*step, exists) for step in STEPS for exists in (True, False)]
+    + [(Path, "rename", 2, True)],  # a new directory takes one rename only
 )
 def test_a_kill_leaves_the_old_adapter(owner, name, call, exists, tmp_path, monkeypatch) -> None:
     if exists:
@@ -75,67 +68,6 @@ def test_a_kill_leaves_the_old_adapter(owner, name, call, exists, tmp_path, monk
         assert content(tmp_path / "a") == OLD
 
 
-@pytest.mark.parametrize(
-    "write", [lambda a: write_directory(a, NEW), lambda a: write_file(a, b"x")]
-)
-def test_a_full_disk_is_told_and_nothing_is_left(write, tmp_path, monkeypatch) -> None:
-    def full(path: Path, content: bytes) -> None:
-        path.write_bytes(content[:1])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files, "write_new", full)
-    monkeypatch.setattr(atomic, "write_new", full)
-    with pytest.raises(FormatError, match=r"write '.*a': No space left .*\. Free some space"):
-        write(tmp_path / "a")
-    assert [*tmp_path.iterdir()] == []
-
-
-def test_an_exchange_that_fails_leaves_the_old_adapter(tmp_path, monkeypatch) -> None:
-    write_directory(tmp_path / "a", OLD)
-
-    def fail(*_: object) -> bool:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files, "_exchange", fail)
-    with pytest.raises(FormatError, match=r"write '.*a': No space left .*\. Free some space"):
-        write_directory(tmp_path / "a", NEW, overwrite=True)
-    assert content(tmp_path / "a") == OLD
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
-
-
-def test_a_directory_with_other_files_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "optimizer.pt").write_bytes(b"weeks of work")
-    with pytest.raises(FormatError, match=r"optimizer\.pt"):
-        write_directory(tmp_path, NEW, overwrite=True)
-    assert content(tmp_path) == {"optimizer.pt": b"weeks of work"}
-
-
-def test_a_directory_is_not_written_over_a_file(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"x")
-    with pytest.raises(FormatError, match="it is a file"):
-        write_directory(tmp_path / "a", NEW, overwrite=True)
-
-
-def test_a_directory_is_written_over_an_empty_one_and_into_missing_parents(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    write_directory(tmp_path / "empty", NEW)
-    write_directory(tmp_path / "x" / "y" / "z", NEW)
-    assert content(tmp_path / "empty") == content(tmp_path / "x" / "y" / "z") == NEW
-
-
-def test_symbolic_links_are_followed(tmp_path: Path) -> None:
-    write_directory(tmp_path / "real", OLD)
-    (tmp_path / "link").symlink_to("real")
-    made = write_directory(tmp_path / "link", NEW, overwrite=True)
-    assert made == (tmp_path / "real").resolve()
-    assert (tmp_path / "link").is_symlink()
-    assert content(tmp_path / "real") == NEW
-    (tmp_path / "f").symlink_to("g")
-    write_file(tmp_path / "f", b"1")
-    assert (tmp_path / "f").is_symlink()
-    assert (tmp_path / "g").read_bytes() == b"1"
-
-
 @pytest.mark.parametrize(("owner", "name"), [(os, "fsync"), (Path, "replace")])
 def test_a_kill_leaves_the_old_file(owner, name, tmp_path, monkeypatch) -> None:
     write_file(tmp_path / "f", b"old")
@@ -146,10 +78,53 @@ def test_a_kill_leaves_the_old_file(owner, name, tmp_path, monkeypatch) -> None:
     assert content(tmp_path) == {"f": b"old"}
 
 
-def test_a_file_is_replaced_only_when_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("owner", ["write_new", "_exchange"])
+def test_a_full_disk_is_told_and_leaves_the_old_adapter(owner, tmp_path, monkeypatch) -> None:
+    write_directory(tmp_path / "a", OLD)
+
+    def full(path: Path, *_: object) -> None:
+        if not path.is_dir():
+            path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, owner, full)
+    with pytest.raises(FormatError, match=r"write '.*a': No space left .*\. Free some space"):
+        write_directory(tmp_path / "a", NEW, overwrite=True)
+    monkeypatch.setattr(atomic, "write_new", full)
+    with pytest.raises(FormatError, match=r"write '.*b': No space left .*\. Free some space"):
+        write_file(tmp_path / "b", b"x")
+    assert content(tmp_path / "a") == OLD
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_nothing_is_replaced_that_was_not_meant(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "optimizer.pt").write_bytes(b"weeks of work")
     write_file(tmp_path / "f", b"old")
-    with pytest.raises(FormatError, match="overwrite=True"):
-        write_file(tmp_path / "f", b"new")
-    with pytest.raises(FormatError, match="it is a directory"):
-        write_file(tmp_path, b"new", overwrite=True)
-    assert content(tmp_path) == {"f": b"old"}
+    for write, words in (
+        (lambda: write_directory(tmp_path / "run", NEW, overwrite=True), r"optimizer\.pt"),
+        (lambda: write_directory(tmp_path / "f", NEW, overwrite=True), "it is a file"),
+        (lambda: write_file(tmp_path / "f", b"new"), "overwrite=True"),
+        (lambda: write_file(tmp_path / "run", b"new", overwrite=True), "it is a directory"),
+    ):
+        with pytest.raises(FormatError, match=words):
+            write()
+    assert content(tmp_path / "run") == {"optimizer.pt": b"weeks of work"}
+    assert (tmp_path / "f").read_bytes() == b"old"
+
+
+def test_empty_folders_missing_parents_and_symbolic_links_are_written_to(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "x" / "y" / "z"):
+        write_directory(path, NEW)
+        assert content(path) == NEW
+    write_directory(tmp_path / "real", OLD)
+    (tmp_path / "link").symlink_to("real")
+    made = write_directory(tmp_path / "link", NEW, overwrite=True)
+    assert made == (tmp_path / "real").resolve()
+    assert (tmp_path / "link").is_symlink()
+    assert content(tmp_path / "real") == NEW
+    (tmp_path / "f").symlink_to("g")
+    write_file(tmp_path / "f", b"1")
+    assert (tmp_path / "f").is_symlink()
+    assert (tmp_path / "g").read_bytes() == b"1"

@@ -1,11 +1,10 @@
-"""The paper's own library: the same outputs, gradients and steps; its files read, written, merged.
+"""The paper's own library: the same outputs, gradients and merged weights; its files, both ways.
 
 Loralib is a second, independent statement of the method. Its layers are read as they are;
 only W, bias, A and B are copied across.
 """
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,10 +57,6 @@ def merged(*enabled: bool, turned: bool = False) -> Pair:
 
 PAIRS = {
     "Linear": Pair(lambda: loralib.Linear(5, 6, r=R, lora_alpha=ALPHA), lambda: nn.Linear(5, 6)),
-    "Linear without bias": Pair(
-        lambda: loralib.Linear(5, 6, r=R, lora_alpha=ALPHA, bias=False),
-        lambda: nn.Linear(5, 6, bias=False),
-    ),
     "Linear turned": Pair(
         lambda: loralib.Linear(5, 6, r=R, lora_alpha=ALPHA, fan_in_fan_out=True),
         lambda: conv1d(6, 5),
@@ -75,28 +70,28 @@ PAIRS = {
     ),
     "MergedLinear q v": merged(True, False, True),
     "MergedLinear k": merged(False, True, False),
-    "MergedLinear q k": merged(True, True, False),
     "MergedLinear all": merged(True, True, True),
-    "MergedLinear of two": merged(False, True),
     "MergedLinear turned q v": merged(True, False, True, turned=True),
     "MergedLinear turned v": merged(False, False, True, turned=True),
 }
 every_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=list(PAIRS))
 
 
+def injected(pair: Pair) -> Any:
+    config = {"rank": R, "alpha": ALPHA, "targets": [{"match": "layer", **pair.rule}]}
+    return li.inject(Host(pair.plain()).double(), config)
+
+
 def build(pair: Pair) -> tuple[Any, Any, Tensor]:
     """Theirs, ours with the same W, bias, A and B, and an input."""
     theirs = pair.theirs().double()
-    config = {"rank": R, "alpha": ALPHA, "targets": [{"match": "layer", **pair.rule}]}
-    host = Host(pair.plain()).double()
-    plain = host.layer
+    ours = injected(pair)
     with torch.no_grad():
-        plain.weight.copy_(theirs.weight)
+        ours.layer._parameters["weight"].copy_(theirs.weight)
         if getattr(theirs, "bias", None) is not None:
-            plain.bias.copy_(theirs.bias)
+            ours.layer.bias.copy_(theirs.bias)
         nn.init.normal_(theirs.lora_A)
         nn.init.normal_(theirs.lora_B)
-    ours = li.inject(host, config)
     A, B = li.adapter_parameters(ours).values()
     assert (A.shape, B.shape) == (theirs.lora_A.shape, theirs.lora_B.shape)
     with torch.no_grad():
@@ -107,7 +102,7 @@ def build(pair: Pair) -> tuple[Any, Any, Tensor]:
 
 
 @every_pair
-def test_outputs_and_gradients_are_the_same(pair: Pair) -> None:
+def test_outputs_gradients_and_merged_weights_are_the_same(pair: Pair) -> None:
     theirs, ours, x = build(pair)
     inputs = [x.clone().requires_grad_(not pair.ids) for _ in range(2)]
     outputs = [model(i) for model, i in zip((theirs, ours), inputs, strict=True)]
@@ -120,42 +115,18 @@ def test_outputs_and_gradients_are_the_same(pair: Pair) -> None:
     assert error(B.grad, theirs.lora_B.grad) < 1e-12
     if not pair.ids:
         assert error(inputs[1].grad, inputs[0].grad) < 1e-12
-
-
-@every_pair
-def test_merged_weights_are_the_same(pair: Pair) -> None:
-    """loralib merges when it goes to eval mode."""
-    theirs, ours, x = build(pair)
-    theirs.eval()
+    theirs.eval()  # which merges
     li.merge(ours)
     assert error(ours.layer.weight, theirs.weight) < 1e-12
     assert error(ours(x), theirs(x)) < 1e-12
 
 
 @every_pair
-def test_ten_steps_of_adam_are_the_same(pair: Pair) -> None:
-    theirs, ours, x = build(pair)
-    loralib.mark_only_lora_as_trainable(theirs)
-    own = [p for p in theirs.parameters() if p.requires_grad]
-    groups = [own, list(li.adapter_parameters(ours).values())]
-    for model, parameters in zip((theirs, ours), groups, strict=True):
-        optimizer = torch.optim.Adam(parameters, lr=0.03)
-        for _ in range(10):
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
-    for a, b in zip(groups[1], groups[0], strict=True):
-        assert error(a, b) < 1e-9
-
-
-@every_pair
 def test_a_fresh_adapter_starts_with_the_same_distribution(pair: Pair) -> None:
-    """The zero factor is the same one; the random one has the same bound or spread."""
-    theirs, ours = pair.theirs(), Host(pair.plain())
-    config = {"rank": R, "alpha": ALPHA, "targets": [{"match": "layer", **pair.rule}]}
-    A, B = (p.detach() for p in li.adapter_parameters(li.inject(ours, config)).values())
-    assert bool(A.any()) is bool(theirs.lora_A.any())
-    assert bool(B.any()) is bool(theirs.lora_B.any())
+    """The zero factor is the same one; the random one has the same bound."""
+    theirs = pair.theirs()
+    A, B = (p.detach() for p in li.adapter_parameters(injected(pair)).values())
+    assert (bool(A.any()), bool(B.any())) == (bool(theirs.lora_A.any()), bool(theirs.lora_B.any()))
     if not pair.ids:
         bound = 1 / 5**0.5  # kaiming_uniform_ with a = sqrt(5) over 5 inputs
         for random in (A, theirs.lora_A.detach()):
@@ -165,34 +136,27 @@ def test_a_fresh_adapter_starts_with_the_same_distribution(pair: Pair) -> None:
 # ------------------------------------------------------------------------------------------ files
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".bin", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @every_pair
-def test_what_it_writes_is_read_right(pair: Pair, suffix: str, tmp_path: Path) -> None:
+def test_files_are_read_right_both_ways(pair: Pair, suffix: str, tmp_path: Path) -> None:
     """Their trainable state, read by its own helper, is our adapter's two tensors."""
-    theirs, ours, _ = build(pair)
+    theirs, ours, x = build(pair)
     model = nn.ModuleDict({"layer": theirs, "head": nn.Linear(2, 2)})
     tensors = loralib.lora_state_dict(model)
     tensors |= {k: v for k, v in model.state_dict().items() if k.startswith("head.")}
-    path, pickled = tmp_path / f"a{suffix}", suffix != ".safetensors"
+    path, pickled = tmp_path / f"a{suffix}", suffix == ".pt"
     (torch.save if pickled else save_file)(tensors, path)
-    allowed = {"allow_pickle": True} if pickled else {}
-    state = read_adapter(path, alpha=ALPHA, **pair.told, **allowed)
-    wanted = li.adapter_state(ours).sites["layer"]
+    told = {"alpha": ALPHA, **pair.told, **({"allow_pickle": True} if pickled else {})}
+    state, wanted = read_adapter(path, **told), li.adapter_state(ours)
     assert same_bits(state.sites["layer"].A, theirs.lora_A)
-    assert torch.equal(dense(state.sites["layer"]), dense(wanted))
+    assert torch.equal(dense(state.sites["layer"]), dense(wanted.sites["layer"]))
     assert set(state.trained) == {"head.weight", "head.bias"}
-
-
-@every_pair
-def test_it_reads_what_is_written(pair: Pair, tmp_path: Path) -> None:
-    theirs, ours, x = build(pair)
-    for suffix in (".pt", ".safetensors"):
-        state = li.adapter_state(ours)
-        path = write_adapter(state, tmp_path / f"a{suffix}", format="loralib")
-        back = read_adapter(path, alpha=ALPHA, allow_pickle=True, **pair.told)
-        assert torch.equal(dense(back.sites["layer"]), dense(state.sites["layer"]))
+    path = write_adapter(wanted, tmp_path / f"ours{suffix}", format="loralib")
+    back = read_adapter(path, **told).sites["layer"]
+    assert torch.equal(dense(back), dense(wanted.sites["layer"]))
     nn.init.zeros_(theirs.lora_B)
-    given = {key.removeprefix("layer."): t for key, t in torch.load(tmp_path / "a.pt").items()}
+    given = torch.load(path) if pickled else load_file(path)
+    given = {key.removeprefix("layer."): tensor for key, tensor in given.items()}
     assert not theirs.load_state_dict(given, strict=False).unexpected_keys
     assert error(theirs(x), ours(x)) < 1e-12
 
@@ -216,25 +180,16 @@ def test_pickles_are_read_only_when_allowed_and_run_nothing(tmp_path: Path) -> N
     with pytest.raises(FormatError, match="cannot be loaded"):
         read_adapter(path, alpha=1, allow_pickle=True)
     assert not (tmp_path / "was here").exists()
-    for content in (b"", b"not a pickle", [1], {"a": 1}):
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            torch.save(content, path)
-        with pytest.raises(FormatError):
-            read_adapter(path, alpha=1, allow_pickle=True)
+    path.write_bytes(b"not a pickle")
+    with pytest.raises(FormatError):
+        read_adapter(path, alpha=1, allow_pickle=True)
 
 
 PAIR, TOLD = {"fc.lora_A": torch.ones(2, 4), "fc.lora_B": torch.ones(6, 2)}, {"alpha": 1}
 BAD: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "no alpha": (PAIR, {}, "do not hold alpha"),
-    "alpha 0": (PAIR, {"alpha": 0}, "do not hold alpha"),
     "no B": (
         {f"{name}.lora_A": PAIR["fc.lora_A"] for name in ("fc", "x")}, TOLD, "lora_B is missing",
-    ),
-    "no A": (
-        {"fc.lora_B": PAIR["fc.lora_B"], **{f"x.{k}": v for k, v in PAIR.items()}}, TOLD,
-        "lora_A is missing",
     ),
     "fused": (PAIR | {"fc.lora_A": torch.ones(4, 4)}, TOLD, "fused layer with 2"),
     "too many parts": (
@@ -246,7 +201,6 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     ),
     "ranks": (PAIR | {"fc.lora_A": torch.ones(3, 4)}, TOLD, "do not fit"),
     "name": (PAIR, {**TOLD, "embeddings": ["wte"]}, "no site is called 'wte'"),
-    "shapes": (PAIR | {"fc.lora_A": torch.ones(2)}, TOLD, "shapes"),
 }  # fmt: skip
 
 
@@ -276,90 +230,31 @@ def test_what_loralib_cannot_express_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------ merged checkpoints
+# ----------------------------------------------------------------------------- on the command line
 
-OPTIONS = ("--alpha", "6", "--fan-in-fan-out", "c_attn", "--enable-lora", "1,0,1")
-
-
-class Net(nn.Module):
-    """GPT-2's fused layer as loralib adapts it, a plain one, and a head that is trained."""
-
-    def __init__(self, *, adapted):
-        super().__init__()
-        if adapted:
-            self.c_attn = loralib.MergedLinear(
-                8, 24, r=2, lora_alpha=6, enable_lora=[True, False, True], fan_in_fan_out=True
-            )
-            self.c_proj = loralib.Linear(8, 8, r=2, lora_alpha=6)
-        else:
-            self.c_attn = loralib.MergedLinear(8, 24, fan_in_fan_out=True)
-            self.c_proj = nn.Linear(8, 8)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x):
-        q, k, v = self.c_attn(x).chunk(3, -1)
-        return self.head(self.c_proj(torch.tanh(q) * k + v))
-
-
-@pytest.fixture
-def case(tmp_path):
-    torch.manual_seed(0)
-    plain, adapted = Net(adapted=False), Net(adapted=True)
-    save_checkpoint(tmp_path / "base", {k: v.contiguous() for k, v in plain.state_dict().items()})
-    adapted.load_state_dict(plain.state_dict(), strict=False)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name or name.startswith("head"):
-            nn.init.normal_(parameter, std=0.3)
-    tensors = loralib.lora_state_dict(adapted)
-    tensors |= {k: v for k, v in adapted.state_dict().items() if k.startswith("head.")}
-    return tmp_path, plain, adapted, tensors
+OPTIONS = ("--alpha", "6", "--fan-in-fan-out", "layer", "--enable-lora", "1,0,1")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_merged_equals_the_layers_of_loralib(run, case, suffix):
-    folder, plain, adapted, tensors = case
-    file, pickled = folder / f"a{suffix}", suffix == ".bin"
+def test_the_commands_read_what_loralib_writes(run: Any, suffix: str, tmp_path: Path) -> None:
+    theirs, _, _ = build(PAIRS["MergedLinear turned q v"])
+    model = nn.ModuleDict({"layer": theirs})
+    tensors = loralib.lora_state_dict(model)
+    base = {k: v.contiguous() for k, v in model.state_dict().items() if k not in tensors}
+    save_checkpoint(tmp_path / "base", base)
+    pickled = suffix == ".bin"
+    file = tmp_path / f"a{suffix}"
     (torch.save if pickled else save_file)(tensors, file)
     options = (*OPTIONS, "--allow-pickle") if pickled else OPTIONS
-    assert run("merge", folder / "base", file, "-o", folder / "out", *options).code == 0
-    plain.load_state_dict(load_file(folder / "out" / "model.safetensors"))
-    x = torch.randn(4, 8)
-    torch.testing.assert_close(plain(x), adapted.train()(x), rtol=1e-5, atol=1e-5)
-    assert run("verify", folder / "base", file, folder / "out", *options).code == 0
-
-
-def test_what_the_file_does_not_hold_is_asked_for(run, case):
-    folder, _, _, tensors = case
-    save_file(tensors, folder / "a.safetensors")
-    torch.save(tensors, folder / "a.bin")
-    for file, options, code, words in (
-        ("a.safetensors", (), 1, "Pass --alpha"),
-        ("a.bin", OPTIONS, 1, "is a pickle. Pass --allow-pickle"),
-        ("a.safetensors", ("--alpha", "6", "--enable-lora", "yes"), 2, "--enable-lora"),
-        ("a.safetensors", ("--alpha", "6"), 1, "enable_lora"),
-    ):
-        printed = run("merge", folder / "base", folder / file, "-o", folder / "out", *options)
-        assert (printed.code, words in printed.err) == (code, True), printed.err
-    assert not (folder / "out").exists()
-
-
-def test_options_of_loralib_without_a_file_of_it_are_wrong_usage(run, tmp_path):
-    for name in ("base", "folder"):
-        (tmp_path / name).mkdir()
-    base = tmp_path / "base" / "model.safetensors"
-    save_file({"w": torch.ones(2, 2)}, base)
-    printed = run("merge", base, tmp_path / "folder", "-o", tmp_path / "out", "--alpha", "6")
-    assert printed.code == 2
-    assert "no adapter has a format with this option" in printed.err
-
-
-def test_inspect_and_analyze_read_what_merge_reads(run, case):
-    folder, _, _, tensors = case
-    file = folder / "loralib.safetensors"
-    save_file({k: v.contiguous() for k, v in tensors.items()}, file)
+    merge = ("merge", tmp_path / "base", file, "-o", tmp_path / "out")
+    refused = run(*merge, *(OPTIONS if pickled else ()))
+    asked = "is a pickle. Pass --allow-pickle" if pickled else "Pass --alpha"
+    assert (refused.code, asked in refused.err) == (1, True), refused.err
+    assert not (tmp_path / "out").exists()
+    assert run(*merge, *options).code == 0
+    assert run("verify", tmp_path / "base", file, tmp_path / "out", *options).code == 0
     for command in ("inspect", "analyze"):
-        assert "Pass --alpha" in run(command, file).err
-        assert "2 sites" in run(command, file, *OPTIONS).out
-    assert run("inspect", file, *OPTIONS, "--base", folder / "base").code == 0
-    shutil.copy(file, folder / "without-ending")
-    assert run("inspect", folder / "without-ending", *OPTIONS, "--format", "loralib").code == 0
+        assert "1 site" in run(command, file, *options).out
+    theirs.eval()  # which merges
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert error(merged["layer.weight"], theirs.weight) < 1e-12

@@ -1,7 +1,6 @@
 """The tensors of a safetensors file, compared with the reference library in both directions."""
 
 import copy
-import operator
 import os
 import pickle
 from collections.abc import Callable
@@ -35,66 +34,39 @@ def assert_equal(found: dict[str, Tensor], due: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, due[name]), name
 
 
+def views(t: Tensor) -> list[Tensor]:
+    made = [t, t.reshape(-1)[1::2], t.mT if t.ndim > 1 else t, t[..., None].expand(*t.shape, 3)]
+    return made + ([t[-1], t.transpose(0, -1)[-1:], *t.unbind(0)] if t.ndim and len(t) else [])
+
+
 @given(tensors=tables)
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_any_tensors_are_read_as_the_library_reads_them(tensors, tmp_path) -> None:
+def test_any_tensors_are_read_and_written_as_by_the_library(tensors, tmp_path) -> None:
     path = tmp_path / "any.safetensors"
     save_file(tensors, path, {"k": "v"})
-    found, metadata = read_tensors(path)
+    mine, metadata = read_tensors(path)
     assert metadata == {"k": "v"}
-    assert_equal(found, load_file(path))
-
-
-@given(tensors=tables)
-@settings(max_examples=40, deadline=None)
-def test_the_library_reads_what_is_written(tensors: dict[str, Tensor]) -> None:
+    theirs = load_file(path)
+    assert_equal(mine, theirs)
+    for name, tensor in mine.items():
+        for view, due in zip(views(tensor), views(theirs[name]), strict=True):
+            assert (type(view), view.shape) == (type(tensor), due.shape)
+            assert type(in_memory(view)) is Tensor
+            assert torch.equal(in_memory(view), due)
+            assert torch.equal(view.to(torch.float64) + 1, due.to(torch.float64) + 1)
     strided = {name: t.t() if t.ndim == 2 else t for name, t in tensors.items()}
     content = serialize(strided, {"format": "pt"})
     assert_equal(load(content), strided)
     assert content == serialize(dict(reversed(strided.items())), {"format": "pt"})
 
 
-def views(t: Tensor) -> list[Tensor]:
-    flat = t.reshape(-1)
-    found = [
-        t.detach(),
-        flat[1:],
-        flat[::2],
-        t.mT if t.ndim > 1 else t,
-        t[..., None].expand(*t.shape, 3),
-    ]
-    return found + ([t[-1], t.transpose(0, -1)[-1:], *t.unbind(0)] if t.ndim and len(t) else [])
-
-
-@given(tensors=tables)
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_tensors_on_disk_and_their_views_hold_what_is_read(tensors, tmp_path) -> None:
-    path = tmp_path / "any.safetensors"
-    save_file(tensors, path)
-    found, due = read_tensors(path)[0], load_file(path)
-    for name, tensor in found.items():
-        with torch.inference_mode():
-            inferred = views(tensor)
-        for mine, theirs in zip(views(tensor) + inferred, views(due[name]) * 2, strict=True):
-            assert type(mine) is type(tensor)
-            assert mine.shape == theirs.shape
-            assert type(in_memory(mine)) is Tensor
-            assert torch.equal(in_memory(mine), theirs)
-            assert torch.equal(mine.to(torch.float64) + 1, theirs.to(torch.float64) + 1)
-
-
 WRITES: list[Callable[[Tensor], object]] = [
     Tensor.zero_,
     lambda w: w.__setitem__(0, 0.0),
     lambda w: torch.zeros(1000, out=w[:]),
-    lambda w: torch._foreach_zero_([w]),
-    lambda w: operator.imul(w, 2),
     lambda w: save_file({"w": w}, "/dev/null"),
-    lambda w: setattr(w, "requires_grad", True),
     lambda w: setattr(w, "data", torch.zeros(1000)),
     torch.nn.Parameter,
 ]

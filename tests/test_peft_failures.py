@@ -1,18 +1,14 @@
-"""Ways in which PEFT 0.21.2 was seen to fail and that no other test shows.
+"""Ways in which PEFT 0.21.2 was seen to fail and that no other test shows: right here, or refused.
 
-Each is right here (against a dense float64 reference that is formed by hand, and gradients against
-finite differences of that reference), or refused before anything changed. Misspelled targets are
-shown in test_matching, attention in test_attention, convolutions in test_layer_options, names in
-test_name_collisions, what is saved in test_saving, and mixes and undoing in test_state_machine.
+What is right is held to a dense float64 reference that is formed by hand, and gradients to finite
+differences of that reference.
 """
 
 import copy
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +18,6 @@ from helpers.reference import (
     adapted,
     config,
     dense,
-    gpt2,
     hold,
     llama,
     logits,
@@ -30,12 +25,10 @@ from helpers.reference import (
     refused,
     saved,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_inject as li
-
-# ------------------------------------------------------------------------- wrong numbers, no error
 
 
 class Attention(nn.Module):
@@ -55,11 +48,27 @@ def test_attention_matched_with_its_own_child_is_adapted_once_or_refused(tmp_pat
     model = adapted(plain, "out_proj", "attn")
     assert {*li.adapters(model)["default"].sites} == {"attn.out_proj", "attn.in_proj_weight"}
     hold(plain, model, lambda m: m(x))
-    model(x).sum().backward()
-    assert all(p.grad is not None for p in li.adapter_parameters(model).values())
     _, file = saved(model, tmp_path, "native")
     shapes = sorted(tuple(t.shape) for t in load_file(file).values())
     assert shapes == [(2, 8), (2, 8), (8, 2), (24, 2)]
+
+
+class Outer(nn.Linear):
+    """A Linear that contains a Linear."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 5)
+        self.proj = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.proj(x)
+
+
+def test_a_linear_inside_a_linear_is_adapted_beside_its_parent() -> None:
+    plain, x = nn.Sequential(Outer()).double(), random(3, 5)
+    model = adapted(plain, "0", "proj")
+    assert set(li.adapters(model)["default"].sites) == {"0", "0.proj"}
+    hold(plain, model, lambda m: m(x))
 
 
 @pytest.mark.parametrize("undo", [True, False])
@@ -82,23 +91,11 @@ def test_adapters_changed_while_merged_do_not_change_what_unmerge_restores(undo:
 
 
 def test_tensors_that_the_model_has_no_place_for_are_refused(tmp_path: Path) -> None:
-    deep = adapted(llama(num_hidden_layers=3), "q_proj")
-    li.save_adapter(deep, tmp_path / "deep")
+    li.save_adapter(adapted(llama(num_hidden_layers=3), "q_proj"), tmp_path / "deep")
+    words = r"layers\.2\.self_attn\.q_proj.*no such module"
     shallow = llama()
-    refused(
-        shallow,
-        lambda: li.load_adapter(shallow, tmp_path / "deep", base="any"),
-        li.FormatError,
-        r"layers\.2\.self_attn\.q_proj.*no such module",
-    )
-    # A PEFT file with tensors of a k_proj that its config does not target.
-    li.save_adapter(adapted(llama(), "q_proj"), tmp_path / "extra")
-    file = tmp_path / "extra" / "adapter_model.safetensors"
-    stem = "base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"
-    save_file({**load_file(file), stem: torch.zeros(2, 8)}, file, {"format": "pt"})
-    plain = llama()
-    run = lambda: li.load_adapter(plain, tmp_path / "extra")  # noqa: E731
-    refused(plain, run, li.FormatError, "k_proj")
+    load = lambda: li.load_adapter(shallow, tmp_path / "deep", base="any")  # noqa: E731
+    refused(shallow, load, li.FormatError, words)
 
 
 def test_statistics_of_a_base_in_pefts_files_are_refused_by_what_they_are(tmp_path: Path) -> None:
@@ -106,8 +103,8 @@ def test_statistics_of_a_base_in_pefts_files_are_refused_by_what_they_are(tmp_pa
     plain = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     config = peft.LoraConfig(target_modules=["0"], modules_to_save=["1"])
     peft.get_peft_model(copy.deepcopy(plain), config).save_pretrained(tmp_path)
-    run = lambda: li.load_adapter(plain, tmp_path)  # noqa: E731
-    refused(plain, run, li.FormatError, r"it is a buffer of the model.*Merge it into the base")
+    load = lambda: li.load_adapter(plain, tmp_path)  # noqa: E731
+    refused(plain, load, li.FormatError, r"it is a buffer of the model.*Merge it into the base")
 
 
 @pytest.mark.parametrize("layout", ["native", "peft"])
@@ -122,49 +119,14 @@ def test_an_adapter_named_like_a_module_leaves_the_others_file(layout: str, tmp_
     assert before.read_bytes() == after.read_bytes()
 
 
-# ------------------------------------------------------------------------------------- targeting
-
-
-class Outer(nn.Linear):
-    """A Linear that contains a Linear."""
-
-    def __init__(self) -> None:
-        super().__init__(5, 5)
-        self.proj = nn.Linear(5, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.proj(x)
-
-
-def test_a_linear_inside_a_linear_is_adapted_beside_its_parent() -> None:
-    plain, x = nn.Sequential(Outer()).double(), random(3, 5)
-    model = adapted(plain, "0", "proj")
-    assert set(li.adapters(model)["default"].sites) == {"0", "0.proj"}
-    hold(plain, model, lambda m: m(x))
-
-
-def test_a_config_object_remembers_no_model() -> None:
-    wanted = li.Config.coerce(config("c_attn|q_proj"))
-    text = str(wanted.to_dict())
-    first, second = li.inject(gpt2(), wanted), li.inject(llama(), wanted)
-    assert str(wanted.to_dict()) == text
-    assert [*li.adapters(first)["default"].sites] == ["transformer.h.0.attn.c_attn"]
-    assert len(li.adapters(second)["default"].sites) == 2
-    assert not any(s.transposed for s in li.adapters(second)["default"].sites.values())
-
-
-# ------------------------------------------------------------------------- not atomic, side effects
-
-
 @pytest.mark.parametrize("layer", [nn.GELU(), nn.Conv1d(2, 2, 1), nn.RNN(4, 4)])
 def test_an_adapted_model_is_exported(layer: nn.Module) -> None:
     plain = nn.Sequential(nn.Linear(5, 4), layer).double()
-    adapts = [r"\d"] if any(True for _ in layer.parameters()) else ["0"]
-    model, x = adapted(plain, *adapts), random(2, 5)
+    model, x = adapted(plain, *([r"\d"] if [*layer.parameters()] else ["0"])), random(2, 5)
 
-    def run(m: Any) -> Tensor:
-        found = m(x)
-        return found[0] if isinstance(found, tuple) else found
+    def run(m: nn.Module) -> Tensor:
+        y = m(x)
+        return y[0] if isinstance(y, tuple) else y
 
     exported = torch.export.export(model.eval(), (x,)).module()
     assert error(run(exported), run(dense(plain, model))) < EXACT
@@ -188,16 +150,15 @@ def test_the_same_adapter_is_written_to_the_same_bytes_in_every_run(tmp_path, mo
     subprocess.run([sys.executable, "-c", ORDER, str(tmp_path / "there")], check=True, env=env)
     monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "here")])
     exec(ORDER, {})
-    folders = (tmp_path / "there", tmp_path / "here")
-    written = [{f.name: f.read_bytes() for f in folder.iterdir()} for folder in folders]
-    assert written[0] == written[1]
-    assert len(json.loads(written[0]["adapter_config.json"])["target_modules"]) > 0
+    there, here = tmp_path / "there", tmp_path / "here"
+    assert {f.name: f.read_bytes() for f in there.iterdir()} == {
+        f.name: f.read_bytes() for f in here.iterdir()
+    }
 
 
 def test_pissa_over_a_base_without_values_is_refused() -> None:
     model = llama().to("meta")
-    run = lambda: li.inject(model, config("q_proj", init="pissa"))  # noqa: E731
     before = [(n, id(m), type(m)) for n, m in model.named_modules()]
     with pytest.raises(li.LayerError, match="pissa"):
-        run()
+        li.inject(model, config("q_proj", init="pissa"))
     assert [(n, id(m), type(m)) for n, m in model.named_modules()] == before

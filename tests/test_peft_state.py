@@ -1,4 +1,7 @@
-"""An adapter in memory as PEFT has it, against PEFT itself and against the file."""
+"""What PEFT, transformers and diffusers make of what they are handed: a folder, tensors in memory.
+
+The folder says of which model it came; its header holds the config.
+"""
 
 import json
 from pathlib import Path
@@ -7,45 +10,41 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill
-from helpers.models import IDS, tiny_llama
+from helpers.models import IDS, denoised, tiny_llama, tiny_unet
+from helpers.refusals import said
+from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 import lora_inject as li
 
+transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-CONFIG = {
-    "rank": 2,
-    "alpha": 6,
-    "targets": [{"match": "q_proj", "rank": 4}, {"match": "down_proj", "alpha": 3}, "o_proj"],
-}
+# ------------------------------------------------------------------------------ tensors in memory
+
+TARGETS = [{"match": "q_proj", "rank": 4}, {"match": "down_proj", "alpha": 3}, "o_proj"]
+CONFIG = {"rank": 2, "alpha": 6, "targets": TARGETS}
+DORA = {"rank": 2, "variant": "dora", "targets": ["q_proj"], "train": ["lm_head"]}
 
 
-def adapted(config: dict[str, Any] = CONFIG, **changes: Any) -> Any:
-    return fill(li.inject(tiny_llama(**changes), config))
+def adapted(config: dict[str, Any] = CONFIG) -> Any:
+    return fill(li.inject(tiny_llama(), config)).eval()
 
 
-def of_peft(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
-    """PEFT's model of a config and tensors in memory."""
-    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**config))
-    missed = peft.set_peft_model_state_dict(model, tensors)
-    assert not missed.unexpected_keys
-    return model.eval()
-
-
-def test_it_is_what_peft_has_in_memory() -> None:
-    model = adapted().eval()
+@pytest.mark.parametrize("given", [CONFIG, DORA], ids=["ranks and alphas", "DoRA and a head"])
+def test_it_is_what_peft_has_in_memory(given: dict[str, Any]) -> None:
+    model = adapted(given)
     tensors, config = li.peft_state(model)
-    theirs = of_peft(config, tensors)
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**config)).eval()
+    assert not peft.set_peft_model_state_dict(theirs, tensors).unexpected_keys
     with torch.no_grad():
         assert error(theirs(IDS).logits, model(IDS).logits) < 1e-5
     wanted = peft.get_peft_model_state_dict(theirs)
     assert tensors.keys() == wanted.keys()
-    for key, tensor in wanted.items():
-        assert torch.equal(tensors[key], tensor)
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in wanted.items())
     stated = theirs.peft_config["default"]
     for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
         assert config[key] == getattr(stated, key)
@@ -61,76 +60,119 @@ def test_it_is_what_a_file_has(portable: bool, tmp_path: Path) -> None:
     assert tensors.keys() == wanted.keys()
     assert all(torch.equal(tensors[key], wanted[key]) for key in wanted)
     assert config == json.loads((folder / "adapter_config.json").read_text())
-    if portable:
-        assert config["r"] == config["lora_alpha"] == 4
-        assert not config["rank_pattern"]
-        assert not config["alpha_pattern"]
 
 
-def test_its_tensors_are_the_receivers_own() -> None:
-    model = adapted()
+def test_its_tensors_are_the_receivers_own_in_the_dtype_and_on_the_device_asked_for() -> None:
+    model = adapted().bfloat16()
     tensors, _ = li.peft_state(model)
-    assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in tensors.values())
     before = {key: tensor.clone() for key, tensor in tensors.items()}
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in tensors.values())
+    half, _ = li.peft_state(model, dtype=torch.bfloat16, device="cpu")
+    assert all(torch.equal(half[key], tensors[key].bfloat16()) for key in tensors)
+    there, _ = li.peft_state(model, device="meta")
+    assert {tensor.device.type for tensor in there.values()} == {"meta"}
     fill(model)
     assert all(torch.equal(tensors[key], before[key]) for key in before)
 
 
-def test_its_dtype_and_device_are_those_asked_for() -> None:
-    model = adapted().bfloat16()
-    assert {t.dtype for t in li.peft_state(model)[0].values()} == {torch.float32}
-    full, _ = li.peft_state(model, portable=True)
-    half, _ = li.peft_state(model, portable=True, dtype=torch.bfloat16, device="cpu")
-    assert all(torch.equal(half[key], full[key].bfloat16()) for key in full)
-    there = li.peft_state(model, device="meta")[0]
-    assert {tensor.device.type for tensor in there.values()} == {"meta"}
-
-
-def test_dora_and_trained_tensors_come_along() -> None:
-    config = {"rank": 2, "variant": "dora", "targets": ["q_proj"], "train": ["lm_head"]}
-    model = adapted(config).eval()
-    theirs = of_peft(*reversed(li.peft_state(model)))
-    with torch.no_grad():
-        assert error(theirs(IDS).logits, model(IDS).logits) < 1e-5
-
-
-def refused(run: Any) -> str:
-    with pytest.raises(li.LoraInjectError) as raised:
-        run()
-    return f"{type(raised.value).__name__}: {raised.value}"
-
-
 def test_what_a_receiver_would_misread_is_refused() -> None:
     model = adapted()
-    assert "the model's adapters are: 'default'" in refused(lambda: li.peft_state(model, "other"))
-    asked = "FormatError: peft_state of 'default', dtype: it is "
-    assert refused(lambda: li.peft_state(model, dtype=torch.int8)) == (  # type: ignore[arg-type]
-        f"{asked}torch.int8. Give a floating point dtype."
-    )
-    assert refused(lambda: li.peft_state(model, dtype="bf16")).startswith(  # type: ignore[arg-type]
-        f"{asked}a str"
-    )
+    A = li.adapter_parameters(model)["model.layers.0.self_attn.q_proj.lora_A"]
+    for options, words in (
+        ({"name": "other"}, "the model's adapters are: 'default'"),
+        ({"dtype": torch.int8}, "dtype: it is torch.int8. Give a floating point dtype."),
+        ({"device": "gpu"}, "Give one, such as 'cpu'"),
+    ):
+        assert words in said(lambda options=options: li.peft_state(model, **options))
     with torch.no_grad():
-        li.adapter_parameters(model)["model.layers.0.self_attn.q_proj.lora_A"].fill_(1e6)
-    said = refused(lambda: li.peft_state(model, dtype=torch.float16))
-    assert "q_proj.lora_A.weight': its values are not finite in torch.float16" in said
+        A.fill_(1e6)
+    refusal = said(lambda: li.peft_state(model, dtype=torch.float16))
+    assert "q_proj.lora_A.weight': its values are not finite in torch.float16" in refusal
     with torch.no_grad():
-        li.adapter_parameters(model)["model.layers.0.self_attn.q_proj.lora_A"].fill_(float("nan"))
-    assert "NaN or infinite" in refused(lambda: li.peft_state(model))
-    whole = fill(li.inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 2, "targets": ["0"]}))
-    li.merge(whole)
-    assert "merged" in refused(lambda: li.peft_state(whole))
+        A.fill_(float("nan"))
+    assert "NaN or infinite" in said(lambda: li.peft_state(model))
+    model = adapted()
+    li.merge(model)
+    assert "merged" in said(lambda: li.peft_state(model))
 
 
-def test_a_device_that_is_none_is_refused_in_words() -> None:
-    model = li.inject(nn.Sequential(nn.Linear(4, 4)), {"targets": ["0"]})
-    with pytest.raises(li.FormatError, match=r"device 'gpu'.*Give one, such as 'cpu'"):
-        li.peft_state(model, device="gpu")
+# ----------------------------------------------------------------------------------------- a folder
+
+SIZES = {"vocab_size": 30, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 2, "pad_token_id": 0}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
-def test_a_device_that_is_not_there_is_refused_in_words() -> None:
-    model = li.inject(nn.Sequential(nn.Linear(4, 4)), {"targets": ["0"]})
-    fill(model)
-    with pytest.raises(li.FormatError, match=r"device 'cuda'.*Give one, such as 'cpu'"):
-        li.peft_state(model, device="cuda")
+def saved_base(name: str, path: Path) -> nn.Module:
+    """A base as users have it: from files, so that its config knows where it is from."""
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    cls(cls.config_class(**SIZES)).save_pretrained(path)
+    return cls.from_pretrained(path).eval()  # type: ignore[no-any-return]
+
+
+def with_adapter(model: nn.Module, targets: list[str], **config: Any) -> nn.Module:
+    li.inject(model, {"rank": 2, "alpha": 6, "targets": targets, **config})
+    torch.manual_seed(1)
+    return fill(model, std=0.3)
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(1, 7)[None]).logits  # type: ignore[no-any-return]
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    return json.loads((path / "adapter_config.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_transformers_and_peft_find_the_base_of_a_saved_adapter(tmp_path: Path) -> None:
+    base = saved_base("LlamaForCausalLM", tmp_path / "base")
+    due = logits(with_adapter(base, ["q_proj", "down_proj"]))
+    path = li.save_adapter(base, tmp_path / "adapter")
+    told = config_of(path)
+    assert told["base_model_name_or_path"] == str(tmp_path / "base")
+    assert told["task_type"] == "CAUSAL_LM"
+    assert f"base_model: {tmp_path / 'base'}" in (path / "README.md").read_text()
+    for opened in (
+        transformers.AutoModelForCausalLM.from_pretrained(path),
+        peft.AutoPeftModelForCausalLM.from_pretrained(path),
+    ):
+        assert float((logits(opened) - due).abs().max()) < 1e-6
+    told = config_of(li.save_adapter(base, tmp_path / "b", base_model="org/name", task_type=None))
+    assert (told["base_model_name_or_path"], told["task_type"]) == ("org/name", None)
+    own = with_adapter(nn.Sequential(nn.Linear(4, 4)), ["0"])
+    told = config_of(li.save_adapter(own, tmp_path / "own"))
+    assert (told["base_model_name_or_path"], told["task_type"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("LlamaForSequenceClassification", "SEQ_CLS"),
+        ("BertForSequenceClassification", "SEQ_CLS"),
+        ("BertForTokenClassification", "TOKEN_CLS"),
+        ("BertForMaskedLM", None),
+    ],
+)
+@pytest.mark.parametrize("train_head", [True, False])
+def test_the_task_changes_no_output_in_peft(name, task, train_head, tmp_path) -> None:
+    """PEFT looks for the heads of classification tasks in every file of theirs."""
+    base = saved_base(name, tmp_path / "base")
+    head = [r"(score|classifier)\..*"] if train_head and task else []
+    due = logits(with_adapter(base, ["q_proj" if "Llama" in name else "query"], train=head))
+    path = li.save_adapter(base, tmp_path / "adapter")
+    assert config_of(path)["task_type"] == (task if train_head else None)
+    wrapped = peft.PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), path)
+    assert float((logits(wrapped) - due).abs().max()) < 1e-6
+
+
+def test_the_header_holds_the_config_where_diffusers_looks_for_it(tmp_path: Path) -> None:
+    """`load_lora_adapter(prefix="base_model.model")` strips the prefix and makes a LoraConfig."""
+    model, theirs = with_adapter(tiny_unet(), ["to_q", "to_v", "conv1"]), tiny_unet()
+    path, name = li.save_adapter(model, tmp_path / "a"), "adapter_model.safetensors"
+    with safe_open(path / name, "pt") as file:
+        told = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert (told["base_model.model.r"], told["base_model.model.lora_alpha"]) == (2, 6)
+    theirs.load_lora_adapter(str(path), prefix="base_model.model", weight_name=name)
+    assert float((denoised(theirs) - denoised(model)).abs().max()) < 1e-5

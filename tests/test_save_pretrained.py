@@ -11,7 +11,6 @@ from helpers.models import tiny_llama
 import lora_inject as li
 
 transformers = pytest.importorskip("transformers")
-IDS = torch.arange(6).view(1, 6)
 CONFIG = {"rank": 2, "alpha": 3, "targets": ["q_proj", "down_proj"]}
 
 
@@ -21,11 +20,15 @@ def base() -> Any:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(IDS).logits
+        return model(torch.arange(6).view(1, 6)).logits
 
 
-def adapted(name: str = "default") -> Any:
-    return fill(li.inject(base(), CONFIG, name), name)
+def adapted() -> Any:
+    return fill(li.inject(base(), CONFIG))
+
+
+def assert_loads(path: Path, model: Any) -> None:
+    assert same_bits(logits(li.load_adapter(base(), path)), logits(model))
 
 
 @pytest.mark.parametrize("again", [lambda m: m, *COPIES.values()], ids=["itself", *COPIES])
@@ -34,12 +37,7 @@ def test_it_writes_the_adapter_which_loads_onto_the_base(again: Any, tmp_path: P
     model.save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    assert same_bits(logits(li.load_adapter(base(), tmp_path)), logits(model))
-
-
-def test_a_model_that_nobody_holds_any_more_is_an_error_in_words(tmp_path: Path) -> None:
-    with pytest.raises(li.StateError, match=r"no longer in memory\. Keep it in a variable"):
-        adapted().save_pretrained(tmp_path)
+    assert_loads(tmp_path, model)
 
 
 def test_a_readme_of_somebody_else_stays_and_an_own_one_is_replaced(tmp_path: Path) -> None:
@@ -50,23 +48,11 @@ def test_a_readme_of_somebody_else_stays_and_an_own_one_is_replaced(tmp_path: Pa
         assert ("# LoRA adapter" in readme.read_text()) == after
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_peft_and_transformers_read_what_it_wrote(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    base().save_pretrained(tmp_path / "base")
-    model = li.inject(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base"), CONFIG)
-    fill(model).save_pretrained(tmp_path / "adapter")
-    read = peft.PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
-    assert torch.allclose(logits(read), logits(model), atol=1e-5)
-    auto = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    assert torch.allclose(logits(auto), logits(model), atol=1e-5)
-
-
 def test_a_part_with_save_pretrained_writes_what_it_carries(tmp_path: Path) -> None:
     model = torch.nn.ModuleDict({"lm": base()})
     fill(li.inject(model, CONFIG))
     model["lm"].save_pretrained(tmp_path)
-    assert same_bits(logits(li.load_adapter(base(), tmp_path)), logits(model["lm"]))
+    assert_loads(tmp_path, model["lm"])
 
 
 def test_several_adapters_are_laid_out_as_by_peft(tmp_path: Path) -> None:
@@ -76,16 +62,15 @@ def test_several_adapters_are_laid_out_as_by_peft(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     assert (tmp_path / "tokenizer.json").is_file(), "files of others stay"
-    assert same_bits(logits(li.load_adapter(base(), tmp_path / "other")), logits(model))
-    li.activate(model, "default")
-    assert same_bits(logits(li.load_adapter(base(), tmp_path)), logits(model))
+    assert_loads(tmp_path / "other", model)
+    assert_loads(tmp_path, li.activate(model, "default"))
 
 
 def test_trainer_writes_the_adapter(tmp_path: Path) -> None:
     model = adapted()
     args = transformers.TrainingArguments(tmp_path / "run", use_cpu=True, report_to="none")
     transformers.Trainer(model, args).save_model(tmp_path / "final")
-    assert same_bits(logits(li.load_adapter(base(), tmp_path / "final")), logits(model))
+    assert_loads(tmp_path / "final", model)
     assert not (tmp_path / "final" / "model.safetensors").exists()
 
 
@@ -100,7 +85,7 @@ def test_a_merged_model_says_how_it_is_written(tmp_path: Path) -> None:
     assert torch.allclose(logits(read), wanted, atol=1e-5)
 
 
-def test_eject_gives_the_method_back_and_hub_upload_has_its_own_name(tmp_path: Path) -> None:
+def test_eject_gives_the_method_back_and_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
     model = adapted()
     with pytest.raises(li.StateError, match=r"Call model\.push_to_hub"):
         model.save_pretrained(tmp_path, push_to_hub=True)
@@ -111,3 +96,5 @@ def test_eject_gives_the_method_back_and_hub_upload_has_its_own_name(tmp_path: P
     assert "save_pretrained" in model.__dict__
     li.eject(model)
     assert "save_pretrained" not in model.__dict__
+    with pytest.raises(li.StateError, match=r"no longer in memory\. Keep it in a variable"):
+        adapted().save_pretrained(tmp_path)

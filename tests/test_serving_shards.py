@@ -18,12 +18,18 @@ import lora_inject as li
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_available(), reason="no c10d")]
 
 WORLD = 2
-EVERY = {"rank": 2, "alpha": 3.0, "targets": ["all-linear", "embed_tokens"]}
+EVERY = {"rank": 2, "alpha": 3.0, "targets": ["all-linear", "embed_tokens", "lm_head"]}
+FRESH = {"rank": 2, "alpha": 3.0, "train": [r"model\.norm"], "targets": ["q_proj", "down_proj"]}
+BATCH = torch.arange(4 * 6).view(4, 6) % 17
+
+
+def plain() -> Any:
+    return tiny_llama(num_key_value_heads=WORLD)
 
 
 def build(config: dict[str, Any] = EVERY) -> Any:
     """A tiny Llama with an adapter, the same in every process."""
-    model = li.inject(tiny_llama(num_key_value_heads=WORLD).double(), config)
+    model = li.inject(plain().double(), config)
     torch.manual_seed(1)
     return fill(model)
 
@@ -54,10 +60,6 @@ CASES = {
     "read": (EVERY | {"targets": [r"up_proj\.weight", "lm_head"]}, torch.float64),
     "dora": (EVERY | {"variant": "dora", "targets": ["all-linear", "lm_head"]}, torch.float64),
 }
-CASES = {
-    case: (config | {"targets": [*dict.fromkeys([*config["targets"], "lm_head"])]}, dtype)
-    for case, (config, dtype) in CASES.items()
-}
 SHARDINGS = {"fsdp2": by_fsdp2, "columns and rows": by_columns_and_rows}
 
 
@@ -70,16 +72,21 @@ def states(shard: Any) -> dict[str, Any]:
 
 def merged(shard: Any) -> dict[str, Any]:
     """Every kind of update: forward, read, DoRA, trained copies; a mix; in float32 and bfloat16."""
-    found = {}
+    results = {}
     for case, (config, dtype) in CASES.items():
         model = shard(two(build(config).to(dtype)))
         before = {name: whole(p).clone() for name, p in model.named_parameters()}
-        kept: dict[str, float] = {}
-        got = {name: tensor.clone() for name, tensor in li.merged_weights(model, kept=kept)}
-        alone = {n: t.clone() for n, t in li.merged_weights(model, name="default")}
-        after = {name: whole(p) for name, p in model.named_parameters()}
-        found[case] = {"got": got, "alone": alone, "kept": kept, "same": same(before, after)}
-    return found
+        results[case] = weights_of(model)
+        assert same(before, {name: whole(p) for name, p in model.named_parameters()})
+    return results
+
+
+def weights_of(model: Any) -> dict[str, Any]:
+    """The merged weights of the mix and of one adapter, and what rounding kept."""
+    kept: dict[str, float] = {}
+    mixed = {name: tensor.clone() for name, tensor in li.merged_weights(model, kept=kept)}
+    alone = {name: t.clone() for name, t in li.merged_weights(model, name="default")}
+    return {"mixed": mixed, "alone": alone, "kept": kept}
 
 
 def of_experts(shard: Any) -> dict[str, Tensor]:
@@ -103,21 +110,16 @@ def two(model: Any) -> Any:
     return model
 
 
-FRESH = {"rank": 2, "alpha": 3.0, "train": [r"model\.norm"], "targets": ["q_proj", "down_proj"]}
-BATCH = torch.arange(4 * 6).view(4, 6) % 17
-
-
 def fresh(late: bool) -> dict[str, Any]:
     """An adapter that is injected into shards, with another seed in each process."""
-    model = by_fsdp2(tiny_llama(num_key_value_heads=WORLD).double())
+    model = by_fsdp2(plain().double())
     rank = dist.get_rank()
     if late:
         model(BATCH)
     torch.manual_seed(rank)
     li.inject(model, FRESH)
     start = li.adapter_state(model)
-    held = li.adapter_parameters(model)
-    kinds = {type(p.data).__name__ for p in held.values()}
+    kinds = {type(p.data).__name__ for p in li.adapter_parameters(model).values()}
     steps(model, BATCH[2 * rank : 2 * rank + 2])
     return {"start": start, "kinds": kinds, "end": li.adapter_state(model)}
 
@@ -133,38 +135,33 @@ def steps(model: Any, batch: Tensor) -> None:
 
 def refusals() -> list[str]:
     model = by_fsdp2(build())
-    found = [said(lambda: li.merged_weights(li.activate(model, None)))]
+    idle = said(lambda: li.merged_weights(li.activate(model, None)))
     li.activate(model, "default")
-    found.append(said(lambda: li.merged_weights(model, dequantize="bfloat16")))
+    quantized = said(lambda: li.merged_weights(model, dequantize="bfloat16"))
     with torch.no_grad():
         for parameter in li.adapter_parameters(model).values():
             parameter.mul_(float("nan") if dist.get_rank() == 0 else 1.0)
-    found.append(said(lambda: dict(li.merged_weights(model))))
-    return [*found, *tenants()]
-
-
-def tenants() -> list[str]:
-    """Tenants on a model of shards, and on one that is sharded later."""
-    some = {"ann": li.Trial({"rank": 2, "targets": ["q_proj"]}, lr=1e-2)}
-    model = by_fsdp2(tiny_llama(num_key_value_heads=WORLD))
-    found = [said(lambda: li.Trials(model, some)), ", ".join(li.adapters(model))]
-    run = li.Trials(tiny_llama(num_key_value_heads=WORLD), some)
+    broken = said(lambda: dict(li.merged_weights(model)))
+    tenants = {"ann": li.Trial({"rank": 2, "targets": ["q_proj"]}, lr=1e-2)}
+    sharded = by_fsdp2(plain())
+    early = said(lambda: li.Trials(sharded, tenants))
+    assert not li.adapters(sharded)
+    run = li.Trials(plain(), tenants)
     by_fsdp2(run.model)
-    batch = {"input_ids": BATCH, "labels": BATCH}
-    return [*found, said(lambda: run.forward_backward({"ann": batch}))]
+    batch = {"ann": {"input_ids": BATCH, "labels": BATCH}}
+    return [idle, quantized, broken, early, said(lambda: run.forward_backward(batch))]
 
 
 def work() -> dict[str, Any]:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
-        found: dict[str, Any] = {
+        results: dict[str, Any] = {
             name: {"states": states(shard), "merged": merged(shard)}
             for name, shard in SHARDINGS.items()
         }
-        found |= {"fresh": fresh(late=False), "fresh, late": fresh(late=True)}
-        found["experts"] = of_experts(by_fsdp2)
-        return found | {"refusals": refusals()}
+        results |= {"fresh": fresh(late=False), "fresh, late": fresh(late=True)}
+        return results | {"experts": of_experts(by_fsdp2), "refusals": refusals()}
     finally:
         dist.destroy_process_group()
 
@@ -195,17 +192,13 @@ def test_shards_are_gathered_on_every_rank_or_on_the_first(how: str, ranks: Any)
 @pytest.mark.parametrize("how", SHARDINGS)
 def test_merged_weights_of_shards_are_those_of_one_process(how: str, case: str, ranks: Any) -> None:
     config, dtype = CASES[case]
-    model = two(build(config).to(dtype))
-    kept: dict[str, float] = {}
-    wanted = dict(li.merged_weights(model, kept=kept))
-    alone = dict(li.merged_weights(model, name="default"))
+    wanted = weights_of(two(build(config).to(dtype)))
     for rank in ranks:
-        found = rank[how]["merged"][case]
-        assert found["same"]
-        assert same(found["got"], wanted)
-        assert same(found["alone"], alone)
-        assert found["kept"] == kept
-    assert bool(kept) == (dtype is torch.bfloat16)
+        results = rank[how]["merged"][case]
+        assert same(results["mixed"], wanted["mixed"])
+        assert same(results["alone"], wanted["alone"])
+        assert results["kept"] == wanted["kept"]
+    assert bool(wanted["kept"]) == (dtype is torch.bfloat16)
 
 
 def test_names_of_a_checkpoint_come_from_shards_as_well(ranks: Any) -> None:
@@ -218,12 +211,11 @@ def test_names_of_a_checkpoint_come_from_shards_as_well(ranks: Any) -> None:
 def test_what_cannot_be_gathered_is_refused_by_every_process(ranks: Any) -> None:
     """A NaN in the shard of one process is seen by all, and none waits for another."""
     assert ranks[0]["refusals"] == ranks[1]["refusals"]
-    idle, quantized, broken, early, left, late = ranks[0]["refusals"]
+    idle, quantized, broken, early, late = ranks[0]["refusals"]
     assert "no adapter is active" in idle
     assert "its weights are quantized or to be dequantized" in quantized
     assert "is NaN or Inf" in broken
     assert "StateError: Trials: this process has a part of 'model.embed_tokens.weight'" in early
-    assert left == ""
     assert "'ann': the model was moved, cast or sharded since the trials were made" in late
 
 
@@ -234,7 +226,7 @@ def test_a_fresh_adapter_on_shards_trains_like_one_process(when: str, ranks: Any
     assert one["start"] == two["start"]
     assert one["kinds"] == two["kinds"] == {"DTensor"}
     assert all(site.is_zero for site in one["start"].sites.values())
-    model = tiny_llama(num_key_value_heads=WORLD).double()
+    model = plain().double()
     torch.manual_seed(0)  # that of the first process
     alone = li.adapter_state(li.inject(copy.deepcopy(model), FRESH))
     assert one["start"].sites == alone.sites

@@ -3,8 +3,10 @@
 The reference is written from `SiteSpec.blocks` in float64, independently of every format.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -146,3 +148,11 @@ def spoil(path: Path, end: str, *values: float) -> Path:
     tensors[key].view(-1)[: len(values)] = torch.tensor(values)
     save_file(tensors, file, metadata)
     return path
+
+
+def edit_config(folder: Path, **fields: Any) -> Path:
+    """Set fields of an adapter's adapter_config.json; those set to `...` are left out."""
+    file = folder / "adapter_config.json"
+    config = {**json.loads(file.read_text()), **fields}
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    return folder

@@ -1,0 +1,306 @@
+"""Files for servers: `portable`, and experts for vLLM and SGLang under the names of a base's files.
+
+Servers read one rank, no alpha, and single matrices or stacks of experts. Tensors are held to the
+dense delta by each server's own steps.
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import fill
+from helpers.adapter_states import KIND_SPECS, effect, make_site, make_state
+from helpers.experts import experts, moe
+from helpers.reference import IDS, llama, logits
+from helpers.reference import adapted as adapted_dense
+from helpers.versions import needs_transformers_5
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import lora_inject as li
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.errors import FormatError
+from lora_inject.formats import write_adapter
+
+MODEL, PREFIX = "adapter_model.safetensors", "base_model.model."
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+def assert_near(found: Tensor, due: Tensor) -> None:
+    torch.testing.assert_close(found, due, rtol=1e-4, atol=1e-4)
+
+
+# -------------------------------------------------------------------------------------- portable
+
+
+def test_a_reader_of_one_rank_and_no_alpha_computes_the_same(tmp_path: Path) -> None:
+    kinds = ("linear", "slices", "conv1d", "conv")
+    state = make_state(*(KIND_SPECS[kind] for kind in kinds), derived=True)
+    path = write_adapter(state, tmp_path / "a", "portable", tensor_names=None)
+    config = json.loads((path / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["r"] == config["lora_alpha"] == 8
+    assert not config["use_rslora"]
+    assert isinstance(config["target_modules"], list)
+    tensors = load_file(path / MODEL)
+    for name, site in state.sites.items():
+        a = tensors[f"{PREFIX}{name}.lora_A.weight"].flatten(1)
+        b = tensors[f"{PREFIX}{name}.lora_B.weight"].flatten(1)
+        assert len(a) == b.shape[1] == 8
+        torch.testing.assert_close((b.double() @ a.double()), effect(site), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peft_reads_it_with_the_same_outputs(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    targets = [{"match": "q_proj", "rank": 3, "scaling": "rslora"}, "down_proj", "lm_head"]
+    model = adapted_dense(llama(), *targets)
+    li.save_adapter(model, tmp_path / "a")
+    path = li.convert(tmp_path / "a", tmp_path / "b", "portable", dtype="float64")
+    theirs = PeftModel.from_pretrained(llama(), path).eval()
+    torch.testing.assert_close(theirs(IDS).logits, logits(model), rtol=0, atol=1e-9)
+
+
+def of_dora() -> AdapterState:
+    site = make_site(dataclasses.replace(KIND_SPECS["linear"], variant="dora"))
+    return AdapterState({"h.0.fc": dataclasses.replace(site, further={"m": torch.ones(7)})})
+
+
+def huge() -> AdapterState:
+    state = make_state(KIND_SPECS["linear"])
+    state.sites["h.0.fc"].B.mul_(1e6)
+    return state
+
+
+LINEAR = make_state(KIND_SPECS["linear"])
+
+
+@pytest.mark.parametrize(
+    ("state", "options", "words"),
+    [
+        (of_dora(), {}, "cannot hold 'm' of the variant 'dora'.*lora-inject merge"),
+        (make_state(KIND_SPECS["experts"]), {}, "cannot hold a site of kind 'parameter'"),
+        (make_state(trained={"n": torch.ones(1)}), {}, "trained tensors.*'n'"),
+        (AdapterState({}), {}, "no sites"),
+        (LINEAR, {"rank": 1}, "rank 1 is asked for.*rank 2"),
+        (LINEAR, {"dtype": "int8"}, "dtype is 'int8'.*float16"),
+        (huge(), {"dtype": "float16"}, "not finite in torch.float16"),
+    ],
+)
+def test_what_a_server_would_not_take_is_refused(state, options, words, tmp_path) -> None:
+    with pytest.raises(FormatError, match=words):
+        write_adapter(state, tmp_path / "a", "portable", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_says_what_is_lost_in_what_it_wrote(run: Any, tmp_path: Path) -> None:
+    state = make_state(KIND_SPECS["slices"], config={"rank": 2})
+    write_adapter(state, tmp_path / "a", base_model="org/base", task_type="CAUSAL_LM")
+    words = ("convert", tmp_path / "a", tmp_path / "b", "--to", "portable")
+    done, again = run(*words), run(*words)
+    assert (done.code, again.code) == (0, 1)
+    assert "portable: the config is left out" in done.err
+    assert "slices of fused projections become pairs" in done.err
+    assert "it exists already" in again.err
+    assert "left out" not in again.err
+    config = json.loads((tmp_path / "b/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["task_type"]) == ("org/base", "CAUSAL_LM")
+
+
+# --------------------------------------------------------------------- experts as single matrices
+
+
+def of(model: Any, targets: list[Any], folder: Path, to: str) -> Path:
+    """An adapter of such targets in the format of a server, beside the base."""
+    model.save_pretrained(folder / "base")
+    fill(li.inject(model, {"rank": 3, "scaling": "rslora", "targets": targets}))
+    return li.convert(li.adapter_state(model), folder / "a", to, base=folder / "base")
+
+
+@needs_transformers_5
+def test_experts_become_the_matrices_that_the_base_has(tmp_path: Path) -> None:
+    model = moe()
+    targets = [{"match": r"experts\.(gate_up|down)_proj", "rank": 2, "alpha": 3}, "q_proj"]
+    path = of(model, targets, tmp_path, "vllm")
+    tensors, sites = load_file(path / MODEL), li.adapter_state(model).sites
+    gate_up = effect(sites[f"{EXPERTS}.gate_up_proj"]).float()
+    down = effect(sites[f"{EXPERTS}.down_proj"]).float()
+    for expert in range(3):
+        due = {"gate_proj": gate_up[expert, :8], "up_proj": gate_up[expert, 8:]}
+        for name, delta in {**due, "down_proj": down[expert]}.items():
+            key = f"{PREFIX}{EXPERTS}.{expert}.{name}"
+            matrix = tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"]
+            torch.testing.assert_close(matrix, delta, rtol=1e-5, atol=1e-5)
+    assert not [f for f in li.check_adapter(path, "vllm", base=tmp_path / "base") if f.stops]
+    back = li.load_adapter(moe(), path)  # transformers' older names are known
+    assert_near(logits(back), logits(model))
+
+
+@needs_transformers_5
+def test_names_of_experts_are_those_of_the_bases_files_or_config(tmp_path: Path) -> None:
+    """Mixtral's files say `block_sparse_moe.experts.0.w1`, its class has `mlp.experts`."""
+    model, base = experts("mixtral")[0], tmp_path / "base"
+    path = of(model, ["all-experts"], tmp_path, "vllm")
+    names = load_file(path / MODEL)
+    assert f"{PREFIX}model.layers.0.block_sparse_moe.experts.0.w1.lora_A.weight" in names
+    model.config.save_pretrained(tmp_path / "config")
+    state = li.adapter_state(model)
+    alike = li.convert(state, tmp_path / "b", "vllm", base=tmp_path / "config")
+    assert (alike / MODEL).read_bytes() == (path / MODEL).read_bytes()
+    for folder in (base, tmp_path / "config"):
+        assert li.check_adapter(path, "vllm", base=folder) == []
+    wrong = {n.replace("block_sparse_moe", "moe"): t for n, t in names.items()}
+    save_file(wrong, path / MODEL)
+    (finding, *_) = li.check_adapter(path, "vllm", base=base)
+    assert "the base has no module 'model.layers.0.moe.experts'" in finding.problem
+
+
+def test_stacks_without_a_base_or_half_of_them_are_refused(tmp_path: Path) -> None:
+    state = make_state(KIND_SPECS["experts"])
+    with pytest.raises(FormatError, match=r"depend on the base's files.*--base"):
+        write_adapter(state, tmp_path / "a", "vllm")
+    with pytest.raises(FormatError, match=r'0 of its 3 experts separately.*format="peft"'):
+        write_adapter(state, tmp_path / "a", "vllm", separate=lambda _: [])
+    spec = KIND_SPECS["experts"].at("mlp.experts.up", "mlp.experts.up")
+    path = write_adapter(make_state(spec), tmp_path / "b")
+    assert "both stacks of experts" in li.check_adapter(path, "vllm")[0].problem
+
+
+@needs_transformers_5
+def test_stacks_for_a_model_with_single_experts_stop_and_the_other_way_round(tmp_path) -> None:
+    """vLLM 0.32 refuses those of Qwen3-MoE, and serves the base in place of Mixtral's."""
+    refusal = "vLLM refuses stacks of experts for the model_type 'qwen3_moe', or ignores them"
+    single = of(experts("qwen3_moe")[0], ["all-experts"], tmp_path / "qwen3_moe", "vllm")
+    of(experts("gpt_oss")[0], ["all-experts"], tmp_path / "gpt_oss", "peft")
+    for family, stops in (("qwen3_moe", [refusal]), ("gpt_oss", [])):
+        model = fill(li.inject(experts(family)[0], {"targets": ["all-experts"]}))
+        path, base = (
+            li.save_adapter(model, tmp_path / f"{family} stack"),
+            tmp_path / family / "base",
+        )
+        assert [f.problem for f in li.check_adapter(path, "vllm", base=base) if f.stops] == stops
+    findings = li.check_adapter(single, "vllm", base=tmp_path / "gpt_oss" / "base")
+    assert any("has stacks of experts for the model_type 'gpt_oss'" in f.problem for f in findings)
+
+
+@needs_transformers_5
+def test_half_of_the_matrices_of_an_expert_are_refused(tmp_path: Path) -> None:
+    """vLLM stops at them by an assertion without a word."""
+    with pytest.raises(FormatError, match=rf"'{EXPERTS}.0.gate_proj' is not"):
+        of(moe(), [r"experts\.down_proj"], tmp_path / "half", "vllm")
+    path = of(moe(), ["all-experts"], tmp_path, "vllm")
+    names = load_file(path / MODEL)
+    save_file({n: t for n, t in names.items() if ".experts.1.up_proj" not in n}, path / MODEL)
+    for base in (None, tmp_path / "base"):
+        (finding,) = [f for f in li.check_adapter(path, "vllm", base=base) if f.stops]
+        assert f"stops at '{EXPERTS}.1.up_proj'" in finding.problem
+
+
+# ------------------------------------------- experts that share a factor: `experts.w1`, `w2`, `w3`
+
+GATE_UP = {"match": r"experts\.gate_up_proj", "rank": 2, "alpha": 3, "share": "A"}
+DOWN = {"match": r"experts\.down_proj", "share": "B"}
+SHARED = [GATE_UP, DOWN, "q_proj", "v_proj"]
+
+
+def as_sglang_loads_it(tensors: dict[str, Tensor], n_experts: int) -> Any:
+    """Each expert's update of a block, by the steps of SGLang's loader.
+
+    `_rename_expert_w_to_proj`, `normalize_gate_up_proj` (A and B one after the other along the
+    rank, and along the outputs), `load_lora_weight_to_buffer` with `experts_shared_outer_loras`:
+    the first slice of gate_up's A and of down's B.
+    """
+    called = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    parts = {
+        re.sub(r"^(w[123])", lambda m: called[m[1]], key.split("experts.")[1]): tensor
+        for key, tensor in tensors.items()
+        if "experts" in key
+    }
+    a = torch.cat([parts["gate_proj.lora_A.weight"], parts["up_proj.lora_A.weight"]], 1)
+    b = torch.cat([parts["gate_proj.lora_B.weight"], parts["up_proj.lora_B.weight"]], 1)
+    assert (a.dim(), len(a), len(b)) == (3, 1, n_experts)
+    rank, width = b.shape[2], b.shape[1] // 2
+    down_a, down_b = parts["down_proj.lora_A.weight"], parts["down_proj.lora_B.weight"]
+    for expert in range(n_experts):
+        gate, up = b[expert, :width] @ a[0, :rank], b[expert, width:] @ a[0, rank:]
+        yield torch.cat([gate, up]), down_b[0] @ down_a[expert]
+
+
+def as_vllm_loads_it(tensors: dict[str, Tensor], n_experts: int) -> Any:
+    """The same by `pack_moe_stacked` and `FusedMoEWithLoRA.set_lora`."""
+    stacks = {key.split("experts.")[1]: t for key, t in tensors.items() if "experts" in key}
+    a = [stacks[f"w{n}.lora_A.weight"] for n in (1, 2, 3)]
+    b = [stacks[f"w{n}.lora_B.weight"] for n in (1, 2, 3)]
+    assert [len(t) for t in a] == [1, n_experts, 1]
+    assert [len(t) for t in b] == [n_experts, 1, n_experts]
+    w1, w2, w3 = (up @ down for up, down in zip(b, a, strict=True))
+    for expert in range(n_experts):
+        yield torch.cat([w1[expert], w3[expert]]), w2[expert]
+
+
+@needs_transformers_5
+@pytest.mark.parametrize("loads", [as_sglang_loads_it, as_vllm_loads_it])
+def test_servers_compute_what_the_model_does(loads: Any, tmp_path: Path) -> None:
+    model = moe()
+    path = of(model, SHARED, tmp_path, "sglang")
+    sites = li.adapter_state(model).whole.sites
+    gate_up = effect(sites[f"{EXPERTS}.gate_up_proj"]).float()
+    down = effect(sites[f"{EXPERTS}.down_proj"]).float()
+    for expert, (of_gate_up, of_down) in enumerate(loads(load_file(path / MODEL), 3)):
+        torch.testing.assert_close(of_gate_up, gate_up[expert], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(of_down, down[expert], rtol=1e-5, atol=1e-5)
+    assert_near(logits(li.load_adapter(moe(), path)), logits(model))
+
+
+@needs_transformers_5
+def test_shared_experts_of_mixtral_have_the_names_of_its_files(tmp_path: Path) -> None:
+    path = of(experts("mixtral")[0], [GATE_UP, DOWN], tmp_path, "sglang")
+    names = load_file(path / MODEL)
+    assert f"{PREFIX}model.layers.0.block_sparse_moe.experts.w1.lora_A.weight" in names
+    again = li.convert(path, tmp_path / "b", "sglang", base=tmp_path / "base")
+    assert (again / MODEL).read_bytes() == (path / MODEL).read_bytes()
+
+
+@needs_transformers_5
+def test_check_names_the_option_that_the_server_needs(tmp_path: Path) -> None:
+    path = of(moe(), SHARED, tmp_path, "sglang")
+    options = {"sglang": "--experts-shared-outer-loras", "vllm": "--enable-moe-shared-loras"}
+    for client, option in options.items():
+        (finding,) = li.check_adapter(path, client, base=tmp_path / "base")
+        assert (finding.stops, finding.fix) == (False, f"Start it with {option}")
+    for client in ("lorax", "peft", "llama.cpp", "diffusers"):
+        assert li.check_adapter(path, client, base=tmp_path / "base")[0].stops
+
+
+@needs_transformers_5
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        ([{"match": GATE_UP["match"]}, DOWN], r"w1'.*its own A, and the layout has one.*vllm"),
+        ([GATE_UP, {"match": DOWN["match"]}], r"w2'.*its own B.*share: B on down"),
+        ([GATE_UP | {"share": "B"}, DOWN], "its own A"),
+        ([GATE_UP], "Adapt all stacks of the block"),
+    ],
+)
+def test_experts_that_share_otherwise_are_refused(targets: Any, words: str, tmp_path) -> None:
+    with pytest.raises(FormatError, match=words):
+        of(moe(), targets, tmp_path, "sglang")
+    assert not (tmp_path / "a").exists()
+
+
+@needs_transformers_5
+def test_shared_stacks_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    path = of(moe(), SHARED, tmp_path, "sglang")
+    tensors, key = load_file(path / MODEL), f"{PREFIX}{EXPERTS}.w1.lora_B.weight"
+    for tensor, words in (
+        (tensors[key][:2], "its stacks are of 2, 3 experts"),
+        (tensors[key][0], "it has 2 dimensions, and a stack has 3"),
+    ):
+        save_file({**tensors, key: tensor.clone()}, path / MODEL)
+        with pytest.raises(FormatError, match=words):
+            li.read_adapter(path)
