@@ -15,37 +15,21 @@ with mock.patch.dict(os.environ):  # which they set, for programs of their own
     bench, bench_merge = script("bench"), script("bench_merge")
 
 
-def run(program: object, *words: str) -> int | None:
-    with mock.patch("sys.argv", ["program", *words]):
+def run(program: object, *words: object) -> int | None:
+    with mock.patch("sys.argv", ["program", *map(str, words)]):
         return program.main()
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # torch's and PEFT's own
 def test_quick_rows_write_json_and_a_document_that_keeps_what_was_written_by_hand(tmp_path) -> None:
-    pytest.importorskip("transformers")
     results, document = tmp_path / "results.json", tmp_path / "performance.md"
-    write = ("--json", str(results), "--write", str(document))
+    write = ("--json", results, "--write", document)
     assert run(bench, "--quick", "exactness", "saved-bytes", *write) == 0
-    found = json.loads(results.read_text())
-    assert set(found) == {"machine", "rows"}
-    assert {"processor", "cores", "python", "versions"} <= set(found["machine"])
-    assert set(found["rows"]) == {"exactness", "saved-bytes"}
-    for row in found["rows"].values():
-        assert {"title", "date", "seconds", "load", "threads", "quick", "notes"} <= set(row)
-        for line in row["lines"]:
-            assert line["low"] <= line["mid"] <= line["high"]
-            assert line["n"] >= 1
-            assert (line["reached"] is None) == (line["target"] is None)
-    errors = [line for line in found["rows"]["exactness"]["lines"] if "error" in line["metric"]]
-    assert len(errors) > 20
-    assert all(line["reached"] for line in found["rows"]["exactness"]["lines"])
-    saved = {
-        (line["case"], line["variant"]): line["mid"]
-        for line in found["rows"]["saved-bytes"]["lines"]
-    }
+    rows = json.loads(results.read_text())["rows"]
+    assert all(line["reached"] for line in rows["exactness"]["lines"])
+    saved = {(line["case"], line["variant"]): line["mid"] for line in rows["saved-bytes"]["lines"]}
     assert 0 < saved["Llama tiny bf16", "lora_inject"] < saved["Llama tiny bf16", "PEFT"]
-
     document.write_text(document.read_text() + "\nBy hand.\n")
     assert run(bench, "--quick", "exactness", *write) == 0
     text = document.read_text()
@@ -56,18 +40,15 @@ def test_quick_rows_write_json_and_a_document_that_keeps_what_was_written_by_han
 def test_rows_of_another_machine_are_not_joined_into_one_page(tmp_path, capsys) -> None:
     results = tmp_path / "results.json"
     results.write_text('{"machine": {"processor": "another"}, "rows": {}}')
-    assert run(bench, "--quick", "exactness", "--json", str(results)) == 2
+    assert run(bench, "--quick", "exactness", "--json", results) == 2
     assert "was measured on another" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_bench_of_merging_prints_a_table_and_writes_the_runs(tmp_path, capsys) -> None:
     folder, results = tmp_path / "bench", tmp_path / "runs.json"
-    words = ("--size", "0.01", "--rounds", "1", "--only", "cp -r", "--only", "lora_inject")
-    run(bench_merge, *words, "--folder", str(folder), "--json", str(results))
+    words = ("--size", 0.01, "--rounds", 1, "--only", "lora_inject")
+    run(bench_merge, *words, "--folder", folder, "--json", results)
     assert not list(folder.iterdir())  # tidied up
-    runs = json.loads(results.read_text())["0.01"]
-    said = capsys.readouterr().out
-    for way in ("cp -r", "lora_inject"):
-        assert f"| {way} |" in said
-        assert runs[way][0]["wall"] > 0
+    assert json.loads(results.read_text())["0.01"]["lora_inject"][0]["wall"] > 0
+    assert "| lora_inject |" in capsys.readouterr().out

@@ -1,6 +1,5 @@
 """Two processes of which each has other layers of a model: one adapter, as on the whole model."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,16 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import error
 from helpers.forks import Forks
+from helpers.ranks import in_a_group, near, same, values
 from helpers.refusals import said
-from torch import Tensor, nn
+from torch import nn
 
 import lora_inject as li
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_available(), reason="no c10d")]
 
-WORLD = 2
 RULES: dict[str, Any] = {
     "rank": 2,
     "alpha": 3.0,
@@ -35,7 +33,7 @@ class Net(nn.Module):
         self.layers = nn.ModuleDict({str(i): nn.Linear(4, 4) for i in range(2)})
         self.norm, self.out = nn.LayerNorm(4), nn.Linear(4, 7)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers.values():
             x = layer(x).tanh()
         return self.out(self.norm(x)) if hasattr(self, "out") else x
@@ -89,50 +87,49 @@ def steps(model: nn.Module, run: Callable[[], object]) -> None:
 
 def trained(folder: Path, rank: int) -> dict[str, Any]:
     group = dist.group.WORLD
-    model = li.inject(stage(rank), RULES, group=group)
-    filled(model)
+    plan = li.plan(stage(rank), RULES, group=group)
+    model = filled(li.inject(stage(rank), RULES, group=group))
     steps(model, lambda: forward_and_backward(model, rank))
     li.save_adapter(model, folder / "whole", group=group)
     apart = li.save_adapter(model, folder / f"stage {rank}")
-    again = li.load_adapter(stage(rank), folder / "whole", group=group, trainable=True)
-    from_parts = li.load_adapter(stage(rank), apart)
     state = li.read_adapter(folder / "whole")
-    installed = li.install(stage(rank), state, group=group)
-    plan = li.plan(stage(rank), RULES, group=group)
+    others = [
+        li.load_adapter(stage(rank), folder / "whole", group=group, trainable=True),
+        li.load_adapter(stage(rank), apart),
+        li.install(stage(rank), state, group=group),
+    ]
     return {
         "planned": [[site.name for site in plan.sites], [each.name for each in plan.trained]],
-        "installed": copy.deepcopy(li.adapter_state(installed)),
-        "end": copy.deepcopy(li.adapter_state(model)),
-        "again": copy.deepcopy(li.adapter_state(again)),
-        "from parts": copy.deepcopy(li.adapter_state(from_parts)),
-        "sites": list(li.adapter_state(model).sites),
+        "end": values(model),
+        "others": [values(other) for other in others],
     }
 
 
 def idle(folder: Path, rank: int) -> dict[str, Any]:
     """The second process gets nothing."""
     group = dist.group.WORLD
-    model = li.inject(stage(rank), FIRST_ONLY, group=group)
-    filled(model)
+    model = filled(li.inject(stage(rank), FIRST_ONLY, group=group))
     seen: dict[str, Any] = {"n": len(li.adapter_parameters(model)), "names": [*li.adapters(model)]}
     assert all(not p.requires_grad for n, p in model.named_parameters() if "lora" not in n)
-    x = X[:, :4]
-    with_it = model(x)
+    with_it = model(X)
     with li.disabled(model):
-        seen["acts"] = not torch.equal(model(x), with_it)
+        seen["acts"] = not torch.equal(model(X), with_it)
     li.save_adapter(model, folder / "idle", group=group)
     li.eject(model)
-    seen["ejected"] = torch.equal(model(x), stage(rank)(x))
+    seen["ejected"] = torch.equal(model(X), stage(rank)(X))
     li.load_adapter(model, folder / "idle", group=group)
-    seen["loaded"] = torch.equal(model(x), with_it)
-    return seen
+    return seen | {"loaded": torch.equal(model(X), with_it)}
 
 
 def refused(folder: Path, rank: int) -> dict[str, str]:
     group = dist.group.WORLD
-    torch.manual_seed(0)  # both write the same file
-    model = stage(rank)
+    model, narrow, taken = stage(rank), stage(rank), stage(rank)
     before = {name: type(module) for name, module in model.named_modules()}
+    out = li.inject(whole(), {"rank": 2, "targets": ["out"]})
+    saved = li.save_adapter(out, folder / f"out {rank}")
+    if rank:
+        narrow.out = nn.Identity()
+        li.inject(taken, FIRST_ONLY | {"targets": [r"layers\.\d"]})
 
     def inject(config: Any, on: nn.Module = model, **how: Any) -> str:
         saying = said(lambda: li.inject(on, config, group=group, **how))
@@ -144,41 +141,27 @@ def refused(folder: Path, rank: int) -> dict[str, str]:
         if rank == 0:
             model(X)
 
-    taken = li.inject(stage(rank), FIRST_ONLY | {"targets": [r"layers\.\d"]}) if rank else model
-    saved = li.save_adapter(li.inject(whole(), {"rank": 2, "targets": ["out"]}), folder / "out")
-    narrow = stage(rank)
-    if rank:
-        narrow.out = nn.Identity()
+    four = RULES | {"expect": {"sites": 4}}
+    state = li.read_adapter(saved)
     return {
         "nothing": inject(RULES | {"targets": ["layer_0"]}),
-        "expect": inject(RULES | {"expect": {"sites": 4}}),
+        "expect": inject(four),
         "config": inject(RULES | {"rank": 0}),
-        "taken": inject(FIRST_ONLY, taken) if rank else inject(FIRST_ONLY),
+        "taken": inject(FIRST_ONLY, taken),
         "unreached": inject(RULES, probe=probe),
         "each has all": inject(RULES, whole()),
-        "plan": said(lambda: li.plan(model, RULES | {"expect": {"sites": 4}}, group=group)),
+        "plan": said(lambda: li.plan(model, four, group=group)),
         "plan alone": said(lambda: li.plan(model, RULES)),
-        "install nowhere": said(
-            lambda: li.install(narrow, li.read_adapter(saved), group=group),
-        ),
-        "install alone": said(lambda: li.install(narrow, li.read_adapter(saved))),
+        "install nowhere": said(lambda: li.install(narrow, state, group=group)),
+        "install alone": said(lambda: li.install(narrow, state)),
         "nowhere": said(lambda: li.load_adapter(narrow, saved, group=group)),
         "no group": said(lambda: li.inject(model, RULES, group="pp")),
     }
 
 
 def work(folder: Path) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    try:
-        rank = dist.get_rank()
-        return {
-            "trained": trained(folder, rank),
-            "idle": idle(folder, rank),
-            "refused": refused(folder, rank),
-        }
-    finally:
-        dist.destroy_process_group()
+    jobs = {"trained": trained, "idle": idle, "refused": refused}
+    return in_a_group(lambda: {name: job(folder, dist.get_rank()) for name, job in jobs.items()})
 
 
 @pytest.fixture(scope="module")
@@ -188,37 +171,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path, forks: Forks) -> list[dict[str, Any]]:
-    return [rank.result() for rank in forks.start_ranks(WORLD, work, folder)]
+    return [rank.result() for rank in forks.start_ranks(2, work, folder)]
 
 
 def test_an_adapter_of_stages_trains_as_that_of_the_whole_model(ranks: Any) -> None:
     model = filled(li.inject(whole(), RULES))
     steps(model, lambda: model(X).square().sum().backward())
-    wanted = li.adapter_state(model)
-    parts = [rank["trained"]["end"] for rank in ranks]
-    assert [rank["trained"]["sites"] for rank in ranks] == [["layers.0"], ["layers.1", "out"]]
-    sites = {name: site for part in parts for name, site in part.sites.items()}
-    assert sites.keys() == wanted.sites.keys()
-    for name, site in wanted.sites.items():
-        assert error(sites[name].A, site.A) < 1e-12
-        assert error(sites[name].B, site.B) < 1e-12
-    for name, tensor in wanted.trained.items():
-        assert error(parts[1].trained[name], tensor) < 1e-12
+    first, rest = (rank["trained"]["end"] for rank in ranks)
+    near(first | rest, values(model), 1e-12)
+    assert {name.rpartition(".")[0] for name in first} == {"layers.0"}
+    assert not first.keys() & rest.keys()
 
 
 def test_what_stages_save_together_is_one_adapter(ranks: Any, folder: Path) -> None:
-    saved = li.adapter_state(li.load_adapter(whole(), folder / "whole"))
-    for rank in ranks:
-        end = rank["trained"]["end"]
-        loaded = (rank["trained"][how] for how in ("again", "from parts", "installed"))
-        for other in (*loaded, saved):
-            assert {*other.sites} >= {*end.sites}
-            assert all(torch.equal(other.sites[name].A, s.A) for name, s in end.sites.items())
-            assert all(torch.equal(other.sites[name].B, s.B) for name, s in end.sites.items())
-            assert all(torch.equal(other.trained[name], t) for name, t in end.trained.items())
-    file = li.read_adapter(folder / "whole")
-    assert file.fingerprint is not None
-    assert {*file.fingerprint.samples} >= {"layers.0.weight", "out.weight", "out.bias"}
+    saved = values(li.load_adapter(whole(), folder / "whole"))
+    same(saved, ranks[0]["trained"]["end"] | ranks[1]["trained"]["end"])
+    for seen in (rank["trained"] for rank in ranks):
+        for other in seen["others"]:
+            same(other, seen["end"])
+    fingerprint = li.read_adapter(folder / "whole").fingerprint
+    assert fingerprint is not None
+    assert {*fingerprint.samples} >= {"layers.0.weight", "out.weight", "out.bias"}
 
 
 def test_a_plan_of_stages_is_what_each_gets_of_the_plan_of_the_whole_model(ranks: Any) -> None:
@@ -226,8 +199,6 @@ def test_a_plan_of_stages_is_what_each_gets_of_the_plan_of_the_whole_model(ranks
         [["layers.0"], []],
         [["layers.1", "out"], ["norm.weight", "norm.bias"]],
     ]
-    whole_plan = li.plan(whole(), RULES)
-    assert [site.name for site in whole_plan.sites] == ["layers.0", "layers.1", "out"]
 
 
 def test_a_stage_without_sites_has_the_adapter_as_well(ranks: Any) -> None:
@@ -240,18 +211,20 @@ def test_a_stage_without_sites_has_the_adapter_as_well(ranks: Any) -> None:
 def test_all_stages_refuse_or_none(ranks: Any) -> None:
     first, second = (rank["refused"] for rank in ranks)
     assert all({**first, **second}.values())
-    for name in ("nothing", "expect", "config", "each has all", "nowhere", "no group", "plan"):
+    for name in ("nothing", "expect", "config", "each has all", "no group", "plan"):
         assert first[name] == second[name], name
-    assert first["nothing"].startswith("MatchError: rule 1 ('layer_0'): ")
-    assert "found sites: 3" in first["expect"]
-    assert "found sites: 3" in first["plan"]
-    assert "matched" in first["plan alone"]
-    assert first["plan alone"] != second["plan alone"]
-    assert "no process of the group has 'out'" in first["install nowhere"]
-    assert first["install alone"].startswith("FormatError: ")
-    assert "processes 0, 1 of the group each have 'layers.0.weight'" in first["each has all"]
-    assert "no process of the group has 'out'" in first["nowhere"]
-    assert "process 1 of the group refused it" in first["taken"]
+    for name, words in {
+        "nothing": "MatchError: rule 1 ('layer_0'): ",
+        "expect": "found sites: 3",
+        "plan": "found sites: 3",
+        "plan alone": "matched",
+        "install nowhere": "no process of the group has 'out'",
+        "install alone": "FormatError: ",
+        "each has all": "processes 0, 1 of the group each have 'layers.0.weight'",
+        "nowhere": "no process of the group has 'out'",
+        "taken": "process 1 of the group refused it",
+        "unreached": "process 1 of the group refused it",
+        "no group": "group is 'pp'",
+    }.items():
+        assert words in first[name], name
     assert second["taken"].startswith("StateError: ")
-    assert "process 1 of the group refused it" in first["unreached"]
-    assert "group is 'pp'" in first["no group"]

@@ -11,9 +11,7 @@ import os
 import re
 import signal
 import sys
-import tarfile
 import time
-from io import BytesIO
 from pathlib import Path
 from unittest import mock
 
@@ -27,20 +25,16 @@ from torch import nn
 
 import lora_inject as li
 
-pytest.importorskip("transformers")
-
-
 with mock.patch.dict(os.environ):  # which it sets, for a program of its own
     main = script("reproduction.__main__").main
-snippets, minilm = script("data.snippets"), script("data.minilm")
-labs, document, layers = (
-    script(f"reproduction.{n}") for n in ("lab", "document", "adapter_layers")
-)
-methods, trials, classifier = (
-    script(f"reproduction.{n}") for n in ("methods", "trials", "classifier")
-)
-together, toy, decoder = (script(f"reproduction.{n}") for n in ("together", "toy", "decoder"))
-searching = script("reproduction.searching")
+snippets = script("data.snippets")
+labs, document, layers, methods, trials, classifier, together, toy, searching = (
+    script(f"reproduction.{name}")
+    for name in (
+        "lab", "document", "adapter_layers", "methods", "trials", "classifier", "together", "toy",
+        "searching",
+    )
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -59,10 +53,6 @@ def lab(tmp_path):
 # ---------------------------------------------------------------------------------- the whole of it
 
 
-def words(folder: Path, *options: str) -> list[str]:
-    return ["--quick", "--random-weights", "--folder", str(folder), *options]
-
-
 def finished(folder: Path) -> dict[str, int]:
     """Names of the records there are, and when each was written."""
     records = folder / "records"
@@ -78,10 +68,11 @@ def test_all_stages_run_survive_ctrl_c_and_a_kill_and_write_the_document(tmp_pat
     pytest.importorskip("peft")
     pytest.importorskip("matplotlib")
     folder = tmp_path / "results"
+    words = ["--quick", "--random-weights", "--folder", str(folder)]
 
     def stop(number: signal.Signals, after: int) -> Fork:
         """Run until there are some more records, and send a signal."""
-        fork, wanted = forks.start(run_main, words(folder)), len(finished(folder)) + after
+        fork, wanted = forks.start(run_main, words), len(finished(folder)) + after
         while len(finished(folder)) < wanted:
             time.sleep(0.01)
         os.kill(fork.pid, number)
@@ -90,39 +81,30 @@ def test_all_stages_run_survive_ctrl_c_and_a_kill_and_write_the_document(tmp_pat
     interrupted = stop(signal.SIGINT, 1)
     assert interrupted.wait() == 130
     assert "goes on from there" in interrupted.out() + interrupted.err()
-    for name in finished(folder):
-        assert "result" in json.loads((folder / "records" / name).read_text())
     assert stop(signal.SIGKILL, 5).wait() == -signal.SIGKILL
     kept = finished(folder)
+    for name in kept:
+        assert "result" in json.loads((folder / "records" / name).read_text())
 
-    assert main(words(folder)) == 0
+    assert main(words) == 0
     after = finished(folder)
     assert kept.items() <= after.items()  # none of them was run again
     started = re.findall(r"^[\d:]+ (\S+) \.\.\.$", capsys.readouterr().out, re.MULTILINE)
-    assert len(started) == len(set(started))
-    assert {f"{name}.json" for name in started} == after.keys() - kept.keys()
+    assert sorted(f"{name}.json" for name in started) == sorted(after.keys() - kept.keys())
     assert list(folder.rglob("*.partial")) == []
 
     text = (folder / "reproduction.md").read_text()
     assert "the numbers mean nothing" in text
     assert "not run" not in text
-    for phrase in ("Table 1)", "Table 5)", "Table 6)", "Table 7)", "175B", "appendix E"):
-        assert phrase in text, phrase
     pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
-    assert len(pictures) == 3
-    for picture in pictures:
-        assert 1_000 < (folder / picture).stat().st_size < 150_000
-    assert (folder / ".gitignore").read_text() == "*\n"
+    assert pictures
+    assert all((folder / picture).stat().st_size > 1_000 for picture in pictures)
 
-    assert main(words(folder)) == 0
-    assert " ..." not in capsys.readouterr().out
+    assert main(words) == 0
     assert finished(folder) == after
 
 
-# -------------------------------------------------------------------------------------------- runs
-
-
-def test_a_run_is_done_once_and_again_where_its_settings_change(lab):
+def test_a_run_is_done_once_and_again_where_its_settings_or_weights_change(lab, tmp_path):
     calls = []
 
     def work():
@@ -133,58 +115,49 @@ def test_a_run_is_done_once_and_again_where_its_settings_change(lab):
     assert lab.run("a/b", {"rate": 0.1}, work) == {"value": 1, "shape": [2, 3]}
     assert lab.run("a/b", {"rate": 0.2}, work)["value"] == 2
     assert lab.run("a/c", {"rate": 0.2}, work)["value"] == 3
-    keys = {"settings", "result", "date", "seconds", "cpu_seconds", "load"}
-    assert lab.record("a/b").keys() == keys
-    assert len(lab.records()) == 2
-
-
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_run_leaves_nothing_and_the_rest_is_resumed(lab, stop):
-    done = []
-
-    def sweep(fails_at: int | None) -> None:
-        for number in range(5):
-
-            def work(number=number):
-                if number == fails_at:
-                    raise stop
-                done.append(number)
-                return {"number": number}
-
-            lab.run(f"sweep/{number}", {}, work)
-
-    with pytest.raises(stop):
-        sweep(fails_at=3)
-    assert lab.record("sweep/3") is None
-    sweep(fails_at=None)
-    assert done == [0, 1, 2, 3, 4]
-
-
-def test_real_and_random_runs_are_never_taken_for_each_other(lab, tmp_path):
-    lab.run("x", {}, lambda: {"real": False})
     real = labs.Lab(tmp_path / "results", labs.QUICK, random_weights=False, say=lambda _: None)
-    assert real.run("x", {}, lambda: {"real": True}) == {"real": True}
+    assert real.run("a/c", {"rate": 0.2}, work)["value"] == 4
 
 
-def test_equal_seeds_give_equal_runs_and_others_do_not(lab):
-    method = methods.METHODS["lora-qv-r8"]
-    one, same, other = (
-        classifier.fine_tune(lab, method, seed, 1e-2, 1e-2, "test")["train_losses"]
-        for seed in (0, 0, 1)
-    )
-    assert one == same
-    assert one != other
+def test_without_weights_only_the_quick_mode_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    line = ["--stages", "--folder", str(tmp_path)]
+    assert main(line) == 1
+    assert "reproduce.sh" in capsys.readouterr().err
+    assert main([*line, "--quick"]) == 0
+    assert "tiny random models instead" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["full", "top2", "bitfit", "lora-qv-r8", "adapter-h", "adapter-l"])
-def test_training_moves_what_trains_and_nothing_else(lab, name):
-    encoder, tokenizer = lab.encoder()
-    rows = classifier.encode(tokenizer, lab.sentences().train, lab.sizes.max_tokens)
+@pytest.mark.slow
+def test_the_page_of_searches_compares_each_with_its_trials_alone(lab, tmp_path):
+    searching.do(lab, "movies", 0, quick=True)
+    searching.write(lab, tmp_path / "search.md")
+    text = (tmp_path / "search.md").read_text()
+    [row] = [line.split(" | ") for line in text.splitlines() if line.startswith("| 0 |")]
+    assert float(row[4]) >= float(row[5])
+    record = lab.record("search/movies/seed0/found")["result"]
+    for name, loss in record["losses"][-1].items():
+        alone = lab.record(f"search/movies/seed0/alone/{name.replace(' ', '-')}")["result"]
+        assert loss == pytest.approx(alone["loss"], rel=1e-4)
+
+
+# ------------------------------------------------------------------------------- what each trains
+
+
+def with_method(name: str, encoder: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     model = classifier.Classifier(encoder).eval()
     methods.METHODS[name].apply(model)
     if not li.adapters(model):
         model.head.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize("name", ["full", "top2", "bitfit", "lora-qv-r8", "adapter-h", "adapter-l"])
+def test_training_moves_what_trains_and_nothing_else_and_follows_from_the_seed(lab, name):
+    encoder, tokenizer = lab.encoder()
+    rows = classifier.encode(tokenizer, lab.sentences().train, lab.sizes.max_tokens)
+    model = with_method(name, encoder)
     trains = {key: p.requires_grad for key, p in model.named_parameters()}
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     groups = classifier.groups_of(model, 1e-2, 1e-2)
@@ -194,23 +167,22 @@ def test_training_moves_what_trains_and_nothing_else(lab, name):
     assert all(trains[key] for key in moved if moved[key])
     # what has no part in the forward (the pooler) or no row in the batch gets no gradient
     assert all(moved[key] for key in trains if trains[key] and "pooler" not in key)
-
-
-# ------------------------------------------------------------------------------- what each trains
+    one, same, other = (
+        classifier.fine_tune(lab, methods.METHODS[name], seed, 1e-2, 1e-2, "test")["train_losses"]
+        for seed in (0, 0, 1)
+    )
+    assert one == same != other
 
 
 def trained(name: str) -> list[int]:
     """Elements that train besides the head, and in the head."""
-    torch.manual_seed(0)
-    model = classifier.Classifier(toy.encoder()[0])
-    methods.METHODS[name].apply(model)
-    if not li.adapters(model):
-        model.head.requires_grad_(True)
-    groups = classifier.groups_of(model, 1.0, 1.0)
+    groups = classifier.groups_of(with_method(name, toy.encoder()[0]), 1.0, 1.0)
     return [sum(p.numel() for p in group["params"]) for group in groups]
 
 
 DIM, INNER, DEPTH = 64, 128, 3
+# q, k, v, o and their biases, the MLP and its biases, two norms
+LAYER = 4 * (DIM + 1) * DIM + 2 * DIM * INNER + DIM + INNER + 4 * DIM
 
 
 @pytest.mark.parametrize(
@@ -226,33 +198,20 @@ DIM, INNER, DEPTH = 64, 128, 3
         ("bitfit", DEPTH * (7 * DIM + INNER) + 2 * DIM),
         ("adapter-h", layers.count(2 * DEPTH, DIM, 8, 2 * DEPTH)),
         ("adapter-l", layers.count(DEPTH, DIM, 16, DEPTH)),
+        ("top2", 2 * LAYER),
+        ("full", sum(p.numel() for p in toy.encoder()[0].parameters())),
     ],
 )
 def test_each_method_trains_what_its_formula_says(name, expected):
     assert trained(name) == [expected, 2 * DIM + 2]
 
 
-def test_full_fine_tuning_trains_everything_and_the_top_layers_are_two_of_three():
-    everything = sum(p.numel() for p in toy.encoder()[0].parameters())
-    assert trained("full") == [everything, 2 * DIM + 2]
-    layer = sum(p.numel() for p in toy.encoder()[0].encoder.layer[0].parameters())
-    assert trained("top2") == [2 * layer, 2 * DIM + 2]
-
-
-def test_the_columns_of_table_5_have_one_budget():
-    matrices = script("reproduction.matrices")
-    assert len(matrices.COLUMNS) == 7
-    assert len({trained(name)[0] for name in matrices.COLUMNS}) == 1
-
-
-def test_a_prefix_and_lora_train_together():
+def test_the_columns_of_table_5_have_one_budget_and_a_prefix_adds_to_lora():
+    assert len({trained(name)[0] for name in script("reproduction.matrices").COLUMNS}) == 1
     pytest.importorskip("peft")
     alone, both = trained("prefix"), trained("lora-qv-r8-prefix")
     assert alone == [DEPTH * 2 * 16 * DIM, 2 * DIM + 2]
     assert both == [alone[0] + trained("lora-qv-r8")[0], 2 * DIM + 2]
-
-
-# ---------------------------------------------------------------------------------- adapter layers
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -273,24 +232,24 @@ def test_an_adapter_layer_is_its_formula(normed):
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["adapter-h", "adapter-l"])
-def test_adapter_layers_start_as_nothing(name):
+def test_adapter_layers_start_as_nothing_and_padding_changes_no_logit():
     torch.manual_seed(0)
     model = classifier.Classifier(toy.encoder()[0]).eval()
-    ids, mask = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.long)
-    before = model(ids, mask)
-    methods.METHODS[name].apply(model)
-    assert torch.equal(model(ids, mask), before)
-
-
-# --------------------------------------------------------------------------------- full rank
+    short, long = ([5, 6, 7], 0), ([9] * 8, 1)
+    alone = model(*classifier.collate([short])[:2])
+    padded = model(*classifier.collate([short, long])[:2])
+    torch.testing.assert_close(padded[:1], alone)
+    for name in ("adapter-h", "adapter-l"):
+        model = classifier.Classifier(toy.encoder()[0]).eval()
+        before = model(*classifier.collate([short])[:2])
+        methods.METHODS[name].apply(model)
+        assert torch.equal(model(*classifier.collate([short])[:2]), before)
 
 
 def test_full_rank_and_all_biases_reach_any_update_of_an_encoder(lab):
-    found = together.full_rank(lab)
-    assert found["full"] < 1e-12
-    assert found["half"] > 1e-3
-    assert found["base"] > found["half"]
+    reached = together.full_rank(lab)
+    assert reached["full"] < 1e-12
+    assert reached["base"] > reached["half"] > 1e-3
 
 
 # -------------------------------------------------------------------------------------- statistics
@@ -314,12 +273,6 @@ def test_a_gap_is_paired_by_row_and_has_the_error_of_rows_and_seeds():
     assert trials.gap(one, scores()) is None
 
 
-def test_nats_behind_are_per_token_and_zero_for_the_same():
-    one, other = ({"nats": nats, "tokens": [2, 2]} for nats in ([4.0, 8.0], [2.0, 6.0]))
-    assert decoder.behind(one, one) == (0, 0)
-    assert decoder.behind(one, other) == (1.0, 0.0)
-
-
 @pytest.mark.parametrize(
     ("difference", "error", "bound", "verdict"),
     [
@@ -328,104 +281,17 @@ def test_nats_behind_are_per_token_and_zero_for_the_same():
         (-0.015, 0.01, 0.0, "OPEN"),
         (-0.03, 0.01, 0.0, "FAILS"),
         (-0.005, 0.001, -0.01, "HOLDS"),
-        (-0.02, 0.001, -0.01, "FAILS"),
     ],
 )
 def test_a_verdict_needs_two_standard_errors(difference, error, bound, verdict):
     assert document.verdict_above(difference, error, bound) == getattr(document, verdict)
 
 
-def test_the_schedule_goes_up_and_then_down_to_nearly_nothing():
-    factors = [classifier.factor(step, 100) for step in range(100)]
-    peak = factors.index(1.0)
-    assert peak == 5
-    assert factors[: peak + 1] == sorted(factors[: peak + 1])
-    assert factors[peak:] == sorted(factors[peak:], reverse=True)
-    assert 0 < factors[-1] < 0.02
-
-
-# ----------------------------------------------------------------------------------------- rows
-
-
-def test_padding_changes_no_logit():
-    torch.manual_seed(0)
-    model = classifier.Classifier(toy.encoder()[0]).eval()
-    short, long = ([5, 6, 7], 0), ([9] * 8, 1)
-    alone = model(*classifier.collate([short])[:2])
-    padded = model(*classifier.collate([short, long])[:2])
-    torch.testing.assert_close(padded[:1], alone)
-
-
-# ------------------------------------------------------------------------------------- sentences
-
-
-def sdist(path: Path, files: dict[str, bytes]) -> Path:
-    """An archive of the shape of the real one."""
-    inner = BytesIO()
-    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}")
-            info.size = len(content)
-            archive.addfile(info, BytesIO(content))
-    with tarfile.open(path, "w:gz") as archive:
-        info = tarfile.TarInfo(snippets.INNER)
-        info.size = len(inner.getvalue())
-        archive.addfile(info, BytesIO(inner.getvalue()))
-    return path
-
-
-def test_sentences_are_read_once_each_in_both_encodings(tmp_path):
-    lines = ["1\t2.5\tA fine  film.", "2\t-0.2\tIt is a film.", "3\t-3\tDull.", "4\t-1\tDull."]
-    content = "\r\n".join(lines).encode() + b"\r\n5\t1.5\tA clich\xe9 \x96 but good.\r\n"
-    path = sdist(tmp_path / "x.tar.gz", {snippets.KINDS["movies"]: content})
-    found = snippets.read(path, "movies")
-    assert [s.text for s in found] == [
-        "A fine film.", "It is a film.", "Dull.", "A cliché \N{EN DASH} but good.",
-    ]  # fmt: skip
-    assert [(s.id, s.label) for s in snippets.sentiment(found)] == [("1", 1), ("3", 0), ("5", 1)]
-
-
 @given(st.lists(st.tuples(st.integers(0, 9), st.text("abc ", min_size=1)), max_size=60))
 def test_a_split_has_every_sentence_once_and_no_review_twice(rows):
     made = [snippets.Snippet(f"{review}_{i}", text, 1.0) for i, (review, text) in enumerate(rows)]
-    parts = snippets.split(made)
-    found = [parts.train, parts.dev, parts.test]
-    assert sorted((s for part in found for s in part), key=str) == sorted(made, key=str)
-    reviews = [{s.id.partition("_")[0] for s in part} for part in found]
+    split = snippets.split(made)
+    parts = [split.train, split.dev, split.test]
+    assert sorted((s for part in parts for s in part), key=str) == sorted(made, key=str)
+    reviews = [{s.id.partition("_")[0] for s in part} for part in parts]
     assert sum(map(len, reviews)) == len(set().union(*reviews))
-    assert parts == snippets.split(made[::-1]) or len({s.text for s in made}) < len(made)
-
-
-# -------------------------------------------------------------------------------------- weights
-
-
-@pytest.mark.real
-def test_the_real_encoder_knows_what_a_meal_is():
-    try:
-        folder = minilm.find()
-    except SystemExit as error:
-        pytest.skip(str(error))
-    assert minilm.check_sound(*minilm.load(folder)) > 0.8
-
-
-def test_without_weights_only_the_quick_mode_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    line = ["--stages", "--folder", str(tmp_path)]
-    assert main(line) == 1
-    assert "reproduce.sh" in capsys.readouterr().err
-    assert main([*line, "--quick"]) == 0
-    assert "tiny random models instead" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_the_page_of_searches_compares_each_with_its_trials_alone(lab, tmp_path):
-    searching.do(lab, "movies", 0, quick=True)
-    searching.write(lab, tmp_path / "search.md")
-    text = (tmp_path / "search.md").read_text()
-    [row] = [line.split(" | ") for line in text.splitlines() if line.startswith("| 0 |")]
-    assert 1 <= int(row[2]) <= 16
-    assert float(row[4]) >= float(row[5])
-    record = lab.record("search/movies/seed0/found")["result"]
-    for name, loss in record["losses"][-1].items():
-        alone = lab.record(f"search/movies/seed0/alone/{name.replace(' ', '-')}")["result"]
-        assert loss == pytest.approx(alone["loss"], rel=1e-4)

@@ -1,0 +1,68 @@
+"""What the tests of several processes share: a group to run in, and whole tensors to compare."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import lora_inject as li
+
+
+def in_a_group(run: Callable[[], Any]) -> Any:
+    """What a function comes to in this process, as one of those that torchrun has started."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    try:
+        seen = run()
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    return seen
+
+
+def mesh(*shape: int) -> Any:
+    names = ("replicated", "sharded")[-len(shape) :]
+    return dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+def whole(tensor: Any) -> Tensor:
+    """The unsharded values of a tensor, a copy."""
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().clone()
+
+
+def values(adapted: Any, name: str = "default") -> dict[str, Tensor]:
+    """All tensors of an adapter of a model, or of its state."""
+    state = adapted if isinstance(adapted, li.AdapterState) else li.adapter_state(adapted, name)
+    roles = {f"{key}.{r}": t for key, s in state.sites.items() for r, t in s.tensors.items()}
+    return {key: whole(t) for key, t in {**roles, **state.trained}.items()}
+
+
+def far(got: Tensor, wanted: Tensor) -> float:
+    """The largest difference over the largest value, or over 1 where all are zero."""
+    assert got.shape == wanted.shape
+    return float((got - wanted).abs().max() / (wanted.abs().max() or 1.0))
+
+
+def near(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], within: float) -> None:
+    assert got.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        assert far(got[key], tensor) < within, key
+
+
+def same(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[key], tensor) for key, tensor in wanted.items())
+
+
+def filled(model: Any, name: str = "default", *, seed: int = 1, std: float = 0.3) -> Any:
+    """A model, maybe a spread one, with noise in all of an adapter: in each rank the same."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noisy(tensor: Tensor) -> Tensor:
+        return tensor + std * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+
+    li.swap_adapter(model, li.adapter_state(model, name).mapped(noisy), name)
+    return model
