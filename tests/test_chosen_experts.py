@@ -197,7 +197,6 @@ def test_experts_that_are_not_there_are_refused(rule, words, tmp_path: Path, mon
     ("rule", "words"),
     [
         ({"only": [0], "top": 0.5}, "top needs a profile. Give both"),
-        ({"only": []}, "it is empty"),
         ({"only": [1, 1]}, "repeated entry"),
         ({"only": [0], "share": "A"}, "share is for whole stacks, and only chooses of them"),
     ],

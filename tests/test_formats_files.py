@@ -128,3 +128,19 @@ def test_empty_folders_missing_parents_and_symbolic_links_are_written_to(tmp_pat
     write_file(tmp_path / "f", b"1")
     assert (tmp_path / "f").is_symlink()
     assert (tmp_path / "g").read_bytes() == b"1"
+
+
+def test_of_two_processes_that_write_one_file_at_once_one_succeeds(tmp_path, monkeypatch) -> None:
+    """The other one wrote over it, and neither was told."""
+    target, real = tmp_path / "a.safetensors", atomic.write_new
+
+    def write_later(path: Path, data: bytes) -> None:
+        real(path, data)
+        target.write_bytes(b"theirs")
+
+    monkeypatch.setattr(atomic, "write_new", write_later)
+    with pytest.raises(FormatError, match="it exists already"):
+        write_file(target, b"mine")
+    assert content(tmp_path) == {"a.safetensors": b"theirs"}
+    write_file(target, b"mine", overwrite=True)
+    assert content(tmp_path) == {"a.safetensors": b"mine"}

@@ -37,15 +37,6 @@ def place(parent: Path, layout: str) -> Path:
     return parent / ("a.safetensors" if layout == "native" else "a")
 
 
-@pytest.mark.parametrize("layout", ["peft", "native"])
-@pytest.mark.parametrize("derived", [False, True])
-@pytest.mark.parametrize("kind", KIND_SPECS)
-def test_each_kind_comes_back(kind: str, derived: bool, layout: str, tmp_path: Path) -> None:
-    state = make_state(KIND_SPECS[kind], derived=derived)
-    path = write_adapter(state, place(tmp_path, layout), format=layout)
-    assert_same_state(read_adapter(path), state)
-
-
 @pytest.mark.parametrize(
     "kind",
     sorted(set(KIND_SPECS) - {"turned experts", "turned parameter", "slices of conv1d", "conv1d"}),
@@ -170,6 +161,7 @@ def test_the_folder_is_one_that_peft_0_12_reads(tmp_path: Path) -> None:
     }
     config = json.loads((path / "adapter_config.json").read_text())
     assert config.keys() <= set(PEFT_0_12.split())
+    assert config["target_modules"] == ["h.0.fc", "wte"]  # in the same order in each process
     assert read_names(path / MODEL)[1]["format"] == "pt"
 
 

@@ -291,16 +291,3 @@ def test_experts_that_share_otherwise_are_refused(targets: Any, words: str, tmp_
     with pytest.raises(FormatError, match=words):
         of(moe(), targets, tmp_path, "sglang")
     assert not (tmp_path / "a").exists()
-
-
-@needs_transformers_5
-def test_shared_stacks_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
-    path = of(moe(), SHARED, tmp_path, "sglang")
-    tensors, key = load_file(path / MODEL), f"{PREFIX}{EXPERTS}.w1.lora_B.weight"
-    for tensor, words in (
-        (tensors[key][:2], "its stacks are of 2, 3 experts"),
-        (tensors[key][0], "it has 2 dimensions, and a stack has 3"),
-    ):
-        save_file({**tensors, key: tensor.clone()}, path / MODEL)
-        with pytest.raises(FormatError, match=words):
-            li.read_adapter(path)

@@ -75,10 +75,9 @@ class Case:
 PICKLED: dict[str, Any] = {"write": {"config": LLAMA}, "odd": (), "whole": True}
 PICKLED["read"] = {"config": LLAMA, "allow_pickle": True}
 CASES = {
-    "peft": Case(damaged="adapter_model.safetensors"),
-    "portable": Case(damaged="adapter_model.safetensors"),
-    "vllm": Case(damaged="adapter_model.safetensors"),
-    "sglang": Case(damaged="adapter_model.safetensors"),
+    **dict.fromkeys(
+        ("peft", "portable", "vllm", "sglang"), Case(damaged="adapter_model.safetensors")
+    ),
     "native": Case("a.safetensors"),
     "kohya": Case("a.safetensors", {"component": "unet"}, odd=("conv", "fused")),
     "diffusers": Case("a.safetensors", {"component": "transformer"}, odd=("conv", "fused")),
@@ -169,11 +168,11 @@ def test_deltas_come_back(name: str) -> None:
     def comes_back(state: AdapterState) -> None:
         with tempfile.TemporaryDirectory() as parent:
             path = write_adapter(state, Path(parent, case.file), name, **case.write)
-            found = read_adapter(path, **case.read)
-        assert set(found.sites) == set(state.sites)
+            back = read_adapter(path, **case.read)
+        assert set(back.sites) == set(state.sites)
         for site, due in state.sites.items():
             wanted = effect(due)
-            error = (effect(found.sites[site]) - wanted).abs().max()
+            error = (effect(back.sites[site]) - wanted).abs().max()
             assert error <= 1e-6 * wanted.abs().max(), site
 
     comes_back()

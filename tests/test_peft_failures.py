@@ -5,9 +5,6 @@ differences of that reference.
 """
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -51,24 +48,6 @@ def test_attention_matched_with_its_own_child_is_adapted_once_or_refused(tmp_pat
     _, file = saved(model, tmp_path, "native")
     shapes = sorted(tuple(t.shape) for t in load_file(file).values())
     assert shapes == [(2, 8), (2, 8), (8, 2), (24, 2)]
-
-
-class Outer(nn.Linear):
-    """A Linear that contains a Linear."""
-
-    def __init__(self) -> None:
-        super().__init__(5, 5)
-        self.proj = nn.Linear(5, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.proj(x)
-
-
-def test_a_linear_inside_a_linear_is_adapted_beside_its_parent() -> None:
-    plain, x = nn.Sequential(Outer()).double(), random(3, 5)
-    model = adapted(plain, "0", "proj")
-    assert set(li.adapters(model)["default"].sites) == {"0", "0.proj"}
-    hold(plain, model, lambda m: m(x))
 
 
 @pytest.mark.parametrize("undo", [True, False])
@@ -130,30 +109,6 @@ def test_an_adapted_model_is_exported(layer: nn.Module) -> None:
 
     exported = torch.export.export(model.eval(), (x,)).module()
     assert error(run(exported), run(dense(plain, model))) < EXACT
-
-
-ORDER = """
-import sys, torch, lora_inject as li
-from torch import nn
-names = ["query", "key", "value", "dense", "output", "gate"]
-torch.manual_seed(0)
-net = nn.ModuleDict({n: nn.Linear(3, 3) for n in names})
-li.inject(net, {"rank": 1, "targets": names})
-li.save_adapter(net, sys.argv[1])
-"""
-
-
-@pytest.mark.slow
-def test_the_same_adapter_is_written_to_the_same_bytes_in_every_run(tmp_path, monkeypatch) -> None:
-    """Sets of texts have another order in each process."""
-    env = {**os.environ, "PYTHONHASHSEED": "1"}
-    subprocess.run([sys.executable, "-c", ORDER, str(tmp_path / "there")], check=True, env=env)
-    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "here")])
-    exec(ORDER, {})
-    there, here = tmp_path / "there", tmp_path / "here"
-    assert {f.name: f.read_bytes() for f in there.iterdir()} == {
-        f.name: f.read_bytes() for f in here.iterdir()
-    }
 
 
 def test_pissa_over_a_base_without_values_is_refused() -> None:

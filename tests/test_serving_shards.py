@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import error, fill
-from helpers.experts import expert_rule, experts
 from helpers.forks import Forks
 from helpers.models import tiny_llama
 from helpers.refusals import said
@@ -89,15 +88,6 @@ def weights_of(model: Any) -> dict[str, Any]:
     return {"mixed": mixed, "alone": alone, "kept": kept}
 
 
-def of_experts(shard: Any) -> dict[str, Tensor]:
-    """Merged weights of a model of experts, by the names of its checkpoint."""
-    model = experts("mixtral", "eager")[0]
-    torch.manual_seed(1)
-    fill(li.inject(model, {"rank": 2, "targets": [expert_rule("out_in"), "q_proj"]}))
-    weights = li.merged_weights(shard(model), names="checkpoint")
-    return {name: tensor.clone() for name, tensor in weights}
-
-
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
 
@@ -161,7 +151,7 @@ def work() -> dict[str, Any]:
             for name, shard in SHARDINGS.items()
         }
         results |= {"fresh": fresh(late=False), "fresh, late": fresh(late=True)}
-        return results | {"experts": of_experts(by_fsdp2), "refusals": refusals()}
+        return results | {"refusals": refusals()}
     finally:
         dist.destroy_process_group()
 
@@ -199,13 +189,6 @@ def test_merged_weights_of_shards_are_those_of_one_process(how: str, case: str, 
         assert same(results["alone"], wanted["alone"])
         assert results["kept"] == wanted["kept"]
     assert bool(wanted["kept"]) == (dtype is torch.bfloat16)
-
-
-def test_names_of_a_checkpoint_come_from_shards_as_well(ranks: Any) -> None:
-    wanted = of_experts(lambda model: model)
-    assert "model.layers.0.block_sparse_moe.experts.1.w2.weight" in wanted
-    for rank in ranks:
-        assert same(rank["experts"], wanted)
 
 
 def test_what_cannot_be_gathered_is_refused_by_every_process(ranks: Any) -> None:

@@ -1,10 +1,13 @@
 """An adapter proves that it is loaded: by what a model computes, or a server returns.
 
-The verdicts are held to states that the test makes itself, of the adapter and of the base.
+The command `prove` stores the proof in an adapter that was saved without one. The verdicts are held
+to states that the test makes itself, of the adapter and of the base.
 """
 
 import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from helpers.refusals import said
 from helpers.servers import Letters, Served, serving
 from safetensors import safe_open
 from torch import nn
+from training_models import llama_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import lora_inject as li
@@ -186,14 +191,7 @@ class Begun(Letters):
         return {"input_ids": [self.first, *super().__call__(text)["input_ids"]]}
 
 
-class Words(Letters):
-    """A tokenizer that decodes a token without the space before it."""
-
-    def decode(self, ids: list[int]) -> str:
-        return super().decode(ids).strip()
-
-
-@pytest.mark.parametrize("tokenizer", [Letters, Begun, Words])
+@pytest.mark.parametrize("tokenizer", [Letters, Begun])
 @pytest.mark.parametrize("state", STATES)
 def test_ratings_one_place_late_are_seen_and_not_believed(
     state: str, tokenizer: Any, tmp_path: Path
@@ -358,3 +356,120 @@ def test_an_edited_proof_is_refused(change: Any, words: str, saved: Path) -> Non
     change(plain)
     edited = metadata | {"lora_inject.proof": json.dumps(plain)}
     assert words in said(lambda: parse_proof(edited, "verify"))
+
+
+# ---------------------------------------------------- `prove`: an adapter saved without a proof
+
+TEXT = "SELECT name FROM users"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return llama_folder(tmp_path_factory.mktemp("base") / "tiny")
+
+
+def of_base(base: Path, std: float = 0.2) -> Any:
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    return fill(li.inject(model, CONFIG), std=std)
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    return li.save_adapter(of_base(base), tmp_path / "sql")
+
+
+def printed(done: Any) -> str:
+    return " ".join((done.out + done.err).split())
+
+
+def bytes_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_it_stores_the_proof_that_saving_stores(run, base: Path, adapter: Path, tmp_path) -> None:
+    texts = [TEXT, "1 and 1 is 2"]
+    probe = (texts, AutoTokenizer.from_pretrained(base))
+    due = li.save_adapter(of_base(base), tmp_path / "due", probe=probe)
+    done = run("prove", adapter, "--base", base, "--probe", texts[0], "--probe", texts[1])
+    assert done.code == 0, done.err
+    assert "stored: 32 log-probabilities of 2 texts, which the adapter moves by " in printed(done)
+    assert f"lora-inject verify-served URL {adapter}" in printed(done)
+    assert bytes_in(adapter) == bytes_in(due)
+    model = of_base(base)
+    assert li.verify_loaded(model, source=adapter).ok
+    assert li.verify_loaded(li.activate(model, None), source=adapter).word == "without"
+
+
+def test_rows_of_a_file_are_texts_and_a_second_proof_replaces_the_first(
+    run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1 and 1 ", "completion": "is 2"}\n{"text": "2 is a number"}\n')
+    first = json.loads(run("prove", adapter, "--base", base, "--data", rows, "--json").out)
+    assert (first["prompts"], first["values"]) == (2, 11 + 12)
+    assert (first["replaced"], first["knows_base"]) == (False, True)
+    second = run("prove", adapter, "--base", base, "--probe", TEXT)
+    assert "it replaced a proof that was there" in second.err
+    assert (adapter / "README.md").read_text().count("verify-served") == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_an_adapter_of_peft_is_proven_and_peft_reads_it(run, base: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "theirs")
+    card = (tmp_path / "theirs" / "README.md").read_bytes()
+    done = run("prove", tmp_path / "theirs", "--base", base, "--probe", TEXT)
+    assert done.code == 0, done.err
+    assert "the file does not say on which base it was made" in done.err
+    assert (tmp_path / "theirs" / "README.md").read_bytes() == card
+    again = AutoModelForCausalLM.from_pretrained(base)
+    read = peft.PeftModel.from_pretrained(again, tmp_path / "theirs").eval()
+    assert li.verify_loaded(read, source=tmp_path / "theirs").ok
+
+
+def other_weights(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    model.save_pretrained(folder)
+
+
+def no_tokenizer(folder: Path) -> None:
+    for path in folder.glob("token*"):
+        path.unlink()
+
+
+ASKED = ("--probe", TEXT)
+REFUSED: list[tuple[Callable[[Path], None] | None, tuple[str, ...], str]] = [
+    (other_weights, ASKED, "made on another base"),
+    (no_tokenizer, ASKED, "it has no tokenizer"),
+    (None, (), "say on which texts: --probe TEXT"),
+    (None, ("--probe", __file__), "is a file, and a text is due"),
+]
+
+
+@pytest.mark.parametrize(("change", "probe", "words"), REFUSED, ids=[row[2] for row in REFUSED])
+def test_what_proves_nothing_is_refused_and_nothing_is_written(
+    change, probe, words, run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(base, tmp_path / "tiny")
+    if change is not None:
+        change(folder)
+    before = bytes_in(adapter)
+    done = run("prove", adapter, "--base", folder, *probe)
+    assert done.code in (1, 2)
+    assert words in printed(done)
+    assert bytes_in(adapter) == before
+
+
+def test_an_adapter_without_an_effect_proves_nothing(run, base: Path, tmp_path: Path) -> None:
+    adapter = li.save_adapter(of_base(base, std=1e-4), tmp_path / "faint")
+    before = bytes_in(adapter)
+    done = run("prove", adapter, "--base", base, "--probe", TEXT)
+    assert done.code == 1
+    assert "they prove nothing. Give inputs that it was trained for" in printed(done)
+    assert bytes_in(adapter) == before
