@@ -26,9 +26,9 @@ LINES = {
     "forward": 2_643,
     "activate": 2_202,
     "inject": 5_879,
-    "merge": 4_303,
+    "merge": 4_305,
     "save, load": 7_114,
-    "life": 9_576,
+    "life": 9_578,
 }
 STAGES = {
     "config": "from lora_inject import Config",

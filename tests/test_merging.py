@@ -306,7 +306,7 @@ def test_ejecting_a_merged_model_leaves_the_merged_plain_model(at_once: bool) ->
     assert error(model(x), wanted) < TOLERANCE[torch.float32]
 
 
-def test_a_weight_that_other_processes_share_is_not_merged_into() -> None:
+def test_a_weight_that_other_processes_share_is_neither_merged_into_nor_restored() -> None:
     """They would add their adapters to it; `mp.spawn(run, (model,))` shares it as well."""
     model = injected(KINDS["linear"])
     x = torch.ones(1, 5)
@@ -319,6 +319,11 @@ def test_a_weight_that_other_processes_share_is_not_merged_into() -> None:
     own = copy.deepcopy(model)
     li.merge(own)
     torch.testing.assert_close(own(x), wanted)
+    own.share_memory()
+    with pytest.raises(li.StateError, match=r"that other processes share.*copy\.deepcopy"):
+        li.unmerge(own)
+    torch.testing.assert_close(own(x), wanted)
+    li.unmerge(copy.deepcopy(own))
 
 
 class Inner(nn.Sequential):

@@ -46,9 +46,11 @@ class Undone:
             self.written = self.merged.dtype, checksum(self.merged)
 
     def stands(self, survey: Survey) -> bool:
-        """Whether a plain weight stands in its layer of the model as it was written, to the bit."""
+        """Whether a plain weight of this process alone stands in its layer as it was written."""
         module, now = self.holder.module, self.merged
         if module._parameters.get(self.holder.param) is not now or self.layer is not None:
+            return False
+        if now.is_cpu and now.is_shared():  # type: ignore[no-untyped-call]
             return False
         if id(module) not in survey.paths or self.written is None or now.dtype != self.written[0]:
             return False

@@ -28,6 +28,11 @@ def check_undo(undo: Undone, survey: Survey, discard: bool) -> None:
             "the weight was replaced since the merge, and what was kept is not its base",
             "Put the merged Parameter back, or eject the adapters and load the base again",
         )
+    if undo.layer is None and now.is_cpu and now.is_shared():
+        problem = "it is in memory that other processes share, which count on what is merged"
+        raise StateError(
+            asked, problem, "Call unmerge before share_memory(), or on a copy.deepcopy"
+        )
     if not discard and _edited(undo, now):
         raise StateError(
             asked,
