@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,33 +15,41 @@ from lora_inject.errors import StateError
 
 def check_undo(undo: Undone, survey: Survey, discard: bool) -> None:
     """Check that the weight is still the one that was merged, in a layer of the model."""
-    asked, module = f"unmerge of {undo.holder.name!r}", undo.holder.module
-    if id(module) not in survey.paths:
-        problem = "its layer is not in the model any more"
-        raise StateError(asked, problem, "Put the layer back first")
-    now: Any = module._parameters.get(undo.holder.param)
+    asked = f"unmerge of {undo.holder.name!r}"
+    for problem, remedy in chain(_not_in_place(undo, survey), _not_as_written(undo, discard)):
+        raise StateError(asked, problem, remedy)
+
+
+def _not_in_place(undo: Undone, survey: Survey) -> Iterator[tuple[str, str]]:
+    """Yield why what stands in the layer cannot be restored."""
+    if id(undo.holder.module) not in survey.paths:
+        yield "its layer is not in the model any more", "Put the layer back first"
+    now = _standing(undo)
     same = now is undo.merged or now is undo.before
     if same and undo.layer is not None and now.device != undo.before.device:
         remedy = f"Move the model back to {undo.before.device} first"
-        raise StateError(asked, f"it was moved to {now.device} since the merge", remedy)
+        yield f"it was moved to {now.device} since the merge", remedy
     if not same or (undo.original is not None and now.numel() != undo.original.numel()):
-        raise StateError(
-            asked,
-            "the weight was replaced since the merge, and what was kept is not its base",
-            "Put the merged Parameter back, or eject the adapters and load the base again",
-        )
+        problem = "the weight was replaced since the merge, and what was kept is not its base"
+        remedy = "Put the merged Parameter back, or eject the adapters and load the base again"
+        yield problem, remedy
+
+
+def _not_as_written(undo: Undone, discard: bool) -> Iterator[tuple[str, str]]:
+    """Yield why the values that stand there must not be written over."""
+    now = _standing(undo)
     if undo.layer is None and now.is_cpu and now.is_shared():
         problem = "it is in memory that other processes share, which count on what is merged"
-        raise StateError(
-            asked, problem, "Call unmerge before share_memory(), or on a copy.deepcopy"
-        )
+        yield problem, "Call unmerge before share_memory(), or on a copy.deepcopy"
     if not discard and _edited(undo, now):
-        raise StateError(
-            asked,
-            "its values were changed since the merge, which unmerge would drop",
-            "Call unmerge(model, discard=True) to drop the change, or eject(model) to keep it "
-            "with what was merged",
-        )
+        remedy = "Call unmerge(model, discard=True) to drop the change, or eject(model) to keep it "
+        remedy += "with what was merged"
+        yield "its values were changed since the merge, which unmerge would drop", remedy
+
+
+def _standing(undo: Undone) -> Any:
+    """Return what stands in the place of the weight now."""
+    return undo.holder.module._parameters.get(undo.holder.param)
 
 
 def _edited(undo: Undone, now: Any) -> bool:
