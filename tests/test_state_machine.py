@@ -10,6 +10,7 @@ LORA_MACHINE_STEPS make a longer search among others.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
@@ -17,8 +18,10 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +42,18 @@ FURTHER: list[set[str]] = [set(), set(), {"dora"}, {"lora_bias"}, {"lora_bias", 
 TOKENS = (3, 1)
 NAMES = ("a", "b.c", "weight")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}
+LARGEST_IN_16_BITS = 16.0
+DENSITY = 0.5  # of the methods that keep the largest values; dare drops none here
 ON_FACTORS = ("linear", "ties", "dare_linear", "magnitude_prune")
 SUMS = ("add", "svd", "dare_linear_svd", *ON_FACTORS)
 COMPUTED = (*SUMS, "scale", "truncate", "cut")
-LARGEST_IN_16_BITS = 16.0
-DENSITY = 0.5  # of the methods that keep the largest values; dare drops none here
+OPTIONS: dict[str, dict[str, Any]] = {
+    "svd": {"rank": 20},
+    "ties": {"density": DENSITY},
+    "dare_linear": {"density": 1.0},
+    "dare_linear_svd": {"density": 1.0, "rank": 20},
+    "magnitude_prune": {"density": DENSITY},
+}
 Mix = dict[str, float]
 
 
@@ -71,10 +81,10 @@ class Site:
         return self.weight.removesuffix(self.of.weight) + self.of.bias
 
     def delta(self, W: Tensor) -> Tensor:
-        found = self.of.delta(self.A, self.B)
+        delta = self.of.delta(self.A, self.B)
         if self.start is not None:
-            found = found - self.of.delta(*self.start)
-        return self.scale * found.reshape(W.shape)
+            delta = delta - self.of.delta(*self.start)
+        return self.scale * delta.reshape(W.shape)
 
 
 @dataclass
@@ -87,9 +97,8 @@ class Adapter:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, by the names of `adapter_parameters`."""
-        pairs = ((name, role) for name in self.sites for role in "ABmb")
-        found = {f"{n}.lora_{r}": getattr(self.sites[n], r) for n, r in pairs}
-        return {key: value for key, value in found.items() if value is not None} | self.copies
+        roles = [(f"{n}.lora_{r}", getattr(s, r)) for n, s in self.sites.items() for r in "ABmb"]
+        return {key: value for key, value in roles if value is not None} | self.copies
 
     def put(self, key: str, value: Tensor) -> None:
         name, _, role = key.rpartition(".lora_")
@@ -100,28 +109,36 @@ class Adapter:
 
     def part(self, keep: Callable[[str], bool]) -> Adapter:
         """What of it has such names."""
-        tables = (self.sites, self.copies, self.rows)
-        return Adapter(*({n: v for n, v in table.items() if keep(n)} for table in tables))  # type: ignore[attr-defined]
+        tables: list[dict[str, Any]] = [self.sites, self.copies, self.rows]
+        return Adapter(*({n: v for n, v in table.items() if keep(n)} for table in tables))
 
     def take(self, other: Adapter) -> None:
-        self.sites.update(other.sites)
-        self.copies.update(other.copies)
-        self.rows.update(other.rows)
+        self.sites |= other.sites
+        self.copies |= other.copies
+        self.rows |= other.rows
+
+    def changes(self, base: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """What it adds to each tensor of the base, but for the gain."""
+        for key, T in self.copies.items():
+            rows = torch.tensor(self.rows.get(key, range(len(base[key]))))
+            yield key, torch.zeros_like(base[key]).index_copy(0, rows, T - base[key][rows])
+        for site in self.sites.values():
+            yield site.weight, site.delta(base[site.weight])
+            if site.b is not None:
+                yield site.bias, site.scale * site.b
 
     def reads(self) -> dict[str, bool]:
         """The tensors that are not the base's with it, and whether DoRA scales what there is."""
-        of_sites = {site.weight: site.m is not None for site in self.sites.values()}
-        biases = {site.bias: False for site in self.sites.values() if site.b is not None}
-        return {**dict.fromkeys(self.copies, False), **biases, **of_sites}
+        sites = self.sites.values()
+        plain = [*self.copies, *(site.bias for site in sites if site.b is not None)]
+        return dict.fromkeys(plain, False) | {site.weight: site.m is not None for site in sites}
 
     def routes(self) -> bool:
         """Whether each row of a batch can have its own."""
-        whole = (
-            s.b is not None or (s.m is not None and s.of.name == "conv")
+        return not self.copies and all(
+            s.of.routed and s.b is None and (s.m is None or s.of.name != "conv")
             for s in self.sites.values()
         )
-        routed = all(site.of.routed for site in self.sites.values())
-        return not self.copies and routed and not any(whole)
 
 
 class Truth:
@@ -138,13 +155,19 @@ class Truth:
     def dtype(self) -> torch.dtype:
         return next(self.plain.parameters()).dtype
 
+    def forms(self) -> list[tuple[str, trees.Form]]:
+        modules = self.plain.named_modules()
+        return [(f"{path}.", m.form) for path, m in modules if isinstance(m, trees.Branch)]
+
     def sites(self) -> dict[str, trees.SiteOf]:
-        branches = [(p, b) for p, b in self.plain.named_modules() if isinstance(b, trees.Branch)]
-        return {f"{path}.{of.name}": of for path, b in branches for of in b.sites}
+        return {at + of.name: of for at, form in self.forms() for of in form.sites}
 
     def copied(self) -> list[str]:
-        branches = [(p, b) for p, b in self.plain.named_modules() if isinstance(b, trees.Branch)]
-        return [f"{path}.{name}" for path, b in branches for name in b.copied]
+        return [at + name for at, form in self.forms() for name in form.copied]
+
+    def root(self, key: str) -> str:
+        """The root that a tensor lies under."""
+        return next(root for root in self.active if key.startswith(root))
 
     def on(self, root: str) -> list[str]:
         """The adapters that have a tensor under a root."""
@@ -170,49 +193,42 @@ class Truth:
 
     def weights(self, mix: Mix | None = None) -> dict[str, Tensor]:
         """Every weight that is not the base's, under a mix or what is active."""
-        base = self.base()
-        found: dict[str, Tensor] = {}
-
-        def add(key: str, change: Tensor) -> None:
-            found[key] = found.get(key, base[key]) + change
-
+        base, weights = self.base(), dict[str, Tensor]()
         for name, adapter in self.adapters.items():
-            for key, T in adapter.copies.items():
-                rows = torch.tensor(adapter.rows.get(key, range(len(base[key]))))
-                change = self.weight(name, key, mix) * (T - base[key][rows])
-                add(key, torch.zeros_like(base[key]).index_copy(0, rows, change))
-            for site in adapter.sites.values():
-                weight = self.weight(name, site.weight, mix)
-                add(site.weight, weight * site.delta(base[site.weight]))
-                if site.b is not None:
-                    add(site.bias, weight * site.scale * site.b)
+            for key, change in adapter.changes(base):
+                weights[key] = weights.get(key, base[key]) + self.weight(name, key, mix) * change
         for name, adapter in self.adapters.items():
             for site in adapter.sites.values():  # with a gain they are alone at their weight
                 if site.m is not None and self.weight(name, site.weight, mix):
-                    found[site.weight] = site.of.gained(found[site.weight], site.m)
-        return found
+                    weights[site.weight] = site.of.gained(weights[site.weight], site.m)
+        return weights
 
     def may_mix(self, mix: Mix, root: str = "") -> bool:
         """Whether each weight that DoRA scales has one adapter, with weight 1."""
         taking: dict[str, list[tuple[float, bool]]] = {}
         for name in mix.keys() & self.adapters.keys():
-            for key, gained in self.adapters[name].reads().items():
+            for key, is_gained in self.adapters[name].reads().items():
                 if key.startswith(root):
-                    taking.setdefault(key, []).append((mix[name], gained))
-        found = [each for each in taking.values() if any(gained for _, gained in each)]
-        return all(len(each) == 1 and each[0][0] == 1.0 for each in found)
+                    taking.setdefault(key, []).append((mix[name], is_gained))
+        scaled = [each for each in taking.values() if any(is_gained for _, is_gained in each)]
+        return all(len(each) == 1 and each[0][0] == 1.0 for each in scaled)
 
     def weight(self, adapter: str, key: str, mix: Mix | None) -> float:
-        root = next(root for root in self.active if key.startswith(root))
-        return (self.active[root] if mix is None else mix).get(adapter, 0.0)
+        return (self.active[self.root(key)] if mix is None else mix).get(adapter, 0.0)
 
-    def largest(self) -> float:
-        """The largest value of a weight that is not the base's."""
-        return max((float(w.detach().abs().max()) for w in self.weights().values()), default=0.0)
+    def changed_by(self, root: str, mix: Mix) -> set[str]:
+        """The weights under a root that a mix changes."""
+        adapters = [self.adapters[name] for name in mix if name in self.adapters]
+        return {key for a in adapters for key in a.reads() if key.startswith(root)}
 
     def run(self, x: Tensor, ids: Tensor, mix: Mix | None = None) -> Tensor:
         tensors, inputs = {**self.base(), **self.weights(mix)}, (x.double(), ids)
         return torch.func.functional_call(self.plain, tensors, inputs, tie_weights=False)
+
+    def load(self, base: dict[str, Tensor], assign: bool) -> None:
+        """Load values of its own: with `assign` the model keeps those that it is given."""
+        own = {key: base[key].clone() for key in self.plain.state_dict()}
+        self.plain.load_state_dict(own, assign=assign)
 
 
 def under(root: str) -> Callable[[str], bool]:
@@ -244,6 +260,18 @@ def refused_value(how: str, parts: list[Adapter]) -> tuple[bool, bool]:
     return must, how in ON_FACTORS or (how != "add" and bool(gained or biased))
 
 
+def computed_value(how: str, values: list[Any], factor: float) -> Any:
+    if how in OPTIONS or how == "linear":
+        return li.combine(values, method=how, **OPTIONS.get(how, {}))
+    compute = {
+        "scale": lambda: values[0] * factor,
+        "add": lambda: values[0] + values[-1],
+        "truncate": lambda: values[0].truncate(energy=1.0),
+        "cut": lambda: values[0].truncate(rank=1),
+    }
+    return compute[how]()
+
+
 def of_mixed_factors(parts: list[Adapter], base: dict[str, Tensor], how: str) -> dict[str, Tensor]:
     """The weights of the methods that mix the A and the B, by the roots of scales."""
     due = {}
@@ -259,31 +287,30 @@ def mixed_factors(tensors: list[Any], sites: list[Site], how: str) -> Tensor:
     """One factor of TIES (arXiv:2306.01708) or of a plain sum, of the largest values."""
     if how in ("ties", "magnitude_prune"):
         places = [t.abs().flatten().argsort(descending=True).argsort() for t in tensors]
-        kept = [
-            place.view(t.shape) < int(DENSITY * t.numel())
+        tensors = [
+            t * (place.view(t.shape) < int(DENSITY * t.numel()))
             for t, place in zip(tensors, places, strict=True)
         ]
-        tensors = [t * keep for t, keep in zip(tensors, kept, strict=True)]
-    found = torch.zeros_like(tensors[0])
     elected = torch.where(sum(tensors) >= 0, 1.0, -1.0)
     agree = [t.sign() == elected if how == "ties" else torch.ones_like(t) for t in tensors]
-    for t, site, mine in zip(tensors, sites, agree, strict=True):
-        found = found + mine * t * math.sqrt(site.scale)
-    return found / sum(agree).clamp(min=1) if how == "ties" else found
+    scales = [math.sqrt(site.scale) for site in sites]
+    total: Any = sum(a * t * s for a, t, s in zip(agree, tensors, scales, strict=True))
+    return total / sum(agree).clamp(min=1) if how == "ties" else total
 
 
 def exactly(name: str) -> str:
     return f"^{re.escape(name)}$"
 
 
-def assert_close(found: Tensor, due: Tensor, dtype: torch.dtype) -> None:
-    error = (found.detach().double() - due.detach()).abs().max() / due.detach().abs().max().clamp(1)
+def assert_close(actual: Tensor, due: Tensor, dtype: torch.dtype) -> None:
+    error = (actual.detach().double() - due.detach()).abs().max()
+    error = error / due.detach().abs().max().clamp(1)
     assert error < TOLERANCE[dtype], f"off by {error:.1e}"
 
 
-def assert_nearest(found: list[Tensor], due: list[Tensor], dtype: torch.dtype) -> None:
+def assert_nearest(actual: list[Tensor], due: list[Tensor], dtype: torch.dtype) -> None:
     """Each matrix has rank 1, and is as near as one can be: off by the other singular values."""
-    for one, wanted in zip(found, due, strict=True):
+    for one, wanted in zip(actual, due, strict=True):
         rest, least = (torch.linalg.svdvals(matrix)[1:].norm() for matrix in (one, wanted))
         assert_close(rest, torch.zeros_like(rest), dtype)
         assert_close((wanted - one).norm(), least, dtype)
@@ -294,13 +321,15 @@ def add_one(module: nn.Module, args: Any, output: Any) -> Any:
     return (output[0] + 1, *output[1:]) if isinstance(output, tuple) else output + 1
 
 
-TIES: dict[str, Callable[[trees.Tree], None]] = {
-    "no": lambda tree: None,
-    "share": trees.share_branch,
-    "object": trees.tie_objects,
-    "memory": trees.tie_memory,
-}
-kinds = st.sampled_from(sorted(trees.BRANCHES))
+def run_all(functions: list[Callable[[], Tensor]], threads: bool) -> list[Tensor]:
+    """Call each, in turn or each in a thread of its own."""
+    if not threads:
+        return [function() for function in functions]
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return [each.result() for each in [pool.submit(function) for function in functions]]
+
+
+forms = st.sampled_from(sorted(trees.FORMS))
 has_adapters = precondition(lambda self: self.truth.adapters)
 is_merged = precondition(lambda self: self.truth.merged)
 is_unmerged = precondition(lambda self: not self.truth.merged)
@@ -310,9 +339,9 @@ class Machine(RuleBasedStateMachine):
     """The verbs, each as a rule that does the same to the model and to the truth."""
 
     @initialize(
-        left=st.lists(kinds, min_size=1, max_size=3),
-        right=st.lists(kinds, min_size=1, max_size=2),
-        tie=st.sampled_from(sorted(TIES)),
+        left=st.lists(forms, min_size=1, max_size=3),
+        right=st.lists(forms, min_size=1, max_size=2),
+        tie=st.sampled_from(sorted(trees.TIES)),
         roots=st.sampled_from([("",), ("left.", "right.")]),
         dtype=st.sampled_from([torch.float64, torch.float32]),
         data=st.data(),
@@ -322,7 +351,7 @@ class Machine(RuleBasedStateMachine):
     ) -> None:
         torch.manual_seed(0)
         model: Any = trees.Tree(left, right).to(dtype).eval()
-        TIES[tie](model)
+        trees.TIES[tie](model)
         for parameter in list(model.parameters())[::3]:
             parameter.requires_grad_(False)
         self.model = model
@@ -344,6 +373,9 @@ class Machine(RuleBasedStateMachine):
     def at(self, root: str) -> Any:
         return self.model.get_submodule(root.removesuffix("."))
 
+    def close(self, actual: Tensor, due: Tensor) -> None:
+        assert_close(actual, due, self.truth.dtype)
+
     def refused(self, run: Callable[[], Any], *, must: bool = False, may: bool = False) -> bool:
         """Call a verb, and return whether it was refused, which it must be, may be, or neither."""
         try:
@@ -354,14 +386,18 @@ class Machine(RuleBasedStateMachine):
         assert not must, "it was not refused"
         return False
 
-    def some_root(self, data: Any) -> str:
-        return data.draw(st.sampled_from(sorted(self.truth.active)), "root")
+    def some_root(self, data: Any, *further: str) -> str:
+        return data.draw(st.sampled_from(sorted({*self.truth.active, *further})), "root")
 
     def some_adapted_root(self, data: Any) -> str:
         return data.draw(st.sampled_from(sorted(filter(self.truth.on, self.truth.active))), "root")
 
     def some_adapter(self, data: Any, root: str = "") -> str:
         return data.draw(st.sampled_from(self.truth.on(root)), "name")
+
+    def some_free_name(self, data: Any, name: str) -> str:
+        """A name that no adapter has, or that of one which is to be ejected."""
+        return data.draw(st.sampled_from(sorted({name, *NAMES} - {*self.truth.on("")} | {name})))
 
     def some_mix(self, data: Any, root: str = "") -> Mix:
         weights = st.sampled_from([1.0, 0.5, -1.0])
@@ -374,15 +410,15 @@ class Machine(RuleBasedStateMachine):
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's Parameters; a copy of a tied tensor by each name that the tensor had."""
-        found, base = li.adapter_parameters(self.model, name), self.truth.base()
+        listed, base = li.adapter_parameters(self.model, name), self.truth.base()
         known = self.truth.adapters[name].copies if name in self.truth.adapters else {}
         further = {
-            same: found[key]
-            for key in found.keys() & base.keys()
+            same: listed[key]
+            for key in listed.keys() & base.keys()
             for same in (*self.tied(key), *(n for n in known if known[n] is known.get(key)))
             if same in base
         }
-        return {**further, **found}
+        return {**further, **listed}
 
     def adopt(self, name: str) -> None:
         """Take over the values of an adapter; a copy under several names is one tensor."""
@@ -404,6 +440,10 @@ class Machine(RuleBasedStateMachine):
         flag = plain._parameters[key].requires_grad  # type: ignore[union-attr]
         plain._parameters[key] = nn.Parameter(value.clone(), flag)
 
+    def adopt_all(self) -> None:
+        for name in self.truth.adapters:
+            self.adopt(name)
+
     @torch.no_grad()
     def fill(self, name: str, data: Any) -> None:
         generator = torch.Generator().manual_seed(data.draw(st.integers(0, 3), "seed"))
@@ -411,6 +451,12 @@ class Machine(RuleBasedStateMachine):
             if not any(key.startswith(root) for root in self.truth.merged):  # what is folded stays
                 parameter.copy_(0.7 * torch.randn(parameter.shape, generator=generator))
         self.adopt(name)
+
+    @staticmethod
+    @torch.no_grad()
+    def ruin(model: nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
 
     # Adapters come and go ------------------------------------------------------------------------
 
@@ -425,54 +471,55 @@ class Machine(RuleBasedStateMachine):
     def inject(
         self, data: Any, rank: int, alpha: float, init: str, further: set[str], rows: bool
     ) -> None:
-        root = data.draw(st.sampled_from(sorted({"", *self.truth.active})), "root")
+        truth, root = self.truth, self.some_root(data, "")
         name = data.draw(st.sampled_from(NAMES), "name")
-        sites = {n: of for n, of in self.truth.sites().items() if n.startswith(root)}
+        sites = {n: of for n, of in truth.sites().items() if n.startswith(root)}
         weights = {n: n.removesuffix(of.name) + of.weight for n, of in sites.items()}
-        places = sorted([*sites, *filter(under(root), self.truth.copied())])
+        places = sorted([*sites, *filter(under(root), truth.copied())])
         chosen = data.draw(st.sets(st.sampled_from(places), min_size=1)) if places else set()
-        taken = {weights[n] for n in chosen if n in sites}
+        adapted = {n: sites[n] for n in chosen if n in sites}
+        taken = {weights[n] for n in adapted}
         train = {n for n in chosen if n not in sites and not taken.intersection(self.tied(n))}
-        rules = [
-            {"match": exactly(n.removeprefix(root)), **sites[n].rule, **allowed(further, sites[n])}
-            for n in chosen & sites.keys()
-        ]
         tables = {n for n in train if rows and n.endswith("emb.weight")}
+        if not taken and not train:
+            return
+
+        def pattern(n: str) -> str:
+            return exactly(n.removeprefix(root))
+
+        rules = [{"match": pattern(n), **o.rule, **allowed(further, o)} for n, o in adapted.items()]
         config = {
             "rank": rank,
             "alpha": alpha,
             "init": init,
             "targets": rules,
-            "train": [exactly(n.removeprefix(root)) for n in train - tables],
-            "tokens": {exactly(n.removeprefix(root)): TOKENS for n in tables},
+            "train": [pattern(n) for n in train - tables],
+            "tokens": {pattern(n): TOKENS for n in tables},
         }
-        if not chosen or (not taken and not train):
-            return
-        biased = [n for n in chosen & sites.keys() if "lora_bias" in allowed(further, sites[n])]
-        twice = any(n.removesuffix(sites[n].name) + sites[n].bias in train for n in biased)
-        in_use = name in self.truth.on(root) or any(r.startswith(root) for r in self.truth.merged)
-        around = root not in self.truth.active and any(map(self.truth.on, self.truth.active))
-        must = in_use or twice or around
+        biased = [(n, of) for n, of in adapted.items() if "lora_bias" in allowed(further, of)]
+        twice = any(n.removesuffix(of.name) + of.bias in train for n, of in biased)
+        in_use = name in truth.on(root) or any(r.startswith(root) for r in truth.merged)
+        around = root not in truth.active and any(map(truth.on, truth.active))
         li.plan(self.at(root), config)
+        must = in_use or twice or around
         if self.refused(lambda: li.inject(self.at(root), config, name), must=must):
             return
-        if root not in self.truth.active:  # no tower has an adapter, and the whole is the root
-            self.truth.active, self.truth.trainable = {root: {}}, {root: set()}
-        self.truth.active[root] = {}
-        if self.truth.dtype != torch.bfloat16:
-            assert_close(self.out(), self.truth.run(self.x, self.ids), self.truth.dtype)
-        self.truth.active[root] = {name: 1.0}
-        self.truth.trainable[root] = {name}
-        adapter = self.truth.adapters.setdefault(name, Adapter())
-        for n in chosen & sites.keys():
-            adapter.sites[n] = Site(sites[n], weights[n], alpha / rank)
-        adapter.rows.update({same: TOKENS for n in tables for same in self.tied(n)})
+        if root not in truth.active:  # no tower has an adapter, and the whole is the root
+            truth.active, truth.trainable = {root: {}}, {root: set()}
+        truth.active[root] = {}
+        if truth.dtype != torch.bfloat16:
+            self.close(self.out(), truth.run(self.x, self.ids))
+        truth.active[root] = {name: 1.0}
+        truth.trainable[root] = {name}
+        adapter = truth.adapters.setdefault(name, Adapter())
+        adapter.sites |= {n: Site(of, weights[n], alpha / rank) for n, of in adapted.items()}
+        adapter.rows |= {same: TOKENS for n in tables for same in self.tied(n)}
         self.fill(name, data)
 
     @has_adapters
     @rule(data=st.data(), all_of_it=st.booleans())
     def eject(self, data: Any, all_of_it: bool) -> None:
-        where = data.draw(st.sampled_from(sorted({"", *self.truth.active})), "where")
+        where = self.some_root(data, "")
         if not self.truth.on(where):
             return
         name = None if all_of_it else self.some_adapter(data, where)
@@ -508,20 +555,18 @@ class Machine(RuleBasedStateMachine):
         # Files have a module that stands in two places under its first name.
         first = {f"{p}.{key}" for p, m in self.model.named_modules() for key in m._parameters}
         out = [exactly(key.removeprefix(root)) for key in gone & {*moved.sites, *first}]
-        state: Any = None
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "a.safetensors"
+            path, values = Path(folder) / "a.safetensors", list[Any]()
 
             def save() -> None:
-                nonlocal state
                 if how == "value":
-                    state = copy.deepcopy(li.adapter_state(model, name))
+                    values.append(copy.deepcopy(li.adapter_state(model, name)))
                 else:
                     li.save_adapter(model, path, name, format=how)
 
             def load() -> None:
                 if how == "value":
-                    li.install(model, state, new, leave_out=out)
+                    li.install(model, *values, new, leave_out=out)
                 else:
                     li.load_adapter(model, path, new, leave_out=out)
 
@@ -531,10 +576,6 @@ class Machine(RuleBasedStateMachine):
             if self.replaced(root, name, new, moved, load):
                 for key in moved.tensors():
                     assert same_bits(self.parameters(new)[key], due[key])
-
-    def some_free_name(self, data: Any, name: str) -> str:
-        """A name that no adapter has, or that of one which is to be ejected."""
-        return data.draw(st.sampled_from(sorted({name, *NAMES} - {*self.truth.on("")} | {name})))
 
     def replaced(
         self, root: str, name: str, new: str, adapter: Adapter, load: Callable[[], Any]
@@ -559,75 +600,50 @@ class Machine(RuleBasedStateMachine):
     def compute_a_value(self, data: Any, first: str) -> None:
         """Compute with adapters as values, and put the result in the place of one."""
         root = self.some_adapted_root(data)
-        for how in (first, *COMPUTED):
-            if self.computed(data, root, how):
-                return
+        any(self.computed(data, root, how) for how in (first, *COMPUTED))
 
     def computed(self, data: Any, root: str, how: str) -> bool:
         """Do one of these, if it is not refused."""
+        truth, model = self.truth, self.at(root)
         name, other = self.some_adapter(data, root), self.some_adapter(data, root)
         factor, new = data.draw(st.sampled_from([0.5, -1.0])), self.some_free_name(data, name)
         names = [name, other] if how in SUMS else [name]
-        parts = [copy.deepcopy(self.truth.adapters[n]).part(under(root)) for n in names]
-        values = [copy.deepcopy(li.adapter_state(self.at(root), n)) for n in names]
-        if self.leaves_out(how, [site.spec for value in values for site in value.sites.values()]):
+        parts = [copy.deepcopy(truth.adapters[n]).part(under(root)) for n in names]
+        values = [copy.deepcopy(li.adapter_state(model, n)) for n in names]
+        specs = [site.spec for value in values for site in value.sites.values()]
+        # Slices would become one matrix, which the truth has not.
+        sliced = how == "dare_linear_svd" and any(spec.slices is not None for spec in specs)
+        if sliced or sum(spec.rank for spec in specs) > 20:
             return False
         must, may = refused_value(how, parts)
-        compute = {
-            "scale": lambda: values[0] * factor,
-            "add": lambda: values[0] + values[-1],
-            "truncate": lambda: values[0].truncate(energy=1.0),
-            "cut": lambda: values[0].truncate(rank=1),
-            "svd": lambda: li.combine(values, method="svd", rank=20),
-            "linear": lambda: li.combine(values, method="linear"),
-            "ties": lambda: li.combine(values, method="ties", density=DENSITY),
-            "dare_linear": lambda: li.combine(values, method="dare_linear", density=1.0),
-            "dare_linear_svd": lambda: li.combine(
-                values, method="dare_linear_svd", density=1.0, rank=20
-            ),
-            "magnitude_prune": lambda: li.combine(
-                values, method="magnitude_prune", density=DENSITY
-            ),
-        }[how]
-        made: Any = None
-
-        def make() -> None:
-            nonlocal made
-            made = compute()
-
-        if self.refused(make, must=must, may=may):
+        made: list[Any] = []
+        if self.refused(
+            lambda: made.append(computed_value(how, values, factor)), must=must, may=may
+        ):
             return False
-        weights = {name: factor} if how == "scale" else {name: 1.0}
-        weights = dict.fromkeys(names, 1.0 + (name == other)) if how in SUMS else weights
-        due = self.truth.weights(weights)
+        weights = {name: factor if how == "scale" else 1.0}
+        due = truth.weights(dict.fromkeys(names, 1.0 + (name == other)) if how in SUMS else weights)
         if how in ON_FACTORS:
-            due |= of_mixed_factors(parts, self.truth.base(), how)
+            due |= of_mixed_factors(parts, truth.base(), how)
         result = Adapter()
         for part in parts:
             result.take(part)
         for key, site in result.sites.items():
-            scale = made.sites[key.removeprefix(root)].scale
+            scale = made[0].sites[key.removeprefix(root)].scale
             result.sites[key] = Site(site.of, site.weight, scale)
-        model = self.at(root)
-        if self.replaced(root, name, new, result, lambda: li.install(model, made, new)):
+        if self.replaced(root, name, new, result, lambda: li.install(model, made[0], new)):
             self.adopt(new)
-            found, base = self.truth.weights({new: 1.0}), named(self.truth.plain)
-            exact = self.truth.dtype == torch.float64
-            dtype = torch.float64 if exact else torch.float32
+            actual, base = truth.weights({new: 1.0}), named(truth.plain)
+            dtype = torch.float64 if truth.dtype == torch.float64 else torch.float32
             cut = {s.weight: s.of for s in result.sites.values()} if how == "cut" else {}
-            for key in filter(under(root), {**found, **due}):
+            for key in filter(under(root), {**actual, **due}):
                 W = base[key].double()
-                pair = [w.get(key, W) for w in (found, due)]
+                pair = [w.get(key, W) for w in (actual, due)]
                 if key in cut:
                     assert_nearest(*(cut[key].matrices(w - W) for w in pair), dtype)
                 else:
                     assert_close(*pair, dtype)
         return True
-
-    def leaves_out(self, how: str, specs: list[Any]) -> bool:
-        """Whether ranks are high, or slices would become one matrix, which the truth has not."""
-        sliced = any(spec.slices is not None for spec in specs)
-        return sum(spec.rank for spec in specs) > 20 or (how == "dare_linear_svd" and sliced)
 
     @has_adapters
     @rule(data=st.data())
@@ -642,11 +658,11 @@ class Machine(RuleBasedStateMachine):
             for role in set(site.tensors) - {"A0", "B0"}:
                 site.tensors[role].mul_(-0.5)
         li.swap_adapter(model, state, name)
-        for key, value in filter(
-            lambda item: item[0].startswith(root), self.parameters(name).items()
-        ):
-            due = self.truth.adapters[name].tensors()[key]
-            assert_close(value, due * (-0.5 if ".lora_" in key else 1), torch.float32)
+        before = self.truth.adapters[name].tensors()
+        for key, value in self.parameters(name).items():
+            if key.startswith(root):
+                due = before[key] * (-0.5 if ".lora_" in key else 1)
+                assert_close(value, due, torch.float32)
         self.adopt(name)
 
     # Which take part, and which train ------------------------------------------------------------
@@ -664,45 +680,45 @@ class Machine(RuleBasedStateMachine):
     def train_only(self, data: Any) -> None:
         names = data.draw(st.sets(st.sampled_from(self.truth.on(""))), "names")
         if not self.refused(lambda: li.train_only(self.model, names), must=bool(self.truth.merged)):
-            for root, trainable in self.truth.trainable.items():
-                trainable.clear()
-                trainable.update(names.intersection(self.truth.on(root)))
+            on = self.truth.on
+            self.truth.trainable = {root: names & {*on(root)} for root in self.truth.trainable}
 
     @has_adapters
     @rule(data=st.data(), threads=st.booleans())
     def contexts(self, data: Any, threads: bool) -> None:
         """`disabled` and `routed` hold for their own thread, while others run."""
-        there = self.truth.on("")
-        able = [name for name in there if self.truth.adapters[name].routes()]
+        there, truth = self.truth.on(""), self.truth
+        able = [name for name in there if truth.adapters[name].routes()]
         names = st.sampled_from([None, *data.draw(st.sampled_from([able, able, there]))])
         rows = data.draw(st.lists(names, min_size=ROWS, max_size=ROWS), "rows")
-        routes = {*rows} <= {None, *able}
-        merged = bool(self.truth.merged)
-        together = threading.Barrier(3) if threads else None
-
-        def plain() -> Tensor:
-            return self.in_step(together)
-
-        def in_disabled() -> Tensor:
-            with li.disabled(self.model):
-                return self.in_step(together)
-
-        def in_routed() -> Tensor:
-            with li.routed(self.model, rows):
-                return self.in_step(together)
-
-        if merged or not routes:
+        if truth.merged or not {*rows} <= {None, *able}:
             enter = li.routed(self.model, rows).__enter__
-            assert self.refused(enter, may=True) or not merged
+            assert self.refused(enter, may=True) or not truth.merged
             return
+        together = threading.Barrier(3) if threads else threading.Barrier(1)
+
+        def run_in(context: Callable[[], Any]) -> Tensor:
+            with context(), torch.no_grad():
+                together.wait(60)
+                y = self.out()
+                together.wait(60)
+                return y
+
+        contexts = [
+            contextlib.nullcontext,
+            partial(li.disabled, self.model),
+            partial(li.routed, self.model, rows),
+        ]
         each: list[Mix] = [{} if name is None else {name: 1.0} for name in rows]
         dues = [
-            self.truth.run(self.x, self.ids),
-            self.truth.run(self.x, self.ids, {}),
-            torch.cat([self.truth.run(self.x[[i]], self.ids[[i]], m) for i, m in enumerate(each)]),
+            truth.run(self.x, self.ids),
+            truth.run(self.x, self.ids, {}),
+            torch.cat([truth.run(self.x[[i]], self.ids[[i]], mix) for i, mix in enumerate(each)]),
         ]
-        for found, due in zip(run_all([plain, in_disabled, in_routed], threads), dues, strict=True):
-            assert_close(found, due, self.truth.dtype)
+        for actual, due in zip(
+            run_all([partial(run_in, context) for context in contexts], threads), dues, strict=True
+        ):
+            self.close(actual, due)
 
     @is_unmerged
     @has_adapters
@@ -715,10 +731,9 @@ class Machine(RuleBasedStateMachine):
             "merge": lambda: li.merge(model, name=name),
             "inject": lambda: li.inject(model, {"targets": ["fc"]}, "new"),
         }
-        with li.disabled(model):
+        with li.disabled(model), torch.no_grad():
             self.refused(verbs[verb], must=True)
-            with torch.no_grad():
-                assert_close(self.out(), self.truth.run(self.x, self.ids, {}), self.truth.dtype)
+            self.close(self.out(), self.truth.run(self.x, self.ids, {}))
 
     @has_adapters
     @rule()
@@ -730,19 +745,9 @@ class Machine(RuleBasedStateMachine):
             assert not missed
         assert all(repr(name)[1:-1] in li.summary(self.model) for name in self.truth.on(""))
         if not self.truth.merged:
-            base = li.reference(self.model)
             with torch.no_grad():
-                found = base(self.x.to(self.truth.dtype), self.ids)
-                assert_close(found, self.truth.run(self.x, self.ids, {}), self.truth.dtype)
-
-    def in_step(self, together: threading.Barrier | None) -> Tensor:
-        if together is not None:
-            together.wait(60)
-        with torch.no_grad():
-            found = self.out()
-        if together is not None:
-            together.wait(60)
-        return found
+                base = li.reference(self.model)(self.x.to(self.truth.dtype), self.ids)
+            self.close(base, self.truth.run(self.x, self.ids, {}))
 
     # Merging -------------------------------------------------------------------------------------
 
@@ -753,30 +758,26 @@ class Machine(RuleBasedStateMachine):
         named_mix=st.booleans(),
     )
     def merge(self, data: Any, how: dict[str, bool], named_mix: bool) -> None:
-        root, eject = self.some_root(data), how.get("eject", False)
-        mix = self.some_mix(data, root) if named_mix and self.truth.on(root) else None
-        folded = self.truth.active[root] if mix is None else mix
-        must = root in self.truth.merged or not {*folded}.intersection(self.truth.on(root))
-        must = must or not self.truth.may_mix(folded, root)
-        weights = self.changed_by(root, folded)
+        truth, root, eject = self.truth, self.some_root(data), how.get("eject", False)
+        on = {*truth.on(root)}
+        mix = self.some_mix(data, root) if named_mix and on else None
+        folded = truth.active[root] if mix is None else mix
+        weights = truth.changed_by(root, folded)
         is_tied = any(len(self.tied(key)) > 1 for key in weights)
-        partial = not set(folded) <= set(self.truth.on(root))
-
-        def run() -> None:
-            li.merge(self.at(root), name=mix, **how)
-
-        if self.refused(run, must=must, may=(eject and is_tied) or partial):
+        must = root in truth.merged or not on & folded.keys() or not truth.may_mix(folded, root)
+        may = (eject and is_tied) or not folded.keys() <= on
+        if self.refused(lambda: li.merge(self.at(root), name=mix, **how), must=must, may=may):
             return
-        self.truth.merged[root] = self.truth.active[root]
-        self.truth.active[root] = dict(folded)
+        truth.merged[root] = truth.active[root]
+        truth.active[root] = dict(folded)
         self.undo[root] = how.get("undo", True)
         if eject:
             self.computes_the_dense_model()
-            del self.truth.merged[root]
+            del truth.merged[root]
             for key in weights:
                 self.adopt_base(key)
-            for name in self.truth.on(root):
-                self.truth.drop(name, root)
+            for name in on:
+                truth.drop(name, root)
 
     @is_unmerged
     @has_adapters
@@ -784,20 +785,12 @@ class Machine(RuleBasedStateMachine):
     def merged_weights(self, data: Any) -> None:
         """What a server is given, while nothing is written."""
         root = self.some_root(data)
-        names, due = self.truth.on(root), self.truth.weights()
         mix = self.truth.active[root]
-        if not set(mix) <= set(names) or not mix:
+        if not mix or not mix.keys() <= {*self.truth.on(root)}:
             return
-        found = {f"{root}{key}": value for key, value in li.merged_weights(self.at(root))}
-        base = {key: p for key, p in named(self.truth.plain).items() if key.startswith(root)}
-        assert found.keys() <= base.keys()
-        for key, value in found.items():
-            assert_close(value, due.get(key, base[key].double()), self.truth.dtype)
-
-    def changed_by(self, root: str, mix: Mix) -> set[str]:
-        """The weights under a root that a mix changes."""
-        adapters = [self.truth.adapters[name] for name in mix if name in self.truth.adapters]
-        return {key for a in adapters for key in a.reads() if key.startswith(root)}
+        due = {**named(self.truth.plain), **self.truth.weights()}
+        for key, value in li.merged_weights(self.at(root)):
+            self.close(value, due[root + key].double())
 
     @is_unmerged
     @has_adapters
@@ -806,9 +799,8 @@ class Machine(RuleBasedStateMachine):
         """There and back, of a copy that was made in between."""
         root = self.some_adapted_root(data)
         mix = self.some_mix(data, root) or {self.truth.on(root)[0]: 1.0}
-        if self.refused(
-            lambda: li.merge(self.at(root), name=mix), must=not self.truth.may_mix(mix, root)
-        ):
+        must = not self.truth.may_mix(mix, root)
+        if self.refused(lambda: li.merge(self.at(root), name=mix), must=must):
             return
         before, self.truth.active[root] = self.truth.active[root], mix
         self.computes_the_dense_model()
@@ -821,16 +813,15 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), spoil=st.booleans())
     def unmerge(self, data: Any, spoil: bool) -> None:
         root = data.draw(st.sampled_from(sorted(self.truth.merged)), "root")
-        changed = sorted(self.changed_by(root, self.truth.active[root]))
+        changed = sorted(self.truth.changed_by(root, self.truth.active[root]))
         if spoil and self.undo[root] and changed:  # anybody writes to a merged weight
             with torch.no_grad():
                 named(self.model)[changed[0]].flatten()[0].add_(64)
             self.refused(lambda: li.unmerge(self.at(root)), must=True)
             li.unmerge(self.at(root), discard=True)
-            self.truth.active[root] = self.truth.merged.pop(root)
+        elif self.refused(lambda: li.unmerge(self.at(root)), must=not self.undo[root]):
             return
-        if not self.refused(lambda: li.unmerge(self.at(root)), must=not self.undo[root]):
-            self.truth.active[root] = self.truth.merged.pop(root)
+        self.truth.active[root] = self.truth.merged.pop(root)
 
     # What anybody does with a model --------------------------------------------------------------
 
@@ -838,9 +829,7 @@ class Machine(RuleBasedStateMachine):
     def copies(self, how: str) -> None:
         """Go on with a copy, while the original is ruined."""
         old, self.model = self.model, COPIES[how](self.model)
-        with torch.no_grad():
-            for parameter in old.parameters():
-                parameter.fill_(torch.nan)
+        self.ruin(old)
         if self.truth.adapters and not self.truth.merged:
             li.eject(li.activate(old, None))
 
@@ -872,49 +861,31 @@ class Machine(RuleBasedStateMachine):
             if on:
                 module.register_forward_hook(add_one)
 
-    @rule(assign=st.booleans())
-    def state_dict_round_trip(self, assign: bool) -> None:
-        values = {key: value.clone() for key, value in self.model.state_dict().items()}
-        if not self.truth.merged:
-            with torch.no_grad():
-                for parameter in self.model.parameters():
-                    parameter.fill_(torch.nan)
-        if not self.refused(
-            lambda: self.model.load_state_dict(values, assign=assign), must=bool(self.truth.merged)
-        ):
-            self.load_into_truth(values, assign)
-            for name, adapter in self.truth.adapters.items():
-                for key, due in adapter.tensors().items():
-                    assert_close(self.parameters(name)[key], due, torch.float32)
-                self.adopt(name)  # `assign` cuts the ties among copies, as it does with the base's
+    @rule(assign=st.booleans(), resumed=st.booleans())
+    def state_dict_round_trip(self, assign: bool, resumed: bool) -> None:
+        """A file of the state, read into the model or another with the same adapters.
 
-    @rule(assign=st.booleans())
-    def resumed(self, assign: bool) -> None:
-        """A file of the state, read into a model with the same adapters and no values of its own.
-
-        That of a merged model would count its adapters twice where they are not merged.
+        Neither has any values by then. A merged one's would count its adapters twice.
         """
         file = io.BytesIO()
         torch.save(self.model.state_dict(), file)
         file.seek(0)
-        held = torch.load(file)
+        held, model = torch.load(file), copy.deepcopy(self.model) if resumed else self.model
         if self.truth.merged:
-            if not all(self.undo[root] for root in self.truth.merged):
+            if resumed and not all(self.undo[root] for root in self.truth.merged):
                 return
-            other = copy.deepcopy(self.model)
-            for root in self.truth.merged:
-                li.unmerge(other.get_submodule(root.removesuffix(".")))
-            self.refused(lambda: other.load_state_dict(held), must=True)
+            for root in self.truth.merged if resumed else ():
+                li.unmerge(model.get_submodule(root.removesuffix(".")))
+            self.refused(lambda: model.load_state_dict(held, assign=assign), must=True)
             return
-        fresh = copy.deepcopy(self.model)
-        with torch.no_grad():
-            for parameter in fresh.parameters():
-                parameter.fill_(torch.nan)
-        fresh.load_state_dict(held, assign=assign)
-        self.model = fresh
-        self.load_into_truth(held, assign)
-        for name in self.truth.adapters:
-            self.adopt(name)
+        self.ruin(model)
+        model.load_state_dict(held, assign=assign)
+        self.model = model
+        self.truth.load(held, assign)
+        for name, adapter in self.truth.adapters.items():
+            for key, due in adapter.tensors().items():
+                assert_close(self.parameters(name)[key], due, torch.float32)
+            self.adopt(name)  # `assign` cuts the ties among copies, as it does with the base's
 
     @rule(data=st.data(), threads=st.booleans())
     def reads(self, data: Any, threads: bool) -> None:
@@ -927,11 +898,9 @@ class Machine(RuleBasedStateMachine):
             with torch.no_grad():
                 return getattr(self.model.get_submodule(owner), parameter).clone()
 
-        if self.model.training:  # dropout on a layer's input is not seen by who reads its weight
-            threads = False
-        if not self.refused(read, may=self.model.training):
-            (found,) = run_all([read], threads)
-            assert_close(found, due[name], self.truth.dtype)
+        training = self.model.training  # dropout on a layer's input is not seen by who reads
+        if not self.refused(read, may=training):
+            self.close(*run_all([read], threads and not training), due[name])
 
     @rule(seed=st.integers(0, 3), assign=st.booleans())
     def load_another_base(self, seed: int, assign: bool) -> None:
@@ -944,12 +913,7 @@ class Machine(RuleBasedStateMachine):
         if not self.refused(
             lambda: self.model.load_state_dict(base, assign=assign), must=bool(self.truth.merged)
         ):
-            self.load_into_truth(base, assign)
-
-    def load_into_truth(self, base: dict[str, Tensor], assign: bool) -> None:
-        """Load values of its own: with `assign` the model keeps those that it is given."""
-        own = {key: base[key].clone() for key in self.truth.plain.state_dict()}
-        self.truth.plain.load_state_dict(own, assign=assign)
+            self.truth.load(base, assign)
 
     @is_unmerged
     @has_adapters
@@ -957,16 +921,15 @@ class Machine(RuleBasedStateMachine):
     def optimizer_step(self, fused: bool) -> None:
         if self.truth.dtype == torch.bfloat16 or not any(self.truth.trainable.values()):
             return
-        leaves = {id(t): t for a in self.truth.adapters.values() for t in a.tensors().values()}
-        for tensor in leaves.values():
-            tensor.requires_grad_()
+        for adapter in self.truth.adapters.values():
+            for tensor in adapter.tensors().values():
+                tensor.requires_grad_()
         direction = torch.linspace(-1, 1, self.x.numel(), dtype=torch.float64).view_as(self.x)
         due = (self.truth.run(self.x, self.ids) * direction).sum()
-        found = (self.out() * direction.to(self.truth.dtype)).sum()
-        if due.requires_grad:
-            due.backward()
-        if found.requires_grad:
-            found.backward()
+        actual = (self.out() * direction.to(self.truth.dtype)).sum()
+        for total in (due, actual):
+            if total.requires_grad:
+                total.backward()
         groups = li.parameter_groups(self.model, 0.01)
         torch.optim.SGD(groups, 0.01, fused=fused).step()
         for name, adapter in self.truth.adapters.items():
@@ -974,41 +937,34 @@ class Machine(RuleBasedStateMachine):
                 tensor = adapter.tensors()[key]
                 grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
                 step = grad if parameter.requires_grad else torch.zeros_like(tensor)
-                has = torch.zeros_like(tensor) if parameter.grad is None else parameter.grad
-                assert_close(has, step, self.truth.dtype)
-                assert_close(parameter, tensor.detach() - 0.01 * step, self.truth.dtype)
+                self.close(torch.zeros(1) if parameter.grad is None else parameter.grad, step)
+                self.close(parameter, tensor.detach() - 0.01 * step)
         self.model.zero_grad()
-        for name in self.truth.adapters:
-            self.adopt(name)
+        self.adopt_all()
 
     # What must hold after each rule --------------------------------------------------------------
 
     @invariant()
     def computes_the_dense_model(self) -> None:
         """Compare outputs; not in 16 bits of weights so large that a softmax flips by rounding."""
-        if self.truth.dtype is torch.bfloat16 and self.truth.largest() > LARGEST_IN_16_BITS:
-            return
-        with torch.no_grad():
-            assert_close(self.out(), self.truth.run(self.x, self.ids), self.truth.dtype)
+        weights = self.truth.weights().values()
+        largest = max((float(w.detach().abs().max()) for w in weights), default=0.0)
+        if self.truth.dtype is not torch.bfloat16 or largest <= LARGEST_IN_16_BITS:
+            with torch.no_grad():
+                self.close(self.out(), self.truth.run(self.x, self.ids))
 
     @invariant()
     def holds_its_base(self) -> None:
-        plain, found = named(self.truth.plain), named(self.model)
-        assert [key for key in found if key in plain] == list(plain)
-        assert [k for k in self.model.state_dict() if k in plain] == list(
-            self.truth.plain.state_dict()
-        )
-        changed = {
-            id(found[key])
-            for root in self.truth.merged
-            for key in self.changed_by(root, self.truth.active[root])
-        }
+        truth, plain, held = self.truth, named(self.truth.plain), named(self.model)
+        assert [key for key in held if key in plain] == list(plain)
+        keys = list(truth.plain.state_dict())
+        assert [key for key in self.model.state_dict() if key in plain] == keys
+        merged = [truth.changed_by(root, truth.active[root]) for root in truth.merged]
+        changed = {id(held[key]) for keys in merged for key in keys}
         for key, parameter in plain.items():
-            if id(found[key]) not in changed:
-                assert same_bits(found[key], parameter), key
-            root = next(root for root in self.truth.active if key.startswith(root))
-            frozen = bool(self.truth.on(root))
-            assert found[key].requires_grad == (parameter.requires_grad and not frozen), key
+            assert id(held[key]) in changed or same_bits(held[key], parameter), key
+            frozen = bool(truth.on(truth.root(key)))
+            assert held[key].requires_grad == (parameter.requires_grad and not frozen), key
 
     @invariant()
     def lists_its_adapters(self) -> None:
@@ -1017,45 +973,29 @@ class Machine(RuleBasedStateMachine):
             parameters = self.parameters(name)
             assert parameters.keys() == adapter.tensors().keys()
             for key, parameter in parameters.items():
-                root = next(root for root in self.truth.active if key.startswith(root))
+                root = self.truth.root(key)
                 trains = name in self.truth.trainable[root] and root not in self.truth.merged
                 assert parameter.requires_grad == trains, key
 
     def teardown(self) -> None:
         if not hasattr(self, "truth"):
             return
-        for root in [root for root in self.truth.merged if self.undo[root]]:
+        truth = self.truth
+        for root in [root for root in truth.merged if self.undo[root]]:
             li.unmerge(self.at(root))
-            self.truth.active[root] = self.truth.merged.pop(root)
+            truth.active[root] = truth.merged.pop(root)
             self.computes_the_dense_model()
-        for root in self.truth.merged:
-            for key in self.changed_by(root, self.truth.active[root]):
+        for root in truth.merged:
+            for key in truth.changed_by(root, truth.active[root]):
                 self.adopt_base(key)
         li.eject(self.model)
-        plain, found = named(self.truth.plain), named(self.model)
-        assert list(found) == list(plain)
+        plain, held = named(truth.plain), named(self.model)
+        assert list(held) == list(plain)
         for key, parameter in plain.items():
-            assert same_bits(found[key], parameter), key
-            assert found[key].requires_grad == parameter.requires_grad
-        for path, module in self.truth.plain.named_modules():
+            assert same_bits(held[key], parameter), key
+            assert held[key].requires_grad == parameter.requires_grad
+        for path, module in truth.plain.named_modules():
             assert type(self.model.get_submodule(path)) is type(module)
-
-
-def run_all(functions: list[Callable[[], Tensor]], threads: bool) -> list[Tensor]:
-    """Call each, in turn or each in a thread of its own."""
-    found: dict[int, Tensor] = {}
-
-    def call(i: int) -> None:
-        found[i] = functions[i]()
-
-    if not threads:
-        return [function() for function in functions]
-    running = [threading.Thread(target=call, args=(i,)) for i in range(len(functions))]
-    for thread in running:
-        thread.start()
-    for thread in running:
-        thread.join()
-    return [found[i] for i in range(len(functions))]
 
 
 TestMachine = Machine.TestCase

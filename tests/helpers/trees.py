@@ -6,7 +6,7 @@ rows alike, and have no state, so that any of them can follow any other.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,156 +69,139 @@ class SiteOf:
         norms = rows.detach().flatten(1).norm(dim=1)
         n = len(m) // 2
         m = m if len(m) == len(norms) else torch.cat([m[:n], norms[n:-n], m[n:]])
-        found = rows * (m / norms).view(-1, *[1] * (W.dim() - 1))
-        return found.t() if turn else found
+        scaled = rows * (m / norms).view(-1, *[1] * (W.dim() - 1))
+        return scaled.t() if turn else scaled
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of a branch.
+
+    Attributes:
+        parts: Makes its modules and parameters, by name.
+        run: Its forward, of the branch, x and ids.
+        sites: What can have an adapter.
+        copied: Names of tensors that `train` may name.
+    """
+
+    parts: Callable[[], Mapping[str, nn.Module | nn.Parameter]]
+    run: Callable[[Any, Tensor, Tensor], Tensor]
+    sites: tuple[SiteOf, ...] = ()
+    copied: tuple[str, ...] = ()
+
+
+def _linear(n_out: int = WIDTH) -> nn.Linear:
+    return nn.Linear(WIDTH, n_out)
+
+
+def _transposed() -> dict[str, nn.Module]:
+    layer = Conv1D(WIDTH, WIDTH)
+    nn.init.normal_(layer.weight, 0, 0.5)
+    return {"c_fc": layer}
+
+
+def _tied() -> dict[str, nn.Module]:
+    """An embedding and a head over one tensor."""
+    emb, head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
+    head.weight = emb.weight
+    return {"emb": emb, "head": head, "out": nn.Linear(VOCABULARY, WIDTH)}
+
+
+def _attend(branch: Any, x: Tensor, _: Tensor) -> Tensor:
+    q, k, v = branch.qkv(x).chunk(3, dim=-1)
+    return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+FORMS: dict[str, Form] = {
+    "Plain": Form(
+        lambda: {"fc": _linear()},
+        lambda b, x, _: b.fc(x),
+        (SiteOf("fc", "fc.weight", bias="fc.bias"),),
+        ("fc.bias",),
+    ),
+    # Computes with its child's weight, and calls the child as well.
+    "Read": Form(
+        lambda: {"fc": _linear()},
+        lambda b, x, _: F.linear(torch.tanh(b.fc(x)), b.fc.weight, b.fc.bias),
+        (SiteOf("fc", "fc.weight", routed=False, bias="fc.bias"),),
+    ),
+    "Fused": Form(
+        lambda: {"qkv": _linear(3 * WIDTH)},
+        _attend,
+        (
+            SiteOf(
+                "qkv",
+                "qkv.weight",
+                first_and_last_third,
+                {"slices": ["q", "k", "v"], "adapt": ["q", "v"]},
+            ),
+        ),
+    ),
+    "Transposed": Form(
+        _transposed,
+        lambda b, x, _: b.c_fc(x),
+        (SiteOf("c_fc", "c_fc.weight", turned, bias="c_fc.bias"),),
+    ),
+    "Tied": Form(
+        _tied,
+        lambda b, x, ids: b.out(torch.tanh(b.head(x + b.emb(ids)))),
+        (SiteOf("emb", "emb.weight", turned), SiteOf("head", "head.weight")),
+        ("emb.weight",),
+    ),
+    "Convolved": Form(
+        lambda: {"conv": nn.Conv1d(WIDTH, WIDTH, 3, padding=1)},
+        lambda b, x, _: b.conv(x.transpose(1, 2)).transpose(1, 2),
+        (SiteOf("conv", "conv.weight", bias="conv.bias"),),
+    ),
+    "Stacked": Form(
+        lambda: {"experts": nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH))},
+        lambda b, x, _: torch.stack([F.linear(x, weight) for weight in b.experts]).amax(0),
+        (SiteOf("experts", "experts", stack, {"layout": "out_in"}, routed=False),),
+    ),
+    "Raw": Form(
+        lambda: {"mix": nn.Parameter(torch.randn(WIDTH, WIDTH))},
+        lambda b, x, _: x @ b.mix,
+        (SiteOf("mix", "mix", turned, {"layout": "in_out"}, routed=False),),
+    ),
+    # Its output projection is read and never called.
+    "Attention": Form(
+        lambda: {"attn": nn.MultiheadAttention(WIDTH, 2, batch_first=True)},
+        lambda b, x, _: b.attn(x, x, x, need_weights=False)[0],
+        (
+            SiteOf("attn.in_proj_weight", "attn.in_proj_weight", routed=False),
+            SiteOf(
+                "attn.out_proj", "attn.out_proj.weight", routed=False, bias="attn.out_proj.bias"
+            ),
+        ),
+    ),
+    "Norm": Form(
+        lambda: {"norm": nn.LayerNorm(WIDTH)},
+        lambda b, x, _: b.norm(x),
+        copied=("norm.weight", "norm.bias"),
+    ),
+}
 
 
 class Branch(nn.Module):
-    sites: ClassVar[tuple[SiteOf, ...]] = ()
-    copied: ClassVar[tuple[str, ...]] = ()  # names of tensors that `train` may name
-
-
-class Plain(Branch):
-    sites = (SiteOf("fc", "fc.weight", bias="fc.bias"),)
-    copied = ("fc.bias",)
-
-    def __init__(self) -> None:
+    def __init__(self, form: str) -> None:
         super().__init__()
-        self.fc = nn.Linear(WIDTH, WIDTH)
+        self.form_name = form
+        for name, part in self.form.parts().items():
+            setattr(self, name, part)
+
+    @property
+    def form(self) -> Form:
+        return FORMS[self.form_name]
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        return self.fc(x)
-
-
-class Read(Branch):
-    """Computes with its child's weight, and calls the child as well."""
-
-    sites = (SiteOf("fc", "fc.weight", routed=False, bias="fc.bias"),)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        return F.linear(torch.tanh(self.fc(x)), self.fc.weight, self.fc.bias)
-
-
-class Fused(Branch):
-    sites = (
-        SiteOf(
-            "qkv",
-            "qkv.weight",
-            first_and_last_third,
-            {"slices": ["q", "k", "v"], "adapt": ["q", "v"]},
-        ),
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return (q @ k.transpose(-1, -2)).softmax(-1) @ v
-
-
-class Transposed(Branch):
-    sites = (SiteOf("c_fc", "c_fc.weight", turned, bias="c_fc.bias"),)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.c_fc = Conv1D(WIDTH, WIDTH)
-        nn.init.normal_(self.c_fc.weight, 0, 0.5)
-
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        return self.c_fc(x)
-
-
-class Tied(Branch):
-    """An embedding and a head over one tensor."""
-
-    sites = (SiteOf("emb", "emb.weight", turned), SiteOf("head", "head.weight"))
-    copied = ("emb.weight",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb = nn.Embedding(VOCABULARY, WIDTH)
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        self.head.weight = self.emb.weight
-        self.out = nn.Linear(VOCABULARY, WIDTH)
-
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        return self.out(torch.tanh(self.head(x + self.emb(ids))))
-
-
-class Convolved(Branch):
-    sites = (SiteOf("conv", "conv.weight", bias="conv.bias"),)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
-
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        return self.conv(x.transpose(1, 2)).transpose(1, 2)
-
-
-class Stacked(Branch):
-    sites = (SiteOf("experts", "experts", stack, {"layout": "out_in"}, routed=False),)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH))
-
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        return torch.stack([F.linear(x, weight) for weight in self.experts]).amax(0)
-
-
-class Raw(Branch):
-    sites = (SiteOf("mix", "mix", turned, {"layout": "in_out"}, routed=False),)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = nn.Parameter(torch.randn(WIDTH, WIDTH))
-
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        return x @ self.mix
-
-
-class Attention(Branch):
-    """Its output projection is read and never called."""
-
-    sites = (
-        SiteOf("attn.in_proj_weight", "attn.in_proj_weight", routed=False),
-        SiteOf("attn.out_proj", "attn.out_proj.weight", routed=False, bias="attn.out_proj.bias"),
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
-
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        return self.attn(x, x, x, need_weights=False)[0]
-
-
-class Norm(Branch):
-    copied = ("norm.weight", "norm.bias")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        return self.norm(x)
-
-
-BRANCHES: dict[str, type[Branch]] = {cls.__name__: cls for cls in Branch.__subclasses__()}
+        return self.form.run(self, x, ids)
 
 
 class Tower(nn.Module):
-    def __init__(self, kinds: list[str]) -> None:
+    def __init__(self, forms: list[str]) -> None:
         super().__init__()
-        for i, kind in enumerate(kinds):
-            self.add_module(f"b{i}", BRANCHES[kind]())
+        for i, form in enumerate(forms):
+            self.add_module(f"b{i}", Branch(form))
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         for branch in list(self._modules.values()):  # shared branches run under each name
@@ -236,6 +219,11 @@ class Tree(nn.Module):
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         return self.right(self.left(x, ids), ids)
 
+    def squares(self) -> list[nn.Linear]:
+        """The square Linear layers of the left tower."""
+        layers = [m for m in self.left.modules() if type(m) is nn.Linear]
+        return [layer for layer in layers if layer.weight.shape == (WIDTH, WIDTH)]
+
 
 def share_branch(tree: Tree) -> None:
     """The last branch of the left tower is its first one again."""
@@ -243,19 +231,20 @@ def share_branch(tree: Tree) -> None:
 
 
 def tie_objects(tree: Tree) -> None:
-    """The square Linear layers of the left tower have one Parameter."""
-    first, *others = _square(tree.left) or [None]
-    for layer in others:
-        layer.weight = first.weight
+    """The square layers have one Parameter."""
+    for layer in tree.squares():
+        layer.weight = tree.squares()[0].weight
 
 
 def tie_memory(tree: Tree) -> None:
-    """The square Linear layers of the left tower have Parameters over the same memory."""
-    first, *others = _square(tree.left) or [None]
-    for layer in others:
-        layer.weight.data = first.weight.data
+    """The square layers have Parameters over the same memory."""
+    for layer in tree.squares():
+        layer.weight.data = tree.squares()[0].weight.data
 
 
-def _square(tower: Tower) -> list[Any]:
-    layers = (m for m in tower.modules() if type(m) is nn.Linear)
-    return [layer for layer in layers if layer.weight.shape == (WIDTH, WIDTH)]
+TIES: dict[str, Callable[[Tree], None]] = {
+    "no": lambda tree: None,
+    "share": share_branch,
+    "object": tie_objects,
+    "memory": tie_memory,
+}

@@ -5,7 +5,7 @@ test shows that the model's own weights there have none either; `untying` says t
 not be untied, and the test shows that merge refuses and changes nothing. All other steps hold.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # Verdicts on an exchange with PEFT.
 SAME = "same outputs"
@@ -15,19 +15,12 @@ RAISES = "PEFT raises"
 REFUSED = "our writer refuses: PEFT would compute something else"
 
 
-@dataclass(frozen=True)
-class Exemption:
-    """What a model type is excused from.
-
-    Attributes:
-        reason: Why, in the model.
-        dead: Regex of all sites, and only those, that cannot have an effect.
-        untying: Whether the head cannot be merged because the model may not be untied.
-    """
+class Exemption(NamedTuple):
+    """What a model type is excused from, and why, in the model."""
 
     reason: str
-    dead: str | None = None
-    untying: bool = False
+    dead: str | None = None  # regex of all sites, and only those, that cannot have an effect
+    untying: bool = False  # the model may not be untied, so that its head cannot be merged
 
 
 EXEMPTIONS: dict[str, Exemption] = {
@@ -60,19 +53,12 @@ EXEMPTIONS: dict[str, Exemption] = {
 }
 
 
-@dataclass(frozen=True)
-class Exchanged:
-    """What comes of an exchange with PEFT other than the same outputs; see `zoo.exchange`.
-
-    Attributes:
-        reason: Why, in the model or in PEFT.
-        by_us: The verdict on PEFT's adapter read by us.
-        by_peft: The verdict on our adapter read by PEFT.
-    """
+class Exchanged(NamedTuple):
+    """What comes of an exchange with PEFT other than the same outputs, and why: `zoo.exchange`."""
 
     reason: str
-    by_us: str = SAME
-    by_peft: str = SAME
+    by_us: str = SAME  # the verdict on PEFT's adapter read by us
+    by_peft: str = SAME  # the verdict on our adapter read by PEFT
 
 
 _READ = "a layer's weight is read by its parent, where PEFT's adapter of the layer has no effect"

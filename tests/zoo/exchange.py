@@ -44,9 +44,6 @@ class Exchange:
         with torch.no_grad():
             return run(model.eval(), self.calls)
 
-    def near(self, a: list[Tensor], b: list[Tensor]) -> bool:
-        return distance(a, b) <= TOLERANCE
-
     def peft(self, modules: str | list[str]) -> Any:
         """PEFT's adapter on a fresh model, with random values and a forward that works."""
         from peft import LoraConfig, get_peft_model
@@ -58,9 +55,9 @@ class Exchange:
             target_parameters=list(self.targets.experts) or None,
         )
         wrapped = get_peft_model(self.fresh(), config).eval()
-        named = {n: p for n, p in wrapped.named_parameters() if ".lora_" in n}
-        ups = {n.replace(".lora_B.", ".lora_A."): p for n, p in named.items() if ".lora_B." in n}
-        randomise_factors((named[n], B) for n, B in ups.items())
+        named = dict(wrapped.named_parameters())
+        A = [p for n, p in named.items() if ".lora_A." in n]
+        randomise_factors(zip(A, [p for n, p in named.items() if ".lora_B." in n], strict=True))
         assert distance(self.plain, self.outputs(wrapped)) >= MOVES
         return wrapped
 
@@ -114,11 +111,11 @@ class Exchange:
 
     def compare(self, ours: list[Tensor], wrapped: Any) -> str:
         theirs = self.outputs(wrapped)
-        if self.near(ours, theirs):
+        if distance(ours, theirs) <= TOLERANCE:
             return SAME
         for module in wrapped.modules():  # PEFT would write a tied tensor, and merge for others too
             if isinstance(base := getattr(module, "base_layer", None), (nn.Linear, nn.Embedding)):
                 base.weight = nn.Parameter(base.weight.detach().clone())
         merged = self.outputs(wrapped.merge_and_unload())
         off = f"off by {distance(ours, theirs):.1e}, and by {distance(ours, merged):.1e} if merged"
-        return MERGED if self.near(ours, merged) else off
+        return MERGED if distance(ours, merged) <= TOLERANCE else off

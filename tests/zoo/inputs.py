@@ -16,6 +16,18 @@ BATCH, LENGTH, TARGET_LENGTH, SAMPLES, FRAMES, GRID = 2, 12, 7, 1600, 128, 4
 LOW, HIGH = 10, 90  # ids that are not special tokens: those are at both ends of the vocabulary
 
 
+Inputs = dict[str, Any]
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(*shape, dtype=torch.long)
+
+
+def each(*values: int) -> Tensor:
+    """The same row for each of the batch."""
+    return torch.tensor([values] * BATCH)
+
+
 class Maker:
     """Makes the inputs of one model."""
 
@@ -40,7 +52,7 @@ class Maker:
         inputs = {name: getattr(self, name)() for name in MAIN if name in self.takes}
         for name in ("input_features_mask", "feature_attention_mask"):
             if name in self.takes and "input_features" in inputs:
-                inputs[name] = torch.ones(BATCH, FRAMES, dtype=torch.long)
+                inputs[name] = ones(BATCH, FRAMES)
         if "image_grid_thw" in self.takes:
             inputs["pixel_values"] = self.patches()
             inputs["image_grid_thw"] = torch.tensor([[1, GRID, GRID]] * BATCH)
@@ -80,6 +92,160 @@ class Maker:
     def input_values(self) -> Tensor:
         return self.randn(BATCH, SAMPLES)
 
+    # Each of these gives what some model types take besides, and None for what they do not take.
+
+    def one_tile(self, i: Inputs) -> Inputs:
+        return {"pixel_values": i["pixel_values"][:, None]}
+
+    def two_tiles(self, i: Inputs) -> Inputs:
+        tiles = torch.stack([i["pixel_values"], i["pixel_values"].flip(0)], dim=1)
+        return {"pixel_values": tiles, "image_sizes": each(*self.picture())}
+
+    def sizes(self, i: Inputs) -> Inputs:
+        return {"image_sizes": each(*self.picture())}
+
+    def granite_docling(self, i: Inputs) -> Inputs:
+        return self.one_tile(i) | {"pixel_attention_mask": ones(BATCH, 1).bool()}
+
+    def mllama(self, i: Inputs) -> Inputs:
+        tiles = self.config.vision_config.max_num_tiles
+        return {
+            "pixel_values": self.randn(BATCH, 1, tiles, 3, *self.picture()),
+            "aspect_ratio_ids": ones(BATCH, 1),
+            "aspect_ratio_mask": ones(BATCH, 1, tiles),
+            "cross_attention_mask": ones(BATCH, LENGTH, 1, tiles),
+        }
+
+    def rows_of_patches(self, i: Inputs) -> Inputs:
+        return {"pixel_values": self.patches().view(BATCH, GRID * GRID, -1)}
+
+    def lfm2_vl(self, i: Inputs) -> Inputs:
+        mask = ones(BATCH, GRID * GRID)
+        further = {"spatial_shapes": each(GRID, GRID), "pixel_attention_mask": mask}
+        return self.rows_of_patches(i) | further
+
+    def inkling2(self, i: Inputs) -> Inputs:
+        side = self.vision.patch_size * self.vision.spatial_merge_size
+        grids = torch.tensor([[1, 2, 2]] * BATCH)
+        return {"image_grid_thw": grids, "pixel_values": self.randn(BATCH * 4, side, side, 3)}
+
+    def granite_speech(self, i: Inputs) -> Inputs:
+        features = self.randn(BATCH, 30, self.config.encoder_config.input_dim)
+        return {"input_features": features, "input_features_mask": None}
+
+    def first_is_global(self, i: Inputs) -> Inputs:
+        mask = torch.zeros_like(i["input_ids"])
+        mask[:, 0] = 1
+        return {"global_attention_mask": mask}
+
+    def fun_asr_nano(self, i: Inputs) -> Inputs:
+        audio = self.config.audio_config
+        features = self.randn(BATCH, 16, audio.num_mel_bins * audio.num_stacked_frames)
+        return {"input_features": features, "input_features_mask": ones(BATCH, 16)}
+
+    def quarter_of_frames(self, i: Inputs) -> Inputs:
+        self.counts["audio"] = FRAMES // 4
+        return {}
+
+    def qwen3_audio(self, i: Inputs) -> Inputs:
+        audio = self.config.audio_config
+        features = self.randn(BATCH, audio.num_mel_bins, 4 * audio.n_window)
+        masks = {name for name in ("input_features_mask", "feature_attention_mask") if name in i}
+        return {"input_features": features, **dict.fromkeys(masks, ones(BATCH, 4 * audio.n_window))}
+
+    def emu3(self, i: Inputs) -> Inputs:
+        self.tokens["image"] = 100
+        return self.sizes(i)
+
+    def molmo2(self, i: Inputs) -> Inputs:
+        vision = self.config.vision_config
+        self.tokens["image"], self.counts["image"] = self.config.image_patch_id, 4
+        width = vision.num_channels * vision.patch_size**2
+        return {
+            "pixel_values": self.randn(BATCH, GRID * GRID, width),
+            "image_token_pooling": torch.arange(BATCH * GRID * GRID).view(-1, 4),
+            "image_grids": each(2, 2, 0, 0),
+        }
+
+    def video(self, i: Inputs) -> Inputs:
+        return {
+            "pixel_values": None,
+            "pixel_values_videos": self.randn(BATCH, 2, 3, *self.picture()),
+        }
+
+    def speech(self, i: Inputs) -> Inputs:
+        """Text, a voice prompt, the start of the audio and what was spoken so far."""
+        config = self.config
+        prompt, spoken = [config.audio_prompt_token_id] * 3, [config.audio_latent_token_id] * 4
+        tail = each(*prompt, config.audio_bos_token_id, *spoken)
+        width = getattr(config, "audio_prompt_dim", config.latent_dim)
+        return {
+            "input_ids": torch.cat([i["input_ids"], tail], dim=1),
+            "audio_prompt_latents": self.randn(BATCH, len(prompt), width),
+            "audio_latents": self.randn(BATCH, len(spoken), config.latent_dim),
+        }
+
+    def higgs(self, i: Inputs) -> Inputs:
+        self.counts["audio"] = 5
+        shape = (BATCH, 5, self.config.num_codebooks)
+        return {"audio_input_ids": torch.randint(1, 90, shape, generator=self.generator)}
+
+    def kosmos(self, i: Inputs) -> Inputs:
+        width = self.config.vision_config.patch_embed_hidden_size
+        places = torch.cartesian_prod(torch.arange(1, GRID + 1), torch.arange(1, GRID + 1))
+        pixels = self.randn(BATCH, GRID * GRID, width)
+        mask = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+        mask[:, 2 : 2 + self.config.latent_query_num] = 1
+        patches = torch.cat([places.expand(BATCH, -1, -1), pixels], dim=-1)
+        return {"flattened_patches": patches, "image_embeds_position_mask": mask}
+
+    def minicpm(self, i: Inputs) -> Inputs:
+        """All patches of all pictures in one row."""
+        side = self.vision.patch_size
+        pixels = self.randn(1, 3, side, side * GRID * GRID * BATCH)
+        return {"pixel_values": pixels, "target_sizes": each(GRID, GRID)}
+
+    def minicpm_merged(self, i: Inputs) -> Inputs:
+        return self.minicpm(i) | {"downsample_mode": "16x"}
+
+    def phi4_sound(self, i: Inputs) -> Inputs:
+        audio, frames = self.config.audio_config, FRAMES // 8
+        self.tokens["audio"], self.counts["audio"] = audio.audio_token_id, frames
+        features = self.randn(BATCH, FRAMES, audio.input_size)
+        return {
+            "audio_input_features": features,
+            "audio_embed_sizes": torch.tensor([frames] * BATCH),
+        }
+
+    def phi4_both(self, i: Inputs) -> Inputs:
+        self.tokens["image"] = self.config.vision_config.image_token_id
+        self.counts["image"] = 13  # two crops of 2 x 2 with line ends, and a separator
+        return self.phi4_sound(i) | {
+            "image_pixel_values": self.randn(BATCH, 2, 3, *self.picture()),
+            "image_sizes": each(*self.picture()),
+            "image_attention_mask": ones(BATCH, 2, GRID, GRID),
+        }
+
+    def flava(self, i: Inputs) -> Inputs:
+        masked = torch.zeros(BATCH, GRID, GRID, dtype=torch.long)
+        masked[:, 0] = 1
+        ids = i["input_ids"]
+        return {"input_ids_masked": ids, "bool_masked_pos": masked, "return_loss": False}
+
+    def flava_picture(self, i: Inputs) -> Inputs:
+        return self.flava(i) | {"input_ids": None, "input_ids_masked": None}
+
+    def flava_text(self, i: Inputs) -> Inputs:
+        return self.flava(i) | {"pixel_values": None, "bool_masked_pos": None}
+
+    def high_resolution(self, i: Inputs) -> Inputs:
+        size = self.config.high_res_vision_config.image_size
+        return {"high_res_pixel_values": self.randn(BATCH, 3, size, size)}
+
+    def longer(self, i: Inputs) -> Inputs:
+        """Enough tokens for every expert to get some."""
+        return {"input_ids": self.ids(4 * LENGTH), "decoder_input_ids": self.ids(4 * LENGTH)}
+
 
 def find(config: Any, *names: str, default: Any = None) -> Any:
     """The first of the names that a config, or one inside it, has."""
@@ -109,11 +275,12 @@ def dummy_inputs(model: nn.Module, model_type: str, seed: int = 0) -> list[dict[
     """
     maker = Maker(model, seed)
     calls = []
-    for special in SPECIAL.get(model_type, (_nothing,)):
+    for further in FURTHER.get(model_type, (lambda *_: {},)):
         maker.tokens.clear()
         maker.counts.clear()
         inputs = maker.main()
-        special(maker, inputs)
+        inputs |= further(maker, inputs)
+        inputs = {name: value for name, value in inputs.items() if value is not None}
         if "input_ids" in inputs:
             _insert_features(maker, inputs)
         calls.append(inputs)
@@ -168,268 +335,44 @@ def _count_features(model: nn.Module, kind: str, inputs: Mapping[str, Any]) -> i
     return sum(part.numel() // part.shape[-1] for part in parts) // BATCH
 
 
-# ------------------------------------------------------------------ model types with their own ways
-
-Special = Callable[[Maker, dict[str, Any]], None]
-
-
-def _nothing(maker: Maker, inputs: dict[str, Any]) -> None:
-    pass
-
-
-def _one_tile(maker: Maker, inputs: dict[str, Any]) -> None:
-    inputs["pixel_values"] = inputs["pixel_values"][:, None]
-
-
-def _two_tiles(maker: Maker, inputs: dict[str, Any]) -> None:
-    pixels = inputs["pixel_values"]
-    inputs["pixel_values"] = torch.stack([pixels, pixels.flip(0)], dim=1)
-    inputs["image_sizes"] = torch.tensor([maker.picture()] * BATCH)
-
-
-def _sizes(maker: Maker, inputs: dict[str, Any]) -> None:
-    inputs["image_sizes"] = torch.tensor([maker.picture()] * BATCH)
-
-
-def _granite_docling(maker: Maker, inputs: dict[str, Any]) -> None:
-    _one_tile(maker, inputs)
-    inputs["pixel_attention_mask"] = torch.ones(BATCH, 1, dtype=torch.bool)
-
-
-def _granite_docling_fine(maker: Maker, inputs: dict[str, Any]) -> None:
-    _granite_docling(maker, inputs)
-    inputs["tile_fine_mask"] = torch.ones(BATCH, dtype=torch.bool)
-
-
-def _deepseek_vl_hybrid(maker: Maker, inputs: dict[str, Any]) -> None:
-    size = maker.config.high_res_vision_config.image_size
-    inputs["high_res_pixel_values"] = maker.randn(BATCH, 3, size, size)
-
-
-def _mllama(maker: Maker, inputs: dict[str, Any]) -> None:
-    tiles = maker.config.vision_config.max_num_tiles
-    inputs["pixel_values"] = maker.randn(BATCH, 1, tiles, 3, *maker.picture())
-    inputs["aspect_ratio_ids"] = torch.ones(BATCH, 1, dtype=torch.long)
-    inputs["aspect_ratio_mask"] = torch.ones(BATCH, 1, tiles, dtype=torch.long)
-    inputs["cross_attention_mask"] = torch.ones(BATCH, LENGTH, 1, tiles, dtype=torch.long)
-
-
-def _lfm2_vl(maker: Maker, inputs: dict[str, Any]) -> None:
-    inputs["pixel_values"] = maker.patches().view(BATCH, GRID * GRID, -1)
-    inputs["spatial_shapes"] = torch.tensor([[GRID, GRID]] * BATCH)
-    inputs["pixel_attention_mask"] = torch.ones(BATCH, GRID * GRID, dtype=torch.long)
-
-
-def _inkling2(maker: Maker, inputs: dict[str, Any]) -> None:
-    side = maker.vision.patch_size * maker.vision.spatial_merge_size
-    inputs["image_grid_thw"] = torch.tensor([[1, 2, 2]] * BATCH)
-    inputs["pixel_values"] = maker.randn(BATCH * 4, side, side, 3)
-
-
-def _granite_speech(maker: Maker, inputs: dict[str, Any]) -> None:
-    inputs["input_features"] = maker.randn(BATCH, 30, maker.config.encoder_config.input_dim)
-    inputs.pop("input_features_mask")
-
-
-def _video_llava(maker: Maker, inputs: dict[str, Any]) -> None:
-    inputs["pixel_values_images"] = inputs["pixel_values"]
-
-
-def _fuyu(maker: Maker, inputs: dict[str, Any]) -> None:
-    inputs["pixel_values"] = maker.patches().view(BATCH, GRID * GRID, -1)
-
-
-def _global(maker: Maker, inputs: dict[str, Any]) -> None:
-    mask = torch.zeros_like(inputs["input_ids"])
-    mask[:, 0] = 1
-    inputs["global_attention_mask"] = mask
-
-
-def _longer(maker: Maker, inputs: dict[str, Any]) -> None:
-    """Enough tokens for every expert to get some."""
-    inputs["input_ids"] = maker.ids(4 * LENGTH)
-    inputs["decoder_input_ids"] = maker.ids(4 * LENGTH)
-
-
-def _encoder_states(maker: Maker, inputs: dict[str, Any]) -> None:
-    inputs["encoder_hidden_states"] = maker.randn(BATCH, 5, maker.config.hidden_size)
-
-
-def _fun_asr_nano(maker: Maker, inputs: dict[str, Any]) -> None:
-    audio = maker.config.audio_config
-    inputs["input_features"] = maker.randn(BATCH, 16, audio.num_mel_bins * audio.num_stacked_frames)
-    inputs["input_features_mask"] = torch.ones(BATCH, 16, dtype=torch.long)
-
-
-def _moss(maker: Maker, inputs: dict[str, Any]) -> None:
-    inputs["padding_mask"] = torch.ones(BATCH, SAMPLES, dtype=torch.long)
-
-
-def _quarter_of_frames(maker: Maker, inputs: dict[str, Any]) -> None:
-    maker.counts["audio"] = FRAMES // 4
-
-
-def _omniasr(maker: Maker, inputs: dict[str, Any]) -> None:
-    inputs["input_values"] = inputs["input_values"][:, None]
-
-
-def _qwen3_audio(maker: Maker, inputs: dict[str, Any]) -> None:
-    frames = 4 * maker.config.audio_config.n_window
-    inputs["input_features"] = maker.randn(BATCH, maker.config.audio_config.num_mel_bins, frames)
-    for name in ("input_features_mask", "feature_attention_mask"):
-        if name in inputs:
-            inputs[name] = torch.ones(BATCH, frames, dtype=torch.long)
-
-
-def _emu3(maker: Maker, inputs: dict[str, Any]) -> None:
-    _sizes(maker, inputs)
-    maker.tokens["image"] = 100
-
-
-def _molmo2(maker: Maker, inputs: dict[str, Any]) -> None:
-    vision = maker.config.vision_config
-    inputs["pixel_values"] = maker.randn(
-        BATCH, GRID * GRID, vision.num_channels * vision.patch_size**2
-    )
-    inputs["image_token_pooling"] = torch.arange(BATCH * GRID * GRID).view(-1, 4)
-    inputs["image_grids"] = torch.tensor([[2, 2, 0, 0]] * BATCH)
-    maker.tokens["image"] = maker.config.image_patch_id
-    maker.counts["image"] = 4
-
-
-def _video_llama_3(maker: Maker, inputs: dict[str, Any]) -> None:
-    inputs["image_merge_sizes"] = torch.tensor([2] * BATCH)
-
-
-def _video_llava_video(maker: Maker, inputs: dict[str, Any]) -> None:
-    del inputs["pixel_values"]
-    inputs["pixel_values_videos"] = maker.randn(BATCH, 2, 3, *maker.picture())
-
-
-def _speech(maker: Maker, inputs: dict[str, Any]) -> None:
-    """Text, a voice prompt, the start of the audio and what was spoken so far."""
-    config = maker.config
-    prompt, spoken = [config.audio_prompt_token_id] * 3, [config.audio_latent_token_id] * 4
-    tail = torch.tensor([[*prompt, config.audio_bos_token_id, *spoken]] * BATCH)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], tail], dim=1)
-    inputs["audio_prompt_latents"] = maker.randn(
-        BATCH, len(prompt), getattr(config, "audio_prompt_dim", config.latent_dim)
-    )
-    inputs["audio_latents"] = maker.randn(BATCH, len(spoken), config.latent_dim)
-
-
-def _higgs(maker: Maker, inputs: dict[str, Any]) -> None:
-    config = maker.config
-    shape = (BATCH, 5, config.num_codebooks)
-    inputs["audio_input_ids"] = torch.randint(1, 90, shape, generator=maker.generator)
-    maker.counts["audio"] = 5
-
-
-def _kosmos(maker: Maker, inputs: dict[str, Any]) -> None:
-    width = maker.config.vision_config.patch_embed_hidden_size
-    places = torch.cartesian_prod(torch.arange(1, GRID + 1), torch.arange(1, GRID + 1))
-    pixels = maker.randn(BATCH, GRID * GRID, width)
-    inputs["flattened_patches"] = torch.cat([places.expand(BATCH, -1, -1), pixels], dim=-1)
-    mask = torch.zeros(BATCH, LENGTH, dtype=torch.long)
-    mask[:, 2 : 2 + maker.config.latent_query_num] = 1
-    inputs["image_embeds_position_mask"] = mask
-
-
-def _minicpm(maker: Maker, inputs: dict[str, Any]) -> None:
-    """All patches of all pictures in one row."""
-    side = maker.vision.patch_size
-    inputs["pixel_values"] = maker.randn(1, 3, side, side * GRID * GRID * BATCH)
-    inputs["target_sizes"] = torch.tensor([[GRID, GRID]] * BATCH)
-
-
-def _minicpm_merged(maker: Maker, inputs: dict[str, Any]) -> None:
-    _minicpm(maker, inputs)
-    inputs["downsample_mode"] = "16x"
-
-
-def _phi4_sound(maker: Maker, inputs: dict[str, Any]) -> None:
-    inputs["audio_input_features"] = maker.randn(
-        BATCH, FRAMES, maker.config.audio_config.input_size
-    )
-    inputs["audio_embed_sizes"] = torch.tensor([FRAMES // 8] * BATCH)
-    maker.tokens["audio"] = maker.config.audio_config.audio_token_id
-    maker.counts["audio"] = FRAMES // 8
-
-
-def _phi4_both(maker: Maker, inputs: dict[str, Any]) -> None:
-    _phi4_sound(maker, inputs)
-    inputs["image_pixel_values"] = maker.randn(BATCH, 2, 3, *maker.picture())
-    inputs["image_sizes"] = torch.tensor([maker.picture()] * BATCH)
-    inputs["image_attention_mask"] = torch.ones(BATCH, 2, GRID, GRID, dtype=torch.long)
-    maker.tokens["image"] = maker.config.vision_config.image_token_id
-    maker.counts["image"] = 13  # two crops of 2 x 2 with line ends, and a separator
-
-
-def _flava(maker: Maker, inputs: dict[str, Any]) -> None:
-    masked = torch.zeros(BATCH, GRID, GRID, dtype=torch.long)
-    masked[:, 0] = 1
-    inputs["input_ids_masked"] = inputs["input_ids"]
-    inputs["bool_masked_pos"] = masked
-    inputs["return_loss"] = False
-
-
-def _flava_picture(maker: Maker, inputs: dict[str, Any]) -> None:
-    _flava(maker, inputs)
-    del inputs["input_ids"], inputs["input_ids_masked"]
-
-
-def _flava_text(maker: Maker, inputs: dict[str, Any]) -> None:
-    _flava(maker, inputs)
-    del inputs["pixel_values"], inputs["bool_masked_pos"]
-
-
-def _visual_bert(maker: Maker, inputs: dict[str, Any]) -> None:
-    inputs["visual_embeds"] = maker.randn(BATCH, 5, maker.config.visual_embedding_dim)
-
-
-SPECIAL: dict[str, tuple[Special, ...]] = {
-    "deepseek_vl_hybrid": (_deepseek_vl_hybrid,),
-    "emu3": (_emu3,),
-    "flava": (_flava, _flava_picture, _flava_text),
-    "fun_asr_nano": (_fun_asr_nano,),
-    "fuyu": (_fuyu,),
-    "gradium_phonon_tts": (_speech,),
-    "granite_docling": (_granite_docling, _granite_docling_fine),
-    "granite_speech": (_granite_speech,),
-    "granite_speech_plus": (_granite_speech,),
-    "higgs_audio_v2": (_higgs,),
-    "idefics2": (_one_tile,),
-    "idefics3": (_one_tile,),
-    "inkling2": (_inkling2,),
-    "inkling2_loop": (_inkling2,),
-    "kosmos-2.5": (_kosmos,),
-    "led": (_global,),
-    "lfm2_vl": (_lfm2_vl,),
-    "lighton_ocr": (_sizes,),
-    "llava_next": (_two_tiles,),
-    "llava_next_video": (_two_tiles,),
-    "llava_onevision": (_two_tiles,),
-    "longformer": (_global,),
-    "minicpm_ocr": (_minicpm, _minicpm_merged),
-    "minicpmv4_6": (_minicpm, _minicpm_merged),
-    "minicpmv4_7": (_minicpm, _minicpm_merged),
-    "mistral3": (_sizes,),
-    "mllama": (_mllama,),
-    "modernvbert": (_one_tile,),
-    "molmo2": (_molmo2,),
-    "moss_transcribe_diarize": (_moss,),
-    "musicflamingo": (_quarter_of_frames,),
-    "omniasr": (_omniasr,),
-    "phi4_multimodal": (_phi4_both, _phi4_sound),
-    "pocket_tts": (_speech,),
-    "qwen2_audio": (_quarter_of_frames,),
-    "qwen3_asr": (_qwen3_audio,),
-    "qwen3_omni_moe_thinker": (_qwen3_audio,),
-    "smolvlm": (_one_tile,),
-    "switch_transformers": (_longer,),
-    "trocr": (_encoder_states,),
-    "ultravbert": (_one_tile,),
-    "video_llama_3": (_video_llama_3,),
-    "video_llava": (_video_llava, _video_llava_video),
-    "visual_bert": (_visual_bert,),
+# By model type: one call for each of these.
+FURTHER: dict[str, tuple[Callable[[Maker, Inputs], Inputs], ...]] = {
+    **dict.fromkeys(
+        ["idefics2", "idefics3", "modernvbert", "smolvlm", "ultravbert"], (Maker.one_tile,)
+    ),
+    **dict.fromkeys(["llava_next", "llava_next_video", "llava_onevision"], (Maker.two_tiles,)),
+    **dict.fromkeys(
+        ["minicpm_ocr", "minicpmv4_6", "minicpmv4_7"], (Maker.minicpm, Maker.minicpm_merged)
+    ),
+    **dict.fromkeys(["granite_speech", "granite_speech_plus"], (Maker.granite_speech,)),
+    **dict.fromkeys(["gradium_phonon_tts", "pocket_tts"], (Maker.speech,)),
+    **dict.fromkeys(["inkling2", "inkling2_loop"], (Maker.inkling2,)),
+    **dict.fromkeys(["led", "longformer"], (Maker.first_is_global,)),
+    **dict.fromkeys(["lighton_ocr", "mistral3"], (Maker.sizes,)),
+    **dict.fromkeys(["musicflamingo", "qwen2_audio"], (Maker.quarter_of_frames,)),
+    **dict.fromkeys(["qwen3_asr", "qwen3_omni_moe_thinker"], (Maker.qwen3_audio,)),
+    "deepseek_vl_hybrid": (Maker.high_resolution,),
+    "emu3": (Maker.emu3,),
+    "flava": (Maker.flava, Maker.flava_picture, Maker.flava_text),
+    "fun_asr_nano": (Maker.fun_asr_nano,),
+    "fuyu": (Maker.rows_of_patches,),
+    "granite_docling": (
+        Maker.granite_docling,
+        lambda m, i: m.granite_docling(i) | {"tile_fine_mask": ones(BATCH).bool()},
+    ),
+    "higgs_audio_v2": (Maker.higgs,),
+    "kosmos-2.5": (Maker.kosmos,),
+    "lfm2_vl": (Maker.lfm2_vl,),
+    "mllama": (Maker.mllama,),
+    "molmo2": (Maker.molmo2,),
+    "moss_transcribe_diarize": (lambda m, i: {"padding_mask": ones(BATCH, SAMPLES)},),
+    "omniasr": (lambda m, i: {"input_values": i["input_values"][:, None]},),
+    "phi4_multimodal": (Maker.phi4_both, Maker.phi4_sound),
+    "switch_transformers": (Maker.longer,),
+    "trocr": (lambda m, i: {"encoder_hidden_states": m.randn(BATCH, 5, m.config.hidden_size)},),
+    "video_llama_3": (lambda m, i: {"image_merge_sizes": torch.tensor([2] * BATCH)},),
+    "video_llava": (lambda m, i: {"pixel_values_images": i["pixel_values"]}, Maker.video),
+    "visual_bert": (
+        lambda m, i: {"visual_embeds": m.randn(BATCH, 5, m.config.visual_embedding_dim)},
+    ),
 }

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+_MINICPM = {"image_token_id": 100, "insert_layer_id": 0, "vision_config.insert_layer_id": 0}
+_ONE_TILE = {"image_grid_pinpoints": [[32, 32]]}
 CONFIGS: dict[str, dict[str, Any]] = {
     "aria": {
         "projector_patch_to_query_dict": {16: 8},
@@ -19,23 +21,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_v4": {"index_topk": 1},
     "deepseek_vl_hybrid": {"high_res_vision_config.output_channels": 16},
     "emu3": {
-        "vocabulary_map": {
-            "<image>": 100,
-            "<|extra_200|>": 101,
-            **{f"<|visual token {i:06d}|>": i for i in range(64)},
-        },
+        "vocabulary_map": {"<image>": 100, "<|extra_200|>": 101}
+        | {f"<|visual token {i:06d}|>": i for i in range(64)},
         "vq_config.codebook_size": 64,
         "vq_config.base_channels": 32,
         "vq_config.hidden_size": 128,
     },
     "fastspeech2_conformer": {
         "speech_decoder_postnet_units": 16,
-        "pitch_predictor_channels": 16,
-        "energy_predictor_channels": 16,
-        "duration_predictor_channels": 16,
+        **{f"{kind}_predictor_channels": 16 for kind in ("pitch", "energy", "duration")},
         "vocab_size": 128,
     },
-    "glpn": {"image_size": 64},
+    **{name: {"image_size": 64} for name in ("glpn", "pvt", "pvt_v2", "segformer")},
     "fun_asr_nano": {
         "adaptor_config.intermediate_size": 8,
         "audio_config.num_timestamp_prediction_layers": 1,
@@ -43,32 +40,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "glmasr": {"audio_config.intermediate_size": 128},
     "hgnet_v2": {
         "stem_channels": [3, 8, 16],
-        "stage_in_channels": [16, 16, 16, 16],
-        "stage_mid_channels": [8, 8, 8, 8],
-        "stage_out_channels": [16, 16, 16, 16],
-        "stage_numb_of_layers": [1, 1, 1, 1],
+        "stage_mid_channels": [8] * 4,
+        **{f"stage_{side}_channels": [16] * 4 for side in ("in", "out")},
+        "stage_numb_of_layers": [1] * 4,
     },
     "kosmos-2.5": {"latent_query_num": 4},
     "llama4": {"vision_config.intermediate_size": 128},
-    "llava_next": {"image_grid_pinpoints": [[32, 32]]},
-    "llava_next_video": {"image_grid_pinpoints": [[32, 32]]},
-    "llava_onevision": {"image_grid_pinpoints": [[32, 32]]},
+    "llava_next": _ONE_TILE,
+    "llava_next_video": _ONE_TILE,
+    "llava_onevision": _ONE_TILE,
     "maskformer": {"fpn_feature_size": 32, "mask_feature_size": 16},
-    "minicpm_ocr": {
-        "image_token_id": 100,
-        "insert_layer_id": 0,
-        "vision_config.insert_layer_id": 0,
-    },
-    "minicpmv4_6": {
-        "image_token_id": 100,
-        "insert_layer_id": 0,
-        "vision_config.insert_layer_id": 0,
-    },
-    "minicpmv4_7": {
-        "image_token_id": 100,
-        "insert_layer_id": 0,
-        "vision_config.insert_layer_id": 0,
-    },
+    "minicpm_ocr": _MINICPM,
+    "minicpmv4_6": _MINICPM,
+    "minicpmv4_7": _MINICPM,
     "mllama": {"vision_config.vision_output_dim": 96},
     "mobilebert": {"embedding_size": 16, "intra_bottleneck_size": 32},
     "mobilevit": {"image_size": 128},
@@ -84,9 +68,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "audio_config.ext_pw_out_channel": 32,
         "audio_config.depthwise_separable_out_channel": 32,
     },
-    "pvt": {"image_size": 64},
-    "pvt_v2": {"image_size": 64},
-    "segformer": {"image_size": 64},
     "qwen3_asr": {"audio_config.n_window_infer": 100},
     "qwen3_omni_moe_thinker": {"audio_config.n_window_infer": 100, "vision_start_token_id": 98},
     "textnet": {"hidden_sizes": [16, 16, 32, 32, 32], "stem_out_channels": 16},

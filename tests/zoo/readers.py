@@ -7,29 +7,18 @@ forward, or else the model's inputs, by the names in the method's signature.
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from zoo.inputs import dummy_inputs
 from zoo.steps import run, tensors_in
 
-NOT_ASKED = {"__init__", "forward", "extra_repr"}
-
-
-class Reader(NamedTuple):
-    """A method of a module, and a parameter that it reads."""
-
-    path: str
-    method: str
-    parameter: str
-
-    @property
-    def name(self) -> str:
-        """The parameter's name in the model."""
-        return f"{self.path}.{self.parameter}".lstrip(".")
+Method = tuple[str, str]  # name of a module, name of its method
 
 
 class Called(NamedTuple):
@@ -47,20 +36,19 @@ class Called(NamedTuple):
         return [*tensors_in(getattr(model.get_submodule(self.path), self.method)(*args, **kwargs))]
 
 
-def readers(model: nn.Module) -> list[Reader]:
-    """Return all methods of a model that read a parameter of their own, but for norms'."""
-    return [
-        Reader(path, method, parameter)
-        for path, module in model.named_modules()
-        for method, names in _methods(type(module))
-        for parameter in module._parameters
-        if parameter in names
-    ]
+def readers(model: nn.Module) -> dict[Method, set[str]]:
+    """Return all methods that read parameters of their own module, and the names of these."""
+    read: dict[Method, set[str]] = defaultdict(set)
+    for path, module in model.named_modules():
+        for method, names in _methods(type(module)):
+            for parameter in module._parameters.keys() & set(names):
+                read[path, method].add(f"{path}.{parameter}".lstrip("."))
+    return read
 
 
 def _methods(cls: type) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield the methods that transformers defines of a class, and what their code names."""
-    seen = set(NOT_ASKED)
+    seen = {"forward", "extra_repr"}
     for one in cls.__mro__:
         for name, value in vars(one).items() if one.__module__.startswith("transformers.") else ():
             if inspect.isfunction(value) and name not in seen and "init" not in name:
@@ -68,53 +56,41 @@ def _methods(cls: type) -> Iterator[tuple[str, tuple[str, ...]]]:
             seen.add(name)
 
 
-def calls_of(model: nn.Module, model_type: str, wanted: list[Reader]) -> list[Called]:
+def calls_of(model: nn.Module, model_type: str, wanted: set[Method]) -> list[Called]:
     """Return a call of each method whose arguments can be derived."""
     inputs = dummy_inputs(model, model_type)
-    recorded: dict[tuple[str, str], Called] = {}
+    calls: dict[Method, Called] = {}
     larger = [{**one, "interpolate_pos_encoding": True} for one in inputs]
-    for calls, training in ((inputs, False), (larger, False), (inputs, True)):
-        with _recording(model.train(training), wanted, recorded), contextlib.suppress(Exception):
-            run(model, calls)
+    for given, training in ((inputs, False), (larger, False), (inputs, True)):
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Exception), torch.no_grad():
+            for path, method in wanted:
+                module = model.get_submodule(path)
+                note = _noting(path, method, getattr(module, method), calls)
+                patch.setitem(vars(module), method, note)
+            run(model.train(training), given)
     model.eval()
-    for reader in wanted:
-        key = (reader.path, reader.method)
-        method = getattr(model.get_submodule(reader.path), reader.method)
-        for given in inputs if key not in recorded else ():
-            names = inspect.signature(method).parameters
-            kwargs = {name: given[name] for name in names if name in given}
-            call = Called(*key, (), kwargs)
+    for path, method in wanted - calls.keys():
+        names = inspect.signature(getattr(model.get_submodule(path), method)).parameters
+        for one in inputs:
+            call = Called(path, method, (), {name: one[name] for name in names if name in one})
             with contextlib.suppress(Exception):
-                if kwargs and call.on(model):
-                    recorded[key] = call
-    return list(recorded.values())
+                if call.kwargs and call.on(model):
+                    calls[path, method] = call
+    return list(calls.values())
 
 
-@contextlib.contextmanager
-def _recording(
-    model: nn.Module, wanted: list[Reader], recorded: dict[tuple[str, str], Called]
-) -> Iterator[None]:
-    modules = {reader.path: model.get_submodule(reader.path) for reader in wanted}
-    for path, method in {(reader.path, reader.method) for reader in wanted}:
-        real = getattr(modules[path], method)
+def _noting(
+    path: str, method: str, real: Callable[..., Any], calls: dict[Method, Called]
+) -> Callable[..., Any]:
+    def note(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.suppress(Exception):  # what cannot be copied cannot be called again
+            call = Called(path, method, *copy.deepcopy((args, kwargs)))
+            if "mask_time_indices" in inspect.signature(real).parameters:  # else at random
+                call.kwargs["mask_time_indices"] = torch.ones(args[0].shape[:2]).bool()
+            calls.setdefault((path, method), call)
+        return real(*args, **kwargs)
 
-        def note(
-            *args: Any, _path: str = path, _method: str = method, _real: Any = real, **kwargs: Any
-        ) -> Any:
-            with contextlib.suppress(Exception):  # what cannot be copied cannot be called again
-                call = Called(_path, _method, *copy.deepcopy((args, kwargs)))
-                if "mask_time_indices" in inspect.signature(_real).parameters:  # else at random
-                    call.kwargs["mask_time_indices"] = torch.ones(args[0].shape[:2]).bool()
-                recorded.setdefault((_path, _method), call)
-            return _real(*args, **kwargs)
-
-        modules[path].__dict__[method] = note
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for reader in wanted:
-            modules[reader.path].__dict__.pop(reader.method, None)
+    return note
 
 
 # Model types with such a method, called with what `calls_of` derives.

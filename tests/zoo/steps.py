@@ -1,23 +1,24 @@
 """What every model of the zoo is held to.
 
-The steps know no library. They speak to a `Library`, of which this file has ours and a
-script has another, so that both are held to the same.
+The steps know no library, so that a script can hold another to the same.
 
-The steps: zero start bit for bit; freezing; every site's B has an effect on an output; what is
+They are: zero start bit for bit; freezing; every site's B has an effect on an output; what is
 saved gives the same outputs on a fresh copy; merged equals unmerged; eject is exact in values,
 keys, classes. Beyond these, what this package alone promises: adapted equals a dense reference that
 is formed here; loading and unmerge give the same bits; eject restores objects, attributes, flags.
 """
 
+from __future__ import annotations
+
 import contextlib
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from conftest import same_bits
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -33,43 +34,21 @@ TOLERANCE, MOVES = 1e-4, 1e-2
 Calls = Sequence[Mapping[str, Any]]
 
 
-class Library(Protocol):
-    """How the steps use a library of adapters."""
+class Ours:
+    """How the steps use this package; a script has a class with the same methods for another."""
 
     def inject(self, model: nn.Module, targets: Targets, calls: Calls) -> nn.Module:
         """Put an adapter with B = 0 onto a model; return what is to be called."""
-
-    def factors(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return site to (A, B), the Parameters themselves."""
-
-    def save(self, model: nn.Module, folder: Path) -> Path:
-        """Write the adapter to files."""
-
-    def load(self, fresh: nn.Module, path: Path) -> nn.Module:
-        """Put what was saved onto a fresh copy of the base."""
-
-    def merge(self, model: nn.Module) -> None:
-        """Fold the adapter into the weights, so that it can be taken out again."""
-
-    def unmerge(self, model: nn.Module) -> None:
-        """Take it out of the weights again."""
-
-    def eject(self, model: nn.Module) -> nn.Module:
-        """Take the adapter off; return the base."""
-
-
-class Ours:
-    """This package."""
-
-    def inject(self, model: nn.Module, targets: Targets, calls: Calls) -> nn.Module:
         return li.inject(model, targets.config())
 
     def factors(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return site to (A, B), the Parameters themselves."""
         parameters = li.adapter_parameters(model)
         names = [name.removesuffix(".lora_A") for name in parameters if name.endswith(".lora_A")]
         return {n: (parameters[f"{n}.lora_A"], parameters[f"{n}.lora_B"]) for n in names}
 
     def save(self, model: nn.Module, folder: Path) -> Path:
+        """Write the adapter to files."""
         try:
             return li.save_adapter(model, folder / "adapter")
         except li.FormatError as error:  # `zoo.exchange` asserts for which models PEFT is refused
@@ -78,66 +57,57 @@ class Ours:
             return li.save_adapter(model, folder / "adapter.safetensors", format="native")
 
     def load(self, fresh: nn.Module, path: Path) -> nn.Module:
+        """Put what was saved onto a fresh copy of the base."""
         return li.load_adapter(fresh, path)
 
     def merge(self, model: nn.Module) -> None:
+        """Fold the adapter into the weights, so that it can be taken out again."""
         li.merge(model)
 
     def unmerge(self, model: nn.Module) -> None:
+        """Take it out of the weights again."""
         li.unmerge(model)
 
     def eject(self, model: nn.Module) -> nn.Module:
+        """Take the adapter off; return the base."""
         return li.eject(model)
 
 
-@dataclass
-class Report:
-    """How a model type fared.
+def hold(model_type: str, library: Any = None) -> Held:
+    """Hold a model type to the steps and return what failed."""
+    held = Held(model_type, library or Ours())
+    held.go()
+    return held
+
+
+class Held:
+    """One model on its way through the steps.
 
     Attributes:
-        model_type: Which.
         n_sites: Number of sites, experts included.
-        n_experts: Number of stacked parameters among them.
-        has_linear: Whether the model has any Linear or Conv1D.
         failures: What did not hold, step by step.
         further: What did not hold of what this package alone promises.
         dead: Sites whose B has no effect.
-        distances: How far outputs are from each other; see `distance`.
     """
 
-    model_type: str
-    n_sites: int = 0
-    n_experts: int = 0
-    has_linear: bool = True
-    failures: list[str] = field(default_factory=list)
-    further: list[str] = field(default_factory=list)
-    dead: list[str] = field(default_factory=list)
-    distances: dict[str, float] = field(default_factory=dict)
-
-
-def hold(model_type: str, library: Library | None = None) -> Report:
-    """Hold a model type to the steps and report what failed."""
-    held = _Held(model_type, library or Ours())
-    held.go()
-    return held.report
-
-
-class _Held:
-    """One model on its way through the steps."""
-
-    def __init__(self, model_type: str, library: Library) -> None:
+    def __init__(self, model_type: str, library: Any) -> None:
         self.model_type, self.library = model_type, library
         self.exemption = EXEMPTIONS.get(model_type, Exemption("none"))
-        self.report = Report(model_type)
         self.model = build(model_type)
         self.calls = dummy_inputs(self.model, model_type)
+        self.n_sites = 0
+        self.failures: list[str] = []
+        self.further: list[str] = []
+        self.dead: list[str] = []
 
     def go(self) -> None:
         self.start()
         self.inject()
         self.effects()
         if isinstance(self.library, Ours):
-            self.dense()
+            reference = build(self.model_type).requires_grad_(False)
+            make_dense(reference, li.adapter_state(self.model))
+            self.near("adapted equals dense", reference, further=True)
         loaded = self.save_and_load()
         if self.exemption.untying and isinstance(self.library, Ours):
             self.refuse_to_merge(loaded)
@@ -147,8 +117,12 @@ class _Held:
 
     def check(self, step: str, ok: bool, found: object = "", *, further: bool = False) -> None:
         if not ok:
-            failures = self.report.further if further else self.report.failures
+            failures = self.further if further else self.failures
             failures.append(f"{step}: {found}" if found else step)
+
+    def near(self, step: str, model: nn.Module, *, further: bool = False) -> None:
+        off = distance(self.run(model), self.adapted)
+        self.check(step, off <= TOLERANCE, f"{off:.1e}", further=further)
 
     def run(self, model: nn.Module) -> list[Tensor]:
         with torch.no_grad():
@@ -169,13 +143,10 @@ class _Held:
 
     def inject(self) -> None:
         targets = targets_of(self.model)
-        self.report.has_linear = targets.has_linear
-        self.check("targets: all can be adapted", not targets.refused, targets.refused)
         self.model = self.library.inject(self.model, targets, self.calls)
         factors = self.library.factors(self.model)
-        self.report.n_sites, self.report.n_experts = len(factors), len(targets.experts)
-        wanted = len(targets.modules) + len(targets.experts)
-        self.check("sites: one for each target", len(factors) == wanted, (len(factors), wanted))
+        self.n_sites, wanted = len(factors), len(targets.modules) + len(targets.experts)
+        self.check("sites: one for each target", self.n_sites == wanted, (self.n_sites, wanted))
         self.check("zero start", same(self.plain, self.run(self.model)))
         ours = {id(p) for pair in factors.values() for p in pair}
         trainable = {id(p) for p in self.model.parameters() if p.requires_grad}
@@ -185,7 +156,7 @@ class _Held:
         factors = self.library.factors(self.model)
         randomise_factors(factors.values())
         self.adapted = self.run(self.model)
-        moved = self.report.distances["moved"] = distance(self.plain, self.adapted)
+        moved = distance(self.plain, self.adapted)
         self.check("effect: the outputs move", moved >= MOVES, f"{moved:.1e}")
         loss_of(run(self.model, self.calls)).backward()
         # Where nothing is differentiable in B, a different B must show.
@@ -194,19 +165,10 @@ class _Held:
         for name in silent:
             with changed(factors[name][1]):
                 if same(self.adapted, self.run(self.model)):
-                    self.report.dead.append(name)
+                    self.dead.append(name)
         claimed = re.compile(self.exemption.dead or r"(?!)")
-        unexpected = [name for name in self.report.dead if not claimed.fullmatch(name)]
+        unexpected = [name for name in self.dead if not claimed.fullmatch(name)]
         self.check("effect: every site has one", not unexpected, unexpected)
-
-    def dense(self) -> None:
-        reference = build(self.model_type).requires_grad_(False)
-        make_dense(reference, li.adapter_state(self.model))
-        self.near("adapted equals dense", reference, further=True)
-
-    def near(self, step: str, model: nn.Module, *, further: bool = False) -> None:
-        found = self.report.distances[step] = distance(self.run(model), self.adapted)
-        self.check(step, found <= TOLERANCE, f"{found:.1e}", further=further)
 
     def save_and_load(self) -> nn.Module:
         with tempfile.TemporaryDirectory() as folder:
@@ -271,16 +233,7 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
     """Whether two outputs are the same bits."""
-    return len(a) == len(b) and all(
-        x.shape == y.shape and x.dtype == y.dtype and torch.equal(_bits(x), _bits(y))
-        for x, y in zip(a, b, strict=True)
-    )
-
-
-def _bits(x: Tensor) -> Tensor:
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    x = x.detach().contiguous()
-    return x.view(integers[x.element_size()]) if x.is_floating_point() else x
+    return len(a) == len(b) and all(map(same_bits, a, b))
 
 
 def distance(a: list[Tensor], b: list[Tensor]) -> float:

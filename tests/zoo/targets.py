@@ -5,17 +5,17 @@ A model that has neither is held to the same steps on its convolutions.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from lora_inject.core.layers.candidates import inventory
-from lora_inject.core.layers.survey import Survey
 from zoo.shrink import WIDTH
 
 RANK, ALPHA = 2, 3.0
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _EXPERTS = re.compile(r"(?:.*\.)?(?:experts|shared_experts|(?:in|out)put_linear)\.[a-z_]+")
 
 
@@ -26,27 +26,26 @@ class Targets:
     Attributes:
         modules: Name to rank, which is 1 where a side is narrower than RANK.
         experts: Name of a stacked parameter to its layout, `out_in` or `in_out`.
-        refused: Names of Linear modules that cannot carry an adapter.
         has_linear: Whether the model has any Linear or Conv1D.
     """
 
-    modules: dict[str, int] = field(default_factory=dict)
-    experts: dict[str, str] = field(default_factory=dict)
-    refused: list[str] = field(default_factory=list)
-    has_linear: bool = True
+    modules: dict[str, int]
+    experts: dict[str, str]
+    has_linear: bool
 
     def config(self) -> dict[str, Any]:
         """Return the config."""
-        rules: list[Any] = []
-        for rank in (RANK, 1):
-            names = [name for name, r in self.modules.items() if r == rank]
-            if names:
-                rules.append({"match": either(names), "rank": rank})
-        for layout in ("out_in", "in_out"):
-            names = [name for name, found in self.experts.items() if found == layout]
-            if names:
-                rules.append({"match": either(names), "layout": layout})
-        return {"rank": RANK, "alpha": ALPHA, "targets": rules}
+        by_rank = [
+            {"match": either(names), "rank": rank}
+            for rank in (RANK, 1)
+            if (names := [name for name, of in self.modules.items() if of == rank])
+        ]
+        by_layout = [
+            {"match": either(names), "layout": layout}
+            for layout in ("out_in", "in_out")
+            if (names := [name for name, of in self.experts.items() if of == layout])
+        ]
+        return {"rank": RANK, "alpha": ALPHA, "targets": [*by_rank, *by_layout]}
 
 
 def either(names: Iterable[str]) -> str:
@@ -56,25 +55,19 @@ def either(names: Iterable[str]) -> str:
 
 def targets_of(model: nn.Module) -> Targets:
     """Return what of `model` is targeted."""
-    found = Targets()
-    modules = dict(model.named_modules())
-    candidates = inventory(Survey(model)).candidates
-    for c in candidates:
-        if c.kind in ("linear", "conv1d"):
-            if c.refusal is not None:
-                found.refused.append(c.name)
-            else:
-                found.modules[c.name] = RANK if min(c.in_features, c.out_features) >= RANK else 1
-        elif c.kind == "parameter" and len(c.weight_shape) == 3 and _EXPERTS.fullmatch(c.name):
-            found.experts[c.name] = _layout(c.name, c.weight_shape, modules[c.owner])
-    if not found.modules:
-        found.has_linear = False
-        found.modules = {
-            c.name: RANK
-            for c in candidates
-            if c.kind == "conv" and min(c.in_features, c.out_features) >= RANK
-        }
-    return found
+    shapes = {
+        cls: {n: m.weight.flatten(1).shape for n, m in model.named_modules() if isinstance(m, cls)}
+        for cls in ((nn.Linear, Conv1D), _CONVOLUTIONS)
+    }
+    linear, convolutions = shapes.values()
+    modules = {name: RANK if min(shape) >= RANK else 1 for name, shape in linear.items()}
+    wide = {name: RANK for name, shape in convolutions.items() if min(shape) >= RANK}
+    experts = {
+        name: _layout(name, parameter.shape, model.get_submodule(name.rpartition(".")[0]))
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and _EXPERTS.fullmatch(name)
+    }
+    return Targets(modules or wide, experts, has_linear=bool(modules))
 
 
 def _layout(name: str, shape: tuple[int, ...], owner: nn.Module) -> str:
