@@ -91,29 +91,9 @@ def forks(pytestconfig: pytest.Config) -> Forks:
     return pytestconfig.stash[FORKS]
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print how many model types of the zoo passed, also where xdist ran them."""
-    from zoo.exceptions import EXEMPTIONS
-
-    counts = {}
-    for outcome in ("passed", "failed"):
-        names = [report.nodeid for report in terminalreporter.stats.get(outcome, ())]
-        counts[outcome] = {n[n.index("[") + 1 : -1] for n in names if "test_zoo.py::test_zoo[" in n}
-    passed, n = counts["passed"], len(counts["passed"] | counts["failed"])
-    if n:
-        n_excused = len(passed & EXEMPTIONS.keys())
-        terminalreporter.write_line(
-            f"zoo: {len(passed)} of {n} model types pass, {n_excused} of them but for a stated "
-            "exemption"
-        )
-
-
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-# ---------------------------------------------------------------------------------- layers to adapt
 
 
 class StockSubclass(nn.Linear):
@@ -169,9 +149,6 @@ def conv1d(n_out: int, n_in: int) -> Conv1D:
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
     return layer
-
-
-# ------------------------------------------------------------------------------- the table of kinds
 
 
 @dataclass(frozen=True)
@@ -332,9 +309,6 @@ def fill(model: Any, name: str = "default", std: float = 0.5) -> Any:
     return model
 
 
-# ------------------------------------------------------------------------------ the dense reference
-
-
 def dense_delta(kind: Kind, A: Tensor, B: Tensor, scale: float = SCALE) -> Tensor:
     """`scale * B @ A` as a matrix `(E, out, in)` or its transpose, zero outside the slices."""
     n_in, n_out = kind.sizes
@@ -400,9 +374,6 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     )
 
 
-# ---------------------------------------------------------------------------- a model's whole state
-
-
 def snapshot(model: nn.Module) -> list[Any]:
     """All that a model is: objects, classes, keys, order, values, flags, hooks, of each module."""
     return [
@@ -450,9 +421,6 @@ def refusal(run: Callable[[], Any], *classes: type[Exception]) -> Exception | No
     except classes as raised:
         return raised
     return None
-
-
-# The command line ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,9 @@ every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
 
 
-def factors(
-    model: nn.Module, kind: Kind, name: str = "default"
-) -> tuple[nn.Parameter, nn.Parameter]:
-    found = li.adapter_parameters(model, name)
-    return found[f"{kind.site}.lora_A"], found[f"{kind.site}.lora_B"]
+def factors(model: nn.Module, kind: Kind) -> tuple[nn.Parameter, nn.Parameter]:
+    parameters = li.adapter_parameters(model)
+    return parameters[f"{kind.site}.lora_A"], parameters[f"{kind.site}.lora_B"]
 
 
 def test_every_row_of_the_table_is_held_to_the_contract() -> None:
@@ -49,13 +47,23 @@ def test_every_row_of_the_table_is_held_to_the_contract() -> None:
 
 
 @every_kind
-def test_mounts_as_stated(kind: Kind) -> None:
-    (spec,) = li.adapters(injected(kind))["default"].sites.values()
+def test_a_site_is_as_stated_and_its_parameters_are_a_and_b(kind: Kind) -> None:
+    model = injected(kind)
+    A, B = factors(model, kind)
+    (spec,) = li.adapters(model)["default"].sites.values()
     assert (spec.name, spec.update, spec.rank, spec.scale) == (kind.site, kind.update, RANK, 1.5)
     assert (spec.in_features, spec.out_features) == kind.sizes
+    assert list(li.adapter_parameters(model)) == [f"{kind.site}.lora_A", f"{kind.site}.lora_B"]
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(A), id(B)}
+    assert li.adapters(model)["default"].n_parameters == A.numel() + B.numel()
+    parts, experts = max(len(kind.spans), 1), kind.experts or 1
+    width = sum(b - a for a, b in kind.spans) or kind.sizes[1]
+    assert A.numel() == experts * parts * RANK * kind.sizes[0]
+    assert B.numel() == experts * width * RANK
+    assert li.adapter_state(model).sites[kind.site].scale == ALPHA / RANK
 
 
-# ------------------------------------------------------------------------------------- 1. one truth
+# 1. one truth
 
 
 @every_dtype
@@ -88,14 +96,14 @@ def test_gradients_equal_the_dense_layers(kind: Kind, dtype: torch.dtype) -> Non
     wide = [t.detach().double().requires_grad_(t.requires_grad) for t in (A, B)]
     wide_inputs = [x.detach().double().requires_grad_() if x.requires_grad else x for x in inputs]
     dense_output(kind, plain, *wide, wide_inputs).backward(g.double())
-    for found, wanted in zip((A, B, *inputs), (*wide, *wide_inputs), strict=True):
+    for actual, wanted in zip((A, B, *inputs), (*wide, *wide_inputs), strict=True):
         if wanted.requires_grad:
-            assert found.grad.dtype == found.dtype
-            assert error(found.grad, wanted.grad) <= TOLERANCE[dtype]
+            assert actual.grad.dtype == actual.dtype
+            assert error(actual.grad, wanted.grad) <= TOLERANCE[dtype]
     assert all(p.grad is None for n, p in model.named_parameters() if "lora" not in n)
 
 
-# ------------------------------------------------------------------------------------ 2. zero start
+# 2. zero start
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian", {"normal": 0.3}], ids=str)
@@ -114,7 +122,7 @@ def test_zero_start_is_the_plain_model_bit_for_bit(kind, dtype, init) -> None:
     assert random.all()
 
 
-# ------------------------------------------------------------------------ 3. base names do not move
+# 3. base names do not move
 
 
 @every_dtype
@@ -149,7 +157,8 @@ def test_base_names_objects_and_order_stay(kind: Kind, dtype: torch.dtype) -> No
 @every_kind
 def test_a_plain_base_checkpoint_loads_strictly_and_acts(kind: Kind) -> None:
     model, other = injected(kind), host(kind)
-    fill_base(other)
+    for parameter in other.parameters():
+        nn.init.normal_(parameter)
     A, B = factors(model, kind)
     model.load_state_dict(other.state_dict(), strict=True)
     inputs = kind.inputs(torch.float32)
@@ -157,13 +166,7 @@ def test_a_plain_base_checkpoint_loads_strictly_and_acts(kind: Kind) -> None:
     assert error(model(*inputs), wanted) <= TOLERANCE[torch.float32]
 
 
-def fill_base(model: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_()
-
-
-# -------------------------------------------------------------------------------- 4. all or nothing
+# 4. all or nothing
 
 
 @pytest.mark.parametrize(
@@ -187,7 +190,7 @@ def test_a_refused_inject_changes_nothing(config: Any, error_class: type[Excepti
     assert li.adapters(model) == {}
 
 
-# ------------------------------------------------------------------------------------ 5. exact undo
+# 5. exact undo
 
 
 @every_dtype
@@ -245,7 +248,7 @@ def test_unmerge_restores_every_bit(kind: Kind, dtype: torch.dtype) -> None:
     assert li.summary(model) == listed
 
 
-# -------------------------------------------------------------------------- 7. names from structure
+# 7. names from structure
 
 
 class Odd(nn.Linear):
@@ -267,9 +270,9 @@ def test_names_come_from_structure() -> None:
     before, own = snapshot(model), dict(model.named_parameters())
     li.inject(model, {"rank": 2, "alpha": 3, "targets": ["layer"]}, "mine")
     fill(model, "mine")
-    found = li.adapter_parameters(model, "mine")
-    assert list(found) == ["layer.lora_A", "layer.lora_B"]
-    assert not {id(p) for p in found.values()} & {id(p) for p in own.values()}
+    ours = li.adapter_parameters(model, "mine")
+    assert list(ours) == ["layer.lora_A", "layer.lora_B"]
+    assert not {id(p) for p in ours.values()} & {id(p) for p in own.values()}
     assert not any(p.requires_grad for p in own.values())
     assert li.adapters(model)["mine"].n_parameters == 2 * 5 + 6 * 2
     assert set(li.adapter_state(model, "mine").sites) == {"layer"}
@@ -279,22 +282,7 @@ def test_names_come_from_structure() -> None:
     assert snapshot(model) == before
 
 
-@every_kind
-def test_the_adapters_parameters_are_a_and_b(kind: Kind) -> None:
-    model = injected(kind)
-    A, B = factors(model, kind)
-    assert list(li.adapter_parameters(model)) == [f"{kind.site}.lora_A", f"{kind.site}.lora_B"]
-    trainable = {id(p) for p in model.parameters() if p.requires_grad}
-    assert trainable == {id(A), id(B)}
-    assert li.adapters(model)["default"].n_parameters == A.numel() + B.numel()
-    parts, experts = max(len(kind.spans), 1), kind.experts or 1
-    width = sum(b - a for a, b in kind.spans) or kind.sizes[1]
-    assert A.numel() == experts * parts * RANK * kind.sizes[0]
-    assert B.numel() == experts * width * RANK
-    assert li.adapter_state(model).sites[kind.site].scale == ALPHA / RANK
-
-
-# ------------------------------------------------------------------------------------ 8. round once
+# 8. round once
 
 
 @every_kind

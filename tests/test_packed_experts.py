@@ -65,19 +65,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, how: str = "eager") -> Any:
-    with li.packed_experts():
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    model.set_experts_implementation(how)
-    return model
-
-
-def unpacked(folder: Path, dtype: torch.dtype = torch.float32, how: str = "eager") -> Any:
+def unpacked(
+    folder: Path, dtype: torch.dtype = torch.float32, how: str = "eager", dequantize: bool = True
+) -> Any:
+    options = {"quantization_config": transformers.Mxfp4Config(dequantize=True)}
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, quantization_config=transformers.Mxfp4Config(dequantize=True)
+        folder, dtype=dtype, **options if dequantize else {}
     )
     model.set_experts_implementation(how)
     return model
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, how: str = "eager") -> Any:
+    with li.packed_experts():
+        return unpacked(folder, dtype, how, dequantize=False)
 
 
 def adapted(model: Any, targets: list[str]) -> Any:
@@ -89,52 +90,37 @@ def stacks(model: Any) -> dict[str, PackedExperts]:
     return {k: p for k, p in model.named_parameters() if isinstance(p, PackedExperts)}
 
 
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Dimensions of what is unpacked."""
-    found: list[int] = []
-    plain = PackedExperts.unpacked
-
-    def note(self: PackedExperts) -> Tensor:
-        found.append(self.dim())
-        return plain(self)
-
-    monkeypatch.setattr(PackedExperts, "unpacked", note)
-    return found
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_values_are_those_that_transformers_unpacks(folder: Path, dtype: torch.dtype) -> None:
     model, dense = load(folder, dtype), unpacked(folder, dtype).state_dict()
-    assert not getattr(model, "is_quantized", False)
     assert len(stacks(model)) == 4
     for key, stack in stacks(model).items():
         assert torch.equal(stack.dequantize(), dense[key])
         assert torch.equal(stack[1], dense[key][1])
         assert torch.equal(stack.mT[2], dense[key][2].T)
         assert stack.codes.numel() + stack.scales.numel() < 0.54 * stack.numel()
-    assert type(load(folder).model.layers[0].mlp.experts).__name__ == "GptOssExperts"
 
 
 @pytest.mark.parametrize("how", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("targets", TARGETS)
-def test_outputs_and_gradients_are_those_over_the_unpacked_base(folder, how, targets, seen) -> None:
-    found: list[Any] = []
+def test_outputs_and_gradients_are_those_over_the_unpacked_base(
+    folder: Path, how: str, targets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []  # dimensions of what is unpacked
+    plain = PackedExperts.unpacked
+    monkeypatch.setattr(PackedExperts, "unpacked", lambda s: seen.append(s.dim()) or plain(s))
+    runs = []
     for make in (load, unpacked):
         model = adapted(make(folder, how=how), TARGETS[targets])
-        seen.clear()
         logits = model(IDS).logits
         logits.square().mean().backward()
         grads = {k: p.grad for k, p in li.adapter_parameters(model).items()}
-        found.append((logits.detach(), grads))
-        assert how == "batched_mm" or set(seen) <= {2}, "a whole stack was unpacked"
-        assert bool(seen) == (make is load)
-    (logits, grads), (wanted, wanted_grads) = found
-    assert error(logits, wanted.double()) < 1e-5
-    assert grads.keys() == wanted_grads.keys()
-    for key, gradient in wanted_grads.items():
-        assert gradient.any()
-        assert error(grads[key], gradient.double()) < 1e-5, key
+        runs.append({"logits": logits.detach(), **grads})
+    assert seen
+    assert how == "batched_mm" or set(seen) == {2}, "a whole stack was unpacked"
+    for key, wanted in runs[1].items():
+        assert wanted.any()
+        assert error(runs[0][key], wanted.double()) < 1e-5, key
 
 
 def test_no_plain_tensor_can_have_the_data_of_a_packed_stack(folder: Path) -> None:
@@ -143,20 +129,16 @@ def test_no_plain_tensor_can_have_the_data_of_a_packed_stack(folder: Path) -> No
     with pytest.raises(RuntimeError, match="incompatible tensor type"):
         other.data = stack
     assert not other.any()
-    assert (stack.device.type, stack.is_cpu, stack.is_meta) == ("cpu", True, False)
+    with pytest.raises(li.LayerError, match="values are packed"), torch.no_grad():
+        stack.add_(1)
 
 
 def test_what_waits_for_the_backward_pass_is_packed(folder: Path) -> None:
     """The unpacked experts of all layers together would be the model that does not fit."""
     kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
     model = adapted(load(folder), TARGETS["both"])
     shapes = [t for s in stacks(model).values() for t in (s.shape[1:], s.shape[:0:-1])]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         model(IDS)
     matrices = [t for t in kept if t.shape in shapes]
     assert matrices
@@ -165,7 +147,7 @@ def test_what_waits_for_the_backward_pass_is_packed(folder: Path) -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_in_bfloat16_it_trains_as_the_unpacked_one(folder, reentrant) -> None:
-    found = []
+    runs = []
     for make in (load, unpacked):
         model = adapted(make(folder, torch.bfloat16, "grouped_mm"), TARGETS["both"]).train()
         model.enable_input_require_grads()
@@ -175,57 +157,47 @@ def test_checkpointed_in_bfloat16_it_trains_as_the_unpacked_one(folder, reentran
             model(IDS, labels=IDS).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        found.append(li.adapter_parameters(model))
-    for key, wanted in found[1].items():
-        assert error(found[0][key], wanted.double()) < 2e-2, key
+        runs.append(li.adapter_parameters(model))
+    for key, wanted in runs[1].items():
+        assert error(runs[0][key], wanted.double()) < 2e-2, key
 
 
+@torch.no_grad()
 def test_an_adapter_travels_to_the_same_base_and_no_other(folder: Path, tmp_path: Path) -> None:
     model = adapted(load(folder), TARGETS["both"])
-    with torch.no_grad():
-        wanted = model(IDS).logits
+    wanted = model(IDS).logits
     li.save_adapter(model, tmp_path / "a")
-    again = li.load_adapter(load(folder), tmp_path / "a")
-    copied = copy.deepcopy(again)
-    with torch.no_grad():
-        assert torch.equal(again(IDS).logits, wanted)
-        assert torch.equal(copied(IDS).logits, wanted)
-        other = load(folder)
-        next(iter(stacks(other).values())).codes.add_(1)
-        with pytest.raises(li.FormatError, match="another base"):
-            li.load_adapter(other, tmp_path / "a")
-        li.load_adapter(unpacked(folder), tmp_path / "a", base="quantized")
-        halved = again.to(torch.bfloat16)
-        assert {s.dtype for s in stacks(halved).values()} == {torch.bfloat16}
-        assert error(halved(IDS).logits.float(), wanted.double()) < 0.1
+    again, other = li.load_adapter(load(folder), tmp_path / "a"), load(folder)
+    assert torch.equal(again(IDS).logits, wanted)
+    assert torch.equal(copy.deepcopy(again)(IDS).logits, wanted)
+    next(iter(stacks(other).values())).codes.add_(1)
+    with pytest.raises(li.FormatError, match="another base"):
+        li.load_adapter(other, tmp_path / "a")
+    li.load_adapter(unpacked(folder), tmp_path / "a", base="quantized")
+    halved = again.to(torch.bfloat16)
+    assert {s.dtype for s in stacks(halved).values()} == {torch.bfloat16}
+    assert error(halved(IDS).logits.float(), wanted.double()) < 0.1
 
 
+@torch.no_grad()
 def test_merged_on_request_into_plain_floats_and_restored(folder: Path) -> None:
     model = adapted(load(folder), EXPERTS)
-    held = stacks(model)
-    dense = unpacked(folder).state_dict()
-    wanted = {
-        name: dense[name].double() + dense_delta(site.spec, site.A, site.B)
-        for name, site in li.adapter_state(model).sites.items()
-    }
-    with torch.no_grad():
-        before = model(IDS).logits
-    with pytest.raises(li.LayerError, match="quantized"):
-        li.merge(model)
-    with pytest.raises(li.LayerError, match=r"not quantized again in memory\. Write plain floats"):
-        li.merge(model, requantize=True)
+    kept, before, dense = stacks(model), model(IDS).logits, unpacked(folder).state_dict()
+    for options in ({}, {"requantize": True}):
+        with pytest.raises(li.LayerError, match=r"quantized.*Write plain floats"):
+            li.merge(model, **options)
     sent = dict(li.merged_weights(model, dequantize="float32"))
-    assert sent.keys() == dense.keys()
+    sites = li.adapter_state(model).sites
     li.merge(model, dequantize="float32")
-    for name, W in wanted.items():
+    assert sent.keys() == dense.keys()
+    for name, site in sites.items():
         merged = model.get_parameter(name)
         assert type(merged) is torch.nn.Parameter
-        assert error(merged, W) < 1e-6
+        assert error(merged, dense[name].double() + dense_delta(site.spec, site.A, site.B)) < 1e-6
         assert torch.equal(sent[name], merged)
-    with torch.no_grad():
-        assert error(model(IDS).logits, before.double()) < 1e-5
+    assert error(model(IDS).logits, before.double()) < 1e-5
     li.unmerge(model)
-    assert {k: id(s) for k, s in stacks(model).items()} == {k: id(s) for k, s in held.items()}
+    assert {k: id(s) for k, s in stacks(model).items()} == {k: id(s) for k, s in kept.items()}
 
 
 BEYOND: dict[str, tuple[dict[str, Any], str]] = {
@@ -240,12 +212,6 @@ def test_what_would_need_the_whole_stack_is_refused(folder: Path, wish: str) -> 
     options, words = BEYOND[wish]
     with pytest.raises(li.LayerError, match=words):
         li.inject(load(folder, torch.bfloat16), {"rank": 2, **options})
-
-
-def test_packed_values_cannot_be_written_to(folder: Path) -> None:
-    stack = next(iter(stacks(load(folder)).values()))
-    with pytest.raises(li.LayerError, match="values are packed"), torch.no_grad():
-        stack.add_(1)
 
 
 def test_a_state_dict_holds_codes_and_loads_into_packed_experts_only(folder: Path) -> None:

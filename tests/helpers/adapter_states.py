@@ -19,46 +19,31 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.core.spec.slices import Slices
 
+
+def _spec(name: str, kind: str, n_in: int, n_out: int, shape: Any, **others: Any) -> SiteSpec:
+    weight = name if kind == "parameter" else f"{name}.weight"
+    return SiteSpec(
+        name, kind, n_in, n_out, shape, weight=weight, **{"rank": 2, "alpha": 4.0} | others
+    )
+
+
+TURNED = {"transposed": True}
+UNEQUAL, EQUAL = (
+    Slices(tuple(zip("qkv", n, strict=True)), ("q", "v")) for n in ((4, 1, 3), (2, 2, 2))
+)
 KIND_SPECS: dict[str, SiteSpec] = {
-    "linear": SiteSpec("h.0.fc", "linear", 5, 7, (7, 5), 2, 4.0, weight="h.0.fc.weight"),
-    "conv1d": SiteSpec(
-        "h.0.c", "conv1d", 5, 6, (5, 6), 3, 1.5, transposed=True, weight="h.0.c.weight"
+    "linear": _spec("h.0.fc", "linear", 5, 7, (7, 5)),
+    "conv1d": _spec("h.0.c", "conv1d", 5, 6, (5, 6), rank=3, alpha=1.5, **TURNED),
+    "embedding": _spec("wte", "embedding", 11, 4, (11, 4), alpha=8.0, **TURNED),
+    "conv": _spec("stem", "conv", 18, 4, (4, 2, 3, 3), alpha=2.0),
+    "slices": _spec("h.0.qkv", "linear", 5, 8, (8, 5), alpha=6.0, slices=UNEQUAL),
+    "slices of conv1d": _spec(
+        "h.0.c_attn", "conv1d", 4, 6, (4, 6), alpha=32.0, slices=EQUAL, **TURNED
     ),
-    "embedding": SiteSpec(
-        "wte", "embedding", 11, 4, (11, 4), 2, 8.0, transposed=True, weight="wte.weight"
-    ),
-    "conv": SiteSpec("stem", "conv", 18, 4, (4, 2, 3, 3), 2, 2.0, weight="stem.weight"),
-    "slices": SiteSpec(
-        "h.0.qkv",
-        "linear",
-        5,
-        8,
-        (8, 5),
-        2,
-        6.0,
-        weight="h.0.qkv.weight",
-        slices=Slices((("q", 4), ("k", 1), ("v", 3)), ("q", "v")),
-    ),
-    "slices of conv1d": SiteSpec(
-        "h.0.c_attn",
-        "conv1d",
-        4,
-        6,
-        (4, 6),
-        2,
-        32.0,
-        transposed=True,
-        weight="h.0.c_attn.weight",
-        slices=Slices((("q", 2), ("k", 2), ("v", 2)), ("q", "v")),
-    ),
-    "parameter": SiteSpec("mix.table", "parameter", 5, 7, (7, 5), 2, 4.0, weight="mix.table"),
-    "turned parameter": SiteSpec(
-        "mix.table", "parameter", 5, 7, (5, 7), 2, 4.0, transposed=True, weight="mix.table"
-    ),
-    "experts": SiteSpec("moe.up", "parameter", 5, 7, (3, 7, 5), 2, 4.0, experts=3, weight="moe.up"),
-    "turned experts": SiteSpec(
-        "moe.up", "parameter", 5, 7, (3, 5, 7), 2, 4.0, transposed=True, experts=3, weight="moe.up"
-    ),
+    "parameter": _spec("mix.table", "parameter", 5, 7, (7, 5)),
+    "turned parameter": _spec("mix.table", "parameter", 5, 7, (5, 7), **TURNED),
+    "experts": _spec("moe.up", "parameter", 5, 7, (3, 7, 5), experts=3),
+    "turned experts": _spec("moe.up", "parameter", 5, 7, (3, 5, 7), experts=3, **TURNED),
 }
 
 
@@ -92,36 +77,29 @@ def dense(site: SiteState) -> Tensor:
     return total.reshape(spec.weight_shape)
 
 
-def assert_same_state(found: AdapterState, due: AdapterState) -> None:
+def assert_same_state(actual: AdapterState, due: AdapterState) -> None:
     """Equal in every bit and number."""
-    assert list(found.sites) == list(due.sites)
+    assert list(actual.sites) == list(due.sites)
     for name, site in due.sites.items():
-        assert found.sites[name].spec == site.spec
+        assert actual.sites[name].spec == site.spec
         for part in ("A", "B", "A0", "B0"):
-            assert_same(getattr(found.sites[name], part), getattr(site, part))
-    assert list(found.trained) == list(due.trained)
+            pair = [getattr(each, part) for each in (actual.sites[name], site)]
+            torch.testing.assert_close(*pair, rtol=0, atol=0, equal_nan=True)
+    assert list(actual.trained) == list(due.trained)
     for name, tensor in due.trained.items():
-        assert_same(found.trained[name], tensor)
-    assert found.config == due.config
-    assert found.fingerprint == due.fingerprint
-    assert not found.base_copies
-
-
-def assert_same(found: Tensor | None, due: Tensor | None) -> None:
-    if found is None or due is None:
-        assert found is due
-        return
-    assert found.dtype == due.dtype
-    torch.testing.assert_close(found, due, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(actual.trained[name], tensor, rtol=0, atol=0, equal_nan=True)
+    assert actual.config == due.config
+    assert actual.fingerprint == due.fingerprint
+    assert not actual.base_copies
 
 
 def assert_same_deltas(
-    found: Mapping[str, Tensor], due: Mapping[str, Tensor], tolerance: float = 1e-6
+    actual: Mapping[str, Tensor], due: Mapping[str, Tensor], tolerance: float = 1e-6
 ) -> None:
-    assert set(found) == set(due)
+    assert set(actual) == set(due)
     for name, delta in due.items():
-        assert found[name].shape == delta.shape, name
-        error = (found[name].double() - delta.double()).abs().max()
+        assert actual[name].shape == delta.shape, name
+        error = (actual[name].double() - delta.double()).abs().max()
         assert error <= tolerance * delta.abs().max(), name
 
 

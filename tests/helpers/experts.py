@@ -16,70 +16,73 @@ SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embe
 LATENT = dict.fromkeys(
     ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 4
 )
-# The names of its classes, the layout of its weights, and the sizes that are its own.
-MOE: dict[str, tuple[str, str, str, dict[str, Any]]] = {
-    "mixtral": ("MixtralConfig", "MixtralForCausalLM", "out_in", {"num_local_experts": 3}),
-    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", "out_in", {
-        "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 4,
-    }),
-    "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", "out_in", {
-        "num_key_value_heads": 2, "moe_intermediate_size": 8, "n_routed_experts": 4, "n_group": 2,
-        "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1,
-        "first_k_dense_replace": 0, **LATENT,
-    }),
-    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", "in_out", {
-        "num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 4,
-        "layer_types": ["full_attention"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    }),
-    "llama4": ("Llama4TextConfig", "Llama4ForCausalLM", "in_out", {
-        "num_local_experts": 3, "num_experts_per_tok": 1, "head_dim": 4, "intermediate_size_mlp": 8,
-        "moe_layers": [0], "layer_types": ["full_attention"], "no_rope_layers": [1],
-        "pad_token_id": 0,
-    }),
-}  # fmt: skip
 FOUR = {"num_experts_per_tok": 2, "num_experts": 4}
 FOUR_LOCAL = {"num_experts_per_tok": 2, "num_local_experts": 4}
+FOUR_ROUTED = {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1}
+FOUR_ROUTED |= {"moe_intermediate_size": 8, "first_k_dense_replace": 0, "topk_group": 1}
+THREE = {"num_experts": 3, "num_experts_per_tok": 2}
+THREE_LOCAL = {"num_local_experts": 3, "head_dim": 4, "layer_types": ["full_attention"]}
+TURNED = ("gpt_oss", "llama4")  # whose stacks lie as (E, in, out)
+# The sizes that are a family's own.
+MOE: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 3},
+    "qwen3_moe": {**THREE, "moe_intermediate_size": 8, "head_dim": 4},
+    "deepseek_v3": {**FOUR_ROUTED, "num_key_value_heads": 2, "n_group": 2, **LATENT},
+    "gpt_oss": {
+        **THREE_LOCAL,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "llama4": {
+        **THREE_LOCAL,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 8,
+        "moe_layers": [0],
+        "no_rope_layers": [1],
+        "pad_token_id": 0,
+    },
+}
 # Further architectures, that store experts in one of these ways.
-MORE: dict[str, tuple[str, str, str, dict[str, Any]]] = {
-    "qwen2_moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", "out_in", {
-        "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, **FOUR,
-    }),
-    "glm4_moe": ("Glm4MoeConfig", "Glm4MoeForCausalLM", "out_in", {
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
-        "n_shared_experts": 1, "first_k_dense_replace": 0, "head_dim": 4, "n_group": 1,
-        "topk_group": 1,
-    }),
-    "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", "out_in", FOUR),
-    "granitemoe": ("GraniteMoeConfig", "GraniteMoeForCausalLM", "out_in", FOUR_LOCAL),
-    "phimoe": ("PhimoeConfig", "PhimoeForCausalLM", "out_in", FOUR_LOCAL),
-    "ernie4_5_moe": ("Ernie4_5_MoeConfig", "Ernie4_5_MoeForCausalLM", "out_in", {
-        "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 8, "moe_num_shared_experts": 1,
-        "moe_layer_start_index": 0, "moe_layer_end_index": 0,
-    }),
-    "jamba": ("JambaConfig", "JambaForCausalLM", "out_in", {
-        "attn_layer_period": 1, "attn_layer_offset": 0, "expert_layer_period": 1,
-        "expert_layer_offset": 0, "use_mamba_kernels": False, **FOUR,
-    }),
-    "jetmoe": ("JetMoeConfig", "JetMoeForCausalLM", "out_in", {"kv_channels": 4, **FOUR_LOCAL}),
-}  # fmt: skip
+MORE: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {**FOUR, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8},
+    "glm4_moe": {**FOUR_ROUTED, "n_group": 1, "head_dim": 4},
+    "olmoe": FOUR,
+    "granitemoe": FOUR_LOCAL,
+    "phimoe": FOUR_LOCAL,
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 8,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 0,
+        "moe_layer_end_index": 0,
+    },
+    "jamba": {
+        **{f"{kind}_layer_period": 1 for kind in ("attn", "expert")},
+        **{f"{kind}_layer_offset": 0 for kind in ("attn", "expert")},
+        "use_mamba_kernels": False,
+        **FOUR,
+    },
+    "jetmoe": {"kv_channels": 4, **FOUR_LOCAL},
+}
 
 
 def experts(family: str, how: str = "eager") -> tuple[Any, str]:
     """A tiny model of stacked experts, and the layout of its weights."""
-    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    made, cls, layout, options = (MOE | MORE)[family]
-    settings = getattr(transformers, made)(**SIZES | options, initializer_range=0.3)
+    model_type = "llama4_text" if family == "llama4" else family
+    sizes = SIZES | (MOE | MORE)[family]
+    settings = AutoConfig.for_model(model_type, **sizes, initializer_range=0.3)
     if how != "default":
         settings._experts_implementation = how
-    model = getattr(transformers, cls)(settings)
+    model = AutoModelForCausalLM.from_config(settings)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 3:  # some families leave them uninitialized
                 parameter.normal_(0.0, 0.3)
-    return model.eval(), layout
+    return model.eval(), "in_out" if family in TURNED else "out_in"
 
 
 def expert_rule(layout: str) -> dict[str, Any]:
@@ -87,14 +90,12 @@ def expert_rule(layout: str) -> dict[str, Any]:
 
 
 def with_expert_deltas(plain: nn.Module, model: nn.Module, layout: str) -> nn.Module:
-    """The plain model with the dense deltas in its experts, expert by expert."""
+    """The plain model with the dense deltas in its experts."""
     wide = copy.deepcopy(plain)
     for site in li.adapter_state(model).sites.values():
-        W = wide.get_parameter(site.spec.weight)
-        with torch.no_grad():
-            for e in range(len(W)):
-                delta = (SCALE * site.B[e].double() @ site.A[e].double()).to(W.dtype)
-                W[e] += delta if layout == "out_in" else delta.t()
+        delta = SCALE * site.B.double() @ site.A.double()
+        W = wide.get_parameter(site.spec.weight).data
+        W += (delta if layout == "out_in" else delta.mT).to(W.dtype)
     return wide
 
 
@@ -136,10 +137,4 @@ def check_like_dense(family: str, rule_for: Callable[[str], Any]) -> Any:
 
 def moe() -> Any:
     """A tiny Qwen3-MoE, whose files have experts singly."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "moe_intermediate_size": 8}
-    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    sizes |= {"head_dim": 4, "vocab_size": 13, "num_experts": 3, "num_experts_per_tok": 2}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, initializer_range=0.3)).eval()
+    return experts("qwen3_moe", "default")[0]

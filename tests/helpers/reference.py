@@ -1,7 +1,7 @@
 """Tiny models in float64, adapted, and the dense reference that they are held to."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,16 @@ def llama(**options: Any) -> LlamaForCausalLM:
 
 
 def gpt2() -> GPT2LMHeadModel:
+    return gpt2_of_two_layers(n_layer=1, n_embd=6).double()
+
+
+def gpt2_of_two_layers(**options: Any) -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    sizes = {"n_layer": 1, "n_embd": 6, "n_head": 2, "vocab_size": 13, "n_positions": 16}
-    tokens = {"bos_token_id": 0, "eos_token_id": 0}
-    config = GPT2Config(**sizes, **tokens, initializer_range=0.3)
-    return GPT2LMHeadModel(config).eval().double()
+    sizes = {"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 13, "n_positions": 16}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 0}
+    drops = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
+    config = GPT2Config(**sizes | drops | options, initializer_range=0.3)
+    return GPT2LMHeadModel(config).eval()
 
 
 def config(*targets: Any, **options: Any) -> dict[str, Any]:
@@ -41,6 +46,14 @@ def adapted(plain: Any, *targets: Any, **options: Any) -> Any:
     return fill(li.inject(copy.deepcopy(plain), config(*targets, **options)))
 
 
+def deltas(model: nn.Module, name: str = "default") -> Iterator[tuple[str, Tensor]]:
+    """Yield the name of each adapted weight and `scale * B @ A`, as the weight lies."""
+    for site in li.adapter_state(model, name).sites.values():
+        delta = SCALE * site.B.detach().double() @ site.A.detach().double()
+        delta = delta.t() if site.spec.transposed else delta
+        yield site.spec.weight, delta.reshape(site.spec.weight_shape)
+
+
 def dense(
     plain: nn.Module, model: nn.Module, name: str = "default", weight: float = 1.0
 ) -> nn.Module:
@@ -49,13 +62,19 @@ def dense(
     Every adapted weight gets a tensor of its own, as if nothing had been tied.
     """
     wide = copy.deepcopy(plain).double()
-    for site in li.adapter_state(model, name).sites.values():
-        path, _, key = site.spec.weight.rpartition(".")
-        owner = wide.get_submodule(path)
-        delta = weight * SCALE * site.B.detach().double() @ site.A.detach().double()
-        W = owner._parameters[key]
-        delta = delta.t() if site.spec.transposed else delta
-        owner._parameters[key] = nn.Parameter((W + delta.reshape(W.shape)).detach())
+    for key, delta in deltas(model, name):
+        path, _, last = key.rpartition(".")
+        owned = wide.get_submodule(path)._parameters
+        owned[last] = nn.Parameter((owned[last] + weight * delta).detach())
+    return wide
+
+
+def with_deltas(plain: nn.Module, model: nn.Module, name: str = "default") -> nn.Module:
+    """A float64 copy of the plain model with the dense deltas in its weights; ties stay tied."""
+    wide = copy.deepcopy(plain).double()
+    parameters = dict(wide.named_parameters(remove_duplicate=False))
+    for key, delta in deltas(model, name):
+        parameters[key].data += delta
     return wide
 
 
@@ -121,39 +140,17 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def gpt2_of_two_layers(**options: Any) -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    sizes = {"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 13, "n_positions": 16}
-    drops = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
-    tokens = {"bos_token_id": 0, "eos_token_id": 0}
-    config = GPT2Config(**sizes, **drops, **tokens, initializer_range=0.3, **options)
-    return GPT2LMHeadModel(config).eval()
-
-
-def with_deltas(plain: nn.Module, model: nn.Module, name: str = "default") -> nn.Module:
-    """A float64 copy of the plain model with the dense deltas in its weights; ties stay tied."""
-    wide = copy.deepcopy(plain).double()
-    parameters = dict(wide.named_parameters(remove_duplicate=False))
-    for site in li.adapter_state(model, name).sites.values():
-        delta, W = SCALE * site.B.double() @ site.A.double(), parameters[site.spec.weight].data
-        W += (delta.t() if site.spec.transposed else delta).reshape(W.shape)
-    return wide
-
-
+@torch.no_grad()
 def finite_differences(run: Callable[[], Tensor], parameter: Tensor) -> Tensor:
     """The gradient of a float64 scalar by central differences."""
-    found, step = torch.zeros_like(parameter), 1e-6
-    with torch.no_grad():
-        for i in range(parameter.numel()):
-            flat = parameter.view(-1)
-            value = flat[i].item()
-            flat[i] = value + step
-            above = run()
-            flat[i] = value - step
-            below = run()
-            flat[i] = value
-            found.view(-1)[i] = (above - below) / (2 * step)
-    return found
+    slopes, flat, step = [], parameter.view(-1), 1e-6
+    for i, value in enumerate(flat.tolist()):
+        sides = []
+        for x in (value + step, value - step, value):
+            flat[i] = x
+            sides.append(run())
+        slopes.append((sides[0] - sides[1]) / (2 * step))
+    return torch.stack(slopes).view_as(parameter)
 
 
 class Block(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zoo.build import randomise, tiny_config
 
-BATCH, ENCODING, VISION = 2, "interpolate_pos_encoding", "vision_config"
+BATCH, ENCODING = 2, "interpolate_pos_encoding"
 
 
 class Part(NamedTuple):
@@ -21,13 +21,17 @@ class Part(NamedTuple):
 
     cls: str
     method: str
-    config: Callable[[], Any]
+    config: str  # model type, and the part of its config
     arguments: Callable[[Any], dict[str, Any]]  # of the method, for the module
+    true: str = ""  # an entry of the config that is True
     further: tuple[Any, ...] = ()  # arguments of the class
 
     def build(self) -> nn.Module:
         """Return the module with random values."""
-        config = self.config()
+        model_type, _, part = self.config.partition("/")
+        config = getattr(tiny_config(model_type), part) if part else tiny_config(model_type)
+        if self.true:
+            setattr(config, self.true, True)
         path = type(config).__module__.replace("configuration", "modeling")
         torch.manual_seed(0)
         module: nn.Module = getattr(import_module(path), self.cls)(config, *self.further)
@@ -42,19 +46,6 @@ def read_by(module: nn.Module, method: str) -> list[str]:
     """Return the parameters of a module that one of its methods names."""
     names = inspect.unwrap(getattr(type(module), method)).__code__.co_names
     return [name for name in module._parameters if name in names]
-
-
-def setting(model_type: str, part: str = "", **values: Any) -> Callable[[], Any]:
-    """Return what makes a tiny config, or one inside it, with some settings."""
-
-    def make() -> Any:
-        config = tiny_config(model_type)
-        config = getattr(config, part) if part else config
-        for name, value in values.items():
-            setattr(config, name, value)
-        return config
-
-    return make
 
 
 def randn(*shape: int) -> Tensor:
@@ -77,82 +68,66 @@ def resampled(side: int) -> Callable[[Any], dict[str, Any]]:
     }
 
 
-POSITIONS = {"use_absolute_position_embeddings": True}
-ABSOLUTE = {"use_absolute_embeddings": True}
+POSITIONS, ABSOLUTE = "use_absolute_position_embeddings", "use_absolute_embeddings"
+TAM = "EdgeTamVideoPerceiverResampler"
 PARTS = (
-    Part("BeitEmbeddings", ENCODING, setting("beit", **POSITIONS), larger),
-    Part("Data2VecVisionEmbeddings", ENCODING, setting("data2vec-vision", **POSITIONS), larger),
-    Part(
-        "DeepseekOcr2SamVisionEncoder",
-        ENCODING,
-        setting("deepseek_ocr2_sam_vision_model"),
-        sides(64),
-    ),
-    Part("DonutSwinEmbeddings", ENCODING, setting("donut-swin", **ABSOLUTE), larger),
-    Part("EdgeTamVideoPerceiverResampler", "_forward_1d", setting("edgetam_video"), resampled(4)),
-    Part("EdgeTamVideoPerceiverResampler", "_forward_2d", setting("edgetam_video"), resampled(64)),
-    Part("FlavaImageEmbeddings", ENCODING, setting("flava", "image_config"), larger),
+    Part("BeitEmbeddings", ENCODING, "beit", larger, POSITIONS),
+    Part("Data2VecVisionEmbeddings", ENCODING, "data2vec-vision", larger, POSITIONS),
+    Part("DeepseekOcr2SamVisionEncoder", ENCODING, "deepseek_ocr2_sam_vision_model", sides(64)),
+    Part("DonutSwinEmbeddings", ENCODING, "donut-swin", larger, ABSOLUTE),
+    Part(TAM, "_forward_1d", "edgetam_video", resampled(4)),
+    Part(TAM, "_forward_2d", "edgetam_video", resampled(64)),
+    Part("FlavaImageEmbeddings", ENCODING, "flava/image_config", larger),
     Part(
         "Gemma4VisionPatchEmbedder",
         "_position_embeddings",
-        setting("gemma4_vision"),
+        "gemma4_vision",
         lambda _: {
             "pixel_position_ids": torch.tensor([[[0, 1], [1, 0], [-1, -1]]]),
             "padding_positions": torch.tensor([[False, False, True]]),
         },
     ),
-    Part("GroupViTVisionEmbeddings", ENCODING, setting("groupvit", VISION), larger),
-    Part("InstructBlipVisionEmbeddings", ENCODING, setting("instructblip", VISION), larger),
-    Part(
-        "InstructBlipVideoVisionEmbeddings", ENCODING, setting("instructblipvideo", VISION), larger
-    ),
+    Part("GroupViTVisionEmbeddings", ENCODING, "groupvit/vision_config", larger),
+    Part("InstructBlipVisionEmbeddings", ENCODING, "instructblip/vision_config", larger),
+    Part("InstructBlipVideoVisionEmbeddings", ENCODING, "instructblipvideo/vision_config", larger),
     Part(
         "LayoutLMv2SelfAttention",
         "compute_qkv",
-        setting("layoutlmv2", fast_qkv=True),
+        "layoutlmv2",
         lambda m: {"hidden_states": randn(BATCH, 3, m.qkv_linear.in_features)},
+        "fast_qkv",
     ),
     Part(
         "LayoutLMv3Model",
         "forward_image",
-        setting("layoutlmv3"),
+        "layoutlmv3",
         lambda m: {"pixel_values": randn(1, 3, m.config.input_size, m.config.input_size)},
     ),
-    Part("MaskFormerSwinEmbeddings", ENCODING, setting("maskformer-swin", **ABSOLUTE), larger),
-    Part(
-        "Sam2HieraDetModel",
-        "_get_pos_embed",
-        setting("sam2_hiera_det_model"),
-        lambda _: {"hw": (16, 16)},
-    ),
-    Part("SegGptEmbeddings", ENCODING, setting("seggpt"), sides(6)),
-    Part("SwinEmbeddings", ENCODING, setting("swin", **ABSOLUTE), larger),
-    Part("Swinv2Embeddings", ENCODING, setting("swinv2", **ABSOLUTE), larger),
+    Part("MaskFormerSwinEmbeddings", ENCODING, "maskformer-swin", larger, ABSOLUTE),
+    Part("Sam2HieraDetModel", "_get_pos_embed", "sam2_hiera_det_model", lambda _: {"hw": (16, 16)}),
+    Part("SegGptEmbeddings", ENCODING, "seggpt", sides(6)),
+    Part("SwinEmbeddings", ENCODING, "swin", larger, ABSOLUTE),
+    Part("Swinv2Embeddings", ENCODING, "swinv2", larger, ABSOLUTE),
     Part(
         "TimesFmAttention",
         "_scale_query",
-        setting("timesfm"),
+        "timesfm",
         lambda m: {"query": randn(BATCH, 3, len(m.scaling))},
-        (0,),
+        further=(0,),
     ),
-    Part(
-        "UnlimitedOcrSamVisionEncoder",
-        ENCODING,
-        setting("unlimited_ocr_sam_vision_model"),
-        sides(64),
-    ),
-    Part("VideoPrismSpatialEmbeddings", ENCODING, setting("videoprism_vision_model"), larger),
+    Part("UnlimitedOcrSamVisionEncoder", ENCODING, "unlimited_ocr_sam_vision_model", sides(64)),
+    Part("VideoPrismSpatialEmbeddings", ENCODING, "videoprism_vision_model", larger),
     Part(
         "VideoPrismTemporalEmbeddings",
         ENCODING,
-        setting("videoprism_vision_model"),
+        "videoprism_vision_model",
         lambda m: {"embeddings": randn(1, 2 * len(m.position_embeddings[0]), 1)},
     ),
-    Part("VivitEmbeddings", ENCODING, setting("vivit"), larger),
+    Part("VivitEmbeddings", ENCODING, "vivit", larger),
     Part(
         "Wav2Vec2BertModel",
         "_mask_hidden_states",
-        setting("wav2vec2-bert"),
+        "wav2vec2-bert",
         lambda m: {
             "hidden_states": randn(BATCH, 4, m.config.hidden_size),
             "mask_time_indices": torch.ones(BATCH, 4).bool(),
