@@ -430,8 +430,7 @@ BEYOND: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
         lambda _: {"rank": 2, "targets": ["2"], "train": ["0"]},
         "quantized.*Adapt the layer|no parameters|is a buffer",
     ),
-    "a start from its values": (lambda _: config("0", init="pissa"), "pissa"),
-    "a start and norms": (lambda _: config("0", init="olora", variant="dora"), "olora"),
+    "a start from its values": (lambda _: config("0", init="olora", variant="dora"), "olora"),
 }
 
 

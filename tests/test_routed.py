@@ -133,15 +133,6 @@ def test_a_forward_with_gradients_after_one_of_inference_mode() -> None:
     assert all(p.grad is not None for p in li.adapter_parameters(model, "wide").values())
 
 
-def test_function_transforms_over_a_routed_batch() -> None:
-    model = crowded("linear")
-    x = torch.stack([batch("linear", torch.float64, n) for n in (32, 32)])
-    with li.routed(model, ROWS["few adapters"]), torch.no_grad():
-        wanted = torch.stack([model(each) for each in x])
-        found = torch.func.vmap(model)(x)
-    assert error(found, wanted) < TOLERANCE[torch.float64]
-
-
 @pytest.mark.parametrize("n_tokens", [1, 4])
 @pytest.mark.parametrize(
     ("rows", "ranks"),
@@ -278,15 +269,6 @@ def test_rows_get_the_layers_and_biases_that_their_adapters_train(checkpointed: 
     check_rows(model, rows, x, y, g, trained)
     with li.routed(model, rows), pytest.raises(li.LayerError, match="not the number of rows"):
         model[2](torch.ones(3, 6, dtype=torch.float64))
-
-
-def test_biases_by_row_keep_the_dtype_of_autocast() -> None:
-    config = {"rank": 1, "targets": ["0"], "bias": "adapted"}
-    model, x = fill(li.inject(nn.Sequential(nn.Linear(4, 6)), config)), torch.randn(2, 3, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        alone = model(x)
-        with li.routed(model, ["default", "default"]):
-            torch.testing.assert_close(model(x), alone, rtol=2e-2, atol=2e-2)
 
 
 def test_compiled_rows_get_their_biases() -> None:

@@ -40,8 +40,7 @@ def four_bit(layer: nn.Linear, **options: Any) -> nn.Module:
 
 
 def int8(layer: nn.Linear) -> nn.Module:
-    quantization = imported("torchao.quantization")
-    net = nn.Sequential(layer)
+    quantization, net = imported("torchao.quantization"), nn.Sequential(layer)
     quantization.quantize_(net, quantization.Int8WeightOnlyConfig())
     return net[0]
 
@@ -52,14 +51,14 @@ FORMS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "fp4": lambda layer: four_bit(layer, quant_type="fp4", compress_statistics=False),
     "torchao": int8,
 }
-AGAIN = ("plain", "nf4", "fp4")  # what can be quantized again
+AGAIN = {"plain", "nf4", "fp4"}  # what can be quantized again
 
 
 def matrix(layer: nn.Module) -> Tensor:
     """W of a layer, `(out, in)`, in float64."""
     bias: Any = layer.bias  # without a gradient, bitsandbytes multiplies in bfloat16
-    found = copy.deepcopy(layer)(torch.eye(N, requires_grad=True)) - bias
-    return found.detach().t().double()  # type: ignore[no-any-return]
+    products = copy.deepcopy(layer)(torch.eye(N, requires_grad=True)) - bias
+    return products.detach().t().double()  # type: ignore[no-any-return]
 
 
 def quantized(form: str, W: Tensor, bias: Tensor) -> Tensor:
@@ -77,6 +76,11 @@ class Net(nn.Module):
         for layer in self.layers:
             x = torch.tanh(layer(x))
         return x
+
+
+has_adapters = precondition(lambda self: self.adapters)
+is_unmerged = precondition(lambda self: self.merged is None)
+is_merged = precondition(lambda self: self.merged is not None)
 
 
 class Machine(RuleBasedStateMachine):
@@ -103,12 +107,8 @@ class Machine(RuleBasedStateMachine):
         return False
 
     def delta(self, i: int, mix: Mix) -> Tensor:
-        found = torch.zeros(N, N, dtype=torch.float64)
-        for name, weight in mix.items():
-            if i in self.adapters[name]:
-                A, B = self.adapters[name][i]
-                found = found + weight * B @ A
-        return found
+        pairs = [(w, *self.adapters[n][i]) for n, w in mix.items() if i in self.adapters[n]]
+        return sum((w * B @ A for w, A, B in pairs), torch.zeros(N, N, dtype=torch.float64))
 
     def run(self, mix: Mix, x: Tensor) -> Tensor:
         x = x.double()
@@ -116,24 +116,14 @@ class Machine(RuleBasedStateMachine):
             x = torch.tanh(x @ (W + self.delta(i, mix)).t() + bias.double())
         return x
 
-    def close(self, found: Tensor, mix: Mix, x: Tensor | None = None) -> None:
+    def close(self, y: Tensor, mix: Mix, x: Tensor | None = None) -> None:
         due = self.run(mix, self.x if x is None else x)
-        error = (found.detach().double() - due.detach()).abs().max()
+        error = (y.detach().double() - due.detach()).abs().max()
         assert error < 1e-4, f"off by {error:.1e}"
-
-    def adopt(self, name: str) -> None:
-        found = li.adapter_state(self.model, name).sites
-        self.adapters[name] = {
-            int(site.rpartition(".")[2]): (s.A.double().clone(), s.scale * s.B.double())
-            for site, s in found.items()
-        }
 
     def some_mix(self, data: Any) -> Mix:
         weights = st.sampled_from([1.0, 0.5, -1.0])
         return data.draw(st.dictionaries(st.sampled_from(sorted(self.adapters)), weights), "mix")
-
-    has_adapters = precondition(lambda self: self.adapters)
-    is_unmerged = precondition(lambda self: self.merged is None)
 
     @rule(data=st.data(), name=st.sampled_from(["a", "b"]), seed=st.integers(0, 3))
     def inject(self, data: Any, name: str, seed: int) -> None:
@@ -145,15 +135,17 @@ class Machine(RuleBasedStateMachine):
         generator = torch.Generator().manual_seed(seed)
         for parameter in li.adapter_parameters(self.model, name).values():
             parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-        self.adopt(name)
+        self.adapters[name] = {
+            int(site.rpartition(".")[2]): (s.A.double().clone(), s.scale * s.B.double())
+            for site, s in li.adapter_state(self.model, name).sites.items()
+        }
         self.active = {name: 1.0}
 
     @has_adapters
     @rule(data=st.data())
     def activate(self, data: Any) -> None:
         mix = self.some_mix(data)
-        must = self.merged is not None
-        if not self.refused(lambda: li.activate(self.model, mix), must=must):
+        if not self.refused(lambda: li.activate(self.model, mix), must=self.merged is not None):
             self.active = mix
 
     @has_adapters
@@ -166,7 +158,7 @@ class Machine(RuleBasedStateMachine):
         mix = self.some_mix(data) if data.draw(st.booleans(), "named") else dict(self.active)
         changed = {i for name in mix for i in self.adapters[name]}
         packed = {self.forms[i] for i in changed} - {"plain"}
-        wrong = packed if not how else packed - {*AGAIN} if "requantize" in how else set()
+        wrong = packed if not how else packed - AGAIN if "requantize" in how else set()
         name = mix if mix != self.active else None
         must = self.merged is not None or not mix or bool(wrong)
         if self.refused(lambda: li.merge(self.model, name=name, eject=eject, **how), must=must):
@@ -183,7 +175,7 @@ class Machine(RuleBasedStateMachine):
         if eject:
             self.adapters, self.merged = {}, None
 
-    @precondition(lambda self: self.merged is not None)
+    @is_merged
     @rule()
     def unmerge(self) -> None:
         li.unmerge(self.model)
@@ -220,12 +212,11 @@ class Machine(RuleBasedStateMachine):
     def leave_and_return(self, data: Any, format: str) -> None:  # noqa: A002
         name = data.draw(st.sampled_from(sorted(self.adapters)), "name")
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "a.safetensors")
-            li.save_adapter(self.model, path, name, format=format)
+            path = li.save_adapter(self.model, Path(folder, "a.safetensors"), name, format=format)
             li.eject(self.model, name)
-            self.active.pop(name, None)
             # What a dequantized or a written base was made of, a fingerprint cannot tell.
             li.load_adapter(self.model, path, name, base="quantized")
+        self.active.pop(name, None)
         self.active = self.active or {name: 1.0}
 
     @is_unmerged
@@ -235,9 +226,9 @@ class Machine(RuleBasedStateMachine):
         names = st.sampled_from([None, *sorted(self.adapters)])
         rows = data.draw(st.lists(names, min_size=ROWS, max_size=ROWS), "rows")
         with li.routed(self.model, rows):
-            found = self.model(self.x)
+            y = self.model(self.x)
         for i, name in enumerate(rows):
-            self.close(found[[i]], {} if name is None else {name: 1.0}, self.x[[i]])
+            self.close(y[[i]], {} if name is None else {name: 1.0}, self.x[[i]])
         with li.disabled(self.model):
             self.close(self.model(self.x), {})
 
@@ -246,20 +237,24 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def optimizer_step(self) -> None:
         trains = [name for name, info in li.adapters(self.model).items() if info.trainable]
-        places = ((n, i) for n in trains for i in self.adapters[n])
-        leaves = {(n, i, role): self.adapters[n][i][role] for n, i in places for role in (0, 1)}
+        leaves = {
+            (n, i, r): self.adapters[n][i][r]
+            for n in trains
+            for i in self.adapters[n]
+            for r in (0, 1)
+        }
         for tensor in leaves.values():
             tensor.requires_grad_()
         with contextlib.suppress(RuntimeError):  # none of them takes part
             self.run(self.active, self.x).sum().backward()
             self.model(self.x).sum().backward()
         for (name, i, role), tensor in leaves.items():
-            found = li.adapter_parameters(self.model, name)[f"layers.{i}.lora_{'AB'[role]}"].grad
+            grad = li.adapter_parameters(self.model, name)[f"layers.{i}.lora_{'AB'[role]}"].grad
             scale = 3 / RANK if role else 1.0
-            if found is None:
+            if grad is None:
                 assert tensor.grad is None
             else:
-                error = (found.double() / scale - tensor.grad).abs().max()
+                error = (grad.double() / scale - tensor.grad).abs().max()
                 assert error < 1e-3 * max(1.0, float(tensor.grad.abs().max())), error
             tensor.grad = None
             tensor.requires_grad_(False)

@@ -169,19 +169,6 @@ def test_what_is_active_stays_active_and_what_trains_trains_on() -> None:
     assert {n for n, one in li.adapters(run.model).items() if one.trainable} == {*run.running}
 
 
-def test_a_rate_for_one_step_takes_the_place_of_the_schedule() -> None:
-    run, other = tenants("cy"), tenants("cy")
-    scheduled = TENANTS["cy"].lr * TENANTS["cy"].factor(0)
-    for lr, moves_alike in ((scheduled, True), (0.5, False)):
-        for each, rate in ((run, lr), (other, None)):
-            each.forward_backward({"cy": rows("cy", 0)})
-            each.optimizer_step("cy", lr=rate)
-        pairs = zip(
-            values(run.model, "cy").values(), values(other.model, "cy").values(), strict=True
-        )
-        assert all(torch.equal(mine, theirs) for mine, theirs in pairs) == moves_alike
-
-
 def test_an_evaluation_and_a_pass_that_fails_leave_the_gradients_that_wait_as_they_were() -> None:
     run = tenants("ann", "bob", max_tokens=8)  # a group for each
 
@@ -315,19 +302,6 @@ def test_threads_wait_for_each_other() -> None:
         list(pool.map(train, run.running))
     for name in run.running:
         check_equal(run.model, alone(name, [[0], [1], [2]]), name)
-
-
-def test_the_memory_of_a_tenant_that_left_is_free() -> None:
-    run = tenants("ann", "bob", "cy")
-
-    def held() -> int:
-        return next(iter(li.adapter_parameters(run.model, "bob").values())).untyped_storage().size()
-
-    size = sum(p.numel() for p in li.adapter_parameters(run.model, "bob").values())
-    whole = held()
-    run.drop("cy")
-    run.drop("ann")
-    assert held() == 8 * size < whole
 
 
 def test_tenants_that_were_frozen_or_moved_can_leave() -> None:

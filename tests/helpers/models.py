@@ -124,8 +124,8 @@ def tiny_gpt_oss() -> GptOssForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    config = GptOssConfig(**sizes, num_local_experts=2, num_experts_per_tok=1)
-    return GptOssForCausalLM(config).eval()
+    sizes |= {"num_local_experts": 2, "num_experts_per_tok": 1}
+    return GptOssForCausalLM(GptOssConfig(**sizes)).eval()
 
 
 def tiny_unet() -> Any:

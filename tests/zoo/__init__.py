@@ -11,25 +11,10 @@ MODEL_TYPES = tuple((Path(__file__).parent / "model_types.txt").read_text().spli
 
 # Text, vision, audio, multimodal, mixture of experts (both layouts), state space, tied heads,
 # Conv1D, encoder-decoder, weights that are read and not called: twenty for the ordinary tests.
+# fmt: off
 SAMPLE = (
-    "bert",
-    "clip",
-    "convbert",
-    "deepseek_v4",
-    "gpt2",
-    "gpt_oss",
-    "jetmoe",
-    "llama",
-    "llama4_text",
-    "mixtral",
-    "nemotron_h",
-    "qwen3_vl_moe",
-    "resnet",
-    "roc_bert",
-    "siglip_vision_model",
-    "t5",
-    "vit",
-    "wav2vec2",
-    "wavlm",
-    "whisper",
+    "bert", "clip", "convbert", "deepseek_v4", "gpt2", "gpt_oss", "jetmoe", "llama", "llama4_text",
+    "mixtral", "nemotron_h", "qwen3_vl_moe", "resnet", "roc_bert", "siglip_vision_model", "t5",
+    "vit", "wav2vec2", "wavlm", "whisper",
 )
+# fmt: on
