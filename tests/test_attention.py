@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ALPHA, RANK, TOLERANCE, error, fill, same_bits
+from conftest import TOLERANCE, error, fill, same_bits
 from helpers.reference import (
     EXACT,
     SCALE,
     adapted,
-    dense,
     finite_differences,
     hold,
     random,
@@ -29,8 +28,7 @@ class Attends(nn.Module):
         self.attn = nn.MultiheadAttention(8, 2, batch_first=True, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        k = x[..., : self.attn.kdim]
-        v = x[..., : self.attn.vdim]
+        k, v = x[..., : self.attn.kdim], x[..., : self.attn.vdim]
         return self.attn(x, k, v, need_weights=False)[0]
 
 
@@ -38,8 +36,7 @@ def test_attention_with_separate_weights_named_as_a_module(tmp_path: Path) -> No
     plain, x = Attends(kdim=6, vdim=4).double(), random(2, 3, 8)
     model = adapted(plain, "attn")
     sites = li.adapters(model)["default"].sites
-    shapes = {name: (s.in_features, s.out_features) for name, s in sites.items()}
-    assert shapes == {
+    assert {name: (s.in_features, s.out_features) for name, s in sites.items()} == {
         "attn.q_proj_weight": (8, 8),
         "attn.k_proj_weight": (6, 8),
         "attn.v_proj_weight": (4, 8),
@@ -55,24 +52,46 @@ def test_slices_of_an_attentions_in_proj_weight() -> None:
     rule = {"match": "in_proj_weight", "slices": ["q", "k", "v"], "adapt": ["q", "v"]}
     model = adapted(plain, rule)
     (site,) = li.adapter_state(model).sites.values()
-    assert (tuple(site.A.shape), tuple(site.B.shape)) == ((4, 8), (16, 2))
     wide = copy.deepcopy(plain)
     with torch.no_grad():
         wide.attn.in_proj_weight[:8] += SCALE * site.B[:8] @ site.A[:2]
         wide.attn.in_proj_weight[16:] += SCALE * site.B[8:] @ site.A[2:]
     for training in (True, False):
         assert error(model.train(training)(x), wide(x)) < EXACT
-    read = model.attn.in_proj_weight.clone()
-    assert same_bits(read[8:16], plain.attn.in_proj_weight[8:16])
+    keys = plain.attn.in_proj_weight[8:16]
+    assert same_bits(model.attn.in_proj_weight.clone()[8:16], keys)
     li.merge(model)
-    assert same_bits(model.attn._parameters["in_proj_weight"][8:16], read[8:16])
+    assert same_bits(model.attn._parameters["in_proj_weight"][8:16], keys)
     assert error(model(x), wide(x)) < EXACT
 
 
-DECODER = ["linear1", "linear2", "self_attn", "multihead_attn"]
+@pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 6}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("target", ["attn", "out_proj", r"out_proj\.weight"])
+def test_attention_out_proj(target: str, options: dict[str, Any]) -> None:
+    plain = Attends(**options).double()
+    model = adapted(plain, target)
+    base = {n: p for n, p in model.named_parameters() if "lora" not in n}
+    before = {n: (p.detach().clone(), p._version) for n, p in base.items()}
+    x = random(2, 3, 8)
+    wanted = with_deltas(plain, model)(x)
+    assert error(plain(x), wanted) > 0.01
+    for training in (False, True):
+        assert error(model.train(training)(x), wanted) < 1e-12
+    g = torch.randn_like(wanted)
+    (model(x) * g).sum().backward()
+    for parameter in li.adapter_parameters(model).values():
+        measured = finite_differences(lambda: (model(x) * g).sum(), parameter)
+        assert error(parameter.grad, measured) < 1e-6
+    assert {n: p._version for n, p in base.items()} == {n: v for n, (_, v) in before.items()}
+    assert all(same_bits(p, before[n][0]) for n, p in base.items())
+    li.merge(model)
+    assert error(model(x), wanted) < 1e-12
 
 
-@pytest.mark.parametrize("targets", [DECODER, ["multihead_attn"], ["out_proj"]], ids=str)
+EVERYTHING = ["linear1", "linear2", "self_attn"]
+
+
+@pytest.mark.parametrize("targets", [[*EVERYTHING, "multihead_attn"], ["out_proj"]], ids=str)
 def test_a_decoder_layer(targets: list[str]) -> None:
     plain = nn.TransformerDecoderLayer(8, 2, 12, dropout=0.0, batch_first=True).double()
     x, memory = random(2, 3, 8), random(2, 4, 8)
@@ -89,24 +108,16 @@ def test_an_encoder_with_and_without_padding(padded: bool, nested: bool) -> None
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
     plain = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).double()
     mask = torch.tensor([[False] * 4, [False, False, False, True]]) if padded else None
-    x = random(2, 4, 8)
-    model = adapted(plain, "linear1", "linear2", "self_attn")
+    x, model = random(2, 4, 8), adapted(plain, *EVERYTHING)
 
     def run(m: nn.Module) -> Tensor:
-        found: Tensor = m(x, src_key_padding_mask=mask)
-        return found[:, :3]  # what is padded is nobody's business
+        y: Tensor = m(x, src_key_padding_mask=mask)
+        return y[:, :3]  # what is padded is nobody's business
 
     hold(plain, model.train(), run)
-    model.eval()
-    wide = dense(plain, model)
+    wide = with_deltas(plain, model)
     with torch.no_grad():
-        assert error(run(model), run(wide.train())) < EXACT
-
-
-CONFIG = {"rank": RANK, "alpha": ALPHA}
-
-
-EVERYTHING = ["linear1", "linear2", "self_attn"]
+        assert error(run(model.eval()), run(wide.train())) < EXACT
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -116,70 +127,31 @@ def test_encoder_fast_path(targets: list[str], stacked: bool, dtype: torch.dtype
     plain: nn.Module = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
     if stacked:
         plain = nn.TransformerEncoder(plain, 2, enable_nested_tensor=False)  # type: ignore[arg-type]
-    plain = plain.to(dtype)
-    model = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": targets}))
-    x = torch.randn(2, 5, 8, dtype=dtype)
+    model, x = adapted(plain.to(dtype), *targets), torch.randn(2, 5, 8, dtype=dtype)
     wanted = with_deltas(plain, model)(x.double())
     assert error(plain(x), wanted) > 0.01
     for training in (True, False):
-        model.train(training)
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
-                assert error(model(x), wanted) < (1 + stacked) * TOLERANCE[dtype]
+                y = model.train(training)(x)
+            assert error(y, wanted) < (1 + stacked) * TOLERANCE[dtype]
     assert li.unreached(model, lambda: model(x)) == []
 
 
 @pytest.mark.slow
 def test_encoder_fast_path_compiled() -> None:
     plain = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
-    model = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": EVERYTHING})).eval()
-    x = torch.randn(2, 5, 8)
+    model, x = adapted(plain, *EVERYTHING).eval(), torch.randn(2, 5, 8)
     wanted = with_deltas(plain, model)(x.double())
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert error(compiled(x), wanted) < TOLERANCE[torch.float32]
-    with torch.no_grad():
-        assert error(compiled(x), wanted) < TOLERANCE[torch.float32]
-
-
-class Attention(nn.Module):
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.attn = nn.MultiheadAttention(8, 2, batch_first=True, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        kv = x[..., :6] if self.attn.kdim == 6 else x
-        return self.attn(x, kv, kv, need_weights=False)[0]
-
-
-@pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 6}, {"bias": False}], ids=str)
-@pytest.mark.parametrize("target", ["attn", r"attn\.out_proj", "out_proj", r"out_proj\.weight"])
-def test_attention_out_proj(target: str, options: dict[str, Any]) -> None:
-    plain = Attention(**options).double()
-    model = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": [target]}))
-    base = {n: p for n, p in model.named_parameters() if "lora" not in n}
-    before = {n: (p.detach().clone(), p._version) for n, p in base.items()}
-    x = torch.randn(2, 3, 8, dtype=torch.float64)
-    wanted = with_deltas(plain, model)(x)
-    assert error(plain(x), wanted) > 0.01
-    for training in (True, False):
-        assert error(model.train(training)(x), wanted) < 1e-12
-
-    g = torch.randn_like(wanted)
-    model.train()
-    (model(x) * g).sum().backward()
-    for parameter in li.adapter_parameters(model).values():
-        measured = finite_differences(lambda: (model(x) * g).sum(), parameter)
-        assert error(parameter.grad, measured) < 1e-6
-    assert {n: p._version for n, p in base.items()} == {n: v for n, (_, v) in before.items()}
-    assert all(same_bits(p, before[n][0]) for n, p in base.items())
-    li.merge(model)
-    assert error(model(x), wanted) < 1e-12
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert error(compiled(x), wanted) < TOLERANCE[torch.float32]
 
 
 def test_pefts_files_hold_no_attention_with_dora(tmp_path: Path) -> None:
     """PEFT raises where it should load one, and so did reading it here."""
-    config = {**CONFIG, "variant": "dora", "targets": ["attn"]}
-    model = fill(li.inject(Attention().double(), config))
+    model = fill(li.inject(Attends().double(), {"rank": 2, "variant": "dora", "targets": ["attn"]}))
     with pytest.raises(li.FormatError, match=r"attn\.in_proj_weight.*DoRA.*format=\"native\""):
         li.save_adapter(model, tmp_path / "a")
     assert not any(tmp_path.iterdir())

@@ -54,11 +54,16 @@ def compiled(model: nn.Module) -> tuple[Any, CompileCounter]:
     return torch.compile(model, backend=counter, fullgraph=True), counter
 
 
+def layers() -> tuple[nn.Sequential, Tensor]:
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(), x
+
+
 @pytest.mark.parametrize("how", ["the method", "the function"])
 def test_a_layer_that_is_compiled_alone_follows_contexts(how: str) -> None:
     """dynamo guards on no default of a class: the first graph ran on under `disabled`."""
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    plain, x = copy.deepcopy(model), torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
+    model, x = layers()
+    plain = copy.deepcopy(model)
     fill(li.inject(model, {"rank": 2, "targets": ["0", "2"]}))
     wanted = model(x)
     if how == "the method":
@@ -74,21 +79,21 @@ def test_a_layer_that_is_compiled_alone_follows_contexts(how: str) -> None:
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_what_trains_later_gets_its_gradients_from_a_compiled_model(variant: str) -> None:
     """Before torch 2.13 a graph does not look whether a parameter requires a gradient."""
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    model, x = layers()
     fill(li.inject(model, {"rank": 2, "variant": variant, "targets": ["0"]}))
-    x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
-    call = torch.compile(model, backend="aot_eager")
+    whole = variant == "lora" or TORCH >= (2, 9)  # before, a graph breaks at DoRA
+    call = torch.compile(model, backend="aot_eager", fullgraph=whole)
+
+    def assert_same_gradients(parameters: list[nn.Parameter]) -> None:
+        runs = [torch.autograd.grad(run(x).square().sum(), parameters) for run in (call, model)]
+        assert all(error(one, other) < EXACT for one, other in zip(*runs, strict=True))
+
     for training in (None, "default"):
         li.train_only(model, training)
         assert error(call(x), model(x)) < EXACT
-    trained = list(li.adapter_parameters(model).values())
-    one, two = (torch.autograd.grad(run(x).square().sum(), trained) for run in (call, model))
-    assert max(map(error, one, two)) < EXACT
+    assert_same_gradients(list(li.adapter_parameters(model).values()))
     li.eject(model)
-    one, two = (
-        torch.autograd.grad(run(x).square().sum(), [model[2].weight]) for run in (call, model)
-    )
-    assert error(one[0], two[0]) < EXACT
+    assert_same_gradients([model[2].weight])
 
 
 @pytest.mark.skipif(TORCH < (2, 8), reason="this torch compiles more often, see docs/install.md")
@@ -152,91 +157,41 @@ def test_an_adapter_that_is_not_chosen_spoils_nothing() -> None:
         assert error(call(IDS), model(IDS)) < EXACT
 
 
-def gradients(model: nn.Module, run: Any) -> dict[str, Tensor | None]:
-    model.zero_grad(set_to_none=True)
-    run(IDS).square().sum().backward()
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
 @pytest.mark.slow
 def test_gradients_are_those_of_the_eager_model_and_none_for_idle_adapters() -> None:
+    """A gradient of zeros would let AdamW's weight decay move it."""
     model = net(3)
     li.train_only(model, ["a0", "a1"])
     call, _ = compiled(model)
-    for which in ("a0", "a1", {"a0": 0.5, "a1": 2.0}, "a2"):
+    for which in ("a0", "a1", {"a0": 0.5, "a1": 2.0}):
         li.activate(model, which)
-        if which == "a2":
-            continue  # nothing that trains takes part
-        found, wanted = gradients(model, call), gradients(model, model)
-        for name, gradient in wanted.items():
-            assert (found[name] is None) == (gradient is None), name
-            if gradient is not None:
-                assert error(found[name], gradient) < EXACT
+        runs = []
+        for run in (call, model):
+            model.zero_grad(set_to_none=True)
+            run(IDS).square().sum().backward()
+            runs.append([p.grad for p in model.parameters()])
+        for one, other in zip(*runs, strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or error(one, other) < EXACT
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("idle", ["another active", "another routed"])
 def test_an_idle_adapter_beside_a_frozen_one_gets_no_gradient(idle: str) -> None:
-    """A gradient of zeros would let AdamW's weight decay move it."""
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4))
+    model, x = layers()
     for name in ("frozen", "trained"):
         fill(li.inject(model, {"rank": 2, "targets": ["0", "2"]}, name), name)
     call, _ = compiled(model)
-    x = torch.randn(3, 4, requires_grad=True)
-    before = {k: p.detach().clone() for k, p in li.adapter_parameters(model, "trained").items()}
-    optimizer = torch.optim.AdamW(li.adapter_parameters(model, "trained").values(), lr=0.1)
+    x.requires_grad_()
     li.activate(model, "trained")
     call(x)
     li.activate(model, "frozen")
     with li.routed(model, ["frozen", None, "frozen"]) if "routed" in idle else nullcontext():
         call(x).sum().backward()
-    optimizer.step()
     assert x.grad is not None
-    for key, parameter in li.adapter_parameters(model, "trained").items():
-        assert parameter.grad is None
-        assert torch.equal(parameter, before[key])
+    assert all(p.grad is None for p in li.adapter_parameters(model, "trained").values())
 
 
-@pytest.mark.slow
-def test_adapters_with_their_own_dropout_keep_it() -> None:
-    model = nn.Sequential(nn.Linear(64, 64, bias=False))
-    for name, p in (("none", 0.0), ("half", 0.5)):
-        fill(li.inject(model, {"rank": 2, "dropout": p, "targets": ["0"]}, name), name)
-    call, _ = compiled(model.train())
-    x = torch.ones(256, 64)
-    for name, spread in (("none", False), ("half", True)):
-        li.activate(model, name)
-        with torch.no_grad():
-            y = call(x)
-        assert bool((y.std(0) > 1e-4).any()) == spread
-
-
-@pytest.mark.slow
-def test_a_copy_in_another_order_of_names_still_finds_its_own() -> None:
-    """Names stand for numbers in tensors; a pickled copy has to make them anew."""
-    import pickle
-
-    model = net(3)
-    li.activate(model, {"a2": 0.5})
-    other = pickle.loads(pickle.dumps(model))
-    call, _ = compiled(other)
-    assert error(call(IDS), model(IDS)) < 1e-6
-
-
-def test_what_a_graph_chooses_by_is_on_every_device_of_the_model() -> None:
-    """Put there once by activate or a context: a forward copies nothing to a device."""
-    model = net(2)
-    compiled(model)[0](IDS)
-    selection = model[4]._lora.selection
-    assert set(selection.setting.in_graph.choice.on) == {torch.device("cpu")}
-    model[4].to("meta")
-    both = {torch.device("cpu"), torch.device("meta")}
-    assert set(selection.setting.in_graph.choice.on) == both
-    with li.routed(model, ["a0", None]):
-        assert set(selection.current().in_graph.choice.on) == both
-
-
-@pytest.mark.slow
 def two_frozen() -> nn.Sequential:
     """A layer with two frozen adapters, of which the second is active."""
     model = nn.Sequential(nn.Linear(4, 4))
@@ -246,17 +201,16 @@ def two_frozen() -> nn.Sequential:
     return model
 
 
-def change(model: nn.Module, verb: str) -> None:
-    if verb == "activate":
-        li.activate(model, "a")
-    elif verb == "swap_adapter":
-        li.swap_adapter(model, li.adapter_state(model, "a"), "b")
-    else:
-        li.eject(model, "b")
+CHANGES: dict[str, Any] = {
+    "activate": lambda model: li.activate(model, "a"),
+    "routed": lambda model: None,
+    "swap_adapter": lambda model: li.swap_adapter(model, li.adapter_state(model, "a"), "b"),
+    "eject": lambda model: li.eject(model, "b"),
+}
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("verb", ["activate", "routed", "swap_adapter", "eject"])
+@pytest.mark.parametrize("verb", CHANGES)
 def test_a_compiled_block_in_a_checkpoint_is_recomputed_under_its_forwards_selection(
     verb: str, reentrant: bool
 ) -> None:
@@ -270,8 +224,7 @@ def test_a_compiled_block_in_a_checkpoint_is_recomputed_under_its_forwards_selec
         li.activate(model, "b")
         with li.routed(model, ["a", "b"]) if verb == "routed" else nullcontext():
             y = checkpoint(lambda t: block(t).tanh(), x, use_reentrant=reentrant)
-        if verb != "routed":
-            change(model, verb)
+        CHANGES[verb](model)
         if verb in ("swap_adapter", "eject"):
             with pytest.raises(li.StateError, match="backward through a checkpoint"):
                 y.sum().backward()
@@ -296,18 +249,6 @@ def test_the_first_graph_of_a_process_may_be_traced_inside_a_checkpoint() -> Non
     subprocess.run(
         [sys.executable, "-c", FIRST], check=True, env={**os.environ, "PYTHONPATH": paths}
     )
-
-
-def test_a_compiled_block_in_a_checkpoint_is_compiled_once_where_nothing_changed() -> None:
-    model = two_frozen()
-    block, counter = compiled(model)
-    x = torch.randn(2, 4, requires_grad=True)
-    for _ in range(2):
-        checkpoint(block, x, use_reentrant=False).sum().backward()
-    assert counter.frame_count == 1
-    whole = torch.compile(lambda t: checkpoint(model, t, use_reentrant=False), backend="eager",
-                          fullgraph=True)  # fmt: skip
-    torch.testing.assert_close(whole(x), model(x))
 
 
 @pytest.mark.parametrize("first", ["compile", "inject"])

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import error, fill, same_bits
+from conftest import error, same_bits
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -371,9 +371,6 @@ def test_an_adapter_that_changed_since_is_noticed() -> None:
             late()
 
 
-# ----------------------------------------------------------------------------------- over 16 bits
-
-
 def test_bf16_keeps_what_rounding_the_sum_would_lose() -> None:
     """The base is exact, and the update is rounded by itself."""
     torch.manual_seed(0)
@@ -385,25 +382,3 @@ def test_bf16_keeps_what_rounding_the_sum_would_lose() -> None:
     with torch.no_grad():
         y = F.linear(torch.eye(N, dtype=torch.bfloat16), lazy[1])
     assert error(y.double(), (W[1].double() + B[1].double() @ A[1].double()).T) < 0.01
-
-
-class Expert(nn.Module):
-    """Multiplies by the second matrix of a stack."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(E, M, N))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.w[1])
-
-
-def test_float32_over_16_bits_forms_the_weight_in_float32() -> None:
-    config = {"compute": "float32", "targets": [{"match": "w", "layout": "out_in"}]}
-    model = fill(li.inject(Expert().bfloat16(), {"rank": R, "alpha": R * SCALE, **config}))
-    x = torch.randn(T, N)
-    y = model(x)
-    assert y.dtype == torch.float32
-    site = li.adapter_state(model).sites["w"]
-    effective = model.get_parameter("w").double() + SCALE * site.B.double() @ site.A.double()
-    assert error(y.double(), F.linear(x.double(), effective[1])) < 1e-6

@@ -18,6 +18,7 @@ import lora_inject as li
 from lora_inject.errors import LayerError
 
 QV = {"rank": 2, "targets": ["query", "value"]}
+Q = {"rank": 2, "targets": ["q_proj"]}
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -49,140 +50,89 @@ def classifier(path: Path) -> Any:
     return transformers.BertForSequenceClassification.from_pretrained(path, num_labels=3)
 
 
-def test_a_new_head_that_nobody_trains_is_refused_and_the_remedy_works(encoder: Path) -> None:
+# -------------------------------------------------------------------------- refused, and the remedy
+
+
+def test_a_new_head_that_nobody_trains_is_refused_and_the_remedies_work(encoder: Path) -> None:
     model = classifier(encoder)
     keys = [*model.state_dict()]
+    assert "train: ['classifier']" in str(li.plan(model, QV)).replace("\n  ", " ")
     with pytest.raises(LayerError, match=r"'classifier\.weight'.*checkpoint") as raised:
         li.inject(model, QV)
     assert [*model.state_dict()] == keys, "nothing has changed"
     line = re.search(r"train: (\[.*?\])", str(raised.value))
     assert line is not None
     assert "leave_new=True" in str(raised.value)
-    li.inject(model, {**QV, "train": eval(line[1])})
+    config = {**QV, "train": eval(line[1])}
+    assert "checkpoint" not in str(li.plan(model, config))
+    li.inject(model, config)
     assert [*li.adapter_state(model).trained] == ["classifier.weight", "classifier.bias"]
+    with pytest.raises(LayerError, match=r"'classifier\.weight'"):
+        li.inject(model, QV, "a second one, which does not hold what the first one trains")
+    assert not li.adapter_state(li.inject(li.eject(model), QV, leave_new=True)).trained
 
 
-def test_a_new_head_can_be_left_on_purpose(encoder: Path) -> None:
-    model = classifier(encoder)
-    li.inject(model, QV, leave_new=True)
-    assert not li.adapter_state(model).trained
-
-
-def test_trials_and_searches_ask_the_same_question(encoder: Path, tmp_path: Path) -> None:
-    def forward(ids: torch.Tensor) -> torch.Tensor:
-        return model(ids).logits
-
-    def loss(logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        return logits.square().mean()
-
-    model, one = classifier(encoder), {"one": li.Trial(QV, lr=1e-3)}
+def test_trials_and_searches_ask_the_same_question(encoder: Path) -> None:
+    model, batches = classifier(encoder), [torch.arange(8).view(2, 4)]
     space = {"targets": {"qv": QV["targets"]}, "lr": [1e-3, 1e-2], "budget": {"steps": 10}}
-    batches = [torch.arange(8).view(2, 4)]
-    with pytest.raises(LayerError, match=r"'classifier\.weight'.*leave_new=True"):
-        li.Trials(model, one)
-    with pytest.raises(LayerError, match=r"'classifier\.weight'.*leave_new=True"):
-        li.search(model, space, batches, batches, forward=forward, loss=loss)
-    assert not li.adapters(model)
-    trials = li.Trials(model, one, leave_new=True)
-    trials.step(batches[0], forward=forward, loss=loss)
-    trials.save(tmp_path / "trials")
-    li.eject(model)
-    assert li.Trials.resume(model, tmp_path / "trials").n_steps == {"one": 1}
-    li.eject(model)
-    calls = {"forward": forward, "loss": loss, "leave_new": True}
-    assert li.search(model, space, batches, batches, **calls).config
+    calls = {"forward": lambda ids: model(ids).logits, "loss": lambda y, _: y.square().mean()}
+    for ask in (
+        lambda **more: li.Trials(model, {"one": li.Trial(QV, lr=1e-3)}, **more),
+        lambda **more: li.search(model, space, batches, batches, **calls, **more),
+    ):
+        with pytest.raises(LayerError, match=r"'classifier\.weight'.*leave_new=True"):
+            ask()
+        assert not li.adapters(model)
+        ask(leave_new=True)
+        li.eject(model)
 
 
-def test_the_plan_says_that_a_new_head_would_be_refused(encoder: Path) -> None:
-    model = classifier(encoder)
-    assert "train: ['classifier']" in str(li.plan(model, QV)).replace("\n  ", " ")
-    assert "checkpoint" not in str(li.plan(model, {**QV, "train": ["classifier"]}))
-
-
-def test_a_new_bias_of_zeros_may_stay_as_every_process_starts_from_it(encoder: Path) -> None:
+def test_what_stays_new_is_named_and_a_bias_of_zeros_may_stay(encoder: Path) -> None:
+    """Every process starts from the same zeros."""
     li.inject(classifier(encoder), {**QV, "train": [r"classifier\.weight"]})
     with pytest.raises(LayerError, match=r"'classifier\.weight'"):
         li.inject(classifier(encoder), {**QV, "train": [r"classifier\.bias"]})
+    on_it = {"rank": 2, "targets": ["all-linear"]}  # an adapter does not hold its weight
+    with pytest.raises(LayerError, match=r"'classifier\.weight'.*exclude: \['classifier'\]"):
+        li.inject(classifier(encoder), on_it)
+    li.inject(classifier(encoder), {**on_it, "train": ["classifier"], "exclude": ["classifier"]})
 
 
-def test_an_adapter_on_a_new_head_does_not_hold_its_weight(encoder: Path) -> None:
-    with pytest.raises(LayerError, match=r"'classifier\.weight'") as raised:
-        li.inject(classifier(encoder), {"rank": 2, "targets": ["all-linear"]})
-    assert "exclude: ['classifier']" in str(raised.value)
-    config = {"rank": 2, "targets": ["all-linear"], "train": ["classifier"]}
-    li.inject(classifier(encoder), {**config, "exclude": ["classifier"]})
-
-
-def test_a_head_of_several_layers_is_one_line(tmp_path: Path) -> None:
-    config = transformers.RobertaConfig(**SIZES)
-    transformers.RobertaModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "base")
-    cls = transformers.RobertaForSequenceClassification
-    model = cls.from_pretrained(tmp_path / "base")
-    with pytest.raises(LayerError, match=re.escape("train: ['classifier']")):
-        li.inject(model, QV)
-
-
-def test_a_pooler_that_the_checkpoint_lacks_is_named(tmp_path: Path) -> None:
-    config = transformers.BertConfig(**SIZES)
-    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "base")
-    model = transformers.BertModel.from_pretrained(tmp_path / "base")
-    with pytest.raises(LayerError, match=r"'pooler\.dense\.weight'"):
-        li.inject(model, QV)
-    inside = nn.Sequential(model)  # as in sentence-transformers
-    with pytest.raises(LayerError, match=r"'0\.pooler\.dense\.weight'"):
-        li.inject(inside, QV)
-    bare = transformers.BertModel.from_pretrained(tmp_path / "base", add_pooling_layer=False)
-    li.inject(bare, QV)
-
-
-def test_a_pooler_that_nothing_uses_may_be_another_one_on_loading(tmp_path: Path) -> None:
+def test_a_pooler_that_the_checkpoint_lacks_is_named_also_on_loading(tmp_path: Path) -> None:
     config = transformers.BertConfig(**SIZES)
     transformers.BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "base")
 
-    def loaded(seed: int) -> Any:
+    def loaded(seed: int = 0, **how: Any) -> Any:
         torch.manual_seed(seed)
-        return transformers.BertModel.from_pretrained(tmp_path / "base")
+        return transformers.BertModel.from_pretrained(tmp_path / "base", **how)
 
+    with pytest.raises(LayerError, match=r"'pooler\.dense\.weight'"):
+        li.inject(loaded(), QV)
+    with pytest.raises(LayerError, match=r"'0\.pooler\.dense\.weight'"):
+        li.inject(nn.Sequential(loaded()), QV)  # as in sentence-transformers
+    li.inject(loaded(add_pooling_layer=False), QV)
     li.save_adapter(li.inject(loaded(1), QV, leave_new=True), tmp_path / "a")
     with pytest.raises(li.FormatError, match=r"'pooler\.dense\.weight'.*leave_new=True"):
         li.load_adapter(loaded(2), tmp_path / "a")
     li.load_adapter(loaded(2), tmp_path / "a", leave_new=True)
 
 
-def test_another_head_under_an_adapter_is_noticed(encoder: Path, tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    classifier(encoder).save_pretrained(tmp_path / "tuned")
-    li.save_adapter(li.inject(classifier(tmp_path / "tuned"), QV), tmp_path / "a")
-    li.load_adapter(classifier(tmp_path / "tuned"), tmp_path / "a")
-    with pytest.raises(li.FormatError, match=r"another base: 'classifier\.weight'"):
-        li.load_adapter(classifier(encoder), tmp_path / "a")
-
-
 def test_a_reward_model_trains_its_new_head_or_is_refused(decoder: Path) -> None:
-    cls = transformers.LlamaForSequenceClassification
-    with pytest.raises(LayerError, match=re.escape("train: ['score']")):
-        li.inject(cls.from_pretrained(decoder, num_labels=1), {"targets": ["q_proj"]})
     peft = pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    four_bits = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    packed = {"quantization_config": four_bits, "device_map": "cpu"}
+    cls = transformers.LlamaForSequenceClassification
+    for how in ({}, packed):
+        with pytest.raises(LayerError, match=re.escape("train: ['score']")):
+            li.inject(cls.from_pretrained(decoder, num_labels=1, **how), Q)
+        li.inject(transformers.LlamaForCausalLM.from_pretrained(decoder, **how), Q)
     as_peft = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
     model = li.inject(cls.from_pretrained(decoder, num_labels=1), as_peft)
     assert [*li.adapter_state(model).trained] == ["score.weight"]
 
 
-def test_a_quantized_base_has_its_new_head_trained_too(decoder: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    four_bits = transformers.BitsAndBytesConfig(load_in_4bit=True)
-
-    def loaded(cls: Any, **how: Any) -> Any:
-        return cls.from_pretrained(decoder, quantization_config=four_bits, device_map="cpu", **how)
-
-    config = {"rank": 2, "targets": ["q_proj"]}
-    reward = loaded(transformers.LlamaForSequenceClassification, num_labels=1)
-    with pytest.raises(LayerError, match=re.escape("train: ['score']")):
-        li.inject(reward, config)
-    li.inject(loaded(transformers.LlamaForCausalLM), config)
-
-
-# What is no new weight ----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- what is no new weight
 
 
 def resized(model: Any) -> Any:
@@ -196,8 +146,7 @@ def with_a_head_of_its_own(model: Any) -> Any:
 
 
 def with_a_copied_layer(model: Any) -> Any:
-    layers = model.model.layers
-    layers.append(copy.deepcopy(layers[0]))
+    model.model.layers.append(copy.deepcopy(model.model.layers[0]))
     return model
 
 
@@ -206,42 +155,29 @@ def cast(model: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        lambda model: model,
-        copy.deepcopy,
-        resized,
-        with_a_head_of_its_own,
-        with_a_copied_layer,
-        cast,
-    ],
-    ids=["as loaded", "copied", "resized", "own head", "a copied layer", "cast"],
+    "change", [copy.deepcopy, resized, with_a_head_of_its_own, with_a_copied_layer, cast]
 )
 def test_a_model_whose_weights_were_all_in_the_checkpoint_is_adapted(
     decoder: Path, change: Callable[[Any], Any]
 ) -> None:
-    model = change(transformers.LlamaForCausalLM.from_pretrained(decoder))
-    li.inject(model, {"rank": 2, "targets": ["q_proj"]})
+    li.inject(change(transformers.LlamaForCausalLM.from_pretrained(decoder)), Q)
 
 
-def test_tied_heads_and_models_from_a_config_are_adapted(tmp_path: Path) -> None:
-    config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)
-    model = li.inject(transformers.LlamaForCausalLM(config), {"targets": ["q_proj"]})
-    li.eject(model).save_pretrained(tmp_path / "tied")
-    tied = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "tied")
-    li.inject(tied, {"rank": 2, "targets": ["q_proj"]})
-    transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)).save_pretrained(tmp_path / "m")
-    li.inject(transformers.BertForMaskedLM.from_pretrained(tmp_path / "m"), QV)
+TIED = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)
+BUFFERED = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, n_positions=8, vocab_size=40)
 
 
-def test_buffers_that_no_checkpoint_holds_are_no_new_weights(tmp_path: Path) -> None:
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2))
-    model.save_pretrained(tmp_path / "gpt2")
-    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
-    li.inject(loaded, {"rank": 2, "targets": ["c_attn"]})
-
-
-def test_a_second_adapter_does_not_hold_what_the_first_one_trains(encoder: Path) -> None:
-    model = li.inject(classifier(encoder), {**QV, "train": ["classifier"]}, "first")
-    with pytest.raises(LayerError, match=r"'classifier\.weight'"):
-        li.inject(model, QV, "second")
+@pytest.mark.parametrize(
+    ("cls", "config", "target"),
+    [
+        (transformers.LlamaForCausalLM, TIED, "q_proj"),
+        (transformers.BertForMaskedLM, transformers.BertConfig(**SIZES), "query"),
+        (transformers.GPT2LMHeadModel, BUFFERED, "c_attn"),
+    ],
+)
+def test_tied_heads_buffers_and_models_from_a_config_are_adapted(
+    cls: Any, config: Any, target: str, tmp_path: Path
+) -> None:
+    model = li.inject(cls(config), {"targets": [target]})
+    li.eject(model).save_pretrained(tmp_path / "base")
+    li.inject(cls.from_pretrained(tmp_path / "base"), {"targets": [target]})

@@ -4,9 +4,11 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
-from conftest import error, fill, same_bits, snapshot
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
+from conftest import error, fill, refusal, same_bits, snapshot
 from helpers.packages import loaded
 from helpers.reference import Block, adapted, config, dense, hold, random
 from torch import nn
@@ -14,12 +16,16 @@ from torch import nn
 import lora_inject as li
 
 FLOAT32 = 2e-5  # of the largest logit, after some twenty roundings of sums of few terms
+TARGETS = ("up", r"down\.weight")
+CPU = torch.device("cpu")
+
+
+def blocks() -> nn.Sequential:
+    return nn.Sequential(Block(), Block())
 
 
 def hooked(model: nn.Module) -> nn.Module:
     """What device_map does to a model that fits: a hook on every module, nothing offloaded."""
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
     for module in model.modules():
         add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
     return model
@@ -27,11 +33,8 @@ def hooked(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("first", ["hooks", "inject"])
 def test_hooks_that_move_inputs_hide_no_adapter(first: str) -> None:
-    from accelerate.hooks import remove_hook_from_submodules
-
-    plain = nn.Sequential(Block(), Block()).double()
-    x, model = random(3, 4), copy.deepcopy(plain)
-    targets = config("up", r"down\.weight")
+    plain = blocks().double()
+    x, model, targets = random(3, 4), copy.deepcopy(plain), config(*TARGETS)
     if first == "hooks":
         before = snapshot(hooked(model))
         li.inject(model, targets)
@@ -51,79 +54,55 @@ def test_hooks_that_move_inputs_hide_no_adapter(first: str) -> None:
     assert same_bits(model(x), plain(x))
 
 
-@pytest.mark.parametrize("where", ["cpu", "disk"])
-def test_offloaded_weights_are_refused(where: str, tmp_path: Path) -> None:
-    import accelerate
-
-    model = nn.Sequential(Block(), Block())
-    if where == "cpu":
-        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    else:
-        accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
-    classes = [(id(m), type(m), [*m.__dict__]) for m in model.modules()]
-    keys = [(n, id(p), p.requires_grad) for n, p in model.named_parameters()]
-    with pytest.raises(li.LayerError, match=r"'0\.up'.*offloaded its weights.*before dispatch"):
-        li.inject(model, config("up"))
-    assert [(id(m), type(m), [*m.__dict__]) for m in model.modules()] == classes
-    assert [(n, id(p), p.requires_grad) for n, p in model.named_parameters()] == keys
-
-
-def test_a_model_offloaded_after_inject_serves_its_adapter() -> None:
-    import accelerate
-
-    plain, x = nn.Sequential(Block(), Block()), torch.randn(3, 4)
-    model = adapted(plain, "up", r"down\.weight")
-    wanted = dense(plain, model)(x.double())
-    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    with torch.no_grad():
-        assert error(model(x), wanted) < FLOAT32
-    shapes = [(type(m), [*m._parameters]) for m in model.modules()]
-    for run in (lambda: li.merge(model), lambda: li.save_adapter(model, "never")):
-        with pytest.raises((li.LayerError, li.FormatError), match="meta device"):
-            run()
-    assert [(type(m), [*m._parameters]) for m in model.modules()] == shapes
-    with torch.no_grad():
-        assert error(model(x), wanted) < FLOAT32
-
-
 OFFLOADS = {
-    "cpu": lambda model, _: accelerate().cpu_offload(model, execution_device=CPU),
-    "disk": lambda model, folder: accelerate().disk_offload(model, folder, execution_device=CPU),
-    "dispatched": lambda model, folder: accelerate().dispatch_model(
+    "cpu": lambda model, _: accelerate.cpu_offload(model, execution_device=CPU),
+    "disk": lambda model, folder: accelerate.disk_offload(model, folder, execution_device=CPU),
+    "dispatched": lambda model, folder: accelerate.dispatch_model(
         model, {"0": "cpu", "1": "disk"}, main_device="cpu", offload_dir=folder, force_hooks=True
     ),
 }
-CPU = torch.device("cpu")
 
 
-def accelerate() -> Any:
-    return pytest.importorskip("accelerate")
+@pytest.mark.parametrize("how", ["cpu", "disk"])
+def test_offloaded_weights_are_refused(how: str, tmp_path: Path) -> None:
+    model = blocks()
+    OFFLOADS[how](model, str(tmp_path))
+
+    def look() -> list[Any]:
+        modules = [(id(m), type(m), [*m.__dict__]) for m in model.modules()]
+        return [*modules, *((n, id(p), p.requires_grad) for n, p in model.named_parameters())]
+
+    before = look()
+    with pytest.raises(li.LayerError, match=r"'0\.up'.*offloaded its weights.*before dispatch"):
+        li.inject(model, config("up"))
+    assert look() == before
 
 
 @pytest.mark.parametrize("how", OFFLOADS)
-def test_what_is_read_of_weights_that_move_is_the_dense_weight(how: str, tmp_path: Path) -> None:
+def test_a_model_offloaded_after_inject_serves_its_adapter(how: str, tmp_path: Path) -> None:
     """Weights lie on meta between the forwards of their layers."""
-    plain, x = nn.Sequential(Block(), Block()), torch.randn(3, 4)
-    model = adapted(plain, "up", r"down\.weight")
+    plain, x = blocks(), torch.randn(3, 4)
+    model = adapted(plain, *TARGETS)
     wanted = dense(plain, model)(x.double())
     assert error(plain(x), wanted) > 0.01
     OFFLOADS[how](model, str(tmp_path))
     for _ in range(2):
         with torch.no_grad():
             assert error(model(x), wanted) < FLOAT32
+        for run in (lambda: li.merge(model), lambda: li.save_adapter(model, "never")):
+            with pytest.raises((li.LayerError, li.FormatError), match="meta device"):
+                run()
 
 
 def test_training_under_offload_is_never_in_vain() -> None:
-    import accelerate
-
-    model = adapted(nn.Sequential(Block(), Block()), "up")
-    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    try:
-        model.train()(torch.randn(3, 4)).sum().backward()
-    except li.LayerError as raised:
-        assert "offload" in str(raised)  # noqa: PT017 - refused, or right
-        return
-    assert all(p.grad is not None for p in li.adapter_parameters(model).values())
+    model = adapted(blocks(), "up")
+    OFFLOADS["cpu"](model, "")
+    x = torch.randn(3, 4)
+    refused = refusal(lambda: model.train()(x).sum().backward(), li.LayerError)
+    if refused is not None:
+        assert "offload" in str(refused)
+    else:
+        assert all(p.grad is not None for p in li.adapter_parameters(model).values())
 
 
 def test_training_under_the_offload_of_compressed_tensors_is_refused(monkeypatch) -> None:

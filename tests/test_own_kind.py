@@ -31,8 +31,8 @@ class Dense(nn.Module):
         self.offset = nn.Parameter(torch.randn(N_OUT))
         self.gain = gain
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gain * (x @ self.kernel) + self.offset
+    def forward(self, x: Tensor, residual: Tensor | float = 0.0) -> Tensor:
+        return self.gain * (x @ self.kernel) + self.offset + residual
 
 
 class Squared(nn.Module):
@@ -49,8 +49,7 @@ class Squared(nn.Module):
 class Net(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer = layer
-        self.after = nn.Linear(N_OUT, 2)
+        self.layer, self.after = layer, nn.Linear(N_OUT, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.after(self.layer(x))
@@ -75,7 +74,7 @@ class LoRADense(LoRALinear):
 
 
 class LoRASquared(WeightUpdate):
-    """Attached the weight."""
+    """Is read as W + delta."""
 
     kind, weight_name = "test_squared", "table"
 
@@ -148,111 +147,39 @@ def gradients(row: str, model: nn.Module, wide: Net, x: Tensor) -> None:
     assert error(B.grad, SCALE * G @ A.t()) < EXACT
 
 
-def test_a_foreign_forward_mount_is_routed_and_switched() -> None:
-    plain, x = build("test_dense"), random(4, N_IN)
-    model = fill(li.inject(copy.deepcopy(plain), config("layer")))
-    both = model(x)
+def test_a_foreign_kind_that_adds_to_the_output_is_routed_and_takes_its_input_by_name() -> None:
+    plain, x, residual = build("test_dense"), random(4, N_IN), random(4, N_OUT)
+    model: Any = fill(li.inject(copy.deepcopy(plain), config("layer")))
+    wide: Any = with_deltas(plain, model)
+    wanted = wide.layer(x, residual)
+    assert error(model.layer(residual=residual, x=x), wanted) < EXACT
+    assert error(model.layer(x, residual), wanted) < EXACT
     with li.routed(model, ["default", None, "default", None]):
         rows = model(x)
-    assert error(rows[::2], both[::2]) < EXACT
+    assert error(rows[::2], wide(x)[::2]) < EXACT
     assert error(rows[1::2], plain(x)[1::2]) < EXACT
-    with li.disabled(model):
-        assert same_bits(model(x), plain(x))
-
-
-class Multiplied(nn.Module):
-    """What nn.Linear computes, in a class of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(N_OUT, N_IN))
-        self.bias = nn.Parameter(torch.randn(N_OUT))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.t() + self.bias
-
-
-class LoRAMultiplied(LoRALinear):
-    kind = "test_multiplied"
-
-    @classmethod
-    def matches(cls, layer: type[nn.Module]) -> bool:
-        return issubclass(layer, Multiplied)
-
-    @staticmethod
-    def geometry(module: nn.Module) -> Geometry:
-        return Geometry(N_IN, N_OUT, (N_OUT, N_IN))
-
-    @classmethod
-    def adds_to_output(cls, module: nn.Module, *, stock: bool) -> bool:
-        return isinstance(module, Multiplied)
-
-
-@pytest.mark.parametrize("more", [{}, {"bias": "all"}, {"variant": "dora", "bias": "all"}], ids=str)
-def test_a_foreign_kind_that_multiplies_is_routed_as_linear_layers_are(more) -> None:
-    register_kind(LoRAMultiplied)
-    model, x = nn.Sequential(Multiplied()), random(3, 6, N_IN)
-    for name in "ab":
-        fill(li.inject(model.double(), {"rank": 2, "targets": ["0"], **more}, name), name)
-    wanted = []
-    for i, name in enumerate(["a", "b", None]):
-        li.activate(model, name)
-        wanted.append(model(x[i : i + 1]))
-    with li.routed(model, ["a", "b", None]):
-        assert error(model(x), torch.cat(wanted)) < EXACT
 
 
 @pytest.mark.parametrize("row", ["test_dense", "test_squared"])
-def test_a_foreign_kind_copies_and_pickles(row: str, tmp_path: Path) -> None:
-    model, x = fill(li.inject(build(row), config("layer"))), random(3, N_IN)
-    torch.save(model, tmp_path / "model.pt")
-    again = torch.load(tmp_path / "model.pt", weights_only=False)
-    for other in (copy.deepcopy(model), again):
-        assert same_bits(other(x), model(x))
-        assert li.adapters(other)["default"].sites == li.adapters(model)["default"].sites
-
-
-@pytest.mark.parametrize("row", ["test_dense", "test_squared"])
-def test_a_foreign_kind_travels_in_the_native_format(row: str, tmp_path: Path) -> None:
+def test_a_foreign_kind_travels_and_where_its_class_is_missing_a_load_says_so(
+    row: str, tmp_path: Path
+) -> None:
+    """PEFT has no such layer."""
     plain, x = build(row), random(3, N_IN)
     model = fill(li.inject(copy.deepcopy(plain), config("layer", "after")))
+    torch.save(model, tmp_path / "model.pt")
     path, _ = saved(model, tmp_path, "native")
-    again = li.load_adapter(copy.deepcopy(plain), path)
-    assert same_bits(again(x), model(x))
-    assert li.adapters(again)["default"].sites["layer"].kind == row
-
-
-@pytest.mark.parametrize("row", ["test_dense", "test_squared"])
-def test_a_foreign_kind_travels_in_a_peft_folder_or_is_refused(row: str, tmp_path: Path) -> None:
-    """PEFT has no such layer: it is written only where it comes back right."""
-    plain, x = build(row), random(3, N_IN)
-    model = fill(li.inject(copy.deepcopy(plain), config("layer")))
-    try:
-        path, _ = saved(model, tmp_path, "peft")
-    except li.FormatError as raised:
-        assert "'layer'" in str(raised)  # noqa: PT017 - refused, or right
-        assert "native" in raised.remedy  # noqa: PT017
-        assert [*tmp_path.iterdir()] == []
-        return
-    assert same_bits(li.load_adapter(copy.deepcopy(plain), path)(x), model(x))
-
-
-@pytest.mark.parametrize("row", ["test_dense", "test_squared"])
-@pytest.mark.parametrize("layout", ["native", "peft"])
-def test_where_the_class_is_missing_a_load_says_so(row: str, layout: str, tmp_path: Path) -> None:
-    plain = build(row)
-    model = fill(li.inject(copy.deepcopy(plain), config("layer")))
-    try:
-        path, _ = saved(model, tmp_path, layout)
-    except li.FormatError:
-        assert layout == "peft"
-        return
-    KINDS[:] = [row for row in KINDS if not row.kind.startswith("test_")]
+    others = [copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)]
+    others.append(li.load_adapter(copy.deepcopy(plain), path))
+    with pytest.raises(li.FormatError, match="'layer'") as raised:
+        saved(model, tmp_path, "peft")
+    assert "native" in raised.value.remedy
+    for other in others:
+        assert same_bits(other(x), model(x))
+        assert li.adapters(other)["default"].sites["layer"].kind == row
+    KINDS[:] = [each for each in KINDS if not each.kind.startswith("test_")]
     words = rf"'layer'.*{row}.*not registered here.*register_kind"
     refused(plain, lambda: li.load_adapter(plain, path), li.FormatError, words)
-    register_kind(LoRADense)
-    register_kind(LoRASquared)
-    assert len(li.adapters(li.load_adapter(plain, path))["default"].sites) == 1
 
 
 def test_a_foreign_kind_is_asked_before_the_built_in_ones() -> None:
@@ -267,45 +194,25 @@ def test_a_foreign_kind_is_asked_before_the_built_in_ones() -> None:
             return issubclass(layer, Special)
 
     assert register_kind(LoRASpecial) is LoRASpecial
+    n_rows = len(KINDS)
+    register_kind(LoRASpecial)
+    assert len(KINDS) == n_rows, "it takes its own place"
     planned = li.plan(nn.Sequential(Special(3, 3), nn.Linear(3, 3)), config(r"\d"))
     assert [s.kind for s in planned.sites] == ["test_special", "linear"]
 
 
-def test_registering_the_same_class_again_replaces_it() -> None:
-    n_rows = len(KINDS)
-    register_kind(LoRADense)
-    register_kind(LoRADense)
-    assert len(KINDS) == n_rows
-
-
-class NoKind(LoRALinear):
-    pass
-
-
-class NoCarrier(nn.Module):
-    kind = "test_no_carrier"
-
-
-class Taken(LoRALinear):
-    kind = "linear"
-
-
-class TakenForeign(LoRALinear):
-    kind = "test_dense"
-
-
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("base", "of_its_own", "words"),
     [
-        (NoKind, "not an Adapted class with a kind of its own"),
-        (NoCarrier, "not an Adapted class with a kind of its own"),
-        (Taken, "kind 'linear' is taken by .*LoRALinear"),
-        (TakenForeign, "kind 'test_dense' is taken by .*LoRADense"),
+        (LoRALinear, {}, "not an Adapted class with a kind of its own"),
+        (nn.Module, {"kind": "test_no_carrier"}, "not an Adapted class with a kind of its own"),
+        (LoRALinear, {"kind": "linear"}, "kind 'linear' is taken by .*LoRALinear"),
+        (LoRALinear, {"kind": "test_dense"}, "kind 'test_dense' is taken by .*LoRADense"),
     ],
-    ids=lambda v: getattr(v, "__name__", ""),
+    ids=["no kind", "no carrier", "taken", "taken by another"],
 )
-def test_what_is_not_a_kind_of_its_own_is_refused(row: Any, words: str) -> None:
+def test_what_is_not_a_kind_of_its_own_is_refused(base: Any, of_its_own: Any, words: str) -> None:
     before = list(KINDS)
     with pytest.raises(li.LayerError, match=words):
-        register_kind(row)
+        register_kind(type("Own", (base,), of_its_own))
     assert before == KINDS

@@ -1,12 +1,11 @@
 """LSTM, GRU and RNN: what their fused kernel is handed is W + delta; torch's books hold W."""
 
 import copy
-import io
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import error, fill, same_bits
+from conftest import COPIES, error, fill, same_bits
 from helpers.reference import EXACT, adapted, config, dense, hold, saved
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -76,16 +75,12 @@ def test_travel(layout: str, tmp_path: Path) -> None:
     plain = Reads("GRU").double()
     model = adapted(plain, "rnn")
     path, _ = saved(model, tmp_path, layout)
-    for found in (li.load_adapter(copy.deepcopy(plain), path), copy.deepcopy(model)):
-        assert error(run(found), run(model)) < EXACT
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    assert same_bits(run(torch.load(buffer, weights_only=False)), run(model))
+    assert error(run(li.load_adapter(copy.deepcopy(plain), path)), run(model)) < EXACT
+    for copied in COPIES.values():
+        assert same_bits(run(copied(model)), run(model))
     li.merge(model, eject=True)
-    again = Reads("GRU").double()
-    again.load_state_dict(model.state_dict())
-    assert same_bits(run(again), run(model))
+    plain.load_state_dict(model.state_dict())
+    assert same_bits(run(plain), run(model))
 
 
 def test_weights_that_are_put_in_place_are_read() -> None:
@@ -118,18 +113,13 @@ def test_checkpoints_packed_sequences_and_no_leftovers(reentrant: bool) -> None:
     assert all(w.grad_fn is None for w in model.rnn.__dict__["_flat_weights"])
 
 
-def test_rows_are_refused_and_graphs_leave_the_layer_to_torch() -> None:
+def test_rows_are_refused_graphs_break_and_replicas_have_a_list_of_their_own() -> None:
     model = adapted(Reads().double(), "rnn")
     with pytest.raises(li.StateError, match="all rows of a batch share"):
         li.routed(model, ["default", None]).__enter__()
     torch.compiler.reset()
     assert error(torch.compile(model, backend="eager")(X), run(model)) < EXACT
     torch.compiler.reset()
-
-
-def test_replicas_have_a_list_of_their_own() -> None:
-    model = adapted(Reads().double(), "rnn")
-    stored = model.rnn.__dict__["_flat_weights"]
     replica = model.rnn._replicate_for_data_parallel()
-    assert replica.__dict__["_flat_weights"] is not stored
+    assert replica.__dict__["_flat_weights"] is not model.rnn.__dict__["_flat_weights"]
     assert type(replica) is type(model.rnn)

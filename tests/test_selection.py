@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
-from lora_inject.core.layers import survey
 
 Grads = dict[str, Tensor | None]
 SLICED = {"match": "qkv", "slices": ["q", "k", "v"], "adapt": ["q", "v"], "rank": 1}
@@ -239,21 +238,6 @@ def test_nested_checkpoints(name: str, mode: bool, nested: bool) -> None:
     assert_recomputed((SCENARIOS | ROUTES)[name], net(), mode, nested)
 
 
-@inner_modes
-@modes
-def test_a_checkpoint_inside_a_context_inside_a_checkpoint(mode: bool, nested: bool) -> None:
-    def scenario(model: Net, x: Tensor) -> None:
-        def inner(x: Tensor) -> Tensor:
-            with li.routed(model, ["b", "a", None, "c"]):
-                return model.call(model.first, x, mode=nested) + x
-
-        y = model.call(inner, x, mode=mode)
-        li.activate(model, "c")
-        backward(y)
-
-    assert_recomputed(scenario, net(), mode=True)
-
-
 def test_a_checkpoint_under_hooks_on_saved_tensors() -> None:
     def scenario(model: Net, x: Tensor) -> None:
         def inner(x: Tensor) -> Tensor:
@@ -384,35 +368,6 @@ def test_values_that_were_swapped_since_the_forward_are_not_recomputed_with(mode
 # ----------------------------------------------------------------------------------------- activate
 
 
-def test_activate_does_not_walk_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = net()
-    li.activate(model, "a")
-    monkeypatch.setattr(survey, "_walk", None)
-    li.activate(model, {"a": 0.1, "b": 0.2})
-    with li.disabled(model):
-        pass
-    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
-        li.eject(model, "c")
-
-
-def test_activate_on_a_parent_reaches_every_part_once() -> None:
-    parts = nn.ModuleList([net(), net()])
-    due = {name: [li.activate(part, name)(X) for part in parts] for name in ("a", "b", None)}
-
-    def assert_active(name: str | None) -> None:
-        assert all(same_bits(part(X), y) for part, y in zip(parts, due[name], strict=True))
-        assert li.adapters(parts)["b"].active == (name == "b")
-
-    assert not same_bits(due["a"][1], due["b"][1])
-    li.activate(parts, "b")
-    assert_active("b")
-    with li.disabled(parts):
-        assert_active(None)
-    assert_active("b")
-    li.activate(parts, "a")
-    assert_active("a")
-
-
 @pytest.mark.parametrize(
     ("which", "words"),
     [
@@ -428,17 +383,6 @@ def test_activate_refuses(which: Any, words: str) -> None:
         li.activate(model, which)
     assert str(caught.value) == words
     assert li.adapters(model)["a"].active
-
-
-def test_a_model_without_adapters_has_nothing_to_choose() -> None:
-    plain = nn.Linear(2, 2)
-    for asked, choose in (
-        ("activate", lambda: li.activate(plain, None)),
-        ("disabled", lambda: li.disabled(plain).__enter__()),
-        ("routed", lambda: li.routed(plain, [None]).__enter__()),
-    ):
-        with pytest.raises(li.StateError, match=f"{asked}: the model has no adapter"):
-            choose()
 
 
 # ------------------------------------------------------------------------------------------- routed
@@ -509,17 +453,6 @@ def test_gradients_reach_exactly_the_adapters_of_the_rows(kind, rows) -> None:
     assert_same(grads, gradients(model))
     reached = {key.split(":")[0] for key, grad in grads.items() if grad is not None}
     assert reached == {name for name in rows if name is not None}
-
-
-def test_rows_of_an_adapter_that_is_not_on_a_site_get_the_base_there() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
-    for name, site in (("first", "0"), ("last", "2")):
-        fill(li.inject(model, {"rank": 2, "targets": [site]}, name), name)
-    x = torch.randn(3, 4, dtype=torch.float64)
-    with li.routed(model, ["first", "last", None]):
-        y = model(x)
-    for i, name in enumerate(["first", "last", None]):
-        assert error(y[i : i + 1], alone(model, name, [x], i)) < 1e-12
 
 
 @pytest.mark.parametrize(("n", "repeat"), [(1, 1), (2, 1), (6, 1), (9, 2), (12, 1), (2, 2), (0, 1)])

@@ -24,12 +24,11 @@ from conftest import (
 )
 from helpers.checkpoints import save_checkpoint
 from helpers.models import TiedDecoder
-from helpers.reference import llama, refused
+from helpers.reference import refused
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.compiled import graphs
 from lora_inject.core.adapter.own_variants import register_variant
 from lora_inject.core.adapter.variants import VARIANTS, Variant
 from lora_inject.core.spec.sites import ROLES
@@ -144,45 +143,6 @@ def test_dropout_is_pefts(tmp_path: Path) -> None:
     assert error(found, other(x)) <= 1e-6
 
 
-def test_rows_of_a_batch_have_gains_of_their_own() -> None:
-    for kind in (KINDS["linear"], KINDS["conv1d"], KINDS["embedding"]):
-        model = moved(li.inject(dora(kind, host(kind), "a"), kind.config, "b"), "b")
-        inputs = kind.inputs(torch.float32)
-        alone = {}
-        for name in ("a", "b", None):
-            li.activate(model, name)
-            alone[name] = model(*inputs)
-        rows = ["a", None, "b", "a"]
-        with li.routed(model, rows):
-            found = model(*inputs)
-        for i, name in enumerate(rows):
-            assert error(found[i], alone[name][i]) <= 1e-6
-
-
-@pytest.mark.skipif(not graphs.GRAPHS_HAVE_GAINS, reason="a graph with DoRA needs torch 2.9")
-def test_dora_is_compiled_as_a_whole_with_its_gradients() -> None:
-    kind = KINDS["linear"]
-    model = moved(li.inject(dora(kind, host(kind), "a"), kind.config, "b"), "b")
-    compiled, inputs = torch.compile(model, backend="aot_eager", fullgraph=True), [torch.ones(2, 5)]
-    for name in ("b", "a"):
-        li.activate(model, name)
-        assert error(compiled(*inputs), model(*inputs)) <= 1e-6
-    li.train_only(model, "a")
-    trained = tensors(model, kind, "a")
-    grads = [torch.autograd.grad(run(*inputs).sum(), trained) for run in (compiled, model)]
-    assert all(error(one, two) <= 1e-5 for one, two in zip(*grads, strict=True))
-
-
-@pytest.mark.parametrize("name", ["linear", "conv 2d"])
-def test_dora_takes_part_alone_or_not_at_all(name: str) -> None:
-    kind = KINDS[name]
-    model = moved(li.inject(dora(kind, host(kind), "a"), kind.config, "b"), "b")
-    for mix in ({"a": 1.0, "b": 1.0}, {"a": 0.5}):
-        refused(model, lambda mix=mix: li.activate(model, mix), li.LayerError, "alone")
-        refused(model, lambda mix=mix: li.merge(model, name=mix), li.LayerError, "alone")
-    li.activate(model, {"b": 0.5})
-
-
 def test_what_cannot_carry_a_magnitude_refuses_it(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(4, 6))
     state = li.adapter_state(li.inject(net, {"rank": 1, "variant": "dora", "targets": ["0"]}))
@@ -234,7 +194,7 @@ def test_a_variant_from_outside_the_package(tmp_path: Path) -> None:
         li.read_adapter(tmp_path / "a.safetensors")
 
 
-# ------------------------------------------------------------------------------------- a bias of B
+# -------------------------------------------------------------------------------------- a bias of B
 
 BIASED = {name: KINDS[name] for name in ("linear", "conv1d", "own linear forward", "conv 2d")}
 
@@ -290,7 +250,7 @@ def test_a_bias_of_b_is_refused_where_it_has_no_place() -> None:
         refused(model, lambda m=model, c=both: li.inject(m, c), li.MatchError, words)
 
 
-# ----------------------------------------------------------------------------- rows of embeddings
+# ------------------------------------------------------------------------------- rows of embeddings
 
 
 TOKENS = {"rank": 1, "targets": ["fc"], "tokens": {"embed": [7, 2]}}
@@ -319,21 +279,6 @@ def test_rows_that_train_are_read_in_place_of_the_bases_under_all_names() -> Non
     assert same_bits(model.embed.weight, table.detach())
     li.unmerge(model)
     assert all(same_bits(t, before[key]) for key, t in model.state_dict().items())
-
-
-def test_rows_of_two_adapters_are_mixed_as_copies_are() -> None:
-    model = fill(li.inject(TiedDecoder(), {"tokens": {"embed": [7, 2]}}, "a"), "a")
-    fill(li.inject(model, {"tokens": {"embed": [2, 3]}}, "b"), "b")
-    W = model.embed.get_parameter("weight").detach().clone()
-    a, b = (li.adapter_state(model, n).trained["embed.weight"].clone() for n in ("a", "b"))
-    li.activate(model, {"a": 0.5, "b": 2.0})
-    table = W.clone()
-    table[[7, 2]] += 0.5 * (a - W[[7, 2]])
-    table[[2, 3]] += 2.0 * (b - W[[2, 3]])
-    wanted = table[IDS]
-    assert error(model.embed(IDS), wanted) <= 1e-6
-    li.merge(model)
-    assert error(model.embed(IDS), wanted) <= 1e-6
 
 
 def test_peft_reads_rows_of_every_name_and_table(tmp_path: Path) -> None:
@@ -367,20 +312,6 @@ def test_tokens_are_refused_where_they_cannot_train() -> None:
         refused(model, lambda m=model, c=config: li.inject(m, c), li.MatchError, words)
     with pytest.raises(li.ConfigError, match="repeated"):
         li.Config(tokens={"embed": [1, 1]})
-
-
-def test_a_vocabulary_is_resized_before_rows_of_it_train(tmp_path: Path) -> None:
-    model = li.inject(llama(), {"tokens": {"embed_tokens": [3]}})
-    with pytest.raises(li.LoraInjectError, match="Eject first"):
-        model.resize_token_embeddings(15)
-    li.eject(model).resize_token_embeddings(15)
-    li.inject(model, {"tokens": {"embed_tokens": [13, 14]}, "targets": ["q_proj"]})
-    fill(model)
-    ids = torch.tensor([[1, 13, 14]])
-    wanted = model(ids).logits
-    li.save_adapter(model, tmp_path / "a")
-    again = li.load_adapter(li.eject(copy.deepcopy(model)), tmp_path / "a")
-    assert same_bits(again(ids).logits, wanted)
 
 
 # -------------------------------------------------------------------------------------------- files
