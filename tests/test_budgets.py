@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -144,19 +144,11 @@ def may_look_inside(name: str) -> bool:
     return of_torch or name in {"private.py", "private_names.py"} or "integrations/" in name
 
 
-def n_lines(loaded: dict[str, int], at_most: int) -> str:
-    """Say how much too much was loaded, the longest files first; nothing if it is not."""
-    total = sum(loaded.values())
-    if total <= at_most:
-        return ""
-    longest: Iterable[str] = sorted(loaded, key=loaded.__getitem__, reverse=True)
-    listing = "\n".join(f"{loaded[name]:6} {name}" for name in longest)
-    return f"{total} lines for {at_most}:\n{listing}"
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_verb_loads_no_more_of_the_package_than_its_budget(stage: str) -> None:
-    assert n_lines(loaded_by(STAGES[stage]), LINES[stage]) == ""
+    loaded = loaded_by(STAGES[stage])
+    longest = sorted(loaded.items(), key=lambda entry: -entry[1])
+    assert sum(loaded.values()) <= LINES[stage], longest
 
 
 def test_a_plain_life_loads_none_of_what_is_known_of_other_libraries() -> None:
@@ -210,9 +202,6 @@ def test_the_measures_see_what_they_are_for() -> None:
     }
     assert tall_functions(files) == [(11, "core/a.py: tall")]
     assert public_names(files)["tall"] == {"core/a.py", "core/b.py"}
-    assert "_own" not in public_names(files)
     assert lines_with(PRIVATE, "x = 1  # f_code\nframe.f_code\n") == ["frame.f_code"]
     assert lines_with(PRIVATE, 'found = look_up("torch._C._x")\n') == []
     assert LIBRARIES.search('"""What PEFT reads."""')
-    assert n_lines({"a.py": 3, "b.py": 4}, 7) == ""
-    assert n_lines({"a.py": 3, "b.py": 4}, 6) == "7 lines for 6:\n     4 b.py\n     3 a.py"

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,8 @@ class Block(nn.Module):
             self.add_module(name, nn.Linear(4, 4, bias=False))
         self.norm = nn.LayerNorm(4)
 
-
-def blocks(n: int = N_BLOCKS) -> nn.Module:
-    return nn.Sequential(*[Block() for _ in range(n)])
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o(self.v(self.k(self.q(x))))
 
 
 def calls(run: Callable[[], Any]) -> int:
@@ -59,20 +58,21 @@ def a_site(verb: Callable[[nn.Module], Any], prepare: Callable[[nn.Module], Any]
     """Return the calls that a verb makes for each further site of a model."""
     n_calls = []
     for n in (1, N_BLOCKS, 2 * N_BLOCKS):  # the first imports what a verb needs
-        model = blocks(n)
+        model = nn.Sequential(*[Block() for _ in range(n)])
         prepare(model)
         n_calls.append(calls(lambda: verb(model)))  # noqa: B023 - it runs at once
     return (n_calls[2] - n_calls[1]) / (4 * N_BLOCKS)
 
 
-def put_on(model: nn.Module, name: str = "default") -> nn.Module:
-    return inject(model, CONFIG, name)
-
-
+# verb -> how it is called, on what, and the calls that it may make for each site
 VERBS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[nn.Module], Any], float]] = {
     "plan": (lambda model: plan(model, CONFIG), lambda _: None, 135),
-    "inject": (put_on, lambda _: None, 225),
-    "install a second": (lambda model: install(model, adapter_state(model), "b"), put_on, 375),
+    "inject": (lambda model: inject(model, CONFIG), lambda _: None, 225),
+    "install a second": (
+        lambda model: install(model, adapter_state(model), "b"),
+        lambda model: inject(model, CONFIG),
+        375,
+    ),
 }
 
 
@@ -87,47 +87,34 @@ def test_a_verb_makes_few_calls_for_each_site() -> None:
 
 
 @pytest.fixture
-def usual() -> Any:
+def _usual() -> Iterator[None]:
     before = gc.get_threshold()
     gc.set_threshold(700, 10, 10)
-    yield gc.get_threshold()
+    yield
     gc.set_threshold(*before)
 
 
-@pytest.mark.usefixtures("usual")
+@pytest.mark.usefixtures("_usual")
 def test_the_collector_waits_while_a_verb_makes_its_objects_and_no_longer() -> None:
-    model, thresholds = blocks(1), []
+    model, thresholds = nn.Sequential(Block()), []
 
     def probe() -> None:
         thresholds.append(gc.get_threshold()[0])
-        forward(model)
+        model(torch.ones(1, 4))
 
     inject(model, CONFIG, probe=probe)
+    assert thresholds[0] > 100_000
     with pytest.raises(MatchError):
         plan(model, {"targets": ["no_such_layer"]})
-    assert thresholds[0] > 100_000
     assert gc.get_threshold() == (700, 10, 10)
-
-
-def forward(model: nn.Module) -> None:
-    for block in model:
-        block.o(block.v(block.k(block.q(torch.ones(1, 4)))))
-
-
-@pytest.mark.usefixtures("usual")
-@pytest.mark.parametrize("young", [0, 10**6])
-def test_a_collector_that_is_off_or_waits_longer_is_left_as_it_is(young: int) -> None:
-    gc.set_threshold(young, 5, 5)
-    with few_collections(), few_collections():
-        assert gc.get_threshold() == (young, 5, 5)
-    assert gc.get_threshold() == (young, 5, 5)
-
-
-@pytest.mark.usefixtures("usual")
-def test_a_threshold_that_somebody_sets_in_a_verb_stays() -> None:
     with few_collections():
-        gc.set_threshold(900)
+        gc.set_threshold(900)  # by somebody else meanwhile
     assert gc.get_threshold()[0] == 900
+    for young in (0, 10**6):  # off, or later than ours
+        gc.set_threshold(young, 5, 5)
+        with few_collections():
+            assert gc.get_threshold() == (young, 5, 5)
+        assert gc.get_threshold() == (young, 5, 5)
 
 
 if __name__ == "__main__":

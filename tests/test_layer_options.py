@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import (
-    ALPHA,
     KINDS,
-    RANK,
     TOLERANCE,
     Host,
     Kind,
@@ -21,7 +19,7 @@ from conftest import (
     injected,
     same_bits,
 )
-from helpers.reference import SCALE, adapted, finite_differences, hold, random
+from helpers.reference import SCALE, adapted, config, finite_differences, hold, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -29,37 +27,37 @@ from torch import Tensor, nn
 import lora_inject as li
 
 
-@pytest.mark.parametrize("make", [nn.LSTMCell, nn.GRUCell, nn.RNNCell], ids=lambda c: c.__name__)
-def test_recurrent_cells_read_their_weights(make: Any) -> None:
-    class Once(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.cell = make(4, 5)
+class Once(nn.Module):
+    """A cell that runs twice."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            found = self.cell(x)
-            found = self.cell(x, found)
-            return found[0] if isinstance(found, tuple) else found
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
 
-    plain, x = Once().double(), random(3, 4)
-    hold(plain, adapted(plain, "weight_ih", "weight_hh"), lambda m: m(x))
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.cell(x, self.cell(x))
+        return state[0] if isinstance(state, tuple) else state
 
 
-def test_a_bilinear_layer_between_others() -> None:
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.left = nn.Linear(4, 3)
-            self.pair = nn.Bilinear(3, 4, 2)
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Linear(4, 3)
+        self.pair = nn.Bilinear(3, 4, 2)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.pair(self.left(x), x)
-
-    plain, x = Pair().double(), random(3, 4)
-    hold(plain, adapted(plain, "left", "pair"), lambda m: m(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pair(self.left(x), x)
 
 
-CONFIG = {"rank": RANK, "alpha": ALPHA}
+CELLS = [nn.LSTMCell, nn.GRUCell, nn.RNNCell]
+
+
+@pytest.mark.parametrize("make", [*CELLS, None], ids=lambda cell: getattr(cell, "__name__", "pair"))
+def test_bilinear_layers_and_recurrent_cells(make: Any) -> None:
+    plain = (Pair() if make is None else Once(make(4, 5))).double()
+    targets = ["left", "pair"] if make is None else ["weight_ih", "weight_hh"]
+    x = random(3, 4)
+    hold(plain, adapted(plain, *targets), lambda m: m(x))
 
 
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -87,31 +85,20 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions(name: str) -> None:
     build, shape = CONVOLUTIONS[name]
-    plain = Host(build()).double()
-    model = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": ["layer"]}))
-    A, B = (p.detach() for p in li.adapter_parameters(model).values())
-    W = plain.layer.weight.detach()
-    delta = SCALE * B @ A
-    wide = copy.deepcopy(plain)
-    wide.layer.weight.data += (delta.t() if "transposed" in name else delta).reshape(W.shape)
-    x = torch.randn(shape, dtype=torch.float64)
-    assert error(plain(x), wide(x)) > 0.01
-    assert error(model(x), wide(x)) < 1e-12
-    li.merge(model)
-    assert error(model(x), wide(x)) < 1e-12
+    plain, x = Host(build()).double(), random(*shape)
+    hold(plain, adapted(plain, "layer"), lambda m: m(x))
 
 
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.0])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_embedding_max_norm(dtype: torch.dtype, norm_type: float) -> None:
     plain = Host(nn.Embedding(300, 16, max_norm=3.9, norm_type=norm_type)).to(dtype)
-    model = li.inject(copy.deepcopy(plain), {**CONFIG, "targets": ["layer"]})
+    model = li.inject(copy.deepcopy(plain), config("layer"))
     ids = torch.randint(0, 300, (9, 40))
     W = model.layer._parameters["weight"]
     bits, version = W.detach().clone(), W._version
     assert same_bits(model(ids), copy.deepcopy(plain)(ids))
-    fill(model)
-    found = model(ids)
+    y = fill(model)(ids)
     assert same_bits(W, bits)
     assert W._version == version
     site = li.adapter_state(model).sites["layer"]
@@ -119,13 +106,12 @@ def test_embedding_max_norm(dtype: torch.dtype, norm_type: float) -> None:
     norm = rows.norm(norm_type, dim=-1, keepdim=True)
     assert 0.1 < (norm > 3.9).double().mean() < 1 or norm_type == 1.0
     wanted = torch.where(norm > 3.9, rows * 3.9 / (norm + 1e-7), rows)
-    assert error(found, wanted) < TOLERANCE[dtype]
+    assert error(y, wanted) < TOLERANCE[dtype]
 
 
 def test_embedding_max_norm_gradient_against_finite_differences() -> None:
     model = injected(KINDS["embedding max_norm"], torch.float64)
-    ids = torch.arange(7)
-    g = torch.randn(7, 5, dtype=torch.float64)
+    ids, g = torch.arange(7), random(7, 5)
     (model(ids) * g).sum().backward()
     for parameter in li.adapter_parameters(model).values():
         measured = finite_differences(lambda: (model(ids) * g).sum(), parameter)
@@ -137,16 +123,13 @@ def test_embedding_options_keep_their_gradients(options: dict[str, Any]) -> None
     kind = Kind(lambda: nn.Embedding(7, 5, **options), (7, 5), ["ids"], transposed=True)
     plain = host(kind, torch.float64)
     model = fill(li.inject(copy.deepcopy(plain), kind.config))
-    A, B = li.adapter_parameters(model).values()
-    ids = torch.tensor([[1, 1, 1], [2, 1, 5]])
-    g = torch.randn(2, 3, 5, dtype=torch.float64)
+    leaves = list(li.adapter_parameters(model).values())
+    ids, g = torch.tensor([[1, 1, 1], [2, 1, 5]]), random(2, 3, 5)
     (model(ids) * g).sum().backward()
-    wide = [t.detach().clone().requires_grad_() for t in (A, B)]
-    if options.get("sparse"):
-        plain.layer.sparse = False  # the dense reference differentiates a sum, which is not sparse
+    wide = [t.detach().clone().requires_grad_() for t in leaves]
+    plain.layer.sparse = False  # the dense reference differentiates a sum, which is not sparse
     (dense_output(kind, plain, *wide, [ids]) * g).sum().backward()
-    assert error(A.grad, wide[0].grad) < 1e-12
-    assert error(B.grad, wide[1].grad) < 1e-12
+    assert all(error(a.grad, b.grad) < 1e-12 for a, b in zip(leaves, wide, strict=True))
 
 
 @settings(max_examples=40, deadline=None)
@@ -159,23 +142,22 @@ def test_embedding_options_keep_their_gradients(options: dict[str, Any]) -> None
 )
 def test_fused_slices(sizes, data, transposed, rank, seed) -> None:
     torch.manual_seed(seed)
-    names = [f"s{i}" for i in range(len(sizes))]
-    wide = [n for n, size in zip(names, sizes, strict=True) if size >= rank]
+    slices = {f"s{i}": size for i, size in enumerate(sizes)}
+    wide = [name for name, size in slices.items() if size >= rank]
     if not wide:
         return
     adapt = data.draw(st.lists(st.sampled_from(wide), min_size=1, unique=True))
     n_out = sum(sizes)
     layer = conv1d(n_out, 3) if transposed else nn.Linear(3, n_out)
-    model = Host(layer).double()
-    x = torch.randn(4, 3, dtype=torch.float64)
+    model, x = Host(layer).double(), random(4, 3)
     base, W = model(x), layer.weight.detach().clone()
-    rule = {"match": "layer", "slices": dict(zip(names, sizes, strict=True)), "adapt": adapt}
+    rule = {"match": "layer", "slices": slices, "adapt": adapt}
     fill(li.inject(model, {"rank": rank, "alpha": 3, "targets": [rule]}))
     y = model(x)
     site = li.adapter_state(model).sites["layer"]
     delta = torch.zeros(n_out, 3, dtype=torch.float64)
     row = start = part = 0
-    for name, size in zip(names, sizes, strict=True):
+    for name, size in slices.items():
         if name in adapt:
             A = site.A[part * rank : (part + 1) * rank]
             delta[start : start + size] = 3 / rank * site.B[row : row + size] @ A

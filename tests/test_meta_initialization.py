@@ -48,28 +48,22 @@ def emptied(model: nn.Module) -> nn.Module:
     return model
 
 
-def reset(model: nn.Module) -> None:
+def reset(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
+    return model
 
 
 WAYS: dict[str, Callable[[nn.Module, Any], Any]] = {
     "emptied, then loaded": lambda m, base: emptied(m).load_state_dict(base),
-    "emptied, reset, then loaded": lambda m, base: (
-        emptied(m),
-        reset(m),
-        m.load_state_dict(base),
-    ),
+    "emptied, reset, then loaded": lambda m, base: reset(emptied(m)).load_state_dict(base),
     "assigned": lambda m, base: m.load_state_dict(base, assign=True),
     "emptied, then assigned": lambda m, base: emptied(m).load_state_dict(base, assign=True),
-    "copied, emptied, then loaded": lambda m, base: emptied(
-        pickle.loads(pickle.dumps(m))
-    ).load_state_dict(base),
 }
 
 
-@pytest.mark.parametrize("way", list(WAYS)[:4])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_it_starts_as_the_plain_model_whose_values_it_gets(config: str, way: str) -> None:
     torch.manual_seed(1)
@@ -77,40 +71,39 @@ def test_it_starts_as_the_plain_model_whose_values_it_gets(config: str, way: str
     model = on_meta(CONFIGS[config])
     WAYS[way](model, plain.state_dict())
     assert same_bits(model(IDS), plain(IDS))
-    parameters = li.adapter_parameters(model)
-    assert all(p.requires_grad and torch.isfinite(p).all() for p in parameters.values())
     torch.manual_seed(1)
     at_once = li.adapter_parameters(li.inject(copy.deepcopy(plain), CONFIGS[config]))
-    for key, parameter in parameters.items():
+    for key, parameter in li.adapter_parameters(model).items():
         due = at_once[key].detach()
+        assert parameter.requires_grad
         assert parameter.shape == due.shape
         if due.std() == 0 or not key.endswith(("lora_A", "lora_B")):  # what is not random
-            torch.testing.assert_close(parameter, at_once[key]), key
+            torch.testing.assert_close(parameter, at_once[key])
         else:
             assert 0.1 < parameter.std() / due.std() < 10, key  # of a few numbers
     model(IDS).square().sum().backward()
-    assert all(p.grad is not None for p in parameters.values())
+    assert all(p.grad is not None for p in li.adapter_parameters(model).values())
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_reset_parameters_starts_what_has_no_values(config: str) -> None:
-    model = emptied(on_meta(CONFIGS[config]))
-    reset(model)
-    plain = copy.deepcopy(model)
-    assert same_bits(model(IDS), li.eject(plain)(IDS))
-    held = {key: p.detach().clone() for key, p in li.adapter_parameters(model).items()}
+def test_reset_parameters_starts_what_has_no_values_and_nothing_else(config: str) -> None:
+    model = reset(emptied(on_meta(CONFIGS[config])))
+    assert same_bits(model(IDS), li.eject(copy.deepcopy(model))(IDS))
     fill(model)
     filled = {key: p.detach().clone() for key, p in li.adapter_parameters(model).items()}
-    assert any(not torch.equal(held[key], filled[key]) for key in held)
-    reset(model)
-    model.load_state_dict(Net().state_dict())
+    reset(model).load_state_dict(Net().state_dict())
     now = li.adapter_parameters(model)
-    assert all(torch.equal(now[key], tensor) for key, tensor in filled.items()), "it has values"
+    assert all(torch.equal(now[key], tensor) for key, tensor in filled.items())
+
+
+def routed(model: nn.Module) -> Any:
+    with li.routed(model, ["default"] * 6):
+        return model(IDS)
 
 
 USES: dict[str, Callable[[Any], Any]] = {
     "forward": lambda m: m(IDS),
-    "routed": lambda m: _routed(m),
+    "routed": routed,
     "compiled": lambda m: torch.compile(m, backend="eager")(IDS),
     "a copy": lambda m: copy.deepcopy(m)(IDS),
     "a pickle": lambda m: pickle.loads(pickle.dumps(m))(IDS),
@@ -121,12 +114,8 @@ USES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _routed(model: nn.Module) -> Any:
-    with li.routed(model, ["default"] * 6):
-        return model(IDS)
-
-
-def ran(model: Any) -> Any:
+def used(config: dict[str, Any]) -> nn.Module:
+    model = li.inject(Net(), config)
     model(IDS)
     return model
 
@@ -134,7 +123,7 @@ def ran(model: Any) -> Any:
 EMPTIED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "made on meta": on_meta,
     "sent to meta": lambda config: li.inject(Net(), config).to("meta"),
-    "emptied in place": lambda config: ran(li.inject(Net(), config)),
+    "emptied in place": used,
 }
 
 
@@ -156,24 +145,22 @@ def test_what_nothing_has_started_is_not_used(use: str, how: str) -> None:
 def test_a_whole_state_dict_and_swap_adapter_give_values(target: str) -> None:
     config = LORA | {"targets": [target]}
     source = fill(li.inject(Net(), config))
-    wanted = source(IDS)
-    model = emptied(on_meta(config))
-    model.load_state_dict(source.state_dict())
-    assert same_bits(model(IDS), wanted)
-    model = on_meta(config)
-    model.load_state_dict(source.state_dict(), assign=True)
-    assert same_bits(model(IDS), wanted)
-    model = emptied(on_meta(config))
-    model.load_state_dict(li.eject(copy.deepcopy(source)).state_dict())
-    li.swap_adapter(model, li.adapter_state(source))
-    assert same_bits(model(IDS), wanted)
+    wanted, state, whole = source(IDS), li.adapter_state(source), source.state_dict()
     base = li.eject(copy.deepcopy(source)).state_dict()
     model = emptied(on_meta(config))
-    for key, parameter in model.named_parameters():
+    model.load_state_dict(whole)
+    assert same_bits(model(IDS), wanted)
+    model = on_meta(config)
+    model.load_state_dict(whole, assign=True)
+    assert same_bits(model(IDS), wanted)
+    model, other = emptied(on_meta(config)), emptied(on_meta(config))
+    model.load_state_dict(base)
+    for key, parameter in other.named_parameters():  # value by value, as some loaders write
         if key in base:
             parameter.data.copy_(base[key])
-    li.swap_adapter(model, li.adapter_state(source))
-    assert same_bits(model(IDS), wanted)
+    for each in (model, other):
+        li.swap_adapter(each, state)
+        assert same_bits(each(IDS), wanted)
 
 
 def test_an_adapter_that_is_loaded_onto_meta_has_no_values_either(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import error, fill
-from helpers.reference import with_deltas
+from helpers.reference import EXACT, config, with_deltas
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,44 +22,23 @@ import lora_inject as li
 
 D, V = 6, 11
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, D)
-EXACT = 1e-12  # float64
-FLOAT32 = 1e-5
 
 
-def trained(plain: nn.Module, *names: str) -> tuple[Any, Any]:
-    """A model whose adapter has moved some parameters, and the plain one with their values."""
-    model = li.inject(copy.deepcopy(plain), {"rank": 2, "targets": [], "train": [*names]})
+def trained(plain: nn.Module, name: str) -> tuple[Any, Any]:
+    """A model whose adapter has moved a parameter, and the plain one with its values."""
+    model = li.inject(copy.deepcopy(plain), {"rank": 2, "targets": [], "train": [name]})
     wanted: Any = copy.deepcopy(plain)
-    moved = li.adapter_parameters(model)
-    assert len(moved) == len(names)
+    (moved,) = li.adapter_parameters(model).values()
     with torch.no_grad():
-        for parameter in moved.values():
-            parameter.add_(torch.randn_like(parameter))
-        for name in names:
-            wanted.get_parameter(name).copy_(li.adapter_state(model).trained[name])
+        moved.add_(torch.randn_like(moved))
+        wanted.get_parameter(name).copy_(moved)
     return model, wanted
 
 
 # --------------------------------------------------------------------------------- transformers
 
 
-@pytest.fixture
-def zoo(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """Builds a tiny model of a class, and inputs for it."""
-    pytest.importorskip("transformers")
-    from zoo import build as building
-    from zoo.inputs import dummy_inputs
-
-    def make(model_type: str, cls: str) -> tuple[Any, dict[str, Any]]:
-        monkeypatch.setitem(building.CLASSES, model_type, cls)
-        model = building.build(model_type)
-        (inputs,) = dummy_inputs(model, model_type)
-        return model, inputs
-
-    return make
-
-
-def steps(model: Any, inputs: dict[str, Any]) -> Tensor:
+def generated(model: Any, inputs: dict[str, Any]) -> Tensor:
     """The logits of two generated tokens, after a picture."""
     picture, n_images = 7, len(inputs["pixel_values"])
     model.config.image_token_id = picture
@@ -74,88 +53,43 @@ def steps(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 def features(method: str, *names: str) -> Callable[[Any, dict[str, Any]], Tensor]:
     def run(model: Any, inputs: dict[str, Any]) -> Tensor:
-        given = {name: inputs[name] for name in names}
-        return tensors_of(getattr(model, method)(**given))
+        from zoo.steps import tensors_in
+
+        output = getattr(model, method)(**{name: inputs[name] for name in names})
+        return torch.cat([t.double().flatten() for t in tensors_in(output)])
 
     return run
 
 
-def tensors_of(output: Any) -> Tensor:
-    from zoo.steps import tensors_in
-
-    return torch.cat([t.double().flatten() for t in tensors_in(output)])
-
-
-IMAGES = ("pixel_values", "image_sizes")
-METHODS: dict[str, tuple[str, str, str, Callable[[Any, dict[str, Any]], Tensor]]] = {
-    "BLIP-2, generate": ("blip-2", "Blip2ForConditionalGeneration", "query_tokens", steps),
-    "BLIP-2, image": (
-        "blip-2",
-        "Blip2ForConditionalGeneration",
-        "query_tokens",
-        features("get_image_features", "pixel_values"),
-    ),
-    "BLIP-2, Q-Former": (
-        "blip-2",
-        "Blip2Model",
-        "query_tokens",
-        features("get_qformer_features", "pixel_values"),
-    ),
-    "InstructBLIP, generate": (
-        "instructblip",
-        "InstructBlipForConditionalGeneration",
-        "query_tokens",
-        steps,
-    ),
-    "LLaVA-NeXT, image": (
+METHODS: list[tuple[str, str, str, Callable[[Any, dict[str, Any]], Tensor]]] = [
+    ("blip-2", "Blip2ForConditionalGeneration", "query_tokens", generated),
+    ("blip-2", "Blip2Model", "query_tokens", features("get_qformer_features", "pixel_values")),
+    ("instructblip", "InstructBlipForConditionalGeneration", "query_tokens", generated),
+    (
         "llava_next",
         "LlavaNextModel",
         "image_newline",
-        features("get_image_features", *IMAGES),
+        features("get_image_features", "pixel_values", "image_sizes"),
     ),
-}
+]
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' of configs as small as these
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_of_transformers_reads_what_was_trained(method: str, zoo: Any) -> None:
-    model_type, cls, parameter, run = METHODS[method]
-    plain, inputs = zoo(model_type, cls)
+@pytest.mark.parametrize(("model_type", "cls", "parameter", "run"), METHODS)
+def test_a_method_of_transformers_reads_what_was_trained(
+    model_type: str, cls: str, parameter: str, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zoo import build as building
+    from zoo.inputs import dummy_inputs
+
+    monkeypatch.setitem(building.CLASSES, model_type, cls)
+    plain: Any = building.build(model_type)
+    (inputs,) = dummy_inputs(plain, model_type)
     model, wanted = trained(plain, parameter)
     with torch.no_grad():
-        found = run(model, inputs)
-        assert error(run(plain, inputs), found) > 1e-3
-        assert error(found, run(wanted, inputs)) < FLOAT32
-
-
-class Vision(nn.Module):
-    """The embedding of a ViT, and timm's and DINOv2's way to its inner layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pos_embed = nn.Parameter(torch.randn(1, 4, D))
-        self.blocks = nn.ModuleList(nn.Linear(D, D) for _ in range(3))
-
-    def _tokens(self, x: Tensor) -> Tensor:
-        return x[None] + self.pos_embed
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.get_intermediate_layers(x)[-1]
-
-    def get_intermediate_layers(self, x: Tensor) -> tuple[Tensor, ...]:
-        layers, x = [], self._tokens(x)
-        for block in self.blocks:
-            x = block(x).tanh()
-            layers.append(x)
-        return tuple(layers)
-
-
-def test_inner_layers_of_a_vision_model_have_the_trained_positions() -> None:
-    model, wanted = trained(Vision().double(), "pos_embed")
-    for found, right in zip(
-        model.get_intermediate_layers(X), wanted.get_intermediate_layers(X), strict=True
-    ):
-        assert error(found, right) < EXACT
+        y = run(model, inputs)
+        assert error(run(plain, inputs), y) > 1e-3
+        assert error(y, run(wanted, inputs)) < 1e-5  # float32
 
 
 # ------------------------------------------------------------------------- classes of the user's
@@ -214,14 +148,11 @@ WAYS: dict[str, tuple[type[Policy], Callable[[Any], Tensor]]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_a_method_of_any_name_reads_what_was_trained(way: str) -> None:
     cls, run = WAYS[way]
-    torch.manual_seed(0)
     plain = cls().double()
     model, wanted = trained(plain, "prompt")
     assert error(run(model), run(wanted)) < EXACT
     assert error(run(plain), run(wanted)) > 1e-3
-    model = fill(
-        li.inject(copy.deepcopy(plain), {"rank": 2, "alpha": 3.0, "targets": ["prompt", "head"]})
-    )
+    model = fill(li.inject(copy.deepcopy(plain), config("prompt", "head")))
     wide = with_deltas(plain, model)
     assert error(run(model), run(wide)) < EXACT
     assert error(run(plain), run(wide)) > 1e-3
@@ -230,26 +161,27 @@ def test_a_method_of_any_name_reads_what_was_trained(way: str) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_checkpoint_called_from_a_users_function_has_the_right_gradients(reentrant: bool) -> None:
     """Its forward computed W and its backward W + delta: gradients were off by 26."""
-    torch.manual_seed(0)
     plain = Policy().double()
-    config = {"rank": 2, "alpha": 3.0, "targets": ["head"], "train": ["prompt"]}
-    model = fill(li.inject(copy.deepcopy(plain), config))
+    model = fill(li.inject(copy.deepcopy(plain), config("head", train=["prompt"])))
     x = X.clone().requires_grad_()
+    leaves = [x, *li.adapter_parameters(model).values()]
 
-    def loss(by: Callable[..., Tensor]) -> list[Tensor]:
-        y = by(lambda x: F.linear((x + model.prompt[0]).tanh(), model.head.weight).exp(), x)
-        leaves = [x, *li.adapter_parameters(model).values()]
-        model.zero_grad()
-        x.grad = None
-        y.square().sum().backward()
-        return [y.detach(), *(p.grad.clone() for p in leaves if p.grad is not None)]
+    def run(x: Tensor, of: Any = model) -> Tensor:
+        return F.linear((x + of.prompt[0]).tanh(), of.head.weight).exp()
 
-    wanted = loss(lambda run, x: run(x))
-    found = loss(lambda run, x: checkpoint(run, x, use_reentrant=reentrant))
-    assert len(found) == len(wanted) == 5
-    assert all(error(a, b) < EXACT for a, b in zip(found, wanted, strict=True))
+    y, wanted = checkpoint(run, x, use_reentrant=reentrant), run(x)
+    assert len(leaves) == 4
+    for a, b in zip(
+        gradients(y, leaves), torch.autograd.grad(wanted.square().sum(), leaves), strict=True
+    ):
+        assert error(a, b) < EXACT
     wide: Any = with_deltas(plain, model)
     with torch.no_grad():
         wide.prompt.copy_(li.adapter_state(model).trained["prompt"])
-        dense = F.linear((X + wide.prompt[0]).tanh(), wide.head.weight).exp()
-    assert error(found[0], dense) < EXACT
+        assert error(y, run(X, wide)) < EXACT
+
+
+def gradients(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """Of a checkpoint, which reentrant ones give to `backward` only."""
+    y.square().sum().backward()
+    return [leaf.grad for leaf in leaves]

@@ -1,12 +1,23 @@
-"""The root as a site, and base modules with the names of parts of an adapter."""
+"""Names: a module under several, the root under none, and those that parts of an adapter have."""
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import error, fill, snapshot
-from helpers.reference import EXACT, Block, adapted, config, hold, random, refused, saved
+from conftest import KINDS, error, fill, injected, same_bits, snapshot
+from helpers.reference import (
+    EXACT,
+    Block,
+    adapted,
+    config,
+    dense,
+    hold,
+    random,
+    refused,
+    saved,
+)
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -32,7 +43,6 @@ class Recurrent(nn.Module):
 )
 def test_a_block_under_three_names_is_adapted_once(targets: list[str], tmp_path: Path) -> None:
     plain, x = Recurrent().double(), random(3, 4)
-    before = snapshot(plain)
     model = adapted(plain, *targets)
     sites = li.adapters(model)["default"].sites
     assert sites["blocks.0.up"].aliases == ("blocks.2.up", "last.again.up")
@@ -43,68 +53,95 @@ def test_a_block_under_three_names_is_adapted_once(targets: list[str], tmp_path:
         path, _ = saved(model, tmp_path, layout)
         again = li.load_adapter(copy.deepcopy(plain), path)
         assert error(again(x), model(x)) < EXACT
+    before = snapshot(plain)
     li.eject(fill(li.inject(plain, config(*targets))))
     assert snapshot(plain) == before
 
 
 def test_the_root_is_a_site(tmp_path: Path) -> None:
     plain, x = nn.Linear(5, 4).double(), random(3, 5)
-    before = snapshot(plain)
     model = adapted(plain, "^$")
     hold(plain, model, lambda m: m(x))
-    for layout in ("native", "peft"):
-        if layout == "peft":
-            with pytest.raises(li.FormatError, match="native"):
-                saved(model, tmp_path, layout)
-            continue
-        path, _ = saved(model, tmp_path, layout)
-        assert error(li.load_adapter(copy.deepcopy(plain), path)(x), model(x)) < EXACT
+    with pytest.raises(li.FormatError, match="native"):
+        saved(model, tmp_path, "peft")
+    path, _ = saved(model, tmp_path, "native")
+    assert error(li.load_adapter(copy.deepcopy(plain), path)(x), model(x)) < EXACT
+    before = snapshot(plain)
     li.eject(fill(li.inject(plain, config("^$"))))
     assert snapshot(plain) == before
+    attention = nn.MultiheadAttention(8, 2)
+    run = lambda: li.inject(attention, config("^$"))  # noqa: E731
+    refused(attention, run, li.MatchError, "'in_proj_weight', 'out_proj'")
 
 
-def test_a_container_as_the_root_is_refused_and_its_contents_named() -> None:
-    model = nn.MultiheadAttention(8, 2)
-    run = lambda: li.inject(model, config("^$"))  # noqa: E731
-    refused(model, run, li.MatchError, "'in_proj_weight', 'out_proj'")
-
-
-NAMES = [
-    "lora_A",
-    "lora_B__default",
-    "weight",
-    "base_layer",
-    "base_model",
-    "lora_in",
-    "parametrize",
-]
+PARTS = ["lora_A", "lora_B__default", "weight", "base_layer", "base_model", "lora_in"]
 
 
 @pytest.mark.parametrize("layout", ["native", "peft"])
 def test_base_modules_named_like_parts_of_an_adapter(layout: str, tmp_path: Path) -> None:
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        layers = {name: nn.Linear(4, 4) for name in NAMES}
-        return nn.Sequential(nn.ModuleDict({"model": nn.ModuleDict(layers)})).double()
+    names = [f"0.model.{part}" for part in [*PARTS, "parametrize"]]
 
     def run(m: nn.Module) -> Tensor:
         x = torch.linspace(-1, 1, 8, dtype=torch.float64).view(2, 4)
-        for name in NAMES:
-            x = torch.tanh(m.get_submodule(f"0.model.{name}")(x))
+        for name in names:
+            x = torch.tanh(m.get_submodule(name)(x))
         return x
 
-    plain = build()
-    before = snapshot(plain)
-    named = [rf"^0\.model\.{name}" for name in NAMES[:-1]]
-    model = adapted(plain, *named)
-    assert set(li.adapters(model)["default"].sites) == {f"0.model.{n}" for n in NAMES[:-1]}
-    flags = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert flags == {f"0.model.{n}.lora_{side}__default" for n in NAMES[:-1] for side in "AB"}, (
-        "the base's own tensors are frozen, whatever they are called"
-    )
+    layers = {name.rpartition(".")[2]: nn.Linear(4, 4) for name in names}
+    plain = nn.Sequential(nn.ModuleDict({"model": nn.ModuleDict(layers)})).double()
+    targets = [rf"^0\.model\.{part}" for part in PARTS]
+    model = adapted(plain, *targets)
+    assert set(li.adapters(model)["default"].sites) == {*names[:-1]}
+    training = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert training == {f"{name}.lora_{side}__default" for name in names[:-1] for side in "AB"}
     hold(plain, model, run)
     path, _ = saved(model, tmp_path, layout)
-    again = li.load_adapter(build(), path)
-    assert error(run(again), run(model)) < EXACT
-    li.eject(fill(li.inject(plain, config(*named))))
+    assert error(run(li.load_adapter(copy.deepcopy(plain), path)), run(model)) < EXACT
+    before = snapshot(plain)
+    li.eject(fill(li.inject(plain, config(*targets))))
     assert snapshot(plain) == before
+
+
+# ---------------------------------------------------------------------------- names of adapters
+
+ADAPTERS = [
+    "mlp", "lora_A", "lora_B", "weight", "bias", "default.1", "a%2E1", "%", "a:b", "A", "forward",
+    "training", "_parameters", "layer", "with space", "ünïcode", "x" * 100, "base", "None",
+    "__class__",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_named_like_modules_and_parameters(name: str, tmp_path: Path) -> None:
+    parts = ["lora_in", "mlp", "lora_A"]
+    plain = nn.Sequential(*[nn.ModuleDict({part: nn.Linear(5, 5)}) for part in parts]).double()
+
+    def run(m: Any) -> Tensor:
+        return m[2]["lora_A"](m[1]["mlp"](m[0]["lora_in"](x)))
+
+    model, x = copy.deepcopy(plain), random(2, 5)
+    before = snapshot(model)
+    for each in ("other", name):
+        fill(li.inject(model, config(*parts, bias="all"), each), each)
+    trained = li.adapter_state(model, name).trained
+    wide = dense(plain, model, name)
+    wide.load_state_dict({**wide.state_dict(), **trained})
+    assert error(run(model), run(wide)) < EXACT
+    assert set(li.adapters(model)) == {"other", name}
+    wanted = run(model)
+    li.save_adapter(model, tmp_path / "a", name)
+    li.eject(model)
+    assert snapshot(model) == before
+    li.load_adapter(model, tmp_path / "a", name)
+    assert same_bits(run(model), wanted)
+
+
+@pytest.mark.parametrize("name", ["", None, 3, "default"])
+def test_names_that_cannot_be_are_refused_at_once(name: Any) -> None:
+    model = injected(KINDS["linear"])
+    run = lambda: li.inject(model, config("layer"), name)  # noqa: E731
+    refused(model, run, li.StateError, "adapter")
+    net = nn.Sequential(nn.Linear(4, 4))
+    net[0].lora_A__default = 3
+    run = lambda: li.inject(net, config("0"))  # noqa: E731
+    refused(net, run, li.LayerError, r"has an attribute 'lora_A__default'\. Choose")

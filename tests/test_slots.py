@@ -1,6 +1,7 @@
 """Room for adapters of other ranks, scales and sites, in a model that is compiled once."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,6 @@ import pytest
 import torch
 from conftest import error, fill
 from helpers.models import IDS, tiny_llama
-from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import lora_inject as li
@@ -81,52 +81,46 @@ def test_other_forms_of_adapters_fit(changes: dict[str, Any], tmp_path: Path) ->
     assert error(model(IDS).logits, wanted(IDS).logits) < 1e-12
 
 
-def refused(run: Any) -> str:
-    with pytest.raises(li.LoraInjectError) as raised:
+def refused(words: str, run: Callable[[], object]) -> None:
+    with pytest.raises(li.LoraInjectError, match=words):
         run()
-    return f"{type(raised.value).__name__}: {raised.value}"
 
 
 def test_what_a_slot_cannot_hold_is_refused_and_nothing_changed() -> None:
-    base = tiny_llama().eval()
+    base = tiny_llama().half().eval()
     model = li.reserve(copy.deepcopy(base), "slot", rank=8, targets=["q_proj", "down_proj"])
     li.swap_adapter(model, apart(base, 1, rank=3), "slot")
     before = {n: p.clone() for n, p in li.adapter_parameters(model, "slot").items()}
-    cases = {
+    states = {
         "its rank is 9, and the slot has room for 8. Reserve a slot of rank 9": {"rank": 9},
         "the adapter on the model has no such site": {"rank": 2, "targets": ["up_proj"]},
         "a slot cannot hold trained tensors": {"rank": 2, "train": ["lm_head"]},
         "of the variant 'dora'": {"rank": 2, "variant": "dora"},
+        "its values are not finite in torch.float": {"rank": 2, "alpha": 1e39},
     }
-    for words, changes in cases.items():
-        state = apart(base, 1, **changes)
-        assert words in refused(lambda state=state: li.swap_adapter(model, state, "slot"))
-    other = apart(tiny_llama(initializer_range=0.5), 1, rank=2)
-    assert "base" in refused(lambda: li.swap_adapter(model, other, "slot"))
+    cases = {words: apart(base, 1, **changes) for words, changes in states.items()}
+    cases["another base"] = apart(tiny_llama(initializer_range=0.5), 1, rank=2)
+    for words, state in cases.items():
+        refused(words, lambda state=state: li.swap_adapter(model, state, "slot"))
     after = li.adapter_parameters(model, "slot")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_scale_that_makes_values_infinite_is_refused_and_nothing_changed() -> None:
-    base = tiny_llama().half()
-    model = li.reserve(copy.deepcopy(base), "slot", rank=4)
-    for parameter in li.adapter_parameters(model, "slot").values():
-        assert parameter.dtype in (torch.float32, torch.float16)
-    state = apart(base, 1, rank=2, alpha=1e39)
-    assert "its values are not finite in torch.float" in refused(
-        lambda: li.swap_adapter(model, state, "slot")
-    )
-    assert not any(p.any() for p in li.adapter_parameters(model, "slot").values())
-
-
 def test_reserving_badly_is_refused() -> None:
     model = tiny_llama()
-    assert refused(lambda: li.reserve(model, rank=0)).startswith("ConfigError: ")
-    assert "matched none" in refused(lambda: li.reserve(model, rank=2, targets=["nowhere"]))
     slices = {"match": "up_proj", "slices": {"a": 8, "b": 16}, "adapt": ["b"]}
-    assert "a slot has whole layers" in refused(lambda: li.reserve(model, rank=2, targets=[slices]))
+    for words, options in (
+        ("rank", {"rank": 0}),
+        ("matched none", {"rank": 2, "targets": ["nowhere"]}),
+        ("a slot has whole layers", {"rank": 2, "targets": [slices]}),
+        *(
+            ("Give patterns only", {"rank": 8, "targets": [{"match": "q_proj", **more}]})
+            for more in ({"variant": "dora"}, {"lora_bias": True}, {"rank": 4}, {"init": "pissa"})
+        ),
+    ):
+        refused(words, lambda options=options: li.reserve(model, **options))
     li.reserve(model, rank=2)
-    assert "the model has one of that name" in refused(lambda: li.reserve(model, rank=2))
+    refused("the model has one of that name", lambda: li.reserve(model, rank=2))
 
 
 def test_an_adapter_that_is_no_slot_keeps_its_form() -> None:
@@ -134,9 +128,8 @@ def test_an_adapter_that_is_no_slot_keeps_its_form() -> None:
     model = li.reserve(copy.deepcopy(base), "slot", rank=8, targets=["q_proj"])
     li.eject(model, "slot")
     li.inject(model, {"rank": 8, "alpha": 8, "targets": ["q_proj"]}, "slot")
-    assert "its rank is 3, and 8 on the model" in refused(
-        lambda: li.swap_adapter(model, apart(base, 1, rank=3), "slot")
-    )
+    state = apart(base, 1, rank=3)
+    refused("its rank is 3, and 8 on the model", lambda: li.swap_adapter(model, state, "slot"))
 
 
 def test_a_slot_travels_with_its_model() -> None:
@@ -147,11 +140,3 @@ def test_a_slot_travels_with_its_model() -> None:
     li.swap_adapter(model, state, "slot")
     li.activate(model, "slot")
     assert error(model(IDS).logits, li.install(base, state)(IDS).logits) < 1e-5
-
-
-@pytest.mark.parametrize(
-    "rule", [{"variant": "dora"}, {"lora_bias": True}, {"rank": 4, "alpha": 4}, {"init": "pissa"}]
-)
-def test_a_slot_has_one_rank_and_no_variant(rule: dict[str, Any]) -> None:
-    with pytest.raises(li.StateError, match="Give patterns only"):
-        li.reserve(nn.Sequential(nn.Linear(8, 8)), rank=8, targets=[{"match": "0", **rule}])
