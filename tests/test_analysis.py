@@ -1,16 +1,19 @@
 """Figures of an adapter: subspaces, spectra, amplification, rounding, findings.
 
 Every figure is compared with its definition in dense float64 numpy, written here, for
-every kind of site; what is known in closed form (equal, orthogonal and random subspaces, the
-paper's own Table 7) is compared with that."""
+every kind of site.
+"""
 
 import math
-from itertools import pairwise, product
+from itertools import product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import KINDS, SCALE, dense_delta, fill, injected
+from helpers.checkpoints import adapter, save_checkpoint, site
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -18,16 +21,13 @@ from torch import Tensor, nn
 import lora_inject as li
 from lora_inject.analysis import (
     FORMATS,
-    Rounded,
     Spectrum,
     ThinProduct,
     across_layers,
     amplification,
     analyze,
     compare,
-    directions,
     findings,
-    gaussian_similarity,
     inspect_state,
     rounding,
     similarity,
@@ -35,12 +35,11 @@ from lora_inject.analysis import (
     spectrum,
     subspace_similarity,
 )
-from lora_inject.analysis.blocks import Place
 from lora_inject.analysis.gallery import layer_names
-from lora_inject.analysis.rounding import rounding_of_rows
 from lora_inject.analysis.subspaces import block_directions
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files import row_reader
 from lora_inject.core.spec.sites import SiteSpec
 
 FLOAT64 = 1e-10  # sums of a few hundred float64 products of size 1, with a margin
@@ -60,9 +59,6 @@ def phi(A1: np.ndarray, A2: np.ndarray, i: int, j: int, side: str) -> float:
     return float(np.linalg.norm(tops[0].T @ tops[1]) ** 2 / min(i, j))
 
 
-# ---------------------------------------------------------------------------------------- subspaces
-
-
 @settings(max_examples=25)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(6, 20), SEEDS)
 def test_phi_is_equation_4(r1, r2, dim, seed):
@@ -78,41 +74,6 @@ def test_phi_is_equation_4(r1, r2, dim, seed):
         assert ((grid >= 0) & (grid <= 1)).all()
         back = subspace_similarity(second, first, side)
         torch.testing.assert_close(back, grid.T, atol=FLOAT64, rtol=0)
-
-
-def test_phi_of_equal_and_of_orthogonal_subspaces_is_1_and_0():
-    turn = torch.linalg.qr(gaussian(10, 10)).Q
-    A, other = gaussian(4, 4) @ turn[:4], gaussian(3, 3) @ turn[4:7]
-    spanned_otherwise = (gaussian(4, 4) + 4 * torch.eye(4)) @ A
-    assert float(subspace_similarity(A, spanned_otherwise)[-1, -1]) == pytest.approx(1, abs=1e-8)
-    inside = subspace_similarity(A, A)[:, -1]
-    torch.testing.assert_close(inside, torch.ones(4).double(), atol=FLOAT64, rtol=0)
-    assert float(subspace_similarity(A, other).max()) < 1e-12
-
-
-def test_phi_of_random_subspaces_is_on_average_what_is_known():
-    """The mean over 400 draws within five standard errors of the closed form.
-
-    `Var |U1^T U2|_F^2 = 2 i j (d - i)(d - j) / (d^2 (d - 1)(d + 2))` follows from the fourth
-    moments of an orthogonal matrix drawn from the Haar measure.
-    """
-    r1, r2, d, n = 3, 5, 24, 400
-    draws = torch.stack([gaussian_similarity(r1, r2, d, seed) for seed in range(n)])
-    i, j = torch.arange(1, r1 + 1)[:, None], torch.arange(1, r2 + 1)[None]
-    variance = 2 * i * j * (d - i) * (d - j) / (d**2 * (d - 1) * (d + 2))
-    deviation = variance.sqrt() / torch.minimum(i, j)
-    wanted = torch.maximum(i, j) / d
-    assert ((draws.mean(0) - wanted).abs() < 5 * deviation / math.sqrt(n)).all()
-
-
-def test_directions_come_strongest_first_in_any_dtype_without_those_of_zeros():
-    assert directions(torch.tensor([[3.0, 0, 0], [6.0, 0, 0]])).shape == (3, 1)
-    assert directions(torch.zeros(4, 2), "left").shape == (4, 0)
-    A = torch.diag(torch.tensor([1.0, 3.0, 2.0])).to(torch.bfloat16)
-    for side in ("right", "left"):
-        tops = directions(A, side)
-        assert tops.dtype == torch.float64
-        assert tops.abs().argmax(0).tolist() == [1, 2, 0]
 
 
 # ------------------------------------------------------------------------------- blocks and spectra
@@ -141,18 +102,6 @@ def test_the_blocks_of_every_kind_make_the_dense_delta(name):
     torch.testing.assert_close(total.reshape(wanted.shape), wanted, atol=1e-12, rtol=0)
     (inspected,) = inspect_state(AdapterState({kind.site: site})).sites
     assert inspected.delta_norm == pytest.approx(square**0.5, rel=1e-10)
-
-
-LABELS = {
-    "linear": [""],
-    "equal slices": ["q", "v"],
-    "experts": ["expert 0", "expert 1", "expert 2"],
-}
-
-
-@pytest.mark.parametrize("name", LABELS)
-def test_labels_name_slices_and_experts(name):
-    assert [block.label for block in site_blocks(site_of(KINDS[name]))] == LABELS[name]
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -209,14 +158,11 @@ def test_no_matrix_of_the_size_of_w_is_formed():
 
 
 def test_nan_is_refused_with_the_name_of_the_site():
-    one = adapter("layer")
+    one = random_adapter("layer")
     one.sites["layer"].A[0, 0] = math.nan
     for verb in (analyze, across_layers, lambda s: compare(s, s)):
         with pytest.raises(li.StateError, match=r"'layer': it holds (1 )?NaN or"):
             verb(one)
-
-
-# ------------------------------------------------------------------------------------ amplification
 
 
 @settings(max_examples=25)
@@ -238,35 +184,14 @@ def test_amplification_is_its_definition(n_out, n_in, rank, seed):
     assert got.factor == pytest.approx(np.linalg.norm(D) / of_delta, rel=1e-6)
 
 
-def test_the_expected_norm_of_random_directions_is_that_of_table_7():
-    """GPT-3's layer 48: |W| = 61.95 in 12,288 dimensions; the paper states 0.02 at rank 4."""
-    W = torch.zeros(6, 6).double()
-    W[0, 0] = 61.95
-    got = amplification(W, ThinProduct.of(torch.eye(4, 6), torch.eye(6, 4)))
-    assert got.of_random_expected == pytest.approx(4 * 61.95 / 6)
-    assert got.of_random_expected * 6 / 12288 == pytest.approx(0.02, abs=0.005)
-
-
 def test_the_random_directions_meet_their_expectation():
-    W, delta = gaussian(12, 10), ThinProduct.of(gaussian(2, 10), gaussian(12, 2))
+    """The expectation is `rank |W| / n` for a square W, as in the paper's Table 7."""
+    W, delta = gaussian(12, 12), ThinProduct.of(gaussian(2, 12), gaussian(12, 2))
     squares = [amplification(W, delta, seed=2 * s).of_random ** 2 for s in range(200)]
-    expected = amplification(W, delta).of_random_expected ** 2
+    expected = amplification(W, delta).of_random_expected
+    assert expected == pytest.approx(2 * float(W.norm()) / 12)
     error = np.std(squares) / math.sqrt(len(squares))
-    assert abs(np.mean(squares) - expected) < 5 * error
-
-
-def test_amplification_where_there_is_nothing():
-    W = gaussian(6, 5)
-    none = amplification(W, ThinProduct.of(gaussian(3, 5), torch.zeros(6, 3)))
-    assert (none.rank, none.of_delta, none.of_weight, none.of_random) == (0, 0.0, 0.0, 0.0)
-    assert math.isnan(none.factor)
-    e = torch.eye(2)
-    assert amplification(torch.diag(e[0]), ThinProduct.of(e[1:], e[:, 1:])).factor == math.inf
-    with pytest.raises(li.StateError, match=r"W is \[5, 6\], the delta \[6, 5\].*Conv1D"):
-        amplification(W.T, ThinProduct.of(gaussian(1, 5), gaussian(6, 1)))
-
-
-# ----------------------------------------------------------------------------------------- rounding
+    assert abs(np.mean(squares) - expected**2) < 5 * error
 
 
 def quantized(values: np.ndarray, levels: int, group: int) -> np.ndarray:
@@ -312,58 +237,10 @@ def test_what_a_format_leaves_is_its_definition(rows, columns, size, seed):
             assert found.likeness == pytest.approx(cosine, abs=part), name
 
 
-def test_blocks_of_rows_count_like_the_whole():
-    W, D = gaussian(10, 70).bfloat16(), 0.01 * gaussian(10, 70, seed=1)
-    steps = [slice(*ends) for ends in pairwise((0, 3, 4, 10))]
-    whole = rounding(W, D)
-    for name, found in rounding_of_rows((W[step], D[step]) for step in steps).items():
-        assert found.kept == pytest.approx(whole[name].kept, rel=1e-4), name
-        assert found.error == pytest.approx(whole[name].error, rel=1e-4), name
+# -------------------------------------------------------------------------- comparison and findings
 
 
-def test_rounding_in_the_stored_dtype_is_what_merging_reports():
-    model = injected(KINDS["linear"], torch.bfloat16)
-    site = li.adapter_state(model).sites["layer"]
-    W = model.layer._parameters["weight"].detach().clone()
-    delta = dense_delta(KINDS["linear"], site.A.float(), site.B.float())[0]
-    (merged,) = li.merge(model).tensors.values()
-    rounded = rounding(W, delta)["bfloat16"]
-    assert rounded.kept == pytest.approx(merged.kept, rel=1e-5)
-    assert rounded.error == pytest.approx(merged.error, rel=1e-4)
-
-
-def test_rounding_at_its_ends():
-    zero = rounding(torch.ones(2, 3), torch.zeros(2, 3))
-    assert all((r.kept, r.error) == (1.0, 0.0) for r in zero.values())
-    lost = rounding(torch.ones(1, 4), torch.full((1, 4), 1e-4))
-    assert lost["bfloat16"] == Rounded(0.0, 1.0)
-    assert lost["bfloat16"].likeness == 0
-    assert lost["int8"].kept == pytest.approx(1, rel=1e-3)  # the scale itself takes it
-    large = rounding(torch.full((1, 4), 1e5), torch.ones(1, 4))
-    assert math.isnan(large["float16"].kept)
-
-
-# -------------------------------------------------------------------- places, survey and comparison
-
-
-@pytest.mark.parametrize(
-    ("site", "label", "kind", "at"),
-    [
-        ("transformer.h.11.attn.c_attn", "q", "transformer.h.*.attn.c_attn [q]", "11"),
-        ("down.1.attentions.0.to_q", "", "down.*.attentions.*.to_q", "1.0"),
-        ("head", "", "head", "-"),
-        ("0", "", "*", "0"),
-        ("layers.2.experts.gate_up_proj", "expert 7", "layers.*.experts.gate_up_proj", "2"),
-        ("layers.2.experts.7.w1", "", "layers.*.experts.*.w1", "2"),
-        ("layers.2.up", "expert 7 up", "layers.*.up [up]", "2"),
-    ],
-)
-def test_places(site, label, kind, at):
-    place = Place(site, label)
-    assert (place.kind, place.at) == (kind, at)
-
-
-def adapter(*names: str, rank: int = 4, seed: int = 0, n_in: int = 9, n_out: int = 7):
+def random_adapter(*names: str, rank: int = 4, seed: int = 0, n_in: int = 9, n_out: int = 7):
     sites = {}
     for i, name in enumerate(names):
         spec = SiteSpec(name, "linear", n_in, n_out, (n_out, n_in), rank=rank, alpha=2 * rank)
@@ -373,7 +250,10 @@ def adapter(*names: str, rank: int = 4, seed: int = 0, n_in: int = 9, n_out: int
 
 
 def test_a_comparison_is_phi_of_every_common_block():
-    one, two = adapter("h.0.q", "h.1.q", "a"), adapter("h.1.q", "h.0.q", "b", rank=6, seed=9)
+    one, two = (
+        random_adapter("h.0.q", "h.1.q", "a"),
+        random_adapter("h.1.q", "h.0.q", "b", rank=6, seed=9),
+    )
     compared = compare(one, two)
     assert [pair.name for pair in compared.pairs] == ["h.0.q", "h.1.q"]
     assert (compared.only_first, compared.only_second) == (("a",), ("b",))
@@ -387,27 +267,23 @@ def test_a_comparison_is_phi_of_every_common_block():
         assert pair.ranks == (4, 6)
 
 
-def test_what_has_nothing_to_compare_is_refused():
-    with pytest.raises(li.StateError, match="it has no low-rank sites"):
-        analyze(AdapterState({}))
-    with pytest.raises(li.StateError, match="of 1 and 1 sites none has the same name"):
-        compare(adapter("a"), adapter("b"))
-    with pytest.raises(li.StateError, match=r"1 of 2 updates \[7, 9\] and .* updates \[7, 8\]"):
-        compare(adapter("a"), adapter("a", n_in=8))
-
-
-def test_a_delta_of_zero_has_no_directions_to_compare():
-    one, zero = adapter("a"), adapter("a")
+def test_what_has_nothing_to_compare_is_empty_or_refused():
+    one, zero = random_adapter("a"), random_adapter("a")
     zero.sites["a"].B.zero_()
     pair = compare(one, zero).pairs[0]
     assert pair.left.phi.shape == (4, 0)
-    assert math.isnan(pair.left.first)
     assert math.isnan(pair.left.whole)
     assert pair.right.whole == pytest.approx(1)
+    with pytest.raises(li.StateError, match="it has no low-rank sites"):
+        analyze(AdapterState({}))
+    with pytest.raises(li.StateError, match="of 1 and 1 sites none has the same name"):
+        compare(one, random_adapter("b"))
+    with pytest.raises(li.StateError, match=r"1 of 2 updates \[7, 9\] and .* updates \[7, 8\]"):
+        compare(one, random_adapter("a", n_in=8))
 
 
 def test_layers_are_compared_by_their_whole_spans_in_the_order_of_the_model():
-    state = adapter("h.0.q", "h.10.q", "h.2.q", "h.3.q", "head")  # as safetensors sorts them
+    state = random_adapter("h.0.q", "h.10.q", "h.2.q", "h.3.q", "head")  # as safetensors sorts them
     zero = state.sites["h.3.q"]
     zero.A.zero_()
     zero.B.zero_()
@@ -420,9 +296,6 @@ def test_layers_are_compared_by_their_whole_spans_in_the_order_of_the_model():
         else:
             wanted = subspace_similarity(state.sites[one].A, state.sites[two].A)[-1, -1]
             assert float(table[i, j]) == pytest.approx(float(wanted), abs=FLOAT64)
-
-
-# ----------------------------------------------------------------------------------------- findings
 
 
 @pytest.mark.parametrize(
@@ -445,3 +318,111 @@ def test_findings_about_the_adapter_alone(values, rank, codes):
     told = findings(analyze(AdapterState({"h.0.fc": SiteState(spec, A, B)})))
     assert [finding.code for finding in told] == codes
     assert all(finding.names == ("h.0.fc",) for finding in told)
+
+
+# ------------------------------------------------------------- beside W, streamed from a checkpoint
+
+
+def taken_apart(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """An adapter of one kind, its site, and W; the base is saved to the folder."""
+    kind = KINDS[name]
+    model = injected(kind, dtype)
+    W = model.layer._parameters[kind.weight].detach().clone()
+    state = li.adapter_state(model)
+    save_checkpoint(folder, {k: t.contiguous() for k, t in li.eject(model).state_dict().items()})
+    return state, state.sites[kind.site], W
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", KINDS)
+def test_streamed_figures_of_every_kind(name, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(row_reader, "BLOCK_ELEMENTS", 12)  # each weight takes several blocks
+    kind = KINDS[name]
+    state, site, W = taken_apart(name, tmp_path, dtype)
+    streamed = analyze(state, tmp_path).weights[kind.site]
+    assert streamed.stored == str(dtype).removeprefix("torch.")
+    matrix = W.reshape(site.spec.matrix_shape)
+    delta = dense_delta(kind, site.A.double(), site.B.double()).reshape(matrix.shape)
+    for form, wanted in rounding(matrix, delta).items():
+        got = streamed.rounded[form]
+        assert got.kept == pytest.approx(wanted.kept, rel=1e-4, abs=1e-4), form
+        assert got.error == pytest.approx(wanted.error, rel=1e-3, abs=1e-4), form
+    blocks = site_blocks(site)
+    assert [b.label for b in streamed.blocks] == [b.label for b in blocks]
+    for block, beside in zip(blocks, streamed.blocks, strict=True):
+        assert beside.tensor == kind.key
+        part = matrix[slice(*block.block.rows), slice(*block.block.cols)].double()
+        wanted = amplification(part, block.delta, transposed=block.transposed)
+        assert beside.norms.rank == wanted.rank == 2
+        for figure in ("delta_norm", "weight_norm", "of_delta", "of_weight", "factor"):
+            value = getattr(beside.norms, figure)
+            assert value == pytest.approx(getattr(wanted, figure), rel=1e-9)
+
+
+def test_stacked_experts_that_the_file_keeps_apart(tmp_path):
+    """gate_up_proj (E, 2 I, H) against `experts.E.gate_proj` and `experts.E.up_proj`."""
+    E, inner, width, where = 2, 6, 8, "model.layers.0.mlp.experts"
+    config = {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe",
+              "vocab_size": 16, "hidden_size": width, "intermediate_size": inner,
+              "moe_intermediate_size": inner, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "num_key_value_heads": 1, "num_experts": E}  # fmt: skip
+    shapes = {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
+    tensors = {f"{where}.{e}.{leaf}.weight": torch.randn(shape)
+               for e in range(E) for leaf, shape in shapes.items()}  # fmt: skip
+    save_checkpoint(tmp_path, tensors, config=config)
+    stack = site(f"{where}.gate_up_proj", (E, 2 * inner, width), experts=E)
+    streamed = analyze(adapter(stack), tmp_path).weights[stack.spec.name]
+    assert [block.label for block in streamed.blocks] == ["expert 0"] * 2 + ["expert 1"] * 2
+    for number, block in enumerate(streamed.blocks):
+        e, part = divmod(number, 2)
+        name = f"{where}.{e}.{('gate_proj', 'up_proj')[part]}.weight"
+        assert block.tensor == name
+        rows = slice(part * inner, (part + 1) * inner)
+        dense = stack.scale * stack.B[e][rows].double() @ stack.A[e].double()
+        U, _, Vh = torch.linalg.svd(dense)
+        of_delta = float((U[:, :2].T @ tensors[name].double() @ Vh[:2].T).norm())
+        assert block.norms.of_delta == pytest.approx(of_delta, rel=1e-9)
+        assert block.norms.delta_norm == pytest.approx(float(dense.norm()), rel=1e-9)
+
+
+def test_a_large_w_is_decomposed_at_random(tmp_path, monkeypatch):
+    """Above `EXACT_ELEMENTS` the randomized SVD is asked."""
+    monkeypatch.setattr("lora_inject.analysis.weights.EXACT_ELEMENTS", 0)
+    state, _, W = taken_apart("linear", tmp_path)
+    norms = analyze(state, tmp_path).weights["layer"].blocks[0].norms
+    wanted = float(torch.linalg.svdvals(W.double())[:2].norm())
+    assert norms.of_weight == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "scale", "codes"),
+    [
+        (torch.bfloat16, 1, 1e-4, {"lost"}),
+        (torch.float32, 1, 1e-3, {"noise"}),  # of a float32 base, rounding has noise and no bias
+        (torch.bfloat16, 1, 5.0, set()),
+        (torch.bfloat16, 1, 500.0, {"loud"}),
+        (torch.float32, 1e5, 1e4, {"overflow"}),
+    ],
+)
+def test_findings_beside_w(tmp_path, dtype, size, scale, codes):
+    spec = SiteSpec("fc", "linear", 64, 32, (32, 64), rank=4, alpha=4)
+    A, B = (torch.linalg.qr(torch.randn(n, 4)).Q for n in (64, 32))
+    save_checkpoint(tmp_path, {"fc.weight": (size * torch.randn(32, 64)).to(dtype)})
+    state = adapter(SiteState(spec, A.T.contiguous(), scale * B))
+    assert {finding.code for finding in findings(analyze(state, tmp_path))} == codes
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"fc.qweight": torch.ones(6, 8)}, r"quantized.*Give the 16-bit checkpoint instead"),
+        ({"fc.weight_scale": torch.ones(6, 8)}, r"quantized.*Give the 16-bit checkpoint instead"),
+        ({"fc.weight": torch.ones(6, 8).to(torch.int16)}, "stored as I16"),
+        ({"other.weight": torch.ones(6, 8)}, "have no place in it"),
+    ],
+)
+def test_a_base_without_plain_weights_is_refused(tmp_path, tensors, words):
+    more = {} if "other.weight" in tensors else {"fc.weight": torch.ones(6, 8)}
+    save_checkpoint(tmp_path, more | tensors)
+    with pytest.raises(li.CheckpointError, match=words):
+        analyze(adapter(site("fc", (6, 8))), tmp_path)

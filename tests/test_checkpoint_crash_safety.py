@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -58,11 +57,10 @@ def at_writing(monkeypatch, n, act, *, after=False):
 
     def write_shard(*args):
         calls.append(args)
-        now = len(calls) == n
-        if now and not after:
+        if len(calls) == n and not after:
             act(args[2])
         result = real(*args)
-        if now and after:
+        if len(calls) == n and after:
             act(args[2])
         return result
 
@@ -235,7 +233,6 @@ def test_second_merge_into_one_output_never_mixes(case, monkeypatch):
     with pytest.raises(CheckpointError, match="another merge works on the same output"):
         merge(base, [state], out)
     assert_verified(base, [state], out)
-    assert not staging(out).exists()
 
 
 @pytest.mark.parametrize("what", ["the same merge", "a folder", "a file"])
@@ -274,15 +271,6 @@ def test_base_that_changes_underneath_is_noticed(case, monkeypatch):
     assert not out.exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to any folder")
-def test_read_only_folder_is_one_clear_error(case, tmp_path):
-    base, _, state, _ = case
-    folder = tmp_path / "ro"
-    folder.mkdir(mode=0o500)
-    with pytest.raises(CheckpointError, match="may write to"):
-        merge(base, [state], folder / "out")
-
-
 def test_too_little_space_is_known_before_anything_is_written(case, monkeypatch):
     base, _, state, out = case
     usage = shutil.disk_usage(base)
@@ -290,9 +278,6 @@ def test_too_little_space_is_known_before_anything_is_written(case, monkeypatch)
     with pytest.raises(CheckpointError, match="only 5,000 are free"):
         merge(base, [state], out)
     assert not out.exists()
-
-
-# Several processes ------------------------------------------------------------------------------
 
 
 def share_a_merge(base, out):
@@ -321,9 +306,6 @@ def test_processes_of_torchrun_share_a_merge_and_fail_together(case, forks):
     assert all(n_tensors == 6 and n_resumed for n_tensors, n_resumed in found)
     assert_merged(out, tensors, state)
     assert not staging(out).exists()
-
-
-# Kills ------------------------------------------------------------------------------------------
 
 
 def merge_alone(base, out):
@@ -366,41 +348,6 @@ def test_killed_at_moments_all_over_the_merge_the_output_is_absent_or_complete(t
         shutil.rmtree(out, ignore_errors=True)
 
 
-# A full disk ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 2 MiB of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, check=False).returncode != 0:
-        pytest.skip("mounting a tmpfs is not permitted")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_full_disk_is_one_clear_error_and_the_merge_goes_on_afterwards(
-    tmp_path, small_disk, monkeypatch
-):
-    tensors = llama_tensors(hidden=256, inner=256, vocab=512)  # 0.9 MB in bfloat16
-    base = save_checkpoint(tmp_path / "base", tensors, 3, LLAMA)
-    state, out, hog = llama_adapter(tensors), small_disk / "out", small_disk / "hog"
-    hog.write_bytes(bytes(1_500_000))
-    with pytest.raises(CheckpointError, match="are free"):
-        merge(base, [state], out)
-    # Somebody fills the disk after the check.
-    monkeypatch.setattr(merging, "_check_space", lambda *_: 0)
-    with pytest.raises(CheckpointError, match=r"No space left.*Free some space"):
-        merge(base, [state], out)
-    assert not list(small_disk.rglob("*.partial"))
-    assert not out.exists()
-    hog.unlink()
-    merge(base, [state], out)
-    assert_verified(base, [state], out)
-
-
 # Verification -----------------------------------------------------------------------------------
 
 
@@ -432,18 +379,15 @@ def test_verification_tells_other_adapters_and_missing_files(case):
         verify_checkpoint(base, [state], out).check()
 
 
-@pytest.mark.parametrize(
-    "name", ["adapter_config.json", "pytorch_model.bin", "model-strange.safetensors", "sub/a.py"]
-)
-def test_verification_names_files_that_were_added(case, name):
+def test_verification_names_files_that_were_added(case):
     base, _, state, out = case
     merge(base, [state], out)
-    (out / ".git").mkdir()
-    (out / ".git" / "config").write_text("")
-    assert_verified(base, [state], out)
-    (out / name).parent.mkdir(exist_ok=True)
-    (out / name).write_text("{}")
-    assert verify_checkpoint(base, [state], out).problems == (f"'{name}' does not belong there",)
+    for name in (".git/config", "adapter_config.json", "sub/a.py", "model-strange.safetensors"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("{}")
+    added = {"'adapter_config.json'", "'sub/a.py'", "'model-strange.safetensors'"}
+    problems = verify_checkpoint(base, [state], out).problems
+    assert set(problems) == {f"{name} does not belong there" for name in added}
 
 
 def test_merge_verifies_before_it_publishes(case, monkeypatch):
@@ -455,3 +399,35 @@ def test_merge_verifies_before_it_publishes(case, monkeypatch):
     with pytest.raises(CheckpointError, match="verify the merged checkpoint"):
         merge(base, [state], out, verify=True)
     assert not out.exists()
+
+
+def merge_until_interrupted(base, out):
+    part = WeightedAdapter(llama_adapter(load_checkpoint(base)))
+    options = MergeOptions(workers=2)
+
+    def progress(done, total):
+        print("writing", flush=True)
+
+    while True:
+        try:
+            merge_checkpoint(base, [part], out, options=options, progress=progress)
+        except KeyboardInterrupt:
+            return
+        shutil.rmtree(out)
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_threads_and_leaves_no_half_file(tmp_path, forks):
+    tensors = llama_tensors(layers=4, hidden=512, inner=2048, vocab=2048)
+    base = save_checkpoint(tmp_path / "base", tensors, 4, LLAMA)
+    out = tmp_path / "out"
+    run = forks.start(merge_until_interrupted, base, out)
+    while run.out().count("writing") < 30:
+        assert not run.err()
+    os.kill(run.pid, signal.SIGINT)
+    run.result()
+    assert not out.exists()
+    assert not list(tmp_path.rglob("*.partial"))
+    part = llama_adapter(tensors)
+    merge(base, [part], out)
+    assert_verified(base, [part], out)

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import sys
 from dataclasses import replace
 
 import pytest
@@ -24,35 +25,30 @@ from helpers.checkpoints import (
 )
 from safetensors.torch import load_file
 
-from lora_inject.checkpoint import WeightedAdapter
+from lora_inject.checkpoint import WeightedAdapter, merge_checkpoint
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files import row_reader as reading
 from lora_inject.errors import CheckpointError
+from lora_inject.formats import write_adapter
 
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
 )
-def test_merge_equals_the_dense_reference(tmp_path, shards, dtype):
-    tensors = llama_tensors(dtype=dtype)
-    state = llama_adapter(tensors)
-    merged(tmp_path, tensors, state, shards=shards, config=LLAMA)
-    assert_merged(tmp_path / "out", tensors, state)
-
-
-@pytest.mark.parametrize("copy_code", [False, True])
-@pytest.mark.parametrize("shards", [1, 3])
-def test_layout_is_that_of_the_base_byte_for_byte(tmp_path, shards, copy_code):
-    tensors, out = llama_tensors(), tmp_path / "out"
+def test_merge_equals_the_dense_reference_in_the_layout_of_the_base(tmp_path, shards, dtype):
+    tensors, out = llama_tensors(dtype=dtype), tmp_path / "out"
     base = save_checkpoint(tmp_path / "base", tensors, shards, LLAMA)
     (base / "tokenizer.json").write_text("{}")
     (base / "modeling_evil.py").write_text("raise SystemExit")
-    report = merge(base, [llama_adapter(tensors)], out, copy_code=copy_code)
-    left = set() if copy_code else {"modeling_evil.py"}  # code comes along on request only
-    assert {p.name for p in out.iterdir()} == {p.name for p in base.iterdir()} - left
-    assert ("modeling_evil.py" in " ".join(report.notes)) is not copy_code
+    report = merge(base, [llama_adapter(tensors)], out)
+    assert_merged(out, tensors, llama_adapter(tensors))
+    # Code comes along on request only.
+    assert {p.name for p in base.iterdir()} - {p.name for p in out.iterdir()} == {
+        "modeling_evil.py"
+    }
+    assert "modeling_evil.py" in " ".join(report.notes)
     for path in out.iterdir():
         before, after = ((folder / path.name).read_bytes() for folder in (base, out))
         if path.suffix == ".safetensors":
@@ -60,6 +56,8 @@ def test_layout_is_that_of_the_base_byte_for_byte(tmp_path, shards, copy_code):
             assert (len(before), before[:length]) == (len(after), after[:length])
         else:
             assert before == after
+    merge(base, [llama_adapter(tensors)], tmp_path / "with code", copy_code=True)
+    assert (tmp_path / "with code" / "modeling_evil.py").exists()
 
 
 def test_several_adapters_with_weights_are_rounded_once(tmp_path):
@@ -116,30 +114,18 @@ def test_dtype_is_rewritten_everywhere(tmp_path, shards, dtype):
 INFINITE = {
     "touched": ({"q.weight": torch.full((4, 4), 6e4)}, r"'q\.weight'.*too large for F16"),
     "float16": ({"q.weight": torch.full((4, 4), 6e4).half()}, r"'q\.weight'.*too large for F16"),
-    "untouched": (
-        {"q.weight": torch.zeros(4, 4), "norm": torch.tensor([1e9])},
-        r"'norm'.*too large for F16",
-    ),
+    "untouched": ({"norm": torch.tensor([1e9])}, r"'norm'.*too large for F16"),
     "damaged base": ({"q.weight": torch.full((4, 4), torch.nan)}, "base holds NaN"),
 }
 
 
 @pytest.mark.parametrize("case", INFINITE)
 def test_what_would_become_infinite_is_refused_and_nothing_appears(tmp_path, case):
-    tensors, found = INFINITE[case]
-    base = save_checkpoint(tmp_path / "base", tensors)
-    with pytest.raises(CheckpointError, match=found):
-        merge(base, [adapter(site("q", (4, 4), size=100.0))], tmp_path / "out", dtype="float16")
+    tensors, words = INFINITE[case]
+    tensors = {"q.weight": torch.zeros(4, 4), **tensors}
+    with pytest.raises(CheckpointError, match=words):
+        merged(tmp_path, tensors, adapter(site("q", (4, 4), size=100.0)), dtype="float16")
     assert not (tmp_path / "out").exists()
-
-
-def test_values_whose_squares_overflow_are_merged_all_the_same(tmp_path):
-    """The sums of the report become Inf there: that makes it look twice, and changes nothing."""
-    tensors = {"q.weight": (torch.randn(8, 8) * 1e30).to(torch.bfloat16)}
-    state = adapter(site("q", (8, 8), size=1e14))
-    found = merged(tmp_path, tensors, state)
-    assert not torch.equal(found["q.weight"], tensors["q.weight"])
-    assert_merged(tmp_path / "out", tensors, state)
 
 
 def test_infinite_mask_is_cast_as_it_is(tmp_path):
@@ -152,11 +138,10 @@ def test_infinite_mask_is_cast_as_it_is(tmp_path):
 
 
 def tiny_delta(scale):
-    tensors = {"q.weight": 0.02 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))}
-    tensors = {n: t.bfloat16() for n, t in tensors.items()}
+    w = 0.02 * torch.randn(64, 64).bfloat16()
     s = site("q", (64, 64), rank=8, alpha=8.0, size=1.0)
-    size = (scale * tensors["q.weight"].float().norm() / (s.B @ s.A).norm()).sqrt()
-    return tensors, adapter(replace(s, A=s.A * size, B=s.B * size))
+    size = (scale * w.float().norm() / (s.B @ s.A).norm()).sqrt()
+    return {"q.weight": w}, adapter(replace(s, A=s.A * size, B=s.B * size))
 
 
 @pytest.mark.parametrize(("scale", "low", "high"), [(0.1, 0.99, 1.01), (0.001, 0.4, 0.65)])
@@ -179,16 +164,13 @@ def test_report_says_how_much_of_the_delta_survived(tmp_path, scale, low, high):
     assert (data["n_tensors"], len(data["tensors"])) == (1, 1)
 
 
-@pytest.mark.parametrize("names", ["qp", "pq"])
-def test_min_kept_fails_whichever_shard_loses_the_delta(tmp_path, names):
+@pytest.mark.parametrize("order", [1, -1])
+def test_min_kept_fails_whichever_shard_loses_the_delta(tmp_path, order):
     tensors, state = tiny_delta(0.001)
-    fine = site("p", (64, 64), rank=8, alpha=8.0, size=1.0)
-    both = tensors | {"p.weight": tensors["q.weight"].clone()}
-    base = save_checkpoint(
-        tmp_path / "base", {f"{n}.weight": both[f"{n}.weight"] for n in names}, 2
-    )
+    tensors |= {"p.weight": torch.ones(64, 64)}
+    both = adapter(site("p", (64, 64)), *state.sites.values())
     with pytest.raises(CheckpointError, match=r"at least 0.98.*in 1 tensors: 'q\.weight' 0\.[45]"):
-        merge(base, [adapter(fine, *state.sites.values())], tmp_path / "out", min_kept=0.98)
+        merged(tmp_path, dict([*tensors.items()][::order]), both, shards=2, min_kept=0.98)
     assert not (tmp_path / "out").exists()
 
 
@@ -202,24 +184,6 @@ def test_the_same_adapter_twice_is_refused(tmp_path):
 # Ties -------------------------------------------------------------------------------------------
 
 TIED = {**LLAMA, "tie_word_embeddings": True}
-
-
-def test_a_head_that_is_parted_from_its_embedding_has_a_shard_of_its_own(tmp_path):
-    tensors = llama_tensors(head=False)
-    state = adapter(site("lm_head", (32, 16)), site("model.layers.0.self_attn.q_proj", (16, 16)))
-    merged(tmp_path, tensors, state, shards=3, config=TIED)
-    both = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
-    assert_merged(tmp_path / "out", both, state)
-    before, after = (
-        json.loads((tmp_path / name / "model.safetensors.index.json").read_text())
-        for name in ("base", "out")
-    )
-    assert after["weight_map"]["lm_head.weight"] == "model-added.safetensors"
-    grown = after["metadata"]["total_size"] - before["metadata"]["total_size"]
-    assert grown == 2 * 32 * 16
-    # Every other shard keeps its name and its bytes but for the merged tensors.
-    assert {*before["weight_map"].values()} < {*after["weight_map"].values()}
-    assert_verified(tmp_path / "base", [state], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -244,57 +208,36 @@ def test_the_flag_goes_with_the_tie(tmp_path, untied):
 # Trained tensors --------------------------------------------------------------------------------
 
 
-def test_trained_tensors_replace_the_base(tmp_path):
-    tensors = llama_tensors()
-    trained = {"model.norm.weight": torch.randn(16), "lm_head.weight": torch.randn(32, 16)}
-    written = merged(tmp_path, tensors, AdapterState({}, trained), shards=2, config=LLAMA)
-    rounded = {name: t.bfloat16() for name, t in trained.items()}
-    assert_equal_to_dense(written, tensors | rounded, set())
-
-
-def test_trained_tensors_of_several_adapters_mix(tmp_path):
-    w, *trained = torch.randn(3, 16).unbind()
-    states = [AdapterState({}, {"norm": t}) for t in trained]
-    parts = map(WeightedAdapter, states, (0.7, 0.5))
-    wanted = w + 0.7 * (trained[0] - w) + 0.5 * (trained[1] - w)
-    assert torch.allclose(merged(tmp_path, {"norm": w}, *parts)["norm"], wanted, atol=1e-6)
-
-
 def rows_of(name, indices, values):
     return AdapterState({}, {name: values}, rows={name: indices})
 
 
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows_first", [True, False])
-def test_a_delta_comes_on_top_of_replaced_rows(tmp_path, rows_first, base_dtype):
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_delta_comes_on_top_of_replaced_rows(tmp_path, order, base_dtype):
     tensors = {"e.weight": torch.randn(6, 4, dtype=base_dtype)}
-    low = adapter(site("e", (6, 4), kind="embedding", transposed=True))
-    values = torch.randn(2, 4)
-    parts = [rows_of("e.weight", (1, 4), values), low][:: 1 if rows_first else -1]
-    found = merged(tmp_path, tensors, *parts, dtype="float32")["e.weight"]
+    low, values = adapter(site("e", (6, 4), kind="embedding", transposed=True)), torch.randn(2, 4)
+    parts = [rows_of("e.weight", (1, 4), values), low][::order]
+    written = merged(tmp_path, tensors, *parts, dtype="float32")["e.weight"]
     replaced = tensors["e.weight"].float()
     replaced[[1, 4]] = values
     wanted = dense({"e.weight": replaced}, (low, 1.0))["e.weight"]
-    assert torch.allclose(found, wanted.float(), atol=1e-6)
+    assert torch.allclose(written, wanted.float(), atol=1e-6)
 
 
-def test_a_bias_of_b_is_added_to_another_adapters_trained_bias(tmp_path):
-    tensors = {"q.weight": torch.randn(6, 4), "q.bias": torch.randn(6)}
-    low, bias, copy = site("q", (6, 4)), tensors["q.bias"], torch.randn(6)
+def test_updates_and_trained_copies_of_several_adapters_add_up(tmp_path):
+    """`W + 0.5 scale B A + 0.7 (copy - W)`; likewise a bias of B, and two copies of one tensor."""
+    base = {"q.weight": torch.randn(6, 4), "q.bias": torch.randn(6), "norm": torch.randn(4)}
+    copies = {name: torch.randn_like(tensor) for name, tensor in base.items()}
+    low, norm = site("q", (6, 4)), torch.randn(4)
     low = SiteState.of(replace(low.spec, lora_bias=True), {**low.tensors, "b": torch.randn(6)})
-    trained = AdapterState({}, {"q.bias": copy})
-    parts = [WeightedAdapter(adapter(low), 0.5), WeightedAdapter(trained, 0.7)]
-    wanted = bias + 0.7 * (copy - bias) + 0.5 * low.scale * low.further["b"]
-    assert torch.allclose(merged(tmp_path, tensors, *parts)["q.bias"], wanted, atol=1e-6)
-
-
-def test_an_update_is_added_to_another_adapters_trained_copy(tmp_path):
-    w, copy = torch.randn(2, 6, 4).unbind()
-    low, trained = adapter(site("q", (6, 4))), AdapterState({}, {"q.weight": copy})
-    parts = [WeightedAdapter(low, 0.5), WeightedAdapter(trained, 0.7)]
-    written = merged(tmp_path, {"q.weight": w}, *parts)["q.weight"]
-    wanted = dense({"q.weight": w + 0.7 * (copy - w)}, (low, 0.5))
-    assert torch.allclose(written, wanted["q.weight"], atol=1e-6)
+    updates = {"q.weight": low.scale * low.B @ low.A, "q.bias": low.scale * low.further["b"]}
+    updates["norm"] = norm - base["norm"]
+    one, two = adapter(low, trained={"norm": norm}), AdapterState({}, copies)
+    written = merged(tmp_path, base, WeightedAdapter(one, 0.5), WeightedAdapter(two, 0.7))
+    for name, W in base.items():
+        wanted = W + 0.5 * updates[name] + 0.7 * (copies[name] - W)
+        assert torch.allclose(written[name], wanted, atol=1e-6), name
 
 
 LOW, DORA = (adapter(site("q", (6, 4), variant=variant)) for variant in ("lora", "dora"))
@@ -361,29 +304,21 @@ def test_grown_vocabulary(tmp_path, shards):
         merge(tmp_path / "base", [AdapterState({}, trained)], tmp_path / "no")
 
 
-def test_copy_of_the_base_must_equal_it(tmp_path):
-    tensors = llama_tensors()
-    base = save_checkpoint(tmp_path / "base", tensors, 1, LLAMA)
-    emb = site("model.embed_tokens", (32, 16), kind="embedding", transposed=True)
-    copy = tensors["model.embed_tokens.weight"].float()
-    state = replace(adapter(emb), base_copies={"model.embed_tokens.weight": copy})
-    merge(base, [state], tmp_path / "out")
-    assert_merged(tmp_path / "out", tensors, state)
-    copy[3, 3] += 1
-    with pytest.raises(CheckpointError, match="differs from the base"):
-        merge(base, [state], tmp_path / "other")
-
-
-def test_copy_that_grew_is_the_base_of_the_update(tmp_path):
-    tensors = llama_tensors(head=False)
-    emb = site("model.embed_tokens", (35, 16), kind="embedding", transposed=True)
-    copy = torch.cat([tensors["model.embed_tokens.weight"], torch.randn(3, 16).bfloat16()])
-    state = replace(adapter(emb), base_copies={"model.embed_tokens.weight": copy})
+@pytest.mark.parametrize("n_new", [0, 3])
+def test_copy_of_the_base_must_equal_it_and_may_have_grown(tmp_path, n_new):
+    tensors, name = llama_tensors(head=False), "model.embed_tokens.weight"
+    emb = site("model.embed_tokens", (32 + n_new, 16), kind="embedding", transposed=True)
+    copy = torch.cat([tensors[name], torch.randn(n_new, 16).bfloat16()])
+    state = adapter(emb, base_copies={name: copy})
     merged(tmp_path, tensors, state, shards=2, config={**TIED, "vocab_size": 32})
-    grown = tensors | {"model.embed_tokens.weight": copy, "lm_head.weight": copy.clone()}
+    grown = tensors | {name: copy.clone(), "lm_head.weight": copy.clone()}
     assert_merged(tmp_path / "out", grown, state)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["vocab_size"], config["tie_word_embeddings"]) == (35, False)
+    assert (config["vocab_size"], config["tie_word_embeddings"]) == (32 + n_new, False)
+    if not n_new:
+        copy[3, 3] += 1
+        with pytest.raises(CheckpointError, match="differs from the base"):
+            merge(tmp_path / "base", [state], tmp_path / "other")
 
 
 # Files ------------------------------------------------------------------------------------------
@@ -400,17 +335,21 @@ def test_files_have_the_mode_of_the_umask(tmp_path, umask):
         assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, path.name
 
 
-def test_progress_reaches_the_total_and_never_falls(tmp_path):
-    tensors, seen = llama_tensors(), []
-    base = save_checkpoint(tmp_path / "base", tensors, 3, LLAMA)
-    merge(base, [llama_adapter(tensors)], tmp_path / "out", lambda *row: seen.append(row))
-    assert seen == sorted(seen)
-    assert {total for _, total in seen} == {seen[-1][0]}
+def peak_of_merging(folder):
+    report = merge_checkpoint(folder / "base", [folder / "adapter"], folder / "out")
+    return report.peak_memory_bytes / 2**20
 
 
-def test_checkpoint_of_any_module_without_config(tmp_path):
-    tensors = {"0.weight": torch.randn(8, 4), "2.weight": torch.randn(3, 8)}
-    base = save_checkpoint(tmp_path / "base", tensors)
-    state = adapter(site("0", (8, 4)), site("2", (3, 8)))
-    merge(base / "model.safetensors", [state], tmp_path / "out")
-    assert_merged(tmp_path / "out", tensors, state)
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads VmHWM")
+def test_memory_grows_neither_with_the_base_nor_with_the_adapter(tmp_path, forks):
+    """Six times the weights, and an adapter of 75 MB: the same peak within 16 MiB."""
+    for n_layers in (2, 12):
+        folder = tmp_path / str(n_layers)
+        names = [f"layers.{i}.up_proj" for i in range(n_layers)]
+        base = {f"{name}.weight": torch.ones(2048, 1024).bfloat16() for name in names}
+        save_checkpoint(folder / "base", base)
+        sites = (site(name, (2048, 1024), rank=512, size=1e-3) for name in names)
+        write_adapter(adapter(*sites), folder / "adapter")
+    few, many = (forks.start(peak_of_merging, tmp_path / n).result() for n in ("2", "12"))
+    assert abs(many - few) < 16, (few, many)

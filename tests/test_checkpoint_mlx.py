@@ -3,16 +3,16 @@
 Skipped where mlx-lm is not installed: `pip install 'mlx[cpu]' mlx-lm`, a minute.
 """
 
+import copy
+
+import peft
 import pytest
 import torch
+from helpers.checkpoints import merged_on_disk
 from helpers.models import tiny_llama
-
-from lora_inject.checkpoint import Checkpoint, merge_checkpoint, read_weighted
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 mlx_utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
 
 N_NEW = 12
 PROMPT = [1, 17, 42, 5, 9]
@@ -22,16 +22,13 @@ def made(tmp_path, *, tied, targets):
     """Save a tiny Llama and an adapter of PEFT, merge on disk; returns the adapted model."""
     sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "eos_token_id": 95}
     plain = tiny_llama(**sizes, max_position_embeddings=64, tie_word_embeddings=tied)
-    plain.save_pretrained(tmp_path / "base", max_shard_size="60KB")
-    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets)
+    model = peft.get_peft_model(copy.deepcopy(plain), config)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(tmp_path / "adapter")
-    base = Checkpoint.open(tmp_path / "base")
-    assert len(base.shards) > 1
-    merge_checkpoint(base, [read_weighted(tmp_path / "adapter", base)], tmp_path / "merged")
+    merged_on_disk(plain, tmp_path / "adapter", tmp_path)
     return model.eval()
 
 

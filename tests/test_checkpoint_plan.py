@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 from conftest import fill
@@ -24,11 +25,9 @@ from torch import nn
 
 import lora_inject
 from lora_inject.checkpoint import (
-    Checkpoint,
     MergeOptions,
     WeightedAdapter,
     plan_merge,
-    read_weighted,
 )
 from lora_inject.core.adapter.fingerprint import Fingerprint, samples
 from lora_inject.core.adapter.site_state import SiteState
@@ -106,11 +105,10 @@ def test_square_matrix_follows_what_the_adapter_says(tmp_path, said):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_square_matrix_of_an_adapter_that_is_wrong_elsewhere_is_refused(tmp_path, order):
-    tensors = {"a.weight": torch.randn(8, 24), "b.weight": torch.randn(8, 8)}
-    base = save_checkpoint(tmp_path / "base", tensors)
+    tensors = {"a.weight": torch.ones(8, 24), "b.weight": torch.ones(8, 8)}
     sites = [site("a", (24, 8)), site("b", (8, 8))][::order]
     with pytest.raises(CheckpointError, match=r"square.*orientation for 'a'"):
-        plan_merge(base, [adapter(*sites)])
+        merged(tmp_path, tensors, adapter(*sites))
 
 
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
@@ -131,13 +129,12 @@ def test_grouped_convolution_equals_the_adapted_layer(tmp_path, kind, groups):
 @pytest.mark.filterwarnings("ignore")
 def test_grouped_convolution_of_peft_is_refused_with_the_reason(tmp_path):
     """PEFT's A reads the inputs of all groups: no weight of the layer's shape computes that."""
-    peft = pytest.importorskip("peft")
     net = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
     base = save_checkpoint(tmp_path / "base", net.state_dict())
     config = peft.LoraConfig(r=4, target_modules=["0"])
     peft.get_peft_model(net, config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(FormatError, match="grouped convolutions have no dense delta"):
-        read_weighted(tmp_path / "adapter", Checkpoint.open(base))
+        merge(base, [tmp_path / "adapter"], tmp_path / "out")
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -219,31 +216,22 @@ def test_stacked_experts_are_cut_into_the_tensors_of_the_file(tmp_path, family, 
             plan_merge(base, [state])
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_stacked_experts_in_a_stacked_file(tmp_path, transposed):
-    shape = (E, H, 2 * I) if transposed else (E, 2 * I, H)
-    tensors = {"mlp.experts.gate_up_proj": torch.randn(shape).bfloat16()}
-    state = adapter(site("mlp.experts.gate_up_proj", shape, experts=E, transposed=transposed))
-    merged(tmp_path, tensors, state)
-    assert_merged(tmp_path / "out", tensors, state)
-
-
 @needs_transformers_5
 @pytest.mark.parametrize("family", FILES)
 def test_per_expert_adapter_on_a_stacked_file(tmp_path, family):
     stacks = "model.layers.0.mlp.experts"
     tensors = {f"{stacks}.{n}": torch.randn(shape).bfloat16() for n, shape in FUSED.items()}
     where, (gate, up, down) = FILES[family]
-    places = {
-        (1, slice(0, I)): site(f"{where}.1.{gate}", (I, H)),
-        (2, slice(I, 2 * I)): site(f"{where}.2.{up}", (I, H)),
-        (2, slice(0, H)): site(f"{where}.2.{down}", (H, I)),
-    }
-    written = merged(tmp_path, tensors, adapter(*places.values()), config=CONFIGS[family])
+    places = (
+        ("gate_up_proj", 1, slice(0, I), site(f"{where}.1.{gate}", (I, H))),
+        ("gate_up_proj", 2, slice(I, 2 * I), site(f"{where}.2.{up}", (I, H))),
+        ("down_proj", 2, slice(0, H), site(f"{where}.2.{down}", (H, I))),
+    )
+    state = adapter(*(s for *_, s in places))
+    written = merged(tmp_path, tensors, state, config=CONFIGS[family])
     wanted = {n: t.double() for n, t in tensors.items()}
-    for place, s in places.items():
-        stack = "down_proj" if s.spec.name.endswith(down) else "gate_up_proj"
-        wanted[f"{stacks}.{stack}"][place] += dense_delta(s.spec, s.A, s.B)
+    for stack, expert, rows, s in places:
+        wanted[f"{stacks}.{stack}"][expert, rows] += dense_delta(s.spec, s.A, s.B)
     wanted = {n: t.bfloat16() for n, t in wanted.items()}
     assert_equal_to_dense(written, wanted, set(wanted))
 
@@ -277,49 +265,24 @@ def test_non_finite_adapter_is_refused_by_name(tmp_path, where, value):
         plan_merge(base, [state])
 
 
-@pytest.mark.parametrize(
-    ("parts", "words"),
-    [
-        ([], "no adapter"),
-        ([AdapterState({})], "holds no tensors"),
-        ([WeightedAdapter(adapter(site("q", (4, 4))), 0.0)], "weight is 0"),
-        ([WeightedAdapter(adapter(site("q", (4, 4))), float("nan"))], "weight is nan"),
-    ],
-)
-def test_nothing_to_merge_is_refused(tmp_path, parts, words):
-    base = save_checkpoint(tmp_path / "base", {"q.weight": torch.zeros(4, 4)})
+Q = adapter(site("q", (4, 4)))
+NOTHING = [
+    ([], {}, "no adapter"),
+    ([AdapterState({})], {}, "holds no tensors"),
+    ([WeightedAdapter(Q, 0.0)], {}, "weight is 0"),
+    ([WeightedAdapter(Q, float("nan"))], {}, "weight is nan"),
+    ([Q], {"dtype": "int8"}, "int8"),
+    ([Q], {"min_kept": float("nan")}, "not a share"),
+    ([Q], {"workers": 0}, "0 workers"),
+    ([Q], {"dequantize": "int8"}, "write dequantize 'int8'"),
+    ([Q], {"dequantize": "bfloat16", "requantize": True}, "both dequantize and requantize"),
+]
+
+
+@pytest.mark.parametrize(("parts", "options", "words"), NOTHING, ids=lambda value: None)
+def test_nothing_to_merge_and_impossible_options_are_refused(tmp_path, parts, options, words):
     with pytest.raises(CheckpointError, match=words):
-        plan_merge(base, parts)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"dtype": "int8"}, "int8"),
-        ({"min_kept": 2.0}, "not a share"),
-        ({"min_kept": float("nan")}, "not a share"),
-        ({"workers": 0}, "0 workers"),
-        ({"dequantize": "int8"}, "write dequantize 'int8'"),
-        ({"dequantize": "bfloat16", "requantize": True}, "both dequantize and requantize"),
-    ],
-)
-def test_impossible_options_are_refused(options, words):
-    with pytest.raises(CheckpointError, match=words):
-        MergeOptions(**options)
-
-
-def test_plan_says_what_will_happen(tmp_path):
-    tensors = llama_tensors()
-    base = save_checkpoint(tmp_path / "base", tensors, 3, LLAMA)
-    plan = plan_merge(base, [WeightedAdapter(llama_adapter(tensors), label="sql")]).to_dict()
-    assert plan["output_bytes"] == plan["base_bytes"]
-    assert sum(shard["merged"] for shard in plan["shards"]) == 6 == len(plan["tensors"])
-    assert plan["adapters"] == [
-        {"label": "sql", "weight": 1.0, "sites": 6, "names": "names as they are"}
-    ]
-
-
-# Another base -----------------------------------------------------------------------------------
+        merged(tmp_path, {"q.weight": torch.zeros(4, 4)}, *parts, **options)
 
 
 def with_fingerprint(tensors):
@@ -337,11 +300,3 @@ def test_another_base_of_the_same_shape_is_refused(tmp_path, prefix):
     with pytest.raises(CheckpointError, match=r"another base: 6 of 6 weights differ.*any_base"):
         plan_merge(base, [state])
     plan_merge(base, [state], options=MergeOptions(any_base=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_same_base_in_another_dtype_is_not(tmp_path, dtype):
-    tensors = llama_tensors(dtype=torch.float32)
-    cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    base = save_checkpoint(tmp_path / "base", cast, 1, LLAMA)
-    plan_merge(base, [with_fingerprint(tensors)])

@@ -5,10 +5,8 @@ never with what the package says elsewhere.
 """
 
 import json
-import math
 import os
 import re
-import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import fill
-from helpers.adapter_states import spoil
 from helpers.forks import program
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -24,7 +21,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import lora_inject as li
 from lora_inject.checkpoint import merge_files
 from lora_inject.cli import app, show
-from lora_inject.cli.program import EXAMPLES
 from lora_inject.core.spec import schema
 from lora_inject.core.spec.site_tables import Listing
 from lora_inject.formats import read_adapter
@@ -86,9 +82,6 @@ def flat(text: str) -> str:
     return " ".join(text.replace("│", " ").split())
 
 
-# --------------------------------------------------------------------------------------------- plan
-
-
 def test_plan_prints_the_table(run, files):
     ran = run("plan", files / "lora.yaml", files / "base")
     assert (ran.code, ran.err) == (0, "planned on GPT2LMHeadModel, built from its config.json\n")
@@ -145,7 +138,6 @@ def test_plan_never_runs_code_of_the_model(run, files, tmp_path):
         ("config.json", "{", "not valid JSON"),
         ("config.json", '{"model_type": "no_such_model"}', "no_such_model"),
         ("config.json", '{"model_type": "gpt2", "n_embd": "wide"}', "transformers"),
-        ("config.json", "[1]", "not a JSON object"),
         ("model.safetensors", "short", "model.safetensors"),
     ],
 )
@@ -176,25 +168,21 @@ def test_names_of_the_hub_are_looked_up_in_its_local_cache(run, files, tmp_path,
     shutil.copytree(files / "base", repo / "snapshots" / "abc")
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("abc")
-    (tmp_path / "rows.txt").write_text("one\n")
-    config, one = files / "lora.yaml", files / "one"
-    for before, after in (
-        (("plan", config), ("--json",)),
-        (("inspect", one, "--base"), ()),
-        (("analyze", one, "--base"), ()),
-        (("merge",), (one, "-o", "merged")),
-        (("profile",), ("--data", "rows.txt", "-o", "x")),
+    for args in (
+        ("plan", files / "lora.yaml", "{}", "--json"),
+        ("inspect", files / "one", "--base", "{}"),
+        ("analyze", files / "one", "--base", "{}"),
+        ("verify", "{}", files / "one", files / "base"),
     ):
-        ran = run(*before, "user/tiny", *after)
-        if before[0] not in ("merge", "profile"):
-            assert ran.out == run(*before, files / "base", *after).out != ""
-        said = flat(run(*before, "gpt3", *after).err)
-        assert "no such file or folder here, nor a model of this name in the hub's cache" in said
-        assert "hf download gpt3" in said
-    assert weights(tmp_path / "merged").keys() == weights(files / "base").keys()
-    assert "it has no tokenizer. Save the tokenizer beside the model" in flat(ran.err)
+        hub, folder, nowhere = (
+            run(*(str(arg).format(model) for arg in args))
+            for model in ("user/tiny", files / "base", "gpt3")
+        )
+        assert hub.out.replace("user/tiny", str(files / "base")) == folder.out != ""
+        assert "nor a model of this name in the hub's cache" in flat(nowhere.err)
+        assert "hf download gpt3" in flat(nowhere.err)
     (tmp_path / "runs").mkdir()
-    said = flat(run("plan", config, "runs/mine").err)
+    said = flat(run("plan", files / "lora.yaml", "runs/mine").err)
     assert "there is no such file or folder. Check the path." in said  # no name of the hub
 
 
@@ -210,64 +198,15 @@ def test_inspect_reports_the_norms_of_a_dense_reference(run, files):
         norm = float(deltas[f"{site['name']}.weight"].norm())
         assert site["delta_norm"] == pytest.approx(norm, rel=1e-9)
         assert (site["rank"], site["scale"]) == (2, 2.0)
-    assert (data["n_lora"], data["n_nonfinite"]) == (576, 0)
-    A = read_adapter(files / "one").sites["transformer.h.0.mlp.c_fc"].A
-    fc = next(s for s in data["sites"] if s["name"] == "transformer.h.0.mlp.c_fc")
-    assert fc["A"]["norm"] == pytest.approx(float(A.double().norm()), rel=1e-12)
-    assert fc["A"]["shape"] == [2, 16]
-
-
-def test_inspect_prints_one_line_a_kind_or_each_site_and_the_totals(run, files):
+        A = read_adapter(files / "one").sites[site["name"]].A
+        assert site["A"]["norm"] == pytest.approx(float(A.double().norm()), rel=1e-12)
+        assert site["A"]["shape"] == list(A.shape)
     lines = run("inspect", files / "one").out.splitlines()
     assert lines[1].split() == ["kind", "shape", "rank", "scale", "|A|", "|B|", "|delta|"]
     assert lines[2] == "transformer.h.{0..1}.attn.c_attn x2"
     assert lines[3].split()[:8] == ["conv1d", "16", "->", "48", "[q,", "v]", "2", "2"]
     assert lines[-1] == "4 sites: 576 in A and B; base known by 29 tensors; finite"
     assert "transformer.h.1.attn.c_attn\n" in run("inspect", files / "one", "--all").out
-
-
-def test_inspect_counts_what_is_not_finite(run, tmp_path):
-    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.LayerNorm(5))
-    li.inject(net, {"rank": 2, "targets": ["0"], "train": ["1"]})
-    path = li.save_adapter(net, tmp_path / "broken.safetensors", format="native")
-    spoil(path, "A/0", math.nan, math.inf, -math.inf)
-    spoil(path, "trained/1.weight", math.nan)
-    data = json.loads(run("inspect", path, "--json").out, parse_constant=pytest.fail)
-    assert data["n_nonfinite"] == 4
-    assert data["sites"][0]["A"]["n_nonfinite"] == 3
-    assert data["sites"][0]["A"]["norm"] is None  # NaN is no JSON
-    assert data["trained"]["1.weight"]["n_nonfinite"] == 1
-    table = run("inspect", path).out
-    assert "NaN or Inf in 0 (3), 1.weight (1)" in table
-    assert flat(table).endswith("4 values NaN or Inf")
-
-
-@pytest.mark.parametrize(
-    ("more", "role", "heads", "said"),
-    [
-        ({"variant": "dora"}, "m", "|delta| |m|", "without the gain by m"),
-        ({"lora_bias": True}, "b", "|delta| |b|", "10 in b"),
-    ],
-)
-def test_inspect_shows_the_further_tensors(run, tmp_path, more, role, heads, said):
-    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 5))
-    li.inject(net, {"rank": 2, "alpha": 4, "targets": ["0", "1"], **more})
-    with torch.no_grad():
-        for parameter in li.adapter_parameters(net).values():
-            parameter.add_(torch.rand_like(parameter))
-    site = li.adapter_state(net).sites["0"]
-    folder = li.save_adapter(net, tmp_path / "whole")
-    figures = json.loads(run("inspect", folder, "--json").out)["sites"][0]
-    assert figures["delta_norm"] == pytest.approx(float((2 * site.B @ site.A).norm()), rel=1e-5)
-    norm = float(site.further[role].norm())
-    assert figures["further"][role]["norm"] == pytest.approx(norm, rel=1e-6)
-    table = flat(run("inspect", folder).out)
-    assert heads in table
-    assert said in table
-    path = li.save_adapter(net, tmp_path / "broken.safetensors", format="native")
-    spoil(path, f"{role}/0", math.nan)
-    assert "NaN or Inf in 0 (1)" in run("inspect", path).out
-    assert f"{role} of site '0': it holds 1 NaN" in flat(run("analyze", path).err)
 
 
 def test_no_name_reaches_the_terminal_raw(run, capsys, files, tmp_path):
@@ -297,9 +236,6 @@ def test_a_folder_that_was_edited_needs_to_be_told_what_to_believe(run, files, t
         assert {site["scale"] for site in data["sites"]} == {scale}, believed
     merge = ("merge", files / "base", folder, "--dry-run")
     assert [run(*merge, *more).code for more in ((), ("--prefer", "config"))] == [1, 0]
-    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 3, "shiny": True}))
-    assert "--allow shiny" in run("inspect", folder).err
-    assert run("inspect", folder, "--allow", "shiny").code == 0
 
 
 # -------------------------------------------------------------------------------- merge and verify
@@ -323,19 +259,6 @@ def test_merge_adds_the_dense_deltas(run, files, tmp_path, base, parts):
     for name, tensor in merged.items():
         assert torch.allclose(tensor.double(), wanted[name], rtol=0, atol=1e-7), name
     assert f"merged 4 of {len(wanted)} tensors into {out}" in flat(ran.out)
-
-
-def test_merge_json_is_the_report(run, files, tmp_path):
-    args = ("merge", files / "bf16", files / "one", "-w", 1e-3, "-o", tmp_path / "out")
-    data = json.loads(run(*args, "--json", "--verify").out)
-    assert (data["output"], data["verified"]) == (str(tmp_path / "out"), True)
-    assert {t["name"] for t in data["tensors"]} == set(dense(files / "one"))
-    before, after = weights(files / "bf16"), weights(tmp_path / "out")
-    for tensor in data["tensors"]:
-        D = 1e-3 * dense(files / "one")[tensor["name"]]
-        moved = after[tensor["name"]].double() - before[tensor["name"]].double()
-        assert tensor["kept"] == pytest.approx(float((moved * D).sum() / (D * D).sum()), rel=1e-4)
-        assert tensor["error"] == pytest.approx(float((moved - D).norm() / D.norm()), rel=1e-4)
 
 
 def test_merge_replaces_a_checkpoint_only_when_asked_and_only_a_checkpoint(
@@ -366,10 +289,7 @@ def test_merge_dry_run_writes_nothing_and_says_what_would_stop_the_merge(
     ran = run(*args, "-o", out)
     assert ran.code == 0
     assert "transformer.h.{0..1}.mlp.c_fc.weight x2" in ran.out
-    said = flat(ran.out)
-    assert re.search(r"would write .* copied as they are", said)
-    assert re.search(rf"[\d.]+ [kMG]B free on the disk of '{re.escape(str(out))}'", said)
-    assert "nothing was written" in said
+    assert re.search(r"would write .* copied as they are.* nothing was written", flat(ran.out))
     data = json.loads(run(*args, "--json").out)
     assert {t["name"] for t in data["tensors"]} == set(dense(files / "one"))
     assert data["output_bytes"] < data["free_bytes"]
@@ -399,23 +319,9 @@ def test_merge_says_loudly_or_refuses_where_rounding_leaves_too_little(run, file
     assert run(*args[:3], "--min-kept", 0.9, "-o", tmp_path / "w", "--dtype", "float32").code == 0
 
 
-def test_merge_renames_as_told(run, files, tmp_path):
-    """The base without a config, under another prefix."""
-    base = weights(files / "base")
-    (tmp_path / "base").mkdir()
-    renamed = {f"inner.{name}": tensor for name, tensor in base.items()}
-    save_file(renamed, tmp_path / "base" / "model.safetensors")
-    args = ("merge", tmp_path / "base", files / "one", "-o", tmp_path / "out")
-    assert "--rename OLD=NEW" in run(*args).err
-    assert run(*args, "--rename", "=inner.", "--any-base").code == 0
-    for name, delta in dense(files / "one").items():
-        merged = weights(tmp_path / "out")[f"inner.{name}"].double()
-        assert torch.allclose(merged, base[name].double() + delta, atol=1e-6)
-
-
 def test_verify_finds_one_flipped_bit(run, files, tmp_path):
     out, parts = tmp_path / "out", (files / "one", files / "two")
-    run("merge", files / "base", *parts, "-w", 1, "-w", 2, "-o", out)
+    run("merge", files / "base", *parts, "-w", 1, "-w", 2, "-o", out, "--verify")
     args = ("verify", files / "base", *parts, out, "-w", 1, "-w", 2)
     ran = run(*args)
     assert (ran.code, ran.out.partition(" again")[0]) == (0, "verified: 4 tensors computed")
@@ -423,33 +329,28 @@ def test_verify_finds_one_flipped_bit(run, files, tmp_path):
     tensors["transformer.h.1.ln_1.weight"].view(torch.int32)[3] ^= 1
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     ran = run(*args)
-    assert (ran.code, ran.err) == (1, "")
-    assert "NOT verified" in ran.out
+    assert (ran.code, ran.err, "NOT verified" in ran.out) == (1, "", True)
     ran = run(*args, "--json")
-    assert ran.code == 1
-    assert "transformer.h.1.ln_1.weight" in json.loads(ran.out)["problems"][0]
+    assert (ran.code, len(json.loads(ran.out)["problems"])) == (1, 1)
 
 
 def test_extract_is_the_reverse_of_merge(run, files, tmp_path):
     tuned, again = tmp_path / "tuned", tmp_path / "again"
     run("merge", files / "base", files / "two", "-o", tuned)
+    tensors = load_file(tuned / "model.safetensors")
+    tensors["transformer.ln_f.bias"] += 1
+    save_file(tensors, tuned / "model.safetensors")
     args = ("extract", files / "base", tuned, "-o", again, "--rank", 1)
-    said = "2 sites, 0 tensors in full; 0 left behind, 26 equal to the base's"
-    assert flat(run(*args).out).endswith(f"wrote {again}: {said}")
+    said = run(*args).out
+    assert "left behind: transformer.ln_f.bias\n" in said
+    assert flat(said).endswith("2 sites, 0 tensors in full; 1 left behind, 25 equal to the base's")
     for name, site in read_adapter(again).sites.items():
         delta = site.scale * (site.B.double() @ site.A.double()).T
         wanted = dense(files / "two")[f"{name}.weight"]
         assert float((delta - wanted).norm() / wanted.norm()) < 1e-5
     assert run(*args).code == 1  # it is there
-    data = json.loads(run(*args, "--overwrite", "--json").out)
-    assert data["output"] == str(again)
-    assert [t["energy"] for t in data["tensors"]] == pytest.approx([1, 1], abs=1e-6)
-
-    tensors = load_file(tuned / "model.safetensors")
-    tensors["transformer.ln_f.bias"] += 1
-    save_file(tensors, tuned / "model.safetensors")
-    assert "left behind: transformer.ln_f.bias\n" in run(*args, "--overwrite").out
-    assert "1 tensor in full; 0 left behind" in flat(run(*args, "--overwrite", "--full").out)
+    data = json.loads(run(*args, "--overwrite", "--full", "--json").out)
+    assert (data["output"], data["left"]) == (str(again), [])
     kept = read_adapter(again).trained["transformer.ln_f.bias"]
     assert torch.equal(kept, tensors["transformer.ln_f.bias"])
 
@@ -467,26 +368,14 @@ def test_schema_and_version(run):
     [
         "",
         "nonsense",
-        "plan a.yaml",
         "plan a.yaml model more",
-        "inspect",
-        "inspect a --nonsense",
         "inspect one.safetensors --prefer config",
-        "analyze a b c",
         "analyze a --any-base",
-        "analyze a --report .",
         "merge base adapter",
         "merge base adapter -o out --min-kept 1.5",
-        "merge base adapter -o out --dtype int8",
-        "merge base adapter -o out --workers 0",
         "merge base adapter -o out --rename inner",
         "merge base one two -o out -w 1",
         "merge base one -o out -w nan",
-        "verify base adapter",
-        "extract base tuned -o out",
-        "extract base tuned --rank 2",
-        "extract base tuned -o out --rank 0",
-        "schema more",
     ],
 )
 def test_wrong_usage_is_exit_code_2(run, args):
@@ -527,105 +416,33 @@ def program_into(what: str, *args: object) -> None:
     program(*args)
 
 
-FULL = "Error: read or write the output: No space left on device. Check the path and the disk, "
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no disk that is always full")
-@pytest.mark.parametrize(
-    ("what", "code", "error"),
-    [("full", 1, f"{FULL}and run again.\n"), ("closed", 0, ""), ("not read", 0, "")],
-)
-def test_output_that_cannot_be_written_is_no_traceback(what, code, error, forks):
-    done = forks.start(program_into, what, "schema")
-    assert (done.wait(), done.err()) == (code, error)
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no disk that is always full")
 def test_what_becomes_of_the_output_changes_neither_the_work_nor_the_exit_code(
     files, tmp_path, forks
 ):
-    """A failed check stays a failure, and a full disk does not deny what was written."""
-    out = tmp_path / "out"
-    for code, args in (
-        (0, ["merge", files / "base", files / "one", "-o", out]),
-        (0, ["verify", files / "base", files / "one", out]),
-        (1, ["verify", files / "base", files / "one", out, "-w", "2"]),
+    """There is no traceback; a failed check stays a failure, and what was written is not denied."""
+    out, combine = tmp_path / "out", ("combine", files / "one", "-o", tmp_path / "sum")
+    verify = ("verify", files / "base", files / "one", out)
+    for what, args, code, said in (
+        ("not read", ("merge", files / "base", files / "one", "-o", out), 0, ""),
+        ("not read", verify, 0, ""),
+        ("not read", (*verify, "-w", "2"), 1, ""),
+        ("closed", ("schema",), 0, ""),
+        ("full", ("schema",), 1, "No space left on device. Check the path and the disk"),
+        ("full", combine, 1, "No space left on device. The command has done its work"),
     ):
-        done = forks.start(program_into, "not read", *args)
-        assert (done.wait(), done.err()) == (code, "")
+        done = forks.start(program_into, what, *args)
+        assert done.wait() == code
+        assert said in done.err()
+        assert said or not done.err()
+        assert "Traceback" not in done.err()
     assert (out / "model.safetensors").exists()
-    done = forks.start(program_into, "full", "combine", files / "one", "-o", tmp_path / "sum")
-    assert done.wait() == 1
-    assert "No space left on device. The command has done its work" in done.err()
     assert read_adapter(tmp_path / "sum").sites
-
-
-def script(path: str, *args: object) -> None:
-    sys.argv = [path, *map(str, args)]
-    runpy.run_path(path, run_name="__main__")
-
-
-@pytest.mark.parametrize("way", ["-m", "script"])
-def test_both_ways_to_call_it_print_errors_without_a_traceback(way, forks):
-    path = shutil.which("lora-inject", path=str(Path(sys.executable).parent))
-    if way == "script" and path is None:
-        pytest.skip("the package is not installed here, so there is no script")
-    start = (program,) if way == "-m" else (script, path)
-    done = forks.start(*start, "inspect", "nowhere")
-    assert (done.wait(), done.out()) == (1, "")
-    words = "Error: read adapter 'nowhere': there is no such file or directory."
-    assert done.err().startswith(words)
-    assert "Traceback" not in done.err()
-
-
-# ------------------------------------------------------------------------------------- how it looks
-
-
-def test_tables_fit_80_columns_and_no_name_is_broken(run, files, tmp_path, monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)
-    large = GPT2Config(n_layer=12, n_embd=3072, architectures=["GPT2LMHeadModel"])
-    large.to_json_file(tmp_path / "config.json")
-    text = "bias: all\ntargets: ['attn\\.c_attn', 'mlp\\..*', 'lm_head']\n"
-    (tmp_path / "lora.yaml").write_text(text)
-    for args in (
-        ("plan", tmp_path / "lora.yaml", tmp_path),
-        ("inspect", files / "one", "--all"),
-        ("analyze", files / "one", files / "two", "--base", files / "base"),
-    ):
-        lines = run(*args).out.splitlines()
-        assert max(map(len, lines)) <= 80, args
-        assert all(line == line.rstrip() for line in lines)
-    long = "a_rather_long_name_of_a_module_" * 4
-    net = torch.nn.ModuleDict({long: torch.nn.Linear(6, 5)})
-    li.inject(net, {"rank": 2, "targets": [long]})
-    assert long in run("inspect", li.save_adapter(net, tmp_path / "long")).out.splitlines()
-
-
-def test_progress_and_colors_are_for_terminals_and_go_to_stderr(capsys, monkeypatch, run, files):
-    for terminal in (False, True):
-        if terminal:
-            monkeypatch.setenv("FORCE_COLOR", "1")
-        with show.progress_bar("merging") as update:
-            update(1, 2)
-        out, err = capsys.readouterr()
-        assert (out, "merging" in err) == ("", terminal)
-    monkeypatch.delenv("FORCE_COLOR")
-    assert "\x1b" not in run("plan", "nowhere.yaml", files / "one").err
-
-
-def test_help_lists_the_commands_as_people_need_them(run):
-    text = run("-h").out
-    names = re.findall(r"^  ([a-z-]+)  ", text.partition("Commands:")[2], re.MULTILINE)
-    assert names == list(EXAMPLES)
-    known = ["plan", "inspect", "analyze", "merge", "verify", "extract", "schema"]
-    assert [name for name in names if name in known] == known
-    assert "..." not in text.partition("Commands:")[2]  # each line is a whole sentence
-    assert {info.name for info in app.registered_commands} == set(names)
-    assert "Exit codes: 0 done" in text
 
 
 @pytest.mark.parametrize("info", app.registered_commands, ids=lambda info: info.name)
 def test_help_of_every_command_names_its_arguments_and_speaks_no_python(run, info):
+    assert f"\n  {info.name} " in run("-h").out
     ran = run(info.name, "--help")
     assert ran.code == 0
     usage = ran.out.partition("\n")[0]

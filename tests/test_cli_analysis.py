@@ -6,7 +6,6 @@ The numbers are those of a dense float64 reference made from the files.
 import json
 import math
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -45,31 +44,25 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
-def pair(folder: Path, site: str) -> tuple[torch.Tensor, torch.Tensor]:
-    tensors = load_file(folder / "adapter_model.safetensors")
-    A, B = (tensors[f"base_model.model.{site}.lora_{end}.weight"].double() for end in "AB")
-    return A, B
-
-
 def test_json_holds_the_figures_of_a_dense_reference(run, files):
     ran = run("analyze", files / "r2", "--base", files / "base", "--json")
     assert (ran.code, ran.err) == (0, "")
     data = json.loads(ran.out, parse_constant=pytest.fail)
     W = load_file(files / "base" / "model.safetensors")
+    tensors = load_file(files / "r2" / "adapter_model.safetensors")
     assert [block["site"] for block in data["blocks"]] == SITES
     for block in data["blocks"]:
-        A, B = pair(files / "r2", block["site"])
+        site = block["site"]
+        A, B = (tensors[f"base_model.model.{site}.lora_{end}.weight"].double() for end in "AB")
         U, S, Vh = torch.linalg.svd(2 * B @ A)  # alpha 4 over rank 2
         S = S[:2].tolist()
         assert block["spectrum"]["values"] == pytest.approx(S, rel=1e-9)
-        beside = data["weights"][block["site"]]
-        assert beside["stored"] == "float32"
-        (norms,) = beside["blocks"]
-        name = f"{block['site']}.weight"
-        assert norms["tensor"] == name
-        projected = float((U[:, :2].T @ W[name].double() @ Vh[:2].T).norm())
-        assert norms["norms"]["of_delta"] == pytest.approx(projected, rel=1e-9)
-        assert norms["norms"]["factor"] == pytest.approx(math.hypot(*S) / projected, rel=1e-9)
+        beside = data["weights"][site]
+        (on_weight,) = beside["blocks"]
+        assert (beside["stored"], on_weight["tensor"]) == ("float32", f"{site}.weight")
+        projected = float((U[:, :2].T @ W[f"{site}.weight"].double() @ Vh[:2].T).norm())
+        assert on_weight["norms"]["of_delta"] == pytest.approx(projected, rel=1e-9)
+        assert on_weight["norms"]["factor"] == pytest.approx(math.hypot(*S) / projected, rel=1e-9)
         assert beside["rounded"]["bfloat16"]["kept"] == pytest.approx(1, abs=0.05)
     assert (data["comparison"], data["written"]) == (None, [])
 
@@ -88,22 +81,16 @@ def test_the_table_has_a_line_for_each_block_and_the_findings(run, files):
         assert words in beside
 
 
-def test_two_adapters_are_compared(run, files):
-    data = json.loads(run("analyze", files / "r2", files / "r4", "--json").out)
-    pairs = data["comparison"]["pairs"]
-    assert [pair["site"] for pair in pairs] == SITES
-    one, two = (torch.linalg.svd(pair(files / name, SITES[0])[0]).Vh[0] for name in ("r2", "r4"))
-    phi = pairs[0]["right"]["phi"]
-    assert phi[0][0] == pytest.approx(float((one @ two) ** 2))
-    assert (len(phi), len(phi[0])) == (2, 4)
-
-
-def test_findings_are_printed_with_their_names(run, files, tmp_path):
+def test_findings_are_printed_with_their_names_and_dora_is_refused(run, tmp_path):
     model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("a", "b")})
-    folder = li.save_adapter(li.inject(model, {"rank": 2, "targets": ["a", "b"]}), tmp_path / "a")
-    lines = run("analyze", folder).out.splitlines()  # B is 0
+    for variant in ("lora", "dora"):
+        li.inject(model, {"rank": 2, "variant": variant, "targets": ["a", "b"]}, variant)
+        li.save_adapter(model, tmp_path / variant, variant)
+    lines = run("analyze", tmp_path / "lora").out.splitlines()  # B is 0
     at = next(i for i, line in enumerate(lines) if line.startswith("inert: "))
     assert "a, b" in " ".join(lines[at : at + 3])
+    ran = run("analyze", tmp_path / "dora")
+    assert (ran.code, "DoRA" in ran.err) == (1, True)
 
 
 def test_a_report_and_pictures_are_written(run, files, tmp_path):
@@ -124,9 +111,6 @@ def test_a_report_and_pictures_are_written(run, files, tmp_path):
     assert run("analyze", files / "r2", "--report", page).code == 0  # replaced
 
 
-# ----------------------------------------------------------------------------------------- refusals
-
-
 @pytest.mark.parametrize(
     "args",
     ["nowhere", "base", "r2 base", "r2 --base empty", "r2 --base changed"],
@@ -138,27 +122,6 @@ def test_what_is_refused(run, files, monkeypatch, args):
     assert "Error: " in ran.err
     if "changed" in args:
         assert run("analyze", *args.split(), "--any-base").code == 0
-
-
-def test_without_matplotlib_nothing_is_computed_first(run, files, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("lora_inject.analysis.analyze", pytest.fail)
-    ran = run("analyze", files / "r2", "--pictures", tmp_path / "p")
-    assert (ran.code, ran.out, (tmp_path / "p").exists()) == (1, "", False)
-    assert "pip install matplotlib" in ran.err
-
-
-def test_dora_is_refused(run, files, tmp_path):
-    folder = shutil.copytree(files / "r2", tmp_path / "dora")
-    tensors = load_file(folder / "adapter_model.safetensors")
-    for site in SITES:
-        n_out = LEAVES[site.rpartition(".")[2]][0]
-        tensors[f"base_model.model.{site}.lora_magnitude_vector"] = torch.ones(n_out)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    ran = run("analyze", folder, "--base", files / "base")
-    assert (ran.code, "DoRA" in ran.err) == (1, True)
 
 
 def interrupted_program(*args):

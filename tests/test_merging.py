@@ -34,18 +34,15 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if "lora" not in n}
 
 
-def delta_of(relative: float, dtype: torch.dtype, n: int = 64) -> tuple[Host, Tensor]:
+def delta_of(relative: float, dtype: torch.dtype) -> tuple[Host, Tensor]:
     """A host whose layer has a delta of the given size relative to W, and that delta."""
-    model = Host(nn.Linear(n, n, bias=False)).to(dtype)
+    model = Host(nn.Linear(64, 64, bias=False)).to(dtype)
     fill(li.inject(model, {"rank": 4, "alpha": 4, "targets": ["layer"]}))
     A, B = li.adapter_parameters(model).values()
     with torch.no_grad():
         size = (B.double() @ A.double()).norm() / model.layer._parameters["weight"].double().norm()
         B.mul_(relative / float(size))
     return model, (B.double() @ A.double()).detach()
-
-
-# ---------------------------------------------------------------------------------- what it reports
 
 
 @pytest.mark.parametrize("relative", [1e-4, 1e-3, 1e-2, 0.5])
@@ -64,11 +61,6 @@ def test_the_report_says_what_rounding_left(dtype: torch.dtype, relative: float)
     assert (report.adapters, report.n_tensors) == ((("default", 1.0),), 1)
     assert report.min_kept == site.kept
     assert "layer.weight" in str(report)
-
-
-def test_in_float32_and_float64_nothing_is_lost() -> None:
-    assert li.merge(delta_of(1e-3, torch.float32)[0]).counted == ()
-    assert li.merge(delta_of(1e-3, torch.float64)[0]).min_kept == 1.0
 
 
 def test_what_has_no_effect_is_named_in_the_report() -> None:
@@ -95,13 +87,10 @@ def test_what_has_no_effect_is_named_in_the_report() -> None:
 @pytest.mark.parametrize("undo", [True, False])
 def test_min_kept_is_checked_before_any_change(undo: bool) -> None:
     model, _ = delta_of(1e-3, torch.bfloat16)
-    li.inject(model, {"rank": 1, "targets": ["before"]}, "other")
-    li.activate(model, {"other": 1.0, "default": 1.0})
-    before, listed = snapshot(model), li.summary(model)
+    before = snapshot(model)
     with pytest.raises(li.LayerError, match=r"rounding would leave 0\.\d+ of the delta of 'layer"):
         li.merge(model, undo=undo, min_kept=0.999)
     assert snapshot(model) == before
-    assert li.summary(model) == listed
     assert li.merge(model, undo=undo, min_kept=0.2).min_kept > 0.2
 
 
@@ -126,22 +115,19 @@ def test_row_blocks_do_not_show(kind, dtype, monkeypatch) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_a_mix_is_rounded_once(dtype: torch.dtype) -> None:
-    kind = KINDS["linear"]
-    plain = host(kind, dtype)
-    model = copy.deepcopy(plain)
-    for name in "abc":
-        fill(li.inject(model, kind.config, name), name)
-    mix = {"a": 0.7, "b": -1.3, "c": 0.1}
-    exact = plain.layer.weight.detach().double()
+    kind, mix = KINDS["linear"], {"a": 0.7, "b": -1.3, "c": 0.1}
+    model = host(kind, dtype)
+    exact = model.layer.weight.detach().double()
     for name, weight in mix.items():
+        fill(li.inject(model, kind.config, name), name)
         A, B = (p.detach().double() for p in li.adapter_parameters(model, name).values())
         exact = dense_weight(kind, exact, A, B, 1.5 * weight)
     report = li.merge(model, name=mix)
     assert dict(report.adapters) == mix
-    found = model.layer.weight.detach().double()
+    off = (model.layer.weight.detach().double() - exact).abs()
     half = torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 0.0
     wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    assert ((found - exact).abs() <= half * exact.abs() + 8 * wide * exact.abs().max()).all()
+    assert (off <= half * exact.abs() + 8 * wide * exact.abs().max()).all()
 
 
 def test_a_named_merge_comes_back_to_the_selection_before_it() -> None:
@@ -164,59 +150,34 @@ def test_a_named_merge_comes_back_to_the_selection_before_it() -> None:
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
 
 
-def test_a_site_and_a_trained_copy_of_one_tensor_mix() -> None:
+@pytest.mark.parametrize("weights", [{"low": 1.0, "full": 1.0}, {"low": 0.5, "full": -2.0}])
+@pytest.mark.parametrize("site", ["layer", r"layer\.weight"])
+def test_a_site_and_a_trained_copy_of_one_tensor_mix(site: str, weights: dict[str, float]) -> None:
     """One adapter has low-rank factors on fc, the other its own copy of fc."""
-    for site in ("layer", r"layer\.weight"):
-        plain = Host(nn.Linear(5, 6)).double()
-        model = copy.deepcopy(plain)
-        fill(li.inject(model, {**RANK2, "targets": [site]}, "low"), "low")
-        fill(li.inject(model, {"train": ["layer"]}, "full"), "full")
-        A, B = (p.detach() for p in li.adapter_parameters(model, "low").values())
-        T = li.adapter_parameters(model, "full")["layer.weight"].detach()
-        b = li.adapter_parameters(model, "full")["layer.bias"].detach()
-        W, bias = plain.layer.weight.detach(), plain.layer.bias.detach()
-        x = torch.randn(3, 5, dtype=torch.float64)
-        for low, full in ((1.0, 1.0), (0.5, -2.0)):
-            dense = W + full * (T - W) + low * 1.5 * B @ A
-            wanted = x @ dense.t() + bias + full * (b - bias)
-            li.activate(model, {"low": low, "full": full})
-            before = snapshot(model)
-            assert error(model(x), wanted) < 1e-12
-            li.merge(model)
-            assert error(model(x), wanted) < 1e-12
-            li.unmerge(model)
-            assert snapshot(model) == before
+    model = Host(nn.Linear(5, 6)).double()
+    W, bias = (p.detach().clone() for p in model.layer.parameters())
+    fill(li.inject(model, {**RANK2, "targets": [site]}, "low"), "low")
+    fill(li.inject(model, {"train": ["layer"]}, "full"), "full")
+    A, B = (p.detach() for p in li.adapter_parameters(model, "low").values())
+    T, b = (p.detach() for p in li.adapter_parameters(model, "full").values())
+    dense = W + weights["full"] * (T - W) + weights["low"] * 1.5 * B @ A
+    x = torch.randn(3, 5, dtype=torch.float64)
+    wanted = x @ dense.t() + bias + weights["full"] * (b - bias)
+    li.activate(model, weights)
+    before = snapshot(model)
+    assert error(model(x), wanted) < 1e-12
+    li.merge(model)
+    assert error(model(x), wanted) < 1e-12
+    assert snapshot(li.unmerge(model)) == before
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
 def test_trained_copies_are_rounded_and_reported(dtype: torch.dtype) -> None:
-    model = li.inject(Host(nn.Linear(5, 6)).to(dtype), {"train": ["layer"]})
-    W = dict(model.named_parameters())["layer.weight"].detach().double()
-    with torch.no_grad():
-        for copied in li.adapter_parameters(model).values():
-            copied.add_(torch.randn_like(copied), alpha=1e-3)
-    T = li.adapter_parameters(model)["layer.weight"].detach()
-    report = li.merge(model)
-    assert same_bits(model.layer.weight, T.to(dtype))
-    D, moved = T.double() - W, T.to(dtype).double() - W
-    kept = float((moved * D).sum() / (D * D).sum())
-    assert report.tensors["layer.weight"].kept == pytest.approx(kept, rel=1e-4)
-    assert set(report.tensors) == {"layer.weight", "layer.bias"}
-
-
-def test_weights_of_inference_mode_are_merged_within_it_and_refused_outside() -> None:
-    with torch.inference_mode():
-        model = Host(nn.Linear(5, 6))
-    fill(li.inject(model, {**RANK2, "targets": ["layer"]}))
-    with pytest.raises(li.LayerError, match="made in inference mode"):
-        li.merge(model)
-    x = torch.randn(2, 5)
-    with torch.inference_mode():
-        wanted, W = model(x), model.layer.weight.clone()
-        li.merge(model)
-        assert error(model(x), wanted) < 1e-5
-        li.unmerge(model)
-        assert same_bits(model.layer.weight, W)
+    model = fill(li.inject(Host(nn.Linear(5, 6)).to(dtype), {"train": ["layer"]}))
+    copies = {n: t.detach().clone() for n, t in li.adapter_parameters(model).items()}
+    assert set(li.merge(model).tensors) == {"layer.weight", "layer.bias"}
+    for name, copied in copies.items():
+        assert same_bits(dict(model.named_parameters())[name], copied.to(dtype))
 
 
 def two_layers() -> nn.Sequential:
@@ -287,19 +248,16 @@ def test_unmerge_does_not_drop_a_change_of_a_merged_weight_without_a_word(key, d
 @pytest.mark.parametrize("at_once", [True, False])
 def test_ejecting_a_merged_model_leaves_the_merged_plain_model(at_once: bool) -> None:
     plain = Host(nn.Linear(5, 6))
-    required = {n: p.requires_grad for n, p in plain.named_parameters()}
-    keys, objects = list(plain.state_dict()), {n: id(p) for n, p in plain.named_parameters()}
+    of_plain = [(n, id(p), p.requires_grad) for n, p in plain.named_parameters()]
     model = fill(li.inject(plain, {**RANK2, "targets": ["layer"]}))
     x = torch.randn(2, 5)
     wanted = model(x)
-    assert li.merge(model, eject=at_once).n_tensors == 1
+    li.merge(model, eject=at_once)
     if not at_once:
         li.eject(model)
     assert type(model.layer) is nn.Linear
     assert error(model(x), wanted) < TOLERANCE[torch.float32]
-    assert list(model.state_dict()) == keys
-    assert {n: id(p) for n, p in model.named_parameters()} == objects
-    assert {n: p.requires_grad for n, p in model.named_parameters()} == required
+    assert [(n, id(p), p.requires_grad) for n, p in model.named_parameters()] == of_plain
     with pytest.raises(li.StateError):
         li.unmerge(model)
     li.inject(model, {**RANK2, "targets": ["layer"]})
@@ -326,25 +284,19 @@ def test_a_weight_that_other_processes_share_is_neither_merged_into_nor_restored
     li.unmerge(copy.deepcopy(own))
 
 
-class Inner(nn.Sequential):
-    """A part whose first layer carries nothing."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.Linear(5, 5), nn.Linear(5, 5))
-
-
 @pytest.mark.parametrize("through", ["the root", "a part of it", "a parent", "another's", "a copy"])
 def test_a_checkpoint_is_refused_before_any_module_is_written(through: str) -> None:
     """What holds a merged layer is refused as a whole, also where no merge has seen it."""
-    parent = nn.Sequential(nn.Linear(5, 5), nn.Sequential(nn.Linear(5, 5), Inner()))
-    root = parent[1]
+    inner = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))  # of which the first carries nothing
+    root = nn.Sequential(nn.Linear(5, 5), inner)
+    parent = nn.Sequential(nn.Linear(5, 5), root)
     fill(li.inject(root, {**RANK2, "targets": [r"1\.1"]}))
     li.merge(root)
     loading = {
         "the root": root,
-        "a part of it": root[1],
+        "a part of it": inner,
         "a parent": parent,
-        "another's": nn.Sequential(nn.Linear(5, 5), root[1][1]),
+        "another's": nn.Sequential(nn.Linear(5, 5), inner[1]),
         "a copy": pickle.loads(pickle.dumps(parent)),
     }[through]
     before = snapshot(loading)
@@ -369,17 +321,9 @@ def test_unmerge_follows_a_cast() -> None:
 def test_unmerge_follows_a_change_of_strides() -> None:
     model: Any = nn.Sequential(nn.Conv2d(3, 4, 3))
     W = model[0].weight.detach().clone()
-    fill(li.inject(model, {**RANK2, "targets": ["0"]}))
-    li.merge(model)
-    model.to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        model[0].get_parameter("weight").add_(1)
-    with pytest.raises(li.StateError, match="its values were changed since the merge"):
-        li.unmerge(model)
-    li.unmerge(model, discard=True)
+    li.merge(fill(li.inject(model, {**RANK2, "targets": ["0"]})))
+    li.unmerge(model.to(memory_format=torch.channels_last))
     assert torch.equal(model[0]._parameters["weight"], W)
-    with pytest.raises(li.LayerError, match=r"torch\.contiguous_format"):
-        li.merge(model)
 
 
 def test_without_undo_the_errors_name_the_way_back() -> None:
@@ -440,36 +384,31 @@ def test_merge_refuses(words: str) -> None:
         run(model)
 
 
-# ------------------------------------------------------------------------- what it keeps, and where
-
-
 @pytest.mark.parametrize("undo", [True, False])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
-def test_a_base_that_is_not_finite_is_refused_and_left_alone(dtype, undo, monkeypatch) -> None:
+def test_a_base_that_is_not_finite_is_refused_and_left_alone(dtype, bad, undo, monkeypatch) -> None:
     """With `undo` it comes to light only while rows are written, and they are put back."""
     monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 8)
-    for bad in (math.nan, math.inf, -math.inf):
-        model = nn.Sequential(nn.Linear(4, 40), nn.Linear(40, 8)).to(dtype)
-        with torch.no_grad():
-            model[1].weight[5, 7] = bad
-        fill(li.inject(model, {**RANK2, "targets": ["0", "1"]}))
-        before = snapshot(model)
-        with pytest.raises(li.LayerError, match="NaN or Inf"):
-            li.merge(model, undo=undo)
-        assert snapshot(model) == before
+    model = two_layers().to(dtype)
+    model[1]._parameters["weight"].data[3, 2] = bad
+    before = snapshot(model)
+    with pytest.raises(li.LayerError, match="NaN or Inf"):
+        li.merge(model, undo=undo)
+    assert snapshot(model) == before
 
 
 @pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float16], ids=str)
 def test_a_merge_that_fails_within_a_tensor_puts_its_rows_back(dtype, monkeypatch) -> None:
     monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 8)
-    model = nn.Sequential(nn.Linear(4, 40), nn.Linear(40, 64)).to(dtype)
-    fill(li.inject(model, {**RANK2, "targets": ["0", "1"]}))
-    before, adding = snapshot(model), fold.Delta.add_
+    model = two_layers().to(dtype)
+    before, adding, calls = snapshot(model), fold.Delta.add_, []
 
-    def fails(delta: Any, rows: Tensor, start: int) -> Any:
-        if start >= 4 and rows.shape[1] == 40:
+    def fails(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 8:  # rows of the second layer
             raise ZeroDivisionError
-        return adding(delta, rows, start)
+        return adding(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(fold.Delta, "add_", fails)
