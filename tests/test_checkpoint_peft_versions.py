@@ -27,8 +27,8 @@ def cases():
 
 
 def test_every_minor_version_is_there():
-    found = {path.stem.rpartition(".")[0] for path in FIXTURES.glob("*.zip")}
-    assert found == {f"0.{minor}" for minor in range(12, 22)}
+    versions = {path.stem.rpartition(".")[0] for path in FIXTURES.glob("*.zip")}
+    assert versions == {f"0.{minor}" for minor in range(12, 22)}
 
 
 @pytest.mark.parametrize(("archive", "case"), list(cases()))

@@ -151,15 +151,12 @@ def test_a_profile_counts_the_experts_that_the_router_chose() -> None:
     assert not block.experts._forward_pre_hooks
 
 
-def two_layers(vocabulary: int = 13) -> Any:
+def test_the_most_chosen_experts_of_each_layer_are_adapted(tmp_path: Path) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
-    return MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=vocabulary))
-
-
-def test_the_most_chosen_experts_of_each_layer_are_adapted(tmp_path: Path) -> None:
+    model = MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=13))
     names = [f"model.layers.{i}.mlp.experts" for i in range(2)]
     profile = li.ExpertProfile(experts={names[0]: [9, 5, 0, 1], names[1]: [0, 0, 2, 9]})
     profile.write(tmp_path / "p")
@@ -169,7 +166,7 @@ def test_the_most_chosen_experts_of_each_layer_are_adapted(tmp_path: Path) -> No
         0.26: ((0, 1), (2, 3)),
         1: ((0, 1, 2, 3), (0, 1, 2, 3)),
     }.items():
-        plan = li.plan(two_layers(), config(ALL | {"only": str(tmp_path / "p"), "top": top}))
+        plan = li.plan(model, config(ALL | {"only": str(tmp_path / "p"), "top": top}))
         assert [site.only for site in plan.sites] == [first, first, second, second]
     assert profile.covered(1) == 1
 
@@ -215,23 +212,6 @@ def test_a_model_without_experts_has_no_profile() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
     with pytest.raises(li.LayerError, match="no batch reached an expert"):
         li.profile_experts(model, [])
-
-
-def test_the_command_writes_a_profile_that_a_rule_reads(tmp_path: Path, monkeypatch, run) -> None:
-    from training_models import tokenizer
-
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    model = two_layers(vocabulary=103)
-    model.save_pretrained("base")
-    tokenizer(Path("base"))
-    Path("rows.txt").write_text("1 and 1 is 2\n2 is a number\n")
-    done = run("profile", "base", "--data", "rows.txt", "--output", "profile.yaml", "--length", 6)
-    assert done.code == 0, done.err
-    profile = li.ExpertProfile.from_yaml("profile.yaml")
-    assert [sum(counts) for counts in profile.experts.values()] == [2 * 2 * 6] * 2
-    plan = li.plan(model, config(ALL | {"only": "profile.yaml", "top": 0.25}))
-    assert all(len(site.only or ()) == 1 for site in plan.sites)
 
 
 @pytest.mark.parametrize("part", [{"only": [0, 2]}, {"share": "A"}, {"share": "B"}])

@@ -24,6 +24,7 @@ RULES = [
 ]
 
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers and PEFT about each other
 CONFIG = {"rank": 2, "alpha": 5.0}
 PAIR = {"lora_A.weight": torch.ones(2, 4), "lora_B.weight": torch.ones(6, 2)}
 
@@ -37,30 +38,31 @@ def adapted(plain: Any, targets: Any) -> Any:
     return fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": targets}))
 
 
-def assert_near(found: Tensor, due: Tensor) -> None:
-    torch.testing.assert_close(found, due, rtol=1e-4, atol=2e-5)
+def assert_near(output: Tensor, due: Tensor) -> None:
+    torch.testing.assert_close(output, due, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_diffusers_computes_the_same_from_its_own_format(unet: Any, tmp_path: Path) -> None:
-    model, theirs = adapted(unet, RULES), copy.deepcopy(unet)
+    model = adapted(unet, RULES)
     due = denoised(model)
     assert (due - denoised(unet)).abs().max() > 0.05
     li.save_adapter(model, tmp_path / "a", format="diffusers", component="unet")
     name = "pytorch_lora_weights.safetensors"
+    theirs = copy.deepcopy(unet)
     theirs.load_lora_adapter(tmp_path / "a", prefix="unet", weight_name=name)
     assert_near(denoised(theirs), due)
     assert_near(denoised(li.load_adapter(copy.deepcopy(unet), tmp_path / "a")), due)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_diffusers_computes_the_same_from_a_file_of_kohya(unet: Any, tmp_path: Path) -> None:
     from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
 
-    model, theirs = adapted(unet, RULES[:2]), copy.deepcopy(unet)  # no names for convolutions
-    due, path = denoised(model), tmp_path / "a.safetensors"
+    model = adapted(unet, RULES[:2])  # their names know no convolutions
+    due = denoised(model)
+    path = tmp_path / "a.safetensors"
     li.save_adapter(model, path, format="kohya", component="unet")
     tensors, alphas = _convert_non_diffusers_lora_to_diffusers(load_file(path))
+    theirs = copy.deepcopy(unet)
     theirs.load_lora_adapter(tensors, prefix="unet", network_alphas=alphas)
     assert_near(denoised(theirs), due)
     save_file(load_file(path), path)  # without the names in the metadata
@@ -69,7 +71,6 @@ def test_diffusers_computes_the_same_from_a_file_of_kohya(unet: Any, tmp_path: P
     assert_near(denoised(li.load_adapter(copy.deepcopy(unet), path)), due)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_diffusers_computes_the_same_for_its_transformers(tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers", reason="pip install diffusers")
     torch.manual_seed(0)
@@ -81,7 +82,8 @@ def test_diffusers_computes_the_same_for_its_transformers(tmp_path: Path) -> Non
     inputs |= {"pooled_projections": torch.ones(1, 16), "timestep": torch.ones(1)}
     inputs |= {"img_ids": torch.zeros(6, 3), "txt_ids": torch.zeros(5, 3)}
     rules = [{"match": r"attn\.(to|add)_(q|v)(_proj)?", "rank": 2, "alpha": 3}, "ff.net.2"]
-    model, path = adapted(plain, rules), tmp_path / "a.safetensors"
+    model = adapted(plain, rules)
+    path = tmp_path / "a.safetensors"
     li.save_adapter(model, path, format="diffusers", component="transformer")
     theirs = copy.deepcopy(plain)
     theirs.load_lora_adapter(load_file(path), prefix="transformer")
@@ -111,7 +113,6 @@ def encoded(model: nn.Module) -> Tensor:
         return model(torch.tensor([[1, 5, 9, 2]])).last_hidden_state  # type: ignore[no-any-return]
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("layout", "component", "start"),
     [
@@ -128,7 +129,8 @@ def test_text_encoders_have_the_names_that_other_programs_ask_for(
     pytest.importorskip("diffusers", reason="pip install diffusers")
     plain, mixin = clip(projection=component.endswith("2"))
     model = adapted(plain, [r"self_attn\.(q|k|v|out)_proj", r"mlp\.fc[12]"])
-    due, path = encoded(model), tmp_path / "a.safetensors"
+    due = encoded(model)
+    path = tmp_path / "a.safetensors"
     assert (due - encoded(plain)).abs().max() > 0.05
     li.save_adapter(model, path, format=layout, component=component)
     assert sorted(load_file(path))[0].startswith(start)
@@ -148,7 +150,6 @@ def test_text_encoders_have_the_names_that_other_programs_ask_for(
     assert set(read_adapter(folder).sites) == set(li.adapter_state(model).sites)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_what_diffusers_wrote_is_read_right(unet: Any, tmp_path: Path) -> None:
     from peft import LoraConfig
 
@@ -213,7 +214,6 @@ IMAGE = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 @pytest.mark.parametrize("targets", [["to_q", "conv1"], r"decoder\..*\.to_q"])
 @pytest.mark.parametrize("header", [True, False])
-@pytest.mark.filterwarnings("ignore")
 def test_a_file_of_an_autoencoder_is_read_whole(targets, header, tmp_path: Path) -> None:
     """Its child `decoder` has the name of a component of other pipelines."""
     peft = pytest.importorskip("peft")
@@ -240,8 +240,8 @@ def test_comfyui_computes_the_same(tmp_path: Path) -> None:
         up, down, alpha = (
             tensors[f"{key}.{end}"] for end in ("lora_up.weight", "lora_down.weight", "alpha")
         )
-        found = float(alpha) / len(down) * (up.flatten(1) @ down.flatten(1))
-        torch.testing.assert_close(found, effect(site).float(), rtol=1e-4, atol=1e-5)
+        delta = float(alpha) / len(down) * (up.flatten(1) @ down.flatten(1))
+        torch.testing.assert_close(delta, effect(site).float(), rtol=1e-4, atol=1e-5)
 
 
 DOWN_UP = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(6, 2)}
@@ -262,7 +262,8 @@ def test_names_of_kohya_are_resolved_against_the_model_or_refused(tmp_path: Path
         read_adapter(path, module_names=["a.b_c", "a_b.c"])
     with pytest.raises(FormatError, match=r"no such module\. Nearest: 'a_b_d'"):
         read_adapter(path, module_names=["a.b.d"])
-    path, names = kohya(tmp_path, "lora_unet_a", "lora_te2_b"), ["a", "b"]
+    path = kohya(tmp_path, "lora_unet_a", "lora_te2_b")
+    names = ["a", "b"]
     with pytest.raises(FormatError, match=r"holds 'te2', 'unet'.*component=.te2"):
         read_adapter(path, module_names=names)
     assert list(read_adapter(path, component="te2", module_names=names).sites) == ["b"]

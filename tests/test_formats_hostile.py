@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import struct
 from collections.abc import Callable
@@ -16,10 +15,9 @@ from helpers.adapter_states import FINGERPRINT, KIND_SPECS, edit_config, make_si
 from safetensors.torch import load_file, save_file
 
 import lora_inject as li
-from lora_inject.checkpoint import Checkpoint
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import read_names
-from lora_inject.errors import CheckpointError, FormatError
+from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
 from lora_inject.formats.peft import targeted
 
@@ -120,33 +118,6 @@ def test_missing_extra_and_misshapen_tensors_of_ours(change: Any, ours: Path) ->
     edit_tensors(ours, change)
     with pytest.raises(FormatError):
         read_adapter(ours)
-
-
-def _spots(node: Any) -> list[tuple[Any, Any]]:
-    """Every place in a JSON value: what holds it, and its key there."""
-    keys = node if isinstance(node, dict) else range(len(node) if isinstance(node, list) else 0)
-    return [(node, key) for key in keys] + [s for key in keys for s in _spots(node[key])]
-
-
-def test_edited_metadata_is_an_error_or_the_same_adapter(ours: Path) -> None:
-    """Random edits of the JSON: never another exception than FormatError."""
-    metadata = read_names(ours / MODEL)[1]
-    chooser = random.Random(0)
-    strange = [None, True, -1, 0, 2**70, 10**400, 1.5, "x", [], {}, [[]], {"a": 1}, "rslora"]
-    parts = [f"lora_inject.{p}" for p in ("kinds", "sites", "trained", "fingerprint", "config")]
-    n_errors = 0
-    for _ in range(400):
-        part = chooser.choice(parts)
-        root = [json.loads(metadata[part])]
-        node, key = chooser.choice(_spots(root))
-        node[key] = chooser.choice([*strange, ["normal", 1]])
-        edit_metadata(ours, {part: json.dumps(root[0])})
-        try:
-            read_adapter(ours)
-        except FormatError:
-            n_errors += 1
-        edit_metadata(ours, metadata)
-    assert n_errors > 200
 
 
 @pytest.mark.parametrize(
@@ -411,16 +382,11 @@ def test_a_checkpoint_with_an_adapter_among_its_tensors_is_refused(tmp_path: Pat
         read_adapter(tmp_path)
 
 
-def test_a_json_file_of_a_terabyte_is_refused_before_it_is_read(foreign, tmp_path) -> None:
+def test_a_json_file_of_a_terabyte_is_refused_before_it_is_read(foreign: Path) -> None:
     os.truncate(foreign / CONFIG, 1 << 40)
     for read in (read_adapter, lambda path: li.check_adapter(path, client="peft")):
         with pytest.raises(FormatError, match="more than 32,000,000 bytes"):
             read(foreign)
-    save_file({"fc.weight": torch.ones(6, 4)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").touch()
-    os.truncate(tmp_path / "config.json", 1 << 40)
-    with pytest.raises(CheckpointError, match=r"config.json.* more than 20,000,000 bytes"):
-        Checkpoint.open(tmp_path)
 
 
 # Options, and what cannot be written ------------------------------------------------------------
@@ -444,7 +410,8 @@ def test_unknown_formats_and_options(options: dict[str, Any], words: str, foreig
 
 def test_states_that_peft_cannot_express_are_refused_before_anything_is_written(tmp_path) -> None:
     linear, table = KIND_SPECS["linear"], KIND_SPECS["parameter"]
-    site, part = make_site(linear), table.at("h.0.fc.weight", "h.0.fc.weight")
+    part = table.at("h.0.fc.weight", "h.0.fc.weight")
+    site = make_site(linear)
     for words, state in {
         "of kind 'mystery'": make_state(replace(linear, kind="mystery")),
         "together with Conv1D": make_state(KIND_SPECS["conv1d"], table),

@@ -440,8 +440,9 @@ def test_experts_of_unsloth_go_by_expert_first_when_told(run: Any, tmp_path: Pat
 
 
 def test_what_peft_writes_and_no_file_can_mean_here_is_refused(tmp_path: Path) -> None:
-    plain, options = ARCHITECTURES["llama"].build(), on("q_proj", init_lora_weights="pissa")
-    peft.get_peft_model(plain, peft.LoraConfig(**options)).save_pretrained(tmp_path / "pissa")
+    config = peft.LoraConfig(**on("q_proj", init_lora_weights="pissa"))
+    model = peft.get_peft_model(ARCHITECTURES["llama"].build(), config)
+    model.save_pretrained(tmp_path / "pissa")
     words = r"init_lora_weights.*path_initial_model_for_weight_conversion.*allow="
     with pytest.raises(FormatError, match=words):
         read_adapter(tmp_path / "pissa")

@@ -30,8 +30,8 @@ MODEL, PREFIX = "adapter_model.safetensors", "base_model.model."
 EXPERTS = "model.layers.0.mlp.experts"
 
 
-def assert_near(found: Tensor, due: Tensor) -> None:
-    torch.testing.assert_close(found, due, rtol=1e-4, atol=1e-4)
+def assert_near(output: Tensor, due: Tensor) -> None:
+    torch.testing.assert_close(output, due, rtol=1e-4, atol=1e-4)
 
 
 # -------------------------------------------------------------------------------------- portable
@@ -127,7 +127,8 @@ def test_experts_become_the_matrices_that_the_base_has(tmp_path: Path) -> None:
     model = moe()
     targets = [{"match": r"experts\.(gate_up|down)_proj", "rank": 2, "alpha": 3}, "q_proj"]
     path = of(model, targets, tmp_path, "vllm")
-    tensors, sites = load_file(path / MODEL), li.adapter_state(model).sites
+    tensors = load_file(path / MODEL)
+    sites = li.adapter_state(model).sites
     gate_up = effect(sites[f"{EXPERTS}.gate_up_proj"]).float()
     down = effect(sites[f"{EXPERTS}.down_proj"]).float()
     for expert in range(3):
@@ -144,7 +145,7 @@ def test_experts_become_the_matrices_that_the_base_has(tmp_path: Path) -> None:
 @needs_transformers_5
 def test_names_of_experts_are_those_of_the_bases_files_or_config(tmp_path: Path) -> None:
     """Mixtral's files say `block_sparse_moe.experts.0.w1`, its class has `mlp.experts`."""
-    model, base = experts("mixtral")[0], tmp_path / "base"
+    model = experts("mixtral")[0]
     path = of(model, ["all-experts"], tmp_path, "vllm")
     names = load_file(path / MODEL)
     assert f"{PREFIX}model.layers.0.block_sparse_moe.experts.0.w1.lora_A.weight" in names
@@ -152,11 +153,11 @@ def test_names_of_experts_are_those_of_the_bases_files_or_config(tmp_path: Path)
     state = li.adapter_state(model)
     alike = li.convert(state, tmp_path / "b", "vllm", base=tmp_path / "config")
     assert (alike / MODEL).read_bytes() == (path / MODEL).read_bytes()
-    for folder in (base, tmp_path / "config"):
+    for folder in (tmp_path / "base", tmp_path / "config"):
         assert li.check_adapter(path, "vllm", base=folder) == []
     wrong = {n.replace("block_sparse_moe", "moe"): t for n, t in names.items()}
     save_file(wrong, path / MODEL)
-    (finding, *_) = li.check_adapter(path, "vllm", base=base)
+    (finding, *_) = li.check_adapter(path, "vllm", base=tmp_path / "base")
     assert "the base has no module 'model.layers.0.moe.experts'" in finding.problem
 
 

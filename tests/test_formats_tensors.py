@@ -27,9 +27,9 @@ tables = st.lists(st.tuples(shapes, st.sampled_from(DTYPES)), max_size=12).map(
 )
 
 
-def assert_equal(found: dict[str, Tensor], due: dict[str, Tensor]) -> None:
-    assert found.keys() == due.keys()
-    for name, tensor in found.items():
+def assert_equal(tensors: dict[str, Tensor], due: dict[str, Tensor]) -> None:
+    assert tensors.keys() == due.keys()
+    for name, tensor in tensors.items():
         assert tensor.dtype == due[name].dtype
         assert torch.equal(tensor, due[name]), name
 

@@ -41,7 +41,8 @@ def test_the_plan_and_the_summary_say_what_the_default_format_cannot_hold() -> N
 
 
 def test_the_message_names_the_call_that_works(tmp_path: Path) -> None:
-    model, x = fill(li.inject(Attention(), ROOT)), torch.randn(2, 4)
+    model = fill(li.inject(Attention(), ROOT))
+    x = torch.randn(2, 4)
     with pytest.raises(FormatError) as raised:
         li.save_adapter(model, tmp_path / "out")
     assert CALL in str(raised.value)

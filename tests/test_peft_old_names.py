@@ -80,7 +80,8 @@ def test_a_stack_has_zeros_where_an_expert_has_no_adapter(tmp_path: Path) -> Non
 
 def test_experts_that_a_stack_cannot_hold_are_refused(tmp_path: Path) -> None:
     """A magnitude of each expert has no place on a stack; without it, the model is another."""
-    block, model = "model.layers.0.block_sparse_moe.experts", ARCHITECTURES["mixtral"].build()
+    block = "model.layers.0.block_sparse_moe.experts"
+    model = ARCHITECTURES["mixtral"].build()
     beyond = write_old(tmp_path / "beyond", [f"{block}.7.w1"], ["w1"])
     with pytest.raises(FormatError, match="of which it would be a part"):
         li.load_adapter(model, beyond)

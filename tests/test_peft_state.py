@@ -169,10 +169,12 @@ def test_the_task_changes_no_output_in_peft(name, task, train_head, tmp_path) ->
 
 def test_the_header_holds_the_config_where_diffusers_looks_for_it(tmp_path: Path) -> None:
     """`load_lora_adapter(prefix="base_model.model")` strips the prefix and makes a LoraConfig."""
-    model, theirs = with_adapter(tiny_unet(), ["to_q", "to_v", "conv1"]), tiny_unet()
-    path, name = li.save_adapter(model, tmp_path / "a"), "adapter_model.safetensors"
+    model = with_adapter(tiny_unet(), ["to_q", "to_v", "conv1"])
+    path = li.save_adapter(model, tmp_path / "a")
+    name = "adapter_model.safetensors"
     with safe_open(path / name, "pt") as file:
         told = json.loads(file.metadata()["lora_adapter_metadata"])
     assert (told["base_model.model.r"], told["base_model.model.lora_alpha"]) == (2, 6)
+    theirs = tiny_unet()
     theirs.load_lora_adapter(str(path), prefix="base_model.model", weight_name=name)
     assert float((denoised(theirs) - denoised(model)).abs().max()) < 1e-5

@@ -217,15 +217,15 @@ def test_outputs_and_gradients_are_those_of_the_dense_model(
         for key, value in li.adapter_parameters(wanted).items():
             li.adapter_parameters(model)[key].copy_(value)
     seen.clear()
-    found = []
+    results = []
     for each in (model, wanted):
         embedded = wanted.get_input_embeddings()(IDS).detach().to(each.dtype).requires_grad_()
         logits = each(inputs_embeds=embedded).logits
         logits.square().mean().backward()
         grads = {k: p.grad for k, p in li.adapter_parameters(each).items()}
-        found.append((logits.detach(), embedded.grad, grads))
+        results.append((logits.detach(), embedded.grad, grads))
     assert how == "batched_mm" or set(seen) == {2}, "a whole stack was unpacked"
-    (logits, of_x, grads), (wanted_logits, wanted_x, wanted_grads) = found
+    (logits, of_x, grads), (wanted_logits, wanted_x, wanted_grads) = results
     assert error(logits, wanted_logits) < near
     assert error(of_x, wanted_x) < near
     for key, gradient in wanted_grads.items():
@@ -295,9 +295,9 @@ def test_merged_on_disk_and_quantized_again(published: Any, tmp_path: Path) -> N
     }  # fmt: skip
     assert all("experts" in name for name in changed)
     assert {row.action for row in report.tensors.values()} == {"folded"}
-    merged, quantize = load(tmp_path / "out"), FORMS[form][0]
+    merged = load(tmp_path / "out")
     for name, W in exact(plain, state).items():
-        due = torch.stack([_quantized_as_stored(w.float(), quantize) for w in W])
+        due = torch.stack([_quantized_as_stored(w.float(), FORMS[form][0]) for w in W])
         assert error(stacks(merged)[name].dequantize(), W) < 1.1 * error(due.double(), W), name
     assert verify_checkpoint(packed, [state], tmp_path / "out", options=options).problems == ()
     if form.startswith("nvfp4"):  # one scale for all, beyond which a sum would be clipped

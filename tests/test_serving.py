@@ -1,12 +1,11 @@
-"""A small server: requests of several tenants on a thread pool, with hot-swapped adapters."""
+"""A small server: batches of several tenants on a thread pool."""
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from conftest import error, fill
+from conftest import fill
 from helpers.models import tiny_llama
 from torch import Tensor
 from transformers import GenerationConfig
@@ -44,30 +43,3 @@ def test_batches_of_several_tenants_generate_what_each_alone_does(server: Any, b
         batches = [pool.submit(generate, server, ids, list(TENANTS), beams) for _ in range(3)]
         for batch in batches:
             assert torch.equal(batch.result(), torch.stack(wanted))
-
-
-def test_an_adapter_is_swapped_between_batches(server: Any) -> None:
-    """Whoever swaps values in place waits for the batches that run; each is wholly old or new."""
-    x = torch.randint(1, 50, (2, 4))
-    old = li.adapter_state(server, "style")
-    fill(server, "style")
-    new = li.adapter_state(server, "style")
-
-    @torch.no_grad()
-    def request() -> Tensor:
-        with lock, li.routed(server, ["style", "style"]):
-            return server(x).logits
-
-    lock, outputs = threading.Lock(), []
-    for state in (new, old):
-        li.swap_adapter(server, state, "style")
-        outputs.append(request())
-    with ThreadPoolExecutor(3) as pool:
-        futures = []
-        for i in range(20):
-            futures.append(pool.submit(request))
-            if i % 5 == 2:
-                with lock:
-                    li.swap_adapter(server, (new, old)[i % 2], "style")
-        for future in futures:
-            assert min(error(future.result(), each) for each in outputs) < 1e-12

@@ -171,8 +171,8 @@ def test_shards_are_gathered_on_every_rank_or_on_the_first(how: str, ranks: Any)
     model = build()
     tensors, config = li.peft_state(model)
     portable, plain = li.peft_state(model, portable=True)
-    for rank, found in enumerate(ranks):
-        got = found[how]["states"]
+    for rank, results in enumerate(ranks):
+        got = results[how]["states"]
         assert same(got["every"], tensors)
         assert (got["config"], got["portable"]) == (config, plain)
         assert same(got["first"], portable if rank == 0 else {})
@@ -217,9 +217,9 @@ def test_a_fresh_adapter_on_shards_trains_like_one_process(when: str, ranks: Any
     li.train_only(model, "default")
     steps(model, BATCH)
     wanted = li.adapter_state(model)
-    for found in (one["end"], two["end"]):
+    for state in (one["end"], two["end"]):
         for name, site in wanted.sites.items():
-            assert error(found.sites[name].B, site.B) < 1e-5
-            assert error(found.sites[name].A, site.A) < 1e-5
+            assert error(state.sites[name].B, site.B) < 1e-5
+            assert error(state.sites[name].A, site.A) < 1e-5
         for name, tensor in wanted.trained.items():
-            assert error(found.trained[name], tensor) < 1e-5
+            assert error(state.trained[name], tensor) < 1e-5

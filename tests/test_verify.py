@@ -368,10 +368,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return llama_folder(tmp_path_factory.mktemp("base") / "tiny")
 
 
-def of_base(base: Path, std: float = 0.2) -> Any:
+def of_base(base: Path) -> Any:
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_pretrained(base).eval()
-    return fill(li.inject(model, CONFIG), std=std)
+    return fill(li.inject(model, CONFIG), std=0.2)
 
 
 @pytest.fixture
@@ -463,13 +463,4 @@ def test_what_proves_nothing_is_refused_and_nothing_is_written(
     done = run("prove", adapter, "--base", folder, *probe)
     assert done.code in (1, 2)
     assert words in printed(done)
-    assert bytes_in(adapter) == before
-
-
-def test_an_adapter_without_an_effect_proves_nothing(run, base: Path, tmp_path: Path) -> None:
-    adapter = li.save_adapter(of_base(base, std=1e-4), tmp_path / "faint")
-    before = bytes_in(adapter)
-    done = run("prove", adapter, "--base", base, "--probe", TEXT)
-    assert done.code == 1
-    assert "they prove nothing. Give inputs that it was trained for" in printed(done)
     assert bytes_in(adapter) == before
