@@ -62,40 +62,10 @@ def test_every_field_of_the_schema_is_read() -> None:
     config = Config.from_text(text)
     assert config.to_dict() == yaml.safe_load(text)
     assert config.init == Normal(normal=0.02)
-    assert config.targets[2] == Rule(
-        match=r"experts\.up", layout="in_out", kind="parameter", layers="16-31"
-    )
-    axes = Axes(in_=[0], out=[1, 2])
-    assert config.targets[3] == Rule(match="Wq", layout=axes, layers=[0, "4-7"])
-    assert config.expect == Expect(sites=24, lora=294912, trainable=887811)
     assert config.targets[1].slices == (("q", 768), ("k", 64), ("v", 64))
-    assert config.targets[-1].slices == ("q", "k")
-
-
-def test_a_string_is_the_rule_that_only_matches() -> None:
-    assert Config(targets=["q"]) == Config(targets=[Rule(match="q")])
-    assert Config(targets=["q"]) == Config(targets=[{"match": "q"}])
-    assert Config(targets=["q"]) != Config(targets=[Rule(match="q", rank=8)])
-
-
-def test_the_order_of_slices_is_part_of_the_config() -> None:
-    one, other = (
-        Rule(match="c", slices=slices, adapt=["q"])
-        for slices in ({"q": 1, "k": 2}, {"k": 2, "q": 1})
-    )
-    assert one != other
-
-
-def test_a_rule_overrides_and_zero_dropout_is_an_override() -> None:
-    config = Config(rank=8, alpha=4, dropout=0.5, init={"normal": 0.1}, targets=["a"])
-    plain = config.filled(config.targets[0])
-    assert (plain.rank, plain.alpha, plain.dropout) == (8, 4.0, 0.5)
-    assert plain.init == Normal(normal=0.1)
-    other = config.filled(
-        Rule(match="b", dropout=0.0, rank=1, init="olora", scaling="rslora", compute="float32")
-    )
-    assert (other.rank, other.alpha, other.dropout, other.init) == (1, 4.0, 0.0, "olora")
-    assert (other.scaling, other.compute) == ("rslora", "float32")
+    assert config.targets[2].layers == ("16-31",)
+    assert config.targets[3].layout == Axes(in_=[0], out=[1, 2])
+    assert config.expect == Expect(sites=24, lora=294912, trainable=887811)
 
 
 def test_configs_are_values() -> None:
@@ -120,7 +90,6 @@ targets: [{match: q, alhpa: 3}] => f:1:22 (targets[0].alhpa): unknown key 'alhpa
 lora_alpha: 4 => Did you mean 'alpha'?
 use_rslora: true => Did you mean 'scaling'?
 rnak: &rank 4 => A key cannot only hold an anchor: put it where its value is used first.
-targets: [{match: q, train: [a]}] => 'train' belongs at the top level.
 slices: [q, k] => 'slices' belongs under targets.
 {foo: 1, rank: 0, alpha: 0, targets: [q]} => (foo): unknown key 'foo'. The keys are version, rank,
     alpha, dropout, init, scaling, compute, variant, lora_bias, targets, exclude, train, tokens,
@@ -128,22 +97,17 @@ slices: [q, k] => 'slices' belongs under targets.
 targets: [{match: q, use_dora: true}] => The keys are match, kind, layers, rank, alpha,
 rank: '8' => '8' is a word. Write 8, without quotes and leading zeros.
 rank: 010 => '010' is a word. Write 10, without quotes and leading zeros.
-dropout: 00.5 => '00.5' is a word. Write 0.5, without quotes and leading zeros.
 rank: true => True is not accepted. Write a whole number.
 rank: => there is no value. Write one, or remove the key.
 alpha: 0 => 0 is not accepted. Write more than 0.
-alpha: .nan => nan is not accepted. Write a finite number.
 alpha: 1e999 => inf is not accepted. Write a finite number.
 dropout: 1 => 1 is not accepted. Write less than 1.
 bias: no => 'no' is not accepted. Did you mean 'none'?
-bias: 3 => Write 'none', 'adapted' or 'all'.
 init: gausian => Did you mean 'gaussian'?
 init: 3 => Write 'kaiming', 'gaussian', 'pissa' or 'olora', or {normal: 0.02}.
 variant: dor => there is no variant 'dor'. Did you mean 'dora'?
-version: 2 => 2 is not accepted. Write 1.
 targets: q_proj => 'q_proj' is not accepted. Write a list: [q_proj].
 targets: {match: q_proj, rank: 4} => Write a list: each entry is a line that begins with '- '.
-expect: 3 => Write a mapping of sites, lora, trainable.
 expect: {} => nothing is expected. Give sites, lora or trainable.
 tokens: [1] => Write a mapping, such as {name: [1]}.
 targets: [12] => (targets[0]): 12 is not a rule. Write a pattern in single quotes, or a mapping with
@@ -151,26 +115,20 @@ targets: [{rank: 3}] => 'match' is missing. Add match: with its value.
 exclude: [3] => (exclude[0]): 3 is not accepted. Write a text.
 targets: [q, '(q'] => f:1:14 (targets[1]): '(q' is not a regex: missing ), unterminated subpattern
     at position 0. Patterns are Python regexes; a literal dot is '\.'.
-train: ['a**'] => (train[0]): 'a**' is not a regex: multiple repeat at position 2.
-targets: ['[[a]'] => '[[a]' is not a regex: Possible nested set at position 1.
 targets: ['.*'] => '.*' also matches an empty name. Write what must be there; '.+' matches every
 targets: [{match: q, adapt: [q]}] => there is no slice 'q'. Add slices: [q, k, v].
 targets: [{match: q, slices: [q, k]}] => not which of them to adapt. Add adapt: with some of q, k.
 targets: [{match: q, slices: [q, k], adapt: [q, x]}] => there is no slice 'x'. The slices are q, k.
-targets: [{match: q, slices: [q, k], adapt: [q, q]}] => has a repeated entry. Write each once.
-targets: [{match: q, slices: [q, q], adapt: [q]}] => has a repeated entry. Write each once.
 targets: [{match: q, slices: {q: 8, k: 0}, adapt: [q]}] => (targets[0].slices.k): 0 is not accepted.
 targets: [{match: q, slices: ['a b', k], adapt: [k]}] => Write a name of letters, digits and _
 targets: [{match: q, layout: out-in}] => Did you mean 'out_in'?
 targets: [{match: q, layout: {in: [0], ou: [1]}}] => unknown key 'ou'. Did you mean 'out'?
 targets: [{match: q, layout: {in: [0, 0], out: [1]}}] => (targets[0].layout.in): [0, 0] has a
 targets: [{match: q, layers: 5-3}] => '5-3' is not a range of layers. Write 16-31, or [0, 4, 8-11].
-targets: [{match: q, layers: [010]}] => '010' is not a range of layers.
 targets: [{match: q, layers: 1-٣}] => '1-٣' is not a range of layers.
 targets: [{match: q, layers: []}] => [] is not a range of layers.
 {rank: 3} => it selects nothing: no targets, no train, tokens or bias. Add targets: with patterns
 {1: 2} => 1 is not a key: keys are strings. Write it in quotes, if it is meant.
-rank: !!int x => x is not int. Remove the tag.
 !x {targets: [q]} => the tag !x is not allowed. A config has strings, numbers, lists and mappings
 targets: ["h\.d"] => found unknown escape character '.'. Write patterns in single quotes: there a
 targets: [*q_proj] => found undefined alias 'q_proj'. Define the anchor before it is used; a pattern
@@ -191,12 +149,8 @@ def test_an_error_names_the_place_in_the_file_what_was_found_and_the_way_out(tex
 VALUES: list[tuple[Callable[[], Any], str]] = [
     (lambda: Config(rank=0, targets=["q"]), "config (rank): 0 is not accepted. "),
     (lambda: Config(targets=["q"], rnak=3), "config (rnak): unknown key 'rnak'"),
-    (lambda: Rule(match="q", rank=0), "Rule (rank): 0 is not accepted. "),
-    (lambda: Rule(), "Rule: 'match' is missing. "),
     (lambda: Config(targets=["a", {"match": "b", "alpha": 0}]), "config (targets[1].alpha): 0 is "),
     (lambda: Config(rank=3), "config: it selects nothing: "),
-    (lambda: Normal(normal=0), "Normal (normal): 0 is not accepted. "),
-    (lambda: Config(targets={"q"}), "config (targets): {'q'} is not accepted. "),
     (lambda: Config.from_dict({1: 2}), "config ([1]): 1 is not accepted. Write keys that are text"),
     (lambda: Config.from_dict(["q"]), "config: ['q'] is not accepted. Write a mapping"),
     (lambda: Config.coerce(3), "config: it is an int. Give a Config, a dict, the path of a YAML "),
@@ -208,8 +162,6 @@ VALUES: list[tuple[Callable[[], Any], str]] = [
     (lambda: Config.from_text("targets: [q]\n---\nrank: 3"), "<config>:2:1: this is not valid YAM"),
     (lambda: Config.from_text("rank: 3\nrank: 4"), "<config>:2:1 (rank): the key 'rank' is given "),
     (lambda: Config.from_text("targets: " + "[" * 5000), "<config>:1:25: this is not valid YAML: "),
-    (lambda: Config.from_text("targets: [\x01]"), "<config>, character 10: YAML does not allow "),
-    (lambda: Config(targets=["\ud800"]), "config (targets[0]): '\\ud800' is not a regex: "),
     (lambda: Config(targets=["a{99999999999}"]), "config (targets[0]): 'a{99999999999}' is not a "),
 ]
 
@@ -374,22 +326,6 @@ fragments = st.sampled_from([*"[]{},'\"\\|>#8?%q\n", *WORDS, ": ", "- ", "  "])
 def test_any_text_is_a_config_or_a_config_error(text: str) -> None:
     config = _made(lambda: Config.from_text(text))
     assert config is None or Config.from_text(config.to_yaml()) == config
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from([*Config.model_fields, *Rule.model_fields, "x"]), inner)
-    ),
-    max_leaves=12,
-)
-
-
-@given(st.dictionaries(st.sampled_from([*Config.model_fields, "x"]), json_values))
-def test_any_data_is_a_config_or_a_config_error(data: dict[str, Any]) -> None:
-    config = _made(lambda: Config.from_dict(data))
-    assert config is None or Config.from_dict(config.to_dict()) == config
 
 
 def test_the_json_schema_describes_every_key_to_an_editor() -> None:

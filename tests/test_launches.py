@@ -1,6 +1,5 @@
 """What an adapter costs a device: at most so many launches and bytes of one layer, and no sync."""
 
-from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,20 +7,15 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import KINDS, host, script
 from helpers.calls import python_calls
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
 
 import lora_inject as li
 from lora_inject.core.functional import cpu
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.linear import linear
 from lora_inject.core.layers import sending
-from lora_inject.experts.packed_experts import PackedExperts
-from lora_inject.experts.stack_formats import Mxfp4Stack
 from lora_inject.rows import by_row, routing
 
 table = script("benchmarks.launches")
@@ -74,11 +68,8 @@ def test_the_counter_sees_launches_bytes_and_syncs() -> None:
     x = torch.ones(4, 8)
     with table.Counted() as counted:
         y = x.t() @ x.new_empty(4, 2)
-        y.add_(1)
         assert bool(y[y > 1].sum().item() >= 0)
     assert counted.launches["mm"] == 1
-    assert "t" not in counted.launches
-    assert "new_empty" not in counted.launches
     assert set(counted.syncs) == {"index", "_local_scalar_dense"}
     with table.Counted() as counted:
         y.add_(1)
@@ -141,91 +132,6 @@ def test_routed_rows_need_no_sync_and_no_cpu_tensor(kind: str, options: dict[str
             _watch(model, [x], grad=grad)
             if kind in FORWARD:
                 _watch(model, [x[:, :1]], grad=grad)
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"variant": "dora"},
-        {"variant": "dora", "dropout": 0.1},
-        {"train": ["norm"]},
-        {"bias": "all"},
-        {"lora_bias": True},
-        {"tokens": {"embed": [1, 4]}},
-    ],
-    ids=str,
-)
-def test_what_is_trained_besides_a_and_b_needs_no_sync(more: dict[str, Any]) -> None:
-    layers = {"embed": nn.Embedding(9, 8), "fc": nn.Linear(8, 8), "norm": nn.LayerNorm(8)}
-    model = nn.Sequential(OrderedDict(layers))
-    li.inject(model, {"rank": 2, "targets": ["fc"], **more}).to("meta")
-    ids = torch.zeros(2, 3, dtype=torch.int64, device="meta")
-    _watch(model, [ids])
-    if not more.keys() & {"tokens", "variant"}:
-        with li.routed(model, ["default", None]):
-            _watch(model, [ids])
-
-
-class _Batched(nn.Module):
-    """Experts as transformers' `batched_mm` multiplies: a matrix for each token."""
-
-    def __init__(self, weight: Any) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, x: Tensor, which: Tensor) -> Tensor:
-        return torch.bmm(self.weight[which], x[..., None])[..., 0]
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_experts_of_each_token_need_no_sync(packed: bool) -> None:
-    weight = torch.randn(3, 6, 32)
-    if packed:
-        parts = {"codes": torch.zeros(3, 6, 16).byte(), "scales": torch.zeros(3, 6, 1).byte()}
-        weight = PackedExperts(Mxfp4Stack(), parts, torch.float32, is_turned=True)
-    model = _Batched(nn.Parameter(weight, requires_grad=False))
-    li.inject(model, {"rank": 2, "targets": [{"match": "weight", "layout": "out_in"}]}).to("meta")
-    x = torch.empty(5, 32, device="meta", requires_grad=True)
-    _watch(model, [x, torch.empty(5, dtype=torch.int64, device="meta")])
-
-
-class _Formula(nn.Module):
-    """The textbook formula around a layer, for a compiler to fuse."""
-
-    def __init__(self, plain: nn.Linear) -> None:
-        super().__init__()
-        self.plain = plain.requires_grad_(False)
-        self.A, self.B = nn.Parameter(torch.randn(8, 48)), nn.Parameter(torch.zeros(64, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
-        return self.plain(x) + 2 * F.linear(F.linear(x, A), B)
-
-
-def _compiled_operations(model: nn.Module, x: Tensor) -> Counter[str]:
-    """Count what a compiler gets to fuse, in forward and backward."""
-    operations: Counter[str] = Counter()
-
-    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
-        for node in graph.graph.nodes:
-            if node.op == "call_function" and not node.target.is_view:
-                operations[node.target._schema.name.removeprefix("aten::")] += 1
-        return make_boxed_func(graph.forward)
-
-    torch._dynamo.reset()
-    backend = aot_autograd(fw_compiler=count, bw_compiler=count)
-    torch.compile(model, backend=backend, fullgraph=True)(x).sum().backward()
-    del operations["_unsafe_view"]
-    return operations
-
-
-def test_a_compiled_step_has_no_more_operations_than_the_textbooks_formula() -> None:
-    x = torch.randn(2, 4, 48, dtype=torch.bfloat16, requires_grad=True)
-    ours = nn.Sequential(nn.Linear(48, 64)).to(x.dtype)
-    li.inject(ours, {"rank": 8, "alpha": 16, "targets": ["0"]})
-    formula = _compiled_operations(_Formula(nn.Linear(48, 64).to(x.dtype)), x)
-    counted = _compiled_operations(ours, x)
-    assert counted.total() <= formula.total(), (counted, formula)
 
 
 def test_rows_are_sent_once_for_each_stream(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,18 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import fill
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 import lora_inject as li
 from lora_inject import errors
 from lora_inject.checkpoint import (
-    MergeOptions,
     WeightedAdapter,
     plan_merge,
 )
-from lora_inject.formats import read_adapter
 from lora_inject.serving.completions import Server
 
 Q = {"rank": 2, "targets": ["q_proj"]}
@@ -119,20 +116,7 @@ class Mistakes:
         torch.optim.SGD(li.adapter_parameters(model).values(), lr=1.0).step()
         li.save_adapter(model, path / "sql")
 
-    def routing_a_weight_update(self, path):
-        """StateError: routed to 'default': it changes '0.weight' itself, which all rows of a batch
-        share. Route adapters on layers that are called, and train in full only linear layers and
-        norms."""
-        model = li.inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": [r"0\.weight"]})
-        with li.routed(model, ["default"]):
-            pass
-
     # Files
-
-    def an_adapter_that_is_not_there(self, path):
-        """FormatError: read adapter 'nowhere': there is no such file or directory. Check the
-        path."""
-        read_adapter("nowhere")
 
     def an_adapter_of_another_shape(self, path):
         """FormatError: load 'TMP/sql', site 'layers.0.q_proj': it maps 6 to 8 features in the
@@ -150,30 +134,7 @@ class Mistakes:
             other["layers"][0]["q_proj"].weight.add_(0.01)
         li.load_adapter(other, saved(path))
 
-    def half_an_adapter(self, path):
-        """FormatError: read peft adapter 'TMP/sql', adapter_model.safetensors: it lacks
-        'base_model.model.layers.0.q_proj.lora_B.weight'. The file is incomplete or was edited."""
-        path = saved(path) / "adapter_model.safetensors"
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        tensors = load_file(path)
-        del tensors["base_model.model.layers.0.q_proj.lora_B.weight"]
-        save_file(tensors, path, metadata)
-        read_adapter(path.parent)
-
-    def a_file_cut_off(self, path):
-        """FormatError: read peft adapter 'TMP/sql', 'TMP/sql/adapter_model.safetensors': it is
-        cut off or not a safetensors file (4 bytes). The file is damaged; fetch it again."""
-        path = saved(path) / "adapter_model.safetensors"
-        path.write_bytes(path.read_bytes()[:4])
-        read_adapter(path.parent)
-
     # Checkpoints
-
-    def a_share_in_percent(self, path):
-        """CheckpointError: keep at least 98 of every delta: it is not a share. Give a number from
-        0 to 1, such as 0.98."""
-        MergeOptions(min_kept=98)
 
     def an_adapter_of_another_checkpoint(self, path):
         """CheckpointError: merge sql into 'TMP': 2 of 2 tensors have no place in it

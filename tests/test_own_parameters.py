@@ -61,16 +61,12 @@ def features(method: str, *names: str) -> Callable[[Any, dict[str, Any]], Tensor
     return run
 
 
+IMAGES = ("pixel_values", "image_sizes")
 METHODS: list[tuple[str, str, str, Callable[[Any, dict[str, Any]], Tensor]]] = [
     ("blip-2", "Blip2ForConditionalGeneration", "query_tokens", generated),
     ("blip-2", "Blip2Model", "query_tokens", features("get_qformer_features", "pixel_values")),
     ("instructblip", "InstructBlipForConditionalGeneration", "query_tokens", generated),
-    (
-        "llava_next",
-        "LlavaNextModel",
-        "image_newline",
-        features("get_image_features", "pixel_values", "image_sizes"),
-    ),
+    ("llava_next", "LlavaNextModel", "image_newline", features("get_image_features", *IMAGES)),
 ]
 
 
@@ -121,18 +117,11 @@ class Policy(nn.Module):
         return results[0]
 
 
-class Threaded(Policy):
-    """A forward that reads in a thread of its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.in_a_thread(x)
-
-
 class Called(Policy):
-    """A class that is called in its own way, past nn.Module's."""
+    """A class that is called in its own way, past nn.Module's, and reads in a thread."""
 
     def __call__(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return F.linear(x + self.prompt[1], self.head.weight)
+        return self.in_a_thread(x) + F.linear(x + self.prompt[1], self.head.weight)
 
 
 WAYS: dict[str, tuple[type[Policy], Callable[[Any], Tensor]]] = {
@@ -140,7 +129,6 @@ WAYS: dict[str, tuple[type[Policy], Callable[[Any], Tensor]]] = {
     "log_prob": (Policy, lambda m: m.log_prob(X, 3)),
     "predict": (Policy, lambda m: m.predict(X)),
     "a thread": (Policy, lambda m: m.in_a_thread(X)),
-    "a thread that a forward started": (Threaded, lambda m: m(X)),
     "its own __call__": (Called, lambda m: m(X)),
 }
 
@@ -152,10 +140,6 @@ def test_a_method_of_any_name_reads_what_was_trained(way: str) -> None:
     model, wanted = trained(plain, "prompt")
     assert error(run(model), run(wanted)) < EXACT
     assert error(run(plain), run(wanted)) > 1e-3
-    model = fill(li.inject(copy.deepcopy(plain), config("prompt", "head")))
-    wide = with_deltas(plain, model)
-    assert error(run(model), run(wide)) < EXACT
-    assert error(run(plain), run(wide)) > 1e-3
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -170,18 +154,11 @@ def test_a_checkpoint_called_from_a_users_function_has_the_right_gradients(reent
         return F.linear((x + of.prompt[0]).tanh(), of.head.weight).exp()
 
     y, wanted = checkpoint(run, x, use_reentrant=reentrant), run(x)
+    due = torch.autograd.grad(wanted.square().sum(), leaves)
+    y.square().sum().backward()
     assert len(leaves) == 4
-    for a, b in zip(
-        gradients(y, leaves), torch.autograd.grad(wanted.square().sum(), leaves), strict=True
-    ):
-        assert error(a, b) < EXACT
+    assert all(error(leaf.grad, wanted) < EXACT for leaf, wanted in zip(leaves, due, strict=True))
     wide: Any = with_deltas(plain, model)
     with torch.no_grad():
         wide.prompt.copy_(li.adapter_state(model).trained["prompt"])
         assert error(y, run(X, wide)) < EXACT
-
-
-def gradients(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    """Of a checkpoint, which reentrant ones give to `backward` only."""
-    y.square().sum().backward()
-    return [leaf.grad for leaf in leaves]

@@ -5,11 +5,10 @@ import importlib
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,12 +21,10 @@ from torch import Tensor, nn
 
 import lora_inject as li
 from lora_inject import private_needed
-from lora_inject.core.adapter import generators
 from lora_inject.distributed import sharding
 from lora_inject.private import look_up
 from lora_inject.private_names import NAMES
 from lora_inject.private_needed import needed
-from lora_inject.quantized.bitsandbytes import codes_of
 
 PACKAGE = Path(li.__file__).parent
 NAME = re.compile(r"_[A-Za-z]\w*(?<!__)")
@@ -124,6 +121,7 @@ def test_the_walk_sees_each_way_to_use_a_name() -> None:
     assert used(ast.parse("module._parameters"), {"_parameters"}) == {"_parameters"}
 
 
+SHARD = "torch.distributed.tensor._utils.compute_local_shape_and_global_offset"
 # The oldest version of its library that was seen to have a name; all others were in torch 2.6,
 # transformers 5.0 and the oldest version of each other library that is admitted.
 SINCE = {
@@ -147,57 +145,45 @@ def test_each_name_is_in_the_versions_that_are_said_to_have_it(name: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "feature"),
+    ("name", "use"),
     [
         ("torch._C._not_there_at_all", lambda: needed("torch._C._not_there_at_all", "a feature")),
-        ("bitsandbytes.functional._convert_weight_packed_for_cpu_inverse",
-         lambda: pytest.importorskip("bitsandbytes")
-         and codes_of(torch.zeros(1), SimpleNamespace(packing_format_for_cpu=True))),
-        ("torch.distributed.tensor._utils.compute_local_shape_and_global_offset",
-         lambda: sharding._local_samples(torch.zeros(1))),
-        ("torch.mps._get_default_mps_generator",
-         lambda: generators.generators_of([torch.device("mps")])),
+        (SHARD, lambda: sharding._local_samples(torch.zeros(1))),
     ],
-)  # fmt: skip
-def test_what_stands_on_a_name_of_a_device_or_a_library_is_refused_without_it(
-    monkeypatch: pytest.MonkeyPatch, name: str, feature: Callable[[], object]
-) -> None:
+)
+def test_what_stands_on_a_name_is_refused_without_it(monkeypatch, name: str, use: Any) -> None:
     monkeypatch.setattr(private_needed, "look_up", lambda asked: None if asked == name else 1 / 0)
-    with pytest.raises(li.LayerError, match=f"it stands on {name}, which"):
-        feature()
+    with pytest.raises(li.LayerError, match=f"it stands on {name}, which torch"):
+        use()
 
 
 # ---------------------------------------------------------- the life of an adapter without a name
 
 REFUSED = {
-    "torch._C._will_engine_execute_node": {"trials", "trials with dropout"},
+    "torch._C._will_engine_execute_node": {"trials", "dropout"},
     "torch.Tensor._make_wrapper_subclass": {"packed experts"},
 }
 
 
-def import_without(*names: str) -> None:
-    """Import the package anew, as if libraries had no such names."""
+def import_without(name: str) -> None:
+    """Import the package anew, as if its library had no such name."""
     for module in [m for m in sys.modules if m.partition(".")[0] == "lora_inject"]:
         del sys.modules[module]
-    spec = importlib.util.find_spec("lora_inject")
-    path = Path(spec.origin).parent / "private.py"
-    gate_spec = importlib.util.spec_from_file_location("lora_inject.private", path)
-    gate = importlib.util.module_from_spec(gate_spec)
+    path = Path(importlib.util.find_spec("lora_inject").origin).parent / "private.py"
+    spec = importlib.util.spec_from_file_location("lora_inject.private", path)
+    gate = importlib.util.module_from_spec(spec)
     sys.modules["lora_inject.private"] = gate
-    gate_spec.loader.exec_module(gate)
+    spec.loader.exec_module(gate)
     there = gate.look_up
-    gate.look_up = lambda asked: None if asked in names else there(asked)
+    gate.look_up = lambda asked: None if asked == name else there(asked)
     importlib.import_module("lora_inject")
 
 
 def lives(name: str) -> dict[str, str]:
     """What happened to each kind of layer, and to trials, where a name is missing."""
     import_without(name)
-    kinds = {kind: outcome(lambda k=kind: life(k)) for kind in KINDS}
-    trials = {
-        f"trials{' with dropout' * (dropout > 0)}": outcome(lambda d=dropout: train(d))
-        for dropout in (0.0, 0.5)
-    }
+    kinds = {kind: outcome(partial(life, kind)) for kind in KINDS}
+    trials = {"trials": outcome(partial(train, 0.0)), "dropout": outcome(partial(train, 0.5))}
     return {**kinds, **trials, "packed experts": outcome(pack)}
 
 
@@ -258,7 +244,7 @@ def pack() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("torch.")])
 def test_what_does_not_stand_on_a_name_works_without_it(forks: Forks, name: str) -> None:
-    found = forks.start(lives, name).result()
-    wrong = {what: said for what, said in found.items() if said != "works"}
+    outcomes = forks.start(lives, name).result()
+    wrong = {what: said for what, said in outcomes.items() if said != "works"}
     assert wrong.keys() == REFUSED.get(name, set()), wrong
     assert all(f"it stands on {name}, which torch" in said for said in wrong.values())

@@ -74,18 +74,6 @@ def test_a_module_that_holds_its_parent() -> None:
     assert type(net[1]) is nn.Linear
 
 
-@pytest.mark.filterwarnings("ignore:Initializing zero-element")
-def test_a_layer_without_elements_is_left_out() -> None:
-    """torch's adaptive softmax makes clusters of width 0 where there are many."""
-    model = nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5, 10])
-    assert model.tail[1][0].weight.shape == (0, 8)
-    for name in (r"tail\.1\.0", r"tail\.1\.1\.weight"):
-        with pytest.raises(li.MatchError, match=r"empty Linear|2-d parameter"):
-            li.plan(model, config(name))
-    li.inject(model, config("all-linear"))
-    assert "tail.1.0" not in li.adapters(model)["default"].sites
-
-
 def test_what_is_pefts_own_in_a_model_that_it_has_wrapped_is_refused() -> None:
     net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)).double()
     lora = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)

@@ -38,9 +38,7 @@ class Recurrent(nn.Module):
         return self.last["again"](x)
 
 
-@pytest.mark.parametrize(
-    "targets", [["up"], [r"blocks\.2\.up"], [r"again\.up"], [r"again\.up", "down"]], ids=str
-)
+@pytest.mark.parametrize("targets", [["up"], [r"blocks\.2\.up"], [r"again\.up", "down"]], ids=str)
 def test_a_block_under_three_names_is_adapted_once(targets: list[str], tmp_path: Path) -> None:
     plain, x = Recurrent().double(), random(3, 4)
     model = adapted(plain, *targets)

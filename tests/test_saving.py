@@ -24,12 +24,11 @@ from conftest import (
     same_bits,
     snapshot,
 )
-from helpers.models import IDS, Net, Packed, PackedKind
+from helpers.models import IDS, Net
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.core.layers import packed_weights
 
 CONFIG = {"rank": 2, "alpha": 3}
 FORMATS = {"peft": "adapter", "native": "adapter.safetensors"}
@@ -99,16 +98,9 @@ def test_everything_that_an_adapter_is_comes_back(layout: str, tmp_path: Path) -
     one, two = li.adapter_state(model, "sql"), li.adapter_state(loaded, "other.name")
     assert {n: s.scale for n, s in one.sites.items()} == {n: s.scale for n, s in two.sites.items()}
     assert two.config == one.config == li.Config.from_dict(RICH).to_dict()
-    again = tensors_of(save(loaded, tmp_path / "second", layout, "other.name"))
-    first = tensors_of(path)
+    first, again = tensors_of(path), tensors_of(save(loaded, tmp_path / "2", layout, "other.name"))
     assert first.keys() == again.keys()
     assert all(same_bits(t, again[k]) for k, t in first.items())
-
-
-@every_format
-def test_the_base_is_not_dragged_along(layout: str, tmp_path: Path) -> None:
-    model = li.inject(Host(nn.Embedding(1000, 50)), {"rank": 1, "targets": ["layer"]})
-    assert sum(t.numel() for t in tensors_of(save(model, tmp_path, layout)).values()) == 1050
 
 
 def test_an_adapter_fits_the_same_base_in_another_dtype(tmp_path: Path) -> None:
@@ -123,14 +115,6 @@ def test_an_adapter_fits_the_same_base_in_another_dtype(tmp_path: Path) -> None:
             assert torch.equal(parameter.float(), li.adapter_parameters(model)[name])
 
 
-def test_the_tensors_of_an_installed_adapter_are_its_own() -> None:
-    model = fill(li.inject(Net(), RICH))
-    state = li.adapter_state(model)
-    before = state.sites["fc"].A.clone()
-    fill(li.install(li.eject(copy.deepcopy(model)), state))
-    assert torch.equal(state.sites["fc"].A, before)
-
-
 def test_scales_come_back_and_a_config_that_contradicts_them_is_refused(tmp_path: Path) -> None:
     rules = [
         {"match": "before", "rank": 1, "alpha": 5},
@@ -140,16 +124,13 @@ def test_scales_come_back_and_a_config_that_contradicts_them_is_refused(tmp_path
     model = fill(li.inject(copy.deepcopy(plain), {"alpha": 99, "targets": rules}))
     li.save_adapter(model, tmp_path / "a")
     older = {"rank": 1, "alpha": 7, "targets": ["layer", "before"]}
-    other = fill(li.inject(copy.deepcopy(plain), older, "older"), "older")
-    li.load_adapter(other, tmp_path / "a", "newer")
-    for loaded in (other, copy.deepcopy(other)):
-        sites = li.adapter_state(loaded, "newer").sites
-        assert sites["before"].scale == 5.0
-        assert sites["layer"].scale == 0.5 / math.sqrt(2)
-        li.activate(loaded, "newer")
-        x, x2 = torch.randn(3, 5), torch.randn(3, 2)
-        assert same_bits(loaded(x), model(x))
-        assert same_bits(loaded.before(x2), model.before(x2))
+    other = li.inject(copy.deepcopy(plain), older, "older")
+    li.activate(li.load_adapter(other, tmp_path / "a", "newer"), "newer")
+    x, x2 = torch.randn(3, 5), torch.randn(3, 2)
+    assert same_bits(other(x), model(x))
+    assert same_bits(other.before(x2), model.before(x2))
+    sites = li.adapter_state(other, "newer").sites
+    assert (sites["before"].scale, sites["layer"].scale) == (5.0, 0.5 / math.sqrt(2))
     assert li.adapter_state(other, "older").sites["layer"].scale == 7.0
     # A side file that contradicts the tensors is neither believed nor ignored in silence.
     path = tmp_path / "a" / "adapter_config.json"
@@ -257,32 +238,21 @@ def test_another_base_is_refused_unless_told(saved: Path, key: str, how: str) ->
     assert li.load_adapter(model, saved, base="any") is model
 
 
-def test_a_quantized_base_is_named_and_needs_the_argument(saved, monkeypatch) -> None:
-    monkeypatch.setattr(packed_weights, "REGISTERED", [PackedKind()])
-    model, other = base(), base()
-    model.fc, other.fc = Packed(model.fc), Packed(other.fc)
-    refused(model, saved, "cannot be compared at 1 sites, of which 'fc.weight'")
-    loaded = li.load_adapter(model, saved, base="quantized")
-    assert error(loaded(IDS), li.load_adapter(base(), saved)(IDS)) < 0.05
-    with torch.no_grad():
-        other.embed.weight.add_(1)
-    refused(other, saved, "another base: 'embed", base="quantized")
+def _put(**modules: nn.Module) -> Callable[[Any], object]:
+    return lambda model: [setattr(model, name, module) for name, module in modules.items()]
 
 
 # words of the refusal: what is done to the model, and what is said of its base
 CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "the model has no such module": (lambda m: delattr(m, "fc"), "any"),
-    "maps 5 to 6 features in the file, 4 to 6 here": (
-        lambda m: setattr(m, "fc", nn.Linear(4, 6)),
-        "any",
-    ),
+    "maps 5 to 6 features in the file, 4 to 6 here": (_put(fc=nn.Linear(4, 6)), "any"),
     "Nearest: .*'fc1'": (lambda m: m.add_module("fc1", m._modules.pop("fc")), "any"),
     r"has shape \(\d(, 6)?\) in the file and \(\d(, 6)?\) here": (
-        lambda m: setattr(m, "head", nn.Linear(6, 4)),
+        _put(head=nn.Linear(6, 4)),
         "same",
     ),
     r"the model has no such parameter\. .*leave_out": (lambda m: delattr(m, "head"), "same"),
-    "site 'fc'": (lambda m: setattr(m, "fc", nn.LSTM(5, 6)), "any"),
+    "site 'fc'": (_put(fc=nn.LSTM(5, 6)), "any"),
 }
 
 
@@ -328,17 +298,11 @@ class Twice(nn.Module):
     (["a", r"blocks\.0\.0"], "native"), ([r"b\.weight"], "native"), ([r"blocks\.1\.0"], "peft"),
 ], ids=str)  # fmt: skip
 def test_an_adapter_of_a_shared_layer_goes_to_each_of_its_names(targets, layout, tmp_path) -> None:
+    """On disk too: where the file holds them all, or one, as safetensors leaves them."""
     model, x = fill(li.inject(Twice(), {**CONFIG, "targets": targets})), torch.randn(2, 5)
     path = save(model, tmp_path, layout)
     for shared in (True, False):
         assert same_bits(li.load_adapter(Twice(shared), path)(x), model(x))
-
-
-def test_on_disk_it_is_merged_into_each_of_its_names_as_well(tmp_path: Path) -> None:
-    """Where the file holds them all; where it holds one, as safetensors leaves them, into that."""
-    targets = ["a", r"blocks\.1\.0"]
-    model, x = fill(li.inject(Twice(), {**CONFIG, "targets": targets})), torch.randn(2, 5)
-    path = save(model, tmp_path, "native")
     for names in (("a", "b", "blocks"), ("a", "blocks.0")):
         tensors = {k: t.clone() for k, t in Twice().state_dict().items() if k.startswith(names)}
         (tmp_path / "base").mkdir(exist_ok=True)
@@ -401,7 +365,6 @@ class Centers(nn.Module):
         super().__init__()
         self.gain, self.how = nn.Parameter(torch.ones(4)), how
         self.register_buffer("mean", torch.full((4,), torch.nan) if how == "nan" else torch.ones(4))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self.register_buffer("last", torch.zeros(4), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -412,25 +375,22 @@ class Centers(nn.Module):
             self.mean.data.mul_(0.9)
         if self.training and self.how == "another":
             self.mean = 0.9 * self.mean
-        if self.training and self.how == "counter":
-            self.seen += 1
         return (x - self.mean) * self.gain
 
 
-@pytest.mark.parametrize("how", ["in place", "data", "another", "counter", "still", "nan"])
+@pytest.mark.parametrize("how", ["in place", "data", "another", "still", "nan"])
 def test_a_module_in_train_that_moves_its_buffers_is_refused_at_its_first_step(how: str) -> None:
-    model = nn.Sequential(nn.Linear(3, 4), Centers(how))
+    model, x = nn.Sequential(nn.Linear(3, 4), Centers(how)), torch.randn(5, 3)
     li.inject(model, {"rank": 1, "targets": ["0"], "train": ["1"]})
-    held = {name: (id(buffer), buffer.clone()) for name, buffer in model[1].named_buffers()}
+    mean = model[1].mean
+    before = mean.clone()
     if how in ("still", "nan"):
-        model(torch.randn(5, 3))
+        model(x)
         return
     for _ in range(2):
-        with pytest.raises(li.LayerError, match=r"moves its buffer '(mean|seen)'.*Leave it out"):
-            model(torch.randn(5, 3))
-        for name in ("mean", "seen"):
-            buffer = model[1].get_buffer(name)
-            assert id(buffer) == held[name][0]
-            assert same_bits(buffer, held[name][1])
-    model[1].eval()
-    model(torch.randn(5, 3))
+        with pytest.raises(li.LayerError, match=r"moves its buffer 'mean'.*Leave it out"):
+            model(x)
+        assert model[1].mean is mean
+        assert same_bits(mean, before)
+    model.eval()
+    model(x)

@@ -4,8 +4,8 @@ import json
 import math
 from pathlib import Path
 from statistics import fmean
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +17,6 @@ import lora_inject as li
 from lora_inject import Space, search
 from lora_inject.cli import searching
 from lora_inject.trials import search as module
-from lora_inject.trials.rungs import rungs, steps_within
 
 SPACE = {
     "targets": {"both": ["all-linear"], "last": ["2"]},
@@ -114,10 +113,8 @@ def test_an_interrupted_search_goes_on_to_the_same_result(tmp_path, monkeypatch)
             searched(model, folder=tmp_path, watch=stop_at(*place))
         assert "goes on from what is saved" in left.value.__notes__[0]
         assert not li.adapters(model)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["rung-2.pt", "search.json"]
-    again = searched(net(), folder=tmp_path)
-    once_more = searched(net(), folder=tmp_path)  # of one that has ended
-    for other in (again, once_more):
+    for _ in ("interrupted", "ended"):
+        other = searched(net(), folder=tmp_path)
         assert [r.held_out for r in other.rungs] == [r.held_out for r in whole.rungs]
         assert [r.losses for r in other.rungs] == [r.losses for r in whole.rungs]
         assert other.adapter == whole.adapter
@@ -134,35 +131,17 @@ def test_trials_of_a_search_whose_state_is_missing_are_not_used(tmp_path) -> Non
     space = SPACE | {"budget": {"steps": 4}}
     searched(net(), space, folder=tmp_path)
     (tmp_path / "search.json").unlink()
-    assert (tmp_path / "rung-1.pt").exists()
     other = space | {"seed": 1}
-    found = searched(net(), other, folder=tmp_path)
-    assert found.rungs[0].losses == searched(net(), other).rungs[0].losses
-
-
-def test_numpy_is_not_needed(tmp_path, monkeypatch) -> None:
-    """Torch does not bring it along."""
-    monkeypatch.setattr(torch.Tensor, "numpy", None)
-    assert searched(net(), SPACE | {"budget": {"steps": 4}}, folder=tmp_path).adapter is not None
+    again = searched(net(), other, folder=tmp_path)
+    assert again.rungs[0].losses == searched(net(), other).rungs[0].losses
 
 
 def test_the_budget_leaves_out_what_is_too_large() -> None:
     found = searched(net(), SPACE | {"budget": {"steps": 4, "parameters": 22}})
     assert {c.parameters for c in found.candidates.values()} == {10, 20, 22}
     assert len(found.over_budget) == 3
-    assert "3 more were over the budget" in found.to_yaml()
-    same = searched(net(), SPACE | {"budget": {"steps": 4, "bytes": 88}})
-    assert same.candidates == found.candidates
     with pytest.raises(li.MatchError, match=r"'last r1 lr 0.001', has 10 parameters"):
         searched(net(), SPACE | {"budget": {"steps": 4, "bytes": 39}})
-
-
-def test_minutes_become_steps_by_timing_some(monkeypatch) -> None:
-    ticks = iter(range(10**6))
-    clock = SimpleNamespace(monotonic=lambda: float(next(ticks)))
-    monkeypatch.setattr(module, "time", clock)  # one second for each look: a step takes half of one
-    plan = searched(net(), SPACE | {"budget": {"minutes": 0.2}}).plan  # a held-out batch takes one
-    assert plan == rungs(12, steps_within(12.0 - 3.0, 12, 0.5)) == [(12, 9), (2, 45)]
 
 
 def test_a_trial_that_diverges_is_reported_and_all_of_them_are_an_error() -> None:
@@ -187,14 +166,10 @@ def test_points_follow_from_the_seed_and_cover_the_ranges() -> None:
     """
     points = Space.from_text(text % 0).points()
     assert points == Space.from_text(text % 0).points()
-    assert points != Space.from_text(text % 1).points()
     assert sorted(p["targets"] for p in points) == ["all"] * 4 + ["last"] * 4
     pieces = [math.floor(8 * math.log(p["lr"] / 1e-4) / math.log(100)) for p in points]
     assert sorted(pieces) == list(range(8))
-    every = Space.coerce(SPACE).points()
-    some = Space.coerce(SPACE | {"trials": 5}).points()
-    assert (len(every), len(some)) == (12, 5)
-    assert all(point in every for point in some)
+    assert len(Space.coerce(SPACE).points()) == 12
 
 
 # What is not said here is `targets: {all: [all-linear]}`, `lr: [1, 2]` and `budget: {steps: 8}`.
@@ -234,7 +209,6 @@ def test_a_wrong_space_is_an_error_at_its_place(tmp_path, text, words) -> None:
     ("space", "more", "message"),
     [
         (SPACE, {"train": []}, "search, batches: there is no batch. Give one at least"),
-        (SPACE, {"held_out": []}, "search, held_out: there is no batch"),
         (SPACE, {"train": iter(TRAIN)}, "search, batches: it is a list_iterator"),
         (SPACE, {"held_out": [(torch.ones(2, 4), torch.ones(3, 2))]}, r"held_out\[0\]': its tens"),
         (SPACE, {"held_out": [*HELD_OUT, NAN]}, r"held_out\[3\]: the base's loss is nan. Look"),
@@ -242,8 +216,6 @@ def test_a_wrong_space_is_an_error_at_its_place(tmp_path, text, words) -> None:
         (SPACE, {"train": [*TRAIN[:3], NAN]}, "is nan at step 3.*if they end at one step, look at"),
         (SPACE, {"loss": lambda out, batch: 1.0}, "loss of trial .*: it is a float. Return"),
         (SPACE | {"targets": {"a": ["q_proj"]}}, {}, "matched none"),
-        (SPACE | {"config": {"dropuot": 0.1}}, {}, "unknown key 'dropuot'"),
-        (SPACE | {"config": {"train": ["2.weight"]}}, {}, "adapted and trained both"),
         ([SPACE], {}, "space: it is a list. Give a Space"),
     ],
 )  # fmt: skip
@@ -253,10 +225,7 @@ def test_what_cannot_be_searched_leaves_nothing_behind(space, more, message) -> 
         searched(model, space, **more)
     assert not li.adapters(model)
     assert type(model[0]) is nn.Linear
-
-
-def test_a_model_with_an_adapter_is_refused_and_keeps_it() -> None:
-    model = li.inject(net(), {"rank": 1, "targets": ["0"]}, "mine")
+    li.inject(model, {"rank": 1, "targets": ["0"]}, "mine")
     with pytest.raises(li.StateError, match="has the adapter 'mine', and trials run on the plain"):
         searched(model)
     assert li.adapters(model)["mine"].trainable
@@ -302,63 +271,37 @@ def test_the_command_writes_config_adapter_and_page(folder, run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "more", "message"),
+    ("text", "more", "message"),
     [
-        ("rows.jsonl", '{"text": "a"}\n', (), "it has 1 row, and two batches take 8, one held out"),
-        ("rows.jsonl", None, ("--held-out", "one.txt"), "it has 1 row, and a batch takes 4. Give"),
-        ("rows.jsonl", '{"txt": "a"}\n', (), "line 1: it holds {'txt': str}. Write"),
-        ("rows.jsonl", "a\n", (), "line 1: it is not JSON"),
-        ("rows.jsonl", None, ("--length", "2"), "rows have no completion within --length"),
-        ("rows.jsonl", None, ("--held-out", "none.txt"), "there is no such file. Give a file"),
-        ("space.yaml", "lr: 1", (), "space.yaml:1"),
+        ('{"text": "a"}\n', (), "it has 1 row, and two batches take 8, one held out"),
+        ("", ("--held-out", "one.txt"), "it has 1 row, and a batch takes 4. Give"),
+        ('{"txt": "a"}\n', (), "line 1: it holds {'txt': str}. Write"),
+        ("a\n", (), "line 1: it is not JSON"),
     ],
 )
-def test_the_command_refuses_bad_input(folder, run, name, text, more, message) -> None:
-    if text is not None:
-        Path(name).write_text(text)
+def test_the_command_refuses_bad_rows(folder, run, text, more, message) -> None:
+    if text:
+        Path("rows.jsonl").write_text(text)
     done = run(*WORDS, *more)
     assert done.code == 1
     assert message in done.err
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+def test_a_device_that_does_not_work_and_a_file_as_output_are_wrong_usage(folder, run) -> None:
+    for words, message in (
         (("--device", "cuda:99"), "Invalid value for --device: "),
-        (
-            ("--device", "foo"),
-            "Invalid value for --device: 'foo' does not work here: Expected one of cpu",
-        ),
-        (("--device", "meta"), "Invalid value for --device: "),
+        (("--device", "foo"), "'foo' does not work here: Expected one of cpu"),
         (("--output", "rows.jsonl"), "'rows.jsonl' is a file"),
-    ],
-)
-def test_a_device_that_does_not_work_and_a_file_as_output_are_wrong_usage(
-    folder, run, words, message
-) -> None:
-    done = run(*WORDS, *words)
-    assert done.code == 2
-    assert message in done.err
-    assert not Path("out").exists()
-
-
-def test_files_of_others_are_not_replaced(folder, run) -> None:
-    Path("config.yaml").write_text("mine")
-    done = run(*WORDS, "--output", ".")
-    assert done.code == 1
-    assert "write to '.': it has 'config.yaml', which is not of a search" in done.err
-    assert Path("config.yaml").read_text() == "mine"
-    assert not Path("search.json").exists()
+    ):
+        done = run(*WORDS, *words)
+        assert done.code == 2
+        assert message in done.err
+        assert not Path("out").exists()
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(folder, run, monkeypatch) -> None:
-    def interrupt(_: li.Search) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(searching, "_line", interrupt)
-        done = run(*WORDS)
+    monkeypatch.setattr(searching, "_line", Mock(side_effect=KeyboardInterrupt))
+    done = run(*WORDS)
     assert done.code == 130
     assert "interrupted. Run the same again: it goes on from what is saved in 'out'" in done.err
-    assert run(*WORDS).code == 0

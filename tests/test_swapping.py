@@ -1,4 +1,7 @@
-"""New values into an adapter on the model: what loading would give, in the same Parameters."""
+"""New values into an adapter on the model, of its form or into room that `reserve` has made.
+
+It is then what loading would give, in the same Parameters.
+"""
 
 import copy
 import dataclasses
@@ -8,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, Host, fill, host, same_bits, snapshot
+from conftest import KINDS, Host, error, fill, host, same_bits, snapshot
+from helpers.models import IDS as LLAMA_IDS
+from helpers.models import tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import lora_inject as li
 from lora_inject import AdapterState
@@ -77,14 +83,11 @@ def test_files_are_swapped_in_too(layout: str, tmp_path: Path) -> None:
 
 
 def test_files_whose_names_only_the_model_tells_are_swapped_in(tmp_path: Path) -> None:
-    net = fill(li.inject(nn.Sequential(nn.Linear(4, 6)), {**RULE, "targets": ["0"]}))
-    state = li.adapter_state(net)
+    net, state = two({**RULE, "targets": ["up"]})
     path = li.write_adapter(state, tmp_path / "k.safetensors", "kohya", component="unet")
     save_file(load_file(path), path)  # without the names that this package adds
-    A = state.sites["0"].A.clone()
-    fill(net)
-    li.swap_adapter(net, path)
-    assert same_bits(li.adapter_state(net).sites["0"].A, A)
+    li.swap_adapter(net, path, "slot", base="any")
+    assert same_bits(li.adapter_state(net, "slot").sites["up"].A, state.sites["up"].A)
 
 
 def test_an_optimizer_keeps_hold_and_the_slot_stays_what_it_was() -> None:
@@ -121,10 +124,12 @@ def test_a_compiled_model_is_not_compiled_again() -> None:
 # -------------------------------------------------------------------------------------- refusals
 
 
-def _site(state: AdapterState, tensors: dict[str, torch.Tensor], **spec: Any) -> AdapterState:
+def _site(state: AdapterState, tensors: Any, name: str = "up", **spec: Any) -> AdapterState:
+    """A state in which the site `up`, or a copy of it of another name, is of another form."""
     site = state.sites["up"]
-    new = dataclasses.replace(site, spec=dataclasses.replace(site.spec, **spec), **tensors)
-    return dataclasses.replace(state, sites={**state.sites, "up": new})
+    changed = dataclasses.replace(site.spec, name=name, **spec)
+    new = dataclasses.replace(site, spec=changed, **tensors)
+    return dataclasses.replace(state, sites={**state.sites, name: new})
 
 
 def _without(state: AdapterState, name: str) -> AdapterState:
@@ -133,24 +138,17 @@ def _without(state: AdapterState, name: str) -> AdapterState:
     return dataclasses.replace(state, sites=sites, trained=trained)
 
 
-def _renamed(state: AdapterState) -> AdapterState:
-    site = state.sites["up"]
-    extra = dataclasses.replace(site, spec=dataclasses.replace(site.spec, name="upp"))
-    return dataclasses.replace(state, sites={**state.sites, "upp": extra})
-
-
 def _other_base(state: AdapterState) -> AdapterState:
     samples = {k: tuple(2 * x for x in v) for k, v in state.fingerprint.samples.items()}
-    return dataclasses.replace(
-        state, fingerprint=dataclasses.replace(state.fingerprint, samples=samples)
-    )
+    other = dataclasses.replace(state.fingerprint, samples=samples)
+    return dataclasses.replace(state, fingerprint=other)
 
 
 SMALLER = {"A": torch.zeros(1, 6), "B": torch.zeros(6, 1)}
 HALVES = Slices((("q", 3), ("k", 3)), ("q", "k"))
 REFUSED: dict[str, Callable[[AdapterState], AdapterState]] = {
     "site 'down'": lambda s: _without(s, "down"),
-    "site 'upp'.*nearest: 'up'": _renamed,
+    "site 'upp'.*nearest: 'up'": lambda s: _site(s, {}, "upp"),
     "its rank is 1, and 2 on the model. Load it .*, or swap it into what reserve": (
         lambda s: _site(s, SMALLER, rank=1)
     ),
@@ -247,3 +245,125 @@ def test_sites_of_two_layers_are_refused_where_both_are_one_layer() -> None:
     with pytest.raises(li.FormatError, match="site 'b': the adapter on the model has no such site"):
         li.swap_adapter(shared, state, base="any")
     assert snapshot(shared) == before
+
+
+# ---------------------------------------- room for other ranks, scales and sites in one graph
+
+SUBSETS = (["all-linear"], ["q_proj"], ["down_proj", "up_proj"], [r"layers\.1\..*_proj"])
+
+
+def apart(base: Any, number: int, **changes: Any) -> li.AdapterState:
+    """An adapter of another rank, scale and set of sites, made on a copy of a base."""
+    rank = 2 + round(number * 62 / 19)
+    config = {"rank": rank, "alpha": 1 + number, "targets": [*SUBSETS[number % 4]], **changes}
+    return li.adapter_state(fill(li.inject(copy.deepcopy(base), config), std=0.1))
+
+
+def test_twenty_adapters_of_ranks_2_to_64_share_one_graph() -> None:
+    base = tiny_llama().double().eval()
+    model = li.reserve(copy.deepcopy(base), "slot", rank=64)
+    li.activate(model, "slot")
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    ranks = set()
+    with torch.no_grad():
+        compiled(LLAMA_IDS)
+        for number in range(20):
+            state = apart(base, number)
+            ranks |= {site.spec.rank for site in state.sites.values()}
+            li.swap_adapter(model, state, "slot")
+            wanted = li.install(copy.deepcopy(base), state)
+            assert error(compiled(LLAMA_IDS).logits, wanted(LLAMA_IDS).logits) < 1e-12
+    assert counter.frame_count == 1
+    assert len(ranks) == 20
+    assert (min(ranks), max(ranks)) == (2, 64)
+
+
+def test_an_empty_slot_is_the_base_and_does_not_train() -> None:
+    base = tiny_llama().eval()
+    model = li.reserve(copy.deepcopy(base), "slot", rank=4)
+    assert torch.equal(model(LLAMA_IDS).logits, base(LLAMA_IDS).logits)
+    assert not any(p.requires_grad for p in li.adapter_parameters(model, "slot").values())
+    li.swap_adapter(model, apart(base, 0, rank=4), "slot")
+    assert error(model(LLAMA_IDS).logits, base(LLAMA_IDS).logits) > 1e-3
+    li.swap_adapter(model, apart(base, 1, rank=2), "slot")
+    for name, site in li.adapter_state(model, "slot").sites.items():
+        rank = 2 if "q_proj" in name else 0  # nothing is left of the one before
+        assert not site.A[rank:].any()
+        assert not site.B[:, rank:].any()
+        assert bool(site.A[:rank].any()) is bool(rank)
+    li.swap_adapter(model, li.adapter_state(li.reserve(base, "slot", rank=1), "slot"), "slot")
+    li.eject(base)
+    assert torch.equal(
+        model(LLAMA_IDS).logits, base(LLAMA_IDS).logits
+    )  # nothing is left of the ones before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"init": "pissa", "rank": 2, "targets": ["q_proj"]},
+        {"scaling": "rslora", "rank": 3},
+        {"rank": 2, "targets": [{"match": "up_proj", "slices": {"a": 8, "b": 16}, "adapt": ["b"]}]},
+    ],
+    ids=["frozen start", "rslora", "slices"],
+)
+def test_other_forms_of_adapters_fit(changes: dict[str, Any], tmp_path: Path) -> None:
+    base = tiny_llama().double().eval()
+    state = apart(base, 3, **changes)
+    model = li.reserve(copy.deepcopy(base), "slot", rank=8)
+    li.write_adapter(state, tmp_path / "a", "native")
+    li.swap_adapter(model, tmp_path / "a.safetensors", "slot")
+    wanted = li.install(copy.deepcopy(base), state)
+    assert error(model(LLAMA_IDS).logits, wanted(LLAMA_IDS).logits) < 1e-12
+
+
+def slot_refuses(words: str, run: Callable[[], object]) -> None:
+    with pytest.raises(li.LoraInjectError, match=words):
+        run()
+
+
+def test_what_a_slot_cannot_hold_is_refused_and_nothing_changed() -> None:
+    base = tiny_llama().half().eval()
+    model = li.reserve(copy.deepcopy(base), "slot", rank=8, targets=["q_proj", "down_proj"])
+    li.swap_adapter(model, apart(base, 1, rank=3), "slot")
+    before = {n: p.clone() for n, p in li.adapter_parameters(model, "slot").items()}
+    states = {
+        "its rank is 9, and the slot has room for 8. Reserve a slot of rank 9": {"rank": 9},
+        "the adapter on the model has no such site": {"rank": 2, "targets": ["up_proj"]},
+        "a slot cannot hold trained tensors": {"rank": 2, "train": ["lm_head"]},
+        "of the variant 'dora'": {"rank": 2, "variant": "dora"},
+        "its values are not finite in torch.float": {"rank": 2, "alpha": 1e39},
+    }
+    cases = {words: apart(base, 1, **changes) for words, changes in states.items()}
+    cases["another base"] = apart(tiny_llama(initializer_range=0.5), 1, rank=2)
+    for words, state in cases.items():
+        slot_refuses(words, lambda state=state: li.swap_adapter(model, state, "slot"))
+    after = li.adapter_parameters(model, "slot")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_reserving_badly_is_refused() -> None:
+    model = tiny_llama()
+    slices = {"match": "up_proj", "slices": {"a": 8, "b": 16}, "adapt": ["b"]}
+    for words, options in (
+        ("rank", {"rank": 0}),
+        ("matched none", {"rank": 2, "targets": ["nowhere"]}),
+        ("a slot has whole layers", {"rank": 2, "targets": [slices]}),
+        *(
+            ("Give patterns only", {"rank": 8, "targets": [{"match": "q_proj", **more}]})
+            for more in ({"variant": "dora"}, {"lora_bias": True}, {"rank": 4}, {"init": "pissa"})
+        ),
+    ):
+        slot_refuses(words, lambda options=options: li.reserve(model, **options))
+    li.reserve(model, rank=2)
+    slot_refuses("the model has one of that name", lambda: li.reserve(model, rank=2))
+
+
+def test_a_slot_travels_with_its_model() -> None:
+    base = tiny_llama().eval()
+    model = copy.deepcopy(li.reserve(copy.deepcopy(base), "slot", rank=8))
+    state = apart(base, 1, rank=3)
+    li.swap_adapter(model, state, "slot")
+    assert error(model(LLAMA_IDS).logits, li.install(base, state)(LLAMA_IDS).logits) < 1e-5

@@ -72,9 +72,7 @@ def check(plain: nn.Module, targets: list[Any], run: Callable[[Any], list[Tensor
 
 # Where the difference was seen, and families of other builds.
 @pytest.mark.filterwarnings("ignore")  # transformers' of configs as small as these
-@pytest.mark.parametrize(
-    "model_type", ["fsmt", "led", "longformer", "siglip_vision_model", "wavlm", "gpt2", "llama"]
-)
+@pytest.mark.parametrize("model_type", ["fsmt", "longformer", "siglip_vision_model", "gpt2"])
 def test_a_model_of_transformers_starts_with_its_own_operations(model_type: str) -> None:
     pytest.importorskip("transformers")
     from zoo.build import build
@@ -90,10 +88,8 @@ D = 8
 READS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "called": lambda fc, x: fc(x),
     "linear with a bias": lambda fc, x: F.linear(x, fc.weight, fc.bias),
-    "linear": lambda fc, x: F.linear(x, fc.weight) + fc.bias,
     "addmm": lambda fc, x: torch.addmm(fc.bias, x.reshape(-1, D), fc.weight.t()),
     "matmul": lambda fc, x: x @ fc.weight.T + fc.bias,
-    "mm": lambda fc, x: torch.mm(x.reshape(-1, D), fc.weight.t()),
     "einsum": lambda fc, x: torch.einsum("...d,od->...o", x, fc.weight),
     "formed": lambda fc, x: x * fc.weight.sum(0),
 }
