@@ -9,7 +9,6 @@ import torch
 from conftest import TOLERANCE, error, fill, same_bits
 from helpers.reference import (
     EXACT,
-    SCALE,
     adapted,
     finite_differences,
     hold,
@@ -45,24 +44,6 @@ def test_attention_with_separate_weights_named_as_a_module(tmp_path: Path) -> No
     hold(plain, model, lambda m: m(x))
     path, _ = saved(model, tmp_path, "native")
     assert error(li.load_adapter(copy.deepcopy(plain), path)(x), model(x)) < EXACT
-
-
-def test_slices_of_an_attentions_in_proj_weight() -> None:
-    plain, x = Attends().double(), random(2, 3, 8)
-    rule = {"match": "in_proj_weight", "slices": ["q", "k", "v"], "adapt": ["q", "v"]}
-    model = adapted(plain, rule)
-    (site,) = li.adapter_state(model).sites.values()
-    wide = copy.deepcopy(plain)
-    with torch.no_grad():
-        wide.attn.in_proj_weight[:8] += SCALE * site.B[:8] @ site.A[:2]
-        wide.attn.in_proj_weight[16:] += SCALE * site.B[8:] @ site.A[2:]
-    for training in (True, False):
-        assert error(model.train(training)(x), wide(x)) < EXACT
-    keys = plain.attn.in_proj_weight[8:16]
-    assert same_bits(model.attn.in_proj_weight.clone()[8:16], keys)
-    li.merge(model)
-    assert same_bits(model.attn._parameters["in_proj_weight"][8:16], keys)
-    assert error(model(x), wide(x)) < EXACT
 
 
 @pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 6}, {"bias": False}], ids=str)

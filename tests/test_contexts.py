@@ -45,19 +45,11 @@ def net() -> Net:
 X = torch.linspace(-1, 1, 8, dtype=torch.float64).view(2, 4)
 
 
-def outputs(model: nn.Module) -> dict[str | None, Tensor]:
-    """What each adapter alone gives, found without a context."""
-    wanted = {}
-    for name in (*NAMES, None):
-        li.activate(model, name)
-        wanted[name] = model(X).detach()
-    li.activate(model, "a")
-    return wanted
-
-
 def served() -> tuple[Net, dict[str | None, Tensor]]:
+    """The model, and what each adapter alone gives, computed without a context."""
     model = net()
-    return model, outputs(model)
+    wanted = {name: li.activate(model, name)(X).detach() for name in (*NAMES, None)}
+    return li.activate(model, "a"), wanted
 
 
 def ask(model: nn.Module, name: str | None) -> Tensor:
@@ -68,21 +60,33 @@ def ask(model: nn.Module, name: str | None) -> Tensor:
 # ------------------------------------------------------------------------------------------ threads
 
 
-def test_requests_on_a_thread_pool_are_never_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_graphs", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_requests_on_a_thread_pool_are_never_mixed(
+    in_graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """400 requests on 4 threads, which change places within every forward."""
     model, wanted = served()
-    old = sys.getswitchinterval()
+    call = compiled(model) if in_graphs else model
+    switching = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    monkeypatch.setattr(model, "between", lambda: threading.Event().wait(1e-5))
+    if not in_graphs:
+        monkeypatch.setattr(model, "between", lambda: threading.Event().wait(1e-5))
+
+    @torch.no_grad()
+    def request(name: str | None) -> Tensor:
+        with li.routed(model, [name, name]):
+            return call(X)  # type: ignore[no-any-return]
+
     try:
         with ThreadPoolExecutor(4) as pool:
             names = [(*NAMES, None)[i % 4] for i in range(400)]
-            found = list(pool.map(lambda name: ask(model, name), names))
+            for name, y in zip(names, pool.map(request, names), strict=True):
+                assert error(y, wanted[name]) < 1e-12
     finally:
-        sys.setswitchinterval(old)
-    for name, y in zip(names, found, strict=True):
-        assert error(y, wanted[name]) < 1e-12
-    assert same_bits(model(X), wanted["a"])
+        sys.setswitchinterval(switching)
+    with torch.no_grad(), li.disabled(model):
+        assert error(in_thread(lambda: call(X)), wanted["a"]) < 1e-12
+        assert error(call(X), wanted[None]) < 1e-12
 
 
 def in_thread(run: Callable[[], Any]) -> Any:
@@ -277,7 +281,7 @@ def test_a_context_may_be_entered_again_once_it_was_left(make: Any) -> None:
 @pytest.mark.parametrize("context", [li.disabled, lambda m: li.routed(m, ["b", None])])
 def test_an_interrupt_at_any_line_of_a_context_leaves_nothing_behind(context: Any) -> None:
     model = net()
-    wanted = outputs(model)["a"]
+    wanted = model(X)
 
     def stops_at(n: int) -> bool:
         """Interrupt the n-th line of the package's that runs, and say whether there was one."""
@@ -314,38 +318,16 @@ def test_an_interrupt_at_any_line_of_a_context_leaves_nothing_behind(context: An
 # ----------------------------------------------------------------------------------------- compiled
 
 
-def compiled() -> tuple[nn.Module, Any]:
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)).double()
-    for name in NAMES:
-        fill(li.inject(model, {"rank": 2, "targets": ["0", "2"]}, name), name)
+def compiled(model: nn.Module) -> Any:
     torch._dynamo.reset()
-    return li.activate(model, "a").eval(), torch.compile(model, fullgraph=True, backend="eager")
-
-
-@pytest.mark.slow
-def test_compiled_requests_on_a_thread_pool_are_never_mixed() -> None:
-    model, call = compiled()
-    wanted = outputs(model)
-
-    @torch.no_grad()
-    def request(name: str | None) -> Tensor:
-        with li.routed(model, [name, name]):
-            return call(X)
-
-    with torch.no_grad(), ThreadPoolExecutor(2) as pool:
-        names = (*NAMES, None) * 25
-        for name, y in zip(names, pool.map(request, names), strict=True):
-            assert error(y, wanted[name]) < 1e-12
-        with li.disabled(model):
-            assert error(in_thread(lambda: call(X)), wanted["a"]) < 1e-12
-            assert error(call(X), wanted[None]) < 1e-12
+    return torch.compile(model, fullgraph=True, backend="eager")
 
 
 @pytest.mark.skipif(not at_least(torch.__version__, 2, 9), reason="dynamo says it in its own words")
 @pytest.mark.slow
 def test_a_compiled_forward_refuses_what_it_cannot_tell_apart_or_runs_without_a_graph() -> None:
-    model, call = compiled()
-    wanted, may_break = outputs(model), torch.compile(model, backend="eager")
+    model, wanted = served()
+    call, may_break = compiled(model), torch.compile(model, backend="eager")
 
     async def request() -> None:
         with li.routed(model, ["b", "b"]):

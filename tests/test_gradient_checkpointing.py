@@ -1,7 +1,7 @@
 """Gradient checkpointing of adapted models works, or says what to call."""
 
-import contextlib
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -44,29 +44,22 @@ def test_gradient_checkpointing(reentrant: bool, targets: list[str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("frozen", ["nothing", "lora_A"])
 @pytest.mark.parametrize(
-    ("config", "routed"),
-    [
-        ({"targets": ["0"]}, False),
-        ({"targets": ["0"]}, True),
-        ({"targets": [r"0\.weight"]}, False),
-        ({"train": ["0"]}, False),
-        ({"bias": "all"}, False),
-    ],
+    "config",
+    [{"targets": ["0"]}, {"targets": [r"0\.weight"]}, {"train": ["0"]}, {"bias": "all"}],
     ids=str,
 )
-@pytest.mark.parametrize("frozen", ["nothing", "lora_A"])
-def test_gradient_checkpointing_never_trains_in_vain(
-    config: dict[str, Any], routed: bool, frozen: str
-) -> None:
+def test_gradient_checkpointing_never_trains_in_vain(config: dict[str, Any], frozen: str) -> None:
     model = fill(li.inject(nn.Sequential(nn.Linear(5, 5)), {**CONFIG, **config}))
     for name, parameter in li.adapter_parameters(model).items():
         parameter.requires_grad_(not name.endswith(frozen))
     x = torch.randn(2, 5)
-    context = li.routed(model, ["default", None]) if routed else contextlib.nullcontext()
-    words = "no input of the checkpoint requires a gradient"
-    with context, pytest.raises(li.LayerError, match=words):
-        checkpoint(model, x, use_reentrant=True)
+    contexts = [nullcontext(), li.routed(model, ["default", None])]
+    for context in contexts if config == {"targets": ["0"]} else contexts[:1]:
+        words = "no input of the checkpoint requires a gradient"
+        with context, pytest.raises(li.LayerError, match=words):
+            checkpoint(model, x, use_reentrant=True)
     checkpoint(model.eval(), x, use_reentrant=True)
 
 
@@ -100,8 +93,7 @@ def selectively(model: nn.Module, saved: str, allow: bool, x: torch.Tensor) -> t
     contexts = partial(
         create_selective_checkpoint_contexts, policy, allow_cache_entry_mutation=allow
     )
-    found: torch.Tensor = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
-    return found
+    return checkpoint(model, x, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
 
 
 SELECTIVE = pytest.mark.parametrize(

@@ -77,20 +77,6 @@ def _whole(model: nn.Module) -> tuple[Any, ...]:
     return outputs, li.summary(model), values, classes, sorted(model.__dict__)
 
 
-VERBS: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], Any]]] = {
-    "inject": (Several, lambda m: li.inject(m, OTHER, "new")),
-    "inject a second": (_two, lambda m: li.inject(m, {"rank": 1, "targets": ["conv"]}, "new")),
-    "eject": (_two, li.eject),
-    "activate": (_two, lambda m: li.activate(m, "one")),
-    "train_only": (_two, lambda m: li.train_only(m, "one")),
-    "merge": (_two, li.merge),
-    "merge and eject": (lambda: _untied(), lambda m: li.merge(m, eject=True)),
-    "unmerge": (lambda: _merged(), li.unmerge),
-    "install": (_two, lambda m: li.install(m, STATE, "new")),
-    "swap_adapter": (_two, lambda m: li.swap_adapter(m, _doubled(m), "one")),
-}
-
-
 def _untied() -> Several:
     return fill(li.inject(Several(), {"rank": 1, "targets": ["fc", "mix"]}))
 
@@ -106,6 +92,20 @@ def _doubled(model: nn.Module) -> li.AdapterState:
     for site in state.sites.values():
         site.B.mul_(2)
     return state
+
+
+VERBS: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], Any]]] = {
+    "inject": (Several, lambda m: li.inject(m, OTHER, "new")),
+    "inject a second": (_two, lambda m: li.inject(m, {"rank": 1, "targets": ["conv"]}, "new")),
+    "eject": (_two, li.eject),
+    "activate": (_two, lambda m: li.activate(m, "one")),
+    "train_only": (_two, lambda m: li.train_only(m, "one")),
+    "merge": (_two, li.merge),
+    "merge and eject": (_untied, lambda m: li.merge(m, eject=True)),
+    "unmerge": (_merged, li.unmerge),
+    "install": (_two, lambda m: li.install(m, STATE, "new")),
+    "swap_adapter": (_two, lambda m: li.swap_adapter(m, _doubled(m), "one")),
+}
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -1,11 +1,13 @@
 """What a layer computes with its weight: known, or its weight reads as W + delta, or refused.
 
 A forward of a class's own may scale, clamp, renumber or take other arguments, today or once another
-base is loaded: nothing of that is guessed from its answers.
+base is loaded: nothing of that is guessed from its answers. Where the weight itself is computed
+(weight_norm, spectral_norm), what it is computed of is adapted.
 """
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import conv1d, error, fill, same_bits
-from helpers.reference import refused, with_deltas
+from helpers.reference import EXACT, SCALE, config, random, refused, with_deltas
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 
 import lora_inject as li
 
@@ -115,31 +118,6 @@ def test_further_arguments_reach_the_layer(options: dict[str, Any]) -> None:
     assert error(named, wide.layer(residual=X, x=2 * X)) < 1e-12
 
 
-@pytest.mark.parametrize(
-    ("build", "x", "name"),
-    [
-        (lambda: nn.Linear(N, N), X, "input"),
-        (lambda: conv1d(N, N), X, "x"),
-        (lambda: nn.Embedding(12, N), IDS, "input"),
-    ],
-    ids=["linear", "conv1d", "embedding"],
-)
-def test_a_stock_layer_takes_the_arguments_that_its_class_takes(build, x, name) -> None:
-    _, model = made(build)
-    assert same_bits(model.layer(**{name: x}), model.layer(x))
-    for args, options in (((x, x), {}), ((), {}), ((x,), {"scale": 3}), ((), {"ids": x})):
-        with pytest.raises(TypeError):
-            model.layer(*args, **options)
-
-
-def test_falcons_layer_is_known_and_keeps_dropout() -> None:
-    from transformers.models.falcon.modeling_falcon import FalconLinear
-
-    _, model = made(lambda: FalconLinear(N, N), dropout=0.1)
-    assert li.adapters(model)["default"].sites["layer"].update == "forward"
-    assert error(model.eval()(X), dense(model)(X)) < 1e-12
-
-
 def test_peft_reads_an_unknown_forward_as_a_target_parameter(tmp_path: Path) -> None:
     """Its own way with a Linear would add to the output, past the gain and the clamp."""
     import peft
@@ -227,36 +205,15 @@ def test_rows_of_a_nested_tensor(layout: torch.layout, rule: dict[str, Any]) -> 
         model(nested)
 
 
-class Graph(nn.Module):
-    """Multiplies a sparse matrix with a layer that it calls, and one whose weight it reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.read = nn.Linear(N, N), nn.Linear(N, N)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) + x @ self.read.weight
-
-
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
-@pytest.mark.parametrize("layout", [Tensor.to_sparse, Tensor.to_sparse_csr], ids=["coo", "csr"])
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_a_sparse_input_gives_what_a_dense_one_gives(layout: Any, variant: str) -> None:
-    plain = Graph().double()
-    config = {**CONFIG, "variant": variant, "targets": ["layer", "read"]}
-    model = fill(li.inject(copy.deepcopy(plain), config))
-    x = X.relu()
-    g = torch.randn(4, N, dtype=torch.float64)
-    (model(x) * g).sum().backward()
-    wanted = {k: p.grad.clone() for k, p in li.adapter_parameters(model).items()}
-    model.zero_grad()
-    found = model(layout(x))
-    assert error(found.to_dense(), model(x)) < 1e-12
-    assert error(model.eval()(layout(x)).to_dense(), model(x)) < 1e-12
-    (found.to_dense() * g).sum().backward()
-    assert all(error(p.grad, wanted[k]) < 1e-12 for k, p in li.adapter_parameters(model).items())
+def test_a_sparse_input_gives_what_a_dense_one_gives() -> None:
+    plain, model = made(lambda: nn.Linear(N, N))
+    x, trained = X.relu(), list(li.adapter_parameters(model).values())
+    outputs = [model(x), model(x.to_sparse()).to_dense()]
+    grads = [torch.autograd.grad(y.square().sum(), trained) for y in outputs]
+    assert error(*outputs) < 1e-12
+    assert all(error(one, other) < 1e-12 for one, other in zip(*grads, strict=True))
     with li.disabled(model):
-        assert error(model(layout(x)).to_dense(), plain(x)) < 1e-12
+        assert error(model(x.to_sparse()).to_dense(), plain(x)) < 1e-12
 
 
 STOCK: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
@@ -307,3 +264,89 @@ def test_a_forward_that_is_put_onto_the_class_after_inject_is_refused(
             model(x)
         due = li.eject(model)(x)
         assert same_bits(li.inject(model, {"rank": 2, "targets": ["0"]})(x), due)
+
+
+# ------------------------------------------------------------------------ weights that are computed
+
+
+def _weight_norm(layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer)
+
+
+COMPUTED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "weight_norm": (parametrizations.weight_norm, "parametrizations.weight.original1"),
+    "spectral_norm": (parametrizations.spectral_norm, "parametrizations.weight.original"),
+    "orthogonal": (parametrizations.orthogonal, "parametrizations.weight.original"),
+    "old weight_norm": (_weight_norm, "weight_v"),
+}
+
+
+@pytest.mark.parametrize("how", COMPUTED)
+def test_a_linear_layer(how: str) -> None:
+    compute, parameter = COMPUTED[how]
+
+    def make() -> Any:
+        torch.manual_seed(3)
+        return nn.Sequential(compute(nn.Linear(6, 6).double())).eval()
+
+    for target in ("0", r"0\.weight"):
+        with pytest.raises((li.LayerError, li.MatchError)) as raised:
+            li.plan(make(), config(target))
+        assert target != "0" or parameter in str(raised.value)
+    plain, model, x = make(), make(), random(3, 6)
+    cls = type(model[0])
+    fill(li.inject(model, config(parameter)))
+    site = li.adapter_state(model).sites[f"0.{parameter}"]
+    with torch.no_grad():
+        plain.get_parameter(f"0.{parameter}").add_(SCALE * site.B @ site.A)
+    assert error(model(x), plain(x)) < EXACT
+    li.merge(model, eject=True)
+    assert error(model(x), plain(x)) < EXACT
+    assert type(model[0]) is cls
+
+
+@pytest.mark.parametrize("name", ["0", "1"])
+def test_a_module_some_of_whose_weights_are_computed_is_not_adapted_in_part(name: str) -> None:
+    model = nn.Sequential(nn.LSTM(4, 4), nn.MultiheadAttention(4, 2))
+    parametrizations.spectral_norm(model[0], "weight_hh_l0")
+    parametrizations.spectral_norm(model[1], "in_proj_weight")
+    words = rf"'{name}'.*computed by a parametrization.*original"
+    refused(model, lambda: li.inject(model, config(name)), li.LayerError, words)
+
+
+class Doubled(nn.Module):
+    def forward(self, W: torch.Tensor) -> torch.Tensor:
+        return 2 * W
+
+
+def test_a_bias_that_is_parametrized_after_inject_is_used() -> None:
+    model = fill(li.inject(nn.Sequential(nn.Linear(6, 6).double()), config("0")))
+    parametrize.register_parametrization(model[0], "bias", Doubled())
+    plain, x = li.eject(copy.deepcopy(model)), random(3, 6)
+    site = li.adapter_state(model).sites["0"]
+    with torch.no_grad():
+        plain[0].weight.add_(SCALE * site.B @ site.A)
+    assert error(model(x), plain(x)) < EXACT
+    li.eject(model)
+    assert parametrize.is_parametrized(model[0], "bias")
+
+
+def test_a_trained_bias_that_is_taken_away_is_an_error() -> None:
+    model = li.inject(nn.Sequential(nn.Linear(6, 6)), config("0") | {"bias": "adapted"})
+    with pytest.raises(li.LayerError, match=r"replacing parameter 'bias'.*Eject the adapter first"):
+        model[0].bias = None
+    model(torch.ones(1, 6))
+
+
+def test_a_layer_that_was_given_another_class_is_an_error_and_can_be_ejected() -> None:
+    class Other(nn.Linear):
+        """Knows of no adapter."""
+
+    model = li.inject(nn.Sequential(nn.Linear(6, 6)), config("0"))
+    model[0].__class__ = Other
+    for verb in (li.merge, li.adapter_state, lambda m: li.inject(m, config("0"), "second")):
+        refused(model, lambda v=verb: v(model), li.LayerError, "later given the class Other")
+    li.eject(model)
+    assert (type(model[0]), list(model.state_dict())) == (Other, ["0.weight", "0.bias"])

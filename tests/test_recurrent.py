@@ -87,14 +87,14 @@ def test_weights_that_are_put_in_place_are_read() -> None:
     plain, other = Reads().double(), Reads().double()
     model = adapted(plain, "rnn")
     new = dict(other.named_parameters())
-    found = torch.func.functional_call(model, new, (X,))
+    y = torch.func.functional_call(model, new, (X,))
     replaced = copy.deepcopy(model)
     replaced.load_state_dict(copy.deepcopy(new), strict=False, assign=True)
-    assert same_bits(found, run(replaced))
+    assert same_bits(y, run(replaced))
     assert error(run(li.eject(replaced)), run(other)) < EXACT
     with pytest.raises(li.LayerError, match=r"replacing parameter 'weight_hh_l0'"):
         model.rnn.weight_hh_l0 = copy.deepcopy(new["rnn.weight_hh_l0"])
-    assert error(found, run(dense(other, model))) < EXACT
+    assert error(y, run(dense(other, model))) < EXACT
     assert error(run(model), run(dense(plain, model))) < EXACT
     assert error(run(model.float().double()), run(dense(plain.float().double(), model))) < EXACT
 

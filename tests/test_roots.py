@@ -80,14 +80,6 @@ def test_two_towers_with_one_adapter_name_are_both_seen_from_the_parent(tmp_path
     assert same_bits(model(X), other(X))
 
 
-def test_a_part_that_was_injected_has_the_names_of_the_whole(tmp_path: Path) -> None:
-    model = Towers()
-    fill(li.inject(model.right, RULE, "part"), "part")
-    assert list(li.adapter_state(model, "part").sites) == ["right.2"]
-    path = li.save_adapter(model, tmp_path / "part", "part")
-    assert same_bits(li.load_adapter(li.eject(copy.deepcopy(model)), path)(X), model(X))
-
-
 @pytest.mark.parametrize("verb", ["inject", "install"])
 def test_a_model_around_or_inside_an_injected_one_is_refused(verb: str) -> None:
     """Two selections could not say what is active, nor two records what eject restores."""
@@ -148,22 +140,6 @@ def test_eject_gives_flags_back_to_the_layers_that_had_them() -> None:
     old, model["d"] = model["d"], nn.Linear(4, 4).requires_grad_(False)
     li.eject(model)
     assert all(p.requires_grad for layer in (old, model["d"]) for p in layer.parameters())
-
-
-def test_what_is_active_on_another_tower_does_not_decide_for_this_one() -> None:
-    """An adapter that is loaded onto one tower is active there."""
-    model = Towers()
-    li.inject(model.right, at("0"), "idle")
-    fill(li.inject(model.left, RULE, "left"), "left")
-    li.activate(model, {"left": 0.5})
-    state = li.adapter_state(fill(li.inject(layers(), RULE)))
-    left = model.left(X)
-    li.install(model.right, state, "right", base="any")
-    weights = {n: info.weight for n, info in li.adapters(model).items()}
-    assert weights == {"idle": None, "left": 0.5, "right": 1.0}
-    assert same_bits(model.left(X), left)
-    wanted = li.install(li.eject(copy.deepcopy(model)).right, state, base="any")
-    assert same_bits(model.right(X), wanted(X))
 
 
 # ------------------------------------------------------------------------- models that share layers
@@ -246,13 +222,9 @@ def test_a_model_that_only_a_cycle_holds_stands_in_nobodys_way() -> None:
         encoder = layers()
         li.inject(in_a_cycle(Encoded(encoder)), at("head"), "a")
         li.inject(encoder, RULE, "a")
-        mine = li.inject(Encoded(layers()), at("head"), "a")
-        li.inject(in_a_cycle(Encoded(mine.encoder)), at("head"), "b")
-        li.inject(mine, at(r"encoder\.0"), "c")
     finally:
         gc.enable()
     assert list(li.adapters(encoder)) == ["a"]
-    assert list(li.adapters(mine)) == ["a", "c"]
 
 
 @pytest.mark.parametrize("verb", ["inject", "load"])
@@ -281,14 +253,10 @@ def test_what_becomes_the_only_trainable_one_stops_adapters_of_models_that_share
 # ----------------------------------------------------------------------------------- all or nothing
 
 
-def failing(*_: Any) -> None:
-    raise RuntimeError("no such batch")
+def test_what_a_library_does_after_a_load_is_a_part_of_all_or_nothing(monkeypatch) -> None:
+    def failing(*_: Any) -> None:
+        raise RuntimeError("out of memory")
 
-
-@pytest.mark.parametrize("verb", ["inject", "install"])
-def test_what_a_library_does_after_a_load_is_a_part_of_all_or_nothing(
-    verb: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
     state = li.adapter_state(li.inject(layers(), RULE))
     models = [layers(), fill(li.inject(layers(), RULE, "a"), "a")]
     guard: Any = ModuleType("guard_of_a_library")
@@ -296,11 +264,8 @@ def test_what_a_library_does_after_a_load_is_a_part_of_all_or_nothing(
     monkeypatch.setitem(sys.modules, guard.__name__, guard)
     monkeypatch.setitem(libraries.GUARDS, guard.__name__, ("torch",))
     for model in models:
-
-        def add(model: nn.Module = model) -> None:
-            if verb == "install":
-                li.install(model, state, "b", base="any")
-            else:
-                li.inject(model, RULE, "b")
-
-        refused(model, add, RuntimeError, "no such batch")
+        for add in (
+            lambda model=model: li.inject(model, RULE, "b"),
+            lambda model=model: li.install(model, state, "b", base="any"),
+        ):
+            refused(model, add, RuntimeError, "out of memory")

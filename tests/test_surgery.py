@@ -111,11 +111,8 @@ def test_hooks_stay_and_see_the_layer_with_its_adapter() -> None:
 
 def test_the_class_of_an_adapted_layer_makes_plain_layers() -> None:
     adapted = injected(KINDS["linear"]).layer
-    other = type(adapted)(3, 4)
-    assert type(other) is nn.Linear
-    assert repr(other) == "Linear(in_features=3, out_features=4, bias=True)"
+    assert type(type(adapted)(3, 4)) is nn.Linear
     assert "default: r=2" in repr(adapted)
-    assert type(injected(KINDS["linear"]).layer) is type(adapted), "one class per base class"
 
 
 # -------------------------------------------------------------------------------- weights that read
@@ -261,25 +258,6 @@ def test_inits_have_their_spread_and_follow_the_seed(init: Any, std: float) -> N
 # -------------------------------------------------------------------------------- casts and devices
 
 
-@pytest.mark.parametrize("cast", ["bfloat16", "half", "to"])
-def test_float32_masters_stay_under_narrowing_casts(cast: str) -> None:
-    model = Net()
-    li.inject(model, {**FC, "targets": ["fc", "embed"], "train": ["head"], "init": "olora"})
-    model(IDS).sum().backward()
-    adapter = li.adapter_parameters(model)
-    values = {n: p.detach().clone() for n, p in adapter.items()}
-    grads = {n: p.grad.clone() for n, p in adapter.items()}
-    narrow = torch.float16 if cast == "half" else torch.bfloat16
-    model.to(dtype=narrow) if cast == "to" else getattr(model, cast)()
-    dtypes = {(p.dtype, "lora" in n) for n, p in model.named_parameters()}
-    assert dtypes == {(narrow, False), (torch.float32, True)}
-    for name, parameter in li.adapter_parameters(model).items():
-        assert same_bits(parameter, values[name])
-        assert parameter.requires_grad
-        assert same_bits(parameter.grad, grads[name])
-    assert model(IDS).dtype == narrow
-
-
 @pytest.mark.parametrize("target", ["fc", r"fc\.weight"])
 def test_a_base_kept_in_float8_between_forwards(target: str) -> None:
     """As diffusers' layerwise casting does: each forward casts a layer, and casts it back."""
@@ -296,23 +274,15 @@ def test_a_base_kept_in_float8_between_forwards(target: str) -> None:
         li.inject(plain, FC)
 
 
-def test_a_model_on_the_meta_device_moves_with_to_empty() -> None:
-    model = li.inject(Host(nn.Linear(5, 6)).to("meta"), LAYER)
-    assert {p.device.type for p in model.parameters()} == {"meta"}
-    model.to_empty(device="cpu")
-    assert {p.device.type for p in model.parameters()} == {"cpu"}
-    assert required(model) == ids_of(model, "default")
-
-
 # ---------------------------------------------------------------------- gradients of what is frozen
 
 
-@pytest.mark.parametrize("verb", ["inject", "load", "inject another", "train_only"])
+@pytest.mark.parametrize("verb", ["load", "inject another", "train_only"])
 def test_a_gradient_of_before_moves_nothing_that_a_verb_froze(verb: str, tmp_path: Path) -> None:
     """An optimizer steps whatever has a gradient, whether or not it requires one."""
     path = li.save_adapter(net(), tmp_path / "a")
     model, kept = Net(), set()
-    if verb in ("inject another", "train_only"):
+    if verb != "load":
         fill(li.inject(model, FC, "one"), "one")
         fill(li.inject(model, FC, "two"), "two")
         li.train_only(model, ["one", "two"])
