@@ -254,6 +254,7 @@ KEYS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "unknown lora": ({**pair("fc"), f"{P}fc.lora_C.weight": torch.ones(6)}, "no known kind"),
     "twice": ({**pair("fc"), f"{P}fc.lora_A.default.weight": TWO}, "a second time"),
     "trained and adapted": ({**pair("fc"), f"{P}fc.weight": TWO}, "has a site as well"),
+    # B works in groups on what A has made of all channels: no weight of a convolution says that.
     "grouped conv": (pair("c", torch.ones(4, 4, 3), torch.ones(6, 2, 1)), "grouped convolutions"),
     "attention's output twice": (
         {**pair("a"), **pair(OUTPUT), **pair("a.out_proj")}, "two of its pairs are of one site",

@@ -99,7 +99,6 @@ OWN = {
     ),
     "conv1d": convolution(lambda: nn.Conv1d(1, 1, 2), 9, 2, 1, 10),
     "conv2d": convolution(lambda: nn.Conv2d(5, 10, 3), 640, 2, 5, 10, 10),
-    "groups": convolution(lambda: nn.Conv2d(5, 5, 3, groups=5), 320, 2, 5, 10, 10),
     "conv3d": convolution(lambda: nn.Conv3d(5, 10, 3), 640, 2, 5, 6, 6, 6),
     "mha": Architecture(Mha, (wave(3, 2, 10),)),
     "held": own(wave(3, 10), lin0=lambda: Held(10, 20), lin1=lambda: Held(20, 2)),
@@ -288,17 +287,6 @@ def test_an_adapter_of_peft_means_the_same_to_everybody(case: str, tmp_path: Pat
     assert error(row.outputs(model), due) < NEAR
     if which != "stack of one":  # files without a class do not say that it is a stack
         assert error(row.outputs(merged_in_files(plain, path, tmp_path)), due) < NEAR
-
-
-# B works in groups on what A has made of all channels: a map that the weight of a convolution in
-# groups has no place for, so that PEFT does not merge it either. The norms of its DoRA are those of
-# a product of other shapes, laid out anew (tuners/lora/dora.py).
-@pytest.mark.parametrize("dora", [False, True])
-def test_grouped_convolutions_of_peft_are_refused(dora: bool, tmp_path: Path) -> None:
-    plain = OWN["groups"].build()
-    of_peft(plain, tmp_path, on("conv", r=5, use_dora=dora))
-    with pytest.raises(FormatError, match="grouped convolutions"):
-        li.load_adapter(plain, tmp_path)
 
 
 # ------------------------------------------------------------------------------ adapters of ours

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import error, fill, same_bits
+from conftest import error, same_bits
 from helpers.reference import (
     EXACT,
     adapted,
@@ -84,18 +84,6 @@ def test_statistics_of_a_base_in_pefts_files_are_refused_by_what_they_are(tmp_pa
     peft.get_peft_model(copy.deepcopy(plain), config).save_pretrained(tmp_path)
     load = lambda: li.load_adapter(plain, tmp_path)  # noqa: E731
     refused(plain, load, li.FormatError, r"it is a buffer of the model.*Merge it into the base")
-
-
-@pytest.mark.parametrize("layout", ["native", "peft"])
-def test_an_adapter_named_like_a_module_leaves_the_others_file(layout: str, tmp_path: Path) -> None:
-    model = adapted(llama(), "q_proj", "down_proj")
-    for folder in ("before", "after"):
-        (tmp_path / folder).mkdir()
-    _, before = saved(model, tmp_path / "before", layout)
-    fill(li.inject(model, config("q_proj"), "mlp"), "mlp")
-    _, after = saved(model, tmp_path / "after", layout)
-    assert len(load_file(after)) == 8
-    assert before.read_bytes() == after.read_bytes()
 
 
 @pytest.mark.parametrize("layer", [nn.GELU(), nn.Conv1d(2, 2, 1), nn.RNN(4, 4)])

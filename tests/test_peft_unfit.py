@@ -6,6 +6,7 @@ Each case is held to PEFT itself: it raises, or its adapter does nothing, or som
 import copy
 import re
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ class Reads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kernel: Any = self.child.weight
         return F.linear(x, kernel) if kernel.dim() == 2 else F.conv1d(x[..., None], kernel)
+
+
+class Hides(Reads):
+    """The same, where no source shows it, and only the forward does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, attrgetter("weight")(self.child))
 
 
 class Asks(nn.Module):
@@ -91,11 +99,13 @@ CASES: dict[str, Case] = OF_LIBRARY | {
     "dilation": (conv(dilation=2, padding="same"), "0", "its A is not dilated"),
     "padding": (conv(padding=1, padding_mode="circular"), "0", "pads with zeros"),
     "a layer that is read": (lambda: Reads(nn.Linear(4, 4)), "child", "another module reads"),
+    "read in a way of its own": (lambda: Hides(nn.Linear(4, 4)), "child", "another module reads"),
     "a kernel that is read": (lambda: Reads(nn.Conv1d(4, 4, 1)), "child", "another module reads"),
     "its own forward": (lambda: nn.Sequential(Standardized(4, 4, 1)), "0", "its own"),
 }  # fmt: skip
 FORMATS = ("peft", "portable", "vllm")
-INPUTS = {"a layer that is read": X, "a kernel that is read": X, "its own forward": X[..., None]}
+READ = ("a layer that is read", "a kernel that is read", "read in a way of its own")
+INPUTS = {**dict.fromkeys(READ, X), "its own forward": X[..., None]}
 
 
 def computed(model: nn.Module, make: Callable[[], nn.Module], x: Tensor = SOUND) -> Tensor:

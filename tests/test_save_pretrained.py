@@ -1,4 +1,4 @@
-"""`save_pretrained` and Trainer's `save_model` of an adapted model write its adapters."""
+"""`save_pretrained` of an adapted model writes its adapters; Trainer's, in test_publishing."""
 
 from pathlib import Path
 from typing import Any
@@ -64,14 +64,6 @@ def test_several_adapters_are_laid_out_as_by_peft(tmp_path: Path) -> None:
     assert (tmp_path / "tokenizer.json").is_file(), "files of others stay"
     assert_loads(tmp_path / "other", model)
     assert_loads(tmp_path, li.activate(model, "default"))
-
-
-def test_trainer_writes_the_adapter(tmp_path: Path) -> None:
-    model = adapted()
-    args = transformers.TrainingArguments(tmp_path / "run", use_cpu=True, report_to="none")
-    transformers.Trainer(model, args).save_model(tmp_path / "final")
-    assert_loads(tmp_path / "final", model)
-    assert not (tmp_path / "final" / "model.safetensors").exists()
 
 
 def test_a_merged_model_says_how_it_is_written(tmp_path: Path) -> None:
