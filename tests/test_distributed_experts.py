@@ -4,6 +4,7 @@ Steps are those of SGD, so a gradient that is a sum where it should be a mean sh
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.forks import Forks
-from helpers.ranks import far, filled, in_a_group, near, same, values
+from helpers.ranks import failures, far, filled, from_first, near, same, values
 from helpers.refusals import said
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -79,29 +80,46 @@ def logits(model: Any) -> Tensor:
     return model(IDS).logits.clone()
 
 
-def trained(folder: Path, case: Case) -> dict[str, Any]:
-    model = loaded(folder, case, spread=True)
+def trains_like_one_process(folder: Path, case: Case) -> None:
+    model, plain = loaded(folder, case, spread=True), adapted(folder, case)
     torch.manual_seed(dist.get_rank())
-    seen: dict[str, Any] = {"fresh": values(li.inject(model, case.config))}
-    li.swap_adapter(model, li.adapter_state(adapted(folder, case)))
-    seen["first"] = logits(model)
+    li.inject(model, case.config)
+    same(values(model), from_first(values(model)))
+    li.swap_adapter(model, li.adapter_state(plain))
+    start = values(plain)
+    assert far(logits(model), logits(plain)) < case.tolerance
     batches = IDS.chunk(case.how.get("fsdp_size", 1))
     steps(model, [batches[dist.get_rank() // case.how["tp_size"]]])
-    seen["merged"] = {name: tensor.clone() for name, tensor in li.merged_weights(model)}
-    return seen | {"end": values(model)}
+    steps(plain, [*batches])
+    wanted = values(plain)
+    assert any(far(start[key], tensor) > 1e-3 for key, tensor in wanted.items()), "it trained"
+    near(values(model), wanted, case.tolerance)
+    near(dict(li.merged_weights(model)), dict(li.merged_weights(plain)), case.tolerance)
 
 
-def work(folder: Path) -> dict[str, Any]:
-    def run() -> dict[str, Any]:
-        seen: dict[str, Any] = {name: trained(folder, case) for name, case in CASES.items()}
-        model = loaded(folder, CASES["copies of experts"], spread=True)
-        li.save_adapter(li.load_adapter(model, folder / "saved"), folder / "again")
-        for words, (case, config) in REFUSED.items():
-            spread = loaded(folder, CASES[case], spread=True)
-            seen[words] = said(lambda spread=spread, config=config: li.inject(spread, config))
-        return seen
+def goes_from_one_process_to_four_and_back(folder: Path) -> None:
+    model = li.load_adapter(
+        loaded(folder, CASES["copies of experts"], spread=True), folder / "saved"
+    )
+    li.save_adapter(model, folder / "again")
+    one, two = (li.read_adapter(folder / name) for name in ("saved", "again"))
+    same(values(one), values(two))
+    assert one.fingerprint == two.fingerprint
 
-    return in_a_group(run)
+
+def is_refused(folder: Path, words: str) -> None:
+    case, config = REFUSED[words]
+    model = loaded(folder, CASES[case], spread=True)
+    assert words in said(lambda: li.inject(model, config))
+
+
+JOBS: dict[str, Any] = {name: partial(trains_like_one_process, case=c) for name, c in CASES.items()}
+JOBS |= {f"refused: {words}": partial(is_refused, words=words) for words in REFUSED}
+JOBS |= {"from one process to four and back": goes_from_one_process_to_four_and_back}
+
+
+def work(folder: Path) -> dict[str, str]:
+    return failures(JOBS, folder)
 
 
 @pytest.fixture(scope="module")
@@ -118,34 +136,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(folder: Path, forks: Forks) -> list[dict[str, Any]]:
-    """What each of four processes saw of all cases; they start once."""
+def ranks(folder: Path, forks: Forks) -> list[dict[str, str]]:
+    """What failed in each of four processes; they start once."""
     return [rank.result() for rank in forks.start_ranks(4, work, folder)]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_experts_that_are_apart_train_as_in_one_process(
-    name: str, ranks: Any, folder: Path
-) -> None:
-    case = CASES[name]
-    model = adapted(folder, case)
-    start, first = values(model), logits(model)
-    steps(model, [*IDS.chunk(case.how.get("fsdp_size", 1))])
-    wanted, merged = values(model), dict(li.merged_weights(model))
-    assert any(far(start[key], tensor) > 1e-3 for key, tensor in wanted.items()), "it trained"
-    for seen in (rank[name] for rank in ranks):
-        same(seen["fresh"], ranks[0][name]["fresh"])
-        assert far(seen["first"], first) < case.tolerance
-        near(seen["end"], wanted, case.tolerance)
-        near(seen["merged"], merged, case.tolerance)
-
-
-def test_an_adapter_goes_from_one_process_to_four_and_back(ranks: Any, folder: Path) -> None:
-    one, two = (li.read_adapter(folder / name) for name in ("saved", "again"))
-    same(values(one), values(two))
-    assert one.fingerprint == two.fingerprint
-
-
-@pytest.mark.parametrize("words", REFUSED)
-def test_what_experts_that_are_apart_cannot_have_is_refused(words: str, ranks: Any) -> None:
-    assert all(words in rank[words] for rank in ranks)
+@pytest.mark.parametrize("job", JOBS)
+def test_four_processes_come_to_what_one_does(job: str, ranks: Any) -> None:
+    failed = "\n".join(rank[job] for rank in ranks)
+    assert not failed.strip(), failed

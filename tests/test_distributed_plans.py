@@ -1,6 +1,7 @@
 """Two processes: adapters on models that were spread by a plan before, against one process.
 
-Everything runs in float64, so a sum that is taken twice or not at all cannot hide in rounding.
+Each compares with a model of its own that is not spread. Everything runs in float64, so a sum that
+is taken twice or not at all cannot hide in rounding.
 """
 
 import copy
@@ -16,7 +17,7 @@ import torch.distributed as dist
 import transformers
 from conftest import error
 from helpers.forks import Forks
-from helpers.ranks import filled, in_a_group, mesh, near, values
+from helpers.ranks import failures, filled, from_first, mesh, near, same, values, whole
 from helpers.refusals import said
 from torch import Tensor, nn
 
@@ -134,10 +135,6 @@ def loaded(folder: Path, name: str, how: Mapping[str, Any] | None = None) -> Any
     return built.from_pretrained(folder / name, dtype=torch.float64, **options, **(how or {}))
 
 
-def state_of(model: Any, name: str = "default") -> li.AdapterState:
-    return copy.deepcopy(li.adapter_state(model, name))
-
-
 def steps(model: Any) -> None:
     optimizer = torch.optim.AdamW(li.adapter_parameters(model).values(), lr=0.02)
     for _ in range(3):
@@ -158,58 +155,65 @@ def forwards(model: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------------ what each process does
 
 
-def trained(folder: Path, case: Case) -> dict[str, Any]:
-    """What one process sees of an adapter that is put onto a model that is spread already."""
-    model = loaded(folder, case.model, case.how)
-    before = forwards(model)
-    seen: dict[str, Any] = {"base": logits(model)}
+def trains_like_one_process(folder: Path, case: Case) -> None:
+    """An adapter that is put onto a model that is spread already."""
+    name, how, config, tolerance = case
+    model, plain = loaded(folder, name, how), loaded(folder, name)
+    before, base = forwards(model), logits(plain)
+    assert error(logits(model), base) < tolerance
     torch.manual_seed(dist.get_rank())
-    li.inject(model, case.config)
-    seen["fresh"] = state_of(model)
-    seen["lies"] = {
-        key: repr(getattr(p, "placements", ["whole"])[0])
-        for key, p in li.adapter_parameters(model).items()
-    }
-    seen["start"] = state_of(filled(model))
-    seen["first"] = logits(model)
-    steps(model)
-    seen["end"], seen["last"] = state_of(model), logits(model)
-    seen["merged"] = {name: tensor.clone() for name, tensor in li.merged_weights(model)}
+    li.inject(model, config)
+    same(values(model), from_first(values(model)))
+    torch.manual_seed(0)
+    near(values(model), values(li.inject(copy.deepcopy(plain), config)), tolerance)
+    start = li.adapter_state(filled(model)).mapped(torch.clone)
+    li.train_only(li.install(plain, start), "default")
+    assert error(logits(model), logits(plain)) < tolerance
+    for each in (model, plain):
+        steps(each)
+    assert any(error(t, values(plain)[key]) > 1e-3 for key, t in values(start).items()), "trained"
+    last = logits(plain)
+    same(values(model), from_first(values(model)))
+    near(values(model), values(plain), tolerance)
+    near(dict(li.merged_weights(model)), dict(li.merged_weights(plain)), tolerance)
+    assert error(logits(model), last) < tolerance
     with li.disabled(model):
-        seen["off"] = logits(model)
-    seen["saved"] = li.save_adapter(model, folder / f"saved {case.model} {len(str(case))}")
+        assert error(logits(model), base) < tolerance
+    path = li.save_adapter(model, folder / f"saved {name} {len(str(case))}")
     li.eject(model)
     assert forwards(model) == before
-    seen["ejected"] = logits(model)
-    li.load_adapter(model, seen["saved"])
-    return seen | {"again": logits(model)}
+    assert error(logits(model), base) < tolerance
+    for each in (model, li.eject(plain)):
+        assert error(logits(li.load_adapter(each, path)), last) < tolerance
 
 
-def refused(folder: Path, words: str) -> str:
+def is_refused(folder: Path, words: str) -> None:
     name, how, config = REFUSED[words]
     model = loaded(folder, name, how)
-    before = forwards(model)
-    saying = said(lambda: li.inject(model, config))
+    before, refused = forwards(model), said(lambda: li.inject(model, config))
+    assert refused.startswith("LayerError: adapter 'default', ")
+    assert words in refused
+    assert refused == from_first(refused)
     assert forwards(model) == before
     assert not li.adapters(model)
-    return saying
 
 
-def trained_alike(model: Any, plain: Any, x: Tensor, *targets: Any) -> dict[str, Any]:
+def check_trains_alike(model: Any, plain: Any, x: Tensor, *targets: Any) -> None:
     """An adapter on what was spread by hand, and its values on the model in one process."""
     torch.manual_seed(dist.get_rank())
     li.inject(model, adapter(*targets))
-    li.train_only(li.install(plain, state_of(filled(model))), "default")
+    start = li.adapter_state(filled(model)).mapped(torch.clone)
+    li.train_only(li.install(plain, start), "default")
     for each in (model, plain):
         optimizer = torch.optim.SGD(li.adapter_parameters(each).values(), lr=0.1)
         for _ in range(3):
             each(x).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-    return {"spread": values(model), "alone": values(plain)}
+    near(values(model), values(plain), 1e-12)
 
 
-def by_hand() -> dict[str, Any]:
+def by_hand(folder: Path) -> None:
     """torch's parallelize_module, then inject."""
     from torch.distributed.tensor import parallel
 
@@ -219,7 +223,7 @@ def by_hand() -> dict[str, Any]:
     plan = {"0": parallel.ColwiseParallel(), "2": parallel.RowwiseParallel()}
     parallel.parallelize_module(model, mesh(WORLD), plan)
     x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
-    return trained_alike(model, plain, x, "0", "2")
+    check_trains_alike(model, plain, x, "0", "2")
 
 
 class Experts(nn.Module):
@@ -237,7 +241,7 @@ class Experts(nn.Module):
         return torch.bmm(rows, here.mT).tanh()
 
 
-def of_dtensors(**share: str) -> dict[str, Any]:
+def of_dtensors(folder: Path, **share: str) -> None:
     """What torchtitan's ExpertParallel makes of a stack, then inject."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -247,59 +251,51 @@ def of_dtensors(**share: str) -> dict[str, Any]:
     shards = distribute_tensor(model[0].w1.detach(), mesh(WORLD), [Shard(0)])
     model[0].w1, model[0].first = nn.Parameter(shards), 2 * dist.get_rank()
     x = torch.linspace(-1, 1, 60, dtype=torch.float64).view(12, 5)
-    return trained_alike(model, plain, x, {"match": "w1", "layout": "out_in", **share})
+    check_trains_alike(model, plain, x, {"match": "w1", "layout": "out_in", **share})
 
 
-BY_HAND = {
-    "parallelize_module": by_hand,
-    "a stack of DTensors": of_dtensors,
-    "a stack that shares A": partial(of_dtensors, share="A"),
-    "a stack that shares B": partial(of_dtensors, share="B"),
-}
-
-
-def further(folder: Path) -> dict[str, float]:
-    """How far a mix of two, rows of their own, a compiled model and clipping are from one process.
-
-    Each is compared in every process with an unsharded copy.
-    """
+def mixes_rows_graphs_and_norms(folder: Path) -> None:
+    """Each compared with an unsharded copy."""
     spread, plain = (loaded(folder, "llama", how) for how in (AUTO, None))
     for name in ("one", "two"):
         filled(li.inject(spread, adapter("q_proj", "down_proj"), name), name)
-        li.install(plain, state_of(spread, name), name)
-    errors = {}
+        li.install(plain, li.adapter_state(spread, name).mapped(torch.clone), name)
     for mix in ({"one": 1.0, "two": 0.5}, "two", None):
         for model in (spread, plain):
             li.activate(model, mix)
-        errors[f"activate {mix}"] = error(logits(spread), logits(plain))
+        assert error(logits(spread), logits(plain)) < 1e-12, mix
     rows = ["one", None, "two", None]
     with li.routed(spread, rows), li.routed(plain, rows):
-        errors["routed"] = error(logits(spread), logits(plain))
+        assert error(logits(spread), logits(plain)) < 1e-12
     for model in (spread, plain):
         li.eject(model, "two")
         li.train_only(model, "one")
         li.activate(model, "one")
-    errors["ejected"] = error(logits(spread), logits(plain))
+    assert error(logits(spread), logits(plain)) < 1e-12
     compiled = torch.compile(spread, backend="eager")
-    errors["compiled"] = error(logits(compiled), logits(plain))
+    assert error(logits(compiled), logits(plain)) < 1e-12
     norms = []
     for model in (compiled, plain):
         model(IDS, labels=IDS).loss.backward()
-        norm: Any = nn.utils.clip_grad_norm_(li.adapter_parameters(model).values(), 1.0)
-        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    return errors | {"clipped": error(*norms)}
+        parameters = li.adapter_parameters(model).values()
+        norms.append(whole(nn.utils.clip_grad_norm_(parameters, 1.0)))
+    assert error(*norms) < 1e-12
 
 
-def work(folder: Path) -> dict[str, Any]:
+JOBS: dict[str, Any] = {name: partial(trains_like_one_process, case=c) for name, c in CASES.items()}
+JOBS |= {f"refused: {words}": partial(is_refused, words=words) for words in REFUSED}
+JOBS |= {
+    "parallelize_module, then inject": by_hand,
+    "a stack of DTensors": of_dtensors,
+    "a stack of DTensors that shares A": partial(of_dtensors, share="A"),
+    "a stack of DTensors that shares B": partial(of_dtensors, share="B"),
+    "mixes, rows, graphs and norms": mixes_rows_graphs_and_norms,
+}
+
+
+def work(folder: Path) -> dict[str, str]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return in_a_group(
-        lambda: {
-            **{name: trained(folder, case) for name, case in CASES.items()},
-            **{words: refused(folder, words) for words in REFUSED},
-            **{name: run() for name, run in BY_HAND.items()},
-            "further": further(folder),
-        }
-    )
+    return failures(JOBS, folder)
 
 
 @pytest.fixture(scope="module")
@@ -317,79 +313,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(folder: Path, forks: Forks) -> list[dict[str, Any]]:
-    """What each of two processes saw of all cases; they start once."""
+def ranks(folder: Path, forks: Forks) -> list[dict[str, str]]:
+    """What failed in each of two processes; they start once."""
     return [rank.result() for rank in forks.start_ranks(WORLD, work, folder)]
 
 
-# ------------------------------------------------------------------------------------- the tests
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_an_adapter_on_a_spread_model_is_that_of_one_process(
-    case: str, ranks: Any, folder: Path
-) -> None:
-    name, _, config, tolerance = CASES[case]
-    one, two = (rank[case] for rank in ranks)
-    assert one["fresh"] == two["fresh"]
-    assert one["end"] == two["end"]
-    model = loaded(folder, name)
-    base = logits(model)
-    torch.manual_seed(0)
-    near(values(one["fresh"]), values(li.inject(copy.deepcopy(model), config)), tolerance)
-    li.install(model, one["start"])
-    li.train_only(model, "default")
-    first = logits(model)
-    steps(model)
-    wanted, last, merged = values(model), logits(model), dict(li.merged_weights(model))
-    assert any(error(t, wanted[key]) > 1e-3 for key, t in values(one["start"]).items()), "trained"
-    for seen in (one, two):
-        near(values(seen["end"]), wanted, tolerance)
-        near(seen["merged"], merged, tolerance)
-        assert error(seen["first"], first) < tolerance
-        for key in ("last", "again"):
-            assert error(seen[key], last) < tolerance
-        for key in ("base", "off", "ejected"):
-            assert error(seen[key], base) < tolerance
-    saved = li.load_adapter(li.eject(model), one["saved"])
-    assert error(logits(saved), last) < tolerance
-
-
-COLUMNS = ("Replicate()", "Shard(dim=0)")
-LIES = [
-    ("columns and rows", "self_attn.q_proj", COLUMNS),
-    ("columns and rows", "mlp.down_proj", ("Shard(dim=1)", "Replicate()")),
-    ("gathered, packed", "self_attn.qkv_proj", COLUMNS),
-    ("gathered, packed", "mlp.gate_up_proj", ("Replicate()", "_StridedShard(dim=0, sf=2)")),
-    ("parts of experts", "mlp.experts.gate_up_proj", ("Replicate()", "_StridedShard(dim=1, sf=2)")),
-    ("parts of experts", "mlp.experts.down_proj", ("Shard(dim=2)", "Replicate()")),
-    ("experts apart", "mlp.experts.down_proj", ("Shard(dim=0)", "Shard(dim=0)")),
-    ("experts apart that share A", "mlp.experts.down_proj", COLUMNS),
-    ("experts apart", "mlp.gate.weight", ("'whole'", "'whole'")),
-]
-
-
-@pytest.mark.parametrize(("case", "site", "placements"), LIES)
-def test_a_and_b_lie_as_their_weights_do(case: str, site: str, placements: Any, ranks: Any) -> None:
-    lies = ranks[0][case]["lies"]
-    lie = tuple(lies[f"model.layers.0.{site}.lora_{role}"] for role in "AB")
-    assert lie == placements
-
-
-@pytest.mark.parametrize("words", REFUSED)
-def test_what_a_plan_cannot_have_is_refused_by_every_process(words: str, ranks: Any) -> None:
-    one, two = (rank[words] for rank in ranks)
-    assert one == two
-    assert one.startswith("LayerError: adapter 'default', ")
-    assert words in one
-
-
-@pytest.mark.parametrize("how", BY_HAND)
-def test_what_was_parallelized_by_hand_takes_an_adapter(how: str, ranks: Any) -> None:
-    for seen in (rank[how] for rank in ranks):
-        near(seen["spread"], seen["alone"], 1e-12)
-
-
-def test_mixes_rows_graphs_and_norms_of_parts_are_those_of_one_process(ranks: Any) -> None:
-    for rank in ranks:
-        assert max(rank["further"].values()) < 1e-12, rank["further"]
+@pytest.mark.parametrize("job", JOBS)
+def test_two_processes_come_to_what_one_does(job: str, ranks: Any) -> None:
+    failed = "\n".join(rank[job] for rank in ranks)
+    assert not failed.strip(), failed

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.forks import Forks
-from helpers.ranks import in_a_group, near, same, values
+from helpers.ranks import failures, from_first, near, same, values
 from helpers.refusals import said
 from torch import nn
 
@@ -85,44 +85,51 @@ def steps(model: nn.Module, run: Callable[[], object]) -> None:
         optimizer.zero_grad()
 
 
-def trained(folder: Path, rank: int) -> dict[str, Any]:
-    group = dist.group.WORLD
-    plan = li.plan(stage(rank), RULES, group=group)
+def trains_like_the_whole_model(folder: Path) -> None:
+    group, rank = dist.group.WORLD, dist.get_rank()
     model = filled(li.inject(stage(rank), RULES, group=group))
+    all_of_it = filled(li.inject(whole(), RULES))
     steps(model, lambda: forward_and_backward(model, rank))
+    steps(all_of_it, lambda: all_of_it(X).square().sum().backward())
+    wanted, end = values(all_of_it), values(model)
+    here = [key for key in wanted if key.startswith("layers.0") == (rank == 0)]
+    near(end, {key: wanted[key] for key in here}, 1e-12)
     li.save_adapter(model, folder / "whole", group=group)
     apart = li.save_adapter(model, folder / f"stage {rank}")
     state = li.read_adapter(folder / "whole")
-    others = [
+    for other in (
         li.load_adapter(stage(rank), folder / "whole", group=group, trainable=True),
         li.load_adapter(stage(rank), apart),
         li.install(stage(rank), state, group=group),
-    ]
-    return {
-        "planned": [[site.name for site in plan.sites], [each.name for each in plan.trained]],
-        "end": values(model),
-        "others": [values(other) for other in others],
-    }
+    ):
+        same(values(other), end)
+    near(values(li.load_adapter(whole(), folder / "whole")), wanted, 1e-12)
+    assert state.fingerprint is not None
+    assert {*state.fingerprint.samples} >= {"layers.0.weight", "out.weight", "out.bias"}
+    plan = li.plan(stage(rank), RULES, group=group)
+    assert [site.name for site in plan.sites] == [["layers.0"], ["layers.1", "out"]][rank]
+    assert [each.name for each in plan.trained] == [[], ["norm.weight", "norm.bias"]][rank]
 
 
-def idle(folder: Path, rank: int) -> dict[str, Any]:
+def a_stage_without_sites_has_the_adapter_as_well(folder: Path) -> None:
     """The second process gets nothing."""
-    group = dist.group.WORLD
+    group, rank = dist.group.WORLD, dist.get_rank()
     model = filled(li.inject(stage(rank), FIRST_ONLY, group=group))
-    seen: dict[str, Any] = {"n": len(li.adapter_parameters(model)), "names": [*li.adapters(model)]}
+    assert [*li.adapters(model)] == ["default"]
+    assert len(li.adapter_parameters(model)) == [2, 0][rank]
     assert all(not p.requires_grad for n, p in model.named_parameters() if "lora" not in n)
     with_it = model(X)
     with li.disabled(model):
-        seen["acts"] = not torch.equal(model(X), with_it)
+        assert torch.equal(model(X), with_it) == (rank == 1)
     li.save_adapter(model, folder / "idle", group=group)
     li.eject(model)
-    seen["ejected"] = torch.equal(model(X), stage(rank)(X))
+    assert torch.equal(model(X), stage(rank)(X))
     li.load_adapter(model, folder / "idle", group=group)
-    return seen | {"loaded": torch.equal(model(X), with_it)}
+    assert torch.equal(model(X), with_it)
 
 
-def refused(folder: Path, rank: int) -> dict[str, str]:
-    group = dist.group.WORLD
+def all_stages_refuse_or_none(folder: Path) -> None:
+    group, rank = dist.group.WORLD, dist.get_rank()
     model, narrow, taken = stage(rank), stage(rank), stage(rank)
     before = {name: type(module) for name, module in model.named_modules()}
     out = li.inject(whole(), {"rank": 2, "targets": ["out"]})
@@ -130,101 +137,62 @@ def refused(folder: Path, rank: int) -> dict[str, str]:
     if rank:
         narrow.out = nn.Identity()
         li.inject(taken, FIRST_ONLY | {"targets": [r"layers\.\d"]})
-
-    def inject(config: Any, on: nn.Module = model, **how: Any) -> str:
-        saying = said(lambda: li.inject(on, config, group=group, **how))
-        assert {name: type(module) for name, module in model.named_modules()} == before
-        assert not li.adapters(model)
-        return saying
-
-    def probe() -> None:
-        if rank == 0:
-            model(X)
-
     four = RULES | {"expect": {"sites": 4}}
+    layer_0 = RULES | {"targets": ["layer_0"]}
     state = li.read_adapter(saved)
-    return {
-        "nothing": inject(RULES | {"targets": ["layer_0"]}),
-        "expect": inject(four),
-        "config": inject(RULES | {"rank": 0}),
-        "taken": inject(FIRST_ONLY, taken),
-        "unreached": inject(RULES, probe=probe),
-        "each has all": inject(RULES, whole()),
-        "plan": said(lambda: li.plan(model, four, group=group)),
-        "plan alone": said(lambda: li.plan(model, RULES)),
-        "install nowhere": said(lambda: li.install(narrow, state, group=group)),
-        "install alone": said(lambda: li.install(narrow, state)),
-        "nowhere": said(lambda: li.load_adapter(narrow, saved, group=group)),
-        "no group": said(lambda: li.inject(model, RULES, group="pp")),
-    }
-
-
-def work(folder: Path) -> dict[str, Any]:
-    jobs = {"trained": trained, "idle": idle, "refused": refused}
-    return in_a_group(lambda: {name: job(folder, dist.get_rank()) for name, job in jobs.items()})
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("stages")
-
-
-@pytest.fixture(scope="module")
-def ranks(folder: Path, forks: Forks) -> list[dict[str, Any]]:
-    return [rank.result() for rank in forks.start_ranks(2, work, folder)]
-
-
-def test_an_adapter_of_stages_trains_as_that_of_the_whole_model(ranks: Any) -> None:
-    model = filled(li.inject(whole(), RULES))
-    steps(model, lambda: model(X).square().sum().backward())
-    first, rest = (rank["trained"]["end"] for rank in ranks)
-    near(first | rest, values(model), 1e-12)
-    assert {name.rpartition(".")[0] for name in first} == {"layers.0"}
-    assert not first.keys() & rest.keys()
-
-
-def test_what_stages_save_together_is_one_adapter(ranks: Any, folder: Path) -> None:
-    saved = values(li.load_adapter(whole(), folder / "whole"))
-    same(saved, ranks[0]["trained"]["end"] | ranks[1]["trained"]["end"])
-    for seen in (rank["trained"] for rank in ranks):
-        for other in seen["others"]:
-            same(other, seen["end"])
-    fingerprint = li.read_adapter(folder / "whole").fingerprint
-    assert fingerprint is not None
-    assert {*fingerprint.samples} >= {"layers.0.weight", "out.weight", "out.bias"}
-
-
-def test_a_plan_of_stages_is_what_each_gets_of_the_plan_of_the_whole_model(ranks: Any) -> None:
-    assert [rank["trained"]["planned"] for rank in ranks] == [
-        [["layers.0"], []],
-        [["layers.1", "out"], ["norm.weight", "norm.bias"]],
+    probe = (lambda: model(X)) if rank == 0 else (lambda: None)
+    by_both = [
+        ("MatchError: rule 1 ('layer_0'): ", lambda: li.inject(model, layer_0, group=group)),
+        ("found sites: 3", lambda: li.inject(model, four, group=group)),
+        ("found sites: 3", lambda: li.plan(model, four, group=group)),
+        ("ConfigError", lambda: li.inject(model, RULES | {"rank": 0}, group=group)),
+        (
+            "processes 0, 1 of the group each have 'layers.0.weight'",
+            lambda: li.inject(whole(), RULES, group=group),
+        ),
+        ("group is 'pp'", lambda: li.inject(model, RULES, group="pp")),
     ]
+    for words, verb in by_both:
+        refused = said(verb)
+        assert words in refused
+        assert refused == from_first(refused)
+    no_out = "no process of the group has 'out'"
+    by_the_other = "process 1 of the group refused it"
+    of_each = [
+        (by_the_other, "StateError", lambda: li.inject(taken, FIRST_ONLY, group=group)),
+        (by_the_other, "reached", lambda: li.inject(model, RULES, group=group, probe=probe)),
+        (no_out, "out", lambda: li.install(narrow, state, group=group)),
+        (no_out, no_out, lambda: li.load_adapter(narrow, saved, group=group)),
+        ("FormatError", "FormatError", lambda: li.install(narrow, state)),
+        ("matched", "found sites: 2", lambda: li.plan(model, RULES)),
+    ]
+    for *words, verb in of_each:
+        assert words[rank] in said(verb)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert not li.adapters(model)
 
 
-def test_a_stage_without_sites_has_the_adapter_as_well(ranks: Any) -> None:
-    first, second = (rank["idle"] for rank in ranks)
-    wanted = {"names": ["default"], "ejected": True, "loaded": True}
-    assert first == wanted | {"n": 2, "acts": True}
-    assert second == wanted | {"n": 0, "acts": False}
+JOBS = {
+    job.__name__: job
+    for job in (
+        trains_like_the_whole_model,
+        a_stage_without_sites_has_the_adapter_as_well,
+        all_stages_refuse_or_none,
+    )
+}
 
 
-def test_all_stages_refuse_or_none(ranks: Any) -> None:
-    first, second = (rank["refused"] for rank in ranks)
-    assert all({**first, **second}.values())
-    for name in ("nothing", "expect", "config", "each has all", "no group", "plan"):
-        assert first[name] == second[name], name
-    for name, words in {
-        "nothing": "MatchError: rule 1 ('layer_0'): ",
-        "expect": "found sites: 3",
-        "plan": "found sites: 3",
-        "plan alone": "matched",
-        "install nowhere": "no process of the group has 'out'",
-        "install alone": "FormatError: ",
-        "each has all": "processes 0, 1 of the group each have 'layers.0.weight'",
-        "nowhere": "no process of the group has 'out'",
-        "taken": "process 1 of the group refused it",
-        "unreached": "process 1 of the group refused it",
-        "no group": "group is 'pp'",
-    }.items():
-        assert words in first[name], name
-    assert second["taken"].startswith("StateError: ")
+def work(folder: Path) -> dict[str, str]:
+    return failures(JOBS, folder)
+
+
+@pytest.fixture(scope="module")
+def ranks(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    started = forks.start_ranks(2, work, tmp_path_factory.mktemp("stages"))
+    return [rank.result() for rank in started]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_two_stages_come_to_what_the_whole_model_does(job: str, ranks: Any) -> None:
+    failed = "\n".join(rank[job] for rank in ranks)
+    assert not failed.strip(), failed

@@ -234,18 +234,6 @@ def test_links_lead_somewhere(name):
         assert list(REPO.glob(path.rstrip("/"))), path
 
 
-def test_the_readme_of_an_index_leads_into_the_repository_and_installs_by_name():
-    text = script("index_readme").for_index(README.read_text(), "https://example.com/me/li", "v1")
-    outside = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    targets = re.findall(r"\]\(([^)]+)\)", outside)
-    assert all(target.startswith("https://") for target in targets)
-    files = [t.partition("/v1/")[2] for t in targets if "/v1/" in t]
-    assert files
-    assert all((REPO / file).exists() for file in files)
-    assert "pip install lora-inject\n" in text
-    assert "pip install ." not in text
-
-
 def test_no_path_of_some_machine_is_written_anywhere():
     # Places of one machine, not of the system: /proc, /dev and /usr/bin/env are everywhere.
     places = re.compile(r"(?<![\w.:/-])/(?:home|root|work|mnt|Users)/\w")
@@ -270,9 +258,7 @@ def test_no_path_of_some_machine_is_written_anywhere():
         "```python\nprint(1)\n```\n",
         "```python\nprint(1)\n```\n\n```output\n2\n```\n",
         "```python\nprint('a b c d')\n```\n\n```output\na ... d e\n```\n",
-        "```console\n$ lora-inject nonsense\n```\n",
         "```console\n$ lora-inject schema\nsomething else\n```\n",
-        "```console\n$ bash scripts/nowhere.sh\n```\n",
         "```console\n$ python scripts/bench.py --nonsense\n```\n",
         "```console\n$ pip install '.[nonsense]'\n```\n",
     ],

@@ -1,6 +1,5 @@
-"""The data and objective of scripts/: which functions are pairs, which tokens carry the loss."""
+"""The data and objective of scripts/: what training sees, and which tokens carry the loss."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,61 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 pairs = script("data.pairs")
-
-GOOD = '''
-class Box:
-    @property
-    def area(self):
-        """Return the area of this box in pixels.
-
-        More about it, which is not the target.
-        """
-        # a comment
-        width = self.right - self.left
-        return width * (self.bottom - self.top)
-'''
-CODE = """@property
-def area(self):
-    width = self.right - self.left
-    return width * (self.bottom - self.top)"""
-
-
-def test_context_is_signature_and_body_and_target_is_the_first_line() -> None:
-    summary = "Return the area of this box in pixels."
-    assert pairs.pairs_in(GOOD, "boxes") == [pairs.Pair("boxes", "Box.area", CODE, summary)]
-
-
-def source(
-    summary: str = "Return the sum of both numbers.",
-    name: str = "combine",
-    body: str = "total = first + second\n    return total if total else None",
-) -> str:
-    """One function long enough to count."""
-    arguments = "first_number: int=0, second_number: int=0, third_number: int=0"
-    return f'def {name}({arguments}):\n    """{summary}"""\n    {body}\n'
-
-
-LEFT_OUT = {
-    "no full stop": source("Return the sum of both numbers"),
-    "too short": source("Return the sum."),
-    "too long": source(f"Return {'very ' * 20}long sums."),
-    "a reference": source("See the sum of both numbers."),
-    "markup": source("Return the :class:`Sum` of both numbers."),
-    "special method": source(name="__add__"),
-    "test": source(name="test_combine"),
-    "stub": source(body="pass"),
-    "abstract": source(body="raise NotImplementedError('to be done by every subclass of it')"),
-    "code too long": source(body="value = 1\n    " * 60 + "return value"),
-    "target in the code": source(body="return 'Return the sum of both numbers.'"),
-    "does not parse": source() + "def (",
-}
-
-
-@pytest.mark.parametrize("case", LEFT_OUT)
-def test_what_is_no_pair_is_left_out_for_its_reason_alone(case: str) -> None:
-    assert pairs.pairs_in(LEFT_OUT[case], "m") == []
-    assert len(pairs.pairs_in(source(), "m")) == 1
-
 
 some_pairs = st.lists(
     st.builds(
@@ -111,26 +55,3 @@ def test_loss_is_the_sum_of_eq_2_one_token_at_a_time(pad: int) -> None:
         for t in range(e.n_prompt, len(e.tokens))
     ]
     torch.testing.assert_close(log_probs, torch.stack(wanted).float(), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.real
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # transformers' own
-def test_real_decoder_is_read_right_and_saved_plain(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    smollm2 = script("data.smollm2")
-    try:
-        file = smollm2.find()
-    except SystemExit as error:
-        pytest.skip(str(error))
-    assert smollm2.save(file, tmp_path / "base") < 6
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    for layer in model.model.layers:  # the rows as llama.cpp keeps them must not pass
-        for projection, heads in ((layer.self_attn.q_proj, 9), (layer.self_attn.k_proj, 3)):
-            rows = projection.weight.data.view(heads, 2, 32, 576)
-            projection.weight.data = rows.transpose(1, 2).reshape(projection.weight.shape)
-    with pytest.raises(SystemExit, match="perplexity 13"):
-        smollm2.check_sound(model, tokenizer)

@@ -318,15 +318,6 @@ def test_only_one_of_two_adapters_may_train(tmp_path: Path) -> None:
     assert li.adapters(loaded)["default"].sites.keys() == li.adapters(model)["second"].sites.keys()
 
 
-def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
-    model = llama()
-    hooks = len(model._load_state_dict_post_hooks)
-    run(tmp_path, li.inject(model, CONFIG), max_steps=2)
-    assert len(model._load_state_dict_post_hooks) == hooks
-    base = llama().state_dict()
-    assert all(torch.equal(base[k], t) for k, t in li.eject(model).state_dict().items())
-
-
 def test_a_checkpoint_that_lacks_a_part_of_the_base_is_still_reported(tmp_path: Path) -> None:
     model = injected()
     trainer(tmp_path, model)

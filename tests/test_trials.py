@@ -274,10 +274,11 @@ def test_weights_that_are_read_equal_a_plain_loop(make, trials, xs) -> None:
 # ------------------------------------------------------------------------ lengths, packing, dtypes
 
 LENGTHS = {"slices": 5, "mlp": 7, "table": 6, "all": 4, "qv": 7, "pissa": 6, "more": 5}
-UNPADDED = {
+OF_LENGTHS = {
     "gpt2": Case(gpt2, GPT2_TRIALS),
     "llama": Case(of_llama, LLAMA_TRIALS | HEADS),
     "experts": Case(of_experts, of_a_layout("out_in")),
+    "bert": Case(of_bert, BERT_TRIALS),
 }
 
 
@@ -292,29 +293,50 @@ def own_lengths(names: Any, step: int, masked: bool = False) -> dict[str, Any]:
     return rows
 
 
-@pytest.mark.parametrize("checkpoints", ["kept", "recomputed"])
-@pytest.mark.parametrize("case", [*UNPADDED, "bert"])
-def test_rows_of_unequal_lengths_give_each_trial_the_same_run_as_alone(case, checkpoints) -> None:
-    bert = case == "bert"
-    make, trials, _ = Case(of_bert, BERT_TRIALS) if bert else UNPADDED[case]
-    losses: list[dict[str, float]] = []
+def packed(rows: dict[str, Any]) -> dict[str, Any]:
+    """The rows of each trial one after the other; no label crosses from one to the next."""
+    for batch in rows.values():
+        n, length = batch["input_ids"].shape
+        batch["labels"] = batch["labels"].clone()
+        batch["labels"][:, 0] = -100
+        batch.update({key: t.reshape(1, -1) for key, t in batch.items()})
+        batch["position_ids"] = torch.arange(length).repeat(n)[None]
+    return rows
 
-    def loss(out: Any, batch: Any) -> Tensor:
-        wide = out.logits if bert else out.logits[..., :3].mean(1)
-        return nn.functional.cross_entropy(wide, batch["labels"][:, 0] % 2)
+
+def without_labels(model: nn.Module, batch: dict[str, Tensor]) -> Any:
+    return model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
+
+
+def of_a_row(out: Any, batch: Any) -> Tensor:
+    wide = out.logits if out.logits.dim() == 2 else out.logits[..., :3].mean(1)
+    return nn.functional.cross_entropy(wide, batch["labels"][:, 0] % 2)
+
+
+@pytest.mark.parametrize("way", ["padded", "padded and recomputed", "packed"])
+@pytest.mark.parametrize("case", OF_LENGTHS)
+def test_rows_of_unequal_lengths_give_each_trial_the_same_run_as_alone(case, way) -> None:
+    bert = case == "bert"  # which has masks, and no loss of the next token
+    (make, trials, _), losses = OF_LENGTHS[case], []
 
     def run(some: dict[str, Trial]) -> Trials:
-        running = Trials(in_float64(make, checkpoints), some)
+        is_packed = way == "packed" and len(some) > 1 and not bert
+        model = in_float64(make, "recomputed" if "recomputed" in way else "kept")
+        running = Trials(model, some, packed=is_packed)
+        forward = None if bert else partial(without_labels, model)
         for step in range(4):
             rows = own_lengths(some, step, bert)
-            running.step(rows, loss=loss if step % 2 or bert else None)
-        rows = own_lengths(some, 9, bert)
-        losses.append(running.evaluate(rows, loss=lambda out, _: out.logits.sum()))
+            loss = of_a_row if bert or (step % 2 and way != "packed") else None
+            running.step(packed(rows) if is_packed else rows, forward=forward, loss=loss)
+        if not is_packed:
+            rows = own_lengths(some, 9, bert)
+            losses.append(running.evaluate(rows, loss=lambda out, _: out.logits.sum()))
         return running
 
-    check_each(run, trials)
-    together, *each = losses
-    assert together == pytest.approx({k: v for one in each for k, v in one.items()}, abs=1e-11)
+    check_each(run, trials, 1e-11 if way == "packed" else 1e-12)
+    if way != "packed":
+        together, *each = losses
+        assert together == pytest.approx({k: v for one in each for k, v in one.items()}, abs=1e-11)
 
 
 class Channels(nn.Module):
@@ -342,37 +364,6 @@ def test_outputs_are_without_padding_in_any_dimension() -> None:
     check_each(run, trials)
     with pytest.raises(li.StateError, match="padding to one length changes the outputs of 'b'"):
         run(trials, stride=2)
-
-
-def packed(rows: dict[str, Any]) -> dict[str, Any]:
-    """The rows of each trial one after the other; no label crosses from one to the next."""
-    for batch in rows.values():
-        n, length = batch["input_ids"].shape
-        batch["labels"] = batch["labels"].clone()
-        batch["labels"][:, 0] = -100
-        batch.update({key: t.reshape(1, -1) for key, t in batch.items()})
-        batch["position_ids"] = torch.arange(length).repeat(n)[None]
-    return rows
-
-
-def without_labels(model: nn.Module, batch: dict[str, Tensor]) -> Any:
-    return model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
-
-
-@pytest.mark.parametrize("case", UNPADDED)
-def test_packed_rows_give_each_trial_the_same_run_as_alone(case: str) -> None:
-    make, trials, _ = UNPADDED[case]
-
-    def run(some: dict[str, Trial]) -> Trials:
-        together = len(some) > 1
-        running = Trials(in_float64(make), some, packed=together)
-        for step in range(4):
-            rows = own_lengths(some, step)
-            forward = partial(without_labels, running.model)
-            running.step(packed(rows) if together else rows, forward=forward)
-        return running
-
-    check_each(run, trials, 1e-11)
 
 
 @pytest.mark.parametrize("compute", ["base", "float32"])
@@ -416,58 +407,38 @@ class Heads(nn.Module):
         return self.one(x), self.norm(self.two(x))
 
 
-def by_branch(out: Any, batch: Any) -> Tensor:
-    which = int(batch["which"][0])
-    used = out if which == 2 else out[which : which + 1]
-    return sum(square(one) for one in used)
+def by_branch(model: nn.Module, name: str, branch: int, out: Any) -> Tensor:
+    """The loss of one head or of both, or a term of the trial's own adapter alone, or with one."""
+    own = sum(p.square().sum() for p in li.adapter_parameters(model, name).values())
+    terms = [square(out[0]), square(out[1]), square(out[0]) + square(out[1]), own]
+    return [*terms, square(out[0]) + own][branch]
+
+
+BRANCHES = {"one": [0] * 4, "two": [1] * 4, "both": [2] * 4, "in turn": [0, 1, 1, 0]}
+BRANCHES |= {"own": [4, 4, 3, 4]}
 
 
 @pytest.mark.parametrize("max_tokens", [None, 1], ids=["at once", "in turn"])
 def test_a_loss_that_branches_by_trial_leaves_other_branches_as_they_are(max_tokens) -> None:
-    branches = {"one": [0] * 4, "two": [1] * 4, "both": [2] * 4, "in turn": [0, 1, 1, 0]}
     rules = {"rank": 1, "targets": ["fc|one|two"], "train": ["norm"]}
     trials = {
         name: Trial(rules, lr=1e-2, weight_decay=0.3, clip=0.5, b_lr_ratio=1 + i % 2, seed=i)
-        for i, name in enumerate(branches)
+        for i, name in enumerate(BRANCHES)
     }
-    data = {
-        n: [
-            {"x": x, "which": torch.full((3,), k)}
-            for x, k in zip(noise(4, 3, 4), each, strict=True)
-        ]
-        for n, each in branches.items()
-    }
-    running = Trials(Heads(), trials, max_tokens=max_tokens)
-    for step in range(4):
-        rows = {name: each[step] for name, each in data.items()}
-        running.step(rows, forward=lambda b: running.model(b["x"]), loss=by_branch)
-    for name, trial in trials.items():
-        plain = Heads()
-        given = [{"x": one["x"], "labels": one} for one in data[name]]
-        by_hand(plain, name, trial, given, lambda out, b: by_branch(out, b["labels"]))
-        check_equal(running.model, plain, name, 1e-11)
-
-
-def test_a_loss_with_a_term_of_its_own_adapter_equals_a_plain_loop() -> None:
-    """That term alone in one step of one trial, to which no output leads."""
-    trials = {n: Trial({"rank": 2, "targets": ["fc|one"]}, lr=1e-2, seed=ord(n)) for n in "ab"}
-
-    def loss(model: nn.Module, name: str, step: int, out: Any) -> Tensor:
-        own = sum(p.square().sum() for p in li.adapter_parameters(model, name).values())
-        return own if (step, name) == (2, "b") else square(out[0]) + own
-
-    running, xs = Trials(Heads(), trials), noise(4, 3, 4)
+    running, xs, names = Trials(Heads(), trials, max_tokens=max_tokens), noise(4, 3, 4), [*trials]
     for step, x in enumerate(xs):
-        running.step(
-            {n: {"x": x, "of": torch.full((3,), ord(n))} for n in trials},
-            forward=lambda b: running.model(b["x"]),
-            loss=lambda out, b, step=step: loss(running.model, chr(b["of"][0]), step, out),
-        )
+        rows = {n: {"x": x, "of": torch.full((3,), i)} for i, n in enumerate(names)}
+
+        def loss(out: Any, batch: Any, step: int = step) -> Tensor:
+            name = names[batch["of"][0]]
+            return by_branch(running.model, name, BRANCHES[name][step], out)
+
+        running.step(rows, forward=lambda b: running.model(b["x"]), loss=loss)
     for name, trial in trials.items():
-        plain, steps = Heads(), iter(range(4))
-        of_step = lambda out, _, m=plain, n=name, s=steps: loss(m, n, next(s), out)  # noqa: E731
+        plain, branches = Heads(), iter(BRANCHES[name])
+        of_step = lambda out, _, m=plain, n=name, b=branches: by_branch(m, n, next(b), out)  # noqa: E731
         by_hand(plain, name, trial, [{"x": x} for x in xs], of_step)
-        check_equal(running.model, plain, name)
+        check_equal(running.model, plain, name, 1e-11)
 
 
 class Branches(nn.Module):
@@ -568,18 +539,11 @@ def test_the_batches_of_a_collator_train_as_dicts_in_any_order_of_entries() -> N
 
 
 def test_a_forward_may_change_the_batch_that_it_gets() -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
+    model, data = nn.Sequential(nn.Linear(4, 4)), {"x": torch.ones(3, 4)}
     running = Trials(model, {n: Trial({"targets": ["0"]}, lr=1e-2) for n in "ab"})
-    data = {"x": torch.randn(3, 4), "labels": torch.randn(3, 4)}
-    kept = {key: t.clone() for key, t in data.items()}
-
-    def forward(batch: dict[str, Any]) -> Any:
-        batch.pop("labels")
-        return model(batch.pop("x").mul_(2))
-
     for _ in range(2):
-        running.step(data, forward=forward, loss=square)
-    assert all(torch.equal(data[key], t) for key, t in kept.items())
+        running.step(data, forward=lambda batch: model(batch.pop("x").mul_(2)), loss=square)
+    assert torch.equal(data["x"], torch.ones(3, 4))
 
 
 # ------------------------------------------------------------------ trials that end, and the table

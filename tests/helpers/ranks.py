@@ -1,6 +1,8 @@
-"""What the tests of several processes share: a group to run in, and whole tensors to compare."""
+"""What the tests of several processes share: jobs that each of them does, and whole tensors."""
 
+import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,21 +12,36 @@ from torch import Tensor
 import lora_inject as li
 
 
-def in_a_group(run: Callable[[], Any]) -> Any:
-    """What a function comes to in this process, as one of those that torchrun has started."""
+def failures(jobs: Mapping[str, Callable[[Path], object]], folder: Path) -> dict[str, str]:
+    """Do jobs, as one of the processes that torchrun starts; what failed in each, or nothing.
+
+    Where one fails the rest are not done: the other processes may wait for this one.
+    """
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    try:
-        seen = run()
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    return seen
+    failed = dict.fromkeys(jobs, "not done, since a job before it failed")
+    for name, job in jobs.items():
+        try:
+            job(folder)
+            dist.barrier()
+            failed[name] = ""
+        except BaseException:  # noqa: BLE001 - handed on
+            failed[name] = traceback.format_exc()
+            break
+    dist.destroy_process_group()
+    return failed
 
 
 def mesh(*shape: int) -> Any:
     names = ("replicated", "sharded")[-len(shape) :]
     return dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+def from_first(value: Any) -> Any:
+    """What the first process has."""
+    listed = [value]
+    dist.broadcast_object_list(listed)
+    return listed[0]
 
 
 def whole(tensor: Any) -> Tensor:
