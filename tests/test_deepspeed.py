@@ -1,13 +1,14 @@
 """DeepSpeed, where it is installed: two processes train as one does, and Trainer as without it."""
 
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.forks import Forks
+from helpers.ranks import values
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from training_models import CONFIG, curve, injected, llama, trainer
@@ -36,14 +37,7 @@ def optimizer(net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(li.adapter_parameters(net).values(), lr=0.1)
 
 
-def values(net: nn.Module) -> dict[str, Tensor]:
-    sites = li.adapter_state(net).sites
-    return {f"{k}.{r}": t.clone() for k, site in sites.items() for r, t in site.tensors.items()}
-
-
-def started(rank: int, world: int, port: int) -> Any:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def started() -> Any:
     os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_TORCH_DEVICE="cpu")
     torch.set_num_threads(1)
     import deepspeed
@@ -51,95 +45,89 @@ def started(rank: int, world: int, port: int) -> Any:
 
     # It would compile an extension first.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-    deepspeed.init_distributed("gloo", rank=rank, world_size=world)
+    deepspeed.init_distributed("gloo")
     return deepspeed
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def work(rank: int, stage: int, port: int, out: str) -> None:
-    deepspeed = started(rank, 2, port)
-    net = build()
+def work(stage: int) -> dict[str, Tensor]:
+    deepspeed, net = started(), build()
     how = {"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0}
     how |= {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer(net), config=how)
+    first = 2 * int(os.environ["RANK"])
     for _ in range(2):
-        engine.backward(loss(engine, slice(2 * rank, 2 * rank + 2)))
+        engine.backward(loss(engine, slice(first, first + 2)))
         engine.step()
     with deepspeed.zero.GatheredParameters(list(net.parameters()), enabled=stage == 3):
-        torch.save(values(net), f"{out}.{rank}")
+        trained = values(net)
     for late in (net, engine):  # its optimizer would not know the adapter
         with pytest.raises(li.LayerError, match="Inject"):
             li.inject(late, {"rank": 2, "targets": [r"(.*\.)?0"]}, "late")
     torch.distributed.destroy_process_group()  # a group that lives on may abort its process
+    return trained
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_trains_as_one_process_does(stage: int, tmp_path: Any) -> None:
+def test_zero_trains_as_one_process_does(stage: int, forks: Forks) -> None:
     pytest.importorskip("deepspeed")
-    torch.multiprocessing.spawn(work, (stage, free_port(), str(tmp_path / "found")), 2)
+    ranks = forks.start_ranks(2, work, stage)
     net = build()
     plain = optimizer(net)
     for _ in range(2):
         plain.zero_grad()
         loss(net, slice(0, 4)).backward()
         plain.step()
-    for rank in range(2):
-        found = torch.load(tmp_path / f"found.{rank}")
-        for key, wanted in values(net).items():
-            torch.testing.assert_close(found[key], wanted, rtol=1e-6, atol=1e-6)
+    for rank in ranks:
+        torch.testing.assert_close(rank.result(), values(net), rtol=1e-6, atol=1e-6)
 
-
-# ------------------------------------------------------------------------------------- Trainer
 
 STEPS = {"max_steps": 4, "logging_steps": 1, "gradient_accumulation_steps": 2}
 STEPS |= {"per_device_train_batch_size": 2}
 
 
-def train(_: int, stage: int, port: int, out: str) -> None:
-    started(0, 1, port)
+def train(stage: int, out: Path) -> list[Any]:
+    started()
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     zero |= {"stage3_gather_16bit_weights_on_model_save": True}
     how = {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
     how |= {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
     how |= {"gradient_clipping": "auto"}
-    made = trainer(Path(out), injected(), deepspeed=how, use_cpu=False, **STEPS)
-    made.train()
+
+    def run(out: Path, model: Any, resume: str | None = None) -> Any:
+        made = trainer(out, model, deepspeed=how, use_cpu=False, **STEPS)
+        made.train(resume_from_checkpoint=resume)
+        return made
+
+    made = run(out, injected())
     engine: Any = made.model_wrapped
     assert engine.zero_optimization_stage() == stage
     with pytest.raises(li.LayerError, match="wrapped in DeepSpeedEngine"):
         li.inject(engine, {"rank": 2, "targets": ["o_proj"]}, "late")
-    again = trainer(Path(out), injected(), deepspeed=how, use_cpu=False, **STEPS)
-    again.train(resume_from_checkpoint=str(Path(out, "checkpoint-2")))
-    torch.save([curve(each.state.log_history) for each in (made, again)], f"{out}.curves")
-
+    again = run(out, injected(), str(out / "checkpoint-2"))
     model = llama()
     model.spare = nn.Linear(16, 16)  # type: ignore[assignment]
     li.inject(model, CONFIG | {"targets": ["q_proj", "spare"]})
     with pytest.raises(li.StateError, match=r"reached 'spare' \(1 such site\)"):
-        trainer(Path(out, "spare"), model, deepspeed=how, use_cpu=False, **STEPS).train()
+        run(out / "spare", model)
     torch.distributed.destroy_process_group()
+    return [curve(each.state.log_history) for each in (made, again)]
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_trainer_trains_saves_and_resumes_as_without(stage: int, tmp_path: Path) -> None:
+def test_trainer_trains_saves_and_resumes_as_without(
+    stage: int, tmp_path: Path, forks: Forks
+) -> None:
     pytest.importorskip("deepspeed")
-    torch.multiprocessing.spawn(train, (stage, free_port(), str(tmp_path / "found")))
+    [rank] = forks.start_ranks(1, train, stage, tmp_path / "zero")
     plain = trainer(tmp_path / "plain", injected(), **STEPS)
     plain.train()
-    for found in torch.load(tmp_path / "found.curves"):
-        wanted = curve(plain.state.log_history)
-        assert [at[:2] for at in found] == [at[:2] for at in wanted]
-        losses = [[at[2] for at in each] for each in (found, wanted)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    wanted = curve(plain.state.log_history)
+    for logged in rank.result():
+        assert [at[:2] for at in logged] == [at[:2] for at in wanted]
+        assert [at[2] for at in logged] == pytest.approx([at[2] for at in wanted], rel=1e-6)
     for step in ("checkpoint-2", "checkpoint-4"):
-        found, wanted = (
+        zero, wanted = (
             load_file(tmp_path / run / step / "adapter_model.safetensors")
-            for run in ("found", "plain")
+            for run in ("zero", "plain")
         )
-        for key, tensor in wanted.items():
-            torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(zero, wanted, rtol=1e-6, atol=1e-6)

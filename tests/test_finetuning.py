@@ -26,24 +26,6 @@ rows, tasks, finetune = (script(f"finetuning.{name}") for name in ("rows", "task
 WORDS = ["red", "green", "blue", "black", "white"]
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "what"),
-    [
-        ("a.txt", "a||b\nc\n", "line 2: 0 separators"),
-        ("a.txt", "a||\n", "line 1: its target is empty"),
-        ("a.txt", "\n", "it holds none"),
-        ("a.csv", "context,label\na,b\n", "line 2: no 'target'; there is: 'context', 'label'"),
-        ("a.jsonl", '{"context": "a", "target": "b"}\n{', "line 2: not JSON"),
-        ("a.jsonl", '{"messages": []}', "no message of the assistant"),
-    ],
-)
-def test_what_is_wrong_with_a_file_is_said_with_its_line(name, text, what, tmp_path):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(SystemExit) as raised:
-        rows.read(tmp_path / name, ["context", "target"])
-    assert what in str(raised.value)
-
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_is_eq_2_over_the_tokens_of_the_target(smoothing):
     generator = torch.Generator().manual_seed(0)
@@ -201,22 +183,6 @@ def test_a_batch_in_parts_is_the_batch(place, plain, tmp_path):
                 "--gradient-checkpointing", "--keep", "1")  # fmt: skip
     for key in ("loss", "eval_nll"):
         assert curve(parts, key) == pytest.approx(curve(results(plain), key), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("words", "what"),
-    [
-        (["--model", "./nowhere"], "--model ./nowhere"),
-        (["--train", "nowhere.csv"], "no such file"),
-        (["--method", "head"], "a language model has none"),
-    ],
-)
-def test_mistakes_are_said_before_anything_is_written(words, what, place, tmp_path):
-    with pytest.raises(SystemExit) as raised:
-        finetune.main(command(place, tmp_path / "out", *words))
-    assert str(raised.value).startswith("error: ")
-    assert what in str(raised.value)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_continuation_is_of_the_same_run(place, plain):
