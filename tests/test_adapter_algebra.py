@@ -104,10 +104,11 @@ def test_sites_that_adapt_other_slices_are_added(slices):
     assert (kept and kept.adapt) == (("q", "k", "v") if slices and "k" in slices.adapt else None)
 
 
-def test_sites_of_one_of_them_are_kept():
+def test_sites_of_one_of_them_are_kept_and_a_tiny_weight_costs_no_precision():
     a, b = make_state(KIND_SPECS["linear"]), make_state(KIND_SPECS["embedding"])
     assert list((a + b).sites) == ["h.0.fc", "wte"]
     assert_close(dense((a - b).sites["wte"]), -dense(b.sites["wte"]))
+    assert_close(delta(a * 1e-40 + a), delta(a), 1e-6)  # B is not scaled by 1e40
 
 
 def test_bases_that_differ_are_refused():
@@ -177,11 +178,6 @@ REFUSED = {
 def test_what_has_no_right_result_is_refused_by_name(words):
     with pytest.raises(StateError, match=words):
         REFUSED[words]()
-
-
-def test_a_tiny_weight_costs_no_precision():
-    assert_close(delta(ONE * 1e-40 + ONE), delta(ONE), 1e-6)  # B is not scaled by 1e40
-    assert META == META + AdapterState({}) != ONE
 
 
 # Truncation -------------------------------------------------------------------------------------

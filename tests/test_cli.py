@@ -270,8 +270,12 @@ def test_merge_replaces_a_checkpoint_only_when_asked_and_only_a_checkpoint(
     assert run(*args).code == 0
     first = (out / "model.safetensors").read_bytes()
     assert "--overwrite replaces a checkpoint" in run(*args, "--weight", "2").err
-    with monkeypatch.context() as patch:  # it fails at the end
-        patch.setattr(merge_files, "rename_folder", lambda *_: Path("/no/such").stat())
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_files, "rename_folder", fails)  # at the end
         assert run(*args, "--weight", "2", "--overwrite").code == 1
     assert (out / "model.safetensors").read_bytes() == first
     assert run(*args, "--weight", "2", "--overwrite").code == 0

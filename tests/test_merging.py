@@ -372,7 +372,6 @@ REFUSED: dict[str, tuple[Callable[[Host], Any], type[Exception]]] = {
     r"the weight is quantized \(Code": (with_weight(torch.randn(6, 5), Code), li.LayerError),
     "its weight is nan": (lambda m: li.merge(m, name={"default": math.nan}), li.StateError),
     "nan.*Give a number from 0 to 1": (lambda m: li.merge(m, min_kept=math.nan), li.LayerError),
-    "1.5.*Give a number from 0 to 1": (lambda m: li.merge(m, min_kept=1.5), li.LayerError),
 }  # fmt: skip
 
 
