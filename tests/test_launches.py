@@ -12,9 +12,6 @@ from helpers.calls import python_calls
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.core.functional import cpu
-from lora_inject.core.functional.factors import Update
-from lora_inject.core.functional.linear import linear
 from lora_inject.core.layers import sending
 from lora_inject.rows import by_row, routing
 
@@ -159,27 +156,6 @@ def test_launches_of_a_routed_layer_depend_on_no_number_and_no_rank(ranks: Seque
         with table.Counted() as counted:
             model(x)
     assert counted.total <= 9, counted.launches
-
-
-@pytest.mark.parametrize("float32", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_the_path_of_a_cpu_gives_the_values_of_every_other(dtype, float32, monkeypatch) -> None:
-    torch.manual_seed(0)
-    wide = torch.promote_types(dtype, torch.float32)
-    x, W = torch.randn(300, 40).to(dtype).requires_grad_(), torch.randn(700, 40).to(dtype)
-    A, B = torch.randn(3, 40, dtype=wide), torch.randn(700, 3, dtype=wide)
-    leaves = [x, A.requires_grad_(), B.requires_grad_()]
-    g = torch.randn(300, 700).to(dtype)
-
-    def run() -> list[Tensor]:
-        y = linear(x, W, None, [Update(A, B, 0.7)], float32=float32)
-        return [y.detach(), *torch.autograd.grad(y, leaves, g)]
-
-    near = run()
-    monkeypatch.setattr(cpu, "is_cpu", lambda _: False)
-    tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
-    for a, b in zip(near, run(), strict=True):
-        assert float((a - b).norm()) <= tolerance * float(b.norm())
 
 
 def test_a_token_enters_few_functions_of_the_package() -> None:

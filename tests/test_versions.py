@@ -15,16 +15,11 @@ versions = script("versions")
 # Category, the module that a warning is attributed to, whether it fails a test off the pins.
 CASES = [
     ("DeprecationWarning", "lora_inject.layers.reading", True),
-    ("FutureWarning", "lora_inject", True),
     ("UserWarning", "test_merging", True),
-    ("RuntimeWarning", "helpers.models", True),
     ("UserWarning", "finetuning.finetune", True),
     ("FutureWarning", "test_merging", False),
-    ("DeprecationWarning", "torch.jit", False),
     ("UserWarning", "torch.nn.modules.module", False),
-    ("SyntaxWarning", "/venv/lib/torchao/quantization/quant_api", False),
     ("UserWarning", "lora_injector", False),
-    ("UserWarning", "test_mergings_of_others", False),
 ]
 
 
