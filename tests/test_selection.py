@@ -219,6 +219,17 @@ def test_contexts_inside_the_checkpointed_function(inside, mode, change) -> None
     assert_recomputed(selecting("a", change), plain, mode)
 
 
+@modes
+@pytest.mark.parametrize("inner", [True, False], ids=["reentrant", "non-reentrant"])
+def test_nested_checkpoints(mode: bool, inner: bool) -> None:
+    def scenario(model: Net, x: Tensor) -> None:
+        y = model.call(lambda x: model.call(model.first, x, mode=inner) + x, x, mode=mode)
+        li.activate(model, "b")
+        backward(y)
+
+    assert_recomputed(scenario, net(), mode=True)
+
+
 def test_a_checkpoint_under_hooks_on_saved_tensors() -> None:
     def scenario(model: Net, x: Tensor) -> None:
         def inner(x: Tensor) -> Tensor:

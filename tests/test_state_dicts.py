@@ -248,6 +248,20 @@ def test_merged_weights_are_not_loaded_where_an_adapter_adds_to_them(
     assert same_bits(model(X), wanted)
 
 
+def test_hooks_may_rename_what_is_loaded() -> None:
+    def shorten(_: Any, state: Any, *__: Any) -> None:
+        for key in list(state):
+            state[key.removeprefix("module.")] = state.pop(key)
+
+    source, same, other = injected(), fill(injected()), injected(alpha=64)
+    for model in (same, other):
+        model.register_load_state_dict_pre_hook(shorten)
+    same.load_state_dict(prefixed(source.state_dict()))
+    assert same_bits(same(X), source(X))
+    with pytest.raises(li.StateError, match="scale 2 in the state dict, and 32 here"):
+        other.load_state_dict(prefixed(source.state_dict()))
+
+
 CALLS: dict[str, Callable[[nn.Module, Any], Any]] = {
     "by keyword": lambda m, state: m.load_state_dict(state_dict=state, strict=False),
     "assigned": lambda m, state: m.load_state_dict(state, assign=True),
