@@ -76,6 +76,13 @@ def test_a_part_of_a_stack_equals_the_dense_model(family: str, part: str) -> Non
     assert all(same_bits(t, plain.state_dict()[k]) for k, t in base_state(model).items())
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_a_stack_in_products_of_all_experts(part: str) -> None:
+    for family in FAMILIES:
+        plain, model = adapted(family, part, "batched_mm")
+        assert error(logits(model), logits(wide(plain, model))) < 2e-5
+
+
 @pytest.mark.parametrize(("part", "n_a", "n_b"), [("only", 2, 2), ("A", 1, 3), ("B", 3, 1)])
 def test_what_is_left_out_or_shared_takes_no_memory(part, n_a, n_b, tmp_path: Path) -> None:
     plain, model = adapted("mixtral", part)
@@ -110,6 +117,23 @@ def test_files_of_others_have_every_expert(part: str, tmp_path: Path) -> None:
         (tmp_path / f"of {path}").mkdir()
         merged = merged_on_disk(plain, tmp_path / path, tmp_path / f"of {path}")
         assert error(logits(merged), logits(model)) < 1e-5
+
+
+def test_values_of_parts_are_those_of_whole_stacks() -> None:
+    _, one = adapted("mixtral", "only")
+    _, two = adapted("mixtral", "A")
+    a, b = li.adapter_state(one), li.adapter_state(two)
+    for name, site in (a + b).sites.items():
+        deltas = [s.B @ s.A for s in (site, a.whole.sites[name], b.whole.sites[name])]
+        torch.testing.assert_close(deltas[0] * site.scale, SCALE * (deltas[1] + deltas[2]))
+
+
+def test_a_state_dict_of_other_experts_is_refused() -> None:
+    _, one = adapted("mixtral", "only")
+    plain, _ = experts("mixtral")
+    other = li.inject(plain.double(), config(ALL | {"only": [1, 2]}))
+    with pytest.raises(li.StateError, match="slices, rows or a variant of its own"):
+        other.load_state_dict(one.state_dict())
 
 
 # ---------------------------------------------------------------------------------------- profiles

@@ -145,6 +145,8 @@ def test_llama_cpp_adds_to_its_weights_what_we_add_to_ours(tmp_path: Path) -> No
         torch.testing.assert_close(alpha / b.shape[1] * b @ a, due, rtol=1e-5, atol=1e-5)
     assert not tensors
     hold_read(path, model)
+    read = read_adapter(path, config=model.config.to_dict()).sites
+    assert read["model.embed_tokens"].spec.kind == "embedding"  # as PEFT's files have to say
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -204,6 +206,8 @@ REFUSED: list[tuple[str, AdapterState, Any, str]] = [
     ("torchtune litgpt gguf", at("mlp.fc"), CONFIG, "adapts gate, up|no name for this module"),
     ("torchtune litgpt", at("self_attn.o_proj"), {**CONFIG, "num_hidden_layers": 3}, "'model.l.*2"),
     ("torchtune litgpt", at("mlp.up_proj"), CONFIG, "adapts gate, up and down of an MLP together"),
+    ("torchtune litgpt gguf", make_state(KIND_SPECS["conv"]), CONFIG, "a site of kind 'conv'"),
+    ("torchtune litgpt", EMBEDDING, CONFIG, "cannot hold a site of kind 'embedding'"),
     ("gguf mlx", EMBEDDING, CONFIG, "as one tensor"),
     ("mlx", EMBEDDING, None, r"base's config is not given.*--base"),
     ("gguf mlx torchtune", HEAD, CONFIG, "as one tensor"),

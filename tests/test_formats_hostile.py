@@ -256,6 +256,7 @@ KEYS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "trained and adapted": ({**pair("fc"), f"{P}fc.weight": TWO}, "has a site as well"),
     # B works in groups on what A has made of all channels: no weight of a convolution says that.
     "grouped conv": (pair("c", torch.ones(4, 4, 3), torch.ones(6, 2, 1)), "grouped convolutions"),
+    "rows twice": ({ROWS: torch.ones(2, 2), f"{ROWS}.default": torch.ones(2, 2)}, "a second time"),
     "attention's output twice": (
         {**pair("a"), **pair(OUTPUT), **pair("a.out_proj")}, "two of its pairs are of one site",
     ),

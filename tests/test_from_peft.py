@@ -185,6 +185,8 @@ REFUSED = [
     ("alora_invocation_tokens", [1]),
     ("layer_replication", [(0, 2)]),
     ("use_qalora", True),
+    ("megatron_config", {"a": 1}),
+    ("loftq_config", {"loftq_bits": 4}),
     ("eva_config", {"rho": 2.0}),
     ("init_lora_weights", "corda"),
     ("runtime_config", {"ephemeral_gpu_offload": True}),

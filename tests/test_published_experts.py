@@ -313,6 +313,11 @@ REFUSED: dict[str, tuple[Callable[[Tensor], dict[str, Tensor]], dict[str, Any], 
         {"quant_method": "compressed-tensors"},
         "weight_zero_point",
     ),
+    "other groups": (
+        lambda w: compressed(w)[0] | {"weight_scale": compressed(w)[0]["weight_scale"][:, :1]},
+        {"quant_method": "compressed-tensors"},
+        r"weight_scale torch.float8_e4m3fn \[\d+, 1\]",
+    ),
     "other blocks": (
         lambda w: {"weight": fp8(w)[0]["weight"], "weight_scale_inv": torch.ones(3, 2)},
         FP8_BLOCKS,
