@@ -29,7 +29,7 @@ from lora_inject.checkpoint import (
     WeightedAdapter,
     plan_merge,
 )
-from lora_inject.core.adapter.fingerprint import Fingerprint, samples
+from lora_inject.core.adapter.fingerprint import Sampled, samples
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.functional.weight import dense_delta
@@ -288,8 +288,9 @@ def test_nothing_to_merge_and_impossible_options_are_refused(tmp_path, parts, op
 def with_fingerprint(tensors):
     state = llama_adapter(tensors)
     known = {f"{name}.weight": tensors[f"{name}.weight"] for name in state.sites}
-    shapes = {name: tuple(tensor.shape) for name, tensor in known.items()}
-    return replace(state, fingerprint=Fingerprint(shapes, samples(known)))
+    values = samples(known)
+    mark = {name: Sampled(tuple(known[name].shape), values[name]) for name in known}
+    return replace(state, fingerprint=mark)
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])

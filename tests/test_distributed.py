@@ -160,9 +160,11 @@ def fsdp_swaps_saves_and_checkpoints(folder: Path) -> None:
     same(values(model), values(plain))
     assert far(logits(model), logits(plain)) < TOLERANCE
     assert li.adapter_state(model).fingerprint == fingerprint, "from shards as from whole weights"
-    samples = {k: tuple(2 * x for x in v) for k, v in fingerprint.samples.items()}
-    other = dataclasses.replace(fingerprint, samples=samples)
-    foreign = dataclasses.replace(state, fingerprint=other)
+    doubled = {
+        name: known._replace(values=tuple(2 * x for x in known.values))
+        for name, known in fingerprint.items()
+    }
+    foreign = dataclasses.replace(state, fingerprint=doubled)
     assert "made on another base" in said(lambda: li.swap_adapter(model, foreign))
     dcp.save({"adapter": li.adapter_parameters(model)}, checkpoint_id=folder / "dcp")
     with torch.no_grad():

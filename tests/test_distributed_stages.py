@@ -105,7 +105,7 @@ def trains_like_the_whole_model(folder: Path) -> None:
         same(values(other), end)
     near(values(li.load_adapter(whole(), folder / "whole")), wanted, 1e-12)
     assert state.fingerprint is not None
-    assert {*state.fingerprint.samples} >= {"layers.0.weight", "out.weight", "out.bias"}
+    assert {*state.fingerprint} >= {"layers.0.weight", "out.weight", "out.bias"}
     plan = li.plan(stage(rank), RULES, group=group)
     assert [site.name for site in plan.sites] == [["layers.0"], ["layers.1", "out"]][rank]
     assert [each.name for each in plan.trained] == [[], ["norm.weight", "norm.bias"]][rank]

@@ -13,7 +13,7 @@ from torch import nn
 
 import lora_inject as li
 from lora_inject.core.adapter.base_differences import base_differences
-from lora_inject.core.adapter.fingerprint import Fingerprint, sample_positions, samples
+from lora_inject.core.adapter.fingerprint import Fingerprint, Sampled, sample_positions, samples
 from lora_inject.errors import FormatError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
@@ -23,17 +23,17 @@ every_layout = pytest.mark.parametrize("layout", FILES)
 
 def fingerprint_of(*weights: torch.Tensor) -> Fingerprint:
     named = {f"{i}": weight for i, weight in enumerate(weights)}
-    return Fingerprint({n: tuple(w.shape) for n, w in named.items()}, samples(named))
+    return {n: Sampled(tuple(named[n].shape), values) for n, values in samples(named).items()}
 
 
 def test_weights_alike_are_sampled_together_and_not_mixed_up() -> None:
     shapes = [(7, 9), (63,), (), (0, 4), (3, 4, 5)]
     weights = [torch.randn(shape).to(dtype) for shape, dtype in 2 * [*product(shapes, DTYPES)]]
     weights.append(torch.randn(9, 7).mT)
-    together = fingerprint_of(*weights).samples
+    together = fingerprint_of(*weights)
     for i, weight in enumerate(weights):
         due = weight.flatten()[list(sample_positions(tuple(weight.shape)))].float()
-        assert together[f"{i}"] == tuple(due.tolist())
+        assert together[f"{i}"].values == tuple(due.tolist())
 
 
 def test_the_same_base_in_another_dtype() -> None:
@@ -44,10 +44,10 @@ def test_the_same_base_in_another_dtype() -> None:
 
 
 def test_other_shapes_names_and_values() -> None:
-    one = Fingerprint({"w": (2, 3)}, {})
-    turned = base_differences(one, Fingerprint({"w": (3, 2)}, {}))["w"]
+    one = {"w": Sampled((2, 3))}
+    turned = base_differences(one, {"w": Sampled((3, 2))})["w"]
     assert "has shape (2, 3) in the file and (3, 2) here" in turned
-    assert base_differences(one, Fingerprint({}, {}))["w"] == "is not in this model"
+    assert base_differences(one, {})["w"] == "is not in this model"
     nan, zero = (fingerprint_of(torch.tensor([value])) for value in (math.nan, 0.0))
     assert base_differences(nan, nan) == {}
     assert base_differences(nan, zero) != {}
@@ -197,7 +197,7 @@ def test_slices_and_experts_are_sampled_where_they_move() -> None:
         parameters["fused.lora_B"].fill_(0.5)
         parameters["experts.lora_B"][33].fill_(0.5)
     state = li.adapter_state(model)
-    at = {name: held.positions for name, held in state.fingerprint.moved.items()}
+    at = {name: known.moved for name, known in state.fingerprint.items()}
     assert {position // 4 for position in at["fused.weight"]} <= {0, 1, 2}
     assert {position // 32 for position in at["experts"]} == {33}
     li.install(Bank(), state)
@@ -211,7 +211,7 @@ def test_positions_outside_of_the_weight_are_an_edited_file(tmp_path: Path) -> N
     path = li.save_adapter(embedded(), tmp_path / "a.safetensors", format="native")
     tensors, said = load_file(path), safe_open(path, "pt").metadata()
     plain = json.loads(said["lora_inject.fingerprint"])
-    plain["moved"]["table.weight"]["positions"][0] = 10**9
+    plain["table.weight"][3][0] = 10**9
     save_file(tensors, path, {**said, "lora_inject.fingerprint": json.dumps(plain)})
     with pytest.raises(FormatError, match=r"positions of 'table\.weight'"):
         li.load_adapter(Net(), path)

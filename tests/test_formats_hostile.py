@@ -123,11 +123,11 @@ def test_missing_extra_and_misshapen_tensors_of_ours(change: Any, ours: Path) ->
 @pytest.mark.parametrize(
     ("part", "edit", "words"),
     [
-        ("sites", lambda sites: sites[0].__setitem__(2, -1), "0.2: -1 is impossible"),
-        ("sites", lambda sites: sites.append(sites[0]), "its name is there twice"),
+        ("sites", lambda sites: sites["h.0.fc"].__setitem__(1, -1), "fc.1: -1 is impossible"),
+        ("sites", lambda sites: sites["h.0.fc"].__setitem__(1, 99), "there is no kind 99"),
         ("kinds", lambda kinds: kinds[0].update(name="a"), "name: there is no such field"),
         ("kinds", lambda kinds: kinds[0].update(variant="new"), "'new' is not registered here"),
-        ("fingerprint", lambda plain: plain["samples"].update(x="AAAA"), "samples"),
+        ("fingerprint", lambda plain: plain["h.0.fc.weight"].__setitem__(1, "AAAA"), "samples"),
     ],
 )
 def test_sites_kinds_and_samples_must_fit(part: str, edit: Any, words: str, ours: Path) -> None:
@@ -420,7 +420,7 @@ def test_states_that_peft_cannot_express_are_refused_before_anything_is_written(
         "a module and a parameter of it": make_state(linear, part),
         "root module or a parameter of it": make_state(replace(table, name="table")),
         r"A has shape \(2, 4\)": AdapterState({"h.0.fc": replace(site, A=torch.ones(2, 4))}),
-        "only one of A0 and B0": AdapterState({"h.0.fc": replace(site, A0=site.A)}),
+        "none of A0 and B0": AdapterState({"h.0.fc": replace(site, A0=site.A)}),
         "not plain data": replace(make_state(linear), config={"x": object()}),
         "'x' is not a tensor": make_state(linear, trained={"x": 1.0}),
     }.items():

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lora_inject.core.adapter.fingerprint import Fingerprint
+from lora_inject.core.adapter.fingerprint import Sampled
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.safetensors_file import is_plain_name
 from lora_inject.core.files.tensors import read_names
@@ -85,7 +85,7 @@ def test_everything_else_comes_back(layout: str, tmp_path: Path) -> None:
     state = AdapterState(sites, trained, config, FINGERPRINT)
     path = write_adapter(state, place(tmp_path, layout), format=layout)
     assert_same_state(read_adapter(path), state)
-    strange = Fingerprint({"w": ()}, {"w": (math.nan, math.inf, -math.inf, 0.5)})
+    strange = {"w": Sampled((4,), (math.nan, math.inf, -math.inf, 0.5))}
     state = AdapterState(sites, trained, config, strange)
     path = write_adapter(state, place(tmp_path, layout), format=layout, overwrite=True)
     assert repr(read_adapter(path).fingerprint) == repr(strange)

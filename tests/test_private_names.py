@@ -33,7 +33,7 @@ NAME = re.compile(r"_[A-Za-z]\w*(?<!__)")
 DOCUMENTED = {"_asdict", "_exit", "_fields", "_getframe", "_replace"}
 ENDS_OF_NAMES = {"_USE_TORCH_KERNEL", "_bias", "_blocks", "_hf_", "_is_"}
 ENDS_OF_NAMES |= {"_global_scale", "_scale", "_scale_inv", "_scales", "_svd"}
-ENDS_OF_NAMES |= {"_wrapped_module"}
+ENDS_OF_NAMES |= {"_packed", "_wrapped_module"}
 KEYS_OF_FILES = {"_class_name"}
 
 

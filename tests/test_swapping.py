@@ -139,9 +139,11 @@ def _without(state: AdapterState, name: str) -> AdapterState:
 
 
 def _other_base(state: AdapterState) -> AdapterState:
-    samples = {k: tuple(2 * x for x in v) for k, v in state.fingerprint.samples.items()}
-    other = dataclasses.replace(state.fingerprint, samples=samples)
-    return dataclasses.replace(state, fingerprint=other)
+    doubled = {
+        name: known._replace(values=tuple(2 * x for x in known.values))
+        for name, known in state.fingerprint.items()
+    }
+    return dataclasses.replace(state, fingerprint=doubled)
 
 
 SMALLER = {"A": torch.zeros(1, 6), "B": torch.zeros(6, 1)}

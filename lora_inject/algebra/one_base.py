@@ -8,7 +8,7 @@ from itertools import combinations
 from torch import Tensor
 
 from lora_inject.core.adapter.base_differences import base_differences, unverifiable
-from lora_inject.core.adapter.fingerprint import Fingerprint
+from lora_inject.core.adapter.fingerprint import Fingerprint, without_weights
 from lora_inject.core.adapter.fingerprints import same_values
 from lora_inject.errors import StateError
 
@@ -20,10 +20,10 @@ def check_one_base(several: Iterable[Fingerprint | None], names: Iterable[str], 
     """
     marks = [(mark, name) for mark, name in zip(several, names, strict=True) if mark is not None]
     for (one, first), (two, second) in combinations(marks, 2):
-        unknown = {*(one.shapes.keys() - two.shapes.keys()), *unverifiable(one, two)}
-        unknown |= {n for n in one.shapes.keys() - unknown if one.shapes[n] != two.shapes[n]}
-        common = one.without(unknown)  # not where only one of the bases was quantized
-        if common is not None and (wrong := base_differences(common, two)):
+        unknown = {*(one.keys() - two.keys()), *unverifiable(one, two)}
+        unknown |= {n for n in one.keys() - unknown if one[n].shape != two[n].shape}
+        common = without_weights(one, unknown)  # not where only one of the bases was quantized
+        if wrong := base_differences(common, two):
             name, what = next(iter(wrong.items()))
             what = what.replace("in the file", "in one").replace("here", "in the other")
             problem = f"they were made on different bases: '{name}' {what}"

@@ -26,7 +26,7 @@ from lora_inject.errors import StateError
 
 _SAME = 1e-12  # relative difference of two equal scales alpha / rank by rounding
 
-MADE: dict[str, Any] = {"init": "kaiming", "rule": None, "aliases": ()}
+MADE: dict[str, Any] = {"init": "kaiming", "aliases": ()}
 """Fields of a site that was computed from others: no config and no model made it."""
 
 Term = tuple[SiteState, float]

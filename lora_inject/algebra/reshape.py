@@ -34,7 +34,7 @@ def _resized(spec: SiteSpec, name: str, width: int) -> SiteSpec:
         raise StateError(f"split or join '{spec.name}'", problem, "Leave it as it is")
     shape[axis] = width
     of = renamed(spec, name)
-    return replace(of, out_features=width, weight_shape=tuple(shape), slices=None, rule=None)
+    return replace(of, out_features=width, weight_shape=tuple(shape), slices=None)
 
 
 def split(site: SiteState, sizes: Mapping[str, int], asked: str) -> dict[str, SiteState]:
@@ -98,7 +98,6 @@ def split_experts(site: SiteState) -> dict[str, SiteState]:
             transposed=False,
             experts=None,
             update="forward",
-            rule=None,
             aliases=(),
         )
         sites[name] = SiteState.of(made, {role: t[expert] for role, t in site.tensors.items()})

@@ -29,7 +29,8 @@ from lora_inject.algebra.parts import (
 )
 from lora_inject.algebra.plain_sites import plain
 from lora_inject.algebra.renaming import distinct, renaming, some_of
-from lora_inject.core.adapter.fingerprints import renamed_fingerprint, union_of
+from lora_inject.core.adapter.fingerprint import without_weights
+from lora_inject.core.adapter.fingerprints import union_of
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.named import named
@@ -97,7 +98,7 @@ def renamed_adapter(
         trained=distinct((place(name), tensor) for name, tensor in state.trained.items()),
         base_copies=distinct((place(name), t) for name, t in state.base_copies.items()),
         rows={place(name): rows for name, rows in state.rows.items()},
-        fingerprint=marks and renamed_fingerprint(marks, place),
+        fingerprint=marks and {place(name): known for name, known in marks.items()},
         config=None,
     )
 
@@ -229,7 +230,7 @@ def _with(state: AdapterState, new: Mapping[str, Mapping[str, SiteState]]) -> Ad
         item for name, site in state.sites.items() for item in new.get(name, {name: site}).items()
     ]
     gone = {state.sites[name].spec.weight for name in new}
-    marks = state.fingerprint and state.fingerprint.without(gone)
+    marks = without_weights(state.fingerprint or {}, gone) or None
     return replace(state, sites=distinct(sites), fingerprint=marks, config=None)
 
 

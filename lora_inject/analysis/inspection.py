@@ -128,7 +128,9 @@ def inspect_state(state: AdapterState) -> Inspection:
         trained={name: _tensor(t) for name, t in state.trained.items()},
         base_copies={name: _tensor(t) for name, t in state.base_copies.items()},
         config=None if state.config is None else dict(state.config),
-        n_fingerprinted=len(state.fingerprint.samples) if state.fingerprint else 0,
+        n_fingerprinted=sum(
+            known.values is not None for known in (state.fingerprint or {}).values()
+        ),
     )
 
 

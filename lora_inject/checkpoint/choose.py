@@ -26,7 +26,7 @@ from lora_inject.checkpoint.output_files import TensorJob, clash
 from lora_inject.checkpoint.place import NoPlace, Orientation, Placed, SiteUpdate
 from lora_inject.checkpoint.quantized_base import why_no_update
 from lora_inject.core.adapter.base_differences import base_differences
-from lora_inject.core.adapter.fingerprint import Fingerprint, Moved
+from lora_inject.core.adapter.fingerprint import Fingerprint, Sampled
 from lora_inject.core.adapter.fingerprints import same_values
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
@@ -163,10 +163,10 @@ class Fit:
         if saved is None:
             return
         here = self._fingerprint_here(saved)
-        known = saved.without(saved.shapes.keys() - here.shapes.keys())
-        if known is not None and (differences := base_differences(known, here)):
+        known = {name: saved[name] for name in here}
+        if differences := base_differences(known, here):
             name, how = next(iter(differences.items()))
-            n_differ, n_compared = len(differences), len(here.shapes)
+            n_differ, n_compared = len(differences), len(here)
             raise CheckpointError(
                 f"merge {self.adapter.label} into '{self.checkpoint.folder}'",
                 f"it was made on another base: {n_differ} of {n_compared} weights differ, "
@@ -177,25 +177,20 @@ class Fit:
     def _fingerprint_here(self, saved: Fingerprint) -> Fingerprint:
         """Return what the files say about the weights of a fingerprint; not all can be compared."""
         checkpoint = self.checkpoint
-        shapes: dict[str, tuple[int, ...]] = {}
-        samples: dict[str, tuple[float, ...]] = {}
-        packings: dict[str, str] = {}
-        moved: dict[str, Moved] = {}
-        for name, shape in saved.shapes.items():
+        here: dict[str, Sampled] = {}
+        for name, there in saved.items():
             entry = checkpoint.tensors.get(self.rule(name) or name)
             if entry is None or name in self.adapter.state.trained:  # absent, or replaced
                 continue
             if entry.name in checkpoint.packed:
                 packing = checkpoint.packed[entry.name].packing()
-                if packing and name in saved.quantized:
-                    shapes[name], packings[name] = tuple(shape), packing
+                if packing and there.packed:
+                    here[name] = Sampled(there.shape, packed=packing)
             # Places depend on the shape: in stacked, cut and grown tensors they have other values.
-            elif entry.shape == tuple(shape) and entry.dtype in FLOATS:
-                shapes[name], samples[name] = entry.shape, checkpoint.sample(entry)
-                if name in saved.moved:
-                    positions = saved.moved[name].positions
-                    moved[name] = Moved(positions, checkpoint.sample(entry, positions))
-        return Fingerprint(shapes, samples, packings, moved)
+            elif entry.shape == there.shape and entry.dtype in FLOATS:
+                values = checkpoint.sample(entry, there.moved)
+                here[name] = Sampled(there.shape, values, moved=there.moved)
+        return here
 
     def grown_copies(self) -> Iterator[tuple[str, TensorEntry, Tensor]]:
         """Yield the adapter's copies of base tensors that grew; refuse others that differ."""

@@ -23,7 +23,7 @@ from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.place import matrix_of
 from lora_inject.checkpoint.write import Progress, counting_bytes
 from lora_inject.core.adapter.exchange import write_adapter
-from lora_inject.core.adapter.fingerprint import Fingerprint
+from lora_inject.core.adapter.fingerprint import Fingerprint, Sampled
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import check_free
@@ -174,10 +174,7 @@ def _fingerprint_of(base: Checkpoint, leave_out: Collection[str]) -> Fingerprint
     """Return shapes and samples of a base's float tensors."""
     names = sorted(base.tensors.keys() - set(leave_out))
     entries = {name: base.tensors[name] for name in names if base.tensors[name].dtype in FLOATS}
-    return Fingerprint(
-        {name: entry.shape for name, entry in entries.items()},
-        {name: base.sample(entry) for name, entry in entries.items()},
-    )
+    return {name: Sampled(entry.shape, base.sample(entry)) for name, entry in entries.items()}
 
 
 def _check_names(extraction: _Extraction) -> None:

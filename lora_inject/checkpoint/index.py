@@ -121,12 +121,10 @@ class Checkpoint:
         """Return the file that a tensor is in."""
         return self.shards[self.shard_of[name]].path
 
-    def sample(
-        self, entry: TensorEntry, positions: Sequence[int] | None = None
-    ) -> tuple[float, ...]:
+    def sample(self, entry: TensorEntry, moved: Sequence[int] = ()) -> tuple[float, ...]:
         """Return a few values of a float tensor, by which an adapter knows its base."""
         reader = RowReader(self.path_of(entry.name))
-        positions = sample_positions(entry.shape) if positions is None else positions
+        positions = (*sample_positions(entry.shape), *moved)
         values = (reader.rows(entry, 1, at, at + 1) for at in positions)
         return tuple(float(value.float()) for value in values)
 

@@ -123,10 +123,7 @@ def _losses_of_numbers(state: AdapterState, keeps: Collection[str]) -> dict[str,
     """Return what happens to ranks and scales where a format has one for all sites, or none."""
     from lora_inject.formats.peft.tensor_layout import file_rank
 
-    numbers = {
-        (file_rank(site.spec, derived=site.A0 is not None), site.scale)
-        for site in state.sites.values()
-    }
+    numbers = {(file_rank(site.spec), site.scale) for site in state.sites.values()}
     mixed = len(numbers) > 1 or ONE not in keeps
     scaled = any(scale != 1 for _, scale in numbers)
     several_ranks = len({rank for rank, _ in numbers}) > 1

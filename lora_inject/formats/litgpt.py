@@ -25,7 +25,7 @@ from lora_inject.core.files.strict_json import is_positive
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
 from lora_inject.formats.decoder_names import Decoder, Pairs, check_whole
-from lora_inject.formats.lone_files import rest_of_folder
+from lora_inject.formats.lone_files import lone_file
 from lora_inject.formats.model_facts import Heads, ModelFacts
 from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.pickles import pickled, read_pickle
@@ -49,13 +49,14 @@ MODEL_TYPES = ("llama", "mistral", "gemma", "gemma2")
 
 def detects(path: Path) -> bool:
     """Whether a path is such a folder."""
+    _refuse_lone_file(path)
     return (path / FILE).is_file()
 
 
-def _lacks(path: Path) -> str:
-    """Return what a file of such a folder lacks; it is known by its name, as it is a pickle."""
-    known = path.is_file() and path.name == FILE
-    return rest_of_folder(path, FILE, CONFIG, "the rank, the alpha and the layers") if known else ""
+def _refuse_lone_file(path: Path) -> None:
+    """Raise for a file of such a folder; it is known by its name, as it is a pickle."""
+    if path.is_file() and path.name == FILE:
+        raise lone_file("litgpt", path, FILE, CONFIG, "the rank, the alpha and the layers")
 
 
 def write(
@@ -115,6 +116,7 @@ def read(path: Path, facts: ModelFacts, *, allow_pickle: bool = False) -> Adapte
     The base's config, in transformers' form, gives its heads. `allow_pickle` is as in
     `pickles.read_pickle`.
     """
+    _refuse_lone_file(path)
     tensors = read_pickle(path / FILE, allow=allow_pickle, inside="model")
     said, sizes = _hyperparameters(path / CONFIG), _base(facts)
     sites = {}
@@ -173,4 +175,4 @@ def _base(facts: ModelFacts) -> Heads:
     return facts.heads("")
 
 
-FORMATS = {"litgpt": Format(write, read, detects, frozenset({ONE}), lacks=_lacks)}
+FORMATS = {"litgpt": Format(write, read, detects, frozenset({ONE}))}

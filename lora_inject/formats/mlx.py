@@ -24,7 +24,7 @@ from lora_inject.core.files.tensors import is_safetensors, read_names, read_tens
 from lora_inject.core.files.tensors_on_disk import contiguous
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
-from lora_inject.formats.lone_files import rest_of_folder
+from lora_inject.formats.lone_files import lone_file
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import matrices, plain_site
 from lora_inject.formats.plain import plain_sites
@@ -34,15 +34,15 @@ FILE, CONFIG = "adapters.safetensors", "adapter_config.json"
 
 def detects(path: Path) -> bool:
     """Whether a path is such a folder."""
+    _refuse_lone_file(path)
     return (path / FILE).is_file()
 
 
-def _lacks(path: Path) -> str:
-    """Return what a file of such a folder lacks; it is known by its keys."""
+def _refuse_lone_file(path: Path) -> None:
+    """Raise for a file of such a folder; it is known by its keys."""
     keys = read_names(path)[0] if is_safetensors(path) else []
-    if not keys or not all(key.endswith((".lora_a", ".lora_b")) for key in keys):
-        return ""
-    return rest_of_folder(path, FILE, CONFIG, "the rank and the scale")
+    if keys and all(key.endswith((".lora_a", ".lora_b")) for key in keys):
+        raise lone_file("mlx", path, FILE, CONFIG, "the rank and the scale")
 
 
 def write(
@@ -77,6 +77,7 @@ def read(path: Path, facts: ModelFacts) -> AdapterState:
 
     If the base is known, an adapter of an embedding that is tied to the head is refused.
     """
+    _refuse_lone_file(path)
     rank, scale = _numbers(path)
     tensors, _ = read_tensors(path / FILE)
     sites = {}
@@ -110,4 +111,4 @@ def _numbers(path: Path) -> tuple[int, float]:
     raise FormatError(CONFIG, problem, "Correct the file; both are needed")
 
 
-FORMATS = {"mlx": Format(write, read, detects, frozenset({ONE}), lacks=_lacks)}
+FORMATS = {"mlx": Format(write, read, detects, frozenset({ONE}))}

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from lora_inject.algebra import reshape
-from lora_inject.core.adapter.fingerprints import renamed_fingerprint
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import FormatError
@@ -133,14 +132,14 @@ def _in_places(
         sites.append((name, _stacked(name, tuple(weights[name].shape), members)))
     mark = state.fingerprint
     # Single experts' values are elsewhere in a stack.
-    mark = mark and mark.without([name for name in mark.shapes if new(name) not in weights])
+    mark = mark and {new(n): known for n, known in mark.items() if new(n) in weights}
     return replace(
         state,
         sites=_distinct(sites),
         trained=renamed(state.trained),
         rows=renamed(state.rows),
         base_copies=renamed(state.base_copies),
-        fingerprint=mark and renamed_fingerprint(mark, new),
+        fingerprint=mark or None,
     )
 
 

@@ -119,12 +119,11 @@ def _check_finite(sites: Mapping[str, SiteState]) -> None:
 
 def site_in_pairs(site: SiteState) -> SiteState:
     """Return a site without slices and frozen starts."""
-    spec, derived = site.spec, site.A0 is not None
-    if spec.slices is None and not derived:
+    spec = site.spec
+    if spec.slices is None and site.A0 is None:
         return site
-    rank, rslora = file_rank(spec, derived=derived), spec.scaling == "rslora"
-    alpha = file_alpha(spec, derived=derived, rslora=rslora)
-    spec = dataclasses.replace(spec, rank=rank, alpha=alpha, slices=None)
+    rank, alpha = file_rank(spec), file_alpha(spec, rslora=spec.scaling == "rslora")
+    spec = dataclasses.replace(spec, rank=rank, alpha=alpha, init="kaiming", slices=None)
     a, b = plain_pair(site)
     return SiteState(spec, a.reshape(spec.a_shape), b.reshape(spec.b_shape))
 

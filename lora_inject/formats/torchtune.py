@@ -21,7 +21,7 @@ from lora_inject.core.files.json_files import read_json
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
 from lora_inject.formats.decoder_names import Decoder, check_whole
-from lora_inject.formats.lone_files import rest_of_folder
+from lora_inject.formats.lone_files import lone_file
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.pickles import pickled, read_pickle
@@ -45,6 +45,7 @@ IN_PAIRS = {"llama": True, "mistral": True, "qwen2": False}
 
 def detects(path: Path) -> bool:
     """Whether a path is such a folder."""
+    _refuse_lone_file(path)
     return _file(path) is not None and not (path / "adapter_model.safetensors").exists()
 
 
@@ -52,12 +53,12 @@ def _file(path: Path) -> Path | None:
     return next((path / name for name in FILES if (path / name).is_file()), None)
 
 
-def _lacks(path: Path) -> str:
-    """Return what a file of such a folder lacks; it is known by its name, as it is a pickle."""
-    if not path.is_file() or path.name not in FILES:
-        return ""
-    remedy = rest_of_folder(path, path.name, CONFIG, "the alpha")
-    return f'{remedy}; a file of loralib with this name: pass format="loralib"'
+def _refuse_lone_file(path: Path) -> None:
+    """Raise for a file of such a folder; it is known by its name, as it is a pickle."""
+    if path.is_file() and path.name in FILES:
+        error = lone_file("torchtune", path, path.name, CONFIG, "the alpha")
+        remedy = f'{error.remedy}; a file of loralib with this name: pass format="loralib"'
+        raise FormatError("", error.found, remedy)
 
 
 def write(
@@ -93,6 +94,7 @@ def read(
     `alpha` is the recipe's `lora_alpha`, for folders without an adapter_config.json, `allow_pickle`
     as in `pickles.read_pickle`.
     """
+    _refuse_lone_file(path)
     file = _file(path)
     if file is None:
         raise FormatError("", f"there is no {FILES[0]} in it", "Give the folder of an epoch")
@@ -113,4 +115,4 @@ def _decoder(facts: ModelFacts) -> Decoder:
     return Decoder(_NAMES, "layers.{}.", _ENDS, IN_PAIRS[kind])
 
 
-FORMATS = {"torchtune": Format(write, read, detects, frozenset({ONE}), lacks=_lacks)}
+FORMATS = {"torchtune": Format(write, read, detects, frozenset({ONE}))}

@@ -97,7 +97,7 @@ def refuse_in_slot(state: AdapterState, slot: AdapterState) -> None:
     refuse_more_than_pairs(state, "a slot", kinds)
     room = next(iter(slot.sites.values())).spec.rank
     for name, site in state.sites.items():
-        rank = file_rank(site.spec, derived=site.A0 is not None)
+        rank = file_rank(site.spec)
         if rank > room:
             problem = f"its rank is {rank}, and the slot has room for {room}"
             remedy = f"Reserve a slot of rank {rank}, or truncate the adapter"

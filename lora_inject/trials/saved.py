@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from lora_inject.core.adapter.fingerprint import sample_positions
 from lora_inject.core.model.adapter_state import adapter_state
 from lora_inject.errors import FormatError, user_path
 from lora_inject.formats.pickles import DAMAGE
@@ -121,6 +122,9 @@ def _numbers(notes: Notes, together: Together) -> dict[str, dict[str, Any]]:
 
 def _base_of(model: nn.Module, name: str) -> dict[str, list[float]]:
     """Return the fingerprint's samples of an adapter's base, as plain data."""
-    fingerprint = adapter_state(model, name).fingerprint
-    samples: Mapping[str, tuple[float, ...]] = {} if fingerprint is None else fingerprint.samples
-    return {site: list(values) for site, values in samples.items()}
+    mark = adapter_state(model, name).fingerprint or {}
+    plain = {key: known for key, known in mark.items() if known.values is not None}
+    # Not where an adapter moves it, which changes with the adapter.
+    return {
+        key: [*known.values][: len(sample_positions(known.shape))] for key, known in plain.items()
+    }

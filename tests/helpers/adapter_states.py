@@ -5,6 +5,7 @@ The reference is written from `SiteSpec.blocks` in float64, independently of eve
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_inject.core.adapter.fingerprint import Fingerprint
+from lora_inject.core.adapter.fingerprint import Sampled
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.sites import SiteSpec
@@ -51,6 +52,7 @@ def make_site(
     spec: SiteSpec, *, seed: int = 0, derived: bool = False, dtype: torch.dtype = torch.float32
 ) -> SiteState:
     generator = torch.Generator().manual_seed(seed)
+    spec = replace(spec, init="pissa") if derived else spec
     shapes = [spec.a_shape, spec.b_shape] * (2 if derived else 1)
     tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     return SiteState(spec, *tensors)
@@ -103,9 +105,10 @@ def assert_same_deltas(
         assert error <= tolerance * delta.abs().max(), name
 
 
-FINGERPRINT = Fingerprint(
-    {"h.0.fc.weight": (7, 5)}, {"h.0.fc.weight": (0.5, -3.140625, 2.0**-100)}, {"q": "packed"}
-)
+FINGERPRINT = {
+    "h.0.fc.weight": Sampled((7, 5), (0.5, -3.140625, 2.0**-100, *13 * (1.0,))),
+    "q": Sampled((4, 4), packed="packed"),
+}
 
 
 def effect(site: SiteState) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lora_inject.core.adapter.fingerprint import Fingerprint, Moved
+from lora_inject.core.adapter.fingerprint import Fingerprint, Sampled, sample_positions
 
 # bfloat16 keeps 8 significant bits: rounding moves a value by at most 2**-8 of itself. The saved
 # and the found base may each have been rounded. The smallest step of float16 is 2**-24.
@@ -17,40 +17,30 @@ def base_differences(saved: Fingerprint, current: Fingerprint) -> dict[str, str]
 
     Empty: the same base, as far as the values reach (see `unverifiable`).
     """
-    differences = {name: _difference(saved, current, name) for name in saved.shapes}
+    differences = {
+        name: _difference(there, current[name]) if name in current else "is not in this model"
+        for name, there in saved.items()
+    }
     return {name: how for name, how in differences.items() if how}
 
 
-def _difference(saved: Fingerprint, current: Fingerprint, name: str) -> str:
+def _difference(there: Sampled, here: Sampled) -> str:
     """Return how a weight differs, "" if it does not as far as can be seen."""
-    if name not in current.shapes:
-        return "is not in this model"
-    if saved.quantized.get(name) and current.quantized.get(name):
-        packed, other = saved.quantized[name], current.quantized[name]  # shapes included
+    if there.packed and here.packed:
+        packed, other = there.packed, here.packed  # shapes included
         same = packed == other
         return "" if same else f"is {packed[:300]} in the file and {other[:300]} here"
-    shape, shape_here = tuple(saved.shapes[name]), tuple(current.shapes[name])
-    if shape != shape_here:
-        return f"has shape {shape} in the file and {current.shapes[name]} here"
-    if name not in saved.samples or name not in current.samples:
+    if there.shape != here.shape:
+        return f"has shape {there.shape} in the file and {here.shape} here"
+    if there.values is None or here.values is None:
         return ""
-    there, here = saved.samples[name], current.samples[name]
-    if len(there) != len(here):
-        return f"has {len(there)} sampled values in the file and {len(here)} here"
-    if wrong := _differing(there, here):
-        return _words(wrong, len(there))
-    if wrong := _differing(*_moved_in_both(saved, current, name)):
+    n = len(sample_positions(there.shape))
+    if wrong := _differing(there.values[:n], here.values[:n]):
+        return _words(wrong, n)
+    in_both = there.moved == here.moved
+    if in_both and (wrong := _differing(there.values[n:], here.values[n:])):
         return f"where the adapter moves it, {_words(wrong, len(wrong))}"
     return ""
-
-
-def _moved_in_both(
-    saved: Fingerprint, current: Fingerprint, name: str
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return two fingerprints' values where an adapter moves a weight, if at equal positions."""
-    nothing = Moved((), ())
-    there, here = saved.moved.get(name, nothing), current.moved.get(name, nothing)
-    return (there.values, here.values) if there.positions == here.positions else ((), ())
 
 
 def _differing(there: tuple[float, ...], here: tuple[float, ...]) -> list[tuple[float, float]]:
@@ -66,12 +56,14 @@ def _words(wrong: list[tuple[float, float]], n: int) -> str:
 
 def unverifiable(saved: Fingerprint, current: Fingerprint) -> tuple[str, ...]:
     """Names of weights that cannot be compared: quantized on one side only, sharded or on meta."""
-    return tuple(
-        name
-        for name in saved.shapes
-        if (name not in saved.samples or name not in current.samples)
-        and not (saved.quantized.get(name) and current.quantized.get(name))
-    )
+    nothing = Sampled(())
+    return tuple(n for n, there in saved.items() if not _alike(there, current.get(n, nothing)))
+
+
+def _alike(there: Sampled, here: Sampled) -> bool:
+    """Whether a weight is plain in both bases, or packed in both."""
+    plain = there.values is not None and here.values is not None
+    return plain or bool(there.packed and here.packed)
 
 
 def _close(a: float, b: float) -> bool:

@@ -40,9 +40,8 @@ class Format:
         write: `write(state, path, facts, **options)`: the content of the file that `path` will be,
             or of each file of the folder, by name. The adapter's shapes and dtypes are checked.
         read: `read(path, facts, **options) -> AdapterState`; its tensors are checked afterwards.
-        detects: `detects(path) -> bool`, by content; the first row that returns True reads.
-        lacks: `lacks(path)`: for the path of one file of an adapter whose format is a folder: what
-            else has to be there, and what to give; "" for any other path.
+        detects: `detects(path) -> bool`, by content; the first row that returns True reads. It
+            raises for one file of an adapter whose format is a folder.
         keeps: What files of the format can express besides the deltas, of `EVERYTHING`.
         endings: The endings that a file's name may have to be written; empty for any.
         takes_facts: Whether `write` and `read` look at the facts about the model.
@@ -60,7 +59,6 @@ class Format:
     keeps: frozenset[str] = EVERYTHING
     endings: tuple[str, ...] = ()
     takes_facts: bool = True
-    lacks: Callable[[Path], str] | None = None
     check_sites: Callable[[Sequence[SiteSpec], Any], None] | None = None
     check_save: Callable[[Any, str], None] | None = None
     check_load: Callable[[Any, AdapterState, AdapterState, str], None] | None = None
@@ -225,7 +223,6 @@ def read_adapter(
     if format is None:
         format = detected(place)  # noqa: A001
     row = format_of(format, f"read adapter '{path}'")
-    _check_not_a_part(format, place, f"read adapter '{path}'")
     with within(f"read {format} adapter '{path}'"):
         facts, own = _arguments(row, row.read, facts, options)
         return replace(check_state(row.read(place, facts, **own)), source=str(path))
@@ -235,20 +232,12 @@ def detected(path: Path) -> str:
     """Return the first format that detects a path as its own; raise if there is none."""
     asked = f"read adapter '{path}'"
     for name in _in_order() if path.exists() else ():
-        if format_of(name).detects(path):
-            return name
-        _check_not_a_part(name, path, asked)
+        with within(asked):
+            if format_of(name).detects(path):
+                return name
     from lora_inject.core.adapter.undetected import why_none
 
     raise FormatError(asked, *why_none(path, FORMATS))
-
-
-def _check_not_a_part(format: str, path: Path, asked: str) -> None:  # noqa: A002
-    """Raise for one file of an adapter that is a folder; say what is missing."""
-    lacks = format_of(format).lacks
-    if lacks is not None and (remedy := lacks(path)):
-        problem = f"it is one file of an adapter whose format, '{format}', is a folder"
-        raise FormatError(asked, problem, remedy)
 
 
 def _arguments(

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,41 +23,32 @@ from torch import Tensor
 N_SAMPLES = 16
 
 
-class Moved(NamedTuple):
-    """Values of a weight at some flat positions."""
-
-    positions: tuple[int, ...]
-    values: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """Values of a base's parameters, to recognize another base of the same shape.
+class Sampled(NamedTuple):
+    """What is known of one weight of a base.
 
     Attributes:
-        shapes: Shape of each sampled parameter, by its name in the state dict.
-        samples: A few values of each, float32, taken at evenly spaced flat positions.
-        quantized: A description of each adapted weight that is not a plain floating point tensor
-            and so has no samples: class, format, block size and a few packed bytes; empty for
-            sharded tensors and those on the meta device.
-        moved: Flat positions and values where an adapter changes a weight that it leaves alone
-            elsewhere, such as rows of an embedding.
+        shape: Its shape.
+        values: Its values at `sample_positions` and at those of `moved`, as float32; None of a
+            weight that is packed, sharded or on the meta device.
+        packed: What an adapted weight is that is no plain floating point tensor: class, format,
+            block size and a few packed bytes; empty for sharded tensors and on the meta device.
+        moved: Flat positions where an adapter changes a weight that it leaves alone elsewhere,
+            such as rows of an embedding.
     """
 
-    shapes: Mapping[str, tuple[int, ...]]
-    samples: Mapping[str, tuple[float, ...]]
-    quantized: Mapping[str, str] = field(default_factory=dict)
-    moved: Mapping[str, Moved] = field(default_factory=dict)
+    shape: tuple[int, ...]
+    values: tuple[float, ...] | None = None
+    packed: str = ""
+    moved: tuple[int, ...] = ()
 
-    def without(self, names: Collection[str]) -> Fingerprint | None:
-        """Return the fingerprint without some weights, None if no weight is left."""
-        kept = [{k: v for k, v in each.items() if k not in names} for each in self.parts]
-        return Fingerprint(*kept) if kept[0] else None
 
-    @property
-    def parts(self) -> tuple[Mapping[str, Any], ...]:
-        """All that it says, each by the names of weights."""
-        return self.shapes, self.samples, self.quantized, self.moved
+Fingerprint = Mapping[str, Sampled]
+"""What is known of a base's weights, by their names in the state dict."""
+
+
+def without_weights(mark: Fingerprint, names: Collection[str]) -> Fingerprint:
+    """Return what is known of all but some weights."""
+    return {name: sampled for name, sampled in mark.items() if name not in names}
 
 
 def sample_positions(shape: tuple[int, ...], n: int = N_SAMPLES) -> tuple[int, ...]:
@@ -77,31 +67,23 @@ def sample_positions(shape: tuple[int, ...], n: int = N_SAMPLES) -> tuple[int, .
     return tuple(i * (numel - 1) // n for i in range(n))
 
 
-def samples(weights: Mapping[str, Tensor]) -> dict[str, tuple[float, ...]]:
+def samples(
+    weights: Mapping[str, Tensor], moved: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+) -> dict[str, tuple[float, ...]]:
     """Return values of plain floating point tensors at their `sample_positions`, as float32.
 
-    Equal shapes are sampled together, in one transfer from a GPU.
+    Of a weight in `moved` those at its further flat positions follow. Equal shapes are sampled
+    together, in one transfer from a GPU.
     """
-    alike: dict[object, list[str]] = {}
+    alike: dict[tuple[Any, ...], list[str]] = {}
     for name, weight in weights.items():
-        alike.setdefault((weight.shape, weight.dtype, weight.device), []).append(name)
+        key = (weight.shape, weight.dtype, weight.device, moved.get(name, ()))
+        alike.setdefault(key, []).append(name)
     values_of: dict[str, tuple[float, ...]] = dict.fromkeys(weights, ())
-    for names in alike.values():
-        first = weights[names[0]]
-        positions = sample_index(tuple(first.shape)).to(first.device)
+    for (shape, _, device, further), names in alike.items():
+        positions = (*sample_positions(shape), *further)
+        at = torch.tensor(positions, dtype=torch.long, device=device)
         with torch.no_grad():
-            values = torch.stack([weights[name].take(positions) for name in names])
+            values = torch.stack([weights[name].take(at) for name in names])
         values_of.update(zip(names, map(tuple, values.float().tolist()), strict=True))
     return values_of
-
-
-def values_at(weight: Tensor, positions: tuple[int, ...]) -> tuple[float, ...]:
-    """Return values of a plain floating point tensor at flat positions, as float32."""
-    at = torch.tensor(positions, dtype=torch.long, device=weight.device)
-    return tuple(weight.detach().take(at).float().tolist())
-
-
-@lru_cache(maxsize=256)
-def sample_index(shape: tuple[int, ...]) -> Tensor:
-    """The positions as a tensor; a model has few shapes and many weights."""
-    return torch.tensor(sample_positions(shape), dtype=torch.long, device="cpu")

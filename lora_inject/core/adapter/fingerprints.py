@@ -1,24 +1,27 @@
-"""Fingerprints of a base under other names, or of its parts together; copies of its tensors."""
+"""Fingerprints of a base's parts together, and copies of its tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from lora_inject.core.adapter.fingerprint import Fingerprint
-
-
-def renamed_fingerprint(mark: Fingerprint, change: Callable[[str], str]) -> Fingerprint:
-    """Return a fingerprint with other names of the weights."""
-    return Fingerprint(*({change(k): v for k, v in each.items()} for each in mark.parts))
+from lora_inject.core.adapter.fingerprint import Fingerprint, Sampled
 
 
 def union_of(several: Iterable[Fingerprint]) -> Fingerprint:
-    """Return the union of fingerprints of one base."""
-    known = zip(*(mark.parts for mark in several), strict=True)
-    return Fingerprint(*({k: v for each in part for k, v in each.items()} for part in known))
+    """Return the union of fingerprints of one base, which may have been packed in some."""
+    known: dict[str, Sampled] = {}
+    for mark in several:
+        for name, sampled in mark.items():
+            known[name] = _both(sampled, known.get(name, sampled))
+    return known
+
+
+def _both(one: Sampled, other: Sampled) -> Sampled:
+    plain = other if one.values is None else one
+    return plain._replace(packed=one.packed or other.packed)
 
 
 def same_values(one: Tensor, two: Tensor) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from lora_inject.core.adapter.fingerprint import sample_index
+from lora_inject.core.adapter.fingerprint import sample_positions
 
 # Of a packed tensor: its settings and a few codes, None if it is of no library that is known.
 Described = Callable[[Tensor], Iterable[str] | None]
@@ -54,7 +54,7 @@ def glimpse(tensor: Tensor) -> str:
     flat = tensor.detach().reshape(-1)
     start = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
     if tensor.is_floating_point() and tensor.element_size() > 1:
-        values = flat[sample_index((flat.numel(),))[::5].to(flat.device)].tolist()
+        values = flat[list(sample_positions(flat.shape)[::5])].tolist()
         return " ".join((start, *(f"{value:.2e}" for value in values)))
     raw = flat.view(torch.uint8)
-    return f"{start} {bytes(raw[sample_index((raw.numel(),)).to(raw.device)].tolist()).hex()}"
+    return f"{start} {bytes(raw[list(sample_positions(raw.shape))].tolist()).hex()}"

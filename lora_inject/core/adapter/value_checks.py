@@ -34,8 +34,12 @@ def check_state(state: AdapterState) -> AdapterState:
 
 def _check_site(site: SiteState, where: str) -> None:
     """Refuse a site whose tensors have other shapes or dtypes than its spec states."""
-    if (site.A0 is None) != (site.B0 is None):
-        raise FormatError(where, "it has only one of A0 and B0", "Give both or neither")
+    frozen = "A0" in site.spec.roles
+    if (site.A0 is not None, site.B0 is not None) != (frozen, frozen):
+        problem = (
+            f"its init is {site.spec.init}, which has {'both' if frozen else 'none'} of A0 and B0"
+        )
+        raise FormatError(where, problem, "Give A0 and B0 with pissa and olora only")
     for role, tensor in site.tensors.items():
         due = site.spec.shapes[role.removesuffix("0")]
         if tensor.shape != due:

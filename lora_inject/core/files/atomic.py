@@ -27,12 +27,9 @@ def write_file(path: str | os.PathLike[str], content: bytes, *, overwrite: bool 
         raise FormatError(f"write '{target}'", "it is a directory", "Give the name of a file")
     with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            replace_file(target, content)
-            return target
         try:
-            create_file(target, content)
-        except FileExistsError:
+            _put(target, content, Path.replace if overwrite else _link)
+        except FileExistsError:  # of several that write at once, one succeeds
             check_free(target)
     return target
 
@@ -77,15 +74,6 @@ def temporary_name(target: Path) -> Path:
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file atomically and durably."""
     _put(path, data, Path.replace)
-
-
-def create_file(path: Path, data: bytes) -> None:
-    """Write a file atomically and durably; of several that do so at once, one succeeds.
-
-    Raises:
-        FileExistsError: Somebody has written it meanwhile.
-    """
-    _put(path, data, _link)
 
 
 def _put(path: Path, data: bytes, name_it: Callable[[Path, Path], object]) -> None:

@@ -111,9 +111,4 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     rows = [(name, _NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered]
     header = build_header(rows, dict(sorted(metadata.items())))
-    content = bytearray(header.size_bytes)
-    content[: len(header.raw)] = header.raw
-    for name, tensor in ordered:
-        entry = header.tensors[name]
-        content[entry.start : entry.stop] = bytes_of(tensor)
-    return bytes(content)
+    return b"".join((header.raw, *(bytes_of(tensor) for _, tensor in ordered)))

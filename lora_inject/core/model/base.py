@@ -6,13 +6,13 @@ the model at hand, here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
 
 from torch import Tensor, nn
 
-from lora_inject.core.adapter.fingerprint import Fingerprint, Moved, samples, values_at
+from lora_inject.core.adapter.fingerprint import Fingerprint, Sampled, samples, without_weights
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.value_checks import FLOATS
 from lora_inject.core.layers.packed_weights import described
@@ -23,21 +23,13 @@ Base = Literal["same", "quantized", "any"]
 """How sure to be of the base: see `load_adapter`."""
 
 
-def untouched(
-    weights: Mapping[str, Tensor], state: AdapterState, names: Collection[str] | None = None
-) -> dict[str, Tensor]:
+def untouched(weights: Mapping[str, Tensor], state: AdapterState) -> dict[str, Tensor]:
     """Return the floating point tensors of a base that an adapter neither adapts nor replaces.
 
-    Only those of `names` if they are given. What the adapter replaces cannot identify a base: a new
-    head has other values in every run.
+    What it replaces cannot identify a base: a new head has other values in every run.
     """
     own = {*state.trained, *(site.spec.weight for site in state.sites.values())}
-    wanted = weights if names is None else names
-    return {
-        name: weights[name]
-        for name in wanted
-        if name in weights and name not in own and weights[name].dtype in FLOATS
-    }
+    return {n: w for n, w in weights.items() if n not in own and w.dtype in FLOATS}
 
 
 def fingerprint(
@@ -58,19 +50,18 @@ def fingerprint(
         for name, weight in floats.items()
         if not weight.is_meta and type(weight) in (nn.Parameter, Tensor)
     }
-    known = samples(plain)
+    further = {
+        name: positions
+        for name, positions in moved.items()
+        if positions and name in plain and max(positions) < plain[name].numel()
+    }
+    known = samples(plain, further)
     if shards:
         known |= room("sharding").samples_of_shards(shards)
-    return Fingerprint(
-        shapes={n: tuple(w.shape) for n, w in weights.items() if n in adapted or n in known},
-        samples=known,
-        quantized=_in_words({n: w for n, w in adapted.items() if n not in known}),
-        moved={
-            name: Moved(positions, values_at(plain[name], positions))
-            for name, positions in moved.items()
-            if positions and name in plain and max(positions) < plain[name].numel()
-        },
-    )
+    packed = _in_words({n: w for n, w in adapted.items() if n not in known})
+    mark = {name: Sampled(tuple(weights[name].shape), values) for name, values in known.items()}
+    mark |= {n: Sampled(tuple(adapted[n].shape), None, words) for n, words in packed.items()}
+    return mark | {name: mark[name]._replace(moved=at) for name, at in further.items()}
 
 
 def _in_words(packed: Mapping[str, Tensor]) -> dict[str, str]:
@@ -100,11 +91,11 @@ def check_base(
     `adapted` are the model's weights under the names that the adapter has for them. With
     `leave_new`, weights that no checkpoint of this model had may differ.
     """
-    saved = state.fingerprint and state.fingerprint.without(state.trained)
-    if saved is None:
+    saved = without_weights(state.fingerprint or {}, state.trained)
+    if not saved:
         return
     here = _fingerprint_here(survey, state, saved, adapted)
-    if saved == here and not here.quantized:
+    if saved == here and None not in [known.values for known in here.values()]:
         return
     from lora_inject.core.model.other_base import check_differences
 
@@ -115,12 +106,12 @@ def _fingerprint_here(
     survey: Survey, state: AdapterState, saved: Fingerprint, adapted: Mapping[str, Tensor]
 ) -> Fingerprint:
     """Sample the model where a saved fingerprint has samples; no vocabulary that was resized."""
-    others = untouched(survey.weights, state, saved.shapes)
-    grown = {n for n, tensor in others.items() if tuple(tensor.shape) != tuple(saved.shapes[n])}
+    others = {n: w for n, w in untouched(survey.weights, state).items() if n in saved}
+    grown = {n for n, tensor in others.items() if tuple(tensor.shape) != saved[n].shape}
     if grown:
         from lora_inject.core.model.other_base import vocabulary
 
         resized = grown & vocabulary(survey)
         others = {name: tensor for name, tensor in others.items() if name not in resized}
-    moved = {name: values.positions for name, values in saved.moved.items()}
+    moved = {name: there.moved for name, there in saved.items()}
     return fingerprint(adapted, others, moved)

@@ -110,7 +110,7 @@ def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:
     if (*_of_model(spec), spec.transposed) != (*_of_model(candidate), lies):
         here: dict[str, Any] = dict(zip(_OF_MODEL, _of_model(candidate), strict=True))
         spec = dataclasses.replace(spec, **here, transposed=lies)
-    return spec.at(candidate.name, candidate.weight, candidate.aliases, from_rule=False)
+    return spec.at(candidate.name, candidate.weight, candidate.aliases)
 
 
 def _fits(spec: SiteSpec, candidate: Candidate) -> bool:

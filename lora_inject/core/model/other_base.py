@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.base_differences import base_differences, unverifiable
-from lora_inject.core.adapter.fingerprint import Fingerprint
+from lora_inject.core.adapter.fingerprint import Fingerprint, without_weights
 from lora_inject.core.adapter.fingerprints import same_values
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.survey import Survey
@@ -27,9 +27,7 @@ def check_differences(
     leave_new: bool,
 ) -> None:
     """Refuse a base whose fingerprint `here` differs from the saved one; see `check_base`."""
-    common = saved.without(saved.shapes.keys() - here.shapes.keys())
-    if common is None:
-        return
+    common = without_weights(saved, saved.keys() - here.keys())
     unknown = unverifiable(common, here)
     hidden = [name for name in unknown if name in adapted]
     if hidden and base != "quantized":
@@ -40,9 +38,8 @@ def check_differences(
             "or it is sharded or on the meta device",
             'Pass base="quantized" where it is the right base',
         )
-    common = common.without(unknown)
-    if common is not None:
-        _check_values(survey, common, here, adapted, asked, leave_new=leave_new)
+    common = without_weights(common, unknown)
+    _check_values(survey, common, here, adapted, asked, leave_new=leave_new)
 
 
 def _check_values(
@@ -71,7 +68,7 @@ def _check_values(
     raise FormatError(
         asked,
         f"the adapter was made on another base: {key!r} {what} ({len(differences)} of "
-        f"{len(saved.shapes)} tensors differ)",
+        f"{len(saved)} tensors differ)",
         remedy,
     )
 

@@ -13,7 +13,7 @@ from lora_inject.core.layers.kinds import mixin_of
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried
-from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
+from lora_inject.core.spec.sites import SiteSpec
 
 
 def places(
@@ -64,15 +64,14 @@ def _of_sites(survey: Survey, name: str, sites: Iterable[SiteSpec]) -> Iterator[
     modules, paths = survey.by_name, survey.paths
 
     @cache  # shared by sites
-    def names_of(trained: tuple[str, ...], starts: bool, read: str | None) -> dict[str, str]:
-        roles = [role for role in trained if role != "b"] + ["A0", "B0"] * starts
-        return {role: attribute(role, name, read) for role in roles}
+    def names_of(roles: tuple[str, ...], read: str | None) -> dict[str, str]:
+        return {role: attribute(role, name, read) for role in roles if role != "b"}
 
     for spec in sites:
         owner, _, param = spec.weight.rpartition(".")
         module = modules[owner]
         read = None if spec.update == "forward" else param
-        names = names_of(tuple(spec.shapes), spec.init in FROM_WEIGHT, read)
+        names = names_of(spec.roles, read)
         path = paths[id(module)]
         yield Carried(path, module, Entry(name, spec, param, names))
         if spec.lora_bias:

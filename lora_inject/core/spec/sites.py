@@ -42,17 +42,6 @@ FROM_WEIGHT = ("pissa", "olora")
 """Inits that are derived from W: the site keeps a frozen copy A0, B0 of its start."""
 
 
-def shapes_of(variant: str, a: Shape, b: Shape, lora_bias: bool = False) -> dict[str, Shape]:
-    """Return the shapes of the trainable tensors of a site; `lora_bias` is that of B.
-
-    Examples:
-        >>> shapes_of("lora", (2, 4), (6, 2))
-        {'A': (2, 4), 'B': (6, 2)}
-    """
-    further = {role: shape(a, b) for role, shape in ROLES[variant].further.items()}
-    return {"A": a, "B": b, **further, **({"b": b[:-1]} if lora_bias else {})}
-
-
 class Geometry(NamedTuple):
     """Shapes of a weight as a matrix, stated by its layer and never read off packed weights.
 
@@ -144,7 +133,9 @@ class SiteSpec:
     variant: str = "lora"  # how its tensors become an update of W: a row of `adapter.variants`
     lora_bias: bool = False  # whether B has a bias b: the layer's becomes `bias + scale * b`
     slices: Slices | None = None  # parts of a fused projection, or None
-    rule: int | None = None  # index of the rule that matched, None where it came from a file
+    rule: int | None = field(
+        default=None, compare=False
+    )  # index of the rule that matched in a plan
     # name of the adapted tensor in the state dict; by default `NAME.weight`, a parameter's own name
     weight: str = ""
     # `forward`: the update is added to the layer's output; `weight`: the weight reads as W + delta
@@ -173,7 +164,7 @@ class SiteSpec:
         a_shape = (*a_stack, self.rank * len(spans), self.in_features)
         b_shape = (*b_stack, sum(stop - start for start, stop in spans), self.rank)
         scale = self.alpha / divisor
-        shapes = shapes_of(self.variant, a_shape, b_shape, self.lora_bias)
+        shapes = self._shapes_with(a_shape, b_shape)
         own = self.name if self.kind == "parameter" else joined(self.name, "weight")
         self.__dict__.update(
             weight=self.weight or own,
@@ -185,13 +176,14 @@ class SiteSpec:
             n_parameters=sum(map(math.prod, shapes.values())),
         )
 
-    def at(
-        self, name: str, weight: str, aliases: tuple[str, ...] = (), *, from_rule: bool = True
-    ) -> SiteSpec:
+    def _shapes_with(self, a: Shape, b: Shape) -> dict[str, Shape]:
+        further = {role: shape(a, b) for role, shape in ROLES[self.variant].further.items()}
+        return {"A": a, "B": b, **further, **({"b": b[:-1]} if self.lora_bias else {})}
+
+    def at(self, name: str, weight: str, aliases: tuple[str, ...] = ()) -> SiteSpec:
         """Return the same site under another name, at a fraction of the cost of a new one.
 
-        Models have thousands of sites that differ only in their names. What comes from files is of
-        no rule: `from_rule` is False.
+        Models have thousands of sites that differ only in their names.
 
         Examples:
             >>> q = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), rank=2, alpha=2)
@@ -199,12 +191,16 @@ class SiteSpec:
             >>> k.name, k.a_shape == q.a_shape
             ('h.0.k', True)
         """
-        rule = self.rule if from_rule else None
         made = object.__new__(SiteSpec)
         values = self.__dict__.copy()  # `update` with all of them takes twice as long
-        values |= {"name": name, "weight": weight, "aliases": aliases, "rule": rule}
+        values |= {"name": name, "weight": weight, "aliases": aliases}
         object.__setattr__(made, "__dict__", values)
         return made
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles of its tensors: those that train, and A0 and B0 of a frozen start."""
+        return (*self.shapes, "A0", "B0") if self.init in FROM_WEIGHT else (*self.shapes,)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

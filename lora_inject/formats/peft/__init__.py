@@ -4,10 +4,10 @@ from typing import Any
 
 from lora_inject.core.adapter.exchange import Format
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.formats.peft.folder import check_sites, detects, lacks, read, write
+from lora_inject.formats.peft.folder import check_sites, detects, read, write
 from lora_inject.formats.peft.tensor_layout import PREFIX
 
-__all__ = ["FORMATS", "PREFIX", "check_save", "detects", "lacks", "read", "write"]
+__all__ = ["FORMATS", "PREFIX", "check_save", "detects", "read", "write"]
 
 
 def check_save(survey: Any, name: str) -> None:
@@ -29,7 +29,6 @@ FORMATS = {
         write,
         read,
         detects,
-        lacks=lacks,
         check_sites=check_sites,
         check_save=check_save,
         check_load=_check_load,

@@ -98,11 +98,10 @@ class _Targets:
         self.modules: dict[str, str] = {}  # with their kinds
         self.attentions = attentions(self.specs)
         for site in state.sites.values():
-            derived = site.A0 is not None
             name = self.attentions.get(site.spec.name) or _target(site.spec, facts.expert_names)
-            alpha = file_alpha(site.spec, derived=derived, rslora=self.rslora)
+            alpha = file_alpha(site.spec, rslora=self.rslora)
             self.alphas[name] = int(alpha) if alpha == int(alpha) else alpha  # an int in PEFT
-            self.ranks[name] = file_rank(site.spec, derived=derived)
+            self.ranks[name] = file_rank(site.spec)
             if name == wrapped(site.spec):
                 self.modules[name] = site.spec.kind
         self.parameters = sorted(self.ranks.keys() - self.modules.keys())

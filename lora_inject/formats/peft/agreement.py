@@ -78,12 +78,11 @@ def check_numbers(said: Described, claims: Claims) -> None:
     } | attentions(said.specs.values())
     numbers = claims.numbers(called.values())
     for name, spec in said.specs.items():
-        derived = name in said.derived
-        rank, (claimed, alpha) = file_rank(spec, derived=derived), numbers[called[name]]
+        rank, (claimed, alpha) = file_rank(spec), numbers[called[name]]
         scale = claims.scale(alpha, claimed or rank)
         if claimed in (None, rank) and math.isclose(scale, spec.scale, rel_tol=1e-6):
             continue
-        due = file_alpha(spec, derived=derived, rslora=claims.use_rslora)
+        due = file_alpha(spec, rslora=claims.use_rslora)
         edited = f"rank {claimed or rank} and alpha {alpha:g} (scale {scale:g})"
         saved = f"rank {rank} and alpha {due:g} (scale {spec.scale:g})"
         raise FormatError(

@@ -31,12 +31,13 @@ from lora_inject.core.adapter.file_keys import check_keys, check_no_clash, one_l
 from lora_inject.core.adapter.native import Described, describe, is_native, parse
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.json_files import read_json
+from lora_inject.core.files.strict_json import misfit, parse_json
 from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
 from lora_inject.core.spec.names import parent
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.card import model_card
-from lora_inject.formats.lone_files import rest_of_folder
+from lora_inject.formats.lone_files import lone_file
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import build, read_claims
 from lora_inject.formats.peft.agreement import WRITTEN, check_fields, check_numbers
@@ -58,6 +59,8 @@ CONFIG, CARD = "adapter_config.json", "README.md"
 MODEL, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _INDEX = f"{MODEL}.index.json"
 _WHOLE = "model.safetensors"
+_TURNED = "lora_inject.turned"
+_EDITED = "The file was edited, or is of a newer version"
 _OTHER = 'Write it with format="native": save_adapter(model, path, format="native")'
 _IN_PROJ = ".in_proj_weight"  # of a MultiheadAttention
 
@@ -91,7 +94,9 @@ def write(
         FormatError: PEFT cannot express the adapter.
     """
     state, tensors, config, turned = contents(state, facts)
-    said = describe(state, "peft", turned) if metadata else {"format": "pt"}
+    said = {"format": "pt"}
+    if metadata:
+        said = describe(state, "peft") | {_TURNED: json.dumps(sorted(turned))}
     # Where diffusers looks for the config: 0.42, loaders/peft.py, `load_lora_adapter(prefix=...)`.
     prefixed = {f"{PREFIX}{field}": value for field, value in config.items() if value is not None}
     said[WRITTEN] = json.dumps(prefixed, sort_keys=True)
@@ -214,7 +219,7 @@ def read(
         check_numbers(said, claims)
         check_fields(config, text)
     with within(MODEL):
-        return _read_native(said, tensors)
+        return _read_native(said, _turned(text, said), tensors)
 
 
 def _single_experts(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -226,13 +231,24 @@ def _single_experts(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> di
     return tensors
 
 
-def _read_native(said: Described, tensors: dict[str, Tensor]) -> AdapterState:
+def _turned(text: Mapping[str, str], said: Described) -> list[str]:
+    """Return the sites whose A and B have changed places in the file, which are parameters."""
+    names = parse_json(text.get(_TURNED, ""), f"metadata '{_TURNED}'")
+    parameters = {name for name, spec in said.specs.items() if spec.kind == "parameter"}
+    if misfit(names, [str]) or not parameters.issuperset(names):
+        raise FormatError(f"metadata '{_TURNED}'", "it does not name sites on parameters", _EDITED)
+    turned: list[str] = names
+    return turned
+
+
+def _read_native(
+    said: Described, turned: Collection[str], tensors: dict[str, Tensor]
+) -> AdapterState:
     """The state that `write` was given; every tensor is accounted for."""
     for name, spec in said.specs.items():
-        if _odd(spec) or (name in said.turned and spec.kind != "parameter"):
-            problem = f"its metadata says what cannot be ({_odd(spec) or 'turned'})"
-            remedy = "The file was edited, or is of a newer version"
-            raise FormatError(f"site '{name[:200]}'", problem, remedy)
+        if odd := _odd(spec):
+            problem = f"its metadata says what cannot be ({odd})"
+            raise FormatError(f"site '{name[:200]}'", problem, _EDITED)
     layout = layout_of(said.specs.values(), said.trained, said.rows)
     check_no_clash(layout.keys)
     check_keys(tensors, layout.keys)
@@ -242,8 +258,7 @@ def _read_native(said: Described, tensors: dict[str, Tensor]) -> AdapterState:
     sites = {}
     for name, spec in said.specs.items():
         mine = {role: tensors[key] for role, key in layout.sites[name].items()}
-        how = {"derived": name in said.derived, "turned": name in said.turned}
-        sites[name] = unpack(spec, mine, **how)
+        sites[name] = unpack(spec, mine, turned=name in turned)
     return said.state(sites, {name: tensors[key] for name, key in layout.trained.items()})
 
 
@@ -252,7 +267,7 @@ def _check_attentions(state: AdapterState, called: Mapping[str, str]) -> None:
     numbers: dict[str, tuple[int, float]] = {}
     for name, module in called.items():
         site = state.sites[name]
-        mine = file_rank(site.spec, derived=site.A0 is not None), site.scale
+        mine = file_rank(site.spec), site.scale
         if numbers.setdefault(module, mine) != mine:
             problem = f"PEFT has one rank and scale for the parts of '{module}', and these have "
             raise FormatError(f"site '{name}'", f"{problem}{numbers[module]} and {mine}", _OTHER)
@@ -380,23 +395,25 @@ def _odd(spec: SiteSpec) -> str:
 def detects(path: Path) -> bool:
     """Whether a path looks like a PEFT adapter, a part of one, or the parent of one."""
     if not path.is_dir():
+        _refuse_lone_file(path)
         return False
     parts = any((path / name).is_file() for name in (CONFIG, MODEL, PICKLE, _INDEX))
     return parts or bool(_adapters_in(path)) or _in_base(path)
 
 
-def lacks(path: Path) -> str:
-    """Return what a file of such a folder lacks; it is known by its keys, or by a pickle's name."""
+def _refuse_lone_file(path: Path) -> None:
+    """Raise for a file of such a folder; it is known by its keys, or by a pickle's name."""
     if path.is_file() and path.name == PICKLE:
-        return rest_of_folder(path, PICKLE, CONFIG, "the alpha")
+        raise lone_file("peft", path, PICKLE, CONFIG, "the alpha")
     keys = read_names(path)[0] if is_safetensors(path) else []
-    known = bool(keys) and all(key.startswith(PREFIX) for key in keys)
-    return rest_of_folder(path, MODEL, CONFIG, "the alpha") if known else ""
+    if keys and all(key.startswith(PREFIX) for key in keys):
+        raise lone_file("peft", path, MODEL, CONFIG, "the alpha")
 
 
 def _check_files(path: Path) -> None:
     """Refuse a path that is not a directory with a config and tensors."""
     if not path.is_dir():
+        _refuse_lone_file(path)
         problem = "it is a file" if path.exists() else "there is no such directory"
         raise FormatError("", problem, f"Give the directory that holds {CONFIG}")
     there = any((path / name).is_file() for name in (MODEL, _INDEX))

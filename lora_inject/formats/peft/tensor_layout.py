@@ -22,7 +22,7 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.files.tensors_on_disk import contiguous
 from lora_inject.core.functional.plain_operations import spread
 from lora_inject.core.spec.names import joined, leaf, parent
-from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 from lora_inject.errors import FormatError
 
 PREFIX = "base_model.model."
@@ -129,21 +129,19 @@ def layout_of(
 # Shapes -----------------------------------------------------------------------------------------
 
 
-def file_rank(spec: SiteSpec, *, derived: bool) -> int:
+def file_rank(spec: SiteSpec) -> int:
     """Rank of the plain pair: `rank` times the adapted slices, doubled by a frozen start."""
-    return spec.rank * len(spec.spans) * (2 if derived else 1)
+    return spec.rank * len(spec.spans) * (2 if spec.init in FROM_WEIGHT else 1)
 
 
-def file_shapes(
-    spec: SiteSpec, *, derived: bool = False, turned: bool = False
-) -> dict[str, tuple[int, ...]]:
+def file_shapes(spec: SiteSpec, *, turned: bool = False) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a site's tensors in the file, by role.
 
     Examples:
         >>> file_shapes(SiteSpec("c", "conv", 18, 4, (4, 2, 3, 3), rank=2, alpha=2))
         {'A': (2, 2, 3, 3), 'B': (4, 2, 1, 1)}
     """
-    shapes, rank = dict(spec.shapes), file_rank(spec, derived=derived)
+    shapes, rank = dict(spec.shapes), file_rank(spec)
     n_in, n_out, experts = spec.in_features, spec.out_features, spec.experts or 1
     if spec.kind == "conv":
         kernel = spec.weight_shape[1:]
@@ -164,7 +162,7 @@ def pack(site: SiteState, *, turned: bool = False) -> tuple[Tensor, Tensor]:
     a, b = plain_pair(site)
     if turned:
         a, b = b.mT, a.mT
-    shapes = file_shapes(site.spec, derived=site.A0 is not None, turned=turned)
+    shapes = file_shapes(site.spec, turned=turned)
     return a.reshape(shapes["A"]), b.permute(1, 2, 0).reshape(shapes["B"])
 
 
@@ -176,19 +174,13 @@ def plain_pair(site: SiteState) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def unpack(
-    spec: SiteSpec,
-    tensors: Mapping[str, Tensor],
-    *,
-    derived: bool = False,
-    turned: bool = False,
-) -> SiteState:
+def unpack(spec: SiteSpec, tensors: Mapping[str, Tensor], *, turned: bool = False) -> SiteState:
     """Return the site of a file's tensors by role, the inverse of `pack`.
 
     It is an error if a shape is another than `file_shapes` says, or if B is not zero where the
     slices say that nothing is adapted.
     """
-    for role, due in file_shapes(spec, derived=derived, turned=turned).items():
+    for role, due in file_shapes(spec, turned=turned).items():
         if tensors[role].shape != due:
             problem = f"its {role} has the shape {tuple(tensors[role].shape)} where {due} is due"
             raise FormatError(f"site '{spec.name}'", problem, "The file was edited; fetch it again")
@@ -196,12 +188,12 @@ def unpack(
     a, b = tensors["A"], tensors["B"]
     if not turned and (a.shape, b.shape) == (spec.a_shape, spec.b_shape):
         return SiteState(spec, a, b, further=further)
-    experts, rank = spec.experts or 1, file_rank(spec, derived=derived)
+    experts, rank = spec.experts or 1, file_rank(spec)
     a = a.reshape(experts, rank, -1)
     b = b.reshape(b.shape[0], rank, experts).permute(2, 0, 1)
     if turned:
         a, b = b.mT, a.mT
-    if not derived:
+    if spec.init not in FROM_WEIGHT:
         return SiteState(spec, *_native(spec, a, b), further=further)
     half = rank // 2
     pair = _native(spec, a[:, :half], b[:, :, :half])
@@ -232,12 +224,12 @@ def _native(spec: SiteSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return contiguous(a.reshape(spec.a_shape)), contiguous(b.reshape(spec.b_shape))
 
 
-def file_alpha(spec: SiteSpec, *, derived: bool, rslora: bool) -> float:
+def file_alpha(spec: SiteSpec, *, rslora: bool) -> float:
     """The alpha that gives the plain pair the site's scale.
 
     It is `scale * rank'`, rank' being the file's, or `scale * sqrt(rank')` for `use_rslora`.
     """
-    rank = file_rank(spec, derived=derived)
+    rank = file_rank(spec)
     if rslora == (spec.scaling == "rslora"):  # exact
         factor = rank // spec.rank
         return spec.alpha * (math.sqrt(factor) if rslora else factor)
