@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_inject.core.adapter.file_keys import one_line
-from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.site_state import FLOATS, SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.adapter.value_checks import FLOATS
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.pairs import pairs_of

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.fingerprint import samples
-from lora_inject.core.adapter.value_checks import FLOATS
+from lora_inject.core.adapter.site_state import FLOATS
 from lora_inject.core.layers.survey import Holder, Survey
 from lora_inject.core.spec.below import around
 from lora_inject.core.spec.names import joined, parent, quoted

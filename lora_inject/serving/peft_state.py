@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.adapter.value_checks import FLOATS
+from lora_inject.core.adapter.site_state import FLOATS
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.facts import facts_for

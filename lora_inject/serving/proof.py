@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lora_inject.core.adapter.value_checks import FLOATS
+from lora_inject.core.adapter.site_state import FLOATS
 from lora_inject.core.files.strict_json import misfit, parse_json
 from lora_inject.core.files.tensors import is_safetensors, read_names
 from lora_inject.errors import FormatError, user_path

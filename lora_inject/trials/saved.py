@@ -123,8 +123,8 @@ def _numbers(notes: Notes, together: Together) -> dict[str, dict[str, Any]]:
 def _base_of(model: nn.Module, name: str) -> dict[str, list[float]]:
     """Return the fingerprint's samples of an adapter's base, as plain data."""
     mark = adapter_state(model, name).fingerprint or {}
-    plain = {key: known for key, known in mark.items() if known.values is not None}
-    # Not where an adapter moves it, which changes with the adapter.
-    return {
-        key: [*known.values][: len(sample_positions(known.shape))] for key, known in plain.items()
+    return {  # not where an adapter moves it, which changes with the adapter
+        key: list(known.values[: len(sample_positions(known.shape))])
+        for key, known in mark.items()
+        if known.values is not None
     }

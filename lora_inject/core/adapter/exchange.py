@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lora_inject.core.adapter import native
+from lora_inject.core.adapter.site_state import FLOATS, SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.adapter.value_checks import check_state
 from lora_inject.core.files.atomic import write_file
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
@@ -162,7 +164,7 @@ def write_adapter(
     with within(f"write {format} adapter to '{path}'"):
         facts, own = _arguments(row, row.write, facts, options)
         target = completed(target, row)
-        check_state(state).check_finite("", FormatError)
+        _checked(state).check_finite("", FormatError)
         content = row.write(state if format == "native" else state.whole, target, facts, **own)
         remedy = "Return the bytes of the file, or of each file by its name"
         check_type("what the format wrote", content, (bytes, Mapping), remedy, FormatError)
@@ -225,7 +227,7 @@ def read_adapter(
     row = format_of(format, f"read adapter '{path}'")
     with within(f"read {format} adapter '{path}'"):
         facts, own = _arguments(row, row.read, facts, options)
-        return replace(check_state(row.read(place, facts, **own)), source=str(path))
+        return replace(_checked(row.read(place, facts, **own)), source=str(path))
 
 
 def detected(path: Path) -> str:
@@ -247,3 +249,43 @@ def _arguments(
     if not row.takes_facts and not options:
         return None, {}
     return room("formats").facts_and_options(facts, options, function)  # type: ignore[no-any-return]
+
+
+def _checked(state: AdapterState) -> AdapterState:
+    """Return an adapter if its tensors fit what is said of them; raise if they do not."""
+    check_type("", state, AdapterState, "Give an AdapterState, as adapter_state(model) does")
+    trained: Mapping[str, object] = state.trained
+    if wrong := [name for name, tensor in trained.items() if not isinstance(tensor, Tensor)]:
+        from lora_inject.core.adapter.file_keys import one_line
+
+        raise FormatError("", f"{one_line(wrong)} is not a tensor", "Pass tensors only")
+    for name, rows in state.rows.items():
+        tensor = state.trained.get(name)
+        if tensor is None or tensor.dim() != 2 or len(tensor) != len(rows) or not rows:
+            problem = f"it has {len(rows)} row numbers for a tensor of other rows"
+            raise FormatError(f"trained tensor '{name}'", problem, "Give one for each row")
+    for site in state.sites.values():
+        _check_site(site, f"site '{site.spec.name[:200]}'")
+    return state
+
+
+def _check_site(site: SiteState, where: str) -> None:
+    """Refuse a site whose tensors have other shapes or dtypes than its spec states."""
+    frozen = "A0" in site.spec.roles
+    if (site.A0 is not None, site.B0 is not None) != (frozen, frozen):
+        problem = (
+            f"its init is {site.spec.init}, which has {'both' if frozen else 'none'} of A0 and B0"
+        )
+        raise FormatError(where, problem, "Give A0 and B0 with pissa and olora only")
+    for role, tensor in site.tensors.items():
+        due = site.spec.shapes[role.removesuffix("0")]
+        if tensor.shape != due:
+            problem = f"{role} has shape {tuple(tensor.shape)} where {due} is due"
+            remedy = "The tensors and what is said about them do not belong together"
+            raise FormatError(where, problem, remedy)
+        of_pair = role not in site.further
+        if tensor.dtype not in FLOATS or (of_pair and tensor.dtype != site.A.dtype):
+            other, what = ("B", site.B) if role == "A" else (role, tensor)
+            problem = f"A is {site.A.dtype} and {other} {what.dtype}"
+            remedy = "Both must be of one of float16, bfloat16, float32 and float64"
+            raise FormatError(where, problem, remedy)

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from lora_inject.core.spec.sites import SiteSpec, signed_pairs
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of an adapter's tensors, and of the weights whose values are known."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SiteState:

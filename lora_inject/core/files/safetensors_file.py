@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, TypeGuard
 
 import torch
 
-from lora_inject.core.files.strict_json import parse_json
-from lora_inject.errors import CheckpointError, FormatError, LoraInjectError
+from lora_inject.core.files.strict_json import Maybe, misfit, parse_json
+from lora_inject.errors import CheckpointError, FormatError, LoraInjectError, within
 
 MAX_HEADER_BYTES = 100_000_000
 """The reference implementation's limit on N."""
@@ -107,67 +107,57 @@ def read_header(path: Path, error: type[LoraInjectError] = CheckpointError) -> H
 
 def header_of(file: BinaryIO, path: Path, error: type[LoraInjectError]) -> Header:
     """Read and check the header of an open file; see `read_header`."""
-    asked = f"read '{path}'"
-    try:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    with within(f"read '{path}'"):
         if len(start) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
             problem = f"it is cut off or not a safetensors file ({size} bytes)"
-            raise error(asked, problem, _DAMAGED)
-        return _parse_header(start + file.read(length), size, asked, error)
-    except _HeaderError as cause:
-        raise error(asked, str(cause), _DAMAGED) from None
+            raise error("", problem, _DAMAGED)
+        return _parse_header(start + file.read(length), size, error)
 
 
 _DAMAGED = "The file is damaged; fetch it again"
 
 
-class _HeaderError(Exception):
-    """What is wrong with a header, before it becomes an error of this package."""
-
-
-def _parse_header(raw: bytes, size_bytes: int, asked: str, error: type[LoraInjectError]) -> Header:
+def _parse_header(raw: bytes, size_bytes: int, error: type[LoraInjectError]) -> Header:
     """Check that the table is well formed and that its tensors tile the file exactly."""
-    table = parse_json(raw[8:], f"{asked}, its header", error, MAX_HEADER_BYTES)
+    table = parse_json(raw[8:], "its header", error, MAX_HEADER_BYTES)
     if not isinstance(table, dict):
-        raise _HeaderError("its header is not a JSON object")
+        raise error("", "its header is not a JSON object", _DAMAGED)
     metadata = table.pop("__metadata__", None)
-    if metadata is not None and not (
-        isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
-    ):
-        raise _HeaderError("its metadata is not a table of strings")
-    entries = [_entry(name, entry, len(raw)) for name, entry in table.items()]
+    if misfit(metadata, Maybe({...: str})):
+        raise error("", "its metadata is not a table of strings", _DAMAGED)
+    entries = [_entry(name, entry, len(raw), error) for name, entry in table.items()]
     entries.sort(key=lambda entry: (entry.start, entry.stop))
     position = len(raw)
     for entry in entries:
         if entry.start != position:
-            raise _HeaderError(f"'{entry.name}' begins at {entry.start}, not at {position}")
+            raise error("", f"'{entry.name}' begins at {entry.start}, not at {position}", _DAMAGED)
         position = entry.stop
     if position != size_bytes:
-        raise _HeaderError(f"its tensors end at byte {position} of {size_bytes}")
+        raise error("", f"its tensors end at byte {position} of {size_bytes}", _DAMAGED)
     return Header(raw, {entry.name: entry for entry in entries}, metadata, size_bytes)
 
 
-def _entry(name: str, entry: object, data_start: int) -> TensorEntry:
+def _entry(name: str, entry: object, data_start: int, error: type[LoraInjectError]) -> TensorEntry:
     shown = name[:80]
     if not is_plain_name(name):
-        raise _HeaderError(f"the tensor name {shown!r} is too long or not printable")
+        raise error("", f"the tensor name {shown!r} is too long or not printable", _DAMAGED)
     if not isinstance(entry, dict):
-        raise _HeaderError(f"the entry of {shown!r} is not an object")
+        raise error("", f"the entry of {shown!r} is not an object", _DAMAGED)
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _HeaderError(f"{shown!r} has the unknown dtype {str(dtype)[:40]!r}")
+        raise error("", f"{shown!r} has the unknown dtype {str(dtype)[:40]!r}", _DAMAGED)
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS or max(shape, default=0) > MAX_DIMENSION:
-        raise _HeaderError(f"{shown!r} has the impossible shape {str(shape)[:80]}")
+        raise error("", f"{shown!r} has the impossible shape {str(shape)[:80]}", _DAMAGED)
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _HeaderError(f"{shown!r} has the impossible offsets {str(offsets)[:80]}")
+        raise error("", f"{shown!r} has the impossible offsets {str(offsets)[:80]}", _DAMAGED)
     n_bits, start, stop = math.prod(shape) * DTYPE_BITS[dtype], offsets[0], offsets[1]
     if n_bits != 8 * (stop - start):
-        raise _HeaderError(
-            f"{shown!r} is {dtype} {list(shape)}, which does not take {stop - start} bytes"
-        )
+        problem = f"{shown!r} is {dtype} {list(shape)}, which does not take {stop - start} bytes"
+        raise error("", problem, _DAMAGED)
     return TensorEntry(name, dtype, tuple(shape), data_start + start, data_start + stop)
 
 

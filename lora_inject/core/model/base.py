@@ -13,8 +13,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.fingerprint import Fingerprint, Sampled, samples, without_weights
+from lora_inject.core.adapter.site_state import FLOATS
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.adapter.value_checks import FLOATS
 from lora_inject.core.layers.packed_weights import described
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.spec.rooms import room
@@ -43,34 +43,34 @@ def fingerprint(
     left out. `moved` are positions to sample as well.
     """
     weights = {**adapted, **others}
-    floats = {name: weight for name, weight in weights.items() if weight.dtype in FLOATS}
-    shards = {name: weight for name, weight in floats.items() if hasattr(weight, "full_tensor")}
-    plain = {
-        name: weight
-        for name, weight in floats.items()
-        if not weight.is_meta and type(weight) in (nn.Parameter, Tensor)
-    }
-    further = {
+    plain = _plain_among(weights)
+    inside = {
         name: positions
         for name, positions in moved.items()
         if positions and name in plain and max(positions) < plain[name].numel()
     }
-    known = samples(plain, further)
+    known = samples(plain, inside)
+    shards = {n: w for n, w in weights.items() if hasattr(w, "full_tensor") and w.dtype in FLOATS}
     if shards:
         known |= room("sharding").samples_of_shards(shards)
-    packed = _in_words({n: w for n, w in adapted.items() if n not in known})
     mark = {name: Sampled(tuple(weights[name].shape), values) for name, values in known.items()}
-    mark |= {n: Sampled(tuple(adapted[n].shape), None, words) for n, words in packed.items()}
-    return mark | {name: mark[name]._replace(moved=at) for name, at in further.items()}
+    mark |= {name: mark[name]._replace(moved=positions) for name, positions in inside.items()}
+    if packed := {name: weight for name, weight in adapted.items() if name not in known}:
+        from lora_inject.core.adapter.packing import packing
+
+        mark |= {
+            n: Sampled(tuple(w.shape), packed=packing(w, described)) for n, w in packed.items()
+        }
+    return mark
 
 
-def _in_words(packed: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return packed weights, and those without values, in words."""
-    if not packed:
-        return {}
-    from lora_inject.core.adapter.packing import packing
-
-    return {name: packing(weight, described) for name, weight in packed.items()}
+def _plain_among(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights whose elements are their values, and are in this process."""
+    return {
+        name: weight
+        for name, weight in weights.items()
+        if weight.dtype in FLOATS and not weight.is_meta and type(weight) in (nn.Parameter, Tensor)
+    }
 
 
 def check_base(

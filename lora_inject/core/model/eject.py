@@ -64,7 +64,9 @@ def eject(model: M, name: str | None = None) -> M:
     values = [value for _, record in roots for value in (record, record.selection)]
     flags = [tensor for one, _ in roots for tensor in one.tensors]
     with all_or_nothing(modules, values, flags):
-        _take_off_copies(survey, gone)
+        for _, module, _ in adapted_modules(survey):  # copies of layers have no root
+            for each in gone:
+                _detach(module, each)
         for one, record in roots:
             _take_off(one, record, gone & record.configs.keys())
         structure_changed()
@@ -112,14 +114,6 @@ def _modules_of(
     return list(modules.values())
 
 
-def _take_off_copies(survey: Survey, gone: Set[str]) -> None:
-    """Remove adapters from copies of layers, or of a part, which have no root."""
-    known = {id(record.selection) for _, record in known_roots()}
-    for _, module, attached in adapted_modules(survey):
-        for name in gone if id(attached.selection) not in known else ():
-            _detach(module, name)
-
-
 def _take_off(survey: Survey, record: Root, gone: Set[str]) -> None:
     """Remove adapters from one root; without adapters its record is removed, too."""
     for name in gone:
@@ -142,11 +136,11 @@ def _take_off(survey: Survey, record: Root, gone: Set[str]) -> None:
 
 def _detach(module: nn.Module, name: str) -> None:
     """Remove an adapter from one module; with the last one its class is restored."""
-    if (attached := attached_to(module)) is None:
+    attached = attached_to(module)
+    if attached is None or not (removed := attached.remove(name)):
         return
-    for entry in attached.remove(name):
-        for flat in entry.names.values():
-            module._parameters.pop(flat, None)
+    for flat in [flat for entry in removed for flat in entry.names.values()]:
+        module._parameters.pop(flat, None)
     if attached.forward or attached.reads:
         narrow(module)
     else:

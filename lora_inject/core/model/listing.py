@@ -21,7 +21,7 @@ from lora_inject.core.model.carried import (
 from lora_inject.core.model.facts import idle_among
 from lora_inject.core.spec.columns import columns
 from lora_inject.core.spec.rooms import room
-from lora_inject.core.spec.shown import Shown, Table
+from lora_inject.core.spec.shown import Shown
 from lora_inject.core.spec.sites import SiteSpec
 
 
@@ -57,6 +57,13 @@ class AdapterInfo:
     def active(self) -> bool:
         """Whether the adapter takes part in a forward."""
         return self.weight is not None
+
+
+class Table(Shown, str):
+    """Text in columns that shows itself instead of its quotes and escapes."""
+
+    __slots__ = ()
+    __repr__ = Shown.__repr__
 
 
 class Adapters(Shown, dict[str, AdapterInfo]):

@@ -8,8 +8,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from lora_inject.core.adapter.fingerprint import N_SAMPLES
-from lora_inject.core.adapter.moved import moved_positions
+from lora_inject.core.adapter.fingerprint import moved_positions
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.attached import Entry
@@ -85,6 +84,6 @@ def read_off(
         attached.check_started(attached.entries(name), "reading")
     # The fingerprint is to be that of the base, which merged weights are not.
     check_unmerged(f"saving adapter {name!r}", *reach(survey.model, survey).selections)
-    moved = {s.spec.weight: moved_positions(s, N_SAMPLES) for s in state.sites.values()}
+    moved = {s.spec.weight: moved_positions(s) for s in state.sites.values()}
     others = untouched(survey.weights, state)
     return replace(state, fingerprint=fingerprint(weights, others, moved))

@@ -95,7 +95,13 @@ def save_adapter(
             return
         if state.sites and not state.trained and all(s.is_zero for s in state.sites.values()):
             room("unused").say_untrained(name, len(state.sites))
-        _write(target, partial(write_adapter, state, format=format, facts=facts, **options))
+        write = partial(write_adapter, state, format=format, facts=facts, **options)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            from lora_inject.core.files.together import write_together
+
+            write_together(target, write)
+        else:
+            write(target)
         if version is not None:
             from lora_inject.core.model.versions import note_newest
 
@@ -119,16 +125,6 @@ def _target(path: Path, format: str, version: int | None, asked: str) -> Path:  
         return folder_of(version, path, format, row, asked)
     with within(f"{asked} to '{path}'"):
         return completed(path, row)
-
-
-def _write(target: Path, write: Callable[[Path], Path]) -> None:
-    """Write an adapter, which other processes of the group may write as well."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from lora_inject.core.files.together import write_together
-
-        write_together(target, write)
-    else:
-        write(target)
 
 
 def check_used(survey: Survey, name: str, state: AdapterState, unused: Sequence[str]) -> None:

@@ -12,13 +12,21 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_inject.core.spec.config import ALL_EXPERTS, ALL_LINEAR, Config
-from lora_inject.core.spec.fit import may_need_a_note, site_of_rule
+from lora_inject.core.spec.config import (
+    ALL_EXPERTS,
+    ALL_LINEAR,
+    HYPER,
+    Active,
+    Config,
+    Normal,
+    Rule,
+)
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.names import canonical, parent
 from lora_inject.core.spec.patterns import matching
 from lora_inject.core.spec.plan import Plan, Skipped
-from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.rooms import room
+from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 from lora_inject.errors import LayerError, MatchError
 
 if TYPE_CHECKING:
@@ -96,10 +104,17 @@ def _notes(
         from lora_inject.core.spec.rule_words import notes_on_words
 
         yield from notes_on_words(config, inventory, sites)
-    if any(map(may_need_a_note, rules.forms)):
+    if any(map(_may_need_a_note, rules.forms)):
         from lora_inject.core.spec.limits import notes
 
         yield from notes(candidates, sites)
+
+
+def _may_need_a_note(site: SiteSpec) -> bool:
+    """Whether users should know something of a site: a wide rank, or a weight that is read."""
+    narrow = min(site.in_features, *(stop - start for start, stop in site.spans))
+    wide = site.rank > narrow or site.n_parameters > math.prod(site.weight_shape)
+    return wide or site.update == "weight"
 
 
 # Sites that differ only in their names are made once: what else a site is made of.
@@ -164,7 +179,7 @@ class _Rules:
             key = candidate if isinstance(rule.only, str) else _ALIKE(candidate)
             if (like := made.get(key)) is None:
                 asked = f"'{candidate.name}', matched by {label}"
-                like = made[key] = site_of_rule(candidate, rule, i, asked)
+                like = made[key] = _site(candidate, rule, i, asked)
                 self.forms.append(like)
             spec = like.at(candidate.name, candidate.weight, candidate.aliases)
             self.taken[weight] = _Taken(order, candidate, spec)
@@ -239,3 +254,40 @@ def _others(names: Sequence[str], inventory: Inventory) -> list[str]:
     ]
     modules = set(names) if others else set()
     return [name for name in others if not (name in inventory.listed and parent(name) in modules)]
+
+
+def _site(candidate: Candidate, rule: Rule, i: int, asked: str) -> SiteSpec:
+    """Make the site that rule `i` asks for, or refuse a layout, slices or rank that do not fit.
+
+    `rule` has the config's values filled in.
+    """
+    numbers = {key: getattr(rule, key) for key in HYPER}
+    if isinstance(rule.init, Normal):
+        numbers["init"] = ("normal", rule.init.normal)
+    if isinstance(rule.rank, Active):
+        numbers["rank"] = room("mixtures").rank_of_each(candidate, rule.rank.active, asked)
+    if rule.only is not None or rule.share is not None:
+        numbers |= room("mixtures").part_of_stack(candidate, rule, asked)
+    shape, slices = candidate.geometry, None
+    if rule.layout is not None or rule.slices is not None or candidate.needs_layout:
+        from lora_inject.core.spec.layouts import oriented, sliced
+
+        shape = oriented(candidate, rule, asked)
+        slices = sliced(candidate, shape, rule, asked)
+    site = SiteSpec(
+        name=candidate.name,
+        kind=candidate.kind,
+        slices=slices,
+        rule=i,
+        weight=candidate.weight,
+        update=candidate.update,
+        aliases=candidate.aliases,
+        **shape._asdict(),
+        **numbers,
+    )
+    if site.variant != "lora" or site.lora_bias or site.init in FROM_WEIGHT or site.dropout:
+        from lora_inject.core.spec.limits import reasons_against
+
+        for reason in reasons_against(site):
+            raise MatchError(asked, *reason)
+    return site

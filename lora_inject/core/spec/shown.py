@@ -14,10 +14,3 @@ class Shown:
     def _repr_html_(self) -> str:
         """Return the text for a notebook, which would set it in a proportional font otherwise."""
         return f"<pre>{escape(str(self))}</pre>"
-
-
-class Table(Shown, str):
-    """Text in columns that shows itself instead of its quotes and escapes."""
-
-    __slots__ = ()
-    __repr__ = Shown.__repr__
