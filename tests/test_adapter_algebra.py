@@ -241,7 +241,7 @@ def test_dtype_selection_and_names():
     assert list(state.select("0").trained) == ["0.bias"]
     renamed = state.rename({"^(0|2)": r"net.\1"})
     assert (list(renamed.sites), list(renamed.trained)) == (["net.0", "net.2"], ["net.0.bias"])
-    assert set(renamed.fingerprint.shapes) == {"net.0.weight", "net.2.weight", "net.2.bias"}
+    assert set(renamed.fingerprint) == {"net.0.weight", "net.2.weight", "net.2.bias"}
     assert renamed.rename({"net": ""}) == replace(state, config=None)
     assert renamed.rename(lambda name: name.removeprefix("net.")) == replace(state, config=None)
     li.install(nn.ModuleDict({"net": li.eject(net)}), renamed, "again")

@@ -154,7 +154,7 @@ def describe(state: AdapterState, layout: str) -> dict[str, str]:
         sites[spec.name] = (spec.weight, number, spec.aliases)
     mark = None
     if state.fingerprint is not None:
-        mark = {name: _plain(name, known) for name, known in state.fingerprint.items()}
+        mark = {name: _plain(known) for name, known in state.fingerprint.items()}
     parts = {
         "config": state.config,
         "fingerprint": mark,
@@ -245,17 +245,12 @@ def _to_json(value: Any) -> str:
 # most of the time to parse it.
 
 
-def _plain(name: str, known: Sampled) -> tuple[Any, ...]:
+def _plain(known: Sampled) -> tuple[Any, ...]:
     shape, values, packed, moved = known
     if values is None:
-        return tuple(known)
-    try:
-        text = base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
-    except (OverflowError, struct.error) as error:
-        problem = f"a sample is not a float32 ({error})"
-        remedy = "Take it with lora_inject.core.adapter.fingerprint.samples, as float32"
-        raise FormatError(f"its fingerprint of {name!r}", problem, remedy) from error
-    return shape, text, packed, moved
+        return shape, None, packed, moved
+    packed_values = struct.pack(f"<{len(values)}f", *values)
+    return shape, base64.b64encode(packed_values).decode(), packed, moved
 
 
 def _sampled(

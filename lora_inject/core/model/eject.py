@@ -17,7 +17,6 @@ from lora_inject.core.layers.survey import Holder, Survey
 from lora_inject.core.model.carried import (
     ROOT,
     Root,
-    adapted_modules,
     check_names,
     check_unmerged,
     known_roots,
@@ -64,9 +63,7 @@ def eject(model: M, name: str | None = None) -> M:
     values = [value for _, record in roots for value in (record, record.selection)]
     flags = [tensor for one, _ in roots for tensor in one.tensors]
     with all_or_nothing(modules, values, flags):
-        for _, module, _ in adapted_modules(survey):  # copies of layers have no root
-            for each in gone:
-                _detach(module, each)
+        _detach(modules, gone)
         for one, record in roots:
             _take_off(one, record, gone & record.configs.keys())
         structure_changed()
@@ -115,11 +112,9 @@ def _modules_of(
 
 
 def _take_off(survey: Survey, record: Root, gone: Set[str]) -> None:
-    """Remove adapters from one root; without adapters its record is removed, too."""
+    """Forget adapters in the record of one root, which goes with its last one."""
     for name in gone:
-        for layer in record.carrying.pop(name):
-            _detach(layer, name)
-        del record.configs[name]
+        del record.carrying[name], record.configs[name]
         record.files.pop(name, None)
         record.slots.discard(name)
         record.trainable.discard(name)
@@ -134,17 +129,19 @@ def _take_off(survey: Survey, record: Root, gone: Set[str]) -> None:
         forget_graphs()
 
 
-def _detach(module: nn.Module, name: str) -> None:
-    """Remove an adapter from one module; with the last one its class is restored."""
-    attached = attached_to(module)
-    if attached is None or not (removed := attached.remove(name)):
-        return
-    for flat in [flat for entry in removed for flat in entry.names.values()]:
-        module._parameters.pop(flat, None)
-    if attached.forward or attached.reads:
-        narrow(module)
-    else:
-        unswap(module)
+def _detach(modules: Iterable[nn.Module], gone: Set[str]) -> None:
+    """Remove adapters from modules; one that loses its last gets its own class back."""
+    for module in modules:
+        if (attached := attached_to(module)) is None:
+            continue
+        removed = [entry for name in gone for entry in attached.remove(name)]
+        for entry in removed:
+            for flat in entry.names.values():
+                module._parameters.pop(flat, None)
+        if removed and not (attached.forward or attached.reads):
+            unswap(module)
+        elif removed:
+            narrow(module)
 
 
 def _unfreeze(survey: Survey, record: Root) -> None:

@@ -95,7 +95,9 @@ def save_adapter(
             return
         if state.sites and not state.trained and all(s.is_zero for s in state.sites.values()):
             room("unused").say_untrained(name, len(state.sites))
-        write = partial(write_adapter, state, format=format, facts=facts, **options)
+        write: Callable[[Path], Path] = partial(
+            write_adapter, state, format=format, facts=facts, **options
+        )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             from lora_inject.core.files.together import write_together
 
