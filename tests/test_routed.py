@@ -218,7 +218,9 @@ def test_rows_of_convolutions_are_those_of_each_adapter_alone(conv, checkpointed
     assert torch.autograd.grad(y, idle, g, allow_unused=True) == (None,) * len(idle)
 
 
-def check_rows(model: Any, rows: Rows, x: Tensor, y: Tensor, g: Tensor, trained: list[Any]) -> None:
+def check_rows(
+    model: Any, rows: Rows, x: Tensor, y: Tensor, g: Tensor, trained: list[Any], off: float = 1e-12
+) -> None:
     """Outputs and gradients are those of each row under its own adapter alone."""
     gradients = torch.autograd.grad(y, trained, g, retain_graph=True)
     alone = []
@@ -227,7 +229,17 @@ def check_rows(model: Any, rows: Rows, x: Tensor, y: Tensor, g: Tensor, trained:
         alone.append(model(x[i : i + 1]))
     wanted = torch.autograd.grad(torch.cat(alone), trained, g)
     for mine, theirs in zip((y, *gradients), (torch.cat(alone), *wanted), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-13)
+        assert error(mine, theirs) < off
+
+
+def test_gradients_over_a_16_bit_base_are_those_of_each_row_alone() -> None:
+    model, rows = crowded("linear", torch.bfloat16), ROWS["many adapters"]
+    x = batch("linear", torch.bfloat16, 3).requires_grad_()
+    li.train_only(model, [name for name in dict.fromkeys(rows) if name is not None])
+    trained = [x, *(p for p in model.parameters() if p.requires_grad)]
+    with li.routed(model, rows):
+        y = model(x)
+    check_rows(model, rows, x, y, torch.randn_like(y), trained, TOLERANCE[torch.bfloat16])
 
 
 def test_a_convolution_without_a_batch_is_refused() -> None:
