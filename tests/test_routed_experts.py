@@ -126,6 +126,12 @@ def test_a_batch_in_which_rows_cannot_be_told_is_refused(rows, options, inputs, 
         model(**inputs)
 
 
+def test_tokens_of_a_stack_that_are_not_as_many_for_each_row_are_refused() -> None:
+    model = adapted("qwen3_moe")
+    with li.routed(model, ROWS), pytest.raises(li.LayerError, match="no multiple of that"):
+        model.model.layers[0].mlp(torch.randn(1, 7, 8))
+
+
 class Listed(nn.Module):
     """Experts that are layers, each of which may get just as many tokens as there are rows."""
 

@@ -169,6 +169,17 @@ def test_what_is_active_stays_active_and_what_trains_trains_on() -> None:
     assert {n for n, one in li.adapters(run.model).items() if one.trainable} == {*run.running}
 
 
+def test_a_rate_for_one_step_takes_the_place_of_the_schedule() -> None:
+    moved = []
+    for lr in (None, TENANTS["cy"].lr * TENANTS["cy"].factor(0), 0.5):
+        run = tenants("cy")
+        run.forward_backward({"cy": rows("cy", 0)})
+        run.optimizer_step("cy", lr=lr)
+        moved.append(torch.cat([t.flatten() for t in values(run.model, "cy").values()]))
+    assert torch.equal(moved[0], moved[1])
+    assert not torch.equal(moved[0], moved[2])
+
+
 def test_an_evaluation_and_a_pass_that_fails_leave_the_gradients_that_wait_as_they_were() -> None:
     run = tenants("ann", "bob", max_tokens=8)  # a group for each
 

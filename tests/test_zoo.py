@@ -23,17 +23,7 @@ from zoo.exchange import Exchange
 from zoo.inputs import dummy_inputs
 from zoo.parts import PARTS, Part, read_by
 from zoo.readers import READERS, Called, calls_of, readers
-from zoo.steps import (
-    Calls,
-    Ours,
-    changed,
-    distance,
-    hold,
-    make_dense,
-    randomise_factors,
-    run,
-    same,
-)
+from zoo.steps import Calls, Ours, changed, distance, hold, make_dense, randomise_factors, run, same
 from zoo.targets import ALPHA, Targets
 
 # transformers warns of its own future and of configs as small as these.

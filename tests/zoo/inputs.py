@@ -203,10 +203,8 @@ class Maker:
         """All patches of all pictures in one row."""
         side = self.vision.patch_size
         pixels = self.randn(1, 3, side, side * GRID * GRID * BATCH)
-        return {"pixel_values": pixels, "target_sizes": each(GRID, GRID)}
-
-    def minicpm_merged(self, i: Inputs) -> Inputs:
-        return self.minicpm(i) | {"downsample_mode": "16x"}
+        sizes = each(GRID, GRID)
+        return {"pixel_values": pixels, "target_sizes": sizes, "downsample_mode": "16x"}
 
     def phi4_sound(self, i: Inputs) -> Inputs:
         audio, frames = self.config.audio_config, FRAMES // 8
@@ -341,16 +339,13 @@ FURTHER: dict[str, tuple[Callable[[Maker, Inputs], Inputs], ...]] = {
         ["idefics2", "idefics3", "modernvbert", "smolvlm", "ultravbert"], (Maker.one_tile,)
     ),
     **dict.fromkeys(["llava_next", "llava_next_video", "llava_onevision"], (Maker.two_tiles,)),
-    **dict.fromkeys(
-        ["minicpm_ocr", "minicpmv4_6", "minicpmv4_7"], (Maker.minicpm, Maker.minicpm_merged)
-    ),
+    **dict.fromkeys(["minicpm_ocr", "minicpmv4_6", "minicpmv4_7"], (Maker.minicpm,)),
     **dict.fromkeys(["granite_speech", "granite_speech_plus"], (Maker.granite_speech,)),
     **dict.fromkeys(["gradium_phonon_tts", "pocket_tts"], (Maker.speech,)),
     **dict.fromkeys(["inkling2", "inkling2_loop"], (Maker.inkling2,)),
     **dict.fromkeys(["led", "longformer"], (Maker.first_is_global,)),
     **dict.fromkeys(["lighton_ocr", "mistral3"], (Maker.sizes,)),
     **dict.fromkeys(["musicflamingo", "qwen2_audio"], (Maker.quarter_of_frames,)),
-    **dict.fromkeys(["qwen3_asr", "qwen3_omni_moe_thinker"], (Maker.qwen3_audio,)),
     "deepseek_vl_hybrid": (Maker.high_resolution,),
     "emu3": (Maker.emu3,),
     "flava": (Maker.flava, Maker.flava_picture, Maker.flava_text),
@@ -368,6 +363,7 @@ FURTHER: dict[str, tuple[Callable[[Maker, Inputs], Inputs], ...]] = {
     "moss_transcribe_diarize": (lambda m, i: {"padding_mask": ones(BATCH, SAMPLES)},),
     "omniasr": (lambda m, i: {"input_values": i["input_values"][:, None]},),
     "phi4_multimodal": (Maker.phi4_both, Maker.phi4_sound),
+    "qwen3_asr": (Maker.qwen3_audio,),
     "switch_transformers": (Maker.longer,),
     "trocr": (lambda m, i: {"encoder_hidden_states": m.randn(BATCH, 5, m.config.hidden_size)},),
     "video_llama_3": (lambda m, i: {"image_merge_sizes": torch.tensor([2] * BATCH)},),

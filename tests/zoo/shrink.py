@@ -14,38 +14,35 @@ VOCAB, IMAGE, PATCH, POSITIONS, RANK = 128, 32, 8, 64, 8
 
 # The first pattern that matches a whole name gives its value. All values must divide each other
 # where models divide: widths by heads, heads by key-value heads.
-NUMBERS: tuple[tuple[str, int], ...] = (
-    (r"(?:xpath_unit|router|loop_gate|mamba|frequency_embedding|loss_weighting).*", 16),
-    (r"(?:\w*_)?(?:vocab_size|codebook_size)", VOCAB),
-    (r"type_vocab_size|task_type_vocab_size", 2),
-    (r"(?:\w*_)?num_(?:key_value|kv)_heads|num_key_value_heads|linear_num_key_heads", 2),
-    (r"(?:\w*_)?(?:num_attention_heads|attention_heads|num_heads|n_heads?|num_query_heads)", HEADS),
-    (r"resampler_n_heads|linear_num_value_heads", HEADS),
-    (r"(?:\w*_)?(?:head_dim|d_kv|dim_head|d_head|kv_channels)", HEAD_DIM),
-    (r"(?:q|kv|o|qk)_lora_rank", RANK),
-    (r"qk_(?:nope|rope)_head_dim", HEAD_DIM),
-    (r"(?:encoder|decoder)_layers|(?:\w*_)?num_(?:hidden_|encoder_|decoder_)?layers", LAYERS),
-    (r"n_layers?|depth|layers|num_blocks|resampler_depth|(?:\w*_)?num_hidden_layers", LAYERS),
-    (r"num_(?:local_|routed_)?experts|n_routed_experts|moe_num_experts", EXPERTS),
-    (r"num_experts_per_tok|moe_topk|moe_k|num_experts_per_token", 2),
-    (r"(?:\w*_)?(?:n|num)_shared_experts", 1),
-    (r"n_group|topk_group", 1),
-    (r"(?:\w*_)?(?:intermediate|ffn)(?:_\w*)?(?:size|dim|mlp)", INNER),
-    (r"dff|dim_ff|d_ff|d_inner|n_inner", INNER),
-    (r"mlp_dim|encoder_linear_units|decoder_linear_units|ffn_dim|ffn_hidden_size", INNER),
-    (r"num_mel_bins|input_feat_per_channel", 16),
-    (r"max_position_embeddings|n_positions|(?:\w*_)?max_\w*position\w*|max_seq_len", POSITIONS),
-    (r"(?:\w*_)?(?:hidden_size|hidden_dim|d_model|n_embd|emb_dim|embed_dim|embedding_size)", WIDTH),
-    (r"dim|(?:\w*_)?(?:projection|project|proj|output|out_hidden)_(?:dim|size)", WIDTH),
-    (r"(?:\w*_)?output_dim|word_embed_proj_dim|projector_(?:in|out)put_dim|reduce_dim", WIDTH),
-    (r"mm_tokens_per_image", 4),
-    (r"(?:\w*_)?condition_dim", WIDTH),
-    (r"image_size|pretrain_image_size|crop_size", IMAGE),
-    (r"patch_size", PATCH),
-    (r"sliding_window(?:_size)?|attention_window|local_attention|attention_chunk_size", 8),
-    (r"num_queries|num_detection_tokens", 5),
-)  # fmt: skip
-_NUMBERS = [(re.compile(pattern), value) for pattern, value in NUMBERS]
+NUMBERS = {
+    re.compile(pattern): value
+    for pattern, value in {
+        r"(?:xpath_unit|router|loop_gate|mamba|frequency_embedding|loss_weighting).*": 16,
+        r"(?:\w*_)?(?:vocab_size|codebook_size)": VOCAB,
+        r"(?:\w*_)?num_(?:key_value|kv)_heads|linear_num_key_heads": 2,
+        r"(?:\w*_)?(?:num_attention_heads|attention_heads|num_heads|n_heads?)": HEADS,
+        r"(?:\w*_)?(?:num_query_heads|num_value_heads)": HEADS,
+        r"(?:\w*_)?(?:head_dim|d_kv|dim_head|d_head|kv_channels)": HEAD_DIM,
+        r"(?:q|kv|o|qk)_lora_rank": RANK,
+        r"(?:encoder|decoder)_layers|(?:\w*_)?num_(?:hidden_|encoder_|decoder_)?layers": LAYERS,
+        r"n_layers?|(?:resampler_)?depth|layers|num_blocks": LAYERS,
+        r"num_(?:local_|routed_)?experts|n_routed_experts|moe_num_experts": EXPERTS,
+        r"num_experts_per_tok|moe_k": 2,
+        r"(?:\w*_)?(?:n|num)_shared_experts|n_group|topk_group": 1,
+        r"(?:\w*_)?(?:intermediate|ffn)(?:_\w*)?(?:size|dim|mlp)": INNER,
+        r"dff|dim_ff|d_ff|d_inner|mlp_dim|(?:en|de)coder_linear_units": INNER,
+        r"num_mel_bins": 16,
+        r"n_positions|(?:\w*_)?max_\w*position\w*|max_seq_len": POSITIONS,
+        r"(?:\w*_)?(?:hidden_size|hidden_dim|d_model|n_embd|emb_dim|embed_dim)": WIDTH,
+        r"(?:\w*_)?(?:embedding_size|condition_dim|projector_input_dim)|dim|reduce_dim": WIDTH,
+        r"(?:\w*_)?(?:projection|project|proj|output|out_hidden)_(?:dim|size)": WIDTH,
+        r"mm_tokens_per_image": 4,
+        r"(?:pretrain_)?image_size|crop_size": IMAGE,
+        r"patch_size": PATCH,
+        r"sliding_window(?:_size)?|attention_window|local_attention|attention_chunk_size": 8,
+        r"num_queries|num_detection_tokens": 5,
+    }.items()
+}
 
 # One entry for each layer.
 PER_LAYER = re.compile(
@@ -53,11 +50,9 @@ PER_LAYER = re.compile(
     r"|layer_rope_theta|num_attention_heads_per_layer"
 )
 KINDS_OF_LAYERS = ("layer_types", "layers_block_type", "mlp_layer_types")
-WIDTHS_OF_STAGES = frozenset(
-    {"hidden_sizes", "embed_dims", "conv_dim", "neck_hidden_sizes", "tdnn_dim"}
-)
-DEPTHS_OF_STAGES = frozenset({"depths", "stage_num_blocks", "layer_depths"})
-HEADS_OF_STAGES = frozenset({"num_attention_heads", "num_heads"})
+WIDTHS_OF_STAGES = {"hidden_sizes", "embed_dims", "conv_dim", "neck_hidden_sizes", "tdnn_dim"}
+DEPTHS_OF_STAGES = {"depths", "stage_num_blocks"}
+HEADS_OF_STAGES = {"num_attention_heads", "num_heads"}
 # Which layers do something special, of two.
 FIXED: dict[str, Any] = {
     "global_attn_indexes": [1],
@@ -70,8 +65,7 @@ FIXED: dict[str, Any] = {
     "feature_layer": -1,
 }
 # What a config computes from its other entries, unless it is told.
-COMPUTED = frozenset({"stage_names", "out_features", "out_indices", "_out_features"})
-COMPUTED |= {"_out_indices", "transformers_version", "architectures"}
+COMPUTED = {"stage_names", "out_features", "out_indices", "transformers_version", "architectures"}
 TOKEN = re.compile(r"(?:\w*_)?token_(?:id|index)|image_patch_id|\w*_stream_[be]os_id")
 
 
@@ -108,7 +102,7 @@ def _value(key: str, value: Any) -> Any:
 
 
 def _number(key: str, value: int) -> int:
-    for pattern, number in _NUMBERS:
+    for pattern, number in NUMBERS.items():
         if pattern.fullmatch(key):
             return min(number, value) if value > 0 else value
     return value
