@@ -9,13 +9,10 @@ from typing import Any
 
 from torch import nn
 
-_MINICPM = {"image_token_id": 100, "insert_layer_id": 0, "vision_config.insert_layer_id": 0}
+_MINICPM = {"image_token_id": 100, "insert_layer_id": 0}
 _ONE_TILE = {"image_grid_pinpoints": [[32, 32]]}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "aria": {
-        "projector_patch_to_query_dict": {16: 8},
-        "max_value_projector_patch_to_query_dict": 8,
-    },
+    "aria": {"projector_patch_to_query_dict": {16: 8}},
     "bit": {"num_groups": 4},
     "cvt": {"embed_dim": [16, 32, 32], "depth": [1, 2, 3], "num_heads": [1, 2, 2]},
     "deepseek_v4": {"index_topk": 1},
@@ -33,23 +30,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": 128,
     },
     **{name: {"image_size": 64} for name in ("glpn", "pvt", "pvt_v2", "segformer")},
-    "fun_asr_nano": {
-        "adaptor_config.intermediate_size": 8,
-        "audio_config.num_timestamp_prediction_layers": 1,
-    },
+    "fun_asr_nano": {"adaptor_config.intermediate_size": 8},
     "glmasr": {"audio_config.intermediate_size": 128},
     "hgnet_v2": {
         "stem_channels": [3, 8, 16],
-        "stage_mid_channels": [8] * 4,
         **{f"stage_{side}_channels": [16] * 4 for side in ("in", "out")},
-        "stage_numb_of_layers": [1] * 4,
     },
     "kosmos-2.5": {"latent_query_num": 4},
     "llama4": {"vision_config.intermediate_size": 128},
     "llava_next": _ONE_TILE,
     "llava_next_video": _ONE_TILE,
     "llava_onevision": _ONE_TILE,
-    "maskformer": {"fpn_feature_size": 32, "mask_feature_size": 16},
     "minicpm_ocr": _MINICPM,
     "minicpmv4_6": _MINICPM,
     "minicpmv4_7": _MINICPM,
@@ -68,18 +59,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "audio_config.ext_pw_out_channel": 32,
         "audio_config.depthwise_separable_out_channel": 32,
     },
-    "qwen3_asr": {"audio_config.n_window_infer": 100},
-    "qwen3_omni_moe_thinker": {"audio_config.n_window_infer": 100, "vision_start_token_id": 98},
-    "textnet": {"hidden_sizes": [16, 16, 32, 32, 32], "stem_out_channels": 16},
-    "vipllava": {"vision_feature_layer": [-1, -2]},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 98},
+    "textnet": {"stem_out_channels": 16},
     "vits": {
         "vocab_size": 128,
         "upsample_initial_channel": 32,
         "upsample_rates": [2, 2],
         "upsample_kernel_sizes": [4, 4],
         "resblock_kernel_sizes": [3],
-        "resblock_dilation_sizes": [[1]],
-        "spectrogram_bins": 17,
         "use_stochastic_duration_prediction": False,
     },
     "voxtral": {"audio_token_id": 100, "audio_config.intermediate_size": 128},

@@ -25,7 +25,7 @@ import lora_inject as li
 from zoo.build import build
 from zoo.exceptions import EXEMPTIONS, Exemption
 from zoo.inputs import dummy_inputs
-from zoo.targets import ALPHA, Targets, targets_of
+from zoo.targets import ALPHA, Targets, either, targets_of
 
 # The largest difference over the largest value of an output, in float32. The zoo's largest are
 # 5e-5, while the adapters move the outputs by 3e-2 at least.
@@ -105,9 +105,8 @@ class Held:
         self.inject()
         self.effects()
         if isinstance(self.library, Ours):
-            reference = build(self.model_type).requires_grad_(False)
-            make_dense(reference, li.adapter_state(self.model))
-            self.near("adapted equals dense", reference, further=True)
+            self.dense()
+            self.trained()
         loaded = self.save_and_load()
         if self.exemption.untying and isinstance(self.library, Ours):
             self.refuse_to_merge(loaded)
@@ -170,6 +169,37 @@ class Held:
         unexpected = [name for name in self.dead if not claimed.fullmatch(name)]
         self.check("effect: every site has one", not unexpected, unexpected)
 
+    @torch.no_grad()
+    def dense(self) -> None:
+        """Outputs, and what whoever reads a weight gets, are those of W + delta."""
+        wide, state = build(self.model_type).requires_grad_(False), li.adapter_state(self.model)
+        make_dense(wide, state)
+        self.near("adapted equals dense", wide, further=True)
+        for site in state.sites.values():
+            key = site.spec.weight
+            off = distance([read_by_anybody(wide, key)], [read_by_anybody(self.model, key)])
+            self.check("dense: whoever reads", off < 1e-5, f"{key} {off:.1e}", further=True)
+
+    @torch.no_grad()
+    def trained(self) -> None:
+        """With all parameters trained, outputs and who reads are as with those values in place."""
+        model, wide = (build(self.model_type).requires_grad_(False) for _ in range(2))
+        named = [(n, wide.get_submodule(n.rpartition(".")[0])) for n, _ in wide.named_parameters()]
+        # What normalizes batches moves its buffers while it trains, which is refused.
+        names = [name for name, owner in named if getattr(owner, "running_mean", None) is None]
+        li.inject(model, {"targets": [], "train": [either(names)]})
+        generator = torch.Generator().manual_seed(3)
+        for copy in li.adapter_parameters(model).values():
+            copy.mul_(1 + 0.1 * torch.randn(copy.shape, generator=generator))
+        values = li.adapter_state(model).trained
+        for name, value in values.items():
+            wide.get_parameter(name).copy_(value)
+        off = distance(self.run(wide), self.run(model))
+        self.check("trained: same outputs", off <= TOLERANCE, f"{off:.1e}", further=True)
+        self.check("trained: all of them", values.keys() >= set(names), further=True)
+        differ = differences(values, {name: read_by_anybody(model, name) for name in values})
+        self.check("trained: whoever reads", not differ, differ[:3], further=True)
+
     def save_and_load(self) -> nn.Module:
         with tempfile.TemporaryDirectory() as folder:
             path = self.library.save(self.model, Path(folder))
@@ -209,6 +239,13 @@ class Held:
 
 
 # ------------------------------------------------------------------------------------ what they use
+
+
+def read_by_anybody(model: nn.Module, name: str) -> Tensor:
+    """Return what the attribute of a parameter reads as: in a method of any name, it is that."""
+    owner, _, key = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(owner), key).clone()
+    return tensor
 
 
 def run(model: nn.Module, calls: Calls) -> list[Tensor]:
