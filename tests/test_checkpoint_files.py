@@ -177,6 +177,9 @@ def test_links_are_followed_inside_the_folder_and_the_hub_cache_only(tmp_path):
     assert Checkpoint.open(snapshot).config["model_type"] == "llama"
     with pytest.raises(CheckpointError, match="outside the folder"):
         Checkpoint.open(outside)
+    (cache / "blobs" / "config.json").unlink()  # which says the class, and with it the ties
+    with pytest.raises(CheckpointError, match=r"read 'config\.json'.*no such file"):
+        Checkpoint.open(snapshot)
 
 
 def test_side_files_that_belong_come_along(tmp_path):

@@ -372,8 +372,6 @@ def test_schema_and_version(run):
     "args",
     [
         "",
-        "nonsense",
-        "plan a.yaml model more",
         "inspect one.safetensors --prefer config",
         "analyze a --any-base",
         "merge base adapter",

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 import lora_inject as li
 from lora_inject.checkpoint import (
     Checkpoint,
+    MergeOptions,
     extract_adapter,
     plan_merge,
     read_weighted,
@@ -425,6 +426,9 @@ def test_an_end_of_a_tie_asks_for_the_class_or_for_the_user(tied, tmp_path, monk
     state = on_embedding() if end == "embedding" else adapter(site("lm_head", (32, 16)))
     with pytest.raises(CheckpointError, match=r"transformers is not installed.*--(tie|rename)"):
         plan_merge(base, [state])
+    for told in ({EMBEDDING: EMBEDDING}, {HEAD: "embed_tokens.weight"}):
+        with pytest.raises(CheckpointError, match=r"the files (hold|lack)"):
+            plan_merge(base, [state], MergeOptions(tie=told))
     merge(base, [state], out, tie={HEAD: EMBEDDING})
     both = {**tensors, HEAD: tensors[EMBEDDING].clone()}
     assert_merged(out, both, state)
