@@ -128,7 +128,6 @@ targets: [{match: q, layers: 5-3}] => '5-3' is not a range of layers. Write 16-3
 targets: [{match: q, layers: 1-٣}] => '1-٣' is not a range of layers.
 targets: [{match: q, layers: []}] => [] is not a range of layers.
 {rank: 3} => it selects nothing: no targets, no train, tokens or bias. Add targets: with patterns
-{1: 2} => 1 is not a key: keys are strings. Write it in quotes, if it is meant.
 !x {targets: [q]} => the tag !x is not allowed. A config has strings, numbers, lists and mappings
 targets: ["h\.d"] => found unknown escape character '.'. Write patterns in single quotes: there a
 targets: [*q_proj] => found undefined alias 'q_proj'. Define the anchor before it is used; a pattern

@@ -129,13 +129,6 @@ def test_a_file_imports_only_what_it_may():
     assert violations(modules()) == []
 
 
-def test_every_folder_is_in_use():
-    names = {name for name in modules() if name not in {ROOT, "__main__", "core"}}
-    folders = {name.partition(".")[0] for name in names} - {"core"}
-    assert folders == {*ROOMS, *LOOSE}
-    assert {name.split(".")[1] for name in names if name.startswith("core.")} == {*LADDER}
-
-
 def test_a_file_name_occurs_once():
     stems = Counter(name.rpartition(".")[2] for name in modules())
     assert [stem for stem, n in stems.items() if n > 1] == []
@@ -173,11 +166,3 @@ def test_an_import_that_is_not_allowed_is_found(name, line, wrong):
     sources = modules()
     sources[name] = f"{line}\n"
     assert any(each.startswith(wrong) for each in violations(sources))
-
-
-def test_no_test_module_imports_another() -> None:
-    for path in Path(__file__).parent.glob("test_*.py"):
-        for node in _nodes(path.read_text(encoding="utf-8")):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            assert not [n for n in names if n.startswith("test_")], path.name

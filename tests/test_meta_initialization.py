@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import fill, same_bits
-from torch import Tensor, nn
+from helpers.models import IDS, Net
+from torch import nn
 
 import lora_inject as li
 
-IDS = torch.arange(6)
 LORA: dict[str, Any] = {"rank": 2, "alpha": 3, "targets": ["fc", r"head\.weight", "embed"]}
 CONFIGS: dict[str, dict[str, Any]] = {
     "lora": LORA,
@@ -22,16 +22,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "rows": {"rank": 2, "targets": ["fc"], "tokens": {"embed": [1, 3]}},
     "a bias of B": {"rank": 2, "targets": [{"match": "fc", "lora_bias": True}]},
 }
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.norm = nn.Embedding(6, 4), nn.LayerNorm(4)
-        self.fc, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.fc(self.norm(self.embed(ids))))
 
 
 def on_meta(config: dict[str, Any] = LORA) -> Net:
@@ -96,7 +86,7 @@ def test_reset_parameters_starts_what_has_no_values_and_nothing_else(config: str
 
 
 def routed(model: nn.Module) -> Any:
-    with li.routed(model, ["default"] * 6):
+    with li.routed(model, ["default"] * 2):
         return model(IDS)
 
 

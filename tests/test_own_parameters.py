@@ -5,7 +5,6 @@ reference is the plain model with the trained values in its parameter.
 """
 
 import copy
-import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -44,8 +43,6 @@ def generated(model: Any, inputs: dict[str, Any]) -> Tensor:
     model.config.image_token_id = picture
     ids = torch.tensor([[picture] * model.query_tokens.shape[1] + [1, 2]] * n_images)
     given = {"pixel_values": inputs["pixel_values"], "input_ids": ids}
-    if "qformer_input_ids" in inspect.signature(model.generate).parameters:
-        given["qformer_input_ids"] = ids[:, -2:]
     options: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False, "output_scores": True}
     options |= {"return_dict_in_generate": True, "eos_token_id": None, "pad_token_id": 0}
     return torch.stack(model.generate(**given, **options).scores)
@@ -65,7 +62,6 @@ IMAGES = ("pixel_values", "image_sizes")
 METHODS: list[tuple[str, str, str, Callable[[Any, dict[str, Any]], Tensor]]] = [
     ("blip-2", "Blip2ForConditionalGeneration", "query_tokens", generated),
     ("blip-2", "Blip2Model", "query_tokens", features("get_qformer_features", "pixel_values")),
-    ("instructblip", "InstructBlipForConditionalGeneration", "query_tokens", generated),
     ("llava_next", "LlavaNextModel", "image_newline", features("get_image_features", *IMAGES)),
 ]
 

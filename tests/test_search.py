@@ -281,18 +281,6 @@ def test_the_command_refuses_bad_rows(folder, run, text, more, message) -> None:
     assert not Path("out").exists()
 
 
-def test_a_device_that_does_not_work_and_a_file_as_output_are_wrong_usage(folder, run) -> None:
-    for words, message in (
-        (("--device", "cuda:99"), "Invalid value for --device: "),
-        (("--device", "foo"), "'foo' does not work here: Expected one of cpu"),
-        (("--output", "rows.jsonl"), "'rows.jsonl' is a file"),
-    ):
-        done = run(*WORDS, *words)
-        assert done.code == 2
-        assert message in done.err
-        assert not Path("out").exists()
-
-
 def test_ctrl_c_says_that_the_same_command_goes_on(folder, run, monkeypatch) -> None:
     monkeypatch.setattr(searching, "_line", Mock(side_effect=KeyboardInterrupt))
     done = run(*WORDS)
