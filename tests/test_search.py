@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import snapshot
 from helpers.tables import rows
 from torch import Tensor, nn
 from training_models import llama_folder
@@ -43,40 +44,36 @@ TRAIN, HELD_OUT = data(5, 1), data(3, 2)
 NAN = (torch.full((6, 4), math.nan), torch.ones(6, 2))
 
 
+def squared(out: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.mse_loss(out, batch[1])
+
+
 def searched(model: nn.Module, space: Any = SPACE, **more: Any) -> li.Search:
-    calls: dict[str, Any] = {
-        "forward": lambda batch: model(batch[0]),
-        "loss": more.pop("loss", lambda out, batch: nn.functional.mse_loss(out, batch[1])),
-    }
-    return search(model, space, more.pop("train", TRAIN), more.pop("held_out", HELD_OUT),
-                  **calls, **more)  # fmt: skip
+    options: dict[str, Any] = {"train": TRAIN, "held_out": HELD_OUT, "loss": squared, **more}
+    batches = options.pop("train"), options.pop("held_out")
+    return search(model, space, *batches, forward=lambda batch: model(batch[0]), **options)
 
 
 def test_each_rung_is_a_whole_run_equal_to_the_same_run_alone() -> None:
     model = net()
-    found = searched(model)
-    assert found.plan == [(12, 4), (2, 20)]
-    assert not li.adapters(model)
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), net().parameters(), strict=True)
-    )
-    for (size, steps), rung in zip(found.plan, found.rungs, strict=True):
+    before = snapshot(model)
+    result = searched(model)
+    assert result.plan == [(12, 4), (2, 20)]
+    assert snapshot(model) == before
+    for (size, steps), rung in zip(result.plan, result.rungs, strict=True):
         assert len(rung.held_out) == size
         for name, values in rung.held_out.items():
             lone = net()
-            trials = li.Trials(lone, {name: found.trial(name, steps)})
-            how: dict[str, Any] = {
-                "forward": lambda b, m=lone: m(b[0]),
-                "loss": lambda out, b: nn.functional.mse_loss(out, b[1]),
-            }
+            trials = li.Trials(lone, {name: result.trial(name, steps)})
+            how: dict[str, Any] = {"forward": lambda b, m=lone: m(b[0]), "loss": squared}
             losses = [trials.step(TRAIN[i % 5], **how)[name] for i in range(steps)]
             assert losses == pytest.approx(rung.losses[name], rel=1e-4)
             judged = HELD_OUT[::3] if steps == 4 else HELD_OUT
             alone = [trials.evaluate(batch, **how)[name] for batch in judged]
             assert values == pytest.approx(alone, rel=1e-4)
-    first, last = ({n: fmean(v) for n, v in rung.held_out.items()} for rung in found.rungs)
+    first, last = ({n: fmean(v) for n, v in rung.held_out.items()} for rung in result.rungs)
     assert set(last) == set(sorted(first, key=first.__getitem__)[:2])
-    assert found.best == min(last, key=last.__getitem__)
+    assert result.best == min(last, key=last.__getitem__)
 
 
 def test_the_result_is_a_config_that_injects_and_an_adapter_with_its_loss() -> None:

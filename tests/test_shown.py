@@ -61,7 +61,7 @@ def test_summary_has_a_column_of_base_tensors_only_where_some_train_and_says_wha
     assert str(li.adapters(nn.Linear(2, 2))) == "no adapters"
 
 
-def test_signatures_say_types_and_completion_offers_public_names_only() -> None:
+def test_completion_offers_public_names_only_and_signatures_say_types() -> None:
     assert "rank: int = 8" in str(inspect.signature(li.Config))
     offered = {name for name in dir(li) if not name.startswith("__")}
     assert offered == {*li.__all__, "analysis"} - {"__version__"}
