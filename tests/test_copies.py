@@ -12,22 +12,20 @@ import pytest
 import torch
 from conftest import COPIES, KINDS, error, fill, injected, same_bits, snapshot
 from helpers.forks import Forks
-from helpers.models import IDS, SEVERAL, Several
+from helpers.models import IDS, OTHER, SEVERAL, Several
 from torch import nn
 
 import lora_inject as li
 from lora_inject.core.layers.swapped_class import _CLASSES
 
-ONE = {**SEVERAL, "alpha": 5, "targets": [*SEVERAL["targets"], "own"]}
-TWO = {"rank": 1, "scaling": "rslora", "targets": ["fc", "conv"], "init": "pissa", "alpha": 2}
 every_copy = pytest.mark.parametrize("copied", COPIES.values(), ids=list(COPIES))
 
 
 def build() -> Several:
     torch.manual_seed(0)
     model = Several()
-    fill(li.inject(model, ONE, "one"), "one")
-    fill(li.inject(model, TWO, "tw.o"), "tw.o")
+    fill(li.inject(model, SEVERAL, "one"), "one")
+    fill(li.inject(model, OTHER, "tw.o"), "tw.o")
     li.train_only(model, "one")
     return li.activate(model, {"one": 0.5, "tw.o": 1.5}).eval()
 

@@ -43,7 +43,6 @@ from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.core.spec.slices import Slices
 
 MATRICES = ["linear", "conv1d", "equal slices"]
-Span = tuple[int, int]
 SEEDS = st.integers(0, 9999)
 
 
@@ -78,7 +77,7 @@ def dense(updates: Sequence[Update], n_out: int) -> Tensor:
 
 @st.composite
 def problems(draw: st.DrawFn) -> dict[str, Any]:
-    spans: list[tuple[Span, ...] | None] = [
+    spans: list[Any] = [
         None, ((0, 2), (3, 6)), ((1, 2),), ((0, 6),), ((1, 3), (4, 6)),
     ]  # fmt: skip
     updates = st.tuples(st.integers(1, 3), st.sampled_from(spans), st.floats(-2, 2))

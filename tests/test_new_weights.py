@@ -15,7 +15,6 @@ import transformers
 from torch import nn
 
 import lora_inject as li
-from lora_inject.errors import LayerError
 
 QV = {"rank": 2, "targets": ["query", "value"]}
 Q = {"rank": 2, "targets": ["q_proj"]}
@@ -57,7 +56,7 @@ def test_a_new_head_that_nobody_trains_is_refused_and_the_remedies_work(encoder:
     model = classifier(encoder)
     keys = [*model.state_dict()]
     assert "train: ['classifier']" in str(li.plan(model, QV)).replace("\n  ", " ")
-    with pytest.raises(LayerError, match=r"'classifier\.weight'.*checkpoint") as raised:
+    with pytest.raises(li.LayerError, match=r"'classifier\.weight'.*checkpoint") as raised:
         li.inject(model, QV)
     assert [*model.state_dict()] == keys, "nothing has changed"
     line = re.search(r"train: (\[.*?\])", str(raised.value))
@@ -67,7 +66,7 @@ def test_a_new_head_that_nobody_trains_is_refused_and_the_remedies_work(encoder:
     assert "checkpoint" not in str(li.plan(model, config))
     li.inject(model, config)
     assert [*li.adapter_state(model).trained] == ["classifier.weight", "classifier.bias"]
-    with pytest.raises(LayerError, match=r"'classifier\.weight'"):
+    with pytest.raises(li.LayerError, match=r"'classifier\.weight'"):
         li.inject(model, QV, "a second one, which does not hold what the first one trains")
     assert not li.adapter_state(li.inject(li.eject(model), QV, leave_new=True)).trained
 
@@ -80,7 +79,7 @@ def test_trials_and_searches_ask_the_same_question(encoder: Path) -> None:
         lambda **more: li.Trials(model, {"one": li.Trial(QV, lr=1e-3)}, **more),
         lambda **more: li.search(model, space, batches, batches, **calls, **more),
     ):
-        with pytest.raises(LayerError, match=r"'classifier\.weight'.*leave_new=True"):
+        with pytest.raises(li.LayerError, match=r"'classifier\.weight'.*leave_new=True"):
             ask()
         assert not li.adapters(model)
         ask(leave_new=True)
@@ -90,10 +89,10 @@ def test_trials_and_searches_ask_the_same_question(encoder: Path) -> None:
 def test_what_stays_new_is_named_and_a_bias_of_zeros_may_stay(encoder: Path) -> None:
     """Every process starts from the same zeros."""
     li.inject(classifier(encoder), {**QV, "train": [r"classifier\.weight"]})
-    with pytest.raises(LayerError, match=r"'classifier\.weight'"):
+    with pytest.raises(li.LayerError, match=r"'classifier\.weight'"):
         li.inject(classifier(encoder), {**QV, "train": [r"classifier\.bias"]})
     on_it = {"rank": 2, "targets": ["all-linear"]}  # an adapter does not hold its weight
-    with pytest.raises(LayerError, match=r"'classifier\.weight'.*exclude: \['classifier'\]"):
+    with pytest.raises(li.LayerError, match=r"'classifier\.weight'.*exclude: \['classifier'\]"):
         li.inject(classifier(encoder), on_it)
     li.inject(classifier(encoder), {**on_it, "train": ["classifier"], "exclude": ["classifier"]})
 
@@ -106,9 +105,9 @@ def test_a_pooler_that_the_checkpoint_lacks_is_named_also_on_loading(tmp_path: P
         torch.manual_seed(seed)
         return transformers.BertModel.from_pretrained(tmp_path / "base", **how)
 
-    with pytest.raises(LayerError, match=r"'pooler\.dense\.weight'"):
+    with pytest.raises(li.LayerError, match=r"'pooler\.dense\.weight'"):
         li.inject(loaded(), QV)
-    with pytest.raises(LayerError, match=r"'0\.pooler\.dense\.weight'"):
+    with pytest.raises(li.LayerError, match=r"'0\.pooler\.dense\.weight'"):
         li.inject(nn.Sequential(loaded()), QV)  # as in sentence-transformers
     li.inject(loaded(add_pooling_layer=False), QV)
     li.save_adapter(li.inject(loaded(1), QV, leave_new=True), tmp_path / "a")
@@ -124,7 +123,7 @@ def test_a_reward_model_trains_its_new_head_or_is_refused(decoder: Path) -> None
     packed = {"quantization_config": four_bits, "device_map": "cpu"}
     cls = transformers.LlamaForSequenceClassification
     for how in ({}, packed):
-        with pytest.raises(LayerError, match=re.escape("train: ['score']")):
+        with pytest.raises(li.LayerError, match=re.escape("train: ['score']")):
             li.inject(cls.from_pretrained(decoder, num_labels=1, **how), Q)
         li.inject(transformers.LlamaForCausalLM.from_pretrained(decoder, **how), Q)
     as_peft = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])

@@ -36,26 +36,19 @@ GAINED = {name: kind for name, kind in KINDS.items() if name not in NO_GAIN}
 every_kind = pytest.mark.parametrize("kind", GAINED.values(), ids=list(GAINED))
 
 
-def dora(kind: Kind, plain: nn.Module, name: str = "default") -> Any:
-    """A copy of a host with DoRA, all of whose tensors have moved."""
-    model = li.inject(copy.deepcopy(plain), {**kind.config, "variant": "dora"}, name)
-    return moved(model, name)
-
-
-def moved(model: Any, name: str = "default") -> Any:
-    parameters = li.adapter_parameters(model, name)
+def moved(model: Any) -> Any:
+    """Give all tensors random values, magnitudes such that are near their start."""
+    parameters = li.adapter_parameters(model)
     magnitudes = {key: p.detach().clone() for key, p in parameters.items() if key.endswith("_m")}
-    fill(model, name)
+    fill(model)
     with torch.no_grad():
         for key, before in magnitudes.items():
             parameters[key].copy_(before * (0.5 + torch.rand_like(before)))
     return model
 
 
-def tensors(
-    model: nn.Module, kind: Kind, roles: str = "ABm", name: str = "default"
-) -> list[nn.Parameter]:
-    parameters = li.adapter_parameters(model, name)
+def tensors(model: nn.Module, kind: Kind, roles: str) -> list[nn.Parameter]:
+    parameters = li.adapter_parameters(model)
     return [parameters[f"{kind.site}.lora_{role}"] for role in roles]
 
 
@@ -77,7 +70,7 @@ def test_dora_equals_the_dense_layer_with_a_detached_norm(kind: Kind, dtype: tor
     model = li.inject(copy.deepcopy(plain), {**kind.config, "variant": "dora"})
     inputs = [x.requires_grad_() if x.is_floating_point() else x for x in kind.inputs(dtype)]
     assert same_bits(model(*inputs), copy.deepcopy(plain)(*inputs)), "it starts as the plain layer"
-    trained = tensors(moved(model), kind)
+    trained = tensors(moved(model), kind, "ABm")
     y = model(*inputs)
     g = torch.randn_like(y)
     y.backward(g)
@@ -261,6 +254,20 @@ def test_rows_that_train_are_read_in_place_of_the_bases_under_all_names() -> Non
     assert same_bits(model.embed.weight, table.detach())
     li.unmerge(model)
     assert all(same_bits(t, before[key]) for key, t in model.state_dict().items())
+
+
+def test_rows_of_two_adapters_are_mixed_as_copies_are() -> None:
+    model = fill(li.inject(TiedDecoder(), {"tokens": {"embed": [7, 2]}}, "a"), "a")
+    fill(li.inject(model, {"tokens": {"embed": [2, 3]}}, "b"), "b")
+    W = model.embed.get_parameter("weight").detach().clone()
+    wanted = W.clone()
+    for name, weight, ids in (("a", 0.5, [7, 2]), ("b", 2.0, [2, 3])):
+        rows = li.adapter_state(model, name).trained["embed.weight"]
+        wanted[ids] += weight * (rows - W[ids])
+    li.activate(model, {"a": 0.5, "b": 2.0})
+    assert error(model.embed(IDS), wanted[IDS]) <= 1e-6
+    li.merge(model)
+    assert error(model.embed(IDS), wanted[IDS]) <= 1e-6
 
 
 def test_peft_reads_rows_under_every_name_of_a_table(tmp_path: Path) -> None:

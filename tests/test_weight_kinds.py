@@ -33,14 +33,12 @@ print([name for name in sys.modules if name.startswith(rooms)])
 """
 
 
-@pytest.mark.parametrize("base", [WeightKind, ForwardOwner])
-def test_every_row_names_a_class_with_nothing_to_remember(base: type) -> None:
-    rows = [path for _, path in FORWARD_OWNERS]
-    if base is WeightKind:
-        rows = [*(path for _, path in WEIGHT_KINDS), *WEIGHT_KINDS_OF_ANY]
-    for row in map(standing_at, rows):
-        assert issubclass(row, base)
-        assert row().__dict__ == {}
+def test_every_row_names_a_class_with_nothing_to_remember() -> None:
+    kinds = [*(path for _, path in WEIGHT_KINDS), *WEIGHT_KINDS_OF_ANY]
+    owners = [path for _, path in FORWARD_OWNERS]
+    assert all(issubclass(standing_at(path), WeightKind) for path in kinds)
+    assert all(issubclass(standing_at(path), ForwardOwner) for path in owners)
+    assert all(standing_at(path)().__dict__ == {} for path in (*kinds, *owners))
 
 
 def test_a_process_without_a_quantizer_imports_nothing_about_any(tmp_path) -> None:
