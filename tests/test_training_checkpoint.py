@@ -177,17 +177,20 @@ def test_the_best_is_kept_and_loaded(tmp_path: Path) -> None:
     assert made.evaluate()["eval_loss"] == pytest.approx(evaluations[best])
 
 
-def test_a_stop_between_two_saves_is_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("last", "schedule"), [(2, EVERY_EPOCH), (3, {})], ids=["epochs", "steps"])
+def test_a_stop_between_two_saves_is_saved(last: int, schedule: Any, tmp_path: Path) -> None:
     def stop(step: int, _: Any, control: Any) -> None:
-        control.should_training_stop = control.should_training_stop or step == 2
+        control.should_training_stop = control.should_training_stop or step == last
 
-    unbroken = run(tmp_path / "whole", injected(), **EVERY_EPOCH)
-    run(tmp_path / "stopped", injected(), At(stop), **EVERY_EPOCH)
-    assert names(tmp_path / "stopped") == ["checkpoint-2"]
-    again = run(tmp_path / "stopped", injected(), resume=True, **EVERY_EPOCH)
+    unbroken = run(tmp_path / "whole", injected(), **schedule)
+    run(tmp_path / "stopped", injected(), At(stop), **schedule)
+    assert names(tmp_path / "stopped")[-1] == f"checkpoint-{last}"
+    again = run(tmp_path / "stopped", injected(), resume=True, **schedule)
     assert again.state.global_step == 6
     # The evaluation at the stop has drawn random numbers.
-    one, other = ([at for at in losses(each) if at[1] == "loss"][:2] for each in (unbroken, again))
+    one, other = (
+        [at for at in losses(each) if at[1] == "loss"][:last] for each in (unbroken, again)
+    )
     assert one == other
 
 
