@@ -12,12 +12,12 @@ import pytest
 from conftest import script
 
 with mock.patch.dict(os.environ):  # which they set, for programs of their own
-    bench, bench_merge = script("bench"), script("bench_merge")
+    bench = script("bench")
 
 
-def run(program: object, *words: object) -> int | None:
-    with mock.patch("sys.argv", ["program", *map(str, words)]):
-        return program.main()
+def run(*words: object) -> int | None:
+    with mock.patch("sys.argv", ["bench", "--quick", *map(str, words)]):
+        return bench.main()
 
 
 @pytest.mark.slow
@@ -25,13 +25,13 @@ def run(program: object, *words: object) -> int | None:
 def test_quick_rows_write_json_and_a_document_that_keeps_what_was_written_by_hand(tmp_path) -> None:
     results, document = tmp_path / "results.json", tmp_path / "performance.md"
     write = ("--json", results, "--write", document)
-    assert run(bench, "--quick", "exactness", "saved-bytes", *write) == 0
+    assert run("exactness", "saved-bytes", *write) == 0
     rows = json.loads(results.read_text())["rows"]
     assert all(line["reached"] for line in rows["exactness"]["lines"])
     saved = {(line["case"], line["variant"]): line["mid"] for line in rows["saved-bytes"]["lines"]}
     assert 0 < saved["Llama tiny bf16", "lora_inject"] < saved["Llama tiny bf16", "PEFT"]
     document.write_text(document.read_text() + "\nBy hand.\n")
-    assert run(bench, "--quick", "exactness", *write) == 0
+    assert run("exactness", *write) == 0
     text = document.read_text()
     assert text.rstrip().endswith("By hand.")
     assert "| saved-bytes |" in text  # of the first run, out of the JSON file
@@ -40,15 +40,5 @@ def test_quick_rows_write_json_and_a_document_that_keeps_what_was_written_by_han
 def test_rows_of_another_machine_are_not_joined_into_one_page(tmp_path, capsys) -> None:
     results = tmp_path / "results.json"
     results.write_text('{"machine": {"processor": "another"}, "rows": {}}')
-    assert run(bench, "--quick", "exactness", "--json", results) == 2
+    assert run("exactness", "--json", results) == 2
     assert "was measured on another" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_bench_of_merging_prints_a_table_and_writes_the_runs(tmp_path, capsys) -> None:
-    folder, results = tmp_path / "bench", tmp_path / "runs.json"
-    words = ("--size", 0.01, "--rounds", 1, "--only", "lora_inject")
-    run(bench_merge, *words, "--folder", folder, "--json", results)
-    assert not list(folder.iterdir())  # tidied up
-    assert json.loads(results.read_text())["0.01"]["lora_inject"][0]["wall"] > 0
-    assert "| lora_inject |" in capsys.readouterr().out

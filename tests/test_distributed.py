@@ -5,6 +5,7 @@ not spread, and compares values. Both sides run in float64, so that a delta coun
 twice or a gradient averaged wrongly cannot hide in rounding.
 """
 
+import contextlib
 import copy
 import dataclasses
 import warnings
@@ -592,9 +593,16 @@ def test_shards_are_not_taken_for_tensors(shard: Any, one_rank: None) -> None:
         assert {key: tensor.shape for key, tensor in values(model).items()} == shapes
 
 
+CONTEXTS: dict[str, Callable[[nn.Module], Any]] = {
+    "routed": lambda model: li.routed(model, ["a", "b", None]),
+    "disabled": li.disabled,
+    "none": contextlib.nullcontext,
+}
+
+
 @needs_fsdp2
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
-@pytest.mark.parametrize("context", ["routed", "disabled", "none"])
+@pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("target", [r"\d", r"0\.weight"])
 def test_the_first_forward_of_shards_may_be_in_a_context(
     target: str, context: str, one_rank: None
@@ -608,13 +616,8 @@ def test_the_first_forward_of_shards_may_be_in_a_context(
     x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
 
     def run(of: nn.Module) -> Tensor:
-        if context == "routed":
-            with li.routed(of, ["a", "b", None]):
-                return of(x).tanh()
-        if context == "disabled":
-            with li.disabled(of):
-                return of(x).tanh()
-        return of(x).tanh()
+        with CONTEXTS[context](of):
+            return of(x).tanh()
 
     if context == "routed" and "weight" in target:
         assert "which all rows of a batch share" in said(lambda: run(model))

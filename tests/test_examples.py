@@ -56,13 +56,6 @@ def adapter(folder: Path, path: Path, seed: int) -> Path:
     return li.save_adapter(fill(model), path)
 
 
-def test_no_example_is_longer_than_a_hundred_lines_and_the_list_names_each() -> None:
-    listed = (EXAMPLES / "README.md").read_text()
-    for path in EXAMPLES.glob("*.py"):
-        assert len(path.read_text().splitlines()) < 100, path.name
-        assert f"`{path.name}`" in listed
-
-
 def test_own_module_learns(capsys: pytest.CaptureFixture[str]) -> None:
     run("own_module", "--steps", 20, "--width", 8)
     printed = capsys.readouterr().out

@@ -1,6 +1,6 @@
 """Trials: many runs in one, each equal to a plain training loop of its adapter alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers.experts import MOE, expert_rule, experts
+from helpers.experts import expert_rule, experts
 from helpers.trials import (
     BERT_TRIALS,
     batches,
@@ -28,7 +28,6 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
-    LlamaForSequenceClassification,
 )
 
 import lora_inject as li
@@ -46,15 +45,6 @@ def gpt2() -> nn.Module:
 def gpt2_classes() -> nn.Module:
     torch.manual_seed(0)
     return GPT2ForSequenceClassification(GPT2Config(**GPT2, num_labels=3, pad_token_id=30))
-
-
-def llama_classes() -> nn.Module:
-    config = of_llama().config
-    config.num_labels, config.pad_token_id = 3, 30
-    torch.manual_seed(0)
-    model = LlamaForSequenceClassification(config)
-    norms_in_their_dtype(model.model)
-    return model
 
 
 def of_experts(family: str = "mixtral", how: str = "eager") -> Any:
@@ -81,7 +71,6 @@ C_FC = {"rank": 3, "dropout": 0.1, "targets": ["c_fc"]}
 BIASES = {"rank": 1, "targets": ["c_proj"], "bias": "all", "train": ["score"]}
 OF_DORA = {"rank": 2, "targets": ["c_fc"], "variant": "dora", "bias": "adapted"}
 TABLE = {"rank": 2, "targets": ["c_fc", "wte"], "train": ["ln_f", "score"]}
-QV = {"rank": 2, "targets": ["[qv]_proj"]}
 GPT2_TRIALS = {
     "slices": Trial({"rank": 2, "dropout": 0.3, "targets": [C_ATTN]}, lr=1e-2, clip=0.05),
     "mlp": Trial(C_FC, lr=3e-3, weight_decay=0.1, seed=1),
@@ -98,6 +87,7 @@ LOW_HEAD = {"match": "lm_head", "dropout": 0.2}
 HEADS = {
     "full": Trial({"rank": 2, "targets": ["q_proj"], "train": ["norm", "lm_head"]}, lr=1e-2),
     "low": Trial({"rank": 2, "targets": [LOW_HEAD, "embed_tokens"]}, lr=1e-2),
+    "layers": Trial({"rank": 2, "targets": ["o_proj"], "train": ["q_proj"]}, lr=1e-2, clip=0.1),
 }
 ALIKE = {
     f"lr {lr}": Trial({"rank": 2, "targets": ["c_attn", "c_fc"]}, lr=lr, clip=0.1, seed=i)
@@ -113,18 +103,11 @@ GPT2_CLASSES = {
     "table": Trial(TABLE, lr=1e-2),
     "tables": Trial({"train": ["wte", "c_fc"]}, lr=1e-2),
 }
-LLAMA_CLASSES = {
-    "head": Trial(QV | {"train": ["score"]}, lr=1e-2),
-    "norms": Trial(QV | {"train": ["norm", "score"]}, lr=1e-2),
-    "low head": Trial({"rank": 2, "dropout": 0.2, "targets": ["score", "o_proj"]}, lr=1e-2),
-    "layers": Trial({"rank": 2, "targets": ["o_proj"], "train": ["q_proj"]}, lr=1e-2, clip=0.1),
-}
 CASES = {
     "gpt2": Case(gpt2, GPT2_TRIALS),
-    "llama": Case(of_llama, {**LLAMA_TRIALS, "dora": DORA}),
+    "llama": Case(of_llama, LLAMA_TRIALS | HEADS | {"dora": DORA}),
     "of one shape": Case(gpt2, ALIKE),
     "heads, biases and tables": Case(gpt2_classes, GPT2_CLASSES, classes),
-    "heads and norms": Case(llama_classes, LLAMA_CLASSES, classes),
 }
 PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 SELECTIVE = partial(create_selective_checkpoint_contexts, PRODUCTS)
@@ -144,8 +127,8 @@ def in_float64(make: Callable[[], Any], checkpoints: str = "kept") -> Any:
     return model
 
 
-def train(model: nn.Module, trials: dict[str, Trial], n: int, **options: Any) -> Trials:
-    running = Trials(model, trials, **options)
+def train(model: nn.Module, trials: dict[str, Trial], n: int) -> Trials:
+    running = Trials(model, trials)
     for step in range(n):
         running.step(batches(trials, step, {}))
     return running
@@ -196,7 +179,7 @@ def of_a_layout(layout: str, q: str = "q_proj", v: str = "v_proj") -> dict[str, 
 )
 def test_stacked_experts_and_their_routers_equal_a_plain_loop(family, how, checkpoints) -> None:
     latent = ("q_b_proj", "kv_b_proj") if family == "deepseek_v3" else ()
-    trials, rows = of_a_layout(MOE[family][2], *latent), {"up": 3, "none": 1}
+    trials, rows = of_a_layout(experts(family)[1], *latent), {"up": 3, "none": 1}
     dtype, within = (torch.float32, 1e-3) if how == "grouped_mm" else (torch.float64, 1e-12)
 
     def model() -> Any:
@@ -528,12 +511,6 @@ def test_dropout_of_the_adapter_acts_over_a_base_in_eval_mode() -> None:
     assert not any(module.training for module in of_eval.model.modules())
 
 
-def test_groups_of_few_tokens_give_the_same_run() -> None:
-    whole, grouped = (train(of_llama().double(), LLAMA_TRIALS, 2, max_tokens=n) for n in (None, 20))
-    for name in LLAMA_TRIALS:
-        check_equal(grouped.model, whole.model, name)
-
-
 def test_the_batches_of_a_collator_train_as_dicts_in_any_order_of_entries() -> None:
     def run(kind: Any, names: list[str]) -> dict[str, float]:
         rows = batches(LLAMA_TRIALS, 0, {})
@@ -553,15 +530,8 @@ def test_a_forward_may_change_the_batch_that_it_gets() -> None:
 
 # ------------------------------------------------------------------ trials that end, and the table
 
-LOW = {n: Trial(QV | {"dropout": 0.2}, lr=1e-2, seed=ord(n)) for n in "abc"}
-
-
-def spoilt(model: nn.Module, part: str, value: float) -> Iterator[str]:
-    """Write a value into some of the tensors of "b"."""
-    for key, parameter in li.adapter_parameters(model, "b").items():
-        if part in key:
-            parameter.data.fill_(value)
-            yield key
+QV = {"rank": 2, "dropout": 0.2, "targets": ["[qv]_proj"]}
+LOW = {n: Trial(QV, lr=1e-2, seed=ord(n)) for n in "abc"}
 
 
 @pytest.mark.parametrize("where", ["forward", "gradient"])
@@ -585,8 +555,9 @@ def test_a_trial_with_nan_is_stopped_and_changes_no_other(make, is_packed, where
             if "b" in rows and step == 1:
                 rows["b"]["labels"] = rows["b"]["labels"].clone()
                 rows["b"]["labels"][0, 0] = 7
-                if where == "forward":
-                    assert [*spoilt(running.model, "lora_B", float("nan"))]
+                spoilt = li.adapter_parameters(running.model, "b").values()
+                for parameter in spoilt if where == "forward" else ():
+                    parameter.data.fill_(float("nan"))
             running.step(rows, forward=partial(without_labels, running.model), loss=loss)
         return running
 

@@ -14,7 +14,6 @@ import torch
 from helpers.experts import expert_rule, experts
 from helpers.trials import (
     BERT_TRIALS,
-    Mixing,
     batches,
     check_equal,
     of_bert,
@@ -57,16 +56,14 @@ def refused(running: Trials, words: str, batch: Any, verb: str = "step", **how: 
         check_equal(running.model, tensors, name, 0.0)
 
 
-class Upstream(nn.Module):
+def upstream(first: nn.Module) -> Any:
     """Something before the first adapter."""
+    return nn.Sequential(first, nn.Linear(4, 4))
 
-    def __init__(self, first: Any) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.fc = first, nn.Linear(4, 4)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.first(x))
+def mixing() -> Any:
+    """A forward whose rows meet."""
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
 
 
 class Function(nn.Module):
@@ -134,12 +131,12 @@ MIXING: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
                   torch.full((2, 3), 5)),
 }  # fmt: skip
 UPSTREAM = {
-    f"{name} before the first adapter, {how}": Wrong(MEET, partial(Upstream, first()), batch)
+    f"{name} before the first adapter, {how}": Wrong(MEET, partial(upstream, first()), batch)
     for name, (first, rows) in MIXING.items()
     for how, batch in (("one batch", rows), ("each its own", {"a": (rows,), "b": (rows.flip(0),)}))
 }
 WRONG = UPSTREAM | {
-    "rows that meet": Wrong(MEET, Mixing),
+    "rows that meet": Wrong(MEET, mixing),
     "rows that meet in a layer of a later trial": Wrong(
         "the rows of 'b' change the outputs of 'a'",
         Positions,
@@ -154,7 +151,7 @@ WRONG = UPSTREAM | {
     ),
     "a base that remembers": Wrong(
         "returns other values when it runs again",
-        lambda: Upstream(Function(lambda x: x * next(TICKS))),
+        lambda: upstream(Function(lambda x: x * next(TICKS))),
     ),
     "NaN of the base": Wrong(
         "returns NaN for the rows of 'a' before any training", batch=ROWS * torch.nan
@@ -225,7 +222,7 @@ def test_a_step_that_would_be_wrong_is_refused_and_changes_nothing(case: str) ->
 
 
 def test_what_a_run_has_done_before_hides_no_mixing_of_rows() -> None:
-    running = Trials(Mixing().train(), TWO)
+    running = Trials(mixing().train(), TWO)
     running.evaluate(ROWS, loss=square)
     refused(running, MEET, ROWS, loss=square)
     running = Trials(linear(), TWO)
@@ -244,7 +241,7 @@ def test_a_base_that_draws_numbers_of_python_or_numpy_is_refused_and_draws_none(
     first = draw()
     seed()
     layer = Function(lambda x: x if draw() < 1e-9 else x.tanh())
-    running = Trials(Upstream(layer), TWO)
+    running = Trials(upstream(layer), TWO)
     refused(running, "draws random numbers, one stream for all trials", ROWS, loss=square)
     assert draw() == first
 

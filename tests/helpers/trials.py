@@ -102,14 +102,3 @@ def by_hand(
         if trial.clip:
             nn.utils.clip_grad_norm_(li.adapter_parameters(model, name).values(), trial.clip)
         optimizer.step()
-
-
-class Mixing(nn.Module):
-    """A forward whose rows meet."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.fc(x))
