@@ -15,6 +15,7 @@ from helpers.adapter_states import KIND_SPECS, edit_config, make_state, spoil
 from helpers.reference import llama
 
 import lora_inject as li
+from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError
 from lora_inject.formats import write_adapter
@@ -33,34 +34,32 @@ def layer(n: int, name: str, rank: int = 8, alpha: float = 16.0) -> SiteSpec:
 
 PLAIN = [layer(n, name) for n in (0, 1) for name in ("q_proj", "v_proj")]
 EMBEDDING = dataclasses.replace(KIND_SPECS["embedding"], rank=8, alpha=16.0)
+LAST = {"alpha": layer(1, "v_proj", alpha=8.0), "rank": layer(1, "v_proj", rank=16, alpha=32.0)}
+
+
+def alike(**numbers: Any) -> AdapterState:
+    return make_state(*(dataclasses.replace(spec, **numbers) for spec in PLAIN))
+
+
+def beside(name: str) -> AdapterState:
+    return make_state(*PLAIN, trained={name: torch.ones(3)})
+
+
 LINEAR = {"vllm", "llama.cpp", "peft", "diffusers"}
-CASES: dict[str, tuple[Any, set[str]]] = {  # who takes it: scripts/clients.py has them say it
+NOT_LLAMA_CPP = LINEAR - {"llama.cpp"}
+CASES: dict[str, tuple[AdapterState, set[str]]] = {  # who takes it; scripts/clients.py asks them
     "plain": (make_state(*PLAIN), LINEAR | {"sglang", "lorax"}),
-    "rslora": (
-        make_state(*(dataclasses.replace(spec, scaling="rslora") for spec in PLAIN)),
-        LINEAR - {"llama.cpp"} | {"lorax"},
-    ),
-    "one alpha differs": (
-        make_state(*PLAIN[:-1], layer(1, "v_proj", alpha=8.0)), LINEAR - {"llama.cpp"},
-    ),
-    "one rank differs": (
-        make_state(*PLAIN[:-1], layer(1, "v_proj", rank=16, alpha=32.0)), LINEAR - {"llama.cpp"},
-    ),
+    "rslora": (alike(scaling="rslora"), NOT_LLAMA_CPP | {"lorax"}),
+    "one alpha differs": (make_state(*PLAIN[:-1], LAST["alpha"]), NOT_LLAMA_CPP),
+    "one rank differs": (make_state(*PLAIN[:-1], LAST["rank"]), NOT_LLAMA_CPP),
     "one layer only": (make_state(*PLAIN[:2], layer(1, "q_proj")), LINEAR),
     "q without v": (make_state(layer(0, "q_proj")), LINEAR | {"lorax"}),
     "up without gate": (make_state(layer(0, "up_proj")), LINEAR | {"lorax"}),
     "an embedding": (make_state(*PLAIN, EMBEDDING), LINEAR | {"sglang"}),
-    "a norm": (
-        make_state(*PLAIN, trained={"model.norm.weight": torch.ones(3)}), {"peft", "diffusers"},
-    ),
-    "a head": (
-        make_state(*PLAIN, trained={"score.weight": torch.ones(3)}), LINEAR - {"llama.cpp"},
-    ),
-    "rank 24": (
-        make_state(*(dataclasses.replace(spec, rank=24, alpha=48.0) for spec in PLAIN)),
-        LINEAR | {"sglang"},
-    ),
-}  # fmt: skip
+    "a norm": (beside("model.norm.weight"), {"peft", "diffusers"}),
+    "a head": (beside("score.weight"), NOT_LLAMA_CPP),
+    "rank 24": (alike(rank=24, alpha=48.0), LINEAR | {"sglang"}),
+}
 STATES = {case: state for case, (state, _) in CASES.items()}
 
 

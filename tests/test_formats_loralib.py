@@ -187,22 +187,17 @@ def test_pickles_are_read_only_when_allowed_and_run_nothing(tmp_path: Path) -> N
 
 
 PAIR, TOLD = {"fc.lora_A": torch.ones(2, 4), "fc.lora_B": torch.ones(6, 2)}, {"alpha": 1}
+TWO_A = {f"{name}.lora_A": PAIR["fc.lora_A"] for name in ("fc", "x")}
+FUSED = PAIR | {"fc.lora_A": torch.ones(4, 4)}
 BAD: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "no alpha": (PAIR, {}, "do not hold alpha"),
-    "no B": (
-        {f"{name}.lora_A": PAIR["fc.lora_A"] for name in ("fc", "x")}, TOLD, "lora_B is missing",
-    ),
-    "fused": (PAIR | {"fc.lora_A": torch.ones(4, 4)}, TOLD, "fused layer with 2"),
-    "too many parts": (
-        PAIR | {"fc.lora_A": torch.ones(4, 4)}, {**TOLD, "enable_lora": [True] * 3},
-        "of 2 adapted parts",
-    ),
-    "one part, unnamed": (
-        PAIR, {**TOLD, "enable_lora": [True, False]}, "cannot be distinguished from a plain layer",
-    ),
+    "no B": (TWO_A, TOLD, "lora_B is missing"),
+    "fused": (FUSED, TOLD, "fused layer with 2"),
+    "too many parts": (FUSED, {**TOLD, "enable_lora": [True] * 3}, "of 2 adapted parts"),
+    "one part, unnamed": (PAIR, {**TOLD, "enable_lora": [True, False]}, "cannot be distinguished"),
     "ranks": (PAIR | {"fc.lora_A": torch.ones(3, 4)}, TOLD, "do not fit"),
     "name": (PAIR, {**TOLD, "embeddings": ["wte"]}, "no site is called 'wte'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -121,6 +121,8 @@ def on(*targets: str, **options: Any) -> dict[str, Any]:
 
 DORA, BIAS = {"use_dora": True}, {"lora_bias": True, "lora_alpha": 32}
 STACKS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+TURNED = {"target_parameters": ["experts.down_proj", "experts.gate_up_proj"]}
+SECOND = {"target_parameters": ["experts.down_proj"]}
 PATTERNS: dict[str, Any] = {
     "rank_pattern": {
         "q_proj": 3, "c_attn": 5, r"^encoder\.block\.0\.layer\.0\.SelfAttention\.q": 5,
@@ -135,30 +137,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bias": {"bias": "lora_only"},
     "bias all": {"bias": "all"},
 }
-VIEWS = on("q_proj", "v_proj", "query", "value", "projection", modules_to_save=["classifier"])
 FAMILIES = {
     "gpt2": on("c_attn", "c_proj", "wte", fan_in_fan_out=True),
     "llama with biases": on("q_proj", "down_proj", "up_proj", "embed_tokens", "lm_head"),
     "classifier": on("query", "value", "word_embeddings", modules_to_save=["classifier"]),
     "t5": on("q", "v", "wo"),
-    "vit": VIEWS,
+    "vit": on("q_proj", "v_proj", "query", "value", "projection", modules_to_save=["classifier"]),
 }
 STACKED = ("mixtral", "gpt-oss", "llama4", "aria")  # square ones
 WITH_EXPERTS = {
     **{f"{name}, stacks": (name, on("q_proj", **STACKS)) for name in STACKED},
-    **{
-        f"{name}, the second": (name, {"target_parameters": ["experts.down_proj"]})
-        for name in STACKED
-    },
-    "stacks in the other order": (
-        "mixtral", {"target_parameters": STACKS["target_parameters"][::-1]},
-    ),
+    **{f"{name}, the second": (name, SECOND) for name in STACKED},
+    "stacks in the other order": ("mixtral", TURNED),
     "qwen moe, stacks": ("qwen moe", on("q_proj", **STACKS)),
     "deepseek, stacks": ("deepseek", on("q_a_proj", "o_proj", **STACKS)),
     # PEFT turns them into `gate_up_proj` and `down_proj`, with no module before them.
     "names of before transformers 5": ("mixtral", on("q_proj", "w1", "w2", "w3")),
     "likewise": ("qwen moe", on("q_proj", "gate_proj", "up_proj", "down_proj")),
-}  # fmt: skip
+}
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     **{
         f"{name}, {option}": (name, {**targets, **options})
@@ -390,9 +386,8 @@ def test_peft_base_embeddings_are_recognized_as_copies(tmp_path: Path) -> None:
 
 @needs_transformers_5
 def test_stacks_are_refused_where_nothing_says_which_way_round_or_whose(tmp_path: Path) -> None:
-    second = {"target_parameters": ["experts.down_proj"]}
     model = ARCHITECTURES["gpt-oss"].build()
-    of_peft(model, tmp_path / "square", second)
+    of_peft(model, tmp_path / "square", SECOND)
     with pytest.raises(FormatError, match=r"does not say whether .* pass transposed_modules"):
         read_adapter(tmp_path / "square")
     turned = [f"model.layers.{n}.mlp.experts" for n in range(2)]
@@ -400,7 +395,7 @@ def test_stacks_are_refused_where_nothing_says_which_way_round_or_whose(tmp_path
     assert all(site.spec.transposed for site in sites.values())
     # PEFT before 0.18 wrote no version, and took A and B the other way round.
     model = ARCHITECTURES["mixtral"].build()
-    of_peft(model, tmp_path / "old", second)
+    of_peft(model, tmp_path / "old", SECOND)
     with pytest.raises(FormatError, match=r"matrices are square .* as 'peft_version'"):
         li.load_adapter(model, edit_config(tmp_path / "old", peft_version=...))
     of_peft(model, tmp_path / "renamed", on("w1", "w2", "w3"))

@@ -77,8 +77,28 @@ def of_ours(plan: li.Plan):
     return sites, {entry.name for entry in plan.trained}
 
 
+def ranks(**by_name):
+    return {"rank_pattern": by_name}
+
+
+def layers(numbers, lists=None):
+    return {"layers_to_transform": numbers, "layers_pattern": lists}
+
+
 QV = ["q_proj", "v_proj"]
 ALL = "all-linear"
+DOWN = {"target_parameters": ["experts.down_proj"]}
+NO_V = {"exclude_modules": ["0.self_attn.v_proj"], "modules_to_save": ["lm_head"]}
+TWO_LAYERS = {
+    "rank_pattern": {r"layers\.0\..*": 2, "v_proj": 4},
+    "alpha_pattern": {"q_proj": 1, r"^model.layers.[01].*": 3},
+}
+FULL_NAMES = {
+    "rank_pattern": {"^model.layers.0.self_attn.q_proj": 2, "self_attn.q_proj": 3},
+    "alpha_pattern": {"self_attn.q_proj": 5},
+}
+ENDS = ["lm_head", "c_fc", "transformer.h.2.mlp.c_fc", "h.1.attn.c_attn"]
+SCORE = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
 # Which model, what is targeted, and the further options.
 CASES = {
     "a list": ("llama", QV, {"r": 4, "lora_alpha": 6, "use_rslora": True}),
@@ -86,54 +106,24 @@ CASES = {
     "a regex": ("llama", r".*layers\.[02]\..*(q|up)_proj", {}),
     "all-linear, ranks": ("llama", ALL, {"rank_pattern": {"q_proj": 2, r"layers\.1\..*": 3}}),
     "exclude a regex": ("llama", ALL, {"exclude_modules": r".*layers\.1\..*|lm_head"}),
-    "flags": (
-        "llama", "(?x) .* (q|v)_proj  # attention", {"exclude_modules": r"(?i)(?s).*LAYERS\.1\..*"},
-    ),
-    "layers of two lists": (
-        "nested", ["q"], {"layers_to_transform": 0, "layers_pattern": ["layers", "towers"]},
-    ),
-    "ranks and alphas of other keys": ("llama", [*QV, "up_proj"], {
-        "rank_pattern": {r"layers\.0\..*": 2, "v_proj": 4},
-        "alpha_pattern": {"q_proj": 1, r"^model.layers.[01].*": 3},
-    }),
-    "full names": ("llama", QV, {
-        "rank_pattern": {"^model.layers.0.self_attn.q_proj": 2, "self_attn.q_proj": 3},
-        "alpha_pattern": {"self_attn.q_proj": 5},
-    }),
-    "a head with a layer before it": (
-        "distilbert", ["q_lin"], {"task_type": "SEQ_CLS", "modules_to_save": ["score"]},
-    ),
+    "flags": ("llama", "(?x) .* (q|v)_proj  # qv", {"exclude_modules": r"(?i)(?s).*LAYERS\.1\..*"}),
+    "layers of two lists": ("nested", ["q"], layers(0, ["layers", "towers"])),
+    "ranks and alphas of other keys": ("llama", [*QV, "up_proj"], TWO_LAYERS),
+    "full names": ("llama", QV, FULL_NAMES),
+    "a head with a layer before it": ("distilbert", ["q_lin"], SCORE),
     "saved modules": ("llama", ALL, {"modules_to_save": ["lm_head", "1.mlp"]}),
     "biases of adapted": ("gpt2", ["c_attn"], {"bias": "lora_only"}),
     "all biases": ("gpt2", ["c_attn"], {"bias": "all"}),
     "a classifier beside all-linear": ("bert", ALL, {"task_type": "SEQ_CLS"}),
-    "parameters beside modules": ("mixtral", r".*(q|k)_proj", {
-        "target_parameters": ["experts.down_proj"], "rank_pattern": {"down_proj": 2, "q_proj": 3},
-    }),
-    "names of experts before transformers 5": (
-        "mixtral", ["q_proj", "w1", "w2", "w3", "gate"], {"rank_pattern": {"q_proj": 2}},
-    ),
-    "all-linear beside shared experts and dense layers": ("qwen", ALL, {
-        "rank_pattern": {"q_proj": 2}, "exclude_modules": ["0.self_attn.v_proj"],
-        "modules_to_save": ["lm_head"],
-    }),
-    "names of experts that dense layers have": (
-        "qwen", ["q_proj", "gate_proj", "up_proj", "down_proj"], {},
-    ),
+    "parameters beside modules": ("mixtral", ".*(q|k)_proj", DOWN | ranks(down_proj=2, q_proj=3)),
+    "names of experts before 5": ("mixtral", ["q_proj", "w1", "w2", "w3", "gate"], ranks(q_proj=2)),
+    "all-linear beside shared experts and dense layers": ("qwen", ALL, NO_V | ranks(q_proj=2)),
+    "names of dense layers, too": ("qwen", ["q_proj", "gate_proj", "up_proj", "down_proj"], {}),
     "a regex of experts": ("mixtral", r".*\.(w[123]|v_proj)", {}),
-    "layers of modules, not of parameters": (
-        "mixtral", ["q_proj"],
-        {"target_parameters": ["experts.down_proj"], "layers_to_transform": [1]},
-    ),
-    "whole names in every layer": (
-        "gpt2", ["lm_head", "c_fc", "transformer.h.2.mlp.c_fc", "h.1.attn.c_attn"],
-        {"layers_to_transform": [0], "layers_pattern": "h", "rank_pattern": {"c_fc": 3}},
-    ),
-    "parameters": ("mixtral", [], {
-        "target_parameters": ["experts.down_proj", "gate.weight"],
-        "rank_pattern": {"experts.down_proj": 2},
-    }),
-}  # fmt: skip
+    "layers of modules, not of parameters": ("mixtral", ["q_proj"], DOWN | layers([1])),
+    "whole names in every layer": ("gpt2", ENDS, layers([0], "h") | ranks(c_fc=3)),
+    "parameters": ("mixtral", [], {"target_parameters": ["experts.down_proj", "gate.weight"]}),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -208,7 +198,6 @@ def test_what_cannot_be_translated_is_named_with_its_field(field, value):
         li.Config.from_peft({"target_modules": QV} | {field: value})
 
 
-ONLY_DOWN = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
 OTHERWISE = [
     ("llama", {"exclude_modules": ["0.self_attn"]}, "PEFT adapts 'model.layers.0.self_attn"),
     ("llama", {"rank_pattern": {"k_proj": 3}}, "'rank_pattern'.* 'k_proj' matches none"),
@@ -217,35 +206,18 @@ OTHERWISE = [
     ("llama", {"init_lora_weights": False}, "would not start at zero"),
     ("llama", {"rank_pattern": {"[": 3}}, "'rank_pattern': '.' is not a regex"),
     ("llama", {"target_modules": ["q_prj"]}, r"Nearest: 'model.layers.0.self_attn.q_proj'"),
+    ("gpt2", {"target_modules": ["c_fc"], "modules_to_save": ["bias"]}, "bias' is a parameter"),
+    ("mixtral", {"target_modules": r".*layers\.0\..*q_proj"}, r"'model.layers.1.*q_proj' too"),
+    ("mixtral", {"target_modules": ["q_proj", "down_proj"]}, r"experts.down_proj' is a parameter"),
+    ("mixtral", {"target_modules": ["w1", "w2"]}, "'w3' is missing, and is one tensor with 'w1'"),
     (
-        "gpt2", {"target_modules": ["c_fc"], "modules_to_save": ["bias"]},
-        "'transformer.h.0.ln_1.bias' is a parameter",
+        "mixtral",
+        {**DOWN, "target_modules": [], "exclude_modules": ["1.mlp"]},
+        "PEFT adapts 'model.layers.1.mlp.exp",
     ),
-    (
-        "mixtral", {"target_modules": r".*layers\.0\..*q_proj"},  # PEFT makes it a list of ends
-        r"'target_modules': .* 'model.layers.1.*q_proj' too",
-    ),
-    (
-        "mixtral", {"target_modules": ["q_proj", "down_proj"]},
-        r"experts.down_proj' is a parameter, and PEFT",
-    ),
-    (
-        "mixtral", {"target_modules": ["w1", "w2"]},
-        r"'w3' is missing, and is one tensor with 'w1'",
-    ),
-    (
-        "mixtral", {**ONLY_DOWN, "exclude_modules": ["1.mlp"]},
-        r"PEFT adapts 'model.layers.1.mlp.experts.down_proj'",
-    ),
-    (
-        "towers", {"target_modules": ["q"], "layers_to_transform": [1]},
-        r"for PEFT the layer of 'towers",
-    ),
-    (
-        "tied", {"target_modules": ["lm_head"], "ensure_weight_tying": True},
-        r"'ensure_weight_tying': 'lm_head' is tied",
-    ),
-]  # fmt: skip
+    ("towers", {"target_modules": ["q"], "layers_to_transform": [1]}, "the layer of 'towers"),
+    ("tied", {"target_modules": ["lm_head"], "ensure_weight_tying": True}, "'lm_head' is tied"),
+]
 
 
 @pytest.mark.parametrize(("which", "options", "words"), OTHERWISE)

@@ -252,19 +252,10 @@ def broken() -> Any:
 
 
 SERVERS = {
-    "no log-probabilities": (
-        lambda: Served(build(), "silent"),
-        r"the server returns no log-probabilities \(choices\[0\].logprobs\)",
-    ),
+    "no log-probabilities": (lambda: Served(build(), "silent"), "server returns no log-prob"),
     "NaN": (lambda: Served(broken(), "vllm"), "it returns NaN as log-probabilities"),
-    "a smaller vocabulary": (
-        lambda: Served(tiny_llama(vocab_size=17), "vllm"),
-        "it answers 400: Token id.*that it serves the adapter's base",
-    ),
-    "other tokens": (
-        lambda: Halves(build(), "vllm"),
-        "it makes other tokens of prompt 1.*another vocabulary",
-    ),
+    "a smaller vocabulary": (lambda: Served(tiny_llama(), "vllm"), "it answers 400: Token id"),
+    "other tokens": (lambda: Halves(build(), "vllm"), "other tokens of prompt 1.*vocabulary"),
 }
 
 
