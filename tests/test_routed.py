@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, TOLERANCE, error, fill, injected, same_bits
+from conftest import KINDS, TOLERANCE, error, fill, host, same_bits
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -23,10 +23,10 @@ ROWS: dict[str, Rows] = {
 }
 
 
-def crowded(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    model = injected(KINDS[kind], dtype)
-    for name, rank in (("wide", 2), ("thin", 1)):
-        fill(li.inject(model, {**KINDS[kind].config, "rank": rank}, name), name)
+def crowded(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
+    model = host(KINDS[kind], dtype)
+    for name, rank in (("default", 2), ("wide", 2), ("thin", 1)):
+        fill(li.inject(model, {**KINDS[kind].config, "rank": rank, **options}, name), name)
     return model.eval()
 
 
@@ -232,8 +232,9 @@ def check_rows(
         assert error(mine, theirs) < off
 
 
-def test_gradients_over_a_16_bit_base_are_those_of_each_row_alone() -> None:
-    model, rows = crowded("linear", torch.bfloat16), ROWS["many adapters"]
+@pytest.mark.parametrize("compute", ["base", "float32"])
+def test_gradients_over_a_16_bit_base_are_those_of_each_row_alone(compute: str) -> None:
+    model, rows = crowded("linear", torch.bfloat16, compute=compute), ROWS["many adapters"]
     x = batch("linear", torch.bfloat16, 3).requires_grad_()
     li.train_only(model, [name for name in dict.fromkeys(rows) if name is not None])
     trained = [x, *(p for p in model.parameters() if p.requires_grad)]
