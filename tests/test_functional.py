@@ -157,6 +157,17 @@ def test_linear_is_the_dense_layer(problem, dtype, float32, seed) -> None:
         assert torch.allclose(one.double(), other, rtol=0, atol=limit)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_few_tokens_have_the_bits_of_the_same_tokens_in_training(dtype, shape) -> None:
+    layer = li.inject(nn.Sequential(nn.Linear(5, 6)), {"rank": 2, "targets": ["0"]})[0].to(dtype)
+    nn.init.normal_(layer.get_parameter("lora_B__default"))
+    x = torch.randn(*shape, 10, dtype=dtype)[..., ::2]  # not contiguous
+    wanted = layer(x)
+    with torch.no_grad(), patch("lora_inject.core.functional.linear.apply_updates", None):
+        assert same_bits(layer.eval()(x), wanted)
+
+
 PROBLEMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "slices": {"spans": ((0, 2), (3, 6))},
@@ -343,6 +354,15 @@ def test_compute_float32_keeps_gradients_right_over_a_16_bit_base(kind: str, rou
         errors[compute] = max(error(t.grad, w.grad) for t, w in zip(leaves, twins, strict=True))
     assert errors["float32"] < 1e-6
     assert errors["base"] > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["parameter", "experts"])
+def test_compute_float32_reads_a_16_bit_parameter_in_float32(kind: str) -> None:
+    plain, model, leaves = pair(kind, torch.bfloat16, compute="float32")
+    inputs = KINDS[kind].inputs(torch.float32)
+    y = model(*inputs)
+    assert y.dtype == torch.float32
+    assert error(y, dense_output(KINDS[kind], plain, *doubled(leaves), inputs)) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -333,13 +333,6 @@ def test_a_bias_that_is_parametrized_after_inject_is_used() -> None:
     assert parametrize.is_parametrized(model[0], "bias")
 
 
-def test_a_trained_bias_that_is_taken_away_is_an_error() -> None:
-    model = li.inject(nn.Sequential(nn.Linear(6, 6)), config("0") | {"bias": "adapted"})
-    with pytest.raises(li.LayerError, match=r"replacing parameter 'bias'.*Eject the adapter first"):
-        model[0].bias = None
-    model(torch.ones(1, 6))
-
-
 def test_a_layer_that_was_given_another_class_is_an_error_and_can_be_ejected() -> None:
     class Other(nn.Linear):
         """Knows of no adapter."""

@@ -198,17 +198,6 @@ def test_models_that_share_only_what_neither_adapts_are_apart_and_stay_so() -> N
         li.inject(both, at("one"), "c")
 
 
-def test_a_part_of_a_model_that_is_gone_takes_an_adapter_after_eject() -> None:
-    model = li.inject(Encoded(layers()), at("all-linear"), "a")
-    part = model.encoder
-    del model
-    gc.collect()
-    with pytest.raises(li.StateError, match="if it is gone, eject this part first"):
-        li.inject(part, RULE, "b")
-    li.inject(li.eject(part), RULE, "b")
-    assert list(li.adapters(part)) == ["b"]
-
-
 def in_a_cycle(model: nn.Module) -> nn.Module:
     """Nobody else holds it, and yet it stays until the collector runs."""
     model.__dict__["itself"] = model

@@ -99,16 +99,6 @@ def test_what_cannot_have_a_gain_is_refused(name: str) -> None:
     refused(model, lambda: li.inject(model, config), li.MatchError, "variant dora on a")
 
 
-def test_magnitudes_are_counted_train_and_have_a_group_of_their_own() -> None:
-    rules = ["0", {"match": "1", "rank": 1}]
-    expect = {"sites": 2, "lora": 2 * 5 + 6 * 2 + 6 + 6 + 4 + 4}
-    net = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4))
-    model = li.inject(net, {"rank": 2, "variant": "dora", "targets": rules, "expect": expect})
-    assert li.adapters(model)["default"].n_parameters == expect["lora"]
-    groups = {group["name"] for group in li.parameter_groups(model, 0.1, 16)}
-    assert groups == {"lora_A", "lora_B", "lora_m"}
-
-
 def test_dropout_is_pefts(tmp_path: Path) -> None:
     """What x keeps goes through W as well, where the gain is not 1."""
     plain = nn.Sequential(nn.Linear(5, 6))
