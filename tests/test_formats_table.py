@@ -5,10 +5,7 @@ A format that is added needs one row here too.
 
 import contextlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -93,22 +90,6 @@ CASES = {
 
 def test_every_format_of_the_table_is_held_to_the_contract() -> None:
     assert set(CASES) == set(FORMATS)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
-def test_each_format_is_the_first_that_a_process_may_ask_for() -> None:
-    """Each is imported when it is asked for, so no import may hang on the order."""
-    program = """
-import os, sys
-import torch
-from lora_inject.core.adapter.exchange import format_of
-for name in sys.argv[1:]:
-    if os.fork() == 0:
-        format_of(name)
-        os._exit(0)
-    assert os.wait()[1] == 0, name
-"""
-    subprocess.run([sys.executable, "-c", program, *FORMATS], check=True, timeout=300)
 
 
 LONE = {
