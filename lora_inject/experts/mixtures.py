@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -22,7 +22,7 @@ from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import entries, records_of
-from lora_inject.core.spec.config import ALL_EXPERTS, ALL_LINEAR, Config, Rule
+from lora_inject.core.spec.config import ALL_EXPERTS, WORDS, Config, Rule
 from lora_inject.core.spec.inventory import LINEAR_KINDS, Candidate, Inventory
 from lora_inject.core.spec.mixture import Mixture
 from lora_inject.core.spec.names import counted, joined, parent, quoted
@@ -31,8 +31,6 @@ from lora_inject.core.spec.spellings import templates
 from lora_inject.errors import MatchError, article
 from lora_inject.experts.profile import ExpertProfile
 from lora_inject.experts.stacks import is_transposed, n_in_one_matrix, top_k_of_class
-
-WORDS = {ALL_EXPERTS, ALL_LINEAR}
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64", "")
 _STACKED = re.compile(r"experts\\?\.[a-z(]")  # a pattern for a tensor that holds all experts
@@ -289,7 +287,7 @@ def notes_on_adapter(survey: Survey, adapter: str) -> Iterator[str]:
         yield from left_out(words, there, {spec.name for spec in taken if spec is not None})
 
 
-def left_out(words: set[str], mixtures: Sequence[Mixture], sites: set[str]) -> Iterator[str]:
+def left_out(words: Collection[str], mixtures: Sequence[Mixture], sites: set[str]) -> Iterator[str]:
     """Yield the experts that rules by a word leave out."""
     left = [name for mixture in mixtures for name in mixture.experts if name not in sites]
     if not left or not words:

@@ -51,6 +51,9 @@ __all__ = [
 DEFAULT = "peft"
 """What is written where no format is named."""
 
+OLDER_FILES = {"adapter_model.bin", "adapter_model.pt", "adapter_0.pt"}
+"""Files that an older adapter may have and a new one need not, so that they may be replaced."""
+
 MODULES = {
     # The folder of mlx-lm, which also has an adapter_config.json.
     "mlx": "mlx",

@@ -66,8 +66,6 @@ class Format:
     check_load: Callable[[Any, AdapterState, AdapterState, str], None] | None = None
 
 
-# Files that an older adapter may have and a new one need not, so that they may be replaced.
-OLDER_FILES = {"adapter_model.bin", "adapter_model.pt", "adapter_0.pt"}
 SAFE = (".safetensors",)
 
 FORMATS: dict[str, Format | Callable[[], Format]] = {
@@ -172,7 +170,8 @@ def write_adapter(
         return write_file(target, content, overwrite=overwrite)
     from lora_inject.core.files.atomic_folder import write_directory  # one file needs none of it
 
-    return write_directory(target, content, overwrite=overwrite, replaceable=OLDER_FILES)
+    older = room("formats").OLDER_FILES
+    return write_directory(target, content, overwrite=overwrite, replaceable=older)
 
 
 def completed(path: Path, row: Format) -> Path:

@@ -77,7 +77,7 @@ def inject(
         room("stages").inject_by_all(group, model, config, name, probe, leave_new=leave_new)
         return model
     survey, present = surveyed(model, name)
-    planned = resolve(Config.coerce(config, present, model), present)
+    planned = resolve(Config.coerce(config, present, model), present, to_show=False)
     wanted = places_of_plan(survey, name, planned, present, leave_new=leave_new)
     put_plan_on(survey, name, planned, wanted, probe)
     return model

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = "all-linear"
 ALL_EXPERTS = "all-experts"
+WORDS = frozenset({ALL_LINEAR, ALL_EXPERTS})  # rules that are no pattern
 
 # What a value may be: `spec.rule_checks` says what is wrong with one.
 
@@ -106,6 +107,7 @@ Layers = Annotated[
     PlainSerializer(lambda texts: [int(t) if t.isdecimal() else t for t in texts]),
     WithJsonSchema({"anyOf": [_LAYER, {"type": "array", "items": _LAYER, "minItems": 1}]}),
 ]
+Indices = Annotated[tuple[Count, ...], Field(min_length=1), _List, Distinct]
 SliceName = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
 Parts = Annotated[
     Annotated[tuple[SliceName, ...], Field(min_length=1), _List, Distinct, Tag("plain")]
@@ -120,7 +122,7 @@ Parts = Annotated[
 ]
 
 Tokens = Annotated[
-    dict[Pattern, Annotated[tuple[Count, ...], Field(min_length=1), _List, Distinct]],
+    dict[Pattern, Indices],
     BeforeValidator(lambda value: dict(value) if isinstance(value, tuple) else value),
     AfterValidator(lambda ids: tuple(ids.items())),  # hashable
     PlainSerializer(lambda ids: dict(ids)),  # noqa: PLW0108 - pydantic 2.7 needs a signature
@@ -164,15 +166,12 @@ class Normal(Strict):
     """Standard deviation of A."""
 
 
-_Axes = Annotated[tuple[Count, ...], Field(min_length=1), _List, Distinct]
-
-
 class Axes(Strict):
     """`layout: {in: [0], out: [1, 2]}`: which axes of a parameter are inputs and which outputs."""
 
-    in_: _Axes = Field(alias="in")
+    in_: Indices = Field(alias="in")
     """Axes that are summed over, in order."""
-    out: _Axes
+    out: Indices
     """Axes of the result, in order. Axes in neither list count stacked matrices."""
 
 
@@ -204,8 +203,7 @@ _RuleRank = Annotated[Annotated[Rank, Tag("plain")] | Annotated[Active, Tag("map
 
 
 _Only = Annotated[
-    Annotated[tuple[Count, ...], Field(min_length=1), _List, Distinct, Tag("plain")]
-    | Annotated[str, Field(min_length=1), Tag("path")],
+    Annotated[Indices, Tag("plain")] | Annotated[str, Field(min_length=1), Tag("path")],
     Discriminator(lambda value: "path" if isinstance(value, str) else "plain"),
 ]
 

@@ -13,9 +13,8 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_inject.core.spec.config import (
-    ALL_EXPERTS,
-    ALL_LINEAR,
     HYPER,
+    WORDS,
     Active,
     Config,
     Normal,
@@ -31,14 +30,11 @@ from lora_inject.errors import LayerError, MatchError
 
 if TYPE_CHECKING:
     from lora_inject.core.spec.excluded import Excluded
-    from lora_inject.core.spec.tied_names import Tied
     from lora_inject.core.spec.trained import Trained
 
-WORDS = (ALL_LINEAR, ALL_EXPERTS)  # rules that are no pattern
 
-
-def resolve(config: Config, inventory: Inventory) -> Plan:
-    r"""Find out which sites a config means.
+def resolve(config: Config, inventory: Inventory, *, to_show: bool = True) -> Plan:
+    r"""Find out which sites a config means; `to_show` the plan has ties and notes as well.
 
     Rules are tried in order and the first that matches a name takes it. A rule matches a module by
     its name or by any of its aliases. Where it matches a module and the module's own weight, the
@@ -73,48 +69,23 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
         from lora_inject.core.spec.trained import trained_by
 
         trained = trained_by(config, inventory, sites, candidates)
-    tied: tuple[Tied, ...] = ()
-    if any(candidate.tied for candidate in inventory.candidates):
-        from lora_inject.core.spec.tied_names import tied_by
-
-        tied = tied_by(inventory, sites, candidates, trained)
     plan = Plan(
         config=config,
         sites=sites,
         trained=trained,
         skipped=tuple(rules.skipped),
-        tied=tied,
-        notes=tuple(_notes(rules, sites, candidates)),
         n_base=sum(math.prod(shape) for shape in inventory.parameters.values()),
         assumed=inventory.assumed,
     )
+    if to_show:
+        from lora_inject.core.spec.plan_notes import with_notes
+
+        plan = with_notes(plan, inventory, candidates, rules.forms)
     if config.expect is not None:
         from lora_inject.core.spec.expected import check_expect
 
         check_expect(plan, config.expect)
     return plan
-
-
-def _notes(
-    rules: _Rules, sites: Sequence[SiteSpec], candidates: Sequence[Candidate]
-) -> Iterator[str]:
-    """Yield what users should know of a plan, in sentences."""
-    config, inventory = rules.config, rules.inventory
-    if inventory.mixtures or any(rule.match in WORDS for rule in config.targets):
-        from lora_inject.core.spec.rule_words import notes_on_words
-
-        yield from notes_on_words(config, inventory, sites)
-    if any(map(_may_need_a_note, rules.forms)):
-        from lora_inject.core.spec.limits import notes
-
-        yield from notes(candidates, sites)
-
-
-def _may_need_a_note(site: SiteSpec) -> bool:
-    """Whether users should know something of a site: a wide rank, or a weight that is read."""
-    narrow = min(site.in_features, *(stop - start for start, stop in site.spans))
-    wide = site.rank > narrow or site.n_parameters > math.prod(site.weight_shape)
-    return wide or site.update == "weight"
 
 
 # Sites that differ only in their names are made once: what else a site is made of.
