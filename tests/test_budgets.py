@@ -27,8 +27,8 @@ LINES = {
     "activate": 2_222,
     "inject": 5_847,
     "merge": 4_309,
-    "save, load": 6_960,
-    "life": 9_339,
+    "save, load": 6_972,
+    "life": 9_351,
 }
 STAGES = {
     "config": "from lora_inject import Config",
