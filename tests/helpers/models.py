@@ -8,8 +8,6 @@ from conftest import OwnForward, conv1d
 from torch import Tensor, nn
 from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lora_inject.core.layers.weight_kinds import WeightKind
-
 IDS = torch.arange(6).view(2, 3)
 
 
@@ -66,13 +64,6 @@ class Packed(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.view(self.out_features, -1) * self.step
         return nn.functional.linear(x, weight.to(x.dtype), self.bias)
-
-
-class PackedKind(WeightKind):
-    """What is known of `Packed`: its forward."""
-
-    def multiplies(self, cls: type[nn.Module]) -> bool:
-        return cls.forward is Packed.forward
 
 
 class Several(nn.Module):
