@@ -1,5 +1,6 @@
 """The fingerprint: the same base in another dtype passes, another base does not."""
 
+import dataclasses
 import json
 import math
 from itertools import product
@@ -204,3 +205,10 @@ def test_positions_outside_of_the_weight_are_an_edited_file(tmp_path: Path) -> N
     save_file(tensors, path, {**said, "lora_inject.fingerprint": json.dumps(plain)})
     with pytest.raises(FormatError, match=r"positions of 'table\.weight'"):
         li.load_adapter(Net(), path)
+
+
+def test_two_bases_without_values_are_not_taken_for_one() -> None:
+    state = li.adapter_state(li.inject(Net(), {"rank": 2, "targets": ["q"]}))
+    unknown = {"q.weight": Sampled((8, 8))}  # as of a base on the meta device, or in shards
+    with pytest.raises(FormatError, match="the base cannot be compared at 1 sites"):
+        li.install(Net().to("meta"), dataclasses.replace(state, fingerprint=unknown))
