@@ -19,6 +19,7 @@ _HOMES = {
     "checkpoint.extract": "extract_adapter",
     "checkpoint.merge_files": "merge_checkpoint",
     "checkpoint.merge_inputs": "MergeOptions",
+    "checkpoint.merged_files": "MergedFiles",
     "errors": "CheckpointError ConfigError FormatError LayerError LoraInjectError MatchError "
     "ServerError StateError",
     "core.adapter.exchange": "read_adapter write_adapter",
@@ -48,7 +49,7 @@ _HOMES = {
     "core.model.disabling": "disabled",
     "core.model.swap": "swap_adapter",
     "core.model.train": "train_only",
-    "core.model.parameters": "adapter_parameters",
+    "core.model.trainable": "adapter_parameters",
     "core.model.optimizing": "parameter_groups",
     "core.spec.config": "Config Expect Rule",
     "core.spec.plan": "Plan",

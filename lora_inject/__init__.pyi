@@ -9,6 +9,7 @@ from lora_inject.checkpoint.conversion import convert as convert
 from lora_inject.checkpoint.extract import extract_adapter as extract_adapter
 from lora_inject.checkpoint.merge_files import merge_checkpoint as merge_checkpoint
 from lora_inject.checkpoint.merge_inputs import MergeOptions as MergeOptions
+from lora_inject.checkpoint.merged_files import MergedFiles as MergedFiles
 from lora_inject.checks.reached import unreached as unreached
 from lora_inject.core.adapter.exchange import read_adapter as read_adapter
 from lora_inject.core.adapter.exchange import write_adapter as write_adapter
@@ -33,12 +34,12 @@ from lora_inject.core.model.merge import merge as merge
 from lora_inject.core.model.merge import unmerge as unmerge
 from lora_inject.core.model.merged_weights import merged_weights as merged_weights
 from lora_inject.core.model.optimizing import parameter_groups as parameter_groups
-from lora_inject.core.model.parameters import adapter_parameters as adapter_parameters
 from lora_inject.core.model.planning import plan as plan
 from lora_inject.core.model.save import save_adapter as save_adapter
 from lora_inject.core.model.select import activate as activate
 from lora_inject.core.model.swap import swap_adapter as swap_adapter
 from lora_inject.core.model.train import train_only as train_only
+from lora_inject.core.model.trainable import adapter_parameters as adapter_parameters
 from lora_inject.core.spec.config import Config as Config
 from lora_inject.core.spec.config import Expect as Expect
 from lora_inject.core.spec.config import Rule as Rule

@@ -22,13 +22,13 @@ PACKAGE = Path(lora_inject.__file__).parent
 
 # Stage -> lines of the package that it may load.
 LINES = {
-    "config": 1_277,
-    "forward": 2_663,
-    "activate": 2_222,
-    "inject": 5_847,
-    "merge": 4_309,
-    "save, load": 6_972,
-    "life": 9_351,
+    "config": 1_278,
+    "forward": 2_646,
+    "activate": 2_262,
+    "inject": 5_885,
+    "merge": 4_272,
+    "save, load": 6_952,
+    "life": 9_253,
 }
 STAGES = {
     "config": "from lora_inject import Config",

@@ -27,6 +27,7 @@ from torch import distributed
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.merge_inputs import Given, MergeOptions, digest
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
+from lora_inject.checkpoint.merged_files import MergedFiles, tensor_report
 from lora_inject.checkpoint.output_files import OutputShard, header_digest
 from lora_inject.checkpoint.verify import verify_shards
 from lora_inject.checkpoint.write import BytesDone, Progress, check_unchanged, write_shard
@@ -35,7 +36,7 @@ from lora_inject.core.files.atomic_folder import rename_folder
 from lora_inject.core.files.json_files import read_json
 from lora_inject.core.files.safetensors_file import read_header
 from lora_inject.core.files.system_errors import remedy_for
-from lora_inject.core.functional.merge_report import MergeReport, TensorReport
+from lora_inject.core.functional.merge_report import TensorReport
 from lora_inject.errors import CheckpointError, user_path
 from lora_inject.version import __version__
 
@@ -51,7 +52,7 @@ def merge_checkpoint(
     options: MergeOptions | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
-) -> MergeReport:
+) -> MergedFiles:
     """Fold adapters into a safetensors checkpoint, without building the model.
 
     Memory does not grow with the model: row blocks are read, updated in float32, rounded once and
@@ -105,7 +106,7 @@ def merge_planned(
     progress: Progress | None = None,
     *,
     overwrite: bool = False,
-) -> MergeReport:
+) -> MergedFiles:
     """Carry out what `plan_merge` planned; the rest as for `merge_checkpoint`."""
     began = time.perf_counter()
     folder = check_output(plan.base, output, overwrite=overwrite)
@@ -124,7 +125,7 @@ class _Run:
         self.fsync_seconds = 0.0
         self.records: dict[str, list[TensorReport]] = {}
 
-    def all(self, began: float) -> MergeReport:
+    def all(self, began: float) -> MergedFiles:
         """Do this process's share, wait for the others, and publish."""
         first = self.processes.rank == 0
         with self._tidy():
@@ -151,9 +152,9 @@ class _Run:
             self._write(shard)
         return resumed
 
-    def _report(self, resumed: tuple[str, ...], began: float) -> MergeReport:
+    def _report(self, resumed: tuple[str, ...], began: float) -> MergedFiles:
         tensors = [tensor for shard in self.plan.shards for tensor in self.records[shard.name]]
-        return MergeReport(
+        return MergedFiles(
             adapters=tuple((adapter.label, adapter.weight) for adapter in self.plan.adapters),
             tensors={tensor.name: tensor for tensor in tensors},
             n_tensors=sum(len(shard.header.tensors) for shard in self.plan.shards),
@@ -171,7 +172,7 @@ class _Run:
         """Read the records of finished files, of all processes."""
         for shard in self.plan.shards:
             if (record := self.staging.record(shard)) is not None:
-                self.records[shard.name] = [TensorReport.from_dict(t) for t in record["tensors"]]
+                self.records[shard.name] = [tensor_report(t) for t in record["tensors"]]
 
     def _write(self, shard: OutputShard) -> None:
         partial = self.staging.partial()

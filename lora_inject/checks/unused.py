@@ -13,8 +13,7 @@ from torch import nn
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import Carried, entries
-from lora_inject.core.model.whole import has_gradient
+from lora_inject.core.model.carried import Carried, entries, has_gradient
 from lora_inject.core.spec.names import counted, quoted
 from lora_inject.core.spec.patterns import matching
 from lora_inject.errors import StateError

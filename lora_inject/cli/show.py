@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lora_inject.analysis import Analysis, Comparison
     from lora_inject.analysis.inspection import Inspection, SiteFigures
     from lora_inject.checkpoint import ExtractReport, MergePlan, VerifyReport
-    from lora_inject.core.functional.merge_report import MergeReport
+    from lora_inject.checkpoint.merged_files import MergedFiles
     from lora_inject.core.spec.plan import Plan
 
 WIDTH = 80  # where stdout is not a terminal
@@ -296,7 +296,7 @@ def print_merge_plan(plan: MergePlan, where: Path, free_bytes: int, *, everythin
     say_words(f"{_size(free_bytes)} {room} on the disk of '{where}'; nothing was written")
 
 
-def print_merge(report: MergeReport, *, everything: bool) -> None:
+def print_merge(report: MergedFiles, *, everything: bool) -> None:
     """Print what a merge left of each delta, the worst of each kind, and the totals."""
     heads = ("tensor", "action", "dtype", "|D|/|W|", "kept", "error")
     cells = tuple((t.name, t.action, t.dtype, t.relative, t.kept, t.error) for t in report.counted)
@@ -312,7 +312,7 @@ def print_merge(report: MergeReport, *, everything: bool) -> None:
         note(f"warning: {report.warning}")
 
 
-def _merge_totals(report: MergeReport) -> str:
+def _merge_totals(report: MergedFiles) -> str:
     changed = f"{len(report.tensors):,} of {report.n_tensors:,} tensors"
     peak = report.peak_memory_bytes
     memory = f", {_size(peak)} of memory" if peak else ""

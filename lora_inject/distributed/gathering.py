@@ -23,13 +23,12 @@ from lora_inject.core.layers.first_values import first_values
 from lora_inject.core.layers.gains import check_mixed
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey
-from lora_inject.core.model.carried import Carried
+from lora_inject.core.model.carried import Carried, whole_adapter
 from lora_inject.core.model.guards import before, holder_of_shards
 from lora_inject.core.model.merge_targets import add_entry
 from lora_inject.core.model.merged_rows import counted_in
 from lora_inject.core.model.packed_target import Into
 from lora_inject.core.model.target import Target
-from lora_inject.core.model.whole import whole_adapter
 from lora_inject.core.spec.names import joined
 from lora_inject.distributed.sharding import meshes
 from lora_inject.errors import LayerError

@@ -17,10 +17,8 @@ from torch import nn
 
 from lora_inject.checks.unused import refuse_unused
 from lora_inject.core.layers.survey import Survey, unwrapped
-from lora_inject.core.model.carried import Carried, check_unmerged, entries, reach
-from lora_inject.core.model.parameters import adapter_parameters
-from lora_inject.core.model.trainable import check_live_inputs
-from lora_inject.core.model.whole import has_gradient
+from lora_inject.core.model.carried import Carried, check_unmerged, entries, has_gradient, reach
+from lora_inject.core.model.trainable import adapter_parameters, check_live_inputs
 from lora_inject.errors import StateError
 from lora_inject.integrations.stand_ins import (
     SAVE,

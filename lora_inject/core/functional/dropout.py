@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lora_inject.core.functional import cpu
-from lora_inject.core.functional.products import plus_wide_product
 from lora_inject.core.functional.torch_inside import is_recorded
+from lora_inject.core.functional.wide_products import plus_wide_product
 
 # Up to this probability gaps take less memory than a mask of bytes.
 GAPS_UP_TO = 0.125

@@ -1,10 +1,9 @@
-"""What a merge did, on a live model or on disk: one report, tensor by tensor."""
+"""What a merge did: one report, tensor by tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lora_inject.core.spec.shown import Shown
@@ -42,11 +41,6 @@ class TensorReport:
         """Return the report as plain data."""
         return {**asdict(self), "shape": list(self.shape), "sites": list(self.sites)}
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> TensorReport:
-        """Return the report that `to_dict` gave as plain data."""
-        return cls(**{**data, "shape": tuple(data["shape"]), "sites": tuple(data["sites"])})
-
 
 @dataclass(frozen=True, repr=False)
 class MergeReport(Shown):
@@ -56,28 +50,14 @@ class MergeReport(Shown):
         adapters: `(name, weight)` of each adapter that was folded in.
         tensors: Every tensor that was computed, by name. On a live model only tensors that are
             stored in 16 bits are counted, as wider ones keep all of a delta.
-        n_tensors: Tensors written; on disk those that were copied too.
+        n_tensors: Tensors written.
         notes: What a reader should know.
-        output: The folder that was written; None for a live model, like all that follows.
-        n_bytes: Size of all weight files.
-        resumed: Weight files that an earlier run had finished.
-        verified: Whether the output was verified before it was published.
-        seconds: From the plan to the end.
-        fsync_seconds: The part of it that was waiting for the disk.
-        peak_memory_bytes: Most memory that the process ever held, None where unknown.
     """
 
     adapters: tuple[tuple[str, float], ...]
     tensors: Mapping[str, TensorReport] = field(default_factory=dict)
     n_tensors: int = 0
     notes: tuple[str, ...] = ()
-    output: Path | None = None
-    n_bytes: int = 0
-    resumed: tuple[str, ...] = ()
-    verified: bool = False
-    seconds: float = 0.0
-    fsync_seconds: float = 0.0
-    peak_memory_bytes: int | None = None
 
     @property
     def counted(self) -> tuple[TensorReport, ...]:
@@ -104,11 +84,10 @@ class MergeReport(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
-        data = {**self.__dict__, "output": None if self.output is None else str(self.output)}
+        data = {**self.__dict__, "notes": list(self.notes), "inert": list(self.inert)}
         data["tensors"] = [tensor.to_dict() for tensor in self.tensors.values()]
         data["adapters"] = [list(row) for row in self.adapters]
-        data |= {key: list(data[key]) for key in ("notes", "resumed")}
-        return {**data, "inert": list(self.inert), "warning": self.warning}
+        return {**data, "warning": self.warning}
 
     def __str__(self) -> str:
         from lora_inject.core.functional.merge_table import merge_table

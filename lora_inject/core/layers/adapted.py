@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -124,9 +123,6 @@ class WeightUpdate(Adapted):
         return self._lora_cached(*args, **kwargs)
 
 
-_PLAIN: WeakValueDictionary[Any, type] = WeakValueDictionary()  # a class lives as long as a module
-
-
 def plain_class(cls: type) -> type:
     """Return a class without our mixin: what the module is to everybody else."""
     if "_lora_plain" in cls.__dict__:
@@ -134,13 +130,9 @@ def plain_class(cls: type) -> type:
         return plain
     if not issubclass(cls, Adapted):
         return cls
-    # Somebody (fully_shard) has swapped the class again on top: the same class on plain bases.
-    without_ours = _PLAIN.get(cls)
-    if without_ours is None:
-        bases = tuple(plain_class(b) for b in cls.__bases__)
-        namespace = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
-        without_ours = _PLAIN[cls] = type(cls.__name__, bases, namespace)
-    return without_ours
+    from lora_inject.core.layers.classes_on_top import without_ours
+
+    return without_ours(cls, tuple(map(plain_class, cls.__bases__)))
 
 
 def keeps_forward(cls: Any) -> bool:

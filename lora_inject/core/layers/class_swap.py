@@ -67,7 +67,11 @@ def become(
     cls = type(module)
     if _holds_plain_weight(module, plain, mixin):
         reads = {*reads, mixin.weight_name}
-    target = _with_base(cls, own_class(cls), adapted_class(plain, mixin, reads))
+    ours, target = own_class(cls), adapted_class(plain, mixin, reads)
+    if cls is not ours:
+        from lora_inject.core.layers.classes_on_top import with_base
+
+        target = with_base(cls, ours, target)
     if target is not cls:
         # Past nn.Module.__setattr__, which would look for parameters and children of that name.
         object.__setattr__(module, "__class__", target)
@@ -90,17 +94,6 @@ def own_class(cls: type) -> Any:
     if not issubclass(cls, Adapted) or "_lora_plain" in cls.__dict__:
         return cls
     return next(c for c in cls.__mro__ if "_lora_plain" in c.__dict__)
-
-
-def _with_base(cls: type, old: type, new: type) -> type:
-    """Return `cls` with `old` replaced by `new` among its bases, at any depth."""
-    if cls is old:
-        return new
-    if not issubclass(cls, old):
-        return cls
-    bases = tuple(_with_base(b, old, new) for b in cls.__bases__)
-    namespace = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
-    return type(cls.__name__, bases, namespace)
 
 
 def check_swappable(module: nn.Module, mixin: type[Adapted], asked: str) -> None:

@@ -33,15 +33,9 @@ class Swapped(Carrier):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the plain class, from which the swapped one is made again."""
-        mixin = self._lora_mixin
-        reduced = super().__reduce_ex__(2)
-        state = reduced[2] if isinstance(reduced, tuple) and len(reduced) > 2 else self.__dict__
-        attributes = state[0] if isinstance(state, tuple) and state else state
-        if not isinstance(attributes, dict) or "_lora" not in attributes:
-            from lora_inject.core.layers.incomplete_state import incomplete_state
+        from lora_inject.core.layers.pickled import reduction_of
 
-            raise incomplete_state(type(self))
-        return _rebuild, (self._lora_plain, mixin, tuple(sorted(self._lora_reads))), state
+        return _rebuild, *reduction_of(self, super().__reduce_ex__(2))
 
 
 def weight_property(param: str) -> property:

@@ -8,14 +8,15 @@ selection. All names are those of the model that a verb is called on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from torch import nn
 
-from lora_inject.core.layers.attached import Attached, Entry, attached_to
+from lora_inject.core.layers.attached import Attached, Entry, attached_to, check_class_kept
 from lora_inject.core.layers.selection import Selection, alive
 from lora_inject.core.layers.survey import Holder, Survey, base_tensor, unwrapped
 from lora_inject.core.spec.names import joined
@@ -127,6 +128,15 @@ def records_of(survey: Survey, name: str) -> list[tuple[nn.Module, Root]]:
     return [(module, record) for module, record in around if name in record.carrying]
 
 
+def note_files(survey: Survey, name: str, path: Path | None) -> None:
+    """Note the files of an adapter, for whoever asks what it should compute; None: it has none."""
+    for _, record in records_of(survey, name):
+        if path is None:
+            record.files.pop(name, None)
+        else:
+            record.files[name] = str(path.absolute())
+
+
 @dataclass(frozen=True, eq=False)
 class Reach:
     """What a verb on a model reaches: the distinct selections inside, and the adapters.
@@ -193,6 +203,35 @@ def check_names(known: frozenset[str], names: Iterable[str], verb: str) -> set[s
 
             raise no_such_adapter(known, name, verb)
     return set(listed)
+
+
+def whole_adapter(survey: Survey, name: str, asked: str) -> list[Carried]:
+    """Return the entries of an adapter; raise if the model does not hold all of them."""
+    check_names(reach(survey.model, survey).names | names_at(survey), [name], asked)
+    held = list(entries(survey, name))
+    for path, module, _ in held:
+        check_class_kept(module, f"{asked} {name!r} at {path!r}")
+    records = records_of(survey, name)
+    carrying = {id(module) for _, record in records for module in record.carrying[name]}
+    if records and carrying != {id(item.module) for item in held}:  # a copy of a layer has no root
+        from lora_inject.core.model.parted import why_not_whole
+
+        raise why_not_whole(survey, name, held, records, f"{asked} {name!r}")
+    return held
+
+
+def all_take_part(items: Collection[Carried]) -> bool:
+    """Return whether a forward has used each entry, and all have a gradient or none has."""
+    for item in items:
+        attached = attached_to(item.module)
+        if attached is not None and item.entry.mark not in attached.took_part:
+            return False
+    return len({*map(has_gradient, items)}) < 2
+
+
+def has_gradient(item: Carried) -> bool:
+    """Return whether a tensor of an entry has a gradient."""
+    return any(t.grad is not None for t in item.entry.tensors(item.module).values())
 
 
 def check_unmerged(asked: str, *selections: Selection) -> None:

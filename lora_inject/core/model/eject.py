@@ -24,9 +24,9 @@ from lora_inject.core.model.carried import (
     reach,
     records_of,
     structure_changed,
+    whole_adapter,
 )
 from lora_inject.core.model.guards import after, before
-from lora_inject.core.model.whole import whole_adapter
 
 M = TypeVar("M", bound=nn.Module)
 _Root = tuple[Survey, Root]

@@ -17,10 +17,9 @@ from lora_inject.core.functional.factors import master_dtype
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.attach import attach, survey_for
 from lora_inject.core.model.base import Base
-from lora_inject.core.model.carried import Carried, reach
+from lora_inject.core.model.carried import Carried, note_files, reach
 from lora_inject.core.model.fit_state import Part, all_of_it, fit
 from lora_inject.core.model.guards import before
-from lora_inject.core.model.origins import note_files
 from lora_inject.core.model.places import places
 from lora_inject.core.model.trainable import check_live_inputs
 from lora_inject.core.spec.garbage import few_collections

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
+from lora_inject.core.model.carried import whole_adapter
 from lora_inject.core.model.guards import before, holder_of_shards
 from lora_inject.core.model.target import Target
-from lora_inject.core.model.whole import whole_adapter
 from lora_inject.core.spec.names import joined
 
 if TYPE_CHECKING:
@@ -123,33 +123,14 @@ def check_results(targets: list[Target], min_kept: float | None, undo: bool) -> 
         check_min_kept(min_kept)
     for target in targets:
         plain = not is_quantized(target.weight)
-        if target.narrow and not undo and plain and not all_finite(target.weight):
-            _refuse_not_finite(target)
         counted = min_kept is not None and target.narrow and target.changes
-        if counted or target.may_overflow():
-            _rehearse(target)
-            if target.tally is not None and not target.tally.finite:
-                _refuse_not_finite(target)
+        unseen = target.narrow and not undo and plain and not all_finite(target.weight)
+        if unseen or counted or target.may_overflow():
+            from lora_inject.core.model.rehearsal import check_rehearsed
+
+            check_rehearsed(target)
     if min_kept is not None:
         check_kept(targets, min_kept)
-
-
-def _rehearse(target: Target) -> None:
-    """Form all merged values and count, without writing."""
-    if target.is_packed:
-        from lora_inject.core.model.packed_target import rehearse_packed
-
-        rehearse_packed(target)
-    else:
-        from lora_inject.core.model.merged_rows import rehearse
-
-        rehearse(target)
-
-
-def _refuse_not_finite(target: Target) -> NoReturn:
-    from lora_inject.core.model.merged_rows import not_finite
-
-    raise not_finite(target, target.weight)
 
 
 def _may_overlap(survey: Survey) -> bool:

@@ -52,13 +52,6 @@ def write_rounded(target: Target, base: Tensor) -> None:
         raise not_finite(target, base)
 
 
-def rehearse(target: Target) -> None:
-    """Form all merged rows and count, without writing."""
-    target.tally = Tally()
-    for start, rows in target.blocks():
-        merged_rows(target, rows, start, target.tally)
-
-
 @torch.no_grad()
 def formed_values(target: Target, tally: Tally | None = None) -> Tensor:
     """Return all merged values, finite, a new tensor in the shape that the layer states."""

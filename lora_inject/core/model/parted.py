@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import Carried, records_of
 from lora_inject.errors import StateError
 
 
-def why_not_whole(survey: Survey, name: str, held: Iterable[Carried], asked: str) -> StateError:
-    """Return the error of the first layer that is missing, or else of the first copy."""
-    records = records_of(survey, name)
+def why_not_whole(
+    survey: Survey,
+    name: str,
+    held: Iterable[Any],
+    records: Iterable[tuple[nn.Module, Any]],
+    asked: str,
+) -> StateError:
+    """Return the error of the first layer that is missing, or else of the first copy.
+
+    `held` are the entries of the adapter in the model (`Carried`), `records` the roots that it was
+    put on, each with its record.
+    """
     carrying = {id(module): module for _, record in records for module in record.carrying[name]}
     there = {id(item.module): item for item in held}
     for key, module in carrying.items():

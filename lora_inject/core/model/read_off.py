@@ -14,9 +14,14 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.base import fingerprint, untouched
-from lora_inject.core.model.carried import adapted_modules, check_unmerged, reach, roots_of
+from lora_inject.core.model.carried import (
+    adapted_modules,
+    check_unmerged,
+    reach,
+    roots_of,
+    whole_adapter,
+)
 from lora_inject.core.model.guards import before
-from lora_inject.core.model.whole import whole_adapter
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.sites import SiteSpec
 

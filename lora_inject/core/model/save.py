@@ -14,11 +14,9 @@ from torch import nn
 from lora_inject.core.adapter.exchange import completed, default_format, format_of, write_adapter
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import entries
+from lora_inject.core.model.carried import all_take_part, entries, note_files
 from lora_inject.core.model.guards import after, this_process_writes
-from lora_inject.core.model.origins import note_files
 from lora_inject.core.model.read_off import read_off
-from lora_inject.core.model.whole import all_take_part
 from lora_inject.core.spec.rooms import room
 from lora_inject.errors import FormatError, user_path, within
 

@@ -25,8 +25,7 @@ from lora_inject.core.layers.starting import copy_into
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.layers.valueless import given_values
 from lora_inject.core.model.base import Base, check_base
-from lora_inject.core.model.carried import check_unmerged, entries, reach, records_of
-from lora_inject.core.model.origins import note_files
+from lora_inject.core.model.carried import check_unmerged, entries, note_files, reach, records_of
 from lora_inject.core.model.other_base import check_base_copies
 from lora_inject.core.model.read_off import values_on
 from lora_inject.core.spec.meaning import meaning
@@ -82,7 +81,7 @@ def swap_adapter(
     Examples:
         >>> from lora_inject.core.model.adapter_state import adapter_state
         >>> from lora_inject.core.model.inject import inject
-        >>> from lora_inject.core.model.parameters import adapter_parameters
+        >>> from lora_inject.core.model.trainable import adapter_parameters
         >>> net = nn.Sequential(nn.Linear(4, 6))
         >>> for name in ("slot", "next"):
         ...     _ = inject(net, {"rank": 2, "targets": ["0"]}, name)
