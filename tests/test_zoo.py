@@ -3,8 +3,9 @@
 A sample of twenty runs with the ordinary tests, the others with the marker `zoo`.
 """
 
+import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -20,7 +21,9 @@ from zoo.build import build
 from zoo.exceptions import EXCHANGED, EXEMPTIONS, Exchanged
 from zoo.exchange import Exchange
 from zoo.inputs import dummy_inputs
-from zoo.steps import Calls, Ours, changed, hold, randomise_factors, run, same
+from zoo.parts import PARTS, Part, read_by
+from zoo.readers import READERS, Called, calls_of, readers
+from zoo.steps import Calls, Ours, changed, distance, hold, make_dense, randomise_factors, run, same
 from zoo.targets import ALPHA, Targets
 
 # transformers warns of its own future and of configs as small as these.
@@ -63,6 +66,69 @@ def test_adapters_are_exchanged_with_peft(model_type: str) -> None:
     exchange = Exchange(model_type)
     assert exchange.read_by_us() == wanted.by_us
     assert exchange.read_by_peft() == wanted.by_peft
+
+
+# ----------------------------------------------------------------------- methods besides `forward`
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("model_type", READERS)
+@torch.no_grad()
+def test_methods_besides_forward_read_what_was_trained(model_type: str) -> None:
+    """The reference is the plain model with the trained values, or W + delta, as its parameter."""
+    plain: nn.Module = build(model_type).requires_grad_(False)
+    read_in = readers(plain)
+    calls = calls_of(plain, model_type, set(read_in))
+    read = {name for call in calls for name in read_in[call.path, call.method]}
+    assert hold_trained(plain, read, calls)
+    for name in read:
+        adapted, wide = copy.deepcopy(plain), copy.deepcopy(plain)
+        try:
+            li.inject(adapted, {"rank": 2, "alpha": ALPHA, "targets": whole([name])})
+        except li.LoraInjectError:  # no matrix
+            continue
+        sites = li.adapter_parameters(adapted)
+        randomise_factors([(sites[f"{name}.lora_A"], sites[f"{name}.lora_B"])])
+        make_dense(wide, li.adapter_state(adapted))
+        path, _, _ = name.rpartition(".")
+        compare([call for call in calls if call.path == path], plain, adapted, wide)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("part", PARTS, ids=lambda p: f"{p.cls}.{p.method}")
+@torch.no_grad()
+def test_methods_of_parts_read_what_was_trained(part: Part) -> None:
+    plain = part.build()
+    call = Called("", part.method, (), part.arguments(plain))
+    assert hold_trained(plain, read_by(plain, part.method), [call])
+
+
+def whole(names: Iterable[str]) -> list[str]:
+    return [f"^{re.escape(name)}" for name in sorted(names)]
+
+
+def hold_trained(plain: nn.Module, names: Iterable[str], calls: list[Called]) -> int:
+    """Hold calls to the plain model with the values that an adapter trained in place of its own."""
+    wide = copy.deepcopy(plain)
+    model = li.inject(copy.deepcopy(plain), {"rank": 2, "targets": [], "train": whole(names)})
+    for parameter in li.adapter_parameters(model).values():
+        parameter.add_(torch.randn_like(parameter) + 1)
+    for name, tensor in li.adapter_state(model).trained.items():
+        wide.get_parameter(name).copy_(tensor)
+    return compare(calls, plain, model, wide)
+
+
+def compare(calls: list[Called], plain: nn.Module, model: nn.Module, wide: nn.Module) -> int:
+    """Hold each call of the model to the dense one; return how many of them differ from the base.
+
+    A call may not depend on the parameter: `mask_time_prob` may mask nothing.
+    """
+    n_moved = 0
+    for call in calls:
+        wanted = call.on(wide)
+        assert distance(wanted, call.on(model)) < 1e-5, call[:2]
+        n_moved += distance(wanted, call.on(plain)) > 1e-4
+    return n_moved
 
 
 # --------------------------------------------------------------------- do the steps find defects
