@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill, same_bits
-from helpers.packages import imported, loaded
+from helpers.packages import imported, installed, loaded
 from helpers.reference import SCALE, config, saved
 from torch import Tensor, nn
 
@@ -28,10 +28,10 @@ N = 64  # the smallest block of the 4-bit formats
 
 @pytest.fixture(autouse=True)
 def _libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The classes below stand for those of these modules."""
-    gptqmodel, hqq = "gptqmodel.nn_modules.qlinear", "hqq.core.quantize"
-    quanto, compressed = "optimum.quanto.nn.qlinear", "compressed_tensors.quantization"
-    loaded(monkeypatch, gptqmodel, hqq, quanto, compressed)
+    """The classes below stand for those of these modules where they are not installed."""
+    modules = ("gptqmodel.nn_modules.qlinear", "hqq.core.quantize")
+    modules += ("optimum.quanto.nn.qlinear", "compressed_tensors.quantization")
+    loaded(monkeypatch, *(module for module in modules if installed(module) is None))
 
 
 def plain_net(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
@@ -133,6 +133,36 @@ class QLinear(QModuleMixin, nn.Linear):
         return nn.functional.linear(x, self.weight.dequantize(), self.bias)
 
 
+def gptq(plain: nn.Linear) -> nn.Module:
+    like = TorchLinear(plain)
+    if (kernels := installed("gptqmodel.nn_modules.qlinear.torch")) is None:
+        return like
+    n_in, n_out = plain.in_features, plain.out_features
+    how = {"bits": 4, "group_size": n_in, "sym": True, "desc_act": False, "bias": True}
+    layer: Any = kernels.TorchLinear(in_features=n_in, out_features=n_out, **how)
+    layer.qweight, layer.bias = like.qweight, like.bias
+    layer.scales = like.scales[None].to(torch.float16)
+    layer.qzeros.fill_(-0x77777778)  # eight times 8
+    layer.optimized = True  # nothing is compiled
+    layer.post_init()
+    return layer
+
+
+def hqq(plain: nn.Linear) -> nn.Module:
+    if (quantize := installed("hqq.core.quantize")) is None:
+        return HQQLinear(plain)
+    how = quantize.BaseQuantizeConfig(nbits=4, group_size=32)
+    return quantize.HQQLinear(plain, how, compute_dtype=torch.float32, device="cpu")
+
+
+def quanto(net: nn.Module) -> nn.Module:
+    if (package := installed("optimum.quanto")) is None:
+        return replaced(QLinear, net)
+    package.quantize(net, weights=package.qint8)
+    package.freeze(net)
+    return net
+
+
 FORWARD = """
 def quantized_forward(self, input):
     weight = self.weight
@@ -144,7 +174,7 @@ def quantized_forward(self, input):
 
 
 def compressed(layer: nn.Linear) -> nn.Module:
-    """As a first forward of compressed-tensors leaves it: unpacked, a forward on the instance."""
+    """Unpacked, with a forward on the instance."""
     made: dict[str, Any] = {"__name__": "compressed_tensors.quantization.lifecycle.forward"}
     exec(FORWARD, made)
     codes, steps = coded(layer.weight, 7)
@@ -154,6 +184,24 @@ def compressed(layer: nn.Linear) -> nn.Module:
     return layer.requires_grad_(False)
 
 
+def compressed_tensors(net: Any) -> nn.Module:
+    """As its first forward leaves a model, by the package itself where it is installed."""
+    quantization = installed("compressed_tensors.quantization")
+    if quantization is None:
+        return replaced(compressed, net)
+    weights = quantization.QuantizationArgs(num_bits=4, strategy="group", group_size=32)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    how = {"format": "pack-quantized", "quantization_status": "frozen"}
+    made = quantization.QuantizationConfig(config_groups={"all": scheme}, **how)
+    quantization.apply_quantization_config(net.requires_grad_(False), made)
+    for layer in (net[0], net[2]):
+        rows = layer.weight.view(len(layer.weight), -1, 32)
+        layer.weight_scale.data.copy_(rows.abs().amax(-1) / 7)
+    installed("compressed_tensors.compressors").ModelCompressor(made).compress_model(model=net)
+    net(torch.zeros(1, N))
+    return net
+
+
 def replaced(make: Callable[[Any], nn.Module], net: Any) -> nn.Module:
     net[0], net[2] = make(net[0]), make(net[2])
     return net
@@ -161,10 +209,10 @@ def replaced(make: Callable[[Any], nn.Module], net: Any) -> nn.Module:
 
 # Name of a format, and how it quantizes a plain net.
 FORMATS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "compressed-tensors": functools.partial(replaced, compressed),
-    "gptq": functools.partial(replaced, TorchLinear),
-    "hqq": functools.partial(replaced, HQQLinear),
-    "quanto int8": functools.partial(replaced, QLinear),
+    "compressed-tensors": compressed_tensors,
+    "gptq": functools.partial(replaced, gptq),
+    "hqq": functools.partial(replaced, hqq),
+    "quanto int8": quanto,
     "torchao int8": functools.partial(torchao, "Int8WeightOnlyConfig"),
     "torchao float8": functools.partial(torchao, "Float8WeightOnlyConfig"),
     "bitsandbytes 8-bit": lambda net: bitsandbytes("Linear8bitLt", net, has_fp16_weights=False),
