@@ -61,7 +61,7 @@ def fingerprint(
         mark |= {
             n: Sampled(tuple(w.shape), packed=packing(w, described)) for n, w in packed.items()
         }
-    return mark
+    return {name: mark[name] for name in weights if name in mark}  # errors name an adapted one
 
 
 def _plain_among(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
