@@ -205,8 +205,9 @@ def test_rows_of_a_nested_tensor(layout: torch.layout, rule: dict[str, Any]) -> 
         model(nested)
 
 
-def test_a_sparse_input_gives_what_a_dense_one_gives() -> None:
-    plain, model = made(lambda: nn.Linear(N, N))
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_sparse_input_gives_what_a_dense_one_gives(variant: str) -> None:
+    plain, model = made(lambda: nn.Linear(N, N), variant=variant)
     x, trained = X.relu(), list(li.adapter_parameters(model).values())
     outputs = [model(x), model(x.to_sparse()).to_dense()]
     grads = [torch.autograd.grad(y.square().sum(), trained) for y in outputs]

@@ -264,6 +264,21 @@ def test_ejecting_a_merged_model_leaves_the_merged_plain_model(at_once: bool) ->
     assert error(model(x), wanted) < TOLERANCE[torch.float32]
 
 
+def test_weights_of_inference_mode_are_merged_within_it_and_refused_outside() -> None:
+    with torch.inference_mode():
+        model = Host(nn.Linear(5, 6))
+    fill(li.inject(model, {**RANK2, "targets": ["layer"]}))
+    with pytest.raises(li.LayerError, match="made in inference mode"):
+        li.merge(model)
+    x = torch.randn(2, 5)
+    with torch.inference_mode():
+        wanted, W = model(x), model.layer.weight.clone()
+        li.merge(model)
+        assert error(model(x), wanted) < 1e-5
+        li.unmerge(model)
+        assert same_bits(model.layer.weight, W)
+
+
 def test_a_weight_that_other_processes_share_is_neither_merged_into_nor_restored() -> None:
     """They would add their adapters to it; `mp.spawn(run, (model,))` shares it as well."""
     model = injected(KINDS["linear"])

@@ -81,6 +81,13 @@ def test_load_activates_only_where_none_is_active(tmp_path: Path) -> None:
     assert not required(model)
 
 
+def test_what_needs_an_adapter_is_refused_on_a_plain_model() -> None:
+    model = Net()
+    for verb in (lambda: li.activate(model, None), lambda: li.disabled(model).__enter__()):
+        with pytest.raises(li.StateError, match=r"the model has no adapter\. Inject or load one"):
+            verb()
+
+
 def test_eject_keeps_no_tensor_of_the_adapter_alive() -> None:
     model = injected(KINDS["linear"])
     tensor = weakref.ref(li.adapter_parameters(model)["layer.lora_A"])
