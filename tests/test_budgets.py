@@ -27,8 +27,8 @@ LINES = {
     "activate": 2_262,
     "inject": 5_885,
     "merge": 4_272,
-    "save, load": 6_952,
-    "life": 9_253,
+    "save, load": 6_955,
+    "life": 9_256,
 }
 STAGES = {
     "config": "from lora_inject import Config",

@@ -56,12 +56,15 @@ def fingerprint(
     mark = {name: Sampled(tuple(weights[name].shape), values) for name, values in known.items()}
     mark |= {name: mark[name]._replace(moved=positions) for name, positions in inside.items()}
     if packed := {name: weight for name, weight in adapted.items() if name not in known}:
-        from lora_inject.core.adapter.packing import packing
-
-        mark |= {
-            n: Sampled(tuple(w.shape), packed=packing(w, described)) for n, w in packed.items()
-        }
+        mark |= _descriptions(packed)
     return {name: mark[name] for name in weights if name in mark}  # errors name an adapted one
+
+
+def _descriptions(packed: Mapping[str, Tensor]) -> Fingerprint:
+    from lora_inject.core.adapter.packing import packing
+
+    shapes = {name: tuple(weight.shape) for name, weight in packed.items()}
+    return {n: Sampled(shapes[n], packed=packing(w, described)) for n, w in packed.items()}
 
 
 def _plain_among(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
