@@ -61,8 +61,8 @@ def test_a_backward_and_the_node_that_runs_are_seen() -> None:
 
 
 @pytest.fixture(params=["as this torch", "as torch before 2.8"])
-def _hooks_are_seen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once as torch tells of hooks on saved tensors, once where it does not."""
+def _hooks_are_seen(request: Any, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    """Once as torch tells of hooks on saved tensors, once where it does not; what patches it."""
     if request.param == "as torch before 2.8" and torch_stack._TORCH_TELLS:
         monkeypatch.setattr(torch_stack, "_TORCH_TELLS", False)
         for each in (torch_inside, torch_stack):
@@ -72,7 +72,9 @@ def _hooks_are_seen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         for name in ("__enter__", "__exit__"):  # put back after the test
             monkeypatch.setattr(saved_tensors_hooks, name, getattr(saved_tensors_hooks, name))
         noted_hooks.note_saving_hooks()
-        patches._put_in()
+    model = torch.nn.Module()
+    patches.hold(model)
+    return model
 
 
 @pytest.mark.usefixtures("_hooks_are_seen")
@@ -120,6 +122,7 @@ def test_the_call_of_a_module_is_seen() -> None:
     assert asks.forward() is False
 
 
+@pytest.mark.usefixtures("_hooks_are_seen")
 def test_hooks_on_saved_tensors_are_seen() -> None:
     pair, inner = ((lambda t: t), (lambda t: t)), ((lambda t: t + 0), (lambda t: t))
     assert torch_stack.saving_hooks() is None
