@@ -72,7 +72,8 @@ def within(asked: str) -> Iterator[None]:
     """Put what was asked for before the place that an error of the body names.
 
     So a function names only the place that it knows, or "" for all of what its caller was asked.
-    A verb is said once: in `read adapter 'sql', read 'sql/model'` the second one goes.
+    A verb and a place are said once: in `read adapter 'sql', read 'sql/model'` the second verb
+    goes, in `read adapter 'sql', read 'sql'` all that follows.
 
     Examples:
         >>> try:
@@ -86,7 +87,8 @@ def within(asked: str) -> Iterator[None]:
         yield
     except LoraInjectError as error:
         place = error.asked.removeprefix(f"{asked.partition(' ')[0]} ")
-        error.asked = f"{asked}, {place}" if place else asked
+        is_said = not place or asked.endswith(f" {place}")
+        error.asked = asked if is_said else f"{asked}, {place}"
         error.args = (error.asked, *error.args[1:])
         raise
 

@@ -292,8 +292,9 @@ def test_headers_that_lie_are_an_error(name: str, tmp_path: Path) -> None:
     key, entry = next((k, e) for k, e in json.loads(header).items() if k != "__metadata__")
     shape = json.dumps(entry["shape"], separators=(",", ":"))
     file.write_bytes((2**62).to_bytes(8, "little") + whole[8:])
-    with pytest.raises(FormatError, match="cut off"):
+    with pytest.raises(FormatError, match="cut off") as cut:
         read(name, path)
+    assert str(cut.value).count(str(file)) == 1, "a place is said once"
     for text in (
         header.replace(f'"shape":{shape}', f'"shape":[{2**60},{2**60}]', 1),
         header.replace(f'"shape":{shape}', f'"shape":[0,{2**62}]', 1),
