@@ -12,14 +12,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_inject.core.spec.config import (
-    HYPER,
-    WORDS,
-    Active,
-    Config,
-    Normal,
-    Rule,
-)
+from lora_inject.core.spec.config import HYPER, WORDS, Active, Config, Normal, Rule
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.names import canonical, parent
 from lora_inject.core.spec.patterns import matching

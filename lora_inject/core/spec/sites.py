@@ -133,9 +133,7 @@ class SiteSpec:
     variant: str = "lora"  # how its tensors become an update of W: a row of `adapter.variants`
     lora_bias: bool = False  # whether B has a bias b: the layer's becomes `bias + scale * b`
     slices: Slices | None = None  # parts of a fused projection, or None
-    rule: int | None = field(
-        default=None, compare=False
-    )  # index of the rule that matched in a plan
+    rule: int | None = field(default=None, compare=False)  # index of the one that matched, in plans
     # name of the adapted tensor in the state dict; by default `NAME.weight`, a parameter's own name
     weight: str = ""
     # `forward`: the update is added to the layer's output; `weight`: the weight reads as W + delta
