@@ -12,7 +12,6 @@ from torch import nn
 
 import lora_inject as li
 from lora_inject import Trial, Trials
-from lora_inject.trials.losses import causal_loss
 
 LINEAR = {"rank": 2, "targets": ["all-linear"]}
 TENANTS = {
@@ -73,23 +72,23 @@ def test_tenants_on_their_own_clocks_equal_a_plain_loop_of_each() -> None:
         check_equal(run.model, alone(name, steps), name)
 
 
-def squared(outputs: Any, batch: Any) -> Any:
+def squared(outputs: Any, batch: Any) -> torch.Tensor:
     return outputs.logits.square().mean()
 
 
-def absolute(outputs: Any, batch: Any) -> Any:
+def absolute(outputs: Any, batch: Any) -> torch.Tensor:
     return outputs.logits[:, -1].abs().mean()
 
 
 def test_tenants_have_losses_of_their_own_in_one_pass() -> None:
-    losses = {"ann": squared, "bob": absolute, "cy": causal_loss}
+    losses = {"ann": squared, "bob": absolute, "cy": li.causal_loss}
     run = tenants(*losses)
     for step in range(3):
         given = {name: rows(name, step) for name in losses}
         run.forward_backward(given, loss=losses)
         run.optimizer_step(list(losses))
     with pytest.raises(li.StateError, match=r"loss of trial 'bob': there is none of that name"):
-        run.forward_backward(given, loss={"ann": squared, "cy": causal_loss})
+        run.forward_backward(given, loss={"ann": squared, "cy": li.causal_loss})
     held_out = run.evaluate({name: rows(name, 9) for name in losses}, loss=losses)
     for name, loss in losses.items():
         single = tenants(name)
@@ -225,18 +224,9 @@ def test_a_tenant_that_diverges_is_stopped_and_what_waits_of_others_is_kept() ->
     [
         (lambda run: run.forward_backward({"eve": rows("ann", 0)}), "there is no trial 'eve'"),
         (lambda run: run.forward_backward({}), "no trial is named"),
-        (lambda run: run.forward_backward(rows("ann", 0)["labels"]), "it is a Tensor"),
-        (lambda run: run.evaluate({}, by_name=True), "there is no batch for 'ann'"),
         (lambda run: run.optimizer_step("ann"), "no gradient since its last step"),
-        (lambda run: run.optimizer_step("eve"), "there is no trial 'eve'"),
-        (lambda run: run.optimizer_step(3), "it is an int"),
         (lambda run: run.optimizer_step("bob", lr=0.0), "Give a positive number"),
-        (lambda run: run.optimizer_step("bob", lr=float("nan")), "Give a positive number"),
-        (lambda run: run.optimizer_step("bob", lr=True), "Give a positive number"),
         (lambda run: run.add("ann", TENANTS["ann"]), "'ann'"),
-        (lambda run: run.add("eve", LINEAR), r"Give Trial\("),
-        (lambda run: run.drop("eve"), "there is no trial 'eve'"),
-        (lambda run: run.save("nowhere", ["eve"]), "there is no trial 'eve'"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(wrong: Any, message: str) -> None:
@@ -248,43 +238,28 @@ def test_what_does_not_fit_is_refused_in_words(wrong: Any, message: str) -> None
     check_equal(run.model, alone("bob", [[0]]), "bob")
 
 
-class Attending(nn.Module):
-    """A layer and an attention, whose rows cannot run apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.attention = nn.Linear(4, 4), nn.MultiheadAttention(4, 1)
-        self.other = nn.Linear(4, 4).double()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.fc(x)
-        out: torch.Tensor = self.attention(y, y, y)[0]
-        return out
-
-
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("target", "message"),
     [
-        ({"rank": 2, "targets": ["nothing"]}, "nothing"),
-        ({"rank": 2, "targets": [r"attention\.in_proj_weight"]}, "more than one tensor"),
-        ({"rank": 2, "targets": ["fc"], "train": ["other"]}, "on "),
+        ("nothing", "nothing"),
+        ("extra", "float32 on cpu and torch.float64"),
+        ({"match": "embed_tokens", "dropout": 0.1}, "not drawn by trial"),
     ],
-    ids=["a pattern", "a weight that is read", "a dtype"],
+    ids=["no match", "another dtype", "dropout of tokens"],
 )
-def test_a_tenant_that_cannot_join_leaves_all_as_it_was(config: Any, message: str) -> None:
-    model = li.inject(Attending(), {"rank": 1, "targets": ["fc"]}, "mine")
-    run = Trials(model, {"a": Trial({"rank": 2, "targets": ["fc"]}, lr=1e-2)})
+def test_a_tenant_that_cannot_join_leaves_all_as_it_was(target: Any, message: str) -> None:
+    model = li.inject(base(), LINEAR, "mine")
+    run = tenants("ann", model=model)
     li.activate(model, "mine")
-    run.forward_backward(
-        {"a": torch.randn(3, 4)}, forward=model.fc, loss=lambda out, _: out.square().mean()
-    )
+    model.extra = nn.Linear(4, 4).requires_grad_(False)
+    run.forward_backward({"ann": rows("ann", 0)})
     before = snapshot(model)
     with pytest.raises(li.LoraInjectError, match=message):
-        run.add("b", Trial(config, lr=1e-2))
+        run.add("eve", Trial({"rank": 2, "targets": [target]}, lr=1e-2))
     assert snapshot(model) == before
     assert [n for n, one in li.adapters(model).items() if one.active] == ["mine"]
-    run.optimizer_step("a")
-    assert run.n_steps == {"a": 1}
+    run.optimizer_step("ann")
+    check_equal(model, alone("ann", [[0]]), "ann")
 
 
 def test_a_file_of_another_base_adds_no_tenant(tmp_path: Path) -> None:
