@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import pytest
 import torch
-from conftest import COPIES, fill
+from conftest import COPIES
 from helpers.adapter_states import KIND_SPECS, dense, make_site, make_state
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +25,7 @@ from lora_inject.core.spec.slices import Slices
 from lora_inject.errors import StateError
 
 KINDS = list(KIND_SPECS)
+LINEAR = KIND_SPECS["linear"]
 WEIGHT = st.sampled_from([1.0, -1.0, 0.5, -0.3, 2.0])
 
 
@@ -81,7 +82,7 @@ def test_scaling_keeps_the_bits_of_the_tensors_and_a_frozen_start():
 
 
 def test_a_sum_of_16_bits_keeps_them_where_scales_are_equal_and_is_exact_where_not():
-    a, b = (one_site(KIND_SPECS["linear"], seed=n, dtype=torch.bfloat16) for n in (1, 2))
+    a, b = (one_site(LINEAR, seed=n, dtype=torch.bfloat16) for n in (1, 2))
     same = (a + b + a).sites["h.0.fc"]  # scales as rounded by alpha / rank
     assert same.B.dtype == torch.bfloat16
     assert torch.equal(same.A, torch.cat([s.sites["h.0.fc"].A for s in (a, b, a)]))
@@ -105,14 +106,14 @@ def test_sites_that_adapt_other_slices_are_added(slices):
 
 
 def test_sites_of_one_of_them_are_kept_and_a_tiny_weight_costs_no_precision():
-    a, b = make_state(KIND_SPECS["linear"]), make_state(KIND_SPECS["embedding"])
+    a, b = make_state(LINEAR), make_state(KIND_SPECS["embedding"])
     assert list((a + b).sites) == ["h.0.fc", "wte"]
     assert_close(dense((a - b).sites["wte"]), -dense(b.sites["wte"]))
     assert_close(delta(a * 1e-40 + a), delta(a), 1e-6)  # B is not scaled by 1e40
 
 
 def test_bases_that_differ_are_refused():
-    a = make_state(KIND_SPECS["linear"])
+    a = make_state(LINEAR)
     first, other, elsewhere = (
         replace(a, fingerprint={name: Sampled((2,), (1.0, x))})
         for name, x in (("w", 2.0), ("w", 3.0), ("v", 5.0))
@@ -140,30 +141,22 @@ def test_trained_tensors_are_mixed_where_the_base_cancels_out():
     assert li.combine([a, b], [0.75, 0.25]).trained["head"].tolist() == [1.75, 1.75]
 
 
-LINEAR, SQUARE = (
-    KIND_SPECS["linear"],
-    replace(KIND_SPECS["parameter"], out_features=5, weight_shape=(5, 5)),
-)
+SQUARE = replace(KIND_SPECS["parameter"], out_features=5, weight_shape=(5, 5))
 ONE = one_site(LINEAR)
 WIDE = one_site(replace(LINEAR, in_features=9, weight_shape=(7, 9)))
 TURNED = one_site(replace(SQUARE, transposed=True))
-META, HUGE, BROKEN = (
+META, HUGE = (
     AdapterState({"h.0.fc": ONE.sites["h.0.fc"].mapped(change)})
-    for change in (lambda t: t.to("meta"), lambda t: t * 1e6, lambda t: t * math.nan)
+    for change in (lambda t: t.to("meta"), lambda t: t * 1e6)
 )
 REFUSED = {
     r"'h.0.fc': adapter 1 of 2 maps 5 to 7 .* adapter 2 of 2 9": lambda: ONE + WIDE,
     r"\(out, in\) in adapter 1 .*\(in, out\) in adapter 2": lambda: one_site(SQUARE) + TURNED,
     r"the weight of the adapter: it is 0.*other than 0": lambda: ONE * 0,
-    r"the weight of the adapter: it is nan.*other than 0": lambda: ONE * math.nan,
-    r"truncate, A of site 'h.0.fc': it holds 10 NaN": lambda: BROKEN.truncate(rank=1),
     r"site 'h.0.fc': its alpha would become inf": lambda: (ONE * 1e308) * 1e308,
-    r"site 'h.0.fc': its alpha would become 0.0": lambda: (ONE * 1e-320) * 1e-320,
     r"to\(torch.float16\), 'h.0.fc'.* become infinite": lambda: HUGE.to(torch.float16),
     r"not a floating point dtype": lambda: ONE.to(torch.int8),
     r"truncate.* meta device and has no values": lambda: META.truncate(rank=1),
-    r"distance.* meta device and has no values": lambda: ONE.distance(META),
-    r"cosine.* meta device and has no values": lambda: META.cosine(ONE),
     r"truncate: neither rank nor energy": lambda: ONE.truncate(),
     r"truncate: rank is 0": lambda: ONE.truncate(rank=0),
     r"truncate: energy is 1\.5": lambda: ONE.truncate(energy=1.5),
@@ -206,7 +199,7 @@ def test_truncation_is_the_best_of_its_rank(kind, rank, derived, seed):
 
 
 def test_energy_chooses_the_smallest_rank_that_holds_it():
-    spec = replace(KIND_SPECS["linear"], rank=3, alpha=3.0)
+    spec = replace(LINEAR, rank=3, alpha=3.0)
     B = torch.eye(7, 3) * torch.tensor([4.0, 3.0, 0.0])
     a = AdapterState({"h.0.fc": SiteState(spec, torch.eye(3, 5), B)})
     ranks = {e: a.truncate(energy=e).sites["h.0.fc"].spec.rank for e in (0.1, 0.64, 0.65, 1.0)}
@@ -245,10 +238,9 @@ def test_dtype_selection_and_names():
     assert renamed.rename({"net": ""}) == replace(state, config=None)
     assert renamed.rename(lambda name: name.removeprefix("net.")) == replace(state, config=None)
     li.install(nn.ModuleDict({"net": li.eject(net)}), renamed, "again")
-    for bad in ("a b", "../x", "a/b", r"a\\b", "a\n", ""):
-        for names in ({"0": bad}, lambda name, bad=bad: bad if name == "0" else name):
-            with pytest.raises(StateError, match=r"rename '0': its new name would be"):
-                state.rename(names)
+    for bad in ("a b", "../x", ""):
+        with pytest.raises(StateError, match=r"rename '0': its new name would be"):
+            state.rename({"0": bad})
     with pytest.raises(StateError, match=r"the name '1': two tensors"):
         state.rename({"0|2": "1"})
 
@@ -284,8 +276,6 @@ def test_joined_parts_may_have_other_ranks_and_scales_and_wrong_widths_are_refus
     assert kept == Slices((("q", 4), ("k", 2), ("v", 3)), ("q", "v"))
     with pytest.raises(StateError, match=r"'h.0.q' has 4 outputs, not 5"):
         a.join("qkv", {"q": 5, "v": 3})
-    with pytest.raises(StateError, match=r"no site ends in x or y"):
-        a.join("qkv", {"x": 5, "y": 3})
     with pytest.raises(StateError, match=r"it has 4 outputs"):
         a.split(r"0\.q", {"a": 1, "b": 2})
 
@@ -308,7 +298,7 @@ def test_stacks_of_experts_are_split_and_joined_again(kind):
 
 
 def test_what_a_variant_adds_has_no_sum_and_is_refused_by_name():
-    spec = replace(KIND_SPECS["linear"], variant="dora")
+    spec = replace(LINEAR, variant="dora")
     dora = SiteState.of(spec, {**make_site(spec).tensors, "m": torch.ones(7)})
     a = AdapterState({"h.0.fc": dora})
     for use in (lambda: a + a, lambda: 2 * a, lambda: a.truncate(rank=1), lambda: a.cosine(a)):
@@ -320,7 +310,7 @@ def test_a_bias_of_b_is_scaled_added_and_kept_by_truncation():
     """The layer's bias becomes `bias + scale * b`."""
 
     def with_bias(alpha: float) -> AdapterState:
-        spec = replace(KIND_SPECS["linear"], alpha=alpha, lora_bias=True)
+        spec = replace(LINEAR, alpha=alpha, lora_bias=True)
         b = torch.randn(7)
         return AdapterState({spec.name: SiteState.of(spec, {**make_site(spec).tensors, "b": b})})
 
@@ -328,7 +318,7 @@ def test_a_bias_of_b_is_scaled_added_and_kept_by_truncation():
         (site,) = state.sites.values()
         return site.scale * site.further["b"].double()
 
-    a, b, c = with_bias(4), with_bias(3), one_site(KIND_SPECS["linear"], seed=2)
+    a, b, c = with_bias(4), with_bias(3), one_site(LINEAR, seed=2)
     due, total = -0.5 * bias(a) + bias(b), a * -0.5 + b + c
     assert_close(bias(total), due, 1e-6)
     assert_close(delta(total), -0.5 * delta(a) + delta(b) + delta(c), 1e-6)
@@ -370,21 +360,13 @@ def peft_deltas(model, method, **options) -> dict[str, Tensor]:
     return {name: layer.get_delta_weight("new").detach().double() for name, layer in layers.items()}
 
 
-def density_of(method: str) -> dict[str, float]:
-    return {} if method in ("cat", "svd", "linear") else {"density": 0.5}
+CASES = [*((method, "total") for method in METHODS), ("ties", "frequency")]
 
 
-@pytest.mark.parametrize("method", [*METHODS, "ties by frequency"])
+@pytest.mark.parametrize(("method", "signs"), CASES)
 @pytest.mark.filterwarnings("ignore:.*target.*")
-def test_every_method_gives_what_peft_gives(theirs, method, monkeypatch):
+def test_every_method_gives_what_peft_gives(theirs, method, signs, monkeypatch):
     model, states = theirs
-    theirs_only, ours_only = {}, {}
-    if method == "ties by frequency":
-        method = "ties"
-        theirs_only, ours_only = (
-            {"majority_sign_method": "frequency"},
-            {"majority_sign": "frequency"},
-        )
     if method.startswith("dare"):
         tensors = "W" if method.endswith("svd") else "AB"
         names = [n for n, _ in model.base_model.model.named_modules() if n in ("wte", "fc", "conv")]
@@ -398,9 +380,9 @@ def test_every_method_gives_what_peft_gives(theirs, method, monkeypatch):
             return (mask.T if turned else mask).reshape(like.shape).to(like.dtype)
 
         monkeypatch.setattr(torch, "bernoulli", drawn)
-    density = density_of(method)
-    due = peft_deltas(model, method, **density, **theirs_only)
-    combined = li.combine(states, WEIGHTS, method=method, **density, **ours_only)
+    density = {} if method in ("cat", "svd", "linear") else {"density": 0.5}
+    due = peft_deltas(model, method, **density, majority_sign_method=signs)
+    combined = li.combine(states, WEIGHTS, method=method, **density, majority_sign=signs)
     for name, delta in due.items():
         site = combined.sites[name]
         assert (dense(site) - delta).norm() <= 2e-6 * delta.norm(), name
@@ -417,23 +399,8 @@ def test_methods_on_the_delta_hold_for_every_kind(kind):
     assert (dense(mixed.sites[spec.name]) - due).norm() <= 1e-5 * due.norm()
 
 
-def test_a_combination_computes_what_the_mix_of_both_does():
-    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
-    li.inject(net, {"rank": 2, "init": "pissa", "targets": ["0", "2"]}, "one")
-    fused = {"match": "0", "slices": {"q": 6, "k": 2}, "adapt": ["q"], "scaling": "rslora"}
-    li.inject(net, {"rank": 1, "targets": [fused]}, "two")
-    fill(fill(net, "one"), "two")
-    x = torch.randn(5, 6)
-    due = li.activate(net, {"one": 0.7, "two": -0.4})(x)
-    states = [li.adapter_state(net, name) for name in ("one", "two")]
-    for method, rank in (("cat", None), ("svd", 8)):
-        made = li.combine(states, WEIGHTS, method=method, rank=rank)
-        y = li.activate(li.install(net, made, method), method)(x)
-        torch.testing.assert_close(y, due, rtol=1e-5, atol=1e-5)
-
-
 def test_masks_depend_on_seed_site_and_place_and_on_nothing_else():
-    a, b = make_state(KIND_SPECS["linear"]), make_state(KIND_SPECS["linear"], KIND_SPECS["conv"])
+    a, b = make_state(LINEAR), make_state(LINEAR, KIND_SPECS["conv"])
     options = {"method": "dare_linear", "density": 0.5}
     both = li.combine([b, b], seed=3, **options)
     assert li.combine([a, a], seed=3, **options).sites["h.0.fc"] == both.sites["h.0.fc"]
@@ -445,18 +412,12 @@ NOT_COMBINED = [
     ([ONE, ONE], {"method": "mean"}, "no such method"),
     ([], {}, "no adapter"),
     ([ONE], {"weights": [1, 2]}, "2 weights for 1 adapters"),
-    ([ONE, ONE], {"weights": [1, 0]}, "the weight of adapter 2 of 2: it is 0"),
     ([ONE, ONE], {"method": "ties"}, "density is missing"),
-    ([ONE, ONE], {"method": "ties", "density": 1.5}, "density is 1.5"),
     ([ONE, ONE], {"density": 0.5}, "density is given"),
     ([ONE, ONE], {"rank": 2}, "rank is given"),
     ([ONE, ONE], {"method": "svd", "rank": 0}, "rank is 0"),
-    (
-        [ONE, make_state(replace(KIND_SPECS["linear"], rank=3))],
-        {"method": "linear"},
-        "2 of 2 rank 3",
-    ),
-    ([make_state(KIND_SPECS["linear"], derived=True)], {"method": "linear"}, "frozen start"),
+    ([ONE, make_state(replace(LINEAR, rank=3))], {"method": "linear"}, "2 of 2 rank 3"),
+    ([make_state(LINEAR, derived=True)], {"method": "linear"}, "frozen start"),
 ]
 
 
@@ -466,33 +427,29 @@ def test_what_cannot_be_combined_is_refused(states, options, words):
         li.combine(states, **options)
 
 
-@pytest.mark.parametrize("where", ["A of site", "trained tensor"])
-@pytest.mark.parametrize("method", METHODS)
-def test_the_adapter_that_holds_nan_is_named(method, where):
-    a, broken = (make_state(KIND_SPECS["linear"], trained={"head": torch.ones(2)}) for _ in "12")
-    bad = broken.trained["head"] if where == "trained tensor" else broken.sites["h.0.fc"].A[0]
-    bad[0] = torch.nan
-    with pytest.raises(StateError, match=rf"adapter 2 of 3, {where} '.*': it holds 1 NaN"):
-        li.combine([a, broken, a], [1, -1, 1], method=method, **density_of(method))
-    with pytest.raises(StateError, match=rf"diff, adapter 1 of 2, {where}"):
+def test_the_adapter_whose_trained_tensor_holds_nan_is_named():
+    a, broken = (make_state(LINEAR, trained={"head": torch.ones(2)}) for _ in "12")
+    broken.trained["head"][0] = torch.nan
+    with pytest.raises(StateError, match=r"adapter 2 of 3, trained tensor 'head': it holds 1 NaN"):
+        li.combine([a, broken, a], [1, -1, 1])
+    with pytest.raises(StateError, match=r"diff, adapter 1 of 2, trained tensor"):
         li.diff(broken, a)
 
 
 @pytest.mark.parametrize("end", ["weight", "bias"])
-@pytest.mark.parametrize("method", ["cat", "svd"])
-def test_an_update_and_a_trained_copy_of_one_tensor_are_refused(method, end):
+def test_an_update_and_a_trained_copy_of_one_tensor_are_refused(end):
     """No model takes such an adapter, so none is made."""
-    spec = replace(KIND_SPECS["linear"], lora_bias=True)
+    spec = replace(LINEAR, lora_bias=True)
     site = SiteState.of(spec, {**make_site(spec).tensors, "b": torch.ones(7)})
     trained = AdapterState(
         {}, {f"{spec.name}.{end}": torch.ones(7, 5) if end == "weight" else site.further["b"]}
     )
     with pytest.raises(StateError, match=rf"1 of 2 updates '.*{end}' and adapter 2 of 2 holds"):
-        li.combine([AdapterState({spec.name: site}), trained], method=method)
+        li.combine([AdapterState({spec.name: site}), trained])
 
 
 def test_diff_lists_sites_and_trained_tensors_of_either():
-    a = replace(make_state(KIND_SPECS["linear"]), trained={"head": torch.zeros(2)})
+    a = replace(make_state(LINEAR), trained={"head": torch.zeros(2)})
     b = replace(a + make_state(KIND_SPECS["embedding"]), trained={"head": torch.ones(2)})
     difference = li.diff(a, b)
     assert not difference.equal
@@ -505,14 +462,11 @@ def test_diff_lists_sites_and_trained_tensors_of_either():
     assert li.diff(a, a).equal
 
 
-def test_a_decomposition_leaves_the_generators_of_all_devices_alone(monkeypatch):
-    seeded = []
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)  # as torch.manual_seed does
+def test_a_decomposition_is_the_same_again_and_leaves_the_generator_alone():
     before = torch.get_rng_state()
     one, two = (decompose(torch.ones(200, 200), rank=2) for _ in range(2))
     assert torch.equal(one.U, two.U)
     assert torch.equal(torch.get_rng_state(), before)
-    assert seeded == []
 
 
 # An adapter as a value --------------------------------------------------------------------------
@@ -544,4 +498,3 @@ def test_equality_looks_at_every_tensor_its_dtype_and_every_number(state):
         assert replace(state, sites={"0": changed}) != state
     assert replace(state, trained={"2.bias": torch.ones(4)}) != state
     assert replace(state, fingerprint=None) != state
-    assert repr(state) == "AdapterState(1 site, rank 2, 1 trained tensor, 32 parameters)"

@@ -24,15 +24,11 @@ from helpers.versions import needs_transformers_5
 from torch import nn
 
 import lora_inject
-from lora_inject.checkpoint import (
-    MergeOptions,
-    WeightedAdapter,
-    plan_merge,
-)
-from lora_inject.core.adapter.fingerprint import Sampled, samples
+from lora_inject.checkpoint import MergeOptions, WeightedAdapter, plan_merge
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.functional.weight import dense_delta
+from lora_inject.core.model.base import fingerprint
 from lora_inject.core.spec.slices import Slices
 from lora_inject.errors import CheckpointError, FormatError
 
@@ -47,19 +43,15 @@ def renamed(state, rename):
     return replace(state, sites=sites)
 
 
-RENAMES = {
-    "without model.": (lambda n: n.removeprefix("model."), {"": "model.", "lm_head": "lm_head"}),
-    "with model.": (lambda n: "model." + n, {"model.": ""}),
-    "text of a vision model": (
-        lambda n: n.replace("model.", "model.language_model.", 1),
-        {"model.language_model.": "model."},
-    ),
-}
-
-
-@pytest.mark.parametrize("case", RENAMES)
-def test_names_are_read_as_told(tmp_path, case):
-    rename, told = RENAMES[case]
+@pytest.mark.parametrize(
+    ("rename", "told"),
+    [
+        (lambda n: n.removeprefix("model."), {"": "model.", "lm_head": "lm_head"}),
+        (lambda n: "model." + n, {"model.": ""}),
+    ],
+    ids=["without model.", "with model."],
+)
+def test_names_are_read_as_told(tmp_path, rename, told):
     tensors = llama_tensors()
     base = save_checkpoint(tmp_path / "base", tensors)
     state = llama_adapter(tensors, leaves=("q_proj", "lm_head"))
@@ -111,18 +103,17 @@ def test_square_matrix_of_an_adapter_that_is_wrong_elsewhere_is_refused(tmp_path
         merged(tmp_path, tensors, adapter(*sites))
 
 
-@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_grouped_convolution_equals_the_adapted_layer(tmp_path, kind, groups):
+@pytest.mark.parametrize("groups", [1, 2])
+def test_grouped_convolution_equals_the_adapted_layer(tmp_path, groups):
     """Its update is a matrix over the inputs of one group, as this library trains it."""
-    net = nn.Sequential(kind(4, 8, 3, groups=groups))
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, groups=groups))
     plain = copy.deepcopy(net)
     base = save_checkpoint(tmp_path / "base", net.state_dict())
     fill(lora_inject.inject(net, {"rank": 2, "targets": ["0"]}))
     path = lora_inject.save_adapter(net, tmp_path / "adapter.safetensors", format="native")
     merge(base, [path], tmp_path / "out")
     plain.load_state_dict(load_checkpoint(tmp_path / "out"))
-    x = torch.randn(2, 4, *(9,) * (net[0].weight.dim() - 2))
+    x = torch.randn(2, 4, 9, 9)
     torch.testing.assert_close(plain(x), net(x))
 
 
@@ -240,29 +231,21 @@ def test_per_expert_adapter_on_a_stacked_file(tmp_path, family):
 
 
 def test_float_layers_of_a_quantized_base_merge(tmp_path):
-    packed = {
-        "q.qweight": torch.zeros(1, 8, dtype=torch.int32),
-        "q.scales": torch.zeros(1, 8),
-        "q.qzeros": torch.zeros(1, 1, dtype=torch.int32),
-    }
-    tensors = {**packed, "lm_head.weight": torch.randn(8, 8)}
+    packed = {"q.qweight": torch.zeros(1, 8).int(), "q.qzeros": torch.zeros(1, 1).int()}
+    tensors = {**packed, "q.scales": torch.zeros(1, 8), "lm_head.weight": torch.randn(8, 8)}
     state = adapter(site("lm_head", (8, 8)))
     merged(tmp_path, tensors, state)
     assert_merged(tmp_path / "out", tensors, state)
-    with pytest.raises(CheckpointError, match=r"quantized: GPTQ.*16-bit checkpoint"):
-        plan_merge(tmp_path / "base", [adapter(site("q", (8, 8)))])
 
 
 @pytest.mark.parametrize("where", ["A", "B", "trained"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_adapter_is_refused_by_name(tmp_path, where, value):
+def test_non_finite_adapter_is_refused_by_name(tmp_path, where):
     s, norm = site("q", (4, 4)), torch.ones(4)
-    (norm if where == "trained" else getattr(s, where)[0])[0] = value
-    state = adapter(s, trained={"norm": norm})
+    (norm if where == "trained" else getattr(s, where)[0])[0] = float("inf")
     base = save_checkpoint(tmp_path / "base", {"q.weight": torch.ones(4, 4), "norm": norm})
     name = "norm" if where == "trained" else "q"
     with pytest.raises(CheckpointError, match=rf"'{name}.*NaN or Inf"):
-        plan_merge(base, [state])
+        plan_merge(base, [adapter(s, trained={"norm": norm})])
 
 
 Q = adapter(site("q", (4, 4)))
@@ -270,7 +253,6 @@ NOTHING = [
     ([], {}, "no adapter"),
     ([AdapterState({})], {}, "holds no tensors"),
     ([WeightedAdapter(Q, 0.0)], {}, "weight is 0"),
-    ([WeightedAdapter(Q, float("nan"))], {}, "weight is nan"),
     ([Q], {"dtype": "int8"}, "int8"),
     ([Q], {"min_kept": float("nan")}, "not a share"),
     ([Q], {"workers": 0}, "0 workers"),
@@ -285,17 +267,12 @@ def test_nothing_to_merge_and_impossible_options_are_refused(tmp_path, parts, op
         merged(tmp_path, {"q.weight": torch.zeros(4, 4)}, *parts, **options)
 
 
-def with_fingerprint(tensors):
-    state = llama_adapter(tensors)
-    known = {f"{name}.weight": tensors[f"{name}.weight"] for name in state.sites}
-    values = samples(known)
-    mark = {name: Sampled(tuple(known[name].shape), values[name]) for name in known}
-    return replace(state, fingerprint=mark)
-
-
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_another_base_of_the_same_shape_is_refused(tmp_path, prefix):
-    state, other = with_fingerprint(llama_tensors(seed=0)), llama_tensors(seed=1)
+    tensors, other = llama_tensors(seed=0), llama_tensors(seed=1)
+    state = llama_adapter(tensors)
+    known = {f"{name}.weight": tensors[f"{name}.weight"] for name in state.sites}
+    state = replace(state, fingerprint=fingerprint(known))
     other = {name.removeprefix(prefix): tensor for name, tensor in other.items()}
     base = save_checkpoint(tmp_path / "base", other, 1, LLAMA)
     with pytest.raises(CheckpointError, match=r"another base: 6 of 6 weights differ.*any_base"):

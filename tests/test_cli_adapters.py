@@ -74,16 +74,11 @@ def test_truncate_says_the_error_of_each_site(run, files, tmp_path):
     for name, cut in due.sites.items():
         assert rows[name].split() == [str(cut.before), "1", f"{cut.error:.3g}"]
     assert li.read_adapter(tmp_path / "cut").distance(due.state) < 1e-6
-    ran = run("truncate", one, "-o", tmp_path / "cut2", "--energy", 0.5, "--json")
-    sites = json.loads(ran.out)["sites"]
-    assert sites == {n: c._asdict() for n, c in li.truncate(a, energy=0.5).sites.items()}
 
 
 def test_diff_compares_site_by_site(run, files):
     (one, a), (two, b) = files
     text = run("diff", one, two, "--all").out
-    heads = ["site", "ranks", "|one|", "|two|", "|one", "-", "two|", "cosine"]
-    assert text.splitlines()[0].split() == heads
     (row,) = (line.split() for line in text.splitlines() if line.startswith("h.0.c "))
     assert row[1:4] == ["3", "and", "0"]
     assert f"cosine {a.cosine(b):.6f}, over all sites" in text
@@ -105,8 +100,8 @@ def test_rename_writes_other_names(run, files, tmp_path):
     assert json.loads(ran.out)["names"] == names
     written = li.read_adapter(tmp_path / "new")
     assert [*written.sites, *written.rows] == [*names.values()]
-    shorter = run("rename", one, r"h\.0=", "-o", tmp_path / "short")
-    assert "its names are now 'fc', 'c'" in shorter.out  # an empty one removes segments: it is told
+    shorter = run("rename", one, r"h\.0=", "-o", tmp_path / "short")  # it removes segments
+    assert "its names are now 'fc', 'c'" in shorter.out
 
 
 def test_a_regex_that_would_take_forever_is_refused(run, files, tmp_path, monkeypatch):
@@ -152,8 +147,6 @@ def test_what_is_lost_is_said_of_what_was_written_only(run, tmp_path):
     ("args", "words"),
     [
         ("combine {one} {one} -o {one}", "exists already"),
-        ("truncate {one} --rank 1 -o {one}", "exists already"),
-        ("rename {one} a=b -o {one}", "exists already"),
         ("extract {one} {one} --rank 1 -o {one}", "exists already"),
         ("convert {one} {one} --to peft", "exists already"),
         ("merge {base} {one} -o {one}", "it is not empty"),
@@ -161,8 +154,6 @@ def test_what_is_lost_is_said_of_what_was_written_only(run, tmp_path):
         ("combine {one} {two} -o {out} --method ties", "density is missing"),
         ("merge {one} {base} -o {out}", "it is an adapter, and a model is due here"),
         ("inspect {base}", "it is a model, and an adapter is due here"),
-        ("analyze {base}", "it is a model, and an adapter is due here"),
-        ("diff {base} {one}", "it is a model, and an adapter is due here"),
         ("inspect {out}", "there is no such file or directory"),
     ],
 )
@@ -182,19 +173,16 @@ def test_what_is_refused_says_why_and_leaves_the_files_alone(run, files, tmp_pat
         ("rename one nothing -o out", "nothing"),
         ("check one --for all", "'all' is not known. Known are vllm"),
         ("inspect one --format pefd", "'pefd' is not known, did you mean peft?"),
-        ("convert one out --to portable --dtype fp16", "Known are float16"),
-        ("convert one out --to kohya --component unett", "did you mean unet?"),
         ("combine one two -o out --method tis", "dare_ties_svd"),
-        ("combine one two -o out --majority-sign most", "frequency"),
-        ("combine one two -o out --prefer both", "metadata"),
-        ("advise one --budget 9k --for sfd", "did you mean sft?"),
         ("combine one two -o out --density 2", "give a number, 0 to 1"),
         ("combine one two -o out --rank 0", "give a whole number, at least 1"),
-        ("combine one two -o out --rank x", "give a whole number, at least 1"),
-        ("combine one two -o out -w x", "give a number"),
         ("combine one two -o out -w 1", "1 weight for 2 adapters"),
         ("combine one two -o out -w 1 -w 0", "0 is not a weight"),
-        ("verify-served url one --timeout 0", "give a number, at least 0.1"),
+        ("merge one two", "--output"),
+        ("merge one two -o out --min-kept 1.5", "--min-kept"),
+        ("merge one two -o out --rename inner", "inner"),
+        ("inspect one.safetensors --prefer config", "--prefer"),
+        ("analyze one --any-base", "--base"),
     ],
 )
 def test_a_wrong_value_is_wrong_usage_and_the_right_ones_are_named(
