@@ -20,7 +20,7 @@ import pytest
 import torch
 import typer.main
 from conftest import script
-from helpers.documents import Block, blocks, commands, output_of, same_output, with_outputs
+from helpers.documents import Block, blocks, commands, output_of, renewed, same_output, with_texts
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_inject as li
@@ -63,7 +63,7 @@ def run_python(block: Block, names: dict[str, Any], source: str) -> str:
 
 def run_command(command: str, output: str, capsys: pytest.CaptureFixture[str]) -> str | None:
     """Check a command, and return what it prints if it is one of ours."""
-    words = shlex.split(command)
+    words = shlex.split(command.replace("\\\n", ""))
     if "=" in words[0]:  # a variable of the environment
         words.pop(0)
     if words[0] in ("bash", "python"):
@@ -107,23 +107,27 @@ def run_document(text: str, source: str, capsys: pytest.CaptureFixture[str]) -> 
         if block.language == "yaml" and name:
             Path(name[1]).write_text(block.text)
     names: dict[str, Any] = {"__name__": "readme"}
-    printed: dict[int, str] = {}
-    results: dict[tuple[int, str], str] = {}
+    texts: dict[Block, str] = {}
     for block in all_blocks:
         if block.language == "python":
-            printed[block.line] = run_python(block, names, source)
-            if not WRITES:
-                shown = output_of(block, all_blocks)
-                same = same_output(shown.text if shown else "", printed[block.line])
-                assert same, f"the block at line {block.line} prints\n{printed[block.line]}"
+            printed = run_python(block, names, source)
+            shown = output_of(block, all_blocks)
+            if WRITES and shown is not None:
+                texts[shown] = renewed(shown.text, printed)
+            else:
+                same = same_output(shown.text if shown else "", printed)
+                assert same, f"the block at line {block.line} prints\n{printed}"
         elif block.language == "yaml":
             schema = li.Space if block.text.startswith("# space.yaml") else li.Config
             schema.from_text(block.text, source=f"{source}:{block.line}")
         elif block.language == "console":
-            ran = [(each, run_command(each, shown, capsys)) for each, shown in commands(block)]
-            results |= {(block.line, each): output for each, output in ran if output is not None}
+            texts[block] = ""
+            for command, shown in commands(block):
+                printed = run_command(command, shown, capsys)
+                is_ours = shown and printed is not None
+                texts[block] += f"$ {command}{renewed(shown, printed) if is_ours else shown}"
     if WRITES:
-        (REPO / source).write_text(with_outputs(text, printed, results))
+        (REPO / source).write_text(with_texts(text, texts))
     return names
 
 
