@@ -4,30 +4,27 @@ import ast
 import importlib
 import re
 import sys
-import tempfile
 from collections.abc import Mapping
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, Host
+from conftest import KINDS, Host, Kind, refusal
 from helpers.forks import Forks
 from helpers.private_attributes import ATTRIBUTES
 from helpers.versions import at_least
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject import private_needed
-from lora_inject.distributed import sharding
 from lora_inject.private import look_up
 from lora_inject.private_names import NAMES
 from lora_inject.private_needed import needed
 
 PACKAGE = Path(li.__file__).parent
 NAME = re.compile(r"_[A-Za-z]\w*(?<!__)")
+PATH = re.compile(r"[a-z]\w*(\.\w+)+")
 
 # Private by their first letter alone: documented ones of Python, and words that are no names.
 DOCUMENTED = {"_asdict", "_exit", "_fields", "_getframe", "_replace"}
@@ -35,12 +32,17 @@ ENDS_OF_NAMES = {"_USE_TORCH_KERNEL", "_bias", "_blocks", "_hf_", "_is_"}
 ENDS_OF_NAMES |= {"_global_scale", "_scale", "_scale_inv", "_scales", "_svd"}
 ENDS_OF_NAMES |= {"_packed", "_wrapped_module"}
 KEYS_OF_FILES = {"_class_name"}
+# Modules that are asked for in sys.modules, and an operation that is told by its name.
+LOADED_BY_OTHERS = {"torch._dynamo", "torch.distributed.fsdp._flat_param"}
+LOADED_BY_OTHERS |= {"aten._grouped_mm.default"}
 
 
 @cache
 def trees() -> dict[str, ast.Module]:
-    paths = sorted(PACKAGE.rglob("*.py"))
-    return {p.relative_to(PACKAGE).as_posix(): ast.parse(p.read_text()) for p in paths}
+    """Return each file of the package but the list itself."""
+    paths = {p.relative_to(PACKAGE).as_posix(): p for p in sorted(PACKAGE.rglob("*.py"))}
+    del paths["private_names.py"]
+    return {name: ast.parse(path.read_text()) for name, path in paths.items()}
 
 
 def defined(files: Mapping[str, ast.Module]) -> set[str]:
@@ -85,43 +87,22 @@ def strings(tree: ast.Module) -> set[str]:
 
 
 def test_every_private_name_is_listed() -> None:
-    files = {name: tree for name, tree in trees().items() if name != "private_names.py"}
-    own = defined(files)
+    own = defined(trees())
     listed = {*ATTRIBUTES, *DOCUMENTED, *ENDS_OF_NAMES, *KEYS_OF_FILES}
-    private = {file: used(tree, own) for file, tree in files.items()}
+    private = {file: used(tree, own) for file, tree in trees().items()}
     for file, names in private.items():
         # The last part of what a file looks up may be written out in it.
-        parts = {name.rpartition(".")[2] for name in strings(files[file]) & NAMES.keys()}
+        parts = {name.rpartition(".")[2] for name in strings(trees()[file]) & NAMES.keys()}
         assert names - listed - parts == set(), file
     assert set().union(*private.values()) >= listed
 
 
 def test_what_is_looked_up_is_what_is_listed() -> None:
-    files = [tree for name, tree in trees().items() if name != "private_names.py"]
-    assert set().union(*map(strings, files)) & NAMES.keys() == NAMES.keys()
-    assert set().union(*map(looked_up, files)) <= NAMES.keys()
+    written = set().union(*map(strings, trees().values()))
+    private = {text for text in written if PATH.fullmatch(text) and "._" in text}
+    assert private == NAMES.keys() | LOADED_BY_OTHERS
 
 
-def looked_up(tree: ast.Module) -> set[str]:
-    """The names that a file looks up: written there, or as a constant of the file."""
-    assigned = {node.targets[0].id: node.value for node in tree.body if is_constant(node)}
-    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args)
-    named = (c.args[0] for c in calls if getattr(c.func, "id", "") in ("look_up", "needed"))
-    values = (assigned.get(getattr(first, "id", ""), first) for first in named)
-    return {str(value.value) for value in values if isinstance(value, ast.Constant)}
-
-
-def is_constant(node: ast.AST) -> bool:
-    return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-
-
-def test_the_walk_sees_each_way_to_use_a_name() -> None:
-    source = "import torch._a\nfrom torch._b import _c\nx._d\ngetattr(x, '_e')\nself._f\nx._own\n"
-    assert used(ast.parse(source), {"_own", "_f"}) == {"_a", "_b", "_c", "_d", "_e"}
-    assert used(ast.parse("module._parameters"), {"_parameters"}) == {"_parameters"}
-
-
-SHARD = "torch.distributed.tensor._utils.compute_local_shape_and_global_offset"
 # The oldest version of its library that was seen to have a name; all others were in torch 2.6,
 # transformers 5.0 and the oldest version of each other library that is admitted.
 SINCE = {
@@ -144,107 +125,74 @@ def test_each_name_is_in_the_versions_that_are_said_to_have_it(name: str) -> Non
         assert look_up(name) is not None
 
 
-@pytest.mark.parametrize(
-    ("name", "use"),
-    [
-        ("torch._C._not_there_at_all", lambda: needed("torch._C._not_there_at_all", "a feature")),
-        (SHARD, lambda: sharding._local_samples(torch.zeros(1))),
-    ],
-)
-def test_what_stands_on_a_name_is_refused_without_it(monkeypatch, name: str, use: Any) -> None:
-    monkeypatch.setattr(private_needed, "look_up", lambda asked: None if asked == name else 1 / 0)
-    with pytest.raises(li.LayerError, match=f"it stands on {name}, which torch"):
-        use()
+def test_what_stands_on_a_missing_name_is_refused() -> None:
+    with pytest.raises(li.LayerError, match="_not_there, which torch"):
+        needed("torch._not_there", "a feature")
 
 
 # ---------------------------------------------------------- the life of an adapter without a name
 
 REFUSED = {
-    "torch._C._will_engine_execute_node": {"trials", "dropout"},
+    "torch._C._will_engine_execute_node": {"trials"},
     "torch.Tensor._make_wrapper_subclass": {"packed experts"},
 }
 
 
-def import_without(name: str) -> None:
-    """Import the package anew, as if its library had no such name."""
+def without(name: str) -> dict[str, str]:
+    """What fails of kinds of layers, trials and packed experts where a name is missing."""
     for module in [m for m in sys.modules if m.partition(".")[0] == "lora_inject"]:
         del sys.modules[module]
-    path = Path(importlib.util.find_spec("lora_inject").origin).parent / "private.py"
-    spec = importlib.util.spec_from_file_location("lora_inject.private", path)
-    gate = importlib.util.module_from_spec(spec)
-    sys.modules["lora_inject.private"] = gate
-    spec.loader.exec_module(gate)
+    gate = importlib.import_module("lora_inject.private")  # the package anew, without the name
     there = gate.look_up
     gate.look_up = lambda asked: None if asked == name else there(asked)
-    importlib.import_module("lora_inject")
+    kinds = {kind: partial(life, row) for kind, row in KINDS.items()}
+    works = {**kinds, "trials": train, "packed experts": pack}
+    raised = {what: refusal(run, Exception) for what, run in works.items()}
+    return {what: repr(error) for what, error in raised.items() if error is not None}
 
 
-def lives(name: str) -> dict[str, str]:
-    """What happened to each kind of layer, and to trials, where a name is missing."""
-    import_without(name)
-    kinds = {kind: outcome(partial(life, kind)) for kind in KINDS}
-    trials = {"trials": outcome(partial(train, 0.0)), "dropout": outcome(partial(train, 0.5))}
-    return {**kinds, **trials, "packed experts": outcome(pack)}
-
-
-def outcome(run: Any) -> str:
-    try:
-        run()
-    except Exception as error:  # noqa: BLE001 - told apart by the test
-        return f"{type(error).__name__}: {error}"
-    return "works"
-
-
-def life(kind_name: str) -> None:
-    """Inject, train, save, load, merge, unmerge and eject."""
+def life(kind: Kind) -> None:
     import lora_inject as li
 
-    kind = KINDS[kind_name]
-    torch.manual_seed(0)
-    model = Host(kind.layer())
+    model, inputs = Host(kind.layer()), kind.inputs(torch.float32)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    inputs = kind.inputs(torch.float32)
     li.inject(model, kind.config)
     for parameter in li.adapter_parameters(model).values():
         nn.init.normal_(parameter, std=0.1)
     adapted = model(*inputs)
     adapted.pow(2).sum().backward()
     assert all(p.grad.isfinite().all() for p in li.adapter_parameters(model).values())
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "adapter.safetensors"
-        li.save_adapter(model, path, format="native")
-        li.eject(model)
-        li.load_adapter(model, path)
+    state = li.adapter_state(model)
+    li.install(li.eject(model), state)
+    li.swap_adapter(model, state)
     torch.testing.assert_close(model(*inputs), adapted)
     li.merge(model)
     torch.testing.assert_close(model(*inputs), adapted, rtol=1e-4, atol=1e-5)
-    li.eject(li.unmerge(model))
-    after = model.state_dict()
-    assert after.keys() == before.keys()
+    after = li.eject(li.unmerge(model)).state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
-def train(dropout: float) -> None:
+def train() -> None:
     from lora_inject import Trial, Trials
 
-    config = {"rank": 2, "dropout": dropout, "targets": ["0"]}
-    trials = Trials(nn.Sequential(nn.Linear(4, 4)), {n: Trial(config, lr=1e-2) for n in "ab"})
-    trials.step(torch.randn(3, 4), loss=lambda outputs, _: outputs.pow(2).mean())
+    config = {"rank": 2, "targets": ["0"]}
+    dropouts = {"a": 0.0, "b": 0.0, "c": 0.5, "d": 0.5}
+    trials = {name: Trial(config | {"dropout": p}, lr=1e-2) for name, p in dropouts.items()}
+    step = Trials(nn.Sequential(nn.Linear(4, 4)), trials).step
+    step(torch.randn(3, 4), loss=lambda outputs, _: outputs.pow(2).mean())
 
 
 def pack() -> None:
     from lora_inject.experts.packed_experts import PackedExperts
     from lora_inject.experts.stack_formats import Mxfp4Stack
 
-    codes, scales = torch.zeros(2, 4, 16).byte(), torch.zeros(2, 4, 1).byte()
-    parts = {"codes": codes, "scales": scales}
+    parts = {"codes": torch.zeros(2, 4, 16).byte(), "scales": torch.zeros(2, 4, 1).byte()}
     PackedExperts(Mxfp4Stack(), parts, torch.bfloat16).dequantize()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("torch.")])
 def test_what_does_not_stand_on_a_name_works_without_it(forks: Forks, name: str) -> None:
-    outcomes = forks.start(lives, name).result()
-    wrong = {what: said for what, said in outcomes.items() if said != "works"}
+    wrong = forks.start(without, name).result()
     assert wrong.keys() == REFUSED.get(name, set()), wrong
     assert all(f"it stands on {name}, which torch" in said for said in wrong.values())
