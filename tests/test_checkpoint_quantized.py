@@ -93,47 +93,22 @@ def of_library(tensors: dict[str, Tensor], form: str) -> Tensor:
 
 @quiet
 @pytest.mark.parametrize("form", FORMS)
-def test_files_of_bitsandbytes_are_quantized_again_as_the_live_model_is(
-    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_of_bitsandbytes_merge_as_the_live_model_does(form, tmp_path, monkeypatch) -> None:
+    """Into plain floats, and quantized again; only when asked, and into their own base."""
     monkeypatch.setattr(reading, "BLOCK_ELEMENTS", 1000)  # pieces must follow the blocks of scales
-    net = bitsandbytes(form, torch.bfloat16 if form == "nf4" else torch.float32)
+    dtype = torch.bfloat16 if form == "nf4" else torch.float32
+    net = bitsandbytes(form, dtype)
     base = stored(net, tmp_path / "base", shards=3)
     fill(li.inject(net, {"rank": 2, "targets": ["0"]}))
     with torch.no_grad():
         for parameter in li.adapter_parameters(net).values():
             parameter.mul_(0.15)  # a delta of the size of W
     state = li.adapter_state(net)
-    report = merge_checkpoint(base, [state], tmp_path / "out", options=AGAIN)
-    before, found = load_checkpoint(base), load_checkpoint(tmp_path / "out")
-    new = {f"0.{end}" for end in ("weight", "SCB", "weight.absmax", "weight.nested_absmax")}
-    assert_same_files(base, tmp_path / "out", new)
-    W, merged, held = of_library(before, form), of_library(found, form), state.sites["0"]
-    exact = W.double() + dense_delta(held.spec, held.A, held.B)
-    li.merge(net, requantize=True)
-    live = of_library({k: t.contiguous() for k, t in net.state_dict().items()}, form)
-    assert error(merged, exact) < 1.02 * error(live, exact)
-    assert error(merged, exact) < 0.5 * error(W, exact)
-    row = report.tensors["0.weight"]
-    assert row.dtype == ("int8" if form == "int8" else form[:3])
-    assert row.kept == pytest.approx(kept(merged, W, exact), abs=1e-5)
-    assert_verified(base, [state], tmp_path / "out", requantize=True)
-    strict, little = MergeOptions(requantize=True, min_kept=0.9), WeightedAdapter(state, 1e-3)
-    with pytest.raises(CheckpointError, match=r"rounding leaves less.*'0.weight'.*--dequantize"):
-        merge_checkpoint(base, [little], tmp_path / "lost", options=strict)
-    assert not (tmp_path / "lost").exists()
-
-
-@quiet
-@pytest.mark.parametrize("form", FORMS)
-def test_files_of_bitsandbytes_merge_as_the_live_model_does(form, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(reading, "BLOCK_ELEMENTS", 1000)  # blocks of scales must follow the rows
-    dtype = torch.bfloat16 if form == "nf4" else torch.float32
-    net = bitsandbytes(form, dtype)
-    base = stored(net, tmp_path / "base", shards=3)
-    state = li.adapter_state(fill(li.inject(net, {"rank": 2, "targets": ["0"]})))
     with pytest.raises(CheckpointError, match=r"bitsandbytes.*--dequantize"):
-        merge_checkpoint(base, [state], tmp_path / "out")
+        merge_checkpoint(base, [state], tmp_path / "no")
+    other = stored(bitsandbytes(form, dtype, seed=1), tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"made on another base.*'0.weight'"):
+        merge_checkpoint(other, [state], tmp_path / "no", options=BF16)
     for kind in ("bfloat16", "float32"):
         out = tmp_path / kind
         report = merge_checkpoint(base, [state], out, options=MergeOptions(dequantize=kind))
@@ -146,9 +121,25 @@ def test_files_of_bitsandbytes_merge_as_the_live_model_does(form, tmp_path, monk
             assert error(written[name], wanted[name].double()) < 1e-6, name
         assert "quantization_config" not in json.loads((out / "config.json").read_text())
         assert_verified(base, [state], out, dequantize=kind)
-    other = stored(bitsandbytes(form, dtype, seed=1), tmp_path / "other")
-    with pytest.raises(CheckpointError, match=r"made on another base.*'0.weight'"):
-        merge_checkpoint(other, [state], tmp_path / "no", options=BF16)
+
+    report = merge_checkpoint(base, [state], tmp_path / "out", options=AGAIN)
+    before, after = load_checkpoint(base), load_checkpoint(tmp_path / "out")
+    new = {f"0.{end}" for end in ("weight", "SCB", "weight.absmax", "weight.nested_absmax")}
+    assert_same_files(base, tmp_path / "out", new)
+    W, merged, held = of_library(before, form), of_library(after, form), state.sites["0"]
+    exact = W.double() + dense_delta(held.spec, held.A, held.B)
+    li.merge(net, requantize=True)
+    live = of_library({k: t.contiguous() for k, t in net.state_dict().items()}, form)
+    assert error(merged, exact) < 1.02 * error(live, exact)
+    assert error(merged, exact) < 0.5 * error(W, exact)
+    row = report.tensors["0.weight"]
+    assert row.dtype == ("int8" if form == "int8" else form[:3])
+    assert row.kept == pytest.approx(kept(merged, W, exact), abs=1e-5)
+    assert_verified(base, [state], tmp_path / "out", requantize=True)
+    strict, little = MergeOptions(requantize=True, min_kept=0.9), WeightedAdapter(state, 1e-3)
+    with pytest.raises(CheckpointError, match=r"rounding leaves less.*'0.weight'.*--dequantize"):
+        merge_checkpoint(base, [little], tmp_path / "no", options=strict)
+    assert not (tmp_path / "no").exists()
 
 
 def quantized(w: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
