@@ -1,8 +1,4 @@
-"""The benchmarks run and write what they say they write; what they measure is never tested.
-
-The programs are run at their tiny sizes, and their JSON is read back. Only numbers that do not
-depend on the machine are looked at: errors and counts of bytes.
-"""
+"""The benchmarks run and write what they say they write; what they measure is never tested."""
 
 import json
 import os

@@ -38,11 +38,9 @@ def _as_exact_as_a_cpu() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-def _layer(
-    dtype: torch.dtype, n_in: int = 96, n_out: int = 160, **config: object
-) -> tuple[nn.Module, list[Tensor]]:
+def _layer(dtype: torch.dtype, **config: object) -> tuple[nn.Module, list[Tensor]]:
     """A linear layer with an adapter on the device; and W, A, B in float64 on the CPU."""
-    layer = nn.Sequential(nn.Linear(n_in, n_out, bias=False)).to(dtype)
+    layer = nn.Sequential(nn.Linear(96, 160, bias=False)).to(dtype)
     weight = layer[0].weight.detach().double()
     model = fill(li.inject(layer, {"rank": 4, "alpha": 8, "targets": ["0"], **config}))
     factors = [p.detach().double() for p in li.adapter_parameters(model).values()]
@@ -100,20 +98,8 @@ def test_gradients_of_float32_arithmetic_over_a_16_bit_base(tokens: int) -> None
         assert float((found.grad.cpu().double() - right).norm() / right.norm()) < 1e-6
 
 
-def test_autocast_over_float32() -> None:
-    model, (W, A, B) = _layer(torch.float32)
-    x = torch.randn(64, 96, device=DEVICE, requires_grad=True)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        y = model(x)
-    y.sum().backward()
-    wanted = x.detach().cpu().double() @ (W + 2 * B @ A).T
-    assert y.dtype == torch.bfloat16
-    assert error(y.cpu(), wanted) < TOLERANCE[torch.bfloat16]
-    assert x.grad.dtype == torch.float32
-
-
 def test_dropout_is_of_torchs_generator_and_is_recomputed_alike() -> None:
-    model, (W, A, B) = _layer(torch.float32, dropout=0.25)
+    model, _ = _layer(torch.float32, dropout=0.25)
     model.train()
     x = torch.randn(256, 96, device=DEVICE, requires_grad=True)
     torch.manual_seed(3)
@@ -128,21 +114,6 @@ def test_dropout_is_of_torchs_generator_and_is_recomputed_alike() -> None:
         run(x).square().sum().backward()
         found.append([p.grad.clone() for p in li.adapter_parameters(model).values()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    # On average it is the layer without dropout.
-    with torch.no_grad():
-        mean = torch.stack([model(x) for _ in range(400)]).mean(0).cpu()
-    wanted = x.detach().cpu().double() @ (W + 2 * B @ A).T
-    assert float((mean - wanted).norm() / wanted.norm()) < 0.1
-
-
-def test_merge_and_unmerge_restore_every_bit() -> None:
-    model, (W, A, B) = _layer(torch.bfloat16)
-    before = model[0].weight.detach().cpu().clone()  # type: ignore[index]
-    li.merge(model)
-    merged = model[0].weight.detach().cpu()  # type: ignore[index]
-    assert error(merged, W + 2 * B @ A) < torch.finfo(torch.bfloat16).eps
-    li.unmerge(model)
-    assert same_bits(model[0].weight.detach().cpu(), before)  # type: ignore[index]
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA can refuse a sync and capture a graph")

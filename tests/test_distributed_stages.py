@@ -144,12 +144,8 @@ def all_stages_refuse_or_none(folder: Path) -> None:
     by_both = [
         ("MatchError: rule 1 ('layer_0'): ", lambda: li.inject(model, layer_0, group=group)),
         ("found sites: 3", lambda: li.inject(model, four, group=group)),
-        ("found sites: 3", lambda: li.plan(model, four, group=group)),
         ("ConfigError", lambda: li.inject(model, RULES | {"rank": 0}, group=group)),
-        (
-            "processes 0, 1 of the group each have 'layers.0.weight'",
-            lambda: li.inject(whole(), RULES, group=group),
-        ),
+        ("processes 0, 1 of the group each have", lambda: li.inject(whole(), RULES, group=group)),
         ("group is 'pp'", lambda: li.inject(model, RULES, group="pp")),
     ]
     for words, verb in by_both:
@@ -163,8 +159,6 @@ def all_stages_refuse_or_none(folder: Path) -> None:
         (by_the_other, "reached", lambda: li.inject(model, RULES, group=group, probe=probe)),
         (no_out, "out", lambda: li.install(narrow, state, group=group)),
         (no_out, no_out, lambda: li.load_adapter(narrow, saved, group=group)),
-        ("FormatError", "FormatError", lambda: li.install(narrow, state)),
-        ("matched", "found sites: 2", lambda: li.plan(model, RULES)),
     ]
     for *words, verb in of_each:
         assert words[rank] in said(verb)

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig, ViTForI
 
 import lora_inject as li
 
-# Imports of other libraries raise warnings that do not concern these tests.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 EXAMPLES = Path(__file__).parents[1] / "scripts" / "examples"
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
@@ -27,7 +26,6 @@ def run(name: str, *arguments: object) -> None:
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They write where they are started."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -42,11 +40,6 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def base(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def written(path: Path, rows: list[dict[str, object]]) -> Path:
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
 
 
 def adapter(folder: Path, path: Path, seed: int) -> Path:
@@ -72,7 +65,8 @@ def test_qlora_with_sft_writes_an_adapter_of_the_quantized_base(chat_model, tmp_
     pytest.importorskip("trl")
     pytest.importorskip("bitsandbytes")
     talk = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-    data = written(tmp_path / "chat.jsonl", [{"messages": talk}] * 4)
+    data = tmp_path / "chat.jsonl"
+    data.write_text(f"{json.dumps({'messages': talk})}\n" * 4)
     run("qlora_sft", "--model", chat_model, "--data", data, "--steps", 2, "--batch", 2)
     state = li.read_adapter(tmp_path / "qlora-adapter")
     assert all(site.B.abs().max() > 0 for site in state.sites.values())
@@ -80,8 +74,10 @@ def test_qlora_with_sft_writes_an_adapter_of_the_quantized_base(chat_model, tmp_
 
 def test_dpo_begins_at_log_two(chat_model, tmp_path, capsys) -> None:
     pytest.importorskip("trl")
-    pairs = [{"prompt": "say ", "chosen": "yes", "rejected": "no"}] * 4
-    run("dpo", "--model", chat_model, "--data", written(tmp_path / "p", pairs), "--steps", 2)
+    pair = {"prompt": "say ", "chosen": "yes", "rejected": "no"}
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(f"{json.dumps(pair)}\n" * 4)
+    run("dpo", "--model", chat_model, "--data", data, "--steps", 2)
     assert "loss 0.6931 ->" in capsys.readouterr().out
     assert li.read_adapter(tmp_path / "dpo-adapter").sites
 
@@ -96,9 +92,7 @@ def test_lightning_saves_the_adapter_alone_and_resumes_from_it(chat_model, tmp_p
     assert all("lora_" in key for key in held)
     model = li.load_adapter(base(chat_model), tmp_path / "lightning-adapter")
     saved = li.adapter_state(model)
-    with torch.no_grad():
-        for parameter in li.adapter_parameters(model).values():
-            parameter.fill_(torch.nan)
+    fill(model)
     resumed = {key.removeprefix("model."): value for key, value in held.items()}
     model.load_state_dict(resumed, strict=False)
     assert li.adapter_state(model) == saved

@@ -124,10 +124,8 @@ def test_pairs(place, tmp_path):
     assert done["after"]["held_out"]["nll"] < done["before"]["held_out"]["nll"]
     assert {"nll", "perplexity"} < done["after"]["test"].keys()
     model = AutoModelForCausalLM.from_pretrained(place / "llama")
-    n_all = sum(p.numel() for p in model.parameters())
     li.load_adapter(model, tmp_path / "out" / "adapter")
     assert done["n_trained"] == sum(p.numel() for p in li.adapter_parameters(model).values())
-    assert done["n_all"] == n_all + done["n_trained"]
 
 
 @pytest.mark.parametrize(("task", "metric"), [("classify", "accuracy"), ("regress", "mse")])

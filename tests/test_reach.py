@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fill, same_bits
+from conftest import fill
 from helpers.reference import config, refused
 from torch import Tensor, nn
 
@@ -45,10 +45,8 @@ def test_a_probe_refuses_inert_sites_and_leaves_no_trace(targets: list[str]) -> 
 def test_a_second_adapter_is_probed_for_its_own_sites() -> None:
     model = WeightUpdate()
     fill(li.inject(model, config("called")))
-    wanted = model.eval()(X)
     run = lambda: li.inject(model, config("idle"), "b", probe=lambda: model(X))  # noqa: E731
     refused(model, run, li.LayerError, "'idle'")
-    assert same_bits(model(X), wanted)
     li.inject(model, config("read"), "b", probe=lambda: model(X))
     assert li.adapters(model)["b"].active
 
@@ -71,9 +69,6 @@ def test_unreached_sees_branches_and_restores() -> None:
     li.activate(model, None)
     with pytest.raises(li.StateError, match="no adapter is active"):
         li.unreached(model, lambda: model["used"](X))
-
-
-# ------------------------------------------------------- what training has left unused, when saved
 
 
 class Routed(nn.Module):
@@ -141,35 +136,15 @@ def test_members_of_a_list_may_be_unused(compiled: bool, tmp_path: Path) -> None
     li.save_adapter(model, tmp_path / "a")
 
 
-def fresh() -> nn.Module:
-    return li.inject(Routed(), config("first", "spare"))
-
-
-def loaded() -> nn.Module:
-    state = li.adapter_state(fill(fresh()))
-    model = li.install(Routed(), state, base="any")
-    model(X)
-    return model
-
-
-def frozen() -> nn.Module:
-    model: Any = trained(Routed(), "first", "spare")
-    model.spare.requires_grad_(False)
-    return model
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        fresh,
-        loaded,
-        lambda: li.inject(trained(Routed(), "first", "spare"), config("first"), "other"),
-        frozen,
-    ],
-    ids=["not trained", "loaded", "another trains", "frozen"],
-)
-def test_what_does_not_train_may_be_unused(make: Callable[[], nn.Module], tmp_path: Path) -> None:
-    li.save_adapter(make(), tmp_path / "a")
+def test_what_does_not_train_may_be_unused(tmp_path: Path) -> None:
+    fresh, filled = (li.inject(Routed(), config("first", "spare")) for _ in range(2))
+    loaded = li.install(Routed(), li.adapter_state(fill(filled)), base="any")
+    loaded(X)
+    other_trains = li.inject(trained(Routed(), "first", "spare"), config("first"), "other")
+    frozen: Any = trained(Routed(), "first", "spare")
+    frozen.spare.requires_grad_(False)
+    for n, model in enumerate((fresh, loaded, other_trains, frozen)):
+        li.save_adapter(model, tmp_path / str(n))
 
 
 def steps(model: nn.Module, *runs: Callable[[Tensor], Tensor]) -> None:

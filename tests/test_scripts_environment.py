@@ -1,4 +1,4 @@
-"""The shell scripts before they run anything: --help, and the environment that they share."""
+"""The environment that the shell scripts share, before it is filled."""
 
 import os
 import shutil
@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[1]
-SCRIPTS = sorted(p.name for p in (REPO / "scripts").glob("*.sh") if p.name != "environment.sh")
 
 
 @pytest.fixture
@@ -20,27 +19,12 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def bash(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    variables = {"PYTHON": sys.executable, "PYTHONDONTWRITEBYTECODE": "1", **variables}
-    return subprocess.run(
-        ["bash", *words],
-        cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, **variables},
-    )  # fmt: skip
-
-
-def shell(checkout: Path, command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def shell(checkout: Path, command: str) -> subprocess.CompletedProcess[str]:
     """Run a command in a shell that has sourced scripts/environment.sh."""
-    sourced = f"source scripts/environment.sh; {command}"
-    return bash(checkout, "-euo", "pipefail", "-c", sourced, **variables)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_makes_no_environment(checkout: Path, name: str) -> None:
-    before = {*checkout.rglob("*")}
-    done = bash(Path("/"), str(checkout / "scripts" / name), "--help")
-    assert done.returncode == 0
-    assert name in done.stdout
-    assert {*checkout.rglob("*")} == before
+    words = ["bash", "-euo", "pipefail", "-c", f"source scripts/environment.sh; {command}"]
+    variables = {**os.environ, "PYTHON": sys.executable, "PYTHONDONTWRITEBYTECODE": "1"}
+    how = {"cwd": checkout, "capture_output": True, "text": True}
+    return subprocess.run(words, check=False, env=variables, **how)
 
 
 def test_a_folder_that_the_scripts_did_not_make_stays(checkout: Path) -> None:

@@ -1,10 +1,5 @@
-"""Checkpoints of the adapter alone: small, whole or absent, and as good as not having stopped.
+"""Checkpoints of the adapter alone: small, whole or absent, and as good as not having stopped."""
 
-A run that ends with an exception in the middle of a step is resumed by a new Trainer on a
-new model, and all that was logged must be the same, bit for bit.
-"""
-
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +9,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from training_models import CONFIG, KillAt, KilledError, curve, injected, llama, rows, trainer
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
-from transformers.trainer_pt_utils import safe_globals
 
 import lora_inject as li
 
@@ -24,7 +18,6 @@ BEST = {"eval_strategy": "steps", "eval_steps": 2, **LOADS_BEST}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "steps": {},
     "steps with evaluation and the best at the end": BEST,
-    "epochs": EVERY_EPOCH,
     "epochs, the best at the end": EVERY_EPOCH | LOADS_BEST,
     "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
     "bfloat16": {"bf16": True},
@@ -65,9 +58,7 @@ def losses(made: Trainer) -> list[tuple[int, str, float]]:
 
 def check_same_run(one: Trainer, other: Trainer) -> None:
     assert losses(one) == losses(other)
-    parameters = li.adapter_parameters(other.model)
-    for key, parameter in li.adapter_parameters(one.model).items():
-        assert torch.equal(parameter, parameters[key]), key
+    assert li.adapter_state(one.model) == li.adapter_state(other.model)
 
 
 def names(folder: Path) -> list[str]:
@@ -117,11 +108,6 @@ def test_it_holds_the_adapter_and_nothing_of_the_base(whole: Trainer) -> None:
     n_bytes = 4 * sum(p.numel() for p in li.adapter_parameters(model).values())
     # Two copies of the adapter, two moments, and what does not grow with the model.
     assert sum(path.stat().st_size for path in folder.iterdir()) < 4 * n_bytes + 70_000
-    for name in ("optimizer.pt", "scheduler.pt"):
-        torch.load(folder / name, weights_only=True)
-    with safe_globals():  # of numpy, by transformers
-        torch.load(folder / "rng_state.pth", weights_only=True)
-    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 6
 
 
 # PEFT asks the model for a property that transformers has renamed.
@@ -137,13 +123,9 @@ def test_others_read_it(whole: Trainer) -> None:
 def test_a_base_that_was_derived_from_is_restored(tmp_path: Path) -> None:
     """pissa starts from factors of W: the frozen start is a part of the checkpoint."""
     config = CONFIG | {"init": "pissa", "train": []}
-    first = run(tmp_path, injected(config), max_steps=2).model
-    again = run(tmp_path, injected(config), max_steps=2, resume=True).model
-    for key, tensor in first.state_dict().items():
-        assert torch.equal(again.state_dict()[key], tensor), key
-
-
-# -------------------------------------------------------------------- which are kept, which is best
+    first = run(tmp_path, injected(config), max_steps=2).model.state_dict()
+    again = run(tmp_path, injected(config), max_steps=2, resume=True).model.state_dict()
+    assert all(torch.equal(again[key], tensor) for key, tensor in first.items())
 
 
 class At(TrainerCallback):
@@ -225,14 +207,11 @@ def test_a_checkpoint_of_a_plain_module_without_its_adapter_is_half_written(tmp_
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4.incomplete"]
 
 
-# --------------------------------------------------------------------- resuming with another config
-
 HALVES = {"match": "q_proj", "slices": {"a": 8, "b": 8}, "adapt": ["a"]}
 SLICED = CONFIG | {"targets": [HALVES]}
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "alpha": (CONFIG, CONFIG | {"alpha": 64}, "scale 2 .* and 32 here"),
     "slices": (SLICED, SLICED | {"targets": [HALVES | {"adapt": ["b"]}]}, "slices"),
-    "rank": (CONFIG, CONFIG | {"rank": 4, "alpha": 8}, "rank 2 .* and 4 here"),
     "other targets": (CONFIG, CONFIG | {"targets": ["q_proj", "up_proj"]}, "no such site here"),
     "more targets": (SLICED, CONFIG | {"targets": [HALVES, "k_proj"]}, "no such site there"),
 }
@@ -254,15 +233,11 @@ def test_a_run_is_not_resumed_under_other_numbers(
     assert same.state.global_step == 4
 
 
-# -------------------------------------------------------------------------- refusals, and the model
-
-
-@pytest.mark.parametrize("make", [plain, injected])
 def test_adapters_whose_names_are_no_folders_are_refused_before_the_first_step(
-    make: Any, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     """Not after hours, at the first save."""
-    made = trainer(tmp_path, li.inject(make(), {"rank": 2, "targets": [r".*head"]}, "a/b"))
+    made = trainer(tmp_path, li.inject(plain(), {"rank": 2, "targets": [r".*head"]}, "a/b"))
     with pytest.raises(li.StateError, match="'a/b' is not that of a folder"):
         made.train()
     assert made.state.global_step == 0

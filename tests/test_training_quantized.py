@@ -18,7 +18,6 @@ import lora_inject as li
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 pytest.importorskip("bitsandbytes")
-TARGETS = ["q_proj", "v_proj"]
 CONFIG = {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 FORMATS = {"nf4": NF4 | {"bnb_4bit_use_double_quant": True}, "int8": {"load_in_8bit": True}}

@@ -1,8 +1,4 @@
-"""TRL's trainers on a model that carries an adapter: `inject`, then train as usual.
-
-TRL knows nothing of this package, so what it is to leave alone is compared bit for
-bit, and what it is to train is compared with PEFT or seen to have changed.
-"""
+"""TRL's trainers on a model that carries an adapter: `inject`, then train as usual."""
 
 import contextlib
 import copy
@@ -16,7 +12,7 @@ from conftest import error, fill, same_bits
 from helpers.experts import experts
 from helpers.versions import needs_transformers_5
 from safetensors.torch import load_file
-from training_models import CONFIG, as_peft, curve, llama, llama_folder
+from training_models import CONFIG, as_peft, llama, llama_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import lora_inject as li
@@ -72,29 +68,6 @@ def tensors_of(model: Any) -> dict[str, torch.Tensor]:
     return {k: p.detach().clone() for k, p in li.adapter_parameters(model).items()}
 
 
-def test_sft_trains_saves_and_resumes_bit_for_bit(folder: Path, tmp_path: Path) -> None:
-    def train(out: Path, **how: Any) -> Any:
-        torch.manual_seed(0)
-        model = li.inject(plain(folder), CONFIG)
-        saves = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps"}
-        made = trainer(
-            "SFT", folder, out, model, PAIRS, callbacks=[li.AdapterCheckpoint()], **saves
-        )
-        made.train(**how)
-        return made
-
-    made = train(tmp_path / "out")
-    assert len(curve(made.state.log_history)) == 4
-    loaded = li.load_adapter(plain(folder), tmp_path / "out" / "checkpoint-4")
-    assert torch.equal(loaded.eval()(IDS).logits, made.model.eval()(IDS).logits)
-    (tmp_path / "again").mkdir()
-    (tmp_path / "out" / "checkpoint-2").rename(tmp_path / "again" / "checkpoint-2")
-    again = train(tmp_path / "again", resume_from_checkpoint=True)
-    assert curve(again.state.log_history) == curve(made.state.log_history)
-    for key, tensor in tensors_of(made.model).items():
-        assert torch.equal(li.adapter_parameters(again.model)[key], tensor), key
-
-
 TASKS = {
     "completions": ("SFT", PAIRS, {}),
     "chat": ("SFT", CHATS, {}),
@@ -118,7 +91,8 @@ def test_losses_are_those_of_peft_with_equal_a_and_b(
         made.train()
         return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
 
-    more = {} if method == "SFT" else {"ref_model": li.reference(model)}
+    more: dict[str, Any] = {"callbacks": [li.AdapterCheckpoint()]}
+    more |= {} if method == "SFT" else {"ref_model": li.reference(model)}
     ours, theirs = losses(model, **more), losses(as_peft(plain(folder), start))
     assert len(ours) == 2
     assert ours == pytest.approx(theirs, rel=1e-4)
@@ -201,9 +175,6 @@ def test_a_reference_is_the_base_in_its_own_mode_and_nothing_of_the_model(folder
         reference(IDS)
     with pytest.raises(li.StateError, match="no adapter"):
         li.reference(li.eject(model))
-
-
-# ------------------------------------------------------------------------------ what vLLM is sent
 
 
 class Recorder:
