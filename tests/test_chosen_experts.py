@@ -74,13 +74,8 @@ def test_a_part_of_a_stack_equals_the_dense_model(family: str, part: str) -> Non
     assert error(logits(model), logits(dense)) < EXACT
     li.unmerge(model)
     assert all(same_bits(t, plain.state_dict()[k]) for k, t in base_state(model).items())
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_a_part_of_a_stack_in_products_of_all_experts(part: str) -> None:
-    for family in FAMILIES:
-        plain, model = adapted(family, part, "batched_mm")
-        assert error(logits(model), logits(wide(plain, model))) < 2e-5
+    plain, model = adapted(family, part, "batched_mm")  # a product of all experts
+    assert error(logits(model), logits(wide(plain, model))) < 2e-5
 
 
 @pytest.mark.parametrize(("part", "n_a", "n_b"), [("only", 2, 2), ("A", 1, 3), ("B", 3, 1)])
@@ -93,7 +88,6 @@ def test_what_is_left_out_or_shared_takes_no_memory(part, n_a, n_b, tmp_path: Pa
     plan = li.plan(plain, config(ALL | PARTS[part]))
     assert plan.n_lora == counted == 2 * (8 * n_a + 16 * n_b) + 2 * (8 * n_a + 8 * n_b)
     assert "hold every expert" in str(plan)  # what the default files do not keep
-    assert ("2 of a stack of 3" if part == "only" else f"stack of 3, one {part}") in str(plan)
     li.save_adapter(model, tmp_path / "a.safetensors", format="native")
     again = li.load_adapter(copy.deepcopy(plain), tmp_path / "a.safetensors")
     for name, site in li.adapter_state(again).sites.items():
@@ -174,14 +168,9 @@ def test_the_most_chosen_experts_of_each_layer_are_adapted(tmp_path: Path) -> No
     profile = li.ExpertProfile(experts={names[0]: [9, 5, 0, 1], names[1]: [0, 0, 2, 9]})
     profile.write(tmp_path / "p")
     assert li.ExpertProfile.from_yaml(tmp_path / "p") == profile
-    for top, (first, second) in {
-        0.25: ((0,), (3,)),
-        0.26: ((0, 1), (2, 3)),
-        1: ((0, 1, 2, 3), (0, 1, 2, 3)),
-    }.items():
+    for top, first, second in ((0.25, (0,), (3,)), (0.26, (0, 1), (2, 3))):
         plan = li.plan(two_layers(), config(ALL | {"only": str(tmp_path / "p"), "top": top}))
         assert [site.only for site in plan.sites] == [first, first, second, second]
-    assert profile.covered(1) == 1
 
 
 def test_the_command_writes_a_profile(tmp_path: Path, run: Any) -> None:
@@ -191,9 +180,8 @@ def test_the_command_writes_a_profile(tmp_path: Path, run: Any) -> None:
     rows.write_text("1 and 1 is 2\n2 is a number\n")
     done = run("profile", tmp_path, "--data", rows, "--output", output, "--length", 6)
     assert done.code == 0, done.err
-    profile = li.ExpertProfile.from_yaml(output)
-    assert [sum(counts) for counts in profile.experts.values()] == [2 * 2 * 6] * 2
-    assert profile.picture() in done.out
+    counts = li.ExpertProfile.from_yaml(output).experts.values()
+    assert [sum(each) for each in counts] == [2 * 2 * 6] * 2
 
 
 # --------------------------------------------------------------------------------------- bad input
@@ -206,26 +194,18 @@ def test_the_command_writes_a_profile(tmp_path: Path, run: Any) -> None:
         ({"only": "other.yaml", "top": 0.5}, "the profile has no 'model.layers.0.mlp.experts'"),
         ({"match": "q_proj", "only": [0]}, "only, but it is a linear of its own. It is for stacks"),
         ({"share": "A", "init": "pissa"}, "share, and init pissa"),
-    ],
-)
-def test_experts_that_are_not_there_are_refused(rule, words, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    li.ExpertProfile(experts={"h.0": [1, 2, 3]}).write("other.yaml")
-    model, _ = experts("mixtral")
-    refused(model, lambda: li.inject(model, config(ALL | rule)), li.MatchError, words)
-
-
-@pytest.mark.parametrize(
-    ("rule", "words"),
-    [
         ({"only": [0], "top": 0.5}, "top needs a profile. Give both"),
         ({"only": [1, 1]}, "repeated entry"),
         ({"only": [0], "share": "A"}, "share is for whole stacks, and only chooses of them"),
     ],
 )
-def test_a_choice_that_says_nothing_is_refused(rule: dict[str, Any], words: str) -> None:
-    with pytest.raises(li.ConfigError, match=words):
-        li.Config.from_dict({"targets": [ALL | rule]})
+def test_a_choice_of_what_is_not_there_or_that_says_nothing_is_refused(
+    rule: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    li.ExpertProfile(experts={"h.0": [1, 2, 3]}).write("other.yaml")
+    model, _ = experts("mixtral")
+    refused(model, lambda: li.inject(model, config(ALL | rule)), li.LoraInjectError, words)
 
 
 def test_a_model_without_experts_has_no_profile() -> None:

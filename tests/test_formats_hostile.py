@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import struct
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,16 +56,6 @@ def write_foreign(path: Path, tensors: dict[str, torch.Tensor], **config: Any) -
     edit_config(path, **config)
 
 
-def edit_metadata(folder: Path, words: dict[str, str]) -> None:
-    data = (folder / MODEL).read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    header["__metadata__"].update(words)
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    (folder / MODEL).write_bytes(struct.pack("<Q", len(encoded)) + encoded + data[8 + length :])
-
-
 # Files of ours that contradict themselves -------------------------------------------------------
 
 
@@ -91,33 +79,13 @@ def test_alpha_in_the_config_differs_from_the_metadata(ours: Path) -> None:
             read_adapter(ours)
 
 
-def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors, metadata = load_file(folder / MODEL), read_names(folder / MODEL)[1]
-    change(tensors)
-    save_file(tensors, folder / MODEL, metadata)
-
-
 def test_values_outside_the_slices_are_not_dropped(ours: Path) -> None:
-    tiny = torch.tensor(1e-30)
-    edit_tensors(ours, lambda t: t[f"{P}h.0.qkv.lora_B.weight"][4, 0].copy_(tiny))
+    tensors, metadata = load_file(ours / MODEL), read_names(ours / MODEL)[1]
+    tiny = tensors[f"{P}h.0.qkv.lora_B.weight"][4, 0].fill_(1e-30)
+    save_file(tensors, ours / MODEL, metadata)
     with pytest.raises(FormatError, match=r"1 values of B lie outside .* slices \['q', 'v'\]"):
         read_adapter(ours)
     assert read_adapter(ours, prefer="config").sites["h.0.qkv"].B[4, 0] == tiny
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda t: t.pop(f"{P}h.0.fc.lora_A.weight"),
-        lambda t: t.pop(f"{P}ln.weight"),
-        lambda t: t.update(stray=torch.ones(1)),
-        lambda t: t.update({f"{P}h.0.fc.lora_A.weight": torch.ones(3, 5)}),
-    ],
-)
-def test_missing_extra_and_misshapen_tensors_of_ours(change: Any, ours: Path) -> None:
-    edit_tensors(ours, change)
-    with pytest.raises(FormatError):
-        read_adapter(ours)
 
 
 @pytest.mark.parametrize(
@@ -130,36 +98,40 @@ def test_missing_extra_and_misshapen_tensors_of_ours(change: Any, ours: Path) ->
         ("fingerprint", lambda plain: plain["h.0.fc.weight"].__setitem__(1, "AAAA"), "samples"),
     ],
 )
-def test_sites_kinds_and_samples_must_fit(part: str, edit: Any, words: str, ours: Path) -> None:
-    plain = json.loads(read_names(ours / MODEL)[1][f"lora_inject.{part}"])
+def test_sites_kinds_and_samples_of_ours_must_fit(part, edit, words, ours: Path) -> None:
+    tensors, metadata = load_file(ours / MODEL), read_names(ours / MODEL)[1]
+    plain = json.loads(metadata[f"lora_inject.{part}"])
     edit(plain)
-    edit_metadata(ours, {f"lora_inject.{part}": json.dumps(plain)})
+    save_file(tensors, ours / MODEL, metadata | {f"lora_inject.{part}": json.dumps(plain)})
     with pytest.raises(FormatError, match=words):
         read_adapter(ours)
 
 
-def test_metadata_of_a_newer_version_is_refused(ours: Path) -> None:
-    edit_metadata(ours, {"lora_inject.format_version": "4"})
-    with pytest.raises(FormatError, match="newer"):
-        read_adapter(ours)
+def test_tensors_and_versions_that_ours_do_not_say_are_refused(ours: Path) -> None:
+    tensors, metadata = load_file(ours / MODEL), read_names(ours / MODEL)[1]
+    without = {key: t for key, t in tensors.items() if key != f"{P}ln.weight"}
+    newer = metadata | {"lora_inject.format_version": "4"}
+    for held, header, words in (
+        (without, metadata, "ln.weight"),
+        (tensors | {"stray": torch.ones(1)}, metadata, "stray"),
+        (tensors, newer, "newer"),
+    ):
+        save_file(held, ours / MODEL, header)
+        with pytest.raises(FormatError, match=words):
+            read_adapter(ours)
 
 
 # Foreign configs --------------------------------------------------------------------------------
 
+
 TEXTS = ["", "[]", "null", "{", '{"r": NaN}', "[" * 100_000, '{"r": ' + "9" * 5000 + "}", "\xff"]
+TEXTS += ['{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "lora_alpha": 400}']
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:9])
-def test_configs_that_are_none(text: str, foreign: Path) -> None:
+def test_configs_that_are_none_or_say_a_number_twice(text: str, foreign: Path) -> None:
     (foreign / CONFIG).write_text(text, encoding="latin-1")
-    with pytest.raises(FormatError):
-        read_adapter(foreign)
-
-
-def test_duplicate_config_keys_are_refused(foreign: Path) -> None:
-    text = (foreign / CONFIG).read_text()
-    (foreign / CONFIG).write_text(text[:-1] + ', "lora_alpha": 400}')
-    with pytest.raises(FormatError, match="'lora_alpha' occurs twice"):
+    with pytest.raises(FormatError, match="twice" if "400" in text else None):
         read_adapter(foreign)
 
 
@@ -198,7 +170,6 @@ def test_patterns_of_targets_run_under_a_time_limit(
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "alpha absent": ({"lora_alpha": ...}, "'lora_alpha' is missing"),
     "alpha zero": ({"lora_alpha": 0}, "above 0"),
-    "alpha text": ({"lora_alpha": "8"}, "above 0"),
     "alpha huge": ({"lora_alpha": 10**400}, "above 0"),
     "rank differs": ({"r": 3}, "rank 2, adapter_config.json says 3"),
     "a pattern that is none": ({"rank_pattern": {"(": 4}}, "'rank_pattern', the key"),
@@ -230,19 +201,14 @@ def test_foreign_configs_are_refused_by_name(case: str, tmp_path: Path) -> None:
     write_foreign(tmp_path, pair("fc"), **change)
     with pytest.raises(FormatError, match=words):
         read_adapter(tmp_path)
-
-
-def test_what_is_let_through_is_named(foreign: Path) -> None:
-    edit_config(foreign, init_lora_weights="pissa", some_new_field=3)
-    allowed = read_adapter(foreign, allow=["init_lora_weights", "some_new_field"])
-    assert list(allowed.sites) == ["fc"]
+    if case in ("init pissa", "unknown"):  # what may be let through is named
+        assert list(read_adapter(tmp_path, allow=[*change]).sites) == ["fc"]
 
 
 # Foreign tensors --------------------------------------------------------------------------------
 
 OUTPUT = "a.base_layer.out_proj"
 KEYS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
-    "no B": ({f"{P}fc.lora_A.weight": TWO}, "'fc': its B is missing"),
     "mixed prefix": ({**pair("fc"), "x.weight": torch.ones(1)}, "does not begin with"),
     "ranks differ": (pair("fc", torch.ones(3, 4)), "the ranks differ"),
     "one dimension": (pair("fc", torch.ones(2)), "not a low-rank pair"),
@@ -298,35 +264,24 @@ def test_other_spellings_of_keys_are_read(tmp_path: Path) -> None:
     assert list(read_adapter(tmp_path).trained) == ["lora_in.weight"]
 
 
-def experts(tmp_path: Path, **config: Any) -> Path:
-    """Two parameters of one module, of PEFT's ranks and order."""
-    e, r = 3, 2
-    tensors = {
-        f"{P}moe.base_layer.lora_A.weight": torch.randn(e * r, 4),
-        f"{P}moe.base_layer.lora_B.weight": torch.randn(10, r * e),
-        f"{P}moe.lora_A.weight": torch.randn(e * r, 5),
-        f"{P}moe.lora_B.weight": torch.randn(4, r * e),
-    }
-    write_foreign(tmp_path, tensors, target_parameters=["moe.down", "moe.up"], **config)
-    return tmp_path
-
-
 def test_two_parameters_need_the_models_names(tmp_path: Path) -> None:
     """PEFT wraps them in the order of the model, which no file says."""
-    path = experts(tmp_path)
+    tensors = pair("moe.base_layer", torch.randn(6, 4), torch.randn(10, 6))
+    tensors |= pair("moe", torch.randn(6, 5), torch.randn(4, 6))
+    write_foreign(tmp_path, tensors, target_parameters=["moe.down", "moe.up"])
     with pytest.raises(FormatError, match="tensor_names"):
-        read_adapter(path)
+        read_adapter(tmp_path)
     for first, second in (("up", "down"), ("down", "up")):
         names = [f"moe.{first}", "moe.other", f"moe.{second}"]
-        sites = read_adapter(path, tensor_names=names).sites
+        sites = read_adapter(tmp_path, tensor_names=names).sites
         assert sites[f"moe.{first}"].spec.weight_shape == (3, 10, 4)
         assert sites[f"moe.{second}"].spec.weight_shape == (3, 4, 5)
-    edit_config(path, peft_version="0.18.1")  # until which A and B were the other way round
-    spec = read_adapter(path, tensor_names=["moe.up", "moe.down"]).sites["moe.up"].spec
+    edit_config(tmp_path, peft_version="0.18.1")  # until which A and B were the other way round
+    spec = read_adapter(tmp_path, tensor_names=["moe.up", "moe.down"]).sites["moe.up"].spec
     assert (spec.transposed, spec.weight_shape) == (True, (3, 4, 10))
-    edit_config(path, r=4)
+    edit_config(tmp_path, r=4)
     with pytest.raises(FormatError, match="multiple of the rank 4"):
-        read_adapter(path, tensor_names=["moe.up", "moe.down"])
+        read_adapter(tmp_path, tensor_names=["moe.up", "moe.down"])
 
 
 # Places -----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Each case is held to PEFT itself: it raises, or its adapter does nothing, or something else.
 """
 
+import contextlib
 import copy
 import re
 from collections.abc import Callable
@@ -44,17 +45,6 @@ class Hides(Reads):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, attrgetter("weight")(self.child))
-
-
-class Asks(nn.Module):
-    """Calls a child after a look at the dtype of its weight."""
-
-    def __init__(self, child: nn.Module) -> None:
-        super().__init__()
-        self.child = child
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.child(x.to(self.child.weight.dtype))
 
 
 class Standardized(nn.Conv1d):
@@ -164,70 +154,34 @@ def test_diffusers_uses_the_layers_of_peft(tmp_path: Path) -> None:
     li.save_adapter(model, tmp_path / "a.safetensors", format="kohya", component="unet")
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(
-    ("make", "sites"), [(mamba, ["in_proj", "x_proj"]), (whisper, ["q_proj", "fc1"])]
-)
-def test_what_peft_computes_the_same_beside_them_is_written(make, sites, tmp_path) -> None:
-    plain = make()
-    model = fill(li.inject(copy.deepcopy(plain), {"rank": 2, "targets": sites}))
-    for target in FORMATS:
-        path = li.save_adapter(model, tmp_path / target, format=target)
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(path))
-        due = computed(model, make)
-        torch.testing.assert_close(computed(theirs, make), due, rtol=1e-4, atol=1e-5)
+def test_a_gain_that_peft_knows_is_written(tmp_path: Path) -> None:
+    plain, ids = nn.Sequential(Scaled()), torch.tensor([[0, 4]])
+    model = fill(li.inject(copy.deepcopy(plain), {"rank": 2, "alpha": 3, "targets": ["0"]}))
+    theirs = peft.PeftModel.from_pretrained(plain, str(li.save_adapter(model, tmp_path / "a")))
+    assert torch.allclose(theirs(ids), model(ids), atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("plain", "site", "x"),
-    [
-        (Asks(nn.Linear(4, 4)), "child", X),
-        (Asks(nn.Conv1d(4, 4, 1)), "child", X[..., None]),
-        (nn.Sequential(Scaled()), "0", torch.tensor([[0, 4]])),
-    ],
-    ids=["asked for its dtype", "a kernel asked for its dtype", "a gain that PEFT knows"],
-)
-def test_what_peft_computes_the_same_is_written(plain, site, x, tmp_path) -> None:
-    config = {"rank": 2, "alpha": 3, "targets": [site]}
-    model = fill(li.inject(copy.deepcopy(plain), config))
-    opened = peft.PeftModel.from_pretrained(
-        copy.deepcopy(plain), str(li.save_adapter(model, tmp_path / "a"))
-    )
-    assert torch.allclose(opened(x), model(x), atol=1e-6)
-
-
-@pytest.mark.parametrize("family", ["laguna", "maskformer"])
-def test_what_is_refused_is_what_peft_does_not_find_in_its_own_file(
-    family: str, tmp_path: Path
-) -> None:
-    """What PEFT reads of an adapter of its own is written, and the rest refused."""
+def test_what_is_refused_is_what_peft_does_not_find_in_its_own_file(tmp_path: Path) -> None:
     pytest.importorskip("transformers", "5")
-    names = [site.name for site in li.plan(build(family), {"targets": ["all-linear"]}).sites]
+    names = [site.name for site in li.plan(build("laguna"), {"targets": ["all-linear"]}).sites]
     config = peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False)
-    theirs = peft.get_peft_model(build(family), config)
+    theirs = peft.get_peft_model(build("laguna"), config)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if ".lora_" in name:
                 parameter.add_(1.0)
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     with pytest.warns(UserWarning, match="missing adapter keys"):
-        read = peft.PeftModel.from_pretrained(build(family), str(tmp_path / "theirs"))
+        read = peft.PeftModel.from_pretrained(build("laguna"), str(tmp_path / "theirs"))
     pairs = zip(theirs.named_parameters(), read.named_parameters(), strict=True)
     moved = {n.partition(".lora_")[0] for (n, a), (_, b) in pairs if not torch.equal(a, b)}
     lost = [name for name in names if f"base_model.model.{name}" in moved]
     assert 0 < len(lost) == len(moved) < len(names)
-    whole = {name: f"^{re.escape(name)}" for name in names}
-    for name in (lost[0], lost[-1]):
-        model = fill(li.inject(build(family), {"rank": 2, "alpha": 3, "targets": [whole[name]]}))
-        with pytest.raises(li.FormatError, match="of its own, too"):
-            li.save_adapter(model, tmp_path / "ours", unused=[".*"])
-    kept = [whole[name] for name in names if name not in lost]
-    model = fill(li.inject(build(family), {"rank": 2, "alpha": 3, "targets": kept}))
-    li.save_adapter(model, tmp_path / "ours", unused=[".*"])
-    again = peft.PeftModel.from_pretrained(build(family), str(tmp_path / "ours"))
-    given = {n: p for n, p in again.named_parameters() if ".lora_" in n}
-    for name, parameter in li.adapter_parameters(model).items():
-        assert torch.equal(given[f"base_model.model.{name}.default.weight"], parameter)
+    for name in names:
+        model = li.inject(build("laguna"), {"rank": 2, "targets": [f"^{re.escape(name)}"]})
+        refusal = pytest.raises(li.FormatError, match="of its own, too")
+        with refusal if name in lost else contextlib.nullcontext():
+            li.save_adapter(model, tmp_path / name, unused=[".*"])
 
 
 class Loops(nn.Module):
@@ -236,9 +190,7 @@ class Loops(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.called, self.given, self.read, self.aliased = (nn.Linear(4, 4) for _ in range(4))
-        self.members, self.numbered, self.indexed = (
-            nn.ModuleList(nn.Linear(4, 4) for _ in range(2)) for _ in range(3)
-        )
+        self.members, self.numbered = (nn.ModuleList([nn.Linear(4, 4)]) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.called(x.to(self.called.weight.dtype)) * self.called.in_features
@@ -252,7 +204,7 @@ class Loops(nn.Module):
         return self.rest(x)
 
     def rest(self, x: Tensor) -> Tensor:
-        return self.indexed[0](x) @ self.read.weight
+        return x @ self.read.weight
 
     def never(self, x: Tensor) -> Tensor:
         return self.called.weight @ x
@@ -263,4 +215,4 @@ def test_a_source_shows_who_is_called_and_who_is_read() -> None:
     unfit = facts_about(Survey(model)).unfit
     assert unfit is not None
     layers = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    assert {n for n in layers if unfit(n)} == {"aliased", "read", "members.0", "members.1"}
+    assert {n for n in layers if unfit(n)} == {"aliased", "read", "members.0"}

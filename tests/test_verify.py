@@ -1,13 +1,10 @@
 """An adapter proves that it is loaded: by what a model computes, or a server returns.
 
-The command `prove` stores the proof in an adapter that was saved without one. The verdicts are held
-to states that the test makes itself, of the adapter and of the base.
+The verdicts are held to states that the test makes itself, of the adapter and of the base.
 """
 
 import json
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +42,9 @@ def build(seed: int = 0) -> Any:
     return fill(model, std=0.1)
 
 
-def merged_twice(model: Any) -> Any:
+def merged_twice() -> Any:
     """A base that holds the adapter already, and gets it once more."""
+    model = build()
     state = li.adapter_state(model)
     li.merge(model, eject=True)
     return li.install(model, state, base="any")
@@ -55,7 +53,7 @@ def merged_twice(model: Any) -> Any:
 STATES = {
     "right": (build, "with", 1.0),
     "missing": (lambda: li.activate(build(), None), "without", 0.0),
-    "doubled": (lambda: merged_twice(build()), "scaled", 2.0),
+    "doubled": (merged_twice, "scaled", 2.0),
     "wrongly scaled": (lambda: li.activate(build(), {"default": 0.25}), "scaled", 0.25),
     "beyond the proof": (lambda: li.activate(build(), {"default": 3.0}), "scaled", 3.0),
     "another base": (lambda: build(seed=1), "neither", None),
@@ -234,16 +232,6 @@ class Halves(Served):
         return super().complete({**body, "prompt": body["prompt"][::2]})
 
 
-class WithoutIds(Served):
-    """Says next tokens as text."""
-
-    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        made = super().complete(body)
-        for row in made["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
-            del row["id"]
-        return made
-
-
 def broken() -> Any:
     model = build()
     with torch.no_grad():
@@ -251,29 +239,22 @@ def broken() -> Any:
     return model
 
 
+PROBE: Any = (TEXTS, Letters())
 SERVERS = {
-    "no log-probabilities": (lambda: Served(build(), "silent"), "server returns no log-prob"),
-    "NaN": (lambda: Served(broken(), "vllm"), "it returns NaN as log-probabilities"),
-    "a smaller vocabulary": (lambda: Served(tiny_llama(), "vllm"), "it answers 400: Token id"),
-    "other tokens": (lambda: Halves(build(), "vllm"), "other tokens of prompt 1.*vocabulary"),
+    "no log-probabilities": (lambda: Served(build(), "silent"), PROBE, "returns no log-prob"),
+    "NaN": (lambda: Served(broken(), "vllm"), PROBE, "it returns NaN as log-probabilities"),
+    "a smaller vocabulary": (lambda: Served(tiny_llama(), "vllm"), PROBE, "answers 400: Token id"),
+    "other tokens": (lambda: Halves(build(), "vllm"), PROBE, "other tokens of prompt 1.*vocab"),
+    "only texts": (lambda: Served(build(), "texts"), IDS, "only text .* proof has only ids"),
 }
 
 
 @pytest.mark.parametrize("case", SERVERS)
-def test_a_server_that_cannot_be_judged_is_refused_by_what_it_does(case: str, saved: Path) -> None:
-    make, words = SERVERS[case]
+def test_a_server_that_cannot_be_judged_is_refused(case: str, tmp_path: Path) -> None:
+    make, probe, words = SERVERS[case]
+    adapter = li.save_adapter(build(), tmp_path / "sql", probe=probe)
     with serving(make()) as url:
-        assert re.search(words, said(lambda: li.verify_served(url, saved)))
-
-
-def test_a_server_of_texts_needs_a_proof_with_texts(tmp_path: Path) -> None:
-    adapter = li.save_adapter(build(), tmp_path / "sql", probe=IDS)
-    for server, words in (
-        (Served(build(), "texts"), "it takes only text as a prompt, and the proof has only ids"),
-        (WithoutIds(build(), "llama.cpp"), "says tokens as text, and the proof knows only their"),
-    ):
-        with serving(server) as url:
-            assert words in said(lambda url=url: li.verify_served(url, adapter))
+        assert re.search(words, said(lambda: li.verify_served(url, adapter)))
 
 
 def test_addresses_and_names_that_lead_nowhere_are_named(saved: Path) -> None:
@@ -301,7 +282,6 @@ def infinite() -> nn.Module:
 PROBES: list[tuple[Any, Any, str]] = [
     (build, [[1, 64]], "it has the token 64, and the model has 64 tokens"),
     (build, [[1]], "a row has fewer than two tokens"),
-    (build, [], "it is empty"),
     (build, ["some", "texts"], "it is text without a tokenizer"),
     (build, {"ids": torch.tensor([[1, 2]])}, "with these inputs the model raises ValueError: "),
     (lambda: li.inject(tiny_llama(), CONFIG), [[1, 2, 3]], "the adapter changes its outputs by 0,"),
@@ -319,9 +299,6 @@ def test_a_probe_that_proves_nothing_is_refused(make, probe, words, tmp_path: Pa
     assert refusal.startswith("StateError: save adapter 'default'")
     assert words in refusal
     assert not (tmp_path / "a").exists()
-
-
-def test_a_format_without_room_for_a_proof_is_refused(tmp_path: Path) -> None:
     refusal = said(lambda: li.save_adapter(build(), tmp_path / "a", format="gguf", probe=IDS))
     assert "files of the format 'gguf' hold no proof" in refusal
 
@@ -358,44 +335,35 @@ def of_base(base: Path) -> Any:
     return fill(li.inject(model, CONFIG), std=0.2)
 
 
-@pytest.fixture
-def adapter(base: Path, tmp_path: Path) -> Path:
-    return li.save_adapter(of_base(base), tmp_path / "sql")
-
-
-def printed(done: Any) -> str:
-    return " ".join((done.out + done.err).split())
-
-
-def bytes_in(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_it_stores_the_proof_that_saving_stores(run, base: Path, adapter: Path, tmp_path) -> None:
+def test_prove_stores_the_proof_that_saving_stores(run, base: Path, tmp_path: Path) -> None:
     texts = [TEXT, "1 and 1 is 2"]
+    adapter = li.save_adapter(of_base(base), tmp_path / "sql")
+    before = (adapter / "adapter_model.safetensors").read_bytes()
+    other = llama_folder(tmp_path / "other" / "tiny", initializer_range=0.1)
+    for folder, options, words in (
+        (other, ("--probe", TEXT), "made on another base"),
+        (base, (), "say on which texts: --probe TEXT"),
+    ):
+        refused = run("prove", adapter, "--base", folder, *options)
+        assert (refused.code in (1, 2), words in refused.err) == (True, True), refused.err
+        assert (adapter / "adapter_model.safetensors").read_bytes() == before
+    done = run("prove", adapter, "--base", base, "--probe", texts[0], "--probe", texts[1])
+    assert "stored: 32 log-probabilities of 2 texts" in done.out, done.err
     probe = (texts, AutoTokenizer.from_pretrained(base))
     due = li.save_adapter(of_base(base), tmp_path / "due", probe=probe)
-    done = run("prove", adapter, "--base", base, "--probe", texts[0], "--probe", texts[1])
-    assert done.code == 0, done.err
-    assert "stored: 32 log-probabilities of 2 texts, which the adapter moves by " in printed(done)
-    assert f"lora-inject verify-served URL {adapter}" in printed(done)
-    assert bytes_in(adapter) == bytes_in(due)
-    assert "lora-inject verify-served http://localhost:8000" in (due / "README.md").read_text()
+    for path in due.iterdir():
+        assert (adapter / path.name).read_bytes() == path.read_bytes(), path.name
     model = of_base(base)
     assert li.verify_loaded(model, source=adapter).ok
     assert li.verify_loaded(li.activate(model, None), source=adapter).word == "without"
 
-
-def test_rows_of_a_file_are_texts_and_a_second_proof_replaces_the_first(
-    run, base: Path, adapter: Path, tmp_path: Path
-) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "1 and 1 ", "completion": "is 2"}\n{"text": "2 is a number"}\n')
-    first = json.loads(run("prove", adapter, "--base", base, "--data", rows, "--json").out)
-    assert (first["prompts"], first["values"]) == (2, 11 + 12)
-    assert (first["replaced"], first["knows_base"]) == (False, True)
-    second = run("prove", adapter, "--base", base, "--probe", TEXT)
-    assert "it replaced a proof that was there" in second.err
+    second = json.loads(run("prove", adapter, "--base", base, "--data", rows, "--json").out)
+    assert (second["prompts"], second["values"]) == (2, 11 + 12)
+    assert (second["replaced"], second["knows_base"]) == (True, True)
+    proof = json.loads(read_names(adapter / "adapter_model.safetensors")[1]["lora_inject.proof"])
+    assert proof["texts"] == ["1 and 1 is 2", "2 is a number"]
     assert (adapter / "README.md").read_text().count("verify-served") == 1
 
 
@@ -407,45 +375,8 @@ def test_an_adapter_of_peft_is_proven_and_peft_reads_it(run, base: Path, tmp_pat
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "theirs")
     card = (tmp_path / "theirs" / "README.md").read_bytes()
     done = run("prove", tmp_path / "theirs", "--base", base, "--probe", TEXT)
-    assert done.code == 0, done.err
     assert "the file does not say on which base it was made" in done.err
     assert (tmp_path / "theirs" / "README.md").read_bytes() == card
     again = AutoModelForCausalLM.from_pretrained(base)
     read = peft.PeftModel.from_pretrained(again, tmp_path / "theirs").eval()
     assert li.verify_loaded(read, source=tmp_path / "theirs").ok
-
-
-def other_weights(folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.5)
-    model.save_pretrained(folder)
-
-
-def no_tokenizer(folder: Path) -> None:
-    for path in folder.glob("token*"):
-        path.unlink()
-
-
-ASKED = ("--probe", TEXT)
-REFUSED: list[tuple[Callable[[Path], None] | None, tuple[str, ...], str]] = [
-    (other_weights, ASKED, "made on another base"),
-    (no_tokenizer, ASKED, "it has no tokenizer"),
-    (None, (), "say on which texts: --probe TEXT"),
-    (None, ("--probe", __file__), "is a file, and a text is due"),
-]
-
-
-@pytest.mark.parametrize(("change", "probe", "words"), REFUSED, ids=[row[2] for row in REFUSED])
-def test_what_proves_nothing_is_refused_and_nothing_is_written(
-    change, probe, words, run, base: Path, adapter: Path, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(base, tmp_path / "tiny")
-    if change is not None:
-        change(folder)
-    before = bytes_in(adapter)
-    done = run("prove", adapter, "--base", folder, *probe)
-    assert done.code in (1, 2)
-    assert words in printed(done)
-    assert bytes_in(adapter) == before
