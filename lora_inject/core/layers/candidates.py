@@ -26,8 +26,6 @@ from lora_inject.core.spec.sites import Geometry, Shape
 if TYPE_CHECKING:
     from lora_inject.core.spec.mixture import Mixture
 
-# These parents read the weights of their children, or do so in a fast path.
-READING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # Modules whose name stands for all the weights in them.
 NAMED_WHOLE = (nn.MultiheadAttention, nn.RNNBase)
 _HEAD = "get_output_embeddings"
@@ -67,7 +65,6 @@ class _Listing:
 
     Attributes:
         survey: The model.
-        read: Modules whose weights their parent reads, by id.
         asks: Whether a library that packs weights is loaded.
         away: Why weights on the meta device have no values, where a library offloads them.
     """
@@ -75,8 +72,6 @@ class _Listing:
     def __init__(self, survey: Survey) -> None:
         self.survey = survey
         modules = [module for _, module in survey.modules]
-        readers = (m for m in modules if isinstance(m, READING_PARENTS))
-        self.read = {id(child) for reader in readers for child in reader._modules.values()}
         reasons = (owner.away(modules) for owner in loaded_owners())
         self.asks = bool(loaded_kinds())
         self.away = next((reason for reason in reasons if reason is not None), None)
@@ -153,11 +148,7 @@ class _Listing:
         row, key, full = known.kind, known.weight, joined(name, known.weight)
         stated: Geometry = row.geometry(module)
         weight = self.survey.own[id(module)].get(key, module._buffers.get(key))
-        adds = (
-            not has_own_forward(module)
-            and id(module) not in self.read
-            and row.adds_to_output(module, stock=known.stock)
-        )
+        adds = not has_own_forward(module) and row.adds_to_output(module, stock=known.stock)
         refusal = None
         if shape != stated.weight_shape or not self._is_plain(weight):
             refusal = self._refusal(module, key, weight, stated, adds)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.linear import few_tokens, frozen_output, linear
@@ -55,8 +56,12 @@ class LoRALinear(ForwardUpdate):
 
     @classmethod
     def adds_to_output(cls, module: nn.Module, *, stock: bool) -> bool:
-        """Return whether the layer is stock, or known to multiply by its weight."""
-        return stock or multiplies(plain_class(type(module)))
+        """Return whether the layer is stock, or known to multiply by its weight.
+
+        The projection of torch's attention is never called: the attention reads its weight.
+        """
+        is_called = not isinstance(module, NonDynamicallyQuantizableLinear)
+        return is_called and (stock or multiplies(plain_class(type(module))))
 
     def _lora_mixed(self, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute the layer with the adapters of a mix: few tokens of a CPU by the shortest way.

@@ -103,9 +103,9 @@ def merge(
     """
     into: Into = None
     if dequantize is not None or requantize:
-        from lora_inject.core.model.packed_target import what_packed_become
+        from lora_inject.core.model import packed_target
 
-        into = what_packed_become(dequantize, requantize=requantize)
+        into = packed_target.what_packed_become(dequantize, requantize=requantize)
     survey = Survey(model)
     root = root_of(survey)
     mix = mix_to_fold(survey, name, "merge")
@@ -115,8 +115,8 @@ def merge(
         from lora_inject.core.model import merge_ties
 
         merge_ties.check_ties(survey, untied, eject)
-    for target in targets:
-        target.check_replaceable()
+    if isinstance(into, torch.dtype):
+        packed_target.check_replaceable(targets)
     check_results(targets, min_kept, undo)
 
     undos: list[Undone] = []
@@ -128,21 +128,14 @@ def merge(
         for parameter in trainable:
             parameter.requires_grad_(False)
         _write(targets, undo, undos)
-        _say_unpacked(survey, targets, kept)
+        if isinstance(into, torch.dtype):
+            kept.said += packed_target.say_unpacked(survey, targets)
         report = _report(targets, mix)
         if untied:
             merge_ties.untie_rest(survey, untied, kept.said, undos)
         if eject:
             take_off(model)
     return report
-
-
-def _say_unpacked(survey: Survey, targets: list[Target], kept: _Merged) -> None:
-    """Let no model say that weights are quantized which are not any more."""
-    if any(target.becomes_plain for target in targets):
-        from lora_inject.core.model.packed_target import say_unpacked
-
-        kept.said += say_unpacked(survey)
 
 
 @contextmanager
@@ -215,25 +208,25 @@ def _write(targets: list[Target], undo: bool, undos: list[Undone]) -> None:
     untied: set[Holder] = set()
     # First: a layer that becomes a plain one may get its bias in another dtype.
     for target in sorted(targets, key=lambda target: not target.is_packed):
-        before = target.weight
-        if (replaced := target.replace()) is not None:
-            weight, layer = replaced
-            undos.append(Undone(target.holder, weight, before, layer=layer))
-            if undo and target.becomes_plain:  # some rearrange their codes as they run
-                undos[-1].note_written()
-            continue
-        holder = target.holder
-        if left := [other for other in target.sharers if other not in untied]:
-            from lora_inject.core.model.merge_ties import part
-
-            undos.append(part(holder, left[-1]))
-            untied.add(holder)
-        else:  # nobody shares it, or nobody any more
-            matrix = before.detach().view(target.matrix_shape)
-            undos.append(Undone(holder, before, before, matrix.clone() if undo else None))
-        _write_rows(target, undos[-1])
+        replaced = target.replace()
+        undos.append(replaced or _before_writing(target, untied, undo))
+        if replaced is None:
+            _write_rows(target, undos[-1])
         if undo:
             undos[-1].note_written()
+
+
+def _before_writing(target: Target, untied: set[Holder], undo: bool) -> Undone:
+    """Untie a tensor that another holds as well; return what restores it once it is written."""
+    holder, before = target.holder, target.weight
+    if left := [other for other in target.sharers if other not in untied]:
+        from lora_inject.core.model.merge_ties import part
+
+        untied.add(holder)
+        return part(holder, left[-1])
+    # Nobody shares it, or nobody any more.
+    matrix = before.detach().view(target.matrix_shape)
+    return Undone(holder, before, before, matrix.clone() if undo else None)
 
 
 def _write_rows(target: Target, undo: Undone) -> None:

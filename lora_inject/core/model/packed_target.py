@@ -5,7 +5,7 @@ Loaded with the first packed weight that an adapter is merged into, or that is t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,9 +17,10 @@ from lora_inject.core.layers.packed_values import claims, dense, weight_kind
 from lora_inject.core.layers.packed_weights import packed_weight
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey
-from lora_inject.core.layers.weight_kinds import UNKNOWN, Undo, Verb, WeightKind
+from lora_inject.core.layers.weight_kinds import UNKNOWN, Verb, WeightKind
 from lora_inject.core.model.merged_rows import formed_values
 from lora_inject.core.model.target import Target
+from lora_inject.core.model.undo import Undone
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import LayerError, StateError
 
@@ -96,13 +97,6 @@ class PackedTarget(Target):
         """What a report calls what is done."""
         return super().action if self.terms else "dequantized"
 
-    def check_replaceable(self) -> None:
-        """Raise if plain values cannot be the weight of the layer itself."""
-        if self.becomes_plain:
-            reason = self.kind.why_not("replace", self.holder.module, self.weight)
-            if reason is not None:
-                raise LayerError(f"merge into {self.name!r}", *reason)
-
     def values(self) -> Tensor:
         """Return what the weight stands for, float32."""
         return dense(self.holder.module, self.weight)
@@ -118,14 +112,14 @@ class PackedTarget(Target):
             tally.count(before, values - before, values - now)
         return weight
 
-    def replace(self) -> tuple[nn.Parameter, Undo]:
-        """Put the replacement into the layer; return it, and what takes it back."""
+    def replace(self) -> Undone:
+        """Put the replacement into the layer, and return what takes it back."""
         self.tally = Tally() if self.terms else None
-        holder, written = self.holder, self.written
+        holder, written, before = self.holder, self.written, self.weight
         weight = self.replacement(self.tally)
-        undo = self.kind.write(holder.module, holder.param, weight)
+        layer = self.kind.write(holder.module, holder.param, weight)
         self.holder = written
-        return weight, undo
+        return Undone(written, weight, before, layer=layer)
 
 
 def reasons_against_packed(target: Target) -> Iterator[tuple[str, str]]:
@@ -152,8 +146,19 @@ def rehearse_packed(target: Target) -> None:
     target.replacement(target.tally)
 
 
-def say_unpacked(survey: Survey) -> list[tuple[Any, dict[str, Any]]]:
+def check_replaceable(targets: Iterable[Target]) -> None:
+    """Raise if plain values cannot be the weight of a packed layer itself."""
+    for target in targets:
+        if isinstance(target, PackedTarget):
+            reason = target.kind.why_not("replace", target.holder.module, target.weight)
+            if reason is not None:
+                raise LayerError(f"merge into {target.name!r}", *reason)
+
+
+def say_unpacked(survey: Survey, targets: Iterable[Target]) -> list[tuple[Any, dict[str, Any]]]:
     """Remove from models what is not true of unpacked weights; return what each said."""
+    if not any(target.is_packed for target in targets):
+        return []
     said = claims(module for _, module in survey.modules)
     for owner, attributes in said:
         for name in attributes:

@@ -19,7 +19,7 @@ from lora_inject.core.model.guards import holder_of_shards
 if TYPE_CHECKING:
     from lora_inject.core.functional.gain import Gain
     from lora_inject.core.functional.rounded_fold import Tally
-    from lora_inject.core.layers.weight_kinds import Undo
+    from lora_inject.core.model.undo import Undone
 
 
 @dataclass
@@ -78,22 +78,14 @@ class Target:
         return self.dtype.itemsize <= 2
 
     @property
-    def becomes_plain(self) -> bool:
-        """Whether a packed weight is written as plain floats."""
-        return False
-
-    @property
     def action(self) -> str:
         """What a report calls what is done."""
         if self.sharers:
             return "untied"
         return "folded" if self.terms else "replaced"
 
-    def check_replaceable(self) -> None:
-        """Raise if what is written cannot be the weight of the layer itself."""
-
-    def replace(self) -> tuple[nn.Parameter, Undo] | None:
-        """Put what a packed weight becomes in its place; return it, and what takes it back."""
+    def replace(self) -> Undone | None:
+        """Put what a packed weight becomes in its place, and return what takes it back."""
         return None
 
     @property

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey
 
 if TYPE_CHECKING:
@@ -41,8 +42,9 @@ class Undone:
 
     def note_written(self) -> None:
         """Note what stands there now, unless running the layer changes it."""
-        # An embedding with max_norm scales the rows that it looks up, in place.
-        if getattr(self.holder.module, "max_norm", None) is None:
+        # An embedding with max_norm scales the rows that it looks up; some rearrange packed codes.
+        scales_rows = getattr(self.holder.module, "max_norm", None) is not None
+        if not (scales_rows or is_quantized(self.merged)):
             self.written = self.merged.dtype, checksum(self.merged)
 
     def stands(self, survey: Survey) -> bool:
