@@ -56,12 +56,6 @@ class SiteOf:
     routed: bool = True
     bias: str = ""
 
-    def matrices(self, delta: Tensor) -> list[Tensor]:
-        """Return the matrices of which each has a pair of its own in A and B."""
-        if self.delta is stack:
-            return list(delta)
-        return [*delta.chunk(3)[::2]] if self.delta is first_and_last_third else [delta.flatten(1)]
-
     def gained(self, W: Tensor, m: Tensor) -> Tensor:
         """Return DoRA's weight `m W / |W|`, by the norm of each output, which has no gradient."""
         turn = self.delta is turned
