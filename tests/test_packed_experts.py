@@ -5,7 +5,6 @@ The reference is the same checkpoint unpacked by transformers, `Mxfp4Config(dequ
 
 import copy
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,6 @@ def test_older_transformers_which_would_unpack_them_is_refused(monkeypatch) -> N
     monkeypatch.setattr("transformers.__version__", "5.23.1")
     found = r"transformers 5\.23\.1 .* Install transformers 5\.24"
     with pytest.raises(li.LayerError, match=found), li.packed_experts():
-        pass
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(li.LayerError, match="is not installed"), li.packed_experts():
         pass
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill, same_bits, snapshot
-from helpers.packages import imported, loaded
+from helpers.packages import compressed, imported, loaded
 from torch import nn
 
 import lora_inject as li
@@ -114,32 +114,20 @@ def test_layers_that_torch_quantizes_serve_and_let_no_adapter_before_them_train(
     assert li.adapter_state(net).sites == li.adapter_state(model).sites
 
 
-@pytest.mark.parametrize("by", ["name", "class", "static", "training"])
+@pytest.mark.parametrize("by", ["name", "class", "static"])
 def test_a_layer_with_an_adapter_is_not_quantized_by_torch(by: str) -> None:
     quantization = torch.ao.quantization
     model = fill(li.inject(Residual(), {"rank": 2, "targets": ["first", "between", "last"]}))
     x = torch.randn(3, 32)
     before, wanted = snapshot(model), model(x)
-    if by in ("name", "class"):
-        made = quantization.quantize_dynamic(model, {"first"} if by == "name" else {nn.Linear})
-    else:
-        made = copy.deepcopy(model).train(by == "training")
+    if by == "static":
+        made = copy.deepcopy(model).eval()
         made.qconfig = quantization.get_default_qconfig("x86")
-        prepare = quantization.prepare_qat if by == "training" else quantization.prepare
-        made = quantization.convert(prepare(made).eval())
+        made = quantization.convert(quantization.prepare(made))
+    else:
+        made = quantization.quantize_dynamic(model, {"first"} if by == "name" else {nn.Linear})
     assert same_bits(made(x), wanted)
     assert snapshot(model) == before
-
-
-ROUNDS = """
-def quantized_forward(self, x):
-    held = self.weight.data
-    self.weight.data = held.round(decimals=1)
-    try:
-        return self.__class__.forward(self, x)
-    finally:
-        self.weight.data = held
-"""
 
 
 def test_a_layer_that_rounds_its_weight_in_place_is_read_by_others_with_its_adapter(
@@ -157,11 +145,8 @@ def test_a_layer_that_rounds_its_weight_in_place_is_read_by_others_with_its_adap
             return read + self.fc(x) if self.calls else read
 
     loaded(monkeypatch, "compressed_tensors.quantization")
-    made = {"__name__": "compressed_tensors.quantization.lifecycle.forward"}
-    exec(ROUNDS, made)
     net, x = Both(), torch.randn(2, 32)
-    net.fc.quantization_scheme = SimpleNamespace()
-    net.fc.forward = made["quantized_forward"].__get__(net.fc)
+    compressed(net.fc)
     W, bias = net.fc.weight.detach().clone(), net.fc.bias.detach().clone()
     li.inject(net, {"rank": 2, "alpha": 3, "targets": ["fc"]}, probe=lambda: net(x))
     delta = 1.5 * fill(net).fc.lora_B__default @ net.fc.lora_A__default

@@ -7,12 +7,9 @@ import pytest
 import torch
 from conftest import KINDS, TOLERANCE, error, fill, host, same_bits
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
-from lora_inject.core.functional.factors import Update
-from lora_inject.rows.bank import routed_update
 
 Rows = list[str | None]
 # Eight rows of two adapters of one rank, in their order too, or of three of unequal rank.
@@ -67,34 +64,15 @@ def replace(model: nn.Module) -> None:
     model.layer._parameters["lora_B__wide"] = nn.Parameter(B.detach() + 1)
 
 
-def write_data(model: nn.Module) -> None:
-    for p in li.adapter_parameters(model, "wide").values():
-        p.data.add_(1)
-
-
-def load(model: nn.Module) -> None:
-    state = model.state_dict()
-    model.load_state_dict({k: t if k.endswith("_lora_forms") else t + 1 for k, t in state.items()})
-
-
-CHANGES: dict[str, Callable[[nn.Module], Any]] = {
-    "in place": lambda model: fill(model, "wide"),
-    "replaced": replace,
-    "loaded": load,
-    "fused optimizer": fused_step,
-    "through .data": write_data,
-}
-
-
 @pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("change", CHANGES)
-def test_new_values_are_seen_inside_the_context(change: str, inference: bool) -> None:
+@pytest.mark.parametrize("change", [fused_step, replace])
+def test_new_values_are_seen_inside_the_context(change: Any, inference: bool) -> None:
     model, x = crowded("linear"), batch("linear", torch.float64, 1)
     mode = torch.inference_mode if inference else torch.no_grad
     with li.routed(model, ROWS["few adapters"]):
         with mode():
             before = model(x).clone()
-        CHANGES[change](model)
+        change(model)
         with mode():
             found = model(x).clone()
         wanted = model(x).detach()
@@ -131,64 +109,6 @@ def test_a_forward_with_gradients_after_one_of_inference_mode() -> None:
         wanted.sum().backward()
     assert error(found, wanted) < TOLERANCE[torch.float64]
     assert all(p.grad is not None for p in li.adapter_parameters(model, "wide").values())
-
-
-@pytest.mark.parametrize("n_tokens", [1, 4])
-@pytest.mark.parametrize(
-    ("rows", "ranks"),
-    [
-        ([1, 2, 3, 4], (2, 2, 2, 2)),
-        ([0, 2, 1, 2, 2, 1, 0, 2], (1, 3)),
-        ([2, 2, 2, 2, 2, 2, 2, 1], (4, 1)),
-        ([3, 3, 3, 3, 3, 3, 1, 2, 3], (2, 2, 2)),
-        ([0, 0, 1], (2,)),
-    ],
-)
-def test_any_distribution_of_rows_by_hand(rows, ranks, n_tokens) -> None:
-    """Output against dense matrices row by row; two derivatives against finite differences."""
-    tensors = [
-        t.double().requires_grad_() for r in ranks for t in (torch.randn(r, 5), torch.randn(7, r))
-    ]
-    x = torch.randn(len(rows), n_tokens, 5).double().requires_grad_()
-    y = torch.randn(len(rows), n_tokens, 7).double().requires_grad_()
-
-    def run(y: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
-        pairs = zip(tensors[::2], tensors[1::2], strict=True)
-        adapters = [[Update(A, B, 0.5 + i % 2)] for i, (A, B) in enumerate(pairs)]
-        return routed_update(y, x, torch.tensor(rows), adapters, float32=False)
-
-    deltas = [torch.zeros(7, 5).double()]
-    deltas += [(0.5 + i % 2) * tensors[2 * i + 1] @ tensors[2 * i] for i in range(len(ranks))]
-    wanted = torch.stack([y[i] + x[i] @ deltas[row].T for i, row in enumerate(rows)])
-    assert error(run(y, x, *tensors), wanted) < 1e-14
-    assert torch.autograd.gradcheck(run, (y, x, *tensors), fast_mode=True)
-    assert torch.autograd.gradgradcheck(run, (y, x, *tensors), fast_mode=True)
-
-
-def test_the_work_does_not_depend_on_sizes_and_asks_the_device_for_no_value() -> None:
-    operations = []
-    for n_tokens, repeat in ((1, 1), (3, 1), (64, 1), (1, 4)):
-        model = crowded("linear")
-        x = batch("linear", torch.float64, n_tokens).repeat_interleave(repeat, 0)
-        noted = Noting()
-        with li.routed(model, ROWS["few adapters"], repeat=repeat), torch.no_grad():
-            model(x)
-            with noted:
-                model(x)
-        operations.append(noted.names)
-    values = {"aten::_local_scalar_dense", "aten::nonzero", "aten::_to_copy"}
-    assert values.isdisjoint(operations[0])
-    assert len({len(names) for names in operations}) == 1
-
-
-class Noting(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.name().split(".")[0])
-        return func(*args, **(kwargs or {}))
 
 
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

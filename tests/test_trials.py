@@ -289,7 +289,7 @@ def of_a_row(out: Any, batch: Any) -> Tensor:
 )
 def test_rows_of_unequal_lengths_give_each_trial_the_same_run_as_alone(case, way) -> None:
     bert = case == "bert"  # which has masks, and no loss of the next token
-    (make, trials, _), losses = OF_LENGTHS[case], []
+    make, trials, _ = OF_LENGTHS[case]
 
     def run(some: dict[str, Trial]) -> Trials:
         is_packed = way == "packed" and len(some) > 1
@@ -300,15 +300,9 @@ def test_rows_of_unequal_lengths_give_each_trial_the_same_run_as_alone(case, way
             rows = own_lengths(some, step, bert)
             loss = of_a_row if bert or (step % 2 and way != "packed") else None
             running.step(packed(rows) if is_packed else rows, forward=forward, loss=loss)
-        if not is_packed:
-            rows = own_lengths(some, 9, bert)
-            losses.append(running.evaluate(rows, loss=lambda out, _: out.logits.sum()))
         return running
 
     check_each(run, trials, 1e-11 if way == "packed" else 1e-12)
-    if way != "packed":
-        together, *each = losses
-        assert together == pytest.approx({k: v for one in each for k, v in one.items()}, abs=1e-11)
 
 
 class Channels(nn.Module):
@@ -540,12 +534,6 @@ def test_a_killed_run_goes_on_bit_for_bit_without_the_trial_that_was_dropped(tmp
         assert again.step(rows) == running.step(rows)
     for name in running.trials:
         check_equal(again.model, running.model, name, 0.0)
-    other = gpt2()
-    with torch.no_grad():
-        other.transformer.h[0].attn.c_attn.weight.add_(1.0)
-    with pytest.raises(li.FormatError, match="other values"):
-        Trials.resume(other, path)
-    assert not li.adapters(other)
 
 
 def test_the_best_is_the_least_held_out_loss_and_a_dropped_trial_leaves_nothing() -> None:

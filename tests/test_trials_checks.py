@@ -37,12 +37,12 @@ def square(out: Any, _: Any = None) -> Tensor:
     return (out - 1).square().mean()
 
 
-def refused(running: Trials, words: str, batch: Any, verb: str = "step", **how: Any) -> None:
+def refused(running: Trials, words: str, batch: Any, **how: Any) -> None:
     """Run what must raise, and see that neither a value nor a count of steps is another."""
     before = {name: values(running.model, name) for name in running.trials}
     n_steps = dict(running.n_steps)
     with pytest.raises(li.StateError, match=words):
-        getattr(running, verb)(batch, **how)
+        running.step(batch, **how)
     assert running.n_steps == n_steps
     for name, tensors in before.items():
         check_equal(running.model, tensors, name, 0.0)
@@ -180,6 +180,15 @@ WRONG |= {
     "labels that are all too short": of_tokens(
         r"logits of shape .* for \d+ labels\. Give a label for each", a=shorter, b=shorter
     ),
+    "labels that are no tokens": of_tokens(
+        r"'b'.*a label is \d\d, and the logits are of 31 tokens", b=lambda ids: ids + 31
+    ),
+    "labels that are all ignored": of_tokens(
+        r"'b'.*each label after the first of a row is -100", b=lambda ids: ids * 0 - 100
+    ),
+    "labels that are floats": of_tokens(
+        r"labels of torch.int64, and these are torch.float64", a=Tensor.double, b=Tensor.double
+    ),
     "packed rows that meet": Wrong(
         "does not keep packed .*use_cache",
         of_llama,
@@ -248,26 +257,6 @@ def test_padding_that_changes_an_output_is_refused() -> None:
     for batch in rows.values():
         del batch["attention_mask"]
     refused(running, words, rows, loss=lambda out, _: square(out.logits))
-
-
-@pytest.mark.parametrize("verb", ["step", "evaluate"])
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda ids: ids + 31, r"'b'.*a label is \d\d, and the logits are of 31 tokens"),
-        (lambda ids: ids - 101, r"'b'.*a label is -\d+, and the logits"),
-        (lambda ids: ids * 0 - 100, r"'b'.*each label after the first of a row is -100"),
-        (torch.Tensor.double, r"labels of torch.int64, and these are torch.float64"),
-    ],
-    ids=["too large", "negative", "all ignored", "floats"],
-)
-def test_labels_that_are_no_tokens_are_refused_in_words(verb, change, words) -> None:
-    """Of equally many rows, and of fewer of one trial."""
-    for n_rows in ({}, {"a": 1}):
-        rows = batches("ab", 0, n_rows)
-        for name in "ab" if "float" in words else "b":  # rows of all have one form
-            rows[name]["labels"] = change(rows[name]["labels"])
-        refused(Trials(of_llama(), TWO), words, rows, verb)
 
 
 def test_a_loss_that_writes_into_the_batch_of_others_is_refused() -> None:

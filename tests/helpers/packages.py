@@ -1,13 +1,15 @@
 """Packages that a machine may lack."""
 
 import contextlib
+import functools
 import importlib
 import sys
 import warnings
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
 
 def installed(package: str) -> Any:
@@ -27,3 +29,23 @@ def loaded(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
     for name in modules:
         if name not in sys.modules:
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
+
+
+_FORWARD = """
+def quantized_forward(self, x):
+    held = self.weight.data
+    self.weight.data = held.round(decimals=1)
+    try:
+        return self.__class__.forward(self, x)
+    finally:
+        self.weight.data = held
+"""
+
+
+def compressed(layer: nn.Linear) -> nn.Linear:
+    """As compressed-tensors does, let a forward on the instance round the weight in its place."""
+    made: dict[str, Any] = {"__name__": "compressed_tensors.quantization.lifecycle.forward"}
+    exec(_FORWARD, made)
+    layer.quantization_scheme = SimpleNamespace()
+    layer.forward = functools.wraps(nn.Linear.forward)(made["quantized_forward"]).__get__(layer)
+    return layer
