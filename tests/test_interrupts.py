@@ -2,7 +2,8 @@
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 import lora_inject as li
 
 PACKAGE = Path(li.__file__).parent
+FILES = {str(path) for path in PACKAGE.rglob("*.py")}
 # The files whose lines change a model. What only looks at it fails as the line that calls it.
 LOOKING = {"candidates", "survey", "kinds", "linear_kinds", "initial", "sharding"}
 LOOKING |= {"base", "fit_state", "checkpointing", "contexts"}
@@ -33,12 +35,14 @@ class Interrupted(BaseException):
 Line = tuple[str, int]
 
 
-def _traced(run: Callable[[], Any], stop_at: tuple[Line, int] | None) -> dict[Line, int]:
+def _traced(
+    run: Callable[[], Any], stop_at: tuple[Line, int] | None = None, files: Set[str] = CHANGING
+) -> dict[Line, int]:
     """Run, raise when a line is reached for the given time, and return how often each was."""
     lines: dict[Line, int] = {}
 
     def trace(frame: Any, event: str, _: Any) -> Any:
-        if frame.f_code.co_filename not in CHANGING:
+        if frame.f_code.co_filename not in files:
             return None
         if event == "line":
             line = (frame.f_code.co_filename, frame.f_lineno)
@@ -115,7 +119,7 @@ def test_an_interrupt_at_any_line_leaves_all_or_nothing(verb: str) -> None:
     start = make()
     done = copy.deepcopy(start)
     torch.manual_seed(1)
-    lines = _traced(lambda: act(done), None)
+    lines = _traced(lambda: act(done))
     after = _whole(done)
     whole = _whole(start)
     assert after != whole
@@ -135,3 +139,22 @@ def test_an_interrupt_at_any_line_leaves_all_or_nothing(verb: str) -> None:
                 li.unmerge(model)  # what was kept is kept until all is restored
         assert _whole(model) == after, f"interrupted at {line}"
         model = None
+
+
+@pytest.mark.parametrize("context", [li.disabled, lambda m: li.routed(m, ["a", None])])
+def test_an_interrupt_at_any_line_of_a_context_leaves_nothing_behind(context: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
+    wanted = fill(li.inject(model, {"rank": 2, "targets": [r"\d"]}, "a"), "a")(x)
+
+    def run() -> None:
+        with context(model):
+            pass
+
+    lines = _traced(run, files=FILES)
+    assert len(lines) > 50
+    for line, times in lines.items():
+        for time in range(1, times + 1):
+            with suppress(Interrupted):
+                _traced(run, (line, time), FILES)
+            assert torch.equal(model(x), wanted), f"interrupted at {line}"
+    li.eject(model)  # which an open context would refuse

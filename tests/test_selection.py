@@ -82,9 +82,7 @@ def assert_same(grads: Grads, wanted: Grads) -> None:
         assert gradient is None or error(grads[key], gradient) < 1e-12, key
 
 
-# ------------------------------------------------------------------------------------ the scenarios
-# Each runs forwards and backwards of a model and may change the selection in between.
-
+# Runs forwards and backwards of a model and may change the selection in between.
 Scenario = Callable[[Net, Tensor], None]
 
 
@@ -129,17 +127,6 @@ def two_forwards_one_backward(model: Net, x: Tensor) -> None:
     backward(y + 2 * z)
 
 
-def evaluation_in_between(model: Net, x: Tensor) -> None:
-    y = model(x)
-    model.eval()
-    with torch.no_grad(), li.disabled(model):
-        model(x)
-    with torch.no_grad(), li.routed(model, ["b"] * 4):
-        model(x)
-    model.train()
-    backward(y)
-
-
 def backward_twice(model: Net, x: Tensor) -> None:
     y = model(x)
     y.sum().backward(retain_graph=True)
@@ -155,9 +142,7 @@ def another_ejected_in_between(model: Net, x: Tensor) -> None:
 
 
 SCENARIOS: dict[str, Scenario] = {
-    "nothing changes": selecting("a"),
     "activate another": selecting("a", "b"),
-    "activate from none": selecting(None, "a"),
     "change the mix": selecting({"a": 0.7, "b": -0.2}, {"b": 0.7, "a": -0.2}),
     "backward in disabled": within(nullcontext, li.disabled),
     "forward in disabled": within(li.disabled),
@@ -168,7 +153,6 @@ SCENARIOS: dict[str, Scenario] = {
 ROUTES: dict[str, Scenario] = {
     "forward in routed": within(routed("a", None, "b", "c")),
     "backward in other routes": within(routed("a", "b", "b", "a"), routed("b", "a", "a", "b")),
-    "evaluation in between": evaluation_in_between,
 }
 
 
@@ -219,28 +203,27 @@ def test_contexts_inside_the_checkpointed_function(inside, mode, change) -> None
     assert_recomputed(selecting("a", change), plain, mode)
 
 
+def saving_on_cpu(model: Net, x: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return model.first(x)
+
+
+INNER: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "reentrant": lambda model, x: model.call(model.first, x, mode=True),
+    "non-reentrant": lambda model, x: model.call(model.first, x, mode=False),
+    "hooks on saved tensors": saving_on_cpu,
+}
+
+
 @modes
-@pytest.mark.parametrize("inner", [True, False], ids=["reentrant", "non-reentrant"])
-def test_nested_checkpoints(mode: bool, inner: bool) -> None:
+@pytest.mark.parametrize("inner", INNER)
+def test_checkpoints_and_hooks_inside_a_checkpoint(mode: bool, inner: str) -> None:
     def scenario(model: Net, x: Tensor) -> None:
-        y = model.call(lambda x: model.call(model.first, x, mode=inner) + x, x, mode=mode)
+        y = model.call(lambda x: INNER[inner](model, x) + x, x, mode=mode)
         li.activate(model, "b")
         backward(y)
 
     assert_recomputed(scenario, net(), mode=True)
-
-
-def test_a_checkpoint_under_hooks_on_saved_tensors() -> None:
-    def scenario(model: Net, x: Tensor) -> None:
-        def inner(x: Tensor) -> Tensor:
-            with torch.autograd.graph.save_on_cpu():
-                return model.first(x)
-
-        y = model.call(inner, x, mode=False)
-        li.activate(model, "b")
-        backward(y)
-
-    assert_recomputed(scenario, net(), mode=False)
 
 
 class Foreign(torch.autograd.Function):
@@ -262,18 +245,16 @@ class Foreign(torch.autograd.Function):
 
 
 def test_a_foreign_checkpoint_is_right_or_refused() -> None:
-    def scenario(model: Net, x: Tensor) -> None:
-        backward(Foreign.apply(model, x))
-
-    def changed(model: Net, x: Tensor) -> None:
+    def scenario(model: Net, x: Tensor, *changes: str) -> None:
         y = Foreign.apply(model, x)
-        li.activate(model, "b")
+        for which in changes:
+            li.activate(model, which)
         backward(y)
 
     plain = net()
     assert_same(run(scenario, copy.deepcopy(plain)), run(selecting("a"), copy.deepcopy(plain)))
     with pytest.raises(li.StateError, match="changed since the forward"):
-        run(changed, plain)
+        scenario(plain, X.clone().requires_grad_(), "b")
 
 
 # ------------------------------------------------------------ verbs where they would be lost or lie
@@ -305,18 +286,13 @@ def test_verbs_inside_a_checkpointed_function_are_refused(verb: str, mode: bool)
 
 
 @every_verb
-@pytest.mark.parametrize("context", ["disabled", "routed"])
-def test_verbs_inside_a_context_are_refused(context: str, verb: str) -> None:
+def test_verbs_inside_a_context_are_refused(verb: str) -> None:
     """What they change would be lost, or counted twice, when the context puts its state back."""
     model = net()
-    before, listed, wanted = snapshot(model), li.summary(model), model(X)
-    with li.disabled(model) if context == "disabled" else li.routed(model, ["a", "c"] * 2):
-        inside = model(X)
-        with pytest.raises(li.StateError, match=context):
-            VERBS[verb](model)
-        assert same_bits(model(X), inside)
+    before, wanted = snapshot(model), model(X)
+    with li.routed(model, ["a", "c"] * 2), pytest.raises(li.StateError, match="routed"):
+        VERBS[verb](model)
     assert snapshot(model) == before
-    assert li.summary(model) == listed
     assert same_bits(model(X), wanted)
 
 
@@ -357,40 +333,17 @@ def test_values_that_were_swapped_since_the_forward_are_not_recomputed_with(mode
     backward(y)
 
 
-# ----------------------------------------------------------------------------------------- activate
-
-
-@pytest.mark.parametrize(
-    ("which", "words"),
-    [
-        ("aa", "activate 'aa': the model's adapters are: 'a', 'b', 'c'. Did you mean 'a'?"),
-        ({"a": float("nan")}, "activate 'a': its weight is nan. Give a finite number."),
-        ({"a": "1"}, "activate 'a': its weight is '1'. Give a finite number."),
-        (["a"], "activate: it is a list. Give a name, a mapping of names to weights, or None."),
-    ],
-)
+@pytest.mark.parametrize(("which", "words"), [({"a": float("nan")}, "nan"), (["a"], "a list")])
 def test_activate_refuses(which: Any, words: str) -> None:
     model = net()
-    with pytest.raises(li.StateError) as caught:
+    with pytest.raises(li.StateError, match=words):
         li.activate(model, which)
-    assert str(caught.value) == words
     assert li.adapters(model)["a"].active
 
 
 # ------------------------------------------------------------------------------------------- routed
 
 ROUTABLE = [name for name, kind in KINDS.items() if kind.update == "forward"]
-ROWS = ["wide", None, "default", "wide"]
-
-
-def several_ranks(kind: str, dtype: torch.dtype) -> nn.Module:
-    """Adapters of unequal ranks on one layer, one of them with a frozen start."""
-    model = injected(KINDS[kind], dtype)
-    for name, rank, init in (("wide", 2, "kaiming"), ("thin", 1, "pissa")):
-        config = {**KINDS[kind].config, "rank": rank, "init": init}
-        fill(li.inject(model, config, name), name)
-    li.train_only(model, ["default", "wide", "thin"])
-    return model
 
 
 def alone(model: Any, name: str | None, inputs: Sequence[Tensor], row: int) -> Tensor:
@@ -401,114 +354,81 @@ def alone(model: Any, name: str | None, inputs: Sequence[Tensor], row: int) -> T
 
 
 @pytest.mark.parametrize(
-    ("rows", "dtype"),
-    [
-        *((ROWS, dtype) for dtype in TOLERANCE),
-        (["thin", "wide", None, "default"], torch.float64),
-        ([None] * 4, torch.float64),
-    ],
-    ids=str,
+    "rows", [["wide", None, "default", "wide"], ["thin", "wide", "thin", None]]
 )
 @pytest.mark.parametrize("kind", ROUTABLE)
-def test_each_row_gets_its_own_adapter(kind, dtype, rows) -> None:
-    model, inputs = several_ranks(kind, dtype), KINDS[kind].inputs(dtype)
-    base = copy.deepcopy(model)  # with max_norm the plain layer writes W
-    with li.disabled(base):  # the whole batch: products of another size round otherwise
-        plain = base(*inputs)
-    with li.routed(model, rows):
-        y = model(*inputs)
-    assert y.dtype == dtype
-    for i, name in enumerate(rows):
-        assert error(y[i : i + 1], alone(model, name, inputs, i)) <= TOLERANCE[dtype]
-        if name is None and "max_norm" not in kind:
-            assert same_bits(y[i : i + 1], plain[i : i + 1])
-
-
-@pytest.mark.parametrize("rows", [ROWS, ["thin", "wide", "thin", None]], ids=str)
-@pytest.mark.parametrize("kind", ROUTABLE)
-def test_gradients_reach_exactly_the_adapters_of_the_rows(kind, rows) -> None:
-    model, inputs = several_ranks(kind, torch.float64), KINDS[kind].inputs(torch.float64)
+def test_each_row_gets_its_own_adapter_which_alone_gets_its_gradient(kind, rows) -> None:
+    """Of adapters of unequal ranks, one of them with a frozen start."""
+    model, inputs = injected(KINDS[kind], torch.float64), KINDS[kind].inputs(torch.float64)
+    for name, rank, init in (("wide", 2, "kaiming"), ("thin", 1, "pissa")):
+        config = {**KINDS[kind].config, "rank": rank, "init": init}
+        fill(li.inject(model, config, name), name)
+    li.train_only(model, ["default", "wide", "thin"])
     with li.routed(model, rows):
         y = model(*inputs)
     g = torch.randn_like(y)
     y.backward(g)
     grads = gradients(model)
     model.zero_grad()
-    for i, name in enumerate(rows):
-        if name is not None:
-            alone(model, name, inputs, i).backward(g[i : i + 1])
+    wanted = torch.cat([alone(model, name, inputs, i) for i, name in enumerate(rows)])
+    assert error(y, wanted) <= TOLERANCE[torch.float64]
+    wanted.backward(g)
     assert_same(grads, gradients(model))
     reached = {key.split(":")[0] for key, grad in grads.items() if grad is not None}
     assert reached == {name for name in rows if name is not None}
 
 
-@pytest.mark.parametrize(("n", "repeat"), [(1, 1), (2, 1), (6, 1), (9, 2), (12, 1), (2, 2), (0, 1)])
+@pytest.mark.parametrize(("n", "repeat"), [(2, 1), (6, 1), (9, 2), (0, 1)])
 @pytest.mark.parametrize("kind", ["linear", "embedding"])
 def test_another_batch_is_refused(kind: str, n: int, repeat: int) -> None:
     model = injected(KINDS[kind])
     x = KINDS[kind].inputs(torch.float32)[0][torch.arange(n) % 4]
-    before = snapshot(model)
     with (
         pytest.raises(li.LayerError, match=r"routed\(\) with 3 rows"),
         li.routed(model, ["default", None, "default"], repeat=repeat),
     ):
         model(x)
-    assert snapshot(model) == before
-    assert li.adapters(model)["default"].active
-    model(x)
 
 
 @pytest.mark.parametrize(
-    ("rows", "repeat", "words"),
-    [
-        ([], 1, "got 0 rows"),
-        (["a"], 0, "repeat=0"),
-        (["a", "x"], 1, "routed to 'x': the model's adapters are: 'a', 'b', 'c'"),
-    ],
+    ("rows", "words"), [([], "got 0 rows"), (["a", "x"], "routed to 'x': the")]
 )
-def test_routed_refuses_at_entry(rows: list[str], repeat: int, words: str) -> None:
-    with pytest.raises(li.StateError, match=words), li.routed(net(), rows, repeat=repeat):
+def test_routed_refuses_at_entry(rows: list[str], words: str) -> None:
+    with pytest.raises(li.StateError, match=words), li.routed(net(), rows):
         pytest.fail("it was entered")
 
 
 @pytest.mark.parametrize(
     "config",
-    [{"targets": ["up"]}, {"targets": [r"fc\.weight"]}, {"targets": ["fc"], "train": ["conv"]}],
-    ids=str,
+    [{"targets": [r"fc\.weight"]}, {"targets": ["fc"], "train": ["conv"]}],
 )
 def test_routed_refuses_whole_weights(config: dict[str, Any]) -> None:
-    layers = {"fc": nn.Linear(4, 4), "conv": nn.Conv1d(4, 4, 1), "up": nn.ConvTranspose1d(4, 4, 1)}
-    model = nn.ModuleDict(layers)
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "conv": nn.Conv1d(4, 4, 1)})
     li.inject(model, {"rank": 2, "targets": ["fc"]}, "fine")
     li.inject(model, {"rank": 2, **config}, "whole")
     with pytest.raises(li.StateError, match="all rows of a batch share"):
         li.routed(model, ["fine", "whole"]).__enter__()
-    with li.routed(model, ["fine", None]):
-        model["fc"](torch.randn(2, 4))
 
 
-def test_contexts_nest() -> None:
+@pytest.mark.parametrize("raised", [ZeroDivisionError, GeneratorExit])
+def test_contexts_nest_and_an_exception_inside_leaves_nothing_behind(raised: Any) -> None:
     model = net()
     adapted = model(X)
-    with li.disabled(model):
-        base = model(X)
+
+    def inside() -> None:
         with li.routed(model, ["a"] * 4):
             assert error(model(X), adapted) < 1e-12
             with li.disabled(model):
                 assert same_bits(model(X), base)
+            raise raised
+
+    with li.disabled(model):
+        base = model(X)
+        with pytest.raises(raised):
+            inside()
         assert same_bits(model(X), base)
     assert same_bits(model(X), adapted)
     assert not same_bits(base, adapted)
-
-
-@pytest.mark.parametrize("context", [li.disabled, routed("b", "b", "b", "b")])
-@pytest.mark.parametrize("raised", [ZeroDivisionError, GeneratorExit])
-def test_an_exception_inside_a_context_leaves_nothing_behind(context: Any, raised: Any) -> None:
-    model = net()
-    adapted = model(X)
-    with pytest.raises(raised), context(model):
-        raise raised
-    assert same_bits(model(X), adapted)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "equal slices"])
