@@ -7,7 +7,6 @@ base is loaded: nothing of that is guessed from its answers. Where the weight it
 
 import copy
 import functools
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import conv1d, error, fill, same_bits
+from conftest import ActivationInside, conv1d, error, fill, same_bits
 from helpers.reference import EXACT, SCALE, config, random, refused, with_deltas
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
@@ -28,30 +27,15 @@ X = torch.linspace(-1, 1, 4 * N, dtype=torch.float64).view(4, N)
 IDS = torch.tensor([[0, 3, 5], [2, 9, 1]])
 
 
-class Gain(nn.Linear):
+class Own(nn.Linear):
     """Its gain is 1 until a checkpoint is loaded, as with transformers' DoryLMHead."""
 
-    def __init__(self) -> None:
-        super().__init__(N, N)
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
         self.gain = nn.Parameter(torch.ones(()))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.gain
-
-
-class Clamped(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).clamp(-0.7, 0.7)
-
-
-class Residual(nn.Linear):
-    def forward(self, x: Tensor, residual: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        return super().forward(x) * scale + (0.0 if residual is None else residual)
-
-
-class DropsItsOutput(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(super().forward(x), 0.5, self.training)
+    def forward(self, x: Tensor, residual: Tensor | float = 0.0, scale: float = 1.0) -> Tensor:
+        return super().forward(x) * self.gain * scale + residual
 
 
 class Renumbers(nn.Embedding):
@@ -68,62 +52,32 @@ class Host(nn.Module):
         return self.layer(x, **options)
 
 
-BUILD: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
-    "gain": (Gain, X),
-    "clamped": (lambda: Clamped(N, N), X),
-    "residual": (lambda: Residual(N, N), X),
-    "renumbers": (lambda: Renumbers(12, N), IDS),
-    "drops its output": (lambda: DropsItsOutput(N, N), X),
-}
-
-
 def made(build: Callable[[], nn.Module], **options: Any) -> tuple[Host, Host]:
     torch.manual_seed(0)
     plain = Host(build()).double()
     return plain, fill(li.inject(copy.deepcopy(plain), {**CONFIG, **options}))
 
 
-def dense(model: nn.Module) -> Any:
-    """The model as it is now, with `W + scale B A` as its weight."""
-    return with_deltas(li.eject(copy.deepcopy(model)), model)
+OPTIONS = [{}, {"scale": 3.0}, {"residual": X, "scale": 3.0}]
 
 
-def run(model: nn.Module, x: Tensor) -> Tensor:
-    torch.manual_seed(5)
-    return model(x)  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("name", BUILD)
-def test_an_unknown_forward_computes_with_the_dense_weight(name: str) -> None:
-    build, x = BUILD[name]
-    plain, model = made(build)
-    assert li.plan(plain, CONFIG).sites[0].update == "weight"
-    assert error(run(plain, x), run(dense(model), x)) > 1e-3
-    assert error(run(model, x), run(dense(model), x)) < 1e-12
-    if name == "gain":  # a base that is loaded later
-        model.layer.gain.data.fill_(7.0)
-    wide = dense(model)
-    for training in (True, False):
-        assert error(run(model.train(training), x), run(wide.train(training), x)) < 1e-12
-    li.merge(model)
-    assert error(run(model, x), run(wide, x)) < 1e-12
-
-
-@pytest.mark.parametrize("options", [{"scale": 3.0}, {"residual": X}, {"residual": X, "scale": 3}])
-def test_further_arguments_reach_the_layer(options: dict[str, Any]) -> None:
-    _, model = made(lambda: Residual(N, N))
-    wide = dense(model)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_an_unknown_forward_computes_with_the_dense_weight(options: dict[str, Any]) -> None:
+    _, model = made(lambda: Own(N, N))
+    model.layer.gain.data.fill_(7.0)  # a base that is loaded later
+    wide = with_deltas(li.eject(copy.deepcopy(model)), model)
     assert error(model(X, **options), wide(X, **options)) < 1e-12
-    named = model.layer(residual=X, x=2 * X)
-    assert error(named, wide.layer(residual=X, x=2 * X)) < 1e-12
+    assert error(model.layer(x=X, **options), wide(X, **options)) < 1e-12
+    plain, model = made(lambda: Renumbers(12, N))
+    ids = torch.tensor([[0, 3, 5], [2, 9, 1]])
+    assert error(model(ids), with_deltas(plain, model)(ids)) < 1e-12
 
 
 def test_peft_reads_an_unknown_forward_as_a_target_parameter(tmp_path: Path) -> None:
-    """Its own way with a Linear would add to the output, past the gain and the clamp."""
+    """Its own way with a Linear would add to the output, past the activation."""
     import peft
 
-    torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(N, N), Clamped(N, N)).double()
+    plain = nn.Sequential(nn.Linear(N, N), ActivationInside(N, N)).double()
     config = {"rank": 2, "alpha": 3.0, "targets": ["0", "1"]}
     model = fill(li.inject(copy.deepcopy(plain), config))
     li.save_adapter(model, tmp_path / "adapter")
@@ -148,9 +102,16 @@ class Doubles(nn.Linear):
         return 2 * self._parameters["weight"]  # type: ignore[operator]
 
 
-def cut_short(layer: Any) -> nn.Module:
+def computed() -> nn.Module:
+    layer = nn.Linear(N, N)
+    layer.__class__ = Doubles
+    return layer
+
+
+def cut_short() -> nn.Module:
+    layer = nn.Linear(N, N)
     layer.weight = nn.Parameter(layer.weight[:-1])
-    return layer  # type: ignore[no-any-return]
+    return layer
 
 
 def packed() -> nn.Module:
@@ -159,19 +120,11 @@ def packed() -> nn.Module:
     return layer
 
 
-def of_class(cls: type[nn.Module]) -> nn.Module:
-    layer = nn.Linear(N, N)
-    layer.__class__ = cls
-    return layer
-
-
 SIZES = r"'layer'.*states sizes \(6, 6.*its weight has \(5, 6.*sizes to those"
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "linear of other sizes": (lambda: cut_short(nn.Linear(N, N)), SIZES),
-    "embedding of other sizes": (lambda: cut_short(nn.Embedding(N, N)), SIZES),
-    "convolution of other sizes": (lambda: cut_short(nn.Conv1d(N, N, 3)), SIZES),
+    "of other sizes": (cut_short, SIZES),
     "packed, own forward": (packed, r"packed.*forward of Triples is not known.*register_kind"),
-    "computed": (lambda: of_class(Doubles), r"Doubles\.weight is computed by the class"),
+    "computed": (computed, r"Doubles\.weight is computed by the class"),
     "complex": (lambda: nn.Linear(N, N, dtype=torch.complex64), r"'layer'.*complex.*real"),
 }
 
@@ -183,14 +136,11 @@ def test_a_layer_whose_product_cannot_be_known_is_refused(name: str) -> None:
     refused(model, lambda: li.inject(model, CONFIG), li.LayerError, words)
 
 
-# ----------------------------------------------------------------------------------- nested tensors
-
-
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
-@pytest.mark.parametrize("rule", [{}, {"slices": ["q", "v"], "adapt": ["v"]}], ids=["", "slices"])
-def test_rows_of_a_nested_tensor(layout: torch.layout, rule: dict[str, Any]) -> None:
-    _, model = made(lambda: nn.Linear(N, N), targets=[{"match": "layer", **rule}])
+def test_rows_of_a_nested_tensor(layout: torch.layout) -> None:
+    rule = {"match": "layer", "slices": ["q", "v"], "adapt": ["v"]}
+    _, model = made(lambda: nn.Linear(N, N), targets=[rule])
     trained, rows = list(li.adapter_parameters(model).values()), [X[:1], X[1:]]
     nested = torch.nested.nested_tensor(rows, layout=layout)
     outputs = [model(row) for row in rows], model(nested).unbind()
@@ -270,22 +220,17 @@ def test_a_forward_that_is_put_onto_the_class_after_inject_is_refused(
 # ------------------------------------------------------------------------ weights that are computed
 
 
-def _weight_norm(layer: nn.Module) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return nn.utils.weight_norm(layer)
-
-
 COMPUTED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "weight_norm": (parametrizations.weight_norm, "parametrizations.weight.original1"),
     "spectral_norm": (parametrizations.spectral_norm, "parametrizations.weight.original"),
     "orthogonal": (parametrizations.orthogonal, "parametrizations.weight.original"),
-    "old weight_norm": (_weight_norm, "weight_v"),
+    "old weight_norm": (nn.utils.weight_norm, "weight_v"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 @pytest.mark.parametrize("how", COMPUTED)
-def test_a_linear_layer(how: str) -> None:
+def test_what_a_weight_is_computed_of_is_adapted(how: str) -> None:
     compute, parameter = COMPUTED[how]
 
     def make() -> Any:
@@ -298,10 +243,8 @@ def test_a_linear_layer(how: str) -> None:
         assert target != "0" or parameter in str(raised.value)
     plain, model, x = make(), make(), random(3, 6)
     cls = type(model[0])
-    fill(li.inject(model, config(parameter)))
-    site = li.adapter_state(model).sites[f"0.{parameter}"]
-    with torch.no_grad():
-        plain.get_parameter(f"0.{parameter}").add_(SCALE * site.B @ site.A)
+    site = li.adapter_state(fill(li.inject(model, config(parameter)))).sites[f"0.{parameter}"]
+    plain.get_parameter(f"0.{parameter}").data.add_(SCALE * site.B @ site.A)
     assert error(model(x), plain(x)) < EXACT
     li.merge(model, eject=True)
     assert error(model(x), plain(x)) < EXACT
@@ -323,15 +266,11 @@ class Doubled(nn.Module):
 
 
 def test_a_bias_that_is_parametrized_after_inject_is_used() -> None:
-    model = fill(li.inject(nn.Sequential(nn.Linear(6, 6).double()), config("0")))
+    model, x = fill(li.inject(nn.Sequential(nn.Linear(6, 6).double()), config("0"))), random(3, 6)
     parametrize.register_parametrization(model[0], "bias", Doubled())
-    plain, x = li.eject(copy.deepcopy(model)), random(3, 6)
-    site = li.adapter_state(model).sites["0"]
-    with torch.no_grad():
-        plain[0].weight.add_(SCALE * site.B @ site.A)
-    assert error(model(x), plain(x)) < EXACT
-    li.eject(model)
-    assert parametrize.is_parametrized(model[0], "bias")
+    wide = with_deltas(li.eject(copy.deepcopy(model)), model)
+    assert error(model(x), wide(x)) < EXACT
+    assert parametrize.is_parametrized(li.eject(model)[0], "bias")
 
 
 def test_a_layer_that_was_given_another_class_is_an_error_and_can_be_ejected() -> None:
