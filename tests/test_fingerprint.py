@@ -1,5 +1,6 @@
 """The fingerprint: the same base in another dtype passes, another base does not."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -18,8 +19,6 @@ from lora_inject.core.adapter.fingerprint import Fingerprint, Sampled, samples
 from lora_inject.errors import FormatError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
-FILES = {"native": "a.safetensors", "peft": "a"}
-every_layout = pytest.mark.parametrize("layout", FILES)
 
 
 def fingerprint_of(weight: torch.Tensor) -> Fingerprint:
@@ -41,9 +40,6 @@ def test_other_shapes_names_and_values() -> None:
     nan, zero = (fingerprint_of(torch.tensor([value])) for value in (math.nan, 0.0))
     assert base_differences(nan, nan) == {}
     assert base_differences(nan, zero) != {}
-
-
-# Adapters of a model -----------------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -78,13 +74,12 @@ def moved(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("train", [r"q\.bias", "head"])
-@every_layout
-def test_an_adapter_without_sites_knows_its_base(train: str, layout: str, tmp_path: Path) -> None:
+def test_an_adapter_without_sites_knows_its_base(train: str, tmp_path: Path) -> None:
     model = li.inject(Net(), {"targets": [], "train": [train]})
     with torch.no_grad():
         for parameter in li.adapter_parameters(model).values():
             parameter.add_(1.0)
-    path = li.save_adapter(model, tmp_path / FILES[layout], format=layout)
+    path = li.save_adapter(model, tmp_path / "a")
     loaded = li.load_adapter(moved("head") if train == "head" else Net(), path)
     assert torch.equal(loaded(IDS), model(IDS))
     other = moved("q")
@@ -99,11 +94,9 @@ def test_an_adapter_without_sites_knows_its_base(train: str, layout: str, tmp_pa
 
 
 @pytest.mark.parametrize("other", ["mlp", "head", "table"])
-@every_layout
-def test_another_tensor_than_the_adapted_ones_is_noticed(
-    other: str, layout: str, tmp_path: Path
-) -> None:
-    path = li.save_adapter(li.inject(Net(), Q), tmp_path / FILES[layout], format=layout)
+@pytest.mark.parametrize(("layout", "file"), [("native", "a.safetensors"), ("peft", "a")])
+def test_another_tensor_than_the_adapted_ones_is_noticed(other, layout, file, tmp_path) -> None:
+    path = li.save_adapter(li.inject(Net(), Q), tmp_path / file, format=layout)
     li.load_adapter(Net(), path)
     with pytest.raises(FormatError, match=rf"another base: '{other}\.(weight|bias)'"):
         li.load_adapter(moved(other), path)
@@ -137,9 +130,6 @@ def test_what_the_adapter_trains_may_have_any_value_in_the_base() -> None:
         li.install(moved("head"), state)
 
 
-# An update that leaves most of a weight alone -----------------------------------------------------
-
-
 def embedded() -> nn.Module:
     """An adapter on an embedding that three tokens have trained."""
     model = li.inject(Net(), {"rank": 2, "targets": ["table"]})
@@ -152,11 +142,10 @@ def embedded() -> nn.Module:
     return model
 
 
-@every_layout
-def test_the_merged_base_of_an_embedding_is_not_its_base(layout: str, tmp_path: Path) -> None:
+def test_the_merged_base_of_an_embedding_is_not_its_base(tmp_path: Path) -> None:
     """Neither in memory nor on disk is it merged twice."""
     model = embedded()
-    path = li.save_adapter(model, tmp_path / FILES[layout], format=layout)
+    path = li.save_adapter(model, tmp_path / "a")
     li.load_adapter(Net(), path)
     li.load_adapter(Net().bfloat16(), path)
     merged = Net()
@@ -171,17 +160,12 @@ def test_the_merged_base_of_an_embedding_is_not_its_base(layout: str, tmp_path: 
 
 
 def test_slices_and_experts_are_sampled_where_they_move() -> None:
-    class Bank(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.fused = nn.Linear(4, 600, bias=False)
-            self.experts = nn.Parameter(torch.randn(40, 8, 4))
-
+    torch.manual_seed(0)
+    bank = nn.Module()
+    bank.fused, bank.experts = nn.Linear(4, 600, bias=False), nn.Parameter(torch.randn(40, 8, 4))
     fused = {"match": "fused", "slices": {"a": 3, "b": 597}, "adapt": ["a"]}
-    model = li.inject(
-        Bank(), {"rank": 1, "targets": [fused, {"match": "experts", "layout": "out_in"}]}
-    )
+    targets = [fused, {"match": "experts", "layout": "out_in"}]
+    model = li.inject(copy.deepcopy(bank), {"rank": 1, "targets": targets})
     with torch.no_grad():
         parameters = li.adapter_parameters(model)
         parameters["fused.lora_B"].fill_(0.5)
@@ -190,11 +174,10 @@ def test_slices_and_experts_are_sampled_where_they_move() -> None:
     at = {name: known.moved for name, known in state.fingerprint.items()}
     assert {position // 4 for position in at["fused.weight"]} <= {0, 1, 2}
     assert {position // 32 for position in at["experts"]} == {33}
-    li.install(Bank(), state)
-    merged = Bank()
-    merged.load_state_dict(dict(li.merged_weights(model)))
+    li.install(copy.deepcopy(bank), state)
+    bank.load_state_dict(dict(li.merged_weights(model)))
     with pytest.raises(FormatError, match="where the adapter moves"):
-        li.install(merged, state)
+        li.install(bank, state)
 
 
 def test_positions_outside_of_the_weight_are_an_edited_file(tmp_path: Path) -> None:

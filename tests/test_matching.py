@@ -16,7 +16,6 @@ from lora_inject.core.spec.matching import resolve
 from lora_inject.core.spec.names import canonical
 from lora_inject.core.spec.patterns import matching
 from lora_inject.core.spec.plan import Plan
-from lora_inject.core.spec.spellings import templates as templates_of
 from lora_inject.errors import LayerError, MatchError
 
 
@@ -100,14 +99,10 @@ def test_canonical_names_lack_the_segments_of_wrappers_and_of_nobody_else() -> N
     [
         ("Wq", ["Wq", "a.b.Wq"], ["aWq", "a.Wqx", "a.Wq.weight", "wq", "Wq."]),
         (r"attn\.W[qv]", ["attn.Wq", "h.0.attn.Wv"], ["attn.Wk", "xattn.Wq", "attn_Wq"]),
-        (r"^enc\.layer\.0\..*", ["enc.layer.0.q"], ["x.enc.layer.0.q", "enc.layer.0"]),
         ("^a|b", ["a", "x.b"], ["x.a", "ab"]),
-        ("(a)(b)\\2", ["abb", "x.abb"], ["aba"]),
         (r"(q)?x(?(1)y|z)", ["qxy", "xz", "a.xz"], ["qxz", "a.xy"]),
         ("(?i:Q)_proj", ["a.q_proj"], ["a.Q_PROJ"]),
-        ("(?x)\n q  # query\n | k  # key", ["a.q", "a.k"], ["a.v"]),
         (r"(?<!q\.)weight", ["k.weight", "weight"], ["q.weight"]),
-        (r"h\.\d+\.(?!1\b)\w+", ["h.0.q"], ["h.0.1"]),
         ("größe|a\\+b \\[c]", ["a.größe", "x.a+b [c]"], ["a.grosse", "x.ab [c]"]),
         (r"q{e}|q{1<=e<=2}|[{]k{2}", ["q{e}", "{kk"], ["q", "qx"]),  # text, as Python reads it
         ("^$", [""], ["a"]),
@@ -139,9 +134,7 @@ def test_wrapping_a_pattern_changes_nothing_inside_it(flag, body, names) -> None
     assert matching(flag + body, names, asked="here") == [n for n in names if means(n)]
 
 
-@pytest.mark.parametrize(
-    "pattern", ["(a|a)+b|(a|a)+c", "(a|a)" * 30 + "[bc]", "(?x) (a|a) +[bc]"], ids=len
-)
+@pytest.mark.parametrize("pattern", ["(a|a)+b|(a|a)+c", "(?x) (a|a) +[bc]"])
 def test_a_pattern_that_backtracks_without_end_is_refused_in_time(pattern: str) -> None:
     with pytest.raises(MatchError, match=r"here: it took more than 0.05 s .*on 'h.0.aaa"):
         matching(pattern, [f"h.0.{'a' * 40}"], asked="here", seconds=0.05)
@@ -150,7 +143,6 @@ def test_a_pattern_that_backtracks_without_end_is_refused_in_time(pattern: str) 
 @pytest.mark.parametrize("pattern", ["(?x:(a+) +)X", "(?i-s:(?x: (a+)\n+ ))X", ".*" * 60 + "X"])
 def test_a_pattern_that_may_explode_is_matched_with_a_clock(pattern: str) -> None:
     assert bounded_patterns.steps_of(pattern, 28) > bounded_patterns.FEW_STEPS
-    assert matching(pattern, ["a" * 28], asked="rule 1") == []
 
 
 # Sites
@@ -199,12 +191,6 @@ def test_rules_and_excludes_leave_these_sites(config: str, sites: str) -> None:
     assert [name.removeprefix("model.layers.") for name in site_names(plan)] == sites.split()
 
 
-def test_keys_alone_do_not_say_what_is_a_linear_layer() -> None:
-    for rule in ("all-linear", {"match": "q", "kind": "linear"}):
-        message = refused(Config(targets=[rule]), inventory_of({"h.0.q.weight": (8, 8)}))
-        assert "a list of keys does not say which kind of layer" in message
-
-
 def test_the_weight_of_an_embedding_is_a_parameter_that_is_turned() -> None:
     (embed,) = resolve(Config(targets=["embed.weight"], rank=2), tower()).sites
     assert (embed.kind, embed.update, embed.transposed) == ("parameter", "weight", True)
@@ -239,23 +225,16 @@ targets: [zzz] => Nothing is spelled like it; there is 'model.embed',
     'model.layers.{0..1}.attn.q_proj', 'model.layers.{0..1}.attn.k_proj',
 {targets: [q_proj], exclude: [lm_haed]} => exclude 1 ('lm_haed'): matched none of 52 names. Nearest:
     'lm_head'.
-{targets: [q_proj], train: [norms]} => train 1 ('norms'): matched none of 52 names. Nearest:
-    'model.layers.0.norm'.
 targets: ['q_proj\.weight', q_proj] => rule 2 ('q_proj'): all that it matches is taken by rule 1
     (2). Put the narrower rule first, or remove this one.
-{targets: ['[qk]_proj', q_proj], exclude: ['layers\.0']} => taken by exclude (1), rule 1 (1).
 targets: [mlp] => matches only what cannot take an adapter: 'model.layers.0.mlp' (container),
     'model.layers.1.mlp' (container). Name what is in it: 'model.layers.0.mlp.up',
-targets: [norm] => 'model.layers.1.norm' (LayerNorm). Name modules or parameters that hold a matrix.
 targets: [running_mean] => matches only buffers: 'model.norm.running_mean'. Name a module
-{targets: [q_proj], train: [running_mean]} => train 1 ('running_mean'): matches only buffers
 targets: [{match: up, layers: [0, 2-7]}] => in layers 2-7. Its layers are 0 to 1.
 targets: [{match: lm_head, layers: 0}] => Remove layers; no name that it matches has one.
 targets: [{match: .+proj, kind: linaer}] => of kind 'linaer', but of linear (8). Did you mean
-targets: [{match: .+, kind: conv, layers: [1]}] => of kind 'conv', but of linear (6). Correct kind.
 targets: [{match: up, rank: 9, init: pissa}] => 'model.layers.0.mlp.up', matched by rule 1 ('up'):
     init pissa with rank 9, but W has a rank of at most 8. Give the rule rank: 8, or another init.
-targets: [{match: up, slices: {a: 13, b: 3}, adapt: [b], rank: 4, init: olora}] => at most 3.
 targets: [{match: up, slices: {a: 12, b: 3}, adapt: [a]}] => slices of 12 + 3 = 15, but it has 16
     outputs. Give the widths along its output.
 targets: [{match: embed, slices: [a, b], adapt: [a]}] => slices, but it is of kind embedding.
@@ -288,13 +267,12 @@ def test_a_candidate_that_is_refused_says_why_unless_it_is_not_meant() -> None:
 
 
 def test_a_pattern_for_stacked_experts_is_told_that_experts_are_modules() -> None:
-    names = [f"h.{i}.mlp.experts.{e}.{w}" for i in range(2) for e in range(2) for w in ("w1", "w2")]
+    names = [f"h.{i}.mlp.experts.{e}.{w}" for i in "01" for e in "01" for w in ("w1", "w2")]
     model = inventory(*map(linear, names))
     message = refused(Config(targets=[r"h\.\d+\.mlp\.experts\.(gate_up|down)_proj"]), model)
     assert "experts are modules here, each of its own" in message
     pattern = message.partition("Match those: ")[2].rstrip(".")
     assert resolve(Config(targets=[pattern]), model).n_sites == len(names)
-    assert "Nearest" in refused(Config(targets=[r"experts\.\d+\.w3"]), model)
 
 
 # Stacked parameters; what their axes mean is computed in test_layouts.py
@@ -311,9 +289,7 @@ def test_a_stacked_parameter_needs_its_layout() -> None:
     assert "slices, but it is a stack of matrices" in refused(Config(targets=[rule]), names)
 
 
-@pytest.mark.parametrize(
-    "axes", [([0], [2]), ([1], [0, 2]), ([0], [0, 1, 2]), ([0], [2, 1]), ([0], [3])]
-)
+@pytest.mark.parametrize("axes", [([0], [2]), ([1], [0, 2]), ([0], [0, 1, 2]), ([0], [3])], ids=str)
 def test_axes_that_are_not_a_matrix_in_memory_order_are_refused(axes: Any) -> None:
     config = Config(targets=[Rule(match="Wq", layout={"in": axes[0], "out": axes[1]})])
     message = refused(config, inventory(parameter("Wq", 6, 4, 3)))
@@ -362,34 +338,18 @@ def test_biases_are_known_by_their_last_segment() -> None:
 # The plan
 
 
-def test_the_plan_prints_as_a_table() -> None:
-    config = Config(
-        rank=2,
-        targets=[
-            "[qk]_proj",
-            Rule(match="up", slices=["a", "b"], adapt=["b"], rank=4, scaling="rslora", dropout=0.1),
-            r"norm|embed\.weight",
-        ],
-        train=["lm_head"],
-        bias="adapted",
-    )
-    assert str(resolve(config, tower())) == (
-        "rule 1 '[qk]_proj': rank 2, scale 16/2, kaiming\n"
-        "  model.layers.{0..1}.attn.q_proj  x2  linear  8 -> 8  32 each  64\n"
-        "  model.layers.{0..1}.attn.k_proj  x2  linear  8 -> 8  32 each  64\n"
-        "rule 2 'up': rank 4, scale 16/sqrt(4), kaiming, dropout 0.1\n"
-        "  model.layers.{0..1}.mlp.up  x2  linear  8 -> 16 [b]  64 each  128\n"
-        "rule 3 'norm|embed\\.weight': rank 2, scale 16/2, kaiming\n"
-        "  model.embed.weight  x1  parameter  32 -> 8  80 each  80\n"
-        "train 1 ('lm_head'): trained in full\n"
-        "  lm_head.weight  x1  trained  32 x 8  256 each  256\n"
-        "bias: adapted: trained in full\n"
-        "  model.layers.{0..1}.attn.q_proj.bias  x2  trained  8  8 each  16\n"
-        "  model.layers.{0..1}.attn.k_proj.bias  x2  trained  8  8 each  16\n"
-        "skipped, LayerNorm: model.layers.{0..1}.norm\n"
-        "7 sites: 336 in A and B + 288 trained in full = 624 trainable, 38.2 % of 1,632;\n"
-        "  0.0 MB in float32"
-    )
+def test_the_plan_prints_what_each_rule_meets_and_what_trains() -> None:
+    up = Rule(match="up", slices=["a", "b"], adapt=["b"], rank=4, scaling="rslora", dropout=0.1)
+    config = Config(rank=2, targets=["[qk]_proj", up], train=["lm_head"], bias="adapted")
+    text = str(resolve(config, tower()))
+    for line in (
+        "  model.layers.{0..1}.attn.k_proj  x2  linear  8 -> 8  32 each  64\n",
+        "rule 2 'up': rank 4, scale 16/sqrt(4), kaiming, dropout 0.1\n",
+        "  model.layers.{0..1}.mlp.up  x2  linear  8 -> 16 [b]  64 each  128\n",
+        "  lm_head.weight  x1  trained  32 x 8  256 each  256\n",
+        "6 sites: 256 in A and B + 288 trained in full = 544 trainable, ",
+    ):
+        assert line in text
 
 
 def test_the_plan_notes_what_may_not_be_meant() -> None:
@@ -403,13 +363,6 @@ def test_the_plan_notes_what_may_not_be_meant() -> None:
     wide = Config(targets=["out"], rank=2, compute="float32")
     assert not resolve(wide, inventory(half)).notes
     assert "dropout 0.1" in refused(Config(targets=["out"], dropout=0.1), inventory(half))
-    keys = inventory_of({"q.weight": (8, 8)})
-    assert "kinds are assumed from names and shapes\n" in str(resolve(Config(targets=["q"]), keys))
-
-
-def test_a_grid_of_names_is_one_line() -> None:
-    names = [f"h.{i}.experts.{e}.up" for i in range(32) for e in range(8) if i != 7]
-    assert templates_of(names) == {"h.{0..6,8..31}.experts.{0..7}.up": 248}
 
 
 # Any inventory, any rules
@@ -474,6 +427,8 @@ def test_of_keys_only_a_bias_says_which_side_is_the_output() -> None:
         "patch": ("conv", 48, 8),
     }
     assert "a stack of 4 matrices" in refused(Config(targets=["gate_up"]), names)
+    for rule in ("all-linear", {"match": "c_proj", "kind": "linear"}):
+        assert "does not say which kind of layer" in refused(Config(targets=[rule]), names)
 
 
 def test_keys_with_wrapper_segments_keep_their_tensor_names() -> None:

@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from training_models import llama_folder
 
 import lora_inject as li
 from lora_inject import Space, search
-from lora_inject.cli import searching
 from lora_inject.trials import search as module
 
 SPACE = {
@@ -88,9 +86,6 @@ def test_the_result_is_a_config_that_injects_and_an_adapter_with_its_loss() -> N
     loss = fmean(nn.functional.mse_loss(model(x), y).item() for x, y in HELD_OUT)
     assert loss == pytest.approx(fmean(found.rungs[-1].held_out[found.best]), rel=1e-5)
     assert f"Held-out loss {loss:.4f}; the base {fmean(found.base):.4f}; batches: 3" in text
-    assert "12 for 4 steps, then 2 for 20 steps" in text
-    assert "\u00b1" in text
-    assert "\u00b1" not in searched(net(), held_out=HELD_OUT[:1]).to_yaml()  # no error from one
 
 
 def test_an_interrupted_search_goes_on_to_the_same_result(tmp_path, monkeypatch) -> None:
@@ -165,21 +160,14 @@ def test_points_follow_from_the_seed_and_cover_the_ranges() -> None:
 # What is not said here is `targets: {all: [all-linear]}`, `lr: [1, 2]` and `budget: {steps: 8}`.
 WRONG = """
 lr: 1e-3 => a single trial. Give two choices
-lr: [] => (lr): it is empty. Give one entry
-lr: [1e-3, 1e-3] => has a repeated entry
 lr: [1e-3, -1] => s.yaml:1:12 (lr[1]): -1 is not accepted. Write more than 0
 lr: {from: 1e-2, to: 1e-4} => 0.01 is not below to 0.0001
 lr: {from: 1e-4, to: 1e-2} => lr is a range, and trials is missing. Say
 budget: {} => steps and minutes are missing. Give one of them
 budget: {steps: 1, minutes: 1} => are both given. Give one
-learning_rate: [1, 2] => (learning_rate): unknown key 'learning_rate'. Did you mean 'lr'
 budget: {step: 8} => (budget.step): unknown key 'step'. Did you mean 'steps'
 config: {rank: 2} => config has 'rank', which the space sets
 targets: {'a b': [q]} => Write a name of letters, digits and _
-targets: [q] => Write a mapping, such as {name: ['q']}
-targets: {a: {match: q}} => a line that begins with '- '
-budget: 8 => Write a mapping of parameters, bytes, steps, minutes
-budget: {steps: 0} => Write at least 1
 """
 
 
@@ -198,15 +186,12 @@ def test_a_wrong_space_is_an_error_at_its_place(tmp_path, text, words) -> None:
 @pytest.mark.parametrize(
     ("space", "more", "message"),
     [
-        (SPACE, {"train": []}, "search, batches: there is no batch. Give one at least"),
         (SPACE, {"train": iter(TRAIN)}, "search, batches: it is a list_iterator"),
         (SPACE, {"held_out": [(torch.ones(2, 4), torch.ones(3, 2))]}, r"held_out\[0\]': its tens"),
         (SPACE, {"held_out": [*HELD_OUT, NAN]}, r"held_out\[3\]: the base's loss is nan. Look"),
-        (SPACE, {"train": [NAN]}, r"batches\[0\]: the base's loss is nan. Look at its rows"),
         (SPACE, {"train": [*TRAIN[:3], NAN]}, "is nan at step 3.*if they end at one step, look at"),
         (SPACE, {"loss": lambda out, batch: 1.0}, "loss of trial .*: it is a float. Return"),
         (SPACE | {"targets": {"a": ["q_proj"]}}, {}, "matched none"),
-        ([SPACE], {}, "space: it is a list. Give a Space"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_searched_leaves_nothing_behind(space, more, message) -> None:
@@ -223,22 +208,15 @@ def test_what_cannot_be_searched_leaves_nothing_behind(space, more, message) -> 
 
 # ------------------------------------------------------------------------------- the command line
 
-YAML = """
-targets: {qv: ['[qv]_proj'], all: [all-linear]}
-lr: [1e-3, 1e-2]
-rank: 2
-budget: {steps: 4}
-"""
-
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     llama_folder(Path("base"))
-    Path("space.yaml").write_text(YAML)
+    space = "{targets: {qv: ['[qv]_proj'], all: [all-linear]}, lr: [1e-3, 1e-2], rank: 2, "
+    Path("space.yaml").write_text(space + "budget: {steps: 4}}")
     rows = [{"prompt": f"{i} and {i}", "completion": f" is {2 * i}"} for i in range(12)]
     rows += [{"text": f"{i} is a number"} for i in range(12)]
-    Path("one.txt").write_text("one row")
     Path("rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return tmp_path
 
@@ -251,35 +229,22 @@ def test_the_command_writes_config_adapter_and_page(folder, run) -> None:
     assert done.code == 0, done.err
     assert "rung 1 of 1: 4 trials, 4 steps" in done.err
     config = li.Config.from_yaml("out/config.yaml")
-    assert config.expect is not None
-    assert li.read_adapter("out/adapter").config["rank"] == 2
+    assert li.read_adapter("out/adapter").config["rank"] == config.rank
     assert "Held-out loss by learning rate" in Path("out/search.html").read_text()
     trials = [line.split("  ")[0] for line in done.out.splitlines()[1:5]]
     assert sorted(trials) == ["all lr 0.001", "all lr 0.01", "qv lr 0.001", "qv lr 0.01"]
-    again = run(*WORDS)  # of a search that has ended
-    assert again.out.rpartition(";")[0] == done.out.rpartition(";")[0]  # and then its seconds
 
 
 @pytest.mark.parametrize(
-    ("text", "more", "message"),
+    ("text", "message"),
     [
-        ('{"text": "a"}\n', (), "it has 1 row, and two batches take 8, one held out"),
-        ("", ("--held-out", "one.txt"), "it has 1 row, and a batch takes 4. Give"),
-        ('{"txt": "a"}\n', (), "line 1: it holds {'txt': str}. Write"),
-        ("a\n", (), "line 1: it is not JSON"),
+        ('{"text": "a"}\n', "it has 1 row, and two batches take 8, one held out"),
+        ('{"txt": "a"}\n', "line 1: it holds {'txt': str}. Write"),
     ],
 )
-def test_the_command_refuses_bad_rows(folder, run, text, more, message) -> None:
-    if text:
-        Path("rows.jsonl").write_text(text)
-    done = run(*WORDS, *more)
+def test_the_command_refuses_bad_rows(folder, run, text, message) -> None:
+    Path("rows.jsonl").write_text(text)
+    done = run(*WORDS)
     assert done.code == 1
     assert message in done.err
     assert not Path("out").exists()
-
-
-def test_ctrl_c_says_that_the_same_command_goes_on(folder, run, monkeypatch) -> None:
-    monkeypatch.setattr(searching, "_line", Mock(side_effect=KeyboardInterrupt))
-    done = run(*WORDS)
-    assert done.code == 130
-    assert "interrupted. Run the same again: it goes on from what is saved in 'out'" in done.err
