@@ -366,27 +366,22 @@ def test_one_wrong_bit_is_found_and_named(case, name):
     assert name in problem
 
 
-def test_verification_tells_other_adapters_and_missing_files(case):
+def test_verification_tells_other_adapters_and_files_that_are_missing_or_were_added(case):
     base, tensors, state, out = case
     merge(base, [state], out)
     for other in (llama_adapter(tensors, seed=5), WeightedAdapter(state, 0.5)):
         assert verify_checkpoint(base, [other], out).problems
-    (out / "tokenizer.json").unlink()
-    assert "'tokenizer.json' is missing" in str(verify_checkpoint(base, [state], out).problems)
-    (out / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="model-00002-of-00003"):
-        verify_checkpoint(base, [state], out).check()
-
-
-def test_verification_names_files_that_were_added(case):
-    base, _, state, out = case
-    merge(base, [state], out)
     for name in (".git/config", "adapter_config.json", "sub/a.py", "model-strange.safetensors"):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("{}")
     added = {"'adapter_config.json'", "'sub/a.py'", "'model-strange.safetensors'"}
     problems = verify_checkpoint(base, [state], out).problems
     assert set(problems) == {f"{name} does not belong there" for name in added}
+    (out / "tokenizer.json").unlink()
+    assert "'tokenizer.json' is missing" in str(verify_checkpoint(base, [state], out).problems)
+    (out / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model-00002-of-00003"):
+        verify_checkpoint(base, [state], out).check()
 
 
 def test_merge_verifies_before_it_publishes(case, monkeypatch):

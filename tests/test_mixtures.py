@@ -1,7 +1,4 @@
-"""`all-experts`, rank for each active expert, and what a plan says of a mixture of experts.
-
-One table for all architectures: planned, trained, merged, exchanged, equal to the dense model.
-"""
+"""`all-experts`, rank for each active expert, and what a plan says of a mixture of experts."""
 
 import copy
 from pathlib import Path
