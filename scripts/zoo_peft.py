@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from zoo import MODEL_TYPES  # noqa: E402 - found by the path above
 from zoo.build import build  # noqa: E402
 from zoo.exceptions import EXEMPTIONS  # noqa: E402
-from zoo.steps import Calls, Ours, hold  # noqa: E402
+from zoo.steps import Calls, Held, Ours  # noqa: E402
 from zoo.targets import ALPHA, RANK, Targets, targets_of  # noqa: E402
 
 # What a library may raise on a model that it cannot handle.
@@ -94,7 +94,7 @@ def try_one(model_type: str, library: Any) -> tuple[list[str], float]:
     """Return what failed, and the seconds that it took."""
     start = time.perf_counter()
     try:
-        failures = hold(model_type, library).failures
+        failures = Held(model_type, library).failures
     except FAULTS as error:
         failures = [f"{type(error).__name__}: {str(error)[:150]}"]
     return failures, time.perf_counter() - start

@@ -10,6 +10,36 @@ from typing import Any
 import torch
 
 
+class Answering(BaseHTTPRequestHandler):
+    """Answers in JSON, or with the bytes of a file."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def answer(self, value: Any, status: int = 200, **headers: str) -> None:
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        for key, text in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(key, text)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+@contextmanager
+def running(handler: type[Answering]) -> Iterator[str]:
+    """Serve on a free port of this machine; gives the URL."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,)).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
 class Letters:
     """A tokenizer: a token for each character."""
 
@@ -17,7 +47,11 @@ class Letters:
         return {"input_ids": [ord(letter) - 32 for letter in text]}
 
     def decode(self, ids: list[int]) -> str:
-        return "".join(chr(token + 32) for token in ids)
+        return "".join(map(letter, ids))
+
+
+def letter(token: int) -> str:
+    return chr(token + 32)
 
 
 class Served:
@@ -36,9 +70,6 @@ class Served:
         self.model, self.kind, self.names = model, kind, names
         self.asked: list[dict[str, Any]] = []
 
-    def models(self) -> dict[str, Any]:
-        return {"data": [{"id": name} for name in self.names]}
-
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         self.asked.append(body)
         prompt = body["prompt"]
@@ -55,18 +86,17 @@ class Served:
         return {"choices": [choice], "usage": {"prompt_tokens": len(prompt)}}
 
     def _said(self, prompt: list[int], rows: Any, body: dict[str, Any]) -> Any:
-        top = rows[-1].topk(body["logprobs"])
-        pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        pairs = best(rows[-1], body)
         if self.kind == "silent":
             return None
         if self.kind == "llama.cpp":
-            best = [{"id": t, "token": Letters().decode([t]), "logprob": v} for t, v in pairs]
-            return {"content": [{**best[0], "top_logprobs": best}]}
+            tops = [{"id": t, "token": letter(t), "logprob": v} for t, v in pairs]
+            return {"content": [{**tops[0], "top_logprobs": tops}]}
         if self.kind == "llama-cpp-python":
             return self._late(prompt, rows, body)
 
         def named(token: int) -> str:
-            return Letters().decode([token]) if self.kind == "texts" else f"token_id:{token}"
+            return letter(token) if self.kind == "texts" else f"token_id:{token}"
 
         tokens, values = [named(pairs[0][0])], [pairs[0][1]]
         if body.get("echo"):
@@ -80,56 +110,36 @@ class Served:
         tokens, offset = [int(rows[-1].argmax())], len(prompt) - 1
         if body.get("echo"):
             tokens, offset = prompt[prompt[0] == self.first :] + tokens, 0
-        values: list[Any] = []
-        tops: list[Any] = []
-        for token, row in zip(tokens, rows[offset:], strict=False):
-            best = row.topk(body["logprobs"])
-            pairs = [*zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-            values.append(float(row[token]))
-            tops.append({Letters().decode([t]): v for t, v in [*pairs, (token, values[-1])]})
+        rated = list(zip(tokens, rows[offset:], strict=False))
+        values: list[Any] = [float(row[token]) for token, row in rated]
+        tops: list[Any] = [
+            {letter(t): v for t, v in [*best(row, body), (token, float(row[token]))]}
+            for token, row in rated
+        ]
         if body.get("echo"):
             values[0] = tops[0] = None
-        named = [Letters().decode([token]) for token in tokens[: len(values)]]
+        named = [letter(token) for token, _ in rated]
         return {"tokens": named, "token_logprobs": values, "top_logprobs": tops}
 
 
-@contextmanager
-def serving(served: Served) -> Iterator[str]:
-    """Serve on a free port of this machine; gives the URL."""
+def best(row: Any, body: dict[str, Any]) -> list[tuple[int, float]]:
+    """The tokens that a row rates highest, as many as are asked for, with their ratings."""
+    top = row.topk(body["logprobs"])
+    return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
-    class Handler(BaseHTTPRequestHandler):
+
+def serving(served: Served) -> Any:
+    """Serve a model; a context that gives the URL."""
+
+    class Handler(Answering):
         def do_GET(self) -> None:
-            try:
-                self._answer(200, served.models())
-            except PermissionError:
-                self._answer(401, {"error": "Unauthorized"})
+            self.answer({"data": [{"id": name} for name in served.names]})
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             try:
-                self._answer(200, served.complete(body))
+                self.answer(served.complete(json.loads(self.body())))
             except ValueError as error:
-                self._answer(
-                    500 if served.kind == "llama-cpp-python" else 400,
-                    {"error": {"message": str(error)}},
-                )
+                status = 500 if served.kind == "llama-cpp-python" else 400
+                self.answer({"error": {"message": str(error)}}, status)
 
-        def _answer(self, code: int, data: Any) -> None:
-            text = json.dumps(data).encode()
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return running(Handler)
