@@ -1,4 +1,4 @@
-"""PEFT's name patterns hit the same sites as in PEFT, and take no time."""
+"""PEFT's name patterns hit the same sites as in PEFT."""
 
 import re
 import time
@@ -10,11 +10,7 @@ from hypothesis import strategies as st
 from lora_inject.errors import FormatError
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft import name_patterns
-from lora_inject.formats.peft.name_patterns import (
-    pattern_keys,
-    values_of,
-    whole_modules,
-)
+from lora_inject.formats.peft.name_patterns import pattern_keys, values_of, whole_modules
 
 NAMES = [
     "lin", "xlin", "a.lin", "a.b.lin", "a.bxlin", "a-b", "a.l+n", "lin.a", "a.b", "aXb", "x.aXb",
@@ -57,16 +53,6 @@ def test_written_tables_give_each_site_its_value_in_any_order(values, default) -
             in_peft = next((v for k, v in table if peft_takes(k, name)), default)
             here = values_of(dict(table), [name], default)[name]
             assert in_peft == here == value
-
-
-def test_many_experts_take_no_time() -> None:
-    names = [f"model.layers.{n}.mlp.experts.{e}.up_proj" for n in range(60) for e in range(128)]
-    values = {name: n % 3 for n, name in enumerate(names)}
-    start = time.process_time()
-    keys = pattern_keys(values, 0)
-    assert values_of(keys, names, 0) == values
-    assert values_of({f"^{re.escape(k)}": v for k, v in keys.items()}, names, 0) == values
-    assert time.process_time() - start < 5
 
 
 TENSORS = [

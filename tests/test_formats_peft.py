@@ -6,6 +6,7 @@ Two tables: adapters of PEFT, which are read, written back and merged; and ours,
 import copy
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 # ------------------------------------------------------------------------------- models of our own
 
 
-class Chain(nn.Sequential):
-    """Layers one after the other, by their names."""
-
-    def __init__(self, **layers: nn.Module) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
+def chain(**layers: nn.Module) -> nn.Module:
+    return nn.Sequential(OrderedDict(layers))
 
 
 class Mha(nn.Module):
@@ -75,7 +71,7 @@ def wave(*shape: int) -> Tensor:
 
 
 def own(*inputs: Tensor, **layers: Callable[[], nn.Module]) -> Architecture:
-    return Architecture(lambda: Chain(**{name: make() for name, make in layers.items()}), inputs)
+    return Architecture(lambda: chain(**{name: make() for name, make in layers.items()}), inputs)
 
 
 def convolution(layer: Callable[[], nn.Module], width: int, *shape: int) -> Architecture:
@@ -85,7 +81,7 @@ def convolution(layer: Callable[[], nn.Module], width: int, *shape: int) -> Arch
 
 
 def block() -> nn.Module:
-    return Chain(**{name: nn.Linear(4, 4) for name in ("lin", "l+n", "lxin")})
+    return chain(**{name: nn.Linear(4, 4) for name in ("lin", "l+n", "lxin")})
 
 
 OWN = {

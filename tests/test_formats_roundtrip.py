@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import tempfile
 from pathlib import Path
@@ -22,7 +21,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lora_inject.core.adapter.fingerprint import Sampled
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.safetensors_file import is_plain_name
 from lora_inject.core.files.tensors import read_names
@@ -85,10 +83,6 @@ def test_everything_else_comes_back(layout: str, tmp_path: Path) -> None:
     state = AdapterState(sites, trained, config, FINGERPRINT)
     path = write_adapter(state, place(tmp_path, layout), format=layout)
     assert_same_state(read_adapter(path), state)
-    strange = {"w": Sampled((4,), (math.nan, math.inf, -math.inf, 0.5))}
-    state = AdapterState(sites, trained, config, strange)
-    path = write_adapter(state, place(tmp_path, layout), format=layout, overwrite=True)
-    assert repr(read_adapter(path).fingerprint) == repr(strange)
 
 
 # Random adapters --------------------------------------------------------------------------------
@@ -136,7 +130,6 @@ def test_random_adapters_come_back(state: AdapterState, layout: str) -> None:
 
 # The files --------------------------------------------------------------------------------------
 
-
 # The fields of LoraConfig in PEFT 0.12, which fails on others.
 PEFT_0_12 = """
 alpha_pattern auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode
@@ -166,13 +159,10 @@ def test_the_folder_is_one_that_peft_0_12_reads(tmp_path: Path) -> None:
 
 
 def test_permissions_follow_the_umask(tmp_path: Path) -> None:
-    state = make_state(KIND_SPECS["linear"])
-    for umask, file, directory in ((0o022, 0o644, 0o755), (0o077, 0o600, 0o700)):
-        before = os.umask(umask)
-        try:
-            path = write_adapter(state, tmp_path / f"{umask}")
-            single = write_adapter(state, tmp_path / f"{umask}.safetensors", format="native")
-        finally:
-            os.umask(before)
-        assert path.stat().st_mode & 0o777 == directory
-        assert {p.stat().st_mode & 0o777 for p in [*path.iterdir(), single]} == {file}
+    state, before = make_state(KIND_SPECS["linear"]), os.umask(0o027)
+    try:
+        folder, file = (write_adapter(state, place(tmp_path, f), f) for f in ("peft", "native"))
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o750
+    assert {p.stat().st_mode & 0o777 for p in [*folder.iterdir(), file]} == {0o640}

@@ -1,10 +1,11 @@
 """An adapter_config.json that was edited: it is read as PEFT reads it, or refused.
 
-The tensors say which sites there are; PEFT asks the config, and leaves out tensors of modules that
-it does not target. So a config that no longer fits its tensors is an error.
+PEFT leaves out tensors of modules that the config does not target; here that is an error.
 """
 
+import contextlib
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import fill
 from helpers.adapter_states import edit_config
-from torch import Tensor, nn
+from torch import nn
 
 import lora_inject as li
 from lora_inject.errors import FormatError
@@ -20,17 +21,11 @@ from lora_inject.errors import FormatError
 peft = pytest.importorskip("peft")
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table = nn.Embedding(12, 8)
-        self.q, self.v, self.mlp = (nn.Linear(8, 8) for _ in range(3))
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.table(ids)
-        return self.head(self.mlp(self.v(self.q(x).relu())))  # type: ignore[no-any-return]
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    layers = {name: nn.Linear(8, 8) for name in ("q", "v", "mlp")}
+    table, head = nn.Embedding(12, 8), nn.Linear(8, 3)
+    return nn.Sequential(OrderedDict(table=table, **layers, head=head))
 
 
 IDS = torch.arange(12)[None]
@@ -61,7 +56,7 @@ SAME: dict[str, dict[str, Any]] = {
 
 def ours(path: Path) -> Path:
     config = {"rank": 2, "targets": ["q", "v"], "train": ["head"], "tokens": {"table": [3, 5]}}
-    return li.save_adapter(fill(li.inject(Net(), config)), path, unused=[".*"])
+    return li.save_adapter(fill(li.inject(net(), config)), path, unused=[".*"])
 
 
 def theirs(path: Path) -> Path:
@@ -69,7 +64,7 @@ def theirs(path: Path) -> Path:
     config = peft.LoraConfig(
         r=2, target_modules=["q", "v"], modules_to_save=["head"], trainable_token_indices=rows
     )
-    model = peft.get_peft_model(Net(), config)
+    model = peft.get_peft_model(net(), config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -78,43 +73,40 @@ def theirs(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("fields", EDITS.values(), ids=EDITS)
-def test_an_edited_config_of_ours_is_refused_with_the_field(
-    fields: dict[str, Any], tmp_path: Path
-) -> None:
+edited = pytest.mark.parametrize("fields", [*EDITS.values(), *SAME.values()], ids=[*EDITS, *SAME])
+
+
+@edited
+def test_an_edited_config_of_ours_is_refused_with_the_field(fields: Any, tmp_path: Path) -> None:
     path = edit_config(ours(tmp_path / "a"), **fields)
-    with pytest.raises(FormatError, match=rf"{next(iter(fields))}'.*prefer="):
-        li.load_adapter(Net(), path)
-    li.load_adapter(Net(), path, prefer="metadata")
+    refusal = pytest.raises(FormatError, match=rf"{next(iter(fields))}'.*prefer=")
+    with refusal if fields in EDITS.values() else contextlib.nullcontext():
+        li.load_adapter(net(), path)
+    li.load_adapter(net(), path, prefer="metadata")
 
 
-@pytest.mark.parametrize("fields", SAME.values(), ids=SAME)
-def test_other_words_for_the_same_are_read(fields: dict[str, Any], tmp_path: Path) -> None:
-    li.load_adapter(Net(), edit_config(ours(tmp_path / "a"), **fields))
-
-
+@edited
 @pytest.mark.parametrize("by", [ours, theirs])
-@pytest.mark.parametrize("fields", [*EDITS.values(), *SAME.values()], ids=[*EDITS, *SAME])
 def test_an_edited_config_is_read_as_peft_reads_it_or_refused(
     by: Any, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     path = edit_config(by(tmp_path / "a"), **fields)
     how = {"prefer": "config"} if by is ours else {}
     try:
-        model = li.load_adapter(Net(), path, **how)
+        model = li.load_adapter(net(), path, **how)
     except FormatError:
         assert fields not in SAME.values()
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        due = peft.PeftModel.from_pretrained(Net(), path)
+        due = peft.PeftModel.from_pretrained(net(), path)
     torch.testing.assert_close(model(IDS), due.get_base_model()(IDS))
 
 
 def test_tensors_of_modules_that_are_no_targets_can_be_read_on_request(tmp_path: Path) -> None:
-    whole = li.load_adapter(Net(), theirs(tmp_path / "a"))
+    whole = li.load_adapter(net(), theirs(tmp_path / "a"))
     path = edit_config(tmp_path / "a", target_modules=["q"])
     with pytest.raises(FormatError, match=r"'v'.*'target_modules'.*allow="):
-        li.load_adapter(Net(), path)
-    model = li.load_adapter(Net(), path, allow=["target_modules"])
+        li.load_adapter(net(), path)
+    model = li.load_adapter(net(), path, allow=["target_modules"])
     torch.testing.assert_close(model(IDS), whole(IDS))

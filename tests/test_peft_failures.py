@@ -1,7 +1,6 @@
 """Ways in which PEFT 0.21.2 was seen to fail and that no other test shows: right here, or refused.
 
-What is right is held to a dense float64 reference that is formed by hand, and gradients to finite
-differences of that reference.
+What is right is held to a dense float64 reference, gradients to finite differences of it.
 """
 
 import copy
@@ -50,31 +49,19 @@ def test_attention_matched_with_its_own_child_is_adapted_once_or_refused(tmp_pat
     assert shapes == [(2, 8), (2, 8), (8, 2), (24, 2)]
 
 
-@pytest.mark.parametrize("undo", [True, False])
-def test_adapters_changed_while_merged_do_not_change_what_unmerge_restores(undo: bool) -> None:
+def test_adapters_changed_while_merged_do_not_change_what_unmerge_restores() -> None:
     plain = llama()
     model = adapted(plain, "q_proj")
     held = [p for n, p in model.named_parameters() if "lora_" in n]
     before = logits(model)
-    li.merge(model, undo=undo)
+    li.merge(model)
     with torch.no_grad():
         for parameter in held:
             parameter.mul_(3.0)
     assert error(logits(model), before) < EXACT
-    if not undo:
-        refused(model, lambda: li.unmerge(model), li.StateError, "undo=False")
-        return
     li.unmerge(model)
     kept = {key: t for key, t in model.state_dict().items() if "lora_" not in key}
     assert all(same_bits(t, kept[key]) for key, t in plain.state_dict().items())
-
-
-def test_tensors_that_the_model_has_no_place_for_are_refused(tmp_path: Path) -> None:
-    li.save_adapter(adapted(llama(num_hidden_layers=3), "q_proj"), tmp_path / "deep")
-    words = r"layers\.2\.self_attn\.q_proj.*no such module"
-    shallow = llama()
-    load = lambda: li.load_adapter(shallow, tmp_path / "deep", base="any")  # noqa: E731
-    refused(shallow, load, li.FormatError, words)
 
 
 def test_statistics_of_a_base_in_pefts_files_are_refused_by_what_they_are(tmp_path: Path) -> None:

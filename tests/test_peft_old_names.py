@@ -104,13 +104,10 @@ def test_names_of_llava_before_4_52_are_the_class_s_names_now(tmp_path: Path) ->
         "model.language_model.layers.1.self_attn.q_proj",
         "model.vision_tower.encoder.layers.0.self_attn.v_proj",
     }
-    tensors, dense = read_adapter(path).sites, row.build()
-    with torch.no_grad():
-        for n in range(2):
-            site = tensors[f"language_model.model.layers.{n}.self_attn.q_proj"]
-            layer = dense.model.language_model.layers[n].self_attn.q_proj
-            layer.weight.add_(3 * site.B @ site.A)
-    assert error(row.outputs(model), row.outputs(dense)) < 2e-5
+    site = read_adapter(path).sites[old[1]]
+    name = "model.language_model.layers.1.self_attn.q_proj"
+    dense = row.build().get_submodule(name).weight + 3 * site.B @ site.A
+    assert error(model.get_submodule(name).weight, dense) < 1e-6
 
 
 def test_two_names_of_one_site_and_names_that_nobody_knows_are_refused(tmp_path: Path) -> None:
@@ -120,5 +117,5 @@ def test_two_names_of_one_site_and_names_that_nobody_knows_are_refused(tmp_path:
     with pytest.raises(FormatError, match="q_proj': two tensors of the adapter are this one"):
         li.load_adapter(ARCHITECTURES["llava"].build(), path)
     path = write_old(tmp_path / "unknown", ["model.layers.0.attention.q"], ["q"])
-    with pytest.raises(FormatError, match="the model has no such module"):
+    with pytest.raises(FormatError, match=r"model\.layers\.0\.attention\.q.*no such module"):
         li.load_adapter(ARCHITECTURES["mixtral"].build(), path)

@@ -1,7 +1,4 @@
-"""What PEFT, transformers and diffusers make of what they are handed: a folder, tensors in memory.
-
-The folder says of which model it came; its header holds the config.
-"""
+"""What PEFT, transformers and diffusers make of what they are handed: a folder, or tensors."""
 
 import json
 from pathlib import Path
@@ -45,10 +42,6 @@ def test_it_is_what_peft_has_in_memory(given: dict[str, Any]) -> None:
     wanted = peft.get_peft_model_state_dict(theirs)
     assert tensors.keys() == wanted.keys()
     assert all(torch.equal(tensors[key], tensor) for key, tensor in wanted.items())
-    stated = theirs.peft_config["default"]
-    for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
-        assert config[key] == getattr(stated, key)
-    assert set(config["target_modules"]) == set(stated.target_modules)
 
 
 @pytest.mark.parametrize("portable", [False, True])
@@ -59,7 +52,7 @@ def test_it_is_what_a_file_has(portable: bool, tmp_path: Path) -> None:
     wanted = load_file(folder / "adapter_model.safetensors")
     assert tensors.keys() == wanted.keys()
     assert all(torch.equal(tensors[key], wanted[key]) for key in wanted)
-    assert config == json.loads((folder / "adapter_config.json").read_text())
+    assert config == config_of(folder)
 
 
 def test_its_tensors_are_the_receivers_own_in_the_dtype_and_on_the_device_asked_for() -> None:
@@ -79,12 +72,8 @@ def test_its_tensors_are_the_receivers_own_in_the_dtype_and_on_the_device_asked_
 def test_what_a_receiver_would_misread_is_refused() -> None:
     model = adapted()
     A = li.adapter_parameters(model)["model.layers.0.self_attn.q_proj.lora_A"]
-    for options, words in (
-        ({"name": "other"}, "the model's adapters are: 'default'"),
-        ({"dtype": torch.int8}, "dtype: it is torch.int8. Give a floating point dtype."),
-        ({"device": "gpu"}, "Give one, such as 'cpu'"),
-    ):
-        assert words in said(lambda options=options: li.peft_state(model, **options))
+    refusal = said(lambda: li.peft_state(model, dtype=torch.int8))
+    assert "dtype: it is torch.int8. Give a floating point dtype." in refusal
     with torch.no_grad():
         A.fill_(1e6)
     refusal = said(lambda: li.peft_state(model, dtype=torch.float16))
@@ -112,12 +101,10 @@ def saved_base(name: str, path: Path) -> nn.Module:
 
 
 def with_adapter(model: nn.Module, targets: list[str], **config: Any) -> nn.Module:
-    li.inject(model, {"rank": 2, "alpha": 6, "targets": targets, **config})
-    torch.manual_seed(1)
-    return fill(model, std=0.3)
+    return fill(li.inject(model, {"rank": 2, "alpha": 6, "targets": targets, **config}), std=0.3)
 
 
-def logits(model: nn.Module) -> Tensor:
+def logits(model: Any) -> Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=torch.arange(1, 7)[None]).logits  # type: ignore[no-any-return]
 

@@ -60,14 +60,8 @@ def test_what_is_pushed_is_what_others_load(hub: Hub) -> None:
         "pipeline_tag": "text-generation",
         "tags": ["lora", "lora-inject"],
     }
-    for line in (
-        "2 sites, 64 parameters on `org/tiny-llama`",
-        "Trained on `org/questions`.",
-        'li.load_adapter(model, "user/sql")',
-        'model = PeftModel.from_pretrained(model, "user/sql")',
-        "vllm serve org/tiny-llama --enable-lora --max-lora-rank 2 --lora-modules adapter=user/sql",
-    ):
-        assert line in text
+    assert "2 sites, 64 parameters on `org/tiny-llama`" in text
+    assert "--enable-lora --max-lora-rank 2 --lora-modules adapter=user/sql" in text
 
 
 def test_revisions_are_told_apart(hub: Hub) -> None:
@@ -137,8 +131,6 @@ def test_trainer_pushes_the_adapter(hub: Hub, tmp_path: Path) -> None:
     assert "model.safetensors" not in files
     card = files["README.md"].decode()
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "org/tiny-llama"
-    assert "Training hyperparameters" in card
-    assert "li.load_adapter(" in card
     assert_loads("user/trained", model.eval())
 
 

@@ -82,9 +82,6 @@ T5 |= {"decoder_start_token_id": 0, "dropout_rate": 0.0}
 DISTILBERT = {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}
 DISTILBERT |= {"max_position_embeddings": 64}
 TOKENS = dict.fromkeys((f"{kind}_token_id" for kind in ("pad", "eos", "bos", "cls", "sep")), 0)
-QWEN2_VISION = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2}
-QWEN2_TOKENS = {"vision_start_token_id": 61, "vision_end_token_id": 60, "video_token_id": 62}
-QWEN2_TOKENS |= {"image_token_id": 63}
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
 ROUTED = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
 GROUPED = {**ROUTED, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
@@ -95,7 +92,6 @@ LLAMA4 = {"intermediate_size_mlp": 48, "num_experts_per_tok": 1, "interleave_moe
 SQUARE = {**TEXT, "intermediate_size": 32}
 DENSE = {"num_experts": 4, "head_dim": 8, "num_experts_per_tok": 2, "mlp_only_layers": [0]}
 ARIA = {"moe_num_experts": 4, "moe_num_shared_experts": 1}
-ERNIE = {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1}
 LLAVA = {"image_token_index": 63}
 GEMMA3 = {"boi_token_index": 62, "eoi_token_index": 61, "mm_tokens_per_image": 4, **LLAVA}
 
@@ -112,23 +108,14 @@ def gemma3() -> Architecture:
     return of("Gemma3", "ForConditionalGeneration", TEXT_INPUTS, **towers, **GEMMA3)
 
 
-def qwen2_vl() -> Architecture:
-    rope = {"type": "mrope", "mrope_section": [1, 1, 2]}
-    towers = {"text_config": {**TEXT, "rope_scaling": rope}}
-    towers |= {"vision_config": {**QWEN2_VISION, "patch_size": 8}}
-    return of("Qwen2VL", "ForConditionalGeneration", TEXT_INPUTS, **towers, **QWEN2_TOKENS)
-
-
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": causal("Llama", **TEXT),
     "llama with biases": causal("Llama", **TEXT, attention_bias=True),
     "tied llama": causal("Llama", **TEXT, tie_word_embeddings=True),
-    "phi3": causal("Phi3", **TEXT, pad_token_id=0),
     "gpt2": of("GPT2", "LMHeadModel", TEXT_INPUTS, **GPT2),
     "vit": of("ViT", "ForImageClassification", IMAGE_INPUTS, **VISION),
     "llava": llava(),
     "gemma3": gemma3(),
-    "qwen2-vl": qwen2_vl(),
     "t5": pairs("T5", **T5),
     "t5 that says it is untied": pairs("T5", **T5, tie_word_embeddings=False),
     **{name.lower(): pairs(name, **SEQ2SEQ) for name in ("Bart", "MBart", "Pegasus")},
@@ -148,6 +135,4 @@ ARCHITECTURES: dict[str, Architecture] = {
     # The first layer is dense.
     "qwen moe, dense first": causal("Qwen3Moe", **TEXT, **DENSE, moe_intermediate_size=32),
     "deepseek": causal("DeepseekV3", **{**TEXT, **LATENT, **GROUPED, **DEEPSEEK}),
-    "glm4 moe": causal("Glm4Moe", **TEXT, **GROUPED, n_routed_experts=4),
-    "ernie": causal("Ernie4_5_Moe", **SQUARE, **ERNIE),
 }  # fmt: skip
