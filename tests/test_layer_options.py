@@ -1,4 +1,4 @@
-"""Options of stock layers: groups, padding, max_norm, slices; bilinear layers and cells."""
+"""Options of stock layers: padding, max_norm, sparse gradients, slices; recurrent cells."""
 
 import copy
 from collections.abc import Callable
@@ -39,36 +39,19 @@ class Once(nn.Module):
         return state[0] if isinstance(state, tuple) else state
 
 
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.left = nn.Linear(4, 3)
-        self.pair = nn.Bilinear(3, 4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pair(self.left(x), x)
-
-
-CELLS = [nn.LSTMCell, nn.GRUCell, nn.RNNCell]
-
-
-@pytest.mark.parametrize("make", [*CELLS, None], ids=lambda cell: getattr(cell, "__name__", "pair"))
-def test_bilinear_layers_and_recurrent_cells(make: Any) -> None:
-    plain = (Pair() if make is None else Once(make(4, 5))).double()
-    targets = ["left", "pair"] if make is None else ["weight_ih", "weight_hh"]
-    x = random(3, 4)
-    hold(plain, adapted(plain, *targets), lambda m: m(x))
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_recurrent_cells(cell: Any) -> None:
+    plain, x = Once(cell(4, 5)).double(), random(3, 4)
+    hold(plain, adapted(plain, "weight_ih", "weight_hh"), lambda m: m(x))
 
 
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6, padding=1), (2, 6, 7, 6)),
     "replicate": (lambda: nn.Conv1d(3, 8, 3, padding=2, padding_mode="replicate"), (2, 3, 9)),
     "unbatched": (lambda: nn.Conv1d(3, 8, 3), (3, 9)),
     "transposed dilation": (
         lambda: nn.ConvTranspose1d(4, 6, 3, dilation=2, output_padding=1, stride=2),
         (2, 4, 5),
     ),
-    "transposed 3d": (lambda: nn.ConvTranspose3d(2, 3, 2), (1, 2, 3, 3, 3)),
 }
 
 

@@ -1,7 +1,6 @@
 """Right after inject a model runs the operations of the plain one, on the same shapes, and more.
 
-Equal bits on one processor may be luck: a product and a bias that are summed apart round otherwise
-on another. The operations are the same everywhere.
+Equal bits on one processor may be luck: a product and a bias that are summed apart round otherwise.
 """
 
 import copy
@@ -42,7 +41,7 @@ class Operations(TorchDispatchMode):
 
 
 def more_than(seen: list[Any], plain: list[Any]) -> list[str] | None:
-    """What ran besides the plain operations, as far as modes see it; None if one is missing."""
+    """What ran besides the plain operations; None if one of them is missing."""
     rest, more = list(plain), []
     for one in seen:
         if rest and one == rest[0]:
@@ -70,11 +69,9 @@ def check(plain: nn.Module, targets: list[Any], run: Callable[[Any], list[Tensor
     assert li.adapters(model)["default"].idle == (), "each site takes part"
 
 
-# Where the difference was seen, and families of other builds.
 @pytest.mark.filterwarnings("ignore")  # transformers' of configs as small as these
 @pytest.mark.parametrize("model_type", ["fsmt", "longformer", "siglip_vision_model", "gpt2"])
 def test_a_model_of_transformers_starts_with_its_own_operations(model_type: str) -> None:
-    pytest.importorskip("transformers")
     from zoo.build import build
     from zoo.inputs import dummy_inputs
     from zoo.steps import run
