@@ -25,6 +25,7 @@ _HOMES = {
     "core.adapter.exchange": "read_adapter write_adapter",
     "core.adapter.own_formats": "register_format",
     "algebra.combine_files": "combine diff truncate",
+    "algebra.other_shapes": "as_dtype join join_experts rename split split_experts subset",
     "core.functional.merge_report": "MergeReport",
     "experts.kept_packed": "packed_experts",
     "experts.profile": "ExpertProfile profile_experts",

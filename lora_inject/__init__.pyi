@@ -4,6 +4,13 @@ from lora_inject import analysis as analysis
 from lora_inject.algebra.combine_files import combine as combine
 from lora_inject.algebra.combine_files import diff as diff
 from lora_inject.algebra.combine_files import truncate as truncate
+from lora_inject.algebra.other_shapes import as_dtype as as_dtype
+from lora_inject.algebra.other_shapes import join as join
+from lora_inject.algebra.other_shapes import join_experts as join_experts
+from lora_inject.algebra.other_shapes import rename as rename
+from lora_inject.algebra.other_shapes import split as split
+from lora_inject.algebra.other_shapes import split_experts as split_experts
+from lora_inject.algebra.other_shapes import subset as subset
 from lora_inject.checkpoint.conversion import check_adapter as check_adapter
 from lora_inject.checkpoint.conversion import convert as convert
 from lora_inject.checkpoint.extract import extract_adapter as extract_adapter

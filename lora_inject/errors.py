@@ -125,15 +125,14 @@ def user_path(
         >>> user_path("save adapter", "~/sql") == Path.home() / "sql"
         True
     """
-    check_type(f"{asked}, path", value, (str, PathLike), remedy, error)
+    asked = f"{asked}, path"
+    check_type(asked, value, (str, PathLike), remedy, error)
     text = str(value)
     if "\0" in text:
-        raise error(f"{asked}, path", f"{text!r} has a zero byte", "Correct the path")
+        raise error(asked, f"{text!r} has a zero byte", "Correct the path")
     try:
         path = Path(text).expanduser() if text.startswith("~") else Path(text)
     except RuntimeError:
         problem = f"there is no home of '{text[1:].partition(os.sep)[0]}'"
-        raise error(
-            f"{asked}, path", problem, f"For a folder of this name, give ./{text}"
-        ) from None
+        raise error(asked, problem, f"For a folder of this name, give ./{text}") from None
     return path.absolute() if str(path).startswith("~") else path  # a Path drops a leading ./

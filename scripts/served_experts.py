@@ -93,6 +93,8 @@ def prepare(folder: Path, only: str | None) -> None:
 
 def _prepare_shared(li: Any, model: Any, here: Path, ours: dict[str, Any]) -> None:
     """Write an adapter whose experts share a factor, where the base has experts singly."""
+    from lora_inject.core.adapter.other_tensors import with_every_expert
+
     shared = [
         {"match": rf"experts\.{part}_proj", "share": factor} for part, factor in SHARED.items()
     ]
@@ -100,7 +102,7 @@ def _prepare_shared(li: Any, model: Any, here: Path, ours: dict[str, Any]) -> No
     for parameter in li.adapter_parameters(model).values():
         nn.init.normal_(parameter, std=0.1)
     ours["shared"] = _log_probabilities(model)
-    sites = li.adapter_state(model).whole.sites.values()
+    sites = with_every_expert(li.adapter_state(model)).sites.values()
     ours["shared deltas"] = [site.scale * site.B @ site.A for site in sites]
     try:
         li.convert(li.adapter_state(model), here / "sglang", "sglang", base=here / "base")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from training_models import tokenizer
 
 import lora_inject as li
+from lora_inject.core.adapter.other_tensors import with_every_expert
 from lora_inject.core.spec.meaning import meaning
 
 ALL = {"match": "all-experts"}
@@ -116,9 +117,10 @@ def test_files_of_others_have_every_expert(part: str, tmp_path: Path) -> None:
 def test_values_of_parts_are_those_of_whole_stacks() -> None:
     _, one = adapted("mixtral", "only")
     _, two = adapted("mixtral", "A")
-    a, b = li.adapter_state(one), li.adapter_state(two)
-    for name, site in (a + b).sites.items():
-        deltas = [s.B @ s.A for s in (site, a.whole.sites[name], b.whole.sites[name])]
+    a, b = (with_every_expert(li.adapter_state(model)) for model in (one, two))
+    both = li.adapter_state(one) + li.adapter_state(two)
+    for name, site in both.sites.items():
+        deltas = [s.B @ s.A for s in (site, a.sites[name], b.sites[name])]
         torch.testing.assert_close(deltas[0] * site.scale, SCALE * (deltas[1] + deltas[2]))
 
 

@@ -73,7 +73,7 @@ def test_truncate_says_the_error_of_each_site(run, files, tmp_path):
     rows = dict(line.split(maxsplit=1) for line in ran.out.splitlines()[1:3])
     for name, cut in due.sites.items():
         assert rows[name].split() == [str(cut.before), "1", f"{cut.error:.3g}"]
-    assert li.read_adapter(tmp_path / "cut").distance(due.state) < 1e-6
+    assert li.diff(tmp_path / "cut", due.state).distance < 1e-6
 
 
 def test_diff_compares_site_by_site(run, files):
@@ -81,7 +81,7 @@ def test_diff_compares_site_by_site(run, files):
     text = run("diff", one, two, "--all").out
     (row,) = (line.split() for line in text.splitlines() if line.startswith("h.0.c "))
     assert row[1:4] == ["3", "and", "0"]
-    assert f"cosine {a.cosine(b):.6f}, over all sites" in text
+    assert f"cosine {li.diff(a, b).cosine:.6f}, over all sites" in text
     due = json.loads(json.dumps(li.diff(a, b).to_dict()))
     assert json.loads(run("diff", one, two, "--json").out) == due
     assert run("diff", one, one).out.endswith(

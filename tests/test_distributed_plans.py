@@ -18,6 +18,7 @@ from helpers.refusals import said
 from torch import Tensor, nn
 
 import lora_inject as li
+from lora_inject.core.adapter.other_tensors import mapped
 
 pytest.importorskip("transformers.distributed.expert_parallel")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_available(), reason="no c10d")]
@@ -135,7 +136,7 @@ def trains_like_one_process(folder: Path, case: Case) -> None:
     same(values(model), from_first(values(model)))
     torch.manual_seed(0)
     near(values(model), values(li.inject(copy.deepcopy(plain), config)), tolerance)
-    start = li.adapter_state(filled(model)).mapped(torch.clone)
+    start = mapped(li.adapter_state(filled(model)), torch.clone)
     li.train_only(li.install(plain, start), "default")
     assert error(logits(model), logits(plain)) < tolerance
     for each in (model, plain):
@@ -171,7 +172,7 @@ def check_trains_alike(model: Any, plain: Any, x: Tensor, *targets: Any) -> None
     """An adapter on what was spread by hand, and its values on the model in one process."""
     torch.manual_seed(dist.get_rank())
     li.inject(model, adapter(*targets))
-    start = li.adapter_state(filled(model)).mapped(torch.clone)
+    start = mapped(li.adapter_state(filled(model)), torch.clone)
     li.train_only(li.install(plain, start), "default")
     for each in (model, plain):
         optimizer = torch.optim.SGD(li.adapter_parameters(each).values(), lr=0.1)
@@ -227,7 +228,7 @@ def mixes_rows_graphs_and_norms(folder: Path) -> None:
     spread, plain = (loaded(folder, "llama", how) for how in (AUTO, None))
     for name in ("one", "two"):
         filled(li.inject(spread, adapter("q_proj", "down_proj"), name), name)
-        li.install(plain, li.adapter_state(spread, name).mapped(torch.clone), name)
+        li.install(plain, mapped(li.adapter_state(spread, name), torch.clone), name)
     for mix in ({"one": 1.0, "two": 0.5}, "two", None):
         for model in (spread, plain):
             li.activate(model, mix)

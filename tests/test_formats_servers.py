@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lora_inject as li
+from lora_inject.core.adapter.other_tensors import with_every_expert
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats import write_adapter
@@ -236,7 +237,7 @@ def as_vllm_loads_it(tensors: dict[str, Tensor], n_experts: int) -> Any:
 def test_servers_compute_what_the_model_does(loads: Any, tmp_path: Path) -> None:
     model = moe()
     path = of(model, SHARED, tmp_path, "sglang")
-    sites = li.adapter_state(model).whole.sites
+    sites = with_every_expert(li.adapter_state(model)).sites
     gate_up = effect(sites[f"{EXPERTS}.gate_up_proj"]).float()
     down = effect(sites[f"{EXPERTS}.down_proj"]).float()
     for expert, (of_gate_up, of_down) in enumerate(loads(load_file(path / MODEL), 3)):

@@ -12,6 +12,7 @@ from torch import nn
 
 import lora_inject as li
 from lora_inject import Trial, Trials
+from lora_inject.core.adapter.other_tensors import mapped
 
 LINEAR = {"rank": 2, "targets": ["all-linear"]}
 TENANTS = {
@@ -146,7 +147,7 @@ def test_a_tenant_that_leaves_and_comes_back_goes_on_as_if_it_had_stayed(
 
 def test_an_adapter_that_was_trained_elsewhere_is_where_a_tenant_starts() -> None:
     model = li.inject(base(), LINEAR, "there")
-    there = li.adapter_state(fill(model, "there", 0.1), "there").mapped(torch.clone)
+    there = mapped(li.adapter_state(fill(model, "there", 0.1), "there"), torch.clone)
     run = tenants("ann", "bob", model=li.eject(model))
     run.forward_backward({"bob": rows("bob", 0)})
     other = Trials(base(), {"eve": Trial(LINEAR, lr=1e-2)})

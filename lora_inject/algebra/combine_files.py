@@ -77,7 +77,7 @@ def combine(
         >>> combine([a, a], [0.7, 0.3]).sites["fc"].spec.rank
         4
         >>> small = combine([a, a], [0.7, 0.3], method="svd")
-        >>> small.sites["fc"].spec.rank, round(small.cosine(a), 4)
+        >>> small.sites["fc"].spec.rank, round(diff(small, a).cosine, 4)
         (2, 1.0)
     """
     for what, given in (("adapters", adapters), ("weights", () if weights is None else weights)):
@@ -85,7 +85,7 @@ def combine(
     made = Method(method, rank, density, majority_sign, seed)
     given = list(adapters)
     names = (f"combine, adapter {n} of {len(given)}" for n in range(1, 1 + len(given)))
-    states = [_state(*each) for each in zip(given, names, strict=True)]
+    states = [state_of(*each) for each in zip(given, names, strict=True)]
     if any_base:
         states[1:] = [replace(state, fingerprint=None) for state in states[1:]]
     return made.combined(states, weights)
@@ -121,7 +121,7 @@ def truncate(
         >>> truncate(AdapterState({"fc": SiteState(spec, A, B)}), rank=1).sites["fc"]
         Cut(before=2, rank=1, error=0.6)
     """
-    return truncation(_state(adapter, "truncate"), rank, energy)
+    return truncation(state_of(adapter, "truncate"), rank, energy)
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def diff(one: Adapter, two: Adapter) -> Difference:
         >>> round(difference.distance, 4)
         5.6569
     """
-    one, two = _state(one, "diff, one"), _state(two, "diff, two")
+    one, two = state_of(one, "diff, one"), state_of(two, "diff, two")
     sites = {name: _site(*pair) for name, *pair in paired(one, two, "diff")}
     trained: dict[str, float | None] = {}
     for name in {**one.trained, **two.trained}:
@@ -207,7 +207,7 @@ def diff(one: Adapter, two: Adapter) -> Difference:
     return Difference(sites, trained, one == two)
 
 
-def _state(adapter: Adapter, asked: str) -> AdapterState:
+def state_of(adapter: Adapter, asked: str) -> AdapterState:
     """Return a value as it is, or that of a file; its tensors are read when they are used."""
     if isinstance(adapter, AdapterState):
         return adapter

@@ -37,7 +37,7 @@ def _resized(spec: SiteSpec, name: str, width: int) -> SiteSpec:
     return replace(of, out_features=width, weight_shape=tuple(shape), slices=None)
 
 
-def split(site: SiteState, sizes: Mapping[str, int], asked: str) -> dict[str, SiteState]:
+def split_site(site: SiteState, sizes: Mapping[str, int], asked: str) -> dict[str, SiteState]:
     """Return the adapted parts of a fused projection as separate sites with the same parent."""
     spec = site.spec
     if spec.slices is not None and (not sizes or tuple(sizes.items()) == spec.slices.sizes):
@@ -58,7 +58,7 @@ def split(site: SiteState, sizes: Mapping[str, int], asked: str) -> dict[str, Si
     return made
 
 
-def join(
+def join_sites(
     name: str, members: Mapping[str, SiteState], sizes: Mapping[str, int], asked: str
 ) -> SiteState:
     """Return one site on a fused projection from sites on some of its parts."""
@@ -82,7 +82,7 @@ def join(
     return total(terms, fused)
 
 
-def split_experts(site: SiteState) -> dict[str, SiteState]:
+def split_stack(site: SiteState) -> dict[str, SiteState]:
     """Return the experts of a stack as linear sites: `experts.up` as `experts.0.up` and so on."""
     spec = site.spec
     head, _, leaf = spec.name.rpartition(".")
@@ -104,7 +104,7 @@ def split_experts(site: SiteState) -> dict[str, SiteState]:
     return sites
 
 
-def join_experts(name: str, members: Mapping[int, SiteState], n: int, asked: str) -> SiteState:
+def join_stack(name: str, members: Mapping[int, SiteState], n: int, asked: str) -> SiteState:
     """Return one site on a stack of experts from the sites on them, zeros for missing ones.
 
     The new site has the scale of the first member; the B of others is multiplied to fit it.

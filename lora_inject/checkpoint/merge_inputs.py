@@ -22,6 +22,7 @@ from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES
 from lora_inject.core.adapter.exchange import read_adapter
+from lora_inject.core.adapter.other_tensors import with_every_expert
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.json_files import read_json
 from lora_inject.core.files.tensors import bytes_of
@@ -68,7 +69,7 @@ def _weighted(given: Given, base: Checkpoint) -> WeightedAdapter:
     if isinstance(given, WeightedAdapter):
         return given
     if isinstance(given, AdapterState):
-        return WeightedAdapter(given.whole)
+        return WeightedAdapter(with_every_expert(given))
     return read_weighted(given, base)
 
 
@@ -97,7 +98,8 @@ def read_weighted(
         if isinstance(said, dict) and said.get("target_parameters"):  # building a class is slow
             with contextlib.suppress(CheckpointError):  # a class that cannot be built
                 facts = BaseClass(base).facts()
-    return WeightedAdapter(read_adapter(path, facts=facts, **options).whole, weight, str(path))
+    state = read_adapter(path, facts=facts, **options)
+    return WeightedAdapter(with_every_expert(state), weight, str(path))
 
 
 def _tensors_of(adapter: WeightedAdapter) -> Iterator[tuple[str, Tensor]]:

@@ -107,8 +107,8 @@ def diff_command(
     listing.show(difference.to_dict(), _print_difference, difference)
 
 
-@app.command()
-def rename(
+@app.command("rename")
+def rename_command(
     adapter: given.AdapterPath,
     names: Annotated[
         list[str],
@@ -123,11 +123,12 @@ def rename(
     output: given.Output,
 ) -> None:
     """Write ADAPTER with other names of its layers."""
+    from lora_inject.algebra.other_shapes import rename
     from lora_inject.core.adapter.file_keys import one_line
 
     pairs = given.pairs_from(names, "OLD=NEW", "transformer=model.decoder", whole="old")
     [state] = reading.read([adapter])
-    made = state.rename(pairs)
+    made = rename(state, pairs)
     old, new = ([*s.sites, *s.trained, *s.base_copies] for s in (state, made))
     words = f"its names are now {one_line(templates(new), 6)}"
     now = dict(zip(old, new, strict=True))
@@ -145,10 +146,11 @@ def _write(
     """Write the new adapter atomically, and print what `tell` does, its path and its size."""
     import torch
 
+    from lora_inject.algebra.other_shapes import as_dtype
     from lora_inject.core.adapter.exchange import write_adapter
 
     if dtype is not None:
-        state = state.to(getattr(torch, dtype))
+        state = as_dtype(state, getattr(torch, dtype))
     path = write_adapter(state, writing.output, writing.adapter_format, overwrite=writing.overwrite)
     ranks = {name: site.spec.rank for name, site in state.sites.items()}
     text = str(state).removeprefix("AdapterState(").removesuffix(")")

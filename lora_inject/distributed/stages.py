@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lora_inject.core.adapter.fingerprints import union_of
+from lora_inject.core.adapter.other_tensors import mapped, only
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.survey import Survey
@@ -175,7 +176,7 @@ class Stages:
         self._names = [*state.sites, *state.trained]
         known = {*here.sites, *here.listed}
         self._taken = {name for name in self._names if name in known}
-        return state.only(self._taken)
+        return only(state, self._taken)
 
     def check_complete(self) -> None:
         """Check that some process has taken each part of an adapter.
@@ -196,7 +197,7 @@ class Stages:
         Raises:
             StateError: Several processes have the same part.
         """
-        parts = self._at_first(state.mapped(_on_cpu))
+        parts = self._at_first(mapped(state, _on_cpu))
         return _joined(parts, self.asked) if self.is_first else state
 
     def _all(self, value: T) -> list[T]:

@@ -180,9 +180,9 @@ def _stacked(
             remedy = "Merge it with the transformers and PEFT that it was made with"
             raise FormatError(where, problem, remedy)
         stacks.setdefault(str(place.part), {})[number] = site
-    parts = {p: reshape.join_experts(name, of, experts, name) for p, of in sorted(stacks.items())}
+    parts = {p: reshape.join_stack(name, of, experts, name) for p, of in sorted(stacks.items())}
     sizes = {str(part): height for part in range(n_parts)}
-    made = parts["0"] if n_parts == 1 else reshape.join(name, parts, sizes, name)
+    made = parts["0"] if n_parts == 1 else reshape.join_sites(name, parts, sizes, name)
     return replace(made, spec=replace(made.spec, dropout=0.0))
 
 

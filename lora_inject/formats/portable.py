@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lora_inject.algebra.reshape import renamed, split, split_experts
+from lora_inject.algebra.reshape import renamed, split_site, split_stack
 from lora_inject.core.adapter.exchange import Format
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
@@ -130,13 +130,13 @@ def _matrices(site: SiteState, facts: ModelFacts) -> Iterator[tuple[str, SiteSta
     if len(names) != n_experts:
         problem = f"the base's files hold {len(names)} of its {n_experts} experts separately"
         raise FormatError(where, problem, 'Write stacks as they are: format="peft"')
-    for expert, parts in zip(split_experts(site).values(), names, strict=True):
+    for expert, parts in zip(split_stack(site).values(), names, strict=True):
         width, stray = divmod(expert.spec.out_features, len(parts))
         if stray:
             problem = f"{expert.spec.out_features} rows are not those of {len(parts)} matrices"
             raise FormatError(where, problem, "Name the adapter's own base")
         sizes = {str(number): width for number in range(len(parts))}
-        pieces = [expert] if len(parts) == 1 else split(expert, sizes, where).values()
+        pieces = [expert] if len(parts) == 1 else split_site(expert, sizes, where).values()
         for part, piece in zip(parts, pieces, strict=True):
             module = part.removesuffix(".weight")
             yield module, replace(piece, spec=renamed(piece.spec, module))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.adapter.other_tensors import with_every_expert
 from lora_inject.core.adapter.site_state import FLOATS
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.layers.survey import Survey
@@ -80,7 +81,7 @@ def peft_state(
     facts = facts_for(survey, "portable" if portable else "peft", name)
     state = read_off(survey, name)
     check_used(survey, name, state, unused)
-    state = state.whole
+    state = with_every_expert(state)
     with within(asked):
         stated = facts()
         shape = (plain_state(state), plain_facts(stated)) if portable else (state, stated)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.adapter.other_tensors import site_mapped
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import write_file
 from lora_inject.core.files.json_files import read_json
@@ -407,5 +408,5 @@ def _digest(batches: Sequence[Any]) -> str:
 
 def _copied(state: AdapterState) -> AdapterState:
     """Return a copy of an adapter that shares no memory with the model."""
-    sites = {name: site.mapped(torch.clone) for name, site in state.sites.items()}
+    sites = {name: site_mapped(site, torch.clone) for name, site in state.sites.items()}
     return replace(state, sites=sites)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import lora_inject as li
+from lora_inject.core.adapter.other_tensors import mapped
 
 
 def failures(jobs: Mapping[str, Callable[[Path], object]], folder: Path) -> dict[str, str]:
@@ -81,5 +82,5 @@ def filled(model: Any, name: str = "default", *, seed: int = 1, std: float = 0.3
     def noisy(tensor: Tensor) -> Tensor:
         return tensor + std * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
 
-    li.swap_adapter(model, li.adapter_state(model, name).mapped(noisy), name)
+    li.swap_adapter(model, mapped(li.adapter_state(model, name), noisy), name)
     return model

@@ -163,7 +163,11 @@ def write_adapter(
         facts, own = _arguments(row, row.write, facts, options)
         target = completed(target, row)
         _checked(state).check_finite("", FormatError)
-        content = row.write(state if format == "native" else state.whole, target, facts, **own)
+        if format != "native":
+            from lora_inject.core.adapter.other_tensors import with_every_expert
+
+            state = with_every_expert(state)
+        content = row.write(state, target, facts, **own)
         remedy = "Return the bytes of the file, or of each file by its name"
         check_type("what the format wrote", content, (bytes, Mapping), remedy, FormatError)
     if isinstance(content, bytes):

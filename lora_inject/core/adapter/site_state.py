@@ -6,8 +6,8 @@ of the slices that are not adapted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -18,9 +18,23 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes of an adapter's tensors, and of the weights whose values are known."""
 
 
+class Comparable:
+    """Dataclasses with tensors: equal if their contents are, bit for bit, dtypes included."""
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        from lora_inject.core.adapter.equality import same
+
+        parts = [part.name for part in fields(self) if part.compare]  # type: ignore[arg-type]
+        return all(same(getattr(self, name), getattr(other, name)) for name in parts)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class SiteState:
-    """One site of an adapter: its numbers and its tensors. Equal where all of them are.
+class SiteState(Comparable):
+    """One site of an adapter: its numbers and its tensors.
 
     Attributes:
         spec: Shapes and hyper-parameters.
@@ -74,34 +88,8 @@ class SiteState:
             return torch.equal(self.A, self.A0) and torch.equal(self.B, self.B0)
         return not (bool(self.A.any()) and bool(self.B.any()))
 
-    @property
-    def whole(self) -> SiteState:
-        """The same with A and B of each expert of a stack: zeros where an expert has none."""
-        if self.spec.only is None and not self.spec.share:
-            return self
-        from lora_inject.core.functional.weight import of_every_expert  # of stacks only
-
-        spec = self.spec
-        n = self.spec.experts or 1
-        tensors = {r: of_every_expert(t, spec, n).contiguous() for r, t in self.tensors.items()}
-        return self.of(replace(self.spec, only=None, share=""), tensors)
-
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> SiteState:
-        """Return the site with each tensor changed."""
-        return self.of(self.spec, {role: change(tensor) for role, tensor in self.tensors.items()})
-
     def __repr__(self) -> str:
         """Return the numbers in a line, without the values of tensors."""
         spec = self.spec
         widths = f"{spec.in_features} -> {spec.out_features}"
         return f"SiteState({spec.name!r}, {spec.kind}, {widths}, rank {spec.rank})"
-
-    def __eq__(self, other: object) -> bool:
-        """Compare the numbers and the tensors bit for bit, dtypes included."""
-        if not isinstance(other, SiteState):
-            return NotImplemented
-        from lora_inject.core.adapter.equality import same
-
-        return self.spec == other.spec and same(self.tensors, other.tensors)
-
-    __hash__ = None  # type: ignore[assignment]

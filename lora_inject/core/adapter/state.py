@@ -6,41 +6,38 @@ an `AdapterState`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from lora_inject.core.adapter.fingerprint import Fingerprint
-from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.site_state import Comparable, SiteState
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.shown import Shown
 from lora_inject.errors import LoraInjectError, StateError
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AdapterState(Shown):
+class AdapterState(Comparable, Shown):
     """An adapter as a value. It can be compared, copied, pickled and computed with.
 
     `a * 0.5`, `-a`, `a + b` and `a - b` scale and add updates of W exactly: ranks are concatenated,
     and a frozen start (pissa, olora) becomes further ranks where sites are added. Results are new
-    values that share tensors with the old ones, without a config. Values are equal if their
-    contents are. They cannot be hashed, since tensors are mutable.
+    values that share tensors with the old ones, without a config. The functions of the package
+    (`combine`, `truncate`, `diff`, `rename`, ...) do the rest. Values are equal if their contents
+    are: specs, config, fingerprint, and tensors with their dtypes. They cannot be hashed, since
+    tensors are mutable.
 
     Examples:
+        >>> import torch
         >>> from lora_inject.core.spec.sites import SiteSpec
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> a = AdapterState({"fc": SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))})
         >>> a + a * 0.5
         AdapterState(1 site, rank 4, 0 trained tensors, 40 parameters)
-        >>> round((a + a).distance(a * 2), 12), round(a.cosine(-a), 12)
-        (0.0, -1.0)
 
     Attributes:
         sites: Site name to its state, in the order of the model.
@@ -61,17 +58,6 @@ class AdapterState(Shown):
     base_copies: Mapping[str, Tensor] = field(default_factory=dict)
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     source: str = field(default="", compare=False)
-
-    def __eq__(self, other: object) -> bool:
-        """Compare by content: specs, config, fingerprint, and tensors with their dtypes."""
-        if not isinstance(other, AdapterState):
-            return NotImplemented
-        from lora_inject.core.adapter.equality import same
-
-        parts = (f.name for f in fields(self) if f.compare)
-        return all(same(getattr(self, name), getattr(other, name)) for name in parts)
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle read-only mappings as dicts, since Python cannot do either."""
@@ -96,11 +82,9 @@ class AdapterState(Shown):
 
             raise first_without_values(self.sites, self.trained, asked, error)
 
-    # Arithmetic ---------------------------------------------------------------------------------
-
     def __mul__(self, weight: float) -> AdapterState:
         """Scale the update; of A and B only the sign of B can change."""
-        return _computed("scaled", self, weight)
+        return cast(AdapterState, room("algebra").scaled(self, weight))
 
     __rmul__ = __mul__
 
@@ -110,114 +94,10 @@ class AdapterState(Shown):
 
     def __add__(self, other: AdapterState) -> AdapterState:
         """Add two updates of one base."""
-        return _computed("weighted_sum", [self, other], [1.0, 1.0], "add adapters")
+        return cast(AdapterState, room("algebra").added(self, other, 1.0))
 
     def __sub__(self, other: AdapterState) -> AdapterState:
         """Subtract the update of another adapter of the same base."""
-        return _computed("weighted_sum", [self, other], [1.0, -1.0], "subtract adapters")
+        return cast(AdapterState, room("algebra").added(self, other, -1.0))
 
     __radd__, __rsub__ = __add__, __sub__  # of what is not an adapter: the same error
-
-    def truncate(self, *, rank: int | None = None, energy: float | None = None) -> AdapterState:
-        """Return the best adapter of a lower rank, without forming a delta.
-
-        See `lora_inject.truncate`, which also reports the error of each site.
-        """
-        return _computed("truncated_state", self, rank, energy)
-
-    def cosine(self, other: AdapterState) -> float:
-        """Return the cosine of the angle between two updates, over all sites; NaN for no update.
-
-        A site that one of them lacks counts as zero there. Trained tensors are not counted: their
-        change from the base is not known.
-        """
-        return float(room("algebra").cosine(self, other))
-
-    def distance(self, other: AdapterState) -> float:
-        """Return the Frobenius norm of the difference of two updates, over all sites.
-
-        Trained tensors are not counted; `lora_inject.diff` lists them.
-        """
-        return float(room("algebra").distance(self, other))
-
-    # The same update in another shape -----------------------------------------------------------
-
-    @property
-    def whole(self) -> AdapterState:
-        """The same adapter with A and B of each expert of every stack."""
-        return replace(self, sites={name: site.whole for name, site in self.sites.items()})
-
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> AdapterState:
-        """Return the adapter with each of its tensors changed; what was one tensor stays one."""
-        made: dict[int, Tensor] = {}
-
-        def once(tensor: Tensor) -> Tensor:
-            if id(tensor) not in made:
-                made[id(tensor)] = change(tensor)
-            return made[id(tensor)]
-
-        sites = {name: site.mapped(once) for name, site in self.sites.items()}
-        return replace(self, sites=sites, trained={n: once(t) for n, t in self.trained.items()})
-
-    def to(self, dtype: torch.dtype) -> AdapterState:
-        """Return the adapter with its floating point tensors in another dtype.
-
-        Args:
-            dtype: A floating point dtype.
-
-        Raises:
-            StateError: `dtype` is not one, or a finite value would become infinite.
-        """
-        from lora_inject.core.adapter.casting import caster
-
-        cast = caster(dtype)
-        sites = {name: site.mapped(partial(cast, name)) for name, site in self.sites.items()}
-        trained = {name: cast(name, tensor) for name, tensor in self.trained.items()}
-        return replace(self, sites=sites, trained=trained)
-
-    def select(self, *patterns: str) -> AdapterState:
-        """Return the sites and trained tensors that patterns, as in a config, match.
-
-        Raises:
-            StateError: A pattern matches nothing.
-        """
-        from lora_inject.core.spec.named import named  # for those who ask by patterns
-
-        kept = named([*self.sites, *self.trained], patterns, "select")
-        return replace(self.only(kept), config=None)
-
-    def only(self, names: Collection[str]) -> AdapterState:
-        """Return the sites and trained tensors of these names."""
-
-        def kept(values: Mapping[str, T]) -> dict[str, T]:
-            return {name: value for name, value in values.items() if name in names}
-
-        sites, trained, rows = kept(self.sites), kept(self.trained), kept(self.rows)
-        return replace(self, sites=sites, trained=trained, rows=rows)
-
-    def rename(self, new: Mapping[str, str] | Callable[[str], str]) -> AdapterState:
-        """Return the adapter with other names of layers; see `algebra.values.renamed_adapter`."""
-        return _computed("renamed_adapter", self, new)
-
-    def split(self, pattern: str, sizes: Mapping[str, int] | None = None) -> AdapterState:
-        """Split fused projections, as qkv to q, k, v; see `algebra.values.split_adapter`."""
-        return _computed("split_adapter", self, pattern, sizes)
-
-    def join(self, name: str, sizes: Mapping[str, int]) -> AdapterState:
-        """Join sites to fused ones, as q, k, v to qkv; see `algebra.values.joined_adapter`."""
-        return _computed("joined_adapter", self, name, sizes)
-
-    def split_experts(self, pattern: str) -> AdapterState:
-        """Split stacks to sites of single experts; see `algebra.values.adapter_of_experts`."""
-        return _computed("adapter_of_experts", self, pattern)
-
-    def join_experts(self, pattern: str, n: int) -> AdapterState:
-        """Join sites of single experts to stacks; see `algebra.values.adapter_of_stacks`."""
-        return _computed("adapter_of_stacks", self, pattern, n)
-
-
-def _computed(function: str, *arguments: Any) -> AdapterState:
-    """Return what a function of the arithmetic on values makes, which lies in its own room."""
-    given = [a.whole if isinstance(a, AdapterState) else a for a in arguments]
-    state: AdapterState = getattr(room("algebra"), function)(*given)
-    return state

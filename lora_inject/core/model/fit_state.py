@@ -84,11 +84,12 @@ def _in_names_here(
 ) -> AdapterState:
     """Return what of an adapter is for this process, in the names of the model."""
     if leave_out:
+        from lora_inject.core.adapter.other_tensors import only
         from lora_inject.core.spec.named import named
 
         given = [*state.trained, *state.sites]
         gone = named(given, leave_out, f"{asked}, leave_out", FormatError)
-        state = state.only(set(given) - gone.keys())
+        state = only(state, set(given) - gone.keys())
     for in_names_of in functions("in_names_of"):
         state = in_names_of(survey.model, state, survey.weights)
     state = part(state, names)

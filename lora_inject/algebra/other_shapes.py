@@ -1,0 +1,279 @@
+"""The same update in other shapes: other names and dtypes, slices and experts apart or joined."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_inject.algebra import reshape
+from lora_inject.algebra.combine_files import Adapter, state_of
+from lora_inject.algebra.plain_sites import plain
+from lora_inject.algebra.renaming import distinct, renaming, some_of
+from lora_inject.core.adapter.fingerprint import without_weights
+from lora_inject.core.adapter.other_tensors import only, site_mapped, with_every_expert
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.spec.named import named
+from lora_inject.core.spec.names import joined
+from lora_inject.core.spec.patterns import matching
+from lora_inject.errors import StateError, check_type
+
+
+def subset(adapter: Adapter, *patterns: str) -> AdapterState:
+    """Return the sites and trained tensors that patterns, as in a config, match.
+
+    Args:
+        adapter: A value, or the path of its files.
+        patterns: Each must match something.
+
+    Raises:
+        StateError: A pattern matches nothing.
+
+    Examples:
+        >>> from lora_inject.core.spec.sites import SiteSpec
+        >>> spec = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), 2, 4.0)
+        >>> q = SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))
+        >>> a = AdapterState({"h.0.q": q, "h.0.k": q.at(spec.at("h.0.k", "h.0.k.weight"))})
+        >>> list(subset(a, "k").sites)
+        ['h.0.k']
+    """
+    state = state_of(adapter, "subset")
+    chosen = named([*state.sites, *state.trained], patterns, "subset")
+    return replace(only(state, chosen), config=None)
+
+
+def as_dtype(adapter: Adapter, dtype: torch.dtype) -> AdapterState:
+    """Return an adapter with its floating point tensors in another dtype.
+
+    Args:
+        adapter: A value, or the path of its files.
+        dtype: A floating point dtype.
+
+    Raises:
+        StateError: `dtype` is not one, or a finite value would become infinite.
+
+    Examples:
+        >>> a = AdapterState({}, trained={"head.weight": torch.ones(2, 4)})
+        >>> as_dtype(a, torch.bfloat16).trained["head.weight"].dtype
+        torch.bfloat16
+    """
+    asked = f"as_dtype {dtype}"
+    state = state_of(adapter, asked)
+    check_type(asked, dtype, torch.dtype, "Give torch.bfloat16")
+    if not dtype.is_floating_point:
+        raise StateError(asked, "it is not a floating point dtype", "Give torch.bfloat16")
+
+    def cast_of(name: str) -> Callable[[Tensor], Tensor]:
+        return partial(_cast, dtype=dtype, where=f"{asked}, '{name}'")
+
+    sites = {name: site_mapped(site, cast_of(name)) for name, site in state.sites.items()}
+    trained = {name: cast_of(name)(tensor) for name, tensor in state.trained.items()}
+    return replace(state, sites=sites, trained=trained)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    """Return a floating point tensor in another dtype, finite where it was."""
+    if not tensor.is_floating_point():
+        return tensor
+    made = tensor.to(dtype)
+    if not made.is_meta and int(made.isinf().sum()) > int(tensor.isinf().sum()):
+        problem = "it holds values that would become infinite"
+        raise StateError(where, problem, "Give torch.bfloat16")
+    return made
+
+
+def rename(adapter: Adapter, new: Mapping[str, str] | Callable[[str], str]) -> AdapterState:
+    r"""Return the adapter with other names of sites, trained tensors and the fingerprint.
+
+    Args:
+        adapter: A value, or the path of its files.
+        new: Regexes of whole segments and their replacements (`\1` for a group, empty to
+            remove them), applied in order to every name; or a function of a name.
+
+    Raises:
+        StateError: A regex is not valid or matches no name, two names would become one, or a
+            new name is empty or has spaces or slashes.
+
+    Examples:
+        >>> from lora_inject.core.spec.sites import SiteSpec
+        >>> spec = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), 2, 4.0)
+        >>> a = AdapterState({"h.0.q": SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))})
+        >>> sites = rename(a, {"h": "model.layers", "q": "self_attn.q_proj"}).sites
+        >>> [site.spec.weight for site in sites.values()]
+        ['model.layers.0.self_attn.q_proj.weight']
+    """
+    state = _given(adapter, "rename")
+    change = renaming(new, [*state.sites, *state.trained])
+    sites, weights = [], {}
+    for name, site in state.sites.items():
+        spec = reshape.renamed(site.spec, change(name))
+        weights[site.spec.weight] = spec.weight
+        sites.append((spec.name, replace(site, spec=spec)))
+
+    def place(name: str) -> str:
+        return weights.get(name) or change(name)
+
+    marks = state.fingerprint
+    return replace(
+        state,
+        sites=distinct(sites),
+        trained=distinct((place(name), tensor) for name, tensor in state.trained.items()),
+        base_copies=distinct((place(name), t) for name, t in state.base_copies.items()),
+        rows={place(name): rows for name, rows in state.rows.items()},
+        fingerprint=marks and {place(name): known for name, known in marks.items()},
+        config=None,
+    )
+
+
+def split(adapter: Adapter, pattern: str, sizes: Mapping[str, int] | None = None) -> AdapterState:
+    """Split fused projections: `attn.qkv` becomes `attn.q`, `attn.k` and `attn.v`.
+
+    Args:
+        adapter: A value, or the path of its files.
+        pattern: Which sites, as in a config.
+        sizes: Width of each part along the output, in order; those of its slices by default.
+
+    Returns:
+        A site for each adapted part, under the parent of the fused one.
+
+    Raises:
+        StateError: The pattern matches nothing, or the widths do not fit the site.
+    """
+    asked, sizes = f"split {pattern!r}", {} if sizes is None else sizes
+    state = _given(adapter, asked)
+    _check_sizes(asked, sizes)
+    chosen = named(state.sites, [pattern], asked)
+    sites = {name: plain(state.sites[name], asked) for name in chosen}
+    return _with(state, {n: reshape.split_site(s, sizes, asked) for n, s in sites.items()})
+
+
+def join(adapter: Adapter, name: str, sizes: Mapping[str, int]) -> AdapterState:
+    """Join sites of one parent to sites on fused projections.
+
+    Args:
+        adapter: A value, or the path of its files.
+        name: Name of the fused layer, such as `qkv_proj`.
+        sizes: Name and width of each of its parts, in order: `{"q_proj": 8, "k_proj": 4}`.
+
+    Returns:
+        One site with slices for each module that holds some of the parts. Ranks are padded with
+        zeros to the largest.
+
+    Raises:
+        StateError: No site is such a part, or a width does not fit.
+    """
+    asked = f"join {name!r}"
+    state = _given(adapter, asked)
+    check_type(f"{asked}, name", name, str, "Give the name of the fused layer")
+    _check_sizes(asked, sizes)
+    groups: dict[str, dict[str, str]] = {}
+    for site in state.sites:
+        for part in sizes:
+            if f".{site}".endswith(f".{part}"):
+                head = site.removesuffix(part).rstrip(".")
+                groups.setdefault(joined(head, name), {})[part] = site
+    put = partial(reshape.join_sites, sizes=sizes, asked=asked)
+    return _joined(state, groups, put, asked, f"no site ends in {' or '.join(sizes)}")
+
+
+def split_experts(adapter: Adapter, pattern: str) -> AdapterState:
+    """Split stacks of experts: `experts.up` becomes `experts.0.up`, `experts.1.up`, ...
+
+    Args:
+        adapter: A value, or the path of its files.
+        pattern: Which sites, as in a config.
+
+    Returns:
+        A linear site for each expert.
+
+    Raises:
+        StateError: The pattern matches nothing, or a site that is not a stack.
+    """
+    asked = f"split_experts {pattern!r}"
+    state = _given(adapter, asked)
+    new = {}
+    for name in named(state.sites, [pattern], asked):
+        site = plain(state.sites[name], asked)
+        if site.spec.experts is None:
+            raise StateError(asked, f"'{name}' is not a stack of experts", "Match stacks only")
+        new[name] = reshape.split_stack(site)
+    return _with(state, new)
+
+
+def join_experts(adapter: Adapter, pattern: str, n: int) -> AdapterState:
+    """Join the sites of single experts to stacks: `experts.0.up`, ... become `experts.up`.
+
+    Args:
+        adapter: A value, or the path of its files.
+        pattern: Which modules hold numbered experts, as in a config.
+        n: How many experts there are; one without a site gets zeros.
+
+    Returns:
+        A site on a stacked parameter `(n, out, in)` for each kind of layer.
+
+    Raises:
+        StateError: No site is such an expert, or they do not fit on one stack.
+    """
+    asked = f"join_experts {pattern!r}"
+    state = _given(adapter, asked)
+    check_type(f"{asked}, pattern", pattern, str, "Give a regex for the end of a name")
+    check_type(f"{asked}, n", n, Integral, "Give the number of experts")
+    stacks: dict[str, dict[int, str]] = {}
+    for name in state.sites:
+        for number in re.finditer(r"\.(\d+)\.", name):
+            head, end = name[: number.start()], name[number.end() :]
+            if matching(pattern, [head], asked=asked, error=StateError):
+                stacks.setdefault(joined(head, end), {})[int(number[1])] = name
+    if over := [name for group in stacks.values() for e, name in group.items() if e >= n]:
+        raise StateError(asked, f"'{over[0]}' is beyond {n} experts", "Correct n")
+    put = partial(reshape.join_stack, n=n, asked=asked)
+    return _joined(state, stacks, put, asked, "no site is in a numbered module there")
+
+
+def _joined(
+    state: AdapterState,
+    groups: Mapping[str, Mapping[Any, str]],
+    put: Callable[[str, Mapping[Any, SiteState]], SiteState],
+    asked: str,
+    why: str,
+) -> AdapterState:
+    """Return the adapter with one site, under its name in `groups`, for each group."""
+    if not groups:
+        raise StateError(asked, why, f"Its sites are such as {some_of(state.sites)}")
+    new: dict[str, Mapping[str, SiteState]] = {}
+    for name, group in groups.items():
+        first, *others = group.values()
+        members = {part: plain(state.sites[old], asked) for part, old in group.items()}
+        new |= {first: {name: put(name, members)}, **{old: {} for old in others}}
+    return _with(state, new)
+
+
+def _with(state: AdapterState, new: Mapping[str, Mapping[str, SiteState]]) -> AdapterState:
+    """Return the adapter with new sites in the place of some, whose fingerprints go."""
+    sites = [
+        item for name, site in state.sites.items() for item in new.get(name, {name: site}).items()
+    ]
+    gone = {state.sites[name].spec.weight for name in new}
+    marks = without_weights(state.fingerprint or {}, gone) or None
+    return replace(state, sites=distinct(sites), fingerprint=marks, config=None)
+
+
+def _given(adapter: Adapter, asked: str) -> AdapterState:
+    """Return a value, or that of a file, with A and B of every expert."""
+    return with_every_expert(state_of(adapter, asked))
+
+
+def _check_sizes(asked: str, sizes: Mapping[str, int]) -> None:
+    remedy = "Give a dict from the name of each part to its width"
+    check_type(f"{asked}, sizes", sizes, Mapping, remedy)
+    for part, width in sizes.items():
+        check_type(f"{asked}, the width of {part!r}", width, Integral, remedy)
+        if width < 1:
+            raise StateError(asked, f"the width of {part!r} is {width}", "Give 1 or more")

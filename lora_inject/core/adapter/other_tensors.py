@@ -1,0 +1,57 @@
+"""The same adapter with other tensors: each changed, some of them, or those of every expert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from torch import Tensor
+
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.functional.weight import of_every_expert
+
+T = TypeVar("T")
+
+
+def mapped(state: AdapterState, change: Callable[[Tensor], Tensor]) -> AdapterState:
+    """Return an adapter with each of its tensors changed; what was one tensor stays one."""
+    made: dict[int, Tensor] = {}
+
+    def once(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = change(tensor)
+        return made[id(tensor)]
+
+    sites = {name: site_mapped(site, once) for name, site in state.sites.items()}
+    return replace(state, sites=sites, trained={n: once(t) for n, t in state.trained.items()})
+
+
+def site_mapped(site: SiteState, change: Callable[[Tensor], Tensor]) -> SiteState:
+    """Return a site with each tensor changed."""
+    return site.of(site.spec, {role: change(tensor) for role, tensor in site.tensors.items()})
+
+
+def only(state: AdapterState, names: Collection[str]) -> AdapterState:
+    """Return the sites and trained tensors of these names."""
+
+    def kept(values: Mapping[str, T]) -> dict[str, T]:
+        return {name: value for name, value in values.items() if name in names}
+
+    sites, trained, rows = kept(state.sites), kept(state.trained), kept(state.rows)
+    return replace(state, sites=sites, trained=trained, rows=rows)
+
+
+def with_every_expert(state: AdapterState) -> AdapterState:
+    """Return the adapter with A and B of each expert of every stack: zeros where one has none."""
+    return replace(state, sites={n: _of_every_expert(site) for n, site in state.sites.items()})
+
+
+def _of_every_expert(site: SiteState) -> SiteState:
+    spec = site.spec
+    if spec.only is None and not spec.share:
+        return site
+    n = spec.experts or 1
+    tensors = {r: of_every_expert(t, spec, n).contiguous() for r, t in site.tensors.items()}
+    return site.of(replace(spec, only=None, share=""), tensors)
