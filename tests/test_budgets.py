@@ -27,8 +27,8 @@ LINES = {
     "activate": 2_262,
     "inject": 5_874,
     "merge": 4_259,
-    "save, load": 6_824,
-    "life": 9_105,
+    "save, load": 6_821,
+    "life": 9_102,
 }
 STAGES = {
     "config": "from lora_inject import Config",

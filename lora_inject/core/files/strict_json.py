@@ -78,10 +78,7 @@ def misfit(value: Any, form: Any) -> str:
         return _first_misfit((place, each, form[0]) for place, each in enumerate(value))
     if isinstance(form, tuple) and isinstance(value, list) and len(value) == len(form):
         return _first_misfit(zip(count(), value, form))
-    if _is_plainly(value, form):
-        return ""
-    shown = type(value).__name__ if isinstance(value, dict | list) else repr(value)[:40]
-    return f": {shown} is impossible"
+    return "" if _is_plainly(value, form) else f": {repr(value)[:40]} is impossible"
 
 
 def _misfit_of_table(value: dict[str, Any], form: dict[Any, Any]) -> str:
