@@ -19,15 +19,10 @@ IMAGE_INPUTS = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model and what it is called with.
-
-    Attributes:
-        make: Builds it.
-        inputs: Arguments of its forward, by name or in order.
-    """
+    """A model and what it is called with."""
 
     make: Callable[[], nn.Module]
-    inputs: Mapping[str, Tensor] | tuple[Tensor, ...] = ()
+    inputs: Mapping[str, Tensor] | tuple[Tensor, ...] = ()  # by name or in order
 
     def build(self) -> Any:
         """Return a model that has the same weights each time."""

@@ -51,21 +51,6 @@ class TiedDecoder(nn.Module):
         return self.head(self.fc(self.embed(ids)))
 
 
-class Packed(nn.Linear):
-    """A quantized layer: holds flat int8 codes, multiplies by what they stand for."""
-
-    def __init__(self, plain: nn.Linear) -> None:
-        super().__init__(plain.in_features, plain.out_features)
-        self.bias, weight = plain.bias, plain.weight.detach()
-        self.step = weight.abs().max() / 127
-        codes = (weight / self.step).round().to(torch.int8)
-        self.weight = nn.Parameter(codes.flatten(), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.view(self.out_features, -1) * self.step
-        return nn.functional.linear(x, weight.to(x.dtype), self.bias)
-
-
 class Several(nn.Module):
     """Every way to carry: forward update, weight updates, a trained head, biases, a tied tensor."""
 
@@ -141,5 +126,4 @@ def denoised(unet: nn.Module) -> Tensor:
     image = torch.randn(1, 4, 8, 8, generator=generator)
     text = torch.randn(1, 5, 8, generator=generator)
     with torch.no_grad():
-        found: Tensor = unet(image, 3, text).sample
-    return found
+        return unet(image, 3, text).sample

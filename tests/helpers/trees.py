@@ -38,23 +38,14 @@ def stack(A: Tensor, B: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SiteOf:
-    """A site of a branch.
+    """A site of a branch."""
 
-    Attributes:
-        name: Its name in the branch.
-        weight: Name of its weight in the branch.
-        delta: `B @ A` as the weight lies, but for its shape.
-        rule: What its rule says besides the match.
-        routed: Whether it can have another adapter for each row.
-        bias: Name of the layer's bias in the branch, to which a bias of B can be added.
-    """
-
-    name: str
+    name: str  # in the branch, as `weight` and `bias`
     weight: str
-    delta: Callable[[Tensor, Tensor], Tensor] = matrix
-    rule: Mapping[str, Any] = field(default_factory=dict)
-    routed: bool = True
-    bias: str = ""
+    delta: Callable[[Tensor, Tensor], Tensor] = matrix  # `B @ A` as the weight lies
+    rule: Mapping[str, Any] = field(default_factory=dict)  # besides the match
+    routed: bool = True  # it can have another adapter for each row
+    bias: str = ""  # the layer's, to which a bias of B can be added
 
     def gained(self, W: Tensor, m: Tensor) -> Tensor:
         """Return DoRA's weight `m W / |W|`, by the norm of each output, which has no gradient."""
@@ -69,23 +60,12 @@ class SiteOf:
 
 @dataclass(frozen=True)
 class Form:
-    """One form of a branch.
+    """One form of a branch."""
 
-    Attributes:
-        parts: Makes its modules and parameters, by name.
-        run: Its forward, of the branch, x and ids.
-        sites: What can have an adapter.
-        copied: Names of tensors that `train` may name.
-    """
-
-    parts: Callable[[], Mapping[str, nn.Module | nn.Parameter]]
-    run: Callable[[Any, Tensor, Tensor], Tensor]
+    parts: Callable[[], Mapping[str, nn.Module | nn.Parameter]]  # by name
+    run: Callable[[Any, Tensor, Tensor], Tensor]  # of the branch, x and ids
     sites: tuple[SiteOf, ...] = ()
-    copied: tuple[str, ...] = ()
-
-
-def _linear(n_out: int = WIDTH) -> nn.Linear:
-    return nn.Linear(WIDTH, n_out)
+    copied: tuple[str, ...] = ()  # tensors that `train` may name
 
 
 def _transposed() -> dict[str, nn.Module]:
@@ -106,30 +86,25 @@ def _attend(branch: Any, x: Tensor, _: Tensor) -> Tensor:
     return (q @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
+QV = {"slices": ["q", "k", "v"], "adapt": ["q", "v"]}
+OUT = SiteOf("attn.out_proj", "attn.out_proj.weight", routed=False, bias="attn.out_proj.bias")
 FORMS: dict[str, Form] = {
     "Plain": Form(
-        lambda: {"fc": _linear()},
+        lambda: {"fc": nn.Linear(WIDTH, WIDTH)},
         lambda b, x, _: b.fc(x),
         (SiteOf("fc", "fc.weight", bias="fc.bias"),),
         ("fc.bias",),
     ),
     # Computes with its child's weight, and calls the child as well.
     "Read": Form(
-        lambda: {"fc": _linear()},
+        lambda: {"fc": nn.Linear(WIDTH, WIDTH)},
         lambda b, x, _: F.linear(torch.tanh(b.fc(x)), b.fc.weight, b.fc.bias),
         (SiteOf("fc", "fc.weight", routed=False, bias="fc.bias"),),
     ),
     "Fused": Form(
-        lambda: {"qkv": _linear(3 * WIDTH)},
+        lambda: {"qkv": nn.Linear(WIDTH, 3 * WIDTH)},
         _attend,
-        (
-            SiteOf(
-                "qkv",
-                "qkv.weight",
-                first_and_last_third,
-                {"slices": ["q", "k", "v"], "adapt": ["q", "v"]},
-            ),
-        ),
+        (SiteOf("qkv", "qkv.weight", first_and_last_third, QV),),
     ),
     "Transposed": Form(
         _transposed,
@@ -161,12 +136,7 @@ FORMS: dict[str, Form] = {
     "Attention": Form(
         lambda: {"attn": nn.MultiheadAttention(WIDTH, 2, batch_first=True)},
         lambda b, x, _: b.attn(x, x, x, need_weights=False)[0],
-        (
-            SiteOf("attn.in_proj_weight", "attn.in_proj_weight", routed=False),
-            SiteOf(
-                "attn.out_proj", "attn.out_proj.weight", routed=False, bias="attn.out_proj.bias"
-            ),
-        ),
+        (SiteOf("attn.in_proj_weight", "attn.in_proj_weight", routed=False), OUT),
     ),
     "Norm": Form(
         lambda: {"norm": nn.LayerNorm(WIDTH)},
@@ -225,13 +195,11 @@ def share_branch(tree: Tree) -> None:
 
 
 def tie_objects(tree: Tree) -> None:
-    """The square layers have one Parameter."""
     for layer in tree.squares():
         layer.weight = tree.squares()[0].weight
 
 
 def tie_memory(tree: Tree) -> None:
-    """The square layers have Parameters over the same memory."""
     for layer in tree.squares():
         layer.weight.data = tree.squares()[0].weight.data
 
@@ -239,6 +207,6 @@ def tie_memory(tree: Tree) -> None:
 TIES: dict[str, Callable[[Tree], None]] = {
     "no": lambda tree: None,
     "share": share_branch,
-    "object": tie_objects,
-    "memory": tie_memory,
+    "object": tie_objects,  # the square layers have one Parameter
+    "memory": tie_memory,  # they have Parameters over the same memory
 }

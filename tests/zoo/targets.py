@@ -21,20 +21,13 @@ _EXPERTS = re.compile(r"(?:.*\.)?(?:experts|shared_experts|(?:in|out)put_linear)
 
 @dataclass
 class Targets:
-    """What to adapt.
+    """What to adapt."""
 
-    Attributes:
-        modules: Name to rank, which is 1 where a side is narrower than RANK.
-        experts: Name of a stacked parameter to its layout, `out_in` or `in_out`.
-        has_linear: Whether the model has any Linear or Conv1D.
-    """
-
-    modules: dict[str, int]
-    experts: dict[str, str]
-    has_linear: bool
+    modules: dict[str, int]  # name to rank, which is 1 where a side is narrower than RANK
+    experts: dict[str, str]  # name of a stacked parameter to its layout, `out_in` or `in_out`
+    has_linear: bool  # the model has any Linear or Conv1D
 
     def config(self) -> dict[str, Any]:
-        """Return the config."""
         by_rank = [
             {"match": either(names), "rank": rank}
             for rank in (RANK, 1)
