@@ -340,7 +340,9 @@ def test_an_adapter_of_ours_means_the_same_to_peft(case: str, tmp_path: Path) ->
         assert error(row.outputs(read_here(plain, path, prefer=prefer)), due) < NEAR
 
 
-def test_what_peft_cannot_hold_of_attention_is_refused(tmp_path: Path) -> None:
+def test_what_peft_cannot_hold_of_attention_or_may_hold_otherwise_is_refused(
+    tmp_path: Path,
+) -> None:
     targets = [r"in_proj_weight", r"out_proj\.weight"]
     model = li.inject(OWN["mha"].build(), {"targets": targets})
     with pytest.raises(FormatError, match="nothing would call it"):
@@ -349,6 +351,9 @@ def test_what_peft_cannot_hold_of_attention_is_refused(tmp_path: Path) -> None:
     model = li.inject(OWN["mha"].build(), {"rank": 2, "targets": rules})
     with pytest.raises(FormatError, match=r"one rank and scale for the parts of 'mha'.*native"):
         li.save_adapter(model, tmp_path / "a")
+    of_peft(OWN["mha"].build(), tmp_path / "later", on("mha"))
+    with pytest.raises(FormatError, match="twice"):  # PEFT adds it twice, and may no more
+        read_adapter(edit_config(tmp_path / "later", peft_version="0.22.0"))
 
 
 # ------------------------------------------------------------------ what a file alone does not say
@@ -407,10 +412,3 @@ def test_experts_of_unsloth_go_by_expert_first_when_told(run: Any, tmp_path: Pat
     merged_state = type(plain).from_pretrained(tmp_path / "cli").state_dict()
     for name, tensor in wanted.items():
         torch.testing.assert_close(merged_state[name], tensor)
-
-
-def test_attention_of_a_later_peft_is_refused(tmp_path: Path) -> None:
-    assert callable(peft.convert_to_lora), "which messages advise"
-    of_peft(OWN["mha"].build(), tmp_path / "later", on("mha"))
-    with pytest.raises(FormatError, match="twice"):  # PEFT adds it twice, and may no more
-        read_adapter(edit_config(tmp_path / "later", peft_version="0.22.0"))

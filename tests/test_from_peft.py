@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 
+import peft
 import pytest
 import torch
 from helpers.architectures import of
@@ -163,7 +164,8 @@ def test_variants_biases_of_b_and_token_rows_are_translated(models):
         li.Config.from_peft({"target_modules": QV, "trainable_token_indices": [3]})
 
 
-def test_every_field_of_this_peft_is_known():
+def test_every_field_of_this_peft_is_known_and_what_messages_advise_exists():
+    assert callable(peft.convert_to_lora)
     assert {field.name for field in dataclasses.fields(LoraConfig)} <= FIELDS
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import error, fill
 from helpers.models import IDS, denoised, tiny_llama, tiny_unet
+from helpers.reference import logits
 from helpers.refusals import said
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 import lora_inject as li
 
@@ -104,11 +105,6 @@ def with_adapter(model: nn.Module, targets: list[str], **config: Any) -> nn.Modu
     return fill(li.inject(model, {"rank": 2, "alpha": 6, "targets": targets, **config}), std=0.3)
 
 
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=torch.arange(1, 7)[None]).logits  # type: ignore[no-any-return]
-
-
 def config_of(path: Path) -> dict[str, Any]:
     return json.loads((path / "adapter_config.json").read_text())  # type: ignore[no-any-return]
 
@@ -125,7 +121,7 @@ def test_transformers_and_peft_find_the_base_of_a_saved_adapter(tmp_path: Path) 
         transformers.AutoModelForCausalLM.from_pretrained(path),
         peft.AutoPeftModelForCausalLM.from_pretrained(path),
     ):
-        assert float((logits(opened) - due).abs().max()) < 1e-6
+        assert error(logits(opened), due) < 5e-6
     told = config_of(li.save_adapter(base, tmp_path / "b", base_model="org/name", task_type=None))
     assert (told["base_model_name_or_path"], told["task_type"]) == ("org/name", None)
     own = with_adapter(nn.Sequential(nn.Linear(4, 4)), ["0"])
@@ -151,7 +147,7 @@ def test_the_task_changes_no_output_in_peft(name, task, train_head, tmp_path) ->
     path = li.save_adapter(base, tmp_path / "adapter")
     assert config_of(path)["task_type"] == (task if train_head else None)
     wrapped = peft.PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), path)
-    assert float((logits(wrapped) - due).abs().max()) < 1e-6
+    assert error(logits(wrapped), due) < 5e-6
 
 
 def test_the_header_holds_the_config_where_diffusers_looks_for_it(tmp_path: Path) -> None:
@@ -164,4 +160,4 @@ def test_the_header_holds_the_config_where_diffusers_looks_for_it(tmp_path: Path
     assert (told["base_model.model.r"], told["base_model.model.lora_alpha"]) == (2, 6)
     theirs = tiny_unet()
     theirs.load_lora_adapter(str(path), prefix="base_model.model", weight_name=name)
-    assert float((denoised(theirs) - denoised(model)).abs().max()) < 1e-5
+    assert error(denoised(theirs), denoised(model)) < 8e-6

@@ -170,12 +170,9 @@ def test_the_values_are_those_that_the_codes_mean(published: Any) -> None:
     model, dense = load(packed), load(plain).state_dict()
     assert not getattr(model, "is_quantized", False)
     assert len(stacks(model)) == 2
-    bits = 9.1 if form.startswith("fp8") else 5.6  # a scale of a row of 32 is 1 bit of each value
     for key, stack in stacks(model).items():
         assert error(stack.dequantize(), dense[key]) < EPS
         assert torch.equal(stack[1], stack.dequantize()[1])
-        held = sum(part.numel() * part.element_size() for part in stack.parts.values())
-        assert held < bits / 8 * stack.numel()
         assert not stack.requires_grad
     with torch.no_grad():
         wanted = load(plain)(IDS).logits

