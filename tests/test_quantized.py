@@ -72,8 +72,6 @@ class BaseQuantLinear(nn.Module):
 
 
 class TorchLinear(BaseQuantLinear):
-    """A kernel of the family; its forward is its own."""
-
     __module__ = "gptqmodel.nn_modules.qlinear.torch"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -434,25 +432,21 @@ def test_another_base_is_refused_in_values_in_format_and_plain_until_it_is_named
     assert error(base(x), wide(x.double())) < 1e-5
 
 
-BEYOND: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
-    "read as a whole": (lambda weight: config(re.escape(weight)), "quantized|is a buffer"),
-    "trained in full": (
-        lambda _: {"rank": 2, "targets": ["2"], "train": ["0"]},
-        "quantized.*Adapt the layer|no parameters|is a buffer",
-    ),
-    "a start from its values": (lambda _: config("0", init="olora", variant="dora"), "olora"),
-}
-
-
 @packed
-@pytest.mark.parametrize("wish", BEYOND)
+@pytest.mark.parametrize("wish", ["read as a whole", "trained in full", "a start from its values"])
 def test_what_needs_the_values_of_a_quantized_weight_is_refused(form: str, wish: str) -> None:
     net, _ = build(form)
-    kept = held(net)
-    make, words = BEYOND[wish]
-    weight = li.plan(net, config("0")).sites[0].weight
+    kept, weight = held(net), li.plan(net, config("0")).sites[0].weight
+    options, words = {
+        "read as a whole": (config(re.escape(weight)), "quantized|is a buffer"),
+        "trained in full": (
+            {"rank": 2, "targets": ["2"], "train": ["0"]},
+            "quantized.*Adapt the layer|no parameters|is a buffer",
+        ),
+        "a start from its values": (config("0", init="olora", variant="dora"), "olora"),
+    }[wish]
     with pytest.raises(li.LoraInjectError, match=rf"'0.*({words})"):
-        li.inject(net, make(weight))
+        li.inject(net, options)
     assert held(net) == kept
 
 

@@ -458,7 +458,7 @@ class Machine(RuleBasedStateMachine):
     @has_adapters
     @rule(
         data=st.data(),
-        how=st.sampled_from(["peft", "native", "value"]),
+        how=st.sampled_from(["peft", "native"]),
         leave=st.sampled_from([False, False, True]),
     )
     def leave_and_return(self, data: Any, how: str, leave: bool) -> None:
@@ -476,19 +476,13 @@ class Machine(RuleBasedStateMachine):
         first = {f"{p}.{key}" for p, m in self.model.named_modules() for key in m._parameters}
         out = [exactly(key.removeprefix(root)) for key in gone & {*moved.sites, *first}]
         with tempfile.TemporaryDirectory() as folder:
-            path, values = Path(folder) / "a.safetensors", list[Any]()
+            path = Path(folder) / "a.safetensors"
 
             def save() -> None:
-                if how == "value":
-                    values.append(copy.deepcopy(li.adapter_state(model, name)))
-                else:
-                    li.save_adapter(model, path, name, format=how)
+                li.save_adapter(model, path, name, format=how)
 
             def load() -> None:
-                if how == "value":
-                    li.install(model, *values, new, leave_out=out)
-                else:
-                    li.load_adapter(model, path, new, leave_out=out)
+                li.load_adapter(model, path, new, leave_out=out)
 
             if self.refused(save, must=root in self.truth.merged, may=how == "peft"):
                 return

@@ -145,13 +145,16 @@ def test_a_tenant_that_leaves_and_comes_back_goes_on_as_if_it_had_stayed(
     check_equal(run.model, alone("ann", [[0], [1], [2], [3]]), "ann")
 
 
-def test_an_adapter_that_was_trained_elsewhere_is_where_a_tenant_starts() -> None:
+def test_a_tenant_starts_at_an_adapter_trained_elsewhere_and_leaves_active_what_was() -> None:
     model = li.inject(base(), LINEAR, "there")
     there = mapped(li.adapter_state(fill(model, "there", 0.1), "there"), torch.clone)
     run = tenants("ann", "bob", model=li.eject(model))
+    li.activate(model, "ann")
     run.forward_backward({"bob": rows("bob", 0)})
     other = Trials(base(), {"eve": Trial(LINEAR, lr=1e-2)})
     run.add("eve", Trial(LINEAR, lr=1e-2))
+    assert [name for name, one in li.adapters(model).items() if one.active] == ["ann"]
+    assert {n for n, one in li.adapters(model).items() if one.trainable} == {*run.running}
     for each in (run, other):
         li.swap_adapter(each.model, there, "eve", base="any")
         each.forward_backward({"eve": rows("ann", 0)})
@@ -159,14 +162,6 @@ def test_an_adapter_that_was_trained_elsewhere_is_where_a_tenant_starts() -> Non
     other.optimizer_step("eve")
     check_equal(model, other.model, "eve")
     check_equal(model, alone("bob", [[0]]), "bob")
-
-
-def test_what_is_active_stays_active_and_what_trains_trains_on() -> None:
-    run = tenants("ann", "bob")
-    li.activate(run.model, "ann")
-    run.add("cy", TENANTS["cy"])
-    assert [name for name, one in li.adapters(run.model).items() if one.active] == ["ann"]
-    assert {n for n, one in li.adapters(run.model).items() if one.trainable} == {*run.running}
 
 
 def test_a_rate_for_one_step_takes_the_place_of_the_schedule() -> None:

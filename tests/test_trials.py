@@ -238,8 +238,6 @@ def test_weights_that_are_read_equal_a_plain_loop() -> None:
         check_equal(running.model, plain, name)
 
 
-# ------------------------------------------------------------------------ lengths, packing, dtypes
-
 LENGTHS = {"slices": 5, "mlp": 7, "table": 6, "all": 4, "qv": 7, "pissa": 6, "more": 5}
 OF_LENGTHS = {
     "gpt2": Case(gpt2, GPT2_TRIALS),
@@ -247,8 +245,6 @@ OF_LENGTHS = {
     "experts": Case(of_experts, of_a_layout("out_in")),
     "bert": Case(of_bert, BERT_TRIALS),
 }
-
-
 WAYS = ("padded", "padded and recomputed", "packed")
 
 
@@ -354,9 +350,6 @@ def test_in_16_bits_a_trial_equals_the_same_run_alone(autocast: bool, compute: s
         return running
 
     check_each(run, trials, 0.05)
-
-
-# ------------------------------------------------------------- losses and branches of a user's own
 
 
 class Heads(nn.Module):
@@ -477,8 +470,6 @@ def test_a_forward_may_change_the_batch_that_it_gets() -> None:
         running.step(data, forward=lambda batch: model(batch.pop("x").mul_(2)), loss=square)
     assert torch.equal(data["x"], torch.ones(3, 4))
 
-
-# ------------------------------------------------------------------ trials that end, and the table
 
 QV = {"rank": 2, "dropout": 0.2, "targets": ["[qv]_proj"]}
 LOW = {n: Trial(QV, lr=1e-2, seed=ord(n)) for n in "abc"}

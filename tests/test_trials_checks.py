@@ -289,9 +289,6 @@ def test_entries_that_are_named_as_trials_are_taken_for_neither() -> None:
     assert each["x"] != one["x"]
 
 
-# ------------------------------------------------------------------- what is refused at the start
-
-
 @pytest.mark.parametrize(
     ("make", "given", "words"),
     [
