@@ -1,4 +1,4 @@
-"""Stacked experts: equal to the dense model, in each family's way, and in files."""
+"""Stacked experts: equal to the dense model, and in each family's way."""
 
 import copy
 

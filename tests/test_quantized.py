@@ -111,8 +111,6 @@ class QBytes(nn.Parameter):
 
 
 class QLinear(QModuleMixin, nn.Linear):
-    """As optimum-quanto builds it."""
-
     __module__ = "optimum.quanto.nn.qlinear"
 
     def __init__(self, plain: nn.Linear) -> None:

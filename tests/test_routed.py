@@ -121,7 +121,6 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("conv", CONVOLUTIONS)
 def test_rows_of_convolutions_are_those_of_each_adapter_alone(conv, checkpointed) -> None:
-    """Outputs and gradients; what each adapter alone gives is the dense W + delta."""
     make, size = CONVOLUTIONS[conv]
     model = nn.Sequential(make()).double()
     for name, rank, init in (("a", 2, "kaiming"), ("b", 1, "pissa"), ("idle", 3, "kaiming")):
@@ -214,8 +213,6 @@ def test_compiled_rows_get_their_biases() -> None:
 
 
 class TimeMajor(nn.Module):
-    """A layer next to one with torch's default, `batch_first=False`."""
-
     def __init__(self) -> None:
         super().__init__()
         self.lstm, self.fc = nn.LSTM(4, 4), nn.Linear(4, 4)

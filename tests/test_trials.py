@@ -302,8 +302,6 @@ def test_rows_of_unequal_lengths_give_each_trial_the_same_run_as_alone(case, way
 
 
 class Channels(nn.Module):
-    """Outputs with channels before positions."""
-
     def __init__(self, stride: int) -> None:
         super().__init__()
         torch.manual_seed(0)

@@ -49,7 +49,6 @@ def refused(running: Trials, words: str, batch: Any, **how: Any) -> None:
 
 
 def upstream(first: nn.Module) -> Any:
-    """Something before the first adapter."""
     return nn.Sequential(first, nn.Linear(4, 4))
 
 
