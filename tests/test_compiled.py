@@ -1,20 +1,14 @@
-"""Compiled models: another adapter, another mix or other rows are other data for the same graph.
-
-Count the graphs, and compare each output with the eager one, which goes by names.
-"""
+"""Compiled models: another adapter, another mix or other rows are other data for the same graph."""
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import conv1d, error, fill, same_bits
+from helpers.forks import Forks
 from helpers.reference import EXACT, Block, config, dense, random
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -231,21 +225,10 @@ def test_a_compiled_block_in_a_checkpoint_is_recomputed_under_its_forwards_selec
         x.grad = None
 
 
-FIRST = """
-import test_compiled
-test_compiled.test_a_compiled_block_in_a_checkpoint_is_recomputed_under_its_forwards_selection(
-    "activate", False
-)
-"""
-
-
-def test_the_first_graph_of_a_process_may_be_traced_inside_a_checkpoint() -> None:
+def test_the_first_graph_of_a_process_may_be_traced_inside_a_checkpoint(forks: Forks) -> None:
     """Checkpoints that begin later are watched; this one has to be found while it runs."""
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here), str(here.parent)])
-    subprocess.run(
-        [sys.executable, "-c", FIRST], check=True, env={**os.environ, "PYTHONPATH": paths}
-    )
+    run = test_a_compiled_block_in_a_checkpoint_is_recomputed_under_its_forwards_selection
+    forks.start(run, "activate", False).result()
 
 
 @pytest.mark.parametrize("first", ["compile", "inject"])
@@ -258,14 +241,11 @@ def test_compiled_before_or_after_inject(first: str) -> None:
     li.inject(model, config("up", r"down\.weight"))
     if first == "inject":
         model = torch.compile(model, backend="eager", fullgraph=True)
-    inner = model._orig_mod
     assert same_bits(model(x), plain(x))
     fill(model)
-    wanted = dense(plain, inner)(x)
+    wanted = dense(plain, model._orig_mod)(x)
     assert error(model(x), wanted) < EXACT
     li.merge(model)
     assert error(model(x), wanted) < EXACT
-    li.unmerge(model)
-    assert error(model(x), wanted) < EXACT
-    li.eject(model)
+    li.eject(li.unmerge(model))
     assert same_bits(model(x), plain(x))
