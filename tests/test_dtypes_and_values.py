@@ -52,26 +52,19 @@ def test_non_finite(key: str, value: float, undo: bool) -> None:
 
 LOADED: dict[str, tuple[str, Any]] = {
     "A of site 'layer'": ("A/layer", lambda s: s.sites["layer"].A),
-    "B of site 'layer'": ("B/layer", lambda s: s.sites["layer"].B),
-    "trained tensor 'after.bias'": (
-        "trained/after.bias",
-        lambda state: state.trained["after.bias"],
-    ),
+    "trained tensor 'after.bias'": ("trained/after.bias", lambda s: s.trained["after.bias"]),
 }
 
 
-@pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("key", LOADED)
-def test_non_finite_adapters_are_read_and_neither_put_on_a_model_nor_written(
-    key, value, tmp_path
-) -> None:
+def test_non_finite_adapters_are_read_and_neither_put_on_a_model_nor_written(key, tmp_path) -> None:
     model = fill(li.inject(Host(nn.Linear(5, 6)), BOTH))
     diverged, (stored, of) = copy.deepcopy(model), LOADED[key]
     path = li.save_adapter(model, tmp_path / "broken.safetensors", format="native")
-    spoil(path, stored, value)
+    spoil(path, stored, math.nan)
     assert not of(li.read_adapter(path)).isfinite().all()
     state = li.adapter_state(diverged)
-    of(state).view(-1)[1] = value
+    of(state).view(-1)[1] = math.nan
     plain, before = li.eject(copy.deepcopy(model)), snapshot(model)
     bare, new = snapshot(plain), tmp_path / "new"
     for call, words in (

@@ -96,30 +96,8 @@ def selectively(model: nn.Module, saved: str, allow: bool, x: torch.Tensor) -> t
     return checkpoint(model, x, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
 
 
-SELECTIVE = pytest.mark.parametrize(
-    ("saved", "allow"), [(saved, allow) for saved in SAVED for allow in (False, True)], ids=str
-)
-
-
-@SELECTIVE
-@pytest.mark.parametrize("shape", [(3, 20, 6), (1, 1, 6)], ids=["many", "one token"])
-def test_selective_checkpoints_give_the_gradients_of_the_dense_weights(saved, allow, shape) -> None:
-    model = fill(li.inject(Two().double(), {"rank": 2, "alpha": 3, "targets": ["up", "down"]}))
-    x = torch.randn(shape).double()
-    selectively(model, saved, allow, x).square().sum().backward()
-    plain, tuned = Two().double(), li.adapter_parameters(model)
-    factors = {name: p.detach().clone().requires_grad_() for name, p in tuned.items()}
-    dense = {
-        f"{site}.weight": getattr(plain, site).weight
-        + 1.5 * factors[f"{site}.lora_B"] @ factors[f"{site}.lora_A"]
-        for site in ("up", "down")
-    }
-    torch.func.functional_call(plain, dense, (x,)).square().sum().backward()
-    for name, parameter in tuned.items():
-        assert error(parameter.grad, factors[name].grad) < 1e-12, name
-
-
 RULES: list[dict[str, Any]] = [
+    {},
     {"dropout": 0.1},
     {"init": "pissa"},
     {"variant": "dora"},
@@ -127,20 +105,23 @@ RULES: list[dict[str, Any]] = [
     {"slices": {"a": 2, "b": 1, "c": 3}, "adapt": ["a", "c"]},
     {"match": r"(up|down)\.weight"},
 ]
+LIMITS = {torch.float64: 1e-12, torch.bfloat16: 2e-2}
 
 
-@SELECTIVE
+@pytest.mark.parametrize("allow", [False, True])
+@pytest.mark.parametrize("saved", SAVED)
 @pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_selective_checkpoints_change_no_gradient(saved, allow, rule, dtype) -> None:
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("shape", [(3, 20, 6), (1, 1, 6)], ids=["many", "one token"])
+def test_selective_checkpoints_change_no_gradient(saved, allow, rule, dtype, shape) -> None:
     sites = "down" if "slices" in rule else "up|down"
     compute = "base" if "match" in rule else "float32"
     config = {"rank": 2, "compute": compute, "targets": [{"match": sites, **rule}]}
     model = fill(li.inject(Two().to(dtype), config)).train()
-    x, tuned = torch.randn(3, 20, 6).to(dtype), list(li.adapter_parameters(model).values())
+    x, tuned = torch.randn(shape).to(dtype), list(li.adapter_parameters(model).values())
     grads = []
     for run in (model, partial(selectively, model, saved, allow)):
         torch.manual_seed(1)
-        grads.append(torch.autograd.grad(run(x).float().square().sum(), tuned))
+        grads.append(torch.autograd.grad(run(x).square().sum(), tuned))
     for one, other in zip(*grads, strict=True):
-        assert error(one, other) < (1e-5 if dtype == torch.float32 else 2e-2)
+        assert error(one, other) < LIMITS[dtype]

@@ -49,9 +49,6 @@ def classifier(path: Path) -> Any:
     return transformers.BertForSequenceClassification.from_pretrained(path, num_labels=3)
 
 
-# -------------------------------------------------------------------------- refused, and the remedy
-
-
 def test_a_new_head_that_nobody_trains_is_refused_and_the_remedies_work(encoder: Path) -> None:
     model = classifier(encoder)
     keys = [*model.state_dict()]
@@ -105,8 +102,6 @@ def test_a_pooler_that_the_checkpoint_lacks_is_named_also_on_loading(tmp_path: P
         torch.manual_seed(seed)
         return transformers.BertModel.from_pretrained(tmp_path / "base", **how)
 
-    with pytest.raises(li.LayerError, match=r"'pooler\.dense\.weight'"):
-        li.inject(loaded(), QV)
     with pytest.raises(li.LayerError, match=r"'0\.pooler\.dense\.weight'"):
         li.inject(nn.Sequential(loaded()), QV)  # as in sentence-transformers
     li.inject(loaded(add_pooling_layer=False), QV)
@@ -131,9 +126,6 @@ def test_a_reward_model_trains_its_new_head_or_is_refused(decoder: Path) -> None
     assert [*li.adapter_state(model).trained] == ["score.weight"]
 
 
-# ---------------------------------------------------------------------------- what is no new weight
-
-
 def resized(model: Any) -> Any:
     model.resize_token_embeddings(44)
     return model
@@ -149,10 +141,7 @@ def with_a_copied_layer(model: Any) -> Any:
     return model
 
 
-CHANGES = [copy.deepcopy, resized, with_a_head_of_its_own, with_a_copied_layer, nn.Module.bfloat16]
-
-
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [resized, with_a_head_of_its_own, with_a_copied_layer])
 def test_a_model_whose_weights_were_all_in_the_checkpoint_is_adapted(
     decoder: Path, change: Callable[[Any], Any]
 ) -> None:
@@ -161,16 +150,12 @@ def test_a_model_whose_weights_were_all_in_the_checkpoint_is_adapted(
 
 TIED = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)
 BUFFERED = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, n_positions=8, vocab_size=40)
+MODELS = [(transformers.LlamaForCausalLM, TIED, "q_proj")]
+MODELS += [(transformers.BertForMaskedLM, transformers.BertConfig(**SIZES), "query")]
+MODELS += [(transformers.GPT2LMHeadModel, BUFFERED, "c_attn")]
 
 
-@pytest.mark.parametrize(
-    ("cls", "config", "target"),
-    [
-        (transformers.LlamaForCausalLM, TIED, "q_proj"),
-        (transformers.BertForMaskedLM, transformers.BertConfig(**SIZES), "query"),
-        (transformers.GPT2LMHeadModel, BUFFERED, "c_attn"),
-    ],
-)
+@pytest.mark.parametrize(("cls", "config", "target"), MODELS)
 def test_tied_heads_buffers_and_models_from_a_config_are_adapted(
     cls: Any, config: Any, target: str, tmp_path: Path
 ) -> None:
