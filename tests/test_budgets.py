@@ -192,16 +192,3 @@ def test_few_files_of_the_core_name_another_library() -> None:
     core = {name: text for name, text in sources().items() if name.startswith("core/")}
     naming = [name for name, text in core.items() if LIBRARIES.search(text)]
     assert len(naming) <= 2, naming
-
-
-def test_the_measures_see_what_they_are_for() -> None:
-    branches = " + ".join(["(1 if x else 2)"] * 11)
-    files = {
-        "core/a.py": f"def tall(x):\n    return {branches}\n",
-        "core/b.py": "def tall(): pass\nclass Other: pass\ndef _own(): pass\n",
-    }
-    assert tall_functions(files) == [(11, "core/a.py: tall")]
-    assert public_names(files)["tall"] == {"core/a.py", "core/b.py"}
-    assert lines_with(PRIVATE, "x = 1  # f_code\nframe.f_code\n") == ["frame.f_code"]
-    assert lines_with(PRIVATE, 'found = look_up("torch._C._x")\n') == []
-    assert LIBRARIES.search('"""What PEFT reads."""')

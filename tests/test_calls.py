@@ -1,8 +1,4 @@
-"""How much work the verbs do, in calls of functions: what time would say if machines were quiet.
-
-The figures are upper bounds, a little above what was counted when they were last lowered. Times
-against an older commit: scripts/benchmarks/surgery.py.
-"""
+"""How much work the verbs do, in calls of functions: what time would say if machines were quiet."""
 
 import gc
 import json

@@ -1,8 +1,4 @@
-"""Every example in a docstring runs and prints what it says, and docstrings say what is due.
-
-Documentation that a test runs cannot go stale. ruff checks the form (Google style); here
-it is checked that sections and signatures agree.
-"""
+"""Every example in a docstring runs and prints what it says, and docstrings say what is due."""
 
 import doctest
 import importlib

@@ -1,7 +1,4 @@
-"""What only torch's inner side or Python's stack can say is still said: each finding is asserted.
-
-If a new torch renames what `torch_inside.py` or `torch_stack.py` looks at, a test here fails first.
-"""
+"""What only torch's inner side or Python's stack can say is still said, also by a new torch."""
 
 import asyncio
 import contextlib

@@ -1,8 +1,4 @@
-"""Who may import whom: the core imports no room, rooms go by a table, and nothing in a circle.
-
-Imports are read from the source (`ast`), also those inside functions and under TYPE_CHECKING, so
-that nothing can be hidden in a corner.
-"""
+"""Who may import whom: the core imports no room, rooms go by a table, and nothing in a circle."""
 
 import ast
 import re
