@@ -23,12 +23,12 @@ PACKAGE = Path(lora_inject.__file__).parent
 # Stage -> lines of the package that it may load.
 LINES = {
     "config": 1_278,
-    "forward": 2_650,
-    "activate": 2_262,
-    "inject": 5_874,
-    "merge": 4_259,
-    "save, load": 6_821,
-    "life": 9_102,
+    "forward": 2_645,
+    "activate": 2_257,
+    "inject": 5_853,
+    "merge": 4_261,
+    "save, load": 6_800,
+    "life": 9_088,
 }
 STAGES = {
     "config": "from lora_inject import Config",

@@ -36,6 +36,7 @@ from lora_inject.rows.convolution import adds_rows, convolved
 from lora_inject.rows.expert_rows import by_expert, check_tokens, sorts_tokens
 from lora_inject.rows.kept import adds_bias, is_rowwise
 from lora_inject.rows.routing import NOTHING, Places, Routing, places_of, routing
+from lora_inject.rows.time_major import refuse_ambiguous
 from lora_inject.trees import tree_leaves
 
 
@@ -309,17 +310,3 @@ def check_rows(layer: Any, x: Tensor, n_rows: int, repeat: int) -> None:
             "that are packed into one row tokens=[...], the length of each",
         )
     refuse_ambiguous(layer, x, n_rows, repeat)
-
-
-def refuse_ambiguous(layer: Any, x: Tensor, n_rows: int, repeat: int) -> None:
-    """Raise where time, before or after the batch, is as long as the batch."""
-    attached = attached_to(layer)
-    if attached is None or not attached.time_major:
-        return
-    if x.dim() > (2 if x.is_floating_point() else 1) and x.shape[1] in (n_rows, n_rows * repeat):
-        raise LayerError(
-            f"routed() with {n_rows} rows",
-            f"a {type(layer).__name__} got an input of shape {tuple(x.shape)} next to a layer "
-            "with batch_first=False: which dimension is the batch cannot be told",
-            "Give batch_first=True, or pad the batch to another length",
-        )

@@ -16,6 +16,7 @@ from lora_inject.core.model.carried import Reach, adapted_modules, reach
 from lora_inject.core.spec.names import joined
 from lora_inject.rows.convolution import adds_rows
 from lora_inject.rows.expert_rows import sorts_tokens
+from lora_inject.rows.time_major import note_time_major
 
 _ROWWISE = {nn.Linear.forward, nn.LayerNorm.forward, nn.RMSNorm.forward}
 """Forwards that treat the rows of their input alike."""
@@ -54,6 +55,7 @@ def why_not_routed(model: nn.Module) -> Mapping[str, tuple[str, str]]:
     known = _WHY_NOT.get(reach(model))
     if known is None:
         survey = Survey(model)
+        note_time_major(survey)
         carrying = [*adapted_modules(survey)]
         known = {**_of_experts(survey, carrying), **_of_shared_weights(carrying)}
         _WHY_NOT[reach(model)] = known

@@ -11,8 +11,9 @@ from torch import Tensor
 from lora_inject.core.layers.linear_kinds import LoRALinear
 from lora_inject.errors import LayerError
 from lora_inject.rows.apart import apart
-from lora_inject.rows.by_row import Rows, refuse_ambiguous
+from lora_inject.rows.by_row import Rows
 from lora_inject.rows.kept import is_rowwise
+from lora_inject.rows.time_major import refuse_ambiguous
 
 
 class TokenRanges(Rows):

@@ -24,11 +24,12 @@ from lora_inject.core.layers.attached import held_by
 from lora_inject.core.layers.linear_kinds import LoRALinear
 from lora_inject.core.layers.selected import Mix
 from lora_inject.rows.apart import apart, check_inputs
-from lora_inject.rows.by_row import Rows, adds_to_output, check_rows, refuse_ambiguous
+from lora_inject.rows.by_row import Rows, adds_to_output, check_rows
 from lora_inject.rows.convolution import adds_rows
 from lora_inject.rows.expert_rows import by_expert, places_of_runs, sorts_tokens
 from lora_inject.rows.kept import adds_bias
 from lora_inject.rows.routing import Routing
+from lora_inject.rows.time_major import refuse_ambiguous
 from lora_inject.trees import tree_leaves
 from lora_inject.trials.passes import Pass
 from lora_inject.trials.ranges import ranged_linear

@@ -22,6 +22,7 @@ from lora_inject.core.model.train import train_only
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import StateError
 from lora_inject.rows.kept import routes_rows
+from lora_inject.rows.time_major import note_time_major
 from lora_inject.trials.flat import Placement
 from lora_inject.trials.in_pass import runs_apart
 from lora_inject.trials.trial import Trial
@@ -57,6 +58,7 @@ def put_on(
             done.append(name)
         _refuse_shared(model, done)
         _refuse_dropout(model, done)
+        note_time_major(Survey(model))
         places = {name: _places_of(model, name) for name in done}
         _refuse_kinds(like, places)
         train_only(model, [*beside, *done])

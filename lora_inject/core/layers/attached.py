@@ -155,7 +155,7 @@ class Attached:
     # What few modules have stands here, as there are many thousands.
     old_forward: Any = None  # the forward that a hook had saved on the module
     float32 = False  # whether an adapter on the output asks for float32 arithmetic
-    time_major = False  # whether its input may have time before batch
+    time_major = False  # whether its input may have time before batch (`rows.time_major`)
     gains = False  # whether an adapter on the output has a gain
     still = False  # whether a forward in training has left the module's buffers alone
     put: Tensor | None = None  # the text about tensors that stand for its own (`layers.told`)
@@ -236,15 +236,10 @@ class Attached:
 
     def recipes(self, mix: Selected) -> tuple[Recipe, ...]:
         """Return the updates on the output that take part under a mix."""
-        if self.garbage:
-            taking = (self.forward[name] for name in mix.names if name in self.forward)
-            self.check_started(taking, "a forward")
-        return tuple(
-            recipe
-            for name, weight in mix.names.items()
-            if name in self.forward
-            for recipe in self.forward[name].recipes(weight)
-        )
+        held = self.forward
+        taking = [(held[name], weight) for name, weight in mix.names.items() if name in held]
+        self.check_started((entry for entry, _ in taking), "a forward")
+        return tuple(recipe for entry, weight in taking for recipe in entry.recipes(weight))
 
     def forget_use(self) -> None:
         """Reset the notes of which entries take part in a forward."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.layers.attached import Attached
 from lora_inject.core.layers.class_swap import swap
 from lora_inject.core.layers.kinds import mixin_of
 from lora_inject.core.layers.packed_weights import begin_training
@@ -20,7 +19,6 @@ from lora_inject.core.model.carried import Carried, Root, structure_changed
 from lora_inject.core.model.guards import after, before
 from lora_inject.core.model.roots import become_root, check_new_adapter, records_with, selection_for
 from lora_inject.core.model.trainable import forget_gradients
-from lora_inject.core.spec.names import parent
 
 
 def survey_for(model: nn.Module, name: str, *, loads: bool = False) -> Survey:
@@ -71,7 +69,7 @@ def attach(
             _stop_training(trained, records)
             root.trainable = {name}
         selection.add((name,))
-        _put_all(survey, wanted, parameters, selection)
+        _put_all(wanted, parameters, selection)
         structure_changed()
         after("attach", modules, root.carrying[name])
         if train:
@@ -122,32 +120,19 @@ def _stop_training(trained: Iterable[nn.Parameter], records: Iterable[Root]) -> 
         record.trainable = set()
 
 
-def _time_major(survey: Survey) -> tuple[str, ...]:
-    """Return prefixes of the names of layers that may get inputs with time before batch.
-
-    These are the layers next to a module with `batch_first=False`.
-    """
-    parts = (name for name, m in survey.named if m.__dict__.get("batch_first") is False)
-    return tuple({f"{parent(name)}." if parent(name) else "" for name in parts})
-
-
 def _put_all(
-    survey: Survey,
     wanted: Iterable[Carried],
     parameters: Sequence[Mapping[str, nn.Parameter]],
     selection: Selection,
 ) -> None:
     """Put each entry on its module."""
-    time_major = _time_major(survey)
     for place, held in zip(wanted, parameters, strict=True):
-        attached = _put(place, held, selection)
-        if time_major:
-            attached.time_major = f"{place.path}.".startswith(time_major)
+        _put(place, held, selection)
     for device in {tensor.device for held in parameters for tensor in held.values()}:
         selection.extend_to(device)
 
 
-def _put(place: Carried, parameters: Mapping[str, nn.Parameter], selection: Selection) -> Attached:
+def _put(place: Carried, parameters: Mapping[str, nn.Parameter], selection: Selection) -> None:
     """Swap the class of a module if it has none of ours yet, and add an entry to it."""
     entry, module = place.entry, place.module
     reads = () if entry.on_output else (entry.param,)
@@ -159,7 +144,6 @@ def _put(place: Carried, parameters: Mapping[str, nn.Parameter], selection: Sele
         from lora_inject.core.layers.valueless import moved
 
         moved(module, emptied=False)
-    return attached
 
 
 def _freeze(survey: Survey, root: Root) -> None:

@@ -101,11 +101,7 @@ def merge(
             with other processes or in part; the merged weight would not be finite, `min_kept` is
             missed, or the model's class would tie again what must be untied. Nothing was changed.
     """
-    into: Into = None
-    if dequantize is not None or requantize:
-        from lora_inject.core.model import packed_target
-
-        into = packed_target.what_packed_become(dequantize, requantize=requantize)
+    into = _into(dequantize, requantize=requantize)
     survey = Survey(model)
     root = root_of(survey)
     mix = mix_to_fold(survey, name, "merge")
@@ -116,6 +112,8 @@ def merge(
 
         merge_ties.check_ties(survey, untied, eject)
     if isinstance(into, torch.dtype):
+        from lora_inject.core.model import packed_target
+
         packed_target.check_replaceable(targets)
     check_results(targets, min_kept, undo)
 
@@ -136,6 +134,15 @@ def merge(
         if eject:
             take_off(model)
     return report
+
+
+def _into(dequantize: str | torch.dtype | None, *, requantize: bool) -> Into:
+    """Return what packed weights become, by the options of a merge; None for an error."""
+    if dequantize is None and not requantize:
+        return None
+    from lora_inject.core.model.packed_target import what_packed_become
+
+    return what_packed_become(dequantize, requantize=requantize)
 
 
 @contextmanager
