@@ -106,6 +106,15 @@ def test_encoder_fast_path(targets: list[str], stacked: bool, dtype: torch.dtype
     assert li.unreached(model, lambda: model(x)) == []
 
 
+def test_dropout_acts_in_layers_that_are_called_and_is_refused_where_attention_reads() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    with pytest.raises(li.MatchError, match=r"out_proj.*dropout 0\.5 on a weight that is read"):
+        li.inject(model, {"rank": 2, "dropout": 0.5, "targets": ["out_proj"]})
+    x, model = torch.randn(2, 5, 8), adapted(model, "linear1", dropout=0.5)
+    assert not torch.equal(model.train()(x), model(x))
+    assert torch.equal(model.eval()(x), model(x))
+
+
 @pytest.mark.slow
 def test_encoder_fast_path_compiled() -> None:
     plain = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)

@@ -160,7 +160,7 @@ def test_a_plain_life_loads_none_of_what_is_known_of_other_libraries() -> None:
 
 def test_few_functions_have_more_than_ten_branches() -> None:
     tall = tall_functions(sources())
-    assert len(tall) <= 13, tall
+    assert len(tall) <= 12, tall
 
 
 def test_a_public_name_has_one_home() -> None:
@@ -182,13 +182,26 @@ def test_no_value_is_called_found() -> None:
     assert calling == []
 
 
-def test_few_lines_look_at_the_stack_or_at_what_torch_keeps_private() -> None:
+def test_no_other_line_looks_at_the_stack_or_at_what_torch_keeps_private() -> None:
     files = {n: text for n, text in sources().items() if not may_look_inside(n)}
     inside = {n: lines for n, text in files.items() if (lines := lines_with(PRIVATE, text))}
     assert inside == {}
 
 
-def test_few_files_of_the_core_name_another_library() -> None:
+def test_no_file_of_the_core_names_another_library() -> None:
     core = {name: text for name, text in sources().items() if name.startswith("core/")}
     naming = [name for name, text in core.items() if LIBRARIES.search(text)]
-    assert len(naming) <= 2, naming
+    assert naming == []
+
+
+def test_the_measures_see_what_they_are_for() -> None:
+    branches = " + ".join(["(1 if x else 2)"] * 11)
+    files = {
+        "core/a.py": f"def tall(x):\n    return {branches}\n",
+        "core/b.py": "def tall(): pass\nclass Other: pass\ndef _own(): pass\n",
+    }
+    assert tall_functions(files) == [(11, "core/a.py: tall")]
+    assert public_names(files)["tall"] == {"core/a.py", "core/b.py"}
+    assert lines_with(PRIVATE, "x = 1  # f_code\nframe.f_code\n") == ["frame.f_code"]
+    assert lines_with(PRIVATE, 'found = look_up("torch._C._x")\n') == []
+    assert LIBRARIES.search('"""What PEFT reads."""')
