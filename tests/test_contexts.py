@@ -51,14 +51,6 @@ def served() -> tuple[Net, dict[str | None, Tensor]]:
     return li.activate(model, "a"), wanted
 
 
-def ask(model: nn.Module, name: str | None) -> Tensor:
-    with li.routed(model, [name, name]):
-        return model(X).detach()
-
-
-# ------------------------------------------------------------------------------------------ threads
-
-
 @pytest.mark.parametrize("in_graphs", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_requests_on_a_thread_pool_are_never_mixed(
     in_graphs: bool, monkeypatch: pytest.MonkeyPatch
@@ -133,9 +125,6 @@ def test_a_backward_on_another_thread_recomputes_under_its_forwards_rows(reentra
         assert gradient is None or error(gradient, grads[0][key]) < 1e-12
 
 
-# -------------------------------------------------------------------------------------------- tasks
-
-
 def test_asyncio_tasks_have_their_own_contexts() -> None:
     model, wanted = served()
 
@@ -155,6 +144,7 @@ def test_asyncio_tasks_have_their_own_contexts() -> None:
 
     async def serve() -> None:
         requests, left = asyncio.gather(*map(request, (*NAMES, None) * 3)), asyncio.Event()
+        await asyncio.sleep(0)
         assert same_bits(model(X), wanted["a"])
         with li.routed(model, ["b", "b"]):
             task = asyncio.create_task(late(left))
@@ -166,14 +156,6 @@ def test_asyncio_tasks_have_their_own_contexts() -> None:
     assert same_bits(model(X), wanted["a"])
 
 
-# --------------------------------------------------------------------------------------- generators
-
-
-def stream(model: nn.Module, context: Callable[[], Any]) -> Iterator[Tensor]:
-    with context():
-        yield model(X).detach()
-
-
 def test_a_generator_cannot_hold_a_context_but_may_enter_one_around_each_forward() -> None:
     """Whoever takes its values would run inside as well."""
     model, wanted = served()
@@ -183,15 +165,19 @@ def test_a_generator_cannot_hold_a_context_but_may_enter_one_around_each_forward
         with li.routed(model, ["b", "b"]):
             yield
 
-    def steps() -> Iterator[Tensor]:
-        for name in ("b", "c"):
-            yield ask(model, name)
+    def holding(context: Any) -> Iterator[Tensor]:
+        with context:
+            yield model(X)
 
-    for held in (lambda: li.routed(model, ["b", "b"]), mine):
+    def ask(name: str) -> Tensor:
+        with li.routed(model, [name, name]):
+            return model(X)
+
+    for context in (li.routed(model, ["b", "b"]), mine()):
         with pytest.raises(li.StateError, match="a generator entered it, and whoever takes"):
-            next(stream(model, held))
+            next(holding(context))
         assert same_bits(model(X), wanted["a"])
-    for name, y in zip(("b", "c"), steps(), strict=True):
+    for name, y in ((name, ask(name)) for name in ("b", "c")):
         assert error(y, wanted[name]) < 1e-12
         assert same_bits(model(X), wanted["a"])
     with mine():
@@ -225,9 +211,6 @@ def test_asynchronous_context_managers_hold_a_context_and_generators_do_not() ->
     asyncio.run(serve())
 
 
-# ------------------------------------------------------------------------------------------ leaving
-
-
 def test_leaving_out_of_order_or_in_another_thread_is_an_error() -> None:
     model, wanted = served()
     first, second = li.routed(model, ["b", "b"]), li.disabled(model)
@@ -246,16 +229,11 @@ def test_a_context_may_be_entered_again_once_it_was_left() -> None:
     for _ in range(2):
         with context:
             assert same_bits(model(X), wanted[None])
-            with pytest.raises(
-                li.StateError, match=r"\(\): this object was entered before and not"
-            ):
+            with pytest.raises(li.StateError, match="this object was entered before and not left"):
                 context.__enter__()
             assert same_bits(model(X), wanted[None])
         assert same_bits(model(X), wanted["a"])
     assert same_bits(context(model)(X), wanted[None])  # as a decorator
-
-
-# ----------------------------------------------------------------------------------------- compiled
 
 
 def compiled(model: nn.Module) -> Any:

@@ -278,9 +278,6 @@ def test_inputs_that_changed_before_the_backward_are_refused_and_outputs_may_cha
     assert torch.equal(one, other)
 
 
-# ------------------------------------------------------------------------------------------ dropout
-
-
 @pytest.mark.parametrize("p", [0.1, 0.5])
 @pytest.mark.parametrize("grad", [True, False])
 def test_dropout_is_on_the_input_of_a(p: float, grad: bool) -> None:
@@ -362,9 +359,6 @@ def test_autocast(kind: str, dtype: torch.dtype) -> None:
     for leaf, twin in zip(leaves, twins, strict=True):
         assert leaf.grad.dtype == torch.float32
         assert error(leaf.grad, twin.grad) < limit
-
-
-# ------------------------------------------------------------------ the delta, the weight, the fold
 
 
 @st.composite

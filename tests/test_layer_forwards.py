@@ -24,7 +24,6 @@ import lora_inject as li
 CONFIG = {"rank": 2, "alpha": 3.0, "targets": [r"^layer$"]}
 N = 6
 X = torch.linspace(-1, 1, 4 * N, dtype=torch.float64).view(4, N)
-IDS = torch.tensor([[0, 3, 5], [2, 9, 1]])
 
 
 class Own(nn.Linear):
@@ -86,9 +85,6 @@ def test_peft_reads_an_unknown_forward_as_a_target_parameter(tmp_path: Path) -> 
     assert error(theirs(X), model(X)) < 1e-6
     ours = li.load_adapter(copy.deepcopy(plain), tmp_path / "adapter")
     assert error(ours(X), model(X)) < 1e-12
-
-
-# -------------------------------------------------------------------------------- refused at inject
 
 
 class Triples(nn.Linear):
@@ -215,9 +211,6 @@ def test_a_forward_that_is_put_onto_the_class_after_inject_is_refused(
             model(x)
         due = li.eject(model)(x)
         assert same_bits(li.inject(model, {"rank": 2, "targets": ["0"]})(x), due)
-
-
-# ------------------------------------------------------------------------ weights that are computed
 
 
 COMPUTED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {

@@ -56,9 +56,6 @@ def two_heads() -> tuple[Encoded, Encoded]:
     return Encoded(encoder), Encoded(encoder)
 
 
-# ------------------------------------------------------------------------------ parts and the whole
-
-
 def test_two_towers_with_one_adapter_name_are_both_seen_from_the_parent(tmp_path: Path) -> None:
     model = Towers()
     for tower in (model.left, model.right):
@@ -120,9 +117,6 @@ def test_eject_gives_flags_back_to_the_layers_that_had_them() -> None:
     assert all(p.requires_grad for layer in (old, model["d"]) for p in layer.parameters())
 
 
-# ------------------------------------------------------------------------- models that share layers
-
-
 def test_eject_of_one_model_leaves_another_that_shares_its_encoder() -> None:
     one, two = two_heads()
     before = snapshot(one), snapshot(two)
@@ -178,13 +172,19 @@ def test_models_that_share_only_what_neither_adapts_are_apart_and_stay_so() -> N
 
 def test_a_model_that_only_a_cycle_holds_stands_in_nobodys_way() -> None:
     """The collector runs now and then: a second run of a cell of a notebook was refused, or not."""
+
+    def inject_and_go(encoder: nn.Module) -> None:
+        model = Encoded(encoder)
+        model.__dict__["itself"] = model
+        li.inject(model, at("head"), "a")
+
+    encoder, other = layers(), li.inject(Encoded(layers()), at("head"), "a")
     gc.disable()
     try:
-        encoder, model = layers(), layers()
-        model.append(encoder).__dict__["itself"] = model
-        li.inject(model, at("^0$"), "a")
-        del model
+        inject_and_go(encoder)
         li.inject(encoder, RULE, "a")
+        inject_and_go(other.encoder)
+        li.inject(other, at(r"encoder\.0"), "b")
     finally:
         gc.enable()
     assert list(li.adapters(encoder)) == ["a"]

@@ -257,8 +257,6 @@ def test_a_foreign_checkpoint_is_right_or_refused() -> None:
         scenario(plain, X.clone().requires_grad_(), "b")
 
 
-# ------------------------------------------------------------ verbs where they would be lost or lie
-
 VERBS: dict[str, Callable[[Net], Any]] = {
     "activate": lambda model: li.activate(model, "b"),
     "inject": lambda model: li.inject(model, {"rank": 1, "targets": ["fc"]}, "new"),
@@ -340,8 +338,6 @@ def test_activate_refuses(which: Any, words: str) -> None:
         li.activate(model, which)
     assert li.adapters(model)["a"].active
 
-
-# ------------------------------------------------------------------------------------------- routed
 
 ROUTABLE = [name for name, kind in KINDS.items() if kind.update == "forward"]
 

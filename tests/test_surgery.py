@@ -49,9 +49,6 @@ def test_eject_keeps_no_tensor_of_the_adapter_alive() -> None:
     assert tensor() is None
 
 
-# -------------------------------------------------------------------------------- hooks and classes
-
-
 def test_hooks_stay_and_see_the_layer_with_its_adapter() -> None:
     """What a hook keeps is not written to later."""
     model, kept = Host(nn.Linear(5, 6)), []
@@ -69,9 +66,6 @@ def test_hooks_stay_and_see_the_layer_with_its_adapter() -> None:
 
 def test_the_class_of_an_adapted_layer_makes_plain_layers() -> None:
     assert type(type(injected(KINDS["linear"]).layer)(3, 4)) is nn.Linear
-
-
-# -------------------------------------------------------------------------------- weights that read
 
 
 class ReadsTwice(nn.Module):
@@ -141,8 +135,6 @@ def test_copies_start_as_the_base_bit_for_bit(dtype: torch.dtype) -> None:
     assert li.adapters(model)["default"].n_parameters == 2 * 5 + 6 * 2 + 6 + 6 + 18 + 3 + 6
 
 
-# -------------------------------------------------------------------------------------------- inits
-
 DERIVED = ["linear", "conv1d", "embedding", "equal slices", "unequal slices of conv1d", "conv 2d",
            "parameter", "own linear forward", "turned experts"]  # fmt: skip
 
@@ -204,9 +196,6 @@ def test_inits_have_their_spread_and_follow_the_seed(init: Any, std: float) -> N
     assert init != "kaiming" or 0.049 < float(A.abs().max()) <= 0.05
 
 
-# -------------------------------------------------------------------------------- casts and devices
-
-
 @pytest.mark.parametrize("target", ["fc", r"fc\.weight"])
 def test_a_base_kept_in_float8_between_forwards(target: str) -> None:
     """As diffusers' layerwise casting does: each forward casts a layer, and casts it back."""
@@ -215,9 +204,6 @@ def test_a_base_kept_in_float8_between_forwards(target: str) -> None:
     assert model.fc.to(torch.float8_e4m3fn).state_dict()["weight"].dtype == torch.float8_e4m3fn
     model.fc.to(torch.float32)
     assert all(map(same_bits, li.adapter_parameters(model).values(), before))
-
-
-# ---------------------------------------------------------------------- gradients of what is frozen
 
 
 @pytest.mark.parametrize("verb", ["load", "inject another", "train_only"])
@@ -311,8 +297,6 @@ def test_adapter_parameters_and_groups() -> None:
         with pytest.raises(li.StateError, match=r"the trainable adapters are \['sql', 'style'\]"):
             li.parameter_groups(model, rates)
 
-
-# ------------------------------------------------------------------------------------------ refused
 
 NONE = "the model has no adapter. Inject or load one first."
 UNKNOWN = "'sqll': the model's adapters are: 'sql'. Did you mean 'sql'?"

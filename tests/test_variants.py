@@ -95,6 +95,17 @@ def test_what_cannot_have_a_gain_is_refused(name: str) -> None:
     refused(model, lambda: li.inject(model, config), li.MatchError, "variant dora on a")
 
 
+def test_dora_is_not_loaded_into_a_mix_that_names_it_in_part() -> None:
+    left, right = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))
+    config = {"rank": 1, "targets": ["0"]}
+    state = copy.deepcopy(li.adapter_state(li.inject(left, {**config, "variant": "dora"})))
+    li.inject(li.eject(left), config, "b")
+    li.inject(right, config)
+    li.activate(nn.Sequential(left, right), {"default": 0.5, "b": 0.5})
+    refused(left, lambda: li.install(left, state), li.LayerError, "is not defined")
+    li.install(left, state, "c")
+
+
 def test_dropout_is_pefts(tmp_path: Path) -> None:
     """What x keeps goes through W as well, where the gain is not 1."""
     plain = nn.Sequential(nn.Linear(5, 6))

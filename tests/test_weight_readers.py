@@ -207,8 +207,6 @@ def test_the_weight_of_torchs_layers_keeps_the_dtype_that_their_input_has(layer,
     assert error(run(plain[0], X.bfloat16()).double(), run(wide[0], X)) > 0.1
 
 
-# ----------------------------------------------------------------------- what was read is read-only
-
 LAYERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "forward update": (lambda: nn.Linear(D, D), "^0$"),
     "weight update": (lambda: nn.Linear(D, D), r"^0\.weight"),
@@ -323,9 +321,6 @@ def test_a_weight_that_would_be_computed_from_now_on_is_refused(kind: str, how: 
     net, m = layer(kind)
     words = r"Eject the adapter first|merge\(model"
     refused(net, lambda: REPLACING[how](m), li.LayerError, words)
-
-
-# ---------------------------------------------------------------------------------- other libraries
 
 
 def test_a_library_that_moves_weights_to_other_layers_after_inject_is_refused() -> None:
