@@ -1,7 +1,6 @@
 """Files for servers: `portable`, and experts for vLLM and SGLang under the names of a base's files.
 
-Servers read one rank, no alpha, and single matrices or stacks of experts. Tensors are held to the
-dense delta by each server's own steps.
+Tensors are held to the dense delta by each server's own steps.
 """
 
 import dataclasses
@@ -68,30 +67,22 @@ def test_peft_reads_it_with_the_same_outputs(tmp_path: Path) -> None:
     torch.testing.assert_close(theirs(IDS).logits, logits(model), rtol=0, atol=1e-9)
 
 
-def of_dora() -> AdapterState:
-    site = make_site(dataclasses.replace(KIND_SPECS["linear"], variant="dora"))
-    return AdapterState({"h.0.fc": dataclasses.replace(site, further={"m": torch.ones(7)})})
-
-
-def huge() -> AdapterState:
-    state = make_state(KIND_SPECS["linear"])
-    state.sites["h.0.fc"].B.mul_(1e6)
-    return state
-
-
-LINEAR = make_state(KIND_SPECS["linear"])
+SITE = make_site(dataclasses.replace(KIND_SPECS["linear"], variant="dora"))
+DORA = AdapterState({"h.0.fc": dataclasses.replace(SITE, further={"m": torch.ones(7)})})
+LINEAR, HUGE = make_state(KIND_SPECS["linear"]), make_state(KIND_SPECS["linear"])
+HUGE.sites["h.0.fc"].B.mul_(1e6)
 
 
 @pytest.mark.parametrize(
     ("state", "options", "words"),
     [
-        (of_dora(), {}, "cannot hold 'm' of the variant 'dora'.*lora-inject merge"),
+        (DORA, {}, "cannot hold 'm' of the variant 'dora'.*lora-inject merge"),
         (make_state(KIND_SPECS["experts"]), {}, "cannot hold a site of kind 'parameter'"),
         (make_state(trained={"n": torch.ones(1)}), {}, "trained tensors.*'n'"),
         (AdapterState({}), {}, "no sites"),
         (LINEAR, {"rank": 1}, "rank 1 is asked for.*rank 2"),
         (LINEAR, {"dtype": "int8"}, "dtype is 'int8'.*float16"),
-        (huge(), {"dtype": "float16"}, "not finite in torch.float16"),
+        (HUGE, {"dtype": "float16"}, "not finite in torch.float16"),
     ],
 )
 def test_what_a_server_would_not_take_is_refused(state, options, words, tmp_path) -> None:
@@ -119,9 +110,9 @@ def test_experts_become_the_matrices_that_the_base_has(tmp_path: Path) -> None:
     sites = li.adapter_state(model).sites
     gate_up = effect(sites[f"{EXPERTS}.gate_up_proj"]).float()
     down = effect(sites[f"{EXPERTS}.down_proj"]).float()
-    for expert in range(3):
-        due = {"gate_proj": gate_up[expert, :8], "up_proj": gate_up[expert, 8:]}
-        for name, delta in {**due, "down_proj": down[expert]}.items():
+    due = {"gate_proj": gate_up[:, :8], "up_proj": gate_up[:, 8:], "down_proj": down}
+    for name, deltas in due.items():
+        for expert, delta in enumerate(deltas):
             key = f"{PREFIX}{EXPERTS}.{expert}.{name}"
             matrix = tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"]
             torch.testing.assert_close(matrix, delta, rtol=1e-5, atol=1e-5)
@@ -130,19 +121,30 @@ def test_experts_become_the_matrices_that_the_base_has(tmp_path: Path) -> None:
     assert_near(logits(back), logits(model))
 
 
+# Experts that share a factor have one stack for each matrix.
+GATE_UP = {"match": r"experts\.gate_up_proj", "rank": 2, "alpha": 3, "share": "A"}
+DOWN = {"match": r"experts\.down_proj", "share": "B"}
+SHARED = [GATE_UP, DOWN, "q_proj", "v_proj"]
+
+
 @needs_transformers_5
 def test_names_of_experts_are_those_of_the_bases_files_or_config(tmp_path: Path) -> None:
     """Mixtral's files say `block_sparse_moe.experts.0.w1`, its class has `mlp.experts`."""
+    shared = of(experts("mixtral")[0], [GATE_UP, DOWN], tmp_path / "shared", "sglang")
     model = experts("mixtral")[0]
     path = of(model, ["all-experts"], tmp_path, "vllm")
-    names = load_file(path / MODEL)
-    assert f"{PREFIX}model.layers.0.block_sparse_moe.experts.0.w1.lora_A.weight" in names
+    for folder, matrix in ((path, "0.w1"), (shared, "w1")):
+        key = f"{PREFIX}model.layers.0.block_sparse_moe.experts.{matrix}.lora_A.weight"
+        assert key in load_file(folder / MODEL)
+    again = li.convert(shared, tmp_path / "c", "sglang", base=tmp_path / "base")
+    assert (again / MODEL).read_bytes() == (shared / MODEL).read_bytes()
     model.config.save_pretrained(tmp_path / "config")
     state = li.adapter_state(model)
     alike = li.convert(state, tmp_path / "b", "vllm", base=tmp_path / "config")
     assert (alike / MODEL).read_bytes() == (path / MODEL).read_bytes()
     for folder in (tmp_path / "base", tmp_path / "config"):
         assert li.check_adapter(path, "vllm", base=folder) == []
+    names = load_file(path / MODEL)
     wrong = {n.replace("block_sparse_moe", "moe"): t for n, t in names.items()}
     save_file(wrong, path / MODEL)
     (finding, *_) = li.check_adapter(path, "vllm", base=tmp_path / "base")
@@ -168,11 +170,9 @@ def test_stacks_for_a_model_with_single_experts_stop_and_the_other_way_round(tmp
     of(experts("gpt_oss")[0], ["all-experts"], tmp_path / "gpt_oss", "peft")
     for family, stops in (("qwen3_moe", [refusal]), ("gpt_oss", [])):
         model = fill(li.inject(experts(family)[0], {"targets": ["all-experts"]}))
-        path, base = (
-            li.save_adapter(model, tmp_path / f"{family} stack"),
-            tmp_path / family / "base",
-        )
-        assert [f.problem for f in li.check_adapter(path, "vllm", base=base) if f.stops] == stops
+        path = li.save_adapter(model, tmp_path / f"{family} stack")
+        findings = li.check_adapter(path, "vllm", base=tmp_path / family / "base")
+        assert [f.problem for f in findings if f.stops] == stops
     findings = li.check_adapter(single, "vllm", base=tmp_path / "gpt_oss" / "base")
     assert any("has stacks of experts for the model_type 'gpt_oss'" in f.problem for f in findings)
 
@@ -192,13 +192,9 @@ def test_half_of_the_matrices_of_an_expert_are_refused(tmp_path: Path) -> None:
 
 # ------------------------------------------- experts that share a factor: `experts.w1`, `w2`, `w3`
 
-GATE_UP = {"match": r"experts\.gate_up_proj", "rank": 2, "alpha": 3, "share": "A"}
-DOWN = {"match": r"experts\.down_proj", "share": "B"}
-SHARED = [GATE_UP, DOWN, "q_proj", "v_proj"]
 
-
-def as_sglang_loads_it(tensors: dict[str, Tensor], n_experts: int) -> Any:
-    """Each expert's update of a block, by the steps of SGLang's loader.
+def as_sglang_loads_it(tensors: dict[str, Tensor], n_experts: int) -> list[Tensor]:
+    """The experts' updates of a block, by the steps of SGLang's loader.
 
     `_rename_expert_w_to_proj`, `normalize_gate_up_proj` (A and B one after the other along the
     rank, and along the outputs), `load_lora_weight_to_buffer` with `experts_shared_outer_loras`:
@@ -215,12 +211,11 @@ def as_sglang_loads_it(tensors: dict[str, Tensor], n_experts: int) -> Any:
     assert (a.dim(), len(a), len(b)) == (3, 1, n_experts)
     rank, width = b.shape[2], b.shape[1] // 2
     down_a, down_b = parts["down_proj.lora_A.weight"], parts["down_proj.lora_B.weight"]
-    for expert in range(n_experts):
-        gate, up = b[expert, :width] @ a[0, :rank], b[expert, width:] @ a[0, rank:]
-        yield torch.cat([gate, up]), down_b[0] @ down_a[expert]
+    gate, up = b[:, :width] @ a[0, :rank], b[:, width:] @ a[0, rank:]
+    return [torch.cat([gate, up], 1), down_b[0] @ down_a]
 
 
-def as_vllm_loads_it(tensors: dict[str, Tensor], n_experts: int) -> Any:
+def as_vllm_loads_it(tensors: dict[str, Tensor], n_experts: int) -> list[Tensor]:
     """The same by `pack_moe_stacked` and `FusedMoEWithLoRA.set_lora`."""
     stacks = {key.split("experts.")[1]: t for key, t in tensors.items() if "experts" in key}
     a = [stacks[f"w{n}.lora_A.weight"] for n in (1, 2, 3)]
@@ -228,36 +223,18 @@ def as_vllm_loads_it(tensors: dict[str, Tensor], n_experts: int) -> Any:
     assert [len(t) for t in a] == [1, n_experts, 1]
     assert [len(t) for t in b] == [n_experts, 1, n_experts]
     w1, w2, w3 = (up @ down for up, down in zip(b, a, strict=True))
-    for expert in range(n_experts):
-        yield torch.cat([w1[expert], w3[expert]]), w2[expert]
+    return [torch.cat([w1, w3], 1), w2]
 
 
 @needs_transformers_5
-@pytest.mark.parametrize("loads", [as_sglang_loads_it, as_vllm_loads_it])
-def test_servers_compute_what_the_model_does(loads: Any, tmp_path: Path) -> None:
+def test_servers_compute_what_the_model_does_with_the_option_that_check_names(tmp_path) -> None:
     model = moe()
     path = of(model, SHARED, tmp_path, "sglang")
     sites = with_every_expert(li.adapter_state(model)).sites
-    gate_up = effect(sites[f"{EXPERTS}.gate_up_proj"]).float()
-    down = effect(sites[f"{EXPERTS}.down_proj"]).float()
-    for expert, (of_gate_up, of_down) in enumerate(loads(load_file(path / MODEL), 3)):
-        torch.testing.assert_close(of_gate_up, gate_up[expert], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(of_down, down[expert], rtol=1e-5, atol=1e-5)
+    due = [effect(sites[f"{EXPERTS}.{n}"]).float() for n in ("gate_up_proj", "down_proj")]
+    for loads in (as_sglang_loads_it, as_vllm_loads_it):
+        torch.testing.assert_close(loads(load_file(path / MODEL), 3), due, rtol=1e-5, atol=1e-5)
     assert_near(logits(li.load_adapter(moe(), path)), logits(model))
-
-
-@needs_transformers_5
-def test_shared_experts_of_mixtral_have_the_names_of_its_files(tmp_path: Path) -> None:
-    path = of(experts("mixtral")[0], [GATE_UP, DOWN], tmp_path, "sglang")
-    names = load_file(path / MODEL)
-    assert f"{PREFIX}model.layers.0.block_sparse_moe.experts.w1.lora_A.weight" in names
-    again = li.convert(path, tmp_path / "b", "sglang", base=tmp_path / "base")
-    assert (again / MODEL).read_bytes() == (path / MODEL).read_bytes()
-
-
-@needs_transformers_5
-def test_check_names_the_option_that_the_server_needs(tmp_path: Path) -> None:
-    path = of(moe(), SHARED, tmp_path, "sglang")
     options = {"sglang": "--experts-shared-outer-loras", "vllm": "--enable-moe-shared-loras"}
     for client, option in options.items():
         (finding,) = li.check_adapter(path, client, base=tmp_path / "base")

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import torch
+from helpers.adapter_states import dense as delta_of
 from safetensors.torch import load_file, save_file
 
 from lora_inject.checkpoint import (
@@ -16,29 +17,26 @@ from lora_inject.checkpoint import (
 )
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.functional.weight import dense_delta
 from lora_inject.core.spec.sites import SiteSpec
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
 
 
 def llama_tensors(layers=2, hidden=16, inner=24, vocab=32, dtype=torch.bfloat16, head=True, seed=0):
-    g = torch.Generator().manual_seed(seed)
-
-    def w(*shape):
-        return (0.05 * torch.randn(*shape, generator=g)).to(dtype)
-
-    tensors = {"model.embed_tokens.weight": w(vocab, hidden), "model.norm.weight": w(hidden)}
+    shapes = {"model.embed_tokens": (vocab, hidden), "model.norm": (hidden,)}
     for i in range(layers):
-        p = f"model.layers.{i}."
-        tensors[p + "self_attn.q_proj.weight"] = w(hidden, hidden)
-        tensors[p + "self_attn.v_proj.weight"] = w(hidden // 2, hidden)
-        tensors[p + "mlp.up_proj.weight"] = w(inner, hidden)
-        tensors[p + "mlp.down_proj.weight"] = w(hidden, inner)
-        tensors[p + "input_layernorm.weight"] = w(hidden)
+        shapes |= {
+            f"model.layers.{i}.self_attn.q_proj": (hidden, hidden),
+            f"model.layers.{i}.self_attn.v_proj": (hidden // 2, hidden),
+            f"model.layers.{i}.mlp.up_proj": (inner, hidden),
+            f"model.layers.{i}.mlp.down_proj": (hidden, inner),
+            f"model.layers.{i}.input_layernorm": (hidden,),
+        }
     if head:
-        tensors["lm_head.weight"] = w(vocab, hidden)
-    return tensors
+        shapes["lm_head"] = (vocab, hidden)
+    g = torch.Generator().manual_seed(seed)
+    values = {name: 0.05 * torch.randn(*shape, generator=g) for name, shape in shapes.items()}
+    return {f"{name}.weight": t.to(dtype) for name, t in values.items()}
 
 
 def save_checkpoint(folder, tensors, shards=1, config=None, stem="model"):
@@ -47,17 +45,16 @@ def save_checkpoint(folder, tensors, shards=1, config=None, stem="model"):
     folder.mkdir(parents=True, exist_ok=True)
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    names = list(tensors)
     if shards == 1:
         save_file(tensors, folder / f"{stem}.safetensors", {"format": "pt"})
         return folder
     weight_map = {}
     for s in range(shards):
-        part = {n: tensors[n] for n in names[s::shards]}
-        name = f"{stem}-{s + 1:05d}-of-{shards:05d}.safetensors"
-        save_file(part, folder / name, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, name)
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
+        part = {name: tensors[name] for name in list(tensors)[s::shards]}
+        file = f"{stem}-{s + 1:05d}-of-{shards:05d}.safetensors"
+        save_file(part, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    size = sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder
@@ -65,9 +62,8 @@ def save_checkpoint(folder, tensors, shards=1, config=None, stem="model"):
 
 def load_checkpoint(folder):
     """Read all tensors with the reference library."""
-    folder = Path(folder)
     tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(Path(folder).glob("*.safetensors")):
         tensors |= load_file(path)
     return tensors
 
@@ -107,29 +103,24 @@ def weight_name(spec):
 
 def dense(tensors, *weighted):
     """Merge in float64 by the textbook formula and round once: the independent reference."""
-    out = {name: t.clone() for name, t in tensors.items()}
     sums = {}
     for state, weight in weighted:
         for s in state.sites.values():
             name = weight_name(s.spec)
-            delta = weight * dense_delta(s.spec, s.A, s.B)
-            if s.A0 is not None:
-                delta = delta - weight * dense_delta(s.spec, s.A0, s.B0)
-            sums[name] = sums.get(name, 0) + delta
+            sums[name] = sums.get(name, 0) + weight * delta_of(s)
+    out = {name: t.clone() for name, t in tensors.items()}
     for name, delta in sums.items():
-        out[name] = (tensors[name].double() + delta.reshape(tensors[name].shape)).to(
-            tensors[name].dtype
-        )
+        w = tensors[name]
+        out[name] = (w.double() + delta.reshape(w.shape)).to(w.dtype)
     return out
 
 
 def ulps(a, b):
-    """Distance in units in the last place, element by element."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    """Distance of floats of sixteen bits in units in the last place, element by element."""
 
     def ordered(t):
-        wide = t.contiguous().view(bits).to(torch.int64)
-        return torch.where(wide < 0, torch.iinfo(bits).min - wide, wide)
+        wide = t.contiguous().view(torch.int16).long()
+        return torch.where(wide < 0, torch.iinfo(torch.int16).min - wide, wide)
 
     return (ordered(a) - ordered(b)).abs()
 

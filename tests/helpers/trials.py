@@ -28,12 +28,12 @@ def of_llama() -> nn.Module:
 
 def batches(names: Any, step: int, rows: dict[str, int]) -> dict[str, Any]:
     """Each trial's own rows, which depend on its name and the step alone."""
-    found = {}
+    given = {}
     for name in names:
         generator = torch.Generator().manual_seed(step * 1000 + sum(map(ord, name)))
         ids = torch.randint(0, 13, (rows.get(name, 2), 7), generator=generator)
-        found[name] = {"input_ids": ids, "labels": ids}
-    return found
+        given[name] = {"input_ids": ids, "labels": ids}
+    return given
 
 
 def values(model: nn.Module, name: str) -> dict[str, torch.Tensor]:

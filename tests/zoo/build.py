@@ -30,11 +30,9 @@ def model_class(model_type: str) -> type[nn.Module]:
 
     if model_type in CLASSES:
         return getattr(transformers, CLASSES[model_type])
-    for mapping in MAPPINGS:
-        found: Any = getattr(modeling_auto, mapping).get(model_type)
-        if found is not None:
-            return getattr(transformers, found if isinstance(found, str) else found[0])
-    raise LookupError(model_type)
+    mappings = (getattr(modeling_auto, mapping) for mapping in MAPPINGS)
+    names = next(mapping[model_type] for mapping in mappings if model_type in mapping)
+    return getattr(transformers, names if isinstance(names, str) else names[0])
 
 
 def tiny_config(model_type: str) -> Any:

@@ -1,9 +1,8 @@
 """Adapters of a model exchanged with PEFT: its files read by us, ours read by it.
 
-Each direction compares the outputs of the model that wrote the files with those of the one that
-read them. PEFT adapts what its own `all-linear` means, and stacked experts as `target_parameters`;
-we adapt every target. A verdict other than SAME says what PEFT cannot do, and the comparisons here
-show that it is PEFT's: it raises by itself, or contradicts its own merge.
+The model that wrote the files and the one that read them must have the same outputs. PEFT adapts
+what its `all-linear` means, and stacked experts as `target_parameters`; we adapt every target. A
+verdict other than SAME is shown to be PEFT's: it raises by itself, or contradicts its own merge.
 """
 
 import copy
@@ -61,20 +60,16 @@ class Exchange:
         assert distance(self.plain, self.outputs(wrapped)) >= MOVES
         return wrapped
 
-    def by_names(self) -> list[str]:
-        """The targets whose class is torch's or transformers' stock one."""
-        model = self.fresh()
-        stock = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
-        return [n for n in self.targets.modules if type(model.get_submodule(n)) in stock]
-
     def read_by_us(self) -> str:
         """Load PEFT's adapter and return the verdict."""
         if not self.targets.has_linear:
             return self.read_of(list(self.targets.modules))
         verdict = self.read_of("all-linear")
-        return (
-            self.read_of(self.by_names()).replace(SAME, BY_NAMES) if verdict == RAISES else verdict
-        )
+        if verdict != RAISES:
+            return verdict
+        stock = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
+        names = [n for n in self.targets.modules if type(self.base.get_submodule(n)) in stock]
+        return self.read_of(names).replace(SAME, BY_NAMES)
 
     def read_of(self, modules: str | list[str]) -> str:
         with tempfile.TemporaryDirectory() as folder:

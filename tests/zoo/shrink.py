@@ -1,8 +1,7 @@
 """Tiny configs of transformers' model types: one walk that shrinks any of them.
 
-What a number of a config means is in its name. Widths, depths, heads, vocabularies and
-picture sizes each have one small value, the same wherever the name occurs, so that what must agree
-between the towers of a model agrees by itself. What a name does not tell is in `overrides`.
+Widths, depths, heads, vocabularies and picture sizes each have one small value, wherever their name
+occurs, so that the towers of a model agree by themselves. What no name tells is in `overrides`.
 """
 
 import re
@@ -92,19 +91,13 @@ def _value(key: str, value: Any) -> Any:
         return FIXED[key]
     if key == "vocab_size" and value is None:
         return VOCAB
-    if type(value) is int:
-        return _number(key, value)
+    if type(value) is int and value > 0:
+        sizes = (size for pattern, size in NUMBERS.items() if pattern.fullmatch(key))
+        return min(next(sizes, value), value)
     if isinstance(value, Mapping) and "mrope_section" in value:
         return {**value, "mrope_section": [2, 1, 1]}  # half a head
     if isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
         return _numbers(key, value)
-    return value
-
-
-def _number(key: str, value: int) -> int:
-    for pattern, number in NUMBERS.items():
-        if pattern.fullmatch(key):
-            return min(number, value) if value > 0 else value
     return value
 
 
@@ -126,17 +119,12 @@ def _fit_layers(small: dict[str, Any], data: Mapping[str, Any]) -> None:
     if count is None or not isinstance(data[count], int):
         return
     kinds = [data[k] for k in KINDS_OF_LAYERS if isinstance(data.get(k), (list, tuple))]
-    wanted: list[int] = []
+    firsts: dict[tuple[Any, ...], int] = {}
     if kinds and all(len(k) >= data[count] for k in kinds):
-        seen = set()
         for i, kind in enumerate(zip(*kinds, strict=False)):
-            if kind not in seen:
-                seen.add(kind)
-                wanted.append(i)
-    for i in range(data[count]):
-        if len(wanted) < LAYERS and i not in wanted:
-            wanted.append(i)
-    wanted.sort()
+            firsts.setdefault(kind, i)
+    others = [i for i in range(data[count]) if i not in firsts.values()]
+    wanted = sorted([*firsts.values(), *others[: max(LAYERS - len(firsts), 0)]])
     small[count] = len(wanted)
     for key, value in data.items():
         per_layer = isinstance(value, (list, tuple)) and PER_LAYER.fullmatch(key)
