@@ -45,6 +45,7 @@ _HOMES = {
     "core.model.load": "load_adapter",
     "core.model.adapter_state": "adapter_state",
     "core.model.save": "save_adapter",
+    "formats.from_peft": "from_peft",
     "formats.publishing": "push",
     "core.model.select": "activate",
     "core.model.disabling": "disabled",

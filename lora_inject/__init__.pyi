@@ -63,6 +63,7 @@ from lora_inject.errors import StateError as StateError
 from lora_inject.experts.kept_packed import packed_experts as packed_experts
 from lora_inject.experts.profile import ExpertProfile as ExpertProfile
 from lora_inject.experts.profile import profile_experts as profile_experts
+from lora_inject.formats.from_peft import from_peft as from_peft
 from lora_inject.formats.publishing import push as push
 from lora_inject.integrations.trainer import AdapterCheckpoint as AdapterCheckpoint
 from lora_inject.integrations.trl import reference as reference

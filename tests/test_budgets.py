@@ -22,13 +22,13 @@ PACKAGE = Path(lora_inject.__file__).parent
 
 # Stage -> lines of the package that it may load.
 LINES = {
-    "config": 1_278,
-    "forward": 2_645,
-    "activate": 2_257,
-    "inject": 5_853,
-    "merge": 4_261,
-    "save, load": 6_800,
-    "life": 9_088,
+    "config": 1_253,
+    "forward": 2_646,
+    "activate": 2_258,
+    "inject": 5_828,
+    "merge": 4_262,
+    "save, load": 6_780,
+    "life": 9_042,
 }
 STAGES = {
     "config": "from lora_inject import Config",

@@ -25,7 +25,8 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import read_names
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError
-from lora_inject.formats import FORMATS, Format, losses_of, read_adapter, write_adapter
+from lora_inject.formats import FORMATS, Format, read_adapter, write_adapter
+from lora_inject.formats.lost import losses_of
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 13}
 LLAMA |= {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "head_dim": 2}

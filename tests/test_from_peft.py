@@ -136,7 +136,7 @@ def test_sites_ranks_scales_and_trained_tensors_are_those_of_peft(models, case):
     assert due[0]
     assert of_ours(li.plan(models[which], config)) == due
     plain = json.loads(json.dumps(config.to_dict(), default=list))
-    assert li.Config.from_peft(config).init == li.Config.from_peft(plain).init
+    assert li.from_peft(config).init == li.from_peft(plain).init
 
 
 def test_inject_takes_a_lora_config_and_the_folder_of_an_adapter(models, tmp_path):
@@ -147,7 +147,7 @@ def test_inject_takes_a_lora_config_and_the_folder_of_an_adapter(models, tmp_pat
     assert (site.init, site.dropout, site.rank, site.alpha) == ("gaussian", 0.1, 2, 8)
     config.save_pretrained(tmp_path)
     for path in (tmp_path, tmp_path / "adapter_config.json"):
-        assert li.Config.from_peft(path) == li.Config.from_peft(config)
+        assert li.from_peft(path) == li.from_peft(config)
 
 
 def test_variants_biases_of_b_and_token_rows_are_translated(models):
@@ -161,7 +161,7 @@ def test_variants_biases_of_b_and_token_rows_are_translated(models):
         rows = {entry.name: entry.rows for entry in plan.trained}
         assert rows == {"model.embed_tokens.weight": (3, 5)}
     with pytest.raises(li.ConfigError, match=r"it does not name an embedding"):
-        li.Config.from_peft({"target_modules": QV, "trainable_token_indices": [3]})
+        li.from_peft({"target_modules": QV, "trainable_token_indices": [3]})
 
 
 def test_every_field_of_this_peft_is_known_and_what_messages_advise_exists():
@@ -191,7 +191,7 @@ REFUSED = [
 @pytest.mark.parametrize(("field", "value"), REFUSED)
 def test_what_cannot_be_translated_is_named_with_its_field(field, value):
     with pytest.raises(li.ConfigError, match=rf"from_peft, '{field}'"):
-        li.Config.from_peft({"target_modules": QV} | {field: value})
+        li.from_peft({"target_modules": QV} | {field: value})
 
 
 OTHERWISE = [

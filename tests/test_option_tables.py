@@ -38,11 +38,11 @@ def test_a_lora_config_becomes_the_line_beside_it(left, right):
     given = eval(f"dict({left.strip('`')})")
     if right.startswith("refused"):
         with pytest.raises(li.ConfigError, match=f"'{next(iter(given))}'"):
-            li.Config.from_peft(BASE | given)
+            li.from_peft(BASE | given)
         return
     line = {} if right.startswith("nothing") else yaml.safe_load(right.strip("`"))
     due = li.Config.from_dict({**OURS, **line})
-    assert li.Config.from_peft(BASE | given) == due
+    assert li.from_peft(BASE | given) == due
 
 
 def test_the_table_has_every_field_of_this_peft():

@@ -18,8 +18,9 @@ from lora_inject.core.files.json_files import read_json
 from lora_inject.core.files.safetensors_file import TensorEntry
 from lora_inject.core.spec.rooms import standing_at
 from lora_inject.errors import CheckpointError, user_path
-from lora_inject.formats import ModelFacts, losses_of
+from lora_inject.formats import ModelFacts
 from lora_inject.formats.clients import Objection, objections
+from lora_inject.formats.lost import losses_of
 
 
 def convert(

@@ -9,7 +9,7 @@ format is done in `core.adapter.exchange`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from importlib import import_module
@@ -17,16 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from lora_inject.core.adapter.exchange import (
     FORMATS,
-    NUMBERS,
-    ONE,
-    RANKS,
     Format,
     detected,
     format_of,
     read_adapter,
     write_adapter,
 )
-from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError
 from lora_inject.formats.model_facts import ModelFacts
@@ -42,7 +38,6 @@ __all__ = [
     "detected",
     "facts_and_options",
     "format_of",
-    "losses_of",
     "options_of",
     "read_adapter",
     "write_adapter",
@@ -88,52 +83,6 @@ def _row(name: str, module: str) -> Format:
 
 FORMATS.update({name: partial(_row, name, module) for name, module in MODULES.items()})
 FACTS = [field.name for field in fields(ModelFacts)]
-
-
-def losses_of(state: AdapterState, format: str) -> list[str]:  # noqa: A002
-    """Return what an adapter loses in a format, as sentences; empty if nothing.
-
-    Examples:
-        >>> losses_of(AdapterState({}, config={"rank": 8}), "portable")
-        ['the config is left out']
-    """
-    keeps = format_of(format, f"convert to '{format}'").keeps
-    sites = state.sites.values()
-    losses = {
-        "config": (state.config is not None, "the config is left out"),
-        "fingerprint": (
-            state.fingerprint is not None,
-            "the base's fingerprint is left out: another base of the same shape is not noticed",
-        ),
-        "training": (
-            any(site.spec.dropout or site.spec.compute != "base" for site in sites),
-            "dropout and the dtype of the arithmetic are left out",
-        ),
-        "slices": (
-            any(site.spec.slices for site in sites),
-            "slices of fused projections become pairs of the whole projection, of higher rank",
-        ),
-        "start": (
-            any(site.A0 is not None for site in sites),
-            "frozen starts become further ranks, which train on like all others",
-        ),
-        **_losses_of_numbers(state, keeps),
-    }
-    return [words for part, (is_so, words) in losses.items() if is_so and part not in keeps]
-
-
-def _losses_of_numbers(state: AdapterState, keeps: Collection[str]) -> dict[str, tuple[bool, str]]:
-    """Return what happens to ranks and scales where a format has one for all sites, or none."""
-    from lora_inject.formats.peft.tensor_layout import file_rank
-
-    numbers = {(file_rank(site.spec), site.scale) for site in state.sites.values()}
-    mixed = len(numbers) > 1 or ONE not in keeps
-    scaled = any(scale != 1 for _, scale in numbers)
-    several_ranks = len({rank for rank, _ in numbers}) > 1
-    return {
-        "scales": (mixed and scaled and NUMBERS not in keeps, "scales are folded into B"),
-        RANKS: (several_ranks and not {NUMBERS, RANKS} & {*keeps}, "ranks are padded with zeros"),
-    }
 
 
 def options_of(function: Callable[..., Any]) -> list[str]:

@@ -33,6 +33,7 @@ from pydantic import (
 )
 
 from lora_inject.core.spec.below import Below, modules_of
+from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.inventory import LINEAR_KINDS, Inventory
 from lora_inject.core.spec.layer_ranges import first_number
 from lora_inject.core.spec.names import canonical, joined, leaf
@@ -115,18 +116,28 @@ FIELDS = frozenset(_REFUSED) | _NO_MEANING | frozenset(_Lora.model_fields)
 """All known fields of PEFT's LoraConfig."""
 
 
-def translated(
-    config: Any, inventory: Inventory | None = None, model: Any = None
-) -> dict[str, Any]:
-    r"""Return a LoraConfig, its fields, or the fields in a file, as plain data of a `Config`.
+def from_peft(config: Any, *, inventory: Inventory | None = None, model: Any = None) -> Config:
+    """Translate a `LoraConfig`, field by field; PEFT is not imported.
 
-    With an `inventory`, rules that would match nothing are left out. With its `model`, names that
-    PEFT reads as those of experts become its parameters.
+    Fields about training or files are ignored. A name in `target_modules` that the model does not
+    have is an error when the config is used.
+
+    Args:
+        config: A `LoraConfig`, its plain data, or the path of an adapter_config.json or of the
+            folder that holds it.
+        inventory: The names of the model (`inject` gives them): rules of `rank_pattern` and
+            `alpha_pattern` that would match nothing are left out then.
+        model: The model itself (`inject` gives it): names that PEFT reads as those of experts
+            become its parameters.
+
+    Raises:
+        ConfigError: A field cannot be translated, or the file cannot be read.
 
     Examples:
-        >>> config = translated({"r": 4, "target_modules": ["q", "v"], "rank_pattern": {"v": 2}})
-        >>> config["targets"]
-        [{'match': 'v', 'rank': 2}, {'match': 'q'}]
+        >>> lora = {"r": 16, "target_modules": ["q", "v"], "rank_pattern": {"v": 2}}
+        >>> config = from_peft(lora | {"modules_to_save": ["lm_head"]})
+        >>> config.to_dict()["targets"], config.rank, config.train
+        ([{'match': 'v', 'rank': 2}, 'q'], 16, ('[^.]*lm_head',))
     """
     asked, fields = _fields_of(config)
     lora = _read(fields, asked)
@@ -137,7 +148,7 @@ def translated(
         _check_saved(train, inventory, asked)
     if inventory is not None and model is not None:
         lora = _with_experts(lora, inventory, expert_names(model), asked)
-    return {
+    ours = {
         "rank": lora.r,
         "alpha": lora.lora_alpha,
         "dropout": lora.lora_dropout,
@@ -151,6 +162,7 @@ def translated(
         "tokens": _tokens(lora.trainable_token_indices, inventory, asked),
         "targets": _Rules(lora, inventory, asked).rules(exclude, saved),
     }
+    return Config.from_dict(ours)
 
 
 def _saved(lora: _Lora) -> list[str]:

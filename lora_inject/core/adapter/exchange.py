@@ -26,13 +26,6 @@ from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, check_type, user_path, within
 
-NUMBERS, ONE, RANKS = "numbers", "one", "ranks"
-EVERYTHING = frozenset({"config", "fingerprint", "training", "slices", "start", NUMBERS})
-"""`config` and `fingerprint` of the state; `training`: dropout, init and compute of each site;
-`slices` of fused projections; `start`: the frozen start of pissa and olora; `numbers`: rank, alpha
-and scaling of each site; or `one`: those numbers only if all sites agree;
-or `ranks`: the rank of each site alone."""
-
 
 @dataclass(frozen=True)
 class Format:
@@ -44,7 +37,7 @@ class Format:
         read: `read(path, facts, **options) -> AdapterState`; its tensors are checked afterwards.
         detects: `detects(path) -> bool`, by content; the first row that returns True reads. It
             raises for one file of an adapter whose format is a folder.
-        keeps: What files of the format can express besides the deltas, of `EVERYTHING`.
+        keeps: What its files can express besides the deltas (`formats.lost`); None: everything.
         endings: The endings that a file's name may have to be written; empty for any.
         takes_facts: Whether `write` and `read` look at the facts about the model.
         check_sites: `check_sites(specs, facts)`: raises where files of the format cannot hold such
@@ -58,7 +51,7 @@ class Format:
     write: Callable[..., bytes | Mapping[str, bytes]]
     read: Callable[..., AdapterState]
     detects: Callable[[Path], bool]
-    keeps: frozenset[str] = EVERYTHING
+    keeps: frozenset[str] | None = None
     endings: tuple[str, ...] = ()
     takes_facts: bool = True
     check_sites: Callable[[Sequence[SiteSpec], Any], None] | None = None
@@ -257,38 +250,24 @@ def _arguments(
 def _checked(state: AdapterState) -> AdapterState:
     """Return an adapter if its tensors fit what is said of them; raise if they do not."""
     check_type("", state, AdapterState, "Give an AdapterState, as adapter_state(model) does")
-    trained: Mapping[str, object] = state.trained
-    if wrong := [name for name, tensor in trained.items() if not isinstance(tensor, Tensor)]:
-        from lora_inject.core.adapter.file_keys import one_line
+    if state.rows or not all(isinstance(t, Tensor) for t in state.trained.values()):
+        from lora_inject.core.adapter.ill_fitting import check_trained
 
-        raise FormatError("", f"{one_line(wrong)} is not a tensor", "Pass tensors only")
-    for name, rows in state.rows.items():
-        tensor = state.trained.get(name)
-        if tensor is None or tensor.dim() != 2 or len(tensor) != len(rows) or not rows:
-            problem = f"it has {len(rows)} row numbers for a tensor of other rows"
-            raise FormatError(f"trained tensor '{name}'", problem, "Give one for each row")
+        check_trained(state.trained, state.rows)
     for site in state.sites.values():
-        _check_site(site, f"site '{site.spec.name[:200]}'")
+        if not _fits(site):
+            from lora_inject.core.adapter.ill_fitting import why_ill_fitting
+
+            raise why_ill_fitting(site)
     return state
 
 
-def _check_site(site: SiteState, where: str) -> None:
-    """Refuse a site whose tensors have other shapes or dtypes than its spec states."""
-    frozen = "A0" in site.spec.roles
-    if (site.A0 is not None, site.B0 is not None) != (frozen, frozen):
-        problem = (
-            f"its init is {site.spec.init}, which has {'both' if frozen else 'none'} of A0 and B0"
-        )
-        raise FormatError(where, problem, "Give A0 and B0 with pissa and olora only")
-    for role, tensor in site.tensors.items():
-        due = site.spec.shapes[role.removesuffix("0")]
-        if tensor.shape != due:
-            problem = f"{role} has shape {tuple(tensor.shape)} where {due} is due"
-            remedy = "The tensors and what is said about them do not belong together"
-            raise FormatError(where, problem, remedy)
-        of_pair = role not in site.further
-        if tensor.dtype not in FLOATS or (of_pair and tensor.dtype != site.A.dtype):
-            other, what = ("B", site.B) if role == "A" else (role, tensor)
-            problem = f"A is {site.A.dtype} and {other} {what.dtype}"
-            remedy = "Both must be of one of float16, bfloat16, float32 and float64"
-            raise FormatError(where, problem, remedy)
+def _fits(site: SiteState) -> bool:
+    """Whether a site has the tensors that its spec states, A and B of one floating point dtype."""
+    spec, tensors = site.spec, site.tensors
+    shapes = {role: tensor.shape for role, tensor in tensors.items()}
+    due = {role: spec.shapes[role.removesuffix("0")] for role in spec.roles}
+    pair = {tensor.dtype for role, tensor in tensors.items() if role not in site.further}
+    dtypes = pair.union(tensor.dtype for tensor in site.further.values())
+    started = (site.A0 is None) == (site.B0 is None)
+    return started and shapes == due and len(pair) == 1 and dtypes <= {*FLOATS}

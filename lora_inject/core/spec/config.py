@@ -375,46 +375,20 @@ class Config(Shown, YamlModel):
         return f"rule {i + 1} ('{self.targets[i].match}')"
 
     @classmethod
-    def from_peft(
-        cls, config: Any, *, inventory: Inventory | None = None, model: object = None
-    ) -> Config:
-        """Translate a `LoraConfig`, field by field; the library that it is of is not imported.
-
-        Fields about training or files are ignored. A name in `target_modules` that the model does
-        not have is an error when the config is used.
-
-        Args:
-            config: A `LoraConfig`, its plain data, or the path of an adapter_config.json or of the
-                folder that holds it.
-            inventory: The names of the model (`inject` gives them): rules of `rank_pattern` and
-                `alpha_pattern` that would match nothing are left out then.
-            model: The model itself (`inject` gives it): some names are renamed by its type.
-
-        Raises:
-            ConfigError: A field cannot be translated, or the file cannot be read.
-
-        Examples:
-            >>> lora = {"r": 16, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
-            >>> config = Config.from_peft(lora)
-            >>> config.rank, config.targets[0].match, config.train
-            (16, 'q_proj', ('[^.]*lm_head',))
-        """
-        return cls.from_dict(room("from_peft").translated(config, inventory, model))
-
-    @classmethod
     def coerce(
         cls, config: Any, inventory: Inventory | None = None, model: object = None
     ) -> Config:
         """Return a `Config`, a dict, the path of a YAML file or a `LoraConfig` as a `Config`.
 
-        The other arguments are those of `from_peft`.
+        The other arguments are those of `lora_inject.from_peft`.
 
         Raises:
             ConfigError: It is none of these, or not valid.
         """
         is_ours = isinstance(config, (Config, Mapping, str, PathLike))
         if not is_ours and room("from_peft").is_of_peft(config):
-            return cls.from_peft(config, inventory=inventory, model=model)
+            made: Config = room("from_peft").from_peft(config, inventory=inventory, model=model)
+            return made
         return super().coerce(config)
 
     def to_dict(self) -> dict[str, Any]:
