@@ -182,7 +182,7 @@ def test_both_derivatives_by_finite_differences(name, path, monkeypatch) -> None
     spans = options.get("spans", ((0, 6),))
     rows, width = 2 * len(spans), sum(stop - start for start, stop in spans)
     weight = (3, 6) if transposed else (6, 3)
-    shapes = [(2, 3), weight, (6,), (rows, 3), (width, 2), (1, 3), (6, 1)]
+    shapes = [(20, 3), weight, (6,), (rows, 3), (width, 2), (1, 3), (6, 1)]
     leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
     def run(*tensors: Tensor) -> Tensor:
