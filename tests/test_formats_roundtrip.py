@@ -11,7 +11,6 @@ import torch
 from helpers.adapter_states import (
     FINGERPRINT,
     KIND_SPECS,
-    assert_same_deltas,
     assert_same_state,
     dense,
     make_site,
@@ -45,8 +44,10 @@ def test_without_metadata_the_file_means_the_same(kind: str, derived: bool, tmp_
     state = make_state(KIND_SPECS[kind], derived=derived)
     path = write_adapter(state, tmp_path / "a")
     plain = read_adapter(path, prefer="config")
-    deltas = ({n: dense(s) for n, s in each.sites.items()} for each in (plain, state))
-    assert_same_deltas(*deltas)
+    assert plain.sites.keys() == state.sites.keys()
+    for name, site in state.sites.items():
+        delta = dense(site)
+        assert (dense(plain.sites[name]) - delta).abs().max() <= 1e-6 * delta.abs().max()
     assert all(site.spec.slices is None and site.A0 is None for site in plain.sites.values())
     assert plain.config is None
 

@@ -46,12 +46,10 @@ def rows(n: int = 12, vocab: int = 17) -> list[dict[str, torch.Tensor]]:
 
 
 class KilledError(Exception):
-    """What a test stops a run with."""
+    """Ends a run in the middle of a step, as a kill would."""
 
 
 class KillAt(TrainerCallback):
-    """End a run in the middle of a step, as a kill would."""
-
     def __init__(self, step: int) -> None:
         self.step = step
 
@@ -64,26 +62,15 @@ def trainer(
     out: Path, model: Any, *callbacks: TrainerCallback, checkpoint: Any = None, **changes: Any
 ) -> Trainer:
     """Trainer as a user sets it up; three steps to an epoch of twelve rows."""
-    settings = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
-        **changes,
-    }
-    data = rows()
+    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    settings |= {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "use_cpu": True}
+    settings |= {"report_to": "none", "dataloader_pin_memory": False, "disable_tqdm": True}
     checkpoint = li.AdapterCheckpoint() if checkpoint is None else checkpoint
     return Trainer(
         model,
-        TrainingArguments(str(out), **settings),
-        train_dataset=data,
-        eval_dataset=data[:4],
+        TrainingArguments(str(out), **settings | changes),
+        train_dataset=rows(),
+        eval_dataset=rows()[:4],
         callbacks=[*callbacks, *([checkpoint] if checkpoint else [])],
     )
 

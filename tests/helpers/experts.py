@@ -8,6 +8,7 @@ import torch
 from conftest import error, fill, same_bits
 from helpers.reference import EXACT, SCALE, base_state, config, logits
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import lora_inject as li
 
@@ -22,25 +23,20 @@ FOUR_ROUTED = {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_expert
 FOUR_ROUTED |= {"moe_intermediate_size": 8, "first_k_dense_replace": 0, "topk_group": 1}
 THREE = {"num_experts": 3, "num_experts_per_tok": 2}
 THREE_LOCAL = {"num_local_experts": 3, "head_dim": 4, "layer_types": ["full_attention"]}
+GPT_OSS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+LLAMA4 = {"intermediate_size_mlp": 8, "moe_layers": [0], "no_rope_layers": [1], "pad_token_id": 0}
+ERNIE = {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1}
+ERNIE |= {"moe_intermediate_size": 8, "moe_layer_start_index": 0, "moe_layer_end_index": 0}
+JAMBA = {"attn_layer_period": 1, "expert_layer_period": 1, "use_mamba_kernels": False}
+JAMBA |= {"attn_layer_offset": 0, "expert_layer_offset": 0}
 TURNED = ("gpt_oss", "llama4")  # whose stacks lie as (E, in, out)
 # The sizes that are a family's own.
 MOE: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 3},
     "qwen3_moe": {**THREE, "moe_intermediate_size": 8, "head_dim": 4},
     "deepseek_v3": {**FOUR_ROUTED, "num_key_value_heads": 2, "n_group": 2, **LATENT},
-    "gpt_oss": {
-        **THREE_LOCAL,
-        "num_experts_per_tok": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    },
-    "llama4": {
-        **THREE_LOCAL,
-        "num_experts_per_tok": 1,
-        "intermediate_size_mlp": 8,
-        "moe_layers": [0],
-        "no_rope_layers": [1],
-        "pad_token_id": 0,
-    },
+    "gpt_oss": {**THREE_LOCAL, "num_experts_per_tok": 2, **GPT_OSS},
+    "llama4": {**THREE_LOCAL, "num_experts_per_tok": 1, **LLAMA4},
 }
 # Further architectures, that store experts in one of these ways.
 MORE: dict[str, dict[str, Any]] = {
@@ -49,28 +45,14 @@ MORE: dict[str, dict[str, Any]] = {
     "olmoe": FOUR,
     "granitemoe": FOUR_LOCAL,
     "phimoe": FOUR_LOCAL,
-    "ernie4_5_moe": {
-        "moe_num_experts": 4,
-        "moe_k": 2,
-        "moe_intermediate_size": 8,
-        "moe_num_shared_experts": 1,
-        "moe_layer_start_index": 0,
-        "moe_layer_end_index": 0,
-    },
-    "jamba": {
-        **{f"{kind}_layer_period": 1 for kind in ("attn", "expert")},
-        **{f"{kind}_layer_offset": 0 for kind in ("attn", "expert")},
-        "use_mamba_kernels": False,
-        **FOUR,
-    },
+    "ernie4_5_moe": ERNIE,
+    "jamba": {**JAMBA, **FOUR},
     "jetmoe": {"kv_channels": 4, **FOUR_LOCAL},
 }
 
 
 def experts(family: str, how: str = "eager") -> tuple[Any, str]:
     """A tiny model of stacked experts, and the layout of its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     torch.manual_seed(0)
     model_type = "llama4_text" if family == "llama4" else family
     sizes = SIZES | (MOE | MORE)[family]
