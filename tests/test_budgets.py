@@ -23,12 +23,12 @@ PACKAGE = Path(lora_inject.__file__).parent
 # Stage -> lines of the package that it may load.
 LINES = {
     "config": 1_253,
-    "forward": 2_646,
-    "activate": 2_258,
-    "inject": 5_828,
-    "merge": 4_262,
-    "save, load": 6_780,
-    "life": 9_042,
+    "forward": 2_540,
+    "activate": 2_152,
+    "inject": 5_768,
+    "merge": 4_156,
+    "save, load": 6_675,
+    "life": 8_982,
 }
 STAGES = {
     "config": "from lora_inject import Config",

@@ -26,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import lora_inject as li
 from lora_inject import formats
 from lora_inject.cli import app
-from lora_inject.core.adapter.variants import VARIANTS
+from lora_inject.core.adapter.known_variants import VARIANTS
 from lora_inject.core.layers.kinds import KINDS
 from lora_inject.core.spec.rooms import REGISTERED
 from lora_inject.core.spec.sites import ROLES

@@ -27,8 +27,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_inject as li
+from lora_inject.core.adapter.known_variants import VARIANTS
 from lora_inject.core.adapter.own_variants import register_variant
-from lora_inject.core.adapter.variants import VARIANTS, Variant
+from lora_inject.core.adapter.variants import Variant
 from lora_inject.core.spec.sites import ROLES
 
 NO_GAIN = ("conv_transpose 2d", "conv_transpose 1d", "experts", "turned experts")

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lora_inject.checkpoint.base_class import SILENT, BaseClass
+from lora_inject.core.adapter.known_variants import VARIANTS
 from lora_inject.core.adapter.site_state import SiteState
-from lora_inject.core.adapter.variants import variant_of
 from lora_inject.core.files.safetensors_file import TensorEntry
 from lora_inject.core.files.tensors_on_disk import in_memory
 from lora_inject.core.functional.factors import Patch
@@ -154,7 +154,7 @@ class SiteUpdate:
             if rows is not None:
                 a, b = (a[:, rows], b) if transposed else (a, b[rows])
             terms.append(Patch(spec, a, b, sign * self.weight))
-        variant, gain = variant_of(spec.variant), None
+        variant, gain = VARIANTS[spec.variant], None
         if variant.gained:  # one matrix: sites that cannot have a gain were refused before
             gain = Gain(variant.gain, self.state.further, spec.spans)
         return Placed(name, entry, start, start + matrix[0], matrix[1], tuple(terms), gain)

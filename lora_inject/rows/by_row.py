@@ -264,7 +264,7 @@ class Rows(Selected):
         gains = self._gains(layer, routing, y.dim())
         if gains is None:
             return y
-        specs = [entry.spec for entry in routing.entries if entry.variant.gained]
+        specs = [entry.spec for entry in routing.entries if entry.gained]
         if self.drops(layer) and any(spec is not None and spec.dropout for spec in specs):
             raise LayerError(
                 f"{self.asked} in training",
@@ -279,7 +279,7 @@ class Rows(Selected):
         gains = {
             i: gain_in_forward(layer, entry, recipes)
             for i, (entry, recipes) in enumerate(zip(routing.entries, routing.recipes, strict=True))
-            if entry.variant.gained
+            if entry.gained
         }
         if not gains:
             return None
@@ -291,7 +291,7 @@ class Rows(Selected):
 
 def adds_to_output(entry: Entry) -> bool:
     """Whether an update can be added to the output of a convolution."""
-    return entry.spec is not None and not entry.variant.gained
+    return entry.spec is not None and not entry.gained
 
 
 def check_rows(layer: Any, x: Tensor, n_rows: int, repeat: int) -> None:

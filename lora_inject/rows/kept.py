@@ -41,7 +41,7 @@ def routes_rows(module: nn.Module, entry: Entry) -> bool:
     if entry.spec is not None:
         if entry.spec.experts is not None and sorts_tokens(module):
             return True
-        return not entry.variant.gained and adds_rows(cls._lora_plain, entry.param)
+        return not entry.gained and adds_rows(cls._lora_plain, entry.param)
     if adds_bias(cls, entry.param):
         return True
     return entry.rows is None and entry.scale is None and is_rowwise(cls._lora_plain)

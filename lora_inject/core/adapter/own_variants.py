@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lora_inject.core.adapter.variants import VARIANTS, Variant, variant_of
+from lora_inject.core.adapter.known_variants import VARIANTS
+from lora_inject.core.adapter.variants import Variant
 from lora_inject.core.spec.sites import ROLES, Roles
 from lora_inject.errors import LayerError
 
@@ -29,7 +30,7 @@ def register_variant(cls: type[Variant]) -> type[Variant]:
     if not name or not issubclass(cls, Variant):
         problem = "it is not a Variant with a name of its own"
         raise LayerError(asked, problem, "Derive from Variant and set name")
-    known = type(variant_of(name)) if name in ROLES else cls
+    known = type(VARIANTS[name]) if name in VARIANTS else cls
     if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         problem = f"variant {name!r} is {known.__module__}.{known.__qualname__}"
         raise LayerError(asked, problem, "Choose another name")

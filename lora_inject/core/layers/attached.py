@@ -17,12 +17,11 @@ from weakref import ReferenceType
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.adapter.variants import Variant, variant_of
 from lora_inject.core.functional.factors import Patch, Spans, Update
 from lora_inject.core.layers.selected import Selected
 from lora_inject.core.layers.selection import Selection
 from lora_inject.core.spec.rooms import library_rows
-from lora_inject.core.spec.sites import SiteSpec, signed_pairs
+from lora_inject.core.spec.sites import ROLES, SiteSpec, signed_pairs
 
 
 def encode(adapter: str) -> str:
@@ -88,9 +87,9 @@ class Entry:
         return self.spec is None or role in self.spec.shapes
 
     @property
-    def variant(self) -> Variant:
-        """The variant of the site."""
-        return variant_of("lora" if self.spec is None else self.spec.variant)
+    def gained(self) -> bool:
+        """Whether its outputs have a gain besides the update of W."""
+        return self.spec is not None and ROLES[self.spec.variant].gained
 
     def recipes(self, weight: float) -> Iterator[Recipe]:
         """Yield the update, and with a negative scale the frozen start of pissa or olora."""
@@ -200,7 +199,7 @@ class Attached:
         self.forward[entry.adapter] = entry
         if _in_float32(entry):
             self.float32 = True
-        if entry.variant.gained:
+        if entry.gained:
             self.gains = True
 
     def remove(self, adapter: str) -> list[Entry]:
@@ -215,7 +214,7 @@ class Attached:
         self.flat.difference_update(*(entry.names.values() for entry in removed))
         self.last_chosen = NOTHING
         self.float32 = self.float32 and any(map(_in_float32, self.forward.values()))
-        self.gains = self.gains and any(entry.variant.gained for entry in self.forward.values())
+        self.gains = self.gains and any(entry.gained for entry in self.forward.values())
         return removed
 
     def base(self, parameters: Mapping[str, nn.Parameter | None]) -> dict[str, nn.Parameter]:
@@ -270,8 +269,6 @@ class Attached:
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__dict__.update(saved)
-        for entry in self.entries():
-            _ = entry.variant  # a compiled forward cannot import it
         self.selection.add(entry.adapter for entry in self.entries())
 
 

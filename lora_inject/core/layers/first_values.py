@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
+from lora_inject.core.adapter.first_factors import first_factors
 from lora_inject.core.functional.factors import master_dtype
 from lora_inject.core.layers.attached import Entry
 
@@ -14,10 +17,10 @@ def first_values(module: nn.Module, entry: Entry, weight: Tensor) -> dict[str, T
     if spec is None:
         role = next(iter(entry.names))
         return {role: entry.start(weight).to(dtype, copy=True)}
+    if spec.variant == "lora":
+        return first_factors(spec, weight, dtype)
+    from lora_inject.core.adapter.known_variants import VARIANTS
+    from lora_inject.core.layers.gains import first_norms
 
-    def norms() -> Tensor:
-        from lora_inject.core.layers.gains import first_norms
-
-        return first_norms(module, spec, weight)
-
-    return entry.variant.start(spec, weight, dtype, norms)
+    norms = partial(first_norms, module, spec, weight)
+    return VARIANTS[spec.variant].start(spec, weight, dtype, norms)

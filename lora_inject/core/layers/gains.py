@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_inject.core.adapter.known_variants import VARIANTS
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.gain import Gain, gained, norms_of, updated_norms
 from lora_inject.core.functional.on_output import add_updates
@@ -26,16 +27,17 @@ from lora_inject.errors import LayerError, article
 
 def gain_of(entry: Entry, held: Mapping[str, Any]) -> Gain | None:
     """Return the gain of an entry's outputs, None if its variant has none."""
-    spec, variant = entry.spec, entry.variant
-    if spec is None or not variant.gained:
+    spec = entry.spec
+    if spec is None or not entry.gained:
         return None
+    variant = VARIANTS[spec.variant]
     tensors = {role: held[entry.names[role]] for role in variant.roles}
     return Gain(variant.gain, tensors, spec.spans)
 
 
 def check_mixed(taking: Sequence[tuple[Entry, float]]) -> None:
     """Raise if an adapter with a gain is not alone on a tensor, or not with weight 1."""
-    alone = next((entry for entry, _ in taking if entry.variant.gained), None)
+    alone = next((entry for entry, _ in taking if entry.gained), None)
     if alone is None or (len(taking) == 1 and taking[0][1] == 1.0):
         return
     assert alone.spec is not None
@@ -82,7 +84,7 @@ def gained_entry(attached: Attached, mix: Selected) -> Entry | None:
     """Return the entry on the output that has a gain under a mix; it is the only one."""
     on_output = attached.forward
     taking = [(on_output[n], w) for n, w in mix.names.items() if n in on_output]
-    alone = next((entry for entry, _ in taking if entry.variant.gained), None)
+    alone = next((entry for entry, _ in taking if entry.gained), None)
     if alone is not None:
         copies = attached.reads.get(alone.param, {})
         taking += [(copies[n], w) for n, w in mix.names.items() if n in copies]

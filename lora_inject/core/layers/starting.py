@@ -82,7 +82,7 @@ def start_reset(module: nn.Module) -> None:
 def _follows_weight(entry: Entry) -> bool:
     if entry.spec is None:
         return entry.scale is None
-    return entry.variant.gained or entry.spec.init in FROM_WEIGHT
+    return entry.gained or entry.spec.init in FROM_WEIGHT
 
 
 @torch.no_grad()

@@ -180,7 +180,7 @@ def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
         selections[attached.selection] = None
         names.update(attached.forward, *attached.reads.values())
         if attached.gains or attached.reads:  # keeps later verbs fast with many adapters
-            gained.update(entry.adapter for entry in attached.entries() if entry.variant.gained)
+            gained.update(entry.adapter for entry in attached.entries() if entry.gained)
     reached = Reach(tuple(selections), frozenset(names), frozenset(gained))
     for keeper in keepers:
         keeper.kept = (now, reached)

@@ -102,7 +102,7 @@ def add_entry(target: Target, entry: Entry, weight: float) -> None:
         target.copies.append((copy, weight, entry.rows))
         return
     held: Mapping[str, Any] = module._parameters
-    if entry.variant.gained:
+    if entry.gained:
         from lora_inject.core.layers.gains import gain_of
 
         target.gain = target.gain or gain_of(entry, held)

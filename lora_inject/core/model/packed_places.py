@@ -24,7 +24,7 @@ def reasons_of_packed(place: Carried, spec: SiteSpec) -> Iterator[tuple[str, str
     if fits and not on_output and spec.compute == "float32":
         yield "compute: float32 would unpack all experts at once", "Use compute: base"
     hidden = None
-    if fits and place.entry.variant.gained:
+    if fits and place.entry.gained:
         hidden = weight_kind(module, weight).why_not("norms", module, weight)
     advice = {
         "the layer rather than its weight": not fits,

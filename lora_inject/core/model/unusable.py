@@ -62,7 +62,7 @@ def _reasons(place: Carried) -> Iterator[tuple[str, str]]:
 
         yield from reasons_against_copy(place)
         return
-    if place.entry.variant.gained and (why := why_no_gain(spec)):
+    if place.entry.gained and (why := why_no_gain(spec)):
         yield f"variant {spec.variant} on {why}", "Train it with variant: lora"
     if is_quantized(place.weight):
         from lora_inject.core.model.packed_places import reasons_of_packed
