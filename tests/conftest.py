@@ -66,7 +66,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
     gc.enable()
     if any("forks" in getattr(item, "fixturenames", ()) for item in session.items):
-        session.config.stash[FORKS] = Forks()
+        session.config.stash[FORKS] = forks = Forks()
+        session.config.add_cleanup(forks.close)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -75,11 +76,6 @@ def _what_modules_leave() -> Iterator[None]:
     yield
     gc.collect()
     gc.freeze()
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if FORKS in session.config.stash:
-        session.config.stash[FORKS].close()
 
 
 @pytest.fixture(scope="session")

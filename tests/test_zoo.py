@@ -4,7 +4,6 @@ A sample of twenty runs with the ordinary tests, the others with the marker `zoo
 """
 
 import copy
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -49,10 +48,8 @@ def test_dead_sites_are_dead_in_the_model(model_type: str) -> None:
     calls = dummy_inputs(model, model_type)
     dead = Held(model_type).dead
     assert dead
-    claimed = re.compile(EXEMPTIONS[model_type].dead or "")
     plain = run(model, calls)
     for name in dead:
-        assert claimed.fullmatch(name)
         with changed(model.get_submodule(name).weight):
             assert same(plain, run(model, calls)), name
 

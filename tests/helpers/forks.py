@@ -1,8 +1,7 @@
 """Processes that begin with all imports done: forked from pytest after collection.
 
-A function of a test module runs in a child of its own, in which no test has run: there is no
-adapter, compiled graph or gradient. What starting the interpreter itself does is not shown.
-Where forks are not safe, on macOS, each child imports for itself.
+A function of a test module runs in a child of its own, in which no test has run. Where forks are
+not safe, on macOS, each child imports for itself.
 """
 
 from __future__ import annotations
@@ -87,8 +86,6 @@ class Forks:
 
 
 class Fork:
-    """One run."""
-
     def __init__(self, pid: Any, wait: Callable[[], Any], place: Path) -> None:
         self.pid, self._wait, self._place = pid, wait, place
 

@@ -60,13 +60,24 @@ def calls_of(model: nn.Module, model_type: str, wanted: set[Method]) -> list[Cal
     """Return a call of each method whose arguments can be derived."""
     inputs = dummy_inputs(model, model_type)
     calls: dict[Method, Called] = {}
+
+    def noting(path: str, method: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*args: Any, **kwargs: Any) -> Any:
+            with contextlib.suppress(Exception):  # what cannot be copied cannot be called again
+                call = Called(path, method, *copy.deepcopy((args, kwargs)))
+                if "mask_time_indices" in inspect.signature(real).parameters:  # else at random
+                    call.kwargs["mask_time_indices"] = torch.ones(args[0].shape[:2]).bool()
+                calls.setdefault((path, method), call)
+            return real(*args, **kwargs)
+
+        return note
+
     larger = [{**one, "interpolate_pos_encoding": True} for one in inputs]
     for given, training in ((inputs, False), (larger, False), (inputs, True)):
         with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Exception), torch.no_grad():
             for path, method in wanted:
                 module = model.get_submodule(path)
-                note = _noting(path, method, getattr(module, method), calls)
-                patch.setitem(vars(module), method, note)
+                patch.setitem(vars(module), method, noting(path, method, getattr(module, method)))
             run(model.train(training), given)
     model.eval()
     for path, method in wanted - calls.keys():
@@ -77,20 +88,6 @@ def calls_of(model: nn.Module, model_type: str, wanted: set[Method]) -> list[Cal
                 if call.kwargs and call.on(model):
                     calls[path, method] = call
     return list(calls.values())
-
-
-def _noting(
-    path: str, method: str, real: Callable[..., Any], calls: dict[Method, Called]
-) -> Callable[..., Any]:
-    def note(*args: Any, **kwargs: Any) -> Any:
-        with contextlib.suppress(Exception):  # what cannot be copied cannot be called again
-            call = Called(path, method, *copy.deepcopy((args, kwargs)))
-            if "mask_time_indices" in inspect.signature(real).parameters:  # else at random
-                call.kwargs["mask_time_indices"] = torch.ones(args[0].shape[:2]).bool()
-            calls.setdefault((path, method), call)
-        return real(*args, **kwargs)
-
-    return note
 
 
 # Model types with such a method, called with what `calls_of` derives.
