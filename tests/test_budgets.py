@@ -24,11 +24,11 @@ PACKAGE = Path(lora_inject.__file__).parent
 LINES = {
     "config": 1_253,
     "forward": 2_540,
-    "activate": 2_152,
-    "inject": 5_768,
-    "merge": 4_156,
-    "save, load": 6_675,
-    "life": 8_982,
+    "activate": 2_153,
+    "inject": 5_767,
+    "merge": 4_157,
+    "save, load": 6_681,
+    "life": 8_988,
 }
 STAGES = {
     "config": "from lora_inject import Config",

@@ -491,6 +491,19 @@ def test_shards_are_not_taken_for_tensors(shard: Any, one_rank: None) -> None:
         assert {key: tensor.shape for key, tensor in values(model).items()} == shapes
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_is_gathered_without_its_base_is_not_read(one_rank: None) -> None:
+    """Its file would say that it was made on a base of shards, and fit no other."""
+    model = li.inject(two_layers(), RULE)
+    whole = {key: p.data for key, p in li.adapter_parameters(model).items()}
+    sharded_by_zero3(model)
+    for key, parameter in li.adapter_parameters(model).items():
+        parameter.data = whole[key]
+    refused = said(lambda: li.adapter_state(model))
+    assert "'0.weight', has no elements in this process, which holds a shard of it" in refused
+    assert "GatheredParameters(list(model.parameters()))" in refused
+
+
 @needs_fsdp2
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 @pytest.mark.parametrize(

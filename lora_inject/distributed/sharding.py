@@ -51,16 +51,16 @@ def gathering() -> tuple[str, ...]:
     )
 
 
-def before_attach(survey: Survey, asked: str, *, loads: bool) -> None:
-    """Refuse a model that is spread over processes, but for a load onto DTensors."""
-    if loads and fsdp2_modules(survey):
+def before_attach(survey: Survey, asked: str) -> None:
+    """Refuse a model that is spread over processes, but for DTensors."""
+    if fsdp2_modules(survey):
         before_read(survey)
     else:
-        refuse_sharded(survey, asked, but_for="full_tensor" if loads else "")
+        _refuse_spread(survey, asked)
 
 
-def refuse_sharded(survey: Survey, asked: str, but_for: str = "") -> None:
-    """Check that a model is not spread over processes yet, but for tensors with an attribute."""
+def _refuse_spread(survey: Survey, asked: str) -> None:
+    """Check that a model is not spread over processes yet, but for DTensors."""
     wrapper: Any = type(survey.given)
     engine = wrapper.__module__ == "deepspeed.runtime.engine"
     if engine or replicating(survey):
@@ -70,7 +70,7 @@ def refuse_sharded(survey: Survey, asked: str, but_for: str = "") -> None:
             f"the model is wrapped in {name}, which would not reduce its gradients",
             "Inject into the model first, then wrap it",
         )
-    for path, how in _spread(survey, but_for):
+    for path, how in _spread(survey):
         raise LayerError(
             asked,
             f"{path or 'the model'!r} is sharded by {how}, and the adapter's gradients would "
@@ -82,7 +82,7 @@ def refuse_sharded(survey: Survey, asked: str, but_for: str = "") -> None:
         )
 
 
-def _spread(survey: Survey, but_for: str) -> Iterator[tuple[str, str]]:
+def _spread(survey: Survey) -> Iterator[tuple[str, str]]:
     """Yield what of a model is spread over processes, and by whom."""
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     for path, module in survey.modules:
@@ -95,8 +95,7 @@ def _spread(survey: Survey, but_for: str) -> Iterator[tuple[str, str]]:
         if "_hf_tp_plan" in module.__dict__:
             yield path, "tp_plan"
     for holder in survey.holders:
-        allowed = but_for and hasattr(holder.tensor, but_for)
-        if not allowed and (how := sharded_by(holder.tensor)):
+        if not hasattr(holder.tensor, "full_tensor") and (how := sharded_by(holder.tensor)):
             yield holder.name, how
 
 

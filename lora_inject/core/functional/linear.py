@@ -2,8 +2,8 @@
 
 With gradients, layer and updates are one autograd Function. It keeps x, which the frozen layers
 around it keep too, and `h = x A^T`, which is thin. It casts the thin factors and never x, unless
-the low-rank arithmetic is wider than x. It reads no value and no size: every forward is the same
-sequence of operations, on every device. Few tokens on a CPU take fewer (`few_tokens`, `cpu`).
+the low-rank arithmetic is wider than x. It reads no value: every forward is the same sequence of
+operations, on every device. Only few tokens on a CPU take fewer (`few_tokens`, `cpu.add_few_`).
 
 Tracers and function transforms get other operations (`plain_operations`).
 """

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import Attached, Entry
 from lora_inject.core.layers.forwards import check_not_offloaded
-from lora_inject.core.layers.selected import Mix
+from lora_inject.core.layers.selected import Selected
 from lora_inject.core.spec.sites import Geometry
 
 
@@ -77,7 +77,7 @@ class Adapted(nn.Module):
             return type(self).forward(self, *args, **kwargs)
         return attached.selection.current().forward(self, args, kwargs)
 
-    def _lora_mixed(self, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _lora_mixed(self, mix: Selected, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute the layer with the adapters of a mix."""
         raise NotImplementedError
 
@@ -118,7 +118,7 @@ class WeightUpdate(Adapted):
     kind = "reader"
     _lora_cached: ClassVar[Callable[..., Any]]
 
-    def _lora_mixed(self, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
+    def _lora_mixed(self, mix: Selected, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
         """Run the plain forward, whose reads give W + delta."""
         return self._lora_cached(*args, **kwargs)
 

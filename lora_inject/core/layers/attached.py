@@ -132,10 +132,10 @@ def factors_of(
 
 
 class Chosen(NamedTuple):
-    """What one layer computes under one selection: looked up once, until either changes.
+    """What one layer computes under one mix: looked up once, until either changes.
 
     Attributes:
-        mix: The selection.
+        mix: The mix, known by identity.
         recipes: The updates on the output.
         lone: The only one, if it is on the whole output and nothing else of the layer changes.
     """
@@ -226,8 +226,9 @@ class Attached:
 
     def choose(self, mix: Selected) -> Chosen:
         """Look up what takes part on the output under a mix, and note its use."""
-        self.used(self.forward[name] for name in mix.names if name in self.forward)
         recipes = self.recipes(mix)
+        taking = (self.forward[name].mark for name in mix.names if name in self.forward)
+        self.took_part = self.took_part.union(taking)
         alone = len(recipes) == 1 and not self.reads and not self.gains
         lone = recipes[0] if alone and recipes[0].spans is None else None
         self.last_chosen = chosen = Chosen(mix, recipes, lone)

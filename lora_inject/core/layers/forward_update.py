@@ -19,13 +19,13 @@ from torch import Tensor
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.layers.adapted import Adapted
 from lora_inject.core.layers.attached import Chosen, factors_of, held_by
-from lora_inject.core.layers.selected import Mix
+from lora_inject.core.layers.selected import Selected
 
 
 class ForwardUpdate(Adapted):
     """Mixin of the kinds that add to their output."""
 
-    def _lora_mixed(self, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _lora_mixed(self, mix: Selected, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute the layer with the adapters of a mix."""
         attached = self._lora
         recipes = self._lora_chosen(mix).recipes
@@ -40,7 +40,7 @@ class ForwardUpdate(Adapted):
             return with_gain(self, mix, recipes, args, kwargs, updates)
         return self._lora_with_updates(args, kwargs, updates)
 
-    def _lora_chosen(self, mix: Mix) -> Chosen:
+    def _lora_chosen(self, mix: Selected) -> Chosen:
         """Return what takes part under a mix; it is looked up when that changes."""
         chosen = self._lora.last_chosen
         if chosen.mix is mix:

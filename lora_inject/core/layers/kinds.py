@@ -72,8 +72,7 @@ def mixin_for(kind: str) -> type[Adapted]:
 
 def mixin_of(entry: Entry) -> type[Adapted]:
     """Return the mixin by which a module carries an entry: its kind's, or that of reads."""
-    on_output = entry.on_output and entry.spec is not None
-    return mixin_for(entry.spec.kind) if on_output else WeightUpdate  # type: ignore[union-attr]
+    return mixin_for(entry.spec.kind) if entry.on_output else WeightUpdate  # type: ignore[union-attr]
 
 
 def kind_of(layer: type[nn.Module]) -> type[Adapted] | None:

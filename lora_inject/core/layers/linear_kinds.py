@@ -22,7 +22,7 @@ from lora_inject.core.layers.forward_update import ForwardUpdate
 from lora_inject.core.layers.own_code import OWN
 from lora_inject.core.layers.packed_weights import multiplies, packed_weight
 from lora_inject.core.layers.plain_tensors import PLAIN
-from lora_inject.core.layers.selected import Mix
+from lora_inject.core.layers.selected import Selected
 from lora_inject.core.spec.sites import Geometry
 
 
@@ -63,7 +63,7 @@ class LoRALinear(ForwardUpdate):
         is_called = not isinstance(module, NonDynamicallyQuantizableLinear)
         return is_called and (stock or multiplies(plain_class(type(module))))
 
-    def _lora_mixed(self, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _lora_mixed(self, mix: Selected, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute the layer with the adapters of a mix: few tokens of a CPU by the shortest way.
 
         Decoding calls each layer with a vector for each sequence, and what Python does then counts

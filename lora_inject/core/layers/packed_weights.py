@@ -1,4 +1,4 @@
-"""What is asked of packed weights, and of layers that pack them: the first kind that knows answers.
+"""What is asked of packed weights, and of layers that pack them: the first answer counts.
 
 A kind is a row of the table of weight kinds, or is registered from outside (`layers.weight_kinds`).
 Only those of libraries that this process has loaded are asked.

@@ -19,7 +19,7 @@ ENTERED: ContextVar[tuple[Any, ...]] = ContextVar("lora_inject_contexts", defaul
 
 
 class Selected:
-    """One way of taking part; immutable, so that threads and layers may keep it.
+    """One way of taking part; what it computes from never changes, as threads and layers keep it.
 
     Attributes:
         names: The adapters that take part, with their weights.

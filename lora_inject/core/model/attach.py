@@ -21,11 +21,11 @@ from lora_inject.core.model.roots import become_root, check_new_adapter, records
 from lora_inject.core.model.trainable import forget_gradients
 
 
-def survey_for(model: nn.Module, name: str, *, loads: bool = False) -> Survey:
+def survey_for(model: nn.Module, name: str) -> Survey:
     """Return a survey of a model that can take a new adapter of that name now."""
     survey = Survey(model)
     asked = f"adapter {name!r}"
-    before("attach", survey, asked, loads=loads)
+    before("attach", survey, asked)
     check_new_adapter(survey, name)
     return survey
 

@@ -72,7 +72,10 @@ def _plain_among(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: weight
         for name, weight in weights.items()
-        if weight.dtype in FLOATS and not weight.is_meta and type(weight) in (nn.Parameter, Tensor)
+        if weight.dtype in FLOATS
+        and not weight.is_meta
+        and weight.numel()
+        and type(weight) in (nn.Parameter, Tensor)
     }
 
 

@@ -3,8 +3,8 @@
 A guard is a module that knows a library. It has any of these functions, and what it lacks, it has
 nothing to say about:
 
-- `before_VERB(survey, ...)` raises where the verb would go wrong, before anything of ours is
-  changed; it may bring weights together that the verb has to see whole;
+- `before_VERB(...)` raises where the verb would go wrong, before anything of ours is changed; it
+  may bring weights together that the verb has to see whole;
 - `after_VERB(...)` does what the library needs after it, inside of what is undone if it fails;
 - further ones are questions, such as `sharded_by(tensor)`.
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from lora_inject.core.spec.plan import Plan
 
 
-def before(verb: str, *about: Any, **more: Any) -> None:
+def before(verb: str, *about: Any) -> None:
     """Let each guard refuse a verb.
 
     Raises:
         LayerError: A library that is there would make it wrong.
     """
     for check in functions(f"before_{verb}"):
-        check(*about, **more)
+        check(*about)
 
 
 def after(verb: str, *about: Any) -> None:

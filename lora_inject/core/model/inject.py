@@ -85,7 +85,7 @@ def inject(
 
 def surveyed(model: nn.Module, name: str) -> tuple[Survey, Inventory]:
     """Return a model that can take a new adapter of that name, and its names."""
-    survey = survey_for(model, name, loads=True)
+    survey = survey_for(model, name)
     check_live_inputs(survey, f"inject {name!r}")
     return survey, inventory(survey)
 

@@ -49,7 +49,7 @@ def install(
     check_type("install", state, AdapterState, "Give an AdapterState; load_adapter reads files")
 
     def fitted(part: Part = all_of_it) -> tuple[Survey, AdapterState]:
-        survey = survey_for(model, name, loads=True)
+        survey = survey_for(model, name)
         how: dict[str, Any] = {"leave_out": leave_out, "base": base, "leave_new": leave_new}
         return survey, fit(survey, state, **how, asked="install", part=part)
 

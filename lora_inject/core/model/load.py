@@ -86,7 +86,7 @@ def load_adapter(
     asked = f"load {str(path)!r}"
 
     def fitted(part: Part = all_of_it) -> tuple[Survey, Path, AdapterState]:
-        survey = survey_for(model, name, loads=True)
+        survey = survey_for(model, name)
         if trainable:
             check_live_inputs(survey, asked)
         there = place

@@ -137,7 +137,7 @@ def merge(
 
 
 def _into(dequantize: str | torch.dtype | None, *, requantize: bool) -> Into:
-    """Return what packed weights become, by the options of a merge; None for an error."""
+    """Return what packed weights become, by the options of a merge; None: they are refused."""
     if dequantize is None and not requantize:
         return None
     from lora_inject.core.model.packed_target import what_packed_become
@@ -198,15 +198,15 @@ def mix_to_fold(survey: Survey, name: str | Mapping[str, float] | None, verb: st
     selection.check_settled(verb, others=True)
     mix = tuple(selection.setting.names.items())
     if name is not None:
-        weights = weights_of(name, "merge, name")
-        check_names(reach(survey.model, survey).names, weights, "merge")
+        weights = weights_of(name, f"{verb}, name")
+        check_names(reach(survey.model, survey).names, weights, verb)
         mix = tuple(weights.items())
     if not mix:
-        remedy = "Call activate(model, name), or merge(model, name=name)"
-        raise StateError("merge", "no adapter is active", remedy)
+        remedy = f"Call activate(model, name), or {verb}(model, name=name)"
+        raise StateError(verb, "no adapter is active", remedy)
     for _, _, attached in adapted_modules(survey):
         for folded, _ in mix:
-            attached.check_started(attached.entries(folded), "merge")
+            attached.check_started(attached.entries(folded), verb)
     return mix
 
 

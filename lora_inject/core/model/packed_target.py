@@ -39,9 +39,9 @@ def dtype_of(dequantize: str | torch.dtype) -> torch.dtype:
 
 
 def what_packed_become(dequantize: str | torch.dtype | None, *, requantize: bool) -> Into:
-    """Return what packed weights become, by the options of a merge."""
+    """Return what packed weights become, by the options of a merge, of which one is given."""
     if dequantize is None:
-        return "same" if requantize else None
+        return "same"
     if requantize:
         raise StateError("merge", "both dequantize and requantize are given", "Choose one of them")
     return dtype_of(dequantize)

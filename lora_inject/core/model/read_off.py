@@ -85,6 +85,10 @@ def read_off(
         return whole[id(held)]
 
     state, weights = values_on(survey, name, "adapter_state of", taken)
+    if not all(weight.numel() for weight in weights.values()):
+        from lora_inject.core.model.spread import refuse_empty_base
+
+        refuse_empty_base(weights, name)
     for _, _, attached in adapted_modules(survey):
         attached.check_started(attached.entries(name), "reading")
     # The fingerprint is to be that of the base, which merged weights are not.

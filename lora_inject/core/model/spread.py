@@ -1,6 +1,8 @@
-"""Tensors of an adapter of which this process may hold only a shard."""
+"""Tensors of an adapter, and of its base, of which this process may hold only a shard."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -17,11 +19,25 @@ def gathered_whole(tensor: Tensor, entry: Entry, role: str) -> Tensor:
         return whole
     shape = entry.shape_of(role)
     if tuple(tensor.shape) != shape:
-        contexts = [context for named in functions("gathering") for context in named()]
         raise StateError(
             f"adapter_state of {entry.adapter!r}",
             f"{role} of {spec.name if spec else entry.param!r} has shape {tuple(tensor.shape)} "
             f"instead of {shape}: this process holds a shard of it",
-            f"Call it within {' or '.join(contexts) or 'a context that gathers whole tensors'}",
+            _remedy(),
         )
     return tensor
+
+
+def refuse_empty_base(weights: Mapping[str, Tensor], adapter: str) -> None:
+    """Raise for a frozen weight whose elements are elsewhere: a fingerprint of it fits no base."""
+    name = next(name for name, weight in weights.items() if not weight.numel())
+    raise StateError(
+        f"adapter_state of {adapter!r}",
+        f"its base, {name!r}, has no elements in this process, which holds a shard of it",
+        _remedy(),
+    )
+
+
+def _remedy() -> str:
+    contexts = [context for named in functions("gathering") for context in named()]
+    return f"Call it within {' or '.join(contexts) or 'a context that gathers whole tensors'}"
