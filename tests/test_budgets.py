@@ -25,10 +25,10 @@ LINES = {
     "config": 1_253,
     "forward": 2_540,
     "activate": 2_153,
-    "inject": 5_767,
+    "inject": 5_768,
     "merge": 4_157,
-    "save, load": 6_681,
-    "life": 8_988,
+    "save, load": 6_670,
+    "life": 8_978,
 }
 STAGES = {
     "config": "from lora_inject import Config",

@@ -142,11 +142,8 @@ def test_a_variant_from_outside_the_package(tmp_path: Path) -> None:
         roles: ClassVar[Any] = {"gate": lambda a, b: b[:-1]}
         gained = True
 
-        def start(
-            self, spec: Any, weight: Tensor, dtype: torch.dtype, norms: Any
-        ) -> dict[str, Tensor]:
-            factors = super().start(spec, weight, dtype, norms)
-            return {**factors, "gate": norms().new_ones(spec.shapes["gate"])}
+        def start(self, factors: Mapping[str, Tensor], norms: Any) -> Mapping[str, Tensor]:
+            return {"gate": torch.ones_like(factors["B"][..., 0])}
 
         def gain(self, tensors: Mapping[str, Tensor], norms: Tensor) -> Tensor:
             return tensors["gate"]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
 from lora_inject.core.adapter.variants import Variant
-from lora_inject.core.spec.sites import ROLES, SiteSpec
+from lora_inject.core.spec.sites import ROLES
 
 
 class Dora(Variant):
@@ -22,10 +21,10 @@ class Dora(Variant):
     roles, gained = ROLES["dora"]
 
     def start(
-        self, spec: SiteSpec, weight: Tensor, dtype: torch.dtype, norms: Callable[[], Tensor]
-    ) -> dict[str, Tensor]:
-        """Return A, B and the magnitude; the layer starts equal to the plain one."""
-        return {**super().start(spec, weight, dtype, norms), "m": norms().to(dtype)}
+        self, factors: Mapping[str, Tensor], norms: Callable[[], Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Return the magnitude."""
+        return {"m": norms().to(factors["B"].dtype)}
 
     def gain(self, tensors: Mapping[str, Tensor], norms: Tensor) -> Tensor:
         """Return `m / norms`; an output of zeros stays zero."""

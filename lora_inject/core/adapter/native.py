@@ -21,7 +21,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -33,9 +33,6 @@ from lora_inject.core.files.tensors import is_safetensors, read_names, read_tens
 from lora_inject.core.spec.sites import ROLES, SiteSpec
 from lora_inject.errors import FormatError
 from lora_inject.version import __version__
-
-if TYPE_CHECKING:
-    from lora_inject.core.spec.slices import Slices
 
 FORMAT_VERSION = "1"
 _PREFIX = "lora_inject."
@@ -204,18 +201,14 @@ def _spec(kind: Mapping[str, Any], where: str) -> SiteSpec:
     """
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in kind.items()}
     fields |= {"alpha": float(kind["alpha"]), "dropout": float(kind["dropout"])}
-    fields["slices"] = _slices(kind["slices"])
+    if (said := kind["slices"]) is not None:
+        from lora_inject.core.spec.slices import Slices
+
+        sizes = tuple((name, width) for name, width in said["sizes"])
+        fields["slices"] = Slices(sizes, tuple(said["adapt"]))
     for problem in _reasons_against(fields):
         raise FormatError(where, problem, _EDITED)
     return SiteSpec(name="", **fields)
-
-
-def _slices(said: Mapping[str, Any] | None) -> Slices | None:
-    if said is None:
-        return None
-    from lora_inject.core.spec.slices import Slices
-
-    return Slices(tuple((name, width) for name, width in said["sizes"]), tuple(said["adapt"]))
 
 
 def _reasons_against(kind: Mapping[str, Any]) -> Iterator[str]:

@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from lora_inject.core.adapter.first_factors import first_factors
-from lora_inject.core.spec.sites import ROLES, ShapeOf, SiteSpec
+from lora_inject.core.spec.sites import ROLES, ShapeOf
 
 
 class Variant:
@@ -32,18 +30,16 @@ class Variant:
     gained: ClassVar[bool] = False
 
     def start(
-        self, spec: SiteSpec, weight: Tensor, dtype: torch.dtype, norms: Callable[[], Tensor]
-    ) -> dict[str, Tensor]:
-        """Return the tensors of a new site by their roles.
+        self, factors: Mapping[str, Tensor], norms: Callable[[], Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Return the tensors of `roles` for a new site, with which it computes what it did.
 
         Args:
-            spec: The site.
-            weight: W.
-            dtype: Dtype of the tensors.
+            factors: A and B as they start, by role; the others are to have their dtype and device.
             norms: Returns the norm of each adapted output of W over its inputs, `(adapted out,)`.
         """
-        del norms
-        return first_factors(spec, weight, dtype)
+        del factors, norms
+        return {}
 
     def gain(self, tensors: Mapping[str, Tensor], norms: Tensor) -> Tensor:
         """Return the gain of some outputs; called only for variants that are `gained`.

@@ -17,10 +17,11 @@ def first_values(module: nn.Module, entry: Entry, weight: Tensor) -> dict[str, T
     if spec is None:
         role = next(iter(entry.names))
         return {role: entry.start(weight).to(dtype, copy=True)}
+    factors = first_factors(spec, weight, dtype)
     if spec.variant == "lora":
-        return first_factors(spec, weight, dtype)
+        return factors
     from lora_inject.core.adapter.known_variants import VARIANTS
     from lora_inject.core.layers.gains import first_norms
 
     norms = partial(first_norms, module, spec, weight)
-    return VARIANTS[spec.variant].start(spec, weight, dtype, norms)
+    return {**factors, **VARIANTS[spec.variant].start(factors, norms)}

@@ -33,11 +33,6 @@ Part = Callable[[AdapterState, Inventory], AdapterState]
 """Returns what of an adapter is for this process, given the names of the model."""
 
 
-def all_of_it(state: AdapterState, _names: Inventory) -> AdapterState:
-    """Return an adapter of which this process takes all."""
-    return state
-
-
 def fit(
     survey: Survey,
     state: AdapterState,
@@ -46,11 +41,11 @@ def fit(
     base: Base,
     leave_new: bool,
     asked: str,
-    part: Part = all_of_it,
+    part: Part | None = None,
 ) -> AdapterState:
     """Return an adapter in the names and the geometry of a model, with the tensors as they are.
 
-    `part` returns what of it is for this process, given the names of the model.
+    `part` returns what of it is for this process; by default it is for all of this model.
     """
     names = inventory(survey)
     state = _in_names_here(survey, state, part, names, leave_out, asked)
@@ -77,7 +72,7 @@ def fit(
 def _in_names_here(
     survey: Survey,
     state: AdapterState,
-    part: Part,
+    part: Part | None,
     names: Inventory,
     leave_out: Sequence[str],
     asked: str,
@@ -92,7 +87,8 @@ def _in_names_here(
         state = only(state, set(given) - gone.keys())
     for in_names_of in functions("in_names_of"):
         state = in_names_of(survey.model, state, survey.weights)
-    state = part(state, names)
+    if part is not None:
+        state = part(state, names)
     if any(site.spec.aliases or site.spec.kind == "parameter" for site in state.sites.values()):
         from lora_inject.core.model.held_otherwise import as_held_here
 

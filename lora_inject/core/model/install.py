@@ -9,7 +9,7 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.attach import survey_for
 from lora_inject.core.model.base import Base
-from lora_inject.core.model.fit_state import Part, all_of_it, fit
+from lora_inject.core.model.fit_state import Part, fit
 from lora_inject.core.model.load import M, copied, put_on_model
 from lora_inject.core.spec.garbage import few_collections
 from lora_inject.core.spec.rooms import room
@@ -48,7 +48,7 @@ def install(
     """
     check_type("install", state, AdapterState, "Give an AdapterState; load_adapter reads files")
 
-    def fitted(part: Part = all_of_it) -> tuple[Survey, AdapterState]:
+    def fitted(part: Part | None = None) -> tuple[Survey, AdapterState]:
         survey = survey_for(model, name)
         how: dict[str, Any] = {"leave_out": leave_out, "base": base, "leave_new": leave_new}
         return survey, fit(survey, state, **how, asked="install", part=part)

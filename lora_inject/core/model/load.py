@@ -18,7 +18,7 @@ from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.attach import attach, survey_for
 from lora_inject.core.model.base import Base
 from lora_inject.core.model.carried import Carried, note_files, reach
-from lora_inject.core.model.fit_state import Part, all_of_it, fit
+from lora_inject.core.model.fit_state import Part, fit
 from lora_inject.core.model.guards import before
 from lora_inject.core.model.places import places
 from lora_inject.core.model.trainable import check_live_inputs
@@ -85,7 +85,7 @@ def load_adapter(
     place = user_path("load adapter", path)
     asked = f"load {str(path)!r}"
 
-    def fitted(part: Part = all_of_it) -> tuple[Survey, Path, AdapterState]:
+    def fitted(part: Part | None = None) -> tuple[Survey, Path, AdapterState]:
         survey = survey_for(model, name)
         if trainable:
             check_live_inputs(survey, asked)
