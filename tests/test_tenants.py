@@ -243,7 +243,7 @@ def test_a_tenant_that_cannot_join_leaves_all_as_it_was(target: Any, message: st
     model = li.inject(base(), LINEAR, "mine")
     run = tenants("ann", model=model)
     li.activate(model, "mine")
-    model.extra = nn.Linear(4, 4).requires_grad_(False)
+    model.extra = nn.Linear(4, 4)
     run.forward_backward({"ann": rows("ann", 0)})
     before = snapshot(model)
     with pytest.raises(li.LoraInjectError, match=message):

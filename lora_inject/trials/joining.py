@@ -71,7 +71,8 @@ def _as_it_was_if_it_fails(model: nn.Module, done: list[str]) -> Iterator[None]:
     record = root_at(Survey(model))
     setting = None if record is None else record.selection.setting
     trained = frozenset[str]() if record is None else frozenset(record.trainable)
-    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
+    required = {} if record is None else dict(record.required_grad)
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
         yield
     except BaseException:
@@ -79,7 +80,9 @@ def _as_it_was_if_it_fails(model: nn.Module, done: list[str]) -> Iterator[None]:
             eject(model, name)
         if record is not None:
             train_only(model, trained)
-        for parameter, grad in grads:
+            record.required_grad = required
+        for parameter, requires_grad, grad in before:
+            parameter.requires_grad_(requires_grad)
             parameter.grad = grad
         raise
     finally:
