@@ -72,12 +72,22 @@ def linear(
             y = frozen_output(x, weight, bias, transposed, None)  # the shortest path through Python
             cpu.add_few_(y, x, updates[0])
             return y
-        return apply_updates(x, None, weight, bias, updates, transposed, float32, None)
+        return apply_updates(
+            x, updates, weight=weight, bias=bias, transposed=transposed, float32=float32
+        )
     dtype = torch.get_autocast_dtype(x.device.type)
     if not float32:  # by autograd, so that the layer and A share one copy, and x gets a gradient
         x = lowered(x, dtype)
     with context:
-        return apply_updates(x, None, weight, bias, updates, transposed, float32, dtype)
+        return apply_updates(
+            x,
+            updates,
+            weight=weight,
+            bias=bias,
+            transposed=transposed,
+            float32=float32,
+            dtype=dtype,
+        )
 
 
 def few_tokens(
@@ -114,15 +124,19 @@ _WIDE = (torch.float32, torch.float64)
 
 def apply_updates(
     x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
     updates: Sequence[Update],
-    transposed: bool,
-    float32: bool,
-    dtype: torch.dtype | None,
+    *,
+    y: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    transposed: bool = False,
+    float32: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Add updates to y, or to the frozen layer of a weight, by the Function where it is needed."""
+    """Add updates to y, or to the frozen layer of a weight, by the Function where it is needed.
+
+    One of y and weight is given. `dtype` is what autocast casts the layer to, None outside.
+    """
     if torch.is_grad_enabled():
         factors = [t for u in updates for t in (u.A, u.B)]
         if any(t is not None and t.requires_grad for t in (x, y, weight, bias, *factors)):

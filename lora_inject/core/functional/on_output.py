@@ -27,4 +27,4 @@ def add_updates(
             from lora_inject.core.functional.plain_operations import plain_updates
 
             return plain_updates(y, x, updates, [None] * len(updates), float32)
-        return apply_updates(x, y, None, None, updates, False, float32, None)
+        return apply_updates(x, updates, y=y, float32=float32)

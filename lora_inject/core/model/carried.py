@@ -60,7 +60,7 @@ class Root:
     trainable: set[str] = field(default_factory=set)  # adapters that may require gradients
     # Base parameters that required a gradient before the first inject, by their name at that time.
     required_grad: dict[str, Holder] = field(default_factory=dict)
-    undo: Any = None  # what `unmerge` restores while the model is merged; see `model.merge`
+    before_merge: Any = None  # what `unmerge` restores while the model is merged; see `model.merge`
     kept: tuple[int, Reach] | None = None  # a walk of the model and its generation; see `reach`
 
     def __getstate__(self) -> dict[str, Any]:

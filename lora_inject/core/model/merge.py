@@ -45,12 +45,12 @@ Weights = tuple[tuple[str, float], ...]
 
 
 @dataclass
-class _Merged:
-    """What the root keeps while merged; `undos` is None if nothing was kept."""
+class _Before:
+    """What the root remembers while merged; `tensors` is None if no values were kept."""
 
-    was: Selected
+    setting: Selected
     trainable: list[nn.Parameter]
-    undos: list[Undone] | None
+    tensors: list[Undone] | None
     # What models and configs said of quantization and ties: each with attributes of its.
     said: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
 
@@ -117,20 +117,20 @@ def merge(
         packed_target.check_replaceable(targets)
     check_results(targets, min_kept, undo)
 
-    undos: list[Undone] = []
+    undone: list[Undone] = []
     trainable = [p for *_, p in trainable_tensors(survey) if p.requires_grad]
-    kept = _Merged(root.selection.setting, trainable, undos if undo else None)
-    with _writing(survey, root, kept, undos, len(targets)):
-        root.undo = kept
+    before = _Before(root.selection.setting, trainable, undone if undo else None)
+    with _writing(survey, root, before, undone, len(targets)):
+        root.before_merge = before
         root.selection.replace(Mix(), merged=dict(mix))
         for parameter in trainable:
             parameter.requires_grad_(False)
-        _write(targets, undo, undos)
+        _write(targets, undone, keep=undo)
         if isinstance(into, torch.dtype):
-            kept.said += packed_target.say_unpacked(survey, targets)
+            before.said += packed_target.say_unpacked(survey, targets)
         report = _report(targets, mix)
         if untied:
-            merge_ties.untie_rest(survey, untied, kept.said, undos)
+            merge_ties.untie_rest(survey, untied, before.said, undone)
         if eject:
             take_off(model)
     return report
@@ -147,17 +147,17 @@ def _into(dequantize: str | torch.dtype | None, *, requantize: bool) -> Into:
 
 @contextmanager
 def _writing(
-    survey: Survey, root: Root, kept: _Merged, undos: list[Undone], n: int
+    survey: Survey, root: Root, before: _Before, undone: list[Undone], n: int
 ) -> Iterator[None]:
     """Run the body, which writes `n` tensors, all or nothing; Ctrl-C waits if nothing is kept."""
-    waiting = _held_back_interrupts() if kept.undos is None else nullcontext()
+    waiting = _held_back_interrupts() if before.tensors is None else nullcontext()
     whole = all_or_nothing((module for _, module in survey.modules), (root.selection, root))
-    with waiting, whole, _taken_back(kept, undos, n):
+    with waiting, whole, _taken_back(before, undone, n):
         yield
 
 
 @contextmanager
-def _taken_back(kept: _Merged, undos: list[Undone], n: int) -> Iterator[None]:
+def _taken_back(before: _Before, undone: list[Undone], n: int) -> Iterator[None]:
     """If the body raises, restore configs and weights, as far as these were kept.
 
     A context of its own: an interrupt between the body and the end of the others meets it, too.
@@ -165,19 +165,19 @@ def _taken_back(kept: _Merged, undos: list[Undone], n: int) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        kept.say_again()
-        _restore(undos)
-        if any(undo.lost for undo in undos):
+        before.say_again()
+        _restore(undone)
+        if any(tensor.lost for tensor in undone):
             from lora_inject.core.model.merge_reasons import left_written
 
-            raise left_written(len(undos), n) from error
+            raise left_written(len(undone), n) from error
         raise
 
 
-def _restore(undos: Iterable[Undone]) -> None:
+def _restore(undone: Iterable[Undone]) -> None:
     """Put everything back, the last first: a tie is restored to a tensor that already was."""
-    for undo in reversed(list(undos)):
-        undo.restore()
+    for tensor in reversed(list(undone)):
+        tensor.restore()
 
 
 def root_of(survey: Survey) -> Root:
@@ -210,20 +210,23 @@ def mix_to_fold(survey: Survey, name: str | Mapping[str, float] | None, verb: st
     return mix
 
 
-def _write(targets: list[Target], undo: bool, undos: list[Undone]) -> None:
-    """Write every merged weight, and note in `undos`, before each, what would take it back."""
+def _write(targets: list[Target], undone: list[Undone], *, keep: bool) -> None:
+    """Write every merged weight, and note in `undone`, before each, what would take it back.
+
+    With `keep` the values before are kept.
+    """
     untied: set[Holder] = set()
     # First: a layer that becomes a plain one may get its bias in another dtype.
     for target in sorted(targets, key=lambda target: not target.is_packed):
         replaced = target.replace()
-        undos.append(replaced or _before_writing(target, untied, undo))
+        undone.append(replaced or _before_writing(target, untied, keep=keep))
         if replaced is None:
-            _write_rows(target, undos[-1])
-        if undo:
-            undos[-1].note_written()
+            _write_rows(target, undone[-1])
+        if keep:
+            undone[-1].note_written()
 
 
-def _before_writing(target: Target, untied: set[Holder], undo: bool) -> Undone:
+def _before_writing(target: Target, untied: set[Holder], *, keep: bool) -> Undone:
     """Untie a tensor that another holds as well; return what restores it once it is written."""
     holder, before = target.holder, target.weight
     if left := [other for other in target.sharers if other not in untied]:
@@ -233,15 +236,15 @@ def _before_writing(target: Target, untied: set[Holder], undo: bool) -> Undone:
         return part(holder, left[-1])
     # Nobody shares it, or nobody any more.
     matrix = before.detach().view(target.matrix_shape)
-    return Undone(holder, before, before, matrix.clone() if undo else None)
+    return Undone(holder, before, before, matrix.clone() if keep else None)
 
 
-def _write_rows(target: Target, undo: Undone) -> None:
+def _write_rows(target: Target, undone: Undone) -> None:
     """Write all merged rows in their place."""
     if target.narrow or target.copies or target.gain is not None:
         from lora_inject.core.model.merged_rows import write_rounded
 
-        write_rounded(target, undo.before if undo.original is None else undo.original)
+        write_rounded(target, undone.before if undone.original is None else undone.original)
     else:
         for start, rows in target.blocks():
             target.delta.add_(rows, start)
@@ -284,25 +287,25 @@ def unmerge(model: M, *, discard: bool = False) -> M:
     """
     survey = Survey(model)
     root = root_of(survey)
-    selection, kept = root.selection, root.undo
-    if kept is None or kept.undos is None:
+    selection, before = root.selection, root.before_merge
+    if before is None or before.tensors is None:
         from lora_inject.core.model.unmerge_checks import nothing_to_restore
 
-        raise nothing_to_restore(merged=kept is not None)
+        raise nothing_to_restore(merged=before is not None)
     selection.check_settled("unmerge", others=True)
-    for undo in kept.undos:
-        if not undo.stands(survey):
-            from lora_inject.core.model.unmerge_checks import check_undo
+    for tensor in before.tensors:
+        if not tensor.stands(survey):
+            from lora_inject.core.model.unmerge_checks import check_undone
 
-            check_undo(undo, survey, discard)
+            check_undone(tensor, survey, discard)
     with _held_back_interrupts():
-        _restore(kept.undos)
+        _restore(before.tensors)
         with all_or_nothing((module for _, module in survey.modules), (selection, root)):
-            selection.replace(kept.was)
-            kept.say_again()
-            for parameter in kept.trainable:
+            selection.replace(before.setting)
+            before.say_again()
+            for parameter in before.trainable:
                 parameter.requires_grad_(True)
-            root.undo = None
+            root.before_merge = None
     return model
 
 

@@ -133,7 +133,7 @@ def untie_rest(
     survey: Survey,
     untied: Mapping[str, str],
     said: list[tuple[Any, dict[str, Any]]],
-    undos: list[Undone],
+    undone: list[Undone],
 ) -> None:
     """Let no config say that tensors are tied, and part those that then nothing ties again.
 
@@ -147,4 +147,4 @@ def untie_rest(
     for name in sorted({name for pair in pairs - tied_by_class(survey) for name in pair}):
         holder = survey.at(name)
         if (other := first.setdefault(memory_of(holder.tensor), holder)) != holder:
-            undos.append(part(holder, other))
+            undone.append(part(holder, other))

@@ -13,7 +13,7 @@ from lora_inject.core.model.undo import Undone, checksum
 from lora_inject.errors import StateError
 
 
-def check_undo(undo: Undone, survey: Survey, discard: bool) -> None:
+def check_undone(undo: Undone, survey: Survey, discard: bool) -> None:
     """Check that the weight is still the one that was merged, in a layer of the model."""
     asked = f"unmerge of {undo.holder.name!r}"
     for problem, remedy in chain(_not_in_place(undo, survey), _not_as_written(undo, discard)):
