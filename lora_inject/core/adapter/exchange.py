@@ -93,11 +93,6 @@ def format_of(name: str, asked: str = "") -> Format:
     return row
 
 
-def default_format() -> str:
-    """Return the name of the format that is written where none is named."""
-    return str(room("formats").DEFAULT)
-
-
 def every_format() -> Mapping[str, Format | Callable[[], Format]]:
     """Return the whole table: what lies in the room enters it on import."""
     room("formats")
@@ -150,7 +145,7 @@ def write_adapter(
         2.0
     """
     target = user_path("write adapter", path)
-    format = format or default_format()  # noqa: A001
+    format = format or room("formats").DEFAULT  # noqa: A001
     row = format_of(format, f"write adapter to '{path}'")
     with within(f"write {format} adapter to '{path}'"):
         facts, own = _arguments(row, row.write, facts, options)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_inject.core.adapter.exchange import completed, default_format, format_of, write_adapter
+from lora_inject.core.adapter.exchange import completed, format_of, write_adapter
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import all_take_part, entries, note_files
@@ -72,7 +72,7 @@ def save_adapter(
     """
     folder = user_path("save adapter", path)
     survey = Survey(model)
-    format = format or default_format()  # noqa: A001
+    format = format or room("formats").DEFAULT  # noqa: A001
     asked = f"save adapter {name!r}"
     target = _target(folder, format, version, asked)
 
