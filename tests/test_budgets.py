@@ -27,8 +27,8 @@ LINES = {
     "activate": 2_153,
     "inject": 5_782,
     "merge": 4_160,
-    "save, load": 6_679,
-    "life": 8_990,
+    "save, load": 6_680,
+    "life": 8_991,
 }
 STAGES = {
     "config": "from lora_inject import Config",

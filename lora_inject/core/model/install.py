@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from lora_inject.core.adapter.state import AdapterState
@@ -47,11 +48,11 @@ def install(
         StateError: The name is in use, or the model is merged.
     """
     check_type("install", state, AdapterState, "Give an AdapterState; load_adapter reads files")
+    fit_to = partial(fit, leave_out=leave_out, base=base, leave_new=leave_new, asked="install")
 
     def fitted(part: Part | None = None) -> tuple[Survey, AdapterState]:
         survey = survey_for(model, name)
-        how: dict[str, Any] = {"leave_out": leave_out, "base": base, "leave_new": leave_new}
-        return survey, fit(survey, state, **how, asked="install", part=part)
+        return survey, fit_to(survey, state, part=part)
 
     def put_on(survey: Survey, mine: AdapterState, last: Callable[[], None] = lambda: None) -> None:
         put_on_model(survey, mine, name, copied, last=last)

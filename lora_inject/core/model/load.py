@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from os.path import lexists
 from pathlib import Path
@@ -84,30 +85,30 @@ def load_adapter(
     """
     place = user_path("load adapter", path)
     asked = f"load {str(path)!r}"
+    fit_to = partial(fit, leave_out=leave_out, base=base, leave_new=leave_new, asked=asked)
 
     def fitted(part: Part | None = None) -> tuple[Survey, Path, AdapterState]:
         survey = survey_for(model, name)
         if trainable:
             check_live_inputs(survey, asked)
-        there = place
+        files = place
         if revision is not None or not lexists(place):
-            there = room("hub").on_disk(place, path, revision, asked)
-        known = format or detected(there)
+            files = room("hub").on_disk(place, path, revision, asked)
+        row = format or detected(files)
         with values_at_once():
             state = read_adapter(
-                there, known, facts=lambda: room("formats").facts_about(survey), **options
+                files, row, facts=lambda: room("formats").facts_about(survey), **options
             )
-        how: dict[str, Any] = {"leave_out": leave_out, "base": base, "leave_new": leave_new}
-        mine = fit(survey, state, **how, asked=asked, part=part)
-        if (check_load := format_of(known).check_load) is not None:
-            check_load(survey, state, mine, asked)
-        return survey, there, mine
+        here = fit_to(survey, state, part=part)
+        if (check_load := format_of(row).check_load) is not None:
+            check_load(survey, state, here, asked)
+        return survey, files, here
 
     def put_on(
-        survey: Survey, there: Path, state: AdapterState, last: Callable[[], None] = lambda: None
+        survey: Survey, files: Path, state: AdapterState, last: Callable[[], None] = lambda: None
     ) -> None:
         put_on_model(survey, state, name, _Owned(), trainable=trainable, last=last)
-        note_files(survey, name, there)
+        note_files(survey, name, files)
 
     if group is not None:
         room("stages").put_on_by_all(group, asked, fitted, put_on)
@@ -141,11 +142,11 @@ def put_on_model(
         return id(tensors[place.name][next(iter(place.entry.names))])
 
     before("load", survey, name, wanted, tied)
-    there = reach(survey.model, survey)
-    active = {each for selection in there.selections for each in selection.setting.names}
-    takes_part = trainable or active.isdisjoint(there.names)
-    how = {"activate": takes_part, "train": trainable}
-    attach(survey, name, wanted, given, tied, state.config, last=last, **how)
+    reached = reach(survey.model, survey)
+    active = {each for selection in reached.selections for each in selection.setting.names}
+    takes_part = trainable or active.isdisjoint(reached.names)
+    put = partial(attach, survey, name, wanted, given, tied, state.config, last=last)
+    put(activate=takes_part, train=trainable)
 
 
 def _by_name(state: AdapterState) -> dict[str, Mapping[str, Tensor]]:
