@@ -137,6 +137,19 @@ def test_the_core_reaches_a_room_by_one_table_only():
             assert ("import_module" in source) == (name == "core.spec.rooms"), name
 
 
+def test_the_architecture_lists_what_a_guard_is_asked() -> None:
+    asks = re.compile(r'\b(before|after|functions)\("(\w+)"')
+    names = {
+        name if how == "functions" else f"{how}_{name}"
+        for source in modules().values()
+        for how, name in asks.findall(source)
+    }
+    page = (PACKAGE.parent / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = page.partition("## Adding another library")[2].partition("\n## ")[0]
+    functions = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert {name for cell in functions for name in re.findall(r"`(\w+)\(", cell)} == names
+
+
 def test_heavy_and_optional_packages_are_imported_where_they_are_used():
     for name, source in modules().items():
         at_import = set(re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE))
