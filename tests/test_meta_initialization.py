@@ -11,6 +11,7 @@ import torch
 from conftest import fill, same_bits
 from helpers.models import IDS, Net
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 import lora_inject as li
 
@@ -49,6 +50,9 @@ WAYS: dict[str, Callable[[nn.Module, Any], Any]] = {
     "emptied, then loaded": lambda m, base: emptied(m).load_state_dict(base),
     "emptied, reset, then loaded": lambda m, base: reset(emptied(m)).load_state_dict(base),
     "assigned": lambda m, base: m.load_state_dict(base, assign=True),
+    "emptied, then loaded as a distributed checkpoint": lambda m, base: set_model_state_dict(
+        emptied(m), base, options=StateDictOptions(strict=False)
+    ),
 }
 
 

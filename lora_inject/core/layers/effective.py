@@ -142,6 +142,8 @@ def _effective(layer: Any, raw: Tensor, taking: list[tuple[Entry, float]], outsi
     if patches and not needs_plain_operations():
         how = {"float32": float32, "gain": gain, "any_shape": outside}
         return _late(value, patches, used=used, looks=True, **how)
+    if outside and layer._lora.garbage:  # a loader looks each key up before it gives values
+        return _late(value, patches, used=used, gain=gain, any_shape=True)
     used()
     if not patches:
         return value
