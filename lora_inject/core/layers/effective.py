@@ -139,11 +139,10 @@ def _effective(layer: Any, raw: Tensor, taking: list[tuple[Entry, float]], outsi
                 noted = layer._lora.read_from_outside  # dynamo of torch 2.9 follows no |=
                 layer._lora.read_from_outside = noted | {entry.mark}
 
-    if patches and not needs_plain_operations():
+    waits = outside and layer._lora.garbage  # a loader looks each key up before it gives values
+    if (patches or waits) and not needs_plain_operations():
         how = {"float32": float32, "gain": gain, "any_shape": outside}
         return _late(value, patches, used=used, looks=True, **how)
-    if outside and layer._lora.garbage:  # a loader looks each key up before it gives values
-        return _late(value, patches, used=used, gain=gain, any_shape=True)
     used()
     if not patches:
         return value
