@@ -253,7 +253,7 @@ def test_scales_are_folded_into_tensors_of_16_bits_with_one_rounding(tmp_path: P
     parts = {"mlp.up_proj": 4.0, "mlp.gate_proj": 3.0}
     fc = KIND_SPECS["linear"]
     specs = [replace(fc, name=f"model.layers.0.{p}", alpha=alpha) for p, alpha in parts.items()]
-    state = make_state(*specs).to(torch.bfloat16)
+    state = li.as_dtype(make_state(*specs), torch.bfloat16)
     path = write_adapter(state, tmp_path / "a.gguf", "gguf", config={"model_type": "qwen2"})
     for name, site in read_adapter(path).sites.items():
         torch.testing.assert_close(effect(site), effect(state.sites[name]), rtol=1e-6, atol=1e-6)
