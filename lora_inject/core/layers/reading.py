@@ -1,8 +1,17 @@
 """Who reads an adapted parameter, and what it reads as; loaded with the first read.
 
-The rule: the attribute of an adapted parameter reads as W + delta, for whoever reads it. Raw are
-`parameters()`, `state_dict()` and `_parameters`. A layer's own forward, to whose output the update
-is added, reads its own W (`own_code`). What the sum is stands in `effective`.
+The rule: the attribute of an adapted parameter reads as W + delta, for whoever reads it.
+
+| who asks | gets | by |
+|---|---|---|
+| `parameters()`, `state_dict()`, `_parameters` | the parameter | nn.Module |
+| code that keeps or writes the parameters (`own_code`) | the parameter | `read_attribute` |
+| a library that moves or rounds a parameter | the parameter | `read_attribute` |
+| the forward to whose output the update is added | W, with what is read alone | `_lora_own` |
+| a layer whose product cannot be added to | W with all updates | `formed_weight` |
+| whoever else reads | W + delta, which cannot be written to | `read_attribute` |
+
+What the sum is stands in `effective`.
 """
 
 from __future__ import annotations
@@ -41,13 +50,7 @@ def read_attribute(layer: Any, param: str, raw: Any) -> Any:
 
 
 def _read(layer: Any, param: str, raw: Any) -> Any:
-    """Return the parameter, or W + delta.
-
-    1. Code that keeps or writes the parameters finds them.
-    2. The forward to whose output updates are added finds W, with what is read alone.
-    3. A library that moves or rounds a parameter finds it.
-    4. Whoever else reads gets W + delta, which cannot be written to.
-    """
+    """Return the parameter, or W + delta, by the table above."""
     attached = layer._lora
     if OWN.keeps is attached:
         return raw
