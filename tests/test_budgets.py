@@ -23,12 +23,12 @@ PACKAGE = Path(lora_inject.__file__).parent
 # Stage -> lines of the package that it may load.
 LINES = {
     "config": 1_253,
-    "forward": 2_554,
-    "activate": 2_153,
-    "inject": 5_782,
-    "merge": 4_160,
-    "save, load": 6_680,
-    "life": 8_991,
+    "forward": 2_557,
+    "activate": 2_155,
+    "inject": 5_785,
+    "merge": 4_162,
+    "save, load": 6_683,
+    "life": 8_994,
 }
 STAGES = {
     "config": "from lora_inject import Config",

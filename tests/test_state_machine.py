@@ -241,7 +241,7 @@ def computed_value(how: str, values: list[Any], factor: float) -> Any:
     if how == "add":
         return values[0] + values[-1]
     if how == "truncate":
-        return values[0].truncate(energy=1.0)
+        return li.truncate(values[0], energy=1.0).state
     return li.combine(values, method="svd", rank=20)
 
 

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Parameter
 
 from lora_inject.core.functional import cpu, torch_inside
 from lora_inject.core.functional.factors import (
@@ -100,15 +101,15 @@ def few_tokens(
     """
     if not torch_inside.runs_plainly() or torch.is_autocast_enabled("cpu"):
         return None  # first: a trace would record what is asked of the sizes
+    if not (type(weight) is type(A) is type(B) is Parameter and type(x) is Tensor):
+        return None
     if x.is_nested or x.layout is not torch.strided or not x.is_cpu:
         return None
-    n, width = x.numel(), x.shape[-1]
-    if not 0 < n <= cpu.FEW * width:
-        return None
     dtype = x.dtype
-    if not (type(weight) is type(A) is type(B) is nn.Parameter and type(x) is Tensor):
-        return None
     if not (dtype is weight.dtype is A.dtype is B.dtype) or dtype not in _WIDE:
+        return None
+    n, width = x.numel(), x.size(-1)
+    if not 0 < n <= cpu.FEW * width:
         return None
     y = F.linear(x, weight, bias)
     if n == width:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from lora_inject.private import look_up
 
@@ -29,7 +30,7 @@ _tells = None not in (_transforms, _tracing_state, _level)
 
 def in_trace() -> bool:
     """Whether `torch.jit.trace` records: sizes are tensors then."""
-    if torch.compiler.is_compiling() or _tracing_state is None:
+    if is_compiling() or _tracing_state is None:
         return False
     return _tracing_state() is not None
 
@@ -64,7 +65,7 @@ def runs_plainly() -> bool:
 
     In one function, because it is asked for each token of each layer.
     """
-    if torch.compiler.is_compiling() or not _tells or _n_modes is None:
+    if is_compiling() or not _tells or _n_modes is None:
         return False
     transformed = _transforms() or _tracing_state() is not None or forward_ad._current_level >= 0
     return not transformed and _n_modes() == 0
@@ -109,7 +110,7 @@ def may_recompute() -> bool:
     It is asked in each forward of each layer, and costs a quarter of a microsecond. True where this
     torch does not tell.
     """
-    if torch.compiler.is_compiling():  # dynamo may compile this function alone
+    if is_compiling():  # dynamo may compile this function alone
         return False
     if top_hooks(False) or _forward_ad_is_on is None or _graph_task is None:
         return True

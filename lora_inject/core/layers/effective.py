@@ -139,14 +139,22 @@ def _effective(layer: Any, raw: Tensor, taking: list[tuple[Entry, float]], outsi
                 noted = layer._lora.read_from_outside  # dynamo of torch 2.9 follows no |=
                 layer._lora.read_from_outside = noted | {entry.mark}
 
-    waits = outside and layer._lora.garbage  # a loader looks each key up before it gives values
-    if (patches or waits) and not needs_plain_operations():
+    if _is_late(layer, patches, outside):
         how = {"float32": float32, "gain": gain, "any_shape": outside}
         return _late(value, patches, used=used, looks=True, **how)
     used()
     if not patches:
         return value
     return effective_weight(value, patches, float32=float32, gain=gain)
+
+
+def _is_late(layer: Any, patches: Sequence[Patch], outside: bool) -> bool:
+    """Whether a value is formed where it is used: a sum, or what a loader only looks up.
+
+    torch's `set_model_state_dict` asks for each key before it gives the adapter's tensors values.
+    """
+    waits = outside and layer._lora.garbage
+    return bool(patches or waits) and not needs_plain_operations()
 
 
 def _is_read(layer: Any, entry: Entry) -> None:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from weakref import WeakSet
 
 import torch
+from torch.compiler import is_compiling
 
 from lora_inject.core.functional.patches import hold
 from lora_inject.core.functional.torch_inside import constant_in_graphs, may_recompute, next_node
@@ -72,7 +73,7 @@ class Selection:
 
     def current(self) -> Selected:
         """Return who takes part in the running forward."""
-        if torch.compiler.is_compiling():  # dynamo may compile this function alone
+        if is_compiling():  # dynamo may compile this function alone
             return self._in_graph()
         selected = self.setting
         for context in reversed(ENTERED.get()):
