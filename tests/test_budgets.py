@@ -23,12 +23,12 @@ PACKAGE = Path(lora_inject.__file__).parent
 # Stage -> lines of the package that it may load.
 LINES = {
     "config": 1_253,
-    "forward": 2_557,
+    "forward": 2_560,
     "activate": 2_155,
-    "inject": 5_785,
+    "inject": 5_788,
     "merge": 4_162,
-    "save, load": 6_683,
-    "life": 8_994,
+    "save, load": 6_686,
+    "life": 8_997,
 }
 STAGES = {
     "config": "from lora_inject import Config",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_inject.core.functional.factors import Update
@@ -69,7 +69,7 @@ class LoRALinear(ForwardUpdate):
         Decoding calls each layer with a vector for each sequence, and what Python does then counts
         as much as the products.
         """
-        if not (torch.is_grad_enabled() or self.training or kwargs) and len(args) == 1:
+        if not (is_grad_enabled() or self.training or kwargs) and len(args) == 1:
             held, chosen = self._parameters, self._lora.last_chosen
             lone = chosen.lone if chosen.mix is mix else self._lora_chosen(mix).lone
             if lone is not None and self._lora_stock and not self.transposed and "bias" in held:
