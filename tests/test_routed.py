@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
+from lora_inject.core.functional.factors import Update
+from lora_inject.rows.bank import routed_update
 
 Rows = list[str | None]
 # Eight rows of two adapters of one rank, in their order too, or of three of unequal rank.
@@ -235,3 +237,35 @@ def test_a_batch_as_long_as_time_is_refused_where_either_may_come_first(compiled
     li.inject(first, {"rank": 1, "targets": ["0"]})
     with li.routed(first, ["default", None, None]):
         first(torch.ones(3, 3, 4))
+
+
+@pytest.mark.parametrize("n_tokens", [1, 4])
+@pytest.mark.parametrize(
+    ("rows", "ranks"),
+    [
+        ([1, 2, 3, 4], (2, 2, 2, 2)),
+        ([0, 2, 1, 2, 2, 1, 0, 2], (1, 3)),
+        ([2, 2, 2, 2, 2, 2, 2, 1], (4, 1)),
+        ([3, 3, 3, 3, 3, 3, 1, 2, 3], (2, 2, 2)),
+        ([0, 0, 1], (2,)),
+    ],
+)
+def test_any_distribution_of_rows_by_hand(rows, ranks, n_tokens) -> None:
+    """Output against dense matrices row by row; two derivatives against finite differences."""
+    tensors = [
+        t.double().requires_grad_() for r in ranks for t in (torch.randn(r, 5), torch.randn(7, r))
+    ]
+    x = torch.randn(len(rows), n_tokens, 5).double().requires_grad_()
+    y = torch.randn(len(rows), n_tokens, 7).double().requires_grad_()
+
+    def run(y: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
+        pairs = zip(tensors[::2], tensors[1::2], strict=True)
+        adapters = [[Update(A, B, 0.5 + i % 2)] for i, (A, B) in enumerate(pairs)]
+        return routed_update(y, x, torch.tensor(rows), adapters, float32=False)
+
+    deltas = [torch.zeros(7, 5).double()]
+    deltas += [(0.5 + i % 2) * tensors[2 * i + 1] @ tensors[2 * i] for i in range(len(ranks))]
+    wanted = torch.stack([y[i] + x[i] @ deltas[row].T for i, row in enumerate(rows)])
+    assert error(run(y, x, *tensors), wanted) < 1e-14
+    assert torch.autograd.gradcheck(run, (y, x, *tensors), fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, (y, x, *tensors), fast_mode=True)
