@@ -104,11 +104,12 @@ class Rows(Selected):
         if x.is_nested:
             problem = f"a {type(layer).__name__} got a nested tensor"
             raise LayerError(self.asked, problem, "Pad the batch, or run each adapter's rows alone")
-        whole = self._reads_whole(layer)
+        reads = layer._lora.reads
+        whole = bool(reads) and self._reads_whole(layer)
         if whole and self.splits():
             return apart(self, layer, args, kwargs)
         y = self.summed(layer, x, args, kwargs, whole=whole)
-        biases = self._biases(layer, x) if adds_bias(type(layer), "bias") else None
+        biases = self._biases(layer, x) if reads and adds_bias(type(layer), "bias") else None
         if layer._lora.gains:
             y = self._gained(layer, y, x)
         return y if biases is None else y + cast(biases, y.dtype)
@@ -194,7 +195,7 @@ class Rows(Selected):
 
     def is_fused(self, layer: LoRALinear) -> bool:
         """Return whether a layer's output is ours alone, as that of a plain stock layer is."""
-        return layer._lora_stock and type(layer._lora_raw("weight")) in PLAIN
+        return layer._lora_stock and type(layer._parameters.get("weight")) in PLAIN
 
     # ---------------------------------------------------------------------------------- routing
 
