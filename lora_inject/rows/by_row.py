@@ -105,7 +105,7 @@ class Rows(Selected):
             problem = f"a {type(layer).__name__} got a nested tensor"
             raise LayerError(self.asked, problem, "Pad the batch, or run each adapter's rows alone")
         reads = layer._lora.reads
-        whole = bool(reads) and self._reads_whole(layer)
+        whole = self._reads_whole(layer) if reads else False
         if whole and self.splits():
             return apart(self, layer, args, kwargs)
         y = self.summed(layer, x, args, kwargs, whole=whole)
