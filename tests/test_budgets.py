@@ -27,8 +27,8 @@ LINES = {
     "activate": 2_155,
     "inject": 5_788,
     "merge": 4_162,
-    "save, load": 6_686,
-    "life": 8_997,
+    "save, load": 6_687,
+    "life": 8_998,
 }
 STAGES = {
     "config": "from lora_inject import Config",

@@ -1,5 +1,6 @@
 """Files that are damaged, contradictory or meant to do harm: an error, at once, that says what."""
 
+import functools
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_inject as li
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files.strict_json import misfit
 from lora_inject.core.files.tensors import read_names
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
@@ -105,6 +107,12 @@ def test_sites_kinds_and_samples_of_ours_must_fit(part, edit, words, ours: Path)
     save_file(tensors, ours / MODEL, metadata | {f"lora_inject.{part}": json.dumps(plain)})
     with pytest.raises(FormatError, match=words):
         read_adapter(ours)
+
+
+def test_what_a_field_must_not_be_is_told_however_deep_it_is() -> None:
+    """JSON may be read so deep that Python's own words of it go beyond its limit."""
+    deep = functools.reduce(lambda inside, _: [inside], range(5000), [])
+    assert misfit(deep, float) == ": [[[[[[[...]]]]]]] is impossible"
 
 
 def test_tensors_and_versions_that_ours_do_not_say_are_refused(ours: Path) -> None:

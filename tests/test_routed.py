@@ -233,6 +233,10 @@ def test_a_batch_as_long_as_time_is_refused_where_either_may_come_first(compiled
             model(torch.ones(5, 3, 4))
         with pytest.raises((li.LayerError, RuntimeError), match="which dimension is the batch"):
             run(torch.ones(3, 3, 4))
+    model = li.inject(TimeMajor(), {"rank": 1, "targets": ["fc"]})
+    part = li.routed(model.fc, ["default", None, None])  # which does not see what is next to it
+    with part, pytest.raises(li.LayerError, match="which dimension is the batch"):
+        model(torch.ones(3, 3, 4))
     first = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4, batch_first=True))
     li.inject(first, {"rank": 1, "targets": ["0"]})
     with li.routed(first, ["default", None, None]):

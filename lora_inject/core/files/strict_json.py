@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections import Counter
 from collections.abc import Iterable
 from itertools import count
@@ -78,7 +79,7 @@ def misfit(value: Any, form: Any) -> str:
         return _first_misfit((place, each, form[0]) for place, each in enumerate(value))
     if isinstance(form, tuple) and isinstance(value, list) and len(value) == len(form):
         return _first_misfit(zip(count(), value, form))
-    return "" if _is_plainly(value, form) else f": {repr(value)[:40]} is impossible"
+    return "" if _is_plainly(value, form) else f": {reprlib.repr(value)[:40]} is impossible"
 
 
 def _misfit_of_table(value: dict[str, Any], form: dict[Any, Any]) -> str:

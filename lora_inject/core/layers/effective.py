@@ -153,9 +153,10 @@ def _is_late(layer: Any, patches: Sequence[Patch], outside: bool) -> bool:
 
     torch's `set_model_state_dict` asks for each key before it gives the adapter's tensors values.
     """
+    # Two statements: dynamo before torch 2.14 traces no `bool()` of a list.
     if not patches and not (outside and layer._lora.garbage):
         return False
-    return not needs_plain_operations()  # dynamo before 2.14 cannot trace bool() of a list
+    return not needs_plain_operations()
 
 
 def _is_read(layer: Any, entry: Entry) -> None:

@@ -94,13 +94,13 @@ def load_adapter(
         files = place
         if revision is not None or not lexists(place):
             files = room("hub").on_disk(place, path, revision, asked)
-        row = format or detected(files)
+        format_name = format or detected(files)
         with values_at_once():
             state = read_adapter(
-                files, row, facts=lambda: room("formats").facts_about(survey), **options
+                files, format_name, facts=lambda: room("formats").facts_about(survey), **options
             )
         here = fit_to(survey, state, part=part)
-        if (check_load := format_of(row).check_load) is not None:
+        if (check_load := format_of(format_name).check_load) is not None:
             check_load(survey, state, here, asked)
         return survey, files, here
 
