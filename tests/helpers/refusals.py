@@ -1,9 +1,35 @@
-"""What a process can hand on of a refusal."""
+"""How a refusal is tested: by its class, the places it names, its remedy, and what it leaves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
+from conftest import snapshot
+from torch import nn
+
 import lora_inject as li
+
+
+@contextmanager
+def refused(
+    kind: type[li.LoraInjectError], *names: str, model: nn.Module | None = None
+) -> Iterator[None]:
+    """Hold that the body raises `kind`, names each of `names`, has a remedy, and leaves `model`.
+
+    A name is a place, a value or a way out that the user has to see: a site, a key, a path, an
+    option. How the sentence around it reads is free.
+    """
+    before = None if model is None else snapshot(model)
+    with pytest.raises(kind) as raised:
+        yield
+    error = raised.value
+    missing = [name for name in names if name not in str(error)]
+    assert not missing, f"'{error}' does not name {missing}"
+    assert error.found, error
+    assert error.remedy, error
+    if model is not None:
+        assert snapshot(model) == before, "the refused call changed the model"
 
 
 def said(run: Callable[[], Any]) -> str:
