@@ -106,7 +106,7 @@ def test_models_of_peft_merged_ones_and_ones_in_bfloat16_are_told(saved: Path) -
     model = build()
     li.merge(model)
     assert li.verify_loaded(model, source=saved).ok
-    model = li.activate(build(), {"default": 8.0})  # the last strength of the proof, or any beyond
+    model = li.activate(build(), {"default": 12.0})  # beyond 8, the last strength of a proof
     assert li.verify_loaded(model, source=saved).word == "neither"
     rounded = li.verify_loaded(build().bfloat16(), source=saved, dtype="bfloat16")
     assert rounded.ok
