@@ -1,0 +1,402 @@
+"""Programs of scripts/, as far as whoever runs one would miss it: data, loss, resuming, output."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import script
+from helpers.forks import Forks
+from helpers.models import tiny_llama
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from training_models import bert_folder, llama_folder
+from transformers import AutoTokenizer, TrainerCallback
+
+import lora_inject as li
+
+REPO = Path(__file__).parents[2]
+
+with mock.patch.dict(os.environ):  # which these set, for programs of their own
+    bench = script("bench")
+    reproduce = script("reproduction.__main__").main
+    methods, trials = (script(f"reproduction.{name}") for name in ("methods", "trials"))
+pairs, snippets = script("data.pairs"), script("data.snippets")
+rows, tasks, finetune = (script(f"finetuning.{name}") for name in ("rows", "tasks", "finetune"))
+
+# ------------------------------------------------------------------------------- the environment
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Any:
+    """Run a command in a shell that has sourced scripts/environment.sh of a bare checkout."""
+    shutil.copytree(REPO / "scripts", tmp_path / "scripts")
+    shutil.copy(REPO / "pyproject.toml", tmp_path)
+    variables = {**os.environ, "PYTHON": sys.executable, "PYTHONDONTWRITEBYTECODE": "1"}
+    how = {"cwd": tmp_path, "capture_output": True, "text": True, "env": variables}
+
+    def shell(command: str) -> subprocess.CompletedProcess[str]:
+        words = ["bash", "-euo", "pipefail", "-c", f"source scripts/environment.sh; {command}"]
+        return subprocess.run(words, check=False, **how)
+
+    return shell
+
+
+def test_a_folder_that_the_scripts_did_not_make_stays(shell: Any, tmp_path: Path) -> None:
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "mine").touch()
+    done = shell("make_environment")
+    assert done.returncode == 1
+    assert ".venv is in the way" in done.stderr
+    assert (tmp_path / ".venv" / "mine").exists()
+
+
+def test_an_environment_is_made_once_for_the_same_versions(shell: Any, tmp_path: Path) -> None:
+    make = 'fill() { echo made; mkdir -p "$venv/bin"; ln -sf "$1" "$venv/bin/python"; }; '
+    make += "make_environment"
+    assert [shell(make).stdout for _ in range(2)] == ["made\n", ""]
+    with (tmp_path / "scripts" / "constraints.txt").open("a") as file:
+        file.write("another==1.0\n")
+    assert shell(make).stdout == "made\n"
+
+
+def test_a_set_is_made_with_its_versions_and_is_a_job_of_ci(shell: Any) -> None:
+    told = 'fill() { echo "$2: ${extras} ${*:3:2}"; mkdir -p "$venv"; }; '
+    made = "the set 2.6: train torch==2.6.0 transformers==4.57.6"
+    assert shell(f"{told} make_set 2.6").stdout.startswith(made)
+    lines = (REPO / "scripts" / "sets.txt").read_text().splitlines()
+    names = [line.split()[0] for line in lines if not line.startswith("#")]
+    assert f"There are {' '.join(names)}." in shell(f"{told} make_set 1.0").stderr
+    workflow = (REPO / ".github" / "workflows" / "ci.yml").read_text()
+    assert f"set: {json.dumps(names)}" in workflow
+
+
+# ------------------------------------------------------------------------- data and its objective
+
+some_pairs = st.lists(
+    st.builds(
+        pairs.Pair,
+        st.integers(0, 30).map("module{}".format),
+        st.sampled_from([f"{c}f{i}" for i in range(40) for c in ("", "A.", "B.")]),
+        st.integers(0, 60).map("code {}".format),
+        st.integers(0, 60).map("Summary {}.".format),
+    ),
+    max_size=80,
+)
+
+
+@given(some_pairs, st.randoms())
+def test_what_is_held_out_shares_nothing_with_what_is_trained(some: Any, random: Any) -> None:
+    split = pairs.split_by_module(some)
+    of_each = {
+        key: lambda pair, key=key: getattr(pair, key) for key in ("module", "code", "summary")
+    }
+    of_each["bare name"] = lambda pair: pair.name.split(".")[-1]
+    for what, of in of_each.items():
+        assert {*map(of, split.train)}.isdisjoint(map(of, split.held_out)), what
+    assert {*split.train, *split.held_out} <= {*some}
+    unique = [*{(p.module, p.name): p for p in some}.values()]  # as within one installation
+    mixed = random.sample(unique, len(unique))
+    assert pairs.split_by_module(mixed) == pairs.split_by_module(unique), "no order matters"
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.text("abc ", min_size=1)), max_size=60))
+def test_a_split_has_every_sentence_once_and_no_review_twice(rows: Any) -> None:
+    made = [snippets.Snippet(f"{review}_{i}", text, 1.0) for i, (review, text) in enumerate(rows)]
+    split = snippets.split(made)
+    parts = [split.train, split.dev, split.test]
+    assert sorted((s for part in parts for s in part), key=str) == sorted(made, key=str)
+    reviews = [{s.id.partition("_")[0] for s in part} for part in parts]
+    assert sum(map(len, reviews)) == len(set().union(*reviews))
+
+
+@pytest.mark.parametrize("pad", [0, 39])
+def test_the_loss_of_pairs_is_eq_2_one_token_at_a_time(pad: int) -> None:
+    """Each pair alone, no padding, no batch: log p(y_t | x, y_<t) from a forward of its own."""
+    texts = (([5, 6, 7, 8, 9], 3), ([11, 12, 13, 14, 15, 16, 17, 18], 4), ([21, 22], 1))
+    batch = [pairs.Example(tokens, n_prompt) for tokens, n_prompt in texts]
+    decoder = tiny_llama(vocab_size=40, tie_word_embeddings=True).double().eval()
+    wanted = [
+        decoder(torch.tensor([tokens[:t]])).logits[0, -1].log_softmax(-1)[tokens[t]]
+        for tokens, n_prompt in texts
+        for t in range(n_prompt, len(tokens))
+    ]
+    log_probs = pairs.target_log_probs(decoder, *pairs.collate(batch, pad=pad))
+    torch.testing.assert_close(log_probs, torch.stack(wanted).float(), rtol=1e-6, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------- fine-tuning
+
+WORDS = ["red", "green", "blue", "black", "white"]
+TASKS = {  # data, model, what it adapts
+    "pairs": ("pairs.txt", "llama", "[qv]_proj"),
+    "classify": ("classes.csv", "bert", "query|value"),
+    "regress": ("numbers.jsonl", "bert", "query|value"),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny models and data."""
+    out = tmp_path_factory.mktemp("place")
+    llama_folder(out / "llama")
+    bert_folder(out / "bert")
+    lines = [f"{a} {b}||{b}.\n" for a in WORDS for b in WORDS for _ in range(2)]
+    (out / "pairs.txt").write_text("".join(lines))
+    classes = [f"{a} {b},{int(a < b)}\n" for a in WORDS for b in WORDS if a != b]
+    (out / "classes.csv").write_text("text,label\n" + "".join(classes))
+    numbers = [{"text": f"{a} {b}", "label": (len(a) - len(b)) / 2} for a in WORDS for b in WORDS]
+    (out / "numbers.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in numbers))
+    return out
+
+
+def command(place: Path, output: Path, *words: str, task: str = "pairs") -> list[str]:
+    """The command line of a short run."""
+    data, model, targets = TASKS[task]
+    line = ["--task", task, "--train", str(place / data), "--model", str(place / model)]
+    line += ["--output", str(output), "--share", "0.3", "--quiet", "--batch", "4", "--lr", "0.01"]
+    line += ["--max-steps", "8", "--eval-every", "2"]
+    return [*line, *(() if "--method" in words else ("--targets", targets)), *words]
+
+
+def finetuned(place: Path, output: Path, *words: str, task: str = "pairs") -> dict[str, Any]:
+    """Run the program in this process."""
+    finetune.main(command(place, output, *words, task=task))
+    return results(output)
+
+
+def results(output: Path) -> dict[str, Any]:
+    return json.loads((output / "results.json").read_text())
+
+
+def curve(results: dict[str, Any], key: str = "loss") -> dict[int, float]:
+    return {entry["step"]: entry[key] for entry in results["log"] if key in entry}
+
+
+@pytest.fixture(scope="module")
+def plain(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run without dropout, which other ways to compute it are compared with."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    finetuned(place, out, "--dropout", "0")
+    return out
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_eq_2_over_the_tokens_of_the_target(smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 7, 17, generator=generator)
+    labels = torch.randint(0, 17, (3, 7), generator=generator)
+    labels[torch.rand(3, 7, generator=generator) < 0.4] = -100
+    wanted = []
+    for row, row_labels in zip(logits.double().log_softmax(-1), labels, strict=True):
+        for logp, label in zip(row, row_labels[1:], strict=False):
+            if label != -100:
+                wanted.append(-(1 - smoothing) * logp[label] - smoothing * logp.mean())
+    task = tasks.Words(None, "", 0, smoothing)
+    for n_items, due in ((None, np.mean(wanted)), (2 * len(wanted), np.mean(wanted) / 2)):
+        loss = task.loss({"logits": logits}, labels, num_items_in_batch=n_items)
+        assert float(loss) == pytest.approx(float(due), rel=1e-5)
+
+
+def test_only_the_assistant_is_learned_from_a_conversation(place: Path, tmp_path: Path) -> None:
+    roles = zip(("user", "assistant") * 2, ("ab", "cd", "e", "f"), strict=True)
+    talk = [{"role": role, "content": content} for role, content in roles]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": talk}))
+    tokenizer = AutoTokenizer.from_pretrained(place / "llama")
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}[a]{% endif %}"
+    )
+    given = rows.read(tmp_path / "a.jsonl", ["context", "target"])
+    (encoded,) = tasks.Words(tokenizer, "{text}", 200, 0.0).encode(given, train=True)
+    ids, labels = np.array(encoded["input_ids"]), np.array(encoded["labels"])
+    assert tokenizer.decode(ids) == "[u]ab;[a]cd;[u]e;[a]f;"
+    assert tokenizer.decode(ids[labels != -100]) == "cd;f;"
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "method"),
+    [("pairs", "nll", "lora"), ("classify", "accuracy", "lora"), ("regress", "mse", "head")],
+)
+def test_a_task_is_learned_judged_and_its_best_adapter_saved(
+    task: str, metric: str, method: str, place: Path, tmp_path: Path
+) -> None:
+    words = [] if method == "lora" else ["--method", method]
+    done = finetuned(place, tmp_path / "out", *words, task=task)
+    assert done["steps"] == len(curve(done)) == 8
+    evaluated = curve(done, f"eval_{metric}")
+    assert set(evaluated) == {2, 4, 6, 8}
+    state = li.read_adapter(tmp_path / "out" / "adapter")
+    assert len(state.sites) == (4 if method == "lora" else 0)
+    if task == "pairs":
+        held_out = done["after"]["held_out"]["nll"]
+        assert held_out == pytest.approx(min(evaluated.values()), rel=1e-5)
+        assert held_out < done["before"]["held_out"]["nll"]
+    else:
+        assert {*state.trained} == {"classifier.weight", "classifier.bias"}, "the new head is in it"
+
+
+def test_a_batch_in_parts_is_the_batch_and_a_run_goes_on_under_its_own_numbers(
+    place: Path, plain: Path, tmp_path: Path
+) -> None:
+    """The targets differ in length, so a mean of means would be another number."""
+    words = ("--dropout", "0", "--accumulate", "4", "--gradient-checkpointing", "--keep", "1")
+    parts = finetuned(place, tmp_path / "parts", *words)
+    for key in ("loss", "eval_nll"):
+        assert curve(parts, key) == pytest.approx(curve(results(plain), key), rel=1e-5)
+    again = command(place, plain, "--dropout", "0")
+    with pytest.raises(SystemExit, match="Pass --resume"):
+        finetune.main(again)
+    with pytest.raises(SystemExit, match=r"lr was 0\.01 and is now 0\.2"):
+        finetune.main([*again, "--resume", "--lr", "0.2"])
+
+
+class Kill(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_until_killed(step: int, words: list[str]) -> None:
+    build = finetune.build
+
+    def killed(*args: Any) -> Any:
+        trainer = build(*args)
+        trainer.add_callback(Kill(step))
+        return trainer
+
+    finetune.build = killed
+    finetune.main(words)
+
+
+def run_as_a_rank(words: list[str]) -> None:
+    finetune.WORLD = int(os.environ["WORLD_SIZE"])
+    finetune.FIRST = os.environ["RANK"] == "0"
+    finetune.main(words)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_not_killed(place: Path, tmp_path: Path, forks: Forks) -> None:
+    """SIGKILL at a random step; dropout is on."""
+    whole, step = finetuned(place, tmp_path / "whole"), random.randint(3, 7)
+    fork = forks.start(run_until_killed, step, command(place, tmp_path / "killed"))
+    assert fork.wait() == -signal.SIGKILL, fork.err()
+    resumed = finetuned(place, tmp_path / "killed", "--resume")
+    for key in ("loss", "eval_nll"):
+        assert curve(resumed, key) == curve(whole, key), f"killed at step {step}"
+    file = Path("adapter", "adapter_model.safetensors")
+    one, other = (load_file(tmp_path / name / file) for name in ("whole", "killed"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(
+    place: Path, plain: Path, tmp_path: Path, forks: Forks
+) -> None:
+    words = command(place, tmp_path / "two", "--dropout", "0")
+    for rank in forks.start_ranks(2, run_as_a_rank, words):
+        rank.result()
+    for key in ("loss", "eval_nll"):
+        one, two = (curve(results(out), key) for out in (plain, tmp_path / "two"))
+        assert two == pytest.approx(one, rel=1e-5)
+
+
+# ------------------------------------------------------------- the paper's runs, and measurements
+
+
+def records(folder: Path) -> dict[str, int]:
+    """Names of the records there are, and when each was written."""
+    files = (folder / "records").rglob("*.json")
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in files}
+
+
+def run_reproduction(argv: list[str]) -> None:
+    sys.exit(reproduce(argv))
+
+
+@pytest.mark.slow
+def test_the_reproduction_survives_ctrl_c_and_a_kill_and_writes_the_document(
+    tmp_path: Path, forks: Forks
+) -> None:
+    """On tiny models and made-up sentences; what it finds is never tested."""
+    pytest.importorskip("matplotlib")
+    listening = signal.getsignal(signal.SIGINT)
+    words = ["--quick", "--random-weights", "--folder", str(tmp_path)]
+    for number, after, code in ((signal.SIGINT, 1, 130), (signal.SIGKILL, 5, -signal.SIGKILL)):
+        fork, wanted = forks.start(run_reproduction, words), len(records(tmp_path)) + after
+        while len(records(tmp_path)) < wanted:
+            time.sleep(0.01)
+        os.kill(fork.pid, number)
+        assert fork.wait() == code
+        assert code != 130 or "goes on from there" in fork.out() + fork.err()
+    kept = records(tmp_path)
+    assert all("result" in json.loads((tmp_path / name).read_text()) for name in kept)
+    try:
+        assert reproduce(words) == 0
+    finally:
+        signal.signal(signal.SIGINT, listening)
+    assert kept.items() <= records(tmp_path).items(), "none of them was run again"
+    assert list(tmp_path.rglob("*.partial")) == []
+    text = (tmp_path / "reproduction.md").read_text()
+    assert "the numbers mean nothing" in text
+    assert "not run" not in text
+
+
+def test_a_gap_is_paired_by_row_and_has_the_error_of_rows_and_seeds() -> None:
+    def scores(*rights: str) -> Any:
+        runs = [{"right": right, "accuracy": right.count("1") / len(right)} for right in rights]
+        return trials.Scores(methods.METHODS["full"], dict(enumerate(runs)))
+
+    one = scores("1111", "1110")
+    gap = trials.gap(one, scores("1100", "1010"))
+    assert gap.difference == pytest.approx((2 / 4 + 1 / 4) / 2)
+    rows = torch.tensor([0.0, 0.5, 0.5, 0.5])  # mean over seeds of one minus other
+    of_seeds = torch.tensor([0.5, 0.25]).std() / 2**0.5
+    assert gap.error == pytest.approx(math.hypot(rows.std() / 4**0.5, of_seeds))
+    assert trials.gap(one, scores()) is None
+
+
+def benchmark(*words: object) -> int | None:
+    with mock.patch("sys.argv", ["bench", "--quick", *map(str, words)]):
+        return bench.main()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch's and PEFT's own
+def test_a_benchmark_keeps_earlier_rows_and_what_was_written_by_hand(tmp_path: Path) -> None:
+    results, document = tmp_path / "results.json", tmp_path / "performance.md"
+    write = ("--json", results, "--write", document)
+    assert benchmark("saved-bytes", *write) == 0
+    lines = json.loads(results.read_text())["rows"]["saved-bytes"]["lines"]
+    saved = {(line["case"], line["variant"]): line["mid"] for line in lines}
+    assert 0 < saved["Llama tiny bf16", "lora_inject"] < saved["Llama tiny bf16", "PEFT"]
+    document.write_text(document.read_text() + "\nBy hand.\n")
+    assert benchmark("exactness", *write) == 0
+    rows = json.loads(results.read_text())["rows"]
+    assert all(line["reached"] for line in rows["exactness"]["lines"])
+    text = document.read_text()
+    assert text.rstrip().endswith("By hand.")
+    assert "| saved-bytes |" in text
+
+
+def test_measurements_of_another_machine_are_not_joined_into_one_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text('{"machine": {"processor": "another"}, "rows": {}}')
+    assert benchmark("exactness", "--json", tmp_path / "results.json") == 2
+    assert "was measured on another" in capsys.readouterr().err
