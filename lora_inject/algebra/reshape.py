@@ -82,8 +82,20 @@ def join_sites(
     return total(terms, fused)
 
 
+def turned(site: SiteState) -> SiteState:
+    """Return the same update of the same tensor, seen the other way round; it has no slices."""
+    spec = site.spec
+    n_in, n_out = spec.out_features, spec.in_features
+    made = replace(spec, in_features=n_in, out_features=n_out, transposed=not spec.transposed)
+    a0, b0 = (None if t is None else t.mT for t in (site.B0, site.A0))
+    return SiteState(made, site.B.mT, site.A.mT, a0, b0)
+
+
 def split_stack(site: SiteState) -> dict[str, SiteState]:
-    """Return the experts of a stack as linear sites: `experts.up` as `experts.0.up` and so on."""
+    """Return the experts of a stack as sites on layers: `experts.up` as `experts.0.up` and so on.
+
+    The matrix of each lies as in the stack: as a linear layer has it, or, `(in, out)`, a Conv1D.
+    """
     spec = site.spec
     head, _, leaf = spec.name.rpartition(".")
     sites = {}
@@ -93,9 +105,8 @@ def split_stack(site: SiteState) -> dict[str, SiteState]:
             spec,
             name=name,
             weight=f"{name}.weight",
-            kind="linear",
-            weight_shape=(spec.out_features, spec.in_features),
-            transposed=False,
+            kind="conv1d" if spec.transposed else "linear",
+            weight_shape=spec.weight_shape[1:],
             experts=None,
             update="forward",
             aliases=(),
@@ -123,7 +134,7 @@ def join_stack(name: str, members: Mapping[int, SiteState], n: int, asked: str) 
         name=name,
         weight=name,
         kind="parameter",
-        weight_shape=(n, first.out_features, first.in_features),
+        weight_shape=(n, *first.weight_shape),
         experts=n,
         rank=rank,
         alpha=first.scale * rank,
@@ -144,7 +155,8 @@ def join_stack(name: str, members: Mapping[int, SiteState], n: int, asked: str) 
 
 def _check_members(specs: Sequence[SiteSpec], asked: str) -> None:
     check_alike(specs, [repr(spec.name) for spec in specs], asked)
-    if specs[0].kind != "linear" or len({spec.slices for spec in specs}) > 1:
+    alike = len({(spec.kind, spec.slices) for spec in specs}) == 1
+    if not alike or specs[0].kind not in {"linear", "conv1d"}:
         problem = "its experts are not all plain linear layers with the same slices"
         raise StateError(asked, problem, "Join the layers of each expert first")
 

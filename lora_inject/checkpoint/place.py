@@ -194,14 +194,10 @@ class SiteUpdate:
         if not names:
             return []
         self._check_complete(names)
-        n_parts, shape = len(names[0]), self._shape_of_all(names)
-        update = (spec.out_features, spec.in_features)
-        matrix = (n_parts * shape[0], shape[1])
-        if matrix not in (update, update[::-1]):
-            problem = f"{n_parts} of {list(shape)}, the adapter's update is {list(update)}"
-            raise NoPlace(f"'{names[0][0]}' and its neighbors are {problem}")
-        # A before B where the update was made for the transposed stack (PEFT before 0.19).
-        transposed = matrix != update
+        shape = self._shape_of_all(names)
+        # The class lays them one above the other as they are, and the stack lies as the site says.
+        matrix = (len(names[0]) * shape[0], shape[1])
+        transposed = self.way.transposed(spec, self.name, matrix)
         places = []
         for e, expert in enumerate(names):
             for part, name in enumerate(expert):
@@ -234,10 +230,7 @@ class SiteUpdate:
             if tensors[name].shape != shape:
                 raise NoPlace(f"'{name}' has another shape than '{first}'")
         if len(shape) != 2:
-            spec, n_parts = self.state.spec, len(names[0])
-            update = [spec.out_features, spec.in_features]
-            problem = f"{n_parts} of {list(shape)}, the adapter's update is {update}"
-            raise NoPlace(f"'{first}' and its neighbors are {problem}")
+            raise NoPlace(f"'{first}' has the shape {list(shape)}, which is no matrix")
         return shape[0], shape[1]
 
     def _in_stack(self) -> list[Placed]:

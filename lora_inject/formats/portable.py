@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lora_inject.algebra.reshape import renamed, split_site, split_stack
+from lora_inject.algebra.reshape import renamed, split_site, split_stack, turned
 from lora_inject.core.adapter.exchange import Format
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
@@ -130,6 +130,8 @@ def _matrices(site: SiteState, facts: ModelFacts) -> Iterator[tuple[str, SiteSta
     if len(names) != n_experts:
         problem = f"the base's files hold {len(names)} of its {n_experts} experts separately"
         raise FormatError(where, problem, 'Write stacks as they are: format="peft"')
+    # Files keep Linear layers' matrices, which lie as in the stack, whatever its adapter calls in.
+    site = turned(site) if site.spec.transposed else site
     for expert, parts in zip(split_stack(site).values(), names, strict=True):
         width, stray = divmod(expert.spec.out_features, len(parts))
         if stray:

@@ -51,11 +51,11 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
-def experts(family: str, how: str = "eager") -> tuple[Any, str]:
+def experts(family: str, how: str = "eager", **changed: int) -> tuple[Any, str]:
     """A tiny model of stacked experts, and the layout of its weights."""
     torch.manual_seed(0)
     model_type = "llama4_text" if family == "llama4" else family
-    sizes = SIZES | (MOE | MORE)[family]
+    sizes = SIZES | (MOE | MORE)[family] | changed
     settings = AutoConfig.for_model(model_type, **sizes, initializer_range=0.3)
     if how != "default":
         settings._experts_implementation = how

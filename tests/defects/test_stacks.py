@@ -1,0 +1,99 @@
+"""Stacks of experts that PEFT 0.17 and 0.18 adapted, whose sides they took the other way round.
+
+The references are the einsum of PEFT 0.18.1 (tuners/lora/layer.py, `ParamWrapper.get_delta_weight`)
+and, for vLLM, B A of each single matrix, as it multiplies.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.adapter_states import dense
+from helpers.checkpoints import load_checkpoint
+from helpers.experts import experts
+from helpers.versions import needs_transformers_5
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import lora_inject as li
+
+pytestmark = needs_transformers_5
+RANK, SCALE = 2, 1.5
+MODULE = "model.layers.0.mlp.experts"
+PREFIX = f"base_model.model.{MODULE}"
+STACKS = ("gate_up_proj", "down_proj")  # in the order of the class: the first one is inside
+
+
+def of_peft_018(model: Any, folder: Path) -> dict[str, Tensor]:
+    """Write an adapter on both stacks as PEFT 0.18.1 does; return its deltas of the stacks."""
+    tensors, deltas = {}, {}
+    for wrapper, name in zip((".base_layer", ""), STACKS, strict=True):
+        n, rows, columns = model.get_parameter(f"{MODULE}.{name}").shape
+        A, B = torch.randn(n * RANK, rows), torch.randn(columns, RANK * n)
+        tensors |= {f"{PREFIX}{wrapper}.lora_A.weight": A, f"{PREFIX}{wrapper}.lora_B.weight": B}
+        of_expert = A.reshape(n, -1, rows), B.reshape(columns, -1, n)
+        deltas[name] = SCALE * torch.einsum("o r e, e r i -> e i o", of_expert[1], of_expert[0])
+    said = {"peft_type": "LORA", "peft_version": "0.18.1", "r": RANK, "lora_alpha": RANK * SCALE}
+    said |= {"target_modules": [], "target_parameters": [f"{MODULE}.{name}" for name in STACKS]}
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return deltas
+
+
+def apart(deltas: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The deltas of the matrices that the base's files keep apart, by their names there."""
+    gate, up = deltas["gate_up_proj"].chunk(2, dim=1)
+    parts = {"gate_proj": gate, "up_proj": up, "down_proj": deltas["down_proj"]}
+    return {
+        f"{MODULE}.{expert}.{name}": delta
+        for name, stack in parts.items()
+        for expert, delta in enumerate(stack)
+    }
+
+
+def base_of(hidden: int, folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    """Save a small OLMoE; two of its matrices, of 4 rows, are square together at a width of 8."""
+    model = experts("olmoe", hidden_size=hidden, intermediate_size=4)[0]
+    model.save_pretrained(folder)
+    return model, load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("hidden", [8, 12])
+def test_a_merge_on_disk_adds_what_peft_018_added(hidden: int, tmp_path: Path) -> None:
+    model, before = base_of(hidden, tmp_path / "base")
+    due = apart(of_peft_018(model, tmp_path / "adapter"))
+    li.merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    merged = load_checkpoint(tmp_path / "merged")
+    for name, delta in due.items():
+        key = f"{name}.weight"
+        torch.testing.assert_close(merged[key], before[key] + delta, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [8, 12])
+def test_pairs_for_vllm_are_those_of_the_bases_matrices(hidden: int, tmp_path: Path) -> None:
+    """Also by way of a value, which was read without the base."""
+    model, _ = base_of(hidden, tmp_path / "base")
+    due = apart(of_peft_018(model, tmp_path / "adapter"))
+    value = li.read_adapter(tmp_path / "adapter", tensor_names=[*model.state_dict()])
+    for n, adapter in enumerate((tmp_path / "adapter", value)):
+        path = li.convert(adapter, tmp_path / f"{n}", "vllm", base=tmp_path / "base")
+        pairs = load_file(path / "adapter_model.safetensors")
+        for name, delta in due.items():
+            A, B = (pairs[f"base_model.model.{name}.lora_{role}.weight"] for role in "AB")
+            torch.testing.assert_close(B @ A, delta, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [8, 12])
+def test_a_stack_is_split_into_matrices_that_lie_as_in_it(hidden: int, tmp_path: Path) -> None:
+    model, _ = base_of(hidden, tmp_path / "base")
+    deltas = of_peft_018(model, tmp_path / "adapter")
+    value = li.read_adapter(tmp_path / "adapter", tensor_names=[*model.state_dict()])
+    for name, stack in deltas.items():
+        sites = li.split_experts(value, name).sites
+        for expert, delta in enumerate(stack):
+            site = sites[f"{MODULE}.{expert}.{name}"]
+            assert site.spec.weight_shape == delta.shape
+            torch.testing.assert_close(dense(site).float(), delta, rtol=1e-5, atol=1e-5)
