@@ -230,7 +230,7 @@ targets: ['q_proj\.weight', q_proj] => rule 2 ('q_proj'): all that it matches is
 targets: [mlp] => matches only what cannot take an adapter: 'model.layers.0.mlp' (container),
     'model.layers.1.mlp' (container). Name what is in it: 'model.layers.0.mlp.up',
 targets: [running_mean] => matches only buffers: 'model.norm.running_mean'. Name a module
-targets: [{match: up, layers: [0, 2-7]}] => in layers 2-7. Its layers are 0 to 1.
+targets: [{match: up, layers: [0, 2-7]}] => all of layers 2-7. Its layers are 0 to 1.
 targets: [{match: lm_head, layers: 0}] => Remove layers; no name that it matches has one.
 targets: [{match: .+proj, kind: linaer}] => of kind 'linaer', but of linear (8). Did you mean
 targets: [{match: up, rank: 9, init: pissa}] => 'model.layers.0.mlp.up', matched by rule 1 ('up'):

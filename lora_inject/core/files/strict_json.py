@@ -51,8 +51,8 @@ def _no_constant(name: str) -> None:
 
 
 def is_positive(value: Any) -> bool:
-    """Whether a parsed value is a finite number above 0; true is not."""
-    return type(value) in (int, float) and 0 < value < 1e300
+    """Whether a parsed value is a number above 0 that float32 can hold; true is not."""
+    return type(value) in (int, float) and 0 < value <= 1e38
 
 
 class Maybe(NamedTuple):

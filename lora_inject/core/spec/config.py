@@ -98,7 +98,7 @@ Patterns = Annotated[tuple[Pattern, ...], _List]
 Count = Annotated[int, Field(ge=0)]
 Number = Annotated[
     float,
-    Field(allow_inf_nan=False),
+    Field(allow_inf_nan=False, le=1e38),  # what float32 can hold
     PlainSerializer(lambda x: int(x) if x.is_integer() and abs(x) < 1e15 else x, int | float),
 ]
 Layers = Annotated[

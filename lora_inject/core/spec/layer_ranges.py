@@ -20,6 +20,13 @@ def layer_range(value: Any) -> str:
     return match[0]
 
 
+def _numbered(name: str) -> tuple[str, int] | None:
+    """Return the list that a name is in and its number there, by the first number in the name."""
+    parts = name.split(".")
+    numbers = ((".".join(parts[:i]), int(part)) for i, part in enumerate(parts) if part.isdecimal())
+    return next(numbers, None)
+
+
 def first_number(name: str) -> int | None:
     """Return the first number among the segments of a name: its layer.
 
@@ -27,29 +34,25 @@ def first_number(name: str) -> int | None:
         >>> first_number("model.layers.3.experts.0.up"), first_number("lm_head")
         (3, None)
     """
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+    return numbered[1] if (numbered := _numbered(name)) else None
 
 
 def inside(
     layers: Sequence[str], names: Sequence[str], label: str, every: Iterable[str]
 ) -> list[str]:
-    """Return the names in these layers; raise if there are none, or for layers of no name at all.
+    """Return the names in these layers; raise if there are none, or for layers that do not exist.
 
     `every` has all names of the model: what one rule matches need not be in each of its layers.
     """
-    kept = _in(layers, names)
-    missing = [text for text in layers if not kept or not _in([text], every)]
+    ends = {text: [int(end) for end in text.split("-")] for text in layers}
+    spans = {text: range(end[0], end[-1] + 1) for text, end in ends.items()}
+    kept = [name for name in names if any(first_number(name) in span for span in spans.values())]
+    lists = {numbered[0] for name in names if (numbered := _numbered(name))}
+    there = {n[1] for name in every if (n := _numbered(name)) and n[0] in lists}
+    missing = [text for text, span in spans.items() if not (kept and all(n in there for n in span))]
     if not missing:
         return kept
-    problem = f"nothing that it matches is in layers {', '.join(missing)}"
-    numbers = [n for name in names if (n := first_number(name)) is not None]
-    if not numbers:
+    problem = f"it does not find all of layers {', '.join(missing)}"
+    if not there:
         raise MatchError(label, problem, "Remove layers; no name that it matches has one")
-    raise MatchError(label, problem, f"Its layers are {min(numbers)} to {max(numbers)}")
-
-
-def _in(layers: Sequence[str], names: Iterable[str]) -> list[str]:
-    """Return the names whose first number is in one of the ranges."""
-    ends = [[int(end) for end in text.split("-")] for text in layers]
-    spans = [range(end[0], end[-1] + 1) for end in ends]
-    return [name for name in names if any(first_number(name) in span for span in spans)]
+    raise MatchError(label, problem, f"Its layers are {min(there)} to {max(there)}")

@@ -43,7 +43,7 @@ def values_of(table: Mapping[str, T], names: Collection[str], default: T) -> dic
     for name in values if table else ():
         for key in plain.hitting(name):
             hits[key].append(name)
-    end = time.process_time() + MATCH_SECONDS
+    end = time.thread_time() + MATCH_SECONDS
     for key in table:
         name = _unescaped(key)
         if key == _escaped(name):
@@ -59,7 +59,7 @@ def _matches(key: str, names: Collection[str], end: float) -> list[str]:
     asked = f"the key {key[:80]!r}"
     if len(key) > _MAX_KEY_LENGTH:
         raise FormatError(asked, f"it has {len(key):,} characters", "Write shorter patterns")
-    seconds = max(end - time.process_time(), 0.001)
+    seconds = max(end - time.thread_time(), 0.001)
     try:
         return matching(key, names, asked=asked, error=FormatError, seconds=seconds)
     except (re.error, regex.error, OverflowError, RecursionError) as error:

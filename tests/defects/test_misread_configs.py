@@ -1,0 +1,55 @@
+"""Configs that were taken for something else than they say."""
+
+import time
+
+import pytest
+import torch
+from helpers.refusals import refused
+from torch import nn
+
+import lora_inject as li
+
+
+class Decoder(nn.Module):
+    """Six layers, of which only each second has a `mixer`, and two of another list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [
+            {"q": nn.Linear(4, 4)} | ({"mixer": nn.Linear(4, 4)} if n % 2 else {}) for n in range(6)
+        ]
+        self.layers = nn.ModuleList(nn.ModuleDict(each) for each in layers)
+        self.vision = nn.ModuleList(nn.ModuleDict({"key": nn.Linear(4, 4)}) for _ in range(9))
+
+
+@pytest.mark.parametrize("layers", ["4-9", "0-6", [0, "4-9"], [0, 8], ["0-1", "5-6"], "6-8"])
+def test_layers_that_the_model_does_not_have_are_an_error_in_a_list_and_in_a_range(layers):
+    model = Decoder()
+    with refused(li.MatchError, "rule 1 ('q')", "0 to 5", model=model):
+        li.inject(model, {"targets": [{"match": "q", "layers": layers}]})
+
+
+@pytest.mark.parametrize(("match", "layers", "wanted"), [
+    ("mixer", "0-5", [1, 3, 5]), ("q", [0, "4-5"], [0, 4, 5]), ("q|key", "5-8", [5, 5, 6, 7, 8]),
+])  # fmt: skip
+def test_what_a_rule_matches_need_not_be_in_each_of_its_layers(match, layers, wanted):
+    sites = li.plan(Decoder(), {"targets": [{"match": match, "layers": layers}]}).sites
+    assert sorted(int(site.name.split(".")[1]) for site in sites) == wanted
+
+
+@pytest.mark.parametrize("field", ["alpha", "init"])
+def test_a_number_that_float32_cannot_hold_is_refused_where_it_stands(field):
+    value = {"normal": 1e308} if field == "init" else 1e308
+    with refused(li.ConfigError, field):
+        li.Config.from_dict({"targets": ["q"], field: value})
+    model = li.inject(nn.Sequential(nn.Linear(4, 4)), {"alpha": 1e38, "rank": 1, "targets": ["0"]})
+    assert torch.isfinite(model(torch.zeros(1, 4))).all()
+
+
+def test_other_threads_do_not_use_up_the_time_of_a_pattern(monkeypatch):
+    """The processor's time of the process runs on while others compute."""
+    started = time.process_time()
+    ahead = iter(range(0, 10**9, 100))
+    monkeypatch.setattr(time, "process_time", lambda: started + next(ahead))
+    plan = li.plan(Decoder(), {"targets": [r"layers\.\d+\..*"], "exclude": [".*mixer"]})
+    assert plan.n_sites == 6
