@@ -14,15 +14,15 @@ import lora_inject as li
 @contextmanager
 def refused(
     kind: type[li.LoraInjectError], *names: str, model: nn.Module | None = None
-) -> Iterator[None]:
+) -> Iterator[pytest.ExceptionInfo[li.LoraInjectError]]:
     """Hold that the body raises `kind`, names each of `names`, has a remedy, and leaves `model`.
 
     A name is a place, a value or a way out that the user has to see: a site, a key, a path, an
-    option. How the sentence around it reads is free.
+    option. How the sentence around it reads is free. What is yielded has the error afterwards.
     """
     before = None if model is None else snapshot(model)
     with pytest.raises(kind) as raised:
-        yield
+        yield raised
     error = raised.value
     missing = [name for name in names if name not in str(error)]
     assert not missing, f"'{error}' does not name {missing}"

@@ -1,0 +1,303 @@
+"""The config: what is accepted, what is refused at which place, and the way there and back."""
+
+import copy
+import json
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers.refusals import refused
+from helpers.tables import rows
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lora_inject as li
+
+
+def test_defaults_are_those_of_the_paper_code() -> None:
+    config = li.Config(targets=["q_proj"])
+    assert (config.version, config.rank, config.alpha, config.dropout) == (1, 8, 16.0, 0.0)
+    assert (config.init, config.scaling, config.compute) == ("kaiming", "standard", "base")
+    assert (config.exclude, config.train, config.bias, config.expect) == ((), (), "none", None)
+
+
+EVERY_FIELD = r"""
+version: 1
+rank: 4
+alpha: 32
+dropout: 0.1
+init: {normal: 0.02}
+scaling: rslora
+compute: float32
+variant: dora
+lora_bias: true
+targets:
+  - q_proj
+  - match: 'h\.\d+\.attn\.c_attn'
+    rank: 2
+    alpha: 3.5
+    dropout: 0
+    init: pissa
+    scaling: standard
+    compute: base
+    variant: lora
+    lora_bias: true
+    slices: {q: 768, k: 64, v: 64}
+    adapt: [v, q]
+  - {match: 'experts\.up', layout: in_out, kind: parameter, layers: [16-31]}
+  - {match: Wq, layout: {in: [0], out: [1, 2]}, layers: [0, 4-7]}
+  - {match: c_attn, slices: [q, k], adapt: [k]}
+exclude: [lm_head]
+train: ['classifier\..*']
+tokens: {embed: [3, 1]}
+bias: adapted
+expect: {sites: 24, lora: 294912, trainable: 887811}
+"""
+
+
+def test_every_field_of_the_schema_is_read() -> None:
+    config = li.Config.from_text(EVERY_FIELD)
+    assert config.to_dict() == yaml.safe_load(EVERY_FIELD)
+    assert config.targets[1].slices == (("q", 768), ("k", 64), ("v", 64))
+    assert config.targets[2].layers == ("16-31",)
+    assert config.expect == li.Expect(sites=24, lora=294912, trainable=887811)
+
+
+def test_configs_are_values() -> None:
+    rule = li.Rule(match="c", slices={"q": 3, "k": 4}, adapt=["q"])
+    config = li.Config(targets=["q", rule], init={"normal": 1})
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert copied == config
+        assert hash(copied) == hash(config)
+    with pytest.raises(ValueError, match="frozen"):
+        config.rank = 3  # type: ignore[misc]
+
+
+# What is refused: the place in the file, what was found there, and the way out.
+# A key alone is followed by a line `targets: [q]`.
+
+REFUSED = r"""
+rnak: 4 => f:1:1 (rnak) | 'rnak' | 'rank'?
+init: {std: 0.1} => f:1:8 (init.std) | 'std' | 'normal'? | f:1:7 (init)
+targets: [{match: q, alhpa: 3}] => f:1:22 (targets[0].alhpa) | 'alhpa' | 'alpha'?
+rnak: &rank 4 => anchor
+slices: [q, k] => 'slices' | targets
+{foo: 1, rank: 0, alpha: 0, targets: [q]} => (foo) | 'foo' | version, rank, alpha, dropout, init,
+    scaling, compute, variant, lora_bias, targets, exclude, train, tokens, bias, expect |
+    f:1:16 (rank) | f:1:26 (alpha)
+rank: '8' => f:1:7 (rank) | '8' | 8,
+rank: 010 => '010' | 10,
+rank: => f:1:6 (rank) | remove the key
+alpha: 0 => (alpha) | 0 | more than 0
+alpha: 1e999 => (alpha) | inf | finite
+dropout: 1 => (dropout) | 1 | less than 1
+bias: no => (bias) | 'no' | 'none'?
+variant: dor => (variant) | 'dor' | 'dora'?
+targets: q_proj => (targets) | 'q_proj' | [q_proj]
+expect: {} => (expect) | sites, lora
+targets: [12] => (targets[0]) | 12 | mapping
+targets: [{rank: 3}] => (targets[0]) | 'match' | match:
+targets: [q, '(q'] => f:1:14 (targets[1]) | '(q' | regex | position 0 | '\.'
+targets: ['.*'] => '.*' | empty name | '.+'
+targets: [{match: q, slices: [q, k]}] => (targets[0]) | adapt: | q, k
+targets: [{match: q, slices: [q, k], adapt: [q, x]}] => 'x' | q, k
+targets: [{match: q, slices: ['a b', k], adapt: [k]}] => a b | letters, digits and _
+targets: [{match: q, layout: {in: [0, 0], out: [1]}}] => (targets[0].layout.in) | [0, 0]
+targets: [{match: q, layers: 5-3}] => '5-3' | 16-31
+targets: [{match: q, layers: 1-٣}] => '1-٣'
+{rank: 3} => no targets, no train, tokens or bias | targets:
+!x {targets: [q]} => !x | strings, numbers, lists and mappings
+targets: ["h\.d"] => f:1:14 | '.' | single quotes
+targets: [*q_proj] => f:1:11 | 'q_proj' | quotes
+targets: &a [*a] => alias | Write the value out
+[q_proj] => mapping | targets: [q_proj]
+"""
+
+
+@pytest.mark.parametrize(("text", "named"), rows(REFUSED))
+def test_an_error_names_the_place_in_the_file_what_was_found_and_the_way_out(text, named) -> None:
+    text += "\ntargets: [q]" if re.fullmatch(r"(?!targets)\w+:.*", text) else ""
+    with refused(li.ConfigError, *named.split(" | ")):
+        li.Config.from_text(text, source="f")
+
+
+TWO_RULES: dict[str, Any] = {"targets": ["a", {"match": "b", "alpha": 0}]}
+VALUES: list[tuple[Callable[[], Any], list[str]]] = [
+    (lambda: li.Config(**TWO_RULES), ["config (targets[1].alpha)", "0"]),
+    (lambda: li.Config(targets=["a{99999999999}"]), ["config (targets[0])", "'a{99999999999}'"]),
+    (lambda: li.Config.from_dict({1: 2}), ["config ([1])", "keys that are text"]),
+    (lambda: li.Config.coerce(3), ["config", "int", "YAML"]),
+    (lambda: li.Config.coerce("rank: 1\n"), ["config", "YAML text", "path"]),
+    (lambda: li.Config.from_yaml("a\0b"), [r"'a\x00b'", "zero byte"]),
+    (lambda: li.Config.from_text(""), ["<config>", "empty", "targets:"]),
+    (lambda: li.Config.from_text("targets: [q]\n---\nrank: 3"), ["<config>:2:1"]),
+    (lambda: li.Config.from_text("rank: 3\nrank: 4"), ["<config>:2:1 (rank)", "'rank'"]),
+    (lambda: li.Config.from_text("targets: " + "[" * 5000), ["<config>:1:25"]),
+]
+
+
+@pytest.mark.parametrize(("make", "names"), VALUES)
+def test_an_error_of_a_value_names_its_key(make: Callable[[], Any], names: list[str]) -> None:
+    with refused(li.ConfigError, *names):
+        make()
+
+
+def test_an_unsafe_tag_runs_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "pwned"
+    text = f"targets: [!!python/object/apply:pathlib.Path.touch [!!python/name:x '{target}']]"
+    with refused(li.ConfigError, "tag"):
+        li.Config.from_text(text)
+    assert not target.exists()
+
+
+def test_a_billion_laughs_are_refused_and_a_few_aliases_are_not() -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    with refused(li.ConfigError, "50,000", "aliases"):
+        li.Config.from_text("\n".join(lines))
+    config = li.Config.from_text(
+        "targets:\n- &wide {match: q, rank: 64, alpha: 2}\n- {<<: *wide, match: k}\n"
+        "- {<<: [*wide, {rank: 1, dropout: 0.5}], alpha: 3, match: v}\nexclude: &x [a]\ntrain: *x"
+    )
+    assert config.targets[1] == li.Rule(match="k", rank=64, alpha=2)
+    assert config.targets[2] == li.Rule(match="v", rank=64, alpha=3, dropout=0.5)
+    assert config.train == config.exclude == ("a",)
+
+
+def test_numbers_and_words_mean_what_people_mean() -> None:
+    """PyYAML, which reads YAML 1.1, takes 1e-3 for a text, and `no` for a boolean."""
+    numbers = {"1e-3": 1e-3, "1.0e3": 1e3, "2E2": 200.0, ".5": 0.5, "1_000": 1e3, "+4": 4.0}
+    for text, alpha in numbers.items():
+        assert li.Config.from_text(f"alpha: {text}\ntargets: [q]").alpha == alpha
+    words = ("no", "on", "2026-01-01", "010", "1:30", "0x1f", "=")
+    config = li.Config.from_text(f"targets: [{', '.join(words)}]")
+    assert tuple(rule.match for rule in config.targets) == words
+
+
+# Files
+
+
+def test_files_are_read_and_written(tmp_path: Path) -> None:
+    path = tmp_path / "lora.yaml"
+    config = li.Config(targets=["größe", li.Rule(match="v", rank=2)])
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    for source in (path, str(path), config, config.to_dict()):
+        assert li.Config.coerce(source) == config
+    path.write_bytes(b"\xef\xbb\xbf" + config.to_yaml().encode())  # a BOM, as Windows editors write
+    assert li.Config.from_yaml(path) == config
+
+
+UNREADABLE: dict[str, tuple[bytes | None, list[str]]] = {
+    "missing": (None, ["no such file", "path of a YAML file"]),
+    "not UTF-8": (b"targets: [q]\n\xff\xfe", ["byte 13", "UTF-8"]),
+    "faulty": (b"targets: [q]\nrank: 0", [":2:7 (rank)", "0"]),
+    "huge": (b"#" * (1 << 20) + b"\ntargets: [q]", ["1,048,576"]),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_files_that_cannot_be_read(case: str, tmp_path: Path) -> None:
+    content, names = UNREADABLE[case]
+    path = tmp_path / "lora.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with refused(li.ConfigError, str(path), *names):
+        li.Config.from_yaml(path)
+    with refused(li.ConfigError, str(tmp_path), "folder"):
+        li.Config.from_yaml(tmp_path)
+
+
+# There and back
+
+alphas = st.floats(min_value=0, exclude_min=True, max_value=1e38)
+dropouts = st.floats(min_value=0, max_value=1, exclude_max=True, allow_nan=False)
+normals = alphas.map(lambda std: {"normal": std})
+inits = st.sampled_from(["kaiming", "gaussian", "pissa", "olora"]) | normals
+names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,5}", fullmatch=True)
+# Text that YAML would read as something else, and any other text; both as literal patterns.
+YAML_WORDS = r"""1e3 1.0e-3 10 010 on no null ~ 2026-01-01 << = # ' " !!x &a %a @a 0x1f 1:30
+.inf a\.b (?i)q"""
+patterns = st.one_of(
+    st.sampled_from([*YAML_WORDS.split(), "a: b", "- a"]),
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8),
+).filter(lambda text: made(lambda: li.Rule(match=text)) is not None)
+
+
+def made(make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except li.ConfigError:
+        return None
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> li.Rule:
+    optional = {
+        "rank": st.integers(1, 2**20),
+        "alpha": alphas,
+        "dropout": dropouts,
+        "init": inits,
+        "scaling": st.sampled_from(["standard", "rslora"]),
+        "compute": st.sampled_from(["base", "float32"]),
+        "layout": st.sampled_from(["out_in", "in_out", {"in": [1], "out": [0, 2]}]),
+        "kind": names,
+        "layers": st.sampled_from([3, "0-7", [1, "4-5"]]),
+    }
+    data = draw(st.fixed_dictionaries({"match": patterns}, optional=optional))
+    if draw(st.booleans()):
+        parts = draw(st.lists(names, min_size=2, max_size=4, unique=True))
+        sized = draw(st.booleans())
+        data["slices"] = {name: draw(st.integers(1, 99)) for name in parts} if sized else parts
+        data["adapt"] = draw(st.lists(st.sampled_from(parts), min_size=1, unique=True))
+    return li.Rule(**data)
+
+
+counts = st.none() | st.integers(0, 2**50)
+configs = st.builds(
+    li.Config,
+    rank=st.integers(1, 2**20),
+    alpha=alphas,
+    dropout=dropouts,
+    init=inits,
+    scaling=st.sampled_from(["standard", "rslora"]),
+    compute=st.sampled_from(["base", "float32"]),
+    targets=st.lists(rules() | patterns, min_size=1, max_size=3),
+    exclude=st.lists(patterns, max_size=2),
+    train=st.lists(patterns, max_size=2),
+    bias=st.sampled_from(["none", "adapted", "all"]),
+    expect=st.none()
+    | st.builds(li.Expect, sites=st.integers(0, 99), lora=counts, trainable=counts),
+)
+
+
+@given(configs)
+def test_a_config_is_the_same_after_yaml_and_after_json(config: li.Config) -> None:
+    assert li.Config.from_text(config.to_yaml()) == config
+    assert li.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+WORDS = ["targets", "rank", "match", "init", "&a", "*a", "!!int", "!x", "1e9", "null", "<<: "]
+fragments = st.sampled_from([*"[]{},'\"\\|>#8?%q\n", *WORDS, ": ", "- ", "  "])
+
+
+@given(st.lists(fragments, max_size=25).map("".join) | st.text(max_size=40))
+def test_any_text_is_a_config_or_a_config_error(text: str) -> None:
+    config = made(lambda: li.Config.from_text(text))
+    assert config is None or li.Config.from_text(config.to_yaml()) == config
+
+
+def test_the_json_schema_describes_every_key_to_an_editor(run: Any) -> None:
+    schema = json.loads(run("schema").out)
+    assert list(schema["properties"]) == list(li.Config.model_fields)
+    rule = schema["$defs"]["Rule"]
+    assert list(rule["properties"]) == list(li.Rule.model_fields)
+    assert rule["required"] == ["match"]
+    for part in (schema, *schema["$defs"].values()):
+        assert part["additionalProperties"] is False
+        for key, entry in part["properties"].items():
+            assert len(entry["description"]) > 15, key
+    assert '"null"' not in json.dumps(schema)
