@@ -128,13 +128,15 @@ def rows_of_file(path: Path) -> list[Row]:
     line of any other file is a text.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_bytes().decode("utf-8")
     except (OSError, ValueError) as error:
         from lora_inject.core.spec.system_words import system_words
 
         problem = system_words(error) if isinstance(error, OSError) else str(error)
         raise ConfigError(f"data '{path}'", problem, "Give a file of UTF-8 text") from None
-    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    # At newlines alone: `splitlines` also splits at characters that may stand in a text.
+    lines = enumerate(text.replace("\r\n", "\n").split("\n"), 1)
+    filled = [(number, line) for number, line in lines if line.strip()]
     if path.suffix != ".jsonl":
         return [("", line) for _, line in filled]
     return [_row(line, f"data '{path}', line {number}") for number, line in filled]
@@ -184,6 +186,8 @@ def _batches(rows: Sequence[Tokens], n: int, path: Path, device: str) -> list[di
     if len(rows) < n:
         problem = f"it has {counted(len(rows), 'row')}, and a batch takes {n}"
         raise ConfigError(f"data '{path}'", problem, "Give more rows, or a smaller --batch")
+    if rest := len(rows) % n:
+        note(f"'{path}': the last {counted(rest, 'row')} are left out, as a batch takes {n}")
     made = []
     for start in range(0, len(rows) - n + 1, n):
         cut = rows[start : start + n]

@@ -18,12 +18,13 @@ import yaml
 from pydantic import Field
 from torch import Tensor, nn
 
+from lora_inject.core.files.atomic import write_file
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.spec.mixture import Mixture
 from lora_inject.core.spec.names import parent, quoted
 from lora_inject.core.spec.strict import YamlModel
-from lora_inject.errors import LayerError, MatchError
+from lora_inject.errors import LayerError, MatchError, user_path
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _Count = Annotated[int, Field(ge=0)]
@@ -90,8 +91,7 @@ class ExpertProfile(YamlModel):
         """Write the profile as a YAML file that `only:` reads."""
         data = {"version": self.version, "experts": self.experts}
         text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=1 << 16)
-        Path(path).write_text(text, encoding="utf-8")
-        return Path(path)
+        return write_file(user_path("write the profile", path), text.encode(), overwrite=True)
 
 
 def profile_experts(model: nn.Module, batches: Iterable[Any], *, run: Any = None) -> ExpertProfile:

@@ -64,9 +64,13 @@ def routed(
     if isinstance(adapters, str | bytes | Mapping | Set):  # of a string each letter is a name
         raise StateError("routed", f"it is {article(type(adapters).__name__)}", listed)
     rows = tuple(adapters)
-    if not rows or repeat < 1:
-        given = f"got {len(rows)} rows and repeat={repeat}"
-        raise StateError("routed()", given, "Give one adapter for each row")
+    if wrong := [row for row in rows if row is not None and not isinstance(row, str)]:
+        raise StateError("routed", f"a row is {wrong[0]!r}", listed)
+    if not rows or type(repeat) is not int or repeat < 1:
+        given = f"got {len(rows)} rows and repeat={repeat!r}"
+        raise StateError(
+            "routed()", given, "Give one adapter for each row; repeat is a whole number"
+        )
     lengths = None if tokens is None else tuple(tokens)
     if lengths is not None:
         _check_tokens(rows, lengths, repeat)

@@ -99,21 +99,28 @@ def _measured(survey: Survey, name: str, inputs: Inputs, asked: str) -> Proof:
     """Return what a model computes at each strength of an adapter."""
     gained = name in reach(survey.model, survey).gained  # a mix may not weigh it
     strengths = (0.0, 1.0) if gained else STRENGTHS
-    with torch.no_grad(), in_evaluation(survey.model):
-        outputs = [_run_at(survey, name, strength, inputs, asked) for strength in strengths]
-    base = outputs[0]
-    largest = torch.stack([each.float().abs().amax() for each in base])
     predicted = bool(inputs.prompts)
-    rows = [token_values(each, inputs) if predicted else output_samples(each) for each in outputs]
+    values, ahead = [], []
+    with torch.no_grad(), in_evaluation(survey.model):
+        for (
+            strength
+        ) in strengths:  # the outputs of one at a time: they are of the vocabulary's size
+            outputs = _run_at(survey, name, strength, inputs, asked)
+            values.append(token_values(outputs, inputs) if predicted else output_samples(outputs))
+            ahead.append(_next_tokens(outputs, inputs))
+            if not strength:
+                largest = torch.stack([each.float().abs().amax() for each in outputs])
+                first = outputs[0][-1:].clone()
+            del outputs
     return Proof(
         strengths=[*strengths],
-        values=[_rounded(row) for row in rows],
+        values=[_rounded(row) for row in values],
         prompts=[[*prompt] for prompt in inputs.prompts],
         texts=[*inputs.texts],
         pieces=[[*row] for row in inputs.pieces],
-        ahead=_ahead(outputs, inputs),
-        vocabulary=base[0].shape[-1] if predicted else 0,
-        dtype=str(base[0].dtype).removeprefix("torch."),
+        ahead=_ahead(ahead, inputs),
+        vocabulary=first.shape[-1] if predicted else 0,
+        dtype=str(first.dtype).removeprefix("torch."),
         size=float(largest.mean()),
         digest="" if predicted else digest_of_inputs(inputs.arguments),
     )
@@ -300,19 +307,31 @@ def _log_probabilities(logits: Tensor) -> Tensor:
     return logits.double().log_softmax(-1).clamp(min=-1e4)
 
 
-def _ahead(outputs: Sequence[Sequence[Tensor]], inputs: Inputs) -> list[Ahead]:
+def _prefixes(inputs: Inputs) -> list[tuple[int, int]]:
+    """Return the number and the length of each prefix of a prompt after which tokens are rated."""
+    return [
+        (number, length)
+        for number, prompt in enumerate(inputs.prompts)
+        for length in sorted({round(len(prompt) * (n + 1) / N_AHEAD) for n in range(N_AHEAD)} - {0})
+    ]
+
+
+def _next_tokens(outputs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
+    """Return the logits after each prefix, in memory of their own."""
+    return [outputs[number][length - 1].clone() for number, length in _prefixes(inputs)]
+
+
+def _ahead(logits: Sequence[Sequence[Tensor]], inputs: Inputs) -> list[Ahead]:
     """Return the probable tokens after some prefixes, with their values at each strength."""
     ahead = []
-    for number, prompt in enumerate(inputs.prompts):
-        lengths = {round(len(prompt) * (n + 1) / N_AHEAD) for n in range(N_AHEAD)}
-        for length in sorted(lengths - {0}):
-            rows = [_log_probabilities(each[number][length - 1]) for each in outputs]
-            tops = [row.topk(min(N_TOP, len(row))).indices.tolist() for row in rows]
-            tokens = sorted({token for top in tops for token in top})
-            decode = inputs.decode
-            texts = [] if decode is None else [decode(token) for token in tokens]
-            values = [_rounded(row[tokens]) for row in rows]
-            ahead.append(Ahead(number, length, tokens, texts, values))
+    for (number, length), at in zip(_prefixes(inputs), zip(*logits, strict=True), strict=True):
+        rows = [*map(_log_probabilities, at)]
+        tops = [row.topk(min(N_TOP, len(row))).indices.tolist() for row in rows]
+        tokens = sorted({token for top in tops for token in top})
+        decode = inputs.decode
+        texts = [] if decode is None else [decode(token) for token in tokens]
+        values = [_rounded(row[tokens]) for row in rows]
+        ahead.append(Ahead(number, length, tokens, texts, values))
     return ahead
 
 

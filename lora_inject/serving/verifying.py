@@ -80,7 +80,7 @@ def verify_loaded(
         problem = f"it returns {len(values)} values, and the adapter's model {len(proof.values[0])}"
         raise StateError(asked, problem, "Give the model that the adapter was made for")
     residuals = [values.double() - proof.at(strength) for strength in proof.strengths]
-    return judge(proof, residuals, _what(proof), dtype=dtype)
+    return judge(proof, residuals, _what(proof), dtype=dtype, same_program=True)
 
 
 def verify_served(

@@ -89,10 +89,9 @@ class Checks:
 
     def _key_of(self, of: Joined, forward: Any) -> Any:
         """Return what a check holds for: a forward, modules' modes, the entries of a batch."""
-        plain = getattr(forward, "func", forward)  # of a partial
         modes = tuple(module.training for module in self._modules)
         entries = tuple(of.batch) if isinstance(of.batch, Mapping) else type(of.batch)
-        return getattr(plain, "__code__", type(plain)), modes, entries, len(of.sizes) == 1
+        return _parts_of(forward), modes, entries, len(of.sizes) == 1
 
     def _unchecked(self, batches: Iterable[str], key: Any) -> list[str]:
         """Return trials of which each has a layer that no trial before it has, or one checked."""
@@ -136,6 +135,29 @@ class Checks:
                 for entry in attached.entries(name)
             )
         return self._sites[name]
+
+
+class _Same:
+    """An object that equals only itself."""
+
+    def __init__(self, held: Any) -> None:
+        self._held = held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other._held is self._held
+
+    def __hash__(self) -> int:
+        return id(self._held)
+
+
+def _parts_of(forward: Any) -> Any:
+    """Return what tells a forward from others; made anew of the same parts it is the same."""
+    code = getattr(forward, "__code__", None)
+    if code is None:
+        return _Same(forward)
+    held = [getattr(forward, "__self__", None), *(forward.__defaults__ or ())]
+    held += [cell.cell_contents for cell in forward.__closure__ or ()]
+    return code, *map(_Same, held)
 
 
 def _two_at_least(names: Sequence[str], of: Iterable[str]) -> list[str]:

@@ -75,6 +75,7 @@ class Search:
         over_budget: Trials that are left out, because they are over the budget.
         plan: Trials and steps of each rung.
         rungs: The finished rungs, and the running one.
+        equal: How many trials were left out because they equal others.
         base: Loss of the base on each held-out batch.
         adapter: The best trial's adapter; None until the end.
     """
@@ -82,6 +83,7 @@ class Search:
     space: Space
     candidates: dict[str, Point]
     over_budget: list[str] = field(default_factory=list)
+    equal: int = 0
     plan: list[tuple[int, int]] = field(default_factory=list)
     rungs: list[Rung] = field(default_factory=list)
     base: list[float] = field(default_factory=list)
@@ -117,6 +119,7 @@ class Search:
             "seconds": self.seconds,
             "base": fmean(self.base),
             "over_budget": self.over_budget,
+            "equal": self.equal,
             "trials": {
                 name: {"lr": point.lr, "parameters": point.parameters}
                 for name, point in self.candidates.items()
@@ -151,6 +154,8 @@ class Search:
         lines += [f"{name}: stopped, {why}" for r in self.rungs for name, why in r.stopped.items()]
         if self.over_budget:
             lines.append(f"{len(self.over_budget)} more were over the budget.")
+        if self.equal:
+            lines.append(f"{self.equal} more were equal to others.")
         return "".join(f"# {line}\n" for line in lines) + self.config.to_yaml()
 
 
@@ -224,9 +229,11 @@ def search(
         for given in (batches, held_out)
     )
     candidates, over = space.candidates(inventory(Survey(model)))
-    result = Search(space, candidates, over)
+    equal = len(space.points()) - len(candidates) - len(over)
+    result = Search(space, candidates, over, equal)
     plain = space.model_dump(mode="json", by_alias=True, exclude_none=True)
-    state = _Saved(folder, {"space": plain, "data": [_digest(batches), _digest(held_out)]})
+    asked = {"space": plain, "data": [_digest(batches), _digest(held_out)]}
+    state = _Saved(folder, {**asked, "max_tokens": max_tokens})
     calls = {
         "forward": forward or plain_forward(model),
         "loss": loss or default_loss(model),
@@ -258,6 +265,15 @@ class _Saved:
             if not isinstance(kept, dict) or kept.get(what) != value:
                 problem = f"the {what} of the search in it differs"
                 raise FormatError(f"search in '{folder}'", problem, "Give another folder")
+
+    def check_base(self, losses: Sequence[float]) -> None:
+        """Refuse to go on where the losses of the base are not those that were saved."""
+        kept = self.data.get("base", losses)
+        near = (math.isclose(a, b, rel_tol=1e-4) for a, b in zip(kept, losses, strict=True))
+        if not all(near):
+            problem = f"the base's held-out losses in it are {kept}, and now they are {losses}"
+            remedy = "Give the model, loss and forward that it had, or another folder"
+            raise FormatError(f"search in '{self.folder}'", problem, remedy)
 
     def rung(self, n: int) -> Path | None:
         """Return the file of the n-th rung's trials."""
@@ -291,7 +307,8 @@ class _Runner:
     def run(self, search: Search) -> None:
         """Run the missing rungs of a search; for a finished one, read the adapter."""
         kept = self.saved.data
-        search.base = kept.get("base") or self._base()
+        search.base = self._base()
+        self.saved.check_base(search.base)
         search.plan = [tuple(pair) for pair in kept.get("plan", ())] or self._plan(search)
         done = [Rung(**rung) for rung in kept.get("rungs", ())]
         names = list(search.candidates)
