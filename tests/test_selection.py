@@ -321,7 +321,7 @@ def test_a_merge_or_eject_between_forward_and_backward_is_refused(verb: Any, mod
 def test_values_that_were_swapped_since_the_forward_are_not_recomputed_with(mode: bool) -> None:
     model = net()
     model.mode = mode
-    x, other = X.clone().requires_grad_(), li.adapter_state(model, "b")
+    x, other = X.clone().requires_grad_(), copy.deepcopy(li.adapter_state(model, "b"))
     y = model(x)
     li.swap_adapter(model, other, "a")
     with pytest.raises(li.StateError, match="'a' got other values since its forward"):

@@ -3,6 +3,7 @@
 The verdicts are held to states that the test makes itself, of the adapter and of the base.
 """
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_a_loaded_adapter_knows_its_files(saved: Path, tmp_path: Path) -> None:
     assert "holds no proof of behavior" in said(lambda: li.verify_loaded(model, "second"))
     li.swap_adapter(model, saved, "second")
     assert li.verify_loaded(model, "second").ok
-    li.swap_adapter(model, li.adapter_state(model, "second"), "second")
+    li.swap_adapter(model, copy.deepcopy(li.adapter_state(model, "second")), "second")
     assert unknown in said(lambda: li.verify_loaded(model, "second"))
 
 

@@ -1,6 +1,5 @@
 """Methods of a model of transformers or diffusers that mean something else while it has adapters.
 
-`get_parameter` gives Parameters themselves, which `tie_weights` of transformers puts into layers.
 `save_pretrained` writes the adapters, as PEFT's does: the library would write the base with extra
 keys, which `from_pretrained` drops. Trainer's `save_model` and `push_to_hub` call this method, so
 they write the adapters as well. Methods that would drop adapters with the layers that they replace
@@ -30,7 +29,6 @@ from lora_inject.core.files.atomic import replace_file
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.survey import Survey, base_parameters
 from lora_inject.core.layers.told import FORMS
-from lora_inject.core.layers.upkeep import raw_parameter
 from lora_inject.core.model.carried import adapted_modules, reach
 from lora_inject.core.model.facts import facts_for
 from lora_inject.core.model.guards import before
@@ -41,7 +39,6 @@ from lora_inject.errors import LayerError, StateError, user_path
 from lora_inject.formats.card import joined_cards
 
 SAVE, RESIZE, DEQUANTIZE = "save_pretrained", "resize_token_embeddings", "dequantize"
-PARAMETER = "get_parameter"
 CARD = "create_or_update_model_card"
 LOADED = "_hf_peft_config_loaded"
 # As true as True, and says whose it is: what transformers' own mixin has set is left alone.
@@ -237,14 +234,6 @@ class _Refusal:
         raise LayerError(*self.words)
 
 
-class _Parameters(_StandIn):
-    """The replacement of `get_parameter`, which reads attributes."""
-
-    def __call__(self, target: str) -> nn.Parameter:
-        """Return a Parameter by its name, as `named_parameters()` has it."""
-        return raw_parameter(self.model, target)
-
-
 class _OfPeft(_StandIn):
     """Stands in for a method of diffusers that does nothing where no layers of PEFT are."""
 
@@ -274,8 +263,6 @@ def _save_adapters(module: nn.Module, method: str) -> None:
     saving = _SaveAdapters(module)
     module.__dict__[method] = saving
     module.__dict__[CARD] = saving.card
-    if _replaceable(module, PARAMETER) and attached_to(module) is None:
-        module.__dict__[PARAMETER] = _Parameters(module, PARAMETER)
 
 
 def _refuse_dequantize(module: nn.Module, method: str) -> None:

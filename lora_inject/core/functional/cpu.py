@@ -25,29 +25,21 @@ def are_few(x: Tensor, u: Update) -> bool:
     """Whether x has so few tokens that time is in the number of operations."""
     if x.numel() > FEW * x.shape[-1] or u.dropout or u.spans is not None or not is_cpu(x):
         return False
-    dtype = u.A.dtype
-    return 2 < dtype.itemsize >= x.dtype.itemsize and dtype == u.B.dtype
+    return x.dtype.itemsize > 2 and x.dtype == u.A.dtype == u.B.dtype
 
 
 def add_few_(y: Tensor, x: Tensor, u: Update) -> Tensor:
-    """Add an update to the output of few tokens in place, in the dtype of its factors.
+    """Add an update to the output of few tokens in place, where all have one dtype.
 
-    Casting x and y takes less than casting A and B, and a single token is a vector: decoding one
-    token of a layer of width 768 takes half as long as with the operations of `linear`. It is done
-    with gradients on as well, so that a token has the same bits. Returns `x A^T`, `(n, rank)`; y is
-    contiguous.
+    A single token is a vector: decoding one token of a layer of width 768 takes half as long as
+    with the operations of `linear`. It is done with gradients on as well, so that a token has the
+    same bits. Returns `x A^T`, `(n, rank)`; y is contiguous.
     """
-    A, B, dtype = u.A, u.B, u.A.dtype
-    if y.dtype == x.dtype == dtype and x.numel() == x.shape[-1]:
-        vector = torch.mv(A, x.reshape(-1))
-        y.view(-1).addmv_(B, vector, alpha=u.scale)
+    if x.numel() == x.shape[-1]:
+        vector = torch.mv(u.A, x.reshape(-1))
+        y.view(-1).addmv_(u.B, vector, alpha=u.scale)
         return vector[None]
     # As a matrix: else torch would choose its product by `A.requires_grad`.
-    x2 = x.reshape(-1, x.shape[-1])
-    h = torch.mm(x2 if x.dtype == dtype else x2.to(dtype), A.t())
-    y2 = y.view(-1, y.shape[-1])
-    if y.dtype == dtype:
-        y2.addmm_(h, B.t(), alpha=u.scale)
-    else:
-        y2.add_(torch.mm(h, B.t()), alpha=u.scale)
+    h = torch.mm(x.reshape(-1, x.shape[-1]), u.A.t())
+    y.view(-1, y.shape[-1]).addmm_(h, u.B.t(), alpha=u.scale)
     return h

@@ -212,13 +212,12 @@ def _add(
     is_ours = is_new
     kept = []
     for u in updates:
-        few = cpu.are_few(x2, u)
+        few = y2.dtype == x2.dtype and cpu.are_few(x2, u)
         if not is_ours and (few or u.spans is not None):
             y2 = y2.clone(memory_format=torch.contiguous_format)
             is_ours = True
         if few:
-            h = cast(cpu.add_few_(y2, x2, u), dtype)
-            kept.append(Kept(h, cast(u.A, dtype), cast(u.B, dtype), None))
+            kept.append(Kept(cpu.add_few_(y2, x2, u), u.A, u.B, None))
         else:
             x2 = cast(x2, dtype)
             kept.append(_thin(x2, u))
@@ -291,12 +290,15 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients, as far as they are needed.
+        """Return the gradients, as far as they are needed; autocast has had its say in the forward.
 
         1. Where this backward is itself differentiated, by autograd through plain operations.
         2. Else those of the frozen layer first.
         3. To that of x each update adds its share, and A and B get theirs.
         """
+        if (off := without_autocast(g)) is not None:
+            with off:
+                return _Function.backward(ctx, g)
         how, needs = ctx.how, ctx.needs_input_grad
         x, weight, bias, factors, kept = _saved(ctx)
         if torch.is_grad_enabled():

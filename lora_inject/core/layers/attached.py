@@ -40,7 +40,8 @@ def attribute(role: str, adapter: str, param: str | None = None) -> str:
     return flat if param is None else f"{param}__{flat}"
 
 
-@dataclass  # not frozen, which takes three times as long to make: there are many thousands
+# Not frozen, which takes three times as long to make: there are many thousands. Each is itself.
+@dataclass(eq=False)
 class Entry:
     """One adapter on one tensor of one module."""
 
@@ -175,7 +176,7 @@ class Attached:
         self._base: tuple[str, ...] = ()  # those of the other parameters
         # For each thread that runs a forward of the module: the effective weights read in it, and
         # the hooks on saved tensors that it was entered with.
-        self.running: dict[int, tuple[dict[tuple[str, bool], Tensor], Any]] = {}
+        self.running: dict[int, tuple[dict[Any, Tensor], Any]] = {}
         # Parameters that were read from outside, in case that the reader takes them out.
         self.last_read: dict[str, ReferenceType[Tensor]] = {}
         # One object, which another thread cannot change between two reads.

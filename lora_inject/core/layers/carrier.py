@@ -81,12 +81,6 @@ class Carrier(Adapted):
         check_registered(self, name, param)
         super().register_parameter(name, param)
 
-    def get_parameter(self, target: str) -> nn.Parameter:
-        """Return a Parameter itself, as `parameters()` yields it."""
-        from lora_inject.core.layers.upkeep import raw_parameter
-
-        return raw_parameter(self, target)
-
     def __delattr__(self, name: str) -> None:
         """Delete like nn.Module, but not what carries an adapter."""
         if name in self._parameters:
@@ -126,4 +120,18 @@ def _asking_first(load: Any) -> Any:
     return load_state_dict
 
 
+def _itself(get: Any) -> Any:
+    """Return a `get_parameter` that gives a Parameter itself, as `named_parameters` does."""
+
+    @functools.wraps(get)
+    def get_parameter(self: nn.Module, target: str) -> nn.Parameter:
+        path, _, name = target.rpartition(".")
+        owner = self.get_submodule(path)
+        held = owner._parameters.get(name) if isinstance(owner, Adapted) else None
+        return get(self, target) if held is None else held  # type: ignore[no-any-return]
+
+    return get_parameter
+
+
 patch(nn.Module, "load_state_dict", _asking_first)
+patch(nn.Module, "get_parameter", _itself)

@@ -63,7 +63,7 @@ def read_mixed(
     if type(raw) not in PLAIN and not reads_as_sum(raw):
         return _other(layer, raw, taking, outside)
     # A value read under no_grad would cut the gradient of a later read in the same forward.
-    key = (param, torch.is_grad_enabled())
+    key = (param, torch.is_grad_enabled(), *taking)
     cache = _read_so_far(attached)
     if cache is None:
         return _effective(layer, raw, taking, outside)
@@ -72,7 +72,7 @@ def read_mixed(
     return cache[key]
 
 
-def _read_so_far(attached: Attached) -> dict[tuple[str, bool], Tensor] | None:
+def _read_so_far(attached: Attached) -> dict[Any, Tensor] | None:
     """Return the values that were read in the running forward, for the next reads in it.
 
     None outside a forward of the module, and in a checkpoint that its forward has entered: that

@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.layers.adapted import Adapted
 from lora_inject.core.layers.attached import Attached, held_by
 from lora_inject.core.layers.own_code import OWN
 from lora_inject.core.layers.replaced import check_replaced
@@ -97,11 +96,3 @@ def _put_back(attached: Attached, param: str, parameters: dict[str, Any]) -> boo
     parameters.clear()
     parameters.update({param: held, **others})
     return True
-
-
-def raw_parameter(module: nn.Module, target: str) -> nn.Parameter:
-    """Return what `nn.Module.get_parameter` returns where no adapter is: the Parameter itself."""
-    path, _, name = target.rpartition(".")
-    owner = module.get_submodule(path)
-    held = owner._parameters.get(name) if isinstance(owner, Adapted) else None
-    return nn.Module.get_parameter(module, target) if held is None else held

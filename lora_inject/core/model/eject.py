@@ -49,7 +49,8 @@ def eject(model: M, name: str | None = None) -> M:
     Raises:
         StateError: There is no such adapter, it is merged together with others, or only a part of
             it is in this model.
-        LayerError: `fully_shard` has sharded it.
+        LayerError: `fully_shard` has sharded it; or a merge has untied what no config says is tied,
+            and the model's class may tie again.
     """
     survey = Survey(model)
     gone = _names_to_eject(survey, name)
@@ -92,6 +93,10 @@ def _check_free(record: Root, gone: Set[str], *, every: bool) -> None:
     record.selection.check_settled("eject", others=True)
     if not every or not gone >= record.configs.keys():
         check_unmerged(f"ejecting {min(gone)!r}", record.selection)
+    if record.before_merge is not None and record.before_merge.untied:
+        from lora_inject.core.model.merge_ties import refuse_untold
+
+        refuse_untold(record.before_merge.untied, "eject")
 
 
 def _roots_with(survey: Survey, gone: Set[str]) -> list[_Root]:

@@ -51,6 +51,7 @@ class _Before:
     setting: Selected
     trainable: list[nn.Parameter]
     tensors: list[Undone] | None
+    untied: Mapping[str, str]  # that no config tells of; see `merge_ties.untold`
     # What models and configs said of quantization and ties: each with attributes of its.
     said: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
 
@@ -107,10 +108,14 @@ def merge(
     mix = mix_to_fold(survey, name, "merge")
     targets = merge_targets(survey, mix, into)
     untied = {target.name: target.sharers[0].name for target in targets if target.sharers}
+    untold: Mapping[str, str] = {}
     if untied:
         from lora_inject.core.model import merge_ties
 
-        merge_ties.check_ties(survey, untied, eject)
+        merge_ties.check_ties(survey, untied)
+        untold = merge_ties.untold(survey, untied)
+        if untold and eject:
+            merge_ties.refuse_untold(untold, "merge with eject=True into")
     if isinstance(into, torch.dtype):
         from lora_inject.core.model import packed_target
 
@@ -119,7 +124,7 @@ def merge(
 
     undone: list[Undone] = []
     trainable = [p for *_, p in trainable_tensors(survey) if p.requires_grad]
-    before = _Before(root.selection.setting, trainable, undone if undo else None)
+    before = _Before(root.selection.setting, trainable, undone if undo else None, untold)
     with _writing(survey, root, before, undone, len(targets)):
         root.before_merge = before
         root.selection.replace(Mix(), merged=dict(mix))

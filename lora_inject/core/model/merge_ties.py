@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -38,10 +38,9 @@ def once_if_tied(targets: Mapping[Holder, Target]) -> list[Target]:
     return kept
 
 
-def check_ties(survey: Survey, untied: Mapping[str, str], eject: bool) -> None:
-    """Refuse to untie where the model computes or loads something else when it is untied."""
-    name, sharer = next(iter(untied.items()))
-    asked = f"merge into {name!r}"
+def check_ties(survey: Survey, untied: Mapping[str, str]) -> None:
+    """Refuse to untie where the model computes something else when it is untied."""
+    asked = f"merge into {min(untied)!r}"
     for cls in {type(module): None for _, module in survey.modules}:
         if _reads_tie_flag(cls):
             raise LayerError(
@@ -50,14 +49,22 @@ def check_ties(survey: Survey, untied: Mapping[str, str], eject: bool) -> None:
                 "config.tie_word_embeddings says so: untied it would be another model",
                 "Stay unmerged, or leave this site out of the adapter",
             )
-    if eject and not _tied_configs(survey):
-        raise LayerError(
-            f"{asked} with eject=True",
-            f"its tensor is also that of {sharer!r} and would be untied, and no "
-            "config of the model says so: code that ties the two, when a saved state dict is "
-            "loaded, would lose one of them",
-            "Where no code ties them any more, call merge(model) and eject(model)",
-        )
+
+
+def untold(survey: Survey, untied: Mapping[str, str]) -> Mapping[str, str]:
+    """Return what is untied and no config tells: a class that ties it would lose one of the two."""
+    return {} if _tied_configs(survey) else untied
+
+
+def refuse_untold(untied: Mapping[str, str], asked: str) -> NoReturn:
+    """Raise for a plain model with weights that its class may tie again."""
+    name, sharer = next(iter(untied.items()))
+    raise LayerError(
+        f"{asked} {name!r}",
+        f"merged, it is no longer the tensor of {sharer!r}, and no config of the model says so: "
+        "code that ties the two, when a saved state dict is loaded, would lose one of them",
+        "Stay merged; or load merged_weights(model) into a model that does not tie them",
+    )
 
 
 def _reads_tie_flag(cls: type) -> bool:

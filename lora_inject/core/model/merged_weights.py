@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Survey, memory_of
 from lora_inject.core.layers.weight_kinds import in_dtype
-from lora_inject.core.model.merge import mix_to_fold
+from lora_inject.core.model.merge import mix_to_fold, root_of
 from lora_inject.core.model.merge_targets import check_results, merge_targets
 from lora_inject.core.model.merged_rows import counted_in, formed_values
 from lora_inject.core.model.packed_target import PackedTarget, dtype_of
@@ -50,7 +50,7 @@ def merged_weights(
 
     Raises:
         StateError: Nothing is active, the model is merged, or an adapter holds NaN or Inf or is not
-            whole in this model.
+            whole in this model; during iteration: a weight or its adapter has changed since.
         LayerError: A weight cannot be merged into, as with `merge`; names of a checkpoint are asked
             for, and the model has no `save_pretrained` that tells them, or is quantized; during
             iteration: a merged weight is not finite.
@@ -66,8 +66,33 @@ def merged_weights(
         raise StateError(
             "merged_weights, names", f"it is {names!r}", "Give 'model' or 'checkpoint'"
         )
-    weights = _merged(survey, name, dequantize, kept)
+    weights = _while_unchanged(survey, _merged(survey, name, dequantize, kept))
     return weights if names == "model" else _as_on_disk(survey, weights)
+
+
+def _while_unchanged(
+    survey: Survey, weights: Iterator[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Return weights that are all of this moment; an error comes in the place of a later one."""
+    selection = root_of(survey).selection
+    tables = {path: module._parameters.values() for path, module in survey.modules}
+    held = {path: [t for t in table if t is not None] for path, table in tables.items()}
+    then = {path: [*map(_version, tensors)] for path, tensors in held.items()}
+
+    def checked() -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights:
+            path = parent(name)
+            if selection.merged or [*map(_version, held[path])] != then[path]:
+                problem = "it or its adapter has changed since the call"
+                remedy = "Take all weights before the next step of an optimizer, merge or swap"
+                raise StateError(f"merged_weights, {name!r}", problem, remedy)
+            yield name, weight
+
+    return checked()
+
+
+def _version(tensor: Any) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _as_on_disk(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import TypeVar
 
 from torch import nn
@@ -69,6 +70,6 @@ def weights_of(which: str | Mapping[str, float] | None, verb: str) -> dict[str, 
     check_type(verb, which, Mapping, "Give a name, a mapping of names to weights, or None")
     for name, weight in which.items():
         asked = f"{verb} {name!r}"
-        if not isinstance(weight, int | float) or not math.isfinite(weight):
+        if not isinstance(weight, Real) or not math.isfinite(weight):
             raise StateError(asked, f"its weight is {weight!r}", "Give a finite number")
     return {name: float(weight) for name, weight in which.items()}

@@ -250,6 +250,11 @@ def _check_fit(pairs: Collection[tuple[Tensor, Tensor]], asked: str) -> None:
                 "class",
                 "Swap after the model has values",
             )
+        plain = type(value) in PLAIN and type(parameter) in PLAIN and value.numel() > 0
+        if plain and value.data_ptr() == parameter.data_ptr():
+            problem = "its tensors are those of the adapter on the model, whose values they have"
+            remedy = "To come back to values keep a copy: copy.deepcopy(adapter_state(model, name))"
+            raise FormatError(asked, problem, remedy)
         if value.shape != parameter.shape:
             shapes = tuple(value.shape), tuple(parameter.shape)
             problem = "a tensor has shape {}, and {} on the model".format(*shapes)
