@@ -2,9 +2,8 @@
 
 A private name may be gone in the next version of its library. So none is imported or written out:
 `look_up` finds it, or None, and what stands on it goes another way or refuses the one feature that
-needs it (`private_needed`). `private_names.NAMES` lists them all. Private attributes are asked of
-an object at hand: `tests/helpers/private_attributes.py` lists them. `tests/test_private_names.py`
-holds the package to both.
+needs it (`private_needed`). `private_names.NAMES` lists them all, and `tests/test_private_names.py`
+looks for each in the library at hand.
 """
 
 from __future__ import annotations

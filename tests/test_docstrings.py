@@ -1,10 +1,9 @@
-"""Every example in a docstring runs and prints what it says, and docstrings say what is due."""
+"""Every example in a docstring runs and prints what it says."""
 
 import doctest
 import importlib
 import inspect
 import pkgutil
-import re
 
 import pytest
 import torch
@@ -31,19 +30,4 @@ def test_a_module_says_what_it_is_for_and_its_examples_run(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_the_public_names_are_documented(name: str) -> None:
-    public = PUBLIC[name]
-    doc = inspect.getdoc(public) or ""
-    assert doc
-    if not inspect.isfunction(public):
-        return
-    stated = re.findall(r"^    \*{0,2}(\w+):", _section(doc, "Args"), re.MULTILINE)
-    parameters = list(inspect.signature(public).parameters)
-    if len(parameters) > 1 or stated:
-        assert stated == parameters
-    if "raise " in inspect.getsource(public):
-        assert _section(doc, "Raises")
-
-
-def _section(doc: str, name: str) -> str:
-    section = re.search(rf"^{name}:\n((?:    .*\n?|\n)*)", doc, re.MULTILINE)
-    return section.group(1) if section else ""
+    assert inspect.getdoc(PUBLIC[name])

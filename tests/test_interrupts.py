@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,13 @@ import pytest
 import torch
 from conftest import fill, snapshot
 from helpers.models import IDS, OTHER, SEVERAL, Several
+from pydantic_core import PydanticSerializationError
 from torch import nn
 
 import lora_inject as li
 
 PACKAGE = Path(li.__file__).parent
 FILES = {str(path) for path in PACKAGE.rglob("*.py")}
-# The files whose lines change a model. What only looks at it fails as the line that calls it.
-LOOKING = {"candidates", "survey", "kinds", "linear_kinds", "initial", "sharding"}
-LOOKING |= {"base", "fit_state", "checkpointing", "contexts"}
-CHANGING = {
-    str(path)
-    for folder in ("core/model", "core/layers", "quantized", "distributed", "integrations")
-    for path in (PACKAGE / folder).glob("*.py")
-    if path.stem not in LOOKING
-}
 
 
 class Interrupted(BaseException):
@@ -35,14 +27,12 @@ class Interrupted(BaseException):
 Line = tuple[str, int]
 
 
-def _traced(
-    run: Callable[[], Any], stop_at: tuple[Line, int] | None = None, files: Set[str] = CHANGING
-) -> dict[Line, int]:
+def _traced(run: Callable[[], Any], stop_at: tuple[Line, int] | None = None) -> dict[Line, int]:
     """Run, raise when a line is reached for the given time, and return how often each was."""
     lines: dict[Line, int] = {}
 
     def trace(frame: Any, event: str, _: Any) -> Any:
-        if frame.f_code.co_filename not in files:
+        if frame.f_code.co_filename not in FILES:
             return None
         if event == "line":
             line = (frame.f_code.co_filename, frame.f_lineno)
@@ -115,6 +105,7 @@ VERBS: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], Any]]] = {
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_interrupt_at_any_line_leaves_all_or_nothing(verb: str) -> None:
     make, act = VERBS[verb]
+    act(make())  # the first run imports what the verb needs
     torch.manual_seed(0)
     start = make()
     done = copy.deepcopy(start)
@@ -132,7 +123,7 @@ def test_an_interrupt_at_any_line_leaves_all_or_nothing(verb: str) -> None:
         torch.manual_seed(1)
         try:
             _traced(lambda: act(model), (line, times // 2 + 1))  # noqa: B023 - runs at once
-        except Interrupted:
+        except (Interrupted, PydanticSerializationError):  # by which pydantic tells of it
             if snapshot(model) == before and _whole(model) == whole:
                 continue
             if verb == "unmerge" and _whole(model) != after:
@@ -150,11 +141,12 @@ def test_an_interrupt_at_any_line_of_a_context_leaves_nothing_behind(context: An
         with context(model):
             pass
 
-    lines = _traced(run, files=FILES)
+    run()  # the first run imports what the context needs
+    lines = _traced(run)
     assert len(lines) > 50
     for line, times in lines.items():
         for time in range(1, times + 1):
             with suppress(Interrupted):
-                _traced(run, (line, time), FILES)
+                _traced(run, (line, time))
             assert torch.equal(model(x), wanted), f"interrupted at {line}"
     li.eject(model)  # which an open context would refuse

@@ -1,16 +1,13 @@
 """What an adapter costs a device: at most so many launches and bytes of one layer, and no sync."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import KINDS, host, script
-from helpers.calls import python_calls
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -21,20 +18,39 @@ table = script("benchmarks.launches")
 ROWS = table.ROWS
 
 
-def on_the_page(name: str) -> dict[str, float]:
-    """What docs/performance.md says of one layer of width 4096, rank 16."""
-    page = Path(__file__).parents[1] / "docs" / "performance" / "results.json"
-    lines = json.loads(page.read_text())["rows"]["launches"]["lines"]
-    ours = [line for line in lines if (line["case"], line["variant"]) == (name, "lora_inject")]
-    return {line["metric"]: line["mid"] for line in ours}
+# Row -> launches and GiB that one layer of width 4096, rank 16, may take.
+MOST = {
+    "bf16": (12, 0.816),
+    "bf16, low rank in float32": (13, 2.129),
+    "bf16, dropout": (15, 1.285),
+    "autocast over float32": (16, 1.379),
+    "autocast, dropout": (19, 1.847),
+    "float32": (8, 1.629),
+    "decode, 1 token": (5, 0.032),
+    "decode, 32 tokens": (5, 0.033),
+    "prefill, 4,096 tokens": (5, 0.189),
+    "prefill, low rank in float32": (5, 0.438),
+    "bf16, two adapters": (22, 1.320),
+    "bf16, DoRA": (37, 1.758),
+    "decode, DoRA": (22, 0.099),
+    "bf16, Conv1D": (12, 0.816),
+    "bf16, two slices of three": (15, 0.756),
+    "bf16, two slices of three, equal": (12, 1.445),
+    "bf16, 4 of 8 experts in a loop": (42, 1.269),
+    "bf16, 4 of 8 experts in a loop, forward": (21, 0.567),
+    "bf16, 8 experts in a grouped product": (22, 1.785),
+    "bf16, embedding": (13, 0.386),
+    "float32, embedding": (9, 0.761),
+    "bf16, embedding, low rank in float32": (11, 1.447),
+}
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_launches_and_bytes_are_at_most_those_of_the_page(name: str) -> None:
+def test_launches_and_bytes_are_at_most_those_that_are_told(name: str) -> None:
     counted = table.count(ROWS[name], "lora_inject")
-    most = on_the_page(name)
-    assert counted.total <= most["launches"], counted.launches
-    assert counted.moved / table.GIB <= most["GiB moved"] + 0.005
+    launches, moved = MOST[name]
+    assert counted.total <= launches, counted.launches
+    assert counted.moved / table.GIB <= moved + 0.005
     assert counted.syncs == []
     assert counted.on_cpu == [] or ROWS[name].autocast  # whose fake tensors are on the CPU
 
@@ -129,14 +145,6 @@ def test_launches_of_a_routed_layer_depend_on_no_number_and_no_rank(ranks: Seque
         with table.Counted() as counted:
             model(x)
     assert counted.total <= 9, counted.launches
-
-
-def test_a_token_enters_few_functions_of_the_package() -> None:
-    net = li.inject(nn.Sequential(nn.Linear(8, 8)), {"rank": 2, "targets": ["0"]}).eval()
-    x = torch.randn(1, 8)
-    with torch.inference_mode():
-        net(x)  # what is chosen is looked up once
-        assert python_calls(lambda: net[0](x), inside="/lora_inject/") <= 8
 
 
 def test_a_step_of_trials_takes_as_many_launches_for_any_number_of_one_shape() -> None:

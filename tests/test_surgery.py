@@ -355,3 +355,11 @@ def test_packed_expert_stacks_are_refused() -> None:
     net.experts = nn.Parameter(torch.zeros(2, 6, 4, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(li.LayerError, match=r"'experts'.*quantized"):
         li.inject(net, {"rank": 2, "targets": [{"match": "experts", "layout": "out_in"}]})
+
+
+def test_the_collector_of_the_process_is_as_it_was_after_a_verb() -> None:
+    usual = gc.get_threshold()
+    li.inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 2, "targets": ["0"]})
+    with pytest.raises(li.MatchError):
+        li.plan(nn.Sequential(nn.Linear(4, 4)), {"targets": ["no_such_layer"]})
+    assert gc.get_threshold() == usual
