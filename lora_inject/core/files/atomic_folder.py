@@ -52,7 +52,13 @@ def write_directory(
             for name, content in files.items():
                 write_new(temporary / name, content)
             fsync_dir(temporary)
-            _put_in_place(temporary, target)
+            if overwrite:
+                _put_in_place(temporary, target)
+            else:
+                rename_folder(temporary, target)
+        except OSError:  # of several that write at once, one succeeds
+            check_free(target, overwrite=overwrite)
+            raise
         finally:
             # after an exchange the old adapter, after a failure unfinished files
             shutil.rmtree(temporary, ignore_errors=True)

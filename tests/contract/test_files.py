@@ -1,0 +1,379 @@
+"""Adapters on disk: whole or not at all, and no header of a file that lies is believed."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.faults import content, full_disk, power_may_fail, stopped, visible
+from helpers.models import IDS, Several
+from helpers.refusals import refused
+from helpers.states import SITES, linear, metadata, state_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lora_inject as li
+
+OLD, NEW = (state_of(SITES["linear"], seed=seed) for seed in (1, 2))
+PLACES = {"peft": "a", "native": "a.safetensors"}
+every_place = pytest.mark.parametrize("layout", PLACES)
+
+
+def write(state: li.AdapterState, path: Path, layout: str) -> Path:
+    return li.write_adapter(state, path, layout, overwrite=True)
+
+
+# Whole or not at all ------------------------------------------------------------------------------
+
+
+@every_place
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("for_good", [True, False], ids=["killed", "interrupted"])
+def test_stopped_at_any_call_of_the_system_the_old_adapter_or_the_new_one_is_there(
+    layout: str, exists: bool, for_good: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(20):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        path = folder / PLACES[layout]
+        if exists:
+            write(OLD, path, layout)
+        with stopped(monkeypatch, n, for_good=for_good) as calls:
+            write(NEW, path, layout)
+        if not path.exists():
+            assert not exists
+        elif li.read_adapter(path) != NEW:
+            assert exists
+            assert li.read_adapter(path) == OLD
+        found = visible(folder) if for_good else [p.name for p in folder.iterdir()]
+        assert found == ([path.name] if path.exists() else [])
+        if len(calls) <= n:
+            assert li.read_adapter(path) == NEW
+            break
+    assert 3 < n < 20
+
+
+def write_in_turn(path: Path, layout: str) -> None:
+    print("begun", flush=True)
+    while True:
+        for state in (OLD, NEW):
+            write(state, path, layout)
+
+
+@every_place
+def test_a_process_that_is_killed_leaves_a_whole_adapter(layout: str, forks, tmp_path) -> None:
+    path = write(OLD, tmp_path / PLACES[layout], layout)
+    for k in range(4):
+        child = forks.start(write_in_turn, path, layout)
+        while "begun" not in child.out():
+            time.sleep(0.001)
+        time.sleep(0.01 + 0.007 * k)
+        os.kill(child.pid, signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+        assert li.read_adapter(path) in (OLD, NEW)
+        assert visible(tmp_path) == [path.name]
+
+
+@every_place
+def test_a_full_disk_is_told_and_leaves_the_old_adapter(layout: str, tmp_path: Path) -> None:
+    path = write(OLD, tmp_path / PLACES[layout], layout)
+    large = state_of(linear("fc", 500, 500))
+    for target in (path, tmp_path / f"new {path.name}"):
+        with full_disk(4000), refused(li.FormatError, str(target)):
+            write(large, target, layout)
+    assert li.read_adapter(path) == OLD
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@every_place
+def test_data_is_on_the_disk_before_it_gets_its_name(layout: str, tmp_path, monkeypatch) -> None:
+    path = tmp_path / "new" / PLACES[layout]
+    for state in (OLD, NEW):
+        with power_may_fail(monkeypatch):
+            write(state, path, layout)
+        assert li.read_adapter(path) == state
+
+
+@every_place
+def test_of_two_that_write_at_once_one_succeeds_and_the_other_is_told(layout, tmp_path) -> None:
+    for k in range(10):
+        path, told = tmp_path / str(k) / PLACES[layout], []
+        both = threading.Barrier(2)
+
+        def run(state: li.AdapterState, path: Path = path, told: list[Any] = told) -> None:
+            both.wait()  # noqa: B023
+            with contextlib.suppress(li.FormatError):
+                li.write_adapter(state, path, layout)
+                told.append(state)
+
+        threads = [threading.Thread(target=run, args=(state,)) for state in (OLD, NEW)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert told == [li.read_adapter(path)]
+        assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_folder_is_replaced_as_a_whole_and_an_older_file_of_it_goes(tmp_path: Path) -> None:
+    path = write(OLD, tmp_path / "a", "peft")
+    (path / "adapter_model.bin").write_bytes(b"")
+    write(NEW, path, "peft")
+    assert visible(path) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert li.read_adapter(path) == NEW
+
+
+def test_nothing_is_replaced_that_was_not_meant(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "optimizer.pt").write_bytes(b"weeks of work")
+    file = write(OLD, tmp_path / "f.safetensors", "native")
+    before = content(tmp_path)
+    for path, layout, named in (
+        (tmp_path / "run", "peft", "optimizer.pt"),
+        (file, "peft", "is a file"),
+        (tmp_path / "run", "native", "run.safetensors"),
+    ):
+        (tmp_path / "run.safetensors").mkdir(exist_ok=True)
+        with refused(li.FormatError, named):
+            write(NEW, path, layout)
+    assert content(tmp_path) == before
+
+
+def test_empty_folders_missing_parents_and_links_are_written_to(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "x" / "y" / "z"):
+        assert li.read_adapter(li.write_adapter(NEW, path)) == NEW
+    for layout, place in PLACES.items():
+        real, link = tmp_path / f"real {place}", tmp_path / place
+        write(OLD, real, layout)
+        link.symlink_to(real.name)
+        assert write(NEW, link, layout) == real.resolve()
+        assert link.is_symlink()
+        assert li.read_adapter(real) == NEW
+
+
+def test_permissions_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        folder, file = (write(NEW, tmp_path / place, name) for name, place in PLACES.items())
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o750
+    assert {p.stat().st_mode & 0o777 for p in [*folder.iterdir(), file]} == {0o640}
+
+
+@every_place
+def test_what_was_read_stays_whatever_becomes_of_the_files(layout: str, tmp_path: Path) -> None:
+    path = write(OLD, tmp_path / PLACES[layout], layout)
+    read = li.read_adapter(path)
+    write(NEW, path, layout)
+    assert read == OLD
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert read == OLD
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files")
+def test_any_number_of_files_may_be_read(tmp_path: Path) -> None:
+    path = write(OLD, tmp_path / "a.safetensors", "native")
+    before = len([*Path("/proc/self/fd").iterdir()])
+    held = [li.read_adapter(path) for _ in range(200)]
+    assert len([*Path("/proc/self/fd").iterdir()]) - before <= 64
+    assert all(state == OLD for state in held)
+
+
+# Which format holds an adapter is said before it is trained, and one call always works ------------
+
+ROOT = {"rank": 2, "targets": ["mix", "fc"]}  # PEFT has no place for parameters of the root
+PLAIN = {"rank": 2, "targets": ["fc"]}
+CALL = 'save_adapter(model, path, format="native")'
+
+
+def test_the_plan_and_the_summary_say_what_the_default_format_cannot_hold() -> None:
+    text = " ".join(str(li.plan(Several(), ROOT)).split())
+    assert CALL in text
+    assert "'mix'" in text
+    assert "save_adapter" not in str(li.plan(Several(), PLAIN))
+    model = li.inject(li.inject(Several(), ROOT, "hard"), PLAIN, "easy")
+    (line,) = [line for line in li.summary(model).splitlines() if "save_adapter" in line]
+    assert line.startswith("hard: ")
+    assert "'mix'" in line
+
+
+def test_the_refusal_names_the_call_that_works(tmp_path: Path) -> None:
+    plain = Several()
+    model = li.inject(Several(), ROOT)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    with refused(li.FormatError, "'mix'", CALL):
+        li.save_adapter(model, tmp_path / "out", unused=[".*"])
+    written = li.save_adapter(model, tmp_path / "out", format="native", unused=[".*"])
+    assert written == tmp_path / "out.safetensors"
+    with refused(li.FormatError, "out.safetensors"):
+        li.load_adapter(plain, tmp_path / "out")
+    assert torch.equal(li.load_adapter(plain, written)(IDS), model(IDS))
+    for name, options in (("out.bin", {}), ("versions", {"version": 3})):
+        with refused(li.FormatError):
+            li.save_adapter(model, tmp_path / name, format="native", unused=[".*"], **options)
+    assert visible(tmp_path) == ["out.safetensors"]
+
+
+# Headers ------------------------------------------------------------------------------------------
+
+
+def with_header(text: str | bytes, data: bytes) -> bytes:
+    """A safetensors file: the length of its header, the header, the data."""
+    held = text if isinstance(text, bytes) else text.encode()
+    return len(held).to_bytes(8, "little") + held + data
+
+
+def edited(**changes: Any) -> Callable[[dict[str, Any], bytes], bytes]:
+    """Other values in the entry of the file's last tensor."""
+
+    def edit(table: dict[str, Any], data: bytes) -> bytes:
+        name = max(table.keys() - {"__metadata__"}, key=lambda n: table[n]["data_offsets"][1])
+        entry = {k: v for k, v in {**table[name], **changes}.items() if v is not ...}
+        return with_header(json.dumps({**table, name: entry}), data)
+
+    return edit
+
+
+def text_edited(old: str, new: str) -> Callable[[dict[str, Any], bytes], bytes]:
+    return lambda table, data: with_header(json.dumps(table).replace(old, new, 1), data)
+
+
+def added(name: str, **entry: Any) -> Callable[[dict[str, Any], bytes], bytes]:
+    return lambda table, data: with_header(json.dumps({**table, name: entry}), data)
+
+
+NOTHING = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+BAD: dict[str, Callable[[dict[str, Any], bytes], bytes]] = {
+    "empty file": lambda table, data: b"",
+    "length past the end": lambda table, data: (1 << 20).to_bytes(8, "little") + b"{}",
+    "length beyond memory": lambda table, data: (1 << 62).to_bytes(8, "little") + b"{}",
+    "not json": lambda table, data: with_header("{nope", data),
+    "not utf-8": lambda table, data: with_header(b'{"\xff', data),
+    "a list": lambda table, data: with_header("[]", data),
+    "nested too deeply": lambda table, data: with_header("[" * 100_000, data),
+    "a key twice": text_edited("{", '{"a":1,"a":1,'),
+    "metadata not strings": lambda table, data: with_header(
+        json.dumps({**table, "__metadata__": {**table.get("__metadata__", {}), "a": 1}}), data
+    ),
+    "unknown dtype": edited(dtype="F33"),
+    "entry a list": lambda table, data: with_header(json.dumps({**table, "a": []}), data),
+    "no shape": edited(shape=...),
+    "boolean dimension": edited(shape=[True, 2]),
+    "huge dimensions": edited(shape=[2**60, 2**60]),
+    "huge dimension of nothing": added("a", **{**NOTHING, "shape": [0, 2**62]}),
+    "too many dimensions": edited(shape=[1] * 40),
+    "size lie": edited(shape=[3]),
+    "offsets swapped": added("a", **{**NOTHING, "data_offsets": [8, 0]}),
+    "trailing bytes": lambda table, data: with_header(json.dumps(table), data + b"0"),
+    "name not printable": added("a\x00b", **NOTHING),
+    "name a lone surrogate": text_edited("{", f'{{"\\ud800":{json.dumps(NOTHING)},'),
+    "number with 5000 digits": edited(shape=["N"]),
+}
+
+
+def bad(case: str, whole: bytes) -> bytes:
+    """A file with such a header in place of its own."""
+    length = int.from_bytes(whole[:8], "little")
+    made = BAD[case](json.loads(whole[8 : 8 + length]), whole[8 + length :])
+    return made.replace(b'"N"', b"9" * 5000)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    (tmp_path / "base").mkdir()
+    save_file({"h.0.fc.weight": torch.randn(7, 5)}, tmp_path / "base" / "model.safetensors")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_headers_that_lie_are_refused_and_nothing_is_allocated_by_them(
+    case, base, tmp_path
+) -> None:
+    file = write(OLD, tmp_path / "a.safetensors", "native")
+    li.merge_checkpoint(base, [file], tmp_path / "right")  # as they are
+    weights = base / "model.safetensors"
+    file.write_bytes(bad(case, file.read_bytes()))
+    with refused(li.FormatError, "a.safetensors"):
+        li.read_adapter(file, format="native")
+    weights.write_bytes(bad(case, weights.read_bytes()))
+    with refused(li.CheckpointError, "model.safetensors"):
+        li.merge_checkpoint(base, [OLD], tmp_path / "out")
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_no_file_is_read_that_the_reference_refuses(tmp_path: Path, data: st.DataObject) -> None:
+    """Any change of bytes: an error of ours, or a file that the reference library reads too."""
+    file = write(OLD, tmp_path / "a.safetensors", "native")
+    whole = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(whole) - 1))
+        whole[at] = data.draw(st.sampled_from(list(b'{}[]",:0123456789-eaF \\\x00\xff')))
+    file.write_bytes(whole[: data.draw(st.integers(len(whole) - 3, len(whole)))])
+    try:
+        ours = li.read_adapter(file, format="native")
+    except li.FormatError:
+        return
+    try:
+        with safe_open(file, "pt") as opened:
+            assert len([*opened.keys()]) == 2 * len(ours.sites)
+    except SafetensorError as error:
+        pytest.fail(f"we accept what safetensors refuses: {error}")
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
+shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
+tables = st.lists(st.tuples(shapes, st.sampled_from(DTYPES)), min_size=1, max_size=9)
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(tables)
+def test_any_tensors_are_written_and_read_as_by_the_library(tmp_path: Path, table: Any) -> None:
+    trained = {
+        f"t{i}.weight": torch.randint(0, 2, shape).to(dtype)
+        for i, (shape, dtype) in enumerate(table)
+    }
+    strided = {name: t.t() if t.ndim == 2 else t for name, t in trained.items()}
+    file = write(li.AdapterState({}, strided), tmp_path / "a.safetensors", "native")
+    theirs = {key[key.index("t") :]: t for key, t in load_file(file).items()}
+    for read in (li.read_adapter(file).trained, theirs):
+        for name, tensor in strided.items():
+            (found,) = (t for key, t in read.items() if key.endswith(name))
+            assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+            assert torch.equal(found, tensor)
+    # As a program of others lays them out.
+    save_file(
+        {k: t.contiguous() for k, t in reversed(load_file(file).items())}, file, metadata(file)
+    )
+    assert all(torch.equal(t, strided[n]) for n, t in li.read_adapter(file).trained.items())
+
+
+def test_two_sites_of_one_layer_share_no_tensor_with_the_model(tmp_path: Path) -> None:
+    """What is read belongs to the reader: changing it changes neither the file nor a model."""
+    model = li.inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 2, "targets": ["0"]})
+    path = li.save_adapter(model, tmp_path / "a", unused=[".*"])
+    before = content(path)
+    loaded = li.load_adapter(nn.Sequential(nn.Linear(4, 4)), path, base="any")
+    with torch.no_grad():
+        for parameter in li.adapter_parameters(loaded).values():
+            parameter.fill_(7.0)
+    assert content(path) == before
+    assert li.read_adapter(path) == li.adapter_state(model)
