@@ -7,7 +7,8 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from conftest import KINDS, SCALE, dense_delta, fill, injected
+from conftest import fill
+from contract.kinds import KINDS, SCALE, dense_delta, injected
 from helpers.checkpoints import adapter, save_checkpoint, site
 from hypothesis import example, given, settings
 from hypothesis import strategies as st

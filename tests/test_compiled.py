@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import conv1d, error, fill, same_bits
+from conftest import error, fill, same_bits
+from contract.kinds import conv1d
 from helpers.forks import Forks
 from helpers.reference import EXACT, Block, config, dense, random
 from torch import Tensor, nn

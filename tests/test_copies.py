@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import COPIES, KINDS, error, fill, injected, same_bits
+from conftest import COPIES, error, fill, same_bits
+from contract.kinds import KINDS, injected
 from helpers.forks import Forks
 from helpers.reference import refused
 from torch import Tensor, nn

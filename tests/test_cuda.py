@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import DTYPES, KINDS, TOLERANCE, dense_output, error, fill, host, same_bits
+from conftest import DTYPES, TOLERANCE, error, fill, same_bits
+from contract.kinds import KINDS, dense_output, host
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

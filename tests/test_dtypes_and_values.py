@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ALPHA, KINDS, RANK, Host, fill, host, snapshot
+from conftest import fill, snapshot
+from contract.kinds import ALPHA, KINDS, RANK, Host, host
 from helpers.adapter_states import spoil
 from helpers.reference import refused
 from torch import nn

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Host, conv1d, error, same_bits
+from conftest import error, same_bits
+from contract.kinds import Host, conv1d
 from helpers.adapter_states import KIND_SPECS, dense, make_state
 from helpers.checkpoints import save_checkpoint
 from safetensors.torch import load_file, save_file

@@ -10,17 +10,8 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    KINDS,
-    TOLERANCE,
-    Host,
-    dense_output,
-    error,
-    fill,
-    host,
-    injected,
-    same_bits,
-)
+from conftest import TOLERANCE, error, fill, same_bits
+from contract.kinds import KINDS, Host, dense_output, host, injected
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

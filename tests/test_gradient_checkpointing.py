@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ALPHA, RANK, error, fill, refusal
+from conftest import error, fill, refusal
+from contract.kinds import ALPHA, RANK
 from helpers.reference import gpt2_of_two_layers
 from torch import nn
 from torch.utils.checkpoint import (

@@ -7,7 +7,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import KINDS, host, script
+from conftest import script
+from contract.kinds import KINDS, host
 from torch import Tensor, nn
 
 import lora_inject as li

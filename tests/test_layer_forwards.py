@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ActivationInside, conv1d, error, fill, same_bits
+from conftest import error, fill, same_bits
+from contract.kinds import ActivationInside, conv1d
 from helpers.reference import EXACT, SCALE, config, random, refused, with_deltas
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize

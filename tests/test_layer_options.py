@@ -7,18 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
-    TOLERANCE,
-    Host,
-    Kind,
-    conv1d,
-    dense_delta,
-    dense_output,
-    error,
-    fill,
-    host,
-    same_bits,
-)
+from conftest import TOLERANCE, error, fill, same_bits
+from contract.kinds import Host, Kind, conv1d, dense_delta, dense_output, host
 from helpers.reference import SCALE, adapted, config, hold, random
 from hypothesis import given, settings
 from hypothesis import strategies as st

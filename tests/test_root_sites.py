@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, error, fill, injected, same_bits, snapshot
+from conftest import error, fill, same_bits, snapshot
+from contract.kinds import KINDS, injected
 from helpers.reference import EXACT, Block, adapted, config, dense, hold, random, refused, saved
 from torch import Tensor, nn
 

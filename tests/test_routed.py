@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, TOLERANCE, error, fill, host, same_bits
+from conftest import TOLERANCE, error, fill, same_bits
+from contract.kinds import KINDS, host
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -9,18 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
-    KINDS,
-    TOLERANCE,
-    Host,
-    error,
-    fill,
-    host,
-    injected,
-    refusal,
-    same_bits,
-    snapshot,
-)
+from conftest import TOLERANCE, error, fill, refusal, same_bits, snapshot
+from contract.kinds import KINDS, Host, host, injected
 from helpers.models import IDS, Net
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, TOLERANCE, conv1d, error, fill, injected, same_bits, snapshot
+from conftest import TOLERANCE, error, fill, same_bits, snapshot
+from contract.kinds import KINDS, conv1d, injected
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -10,19 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
-    KINDS,
-    SCALE,
-    TOLERANCE,
-    Host,
-    dense_output,
-    error,
-    fill,
-    host,
-    injected,
-    same_bits,
-    snapshot,
-)
+from conftest import TOLERANCE, error, fill, same_bits, snapshot
+from contract.kinds import KINDS, SCALE, Host, dense_output, host, injected
 from helpers.models import IDS, Net
 from helpers.packages import loaded
 from helpers.reference import gpt2_of_two_layers, refused

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, Host, error, fill, host, same_bits, snapshot
+from conftest import error, fill, same_bits, snapshot
+from contract.kinds import KINDS, Host, host
 from helpers.models import tiny_llama
 from helpers.reference import logits
 from safetensors.torch import load_file, save_file

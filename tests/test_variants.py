@@ -8,18 +8,8 @@ from typing import Any, ClassVar
 import peft
 import pytest
 import torch
-from conftest import (
-    DTYPES,
-    KINDS,
-    TOLERANCE,
-    Kind,
-    dense_delta,
-    error,
-    fill,
-    host,
-    output_with,
-    same_bits,
-)
+from conftest import error, fill, same_bits
+from contract.kinds import KINDS, host
 from helpers.checkpoints import save_checkpoint
 from helpers.models import TiedDecoder
 from helpers.reference import refused
@@ -31,69 +21,6 @@ from lora_inject.core.adapter.known_variants import VARIANTS
 from lora_inject.core.adapter.own_variants import register_variant
 from lora_inject.core.adapter.variants import Variant
 from lora_inject.core.spec.sites import ROLES
-
-NO_GAIN = ("conv_transpose 2d", "conv_transpose 1d", "experts", "turned experts")
-GAINED = {name: kind for name, kind in KINDS.items() if name not in NO_GAIN}
-every_kind = pytest.mark.parametrize("kind", GAINED.values(), ids=list(GAINED))
-
-
-def moved(model: Any) -> Any:
-    """Give all tensors random values, magnitudes such that are near their start."""
-    parameters = li.adapter_parameters(model)
-    magnitudes = {key: p.detach().clone() for key, p in parameters.items() if key.endswith("_m")}
-    fill(model)
-    with torch.no_grad():
-        for key, before in magnitudes.items():
-            parameters[key].copy_(before * (0.5 + torch.rand_like(before)))
-    return model
-
-
-def tensors(model: nn.Module, kind: Kind, roles: str) -> list[nn.Parameter]:
-    parameters = li.adapter_parameters(model)
-    return [parameters[f"{kind.site}.lora_{role}"] for role in roles]
-
-
-def dense_dora(kind: Kind, plain: nn.Module, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
-    """`m (W + s B A) / |W + s B A|` over the inputs of each adapted output, the norm detached."""
-    W = dict(plain.named_parameters())[kind.key].detach().double()
-    delta = dense_delta(kind, A, B)
-    total, axis = W.reshape(delta.shape) + delta, 1 if kind.transposed else 2
-    norms = total.detach().norm(dim=axis, keepdim=True)
-    adapted = [i for a, b in kind.spans or ((0, kind.sizes[1]),) for i in range(a, b)]
-    wanted = norms.flatten().index_copy(0, torch.tensor(adapted), m).reshape(norms.shape)
-    return (total * wanted / norms).reshape(W.shape)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
-@every_kind
-def test_dora_equals_the_dense_layer_with_a_detached_norm(kind: Kind, dtype: torch.dtype) -> None:
-    plain = host(kind, dtype)
-    model = li.inject(copy.deepcopy(plain), {**kind.config, "variant": "dora"})
-    inputs = [x.requires_grad_() if x.is_floating_point() else x for x in kind.inputs(dtype)]
-    assert same_bits(model(*inputs), copy.deepcopy(plain)(*inputs)), "it starts as the plain layer"
-    trained = tensors(moved(model), kind, "ABm")
-    y = model(*inputs)
-    g = torch.randn_like(y)
-    y.backward(g)
-    wide = [t.detach().double().requires_grad_() for t in trained]
-    wide_inputs = [x.detach().double().requires_grad_() if x.requires_grad else x for x in inputs]
-    weight = dense_dora(kind, plain, *wide)
-    wanted = output_with(kind, plain, weight, wide_inputs)
-    wanted.backward(g.double())
-    assert error(y, wanted) <= TOLERANCE[dtype]
-    with torch.no_grad():
-        assert error(model(*inputs), wanted) <= TOLERANCE[dtype]
-    for one, other in zip((*trained, *inputs), (*wide, *wide_inputs), strict=True):
-        if other.requires_grad:
-            assert error(one.grad, other.grad) <= TOLERANCE[dtype]
-    li.merge(model)
-    assert error(dict(model.named_parameters())[kind.key], weight) <= TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("name", NO_GAIN)
-def test_what_cannot_have_a_gain_is_refused(name: str) -> None:
-    model, config = host(KINDS[name]), {**KINDS[name].config, "variant": "dora"}
-    refused(model, lambda: li.inject(model, config), li.MatchError, "variant dora on a")
 
 
 def test_dora_is_not_loaded_into_a_mix_that_names_it_in_part() -> None:
@@ -111,7 +38,7 @@ def test_dropout_is_pefts(tmp_path: Path) -> None:
     """What x keeps goes through W as well, where the gain is not 1."""
     plain = nn.Sequential(nn.Linear(5, 6))
     config = {"rank": 2, "alpha": 3, "variant": "dora", "dropout": 0.5, "targets": ["0"]}
-    model = moved(li.inject(copy.deepcopy(plain), config))
+    model = fill(li.inject(copy.deepcopy(plain), config))
     li.save_adapter(model, tmp_path / "a")
     other = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "a").train()
     x = torch.randn(4, 5)
@@ -167,28 +94,6 @@ def test_a_variant_from_outside_the_package(tmp_path: Path) -> None:
         del VARIANTS["gate"], ROLES["gate"]
     with pytest.raises(li.FormatError, match="'gate' is not registered"):
         li.read_adapter(tmp_path / "a.safetensors")
-
-
-BIASED = {name: KINDS[name] for name in ("linear", "conv1d", "own linear forward", "conv 2d")}
-
-
-@pytest.mark.parametrize("kind", BIASED.values(), ids=list(BIASED))
-def test_a_bias_of_b_is_added_to_the_layers_own(kind: Kind) -> None:
-    plain = host(kind, torch.float64)
-    inputs = kind.inputs(torch.float64)
-    model = li.inject(copy.deepcopy(plain), {**kind.config, "lora_bias": True})
-    assert same_bits(model(*inputs), plain(*inputs))
-    fill(model)
-    A, B, b = tensors(model, kind, "ABb")
-    W = dict(plain.named_parameters())["layer.weight"]
-    weight = W + dense_delta(kind, A, B).reshape(W.shape)
-    dense = {"layer.weight": weight, "layer.bias": plain.layer.bias + 1.5 * b}
-    wanted = torch.func.functional_call(plain, dense, inputs)
-    assert error(model(*inputs), wanted) <= 1e-12
-    grads = [torch.autograd.grad(y.square().sum(), [A, B, b]) for y in (model(*inputs), wanted)]
-    assert all(error(one, two) <= 1e-11 for one, two in zip(*grads, strict=True))
-    li.merge(model)
-    assert error(model(*inputs), wanted) <= 1e-12
 
 
 def test_a_bias_of_b_is_refused_where_it_has_no_place() -> None:
@@ -288,7 +193,7 @@ def test_files_swaps_and_merges_on_disk_know_what_an_adapter_has_besides_a_and_b
     plain, config = TiedDecoder(), {"rank": 2, "alpha": 3, **MORE[more]}
     if more == "variant":
         plain.head.weight = nn.Parameter(plain.head.weight.clone())
-    model = moved(li.inject(copy.deepcopy(plain), config))
+    model = fill(li.inject(copy.deepcopy(plain), config))
     wanted, state = model(IDS), li.adapter_state(model)
     path = tmp_path / ("a.safetensors" if layout == "native" else "a")
     li.save_adapter(model, path, format=layout)

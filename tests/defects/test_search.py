@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from training_models import llama_folder
 
 import lora_inject as li
-from lora_inject import Space, search
+from lora_inject import search
 
 SPACE = {"targets": {"all": ["all-linear"]}, "rank": 2, "lr": [1e-3, 1e-2]}
 SPACE |= {"budget": {"steps": 6}}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import conv1d
+from contract.kinds import conv1d
 from helpers.experts import experts
 from helpers.models import Tied, TiedDecoder, tiny_llama
 from torch import Tensor, nn

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, Host, dense_output, error
+from conftest import error
+from contract.kinds import KINDS, Host, dense_output
 from golden import cases
 from golden.cases import CASES, FILES, FORMATS, NOT_IN_PEFT, archive, output_of
 from safetensors.torch import load_file

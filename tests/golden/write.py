@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import KINDS, Host, fill
+from conftest import fill
+from contract.kinds import KINDS, Host
 from golden import cases
 from golden.cases import CASES, FILES, FORMATS, NOT_IN_PEFT, archive, config, output_of
 from safetensors.torch import save_file

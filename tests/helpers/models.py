@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import OwnForward, conv1d
+from contract.kinds import OwnForward, conv1d
 from torch import Tensor, nn
 from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill, same_bits, snapshot
+from contract.kinds import ALPHA, RANK, SCALE
 from helpers.models import tiny_llama
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import lora_inject as li
 
-RANK, ALPHA, SCALE = 2, 3.0, 1.5
 EXACT = 1e-12  # float64
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import conv1d
+from contract.kinds import conv1d
 from helpers.modules import tree
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
