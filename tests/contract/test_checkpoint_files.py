@@ -1,0 +1,235 @@
+"""Folders of checkpoints: which files belong to one, and the difference of two as an adapter."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.merging import (
+    LLAMA,
+    adapter_of,
+    dense,
+    hold_merged,
+    llama_tensors,
+    load_checkpoint,
+    merge,
+    save_checkpoint,
+)
+from helpers.refusals import refused
+from helpers.states import SITES, Site, effect, state_of
+from torch import Tensor
+
+import lora_inject as li
+from contract.kinds import conv1d
+
+TENSORS = llama_tensors()
+STATE = adapter_of(TENSORS)
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return save_checkpoint(tmp_path / "base", TENSORS, 2, LLAMA)
+
+
+def edit_index(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    edit(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+HEAD = "lm_head.weight"
+OUTSIDE = ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..\\x.safetensors"]
+WRONG_NAMES = [*OUTSIDE, "x.bin", "", "x.safetensors\n", 7, None]
+INDEXES: dict[str, tuple[Callable[[dict[str, Any]], object], list[str]]] = {
+    **{
+        f"names {name!r}": (lambda table, name=name: table.update({HEAD: name}), ["plain name"])
+        for name in WRONG_NAMES
+    },
+    "a tensor less": (lambda table: table.pop(HEAD), [f"'{HEAD}'"]),
+    "a tensor more": (lambda table: table.update(more=table[HEAD]), ["'more'"]),
+}
+
+
+@pytest.mark.parametrize("case", INDEXES)
+def test_an_index_names_files_of_its_folder_and_agrees_with_them(case, sharded, tmp_path) -> None:
+    edit, named = INDEXES[case]
+    edit_index(sharded, edit)
+    with refused(li.CheckpointError, *named):
+        merge(sharded, [STATE], tmp_path / "out")
+
+
+def test_which_files_are_the_checkpoint(sharded: Path, tmp_path: Path) -> None:
+    save_checkpoint(sharded, {"other": torch.zeros(2)}, 1, stem="consolidated")
+    merge(sharded, [STATE], tmp_path / "out")
+    hold_merged(tmp_path / "out", TENSORS, STATE)
+
+    def refused_by(*named: str, folder: Path = sharded) -> None:
+        with refused(li.CheckpointError, *named):
+            merge(folder, [STATE], tmp_path / "no")
+
+    save_checkpoint(sharded, TENSORS, 1)
+    refused_by("both")
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    (sharded / "model.safetensors").unlink()
+    refused_by("model-00002-of-00002")
+    cache = tmp_path / "models--a--b"
+    cache.mkdir()
+    (cache / "pytorch_model.bin").write_bytes(b"x")
+    refused_by("save_pretrained", folder=cache)
+    (cache / "snapshots" / "abc").mkdir(parents=True)
+    refused_by("'snapshots/abc'", folder=cache)
+
+
+def test_links_are_followed_inside_the_folder_and_the_cache_of_the_hub_only(tmp_path) -> None:
+    cache = tmp_path / "models--a--b"
+    snapshot, outside = cache / "snapshots" / "0123", tmp_path / "outside"
+    save_checkpoint(cache / "blobs", TENSORS, 1, LLAMA)
+    for folder in (snapshot, outside):
+        folder.mkdir(parents=True)
+        for name in ("model.safetensors", "config.json"):
+            (folder / name).symlink_to(cache / "blobs" / name)
+    merge(snapshot, [STATE], tmp_path / "out")
+    hold_merged(tmp_path / "out", TENSORS, STATE)
+    with refused(li.CheckpointError, "outside the folder"):
+        merge(outside, [STATE], tmp_path / "no")
+    (cache / "blobs" / "config.json").unlink()  # which says the class, and with it the ties
+    with refused(li.CheckpointError, "'config.json'"):
+        merge(snapshot, [STATE], tmp_path / "no")
+
+
+def test_side_files_that_belong_come_along(sharded: Path, tmp_path: Path) -> None:
+    belong = {"generation_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"}
+    belong |= {"special_tokens_map.json", "merges.txt", "LICENSE", "1_Pooling/config.json"}
+    others = ["pytorch_model.bin", "optimizer.pt", "model.gguf", ".git/HEAD", ".secret.json"]
+    others += ["adapter_config.json", "adapter_model.safetensors", "trainer_state.json"]
+    others += ["pytorch_model.bin.index.json", "flax_model.msgpack", "modeling_x.py"]
+    for name in [*belong, *others]:
+        (sharded / name).parent.mkdir(exist_ok=True)
+        (sharded / name).write_text("{}")
+    merge(sharded, [STATE], tmp_path / "out")
+    out = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
+    assert belong - {"LICENSE"} <= out
+    assert (tmp_path / "out" / "LICENSE").exists()
+    assert not out & {*others}
+
+
+# The reverse of merging ---------------------------------------------------------------------------
+
+
+def pair_of(folder: Path, tensors: dict[str, Tensor], state: li.AdapterState, **config: Any) -> Any:
+    """A base, and what it is with an adapter in it."""
+    tuned = dense(tensors, (state, 1.0), turned=("h.0.attn.c_proj",))
+    said = {**LLAMA, "vocab_size": 32, **config}
+    return save_checkpoint(folder / "base", tensors, 2, said), save_checkpoint(
+        folder / "tuned", tuned, 3, said
+    )
+
+
+def extracted(tmp_path: Path, base: Path, tuned: Path, **measure: Any) -> Any:
+    file = tmp_path / "adapter.safetensors"
+    report = li.extract_adapter(base, tuned, file, format="native", overwrite=True, **measure)
+    return li.read_adapter(file), report
+
+
+def test_a_difference_of_rank_r_comes_back_whole(tmp_path: Path) -> None:
+    tensors = llama_tensors(dtype=torch.float32)
+    state = adapter_of(tensors, rank=3)
+    base, tuned = pair_of(tmp_path, tensors, state)
+    back, report = extracted(tmp_path, base, tuned, rank=3)
+    assert {*back.sites} == {*state.sites}
+    assert all(t.energy == pytest.approx(1.0, abs=1e-6) for t in report.tensors)
+    assert report.n_equal == len(tensors) - len(state.sites)
+    assert json.loads(json.dumps(report.to_dict()))["left"] == []
+    merge(base, [tmp_path / "adapter.safetensors"], tmp_path / "out")
+    again = load_checkpoint(tmp_path / "out")
+    for name, tensor in load_checkpoint(tuned).items():
+        assert torch.allclose(again[name], tensor, atol=1e-5), name
+
+
+@pytest.mark.parametrize("measure", [{"rank": 1}, {"energy": 0.9}, {"energy": 0.9999}], ids=str)
+def test_the_energy_that_is_held_is_what_the_report_says(tmp_path: Path, measure: Any) -> None:
+    tensors = llama_tensors(dtype=torch.float32)
+    state = adapter_of(tensors, rank=3)
+    back, report = extracted(tmp_path, *pair_of(tmp_path, tensors, state), **measure)
+    for told in report.tensors:
+        name = told.name.removesuffix(".weight")
+        whole, cut = effect(state.sites[name]), effect(back.sites[name])
+        lost = (whole - cut).square().sum() / whole.square().sum()
+        assert 1 - told.energy == pytest.approx(float(lost), abs=1e-5)
+        squares = torch.linalg.svdvals(whole).square()
+        held = squares.cumsum(0) / squares.sum()
+        wanted = measure.get("energy")
+        assert told.rank == (int((held < wanted - 1e-6).sum()) + 1 if wanted else 1)
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
+def test_a_difference_of_full_rank_is_cut_near_the_best(tmp_path: Path, shape: Any) -> None:
+    torch.manual_seed(0)
+    U, S, Vh = torch.linalg.svd(torch.randn(*shape), full_matrices=False)
+    difference = U @ torch.diag(0.9 ** torch.arange(len(S)) * S[0]) @ Vh
+    base = save_checkpoint(tmp_path / "base", {"q.weight": torch.zeros(shape)})
+    tuned = save_checkpoint(tmp_path / "tuned", {"q.weight": difference})
+    squares = torch.linalg.svdvals(difference.double()).square()
+    back, report = extracted(tmp_path, base, tuned, rank=20)
+    best = float(squares[20:].sum())
+    lost = (difference.double() - effect(back.sites["q"])).square().sum()
+    assert float(lost) <= 1.001 * best
+    (told,) = report.tensors
+    assert told.energy == pytest.approx(1 - best / float(squares.sum()), abs=1e-4)
+    held = squares.cumsum(0) / squares.sum()
+    for energy in (0.9, 0.999):
+        _, report = extracted(tmp_path, base, tuned, energy=energy)
+        assert report.tensors[0].rank - int((held < energy).sum()) - 1 in {0, 1}
+
+
+def test_every_kind_that_the_class_knows_comes_back(tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", "architectures": ["GPT2Model"], "vocab_size": 11, "n_embd": 4}
+    config |= {"n_layer": 1, "n_head": 2}
+    rows = [SITES["embedding"], Site("h.0.attn.c_proj", lambda: conv1d(4, 4), 4)]
+    rows += [SITES["conv"], SITES["experts"].at("experts.gate_up_proj")]
+    state = state_of(*rows, size=0.3)
+    tensors = {
+        "wte.weight": torch.randn(11, 4), "h.0.attn.c_proj.weight": torch.randn(4, 4),
+        "stem.weight": torch.randn(4, 2, 3, 3), "experts.gate_up_proj": torch.randn(3, 7, 5),
+    }  # fmt: skip
+    base, tuned = pair_of(tmp_path, tensors, state, **config)
+    back, _ = extracted(tmp_path, base, tuned, rank=2)
+    kinds = [{n: s.spec.kind for n, s in a.sites.items()} for a in (back, state)]
+    assert kinds[0] == kinds[1]
+    merge(base, [tmp_path / "adapter.safetensors"], tmp_path / "out")
+    again = load_checkpoint(tmp_path / "out")
+    for name, tensor in load_checkpoint(tuned).items():
+        assert torch.allclose(again[name], tensor, atol=1e-4), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_extracted_adapter_knows_its_base(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = llama_tensors(dtype=dtype)
+    base, tuned = pair_of(tmp_path, tensors, adapter_of(tensors, rank=3))
+    extracted(tmp_path, base, tuned, energy=0.9)
+    merge(base, [tmp_path / "adapter.safetensors"], tmp_path / "out")
+    other = save_checkpoint(tmp_path / "other", llama_tensors(seed=1, dtype=dtype), 1, LLAMA)
+    with refused(li.CheckpointError, "another base"):
+        merge(other, [tmp_path / "adapter.safetensors"], tmp_path / "no")
+
+
+MEASURES: list[tuple[str, dict[str, float], list[str]]] = [
+    ("base", {"rank": 1}, ["13 tensors", "0 differ"]),
+    ("other", {"rank": 1}, ["'more'"]),
+    ("other", {}, ["rank", "energy"]),
+    ("other", {"rank": 0}, ["rank"]),
+    ("other", {"energy": 0.0}, ["energy", "0"]),
+    ("other", {"energy": float("nan")}, ["nan"]),
+]
+
+
+@pytest.mark.parametrize(("tuned", "measure", "named"), MEASURES)
+def test_what_has_no_difference_or_no_measure_is_refused(tuned, measure, named, tmp_path) -> None:
+    save_checkpoint(tmp_path / "base", TENSORS, 2, LLAMA)
+    save_checkpoint(tmp_path / "other", {"more": torch.zeros(2), **TENSORS}, 1)
+    with refused(li.CheckpointError, *named):
+        li.extract_adapter(tmp_path / "base", tmp_path / tuned, tmp_path / "a", **measure)
+    assert not (tmp_path / "a").exists()
