@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that must hold: ruff, formatting, mypy, the documentation and all tests. From nothing: own environment.
+# Everything that must hold: ruff, formatting, who imports whom, mypy, the documentation and all tests. From nothing: own environment.
 #
 #   bash scripts/test.sh [OPTIONS OF PYTEST]      for instance: -k peft, tests/test_cli.py, -m zoo
 #   bash scripts/test.sh --newest [OPTIONS OF PYTEST]
@@ -49,7 +49,7 @@ status=0
 check() {
     local log=$logs/$1-$2.log
     echo "\$ $*"
-    if "$venv/bin/python" -m "$@" 2>&1 | tee "$log"; then
+    if "$venv/bin/$1" "${@:2}" 2>&1 | tee "$log"; then
         rm "$log"
     else
         status=1
@@ -57,6 +57,7 @@ check() {
 }
 check ruff check "${sources[@]}"
 check ruff format --check "${sources[@]}"
+check lint-imports --no-cache
 # Which `type: ignore` is needed depends on the version of torch.
 check mypy -p lora_inject --no-warn-unused-ignores
 if "$venv/bin/python" -c 'import mkdocs' 2>/dev/null; then

@@ -1,7 +1,6 @@
 """Arithmetic on whole adapters as values: sums and truncations.
 
-`AdapterState` has the operators; here is what they do. Nothing of it is needed to train, load, save
-or merge an adapter, so it is imported when one is used.
+`AdapterState` has the operators; here is what they do.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_inject.core.adapter.exchange import (
     FORMATS,
@@ -23,12 +23,10 @@ from lora_inject.core.adapter.exchange import (
     read_adapter,
     write_adapter,
 )
+from lora_inject.core.layers.survey import Survey
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError
 from lora_inject.formats.model_facts import ModelFacts
-
-if TYPE_CHECKING:  # files are read and written without a model
-    from lora_inject.core.layers.survey import Survey
 
 __all__ = [
     "DEFAULT",

@@ -12,6 +12,8 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
+
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.site_tables import Listing
 from lora_inject.formats.model_facts import ModelFacts
@@ -25,8 +27,6 @@ def joined_cards(theirs: str, ours: str) -> str:
         >>> joined_cards("---\na: 1\nb: 1\n---\nhis", "---\nb: 2\n---\nhers")
         '---\na: 1\nb: 2\n---\nhis\n\nhers'
     """
-    import yaml
-
     front: dict[str, Any] = {}
     bodies = []
     for card in (theirs, ours):
@@ -62,8 +62,6 @@ def model_card(
     readers find the adapter; by default a placeholder path. `proves` says that its file holds what
     it computes, see `save_adapter(probe=)`.
     """
-    import yaml  # reading an adapter, as merging does, must not wait for it
-
     base_model = facts.base_model
     tag, cls = _TASKS.get(facts.task_type or "", (None, None))
     front: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "lora-inject"]}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from lora_inject.core.adapter.exchange import Format
@@ -67,8 +68,6 @@ def write(
 
     The base's config gives its model_type and heads; `base_model` is litgpt's folder of the base.
     """
-    import yaml
-
     kinds = ("linear",)
     sites = plain_sites(state, "litgpt", kinds, dtype=dtype, one_rank=True, alpha="one")
     sizes = _base(facts)
@@ -150,8 +149,6 @@ def _split(
 
 def _hyperparameters(file: Path) -> Mapping[str, Any]:
     """Return the contents of `hyperparameters.yaml`, as plain data."""
-    import yaml
-
     if not file.is_file() or file.stat().st_size > 1_000_000:
         raise FormatError(CONFIG, "the file is missing or too long", "Copy the whole folder")
     try:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from lora_inject.core.adapter.exchange import format_of
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.formats.peft.tensor_layout import file_rank
 
 NUMBERS, ONE, RANKS = "numbers", "one", "ranks"
 """What a row may keep: rank, alpha and scaling of each site; or these only if all sites agree; or
@@ -52,8 +53,6 @@ def losses_of(state: AdapterState, format: str) -> list[str]:  # noqa: A002
 
 def _losses_of_numbers(state: AdapterState, keeps: Collection[str]) -> dict[str, tuple[bool, str]]:
     """Return what happens to ranks and scales where a format has one for all sites, or none."""
-    from lora_inject.formats.peft.tensor_layout import file_rank
-
     numbers = {(file_rank(site.spec), site.scale) for site in state.sites.values()}
     mixed = len(numbers) > 1 or ONE not in keeps
     scaled = any(scale != 1 for _, scale in numbers)

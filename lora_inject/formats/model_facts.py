@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lora_inject.errors import FormatError
+from lora_inject.formats.peft_layers import why_not_in_peft
 from lora_inject.private import look_up
 
 CONVERT = "Convert it with its base: lora-inject convert ADAPTER OUT --to FORMAT --base BASE"
@@ -158,8 +159,6 @@ class ModelFacts:
 
 @cache  # an import for each site takes as long as the answer
 def _why_not_in_peft() -> Any:
-    from lora_inject.formats.peft_layers import why_not_in_peft  # which needs the live layers
-
     return why_not_in_peft
 
 

@@ -19,9 +19,13 @@ from typing import Any
 from torch import Tensor
 
 from lora_inject.core.adapter import native
+from lora_inject.core.adapter.ill_fitting import check_trained, why_ill_fitting
+from lora_inject.core.adapter.other_tensors import with_every_expert
 from lora_inject.core.adapter.site_state import FLOATS, SiteState
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.adapter.undetected import no_such_format, why_none
 from lora_inject.core.files.atomic import write_file
+from lora_inject.core.files.atomic_folder import write_directory
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, check_type, user_path, within
@@ -84,8 +88,6 @@ def format_of(name: str, asked: str = "") -> Format:
     """
     known = FORMATS if name in FORMATS else every_format()
     if name not in known:
-        from lora_inject.core.adapter.undetected import no_such_format
-
         raise no_such_format(name, known, asked)
     row = known[name]
     if not isinstance(row, Format):
@@ -152,16 +154,12 @@ def write_adapter(
         target = completed(target, row)
         _checked(state).check_finite("", FormatError)
         if format != "native":
-            from lora_inject.core.adapter.other_tensors import with_every_expert
-
             state = with_every_expert(state)
         content = row.write(state, target, facts, **own)
         remedy = "Return the bytes of the file, or of each file by its name"
         check_type("what the format wrote", content, (bytes, Mapping), remedy, FormatError)
     if isinstance(content, bytes):
         return write_file(target, content, overwrite=overwrite)
-    from lora_inject.core.files.atomic_folder import write_directory  # one file needs none of it
-
     older = room("formats").OLDER_FILES
     return write_directory(target, content, overwrite=overwrite, replaceable=older)
 
@@ -228,8 +226,6 @@ def detected(path: Path) -> str:
         with within(asked):
             if format_of(name).detects(path):
                 return name
-    from lora_inject.core.adapter.undetected import why_none
-
     raise FormatError(asked, *why_none(path, FORMATS))
 
 
@@ -246,13 +242,9 @@ def _checked(state: AdapterState) -> AdapterState:
     """Return an adapter if its tensors fit what is said of them; raise if they do not."""
     check_type("", state, AdapterState, "Give an AdapterState, as adapter_state(model) does")
     if state.rows or not all(isinstance(t, Tensor) for t in state.trained.values()):
-        from lora_inject.core.adapter.ill_fitting import check_trained
-
         check_trained(state.trained, state.rows)
     for site in state.sites.values():
         if not _fits(site):
-            from lora_inject.core.adapter.ill_fitting import why_ill_fitting
-
             raise why_ill_fitting(site)
     return state
 

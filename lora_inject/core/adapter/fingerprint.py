@@ -16,14 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lora_inject.core.adapter.site_state import SiteState
-    from lora_inject.core.spec.sites import Block
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.spec.sites import Block
 
 N_SAMPLES = 16
 

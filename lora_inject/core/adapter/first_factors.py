@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from lora_inject.core.adapter.from_weight import factorize
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 
 
@@ -21,8 +22,6 @@ def first_factors(spec: SiteSpec, weight: Tensor, dtype: torch.dtype) -> dict[st
     A = torch.empty(spec.a_shape, dtype=dtype, device=device)
     B = torch.empty(spec.b_shape, dtype=dtype, device=device)
     if spec.init in FROM_WEIGHT:
-        from lora_inject.core.adapter.from_weight import factorize
-
         factorize(weight.detach(), A, B, spec)
         return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
     if device.type != "meta":  # there are no values, and torch would be slow

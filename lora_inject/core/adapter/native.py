@@ -25,12 +25,14 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_inject.core.adapter.file_keys import check_keys
 from lora_inject.core.adapter.fingerprint import N_SAMPLES, Fingerprint, Sampled
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import Maybe, is_positive, misfit, parse_json
 from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
 from lora_inject.core.spec.sites import ROLES, SiteSpec
+from lora_inject.core.spec.slices import Slices
 from lora_inject.errors import FormatError
 from lora_inject.version import __version__
 
@@ -99,8 +101,6 @@ def read(path: Path, _facts: object) -> AdapterState:
     due = {f"{role}/{name}" for name, spec in said.specs.items() for role in spec.roles}
     due |= {*trained.values()}
     if tensors.keys() != due:
-        from lora_inject.core.adapter.file_keys import check_keys
-
         check_keys(tensors, due)
     sites = {
         name: SiteState.of(spec, {role: tensors[f"{role}/{name}"] for role in spec.roles})
@@ -202,8 +202,6 @@ def _spec(kind: Mapping[str, Any], where: str) -> SiteSpec:
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in kind.items()}
     fields |= {"alpha": float(kind["alpha"]), "dropout": float(kind["dropout"])}
     if (said := kind["slices"]) is not None:
-        from lora_inject.core.spec.slices import Slices
-
         sizes = tuple((name, width) for name, width in said["sizes"])
         fields["slices"] = Slices(sizes, tuple(said["adapt"]))
     for problem in _reasons_against(fields):

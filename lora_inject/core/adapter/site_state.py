@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from lora_inject.core.adapter.equality import same
 from lora_inject.core.spec.sites import SiteSpec, signed_pairs
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -24,8 +25,6 @@ class Comparable:
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
-        from lora_inject.core.adapter.equality import same
-
         parts = [part.name for part in fields(self) if part.compare]  # type: ignore[arg-type]
         return all(same(getattr(self, name), getattr(other, name)) for name in parts)
 

@@ -13,7 +13,9 @@ from typing import Any, cast
 from torch import Tensor
 
 from lora_inject.core.adapter.fingerprint import Fingerprint
+from lora_inject.core.adapter.not_finite import first_without_values
 from lora_inject.core.adapter.site_state import Comparable, SiteState
+from lora_inject.core.adapter.state_size import size_in_words
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.shown import Shown
@@ -66,8 +68,6 @@ class AdapterState(Comparable, Shown):
 
     def __str__(self) -> str:
         """Show the size, not the contents."""
-        from lora_inject.core.adapter.state_size import size_in_words
-
         return size_in_words(self.sites, self.trained)
 
     def check_finite(self, asked: str, error: type[LoraInjectError] = StateError) -> None:
@@ -78,8 +78,6 @@ class AdapterState(Comparable, Shown):
         tensors = [tensor for site in self.sites.values() for tensor in site.tensors.values()]
         tensors += self.trained.values()
         if not all_finite(*tensors) or any(tensor.is_meta for tensor in tensors):
-            from lora_inject.core.adapter.not_finite import first_without_values
-
             raise first_without_values(self.sites, self.trained, asked, error)
 
     def __mul__(self, weight: float) -> AdapterState:

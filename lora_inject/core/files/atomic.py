@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lora_inject.core.files.system_errors import remedy_for
 from lora_inject.errors import FormatError
 
 
@@ -40,8 +41,6 @@ def explained(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        from lora_inject.core.files.system_errors import remedy_for
-
         problem = error.strerror or str(error)
         raise FormatError(f"write '{target}'", problem, remedy_for(error)) from error
 

@@ -27,6 +27,8 @@ from lora_inject.core.files.safetensors_file import (
     is_plain_name,
     read_header,
 )
+from lora_inject.core.files.tensors_on_disk import left_on_disk
+from lora_inject.core.files.unwritable import why_unwritable
 from lora_inject.errors import FormatError
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -60,8 +62,6 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             check_dtypes(header.tensors, asked)
             tensors = {n: _values(file, e, asked) for n, e in header.tensors.items()}
         return tensors, dict(header.metadata or {})
-    from lora_inject.core.files.tensors_on_disk import left_on_disk  # may be larger than memory
-
     return left_on_disk(path)
 
 
@@ -104,8 +104,6 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
     """
     for name, tensor in tensors.items():
         if tensor.is_meta or not is_plain_name(name) or tensor.dtype not in _NAMES:
-            from lora_inject.core.files.unwritable import why_unwritable
-
             raise why_unwritable(name, tensor)
     # The widest elements first, as the library has them: then each tensor begins aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, is_autocast_enabled, mv, strided
 from torch.nn import Parameter
 
-from lora_inject.core.functional import cpu, torch_inside
+from lora_inject.core.functional import cpu, dropout, torch_inside
 from lora_inject.core.functional.cpu import FEW
+from lora_inject.core.functional.double_backward import differentiable_gradients
 from lora_inject.core.functional.factors import (
     Update,
     cast,
@@ -29,7 +30,9 @@ from lora_inject.core.functional.factors import (
     no_view,
     without_autocast,
 )
+from lora_inject.core.functional.plain_operations import add_anew, plain_updates
 from lora_inject.core.functional.products import add_product, as_matrix, scaled_product
+from lora_inject.core.functional.sliced import add_to_slices, gradients_of_slices
 from lora_inject.core.functional.torch_inside import runs_plainly
 
 
@@ -63,8 +66,6 @@ def linear(
         True
     """
     if needs_plain_operations():
-        from lora_inject.core.functional.plain_operations import plain_updates
-
         y = frozen_output(x, weight, bias, transposed, None)
         with without_autocast(y) or nullcontext():
             return plain_updates(y, x, updates, [None] * len(updates), float32)
@@ -204,8 +205,6 @@ def _add(
     """
     y2, x2, dtype = as_matrix(y), as_matrix(x), compute_dtype(y.dtype, float32)
     if torch_inside.is_recorded():
-        from lora_inject.core.functional.plain_operations import add_anew
-
         x2 = cast(x2, dtype)
         kept = [_thin(x2, u) for u in updates]
         return add_anew(y2, updates, [(one.h, one.B) for one in kept]).view(y.shape), kept
@@ -230,23 +229,14 @@ def _thin(x2: Tensor, u: Update) -> Kept:
     """Return `drop(x) A^T` in the dtype of x, with what else a backward needs."""
     A, B, dropped = cast(u.A, x2.dtype), cast(u.B, x2.dtype), None
     if u.dropout:
-        x2, dropped = _dropout().drop(x2, u.dropout)
+        x2, dropped = dropout.drop(x2, u.dropout)
     return Kept(torch.mm(x2, A.t()), A, B, dropped)
-
-
-def _dropout() -> Any:
-    """Return the functions of dropout, loaded with the first update that has any."""
-    from lora_inject.core.functional import dropout
-
-    return dropout
 
 
 def _plus(y2: Tensor, u: Update, kept: Kept, *, in_place: bool) -> Tensor:
     """Return y with one update, whose `x A^T` is known; slices are always added in place."""
     if u.spans is None:
         return add_product(y2, kept.h, kept.B.t(), u.scale, in_place=in_place)
-    from lora_inject.core.functional.sliced import add_to_slices
-
     add_to_slices(y2, u.spans, kept.h, kept.B, u.scale)
     return y2
 
@@ -302,8 +292,6 @@ class _Function(torch.autograd.Function):
         how, needs = ctx.how, ctx.needs_input_grad
         x, weight, bias, factors, kept = _saved(ctx)
         if torch.is_grad_enabled():
-            from lora_inject.core.functional.double_backward import differentiable_gradients
-
             y = torch.zeros_like(g)
             if weight is not None:
                 y = frozen_output(x, weight, bias, how.transposed, how.dtype)
@@ -364,13 +352,11 @@ def _backward_one(
         gh = torch.mm(g2, kept.B)
         gB = scaled_product(g2.t(), kept.h, u.scale) if needs[2] else None
     else:
-        from lora_inject.core.functional.sliced import gradients_of_slices
-
         gh, gB = gradients_of_slices(g2, u.spans, kept.h, kept.B, u.scale, to_B=needs[2])
     if needs[1]:
         inputs = cast(x2, g2.dtype)
         if kept.dropped is not None:
-            inputs = _dropout().without(inputs, kept.dropped)
+            inputs = dropout.without(inputs, kept.dropped)
         gA = scaled_product(gh.t(), inputs, scale)
     if needs[0]:
         gx2 = _plus_share(gx2, gh, kept, scale)
@@ -383,4 +369,4 @@ def _plus_share(gx2: Tensor | None, gh: Tensor, kept: Kept, scale: float) -> Ten
         if gx2 is None:
             return scaled_product(gh, kept.A, scale)
         return add_product(gx2, gh, kept.A, scale)
-    return _dropout().plus_share(gx2, gh, kept.A, scale, kept.dropped)  # type: ignore[no-any-return]
+    return dropout.plus_share(gx2, gh, kept.A, scale, kept.dropped)  # type: ignore[no-any-return]

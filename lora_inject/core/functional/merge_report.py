@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lora_inject.core.functional.merge_table import merge_table, merge_warning
 from lora_inject.core.spec.shown import Shown
 
 NOTHING = 5e-5
@@ -78,8 +79,6 @@ class MergeReport(Shown):
     @property
     def warning(self) -> str | None:
         """What must not be overlooked: deltas that are 0, or of which rounding left nothing."""
-        from lora_inject.core.functional.merge_table import merge_warning
-
         return merge_warning(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,6 +89,4 @@ class MergeReport(Shown):
         return {**data, "warning": self.warning}
 
     def __str__(self) -> str:
-        from lora_inject.core.functional.merge_table import merge_table
-
         return merge_table(self)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_inject.core.functional.factors import Update, needs_plain_operations, without_autocast
 from lora_inject.core.functional.linear import apply_updates
+from lora_inject.core.functional.plain_operations import add_to_nested, plain_updates
 
 
 def add_updates(
@@ -19,12 +20,8 @@ def add_updates(
 ) -> Tensor:
     """Add low-rank updates, out of place, to the output y of a layer that was called with x."""
     if y.is_nested:
-        from lora_inject.core.functional.plain_operations import add_to_nested
-
         return add_to_nested(y, x, updates)
     with without_autocast(y) or nullcontext():
         if needs_plain_operations():
-            from lora_inject.core.functional.plain_operations import plain_updates
-
             return plain_updates(y, x, updates, [None] * len(updates), float32)
         return apply_updates(x, updates, y=y, float32=float32)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.core.functional import cpu
+from lora_inject.core.functional.wide_products import plus_wide_product
 
 
 def as_matrix(t: Tensor) -> Tensor:
@@ -22,8 +23,6 @@ def add_product(
     """
     if y.dtype != left.dtype:
         if cpu.is_cpu(y) and y.dtype.itemsize < left.dtype.itemsize:
-            from lora_inject.core.functional.wide_products import plus_wide_product
-
             return plus_wide_product(y, left, right, scale, in_place=in_place)
         out = y if in_place else torch.empty_like(y, memory_format=torch.contiguous_format)
         return torch.add(y, torch.matmul(left, right), alpha=scale, out=out)

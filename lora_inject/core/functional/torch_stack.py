@@ -19,7 +19,9 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from torch.utils import checkpoint as torchs
 
+from lora_inject.core.functional.noted_hooks import noted_hooks
 from lora_inject.core.functional.torch_inside import top_hooks
 from lora_inject.private import look_up
 
@@ -114,7 +116,7 @@ def reentrant_calls() -> list[FrameType]:
     # Only in the forward of an autograd Function is this off, and in inference mode.
     if torch.is_inference_mode_enabled() or (_forward_ad_is_on and _forward_ad_is_on()):
         return []
-    code = _checkpointing().CheckpointFunction.forward.__code__
+    code = torchs.CheckpointFunction.forward.__code__
     frame: FrameType | None = sys._getframe(1)
     calls = []
     while frame is not None:
@@ -130,22 +132,9 @@ def reentrant_inputs() -> Iterable[Any] | None:
     return calls[0].f_locals.get("args", ()) if calls else None
 
 
-def _checkpointing() -> Any:
-    """Return torch.utils.checkpoint: imported by whoever checkpoints, and by nobody else."""
-    return sys.modules.get("torch.utils.checkpoint") or _imported()
-
-
-def _imported() -> Any:
-    import torch.utils.checkpoint
-
-    return torch.utils.checkpoint
-
-
 def _pack_hooks() -> list[Any]:
     """Return the hooks on saved tensors, the innermost first: torch shows only that one."""
     if not _TORCH_TELLS:
-        from lora_inject.core.functional.noted_hooks import noted_hooks
-
         return [pack for pack, _ in noted_hooks()]
     if _push_hooks is None or _pop_hooks is None:
         innermost = saving_hooks()

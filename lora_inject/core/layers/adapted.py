@@ -20,6 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import Attached, Entry
+from lora_inject.core.layers.checkpointing import check_live_checkpoint
+from lora_inject.core.layers.classes_on_top import without_ours
+from lora_inject.core.layers.effective import read_mixed
 from lora_inject.core.layers.forwards import check_not_offloaded
 from lora_inject.core.layers.selected import Selected
 from lora_inject.core.spec.sites import Geometry
@@ -88,8 +91,6 @@ class Adapted(nn.Module):
         if torch.is_grad_enabled():
             check_not_offloaded(self)
         elif any(t.requires_grad for t in tensors):
-            from lora_inject.core.layers.checkpointing import check_live_checkpoint
-
             check_live_checkpoint()
 
     def _lora_raw(self, param: str) -> Any:
@@ -107,8 +108,6 @@ class Adapted(nn.Module):
         self, param: str, raw: Any, taking: list[tuple[Entry, float]], *, outside: bool
     ) -> Any:
         """Return W + delta, of the entries of a mix that are on a parameter."""
-        from lora_inject.core.layers.effective import read_mixed
-
         return read_mixed(self, param, raw, taking, outside=outside)
 
 
@@ -130,8 +129,6 @@ def plain_class(cls: type) -> type:
         return plain
     if not issubclass(cls, Adapted):
         return cls
-    from lora_inject.core.layers.classes_on_top import without_ours
-
     return without_ours(cls, tuple(map(plain_class, cls.__bases__)))
 
 

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Patch, Spans, Update
+from lora_inject.core.layers.inert_class import refuse_inert_class
 from lora_inject.core.layers.selected import Selected
 from lora_inject.core.layers.selection import Selection
+from lora_inject.core.layers.unstarted import refuse_unstarted
 from lora_inject.core.spec.rooms import library_rows
 from lora_inject.core.spec.sites import ROLES, SiteSpec, signed_pairs
 
@@ -256,8 +258,6 @@ class Attached:
     def check_started(self, entries: Iterable[Entry], asked: str) -> None:
         """Raise if entries have memory that nobody has written to."""
         if self.garbage:
-            from lora_inject.core.layers.unstarted import refuse_unstarted
-
             refuse_unstarted(self, entries, asked)
 
     def runs_here(self) -> bool:
@@ -286,8 +286,6 @@ def attached_to(module: nn.Module) -> Attached | None:
 def check_class_kept(module: nn.Module, asked: str) -> None:
     """Raise if a module with adapters was given a class without support for them."""
     if attached_to(module) is not None and not hasattr(type(module), "_lora_plain"):
-        from lora_inject.core.layers.inert_class import refuse_inert_class
-
         refuse_inert_class(module, asked)
 
 

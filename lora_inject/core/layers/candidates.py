@@ -6,7 +6,7 @@ be linear in W, else by its weight, or not at all, for one of the reasons in `re
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,18 @@ from torch.nn.parameter import is_lazy
 
 from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.forwards import has_own_forward, loaded_owners
+from lora_inject.core.layers.heads import stated_heads
 from lora_inject.core.layers.kinds import kind_of
 from lora_inject.core.layers.packed_weights import loaded_kinds
 from lora_inject.core.layers.plain_tensors import dtype_name
+from lora_inject.core.layers.raw_candidates import raw_candidate, whole_module
+from lora_inject.core.layers.refusals import unfit, why_not
 from lora_inject.core.layers.survey import Survey, memory_of
 from lora_inject.core.spec.inventory import Candidate, Inventory
+from lora_inject.core.spec.mixture import Mixture
 from lora_inject.core.spec.names import is_bias, joined
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import Geometry, Shape
-
-if TYPE_CHECKING:
-    from lora_inject.core.spec.mixture import Mixture
 
 # Modules whose name stands for all the weights in them.
 NAMED_WHOLE = (nn.MultiheadAttention, nn.RNNBase)
@@ -104,8 +105,6 @@ class _Listing:
         modules = [m for _, m in self.survey.modules if type(m) in classes or _HEAD in m.__dict__]
         if not modules:
             return ()
-        from lora_inject.core.layers.heads import stated_heads
-
         return stated_heads(self.survey, [getattr(module, _HEAD) for module in modules])
 
     def _mixtures(self) -> tuple[Mixture, ...]:
@@ -174,8 +173,6 @@ class _Listing:
         if (n_dims < 2 and not is_lazy(parameter)) or is_bias(key) or 0 in shape:
             self.others[full] = "bias" if is_bias(key) else f"{n_dims}-d parameter"
             return
-        from lora_inject.core.layers.raw_candidates import raw_candidate
-
         further = self.survey.further.get(id(module), ())
         self.candidates.append(
             raw_candidate(
@@ -194,16 +191,12 @@ class _Listing:
         """Return the candidate of a module whose name stands for all the weights in it."""
         if not name or not isinstance(module, NAMED_WHOLE):
             return None
-        from lora_inject.core.layers.raw_candidates import whole_module
-
         aliases = self.survey.further.get(id(module), ())
         return whole_module(name, module, own, aliases, self._why_not)
 
     def _refusal(
         self, module: nn.Module, key: str, weight: Tensor | None, stated: Geometry, adds: bool
     ) -> tuple[str, str] | None:
-        from lora_inject.core.layers.refusals import unfit
-
         return self._why_not(module, key, weight) or unfit(module, weight, stated, adds)
 
     def _is_plain(self, weight: Tensor | None) -> bool:
@@ -215,8 +208,6 @@ class _Listing:
     def _why_not(
         self, module: nn.Module, key: str, weight: Tensor | None
     ) -> tuple[str, str] | None:
-        from lora_inject.core.layers.refusals import why_not
-
         return why_not(module, key, weight, asks=self.asks, away=self.away)
 
     def _tied(self, name: str, weight: Tensor | None) -> tuple[str, ...]:

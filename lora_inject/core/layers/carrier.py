@@ -13,6 +13,16 @@ from torch import Tensor, nn
 from lora_inject.core.functional.patches import patch
 from lora_inject.core.functional.torch_inside import runs_plainly
 from lora_inject.core.layers.adapted import Adapted
+from lora_inject.core.layers.forms import check_forms, check_put
+from lora_inject.core.layers.state_dict import taking
+from lora_inject.core.layers.told import tell
+from lora_inject.core.layers.upkeep import (
+    check_deleted,
+    check_registered,
+    move,
+    refuse_script,
+    replica_of,
+)
 
 
 class Carrier(Adapted):
@@ -20,15 +30,11 @@ class Carrier(Adapted):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         """Move or cast like nn.Module, but never narrow an adapter's float32 masters."""
-        from lora_inject.core.layers.upkeep import move
-
         move(self, super()._apply, fn, recurse)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save like nn.Module, and note what the tensors do not tell."""
-        from lora_inject.core.layers.told import tell  # no part of a forward
-
         super()._save_to_state_dict(destination, prefix, keep_vars)
         tell(self, destination, prefix)
 
@@ -43,8 +49,6 @@ class Carrier(Adapted):
     @_lora_forms.setter
     def _lora_forms(self, value: Tensor) -> None:
         if value.numel() and runs_plainly():  # else values cannot be read
-            from lora_inject.core.layers.forms import check_put
-
             check_put(self, value)
         self._lora.put = value if value.numel() else None
 
@@ -59,8 +63,6 @@ class Carrier(Adapted):
         error_msgs: list[str],
     ) -> None:
         """Let a plain base checkpoint load strictly; half an adapter is still missing keys."""
-        from lora_inject.core.layers.state_dict import taking  # no part of a forward
-
         lists = missing_keys, unexpected_keys
         with taking(self, state_dict, prefix, local_metadata, *lists):
             super()._load_from_state_dict(
@@ -76,29 +78,21 @@ class Carrier(Adapted):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register like nn.Module, but nothing in the place of an adapted weight, or of A."""
-        from lora_inject.core.layers.upkeep import check_registered
-
         check_registered(self, name, param)
         super().register_parameter(name, param)
 
     def __delattr__(self, name: str) -> None:
         """Delete like nn.Module, but not what carries an adapter."""
         if name in self._parameters:
-            from lora_inject.core.layers.upkeep import check_deleted
-
             check_deleted(self, name)
         super().__delattr__(name)
 
     def _replicate_for_data_parallel(self) -> Any:
         """Make the replica that torch's DataParallel fills, of the swapped class."""
-        from lora_inject.core.layers.upkeep import replica_of
-
         return replica_of(self)
 
     def __prepare_scriptable__(self) -> Any:
         """Raise, before torch.jit.script has changed anything."""
-        from lora_inject.core.layers.upkeep import refuse_script
-
         refuse_script(self)
 
 
@@ -112,8 +106,6 @@ def _asking_first(load: Any) -> Any:
     @functools.wraps(load)
     def load_state_dict(self: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         if any("_lora" in module.__dict__ for module in self.modules()):
-            from lora_inject.core.layers.forms import check_forms
-
             check_forms(self, state_dict)
         return load(self, state_dict, *args, **kwargs)
 

@@ -14,6 +14,8 @@ from torch import nn
 
 from lora_inject.core.layers.adapted import Adapted, WeightUpdate, plain_class
 from lora_inject.core.layers.attached import Attached, attached_to, check_class_kept
+from lora_inject.core.layers.classes_on_top import with_base
+from lora_inject.core.layers.hooked_forwards import give_forward_back, rebind_hooked_forward
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.selection import Selection
 from lora_inject.core.layers.swapped_class import adapted_class
@@ -54,8 +56,6 @@ def unswap(module: nn.Module) -> None:
         return  # its class was replaced
     plain = plain_class(type(module))
     if "forward" in module.__dict__:
-        from lora_inject.core.layers.hooked_forwards import give_forward_back
-
         give_forward_back(module, attached, own_class(type(module)), plain)
     module.__class__ = plain
 
@@ -69,15 +69,11 @@ def become(
         reads = {*reads, mixin.weight_name}
     ours, target = own_class(cls), adapted_class(plain, mixin, reads)
     if cls is not ours:
-        from lora_inject.core.layers.classes_on_top import with_base
-
         target = with_base(cls, ours, target)
     if target is not cls:
         # Past nn.Module.__setattr__, which would look for parameters and children of that name.
         object.__setattr__(module, "__class__", target)
     if "forward" in module.__dict__:
-        from lora_inject.core.layers.hooked_forwards import rebind_hooked_forward
-
         rebind_hooked_forward(module, attached, own_class(type(module)))
 
 

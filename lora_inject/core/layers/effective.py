@@ -1,4 +1,4 @@
-"""W + delta of a parameter that is read: loaded with the first read that an adapter takes part in.
+"""W + delta of a parameter that is read.
 
 The sum is formed as late as possible: reading a weight's dtype or shape costs nothing and is never
 refused.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Patch, needs_plain_operations
+from lora_inject.core.functional.lazy import lazy_weight
 from lora_inject.core.functional.torch_inside import is_watched
 from lora_inject.core.functional.torch_stack import in_forward, in_symbolic_trace, saving_hooks
 from lora_inject.core.functional.weight import effective_weight, reads_as_sum
@@ -182,9 +183,6 @@ def _is_read(layer: Any, entry: Entry) -> None:
 
 def _late(weight: Tensor, patches: Sequence[Patch], **how: Any) -> Tensor:
     """Return a weight with updates, formed where it is used."""
-    # Loaded with the first weight that is read, which most models do not.
-    from lora_inject.core.functional.lazy import lazy_weight
-
     return lazy_weight(weight, patches, **{"float32": False, **how})
 
 

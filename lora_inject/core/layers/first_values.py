@@ -7,8 +7,10 @@ from functools import partial
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.first_factors import first_factors
+from lora_inject.core.adapter.known_variants import VARIANTS
 from lora_inject.core.functional.factors import master_dtype
 from lora_inject.core.layers.attached import Entry
+from lora_inject.core.layers.gains import first_norms
 
 
 def first_values(module: nn.Module, entry: Entry, weight: Tensor) -> dict[str, Tensor]:
@@ -20,8 +22,5 @@ def first_values(module: nn.Module, entry: Entry, weight: Tensor) -> dict[str, T
     factors = first_factors(spec, weight, dtype)
     if spec.variant == "lora":
         return factors
-    from lora_inject.core.adapter.known_variants import VARIANTS
-    from lora_inject.core.layers.gains import first_norms
-
     norms = partial(first_norms, module, spec, weight)
     return {**factors, **VARIANTS[spec.variant].start(factors, norms)}

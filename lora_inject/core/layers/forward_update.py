@@ -19,6 +19,9 @@ from torch import Tensor
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.layers.adapted import Adapted
 from lora_inject.core.layers.attached import Chosen, factors_of, held_by
+from lora_inject.core.layers.gains import with_gain
+from lora_inject.core.layers.reading import effective_value
+from lora_inject.core.layers.replaced import refuse_other_forward
 from lora_inject.core.layers.selected import Selected
 
 
@@ -35,8 +38,6 @@ class ForwardUpdate(Adapted):
         if self.training:
             self._lora_check_vain(t for u in updates for t in (u.A, u.B))
         if attached.gains:
-            from lora_inject.core.layers.gains import with_gain
-
             return with_gain(self, mix, recipes, args, kwargs, updates)
         return self._lora_with_updates(args, kwargs, updates)
 
@@ -46,8 +47,6 @@ class ForwardUpdate(Adapted):
         if chosen.mix is mix:
             return chosen
         if self._lora_stock and not self.stock(self._lora_plain):
-            from lora_inject.core.layers.replaced import refuse_other_forward
-
             refuse_other_forward(self)
         return self._lora.choose(mix)
 
@@ -88,6 +87,4 @@ class ForwardUpdate(Adapted):
         reads = self._lora.reads.get(param)
         if not reads:
             return raw
-        from lora_inject.core.layers.reading import effective_value
-
         return effective_value(self, param, raw, reads)

@@ -7,14 +7,12 @@ only if the library is loaded.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 from torch import nn
 
+from lora_inject.core.layers.forward_owners import ForwardOwner
+from lora_inject.core.layers.offloaded import offloaded
 from lora_inject.core.spec.rooms import library_rows, the_one
-
-if TYPE_CHECKING:
-    from lora_inject.core.layers.forward_owners import ForwardOwner
 
 
 def loaded_owners() -> list[ForwardOwner]:
@@ -41,6 +39,4 @@ def check_not_offloaded(module: nn.Module) -> None:
     for library, path in library_rows("FORWARD_OWNERS"):  # asked in each forward of training
         if library not in sys.modules or not the_one(path).offloads(module):
             continue
-        from lora_inject.core.layers.offloaded import offloaded
-
         raise offloaded(type(module))

@@ -19,10 +19,12 @@ from lora_inject.core.functional.linear import few_tokens, frozen_output, linear
 from lora_inject.core.functional.on_output import add_updates
 from lora_inject.core.layers.adapted import keeps_forward, plain_class
 from lora_inject.core.layers.forward_update import ForwardUpdate
+from lora_inject.core.layers.gains import linear_with_gain
 from lora_inject.core.layers.own_code import OWN
 from lora_inject.core.layers.packed_weights import multiplies, packed_weight
 from lora_inject.core.layers.plain_tensors import PLAIN
 from lora_inject.core.layers.selected import Selected
+from lora_inject.core.layers.unusual_linear import refuse_dead, with_whole_weight
 from lora_inject.core.spec.sites import Geometry
 
 
@@ -99,8 +101,6 @@ class LoRALinear(ForwardUpdate):
             sliced = any(update.spans for update in updates)
             # A DTensor can be added to as a whole, and to no part of it.
             if x.layout is not torch.strided or (sliced and hasattr(weight, "full_tensor")):
-                from lora_inject.core.layers.unusual_linear import with_whole_weight
-
                 return with_whole_weight(self, x)
         y = self._lora_without_updates(args, kwargs)
         return add_updates(y, x, updates, float32=float32)
@@ -113,8 +113,6 @@ class LoRALinear(ForwardUpdate):
         gain: Tensor,
     ) -> Any:
         """Compute the layer with a sum of updates, and multiply by a gain."""
-        from lora_inject.core.layers.gains import linear_with_gain
-
         return linear_with_gain(self, args, kwargs, updates, gain)
 
     def _lora_without_updates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -130,8 +128,6 @@ class LoRALinear(ForwardUpdate):
             finally:
                 OWN.adds = before
         if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
-            from lora_inject.core.layers.unusual_linear import refuse_dead
-
             refuse_dead(self)
         return y
 

@@ -1,4 +1,4 @@
-"""What a packed weight stands for, and how its layer holds it; loaded with the first one."""
+"""What a packed weight stands for, and how its layer holds it."""
 
 from __future__ import annotations
 

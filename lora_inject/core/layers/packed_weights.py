@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from lora_inject.core.layers.weight_kinds import Reason, Verb, WeightKind
 from lora_inject.core.spec.rooms import REGISTERED, library_rows, the_one
-
-if TYPE_CHECKING:
-    from lora_inject.core.layers.weight_kinds import Reason, Verb, WeightKind
 
 
 def loaded_kinds() -> list[WeightKind]:

@@ -1,4 +1,4 @@
-"""Who reads an adapted parameter, and what it reads as; loaded with the first read.
+"""Who reads an adapted parameter, and what it reads as.
 
 The rule: the attribute of an adapted parameter reads as W + delta, for whoever reads it.
 

@@ -20,11 +20,6 @@ from lora_inject.core.layers.keeping import keeping
 from lora_inject.core.layers.own_code import OWN
 
 
-def _flat_weights(self: Any) -> Any:
-    return self.__dict__["_flat_weights"] if OWN.keeps is self._lora else _effective(self)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator] # dynamo runs such layers as they are
 def _effective(self: Any) -> Any:
     """Return what the kernel gets."""
     return [formed(getattr(self, name, None)) for name in self._flat_weights_names]
@@ -56,11 +51,21 @@ def _bookkeeping(method: str) -> Callable[..., Any]:
     return run
 
 
-RECURRENT: dict[str, Any] = {
-    "_flat_weights": property(_flat_weights, _write),
-    "_update_flat_weights": _update,
-    "_init_flat_weights": _bookkeeping("_init_flat_weights"),
-    "flatten_parameters": _bookkeeping("flatten_parameters"),
-    "__setattr__": _bookkeeping("__setattr__"),
-}
-"""Members of the swapped class of an LSTM, GRU or RNN."""
+def members_of_recurrent() -> dict[str, Any]:
+    """Return the members of the swapped class of an LSTM, GRU or RNN.
+
+    A function, as `torch.compiler.disable` imports dynamo when it decorates, which takes a second.
+    """
+    # Dynamo runs such layers as they are.
+    effective = torch.compiler.disable(_effective)  # type: ignore[no-untyped-call]
+
+    def flat_weights(self: Any) -> Any:
+        return self.__dict__["_flat_weights"] if OWN.keeps is self._lora else effective(self)
+
+    return {
+        "_flat_weights": property(flat_weights, _write),
+        "_update_flat_weights": _update,
+        "_init_flat_weights": _bookkeeping("_init_flat_weights"),
+        "flatten_parameters": _bookkeeping("flatten_parameters"),
+        "__setattr__": _bookkeeping("__setattr__"),
+    }

@@ -18,7 +18,9 @@ from torch.compiler import is_compiling
 
 from lora_inject.core.functional.patches import hold
 from lora_inject.core.functional.torch_inside import constant_in_graphs, may_recompute, next_node
+from lora_inject.core.layers.checkpointing import remember
 from lora_inject.core.layers.selected import ENTERED, Mix, Selected
+from lora_inject.core.layers.unsettled import called_in_context, check_no_backward
 from lora_inject.core.spec.rooms import room
 
 SELECTIONS: WeakSet[Selection] = WeakSet()
@@ -81,8 +83,6 @@ class Selection:
                 selected = context.in_force(self)
                 break
         if may_recompute():
-            from lora_inject.core.layers.checkpointing import remember  # few forwards run in one
-
             remember(self, selected)
         return selected
 
@@ -114,12 +114,8 @@ class Selection:
         """Check that a lasting change can be made now; `others` also in other threads and tasks."""
         inside = any(self in context.selected for context in ENTERED.get() if not context.left)
         if inside or (others and self.contexts):
-            from lora_inject.core.layers.unsettled import called_in_context
-
             raise called_in_context(asked, inside=inside)
         if may_recompute():
-            from lora_inject.core.layers.unsettled import check_no_backward
-
             check_no_backward(asked)
 
     # ---------------------------------------------------------------------------------- adapters

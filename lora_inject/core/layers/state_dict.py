@@ -15,6 +15,7 @@ from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.forms import check_part
 from lora_inject.core.layers.keeping import keeping
 from lora_inject.core.layers.selection import Selection
+from lora_inject.core.layers.starting import names_given, start_loaded
 from lora_inject.core.layers.told import FORMS
 
 
@@ -51,8 +52,6 @@ def taking(
     assert attached is not None
     waits = bool(attached.valueless or attached.by_reset)
     if waits:
-        from lora_inject.core.layers.starting import names_given, start_loaded
-
         given = names_given(module, state_dict, prefix)
     with keeping(attached, replaces=True):
         yield

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lora_inject.core.layers.attached import attached_to
+from lora_inject.core.layers.endless import endless
+from lora_inject.core.layers.no_module import no_module
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.rooms import library_rows
 
@@ -29,8 +31,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Adapters live on the model itself, so every verb means the same on a wrapped model.
     """
     if not isinstance(model, nn.Module):
-        from lora_inject.core.layers.no_module import no_module
-
         raise no_module(model)
     while True:
         if isinstance(model, _WRAPPERS):
@@ -185,8 +185,6 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
         if children := module._modules:
             if depth == MAX_DEPTH:
-                from lora_inject.core.layers.endless import endless
-
                 raise endless(name, MAX_DEPTH)
             around = joined(name, "")
             for key, child in reversed(children.items()):

@@ -15,6 +15,13 @@ from torch import nn
 
 from lora_inject.core.layers.adapted import Adapted, WeightUpdate
 from lora_inject.core.layers.carrier import Carrier
+from lora_inject.core.layers.class_layout import in_layout_of
+from lora_inject.core.layers.effective import cached_forward, selected_forward
+from lora_inject.core.layers.pickled import reduction_of
+from lora_inject.core.layers.reading import read_attribute
+from lora_inject.core.layers.recurrent import members_of_recurrent
+from lora_inject.core.layers.replaced import check_replaced
+from lora_inject.core.layers.starting import reset
 
 
 class Swapped(Carrier):
@@ -33,8 +40,6 @@ class Swapped(Carrier):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the plain class, from which the swapped one is made again."""
-        from lora_inject.core.layers.pickled import reduction_of
-
         return _rebuild, *reduction_of(self, super().__reduce_ex__(2))
 
 
@@ -42,13 +47,9 @@ def weight_property(param: str) -> property:
     """Return the property of a swapped class that replaces a parameter."""
 
     def read(self: Adapted) -> Any:
-        from lora_inject.core.layers.reading import read_attribute
-
         return read_attribute(self, param, self._lora_raw(param))
 
     def write(self: Adapted, value: Any) -> None:
-        from lora_inject.core.layers.replaced import check_replaced
-
         # Parameters do not come here: nn.Module.__setattr__ puts them into `_parameters`.
         check_replaced(self, param)
         self.__dict__[param] = value
@@ -91,35 +92,22 @@ def adapted_class(
             "__module__": plain.__module__,
             "__qualname__": plain.__qualname__,
             "__doc__": plain.__doc__,
-            **_members_of(plain),
         }
+        if issubclass(plain, nn.RNNBase):
+            namespace |= members_of_recurrent()
         if callable(getattr(plain, "reset_parameters", None)):
             namespace["reset_parameters"] = _resetting(plain)
         if mixin is WeightUpdate:
-            from lora_inject.core.layers.effective import cached_forward, selected_forward
-
             namespace["forward"] = selected_forward(plain, mixin.forward)
             namespace["_lora_cached"] = cached_forward(plain)
         swapped = types.new_class(
             plain.__name__, (mixin, Swapped, plain), exec_body=lambda ns: ns.update(namespace)
         )
         if _layout(plain) is not _layout(mixin):
-            from lora_inject.core.layers.class_layout import in_layout_of
-
             swapped = in_layout_of(plain, swapped, namespace)
         _CLASSES[key] = swapped
     _CLASSES[asked] = swapped
     return swapped
-
-
-def _members_of(plain: type[nn.Module]) -> dict[str, Any]:
-    """Return further members for the swapped class of an LSTM, GRU or RNN."""
-    if not issubclass(plain, nn.RNNBase):
-        return {}
-    # Here, as it imports torch's compiler, which doubles the start of a program.
-    from lora_inject.core.layers.recurrent import RECURRENT
-
-    return RECURRENT
 
 
 def _resetting(plain: Any) -> Callable[..., Any]:
@@ -127,8 +115,6 @@ def _resetting(plain: Any) -> Callable[..., Any]:
 
     @functools.wraps(plain.reset_parameters)
     def reset_parameters(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        from lora_inject.core.layers.starting import reset
-
         return reset(self, plain.reset_parameters, args, kwargs)
 
     return reset_parameters

@@ -15,9 +15,11 @@ from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.selection import Selection
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.valueless import moved
 from lora_inject.core.model.carried import Carried, Root, structure_changed
 from lora_inject.core.model.guards import after, before
 from lora_inject.core.model.roots import become_root, check_new_adapter, records_with, selection_for
+from lora_inject.core.model.several_roots import check_mixable, training_in
 from lora_inject.core.model.trainable import forget_gradients
 
 
@@ -55,8 +57,6 @@ def attach(
     parameters = _parameters(wanted, tensors, tied, train=train)
     selection = selection_for(survey, wanted, f"adapter {name!r}")
     if not activate and name in selection.setting.names:
-        from lora_inject.core.model.several_roots import check_mixable
-
         check_mixable(wanted, selection.setting.names)
     modules = [module for _, module in survey.modules]
     records = records_with(selection)
@@ -107,8 +107,6 @@ def _may_train(survey: Survey, records: Sequence[Root]) -> Iterator[nn.Parameter
     """Yield what may require a gradient now: the base, and the adapters that records say train."""
     yield from survey.tensors
     if records:
-        from lora_inject.core.model.several_roots import training_in
-
         yield from training_in(records)
 
 
@@ -141,8 +139,6 @@ def _put(place: Carried, parameters: Mapping[str, nn.Parameter], selection: Sele
         module._parameters[flat] = parameters[role]
     attached.add(entry)
     if next(iter(parameters.values())).is_meta:
-        from lora_inject.core.layers.valueless import moved
-
         moved(module, emptied=False)
 
 

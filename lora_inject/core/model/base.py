@@ -13,10 +13,12 @@ from typing import Literal
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.fingerprint import Fingerprint, Sampled, samples, without_weights
+from lora_inject.core.adapter.packing import packing
 from lora_inject.core.adapter.site_state import FLOATS
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.packed_weights import described
 from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.other_base import check_differences, vocabulary
 from lora_inject.core.spec.rooms import room
 
 Base = Literal["same", "quantized", "any"]
@@ -61,8 +63,6 @@ def fingerprint(
 
 
 def _descriptions(packed: Mapping[str, Tensor]) -> Fingerprint:
-    from lora_inject.core.adapter.packing import packing
-
     shapes = {name: tuple(weight.shape) for name, weight in packed.items()}
     return {n: Sampled(shapes[n], packed=packing(w, described)) for n, w in packed.items()}
 
@@ -103,8 +103,6 @@ def check_base(
     here = _fingerprint_here(survey, state, saved, adapted)
     if saved == here and None not in [known.values for known in here.values()]:
         return
-    from lora_inject.core.model.other_base import check_differences
-
     check_differences(survey, saved, here, adapted, base, asked, leave_new=leave_new)
 
 
@@ -115,8 +113,6 @@ def _fingerprint_here(
     others = {n: w for n, w in untouched(survey.weights, state).items() if n in saved}
     grown = {n for n, tensor in others.items() if tuple(tensor.shape) != saved[n].shape}
     if grown:
-        from lora_inject.core.model.other_base import vocabulary
-
         resized = grown & vocabulary(survey)
         others = {name: tensor for name, tensor in others.items() if name not in resized}
     moved = {name: there.moved for name, there in saved.items()}

@@ -19,6 +19,8 @@ from torch import nn
 from lora_inject.core.layers.attached import Attached, Entry, attached_to, check_class_kept
 from lora_inject.core.layers.selection import Selection, alive
 from lora_inject.core.layers.survey import Holder, Survey, base_tensor, unwrapped
+from lora_inject.core.model.no_such_adapter import no_such_adapter
+from lora_inject.core.model.parted import why_not_whole
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import StateError, check_type
 
@@ -199,8 +201,6 @@ def check_names(known: frozenset[str], names: Iterable[str], verb: str) -> set[s
     for name in listed:
         check_type(f"{verb} {name!r}", name, str, "Give the name of an adapter")
         if name not in known:
-            from lora_inject.core.model.no_such_adapter import no_such_adapter
-
             raise no_such_adapter(known, name, verb)
     return set(listed)
 
@@ -214,8 +214,6 @@ def whole_adapter(survey: Survey, name: str, asked: str) -> list[Carried]:
     records = records_of(survey, name)
     carrying = {id(module) for _, record in records for module in record.carrying[name]}
     if records and carrying != {id(item.module) for item in held}:  # a copy of a layer has no root
-        from lora_inject.core.model.parted import why_not_whole
-
         raise why_not_whole(survey, name, held, records, f"{asked} {name!r}")
     return held
 

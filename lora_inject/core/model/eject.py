@@ -27,6 +27,8 @@ from lora_inject.core.model.carried import (
     whole_adapter,
 )
 from lora_inject.core.model.guards import after, before
+from lora_inject.core.model.merge_ties import refuse_untold
+from lora_inject.core.model.several_roots import held_in_common
 
 M = TypeVar("M", bound=nn.Module)
 _Root = tuple[Survey, Root]
@@ -94,8 +96,6 @@ def _check_free(record: Root, gone: Set[str], *, every: bool) -> None:
     if not every or not gone >= record.configs.keys():
         check_unmerged(f"ejecting {min(gone)!r}", record.selection)
     if record.before_merge is not None and record.before_merge.untied:
-        from lora_inject.core.model.merge_ties import refuse_untold
-
         refuse_untold(record.before_merge.untied, "eject")
 
 
@@ -157,8 +157,6 @@ def _unfreeze(survey: Survey, record: Root) -> None:
     """
     held: dict[int, tuple[Root, Holder]] = {}
     if any(other.selection is record.selection for _, other in known_roots()):
-        from lora_inject.core.model.several_roots import held_in_common
-
         held = held_in_common(record)
     for name, (_, module, key) in record.required_grad.items():
         here = survey.by_name.get(name.rpartition(".")[0])

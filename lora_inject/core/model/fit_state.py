@@ -14,13 +14,19 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_inject.core.adapter.other_tensors import only
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.kinds import KINDS
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.base import Base, check_base
+from lora_inject.core.model.fit_trained import fit_trained
 from lora_inject.core.model.guards import functions
+from lora_inject.core.model.held_otherwise import as_held_here, parameter_fits
+from lora_inject.core.model.other_base import check_base_copies
+from lora_inject.core.model.unfit import why_unfit
 from lora_inject.core.spec.inventory import Candidate, Inventory
+from lora_inject.core.spec.named import named
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError
 
@@ -53,16 +59,12 @@ def fit(
     trained: dict[str, Tensor] = {}
     rows: dict[str, tuple[int, ...]] = {}
     if state.trained:
-        from lora_inject.core.model.fit_trained import fit_trained
-
         trained, rows = fit_trained(state, survey, names.buffers, asked)
     if base != "any":
         new = {state.sites[key].spec.weight: spec.weight for key, spec in specs.items()}
         adapted = {old: survey.at(name).tensor for old, name in new.items()}
         check_base(survey, state, adapted, base, asked, leave_new=leave_new)
     if state.base_copies:
-        from lora_inject.core.model.other_base import check_base_copies
-
         check_base_copies(state, survey.weights, asked)
     state.check_finite(asked, FormatError)
     sites = {spec.name: state.sites[key].at(spec) for key, spec in specs.items()}
@@ -79,9 +81,6 @@ def _in_names_here(
 ) -> AdapterState:
     """Return what of an adapter is for this process, in the names of the model."""
     if leave_out:
-        from lora_inject.core.adapter.other_tensors import only
-        from lora_inject.core.spec.named import named
-
         given = [*state.trained, *state.sites]
         gone = named(given, leave_out, f"{asked}, leave_out", FormatError)
         state = only(state, set(given) - gone.keys())
@@ -90,8 +89,6 @@ def _in_names_here(
     if part is not None:
         state = part(state, names)
     if any(site.spec.aliases or site.spec.kind == "parameter" for site in state.sites.values()):
-        from lora_inject.core.model.held_otherwise import as_held_here
-
         state = dataclasses.replace(state, sites=as_held_here(state.sites, names))
     return state
 
@@ -100,8 +97,6 @@ def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:
     """Return a site's spec as this model holds it: the file's numbers, the module's geometry."""
     candidate = names.of_site(spec.name, spec.kind)
     if candidate is None or candidate.refusal is not None or not _fits(spec, candidate):
-        from lora_inject.core.model.unfit import why_unfit
-
         raise why_unfit(spec, candidate, names, f"{asked}, site {spec.name!r}")
     lies = spec.transposed if spec.kind == "parameter" else candidate.transposed
     if (*_of_model(spec), spec.transposed) != (*_of_model(candidate), lies):
@@ -113,8 +108,6 @@ def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:
 def _fits(spec: SiteSpec, candidate: Candidate) -> bool:
     """Whether a site maps as many features as the model's."""
     if spec.kind == "parameter":
-        from lora_inject.core.model.held_otherwise import parameter_fits
-
         return parameter_fits(spec, candidate)
     if spec.kind not in map(attrgetter("kind"), KINDS):
         return False

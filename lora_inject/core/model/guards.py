@@ -15,15 +15,13 @@ Only the guards of libraries that this process has loaded are imported and asked
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from lora_inject.core.layers.survey import Survey
+from lora_inject.core.spec.plan import Plan
 from lora_inject.core.spec.rooms import room, standing_at
-
-if TYPE_CHECKING:
-    from lora_inject.core.spec.plan import Plan
 
 
 def before(verb: str, *about: Any) -> None:

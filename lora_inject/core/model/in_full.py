@@ -1,7 +1,4 @@
-"""Tensors of the base that train in full, or rows of them: where their copies go, and why not.
-
-Loaded with the first config or file that has any.
-"""
+"""Tensors of the base that train in full, or rows of them: where their copies go, and why not."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from lora_inject.core.layers.survey import Survey, memory_of
 from lora_inject.core.model.attach import attach, survey_for
 from lora_inject.core.model.carried import Carried
 from lora_inject.core.model.guards import before, reasons_of_libraries
+from lora_inject.core.model.in_full import check_statistics
 from lora_inject.core.model.places import places
 from lora_inject.core.model.trainable import check_live_inputs
 from lora_inject.core.spec.config import Config, ConfigLike
@@ -125,8 +126,6 @@ def places_of_plan(
     }
     wanted = places(survey, name, planned.sites, named)
     if planned.config.train:
-        from lora_inject.core.model.in_full import check_statistics
-
         check_statistics(survey, planned.config.train, present)
     before("load", survey, name, wanted, _tied)
     return wanted

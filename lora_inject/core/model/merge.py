@@ -12,15 +12,17 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from lora_inject.core.functional.merge_report import MergeReport, TensorReport
+from lora_inject.core.functional.rounded_fold import with_tally
 from lora_inject.core.layers.selected import Mix, Selected
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Holder, Survey
+from lora_inject.core.model import merge_ties, packed_target
 from lora_inject.core.model.carried import (
     Root,
     adapted_modules,
@@ -30,15 +32,17 @@ from lora_inject.core.model.carried import (
     roots_of,
 )
 from lora_inject.core.model.eject import eject as take_off
+from lora_inject.core.model.merge_reasons import left_written, no_root
 from lora_inject.core.model.merge_targets import check_results, merge_targets
+from lora_inject.core.model.merge_ties import part
+from lora_inject.core.model.merged_rows import write_rounded
+from lora_inject.core.model.packed_target import Into, what_packed_become
 from lora_inject.core.model.select import weights_of
 from lora_inject.core.model.target import Target
 from lora_inject.core.model.trainable import trainable_tensors
 from lora_inject.core.model.undo import Undone
+from lora_inject.core.model.unmerge_checks import check_undone, nothing_to_restore
 from lora_inject.errors import StateError
-
-if TYPE_CHECKING:
-    from lora_inject.core.model.packed_target import Into
 
 M = TypeVar("M", bound=nn.Module)
 Weights = tuple[tuple[str, float], ...]
@@ -110,15 +114,11 @@ def merge(
     untied = {target.name: target.sharers[0].name for target in targets if target.sharers}
     untold: Mapping[str, str] = {}
     if untied:
-        from lora_inject.core.model import merge_ties
-
         merge_ties.check_ties(survey, untied)
         untold = merge_ties.untold(survey, untied)
         if untold and eject:
             merge_ties.refuse_untold(untold, "merge with eject=True into")
     if isinstance(into, torch.dtype):
-        from lora_inject.core.model import packed_target
-
         packed_target.check_replaceable(targets)
     check_results(targets, min_kept, undo)
 
@@ -145,8 +145,6 @@ def _into(dequantize: str | torch.dtype | None, *, requantize: bool) -> Into:
     """Return what packed weights become, by the options of a merge; None: they are refused."""
     if dequantize is None and not requantize:
         return None
-    from lora_inject.core.model.packed_target import what_packed_become
-
     return what_packed_become(dequantize, requantize=requantize)
 
 
@@ -173,8 +171,6 @@ def _taken_back(before: _Before, undone: list[Undone], n: int) -> Iterator[None]
         before.say_again()
         _restore(undone)
         if any(tensor.lost for tensor in undone):
-            from lora_inject.core.model.merge_reasons import left_written
-
             raise left_written(len(undone), n) from error
         raise
 
@@ -190,8 +186,6 @@ def root_of(survey: Survey) -> Root:
     inner = roots_of(survey)
     root = inner.get("") or (next(iter(inner.values())) if len(inner) == 1 else None)
     if root is None:
-        from lora_inject.core.model.merge_reasons import no_root
-
         raise no_root(inner)
     return root
 
@@ -235,8 +229,6 @@ def _before_writing(target: Target, untied: set[Holder], *, keep: bool) -> Undon
     """Untie a tensor that another holds as well; return what restores it once it is written."""
     holder, before = target.holder, target.weight
     if left := [other for other in target.sharers if other not in untied]:
-        from lora_inject.core.model.merge_ties import part
-
         untied.add(holder)
         return part(holder, left[-1])
     # Nobody shares it, or nobody any more.
@@ -247,8 +239,6 @@ def _before_writing(target: Target, untied: set[Holder], *, keep: bool) -> Undon
 def _write_rows(target: Target, undone: Undone) -> None:
     """Write all merged rows in their place."""
     if target.narrow or target.copies or target.gain is not None:
-        from lora_inject.core.model.merged_rows import write_rounded
-
         write_rounded(target, undone.before if undone.original is None else undone.original)
     else:
         for start, rows in target.blocks():
@@ -261,8 +251,6 @@ def _report(targets: list[Target], mix: Weights) -> MergeReport:
         dtype = str(target.weight.dtype).removeprefix("torch.")
         row = TensorReport(target.name, target.action, dtype, tuple(target.weight.shape))
         if target.narrow:
-            from lora_inject.core.functional.rounded_fold import with_tally
-
             row = with_tally(row, target.tally)
         tensors[target.name] = row
         if target.sharers:
@@ -294,14 +282,10 @@ def unmerge(model: M, *, discard: bool = False) -> M:
     root = root_of(survey)
     selection, before = root.selection, root.before_merge
     if before is None or before.tensors is None:
-        from lora_inject.core.model.unmerge_checks import nothing_to_restore
-
         raise nothing_to_restore(merged=before is not None)
     selection.check_settled("unmerge", others=True)
     for tensor in before.tensors:
         if not tensor.stands(survey):
-            from lora_inject.core.model.unmerge_checks import check_undone
-
             check_undone(tensor, survey, discard)
     with _held_back_interrupts():
         _restore(before.tensors)

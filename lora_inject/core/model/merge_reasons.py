@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.layers.packed_weights import reason_against
 from lora_inject.core.model.guards import holder_of_shards
+from lora_inject.core.model.packed_target import reasons_against_packed
 from lora_inject.core.model.target import Target
 from lora_inject.errors import LayerError, StateError
 
@@ -28,8 +29,6 @@ def _reasons(target: Target) -> Iterator[tuple[str, str]]:
     if how := holder_of_shards(weight):
         yield f"the weight is sharded by {how}", "Merge into an unsharded copy"
     if target.is_packed:
-        from lora_inject.core.model.packed_target import reasons_against_packed
-
         yield from reasons_against_packed(target)
     else:
         yield from _reasons_here(target)

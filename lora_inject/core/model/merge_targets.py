@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.layers.attached import Entry
+from lora_inject.core.layers.gains import check_mixed, gain_of
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
 from lora_inject.core.model.carried import whole_adapter
 from lora_inject.core.model.guards import before, holder_of_shards
+from lora_inject.core.model.merge_overlaps import check_overlaps
+from lora_inject.core.model.merge_reasons import refuse_unwritable, refuse_values
+from lora_inject.core.model.merge_shares import check_kept, check_min_kept
+from lora_inject.core.model.merge_ties import once_if_tied
+from lora_inject.core.model.packed_target import Into, PackedTarget, packed_in
+from lora_inject.core.model.rehearsal import check_rehearsed
 from lora_inject.core.model.target import Target
 from lora_inject.core.spec.names import joined
-
-if TYPE_CHECKING:
-    from lora_inject.core.model.packed_target import Into
 
 
 def merge_targets(
@@ -41,14 +45,10 @@ def merge_targets(
             entries.setdefault(holder, []).append((entry, weight))
     _check_gains(targets, entries)
     if isinstance(into, torch.dtype):
-        from lora_inject.core.model.packed_target import packed_in
-
         for holder in packed_in(survey):
             targets.setdefault(holder, _target(holder, into))
     for target in targets.values():
         if not target.is_writable:
-            from lora_inject.core.model.merge_reasons import refuse_unwritable
-
             refuse_unwritable(target)
         target.sharers = [one for one in survey.sharing(target.weight) if one != target.holder]
     return _without_shared_memory(survey, targets)
@@ -59,8 +59,6 @@ def _check_gains(
 ) -> None:
     """Raise if an adapter with a gain is not alone on a tensor."""
     if any(target.gain is not None for target in targets.values()):
-        from lora_inject.core.layers.gains import check_mixed
-
         for taking in entries.values():
             check_mixed(taking)
 
@@ -68,12 +66,8 @@ def _check_gains(
 def _without_shared_memory(survey: Survey, targets: Mapping[Holder, Target]) -> list[Target]:
     """Return the targets, of tied tensors each once; raise if one shares a part of its memory."""
     if _may_overlap(survey):
-        from lora_inject.core.model.merge_overlaps import check_overlaps
-
         check_overlaps(survey, {memory_of(t.weight): t.name for t in targets.values()})
     if any(target.sharers for target in targets.values()):
-        from lora_inject.core.model.merge_ties import once_if_tied
-
         return once_if_tied(targets)
     return [*targets.values()]
 
@@ -82,8 +76,6 @@ def _target(holder: Holder, into: Into) -> Target:
     """Return a tensor to write, of the class for how its layer holds it."""
     if not is_quantized(holder.tensor):
         return Target(holder)
-    from lora_inject.core.model.packed_target import PackedTarget
-
     return PackedTarget(holder, into=into)
 
 
@@ -92,8 +84,6 @@ def add_entry(target: Target, entry: Entry, weight: float) -> None:
     module = target.holder.module
     for role, tensor in entry.tensors(module).items():
         if holder_of_shards(tensor) or not all_finite(tensor):
-            from lora_inject.core.model.merge_reasons import refuse_values
-
             refuse_values(tensor, f"{role} of site {target.name!r}", f"merge {entry.adapter!r}")
     if entry.spec is None:
         copy = entry.held(module)  # tied: the same under all names
@@ -103,8 +93,6 @@ def add_entry(target: Target, entry: Entry, weight: float) -> None:
         return
     held: Mapping[str, Any] = module._parameters
     if entry.gained:
-        from lora_inject.core.layers.gains import gain_of
-
         target.gain = target.gain or gain_of(entry, held)
     detached = {name: held[name].detach() for name in entry.names.values()}
     target.terms += entry.patches(detached, weight)
@@ -118,16 +106,12 @@ def check_results(targets: list[Target], min_kept: float | None, undo: bool) -> 
     undone later. All other targets are formed once without being written.
     """
     if min_kept is not None:
-        from lora_inject.core.model.merge_shares import check_kept, check_min_kept
-
         check_min_kept(min_kept)
     for target in targets:
         plain = not is_quantized(target.weight)
         counted = min_kept is not None and target.narrow and target.changes
         unseen = target.narrow and not undo and plain and not all_finite(target.weight)
         if unseen or counted or target.may_overflow():
-            from lora_inject.core.model.rehearsal import check_rehearsed
-
             check_rehearsed(target)
     if min_kept is not None:
         check_kept(targets, min_kept)

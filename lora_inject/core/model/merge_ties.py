@@ -1,7 +1,7 @@
 """Tied tensors that a merge unties: where that is refused, and what says that they are tied.
 
-Loaded with the first merge into one. `untied` is the name of each tensor that gets memory of its
-own, to the name of another tensor that it was.
+`untied` is the name of each tensor that gets memory of its own, to the name of another tensor that
+it was.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Why a site cannot be on a packed weight: loaded with the first one."""
+"""Why a site cannot be on a packed weight."""
 
 from __future__ import annotations
 

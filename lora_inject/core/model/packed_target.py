@@ -1,7 +1,4 @@
-"""Packed weights that a merge writes: unpacked, or packed again in their own format.
-
-Loaded with the first packed weight that an adapter is merged into, or that is to be unpacked.
-"""
+"""Packed weights that a merge writes: unpacked, or packed again in their own format."""
 
 from __future__ import annotations
 

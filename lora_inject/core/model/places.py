@@ -13,6 +13,8 @@ from lora_inject.core.layers.kinds import mixin_of
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried
+from lora_inject.core.model.in_full import places_of_copies
+from lora_inject.core.model.unusable import check_values, refuse_lazy, refuse_taken
 from lora_inject.core.spec.sites import SiteSpec
 
 
@@ -27,13 +29,9 @@ def places(
     Sites and copies have the model's own names; copies come with their rows, None for all.
     """
     if any(map(is_lazy, survey.tensors)):
-        from lora_inject.core.model.unusable import refuse_lazy
-
         refuse_lazy(survey, name)
     wanted = [*_of_sites(survey, name, sites)]
     if copies:
-        from lora_inject.core.model.in_full import places_of_copies
-
         wanted += places_of_copies(survey, name, copies)
     taken: set[tuple[int, str]] = set()
     classes: set[Hashable] = set()  # what holds of one layer of a class holds of all
@@ -42,8 +40,6 @@ def places(
         _check_free(place, classes, again=tensor in taken)
         taken.add(tensor)
     if unusual := [place for place in wanted if not _is_usual(place)]:
-        from lora_inject.core.model.unusable import check_values
-
         for place in unusual:
             check_values(place, _asked(place))
     return wanted
@@ -85,8 +81,6 @@ def _check_free(place: Carried, classes: set[Hashable], *, again: bool) -> None:
     alike = type(place.module), attached_to(place.module) is None, id(place.entry.names)
     is_new = alike not in classes
     if again or not _is_free(place) or (is_new and not _class_is_free(place)):
-        from lora_inject.core.model.unusable import refuse_taken
-
         refuse_taken(place, _asked(place), again=again)
     if is_new:
         check_swappable(place.module, mixin_of(place.entry), _asked(place))

@@ -22,6 +22,7 @@ from lora_inject.core.model.carried import (
     whole_adapter,
 )
 from lora_inject.core.model.guards import before
+from lora_inject.core.model.spread import gathered_whole, refuse_empty_base
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.sites import SiteSpec
 
@@ -79,15 +80,11 @@ def read_off(
             there = gathered.get(joined(path, entry.names[role]), held)
             whole[id(held)] = there.detach()
             if hasattr(there, "full_tensor") or tuple(there.shape) != entry.shape_of(role):
-                from lora_inject.core.model.spread import gathered_whole
-
                 whole[id(held)] = gathered_whole(there, entry, role)
         return whole[id(held)]
 
     state, weights = values_on(survey, name, "adapter_state of", taken)
     if not all(weight.numel() for weight in weights.values()):
-        from lora_inject.core.model.spread import refuse_empty_base
-
         refuse_empty_base(weights, name)
     for _, _, attached in adapted_modules(survey):
         attached.check_started(attached.entries(name), "reading")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from lora_inject.core.functional.rounded_fold import Tally
 from lora_inject.core.model.merged_rows import merged_rows, not_finite
+from lora_inject.core.model.packed_target import rehearse_packed
 from lora_inject.core.model.target import Target
 
 
 def check_rehearsed(target: Target) -> None:
     """Form all that would be written and count, without writing; raise if it is not finite."""
     if target.is_packed:
-        from lora_inject.core.model.packed_target import rehearse_packed
-
         rehearse_packed(target)
     else:
         target.tally = Tally()

@@ -19,6 +19,7 @@ from lora_inject.core.model.carried import (
     root_at,
     roots_of,
 )
+from lora_inject.core.model.several_roots import check_free_name, check_not_nested, shared_selection
 from lora_inject.errors import StateError
 
 
@@ -51,8 +52,6 @@ def check_new_adapter(survey: Survey, name: str) -> None:
         problem = "a name is a string of one character or more"
         raise StateError(f"adapter {name!r}", problem, "Give another name")
     if not _is_first(survey):
-        from lora_inject.core.model.several_roots import check_free_name, check_not_nested
-
         check_not_nested(survey, f"adapter {name!r}")
         check_free_name(survey, name)
 
@@ -65,6 +64,4 @@ def selection_for(survey: Survey, wanted: Sequence[Carried], asked: str) -> Sele
     """
     if _is_first(survey):
         return Selection()
-    from lora_inject.core.model.several_roots import shared_selection
-
     return shared_selection(survey, wanted, asked)

@@ -13,10 +13,13 @@ from torch import nn
 
 from lora_inject.core.adapter.exchange import completed, format_of, write_adapter
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files.together import write_together
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import all_take_part, entries, note_files
+from lora_inject.core.model.facts import facts_for
 from lora_inject.core.model.guards import after, this_process_writes
 from lora_inject.core.model.read_off import read_off
+from lora_inject.core.model.versions import folder_of, note_newest
 from lora_inject.core.spec.rooms import room
 from lora_inject.errors import FormatError, user_path, within
 
@@ -80,8 +83,6 @@ def save_adapter(
         state = read_off(survey, name)
         facts = None
         if format_of(format).takes_facts:
-            from lora_inject.core.model.facts import facts_for
-
             facts = facts_for(survey, format, name)
         check_used(survey, name, state, unused)
         if probe is not None:
@@ -97,14 +98,10 @@ def save_adapter(
             write_adapter, state, format=format, facts=facts, **options
         )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            from lora_inject.core.files.together import write_together
-
             write_together(target, write)
         else:
             write(target)
         if version is not None:
-            from lora_inject.core.model.versions import note_newest
-
             note_newest(folder, version, keep)
 
     if group is not None:
@@ -120,8 +117,6 @@ def _target(path: Path, format: str, version: int | None, asked: str) -> Path:  
     """Return where files of a format are written for a path."""
     row = format_of(format, asked)
     if version is not None:
-        from lora_inject.core.model.versions import folder_of
-
         return folder_of(version, path, format, row, asked)
     with within(f"{asked} to '{path}'"):
         return completed(path, row)

@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.model.carried import check_names, check_unmerged, reach
+from lora_inject.core.model.gained_mixes import check_mixes
 from lora_inject.errors import StateError, check_type
 
 M = TypeVar("M", bound=nn.Module)
@@ -52,8 +53,6 @@ def activate(model: M, which: str | Mapping[str, float] | None) -> M:
     check_names(reached.names, weights, "activate")
     check_unmerged("activate", *reached.selections)
     if reached.gained & weights.keys():
-        from lora_inject.core.model.gained_mixes import check_mixes
-
         check_mixes(model, weights)
     for selection in reached.selections:
         selection.check_settled("activate")

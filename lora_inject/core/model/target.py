@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.fold import Delta, rows_at_once
+from lora_inject.core.functional.gain import Gain
+from lora_inject.core.functional.rounded_fold import GainedDelta, Tally
 from lora_inject.core.layers.packed_weights import loaded_kinds
 from lora_inject.core.layers.survey import Holder
 from lora_inject.core.model.guards import holder_of_shards
-
-if TYPE_CHECKING:
-    from lora_inject.core.functional.gain import Gain
-    from lora_inject.core.functional.rounded_fold import Tally
-    from lora_inject.core.model.undo import Undone
+from lora_inject.core.model.undo import Undone
 
 
 @dataclass
@@ -104,8 +102,6 @@ class Target:
         wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         if self.gain is None:
             return Delta(self.terms, wide)
-        from lora_inject.core.functional.rounded_fold import GainedDelta
-
         gained = GainedDelta(self.terms, wide, self.gain)
         gained.norms_of(self.blocks())
         return gained

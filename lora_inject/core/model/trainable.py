@@ -10,6 +10,7 @@ from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.packed_weights import loaded_kinds
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import check_names, entries, reach
+from lora_inject.core.model.dead_inputs import refuse_dead_inputs
 from lora_inject.core.model.guards import before
 from lora_inject.core.spec.names import joined
 
@@ -31,8 +32,6 @@ def check_live_inputs(survey: Survey, asked: str) -> None:
     """Refuse to train where a layer hands no gradient to its input."""
     classes = {type(module) for _, module in survey.modules}
     if loaded_kinds() or any(cls.__module__.startswith(WITHOUT_AUTOGRAD) for cls in classes):
-        from lora_inject.core.model.dead_inputs import refuse_dead_inputs
-
         refuse_dead_inputs(survey, asked, WITHOUT_AUTOGRAD)
 
 

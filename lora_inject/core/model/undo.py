@@ -7,16 +7,13 @@ pass over it at either end and no memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Holder, Survey
-
-if TYPE_CHECKING:
-    from lora_inject.core.layers.weight_kinds import Undo
+from lora_inject.core.layers.weight_kinds import Undo
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 17  # words: 1 MiB, which a CPU's cache holds

@@ -10,6 +10,8 @@ from torch.nn.parameter import is_lazy
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried
+from lora_inject.core.model.in_full import reasons_against_copy
+from lora_inject.core.model.packed_places import reasons_of_packed
 from lora_inject.core.spec.limits import why_no_gain
 from lora_inject.errors import LayerError
 
@@ -58,13 +60,9 @@ def _reasons(place: Carried) -> Iterator[tuple[str, str]]:
     """
     spec = place.entry.spec
     if spec is None:
-        from lora_inject.core.model.in_full import reasons_against_copy
-
         yield from reasons_against_copy(place)
         return
     if place.entry.gained and (why := why_no_gain(spec)):
         yield f"variant {spec.variant} on {why}", "Train it with variant: lora"
     if is_quantized(place.weight):
-        from lora_inject.core.model.packed_places import reasons_of_packed
-
         yield from reasons_of_packed(place, spec)

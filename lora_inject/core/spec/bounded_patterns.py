@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 
+from lora_inject.core.spec.timed_patterns import matching_in_time
 from lora_inject.errors import LoraInjectError
 
 FEW_STEPS = 10_000_000  # which take a part of a second
@@ -26,8 +27,6 @@ def matching_within(
     try:
         if steps_of(pattern, max(map(len, names), default=0)) <= FEW_STEPS:
             return list(_matching_at_once(re.compile(whole), names, end))
-        from lora_inject.core.spec.timed_patterns import matching_in_time
-
         return list(matching_in_time(whole, names, end))
     except TimeoutError as late:
         what = f"it took more than {seconds:g} s to match (on '{late.args[0][:60]}')"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from os import PathLike
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import (
     AfterValidator,
@@ -26,14 +26,15 @@ from pydantic import (
     model_validator,
 )
 
+from lora_inject.core.spec import rule_checks
+from lora_inject.core.spec.inventory import Inventory
+from lora_inject.core.spec.layer_ranges import layer_range
 from lora_inject.core.spec.patterns import INDEX, checked_regex
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.shown import Shown
 from lora_inject.core.spec.sites import ROLES
 from lora_inject.core.spec.strict import Strict, YamlModel
-
-if TYPE_CHECKING:
-    from lora_inject.core.spec.inventory import Inventory
+from lora_inject.core.spec.yaml import written
 
 ALL_LINEAR = "all-linear"
 ALL_EXPERTS = "all-experts"
@@ -45,19 +46,11 @@ WORDS = frozenset({ALL_LINEAR, ALL_EXPERTS})  # rules that are no pattern
 def _check_pattern(pattern: str) -> str:
     matches_nothing = re.fullmatch(checked_regex(pattern), "")
     if matches_nothing and pattern != "^$":  # which names the root module, on purpose
-        raise _checks().empty_pattern(pattern)
+        raise rule_checks.empty_pattern(pattern)
     return pattern
 
 
-def _checks() -> Any:
-    from lora_inject.core.spec import rule_checks
-
-    return rule_checks
-
-
 def _check_layer(value: Any) -> str:
-    from lora_inject.core.spec.layer_ranges import layer_range
-
     return layer_range(value)
 
 
@@ -68,13 +61,13 @@ def _read_layers(value: Any) -> tuple[Any, ...]:
 
 def _check_distinct(names: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(names)) < len(names):
-        raise _checks().repeated(names)
+        raise rule_checks.repeated(names)
     return names
 
 
 def _check_variant(name: str) -> str:
     if name not in ROLES:
-        raise _checks().unknown_variant(name)
+        raise rule_checks.unknown_variant(name)
     return name
 
 
@@ -259,7 +252,7 @@ class Rule(Strict):
         if isinstance(data, str):
             return {"match": data}
         if not isinstance(data, (Mapping, Rule)):
-            raise _checks().no_rule(data)
+            raise rule_checks.no_rule(data)
         return data
 
     @field_validator("adapt")
@@ -268,13 +261,13 @@ class Rule(Strict):
         cls, adapt: tuple[str, ...] | None, info: ValidationInfo
     ) -> tuple[str, ...] | None:
         if adapt and "slices" in info.data:
-            _checks().check_adapted(adapt, info.data["slices"])
+            rule_checks.check_adapted(adapt, info.data["slices"])
         return adapt
 
     @model_validator(mode="after")
     def _has_parts_that_fit(self) -> Self:
         if self.slices or self.only is not None or self.top is not None:
-            _checks().check_slices_and_experts(self)
+            rule_checks.check_slices_and_experts(self)
         return self
 
 
@@ -408,8 +401,6 @@ class Config(Shown, YamlModel):
 
     def to_yaml(self) -> str:
         """Return the config as YAML, from which `from_text` makes an equal one."""
-        from lora_inject.core.spec.yaml import written  # no part of injecting
-
         return written(self.to_dict())
 
     def __str__(self) -> str:

@@ -1,24 +1,21 @@
 """What is wrong with a config, in words: the place, what is there, and what to do.
 
-Loaded when a config is wrong. pydantic's faults become one error; a key that other programs use
-is met with ours.
+pydantic's faults become one error; a key that other programs use is met with ours.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from lora_inject.core.spec.spellings import nearest
 from lora_inject.core.spec.words import Loc, dotted, show
+from lora_inject.core.spec.yaml import Document
 from lora_inject.errors import ConfigError
-
-if TYPE_CHECKING:
-    from lora_inject.core.spec.yaml import Document
 
 _ALSO = 4  # further errors that one message lists
 

@@ -11,13 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+from lora_inject.core.spec.mixture import Mixture
 from lora_inject.core.spec.names import canonical, is_bias
 from lora_inject.core.spec.sites import Geometry
-
-if TYPE_CHECKING:
-    from lora_inject.core.spec.mixture import Mixture
 
 LINEAR_KINDS = ("linear", "conv1d")
 

@@ -10,20 +10,25 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
+from lora_inject.core.spec import unmatched
 from lora_inject.core.spec.config import HYPER, WORDS, Active, Config, Normal, Rule
+from lora_inject.core.spec.excluded import Excluded
+from lora_inject.core.spec.expected import check_expect
 from lora_inject.core.spec.inventory import Candidate, Inventory
+from lora_inject.core.spec.layer_ranges import inside
+from lora_inject.core.spec.layouts import oriented, sliced
+from lora_inject.core.spec.limits import reasons_against
 from lora_inject.core.spec.names import canonical, parent
 from lora_inject.core.spec.patterns import matching
 from lora_inject.core.spec.plan import Plan, Skipped
+from lora_inject.core.spec.plan_notes import with_notes
 from lora_inject.core.spec.rooms import room
+from lora_inject.core.spec.rule_words import names_by_word
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
+from lora_inject.core.spec.trained import Trained, trained_by
 from lora_inject.errors import LayerError, MatchError
-
-if TYPE_CHECKING:
-    from lora_inject.core.spec.excluded import Excluded
-    from lora_inject.core.spec.trained import Trained
 
 
 def resolve(config: Config, inventory: Inventory, *, to_show: bool = True) -> Plan:
@@ -59,8 +64,6 @@ def resolve(config: Config, inventory: Inventory, *, to_show: bool = True) -> Pl
     candidates = [entry.candidate for entry in ordered]
     trained: tuple[Trained, ...] = ()
     if config.train or config.tokens or config.bias != "none":
-        from lora_inject.core.spec.trained import trained_by
-
         trained = trained_by(config, inventory, sites, candidates)
     plan = Plan(
         config=config,
@@ -71,12 +74,8 @@ def resolve(config: Config, inventory: Inventory, *, to_show: bool = True) -> Pl
         assumed=inventory.assumed,
     )
     if to_show:
-        from lora_inject.core.spec.plan_notes import with_notes
-
         plan = with_notes(plan, inventory, candidates, rules.forms)
     if config.expect is not None:
-        from lora_inject.core.spec.expected import check_expect
-
         check_expect(plan, config.expect)
     return plan
 
@@ -102,8 +101,6 @@ class _Rules:
         self.inventory = inventory
         self.excluded: Excluded | None = None
         if config.exclude:
-            from lora_inject.core.spec.excluded import Excluded
-
             self.excluded = Excluded(config, inventory)
         self.taken: dict[str, _Taken] = {}  # by the name of the weight, in the order of rules
         self.forms: list[SiteSpec] = []  # one of all sites that differ only in their names
@@ -121,8 +118,8 @@ class _Rules:
         self.skipped += [Skipped(name, i, self.inventory.reason(name)) for name in others]
         if len(self.taken) == n_before:
             if left:
-                raise _errors().all_gone(label, left)
-            raise _errors().all_skipped(label, others, self.inventory)
+                raise unmatched.all_gone(label, left)
+            raise unmatched.all_skipped(label, others, self.inventory)
 
     def _take_each(self, i: int, candidates: Iterable[tuple[int, Candidate]]) -> Counter[str]:
         """Make sites of what nobody took before; return who took how many of the others."""
@@ -153,18 +150,14 @@ class _Rules:
         """Return the names that a rule matches, in its layers."""
         rule, label, inventory = self.config.targets[i], self.config.label(i), self.inventory
         if rule.match in WORDS:
-            from lora_inject.core.spec.rule_words import names_by_word
-
             names = names_by_word(rule.match, self.config, inventory, label)
         else:
             names = matching(rule.match, inventory.names, asked=label)
         if not names:
             pools = inventory.sites, inventory.names
-            raise _errors().no_match(inventory, label, rule.match, *pools)
+            raise unmatched.no_match(inventory, label, rule.match, *pools)
         if rule.layers is None:
             return names
-        from lora_inject.core.spec.layer_ranges import inside
-
         return inside(rule.layers, names, label, inventory.names)
 
     def _taker(self, candidate: Candidate, weight: str) -> str:
@@ -173,13 +166,6 @@ class _Rules:
             return "exclude"
         owner = self.taken.get(weight)
         return "" if owner is None else f"rule {(owner.spec.rule or 0) + 1}"
-
-
-def _errors() -> Any:
-    """Return the errors of rules that take nothing."""
-    from lora_inject.core.spec import unmatched
-
-    return unmatched
 
 
 def _candidates(names: Sequence[str], inventory: Inventory) -> Iterator[tuple[int, Candidate]]:
@@ -207,7 +193,7 @@ def _of_kind(
     candidates = list(_candidates(names, inventory))
     of_kind = [pair for pair in candidates if kind is None or pair[1].kind == kind]
     if kind is not None and not of_kind:
-        raise _errors().no_kind(label, kind, Counter(candidate.kind for _, candidate in candidates))
+        raise unmatched.no_kind(label, kind, Counter(candidate.kind for _, candidate in candidates))
     return of_kind
 
 
@@ -234,8 +220,6 @@ def _site(candidate: Candidate, rule: Rule, i: int, asked: str) -> SiteSpec:
         numbers |= room("mixtures").part_of_stack(candidate, rule, asked)
     shape, slices = candidate.geometry, None
     if rule.layout is not None or rule.slices is not None or candidate.needs_layout:
-        from lora_inject.core.spec.layouts import oriented, sliced
-
         shape = oriented(candidate, rule, asked)
         slices = sliced(candidate, shape, rule, asked)
     site = SiteSpec(
@@ -250,8 +234,6 @@ def _site(candidate: Candidate, rule: Rule, i: int, asked: str) -> SiteSpec:
         **numbers,
     )
     if site.variant != "lora" or site.lora_bias or site.init in FROM_WEIGHT or site.dropout:
-        from lora_inject.core.spec.limits import reasons_against
-
         for reason in reasons_against(site):
             raise MatchError(asked, *reason)
     return site

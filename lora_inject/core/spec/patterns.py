@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterable
 from functools import lru_cache
 
+from lora_inject.core.spec.bounded_patterns import matching_within
+from lora_inject.core.spec.words import show
 from lora_inject.errors import LoraInjectError, MatchError
 
 MATCH_SECONDS = 5.0  # for one pattern and all names; a harmless pattern takes milliseconds
@@ -41,8 +43,6 @@ def matching(
         whole = _at_the_end(pattern)
         if seconds > 0 and not _NOT_PLAIN.search(pattern):
             return list(filter(re.compile(whole).match, names))
-        from lora_inject.core.spec.bounded_patterns import matching_within
-
         return matching_within(pattern, whole, names, asked, error, seconds)
     except NOT_A_REGEX as problem:
         raise error(asked, f"it is not a regex: {problem}", "Escape its brackets") from None
@@ -56,8 +56,6 @@ def checked_regex(text: str) -> str:
             warnings.simplefilter("error")  # "possible nested set" and the like mean a mistake
             re.compile(text)
     except (*NOT_A_REGEX, UnicodeError, Warning) as problem:
-        from lora_inject.core.spec.words import show
-
         remedy = "Patterns are Python regexes; a literal dot is '\\.'"
         raise ValueError(f"{show(text)} is not a regex: {problem}", remedy) from None
     return text

@@ -10,15 +10,14 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from lora_inject.core.spec.config import Config
+from lora_inject.core.spec.plan_table import as_data, table_of
 from lora_inject.core.spec.shown import Shown
 from lora_inject.core.spec.sites import SiteSpec
-
-if TYPE_CHECKING:
-    from lora_inject.core.spec.tied_names import Tied
-    from lora_inject.core.spec.trained import Trained
+from lora_inject.core.spec.tied_names import Tied
+from lora_inject.core.spec.trained import Trained
 
 
 class Skipped(NamedTuple):
@@ -81,8 +80,6 @@ class Plan(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for JSON."""
-        from lora_inject.core.spec.plan_table import as_data
-
         return as_data(self)
 
     def text(self, width: int = 80, *, everything: bool = False) -> str:
@@ -90,8 +87,6 @@ class Plan(Shown):
 
         Names that differ in numbers share a row, unless `everything`.
         """
-        from lora_inject.core.spec.plan_table import table_of  # no part of planning
-
         return "\n".join(table_of(self, width, everything=everything))
 
     def __str__(self) -> str:

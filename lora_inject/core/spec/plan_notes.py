@@ -8,8 +8,11 @@ from dataclasses import replace
 
 from lora_inject.core.spec.config import WORDS
 from lora_inject.core.spec.inventory import Candidate, Inventory
+from lora_inject.core.spec.limits import notes
 from lora_inject.core.spec.plan import Plan
+from lora_inject.core.spec.rule_words import notes_on_words
 from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.tied_names import tied_by
 
 
 def with_notes(
@@ -20,8 +23,6 @@ def with_notes(
     `candidates` are those of its sites, `forms` one of all sites that differ only in their names.
     """
     if any(candidate.tied for candidate in inventory.candidates):
-        from lora_inject.core.spec.tied_names import tied_by
-
         tied = tied_by(inventory, plan.sites, candidates, plan.trained)
         plan = replace(plan, tied=tied)
     return replace(plan, notes=tuple(_notes(plan, inventory, candidates, forms)))
@@ -31,12 +32,8 @@ def _notes(
     plan: Plan, inventory: Inventory, candidates: Sequence[Candidate], forms: Sequence[SiteSpec]
 ) -> Iterator[str]:
     if inventory.mixtures or any(rule.match in WORDS for rule in plan.config.targets):
-        from lora_inject.core.spec.rule_words import notes_on_words
-
         yield from notes_on_words(plan.config, inventory, plan.sites)
     if any(map(_may_need_a_note, forms)):
-        from lora_inject.core.spec.limits import notes
-
         yield from notes(candidates, plan.sites)
 
 

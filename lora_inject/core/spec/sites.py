@@ -13,12 +13,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from lora_inject.core.spec.names import joined
-
-if TYPE_CHECKING:
-    from lora_inject.core.spec.slices import Slices
+from lora_inject.core.spec.slices import Slices
 
 T = TypeVar("T")
 Shape = tuple[int, ...]

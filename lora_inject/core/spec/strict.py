@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from inspect import Signature, signature
 from os import PathLike
-from typing import TYPE_CHECKING, Any, ClassVar, Self, get_type_hints
+from typing import Any, ClassVar, Self, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lora_inject.core.spec.explained import config_error
+from lora_inject.core.spec.yaml import Document, read_text
 from lora_inject.errors import ConfigError, check_type
-
-if TYPE_CHECKING:
-    from lora_inject.core.spec.yaml import Document
 
 
 class Strict(BaseModel):
@@ -60,8 +59,6 @@ class YamlModel(Strict):
             ConfigError: The file cannot be read, is not safe YAML, or is not valid; the message
                 gives `FILE:LINE:COLUMN (key)`.
         """
-        from lora_inject.core.spec.yaml import read_text  # a config of plain data needs no YAML
-
         return cls.from_text(read_text(path), source=str(path))
 
     @classmethod
@@ -85,8 +82,6 @@ class YamlModel(Strict):
             ...     print(error)
             lora.yaml:1:1 (rnak): unknown key 'rnak'. Did you mean 'rank'?
         """
-        from lora_inject.core.spec.yaml import Document
-
         document = Document(text, source or f"<{cls.__name__.lower()}>")
         return cls._validated(document.data, document)
 
@@ -129,6 +124,4 @@ def _in_words(
     error: ValidationError, cls: type[Strict], data: Any, document: Document | None = None
 ) -> ConfigError:
     """Return what pydantic found wrong, in words."""
-    from lora_inject.core.spec.explained import config_error  # no part of a config that is right
-
     return config_error(error, cls, cls.inside, data, document)

@@ -1,7 +1,4 @@
-"""What the system says of a file that cannot be read, in the words of other messages.
-
-Loaded when a file is not there.
-"""
+"""What the system says of a file that cannot be read, in the words of other messages."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from lora_inject.core.spec.system_words import system_words
 from lora_inject.core.spec.words import Loc, dotted, printable
 from lora_inject.errors import ConfigError, check_type, user_path
 
@@ -91,8 +92,6 @@ def read_text(
     except UnicodeDecodeError as error:
         problem, remedy = f"byte {error.start} is not UTF-8", "Save it as UTF-8 text"
     except OSError as error:
-        from lora_inject.core.spec.system_words import system_words
-
         problem = system_words(error)
     raise ConfigError(asked, problem, remedy)
 

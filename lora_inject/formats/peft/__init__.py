@@ -5,6 +5,7 @@ from typing import Any
 from lora_inject.core.adapter.exchange import Format
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.formats.peft.folder import check_sites, detects, read, write
+from lora_inject.formats.peft.peft_reading import refuse_first_places, refuse_misread
 from lora_inject.formats.peft.tensor_layout import PREFIX
 
 __all__ = ["FORMATS", "PREFIX", "check_save", "detects", "read", "write"]
@@ -12,14 +13,10 @@ __all__ = ["FORMATS", "PREFIX", "check_save", "detects", "read", "write"]
 
 def check_save(survey: Any, name: str) -> None:
     """Refuse what PEFT would load wrong; for each format that PEFT or its layers read."""
-    from lora_inject.formats.peft.peft_reading import refuse_misread
-
     refuse_misread(survey, name)
 
 
 def _check_load(survey: Any, state: AdapterState, fitted: AdapterState, asked: str) -> None:
-    from lora_inject.formats.peft.peft_reading import refuse_first_places
-
     if state.fingerprint is None:  # it was made by PEFT, and means what PEFT computes
         refuse_first_places(survey, (site.spec for site in fitted.sites.values()), asked)
 

@@ -54,6 +54,7 @@ from lora_inject.formats.peft.tensor_layout import (
     unpack,
     wrapped,
 )
+from lora_inject.formats.shared_layout import as_single_experts
 
 CONFIG, CARD = "adapter_config.json", "README.md"
 MODEL, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -225,8 +226,6 @@ def read(
 def _single_experts(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return tensors with a pair for each expert, where servers' stacks `experts.w1` stand."""
     if any(".experts.w" in key for key in tensors):
-        from lora_inject.formats.shared_layout import as_single_experts  # most do not need it
-
         return as_single_experts(tensors, config)
     return tensors
 
