@@ -19,7 +19,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 sources=(lora_inject tests scripts)
 # What must hold on every set: tests of what stands on torch, on transformers and on files.
 core_tests=(tests/test_{promises,patches,contract,layer_forwards,merging,routed,selection,compiled,copies,surgery,inside,variants,contexts,platforms,distributed,state_dicts,ties}.py
-    tests/test_{formats_*,checkpoint_*,cli,cli_*}.py tests/contract/test_{config,matching,formats,files,foreign_files,checkpoints,checkpoint_files,interrupted_merges}.py)
+    tests/test_{formats_*,checkpoint_*,cli,cli_*}.py tests/contract/test_{config,matching,formats,files,foreign_files,checkpoints,checkpoint_files,interrupted_merges,quantized_checkpoints}.py)
 
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
