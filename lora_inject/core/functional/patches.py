@@ -6,6 +6,7 @@ selection of the process, and taken back with the last.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ _ABSENT = object()  # the class inherits its own function
 _PATCHES: dict[tuple[type, str], Callable[[Any], Any]] = {}
 _IN_PLACE: dict[tuple[type, str], tuple[Any, Any]] = {}  # torch's own function, and ours
 _HOLDERS: weakref.WeakSet[Any] = weakref.WeakSet()
+_CHANGING = threading.RLock()  # a holder may go while the same thread puts patches in
 
 
 def patch(owner: type, name: str, wrap: Callable[[Any], Any]) -> None:
@@ -37,19 +39,21 @@ def _held() -> bool:
 
 
 def _put_in() -> None:
-    for (owner, name), wrap in _PATCHES.items():
-        if (owner, name) not in _IN_PLACE:
-            ours = wrap(getattr(owner, name))
-            _IN_PLACE[owner, name] = owner.__dict__.get(name, _ABSENT), ours
-            setattr(owner, name, ours)
+    with _CHANGING:
+        for (owner, name), wrap in _PATCHES.items():
+            if (owner, name) not in _IN_PLACE:
+                ours = wrap(getattr(owner, name))
+                _IN_PLACE[owner, name] = owner.__dict__.get(name, _ABSENT), ours
+                setattr(owner, name, ours)
 
 
 def _let_go() -> None:
     """Give torch its own functions after the last holder, but for those that somebody wraps."""
-    for (owner, name), (own, ours) in [] if _held() else list(_IN_PLACE.items()):
-        if owner.__dict__.get(name) is ours:
-            del _IN_PLACE[owner, name]
-            if own is _ABSENT:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, own)
+    with _CHANGING:
+        for (owner, name), (own, ours) in [] if _held() else list(_IN_PLACE.items()):
+            if owner.__dict__.get(name) is ours:
+                del _IN_PLACE[owner, name]
+                if own is _ABSENT:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, own)

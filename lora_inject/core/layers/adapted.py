@@ -76,8 +76,9 @@ class Adapted(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Let whoever takes part compute the layer; the arguments are those of its own forward."""
         attached: Any = self.__dict__.get("_lora")
-        if attached is None:  # somebody kept this method, and the adapter is gone
-            return type(self).forward(self, *args, **kwargs)
+        if attached is None:  # the adapter is gone; this method was kept, or the class is next
+            plain: Any = plain_class(type(self))
+            return plain.forward(self, *args, **kwargs)
         return attached.selection.current().forward(self, args, kwargs)
 
     def _lora_mixed(self, mix: Selected, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

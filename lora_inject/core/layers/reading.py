@@ -51,8 +51,8 @@ def read_attribute(layer: Any, param: str, raw: Any) -> Any:
 
 def _read(layer: Any, param: str, raw: Any) -> Any:
     """Return the parameter, or W + delta, by the table above."""
-    attached = layer._lora
-    if OWN.keeps is attached:
+    attached = layer.__dict__.get("_lora")
+    if attached is None or OWN.keeps is attached:  # without one the class is next to change
         return raw
     adds = OWN.adds is attached
     entries = _entries(layer, param, with_forward=not adds)

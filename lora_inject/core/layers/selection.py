@@ -27,6 +27,7 @@ SELECTIONS: WeakSet[Selection] = WeakSet()
 """Every selection of the process."""
 
 _versions = itertools.count(1)
+_made = itertools.count(1)
 
 T = TypeVar("T")
 
@@ -69,7 +70,7 @@ class Selection:
         self.loading: Any = None
         SELECTIONS.add(self)
         hold(self)
-        Selection.n_made += 1
+        Selection.n_made = next(_made)
 
     # ---------------------------------------------------------------------------- who takes part
 

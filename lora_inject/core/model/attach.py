@@ -16,10 +16,10 @@ from lora_inject.core.layers.selection import Selection
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.layers.valueless import moved
-from lora_inject.core.model.carried import Carried, Root, structure_changed
+from lora_inject.core.model.carried import Carried, Root, lock_of, reach, structure_changed
 from lora_inject.core.model.guards import after, before
 from lora_inject.core.model.roots import become_root, check_new_adapter, records_with, selection_for
-from lora_inject.core.model.several_roots import check_mixable, training_in
+from lora_inject.core.model.several_roots import check_free_name, check_mixable, training_in
 from lora_inject.core.model.trainable import forget_gradients
 
 
@@ -40,47 +40,56 @@ def attach(
     tied: Callable[[Carried], Hashable],
     config: Mapping[str, Any] | None,
     *,
-    activate: bool = True,
+    activate: bool | None = True,
     train: bool = True,
     last: Callable[[], None] = lambda: None,
 ) -> None:
     """Put a new adapter onto a model, all or nothing, at the places that `places` returned.
+
+    Another thread may have changed the model since; none does now.
 
     1. The Parameters are made: `tensors` gives those of a place by role. Trained copies for which
        `tied` is equal are one Parameter.
     2. The model becomes the adapter's root; its base is frozen. With `train` the adapter becomes
        the only one that trains, of all models that share its selection.
     3. Each module is swapped, and gets its Parameters.
-    4. With `activate` the adapter takes part: alone if it trains, else beside what is active.
+    4. With `activate` the adapter takes part: alone if it trains, else beside what is active. With
+       None it does if no other of this model is active.
     5. `last` may refuse it all.
     """
-    parameters = _parameters(wanted, tensors, tied, train=train)
-    selection = selection_for(survey, wanted, f"adapter {name!r}")
-    if not activate and name in selection.setting.names:
-        check_mixable(wanted, selection.setting.names)
-    modules = [module for _, module in survey.modules]
-    records = records_with(selection)
-    with all_or_nothing(modules, (selection, *records), _may_train(survey, records)) as trained:
-        root = become_root(survey, selection)
-        root.configs[name] = config
-        root.carrying[name] = list({id(place.module): place.module for place in wanted}.values())
-        _freeze(survey, root)
-        if train:
-            _stop_training(trained, records)
-            root.trainable = {name}
-        selection.add((name,))
-        _put_all(wanted, parameters, selection)
-        structure_changed()
-        after("attach", modules, root.carrying[name])
-        if train:
-            begin_training(modules)
-        if activate:
-            beside = {} if train else selection.setting.names
-            selection.replace(Mix({**beside, name: 1.0}))
-        after("load", survey, name)
-        last()
-    forget_gradients(survey.tensors)
-    forget_gradients(trained if train else ())
+    with lock_of(survey.model):
+        check_free_name(survey, name)
+        parameters = _parameters(wanted, tensors, tied, train=train)
+        selection = selection_for(survey, wanted, f"adapter {name!r}")
+        active = reach(survey.model, survey).names & selection.setting.names.keys()
+        takes_part = not active if activate is None else activate
+        if not takes_part and name in selection.setting.names:
+            check_mixable(wanted, selection.setting.names)
+        modules = [module for _, module in survey.modules]
+        records = records_with(selection)
+        with all_or_nothing(modules, (selection, *records), _may_train(survey, records)) as trained:
+            root = become_root(survey, selection)
+            root.configs[name] = config
+            root.carrying[name] = list(
+                {id(place.module): place.module for place in wanted}.values()
+            )
+            _freeze(survey, root)
+            if train:
+                _stop_training(trained, records)
+                root.trainable = {name}
+            selection.add((name,))
+            _put_all(wanted, parameters, selection)
+            structure_changed()
+            after("attach", modules, root.carrying[name])
+            if train:
+                begin_training(modules)
+            if takes_part:
+                beside = {} if train else selection.setting.names
+                selection.replace(Mix({**beside, name: 1.0}))
+            after("load", survey, name)
+            last()
+        forget_gradients(survey.tensors)
+        forget_gradients(trained if train else ())
 
 
 def _parameters(

@@ -8,11 +8,14 @@ selection. All names are those of the model that a verb is called on.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
-from weakref import WeakSet
+from typing import Any, NamedTuple, TypeVar, cast
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
@@ -26,8 +29,34 @@ from lora_inject.errors import StateError, check_type
 
 ROOT = "_lora_root"
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 ROOT_MODULES: WeakSet[nn.Module] = WeakSet()
 """Modules that hold a record: two of them may share layers without one being inside the other."""
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def lock_of(model: nn.Module) -> Any:
+    """Return what one thread at a time holds while it changes an injected model.
+
+    So what a verb has found holds until it acts. A part that was injected by itself has its own.
+    """
+    model = unwrapped(model)
+    roots = [] if ROOT in model.__dict__ else [m for m in model.modules() if ROOT in m.__dict__]
+    return _LOCKS.setdefault(roots[0] if len(roots) == 1 else model, threading.RLock())
+
+
+def alone(verb: F) -> F:
+    """Let a verb hold the lock of its model."""
+
+    @functools.wraps(verb)
+    def locked(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with lock_of(model):
+            return verb(model, *args, **kwargs)
+
+    return cast("F", locked)
 
 
 class Carried(NamedTuple):
@@ -63,7 +92,7 @@ class Root:
     # Base parameters that required a gradient before the first inject, by their name at that time.
     required_grad: dict[str, Holder] = field(default_factory=dict)
     before_merge: Any = None  # what `unmerge` restores while the model is merged; see `model.merge`
-    kept: tuple[int, Reach] | None = None  # a walk of the model and its generation; see `reach`
+    kept: tuple[Any, Reach] | None = None  # a walk of the model and its generation; see `reach`
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, without values that were read from another model."""
@@ -151,13 +180,14 @@ class Reach:
     gained: frozenset[str]
 
 
+_generations = itertools.count(1)
 _generation = 0
 
 
 def structure_changed() -> None:
     """Mark every kept walk as out of date, after adapters were added or removed on any model."""
     global _generation  # noqa: PLW0603 - counts inject and eject, so that roots can keep a walk
-    _generation += 1
+    _generation = next(_generations)
 
 
 def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
@@ -167,7 +197,7 @@ def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
     copy of a layer. So the cost of switching does not depend on the size of the model.
     """
     model = unwrapped(model)
-    now = _generation + Selection.n_made
+    now = _generation, Selection.n_made
     keepers = [keeper for keeper in (model.__dict__.get(ROOT), survey) if keeper is not None]
     for keeper in keepers:
         if keeper.kept is not None and keeper.kept[0] == now:

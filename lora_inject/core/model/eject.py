@@ -17,6 +17,7 @@ from lora_inject.core.layers.survey import Holder, Survey
 from lora_inject.core.model.carried import (
     ROOT,
     Root,
+    alone,
     check_names,
     check_unmerged,
     known_roots,
@@ -34,6 +35,7 @@ M = TypeVar("M", bound=nn.Module)
 _Root = tuple[Survey, Root]
 
 
+@alone
 def eject(model: M, name: str | None = None) -> M:
     """Remove one adapter, or all, from a model.
 

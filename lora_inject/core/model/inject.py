@@ -17,7 +17,6 @@ from lora_inject.core.model.in_full import check_statistics
 from lora_inject.core.model.places import places
 from lora_inject.core.model.trainable import check_live_inputs
 from lora_inject.core.spec.config import Config, ConfigLike
-from lora_inject.core.spec.garbage import few_collections
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.matching import resolve
 from lora_inject.core.spec.plan import Plan
@@ -27,7 +26,6 @@ from lora_inject.errors import LayerError
 M = TypeVar("M", bound=nn.Module)
 
 
-@few_collections()
 def inject(
     model: M,
     config: ConfigLike,

@@ -12,12 +12,10 @@ from lora_inject.core.model.attach import survey_for
 from lora_inject.core.model.base import Base
 from lora_inject.core.model.fit_state import Part, fit
 from lora_inject.core.model.load import M, copied, put_on_model
-from lora_inject.core.spec.garbage import few_collections
 from lora_inject.core.spec.rooms import room
 from lora_inject.errors import check_type
 
 
-@few_collections()
 def install(
     model: M,
     state: AdapterState,

@@ -18,12 +18,11 @@ from lora_inject.core.functional.factors import master_dtype
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.attach import attach, survey_for
 from lora_inject.core.model.base import Base
-from lora_inject.core.model.carried import Carried, note_files, reach
+from lora_inject.core.model.carried import Carried, note_files
 from lora_inject.core.model.fit_state import Part, fit
 from lora_inject.core.model.guards import before
 from lora_inject.core.model.places import places
 from lora_inject.core.model.trainable import check_live_inputs
-from lora_inject.core.spec.garbage import few_collections
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.rooms import room
 from lora_inject.errors import user_path
@@ -31,7 +30,6 @@ from lora_inject.errors import user_path
 M = TypeVar("M", bound=nn.Module)
 
 
-@few_collections()
 def load_adapter(
     model: M,
     path: str | PathLike[str],
@@ -142,11 +140,8 @@ def put_on_model(
         return id(tensors[place.name][next(iter(place.entry.names))])
 
     before("load", survey, name, wanted, tied)
-    reached = reach(survey.model, survey)
-    active = {each for selection in reached.selections for each in selection.setting.names}
-    takes_part = trainable or active.isdisjoint(reached.names)
     put = partial(attach, survey, name, wanted, given, tied, state.config, last=last)
-    put(activate=takes_part, train=trainable)
+    put(activate=trainable or None, train=trainable)
 
 
 def _by_name(state: AdapterState) -> dict[str, Mapping[str, Tensor]]:

@@ -26,6 +26,7 @@ from lora_inject.core.model import merge_ties, packed_target
 from lora_inject.core.model.carried import (
     Root,
     adapted_modules,
+    alone,
     check_names,
     check_unmerged,
     reach,
@@ -66,6 +67,7 @@ class _Before:
                 setattr(owner, name, value)
 
 
+@alone
 def merge(
     model: nn.Module,
     *,
@@ -259,6 +261,7 @@ def _report(targets: list[Target], mix: Weights) -> MergeReport:
     return MergeReport(mix, tensors, len(targets), notes=tuple(notes))
 
 
+@alone
 def unmerge(model: M, *, discard: bool = False) -> M:
     """Restore the weights that `merge` folded an adapter into, bit for bit.
 

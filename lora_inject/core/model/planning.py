@@ -11,13 +11,11 @@ from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.guards import reasons_of_libraries
 from lora_inject.core.spec.config import Config, ConfigLike
-from lora_inject.core.spec.garbage import few_collections
 from lora_inject.core.spec.matching import resolve
 from lora_inject.core.spec.plan import Plan
 from lora_inject.core.spec.rooms import room
 
 
-@few_collections()
 def plan(model: nn.Module, config: ConfigLike, *, group: Any = None) -> Plan:
     r"""Say what `inject` would do, and change nothing.
 

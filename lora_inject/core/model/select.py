@@ -14,15 +14,19 @@ from typing import TypeVar
 from torch import nn
 
 from lora_inject.core.layers.selected import Mix
-from lora_inject.core.model.carried import check_names, check_unmerged, reach
+from lora_inject.core.model.carried import alone, check_names, check_unmerged, reach
 from lora_inject.core.model.gained_mixes import check_mixes
 from lora_inject.errors import StateError, check_type
 
 M = TypeVar("M", bound=nn.Module)
 
 
+@alone
 def activate(model: M, which: str | Mapping[str, float] | None) -> M:
     """Choose the adapters that take part from here on, in all threads.
+
+    It is a change between forwards: one that runs in another thread meanwhile may compute some of
+    its layers by either setting. What each thread wants for itself is `routed`.
 
     On CUDA this is an operation of the current stream: compiled forwards in another stream have to
     wait for it.

@@ -25,7 +25,14 @@ from lora_inject.core.layers.starting import copy_into
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.layers.valueless import given_values
 from lora_inject.core.model.base import Base, check_base
-from lora_inject.core.model.carried import check_unmerged, entries, note_files, reach, records_of
+from lora_inject.core.model.carried import (
+    alone,
+    check_unmerged,
+    entries,
+    note_files,
+    reach,
+    records_of,
+)
 from lora_inject.core.model.other_base import check_base_copies
 from lora_inject.core.model.read_off import values_on
 from lora_inject.core.spec.meaning import meaning
@@ -42,6 +49,7 @@ _BESIDE = "Load it under another name and activate that"
 _SLOT = ", or swap it into what reserve(model, name, rank=...) has made"
 
 
+@alone
 def swap_adapter(
     model: M,
     source: AdapterState | str | PathLike[str],

@@ -13,6 +13,7 @@ from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import (
     adapted_modules,
+    alone,
     check_names,
     check_unmerged,
     reach,
@@ -27,6 +28,7 @@ from lora_inject.core.model.trainable import (
 from lora_inject.errors import check_type
 
 
+@alone
 def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
     """Say which adapters require gradients; all others, and the base, do not.
 

@@ -1,0 +1,185 @@
+"""Threads: what one does to a model while another computes with it, or changes it, too.
+
+Where threads have to meet, they do so at a place that a test can hold open: a change of class, the
+reading of a file, a probe.
+"""
+
+import contextlib
+import copy
+import gc
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from conftest import error, fill
+from helpers.forks import Forks
+from helpers.reference import random
+from helpers.refusals import refused
+from torch import Tensor, nn
+
+import lora_inject as li
+
+CONFIG = {"rank": 2, "alpha": 3.0, "targets": ["0"]}
+SHORT = 0.3  # seconds until somebody who waits for another thread goes on alone
+
+
+def elsewhere(run: Callable[[], Any]) -> Any:
+    """What a run gives in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+class Watched(nn.Linear):
+    """A layer that lets another thread do something right before its class changes."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4, dtype=torch.float64)
+        self.__dict__["at_change"] = lambda: None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__":
+            elsewhere(self.__dict__["at_change"])
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_layer_whose_last_adapter_goes_computes_the_base_in_other_threads(reads: bool) -> None:
+    model, x, seen = nn.Sequential(Watched()), random(3, 4), list[Tensor]()
+    plain = model(x)
+    li.inject(model, CONFIG)
+
+    def compute() -> None:
+        layer = model[0]
+        seen.append(nn.functional.linear(x, layer.weight, layer.bias) if reads else layer(x))
+
+    model[0].__dict__["at_change"] = compute
+    li.eject(model)
+    assert seen
+    assert all(torch.equal(y, plain) for y in seen)
+
+
+def test_a_layer_that_is_asked_whether_it_takes_an_adapter_computes_the_base_meanwhile() -> None:
+    class New(Watched):
+        """Of no class that was asked before."""
+
+    layer, x, seen = New(), random(3, 4), list[Tensor]()
+    model = nn.Sequential(layer)
+    plain = model(x)
+    layer.__dict__["at_change"] = lambda: seen.append(model(x))
+    li.inject(model, CONFIG)
+    layer.__dict__["at_change"] = lambda: None
+    assert all(torch.equal(y, plain) for y in seen)
+
+
+class Meeting:
+    """A `load_state_dict` of somebody's, in whose wrapping two threads meet."""
+
+    def __init__(self, torchs: Any) -> None:
+        self.torchs, self.meeting = torchs, threading.Barrier(2)
+        self.__doc__ = torchs.__doc__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.torchs(*args, **kwargs)
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        return self if module is None else self.__call__.__get__(self)
+
+    @property
+    def __name__(self) -> str:
+        _meet(self.meeting)
+        return "load_state_dict"
+
+
+def first_injects_at_once() -> bool:
+    """Whether `nn.Module` has its own function again after two models of two threads are gone."""
+    nn.Module.load_state_dict = own = Meeting(nn.Module.load_state_dict)
+    models = [nn.Sequential(nn.Linear(4, 4)) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda model: li.inject(model, CONFIG), models))
+    models.clear()
+    gc.collect()
+    return nn.Module.__dict__["load_state_dict"] is own
+
+
+def test_two_first_injects_at_once_leave_nothing_in_torch(forks: Forks) -> None:
+    assert forks.start(first_injects_at_once).result()
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4)).double()
+
+
+def _value() -> li.AdapterState:
+    return li.adapter_state(fill(li.inject(_net(), CONFIG)))
+
+
+def _copied_together(value: li.AdapterState) -> li.AdapterState:
+    """An adapter whose tensors two threads copy at once, if nothing keeps them apart."""
+    meeting, A = threading.Barrier(2), value.sites["0"].A
+
+    def detach() -> Tensor:
+        _meet(meeting)
+        return Tensor.detach(A)
+
+    A.detach = detach
+    return value
+
+
+def _meet(meeting: threading.Barrier) -> None:
+    with contextlib.suppress(threading.BrokenBarrierError):
+        meeting.wait(SHORT)
+
+
+def outcome(run: Callable[[], Any]) -> str:
+    """The class of what was raised, or nothing."""
+    try:
+        run()
+    except Exception as raised:  # noqa: BLE001 - any
+        return type(raised).__name__
+    return ""
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("a", "a")])
+def test_of_two_adapters_put_on_at_once_the_second_finds_the_first(names: tuple[str, str]) -> None:
+    model, value, x = _net(), _copied_together(_value()), random(3, 4)
+
+    def put_on(name: str) -> str:
+        return outcome(lambda: li.install(model, value, name))
+
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(put_on, names))
+    assert sorted(outcomes) == ["", "" if names == ("a", "b") else "StateError"]
+    assert len(li.adapters(model)) == len(set(names))
+    alone = li.install(_net(), _value())
+    assert error(model(x), alone(x)) < 1e-12  # the first is active, and the second is not
+
+
+class FirstOnly(nn.Sequential):
+    """Calls the first of its layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[0](x)
+
+
+def test_what_another_thread_puts_on_survives_a_refused_inject() -> None:
+    model = FirstOnly(*_net(), *_net())
+    alone, x = copy.deepcopy(model), random(3, 4)
+    fill(li.inject(alone, CONFIG, "theirs"), "theirs")
+    theirs = li.adapter_state(alone, "theirs")
+    with ThreadPoolExecutor(1) as pool:
+        loads = []
+
+        def probe() -> None:
+            loads.append(pool.submit(lambda: li.install(model, theirs, "theirs")))
+            outcome(lambda: loads[0].result(SHORT))
+            model(x)
+
+        with refused(li.LayerError, "1"):
+            li.inject(model, {"rank": 2, "targets": ["0", "1"]}, "mine", probe=probe)
+        loads[0].result()
+    assert list(li.adapters(model)) == ["theirs"]
+    assert torch.equal(model(x), alone(x))
