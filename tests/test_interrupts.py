@@ -102,6 +102,8 @@ VERBS: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], Any]]] = {
 }
 
 
+# As a model goes Python runs finalizers, in which it tells of an interrupt and goes on.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_interrupt_at_any_line_leaves_all_or_nothing(verb: str) -> None:
     make, act = VERBS[verb]
