@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that must hold: ruff, formatting, who imports whom, mypy, the documentation and all tests. From nothing: own environment.
 #
-#   bash scripts/test.sh [OPTIONS OF PYTEST]      for instance: -k peft, tests/test_cli.py, -m zoo
+#   bash scripts/test.sh [OPTIONS OF PYTEST]      for instance: -k peft, tests/contract/test_cli.py, -m zoo
 #   bash scripts/test.sh --newest [OPTIONS OF PYTEST]
 #   bash scripts/test.sh --set 2.6 [OPTIONS OF PYTEST]
 #
@@ -19,7 +19,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 sources=(lora_inject tests scripts)
 # What must hold on every set: tests of what stands on torch, on transformers and on files.
 core_tests=(tests/test_{promises,patches,contract,layer_forwards,merging,routed,selection,compiled,copies,surgery,inside,variants,contexts,platforms,distributed,state_dicts,ties}.py
-    tests/test_{formats_*,checkpoint_*,cli,cli_*}.py tests/contract/test_{config,matching,formats,files,foreign_files,checkpoints,checkpoint_files,interrupted_merges,quantized_checkpoints}.py)
+    tests/contract tests/test_{formats_*,checkpoint_*}.py)
 
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
