@@ -1,16 +1,9 @@
 """Tiny models of stacked experts, one for each way that transformers stores them."""
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from conftest import error, fill, same_bits
-from helpers.reference import EXACT, SCALE, base_state, config, logits
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-
-import lora_inject as li
 
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 13}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
@@ -69,52 +62,6 @@ def experts(family: str, how: str = "eager", **changed: int) -> tuple[Any, str]:
 
 def expert_rule(layout: str) -> dict[str, Any]:
     return {"match": r"experts\.(gate_up_proj|down_proj)", "layout": layout}
-
-
-def with_expert_deltas(plain: nn.Module, model: nn.Module, layout: str) -> nn.Module:
-    """The plain model with the dense deltas in its experts."""
-    wide = copy.deepcopy(plain)
-    for site in li.adapter_state(model).sites.values():
-        delta = SCALE * site.B.double() @ site.A.double()
-        W = wide.get_parameter(site.spec.weight).data
-        W += (delta if layout == "out_in" else delta.mT).to(W.dtype)
-    return wide
-
-
-def gradients_of_experts(model: nn.Module, wide: nn.Module, layout: str) -> None:
-    """dL/dA and dL/dB follow from the dense dL/dW by hand: scale B^T G and scale G A^T."""
-    weights = torch.randn(2, 4, 13, dtype=torch.float64)
-    (logits(wide) * weights).sum().backward()
-    (logits(model) * weights).sum().backward()
-    parameters = li.adapter_parameters(model)
-    for name, site in li.adapter_state(model).sites.items():
-        G = wide.get_parameter(site.spec.weight).grad
-        G = G if layout == "out_in" else G.transpose(1, 2)
-        A, B = parameters[f"{name}.lora_A"], parameters[f"{name}.lora_B"]
-        assert error(A.grad, SCALE * B.transpose(1, 2) @ G) < 1e-10
-        assert error(B.grad, SCALE * G @ A.transpose(1, 2)) < 1e-10
-
-
-def check_like_dense(family: str, rule_for: Callable[[str], Any]) -> Any:
-    """Check outputs, gradients, merge and unmerge against the dense model, in float64.
-
-    `rule_for` gives the rule for a layout. Returns the injected model.
-    """
-    plain, layout = experts(family)
-    plain = plain.double()
-    model = copy.deepcopy(plain)
-    li.inject(model, config(rule_for(layout)))
-    assert same_bits(logits(model), logits(plain))
-    fill(model)
-    wide = with_expert_deltas(plain, model, layout)
-    assert error(logits(plain), logits(wide)) > 1e-3
-    assert error(logits(model), logits(wide)) < EXACT
-    gradients_of_experts(model, wide, layout)
-    li.merge(model)
-    assert error(logits(model), logits(wide)) < EXACT
-    li.unmerge(model)
-    assert all(same_bits(t, plain.state_dict()[k]) for k, t in base_state(model).items())
-    return model
 
 
 def moe() -> Any:

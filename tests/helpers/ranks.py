@@ -1,5 +1,6 @@
 """What the tests of several processes share: jobs that each of them does, and whole tensors."""
 
+import copy
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,21 +8,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from helpers.forks import Forks
 from torch import Tensor
 
 import lora_inject as li
-from lora_inject.core.adapter.other_tensors import mapped
+
+Jobs = Mapping[str, Callable[[Path], object]]
 
 
-def failures(jobs: Mapping[str, Callable[[Path], object]], folder: Path) -> dict[str, str]:
+def do(jobs: Callable[[], Jobs], folder: Path) -> dict[str, str]:
     """Do jobs, as one of the processes that torchrun starts; what failed in each, or nothing.
 
     Where one fails the rest are not done: the other processes may wait for this one.
     """
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    failed = dict.fromkeys(jobs, "not done, since a job before it failed")
-    for name, job in jobs.items():
+    failed = dict.fromkeys(jobs(), "not done, since a job before it failed")
+    for name, job in jobs().items():
         try:
             job(folder)
             dist.barrier()
@@ -31,6 +34,12 @@ def failures(jobs: Mapping[str, Callable[[Path], object]], folder: Path) -> dict
             break
     dist.destroy_process_group()
     return failed
+
+
+def failures(forks: Forks, world: int, jobs: Callable[[], Jobs], folder: Path) -> dict[str, str]:
+    """Do jobs in several processes, which start once; return what failed in each job."""
+    ranks = [rank.result() for rank in forks.start_ranks(world, do, jobs, folder)]
+    return {name: "\n".join(rank[name] for rank in ranks).strip() for name in jobs()}
 
 
 def mesh(*shape: int) -> Any:
@@ -51,11 +60,15 @@ def whole(tensor: Any) -> Tensor:
     return full.detach().clone()
 
 
+def tensors_of(state: li.AdapterState) -> dict[str, Tensor]:
+    roles = {f"{key}.{r}": t for key, s in state.sites.items() for r, t in s.tensors.items()}
+    return {**roles, **state.trained}
+
+
 def values(adapted: Any, name: str = "default") -> dict[str, Tensor]:
     """All tensors of an adapter of a model, or of its state."""
     state = adapted if isinstance(adapted, li.AdapterState) else li.adapter_state(adapted, name)
-    roles = {f"{key}.{r}": t for key, s in state.sites.items() for r, t in s.tensors.items()}
-    return {key: whole(t) for key, t in {**roles, **state.trained}.items()}
+    return {key: whole(tensor) for key, tensor in tensors_of(state).items()}
 
 
 def far(got: Tensor, wanted: Tensor) -> float:
@@ -75,12 +88,26 @@ def same(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     assert all(torch.equal(got[key], tensor) for key, tensor in wanted.items())
 
 
-def filled(model: Any, name: str = "default", *, seed: int = 1, std: float = 0.3) -> Any:
-    """A model, maybe a spread one, with noise in all of an adapter: in each rank the same."""
-    generator = torch.Generator().manual_seed(seed)
+@torch.no_grad()
+def filled(model: Any, name: str = "default", *, std: float = 0.3) -> Any:
+    """A model, maybe a spread one or a part of one, with noise by the name of each tensor."""
+    state = copy.deepcopy(li.adapter_state(model, name))
+    for key, tensor in tensors_of(state).items():
+        generator = torch.Generator().manual_seed(sum(map(ord, name + key)))
+        noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+        tensor.add_(noise, alpha=std)
+    return li.swap_adapter(model, state, name)
 
-    def noisy(tensor: Tensor) -> Tensor:
-        return tensor + std * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
 
-    li.swap_adapter(model, mapped(li.adapter_state(model, name), noisy), name)
-    return model
+def steps(
+    model: Any, run: Callable[[], Tensor], optimizer: Any = torch.optim.SGD, lr: float = 0.1
+) -> dict[str, Tensor]:
+    """Train an adapter for three steps on a loss; return the gradients of the first."""
+    parameters = li.adapter_parameters(model)
+    stepping, first = optimizer(parameters.values(), lr=lr), {}
+    for _ in range(3):
+        run().backward()
+        first = first or {k: whole(p.grad) for k, p in parameters.items() if p.grad is not None}
+        stepping.step()
+        stepping.zero_grad()
+    return first

@@ -1,8 +1,10 @@
-"""Experts in float8 and in NVFP4 as they are published: trained on as they are stored, and merged.
+"""Experts in MXFP4, float8 and NVFP4 as they are published: trained on as they are stored, merged.
 
-The reference is the same model in float64 with the values that the codes mean, worked out here.
+The reference is the same model with the values that the codes mean, worked out here; those of MXFP4
+are what transformers unpacks.
 """
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,24 +13,25 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill, same_bits
-from helpers.checkpoints import load_checkpoint
+from helpers.checkpoints import assert_verified, load_checkpoint
+from helpers.refusals import refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.checkpoint import MergeOptions, merge_checkpoint, verify_checkpoint
-from lora_inject.core.functional.weight import dense_delta
-from lora_inject.experts.packed_experts import PackedExperts
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytest.importorskip("transformers.quantizers.quantizer_mxfp4")
+pytestmark = [pytest.mark.recent, pytest.mark.filterwarnings("ignore")]
+
 IDS = torch.arange(24).view(2, 12)
 WIDE = 32
 EPS = torch.finfo(torch.float32).eps
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+SCALE = 2.0  # alpha / rank, by hand
 
-# ------------------------------------------------------------------------- how they are published
+# ------------------------------------------------------------------------ how they are published
 
 Stored = tuple[dict[str, Tensor], Tensor]  # what lies in the file by its ending; the values
 
@@ -105,30 +108,52 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3Moe": {"num_experts": 4},
     "DeepseekV3": {**GROUPED, **LATENT, "v_head_dim": 16, "topk_group": 1},
     "Glm4Moe": {**GROUPED, "topk_group": 1},
+    "GptOss": {"num_local_experts": 4, "intermediate_size": 2 * WIDE},
 }
-CASES = [("Qwen3Moe", form) for form in FORMS]
+CASES = [("GptOss", "mxfp4"), *(("Qwen3Moe", form) for form in FORMS)]
 CASES += [(family, form) for family in ("DeepseekV3", "Glm4Moe") for form in ("fp8", "nvfp4")]
 
 
-def publish(
-    folder: Path, quantize: Callable[[Tensor], Stored], said: Any, family: str = "Qwen3Moe"
-) -> dict[str, Tensor]:
-    """Write a checkpoint with its linear layers in a form; return the values that it means."""
+def built(folder: Path, family: str, said: Any) -> dict[str, Tensor]:
+    """Write a model with random weights that says how it is quantized; return its tensors."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**SIZES | FAMILIES[family])
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
-    stored = load_file(folder / "model.safetensors")
+    settings = json.loads((folder / "config.json").read_text()) | {"quantization_config": said}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return load_file(folder / "model.safetensors")
+
+
+def publish(
+    folder: Path, quantize: Callable[[Tensor], Stored], said: Any, family: str = "Qwen3Moe"
+) -> dict[str, Tensor]:
+    """Write a checkpoint with its linear layers in a form; return the values that it means."""
+    stored = built(folder, family, said)
     values = dict(stored)
     for name in [n for n in stored if ".mlp." in n and n.endswith("proj.weight")]:
         parts, values[name] = quantize(stored.pop(name))
         stored |= {name.removesuffix("weight") + end: t.clone() for end, t in parts.items()}
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    settings = json.loads((folder / "config.json").read_text()) | {"quantization_config": said}
-    (folder / "config.json").write_text(json.dumps(settings))
     return values
+
+
+def publish_mxfp4(folder: Path, plain: Path) -> None:
+    """A checkpoint as GPT-OSS is published, with random codes and scales, and what they mean."""
+    tensors = built(folder, "GptOss", {"quant_method": "mxfp4"})
+    for name, n_out, n_in in (("gate_up_proj", 4 * WIDE, WIDE), ("down_proj", WIDE, 2 * WIDE)):
+        key, size = f"model.layers.0.mlp.experts.{name}", (4, n_out, n_in // 32)
+        del tensors[key]
+        codes = torch.randint(0, 256, (*size, 16), dtype=torch.uint8)
+        scales = torch.randint(122, 127, size, dtype=torch.uint8)
+        tensors |= {f"{key}_blocks": codes, f"{key}_scales": scales}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    how = {"quantization_config": transformers.Mxfp4Config(dequantize=True), "dtype": "float32"}
+    dense = transformers.GptOssForCausalLM.from_pretrained(folder, **how)
+    dense.config.__dict__.pop("quantization_config", None)
+    dense.save_pretrained(plain)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=" ".join)
@@ -136,6 +161,9 @@ def published(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     """A checkpoint with its linear layers in a form, the same with their values, and the form."""
     family, form = request.param
     plain, packed = tmp_path_factory.mktemp("plain"), tmp_path_factory.mktemp("packed")
+    if form == "mxfp4":
+        publish_mxfp4(packed, plain)
+        return packed, plain, form
     values = publish(packed, *FORMS[form], family)
     (packed / "hf_quant_config.json").write_text("{}")
     settings = json.loads((packed / "config.json").read_text())
@@ -145,7 +173,14 @@ def published(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return packed, plain, form
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float64, how: str = "eager") -> Any:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("gpt-oss")
+    publish_mxfp4(out, out / "plain")
+    return out
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, how: str = "eager") -> Any:
     with li.packed_experts():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.set_experts_implementation(how)
@@ -158,25 +193,38 @@ def adapted(model: Any, *targets: str) -> Any:
     return fill(li.inject(model, config), std=0.1)
 
 
-def stacks(model: Any) -> dict[str, PackedExperts]:
-    return {k: p for k, p in model.named_parameters() if isinstance(p, PackedExperts)}
+def stacks(model: Any) -> dict[str, Any]:
+    """The parameters that hold codes."""
+    return {k: p for k, p in model.named_parameters() if type(p) is not nn.Parameter}
 
 
-# ------------------------------------------------------------------------------------------ loaded
+def deltas(model: Any) -> dict[str, Tensor]:
+    """The dense delta of each stack, as its weight lies."""
+    sites = li.adapter_state(model).sites.values()
+    each = {s.spec.weight: (s.spec, SCALE * s.B.double() @ s.A.double()) for s in sites}
+    return {name: d.mT if spec.transposed else d for name, (spec, d) in each.items()}
+
+
+def ids_of(stacks: dict[str, Any]) -> dict[str, int]:
+    return {key: id(stack) for key, stack in stacks.items()}
+
+
+# --------------------------------------------------------------------------------------- as loaded
 
 
 def test_the_values_are_those_that_the_codes_mean(published: Any) -> None:
     packed, plain, form = published
-    model, dense = load(packed), load(plain).state_dict()
+    model, dense = load(packed, torch.float64), load(plain, torch.float64).state_dict()
     assert not getattr(model, "is_quantized", False)
     assert len(stacks(model)) == 2
     for key, stack in stacks(model).items():
         assert error(stack.dequantize(), dense[key]) < EPS
         assert torch.equal(stack[1], stack.dequantize()[1])
+        assert torch.equal(stack.mT[2], stack.dequantize()[2].T)
         assert not stack.requires_grad
+        assert form != "mxfp4" or stack.codes.numel() + stack.scales.numel() < 0.54 * stack.numel()
     with torch.no_grad():
-        wanted = load(plain)(IDS).logits
-        assert error(model(IDS).logits, wanted) < 1e-6
+        assert error(model(IDS).logits, load(plain, torch.float64)(IDS).logits) < 1e-6
     if form == "fp8":  # which transformers can unpack itself
         theirs = transformers.AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float64)
         for key, stack in stacks(model).items():
@@ -192,7 +240,7 @@ WAYS["grouped_mm"] = (torch.float32, 1e-5)
 def test_outputs_and_gradients_are_those_of_the_dense_model(published: Any, how: str) -> None:
     packed, plain, _ = published
     dtype, near = WAYS[how]
-    model, dense = adapted(load(packed, dtype, how), "o_proj"), load(plain)
+    model, dense = adapted(load(packed, dtype, how), "o_proj"), load(plain, torch.float64)
     with torch.no_grad():  # exactly what the codes mean
         for key, parameter in dense.named_parameters():
             held = model.get_parameter(key)
@@ -211,49 +259,92 @@ def test_outputs_and_gradients_are_those_of_the_dense_model(published: Any, how:
         assert error(results[0][key], wanted) < near, key
 
 
-def test_an_adapter_travels_and_is_merged_into_floats(published: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_in_bfloat16_it_trains_as_the_unpacked_one(folder, reentrant) -> None:
+    runs = []
+    for of in (folder, folder / "plain"):
+        model = adapted(load(of, torch.bfloat16, "grouped_mm"), "o_proj").train()
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        optimizer = torch.optim.SGD(li.adapter_parameters(model).values(), lr=1.0)
+        for _ in range(2):
+            model(IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(li.adapter_parameters(model))
+    for key, wanted in runs[1].items():
+        assert error(runs[0][key], wanted.double()) < 2e-2, key
+
+
+def test_what_waits_for_the_backward_pass_is_packed(folder: Path) -> None:
+    """The unpacked experts of all layers together would be the model that does not fit."""
+    kept: list[Tensor] = []
+    model = adapted(load(folder), "o_proj")
+    shapes = [t for s in stacks(model).values() for t in (s.shape[1:], s.shape[:0:-1])]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(IDS)
+    matrices = [t for t in kept if t.shape in shapes]
+    assert matrices
+    packed = type(next(iter(stacks(model).values())))
+    assert all(isinstance(t, packed) for t in matrices)
+
+
+# ------------------------------------------------------------------------------ loaded and merged
+
+
+@torch.no_grad()
+def test_an_adapter_travels_to_the_same_base_and_is_merged_into_floats(
+    published: Any, tmp_path: Path
+) -> None:
     packed, plain, _ = published
-    model = adapted(load(packed, torch.float32))
+    model = adapted(load(packed), "o_proj")
+    wanted, held = model(IDS).logits, stacks(model)
     li.save_adapter(model, tmp_path / "a")
-    again = li.load_adapter(load(packed, torch.float32), tmp_path / "a")
-    with torch.no_grad():
-        wanted = model(IDS).logits
-        assert same_bits(again(IDS).logits, wanted)
-        dense = li.load_adapter(load(plain, torch.float32), tmp_path / "a", base="quantized")
-        assert error(dense(IDS).logits, wanted.double()) < 1e-4
-    held = stacks(model)
-    with pytest.raises(li.LayerError, match="quantized"):
+    again = li.load_adapter(load(packed), tmp_path / "a")
+    assert same_bits(again(IDS).logits, wanted)
+    assert same_bits(copy.deepcopy(again)(IDS).logits, wanted)
+    for key, stack in stacks(again.to(torch.bfloat16)).items():
+        assert same_bits(stack.dequantize(), held[key].dequantize().to(torch.bfloat16))
+    dense = li.load_adapter(load(plain), tmp_path / "a", base="quantized")
+    assert error(dense(IDS).logits, wanted.double()) < 1e-4
+
+    with refused(li.LayerError, "experts", "dequantize"):
         li.merge(model)
+    sent = dict(li.merged_weights(model, dequantize="float32"))
+    due = dict(load(plain).named_parameters())
+    assert sent.keys() == due.keys()
+    changes = deltas(model)
     li.merge(model, dequantize="float32")
-    with torch.no_grad():
-        assert error(model(IDS).logits, wanted.double()) < 1e-4
+    for name in held:
+        merged = model.get_parameter(name)
+        assert type(merged) is nn.Parameter
+        assert error(merged, due[name].double() + changes[name]) < 1e-6
+        assert torch.equal(sent[name], merged)
+    assert error(model(IDS).logits, wanted.double()) < 1e-4
     li.unmerge(model)
-    assert {k: id(s) for k, s in stacks(model).items()} == {k: id(s) for k, s in held.items()}
-
-
-# ------------------------------------------------------------------------------------------ on disk
+    assert ids_of(stacks(model)) == ids_of(held)
 
 
 def test_merged_on_disk_into_floats_or_quantized_again(published: Any, tmp_path: Path) -> None:
     """Held to the dense stacks with their deltas; again, it is as near as the format allows."""
     packed, plain, form = published
-    state, dense = li.adapter_state(adapted(load(packed, torch.float32))), load(plain)
-    exact = {
-        name: dense.get_parameter(name) + dense_delta(site.spec, site.A, site.B)
-        for name, site in state.sites.items()
-    }
-    options = MergeOptions(dequantize="float32")
-    merge_checkpoint(packed, [state], tmp_path / "floats", options=options)
+    if form == "mxfp4":
+        pytest.skip("tests of checkpoints merge it")
+    model, dense = adapted(load(packed)), load(plain)
+    state = li.adapter_state(model)
+    exact = {name: dense.get_parameter(name) + d for name, d in deltas(model).items()}
+    options = li.MergeOptions(dequantize="float32")
+    li.merge_checkpoint(packed, [state], tmp_path / "floats", options=options)
     assert load_checkpoint(tmp_path / "floats").keys() == load_checkpoint(plain).keys()
     assert not (tmp_path / "floats" / "hf_quant_config.json").exists()
     assert "quantization_config" not in (tmp_path / "floats" / "config.json").read_text()
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "floats", dtype="float32")
     for name, W in exact.items():
         assert error(merged.get_parameter(name), W) < 1e-6, name
-    assert verify_checkpoint(packed, [state], tmp_path / "floats", options=options).problems == ()
+    assert_verified(packed, [state], tmp_path / "floats", dequantize="float32")
 
-    options = MergeOptions(requantize=True)
-    report = merge_checkpoint(packed, [state], tmp_path / "again", options=options)
+    options = li.MergeOptions(requantize=True)
+    report = li.merge_checkpoint(packed, [state], tmp_path / "again", options=options)
     assert {row.action for row in report.tensors.values()} == {"folded"}
     before, after = load_checkpoint(packed), load_checkpoint(tmp_path / "again")
     assert before.keys() == after.keys()
@@ -264,12 +355,12 @@ def test_merged_on_disk_into_floats_or_quantized_again(published: Any, tmp_path:
     for name, W in exact.items():
         due = torch.stack([quantized_as_stored(w.float(), FORMS[form][0]) for w in W])
         assert error(packed_stacks[name].dequantize(), W) < 1.1 * error(due.double(), W), name
-    assert verify_checkpoint(packed, [state], tmp_path / "again", options=options).problems == ()
+    assert_verified(packed, [state], tmp_path / "again", requantize=True)
     if form.startswith("nvfp4"):  # one scale for all, beyond which a sum would be clipped
         for site in state.sites.values():
             site.A.mul_(100)
-        with pytest.raises(li.CheckpointError, match=r"requantize .*merged, it has values up to"):
-            merge_checkpoint(packed, [state], tmp_path / "more", options=options)
+        with refused(li.CheckpointError, "requantize"):
+            li.merge_checkpoint(packed, [state], tmp_path / "more", options=options)
         assert not (tmp_path / "more").exists()
 
 
@@ -279,28 +370,66 @@ def quantized_as_stored(w: Tensor, quantize: Callable[[Tensor], Stored]) -> Tens
     return torch.cat([quantize(half)[1] for half in halves])
 
 
-# ----------------------------------------------------------------------------------------- refused
+# --------------------------------------------------------------------------------------- refusals
 
 
-def in_a_block_that_gate_and_up_would_share(w: Tensor) -> dict[str, Tensor]:
+def of_shared_blocks(w: Tensor) -> dict[str, Tensor]:
+    """In a block that gate and up would share."""
     return dict(zip(("weight", "weight_scale_inv"), in_blocks(w, 24, 16)[:2], strict=True))
 
 
 @pytest.mark.parametrize(
-    ("quantize", "block", "words"),
+    ("quantize", "block", "name"),
     [
-        (
-            lambda w: compressed(w)[0] | {"weight_zero_point": w[0, :1]}, None,
-            r"experts\.\w+_proj'.*stored as .*weight_zero_point .* stay packed in MXFP4",
-        ),
-        (
-            in_a_block_that_gate_and_up_would_share, [24, 16],
-            "has 64 outputs, and 24 of them share a scale",
-        ),
+        (lambda w: compressed(w)[0] | {"weight_zero_point": w[0, :1]}, None, "weight_zero_point"),
+        (of_shared_blocks, [24, 16], "64"),
     ],
-)  # fmt: skip
-def test_what_does_not_stay_packed_is_refused(quantize, block, words, tmp_path: Path) -> None:
+)
+def test_what_does_not_stay_packed_is_refused(quantize, block, name, tmp_path: Path) -> None:
     said = {"quant_method": "fp8" if block else "compressed-tensors", "weight_block_size": block}
     publish(tmp_path, lambda w: (quantize(w), w), said)
-    with pytest.raises(li.LayerError, match=words):
+    with refused(li.LayerError, "experts", name):
         load(tmp_path)
+
+
+def test_older_transformers_which_would_unpack_them_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr("transformers.__version__", "5.23.1")
+    with refused(li.LayerError, "5.23.1", "5.24"), li.packed_experts():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"targets": ["all-experts"], "init": "pissa"}, "pissa"),
+        ({"targets": ["all-experts"], "compute": "float32"}, "compute: base"),
+        ({"targets": ["q_proj"], "train": [r"experts\.gate_up_proj"]}, "gate_up_proj"),
+    ],
+)
+def test_what_would_need_the_whole_stack_is_refused(folder: Path, options: Any, name: str) -> None:
+    model = load(folder, torch.bfloat16)
+    with refused(li.LayerError, name):
+        li.inject(model, {"rank": 2, **options})
+    assert not li.adapters(model)
+
+
+def test_codes_are_another_base_and_are_never_taken_for_floats(
+    folder: Path, tmp_path: Path
+) -> None:
+    """A plain tensor with their data would have none: the next read would end the process."""
+    model, other = load(folder), load(folder)
+    path = li.save_adapter(adapted(load(folder)), tmp_path / "a")
+    stack, plain = next(iter(stacks(other).values())), nn.Parameter(torch.zeros(2))
+    with pytest.raises(RuntimeError, match="incompatible tensor type"):
+        plain.data = stack
+    assert not plain.any()
+    with pytest.raises(li.LayerError, match="values are packed"), torch.no_grad():
+        stack.add_(1)
+    stack.codes.add_(1)
+    with refused(li.FormatError, "gate_up_proj"):
+        li.load_adapter(other, path)
+    other.load_state_dict(model.state_dict())
+    for key, stack in stacks(other).items():
+        assert torch.equal(stack.codes, stacks(model)[key].codes)
+    with pytest.raises(RuntimeError, match="values are packed"):
+        other.load_state_dict(load(folder / "plain").state_dict())

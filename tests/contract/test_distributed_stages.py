@@ -1,6 +1,5 @@
 """Two processes of which each has other layers of a model: one adapter, as on the whole model."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.forks import Forks
-from helpers.ranks import failures, from_first, near, same, values
+from helpers.ranks import failures, from_first, near, same, steps, values
 from helpers.refusals import said
-from torch import nn
+from torch import Tensor, nn
 
 import lora_inject as li
 
@@ -33,7 +32,7 @@ class Net(nn.Module):
         self.layers = nn.ModuleDict({str(i): nn.Linear(4, 4) for i in range(2)})
         self.norm, self.out = nn.LayerNorm(4), nn.Linear(4, 7)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers.values():
             x = layer(x).tanh()
         return self.out(self.norm(x)) if hasattr(self, "out") else x
@@ -54,43 +53,33 @@ def stage(rank: int) -> Net:
     return model
 
 
+@torch.no_grad()
 def filled(model: nn.Module) -> nn.Module:
     """Noise by the name of each tensor, the same in any part of the model."""
-    with torch.no_grad():
-        for key, parameter in li.adapter_parameters(model).items():
-            generator = torch.Generator().manual_seed(sum(map(ord, key)))
-            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            parameter.copy_(noise)
+    for key, parameter in li.adapter_parameters(model).items():
+        generator = torch.Generator().manual_seed(sum(map(ord, key)))
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     return model
 
 
-def forward_and_backward(model: Net, rank: int) -> None:
-    """One step of a pipeline by hand."""
-    if rank == 0:
-        y = model(X)
-        dist.send(y.detach(), 1)
-        dist.recv(gradient := torch.empty_like(y), 1)
-        y.backward(gradient)
-    else:
+def loss_of_a_stage(model: Net, rank: int) -> Tensor:
+    """Whose backward is that of a pipeline's step, by hand."""
+    if rank:
         dist.recv(x := torch.empty_like(X), 0)
-        model(x.requires_grad_()).square().sum().backward()
-        dist.send(x.grad, 0)
-
-
-def steps(model: nn.Module, run: Callable[[], object]) -> None:
-    optimizer = torch.optim.AdamW(li.adapter_parameters(model).values(), lr=0.1)
-    for _ in range(3):
-        run()
-        optimizer.step()
-        optimizer.zero_grad()
+        x.requires_grad_().register_hook(lambda gradient: dist.send(gradient, 0))
+        return model(x).square().sum()
+    y = model(X)
+    dist.send(y.detach(), 1)
+    dist.recv(gradient := torch.empty_like(y), 1)
+    return (y * gradient).sum()
 
 
 def trains_like_the_whole_model(folder: Path) -> None:
     group, rank = dist.group.WORLD, dist.get_rank()
     model = filled(li.inject(stage(rank), RULES, group=group))
     all_of_it = filled(li.inject(whole(), RULES))
-    steps(model, lambda: forward_and_backward(model, rank))
-    steps(all_of_it, lambda: all_of_it(X).square().sum().backward())
+    steps(model, lambda: loss_of_a_stage(model, rank), torch.optim.AdamW)
+    steps(all_of_it, lambda: all_of_it(X).square().sum(), torch.optim.AdamW)
     wanted, end = values(all_of_it), values(model)
     here = [key for key in wanted if key.startswith("layers.0") == (rank == 0)]
     near(end, {key: wanted[key] for key in here}, 1e-12)
@@ -137,21 +126,19 @@ def all_stages_refuse_or_none(folder: Path) -> None:
     if rank:
         narrow.out = nn.Identity()
         li.inject(taken, FIRST_ONLY | {"targets": [r"layers\.\d"]})
-    four = RULES | {"expect": {"sites": 4}}
-    layer_0 = RULES | {"targets": ["layer_0"]}
     state = li.read_adapter(saved)
-    probe = (lambda: model(X)) if rank == 0 else (lambda: None)
     by_both = [
-        ("MatchError: rule 1 ('layer_0'): ", lambda: li.inject(model, layer_0, group=group)),
-        ("found sites: 3", lambda: li.inject(model, four, group=group)),
-        ("ConfigError", lambda: li.inject(model, RULES | {"rank": 0}, group=group)),
-        ("processes 0, 1 of the group each have", lambda: li.inject(whole(), RULES, group=group)),
-        ("group is 'pp'", lambda: li.inject(model, RULES, group="pp")),
+        ("MatchError: rule 1 ('layer_0'): ", model, RULES | {"targets": ["layer_0"]}, group),
+        ("found sites: 3", model, RULES | {"expect": {"sites": 4}}, group),
+        ("ConfigError", model, RULES | {"rank": 0}, group),
+        ("processes 0, 1 of the group each have", whole(), RULES, group),
+        ("group is 'pp'", model, RULES, "pp"),
     ]
-    for words, verb in by_both:
-        refused = said(verb)
+    for words, on, rules, of in by_both:
+        refused = said(lambda on=on, rules=rules, of=of: li.inject(on, rules, group=of))
         assert words in refused
         assert refused == from_first(refused)
+    probe = (lambda: model(X)) if rank == 0 else (lambda: None)
     no_out = "no process of the group has 'out'"
     by_the_other = "process 1 of the group refused it"
     of_each = [
@@ -176,17 +163,15 @@ JOBS = {
 }
 
 
-def work(folder: Path) -> dict[str, str]:
-    return failures(JOBS, folder)
+def jobs() -> dict[str, Any]:
+    return JOBS
 
 
 @pytest.fixture(scope="module")
-def ranks(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    started = forks.start_ranks(2, work, tmp_path_factory.mktemp("stages"))
-    return [rank.result() for rank in started]
+def failed(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return failures(forks, 2, jobs, tmp_path_factory.mktemp("stages"))
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_two_stages_come_to_what_the_whole_model_does(job: str, ranks: Any) -> None:
-    failed = "\n".join(rank[job] for rank in ranks)
-    assert not failed.strip(), failed
+def test_two_stages_come_to_what_the_whole_model_does(job: str, failed: dict[str, str]) -> None:
+    assert not failed[job], failed[job]

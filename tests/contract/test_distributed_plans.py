@@ -1,8 +1,7 @@
-"""Two processes: adapters on models that were spread by a plan before, against one, in float64."""
+"""Models that a plan spread before, over two processes or four: adapters against one process."""
 
 import copy
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,25 +12,23 @@ import torch.distributed as dist
 import transformers
 from conftest import error
 from helpers.forks import Forks
-from helpers.ranks import failures, filled, from_first, mesh, near, same, values, whole
+from helpers.ranks import failures, filled, from_first, mesh, near, same, steps, values, whole
 from helpers.refusals import said
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.core.adapter.other_tensors import mapped
 
 pytest.importorskip("transformers.distributed.expert_parallel")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_available(), reason="no c10d")]
 
-WORLD = 2
 IDS = torch.arange(4 * 5).view(4, 5) % 17
 SMALL: dict[str, Any] = {
-    "vocab_size": 18,
+    "vocab_size": 20,
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
     "initializer_range": 0.2,
     "pad_token_id": 0,
 }
@@ -43,7 +40,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"mlp_bias": True, "attention_bias": True}),
     "phi": ("Phi3", {}),
     "latent": ("DeepseekV3", EXPERTS | LATENT | {"v_head_dim": 8}),
-    "experts": ("Qwen3Moe", EXPERTS | {"num_experts": 4, "head_dim": 8}),
+    "experts": ("Qwen3Moe", EXPERTS | {"num_experts": 8, "head_dim": 4}),
 }
 
 
@@ -54,10 +51,23 @@ class Case(NamedTuple):
     how: Mapping[str, Any]
     config: Mapping[str, Any]
     tolerance: float = 1e-12
+    experts: str = "eager"
+    """How experts multiply: the default, `grouped_mm`, has no float64."""
+
+    def loaded(self, folder: Path, *, spread: bool = True) -> Any:
+        options = dict(self.how) if spread else {}
+        if self.model in ("latent", "experts"):
+            options["experts_implementation"] = self.experts
+        cls = getattr(transformers, f"{MODELS[self.model][0]}ForCausalLM")
+        dtype = torch.float64 if self.experts == "eager" else torch.float32
+        return cls.from_pretrained(folder / self.model, dtype=dtype, **options)
+
+    def of(self, axis: str) -> int:
+        return self.how.get("distributed_config", {}).get(axis, 1)
 
 
 def spread_by(**how: Any) -> dict[str, Any]:
-    return {"distributed_config": {"tp_size": WORLD, **how}}
+    return {"distributed_config": how}
 
 
 def adapter(*targets: Any, **options: Any) -> dict[str, Any]:
@@ -70,51 +80,49 @@ PACKED = {
     "model.layers.*.mlp.gate_up_proj": "packed_colwise",
     "model.layers.*.mlp.down_proj": "rowwise",
 }
-EP = spread_by(ep_size=WORLD)
-ROUTER = r"mlp\.gate\.weight"
-ALL = adapter("all-linear", "all-experts", ROUTER)
+EP = spread_by(tp_size=2, ep_size=2)
+COPIES = spread_by(tp_size=1, fsdp_size=4, ep_size=2)
+BOTH_AXES = spread_by(tp_size=2, fsdp_size=2, ep_size=2)
+ALL = adapter("all-linear", "all-experts", r"mlp\.gate\.weight")
+PLAIN = adapter("all-linear", "all-experts")
 SHARED = adapter({"match": "all-experts", "share": "A"})
 WITH_HEADS = adapter("all-linear", "lm_head", "embed_tokens")
 READ = adapter(r"q_proj\.weight", r"down_proj\.weight", train=["lm_head", r"q_proj\.bias"])
 WITH_NORMS = adapter("all-linear", "all-experts", train=["q_norm"])
-CASES = {
+OF_TWO = {
     "columns and rows": Case("llama", AUTO, WITH_HEADS | {"train": [r"model\.norm"]}),
     "read": Case("llama", AUTO, READ),
     "inits from the weight": Case("llama", AUTO, adapter("q_proj", "down_proj", init="pissa")),
-    "gathered, packed": Case("phi", spread_by(tp_plan=PACKED), WITH_HEADS),
+    "gathered, packed": Case("phi", spread_by(tp_size=2, tp_plan=PACKED), WITH_HEADS),
     "latent attention": Case("latent", AUTO, ALL, 1e-6),  # its router computes in float32
     "parts of experts": Case("experts", AUTO, WITH_NORMS),
     "parts of experts that share A": Case("experts", AUTO, SHARED),
     "experts apart": Case("experts", EP, ALL),
     "experts apart that share A": Case("experts", EP, SHARED),
 }
-THIRDS = {"match": "qkv_proj", "slices": {"q": 16, "k": 16, "v": 16}, "adapt": ["q"]}
-SUMMED = spread_by(tp_plan={"model.layers.*.input_layernorm": "all_reduce"})
-REFUSED: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
-    "norms of a weight": ("llama", AUTO, adapter("q_proj", variant="dora")),
-    "its rows": ("llama", AUTO, adapter("q_proj", tokens={"embed_tokens": [1]})),
-    "rowwise adds the bias": ("llama", AUTO, adapter("q_proj", train=[r"down_proj\.bias"])),
-    "its slices are parts": ("phi", AUTO, adapter(THIRDS)),
-    "only some experts": ("experts", EP, adapter({"match": r"experts\.\w+", "only": [0]})),
-    "each process has": ("latent", AUTO, adapter("kv_a_proj_with_mqa", dropout=0.5)),
-    "is AllReduceParallel": ("llama", SUMMED, adapter("q_proj", train=["input_layernorm"])),
+# With the same batch in each process, or with other ones.
+OF_FOUR = {
+    "copies of experts": Case("experts", COPIES, PLAIN),
+    "copies of experts that share A": Case("experts", COPIES, SHARED),
+    "one copy": Case("experts", spread_by(tp_size=1, fsdp_size=4, ep_size=4), PLAIN),
+    "two have a batch": Case("experts", BOTH_AXES, adapter("all-experts")),
+    "all have a batch": Case("experts", spread_by(tp_size=4, ep_size=4), PLAIN),
+    "grouped products": Case("experts", COPIES, PLAIN, 2e-5, "grouped_mm"),
 }
-
-
-def loaded(folder: Path, name: str, how: Mapping[str, Any] | None = None) -> Any:
-    options: dict[str, Any] = {"dtype": torch.float64, **(how or {})}
-    if name in ("latent", "experts"):
-        options["experts_implementation"] = "eager"  # the default, `grouped_mm`, has no float64
-    built = getattr(transformers, f"{MODELS[name][0]}ForCausalLM")
-    return built.from_pretrained(folder / name, **options)
-
-
-def steps(model: Any) -> None:
-    optimizer = torch.optim.AdamW(li.adapter_parameters(model).values(), lr=0.02)
-    for _ in range(3):
-        model(IDS, labels=IDS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+THIRDS = {"match": "qkv_proj", "slices": {"q": 16, "k": 16, "v": 16}, "adapt": ["q"]}
+SUMMED = spread_by(tp_size=2, tp_plan={"model.layers.*.input_layernorm": "all_reduce"})
+REFUSED = {
+    "norms of a weight": Case("llama", AUTO, adapter("q_proj", variant="dora")),
+    "its rows": Case("llama", AUTO, adapter("q_proj", tokens={"embed_tokens": [1]})),
+    "rowwise adds the bias": Case("llama", AUTO, adapter("q_proj", train=[r"down_proj\.bias"])),
+    "its slices are parts": Case("phi", AUTO, adapter(THIRDS)),
+    "only some experts": Case("experts", EP, adapter({"match": r"experts\.\w+", "only": [0]})),
+    "each process has": Case("latent", AUTO, adapter("kv_a_proj_with_mqa", dropout=0.5)),
+    "is AllReduceParallel": Case("llama", SUMMED, adapter("q_proj", train=["input_layernorm"])),
+}
+REFUSED_BY_FOUR = {
+    "it is not sharded by fully_shard alone": Case("experts", BOTH_AXES, PLAIN),
+}
 
 
 @torch.no_grad()
@@ -126,42 +134,62 @@ def forwards(model: Any) -> dict[str, Any]:
     return {n: (type(m), m.__dict__.get("forward")) for n, m in model.named_modules()}
 
 
-def trains_like_one_process(folder: Path, case: Case) -> None:
-    name, how, config, tolerance = case
-    model, plain = loaded(folder, name, how), loaded(folder, name)
+def loss_of(model: Any, *batches: Tensor) -> Callable[[], Tensor]:
+    return lambda: torch.stack([model(ids, labels=ids).loss for ids in batches]).mean()
+
+
+def trains_like_one_process(folder: Path, name: str, case: Case) -> None:
+    model, plain = case.loaded(folder), case.loaded(folder, spread=False)
+    near_enough = case.tolerance
     before, base = forwards(model), logits(plain)
-    assert error(logits(model), base) < tolerance
+    assert error(logits(model), base) < near_enough
     torch.manual_seed(dist.get_rank())
-    li.inject(model, config)
+    li.inject(model, case.config)
     same(values(model), from_first(values(model)))
     torch.manual_seed(0)
-    near(values(model), values(li.inject(copy.deepcopy(plain), config)), tolerance)
-    start = mapped(li.adapter_state(filled(model)), torch.clone)
+    near(values(model), values(li.inject(copy.deepcopy(plain), case.config)), near_enough)
+    start = copy.deepcopy(li.adapter_state(filled(model)))
     li.train_only(li.install(plain, start), "default")
-    assert error(logits(model), logits(plain)) < tolerance
-    for each in (model, plain):
-        steps(each)
+    assert error(logits(model), logits(plain)) < near_enough
+    batches = IDS.chunk(case.of("fsdp_size"))
+    steps(
+        model, loss_of(model, batches[dist.get_rank() // case.of("tp_size") % len(batches)]), lr=0.5
+    )
+    steps(plain, loss_of(plain, *batches), lr=0.5)
     assert any(error(t, values(plain)[key]) > 1e-3 for key, t in values(start).items()), "trained"
     last = logits(plain)
     same(values(model), from_first(values(model)))
-    near(values(model), values(plain), tolerance)
-    near(dict(li.merged_weights(model)), dict(li.merged_weights(plain)), tolerance)
-    assert error(logits(model), last) < tolerance
+    near(values(model), values(plain), near_enough)
+    near(dict(li.merged_weights(model)), dict(li.merged_weights(plain)), near_enough)
+    assert error(logits(model), last) < near_enough
     with li.disabled(model):
-        assert error(logits(model), base) < tolerance
-    path = li.save_adapter(model, folder / f"saved {name} {len(str(case))}")
+        assert error(logits(model), base) < near_enough
+    path = li.save_adapter(model, folder / f"of {name}")
+    again = li.load_adapter(case.loaded(folder, spread=False), path)
+    assert error(logits(again), last) < near_enough
+    if case.of("fsdp_size") > 1:  # FSDP2 keeps what it has sharded
+        return
     li.eject(model)
     assert forwards(model) == before
-    assert error(logits(model), base) < tolerance
+    assert error(logits(model), base) < near_enough
     for each in (model, li.eject(plain)):
-        assert error(logits(li.load_adapter(each, path)), last) < tolerance
+        assert error(logits(li.load_adapter(each, path)), last) < near_enough
 
 
-def is_refused(folder: Path, words: str) -> None:
-    name, how, config = REFUSED[words]
-    model = loaded(folder, name, how)
-    before, refused = forwards(model), said(lambda: li.inject(model, config))
-    assert refused.startswith("LayerError: adapter 'default', ")
+def goes_from_one_process_to_four_and_back(folder: Path) -> None:
+    case = OF_FOUR["copies of experts"]
+    model = case.loaded(folder)
+    li.load_adapter(model, folder / "saved")
+    li.save_adapter(model, folder / "again")
+    one, two = (li.read_adapter(folder / name) for name in ("saved", "again"))
+    same(values(one), values(two))
+    assert one.fingerprint == two.fingerprint
+
+
+def is_refused(folder: Path, words: str, case: Case) -> None:
+    model = case.loaded(folder)
+    before, refused = forwards(model), said(lambda: li.inject(model, case.config))
+    assert refused.startswith("LayerError: adapter 'default'")
     assert words in refused
     assert refused == from_first(refused)
     assert forwards(model) == before
@@ -172,14 +200,10 @@ def check_trains_alike(model: Any, plain: Any, x: Tensor, *targets: Any) -> None
     """An adapter on what was spread by hand, and its values on the model in one process."""
     torch.manual_seed(dist.get_rank())
     li.inject(model, adapter(*targets))
-    start = mapped(li.adapter_state(filled(model)), torch.clone)
-    li.train_only(li.install(plain, start), "default")
+    li.install(plain, copy.deepcopy(li.adapter_state(filled(model))))
+    li.train_only(plain, "default")
     for each in (model, plain):
-        optimizer = torch.optim.SGD(li.adapter_parameters(each).values(), lr=0.1)
-        for _ in range(3):
-            each(x).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        steps(each, lambda each=each: each(x).square().sum())
     near(values(model), values(plain), 1e-12)
 
 
@@ -190,7 +214,7 @@ def by_hand(folder: Path) -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)).double()
     plan = {"0": parallel.ColwiseParallel(), "2": parallel.RowwiseParallel()}
-    model = parallel.parallelize_module(copy.deepcopy(plain), mesh(WORLD), plan)
+    model = parallel.parallelize_module(copy.deepcopy(plain), mesh(2), plan)
     x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
     check_trains_alike(model, plain, x, "0", "2")
 
@@ -217,7 +241,7 @@ def of_dtensors(folder: Path, **share: str) -> None:
     torch.manual_seed(0)
     model: Any = nn.Sequential(Experts()).double()
     plain = copy.deepcopy(model)
-    shards = distribute_tensor(model[0].w1.detach(), mesh(WORLD), [Shard(0)])
+    shards = distribute_tensor(model[0].w1.detach(), mesh(2), [Shard(0)])
     model[0].w1, model[0].first = nn.Parameter(shards), 2 * dist.get_rank()
     x = torch.linspace(-1, 1, 60, dtype=torch.float64).view(12, 5)
     check_trains_alike(model, plain, x, {"match": "w1", "layout": "out_in", **share})
@@ -225,10 +249,11 @@ def of_dtensors(folder: Path, **share: str) -> None:
 
 def mixes_rows_graphs_and_norms(folder: Path) -> None:
     """Each compared with an unsharded copy."""
-    spread, plain = (loaded(folder, "llama", how) for how in (AUTO, None))
+    case = Case("llama", AUTO, adapter("q_proj", "down_proj"))
+    spread, plain = case.loaded(folder), case.loaded(folder, spread=False)
     for name in ("one", "two"):
-        filled(li.inject(spread, adapter("q_proj", "down_proj"), name), name)
-        li.install(plain, mapped(li.adapter_state(spread, name), torch.clone), name)
+        filled(li.inject(spread, case.config, name), name)
+        li.install(plain, copy.deepcopy(li.adapter_state(spread, name)), name)
     for mix in ({"one": 1.0, "two": 0.5}, "two", None):
         for model in (spread, plain):
             li.activate(model, mix)
@@ -249,19 +274,29 @@ def mixes_rows_graphs_and_norms(folder: Path) -> None:
     assert error(*norms) < 1e-12
 
 
-JOBS: dict[str, Any] = {name: partial(trains_like_one_process, case=c) for name, c in CASES.items()}
-JOBS |= {f"refused: {words}": partial(is_refused, words=words) for words in REFUSED}
-JOBS |= {
+def of_cases(cases: Mapping[str, Case], refused: Mapping[str, Case]) -> dict[str, Any]:
+    jobs = {n: partial(trains_like_one_process, name=n, case=case) for n, case in cases.items()}
+    refusals = {w: partial(is_refused, words=w, case=case) for w, case in refused.items()}
+    return jobs | {f"refused: {words}": job for words, job in refusals.items()}
+
+
+TWO = of_cases(OF_TWO, REFUSED) | {
     "parallelize_module, then inject": by_hand,
     "a stack of DTensors": of_dtensors,
     "a stack of DTensors that shares A": partial(of_dtensors, share="A"),
     "mixes, rows, graphs and norms": mixes_rows_graphs_and_norms,
 }
+FOUR = of_cases(OF_FOUR, REFUSED_BY_FOUR) | {
+    "from one process to four and back": goes_from_one_process_to_four_and_back,
+}
 
 
-def work(folder: Path) -> dict[str, str]:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return failures(JOBS, folder)
+def jobs_of_two() -> dict[str, Any]:
+    return TWO
+
+
+def jobs_of_four() -> dict[str, Any]:
+    return FOUR
 
 
 @pytest.fixture(scope="module")
@@ -275,16 +310,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if key.endswith("bias"):
                 nn.init.normal_(parameter)
         model.save_pretrained(place / name)
+    one = li.inject(OF_FOUR["copies of experts"].loaded(place, spread=False), PLAIN)
+    li.save_adapter(filled(one), place / "saved", unused=[".*"])
     return place
 
 
 @pytest.fixture(scope="module")
-def ranks(folder: Path, forks: Forks) -> list[dict[str, str]]:
-    """What failed in each of two processes; they start once."""
-    return [rank.result() for rank in forks.start_ranks(WORLD, work, folder)]
+def failed_of_two(folder: Path, forks: Forks) -> dict[str, str]:
+    return failures(forks, 2, jobs_of_two, folder)
 
 
-@pytest.mark.parametrize("job", JOBS)
-def test_two_processes_come_to_what_one_does(job: str, ranks: Any) -> None:
-    failed = "\n".join(rank[job] for rank in ranks)
-    assert not failed.strip(), failed
+@pytest.fixture(scope="module")
+def failed_of_four(folder: Path, forks: Forks) -> dict[str, str]:
+    return failures(forks, 4, jobs_of_four, folder)
+
+
+@pytest.mark.parametrize("job", TWO)
+def test_two_processes_come_to_what_one_does(job: str, failed_of_two: dict[str, str]) -> None:
+    assert not failed_of_two[job], failed_of_two[job]
+
+
+@pytest.mark.parametrize("job", FOUR)
+def test_four_processes_come_to_what_one_does(job: str, failed_of_four: dict[str, str]) -> None:
+    assert not failed_of_four[job], failed_of_four[job]

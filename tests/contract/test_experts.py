@@ -1,0 +1,502 @@
+"""Mixtures of experts: what is one, whole stacks and parts of them, ranks, files and profiles."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import error, fill, same_bits
+from helpers.checkpoints import merged_on_disk
+from helpers.experts import MOE, MORE, expert_rule, experts
+from helpers.reference import EXACT, RANK, SCALE, adapted, base_state, config, dense, hold, logits
+from helpers.refusals import refused
+from torch import Tensor, nn
+from training_models import tokenizer
+
+import lora_inject as li
+
+pytestmark = [pytest.mark.recent, pytest.mark.filterwarnings("ignore")]  # warnings of PEFT
+
+FLOAT32 = 2e-5  # of the largest logit, after some twenty roundings of sums of few terms
+ALL = {"match": "all-experts"}
+PARTS = {"all": {}, "only": {"only": [2, 0]}, "A": {"share": "A"}, "B": {"share": "B"}}
+CASES = [(family, "all") for family in MOE | MORE]
+CASES += [(f, part) for f in ("mixtral", "gpt_oss", "llama4") for part in ("only", "A", "B")]
+
+
+def stacks(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.dim() == 3}
+
+
+def expert(site: Any, e: int) -> tuple[int, int] | None:
+    """Which factors A and B an expert has, by the words of the config; None where it has none."""
+    if site.spec.only is not None:
+        return (site.spec.only.index(e),) * 2 if e in site.spec.only else None
+    return min(e, len(site.A) - 1), min(e, len(site.B) - 1)
+
+
+def with_deltas(plain: nn.Module, *models: nn.Module) -> nn.Module:
+    """The plain model with the dense deltas of some models, expert by expert."""
+    wide = copy.deepcopy(plain)
+    for site in (s for model in models for s in li.adapter_state(model).sites.values()):
+        W = wide.get_parameter(site.spec.weight)
+        for e in range(len(W)):
+            if (pair := expert(site, e)) is not None:
+                delta = SCALE * site.B[pair[1]].double() @ site.A[pair[0]].double()
+                W.data[e] += (delta.T if site.spec.transposed else delta).to(W.dtype)
+    return wide
+
+
+def check_gradients(model: nn.Module, wide: nn.Module) -> None:
+    """dL/dA and dL/dB follow from the dense dL/dW by hand: scale B^T G and scale G A^T."""
+    weights = torch.randn(2, 4, 13, dtype=torch.float64)
+    for each in (model, wide):
+        (logits(each) * weights).sum().backward()
+    parameters = li.adapter_parameters(model)
+    for name, site in li.adapter_state(model).sites.items():
+        due = {"A": torch.zeros_like(site.A), "B": torch.zeros_like(site.B)}
+        G = wide.get_parameter(site.spec.weight).grad
+        for e, g in enumerate(G.mT if site.spec.transposed else G):
+            if (pair := expert(site, e)) is not None:
+                due["A"][pair[0]] += SCALE * site.B[pair[1]].T @ g
+                due["B"][pair[1]] += SCALE * g @ site.A[pair[0]].T
+        for role, gradient in due.items():
+            assert error(parameters[f"{name}.lora_{role}"].grad, gradient) < 1e-10
+
+
+# ------------------------------------------------------------ stacks, whole or some experts of them
+
+
+@pytest.mark.parametrize(("family", "part"), CASES)
+def test_a_stack_or_a_part_of_it_is_the_dense_model(family: str, part: str) -> None:
+    plain = experts(family)[0].double()
+    model = li.inject(copy.deepcopy(plain), config(ALL | PARTS[part]))
+    assert same_bits(logits(model), logits(plain))
+    wide = with_deltas(plain, fill(model))
+    assert error(logits(plain), logits(wide)) > 1e-3
+    assert error(logits(model), logits(wide)) < EXACT
+    check_gradients(model, wide)
+    li.merge(model)
+    assert error(logits(model), logits(wide)) < EXACT
+    li.unmerge(model)
+    assert all(same_bits(t, plain.state_dict()[k]) for k, t in base_state(model).items())
+
+
+@pytest.mark.parametrize("how", ["eager", "batched_mm", "default"])
+@pytest.mark.parametrize(
+    ("family", "part"), [*((family, "all") for family in MOE), *CASES[len(MOE | MORE) :]]
+)
+def test_in_each_way_to_multiply_it_is_the_dense_model_and_no_delta_is_kept(
+    family: str, part: str, how: str
+) -> None:
+    """By default transformers multiplies all experts by one grouped kernel, in float32."""
+    plain, layout = experts(family, how)
+    rule = expert_rule(layout) if part == "all" else ALL | PARTS[part]
+    model = fill(li.inject(copy.deepcopy(plain), config(rule)))
+    ids, kept = torch.arange(5)[None], []  # fewer tokens than a matrix has rows or columns
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        outputs = model(ids).logits
+    assert error(outputs, with_deltas(plain, model)(ids).logits) < FLOAT32
+    outputs.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in li.adapter_parameters(model).values())
+    assert li.unreached(model, lambda: logits(model)) == []
+    if how != "batched_mm":  # where transformers gathers an expert for each token
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        new = [t.shape[-2:] for t in kept if t.untyped_storage().data_ptr() not in own]
+        matrices = [m.shape for p in stacks(plain).values() for m in (p[0], p[0].T)]
+        assert not [shape for shape in new if shape in matrices]
+
+
+@pytest.mark.parametrize(("part", "n_a", "n_b"), [("only", 2, 2), ("A", 1, 3), ("B", 3, 1)])
+def test_what_is_left_out_or_shared_takes_no_memory_and_others_get_it_in_full(
+    part: str, n_a: int, n_b: int, tmp_path: Path
+) -> None:
+    plain, rule = experts("mixtral")[0], config(ALL | PARTS[part])
+    model = fill(li.inject(copy.deepcopy(plain), rule))
+    forms = [(s.spec.only, len(s.A), len(s.B)) for s in li.adapter_state(model).sites.values()]
+    assert {form[1:] for form in forms} == {(n_a, n_b)}
+    plan, counted = (
+        li.plan(plain, rule),
+        sum(map(Tensor.numel, li.adapter_parameters(model).values())),
+    )
+    assert plan.n_lora == counted == 2 * (8 * n_a + 16 * n_b) + 2 * (8 * n_a + 8 * n_b)
+    assert "hold every expert" in str(plan), "what PEFT's file does not keep"
+
+    native = li.save_adapter(model, tmp_path / "a.safetensors", format="native")
+    again = li.load_adapter(copy.deepcopy(plain), native)
+    assert same_bits(logits(again), logits(model))
+    sites = li.adapter_state(again).sites.values()
+    assert [(s.spec.only, len(s.A), len(s.B)) for s in sites] == forms
+    ours = li.save_adapter(model, tmp_path / "ours")
+    for read in (peft.PeftModel.from_pretrained, li.load_adapter):
+        assert error(logits(read(copy.deepcopy(plain), ours)), logits(model)) < 1e-5
+    for path in (ours, native):
+        (tmp_path / f"of {path.name}").mkdir()
+        merged = merged_on_disk(plain, path, tmp_path / f"of {path.name}")
+        assert error(logits(merged), logits(model)) < 1e-5
+
+    slot = fill(li.inject(copy.deepcopy(plain), rule), std=0.01)
+    li.swap_adapter(slot, ours)
+    assert same_bits(logits(slot), logits(model))
+    other = fill(li.inject(copy.deepcopy(plain), config(ALL)))
+    li.save_adapter(other, tmp_path / "other")
+    with refused(li.FormatError, "experts.gate_up_proj", model=slot):
+        li.swap_adapter(slot, tmp_path / "other")
+
+
+def test_parts_of_stacks_are_added_as_their_dense_deltas() -> None:
+    plain = experts("mixtral")[0].double()
+    one, two = (
+        li.inject(copy.deepcopy(plain), config(ALL | PARTS[part])) for part in ("only", "A")
+    )
+    both = li.install(
+        copy.deepcopy(plain), li.adapter_state(fill(one)) + li.adapter_state(fill(two))
+    )
+    assert error(logits(both), logits(with_deltas(plain, one, two))) < EXACT
+    other = li.inject(plain, config(ALL | {"only": [1, 2]}))
+    with refused(li.StateError, "experts.gate_up_proj", model=other):
+        other.load_state_dict(one.state_dict())
+
+
+@pytest.mark.parametrize("family", MOE | MORE)
+def test_experts_of_every_architecture_are_planned_exchanged_and_merged_on_disk(
+    family: str, tmp_path: Path
+) -> None:
+    plain, layout = experts(family)
+    plan = li.plan(plain, config("all-experts"))
+    assert {site.name for site in plan.sites} == {*stacks(plain)}
+    assert all(site.transposed == (layout == "in_out") for site in plan.sites)
+    assert plan.n_lora == sum(RANK * len(p) * sum(p.shape[1:]) for p in stacks(plain).values())
+    assert "router not adapted" in next(note for note in plan.notes if "experts, " in note)
+    if family in MOE:
+        bare = config(r"experts\.(gate_up_proj|down_proj)")
+        assert li.plan(plain, bare).sites == li.plan(plain, config(expert_rule(layout))).sites
+
+    model = adapted(plain, "all-experts")
+    li.save_adapter(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours")
+    assert error(logits(theirs), logits(model)) < 1e-5
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = li.load_adapter(copy.deepcopy(plain), tmp_path / "theirs")
+    assert error(logits(again), logits(model)) < 1e-5
+    merged = merged_on_disk(plain, tmp_path / "ours", tmp_path)
+    for name, p in stacks(with_deltas(plain, model)).items():
+        assert error(merged.get_parameter(name), p) < 1e-6, name
+
+
+def dbrx() -> Any:
+    torch.manual_seed(0)
+    inner = {"ffn_hidden_size": 6, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 8}
+    sizes = {"d_model": 8, "n_heads": 2, "n_layers": 1, "vocab_size": 13, "max_seq_len": 16}
+    heads = {"kv_n_heads": 1, "rope_theta": 10000.0, "clip_qkv": 8.0}
+    settings = transformers.DbrxConfig(**sizes, attn_config=heads, ffn_config=inner)
+    model = transformers.DbrxForCausalLM(settings)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def test_experts_that_lie_in_one_matrix_are_adapted_as_that_matrix(tmp_path: Path) -> None:
+    """DBRX: A is (rank, in) for all experts, B has the rows of each."""
+    plain = dbrx().double()
+    plan = li.plan(plain, config("all-experts"))
+    stem = "transformer.blocks.0.ffn.experts.mlp"
+    assert {site.name for site in plan.sites} == {f"{stem}.{name}" for name in ("w1", "v1", "w2")}
+    assert plan.n_lora == 3 * RANK * (4 * 6 + 8)
+    notes = " ".join(plan.notes)
+    assert "1 block of 4 experts, 2 of them for each token; router not adapted" in notes
+    assert f"the experts of a matrix have one A: '{stem}.w1'" in notes
+    halved = li.plan(plain, config({"match": "all-experts", "rank": {"active": 8}}))
+    assert {site.rank for site in halved.sites} == {4}
+    with refused(li.MatchError, f"{stem}.w1", model=plain):
+        li.inject(plain, config(ALL | {"only": [0]}))
+
+    model = adapted(plain, "all-experts")
+    li.save_adapter(model, tmp_path / "ours")
+    hold(plain, model, logits)
+    wanted = logits(dense(plain, model))
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")  # but its own forward raises
+    again = li.load_adapter(copy.deepcopy(plain), tmp_path / "theirs")
+    merged = merged_on_disk(plain.float(), tmp_path / "ours", tmp_path)
+    for reader in (again, merged):
+        assert error(logits(reader), wanted) < 1e-5
+
+
+# ------------------------------------------------------------------------------ what is an expert
+
+
+class Expert(nn.Module):
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, width), nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())
+
+
+class Routed(nn.Module):
+    """Experts in a list, as remote code and transformers 4 have them."""
+
+    def __init__(self, top_k: Any = 2, outputs: int = 3) -> None:
+        super().__init__()
+        if top_k is not None:
+            self.top_k = top_k
+        self.gate = nn.Linear(4, outputs, bias=False)
+        self.blocks = nn.ModuleList(Expert() for _ in range(3))
+        self.always = Expert()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.gate(x).softmax(-1).topk(2)
+        y = self.always(x)
+        for n, block in enumerate(self.blocks):
+            y = y + (weights * (chosen == n)).sum(-1, keepdim=True) * block(x)
+        return y
+
+
+class Stacked(nn.Module):
+    """A stack that no class of transformers knows."""
+
+    def __init__(self, top_k: int | None = 2) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 3)
+        self.w = nn.Parameter(torch.randn(3, 4, 4))
+        self.num_experts_per_tok = top_k
+
+
+LISTED = {f"0.blocks.{n}.{part}" for n in range(3) for part in ("up", "down")}
+
+
+def test_experts_in_a_list_are_known_by_the_router_beside_them_and_left_to_all_experts() -> None:
+    model, x = nn.Sequential(Routed()).double(), torch.randn(5, 4, dtype=torch.float64)
+    plan = li.plan(model, {"targets": ["all-experts"]})
+    assert {site.name for site in plan.sites} == LISTED
+    assert plan.notes[0] == (
+        "1 block of 3 experts, 2 of them for each token; router not adapted: '0.gate'; "
+        "shared not adapted: '0.always.up', '0.always.down'"
+    )
+    alone = li.plan(model, {"targets": ["all-linear"]})
+    assert {site.name for site in alone.sites} > LISTED
+    both = {"rank": 3, "targets": ["all-linear", ALL | {"rank": {"active": 2}}]}
+    rules = {site.name: (site.rule, site.rank) for site in li.plan(model, both).sites}
+    others = ("0.gate", "0.always.up", "0.always.down")
+    assert rules == dict.fromkeys(LISTED, (1, 1)) | dict.fromkeys(others, (0, 3))
+    wanted = model(x)
+    assert same_bits(li.inject(model, both)(x), wanted)
+
+
+def of_another_shape() -> nn.Module:
+    block = Routed()
+    block.blocks[1] = Expert(7)
+    return block
+
+
+def with_a_head() -> nn.Module:
+    """As many outputs as layers, and a config that says top_k for the whole model."""
+    model: Any = nn.Module()
+    model.config = type("Config", (), {"num_experts_per_tok": 2})()
+    model.layers, model.score = nn.ModuleList(Expert() for _ in range(3)), nn.Linear(4, 3)
+    return model
+
+
+NO_EXPERTS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "no top_k": (lambda: Routed(top_k=None), ["all-experts"]),
+    "no router": (lambda: Routed(outputs=5), ["all-experts"]),
+    "other shapes": (of_another_shape, ["all-experts"]),
+    "a head is no router": (with_a_head, ["all-experts"]),
+    "a stack without top_k": (lambda: Stacked(None), ["all-experts", "0.w"]),
+    "a stack of an unknown layout": (Stacked, ["0.w", "layout"]),
+}
+
+
+@pytest.mark.parametrize("block", NO_EXPERTS)
+def test_what_no_router_chooses_is_no_experts_and_a_layout_is_asked_for(block: str) -> None:
+    make, names = NO_EXPERTS[block]
+    model = nn.Sequential(make())
+    with refused(li.MatchError, *names, model=model):
+        li.inject(model, {"targets": ["all-experts"]})
+
+
+def test_a_stack_of_an_unknown_class_is_experts_beside_a_router() -> None:
+    rule = {"targets": [ALL | {"layout": "out_in"}]}
+    assert [site.name for site in li.plan(nn.Sequential(Stacked()), rule).sites] == ["0.w"]
+
+
+# ------------------------------------------------------------------- rank for the active experts
+
+
+@pytest.mark.parametrize(("family", "rank"), [("qwen3_moe", 16), ("llama4", 32)])
+def test_the_rank_of_active_experts_is_divided_by_the_models_own_number(family, rank) -> None:
+    model, _ = experts(family)
+    config = {"alpha": 32, "targets": [ALL | {"rank": {"active": 32}}]}
+    plan = li.plan(model, config)
+    assert {(site.rank, site.scale) for site in plan.sites} == {(rank, 32 / rank)}
+    n_lora = rank * sum(len(p) * sum(p.shape[1:]) for p in stacks(model).values())
+    li.inject(model, config | {"expect": {"sites": 2, "lora": n_lora}})
+    assert f"rank {rank} (32 over a token's experts), scale 32/{rank}" in str(plan)
+    assert li.Config.from_text(plan.config.to_yaml()) == plan.config
+
+
+def test_each_block_divides_the_rank_by_its_own_number_and_takes_the_whole_part() -> None:
+    model = nn.Sequential(Routed(2), Routed(3))
+    plan = li.plan(model, {"targets": [ALL | {"rank": {"active": 9}}]})
+    assert {(site.name[0], site.rank) for site in plan.sites} == {("0", 4), ("1", 3)}
+
+
+@pytest.mark.parametrize("targets", [["all-linear"], ["all-linear", "all-experts"], ["q_proj"]])
+def test_a_plan_a_summary_and_a_card_say_that_all_linear_leaves_the_experts_out(
+    targets: list[str], tmp_path: Path
+) -> None:
+    model, _ = experts("qwen3_moe")
+    plan = li.plan(model, {"targets": targets})
+    fill(li.inject(model, {"targets": targets}))
+    logits(model)
+    li.save_adapter(model, tmp_path / "adapter")
+    said = "ll-linear leaves out the experts 'model.layers.0.mlp.experts.gate_up_proj', "
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    for text in (" ".join(plan.notes), li.summary(model), card):
+        assert (said in text) is (targets == ["all-linear"])
+
+
+def test_advice_takes_experts_at_the_rank_that_the_active_ones_share() -> None:
+    model, _ = experts("qwen3_moe")
+    config = li.advise(model, 500)
+    plan = li.plan(model, config)
+    assert {site.rank for site in plan.sites if site.experts} == {config.rank // 2}
+    shared = ALL | {"rank": {"active": config.rank}}
+    assert config.to_dict()["targets"] == ["all-linear", shared]
+    larger = config.to_dict() | {"rank": config.rank + 1, "expect": {"sites": plan.n_sites}}
+    larger["targets"][1]["rank"]["active"] = config.rank + 1
+    assert plan.n_lora <= 500 < li.plan(model, larger).n_lora
+
+
+# --------------------------------------------------------------------------------------- profiles
+
+BATCHES = [{"input_ids": torch.arange(8)[None] + n} for n in (0, 3)]
+
+
+def test_a_profile_counts_the_experts_that_the_router_chose() -> None:
+    model, _ = experts("qwen3_moe")
+    profile = li.profile_experts(model, BATCHES)
+    block: Any = model.model.layers[0].mlp
+    counts = torch.zeros(3, dtype=torch.long)
+
+    def count(_: nn.Module, __: Any, out: Any) -> None:
+        counts.add_(torch.bincount(out[-1].flatten(), minlength=3))
+
+    hook = block.gate.register_forward_hook(count)
+    with torch.no_grad():
+        for batch in BATCHES:
+            model(**batch)
+    hook.remove()
+    assert profile.experts == {"model.layers.0.mlp.experts": counts.tolist()}
+    assert sum(counts) == 2 * 16
+    assert not block.experts._forward_pre_hooks
+
+
+def two_layers() -> Any:
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, vocab_size=103))
+
+
+def test_the_most_chosen_experts_of_each_layer_are_adapted(tmp_path: Path) -> None:
+    names = [f"model.layers.{i}.mlp.experts" for i in range(2)]
+    profile = li.ExpertProfile(experts={names[0]: [9, 5, 0, 1], names[1]: [0, 0, 2, 9]})
+    profile.write(tmp_path / "p")
+    assert li.ExpertProfile.from_yaml(tmp_path / "p") == profile
+    for top, first, second in ((0.25, (0,), (3,)), (0.26, (0, 1), (2, 3))):
+        plan = li.plan(two_layers(), config(ALL | {"only": str(tmp_path / "p"), "top": top}))
+        assert [site.only for site in plan.sites] == [first, first, second, second]
+
+
+def test_the_command_writes_a_profile(tmp_path: Path, run: Any) -> None:
+    two_layers().save_pretrained(tmp_path)
+    tokenizer(tmp_path)
+    rows, output = tmp_path / "rows.txt", tmp_path / "profile.yaml"
+    rows.write_text("1 and 1 is 2\n2 is a number\n")
+    done = run("profile", tmp_path, "--data", rows, "--output", output, "--length", 6)
+    assert done.code == 0, done.err
+    counts = li.ExpertProfile.from_yaml(output).experts.values()
+    assert [sum(each) for each in counts] == [2 * 2 * 6] * 2
+
+
+# -------------------------------------------------------------------------------------- refusals
+
+STACK = "experts.gate_up_proj"
+REFUSED: dict[str, tuple[dict[str, Any], type[li.LoraInjectError], list[str]]] = {
+    "no such expert": (ALL | {"only": [3]}, li.MatchError, [STACK, "3 experts, 0 to 2"]),
+    "a profile of another model": (
+        ALL | {"only": "other.yaml", "top": 0.5}, li.MatchError, ["model.layers.0.mlp.experts"],
+    ),
+    "a choice of a linear layer": ({"match": "q_proj", "only": [0]}, li.MatchError, ["q_proj"]),
+    "shared factors from the weight": (
+        ALL | {"share": "A", "init": "pissa"}, li.MatchError, ["share", "pissa"],
+    ),
+    "a part of a list": (ALL | {"only": [0], "top": 0.5}, li.ConfigError, ["top", "profile"]),
+    "an expert twice": (ALL | {"only": [1, 1]}, li.ConfigError, ["only"]),
+    "chosen and shared": (ALL | {"only": [0], "share": "A"}, li.ConfigError, ["share", "only"]),
+    "dropout": (ALL | {"dropout": 0.1}, li.MatchError, [STACK, "dropout"]),
+    "less rank than experts": (
+        ALL | {"rank": {"active": 1}}, li.MatchError, ["2 experts", "active: 2"],
+    ),
+    "active rank of a linear layer": (
+        {"match": "q_proj", "rank": {"active": 8}}, li.MatchError, ["q_proj"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_rule_that_fits_no_stack_or_says_nothing_is_refused(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule, kind, names = REFUSED[case]
+    monkeypatch.chdir(tmp_path)
+    li.ExpertProfile(experts={"h.0": [1, 2, 3]}).write("other.yaml")
+    model, _ = experts("mixtral")
+    with refused(kind, *names, model=model):
+        li.inject(model, config(rule))
+
+
+def test_a_model_without_experts_has_no_profile() -> None:
+    for model, batches, names in (
+        (nn.Sequential(nn.Linear(2, 2)), [torch.ones(1, 2)], ["experts"]),
+        (experts("llama4")[0], [torch.arange(4)[None]], ["experts"]),
+        (experts("llama4")[0], [], ["batch"]),
+    ):
+        with refused(li.LayerError, *names, model=model):
+            li.profile_experts(model, batches)
+
+
+def in_8_bits() -> Any:
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    model: Any = experts("qwen3_moe")[0]
+    model.model.layers[0].mlp.experts = fp8.FP8Experts(model.config, block_size=(4, 4))
+    return model
+
+
+def in_mxfp4() -> Any:
+    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    model: Any = experts("gpt_oss")[0]
+    settings = copy.copy(model.config)
+    settings.hidden_size = settings.intermediate_size = 32
+    model.model.layers[0].mlp.experts = mxfp4.Mxfp4GptOssExperts(settings)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "match", "remedy"),
+    [
+        (in_8_bits, "all-experts", "FineGrainedFP8Config(dequantize=True)"),
+        (in_8_bits, r"experts\.gate_up_proj", "FineGrainedFP8Config(dequantize=True)"),
+        (in_mxfp4, "all-experts", "packed_experts()"),
+    ],
+)
+def test_experts_whose_codes_kernels_read_are_refused(make: Any, match: str, remedy: str) -> None:
+    model = make()
+    with refused(li.LayerError, "gate_up_proj", remedy):
+        li.plan(model, {"targets": [{"match": match, "layout": "out_in"}]})

@@ -1,0 +1,443 @@
+"""Rows with adapters of their own: a batch against each row alone, whatever the layers are."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from conftest import TOLERANCE, error, fill, same_bits
+from helpers.experts import experts
+from helpers.reference import config
+from helpers.refusals import refused
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lora_inject as li
+from contract.kinds import conv1d
+
+Rows = list[str | None]
+# Eight rows of two adapters of one rank, in their order too, or of three of unequal rank.
+ROWS: dict[str, Rows] = {
+    "few adapters": ["default", "wide", None, "default", "wide", "default", "wide", None],
+    "in order": ["default"] * 4 + ["wide"] * 4,
+    "many adapters": ["thin", "wide", None, "default", "thin", "wide", "default", "thin"],
+}
+SLICE = {"slices": {"q": 4, "k": 2, "v": 3}, "adapt": ["k"]}
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Mapping[str, Any]]] = {
+    "linear": (lambda: nn.Linear(5, 6), {}),
+    "one slice": (lambda: nn.Linear(5, 9), SLICE),
+    "conv1d": (lambda: conv1d(6, 5), {}),
+}
+
+
+def crowded(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
+    layer, rule = LAYERS[kind]
+    model = nn.Sequential(layer()).to(dtype)
+    for name, rank in (("default", 2), ("wide", 2), ("thin", 1)):
+        rules = {"alpha": 3.0, "rank": rank, "targets": [{"match": "0", **rule}], **options}
+        fill(li.inject(model, rules, name), name)
+    return model.eval()
+
+
+def batch(dtype: torch.dtype, n_tokens: int | None) -> Tensor:
+    return torch.randn((8, 5) if n_tokens is None else (8, n_tokens, 5)).to(dtype)
+
+
+def check_rows(
+    model: Any, rows: Rows, x: Tensor, y: Tensor, trained: list[Any], off: float = 1e-12
+) -> None:
+    """Outputs and gradients are those of each row under its own adapter alone."""
+    g = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, trained, g, retain_graph=True)
+    alone = []
+    for i, name in enumerate(rows):
+        li.activate(model, name)
+        alone.append(model(x[i : i + 1]))
+    wanted = torch.autograd.grad(torch.cat(alone), trained, g)
+    for mine, theirs in zip((y, *gradients), (torch.cat(alone), *wanted), strict=True):
+        assert error(mine, theirs) < off
+
+
+# ------------------------------------------------------------------------------- layers of a kind
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_tokens", [None, 1, 3, 32], ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_with_and_without_gradients_alike(kind, rows, n_tokens, dtype) -> None:
+    model, x = crowded(kind, dtype), batch(dtype, n_tokens)
+    with li.routed(model, ROWS[rows]):
+        wanted = model(x)
+        with torch.no_grad():
+            found = model(x)
+    assert found.dtype == dtype
+    assert same_bits(found, wanted.detach())
+    with li.disabled(model):
+        plain = model(x)
+    base = [i for i, name in enumerate(ROWS[rows]) if name is None]
+    assert same_bits(found[base], plain[base].detach())
+    assert error(found, plain) > 1e-3
+
+
+@pytest.mark.parametrize("n_tokens", [1, 4])
+@pytest.mark.parametrize(
+    ("rows", "ranks"),
+    [
+        ([1, 2, 3, 4], (2, 2, 2, 2)),
+        ([0, 2, 1, 2, 2, 1, 0, 2], (1, 3)),
+        ([2, 2, 2, 2, 2, 2, 2, 1], (4, 1)),
+        ([3, 3, 3, 3, 3, 3, 1, 2, 3], (2, 2, 2)),
+        ([0, 0, 1], (2,)),
+    ],
+)
+def test_any_distribution_of_rows_by_hand(rows: Any, ranks: Any, n_tokens: int) -> None:
+    """Output against dense matrices row by row; two derivatives against finite differences."""
+    model, deltas = nn.Sequential(nn.Linear(5, 7, bias=False)).double(), []
+    W = model[0].weight.detach().clone()
+    for i, rank in enumerate(ranks):
+        fill(li.inject(model, {"rank": rank, "alpha": rank, "targets": ["0"]}, str(i)), str(i))
+        A, B = li.adapter_parameters(model, str(i)).values()
+        deltas.append((B @ A).detach())
+    li.train_only(model, [str(i) for i in range(len(ranks))])
+    x = torch.randn(len(rows), n_tokens, 5).double().requires_grad_()
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+
+    def run(x: Tensor, *tensors: Tensor) -> Tensor:
+        with li.routed(model, [str(row - 1) if row else None for row in rows]):
+            given = dict(zip(trained, tensors, strict=True))
+            return torch.func.functional_call(model, given, (x,))
+
+    each = [W + deltas[row - 1] if row else W for row in rows]
+    wanted = torch.stack([one @ matrix.T for one, matrix in zip(x, each, strict=True)])
+    assert error(run(x, *trained.values()), wanted) < 1e-14
+    inputs = (x, *(p.detach().requires_grad_() for p in trained.values()))
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+def fused_step(model: nn.Module) -> None:
+    """Writes without a change of any version counter."""
+    parameters = list(li.adapter_parameters(model, "wide").values())
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    torch.optim.AdamW(parameters, lr=0.1, fused=True).step()
+
+
+def replace(model: nn.Module) -> None:
+    B = li.adapter_parameters(model, "wide")["0.lora_B"]
+    (name,) = (n for n, p in model[0]._parameters.items() if p is B)
+    model[0]._parameters[name] = nn.Parameter(B.detach() + 1)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("change", [fused_step, replace])
+def test_new_values_are_seen_inside_the_context_and_a_backward_follows(change, mode) -> None:
+    """Nothing is kept, and what layers share for the context may be of inference mode."""
+    model, x = crowded("linear"), batch(torch.float64, 1)
+    li.train_only(model, ["default", "wide"])
+    with li.routed(model, ROWS["few adapters"]):
+        with mode():
+            before = model(x).clone()
+        change(model)
+        with mode():
+            found = model(x).clone()
+        wanted = model(x)
+        wanted.sum().backward()
+    assert error(found, wanted) < TOLERANCE[torch.float64]
+    assert error(before, wanted) > 1e-3
+    assert all(p.grad is not None for p in li.adapter_parameters(model, "wide").values())
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("n_tokens", [1, 3, 32])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_broken_adapter_spoils_its_own_rows_only(factor: str, rows: str, n_tokens: int) -> None:
+    """Tenants share a batch, not their mistakes."""
+    model, x = crowded("linear"), batch(torch.float64, n_tokens)
+    with li.routed(model, ROWS[rows]), torch.no_grad():
+        wanted = model(x)
+        broken = [p for k, p in li.adapter_parameters(model, "wide").items() if factor in k]
+        broken[0].fill_(torch.inf)
+        found = model(x)
+    for i, name in enumerate(ROWS[rows]):
+        if name == "wide":
+            assert not found[i].isfinite().any()
+        else:
+            assert error(found[i], wanted[i]) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("compute", ["base", "float32"])
+def test_gradients_over_a_16_bit_base_are_those_of_each_row_alone(compute: str) -> None:
+    model, rows = crowded("linear", torch.bfloat16, compute=compute), ROWS["many adapters"]
+    x = batch(torch.bfloat16, 3).requires_grad_()
+    li.train_only(model, [name for name in dict.fromkeys(rows) if name is not None])
+    trained = [x, *(p for p in model.parameters() if p.requires_grad)]
+    with li.routed(model, rows):
+        y = model(x)
+    check_rows(model, rows, x, y, trained, TOLERANCE[torch.bfloat16])
+
+
+CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "1d, circular": (lambda: nn.Conv1d(4, 6, 3, padding="same", padding_mode="circular"), (9,)),
+    "2d, grouped": (lambda: nn.Conv2d(4, 6, (3, 2), stride=2, padding=1, groups=2), (8, 7)),
+    "3d, dilated": (lambda: nn.Conv3d(4, 6, 2, dilation=(1, 2, 1), bias=False), (4, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("conv", CONVOLUTIONS)
+def test_rows_of_convolutions_are_those_of_each_adapter_alone(conv, checkpointed) -> None:
+    make, size = CONVOLUTIONS[conv]
+    model = nn.Sequential(make()).double()
+    for name, rank, init in (("a", 2, "kaiming"), ("b", 1, "pissa"), ("idle", 3, "kaiming")):
+        fill(li.inject(model, {"rank": rank, "init": init, "targets": ["0"]}, name), name)
+    li.train_only(model, ["a", "b", "idle"])
+    x = torch.randn(4, 4, *size).double().requires_grad_()
+    rows: Rows = ["b", None, "a", "b"]
+    with li.routed(model, rows):
+        y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+    trained = [x, *(p for name in ("a", "b") for p in li.adapter_parameters(model, name).values())]
+    check_rows(model, rows, x, y, trained)
+    idle = [*li.adapter_parameters(model, "idle").values()]
+    unused = torch.autograd.grad(y.sum(), idle, allow_unused=True)
+    assert unused == (None,) * len(idle)
+
+
+def with_trained_layers() -> nn.Module:
+    """Adapters that train a head, a norm or biases, and some that adapt the same layers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+    for name, rules in {
+        "head": {"targets": ["0"], "train": ["2"]},
+        "norm": {"targets": ["0"], "train": [r"1\.weight", r"2\.bias"]},
+        "none": {"targets": ["0"]},
+        "low": {"targets": ["2"], "bias": "adapted"},
+        "of B": {"targets": ["0", "2"], "lora_bias": True},
+        "dora": {"targets": ["0"], "variant": "dora", "bias": "adapted"},
+    }.items():
+        fill(li.inject(model, {"rank": 1, **rules}, name), name)
+        for key, parameter in li.adapter_parameters(model, name).items():
+            if "lora_A" not in key and "lora_B" not in key:
+                torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "recomputed"])
+def test_rows_get_the_layers_and_biases_that_their_adapters_train(checkpointed: bool) -> None:
+    model = with_trained_layers()
+    rows = ["head", "head", "norm", None, "none", "low", "of B", "dora", "norm", "head"]
+    names = [name for name in dict.fromkeys(rows) if name is not None]
+    li.train_only(model, names)
+    x = torch.randn(len(rows), 5, 4, dtype=torch.float64, requires_grad=True)
+    trained = [x, *(p for n in names for p in li.adapter_parameters(model, n).values())]
+    with li.routed(model, rows):
+        y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+    check_rows(model, rows, x, y, trained)
+
+
+def test_compiled_rows_get_their_biases_and_ranges_of_tokens_their_adapters() -> None:
+    model, x = with_trained_layers(), torch.randn(3, 5, 4, dtype=torch.float64)
+    li.train_only(model, None)
+    compiled = torch.compile(model, backend="eager")
+    for rows in (["low", None, "of B"], ["of B", "of B", "low"]):
+        with li.routed(model, rows):
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-12, atol=1e-13)
+    with torch.no_grad(), li.routed(model, ["low", "of B"], tokens=[2, 3]):
+        torch.testing.assert_close(compiled(x[:1]), model(x[:1]), rtol=1e-12, atol=1e-13)
+
+
+# -------------------------------------------------------------------- experts and packed sequences
+
+IDS = torch.arange(20).reshape(5, 4) % 13
+OF_FIVE: Rows = ["one", None, "two", "one", "two"]
+ROUTED = ["all-experts", "o_proj"]
+LENGTHS = [3, 5, 1, 4, 2]
+FLAT = torch.arange(sum(LENGTHS)) % 13
+PACKED = {
+    "input_ids": FLAT[None],
+    "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None],
+}
+# What the model gets, the sequences in it, what `routed` is told, and where they lie in the output.
+BATCHES: dict[str, tuple[dict[str, Tensor], list[Tensor], dict[str, Any], int]] = {
+    "rows": ({"input_ids": IDS}, list(IDS), {}, 0),
+    "packed": (PACKED, list(FLAT.split(LENGTHS)), {"tokens": LENGTHS}, 1),
+}
+CASES = [(f, b) for f in ("mixtral", "qwen3_moe", "deepseek_v3") for b in BATCHES]
+# With eager attention, it does not keep packed sequences apart in transformers 5.24.
+CASES.append(("gpt_oss", "rows"))
+
+
+def of_experts(family: str, how: str = "eager", *further: Any, **options: Any) -> Any:
+    model, _ = experts(family, how)
+    model.config.use_cache = False
+    torch.manual_seed(1)
+    for name in ("one", "two"):
+        fill(li.inject(model, config(*ROUTED, *further, **options), name), name)
+    return model
+
+
+def alone(model: nn.Module, batch: str, rows: Rows = OF_FIVE) -> Tensor:
+    """The logits of each sequence by itself, under its own adapter."""
+    _, sequences, _, dim = BATCHES[batch]
+    each = []
+    for ids, name in zip(sequences, rows, strict=True):
+        li.activate(model, name)
+        each.append(model(ids[None]).logits)
+    return torch.cat(each, dim)
+
+
+def together(model: nn.Module, batch: str, rows: Rows = OF_FIVE) -> Tensor:
+    inputs, _, options, _ = BATCHES[batch]
+    with li.routed(model, rows, **options):
+        return model(**inputs).logits
+
+
+@pytest.mark.recent
+@pytest.mark.parametrize("how", ["eager", "batched_mm", "default"])
+@pytest.mark.parametrize(("family", "batch"), CASES)
+def test_each_sequence_has_its_own_experts(family: str, batch: str, how: str) -> None:
+    model = of_experts(family, how)
+    with torch.no_grad():
+        for rows in (OF_FIVE, ["two"] * 5):
+            wanted = alone(model, batch, rows)
+            assert error(alone(model, batch, [None] * 5), wanted) > 1e-2
+            assert error(together(model, batch, rows), wanted) < 2e-5
+        plain = model(IDS).logits
+        together(model, batch)
+        assert same_bits(model(IDS).logits, plain), "the active adapter's again"
+        if (family, batch, how) == ("mixtral", "rows", "eager"):
+            wanted = alone(model, "rows")
+            with li.routed(model, OF_FIVE, repeat=2):  # beams
+                assert error(model(IDS.repeat_interleave(2, 0)).logits[::2], wanted) < 2e-5
+
+
+@pytest.mark.recent
+@pytest.mark.parametrize(
+    ("family", "batch", "further", "options"),
+    [
+        ("mixtral", "rows", [], {}),
+        ("gpt_oss", "rows", [], {}),
+        ("qwen3_moe", "packed", ["q_proj"], {}),
+        ("qwen3_moe", "packed", ["q_proj", "embed_tokens"], {}),
+        ("qwen3_moe", "packed", ["q_proj"], {"train": ["lm_head.weight"]}),
+    ],
+)
+def test_each_sequence_trains_its_own_adapter(family, batch, further, options) -> None:
+    model = of_experts(family, "eager", *further, **options).double()
+    li.train_only(model, ["one", "two"])
+    trained = [p for name in ("one", "two") for p in li.adapter_parameters(model, name).values()]
+    wanted, logits = alone(model, batch), together(model, batch)
+    assert error(logits, wanted) < 1e-12
+    weights = torch.randn_like(wanted)
+    due = torch.autograd.grad(wanted, trained, weights)
+    for grad, wanted_grad in zip(torch.autograd.grad(logits, trained, weights), due, strict=True):
+        assert error(grad, wanted_grad) < 1e-10
+
+
+# -------------------------------------------------------------------- where rows cannot be told
+
+
+class TimeMajor(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.fc = nn.LSTM(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.lstm(x)[0])
+
+
+class Listed(nn.Module):
+    """Experts that are layers, each of which may get just as many tokens as there are rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.top_k, self.gate = 1, nn.Linear(4, 2)
+        self.experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(2))
+
+
+def one(model: Any, *targets: str) -> Any:
+    return li.inject(model, config(*targets), "one")
+
+
+THREE: Rows = ["one", None, "one"]
+# The model, what `routed` is told, what the model gets, and names in the refusal of its forward.
+IN_FORWARD: dict[str, tuple[Callable[[], Any], dict[str, Any], Any, list[str]]] = {
+    "a convolution without a batch": (
+        lambda: one(nn.Sequential(nn.Conv1d(2, 3, 1)), "0"), {"rows": ["one", None]},
+        torch.randn(2, 5), ["batch"],
+    ),
+    "another number of rows": (
+        lambda: one(nn.Sequential(nn.Linear(4, 4)), "0"), {"rows": THREE},
+        torch.ones(5, 3, 4), ["3"],
+    ),
+    "a batch as long as time": (
+        lambda: one(TimeMajor(), "fc"), {"rows": THREE}, torch.ones(3, 3, 4), ["batch"],
+    ),
+    # Ten tokens are no other than five rows of two to a stack of experts.
+    "as many tokens as experts could get": (
+        lambda: one(experts("qwen3_moe")[0], *ROUTED), {"rows": ["one"] * 5},
+        {"input_ids": IDS[:2].repeat(1, 3)[:, :5]}, ["rows"],
+    ),
+    "packed, without a word of it": (
+        lambda: one(experts("qwen3_moe")[0], *ROUTED), {"rows": ["one"] * 10}, PACKED, ["tokens="],
+    ),
+    "other lengths": (
+        lambda: one(experts("qwen3_moe")[0], *ROUTED),
+        {"rows": ["one"] * 5, "tokens": [*LENGTHS[:-1], 9]}, PACKED, ["22", "15"],
+    ),
+    "not packed": (
+        lambda: one(experts("qwen3_moe")[0], *ROUTED),
+        {"rows": ["one"] * 5, "tokens": LENGTHS}, {"input_ids": IDS}, ["15"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.recent
+@pytest.mark.parametrize("case", IN_FORWARD)
+def test_a_batch_in_which_rows_cannot_be_told_is_refused(case: str) -> None:
+    make, options, inputs, names = IN_FORWARD[case]
+    model, rows = make(), options["rows"]
+    given = {key: value for key, value in options.items() if key != "rows"}
+    with li.routed(model, rows, **given), refused(li.LayerError, *names):
+        model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+
+@pytest.mark.recent
+def test_a_part_that_is_routed_or_called_by_itself_is_refused_where_rows_cannot_be_told() -> None:
+    model, mixture = one(TimeMajor(), "fc"), one(experts("qwen3_moe")[0], *ROUTED)
+    with li.routed(model.fc, THREE), refused(li.LayerError, "batch"):
+        model(torch.ones(3, 3, 4))
+    with li.routed(mixture, ["one"] * 5), refused(li.LayerError, "5"):
+        mixture.model.layers[0].mlp(torch.randn(1, 7, 8))
+
+
+def test_a_batch_as_long_as_time_is_told_where_rows_come_first_and_in_no_graph() -> None:
+    first = one(nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4, batch_first=True)), "0")
+    with li.routed(first, THREE):
+        first(torch.ones(3, 3, 4))
+    model = one(TimeMajor(), "fc")
+    with li.routed(model, THREE), pytest.raises((li.LayerError, RuntimeError), match="batch"):
+        torch.compile(model, backend="eager")(torch.ones(3, 3, 4))
+
+
+# The model, what is adapted, what `routed` is told, and names in the refusal at entry.
+AT_ENTRY: dict[str, tuple[Callable[[], Any], list[str], dict[str, Any], list[str]]] = {
+    "a length for each row": (
+        lambda: experts("mixtral")[0], ROUTED, {"tokens": [3, 5]}, ["tokens"],
+    ),
+    "experts alone": (lambda: experts("mixtral")[0], ROUTED[:1], {}, ["experts", "q_proj"]),
+    "experts that read their stack": (lambda: experts("llama4")[0], ROUTED, {}, ["experts"]),
+    "experts that are layers": (
+        lambda: nn.Sequential(nn.Linear(4, 4), Listed()), ["0", "all-experts"], {}, ["1.experts."],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.recent
+@pytest.mark.parametrize("case", AT_ENTRY)
+def test_what_can_never_be_routed_is_refused_at_entry(case: str) -> None:
+    make, targets, options, names = AT_ENTRY[case]
+    model = one(make(), *targets)
+    with refused(li.StateError, *names, model=model):
+        li.routed(model, THREE, **options).__enter__()

@@ -1,0 +1,681 @@
+"""Trials: many runs in one, each equal to a plain training loop of its adapter alone."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers.experts import expert_rule, experts
+from helpers.trials import (
+    BERT_TRIALS,
+    Forward,
+    Loss,
+    batches,
+    called,
+    check_each,
+    check_equal,
+    norms_in_their_dtype,
+    of_bert,
+    of_llama,
+    plain_loop,
+    square,
+    values,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from training_models import llama
+from transformers import BatchEncoding, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+
+import lora_inject as li
+from lora_inject import Trial, Trials
+
+pytestmark = pytest.mark.recent
+
+
+class Run(NamedTuple):
+    """What trials do together, and a plain loop with each of them alone."""
+
+    make: Callable[[], nn.Module]
+    trials: Mapping[str, Trial]
+    data: Callable[[Iterable[str], int], dict[str, Any]]
+    """The batch of each of these trials at a step."""
+    loss: Loss | None = None
+    forward: Forward = called
+    together: Callable[[dict[str, Any]], Any] = dict
+    """What a step of all is given, out of the batch of each."""
+    before: Callable[[Any, int], object] = lambda model, step: None
+    options: Mapping[str, Any] = {}
+    n_steps: int = 4
+    within: float = 1e-12
+
+
+def hold(run: Run, stop_at: int = 0, folder: Path | None = None) -> Trials:
+    """Train together, save and resume before one of the steps, and compare with plain loops."""
+    running = Trials(run.make(), run.trials, **run.options)
+    for step in range(run.n_steps):
+        if stop_at and step == stop_at:
+            running = Trials.resume(run.make(), running.save(folder / "run.pt"))
+        model = running.model
+        run.before(model, step)
+        loss = None if run.loss is None else partial(run.loss, model)
+        rows = run.together(run.data(running.trials, step))
+        running.step(rows, forward=partial(run.forward, model), loss=loss, by_name=True)
+    for name in running.running:
+        check_equal(running.model, alone(run, name), name, run.within)
+    return running
+
+
+def alone(run: Run, name: str) -> nn.Module:
+    steps = [[run.data([name], step)[name]] for step in range(run.n_steps)]
+    return plain_loop(run.make(), name, run.trials[name], steps, run.loss, run.forward, run.before)
+
+
+# ------------------------------------------------------------------------ models and their trials
+
+GPT2 = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 16, "vocab_size": 31}
+GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def gpt2(cls: Any = GPT2LMHeadModel) -> nn.Module:
+    torch.manual_seed(0)
+    return cls(GPT2Config(**GPT2, num_labels=3, pad_token_id=30))
+
+
+def of_experts(family: str = "mixtral", how: str = "eager") -> Any:
+    model = experts(family, how)[0]
+    norms_in_their_dtype(model.model)
+    return model
+
+
+def of_a_class(_: nn.Module, out: Any, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(out.logits, batch["labels"][:, 0] % 3)
+
+
+COSINE = {"schedule": "cosine", "steps": 6}
+C_ATTN = {"match": "c_attn", "slices": ["q", "k", "v"], "adapt": ["q", "v"]}
+GPT2_TRIALS = {
+    "slices": Trial({"rank": 2, "dropout": 0.3, "targets": [C_ATTN]}, lr=1e-2, clip=0.05),
+    "mlp": Trial(
+        {"rank": 3, "dropout": 0.1, "targets": ["c_fc"]}, lr=3e-3, weight_decay=0.1, seed=1
+    ),
+    "table": Trial({"rank": 1, "targets": ["wte", "c_proj"]}, lr=1e-2, b_lr_ratio=4, **COSINE),
+    "tied": Trial({"rank": 1, "targets": ["c_fc"], "train": ["wte"]}, lr=1e-2),
+}
+LLAMA_TRIALS = {
+    "all": Trial({"rank": 2, "dropout": 0.05, "targets": ["all-linear"]}, lr=1e-2, **COSINE),
+    "qv": Trial({"rank": 4, "scaling": "rslora", "targets": ["[qv]_proj"]}, lr=2e-2, warmup=2),
+    "pissa": Trial({"rank": 2, "init": "pissa", "targets": ["q_proj", "down_proj"]}, lr=1e-3),
+}
+DORA = Trial({"rank": 2, "variant": "dora", "targets": ["o_proj", "q_proj"]}, lr=1e-2)
+LOW_HEAD = {"match": "lm_head", "dropout": 0.2}
+HEADS = {
+    "full": Trial({"rank": 2, "targets": ["q_proj"], "train": ["norm", "lm_head"]}, lr=1e-2),
+    "low": Trial({"rank": 2, "targets": [LOW_HEAD, "embed_tokens"]}, lr=1e-2),
+    "layers": Trial({"rank": 2, "targets": ["o_proj"], "train": ["q_proj"]}, lr=1e-2, clip=0.1),
+}
+ALIKE = {
+    f"lr {lr}": Trial({"rank": 2, "targets": ["c_attn", "c_fc"]}, lr=lr, clip=0.1, seed=i)
+    for i, lr in enumerate((1e-3, 3e-3, 1e-2))
+}
+BIASES = {"rank": 1, "targets": ["c_proj"], "bias": "all", "train": ["score"]}
+OF_DORA = {"rank": 2, "targets": ["c_fc"], "variant": "dora", "bias": "adapted"}
+TABLE = {"rank": 2, "targets": ["c_fc", "wte"], "train": ["ln_f", "score"]}
+CLASSES = {
+    "head": Trial({"rank": 2, "targets": [C_ATTN], "train": ["score"]}, lr=1e-2, clip=0.1),
+    "low head": Trial({"rank": 2, "dropout": 0.2, "targets": ["score", "c_fc"]}, lr=1e-2),
+    "biases": Trial(BIASES, lr=3e-3, weight_decay=0.1, seed=1),
+    "of B": Trial({"rank": 2, "targets": ["c_fc"], "lora_bias": True}, lr=1e-2, **COSINE),
+    "own": Trial({"rank": 3, "targets": ["c_fc"], "bias": "adapted"}, lr=1e-2),
+    "dora": Trial(OF_DORA, lr=1e-2),
+    "table": Trial(TABLE, lr=1e-2),
+    "tables": Trial({"train": ["wte", "c_fc"]}, lr=1e-2),
+}
+
+
+def of_a_layout(layout: str, q: str = "q_proj", v: str = "v_proj") -> dict[str, Trial]:
+    stacks, router = expert_rule(layout), r"(gate|router)\.weight"
+    up = {**stacks, "match": r"experts\.gate_up_proj"}
+    return {
+        "all": Trial({"rank": 2, "targets": [stacks, router, q, v]}, lr=1e-2, clip=0.1),
+        "up": Trial({"rank": 3, "targets": [up]}, lr=3e-3, weight_decay=0.1),
+        "router": Trial({"rank": 1, "targets": [q, router]}, lr=1e-2, **COSINE),
+        "none": Trial({"rank": 2, "dropout": 0.2, "targets": [v]}, lr=1e-2),
+        "full": Trial({"rank": 1, "targets": [stacks], "train": [router]}, lr=1e-2, seed=2),
+    }
+
+
+UNEQUAL = {"mlp": 3, "qv": 1, "lr 0.001": 1, "head": 1, "low head": 3, "up": 3, "none": 1}
+ROWS = {"equal rows": partial(batches, rows={}), "unequal rows": partial(batches, rows=UNEQUAL)}
+CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Trial], Loss | None]] = {
+    "gpt2": (gpt2, GPT2_TRIALS, None),
+    "llama": (of_llama, LLAMA_TRIALS | HEADS | {"dora": DORA}, None),
+    "of one shape": (gpt2, ALIKE, None),
+    "heads, biases and tables": (
+        partial(gpt2, GPT2ForSequenceClassification), CLASSES, of_a_class,
+    ),
+}  # fmt: skip
+PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+SELECTIVE = partial(create_selective_checkpoint_contexts, PRODUCTS)
+CHECKPOINTS = {
+    "kept": {},
+    "recomputed": {"use_reentrant": False},
+    "selective": {"use_reentrant": False, "context_fn": SELECTIVE},
+    "reentrant": {"use_reentrant": True},
+}
+
+
+def in_float64(make: Callable[[], Any], checkpoints: str = "kept") -> Any:
+    model = make().double().train()
+    if how := CHECKPOINTS[checkpoints]:
+        model.activation_checkpointing_enable(how)
+        model.enable_input_require_grads()
+    return model
+
+
+@cache
+def of_a_plain_loop(case: str, rows: str, name: str) -> dict[str, Tensor]:
+    make, trials, loss = CASES[case]
+    return values(alone(Run(partial(in_float64, make), trials, ROWS[rows], loss), name), name)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("checkpoints", CHECKPOINTS)
+@pytest.mark.parametrize("case", CASES)
+def test_each_trial_equals_a_plain_loop(case: str, checkpoints: str, rows: str) -> None:
+    make, trials, loss = CASES[case]
+    running = Trials(in_float64(make, checkpoints), trials)
+    for step in range(4):
+        own = None if loss is None else partial(loss, running.model)
+        running.step(ROWS[rows](trials, step), loss=own)
+    for name in trials:
+        check_equal(running.model, of_a_plain_loop(case, rows, name), name)
+
+
+@pytest.mark.parametrize(
+    ("family", "how", "checkpoints"),  # grouped_mm has no float64
+    [(family, "eager", "kept") for family in ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")]
+    + [("mixtral", how, "kept") for how in ("batched_mm", "grouped_mm")]
+    + [("gpt_oss", how, "recomputed") for how in ("eager", "batched_mm", "grouped_mm")]
+    + [("qwen3_moe", "batched_mm", "recomputed"), ("deepseek_v3", "grouped_mm", "kept")],
+)
+def test_stacked_experts_and_their_routers_equal_a_plain_loop(family, how, checkpoints) -> None:
+    latent = ("q_b_proj", "kv_b_proj") if family == "deepseek_v3" else ()
+    trials = of_a_layout(experts(family)[1], *latent)
+    dtype, within = (torch.float32, 1e-3) if how == "grouped_mm" else (torch.float64, 1e-12)
+
+    def make() -> Any:
+        return in_float64(partial(of_experts, family, how), checkpoints).to(dtype)
+
+    hold(Run(make, trials, ROWS["unequal rows"], within=within))
+
+
+# --------------------------------------------------------------------- rows of unequal lengths
+
+LENGTHS = {"slices": 5, "mlp": 7, "table": 6, "all": 4, "qv": 7, "pissa": 6, "more": 5}
+
+
+def own_lengths(names: Iterable[str], step: int, masked: bool = False) -> dict[str, Any]:
+    """Each trial's rows, of its own length, the first of them with padding of its own."""
+    rows = {}
+    for name, batch in batches(names, step, {"qv": 1}).items():
+        rows[name] = {key: ids[:, : LENGTHS.get(name, 3)] for key, ids in batch.items()}
+        if masked:
+            rows[name]["attention_mask"] = torch.ones_like(rows[name]["input_ids"])
+            rows[name]["attention_mask"][0, 3:] = 0
+    return rows
+
+
+def packed(rows: dict[str, Any]) -> dict[str, Any]:
+    """The rows of each trial one after the other; no label crosses from one to the next."""
+    for batch in rows.values():
+        n, length = batch["input_ids"].shape
+        batch["labels"] = batch["labels"].clone()
+        batch["labels"][:, 0] = -100
+        batch.update({key: t.reshape(1, -1) for key, t in batch.items()})
+        batch["position_ids"] = torch.arange(length).repeat(n)[None]
+    return rows
+
+
+def without_cache(model: nn.Module, batch: dict[str, Tensor]) -> Any:
+    return model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
+
+
+def of_a_row(_: nn.Module, out: Any, batch: Any) -> Tensor:
+    wide = out.logits if out.logits.dim() == 2 else out.logits[..., :3].mean(1)
+    return nn.functional.cross_entropy(wide, batch["labels"][:, 0] % 2)
+
+
+def of_lengths(make: Any, trials: Any, way: str, *, bert: bool = False) -> Run:
+    """BERT has masks, and no loss of the next token."""
+    checkpoints = "recomputed" if "recomputed" in way else "kept"
+    data, forward = partial(own_lengths, masked=bert), called if bert else without_cache
+    run = Run(partial(in_float64, make, checkpoints), trials, data, forward=forward, within=1e-11)
+    if way == "packed":
+        return run._replace(together=packed, options={"packed": True})
+    return run._replace(loss=of_a_row if bert or "by row" in way else None)
+
+
+WAYS = ("padded", "padded, by row", "padded and recomputed", "packed")
+OF_LENGTHS = {
+    f"{name}, {way}": of_lengths(make, trials, way)
+    for way in WAYS
+    for name, make, trials in (
+        ("gpt2", gpt2, GPT2_TRIALS),
+        ("llama", of_llama, LLAMA_TRIALS | HEADS),
+        ("experts", of_experts, of_a_layout("out_in")),
+    )
+} | {f"bert, {way}": of_lengths(of_bert, BERT_TRIALS, way, bert=True) for way in WAYS[1:3]}
+
+
+@pytest.mark.parametrize("run", OF_LENGTHS)
+def test_rows_of_unequal_lengths_give_each_trial_the_run_of_its_rows_alone(run: str) -> None:
+    hold(OF_LENGTHS[run])
+
+
+# ------------------------------------------------------------------------ modules of one's own
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).double()
+
+
+def same_for_each(*shape: int) -> Callable[[Iterable[str], int], dict[str, Any]]:
+    return lambda names, step: dict.fromkeys(names, noise(*shape)[step])
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, self.training) @ self.weight
+
+
+class Images(nn.Module):
+    """Convolutions and another weight that is read; they drop nothing in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.down, self.same = nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 4, 3, padding=1)
+        self.up, self.fc = nn.ConvTranspose2d(4, 2, 2), nn.Linear(2, 2)
+        self.last = Own()
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.fc(self.up(self.same(self.down(x)).relu()).relu().mean((2, 3))))
+
+
+READ = {
+    "low": Trial({"rank": 2, "targets": ["down", "same", "up"]}, lr=1e-2, clip=0.1),
+    "dora": Trial({"rank": 1, "targets": ["down", "fc"], "variant": "dora"}, lr=1e-2),
+    "full": Trial({"rank": 1, "targets": ["same"], "train": ["down", "fc"]}, lr=1e-2),
+    "bias": Trial({"rank": 1, "targets": ["same"], "bias": "all"}, lr=1e-2, weight_decay=0.1),
+    "own": Trial({"rank": 1, "targets": [r"last\.weight", "fc"]}, lr=1e-2, seed=1),
+}
+
+
+class Channels(nn.Module):
+    """Its tokens are the last dimension of what it returns, beside a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(4, 4).double()
+
+    def forward(self, x: Tensor) -> tuple[int, Tensor]:
+        return 7, self.fc(x).mT
+
+
+def of_two_lengths(names: Iterable[str], step: int) -> dict[str, Tensor]:
+    return {name: noise(4, 1, 3, 4)[step][:, : 2 + (name == "a")] for name in names}
+
+
+class Heads(nn.Module):
+    """Two heads on one trunk, of which it may leave one out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.one, self.two = (nn.Linear(4, 4).double() for _ in range(3))
+        self.norm, self.calls_two = nn.LayerNorm(4).double(), True
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.fc(x)
+        return (self.one(x), self.norm(self.two(x))) if self.calls_two else (self.one(x),)
+
+
+RULES = {"rank": 1, "targets": ["fc|one|two"], "train": ["norm"]}
+DECAYING = {
+    "decay": Trial(RULES, lr=1e-2, weight_decay=0.3, clip=0.5),
+    "ratio": Trial(RULES, lr=1e-2, weight_decay=0.1, b_lr_ratio=4, seed=1),
+}
+CALLS_TWO = [True, False, True, False, True]
+
+
+def of_all_heads(_: nn.Module, out: Any, __: Any) -> Tensor:
+    return square(torch.cat(out))
+
+
+# Which loss each trial has at each step.
+BRANCHES = {"one": "aaaa", "two": "bbbb", "both": "cccc", "in turn": "abba", "own": "eede"}
+BRANCHING = {
+    name: Trial(RULES, lr=1e-2, weight_decay=0.3, clip=0.5, b_lr_ratio=1 + i % 2, seed=i)
+    for i, name in enumerate(BRANCHES)
+}
+
+
+def of_branches(names: Iterable[str], step: int) -> dict[str, Any]:
+    """Rows that say whose they are and which loss they have."""
+    return {
+        name: {
+            "x": noise(4, 3, 4)[step],
+            "of": torch.full((3,), list(BRANCHES).index(name)),
+            "branch": torch.full((3,), ord(BRANCHES[name][step])),
+        }
+        for name in names
+    }
+
+
+def by_branch(model: nn.Module, out: Any, batch: Any) -> Tensor:
+    """The loss of one head or of both, or a term of the trial's own adapter alone, or with one."""
+    name = list(BRANCHES)[batch["of"][0]]
+    own = sum(p.square().sum() for p in li.adapter_parameters(model, name).values())
+    one, two = map(square, out)
+    branches = {"a": one, "b": two, "c": one + two, "d": own, "e": one + own}
+    return branches[chr(batch["branch"][0])]
+
+
+def of_x(model: nn.Module, batch: Any) -> Any:
+    return model(batch["x"])
+
+
+class Whole(nn.Module):
+    """Experts that get all tokens, behind some of the model's own, or one token of each row."""
+
+    def __init__(self, n_own: int, one: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList(nn.Linear(4, 4).double() for _ in range(2))
+        self.n_own, self.one = n_own, one
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x.new_ones(len(x), self.n_own, 4), x], 1)
+        x = x[:, :1] + x.mean(1, keepdim=True) if self.one else x
+        up, down = (expert(x.flatten(0, 1)) for expert in self.experts)
+        return (up.sigmoid() * down).view_as(x)
+
+
+EXPERTS = {
+    name: Trial({"rank": 2, "targets": [r"experts\.\d"]}, lr=1e-2, seed=i)
+    for i, name in enumerate("ab")
+}
+
+
+def of_any_length(names: Iterable[str], step: int) -> dict[str, Tensor]:
+    return {n: noise(2, 4, 4)[:, : (2, 3, 1, 2)[step]] * (1 + (n == "b")) for n in names}
+
+
+def first_square(_: nn.Module, out: Any, __: Any) -> Tensor:
+    return square(out[1] if isinstance(out, tuple) else out)
+
+
+OWN_MODULES = {
+    "weights that are read": Run(Images, READ, same_for_each(4, 3, 3, 7, 7), first_square),
+    "outputs that are padded in any dimension": Run(
+        Channels,
+        {n: Trial({"rank": 1, "targets": ["fc"]}, lr=1e-2, seed=ord(n)) for n in "ab"},
+        of_two_lengths, first_square,
+    ),
+    "a loss that branches by trial": Run(
+        Heads, BRANCHING, of_branches, by_branch, of_x, within=1e-11
+    ),
+    "a loss that branches by trial, in turn": Run(
+        Heads, BRANCHING, of_branches, by_branch, of_x, options={"max_tokens": 1}, within=1e-11
+    ),
+    "layers that a step leaves out": Run(
+        Heads, DECAYING, same_for_each(5, 3, 4), of_all_heads,
+        before=lambda model, step: setattr(model, "calls_two", CALLS_TWO[step]), n_steps=5,
+    ),
+    "experts of all tokens": Run(partial(Whole, 0), EXPERTS, of_any_length, first_square),
+    "experts of more tokens": Run(partial(Whole, 3), EXPERTS, of_any_length, first_square),
+    "experts of one token a row": Run(
+        partial(Whole, 0, one=True), EXPERTS, of_any_length, first_square
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("run", OWN_MODULES)
+def test_a_module_of_ones_own_equals_a_plain_loop(run: str) -> None:
+    hold(OWN_MODULES[run])
+
+
+def test_a_resumed_run_has_no_step_of_what_was_left_out(tmp_path: Path) -> None:
+    hold(OWN_MODULES["layers that a step leaves out"], 3, tmp_path)
+
+
+class Picking(nn.Module):
+    """Experts that get the tokens whose first feature has their sign."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList(nn.Linear(4, 4).double() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        out, chosen = torch.zeros_like(flat), (flat[:, 0] > 0).long()
+        for number, expert in enumerate(self.experts):
+            here = (chosen == number).nonzero()[:, 0]
+            if len(here):
+                out = out.index_add(0, here, expert(flat[here]))
+        return out.view_as(x)
+
+
+def of_signs(signs: str, seed: int) -> Tensor:
+    """One row for each word, one token for each sign."""
+    words = signs.split()
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(len(words), len(words[0]), 4, generator=generator).double() + 0.1
+    return x * torch.tensor([[[1.0 if s == "+" else -1.0] for s in word] for word in words])
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [("++--", "+---")],
+        [("++--", "++--"), ("+++-", "+---")],
+        [("++--", "+--+"), ("+++-", "+---")],
+        [("+-", "-+"), ("++", "--")],
+        [("++--", "--++"), ("++++", "----")],
+        [("+-+- --++", "+--+ ++--"), ("++-- ++++", "---- +--+")],
+    ],
+)
+def test_tokens_that_an_expert_picks_go_to_no_other_trial_or_are_refused(steps: Any) -> None:
+    """Each time the number of an expert's tokens is a multiple of the number of rows."""
+    running, done = Trials(Picking(), EXPERTS), []
+    for step, each in enumerate(steps):
+        batch = {n: of_signs(signs, step) for n, signs in zip(EXPERTS, each, strict=True)}
+        try:
+            running.step(batch, loss=square, by_name=True)
+        except li.LayerError:
+            break
+        done.append(batch)
+    assert {*running.n_steps.values()} == {len(done)}
+    for name, trial in EXPERTS.items():
+        of_each = [[batch[name]] for batch in done]
+        plain = plain_loop(Picking(), name, trial, of_each, first_square)
+        check_equal(running.model, plain, name)
+
+
+# --------------------------------------------------------------- what changes no run, and what does
+
+
+@pytest.mark.parametrize("compute", ["base", "float32"])
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])
+def test_in_16_bits_a_trial_equals_the_same_run_alone(autocast: bool, compute: str) -> None:
+    trials = {
+        name: replace(trial, config={**trial.config.to_dict(), "compute": compute})
+        for name, trial in LLAMA_TRIALS.items()
+        if name != "pissa"
+    }
+
+    def run(some: dict[str, Trial]) -> Trials:
+        model = llama(vocab=31).train()
+        running = Trials(model if autocast else model.bfloat16(), some)
+
+        def forward(batch: Any) -> Any:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return model(batch["input_ids"])
+
+        for step in range(3):
+            running.step(batches(some, step, {}), forward=forward)
+        return running
+
+    check_each(run, trials, 0.05)
+
+
+def test_a_derivative_within_a_loss_adds_to_no_gradient() -> None:
+    models = []
+    for inner in (False, True):
+        running = Trials(Heads(), {n: Trial(RULES, lr=1e-2) for n in "ab"})
+        rows = {n: torch.ones(2, 4, dtype=torch.float64, requires_grad=True) for n in "ab"}
+
+        def loss(out: Any, batch: Tensor, inner: bool = inner) -> Tensor:
+            if inner:
+                torch.autograd.grad(out[0].sum(), batch, retain_graph=True)
+            return square(torch.cat(out))
+
+        for _ in range(2):
+            running.step(rows, loss=loss, by_name=True)
+        models.append(running.model)
+    for name in "ab":
+        check_equal(models[0], models[1], name, 0.0)
+
+
+def test_a_base_in_eval_mode_and_gradients_that_are_set_to_none_change_no_run() -> None:
+    """Dropout of an adapter acts in any mode of the base."""
+    trials, runs = LLAMA_TRIALS | HEADS | {"dora": DORA}, []
+    for training in (True, False):
+        running = Trials(of_llama().double().train(training), trials)
+        for step in range(3):
+            running.step(batches(trials, step, {}))
+            if not training:
+                running.model.zero_grad(set_to_none=True)
+        runs.append(running.model)
+    for name in trials:
+        check_equal(*runs, name, 0.0)
+    assert not any(module.training for module in runs[1].modules())
+
+
+def test_the_batches_of_a_collator_train_as_dicts_in_any_order_of_entries() -> None:
+    def run(kind: Any, names: list[str]) -> dict[str, float]:
+        rows = batches(LLAMA_TRIALS, 0, {})
+        given = {t: {k: b[k] for k in (names if t == "qv" else sorted(b))} for t, b in rows.items()}
+        return Trials(of_llama(), LLAMA_TRIALS).step({t: kind(b) for t, b in given.items()})
+
+    assert run(BatchEncoding, ["labels", "input_ids"]) == run(dict, ["input_ids", "labels"])
+
+
+def test_a_forward_may_change_the_batch_that_it_gets() -> None:
+    model, data = nn.Sequential(nn.Linear(4, 4)), {"x": torch.ones(3, 4)}
+    running = Trials(model, {n: Trial({"targets": ["0"]}, lr=1e-2) for n in "ab"})
+    for _ in range(2):
+        running.step(data, forward=lambda batch: model(batch.pop("x").mul_(2)), loss=square)
+    assert torch.equal(data["x"], torch.ones(3, 4))
+
+
+LOW = {
+    n: Trial({"rank": 2, "dropout": 0.2, "targets": ["[qv]_proj"]}, lr=1e-2, seed=ord(n))
+    for n in "abc"
+}
+STACKS = Trial({"rank": 2, "targets": [expert_rule("out_in")]}, lr=1e-2)
+WITH_NAN = {
+    "llama": (of_llama, LOW, False),
+    "llama, packed": (of_llama, LOW, True),
+    "experts": (partial(of_experts, how="batched_mm"), {**LOW, "a": STACKS, "b": STACKS}, False),
+}
+
+
+@pytest.mark.parametrize("where", ["forward", "gradient"])
+@pytest.mark.parametrize("case", WITH_NAN)
+def test_a_trial_with_nan_is_stopped_and_changes_no_other(case: str, where: str) -> None:
+    make, trials, is_packed = WITH_NAN[case]
+
+    def loss(out: Any, batch: Any) -> Tensor:
+        """A root of zero at the sign that the step below puts into the labels of b."""
+        wild = where == "gradient" and int(batch["labels"][0, 0]) == 7
+        zero = (out.logits - out.logits.detach()).square().sum()
+        return li.causal_loss(out, batch) + (zero.sqrt() if wild else 0)
+
+    def run(some: dict[str, Trial]) -> Trials:
+        running = Trials(in_float64(make), some, packed=is_packed)
+        for step in range(3):
+            rows = batches(running.running, step, {})
+            rows = packed(rows) if is_packed else rows
+            if "b" in rows and step == 1:
+                rows["b"]["labels"] = rows["b"]["labels"].clone()
+                rows["b"]["labels"][0, 0] = 7
+                spoilt = li.adapter_parameters(running.model, "b").values()
+                for parameter in spoilt if where == "forward" else ():
+                    parameter.data.fill_(float("nan"))
+            running.step(rows, forward=partial(without_cache, running.model), loss=loss)
+        return running
+
+    together = check_each(run, trials, 1e-11)
+    assert (list(together.stopped), list(together.running)) == (["b"], ["a", "c"])
+    assert where == "gradient" or "loss is nan at step 1" in together.stopped["b"]
+    assert together.stopped["b"] in together.table()
+
+
+def test_a_killed_run_goes_on_bit_for_bit_without_the_trial_that_was_dropped(tmp_path) -> None:
+    running = Trials(gpt2().train(), GPT2_TRIALS)
+    running.step(batches(GPT2_TRIALS, 0, {}))
+    running.drop("mlp")
+    running.step(batches(running.trials, 1, {}))
+    running.evaluate(batches(running.trials, 9, {}))
+    path = running.save(tmp_path / "run.pt")
+    again = Trials.resume(gpt2().train(), path)
+    assert {*again.n_steps.values()} == {2}
+    assert again.table() == running.table()
+    for step in (2, 3):
+        rows = batches(running.trials, step, {})
+        assert again.step(rows) == running.step(rows)
+    for name in running.trials:
+        check_equal(again.model, running.model, name, 0.0)
+
+
+def test_the_best_is_the_least_held_out_loss_and_a_dropped_trial_leaves_nothing() -> None:
+    model = of_llama()
+    plain = {key: value.clone() for key, value in model.state_dict().items()}
+    running = Trials(model, LLAMA_TRIALS)
+    running.step(batches(LLAMA_TRIALS, 0, {}))
+    with pytest.raises(li.StateError, match="evaluate"):
+        running.best()
+    losses = running.evaluate(batches(LLAMA_TRIALS, 5, {})["qv"])
+    assert running.best() == min(losses, key=losses.get)
+    running.drop("qv")
+    running.step(batches(["all", "pissa"], 3, {}))
+    for name in ("all", "pissa"):
+        running.drop(name)
+    assert model.state_dict().keys() == plain.keys()
+    assert all(torch.equal(model.state_dict()[key], plain[key]) for key in plain)
+    with pytest.raises(li.StateError, match="no trial is running"):
+        running.step(batches(["all"], 3, {}))
+
+
+def test_advice_is_the_largest_rank_that_fits_and_helps_its_purpose() -> None:
+    with torch.device("meta"):
+        model, wide = of_llama(), nn.Sequential(nn.Linear(512, 512))
+    one = li.plan(model, {"rank": 1, "targets": ["all-linear"]}).n_lora
+    config = li.advise(model, 3 * one + one // 2)
+    assert (config.rank, config.alpha) == (3, 32.0)
+    assert config.expect == li.Expect(sites=14, lora=3 * one)
+    with pytest.raises(li.MatchError, match=r"there is no rule for less.*layers\.\*\.self_attn"):
+        li.advise(model, one - 1)
+    for purpose, rank in (("sft", 256), ("rl", 32), ("classify", 16)):
+        assert li.advise(wide, 10**9, purpose=purpose).rank == rank
