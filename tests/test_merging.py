@@ -78,13 +78,19 @@ def test_min_kept_is_checked_before_any_change(undo: bool) -> None:
 # ----------------------------------------------------------------------------------- what it writes
 
 
+@pytest.fixture
+def row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge takes one row at a time, however many threads there are."""
+    monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 0)
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("kind", ["linear", "equal slices of conv1d", "turned experts", "conv 2d"])
-def test_row_blocks_do_not_show(kind, dtype, monkeypatch) -> None:
+def test_row_blocks_do_not_show(kind, dtype, request) -> None:
     one = injected(KINDS[kind], dtype)
     many = copy.deepcopy(one)
     whole = li.merge(one)
-    monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 1)
+    request.getfixturevalue("row_by_row")
     apart = li.merge(many)
     key = KINDS[kind].key
     found, wanted = (dict(m.named_parameters())[key].detach() for m in (many, one))
@@ -375,9 +381,9 @@ def test_merge_refuses(words: str) -> None:
 @pytest.mark.parametrize("undo", [True, False])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
-def test_a_base_that_is_not_finite_is_refused_and_left_alone(dtype, bad, undo, monkeypatch) -> None:
+@pytest.mark.usefixtures("row_by_row")
+def test_a_base_that_is_not_finite_is_refused_and_left_alone(dtype, bad, undo) -> None:
     """With `undo` it comes to light only while rows are written, and they are put back."""
-    monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 8)
     model = two_layers().to(dtype)
     model[1]._parameters["weight"].data[3, 2] = bad
     before = snapshot(model)
@@ -387,14 +393,14 @@ def test_a_base_that_is_not_finite_is_refused_and_left_alone(dtype, bad, undo, m
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.usefixtures("row_by_row")
 def test_a_merge_that_fails_within_a_tensor_puts_its_rows_back(dtype, monkeypatch) -> None:
-    monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 8)
     model = two_layers().to(dtype)
     before, adding, calls = snapshot(model), fold.Delta.add_, []
 
     def fails(*args: Any) -> Any:
         calls.append(args)
-        if len(calls) == 8:  # rows of the second layer
+        if len(calls) == 8:  # the third row of the second layer
             raise ZeroDivisionError
         return adding(*args)
 
@@ -407,10 +413,11 @@ def test_a_merge_that_fails_within_a_tensor_puts_its_rows_back(dtype, monkeypatc
     assert snapshot(li.unmerge(model)) == before
 
 
-@pytest.mark.parametrize("block_elements", [4, 1000])
+@pytest.mark.parametrize("rows", ["whole", "row_by_row"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_zeros_outside_the_delta_keep_their_sign(dtype, block_elements, monkeypatch) -> None:
-    monkeypatch.setattr(fold, "BLOCK_ELEMENTS", block_elements)
+def test_zeros_outside_the_delta_keep_their_sign(dtype, rows, request) -> None:
+    if rows == "row_by_row":
+        request.getfixturevalue(rows)
     model = nn.Sequential(nn.Linear(4, 6, bias=False)).to(dtype)
     with torch.no_grad():
         model[0].weight.fill_(-0.0)
