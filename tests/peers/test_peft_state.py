@@ -9,8 +9,8 @@ import torch
 from conftest import error, fill
 from helpers.models import IDS, denoised, tiny_llama, tiny_unet
 from helpers.reference import logits
-from helpers.refusals import said
-from safetensors import safe_open
+from helpers.refusals import refused
+from helpers.states import metadata
 from safetensors.torch import load_file
 from torch import nn
 
@@ -70,21 +70,29 @@ def test_its_tensors_are_the_receivers_own_in_the_dtype_and_on_the_device_asked_
     assert all(torch.equal(tensors[key], before[key]) for key in before)
 
 
-def test_what_a_receiver_would_misread_is_refused() -> None:
+MISREAD: dict[str, tuple[float | None, dict[str, Any], list[str]]] = {
+    "integers": (None, {"dtype": torch.int8}, ["dtype", "torch.int8"]),
+    "beyond float16": (1e6, {"dtype": torch.float16}, ["q_proj.lora_A.weight'", "torch.float16"]),
+    "NaN": (float("nan"), {}, ["q_proj'", "NaN"]),
+}
+
+
+@pytest.mark.parametrize("case", MISREAD)
+def test_what_a_receiver_would_misread_is_refused(case: str) -> None:
+    value, options, named = MISREAD[case]
     model = adapted()
-    A = li.adapter_parameters(model)["model.layers.0.self_attn.q_proj.lora_A"]
-    refusal = said(lambda: li.peft_state(model, dtype=torch.int8))
-    assert "dtype: it is torch.int8. Give a floating point dtype." in refusal
-    with torch.no_grad():
-        A.fill_(1e6)
-    refusal = said(lambda: li.peft_state(model, dtype=torch.float16))
-    assert "q_proj.lora_A.weight': its values are not finite in torch.float16" in refusal
-    with torch.no_grad():
-        A.fill_(float("nan"))
-    assert "NaN or infinite" in said(lambda: li.peft_state(model))
+    if value is not None:
+        A = li.adapter_parameters(model)["model.layers.0.self_attn.q_proj.lora_A"]
+        torch.nn.init.constant_(A, value)
+    with refused(li.LoraInjectError, *named, model=model):
+        li.peft_state(model, **options)
+
+
+def test_an_adapter_that_is_merged_is_not_handed_on() -> None:
     model = adapted()
     li.merge(model)
-    assert "merged" in said(lambda: li.peft_state(model))
+    with refused(li.StateError, "merged", model=model):
+        li.peft_state(model)
 
 
 # ----------------------------------------------------------------------------------------- a folder
@@ -155,8 +163,7 @@ def test_the_header_holds_the_config_where_diffusers_looks_for_it(tmp_path: Path
     model = with_adapter(tiny_unet(), ["to_q", "to_v", "conv1"])
     path = li.save_adapter(model, tmp_path / "a")
     name = "adapter_model.safetensors"
-    with safe_open(path / name, "pt") as file:
-        told = json.loads(file.metadata()["lora_adapter_metadata"])
+    told = json.loads(metadata(path / name)["lora_adapter_metadata"])
     assert (told["base_model.model.r"], told["base_model.model.lora_alpha"]) == (2, 6)
     theirs = tiny_unet()
     theirs.load_lora_adapter(str(path), prefix="base_model.model", weight_name=name)
