@@ -224,11 +224,13 @@ def compared(one: SiteState | None, two: SiteState | None) -> Compared:
         R_l, R_r = (torch.linalg.qr(m, mode="r").R for m in sides)
         k = left.shape[2]
         ours, theirs = R_l[..., :k] @ R_r[..., :k].mT, R_l[..., k:] @ R_r[..., k:].mT
+        if torch.equal(left, left2) and torch.equal(right, right2):
+            theirs = ours  # without the rounding of the bases
         norms = [torch.linalg.vector_norm(m) for m in (ours, theirs, ours - theirs)]
         squares += torch.stack(norms).square().cpu()
         dot += float((ours * theirs).sum())
     first, second, apart = squares.sqrt().tolist()
-    return Compared((first, second), dot, 0.0 if one == two else apart)
+    return Compared((first, second), dot, apart)
 
 
 def mixed(

@@ -17,7 +17,6 @@ from lora_inject.analysis.rounding import Rounded
 from lora_inject.analysis.weights import BlockOnWeight, SiteOnWeight, Weights
 from lora_inject.checkpoint import Checkpoint
 from lora_inject.checkpoint.write import Progress, counting_bytes
-from lora_inject.core.adapter.other_tensors import with_every_expert
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import StateError
 
@@ -100,7 +99,7 @@ def analyze(
         raise StateError(f"analyze {label}", problem, "Only A and B can be analyzed")
     state.check_finite(f"analyze {label}")
     if isinstance(base, str | Path):
-        base = Weights(with_every_expert(state), Checkpoint.open(base), label, any_base=any_base)
+        base = Weights(state, Checkpoint.open(base), label, any_base=any_base)
     sizes = {
         name: site.A.nbytes + site.B.nbytes + (base.n_bytes(name) if base else 0)
         for name, site in state.sites.items()

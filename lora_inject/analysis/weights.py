@@ -230,14 +230,16 @@ class Weights:
     def look(self, site: str) -> SiteOnWeight:
         """Read the weight of a site and compare the update with it, as `analyze` says."""
         places = self._fit.places(site)
-        n_experts = self._state.sites[site].spec.experts
+        spec = self._state.sites[site].spec
+        experts = spec.only or range(spec.experts or 0)
         blocks: list[BlockOnWeight] = []
         rows = [self._open(placed) for placed in places]
         pairs = (pair for each in rows for pair in each.with_delta())
         rounded = rounding_of_rows(pairs)
         for number, each in enumerate(rows):
             # Places are in the order of the experts, several of each where the file cuts them.
-            expert = f"expert {number * n_experts // len(places)} " if n_experts else ""
+            first = number * len(experts) // len(places)
+            expert = f"expert {experts[first]} " if experts else ""
             for block in blocks_of_terms(each.placed.terms):
                 of_block = partial(each.of, block)
                 norms = amplification(of_block, block.delta, transposed=block.transposed)

@@ -22,7 +22,6 @@ from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES
 from lora_inject.core.adapter.exchange import read_adapter
-from lora_inject.core.adapter.other_tensors import with_every_expert
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.json_files import read_json
 from lora_inject.core.files.tensors import bytes_of
@@ -33,7 +32,7 @@ from lora_inject.errors import CheckpointError, user_path
 _STEP_ELEMENTS = 1 << 20
 _FACTS = attrgetter(
     *("weight", "kind", "in_features", "out_features", "rank", "alpha", "scaling", "transposed"),
-    *("experts", "spans", "variant"),
+    *("experts", "only", "share", "spans", "variant"),
 )
 """Fields of a site that affect its update, besides name and tensors."""
 
@@ -69,7 +68,7 @@ def _weighted(given: Given, base: Checkpoint) -> WeightedAdapter:
     if isinstance(given, WeightedAdapter):
         return given
     if isinstance(given, AdapterState):
-        return WeightedAdapter(with_every_expert(given))
+        return WeightedAdapter(given)
     return read_weighted(given, base)
 
 
@@ -99,15 +98,15 @@ def read_weighted(
             with contextlib.suppress(CheckpointError):  # a class that cannot be built
                 facts = BaseClass(base).facts()
     state = read_adapter(path, facts=facts, **options)
-    return WeightedAdapter(with_every_expert(state), weight, str(path))
+    return WeightedAdapter(state, weight, str(path))
 
 
 def _tensors_of(adapter: WeightedAdapter) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of an adapter with a name for messages and for the digest."""
+    """Yield every tensor of an adapter with its name."""
     state = adapter.state
     for name, site in state.sites.items():
         yield from ((f"{name} {role}", tensor) for role, tensor in site.tensors.items())
-    yield from ((f"{name}{state.rows.get(name, '')}", t) for name, t in state.trained.items())
+    yield from state.trained.items()
     yield from state.base_copies.items()
 
 
@@ -153,7 +152,7 @@ def _steps(tensor: Tensor) -> Iterator[Tensor]:
 
 def digest(adapter: WeightedAdapter) -> str:
     """Return the SHA-256 of an adapter's numbers and its weight; in any order of its sites."""
-    sha = hashlib.sha256(repr(adapter.weight).encode())
+    sha = hashlib.sha256(repr((adapter.weight, sorted(adapter.state.rows.items()))).encode())
     for name, site in sorted(adapter.state.sites.items()):
         sha.update(repr((name, *_FACTS(site.spec))).encode())
     for name, tensor in sorted(_tensors_of(adapter), key=lambda row: row[0]):

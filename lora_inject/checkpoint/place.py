@@ -140,17 +140,21 @@ class SiteUpdate:
     ) -> Placed:
         """Put the update of one matrix, or some of its rows, on the rows of a tensor from `start`.
 
-        This includes the subtraction of a frozen start.
+        `expert` counts the adapted ones. This includes the subtraction of a frozen start.
         """
-        spec = replace(self.state.spec, experts=None, weight_shape=matrix, transposed=transposed)
+        of_all, of_one = self.state.spec, {"experts": None, "only": None, "share": ""}
+        spec = replace(of_all, weight_shape=matrix, transposed=transposed, **of_one)
         if rows is not None and transposed:
             spec = replace(spec, in_features=matrix[0])
         elif rows is not None:
             spec = replace(spec, out_features=matrix[0])
         terms = []
         for A, B, sign in self.state.pairs:
-            a = A.reshape(-1, spec.in_features) if expert is None else A[expert]
-            b = B.reshape(-1, spec.rank) if expert is None else B[expert]
+            if expert is None:
+                a, b = A.reshape(-1, spec.in_features), B.reshape(-1, spec.rank)
+            else:
+                a = A[0 if of_all.share == "A" else expert]
+                b = B[0 if of_all.share == "B" else expert]
             if rows is not None:
                 a, b = (a[:, rows], b) if transposed else (a, b[rows])
             terms.append(Patch(spec, a, b, sign * self.weight))
@@ -166,8 +170,8 @@ class SiteUpdate:
         if spec.experts is None:
             return [self._placed(name, entry, matrix, transposed=transposed)]
         return [
-            self._placed(name, entry, matrix, start=e * matrix[0], transposed=transposed, expert=e)
-            for e in range(spec.experts)
+            self._placed(name, entry, matrix, start=e * matrix[0], transposed=transposed, expert=n)
+            for n, e in enumerate(spec.only or range(spec.experts))
         ]
 
     def _matrix_in(self, entry: TensorEntry) -> tuple[tuple[int, int], bool]:
@@ -199,12 +203,12 @@ class SiteUpdate:
         matrix = (len(names[0]) * shape[0], shape[1])
         transposed = self.way.transposed(spec, self.name, matrix)
         places = []
-        for e, expert in enumerate(names):
-            for part, name in enumerate(expert):
+        for n, e in enumerate(spec.only or range(len(names))):
+            for part, name in enumerate(names[e]):
                 rows = slice(part * shape[0], (part + 1) * shape[0])
                 entry = of.checkpoint.tensors[name]
                 places.append(
-                    self._placed(name, entry, shape, transposed=transposed, expert=e, rows=rows)
+                    self._placed(name, entry, shape, transposed=transposed, expert=n, rows=rows)
                 )
         return places
 

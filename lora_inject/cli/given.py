@@ -175,9 +175,9 @@ class ReadOptions:
         ),
     ] = None
     expert_major: Annotated[
-        bool,
-        Option(help="PEFT folders: a stacked B has its columns by expert, as unsloth writes them."),
-    ] = False
+        bool | None,
+        Option(help="PEFT folders: a stacked B has its columns by expert, as unsloth wrote them."),
+    ] = None
     enable_lora: Annotated[
         str | None,
         Option(
@@ -217,8 +217,7 @@ class ReadOptions:
     def _given(self) -> dict[str, Any]:
         """Return the options that were given, as `read_adapter` takes them."""
         given = {f.name: value for f in fields(self) if (value := getattr(self, f.name))}
-        if self.alpha is not None:
-            given["alpha"] = self.alpha
+        given |= {n: v for n in ("alpha", "expert_major") if (v := getattr(self, n)) is not None}
         if self.enable_lora is not None:
             flags = self.enable_lora.split(",")
             if set(flags) - {"0", "1"}:

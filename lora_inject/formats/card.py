@@ -45,6 +45,8 @@ _TASKS = {
     "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
 }
 _FOLDER = "path/to/this/folder"
+# What vLLM takes for --max-lora-rank (0.33, config/lora.py, `MaxLoRARanks`).
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _DATASET = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
@@ -52,15 +54,16 @@ def model_card(
     state: AdapterState,
     facts: ModelFacts,
     *,
+    rank: int,
     trained_on: str | None = None,
     published_as: str | None = None,
     proves: bool = False,
 ) -> str:
     """Return the text of README.md: YAML front matter and Markdown.
 
-    `trained_on` is a data set of the hub or a description of the data. `published_as` is where
-    readers find the adapter; by default a placeholder path. `proves` says that its file holds what
-    it computes, see `save_adapter(probe=)`.
+    `rank` is the largest in the files. `trained_on` is a data set of the hub or a description of
+    the data. `published_as` is where readers find the adapter; by default a placeholder path.
+    `proves` says that its file holds what it computes, see `save_adapter(probe=)`.
     """
     base_model = facts.base_model
     tag, cls = _TASKS.get(facts.task_type or "", (None, None))
@@ -91,13 +94,15 @@ def model_card(
             *_notes(facts.notes),
             "## Use",
             "",
-            *_commands(state, base_model, cls, published_as or _FOLDER),
+            *_commands(state, base_model, cls, published_as or _FOLDER, rank),
             *(_checks(cls) if proves else []),
         ]
     )
 
 
-def _commands(state: AdapterState, base_model: str | None, cls: str | None, path: str) -> list[str]:
+def _commands(
+    state: AdapterState, base_model: str | None, cls: str | None, path: str, rank: int
+) -> list[str]:
     """Return code that loads it here, with PEFT, and with vLLM if vLLM accepts it."""
     base, there = json.dumps(base_model or "path/to/the/base"), json.dumps(path)
     load = [f"model = ...  # {base}"]
@@ -111,9 +116,9 @@ def _commands(state: AdapterState, base_model: str | None, cls: str | None, path
     peft.insert(0, "from peft import PeftModel")
     lines = ["```python", *ours, "```", "", "```python", *peft, "```", ""]
     kinds = {site.spec.kind for site in state.sites.values()}
-    if cls == "AutoModelForCausalLM" and base_model and kinds == {"linear"} and not state.trained:
-        rank = max(site.spec.rank for site in state.sites.values())
-        serve = f"vllm serve {shlex.quote(base_model)} --enable-lora --max-lora-rank {rank}"
+    taken = [most for most in VLLM_RANKS if most >= rank and kinds == {"linear"}]
+    if cls == "AutoModelForCausalLM" and base_model and taken and not state.trained:
+        serve = f"vllm serve {shlex.quote(base_model)} --enable-lora --max-lora-rank {taken[0]}"
         serve += f" --lora-modules {shlex.quote(f'adapter={path}')}"
         lines += ["```console", serve, "```", ""]
     return lines

@@ -32,6 +32,7 @@ from lora_inject.core.spec.names import leaf, parent
 from lora_inject.core.spec.spellings import nearest
 from lora_inject.errors import FormatError, within
 from lora_inject.formats import diffusers, mlx, mlx_model
+from lora_inject.formats.card import VLLM_RANKS
 from lora_inject.formats.gguf_file import FAMILIES, content
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import check_field
@@ -61,7 +62,6 @@ _COMFYUI_LACKS = re.compile(
 _OF_A_PIPELINE = re.compile(rf"({'|'.join(diffusers.COMPONENTS)})\.|(lora|lycoris)_")
 # Models whose stacks of experts vLLM adapts as PEFT stacks them (`is_3d_moe_weight`).
 VLLM_STACKS = ("gpt_oss", "interns1_pro", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_vl_moe")
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,21 @@ OURS = {
     "AutoPeftModelForCausalLM": "load_adapter",
     "get_peft_model_state_dict": "adapter_state",
     "set_peft_model_state_dict": "swap_adapter",
+    "set_adapter": "activate",
+    "enable_adapters": "activate",
+    "disable_adapter": "disabled",
+    "disable_adapters": "disabled",
+    "active_adapters": "summary",
+    "add_adapter": "inject",
+    "delete_adapter": "eject",
+    "unload": "eject",
+    "merge_adapter": "merge",
+    "merge_and_unload": "merge",
+    "unmerge_adapter": "unmerge",
+    "add_weighted_adapter": "combine",
+    "hotswap_adapter": "swap_adapter",
+    "print_trainable_parameters": "summary",
+    "prepare_model_for_kbit_training": "inject",
 }
 """Name of PEFT to ours."""
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.adapter.exchange import write_adapter
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.atomic import replace_file
+from lora_inject.core.files.atomic import explained, replace_file
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.survey import Survey, base_parameters
 from lora_inject.core.layers.told import FORMS
@@ -148,7 +148,7 @@ def folders_of(survey: Survey) -> dict[str, str]:
     names = sorted(reach(survey.model, survey).names)
     folders = {name: "" if len(names) == 1 or name == "default" else name for name in names}
     for name, folder in folders.items():
-        if Path(folder).name != folder:
+        if Path(folder).name != folder or folder == ".." or not folder.isprintable():
             problem = f"the adapter's name {name!r} is not that of a folder"
             raise StateError(SAVE, problem, "Call save_adapter(model, path, name)")
     return folders
@@ -194,10 +194,11 @@ def write_adapters(
     folders = folders_of(survey)
     for name, state in states.items():
         folder = place / folders[name]
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, data in _files_of(survey, name, state, format).items():
-            if file != "README.md" or not _is_of_others(folder / file):
-                replace_file(folder / file, data)
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for file, data in _files_of(survey, name, state, format).items():
+                if file != "README.md" or not _is_of_others(folder / file):
+                    replace_file(folder / file, data)
 
 
 def _refuse_options(options: Mapping[str, Any], *, push_to_hub: bool) -> None:

@@ -253,7 +253,7 @@ def _fits(site: SiteState) -> bool:
     """Whether a site has the tensors that its spec states, A and B of one floating point dtype."""
     spec, tensors = site.spec, site.tensors
     shapes = {role: tensor.shape for role, tensor in tensors.items()}
-    due = {role: spec.shapes[role.removesuffix("0")] for role in spec.roles}
+    due = {role: spec.shape_of(role) for role in spec.roles}
     pair = {tensor.dtype for role, tensor in tensors.items() if role not in site.further}
     dtypes = pair.union(tensor.dtype for tensor in site.further.values())
     started = (site.A0 is None) == (site.B0 is None)

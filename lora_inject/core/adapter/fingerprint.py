@@ -7,8 +7,9 @@ adapted weight the class, the settings and a few packed bytes are compared. Whol
 base that an adapter carries are compared as such.
 
 An embedding's adapter changes the rows of the tokens that training saw, slices are a part of the
-outputs, and an expert that met no token stays what it was. Evenly spaced places would miss what
-moved, and the adapter's own merged base would pass. So values that moved are sampled too.
+outputs, and an expert that is not adapted, or met no token, stays what it was. Evenly spaced places
+would miss what moved, and the adapter's own merged base would pass. So values that moved are
+sampled too.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def moved_positions(site: SiteState, n: int = N_SAMPLES) -> tuple[int, ...]:
 
 def _moves_all(site: SiteState) -> bool:
     spec = site.spec
-    if spec.slices is not None:
+    if spec.slices is not None or spec.only is not None:
         return False
     outputs = site.B.any(-1)
     inputs = site.A.reshape(-1, spec.rank, spec.in_features).any(1)

@@ -37,7 +37,7 @@ def why_ill_fitting(site: SiteState) -> FormatError:
         problem = f"it has {', '.join(site.tensors)} where {', '.join(spec.roles)} are due"
         return FormatError(f"{where}, {roles[0]}", problem, remedy)
     for role, tensor in site.tensors.items():
-        due = spec.shapes[role.removesuffix("0")]
+        due = spec.shape_of(role)
         if tensor.shape != due:
             problem = f"{role} has shape {tuple(tensor.shape)} where {due} is due"
             return FormatError(where, problem, remedy)

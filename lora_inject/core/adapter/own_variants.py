@@ -30,6 +30,9 @@ def register_variant(cls: type[Variant]) -> type[Variant]:
     if not name or not issubclass(cls, Variant):
         problem = "it is not a Variant with a name of its own"
         raise LayerError(asked, problem, "Derive from Variant and set name")
+    if taken := {"A", "B", "A0", "B0", "b"} & cls.roles.keys():
+        problem = f"its role {min(taken)!r} is that of every site"
+        raise LayerError(asked, problem, "Choose another name for it")
     known = type(VARIANTS[name]) if name in VARIANTS else cls
     if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         problem = f"variant {name!r} is {known.__module__}.{known.__qualname__}"

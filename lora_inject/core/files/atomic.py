@@ -46,15 +46,13 @@ def explained(target: Path) -> Iterator[None]:
 
 
 def fsync_dir(folder: Path) -> None:
-    """Make the names in a folder durable, if the folder may be read."""
-    try:
+    """Make the names in a folder durable, where the system can: not on each mount."""
+    with contextlib.suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
-    except PermissionError:
-        return
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def write_new(path: Path, data: bytes) -> None:

@@ -83,7 +83,7 @@ class Entry:
 
     def shape_of(self, role: str) -> tuple[int, ...]:
         """Return the shape that the tensor of a role has, unsharded."""
-        return self.shape if self.spec is None else self.spec.shapes[role.removesuffix("0")]
+        return self.shape if self.spec is None else self.spec.shape_of(role)
 
     def trains(self, role: str) -> bool:
         """Return whether the tensor of a role trains: all but a frozen start."""

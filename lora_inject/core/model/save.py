@@ -77,7 +77,7 @@ def save_adapter(
     survey = Survey(model)
     format = format or room("formats").DEFAULT  # noqa: A001
     asked = f"save adapter {name!r}"
-    target = _target(folder, format, version, asked)
+    target = _target(folder, format, version, keep, asked)
 
     def taken() -> tuple[AdapterState, Callable[[], Any] | None]:
         state = read_off(survey, name)
@@ -113,11 +113,19 @@ def save_adapter(
     return target
 
 
-def _target(path: Path, format: str, version: int | None, asked: str) -> Path:  # noqa: A002
+def _target(
+    path: Path,
+    format: str,  # noqa: A002
+    version: int | None,
+    keep: int | None,
+    asked: str,
+) -> Path:
     """Return where files of a format are written for a path."""
     row = format_of(format, asked)
     if version is not None:
         return folder_of(version, path, format, row, asked)
+    if keep is not None:
+        raise FormatError(f"{asked}, keep {keep}", "it counts versions", "Give version, too")
     with within(f"{asked} to '{path}'"):
         return completed(path, row)
 

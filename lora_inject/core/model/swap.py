@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence, Set
 from os import PathLike
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -38,7 +37,7 @@ from lora_inject.core.model.read_off import values_on
 from lora_inject.core.spec.meaning import meaning
 from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.spellings import nearest
-from lora_inject.errors import FormatError, LayerError, within
+from lora_inject.errors import FormatError, LayerError, user_path, within
 from lora_inject.private import look_up
 
 M = TypeVar("M", bound=nn.Module)
@@ -107,10 +106,10 @@ def swap_adapter(
     whose = asked
     files = None
     if not isinstance(state, AdapterState):
-        files = Path(state)
+        files = user_path(asked, state)
         with values_at_once():
             state = read_adapter(
-                state, format, facts=lambda: room("formats").facts_about(survey), **options
+                files, format, facts=lambda: room("formats").facts_about(survey), **options
             )
         whose = f"{asked} for {str(source)!r}"
     state.check_finite(whose, FormatError)

@@ -35,6 +35,7 @@ _NAMES = {
     "adapted": ("lora_only",),
     "lr": ("learning_rate",),
 }
+_OF_PEFT = re.compile("r|(lora|target|use|init_lora|exclude|modules_to|layers_to)_.+|peft_type")
 _ELSEWHERE = {other: ours for ours, others in _NAMES.items() for other in others}
 """Names of the same thing elsewhere, to ours."""
 
@@ -67,6 +68,8 @@ def config_error(
         path = _path(detail["loc"], data)
         problem, remedy = _explain(detail, path, models)
         unknown = detail["type"] == "extra_forbidden"
+        if unknown and _OF_PEFT.fullmatch(str(path[-1])):
+            remedy += f"{'' if remedy.endswith('?') else '.'} Config.from_peft reads a LoraConfig"
         if unknown and document is not None and document.anchors(path):
             remedy += "" if remedy.endswith("?") else "."
             remedy += " A key cannot only hold an anchor: put it where its value is used first"

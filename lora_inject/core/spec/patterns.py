@@ -1,4 +1,4 @@
-"""Patterns on the ends of names: regexes, and a limit on the time that they may take."""
+"""Patterns on the ends of names: regexes, with a limit on the time that a stranger's may take."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import warnings
 from collections.abc import Iterable
 from functools import lru_cache
 
-from lora_inject.core.spec.bounded_patterns import matching_within
+from lora_inject.core.spec.timed_patterns import matching_in_time
 from lora_inject.core.spec.words import show
 from lora_inject.errors import LoraInjectError, MatchError
 
-MATCH_SECONDS = 5.0  # for one pattern and all names; a harmless pattern takes milliseconds
-_NOT_PLAIN = re.compile(r"[*+?{|[]")  # a pattern without repetition, choice and set takes no time
+MATCH_SECONDS = 5.0  # for a stranger's pattern and all names; a harmless one takes milliseconds
 INDEX = "(?:0|[1-9][0-9]{0,8})"  # no leading zeros: YAML reads 010 as 8, Python as 10
 NOT_A_REGEX = (re.error, OverflowError, RecursionError)
 
@@ -23,13 +22,13 @@ def matching(
     *,
     asked: str,
     error: type[LoraInjectError] = MatchError,
-    seconds: float = MATCH_SECONDS,
+    seconds: float | None = None,
 ) -> list[str]:
     r"""Return the names that a pattern matches: their ends, from the start or just after a dot.
 
-    A backtracking regex can take exponential time on a short name, so the processor time for all
-    names together is limited, in `seconds`; `error` is raised then. `asked` is what messages call
-    the pattern.
+    A backtracking regex can take exponential time on a short name. So one that comes with a file
+    gets `seconds` of processor time for all names together; then `error` is raised. `asked` is what
+    messages call the pattern.
 
     Examples:
         >>> matching("q_proj", ["a.q_proj", "a.my_q_proj", "a.q_proj_norm"], asked="rule 1")
@@ -41,9 +40,13 @@ def matching(
         return [name for name in names if name.endswith(tail) or name == pattern]
     try:
         whole = _at_the_end(pattern)
-        if seconds > 0 and not _NOT_PLAIN.search(pattern):
+        if seconds is None:
             return list(filter(re.compile(whole).match, names))
-        return matching_within(pattern, whole, names, asked, error, seconds)
+        return list(matching_in_time(whole, names, seconds))
+    except TimeoutError as late:
+        what = f"it took more than {seconds:g} s to match (on '{late.args[0][:60]}')"
+        remedy = "Write the pattern without repetition inside repetition, such as (a+)+"
+        raise error(asked, what, remedy) from None
     except NOT_A_REGEX as problem:
         raise error(asked, f"it is not a regex: {problem}", "Escape its brackets") from None
 

@@ -193,6 +193,10 @@ class SiteSpec:
         object.__setattr__(made, "__dict__", values)
         return made
 
+    def shape_of(self, role: str) -> tuple[int, ...]:
+        """The shape of the tensor of a role; a frozen start has those of A and B."""
+        return self.shapes[{"A0": "A", "B0": "B"}.get(role, role)]
+
     @property
     def roles(self) -> tuple[str, ...]:
         """The roles of its tensors: those that train, and A0 and B0 of a frozen start."""

@@ -1,4 +1,4 @@
-"""Patterns that may take very long, matched by `regex`, which can limit the time: few do."""
+"""Patterns that may take very long, matched by `regex`, which can limit the time."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import regex
 
 
-def matching_in_time(pattern: str, names: Sequence[str], end: float) -> Iterator[str]:
-    """Yield the names that match; each match may take the time that is left, and costs more."""
-    compiled = _timed(pattern)
+def matching_in_time(pattern: str, names: Sequence[str], seconds: float) -> Iterator[str]:
+    """Yield the names that match; each match may take the time that is left."""
+    compiled, end = _timed(pattern), time.thread_time() + seconds
     for name in names:
         try:
             left = end - time.thread_time()  # `timeout` counts other threads, too

@@ -152,11 +152,10 @@ _REFUSED = {
 }
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "true", "false", "none"}
 _NOT_NEEDED = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core", "peft_type",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
-    "task_type",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
+    "inference_mode", "init_lora_weights", "loftq_config", "lora_ga_config", "megatron_core",
+    "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "target_modules", "task_type",
 }  # fmt: skip
 
 
@@ -166,6 +165,20 @@ def _are_rows(value: Any) -> bool:
     return right and all(rows and len(set(rows)) == len(rows) for rows in several)
 
 
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _are_layers(value: Any) -> bool:
+    return not misfit(_several(value), [range(2**63)])
+
+
+def _are_lists(value: Any) -> bool:
+    return all(isinstance(name, str) and name.isidentifier() for name in _several(value))
+
+
+LAYOUTS_OF_B = ("rank_major", "grouped_by_expert")
+"""How unsloth has ordered the columns of a stack's B: as PEFT does, or by expert first."""
 _RANK = range(1, 2**63)
 _NAMES = [lambda name: isinstance(name, str) and name], "a list of names"
 _FLAG = bool, "true or false"
@@ -179,6 +192,10 @@ _FORMS: dict[str, tuple[Any, str]] = {
     "lora_bias": _FLAG,
     "fan_in_fan_out": _FLAG,
     "bias": (("none", "lora_only", "all").__contains__, "one of none, lora_only, all"),
+    "ensure_weight_tying": _FLAG,
+    "layers_to_transform": (_are_layers, "a layer, or a list of them"),
+    "layers_pattern": (_are_lists, "a name of a list of layers, or several"),
+    "lora_B_layout": (LAYOUTS_OF_B.__contains__, f"one of {', '.join(LAYOUTS_OF_B)}"),
     "modules_to_save": _NAMES,
     "target_parameters": _NAMES,
     "trainable_token_indices": (_are_rows, "a list of rows, or one for a name"),
@@ -193,7 +210,8 @@ class Claims:
 
     `modules_to_save` and the keys of `trainable_token_indices` are names or ends of names;
     `target_modules` and `exclude_modules` are full names or ends of names after a dot, or an
-    expression for full names, and None where the file has none; `peft_version` is `(major, minor)`.
+    expression for full names, and None where the file has none; `peft_version` is `(major, minor)`;
+    `of_unsloth` is whether the file has a sign of unsloth, whose older stacks have another layout.
     """
 
     lora_alpha: float
@@ -209,6 +227,11 @@ class Claims:
     target_modules: frozenset[str] | str | None = None
     exclude_modules: frozenset[str] | str | None = None
     target_parameters: Sequence[str] = ()
+    ensure_weight_tying: bool = False
+    layers_to_transform: Sequence[int] = ()
+    layers_pattern: Sequence[str] = ()
+    lora_B_layout: str | None = None  # noqa: N815 - PEFT's name
+    of_unsloth: bool = False
     peft_version: tuple[int, int] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -250,14 +273,23 @@ def read_claims(config: Any, allow: Collection[str] = ()) -> Claims:
         raise FormatError("", "'lora_alpha' is missing", remedy)
     for name, value in said.items():
         check_field(name, value)
+    for name in said.keys() & {"layers_to_transform", "layers_pattern"}:
+        said[name] = _several(said[name])
     rows = said.get("trainable_token_indices") or {}
     said["trainable_token_indices"] = rows if isinstance(rows, dict) else {"": rows}
     return Claims(
         target_modules=_names_or_regex(config, "target_modules"),
         exclude_modules=_names_or_regex(config, "exclude_modules"),
         peft_version=_version(config.get("peft_version")),
+        of_unsloth=_is_of_unsloth(config),
         **said,
     )
+
+
+def _is_of_unsloth(config: Mapping[str, Any]) -> bool:
+    mapping, base = config.get("auto_mapping"), config.get("base_model_name_or_path")
+    fixed = isinstance(mapping, dict) and bool(mapping.get("unsloth_fixed"))
+    return fixed or str(base).startswith("unsloth/")
 
 
 def _names_or_regex(config: Mapping[str, Any], field: str) -> frozenset[str] | str | None:

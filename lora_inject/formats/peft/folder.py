@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lora_inject.core.adapter.file_keys import check_keys, check_no_clash, one_line
@@ -103,7 +104,8 @@ def write(
     said[WRITTEN] = json.dumps(prefixed, sort_keys=True)
     said |= proof or {}
     known = {"trained_on": trained_on, "published_as": published_as}
-    card = model_card(state, facts, **known, proves=bool(proof))
+    rank = max((file_rank(site.spec) for site in state.sites.values()), default=0)
+    card = model_card(state, facts, rank=rank, **known, proves=bool(proof))
     return {
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         MODEL: serialize(tensors, said),
@@ -132,7 +134,7 @@ def contents(state: AdapterState, facts: ModelFacts) -> Contents:
         FormatError: PEFT cannot express the adapter.
     """
     state = _in_order(state, facts.tensor_names)
-    _check_rows(state.rows, facts.module_names or ())
+    _check_rows(state, facts)
     specs = [site.spec for site in state.sites.values()]
     check_sites(specs, facts)
     _check_attentions(state, attentions(specs))
@@ -175,7 +177,7 @@ def read(
     *,
     prefer: Literal["metadata", "config"] | None = None,
     allow: Collection[str] = (),
-    expert_major: bool = False,
+    expert_major: bool | None = None,
 ) -> AdapterState:
     """Read a PEFT directory, of this package or of others.
 
@@ -188,7 +190,7 @@ def read(
             `init_lora_weights` where the base at hand is the one that PEFT's init has changed;
             `target_modules` to read tensors of modules that the config does not target.
         expert_major: Whether the columns of a stacked B are ordered by expert first, as unsloth
-            writes them; the file does not tell.
+            wrote them until 2026-09-17; later files of it tell ('lora_B_layout').
 
     Returns:
         The adapter. Without metadata its `config` and `fingerprint` are None, and the kind of each
@@ -272,9 +274,16 @@ def _check_attentions(state: AdapterState, called: Mapping[str, str]) -> None:
             raise FormatError(f"site '{name}'", f"{problem}{numbers[module]} and {mine}", _OTHER)
 
 
-def _check_rows(rows: Collection[str], modules: Collection[str]) -> None:
-    for name in rows:
+def _check_rows(state: AdapterState, facts: ModelFacts) -> None:
+    modules, tied = facts.module_names or (), (facts.config or {}).get("tie_word_embeddings")
+    for name, rows in state.rows.items():
         problem, module = "", name.removesuffix(".weight")
+        alike = [other for other in state.rows if state.rows[other] == rows and tied]
+        own = [n for n in alike if not torch.equal(state.trained[n], state.trained[name])]
+        if own:
+            problem = f"PEFT uses one of '{own[0]}' and it for both, as ends of a tie"
+        if f"{module}.bias" in (facts.tensor_names or ()):
+            problem = "PEFT leaves out the bias of a layer of whose weight it trains rows"
         if module == name:
             problem = "PEFT trains rows of the weight of a module only"
         if longer := [m for m in modules if m.endswith(module) and m != module]:

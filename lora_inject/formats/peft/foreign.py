@@ -28,7 +28,7 @@ from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.model_facts import CONVERT, ModelFacts
 from lora_inject.formats.pairs import check_shapes, pairs_of, plain_site
-from lora_inject.formats.peft.adapter_config import Claims
+from lora_inject.formats.peft.adapter_config import LAYOUTS_OF_B, Claims
 from lora_inject.formats.peft.name_patterns import ends
 from lora_inject.formats.peft.targeted import not_adapted
 from lora_inject.formats.peft.tensor_layout import PREFIX, ROWS, unpack
@@ -76,7 +76,7 @@ class Foreign:
 
     claims: Claims
     facts: ModelFacts
-    expert_major: bool = False
+    expert_major: bool | None = None
     any_target: bool = False
 
     def read(self, tensors: Mapping[str, Tensor]) -> AdapterState:
@@ -256,9 +256,21 @@ class Foreign:
         with within(where):
             check_shapes(a, b)
         spec = (self._parameter if place.parameter else self._module)(place, rank, alpha)
-        if self.expert_major and spec.experts:  # PEFT orders the columns by rank first
+        if spec.experts and self._by_expert(where):  # PEFT orders the columns by rank first
             tensors["B"] = b.reshape(len(b), spec.experts, -1).permute(0, 2, 1).reshape(b.shape)
         return unpack(spec, tensors)
+
+    def _by_expert(self, where: str) -> bool:
+        """Whether a stacked B has its columns by expert: as the file says, or else the user."""
+        said, by_expert = self.claims.lora_B_layout, LAYOUTS_OF_B[1]
+        told = said if self.expert_major is None else LAYOUTS_OF_B[self.expert_major]
+        if told is None and self.claims.of_unsloth:
+            problem = "its file is of unsloth and does not say how the columns of B are ordered"
+            remedy = "Files before 2026-09-17 need expert_major=True (--expert-major), others False"
+            raise _error(where, problem, remedy)
+        if said not in {None, told}:
+            raise _error(where, f"'lora_B_layout' is {said!r}", "Leave expert_major out")
+        return told == by_expert
 
     def _module(self, place: _Place, rank: int | None, alpha: float) -> SiteSpec:
         """A site on a module; its kind is read off the shapes as far as they go."""

@@ -5,9 +5,11 @@ Source: peft 0.21.2, tuners/tuners_utils.py, `check_target_module_exists`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 
 from lora_inject.core.spec.below import around
+from lora_inject.core.spec.layer_ranges import first_number
 from lora_inject.core.spec.patterns import MATCH_SECONDS, matching
 from lora_inject.errors import FormatError
 from lora_inject.formats.peft.adapter_config import Claims
@@ -24,14 +26,32 @@ def not_adapted(claims: Claims, names: Collection[str]) -> Iterator[tuple[str, s
     nothing_said = targets is None and not claims.target_parameters  # PEFT goes by the model then
     any_name = nothing_said or targets == _ALL_LINEAR
     targeted = {*names} if any_name else _hit(targets, names, "target_modules")
+    layers = {*names} if isinstance(targets, str) else _in_layers(claims, names)
     saved = {*claims.modules_to_save}
     for name in names:
         if name in excluded:
             yield name, "exclude_modules"
         elif any(not saved.isdisjoint(ends(module)) for module in around([f"{name}.weight"])):
             yield name, "modules_to_save"
-        elif name not in targeted:
+        elif name not in targeted and not (claims.ensure_weight_tying and _is_an_end(name)):
             yield name, "target_modules"
+        elif name in targeted and name not in layers:
+            yield name, "layers_to_transform"
+
+
+def _is_an_end(name: str) -> bool:
+    """Whether a name is in no list of layers: PEFT adapts the other end of a tie with the one."""
+    return first_number(name) is None
+
+
+def _in_layers(claims: Claims, names: Collection[str]) -> set[str]:
+    """Return the names whose first number after a list's name is that of a layer to transform."""
+    if not claims.layers_to_transform:
+        return {*names}
+    starts = [rf"(?:^|.*?\.){name}\." for name in claims.layers_pattern] or [r".*?\.[^.]*\."]
+    found = {n: [re.match(rf"{start}(\d+)\.", n) for start in starts] for n in names}
+    first = {name: next(filter(None, matches), None) for name, matches in found.items()}
+    return {name for name, m in first.items() if m and int(m[1]) in claims.layers_to_transform}
 
 
 def _hit(said: frozenset[str] | str | None, names: Collection[str], field: str) -> set[str]:
