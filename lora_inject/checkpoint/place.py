@@ -142,8 +142,9 @@ class SiteUpdate:
 
         `expert` counts the adapted ones. This includes the subtraction of a frozen start.
         """
-        of_all, of_one = self.state.spec, {"experts": None, "only": None, "share": ""}
-        spec = replace(of_all, weight_shape=matrix, transposed=transposed, **of_one)
+        of_all = self.state.spec
+        of_one = replace(of_all, experts=None, only=None, share="")
+        spec = replace(of_one, weight_shape=matrix, transposed=transposed)
         if rows is not None and transposed:
             spec = replace(spec, in_features=matrix[0])
         elif rows is not None:

@@ -68,8 +68,7 @@ BOMB = "(([a-z_.0-9])+)+X"
 NOT_NEEDED: list[dict[str, Any]] = [
     {"target_modules": None},
     {"target_modules": "all-linear"},
-    {"exclude_modules": BOMB, "layers_pattern": [BOMB]},
-    {"layers_to_transform": [0]},
+    {"exclude_modules": BOMB},
     {"auto_mapping": {"parent_library": "os", "base_model_class": "system"}},
     {"some_new_field": None, "another": False, "third": {}},
     {"rank_pattern": {"nothing": 4}},

@@ -1,4 +1,4 @@
-"""Adapters of some experts of a stack (`only`, `share`), merged on disk, analyzed and recognized."""
+"""Adapters of some experts of a stack, or with a shared factor: merged on disk, analyzed, known."""
 
 from pathlib import Path
 from typing import Any
