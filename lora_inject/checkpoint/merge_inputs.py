@@ -32,7 +32,7 @@ from lora_inject.errors import CheckpointError, user_path
 _STEP_ELEMENTS = 1 << 20
 _FACTS = attrgetter(
     *("weight", "kind", "in_features", "out_features", "rank", "alpha", "scaling", "transposed"),
-    *("experts", "only", "share", "spans", "variant"),
+    *("experts", "spans", "variant"),
 )
 """Fields of a site that affect its update, besides name and tensors."""
 
@@ -152,11 +152,12 @@ def _steps(tensor: Tensor) -> Iterator[Tensor]:
 
 def digest(adapter: WeightedAdapter) -> str:
     """Return the SHA-256 of an adapter's numbers and its weight; in any order of its sites."""
-    sha = hashlib.sha256(repr((adapter.weight, sorted(adapter.state.rows.items()))).encode())
+    sha, rows = hashlib.sha256(repr(adapter.weight).encode()), adapter.state.rows
     for name, site in sorted(adapter.state.sites.items()):
-        sha.update(repr((name, *_FACTS(site.spec))).encode())
+        chosen = filter(None, (site.spec.only, site.spec.share))
+        sha.update(repr((name, *_FACTS(site.spec), *chosen)).encode())
     for name, tensor in sorted(_tensors_of(adapter), key=lambda row: row[0]):
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(f"{name}{rows.get(name, '')} {tensor.dtype} {tuple(tensor.shape)}".encode())
         for step in _steps(tensor):
             sha.update(bytes_of(step))
     return sha.hexdigest()

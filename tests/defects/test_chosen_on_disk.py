@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Experts, fill
+from conftest import fill
+from contract.kinds import Experts
 from helpers.adapter_states import dense
 from helpers.checkpoints import load_checkpoint
 from helpers.experts import experts
