@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 from conftest import error, fill, same_bits
-from helpers.checkpoints import merged_on_disk
 from helpers.experts import MOE, MORE, expert_rule, experts
+from helpers.merging import merged_model
 from helpers.reference import EXACT, RANK, SCALE, adapted, base_state, config, dense, hold, logits
 from helpers.refusals import refused
 from torch import Tensor, nn
@@ -136,7 +136,7 @@ def test_what_is_left_out_or_shared_takes_no_memory_and_others_get_it_in_full(
         assert error(logits(read(copy.deepcopy(plain), ours)), logits(model)) < 1e-5
     for path in (ours, native):
         (tmp_path / f"of {path.name}").mkdir()
-        merged = merged_on_disk(plain, path, tmp_path / f"of {path.name}")
+        merged = merged_model(plain, path, tmp_path / f"of {path.name}")
         assert error(logits(merged), logits(model)) < 1e-5
 
     slot = fill(li.inject(copy.deepcopy(plain), rule), std=0.01)
@@ -163,7 +163,7 @@ def test_parts_of_stacks_are_added_as_their_dense_deltas() -> None:
 
 
 @pytest.mark.parametrize("family", MOE | MORE)
-def test_experts_of_every_architecture_are_planned_exchanged_and_merged_on_disk(
+def test_experts_of_every_architecture_are_planned_exchanged_and_merged_model(
     family: str, tmp_path: Path
 ) -> None:
     plain, layout = experts(family)
@@ -183,7 +183,7 @@ def test_experts_of_every_architecture_are_planned_exchanged_and_merged_on_disk(
     theirs.save_pretrained(tmp_path / "theirs")
     again = li.load_adapter(copy.deepcopy(plain), tmp_path / "theirs")
     assert error(logits(again), logits(model)) < 1e-5
-    merged = merged_on_disk(plain, tmp_path / "ours", tmp_path)
+    merged = merged_model(plain, tmp_path / "ours", tmp_path)
     for name, p in stacks(with_deltas(plain, model)).items():
         assert error(merged.get_parameter(name), p) < 1e-6, name
 
@@ -222,7 +222,7 @@ def test_experts_that_lie_in_one_matrix_are_adapted_as_that_matrix(tmp_path: Pat
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")  # but its own forward raises
     again = li.load_adapter(copy.deepcopy(plain), tmp_path / "theirs")
-    merged = merged_on_disk(plain.float(), tmp_path / "ours", tmp_path)
+    merged = merged_model(plain.float(), tmp_path / "ours", tmp_path)
     for reader in (again, merged):
         assert error(logits(reader), wanted) < 1e-5
 
