@@ -3,7 +3,6 @@
 Tensors are held to the dense delta by each server's own steps.
 """
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,19 +11,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import fill
-from helpers.adapter_states import KIND_SPECS, effect, make_site, make_state
 from helpers.experts import experts, moe
 from helpers.reference import IDS, llama, logits
 from helpers.reference import adapted as adapted_dense
+from helpers.refusals import refused
+from helpers.states import SITES, effect, state_of
 from helpers.versions import needs_transformers_5
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lora_inject as li
-from lora_inject.core.adapter.other_tensors import with_every_expert
-from lora_inject.core.adapter.state import AdapterState
-from lora_inject.errors import FormatError
-from lora_inject.formats import write_adapter
 
 MODEL, PREFIX = "adapter_model.safetensors", "base_model.model."
 EXPERTS = "model.layers.0.mlp.experts"
@@ -38,9 +34,9 @@ def assert_near(output: Tensor, due: Tensor) -> None:
 
 
 def test_a_reader_of_one_rank_and_no_alpha_computes_the_same(tmp_path: Path) -> None:
-    kinds = ("linear", "slices", "conv1d", "conv")
-    state = make_state(*(KIND_SPECS[kind] for kind in kinds), derived=True)
-    path = write_adapter(state, tmp_path / "a", "portable", tensor_names=None)
+    rows = [SITES[kind].by(init="pissa") for kind in ("linear", "slices", "conv1d", "conv")]
+    state, known = state_of(*rows), {row.name: row for row in rows}
+    path = li.write_adapter(state, tmp_path / "a", "portable", tensor_names=None)
     config = json.loads((path / "adapter_config.json").read_text())
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
     assert config["r"] == config["lora_alpha"] == 8
@@ -51,7 +47,8 @@ def test_a_reader_of_one_rank_and_no_alpha_computes_the_same(tmp_path: Path) -> 
         a = tensors[f"{PREFIX}{name}.lora_A.weight"].flatten(1)
         b = tensors[f"{PREFIX}{name}.lora_B.weight"].flatten(1)
         assert len(a) == b.shape[1] == 8
-        torch.testing.assert_close((b.double() @ a.double()), effect(site), rtol=1e-5, atol=1e-5)
+        due = effect(site, known[name])
+        torch.testing.assert_close(b.double() @ a.double(), due, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -67,27 +64,23 @@ def test_peft_reads_it_with_the_same_outputs(tmp_path: Path) -> None:
     torch.testing.assert_close(theirs(IDS).logits, logits(model), rtol=0, atol=1e-9)
 
 
-SITE = make_site(dataclasses.replace(KIND_SPECS["linear"], variant="dora"))
-DORA = AdapterState({"h.0.fc": dataclasses.replace(SITE, further={"m": torch.ones(7)})})
-LINEAR, HUGE = make_state(KIND_SPECS["linear"]), make_state(KIND_SPECS["linear"])
-HUGE.sites["h.0.fc"].B.mul_(1e6)
+LINEAR = state_of(SITES["linear"])
+REFUSED: dict[str, tuple[li.AdapterState, dict[str, Any], list[str]]] = {
+    "DoRA": (state_of(SITES["linear"].by(variant="dora")), {}, ["'dora'", "lora-inject merge"]),
+    "a stack": (state_of(SITES["experts"]), {}, ["'parameter'"]),
+    "a trained tensor": (li.AdapterState({}, {"n": torch.ones(1)}), {}, ["'n'"]),
+    "nothing": (li.AdapterState({}), {}, ["no sites"]),
+    "a rank too small": (LINEAR, {"rank": 1}, ["rank 1", "rank 2"]),
+    "integers": (LINEAR, {"dtype": "int8"}, ["'int8'", "float16"]),
+    "beyond float16": (state_of(SITES["linear"], size=1e5), {"dtype": "float16"}, ["float16"]),
+}
 
 
-@pytest.mark.parametrize(
-    ("state", "options", "words"),
-    [
-        (DORA, {}, "cannot hold 'm' of the variant 'dora'.*lora-inject merge"),
-        (make_state(KIND_SPECS["experts"]), {}, "cannot hold a site of kind 'parameter'"),
-        (make_state(trained={"n": torch.ones(1)}), {}, "trained tensors.*'n'"),
-        (AdapterState({}), {}, "no sites"),
-        (LINEAR, {"rank": 1}, "rank 1 is asked for.*rank 2"),
-        (LINEAR, {"dtype": "int8"}, "dtype is 'int8'.*float16"),
-        (HUGE, {"dtype": "float16"}, "not finite in torch.float16"),
-    ],
-)
-def test_what_a_server_would_not_take_is_refused(state, options, words, tmp_path) -> None:
-    with pytest.raises(FormatError, match=words):
-        write_adapter(state, tmp_path / "a", "portable", **options)
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_server_would_not_take_is_refused(case: str, tmp_path: Path) -> None:
+    state, options, named = REFUSED[case]
+    with refused(li.FormatError, *named):
+        li.write_adapter(state, tmp_path / "a", "portable", **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -152,14 +145,12 @@ def test_names_of_experts_are_those_of_the_bases_files_or_config(tmp_path: Path)
 
 
 def test_stacks_without_a_base_or_half_of_them_are_refused(tmp_path: Path) -> None:
-    state = make_state(KIND_SPECS["experts"])
-    with pytest.raises(FormatError, match=r"depend on the base's files.*--base"):
-        write_adapter(state, tmp_path / "a", "vllm")
-    with pytest.raises(FormatError, match=r'0 of its 3 experts separately.*format="peft"'):
-        write_adapter(state, tmp_path / "a", "vllm", separate=lambda _: [])
-    spec = KIND_SPECS["experts"].at("mlp.experts.up", "mlp.experts.up")
-    path = write_adapter(make_state(spec), tmp_path / "b")
-    assert "both stacks of experts" in li.check_adapter(path, "vllm")[0].problem
+    state = state_of(SITES["experts"])
+    for options, named in (({}, "--base"), ({"separate": lambda _: []}, 'format="peft"')):
+        with refused(li.FormatError, named):
+            li.write_adapter(state, tmp_path / "a", "vllm", **options)
+    path = li.write_adapter(state_of(SITES["experts"].at("mlp.experts.up")), tmp_path / "b")
+    assert "both stacks" in li.check_adapter(path, "vllm")[0].problem
 
 
 @needs_transformers_5
@@ -180,7 +171,7 @@ def test_stacks_for_a_model_with_single_experts_stop_and_the_other_way_round(tmp
 @needs_transformers_5
 def test_half_of_the_matrices_of_an_expert_are_refused(tmp_path: Path) -> None:
     """vLLM stops at them by an assertion without a word."""
-    with pytest.raises(FormatError, match=rf"'{EXPERTS}.0.gate_proj' is not"):
+    with refused(li.FormatError, f"'{EXPERTS}.0.gate_proj'"):
         of(moe(), [r"experts\.down_proj"], tmp_path / "half", "vllm")
     path = of(moe(), ["all-experts"], tmp_path, "vllm")
     names = load_file(path / MODEL)
@@ -230,7 +221,7 @@ def as_vllm_loads_it(tensors: dict[str, Tensor], n_experts: int) -> list[Tensor]
 def test_servers_compute_what_the_model_does_with_the_option_that_check_names(tmp_path) -> None:
     model = moe()
     path = of(model, SHARED, tmp_path, "sglang")
-    sites = with_every_expert(li.adapter_state(model)).sites
+    sites = li.adapter_state(model).sites  # of a shared factor there is one for all
     due = [effect(sites[f"{EXPERTS}.{n}"]).float() for n in ("gate_up_proj", "down_proj")]
     for loads in (as_sglang_loads_it, as_vllm_loads_it):
         torch.testing.assert_close(loads(load_file(path / MODEL), 3), due, rtol=1e-5, atol=1e-5)
@@ -243,17 +234,18 @@ def test_servers_compute_what_the_model_does_with_the_option_that_check_names(tm
         assert li.check_adapter(path, client, base=tmp_path / "base")[0].stops
 
 
+OTHERWISE: dict[str, tuple[list[Any], list[str]]] = {
+    "an A of each": ([{"match": GATE_UP["match"]}, DOWN], ["w1'", "vllm"]),
+    "a B of each": ([GATE_UP, {"match": DOWN["match"]}], ["w2'", "share: B"]),
+    "the other factor": ([GATE_UP | {"share": "B"}, DOWN], ["w1'"]),
+    "a stack less": ([GATE_UP], ["all stacks of the block"]),
+}
+
+
 @needs_transformers_5
-@pytest.mark.parametrize(
-    ("targets", "words"),
-    [
-        ([{"match": GATE_UP["match"]}, DOWN], r"w1'.*its own A, and the layout has one.*vllm"),
-        ([GATE_UP, {"match": DOWN["match"]}], r"w2'.*its own B.*share: B on down"),
-        ([GATE_UP | {"share": "B"}, DOWN], "its own A"),
-        ([GATE_UP], "Adapt all stacks of the block"),
-    ],
-)
-def test_experts_that_share_otherwise_are_refused(targets: Any, words: str, tmp_path) -> None:
-    with pytest.raises(FormatError, match=words):
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_experts_that_share_otherwise_are_refused(case: str, tmp_path: Path) -> None:
+    targets, named = OTHERWISE[case]
+    with refused(li.FormatError, *named):
         of(moe(), targets, tmp_path, "sglang")
     assert not (tmp_path / "a").exists()

@@ -5,47 +5,43 @@ after.
 """
 
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers.checkpoints import load_checkpoint
+from helpers.merging import load_checkpoint, merge
 from safetensors.torch import load_file
-
-from lora_inject.checkpoint import Checkpoint, merge_checkpoint, read_weighted, verify_checkpoint
 
 SCALE_FORGOTTEN = {"0.14.0", "0.15.2"}
 """Their merge adds the bias of lora_B as it is; their forward takes it times the scale, 2 here."""
-FIXTURES = Path(__file__).parent / "fixtures" / "peft_versions"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "peft_versions"
 
 
-def cases():
+def cases() -> Iterator[Any]:
     for archive in sorted(FIXTURES.glob("*.zip")):
         with zipfile.ZipFile(archive) as packed:
             for name in sorted({n.partition("/")[0] for n in packed.namelist()}):
                 yield pytest.param(archive, name, id=f"{archive.stem} {name}")
 
 
-def test_every_minor_version_is_there():
+def test_every_minor_version_is_there() -> None:
     versions = {path.stem.rpartition(".")[0] for path in FIXTURES.glob("*.zip")}
     assert versions == {f"0.{minor}" for minor in range(12, 22)}
 
 
 @pytest.mark.parametrize(("archive", "case"), list(cases()))
-def test_adapter_of_an_older_peft_merges_as_it_merged_it(tmp_path, archive, case):
+def test_an_adapter_of_an_older_peft_merges_as_it_merged_it(tmp_path, archive, case) -> None:
     with zipfile.ZipFile(archive) as packed:
-        members = [n for n in packed.namelist() if n.startswith(f"{case}/")]
-        packed.extractall(tmp_path, members)
-    folder, before = tmp_path / case, load_file(FIXTURES / "base.safetensors")
+        packed.extractall(tmp_path, [n for n in packed.namelist() if n.startswith(f"{case}/")])
+    folder, base = tmp_path / case, FIXTURES / "base.safetensors"
     theirs = load_file(folder / "merged.safetensors")
-    base = Checkpoint.open(FIXTURES / "base.safetensors")
-    part = read_weighted(folder, base)
-    report = merge_checkpoint(base, [part], tmp_path / "out")
+    report = merge(base, [folder], tmp_path / "out")
     ours = load_checkpoint(tmp_path / "out")
     assert report.tensors.keys() == theirs.keys()
-    for name, w in before.items():
+    for name, w in load_file(base).items():
         wanted = theirs.get(name, w)
         if case == "lora bias" and name.endswith("bias") and archive.stem in SCALE_FORGOTTEN:
             wanted = w + 2 * (wanted - w)
         torch.testing.assert_close(ours[name], wanted, rtol=0, atol=2e-6)
-    assert verify_checkpoint(base, [part], tmp_path / "out").problems == ()

@@ -1,0 +1,339 @@
+"""mlx-lm's, torchtune's, litgpt's and llama.cpp's files of decoders.
+
+They are held to what mlx-lm computes, and to the formulas of the other programs' own layers.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import peft
+import pytest
+import torch
+import yaml
+from helpers.merging import load_checkpoint, merged_model
+from helpers.models import tiny_llama
+from helpers.reference import IDS, adapted, llama, logits
+from helpers.refusals import refused
+from helpers.states import SITES, edit_config, effect, linear, same_effects, state_of
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import lora_inject as li
+
+SIZES = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+FILES = {"torchtune": "adapter_model.pt", "litgpt": "lit_model.pth.lora"}
+
+
+def base_model() -> Any:
+    return llama(**SIZES).float()
+
+
+def written(layout: str, folder: Path, *targets: Any) -> tuple[Any, Any, dict[str, Tensor]]:
+    """An adapted model, the sites of its adapter, and the tensors of its file."""
+    model = adapted(base_model(), *targets)
+    path = li.save_adapter(model, folder / "a", format=layout)
+    tensors = torch.load(path / FILES[layout], weights_only=True)
+    return model, li.adapter_state(model).sites, tensors.get("model", tensors)
+
+
+def hold_read(path: Path, model: Any, pickled: bool = False) -> None:
+    """Hold what is read of a file to the model, and that a pickle is not read unasked."""
+    if pickled:
+        with refused(li.FormatError, "allow_pickle=True"):
+            li.load_adapter(base_model(), path)
+    back = li.load_adapter(base_model(), path, **({"allow_pickle": True} if pickled else {}))
+    torch.testing.assert_close(logits(back), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def near(found: Tensor, due: Tensor) -> None:
+    torch.testing.assert_close(found, due, rtol=1e-5, atol=1e-5)
+
+
+# torchtune ----------------------------------------------------------------------------------------
+
+
+def hf_to_tune(delta: Tensor, n_heads: int) -> Tensor:
+    """`hf_to_tune._permute` of torchtune/models/convert_weights.py, of the dense delta."""
+    head_dim, dim = len(delta) // n_heads, delta.shape[1]
+    turned = delta.view(n_heads, 2, head_dim // 2, dim).transpose(1, 2)
+    return turned.reshape(head_dim * n_heads, dim)
+
+
+def test_torchtune_adds_to_its_weights_what_we_add_to_ours(tmp_path: Path) -> None:
+    targets = [{"match": "q_proj", "rank": 3}, "k_proj", {"match": "mlp.*", "alpha": 9}, "lm_head"]
+    model, sites, tensors = written("torchtune", tmp_path, *targets)
+    assert '"target_modules": [' in (tmp_path / "a/adapter_config.json").read_text()
+    names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "lm_head": "output"}
+    for name, site in sites.items():
+        end = name.rpartition(".")[2]
+        key = name.removeprefix("model.").replace("self_attn", "attn").removesuffix(end)
+        key += names.get(end, end)
+        a, b = tensors.pop(f"{key}.lora_a.weight"), tensors.pop(f"{key}.lora_b.weight")
+        heads = {"q_proj": 4, "k_proj": 2}.get(end)
+        due = effect(site).float()
+        near(b @ a, hf_to_tune(due, heads) if heads else due)  # folded: alpha is the rank
+    assert not tensors
+    hold_read(tmp_path / "a", model, pickled=True)
+
+
+def test_torchtunes_alpha_is_asked_for_where_no_config_says_it(tmp_path: Path) -> None:
+    model, _, _ = written("torchtune", tmp_path, "o_proj")
+    (tmp_path / "a/adapter_config.json").unlink()
+    options = {"config": base_model().config.to_dict(), "allow_pickle": True}
+    with refused(li.FormatError, "alpha="):
+        li.read_adapter(tmp_path / "a", **options)
+    same_effects(li.read_adapter(tmp_path / "a", alpha=3.0, **options), li.adapter_state(model))
+
+
+# litgpt -------------------------------------------------------------------------------------------
+
+
+def litgpt_delta(
+    a: Tensor, b: Tensor, widths: dict[str, int], on: list[str], scale: float
+) -> Tensor:
+    """`LoRAQKVLinear.get_lora_AB` of litgpt/lora.py with grouped queries, and its `zero_pad`."""
+    parts = zip(on, b.split([widths[part] for part in on]), a.chunk(len(on)), strict=True)
+    updates = {part: scale * up @ down for part, up, down in parts}
+    zeros = {part: a.new_zeros(width, a.shape[1]) for part, width in widths.items()}
+    return torch.cat([*(zeros | updates).values()])
+
+
+def test_litgpt_adds_to_its_fused_weight_what_we_add_to_ours(tmp_path: Path) -> None:
+    model, sites, tensors = written("litgpt", tmp_path, "q_proj", "v_proj", "o_proj", "lm_head")
+    file = tmp_path / "a/hyperparameters.yaml"
+    said = yaml.safe_load(file.read_text())
+    assert (said["lora_query"], said["lora_key"], said["lora_projection"]) == (True, False, True)
+    widths = {"q_proj": 16, "k_proj": 8, "v_proj": 8}
+    for layer in range(2):
+        key, block = f"transformer.h.{layer}.attn.qkv", f"model.layers.{layer}.self_attn"
+        due = [
+            effect(sites[f"{block}.{part}"]).float() if part != "k_proj" else torch.zeros(width, 16)
+            for part, width in widths.items()
+        ]
+        scale = said["lora_alpha"] / said["lora_r"]
+        a, b = tensors[f"{key}.lora_A"], tensors[f"{key}.lora_B"]
+        near(litgpt_delta(a, b, widths, ["q_proj", "v_proj"], scale), torch.cat(due))
+    hold_read(tmp_path / "a", model, pickled=True)
+    config = base_model().config.to_dict()
+    for edit, named in (({"lora_query": False}, ["4", "24"]), ({"lora_r": 3}, ["rank is 2", "3"])):
+        file.write_text(yaml.safe_dump(said | edit))
+        with refused(li.FormatError, *named):
+            li.read_adapter(tmp_path / "a", config=config, allow_pickle=True)
+
+
+def test_a_folder_of_litgpt_merges_on_disk_as_it_does_in_memory(run: Any, tmp_path: Path) -> None:
+    base_model().save_pretrained(tmp_path / "base")
+    model = adapted(base_model(), "q_proj", "o_proj")
+    path = li.save_adapter(model, tmp_path / "a", format="litgpt")
+    words = ("merge", tmp_path / "base", path, "--allow-pickle", "-o", tmp_path / "out")
+    assert run(*words).code == 0
+    li.merge(model, eject=True)
+    for name, tensor in load_checkpoint(tmp_path / "out").items():
+        near(tensor, model.state_dict()[name])
+
+
+# llama.cpp ----------------------------------------------------------------------------------------
+
+PLAIN = [f"self_attn.{name}_proj" for name in "qkvo"]
+PLAIN += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+FUSED = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+# Its architecture and the layers that it keeps as they are, by model_type.
+FAMILIES = {
+    "llama": ("llama", PLAIN), "mistral": ("llama", PLAIN), "qwen2": ("qwen2", PLAIN),
+    "qwen3": ("qwen3", PLAIN), "gemma": ("gemma", PLAIN), "gemma2": ("gemma2", PLAIN),
+    "gemma3_text": ("gemma3", PLAIN), "phi3": ("phi3", FUSED),
+}  # fmt: skip
+NAMES = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+
+
+def content(path: Path) -> tuple[float, dict[str, Tensor]]:
+    reader = gguf.GGUFReader(path)
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    return alpha, {t.name: torch.from_numpy(np.array(t.data)) for t in reader.tensors}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_names_are_those_of_llama_cpp(model_type: str, tmp_path: Path) -> None:
+    architecture, layers = FAMILIES[model_type]
+    names = [f"model.layers.2.{layer}" for layer in layers]
+    known = gguf.get_tensor_name_map(NAMES[architecture], 3)
+    due = {known.get_name(f"{name}.weight", try_suffixes=(".weight",)) for name in names}
+    config = {"model_type": model_type, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config |= {"hidden_size": 8, "head_dim": 4, "num_hidden_layers": 3}
+    state = state_of(*(linear(name, 8, 8) for name in names))
+    path = li.write_adapter(state, tmp_path / "a.gguf", "gguf", config=config)
+    assert {key.removesuffix(".lora_a") for key in content(path)[1] if key.endswith("a")} == due
+
+
+def permuted(delta: Tensor, n_heads: int) -> Tensor:
+    """`LlamaModel.permute` of llama.cpp's conversion/llama.py, of the dense delta."""
+    shape = (n_heads, 2, len(delta) // n_heads // 2, *delta.shape[1:])
+    return delta.reshape(shape).swapaxes(1, 2).reshape(delta.shape)
+
+
+def test_llama_cpp_adds_to_its_weights_what_we_add_to_ours(tmp_path: Path) -> None:
+    """Its update is `alpha / rank * B @ A`, rank being the tensor's (src/llama-adapter.h)."""
+    targets: list[Any] = [{"match": "q_proj", "rank": 3}, {"match": "k_proj", "alpha": 7}]
+    targets += [{"match": "down_proj", "scaling": "rslora"}, "lm_head", "embed_tokens"]
+    model = adapted(base_model(), *targets)
+    path = li.save_adapter(model, tmp_path / "a.gguf", format="gguf")
+    alpha, tensors = content(path)
+    known = gguf.get_tensor_name_map(NAMES["llama"], 2)
+    for name, site in li.adapter_state(model).sites.items():
+        key = known.get_name(f"{name}.weight", try_suffixes=(".weight",))
+        a, b = tensors.pop(f"{key}.lora_a"), tensors.pop(f"{key}.lora_b")
+        a = a.T if name == "model.embed_tokens" else a  # as its loader wants it
+        heads = {"q_proj": 4, "k_proj": 2}.get(name.rpartition(".")[2])
+        due = effect(site).float()
+        near(alpha / b.shape[1] * b @ a, permuted(due, heads) if heads else due)
+    assert not tensors
+    hold_read(path, model)
+    read = li.read_adapter(path, config=model.config.to_dict())
+    again = li.write_adapter(read, tmp_path / "peft")  # whose files say what is an embedding
+    hold_read(again, model)
+
+
+def test_scales_are_folded_into_tensors_of_16_bits_with_one_rounding(tmp_path: Path) -> None:
+    rows = [linear("model.layers.0.mlp.up_proj"), linear("model.layers.0.mlp.gate_proj", alpha=3.0)]
+    state = li.as_dtype(state_of(*rows), torch.bfloat16)
+    path = li.write_adapter(state, tmp_path / "a.gguf", "gguf", config={"model_type": "qwen2"})
+    same_effects(li.read_adapter(path), state)
+
+
+@pytest.mark.parametrize(("word", "other"), [("adapter", "dataset"), ("llama", "mamba")])
+def test_models_and_other_families_are_refused(word: str, other: str, tmp_path: Path) -> None:
+    state = state_of(linear("model.layers.0.self_attn.o_proj"))
+    path = li.write_adapter(state, tmp_path / "a.gguf", "gguf", config=CONFIG)
+    length = len(word).to_bytes(8, "little")  # stands before each text of the file
+    path.write_bytes(path.read_bytes().replace(length + word.encode(), length + other.encode()))
+    with refused(li.FormatError, "model" if other == "dataset" else f"'{other}'"):
+        li.read_adapter(path)
+
+
+# MLX ----------------------------------------------------------------------------------------------
+
+
+def served_by_mlx(folder: Path, adapter: Path | None = None) -> Any:
+    mx = pytest.importorskip("mlx.core", reason="pip install 'mlx[cpu]' mlx-lm")
+    from mlx_lm.tuner.utils import load_adapters
+    from mlx_lm.utils import load_model
+
+    model = load_model(folder)[0]
+    model = model if adapter is None else load_adapters(model, str(adapter))
+    model.eval()
+    return lambda ids: torch.tensor(model(mx.array(ids.numpy())).tolist())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "targets",
+    [
+        [{"match": "q_proj", "layers": 1}, "lm_head", "embed_tokens"],
+        [{"match": "k_proj", "rank": 3, "scaling": "rslora"}, {"match": "down_proj", "alpha": 1}],
+    ],
+    ids=["one rank and scale", "unequal"],
+)
+def test_mlx_computes_the_same(targets: list[Any], tmp_path: Path) -> None:
+    base_model().save_pretrained(tmp_path / "base")
+    model = adapted(base_model(), *targets)
+    li.save_adapter(model, tmp_path / "a", format="mlx")
+    due = served_by_mlx(tmp_path / "base", tmp_path / "a")(IDS)
+    assert (due - logits(base_model())).abs().max() > 0.1
+    torch.testing.assert_close(logits(model), due, rtol=1e-4, atol=1e-4)
+    hold_read(tmp_path / "a", model)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("tied", "targets"),
+    [
+        (False, ["q_proj", "v_proj", "down_proj", "lm_head"]),
+        (True, ["q_proj", "lm_head"]),
+        (True, ["up_proj", "embed_tokens"]),
+    ],
+)
+def test_mlx_serves_a_merged_checkpoint(tmp_path: Path, tied: bool, targets: list[str]) -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96}
+    plain = tiny_llama(**sizes, max_position_embeddings=64, tie_word_embeddings=tied)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets)
+    model = peft.get_peft_model(copy.deepcopy(plain), config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    merged_model(plain, tmp_path / "adapter", tmp_path)
+    prompt = torch.tensor([[1, 17, 42, 5, 9]])
+    with torch.no_grad():
+        due = model(prompt).logits
+    served = served_by_mlx(tmp_path / "merged")(prompt)
+    torch.testing.assert_close(served, due, atol=1e-4, rtol=0)
+    assert float((served_by_mlx(tmp_path / "base")(prompt) - due).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"fine_tune_type": "dora"}, ["'dora'"]),
+        ({"lora_parameters": {"rank": 2, "alpha": 3}}, ["rank 2", "scale"]),
+        ({"lora_parameters": {"rank": 3, "scale": 1}}, ["rank 2", "3"]),
+    ],
+)
+def test_configs_of_mlx_that_contradict_are_refused(change, named, tmp_path: Path) -> None:
+    path = li.write_adapter(state_of(SITES["linear"]), tmp_path / "a", "mlx")
+    with refused(li.FormatError, *named):
+        li.read_adapter(edit_config(path, **change))
+
+
+# What they would miss or misread ------------------------------------------------------------------
+
+CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 1}
+CONFIG |= {"num_key_value_heads": 1, "hidden_size": 5, "head_dim": 4, "tie_word_embeddings": True}
+THREE = {**CONFIG, "num_hidden_layers": 3}
+
+
+def at(part: str) -> li.AdapterState:
+    return state_of(*(linear(f"model.layers.{n}.{part}") for n in (0, 1)))
+
+
+OUT, Q, UP = at("self_attn.o_proj"), at("self_attn.q_proj"), at("mlp.up_proj")
+EMBEDDING = state_of(SITES["embedding"].at("model.embed_tokens"))
+HEAD, CONV = state_of(linear("lm_head")), state_of(SITES["conv"])
+REFUSED: dict[str, tuple[str, li.AdapterState, Any, str]] = {
+    "no config": ("torchtune litgpt gguf", OUT, None, "--base"),
+    "another family": ("torchtune litgpt gguf", OUT, {"model_type": "gpt2"}, "'gpt2'"),
+    "other heads": ("torchtune litgpt gguf", Q, CONFIG, "7 rows"),
+    "no name": ("torchtune litgpt gguf", at("mlp.fc"), CONFIG, "mlp.fc"),
+    "a layer less": ("torchtune litgpt", OUT, THREE, "model.layers.2"),
+    "a part of an MLP": ("torchtune litgpt", UP, CONFIG, "gate, up and down"),
+    "a convolution": ("torchtune litgpt gguf", CONV, CONFIG, "'conv'"),
+    "an embedding": ("torchtune litgpt", EMBEDDING, CONFIG, "'embedding'"),
+    "a tied embedding": ("gguf mlx", EMBEDDING, CONFIG, "'model.embed_tokens'"),
+    "an embedding, untold": ("mlx", EMBEDDING, None, "--base"),
+    "a tied head": ("gguf mlx torchtune", HEAD, CONFIG, "'lm_head'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_they_would_miss_or_misread_is_refused(case: str, tmp_path: Path) -> None:
+    layouts, state, config, named = REFUSED[case]
+    for layout in layouts.split():
+        with refused(li.FormatError, named):
+            li.write_adapter(state, tmp_path / "a.gguf", layout, config=config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_mlx_would_read_otherwise_is_refused(tmp_path: Path) -> None:
+    """An adapter of an embedding that it ties to the head is one of the head as well."""
+    untied = {**CONFIG, "tie_word_embeddings": False}
+    path = li.write_adapter(EMBEDDING, tmp_path / "a", "mlx", config=untied)
+    assert list(li.read_adapter(path, config=untied).sites) == ["model.embed_tokens"]
+    with refused(li.FormatError, "'model.embed_tokens'"):
+        li.read_adapter(path, config=CONFIG)
+    file = path / "adapters.safetensors"
+    save_file({**load_file(file), "moe.lora_a": torch.ones(2, 2, 2)}, file)
+    with refused(li.FormatError, "'moe.lora_a'", "(2, 2, 2)"):
+        li.read_adapter(path)
