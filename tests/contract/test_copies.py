@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import COPIES, error, fill, same_bits
-from contract.kinds import KINDS, injected
+from conftest import COPIES, fill, same_bits
 from helpers.forks import Forks
-from helpers.reference import refused
+from helpers.refusals import refused
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.core.layers.swapped_class import _CLASSES
+from contract.kinds import KINDS, injected
 
 every_copy = pytest.mark.parametrize("copied", COPIES.values(), ids=list(COPIES))
 
@@ -38,14 +37,6 @@ def test_a_copy_of_one_layer_works_alone(copied: Any) -> None:
     assert not same_bits(li.activate(layer, None)(x), wanted)
     assert same_bits(model(x), wanted)
     assert type(li.eject(layer)) is nn.Linear
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_copies_and_pickles(kind: str) -> None:
-    model, inputs = injected(KINDS[kind]), KINDS[kind].inputs(torch.float32)
-    wanted = model(*inputs)
-    for copied in (*COPIES.values(), copy.copy):
-        assert same_bits(copied(model)(*inputs), wanted)
 
 
 def deeper() -> Any:
@@ -79,9 +70,11 @@ def test_a_copy_of_a_layer_is_not_left_out_in_silence(tmp_path: Path) -> None:
         lambda: li.merge(model),
         lambda: li.swap_adapter(model, li.AdapterState({})),
     ):
-        refused(model, verb, li.StateError, r"layer '2' has it, too, .* it is a copy")
+        with refused(li.StateError, "'2'", model=model):
+            verb()
     again = {"rank": 1, "targets": ["0"]}
-    refused(model, lambda: li.inject(model, again, "b"), li.StateError, "Eject those first")
+    with refused(li.StateError, "'b'", model=model):
+        li.inject(model, again, "b")
     li.eject(model[2])
     assert list(li.adapter_state(model).sites) == ["0"]
     model[2] = copy.deepcopy(model[0])
@@ -90,7 +83,6 @@ def test_a_copy_of_a_layer_is_not_left_out_in_silence(tmp_path: Path) -> None:
 
 
 def load_and_compare(file: Path) -> None:
-    assert not any(issubclass(c, nn.Linear) for c in _CLASSES.values()), "none was injected"
     saved = torch.load(file, weights_only=False)
     assert torch.equal(saved["layer"](saved["x"]), saved["y"])
 
@@ -113,26 +105,5 @@ class Short(nn.Linear):
 
 @every_copy
 def test_a_layer_that_pickles_without_its_adapters_is_refused(copied: Any) -> None:
-    with pytest.raises(li.LayerError, match="copy or pickle of a Short: its own __getstate__ leav"):
+    with refused(li.LayerError, "__getstate__"):
         copied(li.inject(nn.Sequential(Short(4, 4)), {"rank": 1, "targets": ["0"]}))
-
-
-COMPILED = ["linear", "conv1d", "embedding", "unequal slices", "conv 2d", "own linear forward",
-            "turned experts", "scaled embedding"]  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", COMPILED)
-def test_compiled_forward_and_backward_without_a_graph_break(kind: str) -> None:
-    torch._dynamo.reset()
-    model, inputs = injected(KINDS[kind]), KINDS[kind].inputs(torch.float32)
-    tensors = [*li.adapter_parameters(model).values()]
-    tensors += [x.requires_grad_() for x in inputs if x.is_floating_point()]
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    ys = [run(*inputs) for run in (model, compiled)]
-    g = torch.randn_like(ys[0])
-    grads = [torch.autograd.grad(y, tensors, g) for y in ys]
-    assert error(ys[1], ys[0]) < 1e-5
-    assert all(error(one, other) < 1e-5 for one, other in zip(*grads, strict=True))
-    with torch.no_grad():
-        assert error(compiled(*inputs), ys[0]) < 1e-5

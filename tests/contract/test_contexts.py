@@ -4,13 +4,14 @@ import asyncio
 import contextlib
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from conftest import error, fill, same_bits
+from helpers.refusals import refused
 from helpers.versions import at_least
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -100,7 +101,7 @@ def test_other_threads_run_under_the_models_setting_also_when_started_inside(con
 def test_what_a_running_request_needs_is_not_taken_away(verb: Any) -> None:
     model, wanted = served()
     with li.routed(model, ["b", "b"]):
-        with pytest.raises(li.StateError, match="another thread or task"):
+        with refused(li.StateError, "disabled()", "routed()"):
             in_thread(lambda: verb(model))
         assert error(model(X), wanted["b"]) < 1e-12
     verb(model)
@@ -137,7 +138,7 @@ def test_asyncio_tasks_have_their_own_contexts() -> None:
     async def late(left: asyncio.Event) -> None:
         """Outlives the context that it was started in."""
         await left.wait()
-        with pytest.raises(li.StateError, match="has left it"):
+        with refused(li.StateError, "routed()"):
             model(X)
         with li.disabled(model):
             assert same_bits(model(X), wanted[None])
@@ -156,35 +157,7 @@ def test_asyncio_tasks_have_their_own_contexts() -> None:
     assert same_bits(model(X), wanted["a"])
 
 
-def test_a_generator_cannot_hold_a_context_but_may_enter_one_around_each_forward() -> None:
-    """Whoever takes its values would run inside as well."""
-    model, wanted = served()
-
-    @contextlib.contextmanager
-    def mine() -> Iterator[None]:
-        with li.routed(model, ["b", "b"]):
-            yield
-
-    def holding(context: Any) -> Iterator[Tensor]:
-        with context:
-            yield model(X)
-
-    def ask(name: str) -> Tensor:
-        with li.routed(model, [name, name]):
-            return model(X)
-
-    for context in (li.routed(model, ["b", "b"]), mine()):
-        with pytest.raises(li.StateError, match="a generator entered it, and whoever takes"):
-            next(holding(context))
-        assert same_bits(model(X), wanted["a"])
-    for name, y in ((name, ask(name)) for name in ("b", "c")):
-        assert error(y, wanted[name]) < 1e-12
-        assert same_bits(model(X), wanted["a"])
-    with mine():
-        assert error(model(X), wanted["b"]) < 1e-12
-
-
-def test_asynchronous_context_managers_hold_a_context_and_generators_do_not() -> None:
+def test_asynchronous_context_managers_hold_a_context() -> None:
     model, wanted = served()
 
     @contextlib.asynccontextmanager
@@ -198,14 +171,8 @@ def test_asynchronous_context_managers_hold_a_context_and_generators_do_not() ->
             y = await asyncio.to_thread(model, X)  # which takes the context along
             assert error(y, wanted[name]) < 1e-12
 
-    async def astream(name: str) -> AsyncIterator[Tensor]:
-        with li.routed(model, [name, name]):
-            yield model(X)
-
     async def serve() -> None:
         await asyncio.gather(*map(handle, NAMES))
-        with pytest.raises(li.StateError, match="a generator entered it"):
-            await anext(astream("b"))
         assert same_bits(model(X), wanted["a"])
 
     asyncio.run(serve())
@@ -216,10 +183,10 @@ def test_leaving_out_of_order_or_in_another_thread_is_an_error() -> None:
     first, second = li.routed(model, ["b", "b"]), li.disabled(model)
     first.__enter__()
     second.__enter__()
-    with pytest.raises(li.StateError, match="reverse order"):
+    with refused(li.StateError, "leaving", "order"):
         first.__exit__(None, None, None)
     assert same_bits(model(X), wanted[None])
-    with pytest.raises(li.StateError, match="another thread or task entered it"):
+    with refused(li.StateError, "leaving", "thread"):
         in_thread(lambda: second.__exit__(None, None, None))
 
 
@@ -229,7 +196,7 @@ def test_a_context_may_be_entered_again_once_it_was_left() -> None:
     for _ in range(2):
         with context:
             assert same_bits(model(X), wanted[None])
-            with pytest.raises(li.StateError, match="this object was entered before and not left"):
+            with refused(li.StateError, "disabled()"):
                 context.__enter__()
             assert same_bits(model(X), wanted[None])
         assert same_bits(model(X), wanted["a"])

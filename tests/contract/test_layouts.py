@@ -9,11 +9,11 @@ import torch
 from conftest import fill
 from helpers.models import tiny_gpt_oss, tiny_llama
 from helpers.reference import adapted, hold, random
+from helpers.refusals import refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.checkpoint import WeightedAdapter, merge_checkpoint
 
 # Axes of a weight, its shape, and what an einsum makes of it.
 EINSUMS: dict[str, tuple[dict[str, list[int]], tuple[int, ...], str]] = {
@@ -68,15 +68,14 @@ def test_several_axes_are_one_matrix_in_memory_and_on_disk(name: str, tmp_path: 
     path = li.save_adapter(model, tmp_path / "own.safetensors", format="native")
     assert torch.equal(li.load_adapter(copy.deepcopy(plain), path)(x), y)
     wrong = nn.Sequential(Einsum((*shape[:-1], 7), formula))
-    with pytest.raises(li.FormatError, match="features in the file"):
+    with refused(li.FormatError, "'0.Wq'"):
         li.load_adapter(wrong, path)
     if len(shape) > 2:
-        with pytest.raises(li.FormatError, match="dimensions"):
+        with refused(li.FormatError, "'0.Wq'", 'format="native"'):
             li.save_adapter(model, tmp_path / "peft")
     (tmp_path / "base").mkdir()
     save_file({"0.Wq": plain[0].Wq.detach()}, tmp_path / "base" / "model.safetensors")
-    state = WeightedAdapter(li.adapter_state(model))
-    merge_checkpoint(tmp_path / "base", [state], tmp_path / "out")
+    li.merge_checkpoint(tmp_path / "base", [path], tmp_path / "out")
     merged = load_file(tmp_path / "out" / "model.safetensors")["0.Wq"]
     torch.testing.assert_close(merged, W.detach())
     assert torch.equal(li.eject(model)[0].Wq, plain[0].Wq)
@@ -98,7 +97,7 @@ def test_the_layout_of_experts_is_the_one_that_transformers_class_states() -> No
     for site in li.plan(plain, {"targets": [rule]}).sites:
         assert site.transposed
         assert (site.in_features, site.out_features) == site.weight_shape[1:]
-    with pytest.raises(li.MatchError, match="a layout other than in_out"):
+    with refused(li.MatchError, "in_out"):
         li.plan(plain, {"targets": [{"match": rule, "layout": "out_in"}]})
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import TOLERANCE, error, fill, refusal, same_bits, snapshot
-from contract.kinds import KINDS, Host, host, injected
 from helpers.models import IDS, Net
+from helpers.refusals import refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_inject as li
+from contract.kinds import KINDS, Host, host, injected
 
 CONFIG = {"rank": 2, "alpha": 3}
 FORMATS = {"peft": "adapter", "native": "adapter.safetensors"}
@@ -108,7 +109,7 @@ def test_scales_come_back_and_a_config_that_contradicts_them_is_refused(tmp_path
     # A side file that contradicts the tensors is neither believed nor ignored in silence.
     path = tmp_path / "a" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 12345}))
-    with pytest.raises(li.FormatError, match=r"(?i)alpha"):
+    with refused(li.FormatError, "lpha", "12345"):
         li.load_adapter(copy.deepcopy(plain), tmp_path / "a", "again")
 
 
@@ -145,15 +146,15 @@ def test_saving_an_adapter_that_adds_nothing_says_so(tmp_path: Path, caplog: Any
 
 def test_save_refuses_unknown_names_and_formats_and_to_overwrite(tmp_path: Path) -> None:
     model, x = injected(KINDS["linear"]), torch.randn(2, 5)
-    with pytest.raises(li.StateError, match="adapter_state of 'x': the model's adapters are"):
+    with refused(li.StateError, "adapter_state", "'x'"):
         li.save_adapter(model, tmp_path / "a", "x")
-    with pytest.raises(li.FormatError, match=r"there is no format .peff.*Nearest: peft"):
+    with refused(li.FormatError, "peff", "peft"):
         li.save_adapter(model, tmp_path / "a", format="peff")
     assert not any(tmp_path.iterdir())
     path = save(model, tmp_path, "peft")
     before = {p.name: p.read_bytes() for p in path.iterdir()}
     fill(model)
-    with pytest.raises(li.FormatError, match="overwrite"):
+    with refused(li.FormatError, "overwrite"):
         save(model, tmp_path, "peft")
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
     li.save_adapter(model, path, overwrite=True)
@@ -164,11 +165,16 @@ def test_save_refuses_unknown_names_and_formats_and_to_overwrite(tmp_path: Path)
 # ------------------------------------------------------------------------ checked before any change
 
 
-def refused(model: nn.Module, path: Path, words: str, **options: Any) -> None:
-    before, listed = snapshot(model), li.summary(model)
-    with pytest.raises(li.LoraInjectError, match=words):
+def not_loaded(
+    model: nn.Module,
+    path: Path,
+    *names: str,
+    error: type[li.LoraInjectError] = li.FormatError,
+    **options: Any,
+) -> None:
+    listed = li.summary(model)
+    with refused(error, *names, model=model):
         li.load_adapter(model, path, **options)
-    assert snapshot(model) == before
     assert li.summary(model) == listed
 
 
@@ -185,12 +191,12 @@ def base() -> Net:
 
 def test_a_name_in_use_a_merged_model_and_a_missing_file_are_refused(saved: Path) -> None:
     model = li.load_adapter(base(), saved)
-    refused(model, saved, "the model has one of that name")
+    not_loaded(model, saved, "'default'", error=li.StateError)
     li.merge(model)
-    refused(model, saved, "is merged into the weights", name="other")
-    with pytest.raises(li.StateError, match="is merged into the weights"):
+    not_loaded(model, saved, "unmerge(model)", error=li.StateError, name="other")
+    with refused(li.StateError, "unmerge(model)"):
         li.save_adapter(model, saved.with_name("merged"))  # the fingerprint would be of the merged
-    refused(base(), saved / "nothing", "there is no such file or directory")
+    not_loaded(base(), saved / "nothing", "nothing")
 
 
 @pytest.mark.parametrize("key", ["embed", "fc"])
@@ -200,7 +206,7 @@ def test_another_base_is_refused_unless_told(saved: Path, key: str, how: str) ->
     with torch.no_grad():
         W = model.get_submodule(key).weight
         W.add_(0.02 * W if how == "scaled" else 0.01 * torch.randn_like(W))
-    refused(model, saved, f"another base: '{key}.weight'")
+    not_loaded(model, saved, f"'{key}.weight'", 'base="any"')
     assert li.load_adapter(model, saved, base="any") is model
 
 
@@ -208,26 +214,28 @@ def _put(**modules: nn.Module) -> Callable[[Any], object]:
     return lambda model: [setattr(model, name, module) for name, module in modules.items()]
 
 
-# words of the refusal: what is done to the model, and what is said of its base
-CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
-    "the model has no such module": (lambda m: delattr(m, "fc"), "any"),
-    "maps 5 to 6 features in the file, 4 to 6 here": (_put(fc=nn.Linear(4, 6)), "any"),
-    "Nearest: .*'fc1'": (lambda m: m.add_module("fc1", m._modules.pop("fc")), "any"),
-    r"has shape \(\d(, 6)?\) in the file and \(\d(, 6)?\) here": (
-        _put(head=nn.Linear(6, 4)),
-        "same",
+# What is done to the model, what is said of its base, the class of the refusal and what it names.
+CHANGES: dict[str, tuple[Callable[[Any], object], str, type[li.LoraInjectError], tuple[str, ...]]]
+CHANGES = {
+    "without the module": (lambda m: delattr(m, "fc"), "any", li.FormatError, ("'fc'",)),
+    "other sizes": (_put(fc=nn.Linear(4, 6)), "any", li.FormatError, ("'fc'", "5", "4 to 6")),
+    "another name": (
+        lambda m: m.add_module("fc1", m._modules.pop("fc")), "any", li.FormatError, ("'fc1'",),
     ),
-    r"the model has no such parameter\. .*leave_out": (lambda m: delattr(m, "head"), "same"),
-    "site 'fc'": (_put(fc=nn.LSTM(5, 6)), "any"),
-}
+    "another head": (_put(head=nn.Linear(6, 4)), "same", li.FormatError, ("head.", "(4")),
+    "without the head": (
+        lambda m: delattr(m, "head"), "same", li.FormatError, ("head.", "leave_out"),
+    ),
+    "another kind": (_put(fc=nn.LSTM(5, 6)), "any", li.FormatError, ("'fc'",)),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("words", CHANGES)
-def test_a_model_that_does_not_fit_is_refused(words: str, saved: Path) -> None:
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_does_not_fit_is_refused(change: str, saved: Path) -> None:
     model = base()
-    change, how = CHANGES[words]
-    change(model)
-    refused(model, saved, words, base=how)
+    act, how, error, names = CHANGES[change]
+    act(model)
+    not_loaded(model, saved, *names, error=error, base=how)
 
 
 def test_what_is_let_through_is_named(saved: Path) -> None:
@@ -235,8 +243,7 @@ def test_what_is_let_through_is_named(saved: Path) -> None:
     model.head = nn.Linear(6, 4)
     li.load_adapter(model, saved, leave_out=["head.*"])
     assert set(li.adapters(model)["default"].trained) == {"fc.bias", "norm.bias"}
-    words = r"leave_out 'head.wieght': it matches nothing\. Nearest: 'head.weight"
-    refused(base(), saved, words, leave_out=["head.wieght"])
+    not_loaded(base(), saved, "'head.wieght'", "'head.weight", leave_out=["head.wieght"])
 
 
 # ---------------------------------------------------------------------------------- shared layers
@@ -285,11 +292,11 @@ def test_peft_adapts_a_layer_in_the_first_of_its_places_only(tmp_path: Path) -> 
     from peft import LoraConfig, PeftModel, get_peft_model
 
     model, x = fill(li.inject(Twice(), {**CONFIG, "targets": ["a"]})), torch.randn(2, 5)
-    with pytest.raises(li.FormatError, match=r"site 'a'.*stands in 2 places.*native"):
+    with refused(li.FormatError, "'a'", "native"):
         save(model, tmp_path, "peft")
     theirs = get_peft_model(Twice(), LoraConfig(r=2, target_modules=["a"]))
     theirs.save_pretrained(tmp_path / "theirs")
-    refused(Twice(), tmp_path / "theirs", "site 'a'.*stands in 2 places.*deepcopy")
+    not_loaded(Twice(), tmp_path / "theirs", "'a'", "deepcopy")
     li.load_adapter(Twice(shared=False), tmp_path / "theirs")
     block = fill(li.inject(Twice(), {**CONFIG, "targets": [r"blocks\.0\.0"]}))
     read = PeftModel.from_pretrained(Twice(), save(block, tmp_path, "peft"))
@@ -300,14 +307,11 @@ def test_peft_adapts_a_layer_in_the_first_of_its_places_only(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("config", "affine", "words"),
-    [
-        ({"bias": "all"}, True, r"trained tensor '1\.1\.\w+': .*moves running_mean"),
-        ({"train": ["1"]}, False, r"train 1 \('1'\), '1\.1': .*moves running_mean"),
-    ],
+    ("config", "affine", "named"),
+    [({"bias": "all"}, True, "'1.1."), ({"train": ["1"]}, False, "'1.1'")],
     ids=["bias", "no trained tensor tells of it"],
 )
-def test_a_norm_that_also_moves_statistics_is_refused(config, affine, words) -> None:
+def test_a_norm_that_also_moves_statistics_is_refused(config, affine, named) -> None:
     """Saved without its statistics it would not come back, and eject would not restore them."""
 
     def net(moves: bool) -> nn.Module:
@@ -316,10 +320,8 @@ def test_a_norm_that_also_moves_statistics_is_refused(config, affine, words) -> 
 
     config = {"rank": 1, "targets": ["^0"], **config}
     model = net(moves=True)
-    before = snapshot(model)
-    with pytest.raises(li.LayerError, match=words):
+    with refused(li.LayerError, named, "running_mean", model=model):
         li.inject(model, config)
-    assert snapshot(model) == before
     li.inject(net(moves=False), config)
 
 
@@ -353,7 +355,7 @@ def test_a_module_in_train_that_moves_its_buffers_is_refused_at_its_first_step(h
         model(x)
         return
     for _ in range(2):
-        with pytest.raises(li.LayerError, match=r"moves its buffer 'mean'.*Leave it out"):
+        with refused(li.LayerError, "'mean'"):
             model(x)
         assert model[1].mean is mean
         assert same_bits(mean, before)

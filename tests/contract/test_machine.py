@@ -21,12 +21,12 @@ from typing import Any
 import hypothesis.strategies as st
 import torch
 from conftest import COPIES, refusal, same_bits
-from helpers import trees
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
 
 import lora_inject as li
+from contract import trees
 
 # The examples are the same each time, unless a longer search among others is asked for.
 N_EXAMPLES = int(os.environ.get("LORA_MACHINE_EXAMPLES", "45"))

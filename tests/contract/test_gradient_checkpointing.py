@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill, refusal
-from contract.kinds import ALPHA, RANK
 from helpers.reference import gpt2_of_two_layers
+from helpers.refusals import refused
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import (
 )
 
 import lora_inject as li
+from contract.kinds import ALPHA, RANK
 
 CONFIG = {"rank": RANK, "alpha": ALPHA}
 
@@ -34,10 +35,10 @@ def test_gradient_checkpointing(reentrant: bool, targets: list[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # another name in newer versions
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    refused = refusal(lambda: model(ids, labels=ids).loss.backward(), li.LayerError)
-    if refused is not None:  # newer versions of transformers call it themselves
+    told = refusal(lambda: model(ids, labels=ids).loss.backward(), li.LayerError)
+    if told is not None:  # newer versions of transformers call it themselves
         assert reentrant
-        assert "enable_input_require_grads" in str(refused)
+        assert "enable_input_require_grads" in str(told)
         model.enable_input_require_grads()
         model(ids, labels=ids).loss.backward()
     for name, parameter in li.adapter_parameters(model).items():
@@ -58,8 +59,7 @@ def test_gradient_checkpointing_never_trains_in_vain(config: dict[str, Any], fro
     x = torch.randn(2, 5)
     contexts = [nullcontext(), li.routed(model, ["default", None])]
     for context in contexts if config == {"targets": ["0"]} else contexts[:1]:
-        words = "no input of the checkpoint requires a gradient"
-        with context, pytest.raises(li.LayerError, match=words):
+        with context, refused(li.LayerError, "use_reentrant=False", "enable_input_require_grads()"):
             checkpoint(model, x, use_reentrant=True)
     checkpoint(model.eval(), x, use_reentrant=True)
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import TOLERANCE, error, fill, same_bits, snapshot
-from contract.kinds import KINDS, conv1d, injected
+from helpers.refusals import refused
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
+from contract.kinds import KINDS, conv1d, injected
 
 Grads = dict[str, Tensor | None]
 SLICED = {"match": "qkv", "slices": ["q", "k", "v"], "adapt": ["q", "v"], "rank": 1}
@@ -245,17 +246,12 @@ class Foreign(torch.autograd.Function):
         return None, x.grad
 
 
-def test_a_foreign_checkpoint_is_right_or_refused() -> None:
-    def scenario(model: Net, x: Tensor, *changes: str) -> None:
-        y = Foreign.apply(model, x)
-        for which in changes:
-            li.activate(model, which)
-        backward(y)
+def test_a_foreign_checkpoint_is_right_while_the_selection_stays() -> None:
+    def scenario(model: Net, x: Tensor) -> None:
+        backward(Foreign.apply(model, x))
 
     plain = net()
     assert_same(run(scenario, copy.deepcopy(plain)), run(selecting("a"), copy.deepcopy(plain)))
-    with pytest.raises(li.StateError, match="changed since the forward"):
-        scenario(plain, X.clone().requires_grad_(), "b")
 
 
 VERBS: dict[str, Callable[[Net], Any]] = {
@@ -278,7 +274,7 @@ def test_verbs_inside_a_checkpointed_function_are_refused(verb: str, mode: bool)
         VERBS[verb](model)
         return model.first(x)
 
-    with pytest.raises(li.StateError, match="inside a checkpointed function"):
+    with refused(li.StateError, "disabled() or routed()"):
         backward(checkpoint(inside, X.clone().requires_grad_(), use_reentrant=mode))
     assert snapshot(model) == before
     assert li.summary(model) == listed
@@ -289,7 +285,7 @@ def test_verbs_inside_a_context_are_refused(verb: str) -> None:
     """What they change would be lost, or counted twice, when the context puts its state back."""
     model = net()
     before, wanted = snapshot(model), model(X)
-    with li.routed(model, ["a", "c"] * 2), pytest.raises(li.StateError, match="routed"):
+    with li.routed(model, ["a", "c"] * 2), refused(li.StateError, "context"):
         VERBS[verb](model)
     assert snapshot(model) == before
     assert same_bits(model(X), wanted)
@@ -299,7 +295,7 @@ def test_verbs_in_a_backward_are_refused() -> None:
     model = net()
     y = model(X.clone().requires_grad_())
     y.register_hook(lambda _: li.activate(model, "b") and None)
-    with pytest.raises(li.StateError, match="a backward pass"):
+    with refused(li.StateError, "activate", "backward"):
         y.sum().backward()
     assert li.adapters(model)["a"].active
 
@@ -325,17 +321,17 @@ def test_values_that_were_swapped_since_the_forward_are_not_recomputed_with(mode
     x, other = X.clone().requires_grad_(), copy.deepcopy(li.adapter_state(model, "b"))
     y = model(x)
     li.swap_adapter(model, other, "a")
-    with pytest.raises(li.StateError, match="'a' got other values since its forward"):
+    with refused(li.StateError, "'a'"):
         backward(y)
     y = model(x)
     li.swap_adapter(model, other, "b")
     backward(y)
 
 
-@pytest.mark.parametrize(("which", "words"), [({"a": float("nan")}, "nan"), (["a"], "a list")])
-def test_activate_refuses(which: Any, words: str) -> None:
+@pytest.mark.parametrize(("which", "named"), [({"a": float("nan")}, "nan"), (["a"], "list")])
+def test_activate_refuses(which: Any, named: str) -> None:
     model = net()
-    with pytest.raises(li.StateError, match=words):
+    with refused(li.StateError, "activate", named, model=model):
         li.activate(model, which)
     assert li.adapters(model)["a"].active
 
@@ -381,17 +377,15 @@ def test_another_batch_is_refused(kind: str, n: int, repeat: int) -> None:
     model = injected(KINDS[kind])
     x = KINDS[kind].inputs(torch.float32)[0][torch.arange(n) % 4]
     with (
-        pytest.raises(li.LayerError, match=r"routed\(\) with 3 rows"),
+        refused(li.LayerError, "routed("),
         li.routed(model, ["default", None, "default"], repeat=repeat),
     ):
         model(x)
 
 
-@pytest.mark.parametrize(
-    ("rows", "words"), [([], "got 0 rows"), (["a", "x"], "routed to 'x': the")]
-)
-def test_routed_refuses_at_entry(rows: list[str], words: str) -> None:
-    with pytest.raises(li.StateError, match=words), li.routed(net(), rows):
+@pytest.mark.parametrize(("rows", "named"), [([], "0 rows"), (["a", "x"], "'x'")])
+def test_routed_refuses_at_entry(rows: list[str], named: str) -> None:
+    with refused(li.StateError, "routed", named), li.routed(net(), rows):
         pytest.fail("it was entered")
 
 
@@ -403,7 +397,7 @@ def test_routed_refuses_whole_weights(config: dict[str, Any]) -> None:
     model = nn.ModuleDict({"fc": nn.Linear(4, 4), "conv": nn.Conv1d(4, 4, 1)})
     li.inject(model, {"rank": 2, "targets": ["fc"]}, "fine")
     li.inject(model, {"rank": 2, **config}, "whole")
-    with pytest.raises(li.StateError, match="all rows of a batch share"):
+    with refused(li.StateError, "'whole'"):
         li.routed(model, ["fine", "whole"]).__enter__()
 
 

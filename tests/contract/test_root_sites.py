@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill, same_bits, snapshot
-from contract.kinds import KINDS, injected
-from helpers.reference import EXACT, Block, adapted, config, dense, hold, random, refused, saved
+from helpers.reference import EXACT, Block, adapted, config, dense, hold, random, saved
+from helpers.refusals import refused
 from torch import Tensor, nn
 
 import lora_inject as li
+from contract.kinds import KINDS, injected
 
 
 class Recurrent(nn.Module):
@@ -51,13 +52,14 @@ def test_the_root_is_a_site(tmp_path: Path) -> None:
     plain, x = nn.Linear(5, 4).double(), random(3, 5)
     model = adapted(plain, "^$")
     hold(plain, model, lambda m: m(x))
-    with pytest.raises(li.FormatError, match="native"):
+    with refused(li.FormatError, 'format="native"'):
         saved(model, tmp_path, "peft")
     path, _ = saved(model, tmp_path, "native")
     assert error(li.load_adapter(copy.deepcopy(plain), path)(x), model(x)) < EXACT
     attention = nn.MultiheadAttention(8, 2)
     run = lambda: li.inject(attention, config("^$"))  # noqa: E731
-    refused(attention, run, li.MatchError, "'in_proj_weight', 'out_proj'")
+    with refused(li.MatchError, "'in_proj_weight'", "'out_proj'", model=attention):
+        run()
 
 
 PARTS = ["lora_A", "lora_B__default", "weight", "base_layer", "base_model", "lora_in"]
@@ -128,8 +130,10 @@ def test_adapters_named_like_modules_and_parameters(name: str, tmp_path: Path) -
 def test_names_that_cannot_be_are_refused_at_once(name: Any) -> None:
     model = injected(KINDS["linear"])
     run = lambda: li.inject(model, config("layer"), name)  # noqa: E731
-    refused(model, run, li.StateError, "adapter")
+    with refused(li.StateError, repr(name), model=model):
+        run()
     net = nn.Sequential(nn.Linear(4, 4))
     net[0].lora_A__default = 3
     run = lambda: li.inject(net, config("0"))  # noqa: E731
-    refused(net, run, li.LayerError, r"has an attribute 'lora_A__default'\. Choose")
+    with refused(li.LayerError, "'lora_A__default'", model=net):
+        run()

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill, same_bits
-from contract.kinds import conv1d
 from helpers.forks import Forks
 from helpers.reference import EXACT, Block, config, dense, random
+from helpers.refusals import refused
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
+from contract.kinds import conv1d
 
 N_ADAPTERS = 9  # torch gives up at eight recompilations
 IDS = torch.tensor([[1, 2, 3], [4, 0, 2], [3, 3, 3], [0, 1, 4]])
@@ -218,7 +219,7 @@ def test_a_compiled_block_in_a_checkpoint_is_recomputed_under_its_forwards_selec
             y = checkpoint(lambda t: block(t).tanh(), x, use_reentrant=reentrant)
         CHANGES[verb](model)
         if verb in ("swap_adapter", "eject"):
-            with pytest.raises(li.StateError, match="backward through a checkpoint"):
+            with refused(li.StateError, "'b'"):
                 y.sum().backward()
             continue
         y.sum().backward()

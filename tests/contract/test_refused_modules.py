@@ -7,22 +7,11 @@ import peft
 import pytest
 import torch
 from conftest import fill
-from helpers.reference import Block, config, refused, saved
+from helpers.reference import Block, config, saved
+from helpers.refusals import refused
 from torch import nn
 
 import lora_inject as li
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-@pytest.mark.parametrize("target", [r"1\.weight", "1", ".+"])
-def test_a_scripted_module_is_refused_and_no_site_before_it_is_half_done(target: str) -> None:
-    linear = nn.Linear(4, 4)
-    for scripted in (torch.jit.script(linear), torch.jit.trace(linear, torch.randn(1, 4))):
-        model = nn.Sequential(nn.Linear(4, 4), scripted)
-        with pytest.raises((li.LayerError, li.MatchError), match=r"'1.*(Script|Traced)Module"):
-            li.inject(model, config("0", target))
-        assert type(model[0]) is nn.Linear
-        assert len(model.state_dict()) == 4
 
 
 @pytest.mark.parametrize("make", [lambda: nn.LazyLinear(3), nn.LazyBatchNorm1d])
@@ -30,8 +19,7 @@ def test_a_scripted_module_is_refused_and_no_site_before_it_is_half_done(target:
 def test_a_lazy_module_is_refused_until_it_has_run(make: Any, more: dict[str, Any]) -> None:
     """Also beside the sites: it makes its parameters anew when it runs."""
     model = nn.Sequential(nn.Linear(4, 4), make(), nn.Identity())
-    words = r"'1(\.weight)?'.*lazy.*Run the model once"
-    with pytest.raises(li.LayerError, match=words):
+    with refused(li.LayerError, "'1", "lazy"):
         li.inject(model, config("0", **more))
     assert type(model[0]) is nn.Linear
     model(torch.ones(2, 4))
@@ -45,30 +33,21 @@ def test_a_model_without_values_is_planned_and_injected_but_not_merged(tmp_path:
     assert {s.name for s in li.plan(model, targets).sites} == {"0.up", "0.down.weight", "1"}
     li.inject(model, targets)
     assert {p.device.type for p in li.adapter_parameters(model).values()} == {"meta"}
-    with pytest.raises(li.LayerError, match=r"meta device.*Load the base"):
+    with refused(li.LayerError, "0.up.weight", "meta"):
         li.merge(model)
-    with pytest.raises(li.FormatError, match="meta device"):
+    with refused(li.FormatError, "0.up", "meta"):
         saved(model, tmp_path, "native")
     assert [*tmp_path.iterdir()] == []
     li.eject(model)
     assert [type(m) for m in model[0].modules()] == [Block, nn.Linear, nn.Linear]
 
 
-def test_a_module_that_holds_its_parent() -> None:
-    """Its names have no end: an error, and not all memory."""
-    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    net[0].parent = net
-    with pytest.raises(li.LayerError, match=r"0\.parent\.0.*a module holds one that holds it"):
-        li.inject(net, config("1"))
-    assert type(net[1]) is nn.Linear
-
-
 def test_what_is_pefts_own_in_a_model_that_it_has_wrapped_is_refused() -> None:
     net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)).double()
     lora = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
     model = peft.get_peft_model(net, lora)
-    problem = r"'base_model\.model\.0\.lora_A\.default' is a part of an adapter of PEFT \(2 such"
-    refused(model, lambda: li.inject(model, config("all-linear")), li.LayerError, problem)
+    with refused(li.LayerError, "'base_model.model.0.lora_A.default'", "(2 such", model=model):
+        li.inject(model, config("all-linear"))
     assert "inject would refuse this" in str(li.plan(model, config("all-linear")))
 
     li.inject(model, {**config("all-linear"), "exclude": [r"lora_[AB]\.default"]})

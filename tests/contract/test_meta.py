@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import fill, same_bits
 from helpers.models import IDS, Net
+from helpers.refusals import refused
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
@@ -124,9 +125,8 @@ EMPTIED: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_what_nothing_has_started_is_not_used(use: str, how: str) -> None:
     config = LORA | {"targets": ["fc"]} if use == "routed" else LORA
     model = emptied(EMPTIED[how](config))
-    words = r"made on the meta device or emptied .* Load the base with load_state_dict"
-    with pytest.raises((li.LayerError, RuntimeError), match=words):
-        USES[use](model)
+    with pytest.raises((li.LayerError, RuntimeError), match="load_state_dict"):
+        USES[use](model)  # torch.compile tells of it in an error of its own
     with li.disabled(model):
         model(IDS)
     model.load_state_dict(Net().state_dict())
@@ -161,7 +161,7 @@ def test_an_adapter_that_is_loaded_onto_meta_has_no_values_either(tmp_path: Path
     with torch.device("meta"):
         model = Net()
     model = emptied(li.load_adapter(model, path, base="any"))
-    with pytest.raises(li.LayerError, match="made on the meta device or emptied"):
+    with refused(li.LayerError, "'embed'", "load_state_dict", "reset_parameters()"):
         model(IDS)
     li.eject(model).load_state_dict(li.eject(copy.deepcopy(source)).state_dict())
     assert same_bits(li.load_adapter(model, path)(IDS), source(IDS))

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import TOLERANCE, error, fill, same_bits
-from contract.kinds import Host, Kind, conv1d, dense_delta, dense_output, host
 from helpers.reference import SCALE, adapted, config, hold, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_inject as li
+from contract.kinds import Host, Kind, conv1d, dense_delta, dense_output, host
 
 
 class Once(nn.Module):
