@@ -6,6 +6,7 @@ The verdicts are held to states that the test makes itself, of the adapter and o
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,15 @@ import pytest
 import torch
 from conftest import fill
 from helpers.models import Net, tiny_llama
-from helpers.refusals import said
+from helpers.refusals import refused
 from helpers.servers import Letters, Served, serving
-from safetensors import safe_open
+from helpers.states import metadata, tensors_of
+from safetensors.torch import load_file, save_file
 from torch import nn
 from training_models import llama_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 import lora_inject as li
-from lora_inject.cli import app
-from lora_inject.core.files.tensors import read_names
-from lora_inject.serving.proof import parse_proof
 
 CONFIG = {"rank": 4, "alpha": 8, "targets": ["all-linear"]}
 TEXTS = ["SELECT A FROM B", "HOW MANY ROWS?", "(X + Y) * Z = 42"]
@@ -81,20 +79,24 @@ def test_each_state_of_an_adapter_is_told_on_a_live_model(state: str, saved: Pat
 
 
 def test_a_loaded_adapter_knows_its_files(saved: Path, tmp_path: Path) -> None:
-    unknown = "no files are known of it"
+    def unproven(name: str, *named: str) -> None:
+        with refused(li.StateError, f"'{name}'", *named):
+            li.verify_loaded(model, name)
+
     model = li.eject(build())
     li.load_adapter(model, saved)
     assert li.verify_loaded(model).ok
     li.eject(model)
     li.load_adapter(model, saved, "second")
     assert li.verify_loaded(model, "second").ok
-    assert unknown in said(lambda: li.verify_loaded(model))
+    unproven("default")
     li.save_adapter(model, tmp_path / "plain", "second")
-    assert "holds no proof of behavior" in said(lambda: li.verify_loaded(model, "second"))
+    with refused(li.LoraInjectError, "proof"):
+        li.verify_loaded(model, "second")
     li.swap_adapter(model, saved, "second")
     assert li.verify_loaded(model, "second").ok
     li.swap_adapter(model, copy.deepcopy(li.adapter_state(model, "second")), "second")
-    assert unknown in said(lambda: li.verify_loaded(model, "second"))
+    unproven("second", "source=")
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
@@ -131,9 +133,8 @@ def test_the_proof_is_text_that_other_readers_pass_over(layout: str, tmp_path: P
     model = build()
     target = li.save_adapter(model, tmp_path / "a", format=layout, probe=IDS)
     assert li.verify_loaded(model).ok
-    file = target / "adapter_model.safetensors" if target.is_dir() else target
-    with safe_open(file, "pt") as opened:
-        assert json.loads(opened.metadata()["lora_inject.proof"])["prompts"][0] == [*range(20)]
+    proof = json.loads(metadata(tensors_of(target))["lora_inject.proof"])
+    assert proof["prompts"][0] == [*range(20)]
     assert li.read_adapter(target).sites.keys() == li.adapter_state(model).sites.keys()
 
 
@@ -146,10 +147,11 @@ def test_a_model_without_a_vocabulary_proves_its_outputs(tmp_path: Path) -> None
     assert li.verify_loaded(model, probe=x).ok
     doubled = li.verify_loaded(li.activate(model, {"default": 2.0}), probe=x)
     assert (doubled.word, doubled.scale) == ("scaled", pytest.approx(2.0, rel=0.1))
-    assert "Pass probe=" in said(lambda: li.verify_loaded(model))
-    assert "not the inputs" in said(lambda: li.verify_loaded(model, probe=x + 1))
-    refusal = said(lambda: li.verify_served("http://127.0.0.1:9", tmp_path / "a"))
-    assert "the adapter's proof is not over tokens" in refusal
+    for options in ({}, {"probe": x + 1}):
+        with refused(li.StateError, "" if options else "probe=", model=model):
+            li.verify_loaded(model, **options)
+    with refused(li.LoraInjectError, "tokens"):
+        li.verify_served("http://127.0.0.1:9", tmp_path / "a")
 
 
 def test_where_rounding_explains_the_effect_nothing_is_said(tmp_path: Path) -> None:
@@ -160,8 +162,8 @@ def test_where_rounding_explains_the_effect_nothing_is_said(tmp_path: Path) -> N
     faint = li.save_adapter(model, tmp_path / "faint", probe=IDS)
     assert li.verify_loaded(model, source=faint).ok
     assert li.verify_loaded(li.activate(model, None), source=faint).word == "without"
-    refusal = said(lambda: li.verify_loaded(model, source=faint, dtype="bfloat16"))
-    assert "they tell nothing" in refusal
+    with refused(li.StateError, "bfloat16", model=model):
+        li.verify_loaded(model, source=faint, dtype="bfloat16")
 
 
 # ------------------------------------------------------------------------------------- by a server
@@ -210,16 +212,15 @@ def test_ratings_one_place_late_are_seen_and_not_believed(
         assert verdict.what == "log-probabilities of next tokens"
 
 
-def test_the_command_says_it_and_its_exit_code(saved: Path) -> None:
+def test_the_command_says_it_and_its_exit_code(run: Any, saved: Path) -> None:
     model = build()
     with serving(Served(model, "vllm")) as url:
-        run = CliRunner().invoke(app, ["verify-served", url, str(saved)])
-        assert run.exit_code == 0
-        assert run.stdout.startswith("with the adapter: ")
+        ran = run("verify-served", url, saved)
+        assert (ran.code, ran.out.startswith("with the adapter: ")) == (0, True)
         li.activate(model, None)
-        run = CliRunner().invoke(app, ["verify-served", url, str(saved), "--model", "x", "--json"])
-    told = json.loads(run.stdout)
-    assert (run.exit_code, told["word"], told["ok"]) == (1, "without", False)
+        ran = run("verify-served", url, saved, "--model", "x", "--json")
+    told = json.loads(ran.out)
+    assert (ran.code, told["word"], told["ok"]) == (1, "without", False)
     assert told["from_adapter"] > 5 * told["tolerance"]
 
 
@@ -238,33 +239,33 @@ def broken() -> Any:
 
 
 PROBE: Any = (TEXTS, Letters())
-SERVERS = {
-    "no log-probabilities": (lambda: Served(build(), "silent"), PROBE, "returns no log-prob"),
-    "NaN": (lambda: Served(broken(), "vllm"), PROBE, "it returns NaN as log-probabilities"),
-    "a smaller vocabulary": (lambda: Served(tiny_llama(), "vllm"), PROBE, "answers 400: Token id"),
-    "other tokens": (lambda: Halves(build(), "vllm"), PROBE, "other tokens of prompt 1.*vocab"),
-    "only texts": (lambda: Served(build(), "texts"), IDS, "only text .* proof has only ids"),
+SERVERS: dict[str, tuple[Any, Any, str]] = {
+    "no log-probabilities": (lambda: Served(build(), "silent"), PROBE, "log-prob"),
+    "NaN": (lambda: Served(broken(), "vllm"), PROBE, "NaN"),
+    "a smaller vocabulary": (lambda: Served(tiny_llama(), "vllm"), PROBE, "400"),
+    "other tokens": (lambda: Halves(build(), "vllm"), PROBE, "prompt 1"),
+    "only texts": (lambda: Served(build(), "texts"), IDS, "ids"),
 }
 
 
 @pytest.mark.parametrize("case", SERVERS)
 def test_a_server_that_cannot_be_judged_is_refused(case: str, tmp_path: Path) -> None:
-    make, probe, words = SERVERS[case]
+    make, probe, named = SERVERS[case]
     adapter = li.save_adapter(build(), tmp_path / "sql", probe=probe)
-    with serving(make()) as url:
-        assert re.search(words, said(lambda: li.verify_served(url, adapter)))
+    with serving(make()) as url, refused(li.LoraInjectError, named):
+        li.verify_served(url, adapter)
 
 
 def test_addresses_and_names_that_lead_nowhere_are_named(saved: Path) -> None:
     with serving(Served(build(), "vllm", ("one", "two"))) as url:
-        several = "it serves 'one', 'two'. Name the one to ask: --model NAME"
-        assert several in said(lambda: li.verify_served(url, saved))
+        with refused(li.ServerError, "'one', 'two'", "--model NAME"):
+            li.verify_served(url, saved)
         assert li.verify_served(url, saved, model="two").ok
-    down = f"ServerError: ask {url}/v1/models: it does not answer ("
-    assert said(lambda: li.verify_served(url, saved)).startswith(down)
+    with refused(li.ServerError, f"{url}/v1/models"):
+        li.verify_served(url, saved)
     for none in ("localhost:8000", None, "http://[::1"):
-        refusal = said(lambda none=none: li.verify_served(none, saved))
-        assert "it is no URL. Give one, such as http://HOST:8000" in refusal
+        with refused(li.ServerError, "http://HOST:8000"):
+            li.verify_served(none, saved)
 
 
 # -------------------------------------------------------------------- proofs that cannot be made
@@ -276,44 +277,53 @@ def infinite() -> nn.Module:
     return model
 
 
-PROBES: list[tuple[Any, Any, str]] = [
-    (build, [[1, 64]], "it has the token 64, and the model has 64 tokens"),
-    (build, [[1]], "a row has fewer than two tokens"),
-    (build, ["some", "texts"], "it is text without a tokenizer"),
-    (build, {"ids": torch.tensor([[1, 2]])}, "with these inputs the model raises ValueError: "),
-    (lambda: li.inject(tiny_llama(), CONFIG), [[1, 2, 3]], "the adapter changes its outputs by 0,"),
-    (lambda: li.inject(infinite(), CONFIG), torch.ones(1, 4), "are not finite"),
-    (
-        lambda: li.inject(Net(), {"rank": 2, "targets": ["fc"]}), [[1, 2, 3]],
-        "for 3 tokens the model returns (1, 3, 3), which rates no next token",
-    ),
-]  # fmt: skip
+def fresh(model: nn.Module, *targets: str) -> nn.Module:
+    return li.inject(model, {"rank": 2, "targets": [*(targets or ["all-linear"])]})
 
 
-@pytest.mark.parametrize(("make", "probe", "words"), PROBES, ids=[row[2] for row in PROBES])
-def test_a_probe_that_proves_nothing_is_refused(make, probe, words, tmp_path: Path) -> None:
-    refusal = said(lambda: li.save_adapter(make(), tmp_path / "a", probe=probe))
-    assert refusal.startswith("StateError: save adapter 'default'")
-    assert words in refusal
+PROBES: dict[str, tuple[Any, Any, list[str]]] = {
+    "a token beyond": (build, [[1, 64]], ["token 64"]),
+    "a row of one token": (build, [[1]], ["two tokens"]),
+    "text alone": (build, ["some", "texts"], ["tokenizer"]),
+    "other inputs": (build, {"ids": torch.tensor([[1, 2]])}, ["ValueError"]),
+    "no effect": (lambda: fresh(tiny_llama()), [[1, 2, 3]], ["0"]),
+    "infinite outputs": (lambda: fresh(infinite()), torch.ones(1, 4), ["finite"]),
+    "no next token": (lambda: fresh(Net(), "fc"), [[1, 2, 3]], ["(1, 3, 3)"]),
+}
+
+
+@pytest.mark.parametrize("case", PROBES)
+def test_a_probe_that_proves_nothing_is_refused(case: str, tmp_path: Path) -> None:
+    make, probe, named = PROBES[case]
+    model = make()
+    with refused(li.StateError, "'default'", *named):
+        li.save_adapter(model, tmp_path / "a", probe=probe)
     assert not (tmp_path / "a").exists()
-    refusal = said(lambda: li.save_adapter(build(), tmp_path / "a", format="gguf", probe=IDS))
-    assert "files of the format 'gguf' hold no proof" in refusal
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda plain: plain.update(version=7), "its proof has version 7"),
-        (lambda plain: plain["values"].pop(), "not one value for each place and strength"),
-        (lambda plain: plain["ahead"][0].update(length=99), "a prefix that no prompt has"),
-    ],
-)
-def test_an_edited_proof_is_refused(change: Any, words: str, saved: Path) -> None:
-    metadata = read_names(saved / "adapter_model.safetensors")[1]
-    plain = json.loads(metadata["lora_inject.proof"])
+def test_a_format_that_holds_no_proof_is_named(tmp_path: Path) -> None:
+    with refused(li.FormatError, "'gguf'", "'native'"):
+        li.save_adapter(build(), tmp_path / "a", format="gguf", probe=IDS)
+
+
+EDITS: dict[str, tuple[Any, str]] = {
+    "a later version": (lambda plain: plain.update(version=7), "7"),
+    "a value less": (lambda plain: plain["values"].pop(), "proof"),
+    "a prefix of none": (lambda plain: plain["ahead"][0].update(length=99), "prefix"),
+}
+
+
+@pytest.mark.parametrize("case", EDITS)
+def test_an_edited_proof_is_refused(case: str, saved: Path, tmp_path: Path) -> None:
+    change, named = EDITS[case]
+    path = shutil.copytree(saved, tmp_path / "a")
+    file = tensors_of(path)
+    said, tensors = metadata(file), load_file(file)
+    plain = json.loads(said["lora_inject.proof"])
     change(plain)
-    edited = metadata | {"lora_inject.proof": json.dumps(plain)}
-    assert words in said(lambda: parse_proof(edited, "verify"))
+    save_file(tensors, file, said | {"lora_inject.proof": json.dumps(plain)})
+    with refused(li.LoraInjectError, named):
+        li.verify_loaded(build(), source=path)
 
 
 # ---------------------------------------------------- `prove`: an adapter saved without a proof
@@ -337,12 +347,12 @@ def test_prove_stores_the_proof_that_saving_stores(run, base: Path, tmp_path: Pa
     adapter = li.save_adapter(of_base(base), tmp_path / "sql")
     before = (adapter / "adapter_model.safetensors").read_bytes()
     other = llama_folder(tmp_path / "other" / "tiny", initializer_range=0.1)
-    for folder, options, words in (
-        (other, ("--probe", TEXT), "made on another base"),
-        (base, (), "say on which texts: --probe TEXT"),
+    for folder, options, code, named in (
+        (other, ("--probe", TEXT), 1, "another base"),
+        (base, (), 2, "--probe TEXT"),
     ):
-        refused = run("prove", adapter, "--base", folder, *options)
-        assert (refused.code in (1, 2), words in refused.err) == (True, True), refused.err
+        ran = run("prove", adapter, "--base", folder, *options)
+        assert (ran.code, named in ran.err) == (code, True), ran.err
         assert (adapter / "adapter_model.safetensors").read_bytes() == before
     done = run("prove", adapter, "--base", base, "--probe", texts[0], "--probe", texts[1])
     assert "stored: 32 log-probabilities of 2 texts" in done.out, done.err
@@ -359,7 +369,7 @@ def test_prove_stores_the_proof_that_saving_stores(run, base: Path, tmp_path: Pa
     second = json.loads(run("prove", adapter, "--base", base, "--data", rows, "--json").out)
     assert (second["prompts"], second["values"]) == (2, 11 + 12)
     assert (second["replaced"], second["knows_base"]) == (True, True)
-    proof = json.loads(read_names(adapter / "adapter_model.safetensors")[1]["lora_inject.proof"])
+    proof = json.loads(metadata(tensors_of(adapter))["lora_inject.proof"])
     assert proof["texts"] == ["1 and 1 is 2", "2 is a number"]
     assert (adapter / "README.md").read_text().count("verify-served") == 1
 
