@@ -11,6 +11,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from conftest import error, fill, refusal, same_bits, snapshot
 from helpers.packages import loaded
 from helpers.reference import Block, adapted, config, dense, hold, random
+from helpers.refusals import refused
 from torch import nn
 
 import lora_inject as li
@@ -72,7 +73,7 @@ def test_offloaded_weights_are_refused() -> None:
         return [*modules, *((n, id(p), p.requires_grad) for n, p in model.named_parameters())]
 
     before = look()
-    with pytest.raises(li.LayerError, match=r"'0\.up'.*offloaded its weights.*before dispatch"):
+    with refused(li.LayerError, "'0.up'", "before dispatch"):
         li.inject(model, config("up"))
     assert look() == before
 
@@ -89,7 +90,7 @@ def test_a_model_offloaded_after_inject_serves_its_adapter(how: str, tmp_path: P
         with torch.no_grad():
             assert error(model(x), wanted) < FLOAT32
         for run in (lambda: li.merge(model), lambda: li.save_adapter(model, "never")):
-            with pytest.raises((li.LayerError, li.FormatError), match="meta device"):
+            with refused(li.LoraInjectError, "meta"):
                 run()
 
 
@@ -97,9 +98,9 @@ def test_training_under_offload_is_never_in_vain() -> None:
     model = adapted(blocks(), "up")
     OFFLOADS["cpu"](model, "")
     x = torch.randn(3, 4)
-    refused = refusal(lambda: model.train()(x).sum().backward(), li.LayerError)
-    assert refused is None or "offload" in str(refused)
-    if refused is None:
+    said = refusal(lambda: model.train()(x).sum().backward(), li.LayerError)
+    assert said is None or "offload" in str(said)
+    if said is None:
         assert all(p.grad is not None for p in li.adapter_parameters(model).values())
 
 
@@ -109,7 +110,7 @@ def test_training_under_the_offload_of_compressed_tensors_is_refused(monkeypatch
     cache = type("OffloadCache", (dict,), {"onload_device": "cuda:0", "offload_device": "cpu"})
     net = li.inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 2, "targets": ["0"]})
     net[0]._parameters = cache(net[0]._parameters)
-    with pytest.raises(li.LayerError, match="that is offloaded"):
+    with refused(li.LayerError, "offloaded"):
         net(torch.ones(2, 4))
     with torch.no_grad():
         net.eval()(torch.ones(2, 4))
