@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
@@ -22,8 +22,8 @@ from lora_inject.private_needed import needed
 _MOVERS = {"torch.distributed.fsdp._flat_param", "torch.distributed.tensor.parallel.style"}
 _STATES = "torch.distributed._composable_state._module_state_mapping"
 
-# What FSDP2 keeps of each parameter of a module, by name.
-_kept: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+# What FSDP2 keeps of each parameter of a module, by name. It holds the module: so weakly.
+_kept: WeakKeyDictionary[nn.Module, dict[str, ref[Any]]] = WeakKeyDictionary()
 
 
 def is_moved(module: nn.Module, param: str, held: Tensor) -> bool:
@@ -31,23 +31,28 @@ def is_moved(module: nn.Module, param: str, held: Tensor) -> bool:
     if not hasattr(held, "full_tensor"):
         return module_calling(READER) in _MOVERS
     if param not in _kept.get(module, {}):
-        for place, name, kept in _all_kept():
-            _kept.setdefault(place, {})[name] = kept
-    kept = _kept.get(module, {}).get(param)
+        for group in groups():
+            for place, name, kept in held_by_group(group):
+                _kept.setdefault(place, {})[name] = ref(kept)
+    found = _kept.get(module, {}).get(param)
+    kept = None if found is None else found()
     return kept is not None and kept.sharded_state.name != "UNSHARDED"
 
 
-def _all_kept() -> Iterator[tuple[nn.Module, str, Any]]:
-    """Yield what `fully_shard` keeps of each parameter, with its modules and names."""
+def groups() -> Iterator[Any]:
+    """Yield the groups of parameters that `fully_shard` has made."""
     if "torch.distributed.fsdp" not in sys.modules:
         return
-    states = needed(_STATES, "reading a weight that is a DTensor")
-    for reference in list(states.values()):
+    for reference in list(needed(_STATES, "reading a weight that is a DTensor").values()):
         state = reference()
         one = getattr(state, "_fsdp_param_group", None)  # until torch 2.12
-        for group in getattr(state, "_fsdp_param_groups", None) or filter(None, [one]):
-            for kept in group.fsdp_params:
-                info = kept._module_info
-                yield info.module, info.param_name, kept
-                shared = zip(info.shared_modules, info.shared_param_names, strict=True)
-                yield from ((module, name, kept) for module, name in shared)
+        yield from getattr(state, "_fsdp_param_groups", None) or filter(None, [one])
+
+
+def held_by_group(group: Any) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Yield what a group keeps of each parameter, with its modules and names."""
+    for kept in group.fsdp_params:
+        info = kept._module_info
+        yield info.module, info.param_name, kept
+        shared = zip(info.shared_modules, info.shared_param_names, strict=True)
+        yield from ((module, name, kept) for module, name in shared)

@@ -70,7 +70,8 @@ def _reasons_of_part(place: Carried, shard: Any) -> Iterator[tuple[str, str]]:
     """Yield why an entry cannot be on a weight of which each process has a part."""
     spec, weight = place.entry.spec, place.weight
     if place.entry.rows is not None:
-        yield "its rows are in several processes, and single ones are to train", _FIRST
+        problem = "its rows are in several processes, and single ones are to train"
+        yield problem, "Leave the tokens out, or shard with fully_shard"
     if spec is None:
         return
     along = _along(place, shard)
@@ -112,7 +113,7 @@ def _part(whole: nn.Parameter, place: Carried, role: str) -> nn.Parameter:
     weight: Any = place.weight
     last, n_axes = _placement(place, role, whole), weight.device_mesh.ndim
     placements = [*[Replicate()] * (n_axes - 1), last]
-    made = distribute_tensor(whole.detach(), weight.device_mesh, placements, src_data_rank=None)
+    made = distribute_tensor(whole.detach(), weight.device_mesh, placements)
     return nn.Parameter(made.clone(), whole.requires_grad)
 
 

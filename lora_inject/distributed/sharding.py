@@ -24,11 +24,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_inject.core.adapter.fingerprint import sample_positions, samples
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import Carried, entries
 from lora_inject.core.model.guards import before, functions
+from lora_inject.distributed.movers import groups, held_by_group
 from lora_inject.distributed.placements import check_parts, distribute
 from lora_inject.errors import LayerError
 from lora_inject.private_needed import needed
@@ -212,8 +214,10 @@ def _check_shardable(
         along_one = shard is not None and shard.is_shard()
         if id(module) in groups:
             reason = "fully_shard was called with this very layer, whose group takes no parameters"
-        elif type(module).forward is nn.Module.forward:
-            reason = "it has no forward, before which FSDP2 could gather the adapter"
+        elif type(module).forward is nn.Module.forward or isinstance(
+            module, NonDynamicallyQuantizableLinear
+        ):
+            reason = "it is never called, before which FSDP2 could gather the adapter"
         elif holders.setdefault(tied(place), module) is not module:
             reason = "its trained copy is tied to that of another layer"
         elif id(module) not in inside or not along_one or any(p.is_shard() for p in replicated):
@@ -260,9 +264,16 @@ def _shard_adapter(survey: Survey, name: str) -> None:
         new.setdefault(module, set()).update(entry.tensors(module).values())
         meshes[module] = item.weight.device_mesh  # type: ignore[attr-defined]
         depths[module] = path.count(".")
+    groups_of = {id(module): group for group in groups() for module, *_ in held_by_group(group)}
     for module in sorted(new, key=depths.__getitem__, reverse=True):  # as fully_shard asks
         old = {parameter for parameter in module.parameters() if parameter not in new[module]}
-        fully_shard(module, mesh=meshes[module], reshard_after_forward=True, ignored_params=old)
+        of_base = groups_of[id(module)]
+        how = {"mp_policy": of_base.mp_policy, "offload_policy": of_base.offload_policy}
+        fully_shard(
+            module, mesh=meshes[module], reshard_after_forward=True, ignored_params=old, **how
+        )
+        if (factor := getattr(of_base, "gradient_divide_factor", None)) is not None:
+            module.set_gradient_divide_factor(factor)  # type: ignore[operator]
         _let_mean_be_mean(module)
 
 
@@ -275,15 +286,12 @@ def _let_mean_be_mean(module: Any) -> None:
 
 @torch.no_grad()
 def write_into_shards(parameter: Any, value: Tensor) -> None:
-    """Write a whole value into a sharded Parameter, of which each process writes its part.
-
-    Every process has the value, so nothing is sent.
-    """
+    """Write a whole value, the same in every process, into a sharded Parameter."""
     from torch.distributed.tensor import distribute_tensor
 
     value = value.detach().to(parameter.device, parameter.dtype)
     mesh, placements = parameter.device_mesh, parameter.placements
-    parameter.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))
+    parameter.copy_(distribute_tensor(value, mesh, placements))
 
 
 @torch.no_grad()

@@ -190,6 +190,10 @@ def trained(entry: Entry, value: Tensor, raw: Tensor, copy: Tensor, weight: floa
     """Return a tensor with the values of an entry without a site added or put in its place."""
     if entry.scale is not None:
         return (value.to(copy.dtype) + weight * entry.scale * copy).to(raw.dtype)
+    if entry.rows is not None and hasattr(raw, "full_tensor"):
+        problem = "its rows are in several processes, and single ones were to train"
+        remedy = "Leave the tokens out, or shard with fully_shard"
+        raise LayerError(f"reading {entry.param!r} with its trained rows", problem, remedy)
     index = None if entry.rows is None else _index(entry.rows, raw)
     mixed = copy
     if weight != 1.0 or value is not raw:  # something else was added, too

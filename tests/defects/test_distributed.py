@@ -1,0 +1,172 @@
+"""Models that are spread over processes: two of them against one, and what lives on in one."""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.forks import Forks
+from helpers.ranks import failures, far, filled, mesh, whole
+from helpers.refusals import refused
+from helpers.versions import needs_fsdp2
+from torch import Tensor, nn
+
+import lora_inject as li
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_available(), reason="no c10d")]
+
+WORLD = 2
+CONFIG = {"rank": 2, "alpha": 3.0, "targets": [r"\d"]}
+
+
+def two_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)).double()
+
+
+def x() -> Tensor:
+    return torch.linspace(-1, 1, 24, dtype=torch.float64).view(6, 4)
+
+
+def shard(model: nn.Module, **how: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model:
+        fully_shard(layer, mesh=mesh(dist.get_world_size()), **how)
+    return fully_shard(model, mesh=mesh(dist.get_world_size()), **how)
+
+
+def grads(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    model(inputs).square().sum().backward()
+    return {key: whole(p.grad) for key, p in li.adapter_parameters(model).items()}
+
+
+def block(model: nn.Module, **how: Any) -> Any:
+    """The same by one group for all layers, which are no groups of their own."""
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model, mesh=mesh(dist.get_world_size()), **how)
+
+
+def gradients_are_divided_as_the_base_s(folder: Path) -> None:
+    model = block(two_layers())
+    model.set_gradient_divide_factor(1.0)
+    filled(li.inject(model, CONFIG))
+    got = grads(model, x().chunk(WORLD)[dist.get_rank()])
+    wanted = grads(filled(li.inject(two_layers(), CONFIG)), x())
+    for key, gradient in wanted.items():
+        assert far(got[key], gradient) < 1e-12, key
+
+
+def the_policy_is_the_base_s(folder: Path) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    wide = CONFIG | {"compute": "float32"}  # A that is gathered in 16 bits is rounded all the same
+
+    def run(late: bool) -> Tensor:
+        model = two_layers().float()
+        if not late:
+            filled(li.inject(model, wide))
+        block(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        if late:
+            filled(li.inject(model, wide))
+        return model(x().float()).detach()
+
+    assert torch.equal(run(late=True), run(late=False))
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.attention(inputs, inputs, inputs)[0]
+
+
+def what_a_parent_reads_is_refused(folder: Path) -> None:
+    config = {"rank": 2, "alpha": 3.0, "targets": [r"out_proj"]}
+    for more in ({}, {"bias": "adapted"}):
+        model = block(Attends().double())
+        with refused(li.LayerError, "attention.out_proj", "shard"):
+            li.inject(model, config | more)
+        model(x()[None])  # it is as it was
+
+
+def single_tokens_are_refused_in_either_order(folder: Path) -> None:
+    from torch.distributed.tensor import Replicate, parallel
+
+    tokens = {"rank": 2, "targets": [], "tokens": {"0": [1, 5]}}
+    for first in (True, False):
+        model = nn.Sequential(nn.Embedding(8, 4)).double()
+        if first:
+            li.inject(model, tokens)
+        plan = {"0": parallel.RowwiseParallel(input_layouts=Replicate())}
+        parallel.parallelize_module(model, mesh(WORLD), plan)
+        with refused(li.LayerError, "fully_shard"):
+            model(torch.arange(8)[None]) if first else li.inject(model, tokens)
+
+
+def older_torch_distributes_as_well(folder: Path) -> None:
+    """As torch 2.6, whose `distribute_tensor` knows no `src_data_rank`."""
+    import torch.distributed.tensor as tensors
+    from torch.distributed.tensor import parallel
+
+    own = tensors.distribute_tensor
+    tensors.distribute_tensor = lambda tensor, mesh, placements: own(tensor, mesh, placements)
+    try:
+        model = two_layers()
+        plan = {"0": parallel.ColwiseParallel(), "1": parallel.RowwiseParallel()}
+        parallel.parallelize_module(model, mesh(WORLD), plan)
+        filled(li.inject(model, CONFIG))
+    finally:
+        tensors.distribute_tensor = own
+    wanted = filled(li.inject(two_layers(), CONFIG))
+    assert far(model(x()).detach(), wanted(x()).detach()) < 1e-12
+
+
+JOBS: dict[str, Callable[[Path], None]] = {
+    job.__name__: job
+    for job in (
+        gradients_are_divided_as_the_base_s,
+        the_policy_is_the_base_s,
+        what_a_parent_reads_is_refused,
+        single_tokens_are_refused_in_either_order,
+        older_torch_distributes_as_well,
+    )
+}
+
+
+def work(folder: Path, job: str) -> dict[str, str]:
+    return failures({job: JOBS[job]}, folder)
+
+
+@needs_fsdp2
+@pytest.mark.parametrize("job", JOBS)
+def test_two_processes(job: str, forks: Forks, tmp_path: Path) -> None:
+    started = forks.start_ranks(WORLD, work, tmp_path, job)
+    failed = "\n".join(rank.result()[job] for rank in started)
+    assert not failed.strip(), failed
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@needs_fsdp2
+def test_a_sharded_model_goes_with_its_last_reference(one_rank: None) -> None:
+    gone = []
+    for _ in range(3):
+        model = li.inject(two_layers(), CONFIG)
+        grads(shard(model), x())
+        gone.append(weakref.ref(model))
+        del model
+        gc.collect()
+    assert [ref() for ref in gone] == [None] * 3
