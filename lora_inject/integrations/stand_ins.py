@@ -27,6 +27,7 @@ from lora_inject.core.adapter.exchange import write_adapter
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import explained, replace_file
 from lora_inject.core.layers.attached import attached_to
+from lora_inject.core.layers.selected import ENTERED
 from lora_inject.core.layers.survey import Survey, base_parameters
 from lora_inject.core.layers.told import FORMS
 from lora_inject.core.model.carried import adapted_modules, reach
@@ -40,6 +41,7 @@ from lora_inject.formats.card import joined_cards
 
 SAVE, RESIZE, DEQUANTIZE = "save_pretrained", "resize_token_embeddings", "dequantize"
 CARD = "create_or_update_model_card"
+THREAD = "init_continuous_batching"  # transformers' generate_batch
 LOADED = "_hf_peft_config_loaded"
 # As true as True, and says whose it is: what transformers' own mixin has set is left alone.
 OURS = "lora_inject"
@@ -245,6 +247,18 @@ class _OfPeft(_StandIn):
         raise StateError(self.method, problem, f"Call {_INSTEAD[self.method]}")
 
 
+class _InThread(_StandIn):
+    """Stands in for a method that computes in a thread of its own, without contexts."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        here = {selection for context in ENTERED.get() for selection in context.selected}
+        if not here.isdisjoint(reach(self.model).selections):
+            problem = "it computes in a thread of its own, in which routed() or disabled() is not"
+            remedy = "Call activate(model, which) before it, outside of the context"
+            raise StateError(self.method, problem, remedy)
+        return getattr(type(self.model), self.method)(self.model, *args, **kwargs)
+
+
 def after_attach(modules: Sequence[nn.Module], carrying: Sequence[nn.Module]) -> None:
     """Put what stands in for their methods onto models with adapters, new ones on `carrying`."""
     for module in modules:
@@ -278,8 +292,13 @@ def _say_of_peft(module: nn.Module, method: str) -> None:
         module.__dict__[method] = _OfPeft(module, method)
 
 
+def _refuse_contexts(module: nn.Module, method: str) -> None:
+    module.__dict__[method] = _InThread(module, method)
+
+
 _WITH_ADAPTERS = {
     SAVE: _save_adapters,
+    THREAD: _refuse_contexts,
     DEQUANTIZE: _refuse_dequantize,
     **dict.fromkeys(_INSTEAD, _say_of_peft),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ class AdapterCheckpoint:
         StateError: At the start of training: the model has no adapter, or none that trains, or is
             merged, or parameters outside of
             adapters train, which would not be saved, or TRL is to disable dropout and adapters have
-            one of their own. In the first step: a site of an adapter that trains is inert.
+            one of their own. In the first step: a site of an adapter that trains is inert. At a
+            save: parameters outside of adapters have begun to train.
 
     Examples:
         >>> import tempfile, torch, lora_inject as li
@@ -81,7 +83,6 @@ class AdapterCheckpoint:
 
     def __init__(self, format: str = "peft", *, unused: Sequence[str] = ()) -> None:  # noqa: A002
         self.format, self.unused = format, unused
-        self._hook: Any = None
         self._watched = 0  # steps, until all sites have got a gradient
         self._reached: set[tuple[str, str]] = set()
 
@@ -98,7 +99,8 @@ class AdapterCheckpoint:
         saves = model.__dict__.get(SAVE)
         if saves is not None:
             saves.format, saves.unused = self.format, self.unused
-        self._hook = model.register_load_state_dict_post_hook(_forgive_base)  # type: ignore[no-untyped-call]
+        forgiving = model.register_load_state_dict_post_hook(_forgive_base)  # type: ignore[no-untyped-call]
+        weakref.finalize(self, forgiving.remove)  # a trainer trains, and loads, more than once
         folder = Path(args.output_dir)
         for path in folder.iterdir() if args.should_save and folder.is_dir() else ():
             if not _CHECKPOINT.fullmatch(path.name) or not path.is_dir():
@@ -187,12 +189,6 @@ class AdapterCheckpoint:
         """Save if the evaluation ends the run."""
         del args, state
         control.should_save = control.should_save or control.should_training_stop
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave the model as it was."""
-        del args, state, control
-        if self._hook is not None:
-            self._hook.remove()
 
 
 def _refuse_idle_adapters(model: nn.Module) -> None:

@@ -139,9 +139,19 @@ class _Reference(nn.Module):
             return self._plain(getattr(part, name))
 
     def _plain(self, attribute: Any) -> Any:
-        """Return a part or a method of the model so that it computes without adapters as well."""
+        """Return a part or a method of the model so that it computes without adapters as well.
+
+        So are those in lists, tuples, dicts and partials.
+        """
         if isinstance(attribute, nn.Module):
             return _Reference(self.policy, attribute).train(self.training)
+        if type(attribute) in (list, tuple):
+            return type(attribute)(map(self._plain, attribute))
+        if type(attribute) is dict:
+            return {key: self._plain(value) for key, value in attribute.items()}
+        if type(attribute) is functools.partial:
+            given = self._plain(attribute.args), self._plain(attribute.keywords)
+            return functools.partial(self._plain(attribute.func), *given[0], **given[1])
         if not isinstance(getattr(attribute, "__self__", None), nn.Module):
             return attribute
 
@@ -151,6 +161,12 @@ class _Reference(nn.Module):
                 return self._plain(attribute(*args, **kwargs))
 
         return method
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._plain, self.part)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._plain(self.part[index])
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ from lora_inject.core.model.guards import after, this_process_writes
 from lora_inject.core.model.read_off import read_off
 from lora_inject.core.model.versions import folder_of, note_newest
 from lora_inject.core.spec.rooms import room
-from lora_inject.errors import FormatError, user_path, within
+from lora_inject.errors import FormatError, StateError, user_path, within
 
 
 def save_adapter(
@@ -69,7 +69,8 @@ def save_adapter(
         The path that was written.
 
     Raises:
-        StateError: There is no such adapter, a site of it is inert, or the probe tells nothing.
+        StateError: There is no such adapter, a site of it is inert, a parameter of the base trains
+            beside it, or the probe tells nothing.
         FormatError: It holds NaN or Inf, the format cannot express it, or the path cannot be
             written.
     """
@@ -131,11 +132,18 @@ def _target(
 
 
 def check_used(survey: Survey, name: str, state: AdapterState, unused: Sequence[str]) -> None:
-    """Raise if an adapter holds NaN or Inf, or was trained and has sites that no forward has used.
+    """Raise for an adapter that holds NaN or Inf, or would not be all that has trained.
 
-    `state` is the adapter as it was read from the model. Of several processes all raise.
+    That is one that was trained and has sites that no forward has used, or beside which parameters
+    of the base train. `state` is the adapter as it was read from the model. Of several processes
+    all raise.
     """
     asked = f"save adapter {name!r}"
+    for holder in survey.holders:
+        if holder.tensor.requires_grad:
+            problem = f"{holder.name!r} trains beside it, and would be in no file"
+            remedy = "Inject with its name under `train`, or freeze it: requires_grad_(False)"
+            raise StateError(asked, problem, remedy)
     state.check_finite(asked, FormatError)
     if unused or not all_take_part([*entries(survey, name)]):
         room("unused").refuse_unused_sites(survey, name, state, unused, asked)
