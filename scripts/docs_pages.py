@@ -6,7 +6,6 @@ replaced by what the function of that name returns, so that pages cannot disagre
 
 from __future__ import annotations
 
-import ast
 import importlib
 import json
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import typer.main
+import yaml
 
 from lora_inject import errors
 from lora_inject.cli import app
@@ -32,7 +32,7 @@ MARK = re.compile(r"<!-- generated: (\w+) ?(.*?) -->")
 NOTEBOOKS = Path(__file__).parent / "examples"
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUN_OF_THE_PAPER = re.compile(r"glue|dart|e2e|webnlg|gpt3_")
-MESSAGES = Path(__file__).parents[1] / "tests" / "test_messages.py"
+MESSAGES = Path(__file__).parents[1] / "tests" / "house" / "messages.yaml"
 STAGES = {
     "ConfigError": "Reading a config",
     "MatchError": "Matching names",
@@ -210,20 +210,13 @@ def _prose(text: str) -> str:
 
 
 def error_messages() -> str:
-    """Every class of error with its messages, by stage, from the test of their wording."""
-    tree = ast.parse(MESSAGES.read_text(encoding="utf-8"))
-    [mistakes] = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Mistakes"]
-    said: dict[str, list[str]] = {name: [] for name in STAGES}
-    for mistake in mistakes.body:
-        if isinstance(mistake, ast.FunctionDef):
-            text = " ".join((ast.get_docstring(mistake) or "").split())
-            name, _, message = text.partition(": ")
-            title = mistake.name.replace("_", " ").capitalize()
-            said[name].append(f"| {title} | {_code(message)} |")
+    """Every class of error with its messages, by stage, from the table that a test holds."""
+    said = yaml.safe_load(MESSAGES.read_text(encoding="utf-8"))
     parts = []
-    for name, rows in said.items():
+    for name, stage in STAGES.items():
         meaning = " ".join((getattr(errors, name).__doc__ or "").split())
-        parts += [f"## {STAGES[name]}\n", f"`{name}`: {meaning}\n"]
+        rows = [f"| {mistake} | {_code(message)} |" for mistake, message in said[name].items()]
+        parts += [f"## {stage}\n", f"`{name}`: {meaning}\n"]
         parts += ["| mistake | message |", "|---|---|", *rows, ""]
     return "\n".join(parts)
 

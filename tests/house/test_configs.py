@@ -3,7 +3,6 @@
 The counts are those of the papers, or by hand from the widths of the layers.
 """
 
-import json
 import re
 from collections.abc import Callable
 from functools import cache
@@ -13,52 +12,49 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from helpers.modules import tree
 from torch import nn
 
-from lora_inject.core.layers.candidates import inventory
-from lora_inject.core.layers.survey import Survey
-from lora_inject.core.spec.config import Config
-from lora_inject.core.spec.inventory import Inventory
-from lora_inject.core.spec.key_lists import inventory_of
-from lora_inject.core.spec.matching import resolve
-from lora_inject.core.spec.plan import Plan
-from lora_inject.core.spec.schema import json_schema
+import lora_inject as li
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
-def on_meta(cls: type[nn.Module], config: tf.PretrainedConfig) -> Inventory:
+def on_meta(cls: type[nn.Module], config: tf.PretrainedConfig) -> nn.Module:
     with torch.device("meta"):
-        return inventory(Survey(cls(config)))
+        return cls(config)
 
 
-def unet() -> Inventory:
+def unet() -> nn.Module:
     """The transformer blocks of Stable Diffusion 1.5's UNet, as diffusers 0.42 names them."""
     down = {(f"down_blocks.{b}", a): 320 * 2**b for b in range(3) for a in range(2)}
     up = {(f"up_blocks.{b}", a): 1280 // 2 ** (b - 1) for b in range(1, 4) for a in range(3)}
-    shapes: dict[str, tuple[int, ...]] = {"conv_in.weight": (320, 4, 3, 3)}
+    layers: dict[str, nn.Module] = {"conv_in": nn.Conv2d(4, 320, 3, device="meta")}
+
+    def linear(n_in: int, n_out: int, bias: bool = False) -> nn.Module:
+        return nn.Linear(n_in, n_out, bias=bias, device="meta")
+
     for (block, a), width in {**down, ("mid_block", 0): 1280, **up}.items():
         path = f"{block}.attentions.{a}"
-        shapes[f"{path}.proj_in.weight"] = (width, width, 1, 1)
+        layers[f"{path}.proj_in"] = nn.Conv2d(width, width, 1, device="meta")
         path += ".transformer_blocks.0"
         for attention, context in (("attn1", width), ("attn2", 768)):
-            shapes[f"{path}.{attention}.to_q.weight"] = (width, width)
-            shapes[f"{path}.{attention}.to_k.weight"] = (width, context)
-            shapes[f"{path}.{attention}.to_v.weight"] = (width, context)
-            shapes[f"{path}.{attention}.to_out.0.weight"] = (width, width)
-            shapes[f"{path}.{attention}.to_out.0.bias"] = (width,)
-        shapes[f"{path}.ff.net.0.proj.weight"] = (8 * width, width)
-        shapes[f"{path}.ff.net.2.weight"] = (width, 4 * width)
-    return inventory_of(shapes)
+            layers[f"{path}.{attention}.to_q"] = linear(width, width)
+            layers[f"{path}.{attention}.to_k"] = linear(context, width)
+            layers[f"{path}.{attention}.to_v"] = linear(context, width)
+            layers[f"{path}.{attention}.to_out.0"] = linear(width, width, bias=True)
+        layers[f"{path}.ff.net.0.proj"] = linear(width, 8 * width)
+        layers[f"{path}.ff.net.2"] = linear(4 * width, width)
+    return tree(layers)
 
 
-def gpt2(depth: int, width: int, heads: int, positions: int = 1024) -> Callable[[], Inventory]:
+def gpt2(depth: int, width: int, heads: int, positions: int = 1024) -> Callable[[], nn.Module]:
     config = tf.GPT2Config(n_layer=depth, n_embd=width, n_head=heads, n_positions=positions)
     return lambda: on_meta(tf.GPT2LMHeadModel, config)
 
 
-def roberta(depth: int, width: int, heads: int) -> Callable[[], Inventory]:
+def roberta(depth: int, width: int, heads: int) -> Callable[[], nn.Module]:
     config = tf.RobertaConfig(
         num_hidden_layers=depth, hidden_size=width, num_attention_heads=heads,
         intermediate_size=4 * width, num_labels=3,
@@ -66,7 +62,7 @@ def roberta(depth: int, width: int, heads: int) -> Callable[[], Inventory]:
     return lambda: on_meta(tf.RobertaForSequenceClassification, config)
 
 
-def deberta_xxl() -> Inventory:
+def deberta_xxl() -> nn.Module:
     config = tf.DebertaV2Config(
         num_hidden_layers=48, hidden_size=1536, num_attention_heads=24, intermediate_size=6144,
         num_labels=3, relative_attention=True, pos_att_type=["c2p", "p2c"], pooler_hidden_size=1536,
@@ -75,7 +71,7 @@ def deberta_xxl() -> Inventory:
     return on_meta(tf.DebertaV2ForSequenceClassification, config)
 
 
-def smollm2() -> Inventory:
+def smollm2() -> nn.Module:
     config = tf.LlamaConfig(
         num_hidden_layers=30, hidden_size=576, intermediate_size=1536, vocab_size=49152,
         num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
@@ -92,7 +88,7 @@ DROPOUTS = {"e2e": 0.1, "webnlg": 0.1, "dart_script": 0.1, "dart_paper": 0.0}
 GAUSSIAN = ("normal", 0.02)
 # The runs of the paper and of its scripts: model; sites, A and B, all that trains, as the files
 # expect them too; rank, alpha, dropout, init where the papers say them.
-RUNS: dict[str, tuple[Callable[[], Inventory], tuple[int, int, int], tuple[Any, ...]]] = {
+RUNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], tuple[Any, ...]]] = {
     "roberta_base_glue_script":
         (roberta_base, (24, 294_912, 887_811), (8, 16, 0.0, "kaiming")),
     "roberta_base_glue_paper":
@@ -116,12 +112,12 @@ RUNS: dict[str, tuple[Callable[[], Inventory], tuple[int, int, int], tuple[Any, 
 }  # fmt: skip
 
 
-def causal(name: str, **config: object) -> Callable[[], Inventory]:
+def causal(name: str, **config: object) -> Callable[[], nn.Module]:
     settings = getattr(tf, f"{name}Config")(**{"num_hidden_layers": 2, **config})
     return lambda: on_meta(getattr(tf, f"{name.removesuffix('Text')}ForCausalLM"), settings)
 
 
-def other(cls: str, **config: object) -> Callable[[], Inventory]:
+def other(cls: str, **config: object) -> Callable[[], nn.Module]:
     """A model whose config is named after its first word, of all its layers."""
     first = re.match("[A-Z]+[a-z0-9]*", cls)[0]
     return lambda: on_meta(getattr(tf, cls), getattr(tf, f"{first}Config")(**config))
@@ -129,7 +125,7 @@ def other(cls: str, **config: object) -> Callable[[], Inventory]:
 
 PHI3_MEDIUM = {"hidden_size": 5120, "num_attention_heads": 40, "num_key_value_heads": 10}
 # Families: file, model, sites, what else trains. Two layers of the real widths, or all.
-FAMILIES: list[tuple[str, Callable[[], Inventory], int, int]] = [
+FAMILIES: list[tuple[str, Callable[[], nn.Module], int, int]] = [
     ("llama", causal("Llama", num_hidden_layers=32), 224, 0),
     ("mistral", causal("Mistral"), 14, 0),
     ("qwen2", causal("Qwen2"), 14, 0),
@@ -160,12 +156,12 @@ KNOWN = {"llama": 19_988_480, "stable_diffusion_unet": 797_184, "roberta": 294_9
 
 
 @cache  # a 175B shape is walked once
-def built(model: Callable[[], Inventory]) -> Inventory:
+def built(model: Callable[[], nn.Module]) -> nn.Module:
     return model()
 
 
-def plan_of(name: str, model: Callable[[], Inventory]) -> Plan:
-    return resolve(Config.from_yaml(CONFIGS / f"{name}.yaml"), built(model))
+def plan_of(name: str, model: Callable[[], nn.Module]) -> li.Plan:
+    return li.plan(built(model), CONFIGS / f"{name}.yaml")
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -213,6 +209,6 @@ def test_fused_projections_adapt_the_named_parts_only(name: str) -> None:
         assert site.transposed
 
 
-def test_the_committed_schema_is_the_one_of_the_code() -> None:
-    committed = json.loads((CONFIGS / "schema.json").read_text(encoding="utf-8"))
-    assert committed == json_schema(), "write it anew: lora-inject schema > configs/schema.json"
+def test_the_committed_schema_is_the_one_of_the_code(run: Any) -> None:
+    committed = (CONFIGS / "schema.json").read_text(encoding="utf-8")
+    assert committed == run("schema").out, "write it anew: lora-inject schema > configs/schema.json"

@@ -1,7 +1,7 @@
 """Every block of the documents runs: Python, YAML, console.
 
 A page is one session in one folder. What a Python block prints stands in a block `output` below it,
-long ones without their middle; `WRITE_OUTPUTS=1 pytest tests/test_readme.py` writes them.
+long ones without their middle; `WRITE_OUTPUTS=1 pytest tests/house/test_documents.py` writes them.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,9 @@ from helpers.documents import Block, blocks, commands, output_of, renewed, same_
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_inject as li
-from lora_inject import formats
 from lora_inject.cli import app
-from lora_inject.core.adapter.known_variants import VARIANTS
-from lora_inject.core.layers.kinds import KINDS
-from lora_inject.core.spec.rooms import REGISTERED
-from lora_inject.core.spec.sites import ROLES
-from lora_inject.integrations import libraries
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 README = REPO / "README.md"
 PAGES = sorted(str(p.relative_to(REPO)) for p in REPO.glob("docs/**/*.md"))
 OTHERS = [str(p.relative_to(REPO)) for p in (*REPO.glob("*.md"), *REPO.glob("scripts/**/*.md"))]
@@ -40,16 +33,6 @@ DOCUMENTS = (*sorted(OTHERS), *PAGES)
 docs_pages = script("docs_pages")
 WRITES = os.environ.get("WRITE_OUTPUTS") == "1"
 LANGUAGES = {"python", "output", "yaml", "console", "text"}
-
-
-@pytest.fixture
-def session(tmp_path, monkeypatch) -> Path:
-    """A folder as a reader might have it, with a GPT-2 of two layers."""
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    tiny = GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=32)
-    GPT2LMHeadModel(tiny).save_pretrained("gpt2")
-    return tmp_path
 
 
 def run_python(block: Block, names: dict[str, Any], source: str) -> str:
@@ -61,7 +44,7 @@ def run_python(block: Block, names: dict[str, Any], source: str) -> str:
     return printed.getvalue()
 
 
-def run_command(command: str, output: str, capsys: pytest.CaptureFixture[str]) -> str | None:
+def run_command(command: str, output: str) -> str | None:
     """Check a command, and return what it prints if it is one of ours."""
     words = shlex.split(command.replace("\\\n", ""))
     if "=" in words[0]:  # a variable of the environment
@@ -75,12 +58,15 @@ def run_command(command: str, output: str, capsys: pytest.CaptureFixture[str]) -
         for extra in re.findall(r"\.\[([\w,]+)\]", command):
             assert set(extra.split(",")) <= extras["optional-dependencies"].keys()
     elif words[0] == "lora-inject":
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as left,
+        ):
             app(words[1:], prog_name="lora-inject")
-        printed, said = capsys.readouterr()
-        assert not left.value.code, said
-        printed = printed.replace(f"{Path.cwd()}/", "")
+        assert not left.value.code, err.getvalue()
+        printed = out.getvalue().replace(f"{Path.cwd()}/", "")
         if output and not WRITES:
             assert same_output(output, printed), f"{command}\n{printed}"
         return printed
@@ -99,8 +85,16 @@ def check_options(program: Path, command: str) -> None:
         assert f'"{option}"' in source, option
 
 
-def run_document(text: str, source: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """Run all blocks in order; YAML that begins with `# NAME.yaml` is a file from the start."""
+def run_document(source: str, folder: Path) -> None:
+    """Run all blocks in order, in a folder as a reader has it, with a GPT-2 of two layers.
+
+    YAML that begins with `# NAME.yaml` is a file from the start.
+    """
+    os.chdir(folder)
+    torch.manual_seed(0)
+    tiny = GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=32)
+    GPT2LMHeadModel(tiny).save_pretrained("gpt2")
+    text = (REPO / source).read_text()
     all_blocks = blocks(text)
     for block in all_blocks:
         name = re.match(r"# ([\w.-]+\.yaml)\n", block.text)
@@ -123,40 +117,24 @@ def run_document(text: str, source: str, capsys: pytest.CaptureFixture[str]) -> 
         elif block.language == "console":
             texts[block] = ""
             for command, shown in commands(block):
-                printed = run_command(command, shown, capsys)
+                printed = run_command(command, shown)
                 is_ours = shown and printed is not None
                 texts[block] += f"$ {command}{renewed(shown, printed) if is_ours else shown}"
     if WRITES:
         (REPO / source).write_text(with_texts(text, texts))
-    return names
 
 
 # PEFT asks the model for a property that transformers has renamed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *PAGES])
-def test_every_block_of_a_page_runs(session, capsys, page):
-    run_document((REPO / page).read_text(), page, capsys)
+def test_every_block_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # and back, afterwards
+    run_document(page, tmp_path)
 
 
-def test_every_step_of_the_architecture_runs(session, capsys):
-    """How to add a kind, a variant, a format, another library, ..., as it is written there."""
-    before, readers = list(KINDS), dict(formats.FORMATS)
-    try:
-        names = run_document((REPO / "ARCHITECTURE.md").read_text(), "ARCHITECTURE.md", capsys)
-        assert KINDS[0] is names["LoRAPerHead"]
-        assert {*formats.FORMATS} - {*readers} == {"text"}
-        assert type(VARIANTS["gated"]) is names["Gated"]
-        assert [type(kind) for kind in REGISTERED] == [names["FourBit"]]
-    finally:
-        REGISTERED.clear()
-        libraries.GUARDS.pop("lora_inject.integrations.servant", None)
-        for name in ("servant", "lora_inject.integrations.servant"):
-            sys.modules.pop(name, None)
-        KINDS[:] = before
-        formats.FORMATS.clear()
-        formats.FORMATS.update(readers)
-        VARIANTS.pop("gated", None)
-        ROLES.pop("gated", None)
+def test_every_step_of_the_architecture_runs(tmp_path, forks):
+    """How to add a kind, a variant, a format, another library: in a process that ends with them."""
+    forks.start(run_document, "ARCHITECTURE.md", tmp_path).result()
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -173,6 +151,8 @@ def test_every_block_runs_or_says_why_not_and_links_lead_somewhere(name):
         assert elsewhere or ((REPO / name).parent / target).exists(), target
     for path in re.findall(r"`((?:scripts|configs|tests|lora_inject)/[\w./*-]*)`", text):
         assert list(REPO.glob(path.rstrip("/"))), path
+    for test in re.findall(r"`(test_\w+\.py)`", text):
+        assert list((REPO / "tests").rglob(test)), test
 
 
 def test_the_reference_has_every_name_key_command_and_error():

@@ -1,0 +1,46 @@
+"""A value of a wrong type or size is an error of this package, which names it and the right one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from helpers.refusals import refused
+from torch import nn
+
+import lora_inject as li
+
+Q = {"rank": 2, "targets": ["1"]}
+HUGE = {"rank": 10**11, "targets": ["1"]}
+ROWS = {"targets": ["1"], "tokens": {"0": [-1]}}
+# What is called with a model of two layers and its adapter's value, and what is named.
+CALLS: list[tuple[Callable[[Any, Any], Any], list[str]]] = [
+    (lambda m, s: li.Trials(m, {"a": Q}), ["'a'", "dict", "Trial(config, lr"]),
+    (lambda m, s: li.advise(m, "10k"), ["str", "whole number"]),
+    (lambda m, s: li.combine(s), ["adapters", "AdapterState"]),
+    (lambda m, s: li.combine([s], 0.5), ["weights", "float"]),
+    (lambda m, s: s + 3, ["int", "AdapterState"]),
+    (lambda m, s: li.routed(m, "aa"), ["routed", "str", "list"]),
+    (lambda m, s: li.merge(m, name=3), ["merge, name", "int"]),
+    (lambda m, s: li.subset(s, "("), ["'('", "regex"]),
+    (lambda m, s: li.split(s, "1", {"a": -1, "b": 7}), ["'a'", "-1"]),
+    (lambda m, s: li.as_dtype(s, "zz"), ["zz", "str"]),
+    (lambda m, s: li.truncate(s, rank=1.5), ["rank", "float"]),
+    (lambda m, s: li.install(m, "x", "b"), ["str", "AdapterState"]),
+    (lambda m, s: li.load_adapter(m, None, "b"), ["path", "None"]),
+    (lambda m, s: li.save_adapter(m, "a\0b"), ["path", "zero byte"]),
+    (lambda m, s: li.inject(m, HUGE, "b"), ["rank", "1048576"]),
+    (lambda m, s: li.train_only(m, [["a"]]), ["list", "name"]),
+    (lambda m, s: li.eject(m, ["default"]), ["eject", "list"]),
+    (lambda m, s: li.parameter_groups(m, {"default": -1}), ["lr", "-1"]),
+    (lambda m, s: li.parameter_groups(m, 1.0, 0), ["b_lr_ratio", "0"]),
+    (lambda m, s: li.Trial(Q, lr=None), ["lr", "None"]),
+    (lambda m, s: li.plan(m, ROWS), ["-1"]),
+]
+
+
+@pytest.mark.parametrize(("call", "named"), CALLS)
+def test_a_value_of_a_wrong_type_is_an_error_of_this_package(call: Any, named: list[str]) -> None:
+    model = li.inject(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 6)), Q)
+    state = li.adapter_state(model)
+    with refused(li.LoraInjectError, *named, model=model):
+        call(model, state)
