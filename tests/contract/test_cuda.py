@@ -4,22 +4,22 @@ pytest -m cuda                                  on a machine with a GPU
 LORA_INJECT_DEVICE=mps pytest -m cuda           on another device of torch's
 """
 
-import copy
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import DTYPES, TOLERANCE, error, fill, same_bits
-from contract.kinds import KINDS, dense_output, host
+from conftest import TOLERANCE, error, fill, same_bits
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
-from lora_inject.algebra.svd import decompose
+from contract.test_dense import cases, hold_to_twin
 
 DEVICE = os.environ.get("LORA_INJECT_DEVICE", "cuda")
-FORWARD = [name for name, kind in KINDS.items() if kind.update == "forward"]
+
+ELSEWHERE = ("autocast", "compiled")
 
 pytestmark = [
     pytest.mark.cuda,
@@ -39,6 +39,17 @@ def _as_exact_as_a_cpu() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
+# Autocast is asked for the CPU, and compiled graphs have tests of their own.
+@pytest.mark.parametrize(
+    ("kind", "condition"),
+    [case for case in cases(refused=False) if case.values[1].partition(" ")[0] not in ELSEWHERE],
+)
+def test_it_computes_and_trains_as_its_dense_twin(
+    kind: str, condition: str, tmp_path: Path
+) -> None:
+    hold_to_twin(kind, condition, tmp_path, DEVICE)
+
+
 def _layer(dtype: torch.dtype, **config: object) -> tuple[nn.Module, list[Tensor]]:
     """A linear layer with an adapter on the device; and W, A, B in float64 on the CPU."""
     layer = nn.Sequential(nn.Linear(96, 160, bias=False)).to(dtype)
@@ -46,46 +57,6 @@ def _layer(dtype: torch.dtype, **config: object) -> tuple[nn.Module, list[Tensor
     model = fill(li.inject(layer, {"rank": 4, "alpha": 8, "targets": ["0"], **config}))
     factors = [p.detach().double() for p in li.adapter_parameters(model).values()]
     return model.to(DEVICE), [weight, *factors]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_outputs_and_gradients_are_those_of_the_dense_layer(kind: str, dtype: torch.dtype) -> None:
-    row = KINDS[kind]
-    plain = host(row, dtype)
-    model = fill(li.inject(copy.deepcopy(plain), row.config))
-    inputs = row.inputs(dtype)
-    twins = [p.detach().double().requires_grad_() for p in li.adapter_parameters(model).values()]
-    wanted = dense_output(row, plain, *twins, inputs)
-    y = model.to(DEVICE)(*(x.to(DEVICE) for x in inputs))
-    g = torch.randn(wanted.shape)
-    wanted.backward(g.double())
-    y.backward(g.to(DEVICE, y.dtype))
-    limit = 4 * TOLERANCE[dtype]
-    assert y.dtype == dtype
-    assert error(y.cpu(), wanted) < limit
-    for found, twin in zip(li.adapter_parameters(model).values(), twins, strict=True):
-        assert found.grad.device.type == torch.device(DEVICE).type
-        assert error(found.grad.cpu(), twin.grad) < limit
-
-
-# With max_norm the plain layer writes W, so the base is another one afterwards.
-@pytest.mark.parametrize("kind", [name for name in FORWARD if "max_norm" not in name])
-def test_each_row_of_a_routed_batch_has_its_own_adapter(kind: str) -> None:
-    row = KINDS[kind]
-    model = host(row)
-    for name in ("one", "two"):
-        fill(li.inject(model, row.config, name), name)
-    model.to(DEVICE)
-    (x,) = (x.to(DEVICE) for x in row.inputs(torch.float32))
-    rows = ["one", None, "two", "one"]
-    for grad in (False, True):
-        with torch.set_grad_enabled(grad):
-            with li.routed(model, rows):
-                y = model(x)
-            for i, name in enumerate(rows):
-                li.activate(model, name)
-                assert error(y[i].cpu(), model(x[i : i + 1])[0].cpu()) < 1e-5
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 512])
@@ -186,17 +157,10 @@ def test_a_trial_with_dropout_trains_as_it_does_alone() -> None:
             assert error(found, alone) < 1e-5
 
 
-def test_trials_over_a_base_with_dropout_are_refused() -> None:
-    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(96, 160)).to(DEVICE).train()
-    running = li.Trials(net, {n: li.Trial({"rank": 4, "targets": ["1"]}, lr=1e-2) for n in "ab"})
-    with pytest.raises(li.StateError, match="draws random numbers"):
-        running.step(torch.ones(2, 96, device=DEVICE), forward=net, loss=lambda out, _: out.sum())
-
-
-def test_a_decomposition_leaves_the_devices_random_numbers_alone() -> None:
-    drawn = []
-    for verb in (lambda: None, lambda: decompose(torch.ones(200, 200, device=DEVICE), rank=2)):
-        torch.manual_seed(5)
-        verb()
-        drawn.append(torch.rand(4, device=DEVICE).cpu())
-    assert torch.equal(*drawn)
+def test_a_start_by_decomposition_leaves_the_devices_random_numbers_alone() -> None:
+    net = nn.Sequential(nn.Linear(200, 200)).to(DEVICE)
+    torch.manual_seed(5)
+    wanted = torch.rand(4, device=DEVICE)
+    torch.manual_seed(5)
+    li.inject(net, {"rank": 2, "init": "pissa", "targets": ["0"]})
+    assert torch.equal(torch.rand(4, device=DEVICE), wanted)
