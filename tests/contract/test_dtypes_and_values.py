@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import fill
-from helpers.adapter_states import spoil
 from helpers.refusals import refused
+from helpers.states import spoil
 from torch import nn
 
 import lora_inject as li

@@ -8,9 +8,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers.adapter_states import edit_config
 from helpers.architectures import ARCHITECTURES, IDS
 from helpers.refusals import refused
+from helpers.states import edit_config
 from helpers.versions import needs_transformers_5
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adapter_states import dense
-from helpers.checkpoints import load_checkpoint
 from helpers.experts import experts
+from helpers.merging import load_checkpoint
+from helpers.states import effect
 from helpers.versions import needs_transformers_5
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -96,4 +96,5 @@ def test_a_stack_is_split_into_matrices_that_lie_as_in_it(hidden: int, tmp_path:
         for expert, delta in enumerate(stack):
             site = sites[f"{MODULE}.{expert}.{name}"]
             assert site.spec.weight_shape == delta.shape
-            torch.testing.assert_close(dense(site).float(), delta, rtol=1e-5, atol=1e-5)
+            update = effect(site).mT if site.spec.transposed else effect(site)
+            torch.testing.assert_close(update.float(), delta, rtol=1e-5, atol=1e-5)

@@ -1,18 +1,17 @@
-"""`import lora_inject` and the commands bring in nothing heavy or optional."""
+"""The public names: each is there, and importing or asking for them brings in nothing heavy."""
 
 import ast
 import json
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
-import peft
 import pytest
-from helpers.checkpoints import LLAMA, llama_adapter, llama_tensors, save_checkpoint
+from helpers.merging import LLAMA, adapter_of, llama_tensors, save_checkpoint
+from helpers.tables import rows
 
 import lora_inject
-from lora_inject.formats import write_adapter
-from lora_inject.integrations import peft_names
 
 PACKAGE = Path(lora_inject.__file__).parent
 HEAVY = ("transformers", "peft", "accelerate", "gguf", "loralib", "huggingface_hub", "datasets")
@@ -41,7 +40,7 @@ with open(path, "w") as file:
 def test_imports_and_commands_bring_in_what_they_use_and_nothing_heavy(tmp_path):
     tensors = llama_tensors()
     base = save_checkpoint(tmp_path / "base", tensors, 2, LLAMA)
-    adapter = write_adapter(llama_adapter(tensors), tmp_path / "adapter", format="peft")
+    adapter = lora_inject.write_adapter(adapter_of(tensors), tmp_path / "adapter", format="peft")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1, "n_embd": 12}')
     (tmp_path / "lora.yaml").write_text("{rank: 2, targets: [c_attn]}")
     every = "from lora_inject import *; assert callable(inject) and callable(swap_adapter)"
@@ -68,12 +67,33 @@ lora_inject.inject(torch.nn.Sequential(torch.nn.Linear(2, 2)), {"rank": 1, "targ
     assert "peft" not in by_plan
 
 
-@pytest.mark.parametrize(("name", "ours"), [("injct", "inject"), *peft_names.OURS.items()])
-def test_a_name_that_is_not_there_gets_the_nearest_or_ours_for_one_of_pefts(name, ours):
+# Where PEFT and transformers have a name, and ours for it.
+OTHERS = """
+peft => LoraConfig Config, get_peft_model inject, PeftModel load_adapter,
+    AutoPeftModelForCausalLM load_adapter, get_peft_model_state_dict adapter_state,
+    set_peft_model_state_dict swap_adapter, prepare_model_for_kbit_training inject
+peft.PeftModel => set_adapter activate, disable_adapter disabled, delete_adapter eject,
+    print_trainable_parameters summary
+peft.LoraModel => merge_and_unload merge, unload eject, merge_adapter merge,
+    unmerge_adapter unmerge, add_weighted_adapter combine
+peft.utils.hotswap => hotswap_adapter swap_adapter
+transformers.PreTrainedModel => add_adapter inject, enable_adapters activate,
+    disable_adapters disabled, active_adapters summary
+"""
+CALLED = [(where, *pair.split()) for where, pairs in rows(OTHERS) for pair in pairs.split(",")]
+
+
+@pytest.mark.parametrize(("where", "name", "ours"), CALLED)
+def test_a_name_of_others_gets_ours_for_it(where: str, name: str, ours: str) -> None:
     assert ours in lora_inject.__all__
-    assert name == "injct" or hasattr(peft, name)
+    assert hasattr(pkgutil.resolve_name(where), name)
     with pytest.raises(AttributeError, match=rf"'{name}'\. Did you mean '{ours}'\?"):
         getattr(lora_inject, name)
+
+
+def test_a_name_that_is_not_there_gets_the_nearest() -> None:
+    with pytest.raises(AttributeError, match=r"'injct'\. Did you mean 'inject'\?"):
+        lora_inject.injct  # noqa: B018
 
 
 def test_every_public_name_is_there_and_type_checkers_see_it_at_its_home() -> None:
