@@ -14,8 +14,8 @@ from helpers.experts import MOE, MORE, expert_rule, experts
 from helpers.merging import merged_model
 from helpers.reference import EXACT, RANK, SCALE, adapted, base_state, config, dense, hold, logits
 from helpers.refusals import refused
+from helpers.training import tokenizer
 from torch import Tensor, nn
-from training_models import tokenizer
 
 import lora_inject as li
 

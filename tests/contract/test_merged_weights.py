@@ -8,8 +8,8 @@ import torch
 from conftest import fill, same_bits, snapshot
 from helpers.experts import expert_rule, experts
 from helpers.refusals import refused
+from helpers.training import llama
 from safetensors.torch import load_file
-from training_models import llama
 from transformers import HrmTextConfig, HrmTextForCausalLM
 
 import lora_inject as li

@@ -17,9 +17,9 @@ from helpers.models import Net, tiny_llama
 from helpers.refusals import refused
 from helpers.servers import Letters, Served, serving
 from helpers.states import metadata, tensors_of
+from helpers.training import llama_folder
 from safetensors.torch import load_file, save_file
 from torch import nn
-from training_models import llama_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_inject as li

@@ -12,8 +12,8 @@ import torch
 from conftest import snapshot
 from helpers.refusals import refused
 from helpers.tables import rows
+from helpers.training import llama_folder
 from torch import Tensor, nn
-from training_models import llama_folder
 
 import lora_inject as li
 from lora_inject import Space, search

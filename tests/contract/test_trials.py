@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from helpers.experts import expert_rule, experts
+from helpers.training import llama
 from helpers.trials import (
     BERT_TRIALS,
     Forward,
@@ -26,7 +27,6 @@ from helpers.trials import (
 )
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
-from training_models import llama
 from transformers import BatchEncoding, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import lora_inject as li

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.training import llama_folder
 from torch import Tensor, nn
-from training_models import llama_folder
 
 import lora_inject as li
 from lora_inject import search

@@ -12,8 +12,8 @@ import transformers.trainer
 from conftest import fill
 from helpers.reference import IDS, llama, random
 from helpers.refusals import refused
+from helpers.training import injected, trainer
 from torch import Tensor, nn
-from training_models import injected, trainer
 from transformers import GenerationConfig, TrainerCallback
 
 import lora_inject as li

@@ -18,9 +18,9 @@ from conftest import error
 from contract.kinds import KINDS, Host, dense_output
 from golden import cases
 from golden.cases import CASES, FILES, FORMATS, NOT_IN_PEFT, archive, output_of
+from helpers.training import trainer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from training_models import trainer
 
 import lora_inject as li
 

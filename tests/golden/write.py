@@ -21,9 +21,9 @@ from conftest import fill
 from contract.kinds import KINDS, Host
 from golden import cases
 from golden.cases import CASES, FILES, FORMATS, NOT_IN_PEFT, archive, config, output_of
+from helpers.training import trainer
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from training_models import trainer
 from transformers import TrainerCallback
 
 import lora_inject as li

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from helpers.training import llama
 from torch import Tensor, nn
-from training_models import llama
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 

@@ -19,10 +19,10 @@ import torch
 from conftest import script
 from helpers.forks import Forks
 from helpers.models import tiny_llama
+from helpers.training import bert_folder, llama_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from training_models import bert_folder, llama_folder
 from transformers import AutoTokenizer, TrainerCallback
 
 import lora_inject as li

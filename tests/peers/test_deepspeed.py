@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers.forks import Forks
 from helpers.ranks import values
+from helpers.training import CONFIG, curve, injected, llama, trainer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from training_models import CONFIG, curve, injected, llama, trainer
 
 import lora_inject as li
 

@@ -1,14 +1,41 @@
-"""Checkpoints of the adapter alone: small, whole or absent, and as good as not having stopped."""
+"""transformers' Trainer: checkpoints of the adapter alone, as good as not having stopped.
 
+On a quantized base it trains the adapter as PEFT does, and saves and loads it.
+"""
+
+import copy
+import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import fill
+from helpers.models import tiny_llama
+from helpers.refusals import refused
+from helpers.training import (
+    CONFIG,
+    KillAt,
+    KilledError,
+    as_peft,
+    curve,
+    injected,
+    llama,
+    rows,
+    trainer,
+)
 from peft import PeftModel
 from safetensors.torch import load_file
-from training_models import CONFIG, KillAt, KilledError, curve, injected, llama, rows, trainer
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import lora_inject as li
 
@@ -27,17 +54,17 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
-class Plain(torch.nn.Module):
+class Plain(nn.Module):
     """A model of somebody's own, in which a random part has no file to come from."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.head = torch.nn.Embedding(17, 8), torch.nn.Linear(8, 17)
+        self.embed, self.head = nn.Embedding(17, 8), nn.Linear(8, 17)
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         logits = self.head(self.embed(input_ids))
-        return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
 
 
 def plain(**changes: Any) -> Plain:
@@ -95,7 +122,7 @@ def test_checkpoints_of_a_plain_module_hold_the_adapter(file: str, tmp_path: Pat
     with pytest.raises(KilledError):
         run(out, plain(), KillAt(3), checkpoint=checkpoint)
     check_same_run(unbroken, run(out, plain(), checkpoint=checkpoint, resume=True))
-    with pytest.raises(li.StateError, match=r"scale 2 .* and 32 here"):
+    with refused(li.StateError, "scale 2", "32"):
         run(out, plain(alpha=64), checkpoint=checkpoint, resume=True)
 
 
@@ -210,10 +237,10 @@ def test_a_checkpoint_of_a_plain_module_without_its_adapter_is_half_written(tmp_
 HALVES = {"match": "q_proj", "slices": {"a": 8, "b": 8}, "adapt": ["a"]}
 SLICED = CONFIG | {"targets": [HALVES]}
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "alpha": (CONFIG, CONFIG | {"alpha": 64}, "scale 2 .* and 32 here"),
+    "alpha": (CONFIG, CONFIG | {"alpha": 64}, "scale 2"),
     "slices": (SLICED, SLICED | {"targets": [HALVES | {"adapt": ["b"]}]}, "slices"),
-    "other targets": (CONFIG, CONFIG | {"targets": ["q_proj", "up_proj"]}, "no such site here"),
-    "more targets": (SLICED, CONFIG | {"targets": [HALVES, "k_proj"]}, "no such site there"),
+    "other targets": (CONFIG, CONFIG | {"targets": ["q_proj", "up_proj"]}, "v_proj"),
+    "more targets": (SLICED, CONFIG | {"targets": [HALVES, "k_proj"]}, "k_proj"),
 }
 
 
@@ -222,61 +249,69 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 def test_a_run_is_not_resumed_under_other_numbers(
     other: str, checkpoint: Any, tmp_path: Path
 ) -> None:
-    config, changed, words = OTHERS[other]
+    config, changed, name = OTHERS[other]
     run(tmp_path, injected(config), checkpoint=checkpoint, max_steps=2)
     model = injected(changed)
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
-    with pytest.raises(li.StateError, match=words):
+    with refused(li.StateError, name):
         run(tmp_path, model, checkpoint=checkpoint, max_steps=4, resume=True)
     assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
     same = run(tmp_path, injected(config), checkpoint=checkpoint, max_steps=4, resume=True)
     assert same.state.global_step == 4
 
 
-def test_adapters_whose_names_are_no_folders_are_refused_before_the_first_step(
-    tmp_path: Path,
-) -> None:
-    """Not after hours, at the first save."""
-    made = trainer(tmp_path, li.inject(plain(), {"rank": 2, "targets": [r".*head"]}, "a/b"))
-    with pytest.raises(li.StateError, match="'a/b' is not that of a folder"):
-        made.train()
-    assert made.state.global_step == 0
+def of_a_folder() -> Any:
+    return li.inject(plain(), {"rank": 2, "targets": [r".*head"]}, "a/b")
 
 
-def test_parameters_that_would_not_be_saved_are_refused(tmp_path: Path) -> None:
+def with_more_that_trains() -> Any:
     model = injected()
     model.lm_head.weight.requires_grad_(True)
-    with pytest.raises(li.StateError, match=r"1 parameters .* 'lm_head\.weight'"):
-        run(tmp_path, model)
-    with pytest.raises(li.StateError, match="has no adapter"):
-        run(tmp_path, llama())
-    assert names(tmp_path) == []
+    return model
 
 
-def test_a_model_of_which_nothing_can_train_is_refused_in_words(tmp_path: Path) -> None:
-    """Torch says it in the first backward: a tensor does not require grad."""
+def idle() -> Any:
     model = injected()
+    li.train_only(model, None)
+    return model
+
+
+# Before the first step, and not after hours at the first save.
+NOT_STARTED: dict[str, tuple[Any, list[str]]] = {
+    "a name that is no folder": (of_a_folder, ["'a/b'"]),
+    "parameters that would not be saved": (with_more_that_trains, ["'lm_head.weight'"]),
+    "no adapter": (llama, ["adapter"]),
+    # Torch says it in the first backward: a tensor does not require grad.
+    "merged": (lambda: merged(injected()), ["'default'", "unmerge"]),
+    "nothing that trains": (idle, ["default", "train_only"]),
+}
+
+
+def merged(model: Any) -> Any:
     li.merge(model)
-    with pytest.raises(li.StateError, match=r"'default' is merged .* Call unmerge\(model\) first"):
-        run(tmp_path, model)
-    li.train_only(li.unmerge(model), None)
-    with pytest.raises(li.StateError, match=r"none .* trains \(default\).*Call train_only"):
-        run(tmp_path, model)
-    assert names(tmp_path) == []
-    li.train_only(model, "default")
-    run(tmp_path, model, max_steps=1)
+    return model
+
+
+@pytest.mark.parametrize("case", NOT_STARTED)
+def test_what_would_train_in_vain_is_refused_before_the_first_step(case, tmp_path: Path) -> None:
+    make, names = NOT_STARTED[case]
+    made = trainer(tmp_path, make())
+    with refused(li.StateError, *names):
+        made.train()
+    assert made.state.global_step == 0
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("step", "frozen"), [(0, "nothing"), (2, "nothing"), (0, "lora_A")])
 def test_a_layer_that_the_model_never_uses_is_refused(step, frozen, tmp_path: Path) -> None:
     """In the first step by the callback, and without it when Trainer saves."""
     model: Any = llama()
-    model.spare = torch.nn.Linear(16, 16)
+    model.spare = nn.Linear(16, 16)
     li.inject(model, CONFIG | {"targets": ["q_proj", "spare"]})
     for name, parameter in li.adapter_parameters(model).items():
         parameter.requires_grad_(not name.endswith(frozen))
     made = trainer(tmp_path, model, checkpoint=None if step == 0 else False)
-    with pytest.raises(li.StateError, match=r"(train|save) adapter 'default': .* reached 'spare'"):
+    with refused(li.StateError, "'default'", "'spare'"):
         made.train()
     assert made.state.global_step == step
     assert not any(tmp_path.rglob("adapter*"))
@@ -310,3 +345,132 @@ def test_a_checkpoint_that_lacks_a_part_of_the_base_is_still_reported(tmp_path: 
     del made  # with which goes what it has forgiven
     adapter = {k: t for k, t in model.state_dict().items() if "lora_" in k}
     assert model.load_state_dict(adapter, strict=False).missing_keys
+
+
+# ------------------------------------------------------------------------------- quantized bases
+
+QV = {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+FORMATS = {"nf4": NF4, "int8": {"load_in_8bit": True}}
+IDS = torch.arange(9)[None]
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="pip install bitsandbytes"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As large as bitsandbytes' kernels for CPUs take."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 2}
+    out = tmp_path_factory.mktemp("models") / "llama"
+    tiny_llama(**sizes, vocab_size=103).save_pretrained(out)
+    return out
+
+
+def quantized(folder: Path, form: str) -> Any:
+    how = BitsAndBytesConfig(**FORMATS[form])
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=how, dtype=torch.float32, device_map="cpu"
+    )
+
+
+def on_a_quantized_base(out: Path, model: Any, **changes: Any) -> Trainer:
+    settings = {"max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True}
+    settings |= {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", **changes}
+    return Trainer(model, TrainingArguments(str(out), **settings), train_dataset=rows(vocab=103))
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model.eval()(IDS).logits
+
+
+# PEFT's DoRA on int8 loses the scales of a weight on a CPU (`dequantize_module_weight`).
+@needs_bitsandbytes
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("form", "variant"), [("nf4", "lora"), ("nf4", "dora"), ("int8", "lora")])
+def test_trainer_trains_saves_and_loads_on_a_quantized_base(
+    form: str, variant: str, folder: Path, tmp_path: Path
+) -> None:
+    model = quantized(folder, form)
+    with pytest.raises(ValueError, match="purely quantized"):
+        on_a_quantized_base(tmp_path, model)
+    li.inject(model, QV | {"variant": variant})
+    ours = on_a_quantized_base(tmp_path, model)
+    start = {k: p.detach().clone() for k, p in li.adapter_parameters(model).items()}
+    peft = as_peft(quantized(folder, form), start, use_dora=variant == "dora")
+    losses = []
+    for made, name in ((ours, "ours"), (on_a_quantized_base(tmp_path, peft), "theirs")):
+        made.train()
+        made.save_model(tmp_path / name)
+        losses.append([loss for _, _, loss in curve(made.state.log_history)])
+    assert len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    served = logits(model)
+    again = li.load_adapter(quantized(folder, form), tmp_path / "ours")
+    li.train_only(again, "default")  # else bitsandbytes serves by another kernel on a CPU
+    assert torch.equal(logits(again), served)
+    # and PEFT's file here, ours in PEFT
+    read = li.load_adapter(quantized(folder, form), tmp_path / "theirs")
+    loaded = PeftModel.from_pretrained(quantized(folder, form), tmp_path / "ours")
+    for one, other in ((read, peft), (loaded, model)):
+        outputs = [each.train()(IDS).logits for each in (one, other)]
+        assert float((outputs[0] - outputs[1]).abs().max()) < 1e-4
+    check_merged(again, served, tmp_path)
+    li.eject(model)
+    with pytest.raises(ValueError, match="purely quantized"):
+        on_a_quantized_base(tmp_path, model)
+
+
+def check_merged(model: Any, served: Tensor, folder: Path) -> None:
+    """Merged into floats, or quantized again, the model is saved and loads as what it is."""
+    config = model.config.quantization_config
+    li.merge(model, dequantize="float32")
+    assert not hasattr(model.config, "quantization_config")
+    li.unmerge(model)
+    assert model.config.quantization_config is config
+    assert model.is_quantized
+    packed = copy.deepcopy(model)
+    li.merge(packed, requantize=True, eject=True)
+    wanted = logits(packed)
+    packed.save_pretrained(folder / "packed")
+    li.merge(model, dequantize="float32", eject=True)
+    model.save_pretrained(folder / "floats")
+    again = AutoModelForCausalLM.from_pretrained(folder / "packed", device_map="cpu")
+    assert again.is_quantized
+    # bitsandbytes rounds scales again when it saves a model that has served on this CPU.
+    torch.testing.assert_close(logits(again), wanted, rtol=0.01, atol=0.01)
+    plain = AutoModelForCausalLM.from_pretrained(folder / "floats")
+    assert not getattr(plain, "is_quantized", False)
+    # bitsandbytes computes NF4 in bfloat16 when it serves, and int8 with activations in int8.
+    assert float((logits(plain) - served).abs().max() / served.abs().max()) < 0.02
+
+
+@needs_bitsandbytes
+@pytest.mark.filterwarnings("ignore")
+def test_checkpointed_layers_of_a_quantized_base_train(folder: Path, tmp_path: Path) -> None:
+    """Trainer turns on gradients of the inputs for whoever says that it has adapters."""
+    model = fill(li.inject(quantized(folder, "nf4"), QV), std=0.02)
+    how = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    before = {k: p.detach().clone() for k, p in li.adapter_parameters(model).items()}
+    on_a_quantized_base(tmp_path, model, max_steps=1, **how).train()
+    for key, parameter in li.adapter_parameters(model).items():
+        assert not torch.equal(parameter, before[key]), key
+
+
+@needs_bitsandbytes
+@pytest.mark.filterwarnings("ignore")
+def test_unpacking_a_base_would_drop_its_adapters_and_is_refused(folder: Path) -> None:
+    model = quantized(folder, "nf4")
+    model._hf_peft_config_loaded = True  # somebody else's
+    before = model.dequantize
+    li.inject(model, QV)
+    with refused(li.LayerError, "merge(") as raised:
+        model.dequantize()
+    remedy = re.search(r"merge\(.*?\)", str(raised.value))
+    assert remedy is not None
+    eval(remedy[0], {"merge": li.merge, "model": model})
+    li.eject(li.unmerge(model))
+    assert model.dequantize == before
+    assert model._hf_peft_config_loaded is True

@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import fill
 from helpers.models import tiny_unet
-from training_models import llama_folder
+from helpers.training import llama_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig, ViTForImageClassification
 
 import lora_inject as li
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-EXAMPLES = Path(__file__).parents[1] / "scripts" / "examples"
+EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import error, fill, same_bits
 from helpers.experts import experts
+from helpers.refusals import refused
+from helpers.training import CONFIG, as_peft, llama, llama_folder
 from helpers.versions import needs_transformers_5
 from safetensors.torch import load_file
-from training_models import CONFIG, as_peft, llama, llama_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import lora_inject as li
@@ -144,7 +145,7 @@ def test_dropout_that_trl_is_to_disable_and_does_not_reach_is_refused(
     model = li.inject(plain(folder), {**LORA, "dropout": 0.1})
     how = {"ref_model": li.reference(model), "callbacks": [li.AdapterCheckpoint()]}
     made = trainer("DPO", folder, tmp_path, model, CHOICES, **how)
-    with pytest.raises(li.StateError, match=r"disable_dropout is set, and .* \(0\.1\)"):
+    with refused(li.StateError, "disable_dropout", "0.1"):
         made.train()
 
 
@@ -171,9 +172,9 @@ def test_a_reference_is_the_base_in_its_own_mode_and_nothing_of_the_model(folder
     assert not torch.equal(read[0], base.lm_head.weight)
     assert torch.equal(read[1], base.lm_head.weight)
     li.merge(model)
-    with pytest.raises(li.StateError, match="merged"):
+    with refused(li.StateError, "merged"):
         reference(IDS)
-    with pytest.raises(li.StateError, match="no adapter"):
+    with refused(li.StateError, "adapter"):
         li.reference(li.eject(model))
 
 
@@ -257,16 +258,16 @@ def test_vllm_gets_experts_by_the_names_of_the_checkpoint(
 
 def test_what_vllm_would_misread_is_refused() -> None:
     model = llama(tie_word_embeddings=True)
-    with pytest.raises(li.StateError, match="the model has no adapter"):
+    with refused(li.StateError, "adapter"):
         li.sync_merged(TrainerWithVllm(model, "server"))
-    with pytest.raises(li.StateError, match="does not generate with vLLM"):
+    with refused(li.StateError, "vLLM"):
         li.sync_merged(SimpleNamespace(model=model))
     li.inject(model, {"rank": 2, "targets": ["lm_head"]})
     made = TrainerWithVllm(model, "server")
     args, callback = SimpleNamespace(use_vllm=True, disable_dropout=False), li.AdapterCheckpoint()
-    with pytest.raises(li.StateError, match=r"Call lora_inject\.sync_merged"):
+    with refused(li.StateError, "sync_merged"):
         callback.on_train_begin(args, None, None, model)  # else it would send the base
     li.sync_merged(made)
     callback.on_train_begin(args, None, None, model)
-    with pytest.raises(li.StateError, match="'lm_head': it is tied to another tensor"):
+    with refused(li.StateError, "'lm_head'"):
         made.vllm_generation.sync_weights()

@@ -3,6 +3,7 @@
 import ctypes
 import importlib
 import os
+import pkgutil
 import sys
 import tempfile
 from pathlib import Path
@@ -56,7 +57,11 @@ def import_as_on_windows() -> None:
         del sys.modules[module]
     name, os.name = os.name, "nt"
     try:
-        importlib.import_module("lora_inject.core.files.read_at")
+        import lora_inject
+
+        for module in pkgutil.walk_packages(lora_inject.__path__, "lora_inject."):
+            if "__main__" not in module.name:
+                importlib.import_module(module.name)
     finally:
         os.name = name  # pathlib asks it as well, and there is no Windows here
 
