@@ -9,8 +9,8 @@ import peft
 import pytest
 import torch
 from conftest import error, fill, same_bits
-from helpers.checkpoints import save_checkpoint
 from helpers.forks import Forks
+from helpers.merging import save_checkpoint
 from helpers.models import TiedDecoder
 from helpers.refusals import refused
 from safetensors.torch import load_file
