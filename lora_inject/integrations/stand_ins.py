@@ -3,8 +3,8 @@
 `save_pretrained` writes the adapters, as PEFT's does: the library would write the base with extra
 keys, which `from_pretrained` drops. Trainer's `save_model` and `push_to_hub` call this method, so
 they write the adapters as well. Methods that would drop adapters with the layers that they replace
-are refused: `resize_token_embeddings` where it meets one, and `dequantize`. So are methods of
-diffusers that would do nothing, because they look for layers of PEFT.
+are refused: `resize_token_embeddings` where it meets one, and `dequantize`. So are methods that
+look for layers of PEFT: they would do nothing, or put a second adapter over ours.
 What stands in for a method is an attribute of the instance; copies and pickles keep it. So is
 `_hf_peft_config_loaded`, without which Trainer refuses a quantized model: what transformers' own
 adapter mixin sets (`transformers/trainer_utils.py: validate_quantization_for_training`).
@@ -49,12 +49,20 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")  # transformers.trainer_utils.PREFIX
 # What transformers and diffusers ask of the files of a base; those of an adapter have no choice.
 _OF_A_BASE = {"distributed_checkpoint", "max_shard_size", "safe_serialization", "save_function"}
 _OF_A_BASE |= {"save_original_format", "save_peft_format", "token", "use_flashpack", "variant"}
-# Methods of diffusers' models (loaders/peft.py: PeftAdapterMixin), and what does the same here.
+# Methods of the models of transformers and diffusers (their PeftAdapterMixin), and what does the
+# same here.
 _INSTEAD = {
+    "add_adapter": "lora_inject.inject(model, config, name)",
+    "delete_adapter": "lora_inject.eject(model, name)",
     "delete_adapters": "lora_inject.eject(model, name)",
+    "disable_adapters": "lora_inject.disabled(model)",
     "disable_lora": "lora_inject.disabled(model)",
+    "enable_adapters": "lora_inject.activate(model, names)",
     "enable_lora": "lora_inject.activate(model, names)",
     "fuse_lora": "lora_inject.merge(model)",
+    "load_adapter": "lora_inject.load_adapter(model, path, name)",
+    "load_lora_adapter": "lora_inject.load_adapter(model, path, name)",
+    "set_adapter": "lora_inject.activate(model, names)",
     "set_adapters": "lora_inject.activate(model, {name: weight})",
     "unfuse_lora": "lora_inject.unmerge(model)",
     "unload_lora": "lora_inject.eject(model)",
@@ -238,12 +246,12 @@ class _Refusal:
 
 
 class _OfPeft(_StandIn):
-    """Stands in for a method of diffusers that does nothing where no layers of PEFT are."""
+    """Stands in for a method that knows layers of PEFT only: it misses ours, or adds to them."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if getattr(self.model, "peft_config", None):
             return getattr(type(self.model), self.method)(self.model, *args, **kwargs)
-        problem = "it acts on layers of PEFT only, and the model has none"
+        problem = "it knows adapters of PEFT only, and those of this model are lora_inject's"
         raise StateError(self.method, problem, f"Call {_INSTEAD[self.method]}")
 
 
@@ -288,7 +296,7 @@ def _refuse_dequantize(module: nn.Module, method: str) -> None:
 
 
 def _say_of_peft(module: nn.Module, method: str) -> None:
-    if getattr(type(module), method).__module__.startswith("diffusers."):
+    if getattr(type(module), method).__module__.startswith(("diffusers.", "transformers.")):
         module.__dict__[method] = _OfPeft(module, method)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import error, fill
-from helpers.reference import random
+from helpers.reference import config, dense, llama, logits, random
 from helpers.refusals import refused
 from torch import Tensor, nn
 
@@ -207,3 +208,21 @@ def test_every_verb_tells_that_a_layer_was_replaced_after_inject(
     model[1] = nn.Linear(4, 4).double()
     with refused(li.StateError, "1", model=model):
         verb(model)
+
+
+def test_an_adapter_is_not_counted_twice_by_the_method_of_transformers(tmp_path: Path) -> None:
+    model = llama()
+    path = li.save_adapter(
+        fill(li.inject(copy.deepcopy(model), config("q_proj"))), tmp_path / "a", unused=[".*"]
+    )
+    li.load_adapter(model, path)
+    wanted = logits(dense(llama(), model))
+    for method in (model.load_adapter, model.model.load_adapter):
+        with refused(li.StateError, "lora_inject.load_adapter", model=model):
+            method(str(path))
+    for method in (model.disable_adapters, model.enable_adapters, model.set_adapter):
+        with refused(li.StateError, "lora_inject.", model=model):
+            method("default")
+    assert error(logits(model), wanted) < 1e-6
+    li.eject(model).load_adapter(str(path))  # as before
+    assert error(logits(model), wanted) < 1e-6
