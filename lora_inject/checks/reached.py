@@ -42,9 +42,10 @@ def unreached(model: nn.Module, run: Callable[[], Any]) -> list[str]:
 def refuse_unreached(model: nn.Module, probe: Callable[[], Any]) -> None:
     """Check that a run in eval mode, without gradients, reaches all sites of active adapters."""
     training = {id(module): module.training for module in model.modules()}
+    devices = {p.device.index for p in model.parameters() if p.is_cuda}
     try:
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices):
             missed = _missed_sites(model, probe)
     finally:
         for module in model.modules():

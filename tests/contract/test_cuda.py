@@ -164,3 +164,17 @@ def test_a_start_by_decomposition_leaves_the_devices_random_numbers_alone() -> N
     torch.manual_seed(5)
     li.inject(net, {"rank": 2, "init": "pissa", "targets": ["0"]})
     assert torch.equal(torch.rand(4, device=DEVICE), wanted)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="torch forks the generators of CUDA devices")
+def test_a_probe_moves_no_random_number_of_the_device() -> None:
+    model = nn.Sequential(nn.Linear(4, 4)).to(DEVICE)
+    torch.manual_seed(0)
+    wanted = torch.rand(3, device=DEVICE)
+    torch.manual_seed(0)
+
+    def probe() -> None:
+        model(torch.rand(2, 4, device=DEVICE))
+
+    li.inject(model, {"rank": 2, "targets": ["0"], "init": "pissa"}, probe=probe)
+    assert torch.equal(torch.rand(3, device=DEVICE), wanted)

@@ -330,6 +330,7 @@ class _Deferred(torch.autograd.Function):
         read.check()
         with torch.enable_grad():
             out = read.formed()
+        g = g.to_dense() if g.is_sparse else g  # of a lookup that asks for it
         return None, *differentiate(out, read.leaves, ctx.needs_input_grad[1:], g, again=again)
 
 

@@ -6,6 +6,7 @@ PyTorch's `fully_shard` and `parametrize` work the same way.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -34,13 +35,22 @@ class Swapped(Carrier):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Build the plain class: `type(layer)(...)` must not make a carrier without adapters."""
-        if "_lora_plain" not in cls.__dict__ and not args and not kwargs:
-            return object.__new__(cls)  # a copy of a class on top of ours (torch's parametrize)
+        bare = "_lora_plain" not in cls.__dict__ or _wants_arguments(cls._lora_plain)
+        if bare and not args and not kwargs:
+            return object.__new__(cls)  # for a copy: of dynamo, or of a class on top (parametrize)
         return cls._lora_plain(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the plain class, from which the swapped one is made again."""
         return _rebuild, *reduction_of(self, super().__reduce_ex__(2))
+
+
+def _wants_arguments(plain: type[nn.Module]) -> bool:
+    try:
+        inspect.signature(plain).bind()
+    except (TypeError, ValueError):
+        return True
+    return False
 
 
 def weight_property(param: str) -> property:

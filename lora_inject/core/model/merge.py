@@ -304,7 +304,8 @@ def unmerge(model: M, *, discard: bool = False) -> M:
 @contextmanager
 def _held_back_interrupts() -> Iterator[None]:
     """Let Ctrl-C wait until the last weight is written."""
-    if threading.current_thread() is not threading.main_thread():
+    others = signal.getsignal(signal.SIGINT) is None  # whose handler Python cannot put back
+    if others or threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
