@@ -56,7 +56,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, config in CONFIGS.items():
         fill(li.inject(model, li.Config.from_text(config), name), name, 0.2)
         li.save_adapter(model, folder / name, name)
-    (folder / "lora.yaml").write_text(CONFIG)
+    texts = {
+        "lora.yaml": CONFIG,
+        "typo.yaml": "rnak: 4\ntargets: [c_attn]",
+        "none.yaml": "targets: [c_atn]",
+        "empty/nothing.txt": "",
+        "broken/config.json": "{",
+        "unknown/config.json": '{"model_type": "no_such_model"}',
+    }
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
     return folder
 
 
@@ -124,36 +134,6 @@ def test_plan_never_runs_code_of_the_model(run: Any, files: Path, tmp_path: Path
     ran = run("plan", files / "lora.yaml", tmp_path)
     assert (ran.code, (tmp_path / "ran").exists()) == (1, False)
     assert "--keys" in ran.err
-
-
-NO_MODELS = [
-    ("nothing.txt", "", ".safetensors"),
-    ("config.json", "{", "JSON"),
-    ("config.json", '{"model_type": "no_such_model"}', "no_such_model"),
-]
-NO_CONFIGS = [
-    ("rnak: 4\ntargets: [c_attn]", ["lora.yaml:1:1 (rnak)", "'rank'"]),
-    ("targets: [c_atn]", ["rule 1 ('c_atn')", "transformer.h.0.attn.c_attn"]),
-]
-
-
-@pytest.mark.parametrize(("name", "text", "named"), NO_MODELS)
-def test_plan_refuses_what_is_not_a_model(run, files, tmp_path, name, text, named) -> None:
-    (tmp_path / name).write_text(text)
-    ran = run("plan", files / "lora.yaml", tmp_path)
-    assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1)
-    assert ran.err.startswith("Error: ")
-    assert named in ran.err
-
-
-@pytest.mark.parametrize(("text", "named"), NO_CONFIGS)
-def test_plan_passes_the_errors_of_config_and_matching_on(
-    run, files, tmp_path, text, named
-) -> None:
-    (tmp_path / "lora.yaml").write_text(text)
-    ran = run("plan", tmp_path / "lora.yaml", files / "base")
-    assert (ran.code, ran.out) == (1, "")
-    assert all(name in flat(ran.err) for name in named), ran.err
 
 
 def test_names_of_the_hub_are_looked_up_in_its_local_cache(
@@ -303,21 +283,6 @@ def test_merge_says_loudly_or_refuses_where_rounding_leaves_too_little(
     assert run(*args[:3], "--min-kept", 0.9, "-o", tmp_path / "w", "--dtype", "float32").code == 0
 
 
-def test_verify_finds_one_flipped_bit(run: Any, files: Path, tmp_path: Path) -> None:
-    out, parts = tmp_path / "out", (files / "one", files / "two")
-    run("merge", files / "base", *parts, "-w", 1, "-w", 2, "-o", out, "--verify")
-    args = ("verify", files / "base", *parts, out, "-w", 1, "-w", 2)
-    ran = run(*args)
-    assert (ran.code, ran.out.partition(" again")[0]) == (0, "verified: 4 tensors computed")
-    tensors = load_file(out / "model.safetensors")
-    tensors["transformer.h.1.ln_1.weight"].view(torch.int32)[3] ^= 1
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    ran = run(*args)
-    assert (ran.code, ran.err, "NOT verified" in ran.out) == (1, "", True)
-    ran = run(*args, "--json")
-    assert (ran.code, len(json.loads(ran.out)["problems"])) == (1, 1)
-
-
 def test_extract_is_the_reverse_of_merge(run: Any, files: Path, tmp_path: Path) -> None:
     tuned, again = tmp_path / "tuned", tmp_path / "again"
     run("merge", files / "base", files / "two", "-o", tuned)
@@ -429,6 +394,11 @@ def test_what_is_lost_is_said_of_what_was_written_only(run: Any, tmp_path: Path)
 # Exit codes: what is refused is 1, wrong usage is 2; nothing is written ---------------------------
 
 EXITS = """
+plan {files}/lora.yaml {files}/empty => 1 .safetensors
+plan {files}/lora.yaml {files}/broken => 1 JSON
+plan {files}/lora.yaml {files}/unknown => 1 no_such_model
+plan {files}/typo.yaml {base} => 1 typo.yaml:1:1 (rnak)
+plan {files}/none.yaml {base} => 1 transformer.h.0.attn.c_attn
 combine {one} {one} -o {one} => 1 exists already
 extract {one} {one} --rank 1 -o {one} => 1 exists already
 convert {one} {one} --to peft => 1 exists already
@@ -462,10 +432,11 @@ def test_what_is_refused_says_why_by_its_exit_code_and_writes_nothing(
 ) -> None:
     (one, value), (other, _) = two
     out = tmp_path / "out"
-    places = {"one": one, "two": other, "base": files / "base", "out": out}
+    places = {"one": one, "two": other, "files": files, "base": files / "base", "out": out}
     ran = run(*command.format(**places).split())
     code, _, named = due.partition(" ")
     assert (ran.code, ran.out, out.exists()) == (int(code), "", False)
+    assert code == "2" or "Error: " in ran.err
     assert named.format(**places) in flat(ran.err)
     assert li.read_adapter(one) == value
 

@@ -20,7 +20,6 @@ from helpers.refusals import refused
 from helpers.states import (
     SITES,
     Site,
-    edit_config,
     effect,
     linear,
     metadata,
@@ -464,24 +463,6 @@ def test_experts_are_written_as_their_module_holds_them(kind, holds, tmp_path) -
     shape = tuple(SITES[kind].layer().shape)
     assert tuple(A.shape) == (6, shape[1] if holds else shape[2])
     assert li.read_adapter(path) == state
-
-
-CHANGES: list[tuple[dict[str, Any], list[str]]] = [
-    ({"lora_alpha": 64, "alpha_pattern": {}}, ["rank 2 and alpha 64", "rank 2 and alpha 4"]),
-    ({"r": 3}, ["'h.0.fc'"]),
-    ({"use_rslora": True}, ["'h.0.fc'"]),
-    ({"rank_pattern": {"fc": 7}}, ["'h.0.fc'"]),
-]
-
-
-@pytest.mark.parametrize(("change", "named"), CHANGES)
-def test_numbers_in_the_config_that_differ_from_the_metadata(change, named, tmp_path) -> None:
-    path = edit_config(li.write_adapter(state_of(SITES["linear"]), tmp_path / "a"), **change)
-    with refused(li.FormatError, *named, 'prefer="metadata"', 'prefer="config"'):
-        li.read_adapter(path)
-    assert li.read_adapter(path, prefer="metadata").sites["h.0.fc"].scale == 2.0
-    if "lora_alpha" in change:
-        assert li.read_adapter(path, prefer="config").sites["h.0.fc"].scale == 32.0
 
 
 def test_values_outside_the_slices_are_not_dropped(tmp_path: Path) -> None:
