@@ -7,6 +7,7 @@ class and one child for each stage of the work, so that a caller can catch a sta
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,4 +136,9 @@ def user_path(
     except RuntimeError:
         problem = f"there is no home of '{text[1:].partition(os.sep)[0]}'"
         raise error(asked, problem, f"For a folder of this name, give ./{text}") from None
+    try:
+        path.stat()
+    except OSError as refused:
+        if refused.errno == errno.ELOOP:
+            raise error(asked, f"the links of '{text}' form a loop", "Correct it") from None
     return path.absolute() if str(path).startswith("~") else path  # a Path drops a leading ./

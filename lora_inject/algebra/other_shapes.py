@@ -20,6 +20,7 @@ from lora_inject.core.adapter.fingerprint import without_weights
 from lora_inject.core.adapter.other_tensors import only, site_mapped, with_every_expert
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.functional.finite import lost_by_cast
 from lora_inject.core.spec.named import named
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.patterns import matching
@@ -57,7 +58,7 @@ def as_dtype(adapter: Adapter, dtype: torch.dtype) -> AdapterState:
         dtype: A floating point dtype.
 
     Raises:
-        StateError: `dtype` is not one, or a finite value would become infinite.
+        StateError: `dtype` is not one, or values are too large or too small for it.
 
     Examples:
         >>> a = AdapterState({}, trained={"head.weight": torch.ones(2, 4)})
@@ -79,12 +80,12 @@ def as_dtype(adapter: Adapter, dtype: torch.dtype) -> AdapterState:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
-    """Return a floating point tensor in another dtype, finite where it was."""
+    """Return a floating point tensor in another dtype, which can hold its values."""
     if not tensor.is_floating_point():
         return tensor
     made = tensor.to(dtype)
-    if not made.is_meta and int(made.isinf().sum()) > int(tensor.isinf().sum()):
-        problem = "it holds values that would become infinite"
+    if lost_by_cast(tensor, made):
+        problem = "it holds values that would become infinite, or so small that they become 0"
         raise StateError(where, problem, "Give torch.bfloat16")
     return made
 
@@ -95,7 +96,8 @@ def rename(adapter: Adapter, new: Mapping[str, str] | Callable[[str], str]) -> A
     Args:
         adapter: A value, or the path of its files.
         new: Regexes of whole segments and their replacements (`\1` for a group, empty to
-            remove them), applied in order to every name; or a function of a name.
+            remove them), applied in order to every name, but not to what one before has made; or a
+            function of a name.
 
     Raises:
         StateError: A regex is not valid or matches no name, two names would become one, or a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 import regex
@@ -55,9 +56,15 @@ def _substitution(new: Mapping[str, str], names: Sequence[str]) -> Callable[[str
     used = set()
 
     def change(name: str) -> str:
+        made: list[str] = []  # what one rule has made, which no other changes
+
+        def put(match: regex.Match[str], old: str) -> str:
+            made.append(match.expand(new[old]))
+            return f"\0{len(made) - 1}\0" if made[-1] else ""
+
         for old, rule in rules.items():
             try:
-                changed, n = rule.subn(new[old], name, timeout=MATCH_SECONDS)
+                changed, n = rule.subn(partial(put, old=old), name, timeout=MATCH_SECONDS)
             except TimeoutError:
                 problem = f"it took more than {MATCH_SECONDS:g} s (on '{name[:60]}')"
                 remedy = "Write it without repetition inside repetition, such as (a+)+"
@@ -68,6 +75,8 @@ def _substitution(new: Mapping[str, str], names: Sequence[str]) -> Callable[[str
             if n:
                 name = re.sub(r"\.{2,}", ".", changed).strip(".")
                 used.add(old)
+        while re.search(r"\0\d+\0", name):
+            name = re.sub(r"\0(\d+)\0", lambda place: made[int(place[1])], name)
         return name
 
     for name in names:

@@ -217,7 +217,7 @@ class _Extraction:
         assert before is not None  # as checked
         same_shape = after.shape == before.shape
         if not {after.dtype, before.dtype} <= FLOATS.keys() or not after.n_elements:
-            return None if same_shape else Extracted(name, "left")
+            return None if self._same_bytes(after, before) else Extracted(name, "left")
         if not same_shape:
             return self._whole(after, None)
         difference, size = self._difference(after, before)
@@ -234,6 +234,16 @@ class _Extraction:
         for update in (site, *self._tied(name, site)):
             self.sites[update.spec.name] = update
         return Extracted(name, "low rank", relative, site.spec.rank, held, exact)
+
+    def _same_bytes(self, after: TensorEntry, before: TensorEntry) -> bool:
+        """Whether two tensors are one, of whatever dtype."""
+        sides = ((self.tuned, after), (self.base, before))
+        as_bytes = [replace(entry, dtype="U8", shape=(entry.n_bytes,)) for _, entry in sides]
+        files = [RowReader(of.path_of(entry.name)) for of, entry in sides]
+        blocks = [file.blocks(entry, 1) for file, entry in zip(files, as_bytes, strict=True)]
+        return (after.dtype, after.shape) == (before.dtype, before.shape) and all(
+            torch.equal(mine, theirs) for (_, mine), (_, theirs) in zip(*blocks, strict=True)
+        )
 
     def _whole(self, after: TensorEntry, relative: float | None) -> Extracted:
         """Store a tensor without a low-rank form in full, if `full` is set."""

@@ -62,6 +62,7 @@ class Checkpoint:
         config: `config.json` as parsed, empty if there is none.
         packed: Quantized tensors that are shown dequantized, by name; see `quantized`.
         shown: The entries of `packed` as they are shown, without bytes in any file.
+        lone: Whether it is one file, and not all that its folder holds.
     """
 
     folder: Path
@@ -71,6 +72,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     packed: Mapping[str, Any] = field(default_factory=dict)
     shown: Mapping[str, TensorEntry] = field(default_factory=dict)
+    lone: bool = False
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -88,7 +90,7 @@ class Checkpoint:
             folder = path.parent.resolve()
             alone = not any(folder.glob("*" + INDEX_SUFFIX))
             config = read_config(folder) if alone else {}  # else it is that of all files together
-            return cls(folder, _read_shards(folder, [path.name]), None, None, config)
+            return cls(folder, _read_shards(folder, [path.name]), None, None, config, lone=True)
         if not path.is_dir():
             problem = "it is not a folder" if path.exists() else "there is no such folder"
             remedy = "Give the folder that holds config.json and the .safetensors files"
@@ -265,12 +267,15 @@ def _check_index(asked: str, weight_map: Mapping[str, str], shards: Mapping[str,
 # Other files ------------------------------------------------------------------------------------
 
 
-def find_side_files(folder: Path, *, code: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def find_side_files(
+    base: Checkpoint, *, code: bool = False
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return relative paths of the files to copy, and of code that is not copied.
 
     `config.json` and weight indexes are neither: they are written separately, last.
     """
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(_walk(folder, MAX_DEPTH))}
+    folder, depth = base.folder, 0 if base.lone else MAX_DEPTH
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(_walk(folder, depth))}
     scripts = {name for name, path in paths.items() if path.suffix == ".py"}
     taken = (n for n, path in paths.items() if (n in scripts and code) or _belongs(path, n))
     return tuple(taken), () if code else tuple(n for n in paths if n in scripts)
@@ -296,21 +301,28 @@ def _belongs(path: Path, relative: str) -> bool:
 def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with some values changed and everything else unchanged, in its order.
 
-    A key that inner configs (`text_config`) hold is changed there, too; None removes it.
+    A key that inner configs (`text_config`) hold is changed there, too; None removes it, and of a
+    table from old values to new ones only what is old changes.
     """
     edited: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict) and key not in changes:
-            inner = {k: changes.get(k, v) for k, v in value.items()}
+            inner = {k: _changed(v, changes.get(k, v)) for k, v in value.items()}
             edited[key] = {k: v for k, v in inner.items() if v is not None or k not in changes}
         else:
             edited[key] = value
     for key, value in changes.items():
         if value is None:
             edited.pop(key, None)
-        elif key in edited or not _only_inside(config, key):
+        elif key in edited:
+            edited[key] = _changed(edited[key], value)
+        elif not (isinstance(value, dict) or _only_inside(config, key)):
             edited[key] = value
     return edited
+
+
+def _changed(old: Any, new: Any) -> Any:
+    return new.get(old, old) if isinstance(new, dict) and not isinstance(old, dict) else new
 
 
 def edit_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes:

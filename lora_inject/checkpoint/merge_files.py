@@ -316,7 +316,8 @@ def check_output(base: Checkpoint, output: str | Path, *, overwrite: bool = Fals
     """
     asked = f"write to '{output}'"
     folder = user_path("merge, output", output, CheckpointError).resolve()
-    if folder == base.folder or base.folder in folder.parents or folder in base.folder.parents:
+    inside = base.folder in folder.parents and not base.lone
+    if folder == base.folder or inside or folder in base.folder.parents:
         problem = f"it is the base '{base.folder}', or one is inside the other"
         raise CheckpointError(asked, problem, "Give another folder")
     if folder.exists() and not folder.is_dir():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,7 +62,8 @@ class MergePlan:
         options: Options of the merge.
         shards: The output's weight files, in the order of the base's.
         rules: How each adapter's names were read.
-        config_changes: Keys of `config.json` that change.
+        config_changes: Keys of `config.json` that change; a value that is one of old ones to new
+            ones changes these only.
         index: New content of the index; None if it is copied or there is none.
         side_files: Other files that are copied.
         notes: Notes for the user.
@@ -182,7 +184,7 @@ def plan_merge(
     fits = [choose(adapter, of, options) for adapter in weighted]
     settled = _Settled(of, options, _joined(fits))
     shards, notes = lay_out(checkpoint, settled.jobs), list(settled.notes)
-    side_files, code_left = find_side_files(checkpoint.folder, code=options.copy_code)
+    side_files, code_left = find_side_files(checkpoint, code=options.copy_code)
     if options.dequantize is not None:
         side_files = tuple(name for name in side_files if name not in QUANTIZED_FILES)
     if code_left:
@@ -391,7 +393,7 @@ class _Settled:
                 if tensors[other].shape[0] == old and shape[0] != rows:
                     raise clash(name, f"it grows to {rows} rows and '{other}' stays at {old}")
             if any(table.get("vocab_size") == old for table in self._tables):
-                self.config_changes["vocab_size"] = rows
+                self.config_changes["vocab_size"] = {old: rows}
             self.notes.append(f"'{name}' grows from {old} to {rows} rows")
 
 
@@ -439,6 +441,10 @@ def _clashes(job: TensorJob) -> dict[str, bool]:
         "one adapter makes it grow and another updates it": bool(
             job.placed and n_copies and job.grows
         ),
+        "only a part of its rows is in the base, so a weight other than 1 means nothing": bool(
+            n_copies and (job.grows or not job.source)
+        )
+        and not math.isclose(sum(weight for _, weight in job.trained), 1),
         "the adapters' values have different shapes": len(shapes) > 1,
         "the base lacks it and several adapters add it": not job.source and n_copies > 1,
         "two adapters need different shapes of it": bool(shapes - {job.shape}),

@@ -16,13 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.checkpoint.index import Checkpoint, read_config, resolve_inside
+from lora_inject.checkpoint.index import (
+    Checkpoint,
+    changed_config,
+    read_config,
+    resolve_inside,
+)
 from lora_inject.checkpoint.merge_inputs import Given, MergeOptions
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.output_files import Copy, OutputShard
 from lora_inject.checkpoint.write import BytesDone, Progress, work_through
 from lora_inject.core.files.read_at import read_at
-from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry, read_header
+from lora_inject.core.files.safetensors_file import FLOATS, Header, TensorEntry, read_header
 from lora_inject.errors import CheckpointError, user_path
 
 MOST_NEIGHBORS = 1e-3
@@ -122,7 +127,8 @@ def _other_files(plan: MergePlan, folder: Path) -> list[str]:
             problems.append(f"'{name}' is not what it should be")
             if name == "config.json":  # programs rewrite it; what the merge changed must be there
                 config = read_config(folder)
-                wrong = [k for k, v in plan.config_changes.items() if config.get(k) != v]
+                changes = plan.config_changes.items()
+                wrong = [k for k, v in changes if changed_config(config, {k: v}) != config]
                 problems[-1] += "".join(f", {k} is {config.get(k)!r}" for k in wrong)
     written = {*plan.other_files(), *(shard.name for shard in plan.shards)}
     strangers = sorted(name for name in _visible_files(folder) if name not in written)
@@ -155,8 +161,8 @@ def _verify_shard(
     plan: MergePlan, shard: OutputShard, path: Path, counter: BytesDone
 ) -> VerifyReport:
     try:
-        same = read_header(path).raw == shard.header.raw
-        problem = "" if same else "its header is not what it should be"
+        there = read_header(path)
+        problem = "" if there.raw == shard.header.raw else _other_header(there, shard.header)
     except CheckpointError as error:
         problem = error.found
     if problem:
@@ -165,6 +171,18 @@ def _verify_shard(
         compared = _Compared(shard, file.fileno())
         work_through(shard, plan, shard.copies, compared, counter)
     return compared.report()
+
+
+def _other_header(there: Header, due: Header) -> str:
+    """Return how a header differs; of dtypes, as of a merge with another one, the first."""
+    dtypes = {name: (there.tensors[name].dtype, due.tensors[name].dtype)
+              for name in there.tensors.keys() & due.tensors.keys()}  # fmt: skip
+    others = sorted(name for name, (mine, wanted) in dtypes.items() if mine != wanted)
+    words = "its header is not what it should be"
+    if not others:
+        return words
+    mine, wanted = dtypes[others[0]]
+    return f"{words}: '{others[0]}' is {mine} and not {wanted}, as with another dtype (--dtype)"
 
 
 class _Compared:

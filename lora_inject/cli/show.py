@@ -284,7 +284,8 @@ def print_merge_plan(plan: MergePlan, where: Path, free_bytes: int, *, everythin
         n_sites = len(adapter.state.sites)
         say_words(f"{adapter.label} x {adapter.weight:g}: {count(n_sites, 'site')}, {rule}")
     for key, value in plan.config_changes.items():
-        say(f"config.json: {key} becomes {json.dumps(value)}")
+        new = next(iter(value.values())) if isinstance(value, dict) else value
+        say(f"config.json: {key} becomes {json.dumps(new)}")
     for text in plan.notes:
         say_words(f"note: {text}")
     n_copied = sum(copy.n_bytes for shard in plan.shards for copy in shard.copies)

@@ -45,7 +45,7 @@ _TASKS = {
     "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
 }
 _FOLDER = "path/to/this/folder"
-# What vLLM takes for --max-lora-rank (0.33, config/lora.py, `MaxLoRARanks`).
+# What vLLM takes for --max-lora-rank (up to 0.27, config/lora.py, `MaxLoRARanks`).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _DATASET = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.adapter.site_state import FLOATS, SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.functional.finite import all_finite
+from lora_inject.core.functional.finite import lost_by_cast
+from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.pairs import pairs_of
 from lora_inject.formats.peft.tensor_layout import file_alpha, file_rank, plain_pair
@@ -44,8 +45,8 @@ def plain_sites(
     The sites have no slices and no frozen starts. Kinds that are not in `kinds`, trained tensors
     and further tensors of variants are refused. With `one_rank` ranks are padded with zeros to
     `rank`, by default the largest. `alpha` is each site's `own`, `one` for all, or the `rank`, for
-    a scale of 1: B is multiplied in float32 at least and rounded once, to `dtype` or each tensor's
-    own dtype. Values that become infinite by a cast to a narrower dtype are refused.
+    a scale of 1: B is multiplied in float64 and rounded once, to `dtype` or each tensor's own
+    dtype. Values that a cast to a narrower dtype makes infinite, or 0, are refused.
     """
     _check_dtype(dtype)
     refuse_more_than_pairs(state, client, kinds)
@@ -59,7 +60,6 @@ def plain_sites(
         new_rank = rank if rank is not None else site.spec.rank
         new_alpha = {"own": None, "one": common_alpha, "rank": float(new_rank)}[alpha]
         changed[name] = _changed(site, new_rank, new_alpha, new_dtype)
-    _check_finite(changed)
     return changed
 
 
@@ -106,16 +106,6 @@ def _check_site(site: SiteState, client: str, kinds: Collection[str]) -> None:
         raise FormatError("", f"{client} cannot hold {extra}", _MERGE)
 
 
-def _check_finite(sites: Mapping[str, SiteState]) -> None:
-    """Refuse values that a cast has made infinite; all sites at once take few operations."""
-    if all_finite(*(tensor for site in sites.values() for tensor in (site.A, site.B))):
-        return
-    for name, site in sites.items():
-        if not all_finite(site.A, site.B):
-            problem = f"its values are not finite in {site.B.dtype}"
-            raise FormatError(f"site '{name}'", problem, "Give a wider dtype")
-
-
 def site_in_pairs(site: SiteState) -> SiteState:
     """Return a site without slices and frozen starts."""
     spec = site.spec
@@ -133,13 +123,21 @@ def _changed(
     """Return a plain site with another rank, alpha and dtype, and the same delta."""
     A, B, spec = site.A.detach(), site.B.detach(), site.spec
     if alpha is None:
-        return SiteState(spec, A.to(dtype or A.dtype), B.to(dtype or B.dtype))
+        return SiteState(spec, _cast(A, dtype or A.dtype, spec), _cast(B, dtype or B.dtype, spec))
     made = dataclasses.replace(spec, rank=rank, alpha=alpha, scaling="standard", dropout=0.0)
-    wide = B.to(torch.promote_types(B.dtype, torch.float32)) * (site.scale / made.scale)
+    wide = B.double() * (site.scale / made.scale)
     more = rank - spec.rank
-    a = F.pad(A.to(dtype or A.dtype), (0, 0, 0, more))
-    b = F.pad(wide.to(dtype or B.dtype), (0, more))
+    a = F.pad(_cast(A, dtype or A.dtype, spec), (0, 0, 0, more))
+    b = F.pad(_cast(wide, dtype or B.dtype, spec), (0, more))
     return SiteState(made, a, b)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, spec: SiteSpec) -> Tensor:
+    made = tensor.to(dtype)
+    if lost_by_cast(tensor, made):
+        problem = f"its values are not finite in {dtype}, or so small that they become 0"
+        raise FormatError(f"site '{spec.name}'", problem, "Give a wider dtype")
+    return made
 
 
 def check_component(component: str | None, known: Collection[str]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.adapter.other_tensors import with_every_expert
 from lora_inject.core.adapter.site_state import FLOATS
-from lora_inject.core.functional.finite import all_finite
+from lora_inject.core.functional.finite import lost_by_cast
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.facts import facts_for
 from lora_inject.core.model.guards import this_process_writes
@@ -89,8 +89,8 @@ def peft_state(
         given = made.tensors if this_process_writes(survey) or not first_only else {}
         tensors = {key: _sent(tensor, device, dtype) for key, tensor in given.items()}
         for key, tensor in tensors.items():
-            if not all_finite(tensor):
-                problem = f"its values are not finite in {tensor.dtype}"
+            if lost_by_cast(given[key], tensor.to(given[key].device)):
+                problem = f"its values are not finite in {tensor.dtype}, or become 0"
                 raise FormatError(f"tensor {key!r}", problem, "Give a wider dtype")
     return tensors, made.config
 

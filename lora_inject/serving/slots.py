@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.functional.finite import all_finite
+from lora_inject.core.functional.finite import lost_by_cast
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.carried import records_of
 from lora_inject.core.model.install import install
@@ -130,20 +130,19 @@ def placed(
     """
     zeros = _Zeros()
     pairs: list[tuple[Tensor, Tensor]] = []
-    scaled: list[Tensor] = []
     for name, held in sites.items():
         plain = site_in_pairs(state.sites[name])
         if meaning(plain.spec) != meaning(held.spec):
             problem = "it adapts other parts of the weight than the slot"
             raise FormatError(f"site {name!r}", problem, "Load it under another name")
         # The slot's scale is 1.
-        wide = plain.B.to(torch.promote_types(plain.B.dtype, torch.float32)) * plain.scale
-        scaled.append(wide.to(held.B.dtype))
+        wide = plain.B.double() * plain.scale
+        scaled = wide.to(held.B.dtype)
+        if lost_by_cast(wide, scaled):
+            problem = f"its values are not finite in {scaled.dtype}, or so small that they become 0"
+            raise FormatError(f"site {name!r}", problem, "Reserve over a base of a wider dtype")
         pairs += _parts(held.A, plain.A, -2, zeros)
-        pairs += _parts(held.B, scaled[-1], -1, zeros)
-    if not all_finite(*scaled):
-        problem = f"its values are not finite in {scaled[0].dtype}"
-        raise FormatError("", problem, "Reserve a slot over a base of a wider dtype")
+        pairs += _parts(held.B, scaled, -1, zeros)
     others = slot.sites.keys() - {held.spec.name for held in sites.values()}
     empty = (tensor for name in others for tensor in slot.sites[name].tensors.values())
     return [*pairs, *((tensor, zeros.like(tensor)) for tensor in empty)]

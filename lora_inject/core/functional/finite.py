@@ -26,6 +26,22 @@ def all_finite(*tensors: Tensor) -> bool:
     )
 
 
+@torch.no_grad()
+def lost_by_cast(before: Tensor, after: Tensor) -> bool:
+    """Whether finite values became Inf in another dtype, or so many of them 0 that it counts.
+
+    Examples:
+        >>> small = torch.full((4,), 1e-9)
+        >>> lost_by_cast(small, small.half()), lost_by_cast(small, small.bfloat16())
+        (True, False)
+    """
+    finite = before.isfinite()
+    lost, whole = (torch.where(finite, t, 0) for t in (before - after, before))
+    lost, whole = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in (lost, whole))
+    # Rounding to bfloat16 takes at most a 256th of each value.
+    return not (before.is_meta or bool(lost <= whole / 64))
+
+
 def _have_finite_sum(alike: list[Tensor]) -> bool:
     """Whether tensors of one dtype and device have finite sums."""
     # Small ones are joined, in blocks that stay in the cache: a sum for each takes 4 times as long.

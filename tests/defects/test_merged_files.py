@@ -1,0 +1,149 @@
+"""Checkpoints on disk: what was merged, extracted or verified otherwise than it was said."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.merging import LLAMA, adapter_of, llama_tensors, load_checkpoint, save_checkpoint
+from helpers.refusals import refused
+from safetensors.torch import save_file
+
+import lora_inject as li
+from lora_inject.checkpoint import WeightedAdapter, verify_checkpoint
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+# Extracted --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int64, torch.bool])
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_is_no_plain_float_is_compared_too(
+    dtype: torch.dtype, alone: bool, tmp_path: Path
+) -> None:
+    plain, ids = torch.randn(6, 4), torch.randint(0, 2, (5, 3))
+    base = {"fc.weight": plain, "codes": ids.to(dtype).clone(), "same": ids.to(dtype).clone()}
+    tuned = base | {"codes": (1 - ids).to(dtype)}
+    if not alone:
+        tuned["fc.weight"] = plain + torch.outer(torch.arange(6.0), torch.ones(4))
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    files = (tmp_path / "base.safetensors", tmp_path / "tuned.safetensors")
+    if alone:
+        with refused(li.CheckpointError, "tuned"):
+            li.extract_adapter(*files, tmp_path / "a", rank=1)
+        return
+    report = li.extract_adapter(*files, tmp_path / "a", rank=1)
+    assert (report.left, report.n_equal) == (("codes",), 1)
+
+
+def test_a_tensor_of_another_dtype_is_not_equal(tmp_path: Path) -> None:
+    delta = torch.outer(torch.arange(6.0), torch.ones(4))
+    base = {"fc.weight": torch.zeros(6, 4), "q": torch.ones(4, 4, dtype=torch.int8)}
+    save_file(base, tmp_path / "base.safetensors")
+    save_file({"fc.weight": delta, "q": torch.ones(4, 4)}, tmp_path / "tuned.safetensors")
+    files = (tmp_path / "base.safetensors", tmp_path / "tuned.safetensors")
+    assert li.extract_adapter(*files, tmp_path / "a", rank=1).left == ("q",)
+
+
+# Grown ------------------------------------------------------------------------------------------
+
+
+def grown(tmp_path: Path, config: Any, *weights: float) -> tuple[Path, list[WeightedAdapter]]:
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors, 1, config)
+    parts = []
+    for weight in weights:
+        rows = torch.randn(35, 16)
+        parts.append(WeightedAdapter(li.AdapterState({}, {EMBEDDING: rows, HEAD: rows}), weight))
+    return base, parts
+
+
+@pytest.mark.parametrize("weights", [(0.5,), (2.0,), (1.0, 1.0), (0.3, 0.3)])
+def test_rows_that_the_base_lacks_have_no_weighted_change(
+    weights: tuple[float, ...], tmp_path: Path
+) -> None:
+    base, parts = grown(tmp_path, LLAMA | {"vocab_size": 32}, *weights)
+    with refused(li.CheckpointError, "weight"):
+        li.merge_checkpoint(base, parts, tmp_path / "out")
+    new = WeightedAdapter(li.AdapterState({}, {"score.weight": torch.randn(3, 16)}), weights[0])
+    if weights[0] != 1:
+        with refused(li.CheckpointError, "'score.weight'", "weight"):
+            li.merge_checkpoint(base, [new], tmp_path / "out", options=options(allow_new=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_add_up_to_1_mix_grown_rows(tmp_path: Path) -> None:
+    base, parts = grown(tmp_path, LLAMA | {"vocab_size": 32}, 0.25, 0.75)
+    li.merge_checkpoint(base, parts, tmp_path / "out")
+    one, two = (part.state.trained[EMBEDDING].double() for part in parts)
+    written = load_checkpoint(tmp_path / "out")
+    due = (0.25 * one + 0.75 * two).bfloat16()
+    torch.testing.assert_close(written[EMBEDDING], due, rtol=2**-7, atol=0)
+    assert written[HEAD].shape == (35, 16)
+
+
+def test_a_grown_vocabulary_leaves_other_vocabularies_of_the_config(tmp_path: Path) -> None:
+    """As BLIP-2's: that of its qformer is another."""
+    inner = {"text_config": {"vocab_size": 32, "pad": 1}, "qformer_config": {"vocab_size": 77}}
+    base, parts = grown(tmp_path, inner, 1.0)
+    li.merge_checkpoint(base, parts, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["text_config"] == {"vocab_size": 35, "pad": 1}
+    assert written["qformer_config"] == {"vocab_size": 77}
+    assert "vocab_size" not in written
+    assert verify_checkpoint(base, parts, tmp_path / "out").problems == ()
+    both, parts = grown(tmp_path / "2", {"vocab_size": 32, "other": {"vocab_size": 5}}, 1.0)
+    li.merge_checkpoint(both, parts, tmp_path / "2" / "out")
+    written = json.loads((tmp_path / "2" / "out" / "config.json").read_text())
+    assert (written["vocab_size"], written["other"]) == (35, {"vocab_size": 5})
+
+
+# Messages and places ----------------------------------------------------------------------------
+
+
+def options(**given: Any) -> Any:
+    return li.MergeOptions(**given)
+
+
+def test_rows_with_nan_are_told_without_their_thousands_of_numbers(tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base", llama_tensors(vocab=4096), 1, LLAMA)
+    numbers = tuple(range(4000))
+    rows = torch.full((4000, 16), torch.nan)
+    state = li.AdapterState({}, {EMBEDDING: rows}, rows={EMBEDDING: numbers})
+    with pytest.raises(li.CheckpointError) as raised:
+        li.merge_checkpoint(base, [state], tmp_path / "out")
+    assert f"'{EMBEDDING}' holds NaN or Inf" in str(raised.value)
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("folder", ["merged", "deep/er"])
+def test_a_base_of_one_file_may_have_the_output_beside_it(folder: str, tmp_path: Path) -> None:
+    tensors = llama_tensors()
+    save_file(tensors, tmp_path / "base.safetensors", {"format": "pt"})
+    adapter = adapter_of(tensors, "q_proj")
+    base = tmp_path / "base.safetensors"
+    for out in (tmp_path / folder, tmp_path / "again"):  # which takes nothing of the first one
+        li.merge_checkpoint(base, [adapter], out)
+        assert [path.name for path in out.iterdir()] == ["base.safetensors"]
+        assert verify_checkpoint(base, [adapter], out).problems == ()
+    with refused(li.CheckpointError, str(tmp_path)):
+        li.merge_checkpoint(base, [adapter], tmp_path)
+    with refused(li.CheckpointError, str(tmp_path)):
+        li.merge_checkpoint(save_checkpoint(tmp_path / "b", tensors), [adapter], tmp_path / "b/c")
+
+
+def test_verifying_a_merge_in_another_dtype_names_the_option(tmp_path: Path, run: Any) -> None:
+    tensors = llama_tensors(dtype=torch.float32)
+    base = save_checkpoint(tmp_path / "base", tensors, 2, LLAMA)
+    path = li.write_adapter(adapter_of(tensors, "q_proj"), tmp_path / "a", "native")
+    out = tmp_path / "out"
+    assert run("merge", base, path, "-o", out, "--dtype", "bfloat16").code == 0
+    ran = run("verify", base, path, out)
+    assert ran.code == 1
+    assert "BF16 and not F32" in " ".join((ran.out + ran.err).split())
+    assert "--dtype" in ran.out + ran.err
+    assert run("verify", base, path, out, "--dtype", "bfloat16").code == 0
