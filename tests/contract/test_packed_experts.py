@@ -421,7 +421,7 @@ def test_codes_are_another_base_and_are_never_taken_for_floats(
     with pytest.raises(RuntimeError, match="incompatible tensor type"):
         plain.data = stack
     assert not plain.any()
-    with pytest.raises(li.LayerError, match="values are packed"), torch.no_grad():
+    with refused(li.LayerError, "packed"), torch.no_grad():
         stack.add_(1)
     stack.codes.add_(1)
     with refused(li.FormatError, "gate_up_proj"):

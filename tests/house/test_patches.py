@@ -4,8 +4,8 @@ import copy
 import gc
 from typing import Any
 
-import pytest
 import torch
+from helpers.refusals import refused
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint as torchs
@@ -70,7 +70,7 @@ def loads_under_a_wrapper() -> int:
     gc.collect()
     assert nn.Module.load_state_dict is theirs
     nn.Linear(2, 2).load_state_dict(nn.Linear(2, 2).state_dict())
-    with pytest.raises(li.StateError, match="scale 2 in the state dict, and 8 here"):
+    with refused(li.StateError, "scale 2", "8"):
         adapted().load_state_dict(adapted(alpha=4).state_dict())
     return len(calls)
 
