@@ -1,7 +1,7 @@
 """Refuse to train a copy in a module that moves its own buffers while it trains.
 
 A buffer that moves (statistics, a moving average) belongs to the base: an adapter neither holds nor
-restores it. No name and no dtype tells it from a constant, so the first forward in training does.
+restores it. No name and no dtype tells it from a constant, so each forward in training does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def watched(module: nn.Module) -> Callable[[], None] | None:
     attached = attached_to(module)
     assert attached is not None
     before = _saved_buffers(module, attached)
-    return partial(_refuse_moved, module, attached, before) if before else None
+    return partial(_refuse_moved, module, before) if before else None
 
 
 def _saved_buffers(module: nn.Module, attached: Attached) -> dict[str, tuple[Tensor, Tensor]]:
@@ -40,9 +40,7 @@ def _saved_buffers(module: nn.Module, attached: Attached) -> dict[str, tuple[Ten
     }
 
 
-def _refuse_moved(
-    module: nn.Module, attached: Attached, before: Mapping[str, tuple[Tensor, Tensor]]
-) -> None:
+def _refuse_moved(module: nn.Module, before: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     """Raise if a forward has moved a buffer, after all have their values again."""
     now = module._buffers
     moved = [
@@ -63,4 +61,3 @@ def _refuse_moved(
             "adapter neither holds nor restores",
             "Leave it out of train, or call eval() on it while the rest trains",
         )
-    attached.still = True

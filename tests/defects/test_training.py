@@ -140,3 +140,29 @@ def test_generation_in_a_thread_of_its_own_does_not_forget_the_context(context: 
     assert len(model.generate_batch(prompts, config, progress_bar=False)) == 2
     plain = copy.deepcopy(model)
     assert "init_continuous_batching" not in li.eject(plain).__dict__
+
+
+class WarmsUp(nn.Module):
+    """A codebook that follows what it sees, from the third forward on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.register_buffer("mean", torch.zeros(4))
+        self.n = 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.n += self.training
+        if self.training and self.n > 2:
+            self.mean.lerp_(inputs.detach().mean(0), 0.5)
+        return (inputs - self.mean) * self.scale
+
+
+def test_a_buffer_that_begins_to_move_later_is_refused_and_put_back() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), WarmsUp()), torch.ones(3, 4)
+    li.inject(model, {"rank": 2, "targets": ["0"], "train": [r"1\.scale"]})
+    for _ in range(2):
+        model(x)
+    with refused(li.LayerError, "mean", "eval"):
+        model(x)
+    assert not model[1].mean.any()

@@ -159,7 +159,6 @@ class Attached:
     float32 = False  # whether an adapter on the output asks for float32 arithmetic
     time_major = False  # whether its input may have time before batch (`rows.time_major`)
     gains = False  # whether an adapter on the output has a gain
-    still = False  # whether a forward in training has left the module's buffers alone
     put: Tensor | None = None  # the text about tensors that stand for its own (`layers.told`)
     # Marks of the entries that forwards have used, and of those that others read meanwhile.
     took_part: frozenset[str] = frozenset()

@@ -253,6 +253,6 @@ def cached_forward(plain: type[nn.Module]) -> Callable[..., Any]:
 
 def _watched_buffers(module: Any) -> Callable[[], None] | None:
     """Return what raises if a forward that trains has moved a buffer of its module."""
-    if module._buffers and module.training and not module._lora.still:
+    if module._buffers and module.training:
         return room("moving_buffers").watched(module)  # type: ignore[no-any-return]
     return None
