@@ -1,4 +1,4 @@
-"""Which modules of a model PEFT cannot adapt right, by the model's objects and sources.
+"""Which modules of a model PEFT cannot adapt right, by the model's objects.
 
 Asked for a live model and for one on the meta device, so before anything ran; what only a run shows
 (who read a weight) is asked in `peft_reading`.
@@ -14,20 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.spec.names import leaf
-from lora_inject.formats.parents import uses
 
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _NOT_IN_MAMBA = {"out_proj", "conv1d"}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# What PEFT's layer has of its own or passes on of the layer inside.
-_ON_A_WRAPPER = {*dir(nn.Module()), "weight", "bias", "in_features", "out_features", "base_layer"}
-# What is read of a weight without computing with it.
-_ABOUT_A_WEIGHT = {"device", "dim", "dtype", "element_size", "is_floating_point", "is_meta"}
-_ABOUT_A_WEIGHT |= {"ndim", "new_empty", "new_ones", "new_tensor", "new_zeros", "numel"}
-_ABOUT_A_WEIGHT |= {"requires_grad", "shape", "size"}
 
 
 def why_not_in_peft(model_type: Any, modules: Mapping[str, nn.Module], name: str) -> str:
@@ -43,8 +35,7 @@ def why_not_in_peft(model_type: Any, modules: Mapping[str, nn.Module], name: str
         return ""
     if model_type in _MAMBA and leaf(name) in _NOT_IN_MAMBA:
         return f"it refuses every '{leaf(name)}' in models of the type '{model_type}'"
-    reason = _of_convolution(module) if isinstance(module, _CONVOLUTIONS) else ""
-    return reason or _of_parents(modules, name, module)
+    return _of_convolution(module) if isinstance(module, _CONVOLUTIONS) else ""
 
 
 def _of_convolution(module: Any) -> str:
@@ -59,16 +50,4 @@ def _of_convolution(module: Any) -> str:
         return f"its A pads with zeros, and the layer with padding_mode={module.padding_mode!r}"
     if "__init__" in vars(cls) and cls not in _CONVOLUTIONS:
         return f"it makes A and B as {cls.__name__}, whose arguments are not a convolution's"
-    return ""
-
-
-def _of_parents(modules: Mapping[str, nn.Module], name: str, module: nn.Module) -> str:
-    """Return why the modules around it could not work with PEFT's layer in its place."""
-    called, read = uses(modules, name)
-    computed = any(a == "weight" and further not in _ABOUT_A_WEIGHT for a, further in read)
-    if computed and not called:
-        return "another module reads the weight, and nothing would call the adapter"
-    lost = sorted({a for a, _ in read if a not in _ON_A_WRAPPER and hasattr(module, a)})
-    if lost:
-        return f"the model reads {one_line(lost)} of the layer, which PEFT's layer does not have"
     return ""
