@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from lora_inject.algebra.combining import Method, Sign
-from lora_inject.algebra.parts import compared
 from lora_inject.algebra.values import Truncated, paired, truncation
-from lora_inject.core.adapter.exchange import read_adapter
+from lora_inject.core.adapter.parts import compared
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import check_type
+from lora_inject.formats.exchange import read_adapter
 
 Adapter = AdapterState | str | PathLike[str]
 

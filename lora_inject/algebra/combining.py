@@ -17,12 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_inject.algebra.parts import MADE, Term, gathered, truncated
-from lora_inject.algebra.plain_sites import plain
-from lora_inject.algebra.svd import decompose
 from lora_inject.algebra.values import called, weighted_sum, with_sites
+from lora_inject.core.adapter.parts import MADE, Term, gathered, truncated
+from lora_inject.core.adapter.plain_sites import plain
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.adapter.svd import decompose
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import StateError, check_type
 

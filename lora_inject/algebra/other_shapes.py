@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.algebra import reshape
 from lora_inject.algebra.combine_files import Adapter, state_of
-from lora_inject.algebra.plain_sites import plain
 from lora_inject.algebra.renaming import distinct, renaming, some_of
+from lora_inject.core.adapter import reshape
 from lora_inject.core.adapter.fingerprint import without_weights
 from lora_inject.core.adapter.other_tensors import only, site_mapped, with_every_expert
+from lora_inject.core.adapter.plain_sites import plain
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.functional.finite import lost_by_cast

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lora_inject.algebra.one_base import check_one_base, common_copies
-from lora_inject.algebra.parts import (
+from lora_inject.core.adapter.fingerprints import union_of
+from lora_inject.core.adapter.other_tensors import site_mapped, with_every_expert
+from lora_inject.core.adapter.parts import (
     Cut,
     Term,
     check_alike,
@@ -22,9 +24,7 @@ from lora_inject.algebra.parts import (
     total,
     truncated,
 )
-from lora_inject.algebra.plain_sites import plain
-from lora_inject.core.adapter.fingerprints import union_of
-from lora_inject.core.adapter.other_tensors import site_mapped, with_every_expert
+from lora_inject.core.adapter.plain_sites import plain
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.sites import SiteSpec

@@ -4,7 +4,6 @@ Every figure is a pure function of tensors or of an `AdapterState`; W is needed 
 them, and is then streamed from a checkpoint. Nothing here needs a model.
 """
 
-from lora_inject.algebra.svd import ThinProduct
 from lora_inject.analysis.blocks import SHARES, SiteBlock, Spectrum, site_blocks, spectrum
 from lora_inject.analysis.drawings import draw_similarity, draw_spectra, need_matplotlib
 from lora_inject.analysis.figures import Analysis, Finding, analyze, findings
@@ -22,6 +21,7 @@ from lora_inject.analysis.subspaces import (
     subspace_similarity,
 )
 from lora_inject.analysis.weights import Amplification, Weights, amplification
+from lora_inject.core.adapter.svd import ThinProduct
 
 __all__ = [
     "FORMATS",

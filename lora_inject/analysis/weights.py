@@ -20,7 +20,6 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from lora_inject.algebra.svd import ThinProduct, decompose
 from lora_inject.analysis.blocks import Figures, Place, SiteBlock, blocks_of_terms
 from lora_inject.analysis.rounding import Rounded, rounding_of_rows
 from lora_inject.checkpoint import Checkpoint, MergeOptions, WeightedAdapter
@@ -29,6 +28,7 @@ from lora_inject.checkpoint.choose import Fit, choose
 from lora_inject.checkpoint.place import Placed, read_terms
 from lora_inject.checkpoint.quantized_base import why_no_update
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.adapter.svd import ThinProduct, decompose
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS
 from lora_inject.core.functional.fold import Delta

@@ -11,16 +11,16 @@ from typing import Any
 
 from lora_inject.checkpoint.base_class import BaseClass, meta_model
 from lora_inject.checkpoint.index import Checkpoint, read_config
-from lora_inject.core.adapter.exchange import read_adapter, write_adapter
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import check_free
 from lora_inject.core.files.json_files import read_json
 from lora_inject.core.files.safetensors_file import TensorEntry
-from lora_inject.core.spec.rooms import standing_at
 from lora_inject.errors import CheckpointError, user_path
-from lora_inject.formats import ModelFacts
+from lora_inject.formats.checkpoint_names import names_on_disk
 from lora_inject.formats.clients import Objection, objections
+from lora_inject.formats.exchange import read_adapter, write_adapter
 from lora_inject.formats.lost import losses_of
+from lora_inject.formats.model_facts import ModelFacts
 
 
 def convert(
@@ -103,7 +103,7 @@ def _files_of(model: Any, base: Path, config: Mapping[str, Any]) -> BaseClass:
     try:
         return BaseClass(Checkpoint.open(base))
     except CheckpointError:
-        tensors = standing_at("lora_inject.integrations.checkpoint_names:names_on_disk")(model)
+        tensors = names_on_disk(model)
         shown = {name: TensorEntry(name, "F32", shape, 0, 0) for name, shape in tensors.items()}
         return BaseClass(Checkpoint(base, {}, None, None, config, shown=shown))
 

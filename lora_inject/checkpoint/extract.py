@@ -16,21 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.algebra.svd import Decomposed, decompose
 from lora_inject.checkpoint.base_class import SILENT, BaseClass
 from lora_inject.checkpoint.conversion import facts_of
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.place import matrix_of
 from lora_inject.checkpoint.write import Progress, counting_bytes
-from lora_inject.core.adapter.exchange import write_adapter
 from lora_inject.core.adapter.fingerprint import Fingerprint, Sampled
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.adapter.svd import Decomposed, decompose
 from lora_inject.core.files.atomic import check_free
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import CheckpointError, user_path
+from lora_inject.formats.exchange import write_adapter
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def _write(
     import torch
 
     from lora_inject.algebra.other_shapes import as_dtype
-    from lora_inject.core.adapter.exchange import write_adapter
+    from lora_inject.formats.exchange import write_adapter
 
     if dtype is not None:
         state = as_dtype(state, getattr(torch, dtype))
@@ -230,7 +230,7 @@ def convert_command(
     Prints what the format cannot express; refuses what would change the outputs.
     """
     from lora_inject.checkpoint.conversion import convert as converted
-    from lora_inject.formats import FORMATS, format_of, options_of
+    from lora_inject.formats.exchange import FORMATS, format_of, options_of
 
     [how] = reading.options([adapter])
     options = {"dtype": dtype, "rank": rank, "component": to_component}

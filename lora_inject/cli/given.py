@@ -195,9 +195,8 @@ class ReadOptions:
 
         `known` is the format; by default it is detected.
         """
-        from lora_inject.core.adapter.exchange import detected, format_of
         from lora_inject.errors import FormatError
-        from lora_inject.formats import options_of
+        from lora_inject.formats.exchange import detected, format_of, options_of
 
         given = self._given()
         taken: list[dict[str, Any]] = []
@@ -231,7 +230,7 @@ class ReadOptions:
     ) -> list[AdapterState]:
         """Read adapters; a base resolves the weights of stacked experts."""
         from lora_inject.checkpoint import read_weighted
-        from lora_inject.core.adapter.exchange import read_adapter
+        from lora_inject.formats.exchange import read_adapter
 
         states = []
         more = {name: value for name, value in more.items() if value is not None}

@@ -67,7 +67,7 @@ def search_command(
     """
     from lora_inject.analysis.report.search_page import search_report
     from lora_inject.analysis.report.write_page import template, write_report
-    from lora_inject.core.adapter.exchange import write_adapter
+    from lora_inject.formats.exchange import write_adapter
     from lora_inject.trials.search import search as run
     from lora_inject.trials.space import Space
 

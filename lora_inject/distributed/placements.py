@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.plain_tensors import is_quantized
-from lora_inject.core.model.carried import Carried
+from lora_inject.core.layers.survey import Carried
 from lora_inject.errors import LayerError
 
 

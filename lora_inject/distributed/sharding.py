@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import repeat
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,38 +27,132 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_inject.core.adapter.fingerprint import sample_positions, samples
-from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import Carried, entries
-from lora_inject.core.model.guards import before, functions
-from lora_inject.distributed.movers import groups, held_by_group
+from lora_inject.core.layers.library import Library, loaded_libraries
+from lora_inject.core.layers.plain_tensors import sharded_by
+from lora_inject.core.layers.survey import Carried, Survey
+from lora_inject.core.roots.carried import entries
+from lora_inject.distributed.movers import groups, held_by_group, is_moved
 from lora_inject.distributed.placements import check_parts, distribute
 from lora_inject.errors import LayerError
 from lora_inject.private_needed import needed
 
 
-def sharded_by(tensor: Tensor) -> str | None:
-    """Return what holds only a part of a tensor in this process, None for a whole tensor."""
-    if type(tensor) is not nn.Parameter and hasattr(tensor, "full_tensor"):
-        return "fully_shard or parallelize_module (it is a DTensor)"
-    if hasattr(tensor, "ds_id"):
-        return "DeepSpeed ZeRO-3"
-    return None
+class Sharding(Library):
+    """What torch.distributed and DeepSpeed do to the tensors of a model."""
+
+    modules = ("deepspeed",)
+
+    def is_there(self) -> bool:
+        """Return whether there is DeepSpeed, or was ever a group of processes.
+
+        Whether FSDP is loaded tells nothing: an optimizer of torch loads it.
+        """
+        return super().is_there() or _group_was_made()
+
+    def moves(self, module: nn.Module, param: str, held: Tensor) -> bool:
+        """Return whether torch.distributed moves a parameter."""
+        return _group_was_made() and is_moved(module, param, held)
+
+    def gathering(self) -> tuple[str, ...]:
+        """Return the contexts in which a process holds whole tensors."""
+        return (
+            "FullyShardedDataParallel.summon_full_params(model)",
+            "deepspeed.zero.GatheredParameters(list(model.parameters()))",
+        )
+
+    def before_attach(self, survey: Survey, asked: str) -> None:
+        """Refuse a model that is spread over processes, but for DTensors."""
+        if fsdp2_modules(survey):
+            self.before_read(survey)
+        else:
+            _refuse_spread(survey, asked)
+
+    def before_train(self, survey: Survey, parameters: Iterable[nn.Parameter], asked: str) -> None:
+        """Raise if parameters are to train that a wrapper around them would not reduce.
+
+        What trains at the first call did so when the wrapper was made.
+        """
+        training = {id(parameter) for parameter in parameters}
+        for wrapper in replicating(survey):
+            inside = list(wrapper.module.parameters())
+            trained = {id(parameter) for parameter in inside if parameter.requires_grad}
+            reduced = _REDUCED.setdefault(wrapper, trained)
+            if any(id(p) in training and id(p) not in reduced for p in inside):
+                raise LayerError(
+                    asked,
+                    "DistributedDataParallel reduces what trained when it wrapped the model, and "
+                    "the gradients of this adapter would stay different in each process",
+                    "Call train_only first, then wrap the model (again)",
+                )
+
+    def writes_here(self, survey: Survey) -> bool:
+        """Return whether this process writes a model's files: one of several with shards.
+
+        That is the first of those that have a part of it, which need not be all processes.
+        """
+        members = {rank for mesh in meshes(survey) for rank in mesh.mesh.flatten().tolist()}
+        return not members or torch.distributed.get_rank() == min(members)
+
+    def after_save(self, survey: Survey) -> None:
+        """Wait until the process that writes has written."""
+        for mesh in meshes(survey):
+            for dim in range(mesh.ndim):
+                torch.distributed.barrier(group=mesh.get_group(dim))
+
+    def before_read(self, survey: Survey) -> None:
+        """Reshard FSDP2 modules: parameters that a forward left gathered are copies."""
+        for module in fsdp2_modules(survey):
+            module.reshard()
+
+    def before_load(
+        self,
+        survey: Survey,
+        name: str,
+        wanted: Sequence[Carried],
+        tied: Callable[[Carried], Hashable],
+    ) -> None:
+        """Check that a new adapter can be sharded with its layers."""
+        asked = f"adapter {name!r}"
+        if groups := {id(module): module for module in fsdp2_modules(survey)}:
+            apart = [place for place in wanted if _sums_itself(place.module)]
+            check_parts(asked, apart, gathered=True)
+            others = [place for place in wanted if not _sums_itself(place.module)]
+            _check_shardable(groups, asked, others, tied)
+        elif meshes(survey):
+            for library in loaded_libraries():
+                library.before_spread(asked, wanted)
+            check_parts(asked, wanted)
+
+    def before_eject(self, survey: Survey, gone: Set[str]) -> None:
+        """Refuse to eject an adapter in FSDP2's groups: each forward would put it back."""
+        self.before_read(survey)
+        for path, module, entry in entries(survey) if fsdp2_modules(survey) else ():
+            if entry.adapter in gone and any(map(sharded_by, entry.tensors(module).values())):
+                raise LayerError(
+                    f"eject {entry.adapter!r} of {path!r}",
+                    "fully_shard holds its tensors, and each forward would put them back",
+                    "Call activate(model, None) to compute the base, or eject before fully_shard",
+                )
+
+    def after_load(self, survey: Survey, name: str) -> None:
+        """Shard the tensors of an adapter that was just put on, layer by layer."""
+        by_fsdp2 = bool(fsdp2_modules(survey))
+        if by_fsdp2:
+            _shard_adapter(survey, name)
+        made: dict[nn.Parameter, nn.Parameter] = {}
+        for place in entries(survey, name) if meshes(survey) else ():
+            if not by_fsdp2 or _sums_itself(place.module):
+                distribute(place, made)
 
 
-def gathering() -> tuple[str, ...]:
-    """Return the contexts in which a process holds whole tensors."""
-    return (
-        "FullyShardedDataParallel.summon_full_params(model)",
-        "deepspeed.zero.GatheredParameters(list(model.parameters()))",
-    )
+_groups: list[bool] = []  # a group that is gone may have left its shards
 
 
-def before_attach(survey: Survey, asked: str) -> None:
-    """Refuse a model that is spread over processes, but for DTensors."""
-    if fsdp2_modules(survey):
-        before_read(survey)
-    else:
-        _refuse_spread(survey, asked)
+def _group_was_made() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    if not _groups and distributed is not None and distributed.is_available():
+        _groups[:] = [True] if distributed.is_initialized() else []
+    return bool(_groups)
 
 
 def _refuse_spread(survey: Survey, asked: str) -> None:
@@ -127,51 +221,10 @@ def _wrappers_around(survey: Survey) -> list[Any]:
 _REDUCED: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
 
 
-def before_train(survey: Survey, parameters: Iterable[nn.Parameter], asked: str) -> None:
-    """Raise if parameters are to train that a wrapper around them would not reduce.
-
-    Called before each change of what trains: what trains at the first call did so when it was made.
-    """
-    training = {id(parameter) for parameter in parameters}
-    for wrapper in replicating(survey):
-        inside = list(wrapper.module.parameters())
-        trained = {id(parameter) for parameter in inside if parameter.requires_grad}
-        reduced = _REDUCED.setdefault(wrapper, trained)
-        if any(id(p) in training and id(p) not in reduced for p in inside):
-            raise LayerError(
-                asked,
-                "DistributedDataParallel reduces what trained when it wrapped the model, and the "
-                "gradients of this adapter would stay different in each process",
-                "Call train_only first, then wrap the model (again)",
-            )
-
-
 def meshes(survey: Survey) -> list[Any]:
     """Return the meshes of processes over which tensors of the model are spread, each once."""
     tensors: list[Any] = [t for _, m in survey.modules for t in m._parameters.values()]
     return list(dict.fromkeys(t.device_mesh for t in tensors if hasattr(t, "full_tensor")))
-
-
-def writes_here(survey: Survey) -> bool:
-    """Return whether this process writes a model's files: one of several with shards.
-
-    That is the first of those that have a part of it, which need not be all processes.
-    """
-    members = {rank for mesh in meshes(survey) for rank in mesh.mesh.flatten().tolist()}
-    return not members or torch.distributed.get_rank() == min(members)
-
-
-def after_save(survey: Survey) -> None:
-    """Wait until the process that writes has written."""
-    for mesh in meshes(survey):
-        for dim in range(mesh.ndim):
-            torch.distributed.barrier(group=mesh.get_group(dim))
-
-
-def before_read(survey: Survey) -> None:
-    """Reshard FSDP2 modules: parameters that a forward left gathered are copies."""
-    for module in fsdp2_modules(survey):
-        module.reshard()
 
 
 def fsdp2_modules(survey: Survey) -> list[Any]:
@@ -180,24 +233,9 @@ def fsdp2_modules(survey: Survey) -> list[Any]:
     return [module for _, module in survey.modules if isinstance(module, fsdp)]
 
 
-def before_load(
-    survey: Survey, name: str, carried: Iterable[Carried], tied: Callable[[Carried], Hashable]
-) -> None:
-    """Check that a new adapter can be sharded with its layers."""
-    asked = f"adapter {name!r}"
-    if groups := {id(module): module for module in fsdp2_modules(survey)}:
-        apart = [place for place in carried if _sums_itself(place.module)]
-        check_parts(asked, apart, gathered=True)
-        others = [place for place in carried if not _sums_itself(place.module)]
-        _check_shardable(groups, asked, others, tied)
-    elif meshes(survey):
-        before("spread", asked, carried)
-        check_parts(asked, carried)
-
-
 def _sums_itself(module: nn.Module) -> bool:
     """Return whether the gradients of an adapter are summed in the forward of its module."""
-    return any(ask(module) for ask in functions("sums_gradients"))
+    return any(library.sums_gradients(module) for library in loaded_libraries())
 
 
 def _check_shardable(
@@ -226,29 +264,6 @@ def _check_shardable(
             continue
         remedy = "Inject or load the adapter first, then shard the model"
         raise LayerError(f"{asked}, {place.name!r}", reason, remedy)
-
-
-def before_eject(survey: Survey, gone: Set[str]) -> None:
-    """Refuse to eject an adapter in FSDP2's groups: each forward would put it back."""
-    before_read(survey)
-    for path, module, entry in entries(survey) if fsdp2_modules(survey) else ():
-        if entry.adapter in gone and any(map(sharded_by, entry.tensors(module).values())):
-            raise LayerError(
-                f"eject {entry.adapter!r} of {path!r}",
-                "fully_shard holds its tensors, and each forward would put them back",
-                "Call activate(model, None) to compute the base, or eject before fully_shard",
-            )
-
-
-def after_load(survey: Survey, name: str) -> None:
-    """Shard the tensors of an adapter that was just put onto a sharded model, layer by layer."""
-    by_fsdp2 = bool(fsdp2_modules(survey))
-    if by_fsdp2:
-        _shard_adapter(survey, name)
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for place in entries(survey, name) if meshes(survey) else ():
-        if not by_fsdp2 or _sums_itself(place.module):
-            distribute(place, made)
 
 
 def _shard_adapter(survey: Survey, name: str) -> None:
@@ -282,16 +297,6 @@ def _let_mean_be_mean(module: Any) -> None:
     force = getattr(module, "set_force_sum_reduction_for_comms", None)
     if force is not None and torch.distributed.get_backend() == "gloo":
         force(True)
-
-
-@torch.no_grad()
-def write_into_shards(parameter: Any, value: Tensor) -> None:
-    """Write a whole value, the same in every process, into a sharded Parameter."""
-    from torch.distributed.tensor import distribute_tensor
-
-    value = value.detach().to(parameter.device, parameter.dtype)
-    mesh, placements = parameter.device_mesh, parameter.placements
-    parameter.copy_(distribute_tensor(value, mesh, placements))
 
 
 @torch.no_grad()

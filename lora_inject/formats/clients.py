@@ -22,7 +22,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lora_inject.core.adapter.exchange import detected
 from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.files.json_files import read_json
 from lora_inject.core.files.safetensors_file import Header, read_header
@@ -33,6 +32,7 @@ from lora_inject.core.spec.spellings import nearest
 from lora_inject.errors import FormatError, within
 from lora_inject.formats import diffusers, mlx, mlx_model
 from lora_inject.formats.card import VLLM_RANKS
+from lora_inject.formats.exchange import detected
 from lora_inject.formats.gguf_file import FAMILIES, content
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import check_field

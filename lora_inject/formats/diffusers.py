@@ -26,14 +26,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_inject.core.adapter.exchange import Format
 from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import parse_json
 from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import FormatError, within
-from lora_inject.formats.lost import RANKS
+from lora_inject.formats.format import RANKS, Format
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.peft import check_save

@@ -185,6 +185,19 @@ def _excluded(lora: _Lora, saved: Iterable[str]) -> list[str]:
     return exclude
 
 
+def config_of(config: Any, inventory: Inventory | None = None, model: Any = None) -> Config:
+    """Return a `Config`, a dict, the path of a YAML file or a `LoraConfig` as a `Config`.
+
+    The other arguments are those of `from_peft`.
+
+    Raises:
+        ConfigError: It is none of these, or not valid.
+    """
+    if is_of_peft(config):
+        return from_peft(config, inventory=inventory, model=model)
+    return Config.coerce(config)
+
+
 def is_of_peft(config: object) -> bool:
     """Return whether a value is of a class of PEFT, which need not be imported."""
     return any(cls.__module__.partition(".")[0] == "peft" for cls in type(config).__mro__)

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.core.adapter.exchange import Format
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats.decoder_names import Decoder
-from lora_inject.formats.lost import RANKS
+from lora_inject.formats.format import RANKS, Format
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.plain import plain_sites

@@ -19,15 +19,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from lora_inject.core.adapter.exchange import Format
 from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import is_positive
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
 from lora_inject.formats.decoder_names import Decoder, Pairs, check_whole
+from lora_inject.formats.format import ONE, Format
 from lora_inject.formats.lone_files import lone_file
-from lora_inject.formats.lost import ONE
 from lora_inject.formats.model_facts import Heads, ModelFacts
 from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.pickles import pickled, read_pickle

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lora_inject.core.adapter.exchange import SAFE, Format
 from lora_inject.core.adapter.file_keys import check_no_clash, one_line
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
@@ -25,7 +24,7 @@ from lora_inject.core.files.tensors import is_safetensors, read_names, read_tens
 from lora_inject.core.spec.names import joined, leaf, parent
 from lora_inject.core.spec.slices import Slices
 from lora_inject.errors import FormatError, within
-from lora_inject.formats.lost import NUMBERS
+from lora_inject.formats.format import NUMBERS, SAFE, Format
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.pickles import pickled, read_pickle

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from lora_inject.core.adapter.exchange import format_of
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.formats.exchange import format_of
+from lora_inject.formats.format import NUMBERS, ONE, RANKS
 from lora_inject.formats.peft.tensor_layout import file_rank
-
-NUMBERS, ONE, RANKS = "numbers", "one", "ranks"
-"""What a row may keep: rank, alpha and scaling of each site; or these only if all sites agree; or
-the rank of each site alone.
-
-Besides: `config` and `fingerprint` of the state; `training`: dropout, init and compute of each
-site; `slices` of fused projections; `start`: the frozen start of pissa and olora.
-"""
 
 
 def losses_of(state: AdapterState, format: str) -> list[str]:  # noqa: A002

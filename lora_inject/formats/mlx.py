@@ -16,7 +16,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lora_inject.core.adapter.exchange import Format
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.json_files import read_json
 from lora_inject.core.files.strict_json import is_positive
@@ -24,8 +23,8 @@ from lora_inject.core.files.tensors import is_safetensors, read_names, read_tens
 from lora_inject.core.files.tensors_on_disk import contiguous
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
+from lora_inject.formats.format import ONE, Format
 from lora_inject.formats.lone_files import lone_file
-from lora_inject.formats.lost import ONE
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import matrices, plain_site
 from lora_inject.formats.plain import plain_sites

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from lora_inject.algebra import reshape
+from lora_inject.core.adapter import reshape
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.layers.library import Library
 from lora_inject.errors import FormatError
 
 K = TypeVar("K", bound=Hashable)
@@ -78,24 +79,29 @@ def places_in_class(
     return place
 
 
-def in_names_of(
-    model: nn.Module, state: AdapterState, weights: Mapping[str, Tensor]
-) -> AdapterState:
-    """Return an adapter under the names of a model, where transformers knows its older names.
+class OlderNames(Library):
+    """Names that older versions of transformers gave to a model's tensors."""
 
-    `weights` are the model's base tensors by each of their names. Sites that remain unknown keep
-    their names. An adapter that already has the model's names is returned as it is.
-    """
-    named = [*(site.spec.weight for site in state.sites.values()), *state.trained]
-    if all(name in weights for name in (*named, *state.base_copies)):
-        return state
-    if "transformers" not in sys.modules or not hasattr(model, "base_model_prefix"):
-        return state
-    try:
-        place = places_in_class(model, weights)
-    except (ImportError, AttributeError):
-        return state
-    return _in_places(place, state, weights)
+    modules = ("transformers",)
+
+    def in_names_of(
+        self, model: nn.Module, state: AdapterState, weights: Mapping[str, Tensor]
+    ) -> AdapterState:
+        """Return an adapter under the names of a model, where transformers knows its older names.
+
+        `weights` are the model's base tensors by each of their names. Sites that remain unknown
+        keep their names. An adapter that already has the model's names is returned as it is.
+        """
+        named = [*(site.spec.weight for site in state.sites.values()), *state.trained]
+        if all(name in weights for name in (*named, *state.base_copies)):
+            return state
+        if "transformers" not in sys.modules or not hasattr(model, "base_model_prefix"):
+            return state
+        try:
+            place = places_in_class(model, weights)
+        except (ImportError, AttributeError):
+            return state
+        return _in_places(place, state, weights)
 
 
 def _in_places(

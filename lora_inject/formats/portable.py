@@ -21,13 +21,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lora_inject.algebra.reshape import renamed, split_site, split_stack, turned
-from lora_inject.core.adapter.exchange import Format
+from lora_inject.core.adapter.reshape import renamed, split_site, split_stack, turned
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.names import parent
 from lora_inject.errors import FormatError
 from lora_inject.formats import peft
+from lora_inject.formats.format import Format
 from lora_inject.formats.model_facts import CONVERT, ModelFacts
 from lora_inject.formats.plain import plain_sites
 from lora_inject.formats.single_experts import missing_matrices

@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_inject.core.adapter.exchange import Format
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import serialize
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
 from lora_inject.formats import peft, portable
+from lora_inject.formats.format import Format
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.folder import CONFIG, MODEL, contents
 from lora_inject.formats.peft.tensor_layout import PREFIX

@@ -15,14 +15,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_inject.core.adapter.exchange import Format
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.json_files import read_json
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
 from lora_inject.formats.decoder_names import Decoder, check_whole
+from lora_inject.formats.format import ONE, Format
 from lora_inject.formats.lone_files import lone_file
-from lora_inject.formats.lost import ONE
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.pickles import pickled, read_pickle

@@ -11,13 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from lora_inject.core.layers.forward_owners import ForwardOwner
+from lora_inject.core.layers.library import Library
 
 _HOOK = "_hf_hook"
 
 
-class Hooks(ForwardOwner):
+class Accelerate(Library):
     """A hook on a module, or several as one (SequentialHook)."""
+
+    modules = ("accelerate.hooks",)
 
     def kept(self, module: nn.Module) -> Any:
         """Return the forward that a hook on a module calls."""

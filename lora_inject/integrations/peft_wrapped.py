@@ -4,24 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lora_inject.core.layers.library import Library
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.spec.names import parent
 from lora_inject.core.spec.plan import Plan
 
 
-def sites_in_peft(survey: Survey, plan: Plan, *, leave_new: bool) -> Iterator[tuple[str, str]]:  # noqa: ARG001
-    """Yield that sites are a part of PEFT's adapters, as all-linear would take them.
+class Peft(Library):
+    """PEFT's own layers in a model."""
 
-    What lies in one of PEFT's layers, beside the layer that it wraps, is such a part.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    modules = ("peft.tuners.tuners_utils",)
 
-    wrapped = {name for name, module in survey.modules if isinstance(module, BaseTunerLayer)}
-    theirs = [site.name for site in plan.sites if _is_inside(site.name, wrapped)]
-    if theirs:
-        problem = f"{theirs[0]!r} is a part of an adapter of PEFT ({len(theirs)} such sites)"
-        remedy = "Exclude these; or save that adapter with PEFT, take the base, model.unload(), "
-        yield problem, f"{remedy}and give it the adapter with load_adapter"
+    def against(self, survey: Survey, plan: Plan, *, leave_new: bool) -> Iterator[tuple[str, str]]:
+        """Yield that sites are a part of PEFT's adapters, as all-linear would take them.
+
+        What lies in one of PEFT's layers, beside the layer that it wraps, is such a part.
+        """
+        del leave_new
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        wrapped = {name for name, module in survey.modules if isinstance(module, BaseTunerLayer)}
+        theirs = [site.name for site in plan.sites if _is_inside(site.name, wrapped)]
+        if theirs:
+            problem = f"{theirs[0]!r} is a part of an adapter of PEFT ({len(theirs)} such sites)"
+            remedy = (
+                "Exclude these; or save that adapter with PEFT, take the base, model.unload(), "
+            )
+            yield problem, f"{remedy}and give it the adapter with load_adapter"
 
 
 def _is_inside(name: str, wrapped: set[str]) -> bool:

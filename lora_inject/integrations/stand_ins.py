@@ -23,21 +23,21 @@ from typing import Any, NoReturn
 import safetensors.torch
 from torch import Tensor, nn
 
-from lora_inject.core.adapter.exchange import write_adapter
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import explained, replace_file
 from lora_inject.core.layers.attached import attached_to
+from lora_inject.core.layers.library import Library, loaded_libraries
 from lora_inject.core.layers.selected import ENTERED
 from lora_inject.core.layers.survey import Survey, base_parameters
 from lora_inject.core.layers.told import FORMS
-from lora_inject.core.model.carried import adapted_modules, reach
 from lora_inject.core.model.facts import facts_for
-from lora_inject.core.model.guards import before
 from lora_inject.core.model.read_off import read_off
 from lora_inject.core.model.save import check_used
+from lora_inject.core.roots.carried import adapted_modules, reach
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import LayerError, StateError, user_path
 from lora_inject.formats.card import joined_cards
+from lora_inject.formats.exchange import write_adapter
 
 SAVE, RESIZE, DEQUANTIZE = "save_pretrained", "resize_token_embeddings", "dequantize"
 CARD = "create_or_update_model_card"
@@ -187,7 +187,8 @@ def adapter_tensors(survey: Survey) -> dict[str, Tensor]:
     The tensors of all adapters, frozen starts included, and what they mean. The keys include the
     names of wrappers inside the model.
     """
-    before("read", survey)
+    for library in loaded_libraries():
+        library.before_read(survey)
     carried = adapted_modules(survey)
     ours = {id(m._parameters[name]) for _, m, attached in carried for name in attached.flat}
     state = survey.model.state_dict(keep_vars=True)
@@ -267,21 +268,6 @@ class _InThread(_StandIn):
         return getattr(type(self.model), self.method)(self.model, *args, **kwargs)
 
 
-def after_attach(modules: Sequence[nn.Module], carrying: Sequence[nn.Module]) -> None:
-    """Put what stands in for their methods onto models with adapters, new ones on `carrying`."""
-    for module in modules:
-        own = module.__dict__
-        if getattr(module, "is_quantized", False) and getattr(module, LOADED, None) is False:
-            own[LOADED] = OURS
-        if _replaceable(module, RESIZE) and (name := _vocabulary_on(module, carrying)) is not None:
-            problem = f"{name!r} carries an adapter, which would not fit the resized layer"
-            own[RESIZE] = _Refusal(RESIZE, problem, "Eject first, resize, then inject again")
-        replaceable = [m for m in _WITH_ADAPTERS if _replaceable(module, m)]
-        if replaceable and reach(module).names:
-            for method in replaceable:
-                _WITH_ADAPTERS[method](module, method)
-
-
 def _save_adapters(module: nn.Module, method: str) -> None:
     saving = _SaveAdapters(module)
     module.__dict__[method] = saving
@@ -318,19 +304,41 @@ def _replaceable(module: nn.Module, method: str) -> bool:
     return method not in module.__dict__ and callable(getattr(type(module), method, None))
 
 
-def after_eject(modules: Iterable[nn.Module]) -> None:
-    """Give models their own methods back where no adapter forbids it any more."""
-    listed = list(modules)
-    carrying = [module for module in listed if attached_to(module) is not None]
-    for module in listed:
-        own = module.__dict__
-        if isinstance(own.get(RESIZE), _Refusal) and _vocabulary_on(module, carrying) is None:
-            del own[RESIZE]
-        mine = [key for key, value in own.items() if isinstance(value, _StandIn | _Refusal)]
-        mine += [CARD] * (SAVE in mine) + [LOADED] * (own.get(LOADED) == OURS)
-        if mine and not reach(module).names:
-            for key in mine:
-                own.pop(key, None)
+class Methods(Library):
+    """Methods of a model that stand for something else while it has adapters."""
+
+    modules = ("transformers", "diffusers", "huggingface_hub")
+
+    def after_attach(self, modules: Sequence[nn.Module], carrying: Sequence[nn.Module]) -> None:
+        """Put what stands in for their methods onto models with adapters."""
+        for module in modules:
+            own = module.__dict__
+            if getattr(module, "is_quantized", False) and getattr(module, LOADED, None) is False:
+                own[LOADED] = OURS
+            if (
+                _replaceable(module, RESIZE)
+                and (name := _vocabulary_on(module, carrying)) is not None
+            ):
+                problem = f"{name!r} carries an adapter, which would not fit the resized layer"
+                own[RESIZE] = _Refusal(RESIZE, problem, "Eject first, resize, then inject again")
+            replaceable = [m for m in _WITH_ADAPTERS if _replaceable(module, m)]
+            if replaceable and reach(module).names:
+                for method in replaceable:
+                    _WITH_ADAPTERS[method](module, method)
+
+    def after_eject(self, modules: Iterable[nn.Module]) -> None:
+        """Give models their own methods back where no adapter forbids it any more."""
+        listed = list(modules)
+        carrying = [module for module in listed if attached_to(module) is not None]
+        for module in listed:
+            own = module.__dict__
+            if isinstance(own.get(RESIZE), _Refusal) and _vocabulary_on(module, carrying) is None:
+                del own[RESIZE]
+            mine = [key for key, value in own.items() if isinstance(value, _StandIn | _Refusal)]
+            mine += [CARD] * (SAVE in mine) + [LOADED] * (own.get(LOADED) == OURS)
+            if mine and not reach(module).names:
+                for key in mine:
+                    own.pop(key, None)
 
 
 def _vocabulary_on(model: nn.Module, carrying: Sequence[nn.Module]) -> str | None:

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from lora_inject.checks.unused import refuse_unused
-from lora_inject.core.layers.survey import Survey, unwrapped
-from lora_inject.core.model.carried import Carried, check_unmerged, entries, has_gradient, reach
+from lora_inject.core.layers.survey import Carried, Survey, unwrapped
 from lora_inject.core.model.trainable import adapter_parameters, check_live_inputs
+from lora_inject.core.model.unused import refuse_unused
+from lora_inject.core.roots.carried import check_unmerged, entries, has_gradient, reach
 from lora_inject.errors import StateError
 from lora_inject.integrations.stand_ins import (
     SAVE,

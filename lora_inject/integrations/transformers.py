@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.adapter.fingerprint import samples
 from lora_inject.core.adapter.site_state import FLOATS
+from lora_inject.core.layers.library import Library
 from lora_inject.core.layers.survey import Holder, Survey
 from lora_inject.core.spec.below import around
 from lora_inject.core.spec.names import joined, parent, quoted
@@ -28,24 +29,43 @@ if TYPE_CHECKING:
 _MARK = "_is_hf_initialized"
 
 
-def left_new(survey: Survey, plan: Plan, *, leave_new: bool) -> Iterator[tuple[str, str]]:
-    """Yield which weights that are new in this process a plan leaves out, and what to do."""
-    if leave_new:
-        return
-    whole = [trained.name for trained in plan.trained if trained.rows is None]
-    held = {name for trained in whole for name in survey.names_of(trained)}
-    unmarked = _unmarked(survey)
-    left = [name for name in _random(survey, unmarked) if name not in held]
-    if not left:
-        return
-    lines = _train_lines(survey, unmarked, left)
-    remedy = f"Add train: {lines} to the config"
-    adapted = {site.weight for site in plan.sites}
-    if not adapted.isdisjoint(left):
-        remedy += f" and exclude: {lines} (what trains in full is not adapted as well)"
-    remedy += ", or pass leave_new=True where nothing uses them or their values come from elsewhere"
-    problem = f"{quoted(left)} were not in the checkpoint: transformers has initialized them, with "
-    yield f"{problem}other values in each process, and this adapter would not hold them", remedy
+class Transformers(Library):
+    """What `from_pretrained` has left on a model."""
+
+    modules = ("transformers",)
+
+    def against(self, survey: Survey, plan: Plan, *, leave_new: bool) -> Iterator[tuple[str, str]]:
+        """Yield which weights that are new in this process a plan leaves out, and what to do."""
+        if leave_new:
+            return
+        whole = [trained.name for trained in plan.trained if trained.rows is None]
+        held = {name for trained in whole for name in survey.names_of(trained)}
+        unmarked = _unmarked(survey)
+        left = [name for name in _random(survey, unmarked) if name not in held]
+        if not left:
+            return
+        lines = _train_lines(survey, unmarked, left)
+        remedy = f"Add train: {lines} to the config"
+        adapted = {site.weight for site in plan.sites}
+        if not adapted.isdisjoint(left):
+            remedy += f" and exclude: {lines} (what trains in full is not adapted as well)"
+        remedy += (
+            ", or pass leave_new=True where nothing uses them or their values come from elsewhere"
+        )
+        problem = (
+            f"{quoted(left)} were not in the checkpoint: transformers has initialized them, with "
+        )
+        yield f"{problem}other values in each process, and this adapter would not hold them", remedy
+
+    def new_weights(self, survey: Survey) -> list[str]:
+        """Return the parameters that `from_pretrained` has initialized, as no checkpoint had them.
+
+        Left out are: all weights of a model of which nothing was loaded; what transformers itself
+        lets a checkpoint lack; the output head, which `resize_token_embeddings` makes anew; copies
+        of loaded tensors (layers of a model that was made deeper with `copy.deepcopy`); and
+        constants, which every process starts from.
+        """
+        return _random(survey, _unmarked(survey))
 
 
 def _train_lines(survey: Survey, unmarked: Iterable[Holder], left: Iterable[str]) -> list[str]:
@@ -59,17 +79,6 @@ def _train_lines(survey: Survey, unmarked: Iterable[Holder], left: Iterable[str]
             module = parent(module)
         lines[module] = None
     return list(lines)
-
-
-def new_weights(survey: Survey) -> list[str]:
-    """Return the parameters that `from_pretrained` has initialized, as no checkpoint had them.
-
-    Left out are: all weights of a model of which nothing was loaded; what transformers itself lets
-    a checkpoint lack; the output head, which `resize_token_embeddings` makes anew; copies of loaded
-    tensors (layers of a model that was made deeper with `copy.deepcopy`); and constants, which
-    every process starts from.
-    """
-    return _random(survey, _unmarked(survey))
 
 
 def _unmarked(survey: Survey) -> list[Holder]:

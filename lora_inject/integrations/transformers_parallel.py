@@ -31,8 +31,8 @@ import torch
 from torch import nn
 
 from lora_inject.core.layers.attached import attached_to
-from lora_inject.core.layers.forward_owners import ForwardOwner
-from lora_inject.core.model.carried import Carried
+from lora_inject.core.layers.library import Library
+from lora_inject.core.layers.survey import Carried
 from lora_inject.errors import LayerError
 
 _PLACE = "transformers.distributed."
@@ -54,8 +54,10 @@ KNOWN = {
 parameters have parts of gradients, and `MoeIdentityParallel` is for modules without any."""
 
 
-class Styles(ForwardOwner):
+class Plans(Library):
     """The forwards that a plan has put onto modules."""
+
+    modules = ("transformers.distributed.tensor_parallel",)
 
     def kept(self, module: nn.Module) -> Any:
         """Return the forward that the style of a module calls."""
@@ -75,13 +77,17 @@ class Styles(ForwardOwner):
         """Return whether the style calls the forward of the module's class."""
         return getattr(self.kept(module), "__self__", None) is module
 
+    def before_spread(self, asked: str, carried: Iterable[Carried]) -> None:
+        """Refuse an adapter where the style of its module computes what the adapter cannot."""
+        for place in carried:
+            for reason in _reasons(place):
+                remedy = "Leave it out, or inject first and call parallelize_module then"
+                raise LayerError(f"{asked}, {place.name!r}", reason, remedy)
 
-def before_spread(asked: str, carried: Iterable[Carried]) -> None:
-    """Refuse an adapter where the style of its module computes what the adapter cannot."""
-    for place in carried:
-        for reason in _reasons(place):
-            remedy = "Leave it out, or inject first and call parallelize_module then"
-            raise LayerError(f"{asked}, {place.name!r}", reason, remedy)
+    def sums_gradients(self, module: nn.Module) -> bool:
+        """Return whether a module has experts that are apart, with tokens of other processes."""
+        given = _given(module)
+        return given is not None and "implementation" in _variables(given)
 
 
 def _reasons(place: Carried) -> Iterator[str]:
@@ -92,7 +98,7 @@ def _reasons(place: Carried) -> Iterator[str]:
     style = _style(given)
     if style not in KNOWN:
         yield f"its style in transformers' plan is {style}, which adapters do not take part in"
-    if not Styles().calls_class(place.module):
+    if not Plans().calls_class(place.module):
         yield f"the forward that {style} calls is not that of its class"
     if style == "RowwiseParallel" and place.entry.param == "bias":
         yield "rowwise adds the bias outside of the layer, where no adapter is"
@@ -107,12 +113,6 @@ def computes_locally(module: nn.Module) -> bool:
     style = None if given is None else _variables(given).get("self")
     with torch.enable_grad():
         return style is not None and bool(style.should_use_local_tensors(module))
-
-
-def sums_gradients(module: nn.Module) -> bool:
-    """Return whether a module has experts that are apart, with tokens of other processes."""
-    given = _given(module)
-    return given is not None and "implementation" in _variables(given)
 
 
 @contextmanager

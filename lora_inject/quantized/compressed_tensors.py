@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.torch_stack import module_calling
 from lora_inject.core.layers.adapted import defines_forward
-from lora_inject.core.layers.forward_owners import ForwardOwner
+from lora_inject.core.layers.library import Library
 from lora_inject.core.layers.swapped_class import READER
 from lora_inject.core.layers.weight_kinds import Reason, Verb, WeightKind
 
@@ -19,7 +19,7 @@ _PACKAGES = ("compressed_tensors.", "transformers.integrations.compressed_tensor
 _ACTIVATIONS = ("input_activations", "output_activations")
 
 
-class CompressedTensors(WeightKind):
+class CompressedWeights(WeightKind):
     """Every weight of a layer with a `quantization_scheme`."""
 
     def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
@@ -47,8 +47,11 @@ class CompressedTensors(WeightKind):
         return super().why_not(verb, module, weight)
 
 
-class Forwards(ForwardOwner):
+class CompressedTensors(Library):
     """A forward on each instance, and Parameters in a cache that stands for their dict."""
+
+    modules = ("compressed_tensors.quantization",)
+    packed = (CompressedWeights(),)
 
     def calls_class(self, module: nn.Module) -> bool:
         """Return whether the forward is one of compressed-tensors' that does."""
@@ -68,9 +71,8 @@ class Forwards(ForwardOwner):
         there, kept = (str(place).partition(":")[0] for place in places)
         return there != kept
 
-
-def rounds_in_place(module: nn.Module, param: str, held: Tensor) -> bool:  # noqa: ARG001
-    """Return whether its forward reads W, which it rounds in its place while the layer runs."""
-    if not hasattr(module, "quantization_scheme"):
-        return False
-    return module_calling(READER).startswith(_PACKAGES)
+    def moves(self, module: nn.Module, param: str, held: Tensor) -> bool:
+        """Return whether its forward reads W, which it rounds in its place while the layer runs."""
+        if not hasattr(module, "quantization_scheme"):
+            return False
+        return module_calling(READER).startswith(_PACKAGES)

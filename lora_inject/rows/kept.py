@@ -12,7 +12,7 @@ from lora_inject.core.layers.attached import Attached, Entry
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.linear_kinds import LoRALinear
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import Reach, adapted_modules, reach
+from lora_inject.core.roots.carried import Reach, adapted_modules, reach
 from lora_inject.core.spec.names import joined
 from lora_inject.rows.convolution import adds_rows
 from lora_inject.rows.expert_rows import sorts_tokens

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager
 from torch import nn
 
 from lora_inject.core.layers.contexts import held_by_coroutine
-from lora_inject.core.model.carried import check_names, reach
-from lora_inject.core.model.disabling import Reusable, selecting
+from lora_inject.core.roots.carried import check_names, reach
+from lora_inject.core.roots.disabling import Reusable, selecting
 from lora_inject.errors import StateError, article, check_type
 from lora_inject.rows.by_row import Rows
 from lora_inject.rows.kept import why_not_routed

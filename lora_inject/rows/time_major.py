@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import adapted_modules, known_roots, reach
+from lora_inject.core.roots.carried import adapted_modules, known_roots, reach
 from lora_inject.core.spec.names import parent
 from lora_inject.errors import LayerError
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.other_tensors import with_every_expert
 from lora_inject.core.adapter.site_state import FLOATS
 from lora_inject.core.functional.finite import lost_by_cast
+from lora_inject.core.layers.library import this_process_writes
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.facts import facts_for
-from lora_inject.core.model.guards import this_process_writes
 from lora_inject.core.model.read_off import read_off
 from lora_inject.core.model.save import check_used
 from lora_inject.errors import FormatError, check_type, within

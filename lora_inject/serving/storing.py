@@ -9,16 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from lora_inject.core.adapter.exchange import detected, read_adapter
 from lora_inject.core.files.atomic import write_file
 from lora_inject.core.files.safetensors_file import build_header, header_of
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.eject import eject
 from lora_inject.core.model.load import load_adapter
+from lora_inject.core.model.probing import refuse_without_room, take_proof
 from lora_inject.errors import FormatError, user_path
 from lora_inject.formats.card import with_checks
-from lora_inject.serving.probing import refuse_without_room, take_proof
-from lora_inject.serving.proof import KEY, Proof, parse_proof, proof_file
+from lora_inject.formats.exchange import detected, read_adapter
+from lora_inject.formats.proof import KEY, Proof, parse_proof, proof_file
 
 _NAME = "default"  # of the adapter while it is on the model
 _CARD = "README.md"

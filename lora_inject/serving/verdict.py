@@ -17,7 +17,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lora_inject.errors import StateError
-from lora_inject.serving.proof import Proof, rms
+from lora_inject.formats.proof import Proof, rms
 
 Word = Literal["with", "without", "scaled", "neither"]
 _SMALL = 10  # of the adapter's effect: what a tenth changes is no other adapter

@@ -11,11 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import roots_of
-from lora_inject.core.spec.spellings import nearest
-from lora_inject.errors import FormatError, ServerError, StateError, user_path
-from lora_inject.serving.completions import Rated, Server
-from lora_inject.serving.probing import (
+from lora_inject.core.model.probing import (
     N_TOP,
     Inputs,
     digest_of_inputs,
@@ -25,7 +21,11 @@ from lora_inject.serving.probing import (
     run,
     token_values,
 )
-from lora_inject.serving.proof import Ahead, Proof, read_proof
+from lora_inject.core.roots.carried import roots_of
+from lora_inject.core.spec.spellings import nearest
+from lora_inject.errors import FormatError, ServerError, StateError, user_path
+from lora_inject.formats.proof import Ahead, Proof, read_proof
+from lora_inject.serving.completions import Rated, Server
 from lora_inject.serving.verdict import Verdict, judge
 
 _SPACES = " ▁Ġ"  # as tokenizers write the space before a word

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.model.disabling import selecting
+from lora_inject.core.roots.disabling import selecting
 from lora_inject.errors import StateError
 from lora_inject.trials.batches import Forward, Joined, n_tokens, parted, plain_forward
 from lora_inject.trials.flat import Buffer, Flat, Gradient, Optimizer, Setting, clip, norms

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.layers.plain_tensors import sharded_by
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.adapter_state import adapter_state
-from lora_inject.core.model.carried import adapted_modules, entries, root_at
 from lora_inject.core.model.eject import eject
-from lora_inject.core.model.guards import holder_of_shards
 from lora_inject.core.model.inject import inject
 from lora_inject.core.model.train import train_only
+from lora_inject.core.roots.carried import adapted_modules, entries, root_at
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import StateError
 from lora_inject.rows.kept import routes_rows
@@ -114,7 +114,7 @@ def _places_of(model: nn.Module, name: str) -> list[Placement]:
 def _refuse_sharded(model: nn.Module) -> None:
     """Refuse a model of which this process has a part: a pass would need the others' batches."""
     for name, tensor in model.named_parameters():
-        if (how := holder_of_shards(tensor)) is not None:
+        if (how := sharded_by(tensor)) is not None:
             raise StateError(
                 "Trials",
                 f"this process has a part of {name!r}: {how}",

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from lora_inject.core.spec.config import Config
 from lora_inject.errors import ConfigError, check_type
+from lora_inject.formats.from_peft import config_of
 
 Schedule = Literal["constant", "linear", "cosine"]
 _SHAPES: dict[str, Callable[[float], float]] = {
@@ -67,7 +68,7 @@ class Trial:
     seed: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "config", Config.coerce(self.config))
+        object.__setattr__(self, "config", config_of(self.config))
         check_type("Trial.betas", self.betas, Iterable, "Give two numbers", ConfigError)
         object.__setattr__(self, "betas", tuple(self.betas))
         positive = partial(_is_number, above=0.0)

@@ -48,7 +48,7 @@ from lora_inject import (
     routed,
     swap_adapter,
 )
-from lora_inject.formats import write_adapter
+from lora_inject.formats.exchange import write_adapter
 
 OURS, OFF = "lora_inject", "lora_inject, disabled()"
 # Targets, over the bare operations: what finding out which adapters take part may cost.

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_inject import analysis
-from lora_inject.formats import read_adapter
+from lora_inject.formats.exchange import read_adapter
 
 from . import trials
 from .document import FAILS, HOLDS, OPEN, PARTLY, Claim, Section, picture, table

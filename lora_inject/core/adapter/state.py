@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -17,7 +17,6 @@ from lora_inject.core.adapter.not_finite import first_without_values
 from lora_inject.core.adapter.site_state import Comparable, SiteState
 from lora_inject.core.adapter.state_size import size_in_words
 from lora_inject.core.functional.finite import all_finite
-from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.shown import Shown
 from lora_inject.errors import LoraInjectError, StateError
 
@@ -82,7 +81,9 @@ class AdapterState(Comparable, Shown):
 
     def __mul__(self, weight: float) -> AdapterState:
         """Scale the update; of A and B only the sign of B can change."""
-        return cast(AdapterState, room("algebra").scaled(self, weight))
+        from lora_inject.algebra.values import scaled  # noqa: PLC0415 - it works on this class
+
+        return scaled(self, weight)
 
     __rmul__ = __mul__
 
@@ -92,10 +93,14 @@ class AdapterState(Comparable, Shown):
 
     def __add__(self, other: AdapterState) -> AdapterState:
         """Add two updates of one base."""
-        return cast(AdapterState, room("algebra").added(self, other, 1.0))
+        from lora_inject.algebra.values import added  # noqa: PLC0415 - it works on this class
+
+        return added(self, other, 1.0)
 
     def __sub__(self, other: AdapterState) -> AdapterState:
         """Subtract the update of another adapter of the same base."""
-        return cast(AdapterState, room("algebra").added(self, other, -1.0))
+        from lora_inject.algebra.values import added  # noqa: PLC0415 - it works on this class
+
+        return added(self, other, -1.0)
 
     __radd__, __rsub__ = __add__, __sub__  # of what is not an adapter: the same error

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Patch, needs_plain_operations
 from lora_inject.core.functional.gain import Gain
+from lora_inject.core.functional.grouped import grouped_product
 from lora_inject.core.functional.picking import PICKED, writes
 from lora_inject.core.functional.plain_operations import differentiate
 from lora_inject.core.functional.read_only import (
@@ -39,8 +40,8 @@ from lora_inject.core.functional.weight import (
     low_rank,
     reads_as_sum,
 )
-from lora_inject.core.spec.rooms import room
 from lora_inject.errors import LayerError
+from lora_inject.private import look_up
 from lora_inject.trees import tree_map_only
 
 PLAIN = (Tensor, nn.Parameter)
@@ -359,7 +360,7 @@ class _Cut(torch.autograd.Function):
 
 def _thin_product(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Return a product with a sum that is not formed; NotImplemented for all else."""
-    product = _PRODUCTS.get(func) or room("experts").product(func)
+    product = _PRODUCTS.get(func) or _OF_LIBRARIES.get(str(func))
     if product is None or not _is_thin(product, args, kwargs):
         return NotImplemented
     return product(*map(unmarked, args), **kwargs)
@@ -436,6 +437,31 @@ def _embedding(
     return weight.value().looked_up(ids, padding_idx)
 
 
+def _grouped_mm(
+    x: Tensor, weight: Any, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
+) -> Any:
+    plain = bias is None and out_dtype is None
+    return _grouped(_GROUPED_MM[0], x, weight, offs) if plain else NotImplemented
+
+
+def _grouped_fallback(x: Tensor, weight: Any, offs: Tensor) -> Any:
+    """`transformers.integrations.moe`: the replacement for `torch._grouped_mm`."""
+    return _grouped(torch.ops.transformers.grouped_mm_fallback, x, weight, offs)
+
+
+def _grouped(multiply: Callable[..., Tensor], x: Tensor, weight: Any, offs: Tensor | None) -> Any:
+    thin = type(x) in PLAIN and isinstance(weight, LazyWeight) and x.dtype == weight.dtype
+    if not thin or offs is None or x.dim() != 2 or weight.dim() != 3:
+        return NotImplemented
+    return grouped_product(weight.value(), multiply, x, offs)
+
+
+# Those of them that this torch has; the first is the one that is called.
+_GROUPED_MM = [
+    function
+    for function in (look_up("torch._grouped_mm"), getattr(F, "grouped_mm", None))
+    if function is not None
+]
 _PRODUCTS: dict[Any, Callable[..., Any]] = {
     F.embedding: _embedding,
     F.linear: _linear,
@@ -447,7 +473,10 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
     Tensor.bmm: _bmm,
     Tensor.matmul: _matmul,
     Tensor.mm: _mm,
+    **dict.fromkeys(_GROUPED_MM, _grouped_mm),
 }
+# Custom operations by name, as they exist once their library is imported.
+_OF_LIBRARIES = {"transformers.grouped_mm_fallback": _grouped_fallback}
 _DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _HOOKS = {Tensor.register_hook, Tensor.retain_grad}

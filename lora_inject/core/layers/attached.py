@@ -22,7 +22,6 @@ from lora_inject.core.layers.inert_class import refuse_inert_class
 from lora_inject.core.layers.selected import Selected
 from lora_inject.core.layers.selection import Selection
 from lora_inject.core.layers.unstarted import refuse_unstarted
-from lora_inject.core.spec.rooms import library_rows
 from lora_inject.core.spec.sites import ROLES, SiteSpec, signed_pairs
 
 
@@ -288,15 +287,14 @@ def check_class_kept(module: nn.Module, asked: str) -> None:
         refuse_inert_class(module, asked)
 
 
-GATHERED: tuple[str, ...] = library_rows("GATHERED")
-"""Attributes by which a wrapper marks modules whose parameters it gathers into views."""
+GATHERED = "_is_fsdp_managed_module"
+"""By which FSDP1 marks modules whose parameters are views of gathered shards."""
 
 
 def held_by(module: nn.Module) -> Mapping[str, Any]:
     """Return a module's parameters by name; DataParallel keeps those of a replica elsewhere."""
     own = module.__dict__
     parameters: Mapping[str, Any] = own.get("_former_parameters") or own["_parameters"]
-    for mark in GATHERED:
-        if mark in own:  # the views are attributes
-            return {**parameters, **{name: own[name] for name in own["_lora"].flat if name in own}}
+    if GATHERED in own:  # the views are attributes
+        return {**parameters, **{name: own[name] for name in own["_lora"].flat if name in own}}
     return parameters

@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_inject.core.layers.adapted import plain_class
-from lora_inject.core.layers.forwards import has_own_forward, loaded_owners
+from lora_inject.core.layers.forwards import has_own_forward
 from lora_inject.core.layers.heads import stated_heads
 from lora_inject.core.layers.kinds import kind_of
+from lora_inject.core.layers.library import loaded_libraries
+from lora_inject.core.layers.mixtures import with_mixtures
 from lora_inject.core.layers.packed_weights import loaded_kinds
 from lora_inject.core.layers.plain_tensors import dtype_name
 from lora_inject.core.layers.raw_candidates import raw_candidate, whole_module
 from lora_inject.core.layers.refusals import unfit, why_not
 from lora_inject.core.layers.survey import Survey, memory_of
-from lora_inject.core.spec.inventory import Candidate, Inventory
-from lora_inject.core.spec.mixture import Mixture
+from lora_inject.core.spec.inventory import Candidate, Inventory, Mixture
 from lora_inject.core.spec.names import is_bias, joined
-from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import Geometry, Shape
 
 # Modules whose name stands for all the weights in them.
@@ -73,7 +73,7 @@ class _Listing:
     def __init__(self, survey: Survey) -> None:
         self.survey = survey
         modules = [module for _, module in survey.modules]
-        reasons = (owner.away(modules) for owner in loaded_owners())
+        reasons = (library.away(modules) for library in loaded_libraries())
         self.asks = bool(loaded_kinds())
         self.away = next((reason for reason in reasons if reason is not None), None)
         self.aliases = self._first_names()
@@ -112,8 +112,8 @@ class _Listing:
         lists = any(isinstance(m, nn.ModuleList | nn.ModuleDict) for _, m in self.survey.modules)
         if not lists and all(c.experts is None for c in self.candidates):
             return ()
-        self.candidates, mixtures = room("mixtures").with_mixtures(self.survey, self.candidates)
-        return mixtures  # type: ignore[no-any-return]
+        self.candidates, mixtures = with_mixtures(self.survey, self.candidates)
+        return mixtures
 
     def _first_names(self) -> dict[str, str]:
         """Return every further name of a parameter, with the one that it is listed under."""

@@ -8,8 +8,10 @@ from torch import nn
 
 from lora_inject.core.layers.adapted import defines_forward, keeps_forward
 from lora_inject.core.layers.linear_kinds import LoRALinear
-from lora_inject.core.spec.rooms import library_rows
 from lora_inject.core.spec.sites import Geometry
+
+# The module and the name of the class.
+_CONV1D = {("transformers.pytorch_utils", "Conv1D")}
 
 
 class LoRAConv1D(LoRALinear):
@@ -17,6 +19,11 @@ class LoRAConv1D(LoRALinear):
 
     kind = "conv1d"
     transposed = True
+
+    @classmethod
+    def matches(cls, layer: type[nn.Module]) -> bool:
+        """Return whether a class is, or derives from, transformers' Conv1D."""
+        return any((c.__module__, c.__qualname__) in _CONV1D for c in layer.__mro__)
 
     @staticmethod
     def geometry(module: Any) -> Geometry:
@@ -27,5 +34,5 @@ class LoRAConv1D(LoRALinear):
     @staticmethod
     def stock(plain: type[nn.Module]) -> bool:
         """Return whether `forward` is Conv1D's own, and the weight a parameter."""
-        is_known = defines_forward(plain) in library_rows("CONV1D") and keeps_forward(plain)
+        is_known = defines_forward(plain) in _CONV1D and keeps_forward(plain)
         return is_known and not hasattr(plain, "weight")

@@ -21,9 +21,9 @@ from lora_inject.core.functional.torch_stack import in_forward, in_symbolic_trac
 from lora_inject.core.functional.weight import effective_weight, reads_as_sum
 from lora_inject.core.layers.attached import Attached, Entry, attached_to, held_by
 from lora_inject.core.layers.gains import check_mixed, gain_of
+from lora_inject.core.layers.moving_buffers import watched
 from lora_inject.core.layers.plain_tensors import PLAIN
 from lora_inject.core.layers.sending import sent_once
-from lora_inject.core.spec.rooms import room
 from lora_inject.errors import LayerError, article
 from lora_inject.private import look_up
 
@@ -254,5 +254,5 @@ def cached_forward(plain: type[nn.Module]) -> Callable[..., Any]:
 def _watched_buffers(module: Any) -> Callable[[], None] | None:
     """Return what raises if a forward that trains has moved a buffer of its module."""
     if module._buffers and module.training:
-        return room("moving_buffers").watched(module)  # type: ignore[no-any-return]
+        return watched(module)
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_inject.core.layers.adapted import Adapted
-from lora_inject.core.layers.kinds import KINDS, class_of
+from lora_inject.core.layers.kinds import KINDS
 from lora_inject.errors import LayerError
 
 
@@ -53,7 +53,7 @@ def register_kind(row: type[Adapted]) -> type[Adapted]:
             "it is not an Adapted class with a kind of its own",
             "Derive from LoRALinear or WeightUpdate and set kind",
         )
-    for other in (class_of(each) for each in KINDS if each.kind == kind):
+    for other in (each for each in KINDS if each.kind == kind):
         same = (other.__module__, other.__qualname__) == (row.__module__, row.__qualname__)
         if not same:
             raise LayerError(

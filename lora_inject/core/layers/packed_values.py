@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.packed_weights import loaded_kinds
-from lora_inject.core.layers.weight_kinds import UNKNOWN, WeightKind
-from lora_inject.core.spec.rooms import library_rows, the_one
+from lora_inject.core.layers.weight_kinds import OF_ANY_LIBRARY, UNKNOWN, WeightKind
 
 
 def weight_kind(module: nn.Module, weight: Tensor) -> WeightKind:
@@ -28,8 +27,7 @@ def _known_kind(module: nn.Module, weight: Tensor) -> WeightKind | None:
     for kind in loaded_kinds():
         if kind.matches(module, weight):
             return kind
-    own = (the_one(path) for path in library_rows("WEIGHT_KINDS_OF_ANY"))
-    return next((kind for kind in own if kind.matches(module, weight)), None)
+    return next((kind for kind in OF_ANY_LIBRARY if kind.matches(module, weight)), None)
 
 
 @torch.no_grad()

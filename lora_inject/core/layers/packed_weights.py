@@ -1,25 +1,22 @@
 """What is asked of packed weights, and of layers that pack them: the first answer counts.
 
-A kind is a row of the table of weight kinds, or is registered from outside (`layers.weight_kinds`).
+A kind is one of a library (`Library.packed`), or is registered from outside (`weight_kinds`).
 Only those of libraries that this process has loaded are asked.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from lora_inject.core.layers.weight_kinds import Reason, Verb, WeightKind
-from lora_inject.core.spec.rooms import REGISTERED, library_rows, the_one
+from lora_inject.core.layers.library import loaded_libraries
+from lora_inject.core.layers.weight_kinds import REGISTERED, Reason, Verb, WeightKind
 
 
 def loaded_kinds() -> list[WeightKind]:
     """Return the kinds of all libraries that are loaded, those from outside first."""
-    modules = sys.modules  # asked for each layer of a model
-    kinds = [the_one(path) for library, path in library_rows("WEIGHT_KINDS") if library in modules]
-    return [*REGISTERED, *kinds]
+    return [*REGISTERED, *(kind for library in loaded_libraries() for kind in library.packed)]
 
 
 def reason_against(verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:

@@ -26,6 +26,15 @@ def is_quantized(weight: Tensor) -> bool:
     return type(weight) not in PLAIN and not hasattr(weight, "full_tensor")
 
 
+def sharded_by(tensor: Tensor) -> str | None:
+    """Return what holds only a part of a tensor in this process, None for a whole tensor."""
+    if type(tensor) is not nn.Parameter and hasattr(tensor, "full_tensor"):
+        return "fully_shard or parallelize_module (it is a DTensor)"
+    if hasattr(tensor, "ds_id"):
+        return "DeepSpeed ZeRO-3"
+    return None
+
+
 @cache
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype, such as `bfloat16`."""

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.plain_tensors import dtype_name
 from lora_inject.core.layers.refusals import computed_weights
+from lora_inject.core.layers.stacks import is_transposed
 from lora_inject.core.spec.inventory import Candidate
 from lora_inject.core.spec.names import joined, parent
-from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import Geometry
 
 Refusal = tuple[str, str] | None
@@ -28,7 +28,7 @@ def raw_candidate(
 ) -> Candidate:
     """Return the candidate of a parameter of two or more dimensions, or of one that is lazy."""
     shape = () if nn.parameter.is_lazy(parameter) else tuple(parameter.shape)
-    known = room("stacks").is_transposed(module) if len(shape) == 3 else None
+    known = is_transposed(module) if len(shape) == 3 else None
     stated = _geometry(shape, transposed=bool(known))
     return Candidate(
         full,

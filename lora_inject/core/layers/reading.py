@@ -17,6 +17,7 @@ What the sum is stands in `effective`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 from weakref import ref
 
@@ -26,9 +27,9 @@ from torch import nn
 from lora_inject.core.functional.factors import needs_plain_operations
 from lora_inject.core.functional.read_only import read_only
 from lora_inject.core.layers.attached import Entry
+from lora_inject.core.layers.library import Library, libraries
 from lora_inject.core.layers.own_code import OWN
 from lora_inject.core.layers.replaced import check_replaced
-from lora_inject.core.spec.rooms import room, standing_at
 from lora_inject.errors import LayerError
 
 
@@ -60,7 +61,7 @@ def _read(layer: Any, param: str, raw: Any) -> Any:
         return raw
     outside = not adds and not attached.runs_here()
     if outside and not torch.compiler.is_compiling():
-        if any(standing_at(path)(layer, param, raw) for path in room("libraries").movers()):
+        if any(library.moves(layer, param, raw) for library in _movers() if library.is_there()):
             return raw
         if type(raw) is nn.Parameter:
             attached.last_read[param] = ref(raw)
@@ -68,6 +69,11 @@ def _read(layer: Any, param: str, raw: Any) -> Any:
     if value is raw or needs_plain_operations():
         return value
     return read_only(value)
+
+
+@cache
+def _movers() -> tuple[Library, ...]:
+    return tuple(each for each in libraries() if type(each).moves is not Library.moves)
 
 
 def effective_value(

@@ -15,7 +15,7 @@ def check_replaced(layer: nn.Module, name: str) -> None:
 
     Wrappers that gather shards or replicate replace them by plain tensors of the same value.
     """
-    if not layer.__dict__.keys() & {*GATHERED, "_is_replica"}:
+    if not layer.__dict__.keys() & {GATHERED, "_is_replica"}:
         raise LayerError(
             f"replacing parameter {name!r} of a {type(layer).__name__}",
             "it carries an adapter, which a parametrized, pruned, quantized or fused weight "

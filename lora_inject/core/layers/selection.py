@@ -21,7 +21,6 @@ from lora_inject.core.functional.torch_inside import constant_in_graphs, may_rec
 from lora_inject.core.layers.checkpointing import remember
 from lora_inject.core.layers.selected import ENTERED, Mix, Selected
 from lora_inject.core.layers.unsettled import called_in_context, check_no_backward
-from lora_inject.core.spec.rooms import room
 
 SELECTIONS: WeakSet[Selection] = WeakSet()
 """Every selection of the process."""
@@ -165,5 +164,8 @@ class Selection:
 @constant_in_graphs
 def follow_into_graphs() -> bool:
     """Let every selection be followed into graphs; it runs while a graph is traced, not in it."""
-    room("graphs").follow_all()
+    # Above this folder, and its decorator imports dynamo, which is at work here.
+    from lora_inject.compiled.graphs import follow_all  # noqa: PLC0415
+
+    follow_all()
     return True

@@ -20,7 +20,6 @@ from lora_inject.core.layers.forms import is_own
 from lora_inject.core.layers.keeping import keeping
 from lora_inject.core.layers.survey import base_tensor
 from lora_inject.core.layers.valueless import given_values
-from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import FROM_WEIGHT
 
 
@@ -110,9 +109,18 @@ def copy_into(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         sharded = hasattr(parameter, "full_tensor")
         if sharded and not hasattr(value, "full_tensor"):
-            room("sharding").write_into_shards(parameter, value)
+            write_into_shards(parameter, value)
         else:
             parameter.copy_(value)
+
+
+def write_into_shards(parameter: Any, value: Tensor) -> None:
+    """Write a whole value, the same in every process, into a sharded Parameter."""
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.detach().to(parameter.device, parameter.dtype)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    parameter.copy_(distribute_tensor(value, mesh, placements))
 
 
 def reset(module: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

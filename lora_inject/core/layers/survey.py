@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lora_inject.core.layers.attached import attached_to
+from lora_inject.core.layers.attached import Entry, attached_to
 from lora_inject.core.layers.endless import endless
 from lora_inject.core.layers.no_module import no_module
-from lora_inject.core.spec.names import joined
-from lora_inject.core.spec.rooms import library_rows
+from lora_inject.core.spec.names import WRAPPERS, joined
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 
@@ -52,6 +51,25 @@ class Holder(NamedTuple):
     def tensor(self) -> nn.Parameter:
         """What stands there now."""
         return base_tensor(self.module, self.param)
+
+
+class Carried(NamedTuple):
+    """One entry of an adapter: the name of its module, the module, the entry."""
+
+    path: str
+    module: nn.Module
+    entry: Entry
+
+    @property
+    def name(self) -> str:
+        """Name of the site, or of the tensor that the entry has a copy of or adds to."""
+        spec = self.entry.spec
+        return joined(self.path, self.entry.param) if spec is None else spec.name
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The frozen tensor."""
+        return base_tensor(self.module, self.entry.param)
 
 
 def base_tensor(module: nn.Module, key: str) -> nn.Parameter:
@@ -179,7 +197,6 @@ def _start(parameter: Tensor) -> int:
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     pending: list[tuple[str, nn.Module, int]] = [("", model, 0)]
-    wrappers = library_rows("WRAPPERS")
     while pending:
         name, module, depth = pending.pop()
         yield name, module
@@ -189,7 +206,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             around = joined(name, "")
             for key, child in reversed(children.items()):
                 if child is not None:
-                    inside = name if key in wrappers else around + key
+                    inside = name if key in WRAPPERS else around + key
                     pending.append((inside, child, depth + 1))
 
 

@@ -1,8 +1,7 @@
-"""Ways in which a weight is held packed: what a row of the table of weight kinds is.
+"""Ways in which a weight is held packed.
 
-The core knows none of the libraries that pack weights: what is known of one is a subclass of
-`WeightKind` in a file named after it, with a row in `WEIGHT_KINDS` (`integrations/libraries.py`).
-The file is imported only if the library is loaded. Askers: `packed_weights`, `packed_values`.
+What is known of a library that packs weights is a subclass of `WeightKind` in a file named after
+it, which its row in `lora_inject.libraries` names. Askers: `packed_weights`, `packed_values`.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-
-from lora_inject.core.spec.rooms import REGISTERED
 
 Verb = Literal["inject", "train", "norms", "merge", "dequantize", "replace", "requantize"]
 """What somebody wants to do with a weight.
@@ -169,6 +166,12 @@ class WeightKind:
 
 UNKNOWN = WeightKind()
 """What nobody knows how to unpack."""
+
+REGISTERED: list[WeightKind] = []
+"""Those from outside, asked before those of libraries, the newest first."""
+
+OF_ANY_LIBRARY: list[WeightKind] = []
+"""Those of whatever library, asked last; `lora_inject.libraries` fills it."""
 
 
 def register_weight_kind(kind: type[WeightKind]) -> type[WeightKind]:

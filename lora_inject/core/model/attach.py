@@ -10,24 +10,25 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.class_swap import swap
 from lora_inject.core.layers.kinds import mixin_of
+from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.packed_weights import begin_training
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.selection import Selection
 from lora_inject.core.layers.snapshot import all_or_nothing
-from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.survey import Carried, Survey
 from lora_inject.core.layers.valueless import moved
-from lora_inject.core.model.carried import Carried, Root, lock_of, reach, structure_changed
-from lora_inject.core.model.guards import after, before
-from lora_inject.core.model.roots import become_root, check_new_adapter, records_with, selection_for
-from lora_inject.core.model.several_roots import check_free_name, check_mixable, training_in
 from lora_inject.core.model.trainable import forget_gradients
+from lora_inject.core.roots.carried import Root, lock_of, reach, structure_changed
+from lora_inject.core.roots.roots import become_root, check_new_adapter, records_with, selection_for
+from lora_inject.core.roots.several_roots import check_free_name, check_mixable, training_in
 
 
 def survey_for(model: nn.Module, name: str) -> Survey:
     """Return a survey of a model that can take a new adapter of that name now."""
     survey = Survey(model)
     asked = f"adapter {name!r}"
-    before("attach", survey, asked)
+    for library in loaded_libraries():
+        library.before_attach(survey, asked)
     check_new_adapter(survey, name)
     return survey
 
@@ -80,13 +81,15 @@ def attach(
             selection.add((name,))
             _put_all(wanted, parameters, selection)
             structure_changed()
-            after("attach", modules, root.carrying[name])
+            for library in loaded_libraries():
+                library.after_attach(modules, root.carrying[name])
             if train:
                 begin_training(modules)
             if takes_part:
                 beside = {} if train else selection.setting.names
                 selection.replace(Mix({**beside, name: 1.0}))
-            after("load", survey, name)
+            for library in loaded_libraries():
+                library.after_load(survey, name)
             last()
         forget_gradients(survey.tensors)
         forget_gradients(trained if train else ())

@@ -19,7 +19,7 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.packed_weights import described
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.other_base import check_differences, vocabulary
-from lora_inject.core.spec.rooms import room
+from lora_inject.distributed.sharding import samples_of_shards
 
 Base = Literal["same", "quantized", "any"]
 """How sure to be of the base: see `load_adapter`."""
@@ -54,7 +54,7 @@ def fingerprint(
     known = samples(plain, inside)
     shards = {n: w for n, w in weights.items() if hasattr(w, "full_tensor") and w.dtype in FLOATS}
     if shards:
-        known |= room("sharding").samples_of_shards(shards)
+        known |= samples_of_shards(shards)
     mark = {name: Sampled(tuple(weights[name].shape), values) for name, values in known.items()}
     mark |= {name: mark[name]._replace(moved=positions) for name, positions in inside.items()}
     if packed := {name: weight for name, weight in adapted.items() if name not in known}:

@@ -10,11 +10,13 @@ from torch import nn
 from lora_inject.core.functional.torch_inside import forget_graphs
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.class_swap import narrow, unswap
+from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.packed_weights import end_training
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Holder, Survey
-from lora_inject.core.model.carried import (
+from lora_inject.core.model.merge_ties import refuse_untold
+from lora_inject.core.roots.carried import (
     ROOT,
     Root,
     alone,
@@ -27,9 +29,7 @@ from lora_inject.core.model.carried import (
     structure_changed,
     whole_adapter,
 )
-from lora_inject.core.model.guards import after, before
-from lora_inject.core.model.merge_ties import refuse_untold
-from lora_inject.core.model.several_roots import held_in_common
+from lora_inject.core.roots.several_roots import held_in_common
 
 M = TypeVar("M", bound=nn.Module)
 _Root = tuple[Survey, Root]
@@ -63,7 +63,8 @@ def eject(model: M, name: str | None = None) -> M:
         _check_free(record, gone, every=name is None)
     walked = [survey, *(one for one, _ in roots)]
     for one in walked:
-        before("eject", one, gone)
+        for library in loaded_libraries():
+            library.before_eject(one, gone)
     modules = _modules_of(walked, roots, gone)
     values = [value for _, record in roots for value in (record, record.selection)]
     flags = [tensor for one, _ in roots for tensor in one.tensors]
@@ -72,7 +73,8 @@ def eject(model: M, name: str | None = None) -> M:
         for one, record in roots:
             _take_off(one, record, gone & record.configs.keys())
         structure_changed()
-        after("eject", modules)
+        for library in loaded_libraries():
+            library.after_eject(modules)
         if not any(reach(one.model).names for one in walked):
             end_training(modules)
     return model

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
-from lora_inject.core.adapter.exchange import format_of
 from lora_inject.core.layers.attached import attached_to
-from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import Carried, entries
-from lora_inject.core.spec.rooms import room
+from lora_inject.core.layers.candidates import inventory
+from lora_inject.core.layers.survey import Carried, Survey
+from lora_inject.core.roots.carried import entries, records_of
+from lora_inject.core.spec.config import WORDS
+from lora_inject.core.spec.experts import left_out
+from lora_inject.formats.exchange import format_of
+from lora_inject.formats.live_models import facts_about
 
 
 def facts_for(survey: Survey, format: str, name: str) -> Callable[[], Any]:  # noqa: A002
@@ -25,8 +28,8 @@ def facts_for(survey: Survey, format: str, name: str) -> Callable[[], Any]:  # n
 
     def facts() -> Any:
         idle = idle_among([*entries(survey, name)])
-        notes = tuple(room("mixtures").notes_on_adapter(survey, name))
-        return replace(room("formats").facts_about(survey), idle=idle, notes=notes)
+        notes = tuple(notes_on_adapter(survey, name))
+        return replace(facts_about(survey), idle=idle, notes=notes)
 
     return facts
 
@@ -39,3 +42,14 @@ def idle_among(items: Collection[Carried]) -> tuple[str, ...]:
         if (attached := attached_to(item.module)) and item.entry.mark not in attached.took_part
     )
     return idle if len(idle) < len(items) else ()
+
+
+def notes_on_adapter(survey: Survey, adapter: str) -> Iterator[str]:
+    """Yield what an adapter on a model leaves out of experts, by the rules that it was made by."""
+    configs = [root.configs.get(adapter) or {} for _, root in records_of(survey, adapter)]
+    targets = [rule for config in configs for rule in config.get("targets", ())]
+    words = {rule if isinstance(rule, str) else rule["match"] for rule in targets} & WORDS
+    if words:
+        there = inventory(survey).mixtures
+        taken = (item.entry.spec for item in entries(survey, adapter))
+        yield from left_out(words, there, {spec.name for spec in taken if spec is not None})

@@ -18,10 +18,10 @@ from lora_inject.core.adapter.other_tensors import only
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.kinds import KINDS
+from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.base import Base, check_base
 from lora_inject.core.model.fit_trained import fit_trained
-from lora_inject.core.model.guards import functions
 from lora_inject.core.model.held_otherwise import as_held_here, parameter_fits
 from lora_inject.core.model.other_base import check_base_copies
 from lora_inject.core.model.unfit import why_unfit
@@ -84,8 +84,8 @@ def _in_names_here(
         given = [*state.trained, *state.sites]
         gone = named(given, leave_out, f"{asked}, leave_out", FormatError)
         state = only(state, set(given) - gone.keys())
-    for in_names_of in functions("in_names_of"):
-        state = in_names_of(survey.model, state, survey.weights)
+    for library in loaded_libraries():
+        state = library.in_names_of(survey.model, state, survey.weights)
     if part is not None:
         state = part(state, names)
     if any(site.spec.aliases or site.spec.kind == "parameter" for site in state.sites.values()):

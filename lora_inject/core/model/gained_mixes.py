@@ -9,7 +9,7 @@ from torch import nn
 from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.gains import check_mixed
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import entries
+from lora_inject.core.roots.carried import entries
 
 
 def check_mixes(model: nn.Module, weights: Mapping[str, float]) -> None:

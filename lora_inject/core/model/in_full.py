@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import Entry, attribute
 from lora_inject.core.layers.plain_tensors import is_quantized
-from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import Carried
+from lora_inject.core.layers.survey import Carried, Survey
 from lora_inject.core.spec.below import Below, modules_of
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.patterns import matching

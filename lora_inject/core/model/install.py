@@ -12,7 +12,7 @@ from lora_inject.core.model.attach import survey_for
 from lora_inject.core.model.base import Base
 from lora_inject.core.model.fit_state import Part, fit
 from lora_inject.core.model.load import M, copied, put_on_model
-from lora_inject.core.spec.rooms import room
+from lora_inject.core.model.stages import put_on_by_all
 from lora_inject.errors import check_type
 
 
@@ -56,7 +56,7 @@ def install(
         put_on_model(survey, mine, name, copied, last=last)
 
     if group is not None:
-        room("stages").put_on_by_all(group, "install", fitted, put_on)
+        put_on_by_all(group, "install", fitted, put_on)
     else:
         put_on(*fitted())
     return model

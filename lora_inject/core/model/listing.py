@@ -11,18 +11,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import (
-    Carried,
-    entries,
-    reach,
-    roots_of,
-)
-from lora_inject.core.model.facts import idle_among
+from lora_inject.core.layers.survey import Carried, Survey
+from lora_inject.core.model.facts import idle_among, notes_on_adapter
+from lora_inject.core.roots.carried import entries, reach, roots_of
 from lora_inject.core.spec.columns import columns
-from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.shown import Shown
 from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.formats.live_models import notes_on_files
 
 
 @dataclass(frozen=True)
@@ -162,8 +157,8 @@ def summary(model: nn.Module) -> Table:
         if info.idle:
             some = ", ".join(map(repr, info.idle[:3])) + (", ..." if len(info.idle) > 3 else "")
             lines.append(f"{name}: no forward has used {some} ({len(info.idle)}) so far")
-        notes = [*room("mixtures").notes_on_adapter(survey, name)]
-        notes += room("formats").notes_on_files(survey, [*info.sites.values()])
+        notes = [*notes_on_adapter(survey, name)]
+        notes += notes_on_files(survey, [*info.sites.values()])
         lines += [f"{name}: {note}" for note in notes]
     # What is stored: of a packed weight, its bytes.
     parameters = {id(p): p for p in model.parameters()}.values()

@@ -11,21 +11,23 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from lora_inject.core.adapter.exchange import detected, format_of, read_adapter
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import values_at_once
 from lora_inject.core.functional.factors import master_dtype
-from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.library import loaded_libraries
+from lora_inject.core.layers.survey import Carried, Survey
 from lora_inject.core.model.attach import attach, survey_for
 from lora_inject.core.model.base import Base
-from lora_inject.core.model.carried import Carried, note_files
 from lora_inject.core.model.fit_state import Part, fit
-from lora_inject.core.model.guards import before
 from lora_inject.core.model.places import places
+from lora_inject.core.model.stages import put_on_by_all
 from lora_inject.core.model.trainable import check_live_inputs
+from lora_inject.core.roots.carried import note_files
 from lora_inject.core.spec.names import joined
-from lora_inject.core.spec.rooms import room
 from lora_inject.errors import user_path
+from lora_inject.formats.exchange import detected, format_of, read_adapter
+from lora_inject.formats.hub import on_disk
+from lora_inject.formats.live_models import facts_about
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -91,12 +93,10 @@ def load_adapter(
             check_live_inputs(survey, asked)
         files = place
         if revision is not None or not lexists(place):
-            files = room("hub").on_disk(place, path, revision, asked)
+            files = on_disk(place, path, revision, asked)
         format_name = format or detected(files)
         with values_at_once():
-            state = read_adapter(
-                files, format_name, facts=lambda: room("formats").facts_about(survey), **options
-            )
+            state = read_adapter(files, format_name, facts=lambda: facts_about(survey), **options)
         here = fit_to(survey, state, part=part)
         if (check_load := format_of(format_name).check_load) is not None:
             check_load(survey, state, here, asked)
@@ -109,7 +109,7 @@ def load_adapter(
         note_files(survey, name, files)
 
     if group is not None:
-        room("stages").put_on_by_all(group, asked, fitted, put_on)
+        put_on_by_all(group, asked, fitted, put_on)
     else:
         put_on(*fitted())
     return model
@@ -139,7 +139,8 @@ def put_on_model(
     def tied(place: Carried) -> Hashable:
         return id(tensors[place.name][next(iter(place.entry.names))])
 
-    before("load", survey, name, wanted, tied)
+    for library in loaded_libraries():
+        library.before_load(survey, name, wanted, tied)
     put = partial(attach, survey, name, wanted, given, tied, state.config, last=last)
     put(activate=trainable or None, train=trainable)
 

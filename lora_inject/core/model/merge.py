@@ -23,15 +23,6 @@ from lora_inject.core.layers.selected import Mix, Selected
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Holder, Survey
 from lora_inject.core.model import merge_ties, packed_target
-from lora_inject.core.model.carried import (
-    Root,
-    adapted_modules,
-    alone,
-    check_names,
-    check_unmerged,
-    reach,
-    roots_of,
-)
 from lora_inject.core.model.eject import eject as take_off
 from lora_inject.core.model.merge_reasons import left_written, no_root
 from lora_inject.core.model.merge_targets import check_results, merge_targets
@@ -43,6 +34,15 @@ from lora_inject.core.model.target import Target
 from lora_inject.core.model.trainable import trainable_tensors
 from lora_inject.core.model.undo import Undone
 from lora_inject.core.model.unmerge_checks import check_undone, nothing_to_restore
+from lora_inject.core.roots.carried import (
+    Root,
+    adapted_modules,
+    alone,
+    check_names,
+    check_unmerged,
+    reach,
+    roots_of,
+)
 from lora_inject.errors import StateError
 
 M = TypeVar("M", bound=nn.Module)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.layers.packed_weights import reason_against
-from lora_inject.core.model.guards import holder_of_shards
+from lora_inject.core.layers.plain_tensors import sharded_by
 from lora_inject.core.model.packed_target import reasons_against_packed
 from lora_inject.core.model.target import Target
 from lora_inject.errors import LayerError, StateError
@@ -26,7 +26,7 @@ def _reasons(target: Target) -> Iterator[tuple[str, str]]:
     weight = target.weight
     if weight.device.type == "meta":
         yield "the weight is on the meta device", "Load the base weights first"
-    if how := holder_of_shards(weight):
+    if how := sharded_by(weight):
         yield f"the weight is sharded by {how}", "Merge into an unsharded copy"
     if target.is_packed:
         yield from reasons_against_packed(target)
@@ -75,7 +75,7 @@ def left_written(i: int, n: int) -> StateError:
 
 def refuse_values(tensor: Tensor, what: str, asked: str) -> None:
     """Raise for a tensor of an adapter that is sharded, NaN or Inf; `what` names it."""
-    if how := holder_of_shards(tensor):
+    if how := sharded_by(tensor):
         problem = f"{what} is sharded by {how}"
         raise LayerError(asked, problem, "Merge into an unsharded copy")
     if not all_finite(tensor):

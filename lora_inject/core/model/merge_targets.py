@@ -12,10 +12,9 @@ from torch import Tensor
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.gains import check_mixed, gain_of
-from lora_inject.core.layers.plain_tensors import is_quantized
+from lora_inject.core.layers.library import loaded_libraries
+from lora_inject.core.layers.plain_tensors import is_quantized, sharded_by
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
-from lora_inject.core.model.carried import whole_adapter
-from lora_inject.core.model.guards import before, holder_of_shards
 from lora_inject.core.model.merge_overlaps import check_overlaps
 from lora_inject.core.model.merge_reasons import refuse_unwritable, refuse_values
 from lora_inject.core.model.merge_shares import check_kept, check_min_kept
@@ -23,6 +22,7 @@ from lora_inject.core.model.merge_ties import once_if_tied
 from lora_inject.core.model.packed_target import Into, PackedTarget, packed_in
 from lora_inject.core.model.rehearsal import check_rehearsed
 from lora_inject.core.model.target import Target
+from lora_inject.core.roots.carried import whole_adapter
 from lora_inject.core.spec.names import joined
 
 
@@ -33,7 +33,8 @@ def merge_targets(
 
     `into` is what packed weights become; with a dtype those without an adapter are targets as well.
     """
-    before("read", survey)
+    for library in loaded_libraries():
+        library.before_read(survey)
     targets: dict[Holder, Target] = {}
     entries: dict[Holder, list[tuple[Entry, float]]] = {}
     for adapter, weight in active:
@@ -83,7 +84,7 @@ def add_entry(target: Target, entry: Entry, weight: float) -> None:
     """Add what an entry of an adapter does to a tensor, checked."""
     module = target.holder.module
     for role, tensor in entry.tensors(module).items():
-        if holder_of_shards(tensor) or not all_finite(tensor):
+        if sharded_by(tensor) or not all_finite(tensor):
             refuse_values(tensor, f"{role} of site {target.name!r}", f"merge {entry.adapter!r}")
     if entry.spec is None:
         copy = entry.held(module)  # tied: the same under all names

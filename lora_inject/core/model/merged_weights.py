@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Survey, memory_of
 from lora_inject.core.layers.weight_kinds import in_dtype
+from lora_inject.core.model.gathering import gathered_weights
 from lora_inject.core.model.merge import mix_to_fold, root_of
 from lora_inject.core.model.merge_targets import check_results, merge_targets
 from lora_inject.core.model.merged_rows import counted_in, formed_values
 from lora_inject.core.model.packed_target import PackedTarget, dtype_of
 from lora_inject.core.model.target import Target
 from lora_inject.core.spec.names import joined, parent
-from lora_inject.core.spec.rooms import room, standing_at
 from lora_inject.errors import LayerError, StateError
+from lora_inject.formats.checkpoint_names import as_on_disk
 
 
 def merged_weights(
@@ -109,7 +110,6 @@ def _as_on_disk(
                     f"merged_weights, names='checkpoint', {name!r}", problem, "Leave names out"
                 )
             shapes[name] = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-    as_on_disk = standing_at("lora_inject.integrations.checkpoint_names:as_on_disk")
     return iter(as_on_disk(survey.model, shapes, weights))
 
 
@@ -122,7 +122,7 @@ def _merged(
     into = None if dequantize is None else dtype_of(dequantize)
     mix = mix_to_fold(survey, name, "merged_weights")
     if any(hasattr(holder.tensor, "full_tensor") for holder in survey.holders):
-        return iter(room("gathering").gathered_weights(survey, mix, into, kept))
+        return iter(gathered_weights(survey, mix, into, kept))
     targets = merge_targets(survey, mix, into)
     check_results(targets, None, undo=True)
     return _folded(survey, targets, kept)

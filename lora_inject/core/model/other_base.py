@@ -10,8 +10,8 @@ from lora_inject.core.adapter.base_differences import base_differences, unverifi
 from lora_inject.core.adapter.fingerprint import Fingerprint, without_weights
 from lora_inject.core.adapter.fingerprints import same_values
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.guards import functions
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import FormatError
 
@@ -91,7 +91,7 @@ def vocabulary(survey: Survey) -> set[str]:
 
 def _new_weights(survey: Survey) -> set[str]:
     """Return the parameters that no checkpoint of this model had."""
-    return {name for new_weights in functions("new_weights") for name in new_weights(survey)}
+    return {name for library in loaded_libraries() for name in library.new_weights(survey)}
 
 
 def check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from lora_inject.core.functional.weight import reads_as_sum
 from lora_inject.core.layers.packed_values import weight_kind
-from lora_inject.core.model.carried import Carried
+from lora_inject.core.layers.survey import Carried
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 
 

@@ -11,8 +11,7 @@ from lora_inject.core.layers.attached import Entry, attached_to, attribute
 from lora_inject.core.layers.class_swap import check_swappable
 from lora_inject.core.layers.kinds import mixin_of
 from lora_inject.core.layers.plain_tensors import is_quantized
-from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import Carried
+from lora_inject.core.layers.survey import Carried, Survey
 from lora_inject.core.model.in_full import places_of_copies
 from lora_inject.core.model.unusable import check_values, refuse_lazy, refuse_taken
 from lora_inject.core.spec.sites import SiteSpec

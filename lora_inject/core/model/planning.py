@@ -8,12 +8,14 @@ from typing import Any
 from torch import nn
 
 from lora_inject.core.layers.candidates import inventory
+from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.guards import reasons_of_libraries
-from lora_inject.core.spec.config import Config, ConfigLike
+from lora_inject.core.model.stages import plan_of_part
+from lora_inject.core.spec.config import ConfigLike
 from lora_inject.core.spec.matching import resolve
 from lora_inject.core.spec.plan import Plan
-from lora_inject.core.spec.rooms import room
+from lora_inject.formats.from_peft import config_of
+from lora_inject.formats.live_models import notes_on_files
 
 
 def plan(model: nn.Module, config: ConfigLike, *, group: Any = None) -> Plan:
@@ -40,11 +42,14 @@ def plan(model: nn.Module, config: ConfigLike, *, group: Any = None) -> Plan:
     """
     survey = Survey(model)
     if group is not None:
-        planned: Plan = room("stages").plan_of_part(group, survey, config)
+        planned = plan_of_part(group, survey, config)
     else:
         present = inventory(survey)
-        planned = resolve(Config.coerce(config, present, model), present)
-    reasons = reasons_of_libraries(survey, planned, leave_new=False)
-    notes = [f"inject would refuse this: {problem}. {remedy}" for problem, remedy in reasons]
-    notes += room("formats").notes_on_files(survey, planned.sites)
+        planned = resolve(config_of(config, present, model), present)
+    notes = [
+        f"inject would refuse this: {problem}. {remedy}"
+        for library in loaded_libraries()
+        for problem, remedy in library.against(survey, planned, leave_new=False)
+    ]
+    notes += notes_on_files(survey, planned.sites)
     return replace(planned, notes=(*planned.notes, *notes))

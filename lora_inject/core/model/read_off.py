@@ -12,17 +12,17 @@ from lora_inject.core.adapter.fingerprint import moved_positions
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.attached import Entry
+from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.base import fingerprint, untouched
-from lora_inject.core.model.carried import (
+from lora_inject.core.model.spread import gathered_whole, refuse_empty_base
+from lora_inject.core.roots.carried import (
     adapted_modules,
     check_unmerged,
     reach,
     roots_of,
     whole_adapter,
 )
-from lora_inject.core.model.guards import before
-from lora_inject.core.model.spread import gathered_whole, refuse_empty_base
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.sites import SiteSpec
 
@@ -38,7 +38,8 @@ def values_on(
     `taken` says what stands in it for a Parameter, given the name of the module, the entry and the
     role.
     """
-    before("read", survey)
+    for library in loaded_libraries():
+        library.before_read(survey)
     parts: list[tuple[SiteSpec, dict[str, Tensor]]] = []
     biases: dict[str, dict[str, Tensor]] = {}  # of B, by the name of the module
     trained: dict[str, Tensor] = {}

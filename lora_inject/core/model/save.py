@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_inject.core.adapter.exchange import completed, format_of, write_adapter
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.together import write_together
+from lora_inject.core.layers.library import note_saved, this_process_writes
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import all_take_part, entries, note_files
 from lora_inject.core.model.facts import facts_for
-from lora_inject.core.model.guards import after, this_process_writes
+from lora_inject.core.model.probing import take_proof
 from lora_inject.core.model.read_off import read_off
+from lora_inject.core.model.stages import saved_by_all
+from lora_inject.core.model.unused import refuse_unused_sites, say_untrained
 from lora_inject.core.model.versions import folder_of, note_newest
-from lora_inject.core.spec.rooms import room
+from lora_inject.core.roots.carried import all_take_part, entries, note_files
 from lora_inject.errors import FormatError, StateError, user_path, within
+from lora_inject.formats.exchange import DEFAULT, completed, format_of, write_adapter
 
 
 def save_adapter(
@@ -76,7 +78,7 @@ def save_adapter(
     """
     folder = user_path("save adapter", path)
     survey = Survey(model)
-    format = format or room("formats").DEFAULT  # noqa: A001
+    format = format or DEFAULT  # noqa: A001
     asked = f"save adapter {name!r}"
     target = _target(folder, format, version, keep, asked)
 
@@ -87,14 +89,14 @@ def save_adapter(
             facts = facts_for(survey, format, name)
         check_used(survey, name, state, unused)
         if probe is not None:
-            options["proof"] = room("probing").take_proof(survey, name, probe, format)
+            options["proof"] = take_proof(survey, name, probe, format)
         return state, facts
 
     def written(state: AdapterState, facts: Callable[[], Any] | None) -> None:
         if not this_process_writes(survey):
             return
         if state.sites and not state.trained and all(s.is_zero for s in state.sites.values()):
-            room("unused").say_untrained(name, len(state.sites))
+            say_untrained(name, len(state.sites))
         write: Callable[[Path], Path] = partial(
             write_adapter, state, format=format, facts=facts, **options
         )
@@ -106,10 +108,10 @@ def save_adapter(
             note_newest(folder, version, keep)
 
     if group is not None:
-        room("stages").saved_by_all(group, asked, taken, written)
+        saved_by_all(group, asked, taken, written)
     else:
         written(*taken())
-    after("save", survey)
+    note_saved(survey)
     note_files(survey, name, target)
     return target
 
@@ -146,4 +148,4 @@ def check_used(survey: Survey, name: str, state: AdapterState, unused: Sequence[
             raise StateError(asked, problem, remedy)
     state.check_finite(asked, FormatError)
     if unused or not all_take_part([*entries(survey, name)]):
-        room("unused").refuse_unused_sites(survey, name, state, unused, asked)
+        refuse_unused_sites(survey, name, state, unused, asked)

@@ -14,8 +14,8 @@ from typing import TypeVar
 from torch import nn
 
 from lora_inject.core.layers.selected import Mix
-from lora_inject.core.model.carried import alone, check_names, check_unmerged, reach
 from lora_inject.core.model.gained_mixes import check_mixes
+from lora_inject.core.roots.carried import alone, check_names, check_unmerged, reach
 from lora_inject.errors import StateError, check_type
 
 M = TypeVar("M", bound=nn.Module)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lora_inject.core.layers.attached import Entry
-from lora_inject.core.model.guards import functions
+from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.errors import StateError
 
 
@@ -39,5 +39,5 @@ def refuse_empty_base(weights: Mapping[str, Tensor], adapter: str) -> None:
 
 
 def _remedy() -> str:
-    contexts = [context for named in functions("gathering") for context in named()]
+    contexts = [context for library in loaded_libraries() for context in library.gathering()]
     return f"Call it within {' or '.join(contexts) or 'a context that gathers whole tensors'}"

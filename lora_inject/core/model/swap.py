@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.adapter.exchange import read_adapter
+from lora_inject.core.adapter.other_tensors import on_parts
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import values_at_once
@@ -24,7 +24,10 @@ from lora_inject.core.layers.starting import copy_into
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.layers.valueless import given_values
 from lora_inject.core.model.base import Base, check_base
-from lora_inject.core.model.carried import (
+from lora_inject.core.model.other_base import check_base_copies
+from lora_inject.core.model.read_off import values_on
+from lora_inject.core.model.slots import placed, present, refuse_in_slot
+from lora_inject.core.roots.carried import (
     alone,
     check_unmerged,
     entries,
@@ -32,12 +35,11 @@ from lora_inject.core.model.carried import (
     reach,
     records_of,
 )
-from lora_inject.core.model.other_base import check_base_copies
-from lora_inject.core.model.read_off import values_on
 from lora_inject.core.spec.meaning import meaning
-from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.spellings import nearest
 from lora_inject.errors import FormatError, LayerError, user_path, within
+from lora_inject.formats.exchange import read_adapter
+from lora_inject.formats.live_models import facts_about
 from lora_inject.private import look_up
 
 M = TypeVar("M", bound=nn.Module)
@@ -108,9 +110,7 @@ def swap_adapter(
     if not isinstance(state, AdapterState):
         files = user_path(asked, state)
         with values_at_once():
-            state = read_adapter(
-                files, format, facts=lambda: room("formats").facts_about(survey), **options
-            )
+            state = read_adapter(files, format, facts=lambda: facts_about(survey), **options)
         whose = f"{asked} for {str(source)!r}"
     state.check_finite(whose, FormatError)
     state = _of_slots_experts(state, slot, asked)
@@ -134,7 +134,7 @@ def swap_adapter(
 def _of_slots_experts(state: AdapterState, slot: AdapterState, asked: str) -> AdapterState:
     """Return a state with those experts of a stack that the slot has."""
     if any(held.spec.only or held.spec.share for held in slot.sites.values()):
-        return room("on_parts").on_parts(state, slot, asked)  # type: ignore[no-any-return]
+        return on_parts(state, slot, asked)
     return state
 
 
@@ -174,12 +174,11 @@ def _paired(slot: AdapterState, state: AdapterState, asked: str) -> _Paired:
 
 def _paired_in_slot(slot: AdapterState, state: AdapterState, asked: str) -> _Paired:
     """Return the same for what `reserve` has made, which takes other ranks and fewer sites."""
-    slots = room("slots")
     with within(asked):
-        slots.refuse_in_slot(state, slot)
-    sites = _in_names_of(state, slots.present(slot, state), asked)
+        refuse_in_slot(state, slot)
+    sites = _in_names_of(state, present(slot, state), asked)
     with within(asked):
-        return sites, slots.placed(slot, state, sites)
+        return sites, placed(slot, state, sites)
 
 
 def _in_names_of(state: AdapterState, slot: AdapterState, asked: str) -> dict[str, SiteState]:

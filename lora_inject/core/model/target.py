@@ -15,8 +15,8 @@ from lora_inject.core.functional.fold import Delta, rows_at_once
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.rounded_fold import GainedDelta, Tally
 from lora_inject.core.layers.packed_weights import loaded_kinds
+from lora_inject.core.layers.plain_tensors import sharded_by
 from lora_inject.core.layers.survey import Holder
-from lora_inject.core.model.guards import holder_of_shards
 from lora_inject.core.model.undo import Undone
 
 
@@ -90,7 +90,7 @@ class Target:
     def is_writable(self) -> bool:
         """Whether a delta can be added where the weight stands; `merge_reasons` says why not."""
         weight = self.weight
-        if self.is_packed or loaded_kinds() or weight.is_meta or holder_of_shards(weight):
+        if self.is_packed or loaded_kinds() or weight.is_meta or sharded_by(weight):
             return False
         whole = tuple(weight.shape) == self.due_shape and weight.is_contiguous()
         shared = weight.is_cpu and weight.is_shared()  # type: ignore[no-untyped-call]

@@ -8,22 +8,22 @@ from typing import Any
 from torch import nn
 
 from lora_inject.core.functional.torch_inside import forget_graphs
+from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.packed_weights import begin_training
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import (
+from lora_inject.core.model.trainable import (
+    check_live_inputs,
+    forget_gradients,
+    trainable_tensors,
+)
+from lora_inject.core.roots.carried import (
     adapted_modules,
     alone,
     check_names,
     check_unmerged,
     reach,
     records_of,
-)
-from lora_inject.core.model.guards import before
-from lora_inject.core.model.trainable import (
-    check_live_inputs,
-    forget_gradients,
-    trainable_tensors,
 )
 from lora_inject.errors import check_type
 
@@ -49,7 +49,9 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
         check_live_inputs(survey, f"train_only {min(wanted)!r}")
     asked = f"train_only {', '.join(map(repr, sorted(wanted)))}"
     flags = [(p, entry.adapter in wanted) for _, entry, _, p in trainable_tensors(survey)]
-    before("train", survey, [parameter for parameter, trains in flags if trains], asked)
+    training = [parameter for parameter, trains in flags if trains]
+    for library in loaded_libraries():
+        library.before_train(survey, training, asked)
     records = [record for name in wanted for _, record in records_of(survey, name)]
     with all_or_nothing((module for _, module, _ in adapted_modules(survey)), records):
         changed = _set_flags(flags)

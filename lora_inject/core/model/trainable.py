@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from lora_inject.core.layers.attached import Entry
+from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.packed_weights import loaded_kinds
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import check_names, entries, reach
 from lora_inject.core.model.dead_inputs import refuse_dead_inputs
-from lora_inject.core.model.guards import before
+from lora_inject.core.roots.carried import check_names, entries, reach
 from lora_inject.core.spec.names import joined
 
 
@@ -39,7 +39,8 @@ def trainable_tensors(
     survey: Survey, name: str | None = None
 ) -> Iterator[tuple[str, Entry, str, nn.Parameter]]:
     """Yield `(key, entry, role, Parameter)` of what may train of one adapter, or of all."""
-    before("read", survey)
+    for library in loaded_libraries():
+        library.before_read(survey)
     for path, module, entry in entries(survey, name):
         site = path if entry.spec is None else entry.spec.name
         for role, flat in entry.names.items():

@@ -8,8 +8,7 @@ from typing import NoReturn
 from torch.nn.parameter import is_lazy
 
 from lora_inject.core.layers.plain_tensors import is_quantized
-from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import Carried
+from lora_inject.core.layers.survey import Carried, Survey
 from lora_inject.core.model.in_full import reasons_against_copy
 from lora_inject.core.model.packed_places import reasons_of_packed
 from lora_inject.core.spec.limits import why_no_gain

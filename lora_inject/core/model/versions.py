@@ -7,9 +7,9 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from lora_inject.core.adapter.exchange import Format
 from lora_inject.core.files.atomic import replace_file
 from lora_inject.errors import FormatError
+from lora_inject.formats.format import Format
 
 LATEST = "LATEST"
 """File with the name of an adapter's newest version."""

@@ -27,10 +27,8 @@ from pydantic import (
 )
 
 from lora_inject.core.spec import rule_checks
-from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.layer_ranges import layer_range
 from lora_inject.core.spec.patterns import INDEX, checked_regex
-from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.shown import Shown
 from lora_inject.core.spec.sites import ROLES
 from lora_inject.core.spec.strict import Strict, YamlModel
@@ -367,23 +365,6 @@ class Config(Shown, YamlModel):
         """
         return f"rule {i + 1} ('{self.targets[i].match}')"
 
-    @classmethod
-    def coerce(
-        cls, config: Any, inventory: Inventory | None = None, model: object = None
-    ) -> Config:
-        """Return a `Config`, a dict, the path of a YAML file or a `LoraConfig` as a `Config`.
-
-        The other arguments are those of `lora_inject.from_peft`.
-
-        Raises:
-            ConfigError: It is none of these, or not valid.
-        """
-        is_ours = isinstance(config, (Config, Mapping, str, PathLike))
-        if not is_ours and room("from_peft").is_of_peft(config):
-            made: Config = room("from_peft").from_peft(config, inventory=inventory, model=model)
-            return made
-        return super().coerce(config)
-
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain data for JSON and YAML, without what is not set.
 
@@ -408,4 +389,4 @@ class Config(Shown, YamlModel):
 
 
 ConfigLike = Config | Mapping[str, Any] | str | PathLike[str] | HasFields
-"""Accepted forms of a config; see `Config.coerce`."""
+"""Accepted forms of a config; see `formats.from_peft.config_of`."""

@@ -13,7 +13,6 @@ from functools import cached_property
 from itertools import chain
 from typing import Literal, NamedTuple
 
-from lora_inject.core.spec.mixture import Mixture
 from lora_inject.core.spec.names import canonical, is_bias
 from lora_inject.core.spec.sites import Geometry
 
@@ -72,6 +71,17 @@ class Candidate(NamedTuple):
         return self._replace(
             name=name, kind="parameter", owner=self.name, update="weight", aliases=further
         )
+
+
+class Mixture(NamedTuple):
+    """A block that sends each token to a few of its experts."""
+
+    name: str  # of the block
+    n_experts: int
+    top_k: int | None  # to how many experts a token goes, where it is known
+    experts: tuple[str, ...]  # names of the candidates that are experts, or stacks of them
+    routers: tuple[str, ...]  # names of what chooses
+    shared: tuple[str, ...]  # names of the other linear layers of the block
 
 
 @dataclass(frozen=True)

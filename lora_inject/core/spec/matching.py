@@ -16,6 +16,7 @@ from lora_inject.core.spec import unmatched
 from lora_inject.core.spec.config import HYPER, WORDS, Active, Config, Normal, Rule
 from lora_inject.core.spec.excluded import Excluded
 from lora_inject.core.spec.expected import check_expect
+from lora_inject.core.spec.experts import part_of_stack, rank_of_each
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.layer_ranges import inside
 from lora_inject.core.spec.layouts import oriented, sliced
@@ -24,7 +25,6 @@ from lora_inject.core.spec.names import canonical, parent
 from lora_inject.core.spec.patterns import matching
 from lora_inject.core.spec.plan import Plan, Skipped
 from lora_inject.core.spec.plan_notes import with_notes
-from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.rule_words import names_by_word
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 from lora_inject.core.spec.trained import Trained, trained_by
@@ -215,9 +215,9 @@ def _site(candidate: Candidate, rule: Rule, i: int, asked: str) -> SiteSpec:
     if isinstance(rule.init, Normal):
         numbers["init"] = ("normal", rule.init.normal)
     if isinstance(rule.rank, Active):
-        numbers["rank"] = room("mixtures").rank_of_each(candidate, rule.rank.active, asked)
+        numbers["rank"] = rank_of_each(candidate, rule.rank.active, asked)
     if rule.only is not None or rule.share is not None:
-        numbers |= room("mixtures").part_of_stack(candidate, rule, asked)
+        numbers |= part_of_stack(candidate, rule, asked)
     shape, slices = candidate.geometry, None
     if rule.layout is not None or rule.slices is not None or candidate.needs_layout:
         shape = oriented(candidate, rule, asked)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lora_inject.core.spec.rooms import library_rows
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Segments of names that stand for no module of the user's: of torch's compiler, of FSDP1 and of
+activation checkpointing."""
 
 
 def canonical(name: str) -> str:
@@ -18,8 +20,7 @@ def canonical(name: str) -> str:
         'layers.0.q_proj'
     """
     if "_orig_mod" in name or "_wrapped_module" in name:
-        wrappers = library_rows("WRAPPERS")
-        return ".".join(segment for segment in name.split(".") if segment not in wrappers)
+        return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
     return name
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lora_inject.core.spec.config import ALL_EXPERTS, ALL_LINEAR, Config
+from lora_inject.core.spec.experts import notes_on_experts, why_no_experts
 from lora_inject.core.spec.inventory import LINEAR_KINDS, Inventory
 from lora_inject.core.spec.names import quoted
-from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import MatchError
 
@@ -23,7 +23,7 @@ def names_by_word(word: str, config: Config, inventory: Inventory, label: str) -
     experts = dict.fromkeys(name for mixture in inventory.mixtures for name in mixture.experts)
     if word == ALL_EXPERTS:
         if not experts:
-            raise MatchError(label, *room("mixtures").why_no_experts(inventory))
+            raise MatchError(label, *why_no_experts(inventory))
         return list(experts)
     words = {rule.match for rule in config.targets}
     left = experts if ALL_EXPERTS in words else ()
@@ -45,4 +45,4 @@ def notes_on_words(
         else:
             yield "all-linear takes every linear layer: the model states no output head"
     if inventory.mixtures:
-        yield from room("mixtures").notes_on_experts(config, inventory.mixtures, sites)
+        yield from notes_on_experts(config, inventory.mixtures, sites)

@@ -1,4 +1,4 @@
-"""Rules that take nothing: why, and what is spelled like them. Loaded for such an error."""
+"""Rules that take nothing: why, and what is spelled like them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 from lora_inject.core.spec.below import Below
+from lora_inject.core.spec.experts import why_no_stack
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.names import quoted
 from lora_inject.core.spec.patterns import matching
-from lora_inject.core.spec.rooms import room
 from lora_inject.core.spec.spellings import nearest, nearest_names, templates
 from lora_inject.errors import MatchError
 
@@ -23,7 +23,7 @@ def no_match(inventory: Inventory, asked: str, pattern: str, *pools: Collection[
         problem = f"matches only buffers: {quoted(buffers[:3])}"
         return MatchError(asked, problem, "Name a module or a parameter; buffers do not train")
     problem = f"matched none of {len(pools[-1]):,} names"
-    if "experts" in pattern and (hint := room("mixtures").why_no_stack(pattern, pools[0])):
+    if "experts" in pattern and (hint := why_no_stack(pattern, pools[0])):
         return MatchError(asked, f"{problem}; {hint[0]}", hint[1])
     for pool in pools:
         if near := nearest_names(pattern, pool):

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from lora_inject.core.adapter.exchange import Format
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.formats.format import Format
 from lora_inject.formats.peft.folder import check_sites, detects, read, write
 from lora_inject.formats.peft.peft_reading import refuse_first_places, refuse_misread
 from lora_inject.formats.peft.tensor_layout import PREFIX

@@ -18,7 +18,7 @@ from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.attached import Entry, attached_to
 from lora_inject.core.layers.kinds import mixin_for
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import entries
+from lora_inject.core.roots.carried import entries
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError
 from lora_inject.formats.peft.tensor_layout import attentions

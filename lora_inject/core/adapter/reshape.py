@@ -12,7 +12,7 @@ from functools import reduce
 
 import torch
 
-from lora_inject.algebra.parts import MADE, check_alike, total
+from lora_inject.core.adapter.parts import MADE, check_alike, total
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.spec.names import joined, parent
 from lora_inject.core.spec.sites import SiteSpec, adapted_parts

@@ -8,18 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lora_inject.core.layers.selection import Selection
-from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import (
+from lora_inject.core.layers.survey import Carried, Survey
+from lora_inject.core.roots.carried import (
     ROOT,
     ROOT_MODULES,
-    Carried,
     Root,
     known_roots,
     reach,
     root_at,
     roots_of,
 )
-from lora_inject.core.model.several_roots import check_free_name, check_not_nested, shared_selection
+from lora_inject.core.roots.several_roots import check_free_name, check_not_nested, shared_selection
 from lora_inject.errors import StateError
 
 

@@ -19,16 +19,16 @@ from lora_inject.core.adapter.fingerprints import union_of
 from lora_inject.core.adapter.other_tensors import mapped, only
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.candidates import inventory
-from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import Carried
+from lora_inject.core.layers.survey import Carried, Survey
 from lora_inject.core.model.fit_state import Part
-from lora_inject.core.model.inject import places_of_plan, put_plan_on, surveyed
-from lora_inject.core.spec.config import Config, ConfigLike
+from lora_inject.core.model.put import places_of_plan, put_plan_on, surveyed
+from lora_inject.core.spec.config import ConfigLike
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.matching import resolve
 from lora_inject.core.spec.names import canonical, quoted
 from lora_inject.core.spec.plan import Plan
 from lora_inject.errors import FormatError, LayerError, LoraInjectError, MatchError, StateError
+from lora_inject.formats.from_peft import config_of
 
 T = TypeVar("T")
 F = TypeVar("F")
@@ -150,7 +150,7 @@ class Stages:
         self, config: ConfigLike, model: nn.Module, whole: Inventory, here: Inventory
     ) -> Plan:
         """Return what of a config, which is asked of the whole model, is for this process."""
-        return self.part(resolve(Config.coerce(config, whole, model), whole), here)
+        return self.part(resolve(config_of(config, whole, model), whole), here)
 
     def part(self, plan: Plan, here: Inventory) -> Plan:
         """Return what of a plan for the whole model is for this process.

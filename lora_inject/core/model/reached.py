@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import adapted_modules, check_unmerged, entries, reach
+from lora_inject.core.roots.carried import adapted_modules, check_unmerged, entries, reach
 from lora_inject.core.spec.names import counted
 from lora_inject.errors import LayerError, StateError
 

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_inject.algebra.plain_sites import plain
-from lora_inject.algebra.svd import thin_svd
+from lora_inject.core.adapter.plain_sites import plain
 from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.svd import thin_svd
 from lora_inject.core.spec.sites import SiteSpec, adapted_parts
 from lora_inject.core.spec.slices import Slices
 from lora_inject.errors import StateError

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_inject.core.layers.library import this_process_writes
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.guards import this_process_writes
 from lora_inject.core.model.save import save_adapter
 from lora_inject.formats.hub import upload
 

@@ -14,16 +14,16 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
 from lora_inject.core.layers.attached import Attached, Entry, attached_to, check_class_kept
 from lora_inject.core.layers.selection import Selection, alive
-from lora_inject.core.layers.survey import Holder, Survey, base_tensor, unwrapped
-from lora_inject.core.model.no_such_adapter import no_such_adapter
-from lora_inject.core.model.parted import why_not_whole
+from lora_inject.core.layers.survey import Carried, Holder, Survey, unwrapped
+from lora_inject.core.roots.no_such_adapter import no_such_adapter
+from lora_inject.core.roots.parted import why_not_whole
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import StateError, check_type
 
@@ -59,25 +59,6 @@ def alone(verb: F) -> F:
     return cast("F", locked)
 
 
-class Carried(NamedTuple):
-    """One entry of an adapter: the name of its module, the module, the entry."""
-
-    path: str
-    module: nn.Module
-    entry: Entry
-
-    @property
-    def name(self) -> str:
-        """Name of the site, or of the tensor that the entry has a copy of or adds to."""
-        spec = self.entry.spec
-        return joined(self.path, self.entry.param) if spec is None else spec.name
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The frozen tensor."""
-        return base_tensor(self.module, self.entry.param)
-
-
 @dataclass
 class Root:
     """What the root of an injected model remembers."""
@@ -87,7 +68,7 @@ class Root:
     configs: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
     carrying: dict[str, list[nn.Module]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # it was read from or written to last
-    slots: set[str] = field(default_factory=set)  # take other ranks and sites: `serving.slots`
+    slots: set[str] = field(default_factory=set)  # take other ranks and sites: `core.model.slots`
     trainable: set[str] = field(default_factory=set)  # adapters that may require gradients
     # Base parameters that required a gradient before the first inject, by their name at that time.
     required_grad: dict[str, Holder] = field(default_factory=dict)

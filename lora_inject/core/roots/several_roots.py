@@ -10,9 +10,8 @@ from torch import nn
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.gains import check_mixed
 from lora_inject.core.layers.selection import Selection
-from lora_inject.core.layers.survey import Holder, Survey
-from lora_inject.core.model.carried import (
-    Carried,
+from lora_inject.core.layers.survey import Carried, Holder, Survey
+from lora_inject.core.roots.carried import (
     Root,
     check_unmerged,
     known_roots,

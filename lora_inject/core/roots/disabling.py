@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_inject.core.layers.contexts import held_by_coroutine, in_context
 from lora_inject.core.layers.selected import Mix, Selected
-from lora_inject.core.model.carried import check_unmerged, reach
+from lora_inject.core.roots.carried import check_unmerged, reach
 from lora_inject.errors import StateError
 
 

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.adapter.exchange import format_of
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import reach
-from lora_inject.core.model.disabling import selecting
+from lora_inject.core.roots.carried import reach
+from lora_inject.core.roots.disabling import selecting
 from lora_inject.errors import FormatError, StateError, article
-from lora_inject.formats import options_of
-from lora_inject.serving.proof import KEY, STRENGTHS, Ahead, Proof
+from lora_inject.formats.exchange import format_of, options_of
+from lora_inject.formats.proof import KEY, STRENGTHS, Ahead, Proof
 from lora_inject.trees import tree_leaves
 
 N_PROMPTS, N_TOKENS = 8, 32

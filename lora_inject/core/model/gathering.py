@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.first_values import first_values
 from lora_inject.core.layers.gains import check_mixed
-from lora_inject.core.layers.plain_tensors import is_quantized
-from lora_inject.core.layers.survey import Holder, Survey
-from lora_inject.core.model.carried import Carried, whole_adapter
-from lora_inject.core.model.guards import before, holder_of_shards
+from lora_inject.core.layers.library import loaded_libraries
+from lora_inject.core.layers.plain_tensors import is_quantized, sharded_by
+from lora_inject.core.layers.survey import Carried, Holder, Survey
 from lora_inject.core.model.merge_targets import add_entry
 from lora_inject.core.model.merged_rows import counted_in
 from lora_inject.core.model.packed_target import Into
 from lora_inject.core.model.target import Target
+from lora_inject.core.roots.carried import whole_adapter
 from lora_inject.core.spec.names import joined
 from lora_inject.distributed.sharding import meshes
 from lora_inject.errors import LayerError
@@ -53,7 +53,8 @@ def gathered_weights(
     Raises:
         LayerError: A weight is quantized, or sharded in another way.
     """
-    before("read", survey)
+    for library in loaded_libraries():
+        library.before_read(survey)
     taking: dict[str, list[tuple[Entry, float]]] = {}
     for adapter, weight in mix:
         for path, _, entry in whole_adapter(survey, adapter, "merged_weights of"):
@@ -71,7 +72,7 @@ def _check(holder: Holder, into: Into) -> None:
     if into is not None or is_quantized(holder.tensor):
         problem = "the model is sharded, and its weights are quantized or to be dequantized"
         raise LayerError(asked, problem, "Call it on an unsharded copy")
-    if not hasattr(holder.tensor, "full_tensor") and (how := holder_of_shards(holder.tensor)):
+    if not hasattr(holder.tensor, "full_tensor") and (how := sharded_by(holder.tensor)):
         raise LayerError(asked, f"it is sharded by {how}", "Shard with fully_shard alone")
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.attached import attached_to
-from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import Carried, entries, has_gradient
+from lora_inject.core.layers.survey import Carried, Survey
+from lora_inject.core.roots.carried import entries, has_gradient
 from lora_inject.core.spec.names import counted, quoted
 from lora_inject.core.spec.patterns import matching
 from lora_inject.errors import StateError

@@ -19,9 +19,9 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.functional.finite import lost_by_cast
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.carried import records_of
 from lora_inject.core.model.install import install
 from lora_inject.core.model.planning import plan
+from lora_inject.core.roots.carried import records_of
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.meaning import meaning
 from lora_inject.core.spec.sites import SiteSpec

@@ -1,1 +1,0 @@
-"""Checks around the verbs: sites that nobody uses, buffers that move."""

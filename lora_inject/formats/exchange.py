@@ -1,0 +1,360 @@
+"""Adapters as files: the table of formats, and what holds for every one of them.
+
+A format is three functions: `write(state, path, facts, **options)`, `read(path, facts, **options)`
+and `detects(path)`. What holds for every format is done here: the checks of an adapter, writing all
+or nothing, and saying in errors which adapter was asked for.
+"""
+
+from __future__ import annotations
+
+import glob
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lora_inject.core.adapter import native
+from lora_inject.core.adapter.file_keys import one_line
+from lora_inject.core.adapter.other_tensors import with_every_expert
+from lora_inject.core.adapter.site_state import FLOATS, SiteState
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files.atomic import write_file
+from lora_inject.core.files.atomic_folder import write_directory
+from lora_inject.core.spec.spellings import nearest
+from lora_inject.errors import FormatError, check_type, user_path, within
+from lora_inject.formats import (
+    diffusers,
+    gguf_file,
+    kohya,
+    litgpt,
+    loralib,
+    mlx,
+    peft,
+    portable,
+    shared_experts,
+    torchtune,
+)
+from lora_inject.formats.format import SAFE, Format
+from lora_inject.formats.model_facts import ModelFacts
+
+DEFAULT = "peft"
+"""What is written where no format is named."""
+
+OLDER_FILES = {"adapter_model.bin", "adapter_model.pt", "adapter_0.pt"}
+"""Files that an older adapter may have and a new one need not, so that they may be replaced."""
+
+FORMATS: dict[str, Format] = {
+    # One safetensors file of this package.
+    "native": Format(native.write, native.read, native.detects, endings=SAFE, takes_facts=False),
+    # The folder of mlx-lm, which also has an adapter_config.json.
+    "mlx": mlx.FORMATS["mlx"],
+    # Folders of torchtune and of litgpt, which hold pickles.
+    "torchtune": torchtune.FORMATS["torchtune"],
+    "litgpt": litgpt.FORMATS["litgpt"],
+    # A directory of Hugging Face PEFT.
+    "peft": peft.FORMATS["peft"],
+    # The same with one rank and scale 1, for servers that read little of the config.
+    "portable": portable.FORMATS["portable"],
+    # A file of llama.cpp.
+    "gguf": gguf_file.FORMATS["gguf"],
+    # The portable directory with a pair for each expert.
+    "vllm": portable.FORMATS["vllm"],
+    # The portable directory with stacks of experts that share a factor.
+    "sglang": shared_experts.FORMATS["sglang"],
+    # One file of sd-scripts, LyCORIS, ComfyUI.
+    "kohya": kohya.FORMATS["kohya"],
+    # One file of a pipeline, or the folder that holds it.
+    "diffusers": diffusers.FORMATS["diffusers"],
+    # Microsoft's state dict.
+    "loralib": loralib.FORMATS["loralib"],
+}
+"""Name to row; detection asks in this order."""
+
+
+def format_of(name: str, asked: str = "") -> Format:
+    """Return the row of a format.
+
+    Args:
+        name: Its name.
+        asked: What asks, for the error.
+
+    Raises:
+        FormatError: There is no such format.
+
+    Examples:
+        >>> format_of("native").endings
+        ('.safetensors',)
+    """
+    if name not in FORMATS:
+        near = ", ".join(nearest(name, FORMATS) or FORMATS)
+        raise FormatError(asked, f"there is no format '{name}'", f"Nearest: {near}")
+    return FORMATS[name]
+
+
+def register_format(name: str, row: Format) -> Format:
+    """Add a format from outside the package; detection tries it before the built-in ones.
+
+    Args:
+        name: The name for `format=`.
+        row: Its functions.
+
+    Returns:
+        The row.
+
+    Raises:
+        FormatError: The name is taken.
+
+    Examples:
+        >>> import pickle
+        >>> def write(state, path, facts):
+        ...     return pickle.dumps(state)
+        >>> def read(path, facts):
+        ...     return pickle.loads(path.read_bytes())
+        >>> row = register_format("pickle", Format(write, read, lambda path: path.suffix == ".x"))
+        >>> FORMATS.pop("pickle") is row
+        True
+    """
+    if name in FORMATS:
+        raise FormatError(f"register_format({name!r})", "the name is taken", "Choose another one")
+    others = dict(FORMATS)
+    FORMATS.clear()
+    FORMATS.update({name: row, **others})
+    return row
+
+
+def write_adapter(
+    state: AdapterState,
+    path: str | os.PathLike[str],
+    format: str | None = None,  # noqa: A002
+    *,
+    facts: Any = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Write an adapter to files, all or nothing.
+
+    Args:
+        state: The adapter.
+        path: Where to; a name without an ending gets the format's own.
+        format: Name of a row of `FORMATS`; None for the folder that most programs read.
+        facts: What is known of the model (`formats.ModelFacts`), or a function that says it; single
+            facts may be given as options.
+        overwrite: Replace an existing adapter.
+        options: The format's own, see its `write`.
+
+    Returns:
+        The path of the files, symbolic links resolved.
+
+    Raises:
+        FormatError: The format does not exist or cannot express the adapter, which may hold no NaN
+            and no Inf, or the target exists and `overwrite` is not set.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from lora_inject.core.spec.sites import SiteSpec
+        >>> from lora_inject.core.adapter.site_state import SiteState
+        >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
+        >>> state = AdapterState({"fc": SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))})
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     back = read_adapter(write_adapter(state, f"{parent}/sql"))
+        >>> back.sites["fc"].scale
+        2.0
+    """
+    target = user_path("write adapter", path)
+    format = format or DEFAULT  # noqa: A001
+    row = format_of(format, f"write adapter to '{path}'")
+    with within(f"write {format} adapter to '{path}'"):
+        facts, own = _arguments(row, row.write, facts, options)
+        target = completed(target, row)
+        _checked(state).check_finite("", FormatError)
+        if format != "native":
+            state = with_every_expert(state)
+        content = row.write(state, target, facts, **own)
+        remedy = "Return the bytes of the file, or of each file by its name"
+        check_type("what the format wrote", content, (bytes, Mapping), remedy, FormatError)
+    if isinstance(content, bytes):
+        return write_file(target, content, overwrite=overwrite)
+    return write_directory(target, content, overwrite=overwrite, replaceable=OLDER_FILES)
+
+
+def completed(path: Path, row: Format) -> Path:
+    """Return the path of a file with the format's ending, if its name has none.
+
+    Raises:
+        FormatError: It has another ending.
+
+    Examples:
+        >>> completed(Path("sql"), format_of("native")).name
+        'sql.safetensors'
+    """
+    if not row.endings or path.suffix in row.endings:
+        return path
+    if path.suffix:
+        problem = f"its name does not end in {' or '.join(row.endings)}"
+        raise FormatError("", problem, "Rename it, or leave the ending out")
+    return path.with_name(path.name + row.endings[0])
+
+
+def read_adapter(
+    path: str | os.PathLike[str],
+    format: str | None = None,  # noqa: A002
+    *,
+    facts: Any = None,
+    **options: Any,
+) -> AdapterState:
+    """Read an adapter from files.
+
+    Values of safetensors are read when they are used, each time, so an adapter may be larger than
+    memory. The file may be moved, deleted or replaced meanwhile. If it was written to in place,
+    using a value raises a FormatError. The tensors cannot be changed in place; `copy.deepcopy` of
+    the value reads all of it into memory. Values that are not finite are read, so that `inspect`
+    shows them; loading, merging, combining and writing refuse them.
+
+    Args:
+        path: Where from.
+        format: Name of a row of `FORMATS`; None detects it from the files.
+        facts: What is known of the model (`formats.ModelFacts`), or a function that says it; single
+            facts may be given as options.
+        options: The format's own, see its `read`.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        FormatError: There is no adapter, or it cannot be read.
+    """
+    place = user_path("read adapter", path)
+    if format is None:
+        format = detected(place)  # noqa: A001
+    row = format_of(format, f"read adapter '{path}'")
+    with within(f"read {format} adapter '{path}'"):
+        facts, own = _arguments(row, row.read, facts, options)
+        return replace(_checked(row.read(place, facts, **own)), source=str(path))
+
+
+def detected(path: Path) -> str:
+    """Return the first format that detects a path as its own; raise if there is none."""
+    asked = f"read adapter '{path}'"
+    for name in FORMATS if path.exists() else ():
+        with within(asked):
+            if FORMATS[name].detects(path):
+                return name
+    raise FormatError(asked, *_why_none(path))
+
+
+def _arguments(
+    row: Format, function: Callable[..., Any], facts: Any, options: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Return the facts about the model, and the options that the format has itself."""
+    if not row.takes_facts and not options:
+        return None, {}
+    return facts_and_options(facts, options, function)
+
+
+def _why_none(path: Path) -> tuple[str, str]:
+    """Return what a path is instead, and what to give."""
+    if not path.exists():
+        beside = sorted(path.parent.glob(f"{glob.escape(path.name)}.*")) if path.name else []
+        remedy = f"Give '{beside[0]}'" if len(beside) == 1 else "Check the path"
+        return "there is no such file or directory", remedy
+    if path.is_dir() and (path / "config.json").is_file():
+        problem = "it is a model, and an adapter is due here"
+        return problem, "Give an adapter; where both are given, the base is first"
+    problem = "it is not an adapter of a known format"
+    return problem, f"Give a folder or a file of one of: {', '.join(FORMATS)}"
+
+
+# Facts of a model that may be given as options.
+FACTS = [field.name for field in fields(ModelFacts)]
+
+
+def options_of(function: Callable[..., Any]) -> list[str]:
+    """Return the names of the options that only this format's `read` or `write` has.
+
+    Examples:
+        >>> def read(path, facts, *, component=None): ...
+        >>> options_of(read)
+        ['component']
+    """
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
+_CALLED_OTHERWISE = {
+    "any_base": 'base="any"',  # the functions on checkpoints and the commands
+    "adapter_name": "name=",  # this and the next: PEFT
+    "is_trainable": "trainable=True",
+}
+"""What load_adapter's options are called elsewhere."""
+
+
+def facts_and_options(
+    facts: ModelFacts | Callable[[], ModelFacts] | None,
+    options: Mapping[str, Any],
+    function: Callable[..., Any],
+) -> tuple[ModelFacts, dict[str, Any]]:
+    """Return the facts with those among the options, and the options of a format's function."""
+    known = options_of(function)
+    stated = {name: value for name, value in options.items() if name in FACTS}
+    own = {name: value for name, value in options.items() if name not in FACTS}
+    for option in own.keys() - known:
+        problem = f"{option!r} is not an option of this format"
+        its = ", ".join(known) or "none"
+        remedy = f"Its options: {its}; facts of the model: {', '.join(FACTS)}"
+        if option in _CALLED_OTHERWISE:
+            remedy = f"load_adapter takes {_CALLED_OTHERWISE[option]}"
+        raise FormatError("", problem, remedy)
+    given = facts() if callable(facts) else facts
+    return replace(given or ModelFacts(), **stated), own
+
+
+def _checked(state: AdapterState) -> AdapterState:
+    """Return an adapter if its tensors fit what is said of them; raise if they do not."""
+    check_type("", state, AdapterState, "Give an AdapterState, as adapter_state(model) does")
+    _check_trained(state.trained, state.rows)
+    for site in state.sites.values():
+        _check_site(site)
+    return state
+
+
+def _check_trained(trained: Mapping[str, object], rows: Mapping[str, Sequence[int]]) -> None:
+    """Refuse what is no tensor, and numbers of rows that are not those of a tensor."""
+    if wrong := [name for name, tensor in trained.items() if not isinstance(tensor, Tensor)]:
+        raise FormatError("", f"{one_line(wrong)} is not a tensor", "Pass tensors only")
+    for name, numbers in rows.items():
+        tensor = trained.get(name)
+        fits = isinstance(tensor, Tensor) and tensor.dim() == 2 and len(tensor) == len(numbers)
+        if not fits or not numbers:
+            problem = f"it has {len(numbers)} row numbers for a tensor of other rows"
+            raise FormatError(f"trained tensor '{name}'", problem, "Give one for each row")
+
+
+def _check_site(site: SiteState) -> None:
+    """Refuse a site whose tensors have other shapes or dtypes than its spec states."""
+    spec, tensors = site.spec, site.tensors
+    where = f"site '{spec.name[:200]}'"
+    frozen = "A0" in spec.roles
+    if (site.A0 is not None, site.B0 is not None) != (frozen, frozen):
+        has = "both" if frozen else "none"
+        problem = f"its init is {spec.init}, which has {has} of A0 and B0"
+        raise FormatError(where, problem, "Give A0 and B0 with pissa and olora only")
+    remedy = "The tensors and what is said about them do not belong together"
+    if roles := sorted(tensors.keys() ^ {*spec.roles}):
+        problem = f"it has {', '.join(tensors)} where {', '.join(spec.roles)} are due"
+        raise FormatError(f"{where}, {roles[0]}", problem, remedy)
+    for role, tensor in tensors.items():
+        due = spec.shape_of(role)
+        if tensor.shape != due:
+            problem = f"{role} has shape {tuple(tensor.shape)} where {due} is due"
+            raise FormatError(where, problem, remedy)
+    for role, tensor in tensors.items():
+        # Further tensors may have a dtype of their own.
+        as_due = role in site.further or tensor.dtype == site.A.dtype
+        if tensor.dtype not in FLOATS or not as_due:
+            problem = f"A is {site.A.dtype} and {'B' if role == 'A' else role} {tensor.dtype}"
+            remedy = "Both must be of one of float16, bfloat16, float32, float64"
+            raise FormatError(where, problem, remedy)
