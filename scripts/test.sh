@@ -19,7 +19,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 sources=(lora_inject tests scripts)
 # What must hold on every set, but for the tests marked `recent`: of torch, transformers and files.
 core_tests=(tests/contract
-    tests/house/test_{patches,platforms}.py tests/test_inside.py)
+    tests/house/test_{patches,platforms}.py)
 
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh

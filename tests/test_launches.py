@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,8 +11,6 @@ from contract.kinds import KINDS, host
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.core.layers import sending
-from lora_inject.rows import by_row, routing
 
 table = script("benchmarks.launches")
 ROWS = table.ROWS
@@ -119,18 +116,6 @@ def test_routed_rows_need_no_sync_and_no_cpu_tensor(kind: str, options: dict[str
             _watch(model, [x], grad=grad)
             if kind in FORWARD:
                 _watch(model, [x[:, :1]], grad=grad)
-
-
-def test_rows_are_sent_once_for_each_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another stream does not wait for a copy, and would read what is not there yet."""
-    streams, sent = iter("aaaabbbaa" * 3), Mock(wraps=sending.sent)
-    net = li.inject(nn.Sequential(nn.Linear(8, 8)), {"rank": 2, "targets": ["0"]}, "one")
-    monkeypatch.setattr(by_row, "queue_of", lambda _: next(streams))
-    monkeypatch.setattr(routing, "sent", sent)
-    with li.routed(net, ["one", None]):
-        for _ in range(5):
-            net(torch.randn(2, 8))
-    assert sent.call_count == 2 * 2  # all rows, and one for each run of equal ones
 
 
 @pytest.mark.parametrize("ranks", [(4, 4, 4), (8, 1, 3, 3)], ids=str)

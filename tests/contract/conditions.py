@@ -92,6 +92,12 @@ def swapped_in(model: Any, *_: Any) -> nn.Module:
     return li.swap_adapter(fill(model), state)
 
 
+def shallow(model: Any, *_: Any) -> nn.Module:
+    other = copy.copy(model)
+    other._modules = dict(model._modules, layer=copy.copy(model.layer))
+    return other
+
+
 def copied(copy_of: Callable[[Any], Any]) -> Any:
     return lambda model, *_: copy_of(model)
 
@@ -153,7 +159,9 @@ def checkpointed(reentrant: bool) -> Any:
 
 
 def by_functional_call(model: Any, kind: Kind, x: Sequence[Tensor]) -> Tensor:
-    return torch.func.functional_call(model, dict(model.named_parameters()), tuple(x))
+    """With the model's parameters in a copy that has other values."""
+    other = fill(copy.deepcopy(model))
+    return torch.func.functional_call(other, dict(model.named_parameters()), tuple(x))
 
 
 def row_by_row(model: Any, kind: Kind, x: Sequence[Tensor]) -> Tensor:
@@ -222,9 +230,14 @@ CONDITIONS: dict[str, Condition] = {
     "autocast": Condition(dtype=torch.float32, around=autocast, rounds=torch.bfloat16),
     "autocast over bfloat16": Condition(dtype=torch.bfloat16, around=autocast),
     "strided inputs": Condition(inputs=strided),
+    "many rows": Condition(inputs=lambda x: x.repeat(12, *[1] * (x.dim() - 1))),
     "one row": Condition(inputs=lambda x: x[:1]),
     "without gradients": Condition(around=lambda _: torch.no_grad(), trains="nothing"),
-    "inference mode": Condition(around=lambda _: torch.inference_mode(), trains="nothing"),
+    "inference mode, in eval": Condition(
+        after=lambda model, *_: model.eval(),
+        around=lambda _: torch.inference_mode(),
+        trains="nothing",
+    ),
     "a base that trains": Condition(after=with_a_base_that_trains, trains="adapter and base"),
     "dropout, in eval": Condition(
         {"dropout": 0.5},
@@ -264,7 +277,7 @@ CONDITIONS: dict[str, Condition] = {
     "swapped in": Condition(after=swapped_in),
     "state dict": Condition(after=from_state_dict),
     "born on meta": Condition(after=born_on_meta),
-    "copy.copy": Condition(after=copied(copy.copy)),
+    "copy.copy of the layer": Condition(after=shallow),
     **{name: Condition(after=copied(function)) for name, function in COPIES.items()},
     "checkpointed": Condition(call=checkpointed(False)),
     "checkpointed, reentrant": Condition(

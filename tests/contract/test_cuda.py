@@ -136,6 +136,22 @@ def test_choosing_adapters_and_routing_rows_wait_for_nothing() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA has streams")
+def test_rows_are_right_on_each_stream() -> None:
+    """Another stream does not wait for a copy of the rows, and would read what is not there yet."""
+    model, _ = _layer(torch.float32)
+    x, current = torch.randn(2, 8, 96, device=DEVICE), torch.cuda.current_stream()
+    with torch.no_grad(), li.routed(model, ["default", None]):
+        wanted = model(x)
+        for _ in range(3):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                y = model(x)
+            current.wait_stream(stream)
+            assert same_bits(y.cpu(), wanted.cpu())
+
+
 def test_a_trial_with_dropout_trains_as_it_does_alone() -> None:
     def trained(names: str) -> dict[str, list[Tensor]]:
         torch.manual_seed(0)

@@ -57,7 +57,7 @@ def hold_to_twin(kind: str, condition: str, folder: Path, device: str = "cpu") -
     plain = host(row, how.born or how.dtype)
     model = fill(li.inject(copy.deepcopy(plain), {**row.config, **how.config}))
     tensors = li.adapter_state(model).sites[row.site].tensors
-    wide = {role: t.detach().double().requires_grad_() for role, t in tensors.items()}
+    wide = {role: t.detach().clone().double().requires_grad_() for role, t in tensors.items()}
     model = how.after(model, copy.deepcopy(plain), folder).to(device)
     plain = plain.to(how.dtype)
 
@@ -78,6 +78,7 @@ def hold_to_twin(kind: str, condition: str, folder: Path, device: str = "cpu") -
     pairs = list(zip(inputs, wide_inputs, strict=True))
     if how.trains.startswith("adapter"):
         tuned = li.adapter_parameters(model, "default")
+        assert {p.dtype for p in tuned.values()} == {torch.promote_types(how.dtype, torch.float32)}
         pairs += [(tuned[f"{row.site}.lora_{r}"], wide[r]) for r in "ABmb" if r in wide]
     if how.trains == "adapter and base":
         pairs += [(p, base[key]) for key, p in model.named_parameters() if key in base]

@@ -90,6 +90,21 @@ def test_a_start_that_is_made_of_w_is_the_plain_model_but_for_rounding(
     assert error(model(*inputs), copy.deepcopy(plain)(*inputs)) < TOLERANCE[torch.float64]
 
 
+SLICED = [name for name, kind in KINDS.items() if kind.spans and kind.update == "forward"]
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_outputs_of_slices_that_are_not_adapted_keep_their_bits(name: str) -> None:
+    kind = KINDS[name]
+    for dtype in TOLERANCE:
+        plain, (x,) = host(kind, dtype), kind.inputs(dtype)
+        model = fill(li.inject(copy.deepcopy(plain), kind.config))
+        others = torch.ones(kind.sizes[1], dtype=torch.bool)
+        for start, stop in kind.spans:
+            others[start:stop] = False
+        assert same_bits(model(x)[..., others], plain(x)[..., others])
+
+
 @every_kind
 def test_base_names_objects_and_order_stay(kind: Kind) -> None:
     model = host(kind)

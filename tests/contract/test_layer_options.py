@@ -2,19 +2,16 @@
 
 import copy
 from collections.abc import Callable
-from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
 from conftest import TOLERANCE, error, fill, same_bits
 from helpers.reference import SCALE, adapted, config, hold, random
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_inject as li
-from contract.kinds import Host, Kind, conv1d, dense_delta, dense_output, host
+from contract.kinds import Host, Kind, dense_output, host
 
 
 class Once(nn.Module):
@@ -86,35 +83,3 @@ def test_embedding_options_keep_their_gradients(options: dict[str, Any]) -> None
     plain.layer.sparse = False  # the dense reference differentiates a sum, which is not sparse
     (dense_output(kind, plain, *wide, [ids]) * g).sum().backward()
     assert all(error(a.grad, b.grad) < 1e-12 for a, b in zip(leaves, wide, strict=True))
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    sizes=st.lists(st.integers(1, 5), min_size=2, max_size=5),
-    data=st.data(),
-    transposed=st.booleans(),
-    seed=st.integers(0, 9999),
-)
-def test_fused_slices(sizes, data, transposed, seed) -> None:
-    torch.manual_seed(seed)
-    slices = {f"s{i}": size for i, size in enumerate(sizes)}
-    adapt = data.draw(st.lists(st.sampled_from(list(slices)), min_size=1, unique=True))
-    ends = dict(zip(slices, accumulate(sizes), strict=True))
-    spans = tuple((ends[name] - slices[name], ends[name]) for name in slices if name in adapt)
-    n_out = sum(sizes)
-    layer = conv1d(n_out, 3) if transposed else nn.Linear(3, n_out)
-    rule = {"slices": slices, "adapt": adapt}
-    kind = Kind(lambda: layer, (3, n_out), [(4, 3)], rule=rule, spans=spans, transposed=transposed)
-    plain, (x,) = host(kind, torch.float64), kind.inputs(torch.float64)
-    model = fill(li.inject(copy.deepcopy(plain), kind.config))
-    A, B = (p.detach().double() for p in li.adapter_parameters(model).values())
-    y = model(x)
-    assert error(y, dense_output(kind, plain, A, B, [x])) < 1e-12
-    others = torch.ones(n_out, dtype=torch.bool)
-    for start, stop in spans:
-        others[start:stop] = False
-    assert same_bits(y[:, others], plain(x)[:, others])
-    li.merge(model, undo=False)
-    moved = model.layer.weight - plain.layer.weight
-    assert torch.equal((moved.t() if transposed else moved).eq(0).all(1), others)
-    torch.testing.assert_close(moved, dense_delta(kind, A, B)[0], rtol=0, atol=1e-12)

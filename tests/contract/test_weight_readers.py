@@ -93,33 +93,6 @@ def test_a_weight_that_a_forward_reads_is_the_dense_one(case: str) -> None:
         assert same_bits(model(x), plain(x))
 
 
-class Parts(nn.Module):
-    """Methods that users call in place of the forward, of any name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Parameter(torch.randn(D, D))
-        self.fc = nn.Linear(D, D)
-
-    def encode_image(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.fc.weight) @ self.proj
-
-    decode = torch.no_grad()(encode_image)
-
-
-def test_any_method_and_any_function_reads_as_the_forward_does() -> None:
-    plain: Any = Parts().double()
-    model: Any = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": ["proj", "fc"]}))
-    wanted = with_deltas(plain, model).encode_image(X)  # type: ignore[operator]
-    own = F.linear(X, model.fc.weight) @ model.proj
-    for y in (model.encode_image(X), model.decode(X), own):
-        assert error(y, wanted) < 1e-12
-    plain, model, _ = made("embedding and layers")
-    wide: Any = with_deltas(plain, model)
-    assert error(model.inner[0].forward(X), wide.inner[0](X)) < 1e-12
-    assert error(torch.func.functional_call(model, {}, (IDS,)), wide(IDS)) < 1e-12
-
-
 def check_gradients(model: nn.Module, wide: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
     """dL/dA = scale B^T G and dL/dB = scale G A^T, of the dense model's G = dL/dW."""
     for m in (wide.requires_grad_(), model):
