@@ -329,11 +329,12 @@ def test_methods_on_the_dense_update_hold_for_every_kind(kind: str) -> None:
 
 def test_masks_depend_on_seed_site_and_place_and_keep_as_much_as_is_asked() -> None:
     large = linear("h.0.fc", 100, 100, rank=100)
-    a, b = state_of(large), state_of(large, SITES["conv"])
+    a, b = state_of(large), state_of(large, large.at("h.1.fc"))
     a, b = (replace(s, sites={n: ones(site) for n, site in s.sites.items()}) for s in (a, b))
     options = {"method": "dare_linear", "density": 0.5}
     first, both = (li.combine([s], seed=3, **options) for s in (a, b))
     assert first.sites["h.0.fc"] == both.sites["h.0.fc"]
+    assert not torch.equal(both.sites["h.0.fc"].A, both.sites["h.1.fc"].A)
     assert li.combine([b], seed=4, **options) != both
     assert 0.45 < (first.sites["h.0.fc"].A != 0).double().mean() < 0.55
 
