@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import error, fill, same_bits, snapshot
+from conftest import error, fill, same_bits
 from contract.kinds import ALPHA, RANK, SCALE
 from helpers.models import tiny_llama
 from torch import Tensor, nn
@@ -104,14 +104,6 @@ def hold_gradients(plain: nn.Module, model: nn.Module, run: Run, step: float = 1
                 parameter.sub_(direction, alpha=moved)
         slope = float((gradient * direction).sum())
         assert slope == pytest.approx(measured, rel=1e-6, abs=1e-6)
-
-
-def refused(model: nn.Module, run: Callable[[], Any], raised: type[Exception], words: str) -> None:
-    """Run what must raise, and see that the model is what it was, to the bit."""
-    before = snapshot(model)
-    with pytest.raises(raised, match=words):
-        run()
-    assert snapshot(model) == before
 
 
 def saved(model: nn.Module, folder: Path, layout: str, name: str = "default") -> tuple[Path, Path]:

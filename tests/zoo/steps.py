@@ -23,7 +23,7 @@ import lora_inject as li
 from zoo.build import build
 from zoo.exceptions import EXEMPTIONS, Exemption
 from zoo.inputs import dummy_inputs
-from zoo.targets import ALPHA, Targets, either, targets_of
+from zoo.targets import ALPHA, either, targets_of
 
 # The largest difference over the largest value of an output, in float32. The zoo's largest are
 # 5e-5, while the adapters move the outputs by 3e-2 at least.
@@ -32,44 +32,27 @@ TOLERANCE, MOVES = 1e-4, 1e-2
 Calls = Sequence[Mapping[str, Any]]
 
 
-class Ours:
-    """How the steps use the package: what a test may spoil, to see a step fail."""
+def factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return site to (A, B), the Parameters themselves."""
+    parameters = li.adapter_parameters(model)
+    names = [name.removesuffix(".lora_A") for name in parameters if name.endswith(".lora_A")]
+    return {n: (parameters[f"{n}.lora_A"], parameters[f"{n}.lora_B"]) for n in names}
 
-    def inject(self, model: nn.Module, targets: Targets) -> nn.Module:
-        return li.inject(model, targets.config())
 
-    def factors(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return site to (A, B), the Parameters themselves."""
-        parameters = li.adapter_parameters(model)
-        names = [name.removesuffix(".lora_A") for name in parameters if name.endswith(".lora_A")]
-        return {n: (parameters[f"{n}.lora_A"], parameters[f"{n}.lora_B"]) for n in names}
-
-    def save(self, model: nn.Module, folder: Path) -> Path:
-        try:
-            return li.save_adapter(model, folder / "adapter")
-        except li.FormatError as error:  # `zoo.exchange` asserts for which models PEFT is refused
-            if 'format="native"' not in error.remedy:
-                raise
-            return li.save_adapter(model, folder / "adapter.safetensors", format="native")
-
-    def load(self, fresh: nn.Module, path: Path) -> nn.Module:
-        return li.load_adapter(fresh, path)
-
-    def merge(self, model: nn.Module) -> None:
-        li.merge(model)
-
-    def unmerge(self, model: nn.Module) -> None:
-        li.unmerge(model)
-
-    def eject(self, model: nn.Module) -> nn.Module:
-        return li.eject(model)
+def saved(model: nn.Module, folder: Path) -> Path:
+    try:
+        return li.save_adapter(model, folder / "adapter")
+    except li.FormatError as error:  # `zoo.exchange` asserts for which models PEFT is refused
+        if 'format="native"' not in error.remedy:
+            raise
+        return li.save_adapter(model, folder / "adapter.safetensors", format="native")
 
 
 class Held:
     """A model type that was held to the steps."""
 
     def __init__(self, model_type: str) -> None:
-        self.model_type, self.ours = model_type, Ours()
+        self.model_type = model_type
         self.failures: list[str] = []  # what did not hold, step by step
         self.dead: list[str] = []  # sites whose B has no effect
         self.exemption = EXEMPTIONS.get(model_type, Exemption("none"))
@@ -114,27 +97,27 @@ class Held:
 
     def inject(self) -> None:
         targets = targets_of(self.model)
-        self.model = self.ours.inject(self.model, targets)
-        factors = self.ours.factors(self.model)
-        n, wanted = len(factors), len(targets.modules) + len(targets.experts)
+        self.model = li.inject(self.model, targets.config())
+        of_sites = factors(self.model)
+        n, wanted = len(of_sites), len(targets.modules) + len(targets.experts)
         self.check("sites: one for each target", n == wanted > 0, (n, wanted))
         self.check("zero start", same(self.plain, self.run(self.model)))
-        ours = {id(p) for pair in factors.values() for p in pair}
+        ours = {id(p) for pair in of_sites.values() for p in pair}
         trainable = {id(p) for p in self.model.parameters() if p.requires_grad}
         self.check("freezing: the adapter trains, all else does not", ours == trainable)
 
     def effects(self) -> None:
-        factors = self.ours.factors(self.model)
-        randomise_factors(factors.values())
+        of_sites = factors(self.model)
+        randomise_factors(of_sites.values())
         self.adapted = self.run(self.model)
         moved = distance(self.plain, self.adapted)
         self.check("effect: the outputs move", moved >= MOVES, f"{moved:.1e}")
         loss_of(run(self.model, self.calls)).backward()
         # Where nothing is differentiable in B, a different B must show.
-        silent = [n for n, (_, B) in factors.items() if B.grad is None or not bool(B.grad.any())]
+        silent = [n for n, (_, B) in of_sites.items() if B.grad is None or not bool(B.grad.any())]
         self.model.zero_grad(set_to_none=True)
         for name in silent:
-            with changed(factors[name][1]):
+            with changed(of_sites[name][1]):
                 if same(self.adapted, self.run(self.model)):
                     self.dead.append(name)
         claimed = re.compile(self.exemption.dead or r"(?!)")
@@ -174,16 +157,16 @@ class Held:
 
     def save_and_load(self) -> nn.Module:
         with tempfile.TemporaryDirectory() as folder:
-            path = self.ours.save(self.model, Path(folder))
-            loaded = self.ours.load(build(self.model_type), path).eval()
+            path = saved(self.model, Path(folder))
+            loaded = li.load_adapter(build(self.model_type), path).eval()
         self.near("load: same outputs", loaded)
         self.check("load: same bits", same(self.adapted, self.run(loaded)))
         return loaded
 
     def merge(self, loaded: nn.Module) -> None:
-        self.ours.merge(loaded)
+        li.merge(loaded)
         self.near("merged equals unmerged", loaded)
-        self.ours.unmerge(loaded)
+        li.unmerge(loaded)
         differ = differences(self.values, values_of(loaded))
         self.check("unmerge: same values", not differ, differ[:3])
         self.check("unmerge: same outputs", same(self.adapted, self.run(loaded)))
@@ -191,7 +174,7 @@ class Held:
     def refuse_to_merge(self, loaded: nn.Module) -> None:
         before = values_of(loaded)
         try:
-            self.ours.merge(loaded)
+            li.merge(loaded)
         except li.LayerError as error:
             self.check("merge: the refusal names the head", "lm_head" in str(error), error)
         else:
@@ -200,7 +183,7 @@ class Held:
         self.check("merge: same outputs", same(self.adapted, self.run(loaded)))
 
     def eject(self) -> None:
-        model = self.ours.eject(self.model)
+        model = li.eject(self.model)
         after = snapshot(model)
         for what, before in self.before.items():
             self.check(f"eject: same {what}", before == after[what])
