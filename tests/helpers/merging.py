@@ -134,7 +134,9 @@ def same_tensors(found: Tensors, wanted: Tensors, touched: Any) -> None:
             assert torch.allclose(found[name], tensor, rtol=bound, atol=bound), name
         else:
             distance = ulps(found[name], tensor)
-            assert int(distance.max()) <= 1, name
+            # Where W and its update cancel, the sum has the last bits of float32.
+            rest = (found[name].double() - tensor.double()).abs() / tensor.double().abs().max()
+            assert ((distance <= 1) | (rest < 1e-6)).all(), name
             off, total = off + int((distance > 0).sum()), total + tensor.numel()
     assert off <= 0.001 * total + 1, f"{off} of {total}"
 
