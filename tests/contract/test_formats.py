@@ -497,6 +497,9 @@ CONTRADICTIONS: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "an unknown variant": (with_part("kinds", lambda k: k[0].update(variant="new")), ["'new'"]),
     "a tensor less": (without("ln.weight"), ["ln.weight"]),
     "a tensor more": (lambda t, said: t.update(stray=torch.ones(1)), ["stray"]),
+    "a field without end": (
+        lambda t, said: said.update({"lora_inject.sites": "[" * 5000 + "]" * 5000}), ["sites"],
+    ),
     "a newer format": (
         lambda t, said: said.update({"lora_inject.format_version": "4"}), ["newer"],
     ),

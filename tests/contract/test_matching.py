@@ -181,6 +181,19 @@ def test_a_shared_module_is_one_site_whichever_name_is_hit() -> None:
     assert [t.name for t in trained] == ["encoder.q.weight", "encoder.q.bias"]
 
 
+def test_the_weight_of_an_embedding_is_a_matrix_that_lies_turned(tower: Tower) -> None:
+    (site,) = li.plan(tower, {"rank": 2, "targets": ["embed.weight"]}).sites
+    assert (site.a_shape, site.b_shape) == ((2, 32), (8, 2))
+
+
+def test_what_cannot_carry_an_adapter_is_refused_unless_it_is_not_meant() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))
+    for target in (".+", "1", r"1\.weight"):
+        with refused(li.LayerError, "'1"):
+            li.plan(model, {"targets": ["0", target]})
+    assert names_of(li.plan(model, {"targets": [".+"], "exclude": ["1"]})) == ["0"]
+
+
 # Refusals: the rule, what was found, and what to write instead
 
 REFUSED = r"""
