@@ -71,8 +71,8 @@ def inert(model: nn.Module, *_: Any) -> None:
 
 
 def freeze_one(model: nn.Module, *_: Any) -> None:
-    A, _ = next(iter(steps.factors(model).values()))
-    A.requires_grad_(False)
+    for A, _ in [*steps.factors(model).values()][:1]:
+        A.requires_grad_(False)
 
 
 def nudge(model: nn.Module) -> None:
