@@ -35,7 +35,7 @@ from lora_inject.formats.card import VLLM_RANKS
 from lora_inject.formats.exchange import detected
 from lora_inject.formats.gguf_file import FAMILIES, content
 from lora_inject.formats.model_facts import ModelFacts
-from lora_inject.formats.peft.adapter_config import check_field
+from lora_inject.formats.peft.adapter_config import LAYOUTS_OF_B, check_field
 from lora_inject.formats.peft.folder import CONFIG, MODEL
 from lora_inject.formats.peft.name_patterns import values_of
 from lora_inject.formats.peft.tensor_layout import PREFIX
@@ -352,8 +352,15 @@ def _vllm(files: Files) -> Objections:
         yield Objection(f"vLLM refuses init_lora_weights {init!r}", fix)
     if files.shared:
         yield _started_with("vLLM", "--enable-moe-shared-loras")
+    yield from _columns_by_expert(files, "vLLM")
     yield from _stacks_in_vllm(files)
     yield from _ranks_in_vllm(max([*files.ranks.values(), 0]))
+
+
+def _columns_by_expert(files: Files, client: str) -> Objections:
+    if files.config.get("lora_B_layout") == LAYOUTS_OF_B[1]:
+        problem = f"{client} reads a stack's B by rank, and 'lora_B_layout' is {LAYOUTS_OF_B[1]!r}"
+        yield Objection(problem, f"{CONVERT}peft --base BASE`")
 
 
 def _stacks_in_vllm(files: Files) -> Objections:
@@ -487,6 +494,7 @@ def _unfit(files: Files, names: Iterable[str], client: str) -> Objections:
 def _peft(files: Files) -> Objections:
     yield from _prefixed(files, "PEFT")
     yield from _no_shared_stacks(files, "PEFT")
+    yield from _columns_by_expert(files, "PEFT")
     said = files.config.get("target_parameters") or ()
     parameters = {parent(name) for name in said}
     modules = (n for n in files.pairs if n not in parameters and not n.endswith(".base_layer"))

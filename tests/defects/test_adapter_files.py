@@ -167,15 +167,19 @@ def test_how_many_versions_are_kept_asks_for_a_version(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="files: what a killed save leaves goes with the next one")
-def test_temporary_files_of_a_killed_save_do_not_stay_for_good(tmp_path: Path) -> None:
-    left = tmp_path / ".sql.0123456789ab.tmp"
-    left.mkdir()
-    (left / "adapter_model.safetensors").write_bytes(b"half")
-    long_ago = 1_000_000_000
-    os.utime(left, (long_ago, long_ago))
-    li.save_adapter(small(), tmp_path / "sql")
-    assert [path.name for path in tmp_path.iterdir()] == ["sql"]
+@pytest.mark.parametrize("format_name", ["peft", "native"])
+def test_what_a_killed_save_left_goes_with_the_next_one(format_name: str, tmp_path: Path) -> None:
+    """After a day: younger ones may be of a save that goes on."""
+    name = "sql" if format_name == "peft" else "sql.safetensors"
+    names = (f".{name}.0123456789ab.tmp", f".{name}.ba9876543210.tmp", ".else.0123456789ab.tmp")
+    left, young, other = (tmp_path / each for each in names)
+    for folder in (left, young, other):
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(b"half")
+    os.utime(left, (10**9, 10**9))
+    os.utime(other, (10**9, 10**9))
+    li.save_adapter(small(), tmp_path / "sql", format=format_name)
+    assert {path.name for path in tmp_path.iterdir()} == {name, young.name, other.name}
 
 
 @pytest.mark.xfail(strict=True, reason="formats: the model's names say whose layers are PEFT's")

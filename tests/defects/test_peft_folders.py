@@ -171,6 +171,21 @@ def test_a_file_of_unsloth_that_does_not_state_it_asks(both: Any, sign: Any, run
     assert run(*words, "--no-expert-major").code == 0
 
 
+@needs_transformers_5
+@pytest.mark.parametrize("client", ["peft", "vllm"])
+def test_a_program_that_would_read_columns_by_expert_by_rank_is_told(
+    both: Any, client: str, tmp_path: Path
+) -> None:
+    plain, paths = both
+    plain.save_pretrained(tmp_path / "base")
+    for layout, path in paths.items():
+        edit_config(path, lora_B_layout=layout)
+        stops = [found.problem for found in li.check_adapter(path, client) if found.stops]
+        assert any("lora_B_layout" in said for said in stops) == (layout == "grouped_by_expert")
+    there = li.convert(paths["grouped_by_expert"], tmp_path / "c", "peft", base=tmp_path / "base")
+    torch.testing.assert_close(by_peft(plain, there), by_peft(plain, paths["rank_major"]))
+
+
 def test_an_unknown_layout_of_b_is_refused(tmp_path: Path) -> None:
     plain = ARCHITECTURES["llama"].build()
     of_peft(plain, tmp_path, target_modules=["q_proj"])

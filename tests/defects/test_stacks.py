@@ -72,6 +72,20 @@ def test_a_merge_on_disk_adds_what_peft_018_added(hidden: int, tmp_path: Path) -
         torch.testing.assert_close(merged[key], before[key] + delta, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("intermediate", [4, 6])
+def test_a_stack_in_the_files_gets_what_peft_018_added(intermediate: int, tmp_path: Path) -> None:
+    """GPT-OSS's, of which every PEFT takes the same side for the input."""
+    model = experts("gpt_oss", intermediate_size=intermediate)[0]
+    model.save_pretrained(tmp_path / "base")
+    before = load_checkpoint(tmp_path / "base")
+    due = of_peft_018(model, tmp_path / "adapter")
+    li.merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    merged = load_checkpoint(tmp_path / "merged")
+    for name, delta in due.items():
+        key = f"{MODULE}.{name}"
+        torch.testing.assert_close(merged[key], before[key] + delta, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("hidden", [8, 12])
 def test_pairs_for_vllm_are_those_of_the_bases_matrices(hidden: int, tmp_path: Path) -> None:
     """Also by way of a value, which was read without the base."""

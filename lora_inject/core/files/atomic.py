@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import secrets
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lora_inject.core.files.system_errors import remedy_for
 from lora_inject.errors import FormatError
+
+_DAY = 24 * 60 * 60  # seconds
 
 
 def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -68,6 +73,14 @@ def temporary_name(target: Path) -> Path:
     return target.with_name(f".{target.name[:30]}.{secrets.token_hex(6)}.tmp")
 
 
+def remove_left(target: Path) -> None:
+    """Remove what writers of a name left under temporary ones when they were killed, a day ago."""
+    for left in target.parent.glob(f"{glob.escape(f'.{target.name[:30]}.')}{'?' * 12}.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _DAY:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file atomically and durably."""
     _put(path, data, Path.replace)
@@ -81,6 +94,7 @@ def _put(path: Path, data: bytes, name_it: Callable[[Path, Path], object]) -> No
     finally:
         temporary.unlink(missing_ok=True)
     fsync_dir(path.parent)
+    remove_left(path)
 
 
 def _link(temporary: Path, path: Path) -> None:

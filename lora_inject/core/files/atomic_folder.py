@@ -19,6 +19,7 @@ from lora_inject.core.files.atomic import (
     check_free,
     explained,
     fsync_dir,
+    remove_left,
     temporary_name,
     write_new,
 )
@@ -63,6 +64,7 @@ def write_directory(
             # after an exchange the old adapter, after a failure unfinished files
             shutil.rmtree(temporary, ignore_errors=True)
         fsync_dir(target.parent)
+        remove_left(target)
     return target
 
 

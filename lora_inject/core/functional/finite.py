@@ -35,11 +35,13 @@ def lost_by_cast(before: Tensor, after: Tensor) -> bool:
         >>> lost_by_cast(small, small.half()), lost_by_cast(small, small.bfloat16())
         (True, False)
     """
+    if before.is_meta or before.dtype == after.dtype:
+        return False
     finite = before.isfinite()
     lost, whole = (torch.where(finite, t, 0) for t in (before - after, before))
     lost, whole = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in (lost, whole))
     # Rounding to bfloat16 takes at most a 256th of each value.
-    return not (before.is_meta or bool(lost <= whole / 64))
+    return not bool(lost <= whole / 64)
 
 
 def _have_finite_sum(alike: list[Tensor]) -> bool:
