@@ -125,7 +125,7 @@ def test_an_interrupt_at_any_line_leaves_all_or_nothing(verb: str) -> None:
         torch.manual_seed(1)
         try:
             _traced(lambda: act(model), (line, times // 2 + 1))  # noqa: B023 - runs at once
-        except (Interrupted, PydanticSerializationError):  # by which pydantic tells of it
+        except (Interrupted, PydanticSerializationError, UserWarning):  # pydantic tells by these
             if snapshot(model) == before and _whole(model) == whole:
                 continue
             if verb == "unmerge" and _whole(model) != after:

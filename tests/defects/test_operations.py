@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import error, fill
 from helpers.reference import random
+from helpers.refusals import refused
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -135,6 +136,14 @@ def test_unmerge_leaves_the_interrupt_handler_of_a_host_program(
 def test_a_trace_of_a_convolution_computes_with_its_adapter() -> None:
     model, x = adapted(nn.Conv1d(4, 6, 3)), random(2, 4, 9)
     assert error(make_fx(model)(x)(x), model(x)) < 1e-12
+
+
+@waits("core/layers/upkeep: what is refused has taken no parameter out before")
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_refused_weight_norm_leaves_the_order_of_parameters() -> None:
+    model = fill(li.inject(nn.Sequential(nn.LSTM(3, 4)), LINEAR | {"targets": ["0.weight_hh_l0"]}))
+    with refused(li.LayerError, "weight_hh_l0", "eject", model=model):
+        nn.utils.weight_norm(model[0], "weight_hh_l0")
 
 
 def test_a_sparse_bag_trains_its_adapter() -> None:
