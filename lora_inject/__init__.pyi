@@ -33,8 +33,7 @@ from lora_inject.core.model.listing import adapters as adapters
 from lora_inject.core.model.listing import summary as summary
 from lora_inject.core.model.load import load_adapter as load_adapter
 from lora_inject.core.model.merge import merge as merge
-from lora_inject.core.model.merge import unmerge as unmerge
-from lora_inject.core.model.merged_weights import merged_weights as merged_weights
+from lora_inject.core.model.merge import merged_weights as merged_weights
 from lora_inject.core.model.optimizing import parameter_groups as parameter_groups
 from lora_inject.core.model.planning import plan as plan
 from lora_inject.core.model.reached import unreached as unreached
@@ -44,6 +43,7 @@ from lora_inject.core.model.slots import reserve as reserve
 from lora_inject.core.model.swap import swap_adapter as swap_adapter
 from lora_inject.core.model.train import train_only as train_only
 from lora_inject.core.model.trainable import adapter_parameters as adapter_parameters
+from lora_inject.core.model.undo import unmerge as unmerge
 from lora_inject.core.roots.disabling import disabled as disabled
 from lora_inject.core.spec.config import Config as Config
 from lora_inject.core.spec.config import Expect as Expect

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.survey import Survey, memory_of, unwrapped
-from lora_inject.core.model.merged_weights import merged_weights
+from lora_inject.core.model.merge import merged_weights
 from lora_inject.core.roots.carried import entries, reach
 from lora_inject.core.roots.disabling import selecting
 from lora_inject.errors import StateError

@@ -55,6 +55,21 @@ def test_one_merged_tensor_exists_at_a_time() -> None:
     assert len(alive) == 6
 
 
+@pytest.mark.parametrize("event", ["a step", "a merge"])
+def test_tensors_of_two_moments_are_not_handed_out_as_one_model(event: str) -> None:
+    model = fill(li.inject(llama(), CONFIG))
+    weights = li.merged_weights(model)
+    assert next(weights)
+    if event == "a merge":
+        li.merge(model)
+    else:
+        with torch.no_grad():
+            for parameter in li.adapter_parameters(model).values():
+                parameter.add_(1.0)
+    with refused(li.StateError, "merged_weights", "q_proj"):
+        dict(weights)
+
+
 def test_what_cannot_be_merged_is_refused_before_the_first() -> None:
     model = fill(li.inject(llama(), CONFIG))
     li.activate(model, None)

@@ -15,7 +15,7 @@ from lora_inject.core.layers.packed_weights import end_training
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Holder, Survey
-from lora_inject.core.model.merge_ties import refuse_untold
+from lora_inject.core.model.ties import refuse_untold
 from lora_inject.core.roots.carried import (
     ROOT,
     Root,

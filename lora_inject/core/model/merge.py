@@ -1,70 +1,52 @@
-"""Merge the active adapters into the frozen weights, or into new ones, and restore the weights.
+"""Merge adapters into the weights of a model, or yield what a merge would write.
 
-A weight that shares memory with another module is untied first: the adapted module gets a separate
-tensor, and the others keep theirs. Nothing is subtracted to restore it: the values of before are
-kept (`undo`).
+1. A merge writes to no weight's memory. It adds the delta to W in float32, rounds once, and puts
+   the new values in the place of the old ones, which are kept: `unmerge` puts those back.
+2. A tensor that others hold as well gets a Parameter of its own, unless all of them get the same.
+3. What only the sum shows (NaN, `min_kept`) stops a merge in the middle: what was put is taken
+   back. Without `undo` all sums are formed once before.
 """
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from numbers import Real
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_inject.core.functional.merge_report import MergeReport, TensorReport
-from lora_inject.core.functional.rounded_fold import with_tally
-from lora_inject.core.layers.selected import Mix, Selected
+from lora_inject.core.functional.merge_report import MergeReport
+from lora_inject.core.layers.gains import check_mixed
+from lora_inject.core.layers.library import loaded_libraries
+from lora_inject.core.layers.packed_values import claims, weight_kind
+from lora_inject.core.layers.packed_weights import packed_weight
+from lora_inject.core.layers.plain_tensors import is_quantized
+from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.snapshot import all_or_nothing
-from lora_inject.core.layers.survey import Holder, Survey
-from lora_inject.core.model import merge_ties, packed_target
+from lora_inject.core.layers.survey import Holder, Survey, memory_of
+from lora_inject.core.layers.weight_kinds import UNKNOWN, in_dtype
 from lora_inject.core.model.eject import eject as take_off
-from lora_inject.core.model.merge_reasons import left_written, no_root
-from lora_inject.core.model.merge_targets import check_results, merge_targets
-from lora_inject.core.model.merge_ties import part
-from lora_inject.core.model.merged_rows import write_rounded
-from lora_inject.core.model.packed_target import Into, what_packed_become
 from lora_inject.core.model.select import weights_of
-from lora_inject.core.model.target import Target
+from lora_inject.core.model.target import Into, Target, whole
+from lora_inject.core.model.ties import check_ties, refuse_untold, untie_rest
 from lora_inject.core.model.trainable import trainable_tensors
-from lora_inject.core.model.undo import Undone
-from lora_inject.core.model.unmerge_checks import check_undone, nothing_to_restore
+from lora_inject.core.model.undo import Merged
 from lora_inject.core.roots.carried import (
-    Root,
     adapted_modules,
     alone,
     check_names,
     check_unmerged,
     reach,
-    roots_of,
+    root_of,
+    whole_adapter,
 )
-from lora_inject.errors import StateError
+from lora_inject.core.spec.names import joined
+from lora_inject.errors import LayerError, StateError, check_type
+from lora_inject.formats.checkpoint_names import as_on_disk
 
-M = TypeVar("M", bound=nn.Module)
 Weights = tuple[tuple[str, float], ...]
-
-
-@dataclass
-class _Before:
-    """What the root remembers while merged; `tensors` is None if no values were kept."""
-
-    setting: Selected
-    trainable: list[nn.Parameter]
-    tensors: list[Undone] | None
-    untied: Mapping[str, str]  # that no config tells of; see `merge_ties.untold`
-    # What models and configs said of quantization and ties: each with attributes of its.
-    said: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
-
-    def say_again(self) -> None:
-        """Restore what models and configs said before the merge."""
-        for owner, attributes in self.said:
-            for name, value in attributes.items():
-                setattr(owner, name, value)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @alone
@@ -87,9 +69,9 @@ def merge(
         model: The injected root.
         name: Fold this adapter, or mix; by default what is active.
         undo: Keep the original values, so that `unmerge` restores them bit for bit. Without them a
-            failure in the middle of writing cannot be undone; its error says so. Ctrl-C waits.
-        min_kept: Raise, before any change, if less than this share of a delta would be left after
-            rounding to a 16-bit weight.
+            failure in the middle of writing cannot be undone; its error says so.
+        min_kept: Raise if less than this share of a delta would be left after rounding to a 16-bit
+            weight. The model is then as it was.
         eject: Eject all adapters afterwards, which leaves a plain model with merged weights.
         dequantize: `bfloat16`, `float16` or `float32`: make every quantized layer of the model a
             plain one of this dtype. Give the dtype that the rest of the model computes in.
@@ -104,215 +86,294 @@ def merge(
             the model is merged already, or an adapter holds NaN or Inf or is not whole in this
             model.
         LayerError: A weight is quantized and neither option is given, or it cannot be dequantized;
-            or it is on the meta device, sharded, of inference mode, or in memory that is shared
-            with other processes or in part; the merged weight would not be finite, `min_kept` is
-            missed, or the model's class would tie again what must be untied. Nothing was changed.
+            or it is on the meta device, sharded, or of inference mode; the merged weight would not
+            be finite, `min_kept` is missed, or the model's class would tie again what must be
+            untied. The model is as it was.
     """
     into = _into(dequantize, requantize=requantize)
+    _check_min_kept(min_kept)
     survey = Survey(model)
     root = root_of(survey)
-    mix = mix_to_fold(survey, name, "merge")
-    targets = merge_targets(survey, mix, into)
+    mix = _mix_to_fold(survey, name, "merge")
+    targets = _targets(survey, mix, into)
+    for target in targets:
+        target.check()
     untied = {target.name: target.sharers[0].name for target in targets if target.sharers}
-    untold: Mapping[str, str] = {}
-    if untied:
-        merge_ties.check_ties(survey, untied)
-        untold = merge_ties.untold(survey, untied)
-        if untold and eject:
-            merge_ties.refuse_untold(untold, "merge with eject=True into")
-    if isinstance(into, torch.dtype):
-        packed_target.check_replaceable(targets)
-    check_results(targets, min_kept, undo)
+    untold = check_ties(survey, untied)
+    if untold and eject:
+        refuse_untold(untold, "merge with eject=True into")
+    if not undo:
+        for target in targets:
+            target.merged()
+        _check_kept(targets, min_kept)
 
-    undone: list[Undone] = []
     trainable = [p for *_, p in trainable_tensors(survey) if p.requires_grad]
-    before = _Before(root.selection.setting, trainable, undone if undo else None, untold)
-    with _writing(survey, root, before, undone, len(targets)):
-        root.before_merge = before
+    merged = Merged(root.selection.setting, trainable, undo, untold)
+    whole_change = all_or_nothing((m for _, m in survey.modules), (root.selection, root))
+    with whole_change, merged.taken_back():
+        root.before_merge = merged
         root.selection.replace(Mix(), merged=dict(mix))
         for parameter in trainable:
             parameter.requires_grad_(False)
-        _write(targets, undone, keep=undo)
-        if isinstance(into, torch.dtype):
-            before.said += packed_target.say_unpacked(survey, targets)
-        report = _report(targets, mix)
+        # First: a layer that becomes a plain one may get its bias in another dtype.
+        for target in sorted(targets, key=lambda target: not target.packed):
+            target.put(target.merged(), merged.done, keep=undo)
+        _check_kept(targets, min_kept)
         if untied:
-            merge_ties.untie_rest(survey, untied, before.said, undone)
+            untie_rest(survey, untied, merged)
+        if isinstance(into, torch.dtype) and any(target.packed for target in targets):
+            _say_unpacked(survey, merged)
         if eject:
             take_off(model)
-    return report
+    reports = {target.name: target.report() for target in targets}
+    return MergeReport(
+        mix,
+        reports,
+        len(targets),
+        notes=tuple(map(_untied_note, filter(lambda t: t.sharers, targets))),
+    )
+
+
+def merged_weights(
+    model: nn.Module,
+    *,
+    name: str | Mapping[str, float] | None = None,
+    dequantize: str | torch.dtype | None = None,
+    kept: dict[str, float] | None = None,
+    names: Literal["model", "checkpoint"] = "model",
+) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over the base's parameters as `merge` would leave them, without merging.
+
+    What is sharded comes whole, gathered one tensor at a time: every process has to iterate to the
+    end.
+
+    Args:
+        model: The injected root.
+        name: Fold this adapter, or mix; by default what is active.
+        dequantize: Yield quantized weights as plain ones of this dtype; see `merge`.
+        kept: A dict that gets, by the name of each merged tensor of 16 bits, the share of its delta
+            that rounding has kept: see `MergeReport`.
+        names: `model`: the names and shapes of the base's state dict. `checkpoint`: those of its
+            checkpoint on disk, as `save_pretrained` writes them and servers load them: each expert
+            by itself, projections fused as there.
+
+    Returns:
+        Pairs of a parameter's name and its value: a new tensor where an adapter takes part, else
+        the base's own, which is not to be written to. A tied tensor comes under each of its names.
+
+    Raises:
+        StateError: Nothing is active, the model is merged, or an adapter is not whole in this
+            model; during iteration: a merge or an optimizer's step came between two tensors.
+        LayerError: A weight cannot be merged into, as with `merge`; names of a checkpoint are asked
+            for, and the model has no `save_pretrained` that tells them, or is quantized; during
+            iteration: an adapter or a merged weight is not finite.
+
+    Examples:
+        >>> from lora_inject.core.model.inject import inject
+        >>> net = inject(nn.Sequential(nn.Linear(4, 6)), {"rank": 2, "targets": ["0"]})
+        >>> [(key, tuple(tensor.shape)) for key, tensor in merged_weights(net)]
+        [('0.weight', (6, 4)), ('0.bias', (6,))]
+    """
+    if names not in ("model", "checkpoint"):
+        problem = f"it is {names!r}"
+        raise StateError("merged_weights, names", problem, "Give 'model' or 'checkpoint'")
+    survey = Survey(model)
+    into = _dtype(dequantize)
+    mix = _mix_to_fold(survey, name, "merged_weights")
+    if any(hasattr(tensor, "full_tensor") for tensor in survey.tensors):
+        for holder in survey.holders:
+            if into is not None or is_quantized(holder.tensor):
+                asked = f"merged_weights, {holder.name!r}"
+                problem = "the model is sharded, and its weights are quantized or to be dequantized"
+                raise LayerError(asked, problem, "Call it on an unsharded copy")
+    targets = _targets(survey, mix, into)
+    for target in targets:
+        target.check(written=False)
+    weights = _folded(survey, targets, kept)
+    if names == "model":
+        return weights
+    shapes = {}
+    for holder in survey.holders:
+        if is_quantized(holder.tensor):
+            asked = f"merged_weights, names='checkpoint', {holder.name!r}"
+            problem = "it is quantized, and has another form on disk"
+            raise LayerError(asked, problem, "Leave names out")
+        shapes[holder.name] = torch.empty_like(holder.tensor, device="meta")
+    return iter(as_on_disk(survey.model, shapes, weights))
+
+
+def _folded(
+    survey: Survey, targets: list[Target], kept: dict[str, float] | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Return each base parameter as a merge would leave it, all of them of this moment.
+
+    After a step or a merge between two tensors, a server would get those of two adapters.
+    """
+    selection = root_of(survey).selection
+    begun = {id(target): target.versions for target in targets}
+
+    def merged(target: Target) -> Tensor:
+        if selection.merged or target.versions != begun[id(target)]:
+            problem = "it or its adapter has changed since the call"
+            remedy = "Take all weights before the next step of an optimizer, merge or swap"
+            raise StateError(f"merged_weights, {target.name!r}", problem, remedy)
+        values = target.merged()
+        if kept is not None and target.tally is not None:
+            kept[target.name] = target.tally.kept
+        return values
+
+    return _each(survey, targets, merged)
+
+
+def _each(
+    survey: Survey, targets: list[Target], merged: Callable[[Target], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each base parameter by its name, under all of them."""
+    by_name = {target.name: target for target in targets}
+    tied = {memory_of(target.weight): target for target in targets if not target.sharers}
+    plain = {id(target.holder.module): target for target in targets if target.becomes_plain}
+    for path, module in survey.modules:
+        unpacked = plain.get(id(module))
+        if unpacked is not None and unpacked.replaces_layer:
+            yield joined(path, "weight"), merged(unpacked)
+            bias = getattr(module, "bias", None)
+            if isinstance(bias, Tensor):
+                yield joined(path, "bias"), in_dtype(bias, unpacked.dtype).detach()
+            continue
+        for key, parameter in survey.own[id(module)].items():
+            full = joined(path, key)
+            target = by_name.get(full) or tied.get(memory_of(parameter))
+            if target is not None:
+                yield full, merged(target)
+            elif unpacked is not None and key == "bias":
+                yield full, in_dtype(parameter, unpacked.dtype).detach()
+            else:
+                yield full, whole(parameter)
+
+
+# What a merge is asked for ----------------------------------------------------------------------
 
 
 def _into(dequantize: str | torch.dtype | None, *, requantize: bool) -> Into:
-    """Return what packed weights become, by the options of a merge; None: they are refused."""
-    if dequantize is None and not requantize:
+    """Return what packed weights become, by the options of a merge."""
+    if dequantize is not None and requantize:
+        raise StateError("merge", "both dequantize and requantize are given", "Choose one of them")
+    return "same" if requantize else _dtype(dequantize)
+
+
+def _dtype(dequantize: str | torch.dtype | None) -> torch.dtype | None:
+    if dequantize is None:
         return None
-    return what_packed_become(dequantize, requantize=requantize)
+    name = str(dequantize).removeprefix("torch.")
+    if name not in DTYPES:
+        remedy = f"Use one of {list(DTYPES)}"
+        raise LayerError(f"dequantize={name!r}", "the dtype is not known", remedy)
+    return DTYPES[name]
 
 
-@contextmanager
-def _writing(
-    survey: Survey, root: Root, before: _Before, undone: list[Undone], n: int
-) -> Iterator[None]:
-    """Run the body, which writes `n` tensors, all or nothing; Ctrl-C waits if nothing is kept."""
-    waiting = _held_back_interrupts() if before.tensors is None else nullcontext()
-    whole = all_or_nothing((module for _, module in survey.modules), (root.selection, root))
-    with waiting, whole, _taken_back(before, undone, n):
-        yield
+def _check_min_kept(min_kept: float | None) -> None:
+    if min_kept is None:
+        return
+    check_type("merge, min_kept", min_kept, Real, "Give a number from 0 to 1")
+    if not 0 <= min_kept <= 1:
+        asked = f"merge with min_kept={min_kept}"
+        raise LayerError(asked, "it is a share of a delta", "Give a number from 0 to 1")
 
 
-@contextmanager
-def _taken_back(before: _Before, undone: list[Undone], n: int) -> Iterator[None]:
-    """If the body raises, restore configs and weights, as far as these were kept.
-
-    A context of its own: an interrupt between the body and the end of the others meets it, too.
-    """
-    try:
-        yield
-    except BaseException as error:
-        before.say_again()
-        _restore(undone)
-        if any(tensor.lost for tensor in undone):
-            raise left_written(len(undone), n) from error
-        raise
-
-
-def _restore(undone: Iterable[Undone]) -> None:
-    """Put everything back, the last first: a tie is restored to a tensor that already was."""
-    for tensor in reversed(list(undone)):
-        tensor.restore()
+def _check_kept(targets: list[Target], min_kept: float | None) -> None:
+    """Refuse a merge of which rounding would leave less than was asked for."""
+    if min_kept is None:
+        return
+    kept = {target.name: target.tally.kept for target in targets if target.tally is not None}
+    missed = [name for name, share in kept.items() if not share >= min_kept]
+    if missed:
+        worst = min(missed, key=lambda name: kept[name])
+        problem = (
+            f"rounding would leave {kept[worst]:.3f} of the delta of {worst!r}, and less than "
+        )
+        problem += f"asked at {len(missed)} of {len(targets)} tensors"
+        remedy = "Stay unmerged, or merge in float32"
+        raise LayerError(f"merge with min_kept={min_kept}", problem, remedy)
 
 
-def root_of(survey: Survey) -> Root:
-    """Return the record of the model, or that of the only root inside."""
-    inner = roots_of(survey)
-    root = inner.get("") or (next(iter(inner.values())) if len(inner) == 1 else None)
-    if root is None:
-        raise no_root(inner)
-    return root
-
-
-def mix_to_fold(survey: Survey, name: str | Mapping[str, float] | None, verb: str) -> Weights:
+def _mix_to_fold(survey: Survey, name: str | Mapping[str, float] | None, verb: str) -> Weights:
     """Return what is to be folded, by default what is active, checked."""
     selection = root_of(survey).selection
     check_unmerged(verb, selection)
     selection.check_settled(verb, others=True)
-    mix = tuple(selection.setting.names.items())
-    if name is not None:
-        weights = weights_of(name, f"{verb}, name")
-        check_names(reach(survey.model, survey).names, weights, verb)
-        mix = tuple(weights.items())
+    mix = dict(selection.setting.names) if name is None else weights_of(name, f"{verb}, name")
+    check_names(reach(survey.model, survey).names, mix, verb)
     if not mix:
         remedy = f"Call activate(model, name), or {verb}(model, name=name)"
         raise StateError(verb, "no adapter is active", remedy)
     for _, _, attached in adapted_modules(survey):
-        for folded, _ in mix:
+        for folded in mix:
             attached.check_started(attached.entries(folded), verb)
-    return mix
+    return tuple(mix.items())
 
 
-def _write(targets: list[Target], undone: list[Undone], *, keep: bool) -> None:
-    """Write every merged weight, and note in `undone`, before each, what would take it back.
-
-    With `keep` the values before are kept.
-    """
-    untied: set[Holder] = set()
-    # First: a layer that becomes a plain one may get its bias in another dtype.
-    for target in sorted(targets, key=lambda target: not target.is_packed):
-        replaced = target.replace()
-        undone.append(replaced or _before_writing(target, untied, keep=keep))
-        if replaced is None:
-            _write_rows(target, undone[-1])
-        if keep:
-            undone[-1].note_written()
-
-
-def _before_writing(target: Target, untied: set[Holder], *, keep: bool) -> Undone:
-    """Untie a tensor that another holds as well; return what restores it once it is written."""
-    holder, before = target.holder, target.weight
-    if left := [other for other in target.sharers if other not in untied]:
-        untied.add(holder)
-        return part(holder, left[-1])
-    # Nobody shares it, or nobody any more.
-    matrix = before.detach().view(target.matrix_shape)
-    return Undone(holder, before, before, matrix.clone() if keep else None)
+def _targets(survey: Survey, mix: Weights, into: Into) -> list[Target]:
+    """Return the tensors to write; with a dtype `into`, packed ones without an adapter as well."""
+    for library in loaded_libraries():
+        library.before_read(survey)
+    targets: dict[tuple[int, str], Target] = {}
+    for adapter, weight in mix:
+        for path, module, entry in whole_adapter(survey, adapter, "merge"):
+            place = id(module), entry.param
+            if place not in targets:
+                holder = Holder(joined(path, entry.param), module, entry.param)
+                targets[place] = Target(holder, into)
+            targets[place].entries.append((entry, weight))
+    for target in targets.values():
+        check_mixed(target.entries)
+    if isinstance(into, torch.dtype):
+        for holder in _packed_in(survey):
+            targets.setdefault((id(holder.module), holder.param), Target(holder, into))
+    together: dict[Hashable, list[Target]] = {}
+    for target in targets.values():
+        target.sharers = [one for one in survey.sharing(target.weight) if one != target.holder]
+        together.setdefault(memory_of(target.weight), []).append(target)
+    return [target for tied in together.values() for target in _once_if_alike(tied)]
 
 
-def _write_rows(target: Target, undone: Undone) -> None:
-    """Write all merged rows in their place."""
-    if target.narrow or target.copies or target.gain is not None:
-        write_rounded(target, undone.before if undone.original is None else undone.original)
-    else:
-        for start, rows in target.blocks():
-            target.delta.add_(rows, start)
+def _once_if_alike(tied: list[Target]) -> list[Target]:
+    """Return one target for a tied tensor all of whose holders get the same trained copy."""
+    contents = {
+        tuple(
+            (id(entry.held(target.holder.module)) if entry.spec is None else id(entry), weight)
+            for entry, weight in target.entries
+        )
+        for target in tied
+    }
+    first = tied[0]
+    if len(contents) > 1 or len(tied) != len(first.sharers) + 1:
+        return tied
+    first.alike, first.sharers = first.sharers, []
+    return [first]
 
 
-def _report(targets: list[Target], mix: Weights) -> MergeReport:
-    tensors, notes = {}, []
-    for target in targets:
-        dtype = str(target.weight.dtype).removeprefix("torch.")
-        row = TensorReport(target.name, target.action, dtype, tuple(target.weight.shape))
-        if target.narrow:
-            row = with_tally(row, target.tally)
-        tensors[target.name] = row
-        if target.sharers:
-            others = ", ".join(repr(holder.name) for holder in target.sharers)
-            notes.append(f"untied: {target.name!r} no longer is the tensor of {others}")
-    return MergeReport(mix, tensors, len(targets), notes=tuple(notes))
+def _packed_in(survey: Survey) -> Iterator[Holder]:
+    """Yield the packed weights of libraries in a model."""
+    for path, module in survey.modules:
+        name = packed_weight(type(module))
+        if name is not None and name in module._buffers:
+            yield Holder(joined(path, name), module, name)
+    for holder in survey.holders:
+        weight = holder.tensor
+        if is_quantized(weight):
+            known = weight_kind(holder.module, weight) is not UNKNOWN
+            if known or type(weight) is not nn.Parameter:
+                yield holder
 
 
-@alone
-def unmerge(model: M, *, discard: bool = False) -> M:
-    """Restore the weights that `merge` folded an adapter into, bit for bit.
-
-    Ctrl-C waits until all are restored. The values that `merge` kept are dropped last, so a call
-    that fails can be repeated.
-
-    Args:
-        model: The injected root.
-        discard: Drop what was changed in merged weights since (`layer.weight.data += 1`), which is
-            an error otherwise. It is not noticed in a weight that was cast to another dtype since
-            or requantized, nor in an embedding with `max_norm`, which scales its rows as it runs.
-
-    Returns:
-        The same object, with the selection and the `requires_grad` flags from before the merge.
-
-    Raises:
-        StateError: Nothing is merged, it was merged with `undo=False`, or a weight or its layer was
-            replaced or changed since. Nothing was changed.
-    """
-    survey = Survey(model)
-    root = root_of(survey)
-    selection, before = root.selection, root.before_merge
-    if before is None or before.tensors is None:
-        raise nothing_to_restore(merged=before is not None)
-    selection.check_settled("unmerge", others=True)
-    for tensor in before.tensors:
-        if not tensor.stands(survey):
-            check_undone(tensor, survey, discard)
-    with _held_back_interrupts():
-        _restore(before.tensors)
-        with all_or_nothing((module for _, module in survey.modules), (selection, root)):
-            selection.replace(before.setting)
-            before.say_again()
-            for parameter in before.trainable:
-                parameter.requires_grad_(True)
-            root.before_merge = None
-    return model
+def _say_unpacked(survey: Survey, merged: Merged) -> None:
+    """Remove from models and configs what is not true of unpacked weights."""
+    for owner, attributes in claims(module for _, module in survey.modules):
+        merged.said.append((owner, attributes))
+        for name in attributes:
+            delattr(owner, name)
 
 
-@contextmanager
-def _held_back_interrupts() -> Iterator[None]:
-    """Let Ctrl-C wait until the last weight is written."""
-    others = signal.getsignal(signal.SIGINT) is None  # whose handler Python cannot put back
-    if others or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        signal.raise_signal(signal.SIGINT)
+def _untied_note(target: Target) -> str:
+    others = ", ".join(repr(holder.name) for holder in target.sharers)
+    return f"untied: {target.name!r} no longer is the tensor of {others}"

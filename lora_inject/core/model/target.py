@@ -1,132 +1,276 @@
-"""One tensor that a merge writes, and what it becomes."""
+"""One tensor that a merge writes: why it may not, what it becomes, and how that takes its place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import ClassVar
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.functional.factors import Patch
+from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.functional.fold import Delta, rows_at_once
-from lora_inject.core.functional.gain import Gain
-from lora_inject.core.functional.rounded_fold import GainedDelta, Tally
-from lora_inject.core.layers.packed_weights import loaded_kinds
-from lora_inject.core.layers.plain_tensors import sharded_by
-from lora_inject.core.layers.survey import Holder
-from lora_inject.core.model.undo import Undone
+from lora_inject.core.functional.merge_report import TensorReport
+from lora_inject.core.functional.rounded_fold import (
+    GainedDelta,
+    Tally,
+    fold_rows,
+    mix_copies,
+    with_tally,
+)
+from lora_inject.core.layers.attached import Entry
+from lora_inject.core.layers.gains import gain_of
+from lora_inject.core.layers.packed_values import dense, weight_kind
+from lora_inject.core.layers.packed_weights import reason_against
+from lora_inject.core.layers.plain_tensors import is_quantized, sharded_by
+from lora_inject.core.layers.survey import Holder, memory_of
+from lora_inject.core.layers.weight_kinds import UNKNOWN, Verb
+from lora_inject.core.model.undo import Put, version_of
+from lora_inject.errors import LayerError, StateError
+
+Into = torch.dtype | Literal["same"] | None
+"""What packed weights become: plain floats, their own format, or None: they are refused."""
+
+
+class Copy(NamedTuple):
+    """A trained copy that stands for W, or for some of its rows."""
+
+    values: Tensor
+    weight: float
+    rows: tuple[int, ...] | None  # None for all
 
 
 @dataclass
 class Target:
-    """One tensor to write, which is plain; see `PackedTarget` for others."""
+    """One tensor of the base, and what of the adapters is added to it or put in its place."""
 
-    is_packed: ClassVar[bool] = False
-
-    holder: Holder  # where it stands
-    terms: list[Patch] = field(default_factory=list)  # low-rank updates to fold in
-    gain: Gain | None = None  # what multiplies the outputs of their sum with W
-    # Trained copies, each with its weight and the rows that it is of, None for all.
-    copies: list[tuple[Tensor, float, tuple[int, ...] | None]] = field(default_factory=list)
-    # Who else holds the same memory, and must not see the merge.
-    sharers: list[Holder] = field(default_factory=list)
+    holder: Holder
+    into: Into
+    entries: list[tuple[Entry, float]] = field(default_factory=list)
+    sharers: list[Holder] = field(default_factory=list)  # who else holds it, and must not see it
+    alike: list[Holder] = field(default_factory=list)  # who else holds it, and gets the same
     tally: Tally | None = None  # what rounding left, where it was counted
+
+    def __post_init__(self) -> None:
+        self.packed = is_quantized(self.weight)
+        self.kind = weight_kind(self.holder.module, self.weight) if self.packed else UNKNOWN
+        self.becomes_plain = self.packed and isinstance(self.into, torch.dtype)
+        self.replaces_layer = self.becomes_plain and self.kind.replaces_layer(
+            self.holder.module, self.weight
+        )
 
     @property
     def name(self) -> str:
-        """Name of the tensor."""
+        """Name of the tensor, before."""
         return self.holder.name
 
     @property
-    def changes(self) -> bool:
-        """Whether an adapter takes part: a quantized weight may be unpacked without one."""
-        return bool(self.terms or self.copies)
-
-    @property
     def weight(self) -> nn.Parameter:
-        """The tensor."""
+        """What stands there."""
         return self.holder.tensor
-
-    @property
-    def due_shape(self) -> tuple[int, ...]:
-        """The shape that the adapters say it has."""
-        if self.terms:
-            return self.terms[0].spec.weight_shape
-        copy, _, rows = self.copies[0]
-        return tuple(self.weight.shape if rows is not None else copy.shape)
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """Its shape as one matrix."""
-        if self.terms:
-            return self.terms[0].spec.matrix_shape
-        return (self.weight.shape[0] if self.weight.dim() else 1, -1)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the merged values."""
-        return self.weight.dtype
+        if not self.packed:
+            return self.weight.dtype
+        return self.into if isinstance(self.into, torch.dtype) else torch.float32
 
     @property
-    def narrow(self) -> bool:
-        """Whether the result has 16 bits or less, which may lose a part of a delta."""
-        return self.dtype.itemsize <= 2
+    def versions(self) -> list[int]:
+        """What changes with the values of W and of its adapters."""
+        tensors = [t for e, _ in self.entries for t in e.tensors(self.holder.module).values()]
+        return [version_of(tensor) for tensor in (self.weight, *tensors)]
 
-    @property
-    def action(self) -> str:
-        """What a report calls what is done."""
-        if self.sharers:
-            return "untied"
-        return "folded" if self.terms else "replaced"
+    # ------------------------------------------------------------------------------- refusals
 
-    def replace(self) -> Undone | None:
-        """Put what a packed weight becomes in its place, and return what takes it back."""
-        return None
+    def check(self, *, written: bool = True) -> None:
+        """Raise if nothing can be added to it; what is not written may be a DTensor."""
+        weight, gathered = self.weight, not written and hasattr(self.weight, "full_tensor")
+        if weight.is_meta:
+            raise self._refused("the weight is on the meta device", "Load the base weights first")
+        if not gathered and (how := sharded_by(weight)):
+            raise self._refused(f"the weight is sharded by {how}", "Merge into an unsharded copy")
+        if self.packed:
+            self._check_packed(written=written)
+        else:
+            self._check_plain(written=written)
+        if not gathered:
+            self._held()
 
-    @property
-    def is_writable(self) -> bool:
-        """Whether a delta can be added where the weight stands; `merge_reasons` says why not."""
+    def _refused(self, problem: str, remedy: str) -> LayerError:
+        return LayerError(f"merge into {self.name!r}", problem, remedy)
+
+    def _check_plain(self, *, written: bool) -> None:
         weight = self.weight
-        if self.is_packed or loaded_kinds() or weight.is_meta or sharded_by(weight):
-            return False
-        whole = tuple(weight.shape) == self.due_shape and weight.is_contiguous()
-        shared = weight.is_cpu and weight.is_shared()  # type: ignore[no-untyped-call]
-        return whole and not weight.is_inference() and not shared
+        if (reason := reason_against("merge", self.holder.module, weight)) is not None:
+            raise self._refused(*reason)
+        if written and weight.is_inference() and not torch.is_inference_mode_enabled():
+            problem = "the weight was made in inference mode, outside of which nobody may write it"
+            remedy = "Call merge within torch.inference_mode(), or load the base outside of it"
+            raise self._refused(problem, remedy)
+        for due in (entry.spec.weight_shape for entry, _ in self.entries if entry.spec is not None):
+            if tuple(weight.shape) != due:
+                problem = (
+                    f"the weight has shape {tuple(weight.shape)}, and the adapter is for {due}"
+                )
+                remedy = "Merge into an unsharded copy (within summon_full_params(model), where "
+                remedy += "there is one)"
+                raise self._refused(f"{problem}: it is sharded or was replaced", remedy)
 
-    @cached_property
-    def delta(self) -> Delta:
-        """The terms, prepared for all blocks."""
-        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        if self.gain is None:
-            return Delta(self.terms, wide)
-        gained = GainedDelta(self.terms, wide, self.gain)
-        gained.norms_of(self.blocks())
-        return gained
+    def _check_packed(self, *, written: bool) -> None:
+        module, weight = self.holder.module, self.weight
+        problem = f"the weight is quantized ({type(weight).__name__}, {weight.dtype})"
+        verb: Verb = "requantize" if self.into == "same" else "dequantize"
+        if (reason := self.kind.why_not(verb, module, weight)) is not None:
+            raise self._refused(f"{problem}: {reason.found}", reason.remedy)
+        if self.into is None:
+            remedy = 'Write plain floats, merge(model, dequantize="bfloat16")'
+            if self.kind.why_not("requantize", module, weight) is None:
+                remedy += ", or its own format, merge(model, requantize=True)"
+            raise self._refused(problem, remedy)
+        if any(entry.spec is None for entry, _ in self.entries):
+            raise self._refused("a trained copy stands for a quantized weight", "Leave it out")
+        fixed = self.kind.why_not("replace", module, weight)
+        if written and self.becomes_plain and fixed is not None:
+            raise self._refused(*fixed)
 
-    def may_overflow(self) -> bool:
-        """Whether the largest possible value of a delta is near the largest of the dtype."""
-        if self.gain is not None:
-            return True
-        norm = torch.linalg.vector_norm
-        bound = sum(
-            abs(t.spec.scale * t.weight) * float(norm(t.A)) * float(norm(t.B)) for t in self.terms
-        )
-        return not bound <= 1e-6 * torch.finfo(self.dtype).max
+    def _held(self) -> dict[str, Tensor]:
+        """Return the adapters' tensors by their names in the module, whole and finite."""
+        held = {}
+        for entry, _ in self.entries:
+            for role, tensor in entry.tensors(self.holder.module).items():
+                if not hasattr(tensor, "full_tensor") and (how := sharded_by(tensor)):
+                    problem = f"{role} of site {self.name!r} is sharded by {how}"
+                    remedy = "Merge into an unsharded copy"
+                    raise LayerError(f"merge {entry.adapter!r}", problem, remedy)
+                held[entry.names[role]] = values = whole(tensor)
+                if not all_finite(values):
+                    n = int((~torch.isfinite(values)).sum())
+                    problem = f"{role} of site {self.name!r} is NaN or Inf in {n} places"
+                    remedy = "The adapter is broken; merge another checkpoint of it"
+                    raise StateError(f"merge {entry.adapter!r}", problem, remedy)
+        return held
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield `(first row, rows)` of the weight matrix, views in the storage of a plain one."""
-        return self.split(self.values())
+    # --------------------------------------------------------------------------------- values
 
-    def split(self, values: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield `(first row, rows)` of values in the shape of the weight."""
-        matrix = values.view(self.matrix_shape)
-        step = rows_at_once(matrix)
-        for start in range(0, len(matrix), step):
-            yield start, matrix[start : start + step]
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """Return the merged values, finite, in memory of their own; `tally` is counted anew.
 
-    def values(self) -> Tensor:
-        """Return W; of a packed one what it stands for."""
-        return self.weight.detach()
+        What is packed again is the packed Parameter.
+        """
+        values = dense(self.holder.module, self.weight) if self.packed else whole(self.weight)
+        merged = torch.empty_like(values, dtype=self.dtype, memory_format=torch.contiguous_format)
+        self.tally = Tally() if self.entries and self.dtype.itemsize <= 2 else None
+        self._fold(values, merged, self.tally)
+        if not all_finite(merged):
+            if not all_finite(values):
+                raise self._refused("the base holds NaN or Inf", "Check the base")
+            problem = f"the merged weight overflows {self.dtype}"
+            raise self._refused(problem, "Merge in a wider dtype")
+        if not (self.packed and self.into == "same"):
+            return merged
+        again = self.kind.packed(self.holder.module, self.weight, merged)
+        self.tally = Tally()
+        self.tally.count(values, merged - values, merged - dense(self.holder.module, again))
+        return again
+
+    def _fold(self, values: Tensor, merged: Tensor, tally: Tally | None) -> None:
+        """Write W with all that the adapters do to it, block by block."""
+        held = self._held()
+        sites = [(entry, w) for entry, w in self.entries if entry.spec is not None]
+        spec = sites[0][0].spec if sites else None
+        shape = spec.matrix_shape if spec else (values.shape[0] if values.dim() else 1, -1)
+        base, out = values.reshape(shape), merged.view(shape)
+        delta, copies = self._delta(sites, held, base), self._copies(held, values)
+        step = rows_at_once(base)
+        for start in range(0, len(base), step):
+            rows, written = base[start : start + step], out[start : start + step]
+            if not copies:
+                fold_rows(rows, start, delta, tally, written)
+                continue
+            wide = rows.to(delta.dtype)
+            mixed = [(_rows_of(copy, wide, start, base.shape), copy.weight) for copy in copies]
+            wanted = delta.add_(mix_copies(rows, mixed, delta.dtype), start)
+            written.copy_(wanted)
+            if tally is not None:
+                tally.count(wide, wanted - wide, wanted - written.to(wide.dtype))
+
+    def _delta(
+        self, sites: list[tuple[Entry, float]], held: dict[str, Tensor], base: Tensor
+    ) -> Delta:
+        terms = [patch for entry, weight in sites for patch in entry.patches(held, weight)]
+        wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+        gain = next(filter(None, (gain_of(entry, held) for entry, _ in sites)), None)
+        if gain is None:
+            return Delta(terms, wide)
+        delta = GainedDelta(terms, wide, gain)
+        delta.norms_of([(0, base)])
+        return delta
+
+    def _copies(self, held: dict[str, Tensor], values: Tensor) -> list[Copy]:
+        copies = []
+        for entry, weight in self.entries:
+            if entry.spec is None:
+                copy = held[entry.mark]
+                if entry.scale is not None:
+                    copy = values.to(copy.dtype) + entry.scale * copy
+                copies.append(Copy(copy, weight, entry.rows))
+        return copies
+
+    # --------------------------------------------------------------------------- in its place
+
+    def put(self, values: Tensor, done: list[Put], *, keep: bool) -> None:
+        """Put merged values in the place of the weight; what takes that back is noted first."""
+        module, param, before = self.holder.module, self.holder.param, self.weight
+        if self.packed:
+            parameter = values if isinstance(values, nn.Parameter) else _frozen(values)
+            layer = self.kind.write(module, param, parameter)
+            if self.replaces_layer:
+                name = self.name.removesuffix(param) + "weight"
+                self.holder = Holder(name, module, "weight")
+            done.append(Put(self.holder, self.weight, before, layer=layer))
+        elif left := [one for one in self.sharers if memory_of(one.tensor) == memory_of(before)]:
+            own = _frozen(values)
+            done.append(Put(self.holder, own, before, partner=left[-1]))
+            module._parameters[param] = own
+        else:
+            for holder in (self.holder, *self.alike):
+                parameter = holder.tensor
+                done.append(Put(holder, parameter, parameter, parameter.data if keep else None))
+                parameter.data = values
+
+    def report(self) -> TensorReport:
+        """Return what became of it."""
+        action = "folded" if any(e.spec is not None for e, _ in self.entries) else "replaced"
+        action = "untied" if self.sharers else action if self.entries else "dequantized"
+        dtype = str(self.weight.dtype).removeprefix("torch.")
+        report = TensorReport(self.name, action, dtype, tuple(self.weight.shape))
+        return with_tally(report, self.tally)
+
+
+@torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor; a collective operation where each process holds a part of it."""
+    values = tensor.detach()
+    gather = getattr(values, "full_tensor", None)
+    if gather is None:
+        return values
+    gathered: Tensor = gather()
+    return gathered
+
+
+def _frozen(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
+
+
+def _rows_of(copy: Copy, wide: Tensor, start: int, shape: torch.Size) -> Tensor:
+    """Return some rows of a trained copy; a copy of other rows has those of W there."""
+    if copy.rows is None:
+        return copy.values.reshape(shape)[start : start + len(wide)]
+    mine = wide.clone()
+    for at, row in enumerate(copy.rows):
+        if start <= row < start + len(wide):
+            mine[row - start] = copy.values[at]
+    return mine

@@ -98,6 +98,19 @@ def roots_of(survey: Survey) -> dict[str, Root]:
     return {path: module.__dict__[ROOT] for path, module in roots.items()}
 
 
+def root_of(survey: Survey) -> Root:
+    """Return the record of the model, or that of the only root inside."""
+    inner = roots_of(survey)
+    root = inner.get("") or (next(iter(inner.values())) if len(inner) == 1 else None)
+    if root is None:
+        problem = "this module has no adapters"
+        if inner:
+            problem = f"parts of this module were injected, each alone: {sorted(inner)}"
+        remedy = "Call it on the model that was given to inject"
+        raise StateError("merge or unmerge", problem, remedy)
+    return root
+
+
 def names_at(survey: Survey) -> set[str]:
     """Return the adapters that the roots inside a model have."""
     return {name for record in roots_of(survey).values() for name in record.configs}
