@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-_RECOMPUTED = "refused: a backward that recomputes a forward, after a change of adapters,"
 _PLAIN = "another way: plain torch operations everywhere"
 _NO_AUTOCAST = (
     "another way: autocast sees no operation of a weight that is read, and of nothing else"
@@ -21,16 +20,12 @@ NAMES: Mapping[str, str] = MappingProxyType(
         "torch._C.DispatchKey": _NO_AUTOCAST,
         "torch._C.DispatchKeySet": _NO_AUTOCAST,
         "torch._C._are_functorch_transforms_active": _PLAIN,
-        "torch._C._autograd._pop_saved_tensors_default_hooks": _RECOMPUTED,
-        "torch._C._autograd._push_saved_tensors_default_hooks": _RECOMPUTED,
         # since torch 2.8
         "torch._C._autograd._top_saved_tensors_default_hooks": (
-            "another way: who enters saved_tensors_hooks is noted"
+            "torch raises where a layer reads its weight in a part that its own forward checkpoints"
         ),
-        "torch._C._current_autograd_node": _RECOMPUTED,
-        "torch._C._current_graph_task_id": "another way: _current_autograd_node",
+        "torch._C._current_graph_task_id": "a change of adapters within a backward is not refused",
         "torch._C._get_tracing_state": _PLAIN,
-        "torch._C._is_fwd_grad_enabled": "another way: the stack is searched in each forward",
         "torch._C._len_torch_dispatch_stack": "another way: nothing is added in place",
         "torch._C._will_engine_execute_node": "refused: training several trials at once",
         "torch._dynamo.comptime.comptime": (
@@ -51,7 +46,6 @@ NAMES: Mapping[str, str] = MappingProxyType(
         "torch._subclasses.functional_tensor.FunctionalTensor": (
             "refused: weights in a trace of make_fx that functionalizes, which count as packed"
         ),
-        "torch.autograd._get_sequence_nr": _RECOMPUTED,
         "torch.autograd.forward_ad._current_level": _PLAIN,
         "torch.distributed._composable_state._module_state_mapping": (
             "refused: reading a weight that is a DTensor, which may be a shard of FSDP2"
@@ -67,7 +61,6 @@ NAMES: Mapping[str, str] = MappingProxyType(
         "torch.mps._get_default_mps_generator": "refused: seeded random numbers of an MPS device",
         "torch.ops.aten._to_copy": "another way: packed experts are unpacked to be moved",
         "torch.ops.aten._unsafe_view": "another way: a copy",
-        "torch.utils.checkpoint._CheckpointFrame": f"{_RECOMPUTED} and adapters in a graph",
         "torch.utils._python_dispatch._disable_current_modes": (
             "refused: switching adapters in a compiled graph"
         ),

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from lora_inject.compiled.choices import chosen_factors, chosen_rows, number_of
 from lora_inject.compiled.lost_writes import watch
-from lora_inject.compiled.torch_checkpoints import watch_checkpoints
 from lora_inject.core.functional.factors import compute_dtype
 from lora_inject.core.functional.on_output import add_updates
 from lora_inject.core.layers.attached import Entry, attached_to, factors_of, held_by
@@ -160,8 +159,7 @@ def eligible(
 
 
 def follow_all() -> None:
-    """Let every selection, and every checkpoint, be followed into graphs from now on."""
-    watch_checkpoints()
+    """Let every selection be followed into graphs from now on."""
     for selection in alive(SELECTIONS):
         if selection.into_graphs is None:
             selection.into_graphs = into_graph

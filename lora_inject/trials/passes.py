@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_inject.core.adapter.generators import generators_of
-from lora_inject.core.functional.torch_stack import in_backward
+from lora_inject.core.functional.torch_inside import in_backward
 from lora_inject.core.layers.attached import held_by
 from lora_inject.errors import LayerError, StateError
 from lora_inject.rows.bank import dropped

@@ -1,4 +1,4 @@
-"""What each forward asks of the inner side of torch: who watches it, and may a backward run it.
+"""What is asked of the inner side of torch: who watches a forward, and does a backward run.
 
 The rest of what only torch's inner side or Python's stack can say is asked in `torch_stack`. Each
 function of both has a test that asserts its positive finding, so that a new torch fails loudly.
@@ -93,36 +93,16 @@ def forget_graphs() -> None:
 
 
 _graph_task = look_up("torch._C._current_graph_task_id")
-_number = look_up("torch.autograd._get_sequence_nr")
-top_hooks = look_up("torch._C._autograd._top_saved_tensors_default_hooks")
-_forward_ad_is_on = look_up("torch._C._is_fwd_grad_enabled")
-
-if top_hooks is None:
-    from lora_inject.core.functional.noted_hooks import innermost_noted as top_hooks
-    from lora_inject.core.functional.noted_hooks import note_saving_hooks
-
-    note_saving_hooks()
+_top_hooks = look_up("torch._C._autograd._top_saved_tensors_default_hooks")  # from torch 2.8 on
 
 
-def may_recompute() -> bool:
-    """Whether the caller may run in a backward pass or in a checkpoint; False in most forwards.
-
-    It is asked in each forward of each layer, and costs a quarter of a microsecond. True where this
-    torch does not tell.
-    """
-    if is_compiling():  # dynamo may compile this function alone
-        return False
-    if top_hooks(False) or _forward_ad_is_on is None or _graph_task is None:
-        return True
-    # The last is off in the forward of an autograd Function, which a reentrant checkpoint is.
-    if _graph_task() != -1:
-        return True
-    return not _forward_ad_is_on() and not torch.is_inference_mode_enabled()
+def in_backward() -> bool:
+    """Whether autograd runs a backward pass in the calling thread."""
+    return _graph_task is not None and _graph_task() != -1
 
 
-def next_node() -> int:
-    """Return the number that autograd gives to the next node of this thread.
-
-    If this torch does not tell, it counts as the last of all.
-    """
-    return sys.maxsize if _number is None else int(_number())
+def saving_hooks() -> Any:
+    """Return the innermost hooks on tensors that autograd saves, `(pack, unpack)`, or None."""
+    if _top_hooks is None or torch.compiler.is_dynamo_compiling():  # it may compile this alone
+        return None
+    return _top_hooks(False)

@@ -22,7 +22,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lora_inject.core.functional.torch_stack import entering_code, runs_in_checkpoint
+from lora_inject.core.functional.torch_stack import entering_code
 from lora_inject.core.layers.selected import ENTERED
 from lora_inject.errors import StateError
 
@@ -34,16 +34,12 @@ class Context:
 
     Args:
         selected: Who takes part inside, of each selection.
-        recomputes: Whether it is a recomputation.
         waits: Whether a coroutine holds it, which others may interrupt.
     """
 
-    def __init__(
-        self, selected: Mapping[Any, Any], *, recomputes: bool = False, waits: bool = False
-    ) -> None:
+    def __init__(self, selected: Mapping[Any, Any], *, waits: bool = False) -> None:
         self.selected = selected
         self.shadowed: dict[Any, Any] = {}  # of this thread's compiled forwards
-        self.recomputes = recomputes
         self.waits = waits
         self.left = False
         self._thread = threading.get_ident()
@@ -102,9 +98,6 @@ class Context:
 
     def _begin(self, selection: Any) -> None:
         """Let a selection know that this context begins."""
-        if runs_in_checkpoint():
-            selection.current()  # a checkpoint that is running began outside of the context
-        selection.note_change()
         selected = self.selected[selection]
         selection.follow(selected)
         selection.contexts.add(self)
@@ -115,7 +108,6 @@ class Context:
 
     def _end(self, selection: Any) -> None:
         """Let a selection know that this context ends."""
-        selection.note_change()
         if selection in self.shadowed and self._thread == threading.get_ident():
             selection.in_thread.selected = self.shadowed.pop(selection)
         selection.contexts.discard(self)
@@ -123,11 +115,9 @@ class Context:
 
 
 @contextlib.contextmanager
-def in_context(
-    selected: Mapping[Any, Any], *, recomputes: bool = False, waits: bool = False
-) -> Iterator[None]:
+def in_context(selected: Mapping[Any, Any], *, waits: bool = False) -> Iterator[None]:
     """Run the body in a new context."""
-    context = Context(selected, recomputes=recomputes, waits=waits)
+    context = Context(selected, waits=waits)
     try:
         try:
             context.enter()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Patch, needs_plain_operations
 from lora_inject.core.functional.lazy import lazy_weight
-from lora_inject.core.functional.torch_inside import is_watched
-from lora_inject.core.functional.torch_stack import in_forward, in_symbolic_trace, saving_hooks
+from lora_inject.core.functional.torch_inside import is_watched, saving_hooks
+from lora_inject.core.functional.torch_stack import in_forward, in_symbolic_trace
 from lora_inject.core.functional.weight import effective_weight, reads_as_sum
 from lora_inject.core.layers.attached import Attached, Entry, attached_to, held_by
 from lora_inject.core.layers.gains import check_mixed, gain_of

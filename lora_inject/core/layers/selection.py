@@ -17,10 +17,9 @@ import torch
 from torch.compiler import is_compiling
 
 from lora_inject.core.functional.patches import hold
-from lora_inject.core.functional.torch_inside import constant_in_graphs, may_recompute, next_node
-from lora_inject.core.layers.checkpointing import remember
+from lora_inject.core.functional.torch_inside import constant_in_graphs, in_backward
 from lora_inject.core.layers.selected import ENTERED, Mix, Selected
-from lora_inject.core.layers.unsettled import called_in_context, check_no_backward
+from lora_inject.errors import StateError
 
 SELECTIONS: WeakSet[Selection] = WeakSet()
 """Every selection of the process."""
@@ -48,7 +47,6 @@ class Selection:
         contexts: The contexts of this selection that are open anywhere.
         waits: Whether a coroutine holds one of them.
         in_thread: The same for compiled forwards, as dynamo reads no context variable.
-        changed: Autograd's number of the first node that may be made after the last change.
         into_graphs: Gives a `Selected` the form that compiled graphs read; None before the first.
         loading: What is known of the last `load_state_dict`; see `layers.state_dict`.
         n_made: How many there have been: a copied layer has one of its own.
@@ -65,7 +63,6 @@ class Selection:
         self.waits = False
         self.into_graphs: Callable[[Selected, Iterable[torch.device]], None] | None = None
         self.in_thread = threading.local()  # no subclass with a default: dynamo would keep that
-        self.changed = 0
         self.loading: Any = None
         SELECTIONS.add(self)
         hold(self)
@@ -77,14 +74,19 @@ class Selection:
         """Return who takes part in the running forward."""
         if is_compiling():  # dynamo may compile this function alone
             return self._in_graph()
-        selected = self.setting
         for context in reversed(ENTERED.get()):
             if self in context.selected:
-                selected = context.in_force(self)
-                break
-        if may_recompute():
-            remember(self, selected)
-        return selected
+                selected: Selected = context.in_force(self)
+                return selected
+        return self.setting
+
+    def here(self) -> Selected:
+        """Return who takes part where the caller is, for a checkpoint that begins there."""
+        for context in reversed(ENTERED.get()):
+            if self in context.selected:
+                selected: Selected = context.selected[self]
+                return selected
+        return self.setting
 
     def _in_graph(self) -> Selected:
         if self.waits:
@@ -105,24 +107,26 @@ class Selection:
     def replace(self, setting: Selected, *, merged: Mapping[str, float] | None = None) -> None:
         """Change the setting of the model, and what its weights hold."""
         self.check_settled("a change of adapters")
-        self.note_change()
         self.follow(setting)
         self.merged = {} if merged is None else merged
         self.setting = setting
 
     def check_settled(self, asked: str, *, others: bool = False) -> None:
         """Check that a lasting change can be made now; `others` also in other threads and tasks."""
+        if in_backward():
+            problem = "it was called in a backward pass, which may run a forward again"
+            remedy = "Call it outside, or use disabled() or routed() inside"
+            raise StateError(asked, problem, remedy)
         inside = any(self in context.selected for context in ENTERED.get() if not context.left)
         if inside or (others and self.contexts):
-            raise called_in_context(asked, inside=inside)
-        if may_recompute():
-            check_no_backward(asked)
+            whose = "inside" if inside else "while another thread or task is inside"
+            problem = f"it was called {whose} disabled() or routed(), whose end would undo it"
+            raise StateError(asked, problem, "Leave the context first")
 
     # ---------------------------------------------------------------------------------- adapters
 
     def note(self, adapter: str) -> None:
         """Note that an adapter is new, or has other values."""
-        self.note_change()
         self.versions = {**self.versions, adapter: next(_versions)}
 
     def add(self, adapters: Iterable[str]) -> None:
@@ -146,10 +150,6 @@ class Selection:
         """Prepare who will take part for compiled graphs, if there are any."""
         if self.into_graphs is not None:
             self.into_graphs(selected, self.devices)
-
-    def note_change(self) -> None:
-        """Note that forwards compute something else from now on."""
-        self.changed = max(self.changed, next_node())
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy carries: the setting, and no open context."""
