@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lora_inject.compiled.choices import chosen_factors, chosen_rows, number_of
 from lora_inject.compiled.lost_writes import watch
 from lora_inject.core.functional.factors import compute_dtype
-from lora_inject.core.functional.on_output import add_updates
+from lora_inject.core.functional.plain_operations import add_updates
 from lora_inject.core.layers.attached import Entry, attached_to, factors_of, held_by
 from lora_inject.core.layers.embedding_kind import LoRAEmbedding
 from lora_inject.core.layers.gains import with_gain

@@ -23,7 +23,7 @@ from lora_inject.core.functional.factors import (
     no_view,
     without_autocast,
 )
-from lora_inject.core.functional.linear import frozen_output, lowered
+from lora_inject.core.functional.linear import frozen_output
 from lora_inject.core.functional.plain_operations import plus_product, spread
 from lora_inject.core.functional.products import add_product, as_matrix
 from lora_inject.core.spec.sites import adapted_parts
@@ -113,6 +113,11 @@ def ranged_linear(
         return output
 
 
+def lowered(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor as autocast gives it to a matrix product."""
+    return t if t.dtype in (dtype, torch.float64) else t.to(dtype)
+
+
 def _frozen_gradient(
     ctx: Any, g2: Tensor, weight: Tensor, low: torch.dtype, dtype: torch.dtype
 ) -> Tensor:
@@ -169,7 +174,11 @@ class _Ranged(torch.autograd.Function):
         how: tuple[Sequence[TokenRange], Callable[[], Any], bool, bool, torch.dtype | None],
     ) -> Tensor:
         ranges, ctx.reached, transposed, ctx.float32, dtype = how
-        out = frozen_output(x, weight, bias, transposed, dtype)
+        low_weight, low_bias = weight, bias
+        if dtype is not None:
+            x, low_weight = lowered(x, dtype), lowered(weight, dtype)
+            low_bias = None if bias is None else lowered(bias, dtype)
+        out = frozen_output(x, low_weight, low_bias, transposed)
         low = compute_dtype(out.dtype, ctx.float32)
         x2, y2, thin = cast(as_matrix(kept), low), as_matrix(out), []
         recorded = torch_inside.is_recorded()

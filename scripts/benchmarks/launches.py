@@ -2,8 +2,7 @@
 
 Counted on tensors without values, so the numbers are exact and need neither a GPU nor time. A
 launch is any aten operation that computes: views and allocations start no kernel. The bytes of a
-launch are what it reads and what it writes, as if no cache kept anything. What is counted is the
-path of every device but the CPU.
+launch are what it reads and what it writes, as if no cache kept anything.
 
 Without a GPU torch spells `F.dropout` as a draw, a division and two products, where a GPU has one
 launch forward and one backward: PEFT's rows with dropout count two more here than there. Everything
@@ -57,8 +56,7 @@ class Counted(TorchDispatchMode):
         self.moved = 0
         self.syncs: list[str] = []
         self.on_cpu: list[str] = []
-        is_recorded = "lora_inject.core.functional.torch_inside.is_recorded"
-        self._unrecorded = patch(is_recorded, lambda: False)
+        self._unrecorded = patch("lora_inject.core.functional.torch_inside._n_modes", lambda: 0)
 
     def __enter__(self) -> Self:
         """Start to count."""
@@ -246,7 +244,6 @@ def count(row: Row, who: str) -> Counted:
         if row.autocast:  # which knows no meta device
             _on_cpu(model)
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            stack.enter_context(patch("lora_inject.core.functional.cpu.is_cpu", lambda _: False))
         x = _input(row, model)
         context: AbstractContextManager[Any] = (
             torch.autocast("cpu", torch.bfloat16) if row.autocast else nullcontext()

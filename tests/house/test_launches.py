@@ -33,7 +33,7 @@ MOST = {
     "decode, DoRA": (22, 0.099),
     "bf16, Conv1D": (12, 0.816),
     "bf16, two slices of three": (15, 0.756),
-    "bf16, two slices of three, equal": (12, 1.445),
+    "bf16, two slices of three, equal": (15, 1.445),
     "bf16, 4 of 8 experts in a loop": (42, 1.269),
     "bf16, 4 of 8 experts in a loop, forward": (21, 0.567),
     "bf16, 8 experts in a grouped product": (22, 1.785),

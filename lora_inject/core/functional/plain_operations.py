@@ -1,27 +1,71 @@
-"""Updates in operations that tracers and function transforms can look into, transform and fuse.
+"""Updates in operations that all of torch can look into: the formula, as it stands in the paper.
 
-They write to no tensor. Nested tensors have these only, and a backward that is itself
-differentiated runs through them.
+Compilers, traces and function transforms, dispatch modes, nested tensors and DTensors get it, and
+layers that run by themselves (quantized or unknown ones), and a backward that is itself
+differentiated. It writes to no tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_inject.core.functional.factors import Spans, Update, cast, compute_dtype
-from lora_inject.core.functional.products import as_matrix
+from lora_inject.core.functional.factors import (
+    Spans,
+    Update,
+    cast,
+    compute_dtype,
+    without_autocast,
+)
 from lora_inject.core.spec.sites import adapted_parts
 
 
-def plus_product(y2: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """Return `y2 + scale * left @ right`, differentiably, in the dtype of `y2`."""
-    if left.dtype == y2.dtype:
-        return torch.addmm(y2, left, right, alpha=scale)
-    return torch.add(y2, left @ right, alpha=scale).to(y2.dtype)
+def add_updates(
+    y: Tensor,
+    x: Tensor,
+    updates: Sequence[Update],
+    *,
+    float32: bool = False,
+    masks: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """Return `y + sum of scale * drop(x) A^T B^T` for the output y of a layer called with x.
+
+    Args:
+        y: `(..., out)`.
+        x: `(..., in)`.
+        updates: The updates.
+        float32: Keep the low-rank arithmetic in float32 on a 16-bit base.
+        masks: For each update the kept elements of x, bool; None to drop anew.
+    """
+    dtype = compute_dtype(y.dtype, float32)
+    out, x = y, cast(x, dtype)
+    with without_autocast(y) or nullcontext():
+        for u, mask in zip(updates, masks or [None] * len(updates), strict=True):
+            kept = x
+            if u.dropout:
+                kept = _dropped(x, u.dropout) if mask is None else x * mask / (1 - u.dropout)
+            h = F.linear(kept, cast(u.A, dtype))
+            out = plus_product(out, h, spread(cast(u.B, dtype), u.spans, y.size(-1)).t(), u.scale)
+    return out
+
+
+def _dropped(x: Tensor, p: float) -> Tensor:
+    """Drop elements in one operation; `F.dropout` is several, which write in place."""
+    return F.dropout(x, p) if x.is_nested else torch.native_dropout(x, p, True)[0]
+
+
+def plus_product(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Return `y + scale * left @ right` in y's dtype: `(..., out)`, `(..., r)` and `(r, out)`."""
+    if y.is_nested:  # torch has few operations for these
+        return y + scale * F.linear(left, right.t()).to(y.dtype)
+    if left.dtype != y.dtype:
+        return torch.add(y, F.linear(left, right.t()), alpha=scale).to(y.dtype)
+    rows, thin = y.reshape(-1, y.shape[-1]), left.reshape(-1, left.shape[-1])
+    return torch.addmm(rows, thin, right, alpha=scale).reshape(y.shape)
 
 
 def spread(B: Tensor, spans: Spans | None, out: int) -> Tensor:
@@ -40,36 +84,10 @@ def spread(B: Tensor, spans: Spans | None, out: int) -> Tensor:
     return torch.cat(pieces, dim=-2)
 
 
-def plain_updates(
-    y: Tensor,
-    x: Tensor,
-    updates: Sequence[Update],
-    masks: Sequence[Tensor | None],
-    float32: bool,
-) -> Tensor:
-    """Add updates to y by the formula; `masks` are kept elements of x, None to drop anew."""
-    x2, out = cast(as_matrix(x), compute_dtype(y.dtype, float32)), as_matrix(y)
-    for u, mask in zip(updates, masks, strict=True):
-        kept = x2
-        if u.dropout:
-            kept = F.dropout(x2, u.dropout) if mask is None else x2 * mask / (1 - u.dropout)
-        h, B = kept @ cast(u.A, x2.dtype).t(), spread(cast(u.B, x2.dtype), u.spans, out.shape[1])
-        out = plus_product(out, h, B.t(), u.scale)
-    return out.reshape(y.shape)
-
-
-def add_to_nested(y: Tensor, x: Tensor, updates: Iterable[Update]) -> Tensor:
-    """Add updates to a nested tensor, in the few operations that torch has for these."""
-    for u in updates:
-        B, h = spread(u.B, u.spans, y.size(-1)), F.dropout(x, u.dropout) if u.dropout else x
-        y = y + F.linear(F.linear(h, u.A.to(y.dtype)), B.to(y.dtype)) * u.scale
-    return y
-
-
 def differentiate(
     out: Tensor,
     inputs: Sequence[Tensor | None],
-    needs: Sequence[bool],
+    needs: Iterable[bool],
     g: Tensor,
     *,
     again: bool = True,
@@ -78,18 +96,7 @@ def differentiate(
 
     `out` is their value, `g` its gradient; each input that needs one gets a gradient.
     """
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if t is not None and need]
-    gradients = iter(torch.autograd.grad(out, wanted, g, create_graph=again))
-    return tuple(
-        next(gradients) if t is not None and need else None
-        for t, need in zip(inputs, needs, strict=True)
-    )
-
-
-def add_anew(
-    y2: Tensor, updates: Sequence[Update], thin: Sequence[tuple[Tensor, Tensor]]
-) -> Tensor:
-    """Add updates, of which `x A^T` and B are known, with a new tensor for each sum."""
-    for u, (h, B) in zip(updates, thin, strict=True):
-        y2 = plus_product(y2, h, spread(B, u.spans, y2.shape[1]).t(), u.scale)
-    return y2
+    wanted = [need and t is not None for t, need in zip(inputs, needs, strict=True)]
+    tensors = [t for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
+    gradients = iter(torch.autograd.grad(out, tensors, g, create_graph=again))
+    return tuple(next(gradients) if want else None for want in wanted)

@@ -139,15 +139,13 @@ class Chosen(NamedTuple):
     Attributes:
         mix: The mix, known by identity.
         recipes: The updates on the output.
-        lone: The only one, if it is on the whole output and nothing else of the layer changes.
     """
 
     mix: Selected | None
     recipes: tuple[Recipe, ...]
-    lone: Recipe | None
 
 
-NOTHING = Chosen(None, (), None)
+NOTHING = Chosen(None, ())
 
 
 class Attached:
@@ -230,9 +228,7 @@ class Attached:
         recipes = self.recipes(mix)
         taking = (self.forward[name].mark for name in mix.names if name in self.forward)
         self.took_part = self.took_part.union(taking)
-        alone = len(recipes) == 1 and not self.reads and not self.gains
-        lone = recipes[0] if alone and recipes[0].spans is None else None
-        self.last_chosen = chosen = Chosen(mix, recipes, lone)
+        self.last_chosen = chosen = Chosen(mix, recipes)
         return chosen
 
     def recipes(self, mix: Selected) -> tuple[Recipe, ...]:

@@ -2,7 +2,7 @@
 
 | method | is | of |
 |---|---|---|
-| `_lora_mixed` | the output under a mix | here; linear layers first try that of few tokens |
+| `_lora_mixed` | the output under a mix | here |
 | `_lora_with_updates` | the output with a sum of updates | each kind |
 | `_lora_with_gain` | the same, and a gain of the outputs as the last step | each kind |
 | `_lora_without_updates` | the output of the plain layer | each kind |

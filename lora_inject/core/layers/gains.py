@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.known_variants import VARIANTS
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.gain import Gain, gained, norms_of, updated_norms
-from lora_inject.core.functional.on_output import add_updates
+from lora_inject.core.functional.plain_operations import add_updates
 from lora_inject.core.layers.attached import Attached, Entry, Recipe, factors_of, held_by
 from lora_inject.core.layers.packed_values import dense, is_known
 from lora_inject.core.layers.plain_tensors import PLAIN, is_quantized

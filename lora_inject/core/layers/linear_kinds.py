@@ -11,19 +11,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_inject.core.functional.factors import Update
-from lora_inject.core.functional.linear import few_tokens, frozen_output, linear
-from lora_inject.core.functional.on_output import add_updates
+from lora_inject.core.functional.linear import frozen_output, linear
+from lora_inject.core.functional.plain_operations import add_updates
 from lora_inject.core.layers.adapted import keeps_forward, plain_class
 from lora_inject.core.layers.forward_update import ForwardUpdate
 from lora_inject.core.layers.gains import linear_with_gain
 from lora_inject.core.layers.own_code import OWN
 from lora_inject.core.layers.packed_weights import multiplies, packed_weight
 from lora_inject.core.layers.plain_tensors import PLAIN
-from lora_inject.core.layers.selected import Selected
 from lora_inject.core.layers.unusual_linear import refuse_dead, with_whole_weight
 from lora_inject.core.spec.sites import Geometry
 
@@ -65,22 +64,6 @@ class LoRALinear(ForwardUpdate):
         is_called = not isinstance(module, NonDynamicallyQuantizableLinear)
         return is_called and (stock or multiplies(plain_class(type(module))))
 
-    def _lora_mixed(self, mix: Selected, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute the layer with the adapters of a mix: few tokens of a CPU by the shortest way.
-
-        Decoding calls each layer with a vector for each sequence, and what Python does then counts
-        as much as the products.
-        """
-        if not (is_grad_enabled() or self.training or kwargs) and len(args) == 1:
-            held, chosen = self._parameters, self._lora.last_chosen
-            lone = chosen.lone if chosen.mix is mix else self._lora_chosen(mix).lone
-            if lone is not None and self._lora_stock and not self.transposed and "bias" in held:
-                weight, A, B = held.get("weight"), held.get(lone.A), held.get(lone.B)
-                y = few_tokens(args[0], weight, held["bias"], A, B, lone.scale)
-                if y is not None:
-                    return y
-        return super()._lora_mixed(mix, args, kwargs)
-
     def _lora_with_updates(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], updates: Sequence[Update]
     ) -> Any:
@@ -120,7 +103,7 @@ class LoRALinear(ForwardUpdate):
         x = self._lora_input(args, kwargs)
         if self._lora_stock:  # the plain forward would read the effective weight
             weight, bias = self._lora_weight_and_bias()
-            y = frozen_output(x, weight, bias, self.transposed, None)
+            y = frozen_output(x, weight, bias, self.transposed)
         else:
             before, OWN.adds = OWN.adds, self._lora
             try:

@@ -14,7 +14,7 @@ from lora_inject.errors import LayerError
 
 def with_whole_weight(layer: Any, x: Tensor) -> Tensor:
     """Multiply a sparse x, or slices of a DTensor, with W + delta, in which a gain is as well."""
-    return frozen_output(x, formed_weight(layer), layer._lora_own("bias"), layer.transposed, None)
+    return frozen_output(x, formed_weight(layer), layer._lora_own("bias"), layer.transposed)
 
 
 def refuse_dead(layer: Any) -> NoReturn:

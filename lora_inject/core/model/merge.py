@@ -126,12 +126,8 @@ def merge(
         if eject:
             take_off(model)
     reports = {target.name: target.report() for target in targets}
-    return MergeReport(
-        mix,
-        reports,
-        len(targets),
-        notes=tuple(map(_untied_note, filter(lambda t: t.sharers, targets))),
-    )
+    notes = tuple(_untied_note(target) for target in targets if target.sharers)
+    return MergeReport(mix, reports, len(targets), notes=notes)
 
 
 def merged_weights(
