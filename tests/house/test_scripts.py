@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -97,15 +98,15 @@ some_pairs = st.lists(
 )
 
 
+def bare_name(pair: Any) -> str:
+    return pair.name.split(".")[-1]
+
+
 @given(some_pairs, st.randoms())
 def test_what_is_held_out_shares_nothing_with_what_is_trained(some: Any, random: Any) -> None:
     split = pairs.split_by_module(some)
-    of_each = {
-        key: lambda pair, key=key: getattr(pair, key) for key in ("module", "code", "summary")
-    }
-    of_each["bare name"] = lambda pair: pair.name.split(".")[-1]
-    for what, of in of_each.items():
-        assert {*map(of, split.train)}.isdisjoint(map(of, split.held_out)), what
+    for of in (*map(attrgetter, ("module", "code", "summary")), bare_name):
+        assert {*map(of, split.train)}.isdisjoint(map(of, split.held_out)), of
     assert {*split.train, *split.held_out} <= {*some}
     unique = [*{(p.module, p.name): p for p in some}.values()]  # as within one installation
     mixed = random.sample(unique, len(unique))
