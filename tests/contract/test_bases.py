@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import fill
+from helpers.models import SIZES, tiny, tiny_llama
 from helpers.refusals import refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -220,12 +221,6 @@ def test_positions_outside_of_the_weight_are_an_edited_file(tmp_path: Path) -> N
 # ----------------------------------------------------------------- weights that no checkpoint had
 # transformers gives them random values, other ones in each process.
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
-    "vocab_size": 40,
-}  # fmt: skip
-LLAMA: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0}
-BERT = transformers.BertConfig(**SIZES)
 QV = {"rank": 2, "targets": ["query", "value"]}
 OF_LLAMA = {"rank": 2, "targets": ["q_proj"]}
 
@@ -233,17 +228,14 @@ OF_LLAMA = {"rank": 2, "targets": ["q_proj"]}
 @pytest.fixture
 def encoder(tmp_path: Path) -> Path:
     """A pretrained BERT without a head."""
-    torch.manual_seed(0)
-    transformers.BertModel(BERT).save_pretrained(tmp_path / "encoder")
+    tiny(transformers.BertModel).save_pretrained(tmp_path / "encoder")
     return tmp_path / "encoder"
 
 
 @pytest.fixture
 def decoder(tmp_path: Path) -> Path:
     """A pretrained Llama, whose output head is not tied."""
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
-    model.save_pretrained(tmp_path / "decoder")
+    tiny_llama(pad_token_id=0).save_pretrained(tmp_path / "decoder")
     return tmp_path / "decoder"
 
 
@@ -293,7 +285,10 @@ def test_what_stays_new_is_named_and_a_bias_of_zeros_may_stay(encoder: Path) -> 
 
 
 def test_a_pooler_that_the_checkpoint_lacks_is_named_also_on_loading(tmp_path: Path) -> None:
-    transformers.BertModel(BERT, add_pooling_layer=False).save_pretrained(tmp_path / "base")
+    plain = transformers.BertModel(
+        transformers.BertConfig(**SIZES["bert"]), add_pooling_layer=False
+    )
+    plain.save_pretrained(tmp_path / "base")
 
     def loaded(seed: int = 0, **how: Any) -> Any:
         torch.manual_seed(seed)
@@ -324,7 +319,7 @@ def test_a_reward_model_trains_its_new_head_or_is_refused(decoder: Path) -> None
 
 
 CHANGES: dict[str, Callable[[Any], object]] = {
-    "resized": lambda model: model.resize_token_embeddings(44),
+    "resized": lambda model: model.resize_token_embeddings(20),
     "a head of its own": lambda model: setattr(model, "extra", nn.Linear(16, 2)),
     "a copied layer": lambda m: m.model.layers.append(copy.deepcopy(m.model.layers[0])),
 }
@@ -337,17 +332,15 @@ def test_a_model_whose_weights_were_all_in_the_checkpoint_is_adapted(decoder, ch
     li.inject(model, OF_LLAMA)
 
 
-TIED = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)
-BUFFERED = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, n_positions=8, vocab_size=40)
-MODELS = [(transformers.LlamaForCausalLM, TIED, "q_proj")]
-MODELS += [(transformers.BertForMaskedLM, BERT, "query")]
-MODELS += [(transformers.GPT2LMHeadModel, BUFFERED, "c_attn")]
+WHOLE = {
+    "q_proj": lambda: tiny_llama(tie_word_embeddings=True),
+    "query": lambda: tiny(transformers.BertForMaskedLM),
+    "c_attn": lambda: tiny(transformers.GPT2LMHeadModel),
+}
 
 
-@pytest.mark.parametrize(("cls", "config", "target"), MODELS)
-def test_tied_heads_buffers_and_models_from_a_config_are_adapted(
-    cls: Any, config: Any, target: str, tmp_path: Path
-) -> None:
-    model = li.inject(cls(config), {"targets": [target]})
+@pytest.mark.parametrize("target", WHOLE)
+def test_tied_heads_buffers_and_models_from_a_config_are_adapted(target, tmp_path: Path) -> None:
+    model = li.inject(WHOLE[target](), {"targets": [target]})
     li.eject(model).save_pretrained(tmp_path / "base")
-    li.inject(cls.from_pretrained(tmp_path / "base"), {"targets": [target]})
+    li.inject(type(model).from_pretrained(tmp_path / "base"), {"targets": [target]})

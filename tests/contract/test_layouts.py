@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import fill
-from helpers.models import tiny_gpt_oss, tiny_llama
+from helpers.models import tiny, tiny_llama
 from helpers.reference import adapted, hold, random
 from helpers.refusals import refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import GptOssForCausalLM
 
 import lora_inject as li
 
@@ -92,7 +93,7 @@ def test_a_rank_above_the_smaller_side_computes_w_plus_delta(target: str) -> Non
 
 def test_the_layout_of_experts_is_the_one_that_transformers_class_states() -> None:
     """Square experts: nothing but the class tells (in, out) from (out, in)."""
-    plain = tiny_gpt_oss()
+    plain = tiny(GptOssForCausalLM).eval()
     rule = r"experts\.(gate_up|down)_proj"
     for site in li.plan(plain, {"targets": [rule]}).sites:
         assert site.transposed

@@ -24,7 +24,7 @@ from helpers.merging import (
     merged_model,
     save_checkpoint,
 )
-from helpers.models import IDS, Tied, tiny_gpt_oss, tiny_llama
+from helpers.models import IDS, Tied, tiny, tiny_llama
 from helpers.reference import EXACT, config, dense, gpt2_of_two_layers, logits
 from helpers.refusals import refused
 from helpers.states import Site, state_of
@@ -448,9 +448,8 @@ def test_rows_of_a_tied_table_are_placed_in_whatever_order_its_names_are(tied, t
 
 def test_a_matrix_with_as_many_rows_as_the_vocabulary_is_not_an_embedding(tmp_path: Path) -> None:
     """GPT-2 with 256 tokens: its mlp.c_proj has 256 rows too, and is not tied to the head."""
-    sizes = transformers.GPT2Config(vocab_size=256, n_embd=64, n_inner=256, n_layer=2, n_head=2)
-    torch.manual_seed(0)
-    plain = transformers.GPT2LMHeadModel(sizes).eval()
+    sizes = {"vocab_size": 256, "n_embd": 64, "n_inner": 256}
+    plain = tiny(transformers.GPT2LMHeadModel, **sizes).eval()
     model = fill(li.inject(copy.deepcopy(plain), config("c_attn", "c_proj")), std=0.2)
     li.save_adapter(model, tmp_path / "adapter")
     merged = merged_model(plain, tmp_path / "adapter", tmp_path)
@@ -461,8 +460,7 @@ def test_a_matrix_with_as_many_rows_as_the_vocabulary_is_not_an_embedding(tmp_pa
 @pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4 refuses to load such files")
 def test_the_class_renames_what_the_file_calls_otherwise(tmp_path: Path) -> None:
     """The file of a GPT-2 without its head's prefix, as the hub has it."""
-    sizes = transformers.GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=2)
-    plain, base = transformers.GPT2LMHeadModel(sizes).eval(), tmp_path / "base"
+    plain, base = tiny(transformers.GPT2LMHeadModel).eval(), tmp_path / "base"
     plain.transformer.save_pretrained(base)
     text = json.loads((base / "config.json").read_text()) | {"architectures": ["GPT2LMHeadModel"]}
     (base / "config.json").write_text(json.dumps(text))
@@ -477,7 +475,7 @@ def test_the_class_renames_what_the_file_calls_otherwise(tmp_path: Path) -> None
 @torch.no_grad()
 def test_the_difference_of_square_transposed_experts_is_merged_loaded_and_read_by_peft(tmp_path):
     """Which way round they lie is known from the class: the update came out transposed."""
-    plain, ids = tiny_gpt_oss(), torch.arange(20)[None]
+    plain, ids = tiny(transformers.GptOssForCausalLM).eval(), torch.arange(20)[None]
     model = copy.deepcopy(plain)
     experts = model.model.layers[0].mlp.experts
     experts.down_proj += torch.randn(2, 16, 1) @ torch.randn(2, 1, 16)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from helpers.experts import expert_rule, experts
+from helpers.models import tiny, tiny_llama
 from helpers.refusals import refused
-from helpers.training import llama
 from helpers.trials import (
     BERT_TRIALS,
     Forward,
@@ -28,7 +28,7 @@ from helpers.trials import (
 )
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
-from transformers import BatchEncoding, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers import BatchEncoding, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import lora_inject as li
 from lora_inject import Trial, Trials
@@ -76,13 +76,9 @@ def alone(run: Run, name: str) -> nn.Module:
 
 # ------------------------------------------------------------------------ models and their trials
 
-GPT2 = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 16, "vocab_size": 31}
-GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
-
-def gpt2(cls: Any = GPT2LMHeadModel) -> nn.Module:
-    torch.manual_seed(0)
-    return cls(GPT2Config(**GPT2, num_labels=3, pad_token_id=30))
+def gpt2(cls: Any = GPT2LMHeadModel) -> Any:
+    return tiny(cls, vocab_size=31, num_labels=3, pad_token_id=30)
 
 
 def of_experts(family: str = "mixtral", how: str = "eager") -> Any:
@@ -528,7 +524,7 @@ def test_in_16_bits_a_trial_equals_the_same_run_alone(autocast: bool, compute: s
     }
 
     def run(some: dict[str, Trial]) -> Trials:
-        model = llama(vocab=31).train()
+        model = tiny_llama(vocab_size=31).train()
         running = Trials(model if autocast else model.bfloat16(), some)
 
         def forward(batch: Any) -> Any:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from contract.kinds import OwnForward, conv1d
 from torch import Tensor, nn
-from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 IDS = torch.arange(6).view(2, 3)
 
@@ -88,20 +88,34 @@ SEVERAL = {
 OTHER = {"rank": 1, "targets": ["fc", "lm_head"], "train": ["head.bias"], "init": "pissa"}
 
 
+BLOCKS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+BLOCKS |= {"num_attention_heads": 2, "vocab_size": 17}
+# The sizes of a tiny model, by model type. The hidden size of this GPT-OSS is its intermediate
+# size: the shape of down_proj says nothing.
+SIZES: dict[str, dict[str, Any]] = {
+    "llama": {**BLOCKS, "num_key_value_heads": 1},
+    "bert": {**BLOCKS, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "gpt2": {
+        "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 16, "vocab_size": 17,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+        "bos_token_id": 0, "eos_token_id": 0,
+    },
+    "gpt_oss": {
+        **BLOCKS, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32, "head_dim": 8,
+        "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1,
+    },
+}  # fmt: skip
+
+
+def tiny(cls: Any, **changes: Any) -> Any:
+    """A tiny model of a class of transformers, with the same random weights each time."""
+    torch.manual_seed(0)
+    settings = cls.config_class
+    return cls(settings(**SIZES[settings.model_type] | changes))
+
+
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 17}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, **changes}
-    return LlamaForCausalLM(LlamaConfig(**sizes))
-
-
-def tiny_gpt_oss() -> GptOssForCausalLM:
-    """Its hidden size is its intermediate size: the shape of down_proj says nothing."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    sizes |= {"num_local_experts": 2, "num_experts_per_tok": 1}
-    return GptOssForCausalLM(GptOssConfig(**sizes)).eval()
+    return tiny(LlamaForCausalLM, **changes)
 
 
 def tiny_unet() -> Any:

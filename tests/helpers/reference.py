@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import error, fill, same_bits
 from contract.kinds import ALPHA, RANK, SCALE
-from helpers.models import tiny_llama
+from helpers.models import tiny, tiny_llama
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 import lora_inject as li
 
@@ -25,11 +25,8 @@ def llama(**options: Any) -> LlamaForCausalLM:
 
 
 def gpt2_of_two_layers(**options: Any) -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    sizes = {"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 13, "n_positions": 16}
-    none = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-    sizes |= {"bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.3, **none, **options}
-    return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+    sizes = {"n_embd": 8, "vocab_size": 13, "initializer_range": 0.3}
+    return tiny(GPT2LMHeadModel, **sizes | options).eval()
 
 
 def config(*targets: Any, **options: Any) -> dict[str, Any]:

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.models import tiny_llama
+from helpers.models import tiny, tiny_llama
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    BertConfig,
     BertModel,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -21,7 +20,6 @@ from transformers import (
 
 import lora_inject as li
 
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 CONFIG = {
     "rank": 2,
     "alpha": 4,
@@ -100,9 +98,7 @@ def llama_folder(out: Path, **changes: Any) -> Path:
 
 
 def bert_folder(out: Path) -> Path:
-    torch.manual_seed(0)
-    config = BertConfig(**SIZES, num_attention_heads=2, vocab_size=103, pad_token_id=1)
-    BertModel(config).save_pretrained(out)
+    tiny(BertModel, vocab_size=103, pad_token_id=1).save_pretrained(out)
     return tokenizer(out)
 
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from helpers.training import llama
+from helpers.models import tiny, tiny_llama
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lora_inject as li
@@ -25,17 +25,13 @@ def norms_in_their_dtype(decoder: Any) -> None:
 
 
 def of_llama() -> Any:
-    model = llama(vocab=31)
+    model = tiny_llama(vocab_size=31)
     norms_in_their_dtype(model.model)
     return model
 
 
 def of_bert() -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = BertConfig(**sizes, **none, intermediate_size=24, vocab_size=31)
-    return BertForSequenceClassification(config)
+    return tiny(BertForSequenceClassification, vocab_size=31)
 
 
 DENSE = "query|value|dense"
