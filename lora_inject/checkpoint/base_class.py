@@ -127,8 +127,7 @@ class BaseClass:
 
     def module_of(self, name: str) -> nn.Module | None:
         """Return the module that holds a tensor of the file; None if the class has none."""
-        modules = dict(self.model.named_modules(remove_duplicate=False))
-        return modules.get(self._mine.get(name, name).rpartition(".")[0])
+        return self._modules.get(self._mine.get(name, name).rpartition(".")[0])
 
     def transposed(self, name: str) -> bool | None:
         """Return whether a tensor is stored as `(in, out)`; None if the class does not say."""
@@ -148,6 +147,10 @@ class BaseClass:
         """
         said = self.transposed(name)
         return None if said is None and is_transformers_4() else bool(said)
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return dict(self.model.named_modules(remove_duplicate=False))
 
     @cached_property
     def _shapes(self) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class Fit:
         for site in state.sites.values():
             self._place(_plain(site.spec), self._site, site)
         for name, site in _under_further_names(state).items():
-            if self.rule(name) in self.checkpoint.tensors.keys() - self.jobs.keys():
+            if (other := self.rule(name)) in self.checkpoint.tensors and other not in self.jobs:
                 self._place(name, self._site, site)
         for name, value in state.trained.items():
             if name not in state.rows:

@@ -60,7 +60,7 @@ class Checkpoint:
         index_name: File name of the index, None for a single file.
         index: The index as parsed, None for a single file.
         config: `config.json` as parsed, empty if there is none.
-        packed: Quantized tensors that are shown dequantized, by name; see `quantized`.
+        packed: Quantized tensors that are shown dequantized, by name; see `quantized_base`.
         shown: The entries of `packed` as they are shown, without bytes in any file.
         lone: Whether it is one file, and not all that its folder holds.
     """

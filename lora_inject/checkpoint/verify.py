@@ -118,8 +118,8 @@ def verify_checkpoint(
 
 def _other_files(plan: MergePlan, folder: Path) -> list[str]:
     """Compare the index, the config and the side files, and look for files that do not belong."""
-    problems = []
-    for name, data in plan.other_files().items():
+    problems, others = [], plan.other_files()
+    for name, data in others.items():
         path = folder / name
         if not path.is_file():
             problems.append(f"'{name}' is missing")
@@ -130,7 +130,7 @@ def _other_files(plan: MergePlan, folder: Path) -> list[str]:
                 changes = plan.config_changes.items()
                 wrong = [k for k, v in changes if changed_config(config, {k: v}) != config]
                 problems[-1] += "".join(f", {k} is {config.get(k)!r}" for k in wrong)
-    written = {*plan.other_files(), *(shard.name for shard in plan.shards)}
+    written = {*others, *(shard.name for shard in plan.shards)}
     strangers = sorted(name for name in _visible_files(folder) if name not in written)
     problems += [f"'{name}' does not belong there" for name in strangers]
     return problems

@@ -167,6 +167,20 @@ def test_how_many_versions_are_kept_asks_for_a_version(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+def test_a_file_that_nobody_wrote_is_not_said_to_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another writer's file was there at the link, and is gone again."""
+
+    def link(*_: Any) -> None:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    monkeypatch.setattr(os, "link", link)
+    with refused(li.FormatError, "sql"):
+        li.save_adapter(small(), tmp_path / "sql.safetensors", format="native")
+    assert not (tmp_path / "sql.safetensors").exists()
+
+
 @pytest.mark.parametrize("format_name", ["peft", "native"])
 def test_what_a_killed_save_left_goes_with_the_next_one(format_name: str, tmp_path: Path) -> None:
     """After a day: younger ones may be of a save that goes on."""

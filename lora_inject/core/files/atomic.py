@@ -37,6 +37,7 @@ def write_file(path: str | os.PathLike[str], content: bytes, *, overwrite: bool 
             _put(target, content, Path.replace if overwrite else _link)
         except FileExistsError:  # of several that write at once, one succeeds
             check_free(target)
+            raise  # it was there, and is gone again
     return target
 
 

@@ -1,4 +1,4 @@
-"""Rows of the tensors of a safetensors file, which the reference library does not offer.
+"""Rows of the tensors of a safetensors file.
 
 Memory does not depend on the size of a tensor: each thread has one buffer, filled by positioned
 reads. The file is not mapped: the pages of a mapping count as memory of the process.

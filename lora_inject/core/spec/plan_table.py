@@ -31,7 +31,7 @@ def as_data(plan: Any) -> dict[str, Any]:
 
 def _site_dict(site: SiteSpec) -> dict[str, Any]:
     slices = site.slices and {"sizes": dict(site.slices.sizes), "adapt": site.slices.adapt}
-    names = [field.name for field in fields(site) if field.name not in ("form", "shapes")]
+    names = [field.name for field in fields(site) if field.name != "shapes"]
     return {**{name: getattr(site, name) for name in names}, "slices": slices}
 
 
