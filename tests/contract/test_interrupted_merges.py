@@ -151,7 +151,7 @@ def test_killed_at_moments_all_over_the_merge_the_output_is_absent_or_complete(
     n_resumed = n_killed = 0
     # On a fast machine few moments lie between the first finished file and the rename: some
     # more are tried until two were hit. Which moment is hit decides nothing else.
-    while n_killed < 8 or (n_resumed < 2 and n_killed < 60):
+    while n_killed < 8 or (n_resumed < 2 and n_killed < 12):
         k, n_killed = n_killed, n_killed + 1
         run((k * 0.618 + 0.06) % 1 * whole)
         is_begun = any(path.name[0] == "." for path in tmp_path.iterdir())
