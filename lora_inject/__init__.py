@@ -19,7 +19,7 @@ _HOMES = {
     "checkpoint.extract": "extract_adapter",
     "checkpoint.merge_files": "merge_checkpoint",
     "checkpoint.merge_inputs": "MergeOptions",
-    "checkpoint.merged_files": "MergedFiles",
+    "checkpoint.merge_plan": "MergedFiles",
     "errors": "CheckpointError ConfigError FormatError LayerError LoraInjectError MatchError "
     "ServerError StateError",
     "formats.exchange": "read_adapter register_format write_adapter",
@@ -43,7 +43,7 @@ _HOMES = {
     "core.model.reached": "unreached",
     "core.model.install": "install",
     "core.model.load": "load_adapter",
-    "core.model.adapter_state": "adapter_state",
+    "core.model.read_off": "adapter_state",
     "core.model.save": "save_adapter",
     "formats.from_peft": "from_peft",
     "integrations.publishing": "push",

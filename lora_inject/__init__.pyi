@@ -16,7 +16,7 @@ from lora_inject.checkpoint.conversion import convert as convert
 from lora_inject.checkpoint.extract import extract_adapter as extract_adapter
 from lora_inject.checkpoint.merge_files import merge_checkpoint as merge_checkpoint
 from lora_inject.checkpoint.merge_inputs import MergeOptions as MergeOptions
-from lora_inject.checkpoint.merged_files import MergedFiles as MergedFiles
+from lora_inject.checkpoint.merge_plan import MergedFiles as MergedFiles
 from lora_inject.core.adapter.own_variants import register_variant as register_variant
 from lora_inject.core.adapter.site_state import SiteState as SiteState
 from lora_inject.core.adapter.state import AdapterState as AdapterState
@@ -25,7 +25,6 @@ from lora_inject.core.functional.merge_report import MergeReport as MergeReport
 from lora_inject.core.layers.adapted import WeightUpdate as WeightUpdate
 from lora_inject.core.layers.linear_kinds import LoRALinear as LoRALinear
 from lora_inject.core.layers.own_kinds import register_kind as register_kind
-from lora_inject.core.model.adapter_state import adapter_state as adapter_state
 from lora_inject.core.model.eject import eject as eject
 from lora_inject.core.model.inject import inject as inject
 from lora_inject.core.model.install import install as install
@@ -37,6 +36,7 @@ from lora_inject.core.model.merge import merged_weights as merged_weights
 from lora_inject.core.model.optimizing import parameter_groups as parameter_groups
 from lora_inject.core.model.planning import plan as plan
 from lora_inject.core.model.reached import unreached as unreached
+from lora_inject.core.model.read_off import adapter_state as adapter_state
 from lora_inject.core.model.save import save_adapter as save_adapter
 from lora_inject.core.model.select import activate as activate
 from lora_inject.core.model.slots import reserve as reserve

@@ -14,13 +14,14 @@ from lora_inject.integrations.transformers_parallel import Plans
 from lora_inject.quantized.bitsandbytes import BitsAndBytes4, BitsAndBytes8
 from lora_inject.quantized.compressed_tensors import CompressedTensors
 from lora_inject.quantized.gptqmodel import Kernel
-from lora_inject.quantized.hqq import HQQ
-from lora_inject.quantized.own_values import OfLayer, OfTensor
-from lora_inject.quantized.quanto import Quanto
-from lora_inject.quantized.torchao import TorchAO
-from lora_inject.quantized.transformers_linears import FineGrained, FineGrainedExperts, Multiplies
-from lora_inject.quantized.transformers_mxfp4 import KernelExperts
-from lora_inject.quantized.transformers_quantizers import Quantized
+from lora_inject.quantized.own_values import HQQ, OfLayer, OfTensor, Quanto, TorchAO
+from lora_inject.quantized.transformers_linears import (
+    FineGrained,
+    FineGrainedExperts,
+    KernelExperts,
+    Multiplies,
+    Quantized,
+)
 
 _TRANSFORMERS = "transformers.integrations"
 

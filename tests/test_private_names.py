@@ -6,9 +6,8 @@ import pytest
 from helpers.versions import at_least
 
 import lora_inject as li
-from lora_inject.private import look_up
+from lora_inject.private import look_up, needed
 from lora_inject.private_names import NAMES
-from lora_inject.private_needed import needed
 
 # The oldest version of its library that was seen to have a name; all others were in torch 2.6,
 # transformers 5.0 and the oldest version of each other library that is admitted.

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.algebra.values import called, weighted_sum, with_sites
-from lora_inject.core.adapter.parts import MADE, Term, gathered, truncated
-from lora_inject.core.adapter.plain_sites import plain
+from lora_inject.core.adapter.parts import MADE, Term, gathered, plain, truncated
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.svd import decompose

@@ -7,9 +7,13 @@ from itertools import combinations
 
 from torch import Tensor
 
-from lora_inject.core.adapter.base_differences import base_differences, unverifiable
-from lora_inject.core.adapter.fingerprint import Fingerprint, without_weights
-from lora_inject.core.adapter.fingerprints import same_values
+from lora_inject.core.adapter.fingerprint import (
+    Fingerprint,
+    base_differences,
+    same_values,
+    unverifiable,
+    without_weights,
+)
 from lora_inject.errors import StateError
 
 

@@ -17,11 +17,11 @@ from lora_inject.algebra.renaming import distinct, renaming, some_of
 from lora_inject.core.adapter import reshape
 from lora_inject.core.adapter.fingerprint import without_weights
 from lora_inject.core.adapter.other_tensors import only, site_mapped, with_every_expert
-from lora_inject.core.adapter.plain_sites import plain
+from lora_inject.core.adapter.parts import plain
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.functional.finite import lost_by_cast
-from lora_inject.core.spec.named import named
+from lora_inject.core.spec.below import named
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.patterns import matching
 from lora_inject.errors import StateError, check_type

@@ -14,17 +14,17 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lora_inject.algebra.one_base import check_one_base, common_copies
-from lora_inject.core.adapter.fingerprints import union_of
+from lora_inject.core.adapter.fingerprint import union_of
 from lora_inject.core.adapter.other_tensors import site_mapped, with_every_expert
 from lora_inject.core.adapter.parts import (
     Cut,
     Term,
     check_alike,
     mixed,
+    plain,
     total,
     truncated,
 )
-from lora_inject.core.adapter.plain_sites import plain
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.sites import SiteSpec

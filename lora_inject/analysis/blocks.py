@@ -140,7 +140,7 @@ def site_blocks(site: SiteState, *, checked: bool = True) -> tuple[SiteBlock, ..
 
     Examples:
         >>> from lora_inject.core.spec.sites import SiteSpec
-        >>> from lora_inject.core.spec.slices import Slices
+        >>> from lora_inject.core.spec.sites import Slices
         >>> spec = SiteSpec("qkv", "linear", 4, 6, (6, 4), rank=2, alpha=2,
         ...                 slices=Slices((("q", 2), ("k", 2), ("v", 2)), ("q", "v")))
         >>> [b.label for b in site_blocks(SiteState(spec, torch.ones(4, 4), torch.ones(4, 2)))]

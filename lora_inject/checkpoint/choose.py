@@ -25,9 +25,7 @@ from lora_inject.checkpoint.merge_inputs import MergeOptions, WeightedAdapter
 from lora_inject.checkpoint.output_files import TensorJob, clash
 from lora_inject.checkpoint.place import NoPlace, Orientation, Placed, SiteUpdate
 from lora_inject.checkpoint.quantized_base import why_no_update
-from lora_inject.core.adapter.base_differences import base_differences
-from lora_inject.core.adapter.fingerprint import Fingerprint, Sampled
-from lora_inject.core.adapter.fingerprints import same_values
+from lora_inject.core.adapter.fingerprint import Fingerprint, Sampled, base_differences, same_values
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.row_reader import RowReader

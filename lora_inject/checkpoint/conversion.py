@@ -13,8 +13,8 @@ from lora_inject.checkpoint.base_class import BaseClass, meta_model
 from lora_inject.checkpoint.index import Checkpoint, read_config
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import check_free
-from lora_inject.core.files.json_files import read_json
 from lora_inject.core.files.safetensors_file import TensorEntry
+from lora_inject.core.files.strict_json import read_json
 from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats.checkpoint_names import names_on_disk
 from lora_inject.formats.clients import Objection, objections

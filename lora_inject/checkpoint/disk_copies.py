@@ -9,7 +9,7 @@ import errno
 import os
 from pathlib import Path
 
-from lora_inject.core.files.read_at import POSITION, read_at
+from lora_inject.core.files.row_reader import POSITION, read_at
 
 try:
     from fcntl import ioctl

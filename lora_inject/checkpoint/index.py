@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_inject.core.adapter.fingerprint import sample_positions
-from lora_inject.core.files.json_files import read_json
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import Header, TensorEntry, read_header
+from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.spec.names import leaf, parent
 from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats.model_facts import ModelFacts

@@ -26,16 +26,20 @@ from torch import distributed
 
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.merge_inputs import Given, MergeOptions, digest
-from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
-from lora_inject.checkpoint.merged_files import MergedFiles, tensor_report
+from lora_inject.checkpoint.merge_plan import MergedFiles, MergePlan, plan_merge, tensor_report
 from lora_inject.checkpoint.output_files import OutputShard, header_digest
 from lora_inject.checkpoint.verify import verify_shards
 from lora_inject.checkpoint.write import BytesDone, Progress, check_unchanged, write_shard
-from lora_inject.core.files.atomic import fsync_dir, replace_file, temporary_name, write_new
+from lora_inject.core.files.atomic import (
+    fsync_dir,
+    remedy_for,
+    replace_file,
+    temporary_name,
+    write_new,
+)
 from lora_inject.core.files.atomic_folder import rename_folder
-from lora_inject.core.files.json_files import read_json
 from lora_inject.core.files.safetensors_file import read_header
-from lora_inject.core.files.system_errors import remedy_for
+from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.functional.merge_report import TensorReport
 from lora_inject.errors import CheckpointError, user_path
 from lora_inject.version import __version__

@@ -22,7 +22,7 @@ from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.json_files import read_json
+from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.files.tensors import bytes_of
 from lora_inject.core.files.tensors_on_disk import in_memory
 from lora_inject.core.functional.finite import all_finite

@@ -48,6 +48,7 @@ from lora_inject.checkpoint.packed import Packed
 from lora_inject.checkpoint.place import Placed
 from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES, unpacked, why_no_update
 from lora_inject.core.files.safetensors_file import DTYPE_BITS, FLOATS
+from lora_inject.core.functional.merge_report import MergeReport, TensorReport
 from lora_inject.errors import CheckpointError
 from lora_inject.formats.model_facts import is_transformers_4
 
@@ -493,3 +494,37 @@ def _same_copies(one: TensorJob, other: TensorJob) -> bool:
         return False
     pairs = zip(one.trained, other.trained, strict=True)
     return all(w == v and torch.equal(t, u) for (t, w), (u, v) in pairs)
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class MergedFiles(MergeReport):
+    """What `merge_checkpoint` did; `n_tensors` counts those that were copied too.
+
+    Attributes:
+        output: The folder that was written.
+        n_bytes: Size of all weight files.
+        resumed: Weight files that an earlier run had finished.
+        verified: Whether the output was verified before it was published.
+        seconds: From the plan to the end.
+        fsync_seconds: The part of it that was waiting for the disk.
+        peak_memory_bytes: Most memory that the process ever held, None where unknown.
+    """
+
+    output: Path
+    n_bytes: int
+    resumed: tuple[str, ...]
+    verified: bool
+    seconds: float
+    fsync_seconds: float
+    peak_memory_bytes: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        return {**super().to_dict(), "output": str(self.output), "resumed": list(self.resumed)}
+
+
+def tensor_report(data: Mapping[str, Any]) -> TensorReport:
+    """Return the report that its `to_dict` gave as plain data."""
+    return TensorReport(
+        **{**data, "shape": tuple(data["shape"]), "sites": tuple(data["sites"])},
+    )

@@ -26,7 +26,7 @@ from lora_inject.checkpoint.merge_inputs import Given, MergeOptions
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.output_files import Copy, OutputShard
 from lora_inject.checkpoint.write import BytesDone, Progress, work_through
-from lora_inject.core.files.read_at import read_at
+from lora_inject.core.files.row_reader import read_at
 from lora_inject.core.files.safetensors_file import FLOATS, Header, TensorEntry, read_header
 from lora_inject.errors import CheckpointError, user_path
 

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lora_inject.core.spec.columns import columns, sides
 from lora_inject.core.spec.names import counted as count
-from lora_inject.core.spec.site_tables import Listing, span
+from lora_inject.core.spec.site_tables import Listing, columns, sides, span
 from lora_inject.core.spec.sites import ROLES
 from lora_inject.core.spec.spellings import nearest, templates
 from lora_inject.core.spec.words import printable
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from lora_inject.analysis import Analysis, Comparison
     from lora_inject.analysis.inspection import Inspection, SiteFigures
     from lora_inject.checkpoint import ExtractReport, MergePlan, VerifyReport
-    from lora_inject.checkpoint.merged_files import MergedFiles
+    from lora_inject.checkpoint.merge_plan import MergedFiles
     from lora_inject.core.spec.plan import Plan
 
 WIDTH = 80  # where stdout is not a terminal

@@ -30,7 +30,7 @@ from lora_inject.core.layers.linear_kinds import LoRALinear
 from lora_inject.core.layers.selected import Mix, Selected
 from lora_inject.core.layers.selection import SELECTIONS, Selection, alive
 from lora_inject.core.layers.sending import sent
-from lora_inject.private_needed import needed
+from lora_inject.private import needed
 from lora_inject.rows.by_row import Rows, check_rows
 from lora_inject.rows.routing import NOTHING, Places, Routing, routing
 

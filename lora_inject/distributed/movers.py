@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.torch_stack import module_calling
 from lora_inject.core.layers.swapped_class import READER
-from lora_inject.private_needed import needed
+from lora_inject.private import needed
 
 _MOVERS = {"torch.distributed.fsdp._flat_param", "torch.distributed.tensor.parallel.style"}
 _STATES = "torch.distributed._composable_state._module_state_mapping"

@@ -34,7 +34,7 @@ from lora_inject.core.roots.carried import entries
 from lora_inject.distributed.movers import groups, held_by_group, is_moved
 from lora_inject.distributed.placements import check_parts, distribute
 from lora_inject.errors import LayerError
-from lora_inject.private_needed import needed
+from lora_inject.private import needed
 
 
 class Sharding(Library):

@@ -17,8 +17,7 @@ from lora_inject.core.functional.picking import PICKED, writes
 from lora_inject.core.functional.torch_unstored import DEVICE, unstored
 from lora_inject.errors import LayerError
 from lora_inject.experts.stack_formats import StackFormat
-from lora_inject.private import look_up
-from lora_inject.private_needed import needed
+from lora_inject.private import look_up, needed
 from lora_inject.trees import tree_leaves, tree_map_only
 
 

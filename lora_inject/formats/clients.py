@@ -23,8 +23,8 @@ from types import MappingProxyType
 from typing import Any
 
 from lora_inject.core.adapter.file_keys import one_line
-from lora_inject.core.files.json_files import read_json
 from lora_inject.core.files.safetensors_file import Header, read_header
+from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.spec.names import leaf, parent

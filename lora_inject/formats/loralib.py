@@ -22,7 +22,7 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
 from lora_inject.core.spec.names import joined, leaf, parent
-from lora_inject.core.spec.slices import Slices
+from lora_inject.core.spec.sites import Slices
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.format import NUMBERS, SAFE, Format
 from lora_inject.formats.model_facts import ModelFacts

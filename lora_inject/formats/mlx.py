@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.json_files import read_json
-from lora_inject.core.files.strict_json import is_positive
+from lora_inject.core.files.strict_json import is_positive, read_json
 from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
 from lora_inject.core.files.tensors_on_disk import contiguous
 from lora_inject.core.spec.names import leaf

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from lora_inject.errors import FormatError
-from lora_inject.private_needed import needed
+from lora_inject.private import needed
 
 
 class MlxModule(NamedTuple):

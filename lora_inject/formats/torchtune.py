@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.json_files import read_json
+from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
 from lora_inject.formats.decoder_names import Decoder, check_whole

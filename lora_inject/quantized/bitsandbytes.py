@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.packing import glimpse
 from lora_inject.core.layers.adapted import defines_forward, plain_class
 from lora_inject.core.layers.weight_kinds import OF_VALUES, Reason, Undo, Verb
-from lora_inject.private_needed import needed
+from lora_inject.private import needed
 from lora_inject.quantized.plain_layers import Layer, LayerKind, become_plain
 
 _MODULE = "bitsandbytes.nn.modules"

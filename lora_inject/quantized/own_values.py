@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_inject.core.layers.adapted import plain_class
+from lora_inject.core.layers.adapted import defines_forward, plain_class
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.weight_kinds import Reason, Undo, Verb, WeightKind
 from lora_inject.quantized.plain_layers import (
+    Layer,
     LayerKind,
     become_plain,
     package_of,
@@ -71,3 +72,64 @@ class OfLayer(LayerKind):
         layer: Any = module
         values: Tensor = layer.dequantize()
         return values
+
+
+class HQQ(OfLayer):
+    """An `HQQLinear`, whose bias is an attribute.
+
+    Source: `hqq/core/quantize.py`.
+    """
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether the layer is one of HQQ's, and the tensor its codes."""
+        return self.weight_of(type(module)) is not None and super().matches(module, weight)
+
+    def weight_of(self, cls: type[nn.Module]) -> str | None:
+        """Return `W_q`."""
+        names = ((c.__module__, c.__qualname__) for c in cls.__mro__)
+        return "W_q" if ("hqq.core.quantize", "HQQLinear") in names else None
+
+
+class Quanto(OfTensor):
+    """A `QLinear`, and its tensors.
+
+    Source: `optimum/quanto/nn/qlinear.py`.
+    """
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether the tensor's class is quanto's."""
+        of_quanto = type(weight).__module__.startswith("optimum.quanto.")
+        return of_quanto and super().matches(module, weight)
+
+    def multiplies(self, cls: type[nn.Module]) -> bool:
+        """Return whether the forward is that of QLinear."""
+        return defines_forward(cls) == ("optimum.quanto.nn.qlinear", "QLinear")
+
+
+# What its tensors call the quantization of activations: Int8Tensor and Float8Tensor,
+# IntxUnpackedToInt8Tensor.
+_DYNAMIC = ("act_quant_kwargs", "activation_quantization")
+
+
+class TorchAO(OfTensor):
+    """Any tensor of torchao's."""
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether the tensor's class is torchao's."""
+        return weight is not None and package_of(type(weight)) == "torchao"
+
+    def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
+        """Return why no adapter can train: some of its tensors quantize activations."""
+        dynamic = any(getattr(weight, key, None) is not None for key in _DYNAMIC)
+        if verb == "train" and dynamic:
+            problem = f"{type(weight).__name__} quantizes activations as it runs"
+            return Reason(problem, "Quantize the weights only (torchao: Int8WeightOnlyConfig)")
+        return super().why_not(verb, module, weight)
+
+    def write(self, module: nn.Module, key: str, weight: nn.Parameter) -> Undo:
+        """Replace the weight, and remove the `extra_repr` that torchao sets on a layer."""
+        before = Layer.of(module)
+        super().write(module, key, weight)
+        if "extra_repr" in module.__dict__:
+            before.attributes["extra_repr"] = module.__dict__.pop("extra_repr")
+        return before

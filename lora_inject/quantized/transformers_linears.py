@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,8 +11,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.adapted import defines_forward, plain_class
 from lora_inject.core.layers.weight_kinds import OF_VALUES, Reason, Verb, WeightKind
-from lora_inject.private import look_up
-from lora_inject.private_needed import needed
+from lora_inject.private import look_up, needed
 from lora_inject.quantized.plain_layers import LayerKind
 
 _FINE_GRAINED = ("transformers.integrations.finegrained_fp8", "FP8Linear")
@@ -75,3 +75,38 @@ class FineGrained(LayerKind):
         if verb in OF_VALUES and look_up(_DEQUANTIZE) is None:
             return Reason(f"this version of transformers has no {_DEQUANTIZE}")
         return super().why_not(verb, module, weight)
+
+
+_KERNELS = "transformers.integrations.mxfp4"
+
+
+class KernelExperts(WeightKind):
+    """`Mxfp4GptOssExperts`, whose matmul_ogs launches kernels into a new tensor."""
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether the module is one of them."""
+        return isinstance(module, getattr(sys.modules[_KERNELS], "Mxfp4GptOssExperts", ()))
+
+    def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
+        """Return why nothing below them trains, and why they get no adapter."""
+        if verb in ("inject", "train"):
+            remedy = "Load the base within lora_inject.packed_experts(), which keeps 4 bits, "
+            remedy += "or with Mxfp4Config(dequantize=True)"
+            return Reason("experts compute in MXFP4 by kernels for inference", remedy)
+        return super().why_not(verb, module, weight)
+
+
+# What it leaves on the model and on its config.
+_ON_MODEL = ("hf_quantizer", "is_quantized", "quantization_method")
+_ON_CONFIG = ("quantization_config", "_pre_quantization_dtype", "_is_quantized")
+
+
+class Quantized(WeightKind):
+    """Matches no weight: it knows models."""
+
+    def claims(self, module: nn.Module) -> Iterator[tuple[Any, tuple[str, ...]]]:
+        """Yield a model with a quantizer, and its config."""
+        if "hf_quantizer" in module.__dict__:
+            yield module, _ON_MODEL
+            if (config := getattr(module, "config", None)) is not None:
+                yield config, _ON_CONFIG

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.plain_tensors import sharded_by
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.adapter_state import adapter_state
 from lora_inject.core.model.eject import eject
 from lora_inject.core.model.inject import inject
+from lora_inject.core.model.read_off import adapter_state
 from lora_inject.core.model.train import train_only
 from lora_inject.core.roots.carried import adapted_modules, entries, root_at
 from lora_inject.core.spec.names import joined

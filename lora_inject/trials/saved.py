@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora_inject.core.adapter.fingerprint import sample_positions
-from lora_inject.core.model.adapter_state import adapter_state
+from lora_inject.core.model.read_off import adapter_state
 from lora_inject.errors import FormatError, user_path
 from lora_inject.formats.pickles import DAMAGE
 from lora_inject.trials.flat import Gradient

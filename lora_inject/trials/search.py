@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.other_tensors import site_mapped
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import write_file
-from lora_inject.core.files.json_files import read_json
+from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.files.tensors import bytes_of
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.adapter_state import adapter_state
 from lora_inject.core.model.listing import adapters
+from lora_inject.core.model.read_off import adapter_state
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.names import counted
 from lora_inject.errors import FormatError, StateError, check_type, user_path

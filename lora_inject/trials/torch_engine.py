@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lora_inject.private import look_up
-from lora_inject.private_needed import needed
+from lora_inject.private import look_up, needed
 
 _NAME = "torch._C._will_engine_execute_node"
 

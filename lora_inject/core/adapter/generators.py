@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lora_inject.private_needed import needed
+from lora_inject.private import needed
 
 
 def generators_of(devices: Iterable[torch.device]) -> list[torch.Generator]:

@@ -31,8 +31,7 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import Maybe, is_positive, misfit, parse_json
 from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
-from lora_inject.core.spec.sites import ROLES, SiteSpec
-from lora_inject.core.spec.slices import Slices
+from lora_inject.core.spec.sites import ROLES, SiteSpec, Slices
 from lora_inject.errors import FormatError
 from lora_inject.version import __version__
 

@@ -17,11 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_inject.core.adapter.plain_sites import plain
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.svd import thin_svd
-from lora_inject.core.spec.sites import SiteSpec, adapted_parts
-from lora_inject.core.spec.slices import Slices
+from lora_inject.core.spec.sites import SiteSpec, Slices, adapted_parts
 from lora_inject.errors import StateError
 
 _SAME = 1e-12  # relative difference of two equal scales alpha / rank by rounding
@@ -276,3 +274,19 @@ def _mix_of(copies: Sequence[tuple[Tensor, float]]) -> Tensor:
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor, _ in copies))
     products = [weight * tensor.detach().double() for tensor, weight in copies]
     return torch.stack(products).sum(0).to(dtype)
+
+
+def plain(site: SiteState, asked: str, *, bias: bool = False) -> SiteState:
+    """Refuse a site whose update is not a product of A and B alone, as DoRA's is not.
+
+    A bias of B is accepted where the caller asks for it, if the site has no slices.
+    """
+    allowed = {"A", "B", "A0", "B0"} | ({"b"} if bias and site.spec.slices is None else set())
+    further = sorted(set(site.tensors) - allowed)
+    if further or site.spec.variant != "lora":
+        raise StateError(
+            f"{asked}, site '{site.spec.name}'",
+            f"its update is not B @ A alone (variant {site.spec.variant}, with {further})",
+            "Merge it into the base instead: merge(model), or `lora-inject merge`",
+        )
+    return site

@@ -15,8 +15,7 @@ import torch
 from lora_inject.core.adapter.parts import MADE, check_alike, total
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.spec.names import joined, parent
-from lora_inject.core.spec.sites import SiteSpec, adapted_parts
-from lora_inject.core.spec.slices import Slices
+from lora_inject.core.spec.sites import SiteSpec, Slices, adapted_parts
 from lora_inject.errors import StateError
 
 

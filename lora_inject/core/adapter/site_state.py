@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_inject.core.adapter.equality import same
 from lora_inject.core.spec.sites import SiteSpec, signed_pairs
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -92,3 +92,13 @@ class SiteState(Comparable):
         spec = self.spec
         widths = f"{spec.in_features} -> {spec.out_features}"
         return f"SiteState({spec.name!r}, {spec.kind}, {widths}, rank {spec.rank})"
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are equal, with tensors in mappings compared bit for bit."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        alike = (one.dtype, one.shape, one.is_meta) == (other.dtype, other.shape, other.is_meta)
+        return alike and (one.is_meta or torch.equal(one, other.to(one.device)))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return bool(one == other)

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_inject.core.adapter.fingerprint import Fingerprint
-from lora_inject.core.adapter.not_finite import first_without_values
 from lora_inject.core.adapter.site_state import Comparable, SiteState
-from lora_inject.core.adapter.state_size import size_in_words
 from lora_inject.core.functional.finite import all_finite
+from lora_inject.core.spec.names import counted
 from lora_inject.core.spec.shown import Shown
 from lora_inject.errors import LoraInjectError, StateError
 
@@ -104,3 +104,38 @@ class AdapterState(Comparable, Shown):
         return added(self, other, -1.0)
 
     __radd__, __rsub__ = __add__, __sub__  # of what is not an adapter: the same error
+
+
+def first_without_values(
+    sites: Mapping[str, SiteState],
+    trained: Mapping[str, Tensor],
+    asked: str,
+    error: type[LoraInjectError],
+) -> LoraInjectError:
+    """Return the error of the first tensor that is on the meta device, or not finite."""
+    tensors = {
+        f"{role} of site {name!r}": tensor
+        for name, site in sites.items()
+        for role, tensor in site.tensors.items()
+    }
+    tensors |= {f"trained tensor {name!r}": tensor for name, tensor in trained.items()}
+    name, tensor = next(
+        (name, tensor)
+        for name, tensor in tensors.items()
+        if tensor.is_meta or not all_finite(tensor)
+    )
+    where = f"{asked}, {name}" if asked else name
+    if tensor.is_meta:
+        return error(where, "it is on the meta device and has no values", "Load its values first")
+    problem = f"it holds {int((~torch.isfinite(tensor)).sum()):,} NaN or infinite values"
+    return error(where, problem, "Its training diverged; take an earlier checkpoint of the adapter")
+
+
+def size_in_words(sites: Mapping[str, SiteState], trained: Mapping[str, Tensor]) -> str:
+    """Return the numbers of sites, ranks, trained tensors and parameters in a line."""
+    ranks = sorted({site.spec.rank for site in sites.values()}) or [0]
+    rank = f"ranks {ranks[0]} to {ranks[-1]}" if ranks[1:] else f"rank {ranks[0]}"
+    n_parameters = sum(site.spec.n_parameters for site in sites.values())
+    n_parameters += sum(t.numel() for t in trained.values())
+    counts = counted(len(sites), "site"), counted(len(trained), "trained tensor")
+    return f"AdapterState({counts[0]}, {rank}, {counts[1]}, {n_parameters:,} parameters)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import secrets
@@ -11,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lora_inject.core.files.system_errors import remedy_for
 from lora_inject.errors import FormatError
 
 _DAY = 24 * 60 * 60  # seconds
@@ -105,3 +105,16 @@ def _link(temporary: Path, path: Path) -> None:
         raise
     except OSError:  # no links there, as in FAT
         temporary.replace(path)
+
+
+_REMEDIES = {
+    errno.ENOSPC: "Free some space and run again",
+    errno.EDQUOT: "Your quota is used up; free some space and run again",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Give a folder that you may write to"),
+    errno.EROFS: "Give a folder on a disk that is not read-only",
+}
+
+
+def remedy_for(error: OSError) -> str:
+    """Return what to do about an error of the system."""
+    return _REMEDIES.get(error.errno or 0, "Check the disk and run again")

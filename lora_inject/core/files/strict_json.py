@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import reprlib
 from collections import Counter
 from collections.abc import Iterable
 from itertools import count
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_inject.errors import FormatError, LoraInjectError
@@ -102,3 +104,15 @@ def _is_plainly(value: Any, form: Any) -> bool:
     if isinstance(form, type):
         return type(value) is form
     return callable(form) and bool(form(value))
+
+
+def read_json(
+    path: Path,
+    asked: str,
+    error: type[LoraInjectError] = FormatError,
+    max_bytes: int = MAX_BYTES,
+) -> Any:
+    """Parse a file as `parse_json` does; reads at most `max_bytes + 1`."""
+    with path.open("rb") as file:
+        n_bytes = min(os.fstat(file.fileno()).st_size, max_bytes)  # `read` allocates all at once
+        return parse_json(file.read(n_bytes + 1), asked, error, max_bytes)

@@ -28,7 +28,6 @@ from lora_inject.core.files.safetensors_file import (
     read_header,
 )
 from lora_inject.core.files.tensors_on_disk import left_on_disk
-from lora_inject.core.files.unwritable import why_unwritable
 from lora_inject.errors import FormatError
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -110,3 +109,16 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
     rows = [(name, _NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered]
     header = build_header(rows, dict(sorted(metadata.items())))
     return b"".join((header.raw, *(bytes_of(tensor) for _, tensor in ordered)))
+
+
+def why_unwritable(name: str, tensor: Tensor) -> FormatError:
+    """Return the error of a tensor without values, or whose name or dtype a file cannot have."""
+    asked = f"write tensor {name[:80]!r}"
+    if tensor.is_meta:
+        problem = "it is on the meta device and has no values"
+        return FormatError(asked, problem, "Load its values first")
+    if not is_plain_name(name):
+        problem = "the name is too long or has control characters"
+        return FormatError(asked, problem, "Rename the module")
+    problem = f"its dtype is {tensor.dtype}"
+    return FormatError(asked, problem, "Convert it to a plain dtype first")

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.files.read_at import CAN_REPLACE_OPEN_FILES, open_to_read
-from lora_inject.core.files.row_reader import RowReader
+from lora_inject.core.files.row_reader import CAN_REPLACE_OPEN_FILES, RowReader, open_to_read
 from lora_inject.core.files.safetensors_file import (
     DTYPES,
     TensorEntry,

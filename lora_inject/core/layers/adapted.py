@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import Attached, Entry
 from lora_inject.core.layers.checkpointing import check_live_checkpoint
-from lora_inject.core.layers.classes_on_top import without_ours
 from lora_inject.core.layers.effective import read_mixed
 from lora_inject.core.layers.forwards import check_not_offloaded
 from lora_inject.core.layers.selected import Selected
@@ -146,3 +146,29 @@ def defines_forward(cls: type) -> tuple[str, str]:
     """Return the module and the name of the class whose `forward` a class has."""
     owner = next(c for c in cls.__mro__ if "forward" in c.__dict__)
     return owner.__module__, owner.__qualname__
+
+
+_PLAIN: WeakValueDictionary[Any, type] = WeakValueDictionary()  # a class lives as long as a module
+
+
+def without_ours(cls: type, plain_bases: tuple[type, ...]) -> type:
+    """Return a class that is above a swapped one, on plain bases: one for each."""
+    plain = _PLAIN.get(cls)
+    if plain is None:
+        plain = _PLAIN[cls] = _on(cls, plain_bases)
+    return plain
+
+
+def with_base(cls: type, old: type, new: type) -> type:
+    """Return `cls` with `old` replaced by `new` among its bases, at any depth."""
+    if cls is old:
+        return new
+    if not issubclass(cls, old):
+        return cls
+    return _on(cls, tuple(with_base(base, old, new) for base in cls.__bases__))
+
+
+def _on(cls: type, bases: tuple[type, ...]) -> type:
+    """Return a class like another, on other bases."""
+    namespace = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, bases, namespace)

@@ -11,18 +11,17 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Patch, Spans, Update
-from lora_inject.core.layers.inert_class import refuse_inert_class
 from lora_inject.core.layers.selected import Selected
 from lora_inject.core.layers.selection import Selection
-from lora_inject.core.layers.unstarted import refuse_unstarted
 from lora_inject.core.spec.sites import ROLES, SiteSpec, signed_pairs
+from lora_inject.errors import LayerError
 
 
 def encode(adapter: str) -> str:
@@ -294,3 +293,25 @@ def held_by(module: nn.Module) -> Mapping[str, Any]:
     if GATHERED in own:  # the views are attributes
         return {**parameters, **{name: own[name] for name in own["_lora"].flat if name in own}}
     return parameters
+
+
+def refuse_inert_class(module: nn.Module, asked: str) -> NoReturn:
+    """Raise for a module with adapters that was given a class without support for them."""
+    cls = type(module).__name__
+    problem = f"its layer has adapters and was later given the class {cls}, which leaves them inert"
+    raise LayerError(asked, problem, "Eject them, then inject again")
+
+
+def refuse_unstarted(attached: Any, entries: Iterable[Any], asked: str) -> None:
+    """Raise if entries have memory that nobody has written to."""
+    for entry in entries:
+        if entry.mark in attached.garbage:
+            site = entry.param if entry.spec is None else entry.spec.name
+            raise LayerError(
+                f"{asked} with adapter {entry.adapter!r} at {site!r}",
+                "its tensors were made on the meta device or emptied by to_empty(), and "
+                "nothing has started or loaded them since",
+                "Load the base with load_state_dict, which starts them, call "
+                "reset_parameters() of the layer, or write an adapter's values with "
+                "swap_adapter",
+            )

@@ -6,6 +6,7 @@ be linear in W, else by its weight, or not at all, for one of the reasons in `re
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,6 @@ from torch.nn.parameter import is_lazy
 
 from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.forwards import has_own_forward
-from lora_inject.core.layers.heads import stated_heads
 from lora_inject.core.layers.kinds import kind_of
 from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.mixtures import with_mixtures
@@ -215,3 +215,18 @@ class _Listing:
         if weight is None or not self.survey.tied:
             return ()
         return tuple(n for n in self.survey.tied.get(memory_of(weight), ()) if n != name)
+
+
+def stated_heads(survey: Survey, stated: Iterable[Any]) -> tuple[str, ...]:
+    """Return the names of the output heads; `stated` are the methods that return them."""
+    heads = (head for get in stated if (head := _head(get)) is not None)
+    return tuple(dict.fromkeys(survey.paths[id(h)] for h in heads if id(h) in survey.paths))
+
+
+def _head(get: Any) -> nn.Module | None:
+    """Return the output head that a method of a model states."""
+    try:
+        head = get() if callable(get) else None
+    except (AttributeError, NotImplementedError):  # a model that has none
+        return None
+    return head if isinstance(head, nn.Module) else None

@@ -17,7 +17,7 @@ from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.gain import Gain, gained, norms_of, updated_norms
 from lora_inject.core.functional.plain_operations import add_updates
 from lora_inject.core.layers.attached import Attached, Entry, Recipe, factors_of, held_by
-from lora_inject.core.layers.packed_values import dense, is_known
+from lora_inject.core.layers.packed_weights import dense, is_known
 from lora_inject.core.layers.plain_tensors import PLAIN, is_quantized
 from lora_inject.core.layers.selected import Selected
 from lora_inject.core.layers.unusual_linear import with_whole_weight

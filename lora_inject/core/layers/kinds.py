@@ -9,10 +9,9 @@ from torch import nn
 
 from lora_inject.core.layers.adapted import Adapted, WeightUpdate
 from lora_inject.core.layers.attached import Entry
-from lora_inject.core.layers.conv1d_kind import LoRAConv1D
 from lora_inject.core.layers.conv_kinds import LoRABilinear, LoRAConv, LoRAConvTranspose
 from lora_inject.core.layers.embedding_kind import LoRAEmbedding
-from lora_inject.core.layers.linear_kinds import LoRALinear
+from lora_inject.core.layers.linear_kinds import LoRAConv1D, LoRALinear
 
 # The first class that matches a layer's class is its kind.
 KINDS: list[type[Adapted]] = [

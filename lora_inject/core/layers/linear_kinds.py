@@ -17,7 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.linear import frozen_output, linear
 from lora_inject.core.functional.plain_operations import add_updates
-from lora_inject.core.layers.adapted import keeps_forward, plain_class
+from lora_inject.core.layers.adapted import defines_forward, keeps_forward, plain_class
 from lora_inject.core.layers.forward_update import ForwardUpdate
 from lora_inject.core.layers.gains import linear_with_gain
 from lora_inject.core.layers.own_code import OWN
@@ -119,3 +119,31 @@ class LoRALinear(ForwardUpdate):
         if self._lora.reads or "weight" not in held or "bias" not in held:
             return self._lora_own("weight"), self._lora_own("bias")
         return held["weight"], held["bias"]
+
+
+# The module and the name of the class.
+_CONV1D = {("transformers.pytorch_utils", "Conv1D")}
+
+
+class LoRAConv1D(LoRALinear):
+    """Forward update of a linear layer with the transposed weight."""
+
+    kind = "conv1d"
+    transposed = True
+
+    @classmethod
+    def matches(cls, layer: type[nn.Module]) -> bool:
+        """Return whether a class is, or derives from, transformers' Conv1D."""
+        return any((c.__module__, c.__qualname__) in _CONV1D for c in layer.__mro__)
+
+    @staticmethod
+    def geometry(module: Any) -> Geometry:
+        """Return the widths, `nx` in and `nf` out."""
+        n_in, n_out = int(module.nx), int(module.nf)
+        return Geometry(n_in, n_out, (n_in, n_out), transposed=True)
+
+    @staticmethod
+    def stock(plain: type[nn.Module]) -> bool:
+        """Return whether `forward` is Conv1D's own, and the weight a parameter."""
+        is_known = defines_forward(plain) in _CONV1D and keeps_forward(plain)
+        return is_known and not hasattr(plain, "weight")

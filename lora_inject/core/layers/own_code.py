@@ -7,6 +7,8 @@ parameters themselves, such as `reset_parameters`. Each says so for its thread w
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -25,3 +27,15 @@ class OwnCode(threading.local):
 
 
 OWN = OwnCode()
+
+
+@contextmanager
+def keeping(attached: Any, *, replaces: bool = False) -> Iterator[None]:
+    """Let the code inside find the parameters of a layer themselves."""
+    before = OWN.keeps, OWN.replaces
+    OWN.replaces = replaces or (OWN.replaces and OWN.keeps is attached)
+    OWN.keeps = attached
+    try:
+        yield
+    finally:
+        OWN.keeps, OWN.replaces = before

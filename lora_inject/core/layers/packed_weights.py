@@ -7,11 +7,20 @@ Only those of libraries that this process has loaded are asked.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.library import loaded_libraries
-from lora_inject.core.layers.weight_kinds import REGISTERED, Reason, Verb, WeightKind
+from lora_inject.core.layers.weight_kinds import (
+    OF_ANY_LIBRARY,
+    REGISTERED,
+    UNKNOWN,
+    Reason,
+    Verb,
+    WeightKind,
+)
 
 
 def loaded_kinds() -> list[WeightKind]:
@@ -59,3 +68,38 @@ def described(weight: Tensor) -> Iterable[str] | None:
     """Return the settings and a few codes of a packed tensor; None if no kind describes it."""
     said = (kind.described(weight) for kind in loaded_kinds())
     return next((each for each in said if each is not None), None)
+
+
+def weight_kind(module: nn.Module, weight: Tensor) -> WeightKind:
+    """Return how a layer holds a packed weight; `UNKNOWN` if nobody knows."""
+    kind = _known_kind(module, weight)
+    return UNKNOWN if kind is None else kind
+
+
+def is_known(module: nn.Module, weight: Tensor) -> bool:
+    """Return whether a kind knows how a layer holds a packed weight."""
+    return _known_kind(module, weight) is not None
+
+
+def _known_kind(module: nn.Module, weight: Tensor) -> WeightKind | None:
+    for kind in loaded_kinds():
+        if kind.matches(module, weight):
+            return kind
+    return next((kind for kind in OF_ANY_LIBRARY if kind.matches(module, weight)), None)
+
+
+@torch.no_grad()
+def dense(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return the values that a packed weight stands for in its layer, as new float32."""
+    values = weight_kind(module, weight).dense(module, weight)
+    return values.to(torch.float32).contiguous()
+
+
+def claims(modules: Iterable[nn.Module]) -> list[tuple[Any, dict[str, Any]]]:
+    """Return who says that it is quantized, with the attributes that say it."""
+    return [
+        (owner, {name: owner.__dict__[name] for name in names if name in owner.__dict__})
+        for module in modules
+        for kind in loaded_kinds()
+        for owner, names in kind.claims(module)
+    ]

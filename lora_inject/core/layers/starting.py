@@ -8,18 +8,22 @@ start again when W is loaded, unless somebody has written to them in between.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.adapter.first_factors import first_factors
+from lora_inject.core.adapter.known_variants import VARIANTS
+from lora_inject.core.functional.factors import master_dtype
 from lora_inject.core.layers.attached import Attached, Entry, attached_to
-from lora_inject.core.layers.first_values import first_values
 from lora_inject.core.layers.forms import is_own
-from lora_inject.core.layers.keeping import keeping
+from lora_inject.core.layers.gains import first_norms
+from lora_inject.core.layers.own_code import keeping
 from lora_inject.core.layers.survey import base_tensor
-from lora_inject.core.layers.valueless import given_values
 from lora_inject.core.spec.sites import FROM_WEIGHT
 
 
@@ -131,3 +135,56 @@ def reset(module: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str
     if attached.valueless:
         start_reset(module)
     return result
+
+
+# The function that `to_empty` applies to each tensor: it gives memory and no values.
+EMPTYING = {
+    each for each in nn.Module.to_empty.__code__.co_consts if isinstance(each, types.CodeType)
+}
+
+
+def moved(module: nn.Module, *, emptied: bool) -> None:
+    """Note which entries of a module have values after its tensors were moved."""
+    attached = attached_to(module)
+    assert attached is not None
+    for entry in attached.entries():
+        on_meta = any(tensor.is_meta for tensor in entry.tensors(module).values())
+        if on_meta or emptied:
+            attached.valueless |= {entry.mark}
+    _note_garbage(module, attached)
+
+
+def _note_garbage(module: nn.Module, attached: Attached) -> None:
+    """Note what has memory and no values."""
+    attached.garbage = frozenset(
+        entry.mark
+        for entry in attached.entries()
+        if entry.mark in attached.valueless
+        and not any(tensor.is_meta for tensor in entry.tensors(module).values())
+    )
+    if attached.garbage:
+        attached.forget_use()
+
+
+def given_values(module: nn.Module, entries: Iterable[Entry]) -> None:
+    """Note that entries have got values."""
+    attached = attached_to(module)
+    assert attached is not None
+    marks = {entry.mark for entry in entries}
+    if marks & (attached.valueless | attached.by_reset.keys()):
+        attached.valueless -= marks
+        attached.by_reset = {m: v for m, v in attached.by_reset.items() if m not in marks}
+        _note_garbage(module, attached)
+
+
+def first_values(module: nn.Module, entry: Entry, weight: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of a new entry of a module by their roles; `weight` is W, whole."""
+    spec, dtype = entry.spec, master_dtype(weight.dtype)
+    if spec is None:
+        role = next(iter(entry.names))
+        return {role: entry.start(weight).to(dtype, copy=True)}
+    factors = first_factors(spec, weight, dtype)
+    if spec.variant == "lora":
+        return factors
+    norms = partial(first_norms, module, spec, weight)
+    return {**factors, **VARIANTS[spec.variant].start(factors, norms)}

@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.forms import check_part
-from lora_inject.core.layers.keeping import keeping
+from lora_inject.core.layers.own_code import keeping
 from lora_inject.core.layers.selection import Selection
 from lora_inject.core.layers.starting import names_given, start_loaded
 from lora_inject.core.layers.told import FORMS

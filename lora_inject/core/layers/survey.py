@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lora_inject.core.layers.attached import Entry, attached_to
-from lora_inject.core.layers.endless import endless
-from lora_inject.core.layers.no_module import no_module
 from lora_inject.core.spec.names import WRAPPERS, joined
+from lora_inject.errors import LayerError, article
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 
@@ -215,3 +214,22 @@ def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     if (attached := attached_to(module)) is not None:
         return attached.base(module._parameters)
     return {key: p for key, p in module._parameters.items() if p is not None}
+
+
+def no_module(given: object) -> LayerError:
+    """Return the error of what was given as a model and is no module, but maybe its class."""
+    if isinstance(given, type):
+        name = given.__name__
+        return LayerError("the model", f"it is the class {name}", f"Give an instance: {name}(...)")
+    problem = f"it is {article(type(given).__name__)}"
+    return LayerError("the model", problem, "Give a torch.nn.Module")
+
+
+def endless(name: str, depth: int) -> LayerError:
+    """Return the error of a module that lies deeper than any model."""
+    return LayerError(
+        f"walk the model, module '{name[:80]}...'",
+        f"it lies {depth} modules deep: a module holds one that holds it (its parent?)",
+        "Keep such a reference in a tuple, or set it with object.__setattr__; train() and eval() "
+        "of torch would not end either",
+    )

@@ -16,13 +16,12 @@ from torch import nn
 
 from lora_inject.core.layers.adapted import Adapted, WeightUpdate
 from lora_inject.core.layers.carrier import Carrier
-from lora_inject.core.layers.class_layout import in_layout_of
 from lora_inject.core.layers.effective import cached_forward, selected_forward
-from lora_inject.core.layers.pickled import reduction_of
 from lora_inject.core.layers.reading import read_attribute
 from lora_inject.core.layers.recurrent import members_of_recurrent
 from lora_inject.core.layers.replaced import check_replaced
 from lora_inject.core.layers.starting import reset
+from lora_inject.errors import LayerError
 
 
 class Swapped(Carrier):
@@ -141,3 +140,34 @@ def _rebuild(plain: type[nn.Module], mixin: type[Adapted], reads: tuple[str, ...
     """Make an empty carrier, for pickle and deepcopy, which then restore its state."""
     made: Adapted = object.__new__(adapted_class(plain, mixin, reads))
     return made
+
+
+def in_layout_of(plain: type, wanted: type, namespace: dict[str, Any]) -> Any:
+    """Return a class like `wanted` that instances of `plain` can change to.
+
+    Python lets an object change its class only where both derive first from the same layout. Where
+    a mixin stands before nn.Module ours has to come second among the
+    bases, and first in the order in which methods are looked up.
+    """
+    meta: Any = type("Reordered", (type(plain),), {"mro": lambda cls: [cls, *wanted.__mro__[1:]]})
+    bases = wanted.__bases__[::-1]
+    return types.new_class(
+        plain.__name__, bases, {"metaclass": meta}, lambda ns: ns.update(namespace)
+    )
+
+
+def reduction_of(layer: Adapted, reduced: Any) -> tuple[tuple[Any, ...], Any]:
+    """Return what a swapped class is made from again, and the state of the layer.
+
+    `reduced` is what `__reduce_ex__` of the plain class returns.
+
+    Raises:
+        LayerError: The layer's own state leaves out its adapters.
+    """
+    state = reduced[2] if isinstance(reduced, tuple) and len(reduced) > 2 else layer.__dict__
+    attributes = state[0] if isinstance(state, tuple) and state else state
+    if not isinstance(attributes, dict) or "_lora" not in attributes:
+        asked = f"a copy or pickle of a {type(layer).__name__}"
+        problem = "its own __getstate__ leaves out what carries the adapters"
+        raise LayerError(asked, problem, "Let it return all of __dict__, or eject first")
+    return (layer._lora_plain, layer._lora_mixin, tuple(sorted(layer._lora_reads))), state

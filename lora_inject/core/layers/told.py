@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import Entry, attached_to
-from lora_inject.core.spec.meaning import meaning
 from lora_inject.core.spec.names import canonical, leaf, parent
+from lora_inject.core.spec.sites import meaning
 from lora_inject.errors import StateError
 
 FORMS = "_lora_forms"

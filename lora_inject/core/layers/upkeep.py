@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_inject.core.layers.attached import Attached, held_by
 from lora_inject.core.layers.own_code import OWN
 from lora_inject.core.layers.replaced import check_replaced
-from lora_inject.core.layers.valueless import EMPTYING, moved
+from lora_inject.core.layers.starting import EMPTYING, moved
 from lora_inject.errors import LayerError
 
 

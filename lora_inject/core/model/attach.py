@@ -15,8 +15,8 @@ from lora_inject.core.layers.packed_weights import begin_training
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.selection import Selection
 from lora_inject.core.layers.snapshot import all_or_nothing
+from lora_inject.core.layers.starting import moved
 from lora_inject.core.layers.survey import Carried, Survey
-from lora_inject.core.layers.valueless import moved
 from lora_inject.core.model.trainable import forget_gradients
 from lora_inject.core.roots.carried import Root, lock_of, reach, structure_changed
 from lora_inject.core.roots.roots import become_root, check_new_adapter, records_with, selection_for

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.core.layers.first_values import first_values
+from lora_inject.core.layers.starting import first_values
 from lora_inject.core.layers.survey import Carried, Survey
 from lora_inject.core.model.target import whole
 from lora_inject.distributed.sharding import meshes

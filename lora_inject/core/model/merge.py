@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from lora_inject.core.functional.merge_report import MergeReport
 from lora_inject.core.layers.gains import check_mixed
 from lora_inject.core.layers.library import loaded_libraries
-from lora_inject.core.layers.packed_values import claims, weight_kind
-from lora_inject.core.layers.packed_weights import packed_weight
+from lora_inject.core.layers.packed_weights import claims, packed_weight, weight_kind
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.snapshot import all_or_nothing

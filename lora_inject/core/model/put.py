@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_inject.core.layers.candidates import inventory
-from lora_inject.core.layers.first_values import first_values
 from lora_inject.core.layers.library import loaded_libraries
+from lora_inject.core.layers.starting import first_values
 from lora_inject.core.layers.survey import Carried, Survey, memory_of
 from lora_inject.core.model.attach import attach, survey_for
 from lora_inject.core.model.gathering import first_values_alike

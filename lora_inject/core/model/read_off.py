@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_inject.core.adapter.fingerprint import moved_positions
 from lora_inject.core.adapter.site_state import SiteState
@@ -15,7 +15,6 @@ from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.base import fingerprint, untouched
-from lora_inject.core.model.spread import gathered_whole, refuse_empty_base
 from lora_inject.core.roots.carried import (
     adapted_modules,
     check_unmerged,
@@ -25,6 +24,7 @@ from lora_inject.core.roots.carried import (
 )
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.errors import StateError
 
 
 def values_on(
@@ -79,14 +79,14 @@ def read_off(
     def taken(held: Tensor, path: str, entry: Entry, role: str) -> Tensor:
         if id(held) not in whole:
             there = gathered.get(joined(path, entry.names[role]), held)
-            whole[id(held)] = there.detach()
-            if hasattr(there, "full_tensor") or tuple(there.shape) != entry.shape_of(role):
-                whole[id(held)] = gathered_whole(there, entry, role)
+            whole[id(held)] = _whole(there, entry, role)
         return whole[id(held)]
 
     state, weights = values_on(survey, name, "adapter_state of", taken)
-    if not all(weight.numel() for weight in weights.values()):
-        refuse_empty_base(weights, name)
+    for key, weight in weights.items():
+        if not weight.numel():  # a fingerprint of it fits no base
+            problem = f"its base, {key!r}, has no elements in this process, which holds a shard of "
+            raise StateError(f"adapter_state of {name!r}", f"{problem}it", _remedy())
     for _, _, attached in adapted_modules(survey):
         attached.check_started(attached.entries(name), "reading")
     # The fingerprint is to be that of the base, which merged weights are not.
@@ -94,3 +94,49 @@ def read_off(
     moved = {s.spec.weight: moved_positions(s) for s in state.sites.values()}
     others = untouched(survey.weights, state)
     return replace(state, fingerprint=fingerprint(weights, others, moved))
+
+
+def _whole(tensor: Tensor, entry: Entry, role: str) -> Tensor:
+    """Return a tensor of an adapter, gathered where this process holds a shard of it."""
+    spec, tensor = entry.spec, tensor.detach()
+    if hasattr(tensor, "full_tensor"):
+        whole: Tensor = tensor.full_tensor()
+        return whole
+    shape = entry.shape_of(role)
+    if tuple(tensor.shape) != shape:
+        raise StateError(
+            f"adapter_state of {entry.adapter!r}",
+            f"{role} of {spec.name if spec else entry.param!r} has shape {tuple(tensor.shape)} "
+            f"instead of {shape}: this process holds a shard of it",
+            _remedy(),
+        )
+    return tensor
+
+
+def _remedy() -> str:
+    contexts = [context for library in loaded_libraries() for context in library.gathering()]
+    return f"Call it within {' or '.join(contexts) or 'a context that gathers whole tensors'}"
+
+
+def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
+    """Read an adapter from a model, as a value.
+
+    Args:
+        model: The root, or any module that holds roots.
+        name: The adapter.
+
+    Returns:
+        Its state. The tensors are detached and share memory with the model's.
+
+    Raises:
+        StateError: There is no such adapter, a layer that carries it was replaced, the model is
+            merged, or this process holds only a shard of a tensor.
+
+    Examples:
+        >>> from lora_inject.core.model.inject import inject
+        >>> net = inject(nn.Sequential(nn.Linear(4, 6)), {"rank": 2, "targets": ["0"]})
+        >>> site = adapter_state(net).sites["0"]
+        >>> tuple(site.A.shape), tuple(site.B.shape), site.scale
+        ((2, 4), (6, 2), 8.0)
+    """
+    return read_off(Survey(model), name)

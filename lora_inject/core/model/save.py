@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -12,6 +15,7 @@ import torch
 from torch import nn
 
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files.atomic import replace_file
 from lora_inject.core.files.together import write_together
 from lora_inject.core.layers.library import note_saved, this_process_writes
 from lora_inject.core.layers.survey import Survey
@@ -20,10 +24,10 @@ from lora_inject.core.model.probing import take_proof
 from lora_inject.core.model.read_off import read_off
 from lora_inject.core.model.stages import saved_by_all
 from lora_inject.core.model.unused import refuse_unused_sites, say_untrained
-from lora_inject.core.model.versions import folder_of, note_newest
 from lora_inject.core.roots.carried import all_take_part, entries, note_files
 from lora_inject.errors import FormatError, StateError, user_path, within
 from lora_inject.formats.exchange import DEFAULT, completed, format_of, write_adapter
+from lora_inject.formats.format import Format
 
 
 def save_adapter(
@@ -149,3 +153,29 @@ def check_used(survey: Survey, name: str, state: AdapterState, unused: Sequence[
     state.check_finite(asked, FormatError)
     if unused or not all_take_part([*entries(survey, name)]):
         refuse_unused_sites(survey, name, state, unused, asked)
+
+
+LATEST = "LATEST"
+"""File with the name of an adapter's newest version."""
+
+
+def folder_of(version: int, path: Path, format: str, row: Format, asked: str) -> Path:  # noqa: A002
+    """Return where a version is written; `row` is that of its format, which must be a folder's."""
+    if row.endings:
+        problem = f"versions are folders, and {format!r} is one file"
+        raise FormatError(f"{asked}, version {version}", problem, "Leave version out")
+    return path / str(version)
+
+
+def note_newest(folder: Path, newest: int, keep: int | None) -> None:
+    """Note the version that was written last, and remove the oldest but `keep`."""
+    replace_file(folder / LATEST, f"{newest}\n".encode())
+    if keep is None:
+        return
+    versions = sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdecimal())
+    for version in [v for v in versions if v != newest][: max(0, len(versions) - max(1, keep))]:
+        # renamed first: nobody finds half of one
+        doomed = folder / f".{version}.{secrets.token_hex(6)}.tmp"
+        with suppress(FileNotFoundError):  # another process was first
+            (folder / str(version)).rename(doomed)
+            shutil.rmtree(doomed)

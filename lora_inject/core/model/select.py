@@ -13,9 +13,11 @@ from typing import TypeVar
 
 from torch import nn
 
+from lora_inject.core.layers.attached import Entry
+from lora_inject.core.layers.gains import check_mixed
 from lora_inject.core.layers.selected import Mix
-from lora_inject.core.model.gained_mixes import check_mixes
-from lora_inject.core.roots.carried import alone, check_names, check_unmerged, reach
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.roots.carried import alone, check_names, check_unmerged, entries, reach
 from lora_inject.errors import StateError, check_type
 
 M = TypeVar("M", bound=nn.Module)
@@ -76,3 +78,16 @@ def weights_of(which: str | Mapping[str, float] | None, verb: str) -> dict[str, 
         if not isinstance(weight, Real) or not math.isfinite(weight):
             raise StateError(asked, f"its weight is {weight!r}", "Give a finite number")
     return {name: float(weight) for name, weight in which.items()}
+
+
+def check_mixes(model: nn.Module, weights: Mapping[str, float]) -> None:
+    """Raise if an adapter with a gain would not be alone at a site, with weight 1."""
+    if len(weights) == 1 and 1.0 in weights.values():
+        return
+    taking: dict[tuple[int, str], list[tuple[Entry, float]]] = {}
+    survey = Survey(model)
+    for name, weight in weights.items():
+        for _, module, entry in entries(survey, name):
+            taking.setdefault((id(module), entry.param), []).append((entry, weight))
+    for each in taking.values():
+        check_mixed(each)

@@ -23,8 +23,7 @@ from lora_inject.core.model.install import install
 from lora_inject.core.model.planning import plan
 from lora_inject.core.roots.carried import records_of
 from lora_inject.core.spec.config import Config
-from lora_inject.core.spec.meaning import meaning
-from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.sites import SiteSpec, meaning
 from lora_inject.errors import FormatError, StateError
 from lora_inject.formats.peft.tensor_layout import file_rank
 from lora_inject.formats.plain import refuse_more_than_pairs, site_in_pairs
@@ -57,7 +56,7 @@ def reserve(model: M, name: str = "slot", *, rank: int, targets: Targets = ("all
 
     Examples:
         >>> from lora_inject.core.model.inject import inject
-        >>> from lora_inject.core.model.adapter_state import adapter_state
+        >>> from lora_inject.core.model.read_off import adapter_state
         >>> from lora_inject.core.model.swap import swap_adapter
         >>> net = nn.Sequential(nn.Linear(4, 6))
         >>> small = adapter_state(inject(net, {"rank": 2, "targets": ["0"]}))

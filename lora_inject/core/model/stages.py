@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lora_inject.core.adapter.fingerprints import union_of
+from lora_inject.core.adapter.fingerprint import union_of
 from lora_inject.core.adapter.other_tensors import mapped, only
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.candidates import inventory

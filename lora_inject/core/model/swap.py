@@ -20,11 +20,9 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import values_at_once
 from lora_inject.core.files.tensors_on_disk import in_memory
-from lora_inject.core.layers.starting import copy_into
+from lora_inject.core.layers.starting import copy_into, given_values
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.layers.valueless import given_values
-from lora_inject.core.model.base import Base, check_base
-from lora_inject.core.model.other_base import check_base_copies
+from lora_inject.core.model.base import Base, check_base, check_base_copies
 from lora_inject.core.model.read_off import values_on
 from lora_inject.core.model.slots import placed, present, refuse_in_slot
 from lora_inject.core.roots.carried import (
@@ -35,7 +33,7 @@ from lora_inject.core.roots.carried import (
     reach,
     records_of,
 )
-from lora_inject.core.spec.meaning import meaning
+from lora_inject.core.spec.sites import meaning
 from lora_inject.core.spec.spellings import nearest
 from lora_inject.errors import FormatError, LayerError, user_path, within
 from lora_inject.formats.exchange import read_adapter
@@ -88,7 +86,7 @@ def swap_adapter(
         LayerError: The slot is on the meta device.
 
     Examples:
-        >>> from lora_inject.core.model.adapter_state import adapter_state
+        >>> from lora_inject.core.model.read_off import adapter_state
         >>> from lora_inject.core.model.inject import inject
         >>> from lora_inject.core.model.trainable import adapter_parameters
         >>> net = nn.Sequential(nn.Linear(4, 6))

@@ -20,8 +20,7 @@ from lora_inject.core.functional.rounded_fold import (
 )
 from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.gains import gain_of
-from lora_inject.core.layers.packed_values import dense, weight_kind
-from lora_inject.core.layers.packed_weights import reason_against
+from lora_inject.core.layers.packed_weights import dense, reason_against, weight_kind
 from lora_inject.core.layers.plain_tensors import is_quantized, sharded_by
 from lora_inject.core.layers.survey import Holder, memory_of
 from lora_inject.core.layers.weight_kinds import UNKNOWN, Verb

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.library import loaded_libraries
-from lora_inject.core.layers.packed_weights import loaded_kinds
+from lora_inject.core.layers.packed_weights import loaded_kinds, reason_against
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.dead_inputs import refuse_dead_inputs
+from lora_inject.core.layers.weight_kinds import Reason
 from lora_inject.core.roots.carried import check_names, entries, reach
 from lora_inject.core.spec.names import joined
+from lora_inject.errors import LayerError
 
 
 def forget_gradients(frozen: Iterable[nn.Parameter]) -> None:
@@ -29,10 +30,15 @@ WITHOUT_AUTOGRAD = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized."
 
 
 def check_live_inputs(survey: Survey, asked: str) -> None:
-    """Refuse to train where a layer hands no gradient to its input."""
-    classes = {type(module) for _, module in survey.modules}
-    if loaded_kinds() or any(cls.__module__.startswith(WITHOUT_AUTOGRAD) for cls in classes):
-        refuse_dead_inputs(survey, asked, WITHOUT_AUTOGRAD)
+    """Refuse to train where a layer hands no gradient to its input.
+
+    Such layers compute without autograd: whatever lies before them would get a part of its
+    gradient, or none.
+    """
+    for name, reason in _dead(survey):
+        problem = f"its {reason.found}, through which no gradient reaches the layers before it"
+        serves = "an adapter that was trained elsewhere can be loaded onto it"
+        raise LayerError(f"{asked}, {name!r}", problem, f"{reason.remedy}; {serves}")
 
 
 def trainable_tensors(
@@ -77,3 +83,17 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
             id(parameter), (f"{entry.adapter}:{key}" if several else key, parameter)
         )
     return dict(parameters.values())
+
+
+def _dead(survey: Survey) -> Iterator[tuple[str, Reason]]:
+    """Yield names of layers and weights that hand no gradient on, with the reason."""
+    for path, module in survey.modules:
+        if type(module).__module__.startswith(WITHOUT_AUTOGRAD):
+            problem = f"{type(module).__name__} of torch.ao computes without autograd"
+            yield path, Reason(problem, "Train first, then quantize")
+    for path, module in survey.modules if loaded_kinds() else ():
+        held: dict[str, Tensor | None] = {path: None}
+        held |= {joined(path, key): weight for key, weight in survey.own[id(module)].items()}
+        for name, weight in held.items():
+            if (reason := reason_against("train", module, weight)) is not None:
+                yield name, reason

@@ -22,9 +22,8 @@ from torch import nn
 from lora_inject.core.layers.attached import Attached, Entry, attached_to, check_class_kept
 from lora_inject.core.layers.selection import Selection, alive
 from lora_inject.core.layers.survey import Carried, Holder, Survey, unwrapped
-from lora_inject.core.roots.no_such_adapter import no_such_adapter
-from lora_inject.core.roots.parted import why_not_whole
 from lora_inject.core.spec.names import joined
+from lora_inject.core.spec.spellings import nearest
 from lora_inject.errors import StateError, check_type
 
 ROOT = "_lora_root"
@@ -235,10 +234,8 @@ def whole_adapter(survey: Survey, name: str, asked: str) -> list[Carried]:
     held = list(entries(survey, name))
     for path, module, _ in held:
         check_class_kept(module, f"{asked} {name!r} at {path!r}")
-    records = records_of(survey, name)
-    carrying = {id(module) for _, record in records for module in record.carrying[name]}
-    if records and carrying != {id(item.module) for item in held}:  # a copy of a layer has no root
-        raise why_not_whole(survey, name, held, records, f"{asked} {name!r}")
+    if records := [*records_of(survey, name)]:  # a copy of a layer has no root
+        _check_whole(survey, name, held, records, f"{asked} {name!r}")
     return held
 
 
@@ -263,3 +260,50 @@ def check_unmerged(asked: str, *selections: Selection) -> None:
             merged = ", ".join(name for name in selection.merged)
             problem = f"{merged!r} is merged into the weights"
             raise StateError(asked, problem, "Call unmerge(model) first")
+
+
+def no_such_adapter(known: Collection[str], name: str, verb: str) -> StateError:
+    """Return the error, with the nearest name."""
+    there = ", ".join(map(repr, sorted(known))) or "none"
+    close = nearest(name, known, n=1)
+    hint = f"Did you mean {close[0]!r}?" if close else "Inject or load it first"
+    return StateError(f"{verb} {name!r}", f"the model's adapters are: {there}", hint)
+
+
+def _check_whole(
+    survey: Survey,
+    name: str,
+    held: Iterable[Carried],
+    records: Iterable[tuple[nn.Module, Root]],
+    asked: str,
+) -> None:
+    """Raise for the first layer of an adapter that a model lacks, or else for the first copy.
+
+    `held` are the entries of the adapter in the model, `records` the roots that it was put on, each
+    with its record.
+    """
+    carrying = {id(module): module for _, record in records for module in record.carrying[name]}
+    there = {id(item.module): item for item in held}
+    for key, module in carrying.items():
+        if key not in there:
+            in_model = any(id(root) in survey.paths for root, _ in records)
+            raise _lost(asked, name, module, in_model=in_model)
+    for key, item in there.items():
+        if key not in carrying:
+            problem = f"layer {item.path!r} has it, too, and inject did not put it there: it is a "
+            remedy = "Copy layers before inject, or call eject(layer) of the copy"
+            raise StateError(asked, f"{problem}copy", remedy)
+
+
+def _lost(asked: str, name: str, module: nn.Module, *, in_model: bool) -> StateError:
+    """Return the error of a layer that carries a part of an adapter and is not in the model."""
+    attached = attached_to(module)
+    entry = next(attached.entries(name), None) if attached is not None else None
+    site = type(module).__name__
+    if entry is not None:
+        site = entry.param if entry.spec is None else entry.spec.name
+    problem = f"the layer that carries its site {site!r} is not in the model"
+    if in_model:
+        return StateError(asked, f"{problem} any more", "Put the layer back, or eject the adapter")
+    problem += ", which shares only some of its layers"
+    return StateError(asked, problem, "Call it on the injected model")

@@ -8,8 +8,7 @@ from typing import Any
 from lora_inject.core.spec.config import Axes, Rule
 from lora_inject.core.spec.inventory import Candidate
 from lora_inject.core.spec.rule_checks import slice_names
-from lora_inject.core.spec.sites import Geometry
-from lora_inject.core.spec.slices import Slices
+from lora_inject.core.spec.sites import Geometry, Slices
 from lora_inject.errors import MatchError
 
 SLICED_KINDS = ("linear", "conv1d", "parameter")

@@ -13,21 +13,20 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from lora_inject.core.spec import unmatched
-from lora_inject.core.spec.config import HYPER, WORDS, Active, Config, Normal, Rule
-from lora_inject.core.spec.excluded import Excluded
-from lora_inject.core.spec.expected import check_expect
+from lora_inject.core.spec.below import Below, modules_of
+from lora_inject.core.spec.config import HYPER, WORDS, Active, Config, Expect, Normal, Rule
 from lora_inject.core.spec.experts import part_of_stack, rank_of_each
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.layer_ranges import inside
 from lora_inject.core.spec.layouts import oriented, sliced
 from lora_inject.core.spec.limits import reasons_against
-from lora_inject.core.spec.names import canonical, parent
+from lora_inject.core.spec.names import canonical, counted, parent
 from lora_inject.core.spec.patterns import matching
-from lora_inject.core.spec.plan import Plan, Skipped
-from lora_inject.core.spec.plan_notes import with_notes
+from lora_inject.core.spec.plan import Plan, Skipped, with_notes
 from lora_inject.core.spec.rule_words import names_by_word
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 from lora_inject.core.spec.trained import Trained, trained_by
+from lora_inject.core.spec.unmatched import no_match
 from lora_inject.errors import LayerError, MatchError
 
 
@@ -237,3 +236,39 @@ def _site(candidate: Candidate, rule: Rule, i: int, asked: str) -> SiteSpec:
         for reason in reasons_against(site):
             raise MatchError(asked, *reason)
     return site
+
+
+class Excluded:
+    """The names that no rule may take, and all below them."""
+
+    def __init__(self, config: Config, inventory: Inventory) -> None:
+        excluded: set[str] = set()
+        names = list(dict.fromkeys([*inventory.names, *modules_of(inventory)]))
+        for i, pattern in enumerate(config.exclude):
+            label = f"exclude {i + 1} ('{pattern}')"
+            hits = matching(pattern, names, asked=label)
+            if not hits:
+                raise no_match(inventory, label, pattern, names)
+            excluded.update(hits)
+        self.names = Below(excluded)
+
+    def takes(self, candidate: Candidate) -> bool:
+        """Return whether a candidate, under one of its names, is left out."""
+        names = (candidate.name, *candidate.aliases, *candidate.weight_names)
+        return any(name in self.names for name in names)
+
+
+def check_expect(plan: Plan, expect: Expect) -> None:
+    """Raise if a plan has other counts than are expected; say how many sites each rule has."""
+    counts = {"sites": plan.n_sites, "lora": plan.n_lora, "trainable": plan.n_trainable}
+    wanted = {k: n for k, n in expect.model_dump(exclude_none=True).items() if n != counts[k]}
+    if not wanted:
+        return
+    asked = ", ".join(f"{key}: {n:,}" for key, n in wanted.items())
+    got = ", ".join(f"{key}: {counts[key]:,}" for key in wanted)
+    rules = [
+        f"{plan.config.label(i)} {counted(n, 'site')}" for i, n in enumerate(plan.n_sites_by_rule)
+    ]
+    extra = [f"train and bias {plan.n_trained:,} elements"] if plan.trained else []
+    problem = f"found {got} ({'; '.join(rules + extra)})"
+    raise MatchError(f"expect {{{asked}}}", problem, "Correct the rules, or the counts")

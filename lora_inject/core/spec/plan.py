@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from lora_inject.core.spec.config import Config
+from lora_inject.core.spec.config import WORDS, Config
+from lora_inject.core.spec.inventory import Candidate, Inventory
+from lora_inject.core.spec.limits import notes
+from lora_inject.core.spec.names import canonical
 from lora_inject.core.spec.plan_table import as_data, table_of
+from lora_inject.core.spec.rule_words import notes_on_words
 from lora_inject.core.spec.shown import Shown
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.core.spec.tied_names import Tied
 from lora_inject.core.spec.trained import Trained
 
 
@@ -91,3 +95,65 @@ class Plan(Shown):
 
     def __str__(self) -> str:
         return self.text()
+
+
+def with_notes(
+    plan: Plan, inventory: Inventory, candidates: Sequence[Candidate], forms: Sequence[SiteSpec]
+) -> Plan:
+    """Return a plan with its ties and notes.
+
+    `candidates` are those of its sites, `forms` one of all sites that differ only in their names.
+    """
+    if any(candidate.tied for candidate in inventory.candidates):
+        tied = tied_by(inventory, plan.sites, candidates, plan.trained)
+        plan = replace(plan, tied=tied)
+    return replace(plan, notes=tuple(_notes(plan, inventory, candidates, forms)))
+
+
+def _notes(
+    plan: Plan, inventory: Inventory, candidates: Sequence[Candidate], forms: Sequence[SiteSpec]
+) -> Iterator[str]:
+    if inventory.mixtures or any(rule.match in WORDS for rule in plan.config.targets):
+        yield from notes_on_words(plan.config, inventory, plan.sites)
+    if any(map(_may_need_a_note, forms)):
+        yield from notes(candidates, plan.sites)
+
+
+def _may_need_a_note(site: SiteSpec) -> bool:
+    """Whether users should know something of a site: a wide rank, or a weight that is read."""
+    narrow = min(site.in_features, *(stop - start for start, stop in site.spans))
+    wide = site.rank > narrow or site.n_parameters > math.prod(site.weight_shape)
+    return wide or site.update == "weight"
+
+
+class Tied(NamedTuple):
+    """One tensor under several names, which sites or a `train` entry touch.
+
+    Of two sites each adds its own delta where it is used.
+    """
+
+    names: tuple[str, ...]
+    sites: tuple[str, ...]
+    trained: bool
+
+
+def tied_by(
+    inventory: Inventory,
+    sites: Sequence[SiteSpec],
+    candidates: Sequence[Candidate],
+    trained: Sequence[Trained],
+) -> tuple[Tied, ...]:
+    """Return the tensors with several names that sites or trained entries touch, each once."""
+    names = {entry.name for entry in trained}
+    on: dict[tuple[str, ...], list[str]] = {}
+    for site, candidate in zip(sites, candidates, strict=True):
+        if candidate.tied:
+            on.setdefault(_all_names(candidate), []).append(site.name)
+    for candidate in inventory.candidates if names else ():
+        if candidate.tied and names.intersection(_all_names(candidate)):
+            on.setdefault(_all_names(candidate), [])
+    return tuple(Tied(same, tuple(at), bool(names.intersection(same))) for same, at in on.items())
+
+
+def _all_names(candidate: Candidate) -> tuple[str, ...]:
+    return tuple(sorted({canonical(candidate.weight), *map(canonical, candidate.tied)}))

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
-from lora_inject.core.spec.columns import columns, sides
 from lora_inject.core.spec.config import Active, Normal, Rule
 from lora_inject.core.spec.names import counted
+from lora_inject.core.spec.site_tables import columns, sides
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.core.spec.spellings import templates
 

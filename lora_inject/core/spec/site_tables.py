@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -108,3 +108,28 @@ def number(value: float | None) -> str:
         return "-"
     whole = math.isfinite(value) and abs(value) < 1e9 and value == int(value)
     return f"{int(value):,}" if whole else f"{value:.3g}"
+
+
+def columns(
+    rows: Sequence[Sequence[str]], n_left: int, width: int, indent: str = "  "
+) -> Iterator[str]:
+    """Yield rows with aligned columns; if they do not fit, each name is on a separate line.
+
+    The first cell of a row is a name; the first `n_left` columns are aligned to the left.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    apart = len(indent) + sum(widths) + 2 * (len(widths) - 1) > width
+    for row in rows:
+        name, *cells = (
+            cell.ljust(size) if i < n_left else cell.rjust(size)
+            for i, (cell, size) in enumerate(zip(row, widths, strict=True))
+        )
+        if apart:
+            yield indent + row[0]
+            name = ""
+        yield f"{indent}{'  '.join([name, *cells])}".rstrip()
+
+
+def sides(shape: Iterable[int]) -> str:
+    """Return a shape as `2 x 1,024`."""
+    return " x ".join(f"{side:,}" for side in shape) or "scalar"

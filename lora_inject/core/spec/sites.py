@@ -10,13 +10,12 @@ and B: planning, counting and the checks of a config need no more of it (`adapte
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 from lora_inject.core.spec.names import joined
-from lora_inject.core.spec.slices import Slices
 
 T = TypeVar("T")
 Shape = tuple[int, ...]
@@ -214,7 +213,7 @@ class SiteSpec:
         """The low-rank blocks on the weight matrix.
 
         Examples:
-            >>> from lora_inject.core.spec.slices import Slices
+            >>> from lora_inject.core.spec.sites import Slices
             >>> spec = SiteSpec("c_attn", "conv1d", 4, 6, (4, 6), rank=2, alpha=2, transposed=True,
             ...                 slices=Slices((("q", 2), ("k", 2), ("v", 2)), ("q", "v")))
             >>> [(b.rows, b.cols) for b in spec.blocks]
@@ -234,3 +233,42 @@ class SiteSpec:
                     rows, cols = (expert * n_out + start, expert * n_out + stop), (0, n_in)
                 blocks.append(Block(rows, cols, a, b))
         return tuple(blocks)
+
+
+def meaning(spec: SiteSpec) -> tuple[object, ...]:
+    """Return it but for the rank and the scale: parts, experts, orientation, variant, bias."""
+    turned = spec.kind == "parameter" and spec.transposed
+    common = (spec.spans, spec.experts, turned, spec.variant, spec.lora_bias)
+    return (*common, spec.only, spec.share) if spec.only or spec.share else common
+
+
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """The parts of a fused projection's output, and which of them are adapted.
+
+    Examples:
+        >>> s = Slices((("q", 8), ("k", 4), ("v", 4)), ("q", "v"))
+        >>> s.spans
+        ((0, 8), (12, 16))
+    """
+
+    # `(name, width)` of each part along the output, in order; the widths sum to `out_features`
+    sizes: tuple[tuple[str, int], ...]
+    adapt: tuple[str, ...]  # names of the adapted parts, in the order of `sizes`
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """`(start, stop)` along the output of each adapted part."""
+        spans, start = [], 0
+        for name, width in self.sizes:
+            if name in self.adapt:
+                spans.append((start, start + width))
+            start += width
+        return tuple(spans)
+
+    def reasons_against(self, n_outputs: int) -> Iterator[str]:
+        """Yield why they are not the parts of an output of this width."""
+        if sum(width for _, width in self.sizes) != n_outputs:
+            yield "the slices do not fill the output"
+        if not self.adapt or self.adapt != tuple(n for n, _ in self.sizes if n in self.adapt):
+            yield "'adapt' does not name its slices in order"

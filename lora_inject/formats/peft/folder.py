@@ -31,8 +31,7 @@ from torch import Tensor
 from lora_inject.core.adapter.file_keys import check_keys, check_no_clash, one_line
 from lora_inject.core.adapter.native import Described, describe, is_native, parse
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.json_files import read_json
-from lora_inject.core.files.strict_json import misfit, parse_json
+from lora_inject.core.files.strict_json import misfit, parse_json, read_json
 from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
 from lora_inject.core.spec.names import parent
 from lora_inject.core.spec.sites import SiteSpec
