@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers.experts import expert_rule, experts
+from helpers.experts import TURNED, expert_rule, experts
 from helpers.models import tiny, tiny_llama
 from helpers.refusals import refused
 from helpers.trials import (
@@ -16,7 +16,6 @@ from helpers.trials import (
     Forward,
     Loss,
     batches,
-    called,
     check_each,
     check_equal,
     norms_in_their_dtype,
@@ -24,7 +23,6 @@ from helpers.trials import (
     of_llama,
     plain_loop,
     square,
-    values,
 )
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
@@ -44,7 +42,9 @@ class Run(NamedTuple):
     data: Callable[[Iterable[str], int], dict[str, Any]]
     """The batch of each of these trials at a step."""
     loss: Loss | None = None
-    forward: Forward = called
+    forward: Forward | None = None
+    plain: Callable[[], nn.Module] | None = None
+    """The model of a plain loop, where it is another."""
     together: Callable[[dict[str, Any]], Any] = dict
     """What a step of all is given, out of the batch of each."""
     before: Callable[[Any, int], object] = lambda model, step: None
@@ -53,7 +53,7 @@ class Run(NamedTuple):
     within: float = 1e-12
 
 
-def hold(run: Run, stop_at: int = 0, folder: Path | None = None) -> Trials:
+def hold(run: Run, stop_at: int = 0, folder: Path | None = None) -> None:
     """Train together, save and resume before one of the steps, and compare with plain loops."""
     running = Trials(run.make(), run.trials, **run.options)
     for step in range(run.n_steps):
@@ -62,16 +62,14 @@ def hold(run: Run, stop_at: int = 0, folder: Path | None = None) -> Trials:
         model = running.model
         run.before(model, step)
         loss = None if run.loss is None else partial(run.loss, model)
+        forward = None if run.forward is None else partial(run.forward, model)
         rows = run.together(run.data(running.trials, step))
-        running.step(rows, forward=partial(run.forward, model), loss=loss, by_name=True)
-    for name in running.running:
-        check_equal(running.model, alone(run, name), name, run.within)
-    return running
-
-
-def alone(run: Run, name: str) -> nn.Module:
-    steps = [[run.data([name], step)[name]] for step in range(run.n_steps)]
-    return plain_loop(run.make(), name, run.trials[name], steps, run.loss, run.forward, run.before)
+        running.step(rows, forward=forward, loss=loss, by_name=True)
+    for name, trial in run.trials.items():
+        plain = (run.plain or run.make)()
+        steps = [[run.data([name], step)[name]] for step in range(run.n_steps)]
+        plain_loop(plain, name, trial, steps, run.loss, run.forward, run.before)
+        check_equal(running.model, plain, name, run.within)
 
 
 # ------------------------------------------------------------------------ models and their trials
@@ -172,44 +170,36 @@ def in_float64(make: Callable[[], Any], checkpoints: str = "kept") -> Any:
     return model
 
 
-@cache
-def of_a_plain_loop(case: str, rows: str, name: str) -> dict[str, Tensor]:
+def of_a_case(case: str, how: str, rows: str) -> Run:
     make, trials, loss = CASES[case]
-    return values(alone(Run(partial(in_float64, make), trials, ROWS[rows], loss), name), name)
+    kept = partial(in_float64, make)
+    return Run(partial(in_float64, make, how), trials, ROWS[rows], loss, plain=kept)
 
 
-@pytest.mark.parametrize(
-    ("checkpoints", "rows"),
-    [*((how, "unequal rows") for how in CHECKPOINTS), ("kept", "equal rows")],
-)
-@pytest.mark.parametrize("case", CASES)
-def test_each_trial_equals_a_plain_loop(case: str, checkpoints: str, rows: str) -> None:
-    make, trials, loss = CASES[case]
-    running = Trials(in_float64(make, checkpoints), trials)
-    for step in range(4):
-        own = None if loss is None else partial(loss, running.model)
-        running.step(ROWS[rows](trials, step), loss=own)
-    for name in trials:
-        check_equal(running.model, of_a_plain_loop(case, rows, name), name)
-
-
-@pytest.mark.parametrize(
-    ("family", "how", "checkpoints"),  # grouped_mm has no float64
-    [(family, "eager", "kept") for family in ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")]
-    + [("mixtral", how, "kept") for how in ("batched_mm", "grouped_mm")]
-    + [("gpt_oss", how, "recomputed") for how in ("eager", "batched_mm", "grouped_mm")]
-    + [("qwen3_moe", "batched_mm", "recomputed"), ("deepseek_v3", "grouped_mm", "kept")],
-)
-def test_stacked_experts_and_their_routers_equal_a_plain_loop(family, how, checkpoints) -> None:
+def of_stacks(family: str, how: str, checkpoints: str) -> Run:
+    """Stacked experts and their routers; grouped_mm has no float64."""
     latent = ("q_b_proj", "kv_b_proj") if family == "deepseek_v3" else ()
-    trials = of_a_layout(experts(family)[1], *latent)
+    trials = of_a_layout("in_out" if family in TURNED else "out_in", *latent)
     dtype, within = (torch.float32, 1e-3) if how == "grouped_mm" else (torch.float64, 1e-12)
 
     def make() -> Any:
         return in_float64(partial(of_experts, family, how), checkpoints).to(dtype)
 
-    hold(Run(make, trials, ROWS["unequal rows"], within=within))
+    return Run(make, trials, ROWS["unequal rows"], within=within)
 
+
+WAYS_TO_MULTIPLY = [
+    *((family, "eager", "kept") for family in ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")),
+    *(("mixtral", how, "kept") for how in ("batched_mm", "grouped_mm")),
+    *(("gpt_oss", how, "recomputed") for how in ("eager", "batched_mm", "grouped_mm")),
+    ("qwen3_moe", "batched_mm", "recomputed"),
+    ("deepseek_v3", "grouped_mm", "kept"),
+]
+RUNS = {f"{case}, equal rows": of_a_case(case, "kept", "equal rows") for case in CASES}
+RUNS |= {
+    f"{case}, {how}": of_a_case(case, how, "unequal rows") for case in CASES for how in CHECKPOINTS
+}
+RUNS |= {" ".join(way): of_stacks(*way) for way in WAYS_TO_MULTIPLY}
 
 # --------------------------------------------------------------------- rows of unequal lengths
 
@@ -250,7 +240,7 @@ def of_a_row(_: nn.Module, out: Any, batch: Any) -> Tensor:
 def of_lengths(make: Any, trials: Any, way: str, *, bert: bool = False) -> Run:
     """BERT has masks, and no loss of the next token."""
     checkpoints = "recomputed" if "recomputed" in way else "kept"
-    data, forward = partial(own_lengths, masked=bert), called if bert else without_cache
+    data, forward = partial(own_lengths, masked=bert), None if bert else without_cache
     run = Run(partial(in_float64, make, checkpoints), trials, data, forward=forward, within=1e-11)
     if way == "packed":
         return run._replace(together=packed, options={"packed": True})
@@ -258,7 +248,7 @@ def of_lengths(make: Any, trials: Any, way: str, *, bert: bool = False) -> Run:
 
 
 WAYS = ("padded", "padded, by row", "padded and recomputed", "packed")
-OF_LENGTHS = {
+RUNS |= {
     f"{name}, {way}": of_lengths(make, trials, way)
     for way in WAYS
     for name, make, trials in (
@@ -266,12 +256,8 @@ OF_LENGTHS = {
         ("llama", of_llama, LLAMA_TRIALS | HEADS),
         ("experts", of_experts, of_a_layout("out_in")),
     )
-} | {f"bert, {way}": of_lengths(of_bert, BERT_TRIALS, way, bert=True) for way in WAYS[1:3]}
-
-
-@pytest.mark.parametrize("run", OF_LENGTHS)
-def test_rows_of_unequal_lengths_give_each_trial_the_run_of_its_rows_alone(run: str) -> None:
-    hold(OF_LENGTHS[run])
+}
+RUNS |= {f"bert, {way}": of_lengths(of_bert, BERT_TRIALS, way, bert=True) for way in WAYS[1:3]}
 
 
 # ------------------------------------------------------------------------ modules of one's own
@@ -423,7 +409,7 @@ def first_square(_: nn.Module, out: Any, __: Any) -> Tensor:
     return square(out[1] if isinstance(out, tuple) else out)
 
 
-OWN_MODULES = {
+RUNS |= {
     "weights that are read": Run(Images, READ, same_for_each(4, 3, 3, 7, 7), first_square),
     "outputs that are padded in any dimension": Run(
         Channels,
@@ -448,13 +434,13 @@ OWN_MODULES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("run", OWN_MODULES)
-def test_a_module_of_ones_own_equals_a_plain_loop(run: str) -> None:
-    hold(OWN_MODULES[run])
+@pytest.mark.parametrize("run", RUNS)
+def test_each_trial_equals_a_plain_loop(run: str) -> None:
+    hold(RUNS[run])
 
 
 def test_a_resumed_run_has_no_step_of_what_was_left_out(tmp_path: Path) -> None:
-    hold(OWN_MODULES["layers that a step leaves out"], 3, tmp_path)
+    hold(RUNS["layers that a step leaves out"], 3, tmp_path)
 
 
 class Picking(nn.Module):
