@@ -162,19 +162,19 @@ def test_unmerge_restores_the_weights_bit_for_bit_in_16_bits() -> None:
 
 
 def test_what_would_make_an_adapter_inert_is_an_error() -> None:
-    with pytest.raises(li.MatchError, match="matched none"):
+    with pytest.raises(li.MatchError, match="fcc"):
         li.inject(Model(), {"rank": 2, "targets": ["fcc"]})
     model = trained()
     with pytest.raises(li.LayerError):
         model.fc.weight.data.clamp_(0)  # would be lost in a temporary
-    with pytest.raises(li.StateError):
+    with pytest.raises(li.StateError, match="default"):
         li.activate(model, "defualt")
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Any) -> None:
     li.save_adapter(trained(0), tmp_path / "a.safetensors", format="native")
     other = Model().double()
-    with pytest.raises(li.FormatError, match="another base"):
+    with pytest.raises(li.FormatError, match="base="):
         li.load_adapter(other, tmp_path / "a.safetensors")
 
 

@@ -27,7 +27,7 @@ def test_dora_is_not_loaded_into_a_mix_that_names_it_in_part() -> None:
     li.inject(li.eject(left), config, "b")
     li.inject(right, config)
     li.activate(nn.Sequential(left, right), {"default": 0.5, "b": 0.5})
-    with refused(li.LayerError, model=left):
+    with refused(li.LayerError, "'0'", "'default'", model=left):
         li.install(left, state)
     li.install(left, state, "c")
 
@@ -97,11 +97,11 @@ def test_a_variant_from_outside_the_package(tmp_path: Path, forks: Forks) -> Non
 def test_a_bias_of_b_is_refused_where_it_has_no_place() -> None:
     bare = nn.Sequential(nn.Linear(4, 6, bias=False))
     config = {"rank": 1, "targets": ["0"], "lora_bias": True}
-    with refused(li.LayerError, model=bare):
+    with refused(li.LayerError, "'0.bias'", "lora_bias", model=bare):
         li.inject(bare, config)
     net = nn.Sequential(nn.Linear(4, 6))
     twice = {**config, "bias": "adapted"}
-    with refused(li.LayerError, model=net):
+    with refused(li.LayerError, "'0.bias'", "lora_bias", model=net):
         li.inject(net, twice)
     model = host(KINDS["linear"])
     with refused(li.MatchError, "'layer'", "lora_bias", "dora", model=model):
@@ -170,7 +170,7 @@ def test_tokens_are_refused_where_they_cannot_train() -> None:
         model = TiedDecoder()
         with refused(li.MatchError, *names, model=model):
             li.inject(model, config)
-    with refused(li.ConfigError):
+    with refused(li.ConfigError, "tokens.embed"):
         li.Config(tokens={"embed": [1, 1]})
 
 
@@ -220,5 +220,5 @@ def test_rows_that_a_smaller_table_lacks_are_refused(layout: str, tmp_path: Path
     li.save_adapter(fill(li.inject(TiedDecoder(), TOKENS)), path, format=layout)
     small = TiedDecoder()
     small.embed = nn.Embedding(5, 4)
-    with refused(li.FormatError, model=small):
+    with refused(li.FormatError, "'embed.weight'", "resize_token_embeddings", model=small):
         li.load_adapter(small, path)

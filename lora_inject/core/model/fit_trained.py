@@ -73,8 +73,6 @@ def _reasons_against_copy(
         if there != here:
             yield f"it has shape {there} in the file and {here} here", leave
     elif len(here) != 2 or max(rows) >= here[0] or here[1:] != there[1:]:
-        problem = (
-            f"it holds rows up to {max(rows)}, of {there[1:]} values, and the model's has the "
-        )
+        problem = f"it holds rows up to {max(rows)}, of {there[1:]} values, and the model's has "
         remedy = "Resize the vocabulary first: model.resize_token_embeddings(n)"
         yield f"{problem}the shape {here}", remedy
