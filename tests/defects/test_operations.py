@@ -26,10 +26,6 @@ def waits(reason: str) -> pytest.MarkDecorator:
     return pytest.mark.xfail(strict=True, reason=reason)
 
 
-CHECKPOINTS = waits("core/layers/checkpointing: a checkpoint notes who takes part as it begins")
-MERGE = waits("core/model/merge: each merged tensor is computed once, and put in W's place")
-
-
 def adapted(layer: nn.Module, target: str = "0") -> nn.Module:
     return fill(li.inject(nn.Sequential(layer).double(), {**LINEAR, "targets": [target]}))
 
@@ -69,7 +65,6 @@ def in_another_thread(run: Callable[[], Any]) -> None:
     thread.join()
 
 
-@CHECKPOINTS
 @pytest.mark.parametrize("where", [in_this_thread, in_another_thread])
 def test_a_reference_between_forward_and_backward_changes_nothing(where: Any) -> None:
     model, x = adapted(nn.Linear(4, 4)), random(3, 4).requires_grad_()
@@ -107,7 +102,6 @@ def products_of_a_merge(dtype: torch.dtype) -> int:
     return products.n
 
 
-@MERGE
 def test_a_merge_in_float16_takes_as_many_products_as_one_in_bfloat16() -> None:
     assert products_of_a_merge(torch.float16) == products_of_a_merge(torch.bfloat16)
 
