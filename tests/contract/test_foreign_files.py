@@ -222,7 +222,7 @@ TENSORS_REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     "grouped conv": (pair("c", torch.ones(4, 4, 3), torch.ones(6, 2, 1)), "'c | grouped"),
     "rows twice": ({ROWS: torch.ones(2, 2), f"{ROWS}.default": torch.ones(2, 2)}, "a second time"),
     "attention's output twice": (
-        {**pair("a"), **pair(OUTPUT), **pair("a.out_proj")}, "pairs",
+        {**pair("a"), **pair(OUTPUT), **pair("a.out_proj")}, "'a.out_proj'",
     ),
     "attention at a stray level": ({**pair("a"), **pair(f"{OUTPUT}.base_layer")}, "'a.out_proj'"),
     "stray level": (pair("fc.base_layer"), "'fc'"),

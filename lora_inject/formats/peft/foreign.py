@@ -87,7 +87,9 @@ class Foreign:
         numbers = self.claims.numbers([place.called for place in places])
         sites = {place.name: self._site(place, *numbers[place.called]) for place in places}
         if len(sites) < len(places):
-            raise _error("", "two of its pairs are of one site")
+            names = [place.name for place in places]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise _error(f"site '{twice}'", "two of its pairs are of this one")
         trained, copies = self._full_tensors(rest, sites)
         self._check_saved({*trained, *(f"{path}.weight" for path in rows)})
         indices = {f"{path}.weight": self._indices(path, tensor) for path, tensor in rows.items()}
