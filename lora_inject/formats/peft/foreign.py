@@ -173,7 +173,7 @@ class Foreign:
         paths_of: dict[str, list[str]] = {}
         for path in paths:
             module = path
-            while module.endswith(".base_layer"):
+            while module.endswith(".base_layer") and module not in self._modules:
                 module = module.removesuffix(".base_layer")
             paths_of.setdefault(module, []).append(path)
         for module, given in paths_of.items():
@@ -211,7 +211,7 @@ class Foreign:
     def _names(self, module: str) -> list[str]:
         """The sites of a module: its own name, or those of its parameters in the model's order."""
         where, known = f"module '{module[:200]}'", self.facts.tensor_names
-        if ".base_layer." in module:
+        if ".base_layer." in module and module not in self._modules:
             problem = (
                 "it is inside another adapted module, and not an attention's output projection"
             )
@@ -237,6 +237,10 @@ class Foreign:
             if not parent(target) or _ends(module, parent(target)):
                 names[joined(module, leaf(target))] = None
         return [*names]
+
+    @cached_property
+    def _modules(self) -> frozenset[str]:
+        return frozenset(self.facts.module_names or ())
 
     @cached_property
     def _position(self) -> dict[str, int]:
