@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.architectures import ARCHITECTURES
-from helpers.trials import by_hand, check_equal
+from helpers.trials import check_equal, plain_loop
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -207,5 +207,5 @@ def test_pictures_of_each_row_train_as_alone() -> None:
         trials.step(batches)
     for name, trial in runs.items():
         alone = copy.deepcopy(plain)
-        by_hand(alone, name, trial, [batches[name] for batches in steps], None)
+        plain_loop(alone, name, trial, [[batches[name]] for batches in steps])
         check_equal(trials.model, alone, name, 1e-7)
