@@ -21,9 +21,8 @@ from lora_inject.core.adapter.parts import plain
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.functional.finite import lost_by_cast
-from lora_inject.core.spec.below import named
 from lora_inject.core.spec.names import joined
-from lora_inject.core.spec.patterns import matching
+from lora_inject.core.spec.patterns import matching, named
 from lora_inject.errors import StateError, check_type
 
 

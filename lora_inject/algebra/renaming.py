@@ -7,9 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
-import regex
-
-from lora_inject.core.spec.patterns import MATCH_SECONDS
 from lora_inject.errors import StateError, check_type
 
 T = TypeVar("T")
@@ -38,14 +35,13 @@ def renaming(
     return checked
 
 
-def _rule(old: str, text: str) -> regex.Pattern[str]:
-    """Compile the regex of whole segments, which `regex` applies within a time limit."""
+def _rule(old: str, text: str) -> re.Pattern[str]:
+    """Compile the regex of whole segments."""
     for part in (old, text):
         check_type(f"rename {old!r}", part, str, "Give the new name as text")
     try:
-        re.compile(old)
-        return regex.compile(rf"(?<![^.])(?:{old})(?![^.])")
-    except (re.error, regex.error) as error:
+        return re.compile(rf"(?<![^.])(?:{old})(?![^.])")
+    except re.error as error:
         remedy = "Escape literal characters with a backslash"
         raise StateError(f"rename {old!r}", f"it is not a regex ({error})", remedy) from None
 
@@ -58,18 +54,14 @@ def _substitution(new: Mapping[str, str], names: Sequence[str]) -> Callable[[str
     def change(name: str) -> str:
         made: list[str] = []  # what one rule has made, which no other changes
 
-        def put(match: regex.Match[str], old: str) -> str:
+        def put(match: re.Match[str], old: str) -> str:
             made.append(match.expand(new[old]))
             return f"\0{len(made) - 1}\0" if made[-1] else ""
 
         for old, rule in rules.items():
             try:
-                changed, n = rule.subn(partial(put, old=old), name, timeout=MATCH_SECONDS)
-            except TimeoutError:
-                problem = f"it took more than {MATCH_SECONDS:g} s (on '{name[:60]}')"
-                remedy = "Write it without repetition inside repetition, such as (a+)+"
-                raise StateError(f"rename {old!r}", problem, remedy) from None
-            except (regex.error, IndexError) as error:
+                changed, n = rule.subn(partial(put, old=old), name)
+            except (re.error, IndexError) as error:
                 problem, remedy = f"{new[old]!r} does not fit it ({error})", "Write \\1 for a group"
                 raise StateError(f"rename {old!r}", problem, remedy) from None
             if n:

@@ -9,7 +9,7 @@ from statistics import median
 from lora_inject.analysis.blocks import SHARES, Place, by_kind
 from lora_inject.analysis.figures import Analysis
 from lora_inject.analysis.subspaces import Comparison
-from lora_inject.core.spec.site_tables import Listing, number, span
+from lora_inject.core.spec.tables import Listing, number, span
 
 
 def percent(share: float) -> str:

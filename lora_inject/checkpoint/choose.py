@@ -31,8 +31,8 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
 from lora_inject.core.files.tensors_on_disk import in_memory
+from lora_inject.core.spec.names import nearest
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.core.spec.spellings import nearest
 from lora_inject.errors import CheckpointError
 
 MAX_SHOWN = 8

@@ -11,8 +11,8 @@ from typer import Argument, BadParameter, Exit, Option
 
 from lora_inject.cli import given, show
 from lora_inject.cli.program import app
-from lora_inject.core.spec.site_tables import Listing, span
-from lora_inject.core.spec.spellings import templates
+from lora_inject.core.spec.names import templates
+from lora_inject.core.spec.tables import Listing, span
 
 if TYPE_CHECKING:
     from lora_inject.algebra.combine_files import Difference

@@ -40,7 +40,7 @@ def plan_command(
 ) -> None:
     """List the layers of MODEL that CONFIG selects. Reads no weights, changes nothing."""
     from lora_inject.core.spec.config import Config
-    from lora_inject.core.spec.matching import resolve
+    from lora_inject.core.spec.resolve import resolve
 
     wanted = Config.from_yaml(config)
     planned = resolve(wanted, _inventory_of(given.model_folder(model), keys=keys))

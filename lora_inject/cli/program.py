@@ -167,7 +167,7 @@ class _Commands(TyperGroup):
             note(". ".join(["interrupted", *getattr(error, "__notes__", ())]))
             raise typer.Exit(130) from None
         except OSError as error:
-            from lora_inject.core.spec.system_words import system_words
+            from lora_inject.core.spec.words import system_words
 
             place = f"'{error.filename}'" if error.filename else "the output"
             remedy = "Check the path and the disk, and run again"

@@ -130,7 +130,7 @@ def rows_of_file(path: Path) -> list[Row]:
     try:
         text = path.read_bytes().decode("utf-8")
     except (OSError, ValueError) as error:
-        from lora_inject.core.spec.system_words import system_words
+        from lora_inject.core.spec.words import system_words
 
         problem = system_words(error) if isinstance(error, OSError) else str(error)
         raise ConfigError(f"data '{path}'", problem, "Give a file of UTF-8 text") from None

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lora_inject.core.spec.names import counted as count
-from lora_inject.core.spec.site_tables import Listing, columns, sides, span
+from lora_inject.core.spec.names import nearest, templates
 from lora_inject.core.spec.sites import ROLES
-from lora_inject.core.spec.spellings import nearest, templates
+from lora_inject.core.spec.tables import Listing, columns, sides, span
 from lora_inject.core.spec.words import printable
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.spec.site_tables import Listing
+from lora_inject.core.spec.tables import Listing
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.version import __version__
 

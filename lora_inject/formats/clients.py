@@ -27,8 +27,7 @@ from lora_inject.core.files.safetensors_file import Header, read_header
 from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors
 from lora_inject.core.functional.finite import all_finite
-from lora_inject.core.spec.names import leaf, parent
-from lora_inject.core.spec.spellings import nearest
+from lora_inject.core.spec.names import leaf, nearest, parent
 from lora_inject.errors import FormatError, within
 from lora_inject.formats import diffusers, mlx, mlx_model
 from lora_inject.formats.card import VLLM_RANKS

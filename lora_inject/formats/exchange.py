@@ -24,7 +24,7 @@ from lora_inject.core.adapter.site_state import FLOATS, SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import write_file
 from lora_inject.core.files.atomic_folder import write_directory
-from lora_inject.core.spec.spellings import nearest
+from lora_inject.core.spec.names import nearest
 from lora_inject.errors import FormatError, check_type, user_path, within
 from lora_inject.formats import (
     diffusers,

@@ -32,13 +32,11 @@ from pydantic import (
     ValidationError,
 )
 
-from lora_inject.core.spec.below import Below, modules_of
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.inventory import LINEAR_KINDS, Inventory
-from lora_inject.core.spec.layer_ranges import first_number
-from lora_inject.core.spec.names import canonical, joined, leaf
+from lora_inject.core.spec.names import Below, canonical, first_number, joined, leaf
 from lora_inject.core.spec.patterns import checked_regex, matching
-from lora_inject.core.spec.rule_words import linear_layers
+from lora_inject.core.spec.resolve import linear_layers
 from lora_inject.core.spec.yaml import read_text
 from lora_inject.errors import ConfigError, user_path
 from lora_inject.formats.model_facts import expert_names
@@ -323,7 +321,7 @@ def _ends_of(
     """Return the ends of names that PEFT uses for all-linear, or for a regex, on such a model."""
     if given.lower() == "all-linear":
         return list(dict.fromkeys([*map(leaf, linear_layers(inventory)), *new_names]))
-    names = modules_of(inventory)
+    names = list(inventory.modules)
     for stack in (candidate for candidate in inventory.candidates if candidate.experts):
         names += [joined(stack.owner, o) for o, n in new_names.items() if n == leaf(stack.name)]
     taken = dict.fromkeys(matching(_from_start(given), names, asked=asked))
@@ -347,7 +345,7 @@ def _init(init: bool | str, asked: str) -> str:
 
 def _check_saved(train: Iterable[str], inventory: Inventory, asked: str) -> None:
     """Refuse the name of a parameter: PEFT skips it, and here it would train."""
-    modules = modules_of(inventory)
+    modules = inventory.modules
     for pattern in train:
         below = Below(matching(pattern, modules, asked=asked))
         for name in matching(pattern, inventory.listed, asked=asked):
@@ -466,7 +464,7 @@ class _Rules:
 
     def _named(self, names: set[str]) -> list[_Pattern]:
         # PEFT looks at no layer number where a target is a whole name.
-        whole = modules_of(self.inventory) if self.inventory and self.layers else ()
+        whole = self.inventory.modules if self.inventory and self.layers else ()
         targets = []
         for name in sorted(names):
             if name in whole:

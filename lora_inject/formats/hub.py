@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_inject.core.spec.spellings import nearest
+from lora_inject.core.spec.names import nearest
 from lora_inject.errors import FormatError
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)

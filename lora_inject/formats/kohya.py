@@ -24,7 +24,7 @@ from lora_inject.core.adapter.file_keys import check_no_clash, one_line
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import misfit, parse_json
 from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
-from lora_inject.core.spec.spellings import nearest
+from lora_inject.core.spec.names import nearest
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.format import NUMBERS, SAFE, Format
 from lora_inject.formats.model_facts import CONVERT, ModelFacts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lora_inject.core.spec.spellings import nearest
+from lora_inject.core.spec.names import nearest
 
 OURS = {
     "LoraConfig": "Config",

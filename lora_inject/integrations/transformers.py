@@ -19,8 +19,7 @@ from lora_inject.core.adapter.fingerprint import samples
 from lora_inject.core.adapter.site_state import FLOATS
 from lora_inject.core.layers.library import Library
 from lora_inject.core.layers.survey import Holder, Survey
-from lora_inject.core.spec.below import around
-from lora_inject.core.spec.names import joined, parent, quoted
+from lora_inject.core.spec.names import around, joined, parent, quoted
 from lora_inject.core.spec.plan import Plan
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from lora_inject.core.model.probing import (
     token_values,
 )
 from lora_inject.core.roots.carried import roots_of
-from lora_inject.core.spec.spellings import nearest
+from lora_inject.core.spec.names import nearest
 from lora_inject.errors import FormatError, ServerError, StateError, user_path
 from lora_inject.formats.proof import Ahead, Proof, read_proof
 from lora_inject.serving.completions import Rated, Server

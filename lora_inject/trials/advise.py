@@ -19,9 +19,8 @@ from lora_inject.core.layers.candidates import inventory as inventory_of
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.spec.config import ALL_EXPERTS, ALL_LINEAR, Config
 from lora_inject.core.spec.inventory import Inventory
-from lora_inject.core.spec.matching import resolve
-from lora_inject.core.spec.names import counted
-from lora_inject.core.spec.spellings import nearest
+from lora_inject.core.spec.names import counted, nearest
+from lora_inject.core.spec.resolve import resolve
 from lora_inject.errors import ConfigError, MatchError, check_type
 
 ALPHA = 32.0

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from lora_inject.core.spec.config import Config, Distinct, Expect, Rank, Rule, Variant
 from lora_inject.core.spec.inventory import Inventory
-from lora_inject.core.spec.matching import resolve
+from lora_inject.core.spec.resolve import resolve
 from lora_inject.core.spec.strict import Strict, YamlModel
 from lora_inject.errors import MatchError
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_inject.analysis.drawings import lines_figure, svg
 from lora_inject.analysis.report.write_page import template
-from lora_inject.core.spec.site_tables import Listing
+from lora_inject.core.spec.tables import Listing
 from lora_inject.trials.rungs import behind, ranked
 from lora_inject.trials.search import Search
 from lora_inject.version import __version__

@@ -29,8 +29,8 @@ from lora_inject.analysis.gallery import LAYERS, comparable, layer_names
 from lora_inject.analysis.subspaces import Comparison, across_layers
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import write_file
-from lora_inject.core.spec.site_tables import number, span
-from lora_inject.core.spec.spellings import templates
+from lora_inject.core.spec.names import templates
+from lora_inject.core.spec.tables import number, span
 from lora_inject.core.spec.words import printable
 from lora_inject.errors import StateError, user_path
 from lora_inject.version import __version__

@@ -17,7 +17,7 @@ from lora_inject.core.adapter.fingerprint import Fingerprint
 from lora_inject.core.adapter.site_state import Comparable, SiteState
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.spec.names import counted
-from lora_inject.core.spec.shown import Shown
+from lora_inject.core.spec.tables import Shown
 from lora_inject.errors import LoraInjectError, StateError
 
 

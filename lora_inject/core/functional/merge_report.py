@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lora_inject.core.spec.shown import Shown
+from lora_inject.core.spec.tables import Shown
 
 NOTHING = 5e-5
 """A share of a delta below this prints as 0.0000."""

@@ -24,10 +24,10 @@ from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.base import Base, check_base, check_base_copies
 from lora_inject.core.model.fit_trained import fit_trained
-from lora_inject.core.spec.below import named
 from lora_inject.core.spec.inventory import Candidate, Inventory
+from lora_inject.core.spec.names import nearest
+from lora_inject.core.spec.patterns import named
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.core.spec.spellings import nearest
 from lora_inject.errors import FormatError, LayerError
 
 # Fields of a site, besides its names, that come from the model, not from the adapter.

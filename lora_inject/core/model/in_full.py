@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lora_inject.core.layers.attached import Entry, attribute
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Carried, Survey
-from lora_inject.core.spec.below import Below, modules_of
 from lora_inject.core.spec.inventory import Inventory
+from lora_inject.core.spec.names import Below
 from lora_inject.core.spec.patterns import matching
 from lora_inject.errors import LayerError
 
@@ -38,7 +38,7 @@ def reasons_against_copy(place: Carried) -> Iterator[tuple[str, str]]:
 
 def check_statistics(survey: Survey, patterns: Sequence[str], names: Inventory) -> None:
     """Raise if one of the modules that are to train in full has a layer with statistics inside."""
-    modules = modules_of(names)
+    modules = names.modules
     for i, pattern in enumerate(patterns):
         asked = f"train {i + 1} ('{pattern}')"
         named = matching(pattern, modules, asked=asked)

@@ -10,7 +10,7 @@ from torch import nn
 from lora_inject.core.model.put import places_of_plan, put_plan_on, surveyed
 from lora_inject.core.model.stages import inject_by_all
 from lora_inject.core.spec.config import ConfigLike
-from lora_inject.core.spec.matching import resolve
+from lora_inject.core.spec.resolve import resolve
 from lora_inject.formats.from_peft import config_of
 
 M = TypeVar("M", bound=nn.Module)

@@ -14,9 +14,8 @@ from torch import nn
 from lora_inject.core.layers.survey import Carried, Survey
 from lora_inject.core.model.facts import idle_among, notes_on_adapter
 from lora_inject.core.roots.carried import entries, reach, roots_of
-from lora_inject.core.spec.shown import Shown
-from lora_inject.core.spec.site_tables import columns
 from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.tables import Shown, columns
 from lora_inject.formats.live_models import notes_on_files
 
 

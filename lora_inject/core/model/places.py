@@ -15,7 +15,7 @@ from lora_inject.core.layers.packed_weights import weight_kind
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Carried, Survey
 from lora_inject.core.model.in_full import places_of_copies, reasons_against_copy
-from lora_inject.core.spec.limits import why_no_gain
+from lora_inject.core.spec.layouts import why_no_gain
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 from lora_inject.errors import LayerError
 

@@ -12,8 +12,8 @@ from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.stages import plan_of_part
 from lora_inject.core.spec.config import ConfigLike
-from lora_inject.core.spec.matching import resolve
 from lora_inject.core.spec.plan import Plan
+from lora_inject.core.spec.resolve import resolve
 from lora_inject.formats.from_peft import config_of
 from lora_inject.formats.live_models import notes_on_files
 

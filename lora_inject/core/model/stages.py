@@ -24,9 +24,9 @@ from lora_inject.core.model.fit_state import Part
 from lora_inject.core.model.put import places_of_plan, put_plan_on, surveyed
 from lora_inject.core.spec.config import ConfigLike
 from lora_inject.core.spec.inventory import Inventory
-from lora_inject.core.spec.matching import resolve
 from lora_inject.core.spec.names import canonical, quoted
 from lora_inject.core.spec.plan import Plan
+from lora_inject.core.spec.resolve import resolve
 from lora_inject.errors import FormatError, LayerError, LoraInjectError, MatchError, StateError
 from lora_inject.formats.from_peft import config_of
 

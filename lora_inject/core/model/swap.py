@@ -33,8 +33,8 @@ from lora_inject.core.roots.carried import (
     reach,
     records_of,
 )
+from lora_inject.core.spec.names import nearest
 from lora_inject.core.spec.sites import meaning
-from lora_inject.core.spec.spellings import nearest
 from lora_inject.errors import FormatError, LayerError, user_path, within
 from lora_inject.formats.exchange import read_adapter
 from lora_inject.formats.live_models import facts_about

@@ -22,8 +22,7 @@ from torch import nn
 from lora_inject.core.layers.attached import Attached, Entry, attached_to, check_class_kept
 from lora_inject.core.layers.selection import Selection, alive
 from lora_inject.core.layers.survey import Carried, Holder, Survey, unwrapped
-from lora_inject.core.spec.names import joined
-from lora_inject.core.spec.spellings import nearest
+from lora_inject.core.spec.names import joined, nearest
 from lora_inject.errors import StateError, check_type
 
 ROOT = "_lora_root"

@@ -26,46 +26,45 @@ from pydantic import (
     model_validator,
 )
 
-from lora_inject.core.spec import rule_checks
-from lora_inject.core.spec.layer_ranges import layer_range
-from lora_inject.core.spec.patterns import INDEX, checked_regex
-from lora_inject.core.spec.shown import Shown
+from lora_inject.core.spec.names import nearest
+from lora_inject.core.spec.patterns import INDEX, checked_regex, layer_range
 from lora_inject.core.spec.sites import ROLES
 from lora_inject.core.spec.strict import Strict, YamlModel
+from lora_inject.core.spec.tables import Shown
+from lora_inject.core.spec.words import show
 from lora_inject.core.spec.yaml import written
 
 ALL_LINEAR = "all-linear"
 ALL_EXPERTS = "all-experts"
 WORDS = frozenset({ALL_LINEAR, ALL_EXPERTS})  # rules that are no pattern
 
-# What a value may be: `spec.rule_checks` says what is wrong with one.
+# What a value may be.
 
 
 def _check_pattern(pattern: str) -> str:
     matches_nothing = re.fullmatch(checked_regex(pattern), "")
     if matches_nothing and pattern != "^$":  # which names the root module, on purpose
-        raise rule_checks.empty_pattern(pattern)
+        remedy = "Write what must be there; '.+' matches every name, '^$' the root"
+        raise ValueError(f"{show(pattern)} also matches an empty name", remedy)
     return pattern
-
-
-def _check_layer(value: Any) -> str:
-    return layer_range(value)
 
 
 def _read_layers(value: Any) -> tuple[Any, ...]:
     layers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    return layers or (_check_layer(value),)  # which refuses an empty list
+    return layers or (layer_range(value),)  # which refuses an empty list
 
 
 def _check_distinct(names: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(names)) < len(names):
-        raise rule_checks.repeated(names)
+        raise ValueError(f"{show(list(names))} has a repeated entry", "Write each once")
     return names
 
 
 def _check_variant(name: str) -> str:
     if name not in ROLES:
-        raise rule_checks.unknown_variant(name)
+        near = nearest(name, ROLES, n=1)
+        remedy = f"Did you mean {show(near[0])}?" if near else f"Known are {', '.join(ROLES)}"
+        raise ValueError(f"there is no variant {show(name)}", remedy)
     return name
 
 
@@ -93,7 +92,7 @@ Number = Annotated[
     PlainSerializer(lambda x: int(x) if x.is_integer() and abs(x) < 1e15 else x, int | float),
 ]
 Layers = Annotated[
-    tuple[Annotated[str, BeforeValidator(_check_layer)], ...],
+    tuple[Annotated[str, BeforeValidator(layer_range)], ...],
     BeforeValidator(_read_layers),
     PlainSerializer(lambda texts: [int(t) if t.isdecimal() else t for t in texts]),
     WithJsonSchema({"anyOf": [_LAYER, {"type": "array", "items": _LAYER, "minItems": 1}]}),
@@ -199,6 +198,16 @@ _Only = Annotated[
 ]
 
 
+def slice_names(slices: Any) -> tuple[str, ...]:
+    """Return the names of slices in the order of the output; empty without slices.
+
+    Examples:
+        >>> slice_names(("q", "k")), slice_names((("q", 8), ("k", 4)))
+        (('q', 'k'), ('q', 'k'))
+    """
+    return tuple(part if isinstance(part, str) else part[0] for part in slices or ())
+
+
 class Rule(Strict):
     r"""One entry of `targets`: what it matches, and values that differ from the config's.
 
@@ -250,7 +259,8 @@ class Rule(Strict):
         if isinstance(data, str):
             return {"match": data}
         if not isinstance(data, (Mapping, Rule)):
-            raise rule_checks.no_rule(data)
+            remedy = "Write a pattern in single quotes, or a mapping with 'match'"
+            raise ValueError(f"{show(data)} is not a rule", remedy)  # noqa: TRY004 - as pydantic wants
         return data
 
     @field_validator("adapt")
@@ -258,14 +268,23 @@ class Rule(Strict):
     def _adapts_slices(
         cls, adapt: tuple[str, ...] | None, info: ValidationInfo
     ) -> tuple[str, ...] | None:
-        if adapt and "slices" in info.data:
-            rule_checks.check_adapted(adapt, info.data["slices"])
+        names = slice_names(info.data.get("slices"))
+        for name in adapt or () if "slices" in info.data else ():
+            if name not in names:
+                remedy = f"The slices are {', '.join(names)}" if names else "Add slices: [q, k, v]"
+                raise ValueError(f"there is no slice {show(name)}", remedy)
         return adapt
 
     @model_validator(mode="after")
     def _has_parts_that_fit(self) -> Self:
-        if self.slices or self.only is not None or self.top is not None:
-            rule_checks.check_slices_and_experts(self)
+        if self.slices and not self.adapt:
+            remedy = f"Add adapt: with some of {', '.join(slice_names(self.slices))}"
+            raise ValueError("slices are given, but not which of them to adapt", remedy)
+        if isinstance(self.only, str) == (self.top is None):
+            problem = "top needs a profile" if self.top else f"{show(self.only)} is a profile"
+            raise ValueError(problem, "Give both: only: profile.yaml and top: 0.25")
+        if self.share and self.only is not None:
+            raise ValueError("share is for whole stacks, and only chooses of them", "Give one")
         return self
 
 

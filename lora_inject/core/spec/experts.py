@@ -13,9 +13,8 @@ from typing import Any
 from lora_inject.core.spec.config import ALL_EXPERTS, WORDS, Config, Rule
 from lora_inject.core.spec.expert_profile import ExpertProfile
 from lora_inject.core.spec.inventory import Candidate, Inventory, Mixture
-from lora_inject.core.spec.names import counted, quoted
+from lora_inject.core.spec.names import counted, quoted, templates
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
-from lora_inject.core.spec.spellings import templates
 from lora_inject.errors import MatchError, article
 
 _STACKED = re.compile(r"experts\\?\.[a-z(]")  # a pattern for a tensor that holds all experts

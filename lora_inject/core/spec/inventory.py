@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Literal, NamedTuple
 
-from lora_inject.core.spec.names import canonical, is_bias
+from lora_inject.core.spec.names import around, canonical, is_bias
 from lora_inject.core.spec.sites import Geometry
 
 LINEAR_KINDS = ("linear", "conv1d")
@@ -130,6 +130,12 @@ class Inventory:
     def listed(self) -> dict[str, str]:
         """Every name of a parameter, with its key in `parameters`."""
         return {**{name: name for name in self.parameters}, **self.aliases}
+
+    @cached_property
+    def modules(self) -> dict[str, None]:
+        """Every module, containers included."""
+        own = (n for n in self.names if n not in self.listed and n not in self.weights)
+        return dict.fromkeys([*own, *around([*self.names, *self.listed])])
 
     def of_site(self, name: str, kind: str) -> Candidate | None:
         """Return the candidate that a site of this name and kind is on, None if there is none."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from lora_inject.core.spec.below import around
 from lora_inject.core.spec.inventory import Candidate, Inventory
-from lora_inject.core.spec.names import canonical, is_bias, leaf, parent
+from lora_inject.core.spec.names import around, canonical, is_bias, leaf, parent
 
 
 def inventory_of(shapes: Mapping[str, tuple[int, ...]]) -> Inventory:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lora_inject.core.spec.config import Axes, Rule
+from lora_inject.core.spec.config import Axes, Rule, slice_names
 from lora_inject.core.spec.inventory import Candidate
-from lora_inject.core.spec.rule_checks import slice_names
-from lora_inject.core.spec.sites import Geometry, Slices
-from lora_inject.errors import MatchError
+from lora_inject.core.spec.sites import FROM_WEIGHT, ROLES, Geometry, SiteSpec, Slices
+from lora_inject.errors import MatchError, article
 
 SLICED_KINDS = ("linear", "conv1d", "parameter")
 
@@ -94,3 +93,37 @@ def _equal_parts(names: tuple[str, ...], width: int, asked: str) -> tuple[tuple[
         problem = f"{len(names)} equal slices, but {width:,} outputs do not divide"
         raise MatchError(asked, problem, f"Give the widths: {{{names[0]}: ..., ...}}")
     return tuple((name, width // len(names)) for name in names)
+
+
+BIASED_KINDS = ("linear", "conv1d", "conv")
+
+
+def why_no_gain(site: SiteSpec) -> str:
+    """Return why the outputs of a site cannot have a gain, or ""."""
+    if site.experts is not None:
+        return f"a stack of {site.experts:,} matrices"
+    if site.kind == "conv_transpose":
+        return "a transposed convolution, whose outputs are not rows or columns of its weight"
+    return ""
+
+
+def check_allowed(site: SiteSpec, asked: str) -> None:
+    """Refuse a value of a rule that a site cannot have."""
+    if site.update == "weight" and site.dropout:
+        problem = f"dropout {site.dropout:g} on a weight that is read, not called with inputs"
+        raise MatchError(asked, problem, "Give the rule dropout: 0")
+    if site.lora_bias and (site.slices or site.variant != "lora" or site.kind not in BIASED_KINDS):
+        what = f"variant {site.variant}" if site.variant != "lora" else article(site.kind)
+        problem = f"lora_bias on {'slices' if site.slices else what}"
+        raise MatchError(asked, problem, "Give the rule lora_bias: false")
+    if ROLES[site.variant].gained and (why := why_no_gain(site)):
+        problem = f"variant {site.variant} on {why}"
+        raise MatchError(asked, problem, "Give the rule variant: lora")
+    if site.init in FROM_WEIGHT and site.rank > (most := narrow_side(site)):
+        problem = f"init {site.init} with rank {site.rank}, but W has a rank of at most {most}"
+        raise MatchError(asked, problem, f"Give the rule rank: {most}, or another init")
+
+
+def narrow_side(site: SiteSpec) -> int:
+    """Return the smallest side of the matrices that B @ A updates."""
+    return min(site.in_features, *(stop - start for start, stop in site.spans))

@@ -1,20 +1,21 @@
-"""Patterns on the ends of names: regexes, with a limit on the time that a stranger's may take."""
+"""Patterns: regexes for the ends of names, in the layers that a rule asks for.
+
+A pattern means the names that it ends; an entry of `exclude`, `train` or of a verb's patterns also
+what lies below.
+"""
 
 from __future__ import annotations
 
 import re
-import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
-import regex
-
+from lora_inject.core.spec.names import Below, around, first_number, nearest
 from lora_inject.core.spec.words import show
-from lora_inject.errors import LoraInjectError, MatchError
+from lora_inject.errors import LoraInjectError, MatchError, StateError, check_type
 
-MATCH_SECONDS = 5.0  # for a stranger's pattern and all names; a harmless one takes milliseconds
 INDEX = "(?:0|[1-9][0-9]{0,8})"  # no leading zeros: YAML reads 010 as 8, Python as 10
 NOT_A_REGEX = (re.error, OverflowError, RecursionError)
 
@@ -25,33 +26,43 @@ def matching(
     *,
     asked: str,
     error: type[LoraInjectError] = MatchError,
-    seconds: float | None = None,
 ) -> list[str]:
     r"""Return the names that a pattern matches: their ends, from the start or just after a dot.
 
-    A backtracking regex can take exponential time on a short name. So one that comes with a file
-    gets `seconds` of processor time for all names together; then `error` is raised. `asked` is what
-    messages call the pattern.
+    `asked` is what messages call the pattern.
 
     Examples:
         >>> matching("q_proj", ["a.q_proj", "a.my_q_proj", "a.q_proj_norm"], asked="rule 1")
         ['a.q_proj']
     """
-    names = list(names)
     if pattern.isidentifier():  # most are; a regex takes seven times as long for the same
         tail = f".{pattern}"
         return [name for name in names if name.endswith(tail) or name == pattern]
     try:
-        whole = _at_the_end(pattern)
-        if seconds is None:
-            return list(filter(re.compile(whole).match, names))
-        return list(matching_in_time(whole, names, seconds))
-    except TimeoutError as late:
-        what = f"it took more than {seconds:g} s to match (on '{late.args[0][:60]}')"
-        remedy = "Write the pattern without repetition inside repetition, such as (a+)+"
-        raise error(asked, what, remedy) from None
+        return list(filter(re.compile(at_the_end(pattern)).match, names))
     except NOT_A_REGEX as problem:
         raise error(asked, f"it is not a regex: {problem}", "Escape its brackets") from None
+
+
+def named(
+    names: Iterable[str],
+    patterns: Iterable[str],
+    asked: str,
+    error: type[LoraInjectError] = StateError,
+) -> dict[str, None]:
+    """Return the names that patterns match, directly or by a module around; each must match."""
+    names = list(names)
+    chosen: dict[str, None] = {}
+    modules = [*names, *around(names)]
+    for pattern in patterns:
+        check_type(f"{asked}, a pattern", pattern, str, "Give a regex for the end of a name", error)
+        below = Below(matching(pattern, modules, asked=f"{asked} {pattern!r}", error=error))
+        matched = dict.fromkeys(name for name in names if name in below)
+        if not matched:
+            close = ", ".join(map(repr, nearest(pattern, modules))) or "none"
+            raise error(f"{asked} {pattern!r}", "it matches nothing", f"Nearest: {close}")
+        chosen |= matched
+    return {name: None for name in names if name in chosen}
 
 
 def checked_regex(text: str) -> str:
@@ -68,7 +79,7 @@ def checked_regex(text: str) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _at_the_end(pattern: str) -> str:
+def at_the_end(pattern: str) -> str:
     """Return a regex for whole names from one for their ends.
 
     Everything inside the pattern keeps its meaning: alternations, a leading `^` (the name's start),
@@ -84,24 +95,42 @@ def _at_the_end(pattern: str) -> str:
     return rf"{flags[0] if flags else ''}(?s:.*\.)?(?:{body}{close}\Z"
 
 
-def matching_in_time(pattern: str, names: Sequence[str], seconds: float) -> Iterator[str]:
-    """Yield the names that match; each match may take the time that is left."""
-    compiled, end = _timed(pattern), time.thread_time() + seconds
-    for name in names:
-        try:
-            left = end - time.thread_time()  # `timeout` counts other threads, too
-            if compiled.match(name, timeout=max(left, 1e-6)):
-                yield name
-        except TimeoutError:
-            raise TimeoutError(name) from None
+# ------------------------------------------------------------------------------------------ layers
 
 
-@lru_cache(maxsize=1024)
-def _timed(pattern: str) -> Any:
-    """Return a pattern compiled by `regex`."""
-    # To `re`, a brace that is not a count is text; to `regex`, it may ask for a fuzzy match.
-    brace = r"(?<!\\)((?:\\\\)*)(?<!\\N)\{(?!\d+(?:,\d*)?\}|,\d*\})"
-    try:
-        return regex.compile(re.sub(brace, r"\1\\{", pattern))
-    except regex.error as problem:  # such as [a[:b], which only `re` reads
-        raise re.error(str(problem)) from None
+def layer_range(value: Any) -> str:
+    """Return a range as text, `4` or `16-31`; raise ValueError(found, remedy) for other values."""
+    text = str(value) if type(value) is int else value
+    match = re.fullmatch(rf"({INDEX})(?:-({INDEX}))?", text) if isinstance(text, str) else None
+    if match is None or int(match[1]) > int(match[2] or match[1]):
+        raise ValueError(f"{show(value)} is not a range of layers", "Write 16-31, or [0, 4, 8-11]")
+    return match[0]
+
+
+def in_layers(
+    layers: Sequence[str], names: Sequence[str], label: str, every: Iterable[str]
+) -> list[str]:
+    """Return the names in these layers; raise if there are none, or for layers that do not exist.
+
+    `every` has all names of the model: what one rule matches need not be in each of its layers.
+    """
+    ends = {text: [int(end) for end in text.split("-")] for text in layers}
+    spans = {text: range(end[0], end[-1] + 1) for text, end in ends.items()}
+    kept = [name for name in names if any(first_number(name) in span for span in spans.values())]
+    lists = {_list_of(name) for name in names}
+    there = {
+        n for name in every if (n := first_number(name)) is not None and _list_of(name) in lists
+    }
+    missing = [text for text, span in spans.items() if not (kept and there.issuperset(span))]
+    if not missing:
+        return kept
+    problem = f"it does not find all of layers {', '.join(missing)}"
+    if not there:
+        raise MatchError(label, problem, "Remove layers; no name that it matches has one")
+    raise MatchError(label, problem, f"Its layers are {min(there)} to {max(there)}")
+
+
+def _list_of(name: str) -> str | None:
+    """Return the list of modules that the first number in a name counts."""
+    match = re.match(r"(.*?)(?:^|\.)[0-9]+(?:\.|$)", name)
+    return None if match is None else match[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 Loc = tuple[str | int, ...]
@@ -32,3 +33,14 @@ def printable(text: str, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def system_words(error: OSError) -> str:
+    """Return what is wrong with a file or a folder.
+
+    Examples:
+        >>> system_words(IsADirectoryError(errno.EISDIR, "Is a directory", "runs"))
+        'it is a folder'
+    """
+    words = {errno.ENOENT: "there is no such file", errno.EISDIR: "it is a folder"}
+    return words.get(error.errno or 0) or error.strerror or str(error)

@@ -13,13 +13,11 @@ from typing import Any
 
 import yaml
 
-from lora_inject.core.spec.system_words import system_words
-from lora_inject.core.spec.words import Loc, dotted, printable
+from lora_inject.core.spec.words import Loc, dotted, printable, system_words
 from lora_inject.errors import ConfigError, check_type, user_path
 
 MAX_TEXT_BYTES = 1 << 20
 MAX_NODES = 50_000  # of the document with its aliases written out
-MAX_DEPTH = 16
 _TAG = "tag:yaml.org,2002:"
 _QUOTES = "Write patterns in single quotes: there a backslash is only a backslash"
 _DIGITS = "(0|[1-9](_?[0-9]){0,17})"
@@ -40,18 +38,7 @@ _PLAIN: dict[str, tuple[str, Callable[[str], Any] | None]] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes; refuses nesting that no config has."""
-
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(None, None, f"nested more than {MAX_DEPTH} deep", mark)
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
+    """Composes nodes, with the words and numbers of YAML 1.2."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -103,7 +90,7 @@ class Document:
     """
 
     def __init__(self, text: str, source: str) -> None:
-        self.source, self._text = source, text
+        self.source = source
         self._nodes: dict[Loc, yaml.Node] = {}
         self._keys: dict[Loc, yaml.Node] = {}
         self._n_nodes = 0
@@ -118,13 +105,6 @@ class Document:
     def place(self, path: Loc, *, key: bool = False) -> str:
         """Return `FILE:LINE:COLUMN (key)` of a value, or of its key."""
         return self._at(self._keys[path] if key else self._node(path), path)
-
-    def anchors(self, path: Loc) -> bool:
-        """Return whether an anchor is defined by the value of a key, or inside it."""
-        inside = (node for at, node in self._nodes.items() if at[: len(path)] == path)
-        first = self._keys[path].start_mark.index  # what an alias stands for is before it
-        marks = [n.start_mark.index for n in inside if n.start_mark.index > first]
-        return any(self._text[mark] == "&" for mark in marks)
 
     def order(self, path: Loc) -> tuple[int, int]:
         """Return the line and column of a value, to sort by."""
@@ -147,6 +127,9 @@ class Document:
             place = f"{self.source}, character {error.position}"
             problem = f"YAML does not allow the character U+{error.character:04X}"
             raise ConfigError(place, problem, "Remove it") from None
+        except RecursionError:
+            problem = "it is nested deeper than YAML is read"
+            raise ConfigError(self.source, problem, "Give a config") from None
         except (ValueError, OverflowError) as error:  # an escape such as \UFFFFFFFF
             problem = f"this is not valid YAML: {error}"
             raise ConfigError(self.source, problem, _QUOTES) from None

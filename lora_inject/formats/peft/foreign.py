@@ -22,8 +22,7 @@ from torch import Tensor
 from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.spec.below import around
-from lora_inject.core.spec.names import canonical, joined, leaf, parent
+from lora_inject.core.spec.names import around, canonical, joined, leaf, parent
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.model_facts import CONVERT, ModelFacts

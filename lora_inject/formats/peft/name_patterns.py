@@ -23,9 +23,8 @@ from typing import TypeVar
 
 import regex
 
-from lora_inject.core.spec.below import around
-from lora_inject.core.spec.names import leaf, parent
-from lora_inject.core.spec.patterns import MATCH_SECONDS, matching
+from lora_inject.core.spec.names import around, leaf, parent
+from lora_inject.core.spec.patterns import NOT_A_REGEX, at_the_end
 from lora_inject.errors import FormatError
 from lora_inject.formats.model_facts import ModelFacts
 
@@ -33,6 +32,7 @@ T = TypeVar("T", bound=Hashable)
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
 _MAX_KEY_LENGTH = 1000
+MATCH_SECONDS = 5.0  # for all patterns of a file and all names; harmless ones take milliseconds
 
 
 def values_of(table: Mapping[str, T], names: Collection[str], default: T) -> dict[str, T]:
@@ -49,22 +49,41 @@ def values_of(table: Mapping[str, T], names: Collection[str], default: T) -> dic
         if key == _escaped(name):
             hits[key] += [name] if name in values else []
         elif not _PLAIN.fullmatch(key):
-            hits[key] += _matches(key, names, end)
+            hits[key] += matching_in_time(key, names, f"the key {key[:80]!r}", end)
     for key in reversed([*table]):  # so that the first key stays
         values.update(dict.fromkeys(hits[key], table[key]))
     return values
 
 
-def _matches(key: str, names: Collection[str], end: float) -> list[str]:
-    asked = f"the key {key[:80]!r}"
-    if len(key) > _MAX_KEY_LENGTH:
-        raise FormatError(asked, f"it has {len(key):,} characters", "Write shorter patterns")
-    seconds = max(end - time.thread_time(), 0.001)
+def matching_in_time(
+    pattern: str, names: Collection[str], asked: str, end: float | None = None
+) -> list[str]:
+    """Return the names that a stranger's pattern matches, as `matching` does, within a time limit.
+
+    A backtracking regex can take exponential time on a short name. `end` is in seconds of this
+    thread, by default MATCH_SECONDS from now.
+    """
+    end = time.thread_time() + MATCH_SECONDS if end is None else end
+    if len(pattern) > _MAX_KEY_LENGTH:
+        raise FormatError(asked, f"it has {len(pattern):,} characters", "Write shorter patterns")
     try:
-        return matching(key, names, asked=asked, error=FormatError, seconds=seconds)
-    except (re.error, regex.error, OverflowError, RecursionError) as error:
+        # To `re`, a brace that is not a count is text; to `regex`, it may ask for a fuzzy match.
+        brace = r"(?<!\\)((?:\\\\)*)(?<!\\N)\{(?!\d+(?:,\d*)?\}|,\d*\})"
+        compiled = regex.compile(re.sub(brace, r"\1\\{", at_the_end(pattern)))
+    except (*NOT_A_REGEX, regex.error) as error:
         problem = f"it is not a regular expression ({error})"
         raise FormatError(asked, problem, "Write full module names, or correct it") from error
+    hits = []
+    for name in names:
+        left = end - time.thread_time()  # `timeout` counts other threads, too
+        try:
+            if compiled.match(name, timeout=max(left, 1e-6)):
+                hits.append(name)
+        except TimeoutError:
+            what = f"its patterns took more than {MATCH_SECONDS:g} s to match (on '{name[:60]}')"
+            remedy = "Write the pattern without repetition inside repetition, such as (a+)+"
+            raise FormatError(asked, what, remedy) from None
+    return hits
 
 
 def _escaped(name: str) -> str:

@@ -8,15 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
-from lora_inject.core.spec.below import around
-from lora_inject.core.spec.layer_ranges import first_number
-from lora_inject.core.spec.patterns import MATCH_SECONDS, matching
-from lora_inject.errors import FormatError
+from lora_inject.core.spec.names import around, first_number
 from lora_inject.formats.peft.adapter_config import Claims
-from lora_inject.formats.peft.name_patterns import ends
+from lora_inject.formats.peft.name_patterns import ends, matching_in_time
 
 _ALL_LINEAR = "all-linear"
-_SECONDS = MATCH_SECONDS
 
 
 def not_adapted(claims: Claims, names: Collection[str]) -> Iterator[tuple[str, str]]:
@@ -59,6 +55,5 @@ def _hit(said: frozenset[str] | str | None, names: Collection[str], field: str) 
     if said is None:
         return set()
     if isinstance(said, str):
-        pattern, asked = f"^(?:{said})", repr(field)
-        return {*matching(pattern, names, asked=asked, error=FormatError, seconds=_SECONDS)}
+        return {*matching_in_time(f"^(?:{said})", names, repr(field))}
     return {name for name in names if not said.isdisjoint(ends(name))}

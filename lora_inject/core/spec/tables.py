@@ -6,10 +6,11 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from statistics import median
 from typing import Any
 
-from lora_inject.core.spec.spellings import templates
+from lora_inject.core.spec.names import templates
 
 
 @dataclass(frozen=True)
@@ -133,3 +134,14 @@ def columns(
 def sides(shape: Iterable[int]) -> str:
     """Return a shape as `2 x 1,024`."""
     return " x ".join(f"{side:,}" for side in shape) or "scalar"
+
+
+class Shown:
+    """A value whose `repr` is what `print` shows; in a notebook it keeps its columns."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        """Return the text for a notebook, which would set it in a proportional font otherwise."""
+        return f"<pre>{escape(str(self))}</pre>"

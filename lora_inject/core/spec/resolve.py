@@ -8,25 +8,43 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
-from lora_inject.core.spec import unmatched
-from lora_inject.core.spec.below import Below, modules_of
-from lora_inject.core.spec.config import HYPER, WORDS, Active, Config, Expect, Normal, Rule
-from lora_inject.core.spec.experts import part_of_stack, rank_of_each
-from lora_inject.core.spec.inventory import Candidate, Inventory
-from lora_inject.core.spec.layer_ranges import inside
-from lora_inject.core.spec.layouts import oriented, sliced
-from lora_inject.core.spec.limits import reasons_against
-from lora_inject.core.spec.names import canonical, counted, parent
-from lora_inject.core.spec.patterns import matching
-from lora_inject.core.spec.plan import Plan, Skipped, with_notes
-from lora_inject.core.spec.rule_words import names_by_word
-from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
-from lora_inject.core.spec.trained import Trained, trained_by
-from lora_inject.core.spec.unmatched import no_match
+from lora_inject.core.spec.config import (
+    ALL_EXPERTS,
+    HYPER,
+    WORDS,
+    Active,
+    Config,
+    Expect,
+    Normal,
+    Rule,
+)
+from lora_inject.core.spec.experts import (
+    part_of_stack,
+    rank_of_each,
+    why_no_experts,
+    why_no_stack,
+)
+from lora_inject.core.spec.inventory import LINEAR_KINDS, Candidate, Inventory
+from lora_inject.core.spec.layouts import check_allowed, oriented, sliced
+from lora_inject.core.spec.names import (
+    Below,
+    canonical,
+    counted,
+    is_bias,
+    nearest,
+    nearest_names,
+    parent,
+    quoted,
+    templates,
+)
+from lora_inject.core.spec.patterns import in_layers, matching
+from lora_inject.core.spec.plan import Plan, Skipped, Trained
+from lora_inject.core.spec.plan_notes import with_notes
+from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import LayerError, MatchError
 
 
@@ -73,7 +91,7 @@ def resolve(config: Config, inventory: Inventory, *, to_show: bool = True) -> Pl
         assumed=inventory.assumed,
     )
     if to_show:
-        plan = with_notes(plan, inventory, candidates, rules.forms)
+        plan = with_notes(plan, inventory, candidates)
     if config.expect is not None:
         check_expect(plan, config.expect)
     return plan
@@ -102,7 +120,6 @@ class _Rules:
         if config.exclude:
             self.excluded = Excluded(config, inventory)
         self.taken: dict[str, _Taken] = {}  # by the name of the weight, in the order of rules
-        self.forms: list[SiteSpec] = []  # one of all sites that differ only in their names
         self.skipped: list[Skipped] = []
 
     def take(self, i: int) -> None:
@@ -117,8 +134,8 @@ class _Rules:
         self.skipped += [Skipped(name, i, self.inventory.reason(name)) for name in others]
         if len(self.taken) == n_before:
             if left:
-                raise unmatched.all_gone(label, left)
-            raise unmatched.all_skipped(label, others, self.inventory)
+                raise all_gone(label, left)
+            raise all_skipped(label, others, self.inventory)
 
     def _take_each(self, i: int, candidates: Iterable[tuple[int, Candidate]]) -> Counter[str]:
         """Make sites of what nobody took before; return who took how many of the others."""
@@ -140,7 +157,6 @@ class _Rules:
             if (like := made.get(key)) is None:
                 asked = f"'{candidate.name}', matched by {label}"
                 like = made[key] = _site(candidate, rule, i, asked)
-                self.forms.append(like)
             spec = like.at(candidate.name, candidate.weight, candidate.aliases)
             self.taken[weight] = _Taken(order, candidate, spec)
         return left
@@ -154,10 +170,10 @@ class _Rules:
             names = matching(rule.match, inventory.names, asked=label)
         if not names:
             pools = inventory.sites, inventory.names
-            raise unmatched.no_match(inventory, label, rule.match, *pools)
+            raise no_match(inventory, label, rule.match, *pools)
         if rule.layers is None:
             return names
-        return inside(rule.layers, names, label, inventory.names)
+        return in_layers(rule.layers, names, label, inventory.names)
 
     def _taker(self, candidate: Candidate, weight: str) -> str:
         """Return what took a candidate before: `exclude`, an earlier rule, or nothing."""
@@ -192,7 +208,7 @@ def _of_kind(
     candidates = list(_candidates(names, inventory))
     of_kind = [pair for pair in candidates if kind is None or pair[1].kind == kind]
     if kind is not None and not of_kind:
-        raise unmatched.no_kind(label, kind, Counter(candidate.kind for _, candidate in candidates))
+        raise no_kind(label, kind, Counter(candidate.kind for _, candidate in candidates))
     return of_kind
 
 
@@ -232,9 +248,7 @@ def _site(candidate: Candidate, rule: Rule, i: int, asked: str) -> SiteSpec:
         **shape._asdict(),
         **numbers,
     )
-    if site.variant != "lora" or site.lora_bias or site.init in FROM_WEIGHT or site.dropout:
-        for reason in reasons_against(site):
-            raise MatchError(asked, *reason)
+    check_allowed(site, asked)
     return site
 
 
@@ -243,7 +257,7 @@ class Excluded:
 
     def __init__(self, config: Config, inventory: Inventory) -> None:
         excluded: set[str] = set()
-        names = list(dict.fromkeys([*inventory.names, *modules_of(inventory)]))
+        names = list(dict.fromkeys([*inventory.names, *inventory.modules]))
         for i, pattern in enumerate(config.exclude):
             label = f"exclude {i + 1} ('{pattern}')"
             hits = matching(pattern, names, asked=label)
@@ -256,6 +270,74 @@ class Excluded:
         """Return whether a candidate, under one of its names, is left out."""
         names = (candidate.name, *candidate.aliases, *candidate.weight_names)
         return any(name in self.names for name in names)
+
+
+def linear_layers(inventory: Inventory) -> list[str]:
+    """Return the names of all linear layers but the output head."""
+    linear = (c.name for c in inventory.candidates if c.kind in LINEAR_KINDS)
+    return [name for name in linear if name not in inventory.heads]
+
+
+def names_by_word(word: str, config: Config, inventory: Inventory, label: str) -> list[str]:
+    """Return the linear layers, without experts that another rule takes; or the experts."""
+    experts = dict.fromkeys(name for mixture in inventory.mixtures for name in mixture.experts)
+    if word == ALL_EXPERTS:
+        if not experts:
+            raise MatchError(label, *why_no_experts(inventory))
+        return list(experts)
+    words = {rule.match for rule in config.targets}
+    left = experts if ALL_EXPERTS in words else ()
+    names = [name for name in linear_layers(inventory) if name not in left]
+    if not names:
+        but = " but its output head" if inventory.heads else ""
+        problem = f"the model has no linear layers{but}"
+        raise MatchError(label, problem, "Name what to adapt")
+    return names
+
+
+def no_match(inventory: Inventory, asked: str, pattern: str, *pools: Collection[str]) -> MatchError:
+    """Return the error for a pattern that matches nothing.
+
+    Suggestions come from the first pool of names that has one; the last pool holds all.
+    """
+    if buffers := matching(pattern, inventory.buffers, asked=asked):
+        problem = f"matches only buffers: {quoted(buffers[:3])}"
+        return MatchError(asked, problem, "Name a module or a parameter; buffers do not train")
+    problem = f"matched none of {len(pools[-1]):,} names"
+    if "experts" in pattern and (hint := why_no_stack(pattern, pools[0])):
+        return MatchError(asked, f"{problem}; {hint[0]}", hint[1])
+    for pool in pools:
+        if near := nearest_names(pattern, pool):
+            return MatchError(asked, problem, f"Nearest: {quoted(near)}")
+    if some := quoted(list(templates(next(filter(None, pools), ())))[:4]):
+        return MatchError(asked, problem, f"Nothing is spelled like it; there is {some}")
+    return MatchError(asked, problem, "There is nothing to adapt")
+
+
+def no_kind(label: str, kind: str, kinds: Counter[str]) -> MatchError:
+    """Return the error of a rule that matches other kinds only."""
+    near = nearest(kind, kinds, n=1)
+    there = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.items()) or "no kind of layer"
+    problem = f"nothing that it matches is of kind '{kind}', but of {there}"
+    return MatchError(label, problem, f"Did you mean '{near[0]}'?" if near else "Correct kind")
+
+
+def all_gone(label: str, left: Counter[str]) -> MatchError:
+    """Return the error of a rule of which others have taken all."""
+    who = ", ".join(f"{taker} ({n:,})" for taker, n in left.items())
+    remedy = "Put the narrower rule first, or remove this one"
+    return MatchError(label, f"all that it matches is taken by {who}", remedy)
+
+
+def all_skipped(label: str, others: Sequence[str], inventory: Inventory) -> MatchError:
+    """Return the error of a rule that matches only what cannot be a site."""
+    some = ", ".join(f"'{name}' ({inventory.reason(name)})" for name in others[:3])
+    more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
+    below = Below(others[:1])
+    inside = quoted([c.name for c in inventory.candidates if c.name in below][:4])
+    in_it = f"Name what is in it: {inside}"
+    remedy = in_it if inside else "Name modules or parameters that hold a matrix"
+    return MatchError(label, f"matches only what cannot take an adapter: {some}{more}", remedy)
 
 
 def check_expect(plan: Plan, expect: Expect) -> None:
@@ -272,3 +354,93 @@ def check_expect(plan: Plan, expect: Expect) -> None:
     extra = [f"train and bias {plan.n_trained:,} elements"] if plan.trained else []
     problem = f"found {got} ({'; '.join(rules + extra)})"
     raise MatchError(f"expect {{{asked}}}", problem, "Correct the rules, or the counts")
+
+
+# ----------------------------------------------------------------- what trains besides the adapters
+
+
+def trained_by(
+    config: Config, inventory: Inventory, sites: Sequence[SiteSpec], candidates: Sequence[Candidate]
+) -> tuple[Trained, ...]:
+    """Return the parameters that `train`, `bias` and `tokens` name, in model order."""
+    shapes = inventory.parameters
+    entries = dict[str, Trained]()
+    for i, pattern in enumerate(config.train):
+        label = f"train {i + 1} ('{pattern}')"
+        for name in _matched(pattern, label, inventory):
+            entries.setdefault(name, Trained(name, shapes[name], label))
+    if config.bias != "none":
+        label = f"bias: {config.bias}"
+        for name in _biases(config, inventory, candidates):
+            entries.setdefault(name, Trained(name, shapes[name], label))
+    for pattern, ids in dict(config.tokens).items():
+        label = f"tokens '{pattern}'"
+        for name in _tables(pattern, ids, label, inventory):
+            if name in entries:
+                both = f"'{name}' is also named by {entries[name].why}"
+                raise MatchError(label, both, "Narrow one of the two patterns")
+            entries[name] = Trained(name, (len(ids), *shapes[name][1:]), label, ids)
+    if not entries:
+        return ()
+    _check_not_both(entries, inventory, sites)
+    return tuple(entries[name] for name in shapes if name in entries)
+
+
+def _check_not_both(
+    entries: Mapping[str, Trained], inventory: Inventory, sites: Iterable[SiteSpec]
+) -> None:
+    """Raise for a tensor that is adapted and trained, under whichever of its names it is tied."""
+    for site in sites:
+        weight = canonical(site.weight)
+        entry = entries.get(inventory.listed.get(weight, weight))
+        if entry is not None:
+            what = f"'{entry.name}' is the weight of the site '{site.name}'"
+            remedy = f"Exclude '{site.name}', or narrow the pattern"
+            raise MatchError(entry.why, f"{what}: adapted and trained both", remedy)
+
+
+def _tables(pattern: str, ids: tuple[int, ...], label: str, inventory: Inventory) -> list[str]:
+    """Return the matrices that a tokens entry names, which must have these rows."""
+    shapes = inventory.parameters
+    tables = [name for name in _matched(pattern, label, inventory) if len(shapes[name]) == 2]
+    if not tables:
+        raise MatchError(label, "it names nothing that has rows", "Name an embedding")
+    for name in tables:
+        if max(ids) >= shapes[name][0]:
+            less = f"'{name}' has no row {max(ids)}: it has {shapes[name][0]:,} rows"
+            remedy = "Resize the vocabulary first: model.resize_token_embeddings(n)"
+            raise MatchError(label, less, remedy)
+    return tables
+
+
+def _matched(pattern: str, label: str, inventory: Inventory) -> list[str]:
+    """Return the listed parameters that an entry names, itself or by a module around them."""
+    direct = matching(pattern, inventory.listed, asked=label)
+    all_modules = inventory.modules
+    modules = matching(pattern, all_modules, asked=label)
+    if not direct and not modules:
+        raise no_match(inventory, label, pattern, [*inventory.listed, *all_modules])
+    below = Below([*direct, *modules])
+    hits = dict.fromkeys(first for name, first in inventory.listed.items() if name in below)
+    if not hits:
+        some = quoted(modules[:3])
+        raise MatchError(label, f"matches {some}, with no parameters", "Name what has parameters")
+    return list(hits)
+
+
+def _biases(config: Config, inventory: Inventory, candidates: Sequence[Candidate]) -> list[str]:
+    if config.bias == "all":
+        names = [name for name in inventory.parameters if is_bias(name)]
+        where = f"none of {len(inventory.parameters):,} parameters"
+    else:
+        modules = dict.fromkeys(candidate.module for candidate in candidates)
+        inside: dict[str, list[str]] = {module: [] for module in modules}
+        for name in inventory.parameters:
+            if (owner := parent(name)) in inside:
+                inside[owner].append(name)
+        names = [name for listed in inside.values() for name in listed if is_bias(name)]
+        where = f"none of {len(modules):,} adapted modules"
+    if not names:
+        remedy = "Set bias: none" if config.bias == "all" else "Set bias: none, or all"
+        raise MatchError(f"bias: {config.bias}", f"{where} is or has a bias", remedy)
+    return names
