@@ -142,16 +142,20 @@ JOBS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def work(folder: Path, job: str) -> dict[str, str]:
-    return failures({job: JOBS[job]}, folder)
+def jobs() -> dict[str, Callable[[Path], None]]:
+    return JOBS
+
+
+@pytest.fixture(scope="module")
+def failed(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What failed in two processes; they start once."""
+    return failures(forks, WORLD, jobs, tmp_path_factory.mktemp("ranks"))
 
 
 @needs_fsdp2
 @pytest.mark.parametrize("job", JOBS)
-def test_two_processes(job: str, forks: Forks, tmp_path: Path) -> None:
-    started = forks.start_ranks(WORLD, work, tmp_path, job)
-    failed = "\n".join(rank.result()[job] for rank in started)
-    assert not failed.strip(), failed
+def test_two_processes(job: str, failed: dict[str, str]) -> None:
+    assert not failed[job], failed[job]
 
 
 @pytest.fixture
