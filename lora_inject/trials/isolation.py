@@ -13,6 +13,7 @@ tokens of all trials and multiplies as many as an expert gets: there it is up to
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -152,6 +153,9 @@ class _Same:
 
 def _parts_of(forward: Any) -> Any:
     """Return what tells a forward from others; made anew of the same parts it is the same."""
+    if isinstance(forward, functools.partial):
+        keywords = ((key, _Same(value)) for key, value in sorted(forward.keywords.items()))
+        return _parts_of(forward.func), *map(_Same, forward.args), *keywords
     code = getattr(forward, "__code__", None)
     if code is None:
         return _Same(forward)
