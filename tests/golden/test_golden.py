@@ -1,8 +1,8 @@
 """Files that an earlier version wrote mean today what they meant then.
 
-Each archive holds a base, an adapter or a state as files, and what came out of it. The files were
-written by commit 2678fc8 (`write.py`), but for one key of the search's, which names its `max_tokens`
-since a search with another one is refused. Outputs are held to those that it computed, and to the dense
+Each archive holds a base, an adapter or a state as files, and what came out of it. Commit 2678fc8
+wrote the files (`write.py`). One key was added since: the search's names its `max_tokens`, as a
+search with another one is refused. Outputs are held to those that it computed, and to the dense
 reference in float64 of the tensors in the file.
 """
 
