@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -45,7 +46,8 @@ def _traced(run: Callable[[], Any], stop_at: tuple[Line, int] | None = None) -> 
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        with torch.enable_grad():  # an interrupt as a `no_grad` ends leaves it on for later tests
+        # An interrupt as a context ends leaves it open: filters of warnings, or a `no_grad`.
+        with torch.enable_grad(), warnings.catch_warnings():
             run()
     finally:
         sys.settrace(before)
@@ -102,8 +104,10 @@ VERBS: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], Any]]] = {
 }
 
 
-# As a model goes Python runs finalizers, in which it tells of an interrupt and goes on.
+# As a model goes Python runs finalizers, in which it tells of an interrupt and goes on; so does
+# pydantic where it asks of which of two kinds a value is that it writes.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning")
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_interrupt_at_any_line_leaves_all_or_nothing(verb: str) -> None:
     make, act = VERBS[verb]
