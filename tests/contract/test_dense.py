@@ -62,7 +62,8 @@ def hold_to_twin(kind: str, condition: str, folder: Path, device: str = "cpu") -
     plain = plain.to(how.dtype)
 
     inputs = [how.inputs(x).to(device) for x in row.inputs(how.dtype)]
-    wide_inputs = [x.cpu().double() if x.is_floating_point() else x.cpu() for x in inputs]
+    copies = [x.cpu().clone() for x in inputs]  # a float64 x would else be its own twin
+    wide_inputs = [x.double() if x.is_floating_point() else x for x in copies]
     for x in (*inputs, *wide_inputs):
         x.requires_grad_(x.is_floating_point())
     wanted, base = wanted_of(how, row, plain, wide, wide_inputs)
