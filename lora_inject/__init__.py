@@ -13,8 +13,7 @@ from lora_inject.version import __version__ as __version__
 _HOMES = {
     "core.adapter.site_state": "SiteState",
     "core.adapter.state": "AdapterState",
-    "core.adapter.own_variants": "register_variant",
-    "core.adapter.variants": "Variant",
+    "core.adapter.variants": "Variant register_variant",
     "checkpoint.conversion": "check_adapter convert",
     "checkpoint.extract": "extract_adapter",
     "checkpoint.merge_files": "merge_checkpoint",

@@ -17,10 +17,10 @@ from lora_inject.checkpoint.extract import extract_adapter as extract_adapter
 from lora_inject.checkpoint.merge_files import merge_checkpoint as merge_checkpoint
 from lora_inject.checkpoint.merge_inputs import MergeOptions as MergeOptions
 from lora_inject.checkpoint.merge_plan import MergedFiles as MergedFiles
-from lora_inject.core.adapter.own_variants import register_variant as register_variant
 from lora_inject.core.adapter.site_state import SiteState as SiteState
 from lora_inject.core.adapter.state import AdapterState as AdapterState
 from lora_inject.core.adapter.variants import Variant as Variant
+from lora_inject.core.adapter.variants import register_variant as register_variant
 from lora_inject.core.functional.merge_report import MergeReport as MergeReport
 from lora_inject.core.layers.adapted import WeightUpdate as WeightUpdate
 from lora_inject.core.layers.linear_kinds import LoRALinear as LoRALinear

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lora_inject.checkpoint.base_class import SILENT, BaseClass
-from lora_inject.core.adapter.known_variants import VARIANTS
 from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.variants import VARIANTS
 from lora_inject.core.files.safetensors_file import TensorEntry
 from lora_inject.core.files.tensors_on_disk import in_memory
 from lora_inject.core.functional.factors import Patch

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import (
     AfterValidator,
     BaseModel,
+    ConfigDict,
     Field,
     StrictBool,
     StrictFloat,
@@ -82,6 +83,8 @@ _TRUTH, _NAMES, _SOME = "True or False", "a list of names", "a list of names, or
 
 class _Lora(BaseModel):
     """The translated fields, with PEFT's defaults; the description says which values are valid."""
+
+    model_config = ConfigDict(defer_build=True)  # few processes read one
 
     peft_type: StrictStr = Field("LORA", description="a name")
     task_type: StrictStr | None = Field(None, description="a name")

@@ -12,7 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lora_inject.core.spec.sites import ROLES, ShapeOf
+from lora_inject.core.spec.sites import ROLES, Roles, ShapeOf
+from lora_inject.errors import LayerError
 
 
 class Variant:
@@ -53,3 +54,61 @@ class Variant:
             `(n,)`.
         """
         raise NotImplementedError
+
+
+class Dora(Variant):
+    """DoRA (arXiv:2402.09353): `W' = m * (W + scale * B A) / |W + scale * B A|`.
+
+    The magnitude m, one number for each output, starts as the norm of W over the inputs; no
+    gradient flows through the norm (section 4.3).
+    """
+
+    name = "dora"
+    roles, gained = ROLES["dora"]
+
+    def start(
+        self, factors: Mapping[str, Tensor], norms: Callable[[], Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Return the magnitude."""
+        return {"m": norms().to(factors["B"].dtype)}
+
+    def gain(self, tensors: Mapping[str, Tensor], norms: Tensor) -> Tensor:
+        """Return `m / norms`; an output of zeros stays zero."""
+        return tensors["m"] / norms.clamp(min=1e-30)
+
+
+VARIANTS: dict[str, Variant] = {"lora": Variant(), "dora": Dora()}
+"""Those of the package and those from outside; each has a row in `spec.sites.ROLES` too."""
+
+
+def register_variant(cls: type[Variant]) -> type[Variant]:
+    """Add a variant.
+
+    Args:
+        cls: A class with a `name` of its own, which configs and saved adapters can then use.
+
+    Returns:
+        The class, so that this can be used as a decorator.
+
+    Raises:
+        LayerError: The class has no name of its own, or its name is taken by another class.
+
+    Examples:
+        >>> class Same(Variant):
+        ...     name = "same"
+        >>> _ = register_variant(Same)
+        >>> del VARIANTS["same"], ROLES["same"]
+    """
+    asked, name = f"register_variant({cls.__name__})", cls.__dict__.get("name")
+    if not name or not issubclass(cls, Variant):
+        problem = "it is not a Variant with a name of its own"
+        raise LayerError(asked, problem, "Derive from Variant and set name")
+    if taken := {"A", "B", "A0", "B0", "b"} & cls.roles.keys():
+        problem = f"its role {min(taken)!r} is that of every site"
+        raise LayerError(asked, problem, "Choose another name for it")
+    known = type(VARIANTS[name]) if name in VARIANTS else cls
+    if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        problem = f"variant {name!r} is {known.__module__}.{known.__qualname__}"
+        raise LayerError(asked, problem, "Choose another name")
+    VARIANTS[name], ROLES[name] = cls(), Roles(cls.roles, cls.gained)
+    return cls

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_inject.core.adapter.known_variants import VARIANTS
+from lora_inject.core.adapter.variants import VARIANTS
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.gain import Gain, gained, norms_of, updated_norms
 from lora_inject.core.functional.plain_operations import add_updates

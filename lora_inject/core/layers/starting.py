@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.first_factors import first_factors
-from lora_inject.core.adapter.known_variants import VARIANTS
+from lora_inject.core.adapter.variants import VARIANTS
 from lora_inject.core.functional.factors import master_dtype
 from lora_inject.core.layers.attached import Attached, Entry, attached_to
 from lora_inject.core.layers.forms import is_own

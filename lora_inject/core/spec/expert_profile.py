@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from lora_inject.core.files.atomic import write_file
 from lora_inject.core.spec.names import quoted
@@ -34,6 +34,8 @@ class ExpertProfile(YamlModel):
         >>> profile.most_chosen("mlp.experts", 4, 0.5, "rule 1")
         (0, 2)
     """
+
+    model_config = ConfigDict(defer_build=True)  # few processes read one
 
     forms: ClassVar[str] = "an ExpertProfile, a dict, or the path of a YAML file"
 
