@@ -89,7 +89,7 @@ def peft_state(
         given = made.tensors if this_process_writes(survey) or not first_only else {}
         tensors = {key: _sent(tensor, device, dtype) for key, tensor in given.items()}
         for key, tensor in tensors.items():
-            if lost_by_cast(given[key], tensor.to(given[key].device)):
+            if not tensor.is_meta and lost_by_cast(given[key], tensor.to(given[key].device)):
                 problem = f"its values are not finite in {tensor.dtype}, or become 0"
                 raise FormatError(f"tensor {key!r}", problem, "Give a wider dtype")
     return tensors, made.config
