@@ -31,8 +31,9 @@ from lora_inject.core.layers.selected import Mix, Selected
 from lora_inject.core.layers.selection import SELECTIONS, Selection, alive
 from lora_inject.core.layers.sending import sent
 from lora_inject.private import needed
-from lora_inject.rows.by_row import Rows, check_rows
-from lora_inject.rows.routing import NOTHING, Places, Routing, routing
+from lora_inject.rows.bank import routed_update
+from lora_inject.rows.by_row import Rows, looked_up
+from lora_inject.rows.seen import refuse_ambiguous
 
 _WITHOUT_MODES = "torch.utils._python_dispatch._disable_current_modes"
 
@@ -111,24 +112,40 @@ class ChosenMix(Mix):
         return layer._lora_with_updates(args, kwargs, updates)
 
 
+# It enters contexts, which no graph does; to say so there would import dynamo with `routed`.
+Rows.apart = torch.compiler.disable(Rows.apart)  # type: ignore[method-assign, no-untyped-call]
+
+
 class ChosenRows(Rows):
     """Rows whose adapters are data."""
 
     def __init__(self, rows: Rows, devices: Iterable[torch.device]) -> None:
-        super().__init__(rows.rows, rows.repeat)
-        pairs = [(-1 if name is None else number_of(name), 1.0) for name in rows.rows]
+        names = [row[0][0] if row else None for row in rows.rows]
+        super().__init__(names, rows.repeat)
+        pairs = [(-1 if name is None else number_of(name), 1.0) for name in names]
         self.choice = Choice(pairs, devices)
 
-    def routing(self, layer: Any, by_adapter: Mapping[str, Entry], x: Tensor) -> Routing:
-        """Return the routing among all adapters that stand ready."""
+    def forward(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute a layer with the adapter of each row."""
+        attached = layer._lora
+        if not isinstance(layer, _BY_DATA) or attached.reads or attached.gains:
+            raise RuntimeError("A layer that runs for each adapter cannot be routed in a graph.")
+        x = layer._lora_input(args, kwargs)
         choice = self.choice.at(x.device)
-        check_rows(layer, x, choice.shape[0], self.repeat)
-        entries, numbers = eligible(layer, by_adapter, self.names)
+        if x.shape[0] not in (choice.shape[0], choice.shape[0] * self.repeat):
+            raise self.misfit(layer, x)
+        refuse_ambiguous(layer, x, choice.shape[0], self.repeat)
+        entries, numbers = eligible(layer, attached.forward, self.names)
         if not entries:
-            return NOTHING
-        repeat = x.shape[0] // choice.shape[0]
-        rows = chosen_rows(choice[:, 0], numbers).repeat_interleave(repeat)
-        return routing(entries, Places(rows, rows))
+            return layer._lora_without_updates(args, kwargs)
+        held, training = held_by(layer), layer.training
+        adapters = [factors_of(e.recipes(1.0), held, training=training) for e in entries]
+        rows = chosen_rows(choice[:, 0], numbers)
+        rows = rows.repeat_interleave(x.shape[0] // choice.shape[0])
+        if not isinstance(layer, LoRALinear):
+            return looked_up(layer, x, rows, adapters)
+        y: Tensor = layer._lora_without_updates(args, kwargs)
+        return routed_update(y, x, rows, adapters, float32=attached.float32)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator] # a graph cannot hold it
@@ -177,7 +194,7 @@ def into_graph(selected: Selected, devices: Iterable[torch.device]) -> None:
     """Give a `Selected` the form that graphs read."""
     if isinstance(selected, Mix):
         selected.in_graph = ChosenMix(selected, devices)
-    elif type(selected) is Rows:
+    elif type(selected) is Rows and not selected.packed and not selected.are_mixed:
         selected.in_graph = ChosenRows(selected, devices)
     else:
         selected.in_graph = selected

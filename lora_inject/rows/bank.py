@@ -1,6 +1,6 @@
 """Adapters stacked in a bank; a tensor selects one for each row of a batch.
 
-Update are at_places by row, so the cost does not grow with the number of adapters (Punica,
+Updates are gathered by row, so the cost does not grow with the number of adapters (Punica,
 arXiv:2310.18547, has the same idea as a GPU kernel). A row uses the factors of its own adapter
 only, so NaN in another adapter does not reach it. Nothing is kept from one forward to the next,
 because fused optimizers write tensors without a change of their version counters.
@@ -8,7 +8,7 @@ because fused optimizers write tensors without a change of their version counter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,7 +22,6 @@ from lora_inject.core.functional.factors import (
     needs_plain_operations,
     without_autocast,
 )
-from lora_inject.core.functional.lookup import embedding
 from lora_inject.core.functional.plain_operations import spread
 
 
@@ -46,7 +45,7 @@ def routed_update(
         adapters: The updates of each adapter, of any ranks.
         float32: Keep the arithmetic in float32 over a 16-bit base.
         in_place: Whether y may be modified if no gradient is needed, because y is not shared.
-        in_order: Whether the places are 1, 2, ... to the number of adapters: none is at_places.
+        in_order: Whether the places are 1, 2, ... to the number of adapters: none is gathered.
 
     Returns:
         `(batch, ..., out)`, in the dtype of `y`. Rows of the base keep their bits.
@@ -120,63 +119,6 @@ def _routed_dropout(x3: Tensor, places: Tensor, dropouts: Sequence[float]) -> Te
     p = torch.stack([x3.new_full((), p) for p in (0.0, *dropouts)]).index_select(0, places)
     p = p.view(-1, 1, 1)
     return x3 * (torch.rand_like(x3) >= p) / (1 - p)
-
-
-def dropped(x: Tensor, p: float) -> Tensor:
-    """Return `(..., in)` with the same elements dropped as for the adapter alone."""
-    return torch.native_dropout(x, p, True)[0]
-
-
-def routed_convolution(
-    y: Tensor,
-    x: Tensor,
-    places: Tensor,
-    adapters: Sequence[Sequence[Update]],
-    convolve: Callable[[Tensor, Tensor, int], Tensor],
-    weight_shape: Sequence[int],
-    *,
-    float32: bool,
-) -> Tensor:
-    """Add to each row of a convolution's output the update of its own adapter, out of place.
-
-    The update is a convolution with A, which has a few channels, and then a product with B. The
-    rows are groups of one convolution, each with the A of its adapter: `convolve` is that of the
-    layer without a bias, of an input, a weight and a number of groups; `weight_shape` is `(out,
-    in / groups, *kernel)`. Rows of the base keep their bits.
-    """
-    with without_autocast(y) or nullcontext():
-        dtype = compute_dtype(y.dtype, float32)
-        A_bank, B_bank, scale = stacked(adapters, weight_shape[0], dtype, base=True)
-        batch, groups, rank = len(x), x.shape[1] // weight_shape[1], A_bank.shape[1]
-        kernels = at_places(A_bank, places).view(batch, 1, rank, *weight_shape[1:])
-        kernels = kernels.expand(-1, groups, *[-1] * (kernels.dim() - 2)).flatten(0, 2)
-        h = convolve(x.to(dtype).flatten(0, 1)[None], kernels, batch * groups)
-        B = at_places(B_bank, places).view(batch, groups, -1, rank)
-        update = (B @ h.view(batch, groups, rank, -1)).view(y.shape)
-        mine = (places > 0).view(-1, *[1] * (y.dim() - 1))
-        return torch.where(mine, torch.add(y.to(dtype), update, alpha=scale).to(y.dtype), y)
-
-
-def routed_embedding(
-    base: Tensor,
-    ids: Tensor,
-    rows: Tensor,
-    adapters: Sequence[Sequence[Update]],
-    padding_idx: int | None,
-    *,
-    float32: bool = False,
-) -> Tensor:
-    """Add to each row of a batch of looked-up rows the update of its own adapter, as `embedding`.
-
-    `rows` is `(batch,)`, int64: 0 for the base, else 1 + the index of the row's adapter.
-    """
-    out = base
-    for index, updates in enumerate(adapters):
-        # Checking which rows these are would wait for the device, and a tracer cannot do it.
-        mine = (rows == index + 1).view(-1, *[1] * ids.dim())
-        changed = embedding(base, ids, updates, padding_idx, float32=float32)
-        out = torch.where(mine, changed, out)
-    return out
 
 
 def stacked(

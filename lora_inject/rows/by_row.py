@@ -1,313 +1,345 @@
 """An adapter for each row of a batch, as a way of taking part.
 
-| a layer that | gives each row its own by |
-|---|---|
-| adds to its output (linear) | products with a bank of the adapters, gathered by row |
-| looks rows up (embedding) | a lookup for each adapter |
-| convolves | one convolution with the adapters as groups |
-| is a stack of experts | one call in which each pair of expert and adapter is an expert |
-| has trained copies, and treats rows alike | one run for each run of rows of one adapter |
-| reads one weight for the whole batch | an error |
+A linear layer whose adapters only add to its output gets them by row, from a bank. Any other layer
+runs once for each adapter, on the rows of that adapter. Where a layer's first axis is not known to
+be the rows, the whole batch runs under each adapter (`rows.seen`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_inject.core.functional.factors import cast
-from lora_inject.core.functional.gain import gained
+from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.lazy import lazy_weight
-from lora_inject.core.layers.attached import Entry, attached_to, held_by
-from lora_inject.core.layers.effective import trained
+from lora_inject.core.functional.lookup import embedding
+from lora_inject.core.layers.attached import Entry, Recipe, factors_of, held_by
+from lora_inject.core.layers.contexts import in_context
 from lora_inject.core.layers.embedding_kind import LoRAEmbedding
-from lora_inject.core.layers.gains import gain_in_forward
 from lora_inject.core.layers.linear_kinds import LoRALinear
 from lora_inject.core.layers.plain_tensors import PLAIN
 from lora_inject.core.layers.selected import Mix, Selected
-from lora_inject.core.layers.sending import queue_of
+from lora_inject.core.layers.sending import queue_of, sent
 from lora_inject.errors import LayerError
-from lora_inject.rows.apart import apart, check_inputs
-from lora_inject.rows.bank import routed_embedding, routed_update
-from lora_inject.rows.convolution import adds_rows, convolved
-from lora_inject.rows.expert_rows import by_expert, check_tokens, sorts_tokens
-from lora_inject.rows.kept import adds_bias, is_rowwise
-from lora_inject.rows.routing import NOTHING, Places, Routing, places_of, routing
-from lora_inject.rows.time_major import refuse_ambiguous
-from lora_inject.trees import tree_leaves
+from lora_inject.rows.bank import routed_update
+from lora_inject.rows.seen import Seen, refuse_ambiguous
+from lora_inject.trees import tree_flatten, tree_unflatten
+
+Row = tuple[tuple[str, float], ...]
+"""What takes part in a row: adapters with their weights; none for the base."""
+
+_BASE = Mix()
+
+
+def row_of(which: str | Mapping[str, float] | None) -> Row:
+    """Return a row in one form.
+
+    Examples:
+        >>> row_of("sql"), row_of(None), row_of({"sql": 0.5, "style": 2})
+        ((('sql', 1.0),), (), (('sql', 0.5), ('style', 2.0)))
+    """
+    if which is None:
+        return ()
+    if isinstance(which, str):
+        return ((which, 1.0),)
+    return tuple((name, float(weight)) for name, weight in which.items())
+
+
+class Taking(NamedTuple):
+    """What the rows of a batch have of one layer.
+
+    Attributes:
+        entries: All of it.
+        each: The rows that have something on its output, and their updates.
+        adds: Whether that is all, and can be added by row.
+    """
+
+    entries: Sequence[Entry]
+    each: Mapping[Row, Sequence[Recipe]]
+    adds: bool
 
 
 class Rows(Selected):
-    """The adapter of each row, None for the base.
+    """The adapter of each row, None for the base, or a mix of adapters.
 
     Args:
         rows: The adapters.
         repeat: How many consecutive rows of an input share one of them (beams).
+        packed: Whether these are the tokens of one row `(1, tokens, ...)`.
     """
 
     asked = "routed()"
 
-    def __init__(self, rows: Sequence[str | None], repeat: int = 1) -> None:
-        self.rows = tuple(rows)
-        self.repeat = repeat
-        self.names: Mapping[str, float] = {name: 1.0 for name in self.rows if name is not None}
-        self._places: dict[Any, Places] = {}
-        self._routings: dict[Any, Routing] = {}
-        self._mixes: dict[str | None, Mix] = {}
+    def __init__(
+        self,
+        rows: Sequence[str | Mapping[str, float] | None],
+        repeat: int = 1,
+        *,
+        packed: bool = False,
+    ) -> None:
+        self.rows = tuple(map(row_of, rows))
+        self.repeat, self.packed = repeat, packed
+        self.names = dict.fromkeys((name for row in self.rows for name, _ in row), 1.0)
+        self.seen = Seen(self)
+        self._mixes = {row: Mix(dict(row)) for row in dict.fromkeys(self.rows)}
+        self._taking: dict[Any, Taking] = {}
+        self._blocks: dict[Any, tuple[Tensor, bool]] = {}
+        self._index: dict[Any, tuple[list[tuple[Mix, Tensor]], Tensor]] = {}
+
+    @property
+    def mixes(self) -> Mapping[Row, Mix]:
+        """What takes part in each row, as a mix for a whole batch."""
+        return self._mixes
+
+    @property
+    def are_mixed(self) -> bool:
+        """Whether a row has a mix, rather than one adapter or none."""
+        return any(len(row) > 1 or row[0][1] != 1.0 for row in self._mixes if row)
 
     # ------------------------------------------------------------------------------------ seams
 
     def forward(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a layer with the adapter of each row."""
-        if isinstance(layer, LoRALinear):
-            return self.linear(layer, args, kwargs)
-        if isinstance(layer, LoRAEmbedding):
-            return self.embedding(layer, args, kwargs)
-        return self.reading(layer, args, kwargs)
+        if torch.compiler.is_compiling():  # dynamo cannot raise our exception: it shows the text
+            raise RuntimeError("Mixes, and ranges of tokens, cannot be routed in a graph.")
+        taking = self.taking(layer)
+        if not taking.entries:
+            return layer._lora_mixed(_BASE, args, kwargs)
+        layer._lora_check_vain(t for entry in taking.entries for t in entry.tensors(layer).values())
+        if taking.adds:
+            return self.banked(layer, taking, args, kwargs)
+        return self.apart(layer, args, kwargs)
 
     def read(
         self, layer: Any, param: str, raw: Any, entries: Mapping[str, Any], *, outside: bool
     ) -> Any:
-        """Return W if its shape or dtype is read; raise if its values are used."""
-        if adds_bias(type(layer), param) and not outside:
-            return raw  # the layer's own forward, which adds to each row's output
+        """Return W if its shape or dtype is read; its values are not those of any row."""
+        del outside
         if not self.names.keys() & entries.keys():
             return raw
 
         def used() -> None:
-            raise LayerError(
-                f"{self.asked}, reading {param!r} of a {type(layer).__name__}",
-                "one weight is read for the whole batch, and its rows have adapters of their own",
-                "Leave this layer out of adapters that are routed",
-            )
+            problem = "one weight is read for the whole batch, and its rows have their own"
+            asked = f"{self.asked}, reading {param!r} of a {type(layer).__name__}"
+            remedy = "Leave this layer out of adapters that are routed"
+            self.seen.cannot(layer, LayerError(asked, problem, remedy))
 
         return lazy_weight(raw, (), float32=False, used=used, any_shape=True)
 
-    def of_run(self, name: str | None, n: int) -> Selected:  # noqa: ARG002 - a pass needs it
-        """Return who takes part in n rows of one adapter by themselves."""
-        if name not in self._mixes:
-            self._mixes[name] = Mix({} if name is None else {name: 1.0})
-        return self._mixes[name]
-
     def forget_use(self) -> None:
         """Let the next forward of each layer note again which entries it uses."""
-        self._routings.clear()
+        self._taking.clear()
 
-    # ----------------------------------------------------------------------------------- layers
+    # ------------------------------------------------------------------------------- what and who
 
-    def linear(self, layer: LoRALinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute a layer that adds to its output: the update of each row, its gain, its bias."""
+    def taking(self, layer: Any) -> Taking:
+        """Return what the rows have of a layer, and note its use."""
+        attached = layer._lora
+        known = self._taking.get(attached)
+        if known is None:
+            entries = [e for e in attached.entries() if e.adapter in self.names]
+            attached.used(entries)
+            each = {row: recipes for row in self._mixes if (recipes := _recipes(attached, row))}
+            adds = isinstance(layer, LoRALinear | LoRAEmbedding)
+            adds = adds and all(entry.on_output for entry in entries)
+            adds = adds and not any(entry.gained for entry in entries)
+            adds = adds and all(len({r.dropout for r in recipes}) == 1 for recipes in each.values())
+            known = self._taking[attached] = Taking(entries, each, adds)
+        return known
+
+    def place_of_rows(self, layer: Any, x: Tensor) -> tuple[int, int] | None:
+        """Return the axis of an input that is the rows, and its length; None if it has none."""
+        n, length = len(self.rows), x.shape[0] if x.dim() else 0
+        if self.packed and x.dim() > 1 and x.shape[:2] == (1, n) and n not in x.shape[2:-1]:
+            return 1, n
+        if length in (n, n * self.repeat):
+            refuse_ambiguous(layer, x, n, self.repeat)
+            return 0, length
+        if length and length % n == 0 and self.seen.are_positions(layer, length // n):
+            return 0, length
+        return None
+
+    def rows_first(self, layer: Any, x: Tensor) -> tuple[int, int] | None:
+        """Return the same of an input whose rows can be told; None if the batch must run apart.
+
+        Raises:
+            LayerError: It must, and the module that the batch was given to is not known.
+        """
+        place = self.place_of_rows(layer, x)
+        if place is None:
+            self.seen.cannot(layer, self.misfit(layer, x))
+            return None
+        return place if self.seen.asks(layer, x, place) else None
+
+    def misfit(self, layer: Any, x: Tensor) -> LayerError:
+        """Return what to say of an input that does not have the rows."""
+        multiple = f", nor {self.repeat} times that" if self.repeat > 1 else ""
+        kind = "tokens" if self.packed else "rows"
+        return LayerError(
+            f"{self.asked} with {len(self.rows):,} {kind}",
+            f"a {type(layer).__name__} got an input of shape {tuple(x.shape)}, whose first "
+            f"dimension is not the number of {kind}{multiple}",
+            "Give one adapter for each row of the batch; for beams use repeat=n, for sequences "
+            "that are packed into one row tokens=[...], the length of each",
+        )
+
+    # ------------------------------------------------------------------------------------ two ways
+
+    def banked(
+        self, layer: Any, taking: Taking, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Add to each row of a layer's output the update of its own adapter."""
         x = layer._lora_input(args, kwargs)
         if x.is_nested:
             problem = f"a {type(layer).__name__} got a nested tensor"
             raise LayerError(self.asked, problem, "Pad the batch, or run each adapter's rows alone")
-        reads = layer._lora.reads
-        whole = self._reads_whole(layer) if reads else False
-        if whole and self.splits():
-            return apart(self, layer, args, kwargs)
-        y = self.summed(layer, x, args, kwargs, whole=whole)
-        biases = self._biases(layer, x) if reads and adds_bias(type(layer), "bias") else None
-        if layer._lora.gains:
-            y = self._gained(layer, y, x)
-        return y if biases is None else y + cast(biases, y.dtype)
-
-    def embedding(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Look rows up with the update, and the gain, of each row's own adapter."""
-        ids = layer._lora_input(args, kwargs)
-        routing = self.routing(layer, layer._lora.forward, ids)
-        weight = layer._lora_own("weight")
-        if not routing.entries:
-            return layer._lora_rows(ids, weight, layer.max_norm)
-        adapters = routing.factors(held_by(layer), training=layer.training)
-        rows = routed_embedding(
-            layer._lora_rows(ids, weight, None),
-            ids,
-            routing.places.rows,
-            adapters,
-            layer.padding_idx,
-            float32=layer._lora.float32,
-        )
-        gain = self._gains(layer, routing, rows.dim()) if layer._lora.gains else None
-        return layer._lora_finished(rows, ids, gain)
-
-    def reading(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a layer whose weights are read: its rows by themselves where that can be."""
-        entries = self.entries_read(layer)
-        plain = layer._lora_plain
-        if adds_rows(plain, "weight") and all(map(adds_to_output, entries)):
-            return convolved(self, layer, args[0] if args else kwargs["input"])
-        if entries and is_rowwise(plain) and all(entry.spec is None for entry in entries):
-            return apart(self, layer, args, kwargs)
-        if entries and sorts_tokens(layer):
-            return self._experts(layer, args, kwargs)
-        return layer._lora_mixed(self, args, kwargs)  # reading a weight says what cannot be
-
-    def _experts(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a stack of experts for the tokens of all rows, row after row."""
-        if torch.compiler.is_compiling():  # dynamo cannot raise our exception: it shows the text
-            raise RuntimeError("A stack of experts cannot be routed in a graph.")
-        x = check_inputs(self, layer, tree_leaves((args, kwargs)), 0, several=True)
-        names = list(self.names)
-        places = places_of(self.rows, names, x.shape[0] // len(self.rows), x.device)
-        y = by_expert(layer, (None, *names), places.rows, args, kwargs)
-        return apart(self, layer, args, kwargs, several=True) if y is None else y
-
-    def entries_read(self, layer: Any) -> list[Entry]:
-        """Return the entries of the rows' adapters on parameters that a layer reads."""
-        tables = layer._lora.reads.values()
-        return [table[name] for table in tables for name in self.names if name in table]
-
-    def splits(self) -> bool:
-        """Return whether a weight that is read differs among the rows."""
-        return True
-
-    def summed(
-        self,
-        layer: LoRALinear,
-        x: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        whole: bool,
-    ) -> Tensor:
-        """Return a layer's output with the update of each row's own adapter."""
-        routing = self.routing(layer, layer._lora.forward, x)
+        place = self.rows_first(layer, x)
+        if place is None:
+            plain: Tensor = layer._lora_without_updates(args, kwargs)
+            return plain
+        held, training = held_by(layer), self.drops(layer)
+        adapters = [factors_of(each, held, training=training) for each in taking.each.values()]
+        x, adapters = self.dropped(layer, x, taking, adapters)
+        if isinstance(layer, LoRAEmbedding):
+            rows, _ = self.blocks(tuple(taking.each), place[1], x.device, whole=True)
+            return looked_up(layer, x, rows, adapters, axis=place[0])
         y: Tensor = layer._lora_without_updates(args, kwargs)
-        if not routing.entries:
-            return y
-        x, adapters = self.dropped(layer, x, routing)
-        return routed_update(
-            y,
-            x,
-            routing.places.blocks,
-            adapters,
-            float32=layer._lora.float32,
-            in_place=self.is_fused(layer) and not whole,
-            in_order=routing.places.in_order,
-        )
+        blocks, in_order = self.blocks(tuple(taking.each), place[1], x.device)
+        fresh = layer._lora_stock and type(layer._parameters.get("weight")) in PLAIN
+        how: dict[str, Any] = {"float32": layer._lora.float32, "in_place": fresh}
+        return routed_update(y, x, blocks, adapters, in_order=in_order, **how)
 
-    def dropped(self, layer: Any, x: Tensor, routing: Routing) -> tuple[Tensor, Any]:
-        """Return the input of the adapters, and their factors with what is yet to be dropped."""
-        return x, routing.factors(held_by(layer), training=layer.training)
+    def dropped(
+        self, layer: Any, x: Tensor, taking: Taking, adapters: list[list[Update]]
+    ) -> tuple[Tensor, list[list[Update]]]:
+        """Return the input of the adapters, and their updates with what is yet to be dropped."""
+        del layer, taking
+        return x, adapters
 
-    def is_fused(self, layer: LoRALinear) -> bool:
-        """Return whether a layer's output is ours alone, as that of a plain stock layer is."""
-        return layer._lora_stock and type(layer._parameters.get("weight")) in PLAIN
-
-    # ---------------------------------------------------------------------------------- routing
-
-    def routing(self, layer: Any, by_adapter: Mapping[str, Entry], x: Tensor) -> Routing:
-        """Return which adapter each row of a layer's input, rows first, has.
-
-        Raises:
-            LayerError: The input has another number of rows.
-        """
-        self.check(layer, x)
-        attached = attached_to(layer)
-        assert attached is not None
-        key = (attached, id(by_adapter), x.shape[0], queue_of(x.device))
-        known = self._routings.get(key)
-        if known is None:
-            entries = [by_adapter[name] for name in self.names if name in by_adapter]
-            known = routing(entries, self._places_of(entries, x)) if entries else NOTHING
-            self._routings[key] = known
-            attached.used(entries)
-        layer._lora_check_vain(t for entry in known.entries for t in entry.tensors(layer).values())
-        return known
-
-    def _places_of(self, entries: Sequence[Entry], x: Tensor) -> Places:
-        adapters = tuple(entry.adapter for entry in entries)
-        key = (adapters, x.shape[0], queue_of(x.device))
-        if key not in self._places:
-            repeat = x.shape[0] // len(self.rows)
-            self._places[key] = places_of(self.rows, adapters, repeat, x.device)
-        return self._places[key]
-
-    def check(self, layer: Any, x: Tensor) -> None:
-        """Refuse an input whose first dimension is not the rows, or may not be.
-
-        Raises:
-            LayerError: It has another length, or time may come before the batch.
-        """
-        if sorts_tokens(layer):
-            check_tokens(layer, x, len(self.rows))
-        else:
-            check_rows(layer, x, len(self.rows), self.repeat)
-
-    # --------------------------------------------------------------------------- gains and biases
-
-    def _reads_whole(self, layer: LoRALinear) -> bool:
-        """Whether an adapter of the rows has a trained copy that its layer reads as a whole."""
-        added = "bias" if adds_bias(type(layer), "bias") else None
-        reads = layer._lora.reads
-        tables = [table for param, table in reads.items() if param != added]
-        return any(name in self.names for table in tables for name in table)
-
-    def _biases(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
-        """Return what to add to the bias for each row `(batch, 1, ..., out)`, None for nothing."""
-        by_adapter = layer._lora.reads.get("bias")
-        if not by_adapter:
-            return None
-        routing = self.routing(layer, by_adapter, x)
-        if not routing.entries:
-            return None
-        held, raw = held_by(layer), layer._lora_raw("bias")
-        each = [trained(entry, raw, raw, held[entry.mark], 1.0) - raw for entry in routing.entries]
-        biases = torch.stack([torch.zeros_like(raw), *each]).index_select(0, routing.places.rows)
-        return biases.view(-1, *[1] * (x.dim() - 2), biases.shape[-1])
-
-    def _gained(self, layer: LoRALinear, y: Tensor, x: Tensor) -> Tensor:
-        """Multiply each row's output by the gain of its own adapter."""
-        routing = self.routing(layer, layer._lora.forward, x)
-        gains = self._gains(layer, routing, y.dim())
-        if gains is None:
-            return y
-        specs = [entry.spec for entry in routing.entries if entry.gained]
-        if self.drops(layer) and any(spec is not None and spec.dropout for spec in specs):
-            raise LayerError(
-                f"{self.asked} in training",
-                f"a {type(layer).__name__} has an adapter with a gain and dropout",
-                "Give it dropout: 0, or train it alone",
+    def apart(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a layer once for each adapter, on the rows of that adapter."""
+        given, form = tree_flatten((args, kwargs))
+        tensors = [t for t in given if isinstance(t, Tensor)]
+        places = {self.place_of_rows(layer, t) for t in tensors}
+        if len(places) != 1 or None in places:
+            wrong = next((t for t in tensors if self.place_of_rows(layer, t) is None), None)
+            misfit = self.told_apart(layer, given) if wrong is None else self.misfit(layer, wrong)
+            self.seen.cannot(layer, misfit)
+            return self.run(layer, _BASE, args, kwargs)
+        if (place := self.rows_first(layer, tensors[0])) is None:
+            return self.run(layer, _BASE, args, kwargs)
+        (axis, count), outputs, form_out = place, [], None
+        each, order = self.index(count, tensors[0].device)
+        for mix, index in each:
+            part = [t.index_select(axis, index) if isinstance(t, Tensor) else t for t in given]
+            run_args, run_kwargs = tree_unflatten(part, form)
+            try:
+                out = self.run(layer, self.alone(mix, len(index)), run_args, run_kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # of shapes: what the layer takes has no rows
+                out = ()
+            leaves, form_out = tree_flatten(out)
+            split = [_by_row(t, axis, len(index)) for t in leaves]
+            mixed = any(
+                t is None and leaf is not None for t, leaf in zip(split, leaves, strict=True)
             )
-        bias = layer._lora_own("bias")
-        return gained(y, y if bias is None else y - bias.to(y.dtype), gains)
+            if mixed or not leaves:
+                self.seen.cannot(layer, self.told_apart(layer, leaves or given))
+                return self.run(layer, _BASE, args, kwargs)
+            outputs.append(split)
+        whole = [
+            None if column[0] is None
+            else torch.cat(column, axis).index_select(axis, order).flatten(axis, axis + 1)
+            for column in zip(*outputs, strict=True)
+        ]  # fmt: skip
+        return tree_unflatten(whole, form_out)
 
-    def _gains(self, layer: Any, routing: Routing, n_dims: int) -> Tensor | None:
-        """Return the gains of each row, `(batch, 1, ..., out)`; None where all are 1."""
-        gains = {
-            i: gain_in_forward(layer, entry, recipes)
-            for i, (entry, recipes) in enumerate(zip(routing.entries, routing.recipes, strict=True))
-            if entry.gained
-        }
-        if not gains:
-            return None
-        ones = torch.ones_like(next(iter(gains.values())))
-        each = [ones, *(gains.get(i, ones) for i in range(len(routing.entries)))]
-        of_rows = torch.stack(each).index_select(0, routing.places.rows)
-        return of_rows.view(-1, *[1] * (n_dims - 2), of_rows.shape[-1])
+    def run(
+        self, layer: Any, selected: Selected, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a layer with others taking part."""
+        with in_context({layer._lora.selection: selected}):
+            return selected.forward(layer, args, kwargs)
 
+    def alone(self, mix: Mix, n: int) -> Selected:
+        """Return who takes part in n rows that have one mix."""
+        del n
+        return mix
 
-def adds_to_output(entry: Entry) -> bool:
-    """Whether an update can be added to the output of a convolution."""
-    return entry.spec is not None and not entry.gained
-
-
-def check_rows(layer: Any, x: Tensor, n_rows: int, repeat: int) -> None:
-    """Refuse an input of a layer whose first dimension is not that of `n_rows` rows.
-
-    Raises:
-        LayerError: It has another length, or time may come before the batch.
-    """
-    if x.shape[0] not in (n_rows, n_rows * repeat):
-        multiple = f", nor {repeat} times that" if repeat > 1 else ""
-        raise LayerError(
-            f"routed() with {n_rows} rows",
-            f"a {type(layer).__name__} got an input of shape {tuple(x.shape)}, whose first "
-            f"dimension is not the number of rows{multiple}",
-            "Give one adapter for each row of the batch; for beams use repeat=n, for sequences "
-            "that are packed into one row tokens=[...], the length of each",
+    def told_apart(self, layer: Any, values: Sequence[Any]) -> LayerError:
+        """Return what to say of values that do not all have the rows."""
+        shown = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in values]
+        return LayerError(
+            f"rows with weights of their own in a {type(layer).__name__}",
+            f"its forward has {', '.join(map(str, shown))}, which cannot be told apart by row",
+            "Leave it out of the adapters, or train each alone",
         )
-    refuse_ambiguous(layer, x, n_rows, repeat)
+
+    # --------------------------------------------------------------------------- where the rows are
+
+    def blocks(
+        self, have: tuple[Row, ...], count: int, device: torch.device, *, whole: bool = False
+    ) -> tuple[Tensor, bool]:
+        """Return which of some rows each equal run of a batch has, and if it has each in order.
+
+        1 + the place among those that are given, 0 for any other; with `whole` of each row.
+        """
+        key = have, count, queue_of(device), whole
+        if key not in self._blocks:
+            place = {row: i for i, row in enumerate(have, 1)}
+            numbers = [
+                place.get(row, 0) for row in self.rows for _ in range(count // len(self.rows))
+            ]
+            runs = (len(list(same)) for _, same in groupby(numbers))
+            run = 1 if whole else math.gcd(*runs)
+            blocks = numbers[::run]
+            self._blocks[key] = sent(blocks, device), blocks == list(place.values())
+        return self._blocks[key]
+
+    def index(self, count: int, device: torch.device) -> tuple[list[tuple[Mix, Tensor]], Tensor]:
+        """Return where the rows of each mix are, and where each is when these stand in turn."""
+        key = count, queue_of(device)
+        if key not in self._index:
+            rows = [row for row in self.rows for _ in range(count // len(self.rows))]
+            each = {row: [i for i, other in enumerate(rows) if other == row] for row in self._mixes}
+            places = [i for mine in each.values() for i in mine]
+            order = sorted(range(count), key=places.__getitem__)
+            sent_each = [(self._mixes[row], sent(mine, device)) for row, mine in each.items()]
+            self._index[key] = sent_each, sent(order, device)
+        return self._index[key]
+
+
+def looked_up(
+    layer: Any, ids: Tensor, rows: Tensor, adapters: Sequence[Sequence[Update]], axis: int = 0
+) -> Tensor:
+    """Return what an embedding gives for each row with its own adapter.
+
+    `rows` is `(n,)`, int64: 0 for the base, else 1 + the index of the row's adapter.
+    """
+    out = base = layer._lora_rows(ids, layer._lora_own("weight"), None)
+    for place, updates in enumerate(adapters, 1):
+        # Checking which rows these are would wait for the device, and a tracer cannot do it.
+        mine = (rows == place).view(*[1] * axis, -1, *[1] * (base.dim() - axis - 1))
+        own = embedding(base, ids, updates, layer.padding_idx, float32=layer._lora.float32)
+        out = torch.where(mine, own, out)
+    made: Tensor = layer._lora_finished(out, ids, None)
+    return made
+
+
+def _recipes(attached: Any, row: Row) -> list[Recipe]:
+    """Return the updates that a row has on the output of a layer."""
+    held = attached.forward
+    return [recipe for name, w in row if name in held for recipe in held[name].recipes(w)]
+
+
+def _by_row(t: Any, axis: int, n: int) -> Tensor | None:
+    """Return an output with an axis of n rows, and one of what each has; None if it has no rows."""
+    if not isinstance(t, Tensor) or t.dim() <= axis or t.shape[axis] % n:
+        return None
+    return torch.unflatten(t, axis, (n, -1))

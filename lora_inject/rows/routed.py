@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 from lora_inject.core.layers.contexts import held_by_coroutine
 from lora_inject.core.roots.carried import check_names, reach
 from lora_inject.core.roots.disabling import Reusable, selecting
+from lora_inject.core.roots.mixes import check_mixes, weights_of
 from lora_inject.errors import StateError, article, check_type
 from lora_inject.rows.by_row import Rows
-from lora_inject.rows.kept import why_not_routed
-from lora_inject.rows.token_ranges import TokenRanges
 
 
 def routed(
     model: nn.Module,
-    adapters: Iterable[str | None],
+    adapters: Iterable[str | Mapping[str, float] | None],
     *,
     repeat: int = 1,
     tokens: Iterable[int] | None = None,
@@ -32,9 +32,14 @@ def routed(
     A compiled model sees the contexts of its own thread, and only those that a plain function
     entered; while a coroutine holds one, its forward is an error.
 
+    The model is called with the whole batch. Where the first call shows that a layer does not get
+    the rows first (positions that are looked up once, pictures), the batch runs once for each
+    adapter, as long as it does.
+
     Args:
         model: The root, or any module that holds roots.
-        adapters: The adapter of each row, in a list; None for the plain base.
+        adapters: The adapter of each row, or a mix of adapters by weight, in a list; None for the
+            plain base.
         repeat: Also accept batches in which each row stands `repeat` times in a row, as beam
             search makes them.
         tokens: For sequences that are packed into one row `(1, tokens)`: how many tokens each
@@ -43,12 +48,10 @@ def routed(
 
     Raises:
         StateError: There is no list of names. On entering: a name is unknown, the model is merged,
-            an adapter has what all rows share: sites that are read as a whole weight (transformers'
-            stacks of experts aside), or trained copies of other layers than linear ones and torch's
-            norms; or a generator enters it. On leaving: a context that was entered later is still
-            open.
-        LayerError: In a forward, the batch is not as long as `adapters`, nor its multiple, or does
-            not have `tokens`.
+            or a generator enters it. On leaving: a context that was entered later is still open.
+        LayerError: In a forward, the outputs are not as long as `adapters`, nor their multiple, or
+            do not have `tokens`; or a layer that does not get the rows first is called by itself,
+            or in a model that keeps a cache.
 
     Examples:
         >>> import torch
@@ -64,20 +67,22 @@ def routed(
     if isinstance(adapters, str | bytes | Mapping | Set):  # of a string each letter is a name
         raise StateError("routed", f"it is {article(type(adapters).__name__)}", listed)
     rows = tuple(adapters)
-    if wrong := [row for row in rows if row is not None and not isinstance(row, str)]:
-        raise StateError("routed", f"a row is {wrong[0]!r}", listed)
+    for row in rows:
+        if row is not None and not isinstance(row, str | Mapping):
+            raise StateError("routed", f"a row is {row!r}", listed)
+        weights_of(row, "routed to")
     if not rows or type(repeat) is not int or repeat < 1:
         given = f"got {len(rows)} rows and repeat={repeat!r}"
-        raise StateError(
-            "routed()", given, "Give one adapter for each row; repeat is a whole number"
-        )
-    lengths = None if tokens is None else tuple(tokens)
-    if lengths is not None:
+        raise StateError("routed()", given, "Give one adapter for each row, and a whole repeat")
+    if tokens is not None:
+        lengths = tuple(tokens)
         _check_tokens(rows, lengths, repeat)
-    return Reusable("routed()", lambda: _by_rows(model, rows, repeat, lengths))
+        rows = tuple(row for row, n in zip(rows, lengths, strict=True) for _ in range(n))
+    packed = tokens is not None
+    return Reusable("routed()", lambda: _entered(model, Rows(rows, repeat, packed=packed)))
 
 
-def _check_tokens(rows: Sequence[str | None], lengths: Sequence[int], repeat: int) -> None:
+def _check_tokens(rows: Sequence[Any], lengths: Sequence[int], repeat: int) -> None:
     """Refuse lengths of packed sequences that are not one for each adapter."""
     fits = len(lengths) == len(rows) and all(type(n) is int and n > 0 for n in lengths)
     if not fits or repeat != 1:
@@ -86,15 +91,13 @@ def _check_tokens(rows: Sequence[str | None], lengths: Sequence[int], repeat: in
         raise StateError("routed()", given, remedy)
 
 
-def _by_rows(
-    model: nn.Module, rows: tuple[str | None, ...], repeat: int, lengths: Sequence[int] | None
-) -> AbstractContextManager[None]:
-    """Check the names of rows, and return the context of one `with`."""
-    names = dict.fromkeys(name for name in rows if name is not None)
-    check_names(reach(model).names, names, "routed to")
-    reasons = why_not_routed(model)
-    for name in reasons.keys() & names.keys():
-        raise StateError(f"routed to {name!r}", *reasons[name])
+@contextmanager
+def _entered(model: nn.Module, rows: Rows) -> Iterator[None]:
+    """Check the names of rows, and run the body with them."""
+    check_names(reach(model).names, rows.names, "routed to")
+    for row, mix in rows.mixes.items():
+        if len(row) > 1 or any(weight != 1.0 for _, weight in row):
+            check_mixes(model, mix.names)
     waits = held_by_coroutine("routed()")
-    selected = Rows(rows, repeat) if lengths is None else TokenRanges(rows, lengths)
-    return selecting(model, selected, "routed", waits=waits)
+    with selecting(model, rows, "routed", waits=waits), rows.seen.watching(model):
+        yield

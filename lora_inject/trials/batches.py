@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -10,25 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_inject.errors import StateError
+from lora_inject.errors import LayerError, StateError
 from lora_inject.trees import Structure, tree_flatten, tree_leaves, tree_unflatten
-from lora_inject.trials.counts import Counts
 
 Forward = Callable[[Any], Any]
 
 
-class Padding(NamedTuple):
-    """What has the positions of padded rows.
+class _WithoutRows:
+    """Stands for a tensor of the outputs that has no row of any trial, such as a mean."""
 
-    Attributes:
-        outputs: For each tensor of the outputs, in which dimensions.
-        layers: The layers whose input has them.
-        fixed: Layers whose input has other positions, and how many a row has.
-    """
+    def __repr__(self) -> str:
+        return "(a tensor without the rows of the batch)"
 
-    outputs: Sequence[Sequence[int]]
-    layers: Collection[nn.Module]
-    fixed: Mapping[nn.Module, int]
+
+WITHOUT_ROWS = _WithoutRows()
 
 
 class Joined(NamedTuple):
@@ -37,25 +33,18 @@ class Joined(NamedTuple):
     Attributes:
         batch: All rows one after the other; of packed batches, all tokens of one row.
         sizes: Rows, or tokens, of each trial.
-        lengths: Positions of each trial's rows, where they differ: shorter rows are padded.
-        shared: Second dimensions that are the same for all trials.
+        lengths: Positions of each trial's rows, where shorter rows are padded.
+        longest: The most of them.
+        widths: The positions in each tensor that has some, 0 for pictures.
         packed: Whether the batches are packed.
-        padding: What has their positions; None until it was seen.
-        counts: The numbers of tokens that layers must have; None where any will do.
     """
 
     batch: Any
     sizes: dict[str, int]
-    lengths: dict[str, int] | None
-    shared: frozenset[int]
+    lengths: dict[str, int]
+    longest: int
+    widths: tuple[int, ...]
     packed: bool
-    padding: Padding | None = None
-    counts: Counts | None = None
-
-    @property
-    def even(self) -> bool:
-        """Whether all trials have equally many rows of one length."""
-        return not self.packed and self.lengths is None and len(set(self.sizes.values())) == 1
 
 
 def in_one_order(batches: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,16 +95,20 @@ def joined_batch(batches: Mapping[str, Any], *, packed: bool = False) -> Joined:
     sizes = {name: size_of(batch, name, packed=packed) for name, batch in batches.items()}
     columns, structure = _columns_of(batches)
     widths = {tuple(t.shape[1] for t in c) for c in columns if _has_rows(c[0]) and c[0].dim() > 1}
-    lengths = None if packed else _lengths(widths, list(batches))
-    shared = frozenset(each[0] for each in widths if len(set(each)) == 1)
-    if lengths is not None and not any(map(_has_positions, columns)):
+    uneven = None if packed else _lengths(widths, list(batches))
+    if uneven is not None and not any(map(_has_positions, columns)):
         raise StateError(
             "step",
-            f"the rows of the trials differ: {', '.join(map(str, lengths.values()))} features",
+            f"the rows of the trials differ: {', '.join(map(str, uneven.values()))} features",
             "Give all trials rows of one shape",
         )
     rows = [_one_tensor(column, packed) for column in columns]
-    return Joined(tree_unflatten(rows, structure), sizes, lengths, shared, packed)
+    with_positions = [t for t in rows if _has_rows(t) and t.dim() > 1]
+    with_positions = [t for t in with_positions if t.dim() > 2 or not t.is_floating_point()]
+    positions = tuple(int(t.shape[1]) if t.dim() < 4 else 0 for t in with_positions)
+    lengths = uneven or dict.fromkeys(batches, max(positions, default=1))
+    longest = max(lengths.values())
+    return Joined(tree_unflatten(rows, structure), sizes, lengths, longest, positions, packed)
 
 
 def _columns_of(batches: Mapping[str, Any]) -> tuple[list[list[Any]], Structure]:
@@ -186,32 +179,45 @@ def _padded(t: Tensor, n: int) -> Tensor:
     return F.pad(t, (0, 0) * (t.dim() - 2) + (0, n - t.shape[1]))
 
 
-def parted(outputs: Any, of: Joined) -> dict[str, Any]:
-    """Return each trial's part of the outputs.
+def without(outputs: Any, keys: Iterable[Any]) -> Any:
+    """Return outputs of which some entries are in the part of no trial."""
+    if not (keys := [*keys]):
+        return outputs
+    kept = copy.copy(outputs)
+    for key in keys:
+        kept[key] = WITHOUT_ROWS
+    return kept
+
+
+def parted(outputs: Any, of: Joined, padded: Sequence[Sequence[int]] = ()) -> dict[str, Any]:
+    """Return each trial's part of the outputs: a tensor without rows is in the part of none.
 
     Uses `split`, because the backward of a slice fills a tensor of full size for each trial.
 
     Args:
         outputs: Of the joined batch.
         of: The joined batch.
+        padded: For each leaf of the outputs, the axes that have the positions of padded rows.
 
     Raises:
-        StateError: A tensor does not have as many rows, or tokens, as the batch, or there is none.
+        StateError: No tensor has as many rows, or tokens, as the batch.
+        LayerError: There are other leaves than `padded` is for.
     """
+    if len(of.sizes) == 1:
+        return dict.fromkeys(of.sizes, outputs)
     leaves, structure = tree_flatten(outputs)
-    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+    axes = padded or [()] * len(leaves)
+    if len(axes) != len(leaves):
+        problem = f"the forward returned {len(leaves)} values, and {len(axes)} at first"
+        raise LayerError("step", problem, "Give rows of one length")
+    columns = [_split(leaf, of, each) for leaf, each in zip(leaves, axes, strict=True)]
+    if not any(isinstance(column[0], Tensor) for column in columns):
         raise StateError(
             "step",
-            f"the forward returned a {type(outputs).__name__}, in which there is no tensor to see",
-            "Give a forward that returns tensors, or a dict or tuple of them, and a loss for these",
+            f"of what the forward returned, {', '.join(map(_shown, leaves))}, no tensor has the "
+            f"{sum(of.sizes.values())} {'tokens' if of.packed else 'rows'} of the batch",
+            "Give a forward that returns one row of outputs for each row, without a loss",
         )
-    padded = iter(() if of.padding is None else of.padding.outputs)
-    columns: list[list[Any]] = []
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            columns.append(_split(leaf, of, next(padded, ())))
-        else:
-            columns.append([leaf] * len(of.sizes))
     parts = zip(*columns, strict=True)
     return {
         name: tree_unflatten(list(part), structure)
@@ -219,21 +225,17 @@ def parted(outputs: Any, of: Joined) -> dict[str, Any]:
     }
 
 
-def _split(output: Tensor, of: Joined, padded: Iterable[int]) -> list[Tensor]:
-    """Return each trial's part of one tensor, without padding in the dimensions that have it."""
+def _split(output: Any, of: Joined, padded: Sequence[int]) -> list[Any]:
+    """Return each trial's part of one leaf, without padding on the axes that have it."""
     sizes, dim = list(of.sizes.values()), int(of.packed)
+    if not isinstance(output, Tensor):
+        return [output] * len(sizes)
     if output.dim() <= dim or output.shape[dim] != sum(sizes):
-        raise StateError(
-            "step",
-            f"the forward returned {_shown(output)} for {sum(sizes)} "
-            f"{'tokens' if dim else 'rows'}, which "
-            "cannot be split by trial: a mean over the batch would mix the trials",
-            "Give a forward that returns one row of outputs for each row, without a loss",
-        )
+        return [WITHOUT_ROWS] * len(sizes)
     parts = list(torch.split(output, sizes, dim))
-    lengths = (of.lengths or {}).values()
-    for d in padded:
-        parts = [part.narrow(d, 0, n) for part, n in zip(parts, lengths, strict=True)]
+    for axis in padded:
+        both = zip(parts, of.lengths.values(), strict=True)
+        parts = [part.narrow(axis, 0, n) for part, n in both]
     return parts
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_inject.core.layers.plain_tensors import sharded_by
 from lora_inject.core.layers.survey import Survey
@@ -18,13 +18,10 @@ from lora_inject.core.model.eject import eject
 from lora_inject.core.model.inject import inject
 from lora_inject.core.model.read_off import adapter_state
 from lora_inject.core.model.train import train_only
-from lora_inject.core.roots.carried import adapted_modules, entries, root_at
-from lora_inject.core.spec.names import joined
+from lora_inject.core.roots.carried import root_at
 from lora_inject.errors import StateError
-from lora_inject.rows.kept import routes_rows
-from lora_inject.rows.time_major import note_time_major
-from lora_inject.trials.flat import Placement
-from lora_inject.trials.in_pass import runs_apart
+from lora_inject.rows.seen import note_structure
+from lora_inject.trials.run import Place, places_of
 from lora_inject.trials.trial import Trial
 
 
@@ -32,21 +29,18 @@ def put_on(
     model: nn.Module,
     trials: Mapping[str, Trial],
     beside: Iterable[str],
-    like: Tensor | None,
     *,
     leave_new: bool,
-) -> dict[str, list[Placement]]:
+) -> dict[str, list[Place]]:
     """Inject the adapters of trials, and return where their tensors are.
 
-    They train, and so do the running trials `beside` them, whose tensors are of the dtype and
-    device of `like`.
+    They train, and so do the running trials `beside` them.
 
     Raises:
         ConfigError: A config is not valid.
         MatchError: A config's pattern matches nothing.
         LayerError: A site cannot be adapted.
-        StateError: A name is in use, the model is sharded, rows cannot differ in a weight, or
-            tensors are of two dtypes or devices. The model is then as it was.
+        StateError: A name is in use, or the model is sharded. The model is then as it was.
     """
     _refuse_sharded(model)
     done: list[str] = []
@@ -56,11 +50,9 @@ def put_on(
                 torch.manual_seed(trial.seed)
                 inject(model, trial.config, name, leave_new=leave_new)
             done.append(name)
-        _refuse_shared(model, done)
         _refuse_dropout(model, done)
-        note_time_major(Survey(model))
-        places = {name: _places_of(model, name) for name in done}
-        _refuse_kinds(like, places)
+        note_structure(model)
+        places = {name: places_of(model, name) for name in done}
         train_only(model, [*beside, *done])
     return places
 
@@ -90,27 +82,6 @@ def _as_it_was_if_it_fails(model: nn.Module, done: list[str]) -> Iterator[None]:
             record.selection.replace(setting)
 
 
-def _refuse_kinds(like: Tensor | None, places: Mapping[str, list[Placement]]) -> None:
-    """Refuse tensors that cannot lie in one memory."""
-    tensors: list[Tensor] = [place.held for each in places.values() for place in each]
-    if like is not None:
-        tensors.append(like)
-    kinds = {f"{tensor.dtype} on {tensor.device}" for tensor in tensors}
-    if len(kinds) > 1:
-        problem = f"their tensors are {' and '.join(sorted(kinds))}"
-        raise StateError("Trials", problem, "Adapt layers of one dtype on one device")
-
-
-def _places_of(model: nn.Module, name: str) -> list[Placement]:
-    """Return where the trained tensors of an adapter are."""
-    return [
-        Placement(module, flat, role, module._parameters[flat])  # type: ignore[arg-type]
-        for _, module, entry in entries(Survey(model), name)
-        for role, flat in entry.names.items()
-        if entry.trains(role)
-    ]
-
-
 def _refuse_sharded(model: nn.Module) -> None:
     """Refuse a model of which this process has a part: a pass would need the others' batches."""
     for name, tensor in model.named_parameters():
@@ -120,20 +91,6 @@ def _refuse_sharded(model: nn.Module) -> None:
                 f"this process has a part of {name!r}: {how}",
                 "Give each process the whole model, or train the adapters one by one",
             )
-
-
-def _refuse_shared(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse what cannot differ by row: weights of modules whose rows cannot run apart."""
-    for path, module, attached in adapted_modules(Survey(model)):
-        for entry in (entry for name in names for entry in attached.entries(name)):
-            reads = attached.forward.get(entry.adapter) is not entry
-            if reads and not routes_rows(module, entry) and not runs_apart(module):
-                raise StateError(
-                    f"Trials, {entry.adapter!r}",
-                    f"it changes {joined(path, entry.param)!r}, and the forward of a "
-                    f"{type(module).__name__} takes more than one tensor with the rows first",
-                    "Leave it out of the config, or train that adapter by itself",
-                )
 
 
 def _refuse_dropout(model: nn.Module, names: Iterable[str]) -> None:

@@ -1,15 +1,13 @@
-"""The loss of the next token: of one trial, or of all trials of a pass at once.
+"""The loss of the next token, for a trial's outputs.
 
-At once, each loss comes with the gradient of its logits, part by part, so one tensor of the size of
-the logits is all that is kept. `cross_entropy` keeps one and makes two more in its backward, which
-is the peak of a step's memory.
+It comes with the gradient of the logits, part by part, so one tensor of the size of the logits is
+all that is kept. `cross_entropy` keeps one and makes two more in its backward, which is the peak of
+a step's memory.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,11 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lora_inject.core.layers.sending import sent_once
 from lora_inject.core.layers.survey import unwrapped
 from lora_inject.errors import StateError, check_type, within
 from lora_inject.trees import tree_leaves
-from lora_inject.trials.batches import Joined
 
 Loss = Callable[[Any, Any], Tensor]
 Losses = Loss | Mapping[str, Loss]
@@ -66,84 +62,27 @@ def causal_loss(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
             (on the CPU; on a device torch stops the process, so that the host need not wait).
     """
     logits, labels = _logits(outputs, batch), _next(batch["labels"]).flatten()
-    _check_labels(labels, logits, {})
-    logits = logits.flatten(0, 1)
-    wide = logits.float() if logits.dtype.itemsize < 4 else logits
-    return F.cross_entropy(wide, labels)
-
-
-def causal_losses(outputs: Any, batches: Mapping[str, Any], of: Joined) -> tuple[Tensor, ...]:
-    """Return the causal loss of each trial, for the outputs of their joined batch."""
-    logits = _logits(outputs, next(iter(batches.values())))
-    if of.even:
-        labels = _next(of.batch["labels"]).flatten()
-    else:
-        for name, batch in batches.items() if of.lengths is not None else ():
-            ids, mine = batch.get("input_ids"), batch["labels"]
-            if isinstance(ids, Tensor) and ids.shape[:2] != mine.shape:
-                problem = f"its labels have the shape {tuple(mine.shape)}, and its input_ids "
-                problem += str(tuple(ids.shape))
-                raise StateError(f"step, batch of {name!r}", problem, f"Give {LABELS}")
-        length = of.batch["labels"].shape[1]
-        each = [_next(b["labels"], 0 if of.packed else length) for b in batches.values()]
-        labels = torch.cat([one.flatten() for one in each])
-    _check_labels(labels, logits, of.sizes)
-    repeat = labels.numel() // sum(of.sizes.values())
-    sizes, kept = [repeat * n for n in of.sizes.values()], labels != IGNORED
-    repeats = sent_once(tuple(sizes), kept.device)
-    counts = _sums(kept, sizes).repeat_interleave(repeats, output_size=len(kept))
-    weights = kept / counts if logits.dtype.itemsize < 8 else kept.double() / counts
-    losses: Tensor = _NextToken.apply(logits.flatten(0, 1), labels, weights)  # type: ignore[no-untyped-call]
-    return _sums(losses, sizes).unbind()
-
-
-def _check_labels(labels: Tensor, logits: Tensor, sizes: Mapping[str, int]) -> None:
-    """Refuse labels `(n,)` that are not one for each of the logits, or no token on the CPU."""
-    asked, n_classes = "the default loss", logits.shape[2]
     if len(labels) != logits.shape[:2].numel():
         problem = f"logits of shape {tuple(logits.shape)} for {len(labels)} labels"
-        raise StateError(asked, problem, f"Give {LABELS}, or a loss of your own: loss=...")
-    if labels.device.type != "cpu":
-        return
-    wrong = (labels >= n_classes) | ((labels < 0) & (labels != IGNORED))
-    if wrong.any():
-        place = int(wrong.nonzero()[0]) * sum(sizes.values()) // len(labels)
-        ends = zip(accumulate(sizes.values()), sizes, strict=True)
-        whose = next((f", batch of {name!r}" for end, name in ends if place < end), "")
-        problem = f"a label is {int(labels[wrong][0])}, and the logits are of {n_classes} tokens"
-        raise StateError(f"{asked}{whose}", problem, f"Give {LABELS}")
+        raise StateError("the default loss", problem, f"Give {LABELS}, or a loss of your own")
+    kept = labels != IGNORED
+    if labels.device.type == "cpu":
+        _check_labels(labels, kept, logits.shape[2])
+    weights = (kept if logits.dtype.itemsize < 8 else kept.double()) / kept.sum()
+    losses: Tensor = _NextToken.apply(logits.flatten(0, 1), labels, weights)  # type: ignore[no-untyped-call]
+    return losses.sum()
 
 
-def refuse_unlabeled(losses: Mapping[str, float], batches: Mapping[str, Any]) -> None:
-    """Refuse batches whose labels are all ignored: NaN then does not come from the training."""
-    for name in (name for name, value in losses.items() if math.isnan(value)):
-        if bool((_next(batches[name]["labels"]) == IGNORED).all()):
-            why = f"each label after the first of a row is {IGNORED}, which makes its loss NaN"
-            raise StateError(f"step, batch of {name!r}", why, "Label a token, or leave it out")
-
-
-def ends_of(loss: Tensor, outputs: Any) -> frozenset[Any]:
-    """Return the nodes of the graph that made those outputs which a loss leads to."""
-    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    made = {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}
-    ends, seen, nodes = set(), set[Any](), [loss.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in made:
-            ends.add(node)
-        else:
-            nodes += [other for other, _ in node.next_functions]
-    return frozenset(ends)
-
-
-def _sums(t: Tensor, sizes: list[int]) -> Tensor:
-    """Return the sum of each trial's tokens."""
-    if len(set(sizes)) == 1:
-        return t.view(len(sizes), -1).sum(1)
-    return torch.stack([part.sum() for part in torch.split(t, sizes)])
+def _check_labels(labels: Tensor, kept: Tensor, n_classes: int) -> None:
+    """Refuse labels that are no tokens, and those that are all ignored."""
+    asked = "the default loss"
+    wrong = labels[kept & ((labels >= n_classes) | (labels < 0))]
+    if len(wrong):
+        problem = f"a label is {int(wrong[0])}, and the logits are of {n_classes} tokens"
+        raise StateError(asked, problem, f"Give {LABELS}")
+    if not kept.any():
+        why = f"each label after the first of a row is {IGNORED}, which makes its loss NaN"
+        raise StateError(asked, why, "Label a token, or leave the batch out")
 
 
 def _logits(outputs: Any, batch: Any) -> Tensor:
@@ -162,10 +101,26 @@ def _logits(outputs: Any, batch: Any) -> Tensor:
     return logits
 
 
-def _next(labels: Tensor, length: int = 0) -> Tensor:
-    """Return the label of the token after each, `(rows, tokens)`, filled up to a length."""
-    missing = max(0, length - labels.shape[1])
-    return F.pad(labels[:, 1:], (0, 1 + missing), value=IGNORED)
+def _next(labels: Tensor) -> Tensor:
+    """Return the label of the token after each, `(rows, tokens)`."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def ends_of(loss: Tensor, outputs: Any) -> frozenset[Any]:
+    """Return the nodes of the graph that made those outputs which a loss leads to."""
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    made = {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}
+    ends, seen, nodes = set(), set[Any](), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in made:
+            ends.add(node)
+        else:
+            nodes += [other for other, _ in node.next_functions]
+    return frozenset(ends)
 
 
 class _NextToken(torch.autograd.Function):
@@ -191,6 +146,4 @@ class _NextToken(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         (grads,) = ctx.saved_tensors
-        # A trial whose loss is not finite gets 0, which a product with NaN is not.
-        grads.mul_(g[:, None]).masked_fill_((g == 0)[:, None], 0.0)
-        return grads, None, None
+        return grads.mul_(g[:, None]), None, None

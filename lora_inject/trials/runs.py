@@ -6,6 +6,7 @@ dropout. Trials step together, or each on its own clock; they join and leave bet
 
 from __future__ import annotations
 
+import io
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -13,29 +14,27 @@ from functools import wraps
 from numbers import Real
 from os import PathLike
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, NoReturn, ParamSpec, Self, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lora_inject.core.adapter.fingerprint import sample_positions
 from lora_inject.core.files.atomic import write_file
 from lora_inject.core.model.eject import eject
-from lora_inject.errors import StateError, check_type, user_path
-from lora_inject.trials import saved
-from lora_inject.trials.batches import Forward, evaluating, in_one_order
-from lora_inject.trials.flat import Flat
-from lora_inject.trials.gradients import Asked, Together
+from lora_inject.core.model.read_off import adapter_state
+from lora_inject.errors import FormatError, StateError, check_type, user_path
+from lora_inject.formats.pickles import DAMAGE
+from lora_inject.trials.batches import Forward, evaluating, in_one_order, plain_forward
 from lora_inject.trials.joining import put_on
-from lora_inject.trials.losses import Losses
-from lora_inject.trials.passes import seeded
-from lora_inject.trials.torch_engine import check_engine_tells
+from lora_inject.trials.losses import Loss, Losses, default_loss, ends_of, scalar_loss
+from lora_inject.trials.run import Run
+from lora_inject.trials.shared import Passes
 from lora_inject.trials.trial import Trial
+from lora_inject.trials.written import shared_by_trials, unwritten
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-RECENT = 10
-"""Steps over which the training loss in the table is averaged."""
 
 _OPTIONS = ("max_tokens", "packed", "leave_new")
 
@@ -59,6 +58,9 @@ class Trials:
     They step together, or each on its own clock (`forward_backward`, `optimizer_step`), and join
     and leave between steps (`add`, `drop`). Calls from several threads wait for each other.
 
+    One pass of the base runs the rows of all trials, if the first one shows that each gets what it
+    gets alone. Else they run in turn, and one warning says why.
+
     Args:
         model: The model. Injected, not copied; without adapters of the trials' names.
         trials: Name to trial; further ones may join later.
@@ -73,9 +75,8 @@ class Trials:
         ConfigError: A config is not valid.
         MatchError: A config's pattern matches nothing.
         LayerError: A site cannot be adapted.
-        StateError: There are no trials, a name is in use, the model is sharded, or rows cannot
-            differ in a weight: the forward that reads it takes more than one tensor, and is no
-            stack of experts of transformers. The model is then unchanged.
+        StateError: There are no trials, a name is in use, or the model is sharded. The model is
+            then unchanged.
 
     Attributes:
         model: The model.
@@ -110,19 +111,43 @@ class Trials:
             raise StateError("Trials", "no trial is given", "Give a mapping of names to Trial")
         if max_tokens is not None:
             check_type("Trials, max_tokens", max_tokens, int, "Give a whole number, or None")
-        check_engine_tells()
         self.model = model
         self.max_tokens = max_tokens
         self.packed = packed
         self.leave_new = leave_new
-        self.trials: dict[str, Trial] = {}
-        self.n_steps: dict[str, int] = {}
-        self.losses: dict[str, list[float]] = {}
-        self.held_out: dict[str, float] = {}
-        self.stopped: dict[str, str] = {}
-        self.together = Together(model, max_tokens=max_tokens, packed=packed)
+        self._runs: dict[str, Run] = {}
         self._turn = threading.RLock()
         self._put_on(trials)
+
+    @property
+    def trials(self) -> dict[str, Trial]:
+        """Name to trial, without dropped trials."""
+        return {name: run.trial for name, run in self._runs.items()}
+
+    @property
+    def n_steps(self) -> dict[str, int]:
+        """Name to steps done."""
+        return {name: run.n_steps for name, run in self._runs.items()}
+
+    @property
+    def losses(self) -> dict[str, list[float]]:
+        """Name to the training loss at each step."""
+        return {name: run.losses for name, run in self._runs.items()}
+
+    @property
+    def held_out(self) -> dict[str, float]:
+        """Name to the last held-out loss."""
+        return {n: run.held_out for n, run in self._runs.items() if run.held_out is not None}
+
+    @property
+    def stopped(self) -> dict[str, str]:
+        """Name to reason, for each trial whose loss or gradient was not finite."""
+        return {name: run.stopped for name, run in self._runs.items() if run.stopped}
+
+    @property
+    def running(self) -> list[str]:
+        """Names of the trials that were not stopped or dropped."""
+        return [name for name, run in self._runs.items() if not run.stopped]
 
     # ------------------------------------------------------------------------ joining and leaving
 
@@ -130,8 +155,8 @@ class Trials:
     def add(self, name: str, trial: Trial) -> None:
         """Let a trial join, with steps of its own from 0.
 
-        Values and optimizer state of the others are copied once, bit for bit, and gradients that
-        no step has taken stay. What is active on the model stays active.
+        Gradients of the others that no step has taken stay. What is active on the model stays
+        active.
 
         Args:
             name: Of the trial, and of its adapter. `swap_adapter` gives it the values of another.
@@ -149,34 +174,29 @@ class Trials:
         """Put trials onto the model, all or none."""
         for name, trial in trials.items():
             check_type(f"trial {name!r}", trial, Trial, "Give Trial(config, lr=1e-3)")
+        waiting = [(p, p.grad) for run in self._runs.values() for p in run.parameters]
         self._check_unchanged(self.running)
-        flats = self.together.flats
-        like = next((flat.example for flat in flats.values()), None)
-        places = put_on(self.model, trials, self.running, like, leave_new=self.leave_new)
-        for name, trial in trials.items():
-            flats[name] = Flat(places[name], trial)
-            self.together.random[name] = seeded(trial.seed, flats[name].example.device)
-            self.trials[name] = trial
-            self.n_steps[name] = 0
-            self.losses[name] = []
-        self.together.settle()
+        places = put_on(self.model, trials, self.running, leave_new=self.leave_new)
+        for parameter, grad in waiting:
+            parameter.grad = grad
+        self._runs |= {name: Run(trial, places[name]) for name, trial in trials.items()}
+        self._settle()
+
+    def _settle(self) -> None:
+        """See forwards anew: there are others of the adapters."""
+        self._passes = Passes(self.model, self._runs, self.max_tokens, packed=self.packed)
 
     @_one_at_a_time
     def drop(self, name: str) -> None:
-        """Eject a trial's adapter from the model and remove the trial. Its memory is free then.
+        """Eject a trial's adapter from the model and remove the trial.
 
         Raises:
             StateError: There is no such trial.
         """
         self._check_known([name], f"drop {name!r}")
-        flats = [self.together.flats[one] for one in self.running]
-        are_there = all(flat.changed() is None for flat in flats)
         eject(self.model, name)
-        self.together.forget(name)
-        for mapping in (self.trials, self.n_steps, self.losses, self.held_out, self.stopped):
-            mapping.pop(name, None)
-        if are_there:  # else their memory is not what the model computes with
-            self.together.settle()
+        del self._runs[name]
+        self._passes.forget(name)
 
     # ----------------------------------------------------------------------------------- a step
 
@@ -209,13 +229,11 @@ class Trials:
             `stopped` afterwards; the gradients of the other trials are not affected.
 
         Raises:
-            StateError: A batch is missing or does not fit, or trials would affect each other:
-                the forward mixes rows, returns a mean over them, or draws random numbers; the
-                loss writes into a batch that others read; or padding changes outputs.
+            StateError: A batch is missing or does not fit, the forward returns a mean over the
+                rows, or the loss writes into a batch that others read.
         """
-        batches = self._by_trial(batch, by_name)
-        losses = self._add_gradients(Asked.of(self.model, batches, forward, loss))
-        self._update([name for name in batches if name not in self.stopped], None)
+        losses = self._add_gradients(self._by_trial(batch, by_name), forward, loss)
+        self._update([name for name in losses if not self._runs[name].stopped], None)
         return losses
 
     @_one_at_a_time
@@ -243,8 +261,7 @@ class Trials:
         asked = "forward_backward"
         check_type(asked, batches, Mapping, "Give a dict from names to batches")
         self._check_running(batches, asked)
-        given = in_one_order(dict(batches))
-        return self._add_gradients(Asked.of(self.model, given, forward, loss))
+        return self._add_gradients(in_one_order(dict(batches)), forward, loss)
 
     @_one_at_a_time
     def optimizer_step(
@@ -274,39 +291,124 @@ class Trials:
             if not 0 < lr < math.inf:
                 raise StateError(f"{asked}, lr", f"it is {lr}", "Give a positive number")
         for name in listed:
-            if name not in self.together.pending:
+            if self._runs[name].pending is None:
                 problem = "it has no gradient since its last step"
                 raise StateError(f"{asked} {name!r}", problem, "Call forward_backward first")
         self._check_unchanged(listed)
         return self._update(listed, lr)
 
-    def _add_gradients(self, asked: Asked) -> dict[str, float]:
-        """Add to the gradients of some trials, and stop those without a finite loss."""
-        self._check_unchanged(asked.batches)
-        losses = self.together.add_gradients(asked)
-        for name, value in losses.items():
+    def _add_gradients(
+        self, batches: Mapping[str, Any], forward: Forward | None, loss: Losses | None
+    ) -> dict[str, float]:
+        """Add to the gradients of some trials, and stop those without a finite loss.
+
+        Whatever raises leaves all gradients as they were.
+        """
+        self._check_unchanged(batches)
+        call, of_trial = forward or plain_forward(self.model), self._losses(batches, loss)
+        parameters = [p for name in batches for p in self._runs[name].parameters]
+        before = [p.grad for p in parameters]
+        try:
+            values = self._gradients(batches, call, of_trial)
+            if self.packed and not self._are_finite(values):
+                # A masked attention multiplies the NaN of one trial by 0, so it is in others, too.
+                values = {}
+                for name, batch in batches.items():
+                    values |= self._gradients({name: batch}, call, of_trial)
+        except BaseException:
+            for parameter, grad in zip(parameters, before, strict=True):
+                parameter.grad = grad
+            raise
+        for parameter, grad in zip(parameters, before, strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
+        for name, value in values.items():
+            run = self._runs[name]
+            run.pending, run.n_passes = (run.pending or 0.0) + value, run.n_passes + 1
             if not math.isfinite(value):
-                self._stop(name, f"its loss is {value} at step {self.n_steps[name]}", value)
-        return losses
+                run.stop(f"its loss is {value} at step {run.n_steps}", value)
+        return values
+
+    def _gradients(
+        self,
+        batches: Mapping[str, Any],
+        forward: Forward,
+        loss: Callable[[str, Any], Tensor],
+    ) -> dict[str, float]:
+        """Compute the gradients of some trials anew; a loss that is not finite has none."""
+        for name in batches:
+            self._runs[name].optimizer.zero_grad()
+        values: dict[str, float] = {}
+        for outputs in self._passes.outputs(batches, forward, drops=True):
+            losses = {name: loss(name, mine) for name, mine in outputs.items()}
+            for name, value in losses.items():
+                if not value.requires_grad:
+                    _refuse_untrained(name)
+            numbers = torch.stack([value.detach() for value in losses.values()]).tolist()
+            values |= dict(zip(losses, numbers, strict=True))
+            finite = {name: losses[name] for name in losses if math.isfinite(values[name])}
+            ends = {name: ends_of(value, outputs) for name, value in finite.items()}
+            del outputs  # of the size of the logits
+            self._backward(finite, ends)
+        return values
+
+    def _backward(self, losses: Mapping[str, Tensor], ends: Mapping[str, Any]) -> None:
+        """Run the backward of some losses: at once where they lead to the same outputs.
+
+        What a loss does not lead to has no gradient, and none of zeros, by which it would move.
+        """
+        found: dict[nn.Parameter, Tensor] = {}
+        alike = list(dict.fromkeys(ends.values()))
+        for i, each in enumerate(alike, 1):
+            total = torch.stack([loss for n, loss in losses.items() if ends[n] == each]).sum()
+            total.backward(retain_graph=i < len(alike))  # type: ignore[no-untyped-call]
+            for name in losses:
+                for parameter in self._runs[name].parameters if len(alike) > 1 else ():
+                    if ends[name] == each and parameter.grad is not None:
+                        found[parameter] = parameter.grad
+                    parameter.grad = None
+        for parameter, grad in found.items():
+            parameter.grad = grad
+        for name in losses:
+            if all(p.grad is None for p in self._runs[name].parameters):
+                _refuse_untrained(name)
+
+    def _are_finite(self, losses: Mapping[str, float]) -> bool:
+        norms = torch.stack([self._runs[name].norm() for name in losses])
+        return all(map(math.isfinite, losses.values())) and bool(norms.isfinite().all())
+
+    def _losses(
+        self, batches: Mapping[str, Any], loss: Losses | None
+    ) -> Callable[[str, Any], Tensor]:
+        """Return what gives the loss of a trial, by its outputs."""
+        loss = default_loss(self.model) if loss is None else loss
+        if isinstance(loss, Mapping):
+            for name in batches.keys() - loss.keys():
+                remedy = "Give one for each batch, or one function for all"
+                raise StateError(f"loss of trial {name!r}", "there is none of that name", remedy)
+        sharing = shared_by_trials(batches)
+
+        def of_trial(name: str, outputs: Any) -> Tensor:
+            own: Loss = loss[name] if isinstance(loss, Mapping) else loss
+            with unwritten(batches[name] if name in sharing else (), f"loss of trial {name!r}"):
+                return scalar_loss(own, outputs, batches[name], name)
+
+        return of_trial
 
     def _update(self, names: Iterable[str], lr: float | None) -> dict[str, float]:
         """Step some trials, and stop those without a finite gradient."""
-        n_steps = {name: self.n_steps[name] for name in names}
-        totals = {name: self.together.pending[name] for name in n_steps}
-        norm_of = self.together.step(n_steps, lr)
-        for name, norm in norm_of.items():
-            if not math.isfinite(norm):
-                why = f"its gradient has the norm {norm} at step {n_steps[name]}"
-                self._stop(name, why, totals[name])
-                continue
-            self.losses[name].append(totals[name])
-            self.n_steps[name] += 1
-        return norm_of
-
-    def _stop(self, name: str, why: str, loss: float) -> None:
-        self.stopped[name] = why
-        self.losses[name].append(loss)
-        self.together.stop(name)
+        runs = {name: self._runs[name] for name in names}
+        if not runs:
+            return {}
+        numbers = torch.stack([run.norm().cpu() for run in runs.values()]).tolist()
+        norms = dict(zip(runs, numbers, strict=True))
+        for name, run in runs.items():
+            if math.isfinite(norms[name]):
+                run.step(norms[name], lr)
+            else:
+                why = f"its gradient has the norm {norms[name]} at step {run.n_steps}"
+                run.stop(why, run.pending or 0.0)
+        return norms
 
     # ---------------------------------------------------------------------------------- checks
 
@@ -327,7 +429,7 @@ class Trials:
         """Return the batches of the running trials that a dict names."""
         running = self.running
         check_type("step, by_name=True", batch, Mapping, "Give a dict from names to batches")
-        if unknown := [name for name in batch if name not in self.trials]:
+        if unknown := [name for name in batch if name not in self._runs]:
             remedy = f"Known are {running}; of one batch for all, each entry is a tensor"
             raise StateError("step", f"there is no trial {unknown[0]!r}", remedy)
         given = [name for name in running if name in batch]
@@ -344,7 +446,7 @@ class Trials:
             return False
         if any(isinstance(each, Mapping | tuple | list) for each in batch.values()):
             return True
-        names = [name for name in batch if name in self.trials]
+        names = [name for name in batch if name in self._runs]
         if names:
             shown = " and ".join(map(repr, names))
             raise StateError(
@@ -357,9 +459,9 @@ class Trials:
 
     def _check_known(self, names: Iterable[str], asked: str) -> None:
         for name in names:
-            if name not in self.trials:
+            if name not in self._runs:
                 problem = f"there is no trial {name!r}"
-                raise StateError(asked, problem, f"Known are {[*self.trials]}")
+                raise StateError(asked, problem, f"Known are {[*self._runs]}")
 
     def _check_running(self, names: Iterable[str], asked: str) -> None:
         """Refuse names of which one cannot train now."""
@@ -367,22 +469,17 @@ class Trials:
         if not [*names]:
             raise StateError(asked, "no trial is named", f"Running are {self.running}")
         for name in names:
-            if name in self.stopped:
-                problem = f"it was stopped: {self.stopped[name]}"
+            if self._runs[name].stopped:
+                problem = f"it was stopped: {self._runs[name].stopped}"
                 raise StateError(f"{asked} {name!r}", problem, "Drop it, and start it anew")
 
     def _check_unchanged(self, names: Iterable[str]) -> None:
         """Refuse a model on which the tensors of some trials are others than they were."""
         for name in names:
-            if (changed := self.together.flats[name].changed()) is not None:
+            if (changed := self._runs[name].changed()) is not None:
                 raise StateError(f"step, trial {name!r}", *changed)
 
-    # -------------------------------------------------------------------------------- the runs
-
-    @property
-    def running(self) -> list[str]:
-        """Names of the trials that were not stopped or dropped."""
-        return [name for name in self.trials if name not in self.stopped]
+    # --------------------------------------------------------------------------------- results
 
     @_one_at_a_time
     @torch.no_grad()
@@ -406,10 +503,25 @@ class Trials:
             Name to loss, which `best` and `table` also use.
         """
         batches = self._by_trial(batch, by_name, all_of_them=False)
-        asked = Asked.of(self.model, batches, forward, loss)
+        call, of_trial = forward or plain_forward(self.model), self._losses(batches, loss)
         with evaluating(self.model):
-            losses = self.together.losses(asked)
-        self.held_out |= losses
+            losses = self._evaluated(batches, call, of_trial)
+            if self.packed and not all(map(math.isfinite, losses.values())):  # as for gradients
+                for name, own in batches.items():
+                    losses |= self._evaluated({name: own}, call, of_trial)
+        for name, value in losses.items():
+            self._runs[name].held_out = value
+        return losses
+
+    def _evaluated(
+        self,
+        batches: Mapping[str, Any],
+        forward: Forward,
+        loss: Callable[[str, Any], Tensor],
+    ) -> dict[str, float]:
+        losses: dict[str, float] = {}
+        for outputs in self._passes.outputs(batches, forward, drops=False):
+            losses |= {name: loss(name, mine).item() for name, mine in outputs.items()}
         return losses
 
     def best(self) -> str:
@@ -426,18 +538,7 @@ class Trials:
     def table(self) -> str:
         """Return a table: each trial's learning rate, parameters, losses and state."""
         rows = [("trial", "lr", "parameters", "loss", "held out", "")]
-        for name, trial in self.trials.items():
-            recent = self.losses[name][-RECENT:]
-            rows.append(
-                (
-                    name,
-                    f"{trial.lr:g}",
-                    f"{self.together.flats[name].n_parameters:,}",
-                    f"{sum(recent) / len(recent):.4f}" if recent else "",
-                    f"{self.held_out[name]:.4f}" if name in self.held_out else "",
-                    self.stopped.get(name, ""),
-                )
-            )
+        rows += [run.to_row(name) for name, run in self._runs.items()]  # type: ignore[misc]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
         return "\n".join(line.rstrip() for line in lines)
@@ -458,13 +559,17 @@ class Trials:
         Raises:
             StateError: There is no such trial.
         """
-        named = self.trials if names is None else names
+        named = self._runs if names is None else names
         listed = [named] if isinstance(named, str) else [*named]
         self._check_known(listed, "save trials")
-        options = {option: getattr(self, option) for option in _OPTIONS}
-        some = {name: self.trials[name] for name in listed}
-        content = saved.content_of(some, options, self._notes(), self.together)
-        return write_file(user_path("save trials", path), content, overwrite=True)
+        held = {
+            "options": {option: getattr(self, option) for option in _OPTIONS},
+            "runs": {name: self._runs[name].held() for name in listed},
+            "base": {name: _base_of(self.model, name) for name in listed},
+        }
+        content = io.BytesIO()
+        torch.save(held, content)
+        return write_file(user_path("save trials", path), content.getvalue(), overwrite=True)
 
     @_one_at_a_time
     def load(self, path: str | PathLike[str]) -> list[str]:
@@ -480,25 +585,25 @@ class Trials:
             FormatError: `save` did not write the file, or wrote it with another base.
             StateError: A name is in use, or as for `Trials`. Everything is then as it was.
         """
-        held = saved.held_in(path)
-        self._put_on(held.trials)
+        held = _held_in(path)
+        self._put_on(_trials_of(held))
+        self._restore(held, path)
+        return [*held["runs"]]
+
+    def _restore(self, held: Mapping[str, Any], path: str | PathLike[str]) -> None:
+        """Give trials that were put on what a file holds; take them off if the base is another."""
         try:
-            held.check_base(self.model)
+            for name, base in held["base"].items():
+                if _base_of(self.model, name) != base:
+                    problem = f"the base of trial {name!r} has other values"
+                    remedy = "Give the model as it was before"
+                    raise FormatError(f"resume {str(path)!r}", problem, remedy)
+            for name, kept in held["runs"].items():
+                self._runs[name].restore(kept)
         except BaseException:
-            for name in held.trials:
+            for name in held["runs"]:
                 self.drop(name)
             raise
-        saved.restore(held, self._notes(), self.together)
-        return [*held.trials]
-
-    def _notes(self) -> dict[str, dict[str, Any]]:
-        """Return what is known of each trial, by what it is."""
-        return {
-            "n_steps": self.n_steps,
-            "losses": self.losses,
-            "held_out": self.held_out,
-            "stopped": self.stopped,
-        }
 
     @classmethod
     def resume(cls, model: nn.Module, path: str | PathLike[str]) -> Self:
@@ -511,14 +616,40 @@ class Trials:
         Raises:
             FormatError: `save` did not write the file, or wrote it with another base.
         """
-        held = saved.held_in(path)
-        options = {option: held.about[option] for option in _OPTIONS}
-        new = cls(model, held.trials, **options)
-        try:
-            held.check_base(model)
-        except BaseException:
-            for name in held.trials:
-                eject(model, name)
-            raise
-        saved.restore(held, new._notes(), new.together)
+        held = _held_in(path)
+        new = cls(model, _trials_of(held), **held["options"])
+        new._restore(held, path)
         return new
+
+
+def _refuse_untrained(name: str) -> NoReturn:
+    what = "no gradient leads from it to A and B"
+    remedy = "Compute it from the outputs; li.unreached lists layers that take no part in a forward"
+    raise StateError(f"loss of trial {name!r}", what, remedy)
+
+
+def _held_in(path: str | PathLike[str]) -> dict[str, Any]:
+    """Read a file of trials."""
+    file = user_path("resume trials", path)
+    try:
+        held: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
+        if {*held} != {"options", "runs", "base"}:
+            raise KeyError("runs")
+    except DAMAGE as error:
+        problem = f"it cannot be read: {error}"
+        raise FormatError(f"resume {str(path)!r}", problem, "Give what save wrote") from error
+    return held
+
+
+def _trials_of(held: Mapping[str, Any]) -> dict[str, Trial]:
+    return {name: Trial(**kept["trial"]) for name, kept in held["runs"].items()}
+
+
+def _base_of(model: nn.Module, name: str) -> dict[str, list[float]]:
+    """Return the fingerprint's samples of an adapter's base, as plain data."""
+    mark = adapter_state(model, name).fingerprint or {}
+    return {  # not where an adapter moves it, which changes with the adapter
+        key: list(known.values[: len(sample_positions(known.shape))])
+        for key, known in mark.items()
+        if known.values is not None
+    }

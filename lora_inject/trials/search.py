@@ -237,7 +237,6 @@ def search(
     calls = {
         "forward": forward or plain_forward(model),
         "loss": loss or default_loss(model),
-        "by_name": False,
     }
     options = {"max_tokens": max_tokens, "leave_new": leave_new}
     runner = _Runner(model, batches, held_out, calls, options, watch, state)

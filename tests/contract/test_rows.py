@@ -355,6 +355,14 @@ class Listed(nn.Module):
         self.top_k, self.gate = 1, nn.Linear(4, 2)
         self.experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(2))
 
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        chosen, out = self.gate(flat).argmax(1), torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            here = (chosen == number).nonzero()[:, 0]
+            out = out.index_add(0, here, expert["up"](flat[here]))
+        return x + out.view_as(x)
+
 
 def one(model: Any, *targets: str) -> Any:
     return li.inject(model, config(*targets), "one")
@@ -365,7 +373,7 @@ THREE: Rows = ["one", None, "one"]
 IN_FORWARD: dict[str, tuple[Callable[[], Any], dict[str, Any], Any, list[str]]] = {
     "a convolution without a batch": (
         lambda: one(nn.Sequential(nn.Conv1d(2, 3, 1)), "0"), {"rows": ["one", None]},
-        torch.randn(2, 5), ["batch"],
+        torch.randn(2, 5), ["Conv1d", "(2, 5)"],
     ),
     "another number of rows": (
         lambda: one(nn.Sequential(nn.Linear(4, 4)), "0"), {"rows": THREE},
@@ -422,22 +430,82 @@ def test_a_batch_as_long_as_time_is_told_where_rows_come_first_and_in_no_graph()
 
 
 # The model, what is adapted, what `routed` is told, and names in the refusal at entry.
-AT_ENTRY: dict[str, tuple[Callable[[], Any], list[str], dict[str, Any], list[str]]] = {
-    "a length for each row": (
-        lambda: experts("mixtral")[0], ROUTED, {"tokens": [3, 5]}, ["tokens"],
+
+
+def test_lengths_that_are_not_one_for_each_row_are_refused() -> None:
+    model = one(nn.Sequential(nn.Linear(4, 4)), "0")
+    with refused(li.StateError, "tokens", model=model):
+        li.routed(model, THREE, tokens=[3, 5])
+
+
+# ------------------------------------- layers that take no rows: the batch runs under each adapter
+
+
+def check_each_alone(model: nn.Module, rows: Rows, *batches: Tensor) -> None:
+    """Also a second time, when what was seen of the layers is known."""
+    with torch.no_grad():
+        for x in (*batches, batches[0]):
+            wanted = []
+            for i, name in enumerate(rows):
+                li.activate(model, name)
+                wanted.append(model(x[i : i + 1]))
+            wanted = [getattr(each, "logits", each) for each in wanted]
+            with li.routed(model, rows):
+                y = model(x)
+            assert error(getattr(y, "logits", y), torch.cat(wanted)) < 1e-12
+
+
+class Read(nn.Module):
+    """A layer whose weight is read, and a convolution of what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.conv = nn.Linear(4, 4), nn.Conv1d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(torch.tanh(x @ self.fc.weight.T))
+
+
+ELSEWHERE: dict[str, tuple[Callable[[], Any], list[str], Any]] = {
+    "experts alone": (lambda: experts("mixtral")[0], ["all-experts"], IDS[:3]),
+    "experts that sort the tokens of all rows": (
+        lambda: experts("llama4")[0], ["all-experts"], IDS[:3],
     ),
-    "experts alone": (lambda: experts("mixtral")[0], ROUTED[:1], {}, ["experts", "q_proj"]),
-    "experts that read their stack": (lambda: experts("llama4")[0], ROUTED, {}, ["experts"]),
     "experts that are layers": (
-        lambda: nn.Sequential(nn.Linear(4, 4), Listed()), ["0", "all-experts"], {}, ["1.experts."],
+        lambda: nn.Sequential(nn.Linear(4, 4), Listed()), ["0", "all-experts"],
+        torch.arange(36).reshape(3, 3, 4).sin().double(),
+    ),
+    "a weight that is read": (
+        Read, [r"fc\.weight", "conv"], torch.arange(36).reshape(3, 3, 4).sin().double(),
     ),
 }  # fmt: skip
 
 
 @pytest.mark.recent
-@pytest.mark.parametrize("case", AT_ENTRY)
-def test_what_can_never_be_routed_is_refused_at_entry(case: str) -> None:
-    make, targets, options, names = AT_ENTRY[case]
-    model = one(make(), *targets)
-    with refused(li.StateError, *names, model=model):
-        li.routed(model, THREE, **options).__enter__()
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_rows_of_layers_that_take_none_are_those_of_each_adapter_alone(case: str) -> None:
+    make, targets, x = ELSEWHERE[case]
+    model = make().double().eval()
+    for name in ("one", "two"):
+        fill(li.inject(model, config(*targets), name), name)
+    check_each_alone(model, ["one", None, "two"], x, x.flip(0))
+
+
+def test_a_row_has_a_mix_of_adapters() -> None:
+    model = crowded("linear")
+    x, rows = (
+        batch(torch.float64, 3)[:4],
+        [{"default": 0.7, "wide": -0.5}, "wide", None, {"thin": 2}],
+    )
+    with li.routed(model, rows):
+        y = model(x)
+    for i, row in enumerate(rows):
+        li.activate(model, row)
+        assert error(y[i], model(x)[i]) < TOLERANCE[torch.float64]
+    tokens = [1, 2, 3, 4]
+    x = batch(torch.float64, 10)[:1]
+    with li.routed(model, rows, tokens=tokens):
+        y = model(x)
+    for i, (row, part) in enumerate(zip(rows, x.split(tokens, 1), strict=True)):
+        li.activate(model, row)
+        assert error(y.split(tokens, 1)[i], model(part)) < TOLERANCE[torch.float64]

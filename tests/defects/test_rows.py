@@ -45,7 +45,6 @@ def check_each_row(
     assert error(together, torch.cat(alone)) < within
 
 
-@NEW_ROWS
 def test_a_row_s_pictures_go_through_its_own_adapter() -> None:
     """Two rows and two pictures, both of the first row."""
     model = ARCHITECTURES["llava"].build().double().eval()
@@ -77,7 +76,6 @@ class Positions(nn.Module):
         return self.head(torch.tanh(self.wte(ids) + self.wpe(torch.arange(ids.shape[1]))))
 
 
-@NEW_ROWS
 def test_positions_as_many_as_rows_are_each_row_s_own() -> None:
     model = adapted(Positions().double(), ["wte", "wpe", "head"])
     ids = torch.arange(9).view(3, 3)
@@ -96,7 +94,6 @@ def of_transformers(family: str) -> tuple[nn.Module, list[str], dict[str, Any]]:
     return AutoModel.from_config(config), ["all-linear"], {"use_mems": False}
 
 
-@NEW_ROWS
 @pytest.mark.parametrize("family", ["t5", "xlnet"])
 def test_as_many_positions_as_rows_in_transformers(family: str) -> None:
     model, targets, options = of_transformers(family)
@@ -129,7 +126,6 @@ class OneModality(nn.Module):
         return out
 
 
-@NEW_ROWS
 def test_tokens_of_one_modality_go_to_the_experts_of_their_row() -> None:
     """Six tokens of the first row and four of the second are no five of each."""
     model = adapted(OneModality().double(), ["fc", {"match": "experts.gate_up_proj"}])
@@ -150,7 +146,6 @@ class Flattened(nn.Module):
         return self.fc1(y.reshape(-1, 6)).relu().view(y.shape)
 
 
-@pytest.mark.xfail(strict=True, reason="rows: rows times positions are refused")
 @pytest.mark.parametrize("targets", [["q", "fc1"], ["fc1"]])
 def test_rows_and_positions_in_one_axis_are_told_apart(targets: list[str]) -> None:
     model = adapted(Flattened().double(), targets)

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_inject as li
 from lora_inject import Trial, Trials
 
-NEW_TRIALS = pytest.mark.xfail(strict=True, reason="trials: a pass is shared by a derivation")
 NAMES = ("a", "b")
 
 
@@ -66,7 +65,6 @@ def check_as_alone(
     return trials
 
 
-@NEW_TRIALS
 @pytest.mark.filterwarnings("ignore:trials run in turn")
 def test_another_closure_of_the_same_code_is_another_forward() -> None:
     """Of two closures that differ in what they hold, one subtracts the mean of the batch."""
@@ -91,7 +89,6 @@ class MeanPooled(nn.Module):
         return self.head(torch.tanh(self.fc(self.embed(ids)))[:, :longest].mean(1))
 
 
-@NEW_TRIALS
 @pytest.mark.filterwarnings("ignore:trials run in turn")
 def test_rows_that_mix_in_a_later_batch_only_train_as_alone() -> None:
     """The longest row of the batch decides over how many positions each row is averaged."""
@@ -117,7 +114,6 @@ def with_batchnorm() -> nn.Module:
     return nn.Sequential(*layers).double().train()
 
 
-@NEW_TRIALS
 def test_a_lone_trial_moves_the_statistics_of_batchnorm_as_a_plain_loop_does() -> None:
     trial = Trial({"rank": 2, "targets": ["all-linear"]}, lr=1e-2)
     batches = [given(5, 4, seed=i) for i in range(3)]
@@ -131,7 +127,6 @@ def test_a_lone_trial_moves_the_statistics_of_batchnorm_as_a_plain_loop_does() -
         torch.testing.assert_close(trials.model[1].state_dict()[key], value, rtol=1e-12, atol=0)
 
 
-@NEW_TRIALS
 def test_a_dora_with_dropout_trains_beside_others() -> None:
     dora = {"rank": 2, "targets": ["all-linear"], "variant": "dora", "dropout": 0.3}
     runs = {"a": Trial(dora, lr=1e-2), "b": Trial({**dora, "rank": 1}, lr=1e-2, seed=1)}
@@ -169,7 +164,6 @@ class Generator(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@NEW_TRIALS
 def test_the_dropout_of_trials_leaves_the_generator_of_the_process_alone() -> None:
     """Another thread that draws meanwhile would get a trial's numbers, and move them."""
     config = {"rank": 2, "targets": ["all-linear"], "dropout": 0.3}
@@ -181,7 +175,6 @@ def test_the_dropout_of_trials_leaves_the_generator_of_the_process_alone() -> No
     assert not seen.moved
 
 
-@NEW_TRIALS
 def test_pictures_of_each_row_train_as_alone() -> None:
     """LLaVA with a picture for each row: the rows of a batch are those of all its tensors."""
     plain = ARCHITECTURES["llava"].build().double().eval()

@@ -19,7 +19,7 @@ def grouped_product(
     `multiply` is called as `torch._grouped_mm` is: x `(rows, m)`, sorted by group, a stack of
     matrices, and the end of each group. Rows behind the last are what it leaves there.
     """
-    y = multiply(x, stack.base, offs=offs[stack.repeat - 1 :: stack.repeat].contiguous())
+    y = multiply(x, stack.base, offs=offs)
     for left, right, scale in stack.terms:
         # The kernels need rows of a multiple of 16 bytes, which a small rank does not give.
         missing = -left.shape[-1] % max(1, 16 // y.element_size())

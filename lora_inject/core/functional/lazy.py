@@ -167,7 +167,7 @@ class Read:
         gradient of A is joined and cast once. In inference each matrix is taken separately, because
         few of many experts may be used.
         """
-        base, terms, float32, _, repeat = self.whole
+        base, terms, float32, _ = self.whole
         if not self.mode:
             return self.whole.at(index)
         dtype = None if float32 or _is_autocast(base) else base.dtype
@@ -178,7 +178,7 @@ class Read:
             ]
             self._matrices[dtype] = [
                 LowRank(one, tuple((left[i], right[i], s) for left, right, s in cut), float32)
-                for i, one in enumerate(o for o in base.unbind() for _ in range(repeat))
+                for i, one in enumerate(base.unbind())
             ]
         return self._matrices[dtype][index]
 

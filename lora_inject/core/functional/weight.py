@@ -32,17 +32,12 @@ class LowRank(NamedTuple):
     float32: bool = False  # whether products keep their low-rank arithmetic in float32
     # the factor on the outputs of the sum, and whether these are its last axis
     gain: tuple[Gain, bool] | None = None
-    repeat: int = 1  # how many matrices in a row have one of the base
-
-    def whole_base(self) -> Tensor:
-        """Return the base with a matrix for each of the sum."""
-        return self.base if self.repeat == 1 else self.base.repeat_interleave(self.repeat, 0)
 
     def formed(self, dtype: torch.dtype) -> Tensor:
         """Carry out the sum, differentiably: `(..., m, n)`, rounded once to `dtype`."""
         wide = torch.promote_types(self.base.dtype, torch.float32)
         add = torch.addmm if self.base.dim() == 2 else torch.baddbmm
-        total = self.whole_base().to(wide)
+        total = self.base.to(wide)
         with without_autocast(total) or nullcontext():
             for left, right, scale in self.terms:
                 total = add(total, left.to(wide), right.to(wide), alpha=scale)
@@ -55,12 +50,12 @@ class LowRank(NamedTuple):
     def turned(self) -> LowRank:
         """Return the transposed matrices, which have no gain."""
         terms = tuple((right.mT, left.mT, scale) for left, right, scale in self.terms)
-        return LowRank(self.base.mT, terms, self.float32, None, self.repeat)
+        return LowRank(self.base.mT, terms, self.float32)
 
     def at(self, index: int | Tensor) -> LowRank:
         """Return one or some matrices of a stack, which has no gain."""
         terms = tuple((left[index], right[index], scale) for left, right, scale in self.terms)
-        return LowRank(self.base[index // self.repeat], terms, self.float32)
+        return LowRank(self.base[index], terms, self.float32)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return `x @ self + bias`, as `torch.matmul` gives it; a bias is for one matrix only."""
@@ -69,7 +64,7 @@ class LowRank(NamedTuple):
             weight = self.base if in_out else self.base.mT
             factors = self._factors()
             return linear(x, weight, bias, factors, transposed=in_out, float32=self.float32)
-        y = torch.matmul(x, self.whole_base())
+        y = torch.matmul(x, self.base)
         with without_autocast(y) or nullcontext():
             x = x.to(y.dtype)
             for left, right, scale in self.terms:
@@ -95,6 +90,8 @@ def low_rank(weight: Tensor, patches: Sequence[Patch], gain: Gain | None = None)
 
     These are views of the weight, of every A and, where it has no slices, of every B.
     """
+    if not patches:  # read as it is, and those who read are noted
+        return LowRank(weight, ())
     spec = patches[0].spec
     lead = _n_matrices(weight, spec)
     terms = []

@@ -153,7 +153,7 @@ class Attached:
     # What few modules have stands here, as there are many thousands.
     old_forward: Any = None  # the forward that a hook had saved on the module
     float32 = False  # whether an adapter on the output asks for float32 arithmetic
-    time_major = False  # whether its input may have time before batch (`rows.time_major`)
+    time_major = False  # whether its input may have time before batch (`rows.seen`)
     gains = False  # whether an adapter on the output has a gain
     put: Tensor | None = None  # the text about tensors that stand for its own (`layers.told`)
     # Marks of the entries that forwards have used, and of those that others read meanwhile.

@@ -26,7 +26,6 @@ from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
 from lora_inject.core.layers.weight_kinds import UNKNOWN, in_dtype
 from lora_inject.core.model.eject import eject as take_off
-from lora_inject.core.model.select import weights_of
 from lora_inject.core.model.target import Into, Target, whole
 from lora_inject.core.model.ties import check_ties, refuse_untold, untie_rest
 from lora_inject.core.model.trainable import trainable_tensors
@@ -40,6 +39,7 @@ from lora_inject.core.roots.carried import (
     root_of,
     whole_adapter,
 )
+from lora_inject.core.roots.mixes import weights_of
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import LayerError, StateError, check_type
 from lora_inject.formats.checkpoint_names import as_on_disk

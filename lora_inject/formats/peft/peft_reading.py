@@ -22,7 +22,6 @@ from lora_inject.core.roots.carried import entries
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError
 from lora_inject.formats.peft.tensor_layout import attentions
-from lora_inject.rows.convolution import adds_rows
 
 
 def refuse_misread(survey: Survey, name: str) -> None:
@@ -88,12 +87,17 @@ def _misread(module: nn.Module, entry: Entry) -> str:
         return "another module reads the weight, and nothing would call the adapter"
     kind = entry.spec.kind if entry.spec else ""
     if kind == "conv":
-        known = adds_rows(plain, "weight")
+        known = _convolving(plain) in map(_convolving, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     elif kind == "embedding":  # whose scale PEFT knows by this name
         known = mixin_for(kind).stock(plain) or hasattr(module, "embed_scale")
     else:
         return ""
     return "" if known else f"{plain.__name__} has a forward of its own, which is not linear in W"
+
+
+def _convolving(plain: Any) -> tuple[Any, Any]:
+    """Return the methods by which a class convolves."""
+    return plain.forward, getattr(plain, "_conv_forward", None)
 
 
 def _renaming(model: nn.Module) -> Callable[[str], str]:

@@ -1,0 +1,395 @@
+"""Whether a layer's first axis is the rows: seen, never guessed from a length that fits.
+
+A vision tower may get as many pictures as there are rows, a table of positions as many positions,
+an expert as many tokens. So the first call of a module under `routed` is checked:
+
+1. Each layer whose axis was not seen before takes the length that fits for the rows.
+2. The whole batch then runs under each adapter, and each row takes its own from the outputs.
+3. Where both are equal, these layers were seen, and are not asked again.
+4. Where they differ, or a layer has another length, what was computed in 2 is the output.
+
+A layer that once had a length that does not follow from the rows is asked each time. So is one of
+which the structure of the model says it: experts that are layers of their own, and what a model of
+transformers puts in the place of some tokens, such as pictures.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.core.layers.attached import Attached, attached_to
+from lora_inject.core.layers.candidates import inventory
+from lora_inject.core.layers.contexts import in_context
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.roots.carried import Reach, adapted_modules, known_roots, reach
+from lora_inject.core.spec.names import parent
+from lora_inject.errors import LayerError
+from lora_inject.trees import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+_PLAIN = (Tensor, bool, int, float, str, type(None))
+_FOLLOWED: WeakKeyDictionary[Attached, set[tuple[int, bool]]] = WeakKeyDictionary()
+"""Layers whose first axis was seen to be the rows: for inputs of so many axes, rows or tokens."""
+_ASKED: WeakKeyDictionary[Attached, bool] = WeakKeyDictionary()
+"""Layers of which no length says anything."""
+_NOTED: WeakKeyDictionary[Reach, bool] = WeakKeyDictionary()
+
+
+@dataclass
+class _Call:
+    """One call of a module with a batch."""
+
+    seen: Seen
+    module: nn.Module
+    given: tuple[Any, Any]
+    positions: set[int]
+    depth: int = 1  # how often it is in its own forward
+    guessed: set[tuple[Attached, tuple[int, bool]]] = field(default_factory=set)
+    problem: LayerError | None = None
+    misfits: set[Attached] = field(default_factory=set)
+
+
+_OPEN: ContextVar[_Call | None] = ContextVar("lora_inject_routed_call", default=None)
+_WATCHING: ContextVar[Seen | None] = ContextVar("lora_inject_routed", default=None)
+
+
+# Functions without a closure, so that compiled code is the same whatever is routed. Another thread
+# may leave its context meanwhile, and its hooks then lose their flags.
+def _before(module: nn.Module, args: Any, kwargs: Any = None) -> None:
+    if torch.compiler.is_compiling():
+        return
+    call, seen = _OPEN.get(), _WATCHING.get()
+    if call is not None:
+        call.depth += call.module is module
+    elif seen is not None:
+        seen.begin(module, args, kwargs or {})
+
+
+def _after(module: nn.Module, *rest: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return None
+    call = _OPEN.get()
+    if call is None or call.module is not module:
+        return None
+    call.depth -= 1
+    if call.depth:
+        return None
+    call.depth = 1  # while it is checked
+    try:
+        return call.seen.end(call, rest[-1])
+    finally:
+        _OPEN.set(None)
+
+
+class Seen:
+    """What is seen of the calls under one `routed`.
+
+    Args:
+        rows: Who takes part.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+        self.keeps = True  # whether a copy of what the next call gets is kept
+
+    # ------------------------------------------------------------------------------ asked by layers
+
+    def asks(self, layer: Any, x: Tensor, place: tuple[int, int]) -> bool:
+        """Note that a layer takes an axis for the rows; return False if none is known to be."""
+        attached, call = layer._lora, _OPEN.get()
+        if call is None or len(self.rows.mixes) == 1:
+            return True
+        whole = place[1] in (len(self.rows.rows), len(self.rows.rows) * self.rows.repeat)
+        if whole and x.dim() > 2:
+            call.positions.add(x.shape[1:-1].numel())
+        form = (x.dim(), whole)
+        if attached in _ASKED:
+            self.cannot(layer, self.rows.misfit(layer, x))
+            return False
+        if form not in _FOLLOWED.get(attached, ()):
+            call.guessed.add((attached, form))
+        return True
+
+    def are_positions(self, layer: Any, n: int) -> bool:
+        """Return whether so many tokens for each row may be all positions of the batch."""
+        call = _OPEN.get()
+        if call is not None:
+            return n in call.positions or n / self.rows.repeat in call.positions
+        followed = any(not whole for _, whole in _FOLLOWED.get(layer._lora, ()))
+        return followed or hasattr(layer, "_is_expert_parallel")  # a stack, by transformers
+
+    def cannot(self, layer: Any, problem: LayerError) -> None:
+        """Let the batch run under each adapter, because the rows of a layer cannot be told.
+
+        Raises:
+            LayerError: The layer was called by itself.
+        """
+        call = _OPEN.get()
+        if call is None:
+            raise problem
+        call.problem = call.problem or problem
+        call.misfits.add(layer._lora)
+
+    # ------------------------------------------------------------------------------------- a call
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Check the calls of a model, and of the roots in and around it, while the body runs."""
+        note_structure(model)
+        self._selections = reach(model).selections
+        self._carrying = [attached for _, _, attached in adapted_modules(Survey(model))]
+        roots = [m for m, record in known_roots() if record.selection in self._selections]
+        outer = _WATCHING.get()
+        with ExitStack() as stack:
+            for module in {id(m): m for m in (model, *roots)}.values():
+                stack.enter_context(_hooked(module))
+            stack.callback(_WATCHING.set, outer)
+            _WATCHING.set(self)
+            yield
+
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Begin a call."""
+        if all(selection.current() is self.rows for selection in self._selections):
+            given = _copied((args, kwargs)) if self._keeps() else (args, kwargs)
+            _OPEN.set(_Call(self, module, given, self._positions(given)))
+
+    def end(self, call: _Call, output: Any) -> Any:
+        """End a call, and return what takes the place of its output; None for nothing."""
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if not tensors or any(t.is_meta for t in tensors):  # it has raised, or there are no values
+            return None
+        if not (call.guessed or call.problem):
+            self.keeps = False
+            return None
+        return self._checked(call, output)
+
+    def _keeps(self) -> bool:
+        """Return whether a call may have to run again. A long cache is not copied for nothing."""
+        seen = (at in _FOLLOWED and at not in _ASKED for at in self._carrying)
+        return self.keeps and not all(seen)
+
+    def _positions(self, given: Any) -> set[int]:
+        """Return how many positions a row may have, by the tensors of a batch."""
+        rows = self.rows
+        lengths = (len(rows.rows), len(rows.rows) * rows.repeat)
+        tensors = (t for t in tree_leaves(given) if isinstance(t, Tensor) and t.dim() > 1)
+        return {t.shape[1] for t in tensors if t.shape[0] in lengths}
+
+    def _checked(self, call: _Call, output: Any) -> Any:
+        """Return what takes the place of a call's output; None if it is right."""
+        kept, self.keeps = self.keeps, True
+        if not kept and not all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(call.given)):
+            self._raise(call, "the cache of the call has changed")
+
+        def run(which: Any) -> Any:
+            args, kwargs = _copied(call.given)
+            with in_context(dict.fromkeys(self._selections, which)):
+                return call.module(*args, **kwargs)
+
+        if call.problem is None:
+            with torch.no_grad(), _evaluating(call.module) as changed:
+                together = run(self.rows) if changed else output
+                if all(self._has(together, row, run(mix)) for row, mix in self._adapted()):
+                    for attached, form in call.guessed:
+                        _FOLLOWED.setdefault(attached, set()).add(form)
+                    return None
+        made = self._by_row({row: run(mix) for row, mix in self.rows.mixes.items()}, call)
+        for attached in call.misfits:
+            _ASKED[attached] = True
+        return made
+
+    def _adapted(self) -> list[tuple[Any, Any]]:
+        """Return the rows that are not of the base, and what takes part in each."""
+        return [(row, mix) for row, mix in self.rows.mixes.items() if row]
+
+    def _has(self, together: Any, row: Any, alone: Any) -> bool:
+        """Return whether the rows of one mix are what it gives alone."""
+        number, n_compared = [*self.rows.mixes].index(row), 0
+        for mine, its in zip(tree_leaves(together), tree_leaves(alone), strict=True):
+            place = self._place(mine)
+            if place is None or not isinstance(its, Tensor) or its.shape != mine.shape:
+                continue
+            index = self.rows.index(place[1], mine.device)[0][number][1]
+            n_compared += 1
+            if not rows_alike(
+                mine.index_select(place[0], index), its.index_select(place[0], index)
+            ):
+                return False
+        return n_compared > 0
+
+    def _by_row(self, outputs: dict[Any, Any], call: _Call) -> Any:
+        """Return outputs in which each row is that of the run under its own adapter."""
+        trees = {row: tree_flatten(output) for row, output in outputs.items()}
+        (first, form), *_ = trees.values()
+        columns = zip(*(leaves for leaves, _ in trees.values()), strict=True)
+        whole = [self._merged([*column]) for column in columns]
+        if not any(self._place(leaf) for leaf in first):
+            self._raise(call, "no tensor of its outputs has the rows first")
+        return tree_unflatten(whole, form)
+
+    def _merged(self, values: list[Any]) -> Any:
+        """Return one value for those of each run: each row's own, in what holds tensors too.
+
+        None for a tensor without rows that differs, such as a mean over the batch.
+        """
+        one = values[0]
+        if isinstance(one, Tensor):
+            if (place := self._place(one)) is None:
+                alike = all(torch.equal(one, other) for other in values[1:])
+                return one if alike else None
+            each, order = self.rows.index(place[1], one.device)
+            both = zip(values, each, strict=True)
+            parts = [value.index_select(place[0], index) for value, (_, index) in both]
+            return torch.cat(parts, place[0]).index_select(place[0], order)
+        if isinstance(one, list | tuple):
+            return type(one)(self._merged([*each]) for each in zip(*values, strict=True))
+        held = getattr(one, "__dict__", None)
+        if not held or isinstance(one, type | nn.Module):
+            return one
+        made = copy.copy(one)
+        for key in held:
+            made.__dict__[key] = self._merged([value.__dict__[key] for value in values])
+        return made
+
+    def _place(self, leaf: Any) -> tuple[int, int] | None:
+        """Return the axis of an output that is the rows, and its length."""
+        rows = self.rows
+        if not isinstance(leaf, Tensor) or not leaf.dim():
+            return None
+        if rows.packed and leaf.dim() > 1 and leaf.shape[:2] == (1, len(rows.rows)):
+            return 1, len(rows.rows)
+        fits = len(leaf) in (len(rows.rows), len(rows.rows) * rows.repeat)
+        return (0, len(leaf)) if fits else None
+
+    def _raise(self, call: _Call, why: str) -> None:
+        if call.problem is not None:
+            raise call.problem
+        asked = f"{self.rows.asked} with {len(self.rows.rows):,} rows"
+        problem = f"rows cannot be told apart in all layers, and {why}"
+        remedy = "Leave layers that do not get the rows first out of the adapters"
+        raise LayerError(asked, problem, remedy)
+
+
+_HOOK: Any = "lora_inject.routed"  # one key, as compiled code looks at it
+_HOOKED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many contexts want the hooks
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def _hooked(module: nn.Module) -> Iterator[None]:
+    """Let a module tell its calls while the body runs, as `register_forward_hook` does it."""
+    tables: tuple[tuple[Any, Any], ...] = (
+        (module._forward_pre_hooks_with_kwargs, True),
+        (module._forward_hooks_with_kwargs, True),
+        (module._forward_hooks_always_called, True),
+        (module._forward_pre_hooks, _before),
+        (module._forward_hooks, _after),
+    )
+    with _LOCK:
+        _HOOKED[module] = _HOOKED.get(module, 0) + 1
+        for table, value in tables:
+            table[_HOOK] = value
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _HOOKED[module] -= 1
+            for table, _ in reversed(tables) if not _HOOKED[module] else ():
+                table.pop(_HOOK, None)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[bool]:
+    """Run the body in evaluation mode; yield whether that is another one."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield bool(training)
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _copied(given: Any) -> Any:
+    """Return arguments in which what a forward may change, such as a cache, is a copy."""
+    return tree_map(lambda leaf: leaf if isinstance(leaf, _PLAIN) else copy.deepcopy(leaf), given)
+
+
+_ROUNDING = {8: 1e-7, 4: 1e-3}
+"""Share of the largest number by which outputs differ that are computed in another order, by the
+bytes of a number."""
+
+
+def rows_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors are equal but for what rounding may do."""
+    a, b = one.detach().double(), other.detach().double()
+    finite = b.isfinite()
+    size = b[finite].abs().max() if finite.any() else b.new_ones(())
+    share = _ROUNDING.get(one.element_size(), 0.05)
+    off = ((a - b).abs() > share * size) & finite
+    return not bool((off | (a.isfinite() != finite)).any())
+
+
+# ---------------------------------------------------------------------------- what structure says
+
+
+def note_structure(model: nn.Module) -> None:
+    """Note the layers of which no length says anything, until the next inject or eject.
+
+    Layers next to a module with `batch_first=False` may have time before batch. A part of a model
+    does not see what is next to it, so the roots that share its selections are looked at as well.
+    """
+    reached = reach(model)
+    if reached in _NOTED:
+        return
+    _NOTED[reached] = True
+    survey = Survey(model)
+    roots = [module for module, record in known_roots() if record.selection in reached.selections]
+    for each in (survey, *map(Survey, roots)):
+        picked = {name for mixture in inventory(each).mixtures for name in mixture.experts}
+        put = tuple(f"{name}." if name else "" for name in _replacing_tokens(each))
+        kept = tuple(f"{name}." for name in _decoders(each))
+        parts = [name for name, m in each.named if m.__dict__.get("batch_first") is False]
+        around = tuple({f"{parent(name)}." if parent(name) else "" for name in parts})
+        for path, _, attached in adapted_modules(each):
+            if path in picked or (path.startswith(put) and not path.startswith(kept)):
+                _ASKED[attached] = True
+            if f"{path}.".startswith(around):
+                attached.time_major = True
+
+
+def _replacing_tokens(survey: Survey) -> list[str]:
+    """Return the models of transformers that put features in the place of some tokens."""
+    return [name for name, module in survey.named if hasattr(module, "get_placeholder_mask")]
+
+
+def _decoders(survey: Survey) -> list[str]:
+    """Return the parts of these that run on all tokens."""
+    names = {id(module): name for name, module in survey.named}
+    models: list[Any] = [m for _, m in survey.named if hasattr(m, "get_placeholder_mask")]
+    decoders = [model.get_decoder() for model in models if hasattr(model, "get_decoder")]
+    return [names[id(m)] for m in decoders if names.get(id(m))]
+
+
+def refuse_ambiguous(layer: Any, x: Tensor, n_rows: int, repeat: int) -> None:
+    """Raise where time, before or after the batch, is as long as the batch."""
+    attached = attached_to(layer)
+    if attached is None or not attached.time_major:
+        return
+    if x.dim() > (2 if x.is_floating_point() else 1) and x.shape[1] in (n_rows, n_rows * repeat):
+        raise LayerError(
+            f"routed() with {n_rows} rows",
+            f"a {type(layer).__name__} got an input of shape {tuple(x.shape)} next to a layer "
+            "with batch_first=False: which dimension is the batch cannot be told",
+            "Give batch_first=True, or pad the batch to another length",
+        )

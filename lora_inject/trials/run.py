@@ -1,0 +1,155 @@
+"""One trial on a model: its tensors, its optimizer, and what it has done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.roots.carried import entries
+from lora_inject.trials.trial import Trial
+
+RECENT = 10
+"""Steps over which the training loss in the table is averaged."""
+KEPT = ("n_steps", "n_passes", "losses", "pending", "held_out", "stopped")
+"""What a file holds of a run besides its tensors and its optimizer's."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a trained tensor of an adapter is."""
+
+    module: nn.Module
+    name: str
+    role: str
+    parameter: nn.Parameter
+
+
+def places_of(model: nn.Module, name: str) -> list[Place]:
+    """Return where the trained tensors of an adapter are."""
+    return [
+        Place(module, flat, role, module._parameters[flat])  # type: ignore[arg-type]
+        for _, module, entry in entries(Survey(model), name)
+        for role, flat in entry.names.items()
+        if entry.trains(role)
+    ]
+
+
+class Run:
+    """One trial on a model.
+
+    Attributes:
+        trial: Its settings.
+        parameters: Its trained tensors.
+        optimizer: Its own AdamW.
+        losses: Its training loss at each step.
+        n_steps: Steps done.
+        n_passes: Passes done: dropout follows from their number.
+        pending: The loss of gradients that no step has taken; None where there are none.
+        held_out: Its last held-out loss.
+        stopped: Why it was stopped.
+    """
+
+    def __init__(self, trial: Trial, places: Sequence[Place]) -> None:
+        self.trial, self._places = trial, places
+        # By identity: the copy of a tied tensor is at each of its places.
+        self.parameters = [*dict.fromkeys(place.parameter for place in places)]
+        self._kinds = [(p.dtype, p.device) for p in self.parameters]
+        of_B = dict.fromkeys(place.parameter for place in places if place.role == "B")
+        rest = [p for p in self.parameters if p not in of_B]
+        groups = ((rest, 1.0), ([*of_B], trial.b_lr_ratio))
+        self.optimizer = torch.optim.AdamW(
+            [{"params": params, "ratio": ratio} for params, ratio in groups if params],
+            betas=trial.betas,
+            weight_decay=trial.weight_decay,
+            fused=True,
+        )
+        self.losses: list[float] = []
+        self.n_steps = self.n_passes = 0
+        self.pending: float | None = None
+        self.held_out: float | None = None
+        self.stopped = ""
+
+    @property
+    def n_parameters(self) -> int:
+        """How many numbers train."""
+        return sum(p.numel() for p in self.parameters)
+
+    def changed(self) -> tuple[str, str] | None:
+        """Return what has become of the tensors, and what to do; None if they are as they were."""
+        now = [(p.dtype, p.device) for p in self.parameters]
+        held = all(
+            place.module._parameters.get(place.name) is place.parameter for place in self._places
+        )
+        if now != self._kinds or not held:
+            problem = "its tensors were moved, cast or sharded since the trials were made"
+            return problem, "Do that before, or save the trials and resume on that model"
+        if not all(p.requires_grad for p in self.parameters):
+            return "its tensors were frozen since", "Let them train again: li.train_only"
+        return None
+
+    def norm(self) -> Tensor:
+        """Return the norm of the gradient."""
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        return nn.utils.get_total_norm(grads).double() if grads else torch.zeros(()).double()
+
+    def step(self, norm: float, lr: float | None) -> None:
+        """Step by the gradients that wait, of this norm."""
+        if self.trial.clip is not None:
+            total = self.parameters[0].new_tensor(norm)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.trial.clip, total)
+        rate = self.trial.lr * self.trial.factor(self.n_steps) if lr is None else lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["ratio"]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(self.pending or 0.0)
+        self.n_steps, self.pending = self.n_steps + 1, None
+
+    def stop(self, why: str, loss: float) -> None:
+        """Train no more."""
+        self.stopped, self.pending = why, None
+        self.losses.append(loss)
+        self.optimizer.zero_grad()
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+
+    def to_row(self, name: str) -> tuple[str, ...]:
+        """Return a line of the table."""
+        recent, held_out = self.losses[-RECENT:], self.held_out
+        return (
+            name,
+            f"{self.trial.lr:g}",
+            f"{self.n_parameters:,}",
+            f"{sum(recent) / len(recent):.4f}" if recent else "",
+            "" if held_out is None else f"{held_out:.4f}",
+            self.stopped,
+        )
+
+    def held(self) -> dict[str, Any]:
+        """Return what a file holds of the run."""
+        return {
+            "trial": self.trial.to_dict(),
+            "values": [p.detach() for p in self.parameters],
+            "gradients": [p.grad for p in self.parameters],
+            "optimizer": self.optimizer.state_dict(),
+            **{key: getattr(self, key) for key in KEPT},
+        }
+
+    def restore(self, held: Mapping[str, Any]) -> None:
+        """Go on where a file's run was."""
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, held["values"], strict=True):
+                parameter.copy_(value)
+        for parameter, grad in zip(self.parameters, held["gradients"], strict=True):
+            parameter.grad = None if grad is None else grad.to(parameter.device)
+        self.optimizer.load_state_dict(held["optimizer"])
+        for key in KEPT:
+            setattr(self, key, held[key])
+        if self.stopped:
+            for parameter in self.parameters:
+                parameter.requires_grad_(False)
