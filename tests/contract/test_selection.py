@@ -392,19 +392,6 @@ def test_routed_refuses_at_entry(rows: list[str], named: str) -> None:
         pytest.fail("it was entered")
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize(
-    "config",
-    [{"targets": [r"fc\.weight"]}, {"targets": ["fc"], "train": ["conv"]}],
-)
-def test_routed_refuses_whole_weights(config: dict[str, Any]) -> None:
-    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "conv": nn.Conv1d(4, 4, 1)})
-    li.inject(model, {"rank": 2, "targets": ["fc"]}, "fine")
-    li.inject(model, {"rank": 2, **config}, "whole")
-    with refused(li.StateError, "'whole'"):
-        li.routed(model, ["fine", "whole"]).__enter__()
-
-
 def test_what_is_frozen_loses_the_gradient_that_an_optimizer_would_step_by() -> None:
     model = Net().double()
     model(X).square().sum().backward()
@@ -421,8 +408,6 @@ def test_what_is_frozen_loses_the_gradient_that_an_optimizer_would_step_by() -> 
     assert moved == {n for n in before if n.endswith("__a")}
 
 
-=======
->>>>>>> 6e4f69af (Rows are seen, never guessed from a length that fits, and a row may have a mix; trials share a pass if each is seen to get what it gets alone, else they run in turn)
 @pytest.mark.parametrize("raised", [ZeroDivisionError, GeneratorExit])
 def test_contexts_nest_and_an_exception_inside_leaves_nothing_behind(raised: Any) -> None:
     model = net()

@@ -1,8 +1,8 @@
 """Files that an earlier version wrote mean today what they meant then.
 
 Each archive holds a base, an adapter or a state as files, and what came out of it. Commit 2678fc8
-wrote the files (`write.py`). One key was added since: the search's names its `max_tokens`, as a
-search with another one is refused. Outputs are held to those that it computed, and to the dense
+wrote the files (`write.py`), but those of trials and of a search, which were renewed once: they
+hold each trial's tensors and AdamW. Outputs are held to those that it computed, and to the dense
 reference in float64 of the tensors in the file.
 """
 
