@@ -238,7 +238,7 @@ def test_a_module_some_of_whose_weights_are_computed_is_not_adapted_in_part(name
     model = nn.Sequential(nn.LSTM(4, 4), nn.MultiheadAttention(4, 2))
     parametrizations.spectral_norm(model[0], "weight_hh_l0")
     parametrizations.spectral_norm(model[1], "in_proj_weight")
-    with refused(li.LayerError, "routed(", model=model):
+    with refused(li.LayerError, f"'{name}'", "original", model=model):
         li.inject(model, config(name))
 
 
