@@ -241,9 +241,13 @@ def test_forward_mode_is_right_or_refused(kind: str) -> None:
     assert error(slope, (above - below) / (2 * step)) < 1e-7
 
 
-def test_inputs_that_changed_before_the_backward_are_refused_and_outputs_may_change() -> None:
-    model = injected(KINDS["linear"], torch.float64)
-    x = torch.randn(2, 5, dtype=torch.float64)
+@pytest.mark.parametrize("shape", [(2, 5), (2, 3, 5), (40, 3, 5)], ids=str)
+@pytest.mark.parametrize("kind", MATRICES)
+def test_inputs_that_changed_before_the_backward_are_refused_and_outputs_may_change(
+    kind: str, shape: tuple[int, ...]
+) -> None:
+    model = injected(KINDS[kind], torch.float64)
+    x = torch.randn(shape, dtype=torch.float64)
     y = model(x)
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

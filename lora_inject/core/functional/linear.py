@@ -20,7 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_inject.core.functional.factors import Update, cast, compute_dtype, without_autocast
+from lora_inject.core.functional.factors import (
+    Update,
+    cast,
+    compute_dtype,
+    no_view,
+    without_autocast,
+)
 from lora_inject.core.functional.plain_operations import add_updates, differentiate
 from lora_inject.core.functional.products import add_product, as_matrix, scaled_product
 from lora_inject.core.functional.torch_inside import runs_plainly
@@ -154,7 +160,9 @@ class _Linear(torch.autograd.Function):
         y, kept = _forward(x, weight, bias, updates, transposed, float32, low)
         ctx.how = how
         ctx.save_for_backward(x, weight, bias, *factors, *(t for one in kept for t in one))
-        return y
+        # A batch comes as a view of a matrix, and autograd forbids to change a view that a
+        # Function returns; models do change a layer's output in place.
+        return no_view(y, y.shape)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
