@@ -181,8 +181,8 @@ class Seen:
         """Return how many positions a row may have, by the tensors of a batch."""
         rows = self.rows
         lengths = (len(rows.rows), len(rows.rows) * rows.repeat)
-        tensors = (t for t in tree_leaves(given) if isinstance(t, Tensor) and t.dim() > 1)
-        return {t.shape[1] for t in tensors if t.shape[0] in lengths}
+        tensors = (t for t in tree_leaves(given) if isinstance(t, Tensor) and not t.is_nested)
+        return {t.shape[1] for t in tensors if t.dim() > 1 and t.shape[0] in lengths}
 
     def _checked(self, call: _Call, output: Any) -> Any:
         """Return what takes the place of a call's output; None if it is right."""

@@ -261,7 +261,6 @@ CONDITIONS: dict[str, Condition] = {
     "routed": Condition(
         around=lambda model: li.routed(model, ["default", None, "default", None]),
         rows=(True, False, True, False),
-        refused=only([*FORWARD, *CONVOLUTIONS], li.StateError),
     ),
     "a second beside": Condition(after=with_a_second),
     "another has left": Condition(after=after_another_left),
