@@ -317,7 +317,7 @@ def test_a_verb_of_peft_is_answered_by_ours(theirs: str, ours: str) -> None:
     "exclude_modules", "layers_to_transform", "target_parameters", "peft_type", "use_dora",
 ])  # fmt: skip
 def test_a_key_of_peft_in_a_config_hints_at_what_reads_pefts(key: str) -> None:
-    with refused(li.ConfigError, f"'{key}'", "Config.from_peft"):
+    with refused(li.ConfigError, f"'{key}'", "lora_inject.from_peft"):
         li.Config.from_dict({"targets": ["q"], key: 8})
     with pytest.raises(li.ConfigError) as raised:
         li.Config.from_dict({"targets": ["q"], "rnak": 8})
