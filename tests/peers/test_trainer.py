@@ -239,7 +239,7 @@ SLICED = CONFIG | {"targets": [HALVES]}
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "alpha": (CONFIG, CONFIG | {"alpha": 64}, "scale 2"),
     "slices": (SLICED, SLICED | {"targets": [HALVES | {"adapt": ["b"]}]}, "slices"),
-    "other targets": (CONFIG, CONFIG | {"targets": ["q_proj", "up_proj"]}, "v_proj"),
+    "other targets": (CONFIG, CONFIG | {"targets": ["q_proj", "up_proj"]}, "down_proj"),
     "more targets": (SLICED, CONFIG | {"targets": [HALVES, "k_proj"]}, "k_proj"),
 }
 

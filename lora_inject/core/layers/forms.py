@@ -162,10 +162,10 @@ def _check_same_entries(
     there = {joined(path, mark) for path, marks in forms for mark in marks}
     if there.isdisjoint(tensors):
         return
-    for name in there - here:
+    for name in sorted(there - here):
         problem = f"adapter {adapter!r} has {name!r} there, and no such site here"
         raise StateError(ASKED, problem, _SAME)
-    for name in here - there:
+    for name in sorted(here - there):
         problem = f"adapter {adapter!r} has {name!r} here, and no such site there"
         raise StateError(ASKED, problem, _SAME)
 
