@@ -16,7 +16,6 @@ transformers puts in the place of some tokens, such as pictures.
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -280,8 +279,8 @@ class Seen:
 
 
 _HOOK: Any = "lora_inject.routed"  # one key, as compiled code looks at it
-_HOOKED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many contexts want the hooks
-_LOCK = threading.Lock()
+# Which contexts want the hooks. No lock, which an interrupt as it is left would leave taken.
+_HOOKED: WeakKeyDictionary[nn.Module, set[object]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -294,17 +293,18 @@ def _hooked(module: nn.Module) -> Iterator[None]:
         (module._forward_pre_hooks, _before),
         (module._forward_hooks, _after),
     )
-    with _LOCK:
-        _HOOKED[module] = _HOOKED.get(module, 0) + 1
+    mine, wanting = object(), _HOOKED.setdefault(module, set())
+    try:
+        wanting.add(mine)
         for table, value in tables:
             table[_HOOK] = value
-    try:
         yield
     finally:
-        with _LOCK:
-            _HOOKED[module] -= 1
-            for table, _ in reversed(tables) if not _HOOKED[module] else ():
-                table.pop(_HOOK, None)
+        wanting.discard(mine)
+        for table, _ in reversed(tables) if not wanting else ():
+            table.pop(_HOOK, None)
+        for table, value in tables if wanting else ():  # another thread came meanwhile
+            table[_HOOK] = value
 
 
 @contextmanager
