@@ -80,7 +80,7 @@ def linear(
 
 
 def frozen_output(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """Compute the frozen layer as its own class does, bit for bit; a new tensor and no view."""
+    """Compute the frozen layer `(..., out)` as its own class does, bit for bit, in new memory."""
     return F.linear(x, weight.t() if transposed else weight, bias).contiguous()
 
 
@@ -160,8 +160,8 @@ class _Linear(torch.autograd.Function):
         y, kept = _forward(x, weight, bias, updates, transposed, float32, low)
         ctx.how = how
         ctx.save_for_backward(x, weight, bias, *factors, *(t for one in kept for t in one))
-        # A batch comes as a view of a matrix, and autograd forbids to change a view that a
-        # Function returns; models do change a layer's output in place.
+        # On a CPU `F.linear` of a batch is a view of a matrix. Autograd forbids to change a view
+        # that a Function returns, and models do change a layer's output in place.
         return no_view(y, y.shape)
 
     @staticmethod
