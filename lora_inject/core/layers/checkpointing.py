@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -48,14 +49,6 @@ class Recomputed:
         if self._first:
             self._first = False
             return self._run_first(*args, **kwargs)
-        for selection, (selected, versions, merged) in self._then.items():
-            if merged != selection.merged:
-                raise _refused("the model was merged or unmerged", "merge() or unmerge()")
-            for name in selected.names:
-                if name not in selection.versions:
-                    raise _refused(f"adapter {name!r} was ejected", "eject()")
-                if selection.versions[name] != versions.get(name):
-                    raise _refused(f"adapter {name!r} got other values", "swap_adapter()")
         with in_context(self._changed()):
             return self._function(*args, **kwargs)
 
@@ -72,14 +65,47 @@ class Recomputed:
 
         What got its first adapter since then had none.
         """
-        then = {s: self._then[s][0] if s in self._then else Mix() for s in alive(SELECTIONS)}
+        then = {s: self._who(s) for s in alive(SELECTIONS)}
+        for selection, selected in then.items():
+            if isinstance(selected, _Gone) and selection.into_graphs is not None:
+                raise selected.error  # a graph asks nobody
         return {s: selected for s, selected in then.items() if s.here() is not selected}
 
+    def _who(self, selection: Selection) -> Selected:
+        """Return who took part of a selection; where that is gone, what raises if a layer asks."""
+        if selection not in self._then:
+            return Mix()
+        selected, versions, merged = self._then[selection]
+        if merged != selection.merged:
+            return _Gone("the model was merged or unmerged", "merge() or unmerge()")
+        for name in selected.names:
+            if name not in selection.versions:
+                return _Gone(f"adapter {name!r} was ejected", "eject()")
+            if selection.versions[name] != versions.get(name):
+                return _Gone(f"adapter {name!r} got other values", "swap_adapter()")
+        return selected
 
-def _refused(problem: str, verb: str) -> StateError:
-    asked = "backward through a checkpoint"
-    problem = f"{problem} since its forward, which is to be recomputed"
-    return StateError(asked, problem, f"Run the backward before {verb}")
+
+class _Gone(Selected):
+    """Adapters that are not what they were when a checkpoint began.
+
+    Other models of the process may change meanwhile: only a layer that asks is refused.
+    """
+
+    names: Mapping[str, float] = MappingProxyType({})
+
+    def __init__(self, problem: str, verb: str) -> None:
+        asked = "backward through a checkpoint"
+        problem = f"{problem} since its forward, which is to be recomputed"
+        self.error = StateError(asked, problem, f"Run the backward before {verb}")
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Refuse the forward of a layer."""
+        raise self.error
+
+    def read(self, *_: Any, **__: Any) -> Any:
+        """Refuse a read of a parameter."""
+        raise self.error
 
 
 def _noting_frame(begin: Any) -> Any:
