@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import own_warnings
 from helpers.forks import Forks
 from hypothesis import settings
@@ -72,6 +73,14 @@ def _what_modules_leave() -> Iterator[None]:
 def forks(pytestconfig: pytest.Config) -> Forks:
     """Runs functions of tests in processes of their own that have all imports done."""
     return pytestconfig.stash[FORKS]
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

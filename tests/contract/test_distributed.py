@@ -6,7 +6,7 @@ Each trains on its half of a batch, and alone on both halves, in float64, and co
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -504,13 +504,6 @@ def test_two_processes_come_to_what_one_does(job: str, failed: dict[str, str]) -
 
 
 # ------------------------------------------------------------- what one process is enough to see
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def flattened_by_fsdp1(model: nn.Module) -> nn.Module:

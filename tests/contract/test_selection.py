@@ -143,6 +143,14 @@ def another_ejected_in_between(model: Net, x: Tensor) -> None:
     backward(y)
 
 
+def other_models_changed_in_between(model: Net, x: Tensor) -> None:
+    merged, ejected = net(), net()
+    y = model(x)
+    li.merge(merged)
+    li.eject(ejected)
+    backward(y)
+
+
 SCENARIOS: dict[str, Scenario] = {
     "activate another": selecting("a", "b"),
     "change the mix": selecting({"a": 0.7, "b": -0.2}, {"b": 0.7, "a": -0.2}),
@@ -151,6 +159,7 @@ SCENARIOS: dict[str, Scenario] = {
     "two forwards, one backward": two_forwards_one_backward,
     "backward twice": backward_twice,
     "another ejected in between": another_ejected_in_between,
+    "other models changed in between": other_models_changed_in_between,
 }
 ROUTES: dict[str, Scenario] = {
     "forward in routed": within(routed("a", None, "b", "c")),
