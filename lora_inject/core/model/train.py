@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -27,9 +27,11 @@ from lora_inject.core.roots.carried import (
 )
 from lora_inject.errors import check_type
 
+M = TypeVar("M", bound=nn.Module)
+
 
 @alone
-def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
+def train_only(model: M, names: str | Iterable[str] | None) -> M:
     """Say which adapters require gradients; all others, and the base, do not.
 
     What it freezes loses its `grad`, which an optimizer that holds it would step by.
@@ -38,10 +40,22 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
         model: The model.
         names: One adapter, several, or None for none.
 
+    Returns:
+        The same object.
+
     Raises:
         StateError: A name is unknown, or the model is merged.
         LayerError: A quantized layer hands no gradient to its input; or the model was wrapped in
             DistributedDataParallel while one of these did not train.
+
+    Examples:
+        >>> from lora_inject.core.model.inject import inject
+        >>> net = nn.Sequential(nn.Linear(4, 4))
+        >>> for name in ("sql", "style"):
+        ...     _ = inject(net, {"rank": 1, "targets": ["0"]}, name)
+        >>> _ = train_only(net, "sql")
+        >>> [key for key, parameter in net.named_parameters() if parameter.requires_grad]
+        ['0.lora_A__sql', '0.lora_B__sql']
     """
     wanted = _adapters_named(model, names)
     survey = Survey(model)
@@ -62,6 +76,7 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
     forget_gradients(parameter for parameter, trains in flags if not trains)
     if changed:
         forget_graphs()
+    return model
 
 
 def _set_flags(flags: Sequence[tuple[nn.Parameter, bool]]) -> bool:
