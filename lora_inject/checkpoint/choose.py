@@ -167,8 +167,8 @@ class Fit:
             n_differ, n_compared = len(differences), len(here)
             raise CheckpointError(
                 f"merge {self.adapter.label} into '{self.checkpoint.folder}'",
-                f"it was made on another base: {n_differ} of {n_compared} weights differ, "
-                f"'{name}' {how}",
+                f"it was made on another base: '{name}' {how} "
+                f"({n_differ} of {n_compared} tensors differ)",
                 "Use the base that it was trained on, or pass any_base=True to merge all the same",
             )
 

@@ -196,10 +196,10 @@ def _difference(there: Sampled, here: Sampled) -> str:
         return ""
     n = len(sample_positions(there.shape))
     if wrong := _differing(there.values[:n], here.values[:n]):
-        return _words(wrong, n)
+        return f"differs {_words(wrong, n)}"
     in_both = there.moved == here.moved
     if in_both and (wrong := _differing(there.values[n:], here.values[n:])):
-        return f"where the adapter moves it, {_words(wrong, len(wrong))}"
+        return f"differs where the adapter moves it, {_words(wrong, len(wrong))}"
     return ""
 
 
@@ -211,7 +211,7 @@ def _differing(there: tuple[float, ...], here: tuple[float, ...]) -> list[tuple[
 
 def _words(wrong: list[tuple[float, float]], n: int) -> str:
     first = "first {:.6g} in the file and {:.6g} here".format(*wrong[0])
-    return f"{len(wrong)} of {n} sampled values differ, {first}"
+    return f"in {len(wrong)} of {n} sampled values, {first}"
 
 
 def unverifiable(saved: Fingerprint, current: Fingerprint) -> tuple[str, ...]:
