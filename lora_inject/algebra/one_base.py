@@ -27,9 +27,8 @@ def check_one_base(several: Iterable[Fingerprint | None], names: Iterable[str], 
         unknown = {*(one.keys() - two.keys()), *unverifiable(one, two)}
         unknown |= {n for n in one.keys() - unknown if one[n].shape != two[n].shape}
         common = without_weights(one, unknown)  # not where only one of the bases was quantized
-        if wrong := base_differences(common, two):
+        if wrong := base_differences(common, two, ("in one", "in the other")):
             name, what = next(iter(wrong.items()))
-            what = what.replace("in the file", "in one").replace("here", "in the other")
             problem = f"they were made on different bases: '{name}' {what}"
             remedy = "Give adapters of one base; where the second was trained after the first was "
             remedy += "merged, combine them with any_base=True"

@@ -48,6 +48,20 @@ def unmerging_what_was_not_kept(folder: Path) -> None:
     li.unmerge(model)
 
 
+def adding_adapters_of_two_bases(folder: Path) -> None:
+    """Which differ in one value, of those that the adapters move."""
+    states = []
+    for value in (0.0, 0.5):
+        model = net()
+        weight = model["layers"][0]["q_proj"].weight
+        with torch.no_grad():
+            weight[3, 1] = value
+            li.inject(model, Q)
+            li.adapter_parameters(model)["layers.0.q_proj.lora_B"][3] = 1.0
+        states.append(li.adapter_state(model))
+    states[0] + states[1]
+
+
 def saving_what_training_left_out(folder: Path) -> None:
     model = li.inject(net(), {"rank": 2, "targets": ["q_proj", "head"]})
     for layer in model["layers"]:
@@ -92,6 +106,7 @@ MISTAKES: dict[str, Callable[[Path], object]] = {
     "Rows that are not the batch": rows_that_are_not_the_batch,
     "A name in use": lambda _: li.inject(injected(), Q),
     "Unmerging what was not kept": unmerging_what_was_not_kept,
+    "Adding adapters of two bases": adding_adapters_of_two_bases,
     "Saving what training left out": saving_what_training_left_out,
     "An adapter of another base": an_adapter_of_another_base,
     "An adapter of another checkpoint": an_adapter_of_another_checkpoint,

@@ -172,46 +172,49 @@ _RELATIVE = 2.0**-7
 _ABSOLUTE = 2.0**-24
 
 
-def base_differences(saved: Fingerprint, current: Fingerprint) -> dict[str, str]:
+def base_differences(
+    saved: Fingerprint,
+    current: Fingerprint,
+    words: tuple[str, str] = ("in the file", "here"),
+) -> dict[str, str]:
     """Return how weights of the base at hand differ from the one that an adapter was made on.
 
-    Empty: the same base, as far as the values reach (see `unverifiable`).
+    Empty: the same base, as far as the values reach (see `unverifiable`). `words` say where the
+    values of each are.
     """
     differences = {
-        name: _difference(there, current[name]) if name in current else "is not in this model"
-        for name, there in saved.items()
+        name: _difference(one, current[name], words) if name in current else "is not in this model"
+        for name, one in saved.items()
     }
     return {name: how for name, how in differences.items() if how}
 
 
-def _difference(there: Sampled, here: Sampled) -> str:
+def _difference(one: Sampled, two: Sampled, words: tuple[str, str]) -> str:
     """Return how a weight differs, "" if it does not as far as can be seen."""
-    if there.packed and here.packed:
-        packed, other = there.packed, here.packed  # shapes included
-        same = packed == other
-        return "" if same else f"is {packed[:300]} in the file and {other[:300]} here"
-    if there.shape != here.shape:
-        return f"has shape {there.shape} in the file and {here.shape} here"
-    if there.values is None or here.values is None:
+    in_one, in_two = words
+    if one.packed and two.packed:  # shapes included
+        same = one.packed == two.packed
+        return "" if same else f"is {one.packed[:300]} {in_one} and {two.packed[:300]} {in_two}"
+    if one.shape != two.shape:
+        return f"has shape {one.shape} {in_one} and {two.shape} {in_two}"
+    if one.values is None or two.values is None:
         return ""
-    n = len(sample_positions(there.shape))
-    if wrong := _differing(there.values[:n], here.values[:n]):
-        return f"differs {_words(wrong, n)}"
-    in_both = there.moved == here.moved
-    if in_both and (wrong := _differing(there.values[n:], here.values[n:])):
-        return f"differs where the adapter moves it, {_words(wrong, len(wrong))}"
-    return ""
+    n = len(sample_positions(one.shape))
+    where, n_compared = "", n
+    wrong = _differing(one.values[:n], two.values[:n])
+    if not wrong and one.moved == two.moved:
+        wrong = _differing(one.values[n:], two.values[n:])
+        where, n_compared = " where the adapter moves it,", len(one.moved)
+    if not wrong:
+        return ""
+    first = f"first {wrong[0][0]:.6g} {in_one} and {wrong[0][1]:.6g} {in_two}"
+    return f"differs{where} in {len(wrong)} of {n_compared} sampled values, {first}"
 
 
-def _differing(there: tuple[float, ...], here: tuple[float, ...]) -> list[tuple[float, float]]:
+def _differing(one: tuple[float, ...], two: tuple[float, ...]) -> list[tuple[float, float]]:
     """Return the pairs of values that differ by more than a rounding."""
-    pairs = () if there == here else zip(there, here, strict=True)
+    pairs = () if one == two else zip(one, two, strict=True)
     return [pair for pair in pairs if not _close(*pair)]
-
-
-def _words(wrong: list[tuple[float, float]], n: int) -> str:
-    first = "first {:.6g} in the file and {:.6g} here".format(*wrong[0])
-    return f"in {len(wrong)} of {n} sampled values, {first}"
 
 
 def unverifiable(saved: Fingerprint, current: Fingerprint) -> tuple[str, ...]:

@@ -134,8 +134,10 @@ class _Rules:
         self.skipped += [Skipped(name, i, self.inventory.reason(name)) for name in others]
         if len(self.taken) == n_before:
             if left:
-                raise all_gone(label, left)
-            raise all_skipped(label, others, self.inventory)
+                who = ", ".join(f"{taker} ({n:,})" for taker, n in left.items())
+                remedy = "Put the narrower rule first, or remove this one"
+                raise MatchError(label, f"all that it matches is taken by {who}", remedy)
+            raise _all_skipped(label, others, self.inventory)
 
     def _take_each(self, i: int, candidates: Iterable[tuple[int, Candidate]]) -> Counter[str]:
         """Make sites of what nobody took before; return who took how many of the others."""
@@ -208,7 +210,11 @@ def _of_kind(
     candidates = list(_candidates(names, inventory))
     of_kind = [pair for pair in candidates if kind is None or pair[1].kind == kind]
     if kind is not None and not of_kind:
-        raise no_kind(label, kind, Counter(candidate.kind for _, candidate in candidates))
+        kinds = Counter(candidate.kind for _, candidate in candidates)
+        there = ", ".join(f"{other} ({n:,})" for other, n in kinds.items()) or "no kind of layer"
+        problem = f"nothing that it matches is of kind '{kind}', but of {there}"
+        near = nearest(kind, kinds, n=1)
+        raise MatchError(label, problem, f"Did you mean '{near[0]}'?" if near else "Correct kind")
     return of_kind
 
 
@@ -314,22 +320,7 @@ def no_match(inventory: Inventory, asked: str, pattern: str, *pools: Collection[
     return MatchError(asked, problem, "There is nothing to adapt")
 
 
-def no_kind(label: str, kind: str, kinds: Counter[str]) -> MatchError:
-    """Return the error of a rule that matches other kinds only."""
-    near = nearest(kind, kinds, n=1)
-    there = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.items()) or "no kind of layer"
-    problem = f"nothing that it matches is of kind '{kind}', but of {there}"
-    return MatchError(label, problem, f"Did you mean '{near[0]}'?" if near else "Correct kind")
-
-
-def all_gone(label: str, left: Counter[str]) -> MatchError:
-    """Return the error of a rule of which others have taken all."""
-    who = ", ".join(f"{taker} ({n:,})" for taker, n in left.items())
-    remedy = "Put the narrower rule first, or remove this one"
-    return MatchError(label, f"all that it matches is taken by {who}", remedy)
-
-
-def all_skipped(label: str, others: Sequence[str], inventory: Inventory) -> MatchError:
+def _all_skipped(label: str, others: Sequence[str], inventory: Inventory) -> MatchError:
     """Return the error of a rule that matches only what cannot be a site."""
     some = ", ".join(f"'{name}' ({inventory.reason(name)})" for name in others[:3])
     more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
