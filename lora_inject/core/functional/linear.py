@@ -28,7 +28,6 @@ from lora_inject.core.functional.factors import (
     without_autocast,
 )
 from lora_inject.core.functional.plain_operations import add_updates, differentiate
-from lora_inject.core.functional.products import add_product, as_matrix, scaled_product
 from lora_inject.core.functional.torch_inside import runs_plainly
 from lora_inject.core.spec.sites import adapted_parts
 
@@ -99,7 +98,7 @@ def _forward(
     else:
         low_bias = None if bias is None else cast(bias, low)
         y = frozen_output(cast(x, low), cast(weight, low), low_bias, transposed)
-    y2, x2 = y.view(-1, y.shape[-1]), cast(as_matrix(x), compute_dtype(y.dtype, float32))
+    y2, x2 = y.view(-1, y.shape[-1]), cast(_as_matrix(x), compute_dtype(y.dtype, float32))
     return y, [_add(y2, x2, u) for u in updates]
 
 
@@ -119,10 +118,10 @@ def _add(y2: Tensor, x2: Tensor, u: Update) -> _Kept:
         x2, mask = torch.native_dropout(x2, u.dropout, True)
     h = torch.mm(x2, A.t())
     if u.spans is None:
-        add_product(y2, h, B.t(), u.scale)
+        _add_product(y2, h, B.t(), u.scale)
     else:
         for y_part, h_part, B_part in _parts(u, y2, h, B):
-            add_product(y_part, h_part, B_part.t(), u.scale)
+            _add_product(y_part, h_part, B_part.t(), u.scale)
     return _Kept(h, A, B, mask)
 
 
@@ -181,7 +180,7 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients that are needed: of the frozen layer first, then of each update."""
     how, needs = ctx.how, ctx.needs_input_grad
     x, weight, bias, factors, kept = _saved(ctx)
-    g2, x2, dtype = as_matrix(g), as_matrix(x), compute_dtype(g.dtype, how.float32)
+    g2, x2, dtype = _as_matrix(g), _as_matrix(x), compute_dtype(g.dtype, how.float32)
     gx = gw = gb = None
     if needs[0]:
         gx = torch.mm(g2, cast(weight.t() if how.transposed else weight, g2.dtype))
@@ -207,13 +206,13 @@ def _of_update(
         torch.mm(g_part, B_part, out=gh_part)
     if needs[0]:
         inputs = cast(x2, g2.dtype)
-        gA = scaled_product(gh.t(), inputs if mask is None else inputs * mask, scale)
+        gA = _scaled_product(gh.t(), inputs if mask is None else inputs * mask, scale)
     if needs[1]:
         gB = torch.empty_like(B)
         for g_part, h_part, gB_part in _parts(u, g2, h, gB):
-            scaled_product(g_part.t(), h_part, u.scale, out=gB_part)
+            _scaled_product(g_part.t(), h_part, u.scale, out=gB_part)
     if gx is not None and mask is None:
-        add_product(gx, gh, A, scale)
+        _add_product(gx, gh, A, scale)
     elif gx is not None and mask is not None:
         gx.addcmul_(torch.mm(gh, A), mask, value=scale)
     return None if gA is None else cast(gA, u.A.dtype), None if gB is None else cast(gB, u.B.dtype)
@@ -232,3 +231,22 @@ def _differentiated(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     y = add_updates(y, x, how.updates(factors), float32=how.float32, masks=masks)
     inputs = (x, weight, bias, None, *factors)
     return differentiate(y, inputs, ctx.needs_input_grad, g)
+
+
+def _as_matrix(t: Tensor) -> Tensor:
+    """Return a tensor `(..., width)` as `(n, width)`, a view where it can be one."""
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def _add_product(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Return `y += scale * left @ right`, of matrices or stacks, rounded once to the dtype of y."""
+    if y.dtype != left.dtype:
+        return y.add_(left @ right, alpha=scale)
+    return (y.addmm_ if y.dim() == 2 else y.baddbmm_)(left, right, alpha=scale)
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """Return `scale * left @ right`, of matrices or stacks, in one operation."""
+    multiply = torch.addmm if left.dim() == 2 else torch.baddbmm
+    unread = left.new_empty(()).expand(*[1] * left.dim())  # as beta is 0
+    return multiply(unread, left, right, beta=0, alpha=scale, out=out)

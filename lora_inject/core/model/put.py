@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.candidates import inventory
@@ -12,13 +13,14 @@ from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.starting import first_values
 from lora_inject.core.layers.survey import Carried, Survey, memory_of
 from lora_inject.core.model.attach import attach, survey_for
-from lora_inject.core.model.gathering import first_values_alike
 from lora_inject.core.model.in_full import check_statistics
 from lora_inject.core.model.places import places
 from lora_inject.core.model.reached import refuse_unreached
+from lora_inject.core.model.target import whole
 from lora_inject.core.model.trainable import check_live_inputs
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.plan import Plan
+from lora_inject.distributed.sharding import meshes
 from lora_inject.errors import LayerError
 
 
@@ -42,7 +44,7 @@ def put_plan_on(
 
     def initial(place: Carried) -> Mapping[str, Tensor]:
         if spread:  # several processes start with the same values
-            return first_values_alike(survey, place)
+            return _first_values_alike(survey, place)
         return first_values(place.module, place.entry, place.weight)
 
     def last() -> None:
@@ -51,6 +53,24 @@ def put_plan_on(
         agreed()
 
     attach(survey, name, wanted, initial, _tied, planned.config.to_dict(), last=last)
+
+
+@torch.no_grad()
+def _first_values_alike(survey: Survey, place: Carried) -> dict[str, Tensor]:
+    """Return the values that a new adapter starts with at a layer of a model with DTensors.
+
+    Whole, and the same in every process: those of the first one. A collective operation.
+    """
+    weight: Any = place.weight
+    values = first_values(place.module, place.entry, whole(weight))
+    spread = [weight.device_mesh] if hasattr(weight, "full_tensor") else meshes(survey)
+    for mesh in spread:
+        for axis in range(mesh.ndim):
+            group = mesh.get_group(axis)
+            source = torch.distributed.get_global_rank(group, 0)
+            for tensor in values.values():
+                torch.distributed.broadcast(tensor, source, group)
+    return values
 
 
 def places_of_plan(
