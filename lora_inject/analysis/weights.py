@@ -25,7 +25,7 @@ from lora_inject.analysis.rounding import Rounded, rounding_of_rows
 from lora_inject.checkpoint import Checkpoint, MergeOptions, WeightedAdapter
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.choose import Fit, choose
-from lora_inject.checkpoint.place import Placed, read_terms
+from lora_inject.checkpoint.place import Placed
 from lora_inject.checkpoint.quantized_base import why_no_update
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.svd import ThinProduct, decompose
@@ -281,10 +281,9 @@ class _Rows:
 
     def with_delta(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all rows of W, and those of D."""
-        terms = read_terms(self.placed.terms)
         for start, some in self.between(0, self.placed.stop - self.placed.start):
             wide = torch.float64 if some.dtype == torch.float64 else torch.float32
-            delta = Delta(terms, wide)
+            delta = Delta(self.placed.terms, wide)
             yield some, delta.add_(torch.zeros(some.shape, dtype=wide, device="cpu"), start)
 
     def of(self, block: SiteBlock) -> Iterator[tuple[int, Tensor]]:

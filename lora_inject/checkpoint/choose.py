@@ -30,7 +30,6 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
-from lora_inject.core.files.tensors_on_disk import in_memory
 from lora_inject.core.spec.names import nearest
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import CheckpointError
@@ -309,8 +308,7 @@ def _absent(name: str, why: str = "") -> NoPlace:
 def _biases(state: AdapterState) -> dict[str, Tensor]:
     """Return what each bias of B adds, by the name of the layer's bias."""
     return {
-        _plain(site.spec).removesuffix("weight") + "bias": site.scale
-        * in_memory(site.further["b"].detach())
+        _plain(site.spec).removesuffix("weight") + "bias": site.scale * site.further["b"].detach()
         for site in state.sites.values()
         if site.spec.lora_bias
     }

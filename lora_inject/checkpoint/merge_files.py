@@ -32,12 +32,12 @@ from lora_inject.checkpoint.verify import verify_shards
 from lora_inject.checkpoint.write import BytesDone, Progress, check_unchanged, write_shard
 from lora_inject.core.files.atomic import (
     fsync_dir,
+    out_of_the_way,
     remedy_for,
+    rename_folder,
     replace_file,
-    temporary_name,
     write_new,
 )
-from lora_inject.core.files.atomic_folder import rename_folder
 from lora_inject.core.files.safetensors_file import read_header
 from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.functional.merge_report import TensorReport
@@ -459,7 +459,7 @@ class Staging:
         for folder in {(self.files / name).parent for name in side_files} | {self.files}:
             fsync_dir(folder)
         try:
-            with self._out_of_the_way():
+            with out_of_the_way(self.output) if self.overwrite else contextlib.nullcontext():
                 rename_folder(self.files, self.output)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -469,21 +469,6 @@ class Staging:
             raise CheckpointError(asked, problem, "Give each merge an output of its own") from None
         fsync_dir(self.output.parent)
         self.remove()
-
-    @contextlib.contextmanager
-    def _out_of_the_way(self) -> Iterator[None]:
-        """Give a checkpoint that is replaced another name meanwhile; it returns after a failure."""
-        if not (self.overwrite and self.output.is_dir()):
-            yield
-            return
-        old = temporary_name(self.output)
-        self.output.rename(old)
-        try:
-            yield
-        except BaseException:
-            old.rename(self.output)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
 
     def remove(self) -> None:
         """Remove the folder."""

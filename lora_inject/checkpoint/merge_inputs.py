@@ -24,7 +24,6 @@ from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.files.tensors import bytes_of
-from lora_inject.core.files.tensors_on_disk import in_memory
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats.exchange import read_adapter
@@ -147,7 +146,7 @@ def _steps(tensor: Tensor) -> Iterator[Tensor]:
     """Yield a tensor's values in their order, in small pieces."""
     flat = tensor.detach().contiguous().flatten()
     for start in range(0, flat.numel(), _STEP_ELEMENTS):
-        yield in_memory(flat[start : start + _STEP_ELEMENTS])
+        yield flat[start : start + _STEP_ELEMENTS]
 
 
 def digest(adapter: WeightedAdapter) -> str:

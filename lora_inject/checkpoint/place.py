@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lora_inject.checkpoint.base_class import SILENT, BaseClass
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.variants import VARIANTS
 from lora_inject.core.files.safetensors_file import TensorEntry
-from lora_inject.core.files.tensors_on_disk import in_memory
 from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.spec.sites import SiteSpec
@@ -44,18 +43,6 @@ class Placed:
     def site(self) -> str:
         """Name of the site."""
         return self.terms[0].spec.name
-
-
-def read_terms(terms: Iterable[Patch]) -> list[Patch]:
-    """Return updates with the values of those that are still in a file."""
-    return [term._replace(A=in_memory(term.A), B=in_memory(term.B)) for term in terms]
-
-
-def read_gain(gain: Gain | None) -> Gain | None:
-    """Return a gain likewise."""
-    if gain is None:
-        return None
-    return replace(gain, tensors={role: in_memory(t) for role, t in gain.tensors.items()})
 
 
 def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -33,11 +33,9 @@ from lora_inject.checkpoint.index import Checkpoint, Shard
 from lora_inject.checkpoint.merge_plan import MergePlan
 from lora_inject.checkpoint.output_files import Copy, OutputShard, TensorJob
 from lora_inject.checkpoint.packed import Packed
-from lora_inject.checkpoint.place import read_gain, read_terms
 from lora_inject.core.files.row_reader import Room, RowReader, rows_per_block
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
 from lora_inject.core.files.tensors import bytes_of
-from lora_inject.core.files.tensors_on_disk import in_memory
 from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.fold import Delta
 from lora_inject.core.functional.gain import Gain
@@ -285,7 +283,7 @@ class _Folding:
         )
         is_double = job.source is not None and job.source.dtype == "F64"
         self.wide = torch.float64 if is_double else torch.float32
-        terms, gain = read_terms(span.terms), read_gain(span.gain)
+        terms, gain = span.terms, span.gain
         self.values = None if job.packed is None else job.packed.rows()
         self.delta = Delta(terms, self.wide)
         if gain is not None:
@@ -386,7 +384,7 @@ class _Folding:
 
 
 def _rows_of(tensor: Tensor, n_cols: int, start: int, stop: int) -> Tensor:
-    return in_memory(tensor.detach().reshape(-1, n_cols)[start:stop])
+    return tensor.detach().reshape(-1, n_cols)[start:stop]
 
 
 def _kept_finite(rows: Tensor, merged: Tensor) -> bool:

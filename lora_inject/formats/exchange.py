@@ -22,8 +22,7 @@ from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.adapter.other_tensors import with_every_expert
 from lora_inject.core.adapter.site_state import FLOATS, SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.atomic import write_file
-from lora_inject.core.files.atomic_folder import write_directory
+from lora_inject.core.files.atomic import write_directory, write_file
 from lora_inject.core.spec.names import nearest
 from lora_inject.errors import FormatError, check_type, user_path, within
 from lora_inject.formats import (
@@ -208,11 +207,8 @@ def read_adapter(
 ) -> AdapterState:
     """Read an adapter from files.
 
-    Values of safetensors are read when they are used, each time, so an adapter may be larger than
-    memory. The file may be moved, deleted or replaced meanwhile. If it was written to in place,
-    using a value raises a FormatError. The tensors cannot be changed in place; `copy.deepcopy` of
-    the value reads all of it into memory. Values that are not finite are read, so that `inspect`
-    shows them; loading, merging, combining and writing refuse them.
+    Values that are not finite are read, so that `inspect` shows them; loading, merging, combining
+    and writing refuse them.
 
     Args:
         path: Where from.

@@ -19,7 +19,6 @@ from typing import Any
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import is_positive, read_json
 from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
-from lora_inject.core.files.tensors_on_disk import contiguous
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
 from lora_inject.formats.format import ONE, Format
@@ -88,7 +87,7 @@ def read(path: Path, facts: ModelFacts) -> AdapterState:
             raise FormatError(f"site '{name[:200]}'", problem, remedy)
         if facts.config and re.search("emb|wte", leaf(name)):
             facts.refuse_tied(name, "mlx-lm")
-        sites[name] = plain_site(name, contiguous(a.T), contiguous(b.T), scale * rank)
+        sites[name] = plain_site(name, a.T.contiguous(), b.T.contiguous(), scale * rank)
     return AdapterState(sites)
 
 

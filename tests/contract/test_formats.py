@@ -279,11 +279,13 @@ def test_slices_frozen_starts_and_the_config_are_lost_where_they_have_no_place(t
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_there_is_not_replaced_unasked(name: str, tmp_path: Path) -> None:
     path = written(name, tmp_path)
-    before = tensors_file(name, path).read_bytes()
+    assert written(name, tmp_path) == path  # what has the same bytes is written
+    state, file = read(name, path), tensors_file(name, path)
+    file.write_bytes(b"other")
     with refused(li.FormatError, str(path), "overwrite=True"):
         written(name, tmp_path)
-    assert tensors_file(name, path).read_bytes() == before
-    li.write_adapter(read(name, path), path, name, overwrite=True, **CASES[name].write)
+    assert file.read_bytes() == b"other"
+    li.write_adapter(state, path, name, overwrite=True, **CASES[name].write)
 
 
 UNFIT = {

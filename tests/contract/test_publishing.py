@@ -203,5 +203,7 @@ def test_a_server_of_rollouts_finds_each_version_whole(tmp_path: Path) -> None:
         assert folder.name == str(step)
         assert_loads(folder, model)
     assert {path.name for path in tmp_path.iterdir()} == {"LATEST", "10", "11"}
+    assert li.save_adapter(model, tmp_path, version=11) == tmp_path / "11"  # what is there
+    li.eject(model)
     with refused(li.FormatError, str(tmp_path / "11")):
-        li.save_adapter(model, tmp_path, version=11)
+        li.save_adapter(li.inject(model, CONFIG), tmp_path, version=11)

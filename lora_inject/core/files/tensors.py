@@ -9,9 +9,7 @@ it. NaN is allowed here; merging refuses it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,11 +25,9 @@ from lora_inject.core.files.safetensors_file import (
     is_plain_name,
     read_header,
 )
-from lora_inject.core.files.tensors_on_disk import left_on_disk
 from lora_inject.errors import FormatError
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_at_once: ContextVar[bool] = ContextVar("lora_inject_values_at_once", default=False)
 
 
 def is_safetensors(path: Path) -> bool:
@@ -46,32 +42,16 @@ def read_names(path: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file: tensors by name, and the metadata.
-
-    The values stay in the file, and each operation reads those that it needs; within
-    `values_at_once` they are read now.
-    """
+    """Read a safetensors file: tensors by name, and the metadata."""
     path = Path(path)
     asked = f"read '{path}'"
     if not path.is_file():
         raise FormatError(asked, "there is no such file", "Check the path")
-    if _at_once.get():
-        with path.open("rb") as file:
-            header = header_of(file, path, FormatError)
-            check_dtypes(header.tensors, asked)
-            tensors = {n: _values(file, e, asked) for n, e in header.tensors.items()}
-        return tensors, dict(header.metadata or {})
-    return left_on_disk(path)
-
-
-@contextmanager
-def values_at_once() -> Iterator[None]:
-    """Let what reads files inside read all values, for whoever needs them all: a model."""
-    token = _at_once.set(True)
-    try:
-        yield
-    finally:
-        _at_once.reset(token)
+    with path.open("rb") as file:
+        header = header_of(file, path, FormatError)
+        check_dtypes(header.tensors, asked)
+        tensors = {name: _values(file, entry, asked) for name, entry in header.tensors.items()}
+    return tensors, dict(header.metadata or {})
 
 
 def _values(file: BinaryIO, entry: TensorEntry, asked: str) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.tensors import values_at_once
 from lora_inject.core.functional.factors import master_dtype
 from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.survey import Carried, Survey
@@ -95,8 +94,7 @@ def load_adapter(
         if revision is not None or not lexists(place):
             files = on_disk(place, path, revision, asked)
         format_name = format or detected(files)
-        with values_at_once():
-            state = read_adapter(files, format_name, facts=lambda: facts_about(survey), **options)
+        state = read_adapter(files, format_name, facts=lambda: facts_about(survey), **options)
         here = fit_to(survey, state, part=part)
         if (check_load := format_of(format_name).check_load) is not None:
             check_load(survey, state, here, asked)

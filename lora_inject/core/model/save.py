@@ -6,17 +6,14 @@ import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import replace_file
-from lora_inject.core.files.together import write_together
 from lora_inject.core.layers.library import note_saved, this_process_writes
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.facts import facts_for
@@ -101,13 +98,7 @@ def save_adapter(
             return
         if state.sites and not state.trained and all(s.is_zero for s in state.sites.values()):
             say_untrained(name, len(state.sites))
-        write: Callable[[Path], Path] = partial(
-            write_adapter, state, format=format, facts=facts, **options
-        )
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            write_together(target, write)
-        else:
-            write(target)
+        write_adapter(state, target, format, facts=facts, **options)
         if version is not None:
             note_newest(folder, version, keep)
 

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.other_tensors import on_parts
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.tensors import values_at_once
-from lora_inject.core.files.tensors_on_disk import in_memory
 from lora_inject.core.layers.starting import copy_into, given_values
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.base import Base, check_base, check_base_copies
@@ -107,8 +105,7 @@ def swap_adapter(
     files = None
     if not isinstance(state, AdapterState):
         files = user_path(asked, state)
-        with values_at_once():
-            state = read_adapter(files, format, facts=lambda: facts_about(survey), **options)
+        state = read_adapter(files, format, facts=lambda: facts_about(survey), **options)
         whose = f"{asked} for {str(source)!r}"
     state.check_finite(whose, FormatError)
     state = _of_slots_experts(state, slot, asked)
@@ -119,10 +116,9 @@ def swap_adapter(
         weights = {state.sites[key].spec.weight: here[s.spec.weight] for key, s in sites.items()}
         check_base(survey, state, weights, base, asked)
     check_base_copies(state, survey.weights, asked)
-    values = [in_memory(value) for _, value in pairs]  # of a file, read before the first write
     for selection in selections:
         selection.note(name)
-    _write(survey, name, [tensor for tensor, _ in pairs], values)
+    _write(survey, name, [tensor for tensor, _ in pairs], [value for _, value in pairs])
     for _, root in records_of(survey, name):
         root.configs[name] = state.config
     note_files(survey, name, files)

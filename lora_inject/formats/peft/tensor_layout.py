@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from lora_inject.core.adapter.site_state import SiteState
-from lora_inject.core.files.tensors_on_disk import contiguous
 from lora_inject.core.functional.plain_operations import spread
 from lora_inject.core.spec.names import joined, leaf, parent
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
@@ -221,7 +220,7 @@ def _native(spec: SiteSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             remedy = 'The file was changed after it was written; pass prefer="config" to read it '
             remedy += "as a plain adapter of the whole projection"
             raise FormatError(f"site '{spec.name}'", problem, remedy)
-    return contiguous(a.reshape(spec.a_shape)), contiguous(b.reshape(spec.b_shape))
+    return a.reshape(spec.a_shape).contiguous(), b.reshape(spec.b_shape).contiguous()
 
 
 def file_alpha(spec: SiteSpec, *, rslora: bool) -> float:
