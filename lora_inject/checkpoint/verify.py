@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_inject.checkpoint.formula import check_formula
 from lora_inject.checkpoint.index import (
     Checkpoint,
     changed_config,
@@ -170,7 +171,10 @@ def _verify_shard(
     with path.open("rb") as file:
         compared = _Compared(shard, file.fileno())
         work_through(shard, plan, shard.copies, compared, counter)
-    return compared.report()
+    report = compared.report()
+    if report.problems:
+        return report
+    return report + VerifyReport(problems=tuple(check_formula(plan, shard, path)))
 
 
 def _other_header(there: Header, due: Header) -> str:

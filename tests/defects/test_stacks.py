@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from helpers.experts import experts
-from helpers.merging import load_checkpoint
+from helpers.merging import load_checkpoint, merge
+from helpers.refusals import refused
 from helpers.states import effect
 from helpers.versions import needs_transformers_5
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lora_inject as li
+from lora_inject.checkpoint import place
 
 pytestmark = needs_transformers_5
 RANK, SCALE = 2, 1.5
@@ -70,6 +72,21 @@ def test_a_merge_on_disk_adds_what_peft_018_added(hidden: int, tmp_path: Path) -
     for name, delta in due.items():
         key = f"{name}.weight"
         torch.testing.assert_close(merged[key], before[key] + delta, rtol=0, atol=1e-5)
+
+
+def test_a_square_stack_that_is_merged_the_wrong_way_round_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verifying that computes as merging does finds nothing: the defect is in both."""
+
+    def of_shape(_: Any, spec: Any, name: str, matrix: tuple[int, int]) -> bool:
+        return matrix != (spec.out_features, spec.in_features)
+
+    model, _ = base_of(8, tmp_path / "base")
+    of_peft_018(model, tmp_path / "adapter")
+    monkeypatch.setattr(place.Orientation, "transposed", of_shape)
+    with refused(li.CheckpointError, "verify", f"'{MODULE}.0.gate_proj.weight'", "formula"):
+        merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
 
 
 @pytest.mark.parametrize("intermediate", [4, 6])
