@@ -1,8 +1,7 @@
 """Loading a base with its experts packed as they are published, so that adapters train on them.
 
 transformers' own packed experts run by kernels that pass no gradient or need a GPU; else it unpacks
-all experts as it loads, or cannot load them (NVFP4). Its classes of unpacked experts also run on
-packed ones.
+all experts as it loads. Its classes of unpacked experts also run on packed ones.
 """
 
 from __future__ import annotations
@@ -15,33 +14,17 @@ from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
 from lora_inject.experts.packed_experts import PackedExperts
-from lora_inject.experts.stack_formats import Mxfp4Stack, block_structure, read_matrix
-
-# What lies beside the weight of a linear layer, by the `quant_method` of a config.
-_BESIDE = {
-    "compressed-tensors": (
-        "weight",
-        "weight_packed",
-        "weight_scale",
-        "weight_global_scale",
-        "weight_zero_point",
-        "weight_shape",
-        "input_scale",
-        "input_global_scale",
-    ),
-    "modelopt": ("weight", "weight_scale", "weight_scale_2", "input_scale"),
-}
-_WEIGHTS = ("weight", "weight_packed")
+from lora_inject.experts.stack_formats import Mxfp4Stack, read_matrix
 
 
 @contextmanager
 def packed_experts() -> Iterator[None]:
     """Have `from_pretrained` keep stacks of experts packed, in a model that trains.
 
-    Experts in MXFP4, NVFP4 or float8 keep the memory of their codes, on any device and without
-    kernels. Each is unpacked where it is used, and again in the backward pass. All other layers are
-    unpacked as they load, and activations are not quantized. Other threads must not load models
-    meanwhile.
+    Experts in MXFP4 or float8 keep the memory of their codes, on any device and without kernels.
+    Each is unpacked where it is used, and again in the backward pass. All other layers are unpacked
+    as they load, and activations are not quantized. Checkpoints of other formats load as outside.
+    Other threads must not load models meanwhile.
 
     Raises:
         LayerError: transformers is not installed, or older than 5.24; in `from_pretrained`, a
@@ -68,15 +51,8 @@ def packed_experts() -> Iterator[None]:
     from transformers.quantizers import auto
 
     problems: list[LayerError] = []
-    tables: list[dict[str, Any]] = [
-        auto.AUTO_QUANTIZER_MAPPING,
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING,
-    ]
-    before = [dict(table) for table in tables]
-    quantizers = _published_by_transformers(problems) | _published_by_others(problems)
-    own = [quantizers, _configs()]
-    for table, rows in zip(tables, own, strict=True):
-        table.update(rows)
+    before = dict(auto.AUTO_QUANTIZER_MAPPING)
+    auto.AUTO_QUANTIZER_MAPPING.update(_quantizers(problems))
     try:
         yield
     except RuntimeError as error:  # transformers' report of all that went wrong
@@ -84,27 +60,12 @@ def packed_experts() -> Iterator[None]:
             raise problems[0] from error
         raise
     finally:
-        for table, rows in zip(tables, before, strict=True):
-            table.clear()
-            table.update(rows)
+        auto.AUTO_QUANTIZER_MAPPING.clear()
+        auto.AUTO_QUANTIZER_MAPPING.update(before)
 
 
-def _kept_linears(problems: list[LayerError]) -> Any:
-    """Return what quantizers share whose experts are stored as linear layers."""
-
-    class KeptLinears:
-        def get_load_operations(self) -> dict[str, Any]:
-            return {"dequantize": _operation(_of_linears, problems)}
-
-        def postprocess_model(self, model: Any, **more: Any) -> Any:
-            _freeze(model)
-            return super().postprocess_model(model, **more)  # type: ignore[misc]
-
-    return KeptLinears
-
-
-def _published_by_transformers(problems: list[LayerError]) -> dict[str, type]:
-    """Return quantizers in the place of its own that would unpack experts, or run kernels."""
+def _quantizers(problems: list[LayerError]) -> dict[str, type]:
+    """Return quantizers in the place of those that would unpack experts, or run kernels."""
     from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
     from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 
@@ -115,45 +76,20 @@ def _published_by_transformers(problems: list[LayerError]) -> dict[str, type]:
         def get_load_operations(self) -> dict[str, Any]:
             return {"dequantize": _operation(_of_gpt_oss, problems)}
 
-    class KeptFloat8(_kept_linears(problems), FineGrainedFP8HfQuantizer):  # type: ignore[misc]
+    class KeptFloat8(FineGrainedFP8HfQuantizer):
         def validate_environment(self, *_: Any, **__: Any) -> None:
             self.quantization_config.dequantize = True
 
+        def get_load_operations(self) -> dict[str, Any]:
+            return {"dequantize": _operation(_of_linears, problems)}
+
+        def postprocess_model(self, model: nn.Module, **more: Any) -> Any:
+            for parameter in model.parameters():  # transformers has them get gradients
+                if isinstance(parameter, PackedExperts):
+                    parameter.requires_grad_(False)
+            return super().postprocess_model(model, **more)
+
     return {"mxfp4": KeptMxfp4, "fp8": KeptFloat8, "mxfp8": KeptFloat8}
-
-
-def _published_by_others(problems: list[LayerError]) -> dict[str, type]:
-    """Return quantizers for files of compressed-tensors and modelopt, without these packages."""
-    from transformers.quantizers.base import HfQuantizer
-
-    class KeptByNames(_kept_linears(problems), HfQuantizer):  # type: ignore[misc]
-        def __init__(self, quantization_config: Any, **more: Any) -> None:
-            super().__init__(quantization_config, **more)
-            self.serialized_names = {"weight": list(_BESIDE[quantization_config.quant_method])}
-
-        @property
-        def is_trainable(self) -> bool:
-            return True
-
-        def is_serializable(self) -> bool:
-            return True
-
-    return dict.fromkeys(_BESIDE, KeptByNames)
-
-
-def _configs() -> dict[str, type]:
-    """Return the class of the configs that `KeptByNames` reads: what a file says, as it is."""
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    class Said(QuantizationConfigMixin):  # type: ignore[misc]
-        quant_method: Any
-
-        def __init__(self, quant_method: str, **said: Any) -> None:
-            self.quant_method = quant_method
-            self.dequantize = True
-            self.said = said
-
-    return dict.fromkeys(_BESIDE, Said)
 
 
 def _operation(read: Callable[..., dict[str, Any]], problems: list[LayerError]) -> type:
@@ -195,10 +131,10 @@ def _of_linears(
 
     The matrices of a stack are stacked and joined by transformers' next operations.
     """
-    block = _block(settings)
+    block = settings.weight_block_size
     made: dict[str, Any] = {}
-    for pattern in [key for key in tensors if key.rpartition(".")[2] in _WEIGHTS]:
-        prefix = pattern.removesuffix(pattern.rpartition(".")[2])
+    for pattern in [key for key in tensors if key.rpartition(".")[2] == "weight"]:
+        prefix = pattern.removesuffix("weight")
         beside = {
             key.removeprefix(prefix): _listed(tensors[key])
             for key in tensors
@@ -206,7 +142,7 @@ def _of_linears(
         }
         matrices = [
             _matrix({name: each[n] for name, each in beside.items()}, full, like, block)
-            for n in range(len(_listed(tensors[pattern])))
+            for n in range(len(beside["weight"]))
         ]
         if like.dim() == 3:
             made[pattern] = matrices
@@ -215,6 +151,20 @@ def _of_linears(
     if len(made) > 1:
         _check_joinable(made, full)
     return made
+
+
+def _listed(tensors: Any) -> list[Tensor]:
+    return tensors if isinstance(tensors, list) else [tensors]
+
+
+def _matrix(
+    tensors: Mapping[str, Tensor], full: str, like: Tensor, block: tuple[int, int] | None
+) -> Tensor:
+    known = read_matrix(tensors, block, f"packed_experts(), '{full}'")
+    if known is None:
+        return tensors["weight"].to(like.dtype)
+    packed = PackedExperts(*known, like.dtype, is_turned=True)
+    return packed if like.dim() == 3 else packed.unpacked()
 
 
 def _check_joinable(made: Mapping[str, list[Tensor]], full: str) -> None:
@@ -229,31 +179,3 @@ def _check_joinable(made: Mapping[str, list[Tensor]], full: str) -> None:
                 "share a scale",
                 "Load it dequantized, outside packed_experts()",
             )
-
-
-def _matrix(
-    tensors: Mapping[str, Tensor], full: str, like: Tensor, block: tuple[int, int] | None
-) -> Tensor:
-    known = read_matrix(tensors, block, f"packed_experts(), '{full}'")
-    if known is None:
-        return next(tensors[name] for name in _WEIGHTS if name in tensors).to(like.dtype)
-    packed = PackedExperts(*known, like.dtype, is_turned=True)
-    return packed if like.dim() == 3 else packed.unpacked()
-
-
-def _listed(tensors: Any) -> list[Tensor]:
-    return tensors if isinstance(tensors, list) else [tensors]
-
-
-def _block(settings: Any) -> tuple[int, int] | None:
-    """Return the block of float8 that a config states."""
-    said = getattr(settings, "said", {})
-    block = getattr(settings, "weight_block_size", None) or block_structure(said)
-    return None if block is None else (int(block[0]), int(block[1]))
-
-
-def _freeze(model: nn.Module) -> None:
-    """Freeze stacks, of which transformers makes Parameters that would get gradients."""
-    for parameter in model.parameters():
-        if isinstance(parameter, PackedExperts):
-            parameter.requires_grad_(False)

@@ -98,26 +98,18 @@ class Float8Stack(StackFormat):
 
 
 @dataclass(frozen=True)
-class Nvfp4Stack(StackFormat):
+class Nvfp4Stack:
     """NVFP4: codes of 4 bits, a float8 scale for each 16 of them, a float32 scale for the matrix.
 
     Parts: `codes` uint8 `(..., out, in / 2)`; `scales` float8 `(..., out, in / 16)`; `whole`
-    float32 `(..., out, 1)`, the matrix's scale for each row, as matrices that are joined differ.
-    Sources: `compressed_tensors/compressors/nvfp4`; modelopt, `qtensor/nvfp4_tensor.py`.
+    float32. Sources: `compressed_tensors/compressors/nvfp4`; modelopt, `qtensor/nvfp4_tensor.py`.
     """
 
     divides: bool
     """Whether `whole` divides the scales (compressed-tensors), or is multiplied (modelopt)."""
-    title: ClassVar[str] = "NVFP4"
 
-    @property
-    def rows_of(self) -> Mapping[str, int]:  # noqa: D102
-        return {"codes": 1, "scales": 1, "whole": 1}
-
-    def n_in(self, parts: Parts) -> int:  # noqa: D102
-        return 2 * parts["codes"].shape[-1]
-
-    def values(self, parts: Parts) -> Tensor:  # noqa: D102
+    def values(self, parts: Parts) -> Tensor:
+        """Return the values, float32 `(..., out, in)`."""
         scales = self.scales(parts["scales"], parts["whole"])
         values = float4_values(parts["codes"]).view(*scales.shape, -1)
         return (values * scales.unsqueeze(-1)).flatten(-2)
@@ -175,8 +167,7 @@ def read_matrix(
     """Return the format and the parts of a matrix, by what a checkpoint stores of a linear layer.
 
     Args:
-        tensors: `weight` or `weight_packed` with the tensors of its module that belong to it, as
-            transformers' fp8, compressed-tensors and modelopt name them.
+        tensors: `weight` with the scales beside it, as transformers' fp8 names them.
         block: Block of float8 that the config says.
         asked: For messages.
 
@@ -186,23 +177,18 @@ def read_matrix(
     Raises:
         LayerError: It is quantized in another way.
     """
-    codes = tensors.get("weight_packed", tensors.get("weight"))
-    scales = tensors.get("weight_scale_inv", tensors.get("weight_scale"))
-    if codes is None or (scales is None and codes.dtype in (*_FLOATS, torch.float64)):
+    codes, scales = tensors["weight"], tensors.get("weight_scale_inv")
+    if scales is None and codes.dtype in (*_FLOATS, torch.float64):
         return None
-    is_symmetric = tensors.get("weight_zero_point") is None
-    if scales is not None and codes.dim() == 2 and is_symmetric:
-        if codes.dtype == torch.float8_e4m3fn:
-            known = _float8(codes, scales, block)
-        else:
-            known = _float4(codes, scales, tensors)
-        if known is not None:
+    if scales is not None and codes.dim() == 2:
+        read = _float8 if codes.dtype == torch.float8_e4m3fn else _mxfp4
+        if (known := read(codes, scales, block)) is not None:
             return known
     kinds = ", ".join(f"{name} {t.dtype} {list(t.shape)}" for name, t in tensors.items())
     raise LayerError(
         asked,
         f"it is stored as {kinds}",
-        "Experts stay packed in MXFP4, in NVFP4 and in float8 with scales; load others dequantized",
+        "Experts stay packed in MXFP4, and in float8 with scales; load others dequantized",
     )
 
 
@@ -230,24 +216,13 @@ def _float8(
     return Float8Stack(block), {"codes": codes, "scales": scales}
 
 
-def _float4(
-    codes: Tensor, scales: Tensor, tensors: Mapping[str, Tensor]
+def _mxfp4(
+    codes: Tensor, scales: Tensor, _: tuple[int, int] | None
 ) -> tuple[StackFormat, dict[str, Tensor]] | None:
-    if codes.dtype not in (torch.uint8, torch.int8):
+    shape = (len(codes), 2 * codes.shape[1] // _MXFP4_GROUP)
+    if codes.element_size() != 1 or scales.shape != shape or scales.element_size() != 1:
         return None
-    codes, n_out, n_in = codes.view(torch.uint8), len(codes), 2 * codes.shape[1]
-    divisor, factor = tensors.get("weight_global_scale"), tensors.get("weight_scale_2")
-    whole = divisor if divisor is not None else factor
-    if whole is not None:
-        fits = scales.shape == (n_out, n_in // NVFP4_GROUP) and whole.numel() == 1
-        if not fits or scales.dtype != torch.float8_e4m3fn:
-            return None
-        of_rows = whole.float().reshape(1, 1).expand(n_out, 1).contiguous()
-        parts = {"codes": codes, "scales": scales, "whole": of_rows}
-        return Nvfp4Stack(divides=divisor is not None), parts
-    if scales.shape != (n_out, n_in // _MXFP4_GROUP) or scales.element_size() != 1:
-        return None
-    return Mxfp4Stack(), {"codes": codes, "scales": scales.view(torch.uint8)}
+    return Mxfp4Stack(), {"codes": codes.view(torch.uint8), "scales": scales.view(torch.uint8)}
 
 
 def _of_bytes(scales: Tensor) -> Tensor:
