@@ -64,7 +64,7 @@ def packed_experts() -> Iterator[None]:
         auto.AUTO_QUANTIZER_MAPPING.update(before)
 
 
-def _quantizers(problems: list[LayerError]) -> dict[str, type]:
+def _quantizers(problems: list[LayerError]) -> dict[str, Any]:
     """Return quantizers in the place of those that would unpack experts, or run kernels."""
     from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
     from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
@@ -83,7 +83,7 @@ def _quantizers(problems: list[LayerError]) -> dict[str, type]:
         def get_load_operations(self) -> dict[str, Any]:
             return {"dequantize": _operation(_of_linears, problems)}
 
-        def postprocess_model(self, model: nn.Module, **more: Any) -> Any:
+        def postprocess_model(self, model: Any, **more: Any) -> Any:
             for parameter in model.parameters():  # transformers has them get gradients
                 if isinstance(parameter, PackedExperts):
                     parameter.requires_grad_(False)

@@ -128,8 +128,7 @@ def _checks(cls: str | None) -> list[str]:
     """Return how to find out whether a model or a server computes with the adapter."""
     said = "The file holds what the adapter computes for a few inputs. To see that a model"
     if cls != "AutoModelForCausalLM":
-        check = "print(li.verify_loaded(model, probe=...))  # the inputs that it was saved with"
-        return [f"{said} has it:", "", "```python", check, "```", ""]
+        return [f"{said} has it:", "", "```python", "print(li.verify_loaded(model))", "```", ""]
     serve = f"lora-inject verify-served http://localhost:8000 {_FOLDER} --model adapter"
     lines = [f"{said}, or a server, has it:", "", "```python", "print(li.verify_loaded(model))"]
     return [*lines, "```", "", "```console", serve, "```", ""]

@@ -1,10 +1,9 @@
-"""What an adapter's file says about behavior: outputs with and without it, for a few short inputs.
+"""What an adapter's file says about behavior: what a model predicts with and without it.
 
-It stands as text in the header of the safetensors file, where no other program looks. For a model
-that predicts tokens these are log-probabilities of the next token; for any other a sample of its
-outputs. Each is there at several strengths of the adapter: 0 is the base, 1 the adapter, 2 the
-adapter counted twice. So what a server computes can be told from the base, and a wrong scale can be
-named.
+It stands as text in the header of the safetensors file, where no other program looks:
+log-probabilities of the next token, at several strengths of the adapter. 0 is the base, 1 the
+adapter, 2 the adapter counted twice. So what a server computes can be told from the base, and a
+wrong scale can be named.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lora_inject.core.adapter.site_state import FLOATS
-from lora_inject.core.files.strict_json import misfit, parse_json
+from lora_inject.core.files.strict_json import parse_json
 from lora_inject.core.files.tensors import is_safetensors, read_names
 from lora_inject.errors import FormatError, user_path
 
@@ -34,15 +33,15 @@ has figures for a model of 30 layers."""
 
 _EDITED = "The file was edited; save the adapter again with probe="
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
-_INDEX = range(2**31)
+_Index = Annotated[int, Field(ge=0, lt=2**31)]
+_Number = Annotated[float, Field(allow_inf_nan=False, gt=-1e30, lt=1e30)]
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e30
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-@dataclass(frozen=True)
-class Ahead:
+class Ahead(_Strict):
     """The most probable tokens after a prefix of a prompt.
 
     Attributes:
@@ -53,41 +52,56 @@ class Ahead:
         values: For each strength the log-probability of each token.
     """
 
-    prompt: int
-    length: int
-    tokens: list[int]
+    prompt: _Index
+    length: _Index
+    tokens: list[_Index]
     texts: list[str]
-    values: list[list[float]]
+    values: list[list[_Number]]
 
 
-@dataclass(frozen=True)
-class Proof:
-    """Outputs of a model for a few inputs, at several strengths of an adapter.
+class Proof(_Strict):
+    """What a model predicts for a few prompts, at several strengths of an adapter.
 
     Attributes:
         strengths: By how much the adapter was multiplied; 0 and 1 are among them.
-        values: For each strength, one number for each place: for tokens the log-probability of each
-            token of each prompt but the first, given those before it; else samples of the outputs.
-        prompts: Token ids; none for a model that does not predict tokens.
+        values: For each strength the log-probability of each token of each prompt but the first,
+            given those before it.
+        prompts: Token ids.
         texts: The prompts as text, where a tokenizer was given.
         pieces: The text of each token of each prompt, likewise.
         ahead: Probable tokens after some prefixes, for servers that do not rate a prompt.
-        vocabulary: How many tokens there are; 0 for a model that does not predict tokens.
+        vocabulary: How many tokens there are.
         dtype: What the model computed in.
-        size: The typical largest logit, or output: what one rounding is relative to.
-        digest: Of the inputs of a model that does not predict tokens.
+        size: The typical largest logit: what one rounding is relative to.
     """
 
-    strengths: list[float]
-    values: list[list[float]]
-    prompts: list[list[int]]
+    strengths: list[_Number]
+    values: list[list[_Number]]
+    prompts: Annotated[list[list[_Index]], Field(min_length=1)]
     texts: list[str]
     pieces: list[list[str]]
     ahead: list[Ahead]
-    vocabulary: int
+    vocabulary: _Index
     dtype: str
-    size: float
-    digest: str
+    size: _Number
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        strengths, prompts = self.strengths, self.prompts
+        if not {0.0, 1.0} <= {*strengths} or sorted({*strengths}) != strengths:
+            raise ValueError("its strengths are not in order, or lack 0 or 1")
+        n = sum(len(prompt) - 1 for prompt in prompts)
+        if not n or not _are_even(self.values, len(strengths), n):
+            raise ValueError("it has not one value for each place and strength")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"it computed in {self.dtype[:20]!r}")
+        for each in self.ahead:
+            inside = each.prompt < len(prompts)
+            if not inside or not 0 < each.length <= len(prompts[each.prompt]):
+                raise ValueError("it rates tokens after a prefix that no prompt has")
+            if not _are_even(each.values, len(strengths), len(each.tokens)):
+                raise ValueError("it has not one value for each token and strength")
+        return self
 
     @property
     def effect(self) -> float:
@@ -105,34 +119,11 @@ class Proof:
         Logits are rounded to a share of the largest, and so are their log-probabilities.
         """
         eps = torch.finfo(_DTYPES[dtype or self.dtype]).eps
-        floor = LEAST_NOISE if self.prompts else LEAST_NOISE * self.size / 10
-        return max(eps * self.size, floor)
+        return max(eps * self.size, LEAST_NOISE)
 
     def to_text(self) -> str:
         """Return it as a text for the header of a file."""
-        return json.dumps({"version": VERSION, **asdict(self)}, allow_nan=False)
-
-
-_AHEAD = {
-    "prompt": _INDEX,
-    "length": _INDEX,
-    "tokens": [_INDEX],
-    "texts": [str],
-    "values": [[_is_number]],
-}
-_FORM = {
-    "version": _INDEX,
-    "strengths": [_is_number],
-    "values": [[_is_number]],
-    "prompts": [[_INDEX]],
-    "texts": [str],
-    "pieces": [[str]],
-    "ahead": [_AHEAD],
-    "vocabulary": _INDEX,
-    "dtype": _DTYPES.__contains__,
-    "size": _is_number,
-    "digest": str,
-}
+        return json.dumps({"version": VERSION, **self.model_dump()}, allow_nan=False)
 
 
 def rms(values: torch.Tensor) -> float:
@@ -177,32 +168,18 @@ def parse_proof(metadata: Mapping[str, str], asked: str) -> Proof:
     if version != VERSION:
         problem = f"its proof has version {str(version)[:20]}, and this package reads {VERSION}"
         raise FormatError(asked, problem, "Install a newer lora-inject, or save the adapter again")
-    wrong = misfit(plain, _FORM)
-    if not wrong:
-        wrong = _uneven(plain)
-    if wrong:
-        raise FormatError(f"{asked}, proof", wrong.lstrip(".: "), _EDITED)
-    del plain["version"]
-    ahead = [Ahead(**each) for each in plain.pop("ahead")]
-    return Proof(**plain, ahead=ahead)
+    said = {key: value for key, value in plain.items() if key not in ("version", "digest")}
+    if plain.get("prompts") == []:  # as earlier versions wrote them
+        problem = "its proof is of the outputs of a model that predicts no tokens"
+        raise FormatError(asked, problem, "Compare the outputs with li.disabled(model)")
+    try:
+        return Proof(**said)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        place = ".".join(map(str, wrong["loc"]))
+        problem = f"{place}: {wrong['msg']}".lstrip(": ")
+        raise FormatError(f"{asked}, proof", problem, _EDITED) from None
 
 
-def _uneven(plain: Mapping[str, Any]) -> str:
-    """Return where the parts of a proof do not fit together, or ""."""
-    strengths, prompts = plain["strengths"], plain["prompts"]
-    n = sum(len(prompt) - 1 for prompt in prompts) if prompts else len(plain["values"][0])
-    if not {0.0, 1.0} <= set(strengths) or sorted(set(strengths)) != strengths:
-        return "its strengths are not in order, or lack 0 or 1"
-    if not _even(plain["values"], len(strengths), n) or not n:
-        return "it has not one value for each place and strength"
-    for each in plain["ahead"]:
-        inside = each["prompt"] < len(prompts)
-        if not inside or not 0 < each["length"] <= len(prompts[each["prompt"]]):
-            return "it rates tokens after a prefix that no prompt has"
-        if not _even(each["values"], len(strengths), len(each["tokens"])):
-            return "it has not one value for each token and strength"
-    return ""
-
-
-def _even(rows: Sequence[Sequence[float]], n_rows: int, width: int) -> bool:
+def _are_even(rows: Sequence[Sequence[float]], n_rows: int, width: int) -> bool:
     return len(rows) == n_rows and all(len(row) == width for row in rows)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from lora_inject.core.layers.attached import Attached, attached_to
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.contexts import in_context
-from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.survey import Survey, evaluating
 from lora_inject.core.roots.carried import Reach, adapted_modules, known_roots, reach
 from lora_inject.core.spec.names import parent
 from lora_inject.errors import LayerError
@@ -195,7 +195,7 @@ class Seen:
                 return call.module(*args, **kwargs)
 
         if call.problem is None:
-            with torch.no_grad(), _evaluating(call.module) as changed:
+            with torch.no_grad(), evaluating(call.module) as changed:
                 together = run(self.rows) if changed else output
                 if all(self._has(together, row, run(mix)) for row, mix in self._adapted()):
                     for attached, form in call.guessed:
@@ -305,19 +305,6 @@ def _hooked(module: nn.Module) -> Iterator[None]:
             table.pop(_HOOK, None)
         for table, value in tables if wanting else ():  # another thread came meanwhile
             table[_HOOK] = value
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[bool]:
-    """Run the body in evaluation mode; yield whether that is another one."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield bool(training)
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _copied(given: Any) -> Any:

@@ -24,6 +24,10 @@ _IDS = {"return_tokens_as_token_ids": True}
 _ECHO = {"echo": True, **_IDS}
 
 
+class RefusedError(ServerError):
+    """A server does not take what it is asked; llama-cpp-python's answers 500 to token ids."""
+
+
 class Rated(NamedTuple):
     """A token that a server has rated: its id, None where it says only its text."""
 
@@ -148,10 +152,12 @@ class Server:
                 text = answer.read(1 << 24)
         except urllib.error.HTTPError as error:
             words = error.read(2000).decode(errors="replace")
-            remedy = "Check --model, and that it serves the adapter's base"
+            remedy, kind = "Check --model, and that it serves the adapter's base", ServerError
             if error.code in (401, 403):
                 remedy = "Set OPENAI_API_KEY to the server's key"
-            raise ServerError(asked, f"it answers {error.code}: {_said(words)}", remedy) from error
+            elif error.code in (400, 422, 500):
+                kind = RefusedError
+            raise kind(asked, f"it answers {error.code}: {_said(words)}", remedy) from error
         except (OSError, HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             remedy = "Start the server, or check the URL"

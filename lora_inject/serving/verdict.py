@@ -102,9 +102,9 @@ def judge(
 
     Examples:
         >>> values = [[0.0, 0.0], [1.0, 2.0], [2.0, 4.0]]
-        >>> none = {"texts": [], "pieces": [], "ahead": [], "digest": ""}
-        >>> numbers = {"vocabulary": 9, "dtype": "float32", "size": 1.0}
-        >>> proof = Proof([0.0, 1.0, 2.0], values, [[1, 2, 3]], **numbers, **none)
+        >>> rest = {"texts": [], "pieces": [], "ahead": [], "vocabulary": 9}
+        >>> proof = Proof(strengths=[0.0, 1.0, 2.0], values=values, prompts=[[1, 2, 3]],
+        ...     dtype="float32", size=1.0, **rest)
         >>> computed = 1.5 * proof.at(1.0)
         >>> verdict = judge(proof, [computed - proof.at(k) for k in proof.strengths], "numbers")
         >>> verdict.word, verdict.scale

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.probing import (
-    N_TOP,
-    Inputs,
-    digest_of_inputs,
-    in_evaluation,
-    inputs_of,
-    output_samples,
-    run,
-    token_values,
-)
+from lora_inject.core.layers.survey import Survey, evaluating
+from lora_inject.core.model.probing import N_TOP, run, token_values
 from lora_inject.core.roots.carried import roots_of
 from lora_inject.core.spec.names import nearest
-from lora_inject.errors import FormatError, ServerError, StateError, user_path
+from lora_inject.errors import ServerError, StateError, user_path
 from lora_inject.formats.proof import Ahead, Proof, read_proof
-from lora_inject.serving.completions import Rated, Server
+from lora_inject.serving.completions import Rated, RefusedError, Server
 from lora_inject.serving.verdict import Verdict, judge
 
 _SPACES = " ▁Ġ"  # as tokenizers write the space before a word
@@ -33,7 +23,7 @@ _NO_RATINGS = "The server does not rate the tokens of a prompt (echo with logpro
 _NO_RATINGS += "of the next token was compared"
 _MISPLACED = "The server rates each token of a prompt by a text that holds it already; what it "
 _MISPLACED += "says of the next token was compared"
-_REFUSALS = (400, 422, 500)  # of ids, by a server that takes text; llama-cpp-python's answers 500
+_WHAT = "log-probabilities"
 _UNNAMED = "it says tokens as text, and the proof knows only their ids"
 _WITH_TEXTS = "Save the adapter with a pair of texts and their tokenizer as probe"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -44,7 +34,6 @@ def verify_loaded(
     name: str = "default",
     *,
     source: str | PathLike[str] | None = None,
-    probe: Any = None,
     dtype: str | None = None,
 ) -> Verdict:
     """Say whether a model computes with an adapter, by its outputs and not by what it holds.
@@ -57,7 +46,6 @@ def verify_loaded(
         name: The adapter.
         source: Files that `save_adapter(probe=)` wrote; by default those that the adapter on the
             model was loaded from, or saved to, last.
-        probe: For a model that does not predict tokens: the inputs that it was saved with.
         dtype: What the model computes in, such as `bfloat16`, where that is not the dtype of the
             proof.
 
@@ -67,20 +55,15 @@ def verify_loaded(
 
     Raises:
         FormatError: The files are not there, or hold no proof.
-        StateError: No files are known for the adapter, or the probe is another one.
+        StateError: No files are known for the adapter, or the model has another vocabulary.
     """
     asked = f"verify_loaded({name!r})"
     _check_dtype(dtype, asked)
     proof = read_proof(_source_on(model, name, asked) if source is None else source, asked)
-    inputs = _inputs(proof, probe, asked)
-    with torch.no_grad(), in_evaluation(model):
-        outputs = run(model, inputs, asked)
-    values = token_values(outputs, inputs) if proof.prompts else output_samples(outputs)
-    if len(values) != len(proof.values[0]):
-        problem = f"it returns {len(values)} values, and the adapter's model {len(proof.values[0])}"
-        raise StateError(asked, problem, "Give the model that the adapter was made for")
-    residuals = [values.double() - proof.at(strength) for strength in proof.strengths]
-    return judge(proof, residuals, _what(proof), dtype=dtype, same_program=True)
+    with torch.no_grad(), evaluating(model):
+        values = token_values(run(model, proof.prompts, asked), proof.prompts).double()
+    residuals = [values - proof.at(strength) for strength in proof.strengths]
+    return judge(proof, residuals, _WHAT, dtype=dtype, same_program=True)
 
 
 def verify_served(
@@ -108,16 +91,13 @@ def verify_served(
         The verdict, as of `verify_loaded`.
 
     Raises:
-        FormatError: The file is not there, or holds no proof over tokens.
+        FormatError: The file is not there, or holds no proof.
         ServerError: The server does not answer, returns no log-probabilities, or has another
             vocabulary.
     """
     asked = f"verify what {url} serves"
     _check_dtype(dtype, asked)
     proof = read_proof(adapter, asked)
-    if not proof.prompts:
-        remedy = "Save the adapter of a model that predicts tokens, with token ids as probe"
-        raise FormatError(asked, "the adapter's proof is not over tokens", remedy)
     place = user_path(asked, adapter)
     server = Server.at(url, model, place.stem if place.is_file() else place.name, timeout)
     prompts = _sendable(server, proof)
@@ -146,12 +126,11 @@ def _judged_by_prompts(
     proof: Proof, rows: Sequence[Sequence[Rated]], asked: str, dtype: str | None
 ) -> Verdict:
     """Return the verdict on a server that rates the tokens of prompts."""
-    rated = [*_prompt_values(proof, rows, asked)]
-    values = torch.cat([each.values for each in rated])
+    rated = _prompt_values(proof, rows, asked)
+    values = torch.tensor([*rated.values()], dtype=torch.float64)
     _refuse_nan(values, asked)
-    at = torch.cat([each.places for each in rated])
-    residuals = [values - proof.at(strength)[at] for strength in proof.strengths]
-    verdict = judge(proof, residuals, _what(proof), dtype=dtype)
+    residuals = [values - proof.at(strength)[[*rated]] for strength in proof.strengths]
+    verdict = judge(proof, residuals, _WHAT, dtype=dtype)
     named = proof.pieces or all(each.token is not None for row in rows for each in row)
     if verdict.word == "neither" and not named:  # maybe it made other tokens
         raise ServerError(asked, f"it computes neither, and {_UNNAMED}", _WITH_TEXTS)
@@ -196,35 +175,16 @@ def _source_on(model: nn.Module, name: str, asked: str) -> Path:
     return Path(known[name])
 
 
-def _inputs(proof: Proof, probe: Any, asked: str) -> Inputs:
-    if proof.prompts:
-        return Inputs(tuple(map(tuple, proof.prompts)))
-    if probe is None:
-        problem = "the file has outputs of its model, but not the inputs"
-        raise StateError(asked, problem, "Pass probe=, the inputs that it was saved with")
-    inputs = inputs_of(probe, f"{asked}, probe")
-    if digest_of_inputs(inputs.arguments) != proof.digest:
-        problem = "these are not the inputs that the adapter was saved with"
-        raise StateError(f"{asked}, probe", problem, "Pass those, value for value")
-    return inputs
-
-
-def _what(proof: Proof) -> str:
-    return "log-probabilities" if proof.prompts else "outputs"
-
-
 def _sendable(server: Server, proof: Proof) -> Sequence[Sequence[int] | str]:
     """Return the prompts as ids; as text for a server that takes only those."""
     try:
         server.rated_prompt(proof.prompts[0])
-    except ServerError as refused:
-        if not any(f"answers {code}" in refused.found for code in _REFUSALS):
-            raise
-        if not proof.texts and "valid string" in refused.found:
-            problem = "it takes only text as a prompt, and the proof has only ids"
-            raise ServerError(refused.asked, problem, _WITH_TEXTS) from None
+    except RefusedError as refused:
         if not proof.texts:
-            raise
+            remedy = (
+                f"{refused.remedy}. If it takes only text, the proof has only ids: {_WITH_TEXTS}"
+            )
+            raise ServerError(refused.asked, refused.found, remedy) from None
         try:
             server.rated_prompt(proof.texts[0])
         except ServerError:
@@ -233,19 +193,12 @@ def _sendable(server: Server, proof: Proof) -> Sequence[Sequence[int] | str]:
     return proof.prompts
 
 
-class _Values(NamedTuple):
-    """The values of a prompt that a server has rated, and their places among the proof's."""
-
-    values: Tensor
-    places: Tensor
-
-
-def _prompt_values(proof: Proof, rows: Sequence[Sequence[Rated]], asked: str) -> Iterator[_Values]:
-    """Yield the values of each prompt; refuse those of other tokens than the proof's.
+def _prompt_values(proof: Proof, rows: Sequence[Sequence[Rated]], asked: str) -> dict[int, float]:
+    """Return what was rated, by the place among the proof's values; refuse other tokens than its.
 
     A server may leave the token out that begins a text, and then does not rate the one after it.
     """
-    start = 0
+    start, values = 0, dict[int, float]()
     for number, (prompt, row) in enumerate(zip(proof.prompts, rows, strict=True)):
         pieces = proof.pieces[number] if proof.pieces else [None] * len(prompt)
         tokens = [*zip(prompt, pieces, strict=True)]
@@ -254,11 +207,10 @@ def _prompt_values(proof: Proof, rows: Sequence[Sequence[Rated]], asked: str) ->
             problem = f"it makes other tokens of prompt {number + 1} than the adapter's tokenizer"
             remedy = "Give the server of the adapter's base, with its tokenizer"
             raise ServerError(asked, f"{problem}: another vocabulary", remedy)
-        n = len(prompt) - fitting[0]
-        places = torch.arange(start + fitting[0] - 1, start + len(prompt) - 1)
-        values = torch.tensor([each.value for each in row[:n]], dtype=torch.float64)
-        yield _Values(values, places)
+        places = range(start + fitting[0] - 1, start + len(prompt) - 1)
+        values |= {place: each.value for place, each in zip(places, row, strict=False)}
         start += len(prompt) - 1
+    return values
 
 
 def _are_tokens(row: Sequence[Rated], due: Sequence[tuple[int, str | None]]) -> bool:

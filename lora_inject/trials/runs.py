@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from lora_inject.core.adapter.fingerprint import sample_positions
 from lora_inject.core.files.atomic import write_file
+from lora_inject.core.layers.survey import evaluating
 from lora_inject.core.model.eject import eject
 from lora_inject.core.model.read_off import adapter_state
 from lora_inject.errors import FormatError, StateError, check_type, user_path
 from lora_inject.formats.pickles import DAMAGE
-from lora_inject.trials.batches import Forward, evaluating, in_one_order, plain_forward
+from lora_inject.trials.batches import Forward, in_one_order, plain_forward
 from lora_inject.trials.joining import put_on
 from lora_inject.trials.losses import Loss, Losses, default_loss, ends_of, scalar_loss
 from lora_inject.trials.run import Run

@@ -23,14 +23,14 @@ from lora_inject.core.files.atomic import write_file
 from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.files.tensors import bytes_of
 from lora_inject.core.layers.candidates import inventory
-from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.survey import Survey, evaluating
 from lora_inject.core.model.listing import adapters
 from lora_inject.core.model.read_off import adapter_state
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.names import counted
 from lora_inject.errors import FormatError, StateError, check_type, user_path
 from lora_inject.trees import tree_leaves
-from lora_inject.trials.batches import Forward, evaluating, in_one_order, plain_forward, size_of
+from lora_inject.trials.batches import Forward, in_one_order, plain_forward, size_of
 from lora_inject.trials.losses import Loss, default_loss, scalar_loss
 from lora_inject.trials.rungs import JUDGED, behind, ranked, rungs, steps_within
 from lora_inject.trials.runs import Trials

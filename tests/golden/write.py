@@ -189,18 +189,14 @@ def write_merge(path: Path) -> None:
 
 def write_proofs(path: Path) -> None:
     torch.manual_seed(0)
-    for name, make, inputs in (
-        ("tokens", cases.small_llama, torch.arange(16).view(2, 8)),
-        ("outputs", cases.regression, torch.randn(3, 4).double()),
-    ):
-        plain, part = make(), path / name
-        part.mkdir()
-        model = fill(li.inject(copy.deepcopy(plain), config("all-linear")), std=0.3)
-        for layout, file in FORMATS.items():
-            li.save_adapter(model, part / file, format=layout, probe=inputs)
-        (part / "peft" / "README.md").unlink()
-        output = output_of(model, [inputs])
-        write_expected(part / "expected.safetensors", plain, [inputs], output=output)
+    inputs, plain, part = torch.arange(16).view(2, 8), cases.small_llama(), path / "tokens"
+    part.mkdir()
+    model = fill(li.inject(copy.deepcopy(plain), config("all-linear")), std=0.3)
+    for layout, file in FORMATS.items():
+        li.save_adapter(model, part / file, format=layout, probe=inputs)
+    (part / "peft" / "README.md").unlink()
+    output = output_of(model, [inputs])
+    write_expected(part / "expected.safetensors", plain, [inputs], output=output)
 
 
 class Keep(TrainerCallback):

@@ -7,6 +7,7 @@ or goes; adapters may.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -233,3 +234,16 @@ def endless(name: str, depth: int) -> LayerError:
         "Keep such a reference in a tuple, or set it with object.__setattr__; train() and eval() "
         "of torch would not end either",
     )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[bool]:
+    """Run the body in evaluation mode; yield whether that is another one than before."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield bool(training)
+    finally:
+        for module in training:
+            module.training = True

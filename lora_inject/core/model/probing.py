@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,13 +12,12 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.layers.selected import Mix
-from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.survey import Survey, evaluating
 from lora_inject.core.roots.carried import reach
 from lora_inject.core.roots.disabling import selecting
 from lora_inject.errors import FormatError, StateError, article
 from lora_inject.formats.exchange import format_of, options_of
 from lora_inject.formats.proof import KEY, STRENGTHS, Ahead, Proof
-from lora_inject.trees import tree_leaves
 
 N_PROMPTS, N_TOKENS = 8, 32
 """More rows, and longer ones, are left out: a file is no data set."""
@@ -28,25 +26,19 @@ N_AHEAD, N_TOP = 3, 5
 """Prefixes of each prompt after which tokens are rated, and how many of each distribution: those
 that servers return."""
 
-N_SAMPLES = 64
-"""Values of each output of a model that does not predict tokens."""
-
+Prompts = Sequence[Sequence[int]]
 _OF_TOKENS = {"attention_mask", "labels", "token_type_ids", "position_ids"}
-_REMEDY = (
-    "Give token ids (a tensor, or lists), a pair of texts and their tokenizer, or a dict of the "
-    "model's arguments"
-)
+_REMEDY = "Give token ids (a tensor, lists, a dict of input_ids), or texts and their tokenizer"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model is asked: prompts of token ids, or its arguments as they are."""
+    """What a model is asked: prompts of token ids, and their texts where a tokenizer was given."""
 
-    prompts: tuple[tuple[int, ...], ...] = ()
+    prompts: tuple[tuple[int, ...], ...]
     texts: tuple[str, ...] = ()
     pieces: tuple[tuple[str, ...], ...] = ()
     decode: Callable[[int], str] | None = None
-    arguments: Any = None
 
 
 def take_proof(
@@ -98,14 +90,11 @@ def _measured(survey: Survey, name: str, inputs: Inputs, asked: str) -> Proof:
     """Return what a model computes at each strength of an adapter."""
     gained = name in reach(survey.model, survey).gained  # a mix may not weigh it
     strengths = (0.0, 1.0) if gained else STRENGTHS
-    predicted = bool(inputs.prompts)
     values, ahead = [], []
-    with torch.no_grad(), in_evaluation(survey.model):
-        for (
-            strength
-        ) in strengths:  # the outputs of one at a time: they are of the vocabulary's size
+    with torch.no_grad(), evaluating(survey.model):
+        for strength in strengths:  # one at a time: outputs are of the vocabulary's size
             outputs = _run_at(survey, name, strength, inputs, asked)
-            values.append(token_values(outputs, inputs) if predicted else output_samples(outputs))
+            values.append(token_values(outputs, inputs.prompts))
             ahead.append(_next_tokens(outputs, inputs))
             if not strength:
                 largest = torch.stack([each.float().abs().amax() for each in outputs])
@@ -118,10 +107,9 @@ def _measured(survey: Survey, name: str, inputs: Inputs, asked: str) -> Proof:
         texts=[*inputs.texts],
         pieces=[[*row] for row in inputs.pieces],
         ahead=_ahead(ahead, inputs),
-        vocabulary=first.shape[-1] if predicted else 0,
+        vocabulary=first.shape[-1],
         dtype=str(first.dtype).removeprefix("torch."),
         size=float(largest.mean()),
-        digest="" if predicted else digest_of_inputs(inputs.arguments),
     )
 
 
@@ -129,7 +117,7 @@ def _run_at(survey: Survey, name: str, strength: float, inputs: Inputs, asked: s
     """Run a model with one adapter, multiplied; 0 is the base."""
     mix = Mix({name: strength} if strength else {})
     with selecting(survey.model, mix, asked):
-        made = run(survey.model, inputs, asked)
+        made = run(survey.model, inputs.prompts, asked)
     if not all_finite(*made):
         problem = f"the model's outputs are not finite, with the adapter times {strength:g}"
         raise StateError(asked, problem, "Give inputs on which they are")
@@ -138,54 +126,25 @@ def _run_at(survey: Survey, name: str, strength: float, inputs: Inputs, asked: s
 
 def inputs_of(probe: Any, asked: str) -> Inputs:
     """Return what a model is to be asked for a probe of any form that is taken."""
-    _check_probe(probe, asked)
-    if isinstance(probe, tuple) and len(probe) == 2 and callable(probe[1]):
-        return _of_texts(*probe, asked)
-    if isinstance(probe, Mapping):
-        return _of_arguments(probe, asked)
-    if isinstance(probe, Tensor) and probe.is_floating_point():
-        return Inputs(arguments=probe)
-    if isinstance(probe, Tensor):
-        rows = probe.reshape(-1, probe.shape[-1] if probe.dim() else 1)
-        return Inputs(_prompts(rows.tolist(), asked))
-    if isinstance(probe, list) and isinstance(probe[0], list | tuple):
-        return Inputs(_prompts(probe, asked))
-    problem = f"it is {article(type(probe).__name__)} of an unknown form"
-    raise StateError(asked, problem, _REMEDY)
-
-
-def _check_probe(probe: Any, asked: str) -> None:
-    """Refuse a probe that is empty, and text by itself."""
     texts, *others = probe if isinstance(probe, tuple) and probe else (probe,)
     if _is_text(texts) and not (len(others) == 1 and callable(others[0])):
         raise StateError(asked, "it is text without a tokenizer", _REMEDY)
-    tensors = [leaf for leaf in tree_leaves(probe) if isinstance(leaf, Tensor)]
-    if any(not tensor.numel() for tensor in tensors) or _is_empty(probe):
-        raise StateError(asked, "it is empty", _REMEDY)
+    if others and callable(others[0]):
+        return _of_texts(texts, others[0], asked)
+    if isinstance(probe, Mapping):
+        probe = _unpadded(probe, asked)
+    if isinstance(probe, Tensor) and probe.dim() and not probe.is_floating_point():
+        probe = probe.reshape(-1, probe.shape[-1]).tolist() if probe.numel() else []
+    if not isinstance(probe, list):
+        problem = f"it is {article(type(probe).__name__)} without token ids"
+        raise StateError(asked, problem, f"{_REMEDY}; other models prove nothing")
+    return Inputs(_prompts(probe, asked))
 
 
 def _is_text(probe: Any) -> bool:
     """Whether a probe is a text, or a list of some."""
     several = isinstance(probe, list) and bool(probe) and isinstance(probe[0], str)
     return isinstance(probe, str) or several
-
-
-def _is_empty(probe: Any) -> bool:
-    """Whether a probe, or each of its rows, is a collection of nothing."""
-    rows = probe if isinstance(probe, list) else [probe]
-    return not any(len(row) if isinstance(row, Mapping | list | tuple) else 1 for row in rows)
-
-
-def _of_arguments(probe: Mapping[str, Any], asked: str) -> Inputs:
-    """Return the prompts of a model's arguments, if they are of tokens alone; else these."""
-    ids = probe.get("input_ids")
-    if not isinstance(ids, Tensor) or probe.keys() - {"input_ids"} - _OF_TOKENS:
-        return Inputs(arguments=dict(probe))
-    mask = probe.get("attention_mask")
-    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
-        problem = "its attention_mask is no tensor of the shape of input_ids"
-        raise StateError(asked, problem, _REMEDY)
-    return Inputs(_prompts(_unpadded(ids, mask), asked))
 
 
 def _of_texts(texts: Any, tokenizer: Any, asked: str) -> Inputs:
@@ -206,7 +165,16 @@ def _of_texts(texts: Any, tokenizer: Any, asked: str) -> Inputs:
     return Inputs(prompts, tuple(texts) if whole else (), pieces, decode)
 
 
-def _unpadded(ids: Tensor, mask: Any) -> list[list[int]]:
+def _unpadded(probe: Mapping[str, Any], asked: str) -> list[list[int]]:
+    """Return the rows of a model's arguments, if they are of tokens alone."""
+    ids = probe.get("input_ids")
+    if not isinstance(ids, Tensor) or probe.keys() - {"input_ids"} - _OF_TOKENS:
+        problem = f"it has {', '.join(map(repr, probe))}, which are not token ids alone"
+        raise StateError(asked, problem, f"{_REMEDY}; other models prove nothing")
+    mask = probe.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
+        problem = "its attention_mask is no tensor of the shape of input_ids"
+        raise StateError(asked, problem, _REMEDY)
     rows = ids.reshape(-1, ids.shape[-1])
     kept = torch.ones_like(rows) if mask is None else mask.reshape(rows.shape)
     return [row[keep.bool()].tolist() for row, keep in zip(rows, kept, strict=True)]
@@ -218,40 +186,20 @@ def _prompts(rows: Sequence[Sequence[Any]], asked: str) -> tuple[tuple[int, ...]
         prompts = tuple(tuple(map(int, row[:N_TOKENS])) for row in rows[:N_PROMPTS])
     except (TypeError, ValueError):
         raise StateError(asked, "its rows are not token ids", _REMEDY) from None
-    short = not prompts or any(len(prompt) < 2 for prompt in prompts)
+    if not any(prompts):
+        raise StateError(asked, "it is empty", _REMEDY)
+    short = any(len(prompt) < 2 for prompt in prompts)
     if short or any(token < 0 for prompt in prompts for token in prompt):
         raise StateError(asked, "a row has fewer than two tokens, or a negative one", _REMEDY)
     return prompts
 
 
-@contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and each of its modules back into its own."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def run(model: nn.Module, inputs: Inputs, asked: str) -> list[Tensor]:
-    """Return the logits of each prompt, `(tokens, vocabulary)`, or every tensor of the outputs."""
-    if not inputs.prompts:
-        with _said(asked):
-            given = inputs.arguments
-            made = model(**given) if isinstance(given, dict) else model(given)
-        leaves = [leaf.detach() for leaf in tree_leaves(made) if _is_float(leaf) and leaf.numel()]
-        if not leaves:
-            problem = "with these inputs the model returns no tensor of floats"
-            raise StateError(asked, problem, "Give inputs of which it does")
-        return leaves
-    _check_vocabulary(model, inputs, asked)
+def run(model: nn.Module, prompts: Prompts, asked: str) -> list[Tensor]:
+    """Return the logits of each prompt, `(tokens, vocabulary)`."""
+    _check_vocabulary(model, prompts, asked)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     rated = []
-    for prompt in inputs.prompts:
+    for prompt in prompts:
         with _said(asked):
             made = model(torch.tensor([prompt], device=device))
         rated.append(_logits(made, prompt, asked))
@@ -269,15 +217,11 @@ def _said(asked: str) -> Iterator[None]:
         raise StateError(asked, problem, _REMEDY) from e
 
 
-def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
-
-
-def _check_vocabulary(model: nn.Module, inputs: Inputs, asked: str) -> None:
+def _check_vocabulary(model: nn.Module, prompts: Prompts, asked: str) -> None:
     """Refuse a probe of another tokenizer, which an embedding would fail on."""
     asks: Any = getattr(model, "get_input_embeddings", None)
     table = getattr(asks() if callable(asks) else None, "num_embeddings", None)
-    largest = max(max(prompt) for prompt in inputs.prompts)
+    largest = max(max(prompt) for prompt in prompts)
     if table is not None and largest >= table:
         problem = f"it has the token {largest}, and the model has {table:,} tokens"
         raise StateError(asked, problem, "Give tokens of the model's own tokenizer")
@@ -285,18 +229,20 @@ def _check_vocabulary(model: nn.Module, inputs: Inputs, asked: str) -> None:
 
 def _logits(made: Any, prompt: Sequence[int], asked: str) -> Tensor:
     logits = getattr(made, "logits", made)
-    fits = _is_float(logits) and logits.dim() == 3 and logits.shape[:2] == (1, len(prompt))
-    if not fits or logits.shape[-1] <= max(prompt):
+    fits = isinstance(logits, Tensor) and logits.is_floating_point() and logits.dim() == 3
+    if not fits or logits.shape[:2] != (1, len(prompt)) or logits.shape[-1] <= max(prompt):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(made).__name__
         problem = f"for {len(prompt)} tokens the model returns {shape}, which rates no next token"
-        raise StateError(asked, problem, "Give a dict of the model's arguments")
+        raise StateError(
+            asked, problem, "Leave the probe out: only models that predict tokens prove"
+        )
     return logits.detach()[0]  # type: ignore[no-any-return]
 
 
-def token_values(logits: Sequence[Tensor], inputs: Inputs) -> Tensor:
+def token_values(logits: Sequence[Tensor], prompts: Prompts) -> Tensor:
     """Return the log-probability of each token but the first of each prompt, `(n,)`."""
     rated = []
-    for each, prompt in zip(logits, inputs.prompts, strict=True):
+    for each, prompt in zip(logits, prompts, strict=True):
         tokens = torch.tensor(prompt[1:], device=each.device)[:, None]
         rated.append(_log_probabilities(each[:-1]).gather(1, tokens)[:, 0])
     return torch.cat(rated).cpu()
@@ -330,27 +276,8 @@ def _ahead(logits: Sequence[Sequence[Tensor]], inputs: Inputs) -> list[Ahead]:
         decode = inputs.decode
         texts = [] if decode is None else [decode(token) for token in tokens]
         values = [_rounded(row[tokens]) for row in rows]
-        ahead.append(Ahead(number, length, tokens, texts, values))
+        ahead.append(Ahead(prompt=number, length=length, tokens=tokens, texts=texts, values=values))
     return ahead
-
-
-def output_samples(outputs: Sequence[Tensor]) -> Tensor:
-    """Return a few values of each output, evenly spaced, `(n,)`."""
-    parts = []
-    for output in outputs:
-        flat = output.reshape(-1)
-        at = torch.linspace(0, len(flat) - 1, min(N_SAMPLES, len(flat))).round().long()
-        parts.append(flat[at.to(flat.device)].double().cpu())
-    return torch.cat(parts)
-
-
-def digest_of_inputs(arguments: Any) -> str:
-    """Return what identifies the inputs of a model, by their values."""
-    made = hashlib.sha256()
-    for leaf in tree_leaves(arguments):
-        values = leaf.detach().cpu().double().tolist() if isinstance(leaf, Tensor) else leaf
-        made.update(repr(values).encode())
-    return made.hexdigest()
 
 
 def _rounded(values: Tensor) -> list[float]:

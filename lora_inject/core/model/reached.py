@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.survey import Survey, evaluating
 from lora_inject.core.roots.carried import adapted_modules, check_unmerged, entries, reach
 from lora_inject.core.spec.names import counted
 from lora_inject.errors import LayerError, StateError
@@ -41,15 +41,9 @@ def unreached(model: nn.Module, run: Callable[[], Any]) -> list[str]:
 
 def refuse_unreached(model: nn.Module, probe: Callable[[], Any]) -> None:
     """Check that a run in eval mode, without gradients, reaches all sites of active adapters."""
-    training = {id(module): module.training for module in model.modules()}
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
-    try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            missed = _missed_sites(model, probe)
-    finally:
-        for module in model.modules():
-            module.training = training[id(module)]
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices):
+        missed = _missed_sites(model, probe)
     if missed:
         some = ", ".join(map(repr, missed[:3]))
         raise LayerError(

@@ -60,9 +60,9 @@ def save_adapter(
             what no forward has used is an error once the adapter was trained, unless other members
             of the same ModuleList or ModuleDict were used: experts, layers that are dropped.
         probe: A few short inputs. The file then says what the model computes for them with the
-            adapter and without it, for `verify_loaded` and `verify_served`. Token ids, a pair of
-            texts and their tokenizer, or a dict of the model's arguments; of token ids the first 32
-            of 8 rows are used. The model runs about 14 times.
+            adapter and without it, for `verify_loaded` and `verify_served`. Token ids, or
+            a pair of texts and their tokenizer: the model predicts tokens. The first 32 of 8 rows
+            are used. The model runs about 14 times.
         group: Processes of which each has other layers of the model; see `inject`. The first one
             writes the parts of all.
         **options: For the format: `overwrite=True` replaces an adapter that is there; `base_model`,
