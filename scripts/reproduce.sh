@@ -6,7 +6,7 @@
 #
 # Needs Python 3.11 or newer and pip; the environment .venv is shared with the other scripts. Takes
 # some hours on one core; may be stopped at any moment and started again. Writes
-# docs/reproduction.md and docs/pictures.
+# docs/evidence/reproduction.md and docs/pictures.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -169,14 +169,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--random-weights", action="store_true", help="tiny random models and made-up sentences"
     )
     parser.add_argument("--folder", type=Path, help="records (default: .reproduction)")
-    parser.add_argument("--output", type=Path, help="default: docs/reproduction.md; quick: folder")
+    parser.add_argument(
+        "--output", type=Path, help="default: docs/evidence/reproduction.md; quick: folder"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.folder is None:
         args.folder = REPO / (".reproduction/quick" if args.quick else ".reproduction")
     if args.output is None:
         quick = args.folder / "reproduction.md"
-        args.output = quick if args.quick else REPO / "docs" / "reproduction.md"
+        args.output = quick if args.quick else REPO / "docs" / "evidence" / "reproduction.md"
     return args
 
 

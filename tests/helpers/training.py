@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.models import tiny, tiny_llama
+from helpers.models import tiny_llama
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    BertModel,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
@@ -94,11 +93,6 @@ def tokenizer(out: Path) -> Path:
 def llama_folder(out: Path, **changes: Any) -> Path:
     changes |= {"eos_token_id": 0, "pad_token_id": 1, "bos_token_id": None}
     llama(vocab=103, **changes).save_pretrained(out)
-    return tokenizer(out)
-
-
-def bert_folder(out: Path) -> Path:
-    tiny(BertModel, vocab_size=103, pad_token_id=1).save_pretrained(out)
     return tokenizer(out)
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -14,19 +13,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from conftest import script
 from helpers.forks import Forks
 from helpers.models import tiny_llama
-from helpers.training import bert_folder, llama_folder
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from transformers import AutoTokenizer, TrainerCallback
-
-import lora_inject as li
 
 REPO = Path(__file__).parents[2]
 
@@ -35,7 +28,6 @@ with mock.patch.dict(os.environ):  # which these set, for programs of their own
     reproduce = script("reproduction.__main__").main
     methods, trials = (script(f"reproduction.{name}") for name in ("methods", "trials"))
 pairs, snippets = script("data.pairs"), script("data.snippets")
-rows, tasks, finetune = (script(f"finetuning.{name}") for name in ("rows", "tasks", "finetune"))
 
 # ------------------------------------------------------------------------------- the environment
 
@@ -136,185 +128,6 @@ def test_the_loss_of_pairs_is_eq_2_one_token_at_a_time(pad: int) -> None:
     ]
     log_probs = pairs.target_log_probs(decoder, *pairs.collate(batch, pad=pad))
     torch.testing.assert_close(log_probs, torch.stack(wanted).float(), rtol=1e-6, atol=1e-6)
-
-
-# ----------------------------------------------------------------------------------- fine-tuning
-
-WORDS = ["red", "green", "blue", "black", "white"]
-TASKS = {  # data, model, what it adapts
-    "pairs": ("pairs.txt", "llama", "[qv]_proj"),
-    "classify": ("classes.csv", "bert", "query|value"),
-    "regress": ("numbers.jsonl", "bert", "query|value"),
-}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny models and data."""
-    out = tmp_path_factory.mktemp("place")
-    llama_folder(out / "llama")
-    bert_folder(out / "bert")
-    lines = [f"{a} {b}||{b}.\n" for a in WORDS for b in WORDS for _ in range(2)]
-    (out / "pairs.txt").write_text("".join(lines))
-    classes = [f"{a} {b},{int(a < b)}\n" for a in WORDS for b in WORDS if a != b]
-    (out / "classes.csv").write_text("text,label\n" + "".join(classes))
-    numbers = [{"text": f"{a} {b}", "label": (len(a) - len(b)) / 2} for a in WORDS for b in WORDS]
-    (out / "numbers.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in numbers))
-    return out
-
-
-def command(place: Path, output: Path, *words: str, task: str = "pairs") -> list[str]:
-    """The command line of a short run."""
-    data, model, targets = TASKS[task]
-    line = ["--task", task, "--train", str(place / data), "--model", str(place / model)]
-    line += ["--output", str(output), "--share", "0.3", "--quiet", "--batch", "4", "--lr", "0.01"]
-    line += ["--max-steps", "8", "--eval-every", "2"]
-    return [*line, *(() if "--method" in words else ("--targets", targets)), *words]
-
-
-def finetuned(place: Path, output: Path, *words: str, task: str = "pairs") -> dict[str, Any]:
-    """Run the program in this process."""
-    finetune.main(command(place, output, *words, task=task))
-    return results(output)
-
-
-def results(output: Path) -> dict[str, Any]:
-    return json.loads((output / "results.json").read_text())
-
-
-def curve(results: dict[str, Any], key: str = "loss") -> dict[int, float]:
-    return {entry["step"]: entry[key] for entry in results["log"] if key in entry}
-
-
-@pytest.fixture(scope="module")
-def plain(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of a run without dropout, which other ways to compute it are compared with."""
-    out = tmp_path_factory.mktemp("plain") / "out"
-    finetuned(place, out, "--dropout", "0")
-    return out
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_is_eq_2_over_the_tokens_of_the_target(smoothing: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 7, 17, generator=generator)
-    labels = torch.randint(0, 17, (3, 7), generator=generator)
-    labels[torch.rand(3, 7, generator=generator) < 0.4] = -100
-    wanted = []
-    for row, row_labels in zip(logits.double().log_softmax(-1), labels, strict=True):
-        for logp, label in zip(row, row_labels[1:], strict=False):
-            if label != -100:
-                wanted.append(-(1 - smoothing) * logp[label] - smoothing * logp.mean())
-    task = tasks.Words(None, "", 0, smoothing)
-    for n_items, due in ((None, np.mean(wanted)), (2 * len(wanted), np.mean(wanted) / 2)):
-        loss = task.loss({"logits": logits}, labels, num_items_in_batch=n_items)
-        assert float(loss) == pytest.approx(float(due), rel=1e-5)
-
-
-def test_only_the_assistant_is_learned_from_a_conversation(place: Path, tmp_path: Path) -> None:
-    roles = zip(("user", "assistant") * 2, ("ab", "cd", "e", "f"), strict=True)
-    talk = [{"role": role, "content": content} for role, content in roles]
-    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": talk}))
-    tokenizer = AutoTokenizer.from_pretrained(place / "llama")
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }};{% endfor %}"
-        "{% if add_generation_prompt %}[a]{% endif %}"
-    )
-    given = rows.read(tmp_path / "a.jsonl", ["context", "target"])
-    (encoded,) = tasks.Words(tokenizer, "{text}", 200, 0.0).encode(given, train=True)
-    ids, labels = np.array(encoded["input_ids"]), np.array(encoded["labels"])
-    assert tokenizer.decode(ids) == "[u]ab;[a]cd;[u]e;[a]f;"
-    assert tokenizer.decode(ids[labels != -100]) == "cd;f;"
-
-
-@pytest.mark.parametrize(
-    ("task", "metric", "method"),
-    [("pairs", "nll", "lora"), ("classify", "accuracy", "lora"), ("regress", "mse", "head")],
-)
-def test_a_task_is_learned_judged_and_its_best_adapter_saved(
-    task: str, metric: str, method: str, place: Path, tmp_path: Path
-) -> None:
-    words = [] if method == "lora" else ["--method", method]
-    done = finetuned(place, tmp_path / "out", *words, task=task)
-    assert done["steps"] == len(curve(done)) == 8
-    evaluated = curve(done, f"eval_{metric}")
-    assert set(evaluated) == {2, 4, 6, 8}
-    state = li.read_adapter(tmp_path / "out" / "adapter")
-    assert len(state.sites) == (4 if method == "lora" else 0)
-    if task == "pairs":
-        held_out = done["after"]["held_out"]["nll"]
-        assert held_out == pytest.approx(min(evaluated.values()), rel=1e-5)
-        assert held_out < done["before"]["held_out"]["nll"]
-    else:
-        assert {*state.trained} == {"classifier.weight", "classifier.bias"}, "the new head is in it"
-
-
-def test_a_batch_in_parts_is_the_batch_and_a_run_goes_on_under_its_own_numbers(
-    place: Path, plain: Path, tmp_path: Path
-) -> None:
-    """The targets differ in length, so a mean of means would be another number."""
-    words = ("--dropout", "0", "--accumulate", "4", "--gradient-checkpointing", "--keep", "1")
-    parts = finetuned(place, tmp_path / "parts", *words)
-    for key in ("loss", "eval_nll"):
-        assert curve(parts, key) == pytest.approx(curve(results(plain), key), rel=1e-5)
-    again = command(place, plain, "--dropout", "0")
-    with pytest.raises(SystemExit, match="Pass --resume"):
-        finetune.main(again)
-    with pytest.raises(SystemExit, match=r"lr was 0\.01 and is now 0\.2"):
-        finetune.main([*again, "--resume", "--lr", "0.2"])
-
-
-class Kill(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def run_until_killed(step: int, words: list[str]) -> None:
-    build = finetune.build
-
-    def killed(*args: Any) -> Any:
-        trainer = build(*args)
-        trainer.add_callback(Kill(step))
-        return trainer
-
-    finetune.build = killed
-    finetune.main(words)
-
-
-def run_as_a_rank(words: list[str]) -> None:
-    finetune.WORLD = int(os.environ["WORLD_SIZE"])
-    finetune.FIRST = os.environ["RANK"] == "0"
-    finetune.main(words)
-
-
-@pytest.mark.slow
-def test_killed_and_resumed_equals_not_killed(place: Path, tmp_path: Path, forks: Forks) -> None:
-    """SIGKILL at a random step; dropout is on."""
-    whole, step = finetuned(place, tmp_path / "whole"), random.randint(3, 7)
-    fork = forks.start(run_until_killed, step, command(place, tmp_path / "killed"))
-    assert fork.wait() == -signal.SIGKILL, fork.err()
-    resumed = finetuned(place, tmp_path / "killed", "--resume")
-    for key in ("loss", "eval_nll"):
-        assert curve(resumed, key) == curve(whole, key), f"killed at step {step}"
-    file = Path("adapter", "adapter_model.safetensors")
-    one, other = (load_file(tmp_path / name / file) for name in ("whole", "killed"))
-    assert all(torch.equal(one[key], other[key]) for key in one)
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(
-    place: Path, plain: Path, tmp_path: Path, forks: Forks
-) -> None:
-    words = command(place, tmp_path / "two", "--dropout", "0")
-    for rank in forks.start_ranks(2, run_as_a_rank, words):
-        rank.result()
-    for key in ("loss", "eval_nll"):
-        one, two = (curve(results(out), key) for out in (plain, tmp_path / "two"))
-        assert two == pytest.approx(one, rel=1e-5)
 
 
 # ------------------------------------------------------------- the paper's runs, and measurements

@@ -37,7 +37,7 @@ def beside(name: str) -> li.AdapterState:
 
 LINEAR = {"vllm", "llama.cpp", "peft", "diffusers"}
 NOT_LLAMA_CPP = LINEAR - {"llama.cpp"}
-CASES: dict[str, tuple[li.AdapterState, set[str]]] = {  # who takes it; scripts/clients.py asks them
+CASES: dict[str, tuple[li.AdapterState, set[str]]] = {  # who takes it: tests/interop/ asks
     "plain": (state_of(*PLAIN), LINEAR | {"sglang", "lorax"}),
     "rslora": (alike(scaling="rslora"), NOT_LLAMA_CPP | {"lorax"}),
     "one alpha differs": (state_of(*PLAIN[:-1], LAST["alpha"]), NOT_LLAMA_CPP),

