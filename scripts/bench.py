@@ -4,7 +4,7 @@
     python scripts/bench.py decode merge --rounds 15          some rows
     python scripts/bench.py --quick                           tiny sizes: does it work at all
     python scripts/bench.py --device cuda                     every row on a GPU, with peak memory
-    python scripts/bench.py --json docs/evidence/performance.json --write docs/evidence/performance.md
+    python scripts/bench.py --json results.json --write performance.md
 
 With `--json` the rows that were measured replace their old numbers in the file, and the document
 and the picture show all that it holds. Needs the `bench` extra: `pip install -e '.[bench]'`.

@@ -170,7 +170,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--folder", type=Path, help="records (default: .reproduction)")
     parser.add_argument(
-        "--output", type=Path, help="default: docs/evidence/reproduction.md; quick: folder"
+        "--output", type=Path, help="default: the page in docs; quick: folder"
     )
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     args = parser.parse_args(argv)

