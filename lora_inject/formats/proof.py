@@ -28,8 +28,8 @@ STRENGTHS = (0.0, *(2 ** (n / 2) for n in range(-6, 7)))
 """0, and 1/8 to 8 in steps of the root of 2."""
 
 LEAST_NOISE = 2e-3
-"""What programs differ by that compute the same in float32, in log-probabilities: docs/evidence/clients.md
-has figures for a model of 30 layers."""
+"""What programs differ by that compute the same in float32, in log-probabilities:
+docs/evidence/clients.md has figures for a model of 30 layers."""
 
 _EDITED = "The file was edited; save the adapter again with probe="
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
-# Chosen on the movie snippets of docs/evidence/search.md with the seeds 10 to 17, all losses known. The
+# Chosen on the movie snippets of docs/evidence/search.md (seeds 10 to 17, all losses known). The
 # share of random sets of held-out batches by which the best or second best of 16 trials is in the
 # last rung (its standard error over seeds is 0.1), and the mean of the found loss minus the best:
 #                               a third of the batches      half            all

@@ -169,9 +169,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--random-weights", action="store_true", help="tiny random models and made-up sentences"
     )
     parser.add_argument("--folder", type=Path, help="records (default: .reproduction)")
-    parser.add_argument(
-        "--output", type=Path, help="default: the page in docs; quick: folder"
-    )
+    parser.add_argument("--output", type=Path, help="default: the page in docs; quick: folder")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.folder is None:

@@ -7,7 +7,8 @@
 Each case is an adapter on a tiny model with random weights in float32. The outputs of the program
 with our file are compared with those of this package; `check` must accept a file exactly if the
 program takes it and computes the same. The last table is that of docs/evidence/clients.md. The
-exit code is 1 if a verdict of `check` is wrong. `merged` is a checkpoint that `merge_checkpoint` wrote.
+exit code is 1 if a verdict of `check` is wrong. `merged` is a checkpoint that `merge_checkpoint`
+wrote.
 """
 
 from __future__ import annotations
