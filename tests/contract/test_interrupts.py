@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import pytest
@@ -25,18 +26,22 @@ class Interrupted(BaseException):
     """Like KeyboardInterrupt, of which nobody else makes use."""
 
 
-Line = tuple[str, int]
+Line = tuple[CodeType, int]
 
 
 def _traced(run: Callable[[], Any], stop_at: tuple[Line, int] | None = None) -> dict[Line, int]:
-    """Run, raise when a line is reached for the given time, and return how often each was."""
+    """Run, raise when a line is reached for the given time, and return how often each was.
+
+    With a line to stop at, only that line's function is traced, and so only its lines are counted.
+    """
     lines: dict[Line, int] = {}
 
     def trace(frame: Any, event: str, _: Any) -> Any:
-        if frame.f_code.co_filename not in FILES:
+        code = frame.f_code
+        if code is not stop_at[0][0] if stop_at else code.co_filename not in FILES:
             return None
         if event == "line":
-            line = (frame.f_code.co_filename, frame.f_lineno)
+            line = (code, frame.f_lineno)
             lines[line] = lines.get(line, 0) + 1
             if (line, lines[line]) == stop_at:
                 sys.settrace(None)
