@@ -49,7 +49,9 @@ the human wrote.</p>
 <img src="pictures/layers.png" alt="the size of the update by layer">
 <p>The singular values of the updates in the middle of the model, over the largest. Where a line
 falls fast, few directions do the work: a smaller rank would do.</p>
-<img src="pictures/spectra.png" alt="singular values of two updates, falling">
+{% for kind in "qv" %}
+<img src="pictures/spectra-model-layers-self_attn-{{ kind }}_proj.png" alt="singular values">
+{% endfor %}
 <p>All numbers of every layer, and what merging in 16, 8 and 4 bits would keep, are in
 <a href="analysis.html">the adapter's own report</a>.</p>
 </html>

@@ -22,8 +22,8 @@ import yaml
 
 from lora_inject import errors
 from lora_inject.cli import app
-from lora_inject.cli.given import ReadOptions
-from lora_inject.cli.program import EXAMPLES
+from lora_inject.cli.app import COMMANDS
+from lora_inject.cli.options import ReadOptions
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.schema import json_schema
 from lora_inject.version import __version__
@@ -166,9 +166,9 @@ def commands() -> str:
     group: Any = typer.main.get_command(app)
     parts = []
     shared: dict[str, str] = {}
-    for name, example in EXAMPLES.items():
-        command = group.commands[name]
-        parts.append(f"## {name}\n\n{_prose(command.help or '')}\n\n`{example}`\n")
+    for name, (_, _, example) in COMMANDS.items():
+        command = group.get_command(None, name)
+        parts.append(f"## {name}\n\n{_prose(command.help)}\n\n`lora-inject {example}`\n")
         rows, reads = [], False
         for parameter in command.params:
             if parameter.name in SHARED:

@@ -15,6 +15,8 @@ from lora_inject.algebra.values import Truncated, paired, truncation
 from lora_inject.core.adapter.parts import compared
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.spec.tables import Listing, wrapped
+from lora_inject.core.spec.words import printable
 from lora_inject.errors import check_type
 from lora_inject.formats.exchange import read_adapter
 
@@ -166,6 +168,29 @@ class Difference:
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as plain data."""
         return {**asdict(self), "distance": self.distance, "cosine": self.cosine}
+
+    def text(self, width: int = 80, *, everything: bool = False) -> str:
+        """Return the sites, those of one kind in one line unless `everything`, and the totals."""
+        heads = ("site", "ranks", "|one|", "|two|", "|one - two|", "cosine")
+        cells = tuple(
+            (name, "{} and {}".format(*site.ranks), *site.norms, site.distance, site.cosine)
+            for name, site in self.sites.items()
+        )
+        lines = [*Listing(heads, cells).lines(width, everything=everything)]
+        for name, apart in self.trained.items():
+            where = "in only one of them" if apart is None else f"|one - two| = {apart:.3g}"
+            lines.append(f"trained {printable(name)}: {where}")
+        if self.equal:
+            likeness = "equal in every bit"
+        elif self.distance == 0 and all(apart == 0 for apart in self.trained.values()):
+            likeness = "equal values; the configs or fingerprints differ"
+        else:
+            likeness = "not equal"
+        cosine = "-" if self.cosine is None else f"{self.cosine:.6f}"
+        whole = f"|one - two| = {self.distance:.6g}"
+        return "\n".join(
+            [*lines, *wrapped(f"{likeness}; {whole}, cosine {cosine}, over all sites", width)]
+        )
 
 
 def diff(one: Adapter, two: Adapter) -> Difference:

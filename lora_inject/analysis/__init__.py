@@ -4,23 +4,20 @@ Every figure is a pure function of tensors or of an `AdapterState`; W is needed 
 them, and is then streamed from a checkpoint. Nothing here needs a model.
 """
 
-from lora_inject.analysis.blocks import SHARES, SiteBlock, Spectrum, site_blocks, spectrum
-from lora_inject.analysis.drawings import draw_similarity, draw_spectra, need_matplotlib
-from lora_inject.analysis.figures import Analysis, Finding, analyze, findings
-from lora_inject.analysis.gallery import draw_gallery
+from lora_inject.analysis.figures import Analysis, Comparison, Finding, analyze, compare
 from lora_inject.analysis.inspection import Inspection, inspect_state
-from lora_inject.analysis.report.write_page import report, write_report
-from lora_inject.analysis.rounding import FORMATS, Rounded, rounding
-from lora_inject.analysis.subspaces import (
-    Comparison,
-    across_layers,
-    compare,
+from lora_inject.analysis.numbers import (
+    SHARES,
+    SiteBlock,
+    Spectrum,
     directions,
-    gaussian_similarity,
     similarity,
-    subspace_similarity,
+    site_blocks,
+    spectrum,
 )
-from lora_inject.analysis.weights import Amplification, Weights, amplification
+from lora_inject.analysis.page import report, write_report
+from lora_inject.analysis.pictures import draw_pictures, draw_spectra, need_matplotlib
+from lora_inject.analysis.weights import FORMATS, Amplification, Rounded
 from lora_inject.core.adapter.svd import ThinProduct
 
 __all__ = [
@@ -35,24 +32,16 @@ __all__ = [
     "SiteBlock",
     "Spectrum",
     "ThinProduct",
-    "Weights",
-    "across_layers",
-    "amplification",
     "analyze",
     "compare",
     "directions",
-    "draw_gallery",
-    "draw_similarity",
+    "draw_pictures",
     "draw_spectra",
-    "findings",
-    "gaussian_similarity",
     "inspect_state",
     "need_matplotlib",
     "report",
-    "rounding",
     "similarity",
     "site_blocks",
     "spectrum",
-    "subspace_similarity",
     "write_report",
 ]

@@ -1,4 +1,4 @@
-"""All figures of one adapter, compared with W where its checkpoint is given, and what they tell.
+"""All figures of one adapter, compared with W and with another adapter, and what they tell.
 
 An `Analysis` is plain numbers. What prints, draws or warns reads it and computes nothing. A finding
 is a rule with a threshold that is stated here, the sentence that a reader gets, and the names it
@@ -8,22 +8,157 @@ holds for: inert sites, lost deltas, ranks that are not used. Nothing is changed
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
+from statistics import median
 
-from lora_inject.analysis.blocks import Figures, Place, Spectrum, site_blocks, spectrum
-from lora_inject.analysis.rounding import Rounded
-from lora_inject.analysis.weights import BlockOnWeight, SiteOnWeight, Weights
+from torch import Tensor
+
+from lora_inject.algebra.values import called
+from lora_inject.analysis.numbers import (
+    SHARES,
+    Figures,
+    Place,
+    Spectrum,
+    by_kind,
+    similarity,
+    site_blocks,
+    spectrum,
+)
+from lora_inject.analysis.weights import BlockOnWeight, Rounded, SiteOnWeight, Weights
 from lora_inject.checkpoint import Checkpoint
 from lora_inject.checkpoint.write import Progress, counting_bytes
 from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.spec.names import counted, templates
+from lora_inject.core.spec.tables import Listing, listed, number, span, wrapped
 from lora_inject.errors import StateError
 
 ONE_DIRECTION = 0.99  # of the energy in the first direction: a block that has only one
 SPARE = 2  # a rank is larger than needed where 99% of the energy fits into the rank over this
 LEAST_KEPT = 0.9  # share of a delta that must survive rounding
 LOUD = 1.0  # `|D| / |W|` from which a delta outweighs its weight
+
+
+# ---------------------------------------------------------------------------------- two adapters
+
+
+@dataclass(frozen=True)
+class Overlap(Figures):
+    """Phi of one pair of blocks on one side."""
+
+    phi: Tensor  # `(k1, k2)` float64; the entry `[i - 1, j - 1]` is `phi(i, j)`
+    dim: int  # d, the width that the spans live in
+
+    @property
+    def first(self) -> float:
+        """`phi(1, 1)`; NaN where a side has no directions."""
+        return float(self.phi[0, 0]) if self.phi.numel() else math.nan
+
+    @property
+    def whole(self) -> float:
+        """`phi(k1, k2)`; NaN where a side has no directions."""
+        return float(self.phi[-1, -1]) if self.phi.numel() else math.nan
+
+    @property
+    def whole_by_chance(self) -> float:
+        """The mean of `whole` over random subspaces, `max(k1, k2) / d`."""
+        return max(self.phi.shape) / self.dim
+
+
+@dataclass(frozen=True)
+class Pair(Place):
+    """One block in both adapters."""
+
+    ranks: tuple[int, int]  # r of the first and of the second
+    right: Overlap  # on the side of A
+    left: Overlap  # on the side of B
+
+
+@dataclass(frozen=True)
+class Comparison(Figures):
+    """Two adapters compared.
+
+    Attributes:
+        pairs: Every block that both have.
+        only_first: Names of sites that only the first has.
+        only_second: Names of sites that only the second has.
+    """
+
+    pairs: tuple[Pair, ...]
+    only_first: tuple[str, ...] = ()
+    only_second: tuple[str, ...] = ()
+
+    def rows(self) -> Listing:
+        """Return how far the subspaces agree, for each block."""
+        rows = []
+        for pair in self.pairs:
+            sides = ((s.first, s.whole, s.whole_by_chance) for s in (pair.right, pair.left))
+            ranks = ", ".join(map(str, pair.ranks))
+            rows.append((pair.name, ranks, *(value for side in sides for value in side)))
+        heads = (f"{side}: {what}" for side in "AB" for what in ("phi(1,1)", "whole", "chance"))
+        return Listing(("block", "ranks", *heads), tuple(rows))
+
+
+def compare(first: AdapterState, second: AdapterState) -> Comparison:
+    """Compare two adapters of one base: of two ranks, of two seeds, of two tasks.
+
+    Blocks of the same name are compared, on the side of A and on the side of B.
+
+    Args:
+        first: One adapter.
+        second: The other.
+
+    Returns:
+        Phi for every block that both have.
+
+    Raises:
+        StateError: They have no site in common, a common site has different widths, or one of them
+            holds NaN or Inf.
+
+    Examples:
+        >>> import torch
+        >>> from lora_inject.core.spec.sites import SiteSpec
+        >>> from lora_inject.core.adapter.site_state import SiteState
+        >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
+        >>> one = AdapterState({"fc": SiteState(spec, torch.eye(2, 4), torch.eye(6, 2))})
+        >>> pair = compare(one, one).pairs[0]
+        >>> pair.right.whole, pair.right.whole_by_chance
+        (1.0, 0.5)
+    """
+    for state, name in zip((first, second), called((first, second)), strict=True):
+        state.check_finite(f"compare, {name}")
+    common = [name for name in first.sites if name in second.sites]
+    if not common:
+        problem = f"of {len(first.sites)} and {len(second.sites)} sites none has the same name"
+        raise StateError("compare two adapters", problem, "Compare adapters of one base")
+    return Comparison(
+        tuple(pair for name in common for pair in _pairs(name, first, second)),
+        tuple(name for name in first.sites if name not in second.sites),
+        tuple(name for name in second.sites if name not in first.sites),
+    )
+
+
+def _pairs(name: str, first: AdapterState, second: AdapterState) -> Iterator[Pair]:
+    theirs = {block.label: block for block in site_blocks(second.sites[name])}
+    for one in site_blocks(first.sites[name]):
+        two = theirs.get(one.label)
+        if two is None:
+            continue
+        if one.delta.shape != two.delta.shape:
+            shapes = zip(called((first, second)), (one, two), strict=True)
+            problem = " and ".join(f"{n} updates {list(b.delta.shape)}" for n, b in shapes)
+            remedy = "Compare adapters of one base"
+            raise StateError(f"compare '{name}' of two adapters", problem, remedy)
+        right, left = (
+            Overlap(similarity(mine, other), mine.shape[0])
+            for mine, other in zip(one.spans(), two.spans(), strict=True)
+        )
+        yield Pair(name, one.label, (one.rank, two.rank), right, left)
+
+
+# ----------------------------------------------------------------------------------- one adapter
 
 
 @dataclass(frozen=True)
@@ -34,87 +169,16 @@ class BlockFigures(Place):
     rank: int  # r as configured
     spectrum: Spectrum  # singular values of the delta
 
-
-@dataclass(frozen=True)
-class Analysis(Figures):
-    """An adapter in numbers.
-
-    Attributes:
-        blocks: Every block of every site.
-        weights: Site to its comparison with W; empty without a base.
-        base: Folder of the base, None without one.
-    """
-
-    blocks: tuple[BlockFigures, ...]
-    weights: dict[str, SiteOnWeight] = field(default_factory=dict)
-    base: str | None = None
+    @property
+    def one_direction(self) -> bool:
+        """Whether one direction holds all but a hundredth of the energy."""
+        return self.rank > 1 and self.spectrum.first_share >= ONE_DIRECTION
 
     @property
-    def n_sites(self) -> int:
-        """How many sites there are."""
-        return len({block.site for block in self.blocks})
-
-    def on_weight(self) -> list[BlockOnWeight]:
-        """Return every block compared with W, in the order of the sites."""
-        return [block for site in self.weights.values() for block in site.blocks]
-
-
-def analyze(
-    state: AdapterState,
-    base: Weights | str | Path | None = None,
-    *,
-    any_base: bool = False,
-    label: str = "the adapter",
-    progress: Progress | None = None,
-) -> Analysis:
-    """Compute the figures of an adapter, compared with its base if that is given.
-
-    Args:
-        state: The adapter.
-        base: Its base, a safetensors checkpoint that is streamed, possibly as `Weights` of this
-            adapter; None: the adapter alone.
-        any_base: Compare although the adapter was made on another base.
-        label: What to call the adapter in messages.
-        progress: Called with bytes done and bytes in all.
-
-    Returns:
-        The figures.
-
-    Raises:
-        StateError: The adapter has no sites, or holds NaN or Inf.
-        CheckpointError: It does not fit the base.
-
-    Examples:
-        >>> import torch
-        >>> from lora_inject.core.spec.sites import SiteSpec
-        >>> from lora_inject.core.adapter.site_state import SiteState
-        >>> spec = SiteSpec("h.0.fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
-        >>> site = SiteState(spec, torch.eye(2, 4), torch.eye(6, 2))
-        >>> block = analyze(AdapterState({"h.0.fc": site})).blocks[0]
-        >>> block.kind, block.spectrum.values.tolist(), block.spectrum.stable_rank
-        ('h.*.fc', [2.0, 2.0], 2.0)
-    """
-    if not state.sites:
-        problem = "it has no low-rank sites"
-        raise StateError(f"analyze {label}", problem, "Only A and B can be analyzed")
-    state.check_finite(f"analyze {label}")
-    if isinstance(base, str | Path):
-        base = Weights(state, Checkpoint.open(base), label, any_base=any_base)
-    sizes = {
-        name: site.A.nbytes + site.B.nbytes + (base.n_bytes(name) if base else 0)
-        for name, site in state.sites.items()
-    }
-    blocks: list[BlockFigures] = []
-    compared: dict[str, SiteOnWeight] = {}
-    for name in counting_bytes(sizes, progress):
-        blocks += [
-            BlockFigures(name, b.label, b.delta.shape, b.rank, spectrum(b.delta))
-            for b in site_blocks(state.sites[name])
-        ]
-        if base is not None:
-            compared[name] = base.look(name)
-    folder = None if base is None else str(base.checkpoint.folder)
-    return Analysis(tuple(blocks), compared, folder)
+    def spare_rank(self) -> bool:
+        """Whether 99% of the energy fit into half of the rank."""
+        needed = self.spectrum.rank_for(0.99)
+        return not self.one_direction and 0 < needed * SPARE <= self.rank
 
 
 @dataclass(frozen=True)
@@ -134,61 +198,201 @@ class Finding(Figures):
     names: tuple[str, ...]
 
 
-def findings(analysis: Analysis) -> tuple[Finding, ...]:
-    """List what deserves attention, the most serious first.
+@dataclass(frozen=True)
+class Analysis(Figures):
+    """An adapter in numbers.
+
+    Attributes:
+        blocks: Every block of every site.
+        weights: Site to its comparison with W; empty without a base.
+        base: Folder of the base, None without one.
+        comparison: The adapter compared with another one, None without one.
+    """
+
+    blocks: tuple[BlockFigures, ...]
+    weights: dict[str, SiteOnWeight] = field(default_factory=dict)
+    base: str | None = None
+    comparison: Comparison | None = None
+
+    @property
+    def n_sites(self) -> int:
+        """How many sites there are."""
+        return len({block.site for block in self.blocks})
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What deserves attention, the most serious first: one for each rule that holds somewhere.
+
+        Examples:
+            >>> import torch
+            >>> from lora_inject.core.spec.sites import SiteSpec
+            >>> from lora_inject.core.adapter.site_state import SiteState
+            >>> spec = SiteSpec("h.0.fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
+            >>> site = SiteState(spec, torch.eye(2, 4), torch.zeros(6, 2))
+            >>> [f.code for f in analyze(AdapterState({"h.0.fc": site})).findings]
+            ['inert']
+        """
+
+        def blocks(holds: Callable[[BlockFigures], bool]) -> tuple[str, ...]:
+            return tuple(block.name for block in self.blocks if holds(block))
+
+        def rounded(form: str, holds: Callable[[Rounded], bool]) -> tuple[str, ...]:
+            sites = self.weights.items()
+            return tuple(name for name, site in sites if holds(site.rounded[form]))
+
+        loud = [b.name for b in self.on_weight() if b.norms.relative > LOUD]
+        rules = (
+            Finding("inert", True, "The delta is zero: B is, or it equals its frozen start. The "
+                    "site does nothing.", blocks(lambda b: not b.spectrum.rank)),
+            Finding("loud", True, "The delta outweighs the weight (|D| > |W|). Training may have "
+                    "diverged, or the scale is not the one it was trained with.",
+                    tuple(dict.fromkeys(loud))),
+            Finding("overflow", True, "The merged weight does not fit into float16.",
+                    rounded("float16", lambda r: math.isnan(r.kept))),
+            Finding("lost", True, f"Merged in bfloat16, less than {LEAST_KEPT * 100:.0f}% of the "
+                    "delta survives rounding. Keep the adapter apart, or merge in float32.",
+                    rounded("bfloat16", lambda r: r.kept < LEAST_KEPT)),
+            Finding("noise", False, "Merged in bfloat16, rounding changes the weight by more than "
+                    "the delta (error above 1).",
+                    rounded("bfloat16", lambda r: r.kept >= LEAST_KEPT and r.error > 1)),
+            Finding("one-direction", False, f"One direction holds {ONE_DIRECTION * 100:.0f}% of "
+                    "the energy or more: rank 1 would do.", blocks(attrgetter("one_direction"))),
+            Finding("spare-rank", False, f"99% of the energy fits into 1/{SPARE} of the rank or "
+                    "less.", blocks(attrgetter("spare_rank"))),
+        )  # fmt: skip
+        return tuple(finding for finding in rules if finding.names)
+
+    def on_weight(self) -> list[BlockOnWeight]:
+        """Return every block compared with W, in the order of the sites."""
+        return [block for site in self.weights.values() for block in site.blocks]
+
+    def kind_rows(self) -> Listing:
+        """Return the needed ranks of each kind of site: the median, and the largest."""
+        rows = []
+        for kind, blocks in by_kind(self.blocks).items():
+            spectra = [block.spectrum for block in blocks]
+            needed = zip(*(s.needed.values() for s in spectra), strict=True)
+            ranks = (f"{median(each):g} (max {max(each)})" for each in needed)
+            means = (
+                median(s.stable_rank for s in spectra),
+                median(s.effective_rank for s in spectra),
+            )
+            rows.append((kind, len(blocks), span(b.rank for b in blocks), *ranks, *means))
+        heads = ("kind", "blocks", "rank", *map(percent, SHARES), "stable", "effective")
+        return Listing(heads, tuple(rows))
+
+    def block_rows(self) -> Listing:
+        """Return the size and the needed ranks of the delta of each block."""
+        figures = attrgetter("norm", "first_share", "stable_rank", "effective_rank")
+        blocks = ((b.name, b.rank, b.spectrum) for b in self.blocks)
+        rows = ((n, rank, *figures(s), *map(float, s.needed.values())) for n, rank, s in blocks)
+        heads = ("block", "rank", "|D|", "first", "stable", "effective", *map(percent, SHARES))
+        return Listing(heads, tuple(rows))
+
+    def weight_rows(self) -> Listing:
+        """Return how each block compares with the weight that it updates."""
+        figures = attrgetter("weight_norm", "relative", "rank", "of_delta", "factor")
+        rows = ((Place(b.tensor, b.label).name, *figures(b.norms)) for b in self.on_weight())
+        return Listing(("tensor", "|W|", "|D|/|W|", "r", "|U'WV|", "amplification"), tuple(rows))
+
+    def rounding_rows(self) -> Listing:
+        """Return the part of each delta that each format keeps, and the error."""
+        sites = self.weights
+        formats = next(iter(sites.values())).rounded if sites else ()
+        rows = tuple(
+            (name, site.stored, *((r.kept, r.error) for r in site.rounded.values()))
+            for name, site in sites.items()
+        )
+        return Listing(("kept (error) after merging in", "stored", *formats), rows)
+
+    def text(self, width: int = 80, *, everything: bool = False) -> str:
+        """Return the figures as tables, by kind of site unless `everything`, and the findings."""
+        return "\n".join(self._lines(width, everything=everything))
+
+    def _lines(self, width: int, *, everything: bool) -> Iterator[str]:
+        tables = [self.block_rows(), self.weight_rows(), self.rounding_rows()]
+        compared = self.comparison
+        tables += [compared.rows()] if compared is not None else []
+        for rows in tables:
+            if rows.cells:
+                yield from rows.lines(width, everything=everything)
+                yield ""
+        if not everything and len(self.blocks) > len(tables[0].by_kind().cells):
+            yield "Numbers of several blocks are medians; --all lists each block."
+        if compared is not None:
+            for which, names in (("first", compared.only_first), ("second", compared.only_second)):
+                head = f"only in the {which}:"
+                yield from listed(head, templates(names), width, everything=everything)
+        for finding in self.findings:
+            yield from wrapped(f"{finding.code}: {finding.text}", width)
+            head = f"  {len(finding.names):,}:"
+            yield from listed(head, templates(finding.names), width, everything=everything)
+        needed = median(block.spectrum.rank_for(0.99) for block in self.blocks)
+        blocks = counted(len(self.blocks), "block")
+        yield f"{counted(self.n_sites, 'site')}, {blocks}; rank {needed:g} holds 99% (median)"
+
+
+def percent(share: float) -> str:
+    """Return a share in percent: `0.99` as `99%`."""
+    return f"{share * 100:.3g}%" if math.isfinite(share) else number(share)
+
+
+def analyze(
+    state: AdapterState,
+    base: Checkpoint | str | Path | None = None,
+    other: AdapterState | None = None,
+    *,
+    any_base: bool = False,
+    label: str = "the adapter",
+    progress: Progress | None = None,
+) -> Analysis:
+    """Compute the figures of an adapter, compared with its base or another adapter if it is given.
 
     Args:
-        analysis: The figures.
+        state: The adapter.
+        base: Its base, a safetensors checkpoint that is streamed; None: the adapter alone.
+        other: Another adapter of the same base.
+        any_base: Compare although the adapter was made on another base.
+        label: What to call the adapter in messages.
+        progress: Called with bytes done and bytes in all.
 
     Returns:
-        One finding for each rule that holds somewhere.
+        The figures.
+
+    Raises:
+        StateError: The adapter has no sites, or holds NaN or Inf; or as of `compare`.
+        CheckpointError: It does not fit the base.
 
     Examples:
         >>> import torch
-        >>> from lora_inject.analysis.figures import analyze
         >>> from lora_inject.core.spec.sites import SiteSpec
         >>> from lora_inject.core.adapter.site_state import SiteState
-        >>> from lora_inject.core.adapter.state import AdapterState
         >>> spec = SiteSpec("h.0.fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
-        >>> site = SiteState(spec, torch.eye(2, 4), torch.zeros(6, 2))
-        >>> [f.code for f in findings(analyze(AdapterState({"h.0.fc": site})))]
-        ['inert']
+        >>> site = SiteState(spec, torch.eye(2, 4), torch.eye(6, 2))
+        >>> block = analyze(AdapterState({"h.0.fc": site})).blocks[0]
+        >>> block.kind, block.spectrum.values.tolist(), block.spectrum.stable_rank
+        ('h.*.fc', [2.0, 2.0], 2.0)
     """
-
-    def blocks(holds: Callable[[BlockFigures], bool]) -> tuple[str, ...]:
-        return tuple(block.name for block in analysis.blocks if holds(block))
-
-    def rounded(form: str, holds: Callable[[Rounded], bool]) -> tuple[str, ...]:
-        roundings = {name: site.rounded.get(form) for name, site in analysis.weights.items()}
-        return tuple(name for name, left in roundings.items() if left is not None and holds(left))
-
-    loud = [b.name for b in analysis.on_weight() if b.norms.relative > LOUD]
-    rules = (
-        Finding("inert", True, "The delta is zero: B is, or it equals its frozen start. The site "
-                "does nothing.", blocks(lambda b: not b.spectrum.rank)),
-        Finding("loud", True, "The delta outweighs the weight (|D| > |W|). Training may have "
-                "diverged, or the scale is not the one it was trained with.",
-                tuple(dict.fromkeys(loud))),
-        Finding("overflow", True, "The merged weight does not fit into float16.",
-                rounded("float16", lambda r: math.isnan(r.kept))),
-        Finding("lost", True, f"Merged in bfloat16, less than {LEAST_KEPT * 100:.0f}% of the delta "
-                "survives rounding. Keep the adapter apart, or merge in float32.",
-                rounded("bfloat16", lambda r: r.kept < LEAST_KEPT)),
-        Finding("noise", False, "Merged in bfloat16, rounding changes the weight by more than the "
-                "delta (error above 1).",
-                rounded("bfloat16", lambda r: r.kept >= LEAST_KEPT and r.error > 1)),
-        Finding("one-direction", False, f"One direction holds {ONE_DIRECTION * 100:.0f}% of the "
-                "energy or more: rank 1 would do.", blocks(_one_direction)),
-        Finding("spare-rank", False, f"99% of the energy fits into 1/{SPARE} of the rank or less.",
-                blocks(_spare_rank)),
-    )  # fmt: skip
-    return tuple(finding for finding in rules if finding.names)
-
-
-def _one_direction(block: BlockFigures) -> bool:
-    return block.rank > 1 and block.spectrum.first_share >= ONE_DIRECTION
-
-
-def _spare_rank(block: BlockFigures) -> bool:
-    needed = block.spectrum.rank_for(0.99)
-    return not _one_direction(block) and 0 < needed * SPARE <= block.rank
+    if not state.sites:
+        problem = "it has no low-rank sites"
+        raise StateError(f"analyze {label}", problem, "Only A and B can be analyzed")
+    state.check_finite(f"analyze {label}")
+    if isinstance(base, str | Path):
+        base = Checkpoint.open(base)
+    weights = None if base is None else Weights(state, base, label, any_base=any_base)
+    comparison = None if other is None else compare(state, other)
+    sizes = {
+        name: site.A.nbytes + site.B.nbytes + (weights.n_bytes(name) if weights else 0)
+        for name, site in state.sites.items()
+    }
+    blocks: list[BlockFigures] = []
+    on_weight: dict[str, SiteOnWeight] = {}
+    for name in counting_bytes(sizes, progress):
+        blocks += [
+            BlockFigures(name, b.label, b.delta.shape, b.rank, spectrum(b.delta))
+            for b in site_blocks(state.sites[name])
+        ]
+        if weights is not None:
+            on_weight[name] = weights.look(name)
+    folder = None if base is None else str(base.folder)
+    return Analysis(tuple(blocks), on_weight, folder, comparison)

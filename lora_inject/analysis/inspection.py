@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_inject.analysis.blocks import Figures, site_blocks
+from lora_inject.analysis.numbers import Figures, site_blocks
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.names import counted
+from lora_inject.core.spec.sites import ROLES, SiteSpec
+from lora_inject.core.spec.tables import Listing, listed, sides, wrapped
 
 _OF_SPEC = (
     *("name", "kind", "variant", "in_features", "out_features"),
@@ -62,6 +65,22 @@ class SiteFigures(Figures):
         own = {key: value for key, value in super().to_dict().items() if key != "spec"}
         return {**{key: getattr(self.spec, key) for key in _OF_SPEC}, **own}
 
+    def cells(self, further: Sequence[str]) -> tuple[Any, ...]:
+        """Return the row of a table, with the norms of these further tensors."""
+        spec, variants = self.spec, "" if self.spec.variant == "lora" else f", {self.spec.variant}"
+        slices = f" [{', '.join(self.slices)}]" if self.slices else ""
+        return (
+            spec.name,
+            spec.kind + (" - start" if self.frozen_start else "") + variants,
+            f"{spec.in_features:,} -> {spec.out_features:,}{slices}",
+            f"{spec.rank}",
+            f"{spec.scale:g}",
+            self.A.norm,
+            self.B.norm,
+            self.delta_norm,
+            *(self.further[role].norm if role in self.further else None for role in further),
+        )
+
 
 @dataclass(frozen=True)
 class Inspection(Figures):
@@ -104,6 +123,45 @@ class Inspection(Figures):
         tensors = (*self.trained.values(), *self.base_copies.values())
         in_sites = sum(site.n_nonfinite for site in self.sites)
         return in_sites + sum(tensor.n_nonfinite for tensor in tensors)
+
+    def text(self, width: int = 80, *, everything: bool = False) -> str:
+        """Return what is in the adapter, by kind of site unless `everything`."""
+        return "\n".join(self._lines(width, everything=everything))
+
+    def _lines(self, width: int, *, everything: bool) -> Iterator[str]:
+        if self.sites:
+            further = tuple(self.n_further)
+            norms = ("|A|", "|B|", "|delta|", *(f"|{role}|" for role in further))
+            heads = ("site", "kind", "shape", "rank", "scale", *norms)
+            rows = Listing(heads, tuple(site.cells(further) for site in self.sites))
+            joined = "Norms of several sites are medians; --all lists each site."
+            yield from rows.lines(width, everything=everything, joined=joined)
+            if any(ROLES[site.spec.variant].gained for site in self.sites):
+                yield from wrapped("Of DoRA |delta| is |scale B A|, without the gain by m.", width)
+            yield ""
+        whole = [("trained", *item) for item in self.trained.items()]
+        whole += [("copy of the base", *item) for item in self.base_copies.items()]
+        if whole:
+            cells = ((n, what, sides(t.shape), t.dtype, t.norm) for what, n, t in whole)
+            rows = Listing(("tensor", "", "shape", "dtype", "norm"), tuple(cells))
+            yield from rows.lines(width, everything=everything)
+            yield ""
+        counts = [(site.spec.name, site.n_nonfinite) for site in self.sites]
+        counts += [(name, tensor.n_nonfinite) for _, name, tensor in whole]
+        bad = (f"{name} ({n:,})" for name, n in counts if n)
+        yield from listed("NaN or Inf in", bad, width, everything=everything)
+        yield from wrapped(self._totals(), width)
+
+    def _totals(self) -> str:
+        further = "".join(f", {n:,} in {role}" for role, n in self.n_further.items())
+        parts = [f"{counted(len(self.sites), 'site')}: {self.n_lora:,} in A and B{further}"]
+        if self.trained:
+            tensors = counted(len(self.trained), "trained tensor")
+            parts.append(f"{self.n_trained:,} in {tensors}")
+        known, bad = self.n_fingerprinted, self.n_nonfinite
+        parts.append(f"base known by {counted(known, 'tensor')}" if known else "base not named")
+        parts.append(f"{counted(bad, 'value')} NaN or Inf" if bad else "finite")
+        return "; ".join(parts)
 
 
 def inspect_state(state: AdapterState) -> Inspection:

@@ -1,71 +1,48 @@
-"""The weights that an adapter updates, streamed from a checkpoint, and what it amplifies there.
+"""The weights that an adapter updates, streamed from a checkpoint, and what becomes of it there.
 
-`checkpoint.choose` finds the place of each update, as for a merge. Here the same rows are read
-block by block and analyzed instead of written, so memory does not grow with W.
+`checkpoint.choose` finds the place of each update, as for a merge. Here the same rows are read,
+once, and counted instead of written, so memory does not grow with W.
 
-`|U^T W V|_F`, with U and V the top directions of the delta, is the part of W in these directions.
-It takes only thin products, summed over blocks of rows. `|D|_F` over it is the amplification
-factor.
-Source: arXiv:2106.09685, section 7.3, Table 7.
+1. `|U^T W V|_F`, with U and V the directions of the delta, is the part of W in these directions;
+   `|D|_F` over it is the amplification factor (arXiv:2106.09685, section 7.3, Table 7).
+2. A model of 16, 8 or 4 bits holds `Q(W)`, and after merging `Q(W + D)`. Their difference is
+   measured as in a merge. If W is stored in that format, `Q(W) = W`, and it is what `merge` says.
+   W and W + D have scales of their own: quantizing comes after merging.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from lora_inject.analysis.blocks import Figures, Place, SiteBlock, blocks_of_terms
-from lora_inject.analysis.rounding import Rounded, rounding_of_rows
+from lora_inject.analysis.numbers import Figures, Place, SiteBlock, blocks_of_terms
 from lora_inject.checkpoint import Checkpoint, MergeOptions, WeightedAdapter
 from lora_inject.checkpoint.base_class import BaseClass
-from lora_inject.checkpoint.choose import Fit, choose
-from lora_inject.checkpoint.place import Placed
+from lora_inject.checkpoint.choose import choose
 from lora_inject.checkpoint.quantized_base import why_no_update
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.adapter.svd import ThinProduct, decompose
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS
 from lora_inject.core.functional.fold import Delta
-from lora_inject.errors import CheckpointError, StateError
+from lora_inject.core.functional.rounded_fold import Tally
+from lora_inject.errors import CheckpointError
 
-RowsOfW = Callable[[], Iterator[tuple[int, Tensor]]]
-"""Gives `(first row, rows)` over a whole weight matrix, anew at every call."""
-STEP_ROWS = 4096
-SPARE_DIRECTIONS = 128
-"""Directions that the randomized SVD of a large W finds in addition to those that are wanted."""
-EXACT_ELEMENTS = 1 << 22
-"""Matrices of no more elements are decomposed exactly."""
+INT4_GROUP = 64
 
 
 @dataclass(frozen=True)
 class Amplification(Figures):
-    """One row of Table 7: Frobenius norms.
+    """What of W lies in the directions of a delta: Frobenius norms."""
 
-    Attributes:
-        rank: r, how many directions are compared.
-        delta_norm: `|D|`, of the whole delta.
-        weight_norm: `|W|`.
-        of_delta: `|U^T W V|`, U and V the top r singular directions of the delta.
-        of_weight: The same with W's own top r directions. For a W of more than `EXACT_ELEMENTS` it
-            comes from a randomized SVD, which errs to the low side: by 1e-6 where singular values
-            fall, by a few per cent where W is pure noise.
-        of_random: The same with random directions, drawn once.
-        of_random_expected: Root of the mean square of that, `r |W| / sqrt(out in)`.
-    """
-
-    rank: int
-    delta_norm: float
-    weight_norm: float
-    of_delta: float
-    of_weight: float
-    of_random: float
-    of_random_expected: float
+    rank: int  # of the delta, and how many directions are compared
+    delta_norm: float  # `|D|`
+    weight_norm: float  # `|W|`
+    of_delta: float  # `|U^T W V|`
 
     @property
     def factor(self) -> float:
@@ -82,91 +59,58 @@ class Amplification(Figures):
         return self.delta_norm / self.weight_norm
 
 
-def amplification(
-    weight: Tensor | RowsOfW,
-    delta: ThinProduct,
-    rank: int | None = None,
-    *,
-    transposed: bool = False,
-    seed: int = 0,
-) -> Amplification:
-    """Return how much a delta amplifies directions of W.
+@dataclass(frozen=True)
+class Rounded(Figures):
+    """What a format leaves of a delta.
 
-    Args:
-        weight: W, `(out, in)`, any floating dtype; or a source of blocks of its rows, which is read
-            once, and for the directions of a large W several times more.
-        delta: Of the same shape: `ThinProduct.of(A, B, scale)`, or the `delta` of a block.
-        rank: How many directions; the delta's rank by default and at most.
-        transposed: Whether W is `(in, out)`, as in a Conv1D or an embedding.
-        seed: Of the random directions.
-
-    Returns:
-        The norms of Table 7.
-
-    Raises:
-        StateError: The shapes differ.
-
-    Examples:
-        >>> W = torch.diag(torch.tensor([10.0, 1.0, 0.5, 0.1]))
-        >>> A, B = torch.tensor([[0.0, 0.0, 1.0, 0.0]]), torch.tensor([[0.0, 0.0, 2.0, 0.0]]).T
-        >>> amplified = amplification(W, ThinProduct.of(A, B))
-        >>> amplified.of_delta, amplified.of_weight, amplified.factor
-        (0.5, 10.0, 4.0)
+    Attributes:
+        kept: `<Q(W + D) - Q(W), D> / <D, D>`: 1 if the delta survived, 0 if it was rounded away,
+            NaN if a value overflows. If steps are larger than the delta, it may be far above 1 or
+            below 0 by chance: see `likeness`.
+        error: `|Q(W + D) - Q(W) - D| / |D|`; above 1 if rounding noise is larger than D.
     """
-    rows = _rows_of(weight, delta, transposed) if isinstance(weight, Tensor) else weight
-    U, S, V = delta.svd()
-    rank = len(S) if rank is None else min(rank, len(S))
-    left, right = (V, U) if transposed else (U, V)  # directions of the rows and of the columns
-    shape = left.shape[0], right.shape[0]
-    chance = [_random_directions(n, rank, seed + i) for i, n in enumerate(shape)]
-    lefts = torch.cat([left[:, :rank].cpu(), chance[0]], 1)
-    rights = torch.cat([right[:, :rank].cpu(), chance[1]], 1)
-    product = torch.zeros(2 * rank, 2 * rank, dtype=torch.float64, device="cpu")
-    square = 0.0
-    for start, some in rows():
-        wide = some.to("cpu", torch.float64)
-        square += float(wide.square().sum())
-        product += lefts[start : start + len(wide)].T @ (wide @ rights)
-    norm = math.sqrt(square)
-    return Amplification(
-        rank=rank,
-        delta_norm=float(torch.linalg.vector_norm(S)),
-        weight_norm=norm,
-        of_delta=float(torch.linalg.matrix_norm(product[:rank, :rank])) if rank else 0.0,
-        of_weight=_own(rows, shape, rank),
-        of_random=float(torch.linalg.matrix_norm(product[rank:, rank:])) if rank else 0.0,
-        of_random_expected=rank * norm / math.sqrt(shape[0] * shape[1]),
-    )
+
+    kept: float
+    error: float
+
+    @property
+    def likeness(self) -> float:
+        """Cosine between what the weights got and the delta: 1 is all of it and nothing else.
+
+        Follows from the two: `|Q(W + D) - Q(W)|^2 / |D|^2 = error^2 + 2 kept - 1`.
+        """
+        square = self.error**2 + 2 * self.kept - 1
+        return 0.0 if square <= 0 else self.kept / math.sqrt(square)  # 0: nothing changed
 
 
-def _rows_of(weight: Tensor, delta: ThinProduct, transposed: bool) -> RowsOfW:
-    if tuple(weight.shape) != (delta.shape[::-1] if transposed else delta.shape):
-        problem = f"W is {list(weight.shape)}, the delta {list(delta.shape)}"
-        remedy = "Give W as (out, in), or transposed=True for a Conv1D or an embedding"
-        raise StateError("compare a delta with W", problem, remedy)
-    W = weight.detach()
-    return lambda: ((i, W[i : i + STEP_ROWS]) for i in range(0, len(W), STEP_ROWS))
+def _by_largest(values: Tensor, levels: int) -> Tensor:
+    """Round to `levels` steps on either side of zero; the last dimension shares a scale."""
+    scale = values.abs().amax(-1, keepdim=True) / levels
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (values / scale).round_().mul_(scale)
 
 
-def _own(rows: RowsOfW, shape: tuple[int, int], rank: int) -> float:
-    """Return `|U^T W V|` for W's own top directions: the norm of its largest values."""
-    if not rank:
-        return 0.0
-    if shape[0] * shape[1] > EXACT_ELEMENTS:
-        wide = torch.cat([some.to("cpu", torch.float32, copy=True) for _, some in rows()])
-        leading = decompose(wide, min(rank + SPARE_DIRECTIONS, *shape))
-        return float(torch.linalg.vector_norm(leading.S[:rank].double()))
-    # The squares of the largest values are the largest eigenvalues of W W^T: faster than an SVD.
-    matrix = torch.cat([some.to("cpu", torch.float64) for _, some in rows()])
-    gram = matrix @ matrix.T if shape[0] < shape[1] else matrix.T @ matrix
-    return float(torch.linalg.eigvalsh(gram)[-rank:].clamp(min=0).sum().sqrt())
+def _int4(values: Tensor) -> Tensor:
+    n_cols = values.shape[1]
+    padded = torch.nn.functional.pad(values, (0, -n_cols % INT4_GROUP))
+    groups = padded.reshape(len(values), -1, INT4_GROUP)
+    return _by_largest(groups, 7).reshape(len(values), -1)[:, :n_cols]
 
 
-def _random_directions(dim: int, rank: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    gaussian = torch.randn(dim, rank, generator=generator, dtype=torch.float64, device="cpu")
-    Q: Tensor = torch.linalg.qr(gaussian).Q
-    return Q
+FORMATS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        "bfloat16": lambda values: values.bfloat16().to(values.dtype),
+        "float16": lambda values: values.half().to(values.dtype),
+        "int8": lambda values: _by_largest(values, 127),
+        "int4": _int4,
+    }
+)
+"""Name to the round trip on rows of a float32 or float64 matrix, as it is stored.
+
+`bfloat16` and `float16` round to the nearest, ties to even. `int8` is whole numbers from -127 to
+127 times a scale for each row, its largest absolute value over 127; `int4` from -7 to 7, with a
+scale for each 64 consecutive values of a row.
+"""
 
 
 @dataclass(frozen=True)
@@ -174,7 +118,7 @@ class BlockOnWeight(Place):
     """One block compared with the part of W that it updates."""
 
     tensor: str  # name of W in the checkpoint
-    norms: Amplification  # the norms of Table 7
+    norms: Amplification
 
 
 @dataclass(frozen=True)
@@ -206,19 +150,22 @@ class Weights:
     """
 
     def __init__(
-        self,
-        state: AdapterState,
-        checkpoint: Checkpoint,
-        label: str = "the adapter",
-        *,
-        any_base: bool = False,
+        self, state: AdapterState, checkpoint: Checkpoint, label: str, *, any_base: bool
     ) -> None:
         # Trained copies replace tensors; only updates are compared.
         updates = replace(state, trained=MappingProxyType({}), rows=MappingProxyType({}))
         part = WeightedAdapter(updates, label=label)
-        self.checkpoint = checkpoint
-        self._state = state
-        self._fit = _fit(part, checkpoint, MergeOptions(any_base=any_base))
+        asked = f"compare {label} with '{checkpoint.folder}'"
+        try:
+            fit = choose(part, BaseClass(checkpoint), MergeOptions(any_base=any_base))
+        except CheckpointError as error:  # its words are about merging
+            raise CheckpointError(asked, error.found, error.remedy) from None
+        entries = [placed.source for job in fit.jobs.values() for placed in job.placed]
+        quantized = why_no_update(checkpoint, [entry.name for entry in entries])
+        odd = [f"'{e.name}' is stored as {e.dtype}" for e in entries if e.dtype not in FLOATS]
+        for problem in [quantized[0]] if quantized is not None else odd:
+            raise CheckpointError(asked, problem, "Give the 16-bit checkpoint instead")
+        self._state, self._fit, self._checkpoint = state, fit, checkpoint
 
     def n_bytes(self, site: str) -> int:
         """Return how many bytes of W belong to a site."""
@@ -228,80 +175,63 @@ class Weights:
         )
 
     def look(self, site: str) -> SiteOnWeight:
-        """Read the weight of a site and compare the update with it, as `analyze` says."""
+        """Read the weight of a site and compare the update with it."""
         places = self._fit.places(site)
         spec = self._state.sites[site].spec
         experts = spec.only or range(spec.experts or 0)
-        blocks: list[BlockOnWeight] = []
-        rows = [self._open(placed) for placed in places]
-        pairs = (pair for each in rows for pair in each.with_delta())
-        rounded = rounding_of_rows(pairs)
-        for number, each in enumerate(rows):
+        tallies = {name: Tally() for name in FORMATS}
+        blocks = []
+        for number, placed in enumerate(places):
             # Places are in the order of the experts, several of each where the file cuts them.
             first = number * len(experts) // len(places)
             expert = f"expert {experts[first]} " if experts else ""
-            for block in blocks_of_terms(each.placed.terms):
-                of_block = partial(each.of, block)
-                norms = amplification(of_block, block.delta, transposed=block.transposed)
-                label = f"{expert}{block.label}".strip()
-                blocks.append(BlockOnWeight(site, label, each.placed.source.name, norms))
+            seen = [_Seen(block) for block in blocks_of_terms(placed.terms)]
+            wide = torch.float64 if placed.source.dtype == "F64" else torch.float32
+            delta = Delta(placed.terms, wide)
+            reader = RowReader(self._checkpoint.path_of(placed.source.name))
+            rows = reader.blocks(placed.source, placed.n_cols, placed.start, placed.stop)
+            for at, some in rows:
+                W = some.to(wide)
+                D = delta.add_(torch.zeros_like(W), at - placed.start)
+                for name, tally in tallies.items():
+                    base = FORMATS[name](W)
+                    tally.count(base, D, D - (FORMATS[name](W + D) - base))
+                for block in seen:
+                    block.count(at - placed.start, W)
+            blocks += [
+                BlockOnWeight(
+                    site, f"{expert}{each.block.label}".strip(), placed.source.name, each.norms()
+                )
+                for each in seen
+            ]
         stored = str(FLOATS[places[0].source.dtype]).removeprefix("torch.")
+        rounded = {name: Rounded(tally.kept, tally.error) for name, tally in tallies.items()}
         return SiteOnWeight(tuple(blocks), stored, rounded)
 
-    def directions(self, site: str, n: int) -> list[tuple[SiteBlock, Tensor]]:
-        """Return each block of a site with the top n input directions of the W that it updates.
 
-        The directions are `(in, n)`, float64, by an SVD that is exact for small weights.
-        """
-        tops = []
-        for placed in self._fit.places(site):
-            rows = self._open(placed)
-            for block in blocks_of_terms(placed.terms):
-                wide = [some.to(torch.float32, copy=True) for _, some in rows.of(block)]
-                top = decompose(torch.cat(wide), min(n, *block.delta.shape))
-                tops.append((block, (top.U if block.transposed else top.V).double()))
-        return tops
+class _Seen:
+    """A block, and what was seen so far of the part of W that it updates."""
 
-    def _open(self, placed: Placed) -> _Rows:
-        return _Rows(placed, RowReader(self.checkpoint.path_of(placed.source.name)))
+    def __init__(self, block: SiteBlock) -> None:
+        U, self._S, V = block.delta.svd()
+        self._left, self._right = (V, U) if block.transposed else (U, V)
+        self._product = self._left.new_zeros(len(self._S), len(self._S))
+        self._square = 0.0
+        self.block = block
 
+    def count(self, start: int, rows: Tensor) -> None:
+        """Take rows of the whole matrix, from the row `start` on."""
+        top, bottom = self.block.block.rows
+        first, last = max(top, start), min(bottom, start + len(rows))
+        if first < last:
+            part = rows[first - start : last - start, slice(*self.block.block.cols)].double()
+            self._square += float(part.square().sum())
+            self._product += self._left[first - top : last - top].T @ (part @ self._right)
 
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of one place, counted from its first; each is valid until the next are asked for."""
-
-    placed: Placed
-    reader: RowReader
-
-    def between(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield `(first row, rows)`."""
-        entry, n_cols, first = self.placed.source, self.placed.n_cols, self.placed.start
-        for at, rows in self.reader.blocks(entry, n_cols, first + start, first + stop):
-            yield at - first, rows
-
-    def with_delta(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield all rows of W, and those of D."""
-        for start, some in self.between(0, self.placed.stop - self.placed.start):
-            wide = torch.float64 if some.dtype == torch.float64 else torch.float32
-            delta = Delta(self.placed.terms, wide)
-            yield some, delta.add_(torch.zeros(some.shape, dtype=wide, device="cpu"), start)
-
-    def of(self, block: SiteBlock) -> Iterator[tuple[int, Tensor]]:
-        """Yield the rows of the part of W that one block updates, counted from its first."""
-        top, columns = block.block.rows[0], slice(*block.block.cols)
-        for start, some in self.between(*block.block.rows):
-            yield start - top, some[:, columns]
-
-
-def _fit(part: WeightedAdapter, checkpoint: Checkpoint, options: MergeOptions) -> Fit:
-    asked = f"compare {part.label} with '{checkpoint.folder}'"
-    try:
-        fit = choose(part, BaseClass(checkpoint), options)
-    except CheckpointError as error:  # its words are about merging
-        raise CheckpointError(asked, error.found, error.remedy) from None
-    entries = [placed.source for job in fit.jobs.values() for placed in job.placed]
-    quantized = why_no_update(checkpoint, [entry.name for entry in entries])
-    odd = [f"'{e.name}' is stored as {e.dtype}" for e in entries if e.dtype not in FLOATS]
-    for problem in [quantized[0]] if quantized is not None else odd:
-        raise CheckpointError(asked, problem, "Give the 16-bit checkpoint instead")
-    return fit
+    def norms(self) -> Amplification:
+        return Amplification(
+            rank=len(self._S),
+            delta_norm=float(torch.linalg.vector_norm(self._S)),
+            weight_norm=math.sqrt(self._square),
+            of_delta=float(torch.linalg.vector_norm(self._product)),
+        )

@@ -28,7 +28,9 @@ from lora_inject.core.adapter.svd import Decomposed, decompose
 from lora_inject.core.files.atomic import check_free
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
+from lora_inject.core.spec.names import counted
 from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.tables import Listing, listed, span, wrapped
 from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats.exchange import write_adapter
 
@@ -68,6 +70,26 @@ class ExtractReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
         return {**asdict(self), "left": list(self.left)}
+
+    def text(self, width: int = 80, *, everything: bool = False) -> str:
+        """Return what the adapter holds of the difference, and what was left behind."""
+        low = [tensor for tensor in self.tensors if tensor.kept == "low rank"]
+        low.sort(key=lambda tensor: tensor.energy or 0.0)
+        cells = tuple((t.name, float(t.rank or 0), t.relative, t.energy) for t in low)
+        joined = "Of several: the ranks, median |D|/|W|, least energy; --all lists each."
+        heads = ("tensor", "rank", "|D|/|W|", "energy")
+        rows = Listing(heads, cells, {"rank": span, "energy": min})
+        n_full = sum(tensor.kept == "in full" for tensor in self.tensors)
+        totals = (
+            f"{counted(self.n_sites, 'site')}, {counted(n_full, 'tensor')} in full; "
+            f"{len(self.left):,} left behind, {self.n_equal:,} equal to the base's"
+        )
+        lines = [
+            *rows.lines(width, everything=everything, joined=joined),
+            *listed("left behind:", self.left, width, everything=everything),
+            *wrapped(totals, width),
+        ]
+        return "\n".join(lines)
 
 
 def extract_adapter(

@@ -49,6 +49,8 @@ from lora_inject.checkpoint.place import Placed
 from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES, unpacked, why_no_update
 from lora_inject.core.files.safetensors_file import DTYPE_BITS, FLOATS
 from lora_inject.core.functional.merge_report import MergeReport, TensorReport
+from lora_inject.core.spec.names import counted
+from lora_inject.core.spec.tables import Listing, in_bytes, sides, wrapped
 from lora_inject.errors import CheckpointError
 from lora_inject.formats.model_facts import is_transformers_4
 
@@ -144,6 +146,26 @@ class MergePlan:
             "side_files": list(self.side_files),
             "notes": list(self.notes),
         }
+
+    def text(self, width: int = 80, *, everything: bool = False) -> str:
+        """Return what a merge would do; tensors of one kind share a line unless `everything`."""
+        cells = [(job.name, job.action, job.dtype, sides(job.shape)) for job in self.jobs]
+        rows = Listing(("tensor", "action", "dtype", "shape"), tuple(cells))
+        sentences = [
+            f"{a.label} x {a.weight:g}: {counted(len(a.state.sites), 'site')}, {rule}"
+            for a, rule in zip(self.adapters, self.rules, strict=True)
+        ]
+        for key, value in self.config_changes.items():
+            new = next(iter(value.values())) if isinstance(value, dict) else value
+            sentences.append(f"config.json: {key} becomes {json.dumps(new)}")
+        n_copied = sum(copy.n_bytes for shard in self.shards for copy in shard.copies)
+        sentences += [f"note: {note}" for note in self.notes]
+        sentences.append(
+            f"would write {in_bytes(self.n_bytes)} in {counted(len(self.shards), 'file')}: "
+            f"{in_bytes(n_copied)} copied as they are, {counted(len(self.jobs), 'tensor')} changed"
+        )
+        lines = [*rows.lines(width, everything=everything)]
+        return "\n".join([*lines, *(part for each in sentences for part in wrapped(each, width))])
 
 
 def _check_ties(checkpoint: Checkpoint, given_ties: Mapping[str, str]) -> None:
@@ -517,6 +539,18 @@ class MergedFiles(MergeReport):
     seconds: float
     fsync_seconds: float
     peak_memory_bytes: int | None
+
+    def totals(self) -> str:
+        """Return what was written, how large it is and how long it took."""
+        resumed = f"; {counted(len(self.resumed), 'file')} finished earlier" if self.resumed else ""
+        peak = self.peak_memory_bytes
+        memory = f", {in_bytes(peak)} of memory" if peak else ""
+        checked = ", verified" if self.verified else ""
+        lost = f"; {self.warning}" if self.warning else ""
+        return (
+            f"merged {len(self.tensors):,} of {self.n_tensors:,} tensors into {self.output}: "
+            f"{in_bytes(self.n_bytes)} in {self.seconds:.1f} s{memory}{checked}{resumed}{lost}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""

@@ -29,6 +29,9 @@ from lora_inject.checkpoint.output_files import Copy, OutputShard
 from lora_inject.checkpoint.write import BytesDone, Progress, work_through
 from lora_inject.core.files.row_reader import read_at
 from lora_inject.core.files.safetensors_file import FLOATS, Header, TensorEntry, read_header
+from lora_inject.core.spec.names import counted
+from lora_inject.core.spec.tables import MOST_NAMES, in_bytes, wrapped
+from lora_inject.core.spec.words import printable
 from lora_inject.errors import CheckpointError, user_path
 
 MOST_NEIGHBORS = 1e-3
@@ -63,6 +66,20 @@ class VerifyReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
         return {**asdict(self), "problems": list(self.problems)}
+
+    def text(self, width: int = 80, *, everything: bool = False) -> str:
+        """Return what is wrong, a part of it unless `everything`, and what was compared."""
+        wrong = [f"wrong: {problem}" for problem in sorted(self.problems)]
+        if not everything and len(wrong) > MOST_NAMES:
+            wrong[MOST_NAMES:] = [f"and {len(wrong) - MOST_NAMES:,} more (--all)"]
+        near = f", {self.n_neighbors:,} of them one unit in the last place off"
+        values = f"{self.n_values:,} values{near if self.n_neighbors else ''}"
+        totals = (
+            f"{'NOT ' if self.problems else ''}verified: "
+            f"{counted(self.n_tensors, 'tensor')} computed again ({values}), "
+            f"{in_bytes(self.copied_bytes)} equal to the base's"
+        )
+        return "\n".join([*map(printable, wrong), *wrapped(totals, width)])
 
     def check(self) -> None:
         """Raise an error if there are problems.

@@ -4,25 +4,6 @@ A command is its arguments, one call of the package, and printing. Results go to
 and errors to stderr.
 """
 
-from lora_inject.cli import (  # register commands
-    adapters,
-    environment,
-    look,
-    on_disk,
-    profiling,
-    proofs,
-    searching,
-)
-from lora_inject.cli.program import app, main
+from lora_inject.cli.app import app, main
 
-__all__ = [
-    "adapters",
-    "app",
-    "environment",
-    "look",
-    "main",
-    "on_disk",
-    "profiling",
-    "proofs",
-    "searching",
-]
+__all__ = ["app", "main"]

@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 from typer import Argument, BadParameter, Exit, Option
 
-from lora_inject.cli import given, show
-from lora_inject.cli.program import app
+from lora_inject.algebra import combine_files, other_shapes
+from lora_inject.algebra.combining import METHODS
+from lora_inject.checkpoint import conversion
+from lora_inject.cli import options
+from lora_inject.cli.options import one_of
+from lora_inject.cli.show import note, width
+from lora_inject.core.adapter.file_keys import one_line
+from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.names import templates
-from lora_inject.core.spec.tables import Listing, span
+from lora_inject.core.spec.tables import Listing, span, wrapped
+from lora_inject.formats import diffusers, kohya
+from lora_inject.formats.clients import CLIENTS
+from lora_inject.formats.exchange import FORMATS, format_of, options_of, write_adapter
 
-if TYPE_CHECKING:
-    from lora_inject.algebra.combine_files import Difference
-    from lora_inject.core.adapter.state import AdapterState
-    from lora_inject.formats.clients import Objection
-
-WriteDtype = Annotated[given.Dtype | None, Option(help="Dtype to write. (default: the adapters')")]
+COMPONENTS = (*dict.fromkeys((*kohya.COMPONENTS, *diffusers.COMPONENTS)), "")
+WriteDtype = Annotated[
+    options.Dtype | None, Option(help="Dtype to write. (default: the adapters')")
+]
 Base = Annotated[
     Path | None,
     Option(help="Folder of the base, for names, heads and ties; config.json may be enough."),
 ]
 
 
-@app.command("combine")
-def combine_command(
-    adapters: given.AdapterPaths,
+def combine(
+    adapters: options.AdapterPaths,
     *,
-    writing: given.Writing,
-    weight: given.Weights = None,
+    writing: options.Writing,
+    weight: options.Weights = None,
     method: Annotated[
         str,
         Option(
             help="cat: the exact sum, ranks add up. svd: the sum cut to --rank. Or linear, ties, "
             "dare_linear, dare_ties, magnitude_prune on A and B, with _svd on the deltas.",
-            callback=given.one_of(given.METHODS),
+            callback=one_of(METHODS),
         ),
     ] = "cat",
     rank: Annotated[
@@ -47,8 +54,7 @@ def combine_command(
         float | None, Option(min=0, max=1, help="Share of the values to keep.")
     ] = None,
     majority_sign: Annotated[
-        str,
-        Option(help="ties: total or frequency.", callback=given.one_of(("total", "frequency"))),
+        str, Option(help="ties: total or frequency.", callback=one_of(("total", "frequency")))
     ] = "total",
     seed: Annotated[int, Option(help="Seed of dare's masks.")] = 0,
     any_base: Annotated[
@@ -56,60 +62,46 @@ def combine_command(
         Option(help="Add what was trained after the first was merged, for the first one's base."),
     ] = False,
     dtype: WriteDtype = None,
-    reading: given.ReadOptions,
-    output: given.Output,
+    reading: options.ReadOptions,
+    output: options.Output,
 ) -> None:
-    """Combine several adapters of one base into one."""
-    from lora_inject.algebra.combine_files import combine as combined
-
+    weights = weight and options.weights_for(adapters, weight)
     how: dict[str, Any] = {"density": density, "majority_sign": majority_sign, "seed": seed}
-    how["any_base"] = any_base
-    weights = weight and given.weights_for(adapters, weight)
-    states = reading.read(adapters)
-    _write(combined(states, weights, method=method, rank=rank, **how), writing, output, dtype)
+    how |= {"method": method, "rank": rank, "any_base": any_base}
+    combined = combine_files.combine(reading.read(adapters), weights, **how)
+    _write(combined, writing, output, dtype)
 
 
-@app.command("truncate")
-def truncate_command(
-    adapter: given.AdapterPath,
+def truncate(
+    adapter: options.AdapterPath,
     *,
-    writing: given.Writing,
-    keeping: given.Keeping,
+    writing: options.Writing,
+    keeping: options.Keeping,
     dtype: WriteDtype = None,
-    reading: given.ReadOptions,
-    listing: given.ListOutput,
+    reading: options.ReadOptions,
+    listing: options.ListOutput,
 ) -> None:
-    """Cut ADAPTER to its best approximation of a lower rank.
-
-    The error of a site is |D - D_cut| / |D|, in Frobenius norm.
-    """
-    from lora_inject.algebra.combine_files import truncate as truncated
-
+    """The error of a site is |D - D_cut| / |D|, in Frobenius norm."""
     [state] = reading.read([adapter])
-    made, cuts = truncated(state, rank=keeping.rank, energy=keeping.energy)
-    cells = tuple((name, cut.before, float(cut.rank), cut.error) for name, cut in cuts.items())
+    cut, cuts = combine_files.truncate(state, rank=keeping.rank, energy=keeping.energy)
+    cells = tuple((name, site.before, float(site.rank), site.error) for name, site in cuts.items())
     rows = Listing(("site", "rank", "now", "error"), cells, {"now": span, "error": max})
-    sites = {name: cut._asdict() for name, cut in cuts.items()}
-    _write(made, writing, listing, dtype, partial(show.print_rows, rows), sites=sites)
+    lines = rows.lines(width(), everything=listing.everything)
+    sites = {name: site._asdict() for name, site in cuts.items()}
+    _write(cut, writing, listing, dtype, lines, sites=sites)
 
 
-@app.command("diff")
-def diff_command(
+def diff(
     one: Annotated[Path, Argument(metavar="ONE", help="A PEFT folder or an adapter file.")],
     two: Annotated[Path, Argument(metavar="TWO", help="Another adapter of the same base.")],
-    reading: given.ReadOptions,
-    listing: given.ListOutput,
+    reading: options.ReadOptions,
+    listing: options.ListOutput,
 ) -> None:
-    """Compare the adapters ONE and TWO, site by site."""
-    from lora_inject.algebra.combine_files import diff as compared
-
-    difference = compared(*reading.read([one, two]))
-    listing.show(difference.to_dict(), _print_difference, difference)
+    listing.show(combine_files.diff(*reading.read([one, two])))
 
 
-@app.command("rename")
-def rename_command(
-    adapter: given.AdapterPath,
+def rename(
+    adapter: options.AdapterPath,
     names: Annotated[
         list[str],
         Argument(
@@ -118,95 +110,49 @@ def rename_command(
             "group, an empty one removes them.",
         ),
     ],
-    writing: given.Writing,
-    reading: given.ReadOptions,
-    output: given.Output,
+    writing: options.Writing,
+    reading: options.ReadOptions,
+    output: options.Output,
 ) -> None:
-    """Write ADAPTER with other names of its layers."""
-    from lora_inject.algebra.other_shapes import rename
-    from lora_inject.core.adapter.file_keys import one_line
-
-    pairs = given.pairs_from(names, "OLD=NEW", "transformer=model.decoder", whole="old")
+    pairs = options.pairs_from(names, "OLD=NEW", "transformer=model.decoder", whole="old")
     [state] = reading.read([adapter])
-    made = rename(state, pairs)
-    old, new = ([*s.sites, *s.trained, *s.base_copies] for s in (state, made))
-    words = f"its names are now {one_line(templates(new), 6)}"
-    now = dict(zip(old, new, strict=True))
-    _write(made, writing, output, tell=lambda **_: show.say_words(words), names=now)
+    renamed = other_shapes.rename(state, pairs)
+    old, new = ([*s.sites, *s.trained, *s.base_copies] for s in (state, renamed))
+    lines = wrapped(f"its names are now {one_line(templates(new), 6)}", width())
+    _write(renamed, writing, output, lines=lines, names=dict(zip(old, new, strict=True)))
 
 
 def _write(
     state: AdapterState,
-    writing: given.Writing,
-    output: given.Output,
-    dtype: given.Dtype | None = None,
-    tell: Callable[..., None] | None = None,
+    writing: options.Writing,
+    output: options.Output,
+    dtype: options.Dtype | None = None,
+    lines: Iterable[str] = (),
     **figures: Any,
 ) -> None:
-    """Write the new adapter atomically, and print what `tell` does, its path and its size."""
-    import torch
-
-    from lora_inject.algebra.other_shapes import as_dtype
-    from lora_inject.formats.exchange import write_adapter
-
+    """Write the new adapter atomically, and print `lines`, its path and its size."""
     if dtype is not None:
-        state = as_dtype(state, getattr(torch, dtype))
+        state = other_shapes.as_dtype(state, getattr(torch, dtype))
     path = write_adapter(state, writing.output, writing.adapter_format, overwrite=writing.overwrite)
     ranks = {name: site.spec.rank for name, site in state.sites.items()}
-    text = str(state).removeprefix("AdapterState(").removesuffix(")")
-    data = {"output": str(path), "ranks": ranks, **figures}
-
-    def show_it(**options: bool) -> None:
-        if tell is not None:
-            tell(**options)
-        show.say(f"wrote {path}: {text}")
-
-    output.show(data, show_it)
+    size = str(state).removeprefix("AdapterState(").removesuffix(")")
+    text = "\n".join([*lines, f"wrote {path}: {size}"])
+    output.print({"output": str(path), "ranks": ranks, **figures}, text)
 
 
-def _print_difference(difference: Difference, *, everything: bool) -> None:
-    heads = ("site", "ranks", "|one|", "|two|", "|one - two|", "cosine")
-    cells = tuple(
-        (name, "{} and {}".format(*site.ranks), *site.norms, site.distance, site.cosine)
-        for name, site in difference.sites.items()
-    )
-    show.print_rows(Listing(heads, cells), everything=everything)
-    for name, distance in difference.trained.items():
-        where = "in only one of them" if distance is None else f"|one - two| = {distance:.3g}"
-        show.say(f"trained {name}: {where}")
-    cosine = "-" if difference.cosine is None else f"{difference.cosine:.6f}"
-    apart = f"|one - two| = {difference.distance:.6g}"
-    show.say_words(f"{_likeness(difference)}; {apart}, cosine {cosine}, over all sites")
-
-
-def _likeness(difference: Difference) -> str:
-    if difference.equal:
-        return "equal in every bit"
-    if difference.distance == 0 and all(distance == 0 for distance in difference.trained.values()):
-        return "equal values; the configs or fingerprints differ"
-    return "not equal"
-
-
-@app.command("convert")
-def convert_command(
-    adapter: given.AdapterPath,
+def convert(
+    adapter: options.AdapterPath,
     output: Annotated[Path, Argument(metavar="OUT", help="Where to write.")],
     *,
     to: Annotated[
-        str,
-        Option(
-            "--to",
-            metavar="FORMAT",
-            help=f"Format to write: {', '.join(given.FORMATS)}.",
-            callback=given.one_of(given.FORMATS),
-        ),
+        str, Option("--to", metavar="FORMAT", help=options.FORMAT, callback=one_of(FORMATS))
     ],
     base: Base = None,
     dtype: Annotated[
         str | None,
         Option(
             help="Dtype to write, such as float16. (default: as it is)",
-            callback=given.one_of(given.DTYPES),
+            callback=one_of(options.DTYPES),
         ),
     ] = None,
     rank: Annotated[
@@ -218,23 +164,17 @@ def convert_command(
             "--component",
             help="kohya, diffusers: the part of a pipeline, such as unet or te1; "
             "'' for a diffusers file of one model.",
-            callback=given.one_of(given.COMPONENTS),
+            callback=one_of(COMPONENTS),
         ),
     ] = None,
-    overwrite: given.Overwrite = False,
-    reading: given.ReadOptions,
-    out: given.Output,
+    overwrite: options.Overwrite = False,
+    reading: options.ReadOptions,
+    out: options.Output,
 ) -> None:
-    """Write ADAPTER in the format of another program.
-
-    Prints what the format cannot express; refuses what would change the outputs.
-    """
-    from lora_inject.checkpoint.conversion import convert as converted
-    from lora_inject.formats.exchange import FORMATS, format_of, options_of
-
+    """Prints what the format cannot express; refuses what would change the outputs."""
     [how] = reading.options([adapter])
-    options = {"dtype": dtype, "rank": rank, "component": to_component}
-    chosen = {key: value for key, value in options.items() if value is not None}
+    given = {"dtype": dtype, "rank": rank, "component": to_component}
+    chosen = {key: value for key, value in given.items() if value is not None}
     lost: list[str] = []
     for name in chosen:
         takers = [key for key in FORMATS if name in options_of(format_of(key).write)]
@@ -247,57 +187,43 @@ def convert_command(
 
     def tell(words: str) -> None:
         lost.append(words)
-        show.note(f"{to}: {words}")
+        note(f"{to}: {words}")
 
-    path = converted(
+    path = conversion.convert(
         adapter,
         output,
         to,
-        base=base and given.model_folder(base),
+        base=base and options.model_folder(base),
         reading=how,
         tell=tell,
         overwrite=overwrite,
         **chosen,
     )
-    data = {"output": str(path), "format": to, "lost": lost}
-    out.show(data, show.say, f"wrote {path}")
+    out.print({"output": str(path), "format": to, "lost": lost}, f"wrote {path}")
 
 
-@app.command()
 def check(
-    adapter: given.AdapterPath,
+    adapter: options.AdapterPath,
     client: Annotated[
         str,
-        Option(
-            "--for",
-            metavar="PROGRAM",
-            help="vllm, sglang, llama.cpp, lorax, diffusers, mlx, comfyui or peft.",
-            callback=given.one_of(given.CLIENTS),
-        ),
+        Option("--for", metavar="PROGRAM", help=f"{', '.join(CLIENTS)}.", callback=one_of(CLIENTS)),
     ],
     base: Base = None,
     *,
-    output: given.Output,
+    output: options.Output,
 ) -> None:
-    """List what a program would refuse or misread in ADAPTER.
+    """The exit code is 1 if it refuses ADAPTER, ignores a part of it or applies another scale.
 
-    The exit code is 1 if the program refuses the adapter, ignores a part of it or applies another
-    scale, or if the adapter holds NaN.
+    So it is if ADAPTER holds NaN.
     """
-    from dataclasses import asdict
-
-    from lora_inject.checkpoint.conversion import check_adapter
-
-    objections = check_adapter(adapter, client, base=base and given.model_folder(base))
-    stopped = any(finding.stops for finding in objections)
-    data = {"client": client, "accepted": not stopped, "findings": [*map(asdict, objections)]}
-    output.show(data, _print_findings, client, objections, stopped)
+    found = conversion.check_adapter(adapter, client, base=base and options.model_folder(base))
+    stopped = any(objection.stops for objection in found)
+    lines = [f"{client}: {'does not take it as it is' if stopped else 'takes it'}"]
+    for each in found:
+        lines += wrapped(
+            f"{'stop' if each.stops else 'note'}: {each.problem}. {each.fix}.", width()
+        )
+    data = {"client": client, "accepted": not stopped, "findings": [*map(asdict, found)]}
+    output.print(data, "\n".join(lines))
     if stopped:
         raise Exit(1)
-
-
-def _print_findings(client: str, objections: Sequence[Objection], stopped: bool) -> None:
-    answer = "does not take it as it is" if stopped else "takes it"
-    show.say(f"{client}: {answer}", color=show.BAD if stopped else show.GOOD)
-    for finding in objections:
-        show.say_words(f"{'stop' if finding.stops else 'note'}: {finding.problem}. {finding.fix}.")

@@ -74,6 +74,28 @@ class Diagnosis:
         """Return it as plain data."""
         return {"lora-inject": __version__, **asdict(self)}
 
+    def text(self, width: int = 80) -> str:
+        """Return it in lines, what is switched off first; names of packages are not broken.
+
+        Examples:
+            >>> diagnose().text().startswith("lora-inject ")
+            True
+        """
+        del width
+        off = {f.feature: f"{f.here} ({f.without})" for f in self.features if not f.works}
+        lines = [
+            f"lora-inject {__version__} in {sys.prefix}",
+            *(f"  {what}: {value}" for what, value in self.system.items()),
+            *_listed("packages", self.packages),
+            *_listed("servers", self.servers or {"none": "is installed here"}),
+            *_listed("installed, but cannot be imported", self.broken),
+            *_listed("variables", self.variables),
+            *_listed("switched off here", off),
+            *_listed("there", {f.feature: f.here for f in self.features if f.works}),
+            *_listed("missing of others' private side", self.private),
+        ]
+        return "\n".join(lines)
+
 
 def diagnose(*, imports: bool = False) -> Diagnosis:
     """Look at the environment of this process.
@@ -219,28 +241,6 @@ def _private(packages: set[str]) -> dict[str, str]:
         if package in packages and look_up(name) is None:
             missing[name] = instead
     return missing
-
-
-def in_words(diagnosis: Diagnosis) -> Iterator[str]:
-    """Yield a diagnosis in lines, what is switched off first.
-
-    Examples:
-        >>> lines = list(in_words(diagnose()))
-        >>> lines[0].startswith("lora-inject ")
-        True
-    """
-    yield f"lora-inject {__version__} in {sys.prefix}"
-    for what, value in diagnosis.system.items():
-        yield f"  {what}: {value}"
-    yield from _listed("packages", diagnosis.packages)
-    yield from _listed("servers", diagnosis.servers or {"none": "is installed here"})
-    yield from _listed("installed, but cannot be imported", diagnosis.broken)
-    yield from _listed("variables", diagnosis.variables)
-    off = [feature for feature in diagnosis.features if not feature.works]
-    yield from _listed("switched off here", {f.feature: f"{f.here} ({f.without})" for f in off})
-    there = {f.feature: f.here for f in diagnosis.features if f.works}
-    yield from _listed("there", there)
-    yield from _listed("missing of others' private side", diagnosis.private)
 
 
 def _listed(title: str, rows: Mapping[str, str]) -> Iterator[str]:

@@ -15,6 +15,8 @@ from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.eject import eject
 from lora_inject.core.model.load import load_adapter
 from lora_inject.core.model.probing import refuse_without_room, take_proof
+from lora_inject.core.spec.names import counted
+from lora_inject.core.spec.tables import wrapped
 from lora_inject.errors import FormatError, user_path
 from lora_inject.formats.card import with_checks
 from lora_inject.formats.exchange import detected, read_adapter
@@ -53,6 +55,16 @@ class Stored:
             "replaced": self.replaced,
             "knows_base": self.knows_base,
         }
+
+    def text(self, width: int = 80) -> str:
+        """Return what was stored, in lines that fit."""
+        proof = self.proof
+        words = (
+            f"stored: {len(proof.values[0]):,} log-probabilities of "
+            f"{counted(len(proof.prompts), 'text')}, which the adapter moves by {proof.effect:.2g} "
+            f"(rounding in {proof.dtype}: {proof.noise():.2g}), in '{self.file}'"
+        )
+        return "\n".join(wrapped(words, width))
 
 
 def store_proof(path: Any, model: nn.Module, probe: Any, **reading: Any) -> Stored:

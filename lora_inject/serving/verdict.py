@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lora_inject.core.spec.tables import wrapped
 from lora_inject.errors import StateError
 from lora_inject.formats.proof import Proof, rms
 
@@ -60,6 +61,10 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data."""
         return {**asdict(self), "notes": [*self.notes], "ok": self.ok}
+
+    def text(self, width: int = 80) -> str:
+        """Return it in words, in lines that fit."""
+        return "\n".join(wrapped(str(self), width))
 
     def __str__(self) -> str:
         """Say it in words, with the distances."""

@@ -28,6 +28,7 @@ from lora_inject.core.model.listing import adapters
 from lora_inject.core.model.read_off import adapter_state
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.names import counted
+from lora_inject.core.spec.tables import Listing
 from lora_inject.errors import FormatError, StateError, check_type, user_path
 from lora_inject.trees import tree_leaves
 from lora_inject.trials.batches import Forward, in_one_order, plain_forward, size_of
@@ -63,6 +64,16 @@ class Rung:
     held_out: dict[str, list[float]] = field(default_factory=dict)
     stopped: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def judged(self, name: str) -> str:
+        """Return how a trial did: its held-out loss, and how far it is behind the best."""
+        if name in self.stopped:
+            return "stopped"
+        if name not in self.held_out:
+            return "-"
+        loss, best = self.held_out[name], self.held_out[ranked(self.held_out)[0]]
+        apart = "" if loss is best else f" {behind(loss, best)}"
+        return f"{fmean(loss):.4f}{apart}"
 
 
 @dataclass
@@ -134,6 +145,22 @@ class Search:
             ],
             "config": self.config.to_dict(),
         }
+
+    def text(self, width: int = 80) -> str:
+        """Return a row for each trial, the best of the last rung first, and the best one's name.
+
+        After a sign: behind the best, with the standard error over the held-out batches.
+        """
+        order = dict.fromkeys(n for rung in reversed(self.rungs) for n in ranked(rung.held_out))
+        order |= dict.fromkeys(self.candidates)
+        points = ((name, self.candidates[name]) for name in order)
+        rows = tuple(
+            (name, f"{p.lr:g}", f"{p.parameters:,}", *(rung.judged(name) for rung in self.rungs))
+            for name, p in points
+        )
+        heads = ("trial", "lr", "parameters", *(f"after {steps} steps" for _, steps in self.plan))
+        best = f"best: {self.best}; {self.seconds:.0f} s of training"
+        return "\n".join([*Listing(heads, rows).lines(width, everything=True), best])
 
     def to_yaml(self) -> str:
         """Return the best config as YAML, with the evidence for it in comments."""

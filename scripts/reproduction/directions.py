@@ -8,14 +8,17 @@ the smaller A would start as a part of the larger one, and what they share would
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_inject import analysis
+from lora_inject.analysis.pictures import png, similarity_figure
 from lora_inject.formats.exchange import read_adapter
 
 from . import trials
@@ -56,7 +59,12 @@ def pairs_of(lab: Lab, one: str, other: str) -> Iterator[tuple[str, Tensor]]:
             continue
         ours, theirs = blocks(lab, one, first), blocks(lab, other, second)
         for site, block in ours.items():
-            yield site, analysis.subspace_similarity(block.A, theirs[site].A)
+            yield site, phi_of(block, theirs[site])
+
+
+def phi_of(one: Any, other: Any) -> Tensor:
+    """phi(i, j) of the A of two blocks."""
+    return analysis.similarity(analysis.directions(one.A), analysis.directions(other.A))
 
 
 def similarities(lab: Lab) -> Result:
@@ -89,21 +97,30 @@ def draw(lab: Lab, folder: Path) -> list[Path]:
     middle = {kind: found[len(found) // 2] for kind, found in sites.items()}
     layer = len(sites["q"]) // 2
     ranks = {
-        f"{kind}, layer {layer}": analysis.subspace_similarity(small[site].A, other[site].A)
-        for kind, site in middle.items()
+        f"{kind}, layer {layer}": phi_of(small[site], other[site]) for kind, site in middle.items()
     }
     seeds = {
-        f"{kind}, layer {layer}": analysis.subspace_similarity(large[site].A, other[site].A)
-        for kind, site in middle.items()
+        f"{kind}, layer {layer}": phi_of(large[site], other[site]) for kind, site in middle.items()
     }
     rank, dim = large[middle["q"]].A.shape
-    chance = analysis.gaussian_similarity(rank, rank, dim)
-    return [
-        analysis.draw_similarity(
-            ranks, folder / "figure-3.png", labels=("i (r = 8)", "j (r = 64)"), zoom=True
-        ),
-        analysis.draw_similarity(seeds, folder / "figure-4.png", baseline=chance),
-    ]
+    random = torch.Generator().manual_seed(0)
+    drawn = (
+        analysis.directions(torch.randn(rank, dim, generator=random, dtype=torch.float64))
+        for _ in range(2)
+    )
+    zoomed = [each for name, grid in ranks.items()
+              for each in ((name, grid), (f"{name}, zoomed", corner(grid)))]  # fmt: skip
+    three = similarity_figure(zoomed, ("i (r = 8)", "j (r = 64)"))
+    chance = ("random", analysis.similarity(*drawn))
+    four = similarity_figure([*seeds.items(), chance], columns=3)
+    return [png(three, folder / "figure-3.png"), png(four, folder / "figure-4.png")]
+
+
+def corner(grid: Tensor) -> Tensor:
+    """`(n, n)`, n the smaller side, of a grid: blank where j > i, as the paper zooms."""
+    n = min(grid.shape)
+    upper = torch.ones(n, n, dtype=torch.bool).triu(1)
+    return grid[:n, :n].masked_fill(upper, math.nan)
 
 
 # ------------------------------------------------------------------------------- amplification
@@ -117,16 +134,34 @@ def amplifications(lab: Lab) -> Result:
     for rank, name in (("8", SMALL), ("64", LARGE)):
         for kind, end in KINDS.items():
             rows = [
-                analysis.amplification(weights[f"{site}.weight"], block.delta)
+                amplification(weights[f"{site}.weight"], block.delta)
                 for seed in lab.sizes.seeds
                 for site, block in blocks(lab, name, seed).items()
                 if site.endswith(end)
             ]
-            fields = ("of_delta", "of_weight", "of_random", "weight_norm", "delta_norm", "factor")
             found[f"{rank} {kind}"] = {
-                field: statistics.median(getattr(row, field) for row in rows) for field in fields
+                field: statistics.median(row[field] for row in rows) for field in rows[0]
             }
     return found
+
+
+def amplification(W: Tensor, delta: Any) -> dict[str, float]:
+    """One row of Table 7: what of W lies in directions of the delta, of W, and at random."""
+    W = W.detach().double()
+    U, S, V = delta.svd()
+    random = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.linalg.qr(torch.randn(n, len(S), generator=random, dtype=torch.float64)).Q
+        for n in W.shape
+    )
+    norms = {
+        "of_delta": float(torch.linalg.matrix_norm(U.T @ W @ V)),
+        "of_weight": float(torch.linalg.vector_norm(torch.linalg.svdvals(W)[: len(S)])),
+        "of_random": float(torch.linalg.matrix_norm(left.T @ W @ right)),
+        "weight_norm": float(torch.linalg.matrix_norm(W)),
+        "delta_norm": float(torch.linalg.vector_norm(S)),
+    }
+    return norms | {"factor": norms["delta_norm"] / norms["of_delta"]}
 
 
 # -------------------------------------------------------------------------------------- section

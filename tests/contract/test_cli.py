@@ -413,8 +413,8 @@ rename {one} nothing -o {out} => 2 nothing
 check {one} --for all => 2 vllm
 inspect {one} --format pefd => 2 peft
 combine {one} {two} -o {out} --method tis => 2 dare_ties_svd
-combine {one} {two} -o {out} --density 2 => 2 0 to 1
-combine {one} {two} -o {out} --rank 0 => 2 at least 1
+combine {one} {two} -o {out} --density 2 => 2 --density
+combine {one} {two} -o {out} --rank 0 => 2 --rank
 combine {one} {two} -o {out} -w 1 => 2 2 adapters
 combine {one} {two} -o {out} -w 1 -w 0 => 2 0 is not a weight
 merge {one} {two} => 2 --output
@@ -520,7 +520,7 @@ def test_the_help_of_every_command_ends_with_an_example(run: Any) -> None:
     for command in commands:
         ran = run(command, "--help")
         assert ran.code == 0
-        assert f"Example:\n  lora-inject {command} " in ran.out
+        assert re.search(rf"Example:\s+lora-inject {command} ", ran.out)
 
 
 def test_check_takes_programs_that_it_knows(run: Any, two: Any) -> None:

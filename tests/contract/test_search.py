@@ -229,13 +229,12 @@ def folder(tmp_path, monkeypatch) -> Path:
 WORDS = ("search", "base", "space.yaml", "--data", "rows.jsonl", "--output", "out", "--batch", "4")
 
 
-def test_the_command_writes_config_adapter_and_page(folder, run) -> None:
+def test_the_command_writes_config_and_adapter(folder, run) -> None:
     done = run(*WORDS)
     assert done.code == 0, done.err
     assert "rung 1 of 1: 4 trials, 4 steps" in done.err
     config = li.Config.from_yaml("out/config.yaml")
     assert li.read_adapter("out/adapter").config["rank"] == config.rank
-    assert "Held-out loss by learning rate" in Path("out/search.html").read_text()
     trials = [line.split("  ")[0] for line in done.out.splitlines()[1:5]]
     assert sorted(trials) == ["all lr 0.001", "all lr 0.01", "qv lr 0.001", "qv lr 0.01"]
 

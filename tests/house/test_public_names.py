@@ -51,8 +51,8 @@ lora_inject.inject(torch.nn.Sequential(torch.nn.Linear(2, 2)), {"rank": 1, "targ
     steps = (
         ("import lora_inject; lora_inject.Config", set()),
         (["--help"], set()),
-        (["schema"], set()),
         ("import lora_inject.checkpoint", {"torch"}),
+        (["schema"], set()),
         (["merge", str(base), str(adapter), "-o", str(tmp_path / "out")], set()),
         (inject, set()),
         (f"{every}; import lora_inject.formats", set()),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lora_inject.core.spec.tables import Shown
+from lora_inject.core.spec.tables import Listing, Shown, wrapped
 
+FEW = 10
+"""So many tensors are printed each in a line of its own."""
 NOTHING = 5e-5
 """A share of a delta below this prints as 0.0000."""
 
@@ -79,7 +80,17 @@ class MergeReport(Shown):
     @property
     def warning(self) -> str | None:
         """What must not be overlooked: deltas that are 0, or of which rounding left nothing."""
-        return merge_warning(self)
+        zero = [t.name for t in self.counted if t.relative == 0]
+        losses = []
+        if self.inert:
+            losses.append(f"rounding left 0.0000 of {self._where(self.inert)}")
+        if zero:
+            losses.append(f"{self._where(zero)} is 0, as before training")
+        return f"{'; '.join(losses)}: there the adapter has no effect" if losses else None
+
+    def _where(self, names: Sequence[str]) -> str:
+        of = "every delta" if len(names) == len(self.counted) else "the delta"
+        return f"{of} at {len(names)} of {len(self.counted)} tensors, such as '{names[0]}'"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
@@ -88,36 +99,22 @@ class MergeReport(Shown):
         data["adapters"] = [list(row) for row in self.adapters]
         return {**data, "warning": self.warning}
 
+    def text(self, width: int = 80, *, everything: bool = False) -> str:
+        """Return what is left of each delta, the worst of each kind, and the totals."""
+        heads = ("tensor", "action", "dtype", "|D|/|W|", "kept", "error")
+        cells = [(t.name, t.action, t.dtype, t.relative, t.kept, t.error) for t in self.counted]
+        rows = Listing(heads, tuple(cells), {"kept": min, "error": max})
+        joined = "Of several: the median |D|/|W| and the worst of the others."
+        lines = [*rows.lines(width, everything=everything, joined=joined)]
+        for sentence in (*(f"note: {note}" for note in self.notes), self.totals()):
+            lines += wrapped(sentence, width)
+        return "\n".join(lines)
+
+    def totals(self) -> str:
+        """Return what was merged into what, with what must not be overlooked."""
+        mix = ", ".join(f"{name} x {weight:g}" for name, weight in self.adapters)
+        lost = f"; {self.warning}" if self.warning else ""
+        return f"merged {mix} into {len(self.tensors):,} tensors{lost}"
+
     def __str__(self) -> str:
-        return merge_table(self)
-
-
-def merge_table(report: Any) -> str:
-    """Return what was merged, the tensors of which the least was kept first."""
-    mix = ", ".join(f"{name} x {weight:g}" for name, weight in report.adapters)
-    lines = [f"merged {mix} into {len(report.tensors)} tensors"]
-    if report.counted:
-        lines.append("   |D|/|W|     kept    error  tensor (least kept first)")
-    for t in report.counted[:10]:
-        relative, kept, error = (
-            math.inf if v is None else v for v in (t.relative, t.kept, t.error)
-        )
-        lines.append(f"{relative:10.2e} {kept:8.3f} {error:8.3f}  {t.name}")
-    last = [report.warning] if report.warning else []
-    return "\n".join([*lines, *report.notes, *last])
-
-
-def merge_warning(report: Any) -> str | None:
-    """Return what must not be overlooked: deltas that are 0, or of which rounding left nothing."""
-    zero = [t.name for t in report.counted if t.relative == 0]
-    losses = []
-    if report.inert:
-        losses.append(f"rounding left 0.0000 of {_where(report, report.inert)}")
-    if zero:
-        losses.append(f"{_where(report, zero)} is 0, as before training")
-    return f"{'; '.join(losses)}: there the adapter has no effect" if losses else None
-
-
-def _where(report: Any, names: Sequence[str]) -> str:
-    of = "every delta" if len(names) == len(report.counted) else "the delta"
-    return f"{of} at {len(names)} of {len(report.counted)} tensors, such as '{names[0]}'"
+        return self.text(everything=len(self.counted) <= FEW)

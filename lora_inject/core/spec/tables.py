@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -11,6 +12,10 @@ from statistics import median
 from typing import Any
 
 from lora_inject.core.spec.names import templates
+from lora_inject.core.spec.words import printable
+
+MOST_NAMES = 6
+"""Names that a list shows unless all are asked for."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,20 @@ class Listing:
             same = (cell for cell in row[1:] if isinstance(cell, str | int))
             groups.setdefault((_kind(str(row[0])), *same), []).append(row)
         return Listing(self.heads, tuple(map(self._joined, groups.values())))
+
+    def lines(self, width: int, *, everything: bool = False, joined: str = "") -> Iterator[str]:
+        """Yield the table, rows of one kind in one line unless `everything`; nothing if empty.
+
+        `joined` states how figures of several sites are summarized.
+        """
+        if not self.cells:
+            return
+        table = self if everything else self.by_kind()
+        n_left = 1 + sum(isinstance(cell, str) for cell in table.cells[0][1:])
+        shown = [[printable(cell) for cell in row] for row in (table.heads, *table.text())]
+        yield from columns(shown, n_left, width, "")
+        if joined and len(table.cells) < len(self.cells):
+            yield from wrapped(joined, width)
 
     def _joined(self, rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
         if len(rows) == 1:
@@ -129,6 +148,35 @@ def columns(
             yield indent + row[0]
             name = ""
         yield f"{indent}{'  '.join([name, *cells])}".rstrip()
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Return a sentence in lines that fit; words, which may be paths, are not broken."""
+    return textwrap.wrap(printable(text), width, break_long_words=False, break_on_hyphens=False)
+
+
+def listed(head: str, names: Iterable[str], width: int, *, everything: bool) -> Iterator[str]:
+    """Yield names, if any, in lines that fit, below each other; a few unless `everything`."""
+    shown = [printable(name) for name in names]
+    if not shown:
+        return
+    if not everything and len(shown) > MOST_NAMES:
+        shown[MOST_NAMES:] = [f"and {len(shown) - MOST_NAMES:,} more (--all)"]
+    line = head
+    for i, name in enumerate(shown):
+        item = name + "," * (i + 1 < len(shown))
+        if len(line) + len(item) >= width and line != head:
+            yield line
+            line = " " * len(head)
+        line += f" {item}"
+    yield line
+
+
+def in_bytes(n: int) -> str:
+    """Return bytes with a unit: `512 bytes`, `538.1 MB`."""
+    from rich.filesize import decimal
+
+    return decimal(n)
 
 
 def sides(shape: Iterable[int]) -> str:

@@ -1,8 +1,8 @@
-"""Drawings of an analysis: figures of matplotlib, as SVG inside the report and as PNG files.
+"""The pictures of an analysis: figures of matplotlib, as SVG inside the page and as PNG files.
 
-Phi is shown as in the paper's figures 3, 4 and 6 to 8: heat maps with i downwards and j to the
-right, the first at the top left. In the page, text stays text in the color of the page. Each value
-that a drawing shows by color is also in one of the report's tables.
+Phi is shown as in the paper's figures 3, 4, 6 and 7: heat maps with i downwards and j to the right,
+the first at the top left. In the page, text stays text in the color of the page. Each value that a
+picture shows by color is also in one of the tables.
 """
 
 from __future__ import annotations
@@ -20,23 +20,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from lora_inject.analysis.blocks import Place
+from lora_inject.analysis.figures import Analysis
+from lora_inject.analysis.numbers import Place, by_kind
 from lora_inject.core.spec.words import printable
 from lora_inject.errors import StateError, user_path
 
 COLORS = "viridis"
 LINES = (0.4, 0.85)  # of the color scale for lines: its ends are lost on black and on white
 WIDTH = 5.0  # inches: 360 units of SVG, so that text keeps its size on a narrow screen
-LEFT, RIGHT, TOP = 0.1, 0.18, 0.04  # inches around a heat map
-ROW, FOOT = 0.25, 0.8  # inches: one row of a heat map, its axis and legend
-CHAR = 0.088  # inches: a character of a label, at least
-PANEL = 2.6  # inches: side of a panel of phi
+ROW, FOOT = 0.25, 0.85  # inches: one row of a heat map, its axis and legend
+PANEL = 2.4  # inches: side of a panel of phi
 MOST_TICKS = 10
 FEW = 5  # lines that a legend names where there are many
-MANY = 100  # points of a line from which they are not marked
 SMALL = 8.5  # points
 INK = "#010203"  # stands for the page's own color of text
 # Fonts that a browser may find; text is measured with the one that matplotlib brings.
@@ -51,6 +48,9 @@ STYLE: Any = {
     "svg.hashsalt": "lora_inject",  # equal figures give equal files
     "text.parse_math": False,  # a name may hold dollars
 }
+SECTIONS = ("maps", "ranks", "spectra", "rounding", "compared", "phi")
+Pictures = dict[str, list[tuple[str, Any]]]
+"""Section of the page to titles and figures."""
 T = TypeVar("T")
 
 
@@ -76,41 +76,84 @@ def _styled() -> Iterator[None]:
         yield
 
 
-# ------------------------------------------------------------------------------------ for the user
+# ---------------------------------------------------------------------------------- which ones
 
 
-def draw_similarity(
-    grids: Mapping[str, Tensor],
-    path: str | os.PathLike[str],
-    *,
-    labels: tuple[str, str] = ("i", "j"),
-    zoom: bool = False,
-    baseline: Tensor | None = None,
-    title: str = "",
-) -> Path:
-    """Draw phi as in the paper: of two ranks, of two seeds, or of a delta and W.
+def pictures(analysis: Analysis) -> Pictures:
+    """Return the pictures of an analysis, by the section of the page that shows them."""
+    kinds = by_kind(analysis.blocks)
+    prefix = shared_prefix(kinds)
+    norms = {
+        kind.removeprefix(prefix): [block.spectrum.norm for block in blocks]
+        for kind, blocks in kinds.items()
+    }
+    drawn: Pictures = {name: [] for name in SECTIONS}
+    drawn["maps"] = [(title, heat_map(cells, high)) for title, cells, high in _maps(analysis)]
+    drawn["ranks"] = [
+        ("Blocks by the rank that holds 99%", ranks_figure(
+            [block.spectrum.rank_for(0.99) for block in analysis.blocks])),
+        ("Norms by depth", norms_figure(norms)),
+    ]  # fmt: skip
+    drawn["spectra"] = [
+        (kind, spectra_figure([(b.at, b.spectrum.values) for b in blocks], "layer"))
+        for kind, blocks in kinds.items()
+    ]
+    if analysis.weights:
+        drawn["rounding"] = [
+            (f"Likeness in {form}", heat_map([
+                (Place(name, ""), site.rounded[form].likeness if site.changed else math.nan)
+                for name, site in analysis.weights.items()], 1.0))
+            for form in ("bfloat16", "float16")
+        ]  # fmt: skip
+    if analysis.comparison is not None:
+        pairs = analysis.comparison.pairs
+        for side, name in (("A", "right"), ("B", "left")):
+            for what, value in (("phi(1, 1)", "first"), ("phi of the whole spans", "whole")):
+                cells = [(pair, getattr(getattr(pair, name), value)) for pair in pairs]
+                drawn["compared"].append((f"Side of {side}: {what}", heat_map(cells, 1.0)))
+        for kind, same in by_kind(pair for pair in pairs if pair.right.phi.numel()).items():
+            panels = [
+                (f"layer {pair.at} {pair.label}".strip(), pair.right.phi)
+                for pair in evenly_spaced(same)
+            ]
+            drawn["phi"].append((kind, similarity_figure(panels)))
+    return drawn
+
+
+def _maps(analysis: Analysis) -> Iterator[tuple[str, list[tuple[Place, float]], float | None]]:
+    """Yield title, values and scale of what differs by layer and kind."""
+    blocks = [(block, block.spectrum) for block in analysis.blocks]
+    if beside := analysis.on_weight():
+        yield "Size of the delta, |D| / |W|", [(b, b.norms.relative) for b in beside], None
+        yield "Amplification, |D| / |U'WV|", [(b, b.norms.factor) for b in beside], None
+    else:
+        yield "Size of the delta, |D|", [(b, s.norm) for b, s in blocks], None
+    share: list[tuple[Place, float]] = [(b, s.rank_for(0.99) / b.rank) for b, s in blocks]
+    yield "Rank that holds 99%, over the configured rank", share, 1.0
+    yield "Effective rank", [(b, s.effective_rank) for b, s in blocks], None
+    first: list[tuple[Place, float]] = [(b, s.first_share) for b, s in blocks]
+    yield "Share of the energy in the first direction", first, 1.0
+
+
+def draw_pictures(folder: str | os.PathLike[str], analysis: Analysis) -> list[Path]:
+    """Write the pictures of an analysis as PNG files.
 
     Args:
-        grids: Title, such as `q, layer 48`, to `(r1, r2)` of phi.
-        path: The PNG to write.
-        labels: Of the rows and of the columns, such as `("i (r=8)", "j (r=64)")`.
-        zoom: Beside each grid its corner where j <= i, as in figures 3 and 6.
-        baseline: Phi of random matrices, drawn as the last panel, as in figures 4, 7 and 8.
-        title: Above all.
+        folder: Where to; made as needed, files of the same names are replaced.
+        analysis: The figures.
 
     Returns:
-        The path.
+        The files.
 
     Raises:
-        StateError: matplotlib is not installed, or there is nothing to draw.
+        StateError: matplotlib is not installed.
     """
-    panels = list(grids.items())
-    if zoom:
-        panels = [each for name, grid in panels
-                  for each in ((name, grid), (f"{name}, zoomed", _corner(grid)))]  # fmt: skip
-    if baseline is not None:
-        panels.append(("random", baseline))
-    return png(similarity_figure(panels, labels, 2 if zoom else 3, title), path)
+    place = user_path("draw pictures, folder", folder)
+    return [
+        png(figure, place / f"{section}-{_slug(title)}.png", title)
+        for section, drawn in pictures(analysis).items()
+        for title, figure in drawn
+    ]
 
 
 def draw_spectra(spectra: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
@@ -126,22 +169,22 @@ def draw_spectra(spectra: Mapping[str, Tensor], path: str | os.PathLike[str]) ->
     Raises:
         StateError: matplotlib is not installed, or there is nothing to draw.
     """
-    _check_drawable(any(bool((values > 0).any()) for values in spectra.values()))
+    if not any(bool((values > 0).any()) for values in spectra.values()):
+        remedy = "An adapter whose B is zero has none; train it first"
+        raise StateError("draw a picture", "there are no values above zero", remedy)
     return png(spectra_figure(list(spectra.items()), "site", len(spectra)), path)
 
 
-def _corner(grid: Tensor) -> Tensor:
-    """Return `(n, n)`, n the smaller side, of a grid: blank where j > i, as the paper zooms."""
-    n = min(grid.shape)
-    upper = torch.ones(n, n, dtype=torch.bool, device="cpu").triu(1)
-    return grid[:n, :n].detach().cpu().masked_fill(upper, math.nan)
+# -------------------------------------------------------------------------------------- figures
 
 
 @_styled()
-def png(figure: Any, path: str | os.PathLike[str]) -> Path:
+def png(figure: Any, path: str | os.PathLike[str], title: str = "") -> Path:
     """Write a figure into a file, folders made as needed."""
     place = user_path("draw", path)
     place.parent.mkdir(parents=True, exist_ok=True)
+    if title:
+        figure.suptitle(printable(title), fontsize=9)
     figure.savefig(place, format="png", dpi=150)
     return place
 
@@ -162,87 +205,55 @@ def svg(figure: Any, about: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(printable(about))}"', 1)
 
 
-# ----------------------------------------------------------------------------------------- figures
-
-
 @_styled()
 def similarity_figure(
-    panels: Sequence[tuple[str, Tensor]],
-    labels: tuple[str, str] = ("i", "j"),
-    columns: int = 3,
-    title: str = "",
-    side: float = PANEL,
-    counted: Sequence[str] = (),
+    panels: Sequence[tuple[str, Tensor]], labels: tuple[str, str] = ("i", "j"), columns: int = 2
 ) -> Any:
-    """Return heat maps of phi, titled grids in rows of `columns`, on one scale from 0 to 1.
-
-    `counted` names the rows and columns; without it directions are counted from 1.
-    """
-    _check_drawable(any(grid.numel() for _, grid in panels))
+    """Return heat maps of phi, titled grids in rows of `columns`, on one scale from 0 to 1."""
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    figure = _figure(side * rows, side * columns + 0.8, "constrained")
+    figure = _figure(PANEL * rows, PANEL * columns + 0.8)
     table = figure.subplots(rows, columns, squeeze=False)
-    image = None
-    for axes in table.flat:
+    for axes in table.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, (name, grid) in zip(table.flat, panels, strict=False):
-        axes.set_title(printable(name), fontsize=8)
-        if not grid.numel():
-            continue
-        axes.set_axis_on()
         height, width = grid.shape
         image = axes.imshow(
             grid.detach().cpu().tolist(), vmin=0, vmax=1, cmap=COLORS, aspect="auto",
             interpolation="nearest", extent=(0.5, width + 0.5, height + 0.5, 0.5),
         )  # fmt: skip
-        axes.set_xticks(*_ticks(width, counted))
-        axes.set_yticks(*_ticks(height, counted))
+        axes.set_title(printable(name), fontsize=8)
+        axes.set_xticks(range(1, width + 1, -(-width // MOST_TICKS)))
+        axes.set_yticks(range(1, height + 1, -(-height // MOST_TICKS)))
         axes.tick_params(labelsize=6)
         axes.set_ylabel(labels[0], fontsize=7)
         axes.set_xlabel(labels[1], fontsize=7)
     bar = figure.colorbar(image, ax=table, label="\u03c6(i, j)", fraction=0.03, aspect=30)
     bar.solids.set_rasterized(True)
-    if title:
-        figure.suptitle(printable(title), fontsize=9)
     return figure
-
-
-def _ticks(n: int, counted: Sequence[str]) -> tuple[range, list[str]]:
-    """Return which of n rows, from 1, have a tick, and what it says."""
-    at = range(1, n + 1, -(-n // MOST_TICKS))
-    return at, [counted[i - 1] if counted else str(i) for i in at]
 
 
 @_styled()
 def heat_map(cells: Iterable[tuple[Place, float]], high: float | None = None) -> Any:
-    """Return a row for each kind of site and a column for each layer, from 0 to `high`.
+    """Return a row for each kind and a column for each layer, on a scale from 0.
 
-    Experts of one layer share a square, with their mean; `high` is the largest value by default.
+    The experts of a layer share a square, with their mean; a square without a finite value is
+    blank.
     """
     groups: dict[str, dict[tuple[int, ...], list[float]]] = {}
     for place, value in cells:
         groups.setdefault(place.kind, {}).setdefault(place.position, []).append(value)
     positions = sorted({at for row in groups.values() for at in row})
     grid = [[_mean(row.get(at, ())) for at in positions] for row in groups.values()]
-    labels = _short(groups)
-    height = ROW * len(grid) + FOOT + TOP
-    figure = _figure(height, WIDTH)
-    left = min(0.6 * WIDTH, LEFT + CHAR * max(map(len, labels)))
-    across = WIDTH - left - RIGHT
-
-    def box(bottom: float, tall: float) -> Any:
-        return figure.add_axes((left / WIDTH, bottom / height, across / WIDTH, tall / height))
-
-    axes = box(FOOT, ROW * len(grid))
-    image = axes.imshow(grid, vmin=0.0, vmax=high, cmap=COLORS, aspect="auto",
-                        interpolation="none")  # fmt: skip
-    axes.set_yticks(range(len(labels)), labels)
+    figure, axes = _one_plot(ROW * len(grid) + FOOT)
+    image = axes.imshow(grid, vmin=0.0, vmax=high, cmap=COLORS, aspect="auto", interpolation="none")
+    prefix = shared_prefix(groups)
+    axes.set_yticks(range(len(groups)), [printable(kind.removeprefix(prefix)) for kind in groups])
     shown = range(0, len(positions), -(-len(positions) // MOST_TICKS))
     axes.set_xticks(shown, [".".join(map(str, positions[i])) or "-" for i in shown])
     axes.set_xlabel("layer", labelpad=1)
     axes.tick_params(length=2)
-    bar = figure.colorbar(image, cax=box(0.22, 0.1), orientation="horizontal")
+    bar = figure.colorbar(image, ax=axes, location="bottom", fraction=0.1, aspect=40, pad=0.02)
     bar.solids.set_rasterized(True)
     bar.outline.set_visible(False)
     bar.ax.locator_params(nbins=5)
@@ -256,6 +267,8 @@ def spectra_figure(lines: Sequence[tuple[str, Tensor]], named: str, most: int = 
 
     The legend, titled `named`, names up to `most` of them, evenly spaced.
     """
+    from matplotlib.ticker import LogLocator
+
     positive = ((label, values[values > 0].tolist()) for label, values in lines)
     drawn = [(label, values) for label, values in positive if values]
     below = any(len(label) > FEW for label, _ in drawn)
@@ -267,40 +280,24 @@ def spectra_figure(lines: Sequence[tuple[str, Tensor]], named: str, most: int = 
         axes.semilogy(range(1, len(values) + 1), relative, marker=".", ms=3, lw=0.9,
                       color=_shade(number, len(drawn)), label=text)  # fmt: skip
     _plain_axes(axes, "direction", "singular value / largest")
-    if drawn:
-        _label_decades(axes.yaxis)
+    if drawn:  # 1 and 3 of each decade, without powers
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter("")
         where = "outside lower left" if below else "outside right upper"
         figure.legend(title=named, fontsize=SMALL, title_fontsize=SMALL, loc=where)
     return figure
 
 
 @_styled()
-def lines_figure(
-    lines: Mapping[str, Sequence[tuple[float, float]]],
-    x: str,
-    y: str,
-    *,
-    logarithmic: bool = False,
-    bottom: float | None = None,
-    among: Iterable[str] = (),
-) -> Any:
-    """Return points by name, joined by a line each.
-
-    The x axis may be logarithmic; the y axis begins at `bottom`, by default below the least value.
-    Figures whose names are `among` the same names give a name the same color and mark.
-    """
-    figure, axes = _one_plot(2.6 + 0.16 * len(lines))
-    names = list(among) or list(lines)
-    for label, points in lines.items():
-        number = names.index(label)
-        look = {"marker": "os^Dv"[number % 5] if len(points) < MANY else "", "ms": 3, "lw": 0.9}
-        color = _shade(number, len(names))
-        axes.plot(*zip(*points, strict=True), **look, color=color, label=printable(label))
-    _plain_axes(axes, x, y)
-    axes.set_ylim(bottom=bottom)
-    if logarithmic:
-        axes.set_xscale("log")
-        _label_decades(axes.xaxis)
+def norms_figure(norms: Mapping[str, Sequence[float]]) -> Any:
+    """Return the norms of the deltas of each kind, from the first block to the last."""
+    figure, axes = _one_plot(2.6 + 0.16 * len(norms))
+    for number, (label, values) in enumerate(norms.items()):
+        axes.plot(values, marker="os^Dv"[number % 5], ms=3, lw=0.9,
+                  color=_shade(number, len(norms)), label=printable(label))  # fmt: skip
+    _plain_axes(axes, "blocks of a kind, in the order of the model", "|D|")
+    axes.set_ylim(bottom=0)
     figure.legend(fontsize=SMALL, loc="outside lower left", ncols=2)
     return figure
 
@@ -318,7 +315,7 @@ def ranks_figure(ranks: Sequence[int]) -> Any:
     return figure
 
 
-# ------------------------------------------------------------------------------------------- parts
+# ---------------------------------------------------------------------------------------- parts
 
 
 def evenly_spaced(items: Sequence[T], most: int = 4) -> list[T]:
@@ -344,41 +341,25 @@ def shared_prefix(kinds: Iterable[str]) -> str:
     return "".join(f"{column[0]}." for column in shared)
 
 
-def _short(kinds: Iterable[str]) -> list[str]:
-    prefix = shared_prefix(kinds)
-    return [printable(kind.removeprefix(prefix)) for kind in kinds]
+def _slug(title: str) -> str:
+    """Return a title as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9_]+", "-", title.replace("*", "")).strip("-") or "site"
 
 
-def _figure(height: float, width: float, layout: Any = None) -> Any:
+def _figure(height: float, width: float) -> Any:
     """Return an empty figure that belongs to no window and no global state; sides in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout=layout)
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _one_plot(height: float) -> tuple[Any, Any]:
     """Return a figure as wide as the page, and its only axes."""
-    figure = _figure(height, WIDTH, "constrained")
+    figure = _figure(height, WIDTH)
     return figure, figure.subplots()
-
-
-def _label_decades(axis: Any) -> None:
-    """Label 1 and 3 of each decade of a logarithmic axis, without powers."""
-    from matplotlib.ticker import LogLocator
-
-    axis.set_major_locator(LogLocator(subs=(1, 3)))
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_formatter("")
-
-
-def _check_drawable(drawable: bool) -> None:
-    if not drawable:
-        problem = "there is nothing to draw: no directions, no values"
-        remedy = "An adapter whose B is zero has none; train it first"
-        raise StateError("draw a picture", problem, remedy)
 
 
 def _shade(line: int, n: int) -> Any:

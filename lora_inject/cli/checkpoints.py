@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from typer import Argument, BadParameter, Exit, Option
 
-from lora_inject.cli import given, show
-from lora_inject.cli.program import app
-
-if TYPE_CHECKING:
-    from lora_inject.checkpoint import Checkpoint, MergeOptions, WeightedAdapter
+from lora_inject.checkpoint import (
+    Checkpoint,
+    MergeOptions,
+    WeightedAdapter,
+    check_output,
+    extract_adapter,
+    free_bytes,
+    merge_planned,
+    plan_merge,
+    read_weighted,
+    verify_checkpoint,
+)
+from lora_inject.cli import options
+from lora_inject.cli.show import note, progress_bar, width
+from lora_inject.core.spec.tables import in_bytes
 
 BasePath = Annotated[
     Path, Argument(metavar="BASE", help="Folder of the base, or one .safetensors file.")
@@ -24,19 +34,20 @@ BasePath = Annotated[
 class Merging:
     """The options that decide the bytes of a merged checkpoint, of `merge` and `verify`."""
 
-    weight: given.Weights = None
+    weight: options.Weights = None
     dtype: Annotated[
-        given.Dtype | None, Option(help="Dtype of every float tensor. (default: as each tensor is)")
+        options.Dtype | None,
+        Option(help="Dtype of every float tensor. (default: as each tensor is)"),
     ] = None
     copy_code: Annotated[bool, Option(help="Copy the base's *.py files.")] = False
     allow_new: Annotated[bool, Option(help="Add trained tensors that the base lacks.")] = False
     dequantize: Annotated[
-        given.Dtype | None, Option(help="Write a quantized base as plain floats of this dtype.")
+        options.Dtype | None, Option(help="Write a quantized base as plain floats of this dtype.")
     ] = None
     requantize: Annotated[
         bool, Option(help="Quantize merged weights again, in the base's format.")
     ] = False
-    any_base: given.AnyBase = False
+    any_base: options.AnyBase = False
     rename: Annotated[
         list[str] | None,
         Option(
@@ -54,43 +65,37 @@ class Merging:
         ),
     ] = None
 
-    def options(self, **more: Any) -> MergeOptions:
-        """Return these and other options as keywords of the package."""
-        from lora_inject.checkpoint import MergeOptions
-
+    def merge_options(self, **more: Any) -> MergeOptions:
+        """Return these and other options as the package takes them."""
         names = ("dtype", "copy_code", "allow_new", "dequantize", "requantize", "any_base")
         more |= {name: getattr(self, name) for name in names}
-        more["rename"] = given.pairs_from(self.rename or (), "--rename", "a.=b.")
+        more["rename"] = options.pairs_from(self.rename or (), "--rename", "a.=b.")
         if self.tie:  # else the base's class decides; an empty table means that nothing is tied
             ties = [] if self.tie == ["none"] else self.tie
-            more["tie"] = given.pairs_from(ties, "--tie", "a.=b.", whole="old new")
+            more["tie"] = options.pairs_from(ties, "--tie", "a.=b.", whole="old new")
         return MergeOptions(**more)
 
     def read(
         self,
         base: Path,
         adapters: Sequence[Path],
-        reading: given.ReadOptions,
+        reading: options.ReadOptions,
         output: Path | None = None,
         *,
         overwrite: bool = False,
     ) -> tuple[Checkpoint, list[WeightedAdapter]]:
         """Open the base, check the output and read the adapters."""
-        from lora_inject.checkpoint import Checkpoint, check_output, read_weighted
-
-        weights = given.weights_for(adapters, self.weight)
-        checkpoint = Checkpoint.open(given.model_folder(base))
+        weights = options.weights_for(adapters, self.weight)
+        checkpoint = Checkpoint.open(options.model_folder(base))
         if output is not None:
             check_output(checkpoint, output, overwrite=overwrite)
-        options = reading.options(adapters)
-        rows = zip(adapters, weights, options, strict=True)
+        rows = zip(adapters, weights, reading.options(adapters), strict=True)
         return checkpoint, [read_weighted(path, checkpoint, w, **how) for path, w, how in rows]
 
 
-@app.command("merge")
-def merge_command(
+def merge(
     base: BasePath,
-    adapters: given.AdapterPaths,
+    adapters: options.AdapterPaths,
     *,
     output: Annotated[
         Path | None, Option("--output", "-o", help="Folder to make. Not with --dry-run.")
@@ -108,81 +113,76 @@ def merge_command(
     workers: Annotated[
         int | None, Option(min=1, help="Threads. (default: one per core, at most four)")
     ] = None,
-    reading: given.ReadOptions,
-    listing: given.ListOutput,
+    reading: options.ReadOptions,
+    listing: options.ListOutput,
 ) -> None:
-    """Fold each ADAPTER into the checkpoint BASE, without the model.
-
-    BASE is a folder of safetensors files, or one such file.
+    """BASE is a folder of safetensors files, or one such file.
 
     Tensors that no adapter touches keep their bytes. Stopped at any moment, the output is absent,
     complete, or finished by the same command.
     """
-    from lora_inject.checkpoint import free_bytes, merge_planned, plan_merge
-
     if output is None and not dry_run:
         raise BadParameter("say where to write: --output FOLDER (or --dry-run)")
-    options = merging.options(min_kept=min_kept, verify=verify, workers=workers)
+    given = merging.merge_options(min_kept=min_kept, verify=verify, workers=workers)
     checkpoint, weighted = merging.read(base, adapters, reading, output, overwrite=overwrite)
-    planned = plan_merge(checkpoint, weighted, options)
+    planned = plan_merge(checkpoint, weighted, given)
     if output is None or dry_run:
         where = output or Path.cwd()
         free = free_bytes(where)
-        data = {**planned.to_dict(), "free_bytes": free}
-        listing.show(data, show.print_merge_plan, planned, where, free)
+        room = "free" if free >= planned.n_bytes else "free, which is NOT enough,"
+        text = planned.text(width(), everything=listing.everything)
+        text += f"\n{in_bytes(free)} {room} on the disk of '{where}'; nothing was written"
+        listing.print({**planned.to_dict(), "free_bytes": free}, text)
         return
-    with show.progress_bar("merging") as progress:
+    with progress_bar("merging") as progress:
         report = merge_planned(planned, output, progress, overwrite=overwrite)
-    listing.show(report.to_dict(), show.print_merge, report)
+    listing.show(report)
+    if report.warning:
+        note(f"warning: {report.warning}")
 
 
-@app.command()
 def verify(
     base: BasePath,
-    adapters: given.AdapterPaths,
+    adapters: options.AdapterPaths,
     merged: Annotated[Path, Argument(metavar="MERGED", help="The folder to check.")],
     merging: Merging,
-    reading: given.ReadOptions,
-    listing: given.ListOutput,
+    reading: options.ReadOptions,
+    listing: options.ListOutput,
 ) -> None:
-    """Check that MERGED is what merging ADAPTER into BASE would write.
+    """Every touched tensor is computed again, every other byte is compared.
 
-    Every touched tensor is computed again, every other byte is compared. Give the options that the
-    merge was given.
+    Give the options that the merge was given.
     """
-    from lora_inject.checkpoint import verify_checkpoint
-
-    options = merging.options()
     checkpoint, weighted = merging.read(base, adapters, reading)
-    with show.progress_bar("verifying") as progress:
-        report = verify_checkpoint(checkpoint, weighted, merged, options=options, progress=progress)
-    listing.show(report.to_dict(), show.print_verification, report)
+    with progress_bar("verifying") as progress:
+        report = verify_checkpoint(
+            checkpoint, weighted, merged, options=merging.merge_options(), progress=progress
+        )
+    listing.show(report)
     if report.problems:
         raise Exit(1)
 
 
-@app.command()
 def extract(
     base: BasePath,
     tuned: Annotated[Path, Argument(metavar="TUNED", help="Folder of the fine-tuned checkpoint.")],
-    writing: given.Writing,
-    keeping: given.Keeping,
+    writing: options.Writing,
+    keeping: options.Keeping,
     full: Annotated[bool, Option(help="Store other tensors in full: norms, biases.")] = False,
     *,
-    listing: given.ListOutput,
+    listing: options.ListOutput,
 ) -> None:
-    """Store the difference of TUNED and BASE as a low-rank adapter."""
-    from lora_inject.checkpoint import extract_adapter
-
-    how: dict[str, Any] = {"rank": keeping.rank, "energy": keeping.energy, "full": full}
-    how |= {"format": writing.adapter_format, "overwrite": writing.overwrite}
-    with show.progress_bar("extracting") as progress:
+    with progress_bar("extracting") as progress:
         report = extract_adapter(
-            given.model_folder(base),
-            given.model_folder(tuned),
+            options.model_folder(base),
+            options.model_folder(tuned),
             writing.output,
-            **how,
+            rank=keeping.rank,
+            energy=keeping.energy,
+            full=full,
+            format=writing.adapter_format,
+            overwrite=writing.overwrite,
             progress=progress,
         )
-    data = {"output": str(writing.output), **report.to_dict()}
-    listing.show(data, show.print_extraction, report, writing.output)
+    listing.show(report, output=str(writing.output))
+    note(f"wrote {writing.output}")

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from typer import Argument, BadParameter, Option
 
-from lora_inject.cli.show import not_one_of, print_json
+from lora_inject.checkpoint import Checkpoint, read_weighted
+from lora_inject.cli.show import print_json, say, width
+from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import check_free
-from lora_inject.core.spec.names import counted
-from lora_inject.errors import CheckpointError, LoraInjectError, user_path
-
-if TYPE_CHECKING:
-    from lora_inject.checkpoint import Checkpoint
-    from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.spec.names import counted, nearest
+from lora_inject.errors import CheckpointError, FormatError, LoraInjectError, user_path
+from lora_inject.formats.exchange import (
+    DEFAULT,
+    FORMATS,
+    detected,
+    format_of,
+    options_of,
+    read_adapter,
+)
 
 Dtype = StrEnum("Dtype", "float32 bfloat16 float16")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 Believe = StrEnum("Believe", "metadata config")
 
 AdapterPath = Annotated[Path, Argument(metavar="ADAPTER", help="A PEFT folder or an adapter file.")]
@@ -37,38 +44,21 @@ AnyBase = Annotated[bool, Option(help="Go on although the adapter was made on an
 Overwrite = Annotated[bool, Option(help="Replace an existing adapter.")]
 
 
-FORMATS = (
-    *("peft", "portable", "vllm", "sglang", "native", "kohya", "diffusers"),
-    *("mlx", "torchtune", "litgpt", "gguf", "loralib"),
-)
-"""Names of the formats, which help prints without importing them."""
-
-
-COMPONENTS = (
-    *("unet", "te", "te1", "te2", "te3", "transformer", "transformer_2", "prior", "decoder"),
-    *("diffusion_model", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoders", ""),
-)
-CLIENTS = ("vllm", "sglang", "llama.cpp", "lorax", "diffusers", "mlx", "comfyui", "peft")
-DTYPES = ("float16", "bfloat16", "float32", "float64")
-_CUT = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
-METHODS = ("cat", "svd", "linear", *_CUT, *(f"{name}_svd" for name in _CUT))
-"""Names of parts of pipelines, programs, dtypes, ways to combine: help imports none of these."""
-
-
-def one_of(names: Sequence[str]) -> Callable[[str | None], str | None]:
+def one_of(names: Collection[str]) -> Callable[[str | None], str | None]:
     """Return a check of an option's value; another one than of `names` is wrong usage."""
 
     def checked(value: str | None) -> str | None:
         if value is None or value in names:
             return value
-        raise BadParameter(not_one_of(value, names))
+        near = nearest(value, names, 1)
+        meant = f", did you mean {near[0]}?" if near else "."
+        known = ", ".join(name or "''" for name in names)
+        raise BadParameter(f"{value!r} is not known{meant} Known are {known}")
 
     return checked
 
 
-Format = Option(
-    "--format", help=f"Format to write: {', '.join(FORMATS)}.", callback=one_of(FORMATS)
-)
+FORMAT = f"Format to write: {', '.join(FORMATS)}."
 
 
 def model_folder(path: Path) -> Path:
@@ -90,20 +80,37 @@ def model_folder(path: Path) -> Path:
     raise CheckpointError(f"open '{path}'", problem, remedy)
 
 
+class Result(Protocol):
+    """What a function of the package returns: plain data, and text that fits a width."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        ...
+
+    @property
+    def text(self) -> Callable[..., str]:
+        """The function that returns it in lines."""
+        ...
+
+
 @dataclass(frozen=True)
 class Output:
     """How to print a result."""
 
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False
 
-    def show(self, data: Mapping[str, Any], print_it: Callable[..., None], *result: Any) -> None:
-        """Print a result: its plain data as JSON, or as `print_it` does."""
+    def show(self, result: Result, **more: Any) -> None:
+        """Print a result: its plain data and `more` as JSON, or its text."""
         options = {name: value for name, value in vars(self).items() if name != "as_json"}
+        self.print({**result.to_dict(), **more}, result.text(width(), **options))
+
+    def print(self, data: Mapping[str, Any], text: str) -> None:
+        """Print plain data as JSON, or what says it in words."""
         try:
             if self.as_json:
                 print_json(data)
             else:
-                print_it(*result, **options)
+                say(text)
         except OSError as error:
             done = "The command has done its work, files included; only this is lost"
             raise LoraInjectError("print the result", str(error.strerror), done) from error
@@ -123,7 +130,9 @@ class Writing:
     """Where and how to write an adapter."""
 
     output: Annotated[Path, Option("--output", "-o", help="Where to write the adapter.")]
-    adapter_format: Annotated[str, Format] = "peft"
+    adapter_format: Annotated[str, Option("--format", help=FORMAT, callback=one_of(FORMATS))] = (
+        DEFAULT
+    )
     overwrite: Overwrite = False
 
     def __post_init__(self) -> None:
@@ -195,9 +204,6 @@ class ReadOptions:
 
         `known` is the format; by default it is detected.
         """
-        from lora_inject.errors import FormatError
-        from lora_inject.formats.exchange import detected, format_of, options_of
-
         given = self._given()
         taken: list[dict[str, Any]] = []
         for path in paths:
@@ -229,9 +235,6 @@ class ReadOptions:
         self, paths: Sequence[Path], base: Checkpoint | None = None, **more: Any
     ) -> list[AdapterState]:
         """Read adapters; a base resolves the weights of stacked experts."""
-        from lora_inject.checkpoint import read_weighted
-        from lora_inject.formats.exchange import read_adapter
-
         states = []
         more = {name: value for name, value in more.items() if value is not None}
         for path, options in zip(paths, self.options(paths, more.get("format")), strict=True):

@@ -1,1 +1,0 @@
-"""The report about an adapter: one HTML file that loads nothing from outside."""
