@@ -22,7 +22,7 @@ _HOMES = {
     "errors": "CheckpointError ConfigError FormatError LayerError LoraInjectError MatchError "
     "ServerError StateError",
     "formats.exchange": "read_adapter register_format write_adapter",
-    "algebra.combine_files": "combine diff truncate",
+    "algebra.combining": "combine diff truncate",
     "algebra.other_shapes": "as_dtype join join_experts rename split split_experts subset",
     "core.functional.merge_report": "MergeReport",
     "experts.kept_packed": "packed_experts",

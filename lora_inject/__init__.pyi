@@ -1,9 +1,9 @@
 """The public names for type checkers and editors; `__init__.py` imports them when asked for."""
 
 from lora_inject import analysis as analysis
-from lora_inject.algebra.combine_files import combine as combine
-from lora_inject.algebra.combine_files import diff as diff
-from lora_inject.algebra.combine_files import truncate as truncate
+from lora_inject.algebra.combining import combine as combine
+from lora_inject.algebra.combining import diff as diff
+from lora_inject.algebra.combining import truncate as truncate
 from lora_inject.algebra.other_shapes import as_dtype as as_dtype
 from lora_inject.algebra.other_shapes import join as join
 from lora_inject.algebra.other_shapes import join_experts as join_experts

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from lora_inject.algebra.combine_files import Adapter, state_of
-from lora_inject.algebra.renaming import distinct, renaming, some_of
+from lora_inject.algebra.combining import Adapter, state_of
 from lora_inject.core.adapter import reshape
 from lora_inject.core.adapter.fingerprint import without_weights
 from lora_inject.core.adapter.other_tensors import only, site_mapped, with_every_expert
@@ -24,6 +23,8 @@ from lora_inject.core.functional.finite import lost_by_cast
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.patterns import matching, named
 from lora_inject.errors import StateError, check_type
+
+T = TypeVar("T")
 
 
 def subset(adapter: Adapter, *patterns: str) -> AdapterState:
@@ -111,7 +112,7 @@ def rename(adapter: Adapter, new: Mapping[str, str] | Callable[[str], str]) -> A
         ['model.layers.0.self_attn.q_proj.weight']
     """
     state = _given(adapter, "rename")
-    change = renaming(new, [*state.sites, *state.trained])
+    change = _renaming(new, [*state.sites, *state.trained])
     sites, weights = [], {}
     for name, site in state.sites.items():
         spec = reshape.renamed(site.spec, change(name))
@@ -124,13 +125,96 @@ def rename(adapter: Adapter, new: Mapping[str, str] | Callable[[str], str]) -> A
     marks = state.fingerprint
     return replace(
         state,
-        sites=distinct(sites),
-        trained=distinct((place(name), tensor) for name, tensor in state.trained.items()),
-        base_copies=distinct((place(name), t) for name, t in state.base_copies.items()),
+        sites=_distinct(sites),
+        trained=_distinct((place(name), tensor) for name, tensor in state.trained.items()),
+        base_copies=_distinct((place(name), t) for name, t in state.base_copies.items()),
         rows={place(name): rows for name, rows in state.rows.items()},
         fingerprint=marks and {place(name): known for name, known in marks.items()},
         config=None,
     )
+
+
+def _renaming(
+    new: Mapping[str, str] | Callable[[str], str], names: Sequence[str]
+) -> Callable[[str], str]:
+    """Return the change of a name; it refuses names that no module can be saved and loaded under.
+
+    `new` is as in `lora_inject.rename`; each of its regexes must occur in one of `names`.
+    """
+    if callable(new):
+        change = new
+    else:
+        check_type("rename", new, Mapping, "Give a dict, such as {'old': 'new'}, or a function")
+        change = _substitution(new, names)
+
+    def checked(name: str) -> str:
+        made = change(name)
+        if made != name and not re.fullmatch(r"[^\s./\\]+(\.[^\s./\\]+)*", made):
+            remedy = "Give segments joined by dots, without spaces and slashes"
+            raise StateError(f"rename '{name}'", f"its new name would be {made!r}", remedy)
+        return made
+
+    return checked
+
+
+def _rule(old: str, text: str) -> re.Pattern[str]:
+    """Compile the regex of whole segments."""
+    for part in (old, text):
+        check_type(f"rename {old!r}", part, str, "Give the new name as text")
+    try:
+        return re.compile(rf"(?<![^.])(?:{old})(?![^.])")
+    except re.error as error:
+        remedy = "Escape literal characters with a backslash"
+        raise StateError(f"rename {old!r}", f"it is not a regex ({error})", remedy) from None
+
+
+def _substitution(new: Mapping[str, str], names: Sequence[str]) -> Callable[[str], str]:
+    """Return the function that replaces segments of a name, checked on all names."""
+    rules = {old: _rule(old, text) for old, text in new.items()}
+    used = set()
+
+    def change(name: str) -> str:
+        made: list[str] = []  # what one rule has made, which no other changes
+
+        def put(match: re.Match[str], old: str) -> str:
+            made.append(match.expand(new[old]))
+            return f"\0{len(made) - 1}\0" if made[-1] else ""
+
+        for old, rule in rules.items():
+            try:
+                changed, n = rule.subn(partial(put, old=old), name)
+            except (re.error, IndexError) as error:
+                problem, remedy = f"{new[old]!r} does not fit it ({error})", "Write \\1 for a group"
+                raise StateError(f"rename {old!r}", problem, remedy) from None
+            if n:
+                name = re.sub(r"\.{2,}", ".", changed).strip(".")
+                used.add(old)
+        while re.search(r"\0\d+\0", name):
+            name = re.sub(r"\0(\d+)\0", lambda place: made[int(place[1])], name)
+        return name
+
+    for name in names:
+        change(name)
+    if unused := [old for old in new if old not in used]:
+        remedy = f"Give whole segments of names such as {_some_of(names)}"
+        raise StateError(f"rename {unused[0]!r}", "it occurs in no name of the adapter", remedy)
+    return change
+
+
+def _some_of(names: Iterable[str]) -> str:
+    """Return the first three names, for a message."""
+    return ", ".join(repr(name) for name, _ in zip(names, range(3), strict=False)) or "none"
+
+
+def _distinct(items: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """Return a mapping; two values under one name are an error."""
+    renamed: dict[str, T] = {}
+    for name, value in items:
+        if name in renamed:
+            remedy = "Give each its own name"
+            raise StateError(f"the name '{name}'", "two tensors would have it", remedy)
+        renamed[name] = value
+    return renamed
 
 
 def split(adapter: Adapter, pattern: str, sizes: Mapping[str, int] | None = None) -> AdapterState:
@@ -247,7 +331,7 @@ def _joined(
 ) -> AdapterState:
     """Return the adapter with one site, under its name in `groups`, for each group."""
     if not groups:
-        raise StateError(asked, why, f"Its sites are such as {some_of(state.sites)}")
+        raise StateError(asked, why, f"Its sites are such as {_some_of(state.sites)}")
     new: dict[str, Mapping[str, SiteState]] = {}
     for name, group in groups.items():
         first, *others = group.values()
@@ -263,7 +347,7 @@ def _with(state: AdapterState, new: Mapping[str, Mapping[str, SiteState]]) -> Ad
     ]
     gone = {state.sites[name].spec.weight for name in new}
     marks = without_weights(state.fingerprint or {}, gone) or None
-    return replace(state, sites=distinct(sites), fingerprint=marks, config=None)
+    return replace(state, sites=_distinct(sites), fingerprint=marks, config=None)
 
 
 def _given(adapter: Adapter, asked: str) -> AdapterState:

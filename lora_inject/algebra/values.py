@@ -1,4 +1,4 @@
-"""Arithmetic on whole adapters as values: sums and truncations.
+"""Sums of whole adapters as values, and what several must have in common.
 
 `AdapterState` has the operators; here is what they do.
 """
@@ -6,25 +6,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral, Real
-from typing import Any, NamedTuple
+from itertools import combinations
+from numbers import Real
+from typing import Any
 
 from torch import Tensor
 
-from lora_inject.algebra.one_base import check_one_base, common_copies
-from lora_inject.core.adapter.fingerprint import union_of
-from lora_inject.core.adapter.other_tensors import site_mapped, with_every_expert
-from lora_inject.core.adapter.parts import (
-    Cut,
-    Term,
-    check_alike,
-    mixed,
-    plain,
-    total,
-    truncated,
+from lora_inject.core.adapter.fingerprint import (
+    Fingerprint,
+    base_differences,
+    same_values,
+    union_of,
+    unverifiable,
+    without_weights,
 )
+from lora_inject.core.adapter.other_tensors import site_mapped, with_every_expert
+from lora_inject.core.adapter.parts import Term, check_alike, mixed, plain, total
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.sites import SiteSpec
@@ -41,39 +40,6 @@ def added(one: AdapterState, other: AdapterState, weight: float) -> AdapterState
     """Return an adapter plus 1 or -1 times another."""
     asked = "add adapters" if weight > 0 else "subtract adapters"
     return weighted_sum([one, other], [1.0, weight], asked)
-
-
-class Truncated(NamedTuple):
-    """The result of `lora_inject.truncate`.
-
-    Attributes:
-        state: The adapter.
-        sites: For each site its rank before and now, and the relative error.
-    """
-
-    state: AdapterState
-    sites: dict[str, Cut]
-
-
-def truncation(state: AdapterState, rank: int | None, energy: float | None) -> Truncated:
-    """Return the truncated adapter, with rank and error of each site."""
-    asked = "truncate"
-    if rank is None and energy is None:
-        raise StateError(asked, "neither rank nor energy is given", "Give one of them")
-    if rank is not None:
-        check_type(f"{asked}, rank", rank, Integral, "Give a whole number from 1")
-        if rank < 1:
-            raise StateError(asked, f"rank is {rank}", "Give 1 or more")
-    if energy is not None:
-        check_type(f"{asked}, energy", energy, Real, "Give a share, in (0, 1]")
-        if not 0 < energy <= 1:
-            raise StateError(asked, f"energy is {energy}", "Give a share of the squares, in (0, 1]")
-    state.check_finite(asked)
-    made = {name: truncated(site, rank, energy, asked) for name, site in state.sites.items()}
-    sites = {name: site for name, (site, _) in made.items()}
-    return Truncated(
-        replace(state, sites=sites, config=None), {name: cut for name, (_, cut) in made.items()}
-    )
 
 
 def called(states: Sequence[Any]) -> list[str]:
@@ -147,48 +113,28 @@ def with_sites(
     """
     names = _check_adapters(states, asked)
     states = [with_every_expert(state) for state in states]
-    named = [_Named(*three) for three in zip(names, states, weights, strict=True)]
-    for one in named:
-        _check_term(one.state, one.weight, one.name, asked)
-    trained = mixed([(one.state.trained, one.weight) for one in named], names, asked)
+    for state, weight, name in zip(states, weights, names, strict=True):
+        _check_term(state, weight, name, asked)
+    terms = [(s.trained, weight) for s, weight in zip(states, weights, strict=True)]
+    trained = mixed(terms, names, asked)
     sites = {}
     for site in dict.fromkeys(name for state in states for name in state.sites):
-        holders = [one for one in named if site in one.state.sites]
-        sites[site] = _made(site, holders, make, asked)
-        if twice := _tensors_of(sites[site].spec) & trained.keys():
-            raise _held_twice(min(twice), holders[0].name, named, asked)
+        here = [n for n, state in enumerate(states) if site in state.sites]
+        holders = [names[n] for n in here]
+        held = [(states[n].sites[site], weights[n]) for n in here]
+        check_alike([each.spec for each, _ in held], holders, asked)
+        # With the base known, kinds of layers are known; for a foreign file they are assumed.
+        surest = min(here, key=lambda n: states[n].fingerprint is None)
+        made = make(held, states[surest].sites[site].spec, holders)
+        bias = f"{made.spec.weight.removesuffix('weight')}bias" if made.spec.lora_bias else ""
+        if twice := {made.spec.weight, bias} & trained.keys():
+            other = next(n for n, s in zip(names, states, strict=True) if min(twice) in s.trained)
+            problem = f"{holders[0]} updates '{min(twice)}' and {other} holds a trained copy of it"
+            raise StateError(asked, problem, "Merge both adapters into the base instead")
+        sites[site] = made
     marks = [state.fingerprint for state in states if state.fingerprint is not None]
-    copies = common_copies([state.base_copies for state in states], names, asked)
-    union = union_of(marks) if marks else None
-    return AdapterState(sites, trained, None, union, copies)
-
-
-class _Named(NamedTuple):
-    """An adapter among others, as messages call it, with its weight."""
-
-    name: str
-    state: AdapterState
-    weight: float
-
-
-def _made(
-    site: str,
-    holders: Sequence[_Named],
-    make: Callable[[Sequence[Term], SiteSpec, Sequence[str]], SiteState],
-    asked: str,
-) -> SiteState:
-    names = [one.name for one in holders]
-    terms = [(one.state.sites[site], one.weight) for one in holders]
-    check_alike([term.spec for term, _ in terms], names, asked)
-    # With the base known, kinds of layers are known; for a foreign file they are assumed.
-    surest = min(holders, key=lambda one: one.state.fingerprint is None)
-    return make(terms, surest.state.sites[site].spec, names)
-
-
-def _held_twice(name: str, holder: str, named: Iterable[_Named], asked: str) -> StateError:
-    other = next(one.name for one in named if name in one.state.trained)
-    problem = f"{holder} updates '{name}' and {other} holds a trained copy of it"
-    return StateError(asked, problem, "Merge both adapters into the base instead")
+    copies = _common_copies([state.base_copies for state in states], names, asked)
+    return AdapterState(sites, trained, None, union_of(marks) if marks else None, copies)
 
 
 def _check_term(state: AdapterState, weight: float, name: str, asked: str) -> None:
@@ -209,11 +155,43 @@ def _check_adapters(states: Sequence[AdapterState], asked: str) -> list[str]:
     remedy = "Give an AdapterState, as adapter_state(model) does"
     for state, name in zip(states, names, strict=True):
         check_type(f"{asked}, {name}", state, AdapterState, remedy)
-    check_one_base([state.fingerprint for state in states], names, asked)
+    _check_one_base([state.fingerprint for state in states], names, asked)
     return names
 
 
-def _tensors_of(spec: SiteSpec) -> set[str]:
-    """Return the names of the base's tensors that a site updates."""
-    bias = f"{spec.weight.removesuffix('weight')}bias"
-    return {spec.weight, *([bias] if spec.lora_bias else [])}
+def _check_one_base(
+    several: Iterable[Fingerprint | None], names: Iterable[str], asked: str
+) -> None:
+    """Refuse adapters of different bases, by the weights that two fingerprints have in common.
+
+    `names` are what messages call the adapters.
+    """
+    marks = [(mark, name) for mark, name in zip(several, names, strict=True) if mark is not None]
+    for (one, first), (two, second) in combinations(marks, 2):
+        unknown = {*(one.keys() - two.keys()), *unverifiable(one, two)}
+        unknown |= {n for n in one.keys() - unknown if one[n].shape != two[n].shape}
+        common = without_weights(one, unknown)  # not where only one of the bases was quantized
+        if wrong := base_differences(common, two, ("in one", "in the other")):
+            name, what = next(iter(wrong.items()))
+            problem = f"they were made on different bases: '{name}' {what}"
+            remedy = "Give adapters of one base; where the second was trained after the first was "
+            remedy += "merged, combine them with any_base=True"
+            raise StateError(f"{asked}, {first} and {second}", problem, remedy)
+
+
+def _common_copies(
+    several: Iterable[Mapping[str, Tensor]], names: Iterable[str], asked: str
+) -> dict[str, Tensor]:
+    """Return the copies of the base's tensors that any of several adapters carries.
+
+    `names` are what messages call the adapters.
+    """
+    common: dict[str, Tensor] = {}
+    holders: dict[str, str] = {}
+    for copies, holder in zip(several, names, strict=True):
+        for name, tensor in copies.items():
+            held, first = common.setdefault(name, tensor), holders.setdefault(name, holder)
+            if not same_values(held, tensor):
+                different = f"{first} and {holder} hold different copies of this base tensor"
+                raise StateError(f"{asked}, '{name}'", different, "Give adapters of one base")
+    return common

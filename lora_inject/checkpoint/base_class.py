@@ -17,6 +17,7 @@ from torch import nn
 
 from lora_inject.checkpoint.index import Checkpoint, changed_config
 from lora_inject.errors import CheckpointError
+from lora_inject.formats.live_models import facts_of_model
 from lora_inject.formats.model_facts import ModelFacts, is_transformers_4
 from lora_inject.formats.older_names import PlaceInClass, places_in_class
 
@@ -89,7 +90,7 @@ class BaseClass:
         named: list[dict[str, Any]] = [dict(modules(remove_duplicate=False)), {**self._shapes}]
         for each in named:
             each |= {n.removeprefix(inner): v for n, v in each.items() if n.startswith(inner)}
-        return ModelFacts.of(self.model, *named)
+        return facts_of_model(self.model, *named)
 
     @cached_property
     def ties(self) -> tuple[frozenset[str], ...]:

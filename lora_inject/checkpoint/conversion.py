@@ -19,6 +19,7 @@ from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats.checkpoint_names import names_on_disk
 from lora_inject.formats.clients import Objection, objections
 from lora_inject.formats.exchange import read_adapter, write_adapter
+from lora_inject.formats.live_models import facts_of_model
 from lora_inject.formats.lost import losses_of
 from lora_inject.formats.model_facts import ModelFacts
 
@@ -88,7 +89,7 @@ def facts_of(base: str | os.PathLike[str] | None) -> ModelFacts:
         with contextlib.suppress(CheckpointError):  # no class: read the files
             model = meta_model(config, asked, "give a base of a known class")
             modules = dict(model.named_modules(remove_duplicate=False))
-            facts = ModelFacts.of(model, modules, model.state_dict())  # defaults filled in
+            facts = facts_of_model(model, modules, model.state_dict())  # defaults filled in
             return replace(facts, separate=_files_of(model, base, config).separate)
     try:
         return Checkpoint.open(base).facts
@@ -128,7 +129,7 @@ def check_adapter(
 
     Args:
         adapter: The adapter's files.
-        client: `vllm`, `sglang`, `llama.cpp`, `lorax`, `diffusers`, `mlx`, `comfyui` or `peft`.
+        client: `vllm`, `sglang`, `llama.cpp`, `diffusers`, `mlx`, `comfyui` or `peft`.
         base: Folder of the base, to compare names, ties and layers too.
 
     Returns:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 from typer import Argument, BadParameter, Exit, Option
 
-from lora_inject.algebra import combine_files, other_shapes
+from lora_inject.algebra import combining, other_shapes
 from lora_inject.algebra.combining import METHODS
 from lora_inject.checkpoint import conversion
 from lora_inject.cli import options
@@ -22,7 +22,7 @@ from lora_inject.core.spec.names import templates
 from lora_inject.core.spec.tables import Listing, span, wrapped
 from lora_inject.formats import diffusers, kohya
 from lora_inject.formats.clients import CLIENTS
-from lora_inject.formats.exchange import FORMATS, format_of, options_of, write_adapter
+from lora_inject.formats.exchange import WRITTEN, format_of, options_of, write_adapter
 
 COMPONENTS = (*dict.fromkeys((*kohya.COMPONENTS, *diffusers.COMPONENTS)), "")
 WriteDtype = Annotated[
@@ -68,7 +68,7 @@ def combine(
     weights = weight and options.weights_for(adapters, weight)
     how: dict[str, Any] = {"density": density, "majority_sign": majority_sign, "seed": seed}
     how |= {"method": method, "rank": rank, "any_base": any_base}
-    combined = combine_files.combine(reading.read(adapters), weights, **how)
+    combined = combining.combine(reading.read(adapters), weights, **how)
     _write(combined, writing, output, dtype)
 
 
@@ -83,7 +83,7 @@ def truncate(
 ) -> None:
     """The error of a site is |D - D_cut| / |D|, in Frobenius norm."""
     [state] = reading.read([adapter])
-    cut, cuts = combine_files.truncate(state, rank=keeping.rank, energy=keeping.energy)
+    cut, cuts = combining.truncate(state, rank=keeping.rank, energy=keeping.energy)
     cells = tuple((name, site.before, float(site.rank), site.error) for name, site in cuts.items())
     rows = Listing(("site", "rank", "now", "error"), cells, {"now": span, "error": max})
     lines = rows.lines(width(), everything=listing.everything)
@@ -97,7 +97,7 @@ def diff(
     reading: options.ReadOptions,
     listing: options.ListOutput,
 ) -> None:
-    listing.show(combine_files.diff(*reading.read([one, two])))
+    listing.show(combining.diff(*reading.read([one, two])))
 
 
 def rename(
@@ -145,7 +145,7 @@ def convert(
     output: Annotated[Path, Argument(metavar="OUT", help="Where to write.")],
     *,
     to: Annotated[
-        str, Option("--to", metavar="FORMAT", help=options.FORMAT, callback=one_of(FORMATS))
+        str, Option("--to", metavar="FORMAT", help=options.FORMAT, callback=one_of(WRITTEN))
     ],
     base: Base = None,
     dtype: Annotated[
@@ -177,7 +177,7 @@ def convert(
     chosen = {key: value for key, value in given.items() if value is not None}
     lost: list[str] = []
     for name in chosen:
-        takers = [key for key in FORMATS if name in options_of(format_of(key).write)]
+        takers = [key for key in WRITTEN if name in options_of(format_of(key).write)]
         if to not in takers:
             problem = f"the format {to!r} does not have it; these do: {', '.join(takers)}"
             raise BadParameter(problem, param_hint=f"--{name}")

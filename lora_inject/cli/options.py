@@ -21,7 +21,7 @@ from lora_inject.core.spec.names import counted, nearest
 from lora_inject.errors import CheckpointError, FormatError, LoraInjectError, user_path
 from lora_inject.formats.exchange import (
     DEFAULT,
-    FORMATS,
+    WRITTEN,
     detected,
     format_of,
     options_of,
@@ -30,7 +30,6 @@ from lora_inject.formats.exchange import (
 
 Dtype = StrEnum("Dtype", "float32 bfloat16 float16")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-Believe = StrEnum("Believe", "metadata config")
 
 AdapterPath = Annotated[Path, Argument(metavar="ADAPTER", help="A PEFT folder or an adapter file.")]
 AdapterPaths = Annotated[
@@ -58,7 +57,7 @@ def one_of(names: Collection[str]) -> Callable[[str | None], str | None]:
     return checked
 
 
-FORMAT = f"Format to write: {', '.join(FORMATS)}."
+FORMAT = f"Format to write: {', '.join(WRITTEN)}."
 
 
 def model_folder(path: Path) -> Path:
@@ -130,7 +129,7 @@ class Writing:
     """Where and how to write an adapter."""
 
     output: Annotated[Path, Option("--output", "-o", help="Where to write the adapter.")]
-    adapter_format: Annotated[str, Option("--format", help=FORMAT, callback=one_of(FORMATS))] = (
+    adapter_format: Annotated[str, Option("--format", help=FORMAT, callback=one_of(WRITTEN))] = (
         DEFAULT
     )
     overwrite: Overwrite = False
@@ -160,10 +159,6 @@ class Keeping:
 class ReadOptions:
     """How to read adapters."""
 
-    prefer: Annotated[
-        Believe | None,
-        Option(help="PEFT folders: what to believe where metadata and config disagree."),
-    ] = None
     allow: Annotated[
         list[str] | None,
         Option(

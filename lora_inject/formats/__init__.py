@@ -1,8 +1,8 @@
 """Adapters in other programs' files: one module for each format.
 
 A format is a module with three functions: `write(state, path, facts, **options)`, `read(path,
-facts, **options)` and `detects(path)`; for `facts` see `model_facts`. Its `FORMATS` has its row, by
-name. The table in `exchange` lists all, so a new format is one file and one row.
+facts, **options)` and `detects(files)`; for `facts` see `model_facts`. Its `FORMATS` has its row,
+by name. The table in `exchange` lists all, so a new format is one file and one row.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
@@ -78,32 +78,31 @@ def model_card(
     counts = f"{len(state.sites):,} sites, {n_parameters:,} parameters"
     on = f" on {_inline(base_model)}" if base_model else ""
     data = f" Trained on {_inline(trained_on)}." if trained_on else ""
-    return "\n".join(
-        [
-            "---",
-            yaml.safe_dump(front, sort_keys=True, allow_unicode=True).rstrip(),
-            "---",
-            "",
-            "# LoRA adapter",
-            "",
-            f"{counts}{on}, written by lora-inject {__version__}.{data}",
-            "",
-            *_table(state),
-            *_trained(state),
-            *_idle(facts.idle),
-            *_notes(facts.notes),
-            "## Use",
-            "",
-            *_commands(state, base_model, cls, published_as or _FOLDER, rank),
-            *(_checks(cls) if proves else []),
-        ]
-    )
+    numel = sum(tensor.numel() for tensor in state.trained.values())
+    trained = f"{len(state.trained):,} tensors of the base travel in full ({numel:,} values)."
+    paragraphs = [
+        f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---",
+        "# LoRA adapter",
+        f"{counts}{on}, written by lora-inject {__version__}.{data}",
+        _table(state),
+        trained if state.trained else "",
+        _idle(facts.idle),
+        *(f"{note[:1].upper()}{note[1:]}." for note in facts.notes),
+        "## Use",
+        *_commands(state, base_model, cls, published_as or _FOLDER, rank),
+        *(_checks(cls) if proves else ()),
+    ]
+    return "\n\n".join(filter(None, paragraphs)) + "\n"
+
+
+def _code(language: str, *lines: str) -> str:
+    return "\n".join([f"```{language}", *lines, "```"])
 
 
 def _commands(
     state: AdapterState, base_model: str | None, cls: str | None, path: str, rank: int
-) -> list[str]:
-    """Return code that loads it here, with PEFT, and with vLLM if vLLM accepts it."""
+) -> Iterator[str]:
+    """Yield code that loads it here, with PEFT, and with vLLM if vLLM accepts it."""
     base, there = json.dumps(base_model or "path/to/the/base"), json.dumps(path)
     load = [f"model = ...  # {base}"]
     if cls:
@@ -111,27 +110,28 @@ def _commands(
     source = (
         "# lora_inject: pip install lora-inject; before its release, from a checkout: pip install ."
     )
-    ours = [source, "import lora_inject as li", *load, f"li.load_adapter(model, {there})"]
-    peft = [*load, f"model = PeftModel.from_pretrained(model, {there})"]
-    peft.insert(0, "from peft import PeftModel")
-    lines = ["```python", *ours, "```", "", "```python", *peft, "```", ""]
+    ours = f"li.load_adapter(model, {there})"
+    yield _code("python", source, "import lora_inject as li", *load, ours)
+    theirs = f"model = PeftModel.from_pretrained(model, {there})"
+    yield _code("python", "from peft import PeftModel", *load, theirs)
     kinds = {site.spec.kind for site in state.sites.values()}
     taken = [most for most in VLLM_RANKS if most >= rank and kinds == {"linear"}]
     if cls == "AutoModelForCausalLM" and base_model and taken and not state.trained:
         serve = f"vllm serve {shlex.quote(base_model)} --enable-lora --max-lora-rank {taken[0]}"
-        serve += f" --lora-modules {shlex.quote(f'adapter={path}')}"
-        lines += ["```console", serve, "```", ""]
-    return lines
+        yield _code("console", f"{serve} --lora-modules {shlex.quote(f'adapter={path}')}")
 
 
-def _checks(cls: str | None) -> list[str]:
-    """Return how to find out whether a model or a server computes with the adapter."""
+def _checks(cls: str | None) -> Iterator[str]:
+    """Yield how to find out whether a model or a server computes with the adapter."""
     said = "The file holds what the adapter computes for a few inputs. To see that a model"
     if cls != "AutoModelForCausalLM":
-        return [f"{said} has it:", "", "```python", "print(li.verify_loaded(model))", "```", ""]
-    serve = f"lora-inject verify-served http://localhost:8000 {_FOLDER} --model adapter"
-    lines = [f"{said}, or a server, has it:", "", "```python", "print(li.verify_loaded(model))"]
-    return [*lines, "```", "", "```console", serve, "```", ""]
+        yield f"{said} has it:"
+        yield _code("python", "print(li.verify_loaded(model))")
+        return
+    yield f"{said}, or a server, has it:"
+    yield _code("python", "print(li.verify_loaded(model))")
+    served = f"lora-inject verify-served http://localhost:8000 {_FOLDER} --model adapter"
+    yield _code("console", served)
 
 
 def with_checks(card: str) -> str:
@@ -147,7 +147,7 @@ def with_checks(card: str) -> str:
     """
     if "written by lora-inject" not in card or "verify_loaded" in card:
         return card
-    return "\n".join([card.rstrip(), "", *_checks("AutoModelForCausalLM")])
+    return "\n\n".join([card.rstrip(), *_checks("AutoModelForCausalLM")]) + "\n"
 
 
 def _inline(text: str) -> str:
@@ -155,7 +155,7 @@ def _inline(text: str) -> str:
     return "`" + text.replace("`", "'").replace("\n", " ") + "`"
 
 
-def _table(state: AdapterState) -> list[str]:
+def _table(state: AdapterState) -> str:
     """One row for all sites of one kind and the same numbers."""
     cells = (
         (name, s.spec.kind, s.spec.rank, f"{s.spec.alpha:g}", f"{s.spec.scale:g}")
@@ -166,23 +166,12 @@ def _table(state: AdapterState) -> list[str]:
     for name, *others in rows.text():
         sites = _inline(name.replace("|", "\\|"))
         lines.append(f"| {' | '.join([sites, *others])} |")
-    return [*lines, ""] if rows.cells else []
+    return "\n".join(lines) if rows.cells else ""
 
 
-def _trained(state: AdapterState) -> list[str]:
-    if not state.trained:
-        return []
-    numel = sum(tensor.numel() for tensor in state.trained.values())
-    return [f"{len(state.trained):,} tensors of the base travel in full ({numel:,} values).", ""]
-
-
-def _notes(notes: Sequence[str]) -> list[str]:
-    return [line for note in notes for line in (f"{note[:1].upper()}{note[1:]}.", "")]
-
-
-def _idle(names: Sequence[str]) -> list[str]:
+def _idle(names: Sequence[str]) -> str:
     if not names:
-        return []
+        return ""
     some = ", ".join(map(_inline, names[:3])) + (", ..." if len(names) > 3 else "")
     problem = f"No forward of the model had used {len(names):,} of them when it was saved: {some}."
-    return [f"{problem} An adapter that is never used changes nothing.", ""]
+    return f"{problem} An adapter that is never used changes nothing."

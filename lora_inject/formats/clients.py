@@ -7,51 +7,51 @@ programs themselves and compares.
 
 Sources: vLLM 0.33, lora/peft_helper.py, lora/lora_model.py, lora/utils.py; SGLang 0.5.23,
 srt/lora/lora_config.py, lora.py, utils.py; llama.cpp, convert_lora_to_gguf.py,
-src/llama-adapter.cpp; LoRAX, adapters/lora.py; diffusers 0.42.1, loaders/peft.py; mlx-lm 0.32.2,
-tuner/utils.py; ComfyUI, comfy/lora.py; peft 0.21.2, utils/save_and_load.py.
+src/llama-adapter.cpp; diffusers 0.42.1, loaders/peft.py; mlx-lm 0.32.2, tuner/utils.py; ComfyUI,
+comfy/lora.py; peft 0.21.2, utils/save_and_load.py.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from torch import Tensor
+
 from lora_inject.core.adapter.file_keys import one_line
-from lora_inject.core.files.safetensors_file import Header, read_header
 from lora_inject.core.files.strict_json import read_json
-from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors
+from lora_inject.core.files.tensors import is_safetensors, read_tensors
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.spec.names import leaf, nearest, parent
 from lora_inject.errors import FormatError, within
-from lora_inject.formats import diffusers, mlx, mlx_model
+from lora_inject.formats import diffusers, mlx
 from lora_inject.formats.card import VLLM_RANKS
 from lora_inject.formats.exchange import detected
+from lora_inject.formats.expert_names import (
+    block_and_part,
+    is_shared_layout,
+    missing_matrices,
+    of_one,
+)
+from lora_inject.formats.format import Files
 from lora_inject.formats.gguf_file import FAMILIES, content
 from lora_inject.formats.model_facts import ModelFacts
-from lora_inject.formats.peft.adapter_config import LAYOUTS_OF_B, check_field
-from lora_inject.formats.peft.folder import CONFIG, MODEL
-from lora_inject.formats.peft.name_patterns import values_of
+from lora_inject.formats.peft.fields import LAYOUTS_OF_B, LoraFields, read_fields
+from lora_inject.formats.peft.folder import CONFIG, MODEL, WRITTEN
 from lora_inject.formats.peft.tensor_layout import PREFIX
-from lora_inject.formats.shared_layout import is_shared_layout, of_one
-from lora_inject.formats.single_experts import is_single_expert, missing_matrices
 
 CONVERT = "Write it with `lora-inject convert --to "
 PORTABLE = f"{CONVERT}portable`"
 MERGE = "Fold it into the base with `lora-inject merge` and serve the result"
-_PAIR = {
-    "peft": re.compile(r"(.+?)\.lora_(embedding_)?([AB])(?:\.weight)?"),
-    "mlx": re.compile(r"(.+?)\.lora_()([ab])"),
-}
-NO_HEAD = ("gemma", "gemma2", "mixtral", "phi3", "solar")
+_PAIR = re.compile(r"(.+?)\.lora_(?:embedding_)?([ABab])(?:\.weight)?")
 _BLOCK = r"(single_)?transformer_blocks_\d+_"
 _CLIP = r"encoder_layers_\d+_(self_attn_(q|k|v|out)_proj|mlp_fc[12])"
-_LOST_ALPHAS = {"unet": r"_to_(q|k|v|out_0)", "te1?": "", "te2": r"_self_attn_\w+"}
 _COMFYUI_LACKS = re.compile(
     rf"unet\..*\.to_(q|k|v|out\.0)\.lora_[AB]\.weight|lora_unet_{_BLOCK}"
     rf"|(prior|decoder|transformer_2|text_encoder_3)\."
@@ -61,6 +61,7 @@ _COMFYUI_LACKS = re.compile(
 _OF_A_PIPELINE = re.compile(rf"({'|'.join(diffusers.COMPONENTS)})\.|(lora|lycoris)_")
 # Models whose stacks of experts vLLM adapts as PEFT stacks them (`is_3d_moe_weight`).
 VLLM_STACKS = ("gpt_oss", "interns1_pro", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_vl_moe")
+_FILES = {"peft": MODEL, "mlx": mlx.FILE, "diffusers": diffusers.FILE}
 
 
 @dataclass(frozen=True)
@@ -82,56 +83,85 @@ Objections = Iterator[Objection]
 Shape = tuple[int, ...] | None
 
 
-@dataclass(frozen=True)
-class Files:
-    """An adapter's files and, if known, the names of the base's modules and its config.
+class Checked:
+    """An adapter's files and what is known of the base.
 
-    `base` is the config of the language model with all defaults, `base_config` the base's
-    config.json as it stands, which other programs read.
-    For PEFT's and mlx-lm's folders `pairs` has the shapes of A and B by module, with None for a
-    missing one, `embeddings` the modules whose keys say that they are embeddings, and `others` the
-    names of all other tensors. `shared` says that there are stacks `experts.w1` with shared
-    factors; their shapes are those of one expert.
+    Attributes:
+        path: The folder, or the file.
+        layout: The name of the format.
+        tensors: The tensors by their keys, and `metadata` beside them.
+        config: The config of PEFT's or mlx-lm's folder, and its `fields` if it is LoRA's.
+        pairs: For such folders the shapes of A and B by module, with None for a missing one; of a
+            stack `experts.w1` with shared factors those of one expert.
+        others: The names of all other tensors there.
+        shared: Whether there are such stacks.
+        modules: The names of the base's modules, None if they are not known.
+        base: The config of the base's language model, with all defaults.
+        base_config: The base's config.json as it stands, which other programs read.
+        unfit: Says why PEFT's layers cannot stand in a module's place.
     """
 
-    path: Path
-    layout: str
-    modules: Collection[str] | None = None
-    base: Mapping[str, Any] = field(default_factory=dict)
-    base_config: Mapping[str, Any] = field(default_factory=dict)
-    unfit: Callable[[str], str] | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
-    pairs: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)
-    embeddings: Collection[str] = ()
-    others: tuple[str, ...] = ()
-    unprefixed: tuple[str, ...] = ()
-    shared: bool = False
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    def __init__(self, path: Path, facts: ModelFacts, base_config: Mapping[str, Any]) -> None:
+        self.layout, self.path = detected(path), Files(path).path
+        self.modules = _modules(facts)
+        self.base = facts.text_config("") if facts.config else {}
+        self.base_config = base_config
+        self.unfit = facts.unfit or (lambda _: "")
+        self.config: Mapping[str, Any] = {}
+        self.fields = LoraFields.model_validate({})
+        with within(f"check '{path}'"):
+            self._read()
+        shapes: dict[str, list[Shape]] = {}
+        self.others = []
+        for key, tensor in self.tensors.items() if self.config else ():
+            if match := _PAIR.fullmatch(key.removeprefix(PREFIX)):
+                of_b = match[2] in "Bb"
+                shapes.setdefault(match[1], [None, None])[of_b] = tuple(tensor.shape)
+            else:
+                self.others.append(key.removeprefix(PREFIX))
+        self.pairs = {name: of_one(name, a, b) for name, (a, b) in shapes.items()}
+        self.shared = is_shared_layout(self.tensors)
+
+    def _read(self) -> None:
+        is_folder = self.layout in ("peft", "mlx")
+        file = self.path / _FILES.get(self.layout, "") if self.path.is_dir() else self.path
+        for each in (self.path / CONFIG, file) if is_folder else ():
+            if not each.is_file():
+                raise FormatError("", f"there is no {each.name} in it", "Give the whole folder")
+        if is_folder:
+            self.config = read_json(self.path / CONFIG, CONFIG)
+            if not isinstance(self.config, dict):
+                raise FormatError(CONFIG, "it is not a table of fields", "Fetch it again")
+        if self.config.get("peft_type") == "LORA":
+            self.fields = read_fields(self.config, CONFIG, allow={*self.config})
+        self.tensors: Mapping[str, Tensor] = {}
+        self.metadata: Mapping[str, str] = {}
+        if self.layout == "gguf":
+            self.tensors = content(file)[1]
+        elif is_safetensors(file):
+            self.tensors, self.metadata = read_tensors(file)
 
     @property
     def ranks(self) -> dict[str, int]:
         """Rank of each complete pair by its tensors; for a stack that of one expert."""
         ranks = {name: a[0] for name, (a, b) in self.pairs.items() if a and b}
-        if not self.config.get("target_parameters"):
+        if not self.fields.target_parameters:
             return ranks
-        said = self.numbers("rank_pattern", "r", ranks)
-        return {
-            n: int(said[n]) if said[n] and rank % said[n] == 0 else rank
-            for n, rank in ranks.items()
-        }
+        said = self.said_ranks(ranks)
+        return {n: said[n] if rank % said[n] == 0 else rank for n, rank in ranks.items()}
 
-    def numbers(self, table: str, default: str, names: Collection[str]) -> dict[str, Any]:
-        """Return the config's value for each module."""
-        said, other = self.config.get(table) or {}, self.config.get(default)
-        return values_of(said, names, other)
+    @property
+    def rank(self) -> int:
+        """The rank that the config says for all, or PEFT's default."""
+        return self.fields.r or 8
 
-    def divisor(self, rank: float, *, rslora: bool = True) -> float:
-        """Return what alpha is divided by; `rslora` is whether the program knows `use_rslora`."""
-        return math.sqrt(rank) if rslora and self.config.get("use_rslora") else rank
+    def said_ranks(self, names: Collection[str]) -> dict[str, int]:
+        """The rank that the config says for each module."""
+        return {n: rank or self.rank for n, (rank, _) in self.fields.numbers(names).items()}
 
     def scale(self, rank: float, *, rslora: bool = True) -> float:
         """Return the scale by the one `lora_alpha`, with `use_rslora` if the program knows it."""
-        return float(self.config["lora_alpha"]) / self.divisor(rank, rslora=rslora)
+        return (self.fields.lora_alpha or 8) / (self.fields.divisor(rank) if rslora else rank)
 
 
 def objections(
@@ -148,84 +178,25 @@ def objections(
     if client not in CLIENTS:
         problem = f"there is no client '{client}'"
         raise FormatError(f"check '{path}'", problem, f"Known are {', '.join(CLIENTS)}")
-    base = facts.text_config("") if facts.config else {}
-    files = Files(path, detected(path), _modules(facts), base, base_config, facts.unfit)
-    with within(f"check '{path}'"):
-        files = replace(files, **_read(path, files.layout))
-        listed = [*_damaged(files), *CLIENTS[client](files)]
-        return sorted(listed, key=lambda objection: not objection.stops)
-
-
-def _read(path: Path, layout: str) -> dict[str, Any]:
-    """Return what is known of the tensors and the config of PEFT's and mlx-lm's folders."""
-    if layout not in ("peft", "mlx"):
-        return {}
-    file = MODEL if layout == "peft" else mlx.FILE
-    for name in (CONFIG, file):
-        if not (path / name).is_file():
-            raise FormatError("", f"there is no {name} in it", "Give the whole folder")
-    config: Any = read_json(path / CONFIG, CONFIG)
-    if not isinstance(config, dict):
-        raise FormatError(CONFIG, "it is not a table of fields", "Fetch it again")
-    header = read_header(path / file, FormatError)
-    tensors = _sorted_out(header, layout)
-    if layout == "peft" and (tensors["pairs"] or config.get("peft_type") == "LORA"):
-        with within(CONFIG):
-            _check_config(config)
-    unprefixed = tuple(key for key in header.tensors if not key.startswith(PREFIX))
-    return {
-        **tensors,
-        "config": config,
-        "unprefixed": unprefixed,
-        "shared": is_shared_layout(header.tensors),
-        "metadata": header.metadata or {},
-    }
-
-
-def _sorted_out(header: Header, layout: str) -> dict[str, Any]:
-    """Return the shapes of A and B by module, which are embeddings, and the other keys."""
-    pairs: dict[str, list[Shape]] = {}
-    embeddings: set[str] = set()
-    others: list[str] = []
-    for key, entry in header.tensors.items():
-        match = _PAIR[layout].fullmatch(key.removeprefix(PREFIX))
-        if match is None:
-            others.append(key.removeprefix(PREFIX))
-            continue
-        pairs.setdefault(match[1], [None, None])[match[3] in "Bb"] = entry.shape
-        if match[2]:
-            embeddings.add(match[1])
-    shapes = {name: (a, b) for name, (a, b) in pairs.items()}
-    if layout == "peft":
-        shapes = {n: of_one(n, *pair) for n, pair in shapes.items()}
-    return {"pairs": shapes, "embeddings": embeddings, "others": tuple(others)}
-
-
-def _check_config(config: Mapping[str, Any]) -> None:
-    """Refuse a LoRA's config whose ranks and alphas are not numbers."""
-    for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "modules_to_save"):
-        value = config.get(name)
-        if value is not None or name in ("r", "lora_alpha"):
-            check_field(name, value)
-
-
-def _damaged(files: Files) -> Objections:
-    """Find tensors with values that are not finite, which every program loads and computes with."""
-    name = {"peft": MODEL, "mlx": mlx.FILE, "diffusers": diffusers.FILE}.get(files.layout, "")
-    file = files.path / name if files.path.is_dir() else files.path
-    tensors: Mapping[str, Any] = {}
-    if files.layout == "gguf":
-        tensors = content(file)[1]
-    elif is_safetensors(file):
-        tensors = read_tensors(file)[0]
-    bad = (key.removeprefix(PREFIX) for key, t in tensors.items() if not all_finite(t))
+    files = Checked(path, facts, base_config)
+    bad = (key.removeprefix(PREFIX) for key, t in files.tensors.items() if not all_finite(t))
     remedy = "Its training diverged; take an earlier checkpoint of the adapter"
-    return _about(bad, "NaN or Inf, which makes all outputs NaN, is in {}", remedy)
+    damaged = _about(bad, "NaN or Inf, which makes all outputs NaN, is in {}", remedy)
+    return sorted([*damaged, *CLIENTS[client](files)], key=lambda objection: not objection.stops)
+
+
+def _modules(facts: ModelFacts) -> Collection[str] | None:
+    """Return the names of a base's modules, and those of single experts in its files."""
+    if facts.module_names is None or facts.separate is None:
+        return facts.module_names
+    stacks = [name for name in facts.tensor_names or () if leaf(parent(name)) == "experts"]
+    parts = (part for stack in stacks for parts in facts.separate(stack) for part in parts)
+    return {*facts.module_names, *(part.removesuffix(".weight") for part in parts)}
 
 
 # What several programs have in common -------------------------------------------------------------
 
-Rules = Callable[[Files], Objections]
+Rules = Callable[[Checked], Objections]
 _METHODS = {
     "use_dora": "DoRA",
     "lora_bias": "a bias of lora_B",
@@ -251,7 +222,7 @@ def _of_peft(client: str, methods: Mapping[str, str], own: Rules) -> Rules:
     `methods` are the fields of the config that it refuses, with their meaning.
     """
 
-    def rules(files: Files) -> Objections:
+    def rules(files: Checked) -> Objections:
         kind = files.config.get("peft_type")
         if files.layout != "peft":
             problem = f"{client} reads PEFT folders, and this has the format '{files.layout}'"
@@ -271,21 +242,12 @@ def _of_peft(client: str, methods: Mapping[str, str], own: Rules) -> Rules:
     return rules
 
 
-def _halves(files: Files) -> Objections:
+def _halves(files: Checked) -> Objections:
     lost = (name for name, pair in files.pairs.items() if None in pair)
     return _about(lost, "A or B is missing of {}", "Fetch the file again")
 
 
-def _modules(facts: ModelFacts) -> Collection[str] | None:
-    """Return the names of a base's modules, and those of single experts in its files."""
-    if facts.module_names is None or facts.separate is None:
-        return facts.module_names
-    stacks = [name for name in facts.tensor_names or () if leaf(parent(name)) == "experts"]
-    parts = (part for stack in stacks for parts in facts.separate(stack) for part in parts)
-    return {*facts.module_names, *(part.removesuffix(".weight") for part in parts)}
-
-
-def _names(files: Files) -> Objections:
+def _names(files: Checked) -> Objections:
     """Find modules that the base lacks: their updates would be ignored silently."""
     known = set(files.modules or ())
     bare = (
@@ -301,11 +263,11 @@ def _names(files: Files) -> Objections:
 
 
 def _scaled(
-    files: Files, client: str, scale: Callable[[int], float], fix: str = PORTABLE
+    files: Checked, client: str, scale: Callable[[int], float], fix: str = PORTABLE
 ) -> Objections:
     """Compare the scale that a program applies with PEFT's."""
-    alphas = files.numbers("alpha_pattern", "lora_alpha", files.ranks)
-    due = {n: alphas[n] / files.divisor(rank) for n, rank in files.ranks.items()}
+    numbers = files.fields.numbers(files.ranks)
+    due = {n: (numbers[n][1] or 8) / files.fields.divisor(r) for n, r in files.ranks.items()}
     wrong = (
         f"{name} ({scale(rank):.4g} for {due[name]:.4g})"
         for name, rank in files.ranks.items()
@@ -314,31 +276,32 @@ def _scaled(
     return _about(wrong, f"{client} would apply another scale to {{}}", fix, n=2)
 
 
-def _full(files: Files, client: str, does: str, allowed: tuple[str, ...] = ("\0",)) -> Objections:
+def _full(files: Checked, client: str, does: str, allowed: tuple[str, ...] = ("\0",)) -> Objections:
     stray = (key for key in files.others if not key.endswith(allowed))
     return _about(stray, f"{client} {does} tensors that are not A or B: {{}}", MERGE)
 
 
-def _stacks(files: Files, client: str, fix: str) -> Objections:
+def _stacks(files: Checked, client: str, fix: str) -> Objections:
     stacks = (n for n in files.pairs if re.search(r"\.experts(\.base_layer|\.w[123])?$", n))
     return _about(stacks, f"{client} refuses stacks of experts: {{}}", fix)
 
 
-def _no_shared_stacks(files: Files, client: str) -> Objections:
+def _no_shared_stacks(files: Checked, client: str) -> Objections:
     if files.shared:
         yield Objection(f"{client} ignores stacks of experts named w1, w2 and w3", PORTABLE)
 
 
-def _prefixed(files: Files, client: str) -> Objections:
+def _prefixed(files: Checked, client: str) -> Objections:
     problem = f"{client} finds no key without '{PREFIX}': {{}}"
-    return _about(files.unprefixed, problem, PORTABLE)
+    bare = (key for key in files.tensors if not key.startswith(PREFIX))
+    return _about(bare, problem, PORTABLE)
 
 
 # One function for each program --------------------------------------------------------------------
 
 
-def _vllm(files: Files) -> Objections:
-    saved = set(files.config.get("modules_to_save") or ()) - {"classifier", "score"}
+def _vllm(files: Checked) -> Objections:
+    saved = {*files.fields.modules_to_save} - {"classifier", "score"}
     yield from _about(sorted(saved), "vLLM refuses 'modules_to_save' {}", MERGE)
     heads = tuple(f"{head}.{end}" for head in ("classifier", "score") for end in ("weight", "bias"))
     copies = tuple(f"{name}.base_layer.weight" for name in ("embed_tokens", "lm_head"))
@@ -356,13 +319,13 @@ def _vllm(files: Files) -> Objections:
     yield from _ranks_in_vllm(max([*files.ranks.values(), 0]))
 
 
-def _columns_by_expert(files: Files, client: str) -> Objections:
-    if files.config.get("lora_B_layout") == LAYOUTS_OF_B[1]:
+def _columns_by_expert(files: Checked, client: str) -> Objections:
+    if files.fields.lora_B_layout == LAYOUTS_OF_B[1]:
         problem = f"{client} reads a stack's B by rank, and 'lora_B_layout' is {LAYOUTS_OF_B[1]!r}"
         yield Objection(problem, f"{CONVERT}peft --base BASE`")
 
 
-def _stacks_in_vllm(files: Files) -> Objections:
+def _stacks_in_vllm(files: Checked) -> Objections:
     """Find stacks of experts of which only one is adapted, or that it may read wrong."""
     modules = {name.removesuffix(".base_layer") for name in files.pairs}
     stacks = {name for name in modules if name.endswith(".experts")}
@@ -375,7 +338,7 @@ def _stacks_in_vllm(files: Files) -> Objections:
     )
 
 
-def _forms_of_experts(files: Files, has_stacks: bool) -> Objections:
+def _forms_of_experts(files: Checked, has_stacks: bool) -> Objections:
     """Find stacks for a model whose experts vLLM adapts singly, or the other way round."""
     kind, singly = files.base_config.get("model_type"), f"{CONVERT}vllm --base BASE`"
     if has_stacks and kind is None:
@@ -384,7 +347,7 @@ def _forms_of_experts(files: Files, has_stacks: bool) -> Objections:
     elif has_stacks and kind not in VLLM_STACKS:
         problem = f"vLLM refuses stacks of experts for the model_type {kind!r}, or ignores them"
         yield Objection(problem, singly)
-    single = [name for name in files.pairs if is_single_expert(name)]
+    single = [name for name in files.pairs if block_and_part(name)]
     if kind in VLLM_STACKS:
         problem = f"vLLM has stacks of experts for the model_type {kind!r}, and refuses {{}}"
         yield from _about(single, problem, "Write it in PEFT's format (--to peft)")
@@ -400,15 +363,15 @@ def _ranks_in_vllm(largest: int) -> Objections:
         yield Objection(problem, f"Start it with --max-lora-rank {need}", stops=False)
 
 
-def _sglang(files: Files) -> Objections:
+def _sglang(files: Checked) -> Objections:
     yield from _full(files, "SGLang", "ignores")
-    scale = files.scale(files.config["r"], rslora=False)
+    scale = files.scale(files.rank, rslora=False)
     yield from _scaled(files, "SGLang", lambda _: scale)
     targets = files.config.get("target_modules")
     if isinstance(targets, str) and targets not in ("all", "all-linear"):
         yield Objection("SGLang reads 'target_modules' as a list, and it is a regex", PORTABLE)
-    unequal = (n for n, rank in files.ranks.items() if rank != files.config["r"])
-    problem = f"SGLang refuses ranks other than 'r', which is {files.config['r']}: {{}}"
+    unequal = (n for n, rank in files.ranks.items() if rank != files.rank)
+    problem = f"SGLang refuses ranks other than 'r', which is {files.rank}: {{}}"
     yield from _about(unequal, problem, PORTABLE)
     if files.shared:
         yield _started_with("SGLang", "--experts-shared-outer-loras")
@@ -437,7 +400,7 @@ def _started_with(client: str, flag: str) -> Objection:
     return Objection(problem, f"Start it with {flag}", stops=False)
 
 
-def _llama_cpp(files: Files) -> Objections:
+def _llama_cpp(files: Checked) -> Objections:
     norms = [key for key in files.others if re.search(r"_layernorm|\.norm", key)]
     yield from _about(norms, "llama.cpp ignores trained norms: {}", MERGE)
     stray = (k for k in files.others if k not in norms and not k.endswith(".base_layer.weight"))
@@ -454,57 +417,27 @@ def _llama_cpp(files: Files) -> Objections:
         yield Objection(f"llama.cpp may not support the model_type {kind!r}", fix, stops=False)
 
 
-def _lorax(files: Files) -> Objections:
-    yield from _full(files, "LoRAX", "ignores")
-    yield from _prefixed(files, "LoRAX")
-    scale = files.scale(files.config["r"])
-    yield from _scaled(files, "LoRAX", lambda _: scale)
-    ranks = sorted({files.config["r"], *files.ranks.values()})
-    good = 8 if ranks[-1] <= 8 else -(-ranks[-1] // 16) * 16
-    if ranks != [good]:
-        problem = (
-            "LoRAX pads ranks to 8 or a multiple of 16, and the padded rank of a layer scales "
-        )
-        problem += f"the layers that it loads later. Here the ranks are {one_line(map(str, ranks))}"
-        yield Objection(problem, f"{CONVERT}portable --rank {good}`")
-    ignored = [n for n in files.pairs if n in files.embeddings or re.search(r"\.experts\b", n)]
-    if files.base.get("model_type") in NO_HEAD:
-        ignored += [name for name in files.pairs if name == "lm_head"]
-    yield from _about(ignored, "LoRAX has no LoRA for {} and ignores it", MERGE)
-    layers: dict[str, set[int]] = {}
-    for name in files.pairs:
-        if match := re.fullmatch(r"(.*?\.)(\d+)(\..+)", name):
-            layers.setdefault(match[1] + "*" + match[3], set()).add(int(match[2]))
-    n_layers = files.base.get("num_hidden_layers", len(set().union(*layers.values())))
-    partial = (name for name, there in layers.items() if len(there) < n_layers)
-    fix = "Adapt all layers, or fold it into the base (lora-inject merge)"
-    yield from _about(partial, "LoRAX drops a module that some layers lack from all: {}", fix)
-
-
-def _unfit(files: Files, names: Iterable[str], client: str) -> Objections:
+def _unfit(files: Checked, names: Iterable[str], client: str) -> Objections:
     """Find layers in whose place PEFT's cannot stand; only the base's own classes say it."""
-    if files.unfit is None:
-        return
     for name in names:
         if reason := files.unfit(name):
             yield Objection(f"{client} would load it wrong: '{name}': {reason}", MERGE)
 
 
-def _peft(files: Files) -> Objections:
+def _peft(files: Checked) -> Objections:
     yield from _prefixed(files, "PEFT")
     yield from _no_shared_stacks(files, "PEFT")
     yield from _columns_by_expert(files, "PEFT")
-    said = files.config.get("target_parameters") or ()
-    parameters = {parent(name) for name in said}
+    parameters = {parent(name) for name in files.fields.target_parameters}
     modules = (n for n in files.pairs if n not in parameters and not n.endswith(".base_layer"))
     yield from _unfit(files, modules, "PEFT")
-    if not files.config.get("target_parameters"):
-        due = files.numbers("rank_pattern", "r", files.ranks)
+    if not files.fields.target_parameters:
+        due = files.said_ranks(files.ranks)
         wrong = (f"{n} ({r} for {due[n]})" for n, r in files.ranks.items() if r != due[n])
         yield from _about(wrong, "the ranks of tensors and config differ: {}", PORTABLE)
 
 
-def _diffusers(files: Files) -> Objections:
+def _diffusers(files: Checked) -> Objections:
     fix = f"{CONVERT}diffusers --component unet`"
     if files.layout == "peft":
         yield from _peft_in_diffusers(files, fix)
@@ -516,16 +449,16 @@ def _diffusers(files: Files) -> Objections:
         yield Objection(f"diffusers does not read the format '{files.layout}'", fix)
 
 
-def _peft_in_diffusers(files: Files, fix: str) -> Objections:
+def _peft_in_diffusers(files: Checked, fix: str) -> Objections:
     yield from _halves(files)
     yield from _no_shared_stacks(files, "diffusers")
     yield from _unfit(files, files.pairs, "diffusers, which uses PEFT,")
     known = (".weight", ".bias", ".lora_magnitude_vector")
     yield from _full(files, "diffusers", "ignores", known)
-    if "lora_adapter_metadata" not in files.metadata:
+    if WRITTEN not in files.metadata:
         client = "diffusers (which reads no adapter_config.json)"
         yield from _scaled(files, client, lambda _: 1.0, fix)
-    if files.config.get("use_dora") and "model_type" in files.base:
+    if files.fields.use_dora and "model_type" in files.base:
         problem = "the load_adapter of transformers' models leaves out the magnitudes of DoRA"
         yield Objection(problem, f"Load it with PEFT, or: {MERGE}")
     options = f'prefix="{PREFIX[:-1]}", weight_name="{MODEL}"'
@@ -534,42 +467,42 @@ def _peft_in_diffusers(files: Files, fix: str) -> Objections:
     yield Objection("it is a PEFT folder", load, stops=False)
 
 
-def _own_in_diffusers(files: Files) -> Objections:
+def _own_in_diffusers(files: Checked) -> Objections:
     """Find what diffusers loses of text encoders in a file of its own layout."""
-    tensors, up = read_tensors(diffusers.file_of(files.path))[0], ".lora_B.weight"
-    parts: dict[str, dict[str, float]] = {}
-    for name in tensors:
-        if name.startswith("text_encoder") and name.endswith(up):
-            ranks = parts.setdefault(name.partition(".")[0], {})
-            ranks[name.removesuffix(up)] = tensors[name].shape[1]
+    parts: dict[str, dict[str, float]] = defaultdict(dict)
+    for name, up in files.tensors.items():
+        if name.startswith("text_encoder") and name.endswith(".lora_B.weight"):
+            parts[name.partition(".")[0]][name.removesuffix(".lora_B.weight")] = up.shape[1]
     for part, ranks in parts.items():
         yield from _text_encoder(ranks)
         if not any(re.search(r"(q|k|v|out)_proj$", name) for name in ranks):
             yield Objection(f"diffusers refuses a {part} without attention of CLIP's names", MERGE)
 
 
-def _kohya_in_diffusers(files: Files) -> Objections:
+def _kohya_in_diffusers(files: Checked) -> Objections:
     """Find what diffusers' conversion of kohya's names loses; it has one for all UNets."""
-    fix = f"{CONVERT}diffusers --component COMPONENT`"
-    tensors, down = read_tensors(files.path)[0], ".lora_down.weight"
-    ranks = {n.removesuffix(down): float(len(t)) for n, t in tensors.items() if n.endswith(down)}
-    alphas = {n: float(tensors[f"{n}.alpha"]) for n in ranks if f"{n}.alpha" in tensors}
-    lost = [n for part in _LOST_ALPHAS for n in _with_lost_alpha(part, ranks, alphas)]
-    problem = "diffusers would apply the component's most frequent alpha to {}"
-    yield from _about(lost, problem, fix)
-    yield from _misread_kohya(list(ranks), fix)
-    for part in ("te1?", "te2"):
-        yield from _text_encoder({n: r for n, r in ranks.items() if re.match(f"lora_{part}_", n)})
+    fix, tensors = f"{CONVERT}diffusers --component COMPONENT`", files.tensors
+    ranks: dict[str, dict[str, float]] = defaultdict(dict)
+    alphas: dict[str, set[float]] = defaultdict(set)
+    for key, down in tensors.items():
+        name, _, end = key.partition(".")
+        if end == "lora_down.weight":
+            part = "_".join(name.split("_")[:2])
+            alpha = tensors.get(f"{name}.alpha")
+            ranks[part][name] = len(down)
+            alphas[part].add(len(down) if alpha is None else float(alpha))
+    unequal = (part for part, several in alphas.items() if len(several) > 1)
+    problem = "diffusers would apply the most frequent alpha to other layers of {}"
+    yield from _about(unequal, problem, fix)
+    for pattern, but_for, problem in _MISREAD_KOHYA:
+        names = (name for of_part in ranks.values() for name in of_part if re.match(pattern, name))
+        yield from _about((n for n in names if not re.fullmatch(but_for, n)), problem, fix)
+    for part, of_part in ranks.items():
+        yield from _text_encoder(of_part) if part.startswith("lora_te") else ()
     kind = files.base.get("_class_name")
-    if kind != "FluxTransformer2DModel" and any(n.startswith("lora_transformer_") for n in ranks):
+    if kind != "FluxTransformer2DModel" and "lora_transformer" in ranks:
         problem = "diffusers reads kohya files of a transformer for Flux only"
         yield Objection(problem, fix, stops=kind is not None)
-
-
-def _misread_kohya(names: Iterable[str], fix: str) -> Objections:
-    for pattern, but_for, problem in _MISREAD_KOHYA:
-        misread = [n for n in names if re.match(pattern, n) and not re.fullmatch(but_for, n)]
-        yield from _about(misread, problem, fix)
 
 
 # Names in kohya files, names among these that are read, and what diffusers does with the others.
@@ -592,17 +525,6 @@ _MISREAD_KOHYA = (
 )
 
 
-def _with_lost_alpha(
-    part: str, ranks: Mapping[str, float], alphas: Mapping[str, float]
-) -> list[str]:
-    """Return the layers of a component to which diffusers gives the most frequent of all alphas."""
-    names = [n for n in ranks if re.match(f"lora_{part}_", n)]
-    counts = Counter(alphas[n] for n in names if n in alphas)
-    used = {alpha for alpha, count in counts.items() if count == max(counts.values())}
-    read = {n for n in names if n in alphas and not re.search(f"{_LOST_ALPHAS[part]}$", n)}
-    return [n for n in names if n not in read and used - {alphas.get(n, ranks[n])}]
-
-
 def _text_encoder(ranks: Mapping[str, float]) -> Objections:
     """Find ranks that diffusers loses: it looks for those of CLIP's layers only."""
     of_clip = {n: r for n, r in ranks.items() if re.search(r"((q|k|v|out)_proj|fc[12])$", n)}
@@ -612,13 +534,12 @@ def _text_encoder(ranks: Mapping[str, float]) -> Objections:
     yield from _about(lost, "diffusers would look for another rank of {}", MERGE)
 
 
-def _comfyui(files: Files) -> Objections:
+def _comfyui(files: Checked) -> Objections:
     fix = f"{CONVERT}kohya --component unet` (transformer for Flux and SD3)"
     if files.layout not in ("diffusers", "kohya"):
         yield Objection(f"ComfyUI reads one file, and this has the format '{files.layout}'", fix)
         return
-    file = diffusers.file_of(files.path)
-    names = read_names(file)[0]
+    names = files.tensors
     lost = [n for n in names if _COMFYUI_LACKS.match(n) or not _OF_A_PIPELINE.match(n)]
     yield from _about(lost, "ComfyUI does not know these names and ignores them: {}", fix)
     kind = files.base.get("_class_name")
@@ -634,52 +555,14 @@ def _comfyui(files: Files) -> Objections:
         yield Objection(problem, ours, stops=False)
 
 
-def _layers_of_mlx(files: Files) -> Objections:
-    """Find names and sizes that mlx-lm's model of the base does not have; it refuses them."""
-    if not files.base_config:
-        return
-    if not mlx_model.is_installed():
-        yield from _names(files)
-        problem = "mlx-lm is not installed here, so that its names of the base's modules are not "
-        yield Objection(problem + "known", "Run pip install mlx-lm", stops=False)
-        return
-    try:
-        modules = mlx_model.layers_of(files.base_config)
-    except FormatError as error:
-        yield Objection(error.found, error.remedy)
-        return
-    lost = [name for name in files.pairs if name not in modules]
-    near = one_line(nearest(lost[0], modules, 1)) if lost else ""
-    fix = f"Rename it (lora-inject rename); nearest to the first: {near or 'none'}"
-    yield from _about(lost, "mlx-lm's model of the base has no module {}", fix)
-    known = {name: modules[name] for name in files.pairs if name in modules}
-    odd = (f"{n} ({module.kind})" for n, module in known.items() if not module.adaptable)
-    yield from _about(odd, "mlx-lm has no LoRA for {}", MERGE)
-    wrong = _other_sizes(known, files.pairs)
-    yield from _about(wrong, "mlx-lm's modules have other sizes: {}", "Name the adapter's own base")
-
-
-def _other_sizes(
-    modules: Mapping[str, mlx_model.MlxModule], pairs: Mapping[str, tuple[Shape, Shape]]
-) -> list[str]:
-    """Return the modules whose sizes are not those of A and B, with both."""
-    wrong = []
-    for name, module in modules.items():
-        a, b = pairs[name]
-        if module.sizes and a and b and (a[0], b[-1]) != module.sizes:
-            wrong.append(f"{name} ({a[0]}, {b[-1]} for {module.sizes[0]}, {module.sizes[1]})")
-    return wrong
-
-
-def _mlx(files: Files) -> Objections:
-    if files.layout == "mlx":
-        pairs = dict(files.pairs)
-        if files.base.get("tie_word_embeddings") and pairs.pop("lm_head", None):
-            yield Objection("mlx-lm refuses an adapter of a tied head", MERGE)
-        yield from _layers_of_mlx(replace(files, pairs=pairs))
-    else:
+def _mlx(files: Checked) -> Objections:
+    if files.layout != "mlx":
         problem = f"mlx-lm reads {mlx.FILE}, and this has the format '{files.layout}'"
         yield Objection(problem, f"{CONVERT}mlx`")
+    elif files.base.get("tie_word_embeddings") and "lm_head" in files.pairs:
+        yield Objection("mlx-lm refuses an adapter of a tied head", MERGE)
+    else:
+        yield from _names(files)
 
 
 def _gguf_or(rules: Rules) -> Rules:
@@ -691,7 +574,6 @@ CLIENTS: Mapping[str, Rules] = {
     "vllm": _of_peft("vLLM", _ALL, _vllm),
     "sglang": _of_peft("SGLang", _ALL, _sglang),
     "llama.cpp": _gguf_or(_of_peft("llama.cpp", _METHODS, _llama_cpp)),
-    "lorax": _of_peft("LoRAX", _ALL, _lorax),
     "diffusers": _diffusers,
     "mlx": _mlx,
     "comfyui": _comfyui,

@@ -29,14 +29,13 @@ from torch import Tensor
 from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import parse_json
-from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
+from lora_inject.core.files.tensors import read_tensors, serialize
 from lora_inject.core.spec.names import joined
-from lora_inject.errors import FormatError, within
-from lora_inject.formats.format import RANKS, Format
+from lora_inject.errors import FormatError
+from lora_inject.formats.format import RANKS, Files, Format
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import plain_site
-from lora_inject.formats.peft import check_save
-from lora_inject.formats.peft.adapter_config import Claims, read_claims
+from lora_inject.formats.peft.fields import LoraFields, read_fields
 from lora_inject.formats.peft.folder import refuse_unfit_sites
 from lora_inject.formats.peft.tensor_layout import PREFIX, pack
 from lora_inject.formats.plain import check_component, in_component, name_in_files, plain_sites
@@ -58,12 +57,12 @@ def file_of(path: Path) -> Path:
     return path / FILE if path.is_dir() else path
 
 
-def detects(path: Path) -> bool:
+def detects(files: Files) -> bool:
     """Whether a path is such a file, by its keys, or a folder that holds one."""
-    file = file_of(path)
-    keys = read_names(file)[0] if is_safetensors(file) else []
-    matches = [_KEY.fullmatch(key) for key in keys]
-    if any(match and (match[1] or file.name == FILE) for match in matches):
+    in_folder = files.has(FILE)
+    matches = [_KEY.fullmatch(key) for key in files.tensor_names(FILE if in_folder else "")]
+    is_named = in_folder or files.path.name == FILE
+    if any(match and (match[1] or is_named) for match in matches):
         return True
     of_one_model = [match and match[8] and not match[2].startswith(PREFIX) for match in matches]
     return bool(matches) and all(of_one_model)
@@ -104,7 +103,7 @@ def read(path: Path, facts: ModelFacts, *, component: str | None = None) -> Adap
     tensors, said = read_tensors(file_of(path))
     whole = _is_of_one_model(tensors, said, facts, component)
     component, pairs = in_component(tensors, partial(_parsed, whole=whole), component)
-    claims = _claims(said, f"{component}." if component else "")
+    fields = _fields(said, f"{component}." if component else "")
     known = set(facts.module_names or ())
     others = known - pairs.keys()
 
@@ -114,9 +113,9 @@ def read(path: Path, facts: ModelFacts, *, component: str | None = None) -> Adap
         return bare if name not in known and bare in others else name
 
     sites = {name: plain_site(own(name), *pair) for name, pair in pairs.items()}
-    if claims is not None:
-        for name, (_, alpha) in claims.numbers(pairs).items():
-            spec = replace(sites[name].spec, alpha=alpha, scaling=claims.scaling)
+    if fields is not None:
+        for name, (_, alpha) in fields.numbers(pairs).items():
+            spec = replace(sites[name].spec, alpha=alpha, scaling=fields.scaling)
             sites[name] = replace(sites[name], spec=spec)
     return AdapterState({site.spec.name: site for site in sites.values()})
 
@@ -171,7 +170,7 @@ def _parsed(key: str, *, whole: bool) -> tuple[str, str, str]:
     return part, module, {"down": "A", "up": "B"}.get(side, side)
 
 
-def _claims(said: Mapping[str, str], prefix: str) -> Claims | None:
+def _fields(said: Mapping[str, str], prefix: str) -> LoraFields | None:
     """Return the header's config of a component, None if there is none."""
     if _METADATA not in said:
         return None
@@ -180,8 +179,12 @@ def _claims(said: Mapping[str, str], prefix: str) -> Claims | None:
     if not isinstance(config, dict):
         raise FormatError(where, "it is not a table of fields", "Fetch the file again")
     mine = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
-    with within(where):
-        return read_claims({"peft_type": "LORA", **mine}) if mine else None
+    if not mine:
+        return None
+    fields = read_fields({"peft_type": "LORA", **mine}, where)
+    if fields.lora_alpha is None:
+        raise FormatError(where, "'lora_alpha' is missing", "Fetch the file again")
+    return fields
 
 
-FORMATS = {"diffusers": Format(write, read, detects, frozenset({RANKS}), check_save=check_save)}
+FORMATS = {"diffusers": Format(write, read, detects, frozenset({RANKS}), by_peft=True)}

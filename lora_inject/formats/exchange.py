@@ -1,8 +1,8 @@
 """Adapters as files: the table of formats, and what holds for every one of them.
 
 A format is three functions: `write(state, path, facts, **options)`, `read(path, facts, **options)`
-and `detects(path)`. What holds for every format is done here: the checks of an adapter, writing all
-or nothing, and saying in errors which adapter was asked for.
+and `detects(files)`. What holds for every format is done here: the checks of an adapter, writing
+all or nothing, and saying in errors which adapter was asked for.
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ from lora_inject.formats import (
     loralib,
     mlx,
     peft,
-    portable,
-    shared_experts,
+    servers,
     torchtune,
 )
-from lora_inject.formats.format import SAFE, Format
+from lora_inject.formats.format import SAFE, Files, Format
 from lora_inject.formats.model_facts import ModelFacts
 
 DEFAULT = "peft"
@@ -46,9 +45,14 @@ DEFAULT = "peft"
 OLDER_FILES = {"adapter_model.bin", "adapter_model.pt", "adapter_0.pt"}
 """Files that an older adapter may have and a new one need not, so that they may be replaced."""
 
+
+def _is_native(files: Files) -> bool:
+    return native.is_native(files.metadata(), "native")
+
+
 FORMATS: dict[str, Format] = {
     # One safetensors file of this package.
-    "native": Format(native.write, native.read, native.detects, endings=SAFE, takes_facts=False),
+    "native": Format(native.write, native.read, _is_native, endings=SAFE, takes_facts=False),
     # The folder of mlx-lm, which also has an adapter_config.json.
     "mlx": mlx.FORMATS["mlx"],
     # Folders of torchtune and of litgpt, which hold pickles.
@@ -57,13 +61,13 @@ FORMATS: dict[str, Format] = {
     # A directory of Hugging Face PEFT.
     "peft": peft.FORMATS["peft"],
     # The same with one rank and scale 1, for servers that read little of the config.
-    "portable": portable.FORMATS["portable"],
+    "portable": servers.FORMATS["portable"],
     # A file of llama.cpp.
     "gguf": gguf_file.FORMATS["gguf"],
     # The portable directory with a pair for each expert.
-    "vllm": portable.FORMATS["vllm"],
+    "vllm": servers.FORMATS["vllm"],
     # The portable directory with stacks of experts that share a factor.
-    "sglang": shared_experts.FORMATS["sglang"],
+    "sglang": servers.FORMATS["sglang"],
     # One file of sd-scripts, LyCORIS, ComfyUI.
     "kohya": kohya.FORMATS["kohya"],
     # One file of a pipeline, or the folder that holds it.
@@ -72,6 +76,9 @@ FORMATS: dict[str, Format] = {
     "loralib": loralib.FORMATS["loralib"],
 }
 """Name to row; detection asks in this order."""
+
+WRITTEN = tuple(name for name, row in FORMATS.items() if row.write)
+"""The formats that are written, too."""
 
 
 def format_of(name: str, asked: str = "") -> Format:
@@ -113,7 +120,9 @@ def register_format(name: str, row: Format) -> Format:
         ...     return pickle.dumps(state)
         >>> def read(path, facts):
         ...     return pickle.loads(path.read_bytes())
-        >>> row = register_format("pickle", Format(write, read, lambda path: path.suffix == ".x"))
+        >>> def detects(files):
+        ...     return files.path.suffix == ".x"
+        >>> row = register_format("pickle", Format(write, read, detects))
         >>> FORMATS.pop("pickle") is row
         True
     """
@@ -167,6 +176,8 @@ def write_adapter(
     format = format or DEFAULT  # noqa: A001
     row = format_of(format, f"write adapter to '{path}'")
     with within(f"write {format} adapter to '{path}'"):
+        if row.write is None:
+            raise FormatError("", "files of this format are only read", 'Give format="peft"')
         facts, own = _arguments(row, row.write, facts, options)
         target = completed(target, row)
         _checked(state).check_finite("", FormatError)
@@ -229,15 +240,16 @@ def read_adapter(
     row = format_of(format, f"read adapter '{path}'")
     with within(f"read {format} adapter '{path}'"):
         facts, own = _arguments(row, row.read, facts, options)
+        place = place if row.endings else Files(place).path
         return replace(_checked(row.read(place, facts, **own)), source=str(path))
 
 
 def detected(path: Path) -> str:
     """Return the first format that detects a path as its own; raise if there is none."""
-    asked = f"read adapter '{path}'"
-    for name in FORMATS if path.exists() else ():
-        with within(asked):
-            if FORMATS[name].detects(path):
+    asked, files = f"read adapter '{path}'", Files(path)
+    with within(asked):
+        for name in FORMATS if path.exists() else ():
+            if FORMATS[name].detects(files):
                 return name
     raise FormatError(asked, *_why_none(path))
 
@@ -268,7 +280,7 @@ def _why_none(path: Path) -> tuple[str, str]:
 FACTS = [field.name for field in fields(ModelFacts)]
 
 
-def options_of(function: Callable[..., Any]) -> list[str]:
+def options_of(function: Callable[..., Any] | None) -> list[str]:
     """Return the names of the options that only this format's `read` or `write` has.
 
     Examples:
@@ -276,6 +288,8 @@ def options_of(function: Callable[..., Any]) -> list[str]:
         >>> options_of(read)
         ['component']
     """
+    if function is None:
+        return []
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 

@@ -1,14 +1,13 @@
-"""One format of files: what a row of the table of formats is."""
+"""One format of files: what a row of the table is, and the files that it is asked about."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.files.tensors import is_safetensors, read_names
 
 SAFE = (".safetensors",)
 NUMBERS, ONE, RANKS = "numbers", "one", "ranks"
@@ -19,6 +18,47 @@ Besides: `config` and `fingerprint` of the state; `training`: dropout, init and 
 site; `slices` of fused projections; `start`: the frozen start of pissa and olora.
 """
 
+_BESIDE = {
+    "adapter_model.safetensors": "adapter_config.json",
+    "adapter_model.bin": "adapter_config.json",
+    "adapter_model.pt": "adapter_config.json",
+    "adapters.safetensors": "adapter_config.json",
+    "lit_model.pth.lora": "hyperparameters.yaml",
+}
+"""Files of adapters that are folders, and the file beside each."""
+
+
+class Files:
+    """An adapter's path, opened once for all formats that ask; one file of a folder is the folder.
+
+    Attributes:
+        path: The file, or the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        beside = _BESIDE.get(path.name)
+        one_of_several = beside and path.is_file() and (path.parent / beside).is_file()
+        self.path = path.parent if one_of_several else path
+        self._headers: dict[str, tuple[list[str], dict[str, str]]] = {}
+
+    def has(self, *names: str) -> bool:
+        """Whether it is a folder with one of these files."""
+        return any((self.path / name).is_file() for name in names)
+
+    def tensor_names(self, name: str = "") -> list[str]:
+        """Return the tensors' names of the safetensors file, or of one in the folder; or none."""
+        return self._header(name)[0]
+
+    def metadata(self, name: str = "") -> dict[str, str]:
+        """Return the text in the header of such a file."""
+        return self._header(name)[1]
+
+    def _header(self, name: str) -> tuple[list[str], dict[str, str]]:
+        if name not in self._headers:
+            file = self.path / name
+            self._headers[name] = read_names(file) if is_safetensors(file) else ([], {})
+        return self._headers[name]
+
 
 @dataclass(frozen=True)
 class Format:
@@ -26,27 +66,20 @@ class Format:
 
     Attributes:
         write: `write(state, path, facts, **options)`: the content of the file that `path` will be,
-            or of each file of the folder, by name. The adapter's shapes and dtypes are checked.
+            or of each file of the folder, by name. The adapter's shapes and dtypes are checked. None for
+            files that are only read.
         read: `read(path, facts, **options) -> AdapterState`; its tensors are checked afterwards.
-        detects: `detects(path) -> bool`, by content; the first row that returns True reads. It
-            raises for one file of an adapter whose format is a folder.
+        detects: `detects(files) -> bool`, by content; the first row that returns True reads.
         keeps: What its files can express besides the deltas (`formats.lost`); None: everything.
         endings: The endings that a file's name may have to be written; empty for any.
         takes_facts: Whether `write` and `read` look at the facts about the model.
-        check_sites: `check_sites(specs, facts)`: raises where files of the format cannot hold such
-            sites, whatever their values; asked before training. `facts` as for `write`.
-        check_save: `check_save(survey, name)`: raises where a reader of the format would compute
-            something else from the file than the live model does.
-        check_load: `check_load(survey, state, fitted, asked)`: raises where the adapter of the
-            file, as it fits the live model, meant something else where it was made.
+        by_peft: Whether PEFT, or a program with PEFT's layers, reads its files.
     """
 
-    write: Callable[..., bytes | Mapping[str, bytes]]
+    write: Callable[..., bytes | Mapping[str, bytes]] | None
     read: Callable[..., AdapterState]
-    detects: Callable[[Path], bool]
+    detects: Callable[[Files], bool]
     keeps: frozenset[str] | None = None
     endings: tuple[str, ...] = ()
     takes_facts: bool = True
-    check_sites: Callable[[Sequence[SiteSpec], Any], None] | None = None
-    check_save: Callable[[Any, str], None] | None = None
-    check_load: Callable[[Any, AdapterState, AdapterState, str], None] | None = None
+    by_peft: bool = False

@@ -19,7 +19,7 @@ from torch import Tensor
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats.decoder_names import Decoder
-from lora_inject.formats.format import RANKS, Format
+from lora_inject.formats.format import RANKS, Files, Format
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.plain import plain_sites
@@ -58,11 +58,11 @@ FAMILIES = {
 """llama.cpp's architecture and names by `model_type`: models whose other matrices it keeps."""
 
 
-def detects(path: Path) -> bool:
+def detects(files: Files) -> bool:
     """Whether a path is a GGUF file."""
-    if not path.is_file():
+    if not files.path.is_file():
         return False
-    with path.open("rb") as file:
+    with files.path.open("rb") as file:
         return file.read(4) == b"GGUF"
 
 

@@ -59,27 +59,13 @@ def download(repo: str, revision: str | None) -> Path:
         try:
             files = hub.HfApi().list_repo_files(repo, revision=revision)
         except _unreachable():
-            folder, files = _kept(hub, repo, revision)
-            wanted = _adapter_among(files, asked)
-        else:
-            wanted = _adapter_among(files, asked)
-            folder = hub.snapshot_download(repo, revision=revision, allow_patterns=wanted)
-    return Path(folder) if wanted == list(_PEFT) else Path(folder, wanted[0])
-
-
-def _kept(hub: Any, repo: str, revision: str | None) -> tuple[Path, list[str]]:
-    """Return an adapter's folder in the cache, and the names of its files."""
-    failure: Exception = FileNotFoundError(repo)
-    for patterns in (list(_PEFT), ["*.safetensors"]):
-        how = {"revision": revision, "local_files_only": True, "allow_patterns": patterns}
-        try:
-            folder = Path(hub.snapshot_download(repo, **how))
-        except hub.errors.LocalEntryNotFoundError as error:
-            failure = error
-            continue
-        if files := [path.name for pattern in patterns for path in folder.glob(pattern)]:
-            return folder, files
-    raise failure
+            known = hub.try_to_load_from_cache(repo, _PEFT[0], revision=revision)
+            wanted = list(_PEFT) if isinstance(known, str) else ["*.safetensors"]
+            how = {"revision": revision, "allow_patterns": wanted, "local_files_only": True}
+            files = [path.name for path in Path(hub.snapshot_download(repo, **how)).iterdir()]
+        wanted = _adapter_among(files, asked)
+        folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    return folder if wanted == list(_PEFT) else folder / wanted[0]
 
 
 def _adapter_among(files: list[str], asked: str) -> list[str]:
@@ -118,7 +104,7 @@ def upload(
         )
 
 
-_REACH = "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give the path of a folder"
+_REACH = "Check the name, the network and HF_HUB_OFFLINE, and log in: hf auth login"
 
 
 def _hub(asked: str) -> Any:
@@ -132,6 +118,7 @@ def _hub(asked: str) -> Any:
 
 
 def _unreachable() -> tuple[type[Exception], ...]:
+    """Return what is raised where the hub cannot be reached; its client is one of several."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     clients = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
@@ -140,27 +127,14 @@ def _unreachable() -> tuple[type[Exception], ...]:
 
 @contextlib.contextmanager
 def _in_plain_words(asked: str) -> Iterator[None]:
-    """Raise the hub's refusal as a `FormatError`."""
-    from huggingface_hub import errors
-
+    """Raise what the hub refuses, or that it cannot be reached, as a `FormatError`."""
+    failures: tuple[type[Exception], ...] = (
+        OSError,
+        *_unreachable(),
+    )  # the hub's refusals are of OSError
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise FormatError(asked, "its author has to grant access", "Ask on its page") from error
-    except errors.RepositoryNotFoundError as error:
-        problem = (
-            "there is no such folder here, and no such repository on the hub that you can access"
-        )
-        raise FormatError(asked, problem, "Check the name, or log in: hf auth login") from error
-    except errors.RevisionNotFoundError as error:
-        raise FormatError(asked, "there is no such revision", "Check its name") from error
-    except (errors.LocalEntryNotFoundError, FileNotFoundError) as error:
-        problem = (
-            "there is no such folder here, the hub cannot be reached and it is not in the cache"
-        )
+    except failures as error:
+        told = " ".join(str(error).split())[:300]
+        problem = f"there is no such folder here, or the hub refuses the repository: {told}"
         raise FormatError(asked, problem, _REACH) from error
-    except errors.HfHubHTTPError as error:
-        problem = f"the hub answered: {str(error).strip().splitlines()[0]}"
-        raise FormatError(asked, problem, "Check the repository and your token") from error
-    except _unreachable() as error:
-        raise FormatError(asked, f"the hub cannot be reached ({error})", _REACH) from error

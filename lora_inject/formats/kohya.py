@@ -23,10 +23,10 @@ from torch import Tensor
 from lora_inject.core.adapter.file_keys import check_no_clash, one_line
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import misfit, parse_json
-from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
+from lora_inject.core.files.tensors import read_tensors, serialize
 from lora_inject.core.spec.names import nearest
 from lora_inject.errors import FormatError, within
-from lora_inject.formats.format import NUMBERS, SAFE, Format
+from lora_inject.formats.format import NUMBERS, SAFE, Files, Format
 from lora_inject.formats.model_facts import CONVERT, ModelFacts
 from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.peft.tensor_layout import pack
@@ -51,9 +51,9 @@ _OTHER = {
 }
 
 
-def detects(path: Path) -> bool:
+def detects(files: Files) -> bool:
     """Whether a path is such a file, by its keys."""
-    return is_safetensors(path) and any(_KEY.fullmatch(key) for key in read_names(path)[0])
+    return any(map(_KEY.fullmatch, files.tensor_names()))
 
 
 def write(

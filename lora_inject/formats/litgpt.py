@@ -19,14 +19,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import is_positive
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
 from lora_inject.formats.decoder_names import Decoder, Pairs, check_whole
-from lora_inject.formats.format import ONE, Format
-from lora_inject.formats.lone_files import lone_file
+from lora_inject.formats.format import ONE, Files, Format
 from lora_inject.formats.model_facts import Heads, ModelFacts
 from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.pickles import pickled, read_pickle
@@ -48,16 +46,9 @@ MODEL_TYPES = ("llama", "mistral", "gemma", "gemma2")
 """Models whose MLP and attention litgpt converts so."""
 
 
-def detects(path: Path) -> bool:
-    """Whether a path is such a folder."""
-    _refuse_lone_file(path)
-    return (path / FILE).is_file()
-
-
-def _refuse_lone_file(path: Path) -> None:
-    """Raise for a file of such a folder; it is known by its name, as it is a pickle."""
-    if path.is_file() and path.name == FILE:
-        raise lone_file("litgpt", path, FILE, CONFIG, "the rank, the alpha and the layers")
+def detects(files: Files) -> bool:
+    """Whether a path is such a folder, or its pickle, which is known by its name."""
+    return files.has(FILE) or files.path.name == FILE
 
 
 def write(
@@ -115,9 +106,9 @@ def read(path: Path, facts: ModelFacts, *, allow_pickle: bool = False) -> Adapte
     The base's config, in transformers' form, gives its heads. `allow_pickle` is as in
     `pickles.read_pickle`.
     """
-    _refuse_lone_file(path)
+    said = _hyperparameters(path / CONFIG)
     tensors = read_pickle(path / FILE, allow=allow_pickle, inside="model")
-    said, sizes = _hyperparameters(path / CONFIG), _base(facts)
+    sizes = _base(facts)
     sites = {}
     for fused, pair in _DECODER.read(tensors, facts, "Give a LoRA of litgpt").items():
         for name, a, b in _split(fused, *pair, said, sizes):
@@ -148,19 +139,15 @@ def _split(
 
 def _hyperparameters(file: Path) -> Mapping[str, Any]:
     """Return the contents of `hyperparameters.yaml`, as plain data."""
-    if not file.is_file() or file.stat().st_size > 1_000_000:
-        raise FormatError(CONFIG, "the file is missing or too long", "Copy the whole folder")
+    if not file.is_file():
+        remedy = "It holds the rank and the alpha; give a folder that has it"
+        raise FormatError(CONFIG, "there is no such file", remedy)
     try:
-        text = file.read_bytes()
-        said: Any = yaml.safe_load(text)
-        root: Any = yaml.compose(text, yaml.SafeLoader)
+        said: Any = yaml.safe_load(file.read_bytes())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = f"it is not valid YAML ({error})"[:300]
         raise FormatError(CONFIG, problem, "Fetch it again") from error
     fields: dict[str, Any] = said if isinstance(said, dict) else {}
-    keys = [key.value for key, _ in root.value] if fields else []
-    if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
-        raise FormatError(CONFIG, f"{one_line(twice)} is given twice", "Keep one of them")
     for field in ("lora_r", "lora_alpha"):
         if not is_positive(number := fields.get(field)):
             raise FormatError(CONFIG, f"{field} is {str(number)[:40]!r}", "Correct the file")

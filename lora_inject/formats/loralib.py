@@ -10,21 +10,20 @@ Its convolutions are not read, because their factors have another shape than in 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import Tensor
 
 from lora_inject.core.adapter.file_keys import check_no_clash, one_line
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
+from lora_inject.core.files.tensors import read_tensors, serialize
 from lora_inject.core.spec.names import joined, leaf, parent
 from lora_inject.core.spec.sites import Slices
 from lora_inject.errors import FormatError, within
-from lora_inject.formats.format import NUMBERS, SAFE, Format
+from lora_inject.formats.format import NUMBERS, SAFE, Files, Format
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.pickles import pickled, read_pickle
@@ -32,14 +31,15 @@ from lora_inject.formats.pickles import pickled, read_pickle
 PICKLES = (".pt", ".bin", ".pth")
 _EDITED = "The file is incomplete or was edited; fetch it again"
 _OTHER = 'Use format="peft"'
+_FUSED = "Pass enable_lora, the list that MergedLinear was made with"
 _Flags = Sequence[bool] | Mapping[str, Sequence[bool]] | None
 
 
-def detects(path: Path) -> bool:
+def detects(files: Files) -> bool:
     """Whether a path may be such a file: a pickle, or safetensors with bare `lora_A` keys."""
-    if is_safetensors(path):
-        return any(key.endswith(".lora_A") for key in read_names(path)[0])
-    return path.suffix in PICKLES and path.is_file()
+    if any(key.endswith(".lora_A") for key in files.tensor_names()):
+        return True
+    return files.path.suffix in PICKLES and files.path.is_file()
 
 
 def read(
@@ -80,52 +80,26 @@ def read(
         tensors = read_pickle(path, allow=allow_pickle)
     else:
         tensors = read_tensors(path)[0]
-    if isinstance(fan_in_fan_out, bool):
-        kinds = _Kinds(embeddings, (), "conv1d" if fan_in_fan_out else "linear")
-    else:
-        kinds = _Kinds(embeddings, fan_in_fan_out)
-    halves = [key for key in tensors if leaf(key) in ("lora_A", "lora_B")]
+    transposed = () if isinstance(fan_in_fan_out, bool) else fan_in_fan_out
+    trained = {k: t for k, t in tensors.items() if leaf(k) not in ("lora_A", "lora_B")}
     sites: dict[str, SiteState] = {}
-    for name in dict.fromkeys(map(parent, halves)):
+    for name in dict.fromkeys(parent(key) for key in tensors if key not in trained):
+        kind = "conv1d" if fan_in_fan_out is True or _told(name, transposed) else "linear"
+        kind = "embedding" if _told(name, embeddings) else kind
         with within(f"site '{name}'"):
-            a, b = _pair(tensors, name)
-            sites[name] = _site(name, a, b, kinds.of(name), alpha, enable_lora)
+            for role in ("lora_A", "lora_B"):
+                if joined(name, role) not in tensors:
+                    raise FormatError("", f"its {role} is missing", _EDITED)
+            a, b = tensors[joined(name, "lora_A")], tensors[joined(name, "lora_B")]
+            sites[name] = _site(name, a, b, kind, alpha, enable_lora)
     if not sites:
         raise FormatError("", "it holds no lora_A", "Give a state dict of loralib's layers")
-    fused = enable_lora if isinstance(enable_lora, Mapping) else ()
-    _check_named([*embeddings, *kinds.transposed, *fused], sites)
-    trained = {key: tensor for key, tensor in tensors.items() if key not in halves}
-    return AdapterState(sites, trained)
-
-
-class _Kinds(NamedTuple):
-    """What the caller says about layers, by their names or ends of these; others are `usual`."""
-
-    embeddings: Collection[str]
-    transposed: Collection[str]
-    usual: str = "linear"
-
-    def of(self, name: str) -> str:
-        """Return the kind of a layer."""
-        if _named(name, self.embeddings):
-            return "embedding"
-        return "conv1d" if _named(name, self.transposed) else self.usual
-
-
-def _pair(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-    """Return A and B of a site."""
-    for role in ("lora_A", "lora_B"):
-        if joined(name, role) not in tensors:
-            raise FormatError("", f"its {role} is missing", _EDITED)
-    return tensors[joined(name, "lora_A")], tensors[joined(name, "lora_B")]
-
-
-def _check_named(ends: Iterable[str], sites: Collection[str]) -> None:
-    """Refuse names that the caller gave and no site has."""
-    lost = [end for end in ends if not any(_named(name, (end,)) for name in sites)]
-    if lost:
+    named = [*embeddings, *transposed]
+    named += enable_lora if isinstance(enable_lora, Mapping) else ()
+    if lost := [end for end in named if not any(_told(name, (end,)) for name in sites)]:
         problem = f"no site is called {one_line(lost)}"
         raise FormatError("", problem, f"Its sites are {one_line(sites)}")
+    return AdapterState(sites, trained)
 
 
 def write(state: AdapterState, path: Path, _facts: ModelFacts) -> bytes:
@@ -134,7 +108,13 @@ def write(state: AdapterState, path: Path, _facts: ModelFacts) -> bytes:
     The sites must be linear, conv1d or embedding ones, with one rank and one alpha, as loralib's
     layers are made. The file does not hold alpha; readers must know it.
     """
-    _check_numbers(state)
+    if state.rows:
+        problem = f"loralib cannot train single rows, as of {one_line(state.rows)}"
+        raise FormatError("", problem, _OTHER)
+    numbers = {(s.spec.rank, s.spec.alpha, s.spec.scaling) for s in state.sites.values()}
+    if len(numbers) > 1 or any(scaling != "standard" for _, _, scaling in numbers):
+        problem = "its sites do not all have one rank, one alpha and standard scaling"
+        raise FormatError("", problem, f"{_OTHER}; a loralib file holds neither number")
     for name, site in state.sites.items():
         if reason := _inexpressible(site):
             raise FormatError(f"site '{name}'", reason, _OTHER)
@@ -145,17 +125,7 @@ def write(state: AdapterState, path: Path, _facts: ModelFacts) -> bytes:
     return pickled(tensors) if path.suffix in PICKLES else serialize(tensors, {"format": "pt"})
 
 
-def _check_numbers(state: AdapterState) -> None:
-    if state.rows:
-        problem = f"loralib cannot train single rows, as of {one_line(state.rows)}"
-        raise FormatError("", problem, _OTHER)
-    numbers = {(s.spec.rank, s.spec.alpha, s.spec.scaling) for s in state.sites.values()}
-    if len(numbers) > 1 or any(scaling != "standard" for _, _, scaling in numbers):
-        problem = "its sites do not all have one rank, one alpha and standard scaling"
-        raise FormatError("", problem, f"{_OTHER}; a loralib file holds neither number")
-
-
-def _named(name: str, ends: Collection[str]) -> bool:
+def _told(name: str, ends: Collection[str]) -> bool:
     """Whether a name, or its end after a dot, is among `ends`."""
     return any(f".{name}".endswith(f".{end}") for end in ends)
 
@@ -163,42 +133,38 @@ def _named(name: str, ends: Collection[str]) -> bool:
 def _site(
     name: str, a: Tensor, b: Tensor, kind: str, alpha: float, enable_lora: _Flags
 ) -> SiteState:
+    """Return a site; of a fused layer with slices for its parts, called '0', '1', ..."""
     if a.ndim != 2 or b.ndim != 2 or 0 in (*a.shape, *b.shape) or len(a) % b.shape[1]:
         problem = f"the shapes {tuple(a.shape)} and {tuple(b.shape)} do not fit"
         raise FormatError("", problem, _EDITED)
-    slices = _slices(name, len(a) // b.shape[1], len(b), enable_lora)
-    spec = plain_site(name, a[: b.shape[1]], b, alpha, kind).spec
-    if slices is not None:
-        n_in, n_out = spec.in_features, sum(width for _, width in slices.sizes)
+    n, rank = len(a) // b.shape[1], b.shape[1]
+    spec = plain_site(name, a[:rank], b, alpha, kind).spec
+    flags = _flags_of(name, n, enable_lora)
+    if flags is not None:
+        if sum(flags) != n or len(b) % n:
+            problem = f"its tensors are of {n} adapted parts and enable_lora says {list(flags)}"
+            raise FormatError("", problem, _FUSED)
+        parts = {str(place): len(b) // n for place in range(len(flags))}
+        adapt = tuple(part for part, flag in zip(parts, flags, strict=True) if flag)
+        n_in, n_out = spec.in_features, sum(parts.values())
         shape = (n_in, n_out) if spec.transposed else (n_out, n_in)
+        slices = Slices(tuple(parts.items()), adapt)
         spec = replace(spec, out_features=n_out, weight_shape=shape, slices=slices)
     return SiteState(spec, a, b)
 
 
-def _slices(name: str, n: int, width: int, enable_lora: _Flags) -> Slices | None:
-    """Return the parts of a fused layer of which `n` are adapted; None for a plain layer."""
-    remedy = "Pass enable_lora, the list that MergedLinear was made with"
-    flags = _flags_of(name, n, enable_lora)
-    if flags is None and n > 1:
-        raise FormatError("", f"it is a fused layer with {n} adapted parts", remedy)
-    if flags is None:
-        return None
-    if sum(flags) != n or width % n:
-        problem = f"its tensors are of {n} adapted parts and enable_lora says {list(flags)}"
-        raise FormatError("", problem, remedy)
-    names = [str(place) for place in range(len(flags))]
-    adapt = tuple(part for part, flag in zip(names, flags, strict=True) if flag)
-    return Slices(tuple((part, width // n) for part in names), adapt)
-
-
 def _flags_of(name: str, n: int, enable_lora: _Flags) -> Sequence[bool] | None:
-    """Return which parts of a layer are adapted, as the caller says."""
+    """Return which parts of a layer with `n` adapted ones are adapted; None for a plain layer."""
     if isinstance(enable_lora, Mapping):
-        return next((f for end, f in enable_lora.items() if _named(name, (end,))), None)
-    if enable_lora is not None and sum(enable_lora) == 1:
+        flags = next((f for end, f in enable_lora.items() if _told(name, (end,))), None)
+    elif enable_lora is not None and sum(enable_lora) == 1:
         problem = "a fused layer with one part enabled cannot be distinguished from a plain layer"
         raise FormatError("", problem, "Say which are fused: enable_lora={'c_attn': [...]}")
-    return enable_lora if n > 1 else None
+    else:
+        flags = enable_lora if n > 1 else None
+    if flags is None and n > 1:
+        raise FormatError("", f"it is a fused layer with {n} adapted parts", _FUSED)
+    return flags
 
 
 def _inexpressible(site: SiteState) -> str:

@@ -18,11 +18,10 @@ from typing import Any
 
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import is_positive, read_json
-from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
+from lora_inject.core.files.tensors import read_tensors, serialize
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
-from lora_inject.formats.format import ONE, Format
-from lora_inject.formats.lone_files import lone_file
+from lora_inject.formats.format import ONE, Files, Format
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import matrices, plain_site
 from lora_inject.formats.plain import plain_sites
@@ -30,17 +29,10 @@ from lora_inject.formats.plain import plain_sites
 FILE, CONFIG = "adapters.safetensors", "adapter_config.json"
 
 
-def detects(path: Path) -> bool:
-    """Whether a path is such a folder."""
-    _refuse_lone_file(path)
-    return (path / FILE).is_file()
-
-
-def _refuse_lone_file(path: Path) -> None:
-    """Raise for a file of such a folder; it is known by its keys."""
-    keys = read_names(path)[0] if is_safetensors(path) else []
-    if keys and all(key.endswith((".lora_a", ".lora_b")) for key in keys):
-        raise lone_file("mlx", path, FILE, CONFIG, "the rank and the scale")
+def detects(files: Files) -> bool:
+    """Whether a path is such a folder, or its file of tensors, which is known by its keys."""
+    keys = files.tensor_names()
+    return files.has(FILE) or (bool(keys) and all(k.endswith((".lora_a", ".lora_b")) for k in keys))
 
 
 def write(
@@ -75,7 +67,6 @@ def read(path: Path, facts: ModelFacts) -> AdapterState:
 
     If the base is known, an adapter of an embedding that is tied to the head is refused.
     """
-    _refuse_lone_file(path)
     rank, scale = _numbers(path)
     tensors, _ = read_tensors(path / FILE)
     sites = {}
@@ -94,7 +85,8 @@ def read(path: Path, facts: ModelFacts) -> AdapterState:
 def _numbers(path: Path) -> tuple[int, float]:
     """Return the rank and the scale of all sites."""
     if not (path / CONFIG).is_file():
-        raise FormatError(CONFIG, "there is no such file", "Copy the whole folder")
+        remedy = "It holds the rank and the scale; give a folder that has it"
+        raise FormatError(CONFIG, "there is no such file", remedy)
     config: Any = read_json(path / CONFIG, CONFIG)
     kind = config.get("fine_tune_type", "lora") if isinstance(config, dict) else None
     if kind != "lora":

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from lora_inject.errors import FormatError
-from lora_inject.formats.peft_layers import why_not_in_peft
 from lora_inject.private import look_up
 
 CONVERT = "Convert it with its base: lora-inject convert ADAPTER OUT --to FORMAT --base BASE"
@@ -81,30 +78,6 @@ class ModelFacts:
     unfit: Callable[[str], str] | None = None
     separate: Callable[[str], Sequence[Sequence[str]]] | None = None
 
-    @classmethod
-    def of(
-        cls, model: nn.Module, modules: Mapping[str, nn.Module], tensor_names: Iterable[str]
-    ) -> ModelFacts:
-        """Return what a model answers; its modules and tensors by all their names."""
-
-        def unfit(name: str) -> str:
-            return _why_not_in_peft()(model_type, modules, name)  # type: ignore[no-any-return]
-
-        config: Any = getattr(model, "config", None)
-        model_type = getattr(config, "model_type", None)
-        plain = config.to_dict() if hasattr(config, "to_dict") else config
-        return cls(
-            module_names=tuple(filter(None, modules)),
-            tensor_names=tuple(tensor_names),
-            transposed_modules=tuple(_transposed(modules)),
-            orientation_known=not (hasattr(model, "base_model_prefix") and is_transformers_4()),
-            expert_names=expert_names(model),
-            config=dict(plain) if isinstance(plain, Mapping) else None,
-            base_model=getattr(config, "_name_or_path", None) or None,
-            task_type=_task_type(model, model_type),
-            unfit=unfit,
-        )
-
     def text_config(self, why: str) -> Mapping[str, Any]:
         """Return the config of the language model, which may be nested; `why` it is needed."""
         if not self.config:
@@ -157,23 +130,6 @@ class ModelFacts:
             raise FormatError(where, problem, _NO_CONFIG)
 
 
-@cache  # an import for each site takes as long as the answer
-def _why_not_in_peft() -> Any:
-    return why_not_in_peft
-
-
-def _transposed(modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Yield the names of modules that say `is_transposed`.
-
-    `getattr` of a module that does not takes as long as all else that is asked of it here.
-    """
-    stating = {cls for cls in set(map(type, modules.values())) if hasattr(cls, "is_transposed")}
-    for name, module in modules.items():
-        states = type(module) in stating or "is_transposed" in module.__dict__
-        if states and module.is_transposed:
-            yield name
-
-
 # peft/utils/transformers_weight_conversion.py, `_MOE_TARGET_MODULE_MAPPING` (0.21.2).
 _EXPERT_NAMES: dict[str | None, dict[str, str]] = {
     "qwen2_moe": {
@@ -206,24 +162,3 @@ def expert_names(model: nn.Module) -> dict[str, str]:
         return {}  # transformers 4 has no stacked experts, and PEFT renames nothing
     family = "mixtral" if model_type == "mixtral" else table.get(model_type)
     return _EXPERT_NAMES.get(family, {})
-
-
-_TASKS = {
-    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "CAUSAL_LM",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "SEQ_2_SEQ_LM",
-    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "SEQ_CLS",
-    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "TOKEN_CLS",
-    "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": "QUESTION_ANS",
-}
-
-
-def _task_type(model: nn.Module, model_type: str | None) -> str | None:
-    """Return PEFT's task type of a model whose class transformers registers for one task."""
-    if model_type is None or "transformers" not in sys.modules:
-        return None
-    auto = import_module("transformers.models.auto.modeling_auto")
-    classes = {cls.__name__ for cls in type(model).__mro__}
-    for table, task in _TASKS.items():
-        if getattr(auto, table, {}).get(model_type) in classes:
-            return task
-    return None

@@ -1,9 +1,8 @@
-"""The folder of torchtune's adapter checkpoints: `adapter_model.pt` and `adapter_config.json`.
+"""Reads the folder of torchtune's adapter checkpoints: `adapter_model.pt` and a config.
 
 Names are torchtune's (`layers.0.attn.q_proj.lora_a.weight`), and the rows of B of q and k have the
-order of Meta's code if torchtune permutes them. All sites have one rank and one alpha. A module is
-adapted in all layers or none; the matrices of an MLP are adapted together. A folder that also has
-`adapter_model.safetensors`, as torchtune writes for models of transformers, is PEFT's.
+order of Meta's code if torchtune permutes them. All sites have one rank and one alpha. A folder
+that also has `adapter_model.safetensors`, which it writes for models of transformers, is PEFT's.
 
 Source: torchtune 0.6.1, models/convert_weights.py (`tune_to_peft_adapter_weights`, `_FROM_HF`),
 training/checkpointing/_checkpointer.py, modules/peft/_utils.py.
@@ -11,21 +10,17 @@ training/checkpointing/_checkpointer.py, modules/peft/_utils.py.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import read_json
-from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
-from lora_inject.formats.decoder_names import Decoder, check_whole
-from lora_inject.formats.format import ONE, Format
-from lora_inject.formats.lone_files import lone_file
+from lora_inject.formats.decoder_names import Decoder
+from lora_inject.formats.format import Files, Format
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import plain_site
-from lora_inject.formats.pickles import pickled, read_pickle
-from lora_inject.formats.plain import plain_sites
+from lora_inject.formats.pickles import read_pickle
 
 FILES, CONFIG = ("adapter_model.pt", "adapter_0.pt"), "adapter_config.json"
 _NAMES = {
@@ -43,47 +38,9 @@ IN_PAIRS = {"llama": True, "mistral": True, "qwen2": False}
 """By `model_type`: whether torchtune's rows of q and k are in pairs."""
 
 
-def detects(path: Path) -> bool:
+def detects(files: Files) -> bool:
     """Whether a path is such a folder."""
-    _refuse_lone_file(path)
-    return _file(path) is not None and not (path / "adapter_model.safetensors").exists()
-
-
-def _file(path: Path) -> Path | None:
-    return next((path / name for name in FILES if (path / name).is_file()), None)
-
-
-def _refuse_lone_file(path: Path) -> None:
-    """Raise for a file of such a folder; it is known by its name, as it is a pickle."""
-    if path.is_file() and path.name in FILES:
-        error = lone_file("torchtune", path, path.name, CONFIG, "the alpha")
-        remedy = f'{error.remedy}; a file of loralib with this name: pass format="loralib"'
-        raise FormatError("", error.found, remedy)
-
-
-def write(
-    state: AdapterState, _path: Path, facts: ModelFacts, *, dtype: str | None = None
-) -> dict[str, bytes]:
-    """Write an adapter of linear layers as torchtune's `adapter_checkpoint`.
-
-    The base's config gives its kind and heads. The folder's adapter_config.json states the rank
-    and the alpha to set in the recipe's config.
-    """
-    kinds = ("linear",)
-    sites = plain_sites(state, "torchtune", kinds, dtype=dtype, one_rank=True, alpha="one")
-    decoder = _decoder(facts)
-    if "lm_head" in sites:
-        facts.refuse_tied("lm_head", "torchtune")
-    check_whole(sites, facts.heads("").n_layers, "torchtune")
-    tensors = decoder.stored({n: (s.A, s.B) for n, s in sites.items()}, facts)
-    first = next(iter(sites.values()))
-    said = {
-        "r": first.spec.rank,
-        "lora_alpha": first.scale * first.spec.rank,
-        "target_modules": sorted({leaf(name) for name in sites}),
-        "peft_type": "LORA",
-    }
-    return {FILES[0]: pickled(tensors), CONFIG: (json.dumps(said, indent=2) + "\n").encode()}
+    return files.has(*FILES) and not files.has("adapter_model.safetensors")
 
 
 def read(
@@ -94,8 +51,7 @@ def read(
     `alpha` is the recipe's `lora_alpha`, for folders without an adapter_config.json, `allow_pickle`
     as in `pickles.read_pickle`.
     """
-    _refuse_lone_file(path)
-    file = _file(path)
+    file = next((path / name for name in FILES if (path / name).is_file()), None)
     if file is None:
         raise FormatError("", f"there is no {FILES[0]} in it", "Give the folder of an epoch")
     tensors = read_pickle(file, allow=allow_pickle)
@@ -115,4 +71,4 @@ def _decoder(facts: ModelFacts) -> Decoder:
     return Decoder(_NAMES, "layers.{}.", _ENDS, IN_PAIRS[kind])
 
 
-FORMATS = {"torchtune": Format(write, read, detects, frozenset({ONE}))}
+FORMATS = {"torchtune": Format(None, read, detects)}

@@ -26,7 +26,7 @@ from lora_inject.core.model.read_off import read_off
 from lora_inject.core.model.save import check_used
 from lora_inject.errors import FormatError, check_type, within
 from lora_inject.formats.peft.folder import contents
-from lora_inject.formats.portable import plain_facts, plain_state
+from lora_inject.formats.servers import plain_facts, plain_state
 
 
 def peft_state(

@@ -143,6 +143,13 @@ def spoil(path: Path, end: str, *values: float) -> Path:
     return path
 
 
+def as_of_peft(folder: Path) -> Path:
+    """Take our metadata out of a PEFT folder, which leaves what any PEFT could have written."""
+    file = tensors_of(folder)
+    save_file(load_file(file), file, {"format": "pt"})
+    return folder
+
+
 def edit_config(folder: Path, **fields: Any) -> Path:
     """Set fields of an adapter's adapter_config.json; those set to `...` are left out."""
     file = folder / "adapter_config.json"

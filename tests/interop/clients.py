@@ -1,7 +1,7 @@
 """What other programs make of this package's files, and whether `lora-inject check` foretells it.
 
     python tests/interop/clients.py peft mlx                # installed beside this package
-    python tests/interop/clients.py lorax --sources DIR     # from the program's sources
+    python tests/interop/clients.py comfyui --sources DIR     # from the program's sources
     python tests/interop/clients.py vllm --only slices      # cases, or a base, with this word
 
 Each case is an adapter on a tiny model with random weights in float32. The outputs of the program

@@ -149,8 +149,7 @@ def llama_cpp(python: str, folder: Path) -> Iterator[Start]:
         model = AutoModelForCausalLM.from_pretrained(folder / base, dtype="float32")
         write_gguf(model, AutoTokenizer.from_pretrained(folder / base), folder / f"{base}.gguf")
     for adapter in ("sql", "wrong"):
-        options = {"base": folder / "base", "reading": {"prefer": "config"}}
-        li.convert(folder / adapter, folder / f"{adapter}-lora.gguf", "gguf", **options)
+        li.convert(folder / adapter, folder / f"{adapter}-lora.gguf", "gguf", base=folder / "base")
     for state, (base, adapter, _) in STATES.items():
         command = [python, "-m", "llama_cpp.server", "--model", str(folder / f"{base}.gguf")]
         command += ["--model_alias", "sql", "--n_ctx", "64", "--n_threads", "1"]

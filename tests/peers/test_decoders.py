@@ -24,7 +24,6 @@ from torch import Tensor
 import lora_inject as li
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
-FILES = {"torchtune": "adapter_model.pt", "litgpt": "lit_model.pth.lora"}
 
 
 def base_model() -> Any:
@@ -35,7 +34,7 @@ def written(layout: str, folder: Path, *targets: Any) -> tuple[Any, Any, dict[st
     """An adapted model, the sites of its adapter, and the tensors of its file."""
     model = adapted(base_model(), *targets)
     path = li.save_adapter(model, folder / "a", format=layout)
-    tensors = torch.load(path / FILES[layout], weights_only=True)
+    tensors = torch.load(path / "lit_model.pth.lora", weights_only=True)
     return model, li.adapter_state(model).sites, tensors.get("model", tensors)
 
 
@@ -62,30 +61,27 @@ def hf_to_tune(delta: Tensor, n_heads: int) -> Tensor:
     return turned.reshape(head_dim * n_heads, dim)
 
 
-def test_torchtune_adds_to_its_weights_what_we_add_to_ours(tmp_path: Path) -> None:
+def test_torchtunes_files_are_read_as_it_computes_with_them(tmp_path: Path) -> None:
     targets = [{"match": "q_proj", "rank": 3}, "k_proj", {"match": "mlp.*", "alpha": 9}, "lm_head"]
-    model, sites, tensors = written("torchtune", tmp_path, *targets)
-    assert '"target_modules": [' in (tmp_path / "a/adapter_config.json").read_text()
+    model = adapted(base_model(), *targets)
     names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "lm_head": "output"}
-    for name, site in sites.items():
+    tensors = {}
+    for name, site in li.adapter_state(model).sites.items():
         end = name.rpartition(".")[2]
         key = name.removeprefix("model.").replace("self_attn", "attn").removesuffix(end)
         key += names.get(end, end)
-        a, b = tensors.pop(f"{key}.lora_a.weight"), tensors.pop(f"{key}.lora_b.weight")
-        heads = {"q_proj": 4, "k_proj": 2}.get(end)
-        due = effect(site).float()
-        near(b @ a, hf_to_tune(due, heads) if heads else due)  # folded: alpha is the rank
-    assert not tensors
-    hold_read(tmp_path / "a", model, pickled=True)
-
-
-def test_torchtunes_alpha_is_asked_for_where_no_config_says_it(tmp_path: Path) -> None:
-    model, _, _ = written("torchtune", tmp_path, "o_proj")
-    (tmp_path / "a/adapter_config.json").unlink()
+        heads, b = {"q_proj": 4, "k_proj": 2}.get(end), site.B.detach() * site.scale / 2
+        tensors[f"{key}.lora_a.weight"] = site.A.detach() * site.spec.rank
+        tensors[f"{key}.lora_b.weight"] = hf_to_tune(b, heads) if heads else b
+    torch.save(tensors, tmp_path / "adapter_model.pt")
     options = {"config": base_model().config.to_dict(), "allow_pickle": True}
     with refused(li.FormatError, "alpha="):
-        li.read_adapter(tmp_path / "a", **options)
-    same_effects(li.read_adapter(tmp_path / "a", alpha=3.0, **options), li.adapter_state(model))
+        li.read_adapter(tmp_path, **options)
+    same_effects(li.read_adapter(tmp_path, alpha=2.0, **options), li.adapter_state(model))
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 2}')
+    hold_read(tmp_path, model, pickled=True)
+    with refused(li.FormatError, "only read"):
+        li.save_adapter(model, tmp_path / "b", format="torchtune")
 
 
 # litgpt -------------------------------------------------------------------------------------------
@@ -303,17 +299,17 @@ OUT, Q, UP = at("self_attn.o_proj"), at("self_attn.q_proj"), at("mlp.up_proj")
 EMBEDDING = state_of(SITES["embedding"].at("model.embed_tokens"))
 HEAD, CONV = state_of(linear("lm_head")), state_of(SITES["conv"])
 REFUSED: dict[str, tuple[str, li.AdapterState, Any, str]] = {
-    "no config": ("torchtune litgpt gguf", OUT, None, "--base"),
-    "another family": ("torchtune litgpt gguf", OUT, {"model_type": "gpt2"}, "'gpt2'"),
-    "other heads": ("torchtune litgpt gguf", Q, CONFIG, "7 rows"),
-    "no name": ("torchtune litgpt gguf", at("mlp.fc"), CONFIG, "mlp.fc"),
-    "a layer less": ("torchtune litgpt", OUT, THREE, "model.layers.2"),
-    "a part of an MLP": ("torchtune litgpt", UP, CONFIG, "gate, up and down"),
-    "a convolution": ("torchtune litgpt gguf", CONV, CONFIG, "'conv'"),
-    "an embedding": ("torchtune litgpt", EMBEDDING, CONFIG, "'embedding'"),
+    "no config": ("litgpt gguf", OUT, None, "--base"),
+    "another family": ("litgpt gguf", OUT, {"model_type": "gpt2"}, "'gpt2'"),
+    "other heads": ("litgpt gguf", Q, CONFIG, "7 rows"),
+    "no name": ("litgpt gguf", at("mlp.fc"), CONFIG, "mlp.fc"),
+    "a layer less": ("litgpt", OUT, THREE, "model.layers.2"),
+    "a part of an MLP": ("litgpt", UP, CONFIG, "gate, up and down"),
+    "a convolution": ("litgpt gguf", CONV, CONFIG, "'conv'"),
+    "an embedding": ("litgpt", EMBEDDING, CONFIG, "'embedding'"),
     "a tied embedding": ("gguf mlx", EMBEDDING, CONFIG, "'model.embed_tokens'"),
     "an embedding, untold": ("mlx", EMBEDDING, None, "--base"),
-    "a tied head": ("gguf mlx torchtune", HEAD, CONFIG, "'lm_head'"),
+    "a tied head": ("gguf mlx", HEAD, CONFIG, "'lm_head'"),
 }
 
 

@@ -106,6 +106,12 @@ CASES = {
     "one ends in another": ("llama", ["q_proj", "self_attn.q_proj", "lm_head"], {}),
     "a regex": ("llama", r".*layers\.[02]\..*(q|up)_proj", {}),
     "all-linear, ranks": ("llama", ALL, {"rank_pattern": {"q_proj": 2, r"layers\.1\..*": 3}}),
+    "exclude what is around, of which PEFT takes no notice": (
+        "llama",
+        QV,
+        {"exclude_modules": ["0.self_attn"]},
+    ),
+    "layers that PEFT counts in another list": ("towers", ["q"], layers([1])),
     "exclude a regex": ("llama", ALL, {"exclude_modules": r".*layers\.1\..*|lm_head"}),
     "flags": ("llama", "(?x) .* (q|v)_proj  # qv", {"exclude_modules": r"(?i)(?s).*LAYERS\.1\..*"}),
     "layers of two lists": ("nested", ["q"], layers(0, ["layers", "towers"])),
@@ -208,7 +214,6 @@ def test_what_cannot_be_translated_is_named_with_its_field(field, value):
 NEAREST = ["'q_prj'", "'model.layers.0.self_attn.q_proj'"]
 ONE_LAYER = r".*layers\.0\..*q_proj"
 OTHERWISE = [
-    ("llama", {"exclude_modules": ["0.self_attn"]}, ["'model.layers.0.self_attn"]),
     ("llama", {"rank_pattern": {"k_proj": 3}}, ["'rank_pattern'", "'k_proj'"]),
     ("llama", {"layers_to_transform": [7]}, ["[7]"]),
     ("llama", {"exclude_modules": QV, "bias": "all"}, ["6"]),
@@ -218,7 +223,6 @@ OTHERWISE = [
     ("mixtral", {"target_modules": ONE_LAYER}, ["'model.layers.1", "q_proj'"]),
     ("mixtral", {"target_modules": ["q_proj", "down_proj"]}, ["experts.down_proj'", "parameter"]),
     ("mixtral", {"target_modules": ["w1", "w2"]}, ["'w3'", "'w1'"]),
-    ("towers", {"target_modules": ["q"], "layers_to_transform": [1]}, ["'towers"]),
     ("tied", {"target_modules": ["lm_head"], "ensure_weight_tying": True}, ["'lm_head'"]),
 ]
 

@@ -230,7 +230,7 @@ def test_servers_compute_what_the_model_does_with_the_option_that_check_names(tm
     for client, option in options.items():
         (finding,) = li.check_adapter(path, client, base=tmp_path / "base")
         assert (finding.stops, finding.fix) == (False, f"Start it with {option}")
-    for client in ("lorax", "peft", "llama.cpp", "diffusers"):
+    for client in ("peft", "llama.cpp", "diffusers"):
         assert li.check_adapter(path, client, base=tmp_path / "base")[0].stops
 
 

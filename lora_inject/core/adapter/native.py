@@ -30,7 +30,7 @@ from lora_inject.core.adapter.fingerprint import N_SAMPLES, Fingerprint, Sampled
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import Maybe, is_positive, misfit, parse_json
-from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
+from lora_inject.core.files.tensors import read_tensors, serialize
 from lora_inject.core.spec.sites import ROLES, SiteSpec, Slices
 from lora_inject.errors import FormatError
 from lora_inject.version import __version__
@@ -39,7 +39,7 @@ FORMAT_VERSION = "1"
 _PREFIX = "lora_inject."
 _VERSION = _PREFIX + "format_version"
 _LAYOUT = _PREFIX + "layout"
-_EDITED = 'The file was edited; fetch it again, or read it as another program does: prefer="config"'
+_EDITED = "The file was edited; fetch it again"
 
 _INDEX, _COUNT = range(2**63), range(1, 2**63)  # what torch can count
 
@@ -73,11 +73,6 @@ _PARTS: dict[str, Any] = {
     "sites": {...: (str, _INDEX, [str])},  # weight, number of the kind, aliases
     "trained": {...: Maybe([_INDEX])},  # the rows that it is of, null for all
 }
-
-
-def detects(path: Path) -> bool:
-    """Whether a path is such a file."""
-    return is_safetensors(path) and is_native(read_names(path)[1], "native")
 
 
 def write(

@@ -13,7 +13,7 @@ from lora_inject.core.roots.carried import entries, records_of
 from lora_inject.core.spec.config import WORDS
 from lora_inject.core.spec.experts import left_out
 from lora_inject.formats.exchange import format_of
-from lora_inject.formats.live_models import facts_about
+from lora_inject.formats.live_models import facts_about, refuse_misread
 
 
 def facts_for(survey: Survey, format: str, name: str) -> Callable[[], Any]:  # noqa: A002
@@ -23,8 +23,8 @@ def facts_for(survey: Survey, format: str, name: str) -> Callable[[], Any]:  # n
         FormatError: There is no such format, or its readers would compute something else.
     """
     row = format_of(format, f"save adapter {name!r}")
-    if row.check_save is not None:
-        row.check_save(survey, name)
+    if row.by_peft:
+        refuse_misread(survey, name)
 
     def facts() -> Any:
         idle = idle_among([*entries(survey, name)])

@@ -24,9 +24,9 @@ from lora_inject.core.model.trainable import check_live_inputs
 from lora_inject.core.roots.carried import note_files
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import user_path
-from lora_inject.formats.exchange import detected, format_of, read_adapter
+from lora_inject.formats.exchange import detected, read_adapter
 from lora_inject.formats.hub import on_disk
-from lora_inject.formats.live_models import facts_about
+from lora_inject.formats.live_models import facts_about, refuse_first_places
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -96,8 +96,8 @@ def load_adapter(
         format_name = format or detected(files)
         state = read_adapter(files, format_name, facts=lambda: facts_about(survey), **options)
         here = fit_to(survey, state, part=part)
-        if (check_load := format_of(format_name).check_load) is not None:
-            check_load(survey, state, here, asked)
+        if format_name == "peft" and state.fingerprint is None:  # PEFT made it
+            refuse_first_places(survey, (site.spec for site in here.sites.values()), asked)
         return survey, files, here
 
     def put_on(

@@ -3,15 +3,14 @@
 The tensors are what `PeftModel.from_pretrained` computes with, so any reader of the format gets the
 adapter's outputs; what PEFT cannot express (slices, frozen starts, the base's fingerprint, the
 config) is in the metadata of the same safetensors file, so that reading it here gives back the very
-adapter. Where the two disagree, somebody edited one of them, and that is an error which the caller
-decides (`prefer`).
+adapter. Where the config was edited since, the folder is read as PEFT reads it, with a note.
 
 What PEFT cannot express is refused: adapters on the root module; layers whose weight their parent
-reads, and others that its own cannot stand for (`formats.peft_layers`); parameters together with
-Conv1D layers, or with a site on the module that owns them; other kinds than those of `KINDS`. A
-trained tensor that is only a part of its module (a norm's weight) is stored under its plain name:
-PEFT loads it into the base for good, as it does with biases. An adapter without any site is written
-so that PEFT loads its trained tensors.
+reads, and others that its own cannot stand for (`facts.unfit`); parameters together with Conv1D
+layers, or with a site on the module that owns them; other kinds than those of `KINDS`. A trained
+tensor that is only a part of its module (a norm's weight) is stored under its plain name: PEFT
+loads it into the base for good, as it does with biases. An adapter without any site is written so
+that PEFT loads its trained tensors.
 
 Source: peft 0.21.2, utils/save_and_load.py.
 """
@@ -19,11 +18,12 @@ Source: peft 0.21.2, utils/save_and_load.py.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,20 +32,19 @@ from lora_inject.core.adapter.file_keys import check_keys, check_no_clash, one_l
 from lora_inject.core.adapter.native import Described, describe, is_native, parse
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import misfit, parse_json, read_json
-from lora_inject.core.files.tensors import is_safetensors, read_names, read_tensors, serialize
+from lora_inject.core.files.tensors import read_tensors, serialize
 from lora_inject.core.spec.names import parent
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.card import model_card
-from lora_inject.formats.lone_files import lone_file
+from lora_inject.formats.expert_names import as_single_experts
+from lora_inject.formats.format import Files
 from lora_inject.formats.model_facts import ModelFacts
-from lora_inject.formats.peft.adapter_config import build, read_claims
-from lora_inject.formats.peft.agreement import WRITTEN, check_fields, check_numbers
+from lora_inject.formats.peft.fields import LoraFields, read_fields
 from lora_inject.formats.peft.foreign import Foreign
 from lora_inject.formats.peft.tensor_layout import (
     KINDS,
     PREFIX,
-    attentions,
     file_rank,
     file_shapes,
     is_turned,
@@ -54,16 +53,28 @@ from lora_inject.formats.peft.tensor_layout import (
     unpack,
     wrapped,
 )
-from lora_inject.formats.shared_layout import as_single_experts
+from lora_inject.formats.peft.written_config import build
 
+LOG = logging.getLogger("lora_inject")
 CONFIG, CARD = "adapter_config.json", "README.md"
 MODEL, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+WRITTEN = "lora_adapter_metadata"
+"""Key of the config in the header of the tensors, where diffusers looks for it, too."""
+
 _INDEX = f"{MODEL}.index.json"
 _WHOLE = "model.safetensors"
 _TURNED = "lora_inject.turned"
 _EDITED = "The file was edited, or is of a newer version"
 _OTHER = 'Write it with format="native": save_adapter(model, path, format="native")'
-_IN_PROJ = ".in_proj_weight"  # of a MultiheadAttention
+_MEANINGS = (
+    *("alpha_pattern", "bias", "exclude_modules", "layers_pattern", "layers_to_transform"),
+    *("lora_alpha", "lora_bias", "modules_to_save", "r", "rank_pattern", "target_modules"),
+    *("target_parameters", "trainable_token_indices", "use_dora", "use_rslora"),
+)
+"""What PEFT asks the config: which tensors it makes and loads, and how it uses them."""
+
+_PLAIN_INITS = {"gaussian", "eva", "orthogonal", "true", "false"}
+_RESIDUAL = "Convert it with PEFT (save_pretrained(path_initial_model_for_weight_conversion=...))"
 
 
 def write(
@@ -136,7 +147,6 @@ def contents(state: AdapterState, facts: ModelFacts) -> Contents:
     _check_rows(state, facts)
     specs = [site.spec for site in state.sites.values()]
     check_sites(specs, facts)
-    _check_attentions(state, attentions(specs))
     _check_orientation(specs, facts)
     transposed = {spec.name for spec in specs if is_turned(spec, facts.transposed_modules)}
     return Contents(state, _tensors_of(state, transposed), build(state, facts), transposed)
@@ -145,15 +155,12 @@ def contents(state: AdapterState, facts: ModelFacts) -> Contents:
 def _tensors_of(state: AdapterState, transposed: Collection[str]) -> dict[str, Tensor]:
     """Return the tensors of the file by their keys; sites of `transposed` are (in, out)."""
     specs = [site.spec for site in state.sites.values()]
-    called = attentions(specs)
     layout = layout_of(specs, state.trained, state.rows)
     check_no_clash(layout.keys)
     tensors = {layout.trained[name]: tensor for name, tensor in state.trained.items()}
     for name, site in state.sites.items():
         keys, shapes = layout.sites[name], file_shapes(site.spec)
         A, B = pack(site, turned=name in transposed)
-        if name in called and site.spec.kind == "linear":  # PEFT applies it twice
-            B = B / 2
         tensors |= {keys["A"]: A, keys["B"]: B}
         for role, tensor in site.further.items():
             tensors[keys[role]] = tensor.detach().reshape(shapes[role])
@@ -174,7 +181,6 @@ def read(
     path: Path,
     facts: ModelFacts,
     *,
-    prefer: Literal["metadata", "config"] | None = None,
     allow: Collection[str] = (),
     expert_major: bool | None = None,
 ) -> AdapterState:
@@ -183,8 +189,6 @@ def read(
     Args:
         path: The directory that holds adapter_config.json.
         facts: What is known of the model; only files of others with adapted parameters need it.
-        prefer: Which to believe where the metadata and adapter_config.json disagree; `config` reads
-            the file as any PEFT would, without slices and frozen starts.
         allow: Fields of adapter_config.json to accept although they are unknown;
             `init_lora_weights` where the base at hand is the one that PEFT's init has changed;
             `target_modules` to read tensors of modules that the config does not target.
@@ -198,37 +202,60 @@ def read(
     Raises:
         FormatError: The files are incomplete, contradictory or of a kind that cannot be read right.
     """
-    if prefer not in {None, "metadata", "config"}:
-        raise FormatError("", f"prefer is {prefer!r}", "Give 'metadata', 'config' or None")
     _check_files(path)
-    claims, config = None, {}
-    if prefer != "metadata":
-        with within(CONFIG):
-            config = read_json(path / CONFIG, "")
-            claims = read_claims(config, allow)
+    with within(CONFIG):
+        config = read_json(path / CONFIG, "")
+        fields = _fields_of_file(config, allow)
     tensors, text = _read_all(path)
-    tensors = _single_experts(tensors, config)
-    ours = is_native(text, "peft")
-    if claims is None and not ours:
-        problem = f"its {MODEL} holds no metadata of this package"
-        raise FormatError("", problem, "Leave prefer out")
-    if claims is not None and (prefer == "config" or not ours):
-        any_target = "target_modules" in allow
-        return Foreign(claims, facts, expert_major, any_target).read(tensors)
-    with within(MODEL):
-        said = parse(text)
-    if claims is not None:
-        check_numbers(said, claims)
-        check_fields(config, text)
-    with within(MODEL):
-        return _read_native(said, _turned(text, said), tensors)
+    if any(".experts.w" in key for key in tensors):  # servers' stacks of experts
+        tensors = as_single_experts(tensors, config)
+    if is_native(text, "peft"):
+        with within(MODEL):
+            said, edited = parse(text), _edited(config, text)
+            if not edited:
+                return _read_native(said, _turned(text, said), tensors)
+        LOG.warning(
+            "%s: %s of %s was edited since: read as PEFT reads it", path, one_line(edited), CONFIG
+        )
+    any_target = "target_modules" in allow
+    return Foreign(fields, facts, expert_major, any_target, _is_of_unsloth(config)).read(tensors)
 
 
-def _single_experts(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return tensors with a pair for each expert, where servers' stacks `experts.w1` stand."""
-    if any(".experts.w" in key for key in tensors):
-        return as_single_experts(tensors, config)
-    return tensors
+def _fields_of_file(config: Any, allow: Collection[str]) -> LoraFields:
+    """Return the fields of a file, which must say alpha and not that the base was changed."""
+    fields = read_fields(config, allow=allow)
+    init = str(fields.init_lora_weights)
+    if init.lower() not in _PLAIN_INITS and "init_lora_weights" not in allow:
+        problem = f"it is {init[:40]!r}: with it, PEFT changes the base's weights as it loads"
+        remedy = f"{_RESIDUAL}; or, where your base holds the changed weights, pass "
+        raise FormatError("'init_lora_weights'", problem, f"{remedy}allow=['init_lora_weights']")
+    if fields.lora_alpha is None:
+        remedy = "Ask the author of the adapter; it is never guessed"
+        raise FormatError("", "'lora_alpha' is missing", remedy)
+    return fields
+
+
+def _is_of_unsloth(config: Mapping[str, Any]) -> bool:
+    """Whether a file has a sign of unsloth, whose older stacks have another layout."""
+    mapping, base = config.get("auto_mapping"), config.get("base_model_name_or_path")
+    fixed = isinstance(mapping, dict) and bool(mapping.get("unsloth_fixed"))
+    return fixed or str(base).startswith("unsloth/")
+
+
+def _edited(config: Mapping[str, Any], header: Mapping[str, str]) -> list[str]:
+    """Return the fields that mean something else now than when the tensors were written."""
+    written = parse_json(header.get(WRITTEN, "{}"), f"metadata {WRITTEN!r}")
+    written = written if isinstance(written, dict) else {}
+    return [
+        name for name in _MEANINGS if _meant(config.get(name)) != _meant(written.get(PREFIX + name))
+    ]
+
+
+def _meant(value: Any) -> Any:
+    """Return a value in a form that is equal for what PEFT reads alike."""
+    if value in (None, False, "none", [], {}):
+        return None
+    return sorted(map(repr, value)) if isinstance(value, list) else value
 
 
 def _turned(text: Mapping[str, str], said: Described) -> list[str]:
@@ -245,32 +272,15 @@ def _read_native(
     said: Described, turned: Collection[str], tensors: dict[str, Tensor]
 ) -> AdapterState:
     """The state that `write` was given; every tensor is accounted for."""
-    for name, spec in said.specs.items():
-        if odd := _odd(spec):
-            problem = f"its metadata says what cannot be ({odd})"
-            raise FormatError(f"site '{name[:200]}'", problem, _EDITED)
+    _check_expressible([*said.specs.values()], ())
     layout = layout_of(said.specs.values(), said.trained, said.rows)
     check_no_clash(layout.keys)
     check_keys(tensors, layout.keys)
-    for name in attentions(said.specs.values()):
-        if said.specs[name].kind == "linear":
-            tensors[layout.sites[name]["B"]] = 2 * tensors[layout.sites[name]["B"]]
     sites = {}
     for name, spec in said.specs.items():
         mine = {role: tensors[key] for role, key in layout.sites[name].items()}
         sites[name] = unpack(spec, mine, turned=name in turned)
     return said.state(sites, {name: tensors[key] for name, key in layout.trained.items()})
-
-
-def _check_attentions(state: AdapterState, called: Mapping[str, str]) -> None:
-    """Refuse an attention whose parts differ in what PEFT has once for both."""
-    numbers: dict[str, tuple[int, float]] = {}
-    for name, module in called.items():
-        site = state.sites[name]
-        mine = file_rank(site.spec), site.scale
-        if numbers.setdefault(module, mine) != mine:
-            problem = f"PEFT has one rank and scale for the parts of '{module}', and these have "
-            raise FormatError(f"site '{name}'", f"{problem}{numbers[module]} and {mine}", _OTHER)
 
 
 def _check_rows(state: AdapterState, facts: ModelFacts) -> None:
@@ -313,7 +323,7 @@ def check_sites(specs: Sequence[SiteSpec], facts: ModelFacts) -> None:
 
 
 def _check_expressible(specs: Sequence[SiteSpec], tensor_names: Sequence[str] | None) -> None:
-    """Refuse what a PEFT file cannot say, before anything is written."""
+    """Refuse what a PEFT file cannot say, before anything is written or believed."""
     kinds = {spec.name: spec.kind for spec in specs}
     parameters = {name for name, kind in kinds.items() if kind == "parameter"}
     if parameters and "conv1d" in kinds.values():
@@ -323,12 +333,9 @@ def _check_expressible(specs: Sequence[SiteSpec], tensor_names: Sequence[str] | 
         raise FormatError("", f"{problem}, and these sites have several", _OTHER)
     known = {*(tensor_names or ()), *parameters}
     modules = kinds.keys() - parameters
-    called = attentions(specs)
     for spec in specs:
-        if spec.name in called and spec.variant == "lora":  # its attention has no DoRA
-            continue
         if reason := _inexpressible(spec, modules, known):
-            raise FormatError(f"site '{spec.name}'", f"PEFT cannot {reason}", _OTHER)
+            raise FormatError(f"site '{spec.name}'", f"PEFT cannot adapt {reason}", _OTHER)
 
 
 def refuse_unfit_sites(specs: Sequence[SiteSpec], facts: ModelFacts, client: str = "PEFT") -> None:
@@ -336,49 +343,36 @@ def refuse_unfit_sites(specs: Sequence[SiteSpec], facts: ModelFacts, client: str
 
     `client` is PEFT, or a program that uses its layers.
     """
-    if facts.unfit is None:
-        return
-    called = attentions(specs)
+    unfit = facts.unfit or (lambda _: "")
     for spec in specs:
-        plain = spec.kind != "parameter" and spec.name not in called
-        if plain and (reason := facts.unfit(spec.name)):
+        if spec.kind != "parameter" and (reason := unfit(spec.name)):
             problem = f"{client} would load it wrong: {reason}"
             raise FormatError(f"site '{spec.name}'", problem, _OTHER)
 
 
 def _inexpressible(spec: SiteSpec, modules: Collection[str], tensor_names: Collection[str]) -> str:
-    """Why PEFT cannot carry this site, or an empty text."""
+    """What PEFT cannot adapt, where a site is such, or an empty text."""
+    kind, module, dims = spec.kind, parent(spec.weight), len(spec.weight_shape)
     if odd := _odd(spec):
-        return f"adapt {odd}"
+        return odd
     if not wrapped(spec):
-        return "adapt the root module or a parameter of it"
-    if spec.kind == "parameter" or spec.update == "weight":
-        return _inexpressible_read(spec, modules, tensor_names)
+        return "the root module or a parameter of it"
+    if kind != "parameter" and spec.update != "weight":
+        return ""
+    if kind == "linear" and spec.variant == "dora":
+        return "a linear layer with DoRA whose own forward it does not know"
+    if kind == "conv1d":
+        return "the weight of a Conv1D layer whose own forward it does not know"
+    if kind not in ("parameter", "linear"):
+        return ""
+    if kind == "parameter" and module in modules:
+        return "a module and a parameter of it"
+    if dims != (2 if spec.experts is None else 3):
+        return f"a parameter of {dims} dimensions"
+    # PEFT up to 0.21 adds the update of an attention's output projection twice.
+    if spec.weight == f"{module}.weight" and f"{parent(module)}.in_proj_weight" in tensor_names:
+        return "the output projection of a MultiheadAttention: nothing would call it"
     return ""
-
-
-def _inexpressible_read(
-    spec: SiteSpec, modules: Collection[str], tensor_names: Collection[str]
-) -> str:
-    """Why PEFT cannot carry a site whose weight is read, or an empty text."""
-    module, kind = parent(spec.weight), spec.kind
-    as_parameter = kind in ("parameter", "linear")
-    dims = len(spec.weight_shape)
-    of_attention = spec.weight == f"{module}.weight" and parent(module) + _IN_PROJ in tensor_names
-    reasons = {
-        "adapt a linear layer with DoRA whose own forward it does not know": (
-            kind == "linear" and spec.variant == "dora"
-        ),
-        "adapt the weight of a Conv1D layer whose own forward it does not know": kind == "conv1d",
-        "adapt a module and a parameter of it": kind == "parameter" and module in modules,
-        f"adapt a parameter of {dims} dimensions": (
-            as_parameter and dims != (2 if spec.experts is None else 3)
-        ),
-        "adapt the output projection of a MultiheadAttention: nothing would call it": (
-            as_parameter and of_attention
-        ),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def _odd(spec: SiteSpec) -> str:
@@ -399,33 +393,24 @@ def _odd(spec: SiteSpec) -> str:
 # The files --------------------------------------------------------------------------------------
 
 
-def detects(path: Path) -> bool:
+def detects(files: Files) -> bool:
     """Whether a path looks like a PEFT adapter, a part of one, or the parent of one."""
+    path = files.path
     if not path.is_dir():
-        _refuse_lone_file(path)
-        return False
-    parts = any((path / name).is_file() for name in (CONFIG, MODEL, PICKLE, _INDEX))
-    return parts or bool(_adapters_in(path)) or _in_base(path)
-
-
-def _refuse_lone_file(path: Path) -> None:
-    """Raise for a file of such a folder; it is known by its keys, or by a pickle's name."""
-    if path.is_file() and path.name == PICKLE:
-        raise lone_file("peft", path, PICKLE, CONFIG, "the alpha")
-    keys = read_names(path)[0] if is_safetensors(path) else []
-    if keys and all(key.startswith(PREFIX) for key in keys):
-        raise lone_file("peft", path, MODEL, CONFIG, "the alpha")
+        return bool(files.tensor_names()) and all(
+            key.startswith(PREFIX) for key in files.tensor_names()
+        )
+    return files.has(CONFIG, MODEL, PICKLE, _INDEX) or bool(_adapters_in(path)) or _in_base(files)
 
 
 def _check_files(path: Path) -> None:
     """Refuse a path that is not a directory with a config and tensors."""
     if not path.is_dir():
-        _refuse_lone_file(path)
-        problem = "it is a file" if path.exists() else "there is no such directory"
-        raise FormatError("", problem, f"Give the directory that holds {CONFIG}")
+        problem = f"there is no {CONFIG} beside it, which holds the alpha"
+        raise FormatError("", problem, f"Fetch that, and give the folder with it and {MODEL}")
     there = any((path / name).is_file() for name in (MODEL, _INDEX))
     inside = _adapters_in(path)
-    if not there and _in_base(path):
+    if not there and _in_base(Files(path)):
         problem = f"its {_WHOLE} holds the base and an adapter's tensors together"
         remedy = "Load it with the program that saved it and save the adapter alone (in PEFT: "
         remedy += "save_pretrained of the PeftModel, not of the model inside)"
@@ -474,10 +459,9 @@ def _apart(problem: str) -> FormatError:
     return FormatError(_INDEX, problem, "The files do not belong together")
 
 
-def _in_base(path: Path) -> bool:
+def _in_base(files: Files) -> bool:
     """Whether a checkpoint's one file has an adapter's tensors among the base's."""
-    file = path / _WHOLE
-    return file.is_file() and any(".lora_A." in key for key in read_names(file)[0])
+    return any(".lora_A." in key for key in files.tensor_names(_WHOLE))
 
 
 def _adapters_in(path: Path) -> list[str]:

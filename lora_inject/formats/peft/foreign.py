@@ -11,7 +11,7 @@ Source: peft 0.12 to 0.21, utils/save_and_load.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -27,9 +27,8 @@ from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.model_facts import CONVERT, ModelFacts
 from lora_inject.formats.pairs import check_shapes, pairs_of, plain_site
-from lora_inject.formats.peft.adapter_config import LAYOUTS_OF_B, Claims
+from lora_inject.formats.peft.fields import LAYOUTS_OF_B, LoraFields
 from lora_inject.formats.peft.name_patterns import ends
-from lora_inject.formats.peft.targeted import not_adapted
 from lora_inject.formats.peft.tensor_layout import PREFIX, ROWS, unpack
 
 _REPAIR = "The file is incomplete or was edited; fetch it again"
@@ -45,7 +44,6 @@ _KEY = re.compile(
 )
 # What PEFT puts around a module: the original inside its wrapper, or next to a trained copy.
 _AROUND = re.compile(r"(?<![^.])(?:base_layer|original_module|modules_to_save(?:\.default)?)\.")
-_OUT = ".base_layer.out_proj"
 
 
 @dataclass
@@ -61,50 +59,47 @@ class _Path:
 
 
 class _Place(NamedTuple):
-    """A site as the names say it; the config's patterns know it as `called`."""
+    """A site, as the names say it: a module, or a parameter of one."""
 
     name: str
-    called: str
-    parameter: bool
+    module: str
     path: _Path
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """How to read a PEFT file of others: the config's claims, and what `folder.read` is told."""
+    """How to read a PEFT file of others: the config's fields, and what `folder.read` is told."""
 
-    claims: Claims
+    fields: LoraFields
     facts: ModelFacts
     expert_major: bool | None = None
     any_target: bool = False
+    of_unsloth: bool = False
 
     def read(self, tensors: Mapping[str, Tensor]) -> AdapterState:
         """Return the adapter of a file's tensors, without a config and a fingerprint."""
         paths, rows, rest = self._sorted(tensors)
         places = [*self._places(paths)]
-        self._check_targets(places)
-        numbers = self.claims.numbers([place.called for place in places])
-        sites = {place.name: self._site(place, *numbers[place.called]) for place in places}
+        self._check_targets([p.name for p in places if p.name == p.module])
+        names = [place.name for place in places]
+        numbers = self.fields.numbers(names)
+        sites = {place.name: self._site(place, *numbers[place.name]) for place in places}
         if len(sites) < len(places):
-            names = [place.name for place in places]
             twice = next(name for name in names if names.count(name) > 1)
             raise _error(f"site '{twice}'", "two of its pairs are of this one")
         trained, copies = self._full_tensors(rest, sites)
         self._check_saved({*trained, *(f"{path}.weight" for path in rows)})
         indices = {f"{path}.weight": self._indices(path, tensor) for path, tensor in rows.items()}
-        if self.claims.trainable_token_indices and not rows:
+        if self.fields.trainable_token_indices and not rows:
             raise _error("", "it lacks the rows of 'trainable_token_indices'")
         trained |= {f"{path}.weight": tensor for path, tensor in rows.items()}
         return AdapterState(sites, trained, base_copies=copies, rows=indices)
 
     # What PEFT would leave out ----------------------------------------------------------------
 
-    def _check_targets(self, places: Iterable[_Place]) -> None:
+    def _check_targets(self, modules: Collection[str]) -> None:
         """Refuse tensors of modules that the config does not target, which PEFT ignores."""
-        if self.any_target:
-            return
-        modules = {p.called for p in places if not p.parameter or p.called != p.name}
-        for name, said in not_adapted(self.claims, modules):
+        for name, said in self.fields.left_out(() if self.any_target else modules):
             problem = f"PEFT ignores its tensors: {said!r} of adapter_config.json leaves it out"
             remedy = "Restore that field, or read them all the same: allow=['target_modules']"
             raise _error(f"module '{name[:200]}'", problem, remedy)
@@ -112,7 +107,7 @@ class Foreign:
     def _check_saved(self, trained: Collection[str]) -> None:
         """Refuse modules that the config keeps whole, and of which the file has nothing."""
         there, known = around(trained), around(self.facts.tensor_names or ())
-        for saved in self.claims.modules_to_save:
+        for saved in self.fields.modules_to_save:
             missing = [module for module in known if module.endswith(saved)]
             if missing and not any(module.endswith(saved) for module in there):
                 problem = f"the file lacks its tensors, and 'modules_to_save' has {saved!r}"
@@ -176,47 +171,23 @@ class Foreign:
                 module = module.removesuffix(".base_layer")
             paths_of.setdefault(module, []).append(path)
         for module, given in paths_of.items():
-            attention = self._attention_of(module, paths_of)
-            if attention is None:
-                names = self._names(module)
-            else:
-                self._check_attention(attention)
-                is_output = attention != module
-                names = [f"{attention}.out_proj" if is_output else f"{module}.in_proj_weight"]
+            names = self._names(module)
             wrappers = [module + ".base_layer" * depth for depth in reversed(range(len(names)))]
             if {*wrappers} != {*given}:
                 problem = f"its pairs at {one_line(given)} are not those of {one_line(names)}"
                 raise _error(f"module '{module[:200]}'", problem)
             for name, path in zip(names, wrappers, strict=True):
-                yield _place(name, module, attention, paths[path])
-
-    def _attention_of(self, module: str, modules: Collection[str]) -> str | None:
-        """Return the MultiheadAttention that PEFT adapts at a module: by its two projections."""
-        if f"{module}{_OUT}" in modules:
-            return module
-        around = module.removesuffix(_OUT)
-        return around if around != module and around in modules else None
-
-    def _check_attention(self, module: str) -> None:
-        """Refuse a MultiheadAttention of a PEFT that may compute it otherwise than 0.21 does."""
-        if (self.claims.peft_version or (0, 0)) > (0, 21):
-            raise _error(
-                f"module '{module}'",
-                "PEFT up to 0.21 applies the update of an attention's output projection twice, and "
-                "the file is of a later one ('peft_version')",
-                "Save it again with PEFT 0.21.2, if its outputs there are right",
-            )
+                yield _Place(name, module, paths[path])
 
     def _names(self, module: str) -> list[str]:
         """The sites of a module: its own name, or those of its parameters in the model's order."""
         where, known = f"module '{module[:200]}'", self.facts.tensor_names
         if ".base_layer." in module and module not in self._modules:
-            problem = (
-                "it is inside another adapted module, and not an attention's output projection"
-            )
-            raise _error(where, problem, "Train it again with this package")
-        listed = self.claims.target_modules
-        if known is None and isinstance(listed, frozenset) and not listed.isdisjoint(ends(module)):
+            # PEFT up to 0.21 applies the update of an attention's output projection twice.
+            problem = "it is inside another adapted module, as in an nn.MultiheadAttention"
+            raise _error(where, problem, "Merge it with PEFT, or train it again with this package")
+        listed = self.fields.target_modules
+        if known is None and isinstance(listed, list) and not {*listed}.isdisjoint(ends(module)):
             return [module]
         names = self._parameters_of(module)
         if known is not None:
@@ -231,7 +202,7 @@ class Foreign:
     def _parameters_of(self, module: str) -> list[str]:
         """Return the parameters of a module that the config targets."""
         names: dict[str, None] = {}
-        for target in self.claims.target_parameters:
+        for target in self.fields.target_parameters:
             # A target without a module, such as PEFT writes for experts, may be a parameter of any.
             if not parent(target) or _ends(module, parent(target)):
                 names[joined(module, leaf(target))] = None
@@ -249,10 +220,10 @@ class Foreign:
 
     def _site(self, place: _Place, rank: int | None, alpha: float) -> SiteState:
         """Return a site with the numbers that the config claims; shapes say the rest."""
-        where, tensors, claims = f"site '{place.name}'", dict(place.path.tensors), self.claims
+        where, tensors = f"site '{place.name}'", dict(place.path.tensors)
         for role, said, claim, what in (
-            ("m", claims.use_dora, "use_dora", "DoRA magnitude"),
-            ("b", claims.lora_bias, "lora_bias", "bias of lora_B"),
+            ("m", self.fields.use_dora, "use_dora", "DoRA magnitude"),
+            ("b", self.fields.lora_bias, "lora_bias", "bias of lora_B"),
         ):
             if said != (role in tensors):
                 has = f"no {what}, which '{claim}' asks for" if said else f"a {what}"
@@ -260,16 +231,17 @@ class Foreign:
         a, b = place.path.pair
         with within(where):
             check_shapes(a, b)
-        spec = (self._parameter if place.parameter else self._module)(place, rank, alpha)
+        of_module = place.name == place.module
+        spec = (self._module if of_module else self._parameter)(place, rank, alpha)
         if spec.experts and self._by_expert(where):  # PEFT orders the columns by rank first
             tensors["B"] = b.reshape(len(b), spec.experts, -1).permute(0, 2, 1).reshape(b.shape)
         return unpack(spec, tensors)
 
     def _by_expert(self, where: str) -> bool:
         """Whether a stacked B has its columns by expert: as the file says, or else the user."""
-        said, by_expert = self.claims.lora_B_layout, LAYOUTS_OF_B[1]
+        said, by_expert = self.fields.lora_B_layout, LAYOUTS_OF_B[1]
         told = said if self.expert_major is None else LAYOUTS_OF_B[self.expert_major]
-        if told is None and self.claims.of_unsloth:
+        if told is None and self.of_unsloth:
             problem = "its file is of unsloth and does not say how the columns of B are ordered"
             remedy = "Files before 2026-09-17 need expert_major=True (--expert-major), others False"
             raise _error(where, problem, remedy)
@@ -284,14 +256,14 @@ class Foreign:
             problem = f"its tensors have rank {len(a)}, adapter_config.json says {rank}"
             remedy = "Correct 'r' or 'rank_pattern' there; the scale depends on it"
             raise _error(f"site '{place.name}'", problem, remedy)
-        kind = "conv1d" if self.claims.fan_in_fan_out else "linear"
+        kind = "conv1d" if self.fields.fan_in_fan_out else "linear"
         kind = "embedding" if "of_embedding" in place.path.kinds else kind
         return replace(
             plain_site(place.name, a, b, alpha, kind).spec,
-            scaling=self.claims.scaling,
-            dropout=self.claims.lora_dropout,
-            variant="dora" if self.claims.use_dora else "lora",
-            lora_bias=self.claims.lora_bias,
+            scaling=self.fields.scaling,
+            dropout=self.fields.lora_dropout,
+            variant="dora" if self.fields.use_dora else "lora",
+            lora_bias=self.fields.lora_bias,
         )
 
     def _parameter(self, place: _Place, rank: int | None, alpha: float) -> SiteSpec:
@@ -317,7 +289,7 @@ class Foreign:
             alpha=alpha,
             transposed=transposed,
             experts=experts,
-            scaling=self.claims.scaling,
+            scaling=self.fields.scaling,
             weight=place.name,
         )
 
@@ -327,7 +299,7 @@ class Foreign:
         Until 0.18 it took every stack so, since then those whose module has `is_transposed`. Of a
         square matrix neither is seen in the file: it names no class, and before 0.18 no version.
         """
-        version = self.claims.peft_version
+        version = self.fields.version
         modules = self.facts.transposed_modules if self.facts.orientation_known else None
         if version is not None and version < (0, 19):
             return True
@@ -349,7 +321,8 @@ class Foreign:
 
     def _indices(self, path: str, tensor: Tensor) -> tuple[int, ...]:
         """The rows of the base that a tensor replaces."""
-        claimed = self.claims.trainable_token_indices
+        said = self.fields.trainable_token_indices
+        claimed = said if isinstance(said, dict) else {"": said}
         rows_of_end = [rows for end, rows in claimed.items() if not end or _ends(path, end)]
         if len(rows_of_end) != 1 or tensor.dim() != 2 or len(tensor) != len(rows_of_end[0]):
             what = "the config does not say which rows it replaces"
@@ -388,17 +361,9 @@ class Foreign:
 
     def _explained(self, name: str) -> bool:
         """Whether the config says that this tensor travels in full."""
-        saved = tuple(self.claims.modules_to_save)
-        of_bias = self.claims.bias != "none" and leaf(name) == "bias"
+        saved = tuple(self.fields.modules_to_save)
+        of_bias = self.fields.bias != "none" and leaf(name) == "bias"
         return of_bias or any(module.endswith(saved) for module in around([name]))
-
-
-def _place(name: str, module: str, attention: str | None, path: _Path) -> _Place:
-    """Return a site of a module; PEFT applies an attention's output projection twice."""
-    is_parameter = name.startswith(f"{module}.")
-    if attention is not None and not is_parameter:  # see `tensor_layout.attentions`
-        path = replace(path, tensors={**path.tensors, "B": 2 * path.tensors["B"]})
-    return _Place(name, attention or name, is_parameter, path)
 
 
 def _is_copy(key: str) -> bool:

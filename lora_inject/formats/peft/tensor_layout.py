@@ -65,25 +65,6 @@ def wrapped(spec: SiteSpec) -> str:
     return parent(spec.name) if spec.kind == "parameter" else spec.name
 
 
-def attentions(specs: Iterable[SiteSpec]) -> dict[str, str]:
-    """Return the sites that PEFT adapts by the name of their MultiheadAttention, with that name.
-
-    These are `in_proj_weight` and `out_proj` together. PEFT adds the update of `out_proj` twice in
-    every forward and when it merges (0.14 to 0.21, tuners/lora/layer.py, `MultiheadAttention`), so
-    its files hold half of it. Since 0.18 they state the version.
-    """
-    by_name = {spec.name: spec for spec in specs}
-    called: dict[str, str] = {}
-    parameters = [name for name, spec in by_name.items() if spec.kind == "parameter"]
-    for name in parameters:
-        module = parent(name)
-        out = by_name.get(f"{module}.out_proj")
-        read = out is not None and (out.kind, out.update) == ("linear", "weight")
-        if read and leaf(name) == "in_proj_weight":
-            called |= {name: module, f"{module}.out_proj": module}
-    return called
-
-
 def layout_of(
     specs: Iterable[SiteSpec], trained: Iterable[str], rows: Collection[str] = ()
 ) -> Layout:
@@ -217,8 +198,7 @@ def _native(spec: SiteSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if n_stray := int(torch.count_nonzero(whole) - torch.count_nonzero(b)):
             slices = list(spec.slices.adapt)
             problem = f"{n_stray} values of B lie outside the adapted slices {slices}"
-            remedy = 'The file was changed after it was written; pass prefer="config" to read it '
-            remedy += "as a plain adapter of the whole projection"
+            remedy = "The file was changed after it was written; fetch it again"
             raise FormatError(f"site '{spec.name}'", problem, remedy)
     return a.reshape(spec.a_shape).contiguous(), b.reshape(spec.b_shape).contiguous()
 

@@ -1,13 +1,13 @@
-"""The names and shapes of stacks `experts.w1`, `w2` and `w3`, and the single experts in them.
+"""Names of single experts, and of the stacks `experts.w1`, `w2` and `w3` that servers load.
 
-See `shared_experts`, which writes them.
+Such a stack is one tensor for all experts, whose A or B may be one for all (`servers` writes them).
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -15,23 +15,56 @@ from torch import Tensor
 from lora_inject.errors import FormatError
 
 _Shape = tuple[int, ...] | None
+_SINGLE = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
 _STACK = re.compile(r".+\.experts\.w[123]")
 _KEY = re.compile(r"(.+\.experts)\.(w[123])\.lora_([AB])\.weight")
 _NAMINGS = (("gate_proj", "down_proj", "up_proj"), ("w1", "w2", "w3"))
 
 
+def block_and_part(name: str) -> tuple[str, int, str] | None:
+    """Return the block, the number and the matrix of a single expert; None for another name.
+
+    Examples:
+        >>> block_and_part("mlp.experts.3.up_proj")
+        ('mlp.experts', 3, 'up_proj')
+    """
+    match = _SINGLE.fullmatch(name)
+    return None if match is None else (match[1], int(match[2]), match[3])
+
+
+def missing_matrices(names: Iterable[str], known: Collection[str] = ()) -> list[str]:
+    """Return the matrices of adapted blocks that have no pair.
+
+    Args:
+        names: The adapted modules.
+        known: The base's modules; without them a block has the experts up to the last adapted one,
+            and each has what one of them has.
+
+    Examples:
+        >>> missing_matrices(["mlp.experts.0.up_proj", "mlp.experts.2.up_proj"])
+        ['mlp.experts.1.up_proj']
+    """
+    adapted = {name: place for name in names if (place := block_and_part(name))}
+    blocks: dict[str, set[tuple[int, str]]] = defaultdict(set)
+    for block, number, part in adapted.values():
+        blocks[block].add((number, part))
+    due = {name for name in known if (place := block_and_part(name)) and place[0] in blocks}
+    for block, there in blocks.items() if not due else ():
+        parts, last = {part for _, part in there}, max(there)[0]
+        due |= {f"{block}.{number}.{part}" for number in range(last + 1) for part in parts}
+    return sorted(due - adapted.keys())
+
+
 def is_shared_layout(names: Collection[str]) -> bool:
-    """Return whether a file's keys are of this layout."""
+    """Return whether a file's keys are of servers' stacks."""
     return any(_KEY.fullmatch(name) for name in names)
 
 
 def of_one(name: str, a: _Shape, b: _Shape) -> tuple[_Shape, _Shape]:
-    """Return the shapes of A and B of a module; of a stack of this layout those of one expert.
+    """Return the shapes of A and B of a module; of a server's stack those of one expert.
 
     Examples:
         >>> of_one("mlp.experts.w1", (1, 8, 64), (4, 32, 8))
-        ((8, 64), (32, 8))
-        >>> of_one("mlp.up_proj", (8, 64), (32, 8))
         ((8, 64), (32, 8))
     """
     if not _STACK.fullmatch(name):

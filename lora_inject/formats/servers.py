@@ -4,8 +4,8 @@ Every site has the same rank (padded with zeros) and scale 1 (`lora_alpha = r`, 
 into B), so programs that read one rank and one alpha, or neither, compute the same. There are no
 patterns, no rsLoRA, no regular expression and no metadata of this package.
 
-Source: the readers of vLLM 0.33 (lora/peft_helper.py), SGLang 0.5.23 (srt/lora/lora_config.py),
-LoRAX (adapters/lora.py) and llama.cpp (convert_lora_to_gguf.py).
+Source: the readers of vLLM 0.33 (lora/peft_helper.py), SGLang 0.5.23 (srt/lora/lora_config.py) and
+llama.cpp (convert_lora_to_gguf.py).
 
 For vLLM, stacked experts are single matrices: it names experts as the base's files do
 (`experts.0.gate_proj`), reads A and B of each, and wants them of all. It reads PEFT's stacks only
@@ -13,31 +13,47 @@ for models whose files hold stacks (`is_3d_moe_weight`). `format="peft"` writes 
 
 Source: vLLM 0.33, lora/model_manager.py (`_create_merged_loras_inplace`,
 `_stack_moe_lora_weights`), lora/utils.py (`process_packed_modules_mapping`).
+
+For SGLang (and vLLM's `--enable-moe-shared-loras`; Tinker exports it) stacks of experts that share
+a factor are `experts.w1`, `w2` and `w3`: w1 is gate, w3 up, w2 down, each with A `(experts, rank,
+in)` and B `(experts, out, rank)`. The A of w1 and w3, and the B of w2, are one for all experts:
+their first size is 1. PEFT does not know it.
+
+Source: SGLang, 2026, srt/lora/lora.py (`_rename_expert_w_to_proj`, `normalize_gate_up_proj`),
+srt/lora/mem_pool.py (`load_lora_weight_to_buffer`); vLLM 0.32, lora/lora_weights.py
+(`pack_moe_stacked`), lora/layers/fused_moe.py (`set_lora`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from lora_inject.core.adapter.reshape import renamed, split_site, split_stack, turned
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.spec.names import parent
+from lora_inject.core.files.tensors import serialize
+from lora_inject.core.spec.names import leaf, parent
 from lora_inject.errors import FormatError
 from lora_inject.formats import peft
-from lora_inject.formats.format import Format
+from lora_inject.formats.expert_names import block_and_part, missing_matrices
+from lora_inject.formats.format import Files, Format
 from lora_inject.formats.model_facts import CONVERT, ModelFacts
+from lora_inject.formats.peft.folder import CONFIG, MODEL, contents
+from lora_inject.formats.peft.tensor_layout import PREFIX
 from lora_inject.formats.plain import plain_sites
-from lora_inject.formats.single_experts import missing_matrices
 
 KINDS = ("linear", "conv1d", "embedding", "conv")
 
 
-def detects(path: Path) -> bool:
+def detects(_files: Files) -> bool:
     """Return False: these files are read as any PEFT directory."""
-    del path
     return False
 
 
@@ -99,25 +115,22 @@ def single_experts(state: AdapterState, facts: ModelFacts) -> AdapterState:
         FormatError: The base's files are not known, or a block is adapted in part.
     """
     sites: dict[str, SiteState] = {}
+    blocks: set[str] = set()
     for name, site in state.sites.items():
-        sites |= {name: site} if site.spec.experts is None else _matrices(site, facts)
-    _check_complete(sites, state, facts)
-    return replace(state, sites=sites)
-
-
-def _check_complete(sites: Mapping[str, SiteState], state: AdapterState, facts: ModelFacts) -> None:
-    """Refuse an adapter of some matrices of a block of experts, at which vLLM stops."""
-    blocks = {parent(name) for name, site in state.sites.items() if site.spec.experts is not None}
-    stacks = [name for name in facts.tensor_names or () if parent(name) in blocks]
-    inside = (part for stack in stacks for parts in _separate(facts, stack) for part in parts)
-    lost = missing_matrices(sites, {part.removesuffix(".weight") for part in inside})
-    if lost:
+        if site.spec.experts is None:
+            sites[name] = site
+        else:
+            sites |= _matrices(site, facts)
+            blocks.add(parent(name))
+    separate = facts.separate or (lambda _: ())
+    stacks = (name for name in facts.tensor_names or () if parent(name) in blocks)
+    inside = {
+        part.removesuffix(".weight") for n in stacks for parts in separate(n) for part in parts
+    }
+    if lost := missing_matrices(sites, inside):
         problem = f"vLLM wants every matrix of every expert adapted, and '{lost[0]}' is not"
         raise FormatError("single experts", problem, "Adapt all stacks of the block, or merge")
-
-
-def _separate(facts: ModelFacts, stack: str) -> Sequence[Sequence[str]]:
-    return () if facts.separate is None else facts.separate(stack)
+    return replace(state, sites=sites)
 
 
 def _matrices(site: SiteState, facts: ModelFacts) -> Iterator[tuple[str, SiteState]]:
@@ -144,7 +157,65 @@ def _matrices(site: SiteState, facts: ModelFacts) -> Iterator[tuple[str, SiteSta
             yield module, replace(piece, spec=renamed(piece.spec, module))
 
 
+_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1", "w3": "w3", "w2": "w2"}
+_SHARED = {"w1": "A", "w3": "A", "w2": "B"}
+
+
+def write_shared(
+    state: AdapterState,
+    _path: Path,
+    facts: ModelFacts,
+    *,
+    dtype: str | None = None,
+    rank: int | None = None,
+) -> dict[str, bytes]:
+    """Write an adapter whose experts share A of gate and up, and B of down.
+
+    Options as for `write`. `facts.separate` names a stack's matrices in the base's files;
+    `li.convert(base=...)` gives it.
+
+    Raises:
+        FormatError: Experts have factors of their own where the layout has one for all.
+    """
+    plain = plain_state(single_experts(state, facts), dtype, rank)
+    stacks: dict[tuple[str, str], dict[int, SiteState]] = defaultdict(dict)
+    others: dict[str, SiteState] = {}
+    for name, site in plain.sites.items():
+        place = block_and_part(name)
+        if place is None:
+            others[name] = site
+        elif place[2] not in _PARTS:
+            problem = f"servers know gate_proj, up_proj, down_proj, w1, w2, w3, not {place[2]!r}"
+            raise FormatError(f"site '{name}'", problem, 'Write it with format="vllm"')
+        else:
+            stacks[place[0], _PARTS[place[2]]][place[1]] = site
+    names = {leaf(name) for name in plain.sites.keys() - others.keys()}
+    _, tensors, config, _ = contents(replace(plain, sites=others), plain_facts(facts))
+    for (block, part), experts in stacks.items():
+        tensors |= _stacked(f"{block}.{part}", part, [experts[n] for n in sorted(experts)])
+    config["target_modules"] = sorted({*(config["target_modules"] or ()), *names})
+    config["r"] = config["lora_alpha"] = next(iter(plain.sites.values())).spec.rank
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return {CONFIG: text.encode(), MODEL: serialize(tensors, {"format": "pt"})}
+
+
+def _stacked(name: str, part: str, experts: list[SiteState]) -> dict[str, Tensor]:
+    """Return A and B of a matrix of all experts, one of them once."""
+    factors = {"A": [site.A for site in experts], "B": [site.B for site in experts]}
+    shared = _SHARED[part]
+    first, *rest = factors[shared]
+    if not all(torch.equal(first, other) for other in rest):
+        problem = f"each expert has its own {shared}, and the layout has one for all"
+        remedy = "Train it with share: A on gate and up and share: B on down, or write a pair for "
+        raise FormatError(f"experts '{name}'", problem, f'{remedy}each expert: format="vllm"')
+    factors[shared] = [first]
+    return {
+        f"{PREFIX}{name}.lora_{role}.weight": torch.stack([*each]) for role, each in factors.items()
+    }
+
+
 FORMATS = {
-    "portable": Format(write, peft.read, detects, frozenset(), check_save=peft.check_save),
-    "vllm": Format(write_experts, peft.read, detects, frozenset(), check_save=peft.check_save),
+    "portable": Format(write, peft.read, detects, frozenset(), by_peft=True),
+    "vllm": Format(write_experts, peft.read, detects, frozenset(), by_peft=True),
+    "sglang": Format(write_shared, peft.read, detects, frozenset(), by_peft=True),
 }
