@@ -66,8 +66,8 @@ class Format:
 
     Attributes:
         write: `write(state, path, facts, **options)`: the content of the file that `path` will be,
-            or of each file of the folder, by name. The adapter's shapes and dtypes are checked. None for
-            files that are only read.
+            or of each file of the folder, by name; None for files that are only read. The adapter's
+            shapes and dtypes are checked.
         read: `read(path, facts, **options) -> AdapterState`; its tensors are checked afterwards.
         detects: `detects(files) -> bool`, by content; the first row that returns True reads.
         keeps: What its files can express besides the deltas (`formats.lost`); None: everything.
