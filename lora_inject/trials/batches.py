@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_inject.errors import LayerError, StateError
-from lora_inject.trees import Structure, tree_flatten, tree_leaves, tree_unflatten
+from lora_inject.trees import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 Forward = Callable[[Any], Any]
 
@@ -52,30 +52,29 @@ def in_one_order(batches: Mapping[str, Any]) -> dict[str, Any]:
     pytree looks into no other mapping, such as the BatchEncoding of a collator.
     """
     first = next(iter(batches.values()))
-    order = dict.fromkeys(first) if isinstance(first, Mapping) else {}
+    order = {key: i for i, key in enumerate(first)} if isinstance(first, Mapping) else {}
 
     def as_dict(batch: Any) -> Any:
         if not isinstance(batch, Mapping):
             return batch
-        return {key: batch[key] for key in (order if batch.keys() == order.keys() else batch)}
+        return {key: batch[key] for key in sorted(batch, key=lambda k: order.get(k, len(order)))}
 
     return {name: as_dict(batch) for name, batch in batches.items()}
 
 
+def copied(batch: Any) -> Any:
+    """Return a batch that a forward or a loss may change."""
+    return tree_map(lambda t: t.clone() if _has_rows(t) and not t.requires_grad else t, batch)
+
+
 def size_of(batch: Any, whose: str, *, packed: bool = False) -> int:
     """Return the rows of a batch, or its tokens if it is packed: equal in all its tensors."""
-    shapes = {
-        t.shape[: 1 + packed] for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()
-    }
-    if packed and not (len(shapes) == 1 and len(shape := min(shapes)) == 2 and shape[0] == 1):
-        problem = f"its tensors have the shapes {sorted(map(tuple, shapes))}"
-        raise StateError(f"step, batch of {whose!r}", problem, "Packed, each is (1, tokens, ...)")
+    shapes = {tuple(t.shape[: 1 + packed]) for t in filter(_has_rows, tree_leaves(batch))}
     sizes = {shape[-1] for shape in shapes}
-    if len(sizes) != 1 or not all(sizes):
-        problem = f"its tensors have {sorted(sizes)} rows" if sizes else "it holds no tensor"
-        raise StateError(
-            f"step, batch of {whose!r}", problem, "Give tensors with one row an example"
-        )
+    if len(sizes) != 1 or 0 in sizes or (packed and {shape[:-1] for shape in shapes} != {(1,)}):
+        problem = f"its tensors begin with {sorted(shapes)}" if shapes else "it holds no tensor"
+        remedy = "Give tensors with one row an example; packed, each is (1, tokens, ...)"
+        raise StateError(f"step, batch of {whose!r}", problem, remedy)
     return int(sizes.pop())
 
 
@@ -92,97 +91,50 @@ def joined_batch(batches: Mapping[str, Any], *, packed: bool = False) -> Joined:
         StateError: The batches differ in structure, or in a dimension other than the first two.
     """
     sizes = {name: size_of(batch, name, packed=packed) for name, batch in batches.items()}
-    columns, structure = _columns_of(batches)
-    widths = {tuple(t.shape[1] for t in c) for c in columns if _has_rows(c[0]) and c[0].dim() > 1}
-    uneven = None if packed else _lengths(widths, list(batches))
-    if uneven is not None and not any(map(_has_positions, columns)):
-        raise StateError(
-            "step",
-            f"the rows of the trials differ: {', '.join(map(str, uneven.values()))} features",
-            "Give all trials rows of one shape",
-        )
-    rows = [_one_tensor(column, packed) for column in columns]
-    with_positions = [t for t in rows if _has_rows(t) and t.dim() > 1]
-    with_positions = [t for t in with_positions if t.dim() > 2 or not t.is_floating_point()]
-    positions = tuple(int(t.shape[1]) if t.dim() < 4 else 0 for t in with_positions)
-    lengths = uneven or dict.fromkeys(batches, max(positions, default=1))
-    longest = max(lengths.values())
-    return Joined(tree_unflatten(rows, structure), sizes, lengths, longest, positions, packed)
-
-
-def _columns_of(batches: Mapping[str, Any]) -> tuple[list[list[Any]], Structure]:
-    """Return for each entry the tensors of all batches, one value if it has no rows."""
-    (first, batch), *others = batches.items()
-    leaves, structure = tree_flatten(batch)
-    columns = [[leaf] for leaf in leaves]
-    for name, other in others:
-        asked = f"step, batches of {first!r} and {name!r}"
-        other_leaves, other_structure = tree_flatten(other)
-        if other_structure != structure:
-            problem = "their structures differ"
-            raise StateError(asked, problem, "Give all trials batches with the same entries")
-        for column, leaf in zip(columns, other_leaves, strict=True):
-            if _has_rows(leaf) or _has_rows(column[0]):
-                _check_joins(column[0], leaf, asked)
-                column.append(leaf)
-            else:
-                _check_shared(column[0], leaf, asked)
-    return columns, structure
-
-
-def _check_joins(one: Any, other: Any, asked: str) -> None:
-    if not _joins(one, other):
-        problem = f"their rows differ: {_shown(one)} and {_shown(other)}"
-        raise StateError(asked, problem, "Pad the rows of one step to one shape")
-
-
-def _check_shared(one: Any, other: Any, asked: str) -> None:
-    if not _is_same(other, one):
-        raise StateError(
-            asked,
-            f"an entry without rows differs: {_shown(one)} and {_shown(other)}",
-            "The forward gets one for all trials: give a tensor with one row an "
-            "example, or leave it out of the batches",
-        )
-
-
-def _lengths(widths: Iterable[tuple[int, ...]], names: Sequence[str]) -> dict[str, int] | None:
-    """Return the positions of each trial's rows if they differ, in the same way in all tensors."""
-    several = {lengths for lengths in widths if len(set(lengths)) > 1}
-    if len(several) > 1:
-        shown = " and ".join(map(str, sorted(several)))
-        remedy = "Give all entries of a batch one length (a label for each token, or -100), or pad "
-        remedy += "each entry to one length for all trials"
+    trees = [tree_flatten(batch) for batch in batches.values()]
+    if any(form != trees[0][1] for _, form in trees):
+        raise StateError("step", "the batches of trials have other entries", "Give all the same")
+    columns = [*zip(*(leaves for leaves, _ in trees), strict=True)]
+    rows = [_one_tensor(column, int(packed)) for column in columns]
+    with_positions = [column for column in columns if _has_positions(column[0])]
+    widths = {tuple(t.shape[1] for t in column) for column in with_positions}
+    uneven = {each for each in widths if len({*each}) > 1}
+    if not packed and len(uneven) > 1:
+        shown = " and ".join(map(str, sorted(uneven)))
+        remedy = "Give all entries of a batch one length (a label for each token, or -100)"
         raise StateError("step", f"the rows of the trials have the lengths {shown}", remedy)
-    return dict(zip(names, several.pop(), strict=True)) if several else None
+    joined = [t for t in rows if _has_positions(t)]
+    positions = tuple(int(t.shape[1]) if t.dim() < 4 else 0 for t in joined)
+    lengths = dict.fromkeys(batches, max(positions, default=1))
+    if uneven and not packed:
+        lengths = dict(zip(batches, uneven.pop(), strict=True))
+    longest = max(lengths.values())
+    return Joined(tree_unflatten(rows, trees[0][1]), sizes, lengths, longest, positions, packed)
 
 
-def _has_positions(column: Sequence[Any]) -> bool:
-    """Whether a second dimension that differs is that of tokens, and not of features."""
-    one = column[0]
-    if not _has_rows(one) or one.dim() < 2 or len({t.shape[1] for t in column}) == 1:
-        return False
-    return one.dim() > 2 or not one.is_floating_point()
-
-
-def _one_tensor(column: Sequence[Any], packed: bool) -> Any:
-    if not _has_rows(column[0]):
-        return column[0]
-    if packed:
-        return torch.cat(list(column), dim=1)
-    longest = max(t.shape[1:2] for t in column)
-    return torch.cat([t if t.shape[1:2] == longest else _padded(t, longest[0]) for t in column])
-
-
-def _padded(t: Tensor, n: int) -> Tensor:
-    return F.pad(t, (0, 0) * (t.dim() - 2) + (0, n - t.shape[1]))
+def _one_tensor(column: Sequence[Any], packed: int) -> Any:
+    """Return one tensor of all rows; of entries without rows the one that all have."""
+    first, problem = column[0], "a value without rows is one for all trials, and differs"
+    if all(not _has_rows(each) and _is_same(each, first) for each in column):
+        return first
+    if all(_has_rows(each) and each.dtype == first.dtype for each in column):
+        whole = list(column)
+        if not packed and _has_positions(first) and len({t.shape[1] for t in column}) > 1:
+            n = max(t.shape[1] for t in column)
+            whole = [F.pad(t, (0, 0) * (t.dim() - 2) + (0, n - t.shape[1])) for t in column]
+        try:
+            return torch.cat(whole, packed)
+        except RuntimeError:
+            problem = "their rows differ in shape"
+    elif all(map(_has_rows, column)):
+        problem = "their rows differ in dtype"
+    shown = " and ".join(dict.fromkeys(map(_shown, column)))
+    raise StateError("step", f"{shown}: {problem}", "Give all trials rows of one shape and dtype")
 
 
 def without(outputs: Any, keys: Iterable[Any]) -> Any:
     """Return outputs of which some entries are in the part of no trial."""
-    if not (keys := [*keys]):
-        return outputs
-    kept = copy.copy(outputs)
+    kept = copy.copy(outputs) if keys else outputs
     for key in keys:
         kept[key] = WITHOUT_ROWS
     return kept
@@ -217,14 +169,11 @@ def parted(outputs: Any, of: Joined, padded: Sequence[Sequence[int]] = ()) -> di
             f"{sum(of.sizes.values())} {'tokens' if of.packed else 'rows'} of the batch",
             "Give a forward that returns one row of outputs for each row, without a loss",
         )
-    parts = zip(*columns, strict=True)
-    return {
-        name: tree_unflatten(list(part), structure)
-        for name, part in zip(of.sizes, parts, strict=True)
-    }
+    parts = (tree_unflatten(list(part), structure) for part in zip(*columns, strict=True))
+    return dict(zip(of.sizes, parts, strict=True))
 
 
-def _split(output: Any, of: Joined, padded: Sequence[int]) -> list[Any]:
+def _split(output: Any, of: Joined, padded: Iterable[int]) -> list[Any]:
     """Return each trial's part of one leaf, without padding on the axes that have it."""
     sizes, dim = list(of.sizes.values()), int(of.packed)
     if not isinstance(output, Tensor):
@@ -233,8 +182,7 @@ def _split(output: Any, of: Joined, padded: Sequence[int]) -> list[Any]:
         return [WITHOUT_ROWS] * len(sizes)
     parts = list(torch.split(output, sizes, dim))
     for axis in padded:
-        both = zip(parts, of.lengths.values(), strict=True)
-        parts = [part.narrow(axis, 0, n) for part, n in both]
+        parts = [t.narrow(axis, 0, n) for t, n in zip(parts, of.lengths.values(), strict=True)]
     return parts
 
 
@@ -242,11 +190,10 @@ def _has_rows(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() > 0
 
 
-def _joins(one: Any, other: Any) -> bool:
-    """Whether the rows of two entries can be those of one tensor."""
-    if not _has_rows(one) or not _has_rows(other) or one.dtype != other.dtype:
-        return False
-    return bool(one.dim() == other.dim() and one.shape[2:] == other.shape[2:])
+def _has_positions(leaf: Any) -> bool:
+    """Whether a second dimension is that of tokens, and not of features."""
+    several = _has_rows(leaf) and leaf.dim() > 1
+    return several and (leaf.dim() > 2 or not leaf.is_floating_point())
 
 
 def _is_same(one: Any, other: Any) -> bool:
@@ -270,8 +217,6 @@ def plain_forward(model: nn.Module) -> Forward:
     def forward(batch: Any) -> Any:
         if isinstance(batch, Mapping):
             return model(**{key: value for key, value in batch.items() if key != "labels"})
-        if isinstance(batch, Sequence):
-            return model(*batch)
-        return model(batch)
+        return model(*batch) if isinstance(batch, Sequence) else model(batch)
 
     return forward

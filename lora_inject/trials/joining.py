@@ -6,15 +6,14 @@ must change neither, so both are put back as they were.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from lora_inject.core.layers.plain_tensors import sharded_by
+from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.eject import eject
 from lora_inject.core.model.inject import inject
 from lora_inject.core.model.read_off import adapter_state
 from lora_inject.core.model.train import train_only
@@ -43,43 +42,26 @@ def put_on(
         StateError: A name is in use, or the model is sharded. The model is then as it was.
     """
     _refuse_sharded(model)
-    done: list[str] = []
-    with _as_it_was_if_it_fails(model, done):
-        for name, trial in trials.items():
-            with torch.random.fork_rng():
-                torch.manual_seed(trial.seed)
-                inject(model, trial.config, name, leave_new=leave_new)
-            done.append(name)
-        _refuse_dropout(model, done)
-        note_structure(model)
-        places = {name: places_of(model, name) for name in done}
-        train_only(model, [*beside, *done])
-    return places
-
-
-@contextmanager
-def _as_it_was_if_it_fails(model: nn.Module, done: list[str]) -> Iterator[None]:
-    """Take adapters off again where the body raises. What is active stays so in any case."""
-    record = root_at(Survey(model))
+    survey, grads = Survey(model), [(p, p.grad) for p in model.parameters()]
+    record = root_at(survey)
+    known = () if record is None else (record.selection, record)
     setting = None if record is None else record.selection.setting
-    trained = frozenset[str]() if record is None else frozenset(record.trainable)
-    required = {} if record is None else dict(record.required_grad)
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
-        yield
-    except BaseException:
-        for name in done:
-            eject(model, name)
-        if record is not None:
-            train_only(model, trained)
-            record.required_grad = required
-        for parameter, requires_grad, grad in before:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-        raise
+        with all_or_nothing((module for _, module in survey.modules), known):
+            for name, trial in trials.items():
+                with torch.random.fork_rng():
+                    torch.manual_seed(trial.seed)
+                    inject(model, trial.config, name, leave_new=leave_new)
+            _refuse_dropout(model, trials)
+            note_structure(model)
+            places = {name: places_of(model, name) for name in trials}
+            train_only(model, [*beside, *trials])
+            if record is not None and setting is not None:
+                record.selection.replace(setting)
     finally:
-        if record is not None and setting is not None:
-            record.selection.replace(setting)
+        for parameter, grad in grads:
+            parameter.grad = grad
+    return places
 
 
 def _refuse_sharded(model: nn.Module) -> None:

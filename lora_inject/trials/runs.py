@@ -11,10 +11,11 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
+from itertools import starmap
 from numbers import Real
 from os import PathLike
 from pathlib import Path
-from typing import Any, Concatenate, NoReturn, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,12 @@ from lora_inject.core.model.eject import eject
 from lora_inject.core.model.read_off import adapter_state
 from lora_inject.errors import FormatError, StateError, check_type, user_path
 from lora_inject.formats.pickles import DAMAGE
-from lora_inject.trials.batches import Forward, in_one_order, plain_forward
+from lora_inject.trials.batches import Forward, copied, in_one_order, plain_forward
 from lora_inject.trials.joining import put_on
-from lora_inject.trials.losses import Loss, Losses, default_loss, ends_of, scalar_loss
+from lora_inject.trials.losses import Loss, Losses, default_loss, scalar_loss
 from lora_inject.trials.run import Run
 from lora_inject.trials.shared import Passes
 from lora_inject.trials.trial import Trial
-from lora_inject.trials.written import shared_by_trials, unwritten
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -175,11 +175,8 @@ class Trials:
         """Put trials onto the model, all or none."""
         for name, trial in trials.items():
             check_type(f"trial {name!r}", trial, Trial, "Give Trial(config, lr=1e-3)")
-        waiting = [(p, p.grad) for run in self._runs.values() for p in run.parameters]
         self._check_unchanged(self.running)
         places = put_on(self.model, trials, self.running, leave_new=self.leave_new)
-        for parameter, grad in waiting:
-            parameter.grad = grad
         self._runs |= {name: Run(trial, places[name]) for name, trial in trials.items()}
         self._settle()
 
@@ -208,13 +205,13 @@ class Trials:
         *,
         forward: Forward | None = None,
         loss: Losses | None = None,
-        by_name: bool | None = None,
     ) -> dict[str, float]:
         """Train every running trial for one step.
 
         Args:
             batch: One batch for all trials, or a dict from each running trial's name to its batch.
-                A batch is a tensor, or a dict or tuple of tensors, with one row for each example.
+                A batch is a tensor, or a dict or tuple of tensors, with one row for each example;
+                a dict with the name of a trial, or in which there are dicts or tuples, is by name.
                 The trials' rows may differ in length: shorter ones are padded with zeros at their
                 end, and `loss` gets the outputs without padding.
             forward: Runs the model on a joined batch and returns outputs with the same rows. By
@@ -222,18 +219,16 @@ class Trials:
             loss: Takes a trial's outputs and its batch and returns a scalar; or a dict from each
                 name to its own. By default it is the loss of the next token, from `logits` and
                 `labels`.
-            by_name: Whether `batch` is a dict from names to batches. None: it is, if its entries
-                are dicts or tuples; tensors whose keys are names of trials are refused.
 
         Returns:
             Name to loss. A trial whose loss or gradient is not finite is not stepped and is in
             `stopped` afterwards; the gradients of the other trials are not affected.
 
         Raises:
-            StateError: A batch is missing or does not fit, the forward returns a mean over the
-                rows, or the loss writes into a batch that others read.
+            StateError: A batch is missing or does not fit, or the forward returns a mean over the
+                rows.
         """
-        losses = self._add_gradients(self._by_trial(batch, by_name), forward, loss)
+        losses = self._add_gradients(self._by_trial(batch), forward, loss)
         self._update([name for name in losses if not self._runs[name].stopped], None)
         return losses
 
@@ -262,7 +257,7 @@ class Trials:
         asked = "forward_backward"
         check_type(asked, batches, Mapping, "Give a dict from names to batches")
         self._check_running(batches, asked)
-        return self._add_gradients(in_one_order(dict(batches)), forward, loss)
+        return self._add_gradients(in_one_order(batches), forward, loss)
 
     @_one_at_a_time
     def optimizer_step(
@@ -307,8 +302,7 @@ class Trials:
         """
         self._check_unchanged(batches)
         call, of_trial = forward or plain_forward(self.model), self._losses(batches, loss)
-        parameters = [p for name in batches for p in self._runs[name].parameters]
-        before = [p.grad for p in parameters]
+        before = [(p, p.grad) for name in batches for p in self._runs[name].parameters]
         try:
             values = self._gradients(batches, call, of_trial)
             if self.packed and not self._are_finite(values):
@@ -317,10 +311,10 @@ class Trials:
                 for name, batch in batches.items():
                     values |= self._gradients({name: batch}, call, of_trial)
         except BaseException:
-            for parameter, grad in zip(parameters, before, strict=True):
+            for parameter, grad in before:
                 parameter.grad = grad
             raise
-        for parameter, grad in zip(parameters, before, strict=True):
+        for parameter, grad in before:
             if grad is not None:
                 parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
         for name, value in values.items():
@@ -342,41 +336,23 @@ class Trials:
         values: dict[str, float] = {}
         for outputs in self._passes.outputs(batches, forward, drops=True):
             losses = {name: loss(name, mine) for name, mine in outputs.items()}
-            for name, value in losses.items():
-                if not value.requires_grad:
-                    _refuse_untrained(name)
+            del outputs  # of the size of the logits
             numbers = torch.stack([value.detach() for value in losses.values()]).tolist()
             values |= dict(zip(losses, numbers, strict=True))
             finite = {name: losses[name] for name in losses if math.isfinite(values[name])}
-            ends = {name: ends_of(value, outputs) for name, value in finite.items()}
-            del outputs  # of the size of the logits
-            self._backward(finite, ends)
+            if finite and all(value.requires_grad for value in finite.values()):
+                torch.stack([*finite.values()]).sum().backward()  # type: ignore[no-untyped-call]
+            for name in finite:
+                if all(p.grad is None for p in self._runs[name].parameters):
+                    what = "no gradient leads from it to A and B"
+                    remedy = "Compute it from the outputs; li.unreached lists layers that take no "
+                    remedy += "part in a forward"
+                    raise StateError(f"loss of trial {name!r}", what, remedy)
         return values
 
-    def _backward(self, losses: Mapping[str, Tensor], ends: Mapping[str, Any]) -> None:
-        """Run the backward of some losses: at once where they lead to the same outputs.
-
-        What a loss does not lead to has no gradient, and none of zeros, by which it would move.
-        """
-        found: dict[nn.Parameter, Tensor] = {}
-        alike = list(dict.fromkeys(ends.values()))
-        for i, each in enumerate(alike, 1):
-            total = torch.stack([loss for n, loss in losses.items() if ends[n] == each]).sum()
-            total.backward(retain_graph=i < len(alike))  # type: ignore[no-untyped-call]
-            for name in losses:
-                for parameter in self._runs[name].parameters if len(alike) > 1 else ():
-                    if ends[name] == each and parameter.grad is not None:
-                        found[parameter] = parameter.grad
-                    parameter.grad = None
-        for parameter, grad in found.items():
-            parameter.grad = grad
-        for name in losses:
-            if all(p.grad is None for p in self._runs[name].parameters):
-                _refuse_untrained(name)
-
     def _are_finite(self, losses: Mapping[str, float]) -> bool:
-        norms = torch.stack([self._runs[name].norm() for name in losses])
-        return all(map(math.isfinite, losses.values())) and bool(norms.isfinite().all())
+        norms = _numbers(self._runs[name].norm() for name in losses)
+        return all(map(math.isfinite, [*losses.values(), *norms]))
 
     def _losses(
         self, batches: Mapping[str, Any], loss: Losses | None
@@ -387,12 +363,10 @@ class Trials:
             for name in batches.keys() - loss.keys():
                 remedy = "Give one for each batch, or one function for all"
                 raise StateError(f"loss of trial {name!r}", "there is none of that name", remedy)
-        sharing = shared_by_trials(batches)
 
         def of_trial(name: str, outputs: Any) -> Tensor:
             own: Loss = loss[name] if isinstance(loss, Mapping) else loss
-            with unwritten(batches[name] if name in sharing else (), f"loss of trial {name!r}"):
-                return scalar_loss(own, outputs, batches[name], name)
+            return scalar_loss(own, outputs, copied(batches[name]), name)
 
         return of_trial
 
@@ -401,8 +375,7 @@ class Trials:
         runs = {name: self._runs[name] for name in names}
         if not runs:
             return {}
-        numbers = torch.stack([run.norm().cpu() for run in runs.values()]).tolist()
-        norms = dict(zip(runs, numbers, strict=True))
+        norms = dict(zip(runs, _numbers(run.norm() for run in runs.values()), strict=True))
         for name, run in runs.items():
             if math.isfinite(norms[name]):
                 run.step(norms[name], lr)
@@ -413,50 +386,24 @@ class Trials:
 
     # ---------------------------------------------------------------------------------- checks
 
-    def _by_trial(
-        self, batch: Any, by_name: bool | None, *, all_of_them: bool = True
-    ) -> dict[str, Any]:
+    def _by_trial(self, batch: Any, *, all_of_them: bool = True) -> dict[str, Any]:
         """Return the batch of each running trial, or of those that a dict names."""
         running = self.running
         if not running:
             raise StateError("step", "no trial is running", "See trials.stopped for the reasons")
-        if by_name is None:
-            by_name = self._is_by_name(batch)
-        if not by_name:
+        if not isinstance(batch, Mapping) or not any(
+            name in self._runs or isinstance(each, Mapping | tuple | list)
+            for name, each in batch.items()
+        ):
             return in_one_order(dict.fromkeys(running, batch))
-        return in_one_order(self._named(batch, all_of_them=all_of_them))
-
-    def _named(self, batch: Any, *, all_of_them: bool) -> dict[str, Any]:
-        """Return the batches of the running trials that a dict names."""
-        running = self.running
-        check_type("step, by_name=True", batch, Mapping, "Give a dict from names to batches")
-        if unknown := [name for name in batch if name not in self._runs]:
-            remedy = f"Known are {running}; of one batch for all, each entry is a tensor"
-            raise StateError("step", f"there is no trial {unknown[0]!r}", remedy)
-        given = [name for name in running if name in batch]
+        self._check_known(batch, "step, batches by name")
+        given = {name: batch[name] for name in running if name in batch}
         missing = [name for name in running if name not in batch]
         if missing and (all_of_them or not given):
             problem = f"there is no batch for {missing[0]!r}"
             remedy = "Give one for each running trial; forward_backward takes some"
             raise StateError("step", problem, remedy)
-        return {name: batch[name] for name in given}
-
-    def _is_by_name(self, batch: Any) -> bool:
-        """Return whether a batch is a dict of batches, as far as its values tell."""
-        if not isinstance(batch, Mapping):
-            return False
-        if any(isinstance(each, Mapping | tuple | list) for each in batch.values()):
-            return True
-        names = [name for name in batch if name in self._runs]
-        if names:
-            shown = " and ".join(map(repr, names))
-            raise StateError(
-                "step",
-                f"{shown} are tensors, which may be the entries of one batch or a batch for each "
-                "trial of that name",
-                "Pass by_name=True for a batch for each trial, or by_name=False for one for all",
-            )
-        return False
+        return in_one_order(given)
 
     def _check_known(self, names: Iterable[str], asked: str) -> None:
         for name in names:
@@ -490,7 +437,6 @@ class Trials:
         *,
         forward: Forward | None = None,
         loss: Losses | None = None,
-        by_name: bool | None = None,
     ) -> dict[str, float]:
         """Return and store each running trial's loss on held-out rows, without dropout.
 
@@ -498,12 +444,11 @@ class Trials:
             batch: As for `step`; a dict from names to batches may leave trials out.
             forward: As for `step`.
             loss: As for `step`.
-            by_name: As for `step`.
 
         Returns:
             Name to loss, which `best` and `table` also use.
         """
-        batches = self._by_trial(batch, by_name, all_of_them=False)
+        batches = self._by_trial(batch, all_of_them=False)
         call, of_trial = forward or plain_forward(self.model), self._losses(batches, loss)
         with evaluating(self.model):
             losses = self._evaluated(batches, call, of_trial)
@@ -522,7 +467,7 @@ class Trials:
     ) -> dict[str, float]:
         losses: dict[str, float] = {}
         for outputs in self._passes.outputs(batches, forward, drops=False):
-            losses |= {name: loss(name, mine).item() for name, mine in outputs.items()}
+            losses |= dict(zip(outputs, _numbers(starmap(loss, outputs.items())), strict=True))
         return losses
 
     def best(self) -> str:
@@ -623,10 +568,10 @@ class Trials:
         return new
 
 
-def _refuse_untrained(name: str) -> NoReturn:
-    what = "no gradient leads from it to A and B"
-    remedy = "Compute it from the outputs; li.unreached lists layers that take no part in a forward"
-    raise StateError(f"loss of trial {name!r}", what, remedy)
+def _numbers(scalars: Iterable[Tensor]) -> list[float]:
+    """Return what scalars hold, with one wait for the device."""
+    each = [*scalars]
+    return torch.stack([one.to(each[0].device) for one in each]).tolist()  # type: ignore[no-any-return]
 
 
 def _held_in(path: str | PathLike[str]) -> dict[str, Any]:

@@ -31,13 +31,12 @@ from lora_inject.core.spec.names import counted
 from lora_inject.core.spec.tables import Listing
 from lora_inject.errors import FormatError, StateError, check_type, user_path
 from lora_inject.trees import tree_leaves
-from lora_inject.trials.batches import Forward, in_one_order, plain_forward, size_of
+from lora_inject.trials.batches import Forward, copied, in_one_order, plain_forward, size_of
 from lora_inject.trials.losses import Loss, default_loss, scalar_loss
 from lora_inject.trials.rungs import JUDGED, behind, ranked, rungs, steps_within
 from lora_inject.trials.runs import Trials
 from lora_inject.trials.space import Point, Space
 from lora_inject.trials.trial import Trial
-from lora_inject.trials.written import unwritten
 
 SAVE_SECONDS = 20.0
 """Time between two saves of the running rung: an interrupt loses at most this much."""
@@ -414,9 +413,8 @@ class _Runner:
         """Return the loss of the base on a batch, which must be finite."""
         size_of(batch, name)
         with torch.no_grad(), evaluating(self.model):
-            outputs = self.calls["forward"](batch)
-            with unwritten(batch, "search, loss"):
-                value = scalar_loss(self.calls["loss"], outputs, batch, name).item()
+            outputs = self.calls["forward"](copied(batch))
+            value = scalar_loss(self.calls["loss"], outputs, copied(batch), name).item()
         if not math.isfinite(value):
             raise StateError(f"search, {name}", f"the base's loss is {value}", "Look at its rows")
         return value

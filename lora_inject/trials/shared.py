@@ -18,11 +18,11 @@ from __future__ import annotations
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,50 +33,29 @@ from lora_inject.core.roots.disabling import selecting
 from lora_inject.errors import LayerError, LoraInjectError
 from lora_inject.rows.seen import rows_alike
 from lora_inject.trees import tree_flatten, tree_leaves, tree_map, tree_unflatten
-from lora_inject.trials.batches import Forward, Joined, joined_batch, n_tokens, parted, without
+from lora_inject.trials.batches import (
+    Forward,
+    Joined,
+    copied,
+    joined_batch,
+    n_tokens,
+    parted,
+    without,
+)
 from lora_inject.trials.run import Run
 from lora_inject.trials.trial_rows import TrialRows
 
 
-class _Same:
-    """An object that equals only itself."""
-
-    def __init__(self, held: Any) -> None:
-        self._held = held
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other._held is self._held
-
-    def __hash__(self) -> int:
-        return id(self._held)
-
-
-def parts_of(forward: Any) -> Any:
+def parts_of(forward: Any) -> list[Any]:
     """Return what tells a forward from others; made anew of the same parts it is the same."""
     if isinstance(forward, partial):
-        given = (*forward.args, *forward.keywords.values())
-        return parts_of(forward.func), *forward.keywords, *map(_Same, given)
+        given = [*forward.args, *forward.keywords, *forward.keywords.values()]
+        return [*parts_of(forward.func), *given]
     code = getattr(forward, "__code__", None)
     if code is None:
-        return _Same(forward)
+        return [forward]
     held = [getattr(forward, "__self__", None), *(forward.__defaults__ or ())]
-    held += [cell.cell_contents for cell in forward.__closure__ or ()]
-    return code, *map(_Same, held)
-
-
-class _Source(NamedTuple):
-    """A generator: how to read its state, to set it, and to seed it."""
-
-    read: Callable[[], Any]
-    write: Callable[[Any], Any]
-    seed: Callable[[int], Any]
-
-
-def _comparable(state: Any) -> Any:
-    """Return a state as values that `==` compares."""
-    if isinstance(state, tuple):
-        return tuple(map(_comparable, state))
-    return state.tolist() if hasattr(state, "tolist") else state
+    return [code, *held, *(cell.cell_contents for cell in forward.__closure__ or ())]
 
 
 @dataclass
@@ -88,14 +67,15 @@ class _Known:
         shapeless: Entries of the outputs that are built in another way for other rows.
         padded: For each leaf of the outputs, the axes that have positions; None before it was seen.
         lengths: See `TrialRows`.
-        draws: Whether the base draws random numbers; None before it was seen.
+        parts: Of the forward; kept, so that no other object gets the address of one.
     """
+
+    parts: list[Any]
 
     sites: frozenset[Any] | None = frozenset()
     shapeless: frozenset[Any] = frozenset()
     padded: Sequence[Sequence[int]] | None = None
     lengths: dict[nn.Module, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
-    draws: bool | None = None
 
 
 class Passes:
@@ -166,40 +146,37 @@ class Passes:
         of = joined_batch(group, packed=self.packed)
         seeds = {n: hash((self.runs[n].trial.seed, self.runs[n].n_passes)) for n in group}
         rows = TrialRows(of, seeds if drops else None, self._numbers, known.lengths)
-        seed = seeds[rows.lone] if drops and rows.lone is not None else None
-        with selecting(self.model, rows, "Trials.step"), self._drawing(seed, known):
-            made = forward(of.batch)
-        return parted(without(made, known.shapeless), of, known.padded or ())
+        with ExitStack() as stack:
+            if drops and rows.lone is not None:
+                stack.enter_context(self._random_kept(seeds[rows.lone]))
+            stack.enter_context(selecting(self.model, rows, "Trials.step"))
+            made = without(forward(of.batch), known.shapeless)
+        return parted(made, of, known.padded or ())
 
     @contextmanager
-    def _drawing(self, seed: int | None, known: _Known) -> Iterator[None]:
-        """Let a base that draws random numbers draw those of a trial that runs alone."""
-        if seed is None or known.draws is False:
-            yield
-            return
-        with self._random_kept() as sources:
-            for source in sources:
-                source.seed(seed % 2**32)
-            start = [_comparable(source.read()) for source in sources]
-            yield
-            ends = [_comparable(source.read()) for source in sources]
-            known.draws = start != ends
+    def _random_kept(self, seed: int | None = None) -> Iterator[None]:
+        """Put all generators back where they were: torch's, Python's and NumPy's.
 
-    @contextmanager
-    def _random_kept(self) -> Iterator[list[_Source]]:
-        """Put all generators back where they were: torch's, Python's and NumPy's."""
-        devices = {p.device for p in self.model.parameters()}
-        sources = [_Source(g.get_state, g.set_state, g.manual_seed) for g in generators_of(devices)]
-        sources.append(_Source(random.getstate, random.setstate, random.seed))
-        if "numpy" in sys.modules:  # else nobody can draw from it
-            of_numpy: Any = sys.modules["numpy"].random
-            sources.append(_Source(of_numpy.get_state, of_numpy.set_state, of_numpy.seed))
-        before = [source.read() for source in sources]
+        With a seed, so that a base that draws does it for a trial alone as it does beside others.
+        """
+        numpy: Any = getattr(sys.modules.get("numpy"), "random", None)  # else nobody draws from it
+        of_torch = generators_of({p.device for p in self.model.parameters()})
+        states = [generator.get_state() for generator in of_torch]
+        of_python, of_numpy = random.getstate(), numpy and numpy.get_state()
+        if seed is not None:
+            for generator in of_torch:
+                generator.manual_seed(seed % 2**32)
+            random.seed(seed)
+            if numpy:
+                numpy.seed(seed % 2**32)
         try:
-            yield sources
+            yield
         finally:
-            for source, state in zip(sources, before, strict=True):
-                source.write(state)
+            for generator, state in zip(of_torch, states, strict=True):
+                generator.set_state(state)
+            random.setstate(of_python)
+            if numpy:
+                numpy.set_state(of_numpy)
 
     # --------------------------------------------------------------------------------- the referee
 
@@ -209,7 +186,9 @@ class Passes:
         modes = tuple(module.training for module in self._modules)
         shapes = tuple(t.dim() for t in tree_leaves(of.batch) if isinstance(t, Tensor))
         uneven = len(set(of.lengths.values())) > 1
-        known = self._known.setdefault((parts_of(forward), modes, shapes, uneven), _Known())
+        parts = parts_of(forward)
+        key = (*map(id, parts), modes, shapes, uneven)
+        known = self._known.setdefault(key, _Known(parts))
         sites = frozenset[Any]().union(*map(self._sites_of, batches))
         if len(batches) > 1 and known.sites is not None and not sites <= known.sites:
             self._look(batches, forward, known)
@@ -253,15 +232,14 @@ class Passes:
         """Say why trials cannot share a pass; "" if they can."""
 
         def run(group: Mapping[str, Any]) -> dict[str, Any]:
-            return self._run(tree_map(_own, dict(group)), forward, known, drops=False)
+            return self._run(copied(dict(group)), forward, known, drops=False)
 
         alone = {name: run({name: batch})[name] for name, batch in some.items()}
         try:
             together = run(some)
-            pairs = [(alone[name], together[name]) for name in some]
-            known.shapeless = frozenset(key for pair in pairs for key in _other_entries(*pair))
-            if known.shapeless:
-                alone = {name: without(each, known.shapeless) for name, each in alone.items()}
+            if other := frozenset().union(*(_built_else(alone[n], together[n]) for n in some)):
+                known.shapeless = other
+                alone = {name: without(each, other) for name, each in alone.items()}
                 together = run(some)
             if known.padded is None:
                 known.padded = _padded(together, alone, joined_batch(some, packed=self.packed))
@@ -278,37 +256,33 @@ class Passes:
                 if any(not _alike(together[n], after[n]) for n in some if n != name):
                     return f"the adapter of {name!r} changes outputs of others"
             if not self.packed:
-                return self._why_not_others(some, run, alone)
+                return self._why_not_others(some, run)
         except (LoraInjectError, RuntimeError) as error:
             return str(error)
         return ""
 
-    def _why_not_others(self, some: Mapping[str, Any], run: Any, alone: Mapping[str, Any]) -> str:
+    def _why_not_others(self, some: Mapping[str, Any], run: Any) -> str:
         """Look at other rows than those that are given, if the base takes such.
 
-        1. The first trial's stay, and the others get other ones: one batch for all hides mixing.
+        1. The others' are other ones: one batch for all hides mixing.
         2. Those of the first trial are shorter than the others'.
         3. All are alike, and of one token: experts that pick tokens get other numbers of these.
         """
         first, *others = some
-        changed = {name: tree_map(_other_values, some[name]) for name in others}
-        short = tree_map(_half, some[first])
         like = tree_leaves(some[first])
-        alike = {name: _filled(batch, like) for name, batch in some.items()}
-        try:
-            beside = run({first: some[first], **changed})[first]
-            shorter, shorter_alone = run({**some, first: short})[first], run({first: short})[first]
-            run(alike)
-        except LayerError as error:
-            return str(error)
-        except Exception:  # noqa: BLE001 - the base refuses such rows
-            return ""
-        if not _alike(beside, alone[first]):
-            return (
-                f"the rows of {first!r} have other outputs beside other rows: the base mixes rows"
-            )
-        if not _alike(shorter, shorter_alone):
-            return f"shorter rows of {first!r} have other outputs beside longer ones of others"
+        for rows, beside in (
+            ({**some, **{n: tree_map(_other_values, some[n]) for n in others}}, "other"),
+            ({**some, first: tree_map(_half, some[first])}, "longer"),
+            ({name: _filled(batch, like) for name, batch in some.items()}, "equal"),
+        ):
+            try:
+                together, alone = run(rows)[first], run({first: rows[first]})[first]
+            except LayerError as error:
+                return str(error)
+            except Exception:  # noqa: BLE001 - the base refuses such rows
+                together = alone = None
+            if not _alike(together, alone):
+                return f"rows of {first!r} have other outputs beside {beside} rows of others"
         return ""
 
 
@@ -334,11 +308,6 @@ def _moved(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.data.copy_(value)
-
-
-def _own(leaf: Any) -> Any:
-    """Return a leaf of a batch that a forward may change."""
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _half(leaf: Any) -> Any:
@@ -389,11 +358,10 @@ def _padded(
     return axes if any(axes) else []
 
 
-def _other_entries(one: Any, other: Any) -> list[Any]:
+def _built_else(one: Any, other: Any) -> set[Any]:
     """Return the keys of entries with other numbers of leaves."""
-    if not isinstance(one, Mapping):
-        return []
-    return [key for key in one if len(tree_leaves(one[key])) != len(tree_leaves(other[key]))]
+    keys = one if isinstance(one, Mapping) else ()
+    return {key for key in keys if len(tree_leaves(one[key])) != len(tree_leaves(other[key]))}
 
 
 def _leaves(tree: Any) -> list[Any]:

@@ -64,7 +64,7 @@ def hold(run: Run, stop_at: int = 0, folder: Path | None = None) -> None:
         loss = None if run.loss is None else partial(run.loss, model)
         forward = None if run.forward is None else partial(run.forward, model)
         rows = run.together(run.data(running.trials, step))
-        running.step(rows, forward=forward, loss=loss, by_name=True)
+        running.step(rows, forward=forward, loss=loss)
     for name, trial in run.trials.items():
         plain = (run.plain or run.make)()
         steps = [[run.data([name], step)[name]] for step in range(run.n_steps)]
@@ -416,9 +416,6 @@ RUNS |= {
         {n: Trial({"rank": 1, "targets": ["fc"]}, lr=1e-2, seed=ord(n)) for n in "ab"},
         of_two_lengths, first_square,
     ),
-    "a loss that branches by trial": Run(
-        Heads, BRANCHING, of_branches, by_branch, of_x, within=1e-11
-    ),
     "a loss that branches by trial, in turn": Run(
         Heads, BRANCHING, of_branches, by_branch, of_x, options={"max_tokens": 1}, within=1e-11
     ),
@@ -486,7 +483,7 @@ def test_tokens_that_an_expert_picks_go_to_no_other_trial(steps: Any) -> None:
     running, done = Trials(Picking(), EXPERTS), []
     for step, each in enumerate(steps):
         batch = {n: of_signs(signs, step) for n, signs in zip(EXPERTS, each, strict=True)}
-        running.step(batch, loss=square, by_name=True)
+        running.step(batch, loss=square)
         done.append(batch)
     assert {*running.n_steps.values()} == {len(done)}
     for name, trial in EXPERTS.items():
@@ -534,7 +531,7 @@ def test_a_derivative_within_a_loss_adds_to_no_gradient() -> None:
             return square(torch.cat(out))
 
         for _ in range(2):
-            running.step(rows, loss=loss, by_name=True)
+            running.step(rows, loss=loss)
         models.append(running.model)
     for name in "ab":
         check_equal(models[0], models[1], name, 0.0)

@@ -162,7 +162,7 @@ def test_trials_that_were_saved_go_on_to_the_same_result(unpack: Unpack) -> None
     model = with_base(cases.regression(), path)
     trials = li.Trials.resume(model, path / "trials.pt")
     for batch in held(path, "input")["0"][3:]:
-        trials.step(batch, loss=cases.squared, forward=model, by_name=False)
+        trials.step(batch, loss=cases.squared, forward=model)
     for name in cases.TRIALS:
         losses = torch.tensor(trials.losses[name]).double()
         assert error(losses, held(path, "losses")[name]) < EXACT

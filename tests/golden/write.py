@@ -111,7 +111,7 @@ def write_trials(path: Path) -> None:
     for i, batch in enumerate(batches):
         if i == 3:
             trials.save(path / "trials.pt")
-        trials.step(batch, loss=cases.squared, forward=model, by_name=False)
+        trials.step(batch, loss=cases.squared, forward=model)
     tensors = {
         f"tensors/{trial}/{name}": t
         for trial in cases.TRIALS
