@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.torch_inside import constant_in_graphs
-from lora_inject.rows.bank import at_places, stacked
+from lora_inject.rows.bank import stacked
 
 _NUMBERS: dict[str, int] = {}
 
@@ -41,8 +41,8 @@ def chosen_factors(
     rows = chosen_rows(choice[:, 0], numbers)
     index, here = (rows - 1).clamp(min=0), (rows > 0)[:, None, None]
     weights = choice[:, 1].to(dtype)[:, None, None]
-    A = torch.where(here, at_places(A_bank, index), 0)
-    B = torch.where(here, at_places(B_bank, index) * weights, 0)
+    A = torch.where(here, A_bank.index_select(0, index), 0)
+    B = torch.where(here, B_bank.index_select(0, index) * weights, 0)
     p = adapters[0][0].dropout
     return Update(A.flatten(0, 1), B.transpose(0, 1).flatten(1), scale, dropout=p)
 

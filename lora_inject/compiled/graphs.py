@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from lora_inject.compiled.choices import chosen_factors, chosen_rows, number_of
 from lora_inject.compiled.lost_writes import watch
-from lora_inject.core.functional.factors import compute_dtype
+from lora_inject.core.functional.factors import Update, compute_dtype
+from lora_inject.core.functional.lookup import embedding
 from lora_inject.core.functional.plain_operations import add_updates
 from lora_inject.core.layers.attached import Entry, attached_to, factors_of, held_by
 from lora_inject.core.layers.embedding_kind import LoRAEmbedding
@@ -32,7 +33,7 @@ from lora_inject.core.layers.selection import SELECTIONS, Selection, alive
 from lora_inject.core.layers.sending import sent
 from lora_inject.private import needed
 from lora_inject.rows.bank import routed_update
-from lora_inject.rows.by_row import Rows, looked_up
+from lora_inject.rows.by_row import Rows
 from lora_inject.rows.seen import refuse_ambiguous
 
 _WITHOUT_MODES = "torch.utils._python_dispatch._disable_current_modes"
@@ -143,9 +144,21 @@ class ChosenRows(Rows):
         rows = chosen_rows(choice[:, 0], numbers)
         rows = rows.repeat_interleave(x.shape[0] // choice.shape[0])
         if not isinstance(layer, LoRALinear):
-            return looked_up(layer, x, rows, adapters)
+            return _looked_up(layer, x, rows, adapters)
         y: Tensor = layer._lora_without_updates(args, kwargs)
         return routed_update(y, x, rows, adapters, float32=attached.float32)
+
+
+def _looked_up(
+    layer: Any, ids: Tensor, rows: Tensor, adapters: Sequence[Sequence[Update]]
+) -> Tensor:
+    """Return what an embedding gives for each row with its own adapter; 0 is the base."""
+    out = base = layer._lora_rows(ids, layer._lora_own("weight"), None)
+    for place, updates in enumerate(adapters, 1):
+        own = embedding(base, ids, updates, layer.padding_idx, float32=layer._lora.float32)
+        out = torch.where((rows == place).view(-1, *[1] * (base.dim() - 1)), own, out)
+    made: Tensor = layer._lora_finished(out, ids, None)
+    return made
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator] # a graph cannot hold it

@@ -10,18 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lora_inject.core.functional.factors import (
-    Update,
-    cast,
-    compute_dtype,
-    needs_plain_operations,
-    without_autocast,
-)
+from lora_inject.core.functional.factors import Update, cast, compute_dtype, without_autocast
 from lora_inject.core.functional.plain_operations import spread
 
 
@@ -32,7 +26,6 @@ def routed_update(
     adapters: Sequence[Sequence[Update]],
     *,
     float32: bool,
-    in_place: bool = False,
     in_order: bool = False,
 ) -> Tensor:
     """Add to each row of a batch the update of its own adapter.
@@ -44,7 +37,6 @@ def routed_update(
             stand for as many equal runs of rows.
         adapters: The updates of each adapter, of any ranks.
         float32: Keep the arithmetic in float32 over a 16-bit base.
-        in_place: Whether y may be modified if no gradient is needed, because y is not shared.
         in_order: Whether the places are 1, 2, ... to the number of adapters: none is gathered.
 
     Returns:
@@ -62,53 +54,12 @@ def routed_update(
         dtype = compute_dtype(y.dtype, float32)
         A, B, scale = stacked(adapters, y.shape[-1], dtype, base=not in_order)
         if not in_order:
-            A, B = at_places(A, places), at_places(B, places)
+            A, B = A.index_select(0, places), B.index_select(0, places)
         x3 = x.reshape(places.shape[0], -1, x.shape[-1])
-        y3 = y.reshape(places.shape[0], -1, y.shape[-1])
+        y3 = cast(y.reshape(places.shape[0], -1, y.shape[-1]), dtype)
         x3 = _routed_dropout(x3, places, [updates[0].dropout for updates in adapters])
-        h, wide = _thin(A, x3), cast(y3, dtype)
-        fresh = in_place and not torch.is_grad_enabled() and not needs_plain_operations()
-        out = _plus_update(wide, h, B, scale, wide if fresh else None)
-        return cast(out, y.dtype).view(y.shape)
-
-
-def _plus_update(y: Tensor, h: Tensor, B: Tensor, scale: float, out: Tensor | None) -> Tensor:
-    """Return y `(rows, n, out)` + scale * h^T B^T, of h `(rows, R, n)` and B `(rows, out, R)`."""
-    if B.is_contiguous() and y.shape[1] == 1 and y.element_size() > 2 and _is_cpu(y):
-        # A vector for each row: MKL takes up to 10 times as long for it in one operation.
-        return torch.add(y, torch.bmm(B, h).mT, alpha=scale, out=out)
-    return torch.baddbmm(y, h.mT, B.mT, alpha=scale, out=out)
-
-
-def _is_cpu(t: Tensor) -> bool:
-    return t.device.type == "cpu" and not hasattr(t, "full_tensor")
-
-
-def _thin(A: Tensor, x3: Tensor) -> Tensor:
-    """Return `A x^T` in the dtype of A; for the backward a narrower x is kept as it is.
-
-    With the rank as rows: on a CPU `x A^T` takes up to twice as long.
-    """
-    if x3.dtype == A.dtype or needs_plain_operations() or not torch.is_grad_enabled():
-        return torch.bmm(A, x3.to(A.dtype).mT)
-    output: Tensor = _Widened.apply(A, x3)  # type: ignore[no-untyped-call]
-    return output
-
-
-class _Widened(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, A: Tensor, x3: Tensor) -> Tensor:
-        ctx.save_for_backward(A, x3)
-        return torch.bmm(A, x3.to(A.dtype).mT)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        A, x3 = ctx.saved_tensors
-        of_A, of_x = ctx.needs_input_grad
-        return (
-            torch.bmm(g, x3.to(A.dtype)) if of_A else None,
-            torch.bmm(g.mT, A).to(x3.dtype) if of_x else None,
-        )
+        h = torch.bmm(A, x3.to(dtype).mT)  # the rank as rows: on a CPU the other way takes twice
+        return cast(torch.baddbmm(y3, h.mT, B.mT, alpha=scale), y.dtype).view(y.shape)
 
 
 def _routed_dropout(x3: Tensor, places: Tensor, dropouts: Sequence[float]) -> Tensor:
@@ -137,32 +88,13 @@ def stacked(
     if any(other != scale for other in scales):
         Bs, scale = [B * own for B, own in zip(Bs, scales, strict=True)], 1.0
     rank = max(A.size(0) for A in As)
-    if all(A.size(0) == rank for A in As):
-        if base:
-            As.insert(0, torch.zeros_like(As[0]))
-            Bs.insert(0, torch.zeros_like(Bs[0]))
-        A, B = torch.stack(As), torch.stack(Bs)
-    else:
-        # Rank by rank, so that zeros stand between whole rows.
-        A, B = _padded(As, rank, base=base), _padded([B.t() for B in Bs], rank, base=base).mT
+    As = [A if A.size(0) == rank else F.pad(A, (0, 0, 0, rank - A.size(0))) for A in As]
+    Bs = [B if B.size(1) == rank else F.pad(B, (0, rank - B.size(1))) for B in Bs]
+    if base:
+        As.insert(0, torch.zeros_like(As[0]))
+        Bs.insert(0, torch.zeros_like(Bs[0]))
     # Cast as a stack: that is one launch for any number of adapters.
-    return A.to(dtype), B.to(dtype), scale
-
-
-def _padded(factors: Sequence[Tensor], rank: int, *, base: bool) -> Tensor:
-    """Stack factors `(r, width)` with zeros behind each, up to a rank, and first for the base."""
-    zeros = factors[0].new_zeros(rank, factors[0].size(1))
-    pieces = [zeros] if base else []
-    for factor in factors:
-        pieces += [factor, zeros[len(factor) :]]
-    return torch.cat(pieces).view(-1, *zeros.shape)
-
-
-def at_places(bank: Tensor, places: Tensor) -> Tensor:
-    """Return the matrices at some places, laid out in memory as the bank is."""
-    if bank.is_contiguous():
-        return bank.index_select(0, places)
-    return bank.mT.index_select(0, places).mT
+    return torch.stack(As).to(dtype), torch.stack(Bs).to(dtype), scale
 
 
 def _one_pair(

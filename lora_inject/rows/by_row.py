@@ -17,12 +17,9 @@ from torch import Tensor
 
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.lazy import lazy_weight
-from lora_inject.core.functional.lookup import embedding
 from lora_inject.core.layers.attached import Entry, Recipe, factors_of, held_by
 from lora_inject.core.layers.contexts import in_context
-from lora_inject.core.layers.embedding_kind import LoRAEmbedding
 from lora_inject.core.layers.linear_kinds import LoRALinear
-from lora_inject.core.layers.plain_tensors import PLAIN
 from lora_inject.core.layers.selected import Mix, Selected
 from lora_inject.core.layers.sending import queue_of, sent
 from lora_inject.errors import LayerError
@@ -145,7 +142,7 @@ class Rows(Selected):
             entries = [e for e in attached.entries() if e.adapter in self.names]
             attached.used(entries)
             each = {row: recipes for row in self._mixes if (recipes := _recipes(attached, row))}
-            adds = isinstance(layer, LoRALinear | LoRAEmbedding)
+            adds = isinstance(layer, LoRALinear)
             adds = adds and all(entry.on_output for entry in entries)
             adds = adds and not any(entry.gained for entry in entries)
             adds = adds and all(len({r.dropout for r in recipes}) == 1 for recipes in each.values())
@@ -205,14 +202,10 @@ class Rows(Selected):
         held, training = held_by(layer), self.drops(layer)
         adapters = [factors_of(each, held, training=training) for each in taking.each.values()]
         x, adapters = self.dropped(layer, x, taking, adapters)
-        if isinstance(layer, LoRAEmbedding):
-            rows, _ = self.blocks(tuple(taking.each), place[1], x.device, whole=True)
-            return looked_up(layer, x, rows, adapters, axis=place[0])
         y: Tensor = layer._lora_without_updates(args, kwargs)
         blocks, in_order = self.blocks(tuple(taking.each), place[1], x.device)
-        fresh = layer._lora_stock and type(layer._parameters.get("weight")) in PLAIN
-        how: dict[str, Any] = {"float32": layer._lora.float32, "in_place": fresh}
-        return routed_update(y, x, blocks, adapters, in_order=in_order, **how)
+        float32 = layer._lora.float32
+        return routed_update(y, x, blocks, adapters, float32=float32, in_order=in_order)
 
     def dropped(
         self, layer: Any, x: Tensor, taking: Taking, adapters: list[list[Update]]
@@ -284,21 +277,20 @@ class Rows(Selected):
     # --------------------------------------------------------------------------- where the rows are
 
     def blocks(
-        self, have: tuple[Row, ...], count: int, device: torch.device, *, whole: bool = False
+        self, have: tuple[Row, ...], count: int, device: torch.device
     ) -> tuple[Tensor, bool]:
         """Return which of some rows each equal run of a batch has, and if it has each in order.
 
-        1 + the place among those that are given, 0 for any other; with `whole` of each row.
+        1 + the place among those that are given, 0 for any other.
         """
-        key = have, count, queue_of(device), whole
+        key = have, count, queue_of(device)
         if key not in self._blocks:
             place = {row: i for i, row in enumerate(have, 1)}
             numbers = [
                 place.get(row, 0) for row in self.rows for _ in range(count // len(self.rows))
             ]
             runs = (len(list(same)) for _, same in groupby(numbers))
-            run = 1 if whole else math.gcd(*runs)
-            blocks = numbers[::run]
+            blocks = numbers[:: math.gcd(*runs)]
             self._blocks[key] = sent(blocks, device), blocks == list(place.values())
         return self._blocks[key]
 
@@ -313,23 +305,6 @@ class Rows(Selected):
             sent_each = [(self._mixes[row], sent(mine, device)) for row, mine in each.items()]
             self._index[key] = sent_each, sent(order, device)
         return self._index[key]
-
-
-def looked_up(
-    layer: Any, ids: Tensor, rows: Tensor, adapters: Sequence[Sequence[Update]], axis: int = 0
-) -> Tensor:
-    """Return what an embedding gives for each row with its own adapter.
-
-    `rows` is `(n,)`, int64: 0 for the base, else 1 + the index of the row's adapter.
-    """
-    out = base = layer._lora_rows(ids, layer._lora_own("weight"), None)
-    for place, updates in enumerate(adapters, 1):
-        # Checking which rows these are would wait for the device, and a tracer cannot do it.
-        mine = (rows == place).view(*[1] * axis, -1, *[1] * (base.dim() - axis - 1))
-        own = embedding(base, ids, updates, layer.padding_idx, float32=layer._lora.float32)
-        out = torch.where(mine, own, out)
-    made: Tensor = layer._lora_finished(out, ids, None)
-    return made
 
 
 def _recipes(attached: Any, row: Row) -> list[Recipe]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from statistics import fmean
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.adapter.other_tensors import site_mapped
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import write_file
 from lora_inject.core.files.strict_json import read_json
@@ -359,7 +359,7 @@ class _Runner:
             rung.seconds = time.monotonic() - began
             self.saved.write(search, trials)
             if is_last and rung.held_out:
-                search.adapter = _copied(adapter_state(self.model, search.best))
+                search.adapter = copy.deepcopy(adapter_state(self.model, search.best))
 
     def _train(self, search: Search, trials: Trials, began: float) -> None:
         """Train to the end of the last rung, or until no trial runs; save now and then."""
@@ -445,9 +445,3 @@ def _digest(batches: Sequence[Any]) -> str:
             digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
             digest.update(bytes_of(leaf.cpu()))
     return digest.hexdigest()
-
-
-def _copied(state: AdapterState) -> AdapterState:
-    """Return a copy of an adapter that shares no memory with the model."""
-    sites = {name: site_mapped(site, torch.clone) for name, site in state.sites.items()}
-    return replace(state, sites=sites)

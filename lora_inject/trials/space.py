@@ -16,8 +16,6 @@ from lora_inject.core.spec.resolve import resolve
 from lora_inject.core.spec.strict import Strict, YamlModel
 from lora_inject.errors import MatchError
 
-BYTES_EACH = 4
-"""Bytes of a parameter in a saved adapter: float32, also for a 16-bit base."""
 SEARCHED = ("targets", "rank", "alpha", "variant", "expect")
 _NAMES = {
     "targets": "{}",
@@ -85,8 +83,6 @@ class Budget(Strict):
 
     parameters: _Limit | None = None
     """Largest number of trainable parameters of the adapter."""
-    bytes: _Limit | None = None
-    """Largest number of bytes of the adapter's tensors, at 4 bytes for each parameter."""
     steps: _Limit | None = None
     """Steps of the longest run."""
     minutes: _Positive | None = None
@@ -98,11 +94,6 @@ class Budget(Strict):
             problem = "steps and minutes are " + ("missing" if self.steps is None else "both given")
             raise ValueError(problem, "Give one of them, such as steps: 64")
         return self
-
-    def allows(self, parameters: int) -> bool:
-        """Return whether an adapter with a number of parameters fits."""
-        most = (self.parameters, None if self.bytes is None else self.bytes // BYTES_EACH)
-        return all(limit is None or parameters <= limit for limit in most)
 
 
 class Training(Strict):
@@ -240,7 +231,7 @@ class Space(YamlModel):
             config = Config.from_dict({**self.config, **of_point})
             plan = resolve(config, inventory)
             name = " ".join(_NAMES[key].format(point[key]) for key in _NAMES if key in varied)
-            if not self.budget.allows(plan.n_trainable):
+            if plan.n_trainable > (self.budget.parameters or math.inf):
                 over[name] = plan.n_trainable
                 continue
             expect = Expect(sites=plan.n_sites, lora=plan.n_lora)
@@ -249,7 +240,6 @@ class Space(YamlModel):
         if not fitting:
             name, least = min(over.items(), key=lambda item: item[1])
             asked = f"a search within {self.budget.model_dump(exclude_none=True)}"
-            size = f"{least:,} parameters ({BYTES_EACH * least:,} bytes)"
-            problem = f"the smallest trial, {name!r}, has {size}"
+            problem = f"the smallest trial, {name!r}, has {least:,} parameters"
             raise MatchError(asked, problem, "Give a larger budget, a smaller rank or fewer layers")
         return fitting, list(over)

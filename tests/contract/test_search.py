@@ -137,7 +137,7 @@ def test_the_budget_leaves_out_what_is_too_large() -> None:
     assert {c.parameters for c in found.candidates.values()} == {10, 20, 22}
     assert len(found.over_budget) == 3
     with refused(li.MatchError, "'last r1 lr 0.001'", "10 parameters"):
-        searched(net(), SPACE | {"budget": {"steps": 4, "bytes": 39}})
+        searched(net(), SPACE | {"budget": {"steps": 4, "parameters": 9}})
 
 
 def test_a_trial_that_diverges_is_reported_and_all_of_them_are_an_error() -> None:
