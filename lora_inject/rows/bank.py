@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lora_inject.core.functional.factors import Update, cast, compute_dtype, without_autocast
@@ -88,13 +87,24 @@ def stacked(
     if any(other != scale for other in scales):
         Bs, scale = [B * own for B, own in zip(Bs, scales, strict=True)], 1.0
     rank = max(A.size(0) for A in As)
-    As = [A if A.size(0) == rank else F.pad(A, (0, 0, 0, rank - A.size(0))) for A in As]
-    Bs = [B if B.size(1) == rank else F.pad(B, (0, rank - B.size(1))) for B in Bs]
-    if base:
-        As.insert(0, torch.zeros_like(As[0]))
-        Bs.insert(0, torch.zeros_like(Bs[0]))
+    if any(A.size(0) != rank for A in As):
+        A, B = _padded(As, rank, base=base), _padded([B.t() for B in Bs], rank, base=base).mT
+    else:
+        if base:
+            As.insert(0, torch.zeros_like(As[0]))
+            Bs.insert(0, torch.zeros_like(Bs[0]))
+        A, B = torch.stack(As), torch.stack(Bs)
     # Cast as a stack: that is one launch for any number of adapters.
-    return torch.stack(As).to(dtype), torch.stack(Bs).to(dtype), scale
+    return A.to(dtype), B.to(dtype), scale
+
+
+def _padded(factors: Sequence[Tensor], rank: int, *, base: bool) -> Tensor:
+    """Stack factors `(r, width)` with zeros behind each, up to a rank, and first for the base."""
+    zeros = factors[0].new_zeros(rank, factors[0].size(1))
+    pieces = [zeros] if base else []
+    for factor in factors:
+        pieces += [factor, zeros[len(factor) :]]
+    return torch.cat(pieces).view(-1, *zeros.shape)
 
 
 def _one_pair(
