@@ -16,9 +16,8 @@ _HOMES = {
     "core.adapter.variants": "Variant register_variant",
     "checkpoint.conversion": "check_adapter convert",
     "checkpoint.extract": "extract_adapter",
-    "checkpoint.merge_files": "merge_checkpoint",
+    "checkpoint.merge": "MergedFiles merge_checkpoint",
     "checkpoint.merge_inputs": "MergeOptions",
-    "checkpoint.merge_plan": "MergedFiles",
     "errors": "CheckpointError ConfigError FormatError LayerError LoraInjectError MatchError "
     "ServerError StateError",
     "formats.exchange": "read_adapter register_format write_adapter",

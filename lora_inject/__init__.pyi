@@ -14,9 +14,9 @@ from lora_inject.algebra.other_shapes import subset as subset
 from lora_inject.checkpoint.conversion import check_adapter as check_adapter
 from lora_inject.checkpoint.conversion import convert as convert
 from lora_inject.checkpoint.extract import extract_adapter as extract_adapter
-from lora_inject.checkpoint.merge_files import merge_checkpoint as merge_checkpoint
+from lora_inject.checkpoint.merge import MergedFiles as MergedFiles
+from lora_inject.checkpoint.merge import merge_checkpoint as merge_checkpoint
 from lora_inject.checkpoint.merge_inputs import MergeOptions as MergeOptions
-from lora_inject.checkpoint.merge_plan import MergedFiles as MergedFiles
 from lora_inject.core.adapter.site_state import SiteState as SiteState
 from lora_inject.core.adapter.state import AdapterState as AdapterState
 from lora_inject.core.adapter.variants import Variant as Variant

@@ -29,7 +29,7 @@ from lora_inject.analysis.numbers import (
 )
 from lora_inject.analysis.weights import BlockOnWeight, Rounded, SiteOnWeight, Weights
 from lora_inject.checkpoint import Checkpoint
-from lora_inject.checkpoint.write import Progress, counting_bytes
+from lora_inject.checkpoint.pieces import Progress, counting_bytes
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.names import counted, templates
 from lora_inject.core.spec.tables import Listing, listed, number, span, wrapped

@@ -1,6 +1,6 @@
 """The weights that an adapter updates, streamed from a checkpoint, and what becomes of it there.
 
-`checkpoint.choose` finds the place of each update, as for a merge. Here the same rows are read,
+`checkpoint.places` finds the place of each update, as for a merge. Here the same rows are read,
 once, and counted instead of written, so memory does not grow with W.
 
 1. `|U^T W V|_F`, with U and V the directions of the delta, is the part of W in these directions;
@@ -23,7 +23,7 @@ from torch import Tensor
 from lora_inject.analysis.numbers import Figures, Place, SiteBlock, blocks_of_terms
 from lora_inject.checkpoint import Checkpoint, MergeOptions, WeightedAdapter
 from lora_inject.checkpoint.base_class import BaseClass
-from lora_inject.checkpoint.choose import choose
+from lora_inject.checkpoint.places import place_adapter
 from lora_inject.checkpoint.quantized_base import why_no_update
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.row_reader import RowReader
@@ -157,26 +157,26 @@ class Weights:
         part = WeightedAdapter(updates, label=label)
         asked = f"compare {label} with '{checkpoint.folder}'"
         try:
-            fit = choose(part, BaseClass(checkpoint), MergeOptions(any_base=any_base))
+            places = place_adapter(part, BaseClass(checkpoint), MergeOptions(any_base=any_base))
         except CheckpointError as error:  # its words are about merging
             raise CheckpointError(asked, error.found, error.remedy) from None
-        entries = [placed.source for job in fit.jobs.values() for placed in job.placed]
+        entries = [placed.source for job in places.jobs.values() for placed in job.placed]
         quantized = why_no_update(checkpoint, [entry.name for entry in entries])
         odd = [f"'{e.name}' is stored as {e.dtype}" for e in entries if e.dtype not in FLOATS]
         for problem in [quantized[0]] if quantized is not None else odd:
             raise CheckpointError(asked, problem, "Give the 16-bit checkpoint instead")
-        self._state, self._fit, self._checkpoint = state, fit, checkpoint
+        self._state, self._places, self._checkpoint = state, places, checkpoint
 
     def n_bytes(self, site: str) -> int:
         """Return how many bytes of W belong to a site."""
         return sum(
             (placed.stop - placed.start) * placed.n_cols * FLOATS[placed.source.dtype].itemsize
-            for placed in self._fit.places(site)
+            for placed in self._places.of_site(site)
         )
 
     def look(self, site: str) -> SiteOnWeight:
         """Read the weight of a site and compare the update with it."""
-        places = self._fit.places(site)
+        places = self._places.of_site(site)
         spec = self._state.sites[site].spec
         experts = spec.only or range(spec.experts or 0)
         tallies = {name: Tally() for name in FORMATS}

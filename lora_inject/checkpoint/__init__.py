@@ -5,9 +5,9 @@ An output file is the base's file with some rows computed again, so most of a me
 `extract_adapter` is the reverse.
 """
 
-from lora_inject.checkpoint.extract import ExtractReport, difference_of, extract_adapter
+from lora_inject.checkpoint.extract import ExtractReport, extract_adapter
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.checkpoint.merge_files import (
+from lora_inject.checkpoint.merge import (
     check_output,
     free_bytes,
     merge_checkpoint,
@@ -25,7 +25,6 @@ __all__ = [
     "VerifyReport",
     "WeightedAdapter",
     "check_output",
-    "difference_of",
     "extract_adapter",
     "free_bytes",
     "merge_checkpoint",

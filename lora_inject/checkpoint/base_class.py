@@ -48,11 +48,20 @@ class BaseClass:
         """Whether the base says which class it has; a single file without a config is complete."""
         return bool(self.checkpoint.config.get("model_type"))
 
-    @cached_property
+    @property
     def model(self) -> Any:
         """The class on the meta device; raises `CheckpointError` if it cannot be built."""
+        if isinstance(self._built, CheckpointError):
+            raise self._built
+        return self._built
+
+    @cached_property
+    def _built(self) -> Any:
         asked = f"ask the class of '{self.checkpoint.folder}' what its tensors are"
-        return meta_model(self.checkpoint.config, asked, _REMEDY)
+        try:
+            return meta_model(self.checkpoint.config, asked, _REMEDY)
+        except CheckpointError as error:
+            return error
 
     @property
     def label(self) -> str:
@@ -101,9 +110,15 @@ class BaseClass:
 
     @cached_property
     def inseparable(self) -> frozenset[str]:
-        """Tensors that stay tied whatever the config says, such as those of T5."""
+        """Tensors that stay tied whatever the config says, such as those of T5.
+
+        On transformers 4 those of every encoder-decoder: the same entry scales the outputs of T5,
+        and leaves the embeddings of Bart's encoder and decoder without values.
+        """
         if self.given_ties is not None or not self.known:
             return frozenset()
+        if is_transformers_4() and self.model.config.is_encoder_decoder:
+            return frozenset().union(*self.ties)
         apart = changed_config(self.checkpoint.config, UNTIED)
         model = meta_model(apart, f"untie tensors of '{self.checkpoint.folder}'", _REMEDY)
         return frozenset(name for group in _groups(model, self) for name in group)

@@ -8,7 +8,7 @@ listed.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from torch import Tensor
 from lora_inject.checkpoint.base_class import SILENT, BaseClass
 from lora_inject.checkpoint.conversion import facts_of
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.checkpoint.place import matrix_of
-from lora_inject.checkpoint.write import Progress, counting_bytes
-from lora_inject.core.adapter.fingerprint import Fingerprint, Sampled
+from lora_inject.checkpoint.output_files import matrix_of
+from lora_inject.checkpoint.pieces import Progress, counting_bytes
+from lora_inject.core.adapter.fingerprint import Sampled
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.svd import Decomposed, decompose
@@ -140,33 +140,16 @@ def extract_adapter(
         1.0
     """
     check_free(user_path("extract, output", output), overwrite=overwrite)
-    state, report = difference_of(
-        base, tuned, rank=rank, energy=energy, full=full, progress=progress
-    )
-    opened = Checkpoint.open(base)
-    facts = facts_of(opened.folder if opened.config.get("model_type") else None)
-    write_adapter(state, output, format, facts=facts, overwrite=overwrite)
-    return report
-
-
-def difference_of(
-    base: str | Path,
-    tuned: str | Path,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    full: bool = False,
-    progress: Progress | None = None,
-) -> tuple[AdapterState, ExtractReport]:
-    """Return the difference of two checkpoints as an adapter, with a report of each tensor.
-
-    The adapter's scale is 1 everywhere, and it has the base's fingerprint. Arguments and errors are
-    those of `extract_adapter`.
-    """
-    _check_arguments(rank, energy)
+    if rank is None and energy is None:
+        raise CheckpointError("extract", "neither rank nor energy was given", "Give one or both")
+    if rank is not None and rank < 1:
+        raise CheckpointError(f"extract rank {rank}", "that is none at all", "Give 1 or more")
+    if energy is not None and not 0 < energy <= 1:
+        remedy = "Give a number above 0, at most 1"
+        raise CheckpointError(f"extract energy {energy}", "it is not a share", remedy)
     extraction = _Extraction(Checkpoint.open(base), Checkpoint.open(tuned), rank, energy, full)
-    _check_names(extraction)
-    results, tensors = list[Extracted](), extraction.tuned.tensors
+    extraction.check_names()
+    results, opened, tensors = list[Extracted](), extraction.base, extraction.tuned.tensors
     for name in counting_bytes({name: entry.n_bytes for name, entry in tensors.items()}, progress):
         if (result := extraction.take(tensors[name])) is not None:
             results.append(result)
@@ -177,39 +160,15 @@ def difference_of(
         )
         remedy = "Check the paths; where only small tensors were trained, pass full=True"
         raise CheckpointError(f"extract an adapter from '{tuned}'", problem, remedy)
-    fingerprint = _fingerprint_of(extraction.base, leave_out=extraction.trained)
+    fingerprint = {
+        entry.name: Sampled(entry.shape, opened.sample(entry))
+        for entry in sorted(opened, key=lambda entry: entry.name)
+        if entry.dtype in FLOATS and entry.name not in extraction.trained
+    }
     state = AdapterState(extraction.sites, extraction.trained, fingerprint=fingerprint)
-    return state, ExtractReport(tuple(results), n_equal, len(state.sites))
-
-
-def _check_arguments(rank: int | None, energy: float | None) -> None:
-    if rank is None and energy is None:
-        raise CheckpointError("extract", "neither rank nor energy was given", "Give one or both")
-    if rank is not None and rank < 1:
-        raise CheckpointError(f"extract rank {rank}", "that is none at all", "Give 1 or more")
-    if energy is not None and not 0 < energy <= 1:
-        remedy = "Give a number above 0, at most 1"
-        raise CheckpointError(f"extract energy {energy}", "it is not a share", remedy)
-
-
-def _fingerprint_of(base: Checkpoint, leave_out: Collection[str]) -> Fingerprint:
-    """Return shapes and samples of a base's float tensors."""
-    names = sorted(base.tensors.keys() - set(leave_out))
-    entries = {name: base.tensors[name] for name in names if base.tensors[name].dtype in FLOATS}
-    return {name: Sampled(entry.shape, base.sample(entry)) for name, entry in entries.items()}
-
-
-def _check_names(extraction: _Extraction) -> None:
-    base, tuned = extraction.base, extraction.tuned
-    lost = sorted(base.tensors.keys() - tuned.tensors.keys())
-    new = sorted(name for name in tuned.tensors if extraction.before(name) is None)
-    if lost or new:
-        what = [f"'{name}' is only in the base" for name in lost[:3]]
-        what += [f"'{name}' is only in the fine-tuned one" for name in new[:3]]
-        asked = f"compare '{base.folder}' and '{tuned.folder}'"
-        problem = f"{len(lost) + len(new)} tensor names differ: {'; '.join(what)}"
-        remedy = "Save both with the same version of the same library"
-        raise CheckpointError(asked, problem, f"{remedy}, and tied tensors alike: apart or as one")
+    facts = facts_of(opened.folder if opened.config.get("model_type") else None)
+    write_adapter(state, output, format, facts=facts, overwrite=overwrite)
+    return ExtractReport(tuple(results), n_equal, len(state.sites))
 
 
 @dataclass
@@ -226,6 +185,20 @@ class _Extraction:
         self.of = BaseClass(self.base)
         self.sites: dict[str, SiteState] = {}
         self.trained: dict[str, Tensor] = {}
+
+    def check_names(self) -> None:
+        """Refuse checkpoints whose tensors have other names."""
+        lost = sorted(self.base.tensors.keys() - self.tuned.tensors.keys())
+        new = sorted(name for name in self.tuned.tensors if self.before(name) is None)
+        if lost or new:
+            what = [f"'{name}' is only in the base" for name in lost[:3]]
+            what += [f"'{name}' is only in the fine-tuned one" for name in new[:3]]
+            raise CheckpointError(
+                f"compare '{self.base.folder}' and '{self.tuned.folder}'",
+                f"{len(lost) + len(new)} tensor names differ: {'; '.join(what)}",
+                "Save both with the same version of the same library, and tied tensors alike: "
+                "apart or as one",
+            )
 
     def before(self, name: str) -> TensorEntry | None:
         """Return the base's tensor of a name, or the one that it is tied to there."""
@@ -259,13 +232,19 @@ class _Extraction:
 
     def _same_bytes(self, after: TensorEntry, before: TensorEntry) -> bool:
         """Whether two tensors are one, of whatever dtype."""
-        sides = ((self.tuned, after), (self.base, before))
-        as_bytes = [replace(entry, dtype="U8", shape=(entry.n_bytes,)) for _, entry in sides]
-        files = [RowReader(of.path_of(entry.name)) for of, entry in sides]
-        blocks = [file.blocks(entry, 1) for file, entry in zip(files, as_bytes, strict=True)]
-        return (after.dtype, after.shape) == (before.dtype, before.shape) and all(
-            torch.equal(mine, theirs) for (_, mine), (_, theirs) in zip(*blocks, strict=True)
-        )
+        if (after.dtype, after.shape) != (before.dtype, before.shape):
+            return False
+        mine, theirs = (replace(e, dtype="U8", shape=(e.n_bytes,)) for e in (after, before))
+        return all(torch.equal(new, old) for _, new, old in self._blocks(mine, theirs, 1))
+
+    def _blocks(
+        self, after: TensorEntry, before: TensorEntry, n_cols: int
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield the first row of each block of rows, and the rows of both."""
+        new = RowReader(self.tuned.path_of(after.name)).blocks(after, n_cols)
+        old = RowReader(self.base.path_of(before.name)).blocks(before, n_cols)
+        for (start, mine), (_, theirs) in zip(new, old, strict=True):
+            yield start, mine, theirs
 
     def _whole(self, after: TensorEntry, relative: float | None) -> Extracted:
         """Store a tensor without a low-rank form in full, if `full` is set."""
@@ -280,9 +259,7 @@ class _Extraction:
         """Return the delta, float32, of the tensor's shape, and `|W|`."""
         n_cols, squares = matrix_of(after.shape)[1], 0.0
         delta = torch.empty(after.n_elements // n_cols, n_cols, device="cpu")
-        mine = RowReader(self.base.path_of(before.name)).blocks(before, n_cols)
-        theirs = RowReader(self.tuned.path_of(after.name)).blocks(after, n_cols)
-        for (start, old), (_, new) in zip(mine, theirs, strict=True):
+        for start, new, old in self._blocks(after, before, n_cols):
             delta[start : start + len(new)] = new.to(torch.float32) - old.to(torch.float32)
             squares += float(torch.linalg.vector_norm(old, dtype=torch.float64)) ** 2
         return delta.view(after.shape), math.sqrt(squares)
@@ -297,8 +274,12 @@ class _Extraction:
         ]
         rank = max(len(part.S) for part in parts)
         spec = self._spec(name, shape, rank, len(parts) if stacked else None)
-        A, B = _factors(parts, spec)
-        return SiteState(spec, A, B), _energy_of(parts), all(part.exact for part in parts)
+        halves = [_halves(part, rank, spec.transposed) for part in parts]
+        A = torch.stack([A for A, _ in halves]).reshape(spec.a_shape)
+        B = torch.stack([B for _, B in halves]).reshape(spec.b_shape)
+        total = sum(part.total for part in parts)
+        held = sum(part.energy * part.total for part in parts) / total if total else 1.0
+        return SiteState(spec, A, B), held, all(part.exact for part in parts)
 
     def _further(self, name: str) -> list[str]:
         """Return the names of tied tensors that neither checkpoint holds apart."""
@@ -349,20 +330,6 @@ class _Extraction:
         if isinstance(self.of.module_of(weight), torch.nn.Embedding):
             return "embedding"
         return "conv1d" if self.of.transposed(weight) else "linear"
-
-
-def _factors(parts: Sequence[Decomposed], spec: SiteSpec) -> tuple[Tensor, Tensor]:
-    """Return A and B of a site, stacked if it has experts."""
-    halves = [_halves(part, spec.rank, spec.transposed) for part in parts]
-    if spec.experts is None:
-        return halves[0]
-    return torch.stack([A for A, _ in halves]), torch.stack([B for _, B in halves])
-
-
-def _energy_of(parts: Sequence[Decomposed]) -> float:
-    """Return the share of the squares of all matrices that their decompositions hold."""
-    total = sum(part.total for part in parts)
-    return sum(part.energy * part.total for part in parts) / total if total else 1.0
 
 
 def _halves(part: Decomposed, rank: int, transposed: bool) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -29,11 +28,6 @@ from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats.exchange import read_adapter
 
 _STEP_ELEMENTS = 1 << 20
-_FACTS = attrgetter(
-    *("weight", "kind", "in_features", "out_features", "rank", "alpha", "scaling", "transposed"),
-    *("experts", "spans", "variant"),
-)
-"""Fields of a site that affect its update, besides name and tensors."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +147,9 @@ def digest(adapter: WeightedAdapter) -> str:
     """Return the SHA-256 of an adapter's numbers and its weight; in any order of its sites."""
     sha, rows = hashlib.sha256(repr(adapter.weight).encode()), adapter.state.rows
     for name, site in sorted(adapter.state.sites.items()):
-        chosen = filter(None, (site.spec.only, site.spec.share))
-        sha.update(repr((name, *_FACTS(site.spec), *chosen)).encode())
+        spec = site.spec
+        facts = spec.weight, spec.kind, spec.scale, spec.transposed, spec.experts, spec.spans
+        sha.update(repr((name, *facts, spec.variant, spec.only, spec.share)).encode())
     for name, tensor in sorted(_tensors_of(adapter), key=lambda row: row[0]):
         sha.update(f"{name}{rows.get(name, '')} {tensor.dtype} {tuple(tensor.shape)}".encode())
         for step in _steps(tensor):

@@ -1,27 +1,47 @@
 """The content of each output file, byte for byte, and the source of each byte.
 
-An output file is a header, some ranges copied from the base, and some tensors that are computed. If
-no tensor changes shape or dtype, the header is the base's own and every offset stays the same. The
-kernel then copies everything but the merged tensors in long runs.
+An output file is a header, some tensors copied from the base, and some that are computed. If no
+tensor changes shape or dtype, the header is the base's own and every offset stays the same.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from lora_inject.checkpoint.index import Checkpoint, Shard
 from lora_inject.checkpoint.packed import Packed
-from lora_inject.checkpoint.place import Placed, matrix_of
 from lora_inject.core.files.safetensors_file import FLOATS, Header, TensorEntry, build_header
+from lora_inject.core.functional.factors import Patch
+from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.merge_report import TensorReport
 from lora_inject.core.functional.rounded_fold import Tally, with_tally
 from lora_inject.errors import CheckpointError
+
+
+def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the shape of a tensor seen as one matrix, in its own memory order."""
+    return (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Low-rank updates on some rows of one tensor."""
+
+    source: TensorEntry  # the base's tensor with the rows
+    start: int  # first row of the tensor's matrix
+    stop: int  # first row after
+    n_cols: int  # columns of the tensor's matrix
+    terms: tuple[Patch, ...]  # the updates, on a matrix of `stop - start` rows
+    gain: Gain | None = None  # factor on the outputs of W + the terms (DoRA)
+
+    @property
+    def site(self) -> str:
+        """Name of the site."""
+        return self.terms[0].spec.name
 
 
 @dataclass
@@ -116,7 +136,7 @@ class TensorJob:
         if not self.placed:
             return matrix_of(self.shape)
         n_cols = self.placed[0].n_cols
-        return torch.Size(self.shape).numel() // n_cols, n_cols
+        return math.prod(self.shape) // n_cols, n_cols
 
     def report(self, tally: Tally) -> TensorReport:
         """Return a report of what was done to the tensor."""
@@ -132,14 +152,6 @@ def clash(name: str, problem: str, adapters: Sequence[str] = ()) -> CheckpointEr
     return CheckpointError(f"merge {both}into '{name}'", problem, remedy)
 
 
-class Copy(NamedTuple):
-    """An unchanged range of bytes: its place in the base's shard and in the output's."""
-
-    source_start: int
-    target_start: int
-    n_bytes: int
-
-
 @dataclass(frozen=True)
 class OutputShard:
     """One file of the output."""
@@ -147,8 +159,9 @@ class OutputShard:
     name: str  # its plain file name
     base: Shard | None  # the base's shard of the same name, None for a new one
     header: Header
-    copies: tuple[Copy, ...]  # ranges to copy from `base`
-    jobs: tuple[TensorJob, ...]  # tensors to compute
+    # what is computed, and tensors of `base` that are copied, in the order of the file; a tensor
+    # that is quantized again is there for each of its parts
+    content: tuple[TensorJob | TensorEntry, ...]
 
     @property
     def n_bytes(self) -> int:
@@ -161,8 +174,18 @@ class OutputShard:
         return self.n_bytes - len(self.header.raw)
 
     @property
+    def copied_bytes(self) -> int:
+        """Bytes of the tensors that are copied."""
+        return sum(part.n_bytes for part in self.content if isinstance(part, TensorEntry))
+
+    @property
+    def jobs(self) -> tuple[TensorJob, ...]:
+        """The tensors to compute."""
+        return tuple({p.name: p for p in self.content if isinstance(p, TensorJob)}.values())
+
+    @property
     def same_layout(self) -> bool:
-        """Whether every offset is the base's, so that the whole file can be cloned."""
+        """Whether every offset is the base's."""
         return self.base is not None and self.header.raw == self.base.header.raw
 
 
@@ -178,75 +201,34 @@ def lay_out(checkpoint: Checkpoint, jobs: Mapping[str, TensorJob]) -> tuple[Outp
     added = [job for job in jobs.values() if not job.stored]
     shards = []
     for shard in checkpoint.shards.values():
-        more = _renamed_in(shard, checkpoint, jobs) + (added if one_file else [])
-        shards.append(_lay_out(shard.name, shard, by_output, more, dropped))
+        stored = shard.header.tensors
+        more = [  # packed tensors that have another name when unpacked
+            job for name, job in jobs.items()
+            if name in checkpoint.packed.keys() - stored.keys()
+            and job.source_shard == shard.name and not job.again
+        ]  # fmt: skip
+        staying = [entry for name, entry in stored.items() if name not in dropped]
+        content = [by_output.get(entry.name, entry) for entry in staying]
+        content += [*more, *(added if one_file else ())]
+        shards.append(OutputShard(shard.name, shard, _header(content, staying, shard), (*content,)))
     if added and not one_file:
         name = f"{checkpoint.stem}-added.safetensors"
         while name in checkpoint.shards:
             name = name.replace("-added", "-added-added", 1)
-        shards.append(_lay_out(name, None, {}, added, frozenset()))
+        shards.append(OutputShard(name, None, _header(added, [], None), (*added,)))
     return tuple(shards)
 
 
-def _renamed_in(
-    shard: Shard, checkpoint: Checkpoint, jobs: Mapping[str, TensorJob]
-) -> list[TensorJob]:
-    """Return the jobs of packed tensors of a file that have another name when unpacked."""
-    names = [name for name, job in jobs.items() if name in checkpoint.packed and not job.again]
-    return [
-        jobs[name]
-        for name in names
-        if jobs[name].source_shard == shard.name and name not in shard.header.tensors
+def _header(
+    content: Sequence[TensorJob | TensorEntry], staying: Sequence[TensorEntry], base: Shard | None
+) -> Header:
+    """Return the header of a file, of which the first tensors stay; the base's if it is right."""
+    rows = [
+        staying[at] if isinstance(part, TensorJob) and part.again else part
+        for at, part in enumerate(content)
     ]
-
-
-def _lay_out(
-    name: str,
-    base: Shard | None,
-    jobs: Mapping[str, TensorJob],
-    added: Iterable[TensorJob],
-    dropped: frozenset[str],
-) -> OutputShard:
-    """Lay out one file: `added` behind the base's tensors, without those that are `dropped`.
-
-    `jobs` are by the names of the tensors that are computed for them.
-    """
-    entries = [] if base is None else list(base.header.tensors.values())
-    staying = [entry for entry in entries if entry.name not in dropped]
-    unchanged = [entry for entry in staying if entry.name not in jobs]
-    computed = {jobs[e.name].name: jobs[e.name] for e in staying if e.name in jobs}
-    rows: list[TensorJob | TensorEntry] = []
-    for entry in staying:
-        job = jobs.get(entry.name)
-        rows.append(entry if job is None or job.again else job)
-    header = _header_of([*rows, *added], base)
-    return OutputShard(name, base, header, _copies(unchanged, header), (*computed.values(), *added))
-
-
-def header_digest(header: Header) -> str:
-    """Return the SHA-256 of a header as it is in the file, in hexadecimal."""
-    return hashlib.sha256(header.raw).hexdigest()
-
-
-def _header_of(rows: Iterable[TensorJob | TensorEntry], base: Shard | None) -> Header:
-    """Return the header of a file with some tensors: the base's own one if it is right."""
     tensors = [(row.name, row.dtype, row.shape) for row in rows]
     if base is None:
         return build_header(tensors, {"format": "pt"})
-    entries = base.header.tensors.values()
-    if tensors == [(entry.name, entry.dtype, entry.shape) for entry in entries]:
-        return base.header
-    return build_header(tensors, base.header.metadata)
-
-
-def _copies(entries: Iterable[TensorEntry], header: Header) -> tuple[Copy, ...]:
-    """Join neighboring tensors that stay neighbors into single copies."""
-    copies: list[Copy] = []
-    for entry in entries:
-        copy = Copy(entry.start, header.tensors[entry.name].start, entry.n_bytes)
-        source, target, n_bytes = copies[-1] if copies else Copy(-1, -1, 0)
-        if (source + n_bytes, target + n_bytes) == copy[:2]:
-            copies[-1] = Copy(source, target, n_bytes + copy.n_bytes)
-        elif copy.n_bytes:
-            copies.append(copy)
-    return tuple(copies)
+    there = [(entry.name, entry.dtype, entry.shape) for entry in base.header.tensors.values()]
+    return base.header if tensors == there else build_header(tensors, base.header.metadata)

@@ -2,6 +2,7 @@
 
 A quantized tensor is stored as several tensors, its parts: codes, scales, tables. Supported are
 bitsandbytes' 4 and 8 bits, float8 with scales, NVFP4, the MXFP4 experts of GPT-OSS, GPTQ and AWQ.
+`quantized_base` finds them in the files.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +20,7 @@ from torch.nn.functional import pad
 
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.core.adapter.packing import glimpse
-from lora_inject.core.files.row_reader import RowReader, rows_per_block
+from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import DTYPES, FLOATS, TensorEntry
 from lora_inject.errors import CheckpointError
 from lora_inject.experts import stack_formats
@@ -27,6 +29,13 @@ _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the places in a word of eight neighbors
 
 Rows = Callable[[int, int], Tensor]
 """Function of `(start, stop)` to float32 rows `(stop - start, cols)` of a tensor's matrix."""
+PartRows = Callable[[str, int, int, int], Tensor]
+"""Function of `(role, n_cols, start, stop)` to rows of a part that is seen with so many columns."""
+
+
+def rows_in_memory(parts: Mapping[str, Tensor]) -> PartRows:
+    """Return the function to rows of parts that are given as tensors."""
+    return lambda role, n_cols, start, stop: parts[role].reshape(-1, n_cols)[start:stop]
 
 
 @dataclass(frozen=True)
@@ -36,8 +45,8 @@ class Packed(ABC):
     base: Checkpoint  # the checkpoint as it is stored
     shape: tuple[int, ...]  # its dimensions when dequantized
     parts: Mapping[str, TensorEntry]  # the stored tensors by role; `codes` is the largest
-    held: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)  # read instead of parts
 
+    title: ClassVar[str]  # what messages call the format
     written: ClassVar[tuple[str, ...]] = ()  # roles of the parts that `encoded` makes, if any
 
     @property
@@ -45,9 +54,19 @@ class Packed(ABC):
         """The name of the format in reports."""
         return type(self).__name__.lower()
 
-    @abstractmethod
     def rows(self) -> Rows:
-        """Read the scales, and return the function that reads values; for one thread."""
+        """Return the function that reads values, each result valid until the next call."""
+        readers = {e.name: RowReader(self.base.path_of(e.name)) for e in self.parts.values()}
+
+        def rows_of_part(role: str, n_cols: int, start: int, stop: int) -> Tensor:
+            entry = self.parts[role]
+            return readers[entry.name].rows(entry, n_cols, start, stop)
+
+        return partial(self.values, rows_of_part)
+
+    @abstractmethod
+    def values(self, part: PartRows, start: int, stop: int) -> Tensor:
+        """Return rows of the matrix, float32, of its parts."""
 
     @property
     def unit(self) -> int:
@@ -64,20 +83,8 @@ class Packed(ABC):
 
     def part(self, role: str) -> Tensor:
         """Return a whole part."""
-        if role in self.held:
-            return self.held[role]
         entry = self.parts[role]
         return RowReader(self.base.path_of(entry.name)).whole(entry)
-
-    def read(self, role: str = "codes", n_cols: int = 1, *, as_bytes: bool = False) -> Rows:
-        """Return the function that reads rows of a part, each result valid until the next call."""
-        if role in self.held:
-            flat = self.held[role].flatten()
-            rows = (flat.view(torch.uint8) if as_bytes else flat).view(-1, n_cols)
-            return lambda start, stop: rows[start:stop]
-        entry = replace(self.parts[role], dtype="U8") if as_bytes else self.parts[role]
-        reader = RowReader(self.base.path_of(entry.name))
-        return lambda start, stop: reader.rows(entry, n_cols, start, stop)
 
 
 @dataclass(frozen=True)
@@ -86,18 +93,16 @@ class Float8(Packed):
 
     block: tuple[int, int]
     powers: bool  # whether the scales are powers of two
+    title = "float8 with scales"
     written = ("codes", "scales")
 
-    def rows(self) -> Rows:  # noqa: D102
-        codes, (high, wide) = self.read(n_cols=self.shape[1]), self.block
-        scales = self.part("scales").float().reshape(-1, -(-self.shape[1] // wide))
-
-        def read(start: int, stop: int) -> Tensor:
-            per_row = scales[torch.arange(start, stop, device="cpu") // high]
-            spread = per_row.repeat_interleave(wide, dim=1)[:, : self.shape[1]]
-            return codes(start, stop).float() * spread
-
-        return read
+    def values(self, part: PartRows, start: int, stop: int) -> Tensor:  # noqa: D102
+        (high, wide), n_cols = self.block, self.shape[1]
+        first = start // high
+        scales = part("scales", -(-n_cols // wide), first, -(-stop // high))
+        of_rows = scales[torch.arange(start, stop, device="cpu") // high - first]
+        codes = part("codes", n_cols, start, stop)
+        return stack_formats.Float8Stack((1, wide)).values({"codes": codes, "scales": of_rows})
 
     @property
     def unit(self) -> int:  # noqa: D102
@@ -107,13 +112,12 @@ class Float8(Packed):
         (n_rows, n_cols), (high, wide) = values.shape, self.block
         padded = pad(values, (0, -n_cols % wide, 0, -n_rows % high))
         blocks = padded.view(-1, high, padded.shape[1] // wide, wide)
-        scales = blocks.abs().amax(dim=(1, 3)) / stack_formats.MAX_FLOAT8
+        most = stack_formats.MAX_FLOAT8
+        scales = blocks.abs().amax(dim=(1, 3)) / most
         scales = scales.log2().ceil().exp2() if self.powers else scales
         scales = scales.to(DTYPES[self.parts["scales"].dtype])
         scaled = blocks / _divisor(scales.float())[:, None, :, None]
-        codes = scaled.clamp(-stack_formats.MAX_FLOAT8, stack_formats.MAX_FLOAT8).to(
-            torch.float8_e4m3fn
-        )
+        codes = scaled.clamp(-most, most).to(torch.float8_e4m3fn)
         return {"codes": codes.view(padded.shape)[:n_rows, :n_cols].contiguous(), "scales": scales}
 
 
@@ -125,17 +129,14 @@ class Nvfp4(Packed):
     """
 
     divides: bool  # whether the scale of all divides the others
+    title = "NVFP4"
     written = ("codes", "scales")
 
-    def rows(self) -> Rows:  # noqa: D102
-        n_in = self.shape[1]
-        values = self._form.values
-        codes = self.read(n_cols=n_in // 2, as_bytes=True)
-        whole = self.part("whole").float()
-        scales = self.read("scales", n_in // stack_formats.NVFP4_GROUP)
-        return lambda start, stop: values(
-            {"codes": codes(start, stop), "scales": scales(start, stop), "whole": whole}
-        )
+    def values(self, part: PartRows, start: int, stop: int) -> Tensor:  # noqa: D102
+        n_in, group = self.shape[1], stack_formats.NVFP4_GROUP
+        codes = part("codes", n_in // 2, start, stop)
+        scales = part("scales", n_in // group, start, stop)
+        return self._form.values({"codes": codes, "scales": scales, "whole": self.part("whole")})
 
     @property
     def _form(self) -> stack_formats.Nvfp4Stack:
@@ -147,7 +148,7 @@ class Nvfp4(Packed):
         Raises:
             CheckpointError: A value is further beyond all of them than they are from each other.
         """
-        whole = self.part("whole").float()
+        whole = self.part("whole")
         unit = self._form.scales(torch.ones(()), whole)
         groups = values.view(len(values), -1, stack_formats.NVFP4_GROUP)
         largest = groups.abs().amax(dim=2)
@@ -169,11 +170,12 @@ class Nvfp4(Packed):
 class Int8(Packed):
     """Int8 of bitsandbytes: `W = q * s / 127`, one scale for every row."""
 
+    title = "bitsandbytes 8-bit"
     written = ("codes", "scales")
 
-    def rows(self) -> Rows:  # noqa: D102
-        codes, scales = self.read(n_cols=self.shape[1]), self.part("scales").float().flatten() / 127
-        return lambda start, stop: codes(start, stop).float() * scales[start:stop, None]
+    def values(self, part: PartRows, start: int, stop: int) -> Tensor:  # noqa: D102
+        scales = part("scales", 1, start, stop).float() / 127
+        return part("codes", self.shape[1], start, stop).float() * scales
 
     def encoded(self, values: Tensor) -> dict[str, Tensor]:  # noqa: D102
         scales = values.abs().amax(dim=1)
@@ -192,6 +194,7 @@ class FourBit(Packed):
     """
 
     state: Mapping[str, Any]
+    title = "bitsandbytes 4-bit"
     written = ("codes", "absmax", "nested_absmax")
 
     @property
@@ -202,29 +205,27 @@ class FourBit(Packed):
     def _nested(self) -> bool:
         return "nested_absmax" in self.parts
 
-    def rows(self) -> Rows:  # noqa: D102
-        code, absmax = self.part("quant_map").float(), self._absmax()
+    def values(self, part: PartRows, start: int, stop: int) -> Tensor:  # noqa: D102
         block, n_cols, dtype = self.state["blocksize"], self.shape[1], FLOATS[self.state["dtype"]]
-        read_bytes = self.read(as_bytes=True)
+        first, last = start * n_cols, stop * n_cols
+        both = part("codes", 1, first // 2, -(-last // 2)).flatten().int()
+        codes = torch.stack([both >> 4, both & 15], dim=1).flatten()[first % 2 :]
+        scales = self._scales(part, first // block, -(-last // block))
+        of_block = torch.arange(first, last, device="cpu") // block - first // block
+        table = self.part("quant_map").float()
+        values = table[codes[: last - first]] * scales[of_block]
+        return values.to(dtype).float().view(-1, n_cols)
 
-        def read(start: int, stop: int) -> Tensor:
-            first, last = start * n_cols, stop * n_cols
-            packed = read_bytes(first // 2, -(-last // 2)).flatten().int()
-            codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[first % 2 :]
-            of_block = torch.arange(first, last, device="cpu") // block
-            values = code[codes[: last - first]] * absmax[of_block]
-            return values.to(dtype).float().view(-1, n_cols)
-
-        return read
-
-    def _absmax(self) -> Tensor:
-        absmax = self.part("absmax").flatten()
+    def _scales(self, part: PartRows, first: int, last: int) -> Tensor:
+        """Return the scales of some blocks."""
+        scales = part("absmax", 1, first, last).flatten()
         if not self._nested:
-            return absmax.float()
-        of_block = torch.arange(absmax.numel(), device="cpu") // self.state["nested_blocksize"]
-        scales = self.part("nested_absmax").float().flatten()[of_block]
-        offset: float = self.state["nested_offset"]
-        return self.part("nested_quant_map").float()[absmax.long()] * scales + offset
+            return scales.float()
+        size = self.state["nested_blocksize"]
+        of_block = torch.arange(first, last, device="cpu") // size - first // size
+        nested = part("nested_absmax", 1, first // size, -(-last // size)).float().flatten()
+        table, offset = self.part("nested_quant_map").float(), float(self.state["nested_offset"])
+        return table[scales.long()] * nested[of_block] + offset
 
     @property
     def unit(self) -> int:  # noqa: D102
@@ -234,19 +235,18 @@ class FourBit(Packed):
 
     def encoded(self, values: Tensor) -> dict[str, Tensor]:
         """Return the contents of parts; packed scales are relative to the base's offset."""
-        codes, absmax = _nearest(self.part("quant_map"), values, self.state["blocksize"])
+        codes, scales = _nearest(self.part("quant_map"), values, self.state["blocksize"])
         codes = codes[: values.numel() + values.numel() % 2]
-        packed = codes[::2] << 4 | codes[1::2]
+        both = codes[::2] << 4 | codes[1::2]
         if not self._nested:
-            return {"codes": packed, "absmax": absmax}
-        shifted, size = absmax - self.state["nested_offset"], self.state["nested_blocksize"]
-        nested, scales = _nearest(self.part("nested_quant_map"), shifted, size)
-        return {"codes": packed, "absmax": nested[: absmax.numel()], "nested_absmax": scales}
+            return {"codes": both, "absmax": scales}
+        shifted, size = scales - self.state["nested_offset"], self.state["nested_blocksize"]
+        absmax, nested = _nearest(self.part("nested_quant_map"), shifted, size)
+        return {"codes": both, "absmax": absmax[: scales.numel()], "nested_absmax": nested}
 
     def packing(self) -> str:  # noqa: D102
         state = f"{self.state['quant_type']}, blocks of {self.state['blocksize']}"
-        codes = self.part("codes").flatten().view(torch.uint8)
-        return f"Params4bit, {state}, {self.shape}, {glimpse(codes)}"
+        return f"Params4bit, {state}, {self.shape}, {glimpse(self.part('codes').flatten())}"
 
 
 @dataclass(frozen=True)
@@ -256,29 +256,20 @@ class Mxfp4(Packed):
     Source: `transformers/integrations/mxfp4.py`, convert_moe_packed_tensors.
     """
 
-    def rows(self) -> Rows:  # noqa: D102
-        read_codes, read_scales = self.read(), self.read("scales")
+    title = "MXFP4"
+
+    def values(self, part: PartRows, start: int, stop: int) -> Tensor:  # noqa: D102
         n_in, n_out = self.shape[1:]
-        values = stack_formats.Mxfp4Stack().values
-        latest: dict[int, Tensor] = {}
-
-        def expert(index: int) -> Tensor:
-            if index not in latest:
-                size = n_out * n_in // 2
-                codes = read_codes(index * size, (index + 1) * size).view(n_out, -1)
-                scales = read_scales(index * size // 16, (index + 1) * size // 16).view(n_out, -1)
-                latest.clear()
-                latest[index] = values({"codes": codes, "scales": scales}).t()
-            return latest[index]
-
-        def read(start: int, stop: int) -> Tensor:
-            pieces = []
-            for index in range(start // n_in, -(-stop // n_in)):
-                first, last = max(start - index * n_in, 0), min(stop - index * n_in, n_in)
-                pieces.append(expert(index)[first:last])
-            return torch.cat(pieces)
-
-        return read
+        pieces = []
+        for expert in range(start // n_in, -(-stop // n_in)):
+            first, last = max(start - expert * n_in, 0), min(stop - expert * n_in, n_in)
+            groups = slice(first // 32, -(-last // 32))  # of inputs, with all outputs
+            outputs = expert * n_out, (expert + 1) * n_out
+            codes = part("codes", n_in // 2, *outputs).view(n_out, -1, 16)[:, groups].flatten(1)
+            scales = part("scales", n_in // 32, *outputs)[:, groups]
+            values = stack_formats.Mxfp4Stack().values({"codes": codes, "scales": scales})
+            pieces.append(values.t()[first % 32 :][: last - first])
+        return torch.cat(pieces)
 
 
 @dataclass(frozen=True)
@@ -297,34 +288,44 @@ class PackedWords(Packed):
     bits: int
     size: int  # inputs in a group, if there is no part `groups` (`g_idx`)
     less_one: bool  # whether 1 was subtracted from the zeros
+    title = "GPTQ or AWQ"
 
     @property
     def form(self) -> str:  # noqa: D102
         return self.method
 
-    def rows(self) -> Rows:  # noqa: D102
-        n_in, scales, zeros = self.shape[1], self.part("scales"), self.part("zeros")
-        if self.less_one:  # in whole words, as it was subtracted
-            zeros = zeros + sum(1 << at for at in range(0, 32, self.bits))
-        zeros, groups = self._codes(zeros), torch.arange(n_in, device="cpu") // self.size
+    def rows(self) -> Rows:
+        """Return the function that reads values; the parts are in memory, as rows are columns."""
+        return partial(self.values, rows_in_memory({role: self.part(role) for role in self.parts}))
+
+    def values(self, part: PartRows, start: int, stop: int) -> Tensor:  # noqa: D102
+        n_in, n_packed = self.shape[1], 32 // self.bits if self.method == "awq" else 1
+
+        def columns(role: str, first: int, last: int) -> Tensor:
+            n_rows, n_cols = self.parts[role].shape
+            return part(role, n_cols, 0, n_rows)[:, first:last]
+
+        words = columns("codes", start // n_packed, -(-stop // n_packed))
+        if n_packed == 1:
+            codes = self._codes(words.t())
+        else:
+            codes = self._codes(words)[:, start % n_packed :][:, : stop - start].t()
+        groups = torch.arange(n_in, device="cpu") // self.size
         if "groups" in self.parts:
-            groups = self.part("groups").long()
-        columns, n_packed = self._columns(), 32 // self.bits if self.method == "awq" else 1
-
-        def read(start: int, stop: int) -> Tensor:
-            words = columns(start // n_packed, -(-stop // n_packed))
-            if n_packed == 1:
-                codes = self._codes(words.t())
-            else:
-                codes = self._codes(words)[:, start % n_packed :][:, : stop - start].t()
-            z, s = (t[:, start:stop].t()[:, groups] for t in (zeros, scales))
-            return ((codes - z) * s.float()).to(scales.dtype).float().contiguous()
-
-        return read
+            groups = part("groups", n_in, 0, 1)[0].long()
+        scales = columns("scales", start, stop)
+        zeros = self._zeros(columns("zeros", 0, self.parts["zeros"].shape[1]))[:, start:stop]
+        z, s = (t.t()[:, groups] for t in (zeros, scales))
+        return ((codes - z) * s.float()).to(scales.dtype).float().contiguous()
 
     def wraps(self) -> bool:
         """Return whether programs differ on the zeros: 1 more than some needs a further bit."""
         return self.less_one and bool((self._codes(self.part("zeros")) == 2**self.bits - 1).any())
+
+    def _zeros(self, words: Tensor) -> Tensor:
+        if self.less_one:  # in whole words, as it was subtracted
+            words = words + sum(1 << at for at in range(0, 32, self.bits))
+        return self._codes(words)
 
     def _codes(self, words: Tensor) -> Tensor:
         """Unpack words `(n, m)` to codes `(n, m * 32 / bits)`."""
@@ -334,23 +335,6 @@ class PackedWords(Packed):
         )
         codes: Tensor = words[..., None] >> shifts & 2**self.bits - 1
         return codes.flatten(1)
-
-    def _columns(self) -> Rows:
-        """Return the function that reads columns of words, those of one span at a time."""
-        n_rows, n_cols = self.parts["codes"].shape
-        read_words, width = self.read(), rows_per_block(n_rows, 2)
-        first, held = 0, torch.empty(n_rows, 0, dtype=torch.int32, device="cpu")
-
-        def read(start: int, stop: int) -> Tensor:
-            nonlocal first, held
-            if not first <= start <= stop <= first + held.shape[1]:
-                first, last = start, min(n_cols, max(stop, start + width))
-                held = torch.empty(n_rows, last - first, dtype=torch.int32, device="cpu")
-                for row, at in enumerate(range(0, n_rows * n_cols, n_cols)):
-                    held[row] = read_words(at + first, at + last).flatten()
-            return held[:, start - first : stop - first]
-
-        return read
 
 
 def _divisor(scales: Tensor) -> Tensor:

@@ -6,15 +6,13 @@ other byte is compared with the base's. No record of the merge is used.
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lora_inject.checkpoint.formula import check_formula
 from lora_inject.checkpoint.index import (
@@ -25,10 +23,10 @@ from lora_inject.checkpoint.index import (
 )
 from lora_inject.checkpoint.merge_inputs import Given, MergeOptions
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
-from lora_inject.checkpoint.output_files import Copy, OutputShard
-from lora_inject.checkpoint.write import BytesDone, Progress, work_through
+from lora_inject.checkpoint.output_files import OutputShard
+from lora_inject.checkpoint.pieces import BytesDone, Progress, stream
 from lora_inject.core.files.row_reader import read_at
-from lora_inject.core.files.safetensors_file import FLOATS, Header, TensorEntry, read_header
+from lora_inject.core.files.safetensors_file import FLOATS, Header, read_header
 from lora_inject.core.spec.names import counted
 from lora_inject.core.spec.tables import MOST_NAMES, in_bytes, wrapped
 from lora_inject.core.spec.words import printable
@@ -185,13 +183,41 @@ def _verify_shard(
         problem = error.found
     if problem:
         return VerifyReport(problems=(f"'{shard.name}': {problem}",))
-    with path.open("rb") as file:
-        compared = _Compared(shard, file.fileno())
-        work_through(shard, plan, shard.copies, compared, counter)
-    report = compared.report()
-    if report.problems:
-        return report
-    return report + VerifyReport(problems=tuple(check_formula(plan, shard, path)))
+    found = _compared(plan, shard, path, counter)
+    if found.problems:
+        return found
+    return replace(found, problems=tuple(check_formula(plan, shard, path)))
+
+
+def _compared(plan: MergePlan, shard: OutputShard, path: Path, counter: BytesDone) -> VerifyReport:
+    """Compare the pieces of a file with those that are due."""
+    there, near, far = shard.header.tensors, Counter[str](), Counter[str]()
+    copied_bytes, differing = 0, dict[str, None]()
+    with path.open("rb") as file, stream(shard, plan) as (pieces, _):
+        for piece in pieces:
+            written = _read(file.fileno(), piece.at, piece.n_bytes)
+            counter(piece.n_bytes)
+            if piece.source is None:
+                if written != piece.data:
+                    off = _distances(written, piece.data, there[piece.name].dtype)
+                    near[piece.name] += off[0]
+                    far[piece.name] += off[1]
+                continue
+            due = _read(piece.source.fd, piece.start, piece.n_bytes)
+            if written == due:
+                copied_bytes += piece.n_bytes
+            else:
+                first = next(i for i in range(piece.n_bytes) if written[i] != due[i])
+                differing[_where(shard, piece.at + first)] = None
+    problems, names = [*differing], [n for j in shard.jobs for n in j.outputs if n in there]
+    for name in names:
+        size = there[name].n_elements
+        if far[name]:
+            problems.append(f"'{name}': {far[name]} of {size} values are wrong")
+        elif near[name] > MOST_NEIGHBORS * size:
+            problems.append(f"'{name}': {near[name]} of {size} values are one unit off")
+    n_values = sum(there[name].n_elements for name in names)
+    return VerifyReport(len(names), n_values, near.total(), copied_bytes, tuple(problems))
 
 
 def _other_header(there: Header, due: Header) -> str:
@@ -206,61 +232,17 @@ def _other_header(there: Header, due: Header) -> str:
     return f"{words}: '{others[0]}' is {mine} and not {wanted}, as with another dtype (--dtype)"
 
 
-class _Compared:
-    """An existing file, compared with its expected content."""
-
-    def __init__(self, shard: OutputShard, fd: int) -> None:
-        self.shard, self.fd, self.lock = shard, fd, threading.Lock()
-        self.near, self.far = Counter[str](), Counter[str]()  # values that differ, by tensor
-        self.copied_bytes = 0
-        self.differing: dict[str, int] = {}  # what a wrong byte says, and the first such byte
-
-    def computed(self, entry: TensorEntry, at: int, data: memoryview) -> None:
-        written = _read(self.fd, at, len(data))
-        if written != data:
-            dtype = FLOATS.get(entry.dtype, torch.uint8)
-            mine, wanted = (torch.frombuffer(b, dtype=dtype) for b in (written, data))
-            near, far = _compare(mine, wanted)
-            with self.lock:
-                self.near[entry.name] += near
-                self.far[entry.name] += far
-
-    def copied(self, source: int, copy: Copy) -> None:
-        mine = _read(self.fd, copy.target_start, copy.n_bytes)
-        theirs = _read(source, copy.source_start, copy.n_bytes)
-        with self.lock:
-            if mine == theirs:
-                self.copied_bytes += copy.n_bytes
-                return
-            first = next(i for i in range(copy.n_bytes) if mine[i] != theirs[i])
-            position = copy.target_start + first
-            self.differing.setdefault(_where(self.shard, position), position)
-
-    def report(self) -> VerifyReport:
-        problems = sorted(self.differing, key=lambda problem: self.differing[problem])
-        there, names = self.shard.header.tensors, [n for j in self.shard.jobs for n in j.outputs]
-        entries = [there[name] for name in names if name in there]
-        for name, size in ((entry.name, entry.n_elements) for entry in entries):
-            if self.far[name]:
-                problems.append(f"'{name}': {self.far[name]} of {size} values are wrong")
-            elif self.near[name] > MOST_NEIGHBORS * size:
-                problems.append(f"'{name}': {self.near[name]} of {size} values are one unit off")
-        n_values = sum(entry.n_elements for entry in entries)
-        return VerifyReport(
-            len(entries), n_values, self.near.total(), self.copied_bytes, tuple(problems)
-        )
-
-
 def _read(fd: int, at: int, n_bytes: int) -> bytearray:
     data = bytearray(n_bytes)
     read_at(fd, memoryview(data), at)
     return data
 
 
-def _compare(written: Tensor, wanted: Tensor) -> tuple[int, int]:
+def _distances(written: bytearray, due: memoryview, dtype: str) -> tuple[int, int]:
     """Count values that are one unit in the last place off, and those that are further off."""
-    bits = _BITS[wanted.element_size()]
-    apart = (written.view(bits).long() - wanted.view(bits).long()).abs()  # of floats of one sign
+    both = [torch.frombuffer(b, dtype=FLOATS.get(dtype, torch.uint8)) for b in (written, due)]
+    bits = _BITS[both[0].element_size()]
+    apart = (both[0].view(bits).long() - both[1].view(bits).long()).abs()  # of floats of one sign
     near = int((apart == 1).sum())
     return near, int(apart.count_nonzero()) - near
 

@@ -265,7 +265,7 @@ def test_stacked_experts_that_the_file_keeps_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "names"),
     [
-        ({"fc.qweight": torch.ones(7, 9)}, ["16-bit"]),
+        ({"fc.qweight": torch.ones(7, 9).int()}, ["16-bit"]),
         ({"fc.weight": torch.ones(7, 9).to(torch.int16)}, ["fc.weight", "I16"]),
     ],
 )

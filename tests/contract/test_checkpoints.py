@@ -182,17 +182,17 @@ def peak_of_merging(folder: Path) -> float:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the system's own account")
-def test_memory_grows_neither_with_the_base_nor_with_the_adapter(tmp_path: Path, forks) -> None:
-    """Six times the weights, and an adapter of 75 MB: the same peak within 16 MiB."""
-    for n_layers in (2, 12):
+def test_memory_does_not_grow_with_the_base(tmp_path: Path, forks) -> None:
+    """Six times the weights: the same peak within 16 MiB."""
+    for n_layers in (8, 48):
         folder = tmp_path / str(n_layers)
         names = [f"layers.{i}.up_proj" for i in range(n_layers)]
         save_checkpoint(
             folder / "base", {f"{name}.weight": torch.ones(2048, 1024).bfloat16() for name in names}
         )
-        rows = (linear(name, 1024, 2048, rank=512) for name in names)
+        rows = (linear(name, 1024, 2048) for name in names)
         li.write_adapter(state_of(*rows, size=1e-3), folder / "adapter")
-    few, many = (forks.start(peak_of_merging, tmp_path / n).result() for n in ("2", "12"))
+    few, many = (forks.start(peak_of_merging, tmp_path / n).result() for n in ("8", "48"))
     assert abs(many - few) < 16, (few, many)
 
 

@@ -270,7 +270,7 @@ INT8 = {"q.weight": torch.zeros(8, 8, dtype=torch.int8), "q.weight_scale": torch
 FLOATS, AGAIN = {"dequantize": "bfloat16"}, {"requantize": True}
 UNKNOWN: dict[str, tuple[dict[str, Tensor], dict[str, Any], list[str]]] = {
     "packed words": ({"q.qweight": torch.zeros(8, 8).int()}, FLOATS, ["'q.qweight'", "16-bit"]),
-    "integers": (INT8, FLOATS, ["'q.weight'", "int8"]),
+    "integers": (INT8, FLOATS, ["'q.weight'", "I8"]),
     "no scales": ({"q.weight": torch.zeros(8, 8).to(torch.float8_e4m3fn)}, FLOATS, ["scales"]),
     "nothing packed": ({}, FLOATS, ["dtype='bfloat16'"]),
     "nothing to pack": ({}, AGAIN, ["requantize"]),

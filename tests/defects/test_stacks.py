@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lora_inject as li
-from lora_inject.checkpoint import place
+from lora_inject.checkpoint.places import Places
 
 pytestmark = needs_transformers_5
 RANK, SCALE = 2, 1.5
@@ -84,7 +84,7 @@ def test_a_square_stack_that_is_merged_the_wrong_way_round_is_found(
 
     model, _ = base_of(8, tmp_path / "base")
     of_peft_018(model, tmp_path / "adapter")
-    monkeypatch.setattr(place.Orientation, "transposed", of_shape)
+    monkeypatch.setattr(Places, "is_transposed", of_shape)
     with refused(li.CheckpointError, "verify", f"'{MODULE}.0.gate_proj.weight'", "formula"):
         merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
 

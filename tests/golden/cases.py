@@ -214,10 +214,8 @@ def squared(out: Tensor, batch: Tensor) -> Tensor:
     return (out - batch[:, :2] + batch[:, 2:]).square().mean()
 
 
-# A merge on disk, proofs, a run of Trainer -------------------------------------------------------
+# Proofs, a run of Trainer ------------------------------------------------------------------------
 
-MERGED_AT = 1_780_000_000_000_000_000
-"""When the base of the merge was written, in ns: a merge goes on with the base it began with."""
 TRAINED = config("q_proj", "v_proj", train=[r"model\.norm"])
 
 

@@ -6,7 +6,6 @@ hold each trial's tensors and AdamW. Outputs are held to those that it computed,
 reference in float64 of the tensors in the file.
 """
 
-import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -59,7 +58,7 @@ def expected_output(path: Path) -> Tensor:
 
 def test_no_archive_is_left_unread() -> None:
     due = {archive("kinds", name) for name in KINDS} | {archive("cases", name) for name in CASES}
-    due |= {archive(n) for n in ("state dict", "trials", "search", "merge", "proof", "trainer")}
+    due |= {archive(n) for n in ("state dict", "trials", "search", "proof", "trainer")}
     assert {*FILES.rglob("*.zip")} == due
 
 
@@ -191,25 +190,6 @@ def test_an_interrupted_search_goes_on_to_the_same_result(unpack: Unpack) -> Non
     found, best = (li.adapter_parameters(model, name) for name in ("found", "best"))
     for key, tensor in found.items():
         assert error(tensor, best[key]) < EXACT
-
-
-def test_a_merge_that_was_interrupted_at_half_is_finished_and_not_begun_again(
-    unpack: Unpack,
-) -> None:
-    path = unpack("merge")
-    for file in (path / "base").glob("*.safetensors"):
-        os.utime(file, ns=(cases.MERGED_AT, cases.MERGED_AT))
-    report = li.merge_checkpoint(path / "base", [path / "adapter.safetensors"], path / "out")
-    assert report.resumed == ("model-00001-of-00003.safetensors",)
-    factors = load_file(path / "adapter.safetensors")
-    for i in range(3):
-        name = f"model-0000{i + 1}-of-00003.safetensors"
-        base, merged = load_file(path / "base" / name), load_file(path / "out" / name)
-        A, B = (factors[f"{role}/layer_{i}"].double() for role in "AB")
-        wanted = base[f"layer_{i}.weight"].double() + 1.5 * B @ A
-        assert error(merged[f"layer_{i}.weight"], wanted) < 2**-8  # half a step of bfloat16
-        assert torch.equal(merged[f"layer_{i}.bias"], base[f"layer_{i}.bias"])
-    assert not [*path.glob(".out*")]
 
 
 def test_an_interrupted_run_of_trainer_goes_on_to_the_same_adapter(unpack: Unpack) -> None:

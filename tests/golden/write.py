@@ -6,8 +6,6 @@ It need not run on later code: the files are what stays.
 """
 
 import copy
-import json
-import os
 import shutil
 import tempfile
 import zipfile
@@ -154,39 +152,6 @@ def write_search(path: Path) -> None:
     li.write_adapter(whole.adapter, path / "best.safetensors", "native")
 
 
-def write_merge(path: Path) -> None:
-    """Interrupted when one of three weight files is written."""
-    (path / "base").mkdir()
-    torch.manual_seed(0)
-    plain = nn.ModuleDict({f"layer_{i}": nn.Linear(6, 6) for i in range(3)}).to(torch.bfloat16)
-    weight_map = {}
-    for i in range(3):
-        file = f"model-0000{i + 1}-of-00003.safetensors"
-        part = {k: t for k, t in plain.state_dict().items() if k.startswith(f"layer_{i}")}
-        save_file(part, path / "base" / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-        os.utime(path / "base" / file, ns=(cases.MERGED_AT, cases.MERGED_AT))
-    index = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n"
-    (path / "base" / "model.safetensors.index.json").write_text(index)
-    (path / "base" / "config.json").write_text("{}\n")
-    model = fill(li.inject(plain, config("all-linear")), std=0.5)
-    li.save_adapter(model, path / "adapter.safetensors", format="native")
-
-    def stop(done: int, total: int) -> None:
-        if done > total / 2:
-            raise KeyboardInterrupt
-
-    try:
-        li.merge_checkpoint(
-            path / "base", [path / "adapter.safetensors"], path / "out", progress=stop,
-            options=li.MergeOptions(workers=1),
-        )  # fmt: skip
-    except KeyboardInterrupt:
-        pass
-    else:
-        raise AssertionError
-
-
 def write_proofs(path: Path) -> None:
     torch.manual_seed(0)
     inputs, plain, part = torch.arange(16).view(2, 8), cases.small_llama(), path / "tokens"
@@ -227,7 +192,6 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "state dict": write_state_dicts,
     "trials": write_trials,
     "search": write_search,
-    "merge": write_merge,
     "proof": write_proofs,
     "trainer": write_checkpoint,
 }

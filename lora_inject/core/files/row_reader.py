@@ -52,24 +52,28 @@ class Room:
 
 
 class RowReader:
-    """Reads rows of tensors of one file into `room`, which it reuses.
+    """Reads rows of tensors of one file, each thread into one buffer that it reuses.
 
     The file is a path, which is open while the reader exists, or a descriptor of the caller.
     """
 
     def __init__(self, file: Path | int) -> None:
-        self.room = Room()
+        self._of_thread = threading.local()
         if isinstance(file, int):
-            self._fd = file
+            self.fd = file
         else:
-            self._fd = open_to_read(file)
-            weakref.finalize(self, os.close, self._fd)
+            self.fd = open_to_read(file)
+            weakref.finalize(self, os.close, self.fd)
 
     def rows(self, entry: TensorEntry, n_cols: int, start: int, stop: int) -> Tensor:
-        """Return `(stop - start, n_cols)` rows of a tensor's matrix; valid until the next call."""
+        """Return `(stop - start, n_cols)` rows of a tensor's matrix.
+
+        They are valid until the next call of the same thread.
+        """
         dtype = DTYPES[entry.dtype]
-        rows = self.room.rows(dtype, stop - start, n_cols)
-        read_at(self._fd, self.room.data, entry.start + start * n_cols * dtype.itemsize)
+        room: Room = self._of_thread.__dict__.setdefault("room", Room())
+        rows = room.rows(dtype, stop - start, n_cols)
+        read_at(self.fd, room.data, entry.start + start * n_cols * dtype.itemsize)
         return rows
 
     def whole(self, entry: TensorEntry) -> Tensor:

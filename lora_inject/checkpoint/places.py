@@ -1,0 +1,474 @@
+"""The place of every tensor of an adapter in a checkpoint.
+
+1. A name is renamed as the user says; or it is one of the files; or the class of the base says what
+   the files call it.
+2. The rows of a tensor are those of the update's matrix; of a stack of experts those of each
+   expert, in one tensor or in many.
+3. The shape decides whether a matrix is `(in, out)`. Of a square one the adapter states it; of
+   stacked experts the class does, too.
+
+No tensor is left out silently: an error lists those without a place, with the reason and the
+nearest name. What the adapter holds of the base is compared with it: the sixteen values of each
+adapted weight in its fingerprint (`adapter.fingerprint`), and the whole embeddings that PEFT
+stores. If a vocabulary grew, only such a copy has the new rows, and it is used as the base.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_inject.checkpoint.base_class import SILENT, BaseClass
+from lora_inject.checkpoint.merge_inputs import MergeOptions, WeightedAdapter
+from lora_inject.checkpoint.output_files import Placed, TensorJob, clash, matrix_of
+from lora_inject.checkpoint.quantized_base import why_no_update
+from lora_inject.core.adapter.fingerprint import Fingerprint, Sampled, base_differences, same_values
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.variants import VARIANTS
+from lora_inject.core.files.row_reader import RowReader
+from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
+from lora_inject.core.functional.factors import Patch
+from lora_inject.core.functional.gain import Gain
+from lora_inject.core.spec.names import nearest
+from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.errors import CheckpointError
+
+MAX_SHOWN = 8
+
+
+class NoPlace(Exception):  # noqa: N818  (collected into one error)
+    """A tensor of an adapter has no place in a checkpoint."""
+
+
+def place_adapter(adapter: WeightedAdapter, of: BaseClass, options: MergeOptions) -> Places:
+    """Find the place of every tensor of an adapter in the checkpoint of a class, or refuse it.
+
+    Reads the options `allow_new`, `any_base` and `rename`.
+    """
+    if adapter.state.rows and adapter.weight != 1:
+        problem = f"rows of {adapter.label} cannot be replaced with weight {adapter.weight}"
+        raise clash(next(iter(adapter.state.rows)), problem)
+    places = Places(adapter, of, options)
+    if places.left:
+        raise _nothing_fits(places)
+    if not options.any_base:
+        places.check_same_base()
+    return places
+
+
+def _nothing_fits(places: Places) -> CheckpointError:
+    checkpoint, state, left = places.checkpoint, places.adapter.state, places.left
+    asked = f"merge {places.adapter.label} into '{checkpoint.folder}'"
+    if quantized := why_no_update(checkpoint, [name for name, _ in left]):
+        return CheckpointError(asked, *quantized)
+    shown = [reason if name in reason else f"'{name}': {reason}" for name, reason in left]
+    shown[MAX_SHOWN:] = [f"and {len(left) - MAX_SHOWN} more"] if len(left) > MAX_SHOWN else []
+    close = nearest(places.rule(left[0][0]), checkpoint.tensors)
+    near = f"Nearest names in the checkpoint: {', '.join(map(repr, close))}. " if close else ""
+    n_tensors = sum(map(len, (state.sites, state.trained, state.base_copies)))
+    whole = state.trained.keys() - state.rows.keys()
+    new = all(name in whole and places.rule(name) not in checkpoint.tensors for name, _ in left)
+    add = "Add them, such as a new head, with --allow-new. " if new else ""
+    return CheckpointError(
+        asked,
+        f"{len(left)} of {n_tensors} tensors have no place in it ({'; '.join(shown)})",
+        f"{near}{add}Use the checkpoint that the adapter was trained on, or say how its names "
+        "differ: --rename OLD=NEW. Nothing was written",
+    )
+
+
+class Places:
+    """The placement of one adapter on a checkpoint.
+
+    Attributes:
+        jobs: Each output tensor that the adapter changes, by name.
+        left: Names of the adapter's tensors without a place, and the reasons.
+        label: How its names were read.
+    """
+
+    def __init__(self, adapter: WeightedAdapter, of: BaseClass, options: MergeOptions) -> None:
+        """Place every tensor."""
+        self.adapter, self.of, self.options = adapter, of, options
+        self.checkpoint = of.checkpoint
+        self.jobs: dict[str, TensorJob] = {}
+        self.left: list[tuple[str, str]] = []
+        self.label = "names as given" if options.rename else "names as they are"
+        # output tensor name to the base's tensor and the adapter's copy of it
+        self._copies: dict[str, tuple[TensorEntry, Tensor]] = {}
+        state, stored = adapter.state, self.checkpoint.tensors
+        for site in state.sites.values():
+            self._place(_plain(site.spec), self._site, site)
+        for site in state.sites.values():
+            for alias in site.spec.aliases:  # a layer of several names has as many in the files
+                name = alias + _plain(site.spec).removeprefix(site.spec.name)
+                if (other := self.rule(name)) in stored and other not in self.jobs:
+                    self._place(name, self._site, site)
+            if site.spec.lora_bias:
+                bias = _plain(site.spec).removesuffix("weight") + "bias"
+                self._place(bias, self._added, site.scale * site.further["b"].detach())
+        for name, value in state.trained.items():
+            if name not in state.rows:
+                self._place(name, self._trained, value)
+        for name, value in state.base_copies.items():
+            self._place(name, self._copy, value)
+        # Stored ones first: a tied head follows its embedding.
+        for name in sorted(state.rows, key=lambda name: self.rule(name) not in stored):
+            self._place(name, self._rows, (state.rows[name], state.trained[name]))
+
+    def _place(self, original: str, put: Callable[[str, Any], None], value: Any) -> None:
+        """Place one tensor of the adapter under its name in the files."""
+        try:
+            put(self.rule(original), value)
+        except NoPlace as reason:
+            self.left.append((original, str(reason)))
+
+    def rule(self, name: str) -> str:
+        """Return the files' name of a tensor that the adapter names."""
+        if self.options.rename:
+            beginnings = [old for old in self.options.rename if name.startswith(old)]
+            old = max(beginnings, key=len, default=None)
+            return name if old is None else self.options.rename[old] + name[len(old) :]
+        if name in self.checkpoint.tensors or name in (self.options.tie or ()) or not self.of.known:
+            return name
+        try:
+            self.label = self.of.label
+            return self.of(name)
+        except CheckpointError:  # the class cannot be built, which is told where it is missed
+            return name
+
+    def job(self, name: str, entry: TensorEntry | None) -> TensorJob:
+        """Return the job of an output tensor; create it if there is none."""
+        if name not in self.jobs:
+            self.jobs[name] = TensorJob.of(self.checkpoint, name, entry)
+        return self.jobs[name]
+
+    def of_site(self, site: str) -> list[Placed]:
+        """Return the places of a site's update, in the order of its experts."""
+        return [p for job in self.jobs.values() for p in job.placed if p.site == site]
+
+    # The base that it was made on ----------------------------------------------------------------
+
+    def check_same_base(self) -> None:
+        """Refuse an adapter whose fingerprint is off by more than a rounding to bfloat16."""
+        saved = self.adapter.state.fingerprint
+        if saved is None:
+            return
+        here = self._fingerprint_here(saved)
+        known = {name: saved[name] for name in here}
+        if differences := base_differences(known, here):
+            name, how = next(iter(differences.items()))
+            n_differ, n_compared = len(differences), len(here)
+            raise CheckpointError(
+                f"merge {self.adapter.label} into '{self.checkpoint.folder}'",
+                f"it was made on another base: '{name}' {how} "
+                f"({n_differ} of {n_compared} tensors differ)",
+                "Use the base that it was trained on, or pass any_base=True to merge all the same",
+            )
+
+    def _fingerprint_here(self, saved: Fingerprint) -> Fingerprint:
+        """Return what the files say about the weights of a fingerprint; not all can be compared."""
+        checkpoint = self.checkpoint
+        here: dict[str, Sampled] = {}
+        for name, there in saved.items():
+            entry = checkpoint.tensors.get(self.rule(name) or name)
+            if entry is None or name in self.adapter.state.trained:  # absent, or replaced
+                continue
+            if entry.name in checkpoint.packed:
+                packing = checkpoint.packed[entry.name].packing()
+                if packing and there.packed:
+                    here[name] = Sampled(there.shape, packed=packing)
+            # Places depend on the shape: in stacked, cut and grown tensors they have other values.
+            elif entry.shape == there.shape and entry.dtype in FLOATS:
+                values = checkpoint.sample(entry, there.moved)
+                here[name] = Sampled(there.shape, values, moved=there.moved)
+        return here
+
+    def grown_copies(self) -> Iterator[tuple[str, TensorEntry, Tensor]]:
+        """Yield the adapter's copies of base tensors that grew; refuse others that differ."""
+        for name, (entry, copy) in self._copies.items():
+            if entry.name in self.checkpoint.packed:
+                continue  # the copy has the values before they were quantized
+            if tuple(copy.shape) != entry.shape:
+                yield name, entry, copy
+            elif entry.dtype not in FLOATS or not self._equal(entry, copy):
+                raise CheckpointError(
+                    f"merge {self.adapter.label}",
+                    f"it carries a copy of '{name}' that differs from the base",
+                    "Use the base that it was trained on, or list the tensor among its trained "
+                    "ones",
+                )
+
+    def _equal(self, entry: TensorEntry, copy: Tensor) -> bool:
+        reader = RowReader(self.checkpoint.path_of(entry.name))
+        blocks = reader.blocks(entry, math.prod(entry.shape[1:]))
+        parts = ((rows, copy[start : start + len(rows)]) for start, rows in blocks)
+        return all(same_values(rows.view(part.shape), part) for rows, part in parts)
+
+    # Tensors ------------------------------------------------------------------------------------
+
+    def _find(self, name: str) -> TensorEntry | None:
+        """Return the tensor of a name, or the tensor that it is tied to."""
+        tensors = self.checkpoint.tensors
+        if name in tensors:
+            return tensors[name]
+        try:
+            source = self.of.source_of(name)
+        except CheckpointError as error:
+            raise _absent(name, f" (could not {error.asked}: {error.found})") from None
+        return None if source is None else tensors[source]
+
+    def _trained(self, name: str, value: Tensor) -> None:
+        try:
+            entry = _fitting(name, value, self._find(name))
+        except NoPlace:
+            if not self.options.allow_new or name in self.checkpoint.tensors:
+                raise
+            entry = None
+        job = self.job(name, entry)
+        job.shape = tuple(value.shape)
+        job.trained += ((value, self.adapter.weight),)
+
+    def _copy(self, name: str, value: Tensor) -> None:
+        self._copies[name] = (_fitting(name, value, self._find(name)), value)
+
+    def _added(self, name: str, vector: Tensor) -> None:
+        entry = _fitting(name, vector, self.checkpoint.tensors.get(name))
+        self.job(name, entry).added += ((vector, self.adapter.weight),)
+
+    def _rows(self, name: str, given: tuple[tuple[int, ...], Tensor]) -> None:
+        entry, (indices, rows) = self._find(name), given
+        if entry is None:
+            raise _absent(name)
+        if len(entry.shape) != 2 or tuple(rows.shape) != (len(indices), entry.shape[1]):
+            problem = f"{list(rows.shape)} for {len(indices)} rows of {list(entry.shape)}"
+            raise NoPlace(f"'{name}': the adapter's rows are {problem}")
+        if not all(0 <= index < entry.shape[0] for index in indices):
+            raise NoPlace(f"'{name}' has only {entry.shape[0]} rows")
+        if name in self.checkpoint.tensors:
+            self.job(name, entry).rows += (given,)
+            return
+        mine = self.jobs[entry.name].rows if entry.name in self.jobs else ()
+        if not any(at == indices and torch.equal(t, rows) for at, t in mine):
+            raise NoPlace(f"'{name}' is the same tensor as '{entry.name}', which gets other rows")
+
+    # Low-rank updates ---------------------------------------------------------------------------
+
+    def _site(self, name: str, site: SiteState) -> None:
+        """Place the update of a site under the name of its weight."""
+        entry = self._find(name)
+        copy = self.adapter.state.base_copies.get(site.spec.weight)
+        if copy is not None and entry is not None and _grew(entry, copy):
+            entry = replace(entry, shape=tuple(copy.shape))
+        if entry is not None:
+            self._in_one(name, entry, site)
+        elif not self.of.known:
+            raise _absent(name)
+        elif site.spec.experts is not None:
+            self._in_separate(name, site)
+        else:
+            self._in_stack(name, site)
+
+    def _put(
+        self,
+        name: str,
+        entry: TensorEntry,
+        site: SiteState,
+        matrix: tuple[int, int],
+        *,
+        start: int = 0,
+        transposed: bool = False,
+        expert: int | None = None,
+        rows: slice | None = None,
+    ) -> None:
+        """Put the update of one matrix, or some of its rows, on the rows of a tensor from `start`.
+
+        `expert` counts the adapted ones. This includes the subtraction of a frozen start.
+        """
+        of_all = site.spec
+        spec = replace(of_all, experts=None, only=None, share="", transposed=transposed)
+        spec = replace(spec, weight_shape=matrix)
+        if rows is not None:
+            side = "in_features" if transposed else "out_features"
+            spec = replace(spec, **{side: matrix[0]})  # type: ignore[arg-type]
+        patches = []
+        for A, B, sign in site.pairs:
+            if expert is None:
+                a, b = A.reshape(-1, spec.in_features), B.reshape(-1, spec.rank)
+            else:
+                a = A[0 if of_all.share == "A" else expert]
+                b = B[0 if of_all.share == "B" else expert]
+            if rows is not None:
+                a, b = (a[:, rows], b) if transposed else (a, b[rows])
+            patches.append(Patch(spec, a, b, sign * self.adapter.weight))
+        variant, gain = VARIANTS[spec.variant], None
+        if variant.gained:  # one matrix: sites that cannot have a gain were refused before
+            gain = Gain(variant.gain, site.further, spec.spans)
+        stop, source = start + matrix[0], self.checkpoint.tensors[entry.name]
+        placed = Placed(source, start, stop, matrix[1], tuple(patches), gain)
+        self.job(name, source).placed += (placed,)
+
+    def _in_one(self, name: str, entry: TensorEntry, site: SiteState) -> None:
+        """Place an update on one tensor, or on one stack of experts."""
+        spec, shape = site.spec, entry.shape
+        stacked = spec.experts is not None
+        if spec.kind == "parameter" and len(spec.weight_shape) > 2 + stacked:  # of many axes
+            if shape != spec.weight_shape:
+                problem = f"its shape is {list(shape)}, the adapter's is {list(spec.weight_shape)}"
+                raise NoPlace(f"'{name}': {problem}")
+            matrix = spec.matrix_shape[0] // (spec.experts or 1), spec.matrix_shape[1]
+            transposed = spec.transposed
+        elif len(shape) < 2 or (stacked and (len(shape) != 3 or shape[0] != spec.experts)):
+            for_experts = f" for {spec.experts} experts" if stacked else ""
+            problem = f"the shape {list(shape)}, which takes no low-rank update{for_experts}"
+            raise NoPlace(f"'{name}' has {problem}")
+        else:
+            matrix = matrix_of(shape[1:] if stacked else shape)
+            transposed = self.is_transposed(spec, name, matrix)
+        if spec.experts is None:
+            self._put(name, entry, site, matrix, transposed=transposed)
+        for n, e in enumerate(spec.only or range(spec.experts or 0)):
+            start = e * matrix[0]
+            self._put(name, entry, site, matrix, start=start, transposed=transposed, expert=n)
+
+    def _in_separate(self, name: str, site: SiteState) -> None:
+        """Split an update of stacked experts over the per-expert tensors of the file."""
+        spec, tensors = site.spec, self.checkpoint.tensors
+        names = self._separate(name, spec)
+        height, n_cols = tensors[names[0][0]].shape
+        # The class lays them one above the other as they are, and the stack lies as the site says.
+        transposed = self.is_transposed(spec, name, (len(names[0]) * height, n_cols))
+        for n, e in enumerate(spec.only or range(len(names))):
+            for part, other in enumerate(names[e]):
+                rows = slice(part * height, (part + 1) * height)
+                self._put(
+                    other, tensors[other], site, (height, n_cols),
+                    transposed=transposed, expert=n, rows=rows,
+                )  # fmt: skip
+
+    def _separate(self, name: str, spec: SiteSpec) -> list[list[str]]:
+        """Return the names of each expert's matrices, which lie one above the other in a stack."""
+        with contextlib.suppress(CheckpointError):  # a class that cannot be built
+            if names := self.of.separate(name):
+                self._check_separate(name, names, spec)
+                return names
+        raise _absent(name)
+
+    def _check_separate(self, name: str, names: list[list[str]], spec: SiteSpec) -> None:
+        """Refuse experts of another number, with missing parts or of several shapes; and slices."""
+        tensors, n_parts, first = self.checkpoint.tensors, max(map(len, names)), names[0][0]
+        if len(names) != spec.experts:
+            problem = f"is not in the checkpoint, but for {len(names)} single experts"
+            raise NoPlace(f"'{name}' {problem}")
+        for e, expert in enumerate(names):
+            if len(expert) < n_parts:
+                problem = f"of {n_parts} it has {expert}"
+                raise NoPlace(f"expert {e} is not complete in the checkpoint: {problem}")
+        for other in itertools.chain.from_iterable(names):
+            shape = tensors[other].shape
+            if len(shape) != 2 or shape != tensors[first].shape:
+                raise NoPlace(f"'{other}' is no matrix as '{first}' is: its shape is {list(shape)}")
+        if spec.slices is not None:
+            raise NoPlace("slices of experts that the file keeps apart are not supported")
+
+    def _in_stack(self, name: str, site: SiteState) -> None:
+        """Place the update of one expert, named apart, in its rows of a stack `(E, out, in)`."""
+        try:
+            place = self.of.place_of(name)
+        except CheckpointError:  # the class cannot be built
+            place = None
+        entry = None if place is None else self.checkpoint.tensors.get(self.of(place.name))
+        if place is None or place.expert is None or entry is None or len(entry.shape) != 3:
+            raise _absent(name)
+        matrix = (site.spec.out_features, site.spec.in_features)
+        n_experts, rows, cols = entry.shape
+        if (rows, cols) != (place.n_parts * matrix[0], matrix[1]):
+            problem = f"{list(entry.shape)} is not stacked as (experts, out, in)"
+            raise NoPlace(f"'{entry.name}' {problem}")
+        if place.expert >= n_experts:
+            problem = f"has {n_experts} experts, the adapter names number {place.expert}"
+            raise NoPlace(f"'{entry.name}' {problem}")
+        start = place.expert * rows + place.part * matrix[0]
+        self._put(entry.name, entry, site, matrix, start=start)
+
+    def is_transposed(self, spec: SiteSpec, name: str, matrix: tuple[int, int]) -> bool:
+        """Return whether the matrix of a tensor is `(in, out)`.
+
+        1. A matrix that is not square shows it.
+        2. A square matrix of experts is as the adapter or the class says.
+        3. Any other square one is as the adapter states, unless the adapter is wrong about a layer
+           that is not square: then the class decides, and without one nobody knows.
+        """
+        wide = (spec.out_features, spec.in_features)
+        if matrix not in (wide, wide[::-1]):
+            problem = f"its shape is {list(matrix)}, the adapter's update is {list(wide)}"
+            raise NoPlace(f"'{name}': {problem}")
+        if wide[0] != wide[1]:
+            return matrix != wide
+        if spec.experts is not None and self.of.known:
+            said = spec.transposed or self.of.stack_transposed(name)
+            if said is None:
+                raise NoPlace(f"'{name}': {SILENT}, as transformers 5 does")
+            return said
+        if not _may_be_wrong(spec) or self._contradicted is None:
+            return spec.transposed
+        said = self.of.transposed(name) if self.of.known else None
+        if said is None:
+            problem = f"the adapter states a wrong orientation for '{self._contradicted}'"
+            raise NoPlace(f"'{name}': it is square, and {problem}")
+        return said
+
+    @cached_property
+    def _contradicted(self) -> str | None:
+        """The name of a layer whose shape in the files contradicts what the adapter states."""
+        for spec in (site.spec for site in self.adapter.state.sites.values()):
+            entry = self.checkpoint.tensors.get(self.rule(_plain(spec)))
+            stated = (spec.out_features, spec.in_features)[:: -1 if spec.transposed else 1]
+            shown = stated if entry is None else matrix_of(entry.shape)
+            if _may_be_wrong(spec) and shown != stated and shown == stated[::-1]:
+                return spec.name
+        return None
+
+
+def _may_be_wrong(spec: SiteSpec) -> bool:
+    """Whether a reader of a foreign file may have assumed the orientation of a layer."""
+    return spec.kind in {"linear", "conv1d"}
+
+
+def _plain(spec: SiteSpec) -> str:
+    """Return the name that files give to a weight; layers of GPTQ, AWQ and HQQ pack it as another.
+
+    A raw parameter keeps its name, whatever that is.
+    """
+    if spec.kind == "parameter":
+        return spec.weight
+    return re.sub(r"(^|\.)(qweight|W_q)$", r"\1weight", spec.weight)
+
+
+def _fitting(name: str, value: Tensor, entry: TensorEntry | None) -> TensorEntry:
+    """Refuse a full tensor that the base lacks or has in another shape."""
+    if entry is None:
+        raise _absent(name)
+    if tuple(value.shape) == entry.shape or _grew(entry, value):
+        return entry
+    problem = f"has the shape {list(entry.shape)}, the adapter's is {list(value.shape)}"
+    raise NoPlace(f"'{name}' {problem}")
+
+
+def _grew(entry: TensorEntry, value: Tensor) -> bool:
+    """Whether a tensor is the base's matrix with further rows, for a larger vocabulary."""
+    if value.dim() != 2 or len(entry.shape) != 2:
+        return False
+    return value.shape[1] == entry.shape[1] and value.shape[0] > entry.shape[0]
+
+
+def _absent(name: str, why: str = "") -> NoPlace:
+    return NoPlace(f"'{name}' is not in the checkpoint{why}")
