@@ -18,9 +18,8 @@ from lora_inject.core.files.strict_json import read_json
 from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats.checkpoint_names import names_on_disk
 from lora_inject.formats.clients import Objection, objections
-from lora_inject.formats.exchange import read_adapter, write_adapter
+from lora_inject.formats.exchange import losses_of, read_adapter, write_adapter
 from lora_inject.formats.live_models import facts_of_model
-from lora_inject.formats.lost import losses_of
 from lora_inject.formats.model_facts import ModelFacts
 
 

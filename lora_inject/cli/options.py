@@ -172,12 +172,8 @@ class ReadOptions:
     ] = None
     allow_pickle: Annotated[bool, Option(help="Read a pickle, as tensors only.")] = False
     fan_in_fan_out: Annotated[
-        list[str] | None,
-        Option(
-            metavar="NAME",
-            help="loralib files: a layer, or the end of its name, whose weight is (in, out).",
-        ),
-    ] = None
+        bool, Option("--fan-in-fan-out", help="loralib files: the layers' weights are (in, out).")
+    ] = False
     expert_major: Annotated[
         bool | None,
         Option(help="PEFT folders: a stacked B has its columns by expert, as unsloth wrote them."),

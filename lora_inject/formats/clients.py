@@ -108,7 +108,7 @@ class Checked:
         self.base_config = base_config
         self.unfit = facts.unfit or (lambda _: "")
         self.config: Mapping[str, Any] = {}
-        self.fields = LoraFields.model_validate({})
+        self.fields = LoraFields()
         with within(f"check '{path}'"):
             self._read()
         shapes: dict[str, list[Shape]] = {}

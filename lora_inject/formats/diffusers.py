@@ -7,8 +7,8 @@ always uses 1. So `write` folds scales into B. `read` accepts older names as dif
 attention processors.
 
 Files of a single model (`save_lora_adapter`) name no component: their keys are the names of its
-modules, of which the first may be a component's (the `decoder` of an autoencoder). So the header
-says which it is, else the names of the model, and `component=""` reads such a file whole.
+modules, of which the first may be a component's (the `decoder` of an autoencoder). The names of the
+model tell, and `component=""` reads such a file whole.
 
 Source: diffusers 0.42.1, loaders/peft.py (`load_lora_adapter`), loaders/lora_base.py
 (`pack_weights`), utils/state_dict_utils.py; ComfyUI, comfy/lora.py (generic names under
@@ -18,7 +18,7 @@ Source: diffusers 0.42.1, loaders/peft.py (`load_lora_adapter`), loaders/lora_ba
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,13 +26,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import parse_json
 from lora_inject.core.files.tensors import read_tensors, serialize
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import FormatError
-from lora_inject.formats.format import RANKS, Files, Format
+from lora_inject.formats.format import Files
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.peft.fields import LoraFields, read_fields
@@ -101,10 +100,12 @@ def read(path: Path, facts: ModelFacts, *, component: str | None = None) -> Adap
     Name the component if the file holds several.
     """
     tensors, said = read_tensors(file_of(path))
-    whole = _is_of_one_model(tensors, said, facts, component)
+    known = set(facts.module_names or ())
+    whole = component == "" or (
+        component is None and all(_parsed(key, whole=True)[1] in known for key in tensors)
+    )
     component, pairs = in_component(tensors, partial(_parsed, whole=whole), component)
     fields = _fields(said, f"{component}." if component else "")
-    known = set(facts.module_names or ())
     others = known - pairs.keys()
 
     def own(name: str) -> str:
@@ -118,37 +119,6 @@ def read(path: Path, facts: ModelFacts, *, component: str | None = None) -> Adap
             spec = replace(sites[name].spec, alpha=alpha, scaling=fields.scaling)
             sites[name] = replace(sites[name], spec=spec)
     return AdapterState({site.spec.name: site for site in sites.values()})
-
-
-def _is_of_one_model(
-    tensors: Collection[str], said: Mapping[str, str], facts: ModelFacts, component: str | None
-) -> bool:
-    """Return whether the keys are names of one model's modules, without a component.
-
-    1. A header says so, if it has a config: of one model, or of the parts of a pipeline.
-    2. Else the caller does, if he names a component, or "" for none.
-    3. Else they are if all are names of modules of the model.
-    """
-    config = parse_json(said.get(_METADATA, "{}"), f"metadata '{_METADATA}'")
-    fields = [str(name) for name in config] if isinstance(config, dict) else []
-    parts = {part for name in fields for part in COMPONENTS if name.startswith(f"{part}.")}
-    if fields:
-        return _said_to_be_one(parts, component)
-    if component is not None:
-        return component == ""
-    known = set(facts.module_names or ())
-    return all(_parsed(key, whole=True)[1] in known for key in tensors)
-
-
-def _said_to_be_one(parts: Collection[str], component: str | None) -> bool:
-    """Return whether a header is of one model, whose parts it names if not; check the caller's."""
-    if not parts and component:
-        problem = f"it holds one model with its own names, not '{component}' of a pipeline"
-        raise FormatError("", problem, 'Leave the component out, or pass component=""')
-    if parts and component == "":
-        problem = f"its header names the parts of a pipeline: {one_line(sorted(parts))}"
-        raise FormatError("", problem, "Name the one to read, each onto its own model")
-    return not parts
 
 
 def _parsed(key: str, *, whole: bool) -> tuple[str, str, str]:
@@ -185,6 +155,3 @@ def _fields(said: Mapping[str, str], prefix: str) -> LoraFields | None:
     if fields.lora_alpha is None:
         raise FormatError(where, "'lora_alpha' is missing", "Fetch the file again")
     return fields
-
-
-FORMATS = {"diffusers": Format(write, read, detects, frozenset({RANKS}), by_peft=True)}

@@ -32,12 +32,13 @@ from lora_inject.formats import (
     litgpt,
     loralib,
     mlx,
-    peft,
     servers,
     torchtune,
 )
-from lora_inject.formats.format import SAFE, Files, Format
+from lora_inject.formats.format import NUMBERS, ONE, RANKS, SAFE, Files, Format
 from lora_inject.formats.model_facts import ModelFacts
+from lora_inject.formats.peft import folder
+from lora_inject.formats.peft.tensor_layout import file_rank
 
 DEFAULT = "peft"
 """What is written where no format is named."""
@@ -50,30 +51,41 @@ def _is_native(files: Files) -> bool:
     return native.is_native(files.metadata(), "native")
 
 
+def _read_as_peft(_files: Files) -> bool:
+    return False
+
+
+_ONE, _RANKS = frozenset({ONE}), frozenset({RANKS})
 FORMATS: dict[str, Format] = {
     # One safetensors file of this package.
     "native": Format(native.write, native.read, _is_native, endings=SAFE, takes_facts=False),
     # The folder of mlx-lm, which also has an adapter_config.json.
-    "mlx": mlx.FORMATS["mlx"],
+    "mlx": Format(mlx.write, mlx.read, mlx.detects, _ONE),
     # Folders of torchtune and of litgpt, which hold pickles.
-    "torchtune": torchtune.FORMATS["torchtune"],
-    "litgpt": litgpt.FORMATS["litgpt"],
+    "torchtune": Format(None, torchtune.read, torchtune.detects),
+    "litgpt": Format(litgpt.write, litgpt.read, litgpt.detects, _ONE),
     # A directory of Hugging Face PEFT.
-    "peft": peft.FORMATS["peft"],
-    # The same with one rank and scale 1, for servers that read little of the config.
-    "portable": servers.FORMATS["portable"],
+    "peft": Format(folder.write, folder.read, folder.detects, by_peft=True),
+    # The same with one rank and scale 1, for servers that read little of the config; with a pair
+    # for each expert; with stacks of experts that share a factor.
+    **{
+        name: Format(write, folder.read, _read_as_peft, frozenset(), by_peft=True)
+        for name, write in servers.WRITERS.items()
+    },
     # A file of llama.cpp.
-    "gguf": gguf_file.FORMATS["gguf"],
-    # The portable directory with a pair for each expert.
-    "vllm": servers.FORMATS["vllm"],
-    # The portable directory with stacks of experts that share a factor.
-    "sglang": servers.FORMATS["sglang"],
+    "gguf": Format(gguf_file.write, gguf_file.read, gguf_file.detects, _RANKS, (".gguf",)),
     # One file of sd-scripts, LyCORIS, ComfyUI.
-    "kohya": kohya.FORMATS["kohya"],
+    "kohya": Format(kohya.write, kohya.read, kohya.detects, frozenset({NUMBERS}), SAFE),
     # One file of a pipeline, or the folder that holds it.
-    "diffusers": diffusers.FORMATS["diffusers"],
+    "diffusers": Format(diffusers.write, diffusers.read, diffusers.detects, _RANKS, by_peft=True),
     # Microsoft's state dict.
-    "loralib": loralib.FORMATS["loralib"],
+    "loralib": Format(
+        loralib.write,
+        loralib.read,
+        loralib.detects,
+        frozenset({"slices", NUMBERS}),
+        (*SAFE, *loralib.PICKLES),
+    ),
 }
 """Name to row; detection asks in this order."""
 
@@ -254,15 +266,6 @@ def detected(path: Path) -> str:
     raise FormatError(asked, *_why_none(path))
 
 
-def _arguments(
-    row: Format, function: Callable[..., Any], facts: Any, options: Mapping[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """Return the facts about the model, and the options that the format has itself."""
-    if not row.takes_facts and not options:
-        return None, {}
-    return facts_and_options(facts, options, function)
-
-
 def _why_none(path: Path) -> tuple[str, str]:
     """Return what a path is instead, and what to give."""
     if not path.exists():
@@ -302,22 +305,21 @@ _CALLED_OTHERWISE = {
 """What load_adapter's options are called elsewhere."""
 
 
-def facts_and_options(
-    facts: ModelFacts | Callable[[], ModelFacts] | None,
-    options: Mapping[str, Any],
-    function: Callable[..., Any],
-) -> tuple[ModelFacts, dict[str, Any]]:
-    """Return the facts with those among the options, and the options of a format's function."""
+def _arguments(
+    row: Format, function: Callable[..., Any], facts: Any, options: Mapping[str, Any]
+) -> tuple[ModelFacts | None, dict[str, Any]]:
+    """Return the facts about the model, with those among the options, and the format's options."""
+    if not row.takes_facts and not options:
+        return None, {}
     known = options_of(function)
     stated = {name: value for name, value in options.items() if name in FACTS}
     own = {name: value for name, value in options.items() if name not in FACTS}
     for option in own.keys() - known:
-        problem = f"{option!r} is not an option of this format"
         its = ", ".join(known) or "none"
         remedy = f"Its options: {its}; facts of the model: {', '.join(FACTS)}"
         if option in _CALLED_OTHERWISE:
             remedy = f"load_adapter takes {_CALLED_OTHERWISE[option]}"
-        raise FormatError("", problem, remedy)
+        raise FormatError("", f"{option!r} is not an option of this format", remedy)
     given = facts() if callable(facts) else facts
     return replace(given or ModelFacts(), **stated), own
 
@@ -368,3 +370,49 @@ def _check_site(site: SiteState) -> None:
             problem = f"A is {site.A.dtype} and {'B' if role == 'A' else role} {tensor.dtype}"
             remedy = "Both must be of one of float16, bfloat16, float32, float64"
             raise FormatError(where, problem, remedy)
+
+
+# Losses -------------------------------------------------------------------------------------------
+
+
+def losses_of(state: AdapterState, format: str) -> list[str]:  # noqa: A002
+    """Return what an adapter loses in a format, as sentences; empty if nothing.
+
+    Examples:
+        >>> losses_of(AdapterState({}, config={"rank": 8}), "portable")
+        ['the config is left out']
+    """
+    keeps = format_of(format, f"convert to '{format}'").keeps
+    if keeps is None:
+        return []
+    sites = state.sites.values()
+    numbers = {(file_rank(site.spec), site.scale) for site in sites}
+    one = len(numbers) == 1 and ONE in keeps
+    losses = {
+        "config": (state.config is not None, "the config is left out"),
+        "fingerprint": (
+            state.fingerprint is not None,
+            "the base's fingerprint is left out: another base of the same shape is not noticed",
+        ),
+        "training": (
+            any(site.spec.dropout or site.spec.compute != "base" for site in sites),
+            "dropout and the dtype of the arithmetic are left out",
+        ),
+        "slices": (
+            any(site.spec.slices for site in sites),
+            "slices of fused projections become pairs of the whole projection, of higher rank",
+        ),
+        "start": (
+            any(site.A0 is not None for site in sites),
+            "frozen starts become further ranks, which train on like all others",
+        ),
+        NUMBERS: (
+            not one and any(scale != 1 for _, scale in numbers),
+            "scales are folded into B",
+        ),
+        RANKS: (
+            NUMBERS not in keeps and len({rank for rank, _ in numbers}) > 1,
+            "ranks are padded with zeros",
+        ),
+    }
+    return [words for part, (is_so, words) in losses.items() if is_so and part not in keeps]

@@ -70,7 +70,7 @@ class Format:
             shapes and dtypes are checked.
         read: `read(path, facts, **options) -> AdapterState`; its tensors are checked afterwards.
         detects: `detects(files) -> bool`, by content; the first row that returns True reads.
-        keeps: What its files can express besides the deltas (`formats.lost`); None: everything.
+        keeps: What its files can express besides the deltas (`losses_of`); None: everything.
         endings: The endings that a file's name may have to be written; empty for any.
         takes_facts: Whether `write` and `read` look at the facts about the model.
         by_peft: Whether PEFT, or a program with PEFT's layers, reads its files.

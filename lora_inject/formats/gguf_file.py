@@ -19,7 +19,7 @@ from torch import Tensor
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats.decoder_names import Decoder
-from lora_inject.formats.format import RANKS, Files, Format
+from lora_inject.formats.format import Files
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.plain import plain_sites
@@ -157,6 +157,3 @@ def content(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             problem = f"'{name[:200]}' is of type {kind}"
             raise FormatError("", problem, "Convert it with --outtype f32")
     return fields, {n: torch.from_numpy(d.astype(_DTYPES[k])) for n, (k, d) in stored.items()}
-
-
-FORMATS = {"gguf": Format(write, read, detects, frozenset({RANKS}), (".gguf",))}

@@ -26,7 +26,7 @@ from lora_inject.core.files.strict_json import misfit, parse_json
 from lora_inject.core.files.tensors import read_tensors, serialize
 from lora_inject.core.spec.names import nearest
 from lora_inject.errors import FormatError, within
-from lora_inject.formats.format import NUMBERS, SAFE, Files, Format
+from lora_inject.formats.format import Files
 from lora_inject.formats.model_facts import CONVERT, ModelFacts
 from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.peft.tensor_layout import pack
@@ -153,6 +153,3 @@ def _unflattened(flat: str, known: Mapping[str, Sequence[str]] | None) -> str:
         others = "Files for SDXL and for other programs name modules in their own way"
         raise FormatError("", "the model has no such module", f"Nearest: {near}. {others}")
     return names[0]
-
-
-FORMATS = {"kohya": Format(write, read, detects, frozenset({NUMBERS}), SAFE)}

@@ -24,7 +24,7 @@ from lora_inject.core.files.strict_json import is_positive
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
 from lora_inject.formats.decoder_names import Decoder, Pairs, check_whole
-from lora_inject.formats.format import ONE, Files, Format
+from lora_inject.formats.format import Files
 from lora_inject.formats.model_facts import Heads, ModelFacts
 from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.pickles import pickled, read_pickle
@@ -157,6 +157,3 @@ def _hyperparameters(file: Path) -> Mapping[str, Any]:
 def _base(facts: ModelFacts) -> Heads:
     facts.model_type(MODEL_TYPES, "how wide q, k and v are")
     return facts.heads("")
-
-
-FORMATS = {"litgpt": Format(write, read, detects, frozenset({ONE}))}

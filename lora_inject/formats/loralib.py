@@ -10,7 +10,7 @@ Its convolutions are not read, because their factors have another shape than in 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from lora_inject.core.files.tensors import read_tensors, serialize
 from lora_inject.core.spec.names import joined, leaf, parent
 from lora_inject.core.spec.sites import Slices
 from lora_inject.errors import FormatError, within
-from lora_inject.formats.format import NUMBERS, SAFE, Files, Format
+from lora_inject.formats.format import Files
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.pickles import pickled, read_pickle
@@ -31,8 +31,6 @@ from lora_inject.formats.pickles import pickled, read_pickle
 PICKLES = (".pt", ".bin", ".pth")
 _EDITED = "The file is incomplete or was edited; fetch it again"
 _OTHER = 'Use format="peft"'
-_FUSED = "Pass enable_lora, the list that MergedLinear was made with"
-_Flags = Sequence[bool] | Mapping[str, Sequence[bool]] | None
 
 
 def detects(files: Files) -> bool:
@@ -48,23 +46,18 @@ def read(
     *,
     alpha: float | None = None,
     allow_pickle: bool = False,
-    fan_in_fan_out: bool | Collection[str] = False,
-    embeddings: Collection[str] = (),
-    enable_lora: Sequence[bool] | Mapping[str, Sequence[bool]] | None = None,
+    fan_in_fan_out: bool = False,
+    enable_lora: Sequence[bool] | None = None,
 ) -> AdapterState:
-    """Read a loralib state dict.
+    """Read a loralib state dict; embeddings are recognized when it is loaded onto a model.
 
     Args:
         path: A `.safetensors` file, or a pickled `.pt`, `.bin` or `.pth`.
         _facts: Not needed.
         alpha: The `lora_alpha` that the layers were made with; the file does not hold it.
         allow_pickle: Read a pickle, by torch.load(weights_only=True), which builds tensors only.
-        fan_in_fan_out: Whether the layers' weights are (in, out): for all layers, or the names of
-            such layers, or ends of these names after a dot.
-        embeddings: Names, or ends of names after a dot, of the embeddings: their A and B look like
-            a linear layer's.
-        enable_lora: The argument of `MergedLinear`, for all fused layers of the file, or by name or
-            end of name after a dot. Needed for fused layers.
+        fan_in_fan_out: Whether the layers' weights are (in, out).
+        enable_lora: The argument of `MergedLinear`, where the file has fused layers.
 
     Returns:
         The adapter; parts of a fused layer are called '0', '1', ...
@@ -76,16 +69,17 @@ def read(
     if alpha is None or not 0 < alpha < float("inf"):
         remedy = "Pass alpha=..., the layers' lora_alpha"
         raise FormatError("", "loralib files do not hold alpha", remedy)
+    if enable_lora is not None and sum(enable_lora) < 2:
+        problem = "a fused layer with one part enabled cannot be distinguished from a plain layer"
+        raise FormatError("", problem, "Load it with loralib and merge it")
     if path.suffix in PICKLES:
         tensors = read_pickle(path, allow=allow_pickle)
     else:
         tensors = read_tensors(path)[0]
-    transposed = () if isinstance(fan_in_fan_out, bool) else fan_in_fan_out
     trained = {k: t for k, t in tensors.items() if leaf(k) not in ("lora_A", "lora_B")}
+    kind = "conv1d" if fan_in_fan_out else "linear"
     sites: dict[str, SiteState] = {}
     for name in dict.fromkeys(parent(key) for key in tensors if key not in trained):
-        kind = "conv1d" if fan_in_fan_out is True or _told(name, transposed) else "linear"
-        kind = "embedding" if _told(name, embeddings) else kind
         with within(f"site '{name}'"):
             for role in ("lora_A", "lora_B"):
                 if joined(name, role) not in tensors:
@@ -94,12 +88,30 @@ def read(
             sites[name] = _site(name, a, b, kind, alpha, enable_lora)
     if not sites:
         raise FormatError("", "it holds no lora_A", "Give a state dict of loralib's layers")
-    named = [*embeddings, *transposed]
-    named += enable_lora if isinstance(enable_lora, Mapping) else ()
-    if lost := [end for end in named if not any(_told(name, (end,)) for name in sites)]:
-        problem = f"no site is called {one_line(lost)}"
-        raise FormatError("", problem, f"Its sites are {one_line(sites)}")
     return AdapterState(sites, trained)
+
+
+def _site(
+    name: str, a: Tensor, b: Tensor, kind: str, alpha: float, enable_lora: Sequence[bool] | None
+) -> SiteState:
+    """Return a site; of a fused layer, whose A has several times the rank, with slices."""
+    if a.ndim != 2 or b.ndim != 2 or 0 in (*a.shape, *b.shape) or len(a) % b.shape[1]:
+        problem = f"the shapes {tuple(a.shape)} and {tuple(b.shape)} do not fit"
+        raise FormatError("", problem, _EDITED)
+    rank = b.shape[1]
+    n, spec = len(a) // rank, plain_site(name, a[:rank], b, alpha, kind).spec
+    if n > 1:
+        flags = enable_lora or ()
+        if sum(flags) != n or len(b) % n:
+            problem = f"it is a fused layer with {n} adapted parts, and enable_lora says {flags}"
+            raise FormatError("", problem, "Pass the list that MergedLinear was made with")
+        parts = {str(place): len(b) // n for place in range(len(flags))}
+        adapt = tuple(part for part, flag in zip(parts, flags, strict=True) if flag)
+        n_in, n_out = spec.in_features, sum(parts.values())
+        shape = (n_in, n_out) if spec.transposed else (n_out, n_in)
+        slices = Slices(tuple(parts.items()), adapt)
+        spec = replace(spec, out_features=n_out, weight_shape=shape, slices=slices)
+    return SiteState(spec, a, b)
 
 
 def write(state: AdapterState, path: Path, _facts: ModelFacts) -> bytes:
@@ -125,48 +137,6 @@ def write(state: AdapterState, path: Path, _facts: ModelFacts) -> bytes:
     return pickled(tensors) if path.suffix in PICKLES else serialize(tensors, {"format": "pt"})
 
 
-def _told(name: str, ends: Collection[str]) -> bool:
-    """Whether a name, or its end after a dot, is among `ends`."""
-    return any(f".{name}".endswith(f".{end}") for end in ends)
-
-
-def _site(
-    name: str, a: Tensor, b: Tensor, kind: str, alpha: float, enable_lora: _Flags
-) -> SiteState:
-    """Return a site; of a fused layer with slices for its parts, called '0', '1', ..."""
-    if a.ndim != 2 or b.ndim != 2 or 0 in (*a.shape, *b.shape) or len(a) % b.shape[1]:
-        problem = f"the shapes {tuple(a.shape)} and {tuple(b.shape)} do not fit"
-        raise FormatError("", problem, _EDITED)
-    n, rank = len(a) // b.shape[1], b.shape[1]
-    spec = plain_site(name, a[:rank], b, alpha, kind).spec
-    flags = _flags_of(name, n, enable_lora)
-    if flags is not None:
-        if sum(flags) != n or len(b) % n:
-            problem = f"its tensors are of {n} adapted parts and enable_lora says {list(flags)}"
-            raise FormatError("", problem, _FUSED)
-        parts = {str(place): len(b) // n for place in range(len(flags))}
-        adapt = tuple(part for part, flag in zip(parts, flags, strict=True) if flag)
-        n_in, n_out = spec.in_features, sum(parts.values())
-        shape = (n_in, n_out) if spec.transposed else (n_out, n_in)
-        slices = Slices(tuple(parts.items()), adapt)
-        spec = replace(spec, out_features=n_out, weight_shape=shape, slices=slices)
-    return SiteState(spec, a, b)
-
-
-def _flags_of(name: str, n: int, enable_lora: _Flags) -> Sequence[bool] | None:
-    """Return which parts of a layer with `n` adapted ones are adapted; None for a plain layer."""
-    if isinstance(enable_lora, Mapping):
-        flags = next((f for end, f in enable_lora.items() if _told(name, (end,))), None)
-    elif enable_lora is not None and sum(enable_lora) == 1:
-        problem = "a fused layer with one part enabled cannot be distinguished from a plain layer"
-        raise FormatError("", problem, "Say which are fused: enable_lora={'c_attn': [...]}")
-    else:
-        flags = enable_lora if n > 1 else None
-    if flags is None and n > 1:
-        raise FormatError("", f"it is a fused layer with {n} adapted parts", _FUSED)
-    return flags
-
-
 def _inexpressible(site: SiteState) -> str:
     """Why loralib cannot hold a site, or an empty text."""
     spec, slices = site.spec, site.spec.slices
@@ -179,7 +149,3 @@ def _inexpressible(site: SiteState) -> str:
     if slices is not None and len({width for _, width in slices.sizes}) > 1:
         return f"the parts {one_line(name for name, _ in slices.sizes)} are of unequal widths"
     return ""
-
-
-_KEEPS = frozenset({"slices", NUMBERS})
-FORMATS = {"loralib": Format(write, read, detects, _KEEPS, (*SAFE, *PICKLES))}

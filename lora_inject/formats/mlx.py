@@ -21,7 +21,7 @@ from lora_inject.core.files.strict_json import is_positive, read_json
 from lora_inject.core.files.tensors import read_tensors, serialize
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
-from lora_inject.formats.format import ONE, Files, Format
+from lora_inject.formats.format import Files
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import matrices, plain_site
 from lora_inject.formats.plain import plain_sites
@@ -99,6 +99,3 @@ def _numbers(path: Path) -> tuple[int, float]:
         return rank, float(scale)
     problem = f"'lora_parameters' gives rank {str(rank)[:40]} and scale {str(scale)[:40]}"
     raise FormatError(CONFIG, problem, "Correct the file; both are needed")
-
-
-FORMATS = {"mlx": Format(write, read, detects, frozenset({ONE}))}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal
 
 import torch
@@ -20,7 +20,7 @@ from lora_inject.core.adapter.site_state import FLOATS, SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.functional.finite import lost_by_cast
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.errors import FormatError, within
+from lora_inject.errors import FormatError
 from lora_inject.formats.pairs import pairs_of
 from lora_inject.formats.peft.tensor_layout import file_alpha, file_rank, plain_pair
 
@@ -48,37 +48,23 @@ def plain_sites(
     a scale of 1: B is multiplied in float64 and rounded once, to `dtype` or each tensor's own
     dtype. Values that a cast to a narrower dtype makes infinite, or 0, are refused.
     """
-    _check_dtype(dtype)
+    if dtype is not None and dtype not in DTYPES:
+        raise FormatError("", f"dtype is {dtype!r}", f"Give one of {', '.join(DTYPES)}")
     refuse_more_than_pairs(state, client, kinds)
     sites = {name: site_in_pairs(site) for name, site in state.sites.items()}
     largest = max(site.spec.rank for site in sites.values())
-    common_alpha = None if _agree(sites.values(), with_rank=one_rank) else float(largest)
-    rank = _checked_rank(rank, largest) if one_rank else None
-    new_dtype = DTYPES.get(dtype or "")
-    changed = {}
-    for name, site in sites.items():
-        new_rank = rank if rank is not None else site.spec.rank
-        new_alpha = {"own": None, "one": common_alpha, "rank": float(new_rank)}[alpha]
-        changed[name] = _changed(site, new_rank, new_alpha, new_dtype)
-    return changed
-
-
-def _agree(sites: Iterable[SiteState], *, with_rank: bool) -> bool:
-    """Whether all sites have one alpha, and one rank if they are to have one."""
-    numbers = {(site.spec.rank if with_rank else 0, site.scale * site.spec.rank) for site in sites}
-    return len(numbers) == 1
-
-
-def _checked_rank(rank: int | None, largest: int) -> int:
     if rank is not None and rank < largest:
         remedy = "Give no rank, or truncate the adapter first (lora-inject truncate)"
         raise FormatError("", f"rank {rank} is asked for, and a site has rank {largest}", remedy)
-    return rank or largest
-
-
-def _check_dtype(dtype: str | None) -> None:
-    if dtype is not None and dtype not in DTYPES:
-        raise FormatError("", f"dtype is {dtype!r}", f"Give one of {', '.join(DTYPES)}")
+    common = rank or largest if one_rank else None
+    numbers = {(common and s.spec.rank, s.scale * s.spec.rank) for s in sites.values()}
+    changed = {}
+    for name, site in sites.items():
+        new_rank = common or site.spec.rank
+        agreed = None if len(numbers) == 1 else float(largest)
+        new_alpha = {"own": None, "one": agreed, "rank": float(new_rank)}[alpha]
+        changed[name] = _changed(site, new_rank, new_alpha, DTYPES.get(dtype or ""))
+    return changed
 
 
 def refuse_more_than_pairs(state: AdapterState, client: str, kinds: Collection[str]) -> None:
@@ -93,17 +79,13 @@ def refuse_more_than_pairs(state: AdapterState, client: str, kinds: Collection[s
     if not state.sites:
         raise FormatError("", "it has no sites", f"Give sites: {client} holds nothing else")
     for name, site in state.sites.items():
-        with within(f"site '{name}'"):
-            _check_site(site, client, kinds)
-
-
-def _check_site(site: SiteState, client: str, kinds: Collection[str]) -> None:
-    if site.spec.kind not in kinds:
-        problem = f"{client} cannot hold a site of kind '{site.spec.kind}'"
-        raise FormatError("", problem, f"{_MERGE}; kinds: {', '.join(kinds)}")
-    if site.further:
-        extra = f"{one_line(site.further)} of the variant '{site.spec.variant}'"
-        raise FormatError("", f"{client} cannot hold {extra}", _MERGE)
+        where, spec = f"site '{name}'", site.spec
+        if spec.kind not in kinds:
+            problem = f"{client} cannot hold a site of kind '{spec.kind}'"
+            raise FormatError(where, problem, f"{_MERGE}; kinds: {', '.join(kinds)}")
+        if site.further:
+            extra = f"{one_line(site.further)} of the variant '{spec.variant}'"
+            raise FormatError(where, f"{client} cannot hold {extra}", _MERGE)
 
 
 def site_in_pairs(site: SiteState) -> SiteState:

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,20 +41,14 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import serialize
 from lora_inject.core.spec.names import leaf, parent
 from lora_inject.errors import FormatError
-from lora_inject.formats import peft
 from lora_inject.formats.expert_names import block_and_part, missing_matrices
-from lora_inject.formats.format import Files, Format
 from lora_inject.formats.model_facts import CONVERT, ModelFacts
+from lora_inject.formats.peft import folder
 from lora_inject.formats.peft.folder import CONFIG, MODEL, contents
 from lora_inject.formats.peft.tensor_layout import PREFIX
 from lora_inject.formats.plain import plain_sites
 
 KINDS = ("linear", "conv1d", "embedding", "conv")
-
-
-def detects(_files: Files) -> bool:
-    """Return False: these files are read as any PEFT directory."""
-    return False
 
 
 def write(
@@ -72,7 +66,7 @@ def write(
     only some.
     """
     plain = plain_state(state, dtype, rank)
-    return peft.write(plain, path, plain_facts(facts), metadata=False, proof=proof)
+    return folder.write(plain, path, plain_facts(facts), metadata=False, proof=proof)
 
 
 def plain_state(
@@ -214,8 +208,9 @@ def _stacked(name: str, part: str, experts: list[SiteState]) -> dict[str, Tensor
     }
 
 
-FORMATS = {
-    "portable": Format(write, peft.read, detects, frozenset(), by_peft=True),
-    "vllm": Format(write_experts, peft.read, detects, frozenset(), by_peft=True),
-    "sglang": Format(write_shared, peft.read, detects, frozenset(), by_peft=True),
+WRITERS: dict[str, Callable[..., dict[str, bytes]]] = {
+    "portable": write,
+    "vllm": write_experts,
+    "sglang": write_shared,
 }
+"""The functions that write what PEFT's reader reads, by the name of the format."""

@@ -17,7 +17,7 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import read_json
 from lora_inject.errors import FormatError
 from lora_inject.formats.decoder_names import Decoder
-from lora_inject.formats.format import Files, Format
+from lora_inject.formats.format import Files
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.pickles import read_pickle
@@ -69,6 +69,3 @@ def _decoder(facts: ModelFacts) -> Decoder:
     others = "; for others torchtune writes PEFT folders"
     kind = facts.model_type(IN_PAIRS, "the order of the rows of q and k", others)
     return Decoder(_NAMES, "layers.{}.", _ENDS, IN_PAIRS[kind])
-
-
-FORMATS = {"torchtune": Format(None, read, detects)}

@@ -325,13 +325,6 @@ def test_tensors_in_several_files_are_those_of_the_index(tmp_path: Path) -> None
             li.read_adapter(path)
 
 
-def test_a_checkpoint_with_an_adapter_among_its_tensors_is_refused(tmp_path: Path) -> None:
-    tensors = {**pair("fc"), "fc.base_layer.weight": torch.ones(6, 4)}
-    save_file(tensors, tmp_path / "model.safetensors")
-    with refused(li.FormatError, "model.safetensors", "base", "adapter alone"):
-        li.read_adapter(tmp_path)
-
-
 def test_a_site_of_ours_is_no_stranger(tmp_path: Path) -> None:
     """The control: what is edited above reads as it is."""
     state = state_of(SITES["linear"])

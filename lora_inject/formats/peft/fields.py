@@ -61,11 +61,10 @@ Index = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(min_length=1)]
 Rows = Annotated[list[Index], Field(min_length=1), AfterValidator(_distinct)]
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
-_FLAG, _NAMES, _SOME = "true or false", "a list of names", "a list of names, or a regex"
 
 
 class LoraFields(BaseModel):
-    """The fields that say something; a description says which values are valid.
+    """The fields that say something.
 
     A field that is missing, null or empty has its default. `r` may be missing in a file, whose
     tensors say it.
@@ -73,33 +72,29 @@ class LoraFields(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, defer_build=True)  # few processes read one
 
-    r: Rank | None = Field(None, description="a whole number above 0")
-    lora_alpha: Alpha | None = Field(None, description="a number above 0")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="a number from 0 to below 1")
-    use_rslora: bool = Field(False, description=_FLAG)
-    use_dora: bool = Field(False, description=_FLAG)
-    lora_bias: bool = Field(False, description=_FLAG)
-    fan_in_fan_out: bool = Field(False, description=_FLAG)
-    ensure_weight_tying: bool = Field(False, description=_FLAG)
-    bias: Literal["none", "all", "lora_only"] = Field("none", description="none, all or lora_only")
-    init_lora_weights: bool | str = Field(True, description="true, or a name")
-    target_modules: Regex | list[str] | None = Field(None, description=_SOME)
-    target_parameters: list[Name] = Field([], description=_NAMES)
-    exclude_modules: Regex | list[str] | None = Field(None, description=_SOME)
-    modules_to_save: list[Name] = Field([], description=_NAMES)
-    layers_pattern: Identifier | list[Identifier] = Field([], description="a name, or several")
-    layers_to_transform: Index | list[Index] = Field([], description="a layer, or several")
-    rank_pattern: dict[Regex, Rank] = Field({}, description="a table of whole numbers above 0")
-    alpha_pattern: dict[Regex, Alpha] = Field({}, description="a table of numbers above 0")
-    trainable_token_indices: Rows | dict[str, Rows] = Field(
-        {}, description="a list of rows, or one for a name"
-    )
-    lora_B_layout: Literal["rank_major", "grouped_by_expert"] | None = Field(  # noqa: N815
-        None, description=f"one of {', '.join(LAYOUTS_OF_B)}"
-    )
-    peft_version: str | None = Field(None, description="a version")
-    runtime_config: dict[str, Any] = Field({}, description="a table")
-    task_type: str | None = Field(None, description="a name")
+    r: Rank | None = None
+    lora_alpha: Alpha | None = None
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    fan_in_fan_out: bool = False
+    ensure_weight_tying: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    init_lora_weights: bool | str = True
+    target_modules: Regex | list[str] | None = None
+    target_parameters: list[Name] = []
+    exclude_modules: Regex | list[str] | None = None
+    modules_to_save: list[Name] = []
+    layers_pattern: Identifier | list[Identifier] = []
+    layers_to_transform: Index | list[Index] = []
+    rank_pattern: dict[Regex, Rank] = {}
+    alpha_pattern: dict[Regex, Alpha] = {}
+    trainable_token_indices: Rows | dict[str, Rows] = {}
+    lora_B_layout: Literal["rank_major", "grouped_by_expert"] | None = None  # noqa: N815
+    peft_version: str | None = None
+    runtime_config: dict[str, Any] = {}
+    task_type: str | None = None
 
     @property
     def scaling(self) -> str:
@@ -225,12 +220,10 @@ def read_fields(
         return LoraFields.model_validate(plain)
     except ValidationError as invalid:
         fault = invalid.errors()[0]
-        name = str(fault["loc"][0])
-        found, remedy = f"{str(plain[name])[:80]!r} is not valid", "Correct it"
-        wanted = LoraFields.model_fields[name].description
+        name, found, remedy = str(fault["loc"][0]), fault["msg"], "Correct it"
         if fault["type"] == "value_error":
             found, remedy = fault["ctx"]["error"].args
-        raise refused(name, f"it is not {wanted} ({found})", remedy) from None
+        raise refused(name, f"it is {str(plain[name])[:80]!r}: {found}", remedy) from None
 
 
 def _plain(value: Any) -> Any:

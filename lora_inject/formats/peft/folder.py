@@ -62,7 +62,6 @@ WRITTEN = "lora_adapter_metadata"
 """Key of the config in the header of the tensors, where diffusers looks for it, too."""
 
 _INDEX = f"{MODEL}.index.json"
-_WHOLE = "model.safetensors"
 _TURNED = "lora_inject.turned"
 _EDITED = "The file was edited, or is of a newer version"
 _OTHER = 'Write it with format="native": save_adapter(model, path, format="native")'
@@ -395,12 +394,10 @@ def _odd(spec: SiteSpec) -> str:
 
 def detects(files: Files) -> bool:
     """Whether a path looks like a PEFT adapter, a part of one, or the parent of one."""
-    path = files.path
-    if not path.is_dir():
-        return bool(files.tensor_names()) and all(
-            key.startswith(PREFIX) for key in files.tensor_names()
-        )
-    return files.has(CONFIG, MODEL, PICKLE, _INDEX) or bool(_adapters_in(path)) or _in_base(files)
+    if not files.path.is_dir():
+        keys = files.tensor_names()
+        return bool(keys) and all(key.startswith(PREFIX) for key in keys)
+    return files.has(CONFIG, MODEL, PICKLE, _INDEX) or bool(_adapters_in(files.path))
 
 
 def _check_files(path: Path) -> None:
@@ -408,63 +405,43 @@ def _check_files(path: Path) -> None:
     if not path.is_dir():
         problem = f"there is no {CONFIG} beside it, which holds the alpha"
         raise FormatError("", problem, f"Fetch that, and give the folder with it and {MODEL}")
-    there = any((path / name).is_file() for name in (MODEL, _INDEX))
-    inside = _adapters_in(path)
-    if not there and _in_base(Files(path)):
-        problem = f"its {_WHOLE} holds the base and an adapter's tensors together"
-        remedy = "Load it with the program that saved it and save the adapter alone (in PEFT: "
-        remedy += "save_pretrained of the PeftModel, not of the model inside)"
-        raise FormatError("", problem, remedy)
     if not (path / CONFIG).is_file():
         problem, remedy = f"there is no {CONFIG} in it", "Check the path"
-        if inside:
+        if inside := _adapters_in(path):
             problem += f", but in its subfolders {one_line(inside)}"
             remedy = f"Give one of them, such as the newest: '{path / inside[-1]}'"
         raise FormatError("", problem, remedy)
-    if not there and (path / PICKLE).is_file():
+    if not Files(path).has(MODEL, _INDEX):
+        if not (path / PICKLE).is_file():
+            raise FormatError("", f"there is no {MODEL} in it", "Copy the whole directory")
         problem = f"its tensors are in {PICKLE}, a pickle, which can run code when it is read"
         remedy = "Load it with PEFT where you trust it and save it again: save_pretrained writes "
         raise FormatError("", problem, f"{remedy}safetensors")
-    if not there:
-        raise FormatError("", f"there is no {MODEL} in it", "Copy the whole directory")
-
-
-def _read_all(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors, of one file or of all that the index names, and the metadata."""
-    if (path / MODEL).is_file():
-        return read_tensors(path / MODEL)
-    table = _weight_map(path)
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(table.values())):
-        of_file = read_tensors(path / name)[0]
-        if strangers := [key for key in of_file if table.get(key) != name]:
-            raise _apart(f"'{name}' holds {one_line(strangers)}, which it does not list")
-        tensors |= of_file
-    if missing := table.keys() - tensors.keys():
-        raise _apart(f"its files lack {one_line(sorted(missing))}")
-    return tensors, {}
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    """Return which file of a folder holds each tensor, by its index."""
-    index: Any = read_json(path / _INDEX, _INDEX)
-    table: Any = index.get("weight_map") if isinstance(index, dict) else None
-    names: list[Any] = [*table.values()] if isinstance(table, dict) else [None]
-    if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) for name in names):
-        raise FormatError(_INDEX, "its weight_map is not a table of file names", "Fetch it again")
-    return dict(table)
-
-
-def _apart(problem: str) -> FormatError:
-    return FormatError(_INDEX, problem, "The files do not belong together")
-
-
-def _in_base(files: Files) -> bool:
-    """Whether a checkpoint's one file has an adapter's tensors among the base's."""
-    return any(".lora_A." in key for key in files.tensor_names(_WHOLE))
 
 
 def _adapters_in(path: Path) -> list[str]:
     """The names of the subfolders that hold an adapter, the newest last."""
     configs = [child / CONFIG for child in path.iterdir() if (child / CONFIG).is_file()]
     return [config.parent.name for config in sorted(configs, key=lambda c: c.stat().st_mtime_ns)]
+
+
+def _read_all(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors, of one file or of all that the index names, and the metadata."""
+    if (path / MODEL).is_file():
+        return read_tensors(path / MODEL)
+    index: Any = read_json(path / _INDEX, _INDEX)
+    table: Any = index.get("weight_map") if isinstance(index, dict) else None
+    names: list[Any] = [*table.values()] if isinstance(table, dict) else [None]
+    if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) for name in names):
+        raise FormatError(_INDEX, "its weight_map is not a table of file names", "Fetch it again")
+    tensors: dict[str, Tensor] = {}
+    remedy = "The files do not belong together"
+    for name in sorted({*names}):
+        of_file = read_tensors(path / name)[0]
+        if strangers := [key for key in of_file if table.get(key) != name]:
+            problem = f"'{name}' holds {one_line(strangers)}, which it does not list"
+            raise FormatError(_INDEX, problem, remedy)
+        tensors |= of_file
+    if missing := table.keys() - tensors.keys():
+        raise FormatError(_INDEX, f"its files lack {one_line(sorted(missing))}", remedy)
+    return tensors, {}

@@ -46,24 +46,22 @@ _KEY = re.compile(
 _AROUND = re.compile(r"(?<![^.])(?:base_layer|original_module|modules_to_save(?:\.default)?)\.")
 
 
-@dataclass
-class _Path:
-    """The adapter's tensors under one path of the file, by role."""
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    kinds: set[str] = field(default_factory=set)  # groups of `_KEY`
-
-    @property
-    def pair(self) -> tuple[Tensor, Tensor]:
-        return self.tensors["A"], self.tensors["B"]
-
-
 class _Place(NamedTuple):
-    """A site, as the names say it: a module, or a parameter of one."""
+    """A site as the names say it, a module or a parameter of one, and its tensors by role."""
 
     name: str
     module: str
-    path: _Path
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass
+class _Sorted:
+    """A file's tensors: of sites by path and role, rows by path, and what is left, by key."""
+
+    of_sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    embeddings: set[str] = field(default_factory=set)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    rest: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,24 +76,23 @@ class Foreign:
 
     def read(self, tensors: Mapping[str, Tensor]) -> AdapterState:
         """Return the adapter of a file's tensors, without a config and a fingerprint."""
-        paths, rows, rest = self._sorted(tensors)
-        places = [*self._places(paths)]
+        given = _sorted(tensors)
+        places = [*self._places(given.of_sites)]
         self._check_targets([p.name for p in places if p.name == p.module])
-        names = [place.name for place in places]
-        numbers = self.fields.numbers(names)
-        sites = {place.name: self._site(place, *numbers[place.name]) for place in places}
-        if len(sites) < len(places):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise _error(f"site '{twice}'", "two of its pairs are of this one")
-        trained, copies = self._full_tensors(rest, sites)
-        self._check_saved({*trained, *(f"{path}.weight" for path in rows)})
-        indices = {f"{path}.weight": self._indices(path, tensor) for path, tensor in rows.items()}
-        if self.fields.trainable_token_indices and not rows:
+        numbers = self.fields.numbers([place.name for place in places])
+        sites: dict[str, SiteState] = {}
+        for place in places:
+            name, (rank, alpha) = place.name, numbers[place.name]
+            if name in sites:
+                raise _error(f"site '{name}'", "two of its pairs are of this one")
+            sites[name] = self._site(place, rank, alpha, place.module in given.embeddings)
+        trained, copies = self._full_tensors(given.rest, sites)
+        if self.fields.trainable_token_indices and not given.rows:
             raise _error("", "it lacks the rows of 'trainable_token_indices'")
-        trained |= {f"{path}.weight": tensor for path, tensor in rows.items()}
-        return AdapterState(sites, trained, base_copies=copies, rows=indices)
-
-    # What PEFT would leave out ----------------------------------------------------------------
+        rows = {f"{path}.weight": self._indices(path, t) for path, t in given.rows.items()}
+        trained |= {f"{path}.weight": tensor for path, tensor in given.rows.items()}
+        self._check_saved(trained)
+        return AdapterState(sites, trained, base_copies=copies, rows=rows)
 
     def _check_targets(self, modules: Collection[str]) -> None:
         """Refuse tensors of modules that the config does not target, which PEFT ignores."""
@@ -115,50 +112,7 @@ class Foreign:
 
     # Names ------------------------------------------------------------------------------------
 
-    def _sorted(
-        self, tensors: Mapping[str, Tensor]
-    ) -> tuple[dict[str, _Path], dict[str, Tensor], dict[str, Tensor]]:
-        """Return the sites' tensors and the rows of others, by path, and what is left, by key."""
-        paths: dict[str, _Path] = {}
-        rows: dict[str, Tensor] = {}
-        rest: dict[str, Tensor] = {}
-        for key, tensor in self._without_prefix(tensors).items():
-            match = _KEY.fullmatch(key)
-            if match is None:
-                rest[key] = tensor
-                continue
-            kind, twice = str(match.lastgroup), match[1] in rows
-            if kind == "rows":
-                rows[match[1]] = tensor
-            else:
-                path = paths.setdefault(match[1], _Path())
-                path.kinds |= {kind} & {"of_layer", "of_embedding"}
-                twice = match[kind] in path.tensors or len(path.kinds) > 1
-                path.tensors[match[kind]] = tensor
-            if twice:
-                problem = f"'{key[:200]}' says a second time what its site's pair is"
-                raise _error("", problem)
-        if paths:
-            pairs_of({name: path.tensors for name, path in paths.items()}, "A", "B")
-        return paths, rows, rest
-
-    def _without_prefix(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All keys have PEFT's prefix, or none has (transformers and diffusers leave it out)."""
-        plain: dict[str, Tensor] = {}
-        bare = {key: canonical(key) for key in tensors}
-        without = [key for key in bare.values() if not key.startswith(PREFIX)]
-        if without and len(without) < len(tensors):
-            what = f"'{without[0][:200]}' does not begin with '{PREFIX}' as other tensors do"
-            remedy = "The file was put together by hand; give all tensors the prefix"
-            raise _error("", what, remedy)
-        for key, tensor in tensors.items():
-            name = bare[key].removeprefix(PREFIX)
-            if name in plain:
-                raise _error("", f"the file holds '{name[:200]}' twice")
-            plain[name] = tensor
-        return plain
-
-    def _places(self, paths: Mapping[str, _Path]) -> Iterator[_Place]:
+    def _places(self, paths: Mapping[str, Mapping[str, Tensor]]) -> Iterator[_Place]:
         """Yield what is adapted on each module: itself, or some of its parameters.
 
         A module with several adapted parameters has a wrapper for each, of which the first
@@ -189,24 +143,19 @@ class Foreign:
         listed = self.fields.target_modules
         if known is None and isinstance(listed, list) and not {*listed}.isdisjoint(ends(module)):
             return [module]
-        names = self._parameters_of(module)
+        # A target without a module, such as PEFT writes for experts, may be a parameter of any.
+        names = list(dict.fromkeys(
+            joined(module, leaf(target))
+            for target in self.fields.target_parameters
+            if not parent(target) or parent(target) in ends(module)
+        ))  # fmt: skip
         if known is not None:
-            existing = [name for name in names if name in self._position]
-            return sorted(existing, key=self._position.__getitem__) or [module]
-        if len(names) > 1:
+            names = sorted((n for n in names if n in self._position), key=self._position.get)  # type: ignore[arg-type]
+        elif len(names) > 1:
             problem = f"the file does not say which pair is whose of {one_line(map(leaf, names))}"
             remedy = f"{CONVERT} (in Python, load it onto the model, or pass its tensor_names=)"
             raise _error(where, problem, remedy)
         return names or [module]
-
-    def _parameters_of(self, module: str) -> list[str]:
-        """Return the parameters of a module that the config targets."""
-        names: dict[str, None] = {}
-        for target in self.fields.target_parameters:
-            # A target without a module, such as PEFT writes for experts, may be a parameter of any.
-            if not parent(target) or _ends(module, parent(target)):
-                names[joined(module, leaf(target))] = None
-        return [*names]
 
     @cached_property
     def _modules(self) -> frozenset[str]:
@@ -218,9 +167,9 @@ class Foreign:
 
     # Sites ------------------------------------------------------------------------------------
 
-    def _site(self, place: _Place, rank: int | None, alpha: float) -> SiteState:
+    def _site(self, place: _Place, rank: int | None, alpha: float, embeds: bool) -> SiteState:
         """Return a site with the numbers that the config claims; shapes say the rest."""
-        where, tensors = f"site '{place.name}'", dict(place.path.tensors)
+        where, tensors = f"site '{place.name}'", dict(place.tensors)
         for role, said, claim, what in (
             ("m", self.fields.use_dora, "use_dora", "DoRA magnitude"),
             ("b", self.fields.lora_bias, "lora_bias", "bias of lora_B"),
@@ -228,18 +177,36 @@ class Foreign:
             if said != (role in tensors):
                 has = f"no {what}, which '{claim}' asks for" if said else f"a {what}"
                 raise _error(where, f"it has {has}")
-        a, b = place.path.pair
+        a, b = tensors["A"], tensors["B"]
         with within(where):
             check_shapes(a, b)
-        of_module = place.name == place.module
-        spec = (self._module if of_module else self._parameter)(place, rank, alpha)
+            of_module = place.name == place.module
+            if rank is None and of_module:
+                rank = len(a)
+            if rank is None or (len(a) != rank if of_module else len(a) % rank):
+                problem = f"its tensors have rank {len(a)}, adapter_config.json says {rank}"
+                remedy = "Correct 'r' or 'rank_pattern' there; the scale depends on it"
+                raise _error("", problem, remedy)
+            if not of_module and (a.ndim != 2 or embeds):
+                raise _error("", "its pair is not of a parameter, which the config says it is")
+        if of_module:
+            kind = "conv1d" if self.fields.fan_in_fan_out else "linear"
+            spec = replace(
+                plain_site(place.name, a, b, alpha, "embedding" if embeds else kind).spec,
+                scaling=self.fields.scaling,
+                dropout=self.fields.lora_dropout,
+                variant="dora" if self.fields.use_dora else "lora",
+                lora_bias=self.fields.lora_bias,
+            )
+        else:
+            spec = self._parameter(place.name, a, b, rank, alpha)
         if spec.experts and self._by_expert(where):  # PEFT orders the columns by rank first
             tensors["B"] = b.reshape(len(b), spec.experts, -1).permute(0, 2, 1).reshape(b.shape)
         return unpack(spec, tensors)
 
     def _by_expert(self, where: str) -> bool:
         """Whether a stacked B has its columns by expert: as the file says, or else the user."""
-        said, by_expert = self.fields.lora_B_layout, LAYOUTS_OF_B[1]
+        said = self.fields.lora_B_layout
         told = said if self.expert_major is None else LAYOUTS_OF_B[self.expert_major]
         if told is None and self.of_unsloth:
             problem = "its file is of unsloth and does not say how the columns of B are ordered"
@@ -247,40 +214,16 @@ class Foreign:
             raise _error(where, problem, remedy)
         if said not in {None, told}:
             raise _error(where, f"'lora_B_layout' is {said!r}", "Leave expert_major out")
-        return told == by_expert
+        return told == LAYOUTS_OF_B[1]
 
-    def _module(self, place: _Place, rank: int | None, alpha: float) -> SiteSpec:
-        """A site on a module; its kind is read off the shapes as far as they go."""
-        a, b = place.path.pair
-        if rank not in {None, len(a)}:
-            problem = f"its tensors have rank {len(a)}, adapter_config.json says {rank}"
-            remedy = "Correct 'r' or 'rank_pattern' there; the scale depends on it"
-            raise _error(f"site '{place.name}'", problem, remedy)
-        kind = "conv1d" if self.fields.fan_in_fan_out else "linear"
-        kind = "embedding" if "of_embedding" in place.path.kinds else kind
-        return replace(
-            plain_site(place.name, a, b, alpha, kind).spec,
-            scaling=self.fields.scaling,
-            dropout=self.fields.lora_dropout,
-            variant="dora" if self.fields.use_dora else "lora",
-            lora_bias=self.fields.lora_bias,
-        )
-
-    def _parameter(self, place: _Place, rank: int | None, alpha: float) -> SiteSpec:
+    def _parameter(self, name: str, a: Tensor, b: Tensor, rank: int, alpha: float) -> SiteSpec:
         """A site on a parameter: one matrix, or a stack of them for experts."""
-        a, b = place.path.pair
-        if rank is None or len(a) % rank or a.ndim != 2 or "of_embedding" in place.path.kinds:
-            problem = (
-                f"A has {len(a)} rows, which is not a multiple of the rank {rank} in the config"
-            )
-            remedy = "Correct 'r' or 'rank_pattern' in adapter_config.json"
-            raise _error(f"site '{place.name}'", problem, remedy)
         n_in, n_out = a.shape[1], len(b)
         experts = len(a) // rank if len(a) > rank else None
-        transposed = experts is not None and self._is_transposed(place.name, n_in, n_out)
+        transposed = experts is not None and self._is_transposed(name, n_in, n_out)
         matrix = (n_in, n_out) if transposed else (n_out, n_in)
         return SiteSpec(
-            name=place.name,
+            name=name,
             kind="parameter",
             in_features=n_in,
             out_features=n_out,
@@ -290,7 +233,7 @@ class Foreign:
             transposed=transposed,
             experts=experts,
             scaling=self.fields.scaling,
-            weight=place.name,
+            weight=name,
         )
 
     def _is_transposed(self, name: str, n_in: int, n_out: int) -> bool:
@@ -304,13 +247,9 @@ class Foreign:
         if version is not None and version < (0, 19):
             return True
         if n_in == n_out and None in (modules, version):
-            problem = (
-                f"its matrices are square ({n_in}), and the file does not say whether the model "
-            )
-            problem += "holds them as (out, in) or, as GPT-OSS, as (in, out)"
-            remedy = (
-                "Add the version of PEFT that wrote it to adapter_config.json, as 'peft_version'"
-            )
+            problem = f"its matrices are square ({n_in}), and the file does not say whether the "
+            problem += "model holds them as (out, in) or, as GPT-OSS, as (in, out)"
+            remedy = "Add the version of PEFT that wrote it there, as 'peft_version'"
             if version is not None:
                 remedy = f"{CONVERT} (in Python, load it onto the model, or pass "
                 remedy += "transposed_modules=, the names of the modules that have is_transposed)"
@@ -323,7 +262,8 @@ class Foreign:
         """The rows of the base that a tensor replaces."""
         said = self.fields.trainable_token_indices
         claimed = said if isinstance(said, dict) else {"": said}
-        rows_of_end = [rows for end, rows in claimed.items() if not end or _ends(path, end)]
+        known = {"", *ends(path)}
+        rows_of_end = [rows for end, rows in claimed.items() if end in known]
         if len(rows_of_end) != 1 or tensor.dim() != 2 or len(tensor) != len(rows_of_end[0]):
             what = "the config does not say which rows it replaces"
             remedy = "Restore 'trainable_token_indices' in adapter_config.json"
@@ -338,43 +278,69 @@ class Foreign:
         copies: dict[str, Tensor] = {}
         for key, tensor in rest.items():
             name, where = _AROUND.sub("", key), f"'{key[:200]}'"
-            target = copies
-            if not _is_copy(key):
-                self._check_trained(key, name, sites)
-                target = trained
+            *outer, last = key.split(".")
+            is_copy = "original_module" in outer or ("base_layer" in outer and last != "bias")
+            # A plain tensor may be a resized embedding; one that looks like an adapter's may not.
+            if not is_copy and self._of_adapter(key):
+                remedy = "It belongs to a variant of LoRA that cannot be read; merge it with PEFT"
+                raise _error("", f"the tensor {where} is of no known kind", remedy)
+            site = None if is_copy else sites.get(parent(name))
+            if site is not None and name == site.spec.weight:
+                raise _error(where, "its module has a site as well")
+            target = copies if is_copy else trained
             if name in target and not torch.equal(target[name], tensor):
                 raise _error(where, "the file holds it twice, unequal")
             target[name] = tensor
         return trained, copies
 
-    def _check_trained(self, key: str, name: str, sites: Mapping[str, SiteState]) -> None:
-        """Refuse a tensor of a variant that is not known, and one whose module has a site."""
-        where = f"'{key[:200]}'"
-        # A plain tensor may be a resized embedding; one that looks like an adapter's may not.
-        of_adapter = any(part.startswith("lora_") for part in key.split("."))
-        if of_adapter and not self._explained(name):
-            remedy = "It belongs to a variant of LoRA that cannot be read; merge it with PEFT"
-            raise _error("", f"the tensor {where} is of no known kind", remedy)
-        site = sites.get(parent(name))
-        if site is not None and name == site.spec.weight:
-            raise _error(where, "its module has a site as well")
-
-    def _explained(self, name: str) -> bool:
-        """Whether the config says that this tensor travels in full."""
-        saved = tuple(self.fields.modules_to_save)
+    def _of_adapter(self, key: str) -> bool:
+        """Whether a tensor looks like an adapter's, and the config does not keep it in full."""
+        name, saved = _AROUND.sub("", key), tuple(self.fields.modules_to_save)
         of_bias = self.fields.bias != "none" and leaf(name) == "bias"
-        return of_bias or any(module.endswith(saved) for module in around([name]))
+        kept = of_bias or any(module.endswith(saved) for module in around([name]))
+        return not kept and any(part.startswith("lora_") for part in key.split("."))
 
 
-def _is_copy(key: str) -> bool:
-    """Whether a tensor is the base's own, which PEFT saves beside the trained one."""
-    *around, last = key.split(".")
-    return "original_module" in around or ("base_layer" in around and last != "bias")
+def _sorted(tensors: Mapping[str, Tensor]) -> _Sorted:
+    """Sort a file's tensors by what their keys say; each is there once."""
+    made = _Sorted()
+    for key, tensor in _without_prefix(tensors).items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            made.rest[key] = tensor
+            continue
+        path, kind = match[1], str(match.lastgroup)
+        embeds, parts = kind == "of_embedding", made.of_sites.get(path, {})
+        if kind == "rows":
+            twice = path in made.rows
+            made.rows[path] = tensor
+        else:
+            of_other = kind.startswith("of_") and embeds != (path in made.embeddings)
+            twice = match[kind] in parts or (of_other and not {"A", "B"}.isdisjoint(parts))
+            made.of_sites[path] = {**parts, match[kind]: tensor}
+            made.embeddings |= {path} if embeds else set()
+        if twice:
+            raise _error("", f"'{key[:200]}' says a second time what its site's pair is")
+    if made.of_sites:
+        pairs_of(made.of_sites, "A", "B")
+    return made
 
 
-def _ends(name: str, end: str) -> bool:
-    """Whether a name is `end`, or ends in it after a dot."""
-    return f".{name}".endswith(f".{end}")
+def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All keys have PEFT's prefix, or none has (transformers and diffusers leave it out)."""
+    plain: dict[str, Tensor] = {}
+    bare = {key: canonical(key) for key in tensors}
+    without = [key for key in bare.values() if not key.startswith(PREFIX)]
+    if without and len(without) < len(tensors):
+        what = f"'{without[0][:200]}' does not begin with '{PREFIX}' as other tensors do"
+        remedy = "The file was put together by hand; give all tensors the prefix"
+        raise _error("", what, remedy)
+    for key, tensor in tensors.items():
+        name = bare[key].removeprefix(PREFIX)
+        if name in plain:
+            raise _error("", f"the file holds '{name[:200]}' twice")
+        plain[name] = tensor
+    return plain
 
 
 def _error(place: str, problem: str, remedy: str = _REPAIR) -> FormatError:
