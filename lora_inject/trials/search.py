@@ -40,8 +40,6 @@ from lora_inject.trials.trial import Trial
 
 SAVE_SECONDS = 20.0
 """Time between two saves of the running rung: an interrupt loses at most this much."""
-MAX_BYTES = 1_000_000_000
-"""Longest JSON of a search: every loss of every trial takes some 20 bytes."""
 TIMED_STEPS = 2
 PASS_TOKENS = 4096
 
@@ -284,7 +282,7 @@ class _Saved:
         self.data: dict[str, Any] = {}
         if self.folder is None or not (path := self.folder / "search.json").exists():
             return
-        self.data = read_json(path, f"search in '{folder}'", max_bytes=MAX_BYTES)
+        self.data = read_json(path, f"search in '{folder}'")
         kept = self.data.get("key") if isinstance(self.data, dict) else None
         for what, value in key.items():
             if not isinstance(kept, dict) or kept.get(what) != value:

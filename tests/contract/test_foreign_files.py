@@ -45,23 +45,14 @@ def foreign(path: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
 # Configs ------------------------------------------------------------------------------------------
 
 TEXTS = ["", "[]", "null", "{", '{"r": NaN}', "[" * 100_000, '{"r": ' + "9" * 5000 + "}", "\xff"]
-TEXTS += ['{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "lora_alpha": 400}']
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:9])
-def test_configs_that_are_none_or_say_a_number_twice(text: str, tmp_path: Path) -> None:
+def test_configs_that_are_none(text: str, tmp_path: Path) -> None:
     path = foreign(tmp_path / "a", pair("fc"))
     (path / CONFIG).write_text(text, encoding="latin-1")
-    with refused(li.FormatError, CONFIG, "lora_alpha" if "400" in text else ""):
+    with refused(li.FormatError, CONFIG):
         li.read_adapter(path)
-
-
-def test_a_json_file_of_a_terabyte_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    path = foreign(tmp_path / "a", pair("fc"))
-    os.truncate(path / CONFIG, 1 << 40)
-    for read in (li.read_adapter, lambda path: li.check_adapter(path, client="peft")):
-        with refused(li.FormatError, CONFIG, "32,000,000 bytes"):
-            read(path)
 
 
 BOMB = "(([a-z_.0-9])+)+X"

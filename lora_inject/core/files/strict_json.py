@@ -1,11 +1,9 @@
-"""JSON of untrusted files: of limited size, without duplicate keys and without NaN."""
+"""JSON of untrusted files, without NaN, and the form that its values must have."""
 
 from __future__ import annotations
 
 import json
-import os
 import reprlib
-from collections import Counter
 from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
@@ -13,39 +11,20 @@ from typing import Any, NamedTuple
 
 from lora_inject.errors import FormatError, LoraInjectError
 
-MAX_BYTES = 32_000_000
-"""Longest JSON of an adapter. The headers of large checkpoints are longer: see `max_bytes`."""
 
-
-def parse_json(
-    text: str | bytes,
-    asked: str,
-    error: type[LoraInjectError] = FormatError,
-    max_bytes: int = MAX_BYTES,
-) -> Any:
-    """Parse JSON as untrusted input: not too long or deep, no key twice, no NaN or Infinity.
+def parse_json(text: str | bytes, asked: str, error: type[LoraInjectError] = FormatError) -> Any:
+    """Parse JSON as untrusted input: not too deep, no NaN or Infinity.
 
     `asked` is what messages call it, `error` the class of errors: of an adapter or a checkpoint.
     """
-    if len(text) > max_bytes:
-        problem = f"it has more than {max_bytes:,} bytes"
-        raise error(asked, problem, "No real file of its kind is so long")
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
-        return json.loads(text, object_pairs_hook=_table, parse_constant=_no_constant)
+        return json.loads(text, parse_constant=_no_constant)
     except RecursionError:
         problem = "its JSON is nested too deeply"
     except ValueError as cause:
         problem = f"it is not valid JSON ({cause})"
     raise error(asked, problem, "The file is damaged or was edited; fetch it again")
-
-
-def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
-        raise ValueError(f"the key {twice[:80]!r} occurs twice")
-    return table
 
 
 def _no_constant(name: str) -> None:
@@ -106,13 +85,6 @@ def _is_plainly(value: Any, form: Any) -> bool:
     return callable(form) and bool(form(value))
 
 
-def read_json(
-    path: Path,
-    asked: str,
-    error: type[LoraInjectError] = FormatError,
-    max_bytes: int = MAX_BYTES,
-) -> Any:
-    """Parse a file as `parse_json` does; reads at most `max_bytes + 1`."""
-    with path.open("rb") as file:
-        n_bytes = min(os.fstat(file.fileno()).st_size, max_bytes)  # `read` allocates all at once
-        return parse_json(file.read(n_bytes + 1), asked, error, max_bytes)
+def read_json(path: Path, asked: str, error: type[LoraInjectError] = FormatError) -> Any:
+    """Parse a file as `parse_json` does."""
+    return parse_json(path.read_bytes(), asked, error)
