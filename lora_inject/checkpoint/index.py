@@ -26,8 +26,6 @@ from lora_inject.core.spec.names import leaf, parent
 from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats.model_facts import ModelFacts
 
-MAX_INDEX_BYTES = 200_000_000
-MAX_CONFIG_BYTES = 20_000_000
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_DEPTH = 2  # folders inside, of other files
@@ -163,7 +161,7 @@ def read_config(folder: Path, name: str = "config.json") -> Mapping[str, Any]:
     if not os.path.lexists(path):
         return {}
     real = resolve_inside(folder, name)  # a dangling link, a folder and a FIFO are refused there
-    config = read_json(real, f"read '{real.name}'", CheckpointError, MAX_CONFIG_BYTES)
+    config = read_json(real, f"read '{real.name}'", CheckpointError)
     if not isinstance(config, dict):
         raise CheckpointError(f"read '{path}'", "it is not a JSON object", "Fetch it again")
     return config
@@ -180,7 +178,7 @@ def _find_shards(folder: Path, asked: str) -> tuple[str | None, set[str], Any]:
             remedy = "Programs differ in which they load; remove the one that is not meant"
             raise CheckpointError(asked, problem, remedy)
         file = resolve_inside(folder, index_name)
-        index = read_json(file, f"read '{file.name}'", CheckpointError, MAX_INDEX_BYTES)
+        index = read_json(file, f"read '{file.name}'", CheckpointError)
         return index_name, set(_weight_map(index_name, index).values()), index
     files = [name for name in files if not name.startswith("adapter_model")]
     name = _prefer_model(files, asked)
