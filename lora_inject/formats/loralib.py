@@ -70,7 +70,7 @@ def read(
         remedy = "Pass alpha=..., the layers' lora_alpha"
         raise FormatError("", "loralib files do not hold alpha", remedy)
     if enable_lora is not None and sum(enable_lora) < 2:
-        problem = "a fused layer with one part enabled cannot be distinguished from a plain layer"
+        problem = "a fused layer with one part in enable_lora looks like a plain layer"
         raise FormatError("", problem, "Load it with loralib and merge it")
     if path.suffix in PICKLES:
         tensors = read_pickle(path, allow=allow_pickle)

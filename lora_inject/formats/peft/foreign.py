@@ -184,7 +184,7 @@ class Foreign:
             if rank is None and of_module:
                 rank = len(a)
             if rank is None or (len(a) != rank if of_module else len(a) % rank):
-                problem = f"its tensors have rank {len(a)}, adapter_config.json says {rank}"
+                problem = f"its tensors have rank {len(a)}, adapter_config.json says rank {rank}"
                 remedy = "Correct 'r' or 'rank_pattern' there; the scale depends on it"
                 raise _error("", problem, remedy)
             if not of_module and (a.ndim != 2 or embeds):
