@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable
 from dataclasses import fields
 from enum import EnumType
-from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,7 @@ from lora_inject.version import __version__
 
 MARK = re.compile(r"<!-- generated: (\w+) ?(.*?) -->")
 NOTEBOOKS = Path(__file__).parent / "examples"
-CONFIGS = Path(__file__).parents[1] / "configs"
-RUN_OF_THE_PAPER = re.compile(r"glue|dart|e2e|webnlg|gpt3_")
+CONFIGS = Path(__file__).parents[1] / "lora_inject" / "configs"
 MESSAGES = Path(__file__).parents[1] / "tests" / "house" / "messages.yaml"
 STAGES = {
     "ConfigError": "Reading a config",
@@ -64,35 +62,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Prepare tables for narrow screens, and consoles for copying."""
-    html = re.sub(r"<table>.*?</table>", _labeled, html, flags=re.DOTALL)
-    return re.sub(r'<div class="highlight">.*?</div>', _copied, html, flags=re.DOTALL)
-
-
-def _copied(block: re.Match[str]) -> str:
-    """Say what the button of a console copies: what is typed, without prompts and outputs."""
-    typed = _typed(unescape(re.sub("<.*?>", "", block[0])))
-    if '<span class="gp">' not in block[0] or not typed:
-        return block[0]
-    copied = escape("\n".join(typed))
-    return block[0].replace("<div ", f'<div data-copy="{copied}" ', 1)
-
-
-def _typed(console: str) -> list[str]:
-    """Return the lines after a prompt, and those that continue them."""
-    typed: list[str] = []
-    shell, last = True, ""  # the line before, where it was typed
-    for line in console.strip().splitlines():
-        if prompt := re.match(r"(\$|>>>) ", line):
-            shell, last = prompt[1] == "$", line[prompt.end() :]
-        elif shell and last.endswith("\\"):
-            last = line
-        elif last and not shell and line.startswith("... "):
-            last = line[4:]
-        else:
-            last = ""
-        typed += [last] if last else []
-    return typed
+    """Prepare tables for narrow screens."""
+    return re.sub(r"<table>.*?</table>", _labeled, html, flags=re.DOTALL)
 
 
 def _labeled(table: re.Match[str]) -> str:
@@ -243,16 +214,15 @@ def notebook(name: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def configs(paper: str) -> str:
-    """The configs of the repository: those by family, or those of the paper's runs."""
+def configs() -> str:
+    """The configs of model families."""
     parts = []
     for path in sorted(CONFIGS.glob("*.yaml")):
         lines = path.read_text(encoding="utf-8").splitlines()[1:]  # the first is for editors
         body = next(i for i, line in enumerate(lines) if not line.startswith("#"))
         about = " ".join(line.removeprefix("# ") for line in lines[:body])
-        if bool(RUN_OF_THE_PAPER.search(path.stem)) == (paper == "paper"):
-            text = "\n".join(lines[body:])
-            parts += [f"### {path.stem}\n", about, f"```yaml\n{text}\n```"]
+        text = "\n".join(lines[body:])
+        parts += [f"### {path.stem}\n", about, f"```yaml\n{text}\n```"]
     return "\n\n".join(parts) + "\n"
 
 

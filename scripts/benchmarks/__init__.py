@@ -1,1 +1,1 @@
-"""The rows of `scripts/bench.py`, one file per group: see `benchmarks.rows`."""
+"""What `scripts/bench.py` measures: twelve rows in `rows.py`, and how in `measure.py`."""

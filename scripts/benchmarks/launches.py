@@ -25,7 +25,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.measure import Options, Result
 from benchmarks.models import quiet
 from lora_inject import activate, inject, train_only
 
@@ -296,23 +295,3 @@ def _adapted(row: Row, model: nn.Module, who: str) -> nn.Module:
         activate(model, dict.fromkeys(names, 1.0))
         train_only(model, names)
     return model
-
-
-def launches(options: Options) -> Result:  # noqa: ARG001 - counts have no smaller size
-    """Count launches and bytes of one layer of width 4096, rank 16, forward and backward."""
-    result = Result()
-    for name, row in ROWS.items():
-        for who in ("frozen", *(["PEFT"] if row.peft is not None else []), OURS):
-            counted = count(row, who)
-            result.add(name, who, "launches", float(counted.total))
-            result.add(name, who, "GiB moved", counted.moved / GIB)
-            if counted.syncs:
-                result.notes.append(f"{who} waits for the device in '{name}': {counted.syncs}.")
-    result.notes.append(
-        "The least that experts in a loop add: six thin products for each that is used (h and y; "
-        "the gradients of h, A, B and x), as the model takes the result of one before it calls the "
-        "next. Eight do not grow with their number: A and B and their gradients are cast and "
-        "joined. Joining the products for A and B at the end would save two for each expert, and "
-        "would copy all of x and of the gradient of y once more."
-    )
-    return result

@@ -33,7 +33,7 @@ def clock(which: str) -> None:
     _now = {"wall": time.perf_counter, "cpu": time.process_time}[which]
 
 
-def wait() -> None:
+def _wait() -> None:
     """Wait until the device has done what it was asked for; a CPU has."""
     if torch.get_default_device().type == "cuda":
         torch.cuda.synchronize()
@@ -63,10 +63,9 @@ class Line:
         variant: Who did it.
         metric: What the number is, with its unit.
         low: The smallest of all rounds.
-        mid: The median; the number that is compared with the target.
+        mid: The median.
         high: The largest.
         n: How many rounds.
-        target: The largest value that is good enough, None for what is shown only.
     """
 
     case: str
@@ -76,12 +75,6 @@ class Line:
     mid: float
     high: float
     n: int
-    target: float | None = None
-
-    @property
-    def reached(self) -> bool | None:
-        """Whether the median meets the target, None without one."""
-        return None if self.target is None else self.mid <= self.target
 
 
 @dataclass
@@ -90,13 +83,11 @@ class Options:
 
     Attributes:
         quick: Tiny sizes and few rounds: shows that a row works, measures nothing.
-        full: Also run PEFT where it takes minutes.
         rounds: Rounds of every case, None for what each row thinks is enough.
         threads: Threads that were asked for, None for what each row is defined with.
     """
 
     quick: bool = False
-    full: bool = False
     rounds: int | None = None
     threads: int | None = None
 
@@ -117,22 +108,16 @@ class Result:
     lines: list[Line] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def add(
-        self,
-        case: str,
-        variant: str,
-        metric: str,
-        values: Sequence[float] | float,
-        target: float | None = None,
-    ) -> Line:
-        """Add one number, from its values in all rounds."""
+    def add(self, case: str, variant: str, metric: str, values: Sequence[float] | float) -> None:
+        """Add one number, from its values in all rounds, and print it."""
         many = [float(values)] if isinstance(values, int | float) else [float(v) for v in values]
-        line = Line(
-            case, variant, metric, min(many), statistics.median(many), max(many), len(many), target
-        )
+        middle = statistics.median(many)
+        line = Line(case, variant, metric, min(many), middle, max(many), len(many))
         self.lines.append(line)
-        show(line)
-        return line
+        spread = f"[{line.low:.4g} - {line.high:.4g}]"
+        print(
+            f"  {case:<44} {variant:<34} {middle:10.4g} {spread} {metric} (n={line.n})", flush=True
+        )
 
     def ratios(
         self,
@@ -140,22 +125,12 @@ class Result:
         times: Mapping[str, Sequence[float]],
         metric: str = "time / floor",
         floor: str = "floor",
-        targets: Mapping[str, float] | None = None,
     ) -> None:
         """Add the floor's time in ms, and every other variant's paired ratio to it."""
         self.add(case, floor, "ms", [1e3 * t for t in times[floor]])
         for name in times:
             if name != floor:
-                target = (targets or {}).get(name)
-                self.add(case, name, metric, paired(times[name], times[floor]), target)
-
-    def over_bare(
-        self, case: str, times: Mapping[str, Sequence[float]], targets: Mapping[str, float | None]
-    ) -> None:
-        """Add the time of variants over that of the bare operations of the same round."""
-        for name, target in targets.items():
-            ratio = paired(times[name], times[BARE])
-            self.add(case, name, f"time / {BARE}", ratio, target)
+                self.add(case, name, metric, paired(times[name], times[floor]))
 
 
 def some_ids(*shape: int) -> torch.Tensor:
@@ -163,23 +138,6 @@ def some_ids(*shape: int) -> torch.Tensor:
     generator = torch.Generator("cpu").manual_seed(0)
     ids = torch.randint(500, shape, generator=generator, device="cpu")
     return ids.to(torch.get_default_device())
-
-
-def show(line: Line) -> None:
-    """Print a line as soon as it is known."""
-    goal = "" if line.target is None else f"  target {line.target:g} {verdict(line)}"
-    print(
-        f"  {line.case:<44} {line.variant:<34} {line.mid:10.4g} "
-        f"[{line.low:.4g} - {line.high:.4g}] {line.metric} (n={line.n}){goal}",
-        flush=True,
-    )
-
-
-def verdict(line: Line, noise: float = 0.0) -> str:
-    """Return `yes`, `NO`, `undecided` where noise is larger than what is missing, or nothing."""
-    if line.target is not None and noise and abs(line.mid - line.target) < noise:
-        return "undecided"
-    return {True: "yes", False: "NO", None: ""}[line.reached]
 
 
 def noise_of(control: Line) -> float:
@@ -218,24 +176,24 @@ def interleave(
     gc.freeze()  # so that the collections between the runs look at their garbage alone
     for number in range(warm_up + rounds):
         for i in torch.randperm(len(names), generator=shuffle, device="cpu").tolist():
-            seconds = timed(known[names[i]])
+            seconds = _timed(known[names[i]])
             if number >= warm_up:
                 times[names[i]].append(seconds)
     gc.unfreeze()
     return times
 
 
-def timed(variant: Variant) -> float:
+def _timed(variant: Variant) -> float:
     """Return the seconds of one run, without the garbage collector."""
     if variant.before is not None:
         variant.before()
     gc.collect()
     gc.disable()
-    wait()
+    _wait()
     try:
         began = _now()
         variant.run()
-        wait()
+        _wait()
         seconds = _now() - began
     finally:
         gc.enable()
@@ -281,11 +239,11 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     """Return how far `run()` raises what torch has allocated on the device, at its highest."""
     if torch.get_default_device().type == "cuda":
         gc.collect()
-        wait()
+        _wait()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
-        wait()
+        _wait()
         return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     gc.collect()
@@ -298,21 +256,3 @@ def peak_bytes(run: Callable[[], Any]) -> int:
         total += event.nbytes()
         peak = max(peak, total)
     return peak
-
-
-class threads:  # noqa: N801 - used like a function
-    """Run the body with so many threads; several of them are timed by the clock on the wall."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-
-    def __enter__(self) -> None:
-        self.before, self.now = torch.get_num_threads(), _now
-        if self.n > 1:
-            clock("wall")
-        torch.set_num_threads(self.n)
-
-    def __exit__(self, *error: object) -> None:
-        global _now  # noqa: PLW0603 - what it was before
-        torch.set_num_threads(self.before)
-        _now = self.now

@@ -79,37 +79,6 @@ def with_peft(model: Any, rank: int = RANK, **config: Any) -> Any:
         return get_peft_model(model, settings)
 
 
-def with_loralib(model: Any, matches: Callable[[str], bool] | None = None) -> Any:
-    """Return the model with loralib's layers, which its users write into their models by hand."""
-    import loralib
-
-    pattern = re.compile(rf"(?:.*\.)?(?:{targets_of(model)})$")
-    wanted = matches or (lambda name: bool(pattern.match(name)))
-    for path, module in list(model.named_modules()):
-        if wanted(path):
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, _loralib_layer(module, loralib))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    return model
-
-
-def _loralib_layer(module: Any, loralib: Any) -> Any:
-    conv1d = not isinstance(module, nn.Linear)
-    n_in, n_out = module.weight.shape if conv1d else module.weight.shape[::-1]
-    layer = loralib.Linear(
-        n_in,
-        n_out,
-        r=RANK,
-        lora_alpha=ALPHA,
-        fan_in_fan_out=conv1d,
-        merge_weights=False,
-        bias=module.bias is not None,
-    ).to(module.weight.dtype)
-    layer.weight, layer.bias = module.weight, module.bias
-    return layer
-
-
 def with_bare(model: Any, targets: str | None = None, rows: int | None = None) -> Any:
     """Return the model with no more than the operations that the mathematics needs.
 
@@ -179,57 +148,11 @@ class _Bare(torch.autograd.Function):
         return gx, None, None, gA, gB
 
 
-def with_kernels(model: Any, who: str) -> Any:
-    """Return the model with the fused kernels of a peer that only a GPU has.
-
-    Args:
-        model: A Llama on the GPU.
-        who: `unsloth`, whose LoRA is its own, or `liger`, whose other layers run with PEFT's.
-
-    Raises:
-        ImportError: It is not installed.
-    """
-    if who == "liger":
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        apply_liger_kernel_to_llama(rope=False, model=model)  # rope would change every model
-        return with_peft(model)
-    from unsloth import FastLanguageModel
-
-    names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
-    return FastLanguageModel.get_peft_model(
-        model, r=RANK, lora_alpha=ALPHA, lora_dropout=0, target_modules=names
-    )
-
-
 def frozen(model: Any) -> Any:
     """Return the floor: nothing trains, and the output of the embedding requires a gradient."""
     model.requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
     return model
-
-
-def opaque(model: Any) -> Any:
-    """Make every linear layer one of an unknown subclass, which takes the general path."""
-    for module in model.modules():
-        kind = _OPAQUE.get(type(module).__name__)
-        if kind is not None:
-            module.__class__ = kind(type(module))
-    return model
-
-
-def _opaque_class(plain: type) -> type:
-    if plain not in _MADE:
-
-        def forward(self: Any, x: Tensor) -> Any:
-            return plain.forward(self, x)  # type: ignore[attr-defined]
-
-        _MADE[plain] = type("Opaque", (plain,), {"forward": forward})
-    return _MADE[plain]
-
-
-_MADE: dict[type, type] = {}
-_OPAQUE = {"Linear": _opaque_class, "Conv1D": _opaque_class}
 
 
 def training_step(model: Any, ids: Tensor, *, optimize: bool = True) -> Callable[[], None]:

@@ -1,10 +1,8 @@
 """Sentences with the mean of what twenty people felt in them: movie reviews, tweets and more.
 
-The source distribution of `vaderSentiment` carries the data of its paper (Hutto and
-Gilbert, ICWSM 2014), 23,703 sentences of four kinds, each scored by people from -4 to 4, so a real
-classification task comes with pip alone. `fetch` gets the archive, `read` reads one kind,
-`sentiment` makes of it two classes that are as large as each other, near enough, and splits them by
-the text alone, so that the same sentence lands on the same side wherever this runs.
+The source distribution of `vaderSentiment` carries the data of its paper (Hutto and Gilbert, ICWSM
+2014), so a classification task comes with pip alone. A split is by the text alone: the same
+sentence lands on the same side wherever this runs.
 """
 
 from __future__ import annotations
@@ -14,10 +12,10 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from data.packaged import new_folder, number_of, refusal, sha256
+from data.packaged import check_digest, number_of
 
 PACKAGE = "vaderSentiment==3.3.2"
 SDIST = "vaderSentiment-3.3.2.tar.gz"
@@ -27,25 +25,16 @@ KINDS = {
     "movies": "movieReviewSnippets_GroundTruth.txt",
     "products": "amazonReviewSnippets_GroundTruth.txt",
     "editorials": "nytEditorialSnippets_GroundTruth.txt",
-    "tweets": "tweets_GroundTruth.txt",
 }
-CLEAR_SCORE = 0.5  # a mean nearer to 0 says neither good nor bad
 HELD_OUT_SHARES = (0.15, 0.35)  # of the development and of the test part
 
 
-@dataclass(frozen=True, slots=True)
-class Snippet:
-    """One sentence.
-
-    Attributes:
-        id: As in the file; up to the underscore, if there is one, it names the review.
-        text: The sentence.
-        score: Mean of what people said, from -4 to 4.
-    """
+class Snippet(NamedTuple):
+    """A sentence; its id up to the underscore, if there is one, names the review."""
 
     id: str
     text: str
-    score: float
+    score: float  # from -4 to 4
 
     @property
     def label(self) -> int:
@@ -53,82 +42,38 @@ class Snippet:
         return int(self.score > 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Snippets in three parts, no sentence in two of them.
-
-    Attributes:
-        train: To train on.
-        dev: To choose by, such as a learning rate.
-        test: To report on.
-    """
+class Split(NamedTuple):
+    """Snippets to train on, to choose by, and to report on; no review is in two of them."""
 
     train: list[Snippet]
     dev: list[Snippet]
     test: list[Snippet]
 
 
-def fetch(folder: Path) -> Path:
-    """Return the source distribution in `folder`, downloaded by pip if it is not there yet.
-
-    Raises:
-        SystemExit: pip could not get it, or it is another file.
-    """
+def read(folder: Path, kind: str = "movies") -> list[Snippet]:
+    """Read the sentences of a kind that are clearly good or bad, from an archive by pip."""
     path = folder / SDIST
     if not path.is_file():
-        with new_folder(folder / "download") as partial:
-            _download(partial)
-            folder.mkdir(parents=True, exist_ok=True)
-            (partial / SDIST).replace(path)
-        (folder / "download").rmdir()
-    found = sha256(path)
-    if found != SHA256:
-        raise refusal(f"{SDIST} with SHA-256 {SHA256}", f"found {found}", f"Remove {path}")
-    return path
-
-
-def _download(folder: Path) -> None:
-    """Let pip fetch the source distribution, without its dependencies."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--no-binary", ":all:", "--dest", str(folder), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode or not (folder / SDIST).is_file():
-        last = (done.stderr.strip() or "no file").splitlines()[-1]
-        raise refusal(
-            f"the source distribution of {PACKAGE}",
-            f"pip could not download it ({last})",
-            f"Put {SDIST} there by hand, or give the folder that holds it",
-        )
-
-
-def read(sdist: Path, kind: str = "movies") -> list[Snippet]:
-    """Read the sentences of one kind, each text once.
-
-    Args:
-        sdist: What `fetch` returned.
-        kind: One of `KINDS`.
-
-    Returns:
-        In the order of the file.
-
-    Raises:
-        SystemExit: The file is not what it was: a line without three columns.
-    """
-    with tarfile.open(sdist) as outer:
-        inner = outer.extractfile(INNER)
-        assert inner is not None  # the SHA-256 was checked
-        with tarfile.open(fileobj=io.BytesIO(inner.read())) as archive:
-            file = archive.extractfile(f"hutto_ICWSM_2014/{KINDS[kind]}")
-            assert file is not None
-            lines = [_decoded(line) for line in file.read().splitlines()]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary"]
+        subprocess.run([*command, ":all:", "--dest", str(folder), PACKAGE], check=True)
+    check_digest(path, SHA256)
+    with (
+        tarfile.open(path) as outer,
+        tarfile.open(fileobj=io.BytesIO(_file(outer, INNER))) as inner,
+    ):
+        lines = _file(inner, f"hutto_ICWSM_2014/{KINDS[kind]}").splitlines()
     found: dict[str, Snippet] = {}
-    for number, line in enumerate(filter(None, lines), 1):
-        columns = line.split("\t")
-        if len(columns) != 3:
-            raise refusal(f"line {number} of {kind}", f"{len(columns)} columns", f"Get {SDIST}")
-        text = " ".join(columns[2].split())
-        found.setdefault(text, Snippet(columns[0], text, float(columns[1])))
-    return list(found.values())
+    for line in filter(None, map(_decoded, lines)):
+        id_, score, words = line.split("\t")
+        text = " ".join(words.split())
+        found.setdefault(text, Snippet(id_, text, float(score)))
+    return [snippet for snippet in found.values() if abs(snippet.score) >= 0.5]
+
+
+def _file(archive: tarfile.TarFile, name: str) -> bytes:
+    file = archive.extractfile(name)
+    assert file is not None  # the SHA-256 was checked
+    return file.read()
 
 
 def _decoded(line: bytes) -> str:
@@ -139,20 +84,12 @@ def _decoded(line: bytes) -> str:
         return line.decode("cp1252", errors="replace").strip()
 
 
-def sentiment(snippets: Sequence[Snippet]) -> list[Snippet]:
-    """Those that are clearly good or clearly bad: a mean of at least 0.5 either way."""
-    return [snippet for snippet in snippets if abs(snippet.score) >= CLEAR_SCORE]
-
-
 def split(snippets: Sequence[Snippet]) -> Split:
-    """Cut into three parts by a hash of the text, or of the review where the id names one.
-
-    The order within a part is that of the hash, so that its first n rows are a fair sample.
-    """
-    parts: tuple[list[Snippet], list[Snippet], list[Snippet]] = ([], [], [])
+    """Cut into three by a hash of the review, or of the text where the id names none."""
+    parts = Split([], [], [])
     dev, test = HELD_OUT_SHARES
     for snippet in sorted(snippets, key=lambda snippet: number_of(snippet.text)):
         review, underscore, _ = snippet.id.partition("_")
         place = number_of(review if underscore else snippet.text)
         parts[1 if place < dev else 2 if place < dev + test else 0].append(snippet)
-    return Split(*parts)
+    return parts

@@ -1,1 +1,1 @@
-"""The stages of `scripts/reproduce.sh`, one file each, and what they share."""
+"""The claims of the LoRA paper, run on real weights: a function for each stage."""

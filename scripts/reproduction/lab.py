@@ -1,171 +1,85 @@
 """Where runs happen and what is kept of them: one JSON file for each finished run.
 
-A run is a name, its settings and a function. `Lab.run` looks for a record of that name
-with those settings and returns it; else it calls the function and writes the record in one rename.
-So the whole of it may be stopped at any moment and started again: what is finished is kept, what
-was interrupted starts over, and a changed setting makes exactly the runs that depend on it new.
+`Lab.run` looks for a record of that name with those settings and returns its result. Else it calls
+the function and writes the record in one rename. So everything may be stopped at any moment and
+started again; a changed setting makes exactly the runs that depend on it new.
 """
 
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from data import minilm, smollm2, snippets
-from data import pairs as data
+from data import models, pairs, snippets
 from data.packaged import write_json
-from data.snippets import Split
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from . import toy
 
 Result = dict[str, Any]
+Claim = tuple[str, str, str, str]
+HOLDS, FAILS, OPEN, PARTLY = "holds", "**does not hold**", "undecided", "holds in part"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is.
+    """How large everything is: rows of sentences, steps of 8 pairs, shapes of what is timed."""
 
-    Attributes:
-        n_train: Sentences to train on, each seen once.
-        n_dev: Sentences to choose the learning rate by.
-        n_test: Sentences to report on.
-        batch: Sentences in a step.
-        max_tokens: Longer sentences are cut.
-        seeds: One run of each method for each.
-        keep_rates: Learning rates tried of each grid, from its start.
-        pair_steps: Steps of 8 pairs on the decoder.
-        n_pairs: Held-out pairs.
-        memory_tokens: Shape of the batches of the memory stage, (rows, tokens).
-        latency: Shape of the model, (layers, dim), and of the batches, (rows, tokens).
-        rounds: Repetitions of everything that is timed.
-    """
-
-    n_train: int
-    n_dev: int
-    n_test: int
-    batch: int
-    max_tokens: int
-    seeds: tuple[int, ...]
-    keep_rates: int
-    pair_steps: int
-    n_pairs: int
-    memory_tokens: tuple[int, int]
-    latency: tuple[tuple[int, int], tuple[tuple[int, int], ...]]
-    rounds: int
+    n_train: int = 3200
+    n_dev: int = 1000
+    n_test: int = 2400
+    batch: int = 32
+    max_tokens: int = 32
+    seeds: tuple[int, ...] = (0, 1, 2)
+    keep_rates: int = 4  # learning rates tried of each grid, from its start
+    pair_steps: int = 40
+    n_pairs: int = 120
+    memory_tokens: tuple[int, int] = (8, 64)
+    latency_model: tuple[int, int] = (12, 768)
+    latency: tuple[tuple[int, int], ...] = ((8, 256), (4, 128), (1, 16))
+    rounds: int = 9
 
 
-FULL = Sizes(
-    n_train=3200,
-    n_dev=1000,
-    n_test=2400,
-    batch=32,
-    max_tokens=32,
-    seeds=(0, 1, 2),
-    keep_rates=4,
-    pair_steps=40,
-    n_pairs=120,
-    memory_tokens=(8, 64),
-    latency=((12, 768), ((8, 256), (4, 128), (1, 16))),
-    rounds=9,
-)
 QUICK = Sizes(
-    n_train=48,
-    n_dev=16,
-    n_test=32,
-    batch=16,
-    max_tokens=12,
-    seeds=(0, 1),
-    keep_rates=1,
-    pair_steps=2,
-    n_pairs=4,
-    memory_tokens=(2, 16),
-    latency=((2, 32), ((2, 16), (2, 8), (1, 4))),
-    rounds=2,
+    *(48, 16, 32, 16, 12, (0, 1), 1, 2, 4, (2, 16), (2, 32), ((2, 16), (2, 8), (1, 4)), 2)
 )
 
 
 @dataclass(frozen=True)
 class Lab:
-    """Everything a stage may use.
-
-    Attributes:
-        folder: Records, kept adapters and the downloaded sentences.
-        sizes: How large everything is.
-        random_weights: Tiny random models and made-up sentences instead of the real ones.
-        say: Told what is going on, a line at a time.
-        stopped: Asked before each run whether the user wants no more of them.
-    """
+    """Everything a stage may use: a folder for records, sizes, and models that may be toys."""
 
     folder: Path
     sizes: Sizes
-    random_weights: bool
-    say: Callable[[str], None] = print
+    toys: bool
     stopped: Callable[[], bool] = lambda: False
 
-    # ------------------------------------------------------------------------------ records
-
     def run(self, name: str, settings: Mapping[str, Any], work: Callable[[], Result]) -> Result:
-        """The result of a run, from its record or by doing it now.
-
-        Args:
-            name: Path of the record below the folder, without its ending.
-            settings: All that the result depends on, as plain data.
-            work: Does the run.
-
-        Returns:
-            What `work` returned, as JSON gives it back.
-
-        Raises:
-            KeyboardInterrupt: The run is not done yet, and the user wants no more of them.
-        """
-        wanted = json.loads(json.dumps({**settings, "random_weights": self.random_weights}))
-        kept = self.record(name)
-        if kept is not None and kept["settings"] == wanted:
-            return kept["result"]
+        """The result of a run, from its record or by doing it now, as JSON gives it back."""
+        path = self.folder / "records" / f"{name}.json"
+        wanted = json.loads(json.dumps({**settings, "toys": self.toys}))
+        if path.is_file():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["settings"] == wanted:
+                return kept["result"]
         if self.stopped():
             raise KeyboardInterrupt
-        if not self.random_weights:
-            gc.collect()  # the last run's model
-        self.say(f"{name} ...")
         wall, cpu = time.perf_counter(), time.process_time()
         result = work()
-        record = {
-            "settings": wanted,
-            "result": result,
-            "date": time.strftime("%Y-%m-%d %H:%M"),
-            "seconds": time.perf_counter() - wall,
-            "cpu_seconds": time.process_time() - cpu,
-            "load": os.getloadavg()[0],
-        }
-        path = self._path(name)
+        seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         path.parent.mkdir(parents=True, exist_ok=True)
         (self.folder / ".gitignore").write_text("*\n", encoding="utf-8")
-        write_json(path, record)
-        self.say(f"{name} {record['seconds']:.0f} s")
-        kept = self.record(name)
-        assert kept is not None
-        return kept["result"]
-
-    def record(self, name: str) -> dict[str, Any] | None:
-        """The whole record of a run, or None where there is none."""
-        path = self._path(name)
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-    def records(self) -> list[dict[str, Any]]:
-        """Whole records of all runs there are."""
-        paths = sorted((self.folder / "records").rglob("*.json"))
-        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-
-    def _path(self, name: str) -> Path:
-        return self.folder / "records" / f"{name}.json"
+        date = {"date": time.strftime("%Y-%m-%d %H:%M"), "load": os.getloadavg()[0]}
+        write_json(path, {"settings": wanted, "result": result, **date, **seconds})
+        print(f"{date['date']} {name}: {seconds['seconds']:.0f} s", flush=True)
+        return json.loads(json.dumps(result))
 
     def kept(self, name: str) -> Path:
         """Where a run keeps what is too large for its record, such as an adapter."""
@@ -177,58 +91,62 @@ class Lab:
         """Some of the sizes, for the settings of a run."""
         return {name: asdict(self.sizes)[name] for name in names}
 
-    # ----------------------------------------------------------------------- models and data
-
     def encoder(self) -> tuple[Any, Any]:
         """A fresh encoder and its tokenizer."""
-        if self.random_weights:
-            return toy.encoder()
-        return minilm.load(minilm.find())
+        return toy.encoder() if self.toys else models.encoder()
 
-    def sentences(self, kind: str = "movies") -> Split:
+    def sentences(self, kind: str = "movies") -> snippets.Split:
         """The sentences of one kind, cut to size."""
-        whole = _sentences(None if self.random_weights else self.folder, kind)
         sizes = self.sizes
-        return Split(
-            whole.train[: sizes.n_train], whole.dev[: sizes.n_dev], whole.test[: sizes.n_test]
-        )
+        whole = _sentences(None if self.toys else self.folder, kind)
+        counts = (sizes.n_train, sizes.n_dev, sizes.n_test)
+        return snippets.Split(*(part[:n] for part, n in zip(whole, counts, strict=True)))
 
-    def pairs(self) -> data.Split:
+    def pairs(self) -> pairs.Split:
         """Pairs of a function and its summary, of this Python or made up."""
-        return toy.pairs() if self.random_weights else _pairs()
+        return toy.pairs() if self.toys else _pairs()
 
     def decoder(self) -> tuple[Any, Any]:
-        """A fresh decoder and its tokenizer. The real one is turned into a checkpoint once."""
-        if self.random_weights:
+        """A fresh decoder and its tokenizer."""
+        if self.toys:
             return toy.decoder()
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         folder = self.folder / "smollm2"
         if not folder.is_dir():
-            self.say("reading the decoder out of its GGUF file, once ...")
-            smollm2.save(smollm2.find(), folder)
+            models.save_decoder(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         return model, AutoTokenizer.from_pretrained(folder)
 
 
 @functools.cache
-def _sentences(folder: Path | None, kind: str) -> Split:
-    """All sentences of a kind in three parts; made up where there is no folder."""
-    if folder is None:
-        return snippets.split(toy.sentences(kind))
-    return snippets.split(snippets.sentiment(snippets.read(snippets.fetch(folder), kind)))
+def _sentences(folder: Path | None, kind: str) -> snippets.Split:
+    return snippets.split(toy.sentences(kind) if folder is None else snippets.read(folder, kind))
 
 
 @functools.cache
-def _pairs() -> data.Split:
-    return data.collect()
+def _pairs() -> pairs.Split:
+    return pairs.collect()
 
 
-def weights_present() -> bool:
-    """Whether both pretrained models are installed."""
-    try:
-        minilm.find()
-        smollm2.find()
-    except SystemExit:
-        return False
-    return True
+# ------------------------------------------------------------------------------------- telling
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, words: int = 1) -> str:
+    """A table of Markdown; all columns but the first `words` are flush right."""
+    rule = [":--" if i < words else "--:" for i in range(len(head))]
+    lines = [head, rule, *([str(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def verdict(difference: float, error: float, bound: float = 0.0) -> str:
+    """Whether a difference is above a bound, two standard errors being the noise."""
+    if difference - 2 * error > bound:
+        return HOLDS
+    return FAILS if difference + 2 * error < bound else OPEN
+
+
+def n_bytes(number: float) -> str:
+    """Bytes with a unit, to three figures or so."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= size:
+            return f"{number / size:,.3g} {unit}"
+    return f"{number:.0f} bytes"

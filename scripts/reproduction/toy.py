@@ -1,8 +1,4 @@
-"""Tiny random models and made-up sentences, for when the real ones are not there.
-
-Every stage must run end to end in seconds, without a download; what comes out means
-nothing. The classes are those of the real models, with fewer and smaller layers.
-"""
+"""Tiny random models and made-up sentences: what comes out in seconds means nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ from typing import Any
 import torch
 from data.pairs import Pair, Split
 from data.snippets import Snippet
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 GOOD = ("good", "great", "fine", "funny", "warm", "brilliant")
 BAD = ("bad", "dull", "poor", "weak", "cold", "awful")
@@ -26,11 +23,9 @@ class Words:
     eos_token_id = 1
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text."""
         return [2 + sum(map(ord, word)) % (N_TOKENS - 2) for word in text.split()]
 
     def __call__(self, texts: list[str], max_length: int, **_: Any) -> dict[str, list[list[int]]]:
-        """As tokenizers of transformers do, without padding."""
         return {"input_ids": [self.encode(text)[:max_length] for text in texts]}
 
 
@@ -53,33 +48,16 @@ def pairs(n: int = 60) -> Split:
 
 def encoder() -> tuple[Any, Words]:
     """A BERT of three layers."""
-    from transformers import BertConfig, BertModel
-
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=N_TOKENS,
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=128,
-        max_position_embeddings=64,
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 64}
+    config = BertConfig(vocab_size=N_TOKENS, num_hidden_layers=3, num_attention_heads=2, **sizes)
     return BertModel(config).eval(), Words()
 
 
 def decoder() -> tuple[Any, Words]:
     """A Llama of three layers with fewer heads for keys than for queries, and a tied head."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=N_TOKENS,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 1024}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    config = LlamaConfig(vocab_size=N_TOKENS, num_hidden_layers=3, **sizes, **heads)
     return LlamaForCausalLM(config).eval(), Words()

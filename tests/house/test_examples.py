@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import fill
-from helpers.models import tiny_unet
 from helpers.training import llama_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig, ViTForImageClassification
 
@@ -93,14 +92,6 @@ def test_lightning_saves_the_adapter_alone_and_resumes_from_it(chat_model, tmp_p
     assert li.adapter_state(model) == saved
 
 
-def test_the_merged_folder_computes_what_the_adapted_model_does(chat_model, tmp_path) -> None:
-    path = adapter(chat_model, tmp_path / "adapter", 0)
-    run("vllm_merged", chat_model, path, tmp_path / "merged")
-    ids = torch.arange(6)[None]
-    adapted = li.load_adapter(base(chat_model), path)
-    torch.testing.assert_close(base(tmp_path / "merged")(ids).logits, adapted(ids).logits)
-
-
 def test_vision_trains_its_new_head_with_the_adapter(tmp_path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 16, "image_size": 16, "patch_size": 8}
@@ -109,12 +100,6 @@ def test_vision_trains_its_new_head_with_the_adapter(tmp_path) -> None:
     state = li.read_adapter(tmp_path / "vision-adapter")
     assert len(state.sites) == 2
     assert set(state.trained) == {"classifier.weight", "classifier.bias"}
-
-
-def test_diffusers_reads_the_adapter_of_the_unet_with_the_same_outputs(tmp_path, capsys) -> None:
-    tiny_unet().save_pretrained(tmp_path / "unet")
-    run("diffusion", "--model", tmp_path / "unet", "--subfolder", "", "--steps", 2)
-    assert float(capsys.readouterr().out.rpartition(" by ")[2]) < 1e-5
 
 
 def test_the_server_keeps_users_apart_and_reloads(chat_model: Path, tmp_path: Path) -> None:

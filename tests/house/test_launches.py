@@ -134,7 +134,7 @@ def test_launches_of_a_routed_layer_depend_on_no_number_and_no_rank(ranks: Seque
 
 
 def test_a_further_trial_adds_the_launches_of_its_own_optimizer_and_loss_alone() -> None:
-    launches = script("benchmarks.sharing").launches_of_trials
+    launches = script("benchmarks.rows").launches_of_trials
     two, three, five = map(launches, (2, 3, 5))
     assert five - three == 2 * (three - two) <= 2 * 42
     assert two < 300

@@ -26,7 +26,7 @@ REPO = Path(__file__).parents[2]
 with mock.patch.dict(os.environ):  # which these set, for programs of their own
     bench = script("bench")
     reproduce = script("reproduction.__main__").main
-    methods, trials = (script(f"reproduction.{name}") for name in ("methods", "trials"))
+    methods, sentences = (script(f"reproduction.{name}") for name in ("methods", "sentences"))
 pairs, snippets = script("data.pairs"), script("data.snippets")
 
 # ------------------------------------------------------------------------------- the environment
@@ -56,24 +56,34 @@ def test_a_folder_that_the_scripts_did_not_make_stays(shell: Any, tmp_path: Path
     assert (tmp_path / ".venv" / "mine").exists()
 
 
+FILL = 'fill() { echo "${@:2}"; mkdir -p "$venv"; }; '
+
+
 def test_an_environment_is_made_once_for_the_same_versions(shell: Any, tmp_path: Path) -> None:
-    make = 'fill() { echo made; mkdir -p "$venv/bin"; ln -sf "$1" "$venv/bin/python"; }; '
-    make += "make_environment"
-    assert [shell(make).stdout for _ in range(2)] == ["made\n", ""]
+    made = [shell(FILL + "make_environment").stdout for _ in range(2)]
+    assert "--constraint" in made[0]
+    assert made[1] == ""
     with (tmp_path / "scripts" / "constraints.txt").open("a") as file:
         file.write("another==1.0\n")
-    assert shell(make).stdout == "made\n"
+    assert "--constraint" in shell(FILL + "make_environment").stdout
 
 
 def test_a_set_is_made_with_its_versions_and_is_a_job_of_ci(shell: Any) -> None:
-    told = 'fill() { echo "$2: ${extras} ${*:3:2}"; mkdir -p "$venv"; }; '
-    made = "the set 2.6: train torch==2.6.0 transformers==4.57.6"
-    assert shell(f"{told} make_set 2.6").stdout.startswith(made)
+    assert "torch==2.6.0 transformers==4.57.6" in shell(f"{FILL} make_environment 2.6").stdout
     lines = (REPO / "scripts" / "sets.txt").read_text().splitlines()
     names = [line.split()[0] for line in lines if not line.startswith("#")]
-    assert f"There are {' '.join(names)}." in shell(f"{told} make_set 1.0").stderr
+    done = shell(f"{FILL} make_environment 1.0")
+    assert done.returncode == 1
+    assert f"There are {' '.join(names)}." in done.stderr
     workflow = (REPO / ".github" / "workflows" / "ci.yml").read_text()
     assert f"set: {json.dumps(names)}" in workflow
+
+
+@pytest.mark.parametrize("name", ["demo", "reproduce", "test", "wheel"])
+def test_help_builds_no_environment(name: str, shell: Any, tmp_path: Path) -> None:
+    done = shell(f"bash scripts/{name}.sh --help")
+    assert f"bash scripts/{name}.sh" in done.stdout
+    assert not (tmp_path / ".venv").exists()
 
 
 # ------------------------------------------------------------------------- data and its objective
@@ -108,8 +118,7 @@ def test_what_is_held_out_shares_nothing_with_what_is_trained(some: Any, random:
 @given(st.lists(st.tuples(st.integers(0, 9), st.text("abc ", min_size=1)), max_size=60))
 def test_a_split_has_every_sentence_once_and_no_review_twice(rows: Any) -> None:
     made = [snippets.Snippet(f"{review}_{i}", text, 1.0) for i, (review, text) in enumerate(rows)]
-    split = snippets.split(made)
-    parts = [split.train, split.dev, split.test]
+    parts = snippets.split(made)
     assert sorted((s for part in parts for s in part), key=str) == sorted(made, key=str)
     reviews = [{s.id.partition("_")[0] for s in part} for part in parts]
     assert sum(map(len, reviews)) == len(set().union(*reviews))
@@ -144,13 +153,13 @@ def run_reproduction(argv: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_reproduction_survives_ctrl_c_and_a_kill_and_writes_the_document(
-    tmp_path: Path, forks: Forks
+def test_the_reproduction_survives_ctrl_c_and_a_kill_and_prints_all_claims(
+    tmp_path: Path, forks: Forks, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On tiny models and made-up sentences; what it finds is never tested."""
     pytest.importorskip("matplotlib")
     listening = signal.getsignal(signal.SIGINT)
-    words = ["--quick", "--random-weights", "--folder", str(tmp_path)]
+    words = ["--quick", "--folder", str(tmp_path)]
     for number, after, code in ((signal.SIGINT, 1, 130), (signal.SIGKILL, 5, -signal.SIGKILL)):
         fork, wanted = forks.start(run_reproduction, words), len(records(tmp_path)) + after
         while len(records(tmp_path)) < wanted:
@@ -166,51 +175,50 @@ def test_the_reproduction_survives_ctrl_c_and_a_kill_and_writes_the_document(
         signal.signal(signal.SIGINT, listening)
     assert kept.items() <= records(tmp_path).items(), "none of them was run again"
     assert list(tmp_path.rglob("*.partial")) == []
-    text = (tmp_path / "reproduction.md").read_text()
-    assert "the numbers mean nothing" in text
-    assert "not run" not in text
+    claims = capsys.readouterr().out.partition("## All claims")[2].strip().splitlines()
+    page = (REPO / "docs" / "evidence" / "reproduction.md").read_text()
+    frozen = page.partition("## All claims")[2].partition("\n## ")[0].strip().splitlines()
+    assert [line.split(" | ")[0] for line in claims] == [line.split(" | ")[0] for line in frozen]
 
 
 def test_a_gap_is_paired_by_row_and_has_the_error_of_rows_and_seeds() -> None:
     def scores(*rights: str) -> Any:
         runs = [{"right": right, "accuracy": right.count("1") / len(right)} for right in rights]
-        return trials.Scores(methods.METHODS["full"], dict(enumerate(runs)))
+        return sentences.Scores(methods.METHODS["full"], runs)
 
-    one = scores("1111", "1110")
-    gap = trials.gap(one, scores("1100", "1010"))
+    gap = sentences.gap(scores("1111", "1110"), scores("1100", "1010"))
     assert gap.difference == pytest.approx((2 / 4 + 1 / 4) / 2)
     rows = torch.tensor([0.0, 0.5, 0.5, 0.5])  # mean over seeds of one minus other
     of_seeds = torch.tensor([0.5, 0.25]).std() / 2**0.5
     assert gap.error == pytest.approx(math.hypot(rows.std() / 4**0.5, of_seeds))
-    assert trials.gap(one, scores()) is None
 
 
-def benchmark(*words: object) -> int | None:
+def benchmark(*words: object) -> None:
     with mock.patch("sys.argv", ["bench", "--quick", *map(str, words)]):
-        return bench.main()
+        bench.main()
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # torch's and PEFT's own
-def test_a_benchmark_keeps_earlier_rows_and_what_was_written_by_hand(tmp_path: Path) -> None:
-    results, document = tmp_path / "results.json", tmp_path / "performance.md"
-    write = ("--json", results, "--write", document)
-    assert benchmark("saved-bytes", *write) == 0
-    lines = json.loads(results.read_text())["rows"]["saved-bytes"]["lines"]
-    saved = {(line["case"], line["variant"]): line["mid"] for line in lines}
-    assert 0 < saved["Llama tiny bf16", "lora_inject"] < saved["Llama tiny bf16", "PEFT"]
-    document.write_text(document.read_text() + "\nBy hand.\n")
-    assert benchmark("exactness", *write) == 0
-    rows = json.loads(results.read_text())["rows"]
-    assert all(line["reached"] for line in rows["exactness"]["lines"])
-    text = document.read_text()
-    assert text.rstrip().endswith("By hand.")
-    assert "| saved-bytes |" in text
+def test_a_benchmark_keeps_earlier_rows_and_runs_every_row(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    benchmark("saved-bytes", "--json", path)
+    lines = json.loads(path.read_text())["rows"]["saved-bytes"]["lines"]
+    kept = {(line["case"], line["variant"]): line["mid"] for line in lines}
+    assert 0 < kept["Llama tiny bf16", "lora_inject"] < kept["Llama tiny bf16", "PEFT"]
+    others = [name for name in bench.ROWS if name not in ("saved-bytes", "launches", "compile")]
+    benchmark(*others, "--json", path)
+    assert [*json.loads(path.read_text())["rows"]] == ["saved-bytes", *others]
 
 
-def test_measurements_of_another_machine_are_not_joined_into_one_page(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "results.json").write_text('{"machine": {"processor": "another"}, "rows": {}}')
-    assert benchmark("exactness", "--json", tmp_path / "results.json") == 2
-    assert "was measured on another" in capsys.readouterr().err
+def test_measurements_of_another_machine_are_not_joined_into_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text('{"machine": {"processor": "another"}, "rows": {}}')
+    with pytest.raises(SystemExit, match="was measured on another"):
+        benchmark("switch", "--json", path)
+
+
+def test_the_picture_and_the_table_of_the_page_are_of_its_numbers(capsys: Any) -> None:
+    folder = REPO / "docs" / "evidence"
+    benchmark("none", "--json", folder / "performance.json")
+    assert capsys.readouterr().out.strip() in (folder / "performance.md").read_text()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import (
@@ -34,6 +35,7 @@ from lora_inject.core.spec.tables import Shown
 from lora_inject.core.spec.words import show
 from lora_inject.core.spec.yaml import written
 
+FAMILIES = Path(__file__).parents[2] / "configs"  # YAML files of model families
 ALL_LINEAR = "all-linear"
 ALL_EXPERTS = "all-experts"
 WORDS = frozenset({ALL_LINEAR, ALL_EXPERTS})  # rules that are no pattern
@@ -398,6 +400,17 @@ class Config(Shown, YamlModel):
         data["targets"] = [r["match"] if len(r) == 1 else r for r in data["targets"]]
         default = [key for key, value in data.items() if value in ([], {}) or value is False]
         return {key: value for key, value in data.items() if key not in default or key == "targets"}
+
+    @classmethod
+    def from_yaml(cls, path: str | PathLike[str]) -> Self:
+        """Read it from a YAML file, UTF-8, or by name a config of a model family in the package.
+
+        Raises:
+            ConfigError: The file cannot be read, is not safe YAML, or is not valid; the message
+                gives `FILE:LINE:COLUMN (key)`.
+        """
+        family = FAMILIES / f"{path}.yaml"
+        return super().from_yaml(family if family.exists() and not Path(path).exists() else path)
 
     def to_yaml(self) -> str:
         """Return the config as YAML, from which `from_text` makes an equal one."""

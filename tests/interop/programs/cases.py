@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from data import smollm2
+from data import models
 
 import lora_inject as li
 from programs import base_model
@@ -198,7 +198,7 @@ IMAGE_CASES = {
 def make_base(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
     if name == "smollm2":
-        smollm2.save(smollm2.find(), folder / name)
+        models.save_decoder(folder / name)
         return folder / name
     if name in IMAGE_BASES:
         import diffusers

@@ -1,0 +1,372 @@
+"""Stages on sentences: quality, rivals, matrices, ranks (sections 5 and 7; Tables 2 to 6).
+
+An encoder with a head of its own is fine-tuned in each of the ways. All share everything but what
+trains: the same rows in the same order for the same seed, the same head at the same start and rate,
+AdamW with the paper's schedule, no dropout. A method is tuned by its own grid and one seed that is
+used for nothing else; one that is near to a tuned one takes its rate.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from math import hypot, sqrt
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from data.models import mean_of_tokens
+from data.snippets import Snippet
+from torch import Tensor, nn
+
+import lora_inject
+
+from .lab import FAILS, HOLDS, OPEN, Claim, Lab, Result, table, verdict
+from .methods import METHODS, RANKS, TITLES, TUNED, Method
+
+WEIGHT_DECAY, WARM_UP = 0.01, 0.06
+TUNING_SEED = 100
+KEPT = ("lora-qv-r8", "lora-qv-r64")  # adapters that the stage `directions` reads
+SHARED = ("n_train", "batch", "max_tokens")
+MARGIN = 0.01  # of accuracy: what counts as on par
+Row = tuple[list[int], int]
+
+
+class Classifier(nn.Module):
+    """An encoder, the mean over its tokens, and a linear head with two outputs."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.config.hidden_size, 2)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return self.head(mean_of_tokens(states, mask))
+
+
+# ------------------------------------------------------------------------------------- one run
+
+
+def fine_tune(
+    lab: Lab, method: Method, seed: int, rate: float, head_rate: float, part: str,
+    keep: str = "", kind: str = "movies",
+) -> Result:  # fmt: skip
+    """Train on the training part, measure on another; memory is beyond the loaded model."""
+    sentences = lab.sentences(kind)
+    encoder, tokenizer = lab.encoder()
+    rows = encode(tokenizer, sentences.train, lab.sizes.max_tokens)
+    measured = encode(tokenizer, getattr(sentences, part), lab.sizes.max_tokens)
+    base = memory_now()
+    torch.manual_seed(seed)
+    model = Classifier(encoder).eval()
+    method.apply(model)
+    if not lora_inject.adapters(model):
+        model.head.requires_grad_(True)
+    head = {id(p) for p in model.head.parameters()}  # an adapter's copy of it sits there as well
+    trained = [p for p in model.parameters() if p.requires_grad]
+    others = [p for p in trained if id(p) not in head]
+    groups = [{"params": [p for p in trained if id(p) in head], "lr": head_rate}]
+    groups += [{"params": others, "lr": rate}] if others else []
+    wall, cpu = time.perf_counter(), time.process_time()
+    train(model, groups, rows, lab.sizes.batch, seed)
+    result = {
+        "seconds": time.perf_counter() - wall,
+        "cpu_seconds": time.process_time() - cpu,
+        "peak_bytes": status("VmHWM") - base if base else None,
+        "parameters": sum(p.numel() for p in others),
+    }
+    if keep:
+        lora_inject.save_adapter(model, lab.kept(keep), format="native", overwrite=True)
+    return result | evaluate(model, measured)
+
+
+def train(model: nn.Module, groups: Any, rows: Sequence[Row], batch: int, seed: int) -> None:
+    """One pass over the rows."""
+    order = batches(rows, batch, seed)
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, len(order)))
+    for chosen in order:
+        ids, mask, labels = collate(chosen)
+        nn.functional.cross_entropy(model(ids, mask), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
+def factor(step: int, steps: int) -> float:
+    """The schedule: linear up, then linear down to nothing."""
+    up = max(1, round(steps * WARM_UP))
+    return min((step + 1) / up, (steps - step) / (steps - up + 1))
+
+
+def evaluate(model: nn.Module, rows: Sequence[Row]) -> Result:
+    """Accuracy, and which rows were right, in the order of `rows`."""
+    right = ["0"] * len(rows)
+    by_length = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
+    with torch.inference_mode():
+        for start in range(0, len(rows), 64):
+            chosen = by_length[start : start + 64]
+            ids, mask, labels = collate([rows[row] for row in chosen])
+            hits = (model(ids, mask).argmax(1) == labels).tolist()
+            for row, hit in zip(chosen, hits, strict=True):
+                right[row] = str(int(hit))
+    return {"accuracy": right.count("1") / len(rows), "right": "".join(right)}
+
+
+def encode(tokenizer: Any, snippets: Sequence[Snippet], max_tokens: int) -> list[Row]:
+    """Tokens and label of each sentence."""
+    texts = [snippet.text for snippet in snippets]
+    ids = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
+    return [(row, snippet.label) for row, snippet in zip(ids, snippets, strict=True)]
+
+
+def batches(rows: Sequence[Row], size: int, seed: int) -> list[list[Row]]:
+    """Cut rows into batches of like length out of eight at a time, in an order by the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    cut: list[list[Row]] = []
+    for start in range(0, len(order), 8 * size):
+        near = [rows[row] for row in order[start : start + 8 * size]]
+        near.sort(key=lambda row: len(row[0]))
+        cut += [near[i : i + size] for i in range(0, len(near), size)]
+    return [cut[i] for i in torch.randperm(len(cut), generator=generator).tolist()]
+
+
+def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, mask (n, length) and labels (n,)."""
+    tokens = [torch.tensor(ids) for ids, _ in rows]
+    ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True)
+    return ids, mask, torch.tensor([label for _, label in rows])
+
+
+def memory_now() -> int:
+    """Resident bytes now, with what was freed given back; forgets the peak. 0 if unknown."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return 0
+    return status("VmRSS") if sys.platform.startswith("linux") else 0
+
+
+def status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+# ----------------------------------------------------------------------------- rates and scores
+
+
+def rate_of(lab: Lab, method: Method) -> float:
+    """The learning rate of a method, tuned now if it was not yet."""
+    found = tune(lab, METHODS[method.like])
+    return max(found, key=lambda rate: found[rate])
+
+
+def tune(lab: Lab, method: Method) -> dict[float, float]:
+    """Accuracy on the development part, for each learning rate of the method's grid."""
+    found = {}
+    for rate in method.rates[: lab.sizes.keep_rates]:
+        head_rate = rate if method.name == "head" else rate_of(lab, METHODS["head"])
+        settings = {"rate": rate, "head_rate": head_rate, **lab.settings(*SHARED, "n_dev")}
+        args = (method, TUNING_SEED, rate, head_rate, "dev")
+        result = lab.run(
+            f"sentences/tuning/{method.name}/{rate:g}",
+            settings,
+            lambda args=args: fine_tune(lab, *args),
+        )
+        found[rate] = result["accuracy"]
+    return found
+
+
+def record_name(method: str, seed: int) -> str:
+    return f"sentences/{method}/seed{seed}"
+
+
+def one(lab: Lab, method: Method, seed: int) -> Result:
+    """One run that is measured on the test part."""
+    rate, head_rate = rate_of(lab, method), rate_of(lab, METHODS["head"])
+    name = record_name(method.name, seed)
+    keep = f"{name}.safetensors" if method.name in KEPT else ""
+    settings = {"rate": rate, "head_rate": head_rate, "seed": seed}
+    settings |= lab.settings(*SHARED, "n_test")
+    return lab.run(
+        name, settings, lambda: fine_tune(lab, method, seed, rate, head_rate, "test", keep)
+    )
+
+
+class Scores(NamedTuple):
+    """The results of a method, one for each seed."""
+
+    method: Method
+    results: Sequence[Result]
+
+    @property
+    def mean(self) -> float:
+        """Mean test accuracy."""
+        return statistics.mean(result["accuracy"] for result in self.results)
+
+    @property
+    def deviation(self) -> float:
+        """Its standard deviation over seeds."""
+        return statistics.stdev(result["accuracy"] for result in self.results)
+
+    def middle(self, field: str) -> float:
+        """Median of one field over seeds; 0 where it was not measured."""
+        return statistics.median(result[field] or 0 for result in self.results)
+
+
+def scores(lab: Lab, names: Sequence[str]) -> dict[str, Scores]:
+    """Run methods with every seed; all methods of a seed first."""
+    for seed in lab.sizes.seeds:
+        for name in names:
+            one(lab, METHODS[name], seed)
+    seeds = lab.sizes.seeds
+    return {n: Scores(METHODS[n], [one(lab, METHODS[n], s) for s in seeds]) for n in names}
+
+
+class Gap(NamedTuple):
+    """How much one method is ahead of another, and the standard error of that."""
+
+    difference: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.difference:+.1f} ± {100 * self.error:.1f}"
+
+
+def gap(one: Scores, other: Scores) -> Gap:
+    """Compare on the same rows and seeds; the error is of the rows, paired, and of the seeds."""
+    pairs = [(a["right"], b["right"]) for a, b in zip(one.results, other.results, strict=True)]
+    by_seed = [(a.count("1") - b.count("1")) / len(a) for a, b in pairs]
+    rows = range(len(pairs[0][0]))
+    by_row = [statistics.mean(int(a[row]) - int(b[row]) for a, b in pairs) for row in rows]
+    of_rows = statistics.stdev(by_row) / sqrt(len(by_row))
+    of_seeds = statistics.stdev(by_seed) / sqrt(len(by_seed))
+    return Gap(statistics.mean(by_seed), hypot(of_rows, of_seeds))
+
+
+# -------------------------------------------------------------------------------------- stages
+
+
+def against(one: Scores, other: Scores, gap: Gap) -> str:
+    return f"{100 * one.mean:.1f} against {100 * other.mean:.1f} ({gap} points)"
+
+
+def cells(scores: Scores) -> tuple[str, ...]:
+    return (scores.method.title, f"{scores.middle('parameters'):,.0f}", f"{100 * scores.mean:.1f}")
+
+
+def quality(lab: Lab) -> tuple[list[str], list[Claim]]:
+    """All ways to fine-tune on the same sentences (section 5)."""
+    names = ["full", "top2", "head", "bitfit", "prefix", "adapter-h", "adapter-l"]
+    names += [f"lora-{sites}-r{rank}" for sites in ("q", "qv", "qkvo", "all") for rank in RANKS]
+    found = scores(lab, names)
+    full = found["full"]
+    rows = [
+        (
+            *cells(s), f"{100 * s.deviation:.1f}", len(s.results),
+            "" if s is full else gap(s, full), f"{s.middle('cpu_seconds'):.0f}",
+            f"{s.middle('peak_bytes') / 1e6:.0f}",
+        )
+        for s in found.values()
+    ]  # fmt: skip
+    head = ("method", "parameters beside the head", "accuracy, %", "deviation", "seeds")
+    tuned = []
+    for method in TUNED:
+        tried = tune(lab, method)
+        best = max(tried, key=lambda rate: tried[rate])
+        texts = [f"{rate:g}: {100 * a:.1f}" for rate, a in tried.items()]
+        marked = [f"**{t}**" if r == best else t for r, t in zip(tried, texts, strict=True)]
+        tuned.append((method.title, *marked, *[""] * (4 - len(marked))))
+    claims = []
+    for name, title in (("lora-qv-r8", "q, v"), ("lora-all-r8", "all linears")):
+        ahead = gap(found[name], full)
+        claims.append((
+            f"LoRA on {title} is on par with full fine-tuning, or better",
+            "RoBERTa-base GLUE mean 87.2 against 86.4 (q, v)",
+            f"r = 8: {against(found[name], full, ahead)}", verdict(*ahead, -MARGIN),
+        ))  # fmt: skip
+    tables = [table((*head, "against full", "s", "MB"), rows), table(("method", *[""] * 4), tuned)]
+    return tables, claims
+
+
+def rivals(lab: Lab) -> tuple[list[str], list[Claim]]:
+    """The other ways to train little, each tuned by a grid of its own (section 5)."""
+    others = ("adapter-h", "adapter-l", "prefix", "bitfit", "top2", "head")
+    ours, *theirs = scores(lab, ("lora-qv-r8", *others)).values()
+    gaps = [gap(ours, s) for s in theirs]
+    verdicts = [verdict(*g) for g in gaps]
+    listed = list(zip(theirs, gaps, verdicts, strict=True))
+    head = ("method", "parameters", "accuracy, %", "LoRA ahead", "ahead at all")
+    least, most = (choose(listed, key=lambda row: row[1]) for choose in (min, max))
+    worst = next((v for v in (FAILS, OPEN) if v in verdicts), HOLDS)
+    claim = ("LoRA is ahead of the other ways to train less than everything",
+             "in most columns of Tables 2 to 4",
+             (f"q, v at r = 8 is ahead by {least[1]} ({least[0].method.title}) to {most[1]} "
+             f"({most[0].method.title}) points"), worst)  # fmt: skip
+    return [table(head, [(*cells(s), g, v) for s, g, v in listed])], [claim]
+
+
+MATRICES = {  # WikiSQL and MNLI in the paper's Table 5
+    "lora-q-r8": (70.4, 91.0), "lora-k-r8": (70.0, 90.8), "lora-v-r8": (73.0, 91.0),
+    "lora-o-r8": (73.2, 91.3), "lora-qk-r4": (71.4, 91.3), "lora-qv-r4": (73.7, 91.3),
+    "lora-qkvo-r2": (73.7, 91.7),
+}  # fmt: skip
+
+
+def matrices(lab: Lab) -> tuple[list[str], list[Claim]]:
+    """Which matrices to adapt under one budget (section 7.1, Table 5)."""
+    found = scores(lab, tuple(MATRICES))
+    rows = [
+        (*cells(s)[:2], *MATRICES[n], cells(s)[2], f"{100 * s.deviation:.1f}", len(s.results))
+        for n, s in found.items()
+    ]
+    head = ("matrices", "parameters", "WikiSQL (paper)", "MNLI (paper)", "accuracy here, %")
+    claims = []
+    for one, other, what, bound in (
+        ("qv-r4", "q-r8", "q and v together beat q alone", 0.0),
+        ("qv-r4", "qk-r4", "q and v beat q and k", 0.0),
+        ("v-r8", "q-r8", "v alone beats q alone", 0.0),
+        ("qkvo-r2", "qv-r4", "all four at r = 2 are at least as good as q, v", -MARGIN),
+    ):
+        a, b = f"lora-{one}", f"lora-{other}"
+        (wiki, mnli), (wiki2, mnli2) = MATRICES[a], MATRICES[b]
+        ahead = gap(found[a], found[b])
+        claims.append((
+            f"{what} (Table 5)", f"WikiSQL {wiki} against {wiki2}, MNLI {mnli} against {mnli2}",
+            against(found[a], found[b], ahead), verdict(*ahead, bound),
+        ))  # fmt: skip
+    return [table((*head, "deviation", "seeds"), rows)], claims
+
+
+WIKISQL = {  # by rank, in the paper's Table 6
+    "q": (68.8, 69.6, 70.5, 70.4, 70.0),
+    "qv": (73.4, 73.3, 73.7, 73.8, 73.5),
+    "qkvo": (74.1, 73.7, 74.0, 74.0, 73.9),
+    "all": (),
+}
+
+
+def ranks(lab: Lab) -> tuple[list[str], list[Claim]]:
+    """How large a rank must be (section 7.2, Table 6); the best is the luckiest of five."""
+    rows, claims = [], []
+    for sites, paper in WIKISQL.items():
+        low, *more = scores(lab, [f"lora-{sites}-r{rank}" for rank in RANKS]).values()
+        title = TITLES.get(sites, sites)
+        theirs = " ".join(map(str, paper)) or "not in the paper"
+        rows.append((title, *(f"{100 * s.mean:.1f}" for s in (low, *more)), theirs))
+        best = max(more, key=lambda s: s.mean)
+        ahead = gap(low, best)
+        claims.append((
+            f"r = 1 on {title} is within a point of the best rank (Table 6)",
+            f"WikiSQL {paper[0]} against {max(paper)}" if paper else theirs,
+            against(low, best, ahead), verdict(*ahead, -MARGIN),
+        ))  # fmt: skip
+    head = ("matrices", *(f"r = {rank}" for rank in RANKS), "WikiSQL (paper)")
+    return [table(head, rows)], claims
