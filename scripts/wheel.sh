@@ -14,23 +14,30 @@ place=$(mktemp -d)
 trap 'rm -r "$place"' EXIT
 
 python=$(find_python)
-"$python" -m venv "$place/tools" && "$place/tools/bin/python" -m pip install --quiet build twine
+venv=$place/tools
+"$python" -m venv "$venv" && install --quiet build twine
 rm -rf "$out"
 "$place/tools/bin/python" -m build --outdir "$out" . >"$place/build.log" || { tail "$place/build.log" && exit 1; }
 "$place/tools/bin/python" -m twine check --strict "$out"/*
 
-"$python" -m venv "$place/empty" && "$place/empty/bin/python" -m pip install --quiet "$out"/*.whl
+venv=$place/empty
+"$python" -m venv "$venv" && install --quiet "$out"/*.whl
 cd "$place"
 empty/bin/lora-inject doctor
 empty/bin/python - <<'END'
+import json
 import torch
 import lora_inject as li
 
 net = li.inject(torch.nn.Sequential(torch.nn.Linear(4, 6)), {"rank": 2, "targets": ["0"]})
 li.save_adapter(net, "adapter")
 li.load_adapter(li.eject(net), "adapter")
-tree = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(8, 8)}
-torch.save(tree, "base.pt")
+
+names = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight")  # a checkpoint
+about = {n: {"dtype": "F32", "shape": [8, 8], "data_offsets": [256 * i, 256 * i + 256]} for i, n in enumerate(names)}
+header = json.dumps(about).encode()
+open("model.safetensors", "wb").write(len(header).to_bytes(8, "little") + header + bytes(512))
 END
 empty/bin/lora-inject inspect adapter
+empty/bin/lora-inject plan llama model.safetensors # a config of a family, out of the wheel
 echo "the wheel works: $(ls "$out"/*.whl)"
