@@ -381,7 +381,7 @@ def together(lab: Lab) -> tuple[list[str], list[Claim]]:
     """LoRA with prefix tuning, and LoRA of full rank (appendix E, section 4.1)."""
     found = lab.run("together/full-rank", {"change": CHANGE}, lambda: full_rank(lab))
     prefix, lora, both = sentences.scores(lab, ("prefix", "lora-qv-r8", "both")).values()
-    rows = [(*sentences.cells(s), len(s.results)) for s in (prefix, lora, both)]
+    rows = [sentences.cells(s) for s in (prefix, lora, both)]
     over = [sentences.gap(both, s) for s in (prefix, lora)]
     claims = [
         (
@@ -401,7 +401,7 @@ def together(lab: Lab) -> tuple[list[str], list[Claim]]:
             "on WikiSQL, not on MNLI", f"{over[1]} points over LoRA alone", verdict(*over[1]),
         ),
     ]  # fmt: skip
-    return [table(("method", "parameters beside the head", "accuracy, %", "seeds"), rows)], claims
+    return [table(("method", "parameters beside the head", "accuracy, %"), rows)], claims
 
 
 def full_rank(lab: Lab) -> Result:

@@ -270,13 +270,13 @@ def quality(lab: Lab) -> tuple[list[str], list[Claim]]:
     full = found["full"]
     rows = [
         (
-            *cells(s), f"{100 * s.deviation:.1f}", len(s.results),
+            *cells(s), f"{100 * s.deviation:.1f}",
             "" if s is full else gap(s, full), f"{s.middle('cpu_seconds'):.0f}",
             f"{s.middle('peak_bytes') / 1e6:.0f}",
         )
         for s in found.values()
     ]  # fmt: skip
-    head = ("method", "parameters beside the head", "accuracy, %", "deviation", "seeds")
+    head = ("method", "parameters beside the head", "accuracy, %", "deviation")
     tuned = []
     for method in TUNED:
         tried = tune(lab, method)
@@ -324,7 +324,7 @@ def matrices(lab: Lab) -> tuple[list[str], list[Claim]]:
     """Which matrices to adapt under one budget (section 7.1, Table 5)."""
     found = scores(lab, tuple(MATRICES))
     rows = [
-        (*cells(s)[:2], *MATRICES[n], cells(s)[2], f"{100 * s.deviation:.1f}", len(s.results))
+        (*cells(s)[:2], *MATRICES[n], cells(s)[2], f"{100 * s.deviation:.1f}")
         for n, s in found.items()
     ]
     head = ("matrices", "parameters", "WikiSQL (paper)", "MNLI (paper)", "accuracy here, %")
@@ -342,7 +342,7 @@ def matrices(lab: Lab) -> tuple[list[str], list[Claim]]:
             f"{what} (Table 5)", f"WikiSQL {wiki} against {wiki2}, MNLI {mnli} against {mnli2}",
             against(found[a], found[b], ahead), verdict(*ahead, bound),
         ))  # fmt: skip
-    return [table((*head, "deviation", "seeds"), rows)], claims
+    return [table((*head, "deviation"), rows)], claims
 
 
 WIKISQL = {  # by rank, in the paper's Table 6
