@@ -38,7 +38,7 @@ from lora_inject.checkpoint.merge_inputs import (
     weighted_adapters,
 )
 from lora_inject.checkpoint.output_files import OutputShard, TensorJob, clash, lay_out
-from lora_inject.checkpoint.places import Places, place_adapter
+from lora_inject.checkpoint.places import place_adapter
 from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES, unpacked, why_no_update
 from lora_inject.core.files.safetensors_file import DTYPE_BITS, FLOATS
 from lora_inject.core.spec.names import counted
@@ -187,15 +187,16 @@ def plan_merge(
     check_adapters(weighted)
     _check_ties(checkpoint, options.tie or {})
     of = BaseClass(checkpoint, options.tie)
-    several = [place_adapter(adapter, of, options) for adapter in weighted]
-    changes = _Changes(of, options, _joined(several))
+    jobs: dict[str, TensorJob] = {}  # by the name of the output tensor
+    labels = [place_adapter(adapter, of, options, jobs).label for adapter in weighted]
+    changes = _Changes(of, options, jobs)
     changes.dequantize()
     changes.untie()
     changes.change_dtype()
-    for job in changes.jobs.values():
+    for job in jobs.values():
         _check_job(checkpoint, job)
     changes.grow_vocabulary()
-    shards, notes = lay_out(checkpoint, changes.jobs), changes.notes
+    shards, notes = lay_out(checkpoint, jobs), changes.notes
     side_files, code_left = find_side_files(checkpoint, code=options.copy_code)
     if options.dequantize is not None:
         side_files = tuple(name for name in side_files if name not in QUANTIZED_FILES)
@@ -206,7 +207,7 @@ def plan_merge(
         tuple(weighted),
         options,
         shards,
-        tuple(places.label for places in several),
+        tuple(labels),
         changes.config,
         _new_index(checkpoint, shards),
         side_files,
@@ -223,23 +224,6 @@ def _check_ties(checkpoint: Checkpoint, given_ties: Mapping[str, str]) -> None:
         if problem:
             remedy = "Name a tensor that the files lack, and the one in them that it equals"
             raise CheckpointError(f"tie '{absent}' to '{stored}'", problem, remedy)
-
-
-def _joined(several: Sequence[Places]) -> dict[str, TensorJob]:
-    """Return the jobs of all adapters, by output tensor."""
-    jobs: dict[str, TensorJob] = {}
-    for places in several:
-        for name, source, copy in places.grown_copies():
-            job = places.job(name, source)
-            job.shape, job.base_copy = tuple(copy.shape), copy
-        for name, job in places.jobs.items():
-            if sum(map(bool, (job.placed, job.added, job.trained, job.rows))) > 1:
-                raise clash(
-                    name, f"{places.adapter.label} holds values of it and an update as well"
-                )
-            job.adapters = (places.adapter.label,)
-            jobs[name] = jobs[name].joined(job) if name in jobs else job
-    return jobs
 
 
 def _new_index(checkpoint: Checkpoint, shards: Sequence[OutputShard]) -> bytes | None:

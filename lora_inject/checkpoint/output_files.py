@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -113,22 +113,6 @@ class TensorJob:
     def grows(self) -> bool:
         """Whether it has another shape than the base's tensor."""
         return self.source is not None and self.shape != self.source.shape
-
-    def joined(self, other: TensorJob) -> TensorJob:
-        """Return this job combined with a later adapter's job on the same tensor."""
-        if self.base_copy is not None and other.base_copy is not None:
-            raise clash(self.name, "both hold a copy of it", self.adapters + other.adapters)
-        reshapes = other.trained or other.base_copy is not None
-        return replace(
-            self,
-            shape=other.shape if reshapes else self.shape,
-            base_copy=self.base_copy if other.base_copy is None else other.base_copy,
-            placed=self.placed + other.placed,
-            trained=self.trained + other.trained,
-            added=self.added + other.added,
-            rows=self.rows + other.rows,
-            adapters=self.adapters + other.adapters,
-        )
 
     @property
     def matrix(self) -> tuple[int, int]:

@@ -19,7 +19,7 @@ import contextlib
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -49,19 +49,26 @@ class NoPlace(Exception):  # noqa: N818  (collected into one error)
     """A tensor of an adapter has no place in a checkpoint."""
 
 
-def place_adapter(adapter: WeightedAdapter, of: BaseClass, options: MergeOptions) -> Places:
+def place_adapter(
+    adapter: WeightedAdapter,
+    of: BaseClass,
+    options: MergeOptions,
+    jobs: dict[str, TensorJob] | None = None,
+) -> Places:
     """Find the place of every tensor of an adapter in the checkpoint of a class, or refuse it.
 
-    Reads the options `allow_new`, `any_base` and `rename`.
+    Reads the options `allow_new`, `any_base` and `rename`. `jobs` are those of earlier adapters, by
+    output tensor, to which this one adds its own.
     """
     if adapter.state.rows and adapter.weight != 1:
         problem = f"rows of {adapter.label} cannot be replaced with weight {adapter.weight}"
         raise clash(next(iter(adapter.state.rows)), problem)
-    places = Places(adapter, of, options)
+    places = Places(adapter, of, options, {} if jobs is None else jobs)
     if places.left:
         raise _nothing_fits(places)
     if not options.any_base:
         places.check_same_base()
+    places.take_copies()
     return places
 
 
@@ -90,16 +97,22 @@ class Places:
     """The placement of one adapter on a checkpoint.
 
     Attributes:
-        jobs: Each output tensor that the adapter changes, by name.
+        jobs: Each output tensor that the adapter or an earlier one changes, by name.
         left: Names of the adapter's tensors without a place, and the reasons.
         label: How its names were read.
     """
 
-    def __init__(self, adapter: WeightedAdapter, of: BaseClass, options: MergeOptions) -> None:
+    def __init__(
+        self,
+        adapter: WeightedAdapter,
+        of: BaseClass,
+        options: MergeOptions,
+        jobs: dict[str, TensorJob],
+    ) -> None:
         """Place every tensor."""
-        self.adapter, self.of, self.options = adapter, of, options
+        self.adapter, self.of, self.options, self.jobs = adapter, of, options, jobs
         self.checkpoint = of.checkpoint
-        self.jobs: dict[str, TensorJob] = {}
+        self._kinds: dict[str, str] = {}  # what the adapter does to an output tensor
         self.left: list[tuple[str, str]] = []
         self.label = "names as given" if options.rename else "names as they are"
         # output tensor name to the base's tensor and the adapter's copy of it
@@ -145,11 +158,16 @@ class Places:
         except CheckpointError:  # the class cannot be built, which is told where it is missed
             return name
 
-    def job(self, name: str, entry: TensorEntry | None) -> TensorJob:
-        """Return the job of an output tensor; create it if there is none."""
+    def _job(self, name: str, entry: TensorEntry | None, kind: str) -> TensorJob:
+        """Return the job of an output tensor, to which the adapter does something of this kind."""
         if name not in self.jobs:
             self.jobs[name] = TensorJob.of(self.checkpoint, name, entry)
-        return self.jobs[name]
+        job, label = self.jobs[name], self.adapter.label
+        if name not in self._kinds:
+            job.adapters += (label,)
+        if self._kinds.setdefault(name, kind) != kind:
+            raise clash(name, f"{label} holds values of it and an update as well")
+        return job
 
     def of_site(self, site: str) -> list[Placed]:
         """Return the places of a site's update, in the order of its experts."""
@@ -192,13 +210,16 @@ class Places:
                 here[name] = Sampled(there.shape, values, moved=there.moved)
         return here
 
-    def grown_copies(self) -> Iterator[tuple[str, TensorEntry, Tensor]]:
-        """Yield the adapter's copies of base tensors that grew; refuse others that differ."""
+    def take_copies(self) -> None:
+        """Take the adapter's copies of base tensors that grew; refuse others that differ."""
         for name, (entry, copy) in self._copies.items():
             if entry.name in self.checkpoint.packed:
                 continue  # the copy has the values before they were quantized
             if tuple(copy.shape) != entry.shape:
-                yield name, entry, copy
+                job = self._job(name, entry, self._kinds.get(name, "copy"))
+                if job.base_copy is not None:
+                    raise clash(name, "both hold a copy of it", job.adapters)
+                job.shape, job.base_copy = tuple(copy.shape), copy
             elif entry.dtype not in FLOATS or not self._equal(entry, copy):
                 raise CheckpointError(
                     f"merge {self.adapter.label}",
@@ -233,7 +254,7 @@ class Places:
             if not self.options.allow_new or name in self.checkpoint.tensors:
                 raise
             entry = None
-        job = self.job(name, entry)
+        job = self._job(name, entry, "trained")
         job.shape = tuple(value.shape)
         job.trained += ((value, self.adapter.weight),)
 
@@ -242,7 +263,7 @@ class Places:
 
     def _added(self, name: str, vector: Tensor) -> None:
         entry = _fitting(name, vector, self.checkpoint.tensors.get(name))
-        self.job(name, entry).added += ((vector, self.adapter.weight),)
+        self._job(name, entry, "added").added += ((vector, self.adapter.weight),)
 
     def _rows(self, name: str, given: tuple[tuple[int, ...], Tensor]) -> None:
         entry, (indices, rows) = self._find(name), given
@@ -254,7 +275,7 @@ class Places:
         if not all(0 <= index < entry.shape[0] for index in indices):
             raise NoPlace(f"'{name}' has only {entry.shape[0]} rows")
         if name in self.checkpoint.tensors:
-            self.job(name, entry).rows += (given,)
+            self._job(name, entry, "rows").rows += (given,)
             return
         mine = self.jobs[entry.name].rows if entry.name in self.jobs else ()
         if not any(at == indices and torch.equal(t, rows) for at, t in mine):
@@ -314,7 +335,7 @@ class Places:
             gain = Gain(variant.gain, site.further, spec.spans)
         stop, source = start + matrix[0], self.checkpoint.tensors[entry.name]
         placed = Placed(source, start, stop, matrix[1], tuple(patches), gain)
-        self.job(name, source).placed += (placed,)
+        self._job(name, source, "placed").placed += (placed,)
 
     def _in_one(self, name: str, entry: TensorEntry, site: SiteState) -> None:
         """Place an update on one tensor, or on one stack of experts."""
