@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_inject.algebra.values import called
@@ -131,16 +132,9 @@ def _check_values(adapter: WeightedAdapter) -> None:
         if tensor.is_meta:
             problem = f"'{name}' is on the meta device"
             raise CheckpointError(asked, problem, "Load the adapter's values first")
-        if not all(map(all_finite, _steps(tensor))):
+        if not all_finite(tensor):
             remedy = "Its training diverged; take an earlier checkpoint of the adapter"
             raise CheckpointError(asked, f"'{name}' holds NaN or Inf", remedy)
-
-
-def _steps(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield a tensor's values in their order, in small pieces."""
-    flat = tensor.detach().contiguous().flatten()
-    for start in range(0, flat.numel(), _STEP_ELEMENTS):
-        yield flat[start : start + _STEP_ELEMENTS]
 
 
 def digest(adapter: WeightedAdapter) -> str:
@@ -152,8 +146,8 @@ def digest(adapter: WeightedAdapter) -> str:
         sha.update(repr((name, *facts, spec.variant, spec.only, spec.share)).encode())
     for name, tensor in sorted(_tensors_of(adapter), key=lambda row: row[0]):
         sha.update(f"{name}{rows.get(name, '')} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        for step in _steps(tensor):
-            sha.update(bytes_of(step))
+        for some in torch.split(tensor.detach().flatten(), _STEP_ELEMENTS):
+            sha.update(bytes_of(some))
     return sha.hexdigest()
 
 

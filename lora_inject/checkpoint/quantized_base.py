@@ -8,7 +8,7 @@ adapter on layers that stayed in 16 bits merges as usual.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from lora_inject.checkpoint.packed import (
     Packed,
     PackedWords,
 )
-from lora_inject.core.files.safetensors_file import TensorEntry
+from lora_inject.core.files.safetensors_file import DTYPE_BITS, TensorEntry
 from lora_inject.core.files.strict_json import parse_json
 from lora_inject.errors import CheckpointError
 from lora_inject.experts.stack_formats import block_structure
@@ -120,34 +120,30 @@ def _four_bit(checkpoint: Checkpoint, entry: TensorEntry, _: Settings) -> Found:
     weight = FourBit(checkpoint, (), parts, {})
     text = bytes(weight.part("state").tolist())
     state = parse_json(text, f"read the quantization of '{entry.name}'", CheckpointError)
-    nested = "nested_absmax" in parts
-    counts = ("blocksize", *(("nested_blocksize",) if nested else ()))
-    good = isinstance(state, dict) and {"quant_map", "absmax"} <= parts.keys()
-    good = good and _are_counts(state.get("shape"), 2) and state.get("dtype") in FORMAT_DTYPES
-    good = good and _are_counts([state.get(key) for key in counts], len(counts))
+    state, nested = state if isinstance(state, dict) else {}, "nested_absmax" in parts
+    sizes: list[Any] = [state.get("blocksize"), state.get("nested_blocksize") if nested else 1]
+    good = _are_counts(state.get("shape"), 2) and state.get("dtype") in FORMAT_DTYPES
+    good = good and _are_counts(sizes, 2)
     good = good and (not nested or type(state.get("nested_offset")) is float)
     _check(entry, good, f"its settings are {str(state)[:80]}")
     n_values = math.prod(state["shape"])
-    n_blocks = -(-n_values // state["blocksize"])
-    fits = [entry.n_bytes * 2 in (n_values, n_values + 1), parts["absmax"].n_elements == n_blocks]
-    fits.append(parts["quant_map"].n_elements == 16)
+    n_blocks = -(-n_values // sizes[0])
+    due: Due = {"codes": (_ANY, (-(-n_values // 2),)), "quant_map": (_ANY, 16)}
+    due["absmax"] = ({"U8"} if nested else _ANY, n_blocks)
     if nested:
-        n_nested = -(-n_blocks // state["nested_blocksize"])
-        fits.append(parts["absmax"].dtype == "U8")
-        fits.append(parts["nested_absmax"].n_elements == n_nested)
-        fits.append(parts.get("nested_quant_map", entry).n_elements == 256)
-    _check(entry, all(fits), "its parts do not fit each other")
+        due |= {"nested_absmax": (_ANY, -(-n_blocks // sizes[1])), "nested_quant_map": (_ANY, 256)}
+    _check_parts(entry, parts, due)
     said = {**state, "dtype": FORMAT_DTYPES[state["dtype"]]}
     return entry.name, replace(weight, shape=tuple(state["shape"]), state=said)
 
 
 def _int8(checkpoint: Checkpoint, entry: TensorEntry, _: Settings) -> Found:
     module = entry.name.removesuffix("weight")
-    beside = _beside(checkpoint, module, scales="SCB", format="weight_format")
-    if entry.dtype != "I8" or "scales" not in beside or len(entry.shape) != 2:
+    parts = _beside(checkpoint, module, scales="SCB", format="weight_format")
+    if entry.dtype != "I8" or "scales" not in parts or len(entry.shape) != 2:
         return None
-    _check(entry, beside["scales"].n_elements == entry.shape[0], "its scales do not fit")
-    return entry.name, Int8(checkpoint, entry.shape, {"codes": entry, **beside})
+    _check_parts(entry, parts, {"scales": (_ANY, entry.shape[0])})
+    return entry.name, Int8(checkpoint, entry.shape, {"codes": entry, **parts})
 
 
 def _float8(checkpoint: Checkpoint, entry: TensorEntry, said: Settings) -> Found:
@@ -155,20 +151,18 @@ def _float8(checkpoint: Checkpoint, entry: TensorEntry, said: Settings) -> Found
     beside = _beside(checkpoint, entry.name, blocks="_scale_inv", rows="_scale")
     if entry.dtype != "F8_E4M3" or not beside or len(entry.shape) != 2:
         return None
-    scales = next(iter(beside.values()))
+    scales, (n_out, n_in) = next(iter(beside.values())), entry.shape
+    block: Any = said.get("weight_block_size") or block_structure(said) or [128, 128]
     if scales.n_elements == 1:
-        block: Any = list(entry.shape)
-    elif scales.shape in ((entry.shape[0],), (entry.shape[0], 1)):
-        block = [1, entry.shape[1]]
-    else:
-        block = said.get("weight_block_size") or block_structure(said) or [128, 128]
+        block = [n_out, n_in]
+    elif scales.shape in ((n_out,), (n_out, 1)):
+        block = [1, n_in]
     if not _are_counts(block, 2):
         problem = f"config.json has the block size {str(block)[:40]}"
         raise CheckpointError("dequantize", problem, "Give it two numbers")
-    due = tuple(-(-size // b) for size, b in zip(entry.shape, block, strict=True))
-    fits = scales.n_elements == math.prod(due) and scales.dtype in {"F32", "BF16", "F16"}
-    fits = fits and (len(scales.shape) < 2 or scales.shape == due)
-    _check(entry, fits, f"its scales are {scales.dtype} {list(scales.shape)}")
+    n_blocks = (-(-n_out // block[0]), -(-n_in // block[1]))
+    shape = n_blocks if len(scales.shape) > 1 else math.prod(n_blocks)
+    _check_parts(entry, {"scales": scales}, {"scales": (_FLOATS, shape)})
     parts = {"codes": entry, "scales": scales, **_scales_of_inputs(checkpoint, entry.name)}
     powers = said.get("scale_fmt") == "ue8m0"
     return entry.name, Float8(checkpoint, entry.shape, parts, (block[0], block[1]), powers)
@@ -179,19 +173,16 @@ def _nvfp4(checkpoint: Checkpoint, entry: TensorEntry, _: Settings) -> Found:
     name = entry.name.removesuffix("_packed")
     divides = name != entry.name
     whole = "_global_scale" if divides else "_scale_2"
-    parts = _beside(checkpoint, name, scales="_scale", whole=whole)
+    parts = {"codes": entry, **_beside(checkpoint, name, scales="_scale", whole=whole)}
     if "whole" not in parts:
         return None
     n_out, n_in = entry.shape[0], 2 * entry.shape[-1]
-    fits = len(entry.shape) == 2 and entry.dtype == "U8" and n_in % 16 == 0 and "scales" in parts
-    _check(entry, fits, "its codes or scales are not those of NVFP4")
-    scales = parts["scales"]
-    fits = (scales.shape, scales.dtype) == ((n_out, n_in // 16), "F8_E4M3")
-    _check(entry, fits, f"its scales are {scales.dtype} {list(scales.shape)}")
-    form = (parts["whole"].n_elements, parts["whole"].dtype)
-    _check(entry, form == (1, "F32"), "its scale of all is not one")
-    parts |= {"codes": entry, **_scales_of_inputs(checkpoint, name)}
-    return name, Nvfp4(checkpoint, (n_out, n_in), parts, divides)
+    due: Due = {"codes": ({"U8"}, (n_out, n_in // 2)), "whole": ({"F32"}, 1)}
+    _check_parts(entry, parts, due | {"scales": ({"F8_E4M3"}, (n_out, n_in // 16))})
+    _check(entry, n_in % 16 == 0, f"its rows are {n_in} long, and groups of 16 share a scale")
+    return name, Nvfp4(
+        checkpoint, (n_out, n_in), parts | _scales_of_inputs(checkpoint, name), divides
+    )
 
 
 def _scales_of_inputs(checkpoint: Checkpoint, name: str) -> dict[str, TensorEntry]:
@@ -205,11 +196,9 @@ def _mxfp4(checkpoint: Checkpoint, entry: TensorEntry, said: Settings) -> Found:
     if name == entry.name or said.get("quant_method") != "mxfp4":
         return None
     parts = {"codes": entry, **_beside(checkpoint, name, scales="_scales")}
-    fits = len(entry.shape) == 4 and entry.shape[3] == 16 and entry.dtype == "U8"
-    scales = parts.get("scales", entry)
-    fits = fits and (scales.shape, scales.dtype) == (entry.shape[:3], "U8")
-    _check(entry, fits, "its blocks or scales have another shape")
-    n_experts, n_out, n_groups, _ = entry.shape
+    n_experts, n_out, n_groups = (*entry.shape, 0, 0, 0)[:3]
+    due: Due = {"codes": ({"U8"}, (n_experts, n_out, n_groups, 16))}
+    _check_parts(entry, parts, due | {"scales": ({"U8"}, (n_experts, n_out, n_groups))})
     return name, Mxfp4(checkpoint, (n_experts, n_groups * 32, n_out), parts)
 
 
@@ -219,46 +208,57 @@ def _words(checkpoint: Checkpoint, entry: TensorEntry, said: Settings) -> Found:
     module, method = entry.name.removesuffix("qweight"), str(said.get("quant_method"))
     if module == entry.name or method not in layouts:
         return None
+    is_awq = method == "awq"
     spoken = (said.get(key) for key in ("checkpoint_format", "version", "format"))
     layout = str(next(filter(None, spoken), layouts[method][0])).lower()
     _check(entry, layout in layouts[method], f"its {method} layout is '{layout}'")
     parts = _beside(checkpoint, module, scales="scales", zeros="qzeros", groups="g_idx")
     parts["codes"] = entry
-    good = {"scales", "zeros"} <= parts.keys() and entry.dtype == parts["zeros"].dtype == "I32"
-    good = good and all(len(parts[role].shape) == 2 for role in ("codes", "scales", "zeros"))
-    good = good and parts["scales"].dtype in FORMAT_DTYPES.values()
-    _check(entry, good and parts["scales"].n_elements > 0, "its scales or zeros are missing")
-    n_out, bits = parts["scales"].shape[1], said.get("bits")
+    matrices = [part.shape for role, part in parts.items() if role != "groups"]
+    good = len(matrices) == 3 and all(len(shape) == 2 and min(shape) > 0 for shape in matrices)
+    _check(entry, good, "its scales or zeros are missing, or no matrices")
+    (n_groups, n_out), bits = parts["scales"].shape, said.get("bits")
     if said.get("dynamic"):  # layers differ, and only the zeros show this one's
         bits = parts["zeros"].shape[1] * 32 // n_out
-    known_bits = (4,) if method == "awq" else (2, 4, 8)
-    if type(bits) is not int or bits not in known_bits:
+    if type(bits) is not int or bits not in ((4,) if is_awq else (2, 4, 8)):
         raise _misfit(entry, f"{method} has {bits} bits")
     _check(entry, said.get("zero_point", True) is True, "it has no zeros")
-    n_in = entry.shape[0] if method == "awq" else entry.shape[0] * 32 // bits
+    n_in = entry.shape[0] if is_awq else entry.shape[0] * 32 // bits
     size: Any = n_in if said.get("group_size") == -1 else said.get("group_size")
+    n_packed = n_out * bits // 32
+    due: Due = {"codes": ({"I32"}, (entry.shape[0], n_packed if is_awq else n_out))}
+    due |= {"zeros": ({"I32"}, (n_groups, n_packed)), "scales": (_FLOATS, (n_groups, n_out))}
+    if "groups" in parts:
+        due["groups"] = ({"I32"}, (n_in,))
+    _check_parts(entry, parts, due)
     words = PackedWords(checkpoint, (n_out, n_in), parts, method, bits, size, layout == "gptq")
-    fits = _words_fit(words, is_ordered=bool(said.get("desc_act")))
+    if "groups" in parts:
+        groups = words.part("groups")
+        fits = not is_awq and 0 <= int(groups.min()) <= int(groups.max()) < n_groups
+    else:
+        fits = _are_counts([size], 1) and not said.get("desc_act") and -(-n_in // size) == n_groups
+    fits = fits and n_packed * 32 == n_out * bits
     _check(entry, fits, "its parts do not fit each other")
     same = said.get("sym") is True or "gptqmodel" in str(said.get("meta")) or not words.wraps()
     _check(entry, same, "some zeros are the largest code, which programs read differently")
     return f"{module}weight", words
 
 
-def _words_fit(words: PackedWords, *, is_ordered: bool) -> bool:
-    """Whether the parts have the shapes, and every input a group; `is_ordered` by activations."""
-    (n_out, n_in), parts, is_awq = words.shape, words.parts, words.method == "awq"
-    n_groups, n_packed = parts["scales"].shape[0], n_out * words.bits // 32
-    fits = parts["zeros"].shape == (n_groups, n_packed) and n_packed * 32 == n_out * words.bits
-    fits = fits and parts["codes"].shape[1] == (n_packed if is_awq else n_out)
-    if "groups" not in parts:
-        fits = fits and _are_counts([words.size], 1) and not is_ordered
-        return fits and -(-n_in // words.size) == n_groups
-    form = (parts["groups"].shape, parts["groups"].dtype)
-    if not fits or is_awq or n_in == 0 or form != ((n_in,), "I32"):
-        return False
-    groups = words.part("groups")
-    return 0 <= int(groups.min()) <= int(groups.max()) < n_groups
+_ANY = frozenset(DTYPE_BITS)
+_FLOATS = frozenset(FORMAT_DTYPES.values())
+Due = dict[str, tuple[Collection[str], int | tuple[int, ...]]]
+"""By the role of a part its dtypes, and its shape or its number of elements."""
+
+
+def _check_parts(entry: TensorEntry, parts: Mapping[str, TensorEntry], due: Due) -> None:
+    """Refuse a weight that lacks a part, or has one of another dtype or shape."""
+    for role, (dtypes, shape) in due.items():
+        part = parts.get(role)
+        _check(entry, part is not None, f"its parts lack the {role}")
+        if part is not None:
+            found = part.n_elements if isinstance(shape, int) else part.shape
+            problem = f"its parts do not fit each other: '{part.name}' is {part.dtype} "
+            _check(entry, part.dtype in dtypes and found == shape, f"{problem}{list(part.shape)}")
 
 
 def _are_counts(values: Any, n: int) -> bool:
