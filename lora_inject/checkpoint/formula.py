@@ -50,8 +50,10 @@ def _is_rounded(found: Tensor, due: Tensor, slack: float) -> bool:
     """Whether values are those that are due, off by a sum's `slack` and rounded once."""
     limits = torch.finfo(found.dtype)
     bound = slack + limits.eps * (due.abs() + slack) + limits.tiny * limits.eps
-    close = (found.double() - due).abs() <= bound
-    return bool((close | (found.double() == due)).all())  # as -Inf of a mask is
+    found = found.double()
+    close = (found - due).abs() <= bound
+    # A tensor that is only cast may hold -Inf, as a mask does, or NaN.
+    return bool((close | (found == due) | (found.isnan() & due.isnan())).all())
 
 
 class _Formula:

@@ -179,44 +179,42 @@ def _find_shards(folder: Path, asked: str) -> tuple[str | None, set[str], Any]:
             raise CheckpointError(asked, problem, remedy)
         file = resolve_inside(folder, index_name)
         index = read_json(file, f"read '{file.name}'", CheckpointError)
-        return index_name, set(_weight_map(index_name, index).values()), index
+        return index_name, _shards_of(index_name, index), index
     files = [name for name in files if not name.startswith("adapter_model")]
-    name = _prefer_model(files, asked)
-    if name is None:
-        remedy = "Convert it first: load it and call save_pretrained, which writes safetensors"
-        if revisions := sorted(p.name for p in folder.glob("snapshots/*")):
-            remedy = f"It is the hub's cache: give its folder 'snapshots/{revisions[-1]}'"
-        if (folder / "adapter_config.json").is_file():
-            problem = "it is an adapter, and a model is due here"
-            raise CheckpointError(asked, problem, "Give a base; where both are given, it is first")
-        raise CheckpointError(asked, "it holds no .safetensors weights", remedy)
-    return None, {name}, None
+    if name := _prefer_model(files, asked):
+        return None, {name}, None
+    if (folder / "adapter_config.json").is_file():
+        problem = "it is an adapter, and a model is due here"
+        raise CheckpointError(asked, problem, "Give a base; where both are given, it is first")
+    remedy = "Convert it first: load it and call save_pretrained, which writes safetensors"
+    if revisions := sorted(p.name for p in folder.glob("snapshots/*")):
+        remedy = f"It is the hub's cache: give its folder 'snapshots/{revisions[-1]}'"
+    raise CheckpointError(asked, "it holds no .safetensors weights", remedy)
 
 
 def _prefer_model(names: list[str], asked: str) -> str | None:
     """Return the one name, or the one called `model`."""
-    if len(names) <= 1:
-        return names[0] if names else None
-    for name in names:
-        if name.split(".")[0] == "model":
-            return name
-    problem = f"it holds several and none is called 'model': {', '.join(names[:5])}"
-    remedy = "Give the path of the .safetensors file that is meant, or restore the index"
-    raise CheckpointError(asked, problem, remedy)
+    preferred = [name for name in names if name.split(".")[0] == "model"]
+    if len(names) > 1 and not preferred:
+        problem = f"it holds several and none is called 'model': {', '.join(names[:5])}"
+        remedy = "Give the path of the .safetensors file that is meant, or restore the index"
+        raise CheckpointError(asked, problem, remedy)
+    return next(iter([*preferred, *names]), None)
 
 
-def _weight_map(name: str, index: Any) -> dict[str, str]:
-    asked, weight_map = f"read '{name}'", index.get("weight_map") if type(index) is dict else None
+def _shards_of(name: str, index: Any) -> set[str]:
+    """Return the names of the files that an index names."""
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         remedy = "The index is damaged; fetch it again"
-        raise CheckpointError(asked, "it has no table 'weight_map'", remedy)
+        raise CheckpointError(f"read '{name}'", "it has no table 'weight_map'", remedy)
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
             where = f"it puts {tensor[:80]!r} into {str(shard)[:80]!r}"
             problem = f"{where}, which is not the plain name of a .safetensors file"
             remedy = "Do not use this checkpoint: such an index reaches outside its folder"
-            raise CheckpointError(asked, problem, remedy)
-    return weight_map
+            raise CheckpointError(f"read '{name}'", problem, remedy)
+    return set(weight_map.values())
 
 
 def resolve_inside(folder: Path, name: str) -> Path:
@@ -272,28 +270,23 @@ def find_side_files(
 
     `config.json` and weight indexes are neither: they are written separately, last.
     """
-    folder, depth = base.folder, 0 if base.lone else MAX_DEPTH
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(_walk(folder, depth))}
-    scripts = {name for name, path in paths.items() if path.suffix == ".py"}
-    taken = (n for n, path in paths.items() if (n in scripts and code) or _belongs(path, n))
-    return tuple(taken), () if code else tuple(n for n in paths if n in scripts)
+    taken, left = list[str](), list[str]()
+    for path in sorted(_walk(base.folder, 0 if base.lone else MAX_DEPTH)):
+        name = path.relative_to(base.folder).as_posix()
+        stays = name in _NOT or path.name.endswith(".index.json") or path.name.startswith(_STARTS)
+        if path.suffix == ".py":
+            (taken if code else left).append(name)
+        elif not stays and (path.suffix in _SUFFIXES or path.name.startswith(_NAMES)):
+            taken.append(name)
+    return tuple(taken), tuple(left)
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
     for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            if depth > 0:
-                yield from _walk(path, depth - 1)
-        elif path.is_file():
+        if path.is_file() and not path.name.startswith("."):
             yield path
-
-
-def _belongs(path: Path, relative: str) -> bool:
-    if relative in _NOT or path.name.endswith(".index.json") or path.name.startswith(_STARTS):
-        return False
-    return path.suffix in _SUFFIXES or path.name.startswith(_NAMES)
+        elif depth > 0 and path.is_dir() and not (path.is_symlink() or path.name.startswith(".")):
+            yield from _walk(path, depth - 1)
 
 
 def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,34 +295,30 @@ def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
     A key that inner configs (`text_config`) hold is changed there, too; None removes it, and of a
     table from old values to new ones only what is old changes.
     """
-    edited: dict[str, Any] = {}
-    for key, value in config.items():
+    edited, inner = _changed(config, changes), set[str]()
+    for key, value in edited.items():
         if isinstance(value, dict) and key not in changes:
-            inner = {k: _changed(v, changes.get(k, v)) for k, v in value.items()}
-            edited[key] = {k: v for k, v in inner.items() if v is not None or k not in changes}
-        else:
-            edited[key] = value
-    for key, value in changes.items():
-        if value is None:
-            edited.pop(key, None)
-        elif key in edited:
-            edited[key] = _changed(edited[key], value)
-        elif not (isinstance(value, dict) or _only_inside(config, key)):
+            inner |= value.keys()
+            edited[key] = _changed(value, changes)
+    for key, value in changes.items():  # what only inner ones hold belongs there
+        is_plain = value is not None and not isinstance(value, dict)
+        if key not in config and is_plain and key not in inner - {"tie_word_embeddings"}:
             edited[key] = value
     return edited
 
 
-def _changed(old: Any, new: Any) -> Any:
-    return new.get(old, old) if isinstance(new, dict) and not isinstance(old, dict) else new
+def _changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    edited = {}
+    for key, old in table.items():
+        new = changes.get(key, old)
+        if key in changes and isinstance(new, dict) and not isinstance(old, dict):
+            new = new.get(old, old)
+        if new is not None or key not in changes:
+            edited[key] = new
+    return edited
 
 
 def edit_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes:
     """Return the bytes of `config.json` with some values changed; see `changed_config`."""
     edited = changed_config(config, changes)
     return (json.dumps(edited, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _only_inside(config: Mapping[str, Any], key: str) -> bool:
-    """Whether inner configs hold a key that the outer one does not, so that it belongs there."""
-    inner = any(key in v for v in config.values() if isinstance(v, dict))
-    return inner and key not in config and key != "tie_word_embeddings"

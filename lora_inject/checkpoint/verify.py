@@ -1,7 +1,8 @@
 """Check a merged checkpoint byte by byte.
 
-The plan is made again from base and adapters, every changed tensor is computed again, and every
-other byte is compared with the base's. No record of the merge is used.
+The plan is made again from base and adapters, every changed tensor is computed again, some of its
+rows by other code than the merge's, and every other byte is compared with the base's. No record of
+the merge is used.
 """
 
 from __future__ import annotations
