@@ -50,9 +50,6 @@ NAMES: Mapping[str, str] = MappingProxyType(
         "torch.distributed._composable_state._module_state_mapping": (
             "refused: reading a weight that is a DTensor, which may be a shard of FSDP2"
         ),
-        "torch.distributed.tensor._utils.compute_local_shape_and_global_offset": (
-            "refused: an adapter on a sharded model"
-        ),
         "torch.fx._symbolic_trace.is_fx_symbolic_tracing": "another way: is_fx_tracing",
         "torch.fx._symbolic_trace.is_fx_tracing": (
             "another way: is_fx_symbolic_tracing; without both, the stack is searched for "

@@ -13,7 +13,7 @@ gradient is summed over them: that is what DTensors do, of which such adapters c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,7 +21,12 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Carried
+from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import LayerError
+
+_FIRST = (
+    "Inject or load first, then shard: parallelize_module distributes an adapter with its layer"
+)
 
 
 def check_parts(asked: str, carried: Iterable[Carried], *, gathered: bool = False) -> None:
@@ -36,55 +41,45 @@ def check_parts(asked: str, carried: Iterable[Carried], *, gathered: bool = Fals
         LayerError: It cannot; nothing has changed.
     """
     for place in carried:
-        for reason, remedy in _reasons(place, gathered):
-            raise LayerError(f"{asked}, {place.name!r}", reason, remedy)
+        if (reason := _against(place, gathered=gathered)) is not None:
+            raise LayerError(f"{asked}, {place.name!r}", *reason)
 
 
-_FIRST = (
-    "Inject or load first, then shard: parallelize_module distributes an adapter with its layer"
-)
-
-
-def _reasons(place: Carried, gathered: bool) -> Iterator[tuple[str, str]]:
-    """Yield why an entry cannot go with the parts of its weight, and what to do."""
-    weight: Any = place.weight
+def _against(place: Carried, *, gathered: bool) -> tuple[str, str] | None:
+    """Return why an entry cannot go with the parts of its weight, and what to do."""
+    weight, spec = place.weight, place.entry.spec
     if is_quantized(weight):
-        yield "its weight is quantized, and the model is spread over processes", _FIRST
+        return "its weight is quantized, and the model is spread over processes", _FIRST
     if not hasattr(weight, "full_tensor"):
-        yield from _reasons_of_whole(place)
-    elif len(weight.placements) > 1 and not gathered:
-        yield f"its weight is {weight.placements}, on a mesh of several axes", _FIRST
-    elif (shard := _shard(weight)) is not None:
-        yield from _reasons_of_part(place, shard)
-
-
-def _reasons_of_whole(place: Carried) -> Iterator[tuple[str, str]]:
-    """Yield why an entry cannot be on a weight that each process has whole, and is no DTensor."""
-    spec = place.entry.spec
-    if spec is not None and spec.dropout:
-        problem = "each process has this weight whole, and would drop other elements"
-        yield f"{problem} (dropout {spec.dropout:g})", "Give its rule dropout: 0"
-
-
-def _reasons_of_part(place: Carried, shard: Any) -> Iterator[tuple[str, str]]:
-    """Yield why an entry cannot be on a weight of which each process has a part."""
-    spec, weight = place.entry.spec, place.weight
-    if place.entry.rows is not None:
+        if spec is not None and spec.dropout:
+            problem = "each process has this weight whole, and would drop other elements"
+            return f"{problem} (dropout {spec.dropout:g})", "Give its rule dropout: 0"
+        return None
+    placements = weight.placements  # type: ignore[attr-defined]
+    if len(placements) > 1 and not gathered:
+        return f"its weight is {placements}, on a mesh of several axes", _FIRST
+    shard = _shard(weight)
+    if shard is not None and place.entry.rows is not None:
         problem = "its rows are in several processes, and single ones are to train"
-        yield problem, "Leave the tokens out, or shard with fully_shard"
-    if spec is None:
-        return
+        return problem, "Leave the tokens out, or shard with fully_shard"
+    return None if shard is None or spec is None else _against_site(place, spec, shard)
+
+
+def _against_site(place: Carried, spec: SiteSpec, shard: Any) -> tuple[str, str] | None:
+    """Return the same of a site on a weight of which each process has a part."""
     along = _along(place, shard)
     if spec.variant != "lora":
         problem = f"variant {spec.variant} needs the norms of a weight that is sharded here"
-        yield problem, "Train it with variant: lora, or shard with fully_shard"
+        return problem, "Train it with variant: lora, or shard with fully_shard"
     if along == "":
-        yield f"its weight is sharded along axis {_axis(weight, shard)} of {weight.dim()}", _FIRST
+        axis, n = _axis(place.weight, shard), place.weight.dim()
+        return f"its weight is sharded along axis {axis} of {n}", _FIRST
     if along == "out" and spec.slices is not None:
-        yield "its slices are parts of an output that is sharded", _FIRST
+        return "its slices are parts of an output that is sharded", _FIRST
     if along == "experts" and spec.only is not None:
         problem = "only some experts are to be adapted, and each process has other ones"
-        yield problem, "Leave only out of the rule, or load the model without expert parallelism"
+        return problem, "Leave only out of the rule, or load the model without expert parallelism"
+    return None
 
 
 def distribute(place: Carried, made: dict[nn.Parameter, nn.Parameter]) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import repeat
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,15 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lora_inject.core.adapter.fingerprint import sample_positions, samples
 from lora_inject.core.layers.library import Library, loaded_libraries
 from lora_inject.core.layers.plain_tensors import sharded_by
-from lora_inject.core.layers.survey import Carried, Survey
-from lora_inject.core.roots.carried import entries
+from lora_inject.core.layers.survey import Carried, Survey, memory_of
+from lora_inject.core.roots.root import entries
 from lora_inject.distributed.movers import groups, held_by_group, is_moved
 from lora_inject.distributed.placements import check_parts, distribute
 from lora_inject.errors import LayerError
-from lora_inject.private import needed
 
 
 class Sharding(Library):
@@ -104,20 +102,14 @@ class Sharding(Library):
         for module in fsdp2_modules(survey):
             module.reshard()
 
-    def before_load(
-        self,
-        survey: Survey,
-        name: str,
-        wanted: Sequence[Carried],
-        tied: Callable[[Carried], Hashable],
-    ) -> None:
+    def before_load(self, survey: Survey, name: str, wanted: Sequence[Carried]) -> None:
         """Check that a new adapter can be sharded with its layers."""
         asked = f"adapter {name!r}"
         if groups := {id(module): module for module in fsdp2_modules(survey)}:
             apart = [place for place in wanted if _sums_itself(place.module)]
             check_parts(asked, apart, gathered=True)
             others = [place for place in wanted if not _sums_itself(place.module)]
-            _check_shardable(groups, asked, others, tied)
+            _check_shardable(groups, asked, others)
         elif meshes(survey):
             for library in loaded_libraries():
                 library.before_spread(asked, wanted)
@@ -242,12 +234,11 @@ def _check_shardable(
     groups: Mapping[int, nn.Module],
     asked: str,
     carried: Iterable[Carried],
-    tied: Callable[[Carried], Hashable],
 ) -> None:
     inside = {id(module) for group in groups.values() for module in group.modules()}
-    holders: dict[Hashable, nn.Module] = {}
+    copies: dict[Hashable, nn.Module] = {}
     for place in carried:
-        module = place.module
+        module, memory = place.module, memory_of(place.weight)
         *replicated, shard = getattr(place.weight, "placements", (None,))
         along_one = shard is not None and shard.is_shard()
         if id(module) in groups:
@@ -256,7 +247,7 @@ def _check_shardable(
             module, NonDynamicallyQuantizableLinear
         ):
             reason = "it is never called, before which FSDP2 could gather the adapter"
-        elif holders.setdefault(tied(place), module) is not module:
+        elif place.entry.spec is None and copies.setdefault(memory, module) is not module:
             reason = "its trained copy is tied to that of another layer"
         elif id(module) not in inside or not along_one or any(p.is_shard() for p in replicated):
             reason = "it is not sharded by fully_shard alone"
@@ -297,55 +288,3 @@ def _let_mean_be_mean(module: Any) -> None:
     force = getattr(module, "set_force_sum_reduction_for_comms", None)
     if force is not None and torch.distributed.get_backend() == "gloo":
         force(True)
-
-
-@torch.no_grad()
-def samples_of_shards(weights: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    """Sample DTensors as `adapter.fingerprint.samples` does tensors; a collective operation."""
-    alike: dict[Any, list[str]] = {}
-    sampled: dict[str, tuple[float, ...]] = {}
-    for name, weight in weights.items():
-        placements = weight.placements
-        if any(hasattr(placement, "split_factor") for placement in placements):  # interleaved
-            sampled |= samples({name: weight.full_tensor()})
-        elif all(p.is_shard() or p.is_replicate() for p in placements):
-            alike.setdefault((weight.device_mesh, placements), []).append(name)
-    for (mesh, placements), names in alike.items():
-        sampled |= _samples_alike({name: weights[name] for name in names}, mesh, placements)
-    return sampled
-
-
-def _samples_alike(
-    weights: Mapping[str, Any], mesh: Any, placements: Any
-) -> dict[str, tuple[float, ...]]:
-    """Sample DTensors that lie alike over the same processes, with one message."""
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    local = {name: _local_samples(weight) for name, weight in weights.items()}
-    device = next(iter(weights.values())).device
-    rows = torch.zeros(len(local), max(map(len, local.values())), device=device)
-    for row, values in zip(rows, local.values(), strict=True):
-        row[: len(values)] = values
-    parts = [Partial() if p.is_shard() else Replicate() for p in placements]
-    whole = DTensor.from_local(rows, mesh, parts).full_tensor().tolist()
-    return {
-        name: tuple(row[: len(values)])
-        for (name, values), row in zip(local.items(), whole, strict=True)
-    }
-
-
-def _local_samples(weight: Any) -> Tensor:
-    """Return the sampled values that this process holds, 0 for the others."""
-    locate = needed(
-        "torch.distributed.tensor._utils.compute_local_shape_and_global_offset",
-        "an adapter on a sharded model",
-    )
-    mesh, placements, whole = weight.device_mesh, weight.placements, tuple(weight.shape)
-    shape, offset = locate(whole, mesh, placements)
-    local = weight.to_local()
-    positions = torch.tensor(sample_positions(whole), dtype=torch.long, device="cpu")
-    index = torch.stack(torch.unravel_index(positions, whole), dim=1) - positions.new_tensor(offset)
-    here = ((index >= 0) & (index < positions.new_tensor(shape))).all(dim=1)
-    values = torch.zeros(len(positions), device=local.device)
-    values[here] = local[index[here].unbind(dim=1)].to(values.dtype)
-    return values

@@ -23,7 +23,7 @@ from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.attached import Entry, attached_to
 from lora_inject.core.layers.kinds import mixin_for
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.roots.carried import entries
+from lora_inject.core.roots.root import entries
 from lora_inject.core.spec.names import leaf
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError

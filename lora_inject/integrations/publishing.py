@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from lora_inject.core.layers.library import this_process_writes
-from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.save import save_adapter
+from lora_inject.core.roots.root import Injected
 from lora_inject.formats.hub import upload
 
 
@@ -30,7 +30,7 @@ def push(
     `load_adapter(model, repo)`, PEFT and vLLM read it there.
 
     Args:
-        model: The root, or any module that holds roots.
+        model: The root, or a module that holds it.
         repo: `user/name`; created if missing.
         name: The adapter.
         revision: A branch; created if missing.
@@ -57,7 +57,7 @@ def push(
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "adapter")
         save_adapter(model, folder, name, published_as=repo, **options)
-        if not this_process_writes(Survey(model)):
+        if not this_process_writes(Injected(model, "push")):
             return None
         how: dict[str, Any] = {"revision": revision, "private": private, "token": token}
         return upload(folder, repo, message=message, **how)

@@ -18,22 +18,20 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import safetensors.torch
 from torch import Tensor, nn
 
-from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import explained, replace_file
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.library import Library, loaded_libraries
 from lora_inject.core.layers.selected import ENTERED
-from lora_inject.core.layers.survey import Survey, base_parameters
+from lora_inject.core.layers.survey import Survey, base_parameters, table_of
 from lora_inject.core.layers.told import FORMS
-from lora_inject.core.model.facts import facts_for
-from lora_inject.core.model.read_off import read_off
-from lora_inject.core.model.save import check_used
-from lora_inject.core.roots.carried import adapted_modules, reach
+from lora_inject.core.model.save import saved_state
+from lora_inject.core.roots.root import Injected, adapted_modules, root_of
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import LayerError, StateError, user_path
 from lora_inject.formats.card import joined_cards
@@ -43,6 +41,7 @@ SAVE, RESIZE, DEQUANTIZE = "save_pretrained", "resize_token_embeddings", "dequan
 CARD = "create_or_update_model_card"
 THREAD = "init_continuous_batching"  # transformers' generate_batch
 LOADED = "_hf_peft_config_loaded"
+_README = "README.md"
 # As true as True, and says whose it is: what transformers' own mixin has set is left alone.
 OURS = "lora_inject"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")  # transformers.trainer_utils.PREFIX_CHECKPOINT_DIR
@@ -121,13 +120,18 @@ class _SaveAdapters(_StandIn):
         In a folder named `checkpoint-N` they are also written in the form that Trainer resumes
         from; it would silently ignore others (`Trainer._load_from_checkpoint`).
         """
-        _refuse_options(options, push_to_hub=push_to_hub)
+        if push_to_hub:
+            problem = "an adapted model takes no push_to_hub=True"
+            raise StateError(SAVE, problem, "Call model.push_to_hub(repo_id)")
+        if unknown := sorted(options.keys() - _OF_A_BASE):
+            problem = f"an adapted model takes no {unknown[0]}"
+            raise StateError(SAVE, problem, "Call save_adapter(model, path, name)")
         place = user_path(SAVE, save_directory)
-        survey, given = Survey(self.model), state_dict or {}
-        states = adapters_on(survey, given, self.unused)
+        survey, given = Injected(self.model, SAVE), state_dict or {}
+        files = adapter_files(survey, self.format, self.unused, given)
         if not is_main_process:
             return
-        write_adapters(survey, states, place, self.format)
+        write_files(place, files)
         if _CHECKPOINT.fullmatch(place.name):
             tensors = {
                 key: given.get(key, tensor).detach().to("cpu", copy=True).contiguous()
@@ -142,20 +146,18 @@ class _SaveAdapters(_StandIn):
         Trainer calls it by this name if the card of a folder names PEFT as its library
         (`Trainer.create_model_card`).
         """
-        survey, path = Survey(self.model), Path(output_dir, "README.md")
-        names = reach(survey.model, survey).names
-        name = min(names, key=lambda name: (name != "default", name))
-        ours = _files_of(survey, name, read_off(survey, name), "peft")["README.md"]
+        path = Path(output_dir, _README)
+        ours = adapter_files(Injected(self.model, SAVE), "peft", self.unused)[_README]
         replace_file(path, joined_cards(path.read_text("utf-8"), ours.decode()).encode())
 
 
-def folders_of(survey: Survey) -> dict[str, str]:
+def folders_of(survey: Injected) -> dict[str, str]:
     """Return the folder of each adapter inside the one that a model is saved to.
 
     Raises:
         StateError: The name of an adapter is not that of a folder.
     """
-    names = sorted(reach(survey.model, survey).names)
+    names = sorted(survey.root.adapters)
     folders = {name: "" if len(names) == 1 or name == "default" else name for name in names}
     for name, folder in folders.items():
         if Path(folder).name != folder or folder == ".." or not folder.isprintable():
@@ -164,21 +166,38 @@ def folders_of(survey: Survey) -> dict[str, str]:
     return folders
 
 
-def adapters_on(
-    survey: Survey, given: Mapping[str, Tensor], unused: Sequence[str]
-) -> dict[str, AdapterState]:
-    """Return all adapters of a model to be saved, by their names; all processes must call it."""
-    if any(selection.merged for selection in reach(survey.model, survey).selections):
-        raise StateError(
-            SAVE,
-            "an adapter is merged into the weights",
+def adapter_files(
+    survey: Injected,
+    format: str,  # noqa: A002
+    unused: Sequence[str],
+    given: Mapping[str, Tensor] = MappingProxyType({}),
+) -> dict[str, bytes]:
+    """Return the files of all adapters by their paths in a folder; all processes must call it."""
+    if survey.root.selection.merged:
+        problem = "an adapter is merged into the weights"
+        remedy = (
             "Call eject(model) first to write the merged model, or unmerge(model) to write the "
-            "adapters",
         )
-    states = {name: read_off(survey, name, given) for name in folders_of(survey)}
-    for name, state in states.items():
-        check_used(survey, name, state, unused)
-    return states
+        raise StateError(SAVE, problem, f"{remedy}adapters")
+    files: dict[str, bytes] = {}
+    for name, folder in folders_of(survey).items():
+        state, facts = saved_state(survey, name, format, unused, given)
+        with tempfile.TemporaryDirectory() as place:
+            made = write_adapter(state, Path(place, "adapter"), format, facts=facts)
+            paths = sorted(made.iterdir()) if made.is_dir() else [made]
+            files |= {str(Path(folder, path.name)): path.read_bytes() for path in paths}
+    return files
+
+
+def write_files(place: Path, files: Mapping[str, bytes]) -> None:
+    """Write files beside what else stands in a folder; a card that is not one of ours stays."""
+    for name, data in files.items():
+        path = place / name
+        with explained(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            of_others = path.name == _README and path.exists()
+            if not of_others or b"lora-inject" in path.read_bytes():  # a tag of all of ours
+                replace_file(path, data)
 
 
 def adapter_tensors(survey: Survey) -> dict[str, Tensor]:
@@ -193,47 +212,6 @@ def adapter_tensors(survey: Survey) -> dict[str, Tensor]:
     ours = {id(m._parameters[name]) for _, m, attached in carried for name in attached.flat}
     state = survey.model.state_dict(keep_vars=True)
     return {key: t for key, t in state.items() if id(t) in ours or leaf(key) == FORMS}
-
-
-def write_adapters(
-    survey: Survey,
-    states: Mapping[str, AdapterState],
-    place: Path,
-    format: str,  # noqa: A002
-) -> None:
-    """Write adapters beside what else stands in a folder, or in folders inside."""
-    folders = folders_of(survey)
-    for name, state in states.items():
-        folder = place / folders[name]
-        with explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            for file, data in _files_of(survey, name, state, format).items():
-                if file != "README.md" or not _is_of_others(folder / file):
-                    replace_file(folder / file, data)
-
-
-def _refuse_options(options: Mapping[str, Any], *, push_to_hub: bool) -> None:
-    """Raise for what `save_pretrained` of an adapted model would ignore."""
-    if push_to_hub:
-        problem = "an adapted model takes no push_to_hub=True"
-        raise StateError(SAVE, problem, "Call model.push_to_hub(repo_id)")
-    if unknown := sorted(options.keys() - _OF_A_BASE):
-        problem = f"an adapted model takes no {unknown[0]}"
-        raise StateError(SAVE, problem, "Call save_adapter(model, path, name)")
-
-
-def _files_of(survey: Survey, name: str, state: AdapterState, format: str) -> dict[str, bytes]:  # noqa: A002
-    """Return the files of an adapter by name: their folder may hold others, which stay."""
-    with tempfile.TemporaryDirectory() as place:
-        target = Path(place, "adapter" if format == "peft" else "adapter.safetensors")
-        made = write_adapter(state, target, format, facts=facts_for(survey, format, name))
-        paths = sorted(made.iterdir()) if made.is_dir() else [made]
-        return {path.name: path.read_bytes() for path in paths}
-
-
-def _is_of_others(card: Path) -> bool:
-    """Whether a card exists that is not one of ours, which all have this tag."""
-    return card.exists() and b"lora-inject" not in card.read_bytes()
 
 
 class _Refusal:
@@ -260,48 +238,12 @@ class _InThread(_StandIn):
     """Stands in for a method that computes in a thread of its own, without contexts."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        here = {selection for context in ENTERED.get() for selection in context.selected}
-        if not here.isdisjoint(reach(self.model).selections):
+        _, root = root_of(self.model, self.method)
+        if any(root.selection in context.selected for context in ENTERED.get()):
             problem = "it computes in a thread of its own, in which routed() or disabled() is not"
             remedy = "Call activate(model, which) before it, outside of the context"
             raise StateError(self.method, problem, remedy)
         return getattr(type(self.model), self.method)(self.model, *args, **kwargs)
-
-
-def _save_adapters(module: nn.Module, method: str) -> None:
-    saving = _SaveAdapters(module)
-    module.__dict__[method] = saving
-    module.__dict__[CARD] = saving.card
-
-
-def _refuse_dequantize(module: nn.Module, method: str) -> None:
-    if getattr(module, "hf_quantizer", None):
-        problem = "it replaces layers, whose adapters would be gone"
-        remedy = 'Call merge(model, dequantize="bfloat16"), or eject first'
-        module.__dict__[method] = _Refusal(method, problem, remedy)
-
-
-def _say_of_peft(module: nn.Module, method: str) -> None:
-    if getattr(type(module), method).__module__.startswith(("diffusers.", "transformers.")):
-        module.__dict__[method] = _OfPeft(module, method)
-
-
-def _refuse_contexts(module: nn.Module, method: str) -> None:
-    module.__dict__[method] = _InThread(module, method)
-
-
-_WITH_ADAPTERS = {
-    SAVE: _save_adapters,
-    THREAD: _refuse_contexts,
-    DEQUANTIZE: _refuse_dequantize,
-    **dict.fromkeys(_INSTEAD, _say_of_peft),
-}
-"""Method of a model with adapters to what is done about it."""
-
-
-def _replaceable(module: nn.Module, method: str) -> bool:
-    """Whether a model has a method, of its class and not replaced yet."""
-    return method not in module.__dict__ and callable(getattr(type(module), method, None))
 
 
 class Methods(Library):
@@ -309,22 +251,23 @@ class Methods(Library):
 
     modules = ("transformers", "diffusers", "huggingface_hub")
 
-    def after_attach(self, modules: Sequence[nn.Module], carrying: Sequence[nn.Module]) -> None:
+    def after_load(self, survey: Survey, name: str) -> None:
         """Put what stands in for their methods onto models with adapters."""
-        for module in modules:
-            own = module.__dict__
+        del name
+        carrying = [module for _, module, _ in adapted_modules(survey)]
+        for _, module in survey.modules:
             if getattr(module, "is_quantized", False) and getattr(module, LOADED, None) is False:
-                own[LOADED] = OURS
-            if (
-                _replaceable(module, RESIZE)
-                and (name := _vocabulary_on(module, carrying)) is not None
-            ):
-                problem = f"{name!r} carries an adapter, which would not fit the resized layer"
-                own[RESIZE] = _Refusal(RESIZE, problem, "Eject first, resize, then inject again")
-            replaceable = [m for m in _WITH_ADAPTERS if _replaceable(module, m)]
-            if replaceable and reach(module).names:
-                for method in replaceable:
-                    _WITH_ADAPTERS[method](module, method)
+                module.__dict__[LOADED] = OURS
+            if _has(module, RESIZE) and (vocabulary := _vocabulary_on(module, carrying)):
+                problem = (
+                    f"{vocabulary!r} carries an adapter, which would not fit the resized layer"
+                )
+                remedy = "Eject first, resize, then inject again"
+                module.__dict__[RESIZE] = _Refusal(RESIZE, problem, remedy)
+            methods = [m for m in (SAVE, THREAD, DEQUANTIZE, *_INSTEAD) if _has(module, m)]
+            if methods and any(attached_to(part) for part in module.modules()):
+                for method in methods:
+                    _stand_in(module, method)
 
     def after_eject(self, modules: Iterable[nn.Module]) -> None:
         """Give models their own methods back where no adapter forbids it any more."""
@@ -336,27 +279,43 @@ class Methods(Library):
                 del own[RESIZE]
             mine = [key for key, value in own.items() if isinstance(value, _StandIn | _Refusal)]
             mine += [CARD] * (SAVE in mine) + [LOADED] * (own.get(LOADED) == OURS)
-            if mine and not reach(module).names:
+            if mine and not any(attached_to(part) for part in module.modules()):
                 for key in mine:
                     own.pop(key, None)
+
+
+def _has(module: nn.Module, method: str) -> bool:
+    """Whether a model has a method, of its class and not replaced yet."""
+    return method not in module.__dict__ and callable(getattr(type(module), method, None))
+
+
+def _stand_in(module: nn.Module, method: str) -> None:
+    """Put what stands in for a method onto a model with adapters."""
+    own = module.__dict__
+    if method == SAVE:
+        own[method] = saving = _SaveAdapters(module)
+        own[CARD] = saving.card
+    elif method == THREAD:
+        own[method] = _InThread(module, method)
+    elif method == DEQUANTIZE:
+        if getattr(module, "hf_quantizer", None):
+            problem = "it replaces layers, whose adapters would be gone"
+            remedy = 'Call merge(model, dequantize="bfloat16"), or eject first'
+            own[method] = _Refusal(method, problem, remedy)
+    elif getattr(type(module), method).__module__.startswith(("diffusers.", "transformers.")):
+        own[method] = _OfPeft(module, method)
 
 
 def _vocabulary_on(model: nn.Module, carrying: Sequence[nn.Module]) -> str | None:
     """Return the name of an embedding or head that holds a tensor of these modules, tied or not."""
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            vocabulary = getattr(model, getter)()
-        except (AttributeError, NotImplementedError):
+        table = table_of(model, getter)
+        if table is None:
             continue
-        if vocabulary is not None and _shares_with(vocabulary, carrying):
-            return next(str(name) for name, m in model.named_modules() if m is vocabulary)
+        inside = {id(module) for module in table.modules()}
+        tensors = {id(p) for module in table.modules() for p in base_parameters(module).values()}
+        for module in carrying:
+            held = map(id, base_parameters(module).values())
+            if id(module) in inside or not tensors.isdisjoint(held):
+                return next(str(name) for name, part in model.named_modules() if part is table)
     return None
-
-
-def _shares_with(vocabulary: nn.Module, carrying: Sequence[nn.Module]) -> bool:
-    """Whether a module holds one of others, or a tensor of theirs."""
-    inside = list(vocabulary.modules())
-    if {id(module) for module in carrying} & {id(module) for module in inside}:
-        return True
-    tensors = {id(p) for module in inside for p in base_parameters(module).values()}
-    return any(id(p) in tensors for module in carrying for p in base_parameters(module).values())

@@ -17,20 +17,21 @@ from typing import Any
 from torch import nn
 
 from lora_inject.core.layers.survey import Carried, Survey, unwrapped
-from lora_inject.core.model.trainable import adapter_parameters, check_live_inputs
-from lora_inject.core.model.unused import refuse_unused
-from lora_inject.core.roots.carried import check_unmerged, entries, has_gradient, reach
+from lora_inject.core.model.training import adapter_parameters, check_live_inputs
+from lora_inject.core.model.used import refuse_unused
+from lora_inject.core.roots.root import Injected, check_unmerged, entries, find_root, has_gradient
 from lora_inject.errors import StateError
 from lora_inject.integrations.stand_ins import (
     SAVE,
+    adapter_files,
     adapter_tensors,
-    adapters_on,
     folders_of,
-    write_adapters,
+    write_files,
 )
 from lora_inject.integrations.trl import SENT_MERGED
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
+_ASKED = "train with AdapterCheckpoint"
 _N_WATCHED = 10  # steps in which a list of layers may be left out as a whole
 
 
@@ -117,30 +118,36 @@ class AdapterCheckpoint:
     ) -> None:
         """Refuse a run that could not be resumed."""
         del state, control
-        _refuse_idle_adapters(model)
-        folders_of(Survey(model))
-        check_live_inputs(Survey(model), "train")
-        ours = {id(parameter) for parameter in adapter_parameters(model).values()}
-        others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
-        if not ours or others:
-            problem = "the model has no adapter"
-            if ours:
-                problem = f"{len(others)} parameters outside of adapters train, of which "
-                problem += repr(others[0])
+        if find_root(model, _ASKED) is None:
             remedy = "Inject first, and list other trained parameters under `train` in the config"
-            raise StateError("AdapterCheckpoint", problem, remedy)
+            raise StateError(_ASKED, "the model has no adapter", remedy)
+        survey = Injected(model, _ASKED)
+        check_unmerged(_ASKED, survey.root)
+        ours = {id(parameter) for parameter in adapter_parameters(model).values()}
+        trained = [(n, id(p) in ours) for n, p in model.named_parameters() if p.requires_grad]
+        if not any(is_ours for _, is_ours in trained):
+            # torch says so in the first backward only
+            names = ", ".join(sorted(survey.root.adapters))
+            problem = f"none of the model's adapters trains ({names})"
+            raise StateError(_ASKED, problem, "Call train_only(model, name) first")
+        if others := [name for name, is_ours in trained if not is_ours]:
+            problem = f"{len(others)} parameters outside of adapters train, of which {others[0]!r}"
+            remedy = "List trained parameters of the base under `train` in the config"
+            raise StateError(_ASKED, problem, remedy)
+        folders_of(survey)
+        check_live_inputs(survey, "train")
         if getattr(args, "use_vllm", False) and unwrapped(model) not in SENT_MERGED:
             problem = "use_vllm is set, and TRL would send vLLM the base without the adapters"
             remedy = "Call lora_inject.sync_merged(trainer) before training"
-            raise StateError("AdapterCheckpoint", problem, remedy)
-        drops = [item.entry.spec.dropout for item in entries(Survey(model)) if item.entry.spec]
+            raise StateError(_ASKED, problem, remedy)
+        drops = [item.entry.spec.dropout for item in entries(survey) if item.entry.spec]
         if getattr(args, "disable_dropout", False) and any(drops):
             problem = (
                 "TRL's disable_dropout is set, and reaches modules only, not the dropout of an "
             )
             problem += f"adapter ({max(drops):g})"
             remedy = "Inject with dropout: 0, or pass disable_dropout=False"
-            raise StateError("AdapterCheckpoint", problem, remedy)
+            raise StateError(_ASKED, problem, remedy)
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any
@@ -149,9 +156,9 @@ class AdapterCheckpoint:
         del args, state, control
         if self._watched == _N_WATCHED:
             return
-        survey, self._watched = Survey(model), self._watched + 1
+        survey, self._watched = Injected(model, _ASKED), self._watched + 1
         last = self._watched == _N_WATCHED
-        each = [self._all_reached(survey, n, last) for n in reach(survey.model, survey).names]
+        each = [self._all_reached(survey, name, last) for name in survey.root.adapters]
         if all(each):
             self._watched = _N_WATCHED
 
@@ -176,28 +183,16 @@ class AdapterCheckpoint:
     def on_save(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
         """Write the adapters of a model without `save_pretrained`, which Trainer saves whole."""
         del control
-        survey = Survey(model)
-        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if SAVE in survey.model.__dict__:
+        if SAVE in unwrapped(model).__dict__:
             return
-        states = adapters_on(survey, {}, self.unused)
-        if not args.should_save:
-            return
-        write_adapters(survey, states, folder, self.format)
+        files = adapter_files(Injected(model, _ASKED), self.format, self.unused)
+        if args.should_save:
+            write_files(Path(args.output_dir, f"checkpoint-{state.global_step}"), files)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save if the evaluation ends the run."""
         del args, state
         control.should_save = control.should_save or control.should_training_stop
-
-
-def _refuse_idle_adapters(model: nn.Module) -> None:
-    """Raise if no adapter of a model can train, which torch says in the first backward only."""
-    asked, there = "train with AdapterCheckpoint", reach(model)
-    check_unmerged(asked, *there.selections)
-    if there.names and not any(p.requires_grad for p in adapter_parameters(model).values()):
-        problem = f"none of the model's adapters trains ({', '.join(sorted(there.names))})"
-        raise StateError(asked, problem, "Call train_only(model, name) first")
 
 
 def _ignore(*_: Any, **__: Any) -> None:
@@ -215,7 +210,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 def _has_adapters(checkpoint: Path, model: nn.Module) -> bool:
     """Return whether a checkpoint has files of each adapter of a model, which come last."""
-    folders = (checkpoint / folder for folder in folders_of(Survey(model)).values())
+    folders = (checkpoint / folder for folder in folders_of(Injected(model, _ASKED)).values())
     return all(any(folder.glob("adapter*.safetensors")) for folder in folders)
 
 

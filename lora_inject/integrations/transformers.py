@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.fingerprint import samples
 from lora_inject.core.adapter.site_state import FLOATS
 from lora_inject.core.layers.library import Library
-from lora_inject.core.layers.survey import Holder, Survey
+from lora_inject.core.layers.survey import Holder, Survey, table_of
 from lora_inject.core.spec.names import around, joined, parent, quoted
 from lora_inject.core.spec.plan import Plan
 
@@ -124,16 +124,8 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _output_heads(model: PreTrainedModel) -> set[int]:
     """Return the ids of the modules that are output heads over a vocabulary."""
-    heads = set()
-    for part in model.modules():
-        get = getattr(part, "get_output_embeddings", None)
-        try:
-            head = get() if callable(get) else None
-        except (AttributeError, NotImplementedError):
-            continue
-        if head is not None:
-            heads.add(id(head))
-    return heads
+    heads = (table_of(part, "get_output_embeddings") for part in model.modules())
+    return {id(head) for head in heads if head is not None}
 
 
 def _may_be_missing(model: PreTrainedModel, name: str) -> bool:

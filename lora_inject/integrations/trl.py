@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.selected import Mix
-from lora_inject.core.layers.survey import Survey, memory_of, unwrapped
+from lora_inject.core.layers.survey import memory_of, unwrapped
 from lora_inject.core.model.merge import merged_weights
-from lora_inject.core.roots.carried import entries, reach
-from lora_inject.core.roots.disabling import selecting
+from lora_inject.core.roots.root import Injected, entries, root_of
+from lora_inject.core.roots.selecting import selecting
 from lora_inject.errors import StateError
 from lora_inject.formats.checkpoint_names import knows_names
 
@@ -63,8 +63,7 @@ def sync_merged(trainer: T, *, dequantize: str | None = None) -> T:
     if not callable(getattr(generation, "_iter_named_params", None)):
         problem = "this version of TRL iterates over the weights in another way"
         raise StateError("sync_merged", problem, "Use TRL 1.16, with which it was tested")
-    if not reach(generation.model, Survey(generation.model)).names:
-        raise StateError("sync_merged", "the model has no adapter", "Inject or load one first")
+    root_of(generation.model, "sync_merged")
     generation._iter_named_params = lambda: _weights_for_vllm(generation.model, dequantize)
     SENT_MERGED.add(unwrapped(generation.model))
     return trainer
@@ -72,7 +71,7 @@ def sync_merged(trainer: T, *, dequantize: str | None = None) -> T:
 
 def _weights_for_vllm(model: nn.Module, dequantize: str | None) -> Iterator[tuple[str, Tensor]]:
     """Yield merged weights under the first name of each, as `named_parameters` does."""
-    survey = Survey(model)
+    survey = Injected(model, "sync_merged")
     first: dict[Hashable, str] = {}
     for holder in survey.holders:
         first.setdefault(memory_of(holder.tensor), holder.name)
@@ -115,9 +114,7 @@ def reference(model: nn.Module) -> nn.Module:
         >>> torch.equal(reference(net)(x), before)
         True
     """
-    if not reach(model, Survey(model)).names:
-        problem = "the model has no adapter"
-        raise StateError("reference", problem, "Inject or load one first")
+    root_of(model, "reference")
     return _Reference(model, model).eval()
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
 
 from lora_inject.core.layers.contexts import held_by_coroutine
-from lora_inject.core.roots.carried import check_names, reach
-from lora_inject.core.roots.disabling import Reusable, selecting
-from lora_inject.core.roots.mixes import check_mixes, weights_of
+from lora_inject.core.roots.root import check_names, root_of
+from lora_inject.core.roots.selecting import check_mixes, selecting, weights_of
 from lora_inject.errors import StateError, article, check_type
 from lora_inject.rows.by_row import Rows
 
@@ -22,7 +21,7 @@ def routed(
     *,
     repeat: int = 1,
     tokens: Iterable[int] | None = None,
-) -> Reusable:
+) -> AbstractContextManager[None]:
     """Return a context with one adapter for each row of the batch, in training as well.
 
     The context belongs to the thread or asyncio task that enters it. A task, or a thread of
@@ -37,7 +36,7 @@ def routed(
     adapter, as long as it does.
 
     Args:
-        model: The root, or any module that holds roots.
+        model: The root, or a module that holds it.
         adapters: The adapter of each row, or a mix of adapters by weight, in a list; None for the
             plain base.
         repeat: Also accept batches in which each row stands `repeat` times in a row, as beam
@@ -79,7 +78,7 @@ def routed(
         _check_tokens(rows, lengths, repeat)
         rows = tuple(row for row, n in zip(rows, lengths, strict=True) for _ in range(n))
     packed = tokens is not None
-    return Reusable("routed()", lambda: _entered(model, Rows(rows, repeat, packed=packed)))
+    return _entered(model, Rows(rows, repeat, packed=packed))
 
 
 def _check_tokens(rows: Sequence[Any], lengths: Sequence[int], repeat: int) -> None:
@@ -94,7 +93,7 @@ def _check_tokens(rows: Sequence[Any], lengths: Sequence[int], repeat: int) -> N
 @contextmanager
 def _entered(model: nn.Module, rows: Rows) -> Iterator[None]:
     """Check the names of rows, and run the body with them."""
-    check_names(reach(model).names, rows.names, "routed to")
+    check_names(root_of(model, "routed")[1], rows.names, "routed to")
     for row, mix in rows.mixes.items():
         if len(row) > 1 or any(weight != 1.0 for _, weight in row):
             check_mixes(model, mix.names)

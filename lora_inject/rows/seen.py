@@ -30,7 +30,7 @@ from lora_inject.core.layers.attached import Attached, attached_to
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.contexts import in_context
 from lora_inject.core.layers.survey import Survey, evaluating
-from lora_inject.core.roots.carried import Reach, adapted_modules, known_roots, reach
+from lora_inject.core.roots.root import Root, adapted_modules, root_of
 from lora_inject.core.spec.names import parent
 from lora_inject.errors import LayerError
 from lora_inject.trees import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -40,7 +40,8 @@ _FOLLOWED: WeakKeyDictionary[Attached, set[tuple[int, bool]]] = WeakKeyDictionar
 """Layers whose first axis was seen to be the rows: for inputs of so many axes, rows or tokens."""
 _ASKED: WeakKeyDictionary[Attached, bool] = WeakKeyDictionary()
 """Layers of which no length says anything."""
-_NOTED: WeakKeyDictionary[Reach, bool] = WeakKeyDictionary()
+_NOTED: WeakKeyDictionary[Root, int] = WeakKeyDictionary()
+"""How often adapters had come or gone when the layers of a root were noted."""
 
 
 @dataclass
@@ -142,14 +143,14 @@ class Seen:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Check the calls of a model, and of the roots in and around it, while the body runs."""
+        """Check the calls of a model, and of the root in it, while the body runs."""
         note_structure(model)
-        self._selections = reach(model).selections
-        self._carrying = [attached for _, _, attached in adapted_modules(Survey(model))]
-        roots = [m for m, record in known_roots() if record.selection in self._selections]
+        injected, root = root_of(model, "routed")
+        self._selection = root.selection
+        self._carrying = [attached for _, _, attached in adapted_modules(Survey(injected))]
         outer = _WATCHING.get()
         with ExitStack() as stack:
-            for module in {id(m): m for m in (model, *roots)}.values():
+            for module in {id(m): m for m in (model, injected)}.values():
                 stack.enter_context(_hooked(module))
             stack.callback(_WATCHING.set, outer)
             _WATCHING.set(self)
@@ -157,7 +158,7 @@ class Seen:
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Begin a call."""
-        if all(selection.current() is self.rows for selection in self._selections):
+        if self._selection.current() is self.rows:
             given = _copied((args, kwargs)) if self._keeps() else (args, kwargs)
             _OPEN.set(_Call(self, module, given, self._positions(given)))
 
@@ -191,7 +192,7 @@ class Seen:
 
         def run(which: Any) -> Any:
             args, kwargs = _copied(call.given)
-            with in_context(dict.fromkeys(self._selections, which)):
+            with in_context({self._selection: which}):
                 return call.module(*args, **kwargs)
 
         if call.problem is None:
@@ -333,26 +334,23 @@ def rows_alike(one: Tensor, other: Tensor) -> bool:
 def note_structure(model: nn.Module) -> None:
     """Note the layers of which no length says anything, until the next inject or eject.
 
-    Layers next to a module with `batch_first=False` may have time before batch. A part of a model
-    does not see what is next to it, so the roots that share its selections are looked at as well.
+    Layers next to a module with `batch_first=False` may have time before batch.
     """
-    reached = reach(model)
-    if reached in _NOTED:
+    injected, root = root_of(model, "routed")
+    if _NOTED.get(root) == root.n_changes:
         return
-    _NOTED[reached] = True
-    survey = Survey(model)
-    roots = [module for module, record in known_roots() if record.selection in reached.selections]
-    for each in (survey, *map(Survey, roots)):
-        picked = {name for mixture in inventory(each).mixtures for name in mixture.experts}
-        put = tuple(f"{name}." if name else "" for name in _replacing_tokens(each))
-        kept = tuple(f"{name}." for name in _decoders(each))
-        parts = [name for name, m in each.named if m.__dict__.get("batch_first") is False]
-        around = tuple({f"{parent(name)}." if parent(name) else "" for name in parts})
-        for path, _, attached in adapted_modules(each):
-            if path in picked or (path.startswith(put) and not path.startswith(kept)):
-                _ASKED[attached] = True
-            if f"{path}.".startswith(around):
-                attached.time_major = True
+    survey = Survey(injected)
+    _NOTED[root] = root.n_changes
+    picked = {name for mixture in inventory(survey).mixtures for name in mixture.experts}
+    put = tuple(f"{name}." if name else "" for name in _replacing_tokens(survey))
+    kept = tuple(f"{name}." for name in _decoders(survey))
+    parts = [name for name, m in survey.named if m.__dict__.get("batch_first") is False]
+    around = tuple({f"{parent(name)}." if parent(name) else "" for name in parts})
+    for path, _, attached in adapted_modules(survey):
+        if path in picked or (path.startswith(put) and not path.startswith(kept)):
+            _ASKED[attached] = True
+        if f"{path}.".startswith(around):
+            attached.time_major = True
 
 
 def _replacing_tokens(survey: Survey) -> list[str]:

@@ -20,10 +20,8 @@ from lora_inject.core.adapter.other_tensors import with_every_expert
 from lora_inject.core.adapter.site_state import FLOATS
 from lora_inject.core.functional.finite import lost_by_cast
 from lora_inject.core.layers.library import this_process_writes
-from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.facts import facts_for
-from lora_inject.core.model.read_off import read_off
-from lora_inject.core.model.save import check_used
+from lora_inject.core.model.save import saved_state
+from lora_inject.core.roots.root import Injected
 from lora_inject.errors import FormatError, check_type, within
 from lora_inject.formats.peft.folder import contents
 from lora_inject.formats.servers import plain_facts, plain_state
@@ -46,7 +44,7 @@ def peft_state(
     shards every process has to call it.
 
     Args:
-        model: The root, or any module that holds roots.
+        model: The root, or a module that holds it.
         name: The adapter.
         portable: One rank for all sites, scale 1, names without patterns: for engines that read
             little of the config, such as SGLang.
@@ -77,10 +75,8 @@ def peft_state(
     """
     asked = f"peft_state of {name!r}"
     _check_form(device, dtype, asked)
-    survey = Survey(model)
-    facts = facts_for(survey, "portable" if portable else "peft", name)
-    state = read_off(survey, name)
-    check_used(survey, name, state, unused)
+    survey = Injected(model, asked)
+    state, facts = saved_state(survey, name, "portable" if portable else "peft", unused)
     state = with_every_expert(state)
     with within(asked):
         stated = facts()

@@ -11,10 +11,10 @@ from torch import nn
 
 from lora_inject.core.files.atomic import write_file
 from lora_inject.core.files.safetensors_file import build_header, header_of
-from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.eject import eject
 from lora_inject.core.model.load import load_adapter
 from lora_inject.core.model.probing import refuse_without_room, take_proof
+from lora_inject.core.roots.root import Injected
 from lora_inject.core.spec.names import counted
 from lora_inject.core.spec.tables import wrapped
 from lora_inject.errors import FormatError, user_path
@@ -89,7 +89,7 @@ def store_proof(path: Any, model: nn.Module, probe: Any, **reading: Any) -> Stor
     place = user_path(asked, path)
     load_adapter(model, place, _NAME, **reading)
     try:
-        text = take_proof(Survey(model), _NAME, probe, layout, f"{asked}, probe")
+        text = take_proof(Injected(model, asked), _NAME, probe, layout, f"{asked}, probe")
     finally:
         eject(model, _NAME)
     before = _with_text(file, text)

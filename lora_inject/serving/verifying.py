@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.layers.survey import Survey, evaluating
+from lora_inject.core.layers.survey import evaluating
 from lora_inject.core.model.probing import N_TOP, run, token_values
-from lora_inject.core.roots.carried import roots_of
+from lora_inject.core.roots.root import root_of
 from lora_inject.core.spec.names import nearest
 from lora_inject.errors import ServerError, StateError, user_path
 from lora_inject.formats.proof import Ahead, Proof, read_proof
@@ -166,13 +166,12 @@ def _check_dtype(dtype: str | None, asked: str) -> None:
 
 def _source_on(model: nn.Module, name: str, asked: str) -> Path:
     """Return the files that an adapter on a model was loaded from, or saved to, last."""
-    known = {
-        key: path for root in roots_of(Survey(model)).values() for key, path in root.files.items()
-    }
-    if name not in known:
+    _, root = root_of(model, asked)
+    files = root.adapters[name].files if name in root.adapters else None
+    if files is None:
         problem = "no files are known of it"
         raise StateError(asked, problem, "Pass source=, what save_adapter(probe=) wrote")
-    return Path(known[name])
+    return files
 
 
 def _sendable(server: Server, proof: Proof) -> Sequence[Sequence[int] | str]:

@@ -1,7 +1,6 @@
 """Put the adapters of trials onto a model, all or none, beside those that are there.
 
-An adapter that is injected becomes the only one that is active and trains. Trials that join others
-must change neither, so both are put back as they were.
+An adapter that is injected becomes the only one that is active and trains; those of trials join.
 """
 
 from __future__ import annotations
@@ -13,11 +12,10 @@ from torch import nn
 
 from lora_inject.core.layers.plain_tensors import sharded_by
 from lora_inject.core.layers.snapshot import all_or_nothing
-from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.inject import inject
+from lora_inject.core.model.inject import put_config
 from lora_inject.core.model.read_off import adapter_state
-from lora_inject.core.model.train import train_only
-from lora_inject.core.roots.carried import root_at
+from lora_inject.core.model.training import train_only
+from lora_inject.core.roots.root import ROOT
 from lora_inject.errors import StateError
 from lora_inject.rows.seen import note_structure
 from lora_inject.trials.run import Place, places_of
@@ -42,22 +40,18 @@ def put_on(
         StateError: A name is in use, or the model is sharded. The model is then as it was.
     """
     _refuse_sharded(model)
-    survey, grads = Survey(model), [(p, p.grad) for p in model.parameters()]
-    record = root_at(survey)
-    known = () if record is None else (record.selection, record)
-    setting = None if record is None else record.selection.setting
+    root = model.__dict__.get(ROOT)
+    grads = [(p, p.grad) for p in model.parameters()]
     try:
-        with all_or_nothing((module for _, module in survey.modules), known):
+        with all_or_nothing(model.modules(), () if root is None else (root, root.selection)):
             for name, trial in trials.items():
                 with torch.random.fork_rng():
                     torch.manual_seed(trial.seed)
-                    inject(model, trial.config, name, leave_new=leave_new)
+                    put_config(model, trial.config, name, leave_new=leave_new, alone=False)
             _refuse_dropout(model, trials)
             note_structure(model)
             places = {name: places_of(model, name) for name in trials}
             train_only(model, [*beside, *trials])
-            if record is not None and setting is not None:
-                record.selection.replace(setting)
     finally:
         for parameter, grad in grads:
             parameter.grad = grad

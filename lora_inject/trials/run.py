@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.roots.carried import entries
+from lora_inject.core.roots.root import entries
 from lora_inject.trials.trial import Trial
 
 RECENT = 10

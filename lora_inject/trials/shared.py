@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.adapter.generators import generators_of
 from lora_inject.core.layers.attached import attached_to
-from lora_inject.core.roots.disabling import selecting
+from lora_inject.core.roots.selecting import selecting
 from lora_inject.errors import LayerError, LoraInjectError
 from lora_inject.rows.seen import rows_alike
 from lora_inject.trees import tree_flatten, tree_leaves, tree_map, tree_unflatten

@@ -190,17 +190,12 @@ def test_leaving_out_of_order_or_in_another_thread_is_an_error() -> None:
         in_thread(lambda: second.__exit__(None, None, None))
 
 
-def test_a_context_may_be_entered_again_once_it_was_left() -> None:
+def test_a_context_decorates_functions() -> None:
     model, wanted = served()
-    context = li.disabled(model)
+    decorated = li.disabled(model)(model)
     for _ in range(2):
-        with context:
-            assert same_bits(model(X), wanted[None])
-            with refused(li.StateError, "disabled()"):
-                context.__enter__()
-            assert same_bits(model(X), wanted[None])
-        assert same_bits(model(X), wanted["a"])
-    assert same_bits(context(model)(X), wanted[None])  # as a decorator
+        assert same_bits(decorated(X), wanted[None])
+    assert same_bits(model(X), wanted["a"])
 
 
 def compiled(model: nn.Module) -> Any:

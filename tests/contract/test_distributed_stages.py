@@ -76,44 +76,43 @@ def loss_of_a_stage(model: Net, rank: int) -> Tensor:
 
 def trains_like_the_whole_model(folder: Path) -> None:
     group, rank = dist.group.WORLD, dist.get_rank()
-    model = filled(li.inject(stage(rank), RULES, group=group))
+    model = filled(li.inject_stages(stage(rank), RULES, group=group))
     all_of_it = filled(li.inject(whole(), RULES))
     steps(model, lambda: loss_of_a_stage(model, rank), torch.optim.AdamW)
     steps(all_of_it, lambda: all_of_it(X).square().sum(), torch.optim.AdamW)
     wanted, end = values(all_of_it), values(model)
     here = [key for key in wanted if key.startswith("layers.0") == (rank == 0)]
     near(end, {key: wanted[key] for key in here}, 1e-12)
-    li.save_adapter(model, folder / "whole", group=group)
+    li.save_stages(model, folder / "whole", group=group)
     apart = li.save_adapter(model, folder / f"stage {rank}")
     state = li.read_adapter(folder / "whole")
     for other in (
-        li.load_adapter(stage(rank), folder / "whole", group=group, trainable=True),
+        li.load_stages(stage(rank), folder / "whole", group=group, trainable=True),
         li.load_adapter(stage(rank), apart),
-        li.install(stage(rank), state, group=group),
     ):
         same(values(other), end)
     near(values(li.load_adapter(whole(), folder / "whole")), wanted, 1e-12)
     assert state.fingerprint is not None
     assert {*state.fingerprint} >= {"layers.0.weight", "out.weight", "out.bias"}
-    plan = li.plan(stage(rank), RULES, group=group)
-    assert [site.name for site in plan.sites] == [["layers.0"], ["layers.1", "out"]][rank]
-    assert [each.name for each in plan.trained] == [[], ["norm.weight", "norm.bias"]][rank]
+    info = li.adapters(model)["default"]
+    assert list(info.sites) == [["layers.0"], ["layers.1", "out"]][rank]
+    assert info.trained == [(), ("norm.weight", "norm.bias")][rank]
 
 
 def a_stage_without_sites_has_the_adapter_as_well(folder: Path) -> None:
     """The second process gets nothing."""
     group, rank = dist.group.WORLD, dist.get_rank()
-    model = filled(li.inject(stage(rank), FIRST_ONLY, group=group))
+    model = filled(li.inject_stages(stage(rank), FIRST_ONLY, group=group))
     assert [*li.adapters(model)] == ["default"]
     assert len(li.adapter_parameters(model)) == [2, 0][rank]
     assert all(not p.requires_grad for n, p in model.named_parameters() if "lora" not in n)
     with_it = model(X)
     with li.disabled(model):
         assert torch.equal(model(X), with_it) == (rank == 1)
-    li.save_adapter(model, folder / "idle", group=group)
+    li.save_stages(model, folder / "idle", group=group)
     li.eject(model)
     assert torch.equal(model(X), stage(rank)(X))
-    li.load_adapter(model, folder / "idle", group=group)
+    li.load_stages(model, folder / "idle", group=group)
     assert torch.equal(model(X), with_it)
 
 
@@ -126,7 +125,6 @@ def all_stages_refuse_or_none(folder: Path) -> None:
     if rank:
         narrow.out = nn.Identity()
         li.inject(taken, FIRST_ONLY | {"targets": [r"layers\.\d"]})
-    state = li.read_adapter(saved)
     by_both = [
         ("'layer_0'", model, RULES | {"targets": ["layer_0"]}, group),
         ("3", model, RULES | {"expect": {"sites": 4}}, group),
@@ -135,17 +133,14 @@ def all_stages_refuse_or_none(folder: Path) -> None:
         ("'pp'", model, RULES, "pp"),
     ]
     for words, on, rules, of in by_both:
-        refused = said(lambda on=on, rules=rules, of=of: li.inject(on, rules, group=of))
+        refused = said(lambda on=on, rules=rules, of=of: li.inject_stages(on, rules, group=of))
         assert words in refused
         assert refused == from_first(refused)
-    probe = (lambda: model(X)) if rank == 0 else (lambda: None)
     no_out = "'out'"
     by_the_other = "process 1"
     of_each = [
-        (by_the_other, "StateError", lambda: li.inject(taken, FIRST_ONLY, group=group)),
-        (by_the_other, "reached", lambda: li.inject(model, RULES, group=group, probe=probe)),
-        (no_out, "out", lambda: li.install(narrow, state, group=group)),
-        (no_out, no_out, lambda: li.load_adapter(narrow, saved, group=group)),
+        (by_the_other, "StateError", lambda: li.inject_stages(taken, FIRST_ONLY, group=group)),
+        (no_out, no_out, lambda: li.load_stages(narrow, saved, group=group)),
     ]
     for *words, verb in of_each:
         assert words[rank] in said(verb)

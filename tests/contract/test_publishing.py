@@ -145,9 +145,14 @@ def test_save_pretrained_writes_the_adapter_which_loads_onto_the_base(
     assert_loads(tmp_path, model)
 
 
-def test_a_part_with_save_pretrained_writes_what_it_carries(tmp_path: Path) -> None:
+def test_a_part_with_save_pretrained_is_refused_unless_it_was_injected_itself(
+    tmp_path: Path,
+) -> None:
     model = torch.nn.ModuleDict({"lm": base()})
-    fill(li.inject(model, CONFIG))
+    li.inject(model, CONFIG)
+    with refused(li.StateError, "save_pretrained", "given to inject"):
+        model["lm"].save_pretrained(tmp_path)
+    fill(li.inject(li.eject(model)["lm"], CONFIG))
     model["lm"].save_pretrained(tmp_path)
     assert_loads(tmp_path, model["lm"])
 

@@ -1,4 +1,4 @@
-"""Models that hold several injected modules: names, parts and shared layers."""
+"""The root of an injected model: names, parts, copies and shared layers."""
 
 import copy
 import gc
@@ -15,17 +15,6 @@ import lora_inject as li
 
 def layers() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-
-
-class Towers(nn.Module):
-    """Two towers that are injected one by one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right = layers(), layers()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.left(x) + self.right(x)
 
 
 class Encoded(nn.Module):
@@ -52,34 +41,54 @@ def two_heads() -> tuple[Encoded, Encoded]:
     return Encoded(encoder), Encoded(encoder)
 
 
-def test_two_towers_with_one_adapter_name_are_both_seen_from_the_parent(tmp_path: Path) -> None:
-    model = Towers()
-    for tower in (model.left, model.right):
-        fill(li.inject(tower, RULE, "a"), "a")
-    assert list(li.adapters(model)["a"].sites) == ["left.2", "right.2"]
-    keys = ["left.2.lora_A", "left.2.lora_B", "right.2.lora_A", "right.2.lora_B"]
-    assert list(li.adapter_parameters(model, "a")) == keys
-    assert list(li.adapter_state(model.left, "a").sites) == ["2"]
-    plain = li.eject(copy.deepcopy(model))
-    path = li.save_adapter(model, tmp_path / "both", "a")
-    assert same_bits(li.load_adapter(copy.deepcopy(plain), path)(X), model(X))
-    other = fill(li.inject(plain, RULE, "b"), "b")
-    li.swap_adapter(model, li.adapter_state(other, "b"), "a")
-    assert same_bits(model(X), other(X))
+def test_a_module_that_holds_one_root_stands_for_it(tmp_path: Path) -> None:
+    """Names are those of the root: what was injected is what is saved and loaded."""
+    model = Encoded(layers())
+    plain = copy.deepcopy(model)
+    fill(li.inject(model.encoder, RULE, "a"), "a")
+    assert list(li.adapters(model)["a"].sites) == ["2"]
+    path = li.save_adapter(model, tmp_path / "a", "a")
+    li.load_adapter(plain.encoder, path)
+    assert same_bits(plain(X), model(X))
+    li.activate(model, None)
+    assert not li.adapters(model.encoder)["a"].active
 
 
 def test_a_model_around_or_inside_an_injected_one_is_refused() -> None:
-    """Two selections could not say what is active, nor two records what eject restores."""
-    model = Towers()
-    li.inject(model.left, RULE, "a")
-    with refused(li.StateError, "'left'", model=model):
-        li.inject(model, at("right\\.0"), "b")
-    li.inject(model.right, RULE, "b")
-    whole = li.inject(Towers(), at(r"left\.2"), "a")
-    for part in (whole.left, whole.right):
+    """Two records could not say what is active, nor what eject restores."""
+    model = nn.ModuleList([layers(), layers()])
+    li.inject(model[0], RULE, "a")
+    with refused(li.StateError, "'0'", model=model):
+        li.inject(model, at("1\\.0"), "b")
+    li.inject(model[1], RULE, "b")
+    with refused(li.StateError, "'0', '1'", model=model):
+        li.activate(model, None)
+    whole = li.inject(nn.ModuleList([layers(), layers()]), at(r"0\.2"), "a")
+    for part in whole:
         with refused(li.StateError, "'b'", model=whole):
             li.inject(part, RULE, "b")
-    li.inject(li.eject(whole).left, RULE, "b")
+    with refused(li.StateError, "given to inject", model=whole):
+        li.activate(whole[0], None)
+    li.inject(li.eject(whole)[0], RULE, "b")
+
+
+def test_a_layer_that_was_copied_after_inject_is_named_by_the_next_verb() -> None:
+    """It follows a setting of its own: `activate` would leave it as it was."""
+    model = li.inject(layers(), at(r"\d"))
+    model.append(copy.deepcopy(model[2]))
+    with refused(li.StateError, "'3'", model=model):
+        li.activate(model, None)
+    li.eject(model)
+    assert type(model[3]) is nn.Linear
+
+
+def test_a_part_whose_root_is_gone_can_be_ejected_and_injected_again() -> None:
+    encoder = li.inject(Encoded(layers()), at(r"encoder\.2"), "a").encoder
+    gc.collect()
+    with refused(li.StateError, "eject", model=encoder):
+        li.inject(encoder, RULE, "b")
+    li.inject(li.eject(encoder), RULE, "b")
+    assert list(li.adapters(encoder)) == ["b"]
 
 
 def test_a_layer_that_was_replaced_is_named_and_eject_is_the_way_out(tmp_path: Path) -> None:
@@ -98,7 +107,6 @@ def test_a_layer_that_was_replaced_is_named_and_eject_is_the_way_out(tmp_path: P
 
 
 def test_eject_gives_flags_back_to_the_layers_that_had_them() -> None:
-    """A layer that moved keeps its flag; what stands in the place of one that is gone gets it."""
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
     model["b"].requires_grad_(False)
     li.inject(model, at("a"))
@@ -107,10 +115,6 @@ def test_eject_gives_flags_back_to_the_layers_that_had_them() -> None:
     li.eject(model)
     frozen = {n.partition(".")[0] for n, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"a"}
-    li.inject(model, at("b"))
-    old, model["d"] = model["d"], nn.Linear(4, 4).requires_grad_(False)
-    li.eject(model)
-    assert all(p.requires_grad for layer in (old, model["d"]) for p in layer.parameters())
 
 
 def test_models_that_share_only_what_neither_adapts_are_apart_and_stay_so() -> None:

@@ -412,9 +412,9 @@ def test_a_batch_in_which_rows_cannot_be_told_is_refused(case: str) -> None:
 
 
 @pytest.mark.recent
-def test_a_part_that_is_routed_or_called_by_itself_is_refused_where_rows_cannot_be_told() -> None:
+def test_a_part_that_is_called_by_itself_is_refused_where_rows_cannot_be_told() -> None:
     model, mixture = one(TimeMajor(), "fc"), one(experts("qwen3_moe")[0], *ROUTED)
-    with li.routed(model.fc, THREE), refused(li.LayerError, "batch"):
+    with li.routed(model, THREE), refused(li.LayerError, "batch"):
         model(torch.ones(3, 3, 4))
     with li.routed(mixture, ["one"] * 5), refused(li.LayerError, "5"):
         mixture.model.layers[0].mlp(torch.randn(1, 7, 8))

@@ -18,7 +18,7 @@ import lora_inject as li
 
 ROOT = pytest.mark.xfail(
     strict=True,
-    reason="core/model/select: the root knows its places, and asks whether its layers hold them",
+    reason="core/roots/selecting: the root knows its places, and asks whether its layers hold them",
 )
 EXACT = 1e-12
 LINEAR = {"rank": 2, "alpha": 3.0, "targets": ["0"]}

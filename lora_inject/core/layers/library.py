@@ -7,7 +7,7 @@ What is known of a library is a subclass of `Library` in a file named after it, 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -76,13 +76,7 @@ class Library:
     def before_attach(self, survey: Survey, asked: str) -> None:
         """Called before a model gets a new adapter, injected or loaded."""
 
-    def before_load(
-        self,
-        survey: Survey,
-        name: str,
-        wanted: Sequence[Carried],
-        tied: Callable[[Carried], Hashable],
-    ) -> None:
+    def before_load(self, survey: Survey, name: str, wanted: Sequence[Carried]) -> None:
         """Called before a model gets a new adapter, once its places are known."""
 
     def before_spread(self, asked: str, carried: Iterable[Carried]) -> None:
@@ -96,9 +90,6 @@ class Library:
 
     def before_eject(self, survey: Survey, gone: Set[str]) -> None:
         """Called before an eject."""
-
-    def after_attach(self, modules: Sequence[nn.Module], carrying: Sequence[nn.Module]) -> None:
-        """Called when an adapter is on a model, with the modules of the model that carry it."""
 
     def after_load(self, survey: Survey, name: str) -> None:
         """Called when an adapter is on a model and has its values."""

@@ -35,6 +35,17 @@ def sharded_by(tensor: Tensor) -> str | None:
     return None
 
 
+@torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor; a collective operation where each process holds a part of it."""
+    values = tensor.detach()
+    gather = getattr(values, "full_tensor", None)
+    if gather is None:
+        return values
+    gathered: Tensor = gather()
+    return gathered
+
+
 @cache
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype, such as `bfloat16`."""

@@ -90,12 +90,10 @@ class Survey:
             shared module under each of its names.
         modules: The same with each module once, under its first name. A wrapper and what it wraps
             have the same canonical name.
-        kept: What a verb has read of the adapters inside; see `model.carried.reach`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.given, self.model = model, unwrapped(model)
-        self.kept: Any = None
         self.named = list(_walk(self.model))
         first: dict[int, tuple[str, nn.Module]] = {}
         for pair in self.named:
@@ -215,6 +213,19 @@ def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     if (attached := attached_to(module)) is not None:
         return attached.base(module._parameters)
     return {key: p for key, p in module._parameters.items() if p is not None}
+
+
+def table_of(model: nn.Module, getter: str) -> nn.Module | None:
+    """Return the embedding or the head over a vocabulary that a model names itself, if it does.
+
+    `getter` is `get_input_embeddings` or `get_output_embeddings`, as models of transformers have.
+    """
+    ask = getattr(model, getter, None)
+    try:
+        table = ask() if callable(ask) else None
+    except (AttributeError, NotImplementedError):
+        return None
+    return table if isinstance(table, nn.Module) else None
 
 
 def no_module(given: object) -> LayerError:

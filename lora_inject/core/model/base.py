@@ -26,9 +26,9 @@ from lora_inject.core.adapter.site_state import FLOATS
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.packed_weights import described
-from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.plain_tensors import whole
+from lora_inject.core.layers.survey import Survey, table_of
 from lora_inject.core.spec.names import joined
-from lora_inject.distributed.sharding import samples_of_shards
 from lora_inject.errors import FormatError
 
 Base = Literal["same", "quantized", "any"]
@@ -55,38 +55,23 @@ def fingerprint(
     left out. `moved` are positions to sample as well.
     """
     weights = {**adapted, **others}
-    plain = _plain_among(weights)
+    floats = {n: w for n, w in weights.items() if w.dtype in FLOATS and not w.is_meta}
+    plain = {n: w for n, w in floats.items() if type(w) in (nn.Parameter, Tensor) and w.numel()}
     inside = {
         name: positions
         for name, positions in moved.items()
         if positions and name in plain and max(positions) < plain[name].numel()
     }
     known = samples(plain, inside)
-    shards = {n: w for n, w in weights.items() if hasattr(w, "full_tensor") and w.dtype in FLOATS}
-    if shards:
-        known |= samples_of_shards(shards)
+    for name, weight in floats.items():
+        if hasattr(weight, "full_tensor"):  # one at a time, by all processes
+            known |= samples({name: whole(weight)})
     mark = {name: Sampled(tuple(weights[name].shape), values) for name, values in known.items()}
     mark |= {name: mark[name]._replace(moved=positions) for name, positions in inside.items()}
-    if packed := {name: weight for name, weight in adapted.items() if name not in known}:
-        mark |= _descriptions(packed)
+    for name, weight in adapted.items():
+        if name not in known:
+            mark[name] = Sampled(tuple(weight.shape), packed=packing(weight, described))
     return {name: mark[name] for name in weights if name in mark}  # errors name an adapted one
-
-
-def _descriptions(packed: Mapping[str, Tensor]) -> Fingerprint:
-    shapes = {name: tuple(weight.shape) for name, weight in packed.items()}
-    return {n: Sampled(shapes[n], packed=packing(w, described)) for n, w in packed.items()}
-
-
-def _plain_among(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights whose elements are their values, and are in this process."""
-    return {
-        name: weight
-        for name, weight in weights.items()
-        if weight.dtype in FLOATS
-        and not weight.is_meta
-        and weight.numel()
-        and type(weight) in (nn.Parameter, Tensor)
-    }
 
 
 def check_base(
@@ -111,37 +96,8 @@ def check_base(
     if not saved:
         return
     here = _fingerprint_here(survey, state, saved, adapted)
-    if saved == here and None not in [known.values for known in here.values()]:
-        return
-    check_differences(survey, saved, here, adapted, base, asked, leave_new=leave_new)
-
-
-def _fingerprint_here(
-    survey: Survey, state: AdapterState, saved: Fingerprint, adapted: Mapping[str, Tensor]
-) -> Fingerprint:
-    """Sample the model where a saved fingerprint has samples; no vocabulary that was resized."""
-    others = {n: w for n, w in untouched(survey.weights, state).items() if n in saved}
-    grown = {n for n, tensor in others.items() if tuple(tensor.shape) != saved[n].shape}
-    if grown:
-        resized = grown & vocabulary(survey)
-        others = {name: tensor for name, tensor in others.items() if name not in resized}
-    moved = {name: there.moved for name, there in saved.items()}
-    return fingerprint(adapted, others, moved)
-
-
-def check_differences(
-    survey: Survey,
-    saved: Fingerprint,
-    here: Fingerprint,
-    adapted: Mapping[str, Tensor],
-    base: str,
-    asked: str,
-    *,
-    leave_new: bool,
-) -> None:
-    """Refuse a base whose fingerprint `here` differs from the saved one; see `check_base`."""
-    common = without_weights(saved, saved.keys() - here.keys())
-    unknown = unverifiable(common, here)
+    saved = without_weights(saved, saved.keys() - here.keys())
+    unknown = unverifiable(saved, here)
     hidden = [name for name in unknown if name in adapted]
     if hidden and base != "quantized":
         raise FormatError(
@@ -151,20 +107,7 @@ def check_differences(
             "or it is sharded or on the meta device",
             'Pass base="quantized" where it is the right base',
         )
-    common = without_weights(common, unknown)
-    _check_values(survey, common, here, adapted, asked, leave_new=leave_new)
-
-
-def _check_values(
-    survey: Survey,
-    saved: Fingerprint,
-    here: Fingerprint,
-    adapted: Mapping[str, Tensor],
-    asked: str,
-    *,
-    leave_new: bool,
-) -> None:
-    """Refuse a base with other values; name an adapted tensor that differs, if there is one."""
+    saved = without_weights(saved, unknown)
     differences = base_differences(saved, here)
     new = _new_weights(survey) if differences.keys() - adapted.keys() else set()
     if leave_new:
@@ -186,17 +129,26 @@ def _check_values(
     )
 
 
-def vocabulary(survey: Survey) -> set[str]:
+def _fingerprint_here(
+    survey: Survey, state: AdapterState, saved: Fingerprint, adapted: Mapping[str, Tensor]
+) -> Fingerprint:
+    """Sample the model where a saved fingerprint has samples; no vocabulary that was resized."""
+    others = {n: w for n, w in untouched(survey.weights, state).items() if n in saved}
+    grown = {n for n, tensor in others.items() if tuple(tensor.shape) != saved[n].shape}
+    if grown:
+        resized = grown & _vocabulary(survey)
+        others = {name: tensor for name, tensor in others.items() if name not in resized}
+    moved = {name: there.moved for name, there in saved.items()}
+    return fingerprint(adapted, others, moved)
+
+
+def _vocabulary(survey: Survey) -> set[str]:
     """Return all names of the tables and heads over a vocabulary, which is resized at times."""
     names: set[str] = set()
     for _, module in survey.modules:
         for getter in ("get_input_embeddings", "get_output_embeddings"):
-            get = getattr(module, getter, None)
-            try:
-                table = get() if callable(get) else None
-            except (AttributeError, NotImplementedError):
-                continue
-            if isinstance(table, nn.Module) and (path := survey.paths.get(id(table))) is not None:
+            table = table_of(module, getter)
+            if table is not None and (path := survey.paths.get(id(table))) is not None:
                 for key in survey.own[id(table)]:
                     names |= {*survey.names_of(joined(path, key))}
     return names
@@ -207,10 +159,10 @@ def _new_weights(survey: Survey) -> set[str]:
     return {name for library in loaded_libraries() for name in library.new_weights(survey)}
 
 
-def check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked: str) -> None:
+def check_base_copies(state: AdapterState, survey: Survey, asked: str) -> None:
     """Refuse a copy of a base tensor, which some programs store, if it is not the model's."""
     for key, copy in state.base_copies.items():
-        weight = weights.get(key)
+        weight = survey.weights.get(key)
         if weight is None or not same_values(weight.detach().cpu(), copy):
             problem = "the file carries a copy of this base tensor that is not the model's"
             remedy = "Load the adapter onto the base that it was made on (was the vocabulary "

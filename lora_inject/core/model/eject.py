@@ -14,25 +14,19 @@ from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.packed_weights import end_training
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.snapshot import all_or_nothing
-from lora_inject.core.layers.survey import Holder, Survey
+from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.ties import refuse_untold
-from lora_inject.core.roots.carried import (
+from lora_inject.core.roots.root import (
     ROOT,
     Root,
     alone,
     check_names,
     check_unmerged,
-    known_roots,
-    names_at,
-    reach,
-    records_of,
-    structure_changed,
-    whole_adapter,
+    find_root,
+    is_left_over,
 )
-from lora_inject.core.roots.several_roots import held_in_common
 
 M = TypeVar("M", bound=nn.Module)
-_Root = tuple[Survey, Root]
 
 
 @alone
@@ -44,106 +38,74 @@ def eject(model: M, name: str | None = None) -> M:
     model leaves the merged weights.
 
     Args:
-        model: The root, or any module that holds roots.
+        model: The root, or a module that holds it.
         name: The adapter; all of them by default.
 
     Returns:
         The same object.
 
     Raises:
-        StateError: There is no such adapter, it is merged together with others, or only a part of
-            it is in this model.
+        StateError: There is no such adapter, or it is merged together with others.
         LayerError: `fully_shard` has sharded it; or a merge has untied what no config says is tied,
             and the model's class may tie again.
     """
-    survey = Survey(model)
-    gone = _names_to_eject(survey, name)
-    roots = _roots_with(survey, gone)
-    for _, record in roots:
-        _check_free(record, gone, every=name is None)
-    walked = [survey, *(one for one, _ in roots)]
-    for one in walked:
-        for library in loaded_libraries():
-            library.before_eject(one, gone)
-    modules = _modules_of(walked, roots, gone)
-    values = [value for _, record in roots for value in (record, record.selection)]
-    flags = [tensor for one, _ in roots for tensor in one.tensors]
-    with all_or_nothing(modules, values, flags):
+    if is_left_over(model):
+        modules = [*model.modules()]
+        with all_or_nothing(modules):
+            _detach(modules, None if name is None else {name})
+        return model
+    found = find_root(model, "eject", whole=False)
+    if found is None:
+        check_names(None, [] if name is None else [name], "eject")
+        return model
+    module, root = found
+    gone = {*root.adapters} if name is None else check_names(root, [name], "eject")
+    root.selection.check_settled("eject", others=True)
+    if gone != {*root.adapters} or name is not None:
+        check_unmerged(f"ejecting {min(gone)!r}", root)
+    if root.before_merge is not None and root.before_merge.untied:
+        refuse_untold(root.before_merge.untied, "eject")
+    survey = Survey(module)
+    for library in loaded_libraries():
+        library.before_eject(survey, gone)
+    carrying = [each for one in gone for each in root.adapters[one].modules]
+    modules = [*dict.fromkeys((*(m for _, m in survey.modules), *carrying))]
+    with all_or_nothing(modules, (root, root.selection)):
         _detach(modules, gone)
-        for one, record in roots:
-            _take_off(one, record, gone & record.configs.keys())
-        structure_changed()
+        _forget(module, root, gone)
         for library in loaded_libraries():
             library.after_eject(modules)
-        if not any(reach(one.model).names for one in walked):
+        if not root.adapters:
             end_training(modules)
     return model
 
 
-def _names_to_eject(survey: Survey, name: str | None) -> Set[str]:
-    """Return the adapters that go: one, or all that the roots inside have, or all that are there.
-
-    What no root inside has must be whole in this model: it is a part of a root, or a copy of one.
-    """
-    known = reach(survey.model, survey).names
-    check_names(known, [] if name is None else [name], "eject")
-    inside = names_at(survey)
-    gone = {name} if name is not None else inside or known
-    for each in gone - inside:
-        whole_adapter(survey, each, "eject")
-    return gone
-
-
-def _check_free(record: Root, gone: Set[str], *, every: bool) -> None:
-    """Check that a root can lose adapters now: merged ones only all together."""
-    record.selection.check_settled("eject", others=True)
-    if not every or not gone >= record.configs.keys():
-        check_unmerged(f"ejecting {min(gone)!r}", record.selection)
-    if record.before_merge is not None and record.before_merge.untied:
-        refuse_untold(record.before_merge.untied, "eject")
-
-
-def _roots_with(survey: Survey, gone: Set[str]) -> list[_Root]:
-    """Return the roots that hold adapters, each once."""
-    records = {id(m): (m, record) for each in gone for m, record in records_of(survey, each)}
-    return [(survey if m is survey.model else Survey(m), r) for m, r in records.values()]
-
-
-def _modules_of(
-    walked: Iterable[Survey], roots: Iterable[_Root], gone: Set[str]
-) -> list[nn.Module]:
-    """Return the modules of all models, and those that adapters were put on and that are gone."""
-    modules = {id(module): module for one in walked for _, module in one.modules}
-    for _, record in roots:
-        for name in gone:
-            modules |= {id(module): module for module in record.carrying.get(name, ())}
-    return list(modules.values())
-
-
-def _take_off(survey: Survey, record: Root, gone: Set[str]) -> None:
-    """Forget adapters in the record of one root, which goes with its last one."""
+def _forget(module: nn.Module, root: Root, gone: Set[str]) -> None:
+    """Forget adapters in the record of a root, which goes with its last one."""
     for name in gone:
-        del record.carrying[name], record.configs[name]
-        record.files.pop(name, None)
-        record.slots.discard(name)
-        record.trainable.discard(name)
-    record.selection.forget(gone)
-    setting = record.selection.setting
+        del root.adapters[name]
+    root.trainable = root.trainable - gone
+    root.n_changes += 1
+    root.selection.forget(gone)
+    setting = root.selection.setting
     left = {name: weight for name, weight in setting.names.items() if name not in gone}
-    if left != setting.names or record.selection.merged:
-        record.selection.replace(Mix(left))
-    if not record.configs:
-        del survey.model.__dict__[ROOT]
-        _unfreeze(survey, record)
+    if left != setting.names or root.selection.merged:
+        root.selection.replace(Mix(left))
+    if not root.adapters:
+        del module.__dict__[ROOT]
+        for owner, key in root.required_grad:
+            if (parameter := owner._parameters.get(key)) is not None:
+                parameter.requires_grad_(True)
         forget_graphs()
 
 
-def _detach(modules: Iterable[nn.Module], gone: Set[str]) -> None:
-    """Remove adapters from modules; one that loses its last gets its own class back."""
+def _detach(modules: Iterable[nn.Module], gone: Set[str] | None) -> None:
+    """Remove adapters, or all, from modules; one that loses its last gets its own class back."""
     for module in modules:
         if (attached := attached_to(module)) is None:
             continue
-        removed = [entry for name in gone for entry in attached.remove(name)]
+        names = {entry.adapter for entry in attached.entries()} if gone is None else gone
+        removed = [entry for name in names for entry in attached.remove(name)]
         for entry in removed:
             for flat in entry.names.values():
                 module._parameters.pop(flat, None)
@@ -151,26 +113,3 @@ def _detach(modules: Iterable[nn.Module], gone: Set[str]) -> None:
             unswap(module)
         elif removed:
             narrow(module)
-
-
-def _unfreeze(survey: Survey, record: Root) -> None:
-    """Restore the flags of base parameters; another root that holds one restores it instead.
-
-    1. A layer gets its own flags back, wherever in the model it was moved to.
-    2. Where it was replaced, so does what stands in its place.
-    """
-    held: dict[int, tuple[Root, Holder]] = {}
-    if any(other.selection is record.selection for _, other in known_roots()):
-        held = held_in_common(record)
-    for name, (_, module, key) in record.required_grad.items():
-        here = survey.by_name.get(name.rpartition(".")[0])
-        moved = here is None or id(module) in survey.paths
-        for at in (module,) if moved else (module, here):
-            parameter = at._parameters.get(key)  # type: ignore[union-attr]
-            if parameter is None:
-                continue
-            if id(parameter) in held:
-                other, holder = held[id(parameter)]
-                other.required_grad[holder.name] = holder
-            else:
-                parameter.requires_grad_(True)

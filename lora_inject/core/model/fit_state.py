@@ -8,11 +8,12 @@ error if site and module do not fit.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_inject.core.adapter.other_tensors import only
@@ -21,9 +22,8 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.kinds import KINDS
 from lora_inject.core.layers.library import loaded_libraries
-from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.survey import Survey, table_of
 from lora_inject.core.model.base import Base, check_base, check_base_copies
-from lora_inject.core.model.fit_trained import fit_trained
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.names import nearest
 from lora_inject.core.spec.patterns import named
@@ -35,61 +35,48 @@ _OF_MODEL = ("kind", "weight_shape", "update")
 _of_model = attrgetter(*_OF_MODEL)
 _maps = attrgetter("in_features", "out_features", "experts")
 
-Part = Callable[[AdapterState, Inventory], AdapterState]
-"""Returns what of an adapter is for this process, given the names of the model."""
-
 
 def fit(
     survey: Survey,
     state: AdapterState,
-    *,
     leave_out: Sequence[str],
     base: Base,
+    *,
     leave_new: bool,
     asked: str,
-    part: Part | None = None,
 ) -> AdapterState:
-    """Return an adapter in the names and the geometry of a model, with the tensors as they are.
-
-    `part` returns what of it is for this process; by default it is for all of this model.
-    """
+    """Return an adapter in the names and the geometry of a model, with the tensors as they are."""
     names = inventory(survey)
-    state = _in_names_here(survey, state, part, names, leave_out, asked)
+    state = in_names_here(survey, state, leave_out, asked)
+    if any(site.spec.aliases or site.spec.kind == "parameter" for site in state.sites.values()):
+        state = dataclasses.replace(state, sites=as_held_here(state.sites, names))
     specs = {key: fit_site(site.spec, names, asked) for key, site in state.sites.items()}
-    trained: dict[str, Tensor] = {}
-    rows: dict[str, tuple[int, ...]] = {}
-    if state.trained:
-        trained, rows = fit_trained(state, survey, names.buffers, asked)
+    trained, rows = _fit_trained(state, survey, names.buffers, asked)
     if base != "any":
         new = {state.sites[key].spec.weight: spec.weight for key, spec in specs.items()}
         adapted = {old: survey.at(name).tensor for old, name in new.items()}
         check_base(survey, state, adapted, base, asked, leave_new=leave_new)
-    if state.base_copies:
-        check_base_copies(state, survey.weights, asked)
+    check_base_copies(state, survey, asked)
     state.check_finite(asked, FormatError)
-    sites = {spec.name: state.sites[key].at(spec) for key, spec in specs.items()}
+    sites: dict[str, SiteState] = {}
+    for key, spec in specs.items():
+        if spec.name in sites:
+            problem = "it has two sites for what is one layer in this model"
+            raise FormatError(f"{asked}, site {key!r}", problem, _ITS_MODEL)
+        sites[spec.name] = state.sites[key].at(spec)
     return AdapterState(sites, trained, state.config, rows=rows)
 
 
-def _in_names_here(
-    survey: Survey,
-    state: AdapterState,
-    part: Part | None,
-    names: Inventory,
-    leave_out: Sequence[str],
-    asked: str,
+def in_names_here(
+    survey: Survey, state: AdapterState, leave_out: Sequence[str], asked: str
 ) -> AdapterState:
-    """Return what of an adapter is for this process, in the names of the model."""
+    """Return what of an adapter is not to be left out, in the names of the model."""
     if leave_out:
         given = [*state.trained, *state.sites]
         gone = named(given, leave_out, f"{asked}, leave_out", FormatError)
         state = only(state, set(given) - gone.keys())
     for library in loaded_libraries():
         state = library.in_names_of(survey.model, state, survey.weights)
-    if part is not None:
-        state = part(state, names)
-    if any(site.spec.aliases or site.spec.kind == "parameter" for site in state.sites.values()):
-        state = dataclasses.replace(state, sites=as_held_here(state.sites, names))
     return state
 
 
@@ -117,7 +104,7 @@ def _place_of(spec: SiteSpec, names: Inventory, where: str) -> Candidate:
     if candidate.refusal is not None:
         raise LayerError(where, *candidate.refusal)
     is_parameter = spec.kind == "parameter"
-    if parameter_fits(spec, candidate) if is_parameter else _maps(spec) == _maps(candidate):
+    if _parameter_fits(spec, candidate) if is_parameter else _maps(spec) == _maps(candidate):
         return candidate
     fits = (candidate.in_features, candidate.out_features)
     if is_parameter and spec.transposed != candidate.transposed:
@@ -163,7 +150,7 @@ def _under_further_names(sites: Mapping[str, SiteState], names: Inventory) -> di
     return sites_of_aliases
 
 
-def parameter_fits(spec: SiteSpec, candidate: Candidate) -> bool:
+def _parameter_fits(spec: SiteSpec, candidate: Candidate) -> bool:
     """Whether a parameter maps as many features as the model's, which may lie the other way."""
     if spec.weight_shape == candidate.weight_shape:
         return True  # its layout may group the axes differently
@@ -172,3 +159,64 @@ def parameter_fits(spec: SiteSpec, candidate: Candidate) -> bool:
         maps = maps[::-1]
     due = (candidate.in_features, candidate.out_features)
     return (maps, spec.experts) == (due, candidate.experts)
+
+
+# Its trained copies -----------------------------------------------------------------------------
+
+
+def _fit_trained(
+    state: AdapterState, survey: Survey, buffers: Collection[str], asked: str
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """Return the full copies by the model's names; equal copies of a tied tensor are one tensor.
+
+    1. A tied tensor that the adapter names once, or with two values, is a copy under the names that
+       it gives and nowhere else: those who write such files read them so.
+    2. Rows of the input embedding are read under all its names, as they are written for all.
+    """
+    rows_of: dict[str, tuple[int, ...]] = {}
+    fitted: dict[str, Tensor] = {}
+    first: dict[int, list[Tensor]] = {}
+    table = table_of(survey.model, "get_input_embeddings")
+    for key, tensor in state.trained.items():
+        weight, rows = survey.weights.get(key), state.rows.get(key)
+        _check_copy(f"{asked}, trained tensor {key!r}", key, tensor, rows, weight, buffers)
+        name = survey.at(key).name  # a module with two names is one module
+        same = first.setdefault(id(weight), [])
+        held = next((t for t in same if torch.equal(t, tensor)), None)
+        if held is None:
+            same.append(tensor)
+        fitted[name] = tensor if held is None else held
+        if rows is not None:
+            is_input = survey.at(name)[1:] == (table, "weight")
+            tied = survey.names_of(name) if is_input else ()
+            further = [n for n in tied if n not in state.trained]
+            fitted.update(dict.fromkeys(further, fitted[name]))
+            rows_of.update(dict.fromkeys((name, *further), rows))
+    return fitted, rows_of
+
+
+def _check_copy(
+    asked: str,
+    key: str,
+    tensor: Tensor,
+    rows: tuple[int, ...] | None,
+    weight: Tensor | None,
+    buffers: Collection[str],
+) -> None:
+    """Raise if a tensor is not a copy of a model's tensor, or of its rows."""
+    if key in buffers:
+        problem = "it is a buffer of the model, and adapters hold parameters only"
+        remedy = "Merge it into the base with the program that made it, and start from that model"
+        raise FormatError(asked, problem, remedy)
+    leave = f"{_ITS_MODEL}, or leave this tensor out with leave_out=[{key!r}]"
+    if weight is None:
+        raise FormatError(asked, "the model has no such parameter", leave)
+    there, here = tuple(tensor.shape), tuple(weight.shape)
+    if rows is None:
+        if there != here:
+            problem = f"it has shape {there} in the file and {here} here"
+            raise FormatError(asked, problem, leave)
+    elif len(here) != 2 or max(rows) >= here[0] or here[1:] != there[1:]:
+        problem = f"it holds rows up to {max(rows)}, of {there[1:]} values, and the model's has "
+        remedy = "Resize the vocabulary first: model.resize_token_embeddings(n)"
+        raise FormatError(asked, f"{problem}the shape {here}", remedy)

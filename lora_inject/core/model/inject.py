@@ -1,19 +1,58 @@
-"""Putting a new adapter onto a live model, by a config."""
+"""Putting a new adapter onto a live model, by a config; and saying before what that would do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import nn
 
-from lora_inject.core.model.put import places_of_plan, put_plan_on, surveyed
-from lora_inject.core.model.stages import inject_by_all
+from lora_inject.core.layers.candidates import inventory
+from lora_inject.core.layers.library import loaded_libraries
+from lora_inject.core.layers.survey import Survey
+from lora_inject.core.model.put import places_of_plan, put_plan, survey_for
+from lora_inject.core.model.training import check_live_inputs
+from lora_inject.core.model.used import refuse_unreached
 from lora_inject.core.spec.config import ConfigLike
+from lora_inject.core.spec.plan import Plan
 from lora_inject.core.spec.resolve import resolve
 from lora_inject.formats.from_peft import config_of
+from lora_inject.formats.live_models import notes_on_files
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def plan(model: nn.Module, config: ConfigLike) -> Plan:
+    r"""Say what `inject` would do, and change nothing.
+
+    Args:
+        model: Any module, also on the meta device.
+        config: A `Config`, a dict, the path of a YAML file, or a `LoraConfig`.
+
+    Returns:
+        The plan; `print(plan)` shows it as a table.
+
+    Raises:
+        ConfigError: The config is not valid.
+        MatchError: A pattern matches nothing, or `expect` is missed.
+        LayerError: A matched module cannot carry an adapter.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> plan(net, {"rank": 2, "targets": [r"\d"]}).n_lora
+        44
+    """
+    survey = Survey(model)
+    present = inventory(survey)
+    planned = resolve(config_of(config, present, model), present)
+    notes = [
+        f"inject would refuse this: {problem}. {remedy}"
+        for library in loaded_libraries()
+        for problem, remedy in library.against(survey, planned, leave_new=False)
+    ]
+    notes += notes_on_files(survey, planned.sites)
+    return replace(planned, notes=(*planned.notes, *notes))
 
 
 def inject(
@@ -23,14 +62,13 @@ def inject(
     *,
     probe: Callable[[], Any] | None = None,
     leave_new: bool = False,
-    group: Any = None,
 ) -> M:
     """Put a new adapter onto a model, in place, and freeze everything else.
 
-    The adapter becomes the only active and the only trainable one; others keep their values. That
-    holds for another model's adapters as well if it shares a layer with this one. A further adapter
-    goes onto the same module: one around or inside an injected one is refused. What is frozen
-    loses its `grad`, which an optimizer that holds it would step by.
+    The adapter becomes the only active and the only trainable one; others keep their values. A
+    further adapter goes onto the same module: one around or inside an injected one is refused, and
+    so are layers that another injected model has. What is frozen loses its `grad`, which an
+    optimizer that holds it would step by.
 
     Args:
         model: Any module; stays the same object.
@@ -41,9 +79,6 @@ def inject(
         leave_new: Leave weights out that the model's checkpoint lacked, such as a new head, which
             have other values in each process. By default an adapter that does not `train` them is
             an error, where the library that loaded the model tells which they are.
-        group: Processes of which each has other layers of the model, as the stages of a pipeline:
-            a group of torch.distributed. Each calls this with its part. Patterns must match, and
-            `expect` must hold, over all parts; a part may get nothing. All raise, or none.
 
     Returns:
         The same object, for chaining.
@@ -62,11 +97,28 @@ def inject(
         >>> sorted(n for n, p in net.named_parameters() if p.requires_grad)
         ['0.lora_A__default', '0.lora_B__default']
     """
-    if group is not None:
-        inject_by_all(group, model, config, name, probe, leave_new=leave_new)
-        return model
-    survey, present = surveyed(model, name)
+
+    def last() -> None:
+        if probe is not None:
+            refuse_unreached(model, probe)
+
+    put_config(model, config, name, leave_new=leave_new, last=last)
+    return model
+
+
+def put_config(
+    model: nn.Module,
+    config: ConfigLike,
+    name: str,
+    *,
+    leave_new: bool,
+    alone: bool = True,
+    last: Callable[[], None] = lambda: None,
+) -> None:
+    """Put a new adapter on by a config; see `inject`, and `put` for what is not `alone`."""
+    survey = survey_for(model, name)
+    check_live_inputs(survey, f"inject {name!r}")
+    present = inventory(survey)
     planned = resolve(config_of(config, present, model), present, to_show=False)
     wanted = places_of_plan(survey, name, planned, present, leave_new=leave_new)
-    put_plan_on(survey, name, planned, wanted, probe)
-    return model
+    put_plan(survey, name, planned, wanted, alone=alone, last=last)

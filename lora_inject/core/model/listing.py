@@ -6,14 +6,17 @@ An adapter is what its entries on the modules say, summed up by its name.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-from lora_inject.core.layers.survey import Carried, Survey
-from lora_inject.core.model.facts import idle_among, notes_on_adapter
-from lora_inject.core.roots.carried import entries, reach, roots_of
+from lora_inject.core.layers.candidates import inventory
+from lora_inject.core.layers.survey import Carried
+from lora_inject.core.model.used import took_part
+from lora_inject.core.roots.root import Injected, entries, find_root
+from lora_inject.core.spec.config import WORDS
+from lora_inject.core.spec.experts import left_out
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.core.spec.tables import Shown, columns
 from lora_inject.formats.live_models import notes_on_files
@@ -79,20 +82,18 @@ def adapters(model: nn.Module) -> Adapters:
         >>> adapters(net)["sql"].n_parameters
         8
     """
-    survey = Survey(model)
-    reached = reach(model, survey)
-    carried: dict[str, list[Carried]] = {name: [] for name in reached.names}
+    if find_root(model, "adapters") is None:
+        return Adapters()
+    survey = Injected(model, "adapters")
+    carried: dict[str, list[Carried]] = {name: [] for name in survey.root.adapters}
     for item in entries(survey):
-        carried.setdefault(item[2].adapter, []).append(item)
-    weights: dict[str, float] = {}
-    merged: set[str] = set()
-    for selection in reached.selections:
-        merged.update(selection.merged or ())
-        weights.update(selection.merged or selection.current().names)
-    order = {name: i for root in roots_of(survey).values() for i, name in enumerate(root.configs)}
-    names = sorted(carried, key=lambda name: order.get(name, len(order)))
+        carried[item.entry.adapter].append(item)
+    selection = survey.root.selection
+    merged = selection.merged
+    weights = merged or selection.current().names
     return Adapters(
-        (name, _info(carried[name], weights.get(name), merged=name in merged)) for name in names
+        (name, _info(items, weights.get(name), merged=name in merged))
+        for name, items in carried.items()
     )
 
 
@@ -150,9 +151,9 @@ def summary(model: nn.Module) -> Table:
         trainable: 8 of 28 parameters (28.5714 %)
     """
     infos = adapters(model)
-    survey = Survey(model)
     lines = [*_table(infos)]
     for name, info in infos.items():
+        survey = Injected(model, "summary")
         if info.idle:
             some = ", ".join(map(repr, info.idle[:3])) + (", ..." if len(info.idle) > 3 else "")
             lines.append(f"{name}: no forward has used {some} ({len(info.idle)}) so far")
@@ -166,3 +167,20 @@ def summary(model: nn.Module) -> Table:
     share = 100 * n_trainable / n_all if n_all else 0.0
     lines.append(f"trainable: {n_trainable:,} of {n_all:,} parameters ({share:.4f} %)")
     return Table("\n".join(lines))
+
+
+def idle_among(items: Collection[Carried]) -> tuple[str, ...]:
+    """Return the names of sites and trained tensors that no forward has used, where others were."""
+    idle = tuple(item.name for item in items if not took_part(item))
+    return idle if len(idle) < len(items) else ()
+
+
+def notes_on_adapter(survey: Injected, adapter: str) -> Iterator[str]:
+    """Yield what an adapter on a model leaves out of experts, by the rules that it was made by."""
+    config = survey.root.adapters[adapter].config or {}
+    rules = config.get("targets", ())
+    words = {rule if isinstance(rule, str) else rule["match"] for rule in rules} & WORDS
+    if words:
+        there = inventory(survey).mixtures
+        taken = (item.entry.spec for item in entries(survey, adapter))
+        yield from left_out(words, there, {spec.name for spec in taken if spec is not None})

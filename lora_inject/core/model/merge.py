@@ -9,9 +9,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,26 +20,25 @@ from lora_inject.core.functional.merge_report import MergeReport
 from lora_inject.core.layers.gains import check_mixed
 from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.packed_weights import claims, packed_weight, weight_kind
-from lora_inject.core.layers.plain_tensors import is_quantized
+from lora_inject.core.layers.plain_tensors import is_quantized, whole
 from lora_inject.core.layers.selected import Mix
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
 from lora_inject.core.layers.weight_kinds import UNKNOWN, in_dtype
 from lora_inject.core.model.eject import eject as take_off
-from lora_inject.core.model.target import Into, Target, whole
+from lora_inject.core.model.target import Into, Target
 from lora_inject.core.model.ties import check_ties, refuse_untold, untie_rest
-from lora_inject.core.model.trainable import trainable_tensors
+from lora_inject.core.model.training import trainable_tensors
 from lora_inject.core.model.undo import Merged
-from lora_inject.core.roots.carried import (
+from lora_inject.core.roots.root import (
+    Injected,
     adapted_modules,
     alone,
     check_names,
     check_unmerged,
-    reach,
-    root_of,
     whole_adapter,
 )
-from lora_inject.core.roots.mixes import weights_of
+from lora_inject.core.roots.selecting import weights_of
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import LayerError, StateError, check_type
 from lora_inject.formats.checkpoint_names import as_on_disk
@@ -91,8 +90,8 @@ def merge(
     """
     into = _into(dequantize, requantize=requantize)
     _check_min_kept(min_kept)
-    survey = Survey(model)
-    root = root_of(survey)
+    survey = Injected(model, "merge")
+    root = survey.root
     mix = _mix_to_fold(survey, name, "merge")
     targets = _targets(survey, mix, into)
     for target in targets:
@@ -172,7 +171,7 @@ def merged_weights(
     if names not in ("model", "checkpoint"):
         problem = f"it is {names!r}"
         raise StateError("merged_weights, names", problem, "Give 'model' or 'checkpoint'")
-    survey = Survey(model)
+    survey = Injected(model, "merged_weights")
     into = _dtype(dequantize)
     mix = _mix_to_fold(survey, name, "merged_weights")
     if any(hasattr(tensor, "full_tensor") for tensor in survey.tensors):
@@ -198,14 +197,18 @@ def merged_weights(
 
 
 def _folded(
-    survey: Survey, targets: list[Target], kept: dict[str, float] | None
+    survey: Injected, targets: list[Target], kept: dict[str, float] | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Return each base parameter as a merge would leave it, all of them of this moment.
+    """Return each base parameter by its name, under all of them, as a merge would leave it.
 
-    After a step or a merge between two tensors, a server would get those of two adapters.
+    All are of the moment of the call: after a step or a merge between two tensors, a server would
+    get those of two adapters.
     """
-    selection = root_of(survey).selection
+    selection = survey.root.selection
     begun = {id(target): target.versions for target in targets}
+    by_name = {target.name: target for target in targets}
+    tied = {memory_of(target.weight): target for target in targets if not target.sharers}
+    plain = {id(target.holder.module): target for target in targets if target.becomes_plain}
 
     def merged(target: Target) -> Tensor:
         if selection.merged or target.versions != begun[id(target)]:
@@ -217,25 +220,15 @@ def _folded(
             kept[target.name] = target.tally.kept
         return values
 
-    return _each(survey, targets, merged)
-
-
-def _each(
-    survey: Survey, targets: list[Target], merged: Callable[[Target], Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield each base parameter by its name, under all of them."""
-    by_name = {target.name: target for target in targets}
-    tied = {memory_of(target.weight): target for target in targets if not target.sharers}
-    plain = {id(target.holder.module): target for target in targets if target.becomes_plain}
-    for path, module in survey.modules:
+    def of_module(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         unpacked = plain.get(id(module))
+        own: dict[str, Any] = survey.own[id(module)]
         if unpacked is not None and unpacked.replaces_layer:
             yield joined(path, "weight"), merged(unpacked)
-            bias = getattr(module, "bias", None)
-            if isinstance(bias, Tensor):
-                yield joined(path, "bias"), in_dtype(bias, unpacked.dtype).detach()
-            continue
-        for key, parameter in survey.own[id(module)].items():
+            own = (
+                {"bias": bias} if isinstance(bias := getattr(module, "bias", None), Tensor) else {}
+            )
+        for key, parameter in own.items():
             full = joined(path, key)
             target = by_name.get(full) or tied.get(memory_of(parameter))
             if target is not None:
@@ -244,6 +237,8 @@ def _each(
                 yield full, in_dtype(parameter, unpacked.dtype).detach()
             else:
                 yield full, whole(parameter)
+
+    return (pair for path, module in survey.modules for pair in of_module(path, module))
 
 
 # What a merge is asked for ----------------------------------------------------------------------
@@ -291,13 +286,13 @@ def _check_kept(targets: list[Target], min_kept: float | None) -> None:
         raise LayerError(f"merge with min_kept={min_kept}", problem, remedy)
 
 
-def _mix_to_fold(survey: Survey, name: str | Mapping[str, float] | None, verb: str) -> Weights:
+def _mix_to_fold(survey: Injected, name: str | Mapping[str, float] | None, verb: str) -> Weights:
     """Return what is to be folded, by default what is active, checked."""
-    selection = root_of(survey).selection
-    check_unmerged(verb, selection)
+    selection = survey.root.selection
+    check_unmerged(verb, survey.root)
     selection.check_settled(verb, others=True)
     mix = dict(selection.setting.names) if name is None else weights_of(name, f"{verb}, name")
-    check_names(reach(survey.model, survey).names, mix, verb)
+    check_names(survey.root, mix, verb)
     if not mix:
         remedy = f"Call activate(model, name), or {verb}(model, name=name)"
         raise StateError(verb, "no adapter is active", remedy)
@@ -307,7 +302,7 @@ def _mix_to_fold(survey: Survey, name: str | Mapping[str, float] | None, verb: s
     return tuple(mix.items())
 
 
-def _targets(survey: Survey, mix: Weights, into: Into) -> list[Target]:
+def _targets(survey: Injected, mix: Weights, into: Into) -> list[Target]:
     """Return the tensors to write; with a dtype `into`, packed ones without an adapter as well."""
     for library in loaded_libraries():
         library.before_read(survey)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_inject.core.functional.weight import reads_as_sum
@@ -14,8 +15,10 @@ from lora_inject.core.layers.kinds import mixin_of
 from lora_inject.core.layers.packed_weights import weight_kind
 from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Carried, Survey
-from lora_inject.core.model.in_full import places_of_copies, reasons_against_copy
+from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.layouts import why_no_gain
+from lora_inject.core.spec.names import Below
+from lora_inject.core.spec.patterns import matching
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 from lora_inject.errors import LayerError
 
@@ -35,9 +38,7 @@ def places(
             problem = "it is lazy and not initialized"
             where = f"adapter {name!r}, {holder.name!r}"
             raise LayerError(where, problem, "Run the model once first")
-    wanted = [*_of_sites(survey, name, sites)]
-    if copies:
-        wanted += places_of_copies(survey, name, copies)
+    wanted = [*_of_sites(survey, name, sites), *_of_copies(survey, name, copies)]
     taken: set[tuple[int, str]] = set()
     classes: set[Hashable] = set()  # what holds of one layer of a class holds of all
     for place in wanted:
@@ -45,8 +46,7 @@ def places(
         _check_free(place, classes, again=tensor in taken)
         taken.add(tensor)
     for place in wanted:
-        for reason in _reasons(place):
-            raise LayerError(_asked(place), *reason)
+        _check_values(place)
     return wanted
 
 
@@ -73,6 +73,18 @@ def _of_sites(survey: Survey, name: str, sites: Iterable[SiteSpec]) -> Iterator[
             b = {"b": attribute("b", name, "bias")}
             entry = Entry(name, None, "bias", b, spec.shapes["b"], None, spec.scale)
             yield Carried(path, module, entry)
+
+
+def _of_copies(
+    survey: Survey, name: str, copies: Mapping[str, tuple[int, ...] | None]
+) -> Iterator[Carried]:
+    """Yield the place of each copied tensor."""
+    for copy, rows in copies.items():
+        _, module, param = holder = survey.at(copy)
+        whole = holder.tensor.shape
+        shape = tuple(whole) if rows is None else (len(rows), *whole[1:])
+        entry = Entry(name, None, param, {"T": attribute("T", name, param)}, shape, rows)
+        yield Carried(survey.paths[id(module)], module, entry)
 
 
 def _check_free(place: Carried, classes: set[Hashable], *, again: bool) -> None:
@@ -107,8 +119,8 @@ def _check_free(place: Carried, classes: set[Hashable], *, again: bool) -> None:
         classes.add(alike)
 
 
-def _reasons(place: Carried) -> Iterator[tuple[str, str]]:
-    """Yield why an entry cannot use the values of its tensor, and what to do.
+def _check_values(place: Carried) -> None:
+    """Raise if an entry cannot use the values of its tensor.
 
     | entry | tensor | refused |
     |---|---|---|
@@ -117,46 +129,66 @@ def _reasons(place: Carried) -> Iterator[tuple[str, str]]:
     | site on the output | packed | with an init from W, or a gain whose norms its kind hides |
     | site that is read | packed | the same, in float32, and where it cannot read as a sum |
     """
-    spec = place.entry.spec
+    spec, packed = place.entry.spec, is_quantized(place.weight)
     if spec is None:
-        yield from reasons_against_copy(place)
+        if packed:
+            problem = f"it is quantized ({type(place.weight).__name__}): no copy of it can train"
+            remedy = "Adapt the layer with a rule (targets) instead, or load the base unquantized"
+            raise LayerError(_asked(place), problem, remedy)
+        _check_no_statistics(place.module, _asked(place))
         return
     if place.entry.gained and (why := why_no_gain(spec)):
-        yield f"variant {spec.variant} on {why}", "Train it with variant: lora"
-    if is_quantized(place.weight):
-        yield from reasons_of_packed(place, spec)
+        remedy = "Train it with variant: lora"
+        raise LayerError(_asked(place), f"variant {spec.variant} on {why}", remedy)
+    if packed:
+        _check_packed(place, spec)
 
 
-def reasons_of_packed(place: Carried, spec: SiteSpec) -> Iterator[tuple[str, str]]:
-    """Yield why a site cannot be on a packed weight, and what to do.
+def _check_packed(place: Carried, spec: SiteSpec) -> None:
+    """Raise if a site cannot be on a packed weight.
 
     1. A weight that is read has to read as a sum, and not in float32, which would unpack all of it.
     2. The norms that a gain needs must be known of its kind.
     3. An init from W would need its values.
     """
     module, weight = place.module, place.weight
-    packed = f"quantized ({type(weight).__name__})"
-    on_output = place.entry.on_output
-    fits = on_output or reads_as_sum(weight)
-    if fits and not on_output and spec.compute == "float32":
-        yield "compute: float32 would unpack all experts at once", "Use compute: base"
+    fits = place.entry.on_output or reads_as_sum(weight)
+    if fits and not place.entry.on_output and spec.compute == "float32":
+        problem = "compute: float32 would unpack all experts at once"
+        raise LayerError(_asked(place), problem, "Use compute: base")
     hidden = None
     if fits and place.entry.gained:
         hidden = weight_kind(module, weight).why_not("norms", module, weight)
+    starts_from_w = spec.init in FROM_WEIGHT
     advice = {
         "the layer rather than its weight": not fits,
         "variant: lora": hidden is not None,
-        "an init that does not start from W": spec.init in FROM_WEIGHT,
+        "an init that does not start from W": starts_from_w,
     }
-    wanted = [words for words, holds in advice.items() if holds]
-    if wanted:
-        how = packed if hidden is None else f"{packed}: {hidden.found}"
-        reads = f"{_reader(spec, fits=fits)} reads its values, and they are {how}"
-        yield reads, f"Use {' and '.join(wanted)}"
+    if wanted := [words for words, holds in advice.items() if holds]:
+        reader = f"init {spec.init}" if starts_from_w else f"variant {spec.variant}"
+        problem = f"{reader if fits else 'a weight update'} reads its values, and they are "
+        problem += f"quantized ({type(weight).__name__})"
+        if hidden is not None:
+            problem += f": {hidden.found}"
+        raise LayerError(_asked(place), problem, f"Use {' and '.join(wanted)}")
 
 
-def _reader(spec: SiteSpec, *, fits: bool) -> str:
-    """Return what of a site reads the values of W, for a message."""
-    if not fits:
-        return "a weight update"
-    return f"init {spec.init}" if spec.init in FROM_WEIGHT else f"variant {spec.variant}"
+def check_statistics(survey: Survey, patterns: Sequence[str], names: Inventory) -> None:
+    """Raise if one of the modules that are to train in full has a layer with statistics inside."""
+    for i, pattern in enumerate(patterns):
+        asked = f"train {i + 1} ('{pattern}')"
+        named = matching(pattern, names.modules, asked=asked)
+        below = Below(named)
+        for name, module in survey.by_name.items() if named else ():
+            if name in below:
+                _check_no_statistics(module, f"{asked}, {name!r}")
+
+
+def _check_no_statistics(module: nn.Module, asked: str) -> None:
+    """Raise for a layer that moves statistics, which are buffers: it cannot train in full."""
+    if isinstance(getattr(module, "running_mean", None), Tensor):
+        problem = f"its {type(module).__name__} moves running_mean and running_var as well while "
+        problem += "it trains: those are the base's buffers, which an adapter neither holds nor "
+        remedy = "Leave it out, or give the layer track_running_stats=False and no running_mean"
+        raise LayerError(asked, f"{problem}restores", remedy)

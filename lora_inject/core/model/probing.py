@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.layers.selected import Mix
-from lora_inject.core.layers.survey import Survey, evaluating
-from lora_inject.core.roots.carried import reach
-from lora_inject.core.roots.disabling import selecting
+from lora_inject.core.layers.survey import evaluating, table_of
+from lora_inject.core.roots.root import Injected
+from lora_inject.core.roots.selecting import selecting
 from lora_inject.errors import FormatError, StateError, article
 from lora_inject.formats.exchange import format_of, options_of
 from lora_inject.formats.proof import KEY, STRENGTHS, Ahead, Proof
@@ -42,7 +42,7 @@ class Inputs:
 
 
 def take_proof(
-    survey: Survey,
+    survey: Injected,
     name: str,
     probe: Any,
     format: str,  # noqa: A002
@@ -86,9 +86,9 @@ def refuse_without_room(format: str, asked: str) -> None:  # noqa: A002
         )
 
 
-def _measured(survey: Survey, name: str, inputs: Inputs, asked: str) -> Proof:
+def _measured(survey: Injected, name: str, inputs: Inputs, asked: str) -> Proof:
     """Return what a model computes at each strength of an adapter."""
-    gained = name in reach(survey.model, survey).gained  # a mix may not weigh it
+    gained = survey.root.adapters[name].gained  # a mix may not weigh it
     strengths = (0.0, 1.0) if gained else STRENGTHS
     values, ahead = [], []
     with torch.no_grad(), evaluating(survey.model):
@@ -113,7 +113,9 @@ def _measured(survey: Survey, name: str, inputs: Inputs, asked: str) -> Proof:
     )
 
 
-def _run_at(survey: Survey, name: str, strength: float, inputs: Inputs, asked: str) -> list[Tensor]:
+def _run_at(
+    survey: Injected, name: str, strength: float, inputs: Inputs, asked: str
+) -> list[Tensor]:
     """Run a model with one adapter, multiplied; 0 is the base."""
     mix = Mix({name: strength} if strength else {})
     with selecting(survey.model, mix, asked):
@@ -219,8 +221,7 @@ def _said(asked: str) -> Iterator[None]:
 
 def _check_vocabulary(model: nn.Module, prompts: Prompts, asked: str) -> None:
     """Refuse a probe of another tokenizer, which an embedding would fail on."""
-    asks: Any = getattr(model, "get_input_embeddings", None)
-    table = getattr(asks() if callable(asks) else None, "num_embeddings", None)
+    table = getattr(table_of(model, "get_input_embeddings"), "num_embeddings", None)
     largest = max(max(prompt) for prompt in prompts)
     if table is not None and largest >= table:
         problem = f"it has the token {largest}, and the model has {table:,} tokens"

@@ -1,62 +1,215 @@
-"""Putting the sites and the trained tensors of a plan onto a model."""
+"""Put an adapter onto a model, all or nothing: inject, load, install and reserve end here.
+
+`put_plan` puts on what a config asks for, `put_state` what a value holds, both by `put`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.layers.candidates import inventory
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.functional.factors import master_dtype
+from lora_inject.core.layers.attached import attached_to
+from lora_inject.core.layers.class_swap import swap
+from lora_inject.core.layers.kinds import mixin_of
 from lora_inject.core.layers.library import loaded_libraries
-from lora_inject.core.layers.starting import first_values
+from lora_inject.core.layers.packed_weights import begin_training
+from lora_inject.core.layers.plain_tensors import whole
+from lora_inject.core.layers.selected import Mix
+from lora_inject.core.layers.selection import Selection
+from lora_inject.core.layers.snapshot import all_or_nothing
+from lora_inject.core.layers.starting import first_values, moved
 from lora_inject.core.layers.survey import Carried, Survey, memory_of
-from lora_inject.core.model.attach import attach, survey_for
-from lora_inject.core.model.in_full import check_statistics
-from lora_inject.core.model.places import places
-from lora_inject.core.model.reached import refuse_unreached
-from lora_inject.core.model.target import whole
-from lora_inject.core.model.trainable import check_live_inputs
+from lora_inject.core.model.places import check_statistics, places
+from lora_inject.core.model.training import forget_gradients
+from lora_inject.core.roots.root import (
+    ROOT,
+    Adapter,
+    Root,
+    become_root,
+    check_apart,
+    check_new_adapter,
+    lock_of,
+)
 from lora_inject.core.spec.inventory import Inventory
+from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.plan import Plan
 from lora_inject.distributed.sharding import meshes
 from lora_inject.errors import LayerError
 
-
-def surveyed(model: nn.Module, name: str) -> tuple[Survey, Inventory]:
-    """Return a model that can take a new adapter of that name, and its names."""
-    survey = survey_for(model, name)
-    check_live_inputs(survey, f"inject {name!r}")
-    return survey, inventory(survey)
+Values = Callable[[Carried], Mapping[str, Tensor]]
+"""Gives the tensors of an entry by role; two entries that are one trained copy get the same."""
 
 
-def put_plan_on(
+def survey_for(model: nn.Module, name: str) -> Survey:
+    """Return a survey of a model that can take a new adapter of that name now."""
+    survey = Survey(model)
+    for library in loaded_libraries():
+        library.before_attach(survey, f"adapter {name!r}")
+    check_new_adapter(survey, name)
+    return survey
+
+
+def put(
+    survey: Survey,
+    name: str,
+    wanted: Sequence[Carried],
+    values: Values,
+    config: Mapping[str, Any] | None,
+    *,
+    train: bool = True,
+    alone: bool = True,
+    last: Callable[[], None] = lambda: None,
+) -> None:
+    """Put a new adapter onto a model at the places that `places` returned.
+
+    Another thread may have changed the model since; none does now.
+
+    1. The model becomes the adapter's root; its base is frozen.
+    2. Each module is swapped, and gets its Parameters.
+    3. What trains and is `alone` becomes the only one that is active and trains; what is not alone
+       changes neither for the others. What does not train is active if no other is.
+    4. `last` may refuse it all.
+    """
+    with lock_of(survey.model):
+        check_new_adapter(survey, name)
+        check_apart(survey, f"adapter {name!r}", wanted)
+        for library in loaded_libraries():
+            library.before_load(survey, name, wanted)
+        parameters = _parameters(wanted, values, train=train)
+        modules = [module for _, module in survey.modules]
+        before: Root | None = survey.model.__dict__.get(ROOT)
+        kept = () if before is None else (before, before.selection)
+        with all_or_nothing(modules, kept, _may_train(survey, before)) as trained:
+            root = become_root(survey.model)
+            gained = any(place.entry.gained for place in wanted)
+            carrying = {id(place.module): place.module for place in wanted}
+            root.adapters[name] = Adapter(name, config, [*carrying.values()], gained)
+            root.n_changes += 1
+            _freeze(survey, root)
+            if train and alone:
+                for parameter in trained:
+                    parameter.requires_grad_(False)
+                root.trainable = set()
+            root.selection.add((name,))
+            _put_all(wanted, parameters, root.selection)
+            if train:
+                root.trainable |= {name}
+                begin_training(modules)
+            if alone if train else not root.selection.setting.names:
+                root.selection.replace(Mix({name: 1.0}))
+            for library in loaded_libraries():
+                library.after_load(survey, name)
+            last()
+        forget_gradients(survey.tensors)
+        forget_gradients(trained if train and alone else ())
+
+
+def _parameters(
+    wanted: Iterable[Carried], values: Values, *, train: bool
+) -> list[dict[str, nn.Parameter]]:
+    """Return the new Parameters of each place by role; those of tied copies are the same."""
+    listed = []
+    copies: dict[Tensor, dict[str, nn.Parameter]] = {}
+    with torch.inference_mode(False):  # tensors that are made in it could not train
+        for place in wanted:
+            tensors = values(place)
+            made = copies.get(tensors["T"]) if "T" in tensors else None
+            if made is None:
+                made = {
+                    role: nn.Parameter(tensor, train and place.entry.trains(role))
+                    for role, tensor in tensors.items()
+                }
+            if "T" in tensors:
+                copies[tensors["T"]] = made
+            listed.append(made)
+    return listed
+
+
+def _may_train(survey: Survey, root: Root | None) -> Iterator[nn.Parameter]:
+    """Yield what may require a gradient now: the base, and the adapters that the root says train.
+
+    To ask every tensor of every adapter would be quadratic in a model that collects adapters.
+    """
+    yield from survey.tensors
+    trainable = [] if root is None else [root.adapters[name] for name in root.trainable]
+    for adapter in trainable:
+        for module in adapter.modules:
+            attached = attached_to(module)
+            for entry in () if attached is None else attached.entries(adapter.name):
+                for role, flat in entry.names.items():
+                    parameter = module._parameters[flat]
+                    if entry.trains(role) and parameter is not None:
+                        yield parameter
+
+
+def _freeze(survey: Survey, root: Root) -> None:
+    """Freeze every base parameter, and remember which ones were not, a tied one at each place."""
+    held = zip(survey.holders, survey.tensors, strict=True)
+    unfrozen = [(holder, tensor) for holder, tensor in held if tensor.requires_grad]
+    new = [(holder.module, holder.param) for holder, _ in unfrozen]
+    root.required_grad = [*root.required_grad, *new]
+    for _, tensor in unfrozen:
+        tensor.requires_grad_(False)
+
+
+def _put_all(
+    wanted: Iterable[Carried],
+    parameters: Sequence[Mapping[str, nn.Parameter]],
+    selection: Selection,
+) -> None:
+    """Swap the class of each module that has none of ours yet, and add its entry to it."""
+    for place, held in zip(wanted, parameters, strict=True):
+        entry, module = place.entry, place.module
+        reads = () if entry.on_output else (entry.param,)
+        attached = swap(module, selection, mixin_of(entry), reads)
+        for role, flat in entry.names.items():
+            module._parameters[flat] = held[role]
+        attached.add(entry)
+        if next(iter(held.values())).is_meta:
+            moved(module, emptied=False)
+    for device in {tensor.device for held in parameters for tensor in held.values()}:
+        selection.extend_to(device)
+
+
+# By a plan --------------------------------------------------------------------------------------
+
+
+def put_plan(
     survey: Survey,
     name: str,
     planned: Plan,
     wanted: Sequence[Carried],
-    probe: Callable[[], Any] | None,
-    agreed: Callable[[], None] = lambda: None,
+    *,
+    alone: bool = True,
+    last: Callable[[], None] = lambda: None,
 ) -> None:
-    """Put a new adapter on, all of it or nothing; `agreed` is the last that may refuse it."""
+    """Put a new adapter on with its first values, at the places that `places_of_plan` returned."""
     spread = any(hasattr(tensor, "full_tensor") for tensor in survey.tensors)
+    copies: dict[Hashable, Mapping[str, Tensor]] = {}
 
     def initial(place: Carried) -> Mapping[str, Tensor]:
+        if place.entry.spec is not None:
+            return started(place)
+        memory = memory_of(place.weight)
+        if memory not in copies:
+            copies[memory] = started(place)
+        return copies[memory]
+
+    def started(place: Carried) -> Mapping[str, Tensor]:
         if spread:  # several processes start with the same values
             return _first_values_alike(survey, place)
         return first_values(place.module, place.entry, place.weight)
 
-    def last() -> None:
-        if probe is not None:
-            refuse_unreached(survey.model, probe)
-        agreed()
-
-    attach(survey, name, wanted, initial, _tied, planned.config.to_dict(), last=last)
+    put(survey, name, wanted, initial, planned.config.to_dict(), alone=alone, last=last)
 
 
 @torch.no_grad()
-def _first_values_alike(survey: Survey, place: Carried) -> dict[str, Tensor]:
+def _first_values_alike(survey: Survey, place: Carried) -> Mapping[str, Tensor]:
     """Return the values that a new adapter starts with at a layer of a model with DTensors.
 
     Whole, and the same in every process: those of the first one. A collective operation.
@@ -83,13 +236,66 @@ def places_of_plan(
     named = {
         key: trained.rows for trained in planned.trained for key in survey.names_of(trained.name)
     }
-    wanted = places(survey, name, planned.sites, named)
     if planned.config.train:
         check_statistics(survey, planned.config.train, present)
-    for library in loaded_libraries():
-        library.before_load(survey, name, wanted, _tied)
-    return wanted
+    return places(survey, name, planned.sites, named)
 
 
-def _tied(place: Carried) -> Hashable:
-    return memory_of(place.weight)
+# By a value -------------------------------------------------------------------------------------
+
+
+def put_state(
+    survey: Survey,
+    state: AdapterState,
+    name: str,
+    *,
+    owned: bool = False,
+    trainable: bool = False,
+    last: Callable[[], None] = lambda: None,
+) -> None:
+    """Put a fitted adapter on; it becomes active if it trains, or no other is active.
+
+    Of an `owned` value, which nobody else holds, the tensors are taken as they are: a load takes
+    half as long as with a copy of each.
+    """
+    specs = [site.spec for site in state.sites.values()]
+    wanted = places(survey, name, specs, {key: state.rows.get(key) for key in state.trained})
+    tensors = _by_name(state)
+    copies: dict[Tensor, Tensor] = {}  # one that stands under several names is one
+    taken: set[int] = set()
+
+    def held(tensor: Tensor, weight: Tensor) -> Tensor:
+        address = tensor.data_ptr()
+        as_it_is = owned and address not in taken and _is_as_trained(tensor, weight)
+        taken.add(address)
+        if as_it_is:
+            return tensor
+        dtype = master_dtype(weight.dtype)
+        copied = tensor.detach().to(device=weight.device, dtype=dtype, copy=True)
+        return copied.contiguous()
+
+    def given(place: Carried) -> Mapping[str, Tensor]:
+        mine, weight = tensors[place.name], place.weight
+        if "T" not in place.entry.names:
+            return {role: held(mine[role], weight) for role in place.entry.names}
+        if mine["T"] not in copies:
+            copies[mine["T"]] = held(mine["T"], weight)
+        return {"T": copies[mine["T"]]}
+
+    put(survey, name, wanted, given, state.config, train=trainable, last=last)
+
+
+def _is_as_trained(tensor: Tensor, weight: Tensor) -> bool:
+    """Whether a tensor over a weight is as those of training, with memory of its own."""
+    alone = tensor.untyped_storage().nbytes() == tensor.nbytes
+    fits = tensor.dtype == master_dtype(weight.dtype) and tensor.device == weight.device
+    # Of inference mode it could not train; with other strides it computes other bits.
+    return alone and fits and not tensor.is_inference() and tensor.is_contiguous()
+
+
+def _by_name(state: AdapterState) -> dict[str, Mapping[str, Tensor]]:
+    """Return the tensors of each entry by role, under the name of its site or base tensor."""
+    tensors: dict[str, Mapping[str, Tensor]] = {n: site.tensors for n, site in state.sites.items()}
+    biased = [name for name, site in state.sites.items() if site.spec.lora_bias]
+    tensors |= {joined(name, "bias"): tensors[name] for name in biased}
+    return tensors | {key: {"T": tensor} for key, tensor in state.trained.items()}

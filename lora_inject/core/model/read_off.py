@@ -13,13 +13,12 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.library import loaded_libraries
-from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.plain_tensors import whole
 from lora_inject.core.model.base import fingerprint, untouched
-from lora_inject.core.roots.carried import (
+from lora_inject.core.roots.root import (
+    Injected,
     adapted_modules,
     check_unmerged,
-    reach,
-    roots_of,
     whole_adapter,
 )
 from lora_inject.core.spec.names import joined
@@ -28,7 +27,7 @@ from lora_inject.errors import StateError
 
 
 def values_on(
-    survey: Survey,
+    survey: Injected,
     name: str,
     asked: str,
     taken: Callable[[Tensor, str, Entry, str], Tensor] = lambda held, *_: held,
@@ -62,67 +61,56 @@ def values_on(
         spec.name: SiteState.of(spec, tensors | biases.get(spec.name, {}))
         for spec, tensors in parts
     }
-    records = roots_of(survey).values()
-    config = next((root.configs[name] for root in records if name in root.configs), None)
+    config = survey.root.adapters[name].config
     return AdapterState(sites, trained, config, rows=rows), weights
 
 
 def read_off(
-    survey: Survey, name: str, gathered: Mapping[str, Tensor] = MappingProxyType({})
+    survey: Injected, name: str, gathered: Mapping[str, Tensor] = MappingProxyType({})
 ) -> AdapterState:
     """Read an adapter from a model, as a value; see `adapter_state`.
 
     `gathered` are whole tensors by their keys in the state dict, for those that are sharded.
     """
-    whole: dict[int, Tensor] = {}  # a tied copy is gathered once, and stands under all its names
+    made: dict[int, Tensor] = {}  # a tied copy is gathered once, and stands under all its names
 
     def taken(held: Tensor, path: str, entry: Entry, role: str) -> Tensor:
-        if id(held) not in whole:
-            there = gathered.get(joined(path, entry.names[role]), held)
-            whole[id(held)] = _whole(there, entry, role)
-        return whole[id(held)]
+        if id(held) not in made:
+            there = whole(gathered.get(joined(path, entry.names[role]), held))
+            if tuple(there.shape) != (due := entry.shape_of(role)):
+                site = entry.spec.name if entry.spec else entry.param
+                raise _of_shard(
+                    name, f"{role} of {site!r} has shape {tuple(there.shape)}, not {due}"
+                )
+            made[id(held)] = there
+        return made[id(held)]
 
     state, weights = values_on(survey, name, "adapter_state of", taken)
     for key, weight in weights.items():
         if not weight.numel():  # a fingerprint of it fits no base
-            problem = f"its base, {key!r}, has no elements in this process, which holds a shard of "
-            raise StateError(f"adapter_state of {name!r}", f"{problem}it", _remedy())
+            raise _of_shard(name, f"its base, {key!r}, has no elements")
     for _, _, attached in adapted_modules(survey):
         attached.check_started(attached.entries(name), "reading")
     # The fingerprint is to be that of the base, which merged weights are not.
-    check_unmerged(f"saving adapter {name!r}", *reach(survey.model, survey).selections)
+    check_unmerged(f"saving adapter {name!r}", survey.root)
     moved = {s.spec.weight: moved_positions(s) for s in state.sites.values()}
     others = untouched(survey.weights, state)
     return replace(state, fingerprint=fingerprint(weights, others, moved))
 
 
-def _whole(tensor: Tensor, entry: Entry, role: str) -> Tensor:
-    """Return a tensor of an adapter, gathered where this process holds a shard of it."""
-    spec, tensor = entry.spec, tensor.detach()
-    if hasattr(tensor, "full_tensor"):
-        whole: Tensor = tensor.full_tensor()
-        return whole
-    shape = entry.shape_of(role)
-    if tuple(tensor.shape) != shape:
-        raise StateError(
-            f"adapter_state of {entry.adapter!r}",
-            f"{role} of {spec.name if spec else entry.param!r} has shape {tuple(tensor.shape)} "
-            f"instead of {shape}: this process holds a shard of it",
-            _remedy(),
-        )
-    return tensor
-
-
-def _remedy() -> str:
+def _of_shard(name: str, what: str) -> StateError:
+    """Return the error of an adapter of which this process holds a shard."""
     contexts = [context for library in loaded_libraries() for context in library.gathering()]
-    return f"Call it within {' or '.join(contexts) or 'a context that gathers whole tensors'}"
+    remedy = f"Call it within {' or '.join(contexts) or 'a context that gathers whole tensors'}"
+    problem = f"{what}: this process holds a shard of it"
+    return StateError(f"adapter_state of {name!r}", problem, remedy)
 
 
 def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
     """Read an adapter from a model, as a value.
 
     Args:
-        model: The root, or any module that holds roots.
+        model: The root, or a module that holds it.
         name: The adapter.
 
     Returns:
@@ -139,4 +127,4 @@ def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
         >>> tuple(site.A.shape), tuple(site.B.shape), site.scale
         ((2, 4), (6, 2), 8.0)
     """
-    return read_off(Survey(model), name)
+    return read_off(Injected(model, f"adapter_state of {name!r}"), name)

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import replace_file
 from lora_inject.core.layers.library import note_saved, this_process_writes
-from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.facts import facts_for
+from lora_inject.core.model.listing import idle_among, notes_on_adapter
 from lora_inject.core.model.probing import take_proof
 from lora_inject.core.model.read_off import read_off
-from lora_inject.core.model.stages import saved_by_all
-from lora_inject.core.model.unused import refuse_unused_sites, say_untrained
-from lora_inject.core.roots.carried import all_take_part, entries, note_files
+from lora_inject.core.model.used import refuse_unused_sites, say_untrained
+from lora_inject.core.roots.root import Injected, entries
 from lora_inject.errors import FormatError, StateError, user_path, within
 from lora_inject.formats.exchange import DEFAULT, completed, format_of, write_adapter
-from lora_inject.formats.format import Format
+from lora_inject.formats.live_models import facts_about, refuse_misread
 
 
 def save_adapter(
@@ -37,7 +37,6 @@ def save_adapter(
     keep: int | None = None,
     unused: Sequence[str] = (),
     probe: Any = None,
-    group: Any = None,
     **options: Any,
 ) -> Path:
     """Write an adapter to files, atomically.
@@ -46,7 +45,7 @@ def save_adapter(
     what it would write. With shards all must call it.
 
     Args:
-        model: The root, or any module that holds roots.
+        model: The root, or a module that holds it.
         path: Where to; a directory for the default format. A file's name without an ending gets
             the format's own.
         name: The adapter.
@@ -63,8 +62,6 @@ def save_adapter(
             adapter and without it, for `verify_loaded` and `verify_served`. Token ids, or
             a pair of texts and their tokenizer: the model predicts tokens. The first 32 of 8 rows
             are used. The model runs about 14 times.
-        group: Processes of which each has other layers of the model; see `inject`. The first one
-            writes the parts of all.
         **options: For the format: `overwrite=True` replaces an adapter that is there; `base_model`,
             `task_type` and others stand over what the model says (`formats.ModelFacts`).
 
@@ -77,37 +74,20 @@ def save_adapter(
         FormatError: It holds NaN or Inf, the format cannot express it, or the path cannot be
             written.
     """
-    folder = user_path("save adapter", path)
-    survey = Survey(model)
-    format = format or DEFAULT  # noqa: A001
     asked = f"save adapter {name!r}"
+    folder, format = user_path("save adapter", path), format or DEFAULT  # noqa: A001
     target = _target(folder, format, version, keep, asked)
-
-    def taken() -> tuple[AdapterState, Callable[[], Any] | None]:
-        state = read_off(survey, name)
-        facts = None
-        if format_of(format).takes_facts:
-            facts = facts_for(survey, format, name)
-        check_used(survey, name, state, unused)
-        if probe is not None:
-            options["proof"] = take_proof(survey, name, probe, format)
-        return state, facts
-
-    def written(state: AdapterState, facts: Callable[[], Any] | None) -> None:
-        if not this_process_writes(survey):
-            return
-        if state.sites and not state.trained and all(s.is_zero for s in state.sites.values()):
-            say_untrained(name, len(state.sites))
+    survey = Injected(model, asked)
+    state, facts = saved_state(survey, name, format, unused)
+    if probe is not None:
+        options["proof"] = take_proof(survey, name, probe, format)
+    if this_process_writes(survey):
+        say_untrained(name, state)
         write_adapter(state, target, format, facts=facts, **options)
         if version is not None:
-            note_newest(folder, version, keep)
-
-    if group is not None:
-        saved_by_all(group, asked, taken, written)
-    else:
-        written(*taken())
+            _note_newest(folder, version, keep)
     note_saved(survey)
-    note_files(survey, name, target)
+    survey.root.adapters[name].files = target.absolute()
     return target
 
 
@@ -120,45 +100,59 @@ def _target(
 ) -> Path:
     """Return where files of a format are written for a path."""
     row = format_of(format, asked)
-    if version is not None:
-        return folder_of(version, path, format, row, asked)
-    if keep is not None:
-        raise FormatError(f"{asked}, keep {keep}", "it counts versions", "Give version, too")
-    with within(f"{asked} to '{path}'"):
-        return completed(path, row)
-
-
-def check_used(survey: Survey, name: str, state: AdapterState, unused: Sequence[str]) -> None:
-    """Raise for an adapter that holds NaN or Inf, or would not be all that has trained.
-
-    That is one that was trained and has sites that no forward has used, or beside which parameters
-    of the base train. `state` is the adapter as it was read from the model. Of several processes
-    all raise.
-    """
-    asked = f"save adapter {name!r}"
-    for holder in survey.holders:
-        if holder.tensor.requires_grad:
-            problem = f"{holder.name!r} trains beside it, and would be in no file"
-            remedy = "Inject with its name under `train`, or freeze it: requires_grad_(False)"
-            raise StateError(asked, problem, remedy)
-    state.check_finite(asked, FormatError)
-    if unused or not all_take_part([*entries(survey, name)]):
-        refuse_unused_sites(survey, name, state, unused, asked)
-
-
-LATEST = "LATEST"
-"""File with the name of an adapter's newest version."""
-
-
-def folder_of(version: int, path: Path, format: str, row: Format, asked: str) -> Path:  # noqa: A002
-    """Return where a version is written; `row` is that of its format, which must be a folder's."""
+    if version is None:
+        if keep is not None:
+            raise FormatError(f"{asked}, keep {keep}", "it counts versions", "Give version, too")
+        with within(f"{asked} to '{path}'"):
+            return completed(path, row)
     if row.endings:
         problem = f"versions are folders, and {format!r} is one file"
         raise FormatError(f"{asked}, version {version}", problem, "Leave version out")
     return path / str(version)
 
 
-def note_newest(folder: Path, newest: int, keep: int | None) -> None:
+def saved_state(
+    survey: Injected,
+    name: str,
+    format: str,  # noqa: A002
+    unused: Sequence[str],
+    gathered: Mapping[str, Tensor] = MappingProxyType({}),
+) -> tuple[AdapterState, Callable[[], Any]]:
+    """Return an adapter that is to be saved, and a function of the facts that a format asks for.
+
+    `gathered` are whole tensors by their keys in the state dict. Of several processes all raise.
+
+    Raises:
+        StateError: It is not all that has trained: sites that no forward has used, or parameters of
+            the base that train beside it.
+        FormatError: It holds NaN or Inf, or readers of the format would compute something else.
+    """
+    asked = f"save adapter {name!r}"
+    state = read_off(survey, name, gathered)
+    row = format_of(format, asked)
+    if row.by_peft:
+        refuse_misread(survey, name)
+    for holder in survey.holders:
+        if holder.tensor.requires_grad:
+            problem = f"{holder.name!r} trains beside it, and would be in no file"
+            remedy = "Inject with its name under `train`, or freeze it: requires_grad_(False)"
+            raise StateError(asked, problem, remedy)
+    state.check_finite(asked, FormatError)
+    refuse_unused_sites(survey, name, state, unused, asked)
+
+    def facts() -> Any:
+        idle = idle_among([*entries(survey, name)])
+        notes = tuple(notes_on_adapter(survey, name))
+        return replace(facts_about(survey), idle=idle, notes=notes)
+
+    return state, facts
+
+
+LATEST = "LATEST"
+"""File with the name of an adapter's newest version."""
+
+
+def _note_newest(folder: Path, newest: int, keep: int | None) -> None:
     """Note the version that was written last, and remove the oldest but `keep`."""
     replace_file(folder / LATEST, f"{newest}\n".encode())
     if keep is None:

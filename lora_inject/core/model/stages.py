@@ -1,15 +1,17 @@
 """A model whose layers are in several processes, as pipelines have it: one adapter on all of them.
 
-Every process calls the same verb. What a config means is asked of the names of the whole model, so
-all see the same mistakes, and a rule may match nothing in one of the processes. What one process
-alone refuses is refused by all, before anything has changed.
+Every process calls the same function with its stage. What a config means is asked of the names of
+the whole model, so all see the same mistakes, and a rule may match nothing in one of the processes.
+What one process alone refuses is refused by all, before anything has changed.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from os import PathLike
 from typing import Any, TypeVar
 
 import torch
@@ -19,83 +21,157 @@ from lora_inject.core.adapter.fingerprint import union_of
 from lora_inject.core.adapter.other_tensors import mapped, only
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.candidates import inventory
-from lora_inject.core.layers.survey import Carried, Survey
-from lora_inject.core.model.fit_state import Part
-from lora_inject.core.model.put import places_of_plan, put_plan_on, surveyed
+from lora_inject.core.model.base import Base
+from lora_inject.core.model.fit_state import fit, in_names_here
+from lora_inject.core.model.load import read_for
+from lora_inject.core.model.put import places_of_plan, put_plan, put_state, survey_for
+from lora_inject.core.model.save import saved_state
+from lora_inject.core.model.training import check_live_inputs
+from lora_inject.core.roots.root import Injected
 from lora_inject.core.spec.config import ConfigLike
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.names import canonical, quoted
 from lora_inject.core.spec.plan import Plan
 from lora_inject.core.spec.resolve import resolve
 from lora_inject.errors import FormatError, LayerError, LoraInjectError, MatchError, StateError
+from lora_inject.formats.exchange import DEFAULT, write_adapter
 from lora_inject.formats.from_peft import config_of
 
+M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
-F = TypeVar("F")
 
 
-def inject_by_all(
-    group: Any,
-    model: nn.Module,
-    config: ConfigLike,
-    name: str,
-    probe: Callable[[], Any] | None,
-    *,
-    leave_new: bool,
-) -> None:
-    """Put a new adapter onto the parts of a model; see `inject`."""
-    all_of = Stages(group, f"inject {name!r}")
-    survey, present = all_of.run(lambda: surveyed(model, name))
-    whole = all_of.whole(present)
+def inject_stages(
+    stage: M, config: ConfigLike, name: str = "default", *, group: Any, leave_new: bool = False
+) -> M:
+    """Put a new adapter onto the stages of a pipeline: `inject`, called by every process.
 
-    def checked() -> tuple[Plan, list[Carried]]:
-        planned = all_of.planned(config, model, whole, present)
-        return planned, places_of_plan(survey, name, planned, present, leave_new=leave_new)
+    Patterns must match, and `expect` must hold, over all stages; one of them may get nothing.
 
-    planned, wanted = all_of.run(checked)
-    all_of.put_on(lambda agreed: put_plan_on(survey, name, planned, wanted, probe, agreed))
+    Args:
+        stage: The layers of this process, under the names of the whole model.
+        config: As for `inject`.
+        name: Name of the adapter.
+        group: A group of torch.distributed with one process for each stage.
+        leave_new: As for `inject`.
 
+    Returns:
+        The same object. All raise, or none: what one process refuses is refused by all.
 
-def plan_of_part(group: Any, survey: Survey, config: ConfigLike) -> Plan:
-    """Return what a config does to the part of a model in this process; see `plan`."""
-    all_of = Stages(group, "plan")
-    present = all_of.run(lambda: inventory(survey))
-    whole = all_of.whole(present)
-    return all_of.run(lambda: all_of.planned(config, survey.model, whole, present))
-
-
-def put_on_by_all(
-    group: Any, asked: str, fitted: Callable[[Part], tuple[Any, ...]], put_on: Callable[..., None]
-) -> None:
-    """Put an adapter onto the parts of a model: what `fitted` returns, by `put_on`.
-
-    Both are of `load_adapter` or `install`. `put_on` is given a last check as well.
+    Raises:
+        MatchError: A pattern matches nothing, or several stages have what it matches.
+        LayerError: A matched module cannot carry an adapter, here or in another process.
+        StateError: This process is not in the group; and what `inject` raises.
     """
-    all_of = Stages(group, asked)
-    fitting = all_of.run(lambda: fitted(all_of.part_of_state))
-    all_of.check_complete()
-    all_of.put_on(lambda agreed: put_on(*fitting, agreed))
+    processes = _Processes(group, f"inject {name!r}")
+    with processes.agreed():
+        survey = survey_for(stage, name)
+        check_live_inputs(survey, processes.asked)
+        present = inventory(survey)
+    parts = processes.all(present)
+    with processes.agreed():
+        whole = _union(parts)
+        planned = resolve(config_of(config, whole, stage), whole)
+        mine = _part(planned, parts, present, processes.asked)
+        wanted = places_of_plan(survey, name, mine, present, leave_new=leave_new)
+    processes.put(lambda last: put_plan(survey, name, mine, wanted, last=last))
+    return stage
 
 
-def saved_by_all(
+def load_stages(
+    stage: M,
+    path: str | PathLike[str],
+    name: str = "default",
+    *,
     group: Any,
-    asked: str,
-    taken: Callable[[], tuple[AdapterState, F]],
-    written: Callable[[AdapterState, F], None],
+    leave_out: Sequence[str] = (),
+    base: Base = "same",
+    leave_new: bool = False,
+    trainable: bool = False,
+    format: str | None = None,  # noqa: A002
+    revision: str | None = None,
+    **options: Any,
+) -> M:
+    """Load an adapter onto the stages of a pipeline: each takes what it has layers for.
+
+    Args:
+        stage: The layers of this process, under the names of the whole model.
+        path: As for `load_adapter`, and so are the options.
+        name: Its name on this model.
+        group: A group of torch.distributed with one process for each stage.
+        leave_out: Patterns of trained tensors and sites to let go.
+        base: How sure to be of the base.
+        leave_new: Whether weights may differ that no checkpoint of this model had.
+        trainable: Whether to go on training it.
+        format: A row of `formats.FORMATS`.
+        revision: Branch, tag or commit of a repository.
+        **options: For the format.
+
+    Returns:
+        The same object. All raise, or none.
+
+    Raises:
+        FormatError: No process has a layer that it is for; and what `load_adapter` raises.
+        LayerError: Another process refused it.
+    """
+    processes = _Processes(group, f"load {str(path)!r}")
+    asked = processes.asked
+    with processes.agreed():
+        survey = survey_for(stage, name)
+        if trainable:
+            check_live_inputs(survey, asked)
+        _, _, state = read_for(survey, path, format, revision, options, asked)
+        state = in_names_here(survey, state, leave_out, asked)
+        present = inventory(survey)
+        names = [*state.sites, *state.trained]
+        taken = {n for n in names if n in present.sites or n in present.listed}
+        fitted = fit(survey, only(state, taken), (), base, leave_new=leave_new, asked=asked)
+    everywhere = set().union(*processes.all(taken))
+    if missing := [n for n in names if n not in everywhere]:
+        problem = f"no process of the group has {quoted(missing[:3])}"
+        raise FormatError(asked, problem, "Load it onto the model that it was made for")
+    processes.put(lambda last: put_state(survey, fitted, name, trainable=trainable, last=last))
+    return stage
+
+
+def save_stages(
+    stage: nn.Module,
+    path: str | PathLike[str],
+    name: str = "default",
+    *,
+    group: Any,
+    format: str | None = None,  # noqa: A002
+    unused: Sequence[str] = (),
+    **options: Any,
 ) -> None:
-    """Write the parts of all processes in the first one; see `save_adapter`."""
-    all_of = Stages(group, asked)
-    part, facts = all_of.run(taken)
+    """Save one adapter of all stages of a pipeline, as one process with the whole model would.
 
-    def write() -> None:
-        state = all_of.whole_state(part)
-        if all_of.is_first:
-            written(state, facts)
+    Args:
+        stage: The layers of this process, under the names of the whole model.
+        path: Where the first process of the group writes.
+        name: The adapter.
+        group: A group of torch.distributed with one process for each stage.
+        format: A row of `formats.FORMATS`.
+        unused: Patterns of what may be without use; see `save_adapter`.
+        **options: For the format.
 
-    all_of.run(write)
+    Raises:
+        StateError: Several stages have the same part of it; and what `save_adapter` raises.
+        LayerError: Another process refused it.
+    """
+    processes = _Processes(group, f"save adapter {name!r}")
+    format = format or DEFAULT  # noqa: A001
+    with processes.agreed():
+        survey = Injected(stage, processes.asked)
+        state, facts = saved_state(survey, name, format, unused)
+    parts = processes.at_first(mapped(state, _on_cpu))
+    with processes.agreed():
+        if parts:
+            whole = _joined(parts, processes.asked)
+            write_adapter(whole, path, format, facts=facts, **options)
 
 
-class Stages:
+class _Processes:
     """The processes of a group, each of which has other layers of a model."""
 
     def __init__(self, group: Any, asked: str) -> None:
@@ -105,117 +181,53 @@ class Stages:
             problem = f"group is {group!r}, of which this process is no member"
             raise StateError(asked, problem, "Give a group of torch.distributed")
         self.group, self.asked = group, asked
-        self.rank = distributed.get_rank(group)
-        self.is_first = self.rank == 0
-        self._holders: Mapping[str, list[int]] = {}
-        self._names: list[str] = []  # of an adapter for the whole model
-        self._taken: set[str] = set()  # those of them that are here
+        self.size = distributed.get_world_size(group)
 
-    def run(self, work: Callable[[], T]) -> T:
-        """Do what may be refused, before anything changes; raise where any process does."""
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Raise where the body fails in any process."""
         try:
-            result = work()
+            yield
         except Exception as error:
-            self._all(_text(error))
+            self.all(_text(error))
             raise
-        self._refuse_others(self._all(None))
-        return result
+        self._refuse_others()
 
-    def put_on(self, work: Callable[[Callable[[], None]], None]) -> None:
-        """Do what changes a model; what fails in one process is undone in all."""
+    def put(self, work: Callable[[Callable[[], None]], None]) -> None:
+        """Do what changes a model, and ends in the call that it is given.
+
+        What fails in one process is undone in all.
+        """
         told: list[bool] = []
 
-        def check() -> None:
+        def last() -> None:
             told.append(True)
-            self._refuse_others(self._all(None))
+            self._refuse_others()
 
         try:
-            work(check)
+            work(last)
         except Exception as error:
             if not told:
-                self._all(_text(error))
+                self.all(_text(error))
             raise
 
-    def whole(self, here: Inventory) -> Inventory:
-        """Return the names of all processes, in their order."""
-        inventories = self._all(here)
-        holders = defaultdict(list)
-        for rank, part in enumerate(inventories):
-            for name in {**part.parameters, **part.weights}:
-                holders[name].append(rank)
-        self._holders = holders
-        return _union(inventories)
-
-    def planned(
-        self, config: ConfigLike, model: nn.Module, whole: Inventory, here: Inventory
-    ) -> Plan:
-        """Return what of a config, which is asked of the whole model, is for this process."""
-        return self.part(resolve(config_of(config, whole, model), whole), here)
-
-    def part(self, plan: Plan, here: Inventory) -> Plan:
-        """Return what of a plan for the whole model is for this process.
-
-        Raises:
-            MatchError: Several processes have what the plan adapts or trains.
-        """
-        touched = [canonical(site.weight) for site in plan.sites]
-        touched += [trained.name for trained in plan.trained]
-        for name in touched:
-            if len(ranks := self._holders.get(name, [])) > 1:
-                problem = f"processes {', '.join(map(str, ranks))} of the group each have {name!r}"
-                remedy = "Exclude it where it is one tensor with copies; give parts the names that "
-                remedy += "they have in the whole model; leave group out where each process has all"
-                raise MatchError(self.asked, problem, remedy)
-        known = {*here.listed, *here.weights}
-        sites = tuple(site for site in plan.sites if canonical(site.weight) in known)
-        trained = tuple(entry for entry in plan.trained if entry.name in known)
-        return replace(plan, sites=sites, trained=trained)
-
-    def part_of_state(self, state: AdapterState, here: Inventory) -> AdapterState:
-        """Return what of an adapter for the whole model is for this process."""
-        self._names = [*state.sites, *state.trained]
-        known = {*here.sites, *here.listed}
-        self._taken = {name for name in self._names if name in known}
-        return only(state, self._taken)
-
-    def check_complete(self) -> None:
-        """Check that some process has taken each part of an adapter.
-
-        Raises:
-            FormatError: No process has a layer that the adapter is for.
-        """
-        everywhere = set().union(*self._all(self._taken))
-        missing = [name for name in self._names if name not in everywhere]
-        if missing:
-            problem = f"no process of the group has {quoted(missing[:3])}"
-            remedy = "Load it onto the model that it was made for"
-            raise FormatError(self.asked, problem, remedy)
-
-    def whole_state(self, state: AdapterState) -> AdapterState:
-        """Return the adapter of all processes, in the first one; its part in the others.
-
-        Raises:
-            StateError: Several processes have the same part.
-        """
-        parts = self._at_first(mapped(state, _on_cpu))
-        return _joined(parts, self.asked) if self.is_first else state
-
-    def _all(self, value: T) -> list[T]:
+    def all(self, value: T) -> list[T]:
         """Return the value of each process."""
-        values: list[Any] = [None] * torch.distributed.get_world_size(self.group)
+        values: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(values, value, group=self.group)
         return values
 
-    def _at_first(self, value: T) -> list[T]:
+    def at_first(self, value: T) -> list[T]:
         """Return the value of each process in the first one, nothing in the others."""
-        size = torch.distributed.get_world_size(self.group)
-        values: list[Any] | None = [None] * size if self.is_first else None
+        is_first = torch.distributed.get_rank(self.group) == 0
+        values: list[Any] | None = [None] * self.size if is_first else None
         first = torch.distributed.get_process_group_ranks(self.group)[0]
         torch.distributed.gather_object(value, values, dst=first, group=self.group)
         return values or []
 
-    def _refuse_others(self, texts: Iterable[str | None]) -> None:
-        for rank, text in enumerate(texts):
+    def _refuse_others(self) -> None:
+        """Say that this process agrees, and raise where another does not."""
+        for rank, text in enumerate(self.all(None)):
             if text is not None:
                 problem = f"process {rank} of the group refused it: {text}"
                 remedy = "Mend it there; nothing has changed in any process"
@@ -229,6 +241,29 @@ def _text(error: Exception) -> str:
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu()
+
+
+def _part(plan: Plan, parts: Sequence[Inventory], here: Inventory, asked: str) -> Plan:
+    """Return what of a plan for the whole model is for this process.
+
+    Raises:
+        MatchError: Several processes have what the plan adapts or trains.
+    """
+    touched = [canonical(site.weight) for site in plan.sites]
+    touched += [trained.name for trained in plan.trained]
+    for name in touched:
+        ranks = [
+            n for n, part in enumerate(parts) if name in part.parameters or name in part.weights
+        ]
+        if len(ranks) > 1:
+            problem = f"processes {', '.join(map(str, ranks))} of the group each have {name!r}"
+            remedy = "Exclude it where it is one tensor with copies; give parts the names that "
+            remedy += "they have in the whole model; call inject where each process has all"
+            raise MatchError(asked, problem, remedy)
+    known = {*here.listed, *here.weights}
+    sites = tuple(site for site in plan.sites if canonical(site.weight) in known)
+    trained = tuple(entry for entry in plan.trained if entry.name in known)
+    return replace(plan, sites=sites, trained=trained)
 
 
 def _union(several: Sequence[Inventory]) -> Inventory:

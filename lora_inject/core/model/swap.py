@@ -19,18 +19,11 @@ from lora_inject.core.adapter.other_tensors import on_parts
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.starting import copy_into, given_values
-from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.base import Base, check_base, check_base_copies
+from lora_inject.core.model.base import Base
+from lora_inject.core.model.fit_state import fit
 from lora_inject.core.model.read_off import values_on
-from lora_inject.core.model.slots import placed, present, refuse_in_slot
-from lora_inject.core.roots.carried import (
-    alone,
-    check_unmerged,
-    entries,
-    note_files,
-    reach,
-    records_of,
-)
+from lora_inject.core.model.slots import placed
+from lora_inject.core.roots.root import Injected, alone, check_unmerged, entries
 from lora_inject.core.spec.names import nearest
 from lora_inject.core.spec.sites import meaning
 from lora_inject.errors import FormatError, LayerError, user_path, within
@@ -40,7 +33,6 @@ from lora_inject.private import look_up
 
 M = TypeVar("M", bound=nn.Module)
 PLAIN = (nn.Parameter, Tensor)
-_Paired = tuple[dict[str, SiteState], list[tuple[Tensor, Tensor]]]
 
 _BESIDE = "Load it under another name and activate that"
 _SLOT = ", or swap it into what reserve(model, name, rank=...) has made"
@@ -67,7 +59,7 @@ def swap_adapter(
     with the new values. A forward that runs on another thread meanwhile may compute with both.
 
     Args:
-        model: The root, or any module that holds roots.
+        model: The root, or a module that holds it.
         source: The adapter as a value, or the path of its files.
         name: The adapter on the model whose values are replaced.
         base: How sure to be of the base; see `load_adapter`.
@@ -86,7 +78,7 @@ def swap_adapter(
     Examples:
         >>> from lora_inject.core.model.read_off import adapter_state
         >>> from lora_inject.core.model.inject import inject
-        >>> from lora_inject.core.model.trainable import adapter_parameters
+        >>> from lora_inject.core.model.training import adapter_parameters
         >>> net = nn.Sequential(nn.Linear(4, 6))
         >>> for name in ("slot", "next"):
         ...     _ = inject(net, {"rank": 2, "targets": ["0"]}, name)
@@ -96,47 +88,38 @@ def swap_adapter(
         True
     """
     asked = f"swap adapter {name!r}"
-    survey = Survey(model)
-    slot, here = values_on(survey, name, "swap_adapter of")
-    selections = reach(model, survey).selections
-    check_unmerged(asked, *selections)
-    state = source
-    whose = asked
-    files = None
+    survey = Injected(model, asked)
+    slot, _ = values_on(survey, name, asked)
+    adapter = survey.root.adapters[name]
+    check_unmerged(asked, survey.root)
+    state, whose, files = source, asked, None
     if not isinstance(state, AdapterState):
-        files = user_path(asked, state)
+        files, whose = user_path(asked, state), f"{asked} for {str(source)!r}"
         state = read_adapter(files, format, facts=lambda: facts_about(survey), **options)
-        whose = f"{asked} for {str(source)!r}"
-    state.check_finite(whose, FormatError)
-    state = _of_slots_experts(state, slot, asked)
-    reserved = any(name in root.slots for _, root in records_of(survey, name))
-    sites, pairs = (_paired_in_slot if reserved else _paired)(slot, state, asked)
+    state = on_parts(fit(survey, state, (), base, leave_new=False, asked=whose), slot, asked)
+    _check_same("site", slot.sites.keys(), state.sites.keys(), asked, fewer=adapter.is_slot)
+    if adapter.is_slot:
+        with within(asked):
+            pairs = placed(slot, state)
+    else:
+        pairs = [*_paired(slot, state, asked)]
     _check_fit(pairs, asked)
-    if base != "any":
-        weights = {state.sites[key].spec.weight: here[s.spec.weight] for key, s in sites.items()}
-        check_base(survey, state, weights, base, asked)
-    check_base_copies(state, survey.weights, asked)
-    for selection in selections:
-        selection.note(name)
+    survey.root.selection.note(name)
     _write(survey, name, [tensor for tensor, _ in pairs], [value for _, value in pairs])
-    for _, root in records_of(survey, name):
-        root.configs[name] = state.config
-    note_files(survey, name, files)
+    adapter.config, adapter.files = state.config, None if files is None else files.absolute()
     return model
 
 
-def _of_slots_experts(state: AdapterState, slot: AdapterState, asked: str) -> AdapterState:
-    """Return a state with those experts of a stack that the slot has."""
-    if any(held.spec.only or held.spec.share for held in slot.sites.values()):
-        return on_parts(state, slot, asked)
-    return state
-
-
-def _write(survey: Survey, name: str, into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+def _write(survey: Injected, name: str, into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Write all values into an adapter's Parameters, or none of them."""
     copy = look_up("torch._foreach_copy_")
     if copy is None or not all(type(tensor) in PLAIN for tensor in into):
-        _write_one_by_one(into, values)
+        before = [parameter.detach().clone() for parameter in into]
+        try:
+            copy_into(into, values)
+        except BaseException:
+            copy_into(into, before)
+            raise
     else:
         # One call of torch, which nothing interrupts, and in which nothing asks for memory.
         alike = [v.to(tensor) for tensor, v in zip(into, values, strict=True)]
@@ -146,67 +129,31 @@ def _write(survey: Survey, name: str, into: Sequence[Tensor], values: Sequence[T
         given_values(module, [entry])
 
 
-def _write_one_by_one(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    before = [parameter.detach().clone() for parameter in into]
-    try:
-        copy_into(into, values)
-    except BaseException:
-        copy_into(into, before)
-        raise
-
-
-def _paired(slot: AdapterState, state: AdapterState, asked: str) -> _Paired:
-    """Return the slot's sites by the new names, and its tensors, each with its new value."""
-    pairs = [*_paired_copies(slot, state, asked)]
-    sites = _in_names_of(state, slot, asked)
-    for key, held in sites.items():
-        new = state.sites[key]
-        _check_alike(new, held, asked)
-        pairs += [(tensor, new.tensors[role]) for role, tensor in held.tensors.items()]
-    return sites, pairs
-
-
-def _paired_in_slot(slot: AdapterState, state: AdapterState, asked: str) -> _Paired:
-    """Return the same for what `reserve` has made, which takes other ranks and fewer sites."""
-    with within(asked):
-        refuse_in_slot(state, slot)
-    sites = _in_names_of(state, present(slot, state), asked)
-    with within(asked):
-        return sites, placed(slot, state, sites)
-
-
-def _in_names_of(state: AdapterState, slot: AdapterState, asked: str) -> dict[str, SiteState]:
-    """Return the slot's sites by the names of the new state; the two must have the same sites."""
-    named = {
-        next((n for n in (key, *site.spec.aliases) if n in state.sites), key): site
-        for key, site in slot.sites.items()
-    }
-    _check_same("site", named.keys(), state.sites.keys(), asked)
-    return named
-
-
-def _paired_copies(
-    slot: AdapterState, state: AdapterState, asked: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the trained copies of the slot with their new values."""
+def _paired(slot: AdapterState, state: AdapterState, asked: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the slot's tensors, each with its new value."""
     _check_same("trained tensor", slot.trained.keys(), state.trained.keys(), asked)
     first: dict[int, Tensor] = {}  # the copy of a tied tensor has several names
     for name, parameter in slot.trained.items():
         value = state.trained[name]
-        same = first.setdefault(id(parameter), value)
+        problem = ""
         if state.rows.get(name) != slot.rows.get(name):
             problem = "it holds other rows than the adapter on the model"
-        elif same is value or torch.equal(value, same):
-            yield parameter, same
-            continue
-        else:
+        elif first.setdefault(id(parameter), value) is not value:
             problem = "it has another value than under its other name, and both are one copy here"
-        raise FormatError(f"{asked}, trained tensor {name!r}", problem, _BESIDE)
+        if problem:
+            raise FormatError(f"{asked}, trained tensor {name!r}", problem, _BESIDE)
+        yield parameter, value
+    for key, held in slot.sites.items():
+        new = state.sites[key]
+        _check_alike(new, held, asked)
+        yield from ((tensor, new.tensors[role]) for role, tensor in held.tensors.items())
 
 
-def _check_same(what: str, here: Set[str], there: Set[str], asked: str) -> None:
+def _check_same(
+    what: str, here: Set[str], there: Set[str], asked: str, *, fewer: bool = False
+) -> None:
     """Check that the adapter to be swapped in, `there`, has what the slot has, and no more."""
-    for name in sorted(here ^ there)[:1]:
+    for name in sorted(there - here if fewer else here ^ there)[:1]:
         problem = "the adapter on the model has it, and the one to be swapped in has not"
         if name in there:
             close = ", ".join(map(repr, nearest(name, here))) or "none"

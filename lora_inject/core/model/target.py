@@ -21,7 +21,7 @@ from lora_inject.core.functional.rounded_fold import (
 from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.gains import gain_of
 from lora_inject.core.layers.packed_weights import dense, reason_against, weight_kind
-from lora_inject.core.layers.plain_tensors import is_quantized, sharded_by
+from lora_inject.core.layers.plain_tensors import is_quantized, sharded_by, whole
 from lora_inject.core.layers.survey import Holder, memory_of
 from lora_inject.core.layers.weight_kinds import UNKNOWN, Verb
 from lora_inject.core.model.undo import Put, version_of
@@ -247,17 +247,6 @@ class Target:
         dtype = str(self.weight.dtype).removeprefix("torch.")
         report = TensorReport(self.name, action, dtype, tuple(self.weight.shape))
         return with_tally(report, self.tally)
-
-
-@torch.no_grad()
-def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor; a collective operation where each process holds a part of it."""
-    values = tensor.detach()
-    gather = getattr(values, "full_tensor", None)
-    if gather is None:
-        return values
-    gathered: Tensor = gather()
-    return gathered
 
 
 def _frozen(values: Tensor) -> nn.Parameter:

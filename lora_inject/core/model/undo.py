@@ -18,7 +18,7 @@ from lora_inject.core.layers.selected import Selected
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Holder, Survey
 from lora_inject.core.layers.weight_kinds import Undo
-from lora_inject.core.roots.carried import alone, root_of
+from lora_inject.core.roots.root import Injected, alone
 from lora_inject.errors import StateError
 
 M = TypeVar("M", bound=nn.Module)
@@ -150,8 +150,8 @@ def unmerge(model: M, *, discard: bool = False) -> M:
         StateError: Nothing is merged, it was merged with `undo=False`, or a weight or its layer was
             replaced or changed since. Nothing was changed.
     """
-    survey = Survey(model)
-    root = root_of(survey)
+    survey = Injected(model, "unmerge")
+    root = survey.root
     merged: Merged | None = root.before_merge
     if merged is None:
         raise StateError("unmerge", "nothing is merged", "Call merge(model) first")

@@ -1,1 +1,1 @@
-"""The root of an injected model: what it remembers, and what is asked of it."""
+"""The root of an injected model: what it remembers, and who takes part in its forwards."""

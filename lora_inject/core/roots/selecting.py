@@ -1,0 +1,133 @@
+"""Which adapters take part: for all threads, or for the thread or asyncio task of a context.
+
+No layer, no parameter and no `requires_grad` is touched, so this costs the same for ten sites as
+for ten thousand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Real
+from typing import TypeVar
+
+from torch import nn
+
+from lora_inject.core.layers.attached import Entry
+from lora_inject.core.layers.contexts import held_by_coroutine, in_context
+from lora_inject.core.layers.gains import check_mixed
+from lora_inject.core.layers.selected import Mix, Selected
+from lora_inject.core.roots.root import (
+    Injected,
+    alone,
+    check_names,
+    check_unmerged,
+    entries,
+    root_of,
+)
+from lora_inject.errors import StateError, check_type
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@alone
+def activate(model: M, which: str | Mapping[str, float] | None) -> M:
+    """Choose the adapters that take part from here on, in all threads.
+
+    It is a change between forwards: one that runs in another thread meanwhile may compute some of
+    its layers by either setting. What each thread wants for itself is `routed`.
+
+    On CUDA this is an operation of the current stream: compiled forwards in another stream have to
+    wait for it.
+
+    Args:
+        model: The root, or a module that holds it.
+        which: One adapter; a mix of several with their weights (`W + sum of w * scale * B @ A`);
+            or None, like an empty mix, for the plain base.
+
+    Returns:
+        The same object.
+
+    Raises:
+        StateError: A name is unknown, a weight is not finite, or the model is merged.
+        LayerError: An adapter with a gain (DoRA) is not the only one at one of its sites.
+
+    Examples:
+        >>> from lora_inject.core.model.inject import inject
+        >>> net = nn.Sequential(nn.Linear(4, 4))
+        >>> for name in ("sql", "style"):
+        ...     _ = inject(net, {"rank": 1, "targets": ["0"]}, name)
+        >>> _ = activate(net, {"sql": 0.7, "style": 0.3})
+    """
+    weights = weights_of(which, "activate")
+    _, root = root_of(model, "activate")
+    check_names(root, weights, "activate")
+    check_unmerged("activate", root)
+    check_mixes(model, weights)
+    root.selection.check_settled("activate")
+    root.selection.replace(Mix(weights))
+    return model
+
+
+def weights_of(which: str | Mapping[str, float] | None, verb: str) -> dict[str, float]:
+    """Return the weights of a name, of a mix, or of nothing."""
+    if which is None or isinstance(which, str):
+        return {} if which is None else {which: 1.0}
+    check_type(verb, which, Mapping, "Give a name, a mapping of names to weights, or None")
+    for name, weight in which.items():
+        asked = f"{verb} {name!r}"
+        if not isinstance(weight, Real) or not math.isfinite(weight):
+            raise StateError(asked, f"its weight is {weight!r}", "Give a finite number")
+    return {name: float(weight) for name, weight in which.items()}
+
+
+def check_mixes(model: nn.Module, weights: Mapping[str, float]) -> None:
+    """Raise if an adapter with a gain would not be alone at a site, with weight 1."""
+    _, root = root_of(model, "mix")
+    if list(weights.values()) == [1.0] or not any(root.adapters[n].gained for n in weights):
+        return
+    taking: dict[tuple[int, str], list[tuple[Entry, float]]] = {}
+    survey = Injected(model, "mix")
+    for name, weight in weights.items():
+        for _, module, entry in entries(survey, name):
+            taking.setdefault((id(module), entry.param), []).append((entry, weight))
+    for each in taking.values():
+        check_mixed(each)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Return a context in which the plain base model runs: no adapter takes part.
+
+    As with `routed`, other threads and tasks are not affected. It decorates functions as well.
+
+    Args:
+        model: The root, or a module that holds it.
+
+    Raises:
+        StateError: The model is merged, and so there is no plain base; or a generator enters it.
+
+    Examples:
+        >>> import torch
+        >>> from lora_inject.core.model.inject import inject
+        >>> net = inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": ["0"]})
+        >>> with disabled(net):
+        ...     y = net(torch.ones(2, 4))
+    """
+    with selecting(model, Mix(), "disabled", waits=held_by_coroutine("disabled()")):
+        yield
+
+
+@contextmanager
+def selecting(
+    model: nn.Module, selected: Selected, asked: str, *, waits: bool = False
+) -> Iterator[None]:
+    """Run the body with others taking part, for the calling thread or task only.
+
+    `waits` says that a coroutine holds the context.
+    """
+    _, root = root_of(model, asked)
+    check_unmerged(asked, root)
+    with in_context({root.selection: selected}, waits=waits):
+        yield
