@@ -28,12 +28,6 @@ from lora_inject.errors import ConfigError, FormatError, user_path
 from lora_inject.formats.model_facts import expert_names
 from lora_inject.formats.peft.fields import LoraFields, read_fields, whole
 
-_READS_DATA = {
-    "corda_config": "an init that reads data",
-    "eva_config": "an init that reads data",
-    "loftq_config": "an init that changes the base",
-    "lora_ga_config": "an init that reads gradients",
-}
 _INITS = {"true": "kaiming", "gaussian": "gaussian", "pissa": "pissa", "olora": "olora"}
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -69,7 +63,9 @@ def from_peft(config: Any, *, inventory: Inventory | None = None, model: Any = N
     """
     asked, plain = _plain_data(config)
     lora = read_fields({"peft_type": "LORA", **plain}, asked, ConfigError)
-    _refuse_others(plain, lora, asked)
+    if not lora.target_modules and not lora.target_parameters:
+        problem = "it is missing: PEFT has a list of names for each type of model"
+        raise _error(asked, "target_modules", problem, "Give target_modules, such as 'all-linear'")
     heads = _HEADS.get(lora.task_type or "", ())
     saved = [re.escape(name) for name in lora.modules_to_save if name not in heads]
     # A model has one of several heads.
@@ -150,20 +146,6 @@ def _data_in(path: Path) -> dict[str, Any]:
 
 def _error(asked: str, field: str, problem: str, remedy: str) -> ConfigError:
     return ConfigError(f"{asked}, '{field}'", problem, remedy)
-
-
-def _refuse_others(plain: Mapping[str, Any], lora: LoraFields, asked: str) -> None:
-    """Refuse what would start an adapter in a way of PEFT's, and a config without targets."""
-    for field, what in _READS_DATA.items():
-        if plain.get(field):
-            remedy = "Leave it out; init: pissa starts from W"
-            raise _error(asked, field, f"it is of {what}", remedy)
-    if lora.runtime_config.get("ephemeral_gpu_offload"):
-        problem = "ephemeral_gpu_offload is not supported"
-        raise _error(asked, "runtime_config", problem, "Leave it out")
-    if not lora.target_modules and not lora.target_parameters:
-        problem = "it is missing: PEFT has a list of names for each type of model"
-        raise _error(asked, "target_modules", problem, "Give target_modules, such as 'all-linear'")
 
 
 def _init(init: bool | str, asked: str) -> str:

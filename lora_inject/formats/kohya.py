@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lora_inject.core.adapter.file_keys import check_no_clash, one_line
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.strict_json import misfit, parse_json
+from lora_inject.core.files.strict_json import parse_json
 from lora_inject.core.files.tensors import read_tensors, serialize
 from lora_inject.core.spec.names import nearest
 from lora_inject.errors import FormatError, within
@@ -37,18 +37,6 @@ _KEY = re.compile(r"((?:lora|lycoris)_[^.]+)\.(lora_down\.weight|lora_up\.weight
 _PREFIX = re.compile(rf"(?:lora_({'|'.join(COMPONENTS)})|(lycoris))_(.+)")
 _ROLES = {"lora_down.weight": "A", "lora_up.weight": "B"}
 _NAMES = "lora_inject.names"
-_OTHER = {
-    "lora_mid.weight": "a Tucker decomposition (LyCORIS)",
-    "dora_scale": "a DoRA magnitude",
-    "hada_w1_a": "a LoHa",
-    "lokr_w1": "a LoKr",
-    "lokr_w1_a": "a LoKr",
-    "lokr_w2": "a LoKr",
-    "oft_blocks": "an OFT",
-    "a1.weight": "a GLoRA",
-    "diff": "a full difference",
-    "w_norm": "the difference of a norm",
-}
 
 
 def detects(files: Files) -> bool:
@@ -110,15 +98,13 @@ def read(path: Path, facts: ModelFacts, *, component: str | None = None) -> Adap
 
 def _parsed(key: str) -> tuple[str, str, str]:
     """Return the component, the flat name of the module and the role of a tensor."""
-    for end, what in _OTHER.items():
-        if key.endswith(f".{end}"):
-            remedy = "Merge it into the base with the program that made it, and extract a LoRA"
-            problem = f"'{key[:200]}' belongs to {what}, not to a LoRA"
-            raise FormatError("", problem, f"{remedy} (lora-inject extract)")
     match = _KEY.fullmatch(key)
     if match is None:
-        problem = f"the tensor '{key[:200]}' is not known"
-        raise FormatError("", problem, "Give a LoRA of sd-scripts")
+        problem = (
+            f"'{key[:200]}' is not of a LoRA: LoHa, LoKr, DoRA, Tucker and others are not read"
+        )
+        remedy = "Merge it into the base with the program that made it, and extract a LoRA"
+        raise FormatError("", problem, f"{remedy} (lora-inject extract)")
     prefix = _PREFIX.fullmatch(match[1])
     if prefix is None:
         problem = f"'{match[1][:200]}' does not begin with a component"
@@ -127,16 +113,10 @@ def _parsed(key: str) -> tuple[str, str, str]:
 
 
 def _names_in(said: Mapping[str, str]) -> dict[str, str]:
-    """Return names by their form in the file, from the metadata."""
-    if _NAMES not in said:
-        return {}
-    where = f"metadata '{_NAMES}'"
-    names: Any = parse_json(said[_NAMES], where)
-    if misfit(names, {...: str}) or not all(
-        flat.endswith("_" + name.replace(".", "_")) for flat, name in names.items()
-    ):
-        raise FormatError(where, "it is not a table of names", "Fetch the file again")
-    return dict(names)
+    """Return names by their form in the file, from the metadata; those that do not fit are none."""
+    names: Any = parse_json(said.get(_NAMES, "{}"), f"metadata '{_NAMES}'")
+    items = names.items() if isinstance(names, dict) else ()
+    return {flat: name for flat, name in items if flat.endswith(f"_{name}".replace(".", "_"))}
 
 
 def _unflattened(flat: str, known: Mapping[str, Sequence[str]] | None) -> str:

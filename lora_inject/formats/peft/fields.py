@@ -42,7 +42,7 @@ UNSUPPORTED = {
 _NOT_NEEDED = {
     *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode"),
     *("loftq_config", "lora_ga_config", "megatron_core", "peft_type", "qalora_group_size"),
-    "revision",
+    *("revision", "runtime_config"),
 }
 LAYOUTS_OF_B = ("rank_major", "grouped_by_expert")
 """How unsloth has ordered the columns of a stack's B: as PEFT does, or by expert first."""
@@ -93,7 +93,6 @@ class LoraFields(BaseModel):
     trainable_token_indices: Rows | dict[str, Rows] = {}
     lora_B_layout: Literal["rank_major", "grouped_by_expert"] | None = None  # noqa: N815
     peft_version: str | None = None
-    runtime_config: dict[str, Any] = {}
     task_type: str | None = None
 
     @property
