@@ -252,7 +252,6 @@ A = "lora_unet_a"
         ([A], {"x": torch.ones(6)}, None, "'x'"),
         (["lora_vae_a"], {}, None, "lora_vae_a"),
         ([A], {f"{A}.alpha": torch.tensor(float("nan"))}, None, "nan"),
-        ([A], {}, {"lora_inject.names": '{"lora_unet_a": "b"}'}, "dots of names"),
     ],
 )
 def test_files_of_kohya_are_strict(modules, further, said, named, tmp_path) -> None:
