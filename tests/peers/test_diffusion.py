@@ -218,9 +218,9 @@ def test_comfyui_computes_the_same(tmp_path: Path) -> None:
 DOWN_UP = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(6, 2)}
 
 
-def kohya(tmp_path: Path, *modules: str, said: Any = None, **further: Tensor) -> Path:
+def kohya(tmp_path: Path, *modules: str, **further: Tensor) -> Path:
     tensors = {f"{m}.{end}": t.clone() for m in modules for end, t in DOWN_UP.items()}
-    save_file(tensors | further, tmp_path / "k.safetensors", said)
+    save_file(tensors | further, tmp_path / "k.safetensors")
     return tmp_path / "k.safetensors"
 
 
@@ -246,16 +246,16 @@ A = "lora_unet_a"
 
 
 @pytest.mark.parametrize(
-    ("modules", "further", "said", "named"),
+    ("modules", "further", "named"),
     [
-        ([A], {f"{A}.dora_scale": torch.ones(6)}, None, "DoRA"),
-        ([A], {"x": torch.ones(6)}, None, "'x'"),
-        (["lora_vae_a"], {}, None, "lora_vae_a"),
-        ([A], {f"{A}.alpha": torch.tensor(float("nan"))}, None, "nan"),
+        ([A], {f"{A}.dora_scale": torch.ones(6)}, "DoRA"),
+        ([A], {"x": torch.ones(6)}, "'x'"),
+        (["lora_vae_a"], {}, "lora_vae_a"),
+        ([A], {f"{A}.alpha": torch.tensor(float("nan"))}, "nan"),
     ],
 )
-def test_files_of_kohya_are_strict(modules, further, said, named, tmp_path) -> None:
-    path = kohya(tmp_path, *modules, said=said, **further)
+def test_files_of_kohya_are_strict(modules, further, named, tmp_path) -> None:
+    path = kohya(tmp_path, *modules, **further)
     with refused(li.FormatError, named):
         li.read_adapter(path, module_names=["a"])
 
