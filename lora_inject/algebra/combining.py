@@ -38,7 +38,7 @@ METHODS = ("cat", "svd", *ON_FACTORS, *(f"{name}_svd" for name in ON_FACTORS[1:]
 
 
 def state_of(adapter: Adapter, asked: str) -> AdapterState:
-    """Return a value as it is, or that of a file; its tensors are read when they are used."""
+    """Return a value as it is, or that of a file."""
     if isinstance(adapter, AdapterState):
         return adapter
     remedy = "Give an AdapterState, or the path of its files"

@@ -22,7 +22,7 @@ from lora_inject.core.adapter.fingerprint import (
     unverifiable,
     without_weights,
 )
-from lora_inject.core.adapter.other_tensors import site_mapped, with_every_expert
+from lora_inject.core.adapter.other_tensors import with_every_expert
 from lora_inject.core.adapter.parts import Term, check_alike, mixed, plain, total
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
@@ -53,28 +53,18 @@ def called(states: Sequence[Any]) -> list[str]:
 def paired(
     one: AdapterState, two: AdapterState, asked: str
 ) -> Iterator[tuple[str, SiteState | None, SiteState | None]]:
-    """Yield the sites of two adapters by name; check base, shapes and finite values.
-
-    Values that are in a file are read here, once.
-    """
+    """Yield the sites of two adapters by name; check base, shapes and finite values."""
     names = _check_adapters([one, two], asked)
-    one, two = with_every_expert(one), with_every_expert(two)
-    for state, name in zip((one, two), names, strict=True):
-        replace(state, sites={}).check_finite(f"{asked}, {name}")
-    for site in {**one.sites, **two.sites}:
-        sites_of_both: list[SiteState | None] = []
-        for state, name in zip((one, two), names, strict=True):
-            sites_of_both.append(state.sites.get(site) and site_mapped(state.sites[site], _read))
-            if (there := sites_of_both[-1]) is not None:
-                plain(there, where := f"{asked}, {name}")
-                AdapterState({site: there}).check_finite(where)
-        holders = [name for name, s in zip(names, sites_of_both, strict=True) if s]
-        check_alike([s.spec for s in sites_of_both if s], holders, asked)
-        yield site, sites_of_both[0], sites_of_both[1]
-
-
-def _read(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
+    both = [with_every_expert(one), with_every_expert(two)]
+    for state, name in zip(both, names, strict=True):
+        state.check_finite(f"{asked}, {name}")
+        for site in state.sites.values():
+            plain(site, f"{asked}, {name}")
+    for site_name in {**both[0].sites, **both[1].sites}:
+        first, second = (state.sites.get(site_name) for state in both)
+        holders = [name for name, site in zip(names, (first, second), strict=True) if site]
+        check_alike([site.spec for site in (first, second) if site], holders, asked)
+        yield site_name, first, second
 
 
 def weighted_sum(

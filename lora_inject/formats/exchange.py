@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -327,42 +327,27 @@ def _arguments(
 def _checked(state: AdapterState) -> AdapterState:
     """Return an adapter if its tensors fit what is said of them; raise if they do not."""
     check_type("", state, AdapterState, "Give an AdapterState, as adapter_state(model) does")
-    _check_trained(state.trained, state.rows)
+    if wrong := [name for name, t in state.trained.items() if not isinstance(t, Tensor)]:
+        raise FormatError("", f"{one_line(wrong)} is not a tensor", "Pass tensors only")
+    for name, numbers in state.rows.items():
+        tensor = state.trained.get(name)
+        if tensor is None or tensor.dim() != 2 or len(tensor) != len(numbers) or not numbers:
+            problem = f"it has {len(numbers)} row numbers for a tensor of other rows"
+            raise FormatError(f"trained tensor '{name}'", problem, "Give one for each row")
     for site in state.sites.values():
         _check_site(site)
     return state
 
 
-def _check_trained(trained: Mapping[str, object], rows: Mapping[str, Sequence[int]]) -> None:
-    """Refuse what is no tensor, and numbers of rows that are not those of a tensor."""
-    if wrong := [name for name, tensor in trained.items() if not isinstance(tensor, Tensor)]:
-        raise FormatError("", f"{one_line(wrong)} is not a tensor", "Pass tensors only")
-    for name, numbers in rows.items():
-        tensor = trained.get(name)
-        fits = isinstance(tensor, Tensor) and tensor.dim() == 2 and len(tensor) == len(numbers)
-        if not fits or not numbers:
-            problem = f"it has {len(numbers)} row numbers for a tensor of other rows"
-            raise FormatError(f"trained tensor '{name}'", problem, "Give one for each row")
-
-
 def _check_site(site: SiteState) -> None:
-    """Refuse a site whose tensors have other shapes or dtypes than its spec states."""
+    """Refuse a site whose tensors have other names, shapes or dtypes than its spec states."""
     spec, tensors = site.spec, site.tensors
     where = f"site '{spec.name[:200]}'"
-    frozen = "A0" in spec.roles
-    if (site.A0 is not None, site.B0 is not None) != (frozen, frozen):
-        has = "both" if frozen else "none"
-        problem = f"its init is {spec.init}, which has {has} of A0 and B0"
-        raise FormatError(where, problem, "Give A0 and B0 with pissa and olora only")
-    remedy = "The tensors and what is said about them do not belong together"
-    if roles := sorted(tensors.keys() ^ {*spec.roles}):
-        problem = f"it has {', '.join(tensors)} where {', '.join(spec.roles)} are due"
-        raise FormatError(f"{where}, {roles[0]}", problem, remedy)
-    for role, tensor in tensors.items():
-        due = spec.shape_of(role)
-        if tensor.shape != due:
-            problem = f"{role} has shape {tuple(tensor.shape)} where {due} is due"
-            raise FormatError(where, problem, remedy)
+    found = {role: tuple(tensor.shape) for role, tensor in tensors.items()}
+    due = {role: tuple(spec.shape_of(role)) for role in spec.roles}
+    if found != due:
+        remedy = "The tensors and what is said about them do not belong together"
+        raise FormatError(where, f"its tensors are {found} where {due} are due", remedy)
     for role, tensor in tensors.items():
         # Further tensors may have a dtype of their own.
         as_due = role in site.further or tensor.dtype == site.A.dtype
