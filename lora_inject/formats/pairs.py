@@ -41,15 +41,11 @@ def plain_site(
 
 def check_shapes(a: Tensor, b: Tensor) -> None:
     """Refuse a pair unless A is `(rank, in, ...)` and B is `(out, rank, 1, ...)`."""
-    problem = f"A has shape {tuple(a.shape)} and B {tuple(b.shape)}"
-    if not (a.numel() and b.numel()) or not 2 <= a.ndim <= 5 or a.ndim != b.ndim:
-        raise FormatError("", f"{problem}, which is not a low-rank pair", _DAMAGED)
-    if any(size != 1 for size in b.shape[2:]):
-        raise FormatError("", f"{problem}, and a kernel in B is not supported", _DAMAGED)
-    if a.shape[0] != b.shape[1]:
-        groups = a.ndim > 2 and a.shape[0] % b.shape[1] == 0
-        remedy = "PEFT's grouped convolutions have no dense delta; they cannot be read"
-        raise FormatError("", f"{problem}: the ranks differ", remedy if groups else _DAMAGED)
+    fits = 2 <= a.ndim <= 5 and b.shape[1:] == (len(a), *(1,) * (a.ndim - 2))
+    if not fits or not (a.numel() and b.numel()):
+        problem = f"A has shape {tuple(a.shape)} and B {tuple(b.shape)}, whose ranks or kernels do "
+        problem += "not fit; PEFT's grouped convolutions have no dense delta"
+        raise FormatError("", problem, _DAMAGED)
 
 
 def pairs_of(
