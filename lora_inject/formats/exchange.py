@@ -343,7 +343,8 @@ def _check_site(site: SiteState) -> None:
     """Refuse a site whose tensors have other names, shapes or dtypes than its spec states."""
     spec, tensors = site.spec, site.tensors
     where = f"site '{spec.name[:200]}'"
-    found = {role: tuple(tensor.shape) for role, tensor in tensors.items()}
+    every = {"A0": site.A0, "B0": site.B0, **tensors}
+    found = {role: tuple(tensor.shape) for role, tensor in every.items() if tensor is not None}
     due = {role: tuple(spec.shape_of(role)) for role in spec.roles}
     if found != due:
         remedy = "The tensors and what is said about them do not belong together"
