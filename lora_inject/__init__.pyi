@@ -23,8 +23,8 @@ from lora_inject.core.adapter.variants import Variant as Variant
 from lora_inject.core.adapter.variants import register_variant as register_variant
 from lora_inject.core.functional.merge_report import MergeReport as MergeReport
 from lora_inject.core.layers.adapted import WeightUpdate as WeightUpdate
-from lora_inject.core.layers.linear_kinds import LoRALinear as LoRALinear
-from lora_inject.core.layers.own_kinds import register_kind as register_kind
+from lora_inject.core.layers.kinds import LoRALinear as LoRALinear
+from lora_inject.core.layers.kinds import register_kind as register_kind
 from lora_inject.core.model.eject import eject as eject
 from lora_inject.core.model.inject import inject as inject
 from lora_inject.core.model.inject import plan as plan

@@ -12,15 +12,19 @@ from lora_inject.integrations.stand_ins import Methods
 from lora_inject.integrations.transformers import Transformers
 from lora_inject.integrations.transformers_parallel import Plans
 from lora_inject.quantized.bitsandbytes import BitsAndBytes4, BitsAndBytes8
-from lora_inject.quantized.compressed_tensors import CompressedTensors
-from lora_inject.quantized.gptqmodel import Kernel
-from lora_inject.quantized.own_values import HQQ, OfLayer, OfTensor, Quanto, TorchAO
-from lora_inject.quantized.transformers_linears import (
+from lora_inject.quantized.libraries import (
+    HQQ,
+    CompressedTensors,
     FineGrained,
     FineGrainedExperts,
+    Kernel,
     KernelExperts,
     Multiplies,
+    OfLayer,
+    OfTensor,
     Quantized,
+    Quanto,
+    TorchAO,
 )
 
 _TRANSFORMERS = "transformers.integrations"

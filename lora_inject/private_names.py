@@ -28,9 +28,6 @@ NAMES: Mapping[str, str] = MappingProxyType(
         "torch._C._get_tracing_state": _PLAIN,
         "torch._C._len_torch_dispatch_stack": "another way: nothing is added in place",
         "torch._C._will_engine_execute_node": "refused: training several trials at once",
-        "torch._dynamo.comptime.comptime": (
-            "another way: a write to a weight that a compiled graph reads is lost"
-        ),
         "torch._foreach_copy_": "another way: swap_adapter keeps a copy of the values meanwhile",
         "torch._foreach_mul_": "another way: one launch for each tensor of a trial",
         "torch._foreach_norm": "another way: one launch for each tensor of a trial",
@@ -52,8 +49,8 @@ NAMES: Mapping[str, str] = MappingProxyType(
         ),
         "torch.fx._symbolic_trace.is_fx_symbolic_tracing": "another way: is_fx_tracing",
         "torch.fx._symbolic_trace.is_fx_tracing": (
-            "another way: is_fx_symbolic_tracing; without both, the stack is searched for "
-            "torch.fx.Tracer, whose graph would hold W + delta as a constant"
+            "another way: is_fx_symbolic_tracing; without both, a graph of torch.fx holds "
+            "W + delta as a constant"
         ),
         "torch.mps._get_default_mps_generator": "refused: seeded random numbers of an MPS device",
         "torch.ops.aten._to_copy": "another way: packed experts are unpacked to be moved",

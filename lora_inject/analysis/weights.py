@@ -28,8 +28,7 @@ from lora_inject.checkpoint.quantized_base import why_no_update
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS
-from lora_inject.core.functional.fold import Delta
-from lora_inject.core.functional.rounded_fold import Tally
+from lora_inject.core.functional.fold import Delta, Tally
 from lora_inject.errors import CheckpointError
 
 INT4_GROUP = 64

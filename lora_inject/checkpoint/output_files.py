@@ -16,9 +16,9 @@ from lora_inject.checkpoint.index import Checkpoint, Shard
 from lora_inject.checkpoint.packed import Packed
 from lora_inject.core.files.safetensors_file import FLOATS, Header, TensorEntry, build_header
 from lora_inject.core.functional.factors import Patch
+from lora_inject.core.functional.fold import Tally, with_tally
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.merge_report import TensorReport
-from lora_inject.core.functional.rounded_fold import Tally, with_tally
 from lora_inject.errors import CheckpointError
 
 

@@ -6,7 +6,7 @@ right: no update can be added twice.
 
 Every output row depends only on the same row of the base and on small factors. So threads compute
 blocks of rows ahead of the one that writes, and memory does not grow with a tensor. The arithmetic
-is that of `functional.rounded_fold`: float32 (float64 for float64), with one rounding at the end
+is that of `functional.fold`: float32 (float64 for float64), with one rounding at the end
 for any number of adapters.
 """
 
@@ -30,9 +30,8 @@ from lora_inject.checkpoint.packed import Packed, rows_in_memory
 from lora_inject.core.files.row_reader import Room, RowReader, rows_per_block
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
 from lora_inject.core.files.tensors import bytes_of
-from lora_inject.core.functional.fold import Delta
+from lora_inject.core.functional.fold import Delta, Tally, fold_rows, mix_copies
 from lora_inject.core.functional.merge_report import TensorReport
-from lora_inject.core.functional.rounded_fold import GainedDelta, Tally, fold_rows, mix_copies
 from lora_inject.errors import CheckpointError
 
 COPY_BYTES = 8 << 20
@@ -133,7 +132,7 @@ def _pieces(
             continue
         (rows, _, _), room, made = first
         parts, tally = made.result()
-        tallies[rows.job.name] += tally
+        tallies[rows.job.name].add(tally)
         for name, data in parts:
             if name in next_byte:  # else another file holds this part
                 yield Piece(next_byte[name], len(data), name, data)
@@ -221,10 +220,10 @@ class _Rows:
         self.values = None if job.packed is None else job.packed.rows()
         covering = [p for p in job.placed if p.start <= first and last <= p.stop]
         terms = [term for placed in covering for term in placed.terms]
-        self.delta = Delta(terms, self.wide) if terms else None
-        for gain in (placed.gain for placed in covering if placed.gain is not None):
-            self.delta = gained = GainedDelta(terms, self.wide, gain)
-            gained.norms_of((a - first, self.stored(a, b)) for a, b in self.limits())
+        gain = next((placed.gain for placed in covering if placed.gain is not None), None)
+        self.delta = Delta(terms, self.wide, gain) if terms else None
+        if self.delta is not None:
+            self.delta.norms_of((a - first, self.stored(a, b)) for a, b in self.limits())
 
     def limits(self) -> Iterator[tuple[int, int]]:
         """Yield the first row of each block, and the row after its last."""

@@ -17,22 +17,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_inject.compiled.choices import chosen_factors, chosen_rows, number_of
-from lora_inject.compiled.lost_writes import watch
 from lora_inject.core.functional.factors import Update, compute_dtype
 from lora_inject.core.functional.lookup import embedding
 from lora_inject.core.functional.plain_operations import add_updates
-from lora_inject.core.layers.attached import Entry, attached_to, factors_of, held_by
-from lora_inject.core.layers.embedding_kind import LoRAEmbedding
-from lora_inject.core.layers.gains import with_gain
-from lora_inject.core.layers.linear_kinds import LoRALinear
-from lora_inject.core.layers.selected import Mix, Selected
-from lora_inject.core.layers.selection import SELECTIONS, Selection, alive
+from lora_inject.core.functional.torch_inside import constant_in_graphs
+from lora_inject.core.layers.attached import factors_of, held_by
+from lora_inject.core.layers.kinds import LoRAEmbedding, LoRALinear
+from lora_inject.core.layers.selection import SELECTIONS, Mix, Selected, alive
 from lora_inject.core.layers.sending import sent
 from lora_inject.private import needed
-from lora_inject.rows.bank import routed_update
+from lora_inject.rows.bank import routed_update, stacked
 from lora_inject.rows.by_row import Rows
 from lora_inject.rows.seen import refuse_ambiguous
 
@@ -77,11 +73,9 @@ class ChosenMix(Mix):
             return self._by_names(layer, args, kwargs)
         y = layer._lora_without_updates(args, kwargs)
         choice = self.choice.at(y.device)
-        entries, numbers = eligible(layer, attached.forward, self.names)
-        if not entries or not choice.shape[0]:
+        numbers, adapters = eligible(layer, self.names)
+        if not adapters or not choice.shape[0]:
             return y
-        held, training = held_by(layer), layer.training
-        adapters = [factors_of(e.recipes(1.0), held, training=training) for e in entries]
         if len({u.dropout for updates in adapters for u in updates}) > 1:
             return self._by_names(layer, args, kwargs)
         dtype = compute_dtype(y.dtype, attached.float32)
@@ -91,26 +85,10 @@ class ChosenMix(Mix):
         x = layer._lora_input(args, kwargs)
         return add_updates(y, x, [chosen], float32=attached.float32)
 
-    def read(
-        self, layer: Any, param: str, raw: Any, entries: Mapping[str, Any], *, outside: bool
-    ) -> Any:
-        """Return W with the updates and trained copies of the mix, which a graph must not write."""
-        value = super().read(layer, param, raw, entries, outside=outside)
-        if value is not raw:
-            watch(value)
-        return value
-
     def _by_names(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        attached = layer._lora
-        recipes = attached.recipes(self)
-        if not recipes:
-            return layer._lora_without_updates(args, kwargs)
-        if attached.gains and not GRAPHS_HAVE_GAINS and torch.compiler.is_compiling():
+        if layer._lora.gains and not GRAPHS_HAVE_GAINS and torch.compiler.is_compiling():
             fullgraph_of_an_adapter_with_a_gain_as_dora_needs_torch_2_9()
-        updates = factors_of(recipes, held_by(layer), training=layer.training)
-        if attached.gains:
-            return with_gain(layer, self, recipes, args, kwargs, updates)
-        return layer._lora_with_updates(args, kwargs, updates)
+        return layer._lora_mixed(self, args, kwargs)
 
 
 # It enters contexts, which no graph does; to say so there would import dynamo with `routed`.
@@ -136,11 +114,9 @@ class ChosenRows(Rows):
         if x.shape[0] not in (choice.shape[0], choice.shape[0] * self.repeat):
             raise self.misfit(layer, x)
         refuse_ambiguous(layer, x, choice.shape[0], self.repeat)
-        entries, numbers = eligible(layer, attached.forward, self.names)
-        if not entries:
+        numbers, adapters = eligible(layer, self.names)
+        if not adapters:
             return layer._lora_without_updates(args, kwargs)
-        held, training = held_by(layer), layer.training
-        adapters = [factors_of(e.recipes(1.0), held, training=training) for e in entries]
         rows = chosen_rows(choice[:, 0], numbers)
         rows = rows.repeat_interleave(x.shape[0] // choice.shape[0])
         if not isinstance(layer, LoRALinear):
@@ -166,23 +142,20 @@ def fullgraph_of_an_adapter_with_a_gain_as_dora_needs_torch_2_9() -> None:
     """Break the graph: dynamo before 2.9 shows a function's name, and no text of ours."""
 
 
-def eligible(
-    module: nn.Module, by_adapter: Mapping[str, Entry], names: Mapping[str, float]
-) -> tuple[list[Entry], list[int]]:
-    """Return the entries among which a compiled graph chooses, and their numbers.
+def eligible(layer: Any, names: Mapping[str, float]) -> tuple[list[int], list[list[Update]]]:
+    """Return the numbers of the adapters among which a compiled graph chooses, and their updates.
 
     Those that train must be constants of a graph where gradients are asked for: it cannot leave one
     out, and a gradient of zeros would let weight decay move an adapter that takes no part.
     """
-    held, grad = held_by(module), torch.is_grad_enabled()
-    assert attached_to(module) is not None
-    entries, numbers = [], []
-    for name, entry in by_adapter.items():
+    held, grad = held_by(layer), torch.is_grad_enabled()
+    numbers, adapters = [], []
+    for name, entry in layer._lora.forward.items():
         trains = any(held[flat].requires_grad for flat in entry.names.values())
         if not (grad and trains) or name in names:
-            entries.append(entry)
             numbers.append(number_of(name))
-    return entries, numbers
+            adapters.append(factors_of(entry.recipes(1.0), held, training=layer.training))
+    return numbers, adapters
 
 
 # -------------------------------------------------------------------------------------- following
@@ -193,14 +166,9 @@ def follow_all() -> None:
     for selection in alive(SELECTIONS):
         if selection.into_graphs is None:
             selection.into_graphs = into_graph
-            _follow_present(selection)
-
-
-def _follow_present(selection: Selection) -> None:
-    """Prepare the setting, and what the contexts that are open now have selected."""
-    selection.follow(selection.setting)
-    for context in tuple(selection.contexts):
-        selection.follow(context.selected[selection])
+            selection.follow(selection.setting)
+            for context in tuple(selection.contexts):
+                selection.follow(context.selected[selection])
 
 
 def into_graph(selected: Selected, devices: Iterable[torch.device]) -> None:
@@ -219,3 +187,49 @@ def _as_tensor(pairs: Sequence[tuple[int, float]], device: torch.device) -> Tens
     without_modes = needed(_WITHOUT_MODES, "switching adapters in a compiled graph")
     with without_modes():
         return sent(pairs, device, dtype).view(-1, 2)
+
+
+_NUMBERS: dict[str, int] = {}
+
+
+@constant_in_graphs
+def number_of(adapter: str) -> int:
+    """Return the number that stands for an adapter's name in tensors, in this process."""
+    return _NUMBERS.setdefault(adapter, len(_NUMBERS))
+
+
+def chosen_factors(
+    choice: Tensor,
+    numbers: Sequence[int],
+    adapters: Sequence[Sequence[Update]],
+    out: int,
+    dtype: torch.dtype,
+) -> Update:
+    """Return one update that equals those of the adapters that a tensor names.
+
+    `choice` is `(k, 2)`, float64: number and weight of each chosen adapter; `numbers` are those of
+    this layer's adapters, which all have the same dropout. Adapters that are not chosen do not
+    reach the output, not even where they hold NaN; where they require a gradient, it is zero.
+    """
+    A_bank, B_bank, scale = stacked(adapters, out, dtype)
+    rows = chosen_rows(choice[:, 0], numbers)
+    index, here = (rows - 1).clamp(min=0), (rows > 0)[:, None, None]
+    weights = choice[:, 1].to(dtype)[:, None, None]
+    A = torch.where(here, A_bank.index_select(0, index), 0)
+    B = torch.where(here, B_bank.index_select(0, index) * weights, 0)
+    p = adapters[0][0].dropout
+    return Update(A.flatten(0, 1), B.transpose(0, 1).flatten(1), scale, dropout=p)
+
+
+def chosen_rows(chosen: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Return `(k,)`, int64: 1 + the place of each chosen number among `numbers`, 0 for strangers.
+
+    Examples:
+        >>> chosen_rows(torch.tensor([5.0, -1.0, 4.0]), [4, 5]).tolist()
+        [2, 0, 1]
+    """
+    # Compared with numbers of Python: a tensor of them would be copied to the device each time.
+    rows = torch.zeros_like(chosen, dtype=torch.int64)
+    for place, number in enumerate(numbers, 1):
+        rows = torch.where(chosen == number, place, rows)
+    return rows

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.layers.plain_tensors import is_quantized
 from lora_inject.core.layers.survey import Carried
+from lora_inject.core.layers.weight_kinds import is_quantized
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import LayerError
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_inject.core.layers.library import Library, loaded_libraries
-from lora_inject.core.layers.plain_tensors import sharded_by
 from lora_inject.core.layers.survey import Carried, Survey, memory_of
+from lora_inject.core.layers.weight_kinds import sharded_by
 from lora_inject.core.roots.root import entries
 from lora_inject.distributed.movers import groups, held_by_group, is_moved
 from lora_inject.distributed.placements import check_parts, distribute

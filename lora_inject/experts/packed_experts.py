@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.functional.picking import PICKED, writes
-from lora_inject.core.functional.torch_unstored import DEVICE, unstored
+from lora_inject.core.functional.unstored import DEVICE, PICKED, unstored, writes
 from lora_inject.errors import LayerError
 from lora_inject.experts.stack_formats import StackFormat
 from lora_inject.private import look_up, needed
@@ -69,7 +68,7 @@ class PackedExperts(Tensor):
 
     @property
     def packed_again_by(self) -> str:
-        """What to do where it is to be packed again, as `quantized.own_values` says it."""
+        """What to do where it is to be packed again, as `quantized.libraries` says it."""
         floats = 'write plain floats, merge(model, dequantize="bfloat16")'
         if not self.form.is_written_on_disk:
             return floats.capitalize()

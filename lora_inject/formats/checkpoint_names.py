@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_inject.core.layers.plain_tensors import is_quantized
+from lora_inject.core.layers.weight_kinds import is_quantized
 from lora_inject.errors import LayerError
 
 Weights = Mapping[str, Tensor]

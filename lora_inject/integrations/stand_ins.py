@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from lora_inject.core.files.atomic import explained, replace_file
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.library import Library, loaded_libraries
-from lora_inject.core.layers.selected import ENTERED
+from lora_inject.core.layers.selection import ENTERED
+from lora_inject.core.layers.state_dict import FORMS
 from lora_inject.core.layers.survey import Survey, base_parameters, table_of
-from lora_inject.core.layers.told import FORMS
 from lora_inject.core.model.save import saved_state
 from lora_inject.core.roots.root import Injected, adapted_modules, root_of
 from lora_inject.core.spec.names import leaf

@@ -15,7 +15,7 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import attached_to
-from lora_inject.core.layers.selected import Mix
+from lora_inject.core.layers.selection import Mix
 from lora_inject.core.layers.survey import memory_of, unwrapped
 from lora_inject.core.model.merge import merged_weights
 from lora_inject.core.roots.root import Injected, entries, root_of

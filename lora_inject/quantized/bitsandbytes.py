@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.packing import glimpse
-from lora_inject.core.layers.adapted import defines_forward, plain_class
+from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.weight_kinds import OF_VALUES, Reason, Undo, Verb
 from lora_inject.private import needed
 from lora_inject.quantized.plain_layers import Layer, LayerKind, become_plain
 
 _MODULE = "bitsandbytes.nn.modules"
-_MULTIPLY = {(_MODULE, "Linear4bit"), (_MODULE, "Linear8bitLt")}
 _PACKS = "support_avx512bf16_for_cpu"  # the flag of a layer that would be rearranged
 _OURS = ""  # as false as False, and says whose it is
 
@@ -29,9 +28,7 @@ _OURS = ""  # as false as False, and says whose it is
 class _OfBitsAndBytes(LayerKind):
     """What both formats have in common: the layer's class is bitsandbytes' own."""
 
-    def multiplies(self, cls: type[nn.Module]) -> bool:
-        """Return whether the forward is that of one of its linear layers."""
-        return defines_forward(cls) in _MULTIPLY
+    forwards = ((_MODULE, "Linear4bit"), (_MODULE, "Linear8bitLt"))
 
     def write(self, module: nn.Module, key: str, weight: nn.Parameter) -> Undo:
         """Replace the layer by a plain one, or its weight by another in the same format."""

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.attached import attached_to
-from lora_inject.core.layers.class_swap import become, own_class
-from lora_inject.core.layers.forwards import keepers
+from lora_inject.core.layers.library import keepers
 from lora_inject.core.layers.survey import base_parameters
+from lora_inject.core.layers.swap import become, own_class
 from lora_inject.core.layers.weight_kinds import Reason, Undo, Verb, WeightKind, in_dtype
 
 # Attributes that others leave on a layer, whatever its class: hooks, adapters.

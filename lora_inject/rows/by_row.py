@@ -19,8 +19,8 @@ from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.lazy import lazy_weight
 from lora_inject.core.layers.attached import Entry, Recipe, factors_of, held_by
 from lora_inject.core.layers.contexts import in_context
-from lora_inject.core.layers.linear_kinds import LoRALinear
-from lora_inject.core.layers.selected import Mix, Selected
+from lora_inject.core.layers.kinds import LoRALinear
+from lora_inject.core.layers.selection import Mix, Selected
 from lora_inject.core.layers.sending import queue_of, sent
 from lora_inject.errors import LayerError
 from lora_inject.rows.bank import routed_update
@@ -126,7 +126,7 @@ class Rows(Selected):
             remedy = "Leave this layer out of adapters that are routed"
             self.seen.cannot(layer, LayerError(asked, problem, remedy))
 
-        return lazy_weight(raw, (), float32=False, used=used, any_shape=True)
+        return lazy_weight(raw, (), used=used)
 
     def forget_use(self) -> None:
         """Let the next forward of each layer note again which entries it uses."""

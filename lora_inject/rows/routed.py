@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_inject.core.layers.contexts import held_by_coroutine
+from lora_inject.core.functional.torch_inside import coroutine_enters
 from lora_inject.core.roots.root import check_names, root_of
 from lora_inject.core.roots.selecting import check_mixes, selecting, weights_of
 from lora_inject.errors import StateError, article, check_type
@@ -26,10 +26,10 @@ def routed(
 
     The context belongs to the thread or asyncio task that enters it. A task, or a thread of
     `asyncio.to_thread`, that is started inside sees it; a plain `threading.Thread` or a thread of
-    an executor does not, and runs under the model's own setting. A plain generator cannot hold it,
-    because whoever takes its values would run inside as well; a context manager made from one can.
-    A compiled model sees the contexts of its own thread, and only those that a plain function
-    entered; while a coroutine holds one, its forward is an error.
+    an executor does not, and runs under the model's own setting. As with `torch.no_grad`, whoever
+    takes the values of a plain generator that holds it runs inside as well. A compiled model sees
+    the contexts of its own thread, and only those that a plain function entered; while a coroutine
+    holds one, its forward is an error.
 
     The model is called with the whole batch. Where the first call shows that a layer does not get
     the rows first (positions that are looked up once, pictures), the batch runs once for each
@@ -46,8 +46,8 @@ def routed(
             does by `position_ids` that begin anew. Lengths with a large common divisor cost less.
 
     Raises:
-        StateError: There is no list of names. On entering: a name is unknown, the model is merged,
-            or a generator enters it. On leaving: a context that was entered later is still open.
+        StateError: There is no list of names. On entering: a name is unknown, or the model is
+            merged. On leaving: a context that was entered later is still open.
         LayerError: In a forward, the outputs are not as long as `adapters`, nor their multiple, or
             do not have `tokens`; or a layer that does not get the rows first is called by itself,
             or in a model that keeps a cache.
@@ -97,6 +97,6 @@ def _entered(model: nn.Module, rows: Rows) -> Iterator[None]:
     for row, mix in rows.mixes.items():
         if len(row) > 1 or any(weight != 1.0 for _, weight in row):
             check_mixes(model, mix.names)
-    waits = held_by_coroutine("routed()")
+    waits = coroutine_enters()
     with selecting(model, rows, "routed", waits=waits), rows.seen.watching(model):
         yield

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from lora_inject.core.layers.plain_tensors import sharded_by
 from lora_inject.core.layers.snapshot import all_or_nothing
+from lora_inject.core.layers.weight_kinds import sharded_by
 from lora_inject.core.model.inject import put_config
 from lora_inject.core.model.read_off import adapter_state
 from lora_inject.core.model.training import train_only

@@ -17,9 +17,8 @@ from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.gain import gained
 from lora_inject.core.functional.plain_operations import add_updates
 from lora_inject.core.layers.attached import factors_of, held_by
-from lora_inject.core.layers.gains import gain_in_forward, gained_entry
-from lora_inject.core.layers.linear_kinds import LoRALinear
-from lora_inject.core.layers.selected import Mix, Selected
+from lora_inject.core.layers.kinds import LoRALinear, gain_in_forward, gained_entry
+from lora_inject.core.layers.selection import Mix, Selected
 from lora_inject.rows.by_row import Rows, Taking
 from lora_inject.trials.batches import Joined
 
@@ -115,7 +114,7 @@ class TrialRows(Rows):
 
     def _alone(self, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a linear layer of one trial that has dropout."""
-        recipes = layer._lora.choose(self._whole).recipes  # notes the use
+        recipes = layer._lora.choose(self._whole)  # notes the use
         x, float32 = layer._lora_input(args, kwargs), layer._lora.float32
         kept = self._drop(layer, name, x, max(recipe.dropout for recipe in recipes))
         updates = factors_of(recipes, held_by(layer), training=False)

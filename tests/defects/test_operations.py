@@ -126,13 +126,12 @@ def test_unmerge_leaves_the_interrupt_handler_of_a_host_program(
     assert put.to is None
 
 
-@waits("core/functional: a dispatch mode that watches gets W + delta by plain operations")
 def test_a_trace_of_a_convolution_computes_with_its_adapter() -> None:
     model, x = adapted(nn.Conv1d(4, 6, 3)), random(2, 4, 9)
     assert error(make_fx(model)(x)(x), model(x)) < 1e-12
 
 
-@waits("core/layers/upkeep: what is refused has taken no parameter out before")
+@waits("core/layers/swap: what is refused has taken no parameter out before")
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 def test_a_refused_weight_norm_leaves_the_order_of_parameters() -> None:
     model = fill(li.inject(nn.Sequential(nn.LSTM(3, 4)), LINEAR | {"targets": ["0.weight_hh_l0"]}))

@@ -1,17 +1,21 @@
-"""A weight with its updates that is formed only if an operation needs it.
+"""What is read of a weight with adapters: W + delta, formed only if an operation needs it.
 
 Most models only select a matrix from a stack, transpose it and multiply with it. `LazyWeight` is a
-tensor with the shape, dtype and graph of the effective weight, but without memory. Products with it
-are thin (`weight.LowRank`), and selecting or transposing gives a lazy weight again. Any other
-operation gets the effective weight, formed below autograd, and its gradient reaches A and B
-(`_Deferred`). No operation gets the raw weight.
+tensor with the shape, dtype and graph of the effective weight, but without memory.
+
+1. Questions about it are free.
+2. Products with it are thin (`weight.LowRank`).
+3. What selects or transposes, `.data` and `detach()` give a lazy weight again.
+4. What writes to it is refused, as the schema of each operation tells: W would stay as it is.
+5. Any other operation gets the effective weight, formed below autograd, and its gradient reaches A
+   and B (`_Deferred`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -19,24 +23,12 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Patch, needs_plain_operations
 from lora_inject.core.functional.gain import Gain
-from lora_inject.core.functional.grouped import grouped_product
-from lora_inject.core.functional.picking import PICKED, writes
 from lora_inject.core.functional.plain_operations import differentiate
-from lora_inject.core.functional.read_only import (
-    ReadOnly,
-    check_hook_is_met,
-    check_not_written,
-    read_only,
-    refuse_change,
-    run_plainly,
-    still_read_only,
-    unmarked,
-)
-from lora_inject.core.functional.torch_unstored import DEVICE, can_make, unstored
+from lora_inject.core.functional.torch_inside import in_forward
+from lora_inject.core.functional.unstored import DEVICE, PICKED, can_make, unstored, writes
 from lora_inject.core.functional.weight import (
     LowRank,
     cast_stack,
-    effective_weight,
     low_rank,
     reads_as_sum,
 )
@@ -45,54 +37,42 @@ from lora_inject.private import look_up
 from lora_inject.trees import tree_map_only
 
 PLAIN = (Tensor, nn.Parameter)
+# What a Parameter has as `__torch_function__` runs a function, past that of any subclass.
+_run_plainly: Any = nn.Parameter.__torch_function__
 
 
 def lazy_weight(
     weight: Tensor,
     patches: Sequence[Patch],
     *,
-    float32: bool,
     used: Callable[[], None] = lambda: None,
     looks: bool = False,
     gain: Gain | None = None,
-    any_shape: bool = False,
 ) -> Tensor:
-    """Return the result of `effective_weight`: a `LazyWeight` if possible, else formed at once.
+    """Return `W + sum of scale * B @ A`, times its gain: a `LazyWeight`, or formed at once.
 
-    It is lazy if the weight is a plain matrix or a stack of matrices (with `any_shape` a kernel
-    too), and nothing traces or transforms the computation. `used` is called right before the first
-    use of the value, and may raise. Reading shape, dtype or device of a lazy weight is not a use;
-    with `looks` neither is what only shows or copies it.
+    It is lazy if nothing traces or transforms the computation. `used` is called right before the
+    first use of the value, and may raise. Reading shape, dtype or device of a lazy weight is not a
+    use; with `looks` neither is what only shows or copies it.
 
     Examples:
         >>> from lora_inject.core.spec.sites import SiteSpec
         >>> spec = SiteSpec("w", "parameter", 4, 6, (3, 6, 4), rank=2, alpha=2, experts=3)
         >>> W, A, B = torch.randn(3, 6, 4), torch.randn(3, 2, 4), torch.randn(3, 6, 2)
-        >>> lazy = lazy_weight(W, [Patch(spec, A, B)], float32=False)
+        >>> lazy = lazy_weight(W, [Patch(spec, A, B)])
         >>> x = torch.randn(5, 4)
         >>> torch.allclose(x @ lazy[1].T, x @ (W[1] + B[1] @ A[1]).T, atol=1e-5)
         True
     """
-    stacked = patches[0].spec.experts is not None if patches else weight.dim() == 3
-    matrices = weight.dim() == (3 if stacked else 2)
-    can_wait = (
-        (type(weight) in PLAIN or reads_as_sum(weight))
-        and (matrices or any_shape)
-        and weight.is_floating_point()
-        and not (float32 and weight.dtype.itemsize < 4)
-        and not needs_plain_operations()
-        and can_make
-    )
-    if not can_wait:
+    is_known = (type(weight) in PLAIN or reads_as_sum(weight)) and weight.is_floating_point()
+    if not is_known or needs_plain_operations() or not can_make:
         used()
-        return effective_weight(weight, patches, float32=float32, gain=gain)
-    return begun(Read(weight, patches, gain, used, looks, matrices))
-
-
-def begun(read: Read) -> Tensor:
-    """Return a reading as a lazy weight."""
+        if len(patches) == 0:  # dynamo before torch 2.14 traces no `bool()` of a list
+            return weight
+        return low_rank(weight, patches, gain).formed(weight.dtype).reshape(weight.shape)
+    read = Read(weight, patches, gain, used, looks)
     if not torch.is_grad_enabled():
-        return _made(read, read.shape, read.weight.stride())
+        return _made(read, read.shape, weight.stride())
     deferred: Tensor = _Deferred.apply(read, *read.leaves)  # type: ignore[no-untyped-call]
     return deferred
 
@@ -115,8 +95,9 @@ class Read:
         gain: Gain | None,
         used: Callable[[], None],
         looks: bool,
-        matrices: bool,
     ) -> None:
+        stacked = patches[0].spec.experts is not None if patches else weight.dim() == 3
+        matrices = weight.dim() == (3 if stacked else 2)
         self.weight, self.patches, self.gain, self.shape = weight, patches, gain, weight.shape
         factors = [t for patch in patches for t in (patch.A, patch.B)]
         self.leaves = [weight, *factors, *(gain.tensors.values() if gain is not None else ())]
@@ -183,7 +164,7 @@ class Read:
         return self._matrices[dtype][index]
 
 
-class LazyWeight(ReadOnly):
+class LazyWeight(Tensor):
     """The weight that was read, or one or some of its matrices (`index`); maybe transposed."""
 
     _read: Read
@@ -208,6 +189,10 @@ class LazyWeight(ReadOnly):
         """Return it transposed."""
         size, stride = ((*t[:-2], t[-1], t[-2]) for t in (self.shape, self.stride()))
         return _made(self._read, size, stride, self._index, not self._is_turned)
+
+    def detached(self) -> LazyWeight:
+        """Return the same without a graph."""
+        return _made(self._read, self.shape, self.stride(), self._index, self._is_turned)
 
     def value(self) -> LowRank:
         """Return the sum that it represents, for products."""
@@ -241,33 +226,32 @@ class LazyWeight(ReadOnly):
 
     def _form(self) -> Tensor:
         read, index = self._read, self._index
-        # In the weight's own layout, as in `effective_weight`.
+        # In the weight's own layout.
         formed = read.formed() if index is None else read.sum().at(index).formed(self.dtype)
         return formed.mT if self._is_turned else formed
+
+    def _use_count(self) -> NoReturn:
+        """Refuse `torch.utils.swap_tensors`, which asks it of both tensors before it swaps."""
+        _refuse_change(torch.utils.swap_tensors)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Run a function of torch.
-
-        1. The device is asked in each product: the shortest way.
-        2. What would write is refused, and `.data` is the formed value, which is read-only.
-        3. A product is thin if it can be.
-        4. What shows or copies the value, or reads its memory, gets it formed.
-        5. All else runs below autograd (`__torch_dispatch__`).
-        """
-        if func == _DEVICE:
+        """Run a function of torch: by the rules above, or below autograd."""
+        if func == _DEVICE:  # asked in each product: the shortest way
             return args[0]._read.weight.device
+        if func in _WRITES:
+            _refuse_change(func)
+        if func in _DETACHES:
+            return args[0].detached()
         kwargs = kwargs or {}
-        check_not_written(cls, func, args, kwargs)
-        if func == _DATA:
-            return read_only(args[0].beneath())
         result = _thin_product(func, args, kwargs)
         if result is not NotImplemented:
             return result
         if func in _HOOKS:
-            check_hook_is_met(func)
+            if func == Tensor.register_hook and not in_forward():
+                _refuse_hook()
             args[0]._read.is_thin = False
         if func == Tensor.__deepcopy__:
             return args[0].formed(look=True).detach().clone()
@@ -276,11 +260,7 @@ class LazyWeight(ReadOnly):
         if func in _GET_IT_FORMED:
             args, kwargs = tree_map_only(LazyWeight, LazyWeight.formed, (tuple(args), kwargs))
             return func(*args, **kwargs)
-        result = run_plainly(func, types, args, kwargs)
-        for given in args:
-            if type(given) is cls and given._beneath is not None:
-                return still_read_only(result, given._beneath)
-        return result
+        return _run_plainly(func, types, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -294,7 +274,7 @@ class LazyWeight(ReadOnly):
         if result is not NotImplemented:
             return result
         if writes(func, args, kwargs, LazyWeight):
-            refuse_change(func)
+            _refuse_change(func)
         beneath = LazyWeight.beneath
         if str(kwargs.get("device")) == "meta":  # which asks for no value
             beneath = LazyWeight._without_values
@@ -302,9 +282,29 @@ class LazyWeight(ReadOnly):
         return func(*args, **kwargs)
 
 
+def _refuse_change(func: Any) -> NoReturn:
+    """Raise for an operation that would change what was read."""
+    raise LayerError(
+        f"{getattr(func, '__name__', func)} on what was read of a weight with an adapter",
+        "it is W + delta, which is nowhere stored, and W would stay as it is",
+        'Change a .clone() of it, or W itself: layer.get_parameter("weight"). Where the layer has '
+        "an adapter and is to be replaced, call merge(model, eject=True) first",
+    )
+
+
+def _refuse_hook() -> NoReturn:
+    """Raise for a hook on what nobody computes with: outside of a forward, which reads anew."""
+    raise LayerError(
+        "register_hook on what was read of a weight with an adapter",
+        "it is W + delta as it is now, and a forward reads it anew: the hook would see no gradient",
+        "Register it on what trains, a Parameter of adapter_parameters(model) or "
+        "layer.get_parameter(...), or on a .clone() that you compute with",
+    )
+
+
 def formed(weight: Any) -> Any:
     """Return a weight, lazy or not, as a plain tensor, for a caller that passes it to a kernel."""
-    return weight.formed() if isinstance(weight, LazyWeight) else unmarked(weight)
+    return weight.formed() if isinstance(weight, LazyWeight) else weight
 
 
 def _made(
@@ -363,7 +363,7 @@ def _thin_product(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any
     product = _PRODUCTS.get(func) or _OF_LIBRARIES.get(str(func))
     if product is None or not _is_thin(product, args, kwargs):
         return NotImplemented
-    return product(*map(unmarked, args), **kwargs)
+    return product(*args, **kwargs)
 
 
 def _is_thin(product: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -378,7 +378,7 @@ def _is_thin(product: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     return all(
         t._read.is_thin
         if isinstance(t, LazyWeight)
-        else type(t) in (*PLAIN, ReadOnly) and t.layout is torch.strided
+        else type(t) in PLAIN and t.layout is torch.strided
         for t in tensors
     )
 
@@ -414,14 +414,6 @@ def _matmul(left: Any, right: Any) -> Any:
     return NotImplemented
 
 
-def _mm(left: Any, right: Any) -> Any:
-    return _matmul(left, right) if left.dim() == right.dim() == 2 else NotImplemented
-
-
-def _bmm(left: Any, right: Any) -> Any:
-    return _matmul(left, right) if left.dim() == right.dim() == 3 else NotImplemented
-
-
 def _embedding(
     ids: Tensor,
     weight: Any,
@@ -437,11 +429,8 @@ def _embedding(
     return weight.value().looked_up(ids, padding_idx)
 
 
-def _grouped_mm(
-    x: Tensor, weight: Any, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
-) -> Any:
-    plain = bias is None and out_dtype is None
-    return _grouped(_GROUPED_MM[0], x, weight, offs) if plain else NotImplemented
+def _grouped_mm(x: Tensor, weight: Any, offs: Tensor | None = None) -> Any:
+    return _grouped(_GROUPED_MM[0], x, weight, offs)
 
 
 def _grouped_fallback(x: Tensor, weight: Any, offs: Tensor) -> Any:
@@ -466,19 +455,21 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
     F.embedding: _embedding,
     F.linear: _linear,
     torch.addmm: _addmm,
-    torch.bmm: _bmm,
+    torch.bmm: _matmul,
     torch.matmul: _matmul,
-    torch.mm: _mm,
+    torch.mm: _matmul,
     Tensor.__matmul__: _matmul,
-    Tensor.bmm: _bmm,
+    Tensor.bmm: _matmul,
     Tensor.matmul: _matmul,
-    Tensor.mm: _mm,
+    Tensor.mm: _matmul,
     **dict.fromkeys(_GROUPED_MM, _grouped_mm),
 }
 # Custom operations by name, as they exist once their library is imported.
 _OF_LIBRARIES = {"transformers.grouped_mm_fallback": _grouped_fallback}
 _DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]
-_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_DETACHES = {Tensor.data.__get__, Tensor.detach}  # type: ignore[attr-defined]
+# Writes that no operation with a schema tells of; `x.data = W` would make the memory of W writable.
+_WRITES = {Tensor.data.__set__, Tensor.requires_grad_, Tensor.__setitem__}  # type: ignore[attr-defined]
 _HOOKS = {Tensor.register_hook, Tensor.retain_grad}
 _LOOKS = {
     Tensor.__array__,
@@ -488,10 +479,48 @@ _LOOKS = {
     Tensor.numpy,
     Tensor.tolist,
 }
-# They read the memory. Attention forms its weights once; otherwise backward would form them again.
+# They read the memory, or are no product with a matrix: backward would form the weight again.
 _GET_IT_FORMED = {
+    F.bilinear,
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
     F.multi_head_attention_forward,
     Tensor.__dlpack__,
     Tensor.storage,
     Tensor.untyped_storage,
 }
+
+
+def grouped_product(
+    stack: LowRank, multiply: Callable[..., Tensor], x: Tensor, offs: Tensor
+) -> Tensor:
+    """Return the product of groups of rows, each with a matrix of its own.
+
+    `multiply` is called as `torch._grouped_mm` is: x `(rows, m)`, sorted by group, a stack of
+    matrices, and the end of each group. Rows behind the last are what it leaves there.
+    """
+    y = multiply(x, stack.base, offs=offs)
+    for left, right, scale in stack.terms:
+        # The kernels need rows of a multiple of 16 bytes, which a small rank does not give.
+        missing = -left.shape[-1] % max(1, 16 // y.element_size())
+        h = _factor_product(multiply, x, left, (0, missing), offs)
+        update = _factor_product(multiply, h, right, (0, 0, 0, missing), offs)
+        y = torch.add(y, update, alpha=scale)
+    return y
+
+
+def _factor_product(
+    multiply: Callable[..., Tensor],
+    x: Tensor,
+    stack: Tensor,
+    padding: tuple[int, ...],
+    offs: Tensor,
+) -> Tensor:
+    """Return the product with a factor of each group, or with the one that all groups share."""
+    is_one = len(stack) > 1 and stack.stride(0) == 0
+    stack = F.pad(stack[:1] if is_one else stack, padding).to(x.dtype)
+    return torch.matmul(x, stack[0]) if is_one else multiply(x, stack, offs=offs)

@@ -239,14 +239,13 @@ def _as_matrix(t: Tensor) -> Tensor:
 
 
 def _add_product(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """Return `y += scale * left @ right`, of matrices or stacks, rounded once to the dtype of y."""
+    """Return `y += scale * left @ right`, rounded once to the dtype of y."""
     if y.dtype != left.dtype:
         return y.add_(left @ right, alpha=scale)
-    return (y.addmm_ if y.dim() == 2 else y.baddbmm_)(left, right, alpha=scale)
+    return y.addmm_(left, right, alpha=scale)
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """Return `scale * left @ right`, of matrices or stacks, in one operation."""
-    multiply = torch.addmm if left.dim() == 2 else torch.baddbmm
-    unread = left.new_empty(()).expand(*[1] * left.dim())  # as beta is 0
-    return multiply(unread, left, right, beta=0, alpha=scale, out=out)
+    """Return `scale * left @ right` in one operation."""
+    unread = left.new_empty(()).expand(1, 1)  # as beta is 0
+    return torch.addmm(unread, left, right, beta=0, alpha=scale, out=out)

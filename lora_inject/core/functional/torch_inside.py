@@ -7,8 +7,11 @@ What happens where a torch lacks a name stands in `private_names.NAMES`.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import sys
 from collections.abc import Callable
+from types import CodeType, FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -106,3 +109,49 @@ def saving_hooks() -> Any:
     if _top_hooks is None or torch.compiler.is_dynamo_compiling():  # it may compile this alone
         return None
     return _top_hooks(False)
+
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+def in_forward() -> bool:
+    """Whether a module is being called, as far as the stack of the calling thread tells."""
+    if torch.compiler.is_compiling():  # what is compiled is a forward
+        return True
+    call = getattr(torch.nn.Module, "_call_impl", None)
+    return _frame_of(getattr(call, "__code__", None)) is not None
+
+
+def _frame_of(code: CodeType | None) -> FrameType | None:
+    """Return the innermost frame of the calling thread that runs some code."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame
+
+
+def module_calling(code: CodeType) -> str:
+    """Return the name of the module whose code called the innermost running function of a code."""
+    frame = _frame_of(code)
+    return _module_of(None if frame is None else frame.f_back)
+
+
+def coroutine_enters() -> bool:
+    """Whether a coroutine enters a context, which others may interrupt.
+
+    That is the innermost frame outside of this package, of contextlib, and of generators that
+    contextlib runs as context managers.
+    """
+    frame = sys._getframe(1)
+    while (back := frame.f_back) is not None:
+        name, is_generator = _module_of(frame), frame.f_code.co_flags & inspect.CO_GENERATOR
+        managed = is_generator and back.f_globals is contextlib.__dict__
+        if name != "contextlib" and name.partition(".")[0] != _PACKAGE and not managed:
+            break
+        frame = back
+    coroutine = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+    return bool(frame.f_code.co_flags & coroutine)
+
+
+def _module_of(frame: FrameType | None) -> str:
+    return "" if frame is None else frame.f_globals.get("__name__", "")

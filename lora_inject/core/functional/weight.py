@@ -137,44 +137,6 @@ def cast_stack(stack: Tensor, dtype: torch.dtype | None) -> Tensor:
     return stack[:1].to(dtype).expand_as(stack) if is_one else stack.to(dtype)
 
 
-def effective_weight(
-    weight: Tensor, patches: Sequence[Patch], *, float32: bool, gain: Gain | None = None
-) -> Tensor:
-    """Form `W + sum of scale * B @ A`, times its gain, differentiably.
-
-    For a 16-bit weight the sum is formed in float32 and rounded once; with `float32` not at all.
-    """
-    dtype = torch.promote_types(weight.dtype, torch.float32) if float32 else weight.dtype
-    return low_rank(weight, patches, gain).formed(dtype).reshape(weight.shape)
-
-
-def dense_delta(spec: SiteSpec, A: Tensor, B: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return `scale * B @ A` in the shape of the weight: the textbook formula.
-
-    Args:
-        spec: The site.
-        A: `spec.a_shape`.
-        B: `spec.b_shape`.
-        dtype: Dtype of the arithmetic and of the result.
-
-    Returns:
-        Tensor of `spec.weight_shape`; zero outside the adapted slices.
-
-    Examples:
-        >>> spec = SiteSpec("q", "linear", 4, 6, (6, 4), rank=2, alpha=4)
-        >>> A, B = torch.randn(2, 4), torch.randn(6, 2)
-        >>> torch.equal(dense_delta(spec, A, B), 2.0 * (B.double() @ A.double()))
-        True
-    """
-    delta = torch.zeros(spec.matrix_shape, dtype=dtype, device=A.device)
-    A2 = A.detach().to(dtype).reshape(-1, spec.in_features)
-    B2 = B.detach().to(dtype).reshape(-1, spec.rank)
-    for block in spec.blocks:
-        product = spec.scale * (B2[slice(*block.b)] @ A2[slice(*block.a)])
-        delta[slice(*block.rows), slice(*block.cols)] = product.t() if spec.transposed else product
-    return delta.reshape(spec.weight_shape)
-
-
 def reads_as_sum(weight: Tensor) -> bool:
     """Whether a packed weight is read as W + delta without being unpacked as a whole.
 

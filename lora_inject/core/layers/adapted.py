@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import Attached, Entry
 from lora_inject.core.layers.checkpointing import check_live_checkpoint
-from lora_inject.core.layers.effective import read_mixed
-from lora_inject.core.layers.forwards import check_not_offloaded
-from lora_inject.core.layers.selected import Selected
+from lora_inject.core.layers.library import check_not_offloaded
+from lora_inject.core.layers.reading import read_mixed
+from lora_inject.core.layers.selection import Selected
 from lora_inject.core.spec.sites import Geometry
 
 
@@ -131,21 +131,6 @@ def plain_class(cls: type) -> type:
     if not issubclass(cls, Adapted):
         return cls
     return without_ours(cls, tuple(map(plain_class, cls.__bases__)))
-
-
-def keeps_forward(cls: Any) -> bool:
-    """Return whether a class computes by the code of its own module, which nobody has replaced.
-
-    Some programs put their own function at `nn.Linear.forward`, for all layers of a process.
-    """
-    code = getattr(cls.forward, "__globals__", {})
-    return bool(code.get("__name__") == defines_forward(cls)[0])
-
-
-def defines_forward(cls: type) -> tuple[str, str]:
-    """Return the module and the name of the class whose `forward` a class has."""
-    owner = next(c for c in cls.__mro__ if "forward" in c.__dict__)
-    return owner.__module__, owner.__qualname__
 
 
 _PLAIN: WeakValueDictionary[Any, type] = WeakValueDictionary()  # a class lives as long as a module

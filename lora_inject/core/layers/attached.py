@@ -8,18 +8,17 @@ Adapter tensors are plain Parameters of their module with flat names, found thro
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn
-from weakref import ReferenceType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.adapter.variants import VARIANTS
 from lora_inject.core.functional.factors import Patch, Spans, Update
-from lora_inject.core.layers.selected import Selected
-from lora_inject.core.layers.selection import Selection
+from lora_inject.core.functional.gain import Gain
+from lora_inject.core.layers.selection import Selected, Selection
 from lora_inject.core.spec.sites import ROLES, SiteSpec, signed_pairs
 from lora_inject.errors import LayerError
 
@@ -92,6 +91,14 @@ class Entry:
         """Whether its outputs have a gain besides the update of W."""
         return self.spec is not None and ROLES[self.spec.variant].gained
 
+    def gain(self, held: Mapping[str, Any]) -> Gain | None:
+        """Return the gain of its outputs, None if its variant has none."""
+        if self.spec is None or not self.gained:
+            return None
+        variant = VARIANTS[self.spec.variant]
+        tensors = {role: held[self.names[role]] for role in variant.roles}
+        return Gain(variant.gain, tensors, self.spec.spans)
+
     def recipes(self, weight: float) -> Iterator[Recipe]:
         """Yield the update, and with a negative scale the frozen start of pissa or olora."""
         spec = self.spec
@@ -132,19 +139,7 @@ def factors_of(
     ]
 
 
-class Chosen(NamedTuple):
-    """What one layer computes under one mix: looked up once, until either changes.
-
-    Attributes:
-        mix: The mix, known by identity.
-        recipes: The updates on the output.
-    """
-
-    mix: Selected | None
-    recipes: tuple[Recipe, ...]
-
-
-NOTHING = Chosen(None, ())
+NOBODY: tuple[Selected | None, tuple[Recipe, ...]] = None, ()
 
 
 class Attached:
@@ -155,15 +150,12 @@ class Attached:
     float32 = False  # whether an adapter on the output asks for float32 arithmetic
     time_major = False  # whether its input may have time before batch (`rows.seen`)
     gains = False  # whether an adapter on the output has a gain
-    put: Tensor | None = None  # the text about tensors that stand for its own (`layers.told`)
     # Marks of the entries that forwards have used, and of those that others read meanwhile.
     took_part: frozenset[str] = frozenset()
     read_from_outside: frozenset[str] = frozenset()
-    # Marks of the entries that have no values, of those of them that have memory; and of those
-    # that `reset_parameters` started from W, with the versions of their tensors.
+    # Marks of the entries that have no values, and of those of them that have memory.
     valueless: frozenset[str] = frozenset()
     garbage: frozenset[str] = frozenset()
-    by_reset: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
     def __init__(self, selection: Selection) -> None:
         self.selection = selection  # says which adapters take part
@@ -174,10 +166,9 @@ class Attached:
         # For each thread that runs a forward of the module: the effective weights read in it, and
         # the hooks on saved tensors that it was entered with.
         self.running: dict[int, tuple[dict[Any, Tensor], Any]] = {}
-        # Parameters that were read from outside, in case that the reader takes them out.
-        self.last_read: dict[str, ReferenceType[Tensor]] = {}
-        # One object, which another thread cannot change between two reads.
-        self.last_chosen = NOTHING
+        # Whose updates on the output were looked up last, and these: one object, which another
+        # thread cannot change between two reads.
+        self.last_chosen = NOBODY
 
     def entries(self, adapter: str | None = None) -> Iterator[Entry]:
         """Yield the entries of one adapter, or all, forward update first."""
@@ -190,15 +181,17 @@ class Attached:
     def add(self, entry: Entry) -> None:
         """Register an entry whose tensors are on the module."""
         self.flat.update(entry.names.values())
-        self.last_chosen = NOTHING
+        self.last_chosen = NOBODY
         if not entry.on_output:
             self.reads.setdefault(entry.param, {})[entry.adapter] = entry
             return
         self.forward[entry.adapter] = entry
-        if _in_float32(entry):
-            self.float32 = True
-        if entry.gained:
-            self.gains = True
+        self._note_kinds()
+
+    def _note_kinds(self) -> None:
+        specs = [entry.spec for entry in self.forward.values() if entry.spec is not None]
+        self.float32 = any(spec.compute == "float32" for spec in specs)
+        self.gains = any(ROLES[spec.variant].gained for spec in specs)
 
     def remove(self, adapter: str) -> list[Entry]:
         """Forget an adapter and return its entries."""
@@ -210,9 +203,8 @@ class Attached:
         self.valueless = self.valueless.difference(entry.mark for entry in removed)
         self.garbage &= self.valueless
         self.flat.difference_update(*(entry.names.values() for entry in removed))
-        self.last_chosen = NOTHING
-        self.float32 = self.float32 and any(map(_in_float32, self.forward.values()))
-        self.gains = self.gains and any(entry.gained for entry in self.forward.values())
+        self.last_chosen = NOBODY
+        self._note_kinds()
         return removed
 
     def base(self, parameters: Mapping[str, nn.Parameter | None]) -> dict[str, nn.Parameter]:
@@ -222,13 +214,13 @@ class Attached:
             names = self._base = tuple(key for key in parameters if key not in self.flat)
         return {key: p for key in names if (p := parameters[key]) is not None}
 
-    def choose(self, mix: Selected) -> Chosen:
+    def choose(self, mix: Selected) -> tuple[Recipe, ...]:
         """Look up what takes part on the output under a mix, and note its use."""
         recipes = self.recipes(mix)
         taking = (self.forward[name].mark for name in mix.names if name in self.forward)
         self.took_part = self.took_part.union(taking)
-        self.last_chosen = chosen = Chosen(mix, recipes)
-        return chosen
+        self.last_chosen = mix, recipes
+        return recipes
 
     def recipes(self, mix: Selected) -> tuple[Recipe, ...]:
         """Return the updates on the output that take part under a mix."""
@@ -240,7 +232,7 @@ class Attached:
     def forget_use(self) -> None:
         """Reset the notes of which entries take part in a forward."""
         self.took_part = frozenset()
-        self.last_chosen = NOTHING
+        self.last_chosen = NOBODY
 
     def used(self, entries: Iterable[Entry]) -> None:
         """Note that entries take part in a forward."""
@@ -250,8 +242,16 @@ class Attached:
 
     def check_started(self, entries: Iterable[Entry], asked: str) -> None:
         """Raise if entries have memory that nobody has written to."""
-        if self.garbage:
-            refuse_unstarted(self, entries, asked)
+        for entry in entries if self.garbage else ():
+            if entry.mark in self.garbage:
+                site = entry.param if entry.spec is None else entry.spec.name
+                raise LayerError(
+                    f"{asked} with adapter {entry.adapter!r} at {site!r}",
+                    "its tensors were made on the meta device or emptied by to_empty(), and "
+                    "nothing has started or loaded them since",
+                    "Load the base with load_state_dict, which starts them, or write an adapter's "
+                    "values with swap_adapter",
+                )
 
     def runs_here(self) -> bool:
         """Whether the module's own forward runs in this thread; unknown in compiled graphs."""
@@ -260,15 +260,11 @@ class Attached:
         return threading.get_ident() in self.running
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_chosen": NOTHING, "running": {}, "last_read": {}}
+        return {**self.__dict__, "last_chosen": NOBODY, "running": {}}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__dict__.update(saved)
         self.selection.add(entry.adapter for entry in self.entries())
-
-
-def _in_float32(entry: Entry) -> bool:
-    return entry.spec is not None and entry.spec.compute == "float32"
 
 
 def attached_to(module: nn.Module) -> Attached | None:
@@ -279,7 +275,24 @@ def attached_to(module: nn.Module) -> Attached | None:
 def check_class_kept(module: nn.Module, asked: str) -> None:
     """Raise if a module with adapters was given a class without support for them."""
     if attached_to(module) is not None and not hasattr(type(module), "_lora_plain"):
-        refuse_inert_class(module, asked)
+        cls = type(module).__name__
+        problem = f"its layer has adapters and was later given the class {cls}, which leaves them "
+        raise LayerError(asked, f"{problem}inert", "Eject them, then inject again")
+
+
+def check_mixed(taking: Sequence[tuple[Entry, float]]) -> None:
+    """Raise if an adapter with a gain is not alone on a tensor, or not with weight 1."""
+    alone = next((entry for entry, _ in taking if entry.gained), None)
+    if alone is None or (len(taking) == 1 and taking[0][1] == 1.0):
+        return
+    assert alone.spec is not None
+    mix = ", ".join(f"{entry.adapter!r} x {weight:g}" for entry, weight in taking)
+    raise LayerError(
+        f"site {alone.spec.name!r} with {mix}",
+        f"the {alone.spec.variant} of {alone.adapter!r} scales what W and all updates give "
+        "together: it is not defined with another adapter, or with another weight",
+        f"Activate {alone.adapter!r} alone, with weight 1",
+    )
 
 
 GATHERED = "_is_fsdp_managed_module"
@@ -293,25 +306,3 @@ def held_by(module: nn.Module) -> Mapping[str, Any]:
     if GATHERED in own:  # the views are attributes
         return {**parameters, **{name: own[name] for name in own["_lora"].flat if name in own}}
     return parameters
-
-
-def refuse_inert_class(module: nn.Module, asked: str) -> NoReturn:
-    """Raise for a module with adapters that was given a class without support for them."""
-    cls = type(module).__name__
-    problem = f"its layer has adapters and was later given the class {cls}, which leaves them inert"
-    raise LayerError(asked, problem, "Eject them, then inject again")
-
-
-def refuse_unstarted(attached: Any, entries: Iterable[Any], asked: str) -> None:
-    """Raise if entries have memory that nobody has written to."""
-    for entry in entries:
-        if entry.mark in attached.garbage:
-            site = entry.param if entry.spec is None else entry.spec.name
-            raise LayerError(
-                f"{asked} with adapter {entry.adapter!r} at {site!r}",
-                "its tensors were made on the meta device or emptied by to_empty(), and "
-                "nothing has started or loaded them since",
-                "Load the base with load_state_dict, which starts them, call "
-                "reset_parameters() of the layer, or write an adapter's values with "
-                "swap_adapter",
-            )

@@ -1,12 +1,13 @@
 """Find what can become a site in a model, and how: the names that `matching` works on.
 
 Only this file decides how a module would carry an adapter: by its output if its forward is known to
-be linear in W, else by its weight, or not at all, for one of the reasons in `refusals`.
+be linear in W, else by its weight, or not at all, for a reason that is said with what to do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,23 +15,24 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_inject.core.layers.adapted import plain_class
-from lora_inject.core.layers.forwards import has_own_forward
 from lora_inject.core.layers.kinds import kind_of
-from lora_inject.core.layers.library import loaded_libraries
-from lora_inject.core.layers.mixtures import with_mixtures
-from lora_inject.core.layers.packed_weights import loaded_kinds
-from lora_inject.core.layers.plain_tensors import dtype_name
-from lora_inject.core.layers.raw_candidates import raw_candidate, whole_module
-from lora_inject.core.layers.refusals import unfit, why_not
+from lora_inject.core.layers.library import (
+    has_own_forward,
+    loaded_kinds,
+    loaded_libraries,
+    reason_against,
+)
+from lora_inject.core.layers.mixtures import is_transposed, with_mixtures
 from lora_inject.core.layers.survey import Survey, memory_of
+from lora_inject.core.layers.weight_kinds import dtype_name, is_quantized
 from lora_inject.core.spec.inventory import Candidate, Inventory, Mixture
-from lora_inject.core.spec.names import is_bias, joined
+from lora_inject.core.spec.names import is_bias, joined, parent
 from lora_inject.core.spec.sites import Geometry, Shape
 
-# Modules whose name stands for all the weights in them.
-NAMED_WHOLE = (nn.MultiheadAttention, nn.RNNBase)
 _HEAD = "get_output_embeddings"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+Refusal = tuple[str, str] | None  # the problem and the remedy
 
 
 def inventory(survey: Survey) -> Inventory:
@@ -93,19 +95,33 @@ class _Listing:
             others=self.others,
             parameters=self.parameters,
             aliases=self.aliases,
-            heads=self._heads(),
-            buffers=tuple(
-                joined(n, key) for n, m in survey.modules for key, _ in m._buffers.items()
-            ),
+            heads=tuple(dict.fromkeys(self._heads())),
+            buffers=tuple(joined(n, key) for n, m in survey.modules for key in m._buffers),
         )
 
-    def _heads(self) -> tuple[str, ...]:
-        """Return the names of the output heads that models and parts of them state."""
-        classes = {cls for cls in self.classes if hasattr(cls, _HEAD)}
-        modules = [m for _, m in self.survey.modules if type(m) in classes or _HEAD in m.__dict__]
-        if not modules:
-            return ()
-        return stated_heads(self.survey, [getattr(module, _HEAD) for module in modules])
+    # ---------------------------------------------------------------------------------- the model
+
+    def _first_names(self) -> dict[str, str]:
+        """Return every further name of a parameter, with the one that it is listed under."""
+        first = {name: names[0] for names in self.survey.tied.values() for name in names[1:]}
+        for holder in self.survey.holders if self.survey.further else ():
+            for alias in self._further(holder.module):
+                first[joined(alias, holder.param)] = first.get(holder.name, holder.name)
+        return first
+
+    def _heads(self) -> Iterator[str]:
+        """Yield the names of the output heads that models and parts of them state."""
+        stating = {cls for cls in self.classes if hasattr(cls, _HEAD)}
+        for _, module in self.survey.modules:
+            if type(module) not in stating and _HEAD not in module.__dict__:
+                continue
+            try:
+                get: Any = getattr(module, _HEAD)
+                head = get() if callable(get) else None
+            except (AttributeError, NotImplementedError):  # a model that has none
+                continue
+            if isinstance(head, nn.Module) and id(head) in self.survey.paths:
+                yield self.survey.paths[id(head)]
 
     def _mixtures(self) -> tuple[Mixture, ...]:
         """Return the blocks that route tokens; without lists and stacks there are none."""
@@ -115,13 +131,17 @@ class _Listing:
         self.candidates, mixtures = with_mixtures(self.survey, self.candidates)
         return mixtures
 
-    def _first_names(self) -> dict[str, str]:
-        """Return every further name of a parameter, with the one that it is listed under."""
-        first = {name: names[0] for names in self.survey.tied.values() for name in names[1:]}
-        for holder in self.survey.holders if self.survey.further else ():
-            for alias in self.survey.further.get(id(holder.module), ()):
-                first[joined(alias, holder.param)] = first.get(holder.name, holder.name)
-        return first
+    def _further(self, module: nn.Module) -> tuple[str, ...]:
+        """Return all names but the first of a module."""
+        return self.survey.further.get(id(module), ())
+
+    def _tied(self, name: str, weight: Tensor | None) -> tuple[str, ...]:
+        """Return the further names of a tensor."""
+        if weight is None or not self.survey.tied:
+            return ()
+        return tuple(n for n in self.survey.tied.get(memory_of(weight), ()) if n != name)
+
+    # ---------------------------------------------------------------------------------- one module
 
     def _module(self, name: str, module: nn.Module, own: dict[str, nn.Parameter]) -> None:
         known = self.classes.get(type(module))
@@ -131,8 +151,8 @@ class _Listing:
         empty = 0 in shapes.get(known.weight, ())
         if known.kind is not None and not empty:
             self._layer(name, module, known, shapes.get(known.weight))
-        elif (whole := self._whole(name, module, own)) is not None:
-            self.candidates.append(whole)
+        elif name and (members := _members(module, own)):
+            self._whole(name, module, members)
         else:
             self.others[name] = "container" if module._modules else "empty " * empty + known.name
         around = joined(name, "")
@@ -150,7 +170,7 @@ class _Listing:
         adds = not has_own_forward(module) and row.adds_to_output(module, stock=known.stock)
         refusal = None
         if shape != stated.weight_shape or not self._is_plain(weight):
-            refusal = self._refusal(module, key, weight, stated, adds)
+            refusal = self._why_not(module, key, weight) or _unfit(module, weight, stated, adds)
         self.candidates.append(
             Candidate(
                 name,
@@ -158,7 +178,7 @@ class _Listing:
                 *stated[:3],
                 full,
                 *stated[3:],
-                aliases=self.survey.further.get(id(module), ()),
+                aliases=self._further(module),
                 tied=self._tied(full, weight),
                 refusal=refusal,
                 update="forward" if adds else "weight",
@@ -169,35 +189,45 @@ class _Listing:
     def _parameter(
         self, full: str, module: nn.Module, key: str, parameter: nn.Parameter, shape: Shape
     ) -> None:
+        """List a parameter of two or more dimensions, or one that is lazy, as a candidate."""
         n_dims = len(shape)
         if (n_dims < 2 and not is_lazy(parameter)) or is_bias(key) or 0 in shape:
             self.others[full] = "bias" if is_bias(key) else f"{n_dims}-d parameter"
             return
-        further = self.survey.further.get(id(module), ())
+        known = is_transposed(module) if n_dims == 3 else None
+        stated = _geometry(shape, transposed=bool(known))
         self.candidates.append(
-            raw_candidate(
+            Candidate(
                 full,
-                module,
-                parameter,
-                aliases=tuple(joined(n, key) for n in further),
+                "parameter",
+                *stated[:3],
+                full,
+                *stated[3:],
+                owner=parent(full),
+                aliases=tuple(joined(n, key) for n in self._further(module)),
                 tied=self._tied(full, parameter),
                 refusal=self._why_not(module, key, parameter),
+                needs_layout=n_dims > 2 and known is None,
+                update="weight",
+                dtype=dtype_name(parameter.dtype),
             )
         )
 
-    def _whole(
-        self, name: str, module: nn.Module, own: dict[str, nn.Parameter]
-    ) -> Candidate | None:
-        """Return the candidate of a module whose name stands for all the weights in it."""
-        if not name or not isinstance(module, NAMED_WHOLE):
-            return None
-        aliases = self.survey.further.get(id(module), ())
-        return whole_module(name, module, own, aliases, self._why_not)
+    def _whole(self, name: str, module: nn.Module, members: list[str]) -> None:
+        """List an attention or a recurrent module, whose name stands for all weights in it."""
+        computed = _computed(module)
+        self.candidates.append(
+            Candidate(
+                name,
+                "attention" if "out_proj" in members else "recurrent",
+                *(0, 0, (), ""),
+                aliases=self._further(module),
+                members=() if computed else tuple(joined(name, key) for key in members),
+                refusal=self._why_not(module, next(iter(computed)), None) if computed else None,
+            )
+        )
 
-    def _refusal(
-        self, module: nn.Module, key: str, weight: Tensor | None, stated: Geometry, adds: bool
-    ) -> tuple[str, str] | None:
-        return self._why_not(module, key, weight) or unfit(module, weight, stated, adds)
+    # ------------------------------------------------------------------------------------- why not
 
     def _is_plain(self, weight: Tensor | None) -> bool:
         """Whether a weight is what most are: a Parameter with its values."""
@@ -205,28 +235,76 @@ class _Listing:
             return False
         return self.away is None or not weight.is_meta
 
-    def _why_not(
-        self, module: nn.Module, key: str, weight: Tensor | None
-    ) -> tuple[str, str] | None:
-        return why_not(module, key, weight, asks=self.asks, away=self.away)
+    def _why_not(self, module: nn.Module, key: str, parameter: Tensor | None) -> Refusal:
+        """Return why a module or a parameter cannot carry an adapter, and what to do."""
+        cls = type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"{cls} is a ScriptModule, whose class cannot change", "Inject before scripting"
+        if (computed := _computed(module)) and key in computed:
+            problem = (
+                f"the weight of {cls} is computed by a parametrization: W + delta has no tensor to "
+                "be merged into, and no name in a state dict"
+            )
+            remedy = (
+                f"Name what it is computed of ('parametrizations.{key}.{computed[key]}'), or call "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+            return problem, remedy
+        if self.asks and (reason := reason_against("inject", module, parameter)) is not None:
+            return reason
+        if parameter is None:
+            problem = f"{cls} holds no parameter {key!r} of its own"
+            remedy = "Name what it is computed of ('weight_v' of weight_norm), or remove that"
+            return problem, remedy
+        if parameter.dtype.is_complex:
+            problem = f"the weight of {cls} is complex, and an adapter's factors are real"
+            return problem, "Leave it out"
+        if is_lazy(parameter):
+            return f"{cls} is lazy and not initialized", "Run the model once first"
+        return self.away if parameter.is_meta else None
 
-    def _tied(self, name: str, weight: Tensor | None) -> tuple[str, ...]:
-        """Return the further names of a tensor."""
-        if weight is None or not self.survey.tied:
-            return ()
-        return tuple(n for n in self.survey.tied.get(memory_of(weight), ()) if n != name)
 
-
-def stated_heads(survey: Survey, stated: Iterable[Any]) -> tuple[str, ...]:
-    """Return the names of the output heads; `stated` are the methods that return them."""
-    heads = (head for get in stated if (head := _head(get)) is not None)
-    return tuple(dict.fromkeys(survey.paths[id(h)] for h in heads if id(h) in survey.paths))
-
-
-def _head(get: Any) -> nn.Module | None:
-    """Return the output head that a method of a model states."""
-    try:
-        head = get() if callable(get) else None
-    except (AttributeError, NotImplementedError):  # a model that has none
+def _unfit(module: nn.Module, weight: Tensor | None, stated: Geometry, adds: bool) -> Refusal:
+    """Say where a weight is not what the layer states, or cannot be read where it has to be."""
+    if weight is None:
         return None
-    return head if isinstance(head, nn.Module) else None
+    cls = plain_class(type(module)).__name__
+    if is_quantized(weight):
+        if adds:
+            return None  # a packed weight has another shape by design
+        if type(weight) is nn.Parameter and weight.is_floating_point():  # cast in each forward
+            problem = f"its weight is kept in {dtype_name(weight.dtype)}"
+            return problem, "Inject first, then cast (enable_layerwise_casting)"
+        problem = f"its weight is a packed {type(weight).__name__}, and the forward of {cls} is "
+        problem += "not known"
+        return problem, "State that its output is linear in the weight: register_kind"
+    if weight.shape != stated.weight_shape:
+        problem = f"{cls} states sizes {stated.weight_shape}, and its weight has "
+        problem += str(tuple(weight.shape))
+        return problem, "Set the layer's sizes to those of its weight (was it resized or sharded?)"
+    return None
+
+
+def _computed(module: nn.Module) -> dict[str, str]:
+    """Return the parameters that torch's parametrize computes, and the last name of what of."""
+    lists = module._modules.get("parametrizations")
+    inside = {} if lists is None else lists._modules
+    return {key: list(each._parameters)[-1] for key, each in inside.items() if each is not None}
+
+
+def _geometry(shape: tuple[int, ...], *, transposed: bool) -> Geometry:
+    """Return how a raw parameter is a matrix, or a stack of them."""
+    if len(shape) < 2:
+        return Geometry(0, 0, shape)
+    n_out, n_in = shape[:-3:-1] if transposed else shape[-2:]
+    experts = math.prod(shape[:-2]) if len(shape) > 2 else None
+    return Geometry(n_in, n_out, shape, transposed=transposed, experts=experts)
+
+
+def _members(module: nn.Module, own: dict[str, nn.Parameter]) -> list[str]:
+    """Return what is meant by the name of an attention or a recurrent module: what it reads."""
+    if isinstance(module, nn.MultiheadAttention):
+        keys = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return [*filter(own.__contains__, keys), "out_proj"]
+    recurrent = isinstance(module, nn.RNNBase)
+    return [key for key in own if key.startswith("weight")] if recurrent else []

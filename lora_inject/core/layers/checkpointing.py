@@ -19,8 +19,7 @@ from torch.utils.checkpoint import CheckpointFunction, _CheckpointFrame
 
 from lora_inject.core.functional.patches import patch
 from lora_inject.core.layers.contexts import in_context
-from lora_inject.core.layers.selected import Mix, Selected
-from lora_inject.core.layers.selection import SELECTIONS, Selection, alive
+from lora_inject.core.layers.selection import SELECTIONS, Mix, Selected, Selection, alive
 from lora_inject.errors import LayerError, StateError
 
 

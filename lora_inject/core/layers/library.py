@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from functools import cache
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.survey import Carried, Survey
-from lora_inject.core.layers.weight_kinds import WeightKind
+from lora_inject.core.layers.weight_kinds import (
+    OF_ANY_LIBRARY,
+    REGISTERED,
+    UNKNOWN,
+    Reason,
+    Verb,
+    WeightKind,
+    defines_forward,
+)
 from lora_inject.core.spec.plan import Plan
+from lora_inject.errors import LayerError
 
 
 class Library:
@@ -165,3 +176,102 @@ def note_saved(survey: Survey) -> None:
     """Let each library do what it needs when files are written."""
     for library in loaded_libraries():
         library.after_save(survey)
+
+
+def keepers(module: nn.Module) -> list[Library]:
+    """Return the libraries that keep a forward of a module from before theirs."""
+    return [library for library in loaded_libraries() if library.kept(module) is not None]
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Return whether the instance has a forward, and one that does not call that of its class."""
+    if "forward" not in module.__dict__:
+        return False
+    return not any(library.calls_class(module) for library in loaded_libraries())
+
+
+def check_not_offloaded(module: nn.Module) -> None:
+    """Raise if a library offloads a module: gradients of copies are lost."""
+    for library in _that_offload():  # asked in each forward of training
+        if library.is_there() and library.offloads(module):
+            raise LayerError(
+                f"training an adapter on a {type(module).__name__} that is offloaded",
+                "its forward gets copies of all parameters, whose gradients are lost",
+                "Train without offload; for inference call model.eval()",
+            )
+
+
+@cache
+def _that_offload() -> tuple[Library, ...]:
+    return tuple(each for each in libraries() if type(each).offloads is not Library.offloads)
+
+
+def loaded_kinds() -> list[WeightKind]:
+    """Return the kinds of all libraries that are loaded, those from outside first."""
+    return [*REGISTERED, *(kind for library in loaded_libraries() for kind in library.packed)]
+
+
+def reason_against(verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
+    """Return why a verb cannot use a weight, packed or plain, or a layer: the first reason."""
+    kinds = (kind for kind in loaded_kinds() if kind.matches(module, weight))
+    reasons = (kind.why_not(verb, module, weight) for kind in kinds)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def packed_weight(cls: type[nn.Module]) -> str | None:
+    """Return the name of the packed weight of a class that is used as an nn.Linear but is none."""
+    if issubclass(cls, nn.Linear):
+        return None
+    names = (kind.weight_of(cls) for kind in loaded_kinds())
+    return next((name for name in names if name is not None), None)
+
+
+def multiplies(cls: type[nn.Module]) -> bool:
+    """Return whether the forward of a class is known to multiply by its weight, as nn.Linear's."""
+    forward = defines_forward(cls)
+    return any(forward in kind.forwards or kind.weight_of(cls) for kind in loaded_kinds())
+
+
+def begin_training(modules: Iterable[nn.Module]) -> None:
+    """Keep packed layers from what would break the gradients of adapters."""
+    kinds = loaded_kinds()
+    for module in modules:
+        for kind in kinds:
+            kind.begin_training(module)
+
+
+def end_training(modules: Iterable[nn.Module]) -> None:
+    """Let packed layers do again what they did before the first adapter."""
+    kinds = loaded_kinds()
+    for module in modules:
+        for kind in kinds:
+            kind.end_training(module)
+
+
+def described(weight: Tensor) -> Iterable[str] | None:
+    """Return the settings and a few codes of a packed tensor; None if no kind describes it."""
+    said = (kind.described(weight) for kind in loaded_kinds())
+    return next((each for each in said if each is not None), None)
+
+
+def weight_kind(module: nn.Module, weight: Tensor) -> WeightKind:
+    """Return how a layer holds a packed weight; `UNKNOWN` if nobody knows."""
+    kinds = (*loaded_kinds(), *OF_ANY_LIBRARY)
+    return next((kind for kind in kinds if kind.matches(module, weight)), UNKNOWN)
+
+
+@torch.no_grad()
+def dense(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return the values that a packed weight stands for in its layer, as new float32."""
+    values = weight_kind(module, weight).dense(module, weight)
+    return values.to(torch.float32).contiguous()
+
+
+def claims(modules: Iterable[nn.Module]) -> list[tuple[Any, dict[str, Any]]]:
+    """Return who says that it is quantized, with the attributes that say it."""
+    return [
+        (owner, {name: owner.__dict__[name] for name in names if name in owner.__dict__})
+        for module in modules
+        for kind in loaded_kinds()
+        for owner, names in kind.claims(module)
+    ]

@@ -5,42 +5,98 @@ The rule: the attribute of an adapted parameter reads as W + delta, for whoever 
 | who asks | gets | by |
 |---|---|---|
 | `parameters()`, `state_dict()`, `_parameters` | the parameter | nn.Module |
-| code that keeps or writes the parameters (`own_code`) | the parameter | `read_attribute` |
+| code that keeps or writes the parameters (`keeping`) | the parameter | `read_attribute` |
 | a library that moves or rounds a parameter | the parameter | `read_attribute` |
 | the forward to whose output the update is added | W, with what is read alone | `_lora_own` |
 | a layer whose product cannot be added to | W with all updates | `formed_weight` |
 | whoever else reads | W + delta, which cannot be written to | `read_attribute` |
 
-What the sum is stands in `effective`.
+The sum is formed as late as possible (`functional.lazy`): reading a weight's dtype or shape costs
+nothing and is never refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
-from weakref import ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_inject.core.functional.factors import needs_plain_operations
-from lora_inject.core.functional.read_only import read_only
-from lora_inject.core.layers.attached import Entry
+from lora_inject.core.functional.factors import Patch
+from lora_inject.core.functional.lazy import lazy_weight
+from lora_inject.core.functional.torch_inside import in_forward, is_watched, saving_hooks
+from lora_inject.core.functional.weight import reads_as_sum
+from lora_inject.core.layers.attached import (
+    GATHERED,
+    Attached,
+    Entry,
+    attached_to,
+    check_mixed,
+    held_by,
+)
 from lora_inject.core.layers.library import Library, libraries
-from lora_inject.core.layers.own_code import OWN
-from lora_inject.core.layers.replaced import check_replaced
-from lora_inject.errors import LayerError
+from lora_inject.core.layers.sending import sent_once
+from lora_inject.core.layers.weight_kinds import PLAIN
+from lora_inject.errors import LayerError, article
+from lora_inject.private import look_up
+
+
+class OwnCode(threading.local):
+    """The code of a layer that runs in a thread and finds its own parameters, not W + delta.
+
+    Attributes:
+        adds: The `Attached` of the layer whose forward an update is added to, or None.
+        keeps: That of a layer whose code keeps or writes the parameters themselves.
+        replaces: Whether that code may put others in their place, as `load_state_dict` does.
+    """
+
+    adds: Any = None
+    keeps: Any = None
+    replaces = False
+
+
+OWN = OwnCode()
+
+
+@contextmanager
+def keeping(attached: Any, *, replaces: bool = False) -> Iterator[None]:
+    """Let the code inside find the parameters of a layer themselves."""
+    before = OWN.keeps, OWN.replaces
+    OWN.replaces = replaces or (OWN.replaces and OWN.keeps is attached)
+    OWN.keeps = attached
+    try:
+        yield
+    finally:
+        OWN.keeps, OWN.replaces = before
+
+
+# ---------------------------------------------------------------------------------------- who reads
 
 
 def read_attribute(layer: Any, param: str, raw: Any) -> Any:
-    """Return what the attribute of an adapted parameter reads as.
+    """Return what the attribute of an adapted parameter reads as, by the table above.
 
     Raises:
         LayerError: The sum cannot be formed, or not for this reader.
     """
+    attached = layer.__dict__.get("_lora")
+    if attached is None or OWN.keeps is attached:  # without one the class is next to change
+        return raw
+    adds = OWN.adds is attached
+    entries: Mapping[str, Entry] = attached.reads.get(param, {})
+    if not adds and attached.forward and param == layer.weight_name:
+        entries = {**attached.forward, **entries}
+    if not entries:
+        return raw
+    outside = not adds and not attached.runs_here()
+    if outside and not torch.compiler.is_compiling() and _is_moved(layer, param, raw):
+        return raw
     try:
-        return _read(layer, param, raw)
+        return effective_value(layer, param, raw, entries, outside=outside)
     except AttributeError as error:
         # nn.Module would answer an AttributeError with the raw weight: an inert adapter.
         raise LayerError(
@@ -50,28 +106,12 @@ def read_attribute(layer: Any, param: str, raw: Any) -> Any:
         ) from error
 
 
-def _read(layer: Any, param: str, raw: Any) -> Any:
-    """Return the parameter, or W + delta, by the table above."""
-    attached = layer.__dict__.get("_lora")
-    if attached is None or OWN.keeps is attached:  # without one the class is next to change
-        return raw
-    adds = OWN.adds is attached
-    entries = _entries(layer, param, with_forward=not adds)
-    if not entries:
-        return raw
-    outside = not adds and not attached.runs_here()
-    if outside and not torch.compiler.is_compiling():
-        if any(library.moves(layer, param, raw) for library in _movers() if library.is_there()):
-            return raw
-        if type(raw) is nn.Parameter:
-            attached.last_read[param] = ref(raw)
-    value = effective_value(layer, param, raw, entries, outside=outside)
-    if value is raw or needs_plain_operations():
-        return value
-    return read_only(value)
+def _is_moved(layer: Any, param: str, raw: Any) -> bool:
+    """Whether a library reads a parameter to move or to round it."""
+    return any(library.moves(layer, param, raw) for library in _movers() if library.is_there())
 
 
-@cache
+@functools.cache
 def _movers() -> tuple[Library, ...]:
     return tuple(each for each in libraries() if type(each).moves is not Library.moves)
 
@@ -93,10 +133,264 @@ def formed_weight(layer: Any) -> Any:
     return effective_value(layer, name, layer._lora_raw(name), entries)
 
 
-def _entries(layer: Any, param: str, *, with_forward: bool) -> Mapping[str, Entry]:
-    """Return the entries on a parameter, those on the output of the layer as well or not."""
-    attached = layer._lora
-    reads: Mapping[str, Entry] = attached.reads.get(param, {})
-    if not (with_forward and attached.forward and param == layer.weight_name):
-        return reads
-    return {**attached.forward, **reads}
+def check_replaced(layer: nn.Module, name: str) -> None:
+    """Raise if a parameter becomes computed, as in parametrize, prune and weight_norm.
+
+    Wrappers that gather shards or replicate replace them by plain tensors of the same value.
+    """
+    if not layer.__dict__.keys() & {GATHERED, "_is_replica"}:
+        raise LayerError(
+            f"replacing parameter {name!r} of a {type(layer).__name__}",
+            "it carries an adapter, which a parametrized, pruned, quantized or fused weight "
+            "would leave behind, or take in twice",
+            "Eject the adapter first, then inject again; or call merge(model, eject=True). To "
+            f"change its values, write into layer.get_parameter({name!r})",
+        )
+
+
+# ------------------------------------------------------------------------------------- what is read
+
+# Older torch has the second only.
+_is_tracing: Callable[[], bool] = (
+    look_up("torch.fx._symbolic_trace.is_fx_symbolic_tracing")
+    or look_up("torch.fx._symbolic_trace.is_fx_tracing")
+    or bool
+)
+
+
+def _check_not_symbolic() -> None:
+    """Raise in torch.fx.symbolic_trace, whose graph would keep today's W + delta as a constant.
+
+    It was right until the next `activate` or `disabled`, of which the graph knows nothing.
+    """
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # loads sympy: only in a trace
+
+    if get_proxy_mode() is None and not torch.compiler.is_compiling():  # these run what is read
+        raise LayerError(
+            "torch.fx.symbolic_trace of a forward that reads a weight",
+            "the weight has an adapter, and the graph would hold their sum as a constant",
+            "Use torch.export, or call merge(model, eject=True) first",
+        )
+
+
+def read_mixed(
+    layer: Any, param: str, raw: Any, taking: list[tuple[Entry, float]], *, outside: bool
+) -> Any:
+    """Return W + delta, of the entries of a mix that are on a parameter."""
+    if _is_tracing():
+        _check_not_symbolic()
+    if type(raw) not in PLAIN and not reads_as_sum(raw):
+        return _other(layer, raw, taking, outside)
+    # A value read under no_grad would cut the gradient of a later read in the same forward.
+    key = (param, torch.is_grad_enabled(), *taking)
+    cache = _read_so_far(layer._lora)
+    if cache is None:
+        return _effective(layer, raw, taking, outside)
+    if key not in cache:
+        cache[key] = _effective(layer, raw, taking, outside)
+    return cache[key]
+
+
+def _read_so_far(attached: Attached) -> dict[Any, Tensor] | None:
+    """Return the values that were read in the running forward, for the next reads in it.
+
+    None outside a forward of the module, and in a checkpoint that its forward has entered: that
+    part is recomputed outside of it, must read the same way there, and has hooks of its own on
+    the tensors that it saves.
+    """
+    if torch.compiler.is_compiling() or not attached.running:
+        return None
+    cache, then = attached.running.get(threading.get_ident(), (None, None))
+    now = saving_hooks()
+    return cache if now is then or (now and then and now[0] is then[0]) else None
+
+
+def _other(layer: Any, raw: Any, taking: list[tuple[Entry, float]], outside: bool) -> Any:
+    """Return the value of a sharded or a quantized weight.
+
+    Tensor parallelism computes with shards. Where a quantized weight is read by others than its
+    layer, there is no W to add to: only its shape and dtype can be read.
+    """
+    if hasattr(raw, "full_tensor"):
+        return _effective(layer, raw, taking, outside)
+    entry = taking[0][0]
+    if torch.compiler.is_compiling() or (entry.on_output and not outside):
+        return raw
+
+    def used() -> None:
+        raise LayerError(
+            f"reading {entry.param!r} of a {type(layer).__name__}",
+            f"it is {article(type(raw).__name__)}, to which adapter {entry.adapter!r} cannot "
+            "be added",
+            "Leave this layer out of the adapter, or quantize it before inject",
+        )
+
+    stand_in = torch.empty((), dtype=raw.dtype, device=raw.device).expand(raw.shape)
+    return lazy_weight(stand_in, (), used=used)
+
+
+def _effective(layer: Any, raw: Tensor, taking: list[tuple[Entry, float]], outside: bool) -> Tensor:
+    """Return `W + sum of weight * (copy - W) + sum of weight * scale * B @ A`."""
+    held = held_by(layer)
+    value = raw
+    patches: list[Patch] = []
+    gain = None
+    for entry, weight in taking:
+        if entry.spec is None:
+            value = _trained(entry, value, raw, held[entry.mark], weight)
+            continue
+        gain = gain or entry.gain(held)
+        patches += entry.patches(held, weight)
+    if gain is not None:
+        check_mixed(taking)
+
+    def used() -> None:
+        for entry, _ in taking:
+            _is_read(layer, entry)
+            # A look at a weight in a notebook is no part of what the model computes.
+            new = outside and entry.mark not in layer._lora.read_from_outside
+            if new and in_forward():
+                noted = layer._lora.read_from_outside  # dynamo of torch 2.9 follows no |=
+                layer._lora.read_from_outside = noted | {entry.mark}
+
+    # From outside a trained copy is lazy, too: a loader only looks it up, others may write to it.
+    if outside or len(patches) > 0:
+        return lazy_weight(value, patches, used=used, looks=True, gain=gain)
+    used()
+    return value
+
+
+def _is_read(layer: Any, entry: Entry) -> None:
+    """Note that an entry takes part, and refuse dropout, which a weight cannot express."""
+    if torch.compiler.is_compiling():
+        return
+    if entry.mark not in layer._lora.took_part:
+        layer._lora.used((entry,))
+    layer._lora_check_vain(entry.tensors(layer).values())
+    dropout = entry.spec.dropout if entry.on_output and entry.spec else 0
+    if dropout and layer._lora.selection.current().drops(layer):
+        raise LayerError(
+            f"reading the weight of site {entry.spec.name!r} in training",  # type: ignore[union-attr]
+            f"adapter {entry.adapter!r} has dropout {dropout:g} on the layer's input, which the "
+            "reader of a weight does not see",
+            "Give the site dropout: 0, or call model.eval() to look at the weight",
+        )
+
+
+def _trained(entry: Entry, value: Tensor, raw: Tensor, copy: Tensor, weight: float) -> Tensor:
+    """Return a tensor with the values of an entry without a site added or put in its place."""
+    if entry.scale is not None:
+        return (value.to(copy.dtype) + weight * entry.scale * copy).to(raw.dtype)
+    if entry.rows is not None and hasattr(raw, "full_tensor"):
+        problem = "its rows are in several processes, and single ones were to train"
+        remedy = "Leave the tokens out, or shard with fully_shard"
+        raise LayerError(f"reading {entry.param!r} with its trained rows", problem, remedy)
+    index = None if entry.rows is None else _index(entry.rows, raw)
+    mixed = copy
+    if weight != 1.0 or value is not raw:  # something else was added, too
+        before, base = (t if index is None else t[index] for t in (value, raw))
+        mixed = before.to(copy.dtype) + weight * (copy - base.to(copy.dtype))
+    mixed = mixed.to(raw.dtype)
+    return mixed if index is None else value.index_copy(0, index, mixed)
+
+
+def _index(rows: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return row indices as a tensor on the device of another, which is not sent in each forward.
+
+    A fake one, or one that a transform wraps, would outlive its trace.
+    """
+    plain = type(like) in (nn.Parameter, Tensor)
+    if torch.compiler.is_compiling() or (plain and not is_watched()):
+        return sent_once(rows, like.device)
+    return torch.tensor(rows, device=like.device)
+
+
+# ----------------------------------------------------------------- forwards that read their weights
+
+
+def selected_forward(plain: type[nn.Module], of_mixin: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the mixin's forward, by whoever is selected, with the signature of the plain one."""
+
+    @functools.wraps(plain.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return of_mixin(self, *args, **kwargs)
+
+    return forward
+
+
+def cached_forward(plain: type[nn.Module]) -> Callable[..., Any]:
+    """Return the plain forward, in which each effective weight is formed once."""
+
+    @functools.wraps(plain.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        attached = attached_to(self)
+        # Without one this bound method was kept and the adapter ejected.
+        if attached is None or torch.compiler.is_compiling():
+            return plain.forward(self, *args, **kwargs)
+        thread = threading.get_ident()
+        running = attached.running
+        outer, running[thread] = running.get(thread), ({}, saving_hooks())
+        try:
+            check_buffers = _watched(self) if self._buffers and self.training else None
+            outputs = plain.forward(self, *args, **kwargs)
+            if check_buffers is not None:
+                check_buffers()
+            return outputs
+        finally:
+            if outer is None:
+                del running[thread]
+            else:
+                running[thread] = outer
+
+    return forward
+
+
+# -------------------------------------------------------------------------- buffers that move
+
+# A buffer that moves (statistics, a moving average) belongs to the base: an adapter neither holds
+# nor restores it. No name and no dtype tells it from a constant, so each forward in training does.
+
+
+def _watched(module: nn.Module) -> Callable[[], None] | None:
+    """Return what raises if a forward of a module in training, which begins now, moves a buffer."""
+    before = _saved_buffers(module)
+    return functools.partial(_refuse_moved, module, before) if before else None
+
+
+def _saved_buffers(module: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the saved buffers of a module that trains a copy, with their values."""
+    if is_watched(unknown=False):
+        return {}
+    entries = module._lora.entries()
+    if all(entry.spec is not None or entry.scale is not None for entry in entries):
+        return {}
+    saved = module._buffers.keys() - module._non_persistent_buffers_set
+    held = {name: module._buffers[name] for name in sorted(saved)}
+    return {
+        name: (b, b.detach().clone())
+        for name, b in held.items()
+        if type(b) is Tensor and not b.is_meta
+    }
+
+
+def _refuse_moved(module: nn.Module, before: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Raise if a forward has moved a buffer, after all have their values again."""
+    now = module._buffers
+    moved = [
+        name
+        for name, (_, values) in before.items()
+        if (b := now.get(name)) is None
+        or b.shape != values.shape
+        or not torch.allclose(b, values, rtol=0, atol=0, equal_nan=True)
+    ]
+    if moved:
+        with torch.no_grad():
+            for name, (buffer, values) in before.items():
+                module._buffers[name] = buffer
+                buffer.copy_(values)
+        raise LayerError(
+            f"training a {type(module).__name__} in full",
+            f"its forward moves its buffer {moved[0]!r} as well: that is the base's, which an "
+            "adapter neither holds nor restores",
+            "Leave it out of train, or call eval() on it while the rest trains",
+        )

@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_inject.core.functional.lazy import formed
 from lora_inject.core.layers.attached import attached_to
-from lora_inject.core.layers.own_code import OWN, keeping
+from lora_inject.core.layers.reading import OWN, keeping
 
 
 def _effective(self: Any) -> Any:

@@ -1,9 +1,8 @@
 """How entries that have no values yet get them.
 
-An entry without values (`layers.valueless`) gets them where its module gets its own: by
-`reset_parameters` of the layer, or by `load_state_dict`, from the dict if that holds the adapter,
-and else by its init. A magnitude and a trained copy start from W. After `reset_parameters` they
-start again when W is loaded, unless somebody has written to them in between.
+An entry whose tensors are on the meta device, or were emptied, has no values until the state dict
+of its module is loaded: it takes them from the dict if that holds the adapter, and else they start
+from W as after inject.
 """
 
 from __future__ import annotations
@@ -19,12 +18,59 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.first_factors import first_factors
 from lora_inject.core.adapter.variants import VARIANTS
 from lora_inject.core.functional.factors import master_dtype
+from lora_inject.core.functional.gain import norms_of
 from lora_inject.core.layers.attached import Attached, Entry, attached_to
-from lora_inject.core.layers.forms import is_own
-from lora_inject.core.layers.gains import first_norms
-from lora_inject.core.layers.own_code import keeping
+from lora_inject.core.layers.library import dense
 from lora_inject.core.layers.survey import base_tensor
-from lora_inject.core.spec.sites import FROM_WEIGHT
+from lora_inject.core.layers.weight_kinds import is_quantized
+from lora_inject.core.spec.sites import SiteSpec
+
+# The function that `to_empty` applies to each tensor: it gives memory and no values.
+EMPTYING = {
+    each for each in nn.Module.to_empty.__code__.co_consts if isinstance(each, types.CodeType)
+}
+
+
+def moved(module: nn.Module, *, emptied: bool) -> None:
+    """Note which entries of a module have values after its tensors were moved."""
+    attached = _attached(module)
+    for entry in attached.entries():
+        if emptied or _on_meta(module, entry):
+            attached.valueless |= {entry.mark}
+    _note_garbage(module, attached)
+
+
+def given_values(module: nn.Module, entries: Iterable[Entry]) -> None:
+    """Note that entries have got values."""
+    attached = _attached(module)
+    marks = {entry.mark for entry in entries}
+    if marks & attached.valueless:
+        attached.valueless -= marks
+        _note_garbage(module, attached)
+
+
+def _note_garbage(module: nn.Module, attached: Attached) -> None:
+    """Note what has memory and no values."""
+    attached.garbage = frozenset(
+        entry.mark
+        for entry in attached.entries()
+        if entry.mark in attached.valueless and not _on_meta(module, entry)
+    )
+    if attached.garbage:
+        attached.forget_use()
+
+
+def _attached(module: nn.Module) -> Attached:
+    attached = attached_to(module)
+    assert attached is not None
+    return attached
+
+
+def _on_meta(module: nn.Module, entry: Entry) -> bool:
+    return any(tensor.is_meta for tensor in entry.tensors(module).values())
+
+
+# ----------------------------------------------------------------------------- from a state dict
 
 
 def names_given(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> set[str]:
@@ -32,79 +78,53 @@ def names_given(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -
 
     A tensor of an adapter that is the module's own already gives it nothing.
     """
+    flat = _attached(module).flat
     there = {key.removeprefix(prefix): t for key, t in state_dict.items() if key.startswith(prefix)}
-    return {name for name, tensor in there.items() if not _is_ours(module, name, tensor)}
+    return {name for name, t in there.items() if not (name in flat and is_own(module, name, t))}
+
+
+def is_own(module: nn.Module, flat: str, tensor: Any) -> bool:
+    """Return whether a tensor of a state dict is the module's own, which gives it no values.
+
+    torch's `set_model_state_dict` fills a dict with what the model has.
+    """
+    own: Any = module._parameters[flat]
+    mine, given = (getattr(t, "_local_tensor", t) for t in (own, tensor))
+    if mine is given:
+        return True
+    plain = isinstance(mine, Tensor) and isinstance(given, Tensor)
+    if not plain or mine.is_meta or given.is_meta or not mine.numel():
+        return False
+    return bool(mine.data_ptr() == given.data_ptr() and mine.shape == given.shape)
 
 
 def start_loaded(module: nn.Module, present: Collection[str]) -> None:
     """Start what has got its W from a state dict, and note what has got values itself."""
-    attached = attached_to(module)
-    assert attached is not None
+    attached = _attached(module)
     whole = [e for e in attached.entries() if all(flat in present for flat in e.names.values())]
     given_values(module, [entry for entry in whole if not _on_meta(module, entry)])
-    restart = [entry for entry in attached.entries() if _as_reset(module, attached, entry)]
     waiting = [entry for entry in attached.entries() if entry.mark in attached.valueless]
-    entries = [entry for entry in (*waiting, *restart) if entry.param in present]
-    _start(module, entries)
+    entries = [entry for entry in waiting if entry.param in present]
+    for entry in entries:
+        _start(module, entry)
     given_values(module, entries)
 
 
-def _is_ours(module: nn.Module, name: str, tensor: Any) -> bool:
-    """Whether a state dict gives a module a tensor of an adapter that it has already."""
-    attached = attached_to(module)
-    assert attached is not None
-    return name in attached.flat and is_own(module, name, tensor)
-
-
-def _as_reset(module: nn.Module, attached: Attached, entry: Entry) -> bool:
-    """Whether an entry has the values that `reset_parameters` gave it from W."""
-    return attached.by_reset.get(entry.mark) == _versions(module, entry)
-
-
-def _versions(module: nn.Module, entry: Entry) -> tuple[int, ...]:
-    return tuple(tensor._version for tensor in entry.tensors(module).values())
-
-
-def _on_meta(module: nn.Module, entry: Entry) -> bool:
-    return any(tensor.is_meta for tensor in entry.tensors(module).values())
-
-
 @torch.no_grad()
-def start_reset(module: nn.Module) -> None:
-    """Start the entries of a layer whose `reset_parameters` has just run."""
-    attached = attached_to(module)
-    assert attached is not None
-    entries = [entry for entry in attached.entries() if entry.mark in attached.valueless]
-    _start(module, entries)
-    started = [entry for entry in entries if not _on_meta(module, entry)]
-    given_values(module, started)
-    follow = {entry.mark: _versions(module, entry) for entry in started if _follows_weight(entry)}
-    attached.by_reset = {**attached.by_reset, **follow}
-
-
-def _follows_weight(entry: Entry) -> bool:
-    if entry.spec is None:
-        return entry.scale is None
-    return entry.gained or entry.spec.init in FROM_WEIGHT
-
-
-@torch.no_grad()
-def _start(module: nn.Module, entries: Iterable[Entry]) -> None:
-    """Write the first values of entries whose weight has values."""
-    for entry in entries:
-        weight: Any = base_tensor(module, entry.param)
-        if weight.is_meta:
-            continue
-        if hasattr(weight, "full_tensor"):
-            weight = weight.full_tensor()
-        values = first_values(module, entry, weight)
-        held = entry.tensors(module)
-        for role, value in values.items():
-            if held[role].is_meta:
-                new = nn.Parameter(value, held[role].requires_grad)
-                module._parameters[entry.names[role]] = new
-        real = {role: value for role, value in values.items() if not held[role].is_meta}
-        copy_into((held[role] for role in real), real.values())
+def _start(module: nn.Module, entry: Entry) -> None:
+    """Write the first values of an entry whose weight has values."""
+    weight: Any = base_tensor(module, entry.param)
+    if weight.is_meta:
+        return
+    if hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor()
+    held = entry.tensors(module)
+    for role, value in first_values(module, entry, weight).items():
+        if held[role].is_meta:
+            new = nn.Parameter(value, held[role].requires_grad)
+            module._parameters[entry.names[role]] = new
+        else:
+            copy_into([held[role]], [value])
 
 
 @torch.no_grad()
@@ -127,56 +147,6 @@ def write_into_shards(parameter: Any, value: Tensor) -> None:
     parameter.copy_(distribute_tensor(value, mesh, placements))
 
 
-def reset(module: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call the plain class's `reset_parameters`, which finds the parameters themselves."""
-    attached = module.__dict__["_lora"]
-    with keeping(attached):
-        result = plain(module, *args, **kwargs)
-    if attached.valueless:
-        start_reset(module)
-    return result
-
-
-# The function that `to_empty` applies to each tensor: it gives memory and no values.
-EMPTYING = {
-    each for each in nn.Module.to_empty.__code__.co_consts if isinstance(each, types.CodeType)
-}
-
-
-def moved(module: nn.Module, *, emptied: bool) -> None:
-    """Note which entries of a module have values after its tensors were moved."""
-    attached = attached_to(module)
-    assert attached is not None
-    for entry in attached.entries():
-        on_meta = any(tensor.is_meta for tensor in entry.tensors(module).values())
-        if on_meta or emptied:
-            attached.valueless |= {entry.mark}
-    _note_garbage(module, attached)
-
-
-def _note_garbage(module: nn.Module, attached: Attached) -> None:
-    """Note what has memory and no values."""
-    attached.garbage = frozenset(
-        entry.mark
-        for entry in attached.entries()
-        if entry.mark in attached.valueless
-        and not any(tensor.is_meta for tensor in entry.tensors(module).values())
-    )
-    if attached.garbage:
-        attached.forget_use()
-
-
-def given_values(module: nn.Module, entries: Iterable[Entry]) -> None:
-    """Note that entries have got values."""
-    attached = attached_to(module)
-    assert attached is not None
-    marks = {entry.mark for entry in entries}
-    if marks & (attached.valueless | attached.by_reset.keys()):
-        attached.valueless -= marks
-        attached.by_reset = {m: v for m, v in attached.by_reset.items() if m not in marks}
-        _note_garbage(module, attached)
-
-
 def first_values(module: nn.Module, entry: Entry, weight: Tensor) -> dict[str, Tensor]:
     """Return the tensors of a new entry of a module by their roles; `weight` is W, whole."""
     spec, dtype = entry.spec, master_dtype(weight.dtype)
@@ -186,5 +156,16 @@ def first_values(module: nn.Module, entry: Entry, weight: Tensor) -> dict[str, T
     factors = first_factors(spec, weight, dtype)
     if spec.variant == "lora":
         return factors
-    norms = partial(first_norms, module, spec, weight)
+    norms = partial(_first_norms, module, spec, weight)
     return {**factors, **VARIANTS[spec.variant].start(factors, norms)}
+
+
+def _first_norms(module: nn.Module, spec: SiteSpec, weight: Tensor) -> Tensor:
+    """Return the norms of the adapted outputs of W, equal in every bit to the first forward's."""
+    if is_quantized(weight):
+        weight = dense(module, weight)
+    matrix = weight.detach().reshape(spec.matrix_shape)
+    if spec.update == "weight":
+        matrix = matrix.to(torch.promote_types(weight.dtype, torch.float32))
+    norms = norms_of(matrix, spec.transposed)
+    return torch.cat([norms[start:stop] for start, stop in spec.spans])

@@ -6,12 +6,16 @@ it, which its row in `lora_inject.libraries` names. Askers: `packed_weights`, `p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from functools import cache
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from lora_inject.private import look_up
 
 Verb = Literal["inject", "train", "norms", "merge", "dequantize", "replace", "requantize"]
 """What somebody wants to do with a weight.
@@ -81,6 +85,14 @@ class WeightKind:
         'its format cannot be quantized again'
     """
 
+    forwards: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Module and name of classes whose forward multiplies x by the values, and does nothing else.
+
+    Then an update is added to its output. It may add a bias.
+    """
+    against: ClassVar[Mapping[Verb, Reason]] = MappingProxyType({})
+    """Why verbs cannot use any weight that matches."""
+
     def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
         """Return whether a weight is held in this way by its layer.
 
@@ -120,6 +132,8 @@ class WeightKind:
         """Return why a verb cannot use a weight that matches, and what to do; None if it can."""
         del weight
         kind = type(self)
+        if verb in self.against:
+            return self.against[verb]
         if verb in OF_VALUES and kind.dense is WeightKind.dense:
             plain = getattr(type(module), "_lora_plain", type(module))
             problem = f"dequantizing a {plain.__name__} of {plain.__module__} is not supported"
@@ -138,13 +152,6 @@ class WeightKind:
         del cls
         return None
 
-    def multiplies(self, cls: type[nn.Module]) -> bool:
-        """Return whether the forward of a class multiplies x by the values, and does nothing else.
-
-        Then an update is added to its output. It may add a bias.
-        """
-        return self.weight_of(cls) is not None
-
     # Around verbs -------------------------------------------------------------------------------
 
     def begin_training(self, module: nn.Module) -> None:
@@ -162,6 +169,17 @@ class WeightKind:
         """Return the settings and a few codes of a tensor, to recognize a base; None if unknown."""
         del weight
         return None
+
+
+def defines_forward(cls: type) -> tuple[str, str]:
+    """Return the module and the name of the class whose `forward` a class has."""
+    owner = next(c for c in cls.__mro__ if "forward" in c.__dict__)
+    return owner.__module__, owner.__qualname__
+
+
+def derives_from(cls: type, module: str, name: str) -> bool:
+    """Return whether a class is one of another library, or derives from it."""
+    return any((c.__module__, c.__qualname__) == (module, name) for c in cls.__mro__)
 
 
 UNKNOWN = WeightKind()
@@ -196,3 +214,46 @@ def in_dtype(bias: Tensor, dtype: torch.dtype) -> nn.Parameter:
     if isinstance(bias, nn.Parameter) and bias.dtype == dtype:
         return bias
     return nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
+
+
+_FAKES = (
+    look_up("torch._subclasses.fake_tensor.FakeTensor"),
+    look_up("torch._subclasses.functional_tensor.FunctionalTensor"),
+)
+# Tensors that W + delta can be formed from: neither packed nor sharded, or their fakes in a trace.
+PLAIN: tuple[type, ...] = (nn.Parameter, Tensor, *filter(None, _FAKES))
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a weight is packed, so that its elements are not its values."""
+    dtype = weight.dtype
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        return True
+    # A DTensor has elements here.
+    return type(weight) not in PLAIN and not hasattr(weight, "full_tensor")
+
+
+def sharded_by(tensor: Tensor) -> str | None:
+    """Return what holds only a part of a tensor in this process, None for a whole tensor."""
+    if type(tensor) is not nn.Parameter and hasattr(tensor, "full_tensor"):
+        return "fully_shard or parallelize_module (it is a DTensor)"
+    if hasattr(tensor, "ds_id"):
+        return "DeepSpeed ZeRO-3"
+    return None
+
+
+@torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor; a collective operation where each process holds a part of it."""
+    values = tensor.detach()
+    gather = getattr(values, "full_tensor", None)
+    if gather is None:
+        return values
+    gathered: Tensor = gather()
+    return gathered
+
+
+@cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")

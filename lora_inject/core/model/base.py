@@ -24,10 +24,9 @@ from lora_inject.core.adapter.fingerprint import (
 from lora_inject.core.adapter.packing import packing
 from lora_inject.core.adapter.site_state import FLOATS
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.layers.library import loaded_libraries
-from lora_inject.core.layers.packed_weights import described
-from lora_inject.core.layers.plain_tensors import whole
+from lora_inject.core.layers.library import described, loaded_libraries
 from lora_inject.core.layers.survey import Survey, table_of
+from lora_inject.core.layers.weight_kinds import whole
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import FormatError
 

@@ -9,12 +9,11 @@ from torch import nn
 
 from lora_inject.core.functional.torch_inside import forget_graphs
 from lora_inject.core.layers.attached import attached_to
-from lora_inject.core.layers.class_swap import narrow, unswap
-from lora_inject.core.layers.library import loaded_libraries
-from lora_inject.core.layers.packed_weights import end_training
-from lora_inject.core.layers.selected import Mix
+from lora_inject.core.layers.library import end_training, loaded_libraries
+from lora_inject.core.layers.selection import Mix
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.swap import narrow, unswap
 from lora_inject.core.model.ties import refuse_untold
 from lora_inject.core.roots.root import (
     ROOT,

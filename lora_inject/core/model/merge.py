@@ -17,14 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.merge_report import MergeReport
-from lora_inject.core.layers.gains import check_mixed
-from lora_inject.core.layers.library import loaded_libraries
-from lora_inject.core.layers.packed_weights import claims, packed_weight, weight_kind
-from lora_inject.core.layers.plain_tensors import is_quantized, whole
-from lora_inject.core.layers.selected import Mix
+from lora_inject.core.layers.attached import check_mixed
+from lora_inject.core.layers.library import claims, loaded_libraries, packed_weight, weight_kind
+from lora_inject.core.layers.selection import Mix
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
-from lora_inject.core.layers.weight_kinds import UNKNOWN, in_dtype
+from lora_inject.core.layers.weight_kinds import UNKNOWN, in_dtype, is_quantized, whole
 from lora_inject.core.model.eject import eject as take_off
 from lora_inject.core.model.target import Into, Target
 from lora_inject.core.model.ties import check_ties, refuse_untold, untie_rest

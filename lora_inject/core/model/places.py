@@ -10,11 +10,11 @@ from torch.nn.parameter import is_lazy
 
 from lora_inject.core.functional.weight import reads_as_sum
 from lora_inject.core.layers.attached import Entry, attached_to, attribute
-from lora_inject.core.layers.class_swap import check_swappable
 from lora_inject.core.layers.kinds import mixin_of
-from lora_inject.core.layers.packed_weights import weight_kind
-from lora_inject.core.layers.plain_tensors import is_quantized
+from lora_inject.core.layers.library import weight_kind
 from lora_inject.core.layers.survey import Carried, Survey
+from lora_inject.core.layers.swap import check_swappable
+from lora_inject.core.layers.weight_kinds import is_quantized
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.layouts import why_no_gain
 from lora_inject.core.spec.names import Below

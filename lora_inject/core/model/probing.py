@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.finite import all_finite
-from lora_inject.core.layers.selected import Mix
+from lora_inject.core.layers.selection import Mix
 from lora_inject.core.layers.survey import evaluating, table_of
 from lora_inject.core.roots.root import Injected
 from lora_inject.core.roots.selecting import selecting

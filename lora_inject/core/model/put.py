@@ -14,16 +14,14 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.functional.factors import master_dtype
 from lora_inject.core.layers.attached import attached_to
-from lora_inject.core.layers.class_swap import swap
 from lora_inject.core.layers.kinds import mixin_of
-from lora_inject.core.layers.library import loaded_libraries
-from lora_inject.core.layers.packed_weights import begin_training
-from lora_inject.core.layers.plain_tensors import whole
-from lora_inject.core.layers.selected import Mix
-from lora_inject.core.layers.selection import Selection
+from lora_inject.core.layers.library import begin_training, loaded_libraries
+from lora_inject.core.layers.selection import Mix, Selection
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.starting import first_values, moved
 from lora_inject.core.layers.survey import Carried, Survey, memory_of
+from lora_inject.core.layers.swap import swap
+from lora_inject.core.layers.weight_kinds import whole
 from lora_inject.core.model.places import check_statistics, places
 from lora_inject.core.model.training import forget_gradients
 from lora_inject.core.roots.root import (

@@ -13,7 +13,7 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.library import loaded_libraries
-from lora_inject.core.layers.plain_tensors import whole
+from lora_inject.core.layers.weight_kinds import whole
 from lora_inject.core.model.base import fingerprint, untouched
 from lora_inject.core.roots.root import (
     Injected,

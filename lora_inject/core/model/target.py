@@ -9,21 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.finite import all_finite
-from lora_inject.core.functional.fold import Delta, rows_at_once
-from lora_inject.core.functional.merge_report import TensorReport
-from lora_inject.core.functional.rounded_fold import (
-    GainedDelta,
+from lora_inject.core.functional.fold import (
+    Delta,
     Tally,
     fold_rows,
     mix_copies,
+    rows_at_once,
     with_tally,
 )
+from lora_inject.core.functional.merge_report import TensorReport
 from lora_inject.core.layers.attached import Entry
-from lora_inject.core.layers.gains import gain_of
-from lora_inject.core.layers.packed_weights import dense, reason_against, weight_kind
-from lora_inject.core.layers.plain_tensors import is_quantized, sharded_by, whole
+from lora_inject.core.layers.library import dense, reason_against, weight_kind
 from lora_inject.core.layers.survey import Holder, memory_of
-from lora_inject.core.layers.weight_kinds import UNKNOWN, Verb
+from lora_inject.core.layers.weight_kinds import UNKNOWN, Verb, is_quantized, sharded_by, whole
 from lora_inject.core.model.undo import Put, version_of
 from lora_inject.errors import LayerError, StateError
 
@@ -201,10 +199,8 @@ class Target:
     ) -> Delta:
         terms = [patch for entry, weight in sites for patch in entry.patches(held, weight)]
         wide = torch.float64 if base.dtype == torch.float64 else torch.float32
-        gain = next(filter(None, (gain_of(entry, held) for entry, _ in sites)), None)
-        if gain is None:
-            return Delta(terms, wide)
-        delta = GainedDelta(terms, wide, gain)
+        gain = next(filter(None, (entry.gain(held) for entry, _ in sites)), None)
+        delta = Delta(terms, wide, gain)
         delta.norms_of([(0, base)])
         return delta
 

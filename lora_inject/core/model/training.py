@@ -11,8 +11,12 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.torch_inside import forget_graphs
 from lora_inject.core.layers.attached import Entry
-from lora_inject.core.layers.library import loaded_libraries
-from lora_inject.core.layers.packed_weights import begin_training, loaded_kinds, reason_against
+from lora_inject.core.layers.library import (
+    begin_training,
+    loaded_kinds,
+    loaded_libraries,
+    reason_against,
+)
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.layers.weight_kinds import Reason

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.layers.selected import Selected
+from lora_inject.core.layers.selection import Selected
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Holder, Survey
 from lora_inject.core.layers.weight_kinds import Undo

@@ -14,10 +14,10 @@ from typing import TypeVar
 
 from torch import nn
 
-from lora_inject.core.layers.attached import Entry
-from lora_inject.core.layers.contexts import held_by_coroutine, in_context
-from lora_inject.core.layers.gains import check_mixed
-from lora_inject.core.layers.selected import Mix, Selected
+from lora_inject.core.functional.torch_inside import coroutine_enters
+from lora_inject.core.layers.attached import Entry, check_mixed
+from lora_inject.core.layers.contexts import in_context
+from lora_inject.core.layers.selection import Mix, Selected
 from lora_inject.core.roots.root import (
     Injected,
     alone,
@@ -115,7 +115,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         >>> with disabled(net):
         ...     y = net(torch.ones(2, 4))
     """
-    with selecting(model, Mix(), "disabled", waits=held_by_coroutine("disabled()")):
+    with selecting(model, Mix(), "disabled", waits=coroutine_enters()):
         yield
 
 

@@ -1,0 +1,372 @@
+"""How each library holds weights packed, but for bitsandbytes: a class for each of its ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.core.functional.torch_inside import module_calling
+from lora_inject.core.layers.adapted import plain_class
+from lora_inject.core.layers.library import Library
+from lora_inject.core.layers.swap import READER
+from lora_inject.core.layers.weight_kinds import (
+    OF_VALUES,
+    Reason,
+    Undo,
+    Verb,
+    WeightKind,
+    derives_from,
+    is_quantized,
+)
+from lora_inject.errors import LayerError
+from lora_inject.private import look_up, needed
+from lora_inject.quantized.plain_layers import (
+    Layer,
+    LayerKind,
+    become_plain,
+    package_of,
+    why_class_is_fixed,
+)
+
+# ------------------------------------------- whatever library: a `dequantize` of tensor or layer
+
+
+class OfTensor(WeightKind):
+    """A tensor whose class has a `dequantize` of its own.
+
+    Where the layer's class comes from the same library the layer is exchanged, else the weight
+    alone, in any layer.
+    """
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether the tensor's class has it."""
+        if weight is None or type(weight).dequantize is Tensor.dequantize:
+            return False
+        return is_quantized(weight)
+
+    def dense(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """Return what the tensor says."""
+        values: Tensor = weight.dequantize()
+        return values
+
+    def replaces_layer(self, module: nn.Module, weight: Tensor) -> bool:
+        """Return whether the classes of layer and tensor come from one library."""
+        return package_of(plain_class(type(module))) == package_of(type(weight))
+
+    def write(self, module: nn.Module, key: str, weight: nn.Parameter) -> Undo:
+        """Replace the layer, or the weight alone."""
+        if self.replaces_layer(module, module._parameters[key]):  # type: ignore[arg-type]
+            return become_plain(module, weight)
+        return super().write(module, key, weight)
+
+    def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
+        """Return why a layer cannot be replaced, or its weight be packed again in memory."""
+        remedy = getattr(weight, "packed_again_by", "")
+        if verb == "requantize" and remedy:
+            return Reason("its format is not quantized again in memory", remedy)
+        if verb == "replace" and weight is not None and self.replaces_layer(module, weight):
+            return why_class_is_fixed(module)
+        return super().why_not(verb, module, weight)
+
+
+class OfLayer(LayerKind):
+    """A layer whose class has a `dequantize`."""
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether the layer's class has it."""
+        method = getattr(plain_class(type(module)), "dequantize", None)
+        return callable(method) and weight is not None and is_quantized(weight)
+
+    def dense(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """Return what the layer says."""
+        layer: Any = module
+        values: Tensor = layer.dequantize()
+        return values
+
+
+class HQQ(OfLayer):
+    """An `HQQLinear` with its codes `W_q`, whose bias is an attribute.
+
+    Source: `hqq/core/quantize.py`.
+    """
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether the layer is one of HQQ's, and the tensor its codes."""
+        return self.weight_of(type(module)) is not None and super().matches(module, weight)
+
+    def weight_of(self, cls: type[nn.Module]) -> str | None:
+        """Return `W_q`."""
+        return "W_q" if derives_from(cls, "hqq.core.quantize", "HQQLinear") else None
+
+
+class Quanto(OfTensor):
+    """A `QLinear`, and its tensors.
+
+    Source: `optimum/quanto/nn/qlinear.py`.
+    """
+
+    forwards = (("optimum.quanto.nn.qlinear", "QLinear"),)
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether the tensor's class is quanto's."""
+        of_quanto = type(weight).__module__.startswith("optimum.quanto.")
+        return of_quanto and super().matches(module, weight)
+
+
+# What its tensors call the quantization of activations: Int8Tensor and Float8Tensor,
+# IntxUnpackedToInt8Tensor.
+_DYNAMIC = ("act_quant_kwargs", "activation_quantization")
+
+
+class TorchAO(OfTensor):
+    """Any tensor of torchao's."""
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether the tensor's class is torchao's."""
+        return weight is not None and package_of(type(weight)) == "torchao"
+
+    def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
+        """Return why no adapter can train: some of its tensors quantize activations."""
+        dynamic = any(getattr(weight, key, None) is not None for key in _DYNAMIC)
+        if verb == "train" and dynamic:
+            problem = f"{type(weight).__name__} quantizes activations as it runs"
+            return Reason(problem, "Quantize the weights only (torchao: Int8WeightOnlyConfig)")
+        return super().why_not(verb, module, weight)
+
+    def write(self, module: nn.Module, key: str, weight: nn.Parameter) -> Undo:
+        """Replace the weight, and remove the `extra_repr` that torchao sets on a layer."""
+        before = Layer.of(module)
+        super().write(module, key, weight)
+        if "extra_repr" in module.__dict__:
+            before.attributes["extra_repr"] = module.__dict__.pop("extra_repr")
+        return before
+
+
+# ------------------------------------------------------------------------------ compressed-tensors
+
+_PACKAGES = ("compressed_tensors.", "transformers.integrations.compressed_tensors")
+_ACTIVATIONS = ("input_activations", "output_activations")
+
+
+class CompressedWeights(WeightKind):
+    """Every weight of a layer with a `quantization_scheme`."""
+
+    forwards = (("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear"),)
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether the layer has a scheme."""
+        return hasattr(module, "quantization_scheme")
+
+    def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
+        """Return why a weight is not there yet, holds no sum, or passes no gradient."""
+        scheme = getattr(module, "quantization_scheme", None)
+        if verb == "inject" and weight is None:
+            problem = "compressed-tensors unpacks its weight when the model first runs"
+            remedy = "Run the model once, or load it with dequantize=True, then inject"
+            return Reason(problem, remedy)
+        if verb == "merge":
+            problem = "its layer is quantized by compressed-tensors, whose checkpoints hold no sum"
+            remedy = "Load the base in 16 bits, CompressedTensorsConfig(dequantize=True), merge "
+            return Reason(problem, f"{remedy}there")
+        if verb == "train" and any(getattr(scheme, key, None) is not None for key in _ACTIVATIONS):
+            problem = f"{type(module).__name__} quantizes activations as it runs"
+            return Reason(problem, "Load the base with CompressedTensorsConfig(dequantize=True)")
+        return super().why_not(verb, module, weight)
+
+
+class CompressedTensors(Library):
+    """Plain layers with a scheme: a forward on each instance, which calls that of the class.
+
+    It unpacks their weights when the model first runs. Parameters may be in a cache that stands
+    for their dict.
+    """
+
+    modules = ("compressed_tensors.quantization",)
+    packed = (CompressedWeights(),)
+
+    def calls_class(self, module: nn.Module) -> bool:
+        """Return whether the forward is one of compressed-tensors' that does."""
+        function = getattr(module.__dict__["forward"], "__func__", None)
+        while function is not None:
+            owner = getattr(function, "__globals__", {}).get("__name__", "")
+            ours = owner.startswith("compressed_tensors.")
+            if ours and "__class__" in function.__code__.co_names:
+                return True
+            function = getattr(function, "__wrapped__", None)
+        return False
+
+    def offloads(self, module: nn.Module) -> bool:
+        """Return whether its cache (`compressed_tensors.offload.OffloadCache`) has two devices."""
+        held = module._parameters
+        places = (getattr(held, name, "") for name in ("onload_device", "offload_device"))
+        there, kept = (str(place).partition(":")[0] for place in places)
+        return there != kept
+
+    def moves(self, module: nn.Module, param: str, held: Tensor) -> bool:
+        """Return whether its forward reads W, which it rounds in its place while the layer runs."""
+        if not hasattr(module, "quantization_scheme"):
+            return False
+        return module_calling(READER).startswith(_PACKAGES)
+
+
+# ---------------------------------------------------------------------- gptqmodel: GPTQ and AWQ
+
+
+class Kernel(LayerKind):
+    """Whatever class of gptqmodel's family transformers loads: no nn.Linear, codes in buffers.
+
+    Each kernel packs in its own way, so the values are measured by what a layer makes of unit
+    vectors.
+    """
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether the layer is a kernel of the family with its codes in a buffer."""
+        return "qweight" in module._buffers and self.weight_of(type(module)) is not None
+
+    def weight_of(self, cls: type[nn.Module]) -> str | None:
+        """Return `qweight`."""
+        ours = derives_from(cls, "gptqmodel.nn_modules.qlinear", "BaseQuantLinear")
+        return "qweight" if ours else None
+
+    def dense(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """Return what the layer makes of unit vectors, `(out, in)`.
+
+        That is exact: each output is a sum of one value and zeros.
+        """
+        layer: Any = module
+        scales, buffers = getattr(layer, "scales", None), layer._buffers
+        dtype = scales.dtype if isinstance(scales, Tensor) else torch.float16
+        bias = buffers.get("bias")
+        if bias is not None:
+            buffers["bias"] = torch.zeros_like(bias)
+        try:
+            return _measured(layer, dtype)
+        finally:
+            if bias is not None:
+                buffers["bias"] = bias
+
+    def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
+        """Return why a kernel does not train, or has no norms."""
+        name = plain_class(type(module)).__name__
+        if verb == "train" and not _trains(plain_class(type(module))):
+            remedy = 'Load the base with a kernel that trains (backend="auto_trainable")'
+            return Reason(f"{name} is a kernel for inference", remedy)
+        if verb == "norms":
+            return Reason(f"each forward would have to measure the values of a {name}")
+        return super().why_not(verb, module, weight)
+
+
+def _measured(layer: Any, dtype: torch.dtype) -> Tensor:
+    """Return the values of a layer that now has no bias."""
+    plain: Any = plain_class(type(layer))
+    columns, n = list[Tensor](), layer.in_features
+    for start in range(0, n, 1024):
+        size = min(1024, n - start)  # and a row of zeros
+        rows = torch.zeros(size + 1, n, dtype=dtype, device=layer.qweight.device)
+        rows[:size, start : start + size].fill_diagonal_(1)
+        columns.append(plain.forward(layer, rows))
+    if any(rows[-1].any() for rows in columns):
+        asked, problem = f"dequantizing a {type(layer).__name__}", "it makes no zero of zero"
+        raise LayerError(asked, problem, Reason(problem).remedy)
+    return torch.cat([rows[:-1] for rows in columns]).t()
+
+
+def _trains(kernel: Any) -> bool:
+    """Whether a layer hands a gradient to its input, as gptqmodel states it of its kernels."""
+    stated = (
+        getattr(kernel, f"SUPPORTS_TRAINING{each}", None) for each in ("", "_USE_TORCH_KERNEL")
+    )
+    return any(stated) or not hasattr(kernel, "SUPPORTS_TRAINING")
+
+
+# --------------------------------------------------------- linear layers of transformers' own
+
+_FP8 = "transformers.integrations.finegrained_fp8"
+_DEQUANTIZE = f"{_FP8}._dequantize_fp8_weight"
+_KEPT_PACKED = "Load the base within lora_inject.packed_experts(), which keeps "
+
+
+class Multiplies(WeightKind):
+    """Layers of which only the forward is known."""
+
+    forwards = (
+        ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Linear"),
+        ("transformers.integrations.metal_quantization", "MetalLinear"),
+        ("transformers.models.falcon.modeling_falcon", "FalconLinear"),
+    )
+
+
+class FineGrained(LayerKind):
+    """`FP8Linear`: float8 with a scale for each block, or one for all."""
+
+    forwards = ((_FP8, "FP8Linear"),)
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether the layer is one, and its weight in 8 bits."""
+        ours = derives_from(plain_class(type(module)), _FP8, "FP8Linear")
+        return ours and weight is not None and weight.element_size() == 1
+
+    def dense(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """Return codes times scales, by transformers' own function."""
+        dequantize = needed(_DEQUANTIZE, "the values of weights in block FP8")
+        layer: Any = module
+        scales, block = layer.weight_scale_inv, layer.block_size
+        values: Tensor = dequantize(weight, scales, block, torch.float32)
+        return values
+
+    def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
+        """Return why the values are not known."""
+        if verb in OF_VALUES and look_up(_DEQUANTIZE) is None:
+            return Reason(f"this version of transformers has no {_DEQUANTIZE}")
+        return super().why_not(verb, module, weight)
+
+
+class FineGrainedExperts(WeightKind):
+    """`FP8Experts`: stacks in float8 or in 4 bits, which kernels read with scales beside them."""
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether the module is one of them."""
+        return derives_from(type(module), _FP8, "FP8Experts")
+
+    against: ClassVar[Mapping[Verb, Reason]] = {
+        "inject": Reason(
+            "experts compute by kernels on codes in 8 or 4 bits",
+            f"{_KEPT_PACKED}their bits, with FineGrainedFP8Config(dequantize=True), or exclude the "
+            "experts",
+        )
+    }
+
+
+class KernelExperts(WeightKind):
+    """`Mxfp4GptOssExperts`, whose matmul_ogs launches kernels into a new tensor."""
+
+    def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
+        """Return whether the module is one of them."""
+        return derives_from(type(module), "transformers.integrations.mxfp4", "Mxfp4GptOssExperts")
+
+    against: ClassVar[Mapping[Verb, Reason]] = dict.fromkeys(
+        ("inject", "train"),
+        Reason(
+            "experts compute in MXFP4 by kernels for inference",
+            f"{_KEPT_PACKED}4 bits, or with Mxfp4Config(dequantize=True)",
+        ),
+    )
+
+
+# What it leaves on the model and on its config.
+_ON_MODEL = ("hf_quantizer", "is_quantized", "quantization_method")
+_ON_CONFIG = ("quantization_config", "_pre_quantization_dtype", "_is_quantized")
+
+
+class Quantized(WeightKind):
+    """Matches no weight: it knows models."""
+
+    def claims(self, module: nn.Module) -> Iterator[tuple[Any, tuple[str, ...]]]:
+        """Yield a model with a quantizer, and its config."""
+        if "hf_quantizer" in module.__dict__:
+            yield module, _ON_MODEL
+            if (config := getattr(module, "config", None)) is not None:
+                yield config, _ON_CONFIG
