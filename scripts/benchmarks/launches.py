@@ -132,7 +132,6 @@ class Row:
         config: Of the adapter.
         peft: Of PEFT's adapter; None where it has no such layer.
         adapters: How many are active at once.
-        x: Dtype of the input where autocast or a look-up makes it another than the layer's.
     """
 
     layer: Callable[[], nn.Module]

@@ -84,29 +84,21 @@ class Options:
     Attributes:
         quick: Tiny sizes and few rounds: shows that a row works, measures nothing.
         rounds: Rounds of every case, None for what each row thinks is enough.
-        threads: Threads that were asked for, None for what each row is defined with.
     """
 
     quick: bool = False
     rounds: int | None = None
-    threads: int | None = None
 
-    def n_rounds(self, usual: int, quick: int = 2) -> int:
+    def n_rounds(self, usual: int) -> int:
         """Return how many rounds to run."""
-        return self.rounds or (quick if self.quick else usual)
+        return self.rounds or (2 if self.quick else usual)
 
 
 @dataclass
 class Result:
-    """What one row found.
-
-    Attributes:
-        lines: The numbers.
-        notes: What a reader must know about them.
-    """
+    """What one row found."""
 
     lines: list[Line] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
     def add(self, case: str, variant: str, metric: str, values: Sequence[float] | float) -> None:
         """Add one number, from its values in all rounds, and print it."""
