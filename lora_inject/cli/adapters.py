@@ -22,7 +22,7 @@ from lora_inject.core.spec.names import templates
 from lora_inject.core.spec.tables import Listing, span, wrapped
 from lora_inject.formats import diffusers, kohya
 from lora_inject.formats.clients import CLIENTS
-from lora_inject.formats.exchange import WRITTEN, format_of, options_of, write_adapter
+from lora_inject.formats.exchange import TO_WRITE, format_of, options_of, write_adapter
 
 COMPONENTS = (*dict.fromkeys((*kohya.COMPONENTS, *diffusers.COMPONENTS)), "")
 WriteDtype = Annotated[
@@ -145,7 +145,7 @@ def convert(
     output: Annotated[Path, Argument(metavar="OUT", help="Where to write.")],
     *,
     to: Annotated[
-        str, Option("--to", metavar="FORMAT", help=options.FORMAT, callback=one_of(WRITTEN))
+        str, Option("--to", metavar="FORMAT", help=options.FORMAT, callback=one_of(TO_WRITE))
     ],
     base: Base = None,
     dtype: Annotated[
@@ -177,7 +177,7 @@ def convert(
     chosen = {key: value for key, value in given.items() if value is not None}
     lost: list[str] = []
     for name in chosen:
-        takers = [key for key in WRITTEN if name in options_of(format_of(key).write)]
+        takers = [key for key in TO_WRITE if name in options_of(format_of(key).write)]
         if to not in takers:
             problem = f"the format {to!r} does not have it; these do: {', '.join(takers)}"
             raise BadParameter(problem, param_hint=f"--{name}")

@@ -21,7 +21,7 @@ from lora_inject.core.spec.names import counted, nearest
 from lora_inject.errors import CheckpointError, FormatError, LoraInjectError, user_path
 from lora_inject.formats.exchange import (
     DEFAULT,
-    WRITTEN,
+    TO_WRITE,
     detected,
     format_of,
     options_of,
@@ -57,7 +57,7 @@ def one_of(names: Collection[str]) -> Callable[[str | None], str | None]:
     return checked
 
 
-FORMAT = f"Format to write: {', '.join(WRITTEN)}."
+FORMAT = f"Format to write: {', '.join(TO_WRITE)}."
 
 
 def model_folder(path: Path) -> Path:
@@ -129,7 +129,7 @@ class Writing:
     """Where and how to write an adapter."""
 
     output: Annotated[Path, Option("--output", "-o", help="Where to write the adapter.")]
-    adapter_format: Annotated[str, Option("--format", help=FORMAT, callback=one_of(WRITTEN))] = (
+    adapter_format: Annotated[str, Option("--format", help=FORMAT, callback=one_of(TO_WRITE))] = (
         DEFAULT
     )
     overwrite: Overwrite = False

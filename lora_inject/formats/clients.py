@@ -33,18 +33,18 @@ from lora_inject.errors import FormatError, within
 from lora_inject.formats import diffusers, mlx
 from lora_inject.formats.card import VLLM_RANKS
 from lora_inject.formats.exchange import detected
-from lora_inject.formats.expert_names import (
+from lora_inject.formats.format import Files
+from lora_inject.formats.gguf_file import FAMILIES, content
+from lora_inject.formats.model_facts import ModelFacts
+from lora_inject.formats.peft.fields import LAYOUTS_OF_B, LoraFields, read_fields
+from lora_inject.formats.peft.folder import CONFIG, CONFIG_KEY, MODEL
+from lora_inject.formats.peft.tensor_layout import PREFIX
+from lora_inject.formats.single_experts import (
     block_and_part,
     is_shared_layout,
     missing_matrices,
     of_one,
 )
-from lora_inject.formats.format import Files
-from lora_inject.formats.gguf_file import FAMILIES, content
-from lora_inject.formats.model_facts import ModelFacts
-from lora_inject.formats.peft.fields import LAYOUTS_OF_B, LoraFields, read_fields
-from lora_inject.formats.peft.folder import CONFIG, MODEL, WRITTEN
-from lora_inject.formats.peft.tensor_layout import PREFIX
 
 CONVERT = "Write it with `lora-inject convert --to "
 PORTABLE = f"{CONVERT}portable`"
@@ -291,12 +291,6 @@ def _no_shared_stacks(files: Checked, client: str) -> Objections:
         yield Objection(f"{client} ignores stacks of experts named w1, w2 and w3", PORTABLE)
 
 
-def _prefixed(files: Checked, client: str) -> Objections:
-    problem = f"{client} finds no key without '{PREFIX}': {{}}"
-    bare = (key for key in files.tensors if not key.startswith(PREFIX))
-    return _about(bare, problem, PORTABLE)
-
-
 # One function for each program --------------------------------------------------------------------
 
 
@@ -425,7 +419,8 @@ def _unfit(files: Checked, names: Iterable[str], client: str) -> Objections:
 
 
 def _peft(files: Checked) -> Objections:
-    yield from _prefixed(files, "PEFT")
+    bare = (key for key in files.tensors if not key.startswith(PREFIX))
+    yield from _about(bare, f"PEFT finds no key without '{PREFIX}': {{}}", PORTABLE)
     yield from _no_shared_stacks(files, "PEFT")
     yield from _columns_by_expert(files, "PEFT")
     parameters = {parent(name) for name in files.fields.target_parameters}
@@ -455,7 +450,7 @@ def _peft_in_diffusers(files: Checked, fix: str) -> Objections:
     yield from _unfit(files, files.pairs, "diffusers, which uses PEFT,")
     known = (".weight", ".bias", ".lora_magnitude_vector")
     yield from _full(files, "diffusers", "ignores", known)
-    if WRITTEN not in files.metadata:
+    if CONFIG_KEY not in files.metadata:
         client = "diffusers (which reads no adapter_config.json)"
         yield from _scaled(files, client, lambda _: 1.0, fix)
     if files.fields.use_dora and "model_type" in files.base:

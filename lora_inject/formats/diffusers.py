@@ -35,7 +35,7 @@ from lora_inject.formats.format import Files
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import plain_site
 from lora_inject.formats.peft.fields import LoraFields, read_fields
-from lora_inject.formats.peft.folder import refuse_unfit_sites
+from lora_inject.formats.peft.folder import CONFIG_KEY, refuse_unfit_sites
 from lora_inject.formats.peft.tensor_layout import PREFIX, pack
 from lora_inject.formats.plain import check_component, in_component, name_in_files, plain_sites
 
@@ -44,7 +44,6 @@ COMPONENTS = (
     *("unet", "transformer", "transformer_2", "prior", "decoder", "diffusion_model"),
     *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoders"),
 )
-_METADATA = "lora_adapter_metadata"
 _KEY = re.compile(
     rf"(?:({'|'.join(COMPONENTS)})\.)?(.+?)"
     r"(?:\.lora_([AB])|\.lora(?:_linear_layer)?\.(down|up)|(_lora)\.(down|up)|\.(alpha))(\.weight)?"
@@ -142,10 +141,10 @@ def _parsed(key: str, *, whole: bool) -> tuple[str, str, str]:
 
 def _fields(said: Mapping[str, str], prefix: str) -> LoraFields | None:
     """Return the header's config of a component, None if there is none."""
-    if _METADATA not in said:
+    if CONFIG_KEY not in said:
         return None
-    where = f"metadata '{_METADATA}'"
-    config: Any = parse_json(said[_METADATA], where)
+    where = f"metadata '{CONFIG_KEY}'"
+    config: Any = parse_json(said[CONFIG_KEY], where)
     if not isinstance(config, dict):
         raise FormatError(where, "it is not a table of fields", "Fetch the file again")
     mine = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}

@@ -89,7 +89,7 @@ FORMATS: dict[str, Format] = {
 }
 """Name to row; detection asks in this order."""
 
-WRITTEN = tuple(name for name, row in FORMATS.items() if row.write)
+TO_WRITE = tuple(name for name, row in FORMATS.items() if row.write)
 """The formats that are written, too."""
 
 

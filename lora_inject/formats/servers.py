@@ -41,12 +41,12 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import serialize
 from lora_inject.core.spec.names import leaf, parent
 from lora_inject.errors import FormatError
-from lora_inject.formats.expert_names import block_and_part, missing_matrices
 from lora_inject.formats.model_facts import CONVERT, ModelFacts
 from lora_inject.formats.peft import folder
 from lora_inject.formats.peft.folder import CONFIG, MODEL, contents
 from lora_inject.formats.peft.tensor_layout import PREFIX
 from lora_inject.formats.plain import plain_sites
+from lora_inject.formats.single_experts import block_and_part, missing_matrices
 
 KINDS = ("linear", "conv1d", "embedding", "conv")
 

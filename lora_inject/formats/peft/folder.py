@@ -37,7 +37,6 @@ from lora_inject.core.spec.names import parent
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.card import model_card
-from lora_inject.formats.expert_names import as_single_experts
 from lora_inject.formats.format import Files
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.fields import LoraFields, read_fields
@@ -54,11 +53,12 @@ from lora_inject.formats.peft.tensor_layout import (
     wrapped,
 )
 from lora_inject.formats.peft.written_config import build
+from lora_inject.formats.single_experts import as_single_experts
 
 LOG = logging.getLogger("lora_inject")
 CONFIG, CARD = "adapter_config.json", "README.md"
 MODEL, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-WRITTEN = "lora_adapter_metadata"
+CONFIG_KEY = "lora_adapter_metadata"
 """Key of the config in the header of the tensors, where diffusers looks for it, too."""
 
 _INDEX = f"{MODEL}.index.json"
@@ -110,7 +110,7 @@ def write(
         said = describe(state, "peft") | {_TURNED: json.dumps(sorted(turned))}
     # Where diffusers looks for the config: 0.42, loaders/peft.py, `load_lora_adapter(prefix=...)`.
     prefixed = {f"{PREFIX}{field}": value for field, value in config.items() if value is not None}
-    said[WRITTEN] = json.dumps(prefixed, sort_keys=True)
+    said[CONFIG_KEY] = json.dumps(prefixed, sort_keys=True)
     said |= proof or {}
     known = {"trained_on": trained_on, "published_as": published_as}
     rank = max((file_rank(site.spec) for site in state.sites.values()), default=0)
@@ -243,7 +243,7 @@ def _is_of_unsloth(config: Mapping[str, Any]) -> bool:
 
 def _edited(config: Mapping[str, Any], header: Mapping[str, str]) -> list[str]:
     """Return the fields that mean something else now than when the tensors were written."""
-    written = parse_json(header.get(WRITTEN, "{}"), f"metadata {WRITTEN!r}")
+    written = parse_json(header.get(CONFIG_KEY, "{}"), f"metadata {CONFIG_KEY!r}")
     written = written if isinstance(written, dict) else {}
     return [
         name for name in _MEANINGS if _meant(config.get(name)) != _meant(written.get(PREFIX + name))
