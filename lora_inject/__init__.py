@@ -13,7 +13,7 @@ from lora_inject.version import __version__ as __version__
 _HOMES = {
     "core.adapter.site_state": "SiteState",
     "core.adapter.state": "AdapterState",
-    "core.adapter.variants": "Variant register_variant",
+    "core.spec.variants": "Variant register_variant",
     "checkpoint.conversion": "check_adapter convert",
     "checkpoint.extract": "extract_adapter",
     "checkpoint.merge": "MergedFiles merge_checkpoint",

@@ -19,8 +19,6 @@ from lora_inject.checkpoint.merge import merge_checkpoint as merge_checkpoint
 from lora_inject.checkpoint.merge_inputs import MergeOptions as MergeOptions
 from lora_inject.core.adapter.site_state import SiteState as SiteState
 from lora_inject.core.adapter.state import AdapterState as AdapterState
-from lora_inject.core.adapter.variants import Variant as Variant
-from lora_inject.core.adapter.variants import register_variant as register_variant
 from lora_inject.core.functional.merge_report import MergeReport as MergeReport
 from lora_inject.core.layers.adapted import WeightUpdate as WeightUpdate
 from lora_inject.core.layers.kinds import LoRALinear as LoRALinear
@@ -54,6 +52,8 @@ from lora_inject.core.spec.config import Rule as Rule
 from lora_inject.core.spec.expert_profile import ExpertProfile as ExpertProfile
 from lora_inject.core.spec.plan import Plan as Plan
 from lora_inject.core.spec.sites import Geometry as Geometry
+from lora_inject.core.spec.variants import Variant as Variant
+from lora_inject.core.spec.variants import register_variant as register_variant
 from lora_inject.errors import CheckpointError as CheckpointError
 from lora_inject.errors import ConfigError as ConfigError
 from lora_inject.errors import FormatError as FormatError

@@ -23,8 +23,7 @@ from lora_inject import errors
 from lora_inject.cli import app
 from lora_inject.cli.app import COMMANDS
 from lora_inject.cli.options import ReadOptions
-from lora_inject.core.spec.config import Config
-from lora_inject.core.spec.schema import json_schema
+from lora_inject.core.spec.config import Config, json_schema
 from lora_inject.version import __version__
 
 MARK = re.compile(r"<!-- generated: (\w+) ?(.*?) -->")

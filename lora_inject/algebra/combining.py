@@ -23,9 +23,9 @@ from lora_inject.core.adapter.parts import MADE, Cut, Term, compared, gathered, 
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.adapter.svd import decompose
+from lora_inject.core.spec.names import printable
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.core.spec.tables import Listing, wrapped
-from lora_inject.core.spec.words import printable
 from lora_inject.errors import StateError, check_type
 from lora_inject.formats.exchange import read_adapter
 

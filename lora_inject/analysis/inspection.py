@@ -15,8 +15,9 @@ from lora_inject.analysis.numbers import Figures, site_blocks
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.names import counted
-from lora_inject.core.spec.sites import ROLES, SiteSpec
+from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.core.spec.tables import Listing, listed, sides, wrapped
+from lora_inject.core.spec.variants import VARIANTS
 
 _OF_SPEC = (
     *("name", "kind", "variant", "in_features", "out_features"),
@@ -136,7 +137,7 @@ class Inspection(Figures):
             rows = Listing(heads, tuple(site.cells(further) for site in self.sites))
             joined = "Norms of several sites are medians; --all lists each site."
             yield from rows.lines(width, everything=everything, joined=joined)
-            if any(ROLES[site.spec.variant].gained for site in self.sites):
+            if any(VARIANTS[site.spec.variant].gained for site in self.sites):
                 yield from wrapped("Of DoRA |delta| is |scale B A|, without the gain by m.", width)
             yield ""
         whole = [("trained", *item) for item in self.trained.items()]

@@ -25,7 +25,8 @@ from torch import Tensor
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.svd import ThinProduct
 from lora_inject.core.functional.factors import Patch
-from lora_inject.core.spec.sites import ROLES, Block, SiteSpec
+from lora_inject.core.spec.sites import Block, SiteSpec
+from lora_inject.core.spec.variants import VARIANTS
 from lora_inject.errors import StateError
 
 SHARES = (0.90, 0.95, 0.99)
@@ -173,7 +174,7 @@ def site_blocks(site: SiteState, *, checked: bool = True) -> tuple[SiteBlock, ..
 def blocks_of_terms(terms: Sequence[Patch], *, checked: bool = True) -> tuple[SiteBlock, ...]:
     """Split the terms of one weight: the update, less its frozen start if it has one."""
     spec = terms[0].spec
-    if checked and ROLES[spec.variant].gained:
+    if checked and VARIANTS[spec.variant].gained:
         problem = f"it is a DoRA adapter ({spec.variant}), whose update is not low-rank"
         remedy = "Merge it, and extract the difference as an adapter"
         raise StateError(f"analyze '{spec.name}'", problem, remedy)

@@ -15,9 +15,8 @@ from lora_inject.analysis.numbers import by_kind
 from lora_inject.analysis.pictures import need_matplotlib, pictures, shared_prefix, svg
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import write_file
-from lora_inject.core.spec.names import templates
+from lora_inject.core.spec.names import printable, templates
 from lora_inject.core.spec.tables import number, span
-from lora_inject.core.spec.words import printable
 from lora_inject.errors import StateError, user_path
 from lora_inject.version import __version__
 

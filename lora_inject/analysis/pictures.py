@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lora_inject.analysis.figures import Analysis
 from lora_inject.analysis.numbers import Place, by_kind
-from lora_inject.core.spec.words import printable
+from lora_inject.core.spec.names import printable
 from lora_inject.errors import StateError, user_path
 
 COLORS = "viridis"

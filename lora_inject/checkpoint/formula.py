@@ -21,9 +21,9 @@ from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.merge_plan import MergePlan
 from lora_inject.checkpoint.output_files import OutputShard, TensorJob
 from lora_inject.core.adapter.site_state import SiteState
-from lora_inject.core.adapter.variants import VARIANTS
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.variants import VARIANTS
 
 N_ROWS = 16
 """Rows of each tensor that are computed, evenly spaced."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.core.adapter.packing import glimpse
+from lora_inject.core.adapter.fingerprint import glimpse
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import DTYPES, FLOATS, TensorEntry
 from lora_inject.errors import CheckpointError

@@ -33,13 +33,13 @@ from lora_inject.checkpoint.output_files import Placed, TensorJob, clash, matrix
 from lora_inject.checkpoint.quantized_base import why_no_update
 from lora_inject.core.adapter.fingerprint import Fingerprint, Sampled, base_differences, same_values
 from lora_inject.core.adapter.site_state import SiteState
-from lora_inject.core.adapter.variants import VARIANTS
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
 from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.spec.names import nearest
 from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.variants import VARIANTS
 from lora_inject.errors import CheckpointError
 
 MAX_SHOWN = 8

@@ -28,9 +28,8 @@ from lora_inject.checkpoint.output_files import OutputShard
 from lora_inject.checkpoint.pieces import BytesDone, Progress, stream
 from lora_inject.core.files.row_reader import read_at
 from lora_inject.core.files.safetensors_file import FLOATS, Header, read_header
-from lora_inject.core.spec.names import counted
+from lora_inject.core.spec.names import counted, printable
 from lora_inject.core.spec.tables import MOST_NAMES, in_bytes, wrapped
-from lora_inject.core.spec.words import printable
 from lora_inject.errors import CheckpointError, user_path
 
 MOST_NEIGHBORS = 1e-3

@@ -23,7 +23,6 @@ import typer
 from typer.core import TyperGroup
 
 from lora_inject.cli.show import note, say
-from lora_inject.core.spec.words import system_words
 from lora_inject.errors import LoraInjectError
 from lora_inject.version import __version__
 
@@ -185,7 +184,7 @@ class _Commands(TyperGroup):
         except OSError as error:
             place = f"'{error.filename}'" if error.filename else "the output"
             remedy = "Check the path and the disk, and run again"
-            note(f"Error: read or write {place}: {system_words(error)}. {remedy}.")
+            note(f"Error: read or write {place}: {error.strerror or error}. {remedy}.")
             raise typer.Exit(1) from None
 
 

@@ -13,7 +13,6 @@ import torch
 
 from lora_inject.cli.show import note
 from lora_inject.core.spec.names import counted
-from lora_inject.core.spec.words import system_words
 from lora_inject.errors import CheckpointError, ConfigError
 
 IGNORED = -100  # the label that cross entropy leaves out
@@ -33,7 +32,7 @@ def rows_of_file(path: Path) -> list[Row]:
     try:
         text = path.read_bytes().decode("utf-8")
     except (OSError, ValueError) as error:
-        problem = system_words(error) if isinstance(error, OSError) else str(error)
+        problem = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"data '{path}'", problem, "Give a file of UTF-8 text") from None
     # At newlines alone: `splitlines` also splits at characters that may stand in a text.
     lines = enumerate(text.replace("\r\n", "\n").split("\n"), 1)

@@ -19,11 +19,9 @@ from lora_inject.cli.options import one_of
 from lora_inject.cli.show import note, print_json, progress_bar, say
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.spec.config import Config
-from lora_inject.core.spec.inventory import Inventory
-from lora_inject.core.spec.key_lists import inventory_of
+from lora_inject.core.spec.config import Config, json_schema
+from lora_inject.core.spec.inventory import Inventory, inventory_of
 from lora_inject.core.spec.resolve import resolve
-from lora_inject.core.spec.schema import json_schema
 from lora_inject.errors import CheckpointError
 from lora_inject.formats.exchange import FORMATS
 from lora_inject.serving.doctor import diagnose

@@ -17,7 +17,7 @@ from typing import Any
 
 import typer
 
-from lora_inject.core.spec.words import printable
+from lora_inject.core.spec.names import printable
 
 WIDTH = 80  # where stdout is not a terminal
 COLORS = {"Error": "red", "wrong": "red", "NOT verified": "red", "verified": "green"}

@@ -20,10 +20,10 @@ from typing import Any
 
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.inventory import Inventory
-from lora_inject.core.spec.names import Below, canonical, joined, leaf, nearest_names
+from lora_inject.core.spec.names import Below, canonical, joined, leaf, nearest
 from lora_inject.core.spec.patterns import matching
+from lora_inject.core.spec.reading import read_text
 from lora_inject.core.spec.resolve import linear_layers
-from lora_inject.core.spec.yaml import read_text
 from lora_inject.errors import ConfigError, FormatError, user_path
 from lora_inject.formats.model_facts import expert_names
 from lora_inject.formats.peft.fields import LoraFields, read_fields, whole
@@ -269,7 +269,7 @@ def _check_targets(
         if there and field == "target_modules":
             problem = f"'{there[0]}' is a parameter, and PEFT adapts modules by target_modules"
             raise _error(asked, field, problem, "Name it in target_parameters")
-        near = ", ".join(f"'{name}'" for name in nearest_names(target, kinds)) or "none"
+        near = ", ".join(f"'{name}'" for name in nearest(target, kinds)) or "none"
         raise _error(asked, field, f"{target!r} matches nothing", f"Nearest: {near}")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.adapter.packing import glimpse
+from lora_inject.core.adapter.fingerprint import glimpse
 from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.weight_kinds import OF_VALUES, Reason, Undo, Verb
 from lora_inject.private import needed

@@ -12,8 +12,8 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from lora_inject.core.spec.config import Config, Distinct, Expect, Rank, Rule, Variant
 from lora_inject.core.spec.inventory import Inventory
+from lora_inject.core.spec.reading import Strict, YamlModel
 from lora_inject.core.spec.resolve import resolve
-from lora_inject.core.spec.strict import Strict, YamlModel
 from lora_inject.errors import MatchError
 
 SEARCHED = ("targets", "rank", "alpha", "variant", "expect")

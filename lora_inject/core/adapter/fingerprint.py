@@ -15,7 +15,7 @@ sampled too.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -45,6 +45,13 @@ class Sampled(NamedTuple):
     values: tuple[float, ...] | None = None
     packed: str = ""
     moved: tuple[int, ...] = ()
+
+    def comparable(self, other: Sampled | None) -> bool:
+        """Whether a weight is plain in two bases, or packed in both."""
+        if other is None:
+            return False
+        plain = self.values is not None and other.values is not None
+        return plain or bool(self.packed and other.packed)
 
 
 Fingerprint = Mapping[str, Sampled]
@@ -150,14 +157,11 @@ def union_of(several: Iterable[Fingerprint]) -> Fingerprint:
     """Return the union of fingerprints of one base, which may have been packed in some."""
     known: dict[str, Sampled] = {}
     for mark in several:
-        for name, sampled in mark.items():
-            known[name] = _both(sampled, known.get(name, sampled))
+        for name, one in mark.items():
+            other = known.get(name, one)
+            plain = other if one.values is None else one
+            known[name] = plain._replace(packed=one.packed or other.packed)
     return known
-
-
-def _both(one: Sampled, other: Sampled) -> Sampled:
-    plain = other if one.values is None else one
-    return plain._replace(packed=one.packed or other.packed)
 
 
 def same_values(one: Tensor, two: Tensor) -> bool:
@@ -169,7 +173,7 @@ def same_values(one: Tensor, two: Tensor) -> bool:
 # bfloat16 keeps 8 significant bits: rounding moves a value by at most 2**-8 of itself. The saved
 # and the found base may each have been rounded. The smallest step of float16 is 2**-24.
 _RELATIVE = 2.0**-7
-_ABSOLUTE = 2.0**-24
+_ABSOLUTE = 2.0**-23
 
 
 def base_differences(
@@ -182,15 +186,14 @@ def base_differences(
     Empty: the same base, as far as the values reach (see `unverifiable`). `words` say where the
     values of each are.
     """
-    differences = {
-        name: _difference(one, current[name], words) if name in current else "is not in this model"
-        for name, one in saved.items()
-    }
+    differences = {n: _difference(one, current.get(n), words) for n, one in saved.items()}
     return {name: how for name, how in differences.items() if how}
 
 
-def _difference(one: Sampled, two: Sampled, words: tuple[str, str]) -> str:
+def _difference(one: Sampled, two: Sampled | None, words: tuple[str, str]) -> str:
     """Return how a weight differs, "" if it does not as far as can be seen."""
+    if two is None:
+        return "is not in this model"
     in_one, in_two = words
     if one.packed and two.packed:  # shapes included
         same = one.packed == two.packed
@@ -217,19 +220,65 @@ def _differing(one: tuple[float, ...], two: tuple[float, ...]) -> list[tuple[flo
     return [pair for pair in pairs if not _close(*pair)]
 
 
+def _close(a: float, b: float) -> bool:
+    if math.isnan(a) or math.isnan(b):
+        return math.isnan(a) and math.isnan(b)
+    return math.isclose(a, b, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE)
+
+
 def unverifiable(saved: Fingerprint, current: Fingerprint) -> tuple[str, ...]:
     """Names of weights that cannot be compared: quantized on one side only, sharded or on meta."""
-    nothing = Sampled(())
-    return tuple(n for n, there in saved.items() if not _alike(there, current.get(n, nothing)))
+    return tuple(n for n, there in saved.items() if not there.comparable(current.get(n)))
 
 
-def _alike(there: Sampled, here: Sampled) -> bool:
-    """Whether a weight is plain in both bases, or packed in both."""
-    plain = there.values is not None and here.values is not None
-    return plain or bool(there.packed and here.packed)
+# --------------------------------------------------------------------------------- packed weights
+
+# Of a packed tensor: its settings and a few codes, None if it is of no library that is known.
+Described = Callable[[Tensor], Iterable[str] | None]
 
 
-def _close(a: float, b: float) -> bool:
-    if math.isfinite(a) and math.isfinite(b):
-        return abs(a - b) <= _RELATIVE * max(abs(a), abs(b)) + _ABSOLUTE
-    return a == b or (math.isnan(a) and math.isnan(b))
+def packing(weight: Tensor, described: Described = lambda _: None) -> str:
+    """Describe a quantized weight: class, format, block size, and a few of its bytes.
+
+    Scales, which devices may round differently, have three digits. The result is empty for a tensor
+    whose values this process does not hold. `described` tells what is known of a library's tensors.
+
+    Examples:
+        >>> packing(torch.arange(3, dtype=torch.int8))
+        'Tensor, int8 (3,) 000102'
+    """
+    if weight.is_meta or hasattr(weight, "full_tensor"):
+        return ""
+    return ", ".join((type(weight).__name__, *_parts(weight, described)))
+
+
+def _parts(weight: Tensor, described: Described) -> Iterator[str]:
+    """Yield the settings and the inner tensors of a packed tensor."""
+    if (said := described(weight)) is not None:
+        yield from said
+    elif hasattr(weight, "__tensor_flatten__"):
+        names, settings = weight.__tensor_flatten__()
+        yield from _settings(settings.items() if isinstance(settings, Mapping) else ())
+        for name in names:
+            yield f"{name}: {', '.join(_parts(getattr(weight, name), described))}"
+    else:
+        yield glimpse(weight)
+
+
+def _settings(items: Iterable[tuple[str, object]]) -> Iterator[str]:
+    for name, value in items:
+        if isinstance(value, float):
+            yield f"{name} {value:.2e}"
+        elif isinstance(value, str | int | tuple | list) and not name.endswith("dtype"):
+            yield f"{name} {value}"  # any dtype will do, as for a plain base
+
+
+def glimpse(tensor: Tensor) -> str:
+    """Return the dtype, the shape and a few values of a tensor that holds codes or scales."""
+    flat = tensor.detach().reshape(-1)
+    start = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+    if tensor.is_floating_point() and tensor.element_size() > 1:
+        values = flat[list(sample_positions(flat.shape)[::5])].tolist()
+        return " ".join((start, *(f"{value:.2e}" for value in values)))
+    raw = flat.view(torch.uint8)
+    return f"{start} {bytes(raw[list(sample_positions(raw.shape))].tolist()).hex()}"

@@ -18,20 +18,23 @@ import binascii
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from torch import Tensor
 
 from lora_inject.core.adapter.file_keys import check_keys
 from lora_inject.core.adapter.fingerprint import N_SAMPLES, Fingerprint, Sampled
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.strict_json import Maybe, is_positive, misfit, parse_json
+from lora_inject.core.files.strict_json import Count, Index, Positive, fault_in
 from lora_inject.core.files.tensors import read_tensors, serialize
-from lora_inject.core.spec.sites import ROLES, SiteSpec, Slices
+from lora_inject.core.spec.sites import SiteSpec, Slices
+from lora_inject.core.spec.variants import VARIANTS
 from lora_inject.errors import FormatError
 from lora_inject.version import __version__
 
@@ -41,37 +44,60 @@ _VERSION = _PREFIX + "format_version"
 _LAYOUT = _PREFIX + "layout"
 _EDITED = "The file was edited; fetch it again"
 
-_INDEX, _COUNT = range(2**63), range(1, 2**63)  # what torch can count
+
+class _Kind(BaseModel):
+    """What sites have in common but for names; `rule` belongs to a config and is not written."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    alpha: Positive
+    compute: Literal["base", "float32"]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    experts: Count | None
+    in_features: Count
+    init: str | tuple[str, Positive]
+    kind: str
+    lora_bias: bool
+    only: tuple[Index, ...] | None
+    out_features: Count
+    rank: Count
+    scaling: Literal["standard", "rslora"]
+    share: Literal["", "A", "B"]
+    slices: Slices | None
+    transposed: bool
+    update: Literal["forward", "weight"]
+    variant: str
+    weight_shape: tuple[Count, ...]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"the variant '{self.variant[:80]}' is not registered here")
+        elements = self.in_features * self.out_features * (self.experts or 1)
+        if math.prod(self.weight_shape) != elements:
+            raise ValueError("weight_shape does not fit in_features and out_features")
+        if self.slices is not None:
+            sizes, adapt = self.slices.sizes, self.slices.adapt
+            if sum(width for _, width in sizes) != self.out_features:
+                raise ValueError("the slices do not fill the output")
+            if not adapt or adapt != tuple(name for name, _ in sizes if name in adapt):
+                raise ValueError("'adapt' does not name its slices in order")
+        if (only := self.only) is not None and not (
+            only and [*only] == sorted({*only}) and only[-1] < (self.experts or 0)
+        ):
+            raise ValueError("'only' does not name experts of its stack in order")
+        return self
 
 
-# What sites have in common but for their names. `rule` belongs to a config: it is not written.
-_KIND: dict[str, Any] = {
-    "alpha": is_positive,
-    "compute": ("base", "float32").__contains__,
-    "dropout": lambda value: type(value) in (int, float) and 0 <= value < 1,
-    "experts": Maybe(_COUNT),
-    "in_features": _COUNT,
-    "init": lambda value: isinstance(value, str) or not misfit(value, (str, is_positive)),
-    "kind": str,
-    "lora_bias": bool,
-    "only": Maybe([_INDEX]),
-    "out_features": _COUNT,
-    "rank": _COUNT,
-    "scaling": ("standard", "rslora").__contains__,
-    "share": ("", "A", "B").__contains__,
-    "slices": Maybe({"sizes": [(str, _COUNT)], "adapt": [str]}),
-    "transposed": bool,
-    "update": ("forward", "weight").__contains__,
-    "variant": str,
-    "weight_shape": [_COUNT],
-}
-_PARTS: dict[str, Any] = {
-    "config": Maybe(dict),
+_fields_of = attrgetter(*_Kind.model_fields)
+_Sampled = tuple[tuple[Index, ...], str | None, str, tuple[Index, ...]]
+_PARTS: dict[str, TypeAdapter[Any]] = {
+    "config": TypeAdapter(dict[str, Any] | None),
     # Of each weight what is `Sampled`: its shape, values, packing, and where the adapter moves it.
-    "fingerprint": Maybe({...: ([_INDEX], Maybe(str), str, [_INDEX])}),
-    "kinds": [_KIND],
-    "sites": {...: (str, _INDEX, [str])},  # weight, number of the kind, aliases
-    "trained": {...: Maybe([_INDEX])},  # the rows that it is of, null for all
+    "fingerprint": TypeAdapter(dict[str, _Sampled] | None),
+    "kinds": TypeAdapter(list[_Kind]),
+    "sites": TypeAdapter(dict[str, tuple[str, Index, tuple[str, ...]]]),  # weight, kind, aliases
+    "trained": TypeAdapter(dict[str, tuple[Index, ...] | None]),  # its rows, null for all
 }
 
 
@@ -92,10 +118,8 @@ def read(path: Path, _facts: object) -> AdapterState:
         raise FormatError("", "it is not a file of this format", "Leave format out")
     said = parse(text)
     trained = {name: f"trained/{name}" for name in said.trained}
-    due = {f"{role}/{name}" for name, spec in said.specs.items() for role in spec.roles}
-    due |= {*trained.values()}
-    if tensors.keys() != due:
-        check_keys(tensors, due)
+    due = (f"{role}/{name}" for name, spec in said.specs.items() for role in spec.roles)
+    check_keys(tensors, {*due, *trained.values()})
     sites = {
         name: SiteState.of(spec, {role: tensors[f"{role}/{name}"] for role in spec.roles})
         for name, spec in said.specs.items()
@@ -131,30 +155,28 @@ def describe(state: AdapterState, layout: str) -> dict[str, str]:
     The fields that sites share are stated once, as a kind: thousands of sites have only a few
     kinds.
     """
-    kinds: dict[str, int] = {}
-    plain: list[dict[str, Any]] = []
-    sites: dict[str, Any] = {}
-    for site in state.sites.values():
-        spec, slices = site.spec, site.spec.slices
-        kind = {field: getattr(spec, field) for field in _KIND}
-        if slices is not None:
-            kind["slices"] = {"sizes": slices.sizes, "adapt": slices.adapt}
-        number = kinds.setdefault(repr(kind), len(kinds))
-        if number == len(plain):
-            plain.append(kind)
-        sites[spec.name] = (spec.weight, number, spec.aliases)
+    kinds: dict[tuple[Any, ...], int] = {}
+    sites = {}
+    for spec in (site.spec for site in state.sites.values()):
+        number = kinds.setdefault(_fields_of(spec), len(kinds))
+        sites[spec.name] = spec.weight, number, spec.aliases
     mark = None
     if state.fingerprint is not None:
         mark = {name: _plain(known) for name, known in state.fingerprint.items()}
     parts = {
         "config": state.config,
         "fingerprint": mark,
-        "kinds": plain,
+        "kinds": [dict(zip(_Kind.model_fields, kind, strict=True)) for kind in kinds],
         "sites": sites,
         "trained": {name: state.rows.get(name) for name in state.trained},
     }
     said = {_VERSION: FORMAT_VERSION, _PREFIX + "version": __version__, _LAYOUT: layout}
-    said |= {_PREFIX + part: _to_json(value) for part, value in parts.items()}
+    try:
+        for part, value in parts.items():
+            said[_PREFIX + part] = json.dumps(value, allow_nan=False, default=asdict)
+    except (TypeError, ValueError) as error:
+        problem = f"it is not plain data ({error})"
+        raise FormatError("its config", problem, "Pass config.to_dict()") from error
     return {"format": "pt", **said}
 
 
@@ -169,61 +191,25 @@ def parse(metadata: Mapping[str, str]) -> Described:
     if version != FORMAT_VERSION:
         problem = f"its format version is '{version[:20]}', and this package reads {FORMAT_VERSION}"
         raise FormatError("", problem, "Install a newer lora-inject")
-    texts = {part: metadata.get(_PREFIX + part) for part in _PARTS}
-    said = {part: parse_json(text, part) for part, text in texts.items() if text is not None}
-    wrong = misfit(said, _PARTS)
-    _require(not wrong, "its metadata", wrong.lstrip("."))
-    mark = said["fingerprint"]
-    kinds = [_spec(kind, f"kinds.{number}") for number, kind in enumerate(said["kinds"])]
+    said: dict[str, Any] = {}
+    for part, form in _PARTS.items():
+        try:
+            said[part] = form.validate_json(metadata.get(_PREFIX + part, ""), strict=True)
+        except ValidationError as error:
+            raise FormatError(f"its metadata, {part}", fault_in(error), _EDITED) from None
+    kinds = [SiteSpec(name="", **dict(kind)) for kind in said["kinds"]]
     specs: dict[str, SiteSpec] = {}
     for name, (weight, number, aliases) in said["sites"].items():
         _require(number < len(kinds), f"site '{name[:200]}'", f"there is no kind {number}")
-        specs[name] = kinds[number].at(name, weight, tuple(aliases))
+        specs[name] = kinds[number].at(name, weight, aliases)
+    mark = said["fingerprint"]
     return Described(
         specs=specs,
         trained=[*said["trained"]],
         config=said["config"],
         fingerprint=mark and {name: _sampled(name, *known) for name, known in mark.items()},
-        rows={name: tuple(rows) for name, rows in said["trained"].items() if rows is not None},
+        rows={name: rows for name, rows in said["trained"].items() if rows is not None},
     )
-
-
-def _spec(kind: Mapping[str, Any], where: str) -> SiteSpec:
-    """Return the spec of the sites of one kind, without a name.
-
-    What each field must be stands in `_KIND`; what they must be together, in `_reasons_against`.
-    """
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in kind.items()}
-    fields |= {"alpha": float(kind["alpha"]), "dropout": float(kind["dropout"])}
-    if (said := kind["slices"]) is not None:
-        sizes = tuple((name, width) for name, width in said["sizes"])
-        fields["slices"] = Slices(sizes, tuple(said["adapt"]))
-    for problem in _reasons_against(fields):
-        raise FormatError(where, problem, _EDITED)
-    return SiteSpec(name="", **fields)
-
-
-def _reasons_against(kind: Mapping[str, Any]) -> Iterator[str]:
-    """Yield why the fields of a kind do not fit together."""
-    if kind["variant"] not in ROLES:
-        yield f"the variant '{kind['variant'][:80]}' is not registered here"
-    elements = kind["in_features"] * kind["out_features"] * (kind["experts"] or 1)
-    if math.prod(kind["weight_shape"]) != elements:
-        yield "weight_shape does not fit in_features and out_features"
-    if kind["slices"] is not None:
-        yield from kind["slices"].reasons_against(kind["out_features"])
-    only = kind["only"]
-    n = kind["experts"] or 0
-    if only is not None and (not only or [*only] != sorted({*only}) or only[-1] >= n):
-        yield "'only' does not name experts of its stack in order"
-
-
-def _to_json(value: Any) -> str:
-    try:
-        return json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        problem = f"it is not plain data ({error})"
-        raise FormatError("its config", problem, "Pass config.to_dict()") from error
 
 
 # Samples are base64 of little-endian float32: as numbers they would be two thirds of a header and
@@ -232,14 +218,18 @@ def _to_json(value: Any) -> str:
 
 def _plain(known: Sampled) -> tuple[Any, ...]:
     shape, values, packed, moved = known
-    if values is None:
-        return shape, None, packed, moved
-    packed_values = struct.pack(f"<{len(values)}f", *values)
-    return shape, base64.b64encode(packed_values).decode(), packed, moved
+    text = None
+    if values is not None:
+        text = base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+    return shape, text, packed, moved
 
 
 def _sampled(
-    name: str, shape: list[int], text: str | None, packed: str, moved: list[int]
+    name: str,
+    shape: tuple[int, ...],
+    text: str | None,
+    packed: str,
+    moved: tuple[int, ...],
 ) -> Sampled:
     """Return what is said of one weight of the base; it has a value for each position."""
     numel = math.prod(shape)
@@ -247,13 +237,13 @@ def _sampled(
     inside = max(moved, default=-1) < numel
     _require(inside, "fingerprint", f"the positions of {name!r} are not all inside of it")
     if text is None:
-        return Sampled(tuple(shape), None, packed, tuple(moved))
+        return Sampled(shape, None, packed, moved)
     try:
         values = struct.unpack(f"<{n}f", binascii.a2b_base64(text, strict_mode=True))
     except (ValueError, struct.error) as error:
         problem = f"the samples of {name!r} are not {n} float32 in base64 ({error})"
         raise FormatError("fingerprint", problem, _EDITED) from error
-    return Sampled(tuple(shape), values, packed, tuple(moved))
+    return Sampled(shape, values, packed, moved)
 
 
 def _require(holds: bool, where: str, problem: str) -> None:

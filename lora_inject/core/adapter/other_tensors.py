@@ -74,15 +74,13 @@ def on_parts(state: AdapterState, slot: AdapterState, asked: str) -> AdapterStat
     sites = dict(state.sites)
     for key, held in slot.sites.items():
         name = next((n for n in (key, *held.spec.aliases) if n in sites), None)
-        if name is not None and _is_whole(sites[name].spec, held.spec):
+        is_part = held.spec.only is not None or bool(held.spec.share)
+        if name is None or not is_part:
+            continue
+        new = sites[name].spec
+        if new.experts == held.spec.experts and new.only is None and not new.share:
             sites[name] = _on_part(sites[name], held.spec, f"{asked}, site {key!r}")
     return replace(state, sites=sites)
-
-
-def _is_whole(new: SiteSpec, held: SiteSpec) -> bool:
-    """Whether a site is a whole stack, and that of the slot a part of one."""
-    is_part = held.only is not None or bool(held.share)
-    return is_part and new.experts == held.experts and new.only is None and not new.share
 
 
 def _on_part(site: SiteState, held: SiteSpec, asked: str) -> SiteState:

@@ -23,6 +23,7 @@ from lora_inject.core.spec.sites import SiteSpec, Slices, adapted_parts
 from lora_inject.errors import StateError
 
 _SAME = 1e-12  # relative difference of two equal scales alpha / rank by rounding
+_ROUNDED = 1e-13  # relative distance of two equal updates by rounding
 
 MADE: dict[str, Any] = {"init": "kaiming", "aliases": ()}
 """Fields of a site that was computed from others: no config and no model made it."""
@@ -89,20 +90,13 @@ def _common(specs: Sequence[SiteSpec]) -> Slices | None:
     return Slices(all_parts, tuple(name for name, _ in all_parts if name in named))
 
 
-def gathered(
-    terms: Sequence[Term],
-    dtype: torch.dtype = torch.float64,
-    unit: float = 1.0,
-    place: torch.device | None = None,
-    specs: Sequence[SiteSpec] = (),
-) -> Parts:
+def gathered(terms: Sequence[Term], dtype: torch.dtype = torch.float64, unit: float = 1.0) -> Parts:
     """Return the parts of `sum of weight * delta / unit`: ranks concatenated, in one dtype.
 
-    `place` is their device, by default that of the first term. They have the spans that `specs`
-    share, by default those of the terms; where no term has values the rank is 0.
+    They are on the device of the first term, and have the spans that all terms share.
     """
-    specs = specs or [site.spec for site, _ in terms]
-    like = torch.empty(0, dtype=dtype, device=place or terms[0][0].A.device)
+    specs = [site.spec for site, _ in terms]
+    like = torch.empty(0, dtype=dtype, device=terms[0][0].A.device)
     slices = _common(specs)
     spans = slices.spans if slices else ((0, specs[0].out_features),)
     rows = [row for term in terms for row in _contributions(term, unit)]
@@ -140,11 +134,11 @@ def total(terms: Sequence[Term], like: SiteSpec) -> SiteState:
         dtype = torch.promote_types(dtype, torch.float32)
     rslora = all(spec.scaling == "rslora" for spec in specs)
     like = replace(like, slices=_common(specs), scaling="rslora" if rslora else "standard")
-    return _site(terms, like, gathered(terms, dtype, unit), unit)
+    return site_of(gathered(terms, dtype, unit), like, unit, terms)
 
 
-def _site(terms: Sequence[Term], like: SiteSpec, parts: Parts, scale: float) -> SiteState:
-    """Build a site from parts, padded with zeros to one rank; biases of B (lora_bias) are added."""
+def site_of(parts: Parts, like: SiteSpec, scale: float, terms: Sequence[Term] = ()) -> SiteState:
+    """Build a site from parts, padded with zeros to one rank; biases of B of terms are added."""
     rank = max(left.shape[2] for _, left, _ in parts)
     A = torch.cat([F.pad(right, (0, 0, 0, rank - right.shape[1])) for _, _, right in parts], 1)
     B = torch.cat([F.pad(left, (0, rank - left.shape[2])) for _, left, _ in parts], 1)
@@ -192,7 +186,7 @@ def truncated(
         root = S[:, None, :best].sqrt()
         left, right = ((m[..., :best] * root).to(site.A.dtype) for m in (U, V))
         thin.append((span, left, right.mT))
-    made = _site([(site, 1.0)], replace(site.spec, scaling="standard"), thin, 1.0)
+    made = site_of(thin, replace(site.spec, scaling="standard"), 1.0, [(site, 1.0)])
     return made, Cut(site.spec.rank, best, error)
 
 
@@ -205,30 +199,25 @@ class Compared(NamedTuple):
 
 
 def compared(one: SiteState | None, two: SiteState | None) -> Compared:
-    """Compare two sites, None for no update, to float64's precision where they nearly cancel.
+    """Compare two sites, None for no update, in float64 and also where they nearly cancel."""
+    ours, theirs = ([(site, 1.0)] if site is not None else [] for site in (one, two))
+    first, second = _norm(ours), _norm(theirs)
+    apart = _norm([*ours, *((site, -weight) for site, weight in theirs)])
+    if apart <= _ROUNDED * max(first, second):
+        apart = 0.0
+    return Compared((first, second), (first**2 + second**2 - apart**2) / 2, apart)
 
-    A QR of the factors of both gives orthonormal bases in which the updates are k by k: norms and
-    products are the same, and the difference is formed.
+
+def _norm(terms: Sequence[Term]) -> float:
+    """Return the Frobenius norm of a sum of updates.
+
+    A QR of the thin factors gives orthonormal bases in which the update is k by k.
     """
-    there = [site for site in (one, two) if site is not None]
-    specs, place = [site.spec for site in there], there[0].A.device
-    parts = (
-        gathered([(site, 1.0)] if site is not None else [], place=place, specs=specs)
-        for site in (one, two)
-    )
-    squares, dot = torch.zeros(3, dtype=torch.float64), 0.0
-    for (_, left, right), (_, left2, right2) in zip(*parts, strict=True):
-        sides = torch.cat((left, left2), 2), torch.cat((right, right2), 1).mT
-        R_l, R_r = (torch.linalg.qr(m, mode="r").R for m in sides)
-        k = left.shape[2]
-        ours, theirs = R_l[..., :k] @ R_r[..., :k].mT, R_l[..., k:] @ R_r[..., k:].mT
-        if torch.equal(left, left2) and torch.equal(right, right2):
-            theirs = ours  # without the rounding of the bases
-        norms = [torch.linalg.vector_norm(m) for m in (ours, theirs, ours - theirs)]
-        squares += torch.stack(norms).square().cpu()
-        dot += float((ours * theirs).sum())
-    first, second, apart = squares.sqrt().tolist()
-    return Compared((first, second), dot, apart)
+    square = 0.0
+    for _, left, right in gathered(terms) if terms else ():
+        R_l, R_r = (torch.linalg.qr(m, mode="r").R for m in (left, right.mT))
+        square += float((R_l @ R_r.mT).square().sum())
+    return math.sqrt(square)
 
 
 def mixed(
@@ -243,37 +232,25 @@ def mixed(
     for key in dict.fromkeys(key for trained, _ in several for key in trained):
         with_it = zip(names, several, strict=True)
         copies = [(n, trained[key], w) for n, (trained, w) in with_it if key in trained]
-        _check_copies(copies, f"{asked}, trained tensor '{key}'")
-        mix[key] = _mix_of([(tensor, weight) for _, tensor, weight in copies])
+        where = f"{asked}, trained tensor '{key}'"
+        if not math.isclose(sum(weight for *_, weight in copies), 1, rel_tol=1e-9):
+            added = " + ".join(f"{weight:g}" for *_, weight in copies)
+            raise StateError(
+                where,
+                f"it is a full copy of the base's tensor, with weight {added}: its change from the "
+                "base is not known here",
+                "Fold the adapters into the base with `lora-inject merge`, give weights that add "
+                "up to 1, or leave it out (select)",
+            )
+        if len({copy.shape for _, copy, _ in copies}) > 1:
+            shapes = " and ".join(f"{list(copy.shape)} in {name}" for name, copy, _ in copies)
+            raise StateError(where, f"its shape is {shapes}", "Give adapters of one base")
+        mix[key] = copies[0][1]  # a single one as it is
+        if len(copies) > 1:
+            dtype = reduce(torch.promote_types, (copy.dtype for _, copy, _ in copies))
+            products = [weight * copy.detach().double() for _, copy, weight in copies]
+            mix[key] = torch.stack(products).sum(0).to(dtype)
     return mix
-
-
-def _check_copies(copies: Sequence[tuple[str, Tensor, float]], where: str) -> None:
-    """Refuse weights that do not add up to 1, and copies of several shapes.
-
-    Each copy comes with what its adapter is called: two may be called alike, as of one file.
-    """
-    if not math.isclose(sum(weight for *_, weight in copies), 1, rel_tol=1e-9):
-        added = " + ".join(f"{weight:g}" for *_, weight in copies)
-        raise StateError(
-            where,
-            f"it is a full copy of the base's tensor, with weight {added}: its change from the "
-            "base is not known here",
-            "Fold the adapters into the base with `lora-inject merge`, give weights that add "
-            "up to 1, or leave it out (select)",
-        )
-    if len({copy.shape for _, copy, _ in copies}) > 1:
-        shapes = " and ".join(f"{list(copy.shape)} in {name}" for name, copy, _ in copies)
-        raise StateError(where, f"its shape is {shapes}", "Give adapters of one base")
-
-
-def _mix_of(copies: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """Return the sum of weighted tensors, computed in float64; a single one as it is."""
-    if len(copies) == 1:
-        return copies[0][0]
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor, _ in copies))
-    products = [weight * tensor.detach().double() for tensor, weight in copies]
-    return torch.stack(products).sum(0).to(dtype)
 
 
 def plain(site: SiteState, asked: str, *, bias: bool = False) -> SiteState:

@@ -12,7 +12,7 @@ from functools import reduce
 
 import torch
 
-from lora_inject.core.adapter.parts import MADE, check_alike, total
+from lora_inject.core.adapter.parts import check_alike, gathered, site_of, total
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.spec.names import joined, parent
 from lora_inject.core.spec.sites import SiteSpec, Slices, adapted_parts
@@ -122,34 +122,30 @@ def join_stack(name: str, members: Mapping[int, SiteState], n: int, asked: str) 
     specs = [site.spec for site in members.values()]
     first = specs[0]
     _check_members(specs, f"{asked}, site '{name}'")
-    factors = {number: site.scale / first.scale for number, site in members.items()}
-    plain = {number: _without_start(site) for number, site in members.items()}
-    rank = max(site.spec.rank for site in plain.values())
-    dtype = reduce(torch.promote_types, (site.A.dtype for site in plain.values()))
-    if set(factors.values()) != {1.0}:
+    dtype = reduce(torch.promote_types, (site.A.dtype for site in members.values()))
+    if any(spec.scale != first.scale for spec in specs):
         dtype = torch.promote_types(dtype, torch.float32)
-    made = replace(
+    like = replace(
         first,
         name=name,
         weight=name,
         kind="parameter",
         weight_shape=(n, *first.weight_shape),
         experts=n,
-        rank=rank,
-        alpha=first.scale * rank,
         scaling="standard",
         update="weight",
-        **MADE,
     )
-    device = members[next(iter(members))].A.device
-    A = torch.zeros(n, len(first.spans), rank, first.in_features, dtype=dtype, device=device)
-    B = torch.zeros(made.b_shape, dtype=dtype, device=device)
-    for number, site in plain.items():
-        own_rank, b, factor = site.spec.rank, site.B.detach(), factors[number]
-        scaled = b if factor == 1 else b.double() * factor
-        A[number, :, :own_rank] = site.A.detach().to(dtype).reshape(-1, own_rank, first.in_features)
-        B[number, :, :own_rank] = scaled.to(dtype)
-    return SiteState(made, A.reshape(made.a_shape), B)
+    of_each = {e: gathered([(site, 1.0)], dtype, first.scale) for e, site in members.items()}
+    rank = max(left.shape[2] for parts in of_each.values() for _, left, _ in parts)
+    parts = []
+    for i, (span, left, right) in enumerate(next(iter(of_each.values()))):
+        lefts = left.new_zeros(n, left.shape[1], rank)
+        rights = right.new_zeros(n, rank, right.shape[2])
+        for expert, its in of_each.items():
+            _, (b,), (a,) = its[i]
+            lefts[expert, :, : b.shape[1]], rights[expert, : a.shape[0]] = b, a
+        parts.append((span, lefts, rights))
+    return site_of(parts, like, first.scale)
 
 
 def _check_members(specs: Sequence[SiteSpec], asked: str) -> None:
@@ -158,8 +154,3 @@ def _check_members(specs: Sequence[SiteSpec], asked: str) -> None:
     if not alike or specs[0].kind not in {"linear", "conv1d"}:
         problem = "its experts are not all plain linear layers with the same slices"
         raise StateError(asked, problem, "Join the layers of each expert first")
-
-
-def _without_start(site: SiteState) -> SiteState:
-    """Return a site with the subtraction of a frozen start as further ranks."""
-    return site if site.A0 is None else total([(site, 1.0)], site.spec)

@@ -67,17 +67,36 @@ class AdapterState(Comparable, Shown):
 
     def __str__(self) -> str:
         """Show the size, not the contents."""
-        return size_in_words(self.sites, self.trained)
+        ranks = [site.spec.rank for site in self.sites.values()] or [0]
+        low, high = min(ranks), max(ranks)
+        rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        n_parameters = sum(site.spec.n_parameters for site in self.sites.values())
+        n_parameters += sum(tensor.numel() for tensor in self.trained.values())
+        counts = counted(len(self.sites), "site"), counted(len(self.trained), "trained tensor")
+        return f"AdapterState({counts[0]}, {rank}, {counts[1]}, {n_parameters:,} parameters)"
 
     def check_finite(self, asked: str, error: type[LoraInjectError] = StateError) -> None:
         """Refuse values that are NaN or infinite, or on the meta device, by raising `error`.
 
         A model with one of them returns NaN.
         """
-        tensors = [tensor for site in self.sites.values() for tensor in site.tensors.values()]
-        tensors += self.trained.values()
-        if not all_finite(*tensors) or any(tensor.is_meta for tensor in tensors):
-            raise first_without_values(self.sites, self.trained, asked, error)
+        tensors = {
+            f"{role} of site {name!r}": tensor
+            for name, site in self.sites.items()
+            for role, tensor in site.tensors.items()
+        }
+        tensors |= {f"trained tensor {name!r}": tensor for name, tensor in self.trained.items()}
+        if all_finite(*tensors.values()) and not any(t.is_meta for t in tensors.values()):
+            return
+        for name, tensor in tensors.items():
+            where = f"{asked}, {name}" if asked else name
+            if tensor.is_meta:
+                problem = "it is on the meta device and has no values"
+                raise error(where, problem, "Load its values first")
+            if n := int((~torch.isfinite(tensor)).sum()):
+                problem = f"it holds {n:,} NaN or infinite values"
+                remedy = "Its training diverged; take an earlier checkpoint of the adapter"
+                raise error(where, problem, remedy)
 
     def __mul__(self, weight: float) -> AdapterState:
         """Scale the update; of A and B only the sign of B can change."""
@@ -104,38 +123,3 @@ class AdapterState(Comparable, Shown):
         return added(self, other, -1.0)
 
     __radd__, __rsub__ = __add__, __sub__  # of what is not an adapter: the same error
-
-
-def first_without_values(
-    sites: Mapping[str, SiteState],
-    trained: Mapping[str, Tensor],
-    asked: str,
-    error: type[LoraInjectError],
-) -> LoraInjectError:
-    """Return the error of the first tensor that is on the meta device, or not finite."""
-    tensors = {
-        f"{role} of site {name!r}": tensor
-        for name, site in sites.items()
-        for role, tensor in site.tensors.items()
-    }
-    tensors |= {f"trained tensor {name!r}": tensor for name, tensor in trained.items()}
-    name, tensor = next(
-        (name, tensor)
-        for name, tensor in tensors.items()
-        if tensor.is_meta or not all_finite(tensor)
-    )
-    where = f"{asked}, {name}" if asked else name
-    if tensor.is_meta:
-        return error(where, "it is on the meta device and has no values", "Load its values first")
-    problem = f"it holds {int((~torch.isfinite(tensor)).sum()):,} NaN or infinite values"
-    return error(where, problem, "Its training diverged; take an earlier checkpoint of the adapter")
-
-
-def size_in_words(sites: Mapping[str, SiteState], trained: Mapping[str, Tensor]) -> str:
-    """Return the numbers of sites, ranks, trained tensors and parameters in a line."""
-    ranks = sorted({site.spec.rank for site in sites.values()}) or [0]
-    rank = f"ranks {ranks[0]} to {ranks[-1]}" if ranks[1:] else f"rank {ranks[0]}"
-    n_parameters = sum(site.spec.n_parameters for site in sites.values())
-    n_parameters += sum(t.numel() for t in trained.values())
-    counts = counted(len(sites), "site"), counted(len(trained), "trained tensor")
-    return f"AdapterState({counts[0]}, {rank}, {counts[1]}, {n_parameters:,} parameters)"

@@ -90,8 +90,6 @@ class RowReader:
             yield first, self.rows(entry, n_cols, first, min(stop, first + step))
 
 
-CAN_REPLACE_OPEN_FILES = os.name != "nt"
-"""Whether a file that is open can be replaced, renamed and removed."""
 POSITION = threading.Lock()  # of files, where reading or writing at an offset moves it
 _PIECE = 1 << 24  # bytes: what is read at a time where that needs memory of its own
 

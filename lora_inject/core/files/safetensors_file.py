@@ -14,11 +14,13 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Annotated, Any, BinaryIO
 
 import torch
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict  # pydantic wants this one below Python 3.12
 
-from lora_inject.core.files.strict_json import Maybe, misfit, parse_json
+from lora_inject.core.files.strict_json import Index, misfit, parse_json
 from lora_inject.errors import CheckpointError, FormatError, LoraInjectError, within
 
 MAX_HEADER_BYTES = 100_000_000
@@ -60,6 +62,21 @@ DTYPE_BITS: Mapping[str, int] = {
     "U32": 32,
 }
 """Bits an element takes, by the format's dtype name."""
+
+
+_Shape = Annotated[
+    list[Annotated[int, Field(ge=0, le=MAX_DIMENSION)]], Field(max_length=MAX_DIMENSIONS)
+]
+
+
+class _Entry(TypedDict):
+    dtype: str
+    shape: _Shape
+    data_offsets: Annotated[list[Index], Field(min_length=2, max_length=2)]
+
+
+_METADATA: TypeAdapter[Any] = TypeAdapter(dict[str, str] | None)
+_TABLE: TypeAdapter[Any] = TypeAdapter(dict[str, _Entry])
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +144,12 @@ def _parse_header(raw: bytes, size_bytes: int, error: type[LoraInjectError]) -> 
     if not isinstance(table, dict):
         raise error("", "its header is not a JSON object", _DAMAGED)
     metadata = table.pop("__metadata__", None)
-    if misfit(metadata, Maybe({...: str})):
+    if misfit(metadata, _METADATA):
         raise error("", "its metadata is not a table of strings", _DAMAGED)
+    if odd := next((name for name in table if not is_plain_name(name)), None):
+        raise error("", f"the tensor name {odd[:80]!r} is too long or not printable", _DAMAGED)
+    if wrong := misfit(table, _TABLE):
+        raise error("", f"its header says what cannot be ({wrong})", _DAMAGED)
     entries = [_entry(name, entry, len(raw), error) for name, entry in table.items()]
     entries.sort(key=lambda entry: (entry.start, entry.stop))
     position = len(raw)
@@ -141,23 +162,13 @@ def _parse_header(raw: bytes, size_bytes: int, error: type[LoraInjectError]) -> 
     return Header(raw, {entry.name: entry for entry in entries}, metadata, size_bytes)
 
 
-def _entry(name: str, entry: object, data_start: int, error: type[LoraInjectError]) -> TensorEntry:
-    shown = name[:80]
-    if not is_plain_name(name):
-        raise error("", f"the tensor name {shown!r} is too long or not printable", _DAMAGED)
-    if not isinstance(entry, dict):
-        raise error("", f"the entry of {shown!r} is not an object", _DAMAGED)
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise error("", f"{shown!r} has the unknown dtype {str(dtype)[:40]!r}", _DAMAGED)
-    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS or max(shape, default=0) > MAX_DIMENSION:
-        raise error("", f"{shown!r} has the impossible shape {str(shape)[:80]}", _DAMAGED)
-    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise error("", f"{shown!r} has the impossible offsets {str(offsets)[:80]}", _DAMAGED)
-    n_bits, start, stop = math.prod(shape) * DTYPE_BITS[dtype], offsets[0], offsets[1]
-    if n_bits != 8 * (stop - start):
-        problem = f"{shown!r} is {dtype} {list(shape)}, which does not take {stop - start} bytes"
-        raise error("", problem, _DAMAGED)
+def _entry(name: str, entry: Any, data_start: int, error: type[LoraInjectError]) -> TensorEntry:
+    dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPE_BITS:
+        raise error("", f"{name!r} has the unknown dtype {dtype[:40]!r}", _DAMAGED)
+    if math.prod(shape) * DTYPE_BITS[dtype] != 8 * (stop - start):
+        said = f"{name!r} is {dtype} {str(shape)[:80]}"
+        raise error("", f"{said}, which does not take {stop - start} bytes", _DAMAGED)
     return TensorEntry(name, dtype, tuple(shape), data_start + start, data_start + stop)
 
 
@@ -171,10 +182,6 @@ def check_dtypes(entries: Mapping[str, TensorEntry], asked: str) -> None:
 def is_plain_name(name: str) -> bool:
     """Whether a tensor may have this name: not too long, and without control characters."""
     return len(name) <= MAX_NAME_LENGTH and not _CONTROL.search(name)
-
-
-def _naturals(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
 
 
 def build_header(

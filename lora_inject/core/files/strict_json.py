@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-import reprlib
-from collections.abc import Iterable
-from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from lora_inject.errors import FormatError, LoraInjectError
+
+Index = Annotated[int, Field(ge=0, lt=1 << 63)]
+Count = Annotated[int, Field(ge=1, lt=1 << 63)]
+"""What torch can count."""
+Positive = Annotated[float, Field(gt=0, le=1e38)]
+"""What float32 can hold."""
 
 
 def parse_json(text: str | bytes, asked: str, error: type[LoraInjectError] = FormatError) -> Any:
@@ -36,53 +41,24 @@ def is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value <= 1e38
 
 
-class Maybe(NamedTuple):
-    """A form, or null."""
-
-    form: Any
-
-
-def misfit(value: Any, form: Any) -> str:
-    """Return where a parsed value is not of a form; "" if it is.
-
-    A form is a type, a range, a check of one value, a list of values of one form, a tuple of
-    forms, a table of fields, or a table of one form under any keys (`...`).
+def misfit(value: Any, form: TypeAdapter[Any]) -> str:
+    """Return where a parsed value is not of a form, strictly; "" if it is.
 
     Examples:
-        >>> misfit([{"rank": -1}], [{"rank": range(1, 9)}])
-        '.0.rank: -1 is impossible'
+        >>> misfit([1, -1], TypeAdapter(list[Count]))
+        '1: Input should be greater than or equal to 1'
     """
-    if isinstance(form, Maybe):
-        return "" if value is None else misfit(value, form.form)
-    if isinstance(form, dict) and isinstance(value, dict):
-        return _misfit_of_table(value, form)
-    if isinstance(form, list) and isinstance(value, list):
-        return _first_misfit((place, each, form[0]) for place, each in enumerate(value))
-    if isinstance(form, tuple) and isinstance(value, list) and len(value) == len(form):
-        return _first_misfit(zip(count(), value, form))
-    return "" if _is_plainly(value, form) else f": {reprlib.repr(value)[:40]} is impossible"
+    try:
+        form.validate_python(value, strict=True)
+    except ValidationError as error:
+        return fault_in(error)
+    return ""
 
 
-def _misfit_of_table(value: dict[str, Any], form: dict[Any, Any]) -> str:
-    if ... in form:
-        form = dict.fromkeys(value, form[...])
-    for key in sorted(form.keys() ^ value.keys()):
-        return f".{key[:200]}: {'it is missing' if key in form else 'there is no such field'}"
-    return _first_misfit((key, value[key], form[key]) for key in value)
-
-
-def _first_misfit(places: Iterable[tuple[Any, Any, Any]]) -> str:
-    """Return the first misfit of parts of a value, each with its place and its form."""
-    wrongs = ((key, misfit(each, form)) for key, each, form in places)
-    return next((f".{key}{wrong}" for key, wrong in wrongs if wrong), "")
-
-
-def _is_plainly(value: Any, form: Any) -> bool:
-    if isinstance(form, range):
-        return type(value) is int and value in form
-    if isinstance(form, type):
-        return type(value) is form
-    return callable(form) and bool(form(value))
+def fault_in(error: ValidationError) -> str:
+    """Return the place and the words of the first fault."""
+    fault = error.errors()[0]
+    return f"{'.'.join(map(str, fault['loc']))[:200]}: {fault['msg']}"
 
 
 def read_json(path: Path, asked: str, error: type[LoraInjectError] = FormatError) -> Any:

@@ -82,23 +82,18 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
     `read_tensors` accepts. Shared memory is written twice.
     """
     for name, tensor in tensors.items():
-        if tensor.is_meta or not is_plain_name(name) or tensor.dtype not in _NAMES:
-            raise why_unwritable(name, tensor)
+        asked = f"write tensor {name[:80]!r}"
+        if tensor.is_meta:
+            problem = "it is on the meta device and has no values"
+            raise FormatError(asked, problem, "Load its values first")
+        if not is_plain_name(name):
+            problem = "the name is too long or has control characters"
+            raise FormatError(asked, problem, "Rename the module")
+        if tensor.dtype not in _NAMES:
+            problem = f"its dtype is {tensor.dtype}"
+            raise FormatError(asked, problem, "Convert it to a plain dtype first")
     # The widest elements first, as the library has them: then each tensor begins aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     rows = [(name, _NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered]
     header = build_header(rows, dict(sorted(metadata.items())))
     return b"".join((header.raw, *(bytes_of(tensor) for _, tensor in ordered)))
-
-
-def why_unwritable(name: str, tensor: Tensor) -> FormatError:
-    """Return the error of a tensor without values, or whose name or dtype a file cannot have."""
-    asked = f"write tensor {name[:80]!r}"
-    if tensor.is_meta:
-        problem = "it is on the meta device and has no values"
-        return FormatError(asked, problem, "Load its values first")
-    if not is_plain_name(name):
-        problem = "the name is too long or has control characters"
-        return FormatError(asked, problem, "Rename the module")
-    problem = f"its dtype is {tensor.dtype}"
-    return FormatError(asked, problem, "Convert it to a plain dtype first")

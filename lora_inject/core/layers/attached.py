@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.adapter.variants import VARIANTS
 from lora_inject.core.functional.factors import Patch, Spans, Update
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.layers.selection import Selected, Selection
-from lora_inject.core.spec.sites import ROLES, SiteSpec, signed_pairs
+from lora_inject.core.spec.sites import SiteSpec, signed_pairs
+from lora_inject.core.spec.variants import VARIANTS
 from lora_inject.errors import LayerError
 
 
@@ -89,7 +89,7 @@ class Entry:
     @property
     def gained(self) -> bool:
         """Whether its outputs have a gain besides the update of W."""
-        return self.spec is not None and ROLES[self.spec.variant].gained
+        return self.spec is not None and VARIANTS[self.spec.variant].gained
 
     def gain(self, held: Mapping[str, Any]) -> Gain | None:
         """Return the gain of its outputs, None if its variant has none."""
@@ -191,7 +191,7 @@ class Attached:
     def _note_kinds(self) -> None:
         specs = [entry.spec for entry in self.forward.values() if entry.spec is not None]
         self.float32 = any(spec.compute == "float32" for spec in specs)
-        self.gains = any(ROLES[spec.variant].gained for spec in specs)
+        self.gains = any(VARIANTS[spec.variant].gained for spec in specs)
 
     def remove(self, adapter: str) -> list[Entry]:
         """Forget an adapter and return its entries."""

@@ -27,7 +27,8 @@ from lora_inject.core.layers.survey import Survey, memory_of
 from lora_inject.core.layers.weight_kinds import dtype_name, is_quantized
 from lora_inject.core.spec.inventory import Candidate, Inventory, Mixture
 from lora_inject.core.spec.names import is_bias, joined, parent
-from lora_inject.core.spec.sites import Geometry, Shape
+from lora_inject.core.spec.sites import Geometry
+from lora_inject.core.spec.variants import Shape
 
 _HEAD = "get_output_embeddings"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

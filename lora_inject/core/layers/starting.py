@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.first_factors import first_factors
-from lora_inject.core.adapter.variants import VARIANTS
 from lora_inject.core.functional.factors import master_dtype
 from lora_inject.core.functional.gain import norms_of
 from lora_inject.core.layers.attached import Attached, Entry, attached_to
@@ -24,6 +23,7 @@ from lora_inject.core.layers.library import dense
 from lora_inject.core.layers.survey import base_tensor
 from lora_inject.core.layers.weight_kinds import is_quantized
 from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.variants import VARIANTS
 
 # The function that `to_empty` applies to each tensor: it gives memory and no values.
 EMPTYING = {

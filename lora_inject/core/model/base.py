@@ -16,12 +16,12 @@ from lora_inject.core.adapter.fingerprint import (
     Fingerprint,
     Sampled,
     base_differences,
+    packing,
     same_values,
     samples,
     unverifiable,
     without_weights,
 )
-from lora_inject.core.adapter.packing import packing
 from lora_inject.core.adapter.site_state import FLOATS
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.library import described, loaded_libraries

@@ -16,7 +16,7 @@ from lora_inject.core.layers.survey import Carried
 from lora_inject.core.model.used import took_part
 from lora_inject.core.roots.root import Injected, entries, find_root
 from lora_inject.core.spec.config import WORDS
-from lora_inject.core.spec.experts import left_out
+from lora_inject.core.spec.plan_notes import left_out
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.core.spec.tables import Shown, columns
 from lora_inject.formats.live_models import notes_on_files

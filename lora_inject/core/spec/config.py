@@ -1,7 +1,6 @@
 """The config: what the user asks for, as a value, from YAML, a dict or keyword arguments.
 
-pydantic checks it (`spec.strict`). YAML is composed into nodes first (`spec.yaml`), so that each
-error is reported at its line and column, with the nearest valid spelling.
+pydantic checks it, and each error is told at its line and column (`spec.reading`).
 """
 
 from __future__ import annotations
@@ -21,19 +20,17 @@ from pydantic import (
     Field,
     PlainSerializer,
     Tag,
-    ValidationInfo,
     WithJsonSchema,
-    field_validator,
     model_validator,
 )
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
 
-from lora_inject.core.spec.names import nearest
+from lora_inject.core.spec.names import meant, show
 from lora_inject.core.spec.patterns import INDEX, checked_regex, layer_range
-from lora_inject.core.spec.sites import ROLES
-from lora_inject.core.spec.strict import Strict, YamlModel
+from lora_inject.core.spec.reading import Strict, YamlModel, written
 from lora_inject.core.spec.tables import Shown
-from lora_inject.core.spec.words import show
-from lora_inject.core.spec.yaml import written
+from lora_inject.core.spec.variants import VARIANTS
 
 FAMILIES = Path(__file__).parents[2] / "configs"  # YAML files of model families
 ALL_LINEAR = "all-linear"
@@ -63,15 +60,15 @@ def _check_distinct(names: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _check_variant(name: str) -> str:
-    if name not in ROLES:
-        near = nearest(name, ROLES, n=1)
-        remedy = f"Did you mean {show(near[0])}?" if near else f"Known are {', '.join(ROLES)}"
-        raise ValueError(f"there is no variant {show(name)}", remedy)
+    if name not in VARIANTS:
+        raise ValueError(f"there is no variant {show(name)}", meant(name, VARIANTS))
     return name
 
 
 def _read_list(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value  # a set has no order: refused
+    if not isinstance(value, (list, tuple)):  # a set has no order
+        raise ValueError(f"{show(value)} is not a list", f"Write a list: [{value}]")  # noqa: TRY004
+    return tuple(value)
 
 
 def _either_way(value: Any) -> str:
@@ -265,23 +262,15 @@ class Rule(Strict):
             raise ValueError(f"{show(data)} is not a rule", remedy)  # noqa: TRY004 - as pydantic wants
         return data
 
-    @field_validator("adapt")
-    @classmethod
-    def _adapts_slices(
-        cls, adapt: tuple[str, ...] | None, info: ValidationInfo
-    ) -> tuple[str, ...] | None:
-        names = slice_names(info.data.get("slices"))
-        for name in adapt or () if "slices" in info.data else ():
-            if name not in names:
-                remedy = f"The slices are {', '.join(names)}" if names else "Add slices: [q, k, v]"
-                raise ValueError(f"there is no slice {show(name)}", remedy)
-        return adapt
-
     @model_validator(mode="after")
     def _has_parts_that_fit(self) -> Self:
-        if self.slices and not self.adapt:
-            remedy = f"Add adapt: with some of {', '.join(slice_names(self.slices))}"
+        names = slice_names(self.slices)
+        if names and not self.adapt:
+            remedy = f"Add adapt: with some of {', '.join(names)}"
             raise ValueError("slices are given, but not which of them to adapt", remedy)
+        if odd := [name for name in self.adapt or () if name not in names]:
+            remedy = f"The slices are {', '.join(names)}" if names else "Add slices: [q, k, v]"
+            raise ValueError(f"there is no slice {show(odd[0])}", remedy)
         if isinstance(self.only, str) == (self.top is None):
             problem = "top needs a profile" if self.top else f"{show(self.only)} is a profile"
             raise ValueError(problem, "Give both: only: profile.yaml and top: 0.25")
@@ -422,3 +411,48 @@ class Config(Shown, YamlModel):
 
 ConfigLike = Config | Mapping[str, Any] | str | PathLike[str] | HasFields
 """Accepted forms of a config; see `formats.from_peft.config_of`."""
+
+
+# -------------------------------------------------------------------------------------- JSON Schema
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (draft-07) of a config file, for editors, as plain data.
+
+    It says less than `Config` checks: patterns are only strings.
+
+    Examples:
+        >>> sorted(json_schema()["$defs"])
+        ['Active', 'Axes', 'Expect', 'Normal', 'Rule']
+    """
+    schema = Config.model_json_schema(schema_generator=_FileSchema)
+    targets = schema["properties"]["targets"]
+    pattern = {"type": "string", "minLength": 1, "description": "The rule that only matches."}
+    targets["items"] = {"anyOf": [pattern, targets["items"]]}
+    head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": schema.pop("title")}
+    description = "Which parts of a model get which low-rank adapters (see the README)."
+    return {**head, "description": description, **schema}
+
+
+class _FileSchema(GenerateJsonSchema):
+    """A schema for files, where a key without a value is left out instead of being null."""
+
+    def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
+        """Drop the docstring of a model, and the line breaks of its fields'."""
+        made = super().model_schema(schema)
+        made.pop("description", None)
+        for entry in made["properties"].values():
+            entry["description"] = " ".join(entry["description"].split())
+        return made
+
+    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        made = super().default_schema(schema)
+        if made.get("default", "") is None:
+            del made["default"]
+        return made
+
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002  (pydantic's)
+        return False

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field
 
 from lora_inject.core.files.atomic import write_file
 from lora_inject.core.spec.names import quoted
-from lora_inject.core.spec.strict import YamlModel
+from lora_inject.core.spec.reading import YamlModel
 from lora_inject.errors import MatchError, user_path
 
 _BARS = " ▁▂▃▄▅▆▇█"

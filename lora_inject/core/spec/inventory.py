@@ -7,13 +7,14 @@ inventory says so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from typing import Literal, NamedTuple
 
-from lora_inject.core.spec.names import around, canonical, is_bias
+from lora_inject.core.spec.names import around, canonical, is_bias, leaf, parent
 from lora_inject.core.spec.sites import Geometry
 
 LINEAR_KINDS = ("linear", "conv1d")
@@ -64,6 +65,11 @@ class Candidate(NamedTuple):
             return [weight]
         tail = weight.removeprefix(self.name)
         return [weight, *(alias + tail for alias in self.aliases)]
+
+    @property
+    def all_names(self) -> list[str]:
+        """Names of the module, and of its weight."""
+        return [self.name, *self.aliases, *self.weight_names]
 
     def as_parameter(self, name: str) -> Candidate:
         """Return the same weight as a parameter, for a pattern that matches the weight alone."""
@@ -150,3 +156,61 @@ class Inventory:
             return self.others[name]
         name = self.aliases.get(name, name)
         return "bias" if is_bias(name) else f"{len(self.parameters[name])}-d parameter"
+
+
+# ------------------------------------------------------------------------------ a checkpoint's keys
+
+
+def inventory_of(shapes: Mapping[str, tuple[int, ...]]) -> Inventory:
+    """Make an inventory of a checkpoint's keys and shapes, which do not state kinds.
+
+    A two-dimensional `X.weight` is taken for a linear layer, `(in, out)` where the length of
+    `X.bias` says so; one of three to five dimensions for a convolution. Other tensors of two
+    or more dimensions are parameters. Counts of A and B do not depend on what is assumed.
+
+    Examples:
+        >>> inventory = inventory_of({"h.0.q.weight": (4, 8), "h.0.ln.weight": (8,)})
+        >>> [(c.name, c.kind, c.in_features) for c in inventory.candidates]
+        [('h.0.q', 'linear', 8)]
+        >>> inventory.others["h.0.ln"]
+        'no matrix'
+    """
+    parameters = {canonical(key): tuple(shape) for key, shape in shapes.items()}
+    candidates = []
+    others = dict[str, str]()
+    for key in shapes:
+        name = canonical(key)
+        candidate = _assume(name, key, parameters)
+        if candidate is not None:
+            candidates.append(candidate)
+        else:
+            others[name] = "bias" if is_bias(name) else f"{len(parameters[name])}-d tensor"
+    known = {candidate.name for candidate in candidates}
+    others.update(_modules_around(parameters, known))
+    return Inventory(tuple(candidates), others, parameters, assumed=True)
+
+
+def _modules_around(parameters: Iterable[str], known: set[str]) -> dict[str, str]:
+    """Return the modules around parameters that are not candidates, with the reason."""
+    owners = dict.fromkeys(map(parent, parameters), "no matrix")
+    reasons = owners | dict.fromkeys(around(owners), "container")
+    return {name: why for name, why in reasons.items() if name and name not in known}
+
+
+def _assume(name: str, key: str, parameters: Mapping[str, tuple[int, ...]]) -> Candidate | None:
+    """Return what a tensor is assumed to be, or None."""
+    shape = parameters[name]
+    if len(shape) < 2 or is_bias(name) or 0 in shape:
+        return None
+    module, (rows, columns) = parent(name), shape[-2:]
+    if not module or leaf(name) != "weight" or len(shape) > 5:
+        stack = math.prod(shape[:-2]) if len(shape) > 2 else None
+        return Candidate(
+            name, "parameter", columns, rows, shape, key, False, stack, module,
+            needs_layout=len(shape) > 2, update="weight",
+        )  # fmt: skip
+    if len(shape) > 2:
+        return Candidate(module, "conv", math.prod(shape[1:]), shape[0], shape, key)
+    if rows != columns and parameters.get(f"{module}.bias") == (columns,):
+        return Candidate(module, "conv1d", rows, columns, shape, key, transposed=True)
+    return Candidate(module, "linear", columns, rows, shape, key)

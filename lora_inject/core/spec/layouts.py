@@ -1,16 +1,22 @@
-"""Rules that say of a weight which sides are its input, or into which parts its output is cut."""
+"""What a rule makes of one weight: its sides, parts and experts; and what it may not ask of it."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from lora_inject.core.spec.config import Axes, Rule, slice_names
-from lora_inject.core.spec.inventory import Candidate
-from lora_inject.core.spec.sites import FROM_WEIGHT, ROLES, Geometry, SiteSpec, Slices
+from lora_inject.core.spec.expert_profile import ExpertProfile
+from lora_inject.core.spec.inventory import Candidate, Inventory
+from lora_inject.core.spec.names import quoted, templates
+from lora_inject.core.spec.sites import FROM_WEIGHT, Geometry, SiteSpec, Slices
+from lora_inject.core.spec.variants import VARIANTS
 from lora_inject.errors import MatchError, article
 
 SLICED_KINDS = ("linear", "conv1d", "parameter")
+BIASED_KINDS = ("linear", "conv1d", "conv")
 
 
 def oriented(candidate: Candidate, rule: Rule, asked: str) -> Geometry:
@@ -72,9 +78,13 @@ def sliced(candidate: Candidate, shape: Geometry, rule: Rule, asked: str) -> Sli
         what = "a stack of matrices" if shape.experts else f"of kind {candidate.kind}"
         remedy = "Slices are for linear layers, Conv1D and 2-d parameters"
         raise MatchError(asked, f"slices, but it is {what}", remedy)
-    names = slice_names(rule.slices)
-    width = shape.out_features
-    sizes = _widths(rule.slices) or _equal_parts(names, width, asked)
+    names, width = slice_names(rule.slices), shape.out_features
+    parts: Any = rule.slices  # names, or names with widths
+    sizes = tuple((part[0], part[1]) for part in parts if isinstance(part, tuple))
+    if not sizes and width % len(names):
+        problem = f"{len(names)} equal slices, but {width:,} outputs do not divide"
+        raise MatchError(asked, problem, f"Give the widths: {{{names[0]}: ..., ...}}")
+    sizes = sizes or tuple((name, width // len(names)) for name in names)
     total = sum(size for _, size in sizes)
     if total != width:
         listed = " + ".join(f"{size:,}" for _, size in sizes)
@@ -83,19 +93,83 @@ def sliced(candidate: Candidate, shape: Geometry, rule: Rule, asked: str) -> Sli
     return Slices(sizes, tuple(name for name in names if name in rule.adapt))
 
 
-def _widths(slices: Any) -> tuple[tuple[str, int], ...]:
-    """Return names and widths of a rule's slices; empty where they are equal parts."""
-    return tuple(part for part in slices if isinstance(part, tuple))
+# ----------------------------------------------------------------------------------------- experts
+
+_STACKED = re.compile(r"experts\\?\.[a-z(]")  # a pattern for a tensor that holds all experts
+_IN_EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.(\w+)$")
 
 
-def _equal_parts(names: tuple[str, ...], width: int, asked: str) -> tuple[tuple[str, int], ...]:
-    if width % len(names):
-        problem = f"{len(names)} equal slices, but {width:,} outputs do not divide"
-        raise MatchError(asked, problem, f"Give the widths: {{{names[0]}: ..., ...}}")
-    return tuple((name, width // len(names)) for name in names)
+def rank_of_each(candidate: Candidate, together: int, asked: str) -> int:
+    """Return the rank of an expert, where those that a token goes to have one together.
+
+    It is the whole part, as Megatron-Bridge and NeMo Automodel divide.
+
+    Raises:
+        MatchError: Nobody says to how many a token goes, or the rank is less than that.
+    """
+    wanted = f"rank: {{active: {together}}}"
+    if candidate.active is None:
+        problem = f"{wanted}, but the model does not say to how many experts its tokens go"
+        remedy = "Give the rule a rank; {active: ...} is for experts beside a router with top_k"
+        raise MatchError(asked, problem, remedy)
+    if together < candidate.active:
+        problem = f"{wanted}, but a token goes to {candidate.active} experts"
+        remedy = f"Give active: {candidate.active} or more: it is divided by that"
+        raise MatchError(asked, problem, remedy)
+    return together // candidate.active
 
 
-BIASED_KINDS = ("linear", "conv1d", "conv")
+def part_of_stack(candidate: Candidate, rule: Rule, asked: str) -> dict[str, Any]:
+    """Return which experts of a stack a rule adapts, and what they share.
+
+    Raises:
+        MatchError: It is no stack, has no such expert, or another model was profiled.
+    """
+    n = candidate.experts
+    wanted = "share" if rule.only is None else "only"
+    if n is None:
+        problem = f"{wanted}, but it is {article(candidate.kind)} of its own"
+        remedy = r"It is for stacks; match single experts by name, such as experts\.(0|3)\..*"
+        raise MatchError(asked, problem, remedy)
+    if rule.share is not None and rule.init in FROM_WEIGHT:
+        problem = f"share, and init {rule.init}, which starts each expert from its own weight"
+        raise MatchError(asked, problem, "Give the rule another init")
+    if isinstance(rule.only, str):
+        assert rule.top is not None
+        profile = ExpertProfile.from_yaml(rule.only)
+        return {"only": profile.most_chosen(candidate.owner, n, rule.top, asked)}
+    if rule.only is not None and max(rule.only) >= n:
+        problem = f"only: {max(rule.only)}, but it has {n:,} experts, 0 to {n - 1:,}"
+        raise MatchError(asked, problem, "Leave that number out")
+    return {"only": rule.only and tuple(sorted(rule.only)), "share": rule.share or ""}
+
+
+def why_no_stack(pattern: str, names: Iterable[str]) -> tuple[str, str] | None:
+    """Return why a pattern for stacked experts matches none, and what to do; None if it has none.
+
+    Models of transformers 4 have a module for each expert.
+    """
+    inside = [match[1] for match in map(_IN_EXPERT.search, names) if match]
+    if not inside or not _STACKED.search(pattern):
+        return None
+    parts = "|".join(dict.fromkeys(inside))
+    problem = "experts are modules here, each of its own, as in transformers 4"
+    return problem, rf"Match those: experts\.\d+\.({parts})"
+
+
+def why_no_experts(inventory: Inventory) -> tuple[str, str]:
+    """Return what was problem, and what to do, where `all-experts` means nothing."""
+    stacks = [c.name for c in inventory.candidates if c.experts is not None]
+    there = f"; it has {quoted([*templates(stacks)][:3])}" if stacks else ""
+    problem = f"the model has no experts that a router chooses among{there}"
+    remedy = (
+        "Name the stack by a pattern. Experts are known by transformers' class, or by a router "
+        "beside them with an output for each, in a block that states top_k"
+    )
+    return problem, remedy
+
+
+# ------------------------------------------------------------------------- what a site cannot have
 
 
 def why_no_gain(site: SiteSpec) -> str:
@@ -116,7 +190,7 @@ def check_allowed(site: SiteSpec, asked: str) -> None:
         what = f"variant {site.variant}" if site.variant != "lora" else article(site.kind)
         problem = f"lora_bias on {'slices' if site.slices else what}"
         raise MatchError(asked, problem, "Give the rule lora_bias: false")
-    if ROLES[site.variant].gained and (why := why_no_gain(site)):
+    if VARIANTS[site.variant].gained and (why := why_no_gain(site)):
         problem = f"variant {site.variant} on {why}"
         raise MatchError(asked, problem, "Give the rule variant: lora")
     if site.init in FROM_WEIGHT and site.rank > (most := narrow_side(site)):

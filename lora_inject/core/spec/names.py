@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from typing import Any
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Segments of names that stand for no module of the user's: of torch's compiler, of FSDP1 and of
@@ -105,53 +106,52 @@ def quoted(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)
 
 
-def nearest(word: str, words: Iterable[str], n: int = 3) -> list[str]:
-    """Return up to `n` of `words` that are spelled most like a word, best first, possibly none.
+def show(value: Any) -> str:
+    """Return a value as the user would recognize it, short and printable."""
+    text = f"'{value}'" if isinstance(value, str) else repr(value)
+    return printable(text if len(text) <= 60 else f"{text[:57]}...")
 
-    Below a likeness of 0.65 a suggestion misleads: 'corda' is not 'olora'.
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Return text that a terminal and a page can show safely: other characters are escaped.
+
+    Names come from untrusted files, and a terminal runs escape sequences. `keep` is not escaped.
 
     Examples:
-        >>> nearest("v_prj", ["q_proj", "v_proj", "norm"], n=1)
-        ['v_proj']
+        >>> printable("h.0\x1b[2J.q\n"), printable("a\n", keep="\n")
+        ('h.0\\x1b[2J.q\\n', 'a\n')
     """
-    plain = word.replace("\\d+", "0").replace("\\", "").strip("^$()")
-    return difflib.get_close_matches(plain, list(words), n=n, cutoff=0.65)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
-def nearest_names(pattern: str, names: Iterable[str]) -> list[str]:
-    r"""Return up to three names with a run of segments that is spelled like a pattern.
+def nearest(word: str, words: Iterable[str], n: int = 3) -> list[str]:
+    r"""Return up to `n` of `words` that end in what is spelled most like a word or a pattern.
 
-    Ends come before inner runs; of names that differ in numbers only, the first.
+    Best first, possibly none: below a likeness of 0.65 a suggestion misleads ('corda' is not
+    'olora'). Of names that differ in numbers only, the first.
 
     Examples:
-        >>> nearest_names(r"attn\.(q|v)_prj", ["h.0.attn.q_proj", "h.1.attn.q_proj", "norm"])
+        >>> nearest(r"attn\.(q|v)_prj", ["h.0.attn.q_proj", "h.1.attn.q_proj", "norm"])
         ['h.0.attn.q_proj']
     """
-    plain = _as_name(pattern)
-    width = plain.count(".") + 1
-    distinct = {re.sub(r"\d+", "0", name): name for name in reversed(list(names))}
-    runs = [(_runs_of(name, width), name) for name in reversed(distinct.values())]
-    by_run: dict[str, str] = {}
-    for first in (True, False):
-        for spelled, name in runs:
-            for run in spelled[:1] if first else spelled[1:]:
-                by_run.setdefault(run, name)
-    return list(dict.fromkeys(by_run[run] for run in nearest(plain, by_run)))
+    plain = re.sub(r"\\d[+*]?|\[0-9\][+*]?", "0", word)
+    plain = re.sub(r"\(([^()|]*)(?:\|[^()]*)?\)", r"\1", re.sub(r"\.[+*]\??", "", plain))
+    plain = re.sub(r"[\\^$()+*?]", "", plain).strip(".")
+    ends: dict[str, str] = {}
+    for name in words:
+        end = name.split(".")[-1 - plain.count(".") :]
+        ends.setdefault(re.sub(r"\d+", "0", ".".join(end)), name)
+    close = [ends[end] for end in difflib.get_close_matches(plain, ends, n, cutoff=0.65)]
+    return close or (nearest(leaf(plain), ends.values(), n) if "." in plain else [])
 
 
-def _runs_of(name: str, width: int) -> list[str]:
-    """Return all runs of so many segments of a name, the last first."""
-    segments = name.split(".")
-    starts = range(max(0, len(segments) - width), -1, -1)
-    return [".".join(segments[start : start + width]) for start in starts]
-
-
-def _as_name(pattern: str) -> str:
-    r"""Return a name that a pattern might have meant: `^h\.\d+\.(q|v)_proj$` as `h.0.q_proj`."""
-    text = re.sub(r"\\d[+*]?|\[0-9\][+*]?", "0", re.sub(r"\(\?[^)]*\)", "", pattern))
-    text = re.sub(r"\[\^?(.)[^]]*\]", r"\1", re.sub(r"\.[+*]\??", "", text))
-    text = re.sub(r"\(([^()|]*)(?:\|[^()]*)?\)", r"\1", text)
-    return re.sub(r"\\[AbBZ]|[\\^$()+*?]|\{[^}]*\}|\|.*", "", text).strip(".")
+def meant(word: str, words: Iterable[str]) -> str:
+    """Return a question with the word that is nearest, or all words."""
+    known = list(words)
+    near = nearest(word, known, n=1)
+    return f"Did you mean '{near[0]}'?" if near else f"Write one of {', '.join(known)}"
 
 
 def templates(names: Iterable[str]) -> dict[str, int]:
@@ -166,25 +166,20 @@ def templates(names: Iterable[str]) -> dict[str, int]:
     """
     groups = {tuple(name.split(".")): 1 for name in names}
     for at in reversed(range(max(map(len, groups), default=0))):
-        groups = dict(_collapsed(groups, at))
+        alike: dict[tuple[object, ...], list[tuple[str, ...]]] = {}
+        for key, n in groups.items():
+            is_number = at < len(key) and key[at].isdecimal() and key[at] == str(int(key[at]))
+            rest = (key[:at], key[at + 1 :], n) if is_number else (key,)
+            alike.setdefault(rest, []).append(key)
+        joint = {}
+        for keys in alike.values():
+            first, n = keys[0], groups[keys[0]]
+            if len(keys) > 1:
+                numbers = _spans(int(key[at]) for key in keys)
+                first = (*first[:at], numbers, *first[at + 1 :])
+            joint[first] = n * len(keys)
+        groups = joint
     return {".".join(key): n for key, n in groups.items()}
-
-
-def _collapsed(
-    groups: dict[tuple[str, ...], int], at: int
-) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Yield names of which those are joined that differ in the number at one position only."""
-    alike: dict[tuple[object, ...], list[tuple[str, ...]]] = {}
-    for key, n in groups.items():
-        is_number = at < len(key) and key[at].isdecimal() and key[at] == str(int(key[at]))
-        rest = (key[:at], key[at + 1 :], n) if is_number else (key,)
-        alike.setdefault(rest, []).append(key)
-    for keys in alike.values():
-        first, n = keys[0], groups[keys[0]]
-        if len(keys) > 1:
-            numbers = _spans(int(key[at]) for key in keys)
-            first = (*first[:at], numbers, *first[at + 1 :])
-        yield first, n * len(keys)
 
 
 def _spans(numbers: Iterable[int]) -> str:

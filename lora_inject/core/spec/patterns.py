@@ -12,8 +12,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from lora_inject.core.spec.names import Below, around, first_number, nearest
-from lora_inject.core.spec.words import show
+from lora_inject.core.spec.names import Below, around, first_number, nearest, show
 from lora_inject.errors import LoraInjectError, MatchError, StateError, check_type
 
 INDEX = "(?:0|[1-9][0-9]{0,8})"  # no leading zeros: YAML reads 010 as 8, Python as 10

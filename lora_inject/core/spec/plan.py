@@ -93,14 +93,23 @@ class Plan(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for JSON."""
-        return as_data(self)
+        names = ("n_sites", "n_lora", "n_trained", "n_trainable", "n_base", "assumed")
+        return {
+            "config": self.config.to_dict(),
+            **{name: getattr(self, name) for name in names},
+            "sites": [_as_data(site) for site in self.sites],
+            "trained": [entry._asdict() for entry in self.trained],
+            "skipped": [entry._asdict() for entry in self.skipped],
+            "tied": [tied._asdict() for tied in self.tied],
+            "notes": list(self.notes),
+        }
 
     def text(self, width: int = 80, *, everything: bool = False) -> str:
         """Return the plan as a table that fits into a width; no name is broken.
 
         Names that differ in numbers share a row, unless `everything`.
         """
-        return "\n".join(table_of(self, width, everything=everything))
+        return "\n".join(_lines(self, width, everything=everything))
 
     def __str__(self) -> str:
         return self.text()
@@ -139,27 +148,13 @@ def _all_names(candidate: Candidate) -> tuple[str, ...]:
     return tuple(sorted({canonical(candidate.weight), *map(canonical, candidate.tied)}))
 
 
-def as_data(plan: Plan) -> dict[str, Any]:
-    """Return a plan as plain data for JSON."""
-    plain = ("n_sites", "n_lora", "n_trained", "n_trainable", "n_base", "assumed")
-    return {
-        "config": plan.config.to_dict(),
-        **{name: getattr(plan, name) for name in plain},
-        "sites": [_site_dict(site) for site in plan.sites],
-        "trained": [t._asdict() for t in plan.trained],
-        "skipped": [s._asdict() for s in plan.skipped],
-        "tied": [t._asdict() for t in plan.tied],
-        "notes": list(plan.notes),
-    }
-
-
-def _site_dict(site: SiteSpec) -> dict[str, Any]:
+def _as_data(site: SiteSpec) -> dict[str, Any]:
     slices = site.slices and {"sizes": dict(site.slices.sizes), "adapt": site.slices.adapt}
     names = [field.name for field in fields(site) if field.name != "shapes"]
     return {**{name: getattr(site, name) for name in names}, "slices": slices}
 
 
-def table_of(plan: Plan, width: int, *, everything: bool) -> Iterator[str]:
+def _lines(plan: Plan, width: int, *, everything: bool) -> Iterator[str]:
     """Yield the plan line by line: sites by rule, what else trains, what was skipped, totals."""
     if plan.assumed:
         yield "kinds are assumed from names and shapes"

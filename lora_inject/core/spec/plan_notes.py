@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from lora_inject.core.spec.config import ALL_LINEAR, Config
-from lora_inject.core.spec.experts import notes_on_experts
-from lora_inject.core.spec.inventory import Candidate, Inventory
+from lora_inject.core.spec.config import ALL_EXPERTS, ALL_LINEAR, WORDS, Config
+from lora_inject.core.spec.inventory import Candidate, Inventory, Mixture
 from lora_inject.core.spec.layouts import narrow_side
-from lora_inject.core.spec.names import counted, quoted
+from lora_inject.core.spec.names import counted, quoted, templates
 from lora_inject.core.spec.plan import Plan, tied_by
 from lora_inject.core.spec.sites import SiteSpec
 
@@ -32,7 +31,7 @@ def _on_words(config: Config, inventory: Inventory, sites: Sequence[SiteSpec]) -
         else:
             yield "all-linear takes every linear layer: the model states no output head"
     if inventory.mixtures:
-        yield from notes_on_experts(config, inventory.mixtures, sites)
+        yield from _on_experts(config, inventory.mixtures, sites)
 
 
 def _on_numbers(candidates: Sequence[Candidate], sites: Sequence[SiteSpec]) -> Iterator[str]:
@@ -58,3 +57,59 @@ def _on_numbers(candidates: Sequence[Candidate], sites: Sequence[SiteSpec]) -> I
 def _several(sites: Sequence[SiteSpec]) -> str:
     first = f"'{sites[0].name}' ({sites[0].in_features:,} -> {sites[0].out_features:,})"
     return first if len(sites) == 1 else f"{len(sites):,} sites, first {first}"
+
+
+# ----------------------------------------------------------------------------------------- experts
+
+
+def _on_experts(
+    config: Config, mixtures: Sequence[Mixture], sites: Iterable[SiteSpec]
+) -> Iterator[str]:
+    """Yield what a plan takes and leaves of experts, if words such as `all-linear` are rules."""
+    words = WORDS.intersection(rule.match for rule in config.targets)
+    if words:
+        taken = {site.name: site for site in sites}
+        yield from left_out(words, mixtures, set(taken))
+        alike: dict[tuple[int, int | None], list[Mixture]] = {}
+        for mixture in mixtures:
+            alike.setdefault((mixture.n_experts, mixture.top_k), []).append(mixture)
+        yield from (_on_blocks(some, set(taken)) for some in alike.values())
+        names = [name for mixture in mixtures for name in mixture.experts if name in taken]
+        joined_up = [n for n in names if taken[n].kind == "parameter" and taken[n].experts is None]
+        if joined_up:
+            yield f"the experts of a matrix have one A: {_some(joined_up)}"
+
+
+def left_out(words: Collection[str], mixtures: Sequence[Mixture], sites: set[str]) -> Iterator[str]:
+    """Yield the experts that rules by a word leave out."""
+    left = [name for mixture in mixtures for name in mixture.experts if name not in sites]
+    if not left or not words:
+        return
+    if ALL_EXPERTS in words:
+        yield f"not adapted of the experts: {_some(left)}"
+    else:
+        yield f"all-linear leaves out the experts {_some(left)}; add all-experts to adapt them"
+
+
+def _some(names: Iterable[str]) -> str:
+    """Return names, those that differ in numbers joined, and no more than four."""
+    shown = list(templates(names))
+    return quoted(shown[:4]) + (", ..." if len(shown) > 4 else "")
+
+
+def _on_blocks(mixtures: Sequence[Mixture], sites: set[str]) -> str:
+    """Return the sentence about blocks with the same numbers of experts."""
+    n_experts, top_k = mixtures[0].n_experts, mixtures[0].top_k
+    meets = f", {top_k:,} of them for each token" if top_k else ", and it is not said how many"
+    text = f"{counted(len(mixtures), 'block')} of {n_experts:,} experts{meets}"
+    for what, names in (
+        ("router", [name for m in mixtures for name in m.routers]),
+        ("shared", [name for m in mixtures for name in m.shared]),
+    ):
+        for how, some in (
+            ("adapted", [name for name in names if name in sites]),
+            ("not adapted", [name for name in names if name not in sites]),
+        ):
+            if some:
+                text += f"; {what} {how}: {_some(some)}"
+    return text

@@ -22,21 +22,23 @@ from lora_inject.core.spec.config import (
     Normal,
     Rule,
 )
-from lora_inject.core.spec.experts import (
+from lora_inject.core.spec.inventory import LINEAR_KINDS, Candidate, Inventory
+from lora_inject.core.spec.layouts import (
+    check_allowed,
+    oriented,
     part_of_stack,
     rank_of_each,
+    sliced,
     why_no_experts,
     why_no_stack,
 )
-from lora_inject.core.spec.inventory import LINEAR_KINDS, Candidate, Inventory
-from lora_inject.core.spec.layouts import check_allowed, oriented, sliced
 from lora_inject.core.spec.names import (
     Below,
     canonical,
     counted,
     is_bias,
+    meant,
     nearest,
-    nearest_names,
     parent,
     quoted,
     templates,
@@ -66,27 +68,30 @@ def resolve(config: Config, inventory: Inventory, *, to_show: bool = True) -> Pl
     or `..._bias`, stacked ones of experts included.
 
     Examples:
-        >>> from lora_inject.core.spec.key_lists import inventory_of
+        >>> from lora_inject.core.spec.inventory import inventory_of
         >>> inventory = inventory_of({f"h.{i}.q.weight": (8, 8) for i in range(2)})
         >>> plan = resolve(Config(targets=["q"], rank=2), inventory)
         >>> plan.n_sites, plan.n_lora
         (2, 64)
     """
-    rules = _Rules(config, inventory)
+    kept_off: set[str] = set()
+    for i, pattern in enumerate(config.exclude):
+        kept_off.update(
+            _named(pattern, f"exclude {i + 1} ('{pattern}')", inventory.names, inventory)
+        )
+    taken: dict[str, _Taken] = {}
+    skipped: list[Skipped] = []
     for i in range(len(config.targets)):
-        rules.take(i)
+        skipped += _take(i, config, inventory, kept_off, taken)
     # Rules are tried in turn, but sites are listed as the model has them.
-    ordered = sorted(rules.taken.values(), key=attrgetter("order"))
+    ordered = sorted(taken.values(), key=attrgetter("order"))
     sites = tuple(entry.spec for entry in ordered)
     candidates = [entry.candidate for entry in ordered]
-    trained: tuple[Trained, ...] = ()
-    if config.train or config.tokens or config.bias != "none":
-        trained = trained_by(config, inventory, sites, candidates)
     plan = Plan(
         config=config,
         sites=sites,
-        trained=trained,
-        skipped=tuple(rules.skipped),
+        trained=_trained(config, inventory, sites, candidates),
+        skipped=tuple(skipped),
         n_base=sum(math.prod(shape) for shape in inventory.parameters.values()),
         assumed=inventory.assumed,
     )
@@ -110,79 +115,84 @@ class _Taken(NamedTuple):
     spec: SiteSpec
 
 
-class _Rules:
-    """The rules of a config: each takes the names that it matches and no earlier rule took."""
+def _take(
+    i: int,
+    config: Config,
+    inventory: Inventory,
+    kept_off: Collection[str],
+    taken: dict[str, _Taken],
+) -> list[Skipped]:
+    """Let rule `i` take what it matches and nobody took before; raise if that is nothing.
 
-    def __init__(self, config: Config, inventory: Inventory) -> None:
-        self.config = config
-        self.inventory = inventory
-        self.excluded: Excluded | None = None
-        if config.exclude:
-            self.excluded = Excluded(config, inventory)
-        self.taken: dict[str, _Taken] = {}  # by the name of the weight, in the order of rules
-        self.skipped: list[Skipped] = []
-
-    def take(self, i: int) -> None:
-        """Let rule `i` take its sites; raise if there are none."""
-        rule, label = self.config.targets[i], self.config.label(i)
-        if self.inventory.assumed and (rule.kind is not None or rule.match in WORDS):
-            problem = "a list of keys does not say which kind of layer a tensor belongs to"
-            raise MatchError(label, problem, "Give the folder with config.json, or write a pattern")
-        names, n_before = self._names(i), len(self.taken)
-        left = self._take_each(i, _of_kind(rule.kind, names, self.inventory, label))
-        others = _others(names, self.inventory) if rule.kind is None else []
-        self.skipped += [Skipped(name, i, self.inventory.reason(name)) for name in others]
-        if len(self.taken) == n_before:
-            if left:
-                who = ", ".join(f"{taker} ({n:,})" for taker, n in left.items())
-                remedy = "Put the narrower rule first, or remove this one"
-                raise MatchError(label, f"all that it matches is taken by {who}", remedy)
-            raise _all_skipped(label, others, self.inventory)
-
-    def _take_each(self, i: int, candidates: Iterable[tuple[int, Candidate]]) -> Counter[str]:
-        """Make sites of what nobody took before; return who took how many of the others."""
-        rule, label = self.config.filled(self.config.targets[i]), self.config.label(i)
-        left: Counter[str] = Counter()
-        made: dict[Hashable, SiteSpec] = {}
-        for order, candidate in candidates:
-            weight = canonical(candidate.weight)
-            if taker := self._taker(candidate, weight):
-                left[taker] += 1
-                if taker == "exclude":
-                    self.skipped.append(Skipped(candidate.name, i, "excluded"))
-                continue
+    `taken` is by the name of the weight: no tensor gets two sites. Returns what else it matches.
+    """
+    rule, label = config.filled(config.targets[i]), config.label(i)
+    names = _names(rule, label, config, inventory)
+    n_before, left, skipped = len(taken), Counter[str](), list[Skipped]()
+    made: dict[Hashable, SiteSpec] = {}
+    for order, candidate in _of_kind(rule.kind, names, inventory, label):
+        weight = canonical(candidate.weight)
+        if kept_off and any(name in kept_off for name in candidate.all_names):
+            left["exclude"] += 1
+            skipped.append(Skipped(candidate.name, i, "excluded"))
+        elif (owner := taken.get(weight)) is not None:
+            left[f"rule {(owner.spec.rule or 0) + 1}"] += 1
+        else:
+            asked = f"'{candidate.name}', matched by {label}"
             if candidate.refusal is not None:
-                asked = f"'{candidate.name}', matched by {label}"
                 raise LayerError(asked, *candidate.refusal)
             # With `only: FILE` each stack has its own.
             key = candidate if isinstance(rule.only, str) else _ALIKE(candidate)
-            if (like := made.get(key)) is None:
-                asked = f"'{candidate.name}', matched by {label}"
-                like = made[key] = _site(candidate, rule, i, asked)
-            spec = like.at(candidate.name, candidate.weight, candidate.aliases)
-            self.taken[weight] = _Taken(order, candidate, spec)
-        return left
+            if key not in made:
+                made[key] = _site(candidate, rule, i, asked)
+            spec = made[key].at(candidate.name, candidate.weight, candidate.aliases)
+            taken[weight] = _Taken(order, candidate, spec)
+    others = [] if rule.kind is not None else _others(names, inventory)
+    if len(taken) == n_before:
+        if left:
+            who = ", ".join(f"{taker} ({n:,})" for taker, n in left.items())
+            remedy = "Put the narrower rule first, or remove this one"
+            raise MatchError(label, f"all that it matches is taken by {who}", remedy)
+        raise _all_skipped(label, others, inventory)
+    return [*skipped, *(Skipped(name, i, inventory.reason(name)) for name in others)]
 
-    def _names(self, i: int) -> list[str]:
-        """Return the names that a rule matches, in its layers."""
-        rule, label, inventory = self.config.targets[i], self.config.label(i), self.inventory
-        if rule.match in WORDS:
-            names = names_by_word(rule.match, self.config, inventory, label)
-        else:
-            names = matching(rule.match, inventory.names, asked=label)
+
+def _names(rule: Rule, label: str, config: Config, inventory: Inventory) -> list[str]:
+    """Return the names that a rule matches, in its layers."""
+    if inventory.assumed and (rule.kind is not None or rule.match in WORDS):
+        problem = "a list of keys does not say which kind of layer a tensor belongs to"
+        raise MatchError(label, problem, "Give the folder with config.json, or write a pattern")
+    if rule.match in WORDS:
+        names = _by_word(rule.match, config, inventory, label)
+    else:
+        names = matching(rule.match, inventory.names, asked=label)
         if not names:
-            pools = inventory.sites, inventory.names
-            raise no_match(inventory, label, rule.match, *pools)
-        if rule.layers is None:
-            return names
-        return in_layers(rule.layers, names, label, inventory.names)
+            raise _no_match(inventory, label, rule.match, inventory.sites, inventory.names)
+    if rule.layers is None:
+        return names
+    return in_layers(rule.layers, names, label, inventory.names)
 
-    def _taker(self, candidate: Candidate, weight: str) -> str:
-        """Return what took a candidate before: `exclude`, an earlier rule, or nothing."""
-        if self.excluded is not None and self.excluded.takes(candidate):
-            return "exclude"
-        owner = self.taken.get(weight)
-        return "" if owner is None else f"rule {(owner.spec.rule or 0) + 1}"
+
+def _by_word(word: str, config: Config, inventory: Inventory, label: str) -> list[str]:
+    """Return the linear layers, without experts that another rule takes; or the experts."""
+    experts = dict.fromkeys(name for mixture in inventory.mixtures for name in mixture.experts)
+    if word == ALL_EXPERTS:
+        if not experts:
+            raise MatchError(label, *why_no_experts(inventory))
+        return list(experts)
+    left = experts if any(rule.match == ALL_EXPERTS for rule in config.targets) else ()
+    names = [name for name in linear_layers(inventory) if name not in left]
+    if not names:
+        but = " but its output head" if inventory.heads else ""
+        problem = f"the model has no linear layers{but}"
+        raise MatchError(label, problem, "Name what to adapt")
+    return names
+
+
+def linear_layers(inventory: Inventory) -> list[str]:
+    """Return the names of all linear layers but the output head."""
+    linear = (c.name for c in inventory.candidates if c.kind in LINEAR_KINDS)
+    return [name for name in linear if name not in inventory.heads]
 
 
 def _candidates(names: Sequence[str], inventory: Inventory) -> Iterator[tuple[int, Candidate]]:
@@ -213,8 +223,7 @@ def _of_kind(
         kinds = Counter(candidate.kind for _, candidate in candidates)
         there = ", ".join(f"{other} ({n:,})" for other, n in kinds.items()) or "no kind of layer"
         problem = f"nothing that it matches is of kind '{kind}', but of {there}"
-        near = nearest(kind, kinds, n=1)
-        raise MatchError(label, problem, f"Did you mean '{near[0]}'?" if near else "Correct kind")
+        raise MatchError(label, problem, meant(kind, kinds))
     return of_kind
 
 
@@ -258,50 +267,23 @@ def _site(candidate: Candidate, rule: Rule, i: int, asked: str) -> SiteSpec:
     return site
 
 
-class Excluded:
-    """The names that no rule may take, and all below them."""
-
-    def __init__(self, config: Config, inventory: Inventory) -> None:
-        excluded: set[str] = set()
-        names = list(dict.fromkeys([*inventory.names, *inventory.modules]))
-        for i, pattern in enumerate(config.exclude):
-            label = f"exclude {i + 1} ('{pattern}')"
-            hits = matching(pattern, names, asked=label)
-            if not hits:
-                raise no_match(inventory, label, pattern, names)
-            excluded.update(hits)
-        self.names = Below(excluded)
-
-    def takes(self, candidate: Candidate) -> bool:
-        """Return whether a candidate, under one of its names, is left out."""
-        names = (candidate.name, *candidate.aliases, *candidate.weight_names)
-        return any(name in self.names for name in names)
+def _named(pattern: str, label: str, names: Iterable[str], inventory: Inventory) -> list[str]:
+    """Return the names that an entry means: those that it ends, and what lies below."""
+    known = dict.fromkeys([*names, *inventory.modules])
+    matched = matching(pattern, known, asked=label)
+    if not matched:
+        raise _no_match(inventory, label, pattern, known)
+    below = Below(matched)
+    hits = [name for name in names if name in below]
+    if not hits:
+        some = quoted(matched[:3])
+        raise MatchError(label, f"matches {some}, with no parameters", "Name what has parameters")
+    return hits
 
 
-def linear_layers(inventory: Inventory) -> list[str]:
-    """Return the names of all linear layers but the output head."""
-    linear = (c.name for c in inventory.candidates if c.kind in LINEAR_KINDS)
-    return [name for name in linear if name not in inventory.heads]
-
-
-def names_by_word(word: str, config: Config, inventory: Inventory, label: str) -> list[str]:
-    """Return the linear layers, without experts that another rule takes; or the experts."""
-    experts = dict.fromkeys(name for mixture in inventory.mixtures for name in mixture.experts)
-    if word == ALL_EXPERTS:
-        if not experts:
-            raise MatchError(label, *why_no_experts(inventory))
-        return list(experts)
-    words = {rule.match for rule in config.targets}
-    left = experts if ALL_EXPERTS in words else ()
-    names = [name for name in linear_layers(inventory) if name not in left]
-    if not names:
-        but = " but its output head" if inventory.heads else ""
-        problem = f"the model has no linear layers{but}"
-        raise MatchError(label, problem, "Name what to adapt")
-    return names
-
-
-def no_match(inventory: Inventory, asked: str, pattern: str, *pools: Collection[str]) -> MatchError:
+def _no_match(
+    inventory: Inventory, asked: str, pattern: str, *pools: Collection[str]
+) -> MatchError:
     """Return the error for a pattern that matches nothing.
 
     Suggestions come from the first pool of names that has one; the last pool holds all.
@@ -313,7 +295,7 @@ def no_match(inventory: Inventory, asked: str, pattern: str, *pools: Collection[
     if "experts" in pattern and (hint := why_no_stack(pattern, pools[0])):
         return MatchError(asked, f"{problem}; {hint[0]}", hint[1])
     for pool in pools:
-        if near := nearest_names(pattern, pool):
+        if near := nearest(pattern, pool):
             return MatchError(asked, problem, f"Nearest: {quoted(near)}")
     if some := quoted(list(templates(next(filter(None, pools), ())))[:4]):
         return MatchError(asked, problem, f"Nothing is spelled like it; there is {some}")
@@ -350,7 +332,7 @@ def check_expect(plan: Plan, expect: Expect) -> None:
 # ----------------------------------------------------------------- what trains besides the adapters
 
 
-def trained_by(
+def _trained(
     config: Config, inventory: Inventory, sites: Sequence[SiteSpec], candidates: Sequence[Candidate]
 ) -> tuple[Trained, ...]:
     """Return the parameters that `train`, `bias` and `tokens` name, in model order."""
@@ -358,11 +340,11 @@ def trained_by(
     entries = dict[str, Trained]()
     for i, pattern in enumerate(config.train):
         label = f"train {i + 1} ('{pattern}')"
-        for name in _matched(pattern, label, inventory):
+        for name in _listed(pattern, label, inventory):
             entries.setdefault(name, Trained(name, shapes[name], label))
     if config.bias != "none":
         label = f"bias: {config.bias}"
-        for name in _biases(config, inventory, candidates):
+        for name in _biases(config.bias, inventory, candidates):
             entries.setdefault(name, Trained(name, shapes[name], label))
     for pattern, ids in dict(config.tokens).items():
         label = f"tokens '{pattern}'"
@@ -371,9 +353,8 @@ def trained_by(
                 both = f"'{name}' is also named by {entries[name].why}"
                 raise MatchError(label, both, "Narrow one of the two patterns")
             entries[name] = Trained(name, (len(ids), *shapes[name][1:]), label, ids)
-    if not entries:
-        return ()
-    _check_not_both(entries, inventory, sites)
+    if entries:
+        _check_not_both(entries, inventory, sites)
     return tuple(entries[name] for name in shapes if name in entries)
 
 
@@ -393,7 +374,7 @@ def _check_not_both(
 def _tables(pattern: str, ids: tuple[int, ...], label: str, inventory: Inventory) -> list[str]:
     """Return the matrices that a tokens entry names, which must have these rows."""
     shapes = inventory.parameters
-    tables = [name for name in _matched(pattern, label, inventory) if len(shapes[name]) == 2]
+    tables = [name for name in _listed(pattern, label, inventory) if len(shapes[name]) == 2]
     if not tables:
         raise MatchError(label, "it names nothing that has rows", "Name an embedding")
     for name in tables:
@@ -404,34 +385,21 @@ def _tables(pattern: str, ids: tuple[int, ...], label: str, inventory: Inventory
     return tables
 
 
-def _matched(pattern: str, label: str, inventory: Inventory) -> list[str]:
-    """Return the listed parameters that an entry names, itself or by a module around them."""
-    direct = matching(pattern, inventory.listed, asked=label)
-    all_modules = inventory.modules
-    modules = matching(pattern, all_modules, asked=label)
-    if not direct and not modules:
-        raise no_match(inventory, label, pattern, [*inventory.listed, *all_modules])
-    below = Below([*direct, *modules])
-    hits = dict.fromkeys(first for name, first in inventory.listed.items() if name in below)
-    if not hits:
-        some = quoted(modules[:3])
-        raise MatchError(label, f"matches {some}, with no parameters", "Name what has parameters")
-    return list(hits)
+def _listed(pattern: str, label: str, inventory: Inventory) -> dict[str, None]:
+    """Return the parameters that an entry means, each under its first name."""
+    names = _named(pattern, label, inventory.listed, inventory)
+    return dict.fromkeys(inventory.listed[name] for name in names)
 
 
-def _biases(config: Config, inventory: Inventory, candidates: Sequence[Candidate]) -> list[str]:
-    if config.bias == "all":
-        names = [name for name in inventory.parameters if is_bias(name)]
-        where = f"none of {len(inventory.parameters):,} parameters"
-    else:
-        modules = dict.fromkeys(candidate.module for candidate in candidates)
-        inside: dict[str, list[str]] = {module: [] for module in modules}
-        for name in inventory.parameters:
-            if (owner := parent(name)) in inside:
-                inside[owner].append(name)
-        names = [name for listed in inside.values() for name in listed if is_bias(name)]
+def _biases(which: str, inventory: Inventory, candidates: Sequence[Candidate]) -> list[str]:
+    """Return all biases, or those of adapted modules."""
+    names = [name for name in inventory.parameters if is_bias(name)]
+    where = f"none of {len(inventory.parameters):,} parameters"
+    if which == "adapted":
+        modules = {candidate.module for candidate in candidates}
+        names = [name for name in names if parent(name) in modules]
         where = f"none of {len(modules):,} adapted modules"
     if not names:
-        remedy = "Set bias: none" if config.bias == "all" else "Set bias: none, or all"
-        raise MatchError(f"bias: {config.bias}", f"{where} is or has a bias", remedy)
+        remedy = "Set bias: none" if which == "all" else "Set bias: none, or all"
+        raise MatchError(f"bias: {which}", f"{where} is or has a bias", remedy)
     return names

@@ -3,38 +3,21 @@
 Every kind of weight is a matrix (`matrix_shape`), and an adapter adds to it a few
 low-rank blocks. A plain linear layer has one block; a fused projection has one for each adapted
 slice; a bank of experts has one for each expert. So merging, exporting and counting need only a
-list of `Block`s, which is stated once, here. So are the tensors that each variant trains besides A
-and B: planning, counting and the checks of a config need no more of it (`adapter.variants`).
+list of `Block`s, which is stated once, here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 from lora_inject.core.spec.names import joined
+from lora_inject.core.spec.variants import VARIANTS, Shape
 
 T = TypeVar("T")
-Shape = tuple[int, ...]
-ShapeOf = Callable[[Shape, Shape], Shape]
-"""The shape of a tensor, by those of A `(..., rank, in)` and B `(..., out, rank)`."""
-
-
-class Roles(NamedTuple):
-    """A variant as planning sees it."""
-
-    further: Mapping[str, ShapeOf]  # tensors besides A and B, by role
-    gained: bool = False  # whether its outputs have a gain besides the update of W
-
-
-ROLES = {
-    "lora": Roles({}),
-    "dora": Roles({"m": lambda a, b: b[:-1]}, gained=True),  # noqa: ARG005 - one for each output
-}
-
 FROM_WEIGHT = ("pissa", "olora")
 """Inits that are derived from W: the site keeps a frozen copy A0, B0 of its start."""
 
@@ -124,13 +107,6 @@ class Slices:
             start += width
         return tuple(spans)
 
-    def reasons_against(self, n_outputs: int) -> Iterator[str]:
-        """Yield why they are not the parts of an output of this width."""
-        if sum(width for _, width in self.sizes) != n_outputs:
-            yield "the slices do not fill the output"
-        if not self.adapt or self.adapt != tuple(n for n, _ in self.sizes if n in self.adapt):
-            yield "'adapt' does not name its slices in order"
-
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -159,7 +135,7 @@ class SiteSpec:
     dropout: float = 0.0  # probability of dropping an element of the input of A
     init: str | tuple[str, float] = "kaiming"  # a name of `config.Init`, or `("normal", std)`
     compute: str = "base"  # `base` or `float32`, the dtype of the low-rank arithmetic
-    variant: str = "lora"  # how its tensors become an update of W: a row of `adapter.variants`
+    variant: str = "lora"  # how its tensors become an update of W: a row of `VARIANTS`
     lora_bias: bool = False  # whether B has a bias b: the layer's becomes `bias + scale * b`
     slices: Slices | None = None  # parts of a fused projection, or None
     rule: int | None = field(default=None, compare=False)  # index of the one that matched, in plans
@@ -204,7 +180,7 @@ class SiteSpec:
         )
 
     def _shapes_with(self, a: Shape, b: Shape) -> dict[str, Shape]:
-        further = {role: shape(a, b) for role, shape in ROLES[self.variant].further.items()}
+        further = {role: shape(a, b) for role, shape in VARIANTS[self.variant].roles.items()}
         return {"A": a, "B": b, **further, **({"b": b[:-1]} if self.lora_bias else {})}
 
     def at(self, name: str, weight: str, aliases: tuple[str, ...] = ()) -> SiteSpec:

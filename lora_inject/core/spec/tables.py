@@ -11,8 +11,7 @@ from html import escape
 from statistics import median
 from typing import Any
 
-from lora_inject.core.spec.names import templates
-from lora_inject.core.spec.words import printable
+from lora_inject.core.spec.names import printable, templates
 
 MOST_NAMES = 6
 """Names that a list shows unless all are asked for."""

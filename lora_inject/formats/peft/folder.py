@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from lora_inject.core.adapter.file_keys import check_keys, check_no_clash, one_line
@@ -63,6 +64,7 @@ CONFIG_KEY = "lora_adapter_metadata"
 
 _INDEX = f"{MODEL}.index.json"
 _TURNED = "lora_inject.turned"
+_NAMES: TypeAdapter[Any] = TypeAdapter(list[str])
 _EDITED = "The file was edited, or is of a newer version"
 _OTHER = 'Write it with format="native": save_adapter(model, path, format="native")'
 _MEANINGS = (
@@ -261,7 +263,7 @@ def _turned(text: Mapping[str, str], said: Described) -> list[str]:
     """Return the sites whose A and B have changed places in the file, which are parameters."""
     names = parse_json(text.get(_TURNED, ""), f"metadata '{_TURNED}'")
     parameters = {name for name, spec in said.specs.items() if spec.kind == "parameter"}
-    if misfit(names, [str]) or not parameters.issuperset(names):
+    if misfit(names, _NAMES) or not parameters.issuperset(names):
         raise FormatError(f"metadata '{_TURNED}'", "it does not name sites on parameters", _EDITED)
     turned: list[str] = names
     return turned

@@ -1,8 +1,8 @@
 """Variants: how an adapter's tensors become an update of W, and how they start.
 
-`W' = gain * (W + scale * (B A - B0 A0))`. A variant is a registered class and a row in
-`spec.sites.ROLES`; forward, merging, files and counting follow from them. LoRA has no gain, and
-asks nothing of its class.
+`W' = gain * (W + scale * (B A - B0 A0))`. A variant is one class and its row in `VARIANTS`:
+planning, forward, merging, files and counting follow from it. LoRA has no gain, and asks nothing of
+its class.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lora_inject.core.spec.sites import ROLES, Roles, ShapeOf
 from lora_inject.errors import LayerError
+
+Shape = tuple[int, ...]
+ShapeOf = Callable[[Shape, Shape], Shape]
+"""The shape of a tensor, by those of A `(..., rank, in)` and B `(..., out, rank)`."""
 
 
 class Variant:
@@ -27,7 +30,7 @@ class Variant:
     """
 
     name: ClassVar[str] = "lora"
-    roles: ClassVar[Mapping[str, ShapeOf]] = ROLES["lora"].further
+    roles: ClassVar[Mapping[str, ShapeOf]] = {}
     gained: ClassVar[bool] = False
 
     def start(
@@ -64,7 +67,8 @@ class Dora(Variant):
     """
 
     name = "dora"
-    roles, gained = ROLES["dora"]
+    roles: ClassVar = {"m": lambda a, b: b[:-1]}  # noqa: ARG005 - one for each output
+    gained = True
 
     def start(
         self, factors: Mapping[str, Tensor], norms: Callable[[], Tensor]
@@ -78,7 +82,7 @@ class Dora(Variant):
 
 
 VARIANTS: dict[str, Variant] = {"lora": Variant(), "dora": Dora()}
-"""Those of the package and those from outside; each has a row in `spec.sites.ROLES` too."""
+"""Those of the package and those from outside, by name."""
 
 
 def register_variant(cls: type[Variant]) -> type[Variant]:
@@ -97,7 +101,7 @@ def register_variant(cls: type[Variant]) -> type[Variant]:
         >>> class Same(Variant):
         ...     name = "same"
         >>> _ = register_variant(Same)
-        >>> del VARIANTS["same"], ROLES["same"]
+        >>> del VARIANTS["same"]
     """
     asked, name = f"register_variant({cls.__name__})", cls.__dict__.get("name")
     if not name or not issubclass(cls, Variant):
@@ -110,5 +114,5 @@ def register_variant(cls: type[Variant]) -> type[Variant]:
     if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         problem = f"variant {name!r} is {known.__module__}.{known.__qualname__}"
         raise LayerError(asked, problem, "Choose another name")
-    VARIANTS[name], ROLES[name] = cls(), Roles(cls.roles, cls.gained)
+    VARIANTS[name] = cls()
     return cls
