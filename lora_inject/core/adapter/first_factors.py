@@ -22,7 +22,11 @@ def first_factors(spec: SiteSpec, weight: Tensor, dtype: torch.dtype) -> dict[st
     A = torch.empty(spec.a_shape, dtype=dtype, device=device)
     B = torch.empty(spec.b_shape, dtype=dtype, device=device)
     if spec.init in FROM_WEIGHT:
-        factorize(weight.detach(), A, B, spec)
+        if weight.is_meta:
+            asked = f"init {spec.init} of site {spec.name!r}"
+            problem = "the weight is on the meta device and has no values to start from"
+            raise LayerError(asked, problem, "Load the base weights first")
+        _factorize(weight.detach(), A, B, spec)
         return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
     if device.type != "meta":  # there are no values, and torch would be slow
         zero, random = (A, B) if spec.kind == "embedding" else (B, A)
@@ -41,18 +45,8 @@ def _randomize(tensor: Tensor, spec: SiteSpec) -> None:
         tensor.uniform_(-bound, bound)
 
 
-def factorize(weight: Tensor, A: Tensor, B: Tensor, spec: SiteSpec) -> None:
-    """Fill A and B with factors of each block of W.
-
-    Raises:
-        LayerError: W is on the meta device.
-    """
-    if weight.is_meta:
-        raise LayerError(
-            f"init {spec.init} of site {spec.name!r}",
-            "the weight is on the meta device and has no values to start from",
-            "Load the base weights first",
-        )
+def _factorize(weight: Tensor, A: Tensor, B: Tensor, spec: SiteSpec) -> None:
+    """Fill A and B with factors of each block of W."""
     W = weight.reshape(spec.matrix_shape)
     A, B = A.view(-1, spec.in_features), B.view(-1, spec.rank)
     for block in spec.blocks:

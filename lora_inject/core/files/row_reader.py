@@ -24,9 +24,9 @@ BLOCK_ELEMENTS = 1 << 20
 2 MiB of a 16-bit weight: longer writes cost less in the kernel."""
 
 
-def rows_per_block(n_cols: int, n_blocks: int = 1) -> int:
-    """Return how many rows make some blocks; at least one."""
-    return max(1, n_blocks * BLOCK_ELEMENTS // max(1, n_cols))
+def rows_per_block(n_cols: int) -> int:
+    """Return how many rows make a block; at least one."""
+    return max(1, BLOCK_ELEMENTS // max(1, n_cols))
 
 
 class Room:
@@ -54,16 +54,13 @@ class Room:
 class RowReader:
     """Reads rows of tensors of one file, each thread into one buffer that it reuses.
 
-    The file is a path, which is open while the reader exists, or a descriptor of the caller.
+    The file is open while the reader exists.
     """
 
-    def __init__(self, file: Path | int) -> None:
+    def __init__(self, path: Path) -> None:
         self._of_thread = threading.local()
-        if isinstance(file, int):
-            self.fd = file
-        else:
-            self.fd = open_to_read(file)
-            weakref.finalize(self, os.close, self.fd)
+        self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self.fd)
 
     def rows(self, entry: TensorEntry, n_cols: int, start: int, stop: int) -> Tensor:
         """Return `(stop - start, n_cols)` rows of a tensor's matrix.
@@ -90,7 +87,7 @@ class RowReader:
             yield first, self.rows(entry, n_cols, first, min(stop, first + step))
 
 
-POSITION = threading.Lock()  # of files, where reading or writing at an offset moves it
+_POSITION = threading.Lock()  # of files, where reading or writing at an offset moves it
 _PIECE = 1 << 24  # bytes: what is read at a time where that needs memory of its own
 
 
@@ -110,13 +107,8 @@ def _read_some(fd: int, buffer: memoryview, offset: int) -> int:
     """Read some bytes, at least one unless the file ends, and return how many."""
     if hasattr(os, "preadv"):
         return os.preadv(fd, [buffer], offset)
-    with POSITION:
+    with _POSITION:
         os.lseek(fd, offset, os.SEEK_SET)
         data = os.read(fd, min(len(buffer), _PIECE))
     buffer[: len(data)] = data
     return len(data)
-
-
-def open_to_read(path: str | os.PathLike[str]) -> int:
-    """Return a descriptor of a file, whose bytes are read as they are."""
-    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))

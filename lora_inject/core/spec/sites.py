@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 from lora_inject.core.spec.names import joined
-from lora_inject.core.spec.variants import VARIANTS, Shape
+from lora_inject.core.spec.variants import VARIANTS
 
 T = TypeVar("T")
 FROM_WEIGHT = ("pissa", "olora")
@@ -167,7 +167,10 @@ class SiteSpec:
         a_shape = (*a_stack, self.rank * len(spans), self.in_features)
         b_shape = (*b_stack, sum(stop - start for start, stop in spans), self.rank)
         scale = self.alpha / divisor
-        shapes = self._shapes_with(a_shape, b_shape)
+        further = VARIANTS[self.variant].roles.items()
+        shapes = {"A": a_shape, "B": b_shape}
+        shapes |= {role: shape(a_shape, b_shape) for role, shape in further}
+        shapes |= {"b": b_shape[:-1]} if self.lora_bias else {}
         own = self.name if self.kind == "parameter" else joined(self.name, "weight")
         self.__dict__.update(
             weight=self.weight or own,
@@ -178,10 +181,6 @@ class SiteSpec:
             shapes=shapes,
             n_parameters=sum(map(math.prod, shapes.values())),
         )
-
-    def _shapes_with(self, a: Shape, b: Shape) -> dict[str, Shape]:
-        further = {role: shape(a, b) for role, shape in VARIANTS[self.variant].roles.items()}
-        return {"A": a, "B": b, **further, **({"b": b[:-1]} if self.lora_bias else {})}
 
     def at(self, name: str, weight: str, aliases: tuple[str, ...] = ()) -> SiteSpec:
         """Return the same site under another name, at a fraction of the cost of a new one.

@@ -8,11 +8,12 @@ its class.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from lora_inject.errors import LayerError
+
+if TYPE_CHECKING:  # a config is read without torch
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 ShapeOf = Callable[[Shape, Shape], Shape]
