@@ -7,7 +7,6 @@ nothing and holds no tensor.
 from __future__ import annotations
 
 import math
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -18,7 +17,7 @@ from lora_inject.core.spec.config import Active, Config, Normal, Rule
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.names import canonical, counted, templates
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.core.spec.tables import Shown, columns, sides
+from lora_inject.core.spec.tables import Shown, columns, sides, wrapped
 
 
 class Skipped(NamedTuple):
@@ -161,14 +160,14 @@ def _lines(plan: Plan, width: int, *, everything: bool) -> Iterator[str]:
     for i, rule in enumerate(plan.config.targets):
         sites = [site for site in plan.sites if site.rule == i]
         numbers = _numbers(plan.config.filled(rule), sites)
-        yield from _filled(f"rule {i + 1} '{rule.match}': {numbers}", width)
+        yield from wrapped(f"rule {i + 1} '{rule.match}': {numbers}", width, "  ")
         entries = [(site.name, _cells(site)) for site in sites]
         yield from _table(entries, width, everything=everything)
     yield from _trained_lines(plan, width, everything=everything)
     yield from _skipped_lines(plan, width, everything=everything)
     closing = [f"tied: {' = '.join(tied.names)}; {_tied_text(tied)}" for tied in plan.tied]
     for line in (*closing, *(f"note: {note}" for note in plan.notes), _totals(plan)):
-        yield from _filled(line, width)
+        yield from wrapped(line, width, "  ")
 
 
 def _trained_lines(plan: Plan, width: int, *, everything: bool) -> Iterator[str]:
@@ -186,13 +185,7 @@ def _skipped_lines(plan: Plan, width: int, *, everything: bool) -> Iterator[str]
         names = list(full if everything else templates(full))
         most = len(names) if everything else 4
         some = ", ".join(names[:most]) + (", ..." if len(names) > most else "")
-        yield from _filled(f"skipped, {reason}: {some}", width)
-
-
-def _filled(line: str, width: int) -> list[str]:
-    return textwrap.wrap(
-        line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
+        yield from wrapped(f"skipped, {reason}: {some}", width, "  ")
 
 
 def _numbers(rule: Rule, sites: Iterable[SiteSpec]) -> str:

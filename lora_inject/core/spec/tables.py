@@ -149,9 +149,15 @@ def columns(
         yield f"{indent}{'  '.join([name, *cells])}".rstrip()
 
 
-def wrapped(text: str, width: int) -> list[str]:
+def wrapped(text: str, width: int, indent: str = "") -> list[str]:
     """Return a sentence in lines that fit; words, which may be paths, are not broken."""
-    return textwrap.wrap(printable(text), width, break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(
+        printable(text),
+        width,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def listed(head: str, names: Iterable[str], width: int, *, everything: bool) -> Iterator[str]:
