@@ -8,7 +8,7 @@ from itertools import product
 from random import Random
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from lora_inject.core.spec.config import Config, Distinct, Expect, Rank, Rule, Variant
 from lora_inject.core.spec.inventory import Inventory
@@ -68,13 +68,8 @@ def _read_choices(value: Any) -> Any:
 
 _Read = BeforeValidator(_read_choices)
 _Some = Field(min_length=1)
-_EitherWay = Discriminator(lambda value: "range" if isinstance(value, (Mapping, Range)) else "list")
 _T = TypeVar("_T")
-Varied = Annotated[
-    Annotated[tuple[_T, ...], _Some, Distinct, Tag("list")] | Annotated[Range, Tag("range")],
-    _EitherWay,
-    _Read,
-]
+Varied = Annotated[Annotated[tuple[_T, ...], _Some, Distinct] | Range, _Read]
 Rules = Annotated[tuple[Rule, ...], _Some, _Read]
 
 

@@ -13,13 +13,10 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
     PlainSerializer,
-    Tag,
     WithJsonSchema,
     model_validator,
 )
@@ -71,14 +68,8 @@ def _read_list(value: Any) -> Any:
     return tuple(value)
 
 
-def _either_way(value: Any) -> str:
-    """Distinguish a plain value from a mapping, so that only one of the two reports errors."""
-    return "mapping" if isinstance(value, (Mapping, BaseModel)) else "plain"
-
-
 _List = BeforeValidator(_read_list)
 Distinct = AfterValidator(_check_distinct)
-_EitherWay = Discriminator(_either_way)
 
 _LAYER = {"type": ["integer", "string"], "minimum": 0, "pattern": f"^{INDEX}(-{INDEX})?$"}
 
@@ -99,14 +90,12 @@ Layers = Annotated[
 Indices = Annotated[tuple[Count, ...], Field(min_length=1), _List, Distinct]
 SliceName = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
 Parts = Annotated[
-    Annotated[tuple[SliceName, ...], Field(min_length=1), _List, Distinct, Tag("plain")]
+    Annotated[tuple[SliceName, ...], Field(min_length=1), _List, Distinct]
     | Annotated[
         dict[SliceName, Annotated[int, Field(ge=1)]],
         Field(min_length=1),
         AfterValidator(lambda widths: tuple(widths.items())),  # hashable, and the order counts
-        Tag("mapping"),
     ],
-    _EitherWay,
     PlainSerializer(lambda parts: dict(parts) if isinstance(parts[0], tuple) else parts),
 ]
 
@@ -165,9 +154,7 @@ class Axes(Strict):
 
 
 Init = Annotated[
-    Annotated[Literal["kaiming", "gaussian", "pissa", "olora"], Tag("plain")]
-    | Annotated[Normal, Tag("mapping")],
-    _EitherWay,
+    Literal["kaiming", "gaussian", "pissa", "olora"] | Normal,
     Field(
         description="How A starts (B starts at zero). kaiming: uniform, a = sqrt(5), as the "
         "paper's code. gaussian: N(0, 1/rank), a standard deviation of 1/rank. "
@@ -175,10 +162,7 @@ Init = Annotated[
         "factors of W, which is not written."
     ),
 ]
-Layout = Annotated[
-    Annotated[Literal["out_in", "in_out"], Tag("plain")] | Annotated[Axes, Tag("mapping")],
-    _EitherWay,
-]
+Layout = Literal["out_in", "in_out"] | Axes
 
 
 class Active(Strict):
@@ -186,15 +170,6 @@ class Active(Strict):
 
     active: Rank
     """The rank of all of these together, divided by their number."""
-
-
-_RuleRank = Annotated[Annotated[Rank, Tag("plain")] | Annotated[Active, Tag("mapping")], _EitherWay]
-
-
-_Only = Annotated[
-    Annotated[Indices, Tag("plain")] | Annotated[str, Field(min_length=1), Tag("path")],
-    Discriminator(lambda value: "path" if isinstance(value, str) else "plain"),
-]
 
 
 def slice_names(slices: Any) -> tuple[str, ...]:
@@ -227,7 +202,7 @@ class Rule(Strict):
     """Only sites of this kind: linear, conv1d, embedding, conv, parameter, ..."""
     layers: Layers | None = None
     """Only names whose first number is one of these: 16-31, 4, or a list of such."""
-    rank: _RuleRank | None = None
+    rank: Rank | Active | None = None
     """The rank; or {active: 32} for experts: 32 divided by the number that a token goes to."""
     alpha: Alpha | None = None
     dropout: Dropout | None = None
@@ -236,7 +211,7 @@ class Rule(Strict):
     compute: Compute | None = None
     variant: Variant | None = None
     lora_bias: LoraBias | None = None
-    only: _Only | None = None
+    only: Indices | Annotated[str, Field(min_length=1)] | None = None
     """Of stacked experts, those of these numbers; or the path of a profile, with top."""
     top: Annotated[Number, Field(gt=0, le=1)] | None = None
     """With a profile: the share of each stack's experts that is adapted, the most chosen first."""

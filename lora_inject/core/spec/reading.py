@@ -273,10 +273,15 @@ def in_words(
         root: The text, with the place of each value.
     """
     faults = []
+    details: dict[Loc, ErrorDetails] = {}
     for detail in error.errors(include_url=False):
-        kind, path = detail["type"], _path(detail["loc"], data)
-        if kind == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]:
-            continue  # a list that is short of entries that are wrong, each of which has its error
+        details.setdefault(_path(detail["loc"], data), detail)
+    # Of the branches of a union the one that got deepest explains; so do entries that are wrong.
+    around = {path[:n] for path in details for n in range(len(path))}
+    for path, detail in details.items():
+        kind = detail["type"]
+        if path in around:
+            continue
         mark = _mark(root, path, of_key=kind == "extra_forbidden")
         place = f"{source}{_place(mark)}" or cls.__name__.replace("Config", "config")
         place += f" ({_dotted(path)})" if path else ""
