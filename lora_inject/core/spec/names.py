@@ -144,7 +144,11 @@ def nearest(word: str, words: Iterable[str], n: int = 3) -> list[str]:
         end = name.split(".")[-1 - plain.count(".") :]
         ends.setdefault(re.sub(r"\d+", "0", ".".join(end)), name)
     close = [ends[end] for end in difflib.get_close_matches(plain, ends, n, cutoff=0.65)]
-    return close or (nearest(leaf(plain), ends.values(), n) if "." in plain else [])
+    if close or "." not in plain:
+        return close
+    # Where a segment is missing the last one tells, if it is misspelled itself.
+    last = leaf(plain)
+    return nearest(last, [name for name in ends.values() if leaf(name) != last], n)
 
 
 def meant(word: str, words: Iterable[str]) -> str:
