@@ -167,11 +167,11 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: ARG002
         lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if key.tag == f"{_TAG}str" and key.value in lines:
+        for key in (key for key, _ in node.value if key.tag == f"{_TAG}str"):
+            if key.value in lines:
                 problem = f"the key '{key.value}' is given twice, first in line {lines[key.value]}"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            lines[key.value if key.tag == f"{_TAG}str" else ""] = key.start_mark.line + 1
+            lines[key.value] = key.start_mark.line + 1
         return super().construct_mapping(node, deep=True)
 
     def refuse_null(self, node: yaml.Node) -> None:
