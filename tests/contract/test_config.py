@@ -82,7 +82,7 @@ def test_configs_are_values() -> None:
 
 REFUSED = r"""
 rnak: 4 => f:1:1 (rnak) | 'rnak' | 'rank'?
-init: {std: 0.1} => f:1:8 (init.std) | 'std' | 'normal'? | f:1:7 (init)
+init: {std: 0.1} => f:1:8 (init.std) | 'std' | 'normal'?
 targets: [{match: q, alhpa: 3}] => f:1:22 (targets[0].alhpa) | 'alhpa' | 'alpha'?
 slices: [q, k] => 'slices' | targets
 {foo: 1, rank: 0, alpha: 0, targets: [q]} => (foo) | 'foo' | version, rank, alpha, dropout, init,
