@@ -111,12 +111,13 @@ def become_plain(module: nn.Module, weight: nn.Parameter, later: Iterable[str] =
     """
     before, own = Layer.of(module), module.__dict__
     plain, target = before.plain, torch_class(before.plain)
-    common = _attributes(target)  # type: ignore[arg-type]
+    blank = _blank(target)  # type: ignore[arg-type]
     if issubclass(plain, target):
         with torch.device("meta"):
-            alone = {*plain(64, 64).__dict__, *later} - common  # type: ignore[call-arg]
+            alone = {*plain(64, 64).__dict__, *later}  # type: ignore[call-arg]
     else:
-        alone = {name for name in own if not name.startswith(_KEPT)} - common
+        alone = {name for name in own if not name.startswith(_KEPT)}
+    alone -= blank.__dict__.keys()
     base = base_parameters(module)
     adapters = {name: p for name, p in module._parameters.items() if name not in base}
     held: dict[str, Any] = {**before.buffers, **before.parameters}
@@ -125,7 +126,7 @@ def become_plain(module: nn.Module, weight: nn.Parameter, later: Iterable[str] =
     before.attributes = {name: own.pop(name) for name in sorted(alone & own.keys())}
     module._parameters.clear()
     module._parameters["weight"] = weight
-    if "bias" in _parameters(target):  # type: ignore[arg-type]
+    if "bias" in blank._parameters:
         module._parameters["bias"] = None if bias is None else in_dtype(bias, weight.dtype)
     module._parameters.update(adapters)
     module._buffers.clear()
@@ -133,15 +134,10 @@ def become_plain(module: nn.Module, weight: nn.Parameter, later: Iterable[str] =
 
 
 @cache
-def _attributes(cls: type[nn.Module]) -> frozenset[str]:
+def _blank(cls: Any) -> nn.Module:
+    """Return a layer of a class, on meta."""
     with torch.device("meta"):
-        return frozenset(cls(1, 1).__dict__)  # type: ignore[call-arg]
-
-
-@cache
-def _parameters(cls: type[nn.Module]) -> frozenset[str]:
-    with torch.device("meta"):
-        return frozenset(cls(1, 1)._parameters)  # type: ignore[call-arg]
+        return cls(1, 1)  # type: ignore[no-any-return]
 
 
 def _change_plain_class(module: nn.Module, plain: type[nn.Module]) -> None:

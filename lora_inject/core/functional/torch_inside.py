@@ -38,40 +38,30 @@ def in_trace() -> bool:
     return _tracing_state() is not None
 
 
-def is_watched(*, unknown: bool = True) -> bool:
-    """Whether functorch, `torch.jit.trace` or forward-mode AD is active; compiling is not asked.
+def is_watched() -> bool:
+    """Whether functorch, `torch.jit.trace` or forward-mode AD is active, or this torch tells not.
 
-    Args:
-        unknown: What to return where this torch does not tell.
+    Compiling is not asked.
     """
     if not _tells:
-        return unknown
+        return True
     return _transforms() or _tracing_state() is not None or forward_ad._current_level >= 0
 
 
 _n_modes = look_up("torch._C._len_torch_dispatch_stack")
 
 
-def is_recorded() -> bool:
-    """Whether a dispatch mode sees each operation, and may keep what it returns.
-
-    Selective activation checkpointing (`create_selective_checkpoint_contexts` of torch) keeps the
-    results of some operations so, and hands them out again in the backward. An update that is added
-    in place to a kept product would be in it already when the recomputation adds it again. So a
-    result is written to only where no mode could keep it, and nowhere if this torch does not tell.
-    """
-    return _n_modes is None or _n_modes() > 0
-
-
 def runs_plainly() -> bool:
-    """Whether nothing compiles, traces, transforms or records what is computed: all of the above.
+    """Whether nothing compiles, traces, transforms or records what is computed.
 
-    In one function, because it is asked for each token of each layer.
+    A dispatch mode records, and may keep what an operation returns: selective activation
+    checkpointing (`create_selective_checkpoint_contexts` of torch) hands it out again in the
+    backward. An update that is added in place to a kept product would be in it already when the
+    recomputation adds it again. So a result is written to only where no mode could keep it.
     """
-    if is_compiling() or not _tells or _n_modes is None:
+    if is_compiling() or is_watched():
         return False
-    transformed = _transforms() or _tracing_state() is not None or forward_ad._current_level >= 0
-    return not transformed and _n_modes() == 0
+    return _n_modes is not None and _n_modes() == 0
 
 
 def constant_in_graphs(function: F) -> F:

@@ -359,7 +359,7 @@ def _watched(module: nn.Module) -> Callable[[], None] | None:
 
 def _saved_buffers(module: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the saved buffers of a module that trains a copy, with their values."""
-    if is_watched(unknown=False):
+    if is_watched():
         return {}
     entries = module._lora.entries()
     if all(entry.spec is not None or entry.scale is not None for entry in entries):

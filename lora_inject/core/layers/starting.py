@@ -21,7 +21,7 @@ from lora_inject.core.functional.gain import norms_of
 from lora_inject.core.layers.attached import Attached, Entry, attached_to
 from lora_inject.core.layers.library import dense
 from lora_inject.core.layers.survey import base_tensor
-from lora_inject.core.layers.weight_kinds import is_quantized
+from lora_inject.core.layers.weight_kinds import is_quantized, whole
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.core.spec.variants import VARIANTS
 
@@ -101,8 +101,8 @@ def is_own(module: nn.Module, flat: str, tensor: Any) -> bool:
 def start_loaded(module: nn.Module, present: Collection[str]) -> None:
     """Start what has got its W from a state dict, and note what has got values itself."""
     attached = _attached(module)
-    whole = [e for e in attached.entries() if all(flat in present for flat in e.names.values())]
-    given_values(module, [entry for entry in whole if not _on_meta(module, entry)])
+    given = [e for e in attached.entries() if all(flat in present for flat in e.names.values())]
+    given_values(module, [entry for entry in given if not _on_meta(module, entry)])
     waiting = [entry for entry in attached.entries() if entry.mark in attached.valueless]
     entries = [entry for entry in waiting if entry.param in present]
     for entry in entries:
@@ -113,13 +113,11 @@ def start_loaded(module: nn.Module, present: Collection[str]) -> None:
 @torch.no_grad()
 def _start(module: nn.Module, entry: Entry) -> None:
     """Write the first values of an entry whose weight has values."""
-    weight: Any = base_tensor(module, entry.param)
+    weight = base_tensor(module, entry.param)
     if weight.is_meta:
         return
-    if hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor()
     held = entry.tensors(module)
-    for role, value in first_values(module, entry, weight).items():
+    for role, value in first_values(module, entry, whole(weight)).items():
         if held[role].is_meta:
             new = nn.Parameter(value, held[role].requires_grad)
             module._parameters[entry.names[role]] = new
