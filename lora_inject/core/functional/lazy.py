@@ -127,15 +127,19 @@ class Read:
             self._used()
             self._used = None
 
-    @cached_property
-    def whole(self) -> LowRank:
-        """The weight and its updates, with the graph of the reading."""
-        with torch.set_grad_enabled(self.mode):
-            return low_rank(self.weight, self.patches, self.gain)
+    def sum(self) -> LowRank:
+        """Return the weight and its updates, with the graph of the caller, none below autograd."""
+        return low_rank(self.weight, self.patches, self.gain)
 
     def formed(self) -> Tensor:
         """Return the same as one tensor in the weight's shape."""
-        return self.whole.formed(self.weight.dtype).reshape(self.shape)
+        return self.sum().formed(self.weight.dtype).reshape(self.shape)
+
+    @cached_property
+    def whole(self) -> LowRank:
+        """Return the same with the graph of the reading, for products."""
+        with torch.set_grad_enabled(self.mode):
+            return self.sum()
 
     def matrix(self, index: int) -> LowRank:
         """Return one matrix of a stack for products.
@@ -223,7 +227,7 @@ class LazyWeight(Tensor):
     def _form(self) -> Tensor:
         read, index = self._read, self._index
         # In the weight's own layout.
-        formed = read.formed() if index is None else read.whole.at(index).formed(self.dtype)
+        formed = read.formed() if index is None else read.sum().at(index).formed(self.dtype)
         return formed.mT if self._is_turned else formed
 
     def _use_count(self) -> NoReturn:
