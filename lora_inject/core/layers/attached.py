@@ -214,20 +214,23 @@ class Attached:
             names = self._base = tuple(key for key in parameters if key not in self.flat)
         return {key: p for key in names if (p := parameters[key]) is not None}
 
-    def choose(self, mix: Selected) -> tuple[Recipe, ...]:
-        """Look up what takes part on the output under a mix, and note its use."""
-        recipes = self.recipes(mix)
-        taking = (self.forward[name].mark for name in mix.names if name in self.forward)
-        self.took_part = self.took_part.union(taking)
-        self.last_chosen = mix, recipes
-        return recipes
+    def taking(self, mix: Selected) -> list[tuple[Entry, float]]:
+        """Return the entries on the output that take part under a mix, with their weights."""
+        held = self.forward
+        return [(held[name], weight) for name, weight in mix.names.items() if name in held]
 
     def recipes(self, mix: Selected) -> tuple[Recipe, ...]:
         """Return the updates on the output that take part under a mix."""
-        held = self.forward
-        taking = [(held[name], weight) for name, weight in mix.names.items() if name in held]
+        taking = self.taking(mix)
         self.check_started((entry for entry, _ in taking), "a forward")
         return tuple(recipe for entry, weight in taking for recipe in entry.recipes(weight))
+
+    def choose(self, mix: Selected) -> tuple[Recipe, ...]:
+        """Look up the same, and note their use."""
+        recipes = self.recipes(mix)
+        self.took_part = self.took_part.union(entry.mark for entry, _ in self.taking(mix))
+        self.last_chosen = mix, recipes
+        return recipes
 
     def forget_use(self) -> None:
         """Reset the notes of which entries take part in a forward."""

@@ -132,8 +132,7 @@ class ForwardUpdate(Adapted):
 
 def gained_entry(attached: Attached, mix: Selected) -> Entry | None:
     """Return the entry on the output that has a gain under a mix; it is the only one."""
-    on_output = attached.forward
-    taking = [(on_output[n], w) for n, w in mix.names.items() if n in on_output]
+    taking = attached.taking(mix)
     alone = next((entry for entry, _ in taking if entry.gained), None)
     if alone is not None:
         copies = attached.reads.get(alone.param, {})
