@@ -127,6 +127,8 @@ def user_path(
         True
     """
     asked = f"{asked}, path"
+    if hasattr(value, "named_modules") or hasattr(value, "sites"):  # save_adapter(path, model)
+        remedy = "Swap the two: it comes first, the path second"
     check_type(asked, value, (str, PathLike), remedy, error)
     text = str(value)
     if "\0" in text:

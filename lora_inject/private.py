@@ -2,8 +2,7 @@
 
 A private name may be gone in the next version of its library. So none is imported or written out:
 `look_up` finds it, or None, and what stands on it goes another way or refuses the one feature that
-needs it (`private_needed`). `private_names.NAMES` lists them all, and `tests/test_private_names.py`
-looks for each in the library at hand.
+needs it (`needed`). `tests/test_private_names.py` looks for each in the library at hand.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ def look_up(name: str) -> Any:
     """Return what a private name stands for, None where the library at hand does not have it.
 
     Args:
-        name: In full, as in `NAMES`.
+        name: In full, with its module.
 
     Examples:
         >>> look_up("torch._C._are_functorch_transforms_active")()
@@ -42,7 +41,7 @@ def needed(name: str, asked: str) -> Any:
     """Return what a private name stands for, or refuse what stands on it.
 
     Args:
-        name: In full, as in `NAMES`.
+        name: In full, with its module.
         asked: The feature, in the user's words.
 
     Raises:

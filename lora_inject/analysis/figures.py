@@ -170,6 +170,11 @@ class BlockFigures(Place):
     spectrum: Spectrum  # singular values of the delta
 
     @property
+    def needed_share(self) -> float:
+        """The rank that holds 99% of the energy, over the configured rank."""
+        return self.spectrum.rank_for(0.99) / self.rank
+
+    @property
     def one_direction(self) -> bool:
         """Whether one direction holds all but a hundredth of the energy."""
         return self.rank > 1 and self.spectrum.first_share >= ONE_DIRECTION
@@ -177,8 +182,7 @@ class BlockFigures(Place):
     @property
     def spare_rank(self) -> bool:
         """Whether 99% of the energy fit into half of the rank."""
-        needed = self.spectrum.rank_for(0.99)
-        return not self.one_direction and 0 < needed * SPARE <= self.rank
+        return not self.one_direction and 0 < self.needed_share <= 1 / SPARE
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -48,9 +49,6 @@ STYLE: Any = {
     "svg.hashsalt": "lora_inject",  # equal figures give equal files
     "text.parse_math": False,  # a name may hold dollars
 }
-SECTIONS = ("maps", "ranks", "spectra", "rounding", "compared", "phi")
-Pictures = dict[str, list[tuple[str, Any]]]
-"""Section of the page to titles and figures."""
 T = TypeVar("T")
 
 
@@ -79,60 +77,52 @@ def _styled() -> Iterator[None]:
 # ---------------------------------------------------------------------------------- which ones
 
 
-def pictures(analysis: Analysis) -> Pictures:
-    """Return the pictures of an analysis, by the section of the page that shows them."""
-    kinds = by_kind(analysis.blocks)
-    prefix = shared_prefix(kinds)
-    norms = {
-        kind.removeprefix(prefix): [block.spectrum.norm for block in blocks]
-        for kind, blocks in kinds.items()
-    }
-    drawn: Pictures = {name: [] for name in SECTIONS}
-    drawn["maps"] = [(title, heat_map(cells, high)) for title, cells, high in _maps(analysis)]
-    drawn["ranks"] = [
-        ("Blocks by the rank that holds 99%", ranks_figure(
-            [block.spectrum.rank_for(0.99) for block in analysis.blocks])),
-        ("Norms by depth", norms_figure(norms)),
-    ]  # fmt: skip
-    drawn["spectra"] = [
-        (kind, spectra_figure([(b.at, b.spectrum.values) for b in blocks], "layer"))
-        for kind, blocks in kinds.items()
-    ]
-    if analysis.weights:
-        drawn["rounding"] = [
-            (f"Likeness in {form}", heat_map([
-                (Place(name, ""), site.rounded[form].likeness if site.changed else math.nan)
-                for name, site in analysis.weights.items()], 1.0))
-            for form in ("bfloat16", "float16")
-        ]  # fmt: skip
-    if analysis.comparison is not None:
-        pairs = analysis.comparison.pairs
-        for side, name in (("A", "right"), ("B", "left")):
-            for what, value in (("phi(1, 1)", "first"), ("phi of the whole spans", "whole")):
-                cells = [(pair, getattr(getattr(pair, name), value)) for pair in pairs]
-                drawn["compared"].append((f"Side of {side}: {what}", heat_map(cells, 1.0)))
-        for kind, same in by_kind(pair for pair in pairs if pair.right.phi.numel()).items():
-            panels = [
-                (f"layer {pair.at} {pair.label}".strip(), pair.right.phi)
-                for pair in evenly_spaced(same)
-            ]
-            drawn["phi"].append((kind, similarity_figure(panels)))
-    return drawn
+def pictures(analysis: Analysis) -> dict[str, list[tuple[str, Any]]]:
+    """Return titles and figures by the section of the page that shows them."""
+    blocks, beside, kinds = analysis.blocks, analysis.on_weight(), by_kind(analysis.blocks)
+    pairs = analysis.comparison.pairs if analysis.comparison is not None else ()
+    likeness = {
+        form: [(Place(name, ""), site.rounded[form].likeness if site.changed else math.nan)
+               for name, site in analysis.weights.items()]
+        for form in ("bfloat16", "float16")
+    }  # fmt: skip
+    return {
+        "maps": [
+            *_map("Size of the delta, |D| / |W|", beside, "norms.relative"),
+            *_map("Amplification, |D| / |U'WV|", beside, "norms.factor"),
+            *_map("Size of the delta, |D|", () if beside else blocks, "spectrum.norm"),
+            *_map("Rank that holds 99%, over the configured rank", blocks, "needed_share", 1.0),
+            *_map("Effective rank", blocks, "spectrum.effective_rank"),
+            *_map("Energy in the first direction", blocks, "spectrum.first_share", 1.0),
+        ],
+        "spectra": [
+            (kind, spectra_figure([(b.at, b.spectrum.values) for b in same], "layer"))
+            for kind, same in kinds.items()
+        ],
+        "rounding": [
+            (f"Likeness in {form}", heat_map(of_sites, 1.0))
+            for form, of_sites in likeness.items() if of_sites
+        ],
+        "compared": [
+            *_map("Side of A: phi(1, 1)", pairs, "right.first", 1.0),
+            *_map("Side of A: phi of the whole spans", pairs, "right.whole", 1.0),
+            *_map("Side of B: phi(1, 1)", pairs, "left.first", 1.0),
+            *_map("Side of B: phi of the whole spans", pairs, "left.whole", 1.0),
+        ],
+        "phi": [
+            (kind, similarity_figure(
+                [(f"layer {p.at} {p.label}".strip(), p.right.phi) for p in evenly_spaced(same)]))
+            for kind, same in by_kind(p for p in pairs if p.right.phi.numel()).items()
+        ],
+    }  # fmt: skip
 
 
-def _maps(analysis: Analysis) -> Iterator[tuple[str, list[tuple[Place, float]], float | None]]:
-    """Yield title, values and scale of what differs by layer and kind."""
-    blocks = [(block, block.spectrum) for block in analysis.blocks]
-    if beside := analysis.on_weight():
-        yield "Size of the delta, |D| / |W|", [(b, b.norms.relative) for b in beside], None
-        yield "Amplification, |D| / |U'WV|", [(b, b.norms.factor) for b in beside], None
-    else:
-        yield "Size of the delta, |D|", [(b, s.norm) for b, s in blocks], None
-    share: list[tuple[Place, float]] = [(b, s.rank_for(0.99) / b.rank) for b, s in blocks]
-    yield "Rank that holds 99%, over the configured rank", share, 1.0
-    yield "Effective rank", [(b, s.effective_rank) for b, s in blocks], None
-    first: list[tuple[Place, float]] = [(b, s.first_share) for b, s in blocks]
-    yield "Share of the energy in the first direction", first, 1.0
+def _map(
+    title: str, places: Sequence[Place], value: str, high: float | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Yield a heat map of an attribute of blocks or pairs, if there are any."""
+    if places:
+        yield title, heat_map([(place, attrgetter(value)(place)) for place in places], high)
 
 
 def draw_pictures(folder: str | os.PathLike[str], analysis: Analysis) -> list[Path]:
@@ -279,39 +269,17 @@ def spectra_figure(lines: Sequence[tuple[str, Tensor]], named: str, most: int = 
         text = printable(label) if number in in_legend else None
         axes.semilogy(range(1, len(values) + 1), relative, marker=".", ms=3, lw=0.9,
                       color=_shade(number, len(drawn)), label=text)  # fmt: skip
-    _plain_axes(axes, "direction", "singular value / largest")
+    axes.set_xlabel("direction")
+    axes.set_ylabel("singular value / largest")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(visible=True, alpha=0.25, lw=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
     if drawn:  # 1 and 3 of each decade, without powers
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter("")
         where = "outside lower left" if below else "outside right upper"
         figure.legend(title=named, fontsize=SMALL, title_fontsize=SMALL, loc=where)
-    return figure
-
-
-@_styled()
-def norms_figure(norms: Mapping[str, Sequence[float]]) -> Any:
-    """Return the norms of the deltas of each kind, from the first block to the last."""
-    figure, axes = _one_plot(2.6 + 0.16 * len(norms))
-    for number, (label, values) in enumerate(norms.items()):
-        axes.plot(values, marker="os^Dv"[number % 5], ms=3, lw=0.9,
-                  color=_shade(number, len(norms)), label=printable(label))  # fmt: skip
-    _plain_axes(axes, "blocks of a kind, in the order of the model", "|D|")
-    axes.set_ylim(bottom=0)
-    figure.legend(fontsize=SMALL, loc="outside lower left", ncols=2)
-    return figure
-
-
-@_styled()
-def ranks_figure(ranks: Sequence[int]) -> Any:
-    """Return how many blocks need which rank."""
-    figure, axes = _one_plot(1.9)
-    counts = [ranks.count(rank) for rank in range(max(ranks) + 1)]
-    bars = axes.bar(range(len(counts)), counts, color=_shade(2, 5))
-    if len(counts) <= 24:
-        axes.bar_label(bars, labels=[str(n) if n else "" for n in counts], fontsize=SMALL)
-    _plain_axes(axes, "rank that holds 99%", "blocks")
-    axes.yaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
@@ -367,15 +335,6 @@ def _shade(line: int, n: int) -> Any:
 
     first, last = LINES
     return mpl.colormaps[COLORS](first + (last - first) * line / max(1, n - 1))
-
-
-def _plain_axes(axes: Any, x: str, y: str) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(visible=True, alpha=0.25, lw=0.5)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
 
 
 def _mean(values: Sequence[float]) -> float:

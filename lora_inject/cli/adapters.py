@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from typer import Argument, BadParameter, Exit, Option
+from typer import Argument, Exit, Option
 
 from lora_inject.algebra import combining, other_shapes
 from lora_inject.algebra.combining import METHODS
@@ -20,11 +20,9 @@ from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.names import templates
 from lora_inject.core.spec.tables import Listing, span, wrapped
-from lora_inject.formats import diffusers, kohya
 from lora_inject.formats.clients import CLIENTS
-from lora_inject.formats.exchange import TO_WRITE, format_of, options_of, write_adapter
+from lora_inject.formats.exchange import TO_WRITE, write_adapter
 
-COMPONENTS = (*dict.fromkeys((*kohya.COMPONENTS, *diffusers.COMPONENTS)), "")
 WriteDtype = Annotated[
     options.Dtype | None, Option(help="Dtype to write. (default: the adapters')")
 ]
@@ -158,13 +156,12 @@ def convert(
     rank: Annotated[
         int | None, Option(min=1, help="portable: one rank for all. (default: the largest)")
     ] = None,
-    to_component: Annotated[
+    to_component: Annotated[  # reading has a component too
         str | None,
         Option(
             "--component",
             help="kohya, diffusers: the part of a pipeline, such as unet or te1; "
             "'' for a diffusers file of one model.",
-            callback=one_of(COMPONENTS),
         ),
     ] = None,
     overwrite: options.Overwrite = False,
@@ -176,14 +173,6 @@ def convert(
     given = {"dtype": dtype, "rank": rank, "component": to_component}
     chosen = {key: value for key, value in given.items() if value is not None}
     lost: list[str] = []
-    for name in chosen:
-        takers = [key for key in TO_WRITE if name in options_of(format_of(key).write)]
-        if to not in takers:
-            problem = f"the format {to!r} does not have it; these do: {', '.join(takers)}"
-            raise BadParameter(problem, param_hint=f"--{name}")
-    if "component" in options_of(format_of(to).write) and to_component is None:
-        problem = f"a file of {to} has to name the part of a pipeline; give one, such as unet"
-        raise BadParameter(problem, param_hint="--component")
 
     def tell(words: str) -> None:
         lost.append(words)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from typer import Argument, BadParameter, Exit, Option
 
 from lora_inject.cli import data as rows_of
 from lora_inject.cli import options
-from lora_inject.cli.show import is_live, note, say
+from lora_inject.cli.show import is_live, note, say, width
 from lora_inject.errors import FormatError
 from lora_inject.experts.profile import profile_experts
 from lora_inject.formats.exchange import write_adapter
@@ -25,9 +23,6 @@ from lora_inject.trials.space import Space
 
 RESULTS = ("config.yaml", "adapter")
 SHARES = (0.25, 0.5)
-BARS = "▁▂▃▄▅▆▇█"
-CURVE = 24  # characters
-RECENT = 8  # steps over which the loss in the table is averaged
 ROWS = ".jsonl with text, or prompt and completion; or text."
 MODEL = Argument(metavar="MODEL", help="Folder or name of a causal language model.")
 Device = Annotated[str, Option(help="Where to run.")]
@@ -102,9 +97,10 @@ def _live() -> Iterator[Callable[[Search], None]]:
         return
     from rich.console import Console
     from rich.live import Live
+    from rich.text import Text
 
     with Live(console=Console(stderr=True), transient=True, refresh_per_second=4) as live:
-        yield lambda search: live.update(_table(search))
+        yield lambda search: live.update(Text(search.text(width())))
 
 
 def _line(search: Search) -> None:
@@ -112,40 +108,6 @@ def _line(search: Search) -> None:
     if max(map(len, rung.losses.values())) == 1:
         size, steps = search.plan[len(search.rungs) - 1]
         note(f"rung {len(search.rungs)} of {len(search.plan)}: {size} trials, {steps} steps")
-
-
-def _table(search: Search) -> Any:
-    """Return the running rung as a table of rich: losses, curves, and earlier held-out losses."""
-    from rich.table import Table
-
-    rung, n = search.rungs[-1], len(search.rungs)
-    step = max(map(len, rung.losses.values()), default=0)
-    title = f"rung {n} of {len(search.plan)}, step {step} of {rung.steps}, {search.seconds:.0f} s"
-    shown = Table("trial", "parameters", "loss", "curve", title=title)
-    for i in range(n - 1):
-        shown.add_column(f"held out, rung {i + 1}", justify="right")
-    recent = {name: fmean(v[-RECENT:]) for name, v in rung.losses.items() if v}
-    for name in sorted(recent, key=recent.__getitem__):
-        before = (f"{fmean(r.held_out[name]):.4f}" for r in search.rungs[:-1])
-        loss = "stopped" if name in rung.stopped else f"{recent[name]:.4f}"
-        count = f"{search.candidates[name].parameters:,}"
-        shown.add_row(name, count, loss, curve(rung.losses[name], rung.steps), *before)
-    return shown
-
-
-def curve(losses: list[float], steps: int) -> str:
-    """Return losses as a line of bars; its length is the share of the steps that is done.
-
-    Examples:
-        >>> curve([4.0, 3.0, 2.0, 1.0], 48)
-        '█▁'
-    """
-    width = min(len(losses), max(1, round(CURVE * len(losses) / steps)))
-    ends = [i * len(losses) // width for i in range(width + 1)]
-    means = [fmean(losses[start:end]) for start, end in pairwise(ends)]
-    low, high = min(means), max(means)
-    span = (high - low) or 1.0
-    return "".join(BARS[round((mean - low) / span * (len(BARS) - 1))] for mean in means)
 
 
 def profile(

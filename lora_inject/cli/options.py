@@ -212,8 +212,8 @@ class ReadOptions:
 
     def _given(self) -> dict[str, Any]:
         """Return the options that were given, as `read_adapter` takes them."""
-        given = {f.name: value for f in fields(self) if (value := getattr(self, f.name))}
-        given |= {n: v for n in ("alpha", "expert_major") if (v := getattr(self, n)) is not None}
+        values = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
+        given = {name: value for name, value, default in values if value not in (default, [])}
         if self.enable_lora is not None:
             flags = self.enable_lora.split(",")
             if set(flags) - {"0", "1"}:

@@ -71,8 +71,9 @@ def _finite(data: Any) -> Any:
 
 def is_live() -> bool:
     """Return whether stderr is a terminal, or rich is told to treat it as one."""
-    forced = os.environ.get("FORCE_COLOR") or os.environ.get("TTY_COMPATIBLE") == "1"
-    return sys.stderr is not None and bool(sys.stderr.isatty() or forced)
+    from rich.console import Console
+
+    return Console(stderr=True).is_terminal
 
 
 @contextmanager
@@ -81,21 +82,15 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
     Yields a function of bytes done and bytes in all, for any thread.
     """
-    if not is_live():
-        yield lambda *_: None
-        return
     from rich import progress as bars
     from rich.console import Console
 
     columns = (bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
     shown = (bars.TextColumn("{task.description}"), bars.BarColumn(), *columns)
-    with bars.Progress(*shown, console=Console(stderr=True), transient=True) as progress:
+    how: Any = {"console": Console(stderr=True), "transient": True, "disable": not is_live()}
+    with bars.Progress(*shown, **how) as progress:
         task = progress.add_task(what, total=None)
-
-        def update(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        yield update
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def width() -> int:

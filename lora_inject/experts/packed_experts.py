@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lora_inject.core.functional.unstored import DEVICE, PICKED, unstored, writes
 from lora_inject.errors import LayerError
 from lora_inject.experts.stack_formats import StackFormat
 from lora_inject.private import look_up, needed
-from lora_inject.trees import tree_leaves, tree_map_only
 
 
 class PackedExperts(Tensor):

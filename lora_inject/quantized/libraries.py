@@ -285,7 +285,7 @@ def _trains(kernel: Any) -> bool:
 # --------------------------------------------------------- linear layers of transformers' own
 
 _FP8 = "transformers.integrations.finegrained_fp8"
-_DEQUANTIZE = f"{_FP8}._dequantize_fp8_weight"
+_DEQUANTIZE = "transformers.integrations.finegrained_fp8._dequantize_fp8_weight"
 _KEPT_PACKED = "Load the base within lora_inject.packed_experts(), which keeps "
 
 

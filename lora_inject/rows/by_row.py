@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.lazy import lazy_weight
@@ -25,7 +26,6 @@ from lora_inject.core.layers.sending import queue_of, sent
 from lora_inject.errors import LayerError
 from lora_inject.rows.bank import routed_update
 from lora_inject.rows.seen import Seen, refuse_ambiguous
-from lora_inject.trees import tree_flatten, tree_unflatten
 
 Row = tuple[tuple[str, float], ...]
 """What takes part in a row: adapters with their weights; none for the base."""
@@ -226,7 +226,7 @@ class Rows(Selected):
             return self.run(layer, _BASE, args, kwargs)
         if (place := self.rows_first(layer, tensors[0])) is None:
             return self.run(layer, _BASE, args, kwargs)
-        (axis, count), outputs, form_out = place, [], None
+        (axis, count), outputs, form_out = place, [], form
         each, order = self.index(count, tensors[0].device)
         for mix, index in each:
             part = [t.index_select(axis, index) if isinstance(t, Tensor) else t for t in given]

@@ -25,6 +25,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from lora_inject.core.layers.attached import Attached, attached_to
 from lora_inject.core.layers.candidates import inventory
@@ -33,7 +34,6 @@ from lora_inject.core.layers.survey import Survey, evaluating
 from lora_inject.core.roots.root import Root, adapted_modules, root_of
 from lora_inject.core.spec.names import parent
 from lora_inject.errors import LayerError
-from lora_inject.trees import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 _PLAIN = (Tensor, bool, int, float, str, type(None))
 _FOLLOWED: WeakKeyDictionary[Attached, set[tuple[int, bool]]] = WeakKeyDictionary()

@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 
-from lora_inject.private import look_up
-from lora_inject.private_names import NAMES
 from lora_inject.version import __version__
 
 REQUIREMENTS: tuple[tuple[str, dict[str, str], str], ...] = (
@@ -103,8 +101,6 @@ class Diagnosis:
         packages: The version of each package that a feature may stand on and that is installed.
         features: All features, those that are switched off among them.
         servers: Programs that serve adapters and are installed, with versions.
-        private: What torch, and the other packages that were looked at, keep private and this
-            package would use, but is not there; with what happens instead.
         broken: Packages that are installed and cannot be imported, with the error.
         variables: Variables of the environment that change what runs.
     """
@@ -113,7 +109,6 @@ class Diagnosis:
     packages: dict[str, str]
     features: tuple[Feature, ...]
     servers: dict[str, str]
-    private: dict[str, str]
     broken: dict[str, str]
     variables: dict[str, str]
 
@@ -139,7 +134,6 @@ class Diagnosis:
             ("variables", self.variables),
             ("switched off here", off),
             ("there", {f.feature: f.here for f in self.features if f.works}),
-            ("missing of others' private side", self.private),
         ):
             lines += [f"{title}:", *(f"  {k}: {v}" for k, v in rows.items())] if rows else []
         return "\n".join(lines)
@@ -161,17 +155,11 @@ def diagnose(*, imports: bool = False) -> Diagnosis:
     """
     packages = _installed([*OWN, *(name for _, needed, _ in REQUIREMENTS for name in needed)])
     broken = dict(_broken(packages)) if imports else {}
-    looked_at = {"torch", *(packages if imports else ())} - broken.keys()
     return Diagnosis(
         system=_system(),
         packages=packages,
         features=tuple(_feature(*row, packages, broken) for row in REQUIREMENTS),
         servers=_installed(SERVERS),
-        private={
-            name: instead
-            for name, instead in NAMES.items()
-            if name.partition(".")[0].replace("_", "-") in looked_at and look_up(name) is None
-        },
         broken=broken,
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
     )

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from lora_inject.errors import LayerError, StateError
-from lora_inject.trees import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 Forward = Callable[[Any], Any]
 

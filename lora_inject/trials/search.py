@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import write_file
@@ -30,7 +31,6 @@ from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.names import counted
 from lora_inject.core.spec.tables import Listing
 from lora_inject.errors import FormatError, StateError, check_type, user_path
-from lora_inject.trees import tree_leaves
 from lora_inject.trials.batches import Forward, copied, in_one_order, plain_forward, size_of
 from lora_inject.trials.losses import Loss, default_loss, scalar_loss
 from lora_inject.trials.rungs import JUDGED, behind, ranked, rungs, steps_within
@@ -41,6 +41,8 @@ from lora_inject.trials.trial import Trial
 SAVE_SECONDS = 20.0
 """Time between two saves of the running rung: an interrupt loses at most this much."""
 TIMED_STEPS = 2
+RECENT = 8
+"""Steps over which the loss of a running trial is averaged."""
 PASS_TOKENS = 4096
 
 
@@ -67,7 +69,8 @@ class Rung:
         if name in self.stopped:
             return "stopped"
         if name not in self.held_out:
-            return "-"
+            recent = self.losses.get(name, [])[-RECENT:]
+            return f"{fmean(recent):.4f} in training" if recent else "-"
         loss, best = self.held_out[name], self.held_out[ranked(self.held_out)[0]]
         apart = "" if loss is best else f" {behind(loss, best)}"
         return f"{fmean(loss):.4f}{apart}"
@@ -156,8 +159,10 @@ class Search:
             for name, p in points
         )
         heads = ("trial", "lr", "parameters", *(f"after {steps} steps" for _, steps in self.plan))
-        best = f"best: {self.best}; {self.seconds:.0f} s of training"
-        return "\n".join([*Listing(heads, rows).lines(width, everything=True), best])
+        lines = [*Listing(heads, rows).lines(width, everything=True)]
+        if self.rungs[-1].held_out:
+            lines.append(f"best: {self.best}; {self.seconds:.0f} s of training")
+        return "\n".join(lines)
 
     def to_yaml(self) -> str:
         """Return the best config as YAML, with the evidence for it in comments."""

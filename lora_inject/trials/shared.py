@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from lora_inject.core.adapter.generators import generators_of
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.roots.selecting import selecting
 from lora_inject.errors import LayerError, LoraInjectError
 from lora_inject.rows.seen import rows_alike
-from lora_inject.trees import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from lora_inject.trials.batches import (
     Forward,
     Joined,

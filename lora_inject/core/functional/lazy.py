@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lora_inject.core.functional.factors import Patch, needs_plain_operations
 from lora_inject.core.functional.gain import Gain
@@ -34,7 +35,6 @@ from lora_inject.core.functional.weight import (
 )
 from lora_inject.errors import LayerError
 from lora_inject.private import look_up
-from lora_inject.trees import tree_map_only
 
 PLAIN = (Tensor, nn.Parameter)
 # What a Parameter has as `__torch_function__` runs a function, past that of any subclass.

@@ -2,7 +2,6 @@
 
 The rest of what only torch's inner side or Python's stack can say is asked in `torch_stack`. Each
 function of both has a test that asserts its positive finding, so that a new torch fails loudly.
-What happens where a torch lacks a name stands in `private_names.NAMES`.
 """
 
 from __future__ import annotations

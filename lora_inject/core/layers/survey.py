@@ -234,7 +234,7 @@ def no_module(given: object) -> LayerError:
         name = given.__name__
         return LayerError("the model", f"it is the class {name}", f"Give an instance: {name}(...)")
     problem = f"it is {article(type(given).__name__)}"
-    return LayerError("the model", problem, "Give a torch.nn.Module")
+    return LayerError("the model", problem, "Give the torch.nn.Module first")
 
 
 def endless(name: str, depth: int) -> LayerError:
