@@ -191,8 +191,10 @@ def _rules_on(inventory: Inventory, lora: LoraFields, asked: str) -> list[Any]:
         raise ConfigError(f"{asked}, {error.asked}", error.found, error.remedy) from None
     direct = _targets(lora)
     if not lora.rank_pattern and not lora.alpha_pattern:
+        named = {name for c in inventory.candidates for name in (c.name, *c.aliases)}
         linear = {*linear_layers(inventory)}
-        if taken.keys() == (linear if direct == [_ALL] else _matching(direct, kinds, asked)):
+        hit = linear if direct == [_ALL] else _matching(direct, named | taken.keys(), asked)
+        if taken.keys() == hit:
             return direct
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, numbers in taken.items():
