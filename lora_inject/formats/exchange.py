@@ -163,7 +163,7 @@ def write_adapter(
         format: Name of a row of `FORMATS`; None for the folder that most programs read.
         facts: What is known of the model (`formats.ModelFacts`), or a function that says it; single
             facts may be given as options.
-        overwrite: Replace an existing adapter.
+        overwrite: Replace an existing adapter. A folder has no name for a moment meanwhile.
         options: The format's own, see its `write`.
 
     Returns:
