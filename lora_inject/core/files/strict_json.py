@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +47,7 @@ def misfit(value: Any, form: TypeAdapter[Any]) -> str:
 
     Examples:
         >>> misfit([1, -1], TypeAdapter(list[Count]))
-        '1: Input should be greater than or equal to 1'
+        '1: -1 is impossible (Input should be greater than or equal to 1)'
     """
     try:
         form.validate_python(value, strict=True)
@@ -56,9 +57,10 @@ def misfit(value: Any, form: TypeAdapter[Any]) -> str:
 
 
 def fault_in(error: ValidationError) -> str:
-    """Return the place and the words of the first fault."""
+    """Return the place, the value and pydantic's words of the first fault."""
     fault = error.errors()[0]
-    return f"{'.'.join(map(str, fault['loc']))[:200]}: {fault['msg']}"
+    place = ".".join(map(str, fault["loc"]))[:200]
+    return f"{place}: {reprlib.repr(fault['input'])[:40]} is impossible ({fault['msg']})"
 
 
 def read_json(path: Path, asked: str, error: type[LoraInjectError] = FormatError) -> Any:
