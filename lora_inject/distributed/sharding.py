@@ -111,8 +111,6 @@ class Sharding(Library):
             others = [place for place in wanted if not _sums_itself(place.module)]
             _check_shardable(groups, asked, others)
         elif meshes(survey):
-            for library in loaded_libraries():
-                library.before_spread(asked, wanted)
             check_parts(asked, wanted)
 
     def before_eject(self, survey: Survey, gone: Set[str]) -> None:

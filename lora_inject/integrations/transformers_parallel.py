@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,7 +32,7 @@ from torch import nn
 
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.library import Library
-from lora_inject.core.layers.survey import Carried
+from lora_inject.core.layers.survey import Carried, Survey
 from lora_inject.errors import LayerError
 
 _PLACE = "transformers.distributed."
@@ -77,34 +77,37 @@ class Plans(Library):
         """Return whether the style calls the forward of the module's class."""
         return getattr(self.kept(module), "__self__", None) is module
 
-    def before_spread(self, asked: str, carried: Iterable[Carried]) -> None:
+    def before_load(self, survey: Survey, name: str, wanted: Sequence[Carried]) -> None:
         """Refuse an adapter where the style of its module computes what the adapter cannot."""
-        for place in carried:
-            for reason in _reasons(place):
+        del survey
+        for place in wanted:
+            if problem := self._against(place):
                 remedy = "Leave it out, or inject first and call parallelize_module then"
-                raise LayerError(f"{asked}, {place.name!r}", reason, remedy)
+                raise LayerError(f"adapter {name!r}, {place.name!r}", problem, remedy)
+
+    def _against(self, place: Carried) -> str:
+        """Return why the style of a module does not fit an entry, or ""."""
+        given = _given(place.module)
+        if given is None:
+            return ""
+        style = _style(given)
+        if style not in KNOWN:
+            return f"its style in transformers' plan is {style}, which adapters do not take part in"
+        if not self.calls_class(place.module):
+            return f"the forward that {style} calls is not that of its class"
+        if style == "RowwiseParallel" and place.entry.param == "bias":
+            return "rowwise adds the bias outside of the layer, where no adapter is"
+        is_part = hasattr(place.weight, "full_tensor") and not _is_whole(place.weight)
+        if computes_locally(place.module) and not is_part:
+            return (
+                f"{style} computes with parts of other weights, but each process has this one whole"
+            )
+        return ""
 
     def sums_gradients(self, module: nn.Module) -> bool:
         """Return whether a module has experts that are apart, with tokens of other processes."""
         given = _given(module)
         return given is not None and "implementation" in _variables(given)
-
-
-def _reasons(place: Carried) -> Iterator[str]:
-    """Yield why the style of a module does not fit an entry."""
-    given = _given(place.module)
-    if given is None:
-        return
-    style = _style(given)
-    if style not in KNOWN:
-        yield f"its style in transformers' plan is {style}, which adapters do not take part in"
-    if not Plans().calls_class(place.module):
-        yield f"the forward that {style} calls is not that of its class"
-    if style == "RowwiseParallel" and place.entry.param == "bias":
-        yield "rowwise adds the bias outside of the layer, where no adapter is"
-    is_part = hasattr(place.weight, "full_tensor") and not _is_whole(place.weight)
-    if computes_locally(place.module) and not is_part:
-        yield f"{style} computes with parts of other weights, but each process has this one whole"
 
 
 def computes_locally(module: nn.Module) -> bool:

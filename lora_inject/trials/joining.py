@@ -15,7 +15,7 @@ from lora_inject.core.layers.weight_kinds import sharded_by
 from lora_inject.core.model.inject import put_config
 from lora_inject.core.model.read_off import adapter_state
 from lora_inject.core.model.training import train_only
-from lora_inject.core.roots.root import ROOT
+from lora_inject.core.roots.root import find_root
 from lora_inject.errors import StateError
 from lora_inject.rows.seen import note_structure
 from lora_inject.trials.run import Place, places_of
@@ -40,10 +40,11 @@ def put_on(
         StateError: A name is in use, or the model is sharded. The model is then as it was.
     """
     _refuse_sharded(model)
-    root = model.__dict__.get(ROOT)
+    found = find_root(model, "Trials")
+    known = () if found is None else (found[1], found[1].selection)
     grads = [(p, p.grad) for p in model.parameters()]
     try:
-        with all_or_nothing(model.modules(), () if root is None else (root, root.selection)):
+        with all_or_nothing(model.modules(), known):
             for name, trial in trials.items():
                 with torch.random.fork_rng():
                     torch.manual_seed(trial.seed)

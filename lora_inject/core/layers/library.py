@@ -90,9 +90,6 @@ class Library:
     def before_load(self, survey: Survey, name: str, wanted: Sequence[Carried]) -> None:
         """Called before a model gets a new adapter, once its places are known."""
 
-    def before_spread(self, asked: str, carried: Iterable[Carried]) -> None:
-        """Called before an adapter is distributed as its layers are."""
-
     def before_read(self, survey: Survey) -> None:
         """Called before tensors of an adapter or its base are read: save, merge, optimizers."""
 
