@@ -14,13 +14,12 @@ Experts that are apart get tokens of other processes. Where these have other bat
 a gradient is a sum over all batches: transformers divides it by their number, as the gradients of
 the other layers are means.
 
-A forward of such a style calls a method of the class, through a variable of a closure. So for an
-adapted module a copy of the function stands in its place that calls the swapped class.
+A forward of such a style calls a method of the class that a variable of its closure holds. So this
+variable is given what calls the class that the module has by then.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -61,17 +60,23 @@ class Plans(Library):
 
     def kept(self, module: nn.Module) -> Any:
         """Return the forward that the style of a module calls."""
-        forward: Any = module.__dict__.get("forward")
-        if hasattr(forward, "lora_calls"):
-            return forward.lora_calls
-        return None if _given(module) is None else _called(forward)
+        called = _called(_given(module))
+        if isinstance(called, _OfClass):
+            return types.MethodType(type(module).forward, module)
+        return called
 
     def keep(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        """Let the style of a module call another forward."""
-        given: Any = _given(module)
-        before = getattr(_called(given), "__func__", None)
-        same = before is getattr(forward, "__func__", None)
-        module.__dict__["forward"] = given if same else _calling(module, given, forward)
+        """Let the style of a module call the forward of its class, whichever it has by then.
+
+        An adapted one computes within `parts_of_gradients`.
+        """
+        given = _given(module)
+        called = _called(given)
+        if not isinstance(called, _OfClass):
+            called = _OfClass(module, called)
+            _let_call(given, called)
+        plain = getattr(called.before, "__func__", None) is getattr(forward, "__func__", None)
+        module.__dict__["forward"] = given if plain else _styled(module, given)
 
     def calls_class(self, module: nn.Module) -> bool:
         """Return whether the style calls the forward of the module's class."""
@@ -183,49 +188,47 @@ def _style(given: Any) -> str:
 
 def _called(given: Any) -> Any:
     """Return the forward that a style calls: its variable, or an attribute of one for experts."""
-    variables = _variables(given)
+    variables = {} if given is None else _variables(given)
     experts = variables.get("implementation")
     return variables.get("original_forward", getattr(experts, "experts_forward", None))
 
 
-def _calling(module: nn.Module, given: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward like the given one of a style that calls another."""
-    inner, variables = _like(given, forward), _variables(given)
+class _OfClass:
+    """The forward of a module's class: it stands for the one that a style has saved, `before`."""
+
+    def __init__(self, module: nn.Module, before: Any) -> None:
+        self.module, self.before = module, before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def _let_call(given: Any, forward: _OfClass) -> None:
+    """Let a style call another forward, also one whose `auto` has others inside of it."""
+    for name, cell in zip(given.__code__.co_freevars, given.__closure__, strict=True):
+        if name == "original_forward":
+            cell.cell_contents = forward
+    pending: list[Any] = [_variables(given).get("implementation")]
+    while pending:
+        experts = pending.pop()
+        if hasattr(experts, "experts_forward"):
+            pending += vars(experts).values()
+            experts.experts_forward = forward
+
+
+def _styled(module: nn.Module, given: Any) -> Callable[..., Any]:
+    """Return the forward of a style around an adapted class."""
+    variables = _variables(given)
     style, experts = variables.get("self"), variables.get("implementation")
 
     @functools.wraps(given)
     def styled(*args: Any, **kwargs: Any) -> Any:
         if style is None or not torch.is_grad_enabled():
-            return inner(*args, **kwargs)
+            return given(*args, **kwargs)
         if not style.should_use_local_tensors(module):
-            return inner(*args, **kwargs)
+            return given(*args, **kwargs)
         with parts_of_gradients(module, _n_batches(experts, module)):
-            return inner(*args, **kwargs)
+            return given(*args, **kwargs)
 
     styled.lora_given = given  # type: ignore[attr-defined]
-    styled.lora_calls = forward  # type: ignore[attr-defined]
     return styled
-
-
-def _like(given: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a copy of a style's function that calls another forward."""
-    changed = {"original_forward": forward}
-    if (experts := _variables(given).get("implementation")) is not None:
-        changed["implementation"] = _experts_like(experts, forward)
-    names, cells = given.__code__.co_freevars, given.__closure__
-    closure = tuple(
-        types.CellType(changed[name]) if name in changed else cell
-        for name, cell in zip(names, cells, strict=True)
-    )
-    code, where = given.__code__, given.__globals__
-    return types.FunctionType(code, where, given.__name__, given.__defaults__, closure)
-
-
-def _experts_like(given: Any, forward: Callable[..., Any]) -> Any:
-    """Return a copy of how experts get their tokens; `auto` has others inside of it."""
-    made = copy.copy(given)
-    made.experts_forward = forward
-    for name, value in vars(given).items():
-        if hasattr(value, "experts_forward"):
-            setattr(made, name, _experts_like(value, forward))
-    return made
