@@ -68,7 +68,12 @@ def _write(target: Path, content: bytes | Mapping[str, bytes], *, overwrite: boo
     with explained(target):
         if _holds(target, content):
             return target
-        check_free(target, overwrite=overwrite)
+        try:
+            check_free(target, overwrite=overwrite)
+        except FormatError:  # another process may have written it just now
+            if _holds(target, content):
+                return target
+            raise
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             if isinstance(content, bytes):
