@@ -123,12 +123,12 @@ class Truth:
     with the norms m; a bias is `bias + sum of weight * scale * b`.
     """
 
-    def __init__(self, plain: trees.Tree, roots: tuple[str, ...]) -> None:
+    def __init__(self, plain: trees.Tree) -> None:
         self.plain = plain
         self.adapters: dict[str, Adapter] = {}
-        self.active: dict[str, Mix] = {root: {} for root in roots}
-        self.trainable: dict[str, set[str]] = {root: set() for root in roots}
-        self.merged: dict[str, Mix] = {}  # root to what was active before
+        self.active: Mix = {}
+        self.trainable: set[str] = set()
+        self.merged: Mix | None = None  # what was active before
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,23 +144,10 @@ class Truth:
     def copied(self) -> list[str]:
         return [at + name for at, form in self.forms() for name in form.copied]
 
-    def root(self, key: str) -> str:
-        return next(root for root in self.active if key.startswith(root))
-
-    def on(self, root: str) -> list[str]:
-        return sorted(n for n, a in self.adapters.items() if any(map(under(root), a.tensors())))
-
-    def drop(self, name: str, root: str) -> None:
-        adapter, gone = self.adapters[name], under(root)
-        holders = [at for at in self.active if gone(at) and name in self.on(at)]
-        left = self.adapters[name] = adapter.part(lambda n: not gone(n))
-        if not left.tensors():
-            del self.adapters[name]
-        for at in holders:
-            self.active[at].pop(name, None)
-            self.trainable[at].discard(name)
-            if not self.on(at):  # a mix may name adapters of the other tower
-                self.active[at] = {}
+    def drop(self, name: str) -> None:
+        del self.adapters[name]
+        self.active.pop(name, None)
+        self.trainable.discard(name)
 
     def base(self) -> dict[str, Tensor]:
         """W in float64, by one name in each module."""
@@ -180,22 +167,20 @@ class Truth:
                     weights[site.weight] = site.of.gained(weights[site.weight], site.m)
         return weights
 
-    def may_mix(self, mix: Mix, root: str = "") -> bool:
+    def may_mix(self, mix: Mix) -> bool:
         """Whether each weight that DoRA scales has one adapter, with weight 1."""
         taking: dict[str, list[tuple[float, bool]]] = {}
         for name in mix.keys() & self.adapters.keys():
             for key, is_gained in self.adapters[name].reads().items():
-                if key.startswith(root):
-                    taking.setdefault(key, []).append((mix[name], is_gained))
+                taking.setdefault(key, []).append((mix[name], is_gained))
         scaled = [each for each in taking.values() if any(is_gained for _, is_gained in each)]
         return all(len(each) == 1 and each[0][0] == 1.0 for each in scaled)
 
     def weight(self, adapter: str, key: str, mix: Mix | None) -> float:
-        return (self.active[self.root(key)] if mix is None else mix).get(adapter, 0.0)
+        return (self.active if mix is None else mix).get(adapter, 0.0)
 
-    def changed_by(self, root: str, mix: Mix) -> set[str]:
-        adapters = [self.adapters[name] for name in mix if name in self.adapters]
-        return {key for a in adapters for key in a.reads() if key.startswith(root)}
+    def changed_by(self, mix: Mix) -> set[str]:
+        return {key for name in mix for key in self.adapters[name].reads()}
 
     def run(self, x: Tensor, ids: Tensor, mix: Mix | None = None) -> Tensor:
         tensors, inputs = {**self.base(), **self.weights(mix)}, (x.double(), ids)
@@ -205,10 +190,6 @@ class Truth:
         """Load values of its own: with `assign` the model keeps those that it is given."""
         own = {key: base[key].clone() for key in self.plain.state_dict()}
         self.plain.load_state_dict(own, assign=assign)
-
-
-def under(root: str) -> Callable[[str], bool]:
-    return lambda name: name.startswith(root)
 
 
 def named(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -261,8 +242,8 @@ def add_one(module: nn.Module, args: Any, output: Any) -> Any:
 
 forms = st.sampled_from(sorted(trees.FORMS))
 has_adapters = precondition(lambda self: self.truth.adapters)
-is_merged = precondition(lambda self: self.truth.merged)
-is_unmerged = precondition(lambda self: not self.truth.merged)
+is_merged = precondition(lambda self: self.truth.merged is not None)
+is_unmerged = precondition(lambda self: self.truth.merged is None)
 
 
 class Machine(RuleBasedStateMachine):
@@ -272,21 +253,20 @@ class Machine(RuleBasedStateMachine):
         left=st.lists(forms, min_size=1, max_size=3),
         right=st.lists(forms, min_size=1, max_size=2),
         tie=st.sampled_from(sorted(trees.TIES)),
-        roots=st.just(("",)),
         dtype=st.sampled_from([torch.float64, torch.float32]),
         data=st.data(),
     )
-    def start(self, left: Any, right: Any, tie: str, roots: Any, dtype: Any, data: Any) -> None:
+    def start(self, left: Any, right: Any, tie: str, dtype: Any, data: Any) -> None:
         torch.manual_seed(0)
         model: Any = trees.Tree(left, right).to(dtype).eval()
         trees.TIES[tie](model)
         for parameter in list(model.parameters())[::3]:
             parameter.requires_grad_(False)
         self.model = model
-        self.truth = Truth(copy.deepcopy(model), roots)
+        self.truth = Truth(copy.deepcopy(model))
         self.x = torch.randn(ROWS, trees.LENGTH, trees.WIDTH, dtype=torch.float64)
         self.ids = torch.randint(0, trees.VOCABULARY, (ROWS, trees.LENGTH))
-        self.undo: dict[str, bool] = {}  # of what is merged
+        self.undo = True  # of what is merged
         for rank in (2, 1):
             further = data.draw(st.sampled_from(FURTHER), "further")
             self.inject(data, rank, 3.0, "kaiming", further, True)
@@ -295,9 +275,6 @@ class Machine(RuleBasedStateMachine):
 
     def out(self) -> Tensor:
         return self.model(self.x.to(self.truth.dtype), self.ids)
-
-    def at(self, root: str) -> Any:
-        return self.model.get_submodule(root.removesuffix("."))
 
     def close(self, actual: Tensor, due: Tensor) -> None:
         assert_close(actual, due, self.truth.dtype)
@@ -309,22 +286,18 @@ class Machine(RuleBasedStateMachine):
         assert raised is not None or not must, "it was not refused"
         return raised is not None
 
-    def some_root(self, data: Any, *further: str) -> str:
-        return data.draw(st.sampled_from(sorted({*self.truth.active, *further})), "root")
-
-    def some_adapted_root(self, data: Any) -> str:
-        return data.draw(st.sampled_from(sorted(filter(self.truth.on, self.truth.active))), "root")
-
-    def some_adapter(self, data: Any, root: str = "") -> str:
-        return data.draw(st.sampled_from(self.truth.on(root)), "name")
+    def some_adapter(self, data: Any) -> str:
+        return data.draw(st.sampled_from(sorted(self.truth.adapters)), "name")
 
     def some_free_name(self, data: Any, name: str) -> str:
         """A name that no adapter has, or that of one which is to be ejected."""
-        return data.draw(st.sampled_from(sorted({name, *NAMES} - {*self.truth.on("")} | {name})))
+        return data.draw(
+            st.sampled_from(sorted({name, *NAMES} - self.truth.adapters.keys() | {name}))
+        )
 
-    def some_mix(self, data: Any, root: str = "") -> Mix:
-        weights = st.sampled_from([1.0, 0.5, -1.0])
-        return data.draw(st.dictionaries(st.sampled_from(self.truth.on(root)), weights), "mix")
+    def some_mix(self, data: Any) -> Mix:
+        weights, names = st.sampled_from([1.0, 0.5, -1.0]), sorted(self.truth.adapters)
+        return data.draw(st.dictionaries(st.sampled_from(names), weights), "mix")
 
     def tied(self, name: str) -> list[str]:
         """Every name of the memory of a base tensor."""
@@ -349,12 +322,11 @@ class Machine(RuleBasedStateMachine):
         for key, parameter in self.parameters(name).items():
             value = made.setdefault(id(parameter), parameter.detach().double().clone())
             self.truth.adapters[name].put(key, value)
-        for root in self.truth.active:
-            if name in self.truth.on(root) and root not in self.truth.merged:
-                for key, site in li.adapter_state(self.at(root), name).sites.items():
-                    if site.A0 is not None and site.B0 is not None:
-                        start = (site.A0.double().clone(), site.B0.double().clone())
-                        self.truth.adapters[name].sites[root + key].start = start
+        if self.truth.merged is None:
+            for key, site in li.adapter_state(self.model, name).sites.items():
+                if site.A0 is not None and site.B0 is not None:
+                    start = (site.A0.double().clone(), site.B0.double().clone())
+                    self.truth.adapters[name].sites[key].start = start
 
     def adopt_base(self, name: str) -> None:
         """Take over a weight of the base that a verb has changed for good."""
@@ -366,9 +338,8 @@ class Machine(RuleBasedStateMachine):
     @torch.no_grad()
     def fill(self, name: str, data: Any) -> None:
         generator = torch.Generator().manual_seed(data.draw(st.integers(0, 3), "seed"))
-        for key, parameter in self.parameters(name).items():
-            if not any(key.startswith(root) for root in self.truth.merged):  # what is folded stays
-                parameter.copy_(0.7 * torch.randn(parameter.shape, generator=generator))
+        for parameter in self.parameters(name).values():
+            parameter.copy_(0.7 * torch.randn(parameter.shape, generator=generator))
         self.adopt(name)
 
     @staticmethod
@@ -388,11 +359,10 @@ class Machine(RuleBasedStateMachine):
     def inject(
         self, data: Any, rank: int, alpha: float, init: str, further: set[str], rows: bool
     ) -> None:
-        truth, root = self.truth, self.some_root(data, "")
-        name = data.draw(st.sampled_from(NAMES), "name")
-        sites = {n: of for n, of in truth.sites().items() if n.startswith(root)}
+        truth = self.truth
+        name, sites = data.draw(st.sampled_from(NAMES), "name"), truth.sites()
         weights = {n: n.removesuffix(of.name) + of.weight for n, of in sites.items()}
-        places = sorted([*sites, *filter(under(root), truth.copied())])
+        places = sorted([*sites, *truth.copied()])
         chosen = data.draw(st.sets(st.sampled_from(places), min_size=1)) if places else set()
         adapted = {n: sites[n] for n in chosen if n in sites}
         taken = {weights[n] for n in adapted}
@@ -401,33 +371,25 @@ class Machine(RuleBasedStateMachine):
         if not taken and not train:
             return
 
-        def pattern(n: str) -> str:
-            return exactly(n.removeprefix(root))
-
-        rules = [{"match": pattern(n), **o.rule, **allowed(further, o)} for n, o in adapted.items()]
+        rules = [{"match": exactly(n), **o.rule, **allowed(further, o)} for n, o in adapted.items()]
         config = {
             "rank": rank,
             "alpha": alpha,
             "init": init,
             "targets": rules,
-            "train": [pattern(n) for n in train - tables],
-            "tokens": {pattern(n): TOKENS for n in tables},
+            "train": [exactly(n) for n in train - tables],
+            "tokens": {exactly(n): TOKENS for n in tables},
         }
         biased = [(n, of) for n, of in adapted.items() if "lora_bias" in allowed(further, of)]
         twice = any(n.removesuffix(of.name) + of.bias in train for n, of in biased)
-        in_use = name in truth.on(root) or any(r.startswith(root) for r in truth.merged)
-        around = root not in truth.active and any(map(truth.on, truth.active))
-        li.plan(self.at(root), config)
-        must = in_use or twice or around
-        if self.refused(lambda: li.inject(self.at(root), config, name), must=must):
+        in_use = name in truth.adapters or truth.merged is not None
+        li.plan(self.model, config)
+        if self.refused(lambda: li.inject(self.model, config, name), must=in_use or twice):
             return
-        if root not in truth.active:  # no tower has an adapter, and the whole is the root
-            truth.active, truth.trainable = {root: {}}, {root: set()}
-        truth.active[root] = {}
+        truth.active = {}
         if truth.dtype != torch.bfloat16:
             self.close(self.out(), truth.run(self.x, self.ids))
-        truth.active[root] = {name: 1.0}
-        truth.trainable[root] = {name}
+        truth.active, truth.trainable = {name: 1.0}, {name}
         adapter = truth.adapters.setdefault(name, Adapter())
         adapter.sites |= {n: Site(of, weights[n], alpha / rank) for n, of in adapted.items()}
         adapter.rows |= {same: TOKENS for n in tables for same in self.tied(n)}
@@ -436,21 +398,17 @@ class Machine(RuleBasedStateMachine):
     @has_adapters
     @rule(data=st.data(), all_of_it=st.booleans())
     def eject(self, data: Any, all_of_it: bool) -> None:
-        where = self.some_root(data, "")
-        if not self.truth.on(where):
+        name = None if all_of_it else self.some_adapter(data)
+        weights, is_merged = self.truth.weights(), self.truth.merged is not None
+        must = is_merged and not all_of_it
+        if self.refused(lambda: li.eject(self.model, name), must=must):
             return
-        name = None if all_of_it else self.some_adapter(data, where)
-        merged = [root for root in self.truth.merged if root.startswith(where)]
-        weights = self.truth.weights()
-        must = any(name in self.truth.on(root) for root in merged)
-        if self.refused(lambda: li.eject(self.at(where), name), must=must):
-            return
-        for root in merged if name is None else ():  # leaves the merged weights
-            del self.truth.merged[root]
-            for key in filter(under(root), weights):
+        if is_merged:  # leaves the merged weights
+            self.truth.merged = None
+            for key in weights:
                 self.adopt_base(key)
-        for gone in [name] if name is not None else self.truth.on(where):
-            self.truth.drop(gone, where)
+        for gone in [name] if name is not None else [*self.truth.adapters]:
+            self.truth.drop(gone)
 
     @has_adapters
     @rule(
@@ -460,10 +418,9 @@ class Machine(RuleBasedStateMachine):
     )
     def leave_and_return(self, data: Any, how: str, leave: bool) -> None:
         """Save, eject, and load under another name, all of it or without one site or copy."""
-        root = self.some_adapted_root(data)
-        name, model = self.some_adapter(data, root), self.at(root)
+        name, model = self.some_adapter(data), self.model
         new, due = self.some_free_name(data, name), self.parameters(name)
-        moved = copy.deepcopy(self.truth.adapters[name]).part(under(root))
+        moved = copy.deepcopy(self.truth.adapters[name])
         parts = sorted([*moved.sites, *moved.copies]) if leave else []
         gone = {data.draw(st.sampled_from(parts), "gone")} if len(parts) > 1 else set[str]()
         # A pattern of a module lets go of what trains inside it, too.
@@ -471,7 +428,7 @@ class Machine(RuleBasedStateMachine):
         gone.update(*(self.tied(key) for key in gone & moved.copies.keys()))
         # Files have a module that stands in two places under its first name.
         first = {f"{p}.{key}" for p, m in self.model.named_modules() for key in m._parameters}
-        out = [exactly(key.removeprefix(root)) for key in gone & {*moved.sites, *first}]
+        out = [exactly(key) for key in gone & {*moved.sites, *first}]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "a.safetensors"
 
@@ -481,28 +438,20 @@ class Machine(RuleBasedStateMachine):
             def load() -> None:
                 li.load_adapter(model, path, new, leave_out=out)
 
-            if self.refused(save, must=root in self.truth.merged, may=how == "peft"):
+            if self.refused(save, must=self.truth.merged is not None, may=how == "peft"):
                 return
             moved = moved.part(lambda key: key not in gone)
-            if self.replaced(root, name, new, moved, load):
+            if self.replaced(name, new, moved, load):
                 for key in moved.tensors():
                     assert same_bits(self.parameters(new)[key], due[key])
 
-    def replaced(
-        self, root: str, name: str, new: str, adapter: Adapter, load: Callable[[], Any]
-    ) -> bool:
+    def replaced(self, name: str, new: str, adapter: Adapter, load: Callable[[], Any]) -> bool:
         """Eject an adapter and load another; whether it was, and not refused."""
-        li.eject(self.at(root), name)
-        self.truth.drop(name, root)
-        before = copy.deepcopy(self.truth.adapters), copy.copy(self.truth.active)
-        self.truth.adapters.setdefault(new, Adapter()).take(adapter)
-        mix = self.truth.active[root]
-        if not mix.keys() & {*self.truth.on(root), new}:  # beside adapters of the other tower
-            self.truth.active[root] = {**mix, new: 1.0}
-        # A mix that names adapters of the other tower may name this one.
-        if self.refused(load, must=not self.truth.may_mix(self.truth.active[root], root)):
-            self.truth.adapters, self.truth.active = before
-            return False
+        li.eject(self.model, name)
+        self.truth.drop(name)
+        load()
+        self.truth.adapters[new] = adapter
+        self.truth.active = self.truth.active or {new: 1.0}
         return True
 
     @is_unmerged
@@ -510,15 +459,14 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), first=st.sampled_from(COMPUTED))
     def compute_a_value(self, data: Any, first: str) -> None:
         """Compute with adapters as values, and put the result in the place of one."""
-        root = self.some_adapted_root(data)
-        any(self.computed(data, root, how) for how in (first, *COMPUTED))
+        any(self.computed(data, how) for how in (first, *COMPUTED))
 
-    def computed(self, data: Any, root: str, how: str) -> bool:
-        truth, model, made = self.truth, self.at(root), list[Any]()
-        name, other = self.some_adapter(data, root), self.some_adapter(data, root)
+    def computed(self, data: Any, how: str) -> bool:
+        truth, model, made = self.truth, self.model, list[Any]()
+        name, other = self.some_adapter(data), self.some_adapter(data)
         factor, new = data.draw(st.sampled_from([0.5, -1.0])), self.some_free_name(data, name)
         names = [name, other] if how in SUMS else [name]
-        parts = [copy.deepcopy(truth.adapters[n]).part(under(root)) for n in names]
+        parts = [copy.deepcopy(truth.adapters[n]) for n in names]
         values = [copy.deepcopy(li.adapter_state(model, n)) for n in names]
         if sum(site.spec.rank for value in values for site in value.sites.values()) > 20:
             return False
@@ -535,13 +483,13 @@ class Machine(RuleBasedStateMachine):
         for part in parts:
             result.take(part)
         for key, site in result.sites.items():
-            scale = made[0].sites[key.removeprefix(root)].scale
+            scale = made[0].sites[key].scale
             result.sites[key] = Site(site.of, site.weight, scale)
-        if self.replaced(root, name, new, result, lambda: li.install(model, made[0], new)):
+        if self.replaced(name, new, result, lambda: li.install(model, made[0], new)):
             self.adopt(new)
             actual, base = truth.weights({new: 1.0}), named(truth.plain)
             dtype = torch.float64 if truth.dtype == torch.float64 else torch.float32
-            for key in filter(under(root), {**actual, **due}):
+            for key in {**actual, **due}:
                 W = base[key].double()
                 assert_close(actual.get(key, W), due.get(key, W), dtype)
         return True
@@ -549,9 +497,8 @@ class Machine(RuleBasedStateMachine):
     @has_adapters
     @rule(data=st.data())
     def swap(self, data: Any) -> None:
-        root = self.some_adapted_root(data)
-        name, model = self.some_adapter(data, root), self.at(root)
-        if root in self.truth.merged:
+        name, model = self.some_adapter(data), self.model
+        if self.truth.merged is not None:
             assert self.refused(lambda: li.adapter_state(model, name), must=True)
             return
         state = copy.deepcopy(li.adapter_state(model, name))
@@ -561,38 +508,37 @@ class Machine(RuleBasedStateMachine):
         li.swap_adapter(model, state, name)
         before = self.truth.adapters[name].tensors()
         for key, value in self.parameters(name).items():
-            if key.startswith(root):
-                due = before[key] * (-0.5 if ".lora_" in key else 1)
-                assert_close(value, due, torch.float32)
+            due = before[key] * (-0.5 if ".lora_" in key else 1)
+            assert_close(value, due, torch.float32)
         self.adopt(name)
 
     @has_adapters
     @rule(data=st.data())
     def activate(self, data: Any) -> None:
         mix = self.some_mix(data)
-        must = bool(self.truth.merged) or not self.truth.may_mix(mix)
+        must = self.truth.merged is not None or not self.truth.may_mix(mix)
         if not self.refused(lambda: li.activate(self.model, mix), must=must):
-            self.truth.active = {root: dict(mix) for root in self.truth.active}
+            self.truth.active = dict(mix)
 
     @has_adapters
     @rule(data=st.data())
     def train_only(self, data: Any) -> None:
-        names = data.draw(st.sets(st.sampled_from(self.truth.on(""))), "names")
-        if not self.refused(lambda: li.train_only(self.model, names), must=bool(self.truth.merged)):
-            on = self.truth.on
-            self.truth.trainable = {root: names & {*on(root)} for root in self.truth.trainable}
+        names = data.draw(st.sets(st.sampled_from(sorted(self.truth.adapters))), "names")
+        must = self.truth.merged is not None
+        if not self.refused(lambda: li.train_only(self.model, names), must=must):
+            self.truth.trainable = names
 
     @has_adapters
     @rule(data=st.data())
     def contexts(self, data: Any) -> None:
         """`disabled` and `routed` hold for their own thread, while others run."""
-        there, truth = self.truth.on(""), self.truth
+        there, truth = sorted(self.truth.adapters), self.truth
         able = [name for name in there if truth.adapters[name].routes()]
         names = st.sampled_from([None, *data.draw(st.sampled_from([able, able, there]))])
         rows = data.draw(st.lists(names, min_size=ROWS, max_size=ROWS), "rows")
-        if truth.merged or not {*rows} <= {None, *able}:
+        if truth.merged is not None or not {*rows} <= {None, *able}:
             enter = li.routed(self.model, rows).__enter__
-            assert self.refused(enter, may=True) or not truth.merged
+            assert self.refused(enter, may=True) or truth.merged is None
             return
         together = threading.Barrier(3)
 
@@ -633,12 +579,12 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def looks(self) -> None:
         """What only looks at a model: every active site takes part, and the base is the base."""
-        must = bool(self.truth.merged) or not any(self.truth.active.values())
+        must = self.truth.merged is not None or not self.truth.active
         missed: list[str] = []
         if not self.refused(lambda: missed.extend(li.unreached(self.model, self.out)), must=must):
             assert not missed
-        assert all(repr(name)[1:-1] in li.summary(self.model) for name in self.truth.on(""))
-        if not self.truth.merged:
+        assert all(repr(name)[1:-1] in li.summary(self.model) for name in self.truth.adapters)
+        if self.truth.merged is None:
             with torch.no_grad():
                 base = li.reference(self.model)(self.x.to(self.truth.dtype), self.ids)
             self.close(base, self.truth.run(self.x, self.ids, {}))
@@ -650,75 +596,72 @@ class Machine(RuleBasedStateMachine):
         named_mix=st.booleans(),
     )
     def merge(self, data: Any, how: dict[str, bool], named_mix: bool) -> None:
-        truth, root, eject = self.truth, self.some_root(data), how.get("eject", False)
-        on = {*truth.on(root)}
-        mix = self.some_mix(data, root) if named_mix and on else None
-        folded = truth.active[root] if mix is None else mix
-        weights = truth.changed_by(root, folded)
+        truth, eject = self.truth, how.get("eject", False)
+        mix = self.some_mix(data) if named_mix else None
+        folded = truth.active if mix is None else mix
+        weights = truth.changed_by(folded)
         is_tied = any(len(self.tied(key)) > 1 for key in weights)
-        must = root in truth.merged or not on & folded.keys() or not truth.may_mix(folded, root)
-        may = (eject and is_tied) or not folded.keys() <= on
-        if self.refused(lambda: li.merge(self.at(root), name=mix, **how), must=must, may=may):
+        must = truth.merged is not None or not folded or not truth.may_mix(folded)
+
+        def merge() -> None:
+            li.merge(self.model, name=mix, **how)
+
+        if self.refused(merge, must=must, may=eject and is_tied):
             return
-        truth.merged[root] = truth.active[root]
-        truth.active[root] = dict(folded)
-        self.undo[root] = how.get("undo", True)
+        truth.merged, truth.active = truth.active, dict(folded)
+        self.undo = how.get("undo", True)
         if eject:
             self.computes_the_dense_model()
-            del truth.merged[root]
+            truth.merged = None
             for key in weights:
                 self.adopt_base(key)
-            for name in on:
-                truth.drop(name, root)
+            for name in [*truth.adapters]:
+                truth.drop(name)
 
     @is_unmerged
     @has_adapters
-    @rule(data=st.data())
-    def merged_weights(self, data: Any) -> None:
-        root = self.some_root(data)
-        mix = self.truth.active[root]
-        if not mix or not mix.keys() <= {*self.truth.on(root)}:
-            return
-        due = {**named(self.truth.plain), **self.truth.weights()}
-        for key, value in li.merged_weights(self.at(root)):
-            self.close(value, due[root + key].double())
+    @rule()
+    def merged_weights(self) -> None:
+        if self.truth.active:
+            due = {**named(self.truth.plain), **self.truth.weights()}
+            for key, value in li.merged_weights(self.model):
+                self.close(value, due[key].double())
 
     @is_unmerged
     @has_adapters
     @rule(data=st.data(), how=st.sampled_from(sorted(COPIES)))
     def merge_and_unmerge(self, data: Any, how: str) -> None:
-        root = self.some_adapted_root(data)
-        mix = self.some_mix(data, root) or {self.truth.on(root)[0]: 1.0}
-        must = not self.truth.may_mix(mix, root)
-        if self.refused(lambda: li.merge(self.at(root), name=mix), must=must):
+        mix = self.some_mix(data) or {self.some_adapter(data): 1.0}
+        must = not self.truth.may_mix(mix)
+        if self.refused(lambda: li.merge(self.model, name=mix), must=must):
             return
-        before, self.truth.active[root] = self.truth.active[root], mix
+        before, self.truth.active = self.truth.active, mix
         self.computes_the_dense_model()
         self.model = COPIES[how](self.model)
         self.computes_the_dense_model()
-        li.unmerge(self.at(root))
-        self.truth.active[root] = before
+        li.unmerge(self.model)
+        self.truth.active = before
 
     @is_merged
-    @rule(data=st.data(), spoil=st.booleans())
-    def unmerge(self, data: Any, spoil: bool) -> None:
-        root = data.draw(st.sampled_from(sorted(self.truth.merged)), "root")
-        changed = sorted(self.truth.changed_by(root, self.truth.active[root]))
-        if spoil and self.undo[root] and changed:  # anybody writes to a merged weight
+    @rule(spoil=st.booleans())
+    def unmerge(self, spoil: bool) -> None:
+        changed = sorted(self.truth.changed_by(self.truth.active))
+        if spoil and self.undo and changed:  # anybody writes to a merged weight
             with torch.no_grad():
                 named(self.model)[changed[0]].flatten()[0].add_(64)
-            self.refused(lambda: li.unmerge(self.at(root)), must=True)
-            li.unmerge(self.at(root), discard=True)
-        elif self.refused(lambda: li.unmerge(self.at(root)), must=not self.undo[root]):
+            self.refused(lambda: li.unmerge(self.model), must=True)
+            li.unmerge(self.model, discard=True)
+        elif self.refused(lambda: li.unmerge(self.model), must=not self.undo):
             return
-        self.truth.active[root] = self.truth.merged.pop(root)
+        assert self.truth.merged is not None
+        self.truth.active, self.truth.merged = self.truth.merged, None
 
     @rule(how=st.sampled_from(sorted(COPIES)))
     def copies(self, how: str) -> None:
         """Go on with a copy, while the original is ruined."""
         old, self.model = self.model, COPIES[how](self.model)
         self.ruin(old)
-        if self.truth.adapters and not self.truth.merged:
+        if self.truth.adapters and self.truth.merged is None:
             li.eject(li.activate(old, None))
 
     @is_unmerged
@@ -759,11 +702,10 @@ class Machine(RuleBasedStateMachine):
         torch.save(self.model.state_dict(), file)
         file.seek(0)
         held, other = torch.load(file), copy.deepcopy(self.model)
-        if self.truth.merged:
+        if self.truth.merged is not None:
             self.refused(lambda: self.model.load_state_dict(held, assign=assign), must=True)
-            if all(self.undo[root] for root in self.truth.merged):
-                for root in self.truth.merged:
-                    li.unmerge(other.get_submodule(root.removesuffix(".")))
+            if self.undo:
+                li.unmerge(other)
                 self.refused(lambda: other.load_state_dict(held, assign=assign), must=True)
             return
         for model in (self.model, other):
@@ -801,16 +743,15 @@ class Machine(RuleBasedStateMachine):
             twin = next((base[n] for n in self.tied(key) if n in base), None)
             new = torch.randn(value.shape, generator=generator).to(value.dtype)
             base[key] = (new if twin is None else twin).clone()
-        if not self.refused(
-            lambda: self.model.load_state_dict(base, assign=assign), must=bool(self.truth.merged)
-        ):
+        must = self.truth.merged is not None
+        if not self.refused(lambda: self.model.load_state_dict(base, assign=assign), must=must):
             self.truth.load(base, assign)
 
     @is_unmerged
     @has_adapters
     @rule(fused=st.booleans())
     def optimizer_step(self, fused: bool) -> None:
-        if self.truth.dtype == torch.bfloat16 or not any(self.truth.trainable.values()):
+        if self.truth.dtype == torch.bfloat16 or not self.truth.trainable:
             return
         for adapter in self.truth.adapters.values():
             for tensor in adapter.tensors().values():
@@ -849,37 +790,35 @@ class Machine(RuleBasedStateMachine):
         assert [key for key in held if key in plain] == list(plain)
         keys = list(truth.plain.state_dict())
         assert [key for key in self.model.state_dict() if key in plain] == keys
-        merged = [truth.changed_by(root, truth.active[root]) for root in truth.merged]
-        changed = {id(held[key]) for keys in merged for key in keys}
+        merged = set[str]() if truth.merged is None else truth.changed_by(truth.active)
+        changed = {id(held[key]) for key in merged}
         for key, parameter in plain.items():
             assert id(held[key]) in changed or same_bits(held[key], parameter), key
-            frozen = bool(truth.on(truth.root(key)))
-            assert held[key].requires_grad == (parameter.requires_grad and not frozen), key
+            due = parameter.requires_grad and not truth.adapters
+            assert held[key].requires_grad == due, key
 
     @invariant()
     def lists_its_adapters(self) -> None:
-        assert sorted(li.adapters(self.model)) == self.truth.on("")
+        assert li.adapters(self.model).keys() == self.truth.adapters.keys()
         for name, adapter in self.truth.adapters.items():
             parameters = self.parameters(name)
             assert parameters.keys() == adapter.tensors().keys()
             for key, parameter in parameters.items():
-                root = self.truth.root(key)
-                trains = name in self.truth.trainable[root] and root not in self.truth.merged
+                trains = name in self.truth.trainable and self.truth.merged is None
                 assert parameter.requires_grad == trains, key
 
     def teardown(self) -> None:
         if not hasattr(self, "truth"):
             return
         truth = self.truth
-        for root in [root for root in truth.merged if self.undo[root]]:
-            li.unmerge(self.at(root))
-            truth.active[root] = truth.merged.pop(root)
+        if truth.merged is not None and self.undo:
+            li.unmerge(self.model)
+            truth.active, truth.merged = truth.merged, None
             self.computes_the_dense_model()
-        for root in truth.merged:
-            for key in truth.changed_by(root, truth.active[root]):
-                self.adopt_base(key)
+        for key in () if truth.merged is None else truth.changed_by(truth.active):
+            self.adopt_base(key)
         li.eject(self.model)
-        truth.adapters, truth.merged = {}, {}
+        truth.adapters, truth.merged = {}, None
         self.holds_its_base()
         assert list(named(self.model)) == list(named(truth.plain))
         for path, module in truth.plain.named_modules():
