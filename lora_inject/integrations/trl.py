@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.selection import Mix
-from lora_inject.core.layers.survey import memory_of, unwrapped
+from lora_inject.core.layers.survey import evaluating, memory_of, unwrapped
 from lora_inject.core.model.merge import merged_weights
 from lora_inject.core.roots.root import Injected, entries, root_of
 from lora_inject.core.roots.selecting import selecting
@@ -98,8 +98,8 @@ def reference(model: nn.Module) -> nn.Module:
 
     Returns:
         A module without parameters of its own. Whatever else is asked of it, such as `config`, is
-        the model's. It runs under `disabled(model)`, in its own mode, which is evaluation; so do
-        its methods and parts, such as `generate` and `base_model`.
+        the model's. It runs under `disabled(model)`, in evaluation mode; so do its methods and
+        parts, such as `generate` and `base_model`.
 
     Raises:
         StateError: The model has no adapter; in a call: it is merged.
@@ -141,7 +141,7 @@ class _Reference(nn.Module):
         So are those in lists, tuples, dicts and partials.
         """
         if isinstance(attribute, nn.Module):
-            return _Reference(self.policy, attribute).train(self.training)
+            return _Reference(self.policy, attribute).eval()
         if type(attribute) in (list, tuple):
             return type(attribute)(map(self._plain, attribute))
         if type(attribute) is dict:
@@ -167,7 +167,7 @@ class _Reference(nn.Module):
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        with selecting(self.policy, Mix(), "reference"), _mode(self.part, self.training):
+        with selecting(self.policy, Mix(), "reference"), evaluating(self.part):
             yield
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -179,16 +179,3 @@ class _Reference(nn.Module):
         """Compute what the model does."""
         with self._alone():
             return self.part(*args, **kwargs)
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put a model into training or evaluation mode, and each module back into its own."""
-    changed = [module for module in model.modules() if module.training is not training]
-    for module in changed:
-        module.training = training
-    try:
-        yield
-    finally:
-        for module in changed:
-            module.training = not training
