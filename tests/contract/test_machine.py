@@ -266,7 +266,7 @@ class Machine(RuleBasedStateMachine):
         self.truth = Truth(copy.deepcopy(model))
         self.x = torch.randn(ROWS, trees.LENGTH, trees.WIDTH, dtype=torch.float64)
         self.ids = torch.randint(0, trees.VOCABULARY, (ROWS, trees.LENGTH))
-        self.undo = True  # of what is merged
+        self.undo, self.untied = True, False  # of what is merged
         for rank in (2, 1):
             further = data.draw(st.sampled_from(FURTHER), "further")
             self.inject(data, rank, 3.0, "kaiming", further, True)
@@ -400,8 +400,8 @@ class Machine(RuleBasedStateMachine):
     def eject(self, data: Any, all_of_it: bool) -> None:
         name = None if all_of_it else self.some_adapter(data)
         weights, is_merged = self.truth.weights(), self.truth.merged is not None
-        must = is_merged and not all_of_it
-        if self.refused(lambda: li.eject(self.model, name), must=must):
+        must, may = is_merged and not all_of_it, is_merged and self.untied
+        if self.refused(lambda: li.eject(self.model, name), must=must, may=may):
             return
         if is_merged:  # leaves the merged weights
             self.truth.merged = None
@@ -609,7 +609,7 @@ class Machine(RuleBasedStateMachine):
         if self.refused(merge, must=must, may=eject and is_tied):
             return
         truth.merged, truth.active = truth.active, dict(folded)
-        self.undo = how.get("undo", True)
+        self.undo, self.untied = how.get("undo", True), is_tied
         if eject:
             self.computes_the_dense_model()
             truth.merged = None
@@ -817,7 +817,9 @@ class Machine(RuleBasedStateMachine):
             self.computes_the_dense_model()
         for key in () if truth.merged is None else truth.changed_by(truth.active):
             self.adopt_base(key)
-        li.eject(self.model)
+        may = truth.merged is not None and self.untied
+        if self.refused(lambda: li.eject(self.model), may=may):
+            return
         truth.adapters, truth.merged = {}, None
         self.holds_its_base()
         assert list(named(self.model)) == list(named(truth.plain))
