@@ -129,7 +129,7 @@ def _looked_up(
     layer: Any, ids: Tensor, rows: Tensor, adapters: Sequence[Sequence[Update]]
 ) -> Tensor:
     """Return what an embedding gives for each row with its own adapter; 0 is the base."""
-    out = base = layer._lora_rows(ids, layer._lora_own("weight"), None)
+    out = base = layer._lora_rows(ids, layer._lora_own("weight"))
     for place, updates in enumerate(adapters, 1):
         own = embedding(base, ids, updates, layer.padding_idx, float32=layer._lora.float32)
         out = torch.where((rows == place).view(-1, *[1] * (base.dim() - 1)), own, out)

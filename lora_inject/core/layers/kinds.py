@@ -390,16 +390,16 @@ class LoRAEmbedding(ForwardUpdate):
                 "Eject first, resize, then inject again",
             )
         if hasattr(weight, "full_tensor"):  # a DTensor does not support adding to single rows
-            rows = self._lora_rows(ids, formed_weight(self), None)
+            rows = self._lora_rows(ids, formed_weight(self))
         else:
-            base = self._lora_rows(ids, weight, None)
+            base = self._lora_rows(ids, weight)
             rows = embedding(base, ids, updates, self.padding_idx, float32=self._lora.float32)
         return self._lora_finished(rows, ids, gain)
 
     def _lora_without_updates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Look rows up in the plain table."""
+        """Look rows up in the plain table, which stays as it is: other rows may have adapters."""
         ids = self._lora_input(args, kwargs)
-        return self._lora_rows(ids, self._lora_own("weight"), self.max_norm)
+        return self._lora_finished(self._lora_rows(ids, self._lora_own("weight")), ids, None)
 
     def _lora_finished(self, rows: Tensor, ids: Tensor, gain: Tensor | None) -> Tensor:
         """Multiply looked-up rows by a gain, and enforce their norm."""
@@ -409,10 +409,10 @@ class LoRAEmbedding(ForwardUpdate):
             rows = gained(rows, rows, gain)
         return rows if self.max_norm is None else renormalized(rows, self.max_norm, self.norm_type)
 
-    def _lora_rows(self, ids: Tensor, weight: Tensor, max_norm: float | None) -> Tensor:
-        """Look up rows as nn.Embedding does; a `max_norm` renormalizes W in place."""
+    def _lora_rows(self, ids: Tensor, weight: Tensor) -> Tensor:
+        """Look up rows as nn.Embedding does, before their norm is enforced."""
         options = (self.norm_type, self.scale_grad_by_freq, self.sparse)
-        return F.embedding(ids, weight, self.padding_idx, max_norm, *options)
+        return F.embedding(ids, weight, self.padding_idx, None, *options)
 
 
 # ------------------------------------------------------------------- layers whose weight is read
