@@ -18,7 +18,7 @@ from __future__ import annotations
 import random
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from lora_inject.core.adapter.generators import generators_of
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.roots.selecting import selecting
 from lora_inject.errors import LayerError, LoraInjectError
+from lora_inject.private import needed
 from lora_inject.rows.seen import rows_alike
 from lora_inject.trials.batches import (
     Forward,
@@ -44,6 +44,21 @@ from lora_inject.trials.batches import (
 )
 from lora_inject.trials.run import Run
 from lora_inject.trials.trial_rows import TrialRows
+
+
+def _generators_of(devices: Iterable[torch.device]) -> list[torch.Generator]:
+    """Return the CPU's generator, and after it that of each other device."""
+    generators = [torch.default_generator]
+    for device in dict.fromkeys(devices):
+        if device.type in ("cpu", "meta"):
+            continue
+        module: Any = torch.get_device_module(device)
+        if device.type == "mps":
+            generators.append(needed("torch.mps._get_default_mps_generator", "a seed on MPS")())
+        else:
+            index = module.current_device() if device.index is None else device.index
+            generators.append(module.default_generators[index])
+    return generators
 
 
 def parts_of(forward: Any) -> list[Any]:
@@ -160,7 +175,7 @@ class Passes:
         With a seed, so that a base that draws does it for a trial alone as it does beside others.
         """
         numpy: Any = getattr(sys.modules.get("numpy"), "random", None)  # else nobody draws from it
-        of_torch = generators_of({p.device for p in self.model.parameters()})
+        of_torch = _generators_of({p.device for p in self.model.parameters()})
         states = [generator.get_state() for generator in of_torch]
         of_python, of_numpy = random.getstate(), numpy and numpy.get_state()
         if seed is not None:
