@@ -429,8 +429,11 @@ def _embedding(
     return weight.value().looked_up(ids, padding_idx)
 
 
-def _grouped_mm(x: Tensor, weight: Any, offs: Tensor | None = None) -> Any:
-    return _grouped(_GROUPED_MM[0], x, weight, offs)
+def _grouped_mm(
+    x: Tensor, weight: Any, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
+) -> Any:
+    plain = bias is None and out_dtype is None
+    return _grouped(_GROUPED_MM[0], x, weight, offs) if plain else NotImplemented
 
 
 def _grouped_fallback(x: Tensor, weight: Any, offs: Tensor) -> Any:
