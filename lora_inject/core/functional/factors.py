@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lora_inject.core.functional.torch_inside import in_trace, is_watched
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.private import look_up
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -84,18 +83,15 @@ def needs_plain_operations() -> bool:
     return torch.compiler.is_compiling() or is_watched()
 
 
-_unsafe_view = look_up("torch.ops.aten._unsafe_view")
-
-
 def no_view(out: Tensor, shape: torch.Size) -> Tensor:
     """Return a new tensor in another shape that autograd does not take for a view of it.
 
     The memory is not copied where torch can do without. A trace of torch.jit would keep the shape
     that an operator gets by its own name as a constant.
     """
-    if _unsafe_view is None or in_trace():
+    if in_trace():
         return out.reshape(shape).clone()
-    return _unsafe_view.default(out, shape)  # type: ignore[no-any-return]
+    return torch.ops.aten._unsafe_view.default(out, shape)  # type: ignore[no-any-return]
 
 
 def without_autocast(y: Tensor) -> torch.autocast | None:

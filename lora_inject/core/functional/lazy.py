@@ -26,7 +26,7 @@ from lora_inject.core.functional.factors import Patch, needs_plain_operations
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.plain_operations import differentiate
 from lora_inject.core.functional.torch_inside import in_forward
-from lora_inject.core.functional.unstored import DEVICE, PICKED, can_make, unstored, writes
+from lora_inject.core.functional.unstored import DEVICE, PICKED, unstored, writes
 from lora_inject.core.functional.weight import (
     LowRank,
     cast_stack,
@@ -65,7 +65,7 @@ def lazy_weight(
         True
     """
     is_known = (type(weight) in PLAIN or reads_as_sum(weight)) and weight.is_floating_point()
-    if not is_known or needs_plain_operations() or not can_make:
+    if not is_known or needs_plain_operations():
         used()
         if len(patches) == 0:  # dynamo before torch 2.14 traces no `bool()` of a list
             return weight

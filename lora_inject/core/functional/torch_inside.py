@@ -24,30 +24,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 # ------------------------------------------------------------------------------------- tracers
 
 
-_transforms = look_up("torch._C._are_functorch_transforms_active")
-_tracing_state = look_up("torch._C._get_tracing_state")
-_level = look_up("torch.autograd.forward_ad._current_level")  # a number, which changes
-_tells = None not in (_transforms, _tracing_state, _level)
+_transforms = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_n_modes = torch._C._len_torch_dispatch_stack
 
 
 def in_trace() -> bool:
     """Whether `torch.jit.trace` records: sizes are tensors then."""
-    if is_compiling() or _tracing_state is None:
-        return False
-    return _tracing_state() is not None
+    return not is_compiling() and _tracing_state() is not None
 
 
 def is_watched() -> bool:
-    """Whether functorch, `torch.jit.trace` or forward-mode AD is active, or this torch tells not.
-
-    Compiling is not asked.
-    """
-    if not _tells:
-        return True
+    """Whether functorch, `torch.jit.trace` or forward-mode AD is active; compiling is not asked."""
     return _transforms() or _tracing_state() is not None or forward_ad._current_level >= 0
-
-
-_n_modes = look_up("torch._C._len_torch_dispatch_stack")
 
 
 def runs_plainly() -> bool:
@@ -58,9 +47,7 @@ def runs_plainly() -> bool:
     backward. An update that is added in place to a kept product would be in it already when the
     recomputation adds it again. So a result is written to only where no mode could keep it.
     """
-    if is_compiling() or is_watched():
-        return False
-    return _n_modes is not None and _n_modes() == 0
+    return not is_compiling() and not is_watched() and _n_modes() == 0
 
 
 def constant_in_graphs(function: F) -> F:
@@ -84,13 +71,12 @@ def forget_graphs() -> None:
 # ------------------------------------------------------------------------------------ backwards
 
 
-_graph_task = look_up("torch._C._current_graph_task_id")
 _top_hooks = look_up("torch._C._autograd._top_saved_tensors_default_hooks")  # from torch 2.8 on
 
 
 def in_backward() -> bool:
     """Whether autograd runs a backward pass in the calling thread."""
-    return _graph_task is not None and _graph_task() != -1
+    return torch._C._current_graph_task_id() != -1
 
 
 def saving_hooks() -> Any:

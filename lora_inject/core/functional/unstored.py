@@ -18,13 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.private import look_up
-
 # The operation by which torch asks a class for the device of its tensor.
 DEVICE = torch.ops.prim.device.default
-
-_wrapper = look_up("torch.Tensor._make_wrapper_subclass")
-can_make = _wrapper is not None
+_META = torch.device("meta")
 
 
 def unstored(
@@ -36,12 +32,12 @@ def unstored(
     device: torch.device,
 ) -> Any:
     """Return a new tensor of a class whose `__torch_dispatch__` answers `DEVICE` with `device`."""
-    return _wrapper(
+    return Tensor._make_wrapper_subclass(
         cls,
         size,
         stride,
         dtype=dtype,
-        device="meta",
+        device=_META,
         dispatch_device=True,
         _extra_dispatch_keys=_autocast_key(device.type),
     )
@@ -49,10 +45,9 @@ def unstored(
 
 @cache
 def _autocast_key(kind: str) -> Any:
-    """Return what makes autocast see tensors of a device, None where this torch does not tell."""
-    keys, key_set = look_up("torch._C.DispatchKey"), look_up("torch._C.DispatchKeySet")
-    key = getattr(keys, f"Autocast{kind.upper()}", None)
-    return None if key is None or key_set is None else key_set(key)
+    """Return what makes autocast see tensors of a device, None for one without autocast."""
+    key = getattr(torch._C.DispatchKey, f"Autocast{kind.upper()}", None)
+    return None if key is None else torch._C.DispatchKeySet(key)
 
 
 def _permuted(stack: Any, dims: Sequence[int] = (1, 0)) -> Any:

@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-
-from lora_inject.private import look_up
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 Verb = Literal["inject", "train", "norms", "merge", "dequantize", "replace", "requantize"]
 """What somebody wants to do with a weight.
@@ -216,12 +216,8 @@ def in_dtype(bias: Tensor, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
 
 
-_FAKES = (
-    look_up("torch._subclasses.fake_tensor.FakeTensor"),
-    look_up("torch._subclasses.functional_tensor.FunctionalTensor"),
-)
 # Tensors that W + delta can be formed from: neither packed nor sharded, or their fakes in a trace.
-PLAIN: tuple[type, ...] = (nn.Parameter, Tensor, *filter(None, _FAKES))
+PLAIN: tuple[type, ...] = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
 def is_quantized(weight: Tensor) -> bool:

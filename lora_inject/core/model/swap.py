@@ -29,7 +29,6 @@ from lora_inject.core.spec.sites import meaning
 from lora_inject.errors import FormatError, LayerError, user_path, within
 from lora_inject.formats.exchange import read_adapter
 from lora_inject.formats.live_models import facts_about
-from lora_inject.private import look_up
 
 M = TypeVar("M", bound=nn.Module)
 PLAIN = (nn.Parameter, Tensor)
@@ -112,8 +111,7 @@ def swap_adapter(
 
 def _write(survey: Injected, name: str, into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Write all values into an adapter's Parameters, or none of them."""
-    copy = look_up("torch._foreach_copy_")
-    if copy is None or not all(type(tensor) in PLAIN for tensor in into):
+    if not all(type(tensor) in PLAIN for tensor in into):
         before = [parameter.detach().clone() for parameter in into]
         try:
             copy_into(into, values)
@@ -124,7 +122,7 @@ def _write(survey: Injected, name: str, into: Sequence[Tensor], values: Sequence
         # One call of torch, which nothing interrupts, and in which nothing asks for memory.
         alike = [v.to(tensor) for tensor, v in zip(into, values, strict=True)]
         with torch.no_grad():
-            copy(into, alike)
+            torch._foreach_copy_([*into], alike)
     for _, module, entry in entries(survey, name):
         given_values(module, [entry])
 
