@@ -62,7 +62,7 @@ from lora_inject.errors import LoraInjectError as LoraInjectError
 from lora_inject.errors import MatchError as MatchError
 from lora_inject.errors import ServerError as ServerError
 from lora_inject.errors import StateError as StateError
-from lora_inject.experts.kept_packed import packed_experts as packed_experts
+from lora_inject.experts.packed_experts import packed_experts as packed_experts
 from lora_inject.experts.profile import profile_experts as profile_experts
 from lora_inject.formats.exchange import read_adapter as read_adapter
 from lora_inject.formats.exchange import register_format as register_format
@@ -74,7 +74,7 @@ from lora_inject.integrations.trl import reference as reference
 from lora_inject.integrations.trl import sync_merged as sync_merged
 from lora_inject.rows.routed import routed as routed
 from lora_inject.serving.peft_state import peft_state as peft_state
-from lora_inject.serving.verdict import Verdict as Verdict
+from lora_inject.serving.verifying import Verdict as Verdict
 from lora_inject.serving.verifying import verify_loaded as verify_loaded
 from lora_inject.serving.verifying import verify_served as verify_served
 from lora_inject.trials.advise import advise as advise

@@ -28,8 +28,7 @@ from lora_inject.core.layers.kinds import LoRAEmbedding, LoRALinear
 from lora_inject.core.layers.selection import SELECTIONS, Mix, Selected, alive
 from lora_inject.core.layers.sending import sent
 from lora_inject.private import needed
-from lora_inject.rows.bank import routed_update, stacked
-from lora_inject.rows.by_row import Rows
+from lora_inject.rows.by_row import Rows, routed_update, stacked
 from lora_inject.rows.seen import refuse_ambiguous
 
 _WITHOUT_MODES = "torch.utils._python_dispatch._disable_current_modes"

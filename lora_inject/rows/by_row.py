@@ -3,12 +3,18 @@
 A linear layer whose adapters only add to its output gets them by row, from a bank. Any other layer
 runs once for each adapter, on the rows of that adapter. Where a layer's first axis is not known to
 be the rows, the whole batch runs under each adapter (`rows.seen`).
+
+In the bank adapters are stacked, and updates are gathered by row, so the cost does not grow with
+the number of adapters (Punica, arXiv:2310.18547, has the same idea as a GPU kernel). A row uses the
+factors of its own adapter only, so NaN in another adapter does not reach it. Nothing is kept from
+one forward to the next, because fused optimizers write tensors without a change of their versions.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -16,15 +22,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lora_inject.core.functional.factors import Update
+from lora_inject.core.functional.factors import Update, cast, compute_dtype, without_autocast
 from lora_inject.core.functional.lazy import lazy_weight
+from lora_inject.core.functional.plain_operations import spread
 from lora_inject.core.layers.attached import Entry, Recipe, factors_of, held_by
 from lora_inject.core.layers.contexts import in_context
 from lora_inject.core.layers.kinds import LoRALinear
 from lora_inject.core.layers.selection import Mix, Selected
 from lora_inject.core.layers.sending import queue_of, sent
 from lora_inject.errors import LayerError
-from lora_inject.rows.bank import routed_update
 from lora_inject.rows.seen import Seen, refuse_ambiguous
 
 Row = tuple[tuple[str, float], ...]
@@ -83,20 +89,15 @@ class Rows(Selected):
         self.repeat, self.packed = repeat, packed
         self.names = dict.fromkeys((name for row in self.rows for name, _ in row), 1.0)
         self.seen = Seen(self)
-        self._mixes = {row: Mix(dict(row)) for row in dict.fromkeys(self.rows)}
+        self.mixes = {row: Mix(dict(row)) for row in dict.fromkeys(self.rows)}
         self._taking: dict[Any, Taking] = {}
         self._blocks: dict[Any, tuple[Tensor, bool]] = {}
         self._index: dict[Any, tuple[list[tuple[Mix, Tensor]], Tensor]] = {}
 
     @property
-    def mixes(self) -> Mapping[Row, Mix]:
-        """What takes part in each row, as a mix for a whole batch."""
-        return self._mixes
-
-    @property
     def are_mixed(self) -> bool:
         """Whether a row has a mix, rather than one adapter or none."""
-        return any(len(row) > 1 or row[0][1] != 1.0 for row in self._mixes if row)
+        return any(len(row) > 1 or row[0][1] != 1.0 for row in self.mixes if row)
 
     # ------------------------------------------------------------------------------------ seams
 
@@ -141,7 +142,7 @@ class Rows(Selected):
         if known is None:
             entries = [e for e in attached.entries() if e.adapter in self.names]
             attached.used(entries)
-            each = {row: recipes for row in self._mixes if (recipes := _recipes(attached, row))}
+            each = {row: recipes for row in self.mixes if (recipes := _recipes(attached, row))}
             adds = isinstance(layer, LoRALinear)
             adds = adds and all(entry.on_output for entry in entries)
             adds = adds and not any(entry.gained for entry in entries)
@@ -173,14 +174,15 @@ class Rows(Selected):
             return None
         return place if self.seen.asks(layer, x, place) else None
 
-    def misfit(self, layer: Any, x: Tensor) -> LayerError:
-        """Return what to say of an input that does not have the rows."""
+    def misfit(self, layer: Any, *values: Any) -> LayerError:
+        """Return what to say of what a layer gets or returns, where the rows cannot be told."""
         multiple = f", nor {self.repeat} times that" if self.repeat > 1 else ""
         kind = "tokens" if self.packed else "rows"
+        shown = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in values]
         return LayerError(
             f"{self.asked} with {len(self.rows):,} {kind}",
-            f"a {type(layer).__name__} got an input of shape {tuple(x.shape)}, whose first "
-            f"dimension is not the number of {kind}{multiple}",
+            f"a {type(layer).__name__} got an input of shape {', '.join(map(str, shown))}, whose "
+            f"first dimension is not the number of {kind}{multiple}",
             "Give one adapter for each row of the batch; for beams use repeat=n, for sequences "
             "that are packed into one row tokens=[...], the length of each",
         )
@@ -220,9 +222,8 @@ class Rows(Selected):
         tensors = [t for t in given if isinstance(t, Tensor)]
         places = {self.place_of_rows(layer, t) for t in tensors}
         if len(places) != 1 or None in places:
-            wrong = next((t for t in tensors if self.place_of_rows(layer, t) is None), None)
-            misfit = self.told_apart(layer, given) if wrong is None else self.misfit(layer, wrong)
-            self.seen.cannot(layer, misfit)
+            wrong = [t for t in tensors if self.place_of_rows(layer, t) is None]
+            self.seen.cannot(layer, self.misfit(layer, *(wrong or given)))
             return self.run(layer, _BASE, args, kwargs)
         if (place := self.rows_first(layer, tensors[0])) is None:
             return self.run(layer, _BASE, args, kwargs)
@@ -243,7 +244,7 @@ class Rows(Selected):
                 t is None and leaf is not None for t, leaf in zip(split, leaves, strict=True)
             )
             if mixed or not leaves:
-                self.seen.cannot(layer, self.told_apart(layer, leaves or given))
+                self.seen.cannot(layer, self.misfit(layer, *(leaves or given)))
                 return self.run(layer, _BASE, args, kwargs)
             outputs.append(split)
         whole = [
@@ -264,15 +265,6 @@ class Rows(Selected):
         """Return who takes part in n rows that have one mix."""
         del n
         return mix
-
-    def told_apart(self, layer: Any, values: Sequence[Any]) -> LayerError:
-        """Return what to say of values that do not all have the rows."""
-        shown = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in values]
-        return LayerError(
-            f"rows with weights of their own in a {type(layer).__name__}",
-            f"its forward has {', '.join(map(str, shown))}, which cannot be told apart by row",
-            "Leave it out of the adapters, or train each alone",
-        )
 
     # --------------------------------------------------------------------------- where the rows are
 
@@ -299,10 +291,10 @@ class Rows(Selected):
         key = count, queue_of(device)
         if key not in self._index:
             rows = [row for row in self.rows for _ in range(count // len(self.rows))]
-            each = {row: [i for i, other in enumerate(rows) if other == row] for row in self._mixes}
+            each = {row: [i for i, other in enumerate(rows) if other == row] for row in self.mixes}
             places = [i for mine in each.values() for i in mine]
             order = sorted(range(count), key=places.__getitem__)
-            sent_each = [(self._mixes[row], sent(mine, device)) for row, mine in each.items()]
+            sent_each = [(self.mixes[row], sent(mine, device)) for row, mine in each.items()]
             self._index[key] = sent_each, sent(order, device)
         return self._index[key]
 
@@ -318,3 +310,104 @@ def _by_row(t: Any, axis: int, n: int) -> Tensor | None:
     if not isinstance(t, Tensor) or t.dim() <= axis or t.shape[axis] % n:
         return None
     return torch.unflatten(t, axis, (n, -1))
+
+
+def routed_update(
+    y: Tensor,
+    x: Tensor,
+    places: Tensor,
+    adapters: Sequence[Sequence[Update]],
+    *,
+    float32: bool,
+    in_order: bool = False,
+) -> Tensor:
+    """Add to each row of a batch the update of its own adapter.
+
+    Args:
+        y: `(batch, ..., out)`.
+        x: `(batch, ..., in)`.
+        places: `(batch,)`, int64: 0 for the base, else 1 + the index of the row's adapter. Fewer
+            stand for as many equal runs of rows.
+        adapters: The updates of each adapter, of any ranks.
+        float32: Keep the arithmetic in float32 over a 16-bit base.
+        in_order: Whether the places are 1, 2, ... to the number of adapters: none is gathered.
+
+    Returns:
+        `(batch, ..., out)`, in the dtype of `y`. Rows of the base keep their bits.
+
+    Examples:
+        >>> A, B = torch.randn(2, 4), torch.randn(6, 2)
+        >>> y, x = torch.zeros(2, 1, 6), torch.randn(2, 1, 4)
+        >>> adapters = [[Update(A, B, 0.5)]]
+        >>> routed = routed_update(y, x, torch.tensor([1, 0]), adapters, float32=False)
+        >>> torch.allclose(routed[0], 0.5 * x[0] @ A.T @ B.T, atol=1e-6), bool(routed[1].any())
+        (True, False)
+    """
+    with without_autocast(y) or nullcontext():
+        dtype = compute_dtype(y.dtype, float32)
+        A, B, scale = stacked(adapters, y.shape[-1], dtype, base=not in_order)
+        if not in_order:
+            A, B = A.index_select(0, places), B.index_select(0, places)
+        x3 = x.reshape(places.shape[0], -1, x.shape[-1])
+        y3 = cast(y.reshape(places.shape[0], -1, y.shape[-1]), dtype)
+        x3 = _routed_dropout(x3, places, [updates[0].dropout for updates in adapters])
+        h = torch.bmm(A, x3.to(dtype).mT)  # the rank as rows: on a CPU the other way takes twice
+        return cast(torch.baddbmm(y3, h.mT, B.mT, alpha=scale), y.dtype).view(y.shape)
+
+
+def _routed_dropout(x3: Tensor, places: Tensor, dropouts: Sequence[float]) -> Tensor:
+    """Drop elements of each row with its adapter's probability."""
+    if not any(dropouts):
+        return x3
+    # Filled on the device: a tensor of Python numbers would be copied there in each forward.
+    p = torch.stack([x3.new_full((), p) for p in (0.0, *dropouts)]).index_select(0, places)
+    p = p.view(-1, 1, 1)
+    return x3 * (torch.rand_like(x3) >= p) / (1 - p)
+
+
+def stacked(
+    adapters: Sequence[Sequence[Update]],
+    out: int,
+    dtype: torch.dtype,
+    *,
+    base: bool = False,
+) -> tuple[Tensor, Tensor, float]:
+    """Stack adapters as A `(n, R, in)` and B `(n, out, R)`, spans included, and return their scale.
+
+    Smaller ranks are padded with zeros; with `base` zeros come before the first, for no adapter.
+    """
+    As, Bs, scales = map(list, zip(*(_one_pair(us, out, dtype) for us in adapters), strict=True))
+    scale = scales[0]
+    if any(other != scale for other in scales):
+        Bs, scale = [B * own for B, own in zip(Bs, scales, strict=True)], 1.0
+    rank = max(A.size(0) for A in As)
+    if any(A.size(0) != rank for A in As):
+        A, B = _padded(As, rank, base=base), _padded([B.t() for B in Bs], rank, base=base).mT
+    else:
+        if base:
+            As.insert(0, torch.zeros_like(As[0]))
+            Bs.insert(0, torch.zeros_like(Bs[0]))
+        A, B = torch.stack(As), torch.stack(Bs)
+    # Cast as a stack: that is one launch for any number of adapters.
+    return A.to(dtype), B.to(dtype), scale
+
+
+def _padded(factors: Sequence[Tensor], rank: int, *, base: bool) -> Tensor:
+    """Stack factors `(r, width)` with zeros behind each, up to a rank, and first for the base."""
+    zeros = factors[0].new_zeros(rank, factors[0].size(1))
+    pieces = [zeros] if base else []
+    for factor in factors:
+        pieces += [factor, zeros[len(factor) :]]
+    return torch.cat(pieces).view(-1, *zeros.shape)
+
+
+def _one_pair(
+    updates: Sequence[Update], out: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, float]:
+    """Return `A (R, in)`, `B (out, R)` and a scale, as one plain pair that equals all updates."""
+    if len(updates) == 1 and updates[0].spans is None:
+        u = updates[0]
+        return u.A, u.B, u.scale
+    As = [u.A.to(dtype) for u in updates]
+    Bs = [spread(u.B.to(dtype) * u.scale, u.spans, out) for u in updates]
+    return torch.cat(As), torch.cat(Bs, dim=1), 1.0

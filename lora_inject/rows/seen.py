@@ -198,7 +198,8 @@ class Seen:
         if call.problem is None:
             with torch.no_grad(), evaluating(call.module) as changed:
                 together = run(self.rows) if changed else output
-                if all(self._has(together, row, run(mix)) for row, mix in self._adapted()):
+                adapted = [(row, mix) for row, mix in self.rows.mixes.items() if row]
+                if all(self._has(together, row, run(mix)) for row, mix in adapted):
                     for attached, form in call.guessed:
                         _FOLLOWED.setdefault(attached, set()).add(form)
                     return None
@@ -206,10 +207,6 @@ class Seen:
         for attached in call.misfits:
             _ASKED[attached] = True
         return made
-
-    def _adapted(self) -> list[tuple[Any, Any]]:
-        """Return the rows that are not of the base, and what takes part in each."""
-        return [(row, mix) for row, mix in self.rows.mixes.items() if row]
 
     def _has(self, together: Any, row: Any, alone: Any) -> bool:
         """Return whether the rows of one mix are what it gives alone."""
@@ -342,8 +339,9 @@ def note_structure(model: nn.Module) -> None:
     survey = Survey(injected)
     _NOTED[root] = root.n_changes
     picked = {name for mixture in inventory(survey).mixtures for name in mixture.experts}
-    put = tuple(f"{name}." if name else "" for name in _replacing_tokens(survey))
-    kept = tuple(f"{name}." for name in _decoders(survey))
+    pictured, whole = _pictured(survey)
+    put = tuple(f"{name}." if name else "" for name in pictured)
+    kept = tuple(f"{name}." for name in whole)
     parts = [name for name, m in survey.named if m.__dict__.get("batch_first") is False]
     around = tuple({f"{parent(name)}." if parent(name) else "" for name in parts})
     for path, _, attached in adapted_modules(survey):
@@ -353,17 +351,16 @@ def note_structure(model: nn.Module) -> None:
             attached.time_major = True
 
 
-def _replacing_tokens(survey: Survey) -> list[str]:
-    """Return the models of transformers that put features in the place of some tokens."""
-    return [name for name, module in survey.named if hasattr(module, "get_placeholder_mask")]
+def _pictured(survey: Survey) -> tuple[list[str], list[str]]:
+    """Return the models of transformers that put features in the place of some tokens.
 
-
-def _decoders(survey: Survey) -> list[str]:
-    """Return the parts of these that run on all tokens."""
+    And the parts of these that run on all tokens.
+    """
     names = {id(module): name for name, module in survey.named}
     models: list[Any] = [m for _, m in survey.named if hasattr(m, "get_placeholder_mask")]
     decoders = [model.get_decoder() for model in models if hasattr(model, "get_decoder")]
-    return [names[id(m)] for m in decoders if names.get(id(m))]
+    whole = [name for each in decoders if (name := names.get(id(each)))]
+    return [names[id(model)] for model in models], whole
 
 
 def refuse_ambiguous(layer: Any, x: Tensor, n_rows: int, repeat: int) -> None:

@@ -97,14 +97,6 @@ class Server:
         pairs = zip(tokens[1:], values[1:], strict=True)
         return [_rated(token, value) for token, value in pairs if isinstance(value, int | float)]
 
-    def rated_made(self, prompt: Sequence[int] | str) -> Rated | None:
-        """Return the token that the server makes after a prompt, as it rates it."""
-        said = self._logprobs(prompt, {**_IDS, "logprobs": 1}).said
-        values, tokens = said.get("token_logprobs"), said.get("tokens")
-        if not isinstance(values, list) or not isinstance(tokens, list) or not tokens or not values:
-            return None
-        return _rated(tokens[-1], values[-1]) if isinstance(values[-1], int | float) else None
-
     def rated_next(self, prompt: Sequence[int] | str, n: int = 5) -> tuple[list[Rated], int | None]:
         """Return the most probable next tokens after a prompt, and of how many tokens that was.
 

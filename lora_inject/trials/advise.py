@@ -9,17 +9,19 @@ several times more than these differences: find the right one with a few short r
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
 from numbers import Integral
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import nn
 
 from lora_inject.core.layers.candidates import inventory as inventory_of
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.spec.config import ALL_EXPERTS, ALL_LINEAR, Config
+from lora_inject.core.spec.config import ALL_EXPERTS, ALL_LINEAR, Config, Expect
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.names import counted, nearest
+from lora_inject.core.spec.plan import Plan
 from lora_inject.core.spec.resolve import resolve
 from lora_inject.errors import ConfigError, MatchError, check_type
 
@@ -73,80 +75,42 @@ def advised(inventory: Inventory, budget: int, purpose: str = "sft") -> Config:
         near = nearest(purpose, MOST, n=1) if isinstance(purpose, str) else []
         remedy = f"Did you mean {near[0]!r}?" if near else f"Choose {', '.join(MOST)}"
         raise ConfigError("advise, purpose", f"there is no purpose {purpose!r}", remedy)
-    linear = _parts(inventory, {"targets": [ALL_LINEAR]})
-    whole = linear
-    if inventory.mixtures:
-        whole = _parts(inventory, {"targets": [ALL_LINEAR, ALL_EXPERTS]})
-    useful = max(part.useful for part in linear)
-    most = min(useful, MOST[purpose])
-    for parts in (whole, linear):
-        rank = next((r for r in range(most, 0, -1) if _size(parts, r) <= budget), None)
-        if rank is not None:
-            return _config(inventory, rank, experts=parts is not linear)
+    sites = _plan(inventory, 1).sites
+    most = min(MOST[purpose], max(min(site.in_features, site.out_features) for site in sites))
+    for experts in (True, False) if inventory.mixtures else (False,):
+        ranks = range(_least(inventory) if experts else 1, most + 1)
+
+        def size(rank: int, experts: bool = experts) -> int:
+            return _plan(inventory, rank, experts=experts).n_lora
+
+        if n_fitting := bisect_right(ranks, budget, key=size):
+            plan = _plan(inventory, ranks[n_fitting - 1], experts=experts)
+            expect = Expect(sites=plan.n_sites, lora=plan.n_lora)
+            return plan.config.model_copy(update={"expect": expect})
     raise _nothing_fits(inventory, budget)
 
 
-class _Part(NamedTuple):
-    """Sites that share their rank.
+def _least(inventory: Inventory) -> int:
+    """Return the least rank that leaves every expert one, if it is divided."""
+    return max(mixture.top_k or 1 for mixture in inventory.mixtures)
 
-    Attributes:
-        n_lora: Elements of A and B at rank 1.
-        active: By what a rank is divided: experts that a token goes to.
-        useful: The smaller side of the largest site.
+
+def _plan(inventory: Inventory, rank: int, *, experts: bool = False) -> Plan:
+    """Return the plan of one rank on all linear layers, and shared by a token's experts.
+
+    It is not divided where a mixture does not say to how many experts a token goes.
     """
-
-    n_lora: int
-    active: int
-    useful: int
-
-
-def _parts(inventory: Inventory, config: dict[str, Any]) -> list[_Part]:
-    """Return the sites of a config by the number that divides their rank."""
-    top_k = {
-        name: mixture.top_k or 1
-        for mixture in inventory.mixtures
-        if _states_active(inventory)
-        for name in mixture.experts
-    }
-    parts: dict[int, list[Any]] = {}
-    words = config["targets"]
-    for site in resolve(Config.from_dict({**config, "rank": 1}), inventory).sites:
-        parts.setdefault(top_k.get(site.name, 1) if ALL_EXPERTS in words else 1, []).append(site)
-    return [
-        _Part(
-            sum(site.n_parameters for site in sites),
-            active,
-            max(min(site.in_features, site.out_features) for site in sites),
-        )
-        for active, sites in parts.items()
-    ]
-
-
-def _states_active(inventory: Inventory) -> bool:
-    """Return whether a rank can be divided: every mixture says to how many experts a token goes."""
-    return all(mixture.top_k for mixture in inventory.mixtures)
-
-
-def _size(parts: list[_Part], rank: int) -> float:
-    """Return the elements of A and B at a rank; infinity if it leaves nothing for an expert."""
-    ranks = [rank // part.active for part in parts]
-    sizes = (part.n_lora * each for part, each in zip(parts, ranks, strict=True))
-    return sum(sizes) if all(ranks) else float("inf")
-
-
-def _config(inventory: Inventory, rank: int, *, experts: bool) -> Config:
     targets: list[Any] = [ALL_LINEAR]
-    if experts:
-        divided = {"match": ALL_EXPERTS, "rank": {"active": rank}}
-        targets.append(divided if _states_active(inventory) else ALL_EXPERTS)
-    wanted = {"rank": rank, "alpha": ALPHA, "targets": targets}
-    plan = resolve(Config.from_dict(wanted), inventory)
-    return Config.from_dict(wanted | {"expect": {"sites": plan.n_sites, "lora": plan.n_lora}})
+    if experts and all(mixture.top_k for mixture in inventory.mixtures):
+        targets.append({"match": ALL_EXPERTS, "rank": {"active": rank}})
+    elif experts:
+        targets.append(ALL_EXPERTS)
+    return resolve(Config.from_dict({"rank": rank, "alpha": ALPHA, "targets": targets}), inventory)
 
 
 def _nothing_fits(inventory: Inventory, budget: int) -> MatchError:
     """Return the error where not even rank 1 of the linear layers fits, with what does."""
-    one = resolve(Config.from_dict({"rank": 1, "targets": [ALL_LINEAR]}), inventory)
+    one = _plan(inventory, 1)
     sizes: dict[str, int] = {}
     for site in one.sites:
         kind = re.sub(r"\b\d+\b", "*", site.name)
@@ -163,10 +127,9 @@ def remarks(inventory: Inventory, config: Config) -> Iterator[str]:
     words = [rule.match for rule in config.targets]
     yield "One rank on all linear layers: at an equal number of parameters hard to beat."
     if inventory.mixtures and ALL_EXPERTS not in words:
-        parts = _parts(inventory, {"targets": [ALL_LINEAR, ALL_EXPERTS]})
-        least = _size(parts, max(part.active for part in parts))
+        least = _plan(inventory, _least(inventory), experts=True).n_lora
         n = counted(len(inventory.mixtures), "block")
-        yield f"The experts of {n} are left out: with them it takes {least:,.0f} at least."
+        yield f"The experts of {n} are left out: with them it takes {least:,} at least."
     yield (
         "Rate: ten times that of full fine-tuning, fifteen times in short runs (LoRA Without "
         "Regret, 2025); tune it with a few trials, it matters more than the rank. As alpha stays "

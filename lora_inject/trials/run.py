@@ -1,16 +1,26 @@
-"""One trial on a model: its tensors, its optimizer, and what it has done."""
+"""One trial on a model: how its adapter joins, its tensors, its optimizer, and what it has done.
+
+An adapter that is injected becomes the only one that is active and trains; those of trials join.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.layers.weight_kinds import sharded_by
+from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.roots.root import entries
+from lora_inject.core.model.inject import put_config
+from lora_inject.core.model.read_off import adapter_state
+from lora_inject.core.model.training import train_only
+from lora_inject.core.roots.root import entries, find_root
+from lora_inject.errors import StateError
+from lora_inject.rows.seen import note_structure
 from lora_inject.trials.trial import Trial
 
 RECENT = 10
@@ -25,6 +35,7 @@ class Place:
 
     module: nn.Module
     name: str
+    param: str
     role: str
     parameter: nn.Parameter
 
@@ -32,7 +43,7 @@ class Place:
 def places_of(model: nn.Module, name: str) -> list[Place]:
     """Return where the trained tensors of an adapter are."""
     return [
-        Place(module, flat, role, module._parameters[flat])  # type: ignore[arg-type]
+        Place(module, flat, entry.param, role, module._parameters[flat])  # type: ignore[arg-type]
         for _, module, entry in entries(Survey(model), name)
         for role, flat in entry.names.items()
         if entry.trains(role)
@@ -75,6 +86,11 @@ class Run:
         self.stopped = ""
 
     @property
+    def sites(self) -> frozenset[Any]:
+        """What tells where its tensors are, and of which kind."""
+        return frozenset((place.module, place.param, place.role) for place in self._places)
+
+    @property
     def n_parameters(self) -> int:
         """How many numbers train."""
         return sum(p.numel() for p in self.parameters)
@@ -97,6 +113,11 @@ class Run:
         grads = [p.grad for p in self.parameters if p.grad is not None]
         return nn.utils.get_total_norm(grads).double() if grads else torch.zeros(()).double()
 
+    def forget_gradient(self) -> None:
+        """Have no gradient: `zero_grad` of an optimizer takes as long as its step."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
     def step(self, norm: float, lr: float | None) -> None:
         """Step by the gradients that wait, of this norm."""
         if self.trial.clip is not None:
@@ -106,7 +127,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["ratio"]
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.forget_gradient()
         self.losses.append(self.pending or 0.0)
         self.n_steps, self.pending = self.n_steps + 1, None
 
@@ -114,7 +135,7 @@ class Run:
         """Train no more."""
         self.stopped, self.pending = why, None
         self.losses.append(loss)
-        self.optimizer.zero_grad()
+        self.forget_gradient()
         for parameter in self.parameters:
             parameter.requires_grad_(False)
 
@@ -153,3 +174,63 @@ class Run:
         if self.stopped:
             for parameter in self.parameters:
                 parameter.requires_grad_(False)
+
+
+def put_on(
+    model: nn.Module,
+    trials: Mapping[str, Trial],
+    beside: Iterable[str],
+    *,
+    leave_new: bool,
+) -> dict[str, list[Place]]:
+    """Inject the adapters of trials, and return where their tensors are.
+
+    They train, and so do the running trials `beside` them.
+
+    Raises:
+        ConfigError: A config is not valid.
+        MatchError: A config's pattern matches nothing.
+        LayerError: A site cannot be adapted.
+        StateError: A name is in use, or the model is sharded. The model is then as it was.
+    """
+    _refuse_sharded(model)
+    found = find_root(model, "Trials")
+    known = () if found is None else (found[1], found[1].selection)
+    grads = [(p, p.grad) for p in model.parameters()]
+    try:
+        with all_or_nothing(model.modules(), known):
+            for name, trial in trials.items():
+                with torch.random.fork_rng():
+                    torch.manual_seed(trial.seed)
+                    put_config(model, trial.config, name, leave_new=leave_new, alone=False)
+            _refuse_dropout(model, trials)
+            note_structure(model)
+            places = {name: places_of(model, name) for name in trials}
+            train_only(model, [*beside, *trials])
+    finally:
+        for parameter, grad in grads:
+            parameter.grad = grad
+    return places
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Refuse a model of which this process has a part: a pass would need the others' batches."""
+    for name, tensor in model.named_parameters():
+        if (how := sharded_by(tensor)) is not None:
+            raise StateError(
+                "Trials",
+                f"this process has a part of {name!r}: {how}",
+                "Give each process the whole model, or train the adapters one by one",
+            )
+
+
+def _refuse_dropout(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse dropout on embeddings and convolutions, which do not draw it by trial."""
+    for name in names:
+        for site, state in adapter_state(model, name).sites.items():
+            if state.spec.dropout and state.spec.kind not in {"linear", "conv1d"}:
+                raise StateError(
+                    f"Trials, {name!r}",
+                    f"site {site!r} ({state.spec.kind}) has dropout, which is not drawn by trial",
+                    "Give its rule dropout 0",
+                )

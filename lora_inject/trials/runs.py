@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
-from itertools import starmap
+from itertools import chain, starmap
 from numbers import Real
 from os import PathLike
 from pathlib import Path
@@ -28,9 +28,8 @@ from lora_inject.core.model.read_off import adapter_state
 from lora_inject.errors import FormatError, StateError, check_type, user_path
 from lora_inject.formats.pickles import DAMAGE
 from lora_inject.trials.batches import Forward, copied, in_one_order, plain_forward
-from lora_inject.trials.joining import put_on
 from lora_inject.trials.losses import Loss, Losses, default_loss, scalar_loss
-from lora_inject.trials.run import Run
+from lora_inject.trials.run import Run, put_on
 from lora_inject.trials.shared import Passes
 from lora_inject.trials.trial import Trial
 
@@ -194,7 +193,6 @@ class Trials:
         self._check_known([name], f"drop {name!r}")
         eject(self.model, name)
         del self._runs[name]
-        self._passes.forget(name)
 
     # ----------------------------------------------------------------------------------- a step
 
@@ -332,7 +330,7 @@ class Trials:
     ) -> dict[str, float]:
         """Compute the gradients of some trials anew; a loss that is not finite has none."""
         for name in batches:
-            self._runs[name].optimizer.zero_grad()
+            self._runs[name].forget_gradient()
         values: dict[str, float] = {}
         for outputs in self._passes.outputs(batches, forward, drops=True):
             losses = {name: loss(name, mine) for name, mine in outputs.items()}
@@ -450,24 +448,19 @@ class Trials:
         """
         batches = self._by_trial(batch, all_of_them=False)
         call, of_trial = forward or plain_forward(self.model), self._losses(batches, loss)
+
+        def evaluated(some: Mapping[str, Any]) -> dict[str, float]:
+            passes = self._passes.outputs(some, call, drops=False)
+            each = (starmap(of_trial, outputs.items()) for outputs in passes)
+            return dict(zip(some, chain.from_iterable(map(_numbers, each)), strict=True))
+
         with evaluating(self.model):
-            losses = self._evaluated(batches, call, of_trial)
+            losses = evaluated(batches)
             if self.packed and not all(map(math.isfinite, losses.values())):  # as for gradients
                 for name, own in batches.items():
-                    losses |= self._evaluated({name: own}, call, of_trial)
+                    losses |= evaluated({name: own})
         for name, value in losses.items():
             self._runs[name].held_out = value
-        return losses
-
-    def _evaluated(
-        self,
-        batches: Mapping[str, Any],
-        forward: Forward,
-        loss: Callable[[str, Any], Tensor],
-    ) -> dict[str, float]:
-        losses: dict[str, float] = {}
-        for outputs in self._passes.outputs(batches, forward, drops=False):
-            losses |= dict(zip(outputs, _numbers(starmap(loss, outputs.items())), strict=True))
         return losses
 
     def best(self) -> str:
