@@ -111,18 +111,17 @@ class Run:
     def norm(self) -> Tensor:
         """Return the norm of the gradient."""
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        return nn.utils.get_total_norm(grads).double() if grads else torch.zeros(()).double()
+        return nn.utils.get_total_norm(grads) if grads else torch.zeros(())
 
     def forget_gradient(self) -> None:
         """Have no gradient: `zero_grad` of an optimizer takes as long as its step."""
         for parameter in self.parameters:
             parameter.grad = None
 
-    def step(self, norm: float, lr: float | None) -> None:
+    def step(self, norm: Tensor, lr: float | None) -> None:
         """Step by the gradients that wait, of this norm."""
         if self.trial.clip is not None:
-            total = self.parameters[0].new_tensor(norm)
-            nn.utils.clip_grads_with_norm_(self.parameters, self.trial.clip, total)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.trial.clip, norm)
         rate = self.trial.lr * self.trial.factor(self.n_steps) if lr is None else lr
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["ratio"]

@@ -338,14 +338,17 @@ class Trials:
             numbers = torch.stack([value.detach() for value in losses.values()]).tolist()
             values |= dict(zip(losses, numbers, strict=True))
             finite = {name: losses[name] for name in losses if math.isfinite(values[name])}
-            if finite and all(value.requires_grad for value in finite.values()):
+            untrained = [name for name in finite if not finite[name].requires_grad]
+            if finite and not untrained:
                 torch.stack([*finite.values()]).sum().backward()  # type: ignore[no-untyped-call]
-            for name in finite:
-                if all(p.grad is None for p in self._runs[name].parameters):
-                    what = "no gradient leads from it to A and B"
-                    remedy = "Compute it from the outputs; li.unreached lists layers that take no "
-                    remedy += "part in a forward"
-                    raise StateError(f"loss of trial {name!r}", what, remedy)
+                runs = {name: self._runs[name] for name in finite}
+                untrained = [
+                    n for n, run in runs.items() if all(p.grad is None for p in run.parameters)
+                ]
+            for name in untrained:
+                what = "no gradient leads from it to A and B"
+                remedy = "Compute it from the outputs; li.unreached lists layers without a part"
+                raise StateError(f"loss of trial {name!r}", what, remedy)
         return values
 
     def _are_finite(self, losses: Mapping[str, float]) -> bool:
@@ -373,10 +376,11 @@ class Trials:
         runs = {name: self._runs[name] for name in names}
         if not runs:
             return {}
-        norms = dict(zip(runs, _numbers(run.norm() for run in runs.values()), strict=True))
+        each = {name: run.norm() for name, run in runs.items()}
+        norms = dict(zip(runs, _numbers(each.values()), strict=True))
         for name, run in runs.items():
             if math.isfinite(norms[name]):
-                run.step(norms[name], lr)
+                run.step(each[name], lr)
             else:
                 why = f"its gradient has the norm {norms[name]} at step {run.n_steps}"
                 run.stop(why, run.pending or 0.0)
