@@ -33,6 +33,15 @@ from lora_inject.serving.completions import Rated, RefusedError, Server
 Word = Literal["with", "without", "scaled", "neither"]
 _SMALL = 10  # of the adapter's effect: what a tenth changes is no other adapter
 _NEAR = 4  # of a piece of the path, which is bent where the proof has a straight line
+_SPACES = " ▁Ġ"  # as tokenizers write the space before a word
+_NO_RATINGS = "The server does not rate the tokens of a prompt (echo with logprobs); what it says "
+_NO_RATINGS += "of the next token was compared"
+_MISPLACED = "The server rates each token of a prompt by a text that holds it already; what it "
+_MISPLACED += "says of the next token was compared"
+_WHAT = "log-probabilities"
+_UNNAMED = "it says tokens as text, and the proof knows only their ids"
+_WITH_TEXTS = "Save the adapter with a pair of texts and their tokenizer as probe"
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -179,17 +188,6 @@ def _hint(word: Word, off: float, proof: Proof, dtype: str | None) -> Sequence[s
     if word != "neither" or narrow is None or narrow == (dtype or proof.dtype):
         return ()
     return (f"If it computes in {narrow}, say so: dtype={narrow!r} explains the distance",)
-
-
-_SPACES = " ▁Ġ"  # as tokenizers write the space before a word
-_NO_RATINGS = "The server does not rate the tokens of a prompt (echo with logprobs); what it says "
-_NO_RATINGS += "of the next token was compared"
-_MISPLACED = "The server rates each token of a prompt by a text that holds it already; what it "
-_MISPLACED += "says of the next token was compared"
-_WHAT = "log-probabilities"
-_UNNAMED = "it says tokens as text, and the proof knows only their ids"
-_WITH_TEXTS = "Save the adapter with a pair of texts and their tokenizer as probe"
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def verify_loaded(
