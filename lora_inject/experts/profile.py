@@ -56,18 +56,12 @@ def profile_experts(model: nn.Module, batches: Iterable[Any], *, run: Any = None
                 stack.enter_context(_counted(name, survey.by_name[name], mixture, counts))
         stack.enter_context(torch.no_grad())
         for batch in batches:
-            _run(run or model, batch)
+            call = run or model
+            call(**batch) if isinstance(batch, Mapping) else call(batch)
     if not counts:
         remedy = "Give batches that reach its experts"
         raise LayerError("profile_experts", "no batch reached an expert", remedy)
     return ExpertProfile(experts={name: each.tolist() for name, each in counts.items()})
-
-
-def _run(model: Any, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    else:
-        model(batch)
 
 
 @contextmanager

@@ -290,8 +290,9 @@ class Rows(Selected):
         """Return where the rows of each mix are, and where each is when these stand in turn."""
         key = count, queue_of(device)
         if key not in self._index:
-            rows = [row for row in self.rows for _ in range(count // len(self.rows))]
-            each = {row: [i for i, other in enumerate(rows) if other == row] for row in self.mixes}
+            each: dict[Row, list[int]] = {row: [] for row in self.mixes}
+            for i in range(count):
+                each[self.rows[i * len(self.rows) // count]].append(i)
             places = [i for mine in each.values() for i in mine]
             order = sorted(range(count), key=places.__getitem__)
             sent_each = [(self.mixes[row], sent(mine, device)) for row, mine in each.items()]

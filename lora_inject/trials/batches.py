@@ -100,9 +100,11 @@ def joined_batch(batches: Mapping[str, Any], *, packed: bool = False) -> Joined:
     widths = {tuple(t.shape[1] for t in column) for column in with_positions}
     uneven = {each for each in widths if len({*each}) > 1}
     if not packed and len(uneven) > 1:
-        shown = " and ".join(map(str, sorted(uneven)))
+        lengths_of_all = " and ".join(map(str, sorted(uneven)))
         remedy = "Give all entries of a batch one length (a label for each token, or -100)"
-        raise StateError("step", f"the rows of the trials have the lengths {shown}", remedy)
+        raise StateError(
+            "step", f"the rows of the trials have the lengths {lengths_of_all}", remedy
+        )
     joined = [t for t in rows if _has_positions(t)]
     positions = tuple(int(t.shape[1]) if t.dim() < 4 else 0 for t in joined)
     lengths = dict.fromkeys(batches, max(positions, default=1))
@@ -128,8 +130,8 @@ def _one_tensor(column: Sequence[Any], packed: int) -> Any:
             problem = "their rows differ in shape"
     elif all(map(_has_rows, column)):
         problem = "their rows differ in dtype"
-    shown = " and ".join(dict.fromkeys(map(_shown, column)))
-    raise StateError("step", f"{shown}: {problem}", "Give all trials rows of one shape and dtype")
+    found = " and ".join(dict.fromkeys(map(shown, column)))
+    raise StateError("step", f"{found}: {problem}", "Give all trials rows of one shape and dtype")
 
 
 def without(outputs: Any, keys: Iterable[Any]) -> Any:
@@ -165,7 +167,7 @@ def parted(outputs: Any, of: Joined, padded: Sequence[Sequence[int]] = ()) -> di
     if not any(isinstance(column[0], Tensor) for column in columns):
         raise StateError(
             "step",
-            f"of what the forward returned, {', '.join(map(_shown, leaves))}, no tensor has the "
+            f"of what the forward returned, {', '.join(map(shown, leaves))}, no tensor has the "
             f"{sum(of.sizes.values())} {'tokens' if of.packed else 'rows'} of the batch",
             "Give a forward that returns one row of outputs for each row, without a loss",
         )
@@ -204,11 +206,12 @@ def _is_same(one: Any, other: Any) -> bool:
     return one is other or (known and one == other)
 
 
-def _shown(leaf: Any) -> str:
+def shown(leaf: Any) -> str:
+    """Return what an error says of an entry."""
     if not isinstance(leaf, Tensor):
         return f"{type(leaf).__name__} {leaf!r:.40}"
-    shown = tuple(leaf.shape) if leaf.dim() else f"({leaf.item()})"
-    return f"{type(leaf).__name__}{shown} of {leaf.dtype}"
+    shape = tuple(leaf.shape) if leaf.dim() else f"({leaf.item()})"
+    return f"{type(leaf).__name__}{shape} of {leaf.dtype}"
 
 
 def plain_forward(model: nn.Module) -> Forward:

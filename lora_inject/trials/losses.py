@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_inject.core.layers.survey import unwrapped
 from lora_inject.errors import StateError, check_type, within
+from lora_inject.trials.batches import shown
 
 Loss = Callable[[Any, Any], Tensor]
 Losses = Loss | Mapping[str, Loss]
@@ -86,17 +87,14 @@ def _check_labels(labels: Tensor, kept: Tensor, n_classes: int) -> None:
 
 def _logits(outputs: Any, batch: Any) -> Tensor:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, Tensor) or not hasattr(outputs, "logits"):
-        problem = "the default loss needs logits of the model and a batch with 'labels'"
-        raise StateError("step", problem, "Give both, or a loss of your own: loss=...")
-    logits: Tensor = outputs.logits
-    if logits.dim() != 3 or labels.dim() != 2:
-        shapes = f"{tuple(logits.shape)} and {tuple(labels.shape)}"
-        problem = f"the default loss needs a label for each token; logits and labels are {shapes}"
-        raise StateError("step", problem, "Give a loss of your own: loss=...")
-    if labels.dtype != torch.int64:
-        problem = f"the default loss needs labels of torch.int64, and these are {labels.dtype}"
-        raise StateError("step", problem, "Convert them, or give a loss of your own: loss=...")
+    logits: Any = getattr(outputs, "logits", None)
+    fits = isinstance(labels, Tensor) and (labels.dim(), labels.dtype) == (2, torch.int64)
+    if not fits or not isinstance(logits, Tensor) or logits.dim() != 3:
+        problem = (
+            "it needs logits (rows, tokens, vocabulary) of the model and labels (rows, tokens) "
+        )
+        problem += f"of int64 in the batch; these are {shown(logits)} and {shown(labels)}"
+        raise StateError("the default loss", problem, "Give both, or a loss of your own: loss=...")
     return logits
 
 

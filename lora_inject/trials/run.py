@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.layers.weight_kinds import sharded_by
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.weight_kinds import sharded_by
 from lora_inject.core.model.inject import put_config
 from lora_inject.core.model.read_off import adapter_state
 from lora_inject.core.model.training import train_only
