@@ -20,18 +20,6 @@ import lora_inject as li
 from contract.kinds import KINDS, host
 
 
-def test_dora_is_not_loaded_into_a_mix_that_names_it_in_part() -> None:
-    left, right = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))
-    config = {"rank": 1, "targets": ["0"]}
-    state = copy.deepcopy(li.adapter_state(li.inject(left, {**config, "variant": "dora"})))
-    li.inject(li.eject(left), config, "b")
-    li.inject(right, config)
-    li.activate(nn.Sequential(left, right), {"default": 0.5, "b": 0.5})
-    with refused(li.LayerError, "'0'", "'default'", model=left):
-        li.install(left, state)
-    li.install(left, state, "c")
-
-
 def test_dropout_is_pefts(tmp_path: Path) -> None:
     """What x keeps goes through W as well, where the gain is not 1."""
     plain = nn.Sequential(nn.Linear(5, 6))

@@ -361,9 +361,11 @@ class _Cut(torch.autograd.Function):
 def _thin_product(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Return a product with a sum that is not formed; NotImplemented for all else."""
     product = _PRODUCTS.get(func) or _OF_LIBRARIES.get(str(func))
-    if product is None or not _is_thin(product, args, kwargs):
+    if product is None:
         return NotImplemented
-    return product(*args, **kwargs)
+    # An option of None is one that was not given: `F.grouped_mm` hands all of its own on.
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    return product(*args, **kwargs) if _is_thin(product, args, kwargs) else NotImplemented
 
 
 def _is_thin(product: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
