@@ -1,8 +1,9 @@
-"""The only way to what other libraries keep private: what is missing is None, or refused in words.
+"""The way to what other libraries keep private and may lack: it is None, or refused in words.
 
-A private name may be gone in the next version of its library. So none is imported or written out:
-`look_up` finds it, or None, and what stands on it goes another way or refuses the one feature that
-needs it (`needed`). `tests/test_private_names.py` looks for each in the library at hand.
+A private name may be gone in the next version of its library, or come with one. `look_up` finds
+such a name, or None, and what stands on it goes another way or refuses the one feature that needs
+it (`needed`). Names that every version of torch from 2.6 on has are used as they are.
+`tests/test_private_names.py` looks for each in the library at hand.
 """
 
 from __future__ import annotations
