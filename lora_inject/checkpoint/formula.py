@@ -22,7 +22,7 @@ from lora_inject.checkpoint.merge_plan import MergePlan
 from lora_inject.checkpoint.output_files import OutputShard, TensorJob
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.files.row_reader import RowReader
-from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.sites import SiteSpec, adapted_parts
 from lora_inject.core.spec.variants import VARIANTS
 
 N_ROWS = 16
@@ -93,10 +93,10 @@ class _Formula:
             if variant.gained and place is not None:
                 turned, at = self._is_turned(site.spec), place[1]
                 norms, first = (self._norms, 0) if turned else (total.norm()[None], at)
-                for start, stop, held in _spans(site.spec):
+                for start, stop, _, held in adapted_parts(site.spec.spans, 1):
                     a, b = max(start, first), min(stop, first + len(norms))
                     if a < b:
-                        mine = slice(held + a - start, held + b - start)
+                        mine = slice(held.start + a - start, held.start + b - start)
                         tensors = {r: t[mine].double() for r, t in site.further.items()}
                         gain = variant.gain(tensors, norms[a - first : b - first])
                         total[slice(a, b) if turned else slice(None)] *= gain
@@ -189,18 +189,9 @@ class _Formula:
             a = A.reshape(-1, *spec.a_shape[-2:])[0 if spec.share == "A" else matrix].double()
             b = B.reshape(-1, *spec.b_shape[-2:])[0 if spec.share == "B" else matrix].double()
             change = torch.zeros(self.n_cols, dtype=torch.float64)
-            for part, (start, stop, held) in enumerate(_spans(spec)):
-                mine = a[part * spec.rank : (part + 1) * spec.rank]
+            for start, stop, of_a, of_b in adapted_parts(spec.spans, spec.rank):
                 if self._is_turned(spec):
-                    change[start:stop] = b[held : held + stop - start] @ mine[:, row]
+                    change[start:stop] = b[of_b] @ a[of_a, row]
                 elif start <= row < stop:
-                    change = b[held + row - start] @ mine
+                    change = b[of_b][row - start] @ a[of_a]
             yield sign * spec.scale * change
-
-
-def _spans(spec: SiteSpec) -> Iterator[tuple[int, int, int]]:
-    """Yield `(start, stop)` of each adapted part along the output, and its first row of B."""
-    held = 0
-    for start, stop in spec.spans:
-        yield start, stop, held
-        held += stop - start

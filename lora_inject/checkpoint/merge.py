@@ -208,31 +208,22 @@ def _write(
     return list(reports.values())
 
 
-_CANNOT_COPY_IN_KERNEL = {
-    *(errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EPERM, errno.EBADF)
-}
-
-
 def _copy(piece: Piece, source: int, file: BinaryIO) -> None:
     """Copy bytes of the base, in the kernel if it can, else in memory."""
+    file.flush()
     done = 0
-    while done < piece.n_bytes and hasattr(os, "copy_file_range"):
-        file.flush()
-        left, start, at = piece.n_bytes - done, piece.start + done, piece.at + done
-        try:
+    # Windows has no such call, and some file systems refuse it; a full disk refuses what follows.
+    with contextlib.suppress(AttributeError, OSError):
+        while done < piece.n_bytes:
+            left, start, at = piece.n_bytes - done, piece.start + done, piece.at + done
             n_bytes = os.copy_file_range(source, file.fileno(), left, start, at)
-        except OSError as error:
-            if error.errno not in _CANNOT_COPY_IN_KERNEL:
-                raise
-            break
-        if n_bytes == 0:
-            break
-        done += n_bytes
-    if done < piece.n_bytes:
-        data = bytearray(piece.n_bytes - done)
-        read_at(source, memoryview(data), piece.start + done)
-        file.seek(piece.at + done)
-        file.write(data)
+            if n_bytes == 0:
+                break
+            done += n_bytes
+    data = bytearray(piece.n_bytes - done)
+    read_at(source, memoryview(data), piece.start + done)
+    file.seek(piece.at + done)
+    file.write(data)
 
 
 class _LostError(CheckpointError):

@@ -118,7 +118,6 @@ class MergePlan:
             {
                 "name": shard.name,
                 "bytes": shard.n_bytes,
-                "new": shard.base is None,
                 "same_layout": shard.same_layout,
                 "copied_bytes": shard.copied_bytes,
                 "tensors": len(shard.header.tensors),

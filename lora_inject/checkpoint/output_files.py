@@ -141,7 +141,7 @@ class OutputShard:
     """One file of the output."""
 
     name: str  # its plain file name
-    base: Shard | None  # the base's shard of the same name, None for a new one
+    base: Shard  # the base's file of that name
     header: Header
     # what is computed, and tensors of `base` that are copied, in the order of the file; a tensor
     # that is quantized again is there for each of its parts
@@ -170,41 +170,32 @@ class OutputShard:
     @property
     def same_layout(self) -> bool:
         """Whether every offset is the base's."""
-        return self.base is not None and self.header.raw == self.base.header.raw
+        return self.header.raw == self.base.header.raw
 
 
 def lay_out(checkpoint: Checkpoint, jobs: Mapping[str, TensorJob]) -> tuple[OutputShard, ...]:
-    """Lay out the output's files; tensors that the base lacks get a separate file.
-
-    A checkpoint of one file without an index stays one file.
-    """
-    one_file, dropped = checkpoint.index_name is None, checkpoint.hidden - jobs.keys()
+    """Lay out the output's files; the last one gets the tensors that the base lacks."""
+    dropped = checkpoint.hidden - jobs.keys()
     if any(entry.dtype not in FLOATS for entry in checkpoint.shown.values()):
         dropped = frozenset()  # quantized tensors stay so
     by_output = {name: job for job in jobs.values() for name in job.outputs}
-    added = [job for job in jobs.values() if not job.stored]
-    shards = []
+    last, shards = [*checkpoint.shards][-1], []
     for shard in checkpoint.shards.values():
         stored = shard.header.tensors
-        more = [  # packed tensors that have another name when unpacked
+        staying = [entry for name, entry in stored.items() if name not in dropped]
+        content = [by_output.get(entry.name, entry) for entry in staying]
+        content += [  # packed tensors that have another name when unpacked
             job for name, job in jobs.items()
             if name in checkpoint.packed.keys() - stored.keys()
             and job.source_shard == shard.name and not job.again
         ]  # fmt: skip
-        staying = [entry for name, entry in stored.items() if name not in dropped]
-        content = [by_output.get(entry.name, entry) for entry in staying]
-        content += [*more, *(added if one_file else ())]
+        content += [job for job in jobs.values() if shard.name == last and not job.stored]
         shards.append(OutputShard(shard.name, shard, _header(content, staying, shard), (*content,)))
-    if added and not one_file:
-        name = f"{checkpoint.stem}-added.safetensors"
-        while name in checkpoint.shards:
-            name = name.replace("-added", "-added-added", 1)
-        shards.append(OutputShard(name, None, _header(added, [], None), (*added,)))
     return tuple(shards)
 
 
 def _header(
-    content: Sequence[TensorJob | TensorEntry], staying: Sequence[TensorEntry], base: Shard | None
+    content: Sequence[TensorJob | TensorEntry], staying: Sequence[TensorEntry], base: Shard
 ) -> Header:
     """Return the header of a file, of which the first tensors stay; the base's if it is right."""
     rows = [
@@ -212,7 +203,5 @@ def _header(
         for at, part in enumerate(content)
     ]
     tensors = [(row.name, row.dtype, row.shape) for row in rows]
-    if base is None:
-        return build_header(tensors, {"format": "pt"})
     there = [(entry.name, entry.dtype, entry.shape) for entry in base.header.tensors.values()]
     return base.header if tensors == there else build_header(tensors, base.header.metadata)

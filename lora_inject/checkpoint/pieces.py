@@ -146,7 +146,6 @@ def _tasks(shard: OutputShard, sources: Mapping[str, RowReader]) -> Iterator[Pie
     begun = set()
     for part in shard.content:
         if isinstance(part, TensorEntry):
-            assert shard.base is not None
             at, base = shard.header.tensors[part.name].start, sources[shard.base.name]
             for done in range(0, part.n_bytes, COPY_BYTES):
                 n_bytes = min(COPY_BYTES, part.n_bytes - done)
@@ -160,8 +159,7 @@ def _tasks(shard: OutputShard, sources: Mapping[str, RowReader]) -> Iterator[Pie
 @contextlib.contextmanager
 def _open_sources(shard: OutputShard, base: Checkpoint) -> Iterator[dict[str, RowReader]]:
     """Open the base's files that an output file needs, by name."""
-    names = {job.source_shard for job in shard.jobs if job.source_shard is not None}
-    names |= {shard.base.name} if shard.base is not None else set()
+    names = {shard.base.name, *(job.source_shard for job in shard.jobs if job.source_shard)}
     for name in names:
         check_unchanged(base.shards[name])
     yield {name: RowReader(base.shards[name].path) for name in names}
