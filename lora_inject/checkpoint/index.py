@@ -144,13 +144,6 @@ class Checkpoint:
         """Size of all shards."""
         return sum(shard.header.size_bytes for shard in self.shards.values())
 
-    @property
-    def stem(self) -> str:
-        """The beginning of the weight files' names: `model`, `diffusion_pytorch_model`, ..."""
-        if self.index_name is not None:
-            return self.index_name.removesuffix(INDEX_SUFFIX)
-        return next(iter(self.shards)).removesuffix(".safetensors")
-
     def __iter__(self) -> Iterator[TensorEntry]:
         return iter(self.tensors.values())
 
