@@ -25,6 +25,9 @@ from lora_inject.core.files.safetensors_file import DTYPES, FLOATS, TensorEntry
 from lora_inject.errors import CheckpointError
 from lora_inject.experts import stack_formats
 
+MAX_FLOAT8 = 448.0  # of e4m3
+MAX_FLOAT4 = 6.0  # of e2m1
+NVFP4_GROUP = 16
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the places in a word of eight neighbors
 
 Rows = Callable[[int, int], Tensor]
@@ -112,7 +115,7 @@ class Float8(Packed):
         (n_rows, n_cols), (high, wide) = values.shape, self.block
         padded = pad(values, (0, -n_cols % wide, 0, -n_rows % high))
         blocks = padded.view(-1, high, padded.shape[1] // wide, wide)
-        most = stack_formats.MAX_FLOAT8
+        most = MAX_FLOAT8
         scales = blocks.abs().amax(dim=(1, 3)) / most
         scales = scales.log2().ceil().exp2() if self.powers else scales
         scales = scales.to(DTYPES[self.parts["scales"].dtype])
@@ -125,7 +128,8 @@ class Float8(Packed):
 class Nvfp4(Packed):
     """4 bits (e2m1), a float8 scale for each 16 of them, and a float32 scale for all.
 
-    That of all is kept when the others are made anew.
+    That of all is kept when the others are made anew. Sources: compressed_tensors, as
+    `compressors/nvfp4` writes it; modelopt, `qtensor/nvfp4_tensor.py`.
     """
 
     divides: bool  # whether the scale of all divides the others
@@ -133,14 +137,15 @@ class Nvfp4(Packed):
     written = ("codes", "scales")
 
     def values(self, part: PartRows, start: int, stop: int) -> Tensor:  # noqa: D102
-        n_in, group = self.shape[1], stack_formats.NVFP4_GROUP
-        codes = part("codes", n_in // 2, start, stop)
-        scales = part("scales", n_in // group, start, stop)
-        return self._form.values({"codes": codes, "scales": scales, "whole": self.part("whole")})
+        n_in = self.shape[1]
+        codes = stack_formats.float4_values(part("codes", n_in // 2, start, stop))
+        steps = self._steps(part("scales", n_in // NVFP4_GROUP, start, stop))
+        return (codes.view(*steps.shape, -1) * steps.unsqueeze(-1)).flatten(-2)
 
-    @property
-    def _form(self) -> stack_formats.Nvfp4Stack:
-        return stack_formats.Nvfp4Stack(self.divides)
+    def _steps(self, scales: Tensor) -> Tensor:
+        """Return what the code 1 means in each group."""
+        whole = self.part("whole").float()
+        return scales.float() / whole if self.divides else scales.float() * whole
 
     def encoded(self, values: Tensor) -> dict[str, Tensor]:
         """Return the contents of parts, each value the nearest that its group holds.
@@ -148,22 +153,21 @@ class Nvfp4(Packed):
         Raises:
             CheckpointError: A value is further beyond all of them than they are from each other.
         """
-        whole = self.part("whole")
-        unit = self._form.scales(torch.ones(()), whole)
-        groups = values.view(len(values), -1, stack_formats.NVFP4_GROUP)
+        unit = self._steps(torch.ones(()))
+        groups = values.view(len(values), -1, NVFP4_GROUP)
         largest = groups.abs().amax(dim=2)
-        top = stack_formats.MAX_FLOAT8 * unit
+        top = MAX_FLOAT8 * unit
         # The codes lie 2 apart at 6: one that is off by 1 is as good as the format's others.
-        if bool((largest > (stack_formats.MAX_FLOAT4 + 1) * top).any()):
+        if bool((largest > (MAX_FLOAT4 + 1) * top).any()):
             name = self.parts["codes"].name
             problem = f"merged, it has values up to {float(largest.max()):.3g}; its scale of all "
-            problem += f"groups holds up to {float(stack_formats.MAX_FLOAT4 * top):.3g}"
+            problem += f"groups holds up to {float(MAX_FLOAT4 * top):.3g}"
             remedy = "Write plain floats (--dequantize bfloat16)"
             raise CheckpointError(f"requantize '{name}'", problem, remedy)
-        wanted = (largest / stack_formats.MAX_FLOAT4 / unit).clamp(max=stack_formats.MAX_FLOAT8)
+        wanted = (largest / MAX_FLOAT4 / unit).clamp(max=MAX_FLOAT8)
         scales = wanted.to(torch.float8_e4m3fn)
-        steps = _divisor(self._form.scales(scales, whole))
-        return {"codes": stack_formats.float4_codes(groups / steps[..., None]), "scales": scales}
+        steps = _divisor(self._steps(scales))
+        return {"codes": float4_codes(groups / steps[..., None]), "scales": scales}
 
 
 @dataclass(frozen=True)
@@ -335,6 +339,27 @@ class PackedWords(Packed):
         )
         codes: Tensor = words[..., None] >> shifts & 2**self.bits - 1
         return codes.flatten(1)
+
+
+def float4_codes(values: Tensor) -> Tensor:
+    """Return the nearest codes of 4 bits (e2m1), two to a byte; the largest for what is beyond.
+
+    Args:
+        values: float32 `(n, ...)`, an even number for each n.
+
+    Returns:
+        uint8 `(n, m / 2)`.
+
+    Examples:
+        >>> codes = float4_codes(torch.tensor([[0.6, 1.0, 9.0, -5.1]]))
+        >>> stack_formats.float4_values(codes).tolist()
+        [[0.5, 1.0, 6.0, -6.0]]
+    """
+    sizes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=values.device)
+    middles = (sizes[1:] + sizes[:-1]) / 2
+    codes = torch.bucketize(values.abs(), middles) + 8 * torch.signbit(values)
+    pairs = codes.flatten(1).to(torch.uint8)
+    return pairs[:, ::2] | pairs[:, 1::2] << 4
 
 
 def _divisor(scales: Tensor) -> Tensor:

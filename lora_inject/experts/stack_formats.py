@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,6 @@ from torch import Tensor
 
 from lora_inject.errors import LayerError
 
-MAX_FLOAT8 = 448.0  # of e4m3
-MAX_FLOAT4 = 6.0  # of e2m1
-NVFP4_GROUP = 16
 _MXFP4_GROUP = 32
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -97,28 +94,6 @@ class Float8Stack(StackFormat):
         return codes.float() * scales.repeat_interleave(wide, -1)[..., : codes.shape[-1]]
 
 
-@dataclass(frozen=True)
-class Nvfp4Stack:
-    """NVFP4: codes of 4 bits, a float8 scale for each 16 of them, a float32 scale for the matrix.
-
-    Parts: `codes` uint8 `(..., out, in / 2)`; `scales` float8 `(..., out, in / 16)`; `whole`
-    float32. Sources: `compressed_tensors/compressors/nvfp4`; modelopt, `qtensor/nvfp4_tensor.py`.
-    """
-
-    divides: bool
-    """Whether `whole` divides the scales (compressed-tensors), or is multiplied (modelopt)."""
-
-    def values(self, parts: Parts) -> Tensor:
-        """Return the values, float32 `(..., out, in)`."""
-        scales = self.scales(parts["scales"], parts["whole"])
-        values = float4_values(parts["codes"]).view(*scales.shape, -1)
-        return (values * scales.unsqueeze(-1)).flatten(-2)
-
-    def scales(self, scales: Tensor, whole: Tensor) -> Tensor:
-        """Return the scale of each group, float32."""
-        return scales.float() / whole if self.divides else scales.float() * whole
-
-
 def float4_values(codes: Tensor) -> Tensor:
     """Return what codes of 4 bits (e2m1) mean, two to a byte, the lower half first.
 
@@ -139,26 +114,6 @@ def float4_values(codes: Tensor) -> Tensor:
     size = torch.where(exponent > 0, torch.ldexp(1 + half, exponent - 1), half)
     table = torch.where(four < 8, size, -size)
     return F.embedding(codes.int(), table).flatten(-2)
-
-
-def float4_codes(values: Tensor) -> Tensor:
-    """Return the nearest codes of 4 bits (e2m1), two to a byte; the largest for what is beyond.
-
-    Args:
-        values: float32 `(n, ...)`, an even number for each n.
-
-    Returns:
-        uint8 `(n, m / 2)`.
-
-    Examples:
-        >>> float4_values(float4_codes(torch.tensor([[0.6, 1.0, 9.0, -5.1]]))).tolist()
-        [[0.5, 1.0, 6.0, -6.0]]
-    """
-    sizes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=values.device)
-    middles = (sizes[1:] + sizes[:-1]) / 2
-    codes = torch.bucketize(values.abs(), middles) + 8 * torch.signbit(values)
-    pairs = codes.flatten(1).to(torch.uint8)
-    return pairs[:, ::2] | pairs[:, 1::2] << 4
 
 
 def read_matrix(
@@ -190,16 +145,6 @@ def read_matrix(
         f"it is stored as {kinds}",
         "Experts stay packed in MXFP4, and in float8 with scales; load others dequantized",
     )
-
-
-def block_structure(said: Mapping[str, Any]) -> Any:
-    """Return the block of float8 that a config of compressed-tensors states, or None."""
-    groups = said.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if isinstance(weights, dict) and weights.get("block_structure"):
-            return weights["block_structure"]
-    return None
 
 
 def _float8(
