@@ -189,8 +189,6 @@ _Block = tuple[list[tuple[str, memoryview]], Tally]
 def _spans_of(job: TensorJob, source: RowReader | None) -> Iterator[_Rows]:
     """Cut a tensor at the limits of its updates."""
     n_rows, n_cols = job.matrix
-    if not (job.placed or job.rows or job.packed):  # it is computed elementwise
-        n_rows, n_cols = n_rows * n_cols, 1
     limits = {0, n_rows}.union(*((placed.start, placed.stop) for placed in job.placed))
     for first, last in itertools.pairwise(sorted(limits)):
         yield _Rows(job, n_cols, first, last, source)
