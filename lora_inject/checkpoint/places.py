@@ -43,6 +43,7 @@ from lora_inject.core.spec.variants import VARIANTS
 from lora_inject.errors import CheckpointError
 
 MAX_SHOWN = 8
+_AS_THEY_ARE = "names as they are"
 
 
 class NoPlace(Exception):  # noqa: N818  (collected into one error)
@@ -114,7 +115,7 @@ class Places:
         self.checkpoint = of.checkpoint
         self._kinds: dict[str, str] = {}  # what the adapter does to an output tensor
         self.left: list[tuple[str, str]] = []
-        self.label = "names as given" if options.rename else "names as they are"
+        self.label = "names as given" if options.rename else _AS_THEY_ARE
         # output tensor name to the base's tensor and the adapter's copy of it
         self._copies: dict[str, tuple[TensorEntry, Tensor]] = {}
         state, stored = adapter.state, self.checkpoint.tensors
@@ -197,7 +198,9 @@ class Places:
         checkpoint = self.checkpoint
         here: dict[str, Sampled] = {}
         for name, there in saved.items():
-            entry = checkpoint.tensors.get(self.rule(name) or name)
+            # A tied head is no reason to build the class, which nothing else asked for.
+            stored = name if self.label == _AS_THEY_ARE else self.rule(name)
+            entry = checkpoint.tensors.get(stored)
             if entry is None or name in self.adapter.state.trained:  # absent, or replaced
                 continue
             if entry.name in checkpoint.packed:
