@@ -160,11 +160,15 @@ def _tasks(shard: OutputShard, sources: Mapping[str, RowReader]) -> Iterator[Pie
 def _open_sources(shard: OutputShard, base: Checkpoint) -> Iterator[dict[str, RowReader]]:
     """Open the base's files that an output file needs, by name."""
     names = {shard.base.name, *(job.source_shard for job in shard.jobs if job.source_shard)}
-    for name in names:
-        check_unchanged(base.shards[name])
-    yield {name: RowReader(base.shards[name].path) for name in names}
-    for name in names:
-        check_unchanged(base.shards[name])
+    with contextlib.ExitStack() as stack:  # in a finalizer Ctrl-C would be lost
+        sources = {}
+        for name in sorted(names):
+            check_unchanged(base.shards[name])
+            sources[name] = RowReader(base.shards[name].path)
+            stack.callback(sources[name].close)
+        yield sources
+        for name in names:
+            check_unchanged(base.shards[name])
 
 
 def check_unchanged(source: Shard) -> None:

@@ -60,7 +60,7 @@ class RowReader:
     def __init__(self, path: Path) -> None:
         self._of_thread = threading.local()
         self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        weakref.finalize(self, os.close, self.fd)
+        self.close = weakref.finalize(self, os.close, self.fd)
 
     def rows(self, entry: TensorEntry, n_cols: int, start: int, stop: int) -> Tensor:
         """Return `(stop - start, n_cols)` rows of a tensor's matrix.
