@@ -3,6 +3,7 @@
 import ctypes
 import importlib
 import os
+import pathlib
 import pkgutil
 import sys
 import tempfile
@@ -55,6 +56,7 @@ def refuse_as_windows_does() -> None:
 def import_as_on_windows() -> None:
     for module in [m for m in sys.modules if m.partition(".")[0] == "lora_inject"]:
         del sys.modules[module]
+    windows, pathlib.WindowsPath = pathlib.WindowsPath, pathlib.PosixPath  # of this system
     name, os.name = os.name, "nt"
     try:
         import lora_inject
@@ -63,7 +65,7 @@ def import_as_on_windows() -> None:
             if "__main__" not in module.name:
                 importlib.import_module(module.name)
     finally:
-        os.name = name  # pathlib asks it as well, and there is no Windows here
+        os.name, pathlib.WindowsPath = name, windows
 
 
 def refuse_open(*paths: Any) -> None:

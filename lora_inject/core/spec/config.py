@@ -29,7 +29,6 @@ from lora_inject.core.spec.reading import Strict, YamlModel, written
 from lora_inject.core.spec.tables import Shown
 from lora_inject.core.spec.variants import VARIANTS
 
-FAMILIES = Path(__file__).parents[2] / "configs"  # YAML files of model families
 ALL_LINEAR = "all-linear"
 ALL_EXPERTS = "all-experts"
 WORDS = frozenset({ALL_LINEAR, ALL_EXPERTS})  # rules that are no pattern
@@ -373,8 +372,10 @@ class Config(Shown, YamlModel):
             ConfigError: The file cannot be read, is not safe YAML, or is not valid; the message
                 gives `FILE:LINE:COLUMN (key)`.
         """
-        family = FAMILIES / f"{path}.yaml"
-        return super().from_yaml(family if family.exists() and not Path(path).exists() else path)
+        given = Path(path)
+        family = Path(__file__).parents[2] / "configs" / f"{given.name}.yaml"
+        named = given.name == str(path) and family.exists() and not given.exists()
+        return super().from_yaml(family if named else path)
 
     def to_yaml(self) -> str:
         """Return the config as YAML, from which `from_text` makes an equal one."""

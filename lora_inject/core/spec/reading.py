@@ -163,7 +163,18 @@ _PLAIN = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads the words and numbers of YAML 1.2; refuses a key twice, and keys without a value."""
+    """Reads words and numbers of YAML 1.2; refuses tags, a key twice, keys without a value."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Raise for a tag: what PyYAML makes of `!!int` or `!!bool x` is an error of Python."""
+        event = self.peek_event()
+        tag = getattr(event, "tag", None)
+        is_text = isinstance(event, yaml.ScalarEvent) and tag == f"{_TAG}str"
+        if tag is not None and not is_text:
+            problem = f"the tag {tag.replace(_TAG, '!!')} is not allowed"
+            raise yaml.constructor.ConstructorError(None, None, problem, event.start_mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: ARG002
         lines: dict[str, int] = {}
