@@ -257,7 +257,7 @@ def _names(files: Checked) -> Objections:
     whole = (name for name, own in zip(bare, files.pairs, strict=True) if own not in known)
     lost = [name for name in dict.fromkeys(whole) if name not in known]
     if lost and files.modules is not None:
-        near = one_line(nearest(lost[0], known, 1)) or "none"
+        near = one_line(nearest(lost[0], sorted(known), 1)) or "none"
         problem = f"the base has no module {one_line(lost)}, so that the update would be ignored"
         yield Objection(problem, f"Rename it (lora-inject rename); nearest to the first: {near}")
 

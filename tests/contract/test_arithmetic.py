@@ -311,15 +311,6 @@ def test_compute_float32_keeps_gradients_right_over_a_16_bit_base(kind: str, rou
     assert errors["base"] > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["parameter", "experts"])
-def test_compute_float32_reads_a_16_bit_parameter_in_float32(kind: str) -> None:
-    plain, model, leaves = pair(kind, torch.bfloat16, compute="float32")
-    inputs = KINDS[kind].inputs(torch.float32)
-    y = model(*inputs)
-    assert y.dtype == torch.float32
-    assert error(y, dense_output(KINDS[kind], plain, *doubled(leaves), inputs)) < 1e-6
-
-
 @st.composite
 def parameters(draw: st.DrawFn) -> tuple[Kind, dict[str, Any], float]:
     """A raw weight of some layout, the rule that adapts it, and the scale."""

@@ -1,6 +1,8 @@
 """A verb that is interrupted at any of its lines has done all of its work or none of it."""
 
 import copy
+import dis
+import functools
 import sys
 import warnings
 from collections.abc import Callable
@@ -29,6 +31,18 @@ class Interrupted(BaseException):
 Line = tuple[CodeType, int]
 
 
+@functools.cache
+def _ends_of_with(code: CodeType) -> set[int]:
+    """Where `with` begins to leave its context: nothing is raised there by Python itself.
+
+    It looks for signals when a call has returned, and there a lock would stay locked for good.
+    """
+    steps = list(dis.get_instructions(code))
+    calls = zip(steps, steps[1:], steps[2:], strict=False)
+    nothing = ("LOAD_CONST", None)
+    return {c[0].offset for c in calls if all((i.opname, i.argval) == nothing for i in c)}
+
+
 def _traced(run: Callable[[], Any], stop_at: tuple[Line, int] | None = None) -> dict[Line, int]:
     """Run, raise when a line is reached for the given time, and return how often each was.
 
@@ -40,7 +54,7 @@ def _traced(run: Callable[[], Any], stop_at: tuple[Line, int] | None = None) -> 
         code = frame.f_code
         if code is not stop_at[0][0] if stop_at else code.co_filename not in FILES:
             return None
-        if event == "line":
+        if event == "line" and frame.f_lasti not in _ends_of_with(code):
             line = (code, frame.f_lineno)
             lines[line] = lines.get(line, 0) + 1
             if (line, lines[line]) == stop_at:

@@ -164,7 +164,11 @@ def taking(
 
 
 class Loading:
-    """One call of `load_state_dict`, known by the list of missing keys that it collects."""
+    """One call of `load_state_dict`, known by the list of missing keys that it collects.
+
+    An adapter is missing as a whole or not at all, also where `strict` is false: Trainer resumed a
+    run under other targets so, with half an adapter and the moments of another.
+    """
 
     def __init__(self, missing_keys: list[str]) -> None:
         self.missing_keys = missing_keys
@@ -175,10 +179,15 @@ class Loading:
         """Note the keys of an entry of an adapter, and whether any of them is there."""
         if any_there:
             self._present.add(adapter)
-            self.missing_keys.extend(self._forgiven.pop(adapter, ()))
-        elif adapter not in self._present:
+        else:
             self._forgiven.setdefault(adapter, []).extend(keys)
             self.missing_keys[:] = [key for key in self.missing_keys if key not in keys]
+        if adapter in self._present and (lacking := self._forgiven.pop(adapter, None)):
+            raise StateError(
+                f"{_ASKED}, {lacking[0]!r}",
+                f"the dict has other tensors of adapter {adapter!r}, and not this one",
+                "Inject with the same config as there, or use save_adapter and load_adapter",
+            )
 
 
 def _loading(selection: Selection, missing_keys: list[str]) -> Loading:

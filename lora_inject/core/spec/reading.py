@@ -167,7 +167,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Raise for a tag: what PyYAML makes of `!!int` or `!!bool x` is an error of Python."""
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         tag = getattr(event, "tag", None)
         is_text = isinstance(event, yaml.ScalarEvent) and tag == f"{_TAG}str"
         if tag is not None and not is_text:
