@@ -66,7 +66,7 @@ install() {
     fi
     UV_DEFAULT_INDEX=$(of_pip index-url https://pypi.org/simple) UV_INDEX_STRATEGY=unsafe-best-match \
         UV_INDEX=$(of_pip extra-index-url) UV_FIND_LINKS=$(of_pip find-links) SSL_CERT_FILE=$(of_pip cert "${SSL_CERT_FILE:-}") \
-        "$python" -m uv pip install --python "$python" "$@" ||
+        "$python" -m uv pip install --compile-bytecode --python "$python" "$@" ||
         "$python" -m pip install --disable-pip-version-check "$@"
 }
 
