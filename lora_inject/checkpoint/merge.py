@@ -381,13 +381,16 @@ class _Staging:
             yield
         except BaseException as error:
             n_finished = len(list(self.folder.glob("*.json")))
+            finished = count(n_finished, "finished file")
+            kept = f"The same again goes on from {finished} in '{self.folder}'"
             if isinstance(error, _LostError) or n_finished == 0:
                 shutil.rmtree(self.folder, ignore_errors=True)
+            elif isinstance(error, KeyboardInterrupt):
+                error.add_note(f"{kept}. Delete that folder to give it up.")
             if not isinstance(error, OSError):
                 raise
-            kept = f"; {n_finished} finished files are kept in '{self.folder}'"
             problem = error.strerror or str(error)
-            remedy = remedy_for(error) + (kept if n_finished else "")
+            remedy = remedy_for(error) + (f". {kept}" if n_finished else "")
             raise CheckpointError(f"write to '{self.output}'", problem, remedy) from error
 
     def publish(self, side_files: Mapping[str, bytes], *, overwrite: bool) -> None:

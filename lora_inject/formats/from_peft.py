@@ -294,16 +294,18 @@ def _with_experts(
     targets = lora.target_modules or []
     if isinstance(targets, str):
         targets = _ends_of(targets, inventory, new_names, asked)
-    old = {leaf(name) for name in targets} & new_names.keys()
+    ends = {leaf(name) for name in targets}
+    old = [name for name in new_names if name in ends]
+    stacks = list(dict.fromkeys(new_names[name] for name in old))
     ranks, alphas = dict(lora.rank_pattern), dict(lora.alpha_pattern)
-    for new in {new_names[name] for name in old}:
-        n_parts = _n_parts(new, old, new_names, asked)
+    for new in stacks:
+        n_parts = _n_parts(new, set(old), new_names, asked)
         if n_parts > 1:
             regex = rf".*\.{re.escape(new)}"
             ranks[regex], alphas[regex] = (lora.r or 8) * n_parts, (lora.lora_alpha or 8) * n_parts
     update = {
         "target_modules": [name for name in targets if leaf(name) not in old],
-        "target_parameters": [*lora.target_parameters, *(new_names[name] for name in old)],
+        "target_parameters": [*lora.target_parameters, *stacks],
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }

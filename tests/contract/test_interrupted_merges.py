@@ -89,9 +89,12 @@ def test_stopped_at_any_call_of_the_system_the_output_is_absent_or_complete(
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_an_interrupted_merge_goes_on_where_it_was(case: Case, share: float) -> None:
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as told:
         merge(case.base, [case.state], case.out, at(share, interrupt))
     assert not case.out.exists()
+    (*left,) = (str(path) for path in case.out.parent.iterdir() if path != case.base)
+    assert len(getattr(told.value, "__notes__", ())) == len(left)
+    assert all(folder in told.value.__notes__[0] for folder in left)
     report = merge(case.base, [case.state], case.out)
     assert len(report.resumed) == int(share * 3)
     assert len(report.tensors) == 6  # those of resumed files included

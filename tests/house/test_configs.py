@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as tf
 from helpers.modules import tree
+from helpers.refusals import refused
 from torch import nn
 
 import lora_inject as li
@@ -177,6 +178,8 @@ def test_a_file_of_yours_goes_before_a_family_of_its_name(tmp_path, monkeypatch)
     assert li.Config.from_yaml("llama").rank == 8
     Path("llama").write_text("{rank: 3, targets: [q_proj]}")
     assert li.Config.from_yaml("llama").rank == 3
+    with refused(li.ConfigError, "'lama'", "'llama'"):
+        li.Config.from_yaml("lama")
 
 
 @pytest.mark.parametrize("name", ["gpt2", *(name for name in RUNS if name.startswith("gpt"))])

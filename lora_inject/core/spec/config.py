@@ -28,6 +28,7 @@ from lora_inject.core.spec.patterns import INDEX, checked_regex, layer_range
 from lora_inject.core.spec.reading import Strict, YamlModel, written
 from lora_inject.core.spec.tables import Shown
 from lora_inject.core.spec.variants import VARIANTS
+from lora_inject.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
 ALL_EXPERTS = "all-experts"
@@ -372,10 +373,14 @@ class Config(Shown, YamlModel):
             ConfigError: The file cannot be read, is not safe YAML, or is not valid; the message
                 gives `FILE:LINE:COLUMN (key)`.
         """
-        given = Path(path)
-        family = Path(__file__).parents[2] / "configs" / f"{given.name}.yaml"
-        named = given.name == str(path) and family.exists() and not given.exists()
-        return super().from_yaml(family if named else path)
+        families = Path(__file__).parents[2] / "configs"
+        is_name = str(path).isidentifier() and not Path(path).exists()
+        family = families / f"{path}.yaml"
+        if is_name and not family.exists():
+            there = [each.stem for each in sorted(families.glob("*.yaml"))]
+            problem = "there is no such file, and no family of models of this name in the package"
+            raise ConfigError(show(str(path)), problem, meant(str(path), there))
+        return super().from_yaml(family if is_name else path)
 
     def to_yaml(self) -> str:
         """Return the config as YAML, from which `from_text` makes an equal one."""
