@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves
 
 from lora_inject.core.layers.survey import unwrapped
 from lora_inject.errors import StateError, check_type, within
@@ -101,6 +102,23 @@ def _logits(outputs: Any, batch: Any) -> Tensor:
 def _next(labels: Tensor) -> Tensor:
     """Return the label of the token after each, `(rows, tokens)`."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def ends_of(loss: Tensor, outputs: Any) -> frozenset[Any]:
+    """Return the nodes of the graph that made those outputs which a loss leads to."""
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    made = {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}
+    ends, seen, nodes = set(), set[Any](), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in made:
+            ends.add(node)
+        else:
+            nodes += [other for other, _ in node.next_functions]
+    return frozenset(ends)
 
 
 class _NextToken(torch.autograd.Function):

@@ -28,7 +28,7 @@ from lora_inject.core.model.read_off import adapter_state
 from lora_inject.errors import FormatError, StateError, check_type, user_path
 from lora_inject.formats.pickles import DAMAGE
 from lora_inject.trials.batches import Forward, copied, in_one_order, plain_forward
-from lora_inject.trials.losses import Loss, Losses, default_loss, scalar_loss
+from lora_inject.trials.losses import Loss, Losses, default_loss, ends_of, scalar_loss
 from lora_inject.trials.run import Run, put_on
 from lora_inject.trials.shared import Passes
 from lora_inject.trials.trial import Trial
@@ -303,11 +303,11 @@ class Trials:
         before = [(p, p.grad) for name in batches for p in self._runs[name].parameters]
         try:
             values = self._gradients(batches, call, of_trial)
-            if self.packed and not self._are_finite(values):
-                # A masked attention multiplies the NaN of one trial by 0, so it is in others, too.
+            # A masked attention multiplies the NaN of one trial by 0, so it is in others, too.
+            if values is None or (self.packed and not self._are_finite(values)):
                 values = {}
                 for name, batch in batches.items():
-                    values |= self._gradients({name: batch}, call, of_trial)
+                    values |= self._gradients({name: batch}, call, of_trial) or {}
         except BaseException:
             for parameter, grad in before:
                 parameter.grad = grad
@@ -327,13 +327,19 @@ class Trials:
         batches: Mapping[str, Any],
         forward: Forward,
         loss: Callable[[str, Any], Tensor],
-    ) -> dict[str, float]:
-        """Compute the gradients of some trials anew; a loss that is not finite has none."""
+    ) -> dict[str, float] | None:
+        """Compute the gradients of some trials anew; a loss that is not finite has none.
+
+        None where the losses of a pass lead to different outputs, such as two heads: what only
+        another's loss leads to would have a gradient of zeros, by which weight decay moves it.
+        """
         for name in batches:
             self._runs[name].forget_gradient()
         values: dict[str, float] = {}
         for outputs in self._passes.outputs(batches, forward, drops=True):
             losses = {name: loss(name, mine) for name, mine in outputs.items()}
+            if len({ends_of(value, outputs) for value in losses.values()}) > 1:
+                return None
             del outputs  # of the size of the logits
             numbers = torch.stack([value.detach() for value in losses.values()]).tolist()
             values |= dict(zip(losses, numbers, strict=True))

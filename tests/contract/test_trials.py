@@ -346,6 +346,39 @@ def of_all_heads(_: nn.Module, out: Any, __: Any) -> Tensor:
     return square(torch.cat(out))
 
 
+# Which loss each trial has at each step.
+BRANCHES = {"one": "aaaa", "two": "bbbb", "both": "cccc", "in turn": "abba", "own": "eede"}
+BRANCHING = {
+    name: Trial(RULES, lr=1e-2, weight_decay=0.3, clip=0.5, b_lr_ratio=1 + i % 2, seed=i)
+    for i, name in enumerate(BRANCHES)
+}
+
+
+def of_branches(names: Iterable[str], step: int) -> dict[str, Any]:
+    """Rows that say whose they are and which loss they have."""
+    return {
+        name: {
+            "x": noise(4, 3, 4)[step],
+            "of": torch.full((3,), list(BRANCHES).index(name)),
+            "branch": torch.full((3,), ord(BRANCHES[name][step])),
+        }
+        for name in names
+    }
+
+
+def by_branch(model: nn.Module, out: Any, batch: Any) -> Tensor:
+    """The loss of one head or of both, or a term of the trial's own adapter alone, or with one."""
+    name = list(BRANCHES)[batch["of"][0]]
+    own = sum(p.square().sum() for p in li.adapter_parameters(model, name).values())
+    one, two = map(square, out)
+    branches = {"a": one, "b": two, "c": one + two, "d": own, "e": one + own}
+    return branches[chr(batch["branch"][0])]
+
+
+def of_x(model: nn.Module, batch: Any) -> Any:
+    return model(batch["x"])
+
+
 class Whole(nn.Module):
     """Experts that get all tokens, behind some of the model's own, or one token of each row."""
 
@@ -382,6 +415,12 @@ RUNS |= {
         Channels,
         {n: Trial({"rank": 1, "targets": ["fc"]}, lr=1e-2, seed=ord(n)) for n in "ab"},
         of_two_lengths, first_square,
+    ),
+    "a loss that branches by trial": Run(
+        Heads, BRANCHING, of_branches, by_branch, of_x, within=1e-11
+    ),
+    "a loss that branches by trial, in turn": Run(
+        Heads, BRANCHING, of_branches, by_branch, of_x, options={"max_tokens": 1}, within=1e-11
     ),
     "layers that a step leaves out": Run(
         Heads, DECAYING, same_for_each(5, 3, 4), of_all_heads,
