@@ -13,9 +13,9 @@ from pathlib import Path as _Path
 from lora_inject.version import __version__ as __version__
 
 _HOMES = {
-    alias.name: node.module
+    alias.name: str(node.module)
     for node in _ast.parse(_Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
-    if isinstance(node, _ast.ImportFrom) and node.module != "lora_inject"
+    if isinstance(node, _ast.ImportFrom)
     for alias in node.names
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605  (a list, made of the table)
@@ -23,15 +23,15 @@ __all__ = sorted(_HOMES)  # noqa: PLE0605  (a list, made of the table)
 
 def __getattr__(name: str) -> object:
     """Import the file that a public name comes from when it is first asked for (PEP 562)."""
-    if name == "analysis":
-        return _importlib.import_module("lora_inject.analysis")
     if name not in _HOMES:
         raise _importlib.import_module("lora_inject.integrations.peft_names").lacking(name, _HOMES)
-    value = getattr(_importlib.import_module(str(_HOMES[name])), name)
+    if _HOMES[name] == __name__:  # a module, which its import puts here
+        return _importlib.import_module(f"{__name__}.{name}")
+    value = getattr(_importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     """Return the public names, for completion."""
-    return [*__all__, "analysis", "__doc__", "__file__", "__path__"]
+    return [*__all__, "__doc__", "__file__", "__path__"]

@@ -1,28 +1,22 @@
-"""The public names for type checkers and editors; `__init__.py` imports them when asked for."""
+"""The public names for type checkers and editors; `__init__.py` imports them when asked for.
 
+In front stand the verbs, and the classes that a user makes or catches. Four modules have the rest:
+`algebra` what gives an adapter another shape, `analysis` figures, `classes` what functions take and
+return, `extending` what registers kinds, variants and formats of one's own.
+"""
+
+from lora_inject import algebra as algebra
 from lora_inject import analysis as analysis
+from lora_inject import classes as classes
+from lora_inject import extending as extending
 from lora_inject.algebra.combining import combine as combine
 from lora_inject.algebra.combining import diff as diff
 from lora_inject.algebra.combining import truncate as truncate
-from lora_inject.algebra.other_shapes import as_dtype as as_dtype
-from lora_inject.algebra.other_shapes import join as join
-from lora_inject.algebra.other_shapes import join_experts as join_experts
-from lora_inject.algebra.other_shapes import rename as rename
-from lora_inject.algebra.other_shapes import split as split
-from lora_inject.algebra.other_shapes import split_experts as split_experts
-from lora_inject.algebra.other_shapes import subset as subset
 from lora_inject.checkpoint.conversion import check_adapter as check_adapter
 from lora_inject.checkpoint.conversion import convert as convert
 from lora_inject.checkpoint.extract import extract_adapter as extract_adapter
-from lora_inject.checkpoint.merge import MergedFiles as MergedFiles
 from lora_inject.checkpoint.merge import merge_checkpoint as merge_checkpoint
-from lora_inject.checkpoint.merge_inputs import MergeOptions as MergeOptions
-from lora_inject.core.adapter.site_state import SiteState as SiteState
 from lora_inject.core.adapter.state import AdapterState as AdapterState
-from lora_inject.core.functional.merge_report import MergeReport as MergeReport
-from lora_inject.core.layers.adapted import WeightUpdate as WeightUpdate
-from lora_inject.core.layers.kinds import LoRALinear as LoRALinear
-from lora_inject.core.layers.kinds import register_kind as register_kind
 from lora_inject.core.model.eject import eject as eject
 from lora_inject.core.model.inject import inject as inject
 from lora_inject.core.model.inject import plan as plan
@@ -47,13 +41,6 @@ from lora_inject.core.model.used import unreached as unreached
 from lora_inject.core.roots.selecting import activate as activate
 from lora_inject.core.roots.selecting import disabled as disabled
 from lora_inject.core.spec.config import Config as Config
-from lora_inject.core.spec.config import Expect as Expect
-from lora_inject.core.spec.config import Rule as Rule
-from lora_inject.core.spec.expert_profile import ExpertProfile as ExpertProfile
-from lora_inject.core.spec.plan import Plan as Plan
-from lora_inject.core.spec.sites import Geometry as Geometry
-from lora_inject.core.spec.variants import Variant as Variant
-from lora_inject.core.spec.variants import register_variant as register_variant
 from lora_inject.errors import CheckpointError as CheckpointError
 from lora_inject.errors import ConfigError as ConfigError
 from lora_inject.errors import FormatError as FormatError
@@ -65,7 +52,6 @@ from lora_inject.errors import StateError as StateError
 from lora_inject.experts.packed_experts import packed_experts as packed_experts
 from lora_inject.experts.profile import profile_experts as profile_experts
 from lora_inject.formats.exchange import read_adapter as read_adapter
-from lora_inject.formats.exchange import register_format as register_format
 from lora_inject.formats.exchange import write_adapter as write_adapter
 from lora_inject.formats.from_peft import from_peft as from_peft
 from lora_inject.integrations.publishing import push as push
@@ -74,14 +60,11 @@ from lora_inject.integrations.trl import reference as reference
 from lora_inject.integrations.trl import sync_merged as sync_merged
 from lora_inject.rows.routed import routed as routed
 from lora_inject.serving.peft_state import peft_state as peft_state
-from lora_inject.serving.verifying import Verdict as Verdict
 from lora_inject.serving.verifying import verify_loaded as verify_loaded
 from lora_inject.serving.verifying import verify_served as verify_served
 from lora_inject.trials.advise import advise as advise
 from lora_inject.trials.losses import causal_loss as causal_loss
 from lora_inject.trials.runs import Trials as Trials
-from lora_inject.trials.search import Search as Search
 from lora_inject.trials.search import search as search
-from lora_inject.trials.space import Space as Space
 from lora_inject.trials.trial import Trial as Trial
 from lora_inject.version import __version__ as __version__

@@ -16,8 +16,10 @@ TOLD = Path(__file__).parent / "fixtures" / "public_api.txt"
 
 def public_api() -> str:
     """Return a line for each public function, class, method, field and value."""
-    names = {f"li.{name}": getattr(li, name) for name in li.__all__ if name != "__version__"}
-    names |= {f"li.analysis.{n}": getattr(li.analysis, n) for n in li.analysis.__all__}
+    front = {name: getattr(li, name) for name in li.__all__ if name != "__version__"}
+    names = {f"li.{name}": value for name, value in front.items() if not inspect.ismodule(value)}
+    for module in (name for name, value in front.items() if inspect.ismodule(value)):
+        names |= {f"li.{module}.{n}": getattr(front[module], n) for n in front[module].__all__}
     return "\n".join(line for name in sorted(names) for line in lines(name, names[name])) + "\n"
 
 

@@ -139,7 +139,7 @@ def _renaming(
 ) -> Callable[[str], str]:
     """Return the change of a name; it refuses names that no module can be saved and loaded under.
 
-    `new` is as in `lora_inject.rename`; each of its regexes must occur in one of `names`.
+    `new` is as in `rename`; each of its regexes must occur in one of `names`.
     """
     if callable(new):
         change = new

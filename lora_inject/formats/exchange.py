@@ -124,7 +124,7 @@ def register_format(name: str, row: Format) -> Format:
         The row.
 
     Raises:
-        FormatError: The name is taken.
+        FormatError: The name is taken, or the two are swapped.
 
     Examples:
         >>> import pickle
@@ -138,6 +138,9 @@ def register_format(name: str, row: Format) -> Format:
         >>> FORMATS.pop("pickle") is row
         True
     """
+    asked = "register_format"
+    check_type(asked, name, str, "Give the name first, the Format second", FormatError)
+    check_type(asked, row, Format, "Give a Format: write, read, detects", FormatError)
     if name in FORMATS:
         raise FormatError(f"register_format({name!r})", "the name is taken", "Choose another one")
     others = dict(FORMATS)

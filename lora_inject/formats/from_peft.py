@@ -128,7 +128,7 @@ def _plain_data(config: Any) -> tuple[str, dict[str, Any]]:
         raise ConfigError("from_peft", problem, "Give a LoraConfig, a dict, or a path")
     if getattr(config, "_custom_modules", None):
         problem = "custom layers are registered in it"
-        raise ConfigError("from_peft", problem, "Register a kind of layer: register_kind")
+        raise ConfigError("from_peft", problem, "Register a kind of layer: extending.register_kind")
     return f"from_peft({type(config).__name__})", config.to_dict()
 
 

@@ -491,7 +491,7 @@ def test_names_are_read_as_told(tmp_path: Path, case: str) -> None:
     tensors = llama_tensors()
     base = save_checkpoint(tmp_path / "base", tensors)
     state = adapter_of(tensors, "q_proj", "lm_head")
-    other = li.rename(state, rename)
+    other = li.algebra.rename(state, rename)
     with refused(li.CheckpointError, "--rename OLD=NEW"):
         merge(base, [other], tmp_path / "out")
     merge(base, [other], tmp_path / "out", rename=told)

@@ -64,11 +64,11 @@ def test_every_field_of_the_schema_is_read() -> None:
     assert config.to_dict() == yaml.safe_load(EVERY_FIELD)
     assert config.targets[1].slices == (("q", 768), ("k", 64), ("v", 64))
     assert config.targets[2].layers == ("16-31",)
-    assert config.expect == li.Expect(sites=24, lora=294912, trainable=887811)
+    assert config.expect == li.classes.Expect(sites=24, lora=294912, trainable=887811)
 
 
 def test_configs_are_values() -> None:
-    rule = li.Rule(match="c", slices={"q": 3, "k": 4}, adapt=["q"])
+    rule = li.classes.Rule(match="c", slices={"q": 3, "k": 4}, adapt=["q"])
     config = li.Config(targets=["q", rule], init={"normal": 1})
     for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert copied == config
@@ -158,8 +158,8 @@ def test_aliases_and_merged_mappings_are_read() -> None:
         "targets:\n- &wide {match: q, rank: 64, alpha: 2}\n- {<<: *wide, match: k}\n"
         "- {<<: *wide, alpha: 3, match: v}\nexclude: &x [a]\ntrain: *x"
     )
-    assert config.targets[1] == li.Rule(match="k", rank=64, alpha=2)
-    assert config.targets[2] == li.Rule(match="v", rank=64, alpha=3)
+    assert config.targets[1] == li.classes.Rule(match="k", rank=64, alpha=2)
+    assert config.targets[2] == li.classes.Rule(match="v", rank=64, alpha=3)
     assert config.train == config.exclude == ("a",)
 
 
@@ -178,7 +178,7 @@ def test_numbers_and_words_mean_what_people_mean() -> None:
 
 def test_files_are_read_and_written(tmp_path: Path) -> None:
     path = tmp_path / "lora.yaml"
-    config = li.Config(targets=["größe", li.Rule(match="v", rank=2)])
+    config = li.Config(targets=["größe", li.classes.Rule(match="v", rank=2)])
     path.write_text(config.to_yaml(), encoding="utf-8")
     for source in (path, str(path), config, config.to_dict()):
         assert li.Config.coerce(source) == config
@@ -218,7 +218,7 @@ YAML_WORDS = r"""1e3 1.0e-3 10 010 on no null ~ 2026-01-01 << = # ' " !!x &a %a 
 patterns = st.one_of(
     st.sampled_from([*YAML_WORDS.split(), "a: b", "- a"]),
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8),
-).filter(lambda text: made(lambda: li.Rule(match=text)) is not None)
+).filter(lambda text: made(lambda: li.classes.Rule(match=text)) is not None)
 
 
 def made(make: Callable[[], Any]) -> Any:
@@ -229,7 +229,7 @@ def made(make: Callable[[], Any]) -> Any:
 
 
 @st.composite
-def rules(draw: st.DrawFn) -> li.Rule:
+def rules(draw: st.DrawFn) -> li.classes.Rule:
     optional = {
         "rank": st.integers(1, 2**20),
         "alpha": alphas,
@@ -247,7 +247,7 @@ def rules(draw: st.DrawFn) -> li.Rule:
         sized = draw(st.booleans())
         data["slices"] = {name: draw(st.integers(1, 99)) for name in parts} if sized else parts
         data["adapt"] = draw(st.lists(st.sampled_from(parts), min_size=1, unique=True))
-    return li.Rule(**data)
+    return li.classes.Rule(**data)
 
 
 counts = st.none() | st.integers(0, 2**50)
@@ -264,7 +264,7 @@ configs = st.builds(
     train=st.lists(patterns, max_size=2),
     bias=st.sampled_from(["none", "adapted", "all"]),
     expect=st.none()
-    | st.builds(li.Expect, sites=st.integers(0, 99), lora=counts, trainable=counts),
+    | st.builds(li.classes.Expect, sites=st.integers(0, 99), lora=counts, trainable=counts),
 )
 
 
@@ -288,7 +288,7 @@ def test_the_json_schema_describes_every_key_to_an_editor(run: Any) -> None:
     schema = json.loads(run("schema").out)
     assert list(schema["properties"]) == list(li.Config.model_fields)
     rule = schema["$defs"]["Rule"]
-    assert list(rule["properties"]) == list(li.Rule.model_fields)
+    assert list(rule["properties"]) == list(li.classes.Rule.model_fields)
     assert rule["required"] == ["match"]
     for part in (schema, *schema["$defs"].values()):
         assert part["additionalProperties"] is False

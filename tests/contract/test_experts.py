@@ -406,9 +406,9 @@ def two_layers() -> Any:
 
 def test_the_most_chosen_experts_of_each_layer_are_adapted(tmp_path: Path) -> None:
     names = [f"model.layers.{i}.mlp.experts" for i in range(2)]
-    profile = li.ExpertProfile(experts={names[0]: [9, 5, 0, 1], names[1]: [0, 0, 2, 9]})
+    profile = li.classes.ExpertProfile(experts={names[0]: [9, 5, 0, 1], names[1]: [0, 0, 2, 9]})
     profile.write(tmp_path / "p")
-    assert li.ExpertProfile.from_yaml(tmp_path / "p") == profile
+    assert li.classes.ExpertProfile.from_yaml(tmp_path / "p") == profile
     for top, first, second in ((0.25, (0,), (3,)), (0.26, (0, 1), (2, 3))):
         plan = li.plan(two_layers(), config(ALL | {"only": str(tmp_path / "p"), "top": top}))
         assert [site.only for site in plan.sites] == [first, first, second, second]
@@ -421,7 +421,7 @@ def test_the_command_writes_a_profile(tmp_path: Path, run: Any) -> None:
     rows.write_text("1 and 1 is 2\n2 is a number\n")
     done = run("profile", tmp_path, "--data", rows, "--output", output, "--length", 6)
     assert done.code == 0, done.err
-    counts = li.ExpertProfile.from_yaml(output).experts.values()
+    counts = li.classes.ExpertProfile.from_yaml(output).experts.values()
     assert [sum(each) for each in counts] == [2 * 2 * 6] * 2
 
 
@@ -456,7 +456,7 @@ def test_a_rule_that_fits_no_stack_or_says_nothing_is_refused(
 ) -> None:
     rule, kind, names = REFUSED[case]
     monkeypatch.chdir(tmp_path)
-    li.ExpertProfile(experts={"h.0": [1, 2, 3]}).write("other.yaml")
+    li.classes.ExpertProfile(experts={"h.0": [1, 2, 3]}).write("other.yaml")
     model, _ = experts("mixtral")
     with refused(kind, *names, model=model):
         li.inject(model, config(rule))

@@ -179,7 +179,7 @@ def test_everything_else_comes_back(name: str, tmp_path: Path) -> None:
     """Config, numbers, dtypes, marks of the base, and tensors of any dtype and value."""
     odd = {"alpha": 0.1 + 0.2, "scaling": "rslora", "dropout": 0.1, "compute": "float32"}
     rows = [SITES["linear"], SITES["slices"], SITES["conv1d"].by(**odd, init={"normal": 1e-3})]
-    made = li.as_dtype(state_of(*rows), torch.bfloat16)
+    made = li.algebra.as_dtype(state_of(*rows), torch.bfloat16)
     marked = li.adapter_state(li.inject(rows[0].layer(), {"targets": ["weight"]})).fingerprint
     assert marked
     trained = {
@@ -307,7 +307,7 @@ def test_states_that_peft_cannot_express_are_refused_before_anything_is_written(
 def test_a_value_whose_tensors_do_not_fit_is_refused(role: str, tmp_path: Path) -> None:
     (site,) = state_of(SITES["linear"]).sites.values()
     factors = {"A": site.A, "A0": None} | {role: torch.ones(2, 4) if role == "A" else site.A}
-    wrong = li.SiteState(site.spec, factors["A"], site.B, factors["A0"])
+    wrong = li.classes.SiteState(site.spec, factors["A"], site.B, factors["A0"])
     for name in EXACT:
         with refused(li.FormatError, "'h.0.fc'", role):
             li.write_adapter(li.AdapterState({"h.0.fc": wrong}), tmp_path / "a", name)
@@ -433,7 +433,7 @@ target_modules task_type use_dora use_rslora
 
 
 def test_the_folder_is_one_that_peft_0_12_reads(tmp_path: Path) -> None:
-    half = li.as_dtype(state_of(SITES["linear"]), torch.bfloat16)
+    half = li.algebra.as_dtype(state_of(SITES["linear"]), torch.bfloat16)
     sites = {**half.sites, **state_of(SITES["embedding"]).sites}
     state = li.AdapterState(sites, {"h.0.fc.bias": torch.ones(7)})
     path = li.write_adapter(state, tmp_path / "a", base_model="org/base", task_type="CAUSAL_LM")

@@ -127,7 +127,7 @@ def test_data_is_on_the_disk_before_it_gets_its_name(case: Case, monkeypatch) ->
 def merge_alone(base: Path, out: Path) -> None:
     state = adapter_of(load_checkpoint(base))
     print("begun", flush=True)
-    li.merge_checkpoint(base, [state], out, options=li.MergeOptions(workers=1))
+    li.merge_checkpoint(base, [state], out, options=li.classes.MergeOptions(workers=1))
 
 
 @pytest.mark.slow
@@ -167,7 +167,7 @@ def test_killed_at_moments_all_over_the_merge_the_output_is_absent_or_complete(
 
 def merge_until_interrupted(base: Path, out: Path) -> None:
     state = adapter_of(load_checkpoint(base))
-    said = li.MergeOptions(workers=2)
+    said = li.classes.MergeOptions(workers=2)
     while True:
         try:
             li.merge_checkpoint(

@@ -55,7 +55,7 @@ def tower() -> Tower:
     return Tower()
 
 
-def names_of(plan: li.Plan) -> list[str]:
+def names_of(plan: li.classes.Plan) -> list[str]:
     return [site.name for site in plan.sites]
 
 
@@ -129,7 +129,7 @@ def test_wrapping_a_pattern_changes_nothing_inside_it(flag, body, names) -> None
 
 
 def test_a_site_has_the_hyper_parameters_of_its_rule_in_the_order_of_the_model(tower) -> None:
-    rule = li.Rule(
+    rule = li.classes.Rule(
         match="v_proj", rank=4, alpha=6, dropout=0.25, init={"normal": 0.5}, scaling="rslora",
         compute="float32",
     )  # fmt: skip

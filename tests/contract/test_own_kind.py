@@ -41,7 +41,7 @@ class Squared(nn.Module):
         return x @ (self.table * self.table.abs()).t()
 
 
-class LoRADense(li.LoRALinear):
+class LoRADense(li.extending.LoRALinear):
     """Adds to the output."""
 
     kind, weight_name, transposed = "test_dense", "kernel", True
@@ -51,15 +51,15 @@ class LoRADense(li.LoRALinear):
         return issubclass(layer, Dense)
 
     @staticmethod
-    def geometry(module: nn.Module) -> li.Geometry:
-        return li.Geometry(N_IN, N_OUT, (N_IN, N_OUT), transposed=True)
+    def geometry(module: nn.Module) -> li.extending.Geometry:
+        return li.extending.Geometry(N_IN, N_OUT, (N_IN, N_OUT), transposed=True)
 
     @classmethod
     def adds_to_output(cls, module: nn.Module, *, stock: bool) -> bool:
         return isinstance(module, Dense) and module.gain == 1.0
 
 
-class LoRASquared(li.WeightUpdate):
+class LoRASquared(li.extending.WeightUpdate):
     """Is read as W + delta."""
 
     kind, weight_name = "test_squared", "table"
@@ -69,15 +69,15 @@ class LoRASquared(li.WeightUpdate):
         return issubclass(layer, Squared)
 
     @staticmethod
-    def geometry(module: nn.Module) -> li.Geometry:
-        return li.Geometry(N_IN, N_OUT, (N_OUT, N_IN))
+    def geometry(module: nn.Module) -> li.extending.Geometry:
+        return li.extending.Geometry(N_IN, N_OUT, (N_OUT, N_IN))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _registered() -> None:
     """For the rest of the process: no other test has such layers."""
-    li.register_kind(LoRADense)
-    li.register_kind(LoRASquared)
+    li.extending.register_kind(LoRADense)
+    li.extending.register_kind(LoRASquared)
 
 
 # A layer, its kind, and how its update mounts.
@@ -143,7 +143,7 @@ def test_a_foreign_kind_is_asked_before_the_built_in_ones() -> None:
     class Special(nn.Linear):
         pass
 
-    class LoRASpecial(li.LoRALinear):
+    class LoRASpecial(li.extending.LoRALinear):
         kind = "test_special"
 
         @classmethod
@@ -151,7 +151,7 @@ def test_a_foreign_kind_is_asked_before_the_built_in_ones() -> None:
             return issubclass(layer, Special)
 
     for _ in range(2):  # the second time it takes its own place
-        assert li.register_kind(LoRASpecial) is LoRASpecial
+        assert li.extending.register_kind(LoRASpecial) is LoRASpecial
     planned = li.plan(nn.Sequential(Special(3, 3), nn.Linear(3, 3)), config(r"\d"))
     assert [s.kind for s in planned.sites] == ["test_special", "linear"]
 
@@ -162,6 +162,6 @@ def test_a_foreign_kind_is_asked_before_the_built_in_ones() -> None:
 )
 def test_what_is_not_a_kind_of_its_own_is_refused(of_its_own: Any, names: tuple[str, ...]) -> None:
     with refused(li.LayerError, *names):
-        li.register_kind(type("Own", (li.LoRALinear,), of_its_own))
+        li.extending.register_kind(type("Own", (li.extending.LoRALinear,), of_its_own))
     planned = li.plan(nn.Sequential(nn.Linear(3, 3)), config("0"))
     assert [site.kind for site in planned.sites] == ["linear"]

@@ -342,7 +342,7 @@ def test_merged_on_disk_into_floats_or_quantized_again(family: str, form: str, t
     model, dense = adapted(load(plain)), load(plain)
     state = li.adapter_state(model)
     exact = {name: dense.get_parameter(name) + d for name, d in deltas(model).items()}
-    options = li.MergeOptions(dequantize="float32", verify=True, any_base=True)
+    options = li.classes.MergeOptions(dequantize="float32", verify=True, any_base=True)
     li.merge_checkpoint(packed, [state], tmp_path / "floats", options=options)
     assert load_checkpoint(tmp_path / "floats").keys() == load_checkpoint(plain).keys()
     assert not (tmp_path / "floats" / "hf_quant_config.json").exists()
@@ -351,7 +351,7 @@ def test_merged_on_disk_into_floats_or_quantized_again(family: str, form: str, t
     for name, W in exact.items():
         assert error(merged.get_parameter(name), W) < 1e-6, name
 
-    options = li.MergeOptions(requantize=True, verify=True, any_base=True)
+    options = li.classes.MergeOptions(requantize=True, verify=True, any_base=True)
     report = li.merge_checkpoint(packed, [state], tmp_path / "again", options=options)
     assert {row.action for row in report.tensors.values()} == {"folded"}
     before, after = load_checkpoint(packed), load_checkpoint(tmp_path / "again")

@@ -16,7 +16,7 @@ from helpers.training import llama_folder
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject import Space, search
+from lora_inject import search
 
 pytestmark = pytest.mark.recent
 
@@ -49,7 +49,7 @@ def squared(out: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.mse_loss(out, batch[1])
 
 
-def searched(model: nn.Module, space: Any = SPACE, **more: Any) -> li.Search:
+def searched(model: nn.Module, space: Any = SPACE, **more: Any) -> li.classes.Search:
     options: dict[str, Any] = {"train": TRAIN, "held_out": HELD_OUT, "loss": squared, **more}
     batches = options.pop("train"), options.pop("held_out")
     return search(model, space, *batches, forward=lambda batch: model(batch[0]), **options)
@@ -97,7 +97,7 @@ def test_an_interrupted_search_goes_on_to_the_same_result(tmp_path, monkeypatch)
     whole = searched(net())
 
     def stop_at(rung: int, step: int) -> Any:
-        def watch(search: li.Search) -> None:
+        def watch(search: li.classes.Search) -> None:
             if (len(search.rungs), max(map(len, search.rungs[-1].losses.values()))) == (rung, step):
                 raise KeyboardInterrupt
 
@@ -153,7 +153,7 @@ def test_a_trial_that_diverges_is_reported_and_all_of_them_are_an_error() -> Non
 
 def test_points_follow_from_the_seed_and_cover_the_ranges() -> None:
     text = "{targets: {all: [all-linear], last: ['2']}, lr: {from: 1e-4, to: 1e-2}, trials: 8, "
-    space = Space.from_text(text + "budget: {steps: 8}}")
+    space = li.classes.Space.from_text(text + "budget: {steps: 8}}")
     points = space.points()
     assert points == space.points()
     assert sorted(p["targets"] for p in points) == ["all"] * 4 + ["last"] * 4
@@ -182,7 +182,7 @@ def test_a_wrong_space_is_an_error_at_its_place(tmp_path: Path, text: str, name:
     key = text.partition(":")[0]
     path.write_text("\n".join([text, *(line for line in usual if line.partition(":")[0] != key)]))
     with refused(li.ConfigError, "s.yaml", name):
-        Space.from_yaml(path)
+        li.classes.Space.from_yaml(path)
 
 
 CANNOT: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {

@@ -657,7 +657,7 @@ def test_advice_is_the_largest_rank_that_fits_and_helps_its_purpose() -> None:
     one = li.plan(model, {"rank": 1, "targets": ["all-linear"]}).n_lora
     config = li.advise(model, 3 * one + one // 2)
     assert (config.rank, config.alpha) == (3, 32.0)
-    assert config.expect == li.Expect(sites=14, lora=3 * one)
+    assert config.expect == li.classes.Expect(sites=14, lora=3 * one)
     with refused(li.MatchError, "layers.*.self_attn"):
         li.advise(model, one - 1)
     for purpose, rank in (("sft", 256), ("rl", 32), ("classify", 16)):

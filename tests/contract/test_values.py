@@ -23,7 +23,7 @@ STACKS = {name: SITES[name] for name in ("experts", "turned experts")}
 
 def one(row: Site, seed: int = 0, **rule: Any) -> li.AdapterState:
     """An adapter of one layer in float64."""
-    return li.as_dtype(state_of(row.by(**rule), seed=seed), torch.float64)
+    return li.algebra.as_dtype(state_of(row.by(**rule), seed=seed), torch.float64)
 
 
 def delta(state: li.AdapterState, row: Site | None = None) -> Tensor:
@@ -64,7 +64,7 @@ def test_a_weighted_sum_is_that_of_the_dense_updates(
 
 
 def test_scaling_keeps_the_bits_of_the_tensors_and_a_frozen_start() -> None:
-    a = li.as_dtype(one(SLICES, init="pissa"), torch.bfloat16)
+    a = li.algebra.as_dtype(one(SLICES, init="pissa"), torch.bfloat16)
     (site,), (half,) = a.sites.values(), (a * -0.5).sites.values()
     assert torch.equal(half.A, site.A)
     assert torch.equal(half.B, -site.B)
@@ -76,7 +76,7 @@ def test_scaling_keeps_the_bits_of_the_tensors_and_a_frozen_start() -> None:
 
 
 def test_a_sum_of_16_bits_keeps_them_where_scales_are_equal_and_is_exact_where_not() -> None:
-    a, b = (li.as_dtype(one(LINEAR, seed), torch.bfloat16) for seed in (1, 2))
+    a, b = (li.algebra.as_dtype(one(LINEAR, seed), torch.bfloat16) for seed in (1, 2))
     same = (a + b + a).sites["h.0.fc"]  # scales as rounded by alpha / rank
     assert same.B.dtype == torch.bfloat16
     assert torch.equal(same.A, torch.cat([s.sites["h.0.fc"].A for s in (a, b, a)]))
@@ -223,7 +223,7 @@ def test_truncation_and_comparison_form_no_dense_update_and_draw_no_numbers() ->
     (site,) = li.adapter_state(big).sites.values()
     generator = torch.Generator().manual_seed(0)
     A, B = (torch.randn(shape, generator=generator) for shape in ((2, n), (n, 2)))
-    a = li.AdapterState({"big": li.SiteState(site.spec, A.bfloat16(), B.bfloat16())})
+    a = li.AdapterState({"big": li.classes.SiteState(site.spec, A.bfloat16(), B.bfloat16())})
     small, again = (li.truncate(a, rank=1).state for _ in range(2))
     assert small == again
     assert small.sites["big"].A.dtype == torch.bfloat16
@@ -244,22 +244,25 @@ def two_layers(**config: Any) -> Any:
 def test_dtype_selection_and_names() -> None:
     net = two_layers()
     state = li.adapter_state(net)
-    cast = li.as_dtype(state, torch.bfloat16)
+    cast = li.algebra.as_dtype(state, torch.bfloat16)
     assert {t.dtype for s in cast.sites.values() for t in s.tensors.values()} == {torch.bfloat16}
     assert cast.trained["0.bias"].dtype == torch.bfloat16
     assert cast.config == state.config
-    assert (list(li.subset(state, "2").sites), list(li.subset(state, "2").trained)) == (["2"], [])
-    assert list(li.subset(state, "0").trained) == ["0.bias"]
-    renamed = li.rename(state, {"^(0|2)": r"net.\1"})
+    assert (
+        list(li.algebra.subset(state, "2").sites),
+        list(li.algebra.subset(state, "2").trained),
+    ) == (["2"], [])
+    assert list(li.algebra.subset(state, "0").trained) == ["0.bias"]
+    renamed = li.algebra.rename(state, {"^(0|2)": r"net.\1"})
     assert (list(renamed.sites), list(renamed.trained)) == (["net.0", "net.2"], ["net.0.bias"])
     assert set(renamed.fingerprint) == {"net.0.weight", "net.2.weight", "net.2.bias"}
-    assert li.rename(renamed, {"net": ""}) == replace(state, config=None)
-    back = li.rename(renamed, lambda name: name.removeprefix("net."))
+    assert li.algebra.rename(renamed, {"net": ""}) == replace(state, config=None)
+    back = li.algebra.rename(renamed, lambda name: name.removeprefix("net."))
     assert back == replace(state, config=None)
     li.install(nn.ModuleDict({"net": li.eject(net)}), renamed, "again")
     for names in ({"0": "a b"}, {"0": "../x"}, {"0": ""}, {"0|2": "1"}):
         with refused(li.StateError, "'0'" if "0" in names else "'1'"):
-            li.rename(state, names)
+            li.algebra.rename(state, names)
 
 
 @pytest.mark.parametrize("start", ["kaiming", "pissa"])
@@ -270,13 +273,16 @@ def test_fused_projections_are_split_and_joined_again(kind: str, start: str) -> 
     (site,) = a.sites.values()
     sizes = dict(site.spec.slices.sizes) if site.spec.slices else {"up": 3, "gate": 4}
     adapted = site.spec.slices.adapt if site.spec.slices else tuple(sizes)
-    apart = li.split(a, row.name, sizes)
+    apart = li.algebra.split(a, row.name, sizes)
     head, _, leaf = row.name.rpartition(".")
     assert list(apart.sites) == [f"{head}.{part}" for part in adapted]
     for part, rows in zip(sizes, delta(a, row).split([*sizes.values()], dim=-2), strict=True):
         if part in adapted:
             assert_close(effect(apart.sites[f"{head}.{part}"]), rows)
-    back, joined = li.join(apart, leaf, sizes), replace(row, spans=row.spans or ((0, 3), (3, 7)))
+    back, joined = (
+        li.algebra.join(apart, leaf, sizes),
+        replace(row, spans=row.spans or ((0, 3), (3, 7))),
+    )
     assert_close(delta(back, joined), delta(a, row))
     assert back.sites[row.name].spec.weight == site.spec.weight
 
@@ -284,7 +290,7 @@ def test_fused_projections_are_split_and_joined_again(kind: str, start: str) -> 
 def test_joined_parts_may_have_other_ranks_and_scales_and_wrong_widths_are_refused() -> None:
     q, v = linear("h.0.q", 5, 4), linear("h.0.v", 5, 3, rank=1, alpha=9.0)
     a = state_of(q, v)
-    joined = li.join(a, "qkv", {"q": 4, "k": 2, "v": 3})
+    joined = li.algebra.join(a, "qkv", {"q": 4, "k": 2, "v": 3})
     row = Site("h.0.qkv", q.layer, 9, {}, ((0, 4), (6, 9)))
     zero = torch.zeros(2, 5, dtype=torch.float64)
     due = torch.cat([effect(a.sites["h.0.q"]), zero, effect(a.sites["h.0.v"])])
@@ -292,25 +298,25 @@ def test_joined_parts_may_have_other_ranks_and_scales_and_wrong_widths_are_refus
     slices = joined.sites["h.0.qkv"].spec.slices
     assert (dict(slices.sizes), slices.adapt) == ({"q": 4, "k": 2, "v": 3}, ("q", "v"))
     with refused(li.StateError, "h.0.q", "5"):
-        li.join(a, "qkv", {"q": 5, "v": 3})
+        li.algebra.join(a, "qkv", {"q": 5, "v": 3})
     with refused(li.StateError, "h.0.q", "4"):
-        li.split(a, r"0\.q", {"a": 1, "b": 2})
+        li.algebra.split(a, r"0\.q", {"a": 1, "b": 2})
 
 
 @pytest.mark.parametrize("kind", STACKS)
 def test_stacks_of_experts_are_split_and_joined_again(kind: str) -> None:
     a = one(STACKS[kind], init="pissa")
-    apart = li.split_experts(a, r"moe\.up")
+    apart = li.algebra.split_experts(a, r"moe\.up")
     assert list(apart.sites) == [f"moe.{e}.up" for e in range(3)]
     for e, part in enumerate(apart.sites.values()):
         assert_close(effect(part), delta(a)[e])
         assert part.spec.transposed == a.sites["moe.up"].spec.transposed, "it lies as in the stack"
-    assert_close(delta(li.join_experts(apart, "moe", 3)), delta(a))
-    fewer = li.join_experts(li.subset(apart, r"moe\.1\.up"), "moe", 3)
+    assert_close(delta(li.algebra.join_experts(apart, "moe", 3)), delta(a))
+    fewer = li.algebra.join_experts(li.algebra.subset(apart, r"moe\.1\.up"), "moe", 3)
     assert_close(delta(fewer)[1], delta(a)[1])
     assert not delta(fewer)[[0, 2]].any()
     with refused(li.StateError, "moe.2.up"):
-        li.join_experts(apart, "moe", 2)
+        li.algebra.join_experts(apart, "moe", 2)
 
 
 # ------------------------------------------------------------------------------------ combination
@@ -339,7 +345,7 @@ def test_masks_depend_on_seed_site_and_place_and_keep_as_much_as_is_asked() -> N
     assert 0.45 < (first.sites["h.0.fc"].A != 0).double().mean() < 0.55
 
 
-def ones(site: li.SiteState) -> li.SiteState:
+def ones(site: li.classes.SiteState) -> li.classes.SiteState:
     return site.of(site.spec, {role: torch.ones_like(t) for role, t in site.tensors.items()})
 
 
@@ -370,15 +376,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "no weight at all": (lambda: ONE * 0, ["0"]),
     "an alpha beyond floats": (lambda: (ONE * 1e308) * 1e308, ["h.0.fc", "alpha"]),
-    "values beyond a dtype": (lambda: li.as_dtype(huge(), torch.float16), ["h.0.fc", "float16"]),
-    "no floating point": (lambda: li.as_dtype(ONE, torch.int8), ["int8"]),
+    "beyond a dtype": (lambda: li.algebra.as_dtype(huge(), torch.float16), ["h.0.fc", "float16"]),
+    "no floating point": (lambda: li.algebra.as_dtype(ONE, torch.int8), ["int8"]),
     "no values": (lambda: li.truncate(on_meta(), rank=1), ["meta"]),
     "neither rank nor energy": (lambda: li.truncate(ONE), ["rank", "energy"]),
     "no rank": (lambda: li.truncate(ONE, rank=0), ["rank"]),
     "more energy than all": (lambda: li.truncate(ONE, energy=1.5), ["energy"]),
-    "an empty subset": (lambda: li.subset(ONE, "5"), ["'5'"]),
-    "a name that is not there": (lambda: li.rename(ONE, {"et": "x"}), ["'et'"]),
-    "no stack": (lambda: li.split_experts(ONE, "fc"), ["h.0.fc"]),
+    "an empty subset": (lambda: li.algebra.subset(ONE, "5"), ["'5'"]),
+    "a name that is not there": (lambda: li.algebra.rename(ONE, {"et": "x"}), ["'et'"]),
+    "no stack": (lambda: li.algebra.split_experts(ONE, "fc"), ["h.0.fc"]),
     "a sum of DoRA": (lambda: DORA + DORA, ["h.0.fc", "'m'"]),
     "a multiple of DoRA": (lambda: 2 * DORA, ["h.0.fc", "'m'"]),
     "a truncation of DoRA": (lambda: li.truncate(DORA, rank=1), ["h.0.fc", "'m'"]),

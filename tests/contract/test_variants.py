@@ -43,7 +43,7 @@ def test_what_cannot_carry_a_magnitude_refuses_it(tmp_path: Path) -> None:
             li.save_adapter(mixed, tmp_path / "b", format=layout)
 
 
-class Gate(li.Variant):
+class Gate(li.extending.Variant):
     """Outputs have a gate that starts at 1."""
 
     name = "gate"
@@ -58,7 +58,7 @@ class Gate(li.Variant):
 
 
 def use_and_save_a_gate(folder: Path) -> None:
-    li.register_variant(Gate)
+    li.extending.register_variant(Gate)
     net = nn.Sequential(nn.Linear(4, 6))
     model = li.inject(copy.deepcopy(net), {"rank": 1, "variant": "gate", "targets": ["0"]})
     fill(model)

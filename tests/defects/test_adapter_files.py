@@ -49,8 +49,8 @@ def test_a_cast_that_rounds_the_update_away_is_refused(
     faint: li.AdapterState, tmp_path: Path, run: Any
 ) -> None:
     with refused(li.StateError, "'0'", "float16", "torch.bfloat16"):
-        li.as_dtype(faint, torch.float16)
-    kept = effect(li.as_dtype(faint, torch.bfloat16))
+        li.algebra.as_dtype(faint, torch.float16)
+    kept = effect(li.algebra.as_dtype(faint, torch.bfloat16))
     torch.testing.assert_close(kept, effect(faint), rtol=0.02, atol=1e-11)
     for to in ("portable", "kohya"):
         with refused(li.FormatError, "site '0'", "float16"):
@@ -63,7 +63,7 @@ def test_a_cast_that_rounds_the_update_away_is_refused(
 
 def test_a_scale_that_is_folded_into_b_does_not_round_it_away(tmp_path: Path) -> None:
     model = small(alpha=1e-6, dtype=torch.float16)
-    state = li.as_dtype(li.adapter_state(model), torch.float16)
+    state = li.algebra.as_dtype(li.adapter_state(model), torch.float16)
     with refused(li.FormatError, "site '0'", "float16"):
         li.write_adapter(state, tmp_path / "a", "portable")
     path = li.write_adapter(state, tmp_path / "a", "portable", dtype="float32")
@@ -76,10 +76,10 @@ def test_a_scale_that_is_folded_into_b_does_not_round_it_away(tmp_path: Path) ->
 def test_two_names_are_swapped() -> None:
     layers = [nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)]
     state = li.adapter_state(li.inject(nn.Sequential(*layers), {"rank": 2, "targets": ["0", "2"]}))
-    swapped = li.rename(state, {"0": "2", "2": "0"})
+    swapped = li.algebra.rename(state, {"0": "2", "2": "0"})
     assert {name: swapped.sites[name].spec.in_features for name in "02"} == {"0": 6, "2": 4}
-    assert li.rename(swapped, {"0": "2", "2": "0"}).sites == state.sites
-    deep = li.rename(state, {"0": r"model.layers.0", "2": r"model.2"})
+    assert li.algebra.rename(swapped, {"0": "2", "2": "0"}).sites == state.sites
+    deep = li.algebra.rename(state, {"0": r"model.layers.0", "2": r"model.2"})
     assert [*deep.sites] == ["model.layers.0", "model.2"]
 
 
@@ -224,7 +224,7 @@ def test_a_module_called_base_layer_is_written_as_it_can_be_read(
 
 
 def test_a_role_that_ends_in_0_is_a_role_as_any_other(tmp_path: Path) -> None:
-    class Gated(li.Variant):
+    class Gated(li.extending.Variant):
         name = "gated with g0"
         roles: ClassVar = {"g0": lambda a, b: b[:-1]}
         gained = True
@@ -235,7 +235,7 @@ def test_a_role_that_ends_in_0_is_a_role_as_any_other(tmp_path: Path) -> None:
         def gain(self, tensors: Any, norms: Tensor) -> Tensor:
             return tensors["g0"]
 
-    li.register_variant(Gated)
+    li.extending.register_variant(Gated)
     model = small(variant="gated with g0")
     path = li.save_adapter(model, tmp_path / "a.safetensors", format="native")
     plain = nn.Sequential(nn.Linear(4, 6))
@@ -247,9 +247,11 @@ def test_a_role_that_ends_in_0_is_a_role_as_any_other(tmp_path: Path) -> None:
 
 
 def test_a_role_that_every_site_has_is_refused() -> None:
-    taken = type("Taken", (li.Variant,), {"name": "taken", "roles": {"A0": lambda a, b: b[:-1]}})
+    taken = type(
+        "Taken", (li.extending.Variant,), {"name": "taken", "roles": {"A0": lambda a, b: b[:-1]}}
+    )
     with refused(li.LayerError, "'A0'"):
-        li.register_variant(taken)
+        li.extending.register_variant(taken)
 
 
 # Comparisons and what is said -------------------------------------------------------------------

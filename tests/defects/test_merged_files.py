@@ -106,7 +106,7 @@ def test_a_grown_vocabulary_leaves_other_vocabularies_of_the_config(tmp_path: Pa
 
 
 def options(**given: Any) -> Any:
-    return li.MergeOptions(**given)
+    return li.classes.MergeOptions(**given)
 
 
 def test_rows_with_nan_are_told_without_their_thousands_of_numbers(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def squared(out: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.mse_loss(out, batch[1])
 
 
-def searched(model: nn.Module, **more: Any) -> li.Search:
+def searched(model: nn.Module, **more: Any) -> li.classes.Search:
     given: dict[str, Any] = {"forward": lambda b: model(b[0]), "loss": squared, **more}
     return search(model, given.pop("space", SPACE), data(3, 1), data(2, 2), **given)
 
@@ -46,7 +46,7 @@ OTHERS: dict[str, Any] = {
 def test_a_search_does_not_go_on_with_another_question(what: str, tmp_path: Path) -> None:
     stopped, model = net(), net()
 
-    def stop(search: li.Search) -> None:
+    def stop(search: li.classes.Search) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

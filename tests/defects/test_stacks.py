@@ -123,7 +123,7 @@ def test_a_stack_is_split_into_matrices_that_lie_as_in_it(hidden: int, tmp_path:
     deltas = of_peft_018(model, tmp_path / "adapter")
     value = li.read_adapter(tmp_path / "adapter", tensor_names=[*model.state_dict()])
     for name, stack in deltas.items():
-        sites = li.split_experts(value, name).sites
+        sites = li.algebra.split_experts(value, name).sites
         for expert, delta in enumerate(stack):
             site = sites[f"{MODULE}.{expert}.{name}"]
             assert site.spec.weight_shape == delta.shape

@@ -126,12 +126,12 @@ def write_search(path: Path) -> None:
     plain = cases.regression()
     batches, held_out = torch.randn(5, 6, 4).double(), torch.randn(3, 6, 4).double()
 
-    def searched(**options: Any) -> li.Search:
+    def searched(**options: Any) -> li.classes.Search:
         model = copy.deepcopy(plain)
         given = {"loss": cases.squared, "forward": model, **options}
         return li.search(model, cases.SPACE, [*batches], [*held_out], **given)
 
-    def stop(search: li.Search) -> None:
+    def stop(search: li.classes.Search) -> None:
         if len(search.rungs) == 2 and len(next(iter(search.rungs[1].losses.values()))) == 5:
             raise KeyboardInterrupt
 

@@ -143,7 +143,7 @@ def same_tensors(found: Tensors, wanted: Tensors, touched: Any) -> None:
 
 def merge(base: Path, adapters: Any, out: Path, progress: Any = None, **options: Any) -> Any:
     """Merge and verify; returns the report."""
-    said = li.MergeOptions(**{"verify": True, **options})
+    said = li.classes.MergeOptions(**{"verify": True, **options})
     return li.merge_checkpoint(base, adapters, out, options=said, progress=progress)
 
 

@@ -87,7 +87,7 @@ def state_of(*sites: Site, seed: int = 0, size: float = 1.0, **others: Any) -> l
     return li.AdapterState(held, **others)
 
 
-def effect(held: li.SiteState, row: Site | None = None) -> Tensor:
+def effect(held: li.classes.SiteState, row: Site | None = None) -> Tensor:
     """`scale * (B A - B0 A0)` as `(out, in)` in float64, zero outside the adapted slices."""
     update = _product(held.A.double(), held.B.double(), row)
     if held.A0 is not None and held.B0 is not None:

@@ -141,7 +141,7 @@ def built(model: Callable[[], nn.Module]) -> nn.Module:
     return model()
 
 
-def plan_of(name: str, model: Callable[[], nn.Module]) -> li.Plan:
+def plan_of(name: str, model: Callable[[], nn.Module]) -> li.classes.Plan:
     return li.plan(built(model), REPO / "configs" / f"{name}.yaml" if name in RUNS else name)
 
 

@@ -32,6 +32,7 @@ DOCUMENTS = (*sorted(OTHERS), *PAGES)
 EXTENDING = "docs/extending.md"
 docs_pages = script("docs_pages")
 WRITES = os.environ.get("WRITE_OUTPUTS") == "1"
+MODULES = ("algebra", "analysis", "checkpoint", "classes", "extending", "formats")
 LANGUAGES = {"python", "output", "yaml", "console", "text"}
 
 
@@ -112,7 +113,7 @@ def run_document(source: str, folder: Path) -> None:
                 same = same_output(shown.text if shown else "", printed)
                 assert same, f"the block at line {block.line} prints\n{printed}"
         elif block.language == "yaml":
-            schema = li.Space if block.text.startswith("# space.yaml") else li.Config
+            schema = li.classes.Space if block.text.startswith("# space.yaml") else li.Config
             schema.from_text(block.text, source=f"{source}:{block.line}")
         elif block.language == "console":
             texts[block] = ""
@@ -167,10 +168,11 @@ def test_the_reference_has_every_name_key_command_and_error():
     assert not any("<!-- generated" in page for page in pages)
     words = {*re.findall(r"^::: (\S+)$|`([\w.-]+)`", "\n".join(pages), re.MULTILINE)}
     words = {word for pair in words for word in pair}
-    modules = ("lora_inject", *(f"lora_inject.{m}" for m in ("analysis", "checkpoint", "formats")))
+    modules = ("lora_inject", *(f"lora_inject.{m}" for m in MODULES))
     names = {f"{m}.{name}" for m in modules for name in importlib.import_module(m).__all__}
     assert names - {"lora_inject.__version__"} <= words
-    assert {key for model in (li.Config, li.Rule, li.Expect) for key in model.model_fields} <= words
+    schemas = (li.Config, li.classes.Rule, li.classes.Expect)
+    assert {key for schema in schemas for key in schema.model_fields} <= words
     assert {error.__name__ for error in li.LoraInjectError.__subclasses__()} <= words
     group = typer.main.get_command(app)
     every = [group.get_command(None, name) for name in group.list_commands(None)]

@@ -42,7 +42,7 @@ def test_what_is_written_to_a_home_is_there_and_read_from_there(home: Path) -> N
     li.save_adapter(model, "~/run", version=3)
     li.write_adapter(li.adapter_state(model), "~/written")
     li.convert("~/saved", "~/converted", "portable", base="~/base")
-    options = li.MergeOptions(verify=True)
+    options = li.classes.MergeOptions(verify=True)
     li.merge_checkpoint("~/base", ["~/saved"], "~/merged", options=options)
     li.extract_adapter("~/base", "~/tuned", "~/extracted", rank=1)
     li.analysis.write_report("~/report.html", "<p>")

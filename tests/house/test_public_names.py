@@ -100,10 +100,13 @@ def test_every_public_name_is_there_and_type_checkers_see_it_at_its_home() -> No
     stub = ast.parse((PACKAGE / "__init__.pyi").read_text())
     imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
     homes = {alias.asname: node.module for node in imports for alias in node.names}
-    assert homes.keys() == {*lora_inject.__all__, "analysis"}
-    for name in homes.keys() - {"analysis", "__version__"}:
+    assert homes.keys() == {*lora_inject.__all__}
+    modules = {name for name, home in homes.items() if home == "lora_inject"}
+    for name in homes.keys() - modules - {"__version__"}:
         assert getattr(lora_inject, name).__module__ == homes[name]
+    for name in modules:
+        assert getattr(lora_inject, name).__all__
     with pytest.raises(AttributeError, match=r"'lora_inject' has no attribute 'nonsense'$"):
         lora_inject.nonsense  # noqa: B018
     # Importing a subpackage sets an attribute of its name on the package.
-    assert not {path.stem for path in PACKAGE.iterdir()} & set(lora_inject.__all__)
+    assert {path.stem for path in PACKAGE.iterdir()} & {*lora_inject.__all__} == modules

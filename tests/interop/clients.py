@@ -118,7 +118,7 @@ def results(program: Any, only: str) -> Iterator[Result]:
 def of_case(program: Any, run: Any, base: Path, alone: Result, case: Case) -> Iterator[Result]:
     """Yield a result for each format that the program is given."""
     model = adapted(case, base)
-    state, ours = li.as_dtype(li.adapter_state(model), case.dtype), outputs(model)
+    state, ours = li.algebra.as_dtype(li.adapter_state(model), case.dtype), outputs(model)
     effect = difference(ours, outputs(base_model(base)))
     for layout in [layout for layout in program.FILES if layout != "merged"]:
         result = replace(alone, layout=layout, effect=effect)

@@ -194,7 +194,7 @@ def test_llama_cpp_adds_to_its_weights_what_we_add_to_ours(tmp_path: Path) -> No
 
 def test_scales_are_folded_into_tensors_of_16_bits_with_one_rounding(tmp_path: Path) -> None:
     rows = [linear("model.layers.0.mlp.up_proj"), linear("model.layers.0.mlp.gate_proj", alpha=3.0)]
-    state = li.as_dtype(state_of(*rows), torch.bfloat16)
+    state = li.algebra.as_dtype(state_of(*rows), torch.bfloat16)
     path = li.write_adapter(state, tmp_path / "a.gguf", "gguf", config={"model_type": "qwen2"})
     same_effects(li.read_adapter(path), state)
 

@@ -73,7 +73,7 @@ def of_peft(model: nn.Module, config: LoraConfig):
     return sites, trained
 
 
-def of_ours(plan: li.Plan):
+def of_ours(plan: li.classes.Plan):
     sites = {s.name: (float(s.rank), float(s.alpha), float(s.scale)) for s in plan.sites}
     return sites, {entry.name for entry in plan.trained}
 

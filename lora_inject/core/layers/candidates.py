@@ -278,7 +278,7 @@ def _unfit(module: nn.Module, weight: Tensor | None, stated: Geometry, adds: boo
             return problem, "Inject first, then cast (enable_layerwise_casting)"
         problem = f"its weight is a packed {type(weight).__name__}, and the forward of {cls} is "
         problem += "not known"
-        return problem, "State that its output is linear in the weight: register_kind"
+        return problem, "State that its output is linear in the weight: extending.register_kind"
     if weight.shape != stated.weight_shape:
         problem = f"{cls} states sizes {stated.weight_shape}, and its weight has "
         problem += str(tuple(weight.shape))

@@ -503,7 +503,7 @@ def register_kind(row: type[Adapted]) -> type[Adapted]:
     Examples:
         >>> import torch
         >>> from torch import nn
-        >>> from lora_inject import Geometry, LoRALinear
+        >>> from lora_inject.extending import Geometry, LoRALinear
         >>> from lora_inject.core.layers.kinds import kind_of
         >>> class Dense(nn.Module):
         ...     def __init__(self):

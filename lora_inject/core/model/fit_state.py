@@ -94,7 +94,7 @@ def _place_of(spec: SiteSpec, names: Inventory, where: str) -> Candidate:
     """Return what of the model has the name of a site, and can take it."""
     if spec.kind != "parameter" and all(row.kind != spec.kind for row in KINDS):
         unknown = f"its kind of layer, {spec.kind!r}, is not registered here"
-        remedy = "Import the module that calls register_kind for it first"
+        remedy = "Import the module that calls extending.register_kind for it first"
         raise FormatError(where, unknown, remedy)
     candidate = names.of_site(spec.name, spec.kind)
     if candidate is None:

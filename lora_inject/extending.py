@@ -1,0 +1,17 @@
+"""Kinds of layers, variants and file formats of your own: `docs/extending.md` adds one of each."""
+
+from lora_inject.core.layers.adapted import WeightUpdate
+from lora_inject.core.layers.kinds import LoRALinear, register_kind
+from lora_inject.core.spec.sites import Geometry
+from lora_inject.core.spec.variants import Variant, register_variant
+from lora_inject.formats.exchange import register_format
+
+__all__ = [
+    "Geometry",
+    "LoRALinear",
+    "Variant",
+    "WeightUpdate",
+    "register_format",
+    "register_kind",
+    "register_variant",
+]
