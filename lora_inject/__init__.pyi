@@ -29,9 +29,6 @@ from lora_inject.core.model.merge import merged_weights as merged_weights
 from lora_inject.core.model.read_off import adapter_state as adapter_state
 from lora_inject.core.model.save import save_adapter as save_adapter
 from lora_inject.core.model.slots import reserve as reserve
-from lora_inject.core.model.stages import inject_stages as inject_stages
-from lora_inject.core.model.stages import load_stages as load_stages
-from lora_inject.core.model.stages import save_stages as save_stages
 from lora_inject.core.model.swap import swap_adapter as swap_adapter
 from lora_inject.core.model.training import adapter_parameters as adapter_parameters
 from lora_inject.core.model.training import parameter_groups as parameter_groups

@@ -1,4 +1,4 @@
-"""The same adapter with other tensors: all of them changed, some, or those of other experts."""
+"""The same adapter with other tensors: some of them, or those of other experts."""
 
 from __future__ import annotations
 
@@ -15,19 +15,6 @@ from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError
 
 T = TypeVar("T")
-
-
-def mapped(state: AdapterState, change: Callable[[Tensor], Tensor]) -> AdapterState:
-    """Return an adapter with each of its tensors changed; what was one tensor stays one."""
-    made: dict[int, Tensor] = {}
-
-    def once(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            made[id(tensor)] = change(tensor)
-        return made[id(tensor)]
-
-    sites = {name: site_mapped(site, once) for name, site in state.sites.items()}
-    return replace(state, sites=sites, trained={n: once(t) for n, t in state.trained.items()})
 
 
 def site_mapped(site: SiteState, change: Callable[[Tensor], Tensor]) -> SiteState:

@@ -47,7 +47,12 @@ def fit(
 ) -> AdapterState:
     """Return an adapter in the names and the geometry of a model, with the tensors as they are."""
     names = inventory(survey)
-    state = in_names_here(survey, state, leave_out, asked)
+    if leave_out:
+        given = [*state.trained, *state.sites]
+        gone = named(given, leave_out, f"{asked}, leave_out", FormatError)
+        state = only(state, set(given) - gone.keys())
+    for library in loaded_libraries():
+        state = library.in_names_of(survey.model, state, survey.weights)
     if any(site.spec.aliases or site.spec.kind == "parameter" for site in state.sites.values()):
         state = dataclasses.replace(state, sites=as_held_here(state.sites, names))
     specs = {key: fit_site(site.spec, names, asked) for key, site in state.sites.items()}
@@ -65,19 +70,6 @@ def fit(
             raise FormatError(f"{asked}, site {key!r}", problem, _ITS_MODEL)
         sites[spec.name] = state.sites[key].at(spec)
     return AdapterState(sites, trained, state.config, rows=rows)
-
-
-def in_names_here(
-    survey: Survey, state: AdapterState, leave_out: Sequence[str], asked: str
-) -> AdapterState:
-    """Return what of an adapter is not to be left out, in the names of the model."""
-    if leave_out:
-        given = [*state.trained, *state.sites]
-        gone = named(given, leave_out, f"{asked}, leave_out", FormatError)
-        state = only(state, set(given) - gone.keys())
-    for library in loaded_libraries():
-        state = library.in_names_of(survey.model, state, survey.weights)
-    return state
 
 
 def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 from os.path import lexists
-from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.layers.survey import Survey
 from lora_inject.core.model.base import Base
 from lora_inject.core.model.fit_state import fit
 from lora_inject.core.model.put import put_state, survey_for
@@ -77,30 +75,17 @@ def load_adapter(
     survey = survey_for(model, name)
     if trainable:
         check_live_inputs(survey, asked)
-    files, format, state = read_for(survey, path, format, revision, options, asked)  # noqa: A001
+    files = user_path("load adapter", path)
+    if revision is not None or not lexists(files):
+        files = on_disk(files, path, revision, asked)
+    format = format or detected(files)  # noqa: A001
+    state = read_adapter(files, format, facts=lambda: facts_about(survey), **options)
     fitted = fit(survey, state, leave_out, base, leave_new=leave_new, asked=asked)
     if format == "peft" and state.fingerprint is None:  # PEFT made it
         refuse_first_places(survey, (site.spec for site in fitted.sites.values()), asked)
     put_state(survey, fitted, name, owned=True, trainable=trainable)
     Injected(model, asked).root.adapters[name].files = files.absolute()
     return model
-
-
-def read_for(
-    survey: Survey,
-    path: str | PathLike[str],
-    format: str | None,  # noqa: A002
-    revision: str | None,
-    options: dict[str, Any],
-    asked: str,
-) -> tuple[Path, str, AdapterState]:
-    """Return the files of an adapter for a model, maybe of the hub, their format and its value."""
-    files = user_path("load adapter", path)
-    if revision is not None or not lexists(files):
-        files = on_disk(files, path, revision, asked)
-    format = format or detected(files)  # noqa: A001
-    state = read_adapter(files, format, facts=lambda: facts_about(survey), **options)
-    return files, format, state
 
 
 def install(

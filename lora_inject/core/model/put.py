@@ -249,7 +249,6 @@ def put_state(
     *,
     owned: bool = False,
     trainable: bool = False,
-    last: Callable[[], None] = lambda: None,
 ) -> None:
     """Put a fitted adapter on; it becomes active if it trains, or no other is active.
 
@@ -280,7 +279,7 @@ def put_state(
             copies[mine["T"]] = held(mine["T"], weight)
         return {"T": copies[mine["T"]]}
 
-    put(survey, name, wanted, given, state.config, train=trainable, last=last)
+    put(survey, name, wanted, given, state.config, train=trainable)
 
 
 def _is_as_trained(tensor: Tensor, weight: Tensor) -> bool:
