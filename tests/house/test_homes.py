@@ -39,7 +39,6 @@ def test_what_is_written_to_a_home_is_there_and_read_from_there(home: Path) -> N
     (home / "lora.yaml").write_text("rank: 2\ntargets: ['0']")
 
     li.save_adapter(model, Path("~/saved"))
-    li.save_adapter(model, "~/run", version=3)
     li.write_adapter(li.adapter_state(model), "~/written")
     li.convert("~/saved", "~/converted", "portable", base="~/base")
     options = li.classes.MergeOptions(verify=True)
@@ -49,13 +48,13 @@ def test_what_is_written_to_a_home_is_there_and_read_from_there(home: Path) -> N
     li.analysis.draw_spectra({"0": torch.ones(2)}, "~/spectra.png")
     trials = li.Trials(net(), {"a": li.Trial(RULE, lr=1e-3)})
     trials.save("~/trials.pt")
-    written = {"saved", "run", "written", "converted", "merged", "extracted"}
+    written = {"saved", "written", "converted", "merged", "extracted"}
     written |= {"report.html", "spectra.png", "trials.pt"}
     there = {path.name for path in home.iterdir() if path.name[0] != "."}
     assert there == {"base", "tuned", "lora.yaml", *written}
     assert list(Path.cwd().iterdir()) == []
 
-    assert li.load_adapter(net(), "~/run/3") is not None
+    assert li.load_adapter(net(), "~/saved") is not None
     assert li.swap_adapter(model, "~/saved") is model
     assert list(li.read_adapter("~/written").sites) == ["0"]
     assert li.check_adapter("~/saved", "peft", base="~/base") == []

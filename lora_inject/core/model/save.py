@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -15,7 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.atomic import replace_file
 from lora_inject.core.layers.library import note_saved, this_process_writes
 from lora_inject.core.model.listing import idle_among, notes_on_adapter
 from lora_inject.core.model.probing import take_proof
@@ -33,8 +29,6 @@ def save_adapter(
     name: str = "default",
     *,
     format: str | None = None,  # noqa: A002 - the word that users look for
-    version: int | None = None,
-    keep: int | None = None,
     unused: Sequence[str] = (),
     probe: Any = None,
     **options: Any,
@@ -52,9 +46,6 @@ def save_adapter(
         format: A row of `formats.FORMATS`; None for the folder that most programs read. A format
             refuses what its readers would compute wrong; where that is because another module reads
             a layer's weight, it may be known only once the model has run.
-        version: Write to `path/VERSION`, then replace the file `path/LATEST`, which has the name of
-            the newest version: for servers that follow a training run.
-        keep: With `version`: the number of newest versions to keep; by default all.
         unused: Patterns (as in a config) of sites and trained tensors that may be without use. Else
             what no forward has used is an error once the adapter was trained, unless other members
             of the same ModuleList or ModuleDict were used: experts, layers that are dropped.
@@ -76,7 +67,9 @@ def save_adapter(
     """
     asked = f"save adapter {name!r}"
     folder, format = user_path("save adapter", path), format or DEFAULT  # noqa: A001
-    target = _target(folder, format, version, keep, asked)
+    row = format_of(format, asked)
+    with within(f"{asked} to '{path}'"):
+        target = completed(folder, row)
     survey = Injected(model, asked)
     state, facts = saved_state(survey, name, format, unused)
     if probe is not None:
@@ -84,31 +77,9 @@ def save_adapter(
     if this_process_writes(survey):
         say_untrained(name, state)
         write_adapter(state, target, format, facts=facts, **options)
-        if version is not None:
-            _note_newest(folder, version, keep)
     note_saved(survey)
     survey.root.adapters[name].files = target.absolute()
     return target
-
-
-def _target(
-    path: Path,
-    format: str,  # noqa: A002
-    version: int | None,
-    keep: int | None,
-    asked: str,
-) -> Path:
-    """Return where files of a format are written for a path."""
-    row = format_of(format, asked)
-    if version is None:
-        if keep is not None:
-            raise FormatError(f"{asked}, keep {keep}", "it counts versions", "Give version, too")
-        with within(f"{asked} to '{path}'"):
-            return completed(path, row)
-    if row.endings:
-        problem = f"versions are folders, and {format!r} is one file"
-        raise FormatError(f"{asked}, version {version}", problem, "Leave version out")
-    return path / str(version)
 
 
 def saved_state(
@@ -146,21 +117,3 @@ def saved_state(
         return replace(facts_about(survey), idle=idle, notes=notes)
 
     return state, facts
-
-
-LATEST = "LATEST"
-"""File with the name of an adapter's newest version."""
-
-
-def _note_newest(folder: Path, newest: int, keep: int | None) -> None:
-    """Note the version that was written last, and remove the oldest but `keep`."""
-    replace_file(folder / LATEST, f"{newest}\n".encode())
-    if keep is None:
-        return
-    versions = sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdecimal())
-    for version in [v for v in versions if v != newest][: max(0, len(versions) - max(1, keep))]:
-        # renamed first: nobody finds half of one
-        doomed = folder / f".{version}.{secrets.token_hex(6)}.tmp"
-        with suppress(FileNotFoundError):  # another process was first
-            (folder / str(version)).rename(doomed)
-            shutil.rmtree(doomed)
