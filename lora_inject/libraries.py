@@ -10,7 +10,6 @@ from lora_inject.integrations.accelerate import Accelerate
 from lora_inject.integrations.peft_wrapped import Peft
 from lora_inject.integrations.stand_ins import Methods
 from lora_inject.integrations.transformers import Transformers
-from lora_inject.integrations.transformers_parallel import Plans
 from lora_inject.quantized.bitsandbytes import BitsAndBytes4, BitsAndBytes8
 from lora_inject.quantized.libraries import (
     HQQ,
@@ -48,7 +47,6 @@ def fill() -> None:
         Packs("transformers.quantizers.base", Quantized()),
         Peft(),
         Transformers(),
-        Plans(),
         OlderNames(),
         Methods(),
         Sharding(),

@@ -1,23 +1,18 @@
 """Models whose tensors are spread over processes: what is refused, and what becomes shards.
 
-An adapter that is put onto a model that DeepSpeed, FSDP1 or DistributedDataParallel has spread
-would be plain Parameters among shards, whose gradients nobody reduces.
+An adapter that is put onto a model that is spread over processes would be plain Parameters among
+shards, whose gradients nobody reduces. So adapters come first, and are spread with their layers.
 
-What consists of DTensors takes an adapter, which becomes shards as well:
-
-1. A parameter group of FSDP2 takes no new parameters. So `fully_shard` is called on each layer that
-   gets an adapter, with the mesh of its weight. The new Parameters become a separate group; the
-   layer's other Parameters are `ignored_params` of this call and stay in their group.
-2. Tensor and expert parallelism compute with DTensors: the new ones are distributed as their
-   weights are (`placements`). Experts stay out of FSDP2's groups there: their gradients come from
-   the tokens of other processes, and are summed where they are computed.
+FSDP2 alone takes them afterwards. Its parameter groups take no new parameters: `fully_shard` is
+called on each layer that gets an adapter, with the mesh of its weight. The new Parameters become a
+separate group; the layer's other Parameters are `ignored_params` of this call and stay in theirs.
 """
 
 from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterable, Iterator, Sequence, Set
 from itertools import repeat
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,12 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lora_inject.core.layers.library import Library, loaded_libraries
+from lora_inject.core.layers.library import Library
 from lora_inject.core.layers.survey import Carried, Survey, memory_of
 from lora_inject.core.layers.weight_kinds import sharded_by
 from lora_inject.core.roots.root import entries
 from lora_inject.distributed.movers import groups, held_by_group, is_moved
-from lora_inject.distributed.placements import check_parts, distribute
 from lora_inject.errors import LayerError
 
 
@@ -59,7 +53,7 @@ class Sharding(Library):
         )
 
     def before_attach(self, survey: Survey, asked: str) -> None:
-        """Refuse a model that is spread over processes, but for DTensors."""
+        """Refuse a model that is spread over processes, but by FSDP2."""
         if fsdp2_modules(survey):
             self.before_read(survey)
         else:
@@ -104,14 +98,8 @@ class Sharding(Library):
 
     def before_load(self, survey: Survey, name: str, wanted: Sequence[Carried]) -> None:
         """Check that a new adapter can be sharded with its layers."""
-        asked = f"adapter {name!r}"
-        if groups := {id(module): module for module in fsdp2_modules(survey)}:
-            apart = [place for place in wanted if _sums_itself(place.module)]
-            check_parts(asked, apart, gathered=True)
-            others = [place for place in wanted if not _sums_itself(place.module)]
-            _check_shardable(groups, asked, others)
-        elif meshes(survey):
-            check_parts(asked, wanted)
+        if fsdp2_modules(survey):
+            _check_shardable(survey, f"adapter {name!r}", wanted)
 
     def before_eject(self, survey: Survey, gone: Set[str]) -> None:
         """Refuse to eject an adapter in FSDP2's groups: each forward would put it back."""
@@ -126,13 +114,8 @@ class Sharding(Library):
 
     def after_load(self, survey: Survey, name: str) -> None:
         """Shard the tensors of an adapter that was just put on, layer by layer."""
-        by_fsdp2 = bool(fsdp2_modules(survey))
-        if by_fsdp2:
+        if fsdp2_modules(survey):
             _shard_adapter(survey, name)
-        made: dict[nn.Parameter, nn.Parameter] = {}
-        for place in entries(survey, name) if meshes(survey) else ():
-            if not by_fsdp2 or _sums_itself(place.module):
-                distribute(place, made)
 
 
 _groups: list[bool] = []  # a group that is gone may have left its shards
@@ -146,7 +129,7 @@ def _group_was_made() -> bool:
 
 
 def _refuse_spread(survey: Survey, asked: str) -> None:
-    """Check that a model is not spread over processes yet, but for DTensors."""
+    """Check that a model is not spread over processes yet."""
     wrapper: Any = type(survey.given)
     engine = wrapper.__module__ == "deepspeed.runtime.engine"
     if engine or replicating(survey):
@@ -162,9 +145,8 @@ def _refuse_spread(survey: Survey, asked: str) -> None:
             f"{path or 'the model'!r} is sharded by {how}, and the adapter's gradients would "
             "not be reduced",
             "Inject or load first, then shard: fully_shard, parallelize_module and DeepSpeed "
-            "distribute an adapter with its layer; inject, load_adapter and swap_adapter also work "
-            "after fully_shard and parallelize_module, and on what transformers from 5.21 on has "
-            "loaded with tp_plan",
+            "distribute an adapter with its layer; inject and load_adapter also work after "
+            "fully_shard, and swap_adapter after each",
         )
 
 
@@ -181,7 +163,7 @@ def _spread(survey: Survey) -> Iterator[tuple[str, str]]:
         if "_hf_tp_plan" in module.__dict__:
             yield path, "tp_plan"
     for holder in survey.holders:
-        if not hasattr(holder.tensor, "full_tensor") and (how := sharded_by(holder.tensor)):
+        if how := sharded_by(holder.tensor):
             yield holder.name, how
 
 
@@ -223,23 +205,15 @@ def fsdp2_modules(survey: Survey) -> list[Any]:
     return [module for _, module in survey.modules if isinstance(module, fsdp)]
 
 
-def _sums_itself(module: nn.Module) -> bool:
-    """Return whether the gradients of an adapter are summed in the forward of its module."""
-    return any(library.sums_gradients(module) for library in loaded_libraries())
-
-
-def _check_shardable(
-    groups: Mapping[int, nn.Module],
-    asked: str,
-    carried: Iterable[Carried],
-) -> None:
-    inside = {id(module) for group in groups.values() for module in group.modules()}
+def _check_shardable(survey: Survey, asked: str, wanted: Iterable[Carried]) -> None:
+    called_with = set(map(id, fsdp2_modules(survey)))
+    held = {(id(m), name) for group in groups() for m, name, _ in held_by_group(group)}
     copies: dict[Hashable, nn.Module] = {}
-    for place in carried:
+    for place in wanted:
         module, memory = place.module, memory_of(place.weight)
         *replicated, shard = getattr(place.weight, "placements", (None,))
         along_one = shard is not None and shard.is_shard()
-        if id(module) in groups:
+        if id(module) in called_with:
             reason = "fully_shard was called with this very layer, whose group takes no parameters"
         elif type(module).forward is nn.Module.forward or isinstance(
             module, NonDynamicallyQuantizableLinear
@@ -247,7 +221,9 @@ def _check_shardable(
             reason = "it is never called, before which FSDP2 could gather the adapter"
         elif place.entry.spec is None and copies.setdefault(memory, module) is not module:
             reason = "its trained copy is tied to that of another layer"
-        elif id(module) not in inside or not along_one or any(p.is_shard() for p in replicated):
+        elif not (along_one and (id(module), place.entry.param) in held) or any(
+            p.is_shard() for p in replicated
+        ):
             reason = "it is not sharded by fully_shard alone"
         else:
             continue
@@ -263,8 +239,6 @@ def _shard_adapter(survey: Survey, name: str) -> None:
     depths: dict[nn.Module, int] = {}
     for item in entries(survey, name):
         path, module, entry = item
-        if _sums_itself(module):
-            continue
         new.setdefault(module, set()).update(entry.tensors(module).values())
         meshes[module] = item.weight.device_mesh  # type: ignore[attr-defined]
         depths[module] = path.count(".")

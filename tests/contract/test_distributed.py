@@ -538,6 +538,12 @@ def second_alone(model: nn.Module) -> nn.Module:
     return model
 
 
+def by_columns(model: nn.Module) -> nn.Module:
+    from torch.distributed.tensor import parallel
+
+    return parallel.parallelize_module(model, mesh(1), {"0": parallel.ColwiseParallel()})
+
+
 def two_layers() -> nn.Sequential:
     torch.manual_seed(3)
     return nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)).double()
@@ -551,7 +557,7 @@ RULE = {"rank": 2, "alpha": 3.0, "targets": ["0"]}
     "shard",
     [
         flattened_by_fsdp1, sharded_by_zero3, stepped_by_zero2, spread_by_older_transformers,
-        pytest.param(second_alone, marks=needs_fsdp2),
+        by_columns, pytest.param(second_alone, marks=needs_fsdp2),
     ],
 )  # fmt: skip
 def test_sharding_comes_after_injecting(shard: Any, one_rank: None) -> None:

@@ -112,24 +112,6 @@ def single_tokens_are_refused_in_either_order(folder: Path) -> None:
             model(torch.arange(8)[None]) if first else li.inject(model, tokens)
 
 
-def older_torch_distributes_as_well(folder: Path) -> None:
-    """As torch 2.6, whose `distribute_tensor` knows no `src_data_rank`."""
-    import torch.distributed.tensor as tensors
-    from torch.distributed.tensor import parallel
-
-    own = tensors.distribute_tensor
-    tensors.distribute_tensor = lambda tensor, mesh, placements: own(tensor, mesh, placements)
-    try:
-        model = two_layers()
-        plan = {"0": parallel.ColwiseParallel(), "1": parallel.RowwiseParallel()}
-        parallel.parallelize_module(model, mesh(WORLD), plan)
-        filled(li.inject(model, CONFIG))
-    finally:
-        tensors.distribute_tensor = own
-    wanted = filled(li.inject(two_layers(), CONFIG))
-    assert far(model(x()).detach(), wanted(x()).detach()) < 1e-12
-
-
 JOBS: dict[str, Callable[[Path], None]] = {
     job.__name__: job
     for job in (
@@ -137,7 +119,6 @@ JOBS: dict[str, Callable[[Path], None]] = {
         the_policy_is_the_base_s,
         what_a_parent_reads_is_refused,
         single_tokens_are_refused_in_either_order,
-        older_torch_distributes_as_well,
     )
 }
 

@@ -119,11 +119,6 @@ class Library:
         del survey
         return True
 
-    def sums_gradients(self, module: nn.Module) -> bool:
-        """Return whether gradients of an adapter are summed in the forward of its module."""
-        del module
-        return False
-
     def new_weights(self, survey: Survey) -> Sequence[str]:
         """Return the parameters that no checkpoint of a model had."""
         del survey

@@ -36,7 +36,6 @@ from lora_inject.core.roots.root import (
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.plan import Plan
-from lora_inject.distributed.sharding import meshes
 from lora_inject.errors import LayerError
 
 Values = Callable[[Carried], Mapping[str, Tensor]]
@@ -200,27 +199,25 @@ def put_plan(
 
     def started(place: Carried) -> Mapping[str, Tensor]:
         if spread:  # several processes start with the same values
-            return _first_values_alike(survey, place)
+            return _first_values_alike(place)
         return first_values(place.module, place.entry, place.weight)
 
     put(survey, name, wanted, initial, planned.config.to_dict(), alone=alone, last=last)
 
 
 @torch.no_grad()
-def _first_values_alike(survey: Survey, place: Carried) -> Mapping[str, Tensor]:
-    """Return the values that a new adapter starts with at a layer of a model with DTensors.
+def _first_values_alike(place: Carried) -> Mapping[str, Tensor]:
+    """Return the values that a new adapter starts with at a layer that FSDP2 has sharded.
 
     Whole, and the same in every process: those of the first one. A collective operation.
     """
     weight: Any = place.weight
     values = first_values(place.module, place.entry, whole(weight))
-    spread = [weight.device_mesh] if hasattr(weight, "full_tensor") else meshes(survey)
-    for mesh in spread:
-        for axis in range(mesh.ndim):
-            group = mesh.get_group(axis)
-            source = torch.distributed.get_global_rank(group, 0)
-            for tensor in values.values():
-                torch.distributed.broadcast(tensor, source, group)
+    for axis in range(weight.device_mesh.ndim):
+        group = weight.device_mesh.get_group(axis)
+        source = torch.distributed.get_global_rank(group, 0)
+        for tensor in values.values():
+            torch.distributed.broadcast(tensor, source, group)
     return values
 
 
