@@ -83,10 +83,6 @@ def training(model: Any) -> nn.Module:
     return model
 
 
-def installed(model: Any, plain: nn.Module, folder: Path) -> nn.Module:
-    return training(li.install(plain, li.adapter_state(model)))
-
-
 def swapped_in(model: Any, *_: Any) -> nn.Module:
     state = copy.deepcopy(li.adapter_state(model))
     return li.swap_adapter(fill(model), state)
@@ -218,7 +214,6 @@ CONDITIONS: dict[str, Condition] = {
     "plain": Condition(),
     "float32": Condition(dtype=torch.float32),
     "bfloat16": Condition(dtype=torch.bfloat16),
-    "float16": Condition(dtype=torch.float16),
     "float32 arithmetic over bfloat16": Condition(
         {"compute": "float32"},
         dtype=torch.bfloat16,
@@ -231,7 +226,6 @@ CONDITIONS: dict[str, Condition] = {
     "autocast over bfloat16": Condition(dtype=torch.bfloat16, around=autocast),
     "strided inputs": Condition(inputs=strided),
     "many rows": Condition(inputs=lambda x: x.repeat(12, *[1] * (x.dim() - 1))),
-    "one row": Condition(inputs=lambda x: x[:1]),
     "without gradients": Condition(around=lambda _: torch.no_grad(), trains="nothing"),
     "inference mode, in eval": Condition(
         after=lambda model, *_: model.eval(),
@@ -255,9 +249,7 @@ CONDITIONS: dict[str, Condition] = {
         refused=only(BIASED, li.MatchError) | dict.fromkeys(NO_BIAS, li.LayerError),
     ),
     "half of it": Condition(after=at_weight(0.5), weight=0.5),
-    "minus twice": Condition(after=at_weight(-2.0), weight=-2.0),
     "disabled": Condition(around=li.disabled, weight=0.0, trains="inputs"),
-    "none active": Condition(after=lambda m, *_: li.activate(m, None), weight=0.0, trains="inputs"),
     "routed": Condition(
         around=lambda model: li.routed(model, ["default", None, "default", None]),
         rows=(True, False, True, False),
@@ -271,13 +263,12 @@ CONDITIONS: dict[str, Condition] = {
     "merged weights": Condition(after=given_merged_weights, trains="inputs"),
     "native file": Condition(after=from_file("native", "a.safetensors")),
     "PEFT's file": Condition(after=from_file("peft", "a"), refused=only(IN_PEFT, li.FormatError)),
-    "installed": Condition(after=installed),
     "ejected and installed": Condition(after=ejected_and_installed),
     "swapped in": Condition(after=swapped_in),
     "state dict": Condition(after=from_state_dict),
     "born on meta": Condition(after=born_on_meta),
     "copy.copy of the layer": Condition(after=shallow),
-    **{name: Condition(after=copied(function)) for name, function in COPIES.items()},
+    **{name: Condition(after=copied(COPIES[name])) for name in ("deepcopy", "pickle")},
     "checkpointed": Condition(call=checkpointed(False)),
     "checkpointed, reentrant": Condition(
         call=checkpointed(True), refused=dict.fromkeys(TABLES, li.LayerError)

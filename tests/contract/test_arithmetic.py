@@ -130,17 +130,6 @@ def test_a_linear_layer_is_the_dense_one_for_any_mix_shape_and_layout(
         assert torch.allclose(one.double(), other, rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 4)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_few_tokens_have_the_bits_of_the_same_tokens_in_training(dtype, shape) -> None:
-    layer = li.inject(nn.Sequential(nn.Linear(5, 6)), {"rank": 2, "targets": ["0"]})[0].to(dtype)
-    nn.init.normal_(layer.get_parameter("lora_B__default"))
-    x = torch.randn(*shape, 10, dtype=dtype)[..., ::2]  # not contiguous
-    wanted = layer(x)
-    with torch.no_grad():
-        assert same_bits(layer.eval()(x), wanted)
-
-
 DERIVATIVES: dict[str, dict[str, Any]] = {
     "plain": {},
     "slices": {"spans": ((0, 2), (3, 6))},
@@ -241,13 +230,12 @@ def test_forward_mode_is_right_or_refused(kind: str) -> None:
     assert error(slope, (above - below) / (2 * step)) < 1e-7
 
 
-@pytest.mark.parametrize("shape", [(2, 5), (2, 3, 5), (40, 3, 5)], ids=str)
 @pytest.mark.parametrize("kind", MATRICES)
 def test_inputs_that_changed_before_the_backward_are_refused_and_outputs_may_change(
-    kind: str, shape: tuple[int, ...]
+    kind: str,
 ) -> None:
     model = injected(KINDS[kind], torch.float64)
-    x = torch.randn(shape, dtype=torch.float64)
+    x = torch.randn(2, 3, 5, dtype=torch.float64)
     y = model(x)
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -309,49 +297,3 @@ def test_compute_float32_keeps_gradients_right_over_a_16_bit_base(kind: str, rou
         errors[compute] = max(error(t.grad, w.grad) for t, w in zip(leaves, twins, strict=True))
     assert errors["float32"] < 1e-6
     assert errors["base"] > 1e-4
-
-
-@st.composite
-def parameters(draw: st.DrawFn) -> tuple[Kind, dict[str, Any], float]:
-    """A raw weight of some layout, the rule that adapts it, and the scale."""
-    n_in, n_out, rank = draw(st.integers(1, 5)), draw(st.integers(2, 6)), 2
-    turned, experts = draw(st.booleans()), draw(st.sampled_from([None, None, 1, 3]))
-    rule: dict[str, Any] = {"match": "w", "layout": "in_out" if turned else "out_in"}
-    spans: tuple[tuple[int, int], ...] = ()
-    if experts is None and draw(st.booleans()):
-        cut = draw(st.integers(1, n_out - 1))
-        adapt = draw(st.sampled_from([("a",), ("b",), ("a", "b")]))
-        rule |= {"slices": {"a": cut, "b": n_out - cut}, "adapt": list(adapt)}
-        spans = tuple({"a": (0, cut), "b": (cut, n_out)}[name] for name in adapt)
-    scaling, alpha = draw(st.sampled_from(["standard", "rslora"])), draw(st.floats(0.1, 8))
-    rule |= {"rank": rank, "alpha": alpha, "scaling": scaling}
-    kind = Kind(nn.Module, (n_in, n_out), spans=spans, transposed=turned, experts=experts)
-    return kind, rule, alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
-
-
-@settings(max_examples=60, deadline=None)
-@given(problem=parameters(), dtype=st.sampled_from(list(TOLERANCE)), seed=SEEDS)
-def test_what_is_read_and_what_a_merge_writes_are_w_plus_delta_rounded_once(
-    problem: tuple[Kind, dict[str, Any], float], dtype: torch.dtype, seed: int
-) -> None:
-    torch.manual_seed(seed)
-    kind, rule, scale = problem
-    sizes = kind.sizes if kind.transposed else kind.sizes[::-1]
-    model: Any = nn.Module()
-    model.w = nn.Parameter(torch.randn(*([kind.experts] if kind.experts else []), *sizes).to(dtype))
-    W = model.w.detach().clone()
-    fill(li.inject(model, {"targets": [rule]}))
-    A, B = (p.detach().double() for p in li.adapter_parameters(model).values())
-    exact = dense_weight(kind, W.double(), {"A": A, "B": B}, scale)
-    half = torch.finfo(dtype).eps / 2 if torch.finfo(dtype).bits == 16 else 0.0
-    slack = 1e-5 if dtype != torch.float64 else 1e-12
-    bound = half * exact.abs() + slack * (1 + (exact - W).abs())
-    read = model.w.detach().clone()
-    assert (read.shape, read.dtype) == (W.shape, dtype)
-    assert ((read.double() - exact).abs() <= bound).all()
-    li.merge(model)
-    merged = model.get_parameter("w").detach()
-    assert ((merged.double() - exact).abs() <= bound).all()
-    assert same_bits(merged[exact == W], W[exact == W])
-    li.unmerge(model)
-    assert same_bits(model.get_parameter("w").detach(), W)
