@@ -71,12 +71,11 @@ def test_a_decoder_layer(targets: list[str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
-def test_an_encoder_with_and_without_padding(padded: bool, nested: bool) -> None:
+def test_an_encoder_with_padding(nested: bool) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
     plain = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).double()
-    mask = torch.tensor([[False] * 4, [False, False, False, True]]) if padded else None
+    mask = torch.tensor([[False] * 4, [False, False, False, True]])
     x, model = random(2, 4, 8), adapted(plain, *EVERYTHING)
 
     def run(m: nn.Module) -> Tensor:
@@ -89,21 +88,20 @@ def test_an_encoder_with_and_without_padding(padded: bool, nested: bool) -> None
         assert error(run(model.eval()), run(wide.train())) < EXACT
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("stacked", [False, True], ids=["layer", "encoder"])
 @pytest.mark.parametrize("targets", [EVERYTHING, ["linear2"], ["self_attn"], ["out_proj"]], ids=str)
-def test_encoder_fast_path(targets: list[str], stacked: bool, dtype: torch.dtype) -> None:
+def test_encoder_fast_path(targets: list[str], stacked: bool) -> None:
     plain: nn.Module = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
     if stacked:
         plain = nn.TransformerEncoder(plain, 2, enable_nested_tensor=False)  # type: ignore[arg-type]
-    model, x = adapted(plain.to(dtype), *targets), torch.randn(2, 5, 8, dtype=dtype)
+    model, x = adapted(plain, *targets), torch.randn(2, 5, 8)
     wanted = with_deltas(plain, model)(x.double())
     assert error(plain(x), wanted) > 0.01
     for training in (True, False):
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
                 y = model.train(training)(x)
-            assert error(y, wanted) < (1 + stacked) * TOLERANCE[dtype]
+            assert error(y, wanted) < (1 + stacked) * TOLERANCE[torch.float32]
     assert li.unreached(model, lambda: model(x)) == []
 
 

@@ -129,11 +129,19 @@ def test_a_backward_on_another_thread_recomputes_under_its_forwards_rows(reentra
 def test_asyncio_tasks_have_their_own_contexts() -> None:
     model, wanted = served()
 
-    async def request(name: str | None) -> None:
+    @contextlib.asynccontextmanager
+    async def mine(name: str | None) -> AsyncIterator[None]:
         with li.routed(model, [name, name]):
+            await asyncio.sleep(0)
+            yield
+
+    async def request(name: str | None) -> None:
+        async with mine(name):
             for _ in range(5):
                 await asyncio.sleep(0)
                 assert error(model(X), wanted[name]) < 1e-12
+            y = await asyncio.to_thread(model, X)  # which takes the context along
+            assert error(y, wanted[name]) < 1e-12
 
     async def late(left: asyncio.Event) -> None:
         """Outlives the context that it was started in."""
@@ -155,27 +163,6 @@ def test_asyncio_tasks_have_their_own_contexts() -> None:
 
     asyncio.run(serve())
     assert same_bits(model(X), wanted["a"])
-
-
-def test_asynchronous_context_managers_hold_a_context() -> None:
-    model, wanted = served()
-
-    @contextlib.asynccontextmanager
-    async def mine(name: str) -> AsyncIterator[None]:
-        with li.routed(model, [name, name]):
-            await asyncio.sleep(0)
-            yield
-
-    async def handle(name: str) -> None:
-        async with mine(name):
-            y = await asyncio.to_thread(model, X)  # which takes the context along
-            assert error(y, wanted[name]) < 1e-12
-
-    async def serve() -> None:
-        await asyncio.gather(*map(handle, NAMES))
-        assert same_bits(model(X), wanted["a"])
-
-    asyncio.run(serve())
 
 
 def test_leaving_out_of_order_or_in_another_thread_is_an_error() -> None:

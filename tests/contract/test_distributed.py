@@ -156,11 +156,11 @@ def fsdp2_in_bfloat16_with_offload(folder: Path) -> None:
     assert {tensor.dtype for tensor in values(model).values()} == {torch.float32}
 
 
-def fsdp1_trains(folder: Path, prepare: Callable[[Any], Any] = nn.Module.train) -> None:
+def fsdp1_trains(folder: Path) -> None:
     """The older wrapper, whose parameters are views of one flat tensor while the model runs."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    model, plain = prepare(build()), build()
+    model, plain = checkpointed(build()), build()
     wrapped = by_fsdp1(model)
     steps(model, losses(wrapped, mine()))
     steps(plain, losses(plain, *IDS.chunk(WORLD)))
@@ -174,8 +174,8 @@ def fsdp1_trains(folder: Path, prepare: Callable[[Any], Any] = nn.Module.train) 
         near(values(model), values(plain), TOLERANCE)
 
 
-def ddp_trains(folder: Path, config: dict[str, Any]) -> None:
-    model, plain = build(config), build(config)
+def ddp_trains(folder: Path) -> None:
+    model, plain = build(), build()
     wrapped = nn.parallel.DistributedDataParallel(model)
     check_trains_alike(model, wrapped, plain)
     same(values(model), from_first(values(wrapped)))
@@ -392,9 +392,11 @@ def state_dicts_of_shards_say_what_they_mean(folder: Path) -> None:
 
 EVERY = {"rank": 2, "alpha": 3.0, "targets": ["all-linear", "embed_tokens", "lm_head"]}
 SENT = {
-    "float64": (EVERY | {"train": [r"model\.norm"]}, torch.float64),
     "bfloat16": (EVERY, torch.bfloat16),
-    "read": (EVERY | {"targets": [r"up_proj\.weight", "lm_head"]}, torch.float64),
+    "read": (
+        EVERY | {"targets": [r"up_proj\.weight", "lm_head"], "train": [r"model\.norm"]},
+        torch.float64,
+    ),
     "dora": (EVERY | {"variant": "dora", "targets": ["all-linear", "lm_head"]}, torch.float64),
 }
 
@@ -470,10 +472,8 @@ JOBS: dict[str, Callable[[Path], None]] = {
     "FSDP2: a stage saves": a_stage_saves_its_shards,
     "FSDP2: state dicts": state_dicts_of_shards_say_what_they_mean,
     "FSDP2: refusals": what_cannot_be_gathered_is_refused_by_every_process,
-    "FSDP1": fsdp1_trains,
-    "FSDP1, checkpointed": partial(fsdp1_trains, prepare=checkpointed),
-    "DDP, weight updates too": partial(ddp_trains, config=CONFIG),
-    "DDP, forward updates": partial(ddp_trains, config=FORWARD),
+    "FSDP1, checkpointed": fsdp1_trains,
+    "DDP": ddp_trains,
     "DDP, static graph": partial(ddp_trains_two_adapters, active=MIX, static_graph=True),
     "DDP, unused": partial(ddp_trains_two_adapters, active="default", find_unused_parameters=True),
     "tensor parallel": tensor_parallel_trains,

@@ -102,16 +102,19 @@ def _merged() -> Several:
     return model
 
 
-def _doubled(model: nn.Module) -> li.AdapterState:
-    state = copy.deepcopy(li.adapter_state(model, "one"))
+@functools.cache
+def _doubled() -> li.AdapterState:
+    """Of the base that every model here has, by the seed."""
+    torch.manual_seed(0)
+    state = copy.deepcopy(li.adapter_state(_two(), "one"))
     for site in state.sites.values():
         site.B.mul_(2)
     return state
 
 
 VERBS: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], Any]]] = {
-    "inject": (Several, lambda m: li.inject(m, OTHER, "new")),
-    "inject a second": (_two, lambda m: li.inject(m, {"rank": 1, "targets": ["conv"]}, "new")),
+    # Onto a layer that has an adapter, and onto others.
+    "inject": (_untied, lambda m: li.inject(m, OTHER, "new")),
     "eject": (_two, li.eject),
     "activate": (_two, lambda m: li.activate(m, "one")),
     "train_only": (_two, lambda m: li.train_only(m, "one")),
@@ -119,7 +122,7 @@ VERBS: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], Any]]] = {
     "merge and eject": (_untied, lambda m: li.merge(m, eject=True)),
     "unmerge": (_merged, li.unmerge),
     "install": (_two, lambda m: li.install(m, STATE, "new")),
-    "swap_adapter": (_two, lambda m: li.swap_adapter(m, _doubled(m), "one")),
+    "swap_adapter": (_two, lambda m: li.swap_adapter(m, _doubled(), "one")),
 }
 
 
@@ -130,9 +133,9 @@ VERBS: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], Any]]] = {
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_interrupt_at_any_line_leaves_all_or_nothing(verb: str) -> None:
     make, act = VERBS[verb]
-    act(make())  # the first run imports what the verb needs
     torch.manual_seed(0)
     start = make()
+    act(copy.deepcopy(start))  # the first run imports what the verb needs
     done = copy.deepcopy(start)
     torch.manual_seed(1)
     lines = _traced(lambda: act(done))
@@ -141,7 +144,7 @@ def test_an_interrupt_at_any_line_leaves_all_or_nothing(verb: str) -> None:
     assert after != whole
     assert len(lines) > 20
     model = None
-    for line, times in lines.items():
+    for n, (line, times) in enumerate(lines.items()):
         if model is None:
             model = copy.deepcopy(start)
             before = snapshot(model)
@@ -149,12 +152,14 @@ def test_an_interrupt_at_any_line_leaves_all_or_nothing(verb: str) -> None:
         try:
             _traced(lambda: act(model), (line, times // 2 + 1))  # noqa: B023 - runs at once
         except (Interrupted, PydanticSerializationError, UserWarning):  # pydantic tells by these
-            if snapshot(model) == before and _whole(model) == whole:
+            # What is elsewhere than in the model stays there, and is seen soon enough.
+            if snapshot(model) == before and (n % 8 or _whole(model) == whole):
                 continue
             if verb == "unmerge" and _whole(model) != after:
                 li.unmerge(model)  # what was kept is kept until all is restored
         assert _whole(model) == after, f"interrupted at {line}"
         model = None
+    assert model is None or _whole(model) == whole
 
 
 @pytest.mark.parametrize("context", [li.disabled, lambda m: li.routed(m, ["a", None])])
