@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from helpers import own_warnings
 from helpers.forks import Forks
+from helpers.ranks import failures
 from hypothesis import settings
 from torch import Tensor, nn
 
@@ -73,6 +74,14 @@ def _what_modules_leave() -> Iterator[None]:
 def forks(pytestconfig: pytest.Config) -> Forks:
     """Runs functions of tests in processes of their own that have all imports done."""
     return pytestconfig.stash[FORKS]
+
+
+@pytest.fixture(scope="module")
+def failed(
+    request: pytest.FixtureRequest, forks: Forks, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """What failed in each of a module's JOBS, which two processes do that start once."""
+    return failures(forks, 2, request.module.JOBS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture

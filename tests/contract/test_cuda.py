@@ -50,28 +50,14 @@ def test_it_computes_and_trains_as_its_dense_twin(
     hold_to_twin(kind, condition, tmp_path, DEVICE)
 
 
-def _layer(dtype: torch.dtype, **config: object) -> tuple[nn.Module, list[Tensor]]:
-    """A linear layer with an adapter on the device; and W, A, B in float64 on the CPU."""
+def _layer(dtype: torch.dtype, **config: object) -> nn.Module:
+    """A linear layer with an adapter on the device."""
     layer = nn.Sequential(nn.Linear(96, 160, bias=False)).to(dtype)
-    weight = layer[0].weight.detach().double()
-    model = fill(li.inject(layer, {"rank": 4, "alpha": 8, "targets": ["0"], **config}))
-    factors = [p.detach().double() for p in li.adapter_parameters(model).values()]
-    return model.to(DEVICE), [weight, *factors]
-
-
-@pytest.mark.parametrize("tokens", [1, 7, 512])
-def test_gradients_of_float32_arithmetic_over_a_16_bit_base(tokens: int) -> None:
-    model, (W, A, B) = _layer(torch.bfloat16, compute="float32")
-    x, g = torch.randn(tokens, 96).bfloat16(), torch.randn(tokens, 160).bfloat16()
-    twins = [A.requires_grad_(), B.requires_grad_()]
-    wanted = torch.autograd.grad(x.double() @ (W + 2 * B @ A).T, twins, g.double())
-    model(x.to(DEVICE)).backward(g.to(DEVICE))
-    for found, right in zip(li.adapter_parameters(model).values(), wanted, strict=True):
-        assert float((found.grad.cpu().double() - right).norm() / right.norm()) < 1e-6
+    return fill(li.inject(layer, {"rank": 4, "targets": ["0"], **config})).to(DEVICE)
 
 
 def test_dropout_is_of_torchs_generator_and_is_recomputed_alike() -> None:
-    model, _ = _layer(torch.float32, dropout=0.25)
+    model = _layer(torch.float32, dropout=0.25)
     model.train()
     x = torch.randn(256, 96, device=DEVICE, requires_grad=True)
     torch.manual_seed(3)
@@ -92,7 +78,7 @@ def test_dropout_is_of_torchs_generator_and_is_recomputed_alike() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("compute", ["base", "float32"])
 def test_a_step_waits_for_nothing_and_is_captured_in_a_graph(dropout: float, compute: str) -> None:
-    model, _ = _layer(torch.bfloat16, dropout=dropout, compute=compute)
+    model = _layer(torch.bfloat16, dropout=dropout, compute=compute)
     model.train()
     x = torch.randn(64, 96, device=DEVICE, dtype=torch.bfloat16)
     g = torch.randn(64, 160, device=DEVICE, dtype=torch.bfloat16)
@@ -119,7 +105,7 @@ def test_a_step_waits_for_nothing_and_is_captured_in_a_graph(dropout: float, com
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA can refuse a sync")
 def test_choosing_adapters_and_routing_rows_wait_for_nothing() -> None:
-    model, _ = _layer(torch.bfloat16)
+    model = _layer(torch.bfloat16)
     li.inject(model, {"rank": 4, "targets": ["0"]}, "two")
     x = torch.randn(4, 8, 96, device=DEVICE, dtype=torch.bfloat16)
     torch.cuda.set_sync_debug_mode("error")
@@ -139,7 +125,7 @@ def test_choosing_adapters_and_routing_rows_wait_for_nothing() -> None:
 @pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA has streams")
 def test_rows_are_right_on_each_stream() -> None:
     """Another stream does not wait for a copy of the rows, and would read what is not there yet."""
-    model, _ = _layer(torch.float32)
+    model = _layer(torch.float32)
     x, current = torch.randn(2, 8, 96, device=DEVICE), torch.cuda.current_stream()
     with torch.no_grad(), li.routed(model, ["default", None]):
         wanted = model(x)
@@ -173,24 +159,15 @@ def test_a_trial_with_dropout_trains_as_it_does_alone() -> None:
             assert error(found, alone) < 1e-5
 
 
-def test_a_start_by_decomposition_leaves_the_devices_random_numbers_alone() -> None:
-    net = nn.Sequential(nn.Linear(200, 200)).to(DEVICE)
-    torch.manual_seed(5)
-    wanted = torch.rand(4, device=DEVICE)
-    torch.manual_seed(5)
-    li.inject(net, {"rank": 2, "init": "pissa", "targets": ["0"]})
-    assert torch.equal(torch.rand(4, device=DEVICE), wanted)
-
-
 @pytest.mark.skipif(DEVICE != "cuda", reason="torch forks the generators of CUDA devices")
-def test_a_probe_moves_no_random_number_of_the_device() -> None:
-    model = nn.Sequential(nn.Linear(4, 4)).to(DEVICE)
+def test_a_start_by_decomposition_and_a_probe_move_no_random_number_of_the_device() -> None:
+    model = nn.Sequential(nn.Linear(200, 200)).to(DEVICE)
     torch.manual_seed(0)
     wanted = torch.rand(3, device=DEVICE)
     torch.manual_seed(0)
 
     def probe() -> None:
-        model(torch.rand(2, 4, device=DEVICE))
+        model(torch.rand(2, 200, device=DEVICE))
 
     li.inject(model, {"rank": 2, "targets": ["0"], "init": "pissa"}, probe=probe)
     assert torch.equal(torch.rand(3, device=DEVICE), wanted)

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.forks import Forks
 from helpers.models import tiny_llama
-from helpers.ranks import failures, far, filled, from_first, mesh, near, same, steps, values, whole
+from helpers.ranks import far, filled, from_first, mesh, near, same, steps, values, whole
 from helpers.refusals import refused, said
 from helpers.versions import FSDP2_ON_CPU, GLOO_TAKES_MEANS, needs_fsdp2
 from torch import Tensor, nn
@@ -485,15 +484,6 @@ for how, shard in SHARDINGS.items():
         gathered = partial(merged_weights_are_gathered, shard=shard, case=case)
         JOBS[f"{how}: merged weights, {case}"] = gathered
 JOBS = {name: job for name, job in JOBS.items() if FSDP2_ON_CPU or "FSDP2" not in name}
-
-
-def jobs() -> dict[str, Callable[[Path], None]]:
-    return JOBS
-
-
-@pytest.fixture(scope="module")
-def failed(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return failures(forks, WORLD, jobs, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("job", JOBS)

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.forks import Forks
-from helpers.ranks import failures, far, filled, mesh, whole
+from helpers.ranks import far, filled, mesh, whole
 from helpers.refusals import refused
 from helpers.versions import needs_fsdp2
 from torch import Tensor, nn
@@ -121,16 +120,6 @@ JOBS: dict[str, Callable[[Path], None]] = {
         single_tokens_are_refused_in_either_order,
     )
 }
-
-
-def jobs() -> dict[str, Callable[[Path], None]]:
-    return JOBS
-
-
-@pytest.fixture(scope="module")
-def failed(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What failed in two processes; they start once."""
-    return failures(forks, WORLD, jobs, tmp_path_factory.mktemp("ranks"))
 
 
 @needs_fsdp2

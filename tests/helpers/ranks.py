@@ -16,15 +16,15 @@ import lora_inject as li
 Jobs = Mapping[str, Callable[[Path], object]]
 
 
-def do(jobs: Callable[[], Jobs], folder: Path) -> dict[str, str]:
+def do(jobs: Jobs, folder: Path) -> dict[str, str]:
     """Do jobs, as one of the processes that torchrun starts; what failed in each, or nothing.
 
     Where one fails the rest are not done: the other processes may wait for this one.
     """
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    failed = dict.fromkeys(jobs(), "not done, since a job before it failed")
-    for name, job in jobs().items():
+    failed = dict.fromkeys(jobs, "not done, since a job before it failed")
+    for name, job in jobs.items():
         try:
             job(folder)
             dist.barrier()
@@ -36,10 +36,10 @@ def do(jobs: Callable[[], Jobs], folder: Path) -> dict[str, str]:
     return failed
 
 
-def failures(forks: Forks, world: int, jobs: Callable[[], Jobs], folder: Path) -> dict[str, str]:
+def failures(forks: Forks, world: int, jobs: Jobs, folder: Path) -> dict[str, str]:
     """Do jobs in several processes, which start once; return what failed in each job."""
     ranks = [rank.result() for rank in forks.start_ranks(world, do, jobs, folder)]
-    return {name: "\n".join(rank[name] for rank in ranks).strip() for name in jobs()}
+    return {name: "\n".join(rank[name] for rank in ranks).strip() for name in jobs}
 
 
 def mesh(*shape: int) -> Any:
