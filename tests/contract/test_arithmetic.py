@@ -135,7 +135,6 @@ DERIVATIVES: dict[str, dict[str, Any]] = {
     "slices": {"spans": ((0, 2), (3, 6))},
     "slices of conv1d": {"transposed": True, "spans": ((0, 1), (4, 6))},
     "dropout": {"dropout": 0.4},
-    "little dropout": {"dropout": 0.1},
     "dropout in slices": {"dropout": 0.4, "spans": ((0, 2), (3, 6))},
 }
 

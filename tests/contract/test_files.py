@@ -4,9 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,27 +59,6 @@ def test_stopped_at_any_call_of_the_system_the_old_adapter_or_the_new_one_is_the
             assert li.read_adapter(path) == NEW
             break
     assert 3 < n < 20
-
-
-def write_in_turn(path: Path, layout: str) -> None:
-    print("begun", flush=True)
-    while True:
-        for state in (OLD, NEW):
-            write(state, path, layout)
-
-
-def test_a_process_that_is_killed_leaves_a_whole_adapter(forks, tmp_path) -> None:
-    layout = "native"  # a folder has no name for a moment
-    path = write(OLD, tmp_path / PLACES[layout], layout)
-    for k in range(4):
-        child = forks.start(write_in_turn, path, layout)
-        while "begun" not in child.out():
-            time.sleep(0.001)
-        time.sleep(0.01 + 0.007 * k)
-        os.kill(child.pid, signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
-        assert li.read_adapter(path) in (OLD, NEW)
-        assert visible(tmp_path) == [path.name]
 
 
 @every_place

@@ -198,7 +198,7 @@ def benchmark(*words: object) -> None:
         bench.main()
 
 
-@pytest.mark.slow
+@pytest.mark.zoo  # a minute
 @pytest.mark.filterwarnings("default")  # torch's and PEFT's own
 def test_a_benchmark_keeps_earlier_rows_and_runs_every_row(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
