@@ -5,16 +5,19 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.faults import content, full_disk, power_may_fail, stopped, visible
+from helpers.merging import save_checkpoint
 from helpers.models import IDS, Several
 from helpers.refusals import refused
-from helpers.states import SITES, linear, metadata, state_of
+from helpers.states import SITES, metadata, state_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
@@ -34,51 +37,99 @@ def write(state: li.AdapterState, path: Path, layout: str) -> Path:
 # Whole or not at all ------------------------------------------------------------------------------
 
 
-@every_place
+@dataclass(frozen=True)
+class Writer:
+    """Whoever writes an adapter, or what comes of merging it."""
+
+    write: Callable[[li.AdapterState, Path], object]
+    place: str
+    error: type[li.LoraInjectError]
+    full: tuple[int, ...]  # bytes of the largest file that the disk still takes
+    due: Mapping[str, Any]  # what is there once it was written in peace
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether what was written of it is kept for the next one, out of sight."""
+        return self.error is li.CheckpointError
+
+
+@pytest.fixture(scope="module", params=[*PLACES, "merge"])
+def writer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Writer:
+    base, peace = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("peace")
+    layout, tensors = request.param, {"h.0.fc.weight": torch.ones(7, 5), "norm": torch.ones(900)}
+    save_checkpoint(base, tensors, shards=2)
+    how = {"error": li.FormatError, "full": (200,), "place": PLACES.get(layout, "out")}
+    run: Any = partial(write, layout=layout)
+    if layout == "merge":
+        how |= {"error": li.CheckpointError, "full": (90, 500, 2800)}
+
+        def run(state: li.AdapterState, path: Path) -> object:
+            return li.merge_checkpoint(base, [state], path, overwrite=True)
+
+    for name, state in (("old", OLD), ("new", NEW)):
+        run(state, peace / name / how["place"])
+    due = {name: content(peace / name / how["place"]) for name in ("old", "new")}
+    return Writer(run, due=due, **how)
+
+
 @pytest.mark.parametrize("exists", [True, False])
 @pytest.mark.parametrize("for_good", [True, False], ids=["killed", "interrupted"])
-def test_stopped_at_any_call_of_the_system_the_old_adapter_or_the_new_one_is_there(
-    layout: str, exists: bool, for_good: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_stopped_at_any_call_of_the_system_the_old_one_or_the_new_one_is_there(
+    writer: Writer, exists: bool, for_good: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for n in range(20):
+    for n in range(60):
         folder = tmp_path / str(n)
         folder.mkdir()
-        path = folder / PLACES[layout]
+        path = folder / writer.place
         if exists:
-            write(OLD, path, layout)
+            writer.write(OLD, path)
         with stopped(monkeypatch, n, for_good=for_good) as calls:
-            write(NEW, path, layout)
+            writer.write(NEW, path)
         if not path.exists():  # a folder that is replaced has no name for a moment
-            assert not exists or (for_good and layout == "peft")
-        elif li.read_adapter(path) != NEW:
+            assert not exists or (for_good and path.suffix == "")
+        elif content(path) != writer.due["new"]:
             assert exists
-            assert li.read_adapter(path) == OLD
-        found = visible(folder) if for_good else [p.name for p in folder.iterdir()]
+            assert content(path) == writer.due["old"]
+        tidy = not for_good and not writer.goes_on
+        found = [p.name for p in folder.iterdir()] if tidy else visible(folder)
         assert found == ([path.name] if path.exists() else [])
+        writer.write(NEW, path)
+        assert content(path) == writer.due["new"]
         if len(calls) <= n:
-            assert li.read_adapter(path) == NEW
             break
-    assert 3 < n < 20
+    assert 3 < n < 60
 
 
-@every_place
-def test_a_full_disk_is_told_and_leaves_the_old_adapter(layout: str, tmp_path: Path) -> None:
-    path = write(OLD, tmp_path / PLACES[layout], layout)
-    large = state_of(linear("fc", 500, 500))
+def test_a_full_disk_is_told_and_leaves_the_old_one(writer: Writer, tmp_path: Path) -> None:
+    path = tmp_path / writer.place
+    writer.write(OLD, path)
     for target in (path, tmp_path / f"new {path.name}"):
-        with full_disk(4000), refused(li.FormatError, str(target)):
-            write(large, target, layout)
-    assert li.read_adapter(path) == OLD
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+        for n_bytes in writer.full:
+            with full_disk(n_bytes), refused(writer.error):
+                writer.write(NEW, target)
+    assert content(path) == writer.due["old"]
+    assert visible(tmp_path) == [path.name]
+    writer.write(NEW, path)  # it goes on
+    assert content(path) == writer.due["new"]
 
 
-@every_place
-def test_data_is_on_the_disk_before_it_gets_its_name(layout: str, tmp_path, monkeypatch) -> None:
-    path = tmp_path / "new" / PLACES[layout]
+def test_data_is_on_the_disk_before_it_gets_its_name(writer: Writer, tmp_path, monkeypatch) -> None:
+    path = tmp_path / "new" / writer.place
     with power_may_fail(monkeypatch):
-        for state in (OLD, NEW):
-            write(state, path, layout)
-            assert li.read_adapter(path) == state
+        for name, state in (("old", OLD), ("new", NEW)):
+            writer.write(state, path)
+            assert content(path) == writer.due[name]
+
+
+def test_permissions_follow_the_umask(writer: Writer, tmp_path: Path) -> None:
+    path, before = tmp_path / writer.place, os.umask(0o027)
+    try:
+        writer.write(NEW, path)
+    finally:
+        os.umask(before)
+    files = [*path.iterdir()] if path.is_dir() else [path]
+    assert {p.stat().st_mode & 0o777 for p in files} == {0o640}
+    assert path.is_file() or path.stat().st_mode & 0o777 == 0o750
 
 
 @every_place
@@ -137,16 +188,6 @@ def test_empty_folders_missing_parents_and_links_are_written_to(tmp_path: Path) 
         assert write(NEW, link, layout) == real.resolve()
         assert link.is_symlink()
         assert li.read_adapter(real) == NEW
-
-
-def test_permissions_follow_the_umask(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        folder, file = (write(NEW, tmp_path / place, name) for name, place in PLACES.items())
-    finally:
-        os.umask(before)
-    assert folder.stat().st_mode & 0o777 == 0o750
-    assert {p.stat().st_mode & 0o777 for p in [*folder.iterdir(), file]} == {0o640}
 
 
 @every_place

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from helpers.faults import content, full_disk, power_may_fail, stopped, visible
+from helpers.faults import content, visible
 from helpers.merging import (
     LLAMA,
     adapter_of,
@@ -65,28 +65,6 @@ def interrupt() -> None:
 # Stopped ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("for_good", [True, False], ids=["killed", "interrupted"])
-def test_stopped_at_any_call_of_the_system_the_output_is_absent_or_complete(
-    case: Case, for_good: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for n in range(100):
-        for path in case.out.parent.iterdir():
-            if path != case.base:
-                shutil.rmtree(path)
-        if n % 2:
-            case.out.mkdir()  # an empty folder may be there
-        with stopped(monkeypatch, n, for_good=for_good) as calls:
-            merge(case.base, [case.state], case.out, verify=False)
-        assert {*visible(case.out.parent)} <= {"base", "out"}
-        if not case.out.exists() or not any(case.out.iterdir()):
-            merge(case.base, [case.state], case.out)
-        hold_merged(case.out, case.tensors, case.state)
-        assert content(case.out).keys() == content(case.base).keys()
-        if len(calls) <= n:
-            break
-    assert 8 < n < 100
-
-
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_an_interrupted_merge_goes_on_where_it_was(case: Case, share: float) -> None:
     with pytest.raises(KeyboardInterrupt) as told:
@@ -101,27 +79,12 @@ def test_an_interrupted_merge_goes_on_where_it_was(case: Case, share: float) -> 
     hold_whole(case)
 
 
-@pytest.mark.parametrize("n_bytes", [500, 1500, 2800])
-def test_a_full_disk_is_told_and_the_merge_goes_on(case: Case, n_bytes: int) -> None:
-    with full_disk(n_bytes), refused(li.CheckpointError):
-        merge(case.base, [case.state], case.out)
-    assert not case.out.exists()
-    merge(case.base, [case.state], case.out)
-    hold_whole(case)
-
-
 def test_too_little_space_is_known_before_anything_is_written(case: Case, monkeypatch) -> None:
     usage = shutil.disk_usage(case.base)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=5000))
     with refused(li.CheckpointError, "5,000"):
         merge(case.base, [case.state], case.out)
     assert not case.out.exists()
-
-
-def test_data_is_on_the_disk_before_it_gets_its_name(case: Case, monkeypatch) -> None:
-    with power_may_fail(monkeypatch):
-        merge(case.base, [case.state], case.out)
-    hold_whole(case)
 
 
 def merge_alone(base: Path, out: Path) -> None:
