@@ -118,22 +118,13 @@ class ChosenRows(Rows):
             return layer._lora_without_updates(args, kwargs)
         rows = chosen_rows(choice[:, 0], numbers)
         rows = rows.repeat_interleave(x.shape[0] // choice.shape[0])
-        if not isinstance(layer, LoRALinear):
-            return _looked_up(layer, x, rows, adapters)
-        y: Tensor = layer._lora_without_updates(args, kwargs)
-        return routed_update(y, x, rows, adapters, float32=attached.float32)
-
-
-def _looked_up(
-    layer: Any, ids: Tensor, rows: Tensor, adapters: Sequence[Sequence[Update]]
-) -> Tensor:
-    """Return what an embedding gives for each row with its own adapter; 0 is the base."""
-    out = base = layer._lora_rows(ids, layer._lora_own("weight"))
-    for place, updates in enumerate(adapters, 1):
-        own = embedding(base, ids, updates, layer.padding_idx, float32=layer._lora.float32)
-        out = torch.where((rows == place).view(-1, *[1] * (base.dim() - 1)), own, out)
-    made: Tensor = layer._lora_finished(out, ids, None)
-    return made
+        out = base = layer._lora_without_updates(args, kwargs)
+        if isinstance(layer, LoRALinear):
+            return routed_update(base, x, rows, adapters, float32=attached.float32)
+        for place, updates in enumerate(adapters, 1):
+            own = embedding(base, x, updates, layer.padding_idx, float32=attached.float32)
+            out = torch.where((rows == place).view(-1, *[1] * (base.dim() - 1)), own, out)
+        return out
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator] # a graph cannot hold it

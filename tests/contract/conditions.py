@@ -278,9 +278,6 @@ CONDITIONS: dict[str, Condition] = {
         call=row_by_row,
         kinds=[name for name in KINDS if name != "bilinear"],  # which torch has no rule for
     ),
-    "read by another": Condition(
-        call=read_by_another,
-        kinds=[name for name in KINDS if KINDS[name].formula is None],  # torch's has no gradient
-    ),
+    "read by another": Condition(call=read_by_another),
     "compiled": Condition(call=compiled, kinds=COMPILED),
 }

@@ -92,7 +92,6 @@ class Kind:
     transposed: bool = False  # the weight is `(in, out)`
     experts: int | None = None  # length of a leading dimension
     update: str = "forward"  # or `weight`
-    formula: Callable[[Tensor, Tensor], Tensor] | None = None  # where the layer has side effects
 
     @property
     def config(self) -> dict[str, Any]:
@@ -109,13 +108,6 @@ class Kind:
     @property
     def key(self) -> str:
         return f"layer.{self.weight}"
-
-
-def renormalized(weight: Tensor, ids: Tensor) -> Tensor:
-    """Rows of norm at most 1: what a lookup with max_norm=1 returns."""
-    rows = weight[ids]
-    norm = rows.norm(dim=-1, keepdim=True)
-    return torch.where(norm > 1.0, rows / (norm + 1e-7), rows)
 
 
 def _slices(*adapt: str) -> dict[str, Any]:
@@ -143,9 +135,6 @@ KINDS: dict[str, Kind] = {
     "conv1d": Kind(lambda: conv1d(6, 5), (5, 6), transposed=True),
     "embedding": Kind(lambda: nn.Embedding(7, 5), (7, 5), **TABLE),
     "embedding padding": Kind(lambda: nn.Embedding(7, 5, padding_idx=1), (7, 5), **TABLE),
-    "embedding max_norm": Kind(
-        lambda: nn.Embedding(7, 5, max_norm=1.0), (7, 5), **TABLE, formula=renormalized
-    ),
     "scaled embedding": Kind(lambda: ScaledEmbedding(7, 5), (7, 5), **TABLE, **READ),
     "equal slices": Kind(lambda: nn.Linear(5, 9), (5, 9), **THIRDS),
     "unequal slices": Kind(lambda: nn.Linear(5, 9), (5, 9), **_slices("v", "q")),
@@ -269,8 +258,6 @@ def twin(
         changed[kind.key] = changed[kind.key] + part * (dense_weight(kind, W, each, scale) - W)
         if "b" in each:
             changed["layer.bias"] = changed["layer.bias"] + part * scale * each["b"]
-    if kind.formula is not None:
-        return kind.formula(changed[kind.key], *inputs), base
     wide = copy.deepcopy(plain).double()
     return torch.func.functional_call(wide, changed, tuple(inputs)), base
 

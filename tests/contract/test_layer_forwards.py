@@ -121,6 +121,7 @@ def packed() -> nn.Module:
 REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "of other sizes": (cut_short, ("'layer'", "(6, 6", "(5, 6")),
     "packed, own forward": (packed, ("Triples", "register_kind")),
+    "max_norm": (lambda: nn.Embedding(9, N, max_norm=1.0), ("'layer'", "max_norm")),
     "computed": (computed, ("Doubles.weight",)),
     "complex": (lambda: nn.Linear(N, N, dtype=torch.complex64), ("'layer'", "complex")),
 }

@@ -353,8 +353,6 @@ ROUTABLE = [name for name, kind in KINDS.items() if kind.update == "forward"]
 
 def alone(model: Any, name: str | None, inputs: Sequence[Tensor], row: int) -> Tensor:
     li.activate(model, name)
-    if name is None:  # with max_norm the plain layer writes W
-        model = copy.deepcopy(model)
     return model(*(x[row : row + 1] for x in inputs))
 
 

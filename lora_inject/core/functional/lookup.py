@@ -1,4 +1,4 @@
-"""Low-rank updates of looked-up rows, and the norm that an embedding may enforce on them.
+"""Low-rank updates of looked-up rows.
 
 The input of an embedding is a one-hot vector, so `x A^T` is a lookup in A.
 """
@@ -15,7 +15,6 @@ from torch import Tensor
 from lora_inject.core.functional.factors import (
     Update,
     compute_dtype,
-    needs_plain_operations,
     no_view,
     without_autocast,
 )
@@ -50,19 +49,3 @@ def embedding(
     # Not a view, like a plain embedding's output: wrappers that shard warn of views. The memory is
     # not shared.
     return no_view(out, base.shape)
-
-
-def renormalized(rows: Tensor, max_norm: float, p: float) -> Tensor:
-    """Scale rows `(..., dim)` down to a p-norm of `max_norm`, differentiably, out of place.
-
-    The values are bit for bit those that `torch.embedding_renorm_` would write into these rows,
-    unless a tracer or a function transform is active; the derivative is that of its formula.
-    """
-    norm = torch.linalg.vector_norm(rows, p, dim=-1, keepdim=True)
-    formula = torch.where(norm > max_norm, rows * (max_norm / (norm + 1e-7)), rows)
-    if needs_plain_operations():
-        return formula
-    exact = rows.detach().reshape(-1, rows.shape[-1]).clone()
-    torch.embedding_renorm_(exact, torch.arange(len(exact), device=rows.device), max_norm, p)
-    # The two differ by roundings, so their difference is exact, and so is the sum.
-    return formula + (exact.view(rows.shape) - formula.detach())

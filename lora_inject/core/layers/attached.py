@@ -153,8 +153,7 @@ class Attached:
     # Marks of the entries that forwards have used, and of those that others read meanwhile.
     took_part: frozenset[str] = frozenset()
     read_from_outside: frozenset[str] = frozenset()
-    # Marks of the entries that have no values, and of those of them that have memory.
-    valueless: frozenset[str] = frozenset()
+    # Marks of the entries with memory that nobody has written to.
     garbage: frozenset[str] = frozenset()
 
     def __init__(self, selection: Selection) -> None:
@@ -200,8 +199,7 @@ class Attached:
             table.pop(adapter, None)
         self.reads = {param: table for param, table in self.reads.items() if table}
         self.took_part = self.took_part.difference(entry.mark for entry in removed)
-        self.valueless = self.valueless.difference(entry.mark for entry in removed)
-        self.garbage &= self.valueless
+        self.garbage = self.garbage.difference(entry.mark for entry in removed)
         self.flat.difference_update(*(entry.names.values() for entry in removed))
         self.last_chosen = NOBODY
         self._note_kinds()

@@ -31,6 +31,7 @@ from lora_inject.core.spec.sites import Geometry
 from lora_inject.core.spec.variants import Shape
 
 _HEAD = "get_output_embeddings"
+_WRITES = "max_norm"  # of an embedding
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Refusal = tuple[str, str] | None  # the problem and the remedy
@@ -170,7 +171,8 @@ class _Listing:
         weight = self.survey.own[id(module)].get(key, module._buffers.get(key))
         adds = not has_own_forward(module) and row.adds_to_output(module, stock=known.stock)
         refusal = None
-        if shape != stated.weight_shape or not self._is_plain(weight):
+        writes = module.__dict__.get(_WRITES) is not None
+        if shape != stated.weight_shape or writes or not self._is_plain(weight):
             refusal = self._why_not(module, key, weight) or _unfit(module, weight, stated, adds)
         self.candidates.append(
             Candidate(
@@ -251,6 +253,9 @@ class _Listing:
                 "torch.nn.utils.parametrize.remove_parametrizations first"
             )
             return problem, remedy
+        if module.__dict__.get(_WRITES) is not None:
+            problem = f"the forward of {cls} scales rows of its weight in place ({_WRITES})"
+            return problem, f"Leave it out, or set its {_WRITES} to None"
         if self.asks and (reason := reason_against("inject", module, parameter)) is not None:
             return reason
         if parameter is None:

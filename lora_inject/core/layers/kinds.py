@@ -28,7 +28,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.gain import gained, updated_norms
 from lora_inject.core.functional.linear import frozen_output, linear
-from lora_inject.core.functional.lookup import embedding, renormalized
+from lora_inject.core.functional.lookup import embedding
 from lora_inject.core.functional.plain_operations import add_updates
 from lora_inject.core.functional.torch_inside import in_trace
 from lora_inject.core.layers.adapted import (
@@ -344,16 +344,14 @@ class LoRAEmbedding(ForwardUpdate):
 
     The table is a weight `(num, dim)` whose input is a one-hot vector, so `x A^T` is a lookup in A.
     As in the paper's code (loralib `layers.Embedding`), A starts at zero and B is random: rows of
-    tokens that are not in the training data do not change. With `max_norm` torch renormalizes rows
-    of W in place during the forward: here those of `W + delta` are, out of place.
+    tokens that are not in the training data do not change. One with `max_norm`, whose forward
+    writes to the table, is refused.
     """
 
     kind = "embedding"
     classes = (nn.Embedding,)
     num_embeddings: int
     padding_idx: int | None
-    max_norm: float | None
-    norm_type: float
     scale_grad_by_freq: bool
     sparse: bool
 
@@ -394,25 +392,20 @@ class LoRAEmbedding(ForwardUpdate):
         else:
             base = self._lora_rows(ids, weight)
             rows = embedding(base, ids, updates, self.padding_idx, float32=self._lora.float32)
-        return self._lora_finished(rows, ids, gain)
+        if gain is None:
+            return rows
+        if self.padding_idx is not None:  # no gradient from the padding row
+            gain = torch.where((ids == self.padding_idx).unsqueeze(-1), gain.detach(), gain)
+        return gained(rows, rows, gain)
 
     def _lora_without_updates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Look rows up in the plain table, which stays as it is: other rows may have adapters."""
-        ids = self._lora_input(args, kwargs)
-        return self._lora_finished(self._lora_rows(ids, self._lora_own("weight")), ids, None)
-
-    def _lora_finished(self, rows: Tensor, ids: Tensor, gain: Tensor | None) -> Tensor:
-        """Multiply looked-up rows by a gain, and enforce their norm."""
-        if gain is not None:
-            if self.padding_idx is not None:  # no gradient from the padding row
-                gain = torch.where((ids == self.padding_idx).unsqueeze(-1), gain.detach(), gain)
-            rows = gained(rows, rows, gain)
-        return rows if self.max_norm is None else renormalized(rows, self.max_norm, self.norm_type)
+        return self._lora_rows(self._lora_input(args, kwargs), self._lora_own("weight"))
 
     def _lora_rows(self, ids: Tensor, weight: Tensor) -> Tensor:
-        """Look up rows as nn.Embedding does, before their norm is enforced."""
-        options = (self.norm_type, self.scale_grad_by_freq, self.sparse)
-        return F.embedding(ids, weight, self.padding_idx, None, *options)
+        """Look up rows as nn.Embedding does."""
+        options = {"scale_grad_by_freq": self.scale_grad_by_freq, "sparse": self.sparse}
+        return F.embedding(ids, weight, self.padding_idx, **options)
 
 
 # ------------------------------------------------------------------- layers whose weight is read

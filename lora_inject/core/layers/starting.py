@@ -8,7 +8,7 @@ from W as after inject.
 from __future__ import annotations
 
 import types
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.first_factors import first_factors
 from lora_inject.core.functional.factors import master_dtype
 from lora_inject.core.functional.gain import norms_of
-from lora_inject.core.layers.attached import Attached, Entry, attached_to
+from lora_inject.core.layers.attached import Attached, Entry
 from lora_inject.core.layers.library import dense
 from lora_inject.core.layers.survey import base_tensor
 from lora_inject.core.layers.weight_kinds import is_quantized, whole
@@ -31,43 +31,14 @@ EMPTYING = {
 }
 
 
-def moved(module: nn.Module, *, emptied: bool) -> None:
-    """Note which entries of a module have values after its tensors were moved."""
-    attached = _attached(module)
-    for entry in attached.entries():
-        if emptied or _on_meta(module, entry):
-            attached.valueless |= {entry.mark}
-    _note_garbage(module, attached)
-
-
-def given_values(module: nn.Module, entries: Iterable[Entry]) -> None:
-    """Note that entries have got values."""
-    attached = _attached(module)
-    marks = {entry.mark for entry in entries}
-    if marks & attached.valueless:
-        attached.valueless -= marks
-        _note_garbage(module, attached)
-
-
-def _note_garbage(module: nn.Module, attached: Attached) -> None:
-    """Note what has memory and no values."""
-    attached.garbage = frozenset(
-        entry.mark
-        for entry in attached.entries()
-        if entry.mark in attached.valueless and not _on_meta(module, entry)
-    )
-    if attached.garbage:
-        attached.forget_use()
-
-
-def _attached(module: nn.Module) -> Attached:
-    attached = attached_to(module)
-    assert attached is not None
-    return attached
-
-
-def _on_meta(module: nn.Module, entry: Entry) -> bool:
+def on_meta(module: nn.Module, entry: Entry) -> bool:
+    """Return whether an entry has no memory."""
     return any(tensor.is_meta for tensor in entry.tensors(module).values())
+
+
+def waiting(module: nn.Module, attached: Attached) -> list[Entry]:
+    """Return the entries without values: on meta, or in memory that nobody has written to."""
+    return [e for e in attached.entries() if e.mark in attached.garbage or on_meta(module, e)]
 
 
 # ----------------------------------------------------------------------------- from a state dict
@@ -78,7 +49,7 @@ def names_given(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -
 
     A tensor of an adapter that is the module's own already gives it nothing.
     """
-    flat = _attached(module).flat
+    flat = module.__dict__["_lora"].flat
     there = {key.removeprefix(prefix): t for key, t in state_dict.items() if key.startswith(prefix)}
     return {name for name, t in there.items() if not (name in flat and is_own(module, name, t))}
 
@@ -98,24 +69,19 @@ def is_own(module: nn.Module, flat: str, tensor: Any) -> bool:
     return bool(mine.data_ptr() == given.data_ptr() and mine.shape == given.shape)
 
 
-def start_loaded(module: nn.Module, present: Collection[str]) -> None:
-    """Start what has got its W from a state dict, and note what has got values itself."""
-    attached = _attached(module)
-    given = [e for e in attached.entries() if all(flat in present for flat in e.names.values())]
-    given_values(module, [entry for entry in given if not _on_meta(module, entry)])
-    waiting = [entry for entry in attached.entries() if entry.mark in attached.valueless]
-    entries = [entry for entry in waiting if entry.param in present]
-    for entry in entries:
-        _start(module, entry)
-    given_values(module, entries)
+def start_loaded(module: nn.Module, entry: Entry, given: Set[str]) -> bool:
+    """Start an entry that has got its W and not its values; return whether it has values now."""
+    if given.issuperset(entry.names.values()) and not on_meta(module, entry):
+        return True
+    return entry.param in given and _start(module, entry)
 
 
 @torch.no_grad()
-def _start(module: nn.Module, entry: Entry) -> None:
-    """Write the first values of an entry whose weight has values."""
+def _start(module: nn.Module, entry: Entry) -> bool:
+    """Write the first values of an entry, if its weight has values."""
     weight = base_tensor(module, entry.param)
     if weight.is_meta:
-        return
+        return False
     held = entry.tensors(module)
     for role, value in first_values(module, entry, whole(weight)).items():
         if held[role].is_meta:
@@ -123,6 +89,7 @@ def _start(module: nn.Module, entry: Entry) -> None:
             module._parameters[entry.names[role]] = new
         else:
             copy_into([held[role]], [value])
+    return True
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from torch import nn
 from lora_inject.core.layers.attached import Attached, Entry
 from lora_inject.core.layers.reading import keeping
 from lora_inject.core.layers.selection import Selection
-from lora_inject.core.layers.starting import is_own, names_given, start_loaded
+from lora_inject.core.layers.starting import is_own, names_given, start_loaded, waiting
 from lora_inject.core.spec.sites import meaning
 from lora_inject.errors import StateError
 
@@ -151,11 +151,12 @@ def taking(
     Of an adapter a dict may lack all keys, as a plain base checkpoint does, or none.
     """
     _check_part(module, attached, state_dict, prefix, noted)
-    given = names_given(module, state_dict, prefix) if attached.valueless else set()
+    unstarted = waiting(module, attached)
+    given = names_given(module, state_dict, prefix) if unstarted else set()
     with keeping(attached, replaces=True):
         yield
-    if attached.valueless:
-        start_loaded(module, given)
+    started = {entry.mark for entry in unstarted if start_loaded(module, entry, given)}
+    attached.garbage -= started
     unexpected_keys[:] = [key for key in unexpected_keys if key != prefix + FORMS]
     loading = _loading(attached.selection, missing_keys)
     for entry in attached.entries():

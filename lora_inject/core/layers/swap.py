@@ -33,7 +33,7 @@ from lora_inject.core.layers.reading import (
 )
 from lora_inject.core.layers.recurrent import members_of_recurrent
 from lora_inject.core.layers.selection import Selection
-from lora_inject.core.layers.starting import EMPTYING, moved
+from lora_inject.core.layers.starting import EMPTYING, on_meta
 from lora_inject.core.layers.state_dict import taking, tell
 from lora_inject.core.layers.weight_kinds import is_quantized
 from lora_inject.errors import LayerError
@@ -85,10 +85,14 @@ class Swapped(Adapted):
                 return out
             return t.to(out.device, torch.float32)
 
+        attached, emptied = self._lora, getattr(fn, "__code__", None) in EMPTYING
+        without = [entry for entry in attached.entries() if emptied or on_meta(self, entry)]
         super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
-        for name in self._lora.flat:
-            self._lora.selection.extend_to(held_by(self)[name].device)
-        moved(self, emptied=getattr(fn, "__code__", None) in EMPTYING)
+        for name in attached.flat:
+            attached.selection.extend_to(held_by(self)[name].device)
+        if garbage := {entry.mark for entry in without if not on_meta(self, entry)}:
+            attached.garbage |= garbage
+            attached.forget_use()
         return self
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

@@ -18,7 +18,7 @@ from lora_inject.core.layers.kinds import mixin_of
 from lora_inject.core.layers.library import begin_training, loaded_libraries
 from lora_inject.core.layers.selection import Mix, Selection
 from lora_inject.core.layers.snapshot import all_or_nothing
-from lora_inject.core.layers.starting import first_values, moved
+from lora_inject.core.layers.starting import first_values
 from lora_inject.core.layers.survey import Carried, Survey, memory_of
 from lora_inject.core.layers.swap import swap
 from lora_inject.core.layers.weight_kinds import whole
@@ -167,8 +167,6 @@ def _put_all(
         for role, flat in entry.names.items():
             module._parameters[flat] = held[role]
         attached.add(entry)
-        if next(iter(held.values())).is_meta:
-            moved(module, emptied=False)
     for device in {tensor.device for held in parameters for tensor in held.values()}:
         selection.extend_to(device)
 

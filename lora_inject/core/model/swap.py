@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.other_tensors import on_parts
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.layers.starting import copy_into, given_values
+from lora_inject.core.layers.starting import copy_into
 from lora_inject.core.model.base import Base
 from lora_inject.core.model.fit_state import fit
 from lora_inject.core.model.read_off import values_on
 from lora_inject.core.model.slots import placed
-from lora_inject.core.roots.root import Injected, alone, check_unmerged, entries
+from lora_inject.core.roots.root import Injected, adapted_modules, alone, check_unmerged
 from lora_inject.core.spec.names import nearest
 from lora_inject.core.spec.sites import meaning
 from lora_inject.errors import FormatError, LayerError, user_path, within
@@ -123,8 +123,8 @@ def _write(survey: Injected, name: str, into: Sequence[Tensor], values: Sequence
         alike = [v.to(tensor) for tensor, v in zip(into, values, strict=True)]
         with torch.no_grad():
             torch._foreach_copy_([*into], alike)
-    for _, module, entry in entries(survey, name):
-        given_values(module, [entry])
+    for _, _, attached in adapted_modules(survey):
+        attached.garbage -= {entry.mark for entry in attached.entries(name)}
 
 
 def _paired(slot: AdapterState, state: AdapterState, asked: str) -> Iterator[tuple[Tensor, Tensor]]:
