@@ -33,10 +33,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from lora_inject.core.functional.factors import Update
-from lora_inject.core.functional.gain import gained
-from lora_inject.core.functional.plain_operations import add_updates
 from lora_inject.core.layers.attached import factors_of, held_by
-from lora_inject.core.layers.kinds import LoRALinear, gain_in_forward, gained_entry
+from lora_inject.core.layers.kinds import LoRALinear, gain_in_forward
 from lora_inject.core.layers.selection import Mix, Selected
 from lora_inject.core.roots.selecting import selecting
 from lora_inject.errors import LayerError, LoraInjectError
@@ -146,18 +144,11 @@ class TrialRows(Rows):
     def _alone(self, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a linear layer of one trial that has dropout."""
         recipes = layer._lora.choose(self._whole)  # notes the use
-        x, float32 = layer._lora_input(args, kwargs), layer._lora.float32
+        x = layer._lora_input(args, kwargs)
         kept = self._drop(layer, name, x, max(recipe.dropout for recipe in recipes))
         updates = factors_of(recipes, held_by(layer), training=False)
-        y = layer._lora_without_updates(args, kwargs)
-        y = add_updates(y, kept, updates, float32=float32)
-        entry = gained_entry(layer._lora, self._whole) if layer._lora.gains else None
-        if entry is None:
-            return y
-        base = add_updates(layer._lora_without_updates((kept,), {}), kept, updates, float32=float32)
-        bias = layer._lora_own("bias")
-        base = base if bias is None else base - bias.to(base.dtype)
-        return gained(y, base, gain_in_forward(layer, entry, recipes))
+        gain = gain_in_forward(layer, self._whole, recipes)
+        return layer._lora_dropped(args, kwargs, kept, updates, gain)
 
     def _drop(self, layer: Any, name: str, x: Tensor, p: float) -> Tensor:
         """Drop elements of one trial's rows, drawn for what is not padded."""

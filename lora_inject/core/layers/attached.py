@@ -212,21 +212,17 @@ class Attached:
             names = self._base = tuple(key for key in parameters if key not in self.flat)
         return {key: p for key in names if (p := parameters[key]) is not None}
 
-    def taking(self, mix: Selected) -> list[tuple[Entry, float]]:
-        """Return the entries on the output that take part under a mix, with their weights."""
-        held = self.forward
-        return [(held[name], weight) for name, weight in mix.names.items() if name in held]
-
     def recipes(self, mix: Selected) -> tuple[Recipe, ...]:
         """Return the updates on the output that take part under a mix."""
-        taking = self.taking(mix)
+        taking = mix.among(self.forward)
         self.check_started((entry for entry, _ in taking), "a forward")
         return tuple(recipe for entry, weight in taking for recipe in entry.recipes(weight))
 
     def choose(self, mix: Selected) -> tuple[Recipe, ...]:
         """Look up the same, and note their use."""
         recipes = self.recipes(mix)
-        self.took_part = self.took_part.union(entry.mark for entry, _ in self.taking(mix))
+        taking = mix.among(self.forward)
+        self.took_part = self.took_part.union(entry.mark for entry, _ in taking)
         self.last_chosen = mix, recipes
         return recipes
 

@@ -37,7 +37,6 @@ from lora_inject.core.layers.adapted import (
     plain_class,
 )
 from lora_inject.core.layers.attached import (
-    Attached,
     Entry,
     Recipe,
     check_mixed,
@@ -76,8 +75,7 @@ class ForwardUpdate(Adapted):
         updates = factors_of(recipes, held_by(self), training=self.training)
         if self.training and not compiling:
             self._lora_check_vain(t for u in updates for t in (u.A, u.B))
-        alone = gained_entry(self._lora, mix) if self._lora.gains else None
-        gain = None if alone is None else gain_in_forward(self, alone, recipes)
+        gain = gain_in_forward(self, mix, recipes) if self._lora.gains else None
         return self._lora_with_updates(args, kwargs, updates, gain)
 
     def _lora_chosen(self, mix: Selected) -> tuple[Recipe, ...]:
@@ -130,26 +128,26 @@ class ForwardUpdate(Adapted):
 # --------------------------------------------------------------------------- a gain of the outputs
 
 
-def gained_entry(attached: Attached, mix: Selected) -> Entry | None:
-    """Return the entry on the output that has a gain under a mix; it is the only one."""
-    taking = attached.taking(mix)
-    alone = next((entry for entry, _ in taking if entry.gained), None)
-    if alone is not None:
-        copies = attached.reads.get(alone.param, {})
-        taking += [(copies[n], w) for n, w in mix.names.items() if n in copies]
-        check_mixed(taking)
-    return alone
+def gain_in_forward(
+    layer: ForwardUpdate, mix: Selected, recipes: Iterable[Recipe]
+) -> Tensor | None:
+    """Return the gains of a layer's outputs under a mix `(out,)`, with a gradient to the magnitude.
 
-
-def gain_in_forward(layer: Any, entry: Entry, recipes: Iterable[Recipe]) -> Tensor:
-    """Return the gains of an adapter's outputs `(out,)`, with a gradient to its magnitude."""
+    None where no adapter has one; who has one is alone.
+    """
+    attached = layer._lora
+    taking = mix.among(attached.forward)
+    entry = next((entry for entry, _ in taking if entry.gained), None)
+    if entry is None or entry.spec is None:
+        return None
+    check_mixed([*taking, *mix.among(attached.reads.get(entry.param, {}))])
     of_kind = layer.weight_name if layer._lora_stock else layer.weight_of(type(layer))
     weight = layer._lora_own(of_kind)
     if is_quantized(weight) and weight_kind(layer, weight) is not UNKNOWN:
         weight = dense(layer, weight)
     elif type(weight) not in PLAIN:
         raise LayerError(
-            f"a forward of site {entry.spec.name!r}",  # type: ignore[union-attr]
+            f"a forward of site {entry.spec.name!r}",
             f"its gain needs the norms of W, which is {article(type(weight).__name__)} here",
             "Shard with fully_shard, or train this layer with variant: lora",
         )
@@ -250,14 +248,29 @@ class LoRALinear(ForwardUpdate):
                 f"a {type(self).__name__} got a nested tensor",
             )
             raise LayerError(asked, problem, "Pad the batch")
-        if not updates[0].dropout:
-            y = base = self._lora_with_updates(args, kwargs, updates)
-        else:
+        if updates[0].dropout:
             kept = F.dropout(x, updates[0].dropout)
             updates = [update._replace(dropout=0.0) for update in updates]
-            plain = self._lora_without_updates(args, kwargs)
-            y = add_updates(plain, kept, updates, float32=self._lora.float32)
-            base = self._lora_with_updates((kept,), {}, updates)
+            return self._lora_dropped(args, kwargs, kept, updates, gain)
+        y = self._lora_with_updates(args, kwargs, updates)
+        return self._lora_times(y, y, gain)
+
+    def _lora_dropped(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kept: Tensor,
+        updates: Sequence[Update],
+        gain: Tensor | None,
+    ) -> Tensor:
+        """Compute the layer where the input of the updates is what dropout has left of its own."""
+        plain = self._lora_without_updates(args, kwargs)
+        y = add_updates(plain, kept, updates, float32=self._lora.float32)
+        if gain is None:
+            return y
+        return self._lora_times(y, self._lora_with_updates((kept,), {}, updates), gain)
+
+    def _lora_times(self, y: Tensor, base: Tensor, gain: Tensor) -> Tensor:
         bias = self._lora_own("bias")
         return gained(y, base if bias is None else base - bias.to(base.dtype), gain)
 

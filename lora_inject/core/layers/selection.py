@@ -27,6 +27,8 @@ from lora_inject.core.functional.patches import hold
 from lora_inject.core.functional.torch_inside import constant_in_graphs, in_backward
 from lora_inject.errors import StateError
 
+T = TypeVar("T")
+
 ENTERED: ContextVar[tuple[Any, ...]] = ContextVar("lora_inject_contexts", default=())
 """The contexts that the caller runs in, the innermost last (`layers.contexts`)."""
 
@@ -60,6 +62,10 @@ class Selected:
         """
         raise NotImplementedError
 
+    def among(self, entries: Mapping[str, T]) -> list[tuple[T, float]]:
+        """Return those of some adapters' entries that take part, with their weights."""
+        return [(entries[name], w) for name, w in self.names.items() if name in entries]
+
     def drops(self, layer: nn.Module) -> bool:
         """Return whether dropout of adapters acts in a layer."""
         return layer.training
@@ -89,7 +95,7 @@ class Mix(Selected):
         self, layer: Any, param: str, raw: Any, entries: Mapping[str, Any], *, outside: bool
     ) -> Any:
         """Return W with the updates and trained copies of the mix."""
-        taking = [(entries[name], w) for name, w in self.names.items() if name in entries]
+        taking = self.among(entries)
         return layer._lora_read_mixed(param, raw, taking, outside=outside) if taking else raw
 
     def __eq__(self, other: object) -> bool:
@@ -109,8 +115,6 @@ SELECTIONS: WeakSet[Selection] = WeakSet()
 
 _versions = itertools.count(1)
 _made = itertools.count(1)
-
-T = TypeVar("T")
 
 
 def alive(members: WeakSet[T]) -> list[T]:

@@ -71,7 +71,7 @@ def is_own(module: nn.Module, flat: str, tensor: Any) -> bool:
 
 def start_loaded(module: nn.Module, entry: Entry, given: Set[str]) -> bool:
     """Start an entry that has got its W and not its values; return whether it has values now."""
-    if given.issuperset(entry.names.values()) and not on_meta(module, entry):
+    if given >= set(entry.names.values()) and not on_meta(module, entry):
         return True
     return entry.param in given and _start(module, entry)
 
