@@ -38,7 +38,7 @@ _Number = Annotated[float, Field(allow_inf_nan=False, gt=-1e30, lt=1e30)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
 
 class Ahead(_Strict):

@@ -48,7 +48,7 @@ _EDITED = "The file was edited; fetch it again"
 class _Kind(BaseModel):
     """What sites have in common but for names; `rule` belongs to a config and is not written."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
 
     alpha: Positive
     compute: Literal["base", "float32"]

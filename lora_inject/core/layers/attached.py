@@ -185,12 +185,13 @@ class Attached:
             self.reads.setdefault(entry.param, {})[entry.adapter] = entry
             return
         self.forward[entry.adapter] = entry
-        self._note_kinds()
+        self._note_kind(entry)
 
-    def _note_kinds(self) -> None:
-        specs = [entry.spec for entry in self.forward.values() if entry.spec is not None]
-        self.float32 = any(spec.compute == "float32" for spec in specs)
-        self.gains = any(VARIANTS[spec.variant].gained for spec in specs)
+    def _note_kind(self, entry: Entry) -> None:
+        spec = entry.spec
+        if spec is not None:
+            self.float32 = self.float32 or spec.compute == "float32"
+            self.gains = self.gains or VARIANTS[spec.variant].gained
 
     def remove(self, adapter: str) -> list[Entry]:
         """Forget an adapter and return its entries."""
@@ -202,7 +203,9 @@ class Attached:
         self.garbage = self.garbage.difference(entry.mark for entry in removed)
         self.flat.difference_update(*(entry.names.values() for entry in removed))
         self.last_chosen = NOBODY
-        self._note_kinds()
+        self.float32 = self.gains = False
+        for entry in self.forward.values():
+            self._note_kind(entry)
         return removed
 
     def base(self, parameters: Mapping[str, nn.Parameter | None]) -> dict[str, nn.Parameter]:

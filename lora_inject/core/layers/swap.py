@@ -315,7 +315,8 @@ def swap(
         become(module, attached, ours, mixin, reads)
     else:
         kind = ours._lora_mixin if mixin is WeightUpdate else mixin
-        become(module, attached, ours._lora_plain, kind, ours._lora_reads.union(reads))
+        if kind is not ours._lora_mixin or not ours._lora_reads.issuperset(reads):
+            become(module, attached, ours._lora_plain, kind, ours._lora_reads.union(reads))
     return attached
 
 

@@ -84,11 +84,9 @@ def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:
 
 def _place_of(spec: SiteSpec, names: Inventory, where: str) -> Candidate:
     """Return what of the model has the name of a site, and can take it."""
-    if spec.kind != "parameter" and all(row.kind != spec.kind for row in KINDS):
-        unknown = f"its kind of layer, {spec.kind!r}, is not registered here"
-        remedy = "Import the module that calls extending.register_kind for it first"
-        raise FormatError(where, unknown, remedy)
     candidate = names.of_site(spec.name, spec.kind)
+    if candidate is None or candidate.kind != spec.kind:
+        _check_registered(spec, where)
     if candidate is None:
         close = ", ".join(map(repr, nearest(spec.name, names.sites))) or "none"
         problem, remedy = "the model has no such module", f"Nearest: {close}. {_ITS_MODEL}"
@@ -103,6 +101,13 @@ def _place_of(spec: SiteSpec, names: Inventory, where: str) -> Candidate:
         fits = fits[::-1]
     there = f"it maps {spec.in_features} to {spec.out_features} features in the file"
     raise FormatError(where, f"{there}, {fits[0]} to {fits[1]} here", _ITS_MODEL)
+
+
+def _check_registered(spec: SiteSpec, where: str) -> None:
+    if spec.kind != "parameter" and all(row.kind != spec.kind for row in KINDS):
+        unknown = f"its kind of layer, {spec.kind!r}, is not registered here"
+        remedy = "Import the module that calls extending.register_kind for it first"
+        raise FormatError(where, unknown, remedy)
 
 
 _ITS_MODEL = "Load the adapter onto the model that it was made for"

@@ -11,7 +11,7 @@ from torch import nn
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.put import places_of_plan, put_plan, survey_for
+from lora_inject.core.model.put import places_of_plan, put_plan, survey_for, uncollected
 from lora_inject.core.model.training import check_live_inputs
 from lora_inject.core.model.used import refuse_unreached
 from lora_inject.core.spec.config import ConfigLike
@@ -23,6 +23,7 @@ from lora_inject.formats.live_models import notes_on_files
 M = TypeVar("M", bound=nn.Module)
 
 
+@uncollected()
 def plan(model: nn.Module, config: ConfigLike) -> Plan:
     r"""Say what `inject` would do, and change nothing.
 
@@ -106,6 +107,7 @@ def inject(
     return model
 
 
+@uncollected()
 def put_config(
     model: nn.Module,
     config: ConfigLike,

@@ -12,7 +12,7 @@ from torch import nn
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.model.base import Base
 from lora_inject.core.model.fit_state import fit
-from lora_inject.core.model.put import put_state, survey_for
+from lora_inject.core.model.put import put_state, survey_for, uncollected
 from lora_inject.core.model.training import check_live_inputs
 from lora_inject.core.roots.root import Injected
 from lora_inject.errors import check_type, user_path
@@ -23,6 +23,7 @@ from lora_inject.formats.live_models import facts_about, refuse_first_places
 M = TypeVar("M", bound=nn.Module)
 
 
+@uncollected()
 def load_adapter(
     model: M,
     path: str | PathLike[str],
@@ -88,6 +89,7 @@ def load_adapter(
     return model
 
 
+@uncollected()
 def install(
     model: M,
     state: AdapterState,

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +42,22 @@ from lora_inject.errors import LayerError
 
 Values = Callable[[Carried], Mapping[str, Tensor]]
 """Gives the tensors of an entry by role; two entries that are one trained copy get the same."""
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Run the body, or a function, while Python does not look for garbage among its objects.
+
+    A verb makes dozens of small objects for each site and keeps them. To look through all of them
+    again and again took half as long as the rest of `inject` on 20,000 sites.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def survey_for(model: nn.Module, name: str) -> Survey:
