@@ -302,18 +302,6 @@ def test_the_card_names_a_rank_that_vllm_takes(
     assert most is None or rank <= most
 
 
-@pytest.mark.parametrize(("theirs", "ours"), [
-    ("set_adapter", "activate"), ("delete_adapter", "eject"), ("disable_adapter", "disabled"),
-    ("merge_adapter", "merge"), ("unmerge_adapter", "unmerge"), ("merge_and_unload", "merge"),
-    ("unload", "eject"), ("add_weighted_adapter", "combine"), ("hotswap_adapter", "swap_adapter"),
-    ("print_trainable_parameters", "summary"), ("add_adapter", "inject"),
-])  # fmt: skip
-def test_a_verb_of_peft_is_answered_by_ours(theirs: str, ours: str) -> None:
-    with pytest.raises(AttributeError, match=rf"'{theirs}'.*'{ours}'"):
-        getattr(li, theirs)
-    assert hasattr(li, ours)
-
-
 @pytest.mark.parametrize("key", [
     "r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "modules_to_save",
     "exclude_modules", "layers_to_transform", "target_parameters", "peft_type", "use_dora",

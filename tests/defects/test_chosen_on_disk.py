@@ -44,8 +44,9 @@ def delta_of(model: Any, family: str, only: Sequence[int] = range(3)) -> Tensor:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])  # apart in files, and as a stack
-@pytest.mark.parametrize("rule", [*RULES])
-@pytest.mark.parametrize("given", ["file", "value", "weighted"])
+@pytest.mark.parametrize(
+    ("rule", "given"), [*zip(RULES, ("file", "value", "weighted", "file"), strict=True)]
+)
 def test_what_is_merged_on_disk_is_the_delta_of_the_chosen_experts(
     rule: str, family: str, given: str, tmp_path: Path
 ) -> None:

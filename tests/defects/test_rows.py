@@ -17,10 +17,6 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import lora_inject as li
 
-NEW_ROWS = pytest.mark.xfail(
-    strict=True, reason="rows: an axis as long as the batch is taken for it"
-)
-
 
 def adapted(model: nn.Module, targets: list[Any], **options: Any) -> nn.Module:
     """A model with the adapters one and two."""

@@ -152,7 +152,7 @@ def run_reproduction(argv: list[str]) -> None:
     sys.exit(reproduce(argv))
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_the_reproduction_survives_ctrl_c_and_a_kill_and_prints_all_claims(
     tmp_path: Path, forks: Forks, capsys: pytest.CaptureFixture[str]
 ) -> None:
