@@ -12,7 +12,7 @@ import pytest
 import yaml
 from helpers.refusals import refused
 from helpers.tables import rows
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import lora_inject as li
@@ -207,13 +207,12 @@ def test_files_that_cannot_be_read(case: str, tmp_path: Path) -> None:
 
 # There and back
 
-# Text that YAML would read as something else, and any other text; both as literal patterns.
+# Text that YAML would read as something else or break, and any other text.
 YAML_WORDS = r"""1e3 1.0e-3 10 010 on no null ~ 2026-01-01 << = # ' " !!x &a %a @a 0x1f 1:30
 .inf a\.b (?i)q"""
-patterns = st.one_of(
-    st.sampled_from([*YAML_WORDS.split(), "a: b", "- a"]),
-    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8),
-).filter(lambda text: made(lambda: li.classes.Rule(match=text)) is not None)
+TEXTS = [*YAML_WORDS.split(), "a: b", "- a", "a\nb", "a\x85b", "a\u2028b"]
+any_text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+patterns = any_text.filter(lambda text: made(lambda: li.classes.Rule(match=text)) is not None)
 
 
 def made(make: Callable[[], Any]) -> Any:
@@ -228,6 +227,7 @@ def made(make: Callable[[], Any]) -> Any:
     st.lists(patterns, max_size=2),
     st.floats(min_value=0, exclude_min=True, max_value=1e38),
 )
+@example(TEXTS, TEXTS, 1.0)
 def test_a_config_is_the_same_after_yaml_and_after_json(
     targets: list[str], exclude: list[str], alpha: float
 ) -> None:
