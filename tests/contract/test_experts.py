@@ -51,11 +51,11 @@ def with_deltas(plain: nn.Module, *models: nn.Module) -> nn.Module:
     return wide
 
 
-def check_gradients(model: nn.Module, wide: nn.Module) -> None:
+def check_gradients(model: nn.Module, wide: nn.Module, limit: float) -> None:
     """dL/dA and dL/dB follow from the dense dL/dW by hand: scale B^T G and scale G A^T."""
-    weights = torch.randn(2, 4, 13, dtype=torch.float64)
+    weights = torch.randn(1, 5, 13, dtype=torch.float64)
     for each in (model, wide):
-        (logits(each) * weights).sum().backward()
+        (few(each) * weights).sum().backward()
     parameters = li.adapter_parameters(model)
     for name, site in li.adapter_state(model).sites.items():
         due = {"A": torch.zeros_like(site.A), "B": torch.zeros_like(site.B)}
@@ -65,25 +65,15 @@ def check_gradients(model: nn.Module, wide: nn.Module) -> None:
                 due["A"][pair[0]] += SCALE * site.B[pair[1]].T @ g
                 due["B"][pair[1]] += SCALE * g @ site.A[pair[0]].T
         for role, gradient in due.items():
-            assert error(parameters[f"{name}.lora_{role}"].grad, gradient) < 1e-10
+            assert error(parameters[f"{name}.lora_{role}"].grad, gradient) < limit
 
 
 # ------------------------------------------------------------ stacks, whole or some experts of them
 
 
-@pytest.mark.parametrize(("family", "part"), CASES)
-def test_a_stack_or_a_part_of_it_is_the_dense_model(family: str, part: str) -> None:
-    plain = experts(family)[0].double()
-    model = li.inject(copy.deepcopy(plain), config(ALL | PARTS[part]))
-    assert same_bits(logits(model), logits(plain))
-    wide = with_deltas(plain, fill(model))
-    assert error(logits(plain), logits(wide)) > 1e-3
-    assert error(logits(model), logits(wide)) < EXACT
-    check_gradients(model, wide)
-    li.merge(model)
-    assert error(logits(model), logits(wide)) < EXACT
-    li.unmerge(model)
-    assert all(same_bits(t, plain.state_dict()[k]) for k, t in base_state(model).items())
+def few(model: nn.Module) -> Tensor:
+    """For fewer tokens than a matrix has rows or columns."""
+    return model(torch.arange(5)[None]).logits
 
 
 @pytest.mark.parametrize("how", ["eager", "batched_mm", "default"])
@@ -92,21 +82,27 @@ def test_in_each_way_to_multiply_it_is_the_dense_model_and_no_delta_is_kept(
     family: str, part: str, how: str
 ) -> None:
     """By default transformers multiplies all experts by one grouped kernel, in float32."""
-    plain, layout = experts(family, how)
-    rule = expert_rule(layout) if part == "all" else ALL | PARTS[part]
-    model = fill(li.inject(copy.deepcopy(plain), config(rule)))
-    ids, kept = torch.arange(5)[None], []  # fewer tokens than a matrix has rows or columns
+    is_exact = how == "eager"
+    plain = experts(family, how)[0].to(torch.float64 if is_exact else torch.float32)
+    model = li.inject(copy.deepcopy(plain), config(ALL | PARTS[part]))
+    assert not is_exact or same_bits(few(model), few(plain))
+    wide, kept = with_deltas(plain, fill(model)), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        outputs = model(ids).logits
-    assert error(outputs, with_deltas(plain, model)(ids).logits) < FLOAT32
-    outputs.square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in li.adapter_parameters(model).values())
-    assert li.unreached(model, lambda: logits(model)) == []
+        outputs = few(model)
+    assert error(few(plain), few(wide)) > 1e-3
+    limit = EXACT if is_exact else FLOAT32
+    assert error(outputs, few(wide)) < limit
+    check_gradients(model, wide, 100 * limit)
+    assert li.unreached(model, lambda: few(model)) == []
     if how != "batched_mm":  # where transformers gathers an expert for each token
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
         new = [t.shape[-2:] for t in kept if t.untyped_storage().data_ptr() not in own]
         matrices = [m.shape for p in stacks(plain).values() for m in (p[0], p[0].T)]
         assert not [shape for shape in new if shape in matrices]
+    li.merge(model)
+    assert error(few(model), few(wide)) < limit
+    li.unmerge(model)
+    assert all(same_bits(t, plain.state_dict()[k]) for k, t in base_state(model).items())
 
 
 @pytest.mark.parametrize(("part", "n_a", "n_b"), [("only", 2, 2), ("A", 1, 3), ("B", 3, 1)])
