@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -75,16 +74,15 @@ def decoder(lab: Lab) -> tuple[list[str], list[Claim]]:
             )
         rate = min(tried, key=lambda rate: tried[rate]["dev"])
         best[name] = rate, tried[rate]
-    rows = [("untrained", "0", "", f"{math.exp(start['test']):.2f}", "", "")]
+    rows = [("untrained", f"{math.exp(start['test']):.2f}")]
     full = best["full"][1]
     base_line = f"{math.exp(full['test']):.2f}"
     claims = {}
-    for name, (rate, result) in best.items():
+    for name, (_, result) in best.items():
         mean, error = behind(result, full)
         nats = "" if name == "full" else f"{mean:+.3f} ± {error:.3f}"
         perplexity = f"{math.exp(result['test']):.2f}"
-        numbers = (f"{result['parameters']:,}", f"{rate:g}", perplexity, nats)
-        rows.append((WAYS[name].title, *numbers, f"{result['cpu_seconds']:.0f}"))
+        rows.append((WAYS[name].title, perplexity))
         if name.startswith("lora"):
             claims[name] = (
                 f"{WAYS[name].title}, is on par with full fine-tuning on a generation task",
@@ -92,8 +90,9 @@ def decoder(lab: Lab) -> tuple[list[str], list[Claim]]:
                 f"perplexity {perplexity} against {base_line} ({nats} nats a token)",
                 verdict(-mean, error, -MARGIN),
             )
-    head = ("method", "parameters", "rate", "perplexity", "nats behind full", "s")
-    return [table(head, rows)], [claims[name] for name in ("lora-r1", "lora-r4", "lora-r16")]
+    return [table(("method", "perplexity"), rows)], [
+        claims[name] for name in ("lora-r1", "lora-r4", "lora-r16")
+    ]
 
 
 def parts(lab: Lab, tokenizer: Any) -> list[list[Example]]:
@@ -122,15 +121,12 @@ def fine_tune(lab: Lab, way: Way, rate: float) -> Result:
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=WEIGHT_DECAY, fused=True)
     order = data.batches(rows[0], BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, len(order)))
-    start = time.process_time()
     for batch in order:
         (-log_probs(model, *data.collate(batch, 0)).mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    seconds = time.process_time() - start
-    n = sum(p.numel() for p in trained)
-    return measure(model, rows[1:]) | {"parameters": n, "cpu_seconds": seconds}
+    return measure(model, rows[1:])
 
 
 def log_probs(model: Any, tokens: Tensor, labels: Tensor) -> Tensor:

@@ -8,13 +8,9 @@ used for nothing else; one that is near to a tuned one takes its rate.
 
 from __future__ import annotations
 
-import ctypes
 import statistics
-import sys
-import time
 from collections.abc import Sequence
 from math import hypot, sqrt
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +21,7 @@ from torch import Tensor, nn
 import lora_inject
 
 from .lab import FAILS, HOLDS, OPEN, Claim, Lab, Result, table, verdict
-from .methods import METHODS, RANKS, TITLES, TUNED, Method
+from .methods import METHODS, RANKS, TITLES, Method
 
 WEIGHT_DECAY, WARM_UP = 0.01, 0.06
 TUNING_SEED = 100
@@ -55,12 +51,11 @@ def fine_tune(
     lab: Lab, method: Method, seed: int, rate: float, head_rate: float, part: str,
     keep: str = "", kind: str = "movies",
 ) -> Result:  # fmt: skip
-    """Train on the training part, measure on another; memory is beyond the loaded model."""
+    """Train on the training part, measure on another."""
     sentences = lab.sentences(kind)
     encoder, tokenizer = lab.encoder()
     rows = encode(tokenizer, sentences.train, lab.sizes.max_tokens)
     measured = encode(tokenizer, getattr(sentences, part), lab.sizes.max_tokens)
-    base = memory_now()
     torch.manual_seed(seed)
     model = Classifier(encoder).eval()
     method.apply(model)
@@ -71,17 +66,10 @@ def fine_tune(
     others = [p for p in trained if id(p) not in head]
     groups = [{"params": [p for p in trained if id(p) in head], "lr": head_rate}]
     groups += [{"params": others, "lr": rate}] if others else []
-    wall, cpu = time.perf_counter(), time.process_time()
     train(model, groups, rows, lab.sizes.batch, seed)
-    result = {
-        "seconds": time.perf_counter() - wall,
-        "cpu_seconds": time.process_time() - cpu,
-        "peak_bytes": status("VmHWM") - base if base else None,
-        "parameters": sum(p.numel() for p in others),
-    }
     if keep:
         lora_inject.save_adapter(model, lab.kept(keep), format="native", overwrite=True)
-    return result | evaluate(model, measured)
+    return {"parameters": sum(p.numel() for p in others), **evaluate(model, measured)}
 
 
 def train(model: nn.Module, groups: Any, rows: Sequence[Row], batch: int, seed: int) -> None:
@@ -144,21 +132,6 @@ def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
     return ids, mask, torch.tensor([label for _, label in rows])
 
 
-def memory_now() -> int:
-    """Resident bytes now, with what was freed given back; forgets the peak. 0 if unknown."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        return 0
-    return status("VmRSS") if sys.platform.startswith("linux") else 0
-
-
-def status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
 # ----------------------------------------------------------------------------- rates and scores
 
 
@@ -216,10 +189,6 @@ class Scores(NamedTuple):
         """Its standard deviation over seeds."""
         return statistics.stdev(result["accuracy"] for result in self.results)
 
-    def middle(self, field: str) -> float:
-        """Median of one field over seeds; 0 where it was not measured."""
-        return statistics.median(result[field] or 0 for result in self.results)
-
 
 def scores(lab: Lab, names: Sequence[str]) -> dict[str, Scores]:
     """Run methods with every seed; all methods of a seed first."""
@@ -259,31 +228,21 @@ def against(one: Scores, other: Scores, gap: Gap) -> str:
 
 
 def cells(scores: Scores) -> tuple[str, ...]:
-    return (scores.method.title, f"{scores.middle('parameters'):,.0f}", f"{100 * scores.mean:.1f}")
+    n_parameters = scores.results[0]["parameters"]
+    return (scores.method.title, f"{n_parameters:,}", f"{100 * scores.mean:.1f}")
 
 
 def quality(lab: Lab) -> tuple[list[str], list[Claim]]:
     """All ways to fine-tune on the same sentences (section 5)."""
     names = ["full", "top2", "head", "bitfit", "prefix", "adapter-h", "adapter-l"]
-    names += [f"lora-{sites}-r{rank}" for sites in ("q", "qv", "qkvo", "all") for rank in RANKS]
+    names += ["lora-qv-r8", "lora-all-r8"]  # others: the stages `matrices` and `ranks`
     found = scores(lab, names)
     full = found["full"]
     rows = [
-        (
-            *cells(s), f"{100 * s.deviation:.1f}",
-            "" if s is full else gap(s, full), f"{s.middle('cpu_seconds'):.0f}",
-            f"{s.middle('peak_bytes') / 1e6:.0f}",
-        )
+        (*cells(s), f"{100 * s.deviation:.1f}", "" if s is full else gap(s, full))
         for s in found.values()
-    ]  # fmt: skip
-    head = ("method", "parameters beside the head", "accuracy, %", "deviation")
-    tuned = []
-    for method in TUNED:
-        tried = tune(lab, method)
-        best = max(tried, key=lambda rate: tried[rate])
-        texts = [f"{rate:g}: {100 * a:.1f}" for rate, a in tried.items()]
-        marked = [f"**{t}**" if r == best else t for r, t in zip(tried, texts, strict=True)]
-        tuned.append((method.title, *marked, *[""] * (4 - len(marked))))
+    ]
+    head = ("method", "parameters beside the head", "accuracy, %", "deviation", "against full")
     claims = []
     for name, title in (("lora-qv-r8", "q, v"), ("lora-all-r8", "all linears")):
         ahead = gap(found[name], full)
@@ -292,8 +251,7 @@ def quality(lab: Lab) -> tuple[list[str], list[Claim]]:
             "RoBERTa-base GLUE mean 87.2 against 86.4 (q, v)",
             f"r = 8: {against(found[name], full, ahead)}", verdict(*ahead, -MARGIN),
         ))  # fmt: skip
-    tables = [table((*head, "against full", "s", "MB"), rows), table(("method", *[""] * 4), tuned)]
-    return tables, claims
+    return [table(head, rows)], claims
 
 
 def rivals(lab: Lab) -> tuple[list[str], list[Claim]]:
@@ -302,15 +260,14 @@ def rivals(lab: Lab) -> tuple[list[str], list[Claim]]:
     ours, *theirs = scores(lab, ("lora-qv-r8", *others)).values()
     gaps = [gap(ours, s) for s in theirs]
     verdicts = [verdict(*g) for g in gaps]
-    listed = list(zip(theirs, gaps, verdicts, strict=True))
-    head = ("method", "parameters", "accuracy, %", "LoRA ahead", "ahead at all")
+    listed = list(zip(theirs, gaps, strict=True))
     least, most = (choose(listed, key=lambda row: row[1]) for choose in (min, max))
     worst = next((v for v in (FAILS, OPEN) if v in verdicts), HOLDS)
     claim = ("LoRA is ahead of the other ways to train less than everything",
              "in most columns of Tables 2 to 4",
              (f"q, v at r = 8 is ahead by {least[1]} ({least[0].method.title}) to {most[1]} "
              f"({most[0].method.title}) points"), worst)  # fmt: skip
-    return [table(head, [(*cells(s), g, v) for s, g, v in listed])], [claim]
+    return [], [claim]
 
 
 MATRICES = {  # WikiSQL and MNLI in the paper's Table 5
