@@ -13,7 +13,7 @@ too, unless it is packed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lora_inject.core.layers.attached import Attached, Entry
 from lora_inject.core.layers.checkpointing import check_live_checkpoint
 from lora_inject.core.layers.library import check_not_offloaded
-from lora_inject.core.layers.reading import read_mixed
+from lora_inject.core.layers.reading import read_mixed, run_reading
 from lora_inject.core.layers.selection import Selected
 from lora_inject.core.spec.sites import Geometry
 
@@ -55,12 +55,12 @@ class Adapted(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def weight_of(cls, layer: type[nn.Module]) -> str:  # noqa: ARG003 - for kinds that pack it
+    def weight_of(cls, layer: type[nn.Module]) -> str:
         """Return the name of the tensor, parameter or buffer, that stands for a class's weight."""
         return cls.weight_name
 
     @classmethod
-    def adds_to_output(cls, module: nn.Module, *, stock: bool) -> bool:  # noqa: ARG003
+    def adds_to_output(cls, module: nn.Module, *, stock: bool) -> bool:
         """Return whether `f(x; W + D) = f(x; W) + D x` is known of a module for any D.
 
         Else its weight reads as W + delta, which is right for whatever it computes. `stock` is what
@@ -69,7 +69,7 @@ class Adapted(nn.Module):
         return stock
 
     @staticmethod
-    def stock(plain: type[nn.Module]) -> bool:  # noqa: ARG004 - for kinds that have one
+    def stock(plain: type[nn.Module]) -> bool:
         """Return whether a class computes exactly what its kind's own torch class does."""
         return False
 
@@ -95,14 +95,10 @@ class Adapted(nn.Module):
             check_live_checkpoint()
 
     def _lora_raw(self, param: str) -> Any:
-        """Return the plain class's attribute: a parameter, or a tensor in its place."""
-        computed = getattr(self._lora_plain, param, None)
-        if isinstance(computed, property):
-            return computed.__get__(self)
-        if param in self._parameters:
-            return self._parameters[param]
-        if param in self.__dict__:
-            return self.__dict__[param]
+        """Return a parameter, or the tensor that FSDP1 or DataParallel has put in its place."""
+        for held in (self._parameters, self.__dict__):
+            if param in held:
+                return held[param]
         return super().__getattr__(param)  # raises
 
     def _lora_read_mixed(
@@ -116,11 +112,10 @@ class WeightUpdate(Adapted):
     """A module whose parameters are read: the mixin for reads without a forward update."""
 
     kind = "reader"
-    _lora_cached: ClassVar[Callable[..., Any]]
 
-    def _lora_mixed(self, mix: Selected, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
+    def _lora_mixed(self, mix: Selected, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the plain forward, whose reads give W + delta."""
-        return self._lora_cached(*args, **kwargs)
+        return run_reading(self, args, kwargs)
 
 
 def plain_class(cls: type) -> type:

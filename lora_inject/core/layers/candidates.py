@@ -23,7 +23,7 @@ from lora_inject.core.layers.library import (
     reason_against,
 )
 from lora_inject.core.layers.mixtures import is_transposed, with_mixtures
-from lora_inject.core.layers.survey import Survey, memory_of
+from lora_inject.core.layers.survey import Survey, memory_of, table_of
 from lora_inject.core.layers.weight_kinds import dtype_name, is_quantized
 from lora_inject.core.spec.inventory import Candidate, Inventory, Mixture
 from lora_inject.core.spec.names import is_bias, joined, parent
@@ -115,15 +115,10 @@ class _Listing:
         """Yield the names of the output heads that models and parts of them state."""
         stating = {cls for cls in self.classes if hasattr(cls, _HEAD)}
         for _, module in self.survey.modules:
-            if type(module) not in stating and _HEAD not in module.__dict__:
-                continue
-            try:
-                get: Any = getattr(module, _HEAD)
-                head = get() if callable(get) else None
-            except (AttributeError, NotImplementedError):  # a model that has none
-                continue
-            if isinstance(head, nn.Module) and id(head) in self.survey.paths:
-                yield self.survey.paths[id(head)]
+            if type(module) in stating or _HEAD in module.__dict__:
+                head = table_of(module, _HEAD)
+                if head is not None and id(head) in self.survey.paths:
+                    yield self.survey.paths[id(head)]
 
     def _mixtures(self) -> tuple[Mixture, ...]:
         """Return the blocks that route tokens; without lists and stacks there are none."""

@@ -50,38 +50,32 @@ class Library:
 
     def kept(self, module: nn.Module) -> Any:
         """Return the forward of before, which the library's forward on an instance calls."""
-        del module
 
     def keep(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         """Let the library's forward on an instance call another one."""
 
     def calls_class(self, module: nn.Module) -> bool:
         """Return whether the forward on an instance is the library's and calls the class's."""
-        del module
         return False
 
     def offloads(self, module: nn.Module) -> bool:
         """Return whether a forward gets copies of the Parameters, whose gradients are lost."""
-        del module
         return False
 
     def away(self, modules: Iterable[nn.Module]) -> tuple[str, str] | None:
         """Return why weights of a model on the meta device have no values, and what to do."""
-        del modules
         return None
 
     # Reads ---------------------------------------------------------------------------------------
 
     def moves(self, module: nn.Module, param: str, held: Tensor) -> bool:
         """Return whether the library reads a parameter to move or to round it, as it is."""
-        del module, param, held
         return False
 
     # Around verbs --------------------------------------------------------------------------------
 
     def against(self, survey: Survey, plan: Plan, *, leave_new: bool) -> Iterator[tuple[str, str]]:
         """Yield the problem and the remedy of each thing in a plan that it stands against."""
-        del survey, plan, leave_new
         yield from ()
 
     def before_attach(self, survey: Survey, asked: str) -> None:
@@ -116,19 +110,16 @@ class Library:
 
     def writes_here(self, survey: Survey) -> bool:
         """Return whether this process writes a model's files: one of several with shards."""
-        del survey
         return True
 
     def new_weights(self, survey: Survey) -> Sequence[str]:
         """Return the parameters that no checkpoint of a model had."""
-        del survey
         return ()
 
     def in_names_of(
         self, model: nn.Module, state: AdapterState, weights: Mapping[str, Tensor]
     ) -> AdapterState:
         """Return an adapter under the names of a model, where the library knows its older names."""
-        del model, weights
         return state
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,14 +30,7 @@ from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.lazy import lazy_weight
 from lora_inject.core.functional.torch_inside import in_forward, is_watched, saving_hooks
 from lora_inject.core.functional.weight import reads_as_sum
-from lora_inject.core.layers.attached import (
-    GATHERED,
-    Attached,
-    Entry,
-    attached_to,
-    check_mixed,
-    held_by,
-)
+from lora_inject.core.layers.attached import GATHERED, Attached, Entry, check_mixed, held_by
 from lora_inject.core.layers.library import Library, libraries
 from lora_inject.core.layers.sending import sent_once
 from lora_inject.core.layers.weight_kinds import PLAIN
@@ -76,13 +69,13 @@ def keeping(attached: Any, *, replaces: bool = False) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------- who reads
 
 
-def read_attribute(layer: Any, param: str, raw: Any) -> Any:
+def read_attribute(layer: Any, param: str) -> Any:
     """Return what the attribute of an adapted parameter reads as, by the table above.
 
     Raises:
         LayerError: The sum cannot be formed, or not for this reader.
     """
-    attached = layer.__dict__.get("_lora")
+    raw, attached = layer._lora_raw(param), layer.__dict__.get("_lora")
     if attached is None or OWN.keeps is attached:  # without one the class is next to change
         return raw
     adds = OWN.adds is attached
@@ -220,13 +213,13 @@ def _effective(layer: Any, raw: Tensor, taking: list[tuple[Entry, float]], outsi
         check_mixed(taking)
 
     def used() -> None:
+        attached = layer._lora
         for entry, _ in taking:
             _is_read(layer, entry)
             # A look at a weight in a notebook is no part of what the model computes.
-            new = outside and entry.mark not in layer._lora.read_from_outside
-            if new and in_forward():
-                noted = layer._lora.read_from_outside  # dynamo of torch 2.9 follows no |=
-                layer._lora.read_from_outside = noted | {entry.mark}
+            if outside and entry.mark not in attached.read_from_outside and in_forward():
+                # dynamo of torch 2.9 follows no |=
+                attached.read_from_outside = attached.read_from_outside | {entry.mark}
 
     # From outside a trained copy is lazy, too: a loader only looks it up, others may write to it.
     if outside or len(patches) > 0:
@@ -283,89 +276,59 @@ def _index(rows: tuple[int, ...], like: Tensor) -> Tensor:
 # ----------------------------------------------------------------- forwards that read their weights
 
 
-def selected_forward(plain: type[nn.Module], of_mixin: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the mixin's forward, by whoever is selected, with the signature of the plain one."""
+def run_reading(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the plain forward of a layer, in which each effective weight is formed once."""
+    forward = layer._lora_plain.forward
+    if torch.compiler.is_compiling():
+        return forward(layer, *args, **kwargs)
+    thread, running = threading.get_ident(), layer._lora.running
+    outer, running[thread] = running.get(thread), ({}, saving_hooks())
+    try:
+        before = _saved_buffers(layer) if layer._buffers and layer.training else {}
+        outputs = forward(layer, *args, **kwargs)
+        _refuse_moved(layer, before)
+        return outputs
+    finally:
+        if outer is None:
+            del running[thread]
+        else:
+            running[thread] = outer
 
-    @functools.wraps(plain.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return of_mixin(self, *args, **kwargs)
-
-    return forward
-
-
-def cached_forward(plain: type[nn.Module]) -> Callable[..., Any]:
-    """Return the plain forward, in which each effective weight is formed once."""
-
-    @functools.wraps(plain.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        attached = attached_to(self)
-        # Without one this bound method was kept and the adapter ejected.
-        if attached is None or torch.compiler.is_compiling():
-            return plain.forward(self, *args, **kwargs)
-        thread = threading.get_ident()
-        running = attached.running
-        outer, running[thread] = running.get(thread), ({}, saving_hooks())
-        try:
-            check_buffers = _watched(self) if self._buffers and self.training else None
-            outputs = plain.forward(self, *args, **kwargs)
-            if check_buffers is not None:
-                check_buffers()
-            return outputs
-        finally:
-            if outer is None:
-                del running[thread]
-            else:
-                running[thread] = outer
-
-    return forward
-
-
-# -------------------------------------------------------------------------- buffers that move
 
 # A buffer that moves (statistics, a moving average) belongs to the base: an adapter neither holds
 # nor restores it. No name and no dtype tells it from a constant, so each forward in training does.
 
 
-def _watched(module: nn.Module) -> Callable[[], None] | None:
-    """Return what raises if a forward of a module in training, which begins now, moves a buffer."""
-    before = _saved_buffers(module)
-    return functools.partial(_refuse_moved, module, before) if before else None
-
-
-def _saved_buffers(module: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the saved buffers of a module that trains a copy, with their values."""
-    if is_watched():
+def _saved_buffers(layer: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the saved buffers of a layer that trains a copy, with their values."""
+    if is_watched() or not any(e.spec is None and e.scale is None for e in layer._lora.entries()):
         return {}
-    entries = module._lora.entries()
-    if all(entry.spec is not None or entry.scale is not None for entry in entries):
-        return {}
-    saved = module._buffers.keys() - module._non_persistent_buffers_set
-    held = {name: module._buffers[name] for name in sorted(saved)}
     return {
-        name: (b, b.detach().clone())
-        for name, b in held.items()
-        if type(b) is Tensor and not b.is_meta
+        name: (buffer, buffer.detach().clone())
+        for name, buffer in layer._buffers.items()
+        if name not in layer._non_persistent_buffers_set
+        and type(buffer) is Tensor
+        and not buffer.is_meta
     }
 
 
-def _refuse_moved(module: nn.Module, before: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+def _refuse_moved(layer: nn.Module, before: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     """Raise if a forward has moved a buffer, after all have their values again."""
-    now = module._buffers
-    moved = [
-        name
-        for name, (_, values) in before.items()
-        if (b := now.get(name)) is None
-        or b.shape != values.shape
-        or not torch.allclose(b, values, rtol=0, atol=0, equal_nan=True)
-    ]
-    if moved:
+    for moved, (_, then) in before.items():
+        now = layer._buffers.get(moved)
+        if (
+            now is not None
+            and now.shape == then.shape
+            and torch.allclose(now, then, rtol=0, atol=0, equal_nan=True)
+        ):
+            continue
         with torch.no_grad():
             for name, (buffer, values) in before.items():
-                module._buffers[name] = buffer
+                layer._buffers[name] = buffer
                 buffer.copy_(values)
         raise LayerError(
-            f"training a {type(module).__name__} in full",
-            f"its forward moves its buffer {moved[0]!r} as well: that is the base's, which an "
+            f"training a {type(layer).__name__} in full",
+            f"its forward moves its buffer {moved!r} as well: that is the base's, which an "
             "adapter neither holds nor restores",
             "Leave it out of train, or call eval() on it while the rest trains",
         )

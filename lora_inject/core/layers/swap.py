@@ -8,7 +8,6 @@ class has to do like the class below it: move, cast, save, load, register, copy 
 from __future__ import annotations
 
 import functools
-import inspect
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -25,11 +24,9 @@ from lora_inject.core.layers.attached import Attached, attached_to, check_class_
 from lora_inject.core.layers.library import keepers
 from lora_inject.core.layers.reading import (
     OWN,
-    cached_forward,
     check_replaced,
     keeping,
     read_attribute,
-    selected_forward,
 )
 from lora_inject.core.layers.recurrent import members_of_recurrent
 from lora_inject.core.layers.selection import Selection
@@ -47,12 +44,10 @@ class Swapped(Adapted):
         if "_lora_plain" not in cls.__dict__:
             super().__init_subclass__(**options)
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Build the plain class: `type(layer)(...)` must not make a carrier without adapters."""
-        bare = "_lora_plain" not in cls.__dict__ or _wants_arguments(cls._lora_plain)
-        if bare and not args and not kwargs:
-            return object.__new__(cls)  # for a copy: of dynamo, or of a class on top (parametrize)
-        return cls._lora_plain(*args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Become a plain layer: `type(layer)(...)` must not make a carrier without adapters."""
+        object.__setattr__(self, "__class__", self._lora_plain)
+        self.__init__(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the plain class, from which the swapped one is made again.
@@ -122,15 +117,6 @@ class Swapped(Adapted):
         attached = self._lora
         return name in attached.flat or any(each.param == name for each in attached.entries())
 
-    def _replicate_for_data_parallel(self) -> Any:
-        """Make the replica that torch's DataParallel fills, of the swapped class."""
-        replica: Any = object.__new__(type(self))
-        replica.__dict__ = {**self.__dict__, "_parameters": {}, "_is_replica": True}
-        replica._buffers, replica._modules = self._buffers.copy(), self._modules.copy()
-        if (flat := self.__dict__.get("_flat_weights")) is not None:  # replicas write theirs
-            replica.__dict__["_flat_weights"] = flat[:]
-        return replica
-
     # --------------------------------------------------------------------------- its state dict
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -174,14 +160,6 @@ class Swapped(Adapted):
         return ", ".join(filter(None, [super().extra_repr(), adapters]))
 
 
-def _wants_arguments(plain: type[nn.Module]) -> bool:
-    try:
-        inspect.signature(plain).bind()
-    except (TypeError, ValueError):
-        return True
-    return False
-
-
 def _rebuild(plain: type[nn.Module], mixin: type[Adapted], reads: tuple[str, ...]) -> Adapted:
     """Make an empty carrier, for pickle and deepcopy, which then restore its state."""
     made: Adapted = object.__new__(adapted_class(plain, mixin, reads))
@@ -210,7 +188,7 @@ def weight_property(param: str) -> property:
     """Return the property of a swapped class that replaces a parameter."""
 
     def read(self: Adapted) -> Any:
-        return read_attribute(self, param, self._lora_raw(param))
+        return read_attribute(self, param)
 
     def write(self: Adapted, value: Any) -> None:
         # Parameters do not come here: nn.Module.__setattr__ puts them into `_parameters`.
@@ -267,8 +245,7 @@ def _made(
     if callable(getattr(plain, "reset_parameters", None)):
         namespace["reset_parameters"] = _resetting(plain)
     if mixin is WeightUpdate:
-        namespace["forward"] = selected_forward(plain, mixin.forward)
-        namespace["_lora_cached"] = cached_forward(plain)
+        namespace["forward"] = _with_signature(plain.forward)
     bases = (mixin, Swapped, plain)
     swapped = types.new_class(plain.__name__, bases, exec_body=lambda ns: ns.update(namespace))
     if _layout(plain) is _layout(mixin):
@@ -279,6 +256,19 @@ def _made(
     order = {"mro": lambda cls: [cls, *swapped.__mro__[1:]]}
     meta: Any = {"metaclass": type("Reordered", (type(plain),), order)}
     return types.new_class(plain.__name__, bases[::-1], meta, lambda ns: ns.update(namespace))
+
+
+def _with_signature(plain: Any) -> Callable[..., Any]:
+    """Return the forward of a class that is read, with the signature of its own."""
+
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return Adapted.forward(self, *args, **kwargs)
+
+    return forward
+
+
+_OF_READERS = _with_signature(nn.Module.forward).__code__  # type: ignore[attr-defined]
 
 
 def _layout(cls: type) -> type:
@@ -388,10 +378,6 @@ def check_swappable(module: nn.Module, mixin: type[Adapted], asked: str) -> None
 # ------------------------------------------------------------------- forwards that hooks have saved
 
 
-# Module whose functions wrap a plain forward; `functools.wraps` hides that from `__module__`.
-_WRITES_FORWARDS = selected_forward.__globals__["__name__"]
-
-
 def _rebind_hooked_forward(module: nn.Module, attached: Attached, ours: Any) -> None:
     """Point the forward that a hook has saved at the swapped class, which it would bypass."""
     for keeper in keepers(module):
@@ -414,10 +400,7 @@ def _give_forward_back(module: nn.Module, attached: Attached, ours: Any, plain: 
 
 def _is_ours(method: Any, ours: Any) -> bool:
     """Whether a method that somebody saved on a module is the forward of a swapped class."""
-    function = getattr(method, "__func__", None)
-    if function is None or function is ours._lora_mixin.forward:
-        return function is not None
-    plain = function
-    while getattr(plain, "__globals__", {}).get("__name__") == _WRITES_FORWARDS:
-        plain = plain.__wrapped__
-    return plain is not function and plain is ours._lora_plain.forward
+    function: Any = getattr(method, "__func__", None)
+    if getattr(function, "__code__", None) is not _OF_READERS:
+        return function is not None and function is ours._lora_mixin.forward
+    return function.__wrapped__ is ours._lora_plain.forward

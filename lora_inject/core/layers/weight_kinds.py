@@ -100,7 +100,6 @@ class WeightKind:
             module: The layer, with or without adapters.
             weight: A parameter or buffer of it; None if the question is about the layer.
         """
-        del module, weight
         return False
 
     def dense(self, module: nn.Module, weight: Tensor) -> Tensor:
@@ -113,7 +112,6 @@ class WeightKind:
 
     def replaces_layer(self, module: nn.Module, weight: Tensor) -> bool:
         """Return whether an unpacked layer becomes one of torch's, with a `weight` and a `bias`."""
-        del module, weight
         return False
 
     def write(self, module: nn.Module, key: str, weight: nn.Parameter) -> Undo:
@@ -130,7 +128,6 @@ class WeightKind:
 
     def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
         """Return why a verb cannot use a weight that matches, and what to do; None if it can."""
-        del weight
         kind = type(self)
         if verb in self.against:
             return self.against[verb]
@@ -149,7 +146,6 @@ class WeightKind:
 
         It is the name of a parameter or of a buffer. None for all other classes.
         """
-        del cls
         return None
 
     # Around verbs -------------------------------------------------------------------------------
@@ -162,12 +158,10 @@ class WeightKind:
 
     def claims(self, module: nn.Module) -> Iterable[tuple[Any, Iterable[str]]]:
         """Yield who says that a model is packed, and by which attributes: untrue once none is."""
-        del module
         return ()
 
     def described(self, weight: Tensor) -> Iterable[str] | None:
         """Return the settings and a few codes of a tensor, to recognize a base; None if unknown."""
-        del weight
         return None
 
 

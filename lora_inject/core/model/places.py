@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_inject.core.functional.weight import reads_as_sum
-from lora_inject.core.layers.attached import Entry, attached_to, attribute
+from lora_inject.core.layers.adapted import plain_class
+from lora_inject.core.layers.attached import Entry, attribute
 from lora_inject.core.layers.kinds import mixin_of
 from lora_inject.core.layers.library import weight_kind
 from lora_inject.core.layers.survey import Carried, Survey
@@ -101,8 +102,7 @@ def _check_free(place: Carried, classes: set[Hashable], *, again: bool) -> None:
         problem = "lora_bias is added to the layer's bias, which is None: no merge could hold the "
         remedy = "Leave lora_bias out there, or give the layer a bias of zeros"
         raise LayerError(_asked(place), f"{problem}sum", remedy)
-    plain = attached_to(module) is None
-    alike = cls, plain, id(entry.names)
+    alike = cls, id(entry.names)
     is_new = alike not in classes
     # On the module by the dicts: `hasattr` would raise and catch for each name.
     held = (module.__dict__, module._parameters, module._buffers, module._modules)
@@ -111,7 +111,7 @@ def _check_free(place: Carried, classes: set[Hashable], *, again: bool) -> None:
             problem = f"the module has an attribute {flat!r}"
             raise LayerError(_asked(place), problem, "Choose another adapter name")
     if is_new:
-        if plain and not entry.on_output and hasattr(cls, entry.param):
+        if not entry.on_output and hasattr(plain_class(cls), entry.param):
             problem = f"{cls.__name__}.{entry.param} is computed by the class"
             remedy = "A parameter that is itself computed cannot take an update"
             raise LayerError(_asked(place), problem, remedy)
