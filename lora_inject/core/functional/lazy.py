@@ -25,7 +25,6 @@ from torch.utils._pytree import tree_map_only
 from lora_inject.core.functional.factors import Patch, needs_plain_operations
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.plain_operations import differentiate
-from lora_inject.core.functional.torch_inside import in_forward
 from lora_inject.core.functional.unstored import DEVICE, PICKED, unstored, writes
 from lora_inject.core.functional.weight import (
     LowRank,
@@ -67,8 +66,6 @@ def lazy_weight(
     is_known = (type(weight) in PLAIN or reads_as_sum(weight)) and weight.is_floating_point()
     if not is_known or needs_plain_operations():
         used()
-        if len(patches) == 0:  # dynamo before torch 2.14 traces no `bool()` of a list
-            return weight
         return low_rank(weight, patches, gain).formed(weight.dtype).reshape(weight.shape)
     read = Read(weight, patches, gain, used, looks)
     if not torch.is_grad_enabled():
@@ -84,8 +81,8 @@ class Read:
         leaves: The weight, and every tensor of its updates and of its gain.
         shape: That of the value.
         is_stack: Whether the weight is a stack, of which matrices are picked.
-        is_thin: Whether products are thin. A gain applies to the sum, not to its terms; and a hook
-            wants the gradient of the sum. A kernel is not a factor of a product.
+        is_thin: Whether products are thin. A gain applies to the sum, not to its terms, and a
+            kernel is not a factor of a product.
     """
 
     def __init__(
@@ -250,9 +247,7 @@ class LazyWeight(Tensor):
         if result is not NotImplemented:
             return result
         if func in _HOOKS:
-            if func == Tensor.register_hook and not in_forward():
-                _refuse_hook()
-            args[0]._read.is_thin = False
+            _refuse_hook(func)
         if func == Tensor.__deepcopy__:
             return args[0].formed(look=True).detach().clone()
         if func in _LOOKS:
@@ -292,11 +287,12 @@ def _refuse_change(func: Any) -> NoReturn:
     )
 
 
-def _refuse_hook() -> NoReturn:
-    """Raise for a hook on what nobody computes with: outside of a forward, which reads anew."""
+def _refuse_hook(func: Any) -> NoReturn:
+    """Raise for what wants the gradient of the sum, which nobody computes."""
     raise LayerError(
-        "register_hook on what was read of a weight with an adapter",
-        "it is W + delta as it is now, and a forward reads it anew: the hook would see no gradient",
+        f"{func.__name__} on what was read of a weight with an adapter",
+        "it is W + delta as it is now, a forward reads it anew, and products use its terms: the "
+        "hook would see no gradient",
         "Register it on what trains, a Parameter of adapter_parameters(model) or "
         "layer.get_parameter(...), or on a .clone() that you compute with",
     )
@@ -354,7 +350,7 @@ def _is_thin(product: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     Tensors of other classes have their own arithmetic.
     """
     known = product.__code__.co_varnames[: product.__code__.co_argcount]
-    if len(args) > len(known) or not set(kwargs) <= set(known):
+    if not set(kwargs) <= set(known):
         return False
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     return all(

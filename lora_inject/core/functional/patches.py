@@ -22,8 +22,6 @@ _CHANGING = threading.RLock()  # a holder may go while the same thread puts patc
 def patch(owner: type, name: str, wrap: Callable[[Any], Any]) -> None:
     """Have `wrap(function)` in the place of a function of a class while anything holds patches."""
     _PATCHES[owner, name] = wrap
-    if _held():
-        _put_in()
 
 
 def hold(holder: Any) -> None:

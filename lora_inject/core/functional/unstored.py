@@ -89,11 +89,8 @@ PICKED: dict[Any, Callable[..., Any]] = {
 
 def writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], cls: type) -> bool:
     """Whether an operation would write into a tensor of a class, alone or in a list."""
-    schema = getattr(func, "_schema", None)
-    if schema is None:  # by torch's own convention
-        is_in_place = func.name().partition(".")[0].endswith("_")
-        return isinstance(kwargs.get("out"), cls) or (is_in_place and isinstance(args[0], cls))
-    for i, argument in enumerate(schema.arguments):
+    schema = getattr(func, "_schema", None)  # an operation of higher order has none
+    for i, argument in enumerate([] if schema is None else schema.arguments):
         given = args[i] if i < len(args) else kwargs.get(argument.name)
         each = given if isinstance(given, tuple | list) else (given,)
         alias = argument.alias_info  # `is_write` of the argument itself is newer

@@ -112,8 +112,6 @@ def effective_value(
     layer: Any, param: str, raw: Any, entries: Mapping[str, Entry], *, outside: bool = False
 ) -> Any:
     """Return W + delta, with the entries of the current selection."""
-    if raw is None:
-        check_replaced(layer, param)
     return layer._lora.selection.current().read(layer, param, raw, entries, outside=outside)
 
 

@@ -78,10 +78,6 @@ class Mix(Selected):
     """Adapters with weights, the same for the whole batch: `W + sum of w * scale * B @ A`.
 
     An empty mix is the plain base.
-
-    Examples:
-        >>> Mix({"sql": 0.7}) == Mix({"sql": 0.7})
-        True
     """
 
     def __init__(self, names: Mapping[str, float] | None = None) -> None:
@@ -98,16 +94,8 @@ class Mix(Selected):
         taking = self.among(entries)
         return layer._lora_read_mixed(param, raw, taking, outside=outside) if taking else raw
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mix) and other.names == self.names
-
     def __reduce__(self) -> tuple[Any, ...]:
         return Mix, (self.names,)  # without what graphs read
-
-    __hash__ = None  # type: ignore[assignment]  # what keeps one compares by identity
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.names!r})"
 
 
 SELECTIONS: WeakSet[Selection] = WeakSet()

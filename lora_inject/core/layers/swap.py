@@ -12,7 +12,7 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lora_inject.core.functional.lazy import LazyWeight
 from lora_inject.core.functional.patches import patch
 from lora_inject.core.layers.adapted import Adapted, WeightUpdate, plain_class, with_base
-from lora_inject.core.layers.attached import Attached, attached_to, check_class_kept, held_by
+from lora_inject.core.layers.attached import Attached, attached_to, held_by
 from lora_inject.core.layers.library import keepers
 from lora_inject.core.layers.reading import (
     OWN,
@@ -354,25 +354,6 @@ def own_class(cls: type) -> Any:
     if not issubclass(cls, Adapted) or "_lora_plain" in cls.__dict__:
         return cls
     return next(c for c in cls.__mro__ if "_lora_plain" in c.__dict__)
-
-
-_SWAPPABLE: WeakSet[type] = WeakSet()
-
-
-def check_swappable(module: nn.Module, mixin: type[Adapted], asked: str) -> None:
-    """Check that a module's class can change, by making the class and asking Python."""
-    check_class_kept(module, asked)
-    cls = type(module)
-    if cls in _SWAPPABLE or issubclass(cls, Adapted):
-        return
-    try:
-        module.__class__ = adapted_class(cls, mixin, ())
-        module.__class__ = cls
-    except TypeError as error:
-        raise LayerError(
-            asked, f"the class of a {cls.__name__} cannot change ({error})", "Leave it out"
-        ) from error
-    _SWAPPABLE.add(cls)
 
 
 # ------------------------------------------------------------------- forwards that hooks have saved

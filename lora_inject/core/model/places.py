@@ -10,11 +10,9 @@ from torch.nn.parameter import is_lazy
 
 from lora_inject.core.functional.weight import reads_as_sum
 from lora_inject.core.layers.adapted import plain_class
-from lora_inject.core.layers.attached import Entry, attribute
-from lora_inject.core.layers.kinds import mixin_of
+from lora_inject.core.layers.attached import Entry, attribute, check_class_kept
 from lora_inject.core.layers.library import weight_kind
 from lora_inject.core.layers.survey import Carried, Survey
-from lora_inject.core.layers.swap import check_swappable
 from lora_inject.core.layers.weight_kinds import is_quantized
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.layouts import why_no_gain
@@ -115,7 +113,7 @@ def _check_free(place: Carried, classes: set[Hashable], *, again: bool) -> None:
             problem = f"{cls.__name__}.{entry.param} is computed by the class"
             remedy = "A parameter that is itself computed cannot take an update"
             raise LayerError(_asked(place), problem, remedy)
-        check_swappable(module, mixin_of(entry), _asked(place))
+        check_class_kept(module, _asked(place))
         classes.add(alike)
 
 
