@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_inject.core.functional.factors import Update, compute_dtype
 from lora_inject.core.functional.lookup import embedding
@@ -27,11 +28,8 @@ from lora_inject.core.layers.attached import factors_of, held_by
 from lora_inject.core.layers.kinds import LoRAEmbedding, LoRALinear
 from lora_inject.core.layers.selection import SELECTIONS, Mix, Selected, alive
 from lora_inject.core.layers.sending import sent
-from lora_inject.private import needed
 from lora_inject.rows.by_row import Rows, routed_update, stacked
 from lora_inject.rows.seen import refuse_ambiguous
-
-_WITHOUT_MODES = "torch.utils._python_dispatch._disable_current_modes"
 
 # dynamo before 2.9 cannot follow the search for the adapter that has the gain.
 GRAPHS_HAVE_GAINS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
@@ -174,8 +172,7 @@ def into_graph(selected: Selected, devices: Iterable[torch.device]) -> None:
 def _as_tensor(pairs: Sequence[tuple[int, float]], device: torch.device) -> Tensor:
     """Return `(n, 2)`; a fake tensor, of the mode that the caller is in, would outlive the mode."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    without_modes = needed(_WITHOUT_MODES, "switching adapters in a compiled graph")
-    with without_modes():
+    with _disable_current_modes():
         return sent(pairs, device, dtype).view(-1, 2)
 
 

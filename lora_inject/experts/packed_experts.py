@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lora_inject.core.functional.unstored import DEVICE, PICKED, unstored, writes
 from lora_inject.errors import LayerError
 from lora_inject.experts.stack_formats import Mxfp4Stack, StackFormat, read_matrix
-from lora_inject.private import look_up, needed
 
 
 class PackedExperts(Tensor):
@@ -62,7 +61,6 @@ class PackedExperts(Tensor):
         size, stride = [*lead, n_out, n_in], [*([n_out * n_in] * len(lead)), n_in, 1]
         if not is_turned:
             size, stride = ([*t[:-2], t[-1], t[-2]] for t in (size, stride))
-        needed("torch.Tensor._make_wrapper_subclass", "experts that stay packed")
         made: PackedExperts = unstored(cls, size, stride, dtype=dtype, device=codes.device)
         made.form, made.is_turned = form, is_turned
         for role in form.rows_of:  # attributes, by which torch moves and swaps them
@@ -158,10 +156,12 @@ class PackedExperts(Tensor):
         return func(*args, **kwargs)
 
 
-_COPIES = {torch.ops.aten.detach.default, torch.ops.aten.clone.default}
-_COPIES |= {torch.ops.aten.alias.default}
-if (_to_copy := look_up("torch.ops.aten._to_copy")) is not None:
-    _COPIES |= {_to_copy.default}
+_COPIES = {
+    torch.ops.aten.detach.default,
+    torch.ops.aten.clone.default,
+    torch.ops.aten.alias.default,
+    torch.ops.aten._to_copy.default,
+}
 
 
 def _copied(func: Any, stack: PackedExperts, **kwargs: Any) -> PackedExperts:

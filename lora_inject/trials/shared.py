@@ -38,7 +38,6 @@ from lora_inject.core.layers.kinds import LoRALinear, gain_in_forward
 from lora_inject.core.layers.selection import Mix, Selected
 from lora_inject.core.roots.selecting import selecting
 from lora_inject.errors import LayerError, LoraInjectError
-from lora_inject.private import needed
 from lora_inject.rows.by_row import Rows, Taking
 from lora_inject.rows.seen import rows_alike
 from lora_inject.trials.batches import (
@@ -173,7 +172,7 @@ def _generators_of(devices: Iterable[torch.device]) -> list[torch.Generator]:
             continue
         module: Any = torch.get_device_module(device)
         if device.type == "mps":
-            generators.append(needed("torch.mps._get_default_mps_generator", "a seed on MPS")())
+            generators.append(torch.mps._get_default_mps_generator())
         else:
             index = module.current_device() if device.index is None else device.index
             generators.append(module.default_generators[index])

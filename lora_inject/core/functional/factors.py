@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_inject.core.functional.torch_inside import in_trace, is_watched
+from lora_inject.core.functional.torch_inside import in_trace
 from lora_inject.core.spec.sites import SiteSpec
 
 Spans = tuple[tuple[int, int], ...]
@@ -76,11 +76,6 @@ def compute_dtype(dtype: torch.dtype, float32: bool) -> torch.dtype:
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `t.to(dtype)`; if the dtype is right already, this costs only a comparison."""
     return t if t.dtype == dtype else t.to(dtype)
-
-
-def needs_plain_operations() -> bool:
-    """Whether a tracer or a function transform is active, which cannot look into a Function."""
-    return torch.compiler.is_compiling() or is_watched()
 
 
 def no_view(out: Tensor, shape: torch.Size) -> Tensor:

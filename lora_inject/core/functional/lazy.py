@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lora_inject.core.functional.factors import Patch, needs_plain_operations
+from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.plain_operations import differentiate
+from lora_inject.core.functional.torch_inside import is_watched
 from lora_inject.core.functional.unstored import DEVICE, PICKED, unstored, writes
 from lora_inject.core.functional.weight import (
     LowRank,
@@ -64,7 +65,7 @@ def lazy_weight(
         True
     """
     is_known = (type(weight) in PLAIN or reads_as_sum(weight)) and weight.is_floating_point()
-    if not is_known or needs_plain_operations():
+    if not is_known or torch.compiler.is_compiling() or is_watched():
         used()
         return low_rank(weight, patches, gain).formed(weight.dtype).reshape(weight.shape)
     read = Read(weight, patches, gain, used, looks)

@@ -224,8 +224,7 @@ class Attached:
     def choose(self, mix: Selected) -> tuple[Recipe, ...]:
         """Look up the same, and note their use."""
         recipes = self.recipes(mix)
-        taking = mix.among(self.forward)
-        self.took_part = self.took_part.union(entry.mark for entry, _ in taking)
+        self.used(entry for entry, _ in mix.among(self.forward))
         self.last_chosen = mix, recipes
         return recipes
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,10 @@ from lora_inject.errors import LayerError, article
 class ForwardUpdate(Adapted):
     """Mixin of the kinds that add to their output."""
 
+    # With args and kwargs of a call; a sum of updates, and a gain `(out,)` that is a last step.
+    _lora_with_updates: ClassVar[Callable[..., Any]]
+    _lora_without_updates: ClassVar[Callable[..., Any]]
+
     def _lora_mixed(self, mix: Selected, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute the layer with the adapters of a mix."""
         compiling = torch.compiler.is_compiling()
@@ -92,20 +96,6 @@ class ForwardUpdate(Adapted):
                 "Eject, then inject again",
             )
         return self._lora.choose(mix)
-
-    def _lora_with_updates(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        updates: Sequence[Update],
-        gain: Tensor | None = None,
-    ) -> Any:
-        """Compute the layer with a sum of updates, and multiply by a gain `(out,)`."""
-        raise NotImplementedError
-
-    def _lora_without_updates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute the layer without its forward updates."""
-        raise NotImplementedError
 
     def _lora_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the first argument of a call, as the layer's own forward would name it."""

@@ -155,12 +155,6 @@ def this_process_writes(survey: Survey) -> bool:
     return all(library.writes_here(survey) for library in loaded_libraries())
 
 
-def note_saved(survey: Survey) -> None:
-    """Let each library do what it needs when files are written."""
-    for library in loaded_libraries():
-        library.after_save(survey)
-
-
 def keepers(module: nn.Module) -> list[Library]:
     """Return the libraries that keep a forward of a module from before theirs."""
     return [library for library in loaded_libraries() if library.kept(module) is not None]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.layers.library import note_saved, this_process_writes
+from lora_inject.core.layers.library import loaded_libraries, this_process_writes
 from lora_inject.core.model.listing import idle_among, notes_on_adapter
 from lora_inject.core.model.probing import take_proof
 from lora_inject.core.model.read_off import read_off
@@ -77,7 +77,8 @@ def save_adapter(
     if this_process_writes(survey):
         say_untrained(name, state)
         write_adapter(state, target, format, facts=facts, **options)
-    note_saved(survey)
+    for library in loaded_libraries():
+        library.after_save(survey)
     survey.root.adapters[name].files = target.absolute()
     return target
 
