@@ -115,47 +115,6 @@ def test_a_mix_is_rounded_once(dtype: torch.dtype) -> None:
     assert (off <= half * exact.abs() + 8 * wide * exact.abs().max()).all()
 
 
-def test_a_named_merge_comes_back_to_the_selection_before_it() -> None:
-    model = Host(nn.Linear(5, 6))
-    for name in "ab":
-        fill(li.inject(model, {**RANK2, "targets": ["layer"]}, name), name)
-    x = torch.randn(2, 5)
-    li.activate(model, "a")
-    of_a = model(x)
-    li.activate(model, {"a": 0.25, "b": 1.0})
-    li.train_only(model, ["a", "b"])
-    wanted, flags = model(x), {n: p.requires_grad for n, p in model.named_parameters()}
-    li.merge(model, name="a")
-    assert error(model(x), of_a) < TOLERANCE[torch.float32]
-    assert {n: i.weight for n, i in li.adapters(model).items()} == {"a": 1.0, "b": None}
-    assert not any(p.requires_grad for p in model.parameters())
-    li.unmerge(model)
-    assert same_bits(model(x), wanted)
-    assert {n: i.weight for n, i in li.adapters(model).items()} == {"a": 0.25, "b": 1.0}
-    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
-
-
-@pytest.mark.parametrize("weights", [{"low": 1.0, "full": 1.0}, {"low": 0.5, "full": -2.0}])
-@pytest.mark.parametrize("site", ["layer", r"layer\.weight"])
-def test_a_site_and_a_trained_copy_of_one_tensor_mix(site: str, weights: dict[str, float]) -> None:
-    """One adapter has low-rank factors on fc, the other its own copy of fc."""
-    model = Host(nn.Linear(5, 6)).double()
-    W, bias = (p.detach().clone() for p in model.layer.parameters())
-    fill(li.inject(model, {**RANK2, "targets": [site]}, "low"), "low")
-    fill(li.inject(model, {"train": ["layer"]}, "full"), "full")
-    A, B = (p.detach() for p in li.adapter_parameters(model, "low").values())
-    T, b = (p.detach() for p in li.adapter_parameters(model, "full").values())
-    dense = W + weights["full"] * (T - W) + weights["low"] * 1.5 * B @ A
-    x = torch.randn(3, 5, dtype=torch.float64)
-    wanted = x @ dense.t() + bias + weights["full"] * (b - bias)
-    li.activate(model, weights)
-    before = snapshot(model)
-    assert error(model(x), wanted) < 1e-12
-    li.merge(model)
-    assert error(model(x), wanted) < 1e-12
-    assert snapshot(li.unmerge(model)) == before
-
-
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
 def test_trained_copies_are_rounded_and_reported(dtype: torch.dtype) -> None:
     model = fill(li.inject(Host(nn.Linear(5, 6)).to(dtype), {"train": ["layer"]}))
@@ -212,25 +171,6 @@ def test_unmerge_does_not_drop_a_change_of_a_merged_weight_without_a_word(key, d
         li.unmerge(model)
     li.unmerge(model, discard=True)
     assert snapshot(model) == unmerged
-
-
-@pytest.mark.parametrize("at_once", [True, False])
-def test_ejecting_a_merged_model_leaves_the_merged_plain_model(at_once: bool) -> None:
-    plain = Host(nn.Linear(5, 6))
-    of_plain = [(n, id(p), p.requires_grad) for n, p in plain.named_parameters()]
-    model = fill(li.inject(plain, {**RANK2, "targets": ["layer"]}))
-    x = torch.randn(2, 5)
-    wanted = model(x)
-    li.merge(model, eject=at_once)
-    if not at_once:
-        li.eject(model)
-    assert type(model.layer) is nn.Linear
-    assert error(model(x), wanted) < TOLERANCE[torch.float32]
-    assert [(n, id(p), p.requires_grad) for n, p in model.named_parameters()] == of_plain
-    with refused(li.StateError, "inject"):
-        li.unmerge(model)
-    li.inject(model, {**RANK2, "targets": ["layer"]})
-    assert error(model(x), wanted) < TOLERANCE[torch.float32]
 
 
 def test_weights_of_inference_mode_are_merged_within_it_and_refused_outside() -> None:
@@ -405,15 +345,3 @@ def test_a_merge_of_which_any_operation_fails_puts_everything_back(dtype: torch.
             assert snapshot(li.unmerge(model)) == before, at
     li.merge(model)
     assert snapshot(li.unmerge(model)) == before
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_zeros_outside_the_delta_keep_their_sign(dtype: torch.dtype) -> None:
-    model = nn.Sequential(nn.Linear(4, 6, bias=False)).to(dtype)
-    with torch.no_grad():
-        model[0].weight.fill_(-0.0)
-    rule = {"match": "0", "slices": {"q": 2, "k": 2, "v": 2}, "adapt": ["q", "v"]}
-    fill(li.inject(model, {**RANK2, "targets": [rule]}))
-    li.merge(model)
-    k = model[0].weight.detach()[2:4]
-    assert same_bits(k, torch.full_like(k, -0.0))

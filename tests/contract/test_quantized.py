@@ -1,13 +1,11 @@
 """Quantized bases: their layers carry adapters and are merged into on request only.
 
-What is not installed is stood for by classes of the same structure.
+For packages that no set installs stand classes of the same structure.
 """
 
 import copy
 import functools
 import re
-import subprocess
-import sys
 from abc import ABC
 from collections.abc import Callable
 from pathlib import Path
@@ -17,41 +15,27 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill, same_bits, snapshot
-from helpers.packages import compressed, imported, installed, loaded
+from helpers.packages import compressed, imported, loaded
+from helpers.quantized import N, bitsandbytes, plain_net
 from helpers.reference import SCALE, config, saved
 from helpers.refusals import refused
 from torch import Tensor, nn
 
 import lora_inject as li
 
-N = 64  # the smallest block of the 4-bit formats
-
 
 @pytest.fixture(autouse=True)
 def _libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The classes below stand for those of these modules where they are not installed."""
+    """The classes below stand for those of these modules."""
     modules = ("gptqmodel.nn_modules.qlinear", "hqq.core.quantize")
     modules += ("optimum.quanto.nn.qlinear", "compressed_tensors.quantization")
-    loaded(monkeypatch, *(module for module in modules if installed(module) is None))
-
-
-def plain_net(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(N, N), nn.Tanh(), nn.Linear(N, 32)).to(dtype)
+    loaded(monkeypatch, *modules)
 
 
 def torchao(config_name: str, net: nn.Module) -> nn.Module:
     quantization = imported("torchao.quantization")
     quantization.quantize_(net, getattr(quantization, config_name)())
     return net
-
-
-def bitsandbytes(cls: str, net: nn.Module, **options: Any) -> nn.Module:
-    make = getattr(imported("bitsandbytes").nn, cls)
-    options |= {"compute_dtype": torch.float32} if cls == "Linear4bit" else {}
-    made = nn.Sequential(make(N, N, **options), nn.Tanh(), make(N, 32, **options))
-    made.load_state_dict(net.state_dict())
-    return made.to("cpu")  # this is what quantizes
 
 
 def coded(W: Tensor, levels: int) -> tuple[Tensor, Tensor]:
@@ -128,64 +112,16 @@ class QLinear(QModuleMixin, nn.Linear):
         return nn.functional.linear(x, self.weight.dequantize(), self.bias)
 
 
-def gptq(plain: nn.Linear) -> nn.Module:
-    like = TorchLinear(plain)
-    if (kernels := installed("gptqmodel.nn_modules.qlinear.torch")) is None:
-        return like
-    n_in, n_out = plain.in_features, plain.out_features
-    how = {"bits": 4, "group_size": n_in, "sym": True, "desc_act": False, "bias": True}
-    layer: Any = kernels.TorchLinear(in_features=n_in, out_features=n_out, **how)
-    layer.qweight, layer.bias = like.qweight, like.bias
-    layer.scales = like.scales[None].to(torch.float16)
-    layer.qzeros.fill_(-0x77777778)  # eight times 8
-    layer.optimized = True  # nothing is compiled
-    layer.post_init()
-    return layer
-
-
-def hqq(plain: nn.Linear) -> nn.Module:
-    if (quantize := installed("hqq.core.quantize")) is None:
-        return HQQLinear(plain)
-    how = quantize.BaseQuantizeConfig(nbits=4, group_size=32)
-    return quantize.HQQLinear(plain, how, compute_dtype=torch.float32, device="cpu")
-
-
-def quanto(net: nn.Module) -> nn.Module:
-    if (package := installed("optimum.quanto")) is None:
-        return replaced(QLinear, net)
-    package.quantize(net, weights=package.qint8)
-    package.freeze(net)
-    return net
-
-
-def compressed_tensors(net: Any) -> nn.Module:
-    """As its first forward leaves a model, by the package itself where it is installed."""
-    quantization = installed("compressed_tensors.quantization")
-    if quantization is None:
-        return replaced(compressed, net.requires_grad_(False))
-    weights = quantization.QuantizationArgs(num_bits=4, strategy="group", group_size=32)
-    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
-    how = {"format": "pack-quantized", "quantization_status": "frozen"}
-    made = quantization.QuantizationConfig(config_groups={"all": scheme}, **how)
-    quantization.apply_quantization_config(net.requires_grad_(False), made)
-    for layer in (net[0], net[2]):
-        rows = layer.weight.view(len(layer.weight), -1, 32)
-        layer.weight_scale.data.copy_(rows.abs().amax(-1) / 7)
-    installed("compressed_tensors.compressors").ModelCompressor(made).compress_model(model=net)
-    net(torch.zeros(1, N))
-    return net
-
-
 def replaced(make: Callable[[Any], nn.Module], net: Any) -> nn.Module:
     net[0], net[2] = make(net[0]), make(net[2])
     return net
 
 
-FORMATS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "compressed-tensors": compressed_tensors,
-    "gptq": functools.partial(replaced, gptq),
-    "hqq": functools.partial(replaced, hqq),
-    "quanto int8": quanto,
+FORMATS: dict[str, Callable[[Any], nn.Module]] = {
+    "compressed-tensors": lambda net: replaced(compressed, net.requires_grad_(False)),
+    "gptq": functools.partial(replaced, TorchLinear),
+    "hqq": functools.partial(replaced, HQQLinear),
+    "quanto int8": functools.partial(replaced, QLinear),
     "torchao int8": functools.partial(torchao, "Int8WeightOnlyConfig"),
     "torchao float8": functools.partial(torchao, "Float8WeightOnlyConfig"),
     "bitsandbytes 8-bit": lambda net: bitsandbytes("Linear8bitLt", net, has_fp16_weights=False),
@@ -449,11 +385,10 @@ def test_what_needs_the_values_of_a_quantized_weight_is_refused(form: str, wish:
     assert held(net) == kept
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_a_graph_of_a_packed_layer_is_whole(variant: str) -> None:
+def test_a_graph_of_a_packed_layer_is_whole() -> None:
     """What is known of a library is imported by inject, and not while a forward is traced."""
     net, x = build("torchao int8")
-    fill(li.inject(net, config("0", variant=variant)))
+    fill(li.inject(net, config("0", variant="dora")))
     compiled = torch.compile(net, backend="eager", fullgraph=True)
     assert error(compiled(x), net(x).double()) < 1e-6
 
@@ -595,28 +530,6 @@ def test_codes_of_a_library_that_nobody_knows_are_merged_if_they_say_their_value
     wanted = codes.double() / 2 + delta(net)
     li.merge(net, dequantize="float32")
     assert error(net[0].weight, wanted) < 1e-6
-
-
-LIFE = """
-import sys, lora_inject as li
-from torch import nn
-net = nn.Sequential(nn.Linear(8, 8), nn.Conv1d(8, 8, 1))
-li.inject(net, {"rank": 2, "targets": ["0", "1"], "train": ["1.bias"]})
-li.train_only(net, "default")
-li.save_adapter(net, sys.argv[1], format="native")
-li.merge(net)
-li.unmerge(net)
-dict(li.merged_weights(net, dequantize="bfloat16"))
-li.eject(net)
-quantizers = ("bitsandbytes", "torchao", "hqq", "optimum", "compressed_tensors", "gptqmodel")
-print([name for name in sys.modules if name.startswith(quantizers)])
-"""
-
-
-def test_a_process_without_a_quantizer_imports_none(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", LIFE, str(tmp_path / "a.safetensors")]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert run.stdout == "[]\n"
 
 
 # ------------------------------------------------- layers that hand no gradient to what lies before

@@ -22,6 +22,7 @@ from helpers.merging import (
     same_tensors,
     save_checkpoint,
 )
+from helpers.quantized import Block, N, bitsandbytes, dequantized, plain_net, quantized
 from helpers.refusals import refused
 from helpers.states import linear, parameter, state_of
 from safetensors.torch import load_file
@@ -30,7 +31,6 @@ from torch import Tensor, nn
 import lora_inject as li
 
 quiet = pytest.mark.filterwarnings("ignore")
-Block = tuple[int, int]
 
 
 def share_kept(merged: Tensor, before: Tensor, exact: Tensor) -> float:
@@ -62,23 +62,6 @@ class Packed(NamedTuple):
     values: dict[str, Tensor]
     said: dict[str, Any]  # the config's `quantization_config`
     again: bool = False  # whether it can be written in its format again
-
-
-def quantized(w: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    """Quantize by blocks as DeepSeek's checkpoints are; returns the two tensors."""
-    rows, cols = (-(-size // b) for size, b in zip(w.shape, block, strict=True))
-    values, scales = torch.empty_like(w), torch.empty(rows, cols)
-    for i in range(rows):
-        for j in range(cols):
-            at = slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1])
-            scales[i, j] = w[at].abs().max() / 448
-            values[at] = w[at] / scales[i, j]
-    return values.to(torch.float8_e4m3fn), scales
-
-
-def dequantized(q: Tensor, scales: Tensor, block: Block) -> Tensor:
-    full = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    return q.float() * full[: q.shape[0], : q.shape[1]]
 
 
 def float8(block: Block, *shape: int) -> Packed:
@@ -316,26 +299,19 @@ def test_words_of_other_layouts_are_refused_by_name(case: str, tmp_path: Path) -
 
 # Files of bitsandbytes ----------------------------------------------------------------------------
 
-N = 64
-NF4 = {"quant_type": "nf4", "compute_dtype": torch.float32}
+NF4 = {"quant_type": "nf4"}
 BITS: dict[str, tuple[str, dict[str, Any]]] = {
     "nf4": ("Linear4bit", NF4),
     "nf4, scales once": ("Linear4bit", {**NF4, "compress_statistics": False}),
     "nf4, stored as floats": ("Linear4bit", {**NF4, "quant_storage": torch.bfloat16}),
-    "fp4": ("Linear4bit", {"compute_dtype": torch.float32}),
+    "fp4": ("Linear4bit", {}),
     "int8": ("Linear8bitLt", {"has_fp16_weights": False}),
 }
 
 
-def bitsandbytes(form: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    layers = pytest.importorskip("bitsandbytes").nn
+def built(form: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     cls, options = BITS[form]
-    torch.manual_seed(seed)
-    plain = nn.Sequential(nn.Linear(N, N), nn.Tanh(), nn.Linear(N, 32)).to(dtype)
-    made = [getattr(layers, cls)(N, width, **options) for width in (N, 32)]
-    net = nn.Sequential(made[0], nn.Tanh(), made[1]).to(dtype)
-    net.load_state_dict(plain.state_dict())
-    return net.to("cpu").train()
+    return bitsandbytes(cls, plain_net(dtype, seed), **options).train()
 
 
 def saved(net: nn.Module, folder: Path, shards: int = 1) -> Path:
@@ -358,13 +334,13 @@ def of_library(tensors: dict[str, Tensor], form: str) -> Tensor:
 def test_files_of_bitsandbytes_merge_as_the_live_model_does(form: str, tmp_path: Path) -> None:
     """Into plain floats, and quantized again; only when asked, and into their own base."""
     dtype = torch.bfloat16 if form == "nf4" else torch.float32
-    net = bitsandbytes(form, dtype)
+    net = built(form, dtype)
     base = saved(net, tmp_path / "base", shards=3)
     fill(li.inject(net, {"rank": 2, "targets": ["0"]}), std=0.075)  # an update of the size of W
     state = li.adapter_state(net)
     with refused(li.CheckpointError, "bitsandbytes", "--dequantize"):
         merge(base, [state], tmp_path / "no")
-    other = saved(bitsandbytes(form, dtype, seed=1), tmp_path / "other")
+    other = saved(built(form, dtype, seed=1), tmp_path / "other")
     with refused(li.CheckpointError, "another base", "'0.weight'"):
         merge(other, [state], tmp_path / "no", dequantize="bfloat16")
     for kind in ("bfloat16", "float32"):
@@ -418,37 +394,7 @@ DAMAGE: dict[str, Callable[[dict[str, Tensor]], object]] = {
 @quiet
 @pytest.mark.parametrize("how", DAMAGE)
 def test_parts_that_do_not_fit_each_other_are_refused(how: str, tmp_path: Path) -> None:
-    tensors = {name: t.contiguous() for name, t in bitsandbytes("nf4").state_dict().items()}
+    tensors = {name: t.contiguous() for name, t in built("nf4").state_dict().items()}
     DAMAGE[how](tensors)
     with refused(li.CheckpointError, "'0.weight'"):
         merged(tmp_path, tensors, state_of(linear("2", N, 32)), dequantize="bfloat16")
-
-
-# The library's own layers -------------------------------------------------------------------------
-
-
-@quiet
-@pytest.mark.parametrize("form", [form for form in WORDS if "bits" not in form])
-def test_words_have_the_values_that_gptqmodel_reads(form: str, tmp_path: Path) -> None:
-    said = WORDS[form]
-    kind = "torch_awq.AwqTorch" if form == "awq" else "torch.Torch"
-    module, prefix = f"gptqmodel.nn_modules.qlinear.{kind}".rsplit(".", 1)
-    made = getattr(pytest.importorskip(module), f"{prefix}Linear")(
-        bits=4, group_size=32, sym=False, desc_act="act" in form, bias=False,
-        in_features=128, out_features=64, register_buffers=True,
-    )  # fmt: skip
-    tensors = grouped(said, "0", 64, 128)
-    due = tensors.pop("0.weight")
-    base = save_checkpoint(tmp_path / "base", tensors, 1, {"quantization_config": said})
-    made.load_state_dict({n.removeprefix("0."): t for n, t in tensors.items()})
-    if form.startswith("gptq") and "v2" not in form:
-        convert = pytest.importorskip("gptqmodel.utils.model").convert_gptq_v1_to_v2_format_module
-        convert(made, 4, torch.int32)
-    made.optimized = True  # nothing is compiled
-    made.post_init()
-    net: Any = nn.Sequential(made)
-    state = li.adapter_state(fill(li.inject(net, {"rank": 2, "targets": ["0"]})))
-    merge(base, [state], tmp_path / "out", dequantize="float32")
-    live = dict(li.merged_weights(net, dequantize="float32"))["0.weight"]
-    assert error(load_checkpoint(tmp_path / "out")["0.weight"], live.double()) < 1e-6
-    assert error(live, dense({"0.weight": due.double()}, (state, 1.0))["0.weight"]) < 1e-6

@@ -34,14 +34,12 @@ X = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
 def test_a_probe_refuses_inert_sites_and_leaves_no_trace(targets: list[str]) -> None:
     model = WeightUpdate()
     model.drop.eval()
-    run = lambda: li.inject(model, config(*targets), probe=lambda: model(X))  # noqa: E731
     with refused(li.LayerError, "'idle'", model=model):
-        run()
+        li.inject(model, config(*targets), probe=lambda: model(X))
     assert [module.training for module in (model, model.drop)] == [True, False]
-    failing = lambda: li.inject(model, config("called"), probe=lambda: 1 / 0)  # noqa: E731
     before = snapshot(model)
     with pytest.raises(ZeroDivisionError):
-        failing()
+        li.inject(model, config("called"), probe=lambda: 1 / 0)
     assert snapshot(model) == before
     li.inject(model, config("called", "read"), probe=lambda: model(X))
     assert li.unreached(model, lambda: model(X)) == []
@@ -50,9 +48,8 @@ def test_a_probe_refuses_inert_sites_and_leaves_no_trace(targets: list[str]) -> 
 def test_a_second_adapter_is_probed_for_its_own_sites() -> None:
     model = WeightUpdate()
     fill(li.inject(model, config("called")))
-    run = lambda: li.inject(model, config("idle"), "b", probe=lambda: model(X))  # noqa: E731
     with refused(li.LayerError, "'idle'", model=model):
-        run()
+        li.inject(model, config("idle"), "b", probe=lambda: model(X))
     li.inject(model, config("read"), "b", probe=lambda: model(X))
     assert li.adapters(model)["b"].active
 

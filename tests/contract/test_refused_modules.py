@@ -1,13 +1,12 @@
 """Modules without a class to swap or without values, and modules that hold their parent."""
 
-from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
 from conftest import fill
-from helpers.reference import Block, config, saved
+from helpers.reference import config
 from helpers.refusals import refused
 from torch import nn
 
@@ -24,22 +23,6 @@ def test_a_lazy_module_is_refused_until_it_has_run(make: Any, more: dict[str, An
     assert type(model[0]) is nn.Linear
     model(torch.ones(2, 4))
     li.inject(model, config("0"))
-
-
-def test_a_model_without_values_is_planned_and_injected_but_not_merged(tmp_path: Path) -> None:
-    with torch.device("meta"):
-        model: Any = nn.Sequential(Block(), nn.Embedding(7, 4))
-    targets = config("up", r"down\.weight", "1")
-    assert {s.name for s in li.plan(model, targets).sites} == {"0.up", "0.down.weight", "1"}
-    li.inject(model, targets)
-    assert {p.device.type for p in li.adapter_parameters(model).values()} == {"meta"}
-    with refused(li.LayerError, "0.up.weight", "meta"):
-        li.merge(model)
-    with refused(li.FormatError, "0.up", "meta"):
-        saved(model, tmp_path, "native")
-    assert [*tmp_path.iterdir()] == []
-    li.eject(model)
-    assert [type(m) for m in model[0].modules()] == [Block, nn.Linear, nn.Linear]
 
 
 def test_what_is_pefts_own_in_a_model_that_it_has_wrapped_is_refused() -> None:

@@ -57,9 +57,8 @@ def test_the_root_is_a_site(tmp_path: Path) -> None:
     path, _ = saved(model, tmp_path, "native")
     assert error(li.load_adapter(copy.deepcopy(plain), path)(x), model(x)) < EXACT
     attention = nn.MultiheadAttention(8, 2)
-    run = lambda: li.inject(attention, config("^$"))  # noqa: E731
     with refused(li.MatchError, "'in_proj_weight'", "'out_proj'", model=attention):
-        run()
+        li.inject(attention, config("^$"))
 
 
 PARTS = ["lora_A", "lora_B__default", "weight", "base_layer", "base_model", "lora_in"]
@@ -129,11 +128,9 @@ def test_adapters_named_like_modules_and_parameters(name: str, tmp_path: Path) -
 @pytest.mark.parametrize("name", ["", None, 3, "default"])
 def test_names_that_cannot_be_are_refused_at_once(name: Any) -> None:
     model = injected(KINDS["linear"])
-    run = lambda: li.inject(model, config("layer"), name)  # noqa: E731
     with refused(li.StateError, repr(name), model=model):
-        run()
+        li.inject(model, config("layer"), name)
     net = nn.Sequential(nn.Linear(4, 4))
     net[0].lora_A__default = 3
-    run = lambda: li.inject(net, config("0"))  # noqa: E731
     with refused(li.LayerError, "'lora_A__default'", model=net):
-        run()
+        li.inject(net, config("0"))

@@ -52,7 +52,7 @@ def squared(out: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
 def searched(model: nn.Module, space: Any = SPACE, **more: Any) -> li.classes.Search:
     options: dict[str, Any] = {"train": TRAIN, "held_out": HELD_OUT, "loss": squared, **more}
     batches = options.pop("train"), options.pop("held_out")
-    return search(model, space, *batches, forward=lambda batch: model(batch[0]), **options)
+    return search(model, space, *batches, **{"forward": lambda b: model(b[0]), **options})
 
 
 def test_each_rung_is_a_whole_run_equal_to_the_same_run_alone() -> None:
@@ -114,8 +114,15 @@ def test_an_interrupted_search_goes_on_to_the_same_result(tmp_path, monkeypatch)
         assert [r.held_out for r in other.rungs] == [r.held_out for r in whole.rungs]
         assert [r.losses for r in other.rungs] == [r.losses for r in whole.rungs]
         assert other.adapter == whole.adapter
-    with refused(li.FormatError, str(tmp_path), "data"):
-        searched(net(), folder=tmp_path, train=TRAIN[::-1])
+    others = {
+        "data": {"train": TRAIN[::-1]},
+        "loss": {"loss": lambda out, b: nn.functional.l1_loss(out, b[1])},
+        "forward": {"forward": lambda b: net()(2 * b[0])},
+        "max_tokens": {"max_tokens": 7},
+    }
+    for what, more in others.items():
+        with refused(li.FormatError, str(tmp_path), what):
+            searched(net(), folder=tmp_path, **more)
     with refused(li.FormatError, str(tmp_path), "space"):
         searched(net(), SPACE | {"seed": 1}, folder=tmp_path)
     (tmp_path / "rung-2.pt").write_text("junk")
@@ -138,6 +145,14 @@ def test_the_budget_leaves_out_what_is_too_large() -> None:
     assert len(found.over_budget) == 3
     with refused(li.MatchError, "'last r1 lr 0.001'", "10 parameters"):
         searched(net(), SPACE | {"budget": {"steps": 4, "parameters": 9}})
+
+
+def test_trials_that_equal_others_are_told() -> None:
+    """Ranks from 1 to 4 are four trials, however many are asked for."""
+    ranks = {"targets": {"all": ["all-linear"]}, "rank": {"from": 1, "to": 4}, "lr": 1e-2}
+    found = searched(net(), SPACE | ranks | {"trials": 16, "budget": {"steps": 6}})
+    assert len(found.candidates) + found.to_dict()["equal"] == 16
+    assert "12 more were equal to others" in found.to_yaml()
 
 
 def test_a_trial_that_diverges_is_reported_and_all_of_them_are_an_error() -> None:
@@ -252,3 +267,15 @@ def test_the_command_refuses_bad_rows(folder, run, text, message) -> None:
     assert done.code == 1
     assert message in done.err
     assert not Path("out").exists()
+
+
+def test_a_line_ends_at_a_newline_alone_and_rows_that_fill_no_batch_are_told(folder, run) -> None:
+    rows = [{"text": f"{i} is a\u2028num\u2029b\u0085e\fr\x1c"} for i in range(15)]
+    text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+    Path("rows.jsonl").write_text(text, encoding="utf-8")
+    done = run(*WORDS)
+    assert done.code == 0, done.err
+    assert "3 rows" in done.err
+    Path("rows.txt").write_text("\r\n".join(row["text"] for row in rows[:7]), encoding="utf-8")
+    done = run(*(word.replace("jsonl", "txt") for word in WORDS))
+    assert (done.code, "it has 7 rows" in done.err) == (1, True), done.err

@@ -399,22 +399,6 @@ def test_routed_refuses_at_entry(rows: list[str], named: str) -> None:
         pytest.fail("it was entered")
 
 
-def test_what_is_frozen_loses_the_gradient_that_an_optimizer_would_step_by() -> None:
-    model = Net().double()
-    model(X).square().sum().backward()
-    li.inject(model, {"rank": 2, "targets": ["fc"]}, "a")
-    li.inject(model, {"rank": 2, "targets": ["fc"]}, "b")
-    li.train_only(model, ["a", "b"])
-    fill(fill(model, "a"), "b")
-    li.activate(model, {"a": 1.0, "b": 1.0})(X).square().sum().backward()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    li.train_only(model, "a")
-    optimizer.step()
-    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved == {n for n in before if n.endswith("__a")}
-
-
 @pytest.mark.parametrize("raised", [ZeroDivisionError, GeneratorExit])
 def test_contexts_nest_and_an_exception_inside_leaves_nothing_behind(raised: Any) -> None:
     model = net()

@@ -304,14 +304,6 @@ def test_a_weight_that_is_unpacked_by_the_first_forward_is_refused_until_then(mo
     li.inject(net, {"rank": 2, "targets": ["0"]})
 
 
-def test_packed_expert_stacks_are_refused() -> None:
-    """As transformers holds GPT-OSS in MXFP4: two values to a byte, for kernels on GPUs."""
-    net = nn.Module()
-    net.experts = nn.Parameter(torch.zeros(2, 6, 4, dtype=torch.uint8), requires_grad=False)
-    with refused(li.LayerError, "'experts'"):
-        li.inject(net, {"rank": 2, "targets": [{"match": "experts", "layout": "out_in"}]})
-
-
 def test_the_collector_of_the_process_is_as_it_was_after_a_verb() -> None:
     usual = gc.get_threshold()
     li.inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 2, "targets": ["0"]})

@@ -20,6 +20,14 @@ CALLS: list[tuple[Callable[[Any, Any], Any], list[str]]] = [
     (lambda m, s: li.combine([s], 0.5), ["weights", "float"]),
     (lambda m, s: s + 3, ["int", "AdapterState"]),
     (lambda m, s: li.routed(m, "aa"), ["routed", "str", "list"]),
+    *(
+        (lambda m, s, rows=rows: li.routed(m, rows), ["routed"])
+        for rows in ([["default"]] * 4, [1.5, None], [{"default": "much"}, None])
+    ),
+    *(
+        (lambda m, s, n=n: li.routed(m, ["default", None], repeat=n), ["repeat"])
+        for n in ("2", 2.0, None, 0)
+    ),
     (lambda m, s: li.merge(m, name=3), ["merge, name", "int"]),
     (lambda m, s: li.algebra.subset(s, "("), ["'('", "regex"]),
     (lambda m, s: li.algebra.split(s, "1", {"a": -1, "b": 7}), ["'a'", "-1"]),

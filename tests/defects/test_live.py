@@ -145,24 +145,6 @@ def _two_layers() -> nn.Module:
     return fill(li.inject(model, {**LINEAR, "targets": ["0", "1"]}))
 
 
-@pytest.mark.parametrize("change", ["step", "merge"])
-def test_merged_weights_are_those_of_the_call_or_an_error(change: str) -> None:
-    model = _two_layers()
-    wanted = {key: tensor.clone() for key, tensor in li.merged_weights(model)}
-    weights = li.merged_weights(model)
-    got = dict([next(weights), next(weights)])
-    if change == "merge":
-        li.merge(model)
-    else:
-        with torch.no_grad():
-            for tensor in li.adapter_parameters(model).values():
-                tensor.add_(1.0)
-    with refused(li.StateError, "1.weight"):
-        got.update(weights)
-    for key, tensor in got.items():
-        assert torch.equal(tensor, wanted[key]), key
-
-
 class Tied(nn.Module):
     """A model of one's own whose constructor ties its ends."""
 

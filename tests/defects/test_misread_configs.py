@@ -22,13 +22,6 @@ class Decoder(nn.Module):
         self.vision = nn.ModuleList(nn.ModuleDict({"key": nn.Linear(4, 4)}) for _ in range(9))
 
 
-@pytest.mark.parametrize("layers", ["4-9", "0-6", [0, "4-9"], [0, 8], ["0-1", "5-6"], "6-8"])
-def test_layers_that_the_model_does_not_have_are_an_error_in_a_list_and_in_a_range(layers):
-    model = Decoder()
-    with refused(li.MatchError, "rule 1 ('q')", "0 to 5", model=model):
-        li.inject(model, {"targets": [{"match": "q", "layers": layers}]})
-
-
 @pytest.mark.parametrize(("match", "layers", "wanted"), [
     ("mixer", "0-5", [1, 3, 5]), ("q", [0, "4-5"], [0, 4, 5]), ("q|key", "5-8", [5, 5, 6, 7, 8]),
 ])  # fmt: skip

@@ -60,31 +60,7 @@ def test_layers_that_an_edited_config_leaves_out_are_told(fields: Any, tmp_path:
         li.load_adapter(plain, tmp_path)
 
 
-def test_layers_that_peft_chose_are_read_as_peft_reads_them(tmp_path: Path) -> None:
-    plain = ARCHITECTURES["llama"].build()
-    of_peft(plain, tmp_path, target_modules=["q_proj"], layers_to_transform=[1])
-    torch.testing.assert_close(here(plain, tmp_path), by_peft(plain, tmp_path))
-    assert [*li.read_adapter(tmp_path).sites] == ["model.layers.1.self_attn.q_proj"]
-
-
-def test_a_file_of_ours_that_peft_would_read_in_part_is_told(tmp_path: Path) -> None:
-    plain = ARCHITECTURES["llama"].build()
-    model = li.inject(copy.deepcopy(plain), {"rank": 2, "targets": ["q_proj"]})
-    edit_config(li.save_adapter(model, tmp_path / "a"), exclude_modules=["q_proj"])
-    with refused(li.FormatError, "'exclude_modules'"):
-        li.read_adapter(tmp_path / "a")
-
-
 # Ties -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
-def test_an_adapter_of_both_ends_of_a_tie_is_read_as_peft_reads_it(
-    target: str, tmp_path: Path
-) -> None:
-    plain = ARCHITECTURES["tied llama"].build()
-    of_peft(plain, tmp_path, target_modules=["q_proj", target], ensure_weight_tying=True)
-    torch.testing.assert_close(here(plain, tmp_path), by_peft(plain, tmp_path))
 
 
 def test_rows_of_both_ends_of_a_tie_are_not_written_so_that_peft_uses_one_for_both(
@@ -165,9 +141,12 @@ def test_a_file_of_unsloth_that_does_not_state_it_asks(both: Any, sign: Any, run
         torch.testing.assert_close(here(plain, paths[layout], expert_major=told), due)
     base = paths["rank_major"].parent / "base"
     plain.save_pretrained(base)
-    words = ("merge", base, paths["rank_major"], "--output", base.parent / "out")
-    assert run(*words).code != 0
-    assert run(*words, "--no-expert-major").code == 0
+    for layout, told in answers:
+        words = ("merge", base, paths[layout], "--output", base.parent / f"out {layout}")
+        assert run(*words).code != 0
+        assert run(*words, "--expert-major" if told else "--no-expert-major").code == 0
+        merged = type(plain).from_pretrained(words[-1]).eval()
+        torch.testing.assert_close(merged(IDS).logits, due)
 
 
 @needs_transformers_5

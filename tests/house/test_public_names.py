@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import pkgutil
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import lora_inject
 
 PACKAGE = Path(lora_inject.__file__).parent
 HEAVY = ("transformers", "peft", "accelerate", "gguf", "loralib", "huggingface_hub", "datasets")
-NAMES = (*HEAVY, "matplotlib", "torch", "torch._dynamo")
+HEAVY += ("bitsandbytes", "torchao", "matplotlib")
+NAMES = (*HEAVY, "torch", "torch._dynamo")
 
 REPORT = """
 import json, sys
@@ -44,9 +46,16 @@ def test_imports_and_commands_bring_in_what_they_use_and_nothing_heavy(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1, "n_embd": 12}')
     (tmp_path / "lora.yaml").write_text("{rank: 2, targets: [c_attn]}")
     every = "from lora_inject import *; assert callable(inject) and callable(swap_adapter)"
-    inject = """
-import torch, lora_inject
-lora_inject.inject(torch.nn.Sequential(torch.nn.Linear(2, 2)), {"rank": 1, "targets": ["0"]})
+    life = """
+import os, torch, lora_inject as li
+model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Conv1d(2, 2, 1))
+li.inject(model, {"rank": 1, "targets": ["0", "1"], "train": ["1.bias"]})
+li.train_only(model, "default")
+li.save_adapter(model, os.environ["SAVED"], format="native")
+li.merge(model)
+li.unmerge(model)
+dict(li.merged_weights(model, dequantize="bfloat16"))
+li.eject(model)
 """
     steps = (
         ("import lora_inject; lora_inject.Config", set()),
@@ -54,12 +63,14 @@ lora_inject.inject(torch.nn.Sequential(torch.nn.Linear(2, 2)), {"rank": 1, "targ
         ("import lora_inject.checkpoint", {"torch"}),
         (["schema"], set()),
         (["merge", str(base), str(adapter), "-o", str(tmp_path / "out")], set()),
-        (inject, set()),
+        (life, set()),
         (f"{every}; import lora_inject.formats", set()),
     )
     plan = ["plan", str(tmp_path / "lora.yaml"), str(tmp_path)]
     asked = json.dumps([[step for step, _ in steps] + [plan], NAMES, str(tmp_path / "report")])
-    subprocess.run([sys.executable, "-c", REPORT, asked], cwd=PACKAGE.parent, check=True)
+    variables = {**os.environ, "SAVED": str(tmp_path / "saved.safetensors")}
+    words = [sys.executable, "-c", REPORT, asked]
+    subprocess.run(words, cwd=PACKAGE.parent, check=True, env=variables)
     *brought, by_plan = json.loads((tmp_path / "report").read_text())
     for (step, wanted), new in zip(steps, brought, strict=True):
         assert set(new) == wanted, step

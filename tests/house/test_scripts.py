@@ -27,7 +27,7 @@ with mock.patch.dict(os.environ):  # which these set, for programs of their own
     bench = script("bench")
     reproduce = script("reproduction.__main__").main
     methods, sentences = (script(f"reproduction.{name}") for name in ("methods", "sentences"))
-pairs, snippets = script("data.pairs"), script("data.snippets")
+pairs = script("data.pairs")
 
 # ------------------------------------------------------------------------------- the environment
 
@@ -79,13 +79,6 @@ def test_a_set_is_made_with_its_versions_and_is_a_job_of_ci(shell: Any) -> None:
     assert f"set: {json.dumps(names)}" in workflow
 
 
-@pytest.mark.parametrize("name", ["demo", "reproduce", "test", "wheel"])
-def test_help_builds_no_environment(name: str, shell: Any, tmp_path: Path) -> None:
-    done = shell(f"bash scripts/{name}.sh --help")
-    assert f"bash scripts/{name}.sh" in done.stdout
-    assert not (tmp_path / ".venv").exists()
-
-
 # ------------------------------------------------------------------------- data and its objective
 
 some_pairs = st.lists(
@@ -113,15 +106,6 @@ def test_what_is_held_out_shares_nothing_with_what_is_trained(some: Any, random:
     unique = [*{(p.module, p.name): p for p in some}.values()]  # as within one installation
     mixed = random.sample(unique, len(unique))
     assert pairs.split_by_module(mixed) == pairs.split_by_module(unique), "no order matters"
-
-
-@given(st.lists(st.tuples(st.integers(0, 9), st.text("abc ", min_size=1)), max_size=60))
-def test_a_split_has_every_sentence_once_and_no_review_twice(rows: Any) -> None:
-    made = [snippets.Snippet(f"{review}_{i}", text, 1.0) for i, (review, text) in enumerate(rows)]
-    parts = snippets.split(made)
-    assert sorted((s for part in parts for s in part), key=str) == sorted(made, key=str)
-    reviews = [{s.id.partition("_")[0] for s in part} for part in parts]
-    assert sum(map(len, reviews)) == len(set().union(*reviews))
 
 
 @pytest.mark.parametrize("pad", [0, 39])
@@ -153,20 +137,18 @@ def run_reproduction(argv: list[str]) -> None:
 
 
 @pytest.mark.zoo
-def test_the_reproduction_survives_ctrl_c_and_a_kill_and_prints_all_claims(
+def test_the_reproduction_survives_a_kill_and_prints_all_claims(
     tmp_path: Path, forks: Forks, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On tiny models and made-up sentences; what it finds is never tested."""
     pytest.importorskip("matplotlib")
     listening = signal.getsignal(signal.SIGINT)
     words = ["--quick", "--folder", str(tmp_path)]
-    for number, after, code in ((signal.SIGINT, 1, 130), (signal.SIGKILL, 5, -signal.SIGKILL)):
-        fork, wanted = forks.start(run_reproduction, words), len(records(tmp_path)) + after
-        while len(records(tmp_path)) < wanted:
-            time.sleep(0.01)
-        os.kill(fork.pid, number)
-        assert fork.wait() == code
-        assert code != 130 or "goes on from there" in fork.out() + fork.err()
+    fork = forks.start(run_reproduction, words)
+    while len(records(tmp_path)) < 3:
+        time.sleep(0.01)
+    os.kill(fork.pid, signal.SIGKILL)
+    fork.wait()
     kept = records(tmp_path)
     assert all("result" in json.loads((tmp_path / name).read_text()) for name in kept)
     try:

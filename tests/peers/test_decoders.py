@@ -3,18 +3,15 @@
 They are held to what mlx-lm computes, and to the formulas of the other programs' own layers.
 """
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-import peft
 import pytest
 import torch
 import yaml
-from helpers.merging import load_checkpoint, merged_model
-from helpers.models import tiny_llama
+from helpers.merging import load_checkpoint
 from helpers.reference import IDS, adapted, llama, logits
 from helpers.refusals import refused
 from helpers.states import SITES, edit_config, effect, linear, same_effects, state_of
@@ -240,34 +237,6 @@ def test_mlx_computes_the_same(targets: list[Any], tmp_path: Path) -> None:
     assert (due - logits(base_model())).abs().max() > 0.1
     torch.testing.assert_close(logits(model), due, rtol=1e-4, atol=1e-4)
     hold_read(tmp_path / "a", model)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("tied", "targets"),
-    [
-        (False, ["q_proj", "v_proj", "down_proj", "lm_head"]),
-        (True, ["q_proj", "lm_head"]),
-        (True, ["up_proj", "embed_tokens"]),
-    ],
-)
-def test_mlx_serves_a_merged_checkpoint(tmp_path: Path, tied: bool, targets: list[str]) -> None:
-    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96}
-    plain = tiny_llama(**sizes, max_position_embeddings=64, tie_word_embeddings=tied)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets)
-    model = peft.get_peft_model(copy.deepcopy(plain), config).eval()
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(tmp_path / "adapter")
-    merged_model(plain, tmp_path / "adapter", tmp_path)
-    prompt = torch.tensor([[1, 17, 42, 5, 9]])
-    with torch.no_grad():
-        due = model(prompt).logits
-    served = served_by_mlx(tmp_path / "merged")(prompt)
-    torch.testing.assert_close(served, due, atol=1e-4, rtol=0)
-    assert float((served_by_mlx(tmp_path / "base")(prompt) - due).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize(

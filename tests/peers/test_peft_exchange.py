@@ -19,7 +19,6 @@ from helpers.merging import load_checkpoint, merge, merged_model, save_checkpoin
 from helpers.refusals import refused
 from helpers.states import as_of_peft, edit_config
 from helpers.versions import needs_peft_reads_experts, needs_transformers_5
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -118,13 +117,11 @@ PATTERNS: dict[str, Any] = {
     "alpha_pattern": {"layers.1.mlp.up_proj": 5, ".*val[ue]+": 9, "v": 11, r"embed_tokens": 1},
 }  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
     "rslora": {"use_rslora": True},
-    "patterns": PATTERNS,
     "bias": {"bias": "lora_only"},
     "bias all": {"bias": "all"},
 }
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": on("c_attn", "c_proj", "wte", fan_in_fan_out=True),
     "llama with biases": on("q_proj", "down_proj", "up_proj", "embed_tokens", "lm_head"),
     "classifier": on("query", "value", "word_embeddings", modules_to_save=["classifier"]),
@@ -143,9 +140,11 @@ WITH_EXPERTS = {
     "likewise": ("qwen moe", on("q_proj", "gate_proj", "up_proj", "down_proj")),
 }
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, targets) for name, targets in FAMILIES.items()},
+    **{f"{name}, patterns": (name, {**of, **PATTERNS}) for name, of in FAMILIES.items()},
     **{
-        f"{name}, {option}": (name, {**targets, **options})
-        for name, targets in FAMILIES.items()
+        f"{name}, {option}": (name, {**FAMILIES[name], **options})
+        for name in ("gpt2", "classifier")
         for option, options in OPTIONS.items()
     },
     # As in peft's own tests/test_custom_models.py.
@@ -168,6 +167,15 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3, tied embedding": ("gemma3", on("q_proj", "embed_tokens")),
     "gemma3, tied head": ("gemma3", on("q_proj", "lm_head")),
     "tied ends": ("tied llama", on("embed_tokens", "lm_head")),
+    "a tied embedding that PEFT ties": (
+        "tied llama",
+        on("q_proj", "embed_tokens", ensure_weight_tying=True),
+    ),
+    "a tied head that PEFT ties": (
+        "tied llama",
+        on("q_proj", "lm_head", ensure_weight_tying=True),
+    ),
+    "layers that PEFT chose": ("llama", on("q_proj", layers_to_transform=[1])),
     "tied ends of bert": ("bert", on("word_embeddings", "decoder")),
     "dora": ("llama", on("q_proj", "down_proj", use_dora=True)),
     "dora, gpt2": ("gpt2", on("c_attn", "c_proj", fan_in_fan_out=True, use_dora=True)),
@@ -282,18 +290,15 @@ SITES = {
     "mixtral": [f"model.layers.{n}.{m}" for n in range(2)
                 for m in ("self_attn.q_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")],
 }  # fmt: skip
-SCALINGS = {"standard": ["standard"], "rslora": ["rslora"], "both": ["standard", "rslora"]}
 NAMES = [["blk.lin", "lin"], ["blk.l+n", "blk.lin", "xlin"]]
 NAMES += [["lin", "blk.lin", "blk.l+n", "blk.lxin", "xlin"]]
 FUSED = {"match": "c_attn", "slices": {"q": 32, "k": 32, "v": 32}, "adapt": ["q", "v"]}
 DENSE_LAYERS = r"(self_attn|mlp|shared_experts?)\.(?!gate_up)\w+_proj(_with_mqa)?"
 NORM = r"0\.output\.LayerNorm\.weight"
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{
-        f"{which}, {name}": (which, each_its_own(sites, *scalings))
-        for which, sites in SITES.items()
-        for name, scalings in SCALINGS.items()
-    },
+    **{which: (which, each_its_own(of, "standard", "rslora")) for which, of in SITES.items()},
+    "gpt2, standard": ("gpt2", each_its_own(SITES["gpt2"], "standard")),
+    "gpt2, rslora": ("gpt2", each_its_own(SITES["gpt2"], "rslora")),
     **{" ".join(names): ("suffixes", each_its_own(names, "standard")) for names in NAMES},
     **{name: (name, {"rank": 2, "alpha": 4, "targets": [DENSE_LAYERS]}) for name in BESIDE_EXPERTS},
     "slices": ("gpt2", {"rank": 2, "targets": [FUSED]}),
@@ -385,22 +390,3 @@ def test_stacks_are_refused_where_nothing_says_which_way_round_or_whose(tmp_path
     of_peft(model, tmp_path / "renamed", on("w1", "w2", "w3"))
     with refused(li.FormatError, "experts'", "--base"):
         li.read_adapter(tmp_path / "renamed")
-
-
-@needs_transformers_5
-def test_experts_of_unsloth_go_by_expert_first_when_told(run: Any, tmp_path: Path) -> None:
-    """The columns of its B are ordered otherwise than PEFT's, and no shape tells."""
-    plain, path = ARCHITECTURES["qwen moe"].build(), tmp_path / "adapter"
-    of_peft(plain, path, on("q_proj", **STACKS))
-    wanted = merged_in_files(plain, path, tmp_path).state_dict()
-    file = path / "adapter_model.safetensors"
-    tensors, experts = load_file(file), plain.config.num_experts
-    for name, B in tensors.items():
-        if "experts" in name and name.endswith("lora_B.weight"):
-            tensors[name] = B.view(len(B), -1, experts).transpose(1, 2).reshape(B.shape)
-    save_file(tensors, file)
-    words = ("merge", tmp_path / "base", path, "--expert-major", "-o", tmp_path / "cli")
-    assert run(*words).code == 0
-    merged_state = type(plain).from_pretrained(tmp_path / "cli").state_dict()
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(merged_state[name], tensor)

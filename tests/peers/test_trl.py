@@ -71,7 +71,6 @@ def tensors_of(model: Any) -> dict[str, torch.Tensor]:
 
 TASKS = {
     "completions": ("SFT", PAIRS, {}),
-    "chat": ("SFT", CHATS, {}),
     "packed": ("SFT", CHATS, {"packing": True, "packing_strategy": "wrapped", "max_length": 32}),
     "dpo": ("DPO", CHOICES, {}),
     "kto": ("KTO", VERDICTS, {}),
@@ -237,15 +236,12 @@ def test_vllm_gets_the_merged_weights_of_each_step(mode: str, tied: bool) -> Non
 
 
 @needs_transformers_5
-@pytest.mark.parametrize("mode", ["server", "colocate"])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
-def test_vllm_gets_experts_by_the_names_of_the_checkpoint(
-    mode: str, family: str, tmp_path: Path
-) -> None:
+def test_vllm_gets_experts_by_the_names_of_the_checkpoint(family: str, tmp_path: Path) -> None:
     """vLLM's loaders know the files; transformers 5 holds experts in stacks of other names."""
     model, _ = experts(family)
     config = {"rank": 2, "targets": ["all-linear", "all-experts"]}
-    made = li.sync_merged(TrainerWithVllm(fill(li.inject(model, config)), mode))
+    made = li.sync_merged(TrainerWithVllm(fill(li.inject(model, config)), "server"))
     made.vllm_generation.sync_weights()
     li.merge(model, eject=True)
     model.save_pretrained(tmp_path)
