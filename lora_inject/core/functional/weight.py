@@ -75,6 +75,18 @@ class LowRank(NamedTuple):
                     y = torch.add(y, torch.matmul(h, narrow), alpha=scale)
         return y
 
+    def times(self, x: Tensor) -> Tensor:
+        """Return `self @ x`; of a stack in this order, on which the bits of its base depend."""
+        if self.base.dim() == 2:
+            return self.turned().product(x.mT).mT.contiguous()
+        y = torch.matmul(self.base, x)
+        with without_autocast(y) or nullcontext():
+            x = x.to(y.dtype)
+            for left, right, scale in self.terms:
+                h = torch.matmul(right.to(y.dtype), x)
+                y = torch.baddbmm(y, left.to(y.dtype), h, alpha=scale)
+        return y
+
     def looked_up(self, ids: Tensor, padding_idx: int | None) -> Tensor:
         """Return `F.embedding(ids, self, padding_idx)`."""
         rows = F.embedding(ids, self.base, padding_idx)

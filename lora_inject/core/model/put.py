@@ -105,6 +105,7 @@ def put(
             carrying = {id(place.module): place.module for place in wanted}
             root.adapters[name] = Adapter(name, config, [*carrying.values()], gained)
             root.n_changes += 1
+            root.seen = 0
             _freeze(survey, root)
             if train and alone:
                 for parameter in trained:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from torch import nn
 
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
 from lora_inject.core.model.undo import Merged, Put
+from lora_inject.core.roots.root import entries
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import LayerError
 
@@ -91,10 +93,24 @@ def untie_rest(survey: Survey, untied: Mapping[str, str], merged: Merged) -> Non
 
 
 def _tied_by_class(survey: Survey) -> dict[tuple[str, str], str]:
-    """Return each pair of names that a class ties when it is loaded, by what configs say now."""
+    """Return each pair of names that a class ties when it is loaded, by what configs say now.
+
+    A class that ties by prefix is not told of a trained copy, which has that of its weight.
+    """
+    copies = {id(t) for item in entries(survey) for t in item.entry.tensors(item.module).values()}
+
+    def of_base(named: Callable[..., Iterator[tuple[str, Any]]], **how: Any) -> Any:
+        return ((name, p) for name, p in named(**how) if id(p) not in copies)
+
     pairs = {}
     for path, module in survey.modules:
         ask = getattr(module, "get_expanded_tied_weights_keys", None)
-        for name, other in ask(all_submodels=False).items() if callable(ask) else ():
-            pairs[joined(path, name), joined(path, other)] = type(module).__name__
+        if not callable(ask):
+            continue
+        module.__dict__["named_parameters"] = functools.partial(of_base, module.named_parameters)
+        try:
+            for name, other in ask(all_submodels=False).items():
+                pairs[joined(path, name), joined(path, other)] = type(module).__name__
+        finally:
+            del module.__dict__["named_parameters"]
     return pairs

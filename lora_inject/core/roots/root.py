@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import gc
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -69,6 +69,7 @@ class Root:
         before_merge: What `unmerge` restores while the model is merged; see `model.merge`.
         n_changes: How often adapters came or went.
         seen: How many selections there were when all layers were last seen to have this one.
+        steps: Those that led to the layers of its adapters then: children, a name, and the child.
     """
 
     selection: Selection
@@ -78,10 +79,15 @@ class Root:
     before_merge: Any = None
     n_changes: int = 0
     seen: int = 0
+    steps: tuple[tuple[Mapping[str, Any], str, nn.Module], ...] = ()
+
+    def is_in_place(self) -> bool:
+        """Return whether no layer with adapters was replaced, nor anything that it is in."""
+        return all(children.get(name) is child for children, name, child in self.steps)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, all of whose layers are to be looked at."""
-        return {**self.__dict__, "seen": 0}
+        return {**self.__dict__, "seen": 0, "steps": ()}
 
 
 class Injected(Survey):
@@ -113,8 +119,8 @@ def root_of(model: nn.Module, asked: str) -> tuple[nn.Module, Root]:
 def find_root(model: nn.Module, asked: str, *, whole: bool = True) -> tuple[nn.Module, Root] | None:
     """Return the same, or None for a model without adapters.
 
-    `whole` asks whether all layers have the root's selection, which takes no walk but after a layer
-    was copied or another model was injected.
+    `whole` asks whether all layers of its adapters are there and have the root's selection, which
+    takes no walk but after a layer was moved or copied, or another model was injected.
     """
     model = unwrapped(model)
     if ROOT not in model.__dict__:
@@ -128,9 +134,13 @@ def find_root(model: nn.Module, asked: str, *, whole: bool = True) -> tuple[nn.M
             raise StateError(asked, problem, "Call it on one of them, or inject the whole model")
         model = inside[0][1]
     root: Root = model.__dict__[ROOT]
-    if whole and root.seen != Selection.n_made:
+    if whole and not (root.seen == Selection.n_made and root.is_in_place()):
         _ROOTS.add(model)  # a copy or a pickle has not registered itself
-        _refuse_foreign(model.named_modules(), root, asked)
+        modules = dict(model.named_modules())
+        _refuse_foreign(modules.items(), root, asked)
+        for adapter in root.adapters.values():
+            _refuse_lost(adapter, {id(module) for module in modules.values()}, asked)
+        root.steps = _steps_to_layers(modules, root)
         root.seen = Selection.n_made
     return model, root
 
@@ -161,6 +171,34 @@ def _refuse_foreign(modules: Iterable[tuple[str, nn.Module]], root: Root, asked:
             problem += "or a layer of another injected model"
             remedy = "Copy layers before inject; eject(model) takes all adapters off again"
             raise StateError(asked, problem, remedy)
+
+
+def _steps_to_layers(
+    modules: Mapping[str, nn.Module], root: Root
+) -> tuple[tuple[Mapping[str, Any], str, nn.Module], ...]:
+    carrying = {id(module) for adapter in root.adapters.values() for module in adapter.modules}
+    steps: dict[str, tuple[Mapping[str, Any], str, nn.Module]] = {}
+    for path, module in modules.items():
+        step = path if id(module) in carrying else ""
+        while step and step not in steps:
+            above, _, name = step.rpartition(".")
+            steps[step] = modules[above]._modules, name, modules[step]
+            step = above
+    return tuple(steps.values())
+
+
+def _refuse_lost(adapter: Adapter, there: Collection[int], asked: str) -> None:
+    """Refuse a model that has lost a layer of an adapter, which would act without it."""
+    for module in adapter.modules:
+        if id(module) not in there:
+            attached = attached_to(module)
+            entry = next(attached.entries(adapter.name), None) if attached is not None else None
+            site = type(module).__name__
+            if entry is not None:
+                site = entry.param if entry.spec is None else entry.spec.name
+            problem = f"the layer that carries its site {site!r} is not in the model any more"
+            remedy = "Put the layer back, or eject the adapter"
+            raise StateError(f"{asked} {adapter.name!r}", problem, remedy)
 
 
 def lock_of(root: nn.Module) -> Any:
@@ -235,17 +273,7 @@ def whole_adapter(survey: Injected, name: str, asked: str) -> list[Carried]:
     held = list(entries(survey, name))
     for path, module, _ in held:
         check_class_kept(module, f"{asked} {name!r} at {path!r}")
-    there = {id(item.module) for item in held}
-    for module in survey.root.adapters[name].modules:
-        if id(module) not in there:
-            attached = attached_to(module)
-            entry = next(attached.entries(name), None) if attached is not None else None
-            site = type(module).__name__
-            if entry is not None:
-                site = entry.param if entry.spec is None else entry.spec.name
-            problem = f"the layer that carries its site {site!r} is not in the model any more"
-            remedy = "Put the layer back, or eject the adapter"
-            raise StateError(f"{asked} {name!r}", problem, remedy)
+    _refuse_lost(survey.root.adapters[name], {id(item.module) for item in held}, asked)
     return held
 
 

@@ -1,7 +1,7 @@
 """Which adapters take part: for all threads, or for the thread or asyncio task of a context.
 
-No layer, no parameter and no `requires_grad` is touched, so this costs the same for ten sites as
-for ten thousand.
+No layer, no parameter and no `requires_grad` is touched: of each layer is asked whether it is still
+in its place, as one that was replaced would be left out in silence.
 """
 
 from __future__ import annotations
@@ -84,8 +84,10 @@ def weights_of(which: str | Mapping[str, float] | None, verb: str) -> dict[str, 
 
 def check_mixes(model: nn.Module, weights: Mapping[str, float]) -> None:
     """Raise if an adapter with a gain would not be alone at a site, with weight 1."""
+    if list(weights.values()) == [1.0]:
+        return
     _, root = root_of(model, "mix")
-    if list(weights.values()) == [1.0] or not any(root.adapters[n].gained for n in weights):
+    if not any(root.adapters[name].gained for name in weights):
         return
     taking: dict[tuple[int, str], list[tuple[Entry, float]]] = {}
     survey = Injected(model, "mix")
