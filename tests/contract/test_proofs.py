@@ -55,6 +55,7 @@ STATES = {
     "missing": (lambda: li.activate(build(), None), "without", 0.0),
     "doubled": (merged_twice, "scaled", 2.0),
     "wrongly scaled": (lambda: li.activate(build(), {"default": 0.25}), "scaled", 0.25),
+    "not in full": (lambda: li.activate(build(), {"default": 0.8}), "scaled", 0.8),
     "beyond the proof": (lambda: li.activate(build(), {"default": 3.0}), "scaled", 3.0),
     "another base": (lambda: build(seed=1), "neither", None),
 }
@@ -77,6 +78,13 @@ def test_each_state_of_an_adapter_is_told_on_a_live_model(state: str, saved: Pat
     verdict = li.verify_loaded(make(), source=saved)
     assert (verdict.word, verdict.ok) == (word, word == "with")
     assert verdict.scale is scale is None or verdict.scale == pytest.approx(scale, rel=0.1)
+
+
+@pytest.mark.parametrize(("off", "ok"), [(1e-3, True), (4e-3, False)])
+def test_a_live_model_is_held_to_what_programs_differ_by(off: float, ok: bool, saved: Path) -> None:
+    effect = li.verify_loaded(build(), source=saved).effect
+    model = li.activate(build(), {"default": 1 - off / effect})
+    assert li.verify_loaded(model, source=saved).ok == ok
 
 
 def test_a_loaded_adapter_knows_its_files(saved: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """LSTM, GRU and RNN: what their fused kernel is handed is W + delta; torch's books hold W."""
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,14 @@ def test_graphs_break_and_replicas_have_a_list_of_their_own() -> None:
     replica = model.rnn._replicate_for_data_parallel()
     assert replica.__dict__["_flat_weights"] is not model.rnn.__dict__["_flat_weights"]
     assert type(replica) is type(model.rnn)
+
+
+def test_a_compiled_model_trains_by_row_without_a_word_of_dynamo() -> None:
+    """It compiles what runs below the layer function by function, and says what it cannot keep."""
+    model = Reads().double()
+    for name in ("one", "two"):
+        fill(li.inject(model, config(r"weight_hh_l0"), name), name)
+    with li.routed(model, ["one", "two"]), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert error(torch.compile(model, backend="eager")(X), run(model)) < EXACT
+    assert not said

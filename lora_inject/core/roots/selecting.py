@@ -6,7 +6,6 @@ in its place, as one that was replaced would be left out in silence.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
@@ -50,7 +49,7 @@ def activate(model: M, which: str | Mapping[str, float] | None) -> M:
         The same object.
 
     Raises:
-        StateError: A name is unknown, a weight is not finite, or the model is merged.
+        StateError: A name is unknown, a weight is no number, or the model is merged.
         LayerError: An adapter with a gain (DoRA) is not the only one at one of its sites.
 
     Examples:
@@ -77,8 +76,8 @@ def weights_of(which: str | Mapping[str, float] | None, verb: str) -> dict[str, 
     check_type(verb, which, Mapping, "Give a name, a mapping of names to weights, or None")
     for name, weight in which.items():
         asked = f"{verb} {name!r}"
-        if not isinstance(weight, Real) or not math.isfinite(weight):
-            raise StateError(asked, f"its weight is {weight!r}", "Give a finite number")
+        if not isinstance(weight, Real) or not abs(weight) <= 1e38:  # what float32 can hold
+            raise StateError(asked, f"its weight is {weight!r}", "Give a number below 1e38")
     return {name: float(weight) for name, weight in which.items()}
 
 
