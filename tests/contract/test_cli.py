@@ -297,7 +297,7 @@ def two(tmp_path: Path) -> list[tuple[Path, li.AdapterState]]:
 
 
 def low(*adapters: li.AdapterState) -> li.AdapterState:
-    return li.as_dtype(li.combine(adapters, method="svd", rank=1), torch.bfloat16)
+    return li.algebra.as_dtype(li.combine(adapters, method="svd", rank=1), torch.bfloat16)
 
 
 Value = Callable[[li.AdapterState, li.AdapterState], li.AdapterState]
@@ -310,7 +310,8 @@ WRITTEN: dict[str, tuple[Value, str]] = {
     ),
     "truncate {one} --rank 1": (lambda a, b: li.truncate(a, rank=1).state, "h.0.fc 2 1 0."),
     r"rename {one} h\.0= fc=mlp": (
-        lambda a, b: li.rename(a, {r"h\.0": "", "fc": "mlp"}), "its names are now 'mlp', 'c'",
+        lambda a, b: li.algebra.rename(a, {r"h\.0": "", "fc": "mlp"}),
+        "its names are now 'mlp', 'c'",
     ),
 }  # fmt: skip
 
