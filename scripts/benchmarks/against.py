@@ -1,6 +1,8 @@
 """Compare the verbs and a decoded token of two source trees, in turn on one machine.
 
-    python scripts/benchmarks/against.py OTHER_TREE [--sites 20176] [--rounds 7]
+The model has the names of a mixture of 128 experts: 52 layers are 20,176 sites.
+
+    python scripts/benchmarks/against.py OTHER_TREE [--layers 52] [--rounds 7]
 
 Each run is a process of its own that imports one of the trees; runs alternate. Times are those of
 the process, since others may use the machine. The ratio of the minima is the figure.
@@ -18,12 +20,12 @@ from statistics import median
 
 HERE = Path(__file__).resolve().parents[2]
 RUN = r"""
-import json, sys, time
+import json, sys, tempfile, time
 start = time.process_time()
 import torch
 from torch import nn
 torch_alone = time.process_time() - start
-n_sites = int(sys.argv[1])
+n_layers = int(sys.argv[1])
 torch.set_num_threads(1)
 import lora_inject as li
 
@@ -32,52 +34,85 @@ def timed(run):
     run()
     return time.process_time() - start
 
-def linears(n, width):
-    return nn.Sequential(*[nn.Linear(width, width) for _ in range(n)])
+def tree(names, width=32):
+    root = nn.Module()
+    for name in names:
+        module, (*parents, last) = root, name.split(".")
+        for part in parents:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module._modules[part]
+        module.add_module(last, nn.Linear(width, width, bias=False))
+    return root
+
+def mixture(n_layers):
+    attention = [f"self_attn.{n}_proj" for n in "qkvo"]
+    experts = [f"mlp.experts.{i}.{n}_proj" for i in range(128) for n in ("gate", "up", "down")]
+    layers = range(n_layers)
+    return tree(f"model.layers.{i}.{name}" for i in layers for name in (*attention, *experts))
 
 def decode(width, n_layers=24, rounds=200):
-    plain, adapted = linears(n_layers, width).eval(), linears(n_layers, width).eval()
-    li.inject(adapted, config)
+    nets = (nn.Sequential(*[nn.Linear(width, width) for _ in range(n_layers)]) for _ in range(2))
+    plain, adapted = (net.eval() for net in nets)
+    li.inject(adapted, {"rank": 2, "targets": [r"\d+"]})
     x = torch.randn(1, 1, width)
     with torch.no_grad():
         times = [[timed(lambda: net(x)) for net in (plain, adapted)] for _ in range(rounds)]
     without, with_adapter = map(min, zip(*times))
     return (with_adapter - without) / n_layers * 1e6
 
-config = {"rank": 2, "targets": [r"\d+"]}
-li.inject(linears(4, 4), config)
-first = time.process_time() - start
-model, small = linears(n_sites, 4), linears(n_sites // 4, 4)
-times = {
-    "import torch and first inject, over import torch": first / torch_alone,
-    f"inject, {n_sites:,} sites": timed(lambda: li.inject(model, config)),
+config = {
+    "rank": 2,
+    "targets": [
+        r"self_attn\.(q_proj|k_proj|v_proj|o_proj)",
+        r"mlp\.experts\.\d+\.(gate_proj|up_proj|down_proj)",
+    ],
 }
-li.inject(small, config)
-state = li.adapter_state(small)
-times |= {
-    f"second adapter, {n_sites // 4:,} sites": timed(lambda: li.install(small, state, "b")),
-    f"plan, {n_sites // 4:,} sites": timed(lambda: li.plan(linears(n_sites // 4, 4), config)),
-} | {f"decode at width {n}, us a layer over nn.Linear": decode(n) for n in (64, 768)}
+li.inject(mixture(1), config)
+first = time.process_time() - start
+n_quarter = n_layers // 4
+times = {"import torch and first inject, over import torch": first / torch_alone}
+for n_layers in (n_layers, n_quarter, 2):  # one model at a time, as an injected one knows of others
+    model, n_sites = mixture(n_layers), f"{388 * n_layers:,} sites"
+    if n_layers != 2:
+        times[f"plan, {n_sites}"] = timed(lambda: li.plan(model, config))
+    times[f"inject, {n_sites}"] = timed(lambda: li.inject(model, config))
+    if n_layers <= n_quarter:
+        with tempfile.TemporaryDirectory() as folder:
+            path = folder + "/a"
+            times[f"save_adapter, {n_sites}"] = timed(lambda: li.save_adapter(model, path))
+            for i, which in enumerate(("first", "again")):
+                load = lambda: li.load_adapter(model, path, f"loaded{i}")
+                times[f"load_adapter, {which}, {n_sites}"] = timed(load)
+times |= {f"decode at width {n}, us a layer over nn.Linear": decode(n) for n in (64, 768)}
 print(json.dumps(times))
 """
 
 
-def run(tree: Path, n_sites: int) -> dict[str, float]:
+def run(tree: Path, n_layers: int) -> dict[str, float]:
     """Return the times of one process that imports the package from a tree."""
     env = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", RUN, str(n_sites)]
-    done = subprocess.run(command, env=env, cwd="/", stdout=subprocess.PIPE, text=True, check=True)
+    command = [sys.executable, "-c", RUN, str(n_layers)]
+    done = subprocess.run(
+        command,
+        env=env,
+        cwd="/",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=True,
+    )
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("other", type=Path, help="another checkout of this repository")
-    parser.add_argument("--sites", type=int, default=20_176)
+    parser.add_argument("--layers", type=int, default=52, help="388 sites each")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     trees = (HERE, options.other.resolve())
-    runs = [[run(tree, options.sites) for tree in trees] for _ in range(options.rounds)]
+    runs = [[run(tree, options.layers) for tree in trees] for _ in range(options.rounds)]
     print(f"here, there (min, median, max) and the ratio of minima; {options.rounds} rounds")
     for case in runs[0][0]:
         here, there = ([pair[i][case] for pair in runs] for i in range(2))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -63,6 +64,7 @@ def without_weights(mark: Fingerprint, names: Collection[str]) -> Fingerprint:
     return {name: sampled for name, sampled in mark.items() if name not in names}
 
 
+@cache  # models have many weights of few shapes
 def sample_positions(shape: tuple[int, ...], n: int = N_SAMPLES) -> tuple[int, ...]:
     """Flat positions of the values that are compared: `n` evenly spaced ones, or all there are.
 
@@ -200,7 +202,7 @@ def _difference(one: Sampled, two: Sampled | None, words: tuple[str, str]) -> st
         return "" if same else f"is {one.packed[:300]} {in_one} and {two.packed[:300]} {in_two}"
     if one.shape != two.shape:
         return f"has shape {one.shape} {in_one} and {two.shape} {in_two}"
-    if one.values is None or two.values is None:
+    if one.values is None or two.values is None or one == two:
         return ""
     n = len(sample_positions(one.shape))
     where, n_compared = "", n
