@@ -9,6 +9,7 @@ checkers read, is the list of the names; editors list what has no underscore.
 import ast as _ast
 import importlib as _importlib
 from pathlib import Path as _Path
+from types import ModuleType as _ModuleType
 
 from lora_inject.version import __version__ as __version__
 
@@ -18,15 +19,22 @@ _HOMES = {
     if isinstance(node, _ast.ImportFrom)
     for alias in node.names
 }
+_MODULES = [name for name, home in _HOMES.items() if home == __name__]
 __all__ = sorted(_HOMES)  # noqa: PLE0605  (a list, made of the table)
+
+
+def _module(name: str) -> _ModuleType:
+    return _importlib.import_module(f"{__name__}.{name}")
 
 
 def __getattr__(name: str) -> object:
     """Import the file that a public name comes from when it is first asked for (PEP 562)."""
     if name not in _HOMES:
-        raise _importlib.import_module("lora_inject.integrations.peft_names").lacking(name, _HOMES)
-    if _HOMES[name] == __name__:  # a module, which its import puts here
-        return _importlib.import_module(f"{__name__}.{name}")
+        modules = {m: _module(m).__all__ for m in _MODULES} if name[0] != "_" else {}
+        public = [*_HOMES, *(f"{m}.{inner}" for m, names in modules.items() for inner in names)]
+        raise _module("integrations.peft_names").lacking(name, public)
+    if name in _MODULES:  # its import sets it here
+        return _module(name)
     value = getattr(_importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

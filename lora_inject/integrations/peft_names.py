@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from lora_inject.core.spec.names import nearest
 
@@ -35,7 +35,7 @@ OURS = {
 """Name of PEFT to ours."""
 
 
-def lacking(name: str, ours: Iterable[str]) -> AttributeError:
+def lacking(name: str, ours: Collection[str]) -> AttributeError:
     """Return the error about a name that the package lacks, with what it may have meant.
 
     Examples:
@@ -44,6 +44,7 @@ def lacking(name: str, ours: Iterable[str]) -> AttributeError:
         >>> str(lacking("nonsense", ["inject"]))
         "module 'lora_inject' has no attribute 'nonsense'"
     """
-    near = [OURS[name]] if name in OURS else nearest(name, ours, n=1)
+    near = [OURS[name]] if name in OURS else [o for o in ours if o.endswith(f".{name}")]
+    near = near or nearest(name, ours, n=1)
     hint = f". Did you mean {near[0]!r}?" if near else ""
     return AttributeError(f"module 'lora_inject' has no attribute {name!r}{hint}")
