@@ -443,7 +443,6 @@ REFUSED: dict[str, tuple[list[li.AdapterState], dict[str, Any], list[str]]] = {
     "no share": ([Q], {"min_kept": float("nan")}, ["nan", "0.98"]),
     "no workers": ([Q], {"workers": 0}, ["0 workers"]),
     "no floats": ([Q], {"dequantize": "int8"}, ["dequantize 'int8'", "bfloat16"]),
-    "both ways": ([Q], {"dequantize": "bfloat16", "requantize": True}, ["requantize"]),
     "infinite A": ([li.AdapterState({"q": HOLES[0]})], {}, ["'q A'"]),
     "infinite B": ([li.AdapterState({"q": HOLES[1]})], {}, ["'q B'"]),
     "infinite copy": ([INF], {}, ["'norm"]),
