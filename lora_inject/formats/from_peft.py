@@ -1,11 +1,10 @@
 """Translate PEFT's LoraConfig to a config of this package; refuse other fields by name.
 
-With a model at hand PEFT's own rules are run on its names: the config's targets are those that hit
-the same names, or else exactly these, by their numbers. Without one each pair of a key of a table
-and a target becomes a rule, in the order in which the first that matches decides as PEFT does.
+PEFT's own rules are run on the names of a model: the config's targets are those that hit the same
+names, or else exactly these, by their numbers. Without a model a field that is a rule about names
+is refused, but for the targets themselves.
 
-Source: peft 0.21.2, tuners/lora/config.py; tuners/tuners_utils.py, `check_target_module_exists`;
-utils/other.py, `get_pattern_key`.
+Source: peft 0.21.2, tuners/lora/config.py; tuners/tuners_utils.py, `check_target_module_exists`.
 """
 
 from __future__ import annotations
@@ -13,14 +12,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from itertools import product
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.inventory import Inventory
-from lora_inject.core.spec.names import Below, canonical, joined, leaf, nearest
+from lora_inject.core.spec.names import Below, canonical, leaf, nearest
 from lora_inject.core.spec.patterns import matching
 from lora_inject.core.spec.reading import read_text
 from lora_inject.core.spec.resolve import linear_layers
@@ -49,17 +47,15 @@ def from_peft(config: Any, *, inventory: Inventory | None = None, model: Any = N
         config: A `LoraConfig`, its plain data, or the path of an adapter_config.json or of the
             folder that holds it.
         inventory: The names of the model (`inject` gives them), on which PEFT's rules are run.
-        model: The model itself (`inject` gives it): names that PEFT reads as those of experts
-            become its parameters.
+        model: The model itself (`inject` gives it), some of whose names PEFT reads as experts.
 
     Raises:
         ConfigError: A field cannot be translated, or the file cannot be read.
 
     Examples:
-        >>> lora = {"r": 16, "target_modules": ["q", "v"], "rank_pattern": {"v": 2}}
-        >>> config = from_peft(lora | {"modules_to_save": ["lm_head"]})
+        >>> config = from_peft({"r": 16, "target_modules": ["q"], "modules_to_save": ["lm_head"]})
         >>> config.to_dict()["targets"], config.rank, config.train
-        ([{'match': 'v', 'rank': 2}, 'q'], 16, ('[^.]*lm_head',))
+        (['q'], 16, ('[^.]*lm_head',))
     """
     asked, plain = _plain_data(config)
     lora = read_fields({"peft_type": "LORA", **plain}, asked, ConfigError)
@@ -73,11 +69,11 @@ def from_peft(config: Any, *, inventory: Inventory | None = None, model: Any = N
     train = [f"[^.]*{name}" for name in saved]  # PEFT matches the end of a name, without a dot
     lora = lora.model_copy(update={"modules_to_save": [*lora.modules_to_save, *heads]})
     if inventory is None:
-        targets, exclude = _rules(lora), _excluded(lora, saved)
+        targets, exclude = _rules(lora, asked), _excluded(lora, saved)
     else:
         _check_saved(train, inventory, asked)
-        if model is not None:
-            lora = _with_experts(lora, inventory, expert_names(model), asked)
+        if model is not None and any(candidate.experts for candidate in inventory.candidates):
+            _refuse_experts(lora, expert_names(model), asked)
         targets, exclude = _rules_on(inventory, lora, asked), []
     ours = {
         "rank": lora.r or 8,
@@ -275,73 +271,26 @@ def _check_targets(
         raise _error(asked, field, f"{target!r} matches nothing", f"Nearest: {near}")
 
 
-# Experts ----------------------------------------------------------------------------------------
+def _refuse_experts(lora: LoraFields, renamed: Mapping[str, str], asked: str) -> None:
+    """Refuse targets that PEFT, on transformers 5, changes to those of a model's stacked experts.
 
-
-def _with_experts(
-    lora: LoraFields, inventory: Inventory, new_names: Mapping[str, str], asked: str
-) -> LoraFields:
-    """Replace targets that PEFT, on transformers 5, reads as experts by parameters.
-
-    `new_names` has the parameter that holds the experts of each old name: `gate_up_proj` for
-    `gate_proj` and for `up_proj`. A parameter that holds several gets their ranks and alphas added.
+    `renamed` are old names of experts, which it takes for their parameters even where a dense layer
+    has one of them. Of a regex or `all-linear` it keeps the ends of the names that are hit.
 
     Source: peft/utils/transformers_weight_conversion.py, `_convert_peft_config_moe`.
     """
-    has_experts = any(candidate.experts for candidate in inventory.candidates)
-    if not new_names or not has_experts:
-        return lora
-    targets = lora.target_modules or []
-    if isinstance(targets, str):
-        targets = _ends_of(targets, inventory, new_names, asked)
-    ends = {leaf(name) for name in targets}
-    old = [name for name in new_names if name in ends]
-    stacks = list(dict.fromkeys(new_names[name] for name in old))
-    ranks, alphas = dict(lora.rank_pattern), dict(lora.alpha_pattern)
-    for new in stacks:
-        n_parts = _n_parts(new, set(old), new_names, asked)
-        if n_parts > 1:
-            regex = rf".*\.{re.escape(new)}"
-            ranks[regex], alphas[regex] = (lora.r or 8) * n_parts, (lora.lora_alpha or 8) * n_parts
-    update = {
-        "target_modules": [name for name in targets if leaf(name) not in old],
-        "target_parameters": [*lora.target_parameters, *stacks],
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
-    }
-    return lora.model_copy(update=update) if old else lora
-
-
-def _n_parts(new: str, old: set[str], new_names: Mapping[str, str], asked: str) -> int:
-    """Return of how many names a parameter is; refuse some of them targeted without the others."""
-    parts = {name for name, other in new_names.items() if other == new}
-    if missing := parts - old:
-        problem = f"{min(missing)!r} is missing, and is one tensor with {min(parts & old)!r}"
-        raise _error(asked, "target_modules", problem, "Name both, or neither")
-    return len(parts)
-
-
-def _ends_of(
-    given: str, inventory: Inventory, new_names: Mapping[str, str], asked: str
-) -> list[str]:
-    """Return the ends of names that PEFT uses for all-linear, or for a regex, on such a model."""
-    if given.lower() == "all-linear":
-        return list(dict.fromkeys([*map(leaf, linear_layers(inventory)), *new_names]))
-    names = list(inventory.modules)
-    for stack in (candidate for candidate in inventory.candidates if candidate.experts):
-        names += [joined(stack.owner, o) for o, n in new_names.items() if n == leaf(stack.name)]
-    taken = dict.fromkeys(matching(whole(given), names, asked=asked))
-    ends = dict.fromkeys(leaf(name) for name in taken)
-    for name in names:
-        if leaf(name) in ends and name not in taken:
-            problem = f"of a regex PEFT takes ends of names on this model, so '{name}' too"
-            raise _error(asked, "target_modules", problem, "Give target_modules as a list")
-    return list(ends)
+    given = lora.target_modules
+    old = [name for name in given or () if leaf(name) in renamed]
+    if isinstance(given, str) and renamed:
+        old = [given]
+    if old:
+        problem = f"PEFT reads {old[0]!r} as experts too, which are one tensor in this model"
+        remedy = "Give a list of other names, and in target_parameters those of the experts; or a "
+        remedy += "config of this package, {'targets': ['all-linear', 'all-experts']}"
+        raise _error(asked, "target_modules", problem, remedy)
 
 
 # Rules without a model --------------------------------------------------------------------------
-
-_LITERAL = re.compile(r"\^?(?:[\w-]|\\?\.)+")
 
 
 def _targets(lora: LoraFields) -> list[str]:
@@ -363,72 +312,16 @@ def _excluded(lora: LoraFields, saved: Iterable[str]) -> list[str]:
     return [*exclude, *saved] if isinstance(lora.target_modules, str) else exclude
 
 
-def _rules(lora: LoraFields) -> list[Any]:
-    """Return a rule for each key of rank_pattern, key of alpha_pattern and target, in this order.
-
-    So the first rule that matches a name has the first keys that do. A rule that spells the names
-    of which an earlier one took all is left out.
-    """
-    rules: list[Any] = []
-    tables = [*lora.rank_pattern], [*lora.alpha_pattern]
+def _rules(lora: LoraFields, asked: str) -> list[Any]:
+    """Return a rule for each target; refuse fields that say what holds for some names."""
+    for field in ("rank_pattern", "alpha_pattern", "layers_pattern"):
+        if getattr(lora, field):
+            problem = "it is read with the names of a model, and none is given"
+            raise _error(asked, field, problem, "Give the LoraConfig to inject(model, config)")
     parameters = {re.escape(name) for name in lora.target_parameters}
-    for rank, alpha in product((*tables[0], None), (*tables[1], None)):
-        before = tables[0][: tables[0].index(rank)] if rank is not None else tables[0]
-        before = before + (tables[1][: tables[1].index(alpha)] if alpha is not None else tables[1])
-        for target in _targets(lora):
-            if any(_spells(key) and _ends_in(target, key) for key in before):
-                continue
-            pattern: str | None = target
-            for key in dict.fromkeys(key for key in (rank, alpha) if key is not None):
-                pattern = pattern and _both(key, pattern)
-            if pattern is None:
-                continue
-            rule: dict[str, Any] = {"match": pattern}
-            if rank is not None:
-                rule["rank"] = lora.rank_pattern[rank]
-            if alpha is not None:
-                rule["alpha"] = lora.alpha_pattern[alpha]
-            if target == _ALL and pattern != _ALL:
-                rule["kind"] = "linear"
-            if lora.layers and target not in parameters:
-                rule |= _in_layers(pattern, lora)
-            rules.append(rule)
-    return rules
-
-
-def _spells(pattern: str) -> str:
-    """Return the name that a pattern spells for the end of a name, or ""."""
-    literal = _LITERAL.fullmatch(pattern) and pattern != _ALL
-    return pattern.removeprefix("^").replace("\\", "") if literal else ""
-
-
-def _ends_in(pattern: str, key: str) -> bool:
-    """Return whether a key surely matches every name that a pattern matches."""
-    spelled = bool(_spells(pattern)) and not key.startswith("^")
-    return spelled and f".{_spells(pattern)}".endswith(f".{_spells(key)}")
-
-
-def _both(key: str, pattern: str) -> str | None:
-    """Return a pattern for the names that a key and a pattern match; None if there are none."""
-    if pattern == _ALL or _ends_in(key, pattern):
-        return key
-    if not (_spells(key) and _spells(pattern)):
-        return rf"^(?=(?:.*\.)?(?:{key})$)(?:.*\.)?(?:{pattern})"
-    return pattern if _ends_in(pattern, key) else None
-
-
-def _in_layers(pattern: str, lora: LoraFields) -> dict[str, Any]:
-    """Return what confines a rule to layers.
-
-    With lists of layers, as in PEFT, the first number after the first of them decides. The group is
-    atomic, so no other number is tried.
-    """
-    if not lora.lists_of_layers:
-        return {"layers": lora.layers}
-    numbers = "|".join(map(str, lora.layers))
-    choices, before = [], ""
-    for name in lora.lists_of_layers:
-        place = rf"(?:.*?\.)??{name}\.(?=\d+\.)"
-        choices.append(rf"{before}(?>{place})(?:{numbers})\.")
-        before += rf"(?!{place})"
-    return {"match": rf"^(?={'|'.join(choices)})(?:.*\.)?(?:{pattern})"}
+    return [
+        {"match": target, "layers": lora.layers}
+        if lora.layers and target not in parameters
+        else target
+        for target in _targets(lora)
+    ]
