@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,15 +49,11 @@ CONVERT = "Write it with `lora-inject convert --to "
 PORTABLE = f"{CONVERT}portable`"
 MERGE = "Fold it into the base with `lora-inject merge` and serve the result"
 _PAIR = re.compile(r"(.+?)\.lora_(?:embedding_)?([ABab])(?:\.weight)?")
-_BLOCK = r"(single_)?transformer_blocks_\d+_"
-_CLIP = r"encoder_layers_\d+_(self_attn_(q|k|v|out)_proj|mlp_fc[12])"
+# Kohya's names of layers that ComfyUI does not look up.
 _COMFYUI_LACKS = re.compile(
-    rf"unet\..*\.to_(q|k|v|out\.0)\.lora_[AB]\.weight|lora_unet_{_BLOCK}"
-    rf"|(prior|decoder|transformer_2|text_encoder_3)\."
-    rf"|text_encoder(_2)?\.(?!text_model\.encoder\.layers\.)|lora_te\d?_{_CLIP}"
-    r"|lora_te_(text_projection|encoder_block_)"
+    r"lora_unet_(single_)?transformer_blocks_\d+_|lora_te_(text_projection|encoder_block_)"
+    r"|lora_te\d?_encoder_layers_\d+_(self_attn_(q|k|v|out)_proj|mlp_fc[12])"
 )
-_OF_A_PIPELINE = re.compile(rf"({'|'.join(diffusers.COMPONENTS)})\.|(lora|lycoris)_")
 # Models whose stacks of experts vLLM adapts as PEFT stacks them (`is_3d_moe_weight`).
 VLLM_STACKS = ("gpt_oss", "interns1_pro", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_vl_moe")
 _FILES = {"peft": MODEL, "mlx": mlx.FILE, "diffusers": diffusers.FILE}
@@ -437,10 +432,9 @@ def _diffusers(files: Checked) -> Objections:
     if files.layout == "peft":
         yield from _peft_in_diffusers(files, fix)
     elif files.layout == "kohya":
-        yield from _kohya_in_diffusers(files)
-    elif files.layout == "diffusers":
-        yield from _own_in_diffusers(files)
-    else:
+        problem = "diffusers misreads some names of kohya's, and applies the most frequent alpha"
+        yield Objection(problem, fix)
+    elif files.layout != "diffusers":
         yield Objection(f"diffusers does not read the format '{files.layout}'", fix)
 
 
@@ -462,92 +456,21 @@ def _peft_in_diffusers(files: Checked, fix: str) -> Objections:
     yield Objection("it is a PEFT folder", load, stops=False)
 
 
-def _own_in_diffusers(files: Checked) -> Objections:
-    """Find what diffusers loses of text encoders in a file of its own layout."""
-    parts: dict[str, dict[str, float]] = defaultdict(dict)
-    for name, up in files.tensors.items():
-        if name.startswith("text_encoder") and name.endswith(".lora_B.weight"):
-            parts[name.partition(".")[0]][name.removesuffix(".lora_B.weight")] = up.shape[1]
-    for part, ranks in parts.items():
-        yield from _text_encoder(ranks)
-        if not any(re.search(r"(q|k|v|out)_proj$", name) for name in ranks):
-            yield Objection(f"diffusers refuses a {part} without attention of CLIP's names", MERGE)
-
-
-def _kohya_in_diffusers(files: Checked) -> Objections:
-    """Find what diffusers' conversion of kohya's names loses; it has one for all UNets."""
-    fix, tensors = f"{CONVERT}diffusers --component COMPONENT`", files.tensors
-    ranks: dict[str, dict[str, float]] = defaultdict(dict)
-    alphas: dict[str, set[float]] = defaultdict(set)
-    for key, down in tensors.items():
-        name, _, end = key.partition(".")
-        if end == "lora_down.weight":
-            part = "_".join(name.split("_")[:2])
-            alpha = tensors.get(f"{name}.alpha")
-            ranks[part][name] = len(down)
-            alphas[part].add(len(down) if alpha is None else float(alpha))
-    unequal = (part for part, several in alphas.items() if len(several) > 1)
-    problem = "diffusers would apply the most frequent alpha to other layers of {}"
-    yield from _about(unequal, problem, fix)
-    for pattern, but_for, problem in _MISREAD_KOHYA:
-        names = (name for of_part in ranks.values() for name in of_part if re.match(pattern, name))
-        yield from _about((n for n in names if not re.fullmatch(but_for, n)), problem, fix)
-    for part, of_part in ranks.items():
-        yield from _text_encoder(of_part) if part.startswith("lora_te") else ()
-    kind = files.base.get("_class_name")
-    if kind != "FluxTransformer2DModel" and "lora_transformer" in ranks:
-        problem = "diffusers reads kohya files of a transformer for Flux only"
-        yield Objection(problem, fix, stops=kind is not None)
-
-
-# Names in kohya files, names among these that are read, and what diffusers does with the others.
-_MISREAD_KOHYA = (
-    (
-        "lora_te",
-        rf"lora_te[12]?_((text_model_)?{_CLIP}|text_projection)",
-        "of text encoders diffusers reads only CLIP's in kohya files, not {}",
-    ),
-    (
-        r"lora_unet_((add|class)_embedding|encoder_hid)_",
-        r"(?!)",
-        "diffusers misreads the names {} in kohya files",
-    ),
-    (
-        rf"lora_transformer_{_BLOCK}(?!attn_)",
-        r"(?!)",
-        "diffusers reads only attention of a transformer's blocks in kohya files: {}",
-    ),
-)
-
-
-def _text_encoder(ranks: Mapping[str, float]) -> Objections:
-    """Find ranks that diffusers loses: it looks for those of CLIP's layers only."""
-    of_clip = {n: r for n, r in ranks.items() if re.search(r"((q|k|v|out)_proj|fc[12])$", n)}
-    counts = Counter(of_clip.values())
-    used = {rank for rank, count in counts.items() if count == max(counts.values())}
-    lost = (n for n, rank in ranks.items() if n not in of_clip and {rank} != used)
-    yield from _about(lost, "diffusers would look for another rank of {}", MERGE)
-
-
 def _comfyui(files: Checked) -> Objections:
     fix = f"{CONVERT}kohya --component unet` (transformer for Flux and SD3)"
-    if files.layout not in ("diffusers", "kohya"):
-        yield Objection(f"ComfyUI reads one file, and this has the format '{files.layout}'", fix)
+    if files.layout != "kohya":
+        problem = (
+            f"ComfyUI reads kohya's file, and of the format '{files.layout}' little or nothing"
+        )
+        yield Objection(problem, fix)
         return
-    names = files.tensors
-    lost = [n for n in names if _COMFYUI_LACKS.match(n) or not _OF_A_PIPELINE.match(n)]
+    lost = [name for name in files.tensors if _COMFYUI_LACKS.match(name)]
     yield from _about(lost, "ComfyUI does not know these names and ignores them: {}", fix)
     kind = files.base.get("_class_name")
     whole = kind not in ("FluxTransformer2DModel", "SD3Transformer2DModel")
-    if whole and any(n.startswith("lora_transformer_") for n in names):
+    if whole and any(name.startswith("lora_transformer_") for name in files.tensors):
         problem = "ComfyUI reads kohya files of a transformer for Flux and SD3 only"
         yield Objection(problem, MERGE, stops=kind is not None)
-    if files.layout == "diffusers" and not lost:
-        problem = (
-            "ComfyUI takes scale 1 where a file has no alpha; scales in the header are not read"
-        )
-        ours = f"{fix}, unless it was written by this package, which folds scales into B"
-        yield Objection(problem, ours, stops=False)
 
 
 def _mlx(files: Checked) -> Objections:

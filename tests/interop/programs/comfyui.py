@@ -16,7 +16,7 @@ from programs import Outputs, base_model, outputs
 from programs.cases import CLIP, IMAGE_CASES
 
 CHECK = "comfyui"
-FILES = ("kohya", "diffusers", "peft")
+FILES = ("kohya", "peft")
 CASES = {name: case for name, case in IMAGE_CASES.items() if case.base != "sd3"}
 UNET: dict[str, Any] = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32,

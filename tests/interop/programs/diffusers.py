@@ -12,7 +12,7 @@ from programs import Outputs, base_model, outputs
 from programs.cases import IMAGE_CASES
 
 CHECK = "diffusers"
-FILES = ("diffusers", "kohya", "peft")
+FILES = ("diffusers", "peft")
 CASES = IMAGE_CASES
 
 
