@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -108,16 +109,13 @@ def check_adapters(adapters: Sequence[WeightedAdapter]) -> None:
     """Refuse what cannot be merged: nothing, an adapter twice, one of weight 0, of NaN or Inf."""
     if not adapters:
         raise CheckpointError("merge", "no adapter was given", "Name at least one")
-    seen: dict[str, WeightedAdapter] = {}
     for adapter in adapters:
         _check_values(adapter)
-        if len(adapters) == 1:
-            return
-        first = seen.setdefault(digest(replace(adapter, weight=1.0)), adapter)
-        if first is not adapter:
+    for one, other in combinations(adapters, 2):
+        if one.state == other.state:
             problem = "they are the same adapter, which would count twice"
             remedy = "Give it once, with the weight that is meant"
-            raise CheckpointError(f"merge {first.label} and {adapter.label}", problem, remedy)
+            raise CheckpointError(f"merge {one.label} and {other.label}", problem, remedy)
 
 
 def _check_values(adapter: WeightedAdapter) -> None:

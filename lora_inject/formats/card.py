@@ -1,14 +1,13 @@
 """The model card of an adapter: README.md with the front matter that model hubs read.
 
-The card says what the adapter is, for which base and task, and how to load it with this package,
-PEFT and vLLM. It states only what the adapter or its author states.
+The card says what the adapter is, for which base and task, and how to load it with this package and
+PEFT. It states only what the adapter or its author states.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -45,8 +44,6 @@ _TASKS = {
     "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
 }
 _FOLDER = "path/to/this/folder"
-# What vLLM takes for --max-lora-rank (up to 0.27, config/lora.py, `MaxLoRARanks`).
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _DATASET = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
@@ -54,14 +51,13 @@ def model_card(
     state: AdapterState,
     facts: ModelFacts,
     *,
-    rank: int,
     trained_on: str | None = None,
     published_as: str | None = None,
     proves: bool = False,
 ) -> str:
     """Return the text of README.md: YAML front matter and Markdown.
 
-    `rank` is the largest in the files. `trained_on` is a data set of the hub or a description of
+    `trained_on` is a data set of the hub or a description of
     the data. `published_as` is where readers find the adapter; by default a placeholder path.
     `proves` says that its file holds what it computes, see `save_adapter(probe=)`.
     """
@@ -89,7 +85,7 @@ def model_card(
         _idle(facts.idle),
         *(f"{note[:1].upper()}{note[1:]}." for note in facts.notes),
         "## Use",
-        *_commands(state, base_model, cls, published_as or _FOLDER, rank),
+        *_commands(base_model, cls, published_as or _FOLDER),
         *(_checks(cls) if proves else ()),
     ]
     return "\n\n".join(filter(None, paragraphs)) + "\n"
@@ -99,10 +95,8 @@ def _code(language: str, *lines: str) -> str:
     return "\n".join([f"```{language}", *lines, "```"])
 
 
-def _commands(
-    state: AdapterState, base_model: str | None, cls: str | None, path: str, rank: int
-) -> Iterator[str]:
-    """Yield code that loads it here, with PEFT, and with vLLM if vLLM accepts it."""
+def _commands(base_model: str | None, cls: str | None, path: str) -> Iterator[str]:
+    """Yield code that loads it here, and with PEFT."""
     base, there = json.dumps(base_model or "path/to/the/base"), json.dumps(path)
     load = [f"model = ...  # {base}"]
     if cls:
@@ -114,11 +108,6 @@ def _commands(
     yield _code("python", source, "import lora_inject as li", *load, ours)
     theirs = f"model = PeftModel.from_pretrained(model, {there})"
     yield _code("python", "from peft import PeftModel", *load, theirs)
-    kinds = {site.spec.kind for site in state.sites.values()}
-    taken = [most for most in VLLM_RANKS if most >= rank and kinds == {"linear"}]
-    if cls == "AutoModelForCausalLM" and base_model and taken and not state.trained:
-        serve = f"vllm serve {shlex.quote(base_model)} --enable-lora --max-lora-rank {taken[0]}"
-        yield _code("console", f"{serve} --lora-modules {shlex.quote(f'adapter={path}')}")
 
 
 def _checks(cls: str | None) -> Iterator[str]:
@@ -132,22 +121,6 @@ def _checks(cls: str | None) -> Iterator[str]:
     yield _code("python", "print(li.verify_loaded(model))")
     served = f"lora-inject verify-served http://localhost:8000 {_FOLDER} --model adapter"
     yield _code("console", served)
-
-
-def with_checks(card: str) -> str:
-    """Return a card of a language model's adapter that says how to verify it, where it did not.
-
-    A card that this package did not write is returned as it is.
-
-    Examples:
-        >>> "verify-served" in with_checks("written by lora-inject 0.1.0.")
-        True
-        >>> with_checks("a card of others")
-        'a card of others'
-    """
-    if "written by lora-inject" not in card or "verify_loaded" in card:
-        return card
-    return "\n\n".join([card.rstrip(), *_checks("AutoModelForCausalLM")]) + "\n"
 
 
 def _inline(text: str) -> str:

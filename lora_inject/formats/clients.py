@@ -30,7 +30,6 @@ from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.spec.names import leaf, nearest, parent
 from lora_inject.errors import FormatError, within
 from lora_inject.formats import diffusers, mlx
-from lora_inject.formats.card import VLLM_RANKS
 from lora_inject.formats.exchange import detected
 from lora_inject.formats.format import Files
 from lora_inject.formats.gguf_file import FAMILIES, content
@@ -54,6 +53,8 @@ _COMFYUI_LACKS = re.compile(
     r"lora_unet_(single_)?transformer_blocks_\d+_|lora_te_(text_projection|encoder_block_)"
     r"|lora_te\d?_encoder_layers_\d+_(self_attn_(q|k|v|out)_proj|mlp_fc[12])"
 )
+# What vLLM takes for --max-lora-rank (up to 0.27, config/lora.py, `MaxLoRARanks`).
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Models whose stacks of experts vLLM adapts as PEFT stacks them (`is_3d_moe_weight`).
 VLLM_STACKS = ("gpt_oss", "interns1_pro", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_vl_moe")
 _FILES = {"peft": MODEL, "mlx": mlx.FILE, "diffusers": diffusers.FILE}

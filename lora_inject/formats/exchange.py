@@ -35,10 +35,9 @@ from lora_inject.formats import (
     servers,
     torchtune,
 )
-from lora_inject.formats.format import NUMBERS, ONE, RANKS, SAFE, Files, Format
+from lora_inject.formats.format import SAFE, Files, Format
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft import folder
-from lora_inject.formats.peft.tensor_layout import file_rank
 
 DEFAULT = "peft"
 """What is written where no format is named."""
@@ -55,35 +54,34 @@ def _read_as_peft(_files: Files) -> bool:
     return False
 
 
-_ONE, _RANKS = frozenset({ONE}), frozenset({RANKS})
 FORMATS: dict[str, Format] = {
     # One safetensors file of this package.
     "native": Format(native.write, native.read, _is_native, endings=SAFE, takes_facts=False),
     # The folder of mlx-lm, which also has an adapter_config.json.
-    "mlx": Format(mlx.write, mlx.read, mlx.detects, _ONE),
+    "mlx": Format(mlx.write, mlx.read, mlx.detects, deltas_only=True),
     # Folders of torchtune and of litgpt, which hold pickles.
     "torchtune": Format(None, torchtune.read, torchtune.detects),
-    "litgpt": Format(litgpt.write, litgpt.read, litgpt.detects, _ONE),
+    "litgpt": Format(litgpt.write, litgpt.read, litgpt.detects, deltas_only=True),
     # A directory of Hugging Face PEFT.
     "peft": Format(folder.write, folder.read, folder.detects, by_peft=True),
     # The same with one rank and scale 1, for servers that read little of the config; with a pair
     # for each expert; with stacks of experts that share a factor.
     **{
-        name: Format(write, folder.read, _read_as_peft, frozenset(), by_peft=True)
+        name: Format(write, folder.read, _read_as_peft, deltas_only=True, by_peft=True)
         for name, write in servers.WRITERS.items()
     },
     # A file of llama.cpp.
-    "gguf": Format(gguf_file.write, gguf_file.read, gguf_file.detects, _RANKS, (".gguf",)),
+    "gguf": Format(gguf_file.write, gguf_file.read, gguf_file.detects, True, (".gguf",)),
     # One file of sd-scripts, LyCORIS, ComfyUI.
-    "kohya": Format(kohya.write, kohya.read, kohya.detects, frozenset({NUMBERS}), SAFE),
+    "kohya": Format(kohya.write, kohya.read, kohya.detects, True, SAFE),
     # One file of a pipeline, or the folder that holds it.
-    "diffusers": Format(diffusers.write, diffusers.read, diffusers.detects, _RANKS, by_peft=True),
+    "diffusers": Format(diffusers.write, diffusers.read, diffusers.detects, True, by_peft=True),
     # Microsoft's state dict.
     "loralib": Format(
         loralib.write,
         loralib.read,
         loralib.detects,
-        frozenset({"slices", NUMBERS}),
+        True,
         (*SAFE, *loralib.PICKLES),
     ),
 }
@@ -371,37 +369,19 @@ def losses_of(state: AdapterState, format: str) -> list[str]:  # noqa: A002
         >>> losses_of(AdapterState({}, config={"rank": 8}), "portable")
         ['the config is left out']
     """
-    keeps = format_of(format, f"convert to '{format}'").keeps
-    if keeps is None:
+    if not format_of(format, f"convert to '{format}'").deltas_only:
         return []
     sites = state.sites.values()
-    numbers = {(file_rank(site.spec), site.scale) for site in sites}
-    one = len(numbers) == 1 and ONE in keeps
     losses = {
-        "config": (state.config is not None, "the config is left out"),
-        "fingerprint": (
-            state.fingerprint is not None,
-            "the base's fingerprint is left out: another base of the same shape is not noticed",
+        "the config is left out": state.config is not None,
+        "the base's fingerprint is left out: another base of the same shape is not noticed": (
+            state.fingerprint is not None
         ),
-        "training": (
-            any(site.spec.dropout or site.spec.compute != "base" for site in sites),
-            "dropout and the dtype of the arithmetic are left out",
+        "dropout and the dtype of the arithmetic are left out": any(
+            site.spec.dropout or site.spec.compute != "base" for site in sites
         ),
-        "slices": (
-            any(site.spec.slices for site in sites),
-            "slices of fused projections become pairs of the whole projection, of higher rank",
-        ),
-        "start": (
-            any(site.A0 is not None for site in sites),
-            "frozen starts become further ranks, which train on like all others",
-        ),
-        NUMBERS: (
-            not one and any(scale != 1 for _, scale in numbers),
-            "scales are folded into B",
-        ),
-        RANKS: (
-            NUMBERS not in keeps and len({rank for rank, _ in numbers}) > 1,
-            "ranks are padded with zeros",
+        "frozen starts become further ranks, which train on like all others": any(
+            site.A0 is not None for site in sites
         ),
     }
-    return [words for part, (is_so, words) in losses.items() if is_so and part not in keeps]
+    return [words for words, is_so in losses.items() if is_so]

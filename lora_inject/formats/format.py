@@ -10,14 +10,6 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import is_safetensors, read_names
 
 SAFE = (".safetensors",)
-NUMBERS, ONE, RANKS = "numbers", "one", "ranks"
-"""What a row may keep: rank, alpha and scaling of each site; or these only if all sites agree; or
-the rank of each site alone.
-
-Besides: `config` and `fingerprint` of the state; `training`: dropout, init and compute of each
-site; `slices` of fused projections; `start`: the frozen start of pissa and olora.
-"""
-
 _BESIDE = {
     "adapter_model.safetensors": "adapter_config.json",
     "adapter_model.bin": "adapter_config.json",
@@ -70,7 +62,7 @@ class Format:
             shapes and dtypes are checked.
         read: `read(path, facts, **options) -> AdapterState`; its tensors are checked afterwards.
         detects: `detects(files) -> bool`, by content; the first row that returns True reads.
-        keeps: What its files can express besides the deltas (`losses_of`); None: everything.
+        deltas_only: Whether its files hold an adapter's deltas, and nothing of how it was trained.
         endings: The endings that a file's name may have to be written; empty for any.
         takes_facts: Whether `write` and `read` look at the facts about the model.
         by_peft: Whether PEFT, or a program with PEFT's layers, reads its files.
@@ -79,7 +71,7 @@ class Format:
     write: Callable[..., bytes | Mapping[str, bytes]] | None
     read: Callable[..., AdapterState]
     detects: Callable[[Files], bool]
-    keeps: frozenset[str] | None = None
+    deltas_only: bool = False
     endings: tuple[str, ...] = ()
     takes_facts: bool = True
     by_peft: bool = False

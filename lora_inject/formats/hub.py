@@ -14,7 +14,7 @@ from lora_inject.core.spec.names import nearest
 from lora_inject.errors import FormatError
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_PEFT = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.json")
+_PEFT = ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def is_repo(path: str | os.PathLike[str], revision: str | None = None) -> bool:
@@ -52,37 +52,20 @@ def on_disk(place: Path, path: str | os.PathLike[str], revision: str | None, ask
 
 
 def download(repo: str, revision: str | None) -> Path:
-    """Fetch an adapter from the hub, or from its cache, and return its folder or file."""
+    """Fetch an adapter from the hub, or from its cache, and return its folder or its only file."""
     asked = f"load {repo!r}" + (f" at {revision!r}" if revision is not None else "")
     hub = _hub(asked)
     with _in_plain_words(asked):
-        try:
-            files = hub.HfApi().list_repo_files(repo, revision=revision)
-        except _unreachable():
-            known = hub.try_to_load_from_cache(repo, _PEFT[0], revision=revision)
-            wanted = list(_PEFT) if isinstance(known, str) else ["*.safetensors"]
-            how = {"revision": revision, "allow_patterns": wanted, "local_files_only": True}
-            files = [path.name for path in Path(hub.snapshot_download(repo, **how)).iterdir()]
-        wanted = _adapter_among(files, asked)
-        folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=wanted))
-    return folder if wanted == list(_PEFT) else folder / wanted[0]
-
-
-def _adapter_among(files: list[str], asked: str) -> list[str]:
-    """Return patterns of the files to fetch: PEFT's, or the only safetensors file."""
-    if "adapter_config.json" in files:
-        if "adapter_model.bin" in files and not any(f.endswith(".safetensors") for f in files):
-            problem = (
-                "it holds only a pickle (adapter_model.bin), which can run code and is not read"
-            )
-            raise FormatError(asked, problem, "Ask its author for safetensors")
-        return list(_PEFT)
-    tensors = [file for file in files if file.endswith(".safetensors")]
-    if len(tensors) != 1:
-        held = f"it holds no adapter_config.json and {len(tensors)} safetensors files, not one"
-        problem = f"{held}: {', '.join(files[:8]) or 'nothing'}"
-        raise FormatError(asked, problem, "Download one of the files and give its path")
-    return tensors
+        folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=_PEFT))
+        if (folder / _PEFT[0]).is_file():
+            return folder
+        files = hub.HfApi().list_repo_files(repo, revision=revision)
+        tensors = [file for file in files if file.endswith(".safetensors")]
+        if len(tensors) == 1:
+            return Path(hub.hf_hub_download(repo, tensors[0], revision=revision))
+    held = f"it holds no adapter_config.json and {len(tensors)} safetensors files, not one"
+    problem = f"{held}: {', '.join(files[:8]) or 'nothing'}"
+    raise FormatError(asked, problem, "Download one of the files and give its path")
 
 
 def upload(
@@ -117,21 +100,12 @@ def _hub(asked: str) -> Any:
     return huggingface_hub
 
 
-def _unreachable() -> tuple[type[Exception], ...]:
-    """Return what is raised where the hub cannot be reached; its client is one of several."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    clients = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
-    return (OfflineModeIsEnabled, ConnectionError, *(c.TransportError for c in clients))
-
-
 @contextlib.contextmanager
 def _in_plain_words(asked: str) -> Iterator[None]:
     """Raise what the hub refuses, or that it cannot be reached, as a `FormatError`."""
-    failures: tuple[type[Exception], ...] = (
-        OSError,
-        *_unreachable(),
-    )  # the hub's refusals are of OSError
+    # The hub's refusals are of OSError, and its client is one of several.
+    clients = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
+    failures = (OSError, *(client.TransportError for client in clients))
     try:
         yield
     except failures as error:

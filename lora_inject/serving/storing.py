@@ -18,12 +18,10 @@ from lora_inject.core.roots.root import Injected
 from lora_inject.core.spec.names import counted
 from lora_inject.core.spec.tables import wrapped
 from lora_inject.errors import FormatError, user_path
-from lora_inject.formats.card import with_checks
 from lora_inject.formats.exchange import detected, read_adapter
 from lora_inject.formats.proof import KEY, Proof, parse_proof, proof_file
 
 _NAME = "default"  # of the adapter while it is on the model
-_CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,7 @@ class Stored:
 def store_proof(path: Any, model: nn.Module, probe: Any, **reading: Any) -> Stored:
     """Store in an adapter's files what it does to a few inputs, as `save_adapter(probe=)` does.
 
-    The tensors keep their bytes, and the file is replaced in one step. A card beside it that this
-    package wrote says from then on how to verify the adapter.
+    The tensors keep their bytes, and the file is replaced in one step.
 
     Args:
         path: What `save_adapter` or PEFT wrote: a folder, or a native file.
@@ -93,10 +90,6 @@ def store_proof(path: Any, model: nn.Module, probe: Any, **reading: Any) -> Stor
     finally:
         eject(model, _NAME)
     before = _with_text(file, text)
-    card = file.with_name(_CARD)
-    if place.is_dir() and card.is_file():
-        said = card.read_text(encoding="utf-8")
-        write_file(card, with_checks(said).encode(), overwrite=True)
     knows = read_adapter(place, **reading).fingerprint is not None
     return Stored(file, parse_proof(text, asked), KEY in before, knows)
 

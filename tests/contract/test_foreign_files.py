@@ -292,28 +292,6 @@ def test_a_folder_that_is_no_whole_adapter(tmp_path: Path) -> None:
                 li.read_adapter(tmp_path / name, format=chosen)
 
 
-def test_tensors_in_several_files_are_those_of_the_index(tmp_path: Path) -> None:
-    tensors = {**pair("a"), **pair("b")}
-    path = foreign(tmp_path / "a", tensors, target_modules=["a", "b"])
-    (path / MODEL).unlink()
-    shards = {key: f"{MODEL[:-12]}-{n % 2}.safetensors" for n, key in enumerate(sorted(tensors))}
-    for name in set(shards.values()):
-        save_file({k: t for k, t in tensors.items() if shards[k] == name}, path / name)
-    first = next(iter(shards))
-    for table, named in (
-        (shards, None),
-        ({**shards, "x": shards[first]}, "'x'"),
-        ({k: n for k, n in shards.items() if k != first}, first),
-        ({**shards, first: "../other.safetensors"}, "index.json"),
-    ):
-        (path / f"{MODEL}.index.json").write_text(json.dumps({"weight_map": table}))
-        if named is None:
-            assert list(li.read_adapter(path).sites) == ["a", "b"]
-            continue
-        with refused(li.FormatError, named):
-            li.read_adapter(path)
-
-
 def test_a_site_of_ours_is_no_stranger(tmp_path: Path) -> None:
     """The control: what is edited above reads as it is."""
     state = state_of(SITES["linear"])

@@ -395,7 +395,6 @@ def test_prove_stores_the_proof_that_saving_stores(run, base: Path, tmp_path: Pa
     assert (second["replaced"], second["knows_base"]) == (True, True)
     proof = json.loads(metadata(tensors_of(adapter))["lora_inject.proof"])
     assert proof["texts"] == ["1 and 1 is 2", "2 is a number"]
-    assert (adapter / "README.md").read_text().count("verify-served") == 1
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own

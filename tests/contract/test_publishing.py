@@ -58,7 +58,6 @@ def test_what_is_pushed_is_what_others_load(hub: Hub) -> None:
         "tags": ["lora", "lora-inject"],
     }
     assert "2 sites, 64 parameters on `org/tiny-llama`" in text
-    assert "--enable-lora --max-lora-rank 8 --lora-modules adapter=user/sql" in text
 
 
 def test_revisions_are_told_apart(hub: Hub) -> None:

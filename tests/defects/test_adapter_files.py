@@ -2,9 +2,7 @@
 
 import copy
 import errno
-import json
 import os
-import re
 import stat
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +10,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import fill, same_bits
-from helpers.architectures import ARCHITECTURES
 from helpers.reference import llama
 from helpers.refusals import refused
 from safetensors.torch import save_file
@@ -279,27 +276,6 @@ def test_equal_values_are_said_to_be_equal_after_a_trip_through_other_programs(
     other = li.save_adapter(model, tmp_path / "b")
     assert 0 < li.diff(path, other).distance < 1e-3
     assert "not equal" in run("diff", path, other).out
-
-
-@pytest.mark.parametrize(("config", "most"), [
-    ({"rank": 1}, 1), ({"rank": 4}, 8), ({"rank": 24}, 32), ({"rank": 300}, 320),
-    ({"rank": 8, "init": "pissa"}, 16), ({"rank": 513}, None),
-])  # fmt: skip
-def test_the_card_names_a_rank_that_vllm_takes(
-    config: Any, most: int | None, tmp_path: Path
-) -> None:
-    """vLLM 0.27, config/lora.py: `MaxLoRARanks = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]`.
-
-    What vLLM reads of pissa has twice the rank.
-    """
-    model = ARCHITECTURES["llama"].build()
-    li.inject(model, {"targets": ["q_proj"], **config})
-    fill(model)
-    path = li.save_adapter(model, tmp_path / "a", base_model="org/base")
-    asked = re.findall(r"--max-lora-rank (\d+)", (path / "README.md").read_text())
-    assert asked == ([] if most is None else [str(most)])
-    rank = json.loads((path / "adapter_config.json").read_text())["r"]
-    assert most is None or rank <= most
 
 
 @pytest.mark.parametrize("key", [

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +44,6 @@ from lora_inject.formats.peft.foreign import Foreign
 from lora_inject.formats.peft.tensor_layout import (
     KINDS,
     PREFIX,
-    file_rank,
     file_shapes,
     is_turned,
     layout_of,
@@ -62,7 +60,6 @@ MODEL, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 CONFIG_KEY = "lora_adapter_metadata"
 """Key of the config in the header of the tensors, where diffusers looks for it, too."""
 
-_INDEX = f"{MODEL}.index.json"
 _TURNED = "lora_inject.turned"
 _NAMES: TypeAdapter[Any] = TypeAdapter(list[str])
 _EDITED = "The file was edited, or is of a newer version"
@@ -115,8 +112,7 @@ def write(
     said[CONFIG_KEY] = json.dumps(prefixed, sort_keys=True)
     said |= proof or {}
     known = {"trained_on": trained_on, "published_as": published_as}
-    rank = max((file_rank(site.spec) for site in state.sites.values()), default=0)
-    card = model_card(state, facts, rank=rank, **known, proves=bool(proof))
+    card = model_card(state, facts, **known, proves=bool(proof))
     return {
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         MODEL: serialize(tensors, said),
@@ -207,7 +203,7 @@ def read(
     with within(CONFIG):
         config = read_json(path / CONFIG, "")
         fields = _fields_of_file(config, allow)
-    tensors, text = _read_all(path)
+    tensors, text = read_tensors(path / MODEL)
     if any(".experts.w" in key for key in tensors):  # servers' stacks of experts
         tensors = as_single_experts(tensors, config)
     if is_native(text, "peft"):
@@ -399,7 +395,7 @@ def detects(files: Files) -> bool:
     if not files.path.is_dir():
         keys = files.tensor_names()
         return bool(keys) and all(key.startswith(PREFIX) for key in keys)
-    return files.has(CONFIG, MODEL, PICKLE, _INDEX) or bool(_adapters_in(files.path))
+    return files.has(CONFIG, MODEL, PICKLE) or bool(_adapters_in(files.path))
 
 
 def _check_files(path: Path) -> None:
@@ -413,37 +409,13 @@ def _check_files(path: Path) -> None:
             problem += f", but in its subfolders {one_line(inside)}"
             remedy = f"Give one of them, such as the newest: '{path / inside[-1]}'"
         raise FormatError("", problem, remedy)
-    if not Files(path).has(MODEL, _INDEX):
-        if not (path / PICKLE).is_file():
-            raise FormatError("", f"there is no {MODEL} in it", "Copy the whole directory")
-        problem = f"its tensors are in {PICKLE}, a pickle, which can run code when it is read"
-        remedy = "Load it with PEFT where you trust it and save it again: save_pretrained writes "
-        raise FormatError("", problem, f"{remedy}safetensors")
+    if not (path / MODEL).is_file():
+        remedy = f"Copy the whole directory; from {PICKLE}, a pickle that can run code, or from "
+        remedy += "several files PEFT makes one, where you trust it: load it and save_pretrained"
+        raise FormatError("", f"there is no {MODEL} in it", remedy)
 
 
 def _adapters_in(path: Path) -> list[str]:
     """The names of the subfolders that hold an adapter, the newest last."""
     configs = [child / CONFIG for child in path.iterdir() if (child / CONFIG).is_file()]
     return [config.parent.name for config in sorted(configs, key=lambda c: c.stat().st_mtime_ns)]
-
-
-def _read_all(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors, of one file or of all that the index names, and the metadata."""
-    if (path / MODEL).is_file():
-        return read_tensors(path / MODEL)
-    index: Any = read_json(path / _INDEX, _INDEX)
-    table: Any = index.get("weight_map") if isinstance(index, dict) else None
-    names: list[Any] = [*table.values()] if isinstance(table, dict) else [None]
-    if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) for name in names):
-        raise FormatError(_INDEX, "its weight_map is not a table of file names", "Fetch it again")
-    tensors: dict[str, Tensor] = {}
-    remedy = "The files do not belong together"
-    for name in sorted({*names}):
-        of_file = read_tensors(path / name)[0]
-        if strangers := [key for key in of_file if table.get(key) != name]:
-            problem = f"'{name}' holds {one_line(strangers)}, which it does not list"
-            raise FormatError(_INDEX, problem, remedy)
-        tensors |= of_file
-    if missing := table.keys() - tensors.keys():
-        raise FormatError(_INDEX, f"its files lack {one_line(sorted(missing))}", remedy)
-    return tensors, {}
