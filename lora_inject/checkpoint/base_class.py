@@ -63,11 +63,6 @@ class BaseClass:
         except CheckpointError as error:
             return error
 
-    @property
-    def label(self) -> str:
-        """The rule's name for messages."""
-        return f"names of {type(self.model).__name__}"
-
     def __call__(self, name: str) -> str:
         """Return the file's name of a tensor, given any name of it that the class knows."""
         place = self.place_of(name)

@@ -144,24 +144,19 @@ class _Formula:
     # Where a site's update lies ------------------------------------------------------------------
 
     def _is_stack(self, spec: SiteSpec) -> bool:
-        """Whether the tensor stacks matrices of which the site adapts all, some or one."""
-        of_matrices = spec.experts is not None or len(spec.weight_shape) == 2
-        return len(self.job.shape) == 3 and of_matrices
+        """Whether the tensor stacks matrices of which the site adapts all or some."""
+        return len(self.job.shape) == 3 and spec.experts is not None
 
     def _place(self, spec: SiteSpec, row: int) -> tuple[int, int] | None:
         """Return the site's matrix and its row there, None for a row of none of its matrices.
 
-        A file may keep a stack's matrices apart, or stack those that the adapter has apart: the
-        class says which expert's they are, and which of the parts that lie one above the other.
+        A file may keep a stack's matrices apart: the class says which expert's they are, and which
+        of the parts that lie one above the other.
         """
+        if spec.experts is None:
+            return 0, row
         height = self.n_rows // (self.job.shape[0] if self._is_stack(spec) else 1)
         expert, at = divmod(row, height)
-        if spec.experts is None:
-            place = self.of.place_of(spec.weight) if self._is_stack(spec) else None
-            if place is None:
-                return 0, row
-            at -= place.part * spec.out_features
-            return (0, at) if expert == place.expert and 0 <= at < spec.out_features else None
         if not self._is_stack(spec) and spec.weight_shape != self.job.shape:
             place = self.of.place_of(self.job.name)
             if place is None or place.expert is None:

@@ -56,7 +56,6 @@ class MergePlan:
         adapters: The adapters.
         options: Options of the merge.
         shards: The output's weight files, in the order of the base's.
-        rules: How each adapter's names were read.
         config_changes: Keys of `config.json` that change; a value that is one of old ones to new
             ones changes these only.
         index: New content of the index; None if it is copied or there is none.
@@ -68,7 +67,6 @@ class MergePlan:
     adapters: tuple[WeightedAdapter, ...]
     options: MergeOptions
     shards: tuple[OutputShard, ...]
-    rules: tuple[str, ...]
     config_changes: Mapping[str, Any]
     index: bytes | None
     side_files: tuple[str, ...]
@@ -111,8 +109,8 @@ class MergePlan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data, for printing and for machines."""
         adapters = [
-            {"label": a.label, "weight": a.weight, "sites": len(a.state.sites), "names": rule}
-            for a, rule in zip(self.adapters, self.rules, strict=True)
+            {"label": a.label, "weight": a.weight, "sites": len(a.state.sites)}
+            for a in self.adapters
         ]
         shards = [
             {
@@ -145,8 +143,8 @@ class MergePlan:
         cells = [(job.name, job.action, job.dtype, sides(job.shape)) for job in self.jobs]
         rows = Listing(("tensor", "action", "dtype", "shape"), tuple(cells))
         sentences = [
-            f"{a.label} x {a.weight:g}: {counted(len(a.state.sites), 'site')}, {rule}"
-            for a, rule in zip(self.adapters, self.rules, strict=True)
+            f"{a.label} x {a.weight:g}: {counted(len(a.state.sites), 'site')}"
+            for a in self.adapters
         ]
         for key, value in self.config_changes.items():
             new = next(iter(value.values())) if isinstance(value, dict) else value
@@ -187,7 +185,8 @@ def plan_merge(
     _check_ties(checkpoint, options.tie or {})
     of = BaseClass(checkpoint, options.tie)
     jobs: dict[str, TensorJob] = {}  # by the name of the output tensor
-    labels = [place_adapter(adapter, of, options, jobs).label for adapter in weighted]
+    for adapter in weighted:
+        place_adapter(adapter, of, options, jobs)
     changes = _Changes(of, options, jobs)
     changes.dequantize()
     changes.untie()
@@ -206,7 +205,6 @@ def plan_merge(
         tuple(weighted),
         options,
         shards,
-        tuple(labels),
         changes.config,
         _new_index(checkpoint, shards),
         side_files,

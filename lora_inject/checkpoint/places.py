@@ -43,7 +43,6 @@ from lora_inject.core.spec.variants import VARIANTS
 from lora_inject.errors import CheckpointError
 
 MAX_SHOWN = 8
-_AS_THEY_ARE = "names as they are"
 
 
 class NoPlace(Exception):  # noqa: N818  (collected into one error)
@@ -100,7 +99,6 @@ class Places:
     Attributes:
         jobs: Each output tensor that the adapter or an earlier one changes, by name.
         left: Names of the adapter's tensors without a place, and the reasons.
-        label: How its names were read.
     """
 
     def __init__(
@@ -115,7 +113,7 @@ class Places:
         self.checkpoint = of.checkpoint
         self._kinds: dict[str, str] = {}  # what the adapter does to an output tensor
         self.left: list[tuple[str, str]] = []
-        self.label = "names as given" if options.rename else _AS_THEY_ARE
+        self._class_is_built = False  # because a name was not in the files
         # output tensor name to the base's tensor and the adapter's copy of it
         self._copies: dict[str, tuple[TensorEntry, Tensor]] = {}
         state, stored = adapter.state, self.checkpoint.tensors
@@ -154,10 +152,11 @@ class Places:
         if name in self.checkpoint.tensors or name in (self.options.tie or ()) or not self.of.known:
             return name
         try:
-            self.label = self.of.label
-            return self.of(name)
+            new = self.of(name)
         except CheckpointError:  # the class cannot be built, which is told where it is missed
             return name
+        self._class_is_built = True
+        return new
 
     def _job(self, name: str, entry: TensorEntry | None, kind: str) -> TensorJob:
         """Return the job of an output tensor, to which the adapter does something of this kind."""
@@ -199,7 +198,7 @@ class Places:
         here: dict[str, Sampled] = {}
         for name, there in saved.items():
             # A tied head is no reason to build the class, which nothing else asked for.
-            stored = name if self.label == _AS_THEY_ARE else self.rule(name)
+            stored = self.rule(name) if self.options.rename or self._class_is_built else name
             entry = checkpoint.tensors.get(stored)
             if entry is None or name in self.adapter.state.trained:  # absent, or replaced
                 continue
@@ -294,12 +293,10 @@ class Places:
             entry = replace(entry, shape=tuple(copy.shape))
         if entry is not None:
             self._in_one(name, entry, site)
-        elif not self.of.known:
-            raise _absent(name)
-        elif site.spec.experts is not None:
+        elif self.of.known and site.spec.experts is not None:
             self._in_separate(name, site)
         else:
-            self._in_stack(name, site)
+            raise _absent(name)
 
     def _put(
         self,
@@ -402,26 +399,6 @@ class Places:
                 raise NoPlace(f"'{other}' is no matrix as '{first}' is: its shape is {list(shape)}")
         if spec.slices is not None:
             raise NoPlace("slices of experts that the file keeps apart are not supported")
-
-    def _in_stack(self, name: str, site: SiteState) -> None:
-        """Place the update of one expert, named apart, in its rows of a stack `(E, out, in)`."""
-        try:
-            place = self.of.place_of(name)
-        except CheckpointError:  # the class cannot be built
-            place = None
-        entry = None if place is None else self.checkpoint.tensors.get(self.of(place.name))
-        if place is None or place.expert is None or entry is None or len(entry.shape) != 3:
-            raise _absent(name)
-        matrix = (site.spec.out_features, site.spec.in_features)
-        n_experts, rows, cols = entry.shape
-        if (rows, cols) != (place.n_parts * matrix[0], matrix[1]):
-            problem = f"{list(entry.shape)} is not stacked as (experts, out, in)"
-            raise NoPlace(f"'{entry.name}' {problem}")
-        if place.expert >= n_experts:
-            problem = f"has {n_experts} experts, the adapter names number {place.expert}"
-            raise NoPlace(f"'{entry.name}' {problem}")
-        start = place.expert * rows + place.part * matrix[0]
-        self._put(entry.name, entry, site, matrix, start=start)
 
     def is_transposed(self, spec: SiteSpec, name: str, matrix: tuple[int, int]) -> bool:
         """Return whether the matrix of a tensor is `(in, out)`.

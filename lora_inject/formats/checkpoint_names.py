@@ -10,6 +10,7 @@ vLLM and SGLang, knows only those names. Here the same function turns them back 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
@@ -58,8 +59,7 @@ def as_on_disk(
         LayerError: It is no model of transformers, or transformers cannot turn its weights back.
     """
     revert = _revert_for(model)
-    groups = _groups(model, shapes, revert)
-    return _reverted(model, groups, revert, weights)
+    return _reverted(model, _groups(model, shapes, revert), revert, weights)
 
 
 def _reverted(
@@ -84,24 +84,17 @@ def _reverted(
 def _groups(model: nn.Module, shapes: Weights, revert: Revert) -> dict[str, list[str]]:
     """Return for each weight the ones that are turned back together, itself included.
 
-    A weight is alone if what it becomes alone is what it becomes among all. The others belong
-    together by the last or the first number in their names, which is a layer's, or all of them.
+    They are those of a layer, by the first number in their names; a weight outside of layers is
+    alone. If a layer by itself does not become what it becomes among all, they are all weights.
     """
+    layers: dict[str, list[str]] = {}
+    for name in shapes:
+        match = re.match(r"(?:.*?\.)?\d+\.", name)
+        layers.setdefault(match[0] if match else name, []).append(name)
     wanted = _shapes(revert(model, dict(shapes)))
-    alone = {name for name in shapes if _fits(model, [name], shapes, revert, wanted)}
-    others = [name for name in shapes if name not in alone]
-    for layer_of in (_to_last_number, _to_first_number, lambda _: ""):
-        layers: dict[str, list[str]] = {}
-        for name in others:
-            layers.setdefault(layer_of(name), []).append(name)
-        if all(_fits(model, members, shapes, revert, wanted) for members in layers.values()):
-            together = {name: members for members in layers.values() for name in members}
-            return {name: together.get(name, [name]) for name in shapes}
-    raise LayerError(
-        "merged_weights, names='checkpoint'",
-        f"transformers turns {others[0]!r} back only together with weights of other layers",
-        "Merge the model, and send what save_pretrained writes",
-    )
+    if not all(_fits(model, members, shapes, revert, wanted) for members in layers.values()):
+        layers = {"": [*shapes]}
+    return {name: members for members in layers.values() for name in members}
 
 
 def _fits(
@@ -117,18 +110,6 @@ def _fits(
 
 def _shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in weights.items()}
-
-
-def _to_last_number(name: str) -> str:
-    parts = name.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
-    return ".".join(parts[: numbers[-1] + 1]) if numbers else ""
-
-
-def _to_first_number(name: str) -> str:
-    parts = name.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
-    return ".".join(parts[: numbers[0] + 1]) if numbers else ""
 
 
 def _revert_for(model: nn.Module) -> Revert:

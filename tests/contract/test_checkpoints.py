@@ -290,25 +290,6 @@ def test_stacked_experts_are_cut_into_the_tensors_of_the_file(
         merge(base, [state], tmp_path / "no")
 
 
-@needs_transformers_5
-@pytest.mark.parametrize("family", FILES)
-def test_an_adapter_of_single_experts_merges_into_a_stacked_file(family, tmp_path) -> None:
-    tensors = {f"{STACKS}.{n}": torch.randn(shape).bfloat16() for n, shape in FUSED.items()}
-    where, (gate, up, down) = FILES[family]
-    places = (
-        ("gate_up_proj", 1, slice(0, I), linear(f"{where}.1.{gate}", H, I)),
-        ("gate_up_proj", 2, slice(I, 2 * I), linear(f"{where}.2.{up}", H, I)),
-        ("down_proj", 2, slice(0, H), linear(f"{where}.2.{down}", I, H)),
-    )
-    state = state_of(*(row for *_, row in places), size=0.3)
-    written = merged(tmp_path, tensors, state, config=CONFIGS[family])
-    wanted = {n: t.double() for n, t in tensors.items()}
-    for stack, expert, rows, row in places:
-        site = state.sites[row.name]
-        wanted[f"{STACKS}.{stack}"][expert, rows] += site.scale * site.B.double() @ site.A.double()
-    same_tensors(written, {n: t.bfloat16() for n, t in wanted.items()}, {*wanted})
-
-
 # Ties ---------------------------------------------------------------------------------------------
 
 TIED = {**LLAMA, "tie_word_embeddings": True}
