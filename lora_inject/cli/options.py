@@ -174,10 +174,6 @@ class ReadOptions:
     fan_in_fan_out: Annotated[
         bool, Option("--fan-in-fan-out", help="loralib files: the layers' weights are (in, out).")
     ] = False
-    expert_major: Annotated[
-        bool | None,
-        Option(help="PEFT folders: a stacked B has its columns by expert, as unsloth wrote them."),
-    ] = None
     enable_lora: Annotated[
         str | None,
         Option(

@@ -113,40 +113,28 @@ def both(tmp_path: Path) -> tuple[nn.Module, dict[str, Path]]:
 
 
 @needs_transformers_5
-def test_the_layout_of_b_that_unsloth_states_is_the_one_that_is_read(both: Any) -> None:
+def test_the_layout_of_b_that_unsloth_states_is_the_one_that_is_read(both: Any, run: Any) -> None:
     plain, paths = both
-    due = by_peft(plain, paths["rank_major"])
+    due, base = by_peft(plain, paths["rank_major"]), paths["rank_major"].parent / "base"
+    plain.save_pretrained(base)
     for layout, path in paths.items():
         edit_config(path, lora_B_layout=layout, auto_mapping={"unsloth_fixed": True})
         torch.testing.assert_close(here(plain, path), due)
-        told = layout == "grouped_by_expert"
-        torch.testing.assert_close(here(plain, path, expert_major=told), due)
-        with refused(li.FormatError, layout, "expert_major", model=plain):
-            li.load_adapter(plain, path, expert_major=not told)
+        out = base.parent / f"out {layout}"
+        assert run("merge", base, path, "--output", out).code == 0
+        torch.testing.assert_close(type(plain).from_pretrained(out).eval()(IDS).logits, due)
 
 
 @needs_transformers_5
 @pytest.mark.parametrize("sign", [
     {"auto_mapping": {"unsloth_fixed": True}}, {"base_model_name_or_path": "unsloth/Qwen3"},
 ])  # fmt: skip
-def test_a_file_of_unsloth_that_does_not_state_it_asks(both: Any, sign: Any, run: Any) -> None:
+def test_a_file_of_unsloth_that_does_not_state_it_asks(both: Any, sign: Any) -> None:
     plain, paths = both
-    due = by_peft(plain, paths["rank_major"])
     for path in paths.values():
         edit_config(path, **sign)
-        with refused(li.FormatError, "unsloth", "expert_major", "--expert-major", model=plain):
+        with refused(li.FormatError, "unsloth", "'lora_B_layout'", "by_expert'", model=plain):
             li.load_adapter(plain, path)
-    answers = (("rank_major", False), ("grouped_by_expert", True))
-    for layout, told in answers:
-        torch.testing.assert_close(here(plain, paths[layout], expert_major=told), due)
-    base = paths["rank_major"].parent / "base"
-    plain.save_pretrained(base)
-    for layout, told in answers:
-        words = ("merge", base, paths[layout], "--output", base.parent / f"out {layout}")
-        assert run(*words).code != 0
-        assert run(*words, "--expert-major" if told else "--no-expert-major").code == 0
-        merged = type(plain).from_pretrained(words[-1]).eval()
-        torch.testing.assert_close(merged(IDS).logits, due)
 
 
 @needs_transformers_5

@@ -174,13 +174,7 @@ def _check_orientation(specs: Sequence[SiteSpec], facts: ModelFacts) -> None:
             raise FormatError(f"site '{spec.name}'", problem, _OTHER)
 
 
-def read(
-    path: Path,
-    facts: ModelFacts,
-    *,
-    allow: Collection[str] = (),
-    expert_major: bool | None = None,
-) -> AdapterState:
+def read(path: Path, facts: ModelFacts, *, allow: Collection[str] = ()) -> AdapterState:
     """Read a PEFT directory, of this package or of others.
 
     Args:
@@ -189,8 +183,6 @@ def read(
         allow: Fields of adapter_config.json to accept although they are unknown;
             `init_lora_weights` where the base at hand is the one that PEFT's init has changed;
             `target_modules` to read tensors of modules that the config does not target.
-        expert_major: Whether the columns of a stacked B are ordered by expert first, as unsloth
-            wrote them until 2026-09-17; later files of it tell ('lora_B_layout').
 
     Returns:
         The adapter. Without metadata its `config` and `fingerprint` are None, and the kind of each
@@ -215,7 +207,7 @@ def read(
             "%s: %s of %s was edited since: read as PEFT reads it", path, one_line(edited), CONFIG
         )
     any_target = "target_modules" in allow
-    return Foreign(fields, facts, expert_major, any_target, _is_of_unsloth(config)).read(tensors)
+    return Foreign(fields, facts, any_target, _is_of_unsloth(config)).read(tensors)
 
 
 def _fields_of_file(config: Any, allow: Collection[str]) -> LoraFields:

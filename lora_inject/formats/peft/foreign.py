@@ -70,7 +70,6 @@ class Foreign:
 
     fields: LoraFields
     facts: ModelFacts
-    expert_major: bool | None = None
     any_target: bool = False
     of_unsloth: bool = False
 
@@ -205,16 +204,14 @@ class Foreign:
         return unpack(spec, tensors)
 
     def _by_expert(self, where: str) -> bool:
-        """Whether a stacked B has its columns by expert: as the file says, or else the user."""
+        """Whether a stacked B has its columns by expert, as the file says."""
         said = self.fields.lora_B_layout
-        told = said if self.expert_major is None else LAYOUTS_OF_B[self.expert_major]
-        if told is None and self.of_unsloth:
+        if said is None and self.of_unsloth:
             problem = "its file is of unsloth and does not say how the columns of B are ordered"
-            remedy = "Files before 2026-09-17 need expert_major=True (--expert-major), others False"
+            remedy = "Add 'lora_B_layout' to adapter_config.json: 'grouped_by_expert' if it was "
+            remedy += "written before 2026-09-17, else 'rank_major'"
             raise _error(where, problem, remedy)
-        if said not in {None, told}:
-            raise _error(where, f"'lora_B_layout' is {said!r}", "Leave expert_major out")
-        return told == LAYOUTS_OF_B[1]
+        return said == LAYOUTS_OF_B[1]
 
     def _parameter(self, name: str, a: Tensor, b: Tensor, rank: int, alpha: float) -> SiteSpec:
         """A site on a parameter: one matrix, or a stack of them for experts."""
