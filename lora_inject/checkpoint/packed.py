@@ -1,7 +1,7 @@
 """The formats of quantized tensors of a checkpoint, whose values are read row by row.
 
 A quantized tensor is stored as several tensors, its parts: codes, scales, tables. Supported are
-bitsandbytes' 4 and 8 bits, float8 with scales, NVFP4, the MXFP4 experts of GPT-OSS, GPTQ and AWQ.
+bitsandbytes' 4 bits, float8 with scales, NVFP4, the MXFP4 experts of GPT-OSS, GPTQ and AWQ.
 `quantized_base` finds them in the files.
 """
 
@@ -99,20 +99,6 @@ class Nvfp4(Packed):
         whole = self.part("whole").float()
         steps = scales / whole if self.divides else scales * whole
         return (codes.view(*steps.shape, -1) * steps.unsqueeze(-1)).flatten(-2)
-
-
-@dataclass(frozen=True)
-class Int8(Packed):
-    """Int8 of bitsandbytes: `W = q * s / 127`, one scale for every row."""
-
-    title = "bitsandbytes 8-bit"
-
-    def values(self, part: PartRows, start: int, stop: int) -> Tensor:  # noqa: D102
-        scales = part("scales", 1, start, stop).float() / 127
-        return part("codes", self.shape[1], start, stop).float() * scales
-
-    def packing(self) -> str:  # noqa: D102
-        return f"Int8Params, {glimpse(self.part('codes'))}"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.packed import (
     Float8,
     FourBit,
-    Int8,
     Mxfp4,
     Nvfp4,
     Packed,
@@ -86,7 +85,7 @@ def _recognized(checkpoint: Checkpoint, entry: TensorEntry) -> Found:
     """Return the weight whose codes a tensor is, in the first format that knows it."""
     said = checkpoint.config.get("quantization_config")
     settings = said if isinstance(said, dict) else {}
-    for way in (_four_bit, _int8, _nvfp4, _float8, _mxfp4, _words):
+    for way in (_four_bit, _nvfp4, _float8, _mxfp4, _words):
         if (found := way(checkpoint, entry, settings)) is not None:
             return found
     return None
@@ -132,15 +131,6 @@ def _four_bit(checkpoint: Checkpoint, entry: TensorEntry, _: Settings) -> Found:
     _check_parts(entry, parts, due)
     said = {**state, "dtype": FORMAT_DTYPES[state["dtype"]]}
     return entry.name, replace(weight, shape=tuple(state["shape"]), state=said)
-
-
-def _int8(checkpoint: Checkpoint, entry: TensorEntry, _: Settings) -> Found:
-    module = entry.name.removesuffix("weight")
-    parts = _beside(checkpoint, module, scales="SCB", format="weight_format")
-    if entry.dtype != "I8" or "scales" not in parts or len(entry.shape) != 2:
-        return None
-    _check_parts(entry, parts, {"scales": (_ANY, entry.shape[0])})
-    return entry.name, Int8(checkpoint, entry.shape, {"codes": entry, **parts})
 
 
 def _float8(checkpoint: Checkpoint, entry: TensorEntry, said: Settings) -> Found:
@@ -283,7 +273,7 @@ def _misfit(entry: TensorEntry, problem: str) -> CheckpointError:
     return CheckpointError(
         f"dequantize '{entry.name}'",
         problem,
-        "Supported: 4 and 8 bits of bitsandbytes, float8 (e4m3) with scales, NVFP4, MXFP4, GPTQ in "
+        "Supported: 4 bits of bitsandbytes, float8 (e4m3) with scales, NVFP4, MXFP4, GPTQ in "
         "2, 4 and 8 bits, and AWQ (gemm) in 4; "
         "merge into the 16-bit checkpoint that it was made from",
     )
