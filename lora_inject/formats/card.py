@@ -57,9 +57,9 @@ def model_card(
 ) -> str:
     """Return the text of README.md: YAML front matter and Markdown.
 
-    `trained_on` is a data set of the hub or a description of
-    the data. `published_as` is where readers find the adapter; by default a placeholder path.
-    `proves` says that its file holds what it computes, see `save_adapter(probe=)`.
+    `trained_on` is a data set of the hub or a description of the data. `published_as` is where
+    readers find the adapter; by default a placeholder path. `proves` says that its file
+    holds what it computes, see `save_adapter(probe=)`.
     """
     base_model = facts.base_model
     tag, cls = _TASKS.get(facts.task_type or "", (None, None))
@@ -86,13 +86,25 @@ def model_card(
         *(f"{note[:1].upper()}{note[1:]}." for note in facts.notes),
         "## Use",
         *_commands(base_model, cls, published_as or _FOLDER),
-        *(_checks(cls) if proves else ()),
+        _CHECKS if proves else "",
     ]
     return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
 def _code(language: str, *lines: str) -> str:
     return "\n".join([f"```{language}", *lines, "```"])
+
+
+_CHECKS = f"""\
+The file holds what the adapter computes for a few inputs. To see that a model, or a server, has it:
+
+```python
+print(li.verify_loaded(model))
+```
+
+```console
+lora-inject verify-served http://localhost:8000 {_FOLDER} --model adapter
+```"""
 
 
 def _commands(base_model: str | None, cls: str | None, path: str) -> Iterator[str]:
@@ -108,19 +120,6 @@ def _commands(base_model: str | None, cls: str | None, path: str) -> Iterator[st
     yield _code("python", source, "import lora_inject as li", *load, ours)
     theirs = f"model = PeftModel.from_pretrained(model, {there})"
     yield _code("python", "from peft import PeftModel", *load, theirs)
-
-
-def _checks(cls: str | None) -> Iterator[str]:
-    """Yield how to find out whether a model or a server computes with the adapter."""
-    said = "The file holds what the adapter computes for a few inputs. To see that a model"
-    if cls != "AutoModelForCausalLM":
-        yield f"{said} has it:"
-        yield _code("python", "print(li.verify_loaded(model))")
-        return
-    yield f"{said}, or a server, has it:"
-    yield _code("python", "print(li.verify_loaded(model))")
-    served = f"lora-inject verify-served http://localhost:8000 {_FOLDER} --model adapter"
-    yield _code("console", served)
 
 
 def _inline(text: str) -> str:
