@@ -284,7 +284,7 @@ def _refuse_experts(lora: LoraFields, renamed: Mapping[str, str], asked: str) ->
     if isinstance(given, str) and renamed:
         old = [given]
     if old:
-        problem = f"PEFT reads {old[0]!r} as experts too, which are one tensor in this model"
+        problem = f"on this model PEFT adapts experts, or more layers than meant, with {old[0]!r}"
         remedy = "Give a list of other names, and in target_parameters those of the experts; or a "
         remedy += "config of this package, {'targets': ['all-linear', 'all-experts']}"
         raise _error(asked, "target_modules", problem, remedy)
