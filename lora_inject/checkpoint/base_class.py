@@ -6,7 +6,6 @@ there; names are those that transformers gives to a file's tensors when it loads
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,6 @@ from lora_inject.formats.live_models import facts_of_model
 from lora_inject.formats.model_facts import ModelFacts, is_transformers_4
 from lora_inject.formats.older_names import PlaceInClass, places_in_class
 
-SILENT = "its matrices are square, and transformers 4 does not say which side is the input"
 UNTIED = {"tie_word_embeddings": False}
 """What `config.json` must contain so that a class loads tied tensors separately."""
 MAX_SAID = 300  # characters of another library's message
@@ -64,13 +62,15 @@ class BaseClass:
             return error
 
     def __call__(self, name: str) -> str:
-        """Return the file's name of a tensor, given any name of it that the class knows."""
+        """Return the file's name of a tensor, given any name of it that the class knows.
+
+        A tensor that the file lacks has the name of the class, under which the class loads it.
+        """
         place = self.place_of(name)
-        if place is None:
-            return next(self._with_prefix(name), name)
-        if place in self._table:
+        if place is not None and place in self._table:
             return self._table[place]
-        return name if place.expert is not None else self._absent(place.name) or name
+        is_whole = place is not None and place.expert is None and place.name in self._shapes
+        return place.name if place is not None and is_whole else name
 
     def place_of(self, name: str) -> PlaceInClass | None:
         """Return where a tensor is in the class, by its name in a file of any age."""
@@ -151,13 +151,16 @@ class BaseClass:
             return True
         return False if isinstance(module, nn.Linear) else None
 
-    def stack_transposed(self, name: str) -> bool | None:
-        """Return whether experts are stored as `(in, out)`, not if their class is silent.
+    def stack_transposed(self, name: str) -> bool:
+        """Return whether experts are stored as `(in, out)`; not if their class is silent.
 
-        None on transformers 4, where every class is.
+        Every class of transformers 4 is, and then it is an error.
         """
         said = self.transposed(name)
-        return None if said is None and is_transformers_4() else bool(said)
+        if said is None and is_transformers_4():
+            problem = "transformers 4 does not say which side of experts is the input"
+            raise CheckpointError(f"ask how '{name}' is stored", problem, "Upgrade it to 5")
+        return bool(said)
 
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:
@@ -187,26 +190,6 @@ class BaseClass:
     def _mine(self) -> dict[str, str]:
         return {theirs: place.name for place, theirs in self._table.items()}
 
-    def _absent(self, mine: str) -> str | None:
-        """Return the name that the file would give to a tensor of the class that it lacks."""
-        candidates = list(self._with_prefix(mine))
-        if mine not in self._shapes:
-            return candidates[0] if candidates else None
-        if self._prefixes:
-            outer = {name.partition(".")[0] for name in self._table.values()}
-            candidates += [f"{first}.{mine}" for first in sorted(outer)]
-        return next((n for n in candidates if self._places(n) == PlaceInClass(mine)), mine)
-
-    def _with_prefix(self, name: str) -> Iterator[str]:
-        """Yield a name with its beginning as the file has it."""
-        yield from (new + name[len(old) :] for old, new in self._prefixes if name.startswith(old))
-
-    @cached_property
-    def _prefixes(self) -> list[tuple[str, str]]:
-        """How names in the class begin and how the file has it, the longest first."""
-        pairs = Counter(_beginnings(mine, theirs) for theirs, mine in self._mine.items())
-        return sorted((p for p in pairs if p[0] != p[1]), key=lambda p: (-len(p[0]), -pairs[p]))
-
 
 def _groups(model: nn.Module, rule: BaseClass) -> Iterator[frozenset[str]]:
     """Yield the file's names of tensors that are one object in a model."""
@@ -214,14 +197,6 @@ def _groups(model: nn.Module, rule: BaseClass) -> Iterator[frozenset[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     yield from (frozenset(map(rule, names)) for names in groups.values() if len(names) > 1)
-
-
-def _beginnings(mine: str, theirs: str) -> tuple[str, str]:
-    """Return the beginnings of two names, without the end that they share."""
-    a, b = mine.split("."), theirs.split(".")
-    while a and b and a[-1] == b[-1]:
-        a, b = a[:-1], b[:-1]
-    return "".join(f"{s}." for s in a), "".join(f"{s}." for s in b)
 
 
 def meta_model(config: Mapping[str, Any], asked: str, remedy: str) -> nn.Module:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.checkpoint.base_class import SILENT, BaseClass
+from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.conversion import facts_of
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.output_files import matrix_of
@@ -309,10 +309,8 @@ class _Extraction:
         transposed = kind in {"conv1d", "embedding"}
         if kind == "parameter" and self.of.known:
             square = len(shape) > 2 and shape[-1] == shape[-2]  # whose shape says nothing
-            said = self.of.stack_transposed(weight)
-            if said is None and square:
-                raise CheckpointError(f"extract '{weight}'", SILENT, "Upgrade transformers to 5")
-            transposed = bool(said)
+            ask = self.of.stack_transposed if square else self.of.transposed
+            transposed = bool(ask(weight))
         n_out, n_in = matrix_of(shape if experts is None else shape[1:])
         if transposed:
             n_out, n_in = n_in, n_out

@@ -16,7 +16,6 @@ stores. If a vocabulary grew, only such a copy has the new rows, and it is used 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import re
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.checkpoint.base_class import SILENT, BaseClass
+from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.merge_inputs import MergeOptions, WeightedAdapter
 from lora_inject.checkpoint.output_files import Placed, TensorJob, clash, matrix_of
 from lora_inject.checkpoint.quantized_base import why_no_update
@@ -68,7 +67,6 @@ def place_adapter(
         raise _nothing_fits(places)
     if not options.any_base:
         places.check_same_base()
-    places.take_copies()
     return places
 
 
@@ -114,8 +112,6 @@ class Places:
         self._kinds: dict[str, str] = {}  # what the adapter does to an output tensor
         self.left: list[tuple[str, str]] = []
         self._class_is_built = False  # because a name was not in the files
-        # output tensor name to the base's tensor and the adapter's copy of it
-        self._copies: dict[str, tuple[TensorEntry, Tensor]] = {}
         state, stored = adapter.state, self.checkpoint.tensors
         for site in state.sites.values():
             self._place(_plain(site.spec), self._site, site)
@@ -212,24 +208,6 @@ class Places:
                 here[name] = Sampled(there.shape, values, moved=there.moved)
         return here
 
-    def take_copies(self) -> None:
-        """Take the adapter's copies of base tensors that grew; refuse others that differ."""
-        for name, (entry, copy) in self._copies.items():
-            if entry.name in self.checkpoint.packed:
-                continue  # the copy has the values before they were quantized
-            if tuple(copy.shape) != entry.shape:
-                job = self._job(name, entry, self._kinds.get(name, "copy"))
-                if job.base_copy is not None:
-                    raise clash(name, "both hold a copy of it", job.adapters)
-                job.shape, job.base_copy = tuple(copy.shape), copy
-            elif entry.dtype not in FLOATS or not self._equal(entry, copy):
-                raise CheckpointError(
-                    f"merge {self.adapter.label}",
-                    f"it carries a copy of '{name}' that differs from the base",
-                    "Use the base that it was trained on, or list the tensor among its trained "
-                    "ones",
-                )
-
     def _equal(self, entry: TensorEntry, copy: Tensor) -> bool:
         reader = RowReader(self.checkpoint.path_of(entry.name))
         blocks = reader.blocks(entry, math.prod(entry.shape[1:]))
@@ -260,8 +238,22 @@ class Places:
         job.shape = tuple(value.shape)
         job.trained += ((value, self.adapter.weight),)
 
-    def _copy(self, name: str, value: Tensor) -> None:
-        self._copies[name] = (_fitting(name, value, self._find(name)), value)
+    def _copy(self, name: str, copy: Tensor) -> None:
+        """Take the adapter's copy of a base tensor that grew; refuse another one that differs."""
+        entry = _fitting(name, copy, self._find(name))
+        if entry.name in self.checkpoint.packed:
+            return  # the copy has the values before they were quantized
+        if tuple(copy.shape) != entry.shape:
+            job = self._job(name, entry, self._kinds.get(name, "copy"))
+            if job.base_copy is not None:
+                raise clash(name, "both hold a copy of it", job.adapters)
+            job.shape, job.base_copy = tuple(copy.shape), copy
+        elif entry.dtype not in FLOATS or not self._equal(entry, copy):
+            raise CheckpointError(
+                f"merge {self.adapter.label}",
+                f"it carries a copy of '{name}' that differs from the base",
+                "Use the base that it was trained on, or list the tensor among its trained ones",
+            )
 
     def _added(self, name: str, vector: Tensor) -> None:
         entry = _fitting(name, vector, self.checkpoint.tensors.get(name))
@@ -363,10 +355,22 @@ class Places:
     def _in_separate(self, name: str, site: SiteState) -> None:
         """Split an update of stacked experts over the per-expert tensors of the file."""
         spec, tensors = site.spec, self.checkpoint.tensors
-        names = self._separate(name, spec)
-        height, n_cols = tensors[names[0][0]].shape
+        names: list[list[str]] = []  # of each expert those that lie one above the other in a stack
+        with contextlib.suppress(CheckpointError):  # a class that cannot be built
+            names = self.of.separate(name)
+        if not names:
+            raise _absent(name)
+        n_parts, shape = max(map(len, names)), tensors[names[0][0]].shape
+        for e, parts in enumerate(names):
+            if len(parts) < n_parts or any(tensors[part].shape != shape for part in parts):
+                problem = f"it has {parts}, of {n_parts} matrices {list(shape)}"
+                raise NoPlace(f"expert {e} is not complete in the checkpoint: {problem}")
+        if len(names) != spec.experts or len(shape) != 2 or spec.slices is not None:
+            problem = f"is not in the checkpoint, but {n_parts} x {list(shape)} for each of"
+            raise NoPlace(f"'{name}' {problem} {len(names)} experts, which the update does not fit")
+        height, n_cols = shape
         # The class lays them one above the other as they are, and the stack lies as the site says.
-        transposed = self.is_transposed(spec, name, (len(names[0]) * height, n_cols))
+        transposed = self.is_transposed(spec, name, (n_parts * height, n_cols))
         for n, e in enumerate(spec.only or range(len(names))):
             for part, other in enumerate(names[e]):
                 rows = slice(part * height, (part + 1) * height)
@@ -374,31 +378,6 @@ class Places:
                     other, tensors[other], site, (height, n_cols),
                     transposed=transposed, expert=n, rows=rows,
                 )  # fmt: skip
-
-    def _separate(self, name: str, spec: SiteSpec) -> list[list[str]]:
-        """Return the names of each expert's matrices, which lie one above the other in a stack."""
-        with contextlib.suppress(CheckpointError):  # a class that cannot be built
-            if names := self.of.separate(name):
-                self._check_separate(name, names, spec)
-                return names
-        raise _absent(name)
-
-    def _check_separate(self, name: str, names: list[list[str]], spec: SiteSpec) -> None:
-        """Refuse experts of another number, with missing parts or of several shapes; and slices."""
-        tensors, n_parts, first = self.checkpoint.tensors, max(map(len, names)), names[0][0]
-        if len(names) != spec.experts:
-            problem = f"is not in the checkpoint, but for {len(names)} single experts"
-            raise NoPlace(f"'{name}' {problem}")
-        for e, expert in enumerate(names):
-            if len(expert) < n_parts:
-                problem = f"of {n_parts} it has {expert}"
-                raise NoPlace(f"expert {e} is not complete in the checkpoint: {problem}")
-        for other in itertools.chain.from_iterable(names):
-            shape = tensors[other].shape
-            if len(shape) != 2 or shape != tensors[first].shape:
-                raise NoPlace(f"'{other}' is no matrix as '{first}' is: its shape is {list(shape)}")
-        if spec.slices is not None:
-            raise NoPlace("slices of experts that the file keeps apart are not supported")
 
     def is_transposed(self, spec: SiteSpec, name: str, matrix: tuple[int, int]) -> bool:
         """Return whether the matrix of a tensor is `(in, out)`.
@@ -415,10 +394,7 @@ class Places:
         if wide[0] != wide[1]:
             return matrix != wide
         if spec.experts is not None and self.of.known:
-            said = spec.transposed or self.of.stack_transposed(name)
-            if said is None:
-                raise NoPlace(f"'{name}': {SILENT}, as transformers 5 does")
-            return said
+            return spec.transposed or self.of.stack_transposed(name)
         if not _may_be_wrong(spec) or self._contradicted is None:
             return spec.transposed
         said = self.of.transposed(name) if self.of.known else None
