@@ -9,13 +9,13 @@ Source: peft 0.21.2, tuners/lora/config.py; tuners/tuners_utils.py, `check_targe
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from lora_inject.core.files.strict_json import parse_json
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.names import Below, canonical, leaf, nearest
@@ -130,11 +130,8 @@ def _plain_data(config: Any) -> tuple[str, dict[str, Any]]:
 
 def _data_in(path: Path) -> dict[str, Any]:
     file = path / "adapter_config.json" if path.is_dir() else path
-    asked, remedy = f"from_peft '{file}'", "Give an adapter_config.json"
-    try:
-        data = json.loads(read_text(file, asked, remedy))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(asked, str(error), remedy) from None
+    asked = f"from_peft '{file}'"
+    data = parse_json(read_text(file, asked, "Give an adapter_config.json"), asked, ConfigError)
     if not isinstance(data, dict):
         raise ConfigError(asked, "it is not a table of fields", "Check the path")
     return data

@@ -58,6 +58,9 @@ def download(repo: str, revision: str | None) -> Path:
     with _in_plain_words(asked):
         folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=_PEFT))
         if (folder / _PEFT[0]).is_file():
+            if not (folder / _PEFT[1]).is_file():
+                problem = f"it holds no {_PEFT[1]}, and a pickle (adapter_model.bin) is not read"
+                raise FormatError(asked, problem, "Ask its author for safetensors")
             return folder
         files = hub.HfApi().list_repo_files(repo, revision=revision)
         tensors = [file for file in files if file.endswith(".safetensors")]

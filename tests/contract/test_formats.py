@@ -247,31 +247,13 @@ def test_adapters_of_any_names_come_back(state: li.AdapterState, name: str) -> N
 
 # What is lost, and what is not written -----------------------------------------------------------
 
-LOSSES = [
-    ("portable", [(2.0, 2), (2.0, 2)], []),
-    ("portable", [(2.0, 2), (4.0, 2)], ["scales"]),
-    ("portable", [(2.0, 2), (3.0, 3)], ["ranks"]),
-    ("gguf", [(2.0, 2), (3.0, 3)], []),
-    ("mlx", [(4.0, 2), (3.0, 3)], ["scales", "ranks"]),
-]
 
-
-@pytest.mark.parametrize(("name", "numbers", "lost"), LOSSES)
-def test_what_a_format_loses_is_told_and_nothing_else(name, numbers, lost, tmp_path) -> None:
-    rows = [of_llama(f"model.layers.{n}.mlp.up_proj", rank, alpha)
-            for n, (alpha, rank) in enumerate(numbers)]  # fmt: skip
-    told: list[str] = []
-    to = tmp_path / CASES[name].file
-    li.convert(state_of(*rows), to, name, tell=told.append, **CASES[name].write)
-    assert [words.split()[0] for words in told] == lost
-
-
-def test_slices_frozen_starts_and_the_config_are_lost_where_they_have_no_place(tmp_path) -> None:
+def test_frozen_starts_and_the_config_are_lost_where_they_have_no_place(tmp_path) -> None:
     state = state_of(SITES["slices"].by(init="pissa"), config={"rank": 2})
     for name in ("native", "peft", "portable"):
         told: list[str] = []
         li.convert(state, tmp_path / name, name, tell=told.append)
-        assert len(told) == (4 if name == "portable" else 0), told
+        assert len(told) == (2 if name == "portable" else 0), told
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -519,7 +501,7 @@ def test_a_file_of_ours_that_contradicts_itself_is_refused(case: str, tmp_path: 
 
 OPTIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"format": "pfet"}, ["'pfet'", "peft"]),
-    ({"allows": ["r"]}, ["'allows'", "allow,"]),
+    ({"allows": ["r"]}, ["'allows'", "allow;"]),
 ]
 
 

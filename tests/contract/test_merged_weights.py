@@ -107,7 +107,7 @@ def test_names_of_the_checkpoint_are_those_that_save_pretrained_writes(
     wanted = load_file(tmp_path / "merged" / "model.safetensors")
     assert received.keys() == wanted.keys()
     assert all(same_bits(tensor, wanted[name]) for name, tensor in received.items())
-    assert (own == [*received]) is (make is llama)
+    assert ({*own} == {*received}) is (make is llama)
 
 
 def test_names_of_a_checkpoint_are_refused_where_none_knows_them() -> None:
