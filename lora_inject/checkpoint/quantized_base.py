@@ -139,7 +139,7 @@ def _float8(checkpoint: Checkpoint, entry: TensorEntry, said: Settings) -> Found
     if entry.dtype != "F8_E4M3" or not beside or len(entry.shape) != 2:
         return None
     scales, (n_out, n_in) = next(iter(beside.values())), entry.shape
-    block: Any = said.get("weight_block_size") or _block_structure(said) or [128, 128]
+    block: Any = said.get("weight_block_size") or [128, 128]
     if scales.n_elements == 1:
         block = [n_out, n_in]
     elif scales.shape in ((n_out,), (n_out, 1)):
@@ -152,16 +152,6 @@ def _float8(checkpoint: Checkpoint, entry: TensorEntry, said: Settings) -> Found
     _check_parts(entry, {"scales": scales}, {"scales": (_FLOATS, shape)})
     parts = {"codes": entry, "scales": scales, **_scales_of_inputs(checkpoint, entry.name)}
     return entry.name, Float8(checkpoint, entry.shape, parts, (block[0], block[1]))
-
-
-def _block_structure(said: Mapping[str, Any]) -> Any:
-    """Return the block of float8 that a config of compressed-tensors states, or None."""
-    groups = said.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if isinstance(weights, dict) and weights.get("block_structure"):
-            return weights["block_structure"]
-    return None
 
 
 def _nvfp4(checkpoint: Checkpoint, entry: TensorEntry, _: Settings) -> Found:

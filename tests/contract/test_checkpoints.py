@@ -406,6 +406,24 @@ def test_a_copy_of_the_base_must_equal_it_and_may_have_grown(tmp_path: Path, n_n
             merge(tmp_path / "base", [state], tmp_path / "other")
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_a_gain_is_on_the_outputs_of_the_sum(kind: str, tmp_path: Path) -> None:
+    """DoRA: its formula, by which `verify` computes some rows, and here the whole matrix."""
+    row = SITES[kind].by(variant="dora")
+    state = state_of(row)
+    site, tensors = (
+        state.sites[row.name],
+        {f"{row.name}.weight": torch.randn(row.layer().weight.shape)},
+    )
+    delta, axis = site.scale * site.B.double() @ site.A.double(), 1
+    if site.spec.transposed:
+        delta, axis = delta.T, 0
+    total = tensors[f"{row.name}.weight"].double() + delta
+    due = total / total.norm(dim=axis, keepdim=True) * site.further["m"].double().unsqueeze(axis)
+    written = merged(tmp_path, tensors, state)
+    torch.testing.assert_close(written[f"{row.name}.weight"], due.float())
+
+
 # Refusals: nothing is written ---------------------------------------------------------------------
 
 Q, P = state_of(linear("q", 4, 6)), state_of(linear("p", 4, 6))
