@@ -260,12 +260,9 @@ def _check_targets(
         if not _matching([re.escape(target)], parameters, asked):
             lost.append((target, "target_parameters"))
     for target, field in lost:
-        there = matching(target, kinds, asked=asked)
-        if there and field == "target_modules":
-            problem = f"'{there[0]}' is a parameter, and PEFT adapts modules by target_modules"
-            raise _error(asked, field, problem, "Name it in target_parameters")
         near = ", ".join(f"'{name}'" for name in nearest(target, kinds)) or "none"
-        raise _error(asked, field, f"{target!r} matches nothing", f"Nearest: {near}")
+        remedy = f"Nearest: {near}; modules are named in target_modules, others in "
+        raise _error(asked, field, f"{target!r} matches nothing", f"{remedy}target_parameters")
 
 
 def _refuse_experts(lora: LoraFields, renamed: Mapping[str, str], asked: str) -> None:

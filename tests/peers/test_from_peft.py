@@ -213,7 +213,11 @@ OTHERWISE = [
     ("llama", {"target_modules": ["q_prj"]}, NEAREST),
     ("gpt2", {"target_modules": ["c_fc"], "modules_to_save": ["bias"]}, ["bias'", "parameter"]),
     ("mixtral", {"target_modules": ONE_LAYER}, ["q_proj", "all-experts"]),
-    ("mixtral", {"target_modules": ["q_proj", "down_proj"]}, ["experts.down_proj'", "parameter"]),
+    (
+        "mixtral",
+        {"target_modules": ["q_proj", "down_proj"]},
+        ["experts.down_proj'", "target_parameters"],
+    ),
     ("mixtral", {"target_modules": ["q_proj", "w1"]}, ["'w1'", "target_parameters"]),
     ("qwen", {"target_modules": ALL}, ["'all-linear'", "all-experts"]),
     ("tied", {"target_modules": ["lm_head"], "ensure_weight_tying": True}, ["'lm_head'"]),
