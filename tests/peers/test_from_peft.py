@@ -122,7 +122,8 @@ CASES = {
     "all biases": ("gpt2", ["c_attn"], {"bias": "all"}),
     "a classifier beside all-linear": ("bert", ALL, {"task_type": "SEQ_CLS"}),
     "parameters beside modules": ("mixtral", QV, DOWN | ranks(down_proj=2, q_proj=3)),
-    "beside shared experts and dense layers": ("qwen", QV, NO_V | DOWN | ranks(q_proj=2)),
+    "all-linear beside shared experts and dense layers": ("qwen", ALL, NO_V | ranks(q_proj=2)),
+    "names of dense layers, too": ("qwen", ["q_proj", "gate_proj", "up_proj", "down_proj"], {}),
     "layers of modules, not of parameters": ("mixtral", ["q_proj"], DOWN | layers([1])),
     "whole names in every layer": ("gpt2", ENDS, layers([0], "h") | ranks(c_fc=3)),
     "parameters": ("mixtral", [], {"target_parameters": ["experts.down_proj", "gate.weight"]}),
@@ -213,13 +214,8 @@ OTHERWISE = [
     ("llama", {"target_modules": ["q_prj"]}, NEAREST),
     ("gpt2", {"target_modules": ["c_fc"], "modules_to_save": ["bias"]}, ["bias'", "parameter"]),
     ("mixtral", {"target_modules": ONE_LAYER}, ["q_proj", "all-experts"]),
-    (
-        "mixtral",
-        {"target_modules": ["q_proj", "down_proj"]},
-        ["experts.down_proj'", "target_parameters"],
-    ),
+    ("mixtral", {"target_modules": ["q_proj", "down_proj"]}, ["experts.down_proj'", "parameters"]),
     ("mixtral", {"target_modules": ["q_proj", "w1"]}, ["'w1'", "target_parameters"]),
-    ("qwen", {"target_modules": ALL}, ["'all-linear'", "all-experts"]),
     ("tied", {"target_modules": ["lm_head"], "ensure_weight_tying": True}, ["'lm_head'"]),
 ]
 
