@@ -31,9 +31,9 @@ TOLERANCE = 1e-5
 """Of the largest value of a row: what its sums in float32 may be off before they are rounded."""
 
 
-def check_formula(plan: MergePlan, shard: OutputShard, path: Path) -> Iterator[str]:
+def check_formula(plan: MergePlan, of: BaseClass, shard: OutputShard, path: Path) -> Iterator[str]:
     """Yield what is wrong with the tensors of a merged file that lies at `path`."""
-    of, written = BaseClass(plan.base, plan.options.tie), RowReader(path)
+    written = RowReader(path)
     for job in shard.jobs:
         tensor, entry = _Formula(plan, of, job), shard.header.tensors[job.name]
         for row in tensor.sampled():

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.formula import check_formula
 from lora_inject.checkpoint.index import (
     Checkpoint,
@@ -169,12 +170,13 @@ def verify_shards(
     """Check output shards at any path; shards without a path are skipped."""
     shards = [shard for shard in plan.shards if shard.name in places]
     counter = BytesDone(sum(shard.data_bytes for shard in shards), progress)
-    each = (_verify_shard(plan, shard, places[shard.name], counter) for shard in shards)
+    of = BaseClass(plan.base, plan.options.tie)
+    each = (_verify_shard(plan, of, shard, places[shard.name], counter) for shard in shards)
     return sum(each, VerifyReport())
 
 
 def _verify_shard(
-    plan: MergePlan, shard: OutputShard, path: Path, counter: BytesDone
+    plan: MergePlan, of: BaseClass, shard: OutputShard, path: Path, counter: BytesDone
 ) -> VerifyReport:
     try:
         there = read_header(path)
@@ -186,7 +188,7 @@ def _verify_shard(
     found = _compared(plan, shard, path, counter)
     if found.problems:
         return found
-    return replace(found, problems=tuple(check_formula(plan, shard, path)))
+    return replace(found, problems=tuple(check_formula(plan, of, shard, path)))
 
 
 def _compared(plan: MergePlan, shard: OutputShard, path: Path, counter: BytesDone) -> VerifyReport:
