@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary, ref
 from torch import Tensor, nn
 
 from lora_inject.core.functional.torch_inside import module_calling
-from lora_inject.core.layers.swap import READER
+from lora_inject.core.layers.adapted import READER
 from lora_inject.private import needed
 
 _MOVERS = {"torch.distributed.fsdp._flat_param", "torch.distributed.tensor.parallel.style"}

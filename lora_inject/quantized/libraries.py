@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.torch_inside import module_calling
-from lora_inject.core.layers.adapted import plain_class
+from lora_inject.core.layers.adapted import READER, plain_class
 from lora_inject.core.layers.library import Library
-from lora_inject.core.layers.swap import READER
 from lora_inject.core.layers.weight_kinds import (
     OF_VALUES,
     Reason,
