@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_inject.core.functional.factors import Update, compute_dtype
-from lora_inject.core.functional.lookup import embedding
-from lora_inject.core.functional.plain_operations import add_updates
+from lora_inject.core.functional.plain_operations import add_updates, embedding
 from lora_inject.core.functional.torch_inside import constant_in_graphs
 from lora_inject.core.layers.attached import factors_of, held_by
 from lora_inject.core.layers.kinds import LoRAEmbedding, LoRALinear

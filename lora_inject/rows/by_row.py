@@ -27,9 +27,8 @@ from lora_inject.core.functional.lazy import lazy_weight
 from lora_inject.core.functional.plain_operations import spread
 from lora_inject.core.functional.torch_inside import runs_plainly
 from lora_inject.core.layers.attached import Entry, Recipe, factors_of, held_by
-from lora_inject.core.layers.contexts import in_context
 from lora_inject.core.layers.kinds import LoRALinear
-from lora_inject.core.layers.selection import Mix, Selected
+from lora_inject.core.layers.selection import Mix, Selected, in_context
 from lora_inject.core.layers.sending import queue_of, sent
 from lora_inject.errors import LayerError
 from lora_inject.rows.seen import Seen, refuse_ambiguous

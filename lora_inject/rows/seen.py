@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from lora_inject.core.layers.attached import Attached, attached_to
 from lora_inject.core.layers.candidates import inventory
-from lora_inject.core.layers.contexts import in_context
+from lora_inject.core.layers.selection import in_context
 from lora_inject.core.layers.survey import Survey, evaluating
 from lora_inject.core.roots.root import Root, adapted_modules, root_of
 from lora_inject.core.spec.names import parent

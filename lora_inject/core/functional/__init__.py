@@ -3,7 +3,6 @@
 | file | does |
 |---|---|
 | `linear` | adds the update to a layer's output, without the delta (arXiv:2106.09685, eq. 3) |
-| `lookup` | the same for looked-up rows |
 | `gain` | multiplies outputs by what the norms of `W + delta` give |
 | `weight` | forms `W'` where a model reads the weight instead of calling the layer |
 | `lazy` | puts this off until an operation needs it |

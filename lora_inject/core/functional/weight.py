@@ -18,8 +18,7 @@ from torch import Tensor
 from lora_inject.core.functional.factors import Patch, Update, without_autocast
 from lora_inject.core.functional.gain import Gain, norms_of
 from lora_inject.core.functional.linear import linear
-from lora_inject.core.functional.lookup import embedding
-from lora_inject.core.functional.plain_operations import spread
+from lora_inject.core.functional.plain_operations import embedding, spread
 from lora_inject.core.spec.sites import SiteSpec
 
 

@@ -394,18 +394,13 @@ def plain_class(cls: type) -> type:
         return plain
     if not issubclass(cls, Adapted):
         return cls
-    return without_ours(cls, tuple(map(plain_class, cls.__bases__)))
+    on_plain_bases = _PLAIN.get(cls)  # of a class that is above a swapped one
+    if on_plain_bases is None:
+        on_plain_bases = _PLAIN[cls] = _on(cls, tuple(map(plain_class, cls.__bases__)))
+    return on_plain_bases
 
 
 _PLAIN: WeakValueDictionary[Any, type] = WeakValueDictionary()  # a class lives as long as a module
-
-
-def without_ours(cls: type, plain_bases: tuple[type, ...]) -> type:
-    """Return a class that is above a swapped one, on plain bases: one for each."""
-    plain = _PLAIN.get(cls)
-    if plain is None:
-        plain = _PLAIN[cls] = _on(cls, plain_bases)
-    return plain
 
 
 def with_base(cls: type, old: type, new: type) -> type:

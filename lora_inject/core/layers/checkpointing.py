@@ -18,8 +18,14 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction, _CheckpointFrame
 
 from lora_inject.core.functional.patches import patch
-from lora_inject.core.layers.contexts import in_context
-from lora_inject.core.layers.selection import SELECTIONS, Mix, Selected, Selection, alive
+from lora_inject.core.layers.selection import (
+    SELECTIONS,
+    Mix,
+    Selected,
+    Selection,
+    alive,
+    in_context,
+)
 from lora_inject.errors import LayerError, StateError
 
 

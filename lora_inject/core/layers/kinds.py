@@ -28,8 +28,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.gain import gained, updated_norms
 from lora_inject.core.functional.linear import frozen_output, linear
-from lora_inject.core.functional.lookup import embedding
-from lora_inject.core.functional.plain_operations import add_updates
+from lora_inject.core.functional.plain_operations import add_updates, embedding
 from lora_inject.core.functional.torch_inside import in_trace
 from lora_inject.core.layers.adapted import (
     Adapted,

@@ -15,8 +15,7 @@ from torch import nn
 
 from lora_inject.core.functional.torch_inside import coroutine_enters
 from lora_inject.core.layers.attached import Entry, check_mixed
-from lora_inject.core.layers.contexts import in_context
-from lora_inject.core.layers.selection import Mix, Selected
+from lora_inject.core.layers.selection import Mix, Selected, in_context
 from lora_inject.core.roots.root import (
     Injected,
     alone,
