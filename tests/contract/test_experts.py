@@ -12,7 +12,7 @@ import transformers
 from conftest import error, fill, same_bits
 from helpers.experts import MOE, MORE, expert_rule, experts
 from helpers.merging import merged_model
-from helpers.reference import EXACT, RANK, SCALE, adapted, base_state, config, dense, hold, logits
+from helpers.reference import EXACT, RANK, SCALE, adapted, base_state, config, logits
 from helpers.refusals import refused
 from helpers.training import tokenizer
 from torch import Tensor, nn
@@ -180,45 +180,6 @@ def test_experts_of_every_architecture_are_planned_exchanged_and_merged_model(
     merged = merged_model(plain, tmp_path / "ours", tmp_path)
     for name, p in stacks(with_deltas(plain, model)).items():
         assert error(merged.get_parameter(name), p) < 1e-6, name
-
-
-def dbrx() -> Any:
-    torch.manual_seed(0)
-    inner = {"ffn_hidden_size": 6, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 8}
-    sizes = {"d_model": 8, "n_heads": 2, "n_layers": 1, "vocab_size": 13, "max_seq_len": 16}
-    heads = {"kv_n_heads": 1, "rope_theta": 10000.0, "clip_qkv": 8.0}
-    settings = transformers.DbrxConfig(**sizes, attn_config=heads, ffn_config=inner)
-    model = transformers.DbrxForCausalLM(settings)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
-def test_experts_that_lie_in_one_matrix_are_adapted_as_that_matrix(tmp_path: Path) -> None:
-    """DBRX: A is (rank, in) for all experts, B has the rows of each."""
-    plain = dbrx().double()
-    plan = li.plan(plain, config("all-experts"))
-    stem = "transformer.blocks.0.ffn.experts.mlp"
-    assert {site.name for site in plan.sites} == {f"{stem}.{name}" for name in ("w1", "v1", "w2")}
-    assert plan.n_lora == 3 * RANK * (4 * 6 + 8)
-    notes = " ".join(plan.notes)
-    assert "1 block of 4 experts, 2 of them for each token; router not adapted" in notes
-    assert f"the experts of a matrix have one A: '{stem}.w1'" in notes
-    halved = li.plan(plain, config({"match": "all-experts", "rank": {"active": 8}}))
-    assert {site.rank for site in halved.sites} == {4}
-    with refused(li.MatchError, f"{stem}.w1", model=plain):
-        li.inject(plain, config(ALL | {"only": [0]}))
-
-    model = adapted(plain, "all-experts")
-    li.save_adapter(model, tmp_path / "ours")
-    hold(plain, model, logits)
-    wanted = logits(dense(plain, model))
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours")
-    theirs.save_pretrained(tmp_path / "theirs")  # but its own forward raises
-    again = li.load_adapter(copy.deepcopy(plain), tmp_path / "theirs")
-    merged = merged_model(plain.float(), tmp_path / "ours", tmp_path)
-    for reader in (again, merged):
-        assert error(logits(reader), wanted) < 1e-5
 
 
 # ------------------------------------------------------------------------------ what is an expert

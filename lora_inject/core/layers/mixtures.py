@@ -1,7 +1,6 @@
 """The mixtures of experts in a model: which weights are experts, and what chooses among them.
 
 1. A stack is experts if its class is one of transformers' classes of experts.
-   A class of experts that lie in one matrix is in a table beside them.
 2. Any other stack of E matrices, and a ModuleList or ModuleDict of E modules of one class, is
    experts if beside it lies a router: a part whose only matrix has E outputs.
 3. Without a class that is known, somebody must also say to how many experts a token goes: the
@@ -64,26 +63,23 @@ class _Finder:
         blocks: dict[str, dict[str, list[Candidate]]] = {}  # holders of experts by their block
         for name, module in self.survey.modules:
             if name and (experts := self._experts(name, module)):
-                blocks.setdefault(self._block(name, module, experts), {})[name] = experts
+                blocks.setdefault(self._block(name, experts), {})[name] = experts
         for block, holders in blocks.items():
             mixture = self._mixture(block, holders)
             if mixture is not None:
                 yield mixture
 
-    def _block(self, name: str, module: nn.Module, experts: Sequence[Candidate]) -> str:
+    def _block(self, name: str, experts: Sequence[Candidate]) -> str:
         """Return the name of the module around a holder of experts and their router."""
         if self._routers(name, (), {self._n_experts(name, experts)}):
             return name
-        around = parent(name)
-        return around if n_in_one_matrix(module) is None else parent(around)
+        return parent(name)
 
     def _experts(self, name: str, module: nn.Module) -> list[Candidate]:
         """Return the weights of a stack, or of a list of modules of one class."""
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             return self._members(name, module)
         own = [c for c in self.inside.get(name, ()) if c.kind == "parameter" and c.owner == name]
-        if n_in_one_matrix(module) is not None:
-            return own
         stacks = [c for c in own if c.experts is not None and len(c.weight_shape) >= 3]
         packed = [c for c in stacks if c.dtype not in _FLOATS]  # beside which scales lie
         return packed or [c for c in stacks if len(c.weight_shape) == 3]
@@ -103,7 +99,7 @@ class _Finder:
         """Return the mixture of a block; None if nothing says that these are experts."""
         numbers = {self._n_experts(name, experts) for name, experts in holders.items()}
         routers = self._routers(block, holders, numbers)
-        is_known = all(_is_known(self.survey.by_name[name]) for name in holders)
+        is_known = all(is_transposed(self.survey.by_name[name]) is not None for name in holders)
         asked = [*self._around(block, holders, routers)]
         asked += self._configs(asked) if is_known else []
         top_k = _top_k(asked, max(numbers))
@@ -115,8 +111,6 @@ class _Finder:
         return Mixture(block, max(numbers), top_k, tuple(experts), tuple(routers), shared)
 
     def _n_experts(self, name: str, experts: Sequence[Candidate]) -> int:
-        if (n := n_in_one_matrix(self.survey.by_name[name])) is not None:
-            return n
         stacked = [c.experts for c in experts if c.experts is not None]
         return max(stacked) if stacked else len({_member(c.name, name) for c in experts})
 
@@ -153,13 +147,9 @@ def _top_k(asked: Iterable[Any], n_experts: int) -> int | None:
         for value in (getattr(thing, key, None) for key in _TOP_K):
             if type(value) is int and 1 <= value <= n_experts:
                 return value
-        if isinstance(thing, nn.Module) and (k := top_k_of_class(thing)) is not None:
+        if isinstance(thing, nn.Module) and (k := _known(thing, _TOP_K_OF_CLASS)) is not None:
             return k
     return None
-
-
-def _is_known(holder: nn.Module) -> bool:
-    return is_transposed(holder) is not None or n_in_one_matrix(holder) is not None
 
 
 def _linear(candidates: Iterable[Candidate]) -> list[Candidate]:
@@ -187,8 +177,6 @@ _TRANSPOSED = {
     f"{_MODELS}.longcat_flash.modeling_longcat_flash.LongcatFlashExperts": False,
     f"{_MODELS}.step3p7.modeling_step3p7.Step3p7Experts": False,
 }
-# Classes whose experts lie below each other in matrices, with the attribute that says how many.
-_IN_ONE_MATRIX = {f"{_MODELS}.dbrx.modeling_dbrx.DbrxExpertGLU": "moe_num_experts"}
 # Routers that state no number, whose class is written for one.
 _TOP_K_OF_CLASS = {
     f"{_MODELS}.nllb_moe.modeling_nllb_moe.NllbMoeTop2Router": 2,
@@ -206,16 +194,6 @@ def is_transposed(module: nn.Module) -> bool | None:
     own = module.__dict__  # set by transformers' use_experts_implementation, always both
     stated = own.get("is_transposed") if "has_bias" in own else None
     return stated if isinstance(stated, bool) else _known(module, _TRANSPOSED)
-
-
-def n_in_one_matrix(module: nn.Module) -> int | None:
-    """Return how many experts lie in each matrix of a module; None if no class says it."""
-    return getattr(module, _known(module, _IN_ONE_MATRIX) or "", None)
-
-
-def top_k_of_class(module: nn.Module) -> int | None:
-    """Return how many experts a router's class is written for; None if it is for any number."""
-    return _known(module, _TOP_K_OF_CLASS)
 
 
 def _known(module: nn.Module, table: Mapping[str, T]) -> T | None:

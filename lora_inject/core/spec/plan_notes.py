@@ -68,16 +68,12 @@ def _on_experts(
     """Yield what a plan takes and leaves of experts, if words such as `all-linear` are rules."""
     words = WORDS.intersection(rule.match for rule in config.targets)
     if words:
-        taken = {site.name: site for site in sites}
-        yield from left_out(words, mixtures, set(taken))
+        taken = {site.name for site in sites}
+        yield from left_out(words, mixtures, taken)
         alike: dict[tuple[int, int | None], list[Mixture]] = {}
         for mixture in mixtures:
             alike.setdefault((mixture.n_experts, mixture.top_k), []).append(mixture)
-        yield from (_on_blocks(some, set(taken)) for some in alike.values())
-        names = [name for mixture in mixtures for name in mixture.experts if name in taken]
-        joined_up = [n for n in names if taken[n].kind == "parameter" and taken[n].experts is None]
-        if joined_up:
-            yield f"the experts of a matrix have one A: {_some(joined_up)}"
+        yield from (_on_blocks(some, taken) for some in alike.values())
 
 
 def left_out(words: Collection[str], mixtures: Sequence[Mixture], sites: set[str]) -> Iterator[str]:
