@@ -22,6 +22,7 @@ NAMES = {name for text in ASKING if "lora_inject.private" in text for name in NA
 SINCE = {
     "torch._C._autograd._top_saved_tensors_default_hooks": "2.8",
     "torch._grouped_mm": "2.8",
+    "torch.fx._symbolic_trace.is_fx_symbolic_tracing": "2.9",
     "transformers.conversion_mapping._MODEL_TO_CONVERSION_PATTERN": "5.0",
     "transformers.integrations.finegrained_fp8._dequantize_fp8_weight": "5.24",
 }

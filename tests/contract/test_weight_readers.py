@@ -349,3 +349,13 @@ def test_quantizing_after_inject_is_refused() -> None:
 
     with refused(li.LayerError, "'weight'", "merge(model", model=model):
         quantize()
+
+
+def test_a_graph_that_would_hold_what_was_read_as_a_constant_is_refused() -> None:
+    model = fill(li.inject(Reading().double(), {**CONFIG, "targets": ["read"]}))
+    with refused(li.LayerError, "symbolic_trace", "torch.export", model=model):
+        torch.fx.symbolic_trace(model)
+    merged = copy.deepcopy(model)
+    li.merge(merged, eject=True)
+    merged = torch.fx.symbolic_trace(merged)
+    assert error(merged(X), model(X)) < 1e-12

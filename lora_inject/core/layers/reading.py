@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,7 @@ from lora_inject.core.layers.library import Library, libraries
 from lora_inject.core.layers.sending import sent_once
 from lora_inject.core.layers.weight_kinds import PLAIN
 from lora_inject.errors import LayerError, article
+from lora_inject.private import look_up
 
 
 class OwnCode(threading.local):
@@ -140,11 +141,35 @@ def check_replaced(layer: nn.Module, name: str) -> None:
 
 # ------------------------------------------------------------------------------------- what is read
 
+# Older torch has the second only.
+_is_tracing: Callable[[], bool] = (
+    look_up("torch.fx._symbolic_trace.is_fx_symbolic_tracing")
+    or look_up("torch.fx._symbolic_trace.is_fx_tracing")
+    or bool
+)
+
+
+def _check_not_symbolic() -> None:
+    """Raise in torch.fx.symbolic_trace, whose graph would keep today's W + delta as a constant.
+
+    It was right until the next `activate` or training step, of which the graph knows nothing.
+    """
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # loads sympy: only in a trace
+
+    if get_proxy_mode() is None and not torch.compiler.is_compiling():  # these run what is read
+        raise LayerError(
+            "torch.fx.symbolic_trace of a forward that reads a weight",
+            "the weight has an adapter, and the graph would hold their sum as a constant",
+            "Use torch.export, or call merge(model, eject=True) first",
+        )
+
 
 def read_mixed(
     layer: Any, param: str, raw: Any, taking: list[tuple[Entry, float]], *, outside: bool
 ) -> Any:
     """Return W + delta, of the entries of a mix that are on a parameter."""
+    if _is_tracing():
+        _check_not_symbolic()
     if type(raw) not in PLAIN and not reads_as_sum(raw):
         return _other(layer, raw, taking, outside)
     # A value read under no_grad would cut the gradient of a later read in the same forward.
