@@ -116,6 +116,7 @@ def test_switching_compiles_nothing_again(grad: bool) -> None:
         fill(model, "a3")
         assert error(call(IDS), model(IDS)) < EXACT
         ruin(model, "a0")
+        li.activate(model, "a1")  # which has fewer layers
         assert error(call(IDS), model(IDS)) < EXACT
     assert counter.frame_count == 1 + grad  # with the one that trains, and without it
 
