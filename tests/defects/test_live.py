@@ -64,7 +64,7 @@ def _delta(model: nn.Module, name: str, site: str) -> Tensor:
     return held.scale * held.B @ held.A
 
 
-@pytest.mark.parametrize("tokens", [1, 32, 33])
+@pytest.mark.parametrize("tokens", [1, 33])
 def test_the_low_rank_of_a_16_bit_base_is_in_16_bits_for_any_number_of_tokens(tokens: int) -> None:
     # In float32 256 (1 + 2^-10) - 256 is 1/4, and in bfloat16 it is 0: exactly, in any order.
     model = nn.Sequential(nn.Linear(2, 1, bias=False, dtype=torch.bfloat16))

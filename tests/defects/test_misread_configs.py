@@ -1,7 +1,5 @@
 """Configs that were taken for something else than they say."""
 
-import time
-
 import pytest
 import torch
 from helpers.refusals import refused
@@ -37,12 +35,3 @@ def test_a_number_that_float32_cannot_hold_is_refused_where_it_stands(field):
         li.Config.from_dict({"targets": ["q"], field: value})
     model = li.inject(nn.Sequential(nn.Linear(4, 4)), {"alpha": 1e38, "rank": 1, "targets": ["0"]})
     assert torch.isfinite(model(torch.zeros(1, 4))).all()
-
-
-def test_other_threads_do_not_use_up_the_time_of_a_pattern(monkeypatch):
-    """The processor's time of the process runs on while others compute."""
-    started = time.process_time()
-    ahead = iter(range(0, 10**9, 100))
-    monkeypatch.setattr(time, "process_time", lambda: started + next(ahead))
-    plan = li.plan(Decoder(), {"targets": [r"layers\.\d+\..*"], "exclude": [".*mixer"]})
-    assert plan.n_sites == 6
