@@ -4,7 +4,6 @@ From what a `Kind` says, and from nothing of the package, `dense` forms `W + sca
 runs the plain layer with it, differentiably.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -258,8 +257,7 @@ def twin(
         changed[kind.key] = changed[kind.key] + part * (dense_weight(kind, W, each, scale) - W)
         if "b" in each:
             changed["layer.bias"] = changed["layer.bias"] + part * scale * each["b"]
-    wide = copy.deepcopy(plain).double()
-    return torch.func.functional_call(wide, changed, tuple(inputs)), base
+    return torch.func.functional_call(plain, changed, tuple(inputs)), base
 
 
 def dense_output(
