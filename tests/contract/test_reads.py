@@ -21,8 +21,6 @@ import lora_inject as li
 from contract.kinds import Kind, dense_weight
 
 E, M, N, T = 3, 7, 11, 6  # no other number is 7 or 11: what has these sizes is a whole matrix
-IN_OUT = {"layout": "in_out"}
-OUT_IN = {"layout": "out_in"}
 
 
 class Reading:

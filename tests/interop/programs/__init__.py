@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,11 +72,3 @@ def untie(model: Any) -> None:
     """Give the head a weight of its own: an adapter of one tied layer is not the other's."""
     head = model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
-
-
-def packages_from(root: Path, *names: str) -> None:
-    """Import modules below `root` without the __init__ of their packages, which need a GPU."""
-    for name in names:
-        package = types.ModuleType(name)
-        package.__path__ = [str(root / name.replace(".", "/"))]
-        sys.modules[name] = package
