@@ -74,9 +74,7 @@ def load_checkpoint(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def adapter_of(
-    tensors: Tensors, *ends: str, seed: int = 1, size: float = 0.3, **rule: Any
-) -> li.AdapterState:
+def adapter_of(tensors: Tensors, *ends: str, seed: int = 1, **rule: Any) -> li.AdapterState:
     """An adapter on the matrices of a checkpoint whose names end so, each a linear layer's."""
     names = [name.removesuffix(".weight") for name in tensors]
     rows = [
@@ -84,7 +82,7 @@ def adapter_of(
         for name in names
         if name.endswith(ends or ("q_proj", "v_proj", "down_proj"))
     ]
-    return state_of(*rows, seed=seed, size=size)
+    return state_of(*rows, seed=seed, size=0.3)
 
 
 def dense(

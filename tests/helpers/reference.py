@@ -86,8 +86,9 @@ def hold(plain: nn.Module, model: nn.Module, run: Run) -> None:
     assert all(same_bits(t, bits[key]) for key, t in model.state_dict().items())
 
 
-def hold_gradients(plain: nn.Module, model: nn.Module, run: Run, step: float = 1e-5) -> None:
+def hold_gradients(plain: nn.Module, model: nn.Module, run: Run) -> None:
     """Compare each gradient, along a random direction, with differences of the dense reference."""
+    step = 1e-5
     output = run(model)
     weights = torch.randn_like(output)
     parameters = li.adapter_parameters(model)
@@ -103,10 +104,10 @@ def hold_gradients(plain: nn.Module, model: nn.Module, run: Run, step: float = 1
         assert slope == pytest.approx(measured, rel=1e-6, abs=1e-6)
 
 
-def saved(model: nn.Module, folder: Path, layout: str, name: str = "default") -> tuple[Path, Path]:
+def saved(model: nn.Module, folder: Path, layout: str) -> tuple[Path, Path]:
     """Save an adapter; return the path to load, and the file that holds the tensors."""
     path = folder / ("a.safetensors" if layout == "native" else "a")
-    li.save_adapter(model, path, name, format=layout)
+    li.save_adapter(model, path, format=layout)
     return path, path if layout == "native" else path / "adapter_model.safetensors"
 
 
