@@ -11,6 +11,7 @@ import torch
 from contract.kinds import conv1d
 from helpers.experts import experts
 from helpers.models import Tied, TiedDecoder, tiny_llama
+from helpers.reference import config
 from torch import Tensor, nn
 
 FILES = Path(__file__).parent / "files"
@@ -84,10 +85,6 @@ class Case:
     transposed: Set[str] = frozenset(("embed", "c"))
     dtype: torch.dtype = torch.float32
     tolerance: float = 1e-5
-
-
-def config(*targets: Any, **options: Any) -> dict[str, Any]:
-    return {"rank": 2, "alpha": 3.0, "targets": list(targets), **options}
 
 
 OF_EXPERTS: dict[str, Any] = {"model": mixtral}
