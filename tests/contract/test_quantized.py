@@ -125,7 +125,6 @@ FORMATS: dict[str, Callable[[Any], nn.Module]] = {
     "torchao int8": functools.partial(torchao, "Int8WeightOnlyConfig"),
     "torchao float8": functools.partial(torchao, "Float8WeightOnlyConfig"),
     "bitsandbytes 8-bit": lambda net: bitsandbytes("Linear8bitLt", net, has_fp16_weights=False),
-    "bitsandbytes 4-bit": lambda net: bitsandbytes("Linear4bit", net, quant_type="fp4"),
     "bitsandbytes nf4": lambda net: bitsandbytes("Linear4bit", net, quant_type="nf4"),
 }
 PACKED = [form for form in FORMATS if form != "compressed-tensors"]  # which unpacks its weights
@@ -350,7 +349,7 @@ def test_another_base_is_refused_in_values_in_format_and_plain_until_it_is_named
     net, x = build(form)
     fill(li.inject(net, config("0", "2")))
     path, _ = saved(net, tmp_path, "peft")
-    other = "bitsandbytes nf4" if form != "bitsandbytes nf4" else "bitsandbytes 4-bit"
+    other = "bitsandbytes nf4" if form != "bitsandbytes nf4" else "bitsandbytes 8-bit"
     bases = {
         "'0.": FORMATS[form](plain_net(seed=1)),
         "0.": FORMATS[other](plain_net()),

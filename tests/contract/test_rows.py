@@ -1,6 +1,7 @@
 """Rows with adapters of their own: a batch against each row alone, whatever the layers are."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -44,21 +45,6 @@ def crowded(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> nn
 
 def batch(dtype: torch.dtype, n_tokens: int | None) -> Tensor:
     return torch.randn((8, 5) if n_tokens is None else (8, n_tokens, 5)).to(dtype)
-
-
-def check_rows(
-    model: Any, rows: Rows, x: Tensor, y: Tensor, trained: list[Any], off: float = 1e-12
-) -> None:
-    """Outputs and gradients are those of each row under its own adapter alone."""
-    g = torch.randn_like(y)
-    gradients = torch.autograd.grad(y, trained, g, retain_graph=True)
-    alone = []
-    for i, name in enumerate(rows):
-        li.activate(model, name)
-        alone.append(model(x[i : i + 1]))
-    wanted = torch.autograd.grad(torch.cat(alone), trained, g)
-    for mine, theirs in zip((y, *gradients), (torch.cat(alone), *wanted), strict=True):
-        assert error(mine, theirs) < off
 
 
 # ------------------------------------------------------------------------------- layers of a kind
@@ -170,17 +156,6 @@ def test_a_broken_adapter_spoils_its_own_rows_only(factor: str, rows: str, n_tok
             assert error(found[i], wanted[i]) < TOLERANCE[torch.float64]
 
 
-@pytest.mark.parametrize("compute", ["base", "float32"])
-def test_gradients_over_a_16_bit_base_are_those_of_each_row_alone(compute: str) -> None:
-    model, rows = crowded("linear", torch.bfloat16, compute=compute), ROWS["many adapters"]
-    x = batch(torch.bfloat16, 3).requires_grad_()
-    li.train_only(model, [name for name in dict.fromkeys(rows) if name is not None])
-    trained = [x, *(p for p in model.parameters() if p.requires_grad)]
-    with li.routed(model, rows):
-        y = model(x)
-    check_rows(model, rows, x, y, trained, TOLERANCE[torch.bfloat16])
-
-
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "1d, circular": (lambda: nn.Conv1d(4, 6, 3, padding="same", padding_mode="circular"), (9,)),
     "2d, grouped": (lambda: nn.Conv2d(4, 6, (3, 2), stride=2, padding=1, groups=2), (8, 7)),
@@ -188,23 +163,11 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("conv", CONVOLUTIONS)
-def test_rows_of_convolutions_are_those_of_each_adapter_alone(conv, checkpointed) -> None:
-    make, size = CONVOLUTIONS[conv]
+def of_convolution(make: Callable[[], nn.Module]) -> nn.Module:
     model = nn.Sequential(make()).double()
     for name, rank, init in (("a", 2, "kaiming"), ("b", 1, "pissa"), ("idle", 3, "kaiming")):
         fill(li.inject(model, {"rank": rank, "init": init, "targets": ["0"]}, name), name)
-    li.train_only(model, ["a", "b", "idle"])
-    x = torch.randn(4, 4, *size).double().requires_grad_()
-    rows: Rows = ["b", None, "a", "b"]
-    with li.routed(model, rows):
-        y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
-    trained = [x, *(p for name in ("a", "b") for p in li.adapter_parameters(model, name).values())]
-    check_rows(model, rows, x, y, trained)
-    idle = [*li.adapter_parameters(model, "idle").values()]
-    unused = torch.autograd.grad(y.sum(), idle, allow_unused=True)
-    assert unused == (None,) * len(idle)
+    return model
 
 
 def with_trained_layers() -> nn.Module:
@@ -226,17 +189,48 @@ def with_trained_layers() -> nn.Module:
     return model
 
 
+# A model, the adapters of the rows, and the shape of a row.
+ALONE: dict[str, tuple[Callable[[], nn.Module], Rows, tuple[int, ...]]] = {
+    **{
+        f"16 bits, compute: {compute}": (
+            partial(crowded, "linear", torch.bfloat16, compute=compute),
+            ROWS["many adapters"], (3, 5),
+        )
+        for compute in ("base", "float32")
+    },
+    **{
+        name: (partial(of_convolution, make), ["b", None, "a", "b"], (4, *size))
+        for name, (make, size) in CONVOLUTIONS.items()
+    },
+    "layers and biases that their adapters train": (
+        with_trained_layers,
+        ["head", "head", "norm", None, "none", "low", "of B", "dora", "norm", "head"], (5, 4),
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "recomputed"])
-def test_rows_get_the_layers_and_biases_that_their_adapters_train(checkpointed: bool) -> None:
-    model = with_trained_layers()
-    rows = ["head", "head", "norm", None, "none", "low", "of B", "dora", "norm", "head"]
-    names = [name for name in dict.fromkeys(rows) if name is not None]
-    li.train_only(model, names)
-    x = torch.randn(len(rows), 5, 4, dtype=torch.float64, requires_grad=True)
-    trained = [x, *(p for n in names for p in li.adapter_parameters(model, n).values())]
+@pytest.mark.parametrize("case", ALONE)
+def test_outputs_and_gradients_are_those_of_each_row_alone(case: str, checkpointed: bool) -> None:
+    make, rows, shape = ALONE[case]
+    model: Any = make()
+    dtype, names = model[0].weight.dtype, [n for n in dict.fromkeys(rows) if n is not None]
+    li.train_only(model, [*li.adapters(model)])
+    x = torch.randn(len(rows), *shape).to(dtype).requires_grad_()
     with li.routed(model, rows):
         y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
-    check_rows(model, rows, x, y, trained)
+    trained = [x, *(p for n in names for p in li.adapter_parameters(model, n).values())]
+    idle = [p for p in model.parameters() if p.requires_grad and id(p) not in {*map(id, trained)}]
+    g = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, [*trained, *idle], g, allow_unused=True)
+    assert gradients[len(trained) :] == (None,) * len(idle)
+    alone = []
+    for i, name in enumerate(rows):
+        li.activate(model, name)
+        alone.append(model(x[i : i + 1]))
+    wanted = torch.autograd.grad(torch.cat(alone), trained, g)
+    for mine, due in zip((y, *gradients), (torch.cat(alone), *wanted), strict=False):
+        assert error(mine, due) < TOLERANCE[dtype]
 
 
 def test_compiled_rows_get_their_biases_and_ranges_of_tokens_their_adapters() -> None:

@@ -262,13 +262,6 @@ UNKNOWN: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("verb", UNKNOWN)
-def test_an_unknown_name_is_refused_and_the_nearest_one_named(verb: str) -> None:
-    model = net("sql")
-    with refused(li.StateError, verb, "'sqll'", "'sql'", model=model):
-        UNKNOWN[verb](model)
-
-
 REFUSED: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], tuple[str, ...]]] = {
     "activate without any": (Net, lambda m: li.activate(m, None), ("activate",)),
     "disabled without any": (Net, lambda m: li.disabled(m).__enter__(), ("disabled",)),
@@ -278,6 +271,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], tuple[str, ...
     "unmerge what is not": (net, li.unmerge, ("unmerge",)),
     "a part without": (lambda: net().norm, li.merge, ("module",)),
     "several roots": (lambda: nn.ModuleList([net(), net()]), li.merge, ("module",)),
+    **{
+        f"{verb} of an unknown name": (lambda: net("sql"), act, (verb, "'sqll'", "'sql'"))
+        for verb, act in UNKNOWN.items()
+    },
 }
 
 

@@ -44,17 +44,17 @@ def test_what_cannot_carry_a_magnitude_refuses_it(tmp_path: Path) -> None:
 
 
 class Gate(li.extending.Variant):
-    """Outputs have a gate that starts at 1."""
+    """Outputs have a gate that starts at 1; its role ends as that of a frozen start does."""
 
     name = "gate"
-    roles: ClassVar[Any] = {"gate": lambda a, b: b[:-1]}
+    roles: ClassVar[Any] = {"g0": lambda a, b: b[:-1]}
     gained = True
 
     def start(self, factors: Mapping[str, Tensor], norms: Any) -> Mapping[str, Tensor]:
-        return {"gate": torch.ones_like(factors["B"][..., 0])}
+        return {"g0": torch.ones_like(factors["B"][..., 0])}
 
     def gain(self, tensors: Mapping[str, Tensor], norms: Tensor) -> Tensor:
-        return tensors["gate"]
+        return tensors["g0"]
 
 
 def use_and_save_a_gate(folder: Path) -> None:
@@ -64,7 +64,7 @@ def use_and_save_a_gate(folder: Path) -> None:
     fill(model)
     site, x = li.adapter_state(model).sites["0"], torch.randn(3, 4)
     delta = site.scale * site.B @ site.A
-    weight = site.further["gate"][:, None] * (net[0].weight + delta)
+    weight = site.further["g0"][:, None] * (net[0].weight + delta)
     wanted = nn.functional.linear(x, weight, net[0].bias)
     assert error(model(x), wanted) <= 1e-6
     path = li.save_adapter(model, folder / "a.safetensors", format="native")
@@ -80,6 +80,9 @@ def test_a_variant_from_outside_the_package(tmp_path: Path, forks: Forks) -> Non
     forks.start(use_and_save_a_gate, tmp_path).result()
     with refused(li.FormatError, "'gate'"):
         li.read_adapter(tmp_path / "a.safetensors")
+    taken = {"name": "taken", "roles": {"A0": lambda a, b: b[:-1]}}  # a role that every site has
+    with refused(li.LayerError, "'A0'"):
+        li.extending.register_variant(type("Taken", (li.extending.Variant,), taken))
 
 
 def test_a_bias_of_b_is_refused_where_it_has_no_place() -> None:

@@ -5,11 +5,11 @@ import errno
 import os
 import stat
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from conftest import fill, same_bits
+from conftest import fill
 from helpers.reference import llama
 from helpers.refusals import refused
 from safetensors.torch import save_file
@@ -111,18 +111,6 @@ def test_what_the_system_says_of_a_folder_is_an_error_of_ours(tmp_path: Path) ->
 # Paths ------------------------------------------------------------------------------------------
 
 
-def test_a_swap_from_the_home_folder_notes_where_the_files_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`verify_loaded` looks for the proof there."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    li.save_adapter(small(), tmp_path / "sql")
-    model = small()
-    li.swap_adapter(model, "~/sql", base="any")
-    with refused(li.FormatError, "holds no proof", model=model):
-        li.verify_loaded(model)
-
-
 @pytest.mark.parametrize("command", ["merge", "verify"])
 def test_links_that_form_a_loop_are_an_error_in_words(
     command: str, tmp_path: Path, run: Any
@@ -215,40 +203,6 @@ def test_a_module_called_base_layer_is_written_as_it_can_be_read(
     x = torch.randn(3, 4)
     loaded = li.load_adapter(plain, path)
     torch.testing.assert_close(loaded(x), model(x))
-
-
-# Variants ---------------------------------------------------------------------------------------
-
-
-def test_a_role_that_ends_in_0_is_a_role_as_any_other(tmp_path: Path) -> None:
-    class Gated(li.extending.Variant):
-        name = "gated with g0"
-        roles: ClassVar = {"g0": lambda a, b: b[:-1]}
-        gained = True
-
-        def start(self, factors: Any, norms: Any) -> dict[str, Tensor]:
-            return {"g0": torch.ones_like(factors["B"][..., 0])}
-
-        def gain(self, tensors: Any, norms: Tensor) -> Tensor:
-            return tensors["g0"]
-
-    li.extending.register_variant(Gated)
-    model = small(variant="gated with g0")
-    path = li.save_adapter(model, tmp_path / "a.safetensors", format="native")
-    plain = nn.Sequential(nn.Linear(4, 6))
-    plain.load_state_dict(
-        {n: t for n, t in model.state_dict().items() if n in {"0.weight", "0.bias"}}
-    )
-    x = torch.randn(3, 4)
-    assert same_bits(li.load_adapter(plain, path)(x), model(x))
-
-
-def test_a_role_that_every_site_has_is_refused() -> None:
-    taken = type(
-        "Taken", (li.extending.Variant,), {"name": "taken", "roles": {"A0": lambda a, b: b[:-1]}}
-    )
-    with refused(li.LayerError, "'A0'"):
-        li.extending.register_variant(taken)
 
 
 # Comparisons and what is said -------------------------------------------------------------------

@@ -56,6 +56,8 @@ def test_what_is_written_to_a_home_is_there_and_read_from_there(home: Path) -> N
 
     assert li.load_adapter(net(), "~/saved") is not None
     assert li.swap_adapter(model, "~/saved") is model
+    with refused(li.FormatError, "holds no proof"):  # which is looked for there
+        li.verify_loaded(model)
     assert list(li.read_adapter("~/written").sites) == ["0"]
     assert li.check_adapter("~/saved", "peft", base="~/base") == []
     assert li.plan(net(), "~/lora.yaml").sites

@@ -12,6 +12,7 @@ from conftest import error, fill, same_bits
 from helpers.experts import experts
 from helpers.refusals import refused
 from helpers.training import CONFIG, as_peft, llama, llama_folder
+from helpers.trials import values
 from helpers.versions import needs_transformers_5
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -65,10 +66,6 @@ def trainer(
     )
 
 
-def tensors_of(model: Any) -> dict[str, torch.Tensor]:
-    return {k: p.detach().clone() for k, p in li.adapter_parameters(model).items()}
-
-
 TASKS = {
     "completions": ("SFT", PAIRS, {}),
     "packed": ("SFT", CHATS, {"packing": True, "packing_strategy": "wrapped", "max_length": 32}),
@@ -83,7 +80,7 @@ def test_losses_are_those_of_peft_with_equal_a_and_b(
 ) -> None:
     method, data, options = TASKS[task]
     model = li.inject(plain(folder), LORA)
-    start = tensors_of(model)
+    start = values(model, "default")
     base = {k: t.clone() for k, t in model.state_dict().items() if "lora_" not in k}
 
     def losses(model: Any, **more: Any) -> list[float]:
@@ -106,7 +103,7 @@ def test_a_reward_model_trains_its_new_head_with_the_adapter(folder: Path, tmp_p
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     model.config.pad_token_id = 1
     li.inject(model, {**LORA, "train": ["score"]})
-    before = tensors_of(model)
+    before = values(model, "default")
     rows = [{"chosen": r["prompt"] + r["chosen"], "rejected": r["prompt"] + " 1"} for r in CHOICES]
     trainer("Reward", folder, tmp_path, model, rows).train()
     assert all(not torch.equal(p, before[k]) for k, p in li.adapter_parameters(model).items())
@@ -131,7 +128,7 @@ def test_grpo_takes_the_reference_after_construction(folder: Path, tmp_path: Pat
         return [entry[key] for key in ("loss", "kl") for entry in logged]
 
     model = li.inject(plain(folder), LORA)
-    start = tensors_of(model)
+    start = values(model, "default")
     ours = run(model, 0.0, li.reference(model))
     theirs = run(as_peft(plain(folder), start), 0.5)
     assert ours[-1] > 0
