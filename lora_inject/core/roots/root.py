@@ -196,9 +196,9 @@ def _refuse_lost(adapter: Adapter, there: Collection[int], asked: str) -> None:
             site = type(module).__name__
             if entry is not None:
                 site = entry.param if entry.spec is None else entry.spec.name
-            problem = f"the layer that carries its site {site!r} is not in the model any more"
+            problem = f"the layer that carries site {site!r} of adapter {adapter.name!r} is not in "
             remedy = "Put the layer back, or eject the adapter"
-            raise StateError(f"{asked} {adapter.name!r}", problem, remedy)
+            raise StateError(asked, f"{problem}the model any more", remedy)
 
 
 def lock_of(root: nn.Module) -> Any:
