@@ -138,3 +138,20 @@ def test_a_sharded_model_goes_with_its_last_reference(one_rank: None) -> None:
         del model
         gc.collect()
     assert [ref() for ref in gone] == [None] * 3
+
+
+@needs_fsdp2
+def test_what_an_adapter_moves_is_sampled_of_shards_too(one_rank: None) -> None:
+    """Else its own merged base passes for its base."""
+    from torch.distributed.fsdp import fully_shard
+
+    marks = []
+    for shards in (fully_shard, lambda model, **_: model):
+        torch.manual_seed(0)
+        model = li.inject(nn.Sequential(nn.Embedding(64, 8)), {"rank": 2, "targets": ["0"]})
+        with torch.no_grad():
+            for parameter in li.adapter_parameters(model).values():
+                parameter.copy_(torch.eye(*parameter.shape))  # it moves two tokens
+        marks.append(li.adapter_state(shards(model, mesh=mesh(1))).fingerprint)
+    assert marks[0] == marks[1]
+    assert marks[0]["0.weight"].moved

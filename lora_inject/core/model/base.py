@@ -56,15 +56,15 @@ def fingerprint(
     weights = {**adapted, **others}
     floats = {n: w for n, w in weights.items() if w.dtype in FLOATS and not w.is_meta}
     plain = {n: w for n, w in floats.items() if type(w) in (nn.Parameter, Tensor) and w.numel()}
+    sharded = {name: w for name, w in floats.items() if hasattr(w, "full_tensor")}
     inside = {
-        name: positions
-        for name, positions in moved.items()
-        if positions and name in plain and max(positions) < plain[name].numel()
+        name: moved[name]
+        for name, weight in {**plain, **sharded}.items()
+        if moved.get(name) and max(moved[name]) < weight.numel()
     }
     known = samples(plain, inside)
-    for name, weight in floats.items():
-        if hasattr(weight, "full_tensor"):  # one at a time, by all processes
-            known |= samples({name: whole(weight)})
+    for name, weight in sharded.items():  # one at a time, by all processes
+        known |= samples({name: whole(weight)}, inside)
     mark = {name: Sampled(tuple(weights[name].shape), values) for name, values in known.items()}
     mark |= {name: mark[name]._replace(moved=positions) for name, positions in inside.items()}
     for name, weight in adapted.items():
