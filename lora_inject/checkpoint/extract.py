@@ -45,7 +45,6 @@ class Extracted:
     rank: int | None = None  # rank of its site, None otherwise
     # share of the delta's sum of squares that the site holds, None otherwise
     energy: float | None = None
-    exact: bool = True  # whether the SVD was exact
 
 
 @dataclass(frozen=True)
@@ -225,10 +224,10 @@ class _Extraction:
         relative = delta / size if size else None
         if min(matrix_of(after.shape)) < 2:
             return self._whole(after, relative)
-        site, held, exact = self._site(name, difference)
+        site, held = self._site(name, difference)
         for update in (site, *self._tied(name, site)):
             self.sites[update.spec.name] = update
-        return Extracted(name, "low rank", relative, site.spec.rank, held, exact)
+        return Extracted(name, "low rank", relative, site.spec.rank, held)
 
     def _same_bytes(self, after: TensorEntry, before: TensorEntry) -> bool:
         """Whether two tensors are one, of whatever dtype."""
@@ -264,7 +263,7 @@ class _Extraction:
             squares += float(torch.linalg.vector_norm(old, dtype=torch.float64)) ** 2
         return delta.view(after.shape), math.sqrt(squares)
 
-    def _site(self, name: str, difference: Tensor) -> tuple[SiteState, float, bool]:
+    def _site(self, name: str, difference: Tensor) -> tuple[SiteState, float]:
         """Decompose one tensor; decompose a stack matrix by matrix, to one rank."""
         shape = tuple(difference.shape)
         stacked = len(shape) == 3 and not name.endswith(".weight")
@@ -279,7 +278,7 @@ class _Extraction:
         B = torch.stack([B for _, B in halves]).reshape(spec.b_shape)
         total = sum(part.total for part in parts)
         held = sum(part.energy * part.total for part in parts) / total if total else 1.0
-        return SiteState(spec, A, B), held, all(part.exact for part in parts)
+        return SiteState(spec, A, B), held
 
     def _further(self, name: str) -> list[str]:
         """Return the names of tied tensors that neither checkpoint holds apart."""

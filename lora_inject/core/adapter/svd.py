@@ -23,14 +23,12 @@ class Decomposed:
         S: `(rank,)`, decreasing.
         V: `(cols, rank)`.
         total: Sum of the squares of all elements of the matrix.
-        exact: Whether it comes from a full SVD.
     """
 
     U: Tensor
     S: Tensor
     V: Tensor
     total: float
-    exact: bool
 
     @property
     def energy(self) -> float:
@@ -43,7 +41,7 @@ class Decomposed:
             held = self.S.double().square().cumsum(0) / self.total
             enough = (held >= energy - 1e-9).nonzero()
             rank = min(rank, int(enough[0]) + 1 if len(enough) else rank)
-        return Decomposed(self.U[:, :rank], self.S[:rank], self.V[:, :rank], self.total, self.exact)
+        return Decomposed(self.U[:, :rank], self.S[:rank], self.V[:, :rank], self.total)
 
 
 def decompose(matrix: Tensor, rank: int | None, energy: float | None = None) -> Decomposed:
@@ -65,12 +63,12 @@ def decompose(matrix: Tensor, rank: int | None, energy: float | None = None) -> 
     tried = most if energy is None else min(most, SPARE)
     while 4 * (tried + SPARE) < limit:
         U, S, V = _leading(matrix, tried + SPARE)
-        decomposed = Decomposed(U, S, V, total, exact=False).cut(tried, energy)
+        decomposed = Decomposed(U, S, V, total).cut(tried, energy)
         if energy is None or tried == most or decomposed.energy >= energy - 1e-9:
             return decomposed
         tried = min(most, 2 * tried)
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return Decomposed(U, S, Vh.T, total, exact=True).cut(most, energy)
+    return Decomposed(U, S, Vh.T, total).cut(most, energy)
 
 
 def _leading(matrix: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
