@@ -7,8 +7,8 @@
 3. The shape decides whether a matrix is `(in, out)`. Of a square one the adapter states it; of
    stacked experts the class does, too.
 
-No tensor is left out silently: an error lists those without a place, with the reason and the
-nearest name. What the adapter holds of the base is compared with it: the sixteen values of each
+No tensor is left out silently: the first without a place is an error, with the reason and the
+nearest names. What the adapter holds of the base is compared with it: the sixteen values of each
 adapted weight in its fingerprint (`adapter.fingerprint`), and the whole embeddings that PEFT
 stores. If a vocabulary grew, only such a copy has the new rows, and it is used as the base.
 """
@@ -41,10 +41,8 @@ from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.core.spec.variants import VARIANTS
 from lora_inject.errors import CheckpointError
 
-MAX_SHOWN = 8
 
-
-class NoPlace(Exception):  # noqa: N818  (collected into one error)
+class NoPlace(Exception):  # noqa: N818  (becomes an error with a remedy)
     """A tensor of an adapter has no place in a checkpoint."""
 
 
@@ -63,32 +61,9 @@ def place_adapter(
         problem = f"rows of {adapter.label} cannot be replaced with weight {adapter.weight}"
         raise clash(next(iter(adapter.state.rows)), problem)
     places = Places(adapter, of, options, {} if jobs is None else jobs)
-    if places.left:
-        raise _nothing_fits(places)
     if not options.any_base:
         places.check_same_base()
     return places
-
-
-def _nothing_fits(places: Places) -> CheckpointError:
-    checkpoint, state, left = places.checkpoint, places.adapter.state, places.left
-    asked = f"merge {places.adapter.label} into '{checkpoint.folder}'"
-    if quantized := why_no_update(checkpoint, [name for name, _ in left]):
-        return CheckpointError(asked, *quantized)
-    shown = [reason if name in reason else f"'{name}': {reason}" for name, reason in left]
-    shown[MAX_SHOWN:] = [f"and {len(left) - MAX_SHOWN} more"] if len(left) > MAX_SHOWN else []
-    close = nearest(places.rule(left[0][0]), checkpoint.tensors)
-    near = f"Nearest names in the checkpoint: {', '.join(map(repr, close))}. " if close else ""
-    n_tensors = sum(map(len, (state.sites, state.trained, state.base_copies)))
-    whole = state.trained.keys() - state.rows.keys()
-    new = all(name in whole and places.rule(name) not in checkpoint.tensors for name, _ in left)
-    add = "Add them, such as a new head, with --allow-new. " if new else ""
-    return CheckpointError(
-        asked,
-        f"{len(left)} of {n_tensors} tensors have no place in it ({'; '.join(shown)})",
-        f"{near}{add}Use the checkpoint that the adapter was trained on, or say how its names "
-        "differ: --rename OLD=NEW. Nothing was written",
-    )
 
 
 class Places:
@@ -96,7 +71,6 @@ class Places:
 
     Attributes:
         jobs: Each output tensor that the adapter or an earlier one changes, by name.
-        left: Names of the adapter's tensors without a place, and the reasons.
     """
 
     def __init__(
@@ -110,7 +84,6 @@ class Places:
         self.adapter, self.of, self.options, self.jobs = adapter, of, options, jobs
         self.checkpoint = of.checkpoint
         self._kinds: dict[str, str] = {}  # what the adapter does to an output tensor
-        self.left: list[tuple[str, str]] = []
         self._class_is_built = False  # because a name was not in the files
         state, stored = adapter.state, self.checkpoint.tensors
         for site in state.sites.values():
@@ -133,11 +106,28 @@ class Places:
             self._place(name, self._rows, (state.rows[name], state.trained[name]))
 
     def _place(self, original: str, put: Callable[[str, Any], None], value: Any) -> None:
-        """Place one tensor of the adapter under its name in the files."""
+        """Place one tensor of the adapter under its name in the files, or refuse the adapter."""
         try:
             put(self.rule(original), value)
         except NoPlace as reason:
-            self.left.append((original, str(reason)))
+            raise self._without_place(original, str(reason)) from None
+
+    def _without_place(self, original: str, reason: str) -> CheckpointError:
+        asked = f"merge {self.adapter.label} into '{self.checkpoint.folder}'"
+        if quantized := why_no_update(self.checkpoint, [original]):
+            return CheckpointError(asked, *quantized)
+        name, state = self.rule(original), self.adapter.state
+        close = nearest(name, self.checkpoint.tensors)
+        near = f"Nearest names in the checkpoint: {', '.join(map(repr, close))}. " if close else ""
+        is_whole = original in state.trained and original not in state.rows
+        new = is_whole and name not in self.checkpoint.tensors
+        add = "Add it, such as a new head, with --allow-new. " if new else ""
+        return CheckpointError(
+            asked,
+            reason if original in reason else f"'{original}': {reason}",
+            f"{near}{add}Use the checkpoint that the adapter was trained on, or say how its names "
+            "differ: --rename OLD=NEW. Nothing was written",
+        )
 
     def rule(self, name: str) -> str:
         """Return the files' name of a tensor that the adapter names."""

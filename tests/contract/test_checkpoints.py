@@ -482,12 +482,12 @@ def test_names_are_read_as_told(tmp_path: Path, case: str) -> None:
     hold_merged(tmp_path / "out", tensors, state)
 
 
-def test_what_has_no_place_is_listed_with_the_nearest_names(tmp_path: Path) -> None:
+def test_what_has_no_place_is_named_with_the_nearest_names(tmp_path: Path) -> None:
     tensors = llama_tensors()
     base = save_checkpoint(tmp_path / "base", tensors, 2, LLAMA)
     stray = state_of(linear("model.layers.7.self_attn.q_proj", 16, 16))
     state = li.AdapterState({**adapter_of(tensors).sites, **stray.sites})
-    with refused(li.CheckpointError, "1 of 7", "layers.7.self_attn", "layers.1.self_attn"):
+    with refused(li.CheckpointError, "layers.7.self_attn", "layers.1.self_attn"):
         merge(base, [state], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
