@@ -14,7 +14,6 @@ from typing import Any
 import yaml
 
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.spec.tables import Listing
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.version import __version__
 
@@ -71,7 +70,9 @@ def model_card(
     if trained_on and _DATASET.fullmatch(trained_on):
         front["datasets"] = [trained_on]
     n_parameters = sum(site.spec.n_parameters for site in state.sites.values())
+    ranks = sorted({site.spec.rank for site in state.sites.values()})
     counts = f"{len(state.sites):,} sites, {n_parameters:,} parameters"
+    counts += f", rank {', '.join(map(str, ranks))}" if ranks else ""
     on = f" on {_inline(base_model)}" if base_model else ""
     data = f" Trained on {_inline(trained_on)}." if trained_on else ""
     numel = sum(tensor.numel() for tensor in state.trained.values())
@@ -80,7 +81,6 @@ def model_card(
         f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---",
         "# LoRA adapter",
         f"{counts}{on}, written by lora-inject {__version__}.{data}",
-        _table(state),
         trained if state.trained else "",
         _idle(facts.idle),
         *(f"{note[:1].upper()}{note[1:]}." for note in facts.notes),
@@ -125,20 +125,6 @@ def _commands(base_model: str | None, cls: str | None, path: str) -> Iterator[st
 def _inline(text: str) -> str:
     """Return text as inline code of Markdown."""
     return "`" + text.replace("`", "'").replace("\n", " ") + "`"
-
-
-def _table(state: AdapterState) -> str:
-    """One row for all sites of one kind and the same numbers."""
-    cells = (
-        (name, s.spec.kind, s.spec.rank, f"{s.spec.alpha:g}", f"{s.spec.scale:g}")
-        for name, s in state.sites.items()
-    )
-    rows = Listing(("sites", "kind", "rank", "alpha", "scale"), tuple(cells)).by_kind()
-    lines = [f"| {' | '.join(rows.heads)} |", "|---|---|---|---|---|"]
-    for name, *others in rows.text():
-        sites = _inline(name.replace("|", "\\|"))
-        lines.append(f"| {' | '.join([sites, *others])} |")
-    return "\n".join(lines) if rows.cells else ""
 
 
 def _idle(names: Sequence[str]) -> str:

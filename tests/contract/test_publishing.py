@@ -57,7 +57,7 @@ def test_what_is_pushed_is_what_others_load(hub: Hub) -> None:
         "pipeline_tag": "text-generation",
         "tags": ["lora", "lora-inject"],
     }
-    assert "2 sites, 64 parameters on `org/tiny-llama`" in text
+    assert "2 sites, 64 parameters, rank 2 on `org/tiny-llama`" in text
 
 
 def test_revisions_are_told_apart(hub: Hub) -> None:
