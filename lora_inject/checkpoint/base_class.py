@@ -7,7 +7,7 @@ there; names are those that transformers gives to a file's tensors when it loads
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from lora_inject.checkpoint.index import Checkpoint, changed_config
+from lora_inject.core.files.safetensors_file import TensorEntry
 from lora_inject.errors import CheckpointError
+from lora_inject.formats.checkpoint_names import names_on_disk
 from lora_inject.formats.live_models import facts_of_model
 from lora_inject.formats.model_facts import ModelFacts, is_transformers_4
 from lora_inject.formats.older_names import PlaceInClass, places_in_class
@@ -88,13 +90,24 @@ class BaseClass:
                 parts_of.setdefault(place.expert, {})[place.part] = theirs
         return [[of[part] for part in sorted(of)] for _, of in sorted(parts_of.items())]
 
-    def facts(self) -> ModelFacts:
-        """Return what formats need to know; an adapter's names may lack the class's prefix."""
+    def facts(self, *, bare: bool = False) -> ModelFacts:
+        """Return what formats need to know; without a class what the files say, or the config.
+
+        Where there are no files, they are those that the class would write. `bare` adds the names
+        without the class's prefix, as an adapter may have them.
+        """
+        if not self.known or isinstance(self._built, CheckpointError):
+            config = ModelFacts(config=self.checkpoint.config or None)
+            return self.checkpoint.facts if self.checkpoint.shards else config
+        if not self.checkpoint.shards:
+            tensors = names_on_disk(self.model).items()
+            shown = {name: TensorEntry(name, "F32", shape, 0, 0) for name, shape in tensors}
+            self.checkpoint = replace(self.checkpoint, shown=shown)
         inner, modules = f"{self.model.base_model_prefix}.", self.model.named_modules
         named: list[dict[str, Any]] = [dict(modules(remove_duplicate=False)), {**self._shapes}]
-        for each in named:
+        for each in named if bare else ():
             each |= {n.removeprefix(inner): v for n, v in each.items() if n.startswith(inner)}
-        return facts_of_model(self.model, *named)
+        return replace(facts_of_model(self.model, *named), separate=self.separate)
 
     @cached_property
     def ties(self) -> tuple[frozenset[str], ...]:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_inject.checkpoint.base_class import BaseClass, meta_model
+from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint, read_config
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import check_free
-from lora_inject.core.files.safetensors_file import TensorEntry
 from lora_inject.core.files.strict_json import read_json
 from lora_inject.errors import CheckpointError, user_path
-from lora_inject.formats.checkpoint_names import names_on_disk
 from lora_inject.formats.clients import Objection, objections
 from lora_inject.formats.exchange import losses_of, read_adapter, write_adapter
-from lora_inject.formats.live_models import facts_of_model
 from lora_inject.formats.model_facts import ModelFacts
 
 
@@ -83,29 +79,13 @@ def facts_of(base: str | os.PathLike[str] | None) -> ModelFacts:
         return ModelFacts()
     base = user_path("read a base", base, CheckpointError)
     config = read_config(base)
-    if config.get("model_type"):
-        asked = f"read the names of '{base}'"
-        with contextlib.suppress(CheckpointError):  # no class: read the files
-            model = meta_model(config, asked, "give a base of a known class")
-            modules = dict(model.named_modules(remove_duplicate=False))
-            facts = facts_of_model(model, modules, model.state_dict())  # defaults filled in
-            return replace(facts, separate=_files_of(model, base, config).separate)
     try:
-        return Checkpoint.open(base).facts
+        checkpoint = Checkpoint.open(base)
     except CheckpointError:
         if not config:
             raise
-        return ModelFacts(config=config)  # enough for some formats
-
-
-def _files_of(model: Any, base: Path, config: Mapping[str, Any]) -> BaseClass:
-    """Return what a base's files hold; for a config alone, what its class would write."""
-    try:
-        return BaseClass(Checkpoint.open(base))
-    except CheckpointError:
-        tensors = names_on_disk(model)
-        shown = {name: TensorEntry(name, "F32", shape, 0, 0) for name, shape in tensors.items()}
-        return BaseClass(Checkpoint(base, {}, None, None, config, shown=shown))
+        checkpoint = Checkpoint(base, {}, None, None, config)  # enough for some formats
+    return BaseClass(checkpoint).facts()
 
 
 def _completed(facts: ModelFacts, path: Path) -> ModelFacts:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from lora_inject.checkpoint.base_class import BaseClass
-from lora_inject.checkpoint.conversion import facts_of
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.output_files import matrix_of
 from lora_inject.checkpoint.pieces import Progress, counting_bytes
@@ -33,6 +32,7 @@ from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.core.spec.tables import Listing, listed, span, wrapped
 from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats.exchange import write_adapter
+from lora_inject.formats.model_facts import ModelFacts
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def extract_adapter(
         if entry.dtype in FLOATS and entry.name not in extraction.trained
     }
     state = AdapterState(extraction.sites, extraction.trained, fingerprint=fingerprint)
-    facts = facts_of(opened.folder if opened.config.get("model_type") else None)
+    facts = extraction.of.facts() if extraction.of.known else ModelFacts()
     write_adapter(state, output, format, facts=facts, overwrite=overwrite)
     return ExtractReport(tuple(results), n_equal, len(state.sites))
 

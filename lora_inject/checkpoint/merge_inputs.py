@@ -6,7 +6,6 @@ order in the model does. It does not say their orientation either; the model's c
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import os
@@ -90,8 +89,7 @@ def read_weighted(
     if config_file.is_file():
         said = read_json(config_file, f"read adapter '{path}', {config_file.name}")
         if isinstance(said, dict) and said.get("target_parameters"):  # building a class is slow
-            with contextlib.suppress(CheckpointError):  # a class that cannot be built
-                facts = BaseClass(base).facts()
+            facts = BaseClass(base).facts(bare=True)
     state = read_adapter(path, facts=facts, **options)
     return WeightedAdapter(state, weight, str(path))
 
