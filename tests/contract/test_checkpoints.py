@@ -451,6 +451,7 @@ REFUSED: dict[str, tuple[list[li.AdapterState], dict[str, Any], list[str]]] = {
     "an update and a copy in one": ([replace(Q, trained=COPY.trained)], {}, ["'q.weight'"]),
     "a name that is not there": ([P], {}, ["'p.weight'", "--rename OLD=NEW"]),
     "another shape": ([state_of(linear("q", 4, 5))], {}, ["[6, 4]", "[5, 4]"]),
+    "no values": ([li.AdapterState({}, {"norm": torch.ones(4, device="meta")})], {}, ["meta"]),
 }
 
 
