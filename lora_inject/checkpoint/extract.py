@@ -190,11 +190,10 @@ class _Extraction:
         lost = sorted(self.base.tensors.keys() - self.tuned.tensors.keys())
         new = sorted(name for name in self.tuned.tensors if self.before(name) is None)
         if lost or new:
-            what = [f"'{name}' is only in the base" for name in lost[:3]]
-            what += [f"'{name}' is only in the fine-tuned one" for name in new[:3]]
+            where = "the base" if lost else "the fine-tuned one"
             raise CheckpointError(
                 f"compare '{self.base.folder}' and '{self.tuned.folder}'",
-                f"{len(lost) + len(new)} tensor names differ: {'; '.join(what)}",
+                f"'{(lost or new)[0]}' is only in {where}",
                 "Save both with the same version of the same library, and tied tensors alike: "
                 "apart or as one",
             )
