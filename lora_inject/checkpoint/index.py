@@ -243,14 +243,12 @@ def _read_shards(folder: Path, names: Iterable[str]) -> dict[str, Shard]:
 def _check_index(asked: str, weight_map: Mapping[str, str], shards: Mapping[str, Shard]) -> None:
     held = {(tensor, shard.name) for shard in shards.values() for tensor in shard.header.tensors}
     claimed = set(weight_map.items())
-    if held == claimed:
-        return
-    extra, missing = sorted(held - claimed), sorted(claimed - held)
-    what = [f"'{t}' of '{s}' is not in the index" for t, s in extra[:3]]
-    what += [f"the index puts '{t}' into '{s}', which does not hold it" for t, s in missing[:3]]
-    differ = f"index and files differ on {len(extra) + len(missing)} tensors: {'; '.join(what)}"
     remedy = "The checkpoint is incomplete or mixed from two; fetch it again"
-    raise CheckpointError(asked, differ, remedy)
+    for tensor, shard in sorted(held - claimed):
+        raise CheckpointError(asked, f"'{tensor}' of '{shard}' is not in the index", remedy)
+    for tensor, shard in sorted(claimed - held):
+        problem = f"the index puts '{tensor}' into '{shard}', which does not hold it"
+        raise CheckpointError(asked, problem, remedy)
 
 
 # Other files ------------------------------------------------------------------------------------
