@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from textwrap import fill
@@ -13,14 +12,14 @@ from typer import Argument, BadParameter, Option
 from lora_inject import analysis
 from lora_inject.checkpoint import Checkpoint
 from lora_inject.checkpoint.base_class import meta_model
-from lora_inject.checkpoint.index import INDEX_SUFFIX, read_config
+from lora_inject.checkpoint.index import read_config
 from lora_inject.cli import options
 from lora_inject.cli.options import one_of
 from lora_inject.cli.show import note, print_json, progress_bar, say
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.spec.config import Config, json_schema
-from lora_inject.core.spec.inventory import Inventory, inventory_of
+from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.resolve import resolve
 from lora_inject.errors import CheckpointError
 from lora_inject.formats.exchange import FORMATS
@@ -34,18 +33,15 @@ def plan(
         Path,
         Argument(
             metavar="MODEL",
-            help="Folder or file: a config.json of transformers, a .safetensors file or its index.",
+            help="Folder of a model of transformers, or its config.json.",
         ),
     ],
-    keys: Annotated[
-        bool, Option(help="Plan on the names in the checkpoint, not on config.json.")
-    ] = False,
     *,
     listing: options.ListOutput,
 ) -> None:
     """Reads no weights, changes nothing."""
     wanted = Config.from_yaml(config)
-    listing.show(resolve(wanted, _inventory_of(options.model_folder(model), keys=keys)))
+    listing.show(resolve(wanted, _inventory_of(options.model_folder(model))))
 
 
 def advise(
@@ -74,27 +70,19 @@ def advise(
     say(config.to_yaml().rstrip())
 
 
-def _inventory_of(path: Path, *, keys: bool = False) -> Inventory:
+def _inventory_of(path: Path) -> Inventory:
     """Return the names and shapes of a model that is never loaded; print what they come from.
 
     A `config.json` is enough to build the model on the meta device, where every kind of layer is
-    known. If there is only a checkpoint, or with `keys`, kinds are assumed from its keys.
+    known.
     """
     if not path.exists():
         asked = f"plan on '{path}'"
         raise CheckpointError(asked, "there is no such file or folder", "Check the path")
     folder = path if path.is_dir() else path.parent
-    is_keys = path.name.endswith(INDEX_SUFFIX) or path.suffix == ".safetensors"
-    if path.is_dir():
-        is_keys = not os.path.lexists(path / "config.json")
-    if keys or is_keys:  # of an index or a config, those of the folder that it lies in
-        checkpoint = Checkpoint.open(path if path.suffix == ".safetensors" else folder)
-        shapes = {entry.name: entry.shape for entry in checkpoint}
-        note(f"planned on {len(shapes):,} keys of {len(checkpoint.shards):,} safetensors file(s)")
-        return inventory_of(shapes)
-    config = read_config(folder, path.name if path.is_file() else "config.json")
-    remedy = "pass --keys to plan on the names in the checkpoint"
-    model = meta_model(config, f"build the model of '{path}'", remedy)
+    name = path.name if path.suffix == ".json" else "config.json"
+    remedy = "load the model and call lora_inject.plan(model, config)"
+    model = meta_model(read_config(folder, name), f"build the model of '{path}'", remedy)
     note(f"planned on {type(model).__name__}, built from its config.json")
     return inventory(Survey(model))
 

@@ -1,8 +1,6 @@
 """Matching: which names a pattern means, which sites come of them, and the way out when none do."""
 
-import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +10,6 @@ from helpers.refusals import refused
 from helpers.tables import rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import nn
 
 import lora_inject as li
@@ -340,56 +337,3 @@ def test_no_rules_ever_give_one_tensor_two_sites(names, shared, patterns, exclud
     for site in plan.sites:
         assert site.rule == [hit(pattern, site.name) for pattern in patterns].index(True)
         assert not any(hit(pattern, site.name) for pattern in exclude)
-
-
-# From a checkpoint's keys
-
-
-@pytest.fixture
-def planned_on_keys(run: Any, tmp_path: Path) -> Any:
-    def planned(shapes: dict[str, tuple[int, ...]], config: str) -> Any:
-        save_file(
-            {key: torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "k.safetensors"
-        )
-        (tmp_path / "lora.yaml").write_text(config)
-        ran = run("plan", tmp_path / "lora.yaml", tmp_path / "k.safetensors", "--json")
-        return json.loads(ran.out) if ran.code == 0 else ran.err
-
-    return planned
-
-
-KEYS = {
-    "wte.weight": (50, 8),
-    "h.0.ln_1.weight": (8,),
-    "h.0.c_attn.weight": (8, 24),
-    "h.0.c_attn.bias": (24,),
-    "h.0.c_proj.weight": (8, 8),
-    "h.0.c_proj.bias": (8,),
-    "h.0.experts.gate_up": (4, 32, 8),
-    "h.0.empty.weight": (0, 8),
-    "patch.weight": (8, 3, 4, 4),
-}
-
-
-def test_of_keys_only_a_bias_says_which_side_is_the_output(planned_on_keys: Any) -> None:
-    layout = "{match: gate_up, layout: out_in}"
-    sites = planned_on_keys(KEYS, f"targets: [wte, c_attn, c_proj, patch, {layout}]")["sites"]
-    assert {s["name"]: (s["kind"], s["in_features"], s["out_features"]) for s in sites} == {
-        "wte": ("linear", 8, 50),  # no name says that it is an embedding
-        "h.0.c_attn": ("conv1d", 8, 24),
-        "h.0.c_proj": ("linear", 8, 8),  # square: its bias says nothing
-        "h.0.experts.gate_up": ("parameter", 8, 32),
-        "patch": ("conv", 48, 8),
-    }
-    assert "4 matrices" in planned_on_keys(KEYS, "targets: [gate_up]")
-    for rule in ("all-linear", "{match: c_proj, kind: linear}"):
-        assert "kind of layer" in planned_on_keys(KEYS, f"targets: [{rule}]")
-
-
-def test_keys_with_wrapper_segments_keep_their_tensor_names(planned_on_keys: Any) -> None:
-    keys = {"_orig_mod.h.q.weight": (8, 8), "_orig_mod.h.q.bias": (8,)}
-    plan = planned_on_keys(keys, r"{targets: ['^h\.q'], bias: adapted}")
-    (site,) = plan["sites"]
-    assert (site["name"], site["weight"]) == ("h.q", "_orig_mod.h.q.weight")
-    assert [entry["name"] for entry in plan["trained"]] == ["h.q.bias"]
-    assert "'h.q.weight'" in planned_on_keys(keys, "{targets: [q], train: [h]}")

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from lora_inject.core.spec.config import Active, Config, Normal, Rule
-from lora_inject.core.spec.inventory import Candidate, Inventory
-from lora_inject.core.spec.names import canonical, counted, templates
+from lora_inject.core.spec.names import counted, templates
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.core.spec.tables import Shown, columns, sides, wrapped
 
@@ -49,20 +48,16 @@ class Plan(Shown):
         sites: The sites in model order.
         trained: Further parameters that train, in model order.
         skipped: What else the rules matched.
-        tied: Tensors with several names that are adapted or trained.
         notes: What the user should know, in sentences.
         n_base: Elements of the base's parameters.
-        assumed: True where kinds were guessed from a checkpoint's keys.
     """
 
     config: Config
     sites: tuple[SiteSpec, ...]
     trained: tuple[Trained, ...] = ()
     skipped: tuple[Skipped, ...] = ()
-    tied: tuple[Tied, ...] = ()
     notes: tuple[str, ...] = ()
     n_base: int = 0
-    assumed: bool = False
 
     @property
     def n_sites(self) -> int:
@@ -92,14 +87,13 @@ class Plan(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for JSON."""
-        names = ("n_sites", "n_lora", "n_trained", "n_trainable", "n_base", "assumed")
+        names = ("n_sites", "n_lora", "n_trained", "n_trainable", "n_base")
         return {
             "config": self.config.to_dict(),
             **{name: getattr(self, name) for name in names},
             "sites": [_as_data(site) for site in self.sites],
             "trained": [entry._asdict() for entry in self.trained],
             "skipped": [entry._asdict() for entry in self.skipped],
-            "tied": [tied._asdict() for tied in self.tied],
             "notes": list(self.notes),
         }
 
@@ -114,39 +108,6 @@ class Plan(Shown):
         return self.text()
 
 
-class Tied(NamedTuple):
-    """One tensor under several names, which sites or a `train` entry touch.
-
-    Of two sites each adds its own delta where it is used.
-    """
-
-    names: tuple[str, ...]
-    sites: tuple[str, ...]
-    trained: bool
-
-
-def tied_by(
-    inventory: Inventory,
-    sites: Sequence[SiteSpec],
-    candidates: Sequence[Candidate],
-    trained: Sequence[Trained],
-) -> tuple[Tied, ...]:
-    """Return the tensors with several names that sites or trained entries touch, each once."""
-    names = {entry.name for entry in trained}
-    on: dict[tuple[str, ...], list[str]] = {}
-    for site, candidate in zip(sites, candidates, strict=True):
-        if candidate.tied:
-            on.setdefault(_all_names(candidate), []).append(site.name)
-    for candidate in inventory.candidates if names else ():
-        if candidate.tied and names.intersection(_all_names(candidate)):
-            on.setdefault(_all_names(candidate), [])
-    return tuple(Tied(same, tuple(at), bool(names.intersection(same))) for same, at in on.items())
-
-
-def _all_names(candidate: Candidate) -> tuple[str, ...]:
-    return tuple(sorted({canonical(candidate.weight), *map(canonical, candidate.tied)}))
-
-
 def _as_data(site: SiteSpec) -> dict[str, Any]:
     slices = site.slices and {"sizes": dict(site.slices.sizes), "adapt": site.slices.adapt}
     names = [field.name for field in fields(site) if field.name != "shapes"]
@@ -155,8 +116,6 @@ def _as_data(site: SiteSpec) -> dict[str, Any]:
 
 def _lines(plan: Plan, width: int, *, everything: bool) -> Iterator[str]:
     """Yield the plan line by line: sites by rule, what else trains, what was skipped, totals."""
-    if plan.assumed:
-        yield "kinds are assumed from names and shapes"
     for i, rule in enumerate(plan.config.targets):
         sites = [site for site in plan.sites if site.rule == i]
         numbers = _numbers(plan.config.filled(rule), sites)
@@ -165,8 +124,7 @@ def _lines(plan: Plan, width: int, *, everything: bool) -> Iterator[str]:
         yield from _table(entries, width, everything=everything)
     yield from _trained_lines(plan, width, everything=everything)
     yield from _skipped_lines(plan, width, everything=everything)
-    closing = [f"tied: {' = '.join(tied.names)}; {_tied_text(tied)}" for tied in plan.tied]
-    for line in (*closing, *(f"note: {note}" for note in plan.notes), _totals(plan)):
+    for line in (*(f"note: {note}" for note in plan.notes), _totals(plan)):
         yield from wrapped(line, width, "  ")
 
 
@@ -229,13 +187,6 @@ def _cells(entry: SiteSpec | Trained) -> tuple[str, str, int]:
         shape += f" [{', '.join(entry.slices.adapt)}]"
     by_weight = entry.update == "weight" and entry.kind != "parameter"
     return f"{entry.kind} (weight)" if by_weight else entry.kind, shape, entry.n_parameters
-
-
-def _tied_text(tied: Tied) -> str:
-    each = ", each with its own delta" if len(tied.sites) > 1 else " only"
-    texts = [f"adapted at {' and '.join(tied.sites)}{each}"] if tied.sites else []
-    texts += ["trained under all its names"] if tied.trained else []
-    return "; ".join(texts)
 
 
 def _totals(plan: Plan) -> str:

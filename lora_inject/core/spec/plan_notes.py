@@ -1,4 +1,4 @@
-"""What a plan tells whoever looks at it: ties, and notes. An injection needs neither."""
+"""What a plan tells whoever looks at it, in sentences. An injection needs none of them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from dataclasses import replace
 from lora_inject.core.spec.config import ALL_EXPERTS, ALL_LINEAR, WORDS, Config
 from lora_inject.core.spec.inventory import Candidate, Inventory, Mixture
 from lora_inject.core.spec.layouts import narrow_side
-from lora_inject.core.spec.names import counted, quoted, templates
-from lora_inject.core.spec.plan import Plan, tied_by
+from lora_inject.core.spec.names import canonical, counted, quoted, templates
+from lora_inject.core.spec.plan import Plan
 from lora_inject.core.spec.sites import SiteSpec
 
 
 def with_notes(plan: Plan, inventory: Inventory, candidates: Sequence[Candidate]) -> Plan:
-    """Return a plan with its ties and notes; `candidates` are those of its sites."""
-    if any(candidate.tied for candidate in inventory.candidates):
-        tied = tied_by(inventory, plan.sites, candidates, plan.trained)
-        plan = replace(plan, tied=tied)
+    """Return a plan with its notes; `candidates` are those of its sites."""
     on_words = _on_words(plan.config, inventory, plan.sites)
-    return replace(plan, notes=(*on_words, *_on_numbers(candidates, plan.sites)))
+    on_ties = _on_ties(inventory, plan)
+    return replace(plan, notes=(*on_words, *_on_numbers(candidates, plan.sites), *on_ties))
 
 
 def _on_words(config: Config, inventory: Inventory, sites: Sequence[SiteSpec]) -> Iterator[str]:
@@ -52,6 +50,19 @@ def _on_numbers(candidates: Sequence[Candidate], sites: Sequence[SiteSpec]) -> I
             f"{counted(len(rounded), 'weight update')} over {rounded[0]}: W + delta is rounded on "
             "every read; compute: float32 keeps small deltas"
         )
+
+
+def _on_ties(inventory: Inventory, plan: Plan) -> Iterator[str]:
+    """Yield which tensors with several names are adapted or trained, and at which of these."""
+    trained = {entry.name for entry in plan.trained}
+    ties = (c for c in inventory.candidates if c.tied)
+    for names in dict.fromkeys(tuple(sorted({*map(canonical, (c.weight, *c.tied))})) for c in ties):
+        tied = f"{' = '.join(names)} is one tensor"
+        if at := [site.name for site in plan.sites if canonical(site.weight) in names]:
+            each = ", each with its own delta" if len(at) > 1 else " only"
+            yield f"{tied}, adapted at {' and '.join(at)}{each}"
+        if not trained.isdisjoint(names):
+            yield f"{tied}, trained under all its names"
 
 
 def _several(sites: Sequence[SiteSpec]) -> str:

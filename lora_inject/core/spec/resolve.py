@@ -68,9 +68,9 @@ def resolve(config: Config, inventory: Inventory, *, to_show: bool = True) -> Pl
     or `..._bias`, stacked ones of experts included.
 
     Examples:
-        >>> from lora_inject.core.spec.inventory import inventory_of
-        >>> inventory = inventory_of({f"h.{i}.q.weight": (8, 8) for i in range(2)})
-        >>> plan = resolve(Config(targets=["q"], rank=2), inventory)
+        >>> names = [f"h.{i}.q" for i in range(2)]
+        >>> layers = [Candidate(n, "linear", 8, 8, (8, 8), f"{n}.weight") for n in names]
+        >>> plan = resolve(Config(targets=["q"], rank=2), Inventory(tuple(layers), {}, {}))
         >>> plan.n_sites, plan.n_lora
         (2, 64)
     """
@@ -93,7 +93,6 @@ def resolve(config: Config, inventory: Inventory, *, to_show: bool = True) -> Pl
         trained=_trained(config, inventory, sites, candidates),
         skipped=tuple(skipped),
         n_base=sum(math.prod(shape) for shape in inventory.parameters.values()),
-        assumed=inventory.assumed,
     )
     if to_show:
         plan = with_notes(plan, inventory, candidates)
@@ -159,9 +158,6 @@ def _take(
 
 def _names(rule: Rule, label: str, config: Config, inventory: Inventory) -> list[str]:
     """Return the names that a rule matches, in its layers."""
-    if inventory.assumed and (rule.kind is not None or rule.match in WORDS):
-        problem = "a list of keys does not say which kind of layer a tensor belongs to"
-        raise MatchError(label, problem, "Give the folder with config.json, or write a pattern")
     if rule.match in WORDS:
         names = _by_word(rule.match, config, inventory, label)
     else:
