@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_inject.algebra.combining import Adapter, state_of
 from lora_inject.core.adapter import reshape
 from lora_inject.core.adapter.fingerprint import without_weights
-from lora_inject.core.adapter.other_tensors import only, site_mapped, with_every_expert
+from lora_inject.core.adapter.other_tensors import only, with_every_expert
 from lora_inject.core.adapter.parts import plain
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
@@ -71,11 +71,11 @@ def as_dtype(adapter: Adapter, dtype: torch.dtype) -> AdapterState:
     if not dtype.is_floating_point:
         raise StateError(asked, "it is not a floating point dtype", "Give torch.bfloat16")
 
-    def cast_of(name: str) -> Callable[[Tensor], Tensor]:
-        return partial(_cast, dtype=dtype, where=f"{asked}, '{name}'")
+    def cast(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: _cast(t, dtype, f"{asked}, '{name or key}'") for key, t in tensors.items()}
 
-    sites = {name: site_mapped(site, cast_of(name)) for name, site in state.sites.items()}
-    trained = {name: cast_of(name)(tensor) for name, tensor in state.trained.items()}
+    sites = {n: site.of(site.spec, cast(n, site.tensors)) for n, site in state.sites.items()}
+    trained = cast("", state.trained)
     return replace(state, sites=sites, trained=trained)
 
 

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.adapter.other_tensors import on_parts
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.starting import copy_into
@@ -95,7 +94,7 @@ def swap_adapter(
     if not isinstance(state, AdapterState):
         files, whose = user_path(asked, state), f"{asked} for {str(source)!r}"
         state = read_adapter(files, format, facts=lambda: facts_about(survey), **options)
-    state = on_parts(fit(survey, state, (), base, leave_new=False, asked=whose), slot, asked)
+    state = fit(survey, state, (), base, leave_new=False, asked=whose)
     _check_same("site", slot.sites.keys(), state.sites.keys(), asked, fewer=adapter.is_slot)
     if adapter.is_slot:
         with within(asked):
