@@ -1,4 +1,4 @@
-"""What names of PEFT are called in this package, for the error about a name that it lacks."""
+"""What names of PEFT are called in this package, for errors about them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from lora_inject.core.spec.names import nearest
 
-OURS = {
+OURS_FOR = {
     "LoraConfig": "Config",
     "get_peft_model": "inject",
     "inject_adapter_in_model": "inject",
@@ -29,10 +29,19 @@ OURS = {
     "unmerge_adapter": "unmerge",
     "add_weighted_adapter": "combine",
     "hotswap_adapter": "swap_adapter",
+    "load_adapter": "load_adapter",
+    "load_lora_adapter": "load_adapter",
+    "set_adapters": "activate",
+    "enable_lora": "activate",
+    "disable_lora": "disabled",
+    "fuse_lora": "merge",
+    "unfuse_lora": "unmerge",
+    "delete_adapters": "eject",
+    "unload_lora": "eject",
     "print_trainable_parameters": "summary",
     "prepare_model_for_kbit_training": "inject",
 }
-"""Name of PEFT to ours."""
+"""Name of PEFT, or of a method of a model of transformers or diffusers, to ours."""
 
 
 def lacking(name: str, ours: Collection[str]) -> AttributeError:
@@ -44,7 +53,7 @@ def lacking(name: str, ours: Collection[str]) -> AttributeError:
         >>> str(lacking("nonsense", ["inject"]))
         "module 'lora_inject' has no attribute 'nonsense'"
     """
-    near = [OURS[name]] if name in OURS else [o for o in ours if o.endswith(f".{name}")]
+    near = [OURS_FOR[name]] if name in OURS_FOR else [o for o in ours if o.endswith(f".{name}")]
     near = near or nearest(name, ours, n=1)
     hint = f". Did you mean {near[0]!r}?" if near else ""
     return AttributeError(f"module 'lora_inject' has no attribute {name!r}{hint}")

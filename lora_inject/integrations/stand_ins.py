@@ -33,9 +33,10 @@ from lora_inject.core.layers.survey import Survey, base_parameters, table_of
 from lora_inject.core.model.save import saved_state
 from lora_inject.core.roots.root import Injected, adapted_modules, root_of
 from lora_inject.core.spec.names import leaf
-from lora_inject.errors import LayerError, StateError, user_path
+from lora_inject.errors import LayerError, LoraInjectError, StateError, user_path
 from lora_inject.formats.card import joined_cards
 from lora_inject.formats.exchange import write_adapter
+from lora_inject.integrations.peft_names import OURS_FOR
 
 SAVE, RESIZE, DEQUANTIZE = "save_pretrained", "resize_token_embeddings", "dequantize"
 CARD = "create_or_update_model_card"
@@ -48,24 +49,6 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")  # transformers.trainer_utils.PREFIX
 # What transformers and diffusers ask of the files of a base; those of an adapter have no choice.
 _OF_A_BASE = {"distributed_checkpoint", "max_shard_size", "safe_serialization", "save_function"}
 _OF_A_BASE |= {"save_original_format", "save_peft_format", "token", "use_flashpack", "variant"}
-# Methods of the models of transformers and diffusers (their PeftAdapterMixin), and what does the
-# same here.
-_INSTEAD = {
-    "add_adapter": "lora_inject.inject(model, config, name)",
-    "delete_adapter": "lora_inject.eject(model, name)",
-    "delete_adapters": "lora_inject.eject(model, name)",
-    "disable_adapters": "lora_inject.disabled(model)",
-    "disable_lora": "lora_inject.disabled(model)",
-    "enable_adapters": "lora_inject.activate(model, names)",
-    "enable_lora": "lora_inject.activate(model, names)",
-    "fuse_lora": "lora_inject.merge(model)",
-    "load_adapter": "lora_inject.load_adapter(model, path, name)",
-    "load_lora_adapter": "lora_inject.load_adapter(model, path, name)",
-    "set_adapter": "lora_inject.activate(model, names)",
-    "set_adapters": "lora_inject.activate(model, {name: weight})",
-    "unfuse_lora": "lora_inject.unmerge(model)",
-    "unload_lora": "lora_inject.eject(model)",
-}
 
 
 class _StandIn:
@@ -215,23 +198,13 @@ def adapter_tensors(survey: Survey) -> dict[str, Tensor]:
 
 
 class _Refusal:
-    """Stands in for a method that puts new layers in the place of old ones, without adapters."""
+    """Stands in for a method that would drop adapters, or knows those of PEFT only."""
 
-    def __init__(self, asked: str, problem: str, remedy: str) -> None:
-        self.words = asked, problem, remedy
+    def __init__(self, error: type[LoraInjectError], *words: str) -> None:
+        self.error, self.words = error, words
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
-        raise LayerError(*self.words)
-
-
-class _OfPeft(_StandIn):
-    """Stands in for a method that knows layers of PEFT only: it misses ours, or adds to them."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self.model, "peft_config", None):
-            return getattr(type(self.model), self.method)(self.model, *args, **kwargs)
-        problem = "it knows adapters of PEFT only, and those of this model are lora_inject's"
-        raise StateError(self.method, problem, f"Call {_INSTEAD[self.method]}")
+        raise self.error(*self.words)
 
 
 class _InThread(_StandIn):
@@ -263,8 +236,8 @@ class Methods(Library):
                     f"{vocabulary!r} carries an adapter, which would not fit the resized layer"
                 )
                 remedy = "Eject first, resize, then inject again"
-                module.__dict__[RESIZE] = _Refusal(RESIZE, problem, remedy)
-            methods = [m for m in (SAVE, THREAD, DEQUANTIZE, *_INSTEAD) if _has(module, m)]
+                module.__dict__[RESIZE] = _Refusal(LayerError, RESIZE, problem, remedy)
+            methods = [m for m in (SAVE, THREAD, DEQUANTIZE, *OURS_FOR) if _has(module, m)]
             if methods and any(attached_to(part) for part in module.modules()):
                 for method in methods:
                     _stand_in(module, method)
@@ -301,9 +274,10 @@ def _stand_in(module: nn.Module, method: str) -> None:
         if getattr(module, "hf_quantizer", None):
             problem = "it replaces layers, whose adapters would be gone"
             remedy = 'Call merge(model, dequantize="bfloat16"), or eject first'
-            own[method] = _Refusal(method, problem, remedy)
+            own[method] = _Refusal(LayerError, method, problem, remedy)
     elif getattr(type(module), method).__module__.startswith(("diffusers.", "transformers.")):
-        own[method] = _OfPeft(module, method)
+        problem = "it knows adapters of PEFT only, and those of this model are lora_inject's"
+        own[method] = _Refusal(StateError, method, problem, f"Call lora_inject.{OURS_FOR[method]}")
 
 
 def _vocabulary_on(model: nn.Module, carrying: Sequence[nn.Module]) -> str | None:
