@@ -33,7 +33,7 @@ class _OfBitsAndBytes(LayerKind):
     def write(self, module: nn.Module, key: str, weight: nn.Parameter) -> Undo:
         """Replace the layer by a plain one, or its weight by another in the same format."""
         if type(weight) is nn.Parameter:
-            return become_plain(module, weight, later=("quant_state",))
+            return become_plain(module, weight)
         before, own = Layer.of(module), module.__dict__
         if (state := own.get("state")) is not None:  # of int8: as before its first forward
             before.attributes["state"] = state

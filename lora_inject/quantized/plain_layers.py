@@ -5,7 +5,6 @@ A layer stays the same object: its class, attributes, Parameters and buffers are
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from types import MethodType
@@ -103,27 +102,21 @@ def why_class_is_fixed(module: nn.Module) -> Reason | None:
     return None
 
 
-def become_plain(module: nn.Module, weight: nn.Parameter, later: Iterable[str] = ()) -> Layer:
+def become_plain(module: nn.Module, weight: nn.Parameter) -> Layer:
     """Make a layer one of torch's, whose Parameters are `weight`, its bias and the adapters.
 
-    Attributes that the quantizer's class sets in `__init__` are removed, and those that the
-    quantizer sets `later`.
+    Attributes that a layer of torch's has not are removed, but for those of hooks and adapters.
     """
     before, own = Layer.of(module), module.__dict__
-    plain, target = before.plain, torch_class(before.plain)
+    target = torch_class(before.plain)
     blank = _blank(target)  # type: ignore[arg-type]
-    if issubclass(plain, target):
-        with torch.device("meta"):
-            alone = {*plain(64, 64).__dict__, *later}  # type: ignore[call-arg]
-    else:
-        alone = {name for name in own if not name.startswith(_KEPT)}
-    alone -= blank.__dict__.keys()
+    alone = {name for name in own.keys() - blank.__dict__.keys() if not name.startswith(_KEPT)}
     base = base_parameters(module)
     adapters = {name: p for name, p in module._parameters.items() if name not in base}
     held: dict[str, Any] = {**before.buffers, **before.parameters}
     bias = own["bias"] if "bias" in alone else held.get("bias")
     _change_plain_class(module, target)
-    before.attributes = {name: own.pop(name) for name in sorted(alone & own.keys())}
+    before.attributes = {name: own.pop(name) for name in sorted(alone)}
     module._parameters.clear()
     module._parameters["weight"] = weight
     if "bias" in blank._parameters:
