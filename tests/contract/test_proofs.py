@@ -306,7 +306,7 @@ PROBES: dict[str, tuple[Any, Any, list[str]]] = {
     "a token beyond": (build, [[1, 64]], ["token 64"]),
     "a row of one token": (build, [[1]], ["two tokens"]),
     "text alone": (build, ["some", "texts"], ["tokenizer"]),
-    "other inputs": (build, {"ids": torch.tensor([[1, 2]])}, ["'ids'", "token ids"]),
+    "other inputs": (build, {"ids": torch.tensor([[1, 2]])}, ["a dict without token ids"]),
     "no tokens": (build, torch.ones(1, 4), ["Tensor", "other models prove nothing"]),
     "nothing": (build, [], ["empty"]),
     "no effect": (lambda: fresh(tiny_llama()), [[1, 2, 3]], ["0"]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +27,7 @@ N_AHEAD, N_TOP = 3, 5
 that servers return."""
 
 Prompts = Sequence[Sequence[int]]
-_OF_TOKENS = {"attention_mask", "labels", "token_type_ids", "position_ids"}
-_REMEDY = "Give token ids (a tensor, lists, a dict of input_ids), or texts and their tokenizer"
+_REMEDY = "Give rows of token ids (a tensor or lists), or texts and their tokenizer"
 
 
 @dataclass(frozen=True)
@@ -127,35 +126,20 @@ def _run_at(
 
 
 def inputs_of(probe: Any, asked: str) -> Inputs:
-    """Return what a model is to be asked for a probe of any form that is taken."""
-    texts, *others = probe if isinstance(probe, tuple) and probe else (probe,)
-    if _is_text(texts) and not (len(others) == 1 and callable(others[0])):
-        raise StateError(asked, "it is text without a tokenizer", _REMEDY)
-    if others and callable(others[0]):
-        return _of_texts(texts, others[0], asked)
-    if isinstance(probe, Mapping):
-        probe = _unpadded(probe, asked)
-    if isinstance(probe, Tensor) and probe.dim() and not probe.is_floating_point():
-        probe = probe.reshape(-1, probe.shape[-1]).tolist() if probe.numel() else []
-    if not isinstance(probe, list):
+    """Return what a model is to be asked: rows of token ids, or texts with their tokenizer."""
+    if isinstance(probe, tuple) and len(probe) == 2 and hasattr(probe[1], "decode"):
+        return _of_texts(*probe, asked)
+    rows = probe.tolist() if isinstance(probe, Tensor) and not probe.is_floating_point() else probe
+    if not isinstance(rows, list):
         problem = f"it is {article(type(probe).__name__)} without token ids"
         raise StateError(asked, problem, f"{_REMEDY}; other models prove nothing")
-    return Inputs(_prompts(probe, asked))
-
-
-def _is_text(probe: Any) -> bool:
-    """Whether a probe is a text, or a list of some."""
-    several = isinstance(probe, list) and bool(probe) and isinstance(probe[0], str)
-    return isinstance(probe, str) or several
+    return Inputs(_prompts(rows, asked))
 
 
 def _of_texts(texts: Any, tokenizer: Any, asked: str) -> Inputs:
-    texts = [texts] if isinstance(texts, str) else [*texts]
+    texts = [texts] if isinstance(texts, str) else [*texts][:N_PROMPTS]
     if not texts or not all(isinstance(text, str) and text for text in texts):
         raise StateError(asked, "it has no texts", _REMEDY)
-    if not hasattr(tokenizer, "decode"):
-        raise StateError(asked, "its tokenizer has no decode", _REMEDY)
-    texts = texts[:N_PROMPTS]
     rows = [tokenizer(text)["input_ids"] for text in texts]
     prompts = _prompts(rows, asked)
     whole = all(len(row) == len(prompt) for row, prompt in zip(rows, prompts, strict=True))
@@ -165,21 +149,6 @@ def _of_texts(texts: Any, tokenizer: Any, asked: str) -> Inputs:
 
     pieces = tuple(tuple(map(decode, prompt)) for prompt in prompts)
     return Inputs(prompts, tuple(texts) if whole else (), pieces, decode)
-
-
-def _unpadded(probe: Mapping[str, Any], asked: str) -> list[list[int]]:
-    """Return the rows of a model's arguments, if they are of tokens alone."""
-    ids = probe.get("input_ids")
-    if not isinstance(ids, Tensor) or probe.keys() - {"input_ids"} - _OF_TOKENS:
-        problem = f"it has {', '.join(map(repr, probe))}, which are not token ids alone"
-        raise StateError(asked, problem, f"{_REMEDY}; other models prove nothing")
-    mask = probe.get("attention_mask")
-    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
-        problem = "its attention_mask is no tensor of the shape of input_ids"
-        raise StateError(asked, problem, _REMEDY)
-    rows = ids.reshape(-1, ids.shape[-1])
-    kept = torch.ones_like(rows) if mask is None else mask.reshape(rows.shape)
-    return [row[keep.bool()].tolist() for row, keep in zip(rows, kept, strict=True)]
 
 
 def _prompts(rows: Sequence[Sequence[Any]], asked: str) -> tuple[tuple[int, ...], ...]:
