@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.library import loaded_libraries
-from lora_inject.core.layers.survey import Survey
-from lora_inject.core.model.put import places_of_plan, put_plan, survey_for, uncollected
+from lora_inject.core.layers.starting import first_values
+from lora_inject.core.layers.survey import Carried, Survey, memory_of
+from lora_inject.core.layers.weight_kinds import whole
+from lora_inject.core.model.places import check_statistics, places
+from lora_inject.core.model.put import put, survey_for, uncollected
 from lora_inject.core.model.training import check_live_inputs
 from lora_inject.core.model.used import refuse_unreached
 from lora_inject.core.spec.config import ConfigLike
 from lora_inject.core.spec.plan import Plan
 from lora_inject.core.spec.resolve import resolve
+from lora_inject.errors import LayerError
 from lora_inject.formats.from_peft import config_of
 from lora_inject.formats.live_models import notes_on_files
 
@@ -122,5 +127,38 @@ def put_config(
     check_live_inputs(survey, f"inject {name!r}")
     present = inventory(survey)
     planned = resolve(config_of(config, present, model), present, to_show=False)
-    wanted = places_of_plan(survey, name, planned, present, leave_new=leave_new)
-    put_plan(survey, name, planned, wanted, alone=alone, last=last)
+    for library in loaded_libraries():
+        for problem, remedy in library.against(survey, planned, leave_new=leave_new):
+            raise LayerError(f"inject {name!r}", problem, remedy)
+    check_statistics(survey, planned.config.train, present)
+    rows = {key: each.rows for each in planned.trained for key in survey.names_of(each.name)}
+    wanted = places(survey, name, planned.sites, rows)
+    copies: dict[Hashable, Mapping[str, Tensor]] = {}
+
+    def values(place: Carried) -> Mapping[str, Tensor]:
+        if place.entry.spec is not None:
+            return _first_values(place)
+        memory = memory_of(place.weight)  # a tied tensor has one copy
+        if memory not in copies:
+            copies[memory] = _first_values(place)
+        return copies[memory]
+
+    put(survey, name, wanted, values, planned.config.to_dict(), alone=alone, last=last)
+
+
+@torch.no_grad()
+def _first_values(place: Carried) -> Mapping[str, Tensor]:
+    """Return the values that a new adapter starts with at a layer.
+
+    On a layer that FSDP2 has sharded they are whole, and in every process those of the first one.
+    """
+    weight: Any = place.weight
+    if not hasattr(weight, "full_tensor"):
+        return first_values(place.module, place.entry, weight)
+    values = first_values(place.module, place.entry, whole(weight))
+    for axis in range(weight.device_mesh.ndim):
+        group = weight.device_mesh.get_group(axis)
+        source = torch.distributed.get_global_rank(group, 0)
+        for tensor in values.values():
+            torch.distributed.broadcast(tensor, source, group)
+    return values

@@ -1,12 +1,12 @@
 """Put an adapter onto a model, all or nothing: inject, load, install and reserve end here.
 
-`put_plan` puts on what a config asks for, `put_state` what a value holds, both by `put`.
+`put_config` (`model.inject`) puts on what a config asks for, `put_state` what a value holds.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,11 +20,9 @@ from lora_inject.core.layers.kinds import mixin_of
 from lora_inject.core.layers.library import begin_training, loaded_libraries
 from lora_inject.core.layers.selection import Mix, Selection
 from lora_inject.core.layers.snapshot import all_or_nothing
-from lora_inject.core.layers.starting import first_values
-from lora_inject.core.layers.survey import Carried, Survey, memory_of
+from lora_inject.core.layers.survey import Carried, Survey
 from lora_inject.core.layers.swap import swap
-from lora_inject.core.layers.weight_kinds import whole
-from lora_inject.core.model.places import check_statistics, places
+from lora_inject.core.model.places import places
 from lora_inject.core.model.training import forget_gradients
 from lora_inject.core.roots.root import (
     ROOT,
@@ -35,10 +33,7 @@ from lora_inject.core.roots.root import (
     check_new_adapter,
     lock_of,
 )
-from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.names import joined
-from lora_inject.core.spec.plan import Plan
-from lora_inject.errors import LayerError
 
 Values = Callable[[Carried], Mapping[str, Tensor]]
 """Gives the tensors of an entry by role; two entries that are one trained copy get the same."""
@@ -190,70 +185,7 @@ def _put_all(
         selection.extend_to(device)
 
 
-# By a plan --------------------------------------------------------------------------------------
-
-
-def put_plan(
-    survey: Survey,
-    name: str,
-    planned: Plan,
-    wanted: Sequence[Carried],
-    *,
-    alone: bool = True,
-    last: Callable[[], None] = lambda: None,
-) -> None:
-    """Put a new adapter on with its first values, at the places that `places_of_plan` returned."""
-    spread = any(hasattr(tensor, "full_tensor") for tensor in survey.tensors)
-    copies: dict[Hashable, Mapping[str, Tensor]] = {}
-
-    def initial(place: Carried) -> Mapping[str, Tensor]:
-        if place.entry.spec is not None:
-            return started(place)
-        memory = memory_of(place.weight)
-        if memory not in copies:
-            copies[memory] = started(place)
-        return copies[memory]
-
-    def started(place: Carried) -> Mapping[str, Tensor]:
-        if spread:  # several processes start with the same values
-            return _first_values_alike(place)
-        return first_values(place.module, place.entry, place.weight)
-
-    put(survey, name, wanted, initial, planned.config.to_dict(), alone=alone, last=last)
-
-
-@torch.no_grad()
-def _first_values_alike(place: Carried) -> Mapping[str, Tensor]:
-    """Return the values that a new adapter starts with at a layer that FSDP2 has sharded.
-
-    Whole, and the same in every process: those of the first one. A collective operation.
-    """
-    weight: Any = place.weight
-    values = first_values(place.module, place.entry, whole(weight))
-    for axis in range(weight.device_mesh.ndim):
-        group = weight.device_mesh.get_group(axis)
-        source = torch.distributed.get_global_rank(group, 0)
-        for tensor in values.values():
-            torch.distributed.broadcast(tensor, source, group)
-    return values
-
-
-def places_of_plan(
-    survey: Survey, name: str, planned: Plan, present: Inventory, *, leave_new: bool
-) -> list[Carried]:
-    """Return where the sites and trained tensors of a plan go; everything can take them."""
-    for library in loaded_libraries():
-        for problem, remedy in library.against(survey, planned, leave_new=leave_new):
-            raise LayerError(f"inject {name!r}", problem, remedy)
-    named = {
-        key: trained.rows for trained in planned.trained for key in survey.names_of(trained.name)
-    }
-    if planned.config.train:
-        check_statistics(survey, planned.config.train, present)
-    return places(survey, name, planned.sites, named)
-
-
-# By a value -------------------------------------------------------------------------------------
+# A value -------------------------------------------------------------------------------------
 
 
 def put_state(
