@@ -105,10 +105,8 @@ class _Finder:
         top_k = _top_k(asked, max(numbers))
         if not is_known and not (routers and top_k):
             return None
-        experts = [c.name for c in itertools.chain(*holders.values())]
-        others = [c.name for c in _linear(self.inside.get(block, ()))]
-        shared = tuple(name for name in others if name not in {*experts, *routers})
-        return Mixture(block, max(numbers), top_k, tuple(experts), tuple(routers), shared)
+        experts = tuple(c.name for c in itertools.chain(*holders.values()))
+        return Mixture(block, max(numbers), top_k, experts)
 
     def _n_experts(self, name: str, experts: Sequence[Candidate]) -> int:
         stacked = [c.experts for c in experts if c.experts is not None]

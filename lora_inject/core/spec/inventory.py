@@ -80,8 +80,6 @@ class Mixture(NamedTuple):
     n_experts: int
     top_k: int | None  # to how many experts a token goes, where it is known
     experts: tuple[str, ...]  # names of the candidates that are experts, or stacks of them
-    routers: tuple[str, ...]  # names of what chooses
-    shared: tuple[str, ...]  # names of the other linear layers of the block
 
 
 @dataclass(frozen=True)

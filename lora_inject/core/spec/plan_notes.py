@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -79,12 +80,11 @@ def _on_experts(
     """Yield what a plan takes and leaves of experts, if words such as `all-linear` are rules."""
     words = WORDS.intersection(rule.match for rule in config.targets)
     if words:
-        taken = {site.name for site in sites}
-        yield from left_out(words, mixtures, taken)
-        alike: dict[tuple[int, int | None], list[Mixture]] = {}
-        for mixture in mixtures:
-            alike.setdefault((mixture.n_experts, mixture.top_k), []).append(mixture)
-        yield from (_on_blocks(some, taken) for some in alike.values())
+        yield from left_out(words, mixtures, {site.name for site in sites})
+        alike = Counter((mixture.n_experts, mixture.top_k) for mixture in mixtures)
+        for (n_experts, top_k), n in alike.items():
+            meets = f"{top_k:,} of them for each token" if top_k else "and it is not said how many"
+            yield f"{counted(n, 'block')} of {n_experts:,} experts, {meets}"
 
 
 def left_out(words: Collection[str], mixtures: Sequence[Mixture], sites: set[str]) -> Iterator[str]:
@@ -102,21 +102,3 @@ def _some(names: Iterable[str]) -> str:
     """Return names, those that differ in numbers joined, and no more than four."""
     shown = list(templates(names))
     return quoted(shown[:4]) + (", ..." if len(shown) > 4 else "")
-
-
-def _on_blocks(mixtures: Sequence[Mixture], sites: set[str]) -> str:
-    """Return the sentence about blocks with the same numbers of experts."""
-    n_experts, top_k = mixtures[0].n_experts, mixtures[0].top_k
-    meets = f", {top_k:,} of them for each token" if top_k else ", and it is not said how many"
-    text = f"{counted(len(mixtures), 'block')} of {n_experts:,} experts{meets}"
-    for what, names in (
-        ("router", [name for m in mixtures for name in m.routers]),
-        ("shared", [name for m in mixtures for name in m.shared]),
-    ):
-        for how, some in (
-            ("adapted", [name for name in names if name in sites]),
-            ("not adapted", [name for name in names if name not in sites]),
-        ):
-            if some:
-                text += f"; {what} {how}: {_some(some)}"
-    return text
