@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_inject.core.layers.survey import Carried, Survey, unwrapped
+from lora_inject.core.layers.survey import Survey, unwrapped
 from lora_inject.core.model.training import adapter_parameters, check_live_inputs
 from lora_inject.core.model.used import refuse_unused
 from lora_inject.core.roots.root import Injected, check_unmerged, entries, find_root, has_gradient
@@ -32,7 +32,6 @@ from lora_inject.integrations.trl import SENT_MERGED
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _ASKED = "train with AdapterCheckpoint"
-_N_WATCHED = 10  # steps in which a list of layers may be left out as a whole
 
 
 class AdapterCheckpoint:
@@ -43,8 +42,8 @@ class AdapterCheckpoint:
     - When the Trainer is made, half-written checkpoints in `args.output_dir` are renamed to
       `checkpoint-N.incomplete`.
     - Resuming does not warn that checkpoints of adapters lack the base.
-    - What the first step did not use, or got no gradient, is an error at once, and not when it is
-      saved. Lists of layers, all of which may be dropped at random, have ten steps.
+    - What the first step did not use, or got no gradient, is an error at once. Lists of layers, all
+      of which may be dropped at random, are asked when they are saved.
 
     Schedules, file names, rotation, best model and resuming are left to Trainer. PEFT and
     `load_adapter` can read each `checkpoint-N`, also of a model that is none of transformers'; of
@@ -84,8 +83,7 @@ class AdapterCheckpoint:
 
     def __init__(self, format: str = "peft", *, unused: Sequence[str] = ()) -> None:  # noqa: A002
         self.format, self.unused = format, unused
-        self._watched = 0  # steps, until all sites have got a gradient
-        self._reached: set[tuple[str, str]] = set()
+        self._started = False
 
     def __getattr__(self, event: str) -> Any:
         # Trainer calls every event of every callback, and its list of events grows.
@@ -154,22 +152,11 @@ class AdapterCheckpoint:
     ) -> None:
         """Refuse inert sites when the first gradients are there."""
         del args, state, control
-        if self._watched == _N_WATCHED:
-            return
-        survey, self._watched = Injected(model, _ASKED), self._watched + 1
-        last = self._watched == _N_WATCHED
-        each = [self._all_reached(survey, name, last) for name in survey.root.adapters]
-        if all(each):
-            self._watched = _N_WATCHED
-
-    def _all_reached(self, survey: Survey, name: str, last: bool) -> bool:
-        def changed(item: Carried) -> bool:
-            if has_gradient(item):
-                self._reached.add((name, item.name))
-            return (name, item.name) in self._reached
-
-        asked = f"train adapter {name!r}"
-        return refuse_unused(survey, name, changed, self.unused, asked, lists=last)
+        if not self._started:
+            self._started, survey = True, Injected(model, _ASKED)
+            for name in survey.root.adapters:
+                asked = f"train adapter {name!r}"
+                refuse_unused(survey, name, has_gradient, self.unused, asked, lists=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Log at each save, so that the losses since the last log are not lost."""

@@ -132,7 +132,7 @@ def refuse_unused(
     asked: str,
     *,
     lists: bool = True,
-) -> bool:
+) -> None:
     """Raise if an adapter was trained, and a site of it neither changed nor takes part in training.
 
     1. A site takes part if a forward has used it and, where others have gradients, it has one too.
@@ -143,9 +143,7 @@ def refuse_unused(
     4. `unused` are patterns of sites that may stay without use.
     5. Where there is neither a forward nor a gradient, or nothing has changed, values were only
        set, and nothing is said of use.
-
-    Returns:
-        Whether nothing is missing, which without `lists` may be members of lists.
+    6. Without `lists` nothing is said of members of lists.
     """
     items = [*entries(survey, name)]
     names = [item.name for item in items]
@@ -158,20 +156,18 @@ def refuse_unused(
         took_part(item) and (has_gradient(item) or shares or not by_gradients) for item in items
     ]
     if all(full) or not (by_gradients or any(map(took_part, items))):
-        return True
+        return
     groups = [_in_any_member(survey, each) for each in names]
     used = {group for group, is_full in zip(groups, full, strict=True) if is_full}
     reached = {group for item, group in zip(items, groups, strict=True) if changed(item)}
     absent = [
-        (item, group)
+        item
         for item, group in zip(items, groups, strict=True)
         if group not in used | reached and item.name not in allowed and trains(item)
+        if lists or "*" not in group
     ]
-    if not reached or not absent:
-        return True
-    if refused := [item for item, group in absent if lists or "*" not in group]:
-        raise _unused_error(refused, asked)
-    return False
+    if reached and absent:
+        raise _unused_error(absent, asked)
 
 
 def _unused_error(items: Iterable[Carried], asked: str) -> StateError:
