@@ -20,7 +20,6 @@ from lora_inject.core.layers.weight_kinds import (
     derives_from,
     is_quantized,
 )
-from lora_inject.errors import LayerError
 from lora_inject.private import look_up, needed
 from lora_inject.quantized.plain_layers import (
     Layer,
@@ -214,11 +213,10 @@ class CompressedTensors(Library):
 # ---------------------------------------------------------------------- gptqmodel: GPTQ and AWQ
 
 
-class Kernel(LayerKind):
+class Kernel(WeightKind):
     """Whatever class of gptqmodel's family transformers loads: no nn.Linear, codes in buffers.
 
-    Each kernel packs in its own way, so the values are measured by what a layer makes of unit
-    vectors.
+    Each kernel packs in its own way, and the files in one: they are unpacked on disk.
     """
 
     def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
@@ -230,47 +228,16 @@ class Kernel(LayerKind):
         ours = derives_from(cls, "gptqmodel.nn_modules.qlinear", "BaseQuantLinear")
         return "qweight" if ours else None
 
-    def dense(self, module: nn.Module, weight: Tensor) -> Tensor:
-        """Return what the layer makes of unit vectors, `(out, in)`.
-
-        That is exact: each output is a sum of one value and zeros.
-        """
-        layer: Any = module
-        scales, buffers = getattr(layer, "scales", None), layer._buffers
-        dtype = scales.dtype if isinstance(scales, Tensor) else torch.float16
-        bias = buffers.get("bias")
-        if bias is not None:
-            buffers["bias"] = torch.zeros_like(bias)
-        try:
-            return _measured(layer, dtype)
-        finally:
-            if bias is not None:
-                buffers["bias"] = bias
-
     def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
-        """Return why a kernel does not train, or has no norms."""
+        """Return why a kernel does not train, or has no values."""
         name = plain_class(type(module)).__name__
         if verb == "train" and not _trains(plain_class(type(module))):
             remedy = 'Load the base with a kernel that trains (backend="auto_trainable")'
             return Reason(f"{name} is a kernel for inference", remedy)
-        if verb == "norms":
-            return Reason(f"each forward would have to measure the values of a {name}")
+        if verb in OF_VALUES:
+            remedy = "Merge on disk, lora-inject merge --dequantize, or onto the base in 16 bits"
+            return Reason(f"a {name} of gptqmodel is not unpacked in memory", remedy)
         return super().why_not(verb, module, weight)
-
-
-def _measured(layer: Any, dtype: torch.dtype) -> Tensor:
-    """Return the values of a layer that now has no bias."""
-    plain: Any = plain_class(type(layer))
-    columns, n = list[Tensor](), layer.in_features
-    for start in range(0, n, 1024):
-        size = min(1024, n - start)  # and a row of zeros
-        rows = torch.zeros(size + 1, n, dtype=dtype, device=layer.qweight.device)
-        rows[:size, start : start + size].fill_diagonal_(1)
-        columns.append(plain.forward(layer, rows))
-    if any(rows[-1].any() for rows in columns):
-        asked, problem = f"dequantizing a {type(layer).__name__}", "it makes no zero of zero"
-        raise LayerError(asked, problem, Reason(problem).remedy)
-    return torch.cat([rows[:-1] for rows in columns]).t()
 
 
 def _trains(kernel: Any) -> bool:

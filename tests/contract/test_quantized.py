@@ -129,7 +129,7 @@ FORMATS: dict[str, Callable[[Any], nn.Module]] = {
 }
 PACKED = [form for form in FORMATS if form != "compressed-tensors"]  # which unpacks its weights
 BITSANDBYTES = [form for form in FORMATS if form.startswith("bitsandbytes")]
-DENSE = [form for form in FORMATS if form.startswith(("torchao", "bitsandbytes", "hqq", "gptq"))]
+DENSE = [form for form in FORMATS if form.startswith(("torchao", "bitsandbytes", "hqq"))]
 SENT = ["quanto int8", *DENSE]
 every = pytest.mark.parametrize("form", FORMATS)
 packed = pytest.mark.parametrize("form", PACKED)
@@ -228,7 +228,7 @@ def test_an_evaluation_changes_no_gradient_of_later_training(form: str, when: st
         assert (grad - due).norm() < 0.01 * due.norm()
 
 
-@pytest.mark.parametrize("form", [form for form in SENT if form != "gptq"])
+@pytest.mark.parametrize("form", SENT)
 def test_dora_is_that_over_the_dequantized_layer(form: str, tmp_path: Path) -> None:
     net, x = build(form)
     W, base, b = measured(net[0]), net[0](x), net[0].bias.detach().double()
@@ -448,18 +448,6 @@ def test_a_kernel_for_inference_lets_no_adapter_train_and_gives_no_norms() -> No
         li.inject(trained, config("0", variant="dora"))
     fill(li.inject(trained, config("0")))
     li.install(net, li.adapter_state(trained), base="any")  # to serve
-
-
-def test_a_packed_layer_that_is_not_linear_is_not_dequantized() -> None:
-    class Prepacked(TorchLinear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + 1  # a bias of its own
-
-    net = fill(li.inject(replaced(Prepacked, plain_net()), config("0")))
-    kept = held(net)
-    with refused(li.LayerError, "Prepacked"):
-        li.merge(net, dequantize="float32")
-    assert held(net) == kept
 
 
 class TwoProducts(nn.Module):
