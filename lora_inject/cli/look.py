@@ -76,11 +76,11 @@ def _inventory_of(path: Path) -> Inventory:
     A `config.json` is enough to build the model on the meta device, where every kind of layer is
     known.
     """
-    if not path.exists():
-        asked = f"plan on '{path}'"
-        raise CheckpointError(asked, "there is no such file or folder", "Check the path")
     folder = path if path.is_dir() else path.parent
     name = path.name if path.suffix == ".json" else "config.json"
+    if not (folder / name).exists():
+        problem, remedy = f"there is no {name}", "Give the folder of a model of transformers"
+        raise CheckpointError(f"plan on '{path}'", problem, remedy)
     remedy = "load the model and call lora_inject.plan(model, config)"
     model = meta_model(read_config(folder, name), f"build the model of '{path}'", remedy)
     note(f"planned on {type(model).__name__}, built from its config.json")

@@ -352,7 +352,7 @@ def test_what_is_lost_is_said_of_what_was_written_only(run: Any, tmp_path: Path)
 # Exit codes: what is refused is 1, wrong usage is 2; nothing is written ---------------------------
 
 EXITS = """
-plan {files}/lora.yaml {files}/empty => 1 .safetensors
+plan {files}/lora.yaml {files}/empty => 1 config.json
 plan {files}/lora.yaml {files}/broken => 1 JSON
 plan {files}/lora.yaml {files}/unknown => 1 no_such_model
 plan {files}/typo.yaml {base} => 1 typo.yaml:1:1 (rnak)
