@@ -120,13 +120,12 @@ def profile(
     length: Annotated[int, Option(min=2, help="Tokens of a row, at most.")] = 512,
     device: Device = "cpu",
 ) -> None:
-    """Each row runs alone, so no padding is counted. Prints a line of bars for each stack."""
+    """Each row runs alone, so no padding is counted."""
     rows = rows_of.rows_of_file(data)
     base, tokenizer = rows_of.loaded_model(options.model_folder(model), device)
     tokens = rows_of.encoded(tokenizer, rows, length, data)
     inputs = ({"input_ids": torch.tensor([ids], device=device)} for ids, _ in tokens)
     counts = profile_experts(base, inputs)
-    say(counts.picture())
     for share in SHARES:
         covered = 100 * counts.covered(share)
         say(f"top: {share:g} of each stack gets {covered:.0f} % of the choices")

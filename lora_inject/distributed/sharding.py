@@ -45,13 +45,6 @@ class Sharding(Library):
         """Return whether torch.distributed moves a parameter."""
         return _group_was_made() and is_moved(module, param, held)
 
-    def gathering(self) -> tuple[str, ...]:
-        """Return the contexts in which a process holds whole tensors."""
-        return (
-            "FullyShardedDataParallel.summon_full_params(model)",
-            "deepspeed.zero.GatheredParameters(list(model.parameters()))",
-        )
-
     def before_attach(self, survey: Survey, asked: str) -> None:
         """Refuse a model that is spread over processes, but by FSDP2."""
         if fsdp2_modules(survey):

@@ -145,10 +145,6 @@ class ThinProduct:
         """`(out, in)`."""
         return self.left.shape[0], self.right.shape[1]
 
-    def dense(self) -> Tensor:
-        """Form the matrix, `(out, in)` in float64: for tests and for small matrices."""
-        return self.left @ self.right
-
     def square(self) -> float:
         """Return the sum of squares, by products of k by k; NaN where a value is not finite."""
         square = inner((self.left, self.right), (self.left, self.right))

@@ -104,10 +104,6 @@ class Library:
 
     # Questions of one verb each ------------------------------------------------------------------
 
-    def gathering(self) -> tuple[str, ...]:
-        """Return the contexts in which a process holds whole tensors."""
-        return ()
-
     def writes_here(self, survey: Survey) -> bool:
         """Return whether this process writes a model's files: one of several with shards."""
         return True

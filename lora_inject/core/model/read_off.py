@@ -100,8 +100,8 @@ def read_off(
 
 def _of_shard(name: str, what: str) -> StateError:
     """Return the error of an adapter of which this process holds a shard."""
-    contexts = [context for library in loaded_libraries() for context in library.gathering()]
-    remedy = f"Call it within {' or '.join(contexts) or 'a context that gathers whole tensors'}"
+    remedy = "Call it within FullyShardedDataParallel.summon_full_params(model) or "
+    remedy += "deepspeed.zero.GatheredParameters(list(model.parameters()))"
     problem = f"{what}: this process holds a shard of it"
     return StateError(f"adapter_state of {name!r}", problem, remedy)
 

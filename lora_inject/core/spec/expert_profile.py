@@ -19,7 +19,6 @@ from lora_inject.core.spec.names import quoted
 from lora_inject.core.spec.reading import YamlModel
 from lora_inject.errors import MatchError, user_path
 
-_BARS = " ▁▂▃▄▅▆▇█"
 _Count = Annotated[int, Field(ge=0)]
 
 
@@ -71,16 +70,6 @@ class ExpertProfile(YamlModel):
             best += sum(most[: _n_of(share, len(most))])
             total += sum(most)
         return best / total if total else 0.0
-
-    def picture(self) -> str:
-        """Return a line of bars for each stack, an expert's bar as high as it is chosen."""
-        width = max(map(len, self.experts))
-        lines = []
-        for name, counts in self.experts.items():
-            most = max(counts) or 1
-            bars = "".join(_BARS[math.ceil(8 * count / most)] for count in counts)
-            lines.append(f"{name:{width}}  {bars}")
-        return "\n".join(lines)
 
     def write(self, path: str | PathLike[str]) -> Path:
         """Write the profile as a YAML file that `only:` reads."""
