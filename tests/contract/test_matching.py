@@ -220,15 +220,6 @@ def test_a_refusal_names_the_rule_what_was_found_and_what_to_write(config, named
         li.plan(tower, li.Config.from_text(config))
 
 
-def test_a_pattern_for_stacked_experts_is_told_the_names_of_single_ones() -> None:
-    names = [f"h.{i}.mlp.experts.{e}.{w}" for i in "01" for e in "01" for w in ("w1", "w2")]
-    model = tree({name: linear() for name in names})
-    with refused(li.MatchError, "experts are modules") as raised:
-        li.plan(model, {"targets": [r"h\.\d+\.mlp\.experts\.(gate_up|down)_proj"]})
-    pattern = raised.value.remedy.partition("Match those: ")[2].rstrip(".")
-    assert li.plan(model, {"targets": [pattern]}).n_sites == len(names)
-
-
 # Stacked parameters; what their axes mean is computed in the table of kinds
 
 

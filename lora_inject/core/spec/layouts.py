@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable
 from typing import Any
 
 from lora_inject.core.spec.config import Axes, Rule, slice_names
@@ -95,9 +93,6 @@ def sliced(candidate: Candidate, shape: Geometry, rule: Rule, asked: str) -> Sli
 
 # ----------------------------------------------------------------------------------------- experts
 
-_STACKED = re.compile(r"experts\\?\.[a-z(]")  # a pattern for a tensor that holds all experts
-_IN_EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.(\w+)$")
-
 
 def rank_of_each(candidate: Candidate, together: int, asked: str) -> int:
     """Return the rank of an expert, where those that a token goes to have one together.
@@ -144,21 +139,8 @@ def part_of_stack(candidate: Candidate, rule: Rule, asked: str) -> dict[str, Any
     return {"only": rule.only and tuple(sorted(rule.only)), "share": rule.share or ""}
 
 
-def why_no_stack(pattern: str, names: Iterable[str]) -> tuple[str, str] | None:
-    """Return why a pattern for stacked experts matches none, and what to do; None if it has none.
-
-    Models of transformers 4 have a module for each expert.
-    """
-    inside = [match[1] for match in map(_IN_EXPERT.search, names) if match]
-    if not inside or not _STACKED.search(pattern):
-        return None
-    parts = "|".join(dict.fromkeys(inside))
-    problem = "experts are modules here, each of its own, as in transformers 4"
-    return problem, rf"Match those: experts\.\d+\.({parts})"
-
-
 def why_no_experts(inventory: Inventory) -> tuple[str, str]:
-    """Return what was problem, and what to do, where `all-experts` means nothing."""
+    """Return what was found, and what to do, where `all-experts` means nothing."""
     stacks = [c.name for c in inventory.candidates if c.experts is not None]
     there = f"; it has {quoted([*templates(stacks)][:3])}" if stacks else ""
     problem = f"the model has no experts that a router chooses among{there}"

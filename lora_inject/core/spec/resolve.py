@@ -30,7 +30,6 @@ from lora_inject.core.spec.layouts import (
     rank_of_each,
     sliced,
     why_no_experts,
-    why_no_stack,
 )
 from lora_inject.core.spec.names import (
     Below,
@@ -288,8 +287,6 @@ def _no_match(
         problem = f"matches only buffers: {quoted(buffers[:3])}"
         return MatchError(asked, problem, "Name a module or a parameter; buffers do not train")
     problem = f"matched none of {len(pools[-1]):,} names"
-    if "experts" in pattern and (hint := why_no_stack(pattern, pools[0])):
-        return MatchError(asked, f"{problem}; {hint[0]}", hint[1])
     for pool in pools:
         if near := nearest(pattern, pool):
             return MatchError(asked, problem, f"Nearest: {quoted(near)}")
