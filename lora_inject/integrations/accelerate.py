@@ -6,12 +6,12 @@ A hook keeps the forward of before as `_old_forward` and calls it; who removes t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 from torch import nn
 
 from lora_inject.core.layers.library import Library
+from lora_inject.core.layers.swap import OLD_FORWARD
 
 _HOOK = "_hf_hook"
 
@@ -21,17 +21,9 @@ class Accelerate(Library):
 
     modules = ("accelerate.hooks",)
 
-    def kept(self, module: nn.Module) -> Any:
-        """Return the forward that a hook on a module calls."""
-        return module.__dict__.get("_old_forward")
-
-    def keep(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        """Let the hook on a module call a forward."""
-        module.__dict__["_old_forward"] = forward
-
     def calls_class(self, module: nn.Module) -> bool:
         """Return whether a hook is on it: what it keeps is pointed at the class."""
-        return "_old_forward" in module.__dict__
+        return OLD_FORWARD in module.__dict__
 
     def offloads(self, module: nn.Module) -> bool:
         """Return whether one of the module's hooks offloads."""

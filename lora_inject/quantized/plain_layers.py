@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.attached import attached_to
-from lora_inject.core.layers.library import keepers
 from lora_inject.core.layers.survey import base_parameters
-from lora_inject.core.layers.swap import become, own_class
+from lora_inject.core.layers.swap import OLD_FORWARD, become, own_class
 from lora_inject.core.layers.weight_kinds import Reason, Undo, Verb, WeightKind, in_dtype
 
 # Attributes that others leave on a layer, whatever its class: hooks, adapters.
-_KEPT = ("forward", "_lora", "_hf_", "_old_forward", "_is_")
+_KEPT = ("forward", "_lora", "_hf_", OLD_FORWARD, "_is_")
 
 
 @dataclass
@@ -138,9 +137,8 @@ def _change_plain_class(module: nn.Module, plain: type[nn.Module]) -> None:
     before: Any = plain_class(type(module))
     attached = attached_to(module)
     bound = MethodType(plain.forward, module)
-    for keeper in keepers(module):
-        if getattr(keeper.kept(module), "__func__", None) is before.forward:
-            keeper.keep(module, bound)
+    if getattr(module.__dict__.get(OLD_FORWARD), "__func__", None) is before.forward:
+        module.__dict__[OLD_FORWARD] = bound
     if attached is None:
         module.__class__ = plain
         return

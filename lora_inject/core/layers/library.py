@@ -7,7 +7,7 @@ What is known of a library is a subclass of `Library` in a file named after it, 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cache
 from typing import Any, ClassVar
 
@@ -47,12 +47,6 @@ class Library:
         return any(module in sys.modules for module in self.modules)
 
     # Forwards that it puts onto instances --------------------------------------------------------
-
-    def kept(self, module: nn.Module) -> Any:
-        """Return the forward of before, which the library's forward on an instance calls."""
-
-    def keep(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        """Let the library's forward on an instance call another one."""
 
     def calls_class(self, module: nn.Module) -> bool:
         """Return whether the forward on an instance is the library's and calls the class's."""
@@ -149,11 +143,6 @@ def loaded_libraries() -> list[Library]:
 def this_process_writes(survey: Survey) -> bool:
     """Return whether this process writes a model's files: one of several with shards."""
     return all(library.writes_here(survey) for library in loaded_libraries())
-
-
-def keepers(module: nn.Module) -> list[Library]:
-    """Return the libraries that keep a forward of a module from before theirs."""
-    return [library for library in loaded_libraries() if library.kept(module) is not None]
 
 
 def has_own_forward(module: nn.Module) -> bool:

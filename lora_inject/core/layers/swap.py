@@ -21,7 +21,6 @@ from lora_inject.core.layers.adapted import (
     with_base,
 )
 from lora_inject.core.layers.attached import Attached, attached_to
-from lora_inject.core.layers.library import keepers
 from lora_inject.core.layers.selection import Selection
 from lora_inject.core.layers.weight_kinds import is_quantized
 
@@ -93,21 +92,24 @@ def own_class(cls: type) -> Any:
 # ------------------------------------------------------------------- forwards that hooks have saved
 
 
+OLD_FORWARD = "_old_forward"
+"""Where accelerate's hooks keep the forward of before, which they call."""
+
+
 def _rebind_hooked_forward(module: nn.Module, attached: Attached, ours: Any) -> None:
     """Point the forward that a hook has saved at the swapped class, which it would bypass."""
-    for keeper in keepers(module):
-        kept = keeper.kept(module)
+    kept = module.__dict__.get(OLD_FORWARD)
+    if kept is not None:
         if attached.old_forward is None and not _is_ours(kept, ours):
             attached.old_forward = kept
-        keeper.keep(module, types.MethodType(type(module).forward, module))
+        module.__dict__[OLD_FORWARD] = types.MethodType(type(module).forward, module)
 
 
 def _give_forward_back(module: nn.Module, attached: Attached, ours: Any, plain: Any) -> None:
     """Let what has saved our forward call that of the plain class, or what it had saved before."""
-    for keeper in keepers(module):
-        if _is_ours(keeper.kept(module), ours):  # of a hook that came later
-            bound = types.MethodType(plain.forward, module)
-            keeper.keep(module, attached.old_forward or bound)
+    if _is_ours(module.__dict__.get(OLD_FORWARD), ours):  # of a hook that came later
+        bound = types.MethodType(plain.forward, module)
+        module.__dict__[OLD_FORWARD] = attached.old_forward or bound
     if _is_ours(module.__dict__.get("forward"), ours):
         # A hook that was removed meanwhile has put our forward back, onto the instance.
         del module.__dict__["forward"]
