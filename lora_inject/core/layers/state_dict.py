@@ -156,7 +156,8 @@ def taking(
     with keeping(attached, replaces=True):
         yield
     started = {entry.mark for entry in unstarted if start_loaded(module, entry, given)}
-    attached.garbage -= started
+    if attached.garbage:
+        attached.garbage -= started
     unexpected_keys[:] = [key for key in unexpected_keys if key != prefix + FORMS]
     loading = _loading(attached.selection, missing_keys)
     for entry in attached.entries():

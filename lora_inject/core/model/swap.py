@@ -123,7 +123,8 @@ def _write(survey: Injected, name: str, into: Sequence[Tensor], values: Sequence
         with torch.no_grad():
             torch._foreach_copy_([*into], alike)
     for _, _, attached in adapted_modules(survey):
-        attached.garbage -= {entry.mark for entry in attached.entries(name)}
+        if attached.garbage:  # a new attribute would have a compiled graph made again
+            attached.garbage -= {entry.mark for entry in attached.entries(name)}
 
 
 def _paired(slot: AdapterState, state: AdapterState, asked: str) -> Iterator[tuple[Tensor, Tensor]]:
