@@ -105,7 +105,7 @@ def test_a_full_disk_is_told_and_leaves_the_old_one(writer: Writer, tmp_path: Pa
     writer.write(OLD, path)
     for target in (path, tmp_path / f"new {path.name}"):
         for n_bytes in writer.full:
-            with full_disk(n_bytes), refused(writer.error):
+            with full_disk(n_bytes), refused(writer.error, str(target)):
                 writer.write(NEW, target)
     assert content(path) == writer.due["old"]
     assert visible(tmp_path) == [path.name]
