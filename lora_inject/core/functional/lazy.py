@@ -152,7 +152,7 @@ class Read:
         dtype = None if float32 or _is_autocast(base) else base.dtype
         if dtype not in self._matrices:
             cut = [
-                (cast_stack(left, dtype).unbind(), cast_stack(right, dtype).unbind(), s)
+                (_cut(cast_stack(left, dtype)), _cut(cast_stack(right, dtype)), s)
                 for left, right, s in terms
             ]
             self._matrices[dtype] = [
@@ -330,6 +330,29 @@ class _Deferred(torch.autograd.Function):
             out = read.formed()
         g = g.to_dense() if g.is_sparse else g  # of a lookup that asks for it
         return None, *differentiate(out, read.leaves, ctx.needs_input_grad[1:], g, again=again)
+
+
+def _cut(stack: Tensor) -> tuple[Tensor, ...]:
+    matrices: tuple[Tensor, ...] = _Cut.apply(stack)  # type: ignore[no-untyped-call]
+    return matrices
+
+
+class _Cut(torch.autograd.Function):
+    """`stack.unbind()`; its backward makes one zero tensor for all matrices that were not used.
+
+    Of 128 experts a batch may use eight: torch's own would launch 120 zeros for each factor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, stack: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return stack.detach().unbind()
+
+    @staticmethod
+    def backward(_: Any, *grads: Tensor | None) -> Tensor:
+        some = next(g for g in grads if g is not None)
+        zero = some.new_zeros(()).expand_as(some)
+        return torch.stack([zero if g is None else g for g in grads])
 
 
 # --------------------------------------------------------------------------------------- products
