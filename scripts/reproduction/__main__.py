@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.stages or STAGES:
             tables, told = STAGES[name](lab)
             claims += told
-            print(f"\n## {name}\n", *tables, sep="\n\n", flush=True)
+            if tables:
+                print(f"\n## {name}\n", *tables, sep="\n\n", flush=True)
     except KeyboardInterrupt:
         print("stopped; what is finished is kept, and the same command goes on from there")
         return 130

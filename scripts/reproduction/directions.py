@@ -37,16 +37,13 @@ def directions(lab: Lab) -> tuple[list[str], list[Claim]]:
     settings = lab.settings(*SHARED, "n_test", "seeds")
     phi = lab.run("directions/similarity", settings, lambda: similarities(lab))
     seven = lab.run("directions/amplification", settings, lambda: amplifications(lab))
-    places = ("first", "chance_first", "first_in_8", "chance_first_in_8", "all", "chance_all")
-    grids = [(name, *(f"{p[place]:.3f}" for place in places)) for name, p in phi.items()]
     rows = [
         (f"r = {key.replace(' ', ', ')}", *(f"{row[f]:.2f}" for f in FIELDS))
         for key, row in seven.items()
     ]
     rows += [(f"GPT-3, r = {rank} (paper)", *map(str, row)) for rank, row in TABLE_7.items()]
-    head = ("", "phi(1, 1)", "chance", "phi(1, 8)", "chance", "phi of all", "chance")
     seventh = ("", "delta's", "W's own", "random", "norm of W", "norm of delta", "factor")
-    return [table(head, grids), table(seventh, rows)], claims_of(phi, seven)
+    return [table(seventh, rows)], claims_of(phi, seven)
 
 
 def blocks(lab: Lab, name: str, seed: int) -> dict[str, Any]:
@@ -56,7 +53,7 @@ def blocks(lab: Lab, name: str, seed: int) -> dict[str, Any]:
 
 
 def similarities(lab: Lab) -> Result:
-    """phi at a few places, mean over sites and pairs of seeds; the baseline is chance."""
+    """phi(1, 1) and that of all, means over sites and pairs of seeds; the baseline is chance."""
     found: Result = {}
     for title, one, other in (("ranks", SMALL, LARGE), ("seeds", LARGE, LARGE)):
         for kind, name in KINDS.items():
@@ -73,7 +70,7 @@ def similarities(lab: Lab) -> Result:
                         )
                     )
             last = min(grids[0].shape) - 1
-            places = {"first": (0, 0), "first_in_8": (0, 7), "all": (last, last)}
+            places = {"first": (0, 0), "all": (last, last)}
             found[f"{title} {kind}"] = {
                 key: statistics.mean(grid[place].item() for grid in grids)
                 for key, place in places.items()
