@@ -58,6 +58,7 @@ def writer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     base, peace = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("peace")
     layout, tensors = request.param, {"h.0.fc.weight": torch.ones(7, 5), "norm": torch.ones(900)}
     save_checkpoint(base, tensors, shards=2)
+    (base / "tokenizer.json").write_text("{}")
     how = {"error": li.FormatError, "full": (200,), "place": PLACES.get(layout, "out")}
     run: Any = partial(write, layout=layout)
     if layout == "merge":
