@@ -9,7 +9,6 @@ make anybody run code.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -307,9 +306,3 @@ def _changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
         if new is not None or key not in changes:
             edited[key] = new
     return edited
-
-
-def edit_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes:
-    """Return the bytes of `config.json` with some values changed; see `changed_config`."""
-    edited = changed_config(config, changes)
-    return (json.dumps(edited, indent=2, ensure_ascii=False) + "\n").encode()

@@ -25,7 +25,7 @@ from lora_inject.checkpoint.base_class import UNTIED, BaseClass
 from lora_inject.checkpoint.index import (
     QUANTIZED_FILES,
     Checkpoint,
-    edit_config,
+    changed_config,
     find_side_files,
     resolve_inside,
 )
@@ -91,7 +91,7 @@ class MergePlan:
         if base.index_name is not None and self.index is not None:
             files[base.index_name] = self.index
         if base.config and self.config_changes:
-            files["config.json"] = edit_config(base.config, self.config_changes)
+            files["config.json"] = _json(changed_config(base.config, self.config_changes))
         return files
 
     @property
@@ -237,7 +237,11 @@ def _new_index(checkpoint: Checkpoint, shards: Sequence[OutputShard]) -> bytes |
         metadata["total_parameters"] = sum(entry.n_elements for entry in wide)
     weight_map = {name: files[name] for name in (*order, *files)}
     index = {**checkpoint.index, "weight_map": weight_map, "metadata": metadata}
-    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+    return _json(index)
+
+
+def _json(table: Mapping[str, Any]) -> bytes:
+    return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 # What follows from the updates ------------------------------------------------------------------
