@@ -162,7 +162,7 @@ def into_graph(selected: Selected, devices: Iterable[torch.device]) -> None:
     """Give a `Selected` the form that graphs read."""
     if isinstance(selected, Mix):
         selected.in_graph = ChosenMix(selected, devices)
-    elif type(selected) is Rows and not selected.packed and not selected.are_mixed:
+    elif type(selected) is Rows and not selected.are_mixed:
         selected.in_graph = ChosenRows(selected, devices)
     else:
         selected.in_graph = selected

@@ -73,20 +73,12 @@ class Rows(Selected):
     Args:
         rows: The adapters.
         repeat: How many consecutive rows of an input share one of them (beams).
-        packed: Whether these are the tokens of one row `(1, tokens, ...)`.
     """
 
     asked = "routed()"
 
-    def __init__(
-        self,
-        rows: Sequence[str | Mapping[str, float] | None],
-        repeat: int = 1,
-        *,
-        packed: bool = False,
-    ) -> None:
-        self.rows = tuple(map(row_of, rows))
-        self.repeat, self.packed = repeat, packed
+    def __init__(self, rows: Sequence[str | Mapping[str, float] | None], repeat: int = 1) -> None:
+        self.rows, self.repeat = tuple(map(row_of, rows)), repeat
         self.names = dict.fromkeys((name for row in self.rows for name, _ in row), 1.0)
         self.seen = Seen(self)
         self.mixes = {row: Mix(dict(row)) for row in dict.fromkeys(self.rows)}
@@ -104,7 +96,7 @@ class Rows(Selected):
     def forward(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a layer with the adapter of each row."""
         if torch.compiler.is_compiling():  # dynamo cannot raise our exception: it shows the text
-            raise RuntimeError("Mixes, and ranges of tokens, cannot be routed in a graph.")
+            raise RuntimeError("Mixes cannot be routed in a graph.")
         taking = self.taking(layer)
         if not taking.entries:
             return layer._lora_mixed(_BASE, args, kwargs)
@@ -150,41 +142,36 @@ class Rows(Selected):
             known = self._taking[attached] = Taking(entries, each, adds)
         return known
 
-    def place_of_rows(self, layer: Any, x: Tensor) -> tuple[int, int] | None:
-        """Return the axis of an input that is the rows, and its length; None if it has none."""
+    def number_of_rows(self, layer: Any, x: Tensor) -> int | None:
+        """Return how long the first axis of an input is; None if that is not the rows."""
         n, length = len(self.rows), x.shape[0] if x.dim() else 0
-        if self.packed and x.dim() > 1 and x.shape[:2] == (1, n) and n not in x.shape[2:-1]:
-            return 1, n
         if length in (n, n * self.repeat):
             refuse_ambiguous(layer, x, n, self.repeat)
-            return 0, length
-        if length and length % n == 0 and self.seen.are_positions(layer, length // n):
-            return 0, length
-        return None
+            return length
+        fits = length and length % n == 0 and self.seen.are_positions(layer, length // n)
+        return length if fits else None
 
-    def rows_first(self, layer: Any, x: Tensor) -> tuple[int, int] | None:
+    def rows_first(self, layer: Any, x: Tensor) -> int | None:
         """Return the same of an input whose rows can be told; None if the batch must run apart.
 
         Raises:
             LayerError: It must, and the module that the batch was given to is not known.
         """
-        place = self.place_of_rows(layer, x)
-        if place is None:
+        count = self.number_of_rows(layer, x)
+        if count is None:
             self.seen.cannot(layer, self.misfit(layer, x))
             return None
-        return place if self.seen.asks(layer, x, place) else None
+        return count if self.seen.asks(layer, x) else None
 
     def misfit(self, layer: Any, *values: Any) -> LayerError:
         """Return what to say of what a layer gets or returns, where the rows cannot be told."""
         multiple = f", nor {self.repeat} times that" if self.repeat > 1 else ""
-        kind = "tokens" if self.packed else "rows"
         shown = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in values]
         return LayerError(
-            f"{self.asked} with {len(self.rows):,} {kind}",
+            f"{self.asked} with {len(self.rows):,} rows",
             f"a {type(layer).__name__} got an input of shape {', '.join(map(str, shown))}, whose "
-            f"first dimension is not the number of {kind}{multiple}",
-            "Give one adapter for each row of the batch; for beams use repeat=n, for sequences "
-            "that are packed into one row tokens=[...], the length of each",
+            f"first dimension is not the number of rows{multiple}",
+            "Give one adapter for each row of the batch; for beams use repeat=n",
         )
 
     # ------------------------------------------------------------------------------------ two ways
@@ -197,15 +184,15 @@ class Rows(Selected):
         if x.is_nested:
             problem = f"a {type(layer).__name__} got a nested tensor"
             raise LayerError(self.asked, problem, "Pad the batch, or run each adapter's rows alone")
-        place = self.rows_first(layer, x)
-        if place is None:
+        count = self.rows_first(layer, x)
+        if count is None:
             plain: Tensor = layer._lora_without_updates(args, kwargs)
             return plain
         held, training = held_by(layer), self.drops(layer)
         adapters = [factors_of(each, held, training=training) for each in taking.each.values()]
         x, adapters = self.dropped(layer, x, taking, adapters)
         y: Tensor = layer._lora_without_updates(args, kwargs)
-        blocks, in_order = self.blocks(tuple(taking.each), place[1], x.device)
+        blocks, in_order = self.blocks(tuple(taking.each), count, x.device)
         float32 = layer._lora.float32
         return routed_update(y, x, blocks, adapters, float32=float32, in_order=in_order)
 
@@ -220,17 +207,17 @@ class Rows(Selected):
         """Run a layer once for each adapter, on the rows of that adapter."""
         given, form = tree_flatten((args, kwargs))
         tensors = [t for t in given if isinstance(t, Tensor)]
-        places = {self.place_of_rows(layer, t) for t in tensors}
-        if len(places) != 1 or None in places:
-            wrong = [t for t in tensors if self.place_of_rows(layer, t) is None]
+        counts = {self.number_of_rows(layer, t) for t in tensors}
+        if len(counts) != 1 or None in counts:
+            wrong = [t for t in tensors if self.number_of_rows(layer, t) is None]
             self.seen.cannot(layer, self.misfit(layer, *(wrong or given)))
             return self.run(layer, _BASE, args, kwargs)
-        if (place := self.rows_first(layer, tensors[0])) is None:
+        if (count := self.rows_first(layer, tensors[0])) is None:
             return self.run(layer, _BASE, args, kwargs)
-        (axis, count), outputs, form_out = place, [], form
+        outputs, form_out = [], form
         each, order = self.index(count, tensors[0].device)
         for mix, index in each:
-            part = [t.index_select(axis, index) if isinstance(t, Tensor) else t for t in given]
+            part = [t.index_select(0, index) if isinstance(t, Tensor) else t for t in given]
             run_args, run_kwargs = tree_unflatten(part, form)
             try:
                 out = self.run(layer, self.alone(mix, len(index)), run_args, run_kwargs)
@@ -239,7 +226,7 @@ class Rows(Selected):
             except RuntimeError:  # of shapes: what the layer takes has no rows
                 out = ()
             leaves, form_out = tree_flatten(out)
-            split = [_by_row(t, axis, len(index)) for t in leaves]
+            split = [_by_row(t, len(index)) for t in leaves]
             mixed = any(
                 t is None and leaf is not None for t, leaf in zip(split, leaves, strict=True)
             )
@@ -249,7 +236,7 @@ class Rows(Selected):
             outputs.append(split)
         whole = [
             None if column[0] is None
-            else torch.cat(column, axis).index_select(axis, order).flatten(axis, axis + 1)
+            else torch.cat(column).index_select(0, order).flatten(0, 1)
             for column in zip(*outputs, strict=True)
         ]  # fmt: skip
         return tree_unflatten(whole, form_out)
@@ -306,11 +293,11 @@ def _recipes(attached: Any, row: Row) -> list[Recipe]:
     return [recipe for name, w in row if name in held for recipe in held[name].recipes(w)]
 
 
-def _by_row(t: Any, axis: int, n: int) -> Tensor | None:
-    """Return an output with an axis of n rows, and one of what each has; None if it has no rows."""
-    if not isinstance(t, Tensor) or t.dim() <= axis or t.shape[axis] % n:
+def _by_row(t: Any, n: int) -> Tensor | None:
+    """Return an output by its n rows, and what each has; None if it has no rows."""
+    if not isinstance(t, Tensor) or not t.dim() or t.shape[0] % n:
         return None
-    return torch.unflatten(t, axis, (n, -1))
+    return torch.unflatten(t, 0, (n, -1))
 
 
 def routed_update(

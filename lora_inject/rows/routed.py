@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -20,7 +19,6 @@ def routed(
     adapters: Iterable[str | Mapping[str, float] | None],
     *,
     repeat: int = 1,
-    tokens: Iterable[int] | None = None,
 ) -> AbstractContextManager[None]:
     """Return a context with one adapter for each row of the batch, in training as well.
 
@@ -41,16 +39,13 @@ def routed(
             plain base.
         repeat: Also accept batches in which each row stands `repeat` times in a row, as beam
             search makes them.
-        tokens: For sequences that are packed into one row `(1, tokens)`: how many tokens each
-            adapter has, in their order. The model must keep the sequences apart, as transformers
-            does by `position_ids` that begin anew. Lengths with a large common divisor cost less.
 
     Raises:
         StateError: There is no list of names. On entering: a name is unknown, or the model is
             merged. On leaving: a context that was entered later is still open.
-        LayerError: In a forward, the outputs are not as long as `adapters`, nor their multiple, or
-            do not have `tokens`; or a layer that does not get the rows first is called by itself,
-            or in a model that keeps a cache.
+        LayerError: In a forward, the outputs are not as long as `adapters`, nor their multiple; or
+            a layer that does not get the rows first is called by itself, or in a model that keeps a
+            cache.
 
     Examples:
         >>> import torch
@@ -73,21 +68,7 @@ def routed(
     if not rows or type(repeat) is not int or repeat < 1:
         given = f"got {len(rows)} rows and repeat={repeat!r}"
         raise StateError("routed()", given, "Give one adapter for each row, and a whole repeat")
-    if tokens is not None:
-        lengths = tuple(tokens)
-        _check_tokens(rows, lengths, repeat)
-        rows = tuple(row for row, n in zip(rows, lengths, strict=True) for _ in range(n))
-    packed = tokens is not None
-    return _entered(model, Rows(rows, repeat, packed=packed))
-
-
-def _check_tokens(rows: Sequence[Any], lengths: Sequence[int], repeat: int) -> None:
-    """Refuse lengths of packed sequences that are not one for each adapter."""
-    fits = len(lengths) == len(rows) and all(type(n) is int and n > 0 for n in lengths)
-    if not fits or repeat != 1:
-        given = f"got {len(rows)} adapters, tokens={list(lengths)} and repeat={repeat}"
-        remedy = "Give the number of tokens of each packed sequence, one for each adapter, alone"
-        raise StateError("routed()", given, remedy)
+    return _entered(model, Rows(rows, repeat))
 
 
 @contextmanager

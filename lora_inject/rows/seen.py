@@ -103,12 +103,12 @@ class Seen:
 
     # ------------------------------------------------------------------------------ asked by layers
 
-    def asks(self, layer: Any, x: Tensor, place: tuple[int, int]) -> bool:
-        """Note that a layer takes an axis for the rows; return False if none is known to be."""
+    def asks(self, layer: Any, x: Tensor) -> bool:
+        """Note that a layer takes the first axis for the rows; return False if it never is."""
         attached, call = layer._lora, _OPEN.get()
         if call is None or len(self.rows.mixes) == 1:
             return True
-        whole = place[1] in (len(self.rows.rows), len(self.rows.rows) * self.rows.repeat)
+        whole = self._has_rows(x)
         if whole and x.dim() > 2:
             call.positions.add(x.shape[1:-1].numel())
         form = (x.dim(), whole)
@@ -179,10 +179,8 @@ class Seen:
 
     def _positions(self, given: Any) -> set[int]:
         """Return how many positions a row may have, by the tensors of a batch."""
-        rows = self.rows
-        lengths = (len(rows.rows), len(rows.rows) * rows.repeat)
         tensors = (t for t in tree_leaves(given) if isinstance(t, Tensor) and not t.is_nested)
-        return {t.shape[1] for t in tensors if t.dim() > 1 and t.shape[0] in lengths}
+        return {t.shape[1] for t in tensors if t.dim() > 1 and self._has_rows(t)}
 
     def _checked(self, call: _Call, output: Any) -> Any:
         """Return what takes the place of a call's output; None if it is right."""
@@ -212,14 +210,12 @@ class Seen:
         """Return whether the rows of one mix are what it gives alone."""
         number, n_compared = [*self.rows.mixes].index(row), 0
         for mine, its in zip(tree_leaves(together), tree_leaves(alone), strict=True):
-            place = self._place(mine)
-            if place is None or not isinstance(its, Tensor) or its.shape != mine.shape:
+            alike = isinstance(its, Tensor) and self._has_rows(mine) and its.shape == mine.shape
+            if not alike:
                 continue
-            index = self.rows.index(place[1], mine.device)[0][number][1]
+            index = self.rows.index(len(mine), mine.device)[0][number][1]
             n_compared += 1
-            if not rows_alike(
-                mine.index_select(place[0], index), its.index_select(place[0], index)
-            ):
+            if not rows_alike(mine.index_select(0, index), its.index_select(0, index)):
                 return False
         return n_compared > 0
 
@@ -229,7 +225,7 @@ class Seen:
         (first, form), *_ = trees.values()
         columns = zip(*(leaves for leaves, _ in trees.values()), strict=True)
         whole = [self._merged([*column]) for column in columns]
-        if not any(self._place(leaf) for leaf in first):
+        if not any(map(self._has_rows, first)):
             self._raise(call, "no tensor of its outputs has the rows first")
         return tree_unflatten(whole, form)
 
@@ -240,13 +236,13 @@ class Seen:
         """
         one = values[0]
         if isinstance(one, Tensor):
-            if (place := self._place(one)) is None:
+            if not self._has_rows(one):
                 alike = all(torch.equal(one, other) for other in values[1:])
                 return one if alike else None
-            each, order = self.rows.index(place[1], one.device)
+            each, order = self.rows.index(len(one), one.device)
             both = zip(values, each, strict=True)
-            parts = [value.index_select(place[0], index) for value, (_, index) in both]
-            return torch.cat(parts, place[0]).index_select(place[0], order)
+            parts = [value.index_select(0, index) for value, (_, index) in both]
+            return torch.cat(parts).index_select(0, order)
         if isinstance(one, list | tuple):
             return type(one)(self._merged([*each]) for each in zip(*values, strict=True))
         held = getattr(one, "__dict__", None)
@@ -257,15 +253,11 @@ class Seen:
             made.__dict__[key] = self._merged([value.__dict__[key] for value in values])
         return made
 
-    def _place(self, leaf: Any) -> tuple[int, int] | None:
-        """Return the axis of an output that is the rows, and its length."""
-        rows = self.rows
-        if not isinstance(leaf, Tensor) or not leaf.dim():
-            return None
-        if rows.packed and leaf.dim() > 1 and leaf.shape[:2] == (1, len(rows.rows)):
-            return 1, len(rows.rows)
-        fits = len(leaf) in (len(rows.rows), len(rows.rows) * rows.repeat)
-        return (0, len(leaf)) if fits else None
+    def _has_rows(self, leaf: Any) -> bool:
+        """Whether the first axis of a tensor is as long as the rows."""
+        n = len(self.rows.rows)
+        several = isinstance(leaf, Tensor) and leaf.dim() > 0
+        return several and leaf.shape[0] in (n, n * self.rows.repeat)
 
     def _raise(self, call: _Call, why: str) -> None:
         if call.problem is not None:

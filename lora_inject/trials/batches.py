@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,12 +29,11 @@ class Joined(NamedTuple):
     """The batches of several trials as one.
 
     Attributes:
-        batch: All rows one after the other; of packed batches, all tokens of one row.
-        sizes: Rows, or tokens, of each trial.
+        batch: All rows one after the other.
+        sizes: Rows of each trial.
         lengths: Positions of each trial's rows, where shorter rows are padded.
         longest: The most of them.
         widths: The positions in each tensor that has some, 0 for pictures.
-        packed: Whether the batches are packed.
     """
 
     batch: Any
@@ -43,7 +41,6 @@ class Joined(NamedTuple):
     lengths: dict[str, int]
     longest: int
     widths: tuple[int, ...]
-    packed: bool
 
 
 def in_one_order(batches: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,15 +64,15 @@ def copied(batch: Any) -> Any:
     return tree_map(lambda t: t.clone() if _has_rows(t) and not t.requires_grad else t, batch)
 
 
-def size_of(batch: Any, whose: str, *, packed: bool = False) -> int:
-    """Return the rows of a batch, or its tokens if it is packed: equal in all its tensors."""
-    shapes = {tuple(t.shape[: 1 + packed]) for t in filter(_has_rows, tree_leaves(batch))}
-    sizes = {shape[-1] for shape in shapes}
-    if len(sizes) != 1 or 0 in sizes or (packed and {shape[:-1] for shape in shapes} != {(1,)}):
+def size_of(batch: Any, whose: str) -> int:
+    """Return the rows of a batch, which is equal in all its tensors."""
+    shapes = {tuple(t.shape[:1]) for t in filter(_has_rows, tree_leaves(batch))}
+    if len(shapes) != 1 or (0,) in shapes:
         problem = f"its tensors begin with {sorted(shapes)}" if shapes else "it holds no tensor"
-        remedy = "Give tensors with one row an example; packed, each is (1, tokens, ...)"
+        remedy = "Give tensors with one row an example"
         raise StateError(f"step, batch of {whose!r}", problem, remedy)
-    return int(sizes.pop())
+    ((n,),) = shapes
+    return n
 
 
 def n_tokens(batch: Any) -> int:
@@ -84,22 +81,22 @@ def n_tokens(batch: Any) -> int:
     return int(first.shape[:2].numel())
 
 
-def joined_batch(batches: Mapping[str, Any], *, packed: bool = False) -> Joined:
-    """Concatenate the rows of all batches, padded to one length with zeros; packed, their tokens.
+def joined_batch(batches: Mapping[str, Any]) -> Joined:
+    """Concatenate the rows of all batches, padded to one length with zeros.
 
     Raises:
         StateError: The batches differ in structure, or in a dimension other than the first two.
     """
-    sizes = {name: size_of(batch, name, packed=packed) for name, batch in batches.items()}
+    sizes = {name: size_of(batch, name) for name, batch in batches.items()}
     trees = [tree_flatten(batch) for batch in batches.values()]
     if any(form != trees[0][1] for _, form in trees):
         raise StateError("step", "the batches of trials have other entries", "Give all the same")
     columns = [*zip(*(leaves for leaves, _ in trees), strict=True)]
-    rows = [_one_tensor(column, int(packed)) for column in columns]
+    rows = [*map(_one_tensor, columns)]
     with_positions = [column for column in columns if _has_positions(column[0])]
     widths = {tuple(t.shape[1] for t in column) for column in with_positions}
     uneven = {each for each in widths if len({*each}) > 1}
-    if not packed and len(uneven) > 1:
+    if len(uneven) > 1:
         lengths_of_all = " and ".join(map(str, sorted(uneven)))
         remedy = "Give all entries of a batch one length (a label for each token, or -100)"
         raise StateError(
@@ -108,38 +105,30 @@ def joined_batch(batches: Mapping[str, Any], *, packed: bool = False) -> Joined:
     joined = [t for t in rows if _has_positions(t)]
     positions = tuple(int(t.shape[1]) if t.dim() < 4 else 0 for t in joined)
     lengths = dict.fromkeys(batches, max(positions, default=1))
-    if uneven and not packed:
+    if uneven:
         lengths = dict(zip(batches, uneven.pop(), strict=True))
-    longest = max(lengths.values())
-    return Joined(tree_unflatten(rows, trees[0][1]), sizes, lengths, longest, positions, packed)
+    whole = tree_unflatten(rows, trees[0][1])
+    return Joined(whole, sizes, lengths, max(lengths.values()), positions)
 
 
-def _one_tensor(column: Sequence[Any], packed: int) -> Any:
+def _one_tensor(column: Sequence[Any]) -> Any:
     """Return one tensor of all rows; of entries without rows the one that all have."""
     first, problem = column[0], "a value without rows is one for all trials, and differs"
     if all(not _has_rows(each) and _is_same(each, first) for each in column):
         return first
     if all(_has_rows(each) and each.dtype == first.dtype for each in column):
         whole = list(column)
-        if not packed and _has_positions(first) and len({t.shape[1] for t in column}) > 1:
+        if _has_positions(first) and len({t.shape[1] for t in column}) > 1:
             n = max(t.shape[1] for t in column)
             whole = [F.pad(t, (0, 0) * (t.dim() - 2) + (0, n - t.shape[1])) for t in column]
         try:
-            return torch.cat(whole, packed)
+            return torch.cat(whole)
         except RuntimeError:
             problem = "their rows differ in shape"
     elif all(map(_has_rows, column)):
         problem = "their rows differ in dtype"
     found = " and ".join(dict.fromkeys(map(shown, column)))
     raise StateError("step", f"{found}: {problem}", "Give all trials rows of one shape and dtype")
-
-
-def without(outputs: Any, keys: Iterable[Any]) -> Any:
-    """Return outputs of which some entries are in the part of no trial."""
-    kept = copy.copy(outputs) if keys else outputs
-    for key in keys:
-        kept[key] = WITHOUT_ROWS
-    return kept
 
 
 def parted(outputs: Any, of: Joined, padded: Sequence[Sequence[int]] = ()) -> dict[str, Any]:
@@ -153,7 +142,7 @@ def parted(outputs: Any, of: Joined, padded: Sequence[Sequence[int]] = ()) -> di
         padded: For each leaf of the outputs, the axes that have the positions of padded rows.
 
     Raises:
-        StateError: No tensor has as many rows, or tokens, as the batch.
+        StateError: No tensor has as many rows as the batch.
         LayerError: There are other leaves than `padded` is for.
     """
     if len(of.sizes) == 1:
@@ -168,7 +157,7 @@ def parted(outputs: Any, of: Joined, padded: Sequence[Sequence[int]] = ()) -> di
         raise StateError(
             "step",
             f"of what the forward returned, {', '.join(map(shown, leaves))}, no tensor has the "
-            f"{sum(of.sizes.values())} {'tokens' if of.packed else 'rows'} of the batch",
+            f"{sum(of.sizes.values())} rows of the batch",
             "Give a forward that returns one row of outputs for each row, without a loss",
         )
     parts = (tree_unflatten(list(part), structure) for part in zip(*columns, strict=True))
@@ -177,12 +166,12 @@ def parted(outputs: Any, of: Joined, padded: Sequence[Sequence[int]] = ()) -> di
 
 def _split(output: Any, of: Joined, padded: Iterable[int]) -> list[Any]:
     """Return each trial's part of one leaf, without padding on the axes that have it."""
-    sizes, dim = list(of.sizes.values()), int(of.packed)
+    sizes = list(of.sizes.values())
     if not isinstance(output, Tensor):
         return [output] * len(sizes)
-    if output.dim() <= dim or output.shape[dim] != sum(sizes):
+    if not output.dim() or len(output) != sum(sizes):
         return [WITHOUT_ROWS] * len(sizes)
-    parts = list(torch.split(output, sizes, dim))
+    parts = list(torch.split(output, sizes))
     for axis in padded:
         parts = [t.narrow(axis, 0, n) for t, n in zip(parts, of.lengths.values(), strict=True)]
     return parts

@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
-from itertools import chain, starmap
+from itertools import starmap
 from numbers import Real
 from os import PathLike
 from pathlib import Path
@@ -36,7 +36,7 @@ from lora_inject.trials.trial import Trial
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_OPTIONS = ("max_tokens", "packed", "leave_new")
+_OPTIONS = ("max_tokens", "leave_new")
 
 
 def _one_at_a_time(
@@ -66,9 +66,6 @@ class Trials:
         trials: Name to trial; further ones may join later.
         max_tokens: Largest number of tokens (rows times positions) of one pass. With more, the
             trials run in groups.
-        packed: Whether batches are packed: all tensors are `(1, tokens, ...)`, and those of all
-            trials are concatenated to one row. The forward must keep sequences apart, for example
-            by `position_ids`.
         leave_new: As for `inject`: leave weights out that the model's checkpoint lacked.
 
     Raises:
@@ -103,7 +100,6 @@ class Trials:
         trials: Mapping[str, Trial],
         *,
         max_tokens: int | None = None,
-        packed: bool = False,
         leave_new: bool = False,
     ) -> None:
         check_type("Trials, trials", trials, Mapping, "Give a mapping of names to Trial")
@@ -113,7 +109,6 @@ class Trials:
             check_type("Trials, max_tokens", max_tokens, int, "Give a whole number, or None")
         self.model = model
         self.max_tokens = max_tokens
-        self.packed = packed
         self.leave_new = leave_new
         self._runs: dict[str, Run] = {}
         self._turn = threading.RLock()
@@ -181,7 +176,7 @@ class Trials:
 
     def _settle(self) -> None:
         """See forwards anew: there are others of the adapters."""
-        self._passes = Passes(self.model, self._runs, self.max_tokens, packed=self.packed)
+        self._passes = Passes(self.model, self._runs, self.max_tokens)
 
     @_one_at_a_time
     def drop(self, name: str) -> None:
@@ -303,8 +298,7 @@ class Trials:
         before = [(p, p.grad) for name in batches for p in self._runs[name].parameters]
         try:
             values = self._gradients(batches, call, of_trial)
-            # A masked attention multiplies the NaN of one trial by 0, so it is in others, too.
-            if values is None or (self.packed and not self._are_finite(values)):
+            if values is None:
                 values = {}
                 for name, batch in batches.items():
                     values |= self._gradients({name: batch}, call, of_trial) or {}
@@ -356,10 +350,6 @@ class Trials:
                 remedy = "Compute it from the outputs; li.unreached lists layers without a part"
                 raise StateError(f"loss of trial {name!r}", what, remedy)
         return values
-
-    def _are_finite(self, losses: Mapping[str, float]) -> bool:
-        norms = _numbers(self._runs[name].norm() for name in losses)
-        return all(map(math.isfinite, [*losses.values(), *norms]))
 
     def _losses(
         self, batches: Mapping[str, Any], loss: Losses | None
@@ -459,16 +449,10 @@ class Trials:
         batches = self._by_trial(batch, all_of_them=False)
         call, of_trial = forward or plain_forward(self.model), self._losses(batches, loss)
 
-        def evaluated(some: Mapping[str, Any]) -> dict[str, float]:
-            passes = self._passes.outputs(some, call, drops=False)
-            each = (starmap(of_trial, outputs.items()) for outputs in passes)
-            return dict(zip(some, chain.from_iterable(map(_numbers, each)), strict=True))
-
+        losses: dict[str, float] = {}
         with evaluating(self.model):
-            losses = evaluated(batches)
-            if self.packed and not all(map(math.isfinite, losses.values())):  # as for gradients
-                for name, own in batches.items():
-                    losses |= evaluated({name: own})
+            for outputs in self._passes.outputs(batches, call, drops=False):
+                losses |= zip(outputs, _numbers(starmap(of_trial, outputs.items())), strict=True)
         for name, value in losses.items():
             self._runs[name].held_out = value
         return losses

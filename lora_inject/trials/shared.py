@@ -18,10 +18,8 @@ whoever else trains, and in a checkpoint that recomputes, and draws from no gene
 
 from __future__ import annotations
 
-import random
-import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,14 +38,7 @@ from lora_inject.core.roots.selecting import selecting
 from lora_inject.errors import LayerError, LoraInjectError
 from lora_inject.rows.by_row import Rows, Taking
 from lora_inject.rows.seen import rows_alike
-from lora_inject.trials.batches import (
-    Forward,
-    Joined,
-    joined_batch,
-    n_tokens,
-    parted,
-    without,
-)
+from lora_inject.trials.batches import Forward, Joined, joined_batch, n_tokens, parted
 from lora_inject.trials.run import Run
 
 
@@ -71,7 +62,7 @@ class TrialRows(Rows):
         numbers: Mapping[nn.Module, int],
         lengths: dict[nn.Module, tuple[int, tuple[int, ...]]],
     ) -> None:
-        super().__init__([n for n, size in of.sizes.items() for _ in range(size)], packed=of.packed)
+        super().__init__([n for n, size in of.sizes.items() for _ in range(size)])
         self.of, self.seeds, self.numbers, self.lengths = of, seeds, numbers, lengths
         (lone, *others) = of.sizes
         self.lone = None if others else lone
@@ -108,22 +99,20 @@ class TrialRows(Rows):
         of = self.of._replace(sizes=sizes, lengths=lengths)
         return TrialRows(of, self.seeds, self.numbers, self.lengths)
 
-    def place_of_rows(self, layer: Any, x: Tensor) -> tuple[int, int] | None:
-        """Return the axis of an input that is the rows, and its length; None if it has none.
+    def number_of_rows(self, layer: Any, x: Tensor) -> int | None:
+        """Return how long the first axis of an input is; None if that is not the rows.
 
         A layer gets all positions of each row, or always as many, or always as many more. Experts
         that pick tokens by their values do not.
         """
         n, widths = len(self.rows), self.of.widths
-        if self.packed:
-            return super().place_of_rows(layer, x)
         if not x.dim() or not x.shape[0] or x.shape[0] % n:
             return None
         each = x.shape[0] // n
         first, before = self.lengths.setdefault(layer, (each, widths))
         both = zip(widths, before, strict=False)
         follows = each == first or any(each - now == first - then for now, then in both)
-        return (0, x.shape[0]) if follows else None
+        return x.shape[0] if follows else None
 
     # ------------------------------------------------------------------------------------- dropout
 
@@ -133,11 +122,10 @@ class TrialRows(Rows):
         """Return the input of the adapters after the dropout of each trial."""
         p = {entry.adapter: entry.spec.dropout for entry in taking.entries if entry.spec}
         if self.seeds is not None and any(p.values()):
-            axis = int(self.packed and x.shape[0] == 1)
-            repeat = x.shape[axis] // len(self.rows)
-            parts = torch.split(x, [n * repeat for n in self.of.sizes.values()], axis)
+            each = len(x) // len(self.rows)
+            parts = torch.split(x, [n * each for n in self.of.sizes.values()])
             named = zip(self.of.sizes, parts, strict=True)
-            x = torch.cat([self._drop(layer, n, part, p.get(n, 0.0)) for n, part in named], axis)
+            x = torch.cat([self._drop(layer, n, part, p.get(n, 0.0)) for n, part in named])
         return x, [[u._replace(dropout=0.0) for u in updates] for updates in adapters]
 
     def _alone(self, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -155,28 +143,12 @@ class TrialRows(Rows):
             return x
         seed = hash((self.seeds[name], self.numbers[layer])) % 2**63
         draw = torch.Generator(x.device).manual_seed(seed)
-        rows = self.of.sizes[name] if not self.packed else 1
-        each = x.reshape(rows, -1, x.shape[-1])
+        each = x.reshape(self.of.sizes[name], -1, x.shape[-1])
         own = self.of.lengths[name] if each.shape[1] == self.of.longest else each.shape[1]
-        part = each if self.packed else each[:, :own]
+        part = each[:, :own]
         kept = torch.rand(part.shape, generator=draw, device=x.device, dtype=torch.float32) >= p
         dropped = part * kept.to(x.dtype) / (1 - p)
         return F.pad(dropped, (0, 0, 0, each.shape[1] - part.shape[1])).view(x.shape)
-
-
-def _generators_of(devices: Iterable[torch.device]) -> list[torch.Generator]:
-    """Return the CPU's generator, and after it that of each other device."""
-    generators = [torch.default_generator]
-    for device in dict.fromkeys(devices):
-        if device.type in ("cpu", "meta"):
-            continue
-        module: Any = torch.get_device_module(device)
-        if device.type == "mps":
-            generators.append(torch.mps._get_default_mps_generator())
-        else:
-            index = module.current_device() if device.index is None else device.index
-            generators.append(module.default_generators[index])
-    return generators
 
 
 def parts_of(forward: Any) -> list[Any]:
@@ -197,7 +169,6 @@ class _Known:
 
     Attributes:
         sites: Where the adapters were that shared a pass; None if trials run in turn.
-        shapeless: Entries of the outputs that are built in another way for other rows.
         padded: For each leaf of the outputs, the axes that have positions; None before it was seen.
         lengths: See `TrialRows`.
         parts: Of the forward; kept, so that no other object gets the address of one.
@@ -205,7 +176,6 @@ class _Known:
 
     parts: list[Any]
     sites: frozenset[Any] | None = frozenset()
-    shapeless: frozenset[Any] = frozenset()
     padded: Sequence[Sequence[int]] | None = None
     lengths: dict[nn.Module, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
 
@@ -217,13 +187,10 @@ class Passes:
         model: The model, with the adapters of the trials.
         runs: The trials by name.
         max_tokens: As for `Trials`.
-        packed: As for `Trials`.
     """
 
-    def __init__(
-        self, model: nn.Module, runs: Mapping[str, Run], max_tokens: int | None, *, packed: bool
-    ) -> None:
-        self.model, self.runs, self.max_tokens, self.packed = model, runs, max_tokens, packed
+    def __init__(self, model: nn.Module, runs: Mapping[str, Run], max_tokens: int | None) -> None:
+        self.model, self.runs, self.max_tokens = model, runs, max_tokens
         self._modules = [*model.modules()]
         self._numbers = {module: i for i, module in enumerate(self._modules)}
         self._known: dict[Any, _Known] = {}
@@ -238,12 +205,12 @@ class Passes:
             forward: Runs the model on a joined batch.
             drops: Whether dropout of the adapters acts.
         """
-        whole = joined_batch(batches, packed=self.packed)
+        whole = joined_batch(batches)
         known = self._known_of(batches, whole, forward)
         groups = [*self._groups(batches, known)]
         while groups:
             group = groups.pop(0)
-            of = whole if len(group) == len(batches) else joined_batch(group, packed=self.packed)
+            of = whole if len(group) == len(batches) else joined_batch(group)
             try:
                 made = self._run(of, forward, known, drops=drops)
             except LayerError as error:
@@ -276,33 +243,22 @@ class Passes:
             if drops and rows.lone is not None:
                 stack.enter_context(self._random_kept(seeds[rows.lone]))
             stack.enter_context(selecting(self.model, rows, "Trials.step"))
-            made = without(forward(of.batch), known.shapeless)
+            made = forward(of.batch)
         return parted(made, of, known.padded or ())
 
     @contextmanager
     def _random_kept(self, seed: int | None = None) -> Iterator[None]:
-        """Put all generators back where they were: torch's, Python's and NumPy's.
+        """Put torch's generators back where they were.
 
         With a seed, so that a base that draws does it for a trial alone as it does beside others.
         """
-        numpy: Any = getattr(sys.modules.get("numpy"), "random", None)  # else nobody draws from it
-        of_torch = _generators_of({p.device for p in self.model.parameters()})
-        states = [generator.get_state() for generator in of_torch]
-        of_python, of_numpy = random.getstate(), numpy and numpy.get_state()
-        if seed is not None:
-            for generator in of_torch:
-                generator.manual_seed(seed % 2**32)
-            random.seed(seed)
-            if numpy:
-                numpy.seed(seed % 2**32)
-        try:
+        placed = {p.device for p in self.model.parameters()}
+        devices = [device for device in placed if device.type not in ("cpu", "meta")]
+        kind = devices[0].type if devices else "cuda"
+        with torch.random.fork_rng(devices, device_type=kind):
+            if seed is not None:
+                torch.manual_seed(seed % 2**63)
             yield
-        finally:
-            for generator, state in zip(of_torch, states, strict=True):
-                generator.set_state(state)
-            random.setstate(of_python)
-            if numpy:
-                numpy.set_state(of_numpy)
 
     # --------------------------------------------------------------------------------- the referee
 
@@ -346,17 +302,13 @@ class Passes:
         """Say why trials cannot share a pass; "" if they can."""
 
         def run(group: Mapping[str, Any]) -> dict[str, Any]:
-            return self._run(joined_batch(group, packed=self.packed), forward, known, drops=False)
+            return self._run(joined_batch(group), forward, known, drops=False)
 
         alone = {name: run({name: batch})[name] for name, batch in some.items()}
         try:
             together = run(some)
-            if other := frozenset().union(*(_built_else(alone[n], together[n]) for n in some)):
-                known.shapeless = other
-                alone = {name: without(each, other) for name, each in alone.items()}
-                together = run(some)
             if known.padded is None:
-                known.padded = _padded(together, alone, joined_batch(some, packed=self.packed))
+                known.padded = _padded(together, alone, joined_batch(some))
                 together = run(some) if any(known.padded) else together
             for name in some:
                 if not _alike(together[name], alone[name]):
@@ -369,11 +321,9 @@ class Passes:
                     after = run(some)
                 if any(not _alike(together[n], after[n]) for n in some if n != name):
                     return f"the adapter of {name!r} changes outputs of others"
-            if not self.packed:
-                return self._why_not_others(some, run)
+            return self._why_not_others(some, run)
         except (LoraInjectError, RuntimeError) as error:
             return str(error)
-        return ""
 
     def _why_not_others(self, some: Mapping[str, Any], run: Any) -> str:
         """Look at other rows than those that are given, if the base takes such.
@@ -470,12 +420,6 @@ def _padded(
         shapes = enumerate(zip(one.shape, both.shape, strict=True)) if tensors else ()
         axes.append(tuple(d for d, sizes in shapes if d and sizes == pair and pair[0] != pair[1]))
     return axes if any(axes) else []
-
-
-def _built_else(one: Any, other: Any) -> set[Any]:
-    """Return the keys of entries with other numbers of leaves."""
-    keys = one if isinstance(one, Mapping) else ()
-    return {key for key in keys if len(tree_leaves(one[key])) != len(tree_leaves(other[key]))}
 
 
 def _leaves(tree: Any) -> list[Any]:

@@ -233,36 +233,21 @@ def test_outputs_and_gradients_are_those_of_each_row_alone(case: str, checkpoint
         assert error(mine, due) < TOLERANCE[dtype]
 
 
-def test_compiled_rows_get_their_biases_and_ranges_of_tokens_their_adapters() -> None:
+def test_compiled_rows_get_their_biases() -> None:
     model, x = with_trained_layers(), torch.randn(3, 5, 4, dtype=torch.float64)
     li.train_only(model, None)
     compiled = torch.compile(model, backend="eager")
     for rows in (["low", None, "of B"], ["of B", "of B", "low"]):
         with li.routed(model, rows):
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-12, atol=1e-13)
-    with torch.no_grad(), li.routed(model, ["low", "of B"], tokens=[2, 3]):
-        torch.testing.assert_close(compiled(x[:1]), model(x[:1]), rtol=1e-12, atol=1e-13)
 
 
-# -------------------------------------------------------------------- experts and packed sequences
+# ------------------------------------------------------------------------------------- experts
 
 IDS = torch.arange(20).reshape(5, 4) % 13
 OF_FIVE: Rows = ["one", None, "two", "one", "two"]
 ROUTED = ["all-experts", "o_proj"]
-LENGTHS = [3, 5, 1, 4, 2]
-FLAT = torch.arange(sum(LENGTHS)) % 13
-PACKED = {
-    "input_ids": FLAT[None],
-    "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None],
-}
-# What the model gets, the sequences in it, what `routed` is told, and where they lie in the output.
-BATCHES: dict[str, tuple[dict[str, Tensor], list[Tensor], dict[str, Any], int]] = {
-    "rows": ({"input_ids": IDS}, list(IDS), {}, 0),
-    "packed": (PACKED, list(FLAT.split(LENGTHS)), {"tokens": LENGTHS}, 1),
-}
-CASES = [(f, b) for f in ("mixtral", "qwen3_moe", "deepseek_v3") for b in BATCHES]
-# With eager attention, it does not keep packed sequences apart in transformers 5.24.
-CASES.append(("gpt_oss", "rows"))
+FLAT = torch.arange(15) % 13
 
 
 def of_experts(family: str, how: str = "eager", *further: Any, **options: Any) -> Any:
@@ -274,57 +259,54 @@ def of_experts(family: str, how: str = "eager", *further: Any, **options: Any) -
     return model
 
 
-def alone(model: nn.Module, batch: str, rows: Rows = OF_FIVE) -> Tensor:
+def alone(model: nn.Module, rows: Rows = OF_FIVE) -> Tensor:
     """The logits of each sequence by itself, under its own adapter."""
-    _, sequences, _, dim = BATCHES[batch]
     each = []
-    for ids, name in zip(sequences, rows, strict=True):
+    for ids, name in zip(IDS, rows, strict=True):
         li.activate(model, name)
         each.append(model(ids[None]).logits)
-    return torch.cat(each, dim)
+    return torch.cat(each)
 
 
-def together(model: nn.Module, batch: str, rows: Rows = OF_FIVE) -> Tensor:
-    inputs, _, options, _ = BATCHES[batch]
-    with li.routed(model, rows, **options):
-        return model(**inputs).logits
+def together(model: nn.Module, rows: Rows = OF_FIVE) -> Tensor:
+    with li.routed(model, rows):
+        return model(IDS).logits
 
 
 @pytest.mark.recent
 @pytest.mark.parametrize("how", ["eager", "batched_mm", "default"])
-@pytest.mark.parametrize(("family", "batch"), CASES)
-def test_each_sequence_has_its_own_experts(family: str, batch: str, how: str) -> None:
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_each_sequence_has_its_own_experts(family: str, how: str) -> None:
     model = of_experts(family, how)
     with torch.no_grad():
         for rows in (OF_FIVE, ["two"] * 5):
-            wanted = alone(model, batch, rows)
-            assert error(alone(model, batch, [None] * 5), wanted) > 1e-2
-            assert error(together(model, batch, rows), wanted) < 2e-5
+            wanted = alone(model, rows)
+            assert error(alone(model, [None] * 5), wanted) > 1e-2
+            assert error(together(model, rows), wanted) < 2e-5
         plain = model(IDS).logits
-        together(model, batch)
+        together(model)
         assert same_bits(model(IDS).logits, plain), "the active adapter's again"
-        if (family, batch, how) == ("mixtral", "rows", "eager"):
-            wanted = alone(model, "rows")
+        if (family, how) == ("mixtral", "eager"):
+            wanted = alone(model)
             with li.routed(model, OF_FIVE, repeat=2):  # beams
                 assert error(model(IDS.repeat_interleave(2, 0)).logits[::2], wanted) < 2e-5
 
 
 @pytest.mark.recent
 @pytest.mark.parametrize(
-    ("family", "batch", "further", "options"),
+    ("family", "further", "options"),
     [
-        ("mixtral", "rows", [], {}),
-        ("gpt_oss", "rows", [], {}),
-        ("qwen3_moe", "packed", ["q_proj"], {}),
-        ("qwen3_moe", "packed", ["q_proj", "embed_tokens"], {}),
-        ("qwen3_moe", "packed", ["q_proj"], {"train": ["lm_head.weight"]}),
+        ("mixtral", [], {}),
+        ("gpt_oss", [], {}),
+        ("qwen3_moe", ["q_proj", "embed_tokens"], {}),
+        ("qwen3_moe", ["q_proj"], {"train": ["lm_head.weight"]}),
     ],
 )
-def test_each_sequence_trains_its_own_adapter(family, batch, further, options) -> None:
+def test_each_sequence_trains_its_own_adapter(family, further, options) -> None:
     model = of_experts(family, "eager", *further, **options).double()
     li.train_only(model, ["one", "two"])
     trained = [p for name in ("one", "two") for p in li.adapter_parameters(model, name).values()]
-    wanted, logits = alone(model, batch), together(model, batch)
+    wanted, logits = alone(model), together(model)
     assert error(logits, wanted) < 1e-12
     weights = torch.randn_like(wanted)
     due = torch.autograd.grad(wanted, trained, weights)
@@ -367,33 +349,25 @@ def one(model: Any, *targets: str) -> Any:
 
 THREE: Rows = ["one", None, "one"]
 # The model, what `routed` is told, what the model gets, and names in the refusal of its forward.
-IN_FORWARD: dict[str, tuple[Callable[[], Any], dict[str, Any], Any, list[str]]] = {
+IN_FORWARD: dict[str, tuple[Callable[[], Any], Rows, Any, list[str]]] = {
     "a convolution without a batch": (
-        lambda: one(nn.Sequential(nn.Conv1d(2, 3, 1)), "0"), {"rows": ["one", None]},
+        lambda: one(nn.Sequential(nn.Conv1d(2, 3, 1)), "0"), ["one", None],
         torch.randn(2, 5), ["Conv1d", "(2, 5)"],
     ),
     "another number of rows": (
-        lambda: one(nn.Sequential(nn.Linear(4, 4)), "0"), {"rows": THREE},
+        lambda: one(nn.Sequential(nn.Linear(4, 4)), "0"), THREE,
         torch.ones(5, 3, 4), ["3"],
     ),
     "a batch as long as time": (
-        lambda: one(TimeMajor(), "fc"), {"rows": THREE}, torch.ones(3, 3, 4), ["batch"],
+        lambda: one(TimeMajor(), "fc"), THREE, torch.ones(3, 3, 4), ["batch"],
     ),
     # Ten tokens are no other than five rows of two to a stack of experts.
     "as many tokens as experts could get": (
-        lambda: one(experts("qwen3_moe")[0], *ROUTED), {"rows": ["one"] * 5},
-        {"input_ids": IDS[:2].repeat(1, 3)[:, :5]}, ["rows"],
+        lambda: one(experts("qwen3_moe")[0], *ROUTED), ["one"] * 5,
+        IDS[:2].repeat(1, 3)[:, :5], ["rows"],
     ),
-    "packed, without a word of it": (
-        lambda: one(experts("qwen3_moe")[0], *ROUTED), {"rows": ["one"] * 10}, PACKED, ["tokens="],
-    ),
-    "other lengths": (
-        lambda: one(experts("qwen3_moe")[0], *ROUTED),
-        {"rows": ["one"] * 5, "tokens": [*LENGTHS[:-1], 9]}, PACKED, ["22", "15"],
-    ),
-    "not packed": (
-        lambda: one(experts("qwen3_moe")[0], *ROUTED),
-        {"rows": ["one"] * 5, "tokens": LENGTHS}, {"input_ids": IDS}, ["15"],
+    "sequences that are packed into one row": (
+        lambda: one(experts("qwen3_moe")[0], *ROUTED), ["one"] * 5, FLAT[None], ["(1, 15"],
     ),
 }  # fmt: skip
 
@@ -401,11 +375,10 @@ IN_FORWARD: dict[str, tuple[Callable[[], Any], dict[str, Any], Any, list[str]]] 
 @pytest.mark.recent
 @pytest.mark.parametrize("case", IN_FORWARD)
 def test_a_batch_in_which_rows_cannot_be_told_is_refused(case: str) -> None:
-    make, options, inputs, names = IN_FORWARD[case]
-    model, rows = make(), options["rows"]
-    given = {key: value for key, value in options.items() if key != "rows"}
-    with li.routed(model, rows, **given), refused(li.LayerError, *names):
-        model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    make, rows, x, names = IN_FORWARD[case]
+    model = make()
+    with li.routed(model, rows), refused(li.LayerError, *names):
+        model(x)
 
 
 @pytest.mark.recent
@@ -424,12 +397,6 @@ def test_a_batch_as_long_as_time_is_told_where_rows_come_first_and_in_no_graph()
     model = one(TimeMajor(), "fc")
     with li.routed(model, THREE), pytest.raises((li.LayerError, RuntimeError), match="batch"):
         torch.compile(model, backend="eager")(torch.ones(3, 3, 4))
-
-
-def test_lengths_that_are_not_one_for_each_row_are_refused() -> None:
-    model = one(nn.Sequential(nn.Linear(4, 4)), "0")
-    with refused(li.StateError, "tokens", model=model):
-        li.routed(model, THREE, tokens=[3, 5])
 
 
 # ------------------------- an axis that is no row, or not only rows: what each row computes alone
@@ -581,11 +548,5 @@ def test_tokens_of_one_modality_go_to_the_experts_of_their_row() -> None:
 
 def test_a_row_has_a_mix_of_adapters() -> None:
     rows = [{"default": 0.7, "wide": -0.5}, "wide", None, {"thin": 2}]
-    model, x, tokens = crowded("linear"), batch(torch.float64, 3), [1, 2, 3, 4]
+    model, x = crowded("linear"), batch(torch.float64, 3)
     check_each_alone(model, rows, lambda numbers: model(x[numbers]))
-    x = batch(torch.float64, 10)[:1]
-    with li.routed(model, rows, tokens=tokens):
-        y = model(x)
-    for i, (row, part) in enumerate(zip(rows, x.split(tokens, 1), strict=True)):
-        li.activate(model, row)
-        assert error(y.split(tokens, 1)[i], model(part)) < TOLERANCE[torch.float64]

@@ -47,8 +47,6 @@ class Run(NamedTuple):
     forward: Forward | None = None
     plain: Callable[[], nn.Module] | None = None
     """The model of a plain loop, where it is another."""
-    together: Callable[[dict[str, Any]], Any] = dict
-    """What a step of all is given, out of the batch of each."""
     before: Callable[[Any, int], object] = lambda model, step: None
     options: Mapping[str, Any] = {}
     n_steps: int = 4
@@ -65,8 +63,7 @@ def hold(run: Run, stop_at: int = 0, folder: Path | None = None) -> None:
         run.before(model, step)
         loss = None if run.loss is None else partial(run.loss, model)
         forward = None if run.forward is None else partial(run.forward, model)
-        rows = run.together(run.data(running.trials, step))
-        running.step(rows, forward=forward, loss=loss)
+        running.step(run.data(running.trials, step), forward=forward, loss=loss)
     for name, trial in run.trials.items():
         plain = (run.plain or run.make)()
         steps = [[run.data([name], step)[name]] for step in range(run.n_steps)]
@@ -221,17 +218,6 @@ def own_lengths(names: Iterable[str], step: int, masked: bool = False) -> dict[s
     return rows
 
 
-def packed(rows: dict[str, Any]) -> dict[str, Any]:
-    """The rows of each trial one after the other; no label crosses from one to the next."""
-    for batch in rows.values():
-        n, length = batch["input_ids"].shape
-        batch["labels"] = batch["labels"].clone()
-        batch["labels"][:, 0] = -100
-        batch.update({key: t.reshape(1, -1) for key, t in batch.items()})
-        batch["position_ids"] = torch.arange(length).repeat(n)[None]
-    return rows
-
-
 def without_cache(model: nn.Module, batch: dict[str, Tensor]) -> Any:
     return model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
 
@@ -246,8 +232,6 @@ def of_lengths(make: Any, trials: Any, way: str, *, bert: bool = False) -> Run:
     checkpoints = "recomputed" if "recomputed" in way else "kept"
     data, forward = partial(own_lengths, masked=bert), None if bert else without_cache
     run = Run(partial(in_float64, make, checkpoints), trials, data, forward=forward, within=1e-11)
-    if way == "packed":
-        return run._replace(together=packed, options={"packed": True})
     return run._replace(loss=of_a_row if bert or "by row" in way else None)
 
 
@@ -258,8 +242,6 @@ RUNS |= {
     "experts, padded": of_lengths(of_experts, STACKS_AND_ROUTERS, "padded"),
     "llama, padded and recomputed": of_lengths(of_llama, ALL_OF_LLAMA, "padded, recomputed"),
     "bert, padded and recomputed": of_lengths(of_bert, BERT_TRIALS, "recomputed", bert=True),
-    "llama, packed": of_lengths(of_llama, ALL_OF_LLAMA, "packed"),
-    "experts, packed": of_lengths(of_experts, STACKS_AND_ROUTERS, "packed"),
 }
 
 
@@ -678,16 +660,15 @@ LOW = {
 }
 STACKS = Trial({"rank": 2, "targets": [expert_rule("out_in")]}, lr=1e-2)
 WITH_NAN = {
-    "llama": (of_llama, LOW, False),
-    "llama, packed": (of_llama, LOW, True),
-    "experts": (partial(of_experts, how="batched_mm"), {**LOW, "a": STACKS, "b": STACKS}, False),
+    "llama": (of_llama, LOW),
+    "experts": (partial(of_experts, how="batched_mm"), {**LOW, "a": STACKS, "b": STACKS}),
 }
 
 
 @pytest.mark.parametrize("where", ["forward", "gradient"])
 @pytest.mark.parametrize("case", WITH_NAN)
 def test_a_trial_with_nan_is_stopped_and_changes_no_other(case: str, where: str) -> None:
-    make, trials, is_packed = WITH_NAN[case]
+    make, trials = WITH_NAN[case]
 
     def loss(out: Any, batch: Any) -> Tensor:
         """A root of zero at the sign that the step below puts into the labels of b."""
@@ -696,10 +677,9 @@ def test_a_trial_with_nan_is_stopped_and_changes_no_other(case: str, where: str)
         return li.causal_loss(out, batch) + (zero.sqrt() if wild else 0)
 
     def run(some: dict[str, Trial]) -> Trials:
-        running = Trials(in_float64(make), some, packed=is_packed)
+        running = Trials(in_float64(make), some)
         for step in range(3):
             rows = batches(running.running, step, {})
-            rows = packed(rows) if is_packed else rows
             if "b" in rows and step == 1:
                 rows["b"]["labels"] = rows["b"]["labels"].clone()
                 rows["b"]["labels"][0, 0] = 7
