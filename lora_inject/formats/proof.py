@@ -38,7 +38,8 @@ _Number = Annotated[float, Field(allow_inf_nan=False, gt=-1e30, lt=1e30)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
+    # Earlier versions also wrote the texts of prompts and tokens.
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, defer_build=True)
 
 
 class Ahead(_Strict):
@@ -48,14 +49,12 @@ class Ahead(_Strict):
         prompt: Number of the prompt.
         length: How many of its tokens stand before.
         tokens: Token ids: the most probable ones at any of the strengths.
-        texts: The tokens as text; empty where no tokenizer was given.
         values: For each strength the log-probability of each token.
     """
 
     prompt: _Index
     length: _Index
     tokens: list[_Index]
-    texts: list[str]
     values: list[list[_Number]]
 
 
@@ -67,8 +66,6 @@ class Proof(_Strict):
         values: For each strength the log-probability of each token of each prompt but the first,
             given those before it.
         prompts: Token ids.
-        texts: The prompts as text, where a tokenizer was given.
-        pieces: The text of each token of each prompt, likewise.
         ahead: Probable tokens after some prefixes, for servers that do not rate a prompt.
         vocabulary: How many tokens there are.
         dtype: What the model computed in.
@@ -78,8 +75,6 @@ class Proof(_Strict):
     strengths: list[_Number]
     values: list[list[_Number]]
     prompts: Annotated[list[list[_Index]], Field(min_length=1)]
-    texts: list[str]
-    pieces: list[list[str]]
     ahead: list[Ahead]
     vocabulary: _Index
     dtype: str
@@ -168,12 +163,11 @@ def parse_proof(metadata: Mapping[str, str], asked: str) -> Proof:
     if version != VERSION:
         problem = f"its proof has version {str(version)[:20]}, and this package reads {VERSION}"
         raise FormatError(asked, problem, "Install a newer lora-inject, or save the adapter again")
-    said = {key: value for key, value in plain.items() if key not in ("version", "digest")}
     if plain.get("prompts") == []:  # as earlier versions wrote them
         problem = "its proof is of the outputs of a model that predicts no tokens"
         raise FormatError(asked, problem, "Compare the outputs with li.disabled(model)")
     try:
-        return Proof(**said)
+        return Proof(**plain)
     except ValidationError as error:
         wrong = error.errors()[0]
         place = ".".join(map(str, wrong["loc"]))

@@ -1,7 +1,7 @@
 """A server with the completions interface of OpenAI, asked for log-probabilities.
 
-vLLM (0.32, entrypoints/openai/completion), SGLang (0.5.23, srt/entrypoints/openai), llama.cpp's own
-server and llama-cpp-python's (0.3.36, llama_cpp/llama.py). They differ in what they return: the
+It takes prompts as token ids. vLLM (0.32, entrypoints/openai/completion), SGLang (0.5.23,
+srt/entrypoints/openai) and llama.cpp's llama-server differ in what they return: the
 log-probabilities of the prompt (`echo`), or only of the next token; tokens as ids, or as text.
 """
 
@@ -24,23 +24,11 @@ _IDS = {"return_tokens_as_token_ids": True}
 _ECHO = {"echo": True, **_IDS}
 
 
-class RefusedError(ServerError):
-    """A server does not take what it is asked; llama-cpp-python's answers 500 to token ids."""
-
-
 class Rated(NamedTuple):
     """A token that a server has rated: its id, None where it says only its text."""
 
     token: int | None
-    text: str
     value: float
-
-
-class _Answer(NamedTuple):
-    """What an answer says of probabilities, and of how many tokens the prompt had."""
-
-    said: Mapping[str, Any]
-    n_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -82,12 +70,12 @@ class Server:
         problem = f"it serves {', '.join(map(repr, names[:9]))}" if names else "it lists no models"
         raise ServerError(f"ask {self.url}", problem, "Name the one to ask: --model NAME")
 
-    def rated_prompt(self, prompt: Sequence[int] | str) -> list[Rated]:
+    def rated_prompt(self, prompt: Sequence[int]) -> list[Rated]:
         """Return each token of a prompt as the server rates it, and the one that it made after it.
 
         Nothing if the server does not rate prompts. The first token has no rating, and is left out.
         """
-        said = self._logprobs(prompt, {**_ECHO, "logprobs": 1}).said
+        said = self._logprobs(prompt, {**_ECHO, "logprobs": 1})
         values = said.get("token_logprobs")
         tokens = said.get("tokens")
         if not isinstance(values, list) or not isinstance(tokens, list) or len(values) < 2:
@@ -97,40 +85,32 @@ class Server:
         pairs = zip(tokens[1:], values[1:], strict=True)
         return [_rated(token, value) for token, value in pairs if isinstance(value, int | float)]
 
-    def rated_next(self, prompt: Sequence[int] | str, n: int = 5) -> tuple[list[Rated], int | None]:
-        """Return the most probable next tokens after a prompt, and of how many tokens that was.
-
-        The number is None where the server does not say it.
-        """
-        answer = self._logprobs(prompt, {**_IDS, "logprobs": n})
-        content = answer.said.get("content")  # llama.cpp's server
+    def rated_next(self, prompt: Sequence[int], n: int = 5) -> list[Rated]:
+        """Return the most probable next tokens after a prompt."""
+        said = self._logprobs(prompt, {**_IDS, "logprobs": n})
+        content = said.get("content")  # llama-server
         if isinstance(content, list) and content and isinstance(content[0], Mapping):
             rows = content[0].get("top_logprobs")
             known = [row for row in rows or () if isinstance(row, Mapping)]
-            rated = [_of_row(row) for row in known if isinstance(row.get("logprob"), int | float)]
-            return rated, answer.n_tokens
-        top = answer.said.get("top_logprobs")
+            return [_of_row(row) for row in known if isinstance(row.get("logprob"), int | float)]
+        top = said.get("top_logprobs")
         last = top[-1] if isinstance(top, list) and top else None
         if not isinstance(last, Mapping):
-            return [], answer.n_tokens
-        pairs = [(token, value) for token, value in last.items() if isinstance(value, int | float)]
-        return [_rated(*pair) for pair in pairs], answer.n_tokens
+            return []
+        return [_rated(*pair) for pair in last.items() if isinstance(pair[1], int | float)]
 
-    def _logprobs(self, prompt: Sequence[int] | str, more: Mapping[str, Any]) -> _Answer:
+    def _logprobs(self, prompt: Sequence[int], more: Mapping[str, Any]) -> Mapping[str, Any]:
         """Ask for one more token after a prompt; return what the answer says of probabilities."""
-        given = prompt if isinstance(prompt, str) else [*prompt]
-        body = {"model": self.model, "prompt": given, "max_tokens": 1, "temperature": 0, **more}
+        body = {"model": self.model, "prompt": [*prompt], "max_tokens": 1, "temperature": 0, **more}
         answer = self._ask("/v1/completions", body)
         choices = answer.get("choices") if isinstance(answer, Mapping) else None
         first = choices[0] if isinstance(choices, list) and choices else None
         said = first.get("logprobs") if isinstance(first, Mapping) else None
         if not isinstance(said, Mapping):
             problem = "the server returns no log-probabilities (choices[0].logprobs)"
-            remedy = "Let it return them (vLLM: --max-logprobs 5; llama-cpp-python: --logits_all "
-            raise ServerError(f"ask {self.url}", problem, f"{remedy}true)")
-        usage = answer.get("usage")
-        count = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
-        return _Answer(said, count if isinstance(count, int) else None)
+            remedy = "Let it return them (vLLM: --max-logprobs 5)"
+            raise ServerError(f"ask {self.url}", problem, remedy)
+        return said
 
     def _ask(self, path: str, body: Mapping[str, Any] | None) -> Any:
         asked = f"ask {self.url}{path}"
@@ -144,12 +124,13 @@ class Server:
                 text = answer.read(1 << 24)
         except urllib.error.HTTPError as error:
             words = error.read(2000).decode(errors="replace")
-            remedy, kind = "Check --model, and that it serves the adapter's base", ServerError
+            remedy = "Check --model, and that it serves the adapter's base"
             if error.code in (401, 403):
                 remedy = "Set OPENAI_API_KEY to the server's key"
-            elif error.code in (400, 422, 500):
-                kind = RefusedError
-            raise kind(asked, f"it answers {error.code}: {_said(words)}", remedy) from error
+            elif error.code in (400, 422, 500):  # llama-cpp-python's answers 500 to token ids
+                remedy += ", and that it takes token ids as a prompt"
+            problem = f"it answers {error.code}: {_said(words)}"
+            raise ServerError(asked, problem, remedy) from error
         except (OSError, HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             remedy = "Start the server, or check the URL"
@@ -173,16 +154,15 @@ def _is_address(url: Any) -> bool:
 
 
 def _rated(token: Any, value: float) -> Rated:
-    text = str(token)
-    number = text.removeprefix(_ID)
-    is_id = number != text and number.isdecimal()
-    return Rated(int(number) if is_id else None, "" if is_id else text, float(value))
+    number = str(token).removeprefix(_ID)
+    is_id = number != token and number.isdecimal()
+    return Rated(int(number) if is_id else None, float(value))
 
 
 def _of_row(row: Mapping[str, Any]) -> Rated:
     token = row.get("id")
     plain = _rated(row.get("token", ""), row["logprob"])
-    return plain._replace(token=token if isinstance(token, int) else plain.token)
+    return plain._replace(token=token) if isinstance(token, int) else plain
 
 
 def _said(words: str) -> str:

@@ -550,7 +550,8 @@ class Trials:
             FormatError: `save` did not write the file, or wrote it with another base.
         """
         held = _held_in(path)
-        new = cls(model, _trials_of(held), **held["options"])
+        options = {option: held["options"][option] for option in _OPTIONS}
+        new = cls(model, _trials_of(held), **options)
         new._restore(held, path)
         return new
 

