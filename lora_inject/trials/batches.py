@@ -71,8 +71,7 @@ def size_of(batch: Any, whose: str) -> int:
         problem = f"its tensors begin with {sorted(shapes)}" if shapes else "it holds no tensor"
         remedy = "Give tensors with one row an example"
         raise StateError(f"step, batch of {whose!r}", problem, remedy)
-    ((n,),) = shapes
-    return n
+    return int(shapes.pop()[0])
 
 
 def n_tokens(batch: Any) -> int:
