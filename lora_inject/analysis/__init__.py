@@ -16,7 +16,7 @@ from lora_inject.analysis.numbers import (
     spectrum,
 )
 from lora_inject.analysis.page import report, write_report
-from lora_inject.analysis.pictures import draw_pictures, draw_spectra, need_matplotlib
+from lora_inject.analysis.pictures import draw_pictures, need_matplotlib
 from lora_inject.analysis.weights import FORMATS, Amplification, Rounded
 from lora_inject.core.adapter.svd import ThinProduct
 
@@ -36,7 +36,6 @@ __all__ = [
     "compare",
     "directions",
     "draw_pictures",
-    "draw_spectra",
     "inspect_state",
     "need_matplotlib",
     "report",

@@ -1,7 +1,6 @@
 """The pictures of an analysis: figures of matplotlib, as SVG inside the page and as PNG files.
 
-Phi is shown as in the paper's figures 3, 4, 6 and 7: heat maps with i downwards and j to the right,
-the first at the top left. In the page, text stays text in the color of the page. Each value that a
+In the page, text stays text in the color of the page. Each value that a
 picture shows by color is also in one of the tables.
 """
 
@@ -13,7 +12,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from operator import attrgetter
@@ -32,7 +31,6 @@ COLORS = "viridis"
 LINES = (0.4, 0.85)  # of the color scale for lines: its ends are lost on black and on white
 WIDTH = 5.0  # inches: 360 units of SVG, so that text keeps its size on a narrow screen
 ROW, FOOT = 0.25, 0.85  # inches: one row of a heat map, its axis and legend
-PANEL = 2.4  # inches: side of a panel of phi
 MOST_TICKS = 10
 FEW = 5  # lines that a legend names where there are many
 SMALL = 8.5  # points
@@ -96,7 +94,7 @@ def pictures(analysis: Analysis) -> dict[str, list[tuple[str, Any]]]:
             *_map("Energy in the first direction", blocks, "spectrum.first_share", 1.0),
         ],
         "spectra": [
-            (kind, spectra_figure([(b.at, b.spectrum.values) for b in same], "layer"))
+            (kind, spectra_figure([(b.at, b.spectrum.values) for b in same]))
             for kind, same in kinds.items()
         ],
         "rounding": [
@@ -108,11 +106,6 @@ def pictures(analysis: Analysis) -> dict[str, list[tuple[str, Any]]]:
             *_map("Side of A: phi of the whole spans", pairs, "right.whole", 1.0),
             *_map("Side of B: phi(1, 1)", pairs, "left.first", 1.0),
             *_map("Side of B: phi of the whole spans", pairs, "left.whole", 1.0),
-        ],
-        "phi": [
-            (kind, similarity_figure(
-                [(f"layer {p.at} {p.label}".strip(), p.right.phi) for p in evenly_spaced(same)]))
-            for kind, same in by_kind(p for p in pairs if p.right.phi.numel()).items()
         ],
     }  # fmt: skip
 
@@ -146,25 +139,6 @@ def draw_pictures(folder: str | os.PathLike[str], analysis: Analysis) -> list[Pa
     ]
 
 
-def draw_spectra(spectra: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
-    """Draw singular values, each set over its largest, on a logarithmic scale.
-
-    Args:
-        spectra: Name to `(n,)` singular values, decreasing.
-        path: The PNG to write.
-
-    Returns:
-        The path.
-
-    Raises:
-        StateError: matplotlib is not installed, or there is nothing to draw.
-    """
-    if not any(bool((values > 0).any()) for values in spectra.values()):
-        remedy = "An adapter whose B is zero has none; train it first"
-        raise StateError("draw a picture", "there are no values above zero", remedy)
-    return png(spectra_figure(list(spectra.items()), "site", len(spectra)), path)
-
-
 # -------------------------------------------------------------------------------------- figures
 
 
@@ -196,34 +170,6 @@ def svg(figure: Any, about: str) -> str:
 
 
 @_styled()
-def similarity_figure(
-    panels: Sequence[tuple[str, Tensor]], labels: tuple[str, str] = ("i", "j"), columns: int = 2
-) -> Any:
-    """Return heat maps of phi, titled grids in rows of `columns`, on one scale from 0 to 1."""
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = _figure(PANEL * rows, PANEL * columns + 0.8)
-    table = figure.subplots(rows, columns, squeeze=False)
-    for axes in table.flat[len(panels) :]:
-        axes.set_axis_off()
-    for axes, (name, grid) in zip(table.flat, panels, strict=False):
-        height, width = grid.shape
-        image = axes.imshow(
-            grid.detach().cpu().tolist(), vmin=0, vmax=1, cmap=COLORS, aspect="auto",
-            interpolation="nearest", extent=(0.5, width + 0.5, height + 0.5, 0.5),
-        )  # fmt: skip
-        axes.set_title(printable(name), fontsize=8)
-        axes.set_xticks(range(1, width + 1, -(-width // MOST_TICKS)))
-        axes.set_yticks(range(1, height + 1, -(-height // MOST_TICKS)))
-        axes.tick_params(labelsize=6)
-        axes.set_ylabel(labels[0], fontsize=7)
-        axes.set_xlabel(labels[1], fontsize=7)
-    bar = figure.colorbar(image, ax=table, label="\u03c6(i, j)", fraction=0.03, aspect=30)
-    bar.solids.set_rasterized(True)
-    return figure
-
-
-@_styled()
 def heat_map(cells: Iterable[tuple[Place, float]], high: float | None = None) -> Any:
     """Return a row for each kind and a column for each layer, on a scale from 0.
 
@@ -252,10 +198,10 @@ def heat_map(cells: Iterable[tuple[Place, float]], high: float | None = None) ->
 
 
 @_styled()
-def spectra_figure(lines: Sequence[tuple[str, Tensor]], named: str, most: int = FEW) -> Any:
+def spectra_figure(lines: Sequence[tuple[str, Tensor]]) -> Any:
     """Return singular values over the largest of each, a line for each label.
 
-    The legend, titled `named`, names up to `most` of them, evenly spaced.
+    The legend names some of them, evenly spaced.
     """
     from matplotlib.ticker import LogLocator
 
@@ -263,7 +209,7 @@ def spectra_figure(lines: Sequence[tuple[str, Tensor]], named: str, most: int = 
     drawn = [(label, values) for label, values in positive if values]
     below = any(len(label) > FEW for label, _ in drawn)
     figure, axes = _one_plot(2.2 + 0.3 * len(drawn) * below)
-    in_legend = set(evenly_spaced(range(len(drawn)), most))
+    in_legend = set(evenly_spaced(range(len(drawn))))
     for number, (label, values) in enumerate(drawn):
         relative = [value / values[0] for value in values]
         text = printable(label) if number in in_legend else None
@@ -279,21 +225,21 @@ def spectra_figure(lines: Sequence[tuple[str, Tensor]], named: str, most: int = 
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter("")
         where = "outside lower left" if below else "outside right upper"
-        figure.legend(title=named, fontsize=SMALL, title_fontsize=SMALL, loc=where)
+        figure.legend(title="layer", fontsize=SMALL, title_fontsize=SMALL, loc=where)
     return figure
 
 
 # ---------------------------------------------------------------------------------------- parts
 
 
-def evenly_spaced(items: Sequence[T], most: int = 4) -> list[T]:
-    """Take up to `most` items, evenly spaced from the first to the last.
+def evenly_spaced(items: Sequence[T]) -> list[T]:
+    """Take up to `FEW` items, evenly spaced from the first to the last.
 
     Examples:
-        >>> evenly_spaced(range(96)), evenly_spaced("ab")
-        ([0, 31, 63, 95], ['a', 'b'])
+        >>> evenly_spaced(range(97)), evenly_spaced("ab")
+        ([0, 24, 48, 72, 96], ['a', 'b'])
     """
-    n = min(most, len(items))
+    n = min(FEW, len(items))
     return [items[i * (len(items) - 1) // max(1, n - 1)] for i in range(n)]
 
 
@@ -314,19 +260,13 @@ def _slug(title: str) -> str:
     return re.sub(r"[^A-Za-z0-9_]+", "-", title.replace("*", "")).strip("-") or "site"
 
 
-def _figure(height: float, width: float) -> Any:
-    """Return an empty figure that belongs to no window and no global state; sides in inches."""
+def _one_plot(height: float) -> tuple[Any, Any]:
+    """Return a figure as wide as the page, of no window and no global state, and its only axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure
-
-
-def _one_plot(height: float) -> tuple[Any, Any]:
-    """Return a figure as wide as the page, and its only axes."""
-    figure = _figure(height, WIDTH)
     return figure, figure.subplots()
 
 

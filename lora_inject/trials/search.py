@@ -76,24 +76,6 @@ def rungs(trials: int, steps: int) -> list[tuple[int, int]]:
     return [(size, steps // MORE_STEPS ** (last - i)) for i, size in enumerate(sizes)]
 
 
-def steps_within(seconds: float, trials: int, per_step: float) -> int:
-    """Return the steps of the last rung of a search that takes a given time.
-
-    Args:
-        seconds: Time of all steps.
-        trials: Number of trials in the first rung.
-        per_step: Seconds of one step of all trials.
-
-    Examples:
-        >>> steps_within(64.0, 16, 1.0), rungs(16, 165)  # 33 + 165 * 3 / 16 = 64 seconds
-        (165, [(16, 33), (3, 165)])
-    """
-    plan = rungs(trials, many := MORE_STEPS**16)
-    most = seconds / per_step / sum(size * steps / trials / many for size, steps in plan)
-    first: int = MORE_STEPS ** (len(plan) - 1)
-    return max(1, int(most // first)) * first
-
-
 def ranked(losses: Mapping[str, Sequence[float]]) -> list[str]:
     """Return the trials whose mean loss is finite, the best first."""
     means = {name: fmean(values) for name, values in losses.items()}
@@ -114,7 +96,6 @@ def behind(losses: Sequence[float], best: Sequence[float]) -> str:
 
 SAVE_SECONDS = 20.0
 """Time between two saves of the running rung: an interrupt loses at most this much."""
-TIMED_STEPS = 2
 RECENT = 8
 """Steps over which the loss of a running trial is averaged."""
 PASS_TOKENS = 4096
@@ -158,7 +139,6 @@ class Search:
         space: What the search tries.
         candidates: Trial to its config, learning rate and parameters.
         over_budget: Trials that are left out, because they are over the budget.
-        plan: Trials and steps of each rung.
         rungs: The finished rungs, and the running one.
         equal: How many trials were left out because they equal others.
         base: Loss of the base on each held-out batch.
@@ -169,10 +149,14 @@ class Search:
     candidates: dict[str, Point]
     over_budget: list[str] = field(default_factory=list)
     equal: int = 0
-    plan: list[tuple[int, int]] = field(default_factory=list)
     rungs: list[Rung] = field(default_factory=list)
     base: list[float] = field(default_factory=list)
     adapter: AdapterState | None = None
+
+    @property
+    def plan(self) -> list[tuple[int, int]]:
+        """Trials and steps of each rung."""
+        return rungs(len(self.candidates), self.space.budget.steps)
 
     @property
     def best(self) -> str:
@@ -388,7 +372,6 @@ class _Runner:
             remedy = "Give the model, loss and forward that it had, or another folder"
             raise FormatError(f"search in '{self.folder}'", problem, remedy)
         search.base = base
-        search.plan = [tuple(pair) for pair in self.kept.get("plan", ())] or self._plan()
         done = [Rung(**rung) for rung in self.kept.get("rungs", ())]
         names = list(search.candidates)
         for i, (size, steps) in enumerate(search.plan):
@@ -441,7 +424,7 @@ class _Runner:
             return
         trials.save(path)
         rungs = [asdict(rung) for rung in self.search.rungs]
-        held = {"key": self.key, "plan": self.search.plan, "base": self.search.base}
+        held = {"key": self.key, "base": self.search.base}
         text = json.dumps({**held, "rungs": rungs})
         write_file(self.folder / "search.json", text.encode(), overwrite=True)
         self.kept = held
@@ -481,22 +464,6 @@ class _Runner:
                     raise StateError(f"search, {name}", problem, "Look at its rows")
                 losses.append(value)
         return losses[1:]
-
-    def _plan(self) -> list[tuple[int, int]]:
-        """Return the rungs; if the budget is in minutes, time some steps of all trials first."""
-        n, budget = len(self.search.candidates), self.search.space.budget
-        if budget.minutes is None:
-            return rungs(n, budget.steps or 0)
-        with self._trials(self.search.candidates, 1 + TIMED_STEPS) as trials:
-            trials.step(self.batches[0], **self.calls)
-            began = time.monotonic()
-            for i in range(TIMED_STEPS):
-                trials.step(self.batches[(i + 1) % len(self.batches)], **self.calls)
-            per_step = (time.monotonic() - began) / TIMED_STEPS
-            began = time.monotonic()
-            trials.evaluate(self.held_out[0], **self.calls)
-            judging = len(self.held_out) * (time.monotonic() - began)  # the most it can take
-        return rungs(n, steps_within(60 * budget.minutes - judging, n, per_step))
 
 
 def _digest(batches: Sequence[Any]) -> str:

@@ -78,17 +78,8 @@ class Budget(Strict):
 
     parameters: _Limit | None = None
     """Largest number of trainable parameters of the adapter."""
-    steps: _Limit | None = None
+    steps: _Limit
     """Steps of the longest run."""
-    minutes: _Positive | None = None
-    """Minutes of the whole search; the steps are computed from them."""
-
-    @model_validator(mode="after")
-    def _ends(self) -> Self:
-        if (self.steps is None) == (self.minutes is None):
-            problem = "steps and minutes are " + ("missing" if self.steps is None else "both given")
-            raise ValueError(problem, "Give one of them, such as steps: 64")
-        return self
 
 
 class Training(Strict):

@@ -56,7 +56,7 @@ def test_table_page_and_pictures_show_every_site_and_load_nothing(run, files, tm
     assert ran.code == 0
     assert all(ran.out.count(name) == 4 for name in NAMES)  # block, weight, rounding, overlap
     assert "4 sites, 4 blocks; rank 2 holds 99% (median)" in ran.out
-    drawn = {f"{what}-h-{leaf}.png" for leaf in LEAVES for what in ("spectra", "phi")}
+    drawn = {f"spectra-h-{leaf}.png" for leaf in LEAVES}
     assert drawn < {path.name for path in folder.iterdir()}
     text = page.read_text(encoding="utf-8")
     assert all(text.count(name) >= 3 for name in NAMES)
