@@ -1,4 +1,4 @@
-"""What an adapter has learned: spectra, subspaces, amplification, and what rounding leaves of it.
+"""What an adapter has learned: spectra, subspaces, its size, and what rounding leaves of it.
 
 Every figure is a pure function of tensors or of an `AdapterState`; W is needed by few of
 them, and is then streamed from a checkpoint. Nothing here needs a model.
@@ -17,13 +17,12 @@ from lora_inject.analysis.numbers import (
 )
 from lora_inject.analysis.page import report, write_report
 from lora_inject.analysis.pictures import draw_pictures, need_matplotlib
-from lora_inject.analysis.weights import FORMATS, Amplification, Rounded
+from lora_inject.analysis.weights import FORMATS, Rounded
 from lora_inject.core.adapter.svd import ThinProduct
 
 __all__ = [
     "FORMATS",
     "SHARES",
-    "Amplification",
     "Analysis",
     "Comparison",
     "Finding",

@@ -22,7 +22,6 @@ from lora_inject.analysis.numbers import (
     Figures,
     Place,
     Spectrum,
-    by_kind,
     similarity,
     site_blocks,
     spectrum,
@@ -32,7 +31,7 @@ from lora_inject.checkpoint import Checkpoint
 from lora_inject.checkpoint.pieces import Progress, counting_bytes
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.names import counted, templates
-from lora_inject.core.spec.tables import Listing, listed, number, span, wrapped
+from lora_inject.core.spec.tables import Listing, listed, number, wrapped
 from lora_inject.errors import StateError
 
 ONE_DIRECTION = 0.99  # of the energy in the first direction: a block that has only one
@@ -244,7 +243,7 @@ class Analysis(Figures):
             sites = self.weights.items()
             return tuple(name for name, site in sites if holds(site.rounded[form]))
 
-        loud = [b.name for b in self.on_weight() if b.norms.relative > LOUD]
+        loud = [b.name for b in self.on_weight() if b.relative > LOUD]
         rules = (
             Finding("inert", True, "The delta is zero: B is, or it equals its frozen start. The "
                     "site does nothing.", blocks(lambda b: not b.spectrum.rank)),
@@ -270,21 +269,6 @@ class Analysis(Figures):
         """Return every block compared with W, in the order of the sites."""
         return [block for site in self.weights.values() for block in site.blocks]
 
-    def kind_rows(self) -> Listing:
-        """Return the needed ranks of each kind of site: the median, and the largest."""
-        rows = []
-        for kind, blocks in by_kind(self.blocks).items():
-            spectra = [block.spectrum for block in blocks]
-            needed = zip(*(s.needed.values() for s in spectra), strict=True)
-            ranks = (f"{median(each):g} (max {max(each)})" for each in needed)
-            means = (
-                median(s.stable_rank for s in spectra),
-                median(s.effective_rank for s in spectra),
-            )
-            rows.append((kind, len(blocks), span(b.rank for b in blocks), *ranks, *means))
-        heads = ("kind", "blocks", "rank", *map(percent, SHARES), "stable", "effective")
-        return Listing(heads, tuple(rows))
-
     def block_rows(self) -> Listing:
         """Return the size and the needed ranks of the delta of each block."""
         figures = attrgetter("norm", "first_share", "stable_rank", "effective_rank")
@@ -295,9 +279,9 @@ class Analysis(Figures):
 
     def weight_rows(self) -> Listing:
         """Return how each block compares with the weight that it updates."""
-        figures = attrgetter("weight_norm", "relative", "rank", "of_delta", "factor")
-        rows = ((Place(b.tensor, b.label).name, *figures(b.norms)) for b in self.on_weight())
-        return Listing(("tensor", "|W|", "|D|/|W|", "r", "|U'WV|", "amplification"), tuple(rows))
+        beside = self.on_weight()
+        rows = tuple((Place(b.tensor, b.label).name, b.weight_norm, b.relative) for b in beside)
+        return Listing(("tensor", "|W|", "|D|/|W|"), rows)
 
     def rounding_rows(self) -> Listing:
         """Return the part of each delta that each format keeps, and the error."""

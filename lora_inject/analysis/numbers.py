@@ -121,7 +121,6 @@ class SiteBlock(Place):
     """One low-rank block of a site: an adapted slice, an expert, or all of a plain site."""
 
     block: Block  # where it lies on the weight matrix
-    transposed: bool  # whether that matrix is `(in, out)`
     A: Tensor  # `(rank, in)`, as stored
     B: Tensor  # `(out, rank)`, as stored
     delta: ThinProduct  # `scale * B @ A`, less the frozen start
@@ -186,7 +185,7 @@ def blocks_of_terms(terms: Sequence[Patch], *, checked: bool = True) -> tuple[Si
         delta = ThinProduct(torch.cat(left, 1), torch.cat([a.double() for a, _, _ in parts]))
         A, B, _ = parts[0]
         several = len(terms) > 1
-        made.append(SiteBlock(spec.name, label, block, spec.transposed, A, B, delta, several))
+        made.append(SiteBlock(spec.name, label, block, A, B, delta, several))
     return tuple(made)
 
 

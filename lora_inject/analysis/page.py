@@ -82,7 +82,7 @@ def report(
         tiles=_tiles(analysis),
         findings=[(finding, list(templates(finding.names))) for finding in analysis.findings],
         prefix=shared_prefix(by_kind(analysis.blocks)),
-        kinds=analysis.kind_rows(),
+        kinds=analysis.block_rows().by_kind(),
         blocks=analysis.block_rows(),
         weights=analysis.weight_rows() if analysis.weights else None,
         rounded=analysis.rounding_rows() if analysis.weights else None,
@@ -135,11 +135,8 @@ def _tiles(analysis: Analysis) -> list[tuple[str, str]]:
         (f"{median(s.rank_for(0.99) for s in spectra):g}", "rank that holds 99% (median)"),
         (number(median(s.effective_rank for s in spectra)), "effective rank (median)"),
     ]
-    if norms := [block.norms for block in analysis.on_weight()]:
-        tiles += [
-            (percent(_median(n.relative for n in norms)), "|D| / |W| (median)"),
-            (number(_median(n.factor for n in norms)), "amplification (median)"),
-        ]
+    if beside := analysis.on_weight():
+        tiles.append((percent(_median(b.relative for b in beside)), "|D| / |W| (median)"))
     return tiles
 
 

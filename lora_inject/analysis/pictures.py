@@ -86,8 +86,7 @@ def pictures(analysis: Analysis) -> dict[str, list[tuple[str, Any]]]:
     }  # fmt: skip
     return {
         "maps": [
-            *_map("Size of the delta, |D| / |W|", beside, "norms.relative"),
-            *_map("Amplification, |D| / |U'WV|", beside, "norms.factor"),
+            *_map("Size of the delta, |D| / |W|", beside, "relative"),
             *_map("Size of the delta, |D|", () if beside else blocks, "spectrum.norm"),
             *_map("Rank that holds 99%, over the configured rank", blocks, "needed_share", 1.0),
             *_map("Effective rank", blocks, "spectrum.effective_rank"),

@@ -3,11 +3,9 @@
 `checkpoint.places` finds the place of each update, as for a merge. Here the same rows are read,
 once, and counted instead of written, so memory does not grow with W.
 
-1. `|U^T W V|_F`, with U and V the directions of the delta, is the part of W in these directions;
-   `|D|_F` over it is the amplification factor (arXiv:2106.09685, section 7.3, Table 7).
-2. A model of 16, 8 or 4 bits holds `Q(W)`, and after merging `Q(W + D)`. Their difference is
-   measured as in a merge. If W is stored in that format, `Q(W) = W`, and it is what `merge` says.
-   W and W + D have scales of their own: quantizing comes after merging.
+A model of 16, 8 or 4 bits holds `Q(W)`, and after merging `Q(W + D)`. Their difference is measured
+as in a merge. If W is stored in that format, `Q(W) = W`, and it is what `merge` says. W and W + D
+have scales of their own: quantizing comes after merging.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from lora_inject.analysis.numbers import Figures, Place, SiteBlock, blocks_of_terms
+from lora_inject.analysis.numbers import Figures, Place, blocks_of_terms
 from lora_inject.checkpoint import Checkpoint, MergeOptions, WeightedAdapter
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.places import place_adapter
@@ -29,33 +27,10 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS
 from lora_inject.core.functional.fold import Delta, Tally
+from lora_inject.core.spec.sites import Block
 from lora_inject.errors import CheckpointError
 
 INT4_GROUP = 64
-
-
-@dataclass(frozen=True)
-class Amplification(Figures):
-    """What of W lies in the directions of a delta: Frobenius norms."""
-
-    rank: int  # of the delta, and how many directions are compared
-    delta_norm: float  # `|D|`
-    weight_norm: float  # `|W|`
-    of_delta: float  # `|U^T W V|`
-
-    @property
-    def factor(self) -> float:
-        """`|D| / |U^T W V|`: by how much the delta amplifies its directions; NaN for no delta."""
-        if not self.delta_norm:
-            return math.nan
-        return self.delta_norm / self.of_delta if self.of_delta else math.inf
-
-    @property
-    def relative(self) -> float:
-        """`|D| / |W|`; NaN where both are zero."""
-        if not self.weight_norm:
-            return math.inf if self.delta_norm else math.nan
-        return self.delta_norm / self.weight_norm
 
 
 @dataclass(frozen=True)
@@ -114,10 +89,18 @@ scale for each 64 consecutive values of a row.
 
 @dataclass(frozen=True)
 class BlockOnWeight(Place):
-    """One block compared with the part of W that it updates."""
+    """One block compared with the part of W that it updates: Frobenius norms."""
 
     tensor: str  # name of W in the checkpoint
-    norms: Amplification
+    delta_norm: float  # `|D|`
+    weight_norm: float  # `|W|`
+
+    @property
+    def relative(self) -> float:
+        """`|D| / |W|`; NaN where both are zero."""
+        if not self.weight_norm:
+            return math.inf if self.delta_norm else math.nan
+        return self.delta_norm / self.weight_norm
 
 
 @dataclass(frozen=True)
@@ -132,7 +115,7 @@ class SiteOnWeight(Figures):
     @property
     def changed(self) -> bool:
         """Whether there is a delta at all."""
-        return any(block.norms.delta_norm for block in self.blocks)
+        return any(block.delta_norm for block in self.blocks)
 
 
 class Weights:
@@ -184,7 +167,8 @@ class Weights:
             # Places are in the order of the experts, several of each where the file cuts them.
             first = number * len(experts) // len(places)
             expert = f"expert {experts[first]} " if experts else ""
-            seen = [_Seen(block) for block in blocks_of_terms(placed.terms)]
+            parts = blocks_of_terms(placed.terms)
+            squares = [0.0] * len(parts)
             wide = torch.float64 if placed.source.dtype == "F64" else torch.float32
             delta = Delta(placed.terms, wide)
             reader = RowReader(self._checkpoint.path_of(placed.source.name))
@@ -195,42 +179,24 @@ class Weights:
                 for name, tally in tallies.items():
                     base = FORMATS[name](W)
                     tally.count(base, D, D - (FORMATS[name](W + D) - base))
-                for block in seen:
-                    block.count(at - placed.start, W)
+                for i, part in enumerate(parts):
+                    squares[i] += _square(part.block, at - placed.start, W)
             blocks += [
                 BlockOnWeight(
-                    site, f"{expert}{each.block.label}".strip(), placed.source.name, each.norms()
+                    site,
+                    f"{expert}{part.label}".strip(),
+                    placed.source.name,
+                    math.sqrt(part.delta.square()),
+                    math.sqrt(square),
                 )
-                for each in seen
+                for part, square in zip(parts, squares, strict=True)
             ]
         stored = str(FLOATS[places[0].source.dtype]).removeprefix("torch.")
         rounded = {name: Rounded(tally.kept, tally.error) for name, tally in tallies.items()}
         return SiteOnWeight(tuple(blocks), stored, rounded)
 
 
-class _Seen:
-    """A block, and what was seen so far of the part of W that it updates."""
-
-    def __init__(self, block: SiteBlock) -> None:
-        U, self._S, V = block.delta.svd()
-        self._left, self._right = (V, U) if block.transposed else (U, V)
-        self._product = self._left.new_zeros(len(self._S), len(self._S))
-        self._square = 0.0
-        self.block = block
-
-    def count(self, start: int, rows: Tensor) -> None:
-        """Take rows of the whole matrix, from the row `start` on."""
-        top, bottom = self.block.block.rows
-        first, last = max(top, start), min(bottom, start + len(rows))
-        if first < last:
-            part = rows[first - start : last - start, slice(*self.block.block.cols)].double()
-            self._square += float(part.square().sum())
-            self._product += self._left[first - top : last - top].T @ (part @ self._right)
-
-    def norms(self) -> Amplification:
-        return Amplification(
-            rank=len(self._S),
-            delta_norm=float(torch.linalg.vector_norm(self._S)),
-            weight_norm=math.sqrt(self._square),
-            of_delta=float(torch.linalg.vector_norm(self._product)),
-        )
+def _square(block: Block, start: int, rows: Tensor) -> float:
+    """Return the sum of squares of a block, of those rows that begin at `start`."""
+    first, last = (min(max(row - start, 0), len(rows)) for row in block.rows)
+    return float(rows[first:last, slice(*block.cols)].double().square().sum())
