@@ -320,7 +320,7 @@ def _quantizers(problems: list[LayerError]) -> dict[str, Any]:
                     parameter.requires_grad_(False)
             return super().postprocess_model(model, **more)
 
-    return {"mxfp4": KeptMxfp4, "fp8": KeptFloat8, "mxfp8": KeptFloat8}
+    return {"mxfp4": KeptMxfp4, "fp8": KeptFloat8}
 
 
 def _operation(read: Callable[..., dict[str, Any]], problems: list[LayerError]) -> type:

@@ -6,6 +6,7 @@ the stack, and in its last but one dimension an entry for so many rows (`rows_of
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from lora_inject.errors import LayerError
 
-_MXFP4_GROUP = 32
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 Parts = Mapping[str, Tensor]
@@ -45,7 +45,7 @@ class StackFormat(ABC):
 
 @dataclass(frozen=True)
 class Mxfp4Stack(StackFormat):
-    """MXFP4: codes of 4 bits, a power of two for each 32 of them (GPT-OSS, DeepSeek-V4).
+    """MXFP4: codes of 4 bits, a power of two for each 32 of them (GPT-OSS).
 
     Parts: `codes` uint8 `(..., out, in / 2)`; `scales` uint8 `(..., out, in / 32)`, exponents of 2
     plus 127. Source: the OCP Microscaling formats, version 1.0.
@@ -71,7 +71,7 @@ class Float8Stack(StackFormat):
     """Float8 (e4m3) times the scale of its block (DeepSeek-V3, Qwen3-FP8, GLM).
 
     Parts: `codes` `(..., out, in)`; `scales` of any float dtype, one for each block, those at the
-    edges smaller. A scale for each row is a block `(1, in)`.
+    edges smaller.
     """
 
     block: tuple[int, int]
@@ -119,7 +119,7 @@ def read_matrix(
 
     Args:
         tensors: `weight` with the scales beside it, as transformers' fp8 names them.
-        block: Block of float8 that the config says.
+        block: Block of float8 that the config says; None for one scale of all.
         asked: For messages.
 
     Returns:
@@ -131,43 +131,15 @@ def read_matrix(
     codes, scales = tensors["weight"], tensors.get("weight_scale_inv")
     if scales is None and codes.dtype in (*_FLOATS, torch.float64):
         return None
-    if scales is not None and codes.dim() == 2:
-        read = _float8 if codes.dtype == torch.float8_e4m3fn else _mxfp4
-        if (known := read(codes, scales, block)) is not None:
-            return known
+    if scales is not None and codes.dim() == 2 and scales.is_floating_point():
+        high, wide = block or codes.shape
+        grid = (-(-len(codes) // high), -(-codes.shape[1] // wide))
+        if codes.dtype == torch.float8_e4m3fn and scales.numel() == math.prod(grid):
+            parts = {"codes": codes, "scales": scales.reshape(grid)}
+            return Float8Stack((high, wide)), parts
     kinds = ", ".join(f"{name} {t.dtype} {list(t.shape)}" for name, t in tensors.items())
     raise LayerError(
         asked,
         f"it is stored as {kinds}",
-        "Experts stay packed in MXFP4, and in float8 with scales; load others dequantized",
+        "Experts stay packed in MXFP4 as of GPT-OSS, or in float8 with scales; load others dequantized",
     )
-
-
-def _float8(
-    codes: Tensor, scales: Tensor, block: tuple[int, int] | None
-) -> tuple[StackFormat, dict[str, Tensor]] | None:
-    n_out, n_in = codes.shape
-    scales = _of_bytes(scales)
-    is_of_rows = scales.dim() < 2 and scales.numel() in (1, n_out)
-    if is_of_rows or scales.shape in ((n_out, 1), (1, 1)):
-        rows = scales.reshape(-1, 1).expand(n_out, 1).contiguous()
-        return Float8Stack((1, n_in)), {"codes": codes, "scales": rows}
-    if block is None or scales.shape != (-(-n_out // block[0]), -(-n_in // block[1])):
-        return None
-    return Float8Stack(block), {"codes": codes, "scales": scales}
-
-
-def _mxfp4(
-    codes: Tensor, scales: Tensor, _: tuple[int, int] | None
-) -> tuple[StackFormat, dict[str, Tensor]] | None:
-    shape = (len(codes), 2 * codes.shape[1] // _MXFP4_GROUP)
-    if codes.element_size() != 1 or scales.shape != shape or scales.element_size() != 1:
-        return None
-    return Mxfp4Stack(), {"codes": codes.view(torch.uint8), "scales": scales.view(torch.uint8)}
-
-
-def _of_bytes(scales: Tensor) -> Tensor:
-    """Return scales as floats; bytes are exponents of 2 plus 127."""
-    if scales.dtype != torch.uint8:
-        return scales
-    return torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - 127)
