@@ -141,5 +141,5 @@ def read_matrix(
     raise LayerError(
         asked,
         f"it is stored as {kinds}",
-        "Experts stay packed in MXFP4 as of GPT-OSS, or in float8 with scales; load others dequantized",
+        "Experts stay packed in MXFP4 as of GPT-OSS, or in float8; load others dequantized",
     )

@@ -138,7 +138,7 @@ class Run:
         for parameter in self.parameters:
             parameter.requires_grad_(False)
 
-    def to_row(self, name: str) -> tuple[str, ...]:
+    def to_row(self, name: str) -> tuple[str, str, str, str, str, str]:
         """Return a line of the table."""
         recent, held_out = self.losses[-RECENT:], self.held_out
         return (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
@@ -25,6 +26,7 @@ from lora_inject.core.files.atomic import write_file
 from lora_inject.core.layers.survey import evaluating
 from lora_inject.core.model.eject import eject
 from lora_inject.core.model.read_off import adapter_state
+from lora_inject.core.spec.tables import columns
 from lora_inject.errors import FormatError, StateError, check_type, user_path
 from lora_inject.formats.pickles import DAMAGE
 from lora_inject.trials.batches import Forward, copied, in_one_order, plain_forward
@@ -471,10 +473,8 @@ class Trials:
     def table(self) -> str:
         """Return a table: each trial's learning rate, parameters, losses and state."""
         rows = [("trial", "lr", "parameters", "loss", "held out", "")]
-        rows += [run.to_row(name) for name, run in self._runs.items()]  # type: ignore[misc]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
+        rows += [run.to_row(name) for name, run in self._runs.items()]
+        return "\n".join(columns(rows, len(rows[0]), sys.maxsize, indent=""))
 
     # ------------------------------------------------------------------------------ save, resume
 
