@@ -27,7 +27,6 @@ def report(
     title: str,
     *,
     other: str = "the other adapter",
-    date: dt.date | None = None,
 ) -> str:
     """Write the page about an adapter.
 
@@ -36,7 +35,6 @@ def report(
         state: The adapter itself.
         title: What to call it.
         other: What to call the one that it is compared with.
-        date: The date at the top; today by default.
 
     Returns:
         HTML that loads nothing; every name in it is escaped.
@@ -78,7 +76,7 @@ def report(
     }
     page = environment.get_template("page.html.j2").render(
         title=title,
-        facts=_facts(analysis, state, date or dt.date.today()),
+        facts=_facts(analysis, state),
         tiles=_tiles(analysis),
         findings=[(finding, list(templates(finding.names))) for finding in analysis.findings],
         prefix=shared_prefix(by_kind(analysis.blocks)),
@@ -110,7 +108,7 @@ def write_report(path: str | os.PathLike[str], text: str) -> Path:
     return write_file(user_path("write report", path), text.encode(), overwrite=True)
 
 
-def _facts(analysis: Analysis, state: AdapterState, date: dt.date) -> list[tuple[str, str]]:
+def _facts(analysis: Analysis, state: AdapterState) -> list[tuple[str, str]]:
     """What the adapter is, at the top of the page."""
     sites = state.sites.values()
     n_lora = sum(site.A.numel() + site.B.numel() for site in sites)
@@ -122,7 +120,7 @@ def _facts(analysis: Analysis, state: AdapterState, date: dt.date) -> list[tuple
         ("parameters", f"{n_lora:,} in A and B, {', '.join(dtypes)}"),
         *([("trained in full", trained)] if state.trained else ()),
         ("base", Path(analysis.base).name if analysis.base else "not given: the adapter alone"),
-        ("date", date.isoformat()),
+        ("date", dt.date.today().isoformat()),
         ("targets", "\n".join(f"{name} \u00d7{n}" for name, n in templates(state.sites).items())),
     ]
 

@@ -20,23 +20,14 @@ import typer
 from lora_inject.core.spec.names import printable
 
 WIDTH = 80  # where stdout is not a terminal
-COLORS = {"Error": "red", "wrong": "red", "NOT verified": "red", "verified": "green"}
-"""Words before a colon that are colored."""
 
 
 def say(text: str = "", *, err: bool = False) -> None:
     """Print text, with escape sequences and other unprintable characters escaped.
 
-    Every line of this program is printed here, and names come from untrusted files. On a terminal
-    the words of `COLORS` have their color, if NO_COLOR is not set.
+    Every line of this program is printed here, and names come from untrusted files.
     """
-    lines = printable(text, keep="\n").split("\n")
-    for i, line in enumerate(lines):
-        head, colon, rest = line.partition(":")
-        if colon and head in COLORS and not os.environ.get("NO_COLOR"):
-            # echo leaves colors out where there is no terminal
-            lines[i] = f"{typer.style(head, fg=COLORS[head], bold=True)}:{rest}"
-    _write("\n".join(lines), err=err)
+    _write(printable(text, keep="\n"), err=err)
 
 
 def _write(text: str, *, err: bool = False) -> None:

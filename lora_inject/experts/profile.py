@@ -17,7 +17,7 @@ from lora_inject.core.spec.names import parent
 from lora_inject.errors import LayerError
 
 
-def profile_experts(model: nn.Module, batches: Iterable[Any], *, run: Any = None) -> ExpertProfile:
+def profile_experts(model: nn.Module, batches: Iterable[Any]) -> ExpertProfile:
     """Count how often each expert of a model is chosen on some batches.
 
     The model runs without gradients, in the mode that it is in; padding counts as other tokens do.
@@ -25,7 +25,6 @@ def profile_experts(model: nn.Module, batches: Iterable[Any], *, run: Any = None
     Args:
         model: The model, with or without adapters.
         batches: Mappings, which the model gets as keywords, or single arguments.
-        run: What to call with a batch instead of the model.
 
     Returns:
         The counts by stack; `write` saves them for `only:`.
@@ -56,8 +55,7 @@ def profile_experts(model: nn.Module, batches: Iterable[Any], *, run: Any = None
                 stack.enter_context(_counted(name, survey.by_name[name], mixture, counts))
         stack.enter_context(torch.no_grad())
         for batch in batches:
-            call = run or model
-            call(**batch) if isinstance(batch, Mapping) else call(batch)
+            model(**batch) if isinstance(batch, Mapping) else model(batch)
     if not counts:
         remedy = "Give batches that reach its experts"
         raise LayerError("profile_experts", "no batch reached an expert", remedy)

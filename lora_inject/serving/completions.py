@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any, NamedTuple
 
+from lora_inject.core.model.probing import N_TOP
 from lora_inject.errors import ServerError
 
 _ID = "token_id:"  # how vLLM writes a token as its id
@@ -85,9 +86,9 @@ class Server:
         pairs = zip(tokens[1:], values[1:], strict=True)
         return [_rated(token, value) for token, value in pairs if isinstance(value, int | float)]
 
-    def rated_next(self, prompt: Sequence[int], n: int = 5) -> list[Rated]:
+    def rated_next(self, prompt: Sequence[int]) -> list[Rated]:
         """Return the most probable next tokens after a prompt."""
-        said = self._logprobs(prompt, {**_IDS, "logprobs": n})
+        said = self._logprobs(prompt, {**_IDS, "logprobs": N_TOP})
         content = said.get("content")  # llama-server
         if isinstance(content, list) and content and isinstance(content[0], Mapping):
             rows = content[0].get("top_logprobs")

@@ -174,10 +174,7 @@ class Trials:
         self._check_unchanged(self.running)
         places = put_on(self.model, trials, self.running, leave_new=self.leave_new)
         self._runs |= {name: Run(trial, places[name]) for name, trial in trials.items()}
-        self._settle()
-
-    def _settle(self) -> None:
-        """See forwards anew: there are others of the adapters."""
+        # Forwards are seen anew: there are other adapters.
         self._passes = Passes(self.model, self._runs, self.max_tokens)
 
     @_one_at_a_time
