@@ -18,7 +18,7 @@ from lora_inject.cli.show import print_json, say, width
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import check_free
 from lora_inject.core.spec.names import counted, nearest
-from lora_inject.errors import CheckpointError, FormatError, user_path
+from lora_inject.errors import CheckpointError, FormatError, LoraInjectError, user_path
 from lora_inject.formats.exchange import (
     DEFAULT,
     TO_WRITE,
@@ -105,7 +105,11 @@ class Output:
 
     def print(self, data: Mapping[str, Any], text: str) -> None:
         """Print plain data as JSON, or what says it in words."""
-        print_json(data) if self.as_json else say(text)
+        try:
+            print_json(data) if self.as_json else say(text)
+        except OSError as error:
+            done = "The command has done its work, files included; only this is lost"
+            raise LoraInjectError("print the result", str(error.strerror), done) from error
 
 
 @dataclass(frozen=True)
