@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -128,6 +129,14 @@ def _one_tensor(column: Sequence[Any]) -> Any:
         problem = "their rows differ in dtype"
     found = " and ".join(dict.fromkeys(map(shown, column)))
     raise StateError("step", f"{found}: {problem}", "Give all trials rows of one shape and dtype")
+
+
+def without(outputs: Any, keys: Iterable[Any]) -> Any:
+    """Return outputs of which some entries are in the part of no trial."""
+    kept = copy.copy(outputs) if keys else outputs
+    for key in keys:
+        kept[key] = WITHOUT_ROWS
+    return kept
 
 
 def parted(outputs: Any, of: Joined, padded: Sequence[Sequence[int]] = ()) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from lora_inject.core.roots.selecting import selecting
 from lora_inject.errors import LayerError, LoraInjectError
 from lora_inject.rows.by_row import Rows, Taking
 from lora_inject.rows.seen import rows_alike
-from lora_inject.trials.batches import Forward, Joined, joined_batch, n_tokens, parted
+from lora_inject.trials.batches import Forward, Joined, joined_batch, n_tokens, parted, without
 from lora_inject.trials.run import Run
 
 
@@ -169,6 +169,8 @@ class _Known:
 
     Attributes:
         sites: Where the adapters were that shared a pass; None if trials run in turn.
+        shapeless: Entries of the outputs that are built in another way for other rows, such as a
+            tuple with the features of each picture.
         padded: For each leaf of the outputs, the axes that have positions; None before it was seen.
         lengths: See `TrialRows`.
         parts: Of the forward; kept, so that no other object gets the address of one.
@@ -176,6 +178,7 @@ class _Known:
 
     parts: list[Any]
     sites: frozenset[Any] | None = frozenset()
+    shapeless: frozenset[Any] = frozenset()
     padded: Sequence[Sequence[int]] | None = None
     lengths: dict[nn.Module, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
 
@@ -243,7 +246,7 @@ class Passes:
             if drops and rows.lone is not None:
                 stack.enter_context(self._random_kept(seeds[rows.lone]))
             stack.enter_context(selecting(self.model, rows, "Trials.step"))
-            made = forward(of.batch)
+            made = without(forward(of.batch), known.shapeless)
         return parted(made, of, known.padded or ())
 
     @contextmanager
@@ -307,6 +310,10 @@ class Passes:
         alone = {name: run({name: batch})[name] for name, batch in some.items()}
         try:
             together = run(some)
+            if other := frozenset().union(*(_built_else(alone[n], together[n]) for n in some)):
+                known.shapeless = other
+                alone = {name: without(each, other) for name, each in alone.items()}
+                together = run(some)
             if known.padded is None:
                 known.padded = _padded(together, alone, joined_batch(some))
                 together = run(some) if any(known.padded) else together
@@ -322,7 +329,7 @@ class Passes:
                 if any(not _alike(together[n], after[n]) for n in some if n != name):
                     return f"the adapter of {name!r} changes outputs of others"
             return self._why_not_others(some, run)
-        except (LoraInjectError, RuntimeError) as error:
+        except (LoraInjectError, RuntimeError, ValueError) as error:
             return str(error)
 
     def _why_not_others(self, some: Mapping[str, Any], run: Any) -> str:
@@ -420,6 +427,12 @@ def _padded(
         shapes = enumerate(zip(one.shape, both.shape, strict=True)) if tensors else ()
         axes.append(tuple(d for d, sizes in shapes if d and sizes == pair and pair[0] != pair[1]))
     return axes if any(axes) else []
+
+
+def _built_else(one: Any, other: Any) -> set[Any]:
+    """Return the keys of entries with other numbers of leaves."""
+    keys = one if isinstance(one, Mapping) else ()
+    return {key for key in keys if len(tree_leaves(one[key])) != len(tree_leaves(other[key]))}
 
 
 def _leaves(tree: Any) -> list[Any]:
