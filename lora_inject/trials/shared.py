@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.layers.attached import factors_of, held_by
@@ -340,11 +340,10 @@ class Passes:
         3. All are alike, and of one token: experts that pick tokens get other numbers of these.
         """
         first, *others = some
-        like = tree_leaves(some[first])
         for rows, beside in (
             ({**some, **{n: tree_map(_other_values, some[n]) for n in others}}, "other"),
             ({**some, first: tree_map(_half, some[first])}, "longer"),
-            ({name: _filled(batch, like) for name, batch in some.items()}, "equal"),
+            ({n: tree_map(_filled, batch, some[first]) for n, batch in some.items()}, "equal"),
         ):
             try:
                 together, alone = run(rows)[first], run({first: rows[first]})[first]
@@ -392,21 +391,16 @@ def _half(leaf: Any) -> Any:
 
 def _other_values(leaf: Any) -> Any:
     """Return other rows: numbers within their range, or all tokens as the first."""
+    if isinstance(leaf, Tensor) and leaf.dim() and leaf.is_floating_point():
+        return leaf * 0.5 + 0.1
+    return _filled(leaf, leaf)
+
+
+def _filled(leaf: Any, other: Any) -> Any:
+    """Return rows that are all the first token of others."""
     if not isinstance(leaf, Tensor) or not leaf.dim():
         return leaf
-    return leaf * 0.5 + 0.1 if leaf.is_floating_point() else _first_of(leaf).expand_as(leaf).clone()
-
-
-def _filled(batch: Any, like: Sequence[Any]) -> Any:
-    """Return rows that are all the first token of some others."""
-    leaves, form = tree_flatten(batch)
-    filled = [
-        _first_of(other).expand_as(leaf).clone()
-        if isinstance(leaf, Tensor) and leaf.dim()
-        else leaf
-        for leaf, other in zip(leaves, like, strict=True)
-    ]
-    return tree_unflatten(filled, form)
+    return _first_of(other).expand_as(leaf).clone()
 
 
 def _first_of(leaf: Tensor) -> Tensor:
