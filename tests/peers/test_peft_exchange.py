@@ -19,6 +19,7 @@ from helpers.merging import load_checkpoint, merge, merged_model, save_checkpoin
 from helpers.refusals import refused
 from helpers.states import as_of_peft, edit_config
 from helpers.versions import needs_peft_reads_experts, needs_transformers_5
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -390,3 +391,99 @@ def test_stacks_are_refused_where_nothing_says_which_way_round_or_whose(tmp_path
     of_peft(model, tmp_path / "renamed", on("w1", "w2", "w3"))
     with refused(li.FormatError, "experts'", "--base"):
         li.read_adapter(tmp_path / "renamed")
+
+
+@pytest.mark.parametrize("fields", [
+    {"layers_to_transform": [0]}, {"layers_to_transform": 1},
+    {"layers_to_transform": [1], "layers_pattern": "layers"},
+    {"layers_to_transform": [0, 1], "layers_pattern": ["blocks"]},
+])  # fmt: skip
+def test_layers_that_an_edited_config_leaves_out_are_told(fields: Any, tmp_path: Path) -> None:
+    plain = ARCHITECTURES["llama"].build()
+    of_peft(plain, tmp_path, on("q_proj"))
+    edit_config(tmp_path, **fields)
+    with refused(li.FormatError, "q_proj", "'layers_to_transform'", "target_modules", model=plain):
+        li.load_adapter(plain, tmp_path)
+
+
+def test_rows_of_both_ends_of_a_tie_are_not_written_so_that_peft_uses_one_for_both(
+    tmp_path: Path,
+) -> None:
+    row = ARCHITECTURES["bert"]
+    plain = row.build()
+    nn.init.zeros_(plain.cls.predictions.bias)  # which PEFT 0.21 leaves out where it trains rows
+    rows = {"word_embeddings": [3], "decoder": [3]}
+    of_peft(plain, tmp_path / "theirs", on("query", trainable_token_indices=rows))
+    due = row.outputs(peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "theirs"))
+    model = read_here(plain, tmp_path / "theirs")
+    assert error(row.outputs(model), due) < NEAR
+    with refused(li.FormatError, "word_embeddings", "decoder", "native", model=model):
+        li.save_adapter(model, tmp_path / "ours")
+    path = li.save_adapter(model, tmp_path / "ours", format="native")
+    assert error(row.outputs(read_here(plain, path)), due) < NEAR
+
+
+@pytest.mark.parametrize("end", ["word_embeddings", "decoder"])
+def test_rows_of_a_head_with_a_bias_which_peft_leaves_out_are_not_written(end, tmp_path) -> None:
+    """PEFT 0.21, tuners/trainable_tokens/layer.py: `F.linear(input=x, weight=W)`."""
+    model = ARCHITECTURES["bert"].build()
+    li.inject(model, {"rank": 2, "targets": ["query"], "tokens": {end: [3]}})
+    with refused(li.FormatError, "decoder", "bias", "native", model=model):
+        li.save_adapter(model, tmp_path / "ours")
+
+
+# ------------------------------------------------------------- unsloth's order of the columns of B
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> tuple[Any, dict[str, Path], Tensor]:
+    """A model, one adapter of its stacks in either order of the columns of B, and its outputs."""
+    row, file = ARCHITECTURES["qwen moe"], "adapter_model.safetensors"
+    plain, paths = row.build(), {way: tmp_path / way for way in ("rank_major", "grouped_by_expert")}
+    for way, path in paths.items():
+        due = row.outputs(of_peft(plain, path, on("q_proj", **STACKS)))
+        tensors, n = load_file(path / file), plain.config.num_experts
+        for name, B in tensors.items():
+            if way == "grouped_by_expert" and "experts" in name and "lora_B" in name:
+                tensors[name] = B.view(len(B), -1, n).transpose(1, 2).reshape(B.shape)
+        save_file(tensors, path / file)
+    plain.save_pretrained(tmp_path / "base")
+    return plain, paths, due
+
+
+@needs_transformers_5
+def test_the_layout_of_b_that_unsloth_states_is_the_one_that_is_read(both, run, tmp_path) -> None:
+    (plain, paths, due), outputs = both, ARCHITECTURES["qwen moe"].outputs
+    for layout, path in paths.items():
+        edit_config(path, lora_B_layout=layout, auto_mapping={"unsloth_fixed": True})
+        assert error(outputs(read_here(plain, path)), due) < NEAR
+        out = tmp_path / f"out {layout}"
+        assert run("merge", tmp_path / "base", path, "--output", out).code == 0
+        assert error(outputs(type(plain).from_pretrained(out)), due) < NEAR
+    edit_config(path, lora_B_layout="by_column")
+    with refused(li.FormatError, "lora_B_layout", "rank_major", "grouped_by_expert"):
+        li.read_adapter(path)
+
+
+@needs_transformers_5
+@pytest.mark.parametrize("sign", [
+    {"auto_mapping": {"unsloth_fixed": True}}, {"base_model_name_or_path": "unsloth/Qwen3"},
+])  # fmt: skip
+def test_a_file_of_unsloth_that_does_not_state_it_asks(both: Any, sign: Any) -> None:
+    plain, paths, _ = both
+    for path in paths.values():
+        edit_config(path, **sign)
+        with refused(li.FormatError, "unsloth", "'lora_B_layout'", "by_expert'", model=plain):
+            li.load_adapter(plain, path)
+
+
+@needs_transformers_5
+@pytest.mark.parametrize("client", ["peft", "vllm"])
+def test_a_program_that_would_read_columns_by_expert_by_rank_is_told(both, client, tmp_path):
+    plain, paths, due = both
+    for layout, path in paths.items():
+        edit_config(path, lora_B_layout=layout)
+        stops = [found.problem for found in li.check_adapter(path, client) if found.stops]
+        assert any("lora_B_layout" in said for said in stops) == (layout == "grouped_by_expert")
+    there = li.convert(path, tmp_path / "there", "peft", base=tmp_path / "base")
+    assert error(ARCHITECTURES["qwen moe"].outputs(read_by_peft(plain, there)), due) < NEAR
