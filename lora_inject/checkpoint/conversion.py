@@ -128,6 +128,4 @@ def check_adapter(
         ...     [finding.problem for finding in li.check_adapter(f"{parent}/a", "sglang")]
         ["SGLang would apply another scale to '0 (1.5 for 2.121)'"]
     """
-    path = user_path("check", adapter)
-    config = {} if base is None else read_config(user_path("read a base", base, CheckpointError))
-    return objections(path, client, facts_of(base), config)
+    return objections(user_path("check", adapter), client, facts_of(base))

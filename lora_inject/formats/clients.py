@@ -18,7 +18,6 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -93,15 +92,15 @@ class Checked:
         shared: Whether there are such stacks.
         modules: The names of the base's modules, None if they are not known.
         base: The config of the base's language model, with all defaults.
-        base_config: The base's config.json as it stands, which other programs read.
+        kind: The base's `model_type`, which servers go by.
         unfit: Says why PEFT's layers cannot stand in a module's place.
     """
 
-    def __init__(self, path: Path, facts: ModelFacts, base_config: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, facts: ModelFacts) -> None:
         self.layout, self.path = detected(path), Files(path).path
         self.modules = _modules(facts)
         self.base = facts.text_config("") if facts.config else {}
-        self.base_config = base_config
+        self.kind = (facts.config or {}).get("model_type")
         self.unfit = facts.unfit or (lambda _: "")
         self.config: Mapping[str, Any] = {}
         self.fields = LoraFields()
@@ -160,21 +159,15 @@ class Checked:
         return (self.fields.lora_alpha or 8) / (self.fields.divisor(rank) if rslora else rank)
 
 
-def objections(
-    path: Path,
-    client: str,
-    facts: ModelFacts,
-    base_config: Mapping[str, Any] = MappingProxyType({}),
-) -> list[Objection]:
+def objections(path: Path, client: str, facts: ModelFacts) -> list[Objection]:
     """Return what a program, a name of `CLIENTS`, would refuse, ignore or compute differently.
 
-    Those that stop come first. The base's module names and config are compared if given;
-    `base_config` is its config.json as it stands.
+    Those that stop come first. The base's module names and config are compared if given.
     """
     if client not in CLIENTS:
         problem = f"there is no client '{client}'"
         raise FormatError(f"check '{path}'", problem, f"Known are {', '.join(CLIENTS)}")
-    files = Checked(path, facts, base_config)
+    files = Checked(path, facts)
     bad = (key.removeprefix(PREFIX) for key, t in files.tensors.items() if not all_finite(t))
     remedy = "Its training diverged; take an earlier checkpoint of the adapter"
     damaged = _about(bad, "NaN or Inf, which makes all outputs NaN, is in {}", remedy)
@@ -330,7 +323,7 @@ def _stacks_in_vllm(files: Checked) -> Objections:
 
 def _forms_of_experts(files: Checked, has_stacks: bool) -> Objections:
     """Find stacks for a model whose experts vLLM adapts singly, or the other way round."""
-    kind, singly = files.base_config.get("model_type"), f"{CONVERT}vllm --base BASE`"
+    kind, singly = files.kind, f"{CONVERT}vllm --base BASE`"
     if has_stacks and kind is None:
         problem = "vLLM reads stacks of experts only for models whose files hold stacks"
         yield Objection(problem, f"For others: {singly}", stops=False)
