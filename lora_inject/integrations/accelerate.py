@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from torch import nn
 
 from lora_inject.core.layers.library import Library
-from lora_inject.core.layers.swap import OLD_FORWARD
 
 _HOOK = "_hf_hook"
 
@@ -20,10 +19,6 @@ class Accelerate(Library):
     """A hook on a module, or several as one (SequentialHook)."""
 
     modules = ("accelerate.hooks",)
-
-    def calls_class(self, module: nn.Module) -> bool:
-        """Return whether a hook is on it: what it keeps is pointed at the class."""
-        return OLD_FORWARD in module.__dict__
 
     def offloads(self, module: nn.Module) -> bool:
         """Return whether one of the module's hooks offloads."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from types import MethodType
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.survey import base_parameters
-from lora_inject.core.layers.swap import OLD_FORWARD, become, own_class
+from lora_inject.core.layers.swap import OLD_FORWARD, become, own_class, point_hook
 from lora_inject.core.layers.weight_kinds import Reason, Undo, Verb, WeightKind, in_dtype
 
 # Attributes that others leave on a layer, whatever its class: hooks, adapters.
@@ -134,14 +133,9 @@ def _blank(cls: Any) -> nn.Module:
 
 def _change_plain_class(module: nn.Module, plain: type[nn.Module]) -> None:
     """Give a module, with or without adapters, another class of the same layout."""
-    before: Any = plain_class(type(module))
     attached = attached_to(module)
-    bound = MethodType(plain.forward, module)
-    if getattr(module.__dict__.get(OLD_FORWARD), "__func__", None) is before.forward:
-        module.__dict__[OLD_FORWARD] = bound
-    if attached is None:
-        module.__class__ = plain
+    if attached is not None:
+        become(module, plain, own_class(type(module))._lora_mixin, attached.reads)
         return
-    if attached.old_forward is not None:
-        attached.old_forward = bound
-    become(module, attached, plain, own_class(type(module))._lora_mixin, attached.reads)
+    point_hook(module, plain.forward)
+    module.__class__ = plain

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from conftest import error, fill, same_bits
 from helpers.reference import with_deltas
 from torch import Tensor, nn
@@ -30,8 +31,6 @@ def made(way: str) -> tuple[nn.Module, Any]:
 
 @every_way
 def test_eject_after_accelerate_has_hooked_the_layer(way: str) -> None:
-    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-
     plain, model = made(way)
     add_hook_to_module(model[0], ModelHook())
     add_hook_to_module(plain[0], ModelHook())
@@ -58,15 +57,18 @@ def test_eject_after_somebody_has_kept_the_bound_forward(way: str) -> None:
     assert same_bits(model(X), 2 * plain(X))
 
 
-@pytest.mark.parametrize("when", ["before inject", "after it"])
+@pytest.mark.parametrize("when", ["before inject", "under a hook", "after it"])
 def test_a_forward_on_the_instance_computes_with_the_dense_weight(when: str) -> None:
     """Not known, so its weight reads as W + delta; eject leaves it where it is."""
     layer, config = nn.Linear(N, N).double(), {"rank": 2, "alpha": 3.0, "targets": ["0"]}
     model, plain = nn.Sequential(layer), copy.deepcopy(layer)
     if when == "after it":
         li.inject(model, config)
-    layer.forward = own = lambda x: 3 * torch.relu(x @ layer.weight.t())
-    if when == "before inject":
+    layer.forward = lambda x: 3 * torch.relu(x @ layer.weight.t())
+    if when == "under a hook":
+        add_hook_to_module(layer, ModelHook())
+    own = layer.forward
+    if when != "after it":
         li.inject(model, config)
     W = with_deltas(nn.Sequential(plain), fill(model))[0].weight
     assert error(model(X), 3 * torch.relu(X @ W.t())) < 1e-12

@@ -374,7 +374,7 @@ def _is_thin(product: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     Tensors of other classes have their own arithmetic.
     """
     known = product.__code__.co_varnames[: product.__code__.co_argcount]
-    if not set(kwargs) <= set(known):
+    if len(args) > len(known) or not set(kwargs) <= set(known):
         return False
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     return all(
@@ -431,11 +431,8 @@ def _embedding(
     return weight.value().looked_up(ids, padding_idx)
 
 
-def _grouped_mm(
-    x: Tensor, weight: Any, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
-) -> Any:
-    plain = bias is None and out_dtype is None
-    return _grouped(_GROUPED_MM[0], x, weight, offs) if plain else NotImplemented
+def _grouped_mm(x: Tensor, weight: Any, offs: Tensor | None = None) -> Any:
+    return _grouped(_GROUPED_MM[0], x, weight, offs)
 
 
 def _grouped_fallback(x: Tensor, weight: Any, offs: Tensor) -> Any:

@@ -104,7 +104,9 @@ def low_rank(weight: Tensor, patches: Sequence[Patch], gain: Gain | None = None)
     if not patches:  # read as it is, and those who read are noted
         return LowRank(weight, ())
     spec = patches[0].spec
-    lead = _n_matrices(weight, spec)
+    lead: tuple[int, ...] = ()
+    if spec.experts is not None:  # of which this process may hold a part
+        lead = (len(weight) if weight.dim() == 3 else spec.experts,)
     terms = []
     for patch in patches:
         site = patch.spec
@@ -117,13 +119,6 @@ def low_rank(weight: Tensor, patches: Sequence[Patch], gain: Gain | None = None)
     is_matrix = weight.dim() == len(lead) + 2  # a packed one stays packed
     matrix = weight if is_matrix else weight.reshape(*lead, -1, spec.matrix_shape[1])
     return LowRank(matrix, tuple(terms), float32, (gain, spec.transposed) if gain else None)
-
-
-def _n_matrices(weight: Tensor, spec: SiteSpec) -> tuple[int, ...]:
-    """Return how many experts a stack has, of which this process may hold a part; () for one."""
-    if spec.experts is None:
-        return ()
-    return (len(weight) if weight.dim() == 3 else spec.experts,)
 
 
 def of_every_expert(factor: Tensor, site: SiteSpec, n: int) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.lazy import LazyWeight
 from lora_inject.core.functional.patches import patch
-from lora_inject.core.layers.attached import Attached, Entry, held_by
+from lora_inject.core.layers.attached import Attached, held_by
 from lora_inject.core.layers.checkpointing import check_live_checkpoint
 from lora_inject.core.layers.library import check_not_offloaded
 from lora_inject.core.layers.reading import (
@@ -118,11 +118,8 @@ class Adapted(nn.Module):
                 return held[param]
         return super().__getattr__(param)  # raises
 
-    def _lora_read_mixed(
-        self, param: str, raw: Any, taking: list[tuple[Entry, float]], *, outside: bool
-    ) -> Any:
-        """Return W + delta, of the entries of a mix that are on a parameter."""
-        return read_mixed(self, param, raw, taking, outside=outside)
+    # As `Mix.read` calls it, which stands below `reading`.
+    _lora_read_mixed = read_mixed
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Keep a swapped class from bases that register their subclasses, or want options."""

@@ -146,7 +146,7 @@ class Attached:
     """What one module carries."""
 
     # What few modules have stands here, as there are many thousands.
-    old_forward: Any = None  # the forward that a hook had saved on the module
+    old_forward: Any = None  # that of the plain class, as a hook had saved it on the module
     float32 = False  # whether an adapter on the output asks for float32 arithmetic
     time_major = False  # whether its input may have time before batch (`rows.seen`)
     gains = False  # whether an adapter on the output has a gain

@@ -17,13 +17,13 @@ from torch.nn.parameter import is_lazy
 from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.kinds import kind_of
 from lora_inject.core.layers.library import (
-    has_own_forward,
     loaded_kinds,
     loaded_libraries,
     reason_against,
 )
 from lora_inject.core.layers.mixtures import is_transposed, with_mixtures
 from lora_inject.core.layers.survey import Survey, memory_of, table_of
+from lora_inject.core.layers.swap import OLD_FORWARD, is_of_class
 from lora_inject.core.layers.weight_kinds import dtype_name, is_quantized
 from lora_inject.core.spec.inventory import Candidate, Inventory, Mixture
 from lora_inject.core.spec.names import is_bias, joined, parent
@@ -164,7 +164,7 @@ class _Listing:
         row, key, full = known.kind, known.weight, joined(name, known.weight)
         stated: Geometry = row.geometry(module)
         weight = self.survey.own[id(module)].get(key, module._buffers.get(key))
-        adds = not has_own_forward(module) and row.adds_to_output(module, stock=known.stock)
+        adds = not _has_own_forward(module) and row.adds_to_output(module, stock=known.stock)
         refusal = None
         writes = module.__dict__.get(_WRITES) is not None
         if shape != stated.weight_shape or writes or not self._is_plain(weight):
@@ -284,6 +284,13 @@ def _unfit(module: nn.Module, weight: Tensor | None, stated: Geometry, adds: boo
         problem += str(tuple(weight.shape))
         return problem, "Set the layer's sizes to those of its weight (was it resized or sharded?)"
     return None
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Return whether the instance has a forward, and one that does not call that of its class."""
+    if "forward" not in module.__dict__ or is_of_class(module.__dict__.get(OLD_FORWARD), module):
+        return False
+    return not any(library.calls_class(module) for library in loaded_libraries())
 
 
 def _computed(module: nn.Module) -> dict[str, str]:

@@ -28,14 +28,8 @@ from lora_inject.core.layers.selection import (
 )
 from lora_inject.errors import LayerError, StateError
 
-
-class _InVain(threading.local):
-    """Whether the caller runs in a reentrant checkpoint no input of which asks for a gradient."""
-
-    now = False
-
-
-_in_vain = _InVain()
+# Whether (`now`) the caller runs in a reentrant checkpoint no input of which asks for a gradient.
+_in_vain = threading.local()
 
 
 class Recomputed:
@@ -59,7 +53,7 @@ class Recomputed:
 
     def _run_first(self, *args: Any, **kwargs: Any) -> Any:
         live = any(isinstance(t, Tensor) and t.requires_grad for t in args)
-        around, _in_vain.now = _in_vain.now, not live
+        around, _in_vain.now = getattr(_in_vain, "now", False), not live
         try:
             return self._function(*args, **kwargs)
         finally:
@@ -138,7 +132,7 @@ patch(CheckpointFunction, "apply", _noting_call)
 
 def check_live_checkpoint() -> None:
     """Raise where the caller runs in a reentrant checkpoint that will ask for no gradient."""
-    if _in_vain.now:
+    if getattr(_in_vain, "now", False):
         raise LayerError(
             "training an adapter inside a reentrant checkpoint",
             "no input of the checkpoint requires a gradient, so none would reach the adapter",

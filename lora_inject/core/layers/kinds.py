@@ -72,7 +72,12 @@ class ForwardUpdate(Adapted):
     def _lora_mixed(self, mix: Selected, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute the layer with the adapters of a mix."""
         compiling = torch.compiler.is_compiling()
-        recipes = self._lora.recipes(mix) if compiling else self._lora_chosen(mix)
+        if compiling:
+            recipes = self._lora.recipes(mix)
+        else:
+            last, recipes = self._lora.last_chosen
+            if last is not mix:
+                recipes = self._lora_choose(mix)
         if not recipes:
             return self._lora_without_updates(args, kwargs)
         updates = factors_of(recipes, held_by(self), training=self.training)
@@ -81,11 +86,8 @@ class ForwardUpdate(Adapted):
         gain = gain_in_forward(self, mix, recipes) if self._lora.gains else None
         return self._lora_with_updates(args, kwargs, updates, gain)
 
-    def _lora_chosen(self, mix: Selected) -> tuple[Recipe, ...]:
-        """Return what takes part under a mix; it is looked up when that changes."""
-        last, recipes = self._lora.last_chosen
-        if last is mix:
-            return recipes
+    def _lora_choose(self, mix: Selected) -> tuple[Recipe, ...]:
+        """Look up what takes part under a mix."""
         if self._lora_stock and not self.stock(self._lora_plain):
             name = type(self).__name__
             raise LayerError(

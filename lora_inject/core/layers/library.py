@@ -145,18 +145,11 @@ def this_process_writes(survey: Survey) -> bool:
     return all(library.writes_here(survey) for library in loaded_libraries())
 
 
-def has_own_forward(module: nn.Module) -> bool:
-    """Return whether the instance has a forward, and one that does not call that of its class."""
-    if "forward" not in module.__dict__:
-        return False
-    return not any(library.calls_class(module) for library in loaded_libraries())
-
-
 def check_not_offloaded(module: nn.Module) -> None:
     """Raise if a library offloads a module: gradients of copies are lost."""
     if torch.compiler.is_compiling():  # this function alone, below a layer that is not compiled
         return
-    for library in _that_offload():  # asked in each forward of training
+    for library in knowing("offloads"):  # asked in each forward of training
         if library.is_there() and library.offloads(module):
             raise LayerError(
                 f"training an adapter on a {type(module).__name__} that is offloaded",
@@ -166,8 +159,10 @@ def check_not_offloaded(module: nn.Module) -> None:
 
 
 @cache
-def _that_offload() -> tuple[Library, ...]:
-    return tuple(each for each in libraries() if type(each).offloads is not Library.offloads)
+def knowing(method: str) -> tuple[Library, ...]:
+    """Return the libraries, loaded or not, that override a method, for what asks very often."""
+    default = getattr(Library, method)
+    return tuple(each for each in libraries() if getattr(type(each), method) is not default)
 
 
 def loaded_kinds() -> list[WeightKind]:

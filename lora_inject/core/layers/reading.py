@@ -17,7 +17,6 @@ nothing and is never refused.
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from lora_inject.core.functional.lazy import lazy_weight
 from lora_inject.core.functional.torch_inside import in_forward, is_watched, saving_hooks
 from lora_inject.core.functional.weight import reads_as_sum
 from lora_inject.core.layers.attached import GATHERED, Attached, Entry, check_mixed, held_by
-from lora_inject.core.layers.library import Library, libraries
+from lora_inject.core.layers.library import knowing
 from lora_inject.core.layers.sending import sent_once
 from lora_inject.core.layers.weight_kinds import PLAIN
 from lora_inject.errors import LayerError, article
@@ -86,8 +85,10 @@ def read_attribute(layer: Any, param: str) -> Any:
     if not entries:
         return raw
     outside = not adds and not attached.runs_here()
-    if outside and not torch.compiler.is_compiling() and _is_moved(layer, param, raw):
-        return raw
+    if outside and not torch.compiler.is_compiling():
+        for library in knowing("moves"):
+            if library.is_there() and library.moves(layer, param, raw):
+                return raw
     try:
         return effective_value(layer, param, raw, entries, outside=outside)
     except AttributeError as error:
@@ -97,16 +98,6 @@ def read_attribute(layer: Any, param: str) -> Any:
             f"its effective value could not be formed ({error})",
             "This is a defect of the adapter's arithmetic; please report it",
         ) from error
-
-
-def _is_moved(layer: Any, param: str, raw: Any) -> bool:
-    """Whether a library reads a parameter to move or to round it."""
-    return any(library.moves(layer, param, raw) for library in _movers() if library.is_there())
-
-
-@functools.cache
-def _movers() -> tuple[Library, ...]:
-    return tuple(each for each in libraries() if type(each).moves is not Library.moves)
 
 
 def effective_value(

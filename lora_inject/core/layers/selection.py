@@ -170,13 +170,9 @@ class Selection:
                 "forward it is. Enter the context in a plain function instead."
             )
         follow_into_graphs()
-        in_graph: Selected = self.of_thread().in_graph
+        here: Selected | None = getattr(self.in_thread, "selected", None)
+        in_graph: Selected = (self.setting if here is None else here).in_graph
         return in_graph
-
-    def of_thread(self) -> Selected:
-        """Return who takes part in compiled forwards of this thread."""
-        selected: Selected | None = getattr(self.in_thread, "selected", None)
-        return self.setting if selected is None else selected
 
     def replace(self, setting: Selected, *, merged: Mapping[str, float] | None = None) -> None:
         """Change the setting of the model, and what its weights hold."""

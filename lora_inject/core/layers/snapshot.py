@@ -33,30 +33,22 @@ def all_or_nothing(
     tables = [*chain.from_iterable(map(_tables_of, distinct))]
     tables += chain.from_iterable(map(_tables, values))
     before = [(table, table.copy()) for table in tables]
-    flagged = [*_held_by(distinct)] if parameters is None else [*parameters]
+    if parameters is None:
+        parameters = (p for m in distinct for p in m._parameters.values() if p is not None)
+    flagged = list(parameters)
     trained = [parameter for parameter in flagged if parameter.requires_grad]
     try:
         yield trained
     except BaseException:
-        _restore(classes, before)
+        for module, cls in classes:
+            module.__class__ = cls
+        for table, held in before:
+            table.clear()
+            table.update(held)
         flags = {id(parameter) for parameter in trained}
         for parameter in flagged:
             parameter.requires_grad_(id(parameter) in flags)
         raise
-
-
-def _restore(classes: Iterable[tuple[nn.Module, type]], tables: Iterable[tuple[Any, Any]]) -> None:
-    """Put classes and contents back."""
-    for module, cls in classes:
-        module.__class__ = cls
-    for table, held in tables:
-        table.clear()
-        table.update(held)
-
-
-def _held_by(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
-    tables = (module._parameters.values() for module in modules)
-    return (parameter for table in tables for parameter in table if parameter is not None)
 
 
 def _tables(value: Any) -> Iterator[Any]:

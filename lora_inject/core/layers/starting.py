@@ -10,7 +10,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterable, Mapping, Set
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,20 +96,13 @@ def _start(module: nn.Module, entry: Entry) -> bool:
 def copy_into(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     """Write values into Parameters; of a sharded one each process writes its part."""
     for parameter, value in zip(parameters, values, strict=True):
-        sharded = hasattr(parameter, "full_tensor")
-        if sharded and not hasattr(value, "full_tensor"):
-            write_into_shards(parameter, value)
-        else:
-            parameter.copy_(value)
+        new, into = value, cast("Any", parameter)
+        if hasattr(into, "full_tensor") and not hasattr(value, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
 
-
-def write_into_shards(parameter: Any, value: Tensor) -> None:
-    """Write a whole value, the same in every process, into a sharded Parameter."""
-    from torch.distributed.tensor import distribute_tensor
-
-    value = value.detach().to(parameter.device, parameter.dtype)
-    mesh, placements = parameter.device_mesh, parameter.placements
-    parameter.copy_(distribute_tensor(value, mesh, placements))
+            new = value.detach().to(into.device, into.dtype)  # the same in every process
+            new = distribute_tensor(new, into.device_mesh, into.placements)
+        parameter.copy_(new)
 
 
 def first_values(module: nn.Module, entry: Entry, weight: Tensor) -> dict[str, Tensor]:

@@ -28,7 +28,6 @@ from torch import nn
 
 from lora_inject.core.layers.attached import Attached, Entry
 from lora_inject.core.layers.reading import keeping
-from lora_inject.core.layers.selection import Selection
 from lora_inject.core.layers.starting import is_own, names_given, start_loaded, waiting
 from lora_inject.core.spec.sites import meaning
 from lora_inject.errors import StateError
@@ -159,7 +158,9 @@ def taking(
     if attached.garbage:
         attached.garbage -= started
     unexpected_keys[:] = [key for key in unexpected_keys if key != prefix + FORMS]
-    loading = _loading(attached.selection, missing_keys)
+    loading: Loading | None = attached.selection.loading
+    if loading is None or loading.missing_keys is not missing_keys:
+        loading = attached.selection.loading = Loading(missing_keys)
     for entry in attached.entries():
         keys = [prefix + flat for flat in entry.names.values()]
         loading.note(entry.adapter, keys, any_there=any(key in state_dict for key in keys))
@@ -190,14 +191,6 @@ class Loading:
                 f"the dict has other tensors of adapter {adapter!r}, and not this one",
                 "Inject with the same config as there, or use save_adapter and load_adapter",
             )
-
-
-def _loading(selection: Selection, missing_keys: list[str]) -> Loading:
-    """Return what is known of the call of `load_state_dict` that collects `missing_keys`."""
-    known: Loading | None = selection.loading
-    if known is None or known.missing_keys is not missing_keys:
-        known = selection.loading = Loading(missing_keys)
-    return known
 
 
 def _check_part(

@@ -29,8 +29,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     Adapters live on the model itself, so every verb means the same on a wrapped model.
     """
+    if isinstance(model, type):
+        name = model.__name__
+        raise LayerError("the model", f"it is the class {name}", f"Give an instance: {name}(...)")
     if not isinstance(model, nn.Module):
-        raise no_module(model)
+        problem = f"it is {article(type(model).__name__)}"
+        raise LayerError("the model", problem, "Give the torch.nn.Module first")
     while True:
         if isinstance(model, _WRAPPERS):
             model = model.module
@@ -200,7 +204,12 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
         if children := module._modules:
             if depth == MAX_DEPTH:
-                raise endless(name, MAX_DEPTH)
+                raise LayerError(
+                    f"walk the model, module '{name[:80]}...'",
+                    f"it lies {depth} modules deep: a module holds one that holds it (its parent?)",
+                    "Keep such a reference in a tuple, or set it with object.__setattr__; train() "
+                    "and eval() of torch would not end either",
+                )
             around = joined(name, "")
             for key, child in reversed(children.items()):
                 if child is not None:
@@ -226,25 +235,6 @@ def table_of(model: nn.Module, getter: str) -> nn.Module | None:
     except (AttributeError, NotImplementedError):
         return None
     return table if isinstance(table, nn.Module) else None
-
-
-def no_module(given: object) -> LayerError:
-    """Return the error of what was given as a model and is no module, but maybe its class."""
-    if isinstance(given, type):
-        name = given.__name__
-        return LayerError("the model", f"it is the class {name}", f"Give an instance: {name}(...)")
-    problem = f"it is {article(type(given).__name__)}"
-    return LayerError("the model", problem, "Give the torch.nn.Module first")
-
-
-def endless(name: str, depth: int) -> LayerError:
-    """Return the error of a module that lies deeper than any model."""
-    return LayerError(
-        f"walk the model, module '{name[:80]}...'",
-        f"it lies {depth} modules deep: a module holds one that holds it (its parent?)",
-        "Keep such a reference in a tuple, or set it with object.__setattr__; train() and eval() "
-        "of torch would not end either",
-    )
 
 
 @contextmanager

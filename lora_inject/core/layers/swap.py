@@ -35,11 +35,11 @@ def swap(
     attached, ours = attached_to(module), own_class(type(module))
     if attached is None:
         attached = module.__dict__["_lora"] = Attached(selection)
-        become(module, attached, ours, mixin, reads)
+        become(module, ours, mixin, reads)
     else:
         kind = ours._lora_mixin if mixin is WeightUpdate else mixin
         if kind is not ours._lora_mixin or not ours._lora_reads.issuperset(reads):
-            become(module, attached, ours._lora_plain, kind, ours._lora_reads.union(reads))
+            become(module, ours._lora_plain, kind, ours._lora_reads.union(reads))
     return attached
 
 
@@ -50,23 +50,24 @@ def narrow(module: nn.Module) -> None:
     if isinstance(module, Adapted):
         ours = own_class(type(module))
         kind = ours._lora_mixin if attached.forward else WeightUpdate
-        become(module, attached, ours._lora_plain, kind, attached.reads)
+        become(module, ours._lora_plain, kind, attached.reads)
 
 
 def unswap(module: nn.Module) -> None:
     """Give a module its own class back and forget its attached."""
-    attached = module.__dict__.pop("_lora")
-    if not isinstance(module, Adapted):
-        return  # its class was replaced
-    plain = plain_class(type(module))
+    if not isinstance(module, Adapted):  # its class was replaced
+        del module.__dict__["_lora"]
+        return
+    plain: Any = plain_class(type(module))
     if "forward" in module.__dict__:
-        _give_forward_back(module, attached, own_class(type(module)), plain)
+        point_hook(module, plain.forward)
+        if _is_ours(module.__dict__["forward"]):  # a hook that was removed has put it there
+            del module.__dict__["forward"]
+    del module.__dict__["_lora"]
     module.__class__ = plain
 
 
-def become(
-    module: nn.Module, attached: Attached, plain: Any, mixin: type[Adapted], reads: Iterable[str]
-) -> None:
+def become(module: nn.Module, plain: Any, mixin: type[Adapted], reads: Iterable[str]) -> None:
     """Give a module the swapped class of a plain one, below what others have put on top."""
     cls, name = type(module), mixin.weight_name
     held = None if mixin is WeightUpdate else module._parameters.get(name)
@@ -75,11 +76,11 @@ def become(
     ours, target = own_class(cls), adapted_class(plain, mixin, reads)
     if cls is not ours:
         target = with_base(cls, ours, target)
+    if "forward" in module.__dict__:
+        point_hook(module, target.forward)
     if target is not cls:
         # Past nn.Module.__setattr__, which would look for parameters and children of that name.
         object.__setattr__(module, "__class__", target)
-    if "forward" in module.__dict__:
-        _rebind_hooked_forward(module, attached, own_class(type(module)))
 
 
 def own_class(cls: type) -> Any:
@@ -96,28 +97,29 @@ OLD_FORWARD = "_old_forward"
 """Where accelerate's hooks keep the forward of before, which they call."""
 
 
-def _rebind_hooked_forward(module: nn.Module, attached: Attached, ours: Any) -> None:
-    """Point the forward that a hook has saved at the swapped class, which it would bypass."""
-    kept = module.__dict__.get(OLD_FORWARD)
-    if kept is not None:
-        if attached.old_forward is None and not _is_ours(kept, ours):
+def point_hook(module: nn.Module, forward: Any) -> None:
+    """Let a hook that has saved the forward of a module's class call another one.
+
+    It would bypass the swapped class, and stay with it after that is gone. What was saved before
+    inject is put back as it was.
+    """
+    kept, attached = module.__dict__.get(OLD_FORWARD), attached_to(module)
+    if is_of_class(kept, module):
+        old = None if attached is None else attached.old_forward
+        if attached is not None and not _is_ours(kept):
             attached.old_forward = kept
-        module.__dict__[OLD_FORWARD] = types.MethodType(type(module).forward, module)
+        is_old = old is not None and old.__func__ is forward
+        module.__dict__[OLD_FORWARD] = old if is_old else types.MethodType(forward, module)
 
 
-def _give_forward_back(module: nn.Module, attached: Attached, ours: Any, plain: Any) -> None:
-    """Let what has saved our forward call that of the plain class, or what it had saved before."""
-    if _is_ours(module.__dict__.get(OLD_FORWARD), ours):  # of a hook that came later
-        bound = types.MethodType(plain.forward, module)
-        module.__dict__[OLD_FORWARD] = attached.old_forward or bound
-    if _is_ours(module.__dict__.get("forward"), ours):
-        # A hook that was removed meanwhile has put our forward back, onto the instance.
-        del module.__dict__["forward"]
+def is_of_class(method: Any, module: nn.Module) -> bool:
+    """Return whether a method that somebody saved is the forward of a module's class."""
+    if getattr(method, "__self__", None) is not module:
+        return False
+    plain: Any = plain_class(type(module))
+    return _is_ours(method) or method.__func__ is plain.forward
 
 
-def _is_ours(method: Any, ours: Any) -> bool:
-    """Whether a method that somebody saved on a module is the forward of a swapped class."""
-    function: Any = getattr(method, "__func__", None)
-    if getattr(function, "__code__", None) is not OF_READERS:
-        return function is not None and function is ours._lora_mixin.forward
-    return function.__wrapped__ is ours._lora_plain.forward
+def _is_ours(method: Any) -> bool:
+    function = getattr(method, "__func__", None)
+    return getattr(function, "__code__", None) in (OF_READERS, Adapted.forward.__code__)
