@@ -521,10 +521,11 @@ def register_kind(row: type[Adapted]) -> type[Adapted]:
         'dense'
         >>> KINDS.remove(LoRADense)
     """
+    asked = f"register_kind({getattr(row, '__name__', row)})"
     kind = row.__dict__.get("kind")
     if not kind or not issubclass(row, Adapted):
         raise LayerError(
-            f"register_kind({row.__name__})",
+            asked,
             "it is not an Adapted class with a kind of its own",
             "Derive from LoRALinear or WeightUpdate and set kind",
         )
@@ -532,7 +533,7 @@ def register_kind(row: type[Adapted]) -> type[Adapted]:
         same = (other.__module__, other.__qualname__) == (row.__module__, row.__qualname__)
         if not same:
             raise LayerError(
-                f"register_kind({row.__name__})",
+                asked,
                 f"kind {kind!r} is taken by {other.__module__}.{other.__qualname__}",
                 "Choose another name",
             )
