@@ -56,21 +56,29 @@ def apart(deltas: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def base_of(hidden: int, folder: Path) -> tuple[Any, dict[str, Tensor]]:
-    """Save a small OLMoE; two of its matrices, of 4 rows, are square together at a width of 8."""
-    model = experts("olmoe", hidden_size=hidden, intermediate_size=4)[0]
+def base_of(folder: Path, family: str = "olmoe", **sizes: int) -> tuple[Any, dict[str, Tensor]]:
+    """Save a small base; at a width of 8 two matrices of an OLMoE are square together."""
+    model = experts(family, **{"intermediate_size": 4, **sizes})[0]
     model.save_pretrained(folder)
     return model, load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("hidden", [8, 12])
-def test_a_merge_on_disk_adds_what_peft_018_added(hidden: int, tmp_path: Path) -> None:
-    model, before = base_of(hidden, tmp_path / "base")
-    due = apart(of_peft_018(model, tmp_path / "adapter"))
+# Matrices apart in the files, square together and not; and stacks as GPT-OSS's, of which every PEFT
+# takes the same side for the input.
+BASES = [("olmoe", {"hidden_size": 8}), ("olmoe", {"hidden_size": 12})]
+BASES += [("gpt_oss", {"intermediate_size": 4}), ("gpt_oss", {"intermediate_size": 6})]
+
+
+@pytest.mark.parametrize(("family", "sizes"), BASES)
+def test_a_merge_on_disk_adds_what_peft_018_added(family, sizes, tmp_path: Path) -> None:
+    model, before = base_of(tmp_path / "base", family, **sizes)
+    deltas = of_peft_018(model, tmp_path / "adapter")
+    due = {f"{MODULE}.{name}": delta for name, delta in deltas.items()}
+    if family == "olmoe":
+        due = {f"{name}.weight": delta for name, delta in apart(deltas).items()}
     li.merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
     merged = load_checkpoint(tmp_path / "merged")
-    for name, delta in due.items():
-        key = f"{name}.weight"
+    for key, delta in due.items():
         torch.testing.assert_close(merged[key], before[key] + delta, rtol=0, atol=1e-5)
 
 
@@ -82,31 +90,17 @@ def test_a_square_stack_that_is_merged_the_wrong_way_round_is_found(
     def of_shape(_: Any, spec: Any, name: str, matrix: tuple[int, int]) -> bool:
         return matrix != (spec.out_features, spec.in_features)
 
-    model, _ = base_of(8, tmp_path / "base")
+    model, _ = base_of(tmp_path / "base", hidden_size=8)
     of_peft_018(model, tmp_path / "adapter")
     monkeypatch.setattr(Places, "is_transposed", of_shape)
     with refused(li.CheckpointError, "verify", f"'{MODULE}.0.gate_proj.weight'", "formula"):
         merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
 
 
-@pytest.mark.parametrize("intermediate", [4, 6])
-def test_a_stack_in_the_files_gets_what_peft_018_added(intermediate: int, tmp_path: Path) -> None:
-    """GPT-OSS's, of which every PEFT takes the same side for the input."""
-    model = experts("gpt_oss", intermediate_size=intermediate)[0]
-    model.save_pretrained(tmp_path / "base")
-    before = load_checkpoint(tmp_path / "base")
-    due = of_peft_018(model, tmp_path / "adapter")
-    li.merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
-    merged = load_checkpoint(tmp_path / "merged")
-    for name, delta in due.items():
-        key = f"{MODULE}.{name}"
-        torch.testing.assert_close(merged[key], before[key] + delta, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("hidden", [8, 12])
 def test_pairs_for_vllm_are_those_of_the_bases_matrices(hidden: int, tmp_path: Path) -> None:
     """Also by way of a value, which was read without the base."""
-    model, _ = base_of(hidden, tmp_path / "base")
+    model, _ = base_of(tmp_path / "base", hidden_size=hidden)
     due = apart(of_peft_018(model, tmp_path / "adapter"))
     value = li.read_adapter(tmp_path / "adapter", tensor_names=[*model.state_dict()])
     for n, adapter in enumerate((tmp_path / "adapter", value)):
@@ -119,7 +113,7 @@ def test_pairs_for_vllm_are_those_of_the_bases_matrices(hidden: int, tmp_path: P
 
 @pytest.mark.parametrize("hidden", [8, 12])
 def test_a_stack_is_split_into_matrices_that_lie_as_in_it(hidden: int, tmp_path: Path) -> None:
-    model, _ = base_of(hidden, tmp_path / "base")
+    model, _ = base_of(tmp_path / "base", hidden_size=hidden)
     deltas = of_peft_018(model, tmp_path / "adapter")
     value = li.read_adapter(tmp_path / "adapter", tensor_names=[*model.state_dict()])
     for name, stack in deltas.items():
