@@ -159,7 +159,7 @@ def test_an_interrupt_at_any_line_leaves_all_or_nothing(verb: str) -> None:
                 li.unmerge(model)  # what was kept is kept until all is restored
         assert _whole(model) == after, f"interrupted at {line}"
         model = None
-    assert model is None or _whole(model) == whole
+    assert model is None or _whole(model) in (whole, after)  # the last line comes after the change
 
 
 @pytest.mark.parametrize("context", [li.disabled, lambda m: li.routed(m, ["a", None])])
