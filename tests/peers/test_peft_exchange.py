@@ -4,7 +4,9 @@ Two tables: adapters of PEFT, which are read, written back and merged; and ours,
 """
 
 import copy
+import itertools
 import re
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -404,6 +406,15 @@ def test_layers_that_an_edited_config_leaves_out_are_told(fields: Any, tmp_path:
     edit_config(tmp_path, **fields)
     with refused(li.FormatError, "q_proj", "'layers_to_transform'", "target_modules", model=plain):
         li.load_adapter(plain, tmp_path)
+
+
+def test_other_threads_do_not_use_up_the_time_of_a_pattern(tmp_path, monkeypatch) -> None:
+    """The processor's time of the process runs on while others compute."""
+    plain = ARCHITECTURES["llama"].build()
+    of_peft(plain, tmp_path, on("q_proj", rank_pattern={r"layers\.\d\..*q_proj": 4}))
+    ahead = itertools.count(time.process_time(), 100)
+    monkeypatch.setattr(time, "process_time", lambda: next(ahead))
+    read_here(plain, tmp_path)
 
 
 def test_rows_of_both_ends_of_a_tie_are_not_written_so_that_peft_uses_one_for_both(

@@ -2,9 +2,8 @@
 
 A layer asks its `Selection`, one small object that all layers of an injected root share, which
 `Selected` is in force, and that computes the layer's output and what reads of its weights give. So
-switching costs the same for any number of sites. The setting of the model stands in its
-`Selection`, for all threads; a context of the running thread or task stands over it
-(`Context`).
+switching touches no layer. The setting of the model stands in its `Selection`, for all threads; a
+context of the running thread or task stands over it (`Context`).
 
 The core has one way of taking part, a mix of adapters. Another way (an adapter for each row, the
 runs of a pass) is a class like `Mix` in a room of its own, and touches no layer.
