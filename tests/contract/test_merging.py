@@ -188,6 +188,17 @@ def test_weights_of_inference_mode_are_merged_within_it_and_refused_outside() ->
         assert same_bits(model.layer.weight, W)
 
 
+def test_what_is_merged_within_inference_mode_is_a_weight_as_any_other_outside() -> None:
+    model = fill(li.inject(Host(nn.Linear(5, 6)), {**RANK2, "targets": ["layer"]}))
+    x = torch.randn(2, 5, requires_grad=True)
+    wanted = model(x)
+    with torch.inference_mode():
+        li.merge(model)
+    assert error(model(x), wanted) < 1e-5
+    model(x).sum().backward()
+    assert same_bits(li.unmerge(model)(x), wanted)
+
+
 def test_memory_that_others_read_keeps_what_it_holds_through_merge_and_unmerge() -> None:
     """Another process, a view or a captured graph, which would add its adapter to merged values."""
     model = injected(KINDS["linear"])

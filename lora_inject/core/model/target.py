@@ -158,7 +158,8 @@ class Target:
         What is packed again is the packed Parameter.
         """
         values = dense(self.holder.module, self.weight) if self.packed else whole(self.weight)
-        merged = torch.empty_like(values, dtype=self.dtype, memory_format=torch.contiguous_format)
+        with torch.inference_mode(self.weight.is_inference()):  # else nobody could train on it
+            merged = torch.empty(values.shape, dtype=self.dtype, device=values.device)
         self.tally = Tally() if self.entries and self.dtype.itemsize <= 2 else None
         self._fold(values, merged, self.tally)
         if not all_finite(merged):
