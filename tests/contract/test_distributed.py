@@ -107,7 +107,10 @@ def by_columns_and_rows(model: Any) -> Any:
     styles = {"colwise": parallel.ColwiseParallel, "rowwise": parallel.RowwiseParallel}
     plan = {name: styles[how]() for name, how in model.config.base_model_tp_plan.items()}
     plan["embed_tokens"] = parallel.RowwiseParallel(input_layouts=dist.tensor.Replicate())
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     parallel.parallelize_module(model.model, mesh(WORLD), plan)
+    for name, parameter in model.named_parameters():  # before torch 2.9 all of them train again
+        parameter.requires_grad_(name not in frozen)
     return model
 
 

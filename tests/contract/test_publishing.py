@@ -17,6 +17,7 @@ import lora_inject as li
 
 pytest.importorskip("huggingface_hub")
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.recent
 CONFIG = {"rank": 2, "alpha": 3, "targets": ["q_proj", "down_proj"]}
 
 

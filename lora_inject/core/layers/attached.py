@@ -237,7 +237,8 @@ class Attached:
         """Note that entries take part in a forward."""
         taking = list(entries)
         self.check_started(taking, "a forward")
-        self.took_part = self.took_part.union(entry.mark for entry in taking)
+        # No `union`: dynamo before torch 2.9 cannot trace that of a frozenset.
+        self.took_part = frozenset([*self.took_part, *(entry.mark for entry in taking)])
 
     def check_started(self, entries: Iterable[Entry], asked: str) -> None:
         """Raise if entries have memory that nobody has written to."""
