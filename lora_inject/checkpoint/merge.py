@@ -240,7 +240,8 @@ def _check_kept(options: MergeOptions, reports: Mapping[str, Sequence[TensorRepo
     if lost:
         worst = ", ".join(f"'{name}' {kept!r}" for kept, name in lost[:5])
         problem = f"rounding leaves less in {len(lost)} tensors: {worst}"
-        remedy = "Write float32 (--dtype), keep the adapter unmerged, or accept less (--min-kept)"
+        wide = "floats (--dequantize)" if options.requantize else "float32 (--dtype)"
+        remedy = f"Write {wide}, keep the adapter unmerged, or accept less (--min-kept)"
         raise _LostError(f"keep at least {least} of every delta", problem, remedy)
 
 

@@ -110,10 +110,15 @@ def check_adapters(adapters: Sequence[WeightedAdapter]) -> None:
     for adapter in adapters:
         _check_values(adapter)
     for one, other in combinations(adapters, 2):
-        if one.state == other.state:
+        if _updates(one.state) == _updates(other.state):
             problem = "they are the same adapter, which would count twice"
             remedy = "Give it once, with the weight that is meant"
             raise CheckpointError(f"merge {one.label} and {other.label}", problem, remedy)
+
+
+def _updates(state: AdapterState) -> AdapterState:
+    """Return an adapter without what only says where it is from: a converted copy is the same."""
+    return replace(state, config=None, fingerprint=None, base_copies={})
 
 
 def _check_values(adapter: WeightedAdapter) -> None:
@@ -161,6 +166,7 @@ class MergeOptions:
         allow_new: Add trained tensors that the base lacks (a new classifier) instead of refusing.
         dequantize: `bfloat16`, `float16` or `float32`: write every quantized tensor of the base as
             plain floats, and a config without quantization.
+        requantize: Quantize merged weights of a quantized base again, in their own format.
         any_base: Merge although the adapter's fingerprint says that it was made on another base.
         workers: Threads that compute; None: one for each core, at most four.
         rename: Beginnings of the adapters' names to beginnings of the base's names, if they differ
@@ -175,6 +181,7 @@ class MergeOptions:
     copy_code: bool = False
     allow_new: bool = False
     dequantize: str | None = None
+    requantize: bool = False
     any_base: bool = False
     workers: int | None = None
     rename: Mapping[str, str] = field(default_factory=dict)
@@ -187,6 +194,9 @@ class MergeOptions:
             if said not in {None, *FORMAT_DTYPES}:
                 remedy = f"Use {', '.join(FORMAT_DTYPES)}"
                 raise CheckpointError(f"write {option} {said!r}", "it is not known", remedy)
+        if self.requantize and self.dequantize is not None:
+            problem = "both dequantize and requantize are given"
+            raise CheckpointError("merge", problem, "Choose one of them")
         if self.min_kept is not None and not 0 <= self.min_kept <= 1:
             asked = f"keep at least {self.min_kept} of every delta"
             remedy = "Give a number from 0 to 1, such as 0.98"

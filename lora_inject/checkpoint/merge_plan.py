@@ -178,7 +178,7 @@ def plan_merge(
     """
     options = options or MergeOptions()
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-    if options.dequantize is not None:
+    if options.dequantize is not None or options.requantize:
         checkpoint = unpacked(checkpoint, options.dequantize)
     weighted = weighted_adapters(adapters, checkpoint)
     check_adapters(weighted)
@@ -392,6 +392,13 @@ def _check_job(checkpoint: Checkpoint, job: TensorJob) -> None:
     """Refuse updates that exclude each other, or whose tensor is not of floats."""
     if job.packed is None and job.reason != "cast":
         _check_plain(checkpoint, job)
+    if job.packed is not None and job.again:
+        problem = "" if job.packed.written else f"quantizing to {job.dtype} is not supported"
+        if job.grows or not job.stored:
+            problem = "it is quantized, and would grow or become a separate tensor"
+        if problem:
+            remedy = 'Write plain floats: pass dequantize="bfloat16"'
+            raise CheckpointError(f"merge into '{job.name}'", problem, remedy)
     problem = _clash_of_copies(job) or _clash_of_updates(job)
     if problem:
         raise clash(job.name, problem, job.adapters)

@@ -82,6 +82,19 @@ class TensorJob:
         return cls(name, source, shard, source.dtype, source.shape, stored, reason, packed=packed)
 
     @property
+    def again(self) -> bool:
+        """Whether it is quantized again; `dtype` is then the name of its format."""
+        return self.packed is not None and self.dtype not in FLOATS
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the output's tensors that are computed for it."""
+        if self.packed is None or not self.again:
+            return (self.name,)
+        parts, written = self.packed.parts, self.packed.written
+        return tuple(parts[role].name for role in written if role in parts)
+
+    @property
     def action(self) -> str:
         """The kind of change: `folded`, `replaced`, `added`, `untied`, `cast` or `dequantized`."""
         if self.trained:
@@ -111,7 +124,7 @@ class TensorJob:
 
     def report(self, tally: Tally) -> TensorReport:
         """Return a report of what was done to the tensor."""
-        dtype = str(FLOATS[self.dtype]).removeprefix("torch.")
+        dtype = str(FLOATS.get(self.dtype, self.dtype)).removeprefix("torch.")
         row = TensorReport(self.name, self.action, dtype, self.shape, self.sites)
         return with_tally(row, tally)
 
@@ -130,7 +143,8 @@ class OutputShard:
     name: str  # its plain file name
     base: Shard  # the base's file of that name
     header: Header
-    # what is computed, and tensors of `base` that are copied, in the order of the file
+    # what is computed, and tensors of `base` that are copied, in the order of the file; a tensor
+    # that is quantized again is there for each of its parts
     content: tuple[TensorJob | TensorEntry, ...]
 
     @property
@@ -151,7 +165,7 @@ class OutputShard:
     @property
     def jobs(self) -> tuple[TensorJob, ...]:
         """The tensors to compute."""
-        return tuple(part for part in self.content if isinstance(part, TensorJob))
+        return tuple({p.name: p for p in self.content if isinstance(p, TensorJob)}.values())
 
     @property
     def same_layout(self) -> bool:
@@ -162,19 +176,32 @@ class OutputShard:
 def lay_out(checkpoint: Checkpoint, jobs: Mapping[str, TensorJob]) -> tuple[OutputShard, ...]:
     """Lay out the output's files; the last one gets the tensors that the base lacks."""
     dropped = checkpoint.hidden - jobs.keys()
+    if any(entry.dtype not in FLOATS for entry in checkpoint.shown.values()):
+        dropped = frozenset()  # quantized tensors stay so
+    by_output = {name: job for job in jobs.values() for name in job.outputs}
     last, shards = [*checkpoint.shards][-1], []
     for shard in checkpoint.shards.values():
         stored = shard.header.tensors
-        content = [jobs.get(name, entry) for name, entry in stored.items() if name not in dropped]
+        staying = [entry for name, entry in stored.items() if name not in dropped]
+        content = [by_output.get(entry.name, entry) for entry in staying]
         content += [  # packed tensors that have another name when unpacked
             job for name, job in jobs.items()
-            if name in checkpoint.packed.keys() - stored.keys() and job.source_shard == shard.name
+            if name in checkpoint.packed.keys() - stored.keys()
+            and job.source_shard == shard.name and not job.again
         ]  # fmt: skip
         content += [job for job in jobs.values() if shard.name == last and not job.stored]
-        tensors = [(part.name, part.dtype, part.shape) for part in content]
-        there = [(entry.name, entry.dtype, entry.shape) for entry in stored.values()]
-        header = shard.header
-        if tensors != there:
-            header = build_header(tensors, header.metadata)
-        shards.append(OutputShard(shard.name, shard, header, tuple(content)))
+        shards.append(OutputShard(shard.name, shard, _header(content, staying, shard), (*content,)))
     return tuple(shards)
+
+
+def _header(
+    content: Sequence[TensorJob | TensorEntry], staying: Sequence[TensorEntry], base: Shard
+) -> Header:
+    """Return the header of a file, of which the first tensors stay; the base's if it is right."""
+    rows = [
+        staying[at] if isinstance(part, TensorJob) and part.again else part
+        for at, part in enumerate(content)
+    ]
+    tensors = [(row.name, row.dtype, row.shape) for row in rows]
+    there = [(entry.name, entry.dtype, entry.shape) for entry in base.header.tensors.values()]
+    return base.header if tensors == there else build_header(tensors, base.header.metadata)

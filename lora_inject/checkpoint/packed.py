@@ -1,4 +1,4 @@
-"""The formats of quantized tensors of a checkpoint, whose values are read row by row.
+"""The formats of quantized tensors of a checkpoint: values read row by row, and encoded again.
 
 A quantized tensor is stored as several tensors, its parts: codes, scales, tables. Supported are
 bitsandbytes' 4 bits, float8 with scales, NVFP4, the MXFP4 experts of GPT-OSS, GPTQ and AWQ.
@@ -7,6 +7,7 @@ bitsandbytes' 4 bits, float8 with scales, NVFP4, the MXFP4 experts of GPT-OSS, G
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,13 +16,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.core.adapter.fingerprint import glimpse
 from lora_inject.core.files.row_reader import RowReader
-from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
+from lora_inject.core.files.safetensors_file import DTYPES, FLOATS, TensorEntry
+from lora_inject.errors import CheckpointError
 from lora_inject.experts import stack_formats
 
+MAX_FLOAT8 = 448.0  # of e4m3
+MAX_FLOAT4 = 6.0  # of e2m1
 NVFP4_GROUP = 16
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the places in a word of eight neighbors
 
@@ -29,6 +34,11 @@ Rows = Callable[[int, int], Tensor]
 """Function of `(start, stop)` to float32 rows `(stop - start, cols)` of a tensor's matrix."""
 PartRows = Callable[[str, int, int, int], Tensor]
 """Function of `(role, n_cols, start, stop)` to rows of a part that is seen with so many columns."""
+
+
+def rows_in_memory(parts: Mapping[str, Tensor]) -> PartRows:
+    """Return the function to rows of parts that are given as tensors."""
+    return lambda role, n_cols, start, stop: parts[role].reshape(-1, n_cols)[start:stop]
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,12 @@ class Packed(ABC):
     parts: Mapping[str, TensorEntry]  # the stored tensors by role; `codes` is the largest
 
     title: ClassVar[str]  # what messages call the format
+    written: ClassVar[tuple[str, ...]] = ()  # roles of the parts that `encoded` makes, if any
+
+    @property
+    def form(self) -> str:
+        """The name of the format in reports."""
+        return type(self).__name__.lower()
 
     def rows(self) -> Rows:
         """Return the function that reads values, each result valid until the next call."""
@@ -54,6 +70,15 @@ class Packed(ABC):
     @abstractmethod
     def values(self, part: PartRows, start: int, stop: int) -> Tensor:
         """Return rows of the matrix, float32, of its parts."""
+
+    @property
+    def unit(self) -> int:
+        """Number of rows that can be encoded independently of the others."""
+        return 1
+
+    def encoded(self, values: Tensor) -> dict[str, Tensor]:
+        """Return the contents of parts for some rows of float32 values; they begin at a `unit`."""
+        raise NotImplementedError(self.form)
 
     def packing(self) -> str:
         """Describe the format as `adapter.packing` does for a live model, or as ""."""
@@ -70,7 +95,9 @@ class Float8(Packed):
     """Float8 with one scale for every block: `W = q * s`. A block may be a row, or all of W."""
 
     block: tuple[int, int]
+    powers: bool  # whether the scales are powers of two
     title = "float8 with scales"
+    written = ("codes", "scales")
 
     def values(self, part: PartRows, start: int, stop: int) -> Tensor:  # noqa: D102
         (high, wide), n_cols = self.block, self.shape[1]
@@ -80,25 +107,67 @@ class Float8(Packed):
         codes = part("codes", n_cols, start, stop)
         return stack_formats.Float8Stack((1, wide)).values({"codes": codes, "scales": of_rows})
 
+    @property
+    def unit(self) -> int:  # noqa: D102
+        return self.block[0]
+
+    def encoded(self, values: Tensor) -> dict[str, Tensor]:  # noqa: D102
+        (n_rows, n_cols), (high, wide) = values.shape, self.block
+        padded = pad(values, (0, -n_cols % wide, 0, -n_rows % high))
+        blocks = padded.view(-1, high, padded.shape[1] // wide, wide)
+        most = MAX_FLOAT8
+        scales = blocks.abs().amax(dim=(1, 3)) / most
+        scales = scales.log2().ceil().exp2() if self.powers else scales
+        scales = scales.to(DTYPES[self.parts["scales"].dtype])
+        scaled = blocks / _divisor(scales.float())[:, None, :, None]
+        codes = scaled.clamp(-most, most).to(torch.float8_e4m3fn)
+        return {"codes": codes.view(padded.shape)[:n_rows, :n_cols].contiguous(), "scales": scales}
+
 
 @dataclass(frozen=True)
 class Nvfp4(Packed):
     """4 bits (e2m1), a float8 scale for each 16 of them, and a float32 scale for all.
 
-    Sources: compressed_tensors, as
+    That of all is kept when the others are made anew. Sources: compressed_tensors, as
     `compressors/nvfp4` writes it; modelopt, `qtensor/nvfp4_tensor.py`.
     """
 
     divides: bool  # whether the scale of all divides the others
     title = "NVFP4"
+    written = ("codes", "scales")
 
     def values(self, part: PartRows, start: int, stop: int) -> Tensor:  # noqa: D102
         n_in = self.shape[1]
         codes = stack_formats.float4_values(part("codes", n_in // 2, start, stop))
-        scales = part("scales", n_in // NVFP4_GROUP, start, stop).float()
-        whole = self.part("whole").float()
-        steps = scales / whole if self.divides else scales * whole
+        steps = self._steps(part("scales", n_in // NVFP4_GROUP, start, stop))
         return (codes.view(*steps.shape, -1) * steps.unsqueeze(-1)).flatten(-2)
+
+    def _steps(self, scales: Tensor) -> Tensor:
+        """Return what the code 1 means in each group."""
+        whole = self.part("whole").float()
+        return scales.float() / whole if self.divides else scales.float() * whole
+
+    def encoded(self, values: Tensor) -> dict[str, Tensor]:
+        """Return the contents of parts, each value the nearest that its group holds.
+
+        Raises:
+            CheckpointError: A value is further beyond all of them than they are from each other.
+        """
+        unit = self._steps(torch.ones(()))
+        groups = values.view(len(values), -1, NVFP4_GROUP)
+        largest = groups.abs().amax(dim=2)
+        top = MAX_FLOAT8 * unit
+        # The codes lie 2 apart at 6: one that is off by 1 is as good as the format's others.
+        if bool((largest > (MAX_FLOAT4 + 1) * top).any()):
+            name = self.parts["codes"].name
+            problem = f"merged, it has values up to {float(largest.max()):.3g}; its scale of all "
+            problem += f"groups holds up to {float(MAX_FLOAT4 * top):.3g}"
+            remedy = "Write plain floats (--dequantize bfloat16)"
+            raise CheckpointError(f"requantize '{name}'", problem, remedy)
+        wanted = (largest / MAX_FLOAT4 / unit).clamp(max=MAX_FLOAT8)
+        scales = wanted.to(torch.float8_e4m3fn)
+        steps = _divisor(self._steps(scales))
+        return {"codes": float4_codes(groups / steps[..., None]), "scales": scales}
 
 
 @dataclass(frozen=True)
@@ -110,6 +179,15 @@ class FourBit(Packed):
 
     state: Mapping[str, Any]
     title = "bitsandbytes 4-bit"
+    written = ("codes", "absmax", "nested_absmax")
+
+    @property
+    def form(self) -> str:  # noqa: D102
+        return str(self.state["quant_type"])
+
+    @property
+    def _nested(self) -> bool:
+        return "nested_absmax" in self.parts
 
     def values(self, part: PartRows, start: int, stop: int) -> Tensor:  # noqa: D102
         block, n_cols, dtype = self.state["blocksize"], self.shape[1], FLOATS[self.state["dtype"]]
@@ -125,13 +203,30 @@ class FourBit(Packed):
     def _scales(self, part: PartRows, first: int, last: int) -> Tensor:
         """Return the scales of some blocks."""
         scales = part("absmax", 1, first, last).flatten()
-        if "nested_absmax" not in self.parts:
+        if not self._nested:
             return scales.float()
         size = self.state["nested_blocksize"]
         of_block = torch.arange(first, last, device="cpu") // size - first // size
         nested = part("nested_absmax", 1, first // size, -(-last // size)).float().flatten()
         table, offset = self.part("nested_quant_map").float(), float(self.state["nested_offset"])
         return table[scales.long()] * nested[of_block] + offset
+
+    @property
+    def unit(self) -> int:  # noqa: D102
+        n_values: int = self.state["blocksize"]
+        n_values *= self.state["nested_blocksize"] if self._nested else 2
+        return n_values // math.gcd(n_values, self.shape[1])
+
+    def encoded(self, values: Tensor) -> dict[str, Tensor]:
+        """Return the contents of parts; packed scales are relative to the base's offset."""
+        codes, scales = _nearest(self.part("quant_map"), values, self.state["blocksize"])
+        codes = codes[: values.numel() + values.numel() % 2]
+        both = codes[::2] << 4 | codes[1::2]
+        if not self._nested:
+            return {"codes": both, "absmax": scales}
+        shifted, size = scales - self.state["nested_offset"], self.state["nested_blocksize"]
+        absmax, nested = _nearest(self.part("nested_quant_map"), shifted, size)
+        return {"codes": both, "absmax": absmax[: scales.numel()], "nested_absmax": nested}
 
     def packing(self) -> str:  # noqa: D102
         state = f"{self.state['quant_type']}, blocks of {self.state['blocksize']}"
@@ -179,14 +274,13 @@ class PackedWords(Packed):
     less_one: bool  # whether 1 was subtracted from the zeros
     title = "GPTQ or AWQ"
 
+    @property
+    def form(self) -> str:  # noqa: D102
+        return self.method
+
     def rows(self) -> Rows:
         """Return the function that reads values; the parts are in memory, as rows are columns."""
-        parts = {role: self.part(role) for role in self.parts}
-
-        def rows_of_part(role: str, n_cols: int, start: int, stop: int) -> Tensor:
-            return parts[role].reshape(-1, n_cols)[start:stop]
-
-        return partial(self.values, rows_of_part)
+        return partial(self.values, rows_in_memory({role: self.part(role) for role in self.parts}))
 
     def values(self, part: PartRows, start: int, stop: int) -> Tensor:  # noqa: D102
         n_in, n_packed = self.shape[1], 32 // self.bits if self.method == "awq" else 1
@@ -225,3 +319,38 @@ class PackedWords(Packed):
         )
         codes: Tensor = words[..., None] >> shifts & 2**self.bits - 1
         return codes.flatten(1)
+
+
+def float4_codes(values: Tensor) -> Tensor:
+    """Return the nearest codes of 4 bits (e2m1), two to a byte; the largest for what is beyond.
+
+    Args:
+        values: float32 `(n, ...)`, an even number for each n.
+
+    Returns:
+        uint8 `(n, m / 2)`.
+
+    Examples:
+        >>> codes = float4_codes(torch.tensor([[0.6, 1.0, 9.0, -5.1]]))
+        >>> stack_formats.float4_values(codes).tolist()
+        [[0.5, 1.0, 6.0, -6.0]]
+    """
+    sizes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=values.device)
+    middles = (sizes[1:] + sizes[:-1]) / 2
+    codes = torch.bucketize(values.abs(), middles) + 8 * torch.signbit(values)
+    pairs = codes.flatten(1).to(torch.uint8)
+    return pairs[:, ::2] | pairs[:, 1::2] << 4
+
+
+def _divisor(scales: Tensor) -> Tensor:
+    return scales.where(scales > 0, 1.0)
+
+
+def _nearest(table: Tensor, values: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Return the places in a table of values over their blocks' greatest, and these; padded."""
+    blocks = pad(values.flatten(), (0, -values.numel() % block)).view(-1, block)
+    greatest = blocks.abs().amax(dim=1)
+    ordered, order = table.float().flatten().sort()
+    middles = (ordered[1:] + ordered[:-1]) / 2
+    nearest = torch.bucketize(blocks / _divisor(greatest)[:, None], middles, out_int32=True)
+    return order.to(torch.uint8)[nearest.flatten()], greatest

@@ -26,8 +26,10 @@ from torch import Tensor
 from lora_inject.checkpoint.index import Checkpoint, Shard
 from lora_inject.checkpoint.merge_plan import MergePlan
 from lora_inject.checkpoint.output_files import OutputShard, TensorJob
+from lora_inject.checkpoint.packed import Packed, rows_in_memory
 from lora_inject.core.files.row_reader import Room, RowReader, rows_per_block
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
+from lora_inject.core.files.tensors import bytes_of
 from lora_inject.core.functional.fold import Delta, Tally, fold_rows, mix_copies
 from lora_inject.core.functional.merge_report import TensorReport
 from lora_inject.errors import CheckpointError
@@ -112,7 +114,7 @@ def _pieces(
     """Yield the pieces in their order, with at most so many blocks computed ahead."""
     tallies = {job.name: Tally() for job in shard.jobs}
     next_byte = {entry.name: entry.start for entry in shard.header.tensors.values()}
-    tasks, waiting = _tasks(shard, sources), deque[Piece | tuple[_Rows, Room, Future[Tally]]]()
+    tasks, waiting = _tasks(shard, sources), deque[Piece | tuple[_Task, Room, Future[_Block]]]()
     free = [Room() for _ in range(ahead)]  # new memory for each block costs as much as computing it
     while True:
         while free and (task := next(tasks, None)) is not None:
@@ -121,33 +123,35 @@ def _pieces(
             else:
                 rows, start, stop = task
                 room = free.pop()
-                waiting.append((rows, room, pool.submit(rows.block, start, stop, room)))
+                waiting.append((task, room, pool.submit(rows.block, start, stop, room)))
         if not waiting:
             break
         first = waiting.popleft()
         if isinstance(first, Piece):
             yield first
             continue
-        rows, room, made = first
-        name = rows.job.name
-        tallies[name].add(made.result())
-        yield Piece(next_byte[name], len(room.data), name, room.data)
-        next_byte[name] += len(room.data)
+        (rows, _, _), room, made = first
+        parts, tally = made.result()
+        tallies[rows.job.name].add(tally)
+        for name, data in parts:
+            if name in next_byte:  # else another file holds this part
+                yield Piece(next_byte[name], len(data), name, data)
+                next_byte[name] += len(data)
         free.append(room)
     reports |= {job.name: job.report(tallies[job.name]) for job in shard.jobs}
 
 
-def _tasks(
-    shard: OutputShard, sources: Mapping[str, RowReader]
-) -> Iterator[Piece | tuple[_Rows, int, int]]:
+def _tasks(shard: OutputShard, sources: Mapping[str, RowReader]) -> Iterator[Piece | _Task]:
     """Yield what is to be copied, and the blocks to be computed, in the order of the file."""
+    begun = set()
     for part in shard.content:
         if isinstance(part, TensorEntry):
             at, base = shard.header.tensors[part.name].start, sources[shard.base.name]
             for done in range(0, part.n_bytes, COPY_BYTES):
                 n_bytes = min(COPY_BYTES, part.n_bytes - done)
                 yield Piece(at + done, n_bytes, source=base, start=part.start + done)
-        else:
+        elif part.name not in begun:
+            begun.add(part.name)
             for span in _spans_of(part, sources.get(part.source_shard or "")):
                 yield from ((span, start, stop) for start, stop in span.limits())
 
@@ -181,6 +185,9 @@ def check_unchanged(source: Shard) -> None:
 
 
 # Rows -------------------------------------------------------------------------------------------
+
+_Block = tuple[list[tuple[str, memoryview]], Tally]
+"""Bytes by the names of tensors, and how much of the delta is left after rounding."""
 
 
 def _spans_of(job: TensorJob, source: RowReader | None) -> Iterator[_Rows]:
@@ -220,23 +227,38 @@ class _Rows:
 
     def limits(self) -> Iterator[tuple[int, int]]:
         """Yield the first row of each block, and the row after its last."""
-        step = rows_per_block(self.n_cols)
+        unit = self.job.packed.unit if self.job.packed is not None and self.job.again else 1
+        step = max(unit, rows_per_block(self.n_cols) // unit * unit)
         for start in range(self.first, self.last, step):
             yield start, min(self.last, start + step)
 
     @torch.inference_mode()  # the rows are views, which autograd would track
-    def block(self, start: int, stop: int, room: Room) -> Tally:
-        """Compute some rows into `room`; return how much of the delta is left after rounding."""
+    def block(self, start: int, stop: int, room: Room) -> _Block:
+        """Compute some rows; the bytes are in `room`."""
         job, tally = self.job, Tally()
         rows = self._with_rows(self.base(start, stop), start)
-        merged = room.rows(FLOATS[job.dtype], stop - start, self.n_cols)
+        merged = room.rows(FLOATS.get(job.dtype, torch.float32), stop - start, self.n_cols)
         if self.delta is None:
             merged.copy_(rows)
         else:
             fold_rows(rows, start - self.first, self.delta, tally, merged)
         if not (tally.finite if self.delta is not None else _kept_finite(rows, merged)):
             _check_finite(job, rows, merged)
-        return tally
+        if job.packed is not None and job.again:
+            return self._encoded(job.packed, start, merged)
+        return [(job.name, room.data)], tally
+
+    def _encoded(self, packed: Packed, start: int, wanted: Tensor) -> _Block:
+        """Return the parts of rows that are quantized again, and count what that keeps."""
+        tally = Tally()  # of what is written: not of rounding to float32
+        parts = packed.encoded(wanted)
+        before = self.stored(start, start + len(wanted))
+        written = packed.values(rows_in_memory(parts), 0, len(wanted))
+        tally.count(before, wanted - before, wanted - written)
+        if not tally.finite:
+            raise _too_large(self.job)
+        data = [(packed.parts[role].name, memoryview(bytes_of(p))) for role, p in parts.items()]
+        return data, tally
 
     def base(self, start: int, stop: int) -> Tensor:
         """Return what the deltas are added to: `W + sum of w (T - W) + sum of w b`.
@@ -281,6 +303,9 @@ class _Rows:
 
     def _of(self, tensor: Tensor, start: int, stop: int) -> Tensor:
         return tensor.detach().reshape(-1, self.n_cols)[start:stop]
+
+
+_Task = tuple[_Rows, int, int]
 
 
 def _kept_finite(rows: Tensor, merged: Tensor) -> bool:

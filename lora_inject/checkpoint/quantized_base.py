@@ -56,28 +56,30 @@ def why_no_update(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[str, st
             if found is None:
                 return f"'{name}' is quantized: it is stored as {entry.dtype}", remedy
             remedy += ", or write the merged one in 16 bits (--dequantize bfloat16)"
+            remedy += " or in its own format (--requantize)" if found[1].written else ""
             return f"'{name}' is quantized: {found[1].title}", remedy
     return None
 
 
-def unpacked(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+def unpacked(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
     """Return a checkpoint that shows quantized tensors as float tensors of a dtype.
 
-    Each tensor has its plain name and shape, so adapters are placed as on any base.
+    Each tensor has its plain name and shape, so adapters are placed as on any base. Without a dtype
+    the tensors will be quantized again, and have the name of their format as dtype.
     """
     packed = dict(filter(None, (_recognized(checkpoint, entry) for entry in checkpoint)))
     parts = {part.name for weight in packed.values() for part in weight.parts.values()}
-    for entry in checkpoint:
+    for entry in checkpoint if dtype is not None else ():
         known = entry.name in parts or len(entry.shape) < 2 or entry.dtype not in _PACKED_DTYPES
         _check(entry, known, f"it is stored as {entry.dtype}, without scales that are known")
     if not packed:
-        remedy = f"Leave it out, or write every float tensor so: dtype={dtype!r}"
-        problem = "none of its tensors is quantized"
-        raise CheckpointError(f"dequantize '{checkpoint.folder}'", problem, remedy)
-    shown = {
-        name: TensorEntry(name, FORMAT_DTYPES[dtype], weight.shape, 0, 0)
-        for name, weight in packed.items()
-    }
+        asked = f"{'re' if dtype is None else 'de'}quantize '{checkpoint.folder}'"
+        remedy = f"Leave it out, or write every float tensor so: dtype={dtype or 'bfloat16'!r}"
+        raise CheckpointError(asked, "none of its tensors is quantized", remedy)
+    shown = {}
+    for name, weight in packed.items():
+        shown_dtype = weight.form if dtype is None else FORMAT_DTYPES[dtype]
+        shown[name] = TensorEntry(name, shown_dtype, weight.shape, 0, 0)
     return replace(checkpoint, packed=packed, shown=shown)
 
 
@@ -151,7 +153,8 @@ def _float8(checkpoint: Checkpoint, entry: TensorEntry, said: Settings) -> Found
     shape = n_blocks if len(scales.shape) > 1 else math.prod(n_blocks)
     _check_parts(entry, {"scales": scales}, {"scales": (_FLOATS, shape)})
     parts = {"codes": entry, "scales": scales, **_scales_of_inputs(checkpoint, entry.name)}
-    return entry.name, Float8(checkpoint, entry.shape, parts, (block[0], block[1]))
+    powers = said.get("scale_fmt") == "ue8m0"
+    return entry.name, Float8(checkpoint, entry.shape, parts, (block[0], block[1]), powers)
 
 
 def _nvfp4(checkpoint: Checkpoint, entry: TensorEntry, _: Settings) -> Found:

@@ -211,7 +211,7 @@ def _compared(plan: MergePlan, shard: OutputShard, path: Path, counter: BytesDon
             else:
                 first = next(i for i in range(piece.n_bytes) if written[i] != due[i])
                 differing[_where(shard, piece.at + first)] = None
-    problems, names = [*differing], [job.name for job in shard.jobs]
+    problems, names = [*differing], [n for j in shard.jobs for n in j.outputs if n in there]
     for name in names:
         size = there[name].n_elements
         if far[name]:
@@ -242,7 +242,7 @@ def _read(fd: int, at: int, n_bytes: int) -> bytearray:
 
 def _distances(written: bytearray, due: memoryview, dtype: str) -> tuple[int, int]:
     """Count values that are one unit in the last place off, and those that are further off."""
-    both = [torch.frombuffer(b, dtype=FLOATS[dtype]) for b in (written, due)]
+    both = [torch.frombuffer(b, dtype=FLOATS.get(dtype, torch.uint8)) for b in (written, due)]
     bits = _BITS[both[0].element_size()]
     apart = (both[0].view(bits).long() - both[1].view(bits).long()).abs()  # of floats of one sign
     near = int((apart == 1).sum())

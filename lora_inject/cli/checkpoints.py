@@ -44,6 +44,9 @@ class Merging:
     dequantize: Annotated[
         options.Dtype | None, Option(help="Write a quantized base as plain floats of this dtype.")
     ] = None
+    requantize: Annotated[
+        bool, Option(help="Quantize merged weights again, in the base's format.")
+    ] = False
     any_base: options.AnyBase = False
     rename: Annotated[
         list[str] | None,
@@ -64,7 +67,7 @@ class Merging:
 
     def merge_options(self, **more: Any) -> MergeOptions:
         """Return these and other options as the package takes them."""
-        names = ("dtype", "copy_code", "allow_new", "dequantize", "any_base")
+        names = ("dtype", "copy_code", "allow_new", "dequantize", "requantize", "any_base")
         more |= {name: getattr(self, name) for name in names}
         more["rename"] = options.pairs_from(self.rename or (), "--rename", "a.=b.")
         if self.tie:  # else the base's class decides; an empty table means that nothing is tied

@@ -72,7 +72,11 @@ class PackedExperts(Tensor):
     @property
     def packed_again_by(self) -> str:
         """What to do where it is to be packed again, as `quantized.libraries` says it."""
-        return 'Write plain floats, merge(model, dequantize="bfloat16")'
+        floats = 'write plain floats, merge(model, dequantize="bfloat16")'
+        if not self.form.is_written_on_disk:
+            return floats.capitalize()
+        on_disk = "lora-inject merge BASE ADAPTER --requantize"
+        return f"Save the adapter and merge on disk, {on_disk}; or {floats}"
 
     @property
     def parts(self) -> dict[str, Tensor]:

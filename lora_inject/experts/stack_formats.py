@@ -29,6 +29,9 @@ class StackFormat(ABC):
     title: ClassVar[str]
     """What messages call it."""
 
+    is_written_on_disk: ClassVar[bool] = True
+    """Whether a merge on disk can write it."""
+
     @property
     @abstractmethod
     def rows_of(self) -> Mapping[str, int]:
@@ -52,6 +55,7 @@ class Mxfp4Stack(StackFormat):
     """
 
     title: ClassVar[str] = "MXFP4"
+    is_written_on_disk: ClassVar[bool] = False
 
     @property
     def rows_of(self) -> Mapping[str, int]:  # noqa: D102

@@ -1,4 +1,4 @@
-"""Merging on disk into quantized checkpoints: as plain floats.
+"""Merging on disk into quantized checkpoints: as plain floats, or in their format again.
 
 The packed tensors are made here from known values, by each format's own formula.
 """
@@ -25,11 +25,31 @@ from helpers.merging import (
 from helpers.quantized import Block, N, bitsandbytes, dequantized, plain_net, quantized
 from helpers.refusals import refused
 from helpers.states import linear, parameter, state_of
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_inject as li
 
 quiet = pytest.mark.filterwarnings("ignore")
+
+
+def share_kept(merged: Tensor, before: Tensor, exact: Tensor) -> float:
+    """The share of the update that the merged weight has, from dense values."""
+    update = exact.double() - before.double()
+    found = merged.double() - before.double()
+    return float((found * update).sum() / update.square().sum())
+
+
+def hold_same_files(base: Path, out: Path, changed: set[str]) -> None:
+    """Everything but some tensors is what it was, bit for bit, in the same files."""
+    assert {p.name for p in base.iterdir()} == {p.name for p in out.iterdir()}
+    for path in base.iterdir():
+        if path.suffix == ".json":
+            assert (out / path.name).read_bytes() == path.read_bytes()
+            continue
+        before, after = load_file(path), load_file(out / path.name)
+        assert before.keys() == after.keys()
+        assert all(same_bits(before[name], after[name]) for name in before.keys() - changed)
 
 
 # Formats that are made here -----------------------------------------------------------------------
@@ -41,6 +61,7 @@ class Packed(NamedTuple):
     tensors: dict[str, Tensor]
     values: dict[str, Tensor]
     said: dict[str, Any]  # the config's `quantization_config`
+    again: bool = False  # whether it can be written in its format again
 
 
 def float8(block: Block, *shape: int) -> Packed:
@@ -50,7 +71,7 @@ def float8(block: Block, *shape: int) -> Packed:
         tensors |= {name: q, f"{name}_scale_inv": scales}
         values[name] = dequantized(q, scales, block)
     said = {"quant_method": "fp8", "weight_block_size": list(block)}
-    return Packed(tensors, values, said)
+    return Packed(tensors, values, said, again=True)
 
 
 def in_words(codes: Tensor, bits: int, *, is_awq: bool = False) -> Tensor:
@@ -141,6 +162,43 @@ def test_a_packed_base_merges_into_plain_floats_on_request(form, shards, tmp_pat
         assert "quantization_config" not in json.loads((out / "config.json").read_text())
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_packed_base_is_written_in_its_format_again_or_the_format_is_named(
+    form, tmp_path
+) -> None:
+    packed, base = stored(form, tmp_path / "base", 3)
+    state = state_of(linear("q", *reversed(packed.values["q.weight"].shape)), size=0.1)
+    if not packed.again:
+        with refused(li.CheckpointError, f"quantizing to {packed.said['quant_method']}"):
+            merge(base, [state], tmp_path / "no", requantize=True)
+        return
+    row = merge(base, [state], tmp_path / "out", requantize=True).tensors["q.weight"]
+    hold_same_files(base, tmp_path / "out", {"q.weight", "q.weight_scale_inv"})
+    block, written = tuple(packed.said["weight_block_size"]), load_checkpoint(tmp_path / "out")
+    result = dequantized(written["q.weight"], written["q.weight_scale_inv"], block)
+    exact = dense(packed.values, (state, 1.0))["q.weight"]
+    due = dequantized(*quantized(exact, block), block)
+    assert error(result, due.double()) < 1e-6
+    assert (row.action, row.dtype) == ("folded", "float8")
+    assert row.kept == pytest.approx(share_kept(result, packed.values["q.weight"], exact))
+
+
+def test_scales_that_are_powers_of_two_stay_so(tmp_path: Path) -> None:
+    """DeepSeek's later checkpoints: their kernels read exponents only."""
+    block = (128, 128)
+    q, scales = quantized(torch.randn(256, 200), block)
+    scales = scales.log2().ceil().exp2()
+    said = {"weight_block_size": [*block], "scale_fmt": "ue8m0"}
+    tensors = {"q.weight": q, "q.weight_scale_inv": scales}
+    state = state_of(linear("q", 200, 256), size=0.1)
+    config = {"quantization_config": said}
+    written = merged(tmp_path, tensors, state, config=config, requantize=True)
+    after = written["q.weight_scale_inv"]
+    assert torch.equal(after.log2(), after.log2().round())
+    exact = dense({"q.weight": dequantized(q, scales, block)}, (state, 1.0))["q.weight"]
+    assert error(dequantized(written["q.weight"], after, block), exact.double()) < 0.05
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_mxfp4_experts_merge_as_transformers_dequantizes_them(tmp_path: Path, shards: int) -> None:
     mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
@@ -161,6 +219,8 @@ def test_mxfp4_experts_merge_as_transformers_dequantizes_them(tmp_path: Path, sh
     assert written.keys() == {name, "model.norm.weight"}
     # Each is written where its blocks were, and not into one file for all.
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == shards
+    with refused(li.CheckpointError, "quantizing to mxfp4"):
+        merge(tmp_path / "base", [state], tmp_path / "no", requantize=True)
 
 
 def test_float_layers_of_a_quantized_base_merge_unasked(tmp_path: Path) -> None:
@@ -190,12 +250,13 @@ def test_a_raw_parameter_keeps_its_name_though_packed_layers_have_such_names(tmp
 # What nothing here knows --------------------------------------------------------------------------
 
 INT8 = {"q.weight": torch.zeros(8, 8, dtype=torch.int8), "q.weight_scale": torch.ones(8)}
-FLOATS = {"dequantize": "bfloat16"}
+FLOATS, AGAIN = {"dequantize": "bfloat16"}, {"requantize": True}
 UNKNOWN: dict[str, tuple[dict[str, Tensor], dict[str, Any], list[str]]] = {
     "packed words": ({"q.qweight": torch.zeros(8, 8).int()}, FLOATS, ["'q.qweight'", "16-bit"]),
     "integers": (INT8, FLOATS, ["'q.weight'", "I8"]),
     "no scales": ({"q.weight": torch.zeros(8, 8).to(torch.float8_e4m3fn)}, FLOATS, ["scales"]),
     "nothing packed": ({}, FLOATS, ["dtype='bfloat16'"]),
+    "nothing to pack": ({}, AGAIN, ["requantize"]),
 }
 
 
@@ -256,10 +317,20 @@ def saved(net: nn.Module, folder: Path, shards: int = 1) -> Path:
     return save_checkpoint(folder, tensors, shards, {"quantization_config": {"load_in_4bit": True}})
 
 
+def of_library(tensors: dict[str, Tensor], form: str) -> Tensor:
+    """The values of '0.weight' as bitsandbytes reads its parts."""
+    if form == "int8":
+        return tensors["0.weight"].float() * tensors["0.SCB"].float()[:, None] / 127
+    functional = pytest.importorskip("bitsandbytes").functional
+    parts = {name: t for name, t in tensors.items() if name.startswith("0.weight.")}
+    state = functional.QuantState.from_dict(parts, torch.device("cpu"))
+    return functional.dequantize_4bit(tensors["0.weight"], state).float()
+
+
 @quiet
 @pytest.mark.parametrize("form", BITS)
 def test_files_of_bitsandbytes_merge_as_the_live_model_does(form: str, tmp_path: Path) -> None:
-    """Into plain floats, only when asked, and into their own base."""
+    """Into plain floats, and quantized again; only when asked, and into their own base."""
     dtype = torch.bfloat16 if form == "nf4" else torch.float32
     net = built(form, dtype)
     base = saved(net, tmp_path / "base", shards=3)
@@ -281,6 +352,22 @@ def test_files_of_bitsandbytes_merge_as_the_live_model_does(form: str, tmp_path:
             assert written[name].dtype == wanted[name].dtype
             assert error(written[name], wanted[name].double()) < 1e-6, name
         assert "quantization_config" not in json.loads((out / "config.json").read_text())
+
+    row = merge(base, [state], tmp_path / "out", requantize=True).tensors["0.weight"]
+    before, after = load_checkpoint(base), load_checkpoint(tmp_path / "out")
+    new = {f"0.{end}" for end in ("weight", "SCB", "weight.absmax", "weight.nested_absmax")}
+    hold_same_files(base, tmp_path / "out", new)
+    W, found = of_library(before, form), of_library(after, form)
+    exact = dense({"0.weight": W.double()}, (state, 1.0))["0.weight"]
+    li.merge(net, requantize=True)
+    live = of_library({k: t.contiguous() for k, t in net.state_dict().items()}, form)
+    assert error(found, exact) < 1.02 * error(live, exact)
+    assert error(found, exact) < 0.5 * error(W, exact)
+    assert row.dtype == ("int8" if form == "int8" else form[:3])
+    assert row.kept == pytest.approx(share_kept(found, W, exact), abs=1e-5)
+    with refused(li.CheckpointError, "'0.weight'", "--dequantize"):
+        merge(base, [state * 1e-3], tmp_path / "no", requantize=True, min_kept=0.9)
+    assert not (tmp_path / "no").exists()
 
 
 def with_settings(**changes: Any) -> Callable[[dict[str, Tensor]], None]:
