@@ -74,7 +74,7 @@ def routed(
 @contextmanager
 def _entered(model: nn.Module, rows: Rows) -> Iterator[None]:
     """Check the names of rows, and run the body with them."""
-    check_names(root_of(model, "routed")[1], rows.names, "routed to")
+    check_names(root_of(model, "routed", whole=False)[1], rows.names, "routed to")
     for row, mix in rows.mixes.items():
         if len(row) > 1 or any(weight != 1.0 for _, weight in row):
             check_mixes(model, mix.names)

@@ -145,7 +145,7 @@ class Seen:
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Check the calls of a model, and of the root in it, while the body runs."""
         note_structure(model)
-        injected, root = root_of(model, "routed")
+        injected, root = root_of(model, "routed", whole=False)
         self._selection = root.selection
         self._carrying = [attached for _, _, attached in adapted_modules(Survey(injected))]
         outer = _WATCHING.get()
@@ -328,7 +328,7 @@ def note_structure(model: nn.Module) -> None:
 
     Layers next to a module with `batch_first=False` may have time before batch.
     """
-    injected, root = root_of(model, "routed")
+    injected, root = root_of(model, "routed", whole=False)
     if _NOTED.get(root) == root.n_changes:
         return
     survey = Survey(injected)

@@ -103,13 +103,13 @@ class Injected(Survey):
         self.given = model
 
 
-def root_of(model: nn.Module, asked: str) -> tuple[nn.Module, Root]:
-    """Return the injected model that a verb is for, and its record.
+def root_of(model: nn.Module, asked: str, *, whole: bool = True) -> tuple[nn.Module, Root]:
+    """Return the injected model that a verb is for, and its record; see `find_root`.
 
     Raises:
         StateError: There is none, or more than one.
     """
-    root = find_root(model, asked)
+    root = find_root(model, asked, whole=whole)
     if root is None:
         remedy = "Call it on the model that was given to inject, or inject first"
         raise StateError(asked, "this module has no adapter", remedy)

@@ -84,7 +84,7 @@ def check_mixes(model: nn.Module, weights: Mapping[str, float]) -> None:
     """Raise if an adapter with a gain would not be alone at a site, with weight 1."""
     if list(weights.values()) == [1.0]:
         return
-    _, root = root_of(model, "mix")
+    _, root = root_of(model, "mix", whole=False)
     if not any(root.adapters[name].gained for name in weights):
         return
     taking: dict[tuple[int, str], list[tuple[Entry, float]]] = {}
