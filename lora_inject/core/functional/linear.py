@@ -66,7 +66,7 @@ def linear(
         return add_updates(y, x, updates, float32=float32)
     off = without_autocast(x)
     if off is None and not torch.is_grad_enabled():
-        return _forward(x, weight, bias, updates, transposed, float32, None)[0]
+        return _inference(x, weight, bias, updates, transposed, float32)
     low = None
     if off is not None and x.dtype != torch.float64:
         low = torch.get_autocast_dtype(x.device.type)
@@ -76,6 +76,35 @@ def linear(
     with off or nullcontext():
         output: Tensor = _Linear.apply(x, weight, bias, how, *factors)  # type: ignore[no-untyped-call]
     return output
+
+
+def _inference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    updates: Sequence[Update],
+    transposed: bool,
+    float32: bool,
+) -> Tensor:
+    """Do what `_forward` does outside autocast, and keep nothing for a backward.
+
+    The operations are the same, in fewer calls of Python, which are much of the time of one token:
+    over nn.Linear 18.8 us a layer of width 64 and 46.8 of 768, where `_forward` takes 21.8 and
+    50.5, and the operations alone 15.8 and 26.
+    """
+    if float32:
+        return _forward(x, weight, bias, updates, transposed, float32, None)[0]
+    y = F.linear(x, weight.t() if transposed else weight, bias).contiguous()
+    x2, y2 = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    for u in updates:
+        A, B, scale, spans, dropout = u
+        if dropout or spans is not None:
+            _add(y2, x2, u)
+            continue
+        if A.dtype != y.dtype:
+            A, B = A.to(y.dtype), B.to(y.dtype)
+        y2.addmm_(F.linear(x2, A), B.t(), alpha=scale)
+    return y
 
 
 def frozen_output(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
