@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that must hold: ruff, formatting, who imports whom, mypy, the site and all tests, in some six
+# Everything that must hold: ruff, formatting, who imports whom, mypy, the site and all tests, in some five
 # minutes on two cores. From nothing: own environment, made once.
 #
 #   bash scripts/test.sh [OPTIONS OF PYTEST]             for instance: -k peft, tests/contract/test_cli.py, -m zoo

@@ -235,11 +235,11 @@ def _shard_adapter(survey: Survey, name: str) -> None:
         new.setdefault(module, set()).update(entry.tensors(module).values())
         meshes[module] = item.weight.device_mesh  # type: ignore[attr-defined]
         depths[module] = path.count(".")
-    groups_of = {id(module): group for group in groups() for module, *_ in held_by_group(group)}
+    of_bases = {id(m): (group, kept) for group in groups() for m, _, kept in held_by_group(group)}
     for module in sorted(new, key=depths.__getitem__, reverse=True):  # as fully_shard asks
         old = {parameter for parameter in module.parameters() if parameter not in new[module]}
-        of_base = groups_of[id(module)]
-        how = {"mp_policy": of_base.mp_policy, "offload_policy": of_base.offload_policy}
+        of_base, kept = of_bases[id(module)]  # from torch 2.15 on each parameter has its policy
+        how = {"mp_policy": kept.mp_policy, "offload_policy": of_base.offload_policy}
         fully_shard(
             module, mesh=meshes[module], reshard_after_forward=True, ignored_params=old, **how
         )
