@@ -94,14 +94,14 @@ def _inference(
     """
     if float32:
         return _forward(x, weight, bias, updates, transposed, float32, None)[0]
-    y = F.linear(x, weight.t() if transposed else weight, bias).contiguous()
+    y = frozen_output(x, weight, bias, transposed)
     x2, y2 = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     for u in updates:
         A, B, scale, spans, dropout = u
         if dropout or spans is not None:
             _add(y2, x2, u)
             continue
-        if A.dtype != y.dtype:
+        if not A.dtype == B.dtype == y.dtype:
             A, B = A.to(y.dtype), B.to(y.dtype)
         y2.addmm_(F.linear(x2, A), B.t(), alpha=scale)
     return y
