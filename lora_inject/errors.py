@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -120,7 +121,8 @@ def user_path(
 ) -> Path:
     """Return a path that a user gave, with `~` and `~name` as the homes that they are in a shell.
 
-    Every path that a public function takes goes through here, so that none makes a folder `~`.
+    Every path that a function or a command takes goes through here, so that none makes a folder
+    `~`, and none opens what is neither a file nor a folder.
 
     Examples:
         >>> user_path("save adapter", "~/sql") == Path.home() / "sql"
@@ -139,8 +141,12 @@ def user_path(
         problem = f"there is no home of '{text[1:].partition(os.sep)[0]}'"
         raise error(asked, problem, f"For a folder of this name, give ./{text}") from None
     try:
-        path.stat()
+        mode = path.stat().st_mode
     except OSError as refused:
         if refused.errno == errno.ELOOP:
             raise error(asked, f"the links of '{text}' form a loop", "Correct it") from None
+    else:  # a pipe would be waited for, and a device may have no end
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            problem = f"'{text}' is neither a file nor a folder"
+            raise error(asked, problem, "Write what it gives to a file, and give that")
     return path.absolute() if str(path).startswith("~") else path  # a Path drops a leading ./

@@ -13,7 +13,7 @@ import torch
 
 from lora_inject.cli.show import note
 from lora_inject.core.spec.names import counted
-from lora_inject.errors import CheckpointError, ConfigError
+from lora_inject.errors import CheckpointError, ConfigError, user_path
 
 IGNORED = -100  # the label that cross entropy leaves out
 TOKENIZER_FILE = re.compile(r"token|vocab|\.(model|spm|bpe)$")
@@ -30,7 +30,7 @@ def rows_of_file(path: Path) -> list[Row]:
     line of any other file is a text.
     """
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = user_path("read data", path, ConfigError).read_bytes().decode("utf-8")
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"data '{path}'", problem, "Give a file of UTF-8 text") from None

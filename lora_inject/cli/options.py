@@ -65,6 +65,7 @@ def model_folder(path: Path) -> Path:
 
     The network is never asked. Where the folder `user` is here, `user/name` is a path.
     """
+    path = user_path("open a model", path, CheckpointError)
     is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", str(path))
     if path.exists() or not is_name or (len(path.parts) > 1 and path.parent.exists()):
         return path

@@ -259,7 +259,7 @@ def read_adapter(
 
 def detected(path: Path) -> str:
     """Return the first format that detects a path as its own; raise if there is none."""
-    asked, files = f"read adapter '{path}'", Files(path)
+    asked, files = f"read adapter '{path}'", Files(user_path("read adapter", path))
     with within(asked):
         for name in FORMATS if path.exists() else ():
             if FORMATS[name].detects(files):

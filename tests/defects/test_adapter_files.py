@@ -3,7 +3,10 @@
 import copy
 import errno
 import os
+import signal
+import socket
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +130,49 @@ def test_links_that_form_a_loop_are_an_error_in_words(
     assert ran.code == 1
     assert "loop" in ran.err
     assert "Traceback" not in ran.err
+
+
+@pytest.fixture(params=["pipe", "socket", "device"])
+def no_file(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """What is neither a file nor a folder; who opens it and waits is interrupted."""
+    path = tmp_path / f"{request.param}.yaml"
+    if request.param == "pipe":
+        os.mkfifo(path)
+    elif request.param == "device":
+        path.symlink_to("/dev/null")
+    with socket.socket(socket.AF_UNIX) as bound:
+        if request.param == "socket":
+            bound.bind(str(path))
+        signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits"))
+        signal.alarm(20)
+        yield path
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def test_what_is_no_file_is_refused_before_it_is_opened(
+    no_file: Path, tmp_path: Path, run: Any
+) -> None:
+    """A pipe was waited for, and endless data read until the memory was full."""
+    adapter = li.save_adapter(small(), tmp_path / "adapter")
+    (tmp_path / "lora.yaml").write_text("targets: [q_proj]")
+    for words in (
+        ("plan", no_file, adapter),
+        ("plan", tmp_path / "lora.yaml", no_file),
+        ("inspect", no_file),
+        ("merge", no_file, adapter, "-o", tmp_path / "out"),
+        ("rename", adapter, "a=b", "--output", no_file),
+        ("profile", adapter, "--data", no_file, "--output", tmp_path / "out"),
+    ):
+        ran = run(*words)
+        assert ran.code == 1
+        assert "neither a file nor a folder" in ran.err
+    for call in (
+        lambda: li.inject(small(), no_file, "b"),
+        lambda: li.load_adapter(small(), no_file, "b"),
+    ):
+        with refused(li.LoraInjectError, no_file.name, "neither a file nor a folder"):
+            call()
 
 
 def test_a_mount_that_cannot_sync_a_folder_does_not_fail_a_save(
