@@ -384,7 +384,7 @@ class _Staging:
             n_finished = len(list(self.folder.glob("*.json")))
             finished = count(n_finished, "finished file")
             kept = f"The same again goes on from {finished} in '{self.folder}'"
-            if isinstance(error, _LostError) or n_finished == 0:
+            if isinstance(error, _LostError) or n_finished == 0 or not self.files.exists():
                 shutil.rmtree(self.folder, ignore_errors=True)
             elif isinstance(error, KeyboardInterrupt):
                 error.add_note(f"{kept}. Delete that folder to give it up.")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, get_args
 
@@ -240,14 +241,26 @@ def _with_fields(run: Callable[..., Any]) -> Callable[..., Any]:
             option.param_decls = (f"--{parameter.name.replace('_', '-')}",)
 
     def command(**given: Any) -> Any:
+        output = given.get("output")
+        before = _inode(output)
         for name, group in groups.items():
             given[name] = group(**{f.name: given.pop(f.name) for f in fields(group)})
-        return run(**given)
+        try:
+            return run(**given)
+        except KeyboardInterrupt as error:  # an output gets its name when it is whole
+            if _inode(output) not in (None, before):
+                error.add_note(f"'{output}' is complete.")
+            raise
 
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in taken]
     )
     return command
+
+
+def _inode(path: Path | None) -> int | None:
+    """Return by what a file or a folder differs from the one that it replaces."""
+    return path.stat().st_ino if path is not None and path.exists() else None
 
 
 app = typer.Typer(

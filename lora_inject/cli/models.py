@@ -36,7 +36,7 @@ def search(
     held_out: Annotated[
         Path | None, Option(help="Rows to judge by. (default: a tenth of --data)")
     ] = None,
-    output: Annotated[
+    folder: Annotated[  # not `output`, which would be whole once it is there
         Path,
         Option(
             "--output", "-o", file_okay=False, help="Folder of the results and of what is saved."
@@ -54,7 +54,7 @@ def search(
     wanted = Space.from_yaml(space)
     if seed is not None:
         wanted = wanted.model_copy(update={"seed": seed})
-    _check(output, device)
+    _check(folder, device)
     rows = rows_of.rows_of_file(data)
     if held_out is None:
         rows, judged = rows_of.split(rows, batch, data, wanted.seed)
@@ -66,13 +66,13 @@ def search(
         for path, part in ((data, rows), (held_out or data, judged))
     ]
     with _live() as watch:
-        result = searched(base, wanted, *parts, folder=output, watch=watch)
-    (output / "config.yaml").write_text(result.to_yaml(), encoding="utf-8")
+        result = searched(base, wanted, *parts, folder=folder, watch=watch)
+    (folder / "config.yaml").write_text(result.to_yaml(), encoding="utf-8")
     assert result.adapter is not None
-    write_adapter(result.adapter, output / "adapter", format="peft", overwrite=True)
+    write_adapter(result.adapter, folder / "adapter", format="peft", overwrite=True)
     printing.show(result)
     for name in RESULTS:
-        note(f"wrote {output / name}")
+        note(f"wrote {folder / name}")
 
 
 def _check(output: Path, device: str) -> None:

@@ -79,6 +79,44 @@ def test_an_interrupted_merge_goes_on_where_it_was(case: Case, share: float) -> 
     hold_whole(case)
 
 
+@pytest.mark.parametrize("command", ["merge", "convert", "extract"])
+@pytest.mark.parametrize("there", ["free", "taken"])
+def test_what_stops_once_the_output_is_there_says_that_it_is_complete(
+    command: str, there: str, case: Case, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = li.write_adapter(case.state, tmp_path / "adapter")
+    tuned = tmp_path / "tuned"
+    merge(case.base, [case.state], tuned)
+    words = {
+        "merge": ("merge", case.base, adapter, "--output", case.out),
+        "convert": ("convert", adapter, case.out, "--to", "portable"),
+        "extract": ("extract", case.base, tuned, "--rank", 2, "--output", case.out),
+    }[command]
+    if there == "taken":
+        half, words = case.state * 0.5, (*words, "--overwrite")
+        merge(case.base, [half], case.out) if command == "merge" else li.write_adapter(
+            half, case.out
+        )
+    before = {path.name for path in tmp_path.iterdir()}
+    real = os.rename
+
+    def rename(source: Any, target: Any, **kwargs: Any) -> None:
+        real(source, target, **kwargs)
+        if Path(target) == case.out:
+            monkeypatch.undo()
+            interrupt()
+
+    monkeypatch.setattr(os, "rename", rename)
+    ran = run(*words)
+    assert ran.code == 130
+    assert f"'{case.out}' is complete" in ran.err
+    assert {path.name for path in tmp_path.iterdir()} == before | {"out"}
+    if command == "merge":
+        hold_merged(case.out, case.tensors, case.state)
+    else:
+        li.read_adapter(case.out)
+
+
 def test_too_little_space_is_known_before_anything_is_written(case: Case, monkeypatch) -> None:
     usage = shutil.disk_usage(case.base)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=5000))

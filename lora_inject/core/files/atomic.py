@@ -121,7 +121,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def out_of_the_way(folder: Path) -> Iterator[None]:
-    """Give a folder another name; after a failure it gets its own back, else it is removed."""
+    """Give a folder another name, and its own back unless another has it then; else it goes."""
     if not folder.is_dir():
         yield
         return
@@ -129,10 +129,11 @@ def out_of_the_way(folder: Path) -> Iterator[None]:
     folder.rename(aside)
     try:
         yield
-    except BaseException:
-        aside.rename(folder)
-        raise
-    _remove(aside)
+    finally:
+        if folder.exists():  # also where Ctrl-C comes between the rename and here
+            _remove(aside)
+        else:
+            aside.rename(folder)
 
 
 def rename_folder(source: Path, target: Path) -> None:
