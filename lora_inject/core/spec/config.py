@@ -5,8 +5,11 @@ pydantic checks it, and each error is told at its line and column (`spec.reading
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
@@ -419,11 +422,18 @@ class _FileSchema(GenerateJsonSchema):
     """A schema for files, where a key without a value is left out instead of being null."""
 
     def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
-        """Drop the docstring of a model, and the line breaks of its fields'."""
+        """Say of each field what stands below it, and nothing of the model.
+
+        pydantic itself would read the sources whenever a model is made, at half of its cost.
+        """
         made = super().model_schema(schema)
         made.pop("description", None)
-        for entry in made["properties"].values():
-            entry["description"] = " ".join(entry["description"].split())
+        [definition] = ast.parse(inspect.getsource(schema["cls"])).body
+        for field, below in pairwise(getattr(definition, "body", ())):
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(ast.Constant(str(text))):
+                    key = schema["cls"].model_fields[name].alias or name
+                    made["properties"][key]["description"] = " ".join(text.split())
         return made
 
     def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:

@@ -30,7 +30,6 @@ class Strict(BaseModel):
         frozen=True,
         strict=True,
         populate_by_name=True,
-        use_attribute_docstrings=True,
     )
     # models inside, by their key, where an unknown key may belong
     inside: ClassVar[Mapping[str, type[BaseModel]]] = {}
