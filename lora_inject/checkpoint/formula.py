@@ -10,7 +10,7 @@ at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.merge_plan import MergePlan
 from lora_inject.checkpoint.output_files import OutputShard, TensorJob
+from lora_inject.checkpoint.pieces import rows_before_packing
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.spec.sites import SiteSpec, adapted_parts
@@ -35,13 +36,11 @@ def check_formula(plan: MergePlan, of: BaseClass, shard: OutputShard, path: Path
     """Yield what is wrong with the tensors of a merged file that lies at `path`."""
     written = RowReader(path)
     for job in shard.jobs:
-        if job.again:  # rounded to a few bits by blocks, as its format says
-            continue
-        tensor, entry = _Formula(plan, of, job), shard.header.tensors[job.name]
+        tensor = _Formula(plan, of, job)
+        # What is quantized again is held to the formula before it is rounded to a few bits.
+        found = rows_before_packing(job) if job.again else tensor.reader(written, shard)
         for row in tensor.sampled():
-            due, slack = tensor.row(row)
-            found = written.rows(entry, tensor.n_cols, row, row + 1)[0]
-            if not _is_rounded(found, due, slack):
+            if not _is_rounded(found(row), *tensor.row(row)):
                 yield f"'{job.name}': row {row} is not what the formula gives"
                 break
 
@@ -75,6 +74,11 @@ class _Formula:
         if job.source is not None and job.packed is None:
             self._base = RowReader(plan.base.path_of(job.source.name))
         self._packed = None if job.packed is None else job.packed.rows()
+
+    def reader(self, file: RowReader, shard: OutputShard) -> Callable[[int], Tensor]:
+        """Return the function to a row of it in a file that was written."""
+        entry = shard.header.tensors[self.job.name]
+        return lambda row: file.rows(entry, self.n_cols, row, row + 1)[0]
 
     def sampled(self) -> list[int]:
         """Return rows all over the tensor, with some of each adapted expert."""
@@ -126,13 +130,13 @@ class _Formula:
         """Return the row of W, with what adapters trained in full in its place or added to it."""
         job = self.job
         copies = [(t.reshape(-1, self.n_cols)[row].double(), w) for t, w in job.trained]
-        if job.base_copy is not None:
-            stored = job.base_copy.reshape(-1, self.n_cols)[row].double()
+        if job.held is not None:
+            stored = job.held.reshape(-1, self.n_cols)[row].double()
         elif self._packed is not None:
             stored = self._packed(row, row + 1)[0].double()
-        elif self._base is None or job.source is None or job.grows:
-            return torch.stack([w * copy for copy, w in copies]).sum(0)  # the base lacks the row
         else:
+            assert self._base is not None
+            assert job.source is not None
             stored = self._base.rows(job.source, self.n_cols, row, row + 1)[0].double()
         total = torch.where(stored.isfinite(), 1 - sum(w for _, w in copies), 1.0) * stored
         for copy, weight in copies:

@@ -17,9 +17,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lora_inject.checkpoint.packed import Packed
 from lora_inject.core.adapter.fingerprint import sample_positions
 from lora_inject.core.files.row_reader import RowReader
-from lora_inject.core.files.safetensors_file import Header, TensorEntry, read_header
+from lora_inject.core.files.safetensors_file import FLOATS, Header, TensorEntry, read_header
 from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.spec.names import leaf, parent
 from lora_inject.errors import CheckpointError, user_path
@@ -67,7 +68,7 @@ class Checkpoint:
     index_name: str | None
     index: Mapping[str, Any] | None
     config: Mapping[str, Any]
-    packed: Mapping[str, Any] = field(default_factory=dict)
+    packed: Mapping[str, Packed] = field(default_factory=dict)
     shown: Mapping[str, TensorEntry] = field(default_factory=dict)
     lone: bool = False
 
@@ -115,6 +116,15 @@ class Checkpoint:
         """Tensor name to the name of its shard."""
         of = {name: s.name for s in self.shards.values() for name in s.header.tensors}
         return of | {name: of[each.parts["codes"].name] for name, each in self.packed.items()}
+
+    @property
+    def usual_dtype(self) -> str:
+        """The dtype, by the format's name, that most of its floats have."""
+        sizes = dict.fromkeys(FLOATS, 0)
+        for entry in self:
+            if entry.dtype in sizes:
+                sizes[entry.dtype] += entry.n_elements
+        return max(sizes, key=lambda dtype: sizes[dtype])
 
     def path_of(self, name: str) -> Path:
         """Return the file that a tensor is in."""

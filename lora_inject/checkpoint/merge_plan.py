@@ -192,7 +192,7 @@ def plan_merge(
     changes.untie()
     changes.change_dtype()
     for job in jobs.values():
-        _check_job(checkpoint, job)
+        _check_job(job)
     changes.grow_vocabulary()
     shards, notes = lay_out(checkpoint, jobs), changes.notes
     side_files, code_left = find_side_files(checkpoint, code=options.copy_code)
@@ -262,9 +262,9 @@ class _Changes:
         said = self.checkpoint.config
         self.tables = [said, *(value for value in said.values() if isinstance(value, dict))]
 
-    def _add(self, name: str, source: str, reason: str = "") -> TensorJob:
+    def _add(self, name: str, source: str) -> TensorJob:
         entry = self.checkpoint.tensors[source]
-        self.jobs[name] = TensorJob.of(self.checkpoint, name, entry, reason)
+        self.jobs[name] = TensorJob.of(self.checkpoint, name, entry)
         return self.jobs[name]
 
     def dequantize(self) -> None:
@@ -272,7 +272,7 @@ class _Changes:
         if self.options.dequantize is None:
             return
         for name in self.checkpoint.packed.keys() - self.jobs.keys():
-            self._add(name, name, "dequantized")
+            self._add(name, name)
         if "quantization_config" in self.checkpoint.config:
             self.config["quantization_config"] = None
 
@@ -338,7 +338,7 @@ class _Changes:
         dtype = FORMAT_DTYPES[self.options.dtype]
         for entry in self.checkpoint:
             if entry.name not in self.jobs and entry.dtype in FLOATS and entry.dtype != dtype:
-                self._add(entry.name, entry.name, "cast")
+                self._add(entry.name, entry.name)
         for job in self.jobs.values():
             job.dtype = dtype if job.dtype in FLOATS else job.dtype
         if self.checkpoint.config:
@@ -388,10 +388,10 @@ def _same_copies(one: TensorJob, other: TensorJob) -> bool:
 # What cannot be done to a tensor ----------------------------------------------------------------
 
 
-def _check_job(checkpoint: Checkpoint, job: TensorJob) -> None:
+def _check_job(job: TensorJob) -> None:
     """Refuse updates that exclude each other, or whose tensor is not of floats."""
-    if job.packed is None and job.reason != "cast":
-        _check_plain(checkpoint, job)
+    if job.packed is None and job.action != "cast":
+        _check_plain(job)
     if job.packed is not None and job.again:
         problem = "" if job.packed.written else f"quantizing to {job.dtype} is not supported"
         if job.grows or not job.stored:
@@ -404,11 +404,11 @@ def _check_job(checkpoint: Checkpoint, job: TensorJob) -> None:
         raise clash(job.name, problem, job.adapters)
 
 
-def _check_plain(checkpoint: Checkpoint, job: TensorJob) -> None:
-    asked, source = f"merge into '{checkpoint.folder}'", job.source
+def _check_plain(job: TensorJob) -> None:
+    asked, source = f"merge into '{job.base.folder}'", job.source
     is_float = source is None or source.dtype in FLOATS
     names = [job.name] if source is None or is_float else [source.name, job.name]
-    if quantized := why_no_update(checkpoint, names):
+    if quantized := why_no_update(job.base, names):
         raise CheckpointError(asked, *quantized)
     if source is not None and not is_float:
         problem = f"'{job.name}' has the dtype {source.dtype}"

@@ -44,42 +44,53 @@ class Placed:
         return self.terms[0].spec.name
 
 
-@dataclass
+@dataclass(eq=False)
 class TensorJob:
     """One output tensor whose bytes differ from the base's."""
 
+    base: Checkpoint
     name: str  # its name in the output
     # the base's tensor it is made from; None for one that only the adapter has
     source: TensorEntry | None
-    source_shard: str | None  # name of the shard that holds `source`
     dtype: str  # the format's name of its dtype in the output
     shape: tuple[int, ...]  # its dimensions in the output
-    stored: bool = True  # whether the base's files have it under its name
-    reason: str = ""  # why it is written without an update: `cast` or `dequantized`
     placed: tuple[Placed, ...] = ()  # low-rank terms, on disjoint ranges of rows or on the same one
     # full tensors of adapters with their weights: `W + sum of w (T - W)`
     trained: tuple[tuple[Tensor, float], ...] = ()
     # the base's values where the adapter carries them (a grown vocabulary), else None
     base_copy: Tensor | None = None
-    packed: Packed | None = None  # reader of a quantized source
     added: tuple[tuple[Tensor, float], ...] = ()  # vectors to add, with their weights
     rows: tuple[tuple[tuple[int, ...], Tensor], ...] = ()  # rows to replace: `(indices, values)`
     adapters: tuple[str, ...] = ()  # what messages call those that change it
 
     @classmethod
-    def of(
-        cls, checkpoint: Checkpoint, name: str, source: TensorEntry | None, reason: str = ""
-    ) -> TensorJob:
+    def of(cls, base: Checkpoint, name: str, source: TensorEntry | None) -> TensorJob:
         """Return the job of a tensor with this source in the base, or with None."""
-        if source is None:  # of the dtype that most of the base's values have
-            sizes = dict.fromkeys(FLOATS, 0)
-            for other in checkpoint:
-                if other.dtype in sizes:
-                    sizes[other.dtype] += other.n_elements
-            return cls(name, None, None, max(sizes, key=lambda d: sizes[d]), (), stored=False)
-        shard, packed = checkpoint.shard_of[source.name], checkpoint.packed.get(source.name)
-        stored = name in checkpoint.tensors
-        return cls(name, source, shard, source.dtype, source.shape, stored, reason, packed=packed)
+        if source is None:
+            return cls(base, name, None, base.usual_dtype, ())
+        return cls(base, name, source, source.dtype, source.shape)
+
+    @property
+    def stored(self) -> bool:
+        """Whether the base's files have it under its name."""
+        return self.name in self.base.tensors
+
+    @property
+    def shard(self) -> str | None:
+        """Name of the base's file with its source."""
+        return None if self.source is None else self.base.shard_of[self.source.name]
+
+    @property
+    def packed(self) -> Packed | None:
+        """The quantized tensor that its source shows as floats."""
+        return None if self.source is None else self.base.packed.get(self.source.name)
+
+    @property
+    def held(self) -> Tensor | None:
+        """W, where an adapter holds it and not the base: a copy, or what it trained in full."""
+        if self.base_copy is None and (self.source is None or self.grows):
+            return self.trained[0][0]
+        return self.base_copy
 
     @property
     def again(self) -> bool:
@@ -101,7 +112,9 @@ class TensorJob:
             return "replaced" if self.stored else "added"
         if self.rows and not self.placed:
             return "replaced"
-        return self.reason or ("folded" if self.stored else "untied")
+        if self.adapters or not self.stored:
+            return "folded" if self.stored else "untied"
+        return "cast" if self.packed is None else "dequantized"
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -144,7 +157,7 @@ class OutputShard:
     base: Shard  # the base's file of that name
     header: Header
     # what is computed, and tensors of `base` that are copied, in the order of the file; a tensor
-    # that is quantized again is there for each of its parts
+    # that is quantized again stands where its first part is
     content: tuple[TensorJob | TensorEntry, ...]
 
     @property
@@ -165,7 +178,7 @@ class OutputShard:
     @property
     def jobs(self) -> tuple[TensorJob, ...]:
         """The tensors to compute."""
-        return tuple({p.name: p for p in self.content if isinstance(p, TensorJob)}.values())
+        return tuple(part for part in self.content if isinstance(part, TensorJob))
 
     @property
     def same_layout(self) -> bool:
@@ -182,26 +195,26 @@ def lay_out(checkpoint: Checkpoint, jobs: Mapping[str, TensorJob]) -> tuple[Outp
     last, shards = [*checkpoint.shards][-1], []
     for shard in checkpoint.shards.values():
         stored = shard.header.tensors
-        staying = [entry for name, entry in stored.items() if name not in dropped]
-        content = [by_output.get(entry.name, entry) for entry in staying]
-        content += [  # packed tensors that have another name when unpacked
+        new = [  # packed tensors that have another name when unpacked
             job for name, job in jobs.items()
             if name in checkpoint.packed.keys() - stored.keys()
-            and job.source_shard == shard.name and not job.again
+            and job.shard == shard.name and not job.again
         ]  # fmt: skip
-        content += [job for job in jobs.values() if shard.name == last and not job.stored]
-        shards.append(OutputShard(shard.name, shard, _header(content, staying, shard), (*content,)))
+        new += [job for job in jobs.values() if shard.name == last and not job.stored]
+        content: list[TensorJob | TensorEntry] = []
+        heads: list[TensorJob | TensorEntry] = []  # each with name, dtype and shape as in the file
+        for entry in stored.values():
+            job = by_output.get(entry.name)
+            if entry.name not in dropped:
+                content.append(job or entry)
+                heads.append(entry if job is None or job.again else job)
+        header = _header([*heads, *new], shard)
+        shards.append(OutputShard(shard.name, shard, header, (*dict.fromkeys([*content, *new]),)))
     return tuple(shards)
 
 
-def _header(
-    content: Sequence[TensorJob | TensorEntry], staying: Sequence[TensorEntry], base: Shard
-) -> Header:
-    """Return the header of a file, of which the first tensors stay; the base's if it is right."""
-    rows = [
-        staying[at] if isinstance(part, TensorJob) and part.again else part
-        for at, part in enumerate(content)
-    ]
-    tensors = [(row.name, row.dtype, row.shape) for row in rows]
+def _header(heads: Sequence[TensorJob | TensorEntry], base: Shard) -> Header:
+    """Return the header of a file: the base's if that is right."""
+    tensors = [(head.name, head.dtype, head.shape) for head in heads]
     there = [(entry.name, entry.dtype, entry.shape) for entry in base.header.tensors.values()]
     return base.header if tensors == there else build_header(tensors, base.header.metadata)

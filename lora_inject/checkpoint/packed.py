@@ -12,13 +12,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.core.adapter.fingerprint import glimpse
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import DTYPES, FLOATS, TensorEntry
@@ -45,7 +45,7 @@ def rows_in_memory(parts: Mapping[str, Tensor]) -> PartRows:
 class Packed(ABC):
     """A quantized tensor."""
 
-    base: Checkpoint  # the checkpoint as it is stored
+    path_of: Callable[[str], Path]  # the file that a stored tensor is in
     shape: tuple[int, ...]  # its dimensions when dequantized
     parts: Mapping[str, TensorEntry]  # the stored tensors by role; `codes` is the largest
 
@@ -59,7 +59,7 @@ class Packed(ABC):
 
     def rows(self) -> Rows:
         """Return the function that reads values, each result valid until the next call."""
-        readers = {e.name: RowReader(self.base.path_of(e.name)) for e in self.parts.values()}
+        readers = {e.name: RowReader(self.path_of(e.name)) for e in self.parts.values()}
 
         def rows_of_part(role: str, n_cols: int, start: int, stop: int) -> Tensor:
             entry = self.parts[role]
@@ -87,7 +87,7 @@ class Packed(ABC):
     def part(self, role: str) -> Tensor:
         """Return a whole part."""
         entry = self.parts[role]
-        return RowReader(self.base.path_of(entry.name)).whole(entry)
+        return RowReader(self.path_of(entry.name)).whole(entry)
 
 
 @dataclass(frozen=True)

@@ -143,23 +143,21 @@ def _pieces(
 
 def _tasks(shard: OutputShard, sources: Mapping[str, RowReader]) -> Iterator[Piece | _Task]:
     """Yield what is to be copied, and the blocks to be computed, in the order of the file."""
-    begun = set()
     for part in shard.content:
         if isinstance(part, TensorEntry):
             at, base = shard.header.tensors[part.name].start, sources[shard.base.name]
             for done in range(0, part.n_bytes, COPY_BYTES):
                 n_bytes = min(COPY_BYTES, part.n_bytes - done)
                 yield Piece(at + done, n_bytes, source=base, start=part.start + done)
-        elif part.name not in begun:
-            begun.add(part.name)
-            for span in _spans_of(part, sources.get(part.source_shard or "")):
+        else:
+            for span in _spans_of(part, sources.get(part.shard or "")):
                 yield from ((span, start, stop) for start, stop in span.limits())
 
 
 @contextlib.contextmanager
 def _open_sources(shard: OutputShard, base: Checkpoint) -> Iterator[dict[str, RowReader]]:
     """Open the base's files that an output file needs, by name."""
-    names = {shard.base.name, *(job.source_shard for job in shard.jobs if job.source_shard)}
+    names = {shard.base.name, *(job.shard for job in shard.jobs if job.shard)}
     with contextlib.ExitStack() as stack:  # in a finalizer Ctrl-C would be lost
         sources = {}
         for name in sorted(names):
@@ -196,6 +194,17 @@ def _spans_of(job: TensorJob, source: RowReader | None) -> Iterator[_Rows]:
     limits = {0, n_rows}.union(*((placed.start, placed.stop) for placed in job.placed))
     for first, last in itertools.pairwise(sorted(limits)):
         yield _Rows(job, n_cols, first, last, source)
+
+
+def rows_before_packing(job: TensorJob) -> Callable[[int], Tensor]:
+    """Return the function to a row of a tensor that is quantized again, as it is before that."""
+    spans = [*_spans_of(job, None)]
+
+    def row(at: int) -> Tensor:
+        span = next(span for span in spans if span.first <= at < span.last)
+        return span.merged(at, at + 1, Room())[0][0]
+
+    return row
 
 
 class _Rows:
@@ -235,6 +244,13 @@ class _Rows:
     @torch.inference_mode()  # the rows are views, which autograd would track
     def block(self, start: int, stop: int, room: Room) -> _Block:
         """Compute some rows; the bytes are in `room`."""
+        merged, tally = self.merged(start, stop, room)
+        if self.job.packed is not None and self.job.again:
+            return self._encoded(self.job.packed, start, merged)
+        return [(self.job.name, room.data)], tally
+
+    def merged(self, start: int, stop: int, room: Room) -> tuple[Tensor, Tally]:
+        """Return some rows in the dtype of the output, or float32 if they are quantized again."""
         job, tally = self.job, Tally()
         rows = self._with_rows(self.base(start, stop), start)
         merged = room.rows(FLOATS.get(job.dtype, torch.float32), stop - start, self.n_cols)
@@ -244,9 +260,7 @@ class _Rows:
             fold_rows(rows, start - self.first, self.delta, tally, merged)
         if not (tally.finite if self.delta is not None else _kept_finite(rows, merged)):
             _check_finite(job, rows, merged)
-        if job.packed is not None and job.again:
-            return self._encoded(job.packed, start, merged)
-        return [(job.name, room.data)], tally
+        return merged, tally
 
     def _encoded(self, packed: Packed, start: int, wanted: Tensor) -> _Block:
         """Return the parts of rows that are quantized again, and count what that keeps."""
@@ -293,12 +307,12 @@ class _Rows:
     def stored(self, start: int, stop: int) -> Tensor:
         """Return W, from the base, or from an adapter that holds it; valid until the next call."""
         job = self.job
-        if job.base_copy is not None:
-            return self._of(job.base_copy, start, stop)
-        if job.source is None or self.source is None or job.grows:
-            return self._of(job.trained[0][0], start, stop)
+        if job.held is not None:
+            return self._of(job.held, start, stop)
         if self.values is not None:
             return self.values(start, stop)
+        assert job.source is not None
+        assert self.source is not None
         return self.source.rows(job.source, self.n_cols, start, stop)
 
     def _of(self, tensor: Tensor, start: int, stop: int) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -86,16 +86,14 @@ class Places:
         self._kinds: dict[str, str] = {}  # what the adapter does to an output tensor
         self._class_is_built = False  # because a name was not in the files
         state, stored = adapter.state, self.checkpoint.tensors
-        for site in state.sites.values():
-            self._place(_plain(site.spec), self._site, site)
-        for site in state.sites.values():
-            for alias in site.spec.aliases:  # a layer of several names has as many in the files
-                name = alias + _plain(site.spec).removeprefix(site.spec.name)
-                if (other := self.rule(name)) in stored and other not in self.jobs:
-                    self._place(name, self._site, site)
-            if site.spec.lora_bias:
-                bias = _plain(site.spec).removesuffix("weight") + "bias"
-                self._place(bias, self._added, site.scale * site.further["b"].detach())
+        updates = [(site.spec, one) for site in state.sites.values() for one in self._updates(site)]
+        for _, (name, put, value) in updates:
+            self._place(name, put, value)
+        for spec, (name, put, value) in updates:
+            for alias in spec.aliases:  # a layer of several names has as many in the files
+                other = alias + name.removeprefix(spec.name)
+                if (there := self.rule(other)) in stored and there not in self._kinds:
+                    self._place(other, put, value)
         for name, value in state.trained.items():
             if name not in state.rows:
                 self._place(name, self._trained, value)
@@ -104,6 +102,14 @@ class Places:
         # Stored ones first: a tied head follows its embedding.
         for name in sorted(state.rows, key=lambda name: self.rule(name) not in stored):
             self._place(name, self._rows, (state.rows[name], state.trained[name]))
+
+    def _updates(self, site: SiteState) -> Iterator[tuple[str, Callable[[str, Any], None], Any]]:
+        """Yield the name of each tensor that a site updates, how it is placed, and what."""
+        weight = _plain(site.spec)
+        yield weight, self._site, site
+        if site.spec.lora_bias:
+            bias = f"{weight.removesuffix('weight')}bias"
+            yield bias, self._added, site.scale * site.further["b"].detach()
 
     def _place(self, original: str, put: Callable[[str, Any], None], value: Any) -> None:
         """Place one tensor of the adapter under its name in the files, or refuse the adapter."""

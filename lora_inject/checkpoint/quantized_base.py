@@ -115,7 +115,7 @@ def _four_bit(checkpoint: Checkpoint, entry: TensorEntry, _: Settings) -> Found:
     if not states:
         return None
     parts |= {"codes": _bytes_of(entry), "state": _bytes_of(states[0])}
-    weight = FourBit(checkpoint, (), parts, {})
+    weight = FourBit(checkpoint.path_of, (), parts, {})
     text = bytes(weight.part("state").tolist())
     state = parse_json(text, f"read the quantization of '{entry.name}'", CheckpointError)
     state, nested = state if isinstance(state, dict) else {}, "nested_absmax" in parts
@@ -153,8 +153,8 @@ def _float8(checkpoint: Checkpoint, entry: TensorEntry, said: Settings) -> Found
     shape = n_blocks if len(scales.shape) > 1 else math.prod(n_blocks)
     _check_parts(entry, {"scales": scales}, {"scales": (_FLOATS, shape)})
     parts = {"codes": entry, "scales": scales, **_scales_of_inputs(checkpoint, entry.name)}
-    powers = said.get("scale_fmt") == "ue8m0"
-    return entry.name, Float8(checkpoint, entry.shape, parts, (block[0], block[1]), powers)
+    blocks, powers = (block[0], block[1]), said.get("scale_fmt") == "ue8m0"
+    return entry.name, Float8(checkpoint.path_of, entry.shape, parts, blocks, powers)
 
 
 def _nvfp4(checkpoint: Checkpoint, entry: TensorEntry, _: Settings) -> Found:
@@ -169,9 +169,8 @@ def _nvfp4(checkpoint: Checkpoint, entry: TensorEntry, _: Settings) -> Found:
     due: Due = {"codes": ({"U8"}, (n_out, n_in // 2)), "whole": ({"F32"}, 1)}
     _check_parts(entry, parts, due | {"scales": ({"F8_E4M3"}, (n_out, n_in // 16))})
     _check(entry, n_in % 16 == 0, f"its rows are {n_in} long, and groups of 16 share a scale")
-    return name, Nvfp4(
-        checkpoint, (n_out, n_in), parts | _scales_of_inputs(checkpoint, name), divides
-    )
+    parts |= _scales_of_inputs(checkpoint, name)
+    return name, Nvfp4(checkpoint.path_of, (n_out, n_in), parts, divides)
 
 
 def _scales_of_inputs(checkpoint: Checkpoint, name: str) -> dict[str, TensorEntry]:
@@ -188,7 +187,7 @@ def _mxfp4(checkpoint: Checkpoint, entry: TensorEntry, said: Settings) -> Found:
     n_experts, n_out, n_groups = (*entry.shape, 0, 0, 0)[:3]
     due: Due = {"codes": ({"U8"}, (n_experts, n_out, n_groups, 16))}
     _check_parts(entry, parts, due | {"scales": ({"U8"}, (n_experts, n_out, n_groups))})
-    return name, Mxfp4(checkpoint, (n_experts, n_groups * 32, n_out), parts)
+    return name, Mxfp4(checkpoint.path_of, (n_experts, n_groups * 32, n_out), parts)
 
 
 def _words(checkpoint: Checkpoint, entry: TensorEntry, said: Settings) -> Found:
@@ -220,7 +219,8 @@ def _words(checkpoint: Checkpoint, entry: TensorEntry, said: Settings) -> Found:
     if "groups" in parts:
         due["groups"] = ({"I32"}, (n_in,))
     _check_parts(entry, parts, due)
-    words = PackedWords(checkpoint, (n_out, n_in), parts, method, bits, size, layout == "gptq")
+    shape, less_one = (n_out, n_in), layout == "gptq"
+    words = PackedWords(checkpoint.path_of, shape, parts, method, bits, size, less_one)
     if "groups" in parts:
         groups = words.part("groups")
         fits = not is_awq and 0 <= int(groups.min()) <= int(groups.max()) < n_groups

@@ -6,12 +6,25 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.merging import LLAMA, adapter_of, llama_tensors, load_checkpoint, save_checkpoint
+from conftest import fill
+from helpers.merging import (
+    LLAMA,
+    adapter_of,
+    llama_tensors,
+    load_checkpoint,
+    merge,
+    save_checkpoint,
+)
+from helpers.modules import tree
+from helpers.quantized import quantized
 from helpers.refusals import refused
+from helpers.states import linear, state_of
 from safetensors.torch import save_file
+from torch import nn
 
 import lora_inject as li
 from lora_inject.checkpoint import WeightedAdapter, verify_checkpoint
+from lora_inject.checkpoint.places import Places
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -100,6 +113,39 @@ def test_a_grown_vocabulary_leaves_other_vocabularies_of_the_config(tmp_path: Pa
     li.merge_checkpoint(both, parts, tmp_path / "2" / "out")
     written = json.loads((tmp_path / "2" / "out" / "config.json").read_text())
     assert (written["vocab_size"], written["other"]) == (35, {"vocab_size": 5})
+
+
+# What verifying has to find, and what several names have -----------------------------------------
+
+
+def test_what_is_quantized_again_is_held_to_the_formula_before_it_is_rounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes, scales = quantized(torch.randn(64, 64), (32, 32))
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]}}
+    tensors = {"q.weight": codes, "q.weight_scale_inv": scales}
+    base = save_checkpoint(tmp_path / "base", tensors, 1, config)
+    state = state_of(linear("q", 64, 64))
+    merge(base, [state], tmp_path / "right", requantize=True)
+    monkeypatch.setattr(Places, "is_transposed", lambda *_: True)
+    with refused(li.CheckpointError, "verify", "'q.weight'", "formula"):
+        merge(base, [state], tmp_path / "wrong", requantize=True)
+
+
+def test_a_layer_of_two_names_gets_every_update_and_bias_under_both(tmp_path: Path) -> None:
+    layer = nn.Linear(4, 6)
+    model = tree({"one": layer, "two": layer})
+    tensors = {name: t.clone() for name, t in model.state_dict().items()}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    for name in "ab":
+        rule = {"rank": 2, "targets": ["one"], "lora_bias": name == "a"}
+        fill(li.inject(model, rule, name), name)
+    li.activate(model, {"a": 1.0, "b": 1.0})
+    merge(base, [li.adapter_state(model, name) for name in "ab"], tmp_path / "out")
+    written = load_checkpoint(tmp_path / "out")
+    for name, value in dict(li.merged_weights(model)).items():
+        torch.testing.assert_close(written[name], value)
+        assert torch.equal(written[name.replace("one", "two")], written[name])
 
 
 # Messages and places ----------------------------------------------------------------------------
