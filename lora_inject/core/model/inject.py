@@ -146,7 +146,6 @@ def put_config(
     put(survey, name, wanted, values, planned.config.to_dict(), alone=alone, last=last)
 
 
-@torch.no_grad()
 def _first_values(place: Carried) -> Mapping[str, Tensor]:
     """Return the values that a new adapter starts with at a layer.
 

@@ -32,11 +32,10 @@ def places(
 
     Sites and copies have the model's own names; copies come with their rows, None for all.
     """
-    for holder in survey.holders:
-        if is_lazy(holder.tensor):
-            problem = "it is lazy and not initialized"
-            where = f"adapter {name!r}, {holder.name!r}"
-            raise LayerError(where, problem, "Run the model once first")
+    lazy = (i for i, tensor in enumerate(survey.tensors) if is_lazy(tensor))
+    if (first := next(lazy, None)) is not None:
+        where = f"adapter {name!r}, {survey.holders[first].name!r}"
+        raise LayerError(where, "it is lazy and not initialized", "Run the model once first")
     wanted = [*_of_sites(survey, name, sites), *_of_copies(survey, name, copies)]
     taken: set[tuple[int, str]] = set()
     classes: set[Hashable] = set()  # what holds of one layer of a class holds of all

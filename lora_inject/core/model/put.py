@@ -74,8 +74,8 @@ def put(
     train: bool = True,
     alone: bool = True,
     last: Callable[[], None] = lambda: None,
-) -> None:
-    """Put a new adapter onto a model at the places that `places` returned.
+) -> Adapter:
+    """Put a new adapter onto a model at the places that `places` returned; return its record.
 
     Another thread may have changed the model since; none does now.
 
@@ -98,7 +98,8 @@ def put(
             root = become_root(survey.model)
             gained = any(place.entry.gained for place in wanted)
             carrying = {id(place.module): place.module for place in wanted}
-            root.adapters[name] = Adapter(name, config, [*carrying.values()], gained)
+            adapter = Adapter(name, config, [*carrying.values()], gained)
+            root.adapters[name] = adapter
             root.n_changes += 1
             root.seen = 0
             _freeze(survey, root)
@@ -118,6 +119,7 @@ def put(
             last()
         forget_gradients(survey.tensors)
         forget_gradients(trained if train and alone else ())
+    return adapter
 
 
 def _parameters(
@@ -126,7 +128,8 @@ def _parameters(
     """Return the new Parameters of each place by role; those of tied copies are the same."""
     listed = []
     copies: dict[Tensor, dict[str, nn.Parameter]] = {}
-    with torch.inference_mode(False):  # tensors that are made in it could not train
+    # Tensors that are made in inference mode could not train.
+    with torch.inference_mode(False), torch.no_grad():
         for place in wanted:
             tensors = values(place)
             made = copies.get(tensors["T"]) if "T" in tensors else None
@@ -195,7 +198,7 @@ def put_state(
     *,
     owned: bool = False,
     trainable: bool = False,
-) -> None:
+) -> Adapter:
     """Put a fitted adapter on; it becomes active if it trains, or no other is active.
 
     Of an `owned` value, which nobody else holds, the tensors are taken as they are: a load takes
@@ -225,7 +228,7 @@ def put_state(
             copies[mine["T"]] = held(mine["T"], weight)
         return {"T": copies[mine["T"]]}
 
-    put(survey, name, wanted, given, state.config, train=trainable)
+    return put(survey, name, wanted, given, state.config, train=trainable)
 
 
 def _is_as_trained(tensor: Tensor, weight: Tensor) -> bool:
