@@ -131,45 +131,90 @@ def _one_tensor(column: Sequence[Any]) -> Any:
     raise StateError("step", f"{found}: {problem}", "Give all trials rows of one shape and dtype")
 
 
-def without(outputs: Any, keys: Iterable[Any]) -> Any:
-    """Return outputs of which some entries are in the part of no trial."""
-    kept = copy.copy(outputs) if keys else outputs
-    for key in keys:
-        kept[key] = WITHOUT_ROWS
-    return kept
+class Form(NamedTuple):
+    """How the outputs of a forward were seen to hold the rows.
 
-
-def parted(outputs: Any, of: Joined, padded: Sequence[Sequence[int]] = ()) -> dict[str, Any]:
-    """Return each trial's part of the outputs: a tensor without rows is in the part of none.
-
-    Uses `split`, because the backward of a slice fills a tensor of full size for each trial.
-
-    Args:
-        outputs: Of the joined batch.
-        of: The joined batch.
-        padded: For each leaf of the outputs, the axes that have the positions of padded rows.
-
-    Raises:
-        StateError: No tensor has as many rows as the batch.
-        LayerError: There are other leaves than `padded` is for.
+    Attributes:
+        left_out: Entries that are built in another way for other rows, such as a tuple with the
+            features of each picture.
+        padded: For each leaf, the axes that have the positions of padded rows; none for rows of one
+            length.
     """
-    if len(of.sizes) == 1:
-        return dict.fromkeys(of.sizes, outputs)
-    leaves, structure = tree_flatten(outputs)
-    axes = padded or [()] * len(leaves)
-    if len(axes) != len(leaves):
-        problem = f"the forward returned {len(leaves)} values, and {len(axes)} at first"
-        raise LayerError("step", problem, "Give rows of one length")
-    columns = [_split(leaf, of, each) for leaf, each in zip(leaves, axes, strict=True)]
-    if not any(isinstance(column[0], Tensor) for column in columns):
-        raise StateError(
-            "step",
-            f"of what the forward returned, {', '.join(map(shown, leaves))}, no tensor has the "
-            f"{sum(of.sizes.values())} rows of the batch",
-            "Give a forward that returns one row of outputs for each row, without a loss",
-        )
-    parts = (tree_unflatten(list(part), structure) for part in zip(*columns, strict=True))
-    return dict(zip(of.sizes, parts, strict=True))
+
+    left_out: frozenset[Any] = frozenset()
+    padded: Sequence[Sequence[int]] = ()
+
+    @classmethod
+    def seen(cls, whole: Any, alone: Mapping[str, Any], of: Joined) -> Form:
+        """Return the form of the outputs of a joined batch, beside those of each batch alone."""
+        keys = whole if isinstance(whole, Mapping) else ()
+        left_out = {
+            k for k in keys if {_n_leaves(whole, k)} != {_n_leaves(o, k) for o in alone.values()}
+        }
+        form = cls(frozenset(left_out))
+        shortest = min(of.lengths, key=of.lengths.__getitem__)
+        pair = of.lengths[shortest], of.longest
+        both = zip(leaves_of(form.kept(alone[shortest])), leaves_of(form.kept(whole)), strict=True)
+        padded = [_longer_axes(one, other, pair) for one, other in both]
+        return form._replace(padded=padded) if any(padded) else form
+
+    def kept(self, outputs: Any) -> Any:
+        """Return outputs of which what is left out is in the part of no trial."""
+        kept = copy.copy(outputs) if self.left_out else outputs
+        for key in self.left_out:
+            kept[key] = WITHOUT_ROWS
+        return kept
+
+    def parted(self, outputs: Any, of: Joined) -> dict[str, Any]:
+        """Return each trial's part of the outputs: a tensor without rows is in the part of none.
+
+        Uses `split`, because the backward of a slice fills a tensor of full size for each trial.
+
+        Args:
+            outputs: Of the joined batch.
+            of: The joined batch.
+
+        Raises:
+            StateError: No tensor has as many rows as the batch.
+            LayerError: There are other leaves than the form is of.
+        """
+        kept = self.kept(outputs)
+        if len(of.sizes) == 1:
+            return dict.fromkeys(of.sizes, kept)
+        leaves, structure = tree_flatten(kept)
+        axes = self.padded or [()] * len(leaves)
+        if len(axes) != len(leaves):
+            problem = f"the forward returned {len(leaves)} values, and {len(axes)} at first"
+            raise LayerError("step", problem, "Give rows of one length")
+        columns = [_split(leaf, of, each) for leaf, each in zip(leaves, axes, strict=True)]
+        if not any(isinstance(column[0], Tensor) for column in columns):
+            raise StateError(
+                "step",
+                f"of what the forward returned, {', '.join(map(shown, leaves))}, no tensor has the "
+                f"{sum(of.sizes.values())} rows of the batch",
+                "Give a forward that returns one row of outputs for each row, without a loss",
+            )
+        parts = (tree_unflatten(list(part), structure) for part in zip(*columns, strict=True))
+        return dict(zip(of.sizes, parts, strict=True))
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    """Return the leaves of a tree, None among them."""
+    leaves: list[Any] = tree_flatten(tree)[0]
+    return leaves
+
+
+def _n_leaves(outputs: Any, key: Any) -> int:
+    """Return of how many values an entry consists."""
+    return len(leaves_of(outputs[key])) if key in outputs else 0
+
+
+def _longer_axes(one: Any, other: Any, pair: tuple[int, int]) -> list[int]:
+    """Return the axes whose lengths in two leaves are those of shorter and of longer rows."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.dim() != other.dim():
+        return []
+    both = [*zip(one.shape, other.shape, strict=True)]
+    return [axis for axis in range(1, len(both)) if both[axis] == pair and pair[0] < pair[1]]
 
 
 def _split(output: Any, of: Joined, padded: Iterable[int]) -> list[Any]:

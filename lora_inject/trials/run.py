@@ -20,7 +20,6 @@ from lora_inject.core.model.read_off import adapter_state
 from lora_inject.core.model.training import train_only
 from lora_inject.core.roots.root import entries, find_root
 from lora_inject.errors import StateError
-from lora_inject.rows.seen import note_structure
 from lora_inject.trials.trial import Trial
 
 RECENT = 10
@@ -55,6 +54,7 @@ class Run:
 
     Attributes:
         trial: Its settings.
+        sites: What tells where its tensors are, and of which kind.
         parameters: Its trained tensors.
         optimizer: Its own AdamW.
         losses: Its training loss at each step.
@@ -67,6 +67,7 @@ class Run:
 
     def __init__(self, trial: Trial, places: Sequence[Place]) -> None:
         self.trial, self._places = trial, places
+        self.sites = frozenset((place.module, place.param, place.role) for place in places)
         # By identity: the copy of a tied tensor is at each of its places.
         self.parameters = [*dict.fromkeys(place.parameter for place in places)]
         self._kinds = [(p.dtype, p.device) for p in self.parameters]
@@ -86,11 +87,6 @@ class Run:
         self.stopped = ""
 
     @property
-    def sites(self) -> frozenset[Any]:
-        """What tells where its tensors are, and of which kind."""
-        return frozenset((place.module, place.param, place.role) for place in self._places)
-
-    @property
     def n_parameters(self) -> int:
         """How many numbers train."""
         return sum(p.numel() for p in self.parameters)
@@ -107,6 +103,11 @@ class Run:
         if not all(p.requires_grad for p in self.parameters):
             return "its tensors were frozen since", "Let them train again: li.train_only"
         return None
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a gradient has reached one of its tensors."""
+        return any(p.grad is not None for p in self.parameters)
 
     def norm(self) -> Tensor:
         """Return the norm of the gradient."""
@@ -203,7 +204,6 @@ def put_on(
                     torch.manual_seed(trial.seed)
                     put_config(model, trial.config, name, leave_new=leave_new, alone=False)
             _refuse_dropout(model, trials)
-            note_structure(model)
             places = {name: places_of(model, name) for name in trials}
             train_only(model, [*beside, *trials])
     finally:

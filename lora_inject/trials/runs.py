@@ -296,11 +296,9 @@ class Trials:
         call, of_trial = forward or plain_forward(self.model), self._losses(batches, loss)
         before = [(p, p.grad) for name in batches for p in self._runs[name].parameters]
         try:
+            for name in batches:
+                self._runs[name].forget_gradient()
             values = self._gradients(batches, call, of_trial)
-            if values is None:
-                values = {}
-                for name, batch in batches.items():
-                    values |= self._gradients({name: batch}, call, of_trial) or {}
         except BaseException:
             for parameter, grad in before:
                 parameter.grad = grad
@@ -320,30 +318,29 @@ class Trials:
         batches: Mapping[str, Any],
         forward: Forward,
         loss: Callable[[str, Any], Tensor],
-    ) -> dict[str, float] | None:
-        """Compute the gradients of some trials anew; a loss that is not finite has none.
+    ) -> dict[str, float]:
+        """Compute the gradients of some trials; a loss that is not finite has none.
 
-        None where the losses of a pass lead to different outputs, such as two heads: what only
-        another's loss leads to would have a gradient of zeros, by which weight decay moves it.
+        Where the losses of a pass lead to different outputs, such as two heads, its trials run in
+        turn: what only another's loss leads to would have a gradient of zeros, by which weight
+        decay moves it.
         """
-        for name in batches:
-            self._runs[name].forget_gradient()
         values: dict[str, float] = {}
         for outputs in self._passes.outputs(batches, forward, drops=True):
             losses = {name: loss(name, mine) for name, mine in outputs.items()}
             if len({ends_of(value, outputs) for value in losses.values()}) > 1:
-                return None
+                names = [*losses]
+                del outputs, losses
+                for name in names:
+                    values |= self._gradients({name: batches[name]}, forward, loss)
+                continue
             del outputs  # of the size of the logits
-            numbers = torch.stack([value.detach() for value in losses.values()]).tolist()
-            values |= dict(zip(losses, numbers, strict=True))
+            values |= zip(losses, _numbers(losses.values()), strict=True)
             finite = {name: losses[name] for name in losses if math.isfinite(values[name])}
             untrained = [name for name in finite if not finite[name].requires_grad]
             if finite and not untrained:
                 torch.stack([*finite.values()]).sum().backward()  # type: ignore[no-untyped-call]
-                runs = {name: self._runs[name] for name in finite}
-                untrained = [
-                    n for n, run in runs.items() if all(p.grad is None for p in run.parameters)
-                ]
+                untrained = [name for name in finite if not self._runs[name].has_gradient]
             for name in untrained:
                 what = "no gradient leads from it to A and B"
                 remedy = "Compute it from the outputs; li.unreached lists layers without a part"
@@ -556,7 +553,7 @@ class Trials:
 def _numbers(scalars: Iterable[Tensor]) -> list[float]:
     """Return what scalars hold, with one wait for the device."""
     each = [*scalars]
-    return torch.stack([one.to(each[0].device) for one in each]).tolist()  # type: ignore[no-any-return]
+    return torch.stack([one.detach().to(each[0].device) for one in each]).tolist()  # type: ignore[no-any-return]
 
 
 def _held_in(path: str | PathLike[str]) -> dict[str, Any]:

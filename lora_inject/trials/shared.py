@@ -1,14 +1,14 @@
 """Passes that trials share, where each gets what it gets alone.
 
-Whether they may is observed, not derived from the model: the outputs of a shared pass must be those
-of each batch alone, and stay as they are when another trial's tensors move. Where they do not, the
-trials run in turn, which is always right and only slower.
+Whether they may is observed, not derived from the model: a trial's outputs must be those of its
+batch alone, beside the others' rows, and beside other rows of others whose tensors have moved.
+Where they are not, the trials run in turn, which is always right and only slower.
 
 | a base that | shows it |
 |---|---|
-| mixes rows (BatchNorm in training, `x - x.mean(0)`) | the outputs are not those alone |
-| averages over the longest row of the batch | likewise, of rows whose second half is 0 |
-| needs a mask for padding, or draws random numbers | likewise |
+| mixes rows (BatchNorm in training, `x - x.mean(0)`) | other outputs beside other rows |
+| averages over the longest row of the batch | other outputs of shorter rows |
+| needs a mask for padding, or draws random numbers | other outputs beside the others |
 | reads one weight for the whole batch | an error of the shared pass |
 | has experts that pick tokens | numbers of tokens that do not follow from the batch's shape |
 
@@ -19,8 +19,8 @@ whoever else trains, and in a checkpoint that recomputes, and draws from no gene
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.layers.attached import factors_of, held_by
@@ -38,8 +38,11 @@ from lora_inject.core.roots.selecting import selecting
 from lora_inject.errors import LayerError, LoraInjectError
 from lora_inject.rows.by_row import Rows, Taking
 from lora_inject.rows.seen import rows_alike
-from lora_inject.trials.batches import Forward, Joined, joined_batch, n_tokens, parted, without
+from lora_inject.trials.batches import Form, Forward, Joined, joined_batch, leaves_of, n_tokens
 from lora_inject.trials.run import Run
+
+Lengths = dict[nn.Module, tuple[int, tuple[int, ...]]]
+"""For each layer what it got for each row in the first pass, and the widths of that batch."""
 
 
 class TrialRows(Rows):
@@ -49,8 +52,7 @@ class TrialRows(Rows):
         of: The joined batch.
         seeds: What the dropout of each trial follows from; None for no dropout.
         numbers: The number of each module.
-        lengths: For each layer what it got for each row in the first pass, and the widths of that
-            batch. It must go on so.
+        lengths: What layers got before. It must go on so.
     """
 
     asked = "Trials.step"
@@ -60,7 +62,7 @@ class TrialRows(Rows):
         of: Joined,
         seeds: Mapping[str, int] | None,
         numbers: Mapping[nn.Module, int],
-        lengths: dict[nn.Module, tuple[int, tuple[int, ...]]],
+        lengths: Lengths,
     ) -> None:
         super().__init__([n for n, size in of.sizes.items() for _ in range(size)])
         self.of, self.seeds, self.numbers, self.lengths = of, seeds, numbers, lengths
@@ -102,8 +104,9 @@ class TrialRows(Rows):
     def number_of_rows(self, layer: Any, x: Tensor) -> int | None:
         """Return how long the first axis of an input is; None if that is not the rows.
 
-        A layer gets all positions of each row, or always as many, or always as many more. Experts
-        that pick tokens by their values do not.
+        A layer gets all positions of each row, or always as many, or always as many more. What got
+        all positions at first must go on so: experts that pick tokens by their values may get all
+        of a short batch, and half of each row of one that is twice as long.
         """
         n, widths = len(self.rows), self.of.widths
         if not x.dim() or not x.shape[0] or x.shape[0] % n:
@@ -111,8 +114,8 @@ class TrialRows(Rows):
         each = x.shape[0] // n
         first, before = self.lengths.setdefault(layer, (each, widths))
         both = zip(widths, before, strict=False)
-        follows = each == first or any(each - now == first - then for now, then in both)
-        return x.shape[0] if follows else None
+        follows = any(each - now == first - then for now, then in both)
+        return x.shape[0] if follows or (each == first and first not in before) else None
 
     # ------------------------------------------------------------------------------------- dropout
 
@@ -168,19 +171,18 @@ class _Known:
     """What was observed of a forward.
 
     Attributes:
-        sites: Where the adapters were that shared a pass; None if trials run in turn.
-        shapeless: Entries of the outputs that are built in another way for other rows, such as a
-            tuple with the features of each picture.
-        padded: For each leaf of the outputs, the axes that have positions; None before it was seen.
-        lengths: See `TrialRows`.
         parts: Of the forward; kept, so that no other object gets the address of one.
+        in_turn: Whether trials run in turn.
+        sites: Where those that were looked at have their tensors.
+        form: Of the outputs; None before it was seen.
+        lengths: What layers got.
     """
 
     parts: list[Any]
-    sites: frozenset[Any] | None = frozenset()
-    shapeless: frozenset[Any] = frozenset()
-    padded: Sequence[Sequence[int]] | None = None
-    lengths: dict[nn.Module, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    in_turn: bool = False
+    sites: set[frozenset[Any]] = field(default_factory=set)
+    form: Form | None = None
+    lengths: Lengths = field(default_factory=dict)
 
 
 class Passes:
@@ -219,10 +221,10 @@ class Passes:
             except LayerError as error:
                 if len(group) == 1:
                     raise
-                self._in_turn(known, str(error))
+                self._let_run_in_turn(known, str(error))
                 groups = [{name: batch} for name, batch in group.items()] + groups
                 continue
-            yield made
+            yield (known.form or Form()).parted(made, of)
 
     def _groups(self, batches: Mapping[str, Any], known: _Known) -> Iterator[dict[str, Any]]:
         """Yield groups of batches with at most `max_tokens`; each has one trial at least."""
@@ -231,23 +233,21 @@ class Passes:
         for name, batch in batches.items():
             size = n_tokens(batch)
             full = self.max_tokens is not None and tokens + size > self.max_tokens
-            if group and (full or known.sites is None):
+            if group and (full or known.in_turn):
                 yield group
                 group, tokens = {}, 0
             group[name] = batch
             tokens += size
         yield group
 
-    def _run(self, of: Joined, forward: Forward, known: _Known, *, drops: bool) -> dict[str, Any]:
-        """Run the base once."""
+    def _run(self, of: Joined, forward: Forward, known: _Known, *, drops: bool) -> Any:
+        """Run the base once, and return its outputs."""
         seeds = {n: hash((self.runs[n].trial.seed, self.runs[n].n_passes)) for n in of.sizes}
         rows = TrialRows(of, seeds if drops else None, self._numbers, known.lengths)
-        with ExitStack() as stack:
-            if drops and rows.lone is not None:
-                stack.enter_context(self._random_kept(seeds[rows.lone]))
-            stack.enter_context(selecting(self.model, rows, "Trials.step"))
-            made = without(forward(of.batch), known.shapeless)
-        return parted(made, of, known.padded or ())
+        alone = drops and rows.lone is not None
+        drawing = self._random_kept(*seeds.values()) if alone else nullcontext()
+        with drawing, selecting(self.model, rows, "Trials.step"):
+            return forward(of.batch)
 
     @contextmanager
     def _random_kept(self, seed: int | None = None) -> Iterator[None]:
@@ -266,94 +266,84 @@ class Passes:
     # --------------------------------------------------------------------------------- the referee
 
     def _known_of(self, batches: Mapping[str, Any], of: Joined, forward: Forward) -> _Known:
-        """Return what is known of a forward, after looking at what is not."""
+        """Return what is known of a forward, after a look at trials on sites that are new."""
         modes = tuple(module.training for module in self._modules)
         shapes = tuple(t.dim() for t in tree_leaves(of.batch) if isinstance(t, Tensor))
         uneven = len(set(of.lengths.values())) > 1
         parts = parts_of(forward)
-        key = (*map(id, parts), modes, shapes, uneven)
-        known = self._known.setdefault(key, _Known(parts))
-        sites = frozenset[Any]().union(*(self.runs[name].sites for name in batches))
-        if len(batches) > 1 and known.sites is not None and not sites <= known.sites:
-            self._look(batches, forward, known)
+        known = self._known.setdefault((*map(id, parts), modes, shapes, uneven), _Known(parts))
+        if len(batches) == 1 or known.in_turn:
+            return known
+        new = {sites: n for n in batches if (sites := self.runs[n].sites) not in known.sites}
+        if not new:
+            return known
+        names = dict.fromkeys([*new.values(), *batches])
+        some = {name: batches[name] for name in [*names][: max(2, len(new))]}
+        with torch.no_grad(), _buffers_kept(self.model), self._random_kept():
+            problem = self._why_not(some, forward, known)
+        if problem:
+            self._let_run_in_turn(known, problem)
+        known.sites |= new.keys()
         return known
 
-    def _look(self, batches: Mapping[str, Any], forward: Forward, known: _Known) -> None:
-        """Look whether trials may share passes of a forward, and note it."""
-        new: list[str] = []  # each of them has a layer that no one before it has
-        seen = known.sites or frozenset()
-        for name in batches:
-            if not self.runs[name].sites <= seen:
-                new.append(name)
-                seen |= self.runs[name].sites
-        others = (name for name in batches if name not in new)
-        some = {n: batches[n] for n in [*new, *others][: max(2, len(new))]}
-        with torch.no_grad(), _buffers_kept(self.model), self._random_kept():
-            problem = self._why_not(some, new, forward, known)
-        if problem:
-            self._in_turn(known, problem)
-        else:
-            known.sites = seen
-
-    def _in_turn(self, known: _Known, problem: str) -> None:
-        known.sites, known.padded = None, None
+    def _let_run_in_turn(self, known: _Known, problem: str) -> None:
+        known.in_turn, known.form = True, None
         warnings.warn(f"trials run in turn: {problem}", stacklevel=2)
 
-    def _why_not(
-        self, some: Mapping[str, Any], new: Sequence[str], forward: Forward, known: _Known
-    ) -> str:
+    def _why_not(self, some: Mapping[str, Any], forward: Forward, known: _Known) -> str:
         """Say why trials cannot share a pass; "" if they can."""
 
         def run(group: Mapping[str, Any]) -> dict[str, Any]:
-            return self._run(joined_batch(group), forward, known, drops=False)
+            of = joined_batch(group)
+            whole = self._run(of, forward, known, drops=False)
+            if known.form is None:
+                known.form = Form.seen(whole, alone, of)
+            return known.form.parted(whole, of)
 
-        alone = {name: run({name: batch})[name] for name, batch in some.items()}
+        batches = {name: joined_batch({name: batch}) for name, batch in some.items()}
+        alone = {n: self._run(of, forward, known, drops=False) for n, of in batches.items()}
         try:
             together = run(some)
-            if other := frozenset().union(*(_built_else(alone[n], together[n]) for n in some)):
-                known.shapeless = other
-                alone = {name: without(each, other) for name, each in alone.items()}
-                together = run(some)
-            if known.padded is None:
-                known.padded = _padded(together, alone, joined_batch(some))
-                together = run(some) if any(known.padded) else together
+            assert known.form is not None
             for name in some:
-                if not _alike(together[name], alone[name]):
+                if not _alike(together[name], known.form.kept(alone[name])):
                     return (
                         f"the rows of {name!r} have other outputs beside those of others: the base "
                         "mixes rows, draws random numbers, or needs a mask for padding"
                     )
-            for name in new:
-                with _moved(self.runs[name].parameters):
-                    after = run(some)
-                if any(not _alike(together[n], after[n]) for n in some if n != name):
-                    return f"the adapter of {name!r} changes outputs of others"
-            return self._why_not_others(some, run)
+                if not self._stays(name, some, run):
+                    return f"the rows of {name!r} have other outputs beside other rows of others"
         except (LoraInjectError, RuntimeError, ValueError) as error:
             return str(error)
-
-    def _why_not_others(self, some: Mapping[str, Any], run: Any) -> str:
-        """Look at other rows than those that are given, if the base takes such.
-
-        1. The others' are other ones: one batch for all hides mixing.
-        2. Those of the first trial are shorter than the others'.
-        3. All are alike, and of one token: experts that pick tokens get other numbers of these.
-        """
-        first, *others = some
-        for rows, beside in (
-            ({**some, **{n: tree_map(_other_values, some[n]) for n in others}}, "other"),
-            ({**some, first: tree_map(_half, some[first])}, "longer"),
-            ({n: tree_map(_filled, batch, some[first]) for n, batch in some.items()}, "equal"),
-        ):
-            try:
-                together, alone = run(rows)[first], run({first: rows[first]})[first]
-            except LayerError as error:
-                return str(error)
-            except Exception:  # noqa: BLE001 - the base refuses such rows
-                together = alone = None
-            if not _alike(together, alone):
-                return f"rows of {first!r} have other outputs beside {beside} rows of others"
         return ""
+
+    def _stays(
+        self, name: str, some: Mapping[str, Any], run: Callable[[Mapping[str, Any]], Any]
+    ) -> bool:
+        """Whether a trial's outputs stay beside other rows of others, whose tensors move.
+
+        Its rows are then shorter than the others', which are all one token: one batch for all hides
+        mixing, and experts that pick tokens get other numbers of these. The base may refuse such
+        rows.
+        """
+        others = {other: batch for other, batch in some.items() if other != name}
+        beside = {other: tree_map(_one_token, batch) for other, batch in others.items()}
+        moved = [p for other in others for p in self.runs[other].parameters]
+        for mine, theirs in (
+            (tree_map(_half, some[name]), beside), (some[name], beside), (some[name], others),
+        ):  # fmt: skip
+            try:
+                alone = run({name: mine})
+                with _moved(moved):
+                    together = run({name: mine, **theirs})
+            except LayerError:
+                raise
+            except Exception:
+                if theirs is others:
+                    raise
+                continue
+            return _alike(together[name], alone[name])
+        return True
 
 
 @contextmanager
@@ -368,15 +358,15 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _moved(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _moved(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Add 1 to parameters, without a change of their versions."""
-    kept = [p.detach().clone() for p in parameters]
+    kept = [(p, p.detach().clone()) for p in parameters]
     try:
-        for parameter in parameters:
+        for parameter, _ in kept:
             parameter.data.add_(1.0)
         yield
     finally:
-        for parameter, value in zip(parameters, kept, strict=True):
+        for parameter, value in kept:
             parameter.data.copy_(value)
 
 
@@ -389,55 +379,17 @@ def _half(leaf: Any) -> Any:
     return short
 
 
-def _other_values(leaf: Any) -> Any:
-    """Return other rows: numbers within their range, or all tokens as the first."""
-    if isinstance(leaf, Tensor) and leaf.dim() and leaf.is_floating_point():
-        return leaf * 0.5 + 0.1
-    return _filled(leaf, leaf)
-
-
-def _filled(leaf: Any, other: Any) -> Any:
-    """Return rows that are all the first token of others."""
+def _one_token(leaf: Any) -> Any:
+    """Return rows that are all the first token, or numbers of the other sign."""
     if not isinstance(leaf, Tensor) or not leaf.dim():
         return leaf
-    return _first_of(other).expand_as(leaf).clone()
-
-
-def _first_of(leaf: Tensor) -> Tensor:
-    """Return the first position of the first row, with as many axes."""
-    return leaf[(slice(1),) * min(leaf.dim(), 2)]
-
-
-def _padded(
-    together: Mapping[str, Any], alone: Mapping[str, Any], of: Joined
-) -> list[tuple[int, ...]]:
-    """Return for each leaf the axes that are longer beside longer rows than alone."""
-    shortest = min(of.lengths, key=of.lengths.__getitem__)
-    pair = (of.lengths[shortest], of.longest)
-    leaves = zip(_leaves(alone[shortest]), _leaves(together[shortest]), strict=True)
-    axes: list[tuple[int, ...]] = []
-    for one, both in leaves:
-        tensors = isinstance(one, Tensor) and isinstance(both, Tensor) and one.dim() == both.dim()
-        shapes = enumerate(zip(one.shape, both.shape, strict=True)) if tensors else ()
-        axes.append(tuple(d for d, sizes in shapes if d and sizes == pair and pair[0] != pair[1]))
-    return axes if any(axes) else []
-
-
-def _built_else(one: Any, other: Any) -> set[Any]:
-    """Return the keys of entries with other numbers of leaves."""
-    keys = one if isinstance(one, Mapping) else ()
-    return {key for key in keys if len(tree_leaves(one[key])) != len(tree_leaves(other[key]))}
-
-
-def _leaves(tree: Any) -> list[Any]:
-    """Return the leaves of a tree, None among them."""
-    leaves: list[Any] = tree_flatten(tree)[0]
-    return leaves
+    first = leaf[(slice(1),) * min(leaf.dim(), 2)].expand_as(leaf)
+    return first * -0.5 if leaf.is_floating_point() else first.clone()
 
 
 def _alike(one: Any, other: Any) -> bool:
     """Whether outputs are equal but for what rounding may do."""
-    mine, its = _leaves(one), _leaves(other)
+    mine, its = leaves_of(one), leaves_of(other)
     if len(mine) != len(its):
         return False
     for a, b in zip(mine, its, strict=True):
