@@ -87,24 +87,30 @@ class ChosenMix(Mix):
         return layer._lora_mixed(self, args, kwargs)
 
 
-# It enters contexts, which no graph does; to say so there would import dynamo with `routed`.
-Rows.apart = torch.compiler.disable(Rows.apart)  # type: ignore[method-assign, no-untyped-call]
-
-
 class ChosenRows(Rows):
-    """Rows whose adapters are data."""
+    """Rows whose adapters are data, where a layer can choose by data.
+
+    Args:
+        rows: The rows, which compute all else, outside of the graph.
+        devices: Where adapters are.
+    """
 
     def __init__(self, rows: Rows, devices: Iterable[torch.device]) -> None:
-        names = [row[0][0] if row else None for row in rows.rows]
-        super().__init__(names, rows.repeat)
-        pairs = [(-1 if name is None else number_of(name), 1.0) for name in names]
-        self.choice = Choice(pairs, devices)
+        super().__init__([dict(row) for row in rows.rows], rows.repeat)
+        self.of, self.asked = rows, rows.asked
+        self.are_data = type(rows) is Rows and not rows.are_mixed
+        if self.are_data:
+            pairs = [(number_of(row[0][0]), 1.0) if row else (-1, 1.0) for row in rows.rows]
+            self.choice = Choice(pairs, devices)
 
     def forward(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a layer with the adapter of each row."""
         attached = layer._lora
-        if not isinstance(layer, _BY_DATA) or attached.reads or attached.gains:
-            raise RuntimeError("A layer that runs for each adapter cannot be routed in a graph.")
+        by_data = self.are_data and isinstance(layer, _BY_DATA)
+        if not by_data or attached.reads or attached.gains:
+            return fullgraph_cannot_route_mixes_nor_a_layer_that_runs_for_each_adapter(
+                self.of, layer, args, kwargs
+            )
         x = layer._lora_input(args, kwargs)
         choice = self.choice.at(x.device)
         if x.shape[0] not in (choice.shape[0], choice.shape[0] * self.repeat):
@@ -127,6 +133,14 @@ class ChosenRows(Rows):
 @torch.compiler.disable  # type: ignore[untyped-decorator] # a graph cannot hold it
 def fullgraph_of_an_adapter_with_a_gain_as_dora_needs_torch_2_9() -> None:
     """Break the graph: dynamo before 2.9 shows a function's name, and no text of ours."""
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator] # it enters contexts, as no graph does
+def fullgraph_cannot_route_mixes_nor_a_layer_that_runs_for_each_adapter(
+    rows: Rows, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Compute a layer outside of the graph; dynamo shows this name under `fullgraph=True`."""
+    return rows.forward(layer, args, kwargs)
 
 
 def eligible(layer: Any, names: Mapping[str, float]) -> tuple[list[int], list[list[Update]]]:
@@ -162,7 +176,7 @@ def into_graph(selected: Selected, devices: Iterable[torch.device]) -> None:
     """Give a `Selected` the form that graphs read."""
     if isinstance(selected, Mix):
         selected.in_graph = ChosenMix(selected, devices)
-    elif type(selected) is Rows and not selected.are_mixed:
+    elif isinstance(selected, Rows):
         selected.in_graph = ChosenRows(selected, devices)
     else:
         selected.in_graph = selected

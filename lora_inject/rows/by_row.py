@@ -95,8 +95,6 @@ class Rows(Selected):
 
     def forward(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a layer with the adapter of each row."""
-        if torch.compiler.is_compiling():  # dynamo cannot raise our exception: it shows the text
-            raise RuntimeError("Mixes cannot be routed in a graph.")
         taking = self.taking(layer)
         if not taking.entries:
             return layer._lora_mixed(_BASE, args, kwargs)

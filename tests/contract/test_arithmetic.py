@@ -209,8 +209,6 @@ def test_gradients_of_each_sample_are_those_of_one_backward_for_each(kind: str) 
                 assert error(grads[name][i], gradient) < 1e-12
 
 
-# torch itself scripts its forward-mode rules when they are first needed.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("kind", OF_EACH_WAY)
 def test_forward_mode_is_right_or_refused(kind: str) -> None:
     model = injected(KINDS[kind], torch.float64)

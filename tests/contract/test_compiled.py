@@ -139,6 +139,27 @@ def test_other_rows_compile_nothing_again(grad: bool) -> None:
     assert counter.frame_count == 1 + grad
 
 
+WITHOUT_A_GRAPH: dict[str, tuple[nn.Module, dict[str, Any], list[Any]]] = {
+    "mixes": (nn.Linear(4, 4), {}, [{"one": 0.5, "two": 2.0}, None, "two"]),
+    "a convolution": (nn.Conv1d(3, 3, 1), {}, ["one", None, "two"]),
+    "a gain": (nn.Linear(4, 4), {"variant": "dora"}, ["one", None, "two"]),
+}
+
+
+@pytest.mark.parametrize("what", WITHOUT_A_GRAPH)
+def test_rows_that_no_graph_can_choose_run_without_one(what: str) -> None:
+    layer, options, rows = WITHOUT_A_GRAPH[what]
+    model = nn.Sequential(nn.Linear(4, 4), copy.deepcopy(layer), nn.Tanh()).double()
+    x = torch.linspace(-1, 1, 36, dtype=torch.float64).view(3, 3, 4)
+    for name in ("one", "two"):
+        fill(li.inject(model, config("1", **options), name), name)
+    call, whole = torch.compile(model, backend="eager"), torch.compile(model, fullgraph=True)
+    with li.routed(model, rows):
+        assert error(call(x), model(x)) < EXACT
+        with pytest.raises(Exception, match="cannot_route"):
+            whole(x)
+
+
 @pytest.mark.slow
 def test_gradients_are_those_of_the_eager_model_and_none_for_idle_adapters() -> None:
     """A gradient of zeros would let AdamW's weight decay move it."""

@@ -125,7 +125,6 @@ def test_graphs_break_and_replicas_have_a_list_of_their_own() -> None:
     assert type(replica) is type(model.rnn)
 
 
-@pytest.mark.skipif(torch.__version__ >= (2, 15), reason="torch 2.15 compiles it: refused there")
 def test_a_compiled_model_trains_by_row_without_a_word_of_dynamo() -> None:
     """It compiles what runs below the layer function by function, and says what it cannot keep."""
     model = Reads().double()
