@@ -1,6 +1,7 @@
 """The main job on real input: plan, inject, train, save, load, merge, and check every step.
 
-demo.sh, which makes the environment, has the options.
+demo.sh, which makes the environment, has the options. `train` is what a program of yours would do;
+the rest measures.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import time
-from html import escape
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,87 +30,79 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedul
 BATCH = 8
 MAX_TOKENS = 160  # of a pair; what is longer is left out
 CONFIG = {"rank": 4, "alpha": 8, "targets": [r"self_attn\.[qv]_proj"]}
-PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
-<title>What the demo's adapter learned</title>
-<style>body{{max-width:60rem;margin:auto;padding:1rem;font:16px/1.5 system-ui}}
-pre{{overflow-x:auto;padding:.7rem;border:1px solid #8886}}
-img{{max-width:100%;background:#fff}}</style>
-<h1>What the demo's adapter learned</h1>
-<p>SmolLM2-135M was trained to say in one line what a Python function does. {facts}</p>
-<h2>Before and after, in words</h2>{said}
-<h2>How it learned</h2><p>Loss of the targets' tokens, the mean of each 8 steps.</p>
-<img src="loss.svg" alt="the loss, falling over the steps">
-<p>What each layer learned, and what merging in 16, 8 and 4 bits would keep:
-<a href="analysis.html">the adapter's own report</a>.</p></html>
-"""
 
 
 def demo(args: argparse.Namespace) -> None:
     """Run everything, and end with an error unless every check holds."""
     out: Path = args.out
-    out.mkdir(parents=True, exist_ok=True)
     base, adapter, merged = (out / name for name in ("base", "adapter", "merged"))
     config = args.config or out / "config.json"
+    out.mkdir(parents=True, exist_ok=True)
     if not args.config:
         write_json(config, CONFIG)
+
     tell("Base: SmolLM2-135M-Instruct out of its GGUF file, float32")
     if not base.exists():
         print(f"perplexity {models.save_decoder(base):.2f} on two sentences about Paris")
     tell("Data: a function's code, and what its docstring says")
     split = pairs.collect()
     print(f"{len(split.train):,} pairs to train on, {len(split.held_out):,} of other modules")
-    print(f"{split.held_out[0].code}\n  -> {split.held_out[0].summary}")
+
     tell("Plan: what the config means for this model")
     command("plan", config, base)
     tell("Before: the base by plain transformers")
-    before = in_a_process(base, out / "before.json", args.pairs)
+    before = measure_apart(base, args.pairs, out / "before.json")
     tell("Train: inject, loss on the target's tokens only, save")
-    weights, losses = train(args, config, base, adapter, split.train)
+    sites = train(args, config, base, adapter, split.train)
     tell("Adapted: the adapter, loaded into a fresh model")
     adapted = measure(base, args.pairs, adapter)
     tell("Merge: fold the adapter into the checkpoint, on disk")
     shutil.rmtree(merged, ignore_errors=True)
     command("merge", base, adapter, "--output", merged, "--verify")
     tell("Merged: by plain transformers")
-    after = in_a_process(merged, out / "merged.json", args.pairs)
+    after = measure_apart(merged, args.pairs, out / "merged.json")
     tell("Look inside: what each layer learned")
     command("analyze", adapter, "--base", base, "--report", out / "analysis.html")
+
     tell("Results")
+    for (code, human, plain), (*_, tuned) in zip(before["said"], adapted["said"], strict=True):
+        print(code, f"  human:  {human}", f"  before: {plain}", f"  after:  {tuned}\n", sep="\n")
+    print(f"perplexity {before['perplexity']:.1f} before, {adapted['perplexity']:.1f} after")
+    ratio = adapted["perplexity"] / before["perplexity"]
     scores = zip(adapted["log_probs"], after["log_probs"], strict=True)
     apart = max(abs(one - two) for one, two in scores)
     one, two = (load_file(folder / "model.safetensors") for folder in (base, merged))
-    moved = sorted(n for n in two if n not in one or not one[n].equal(two[n]))
-    ratio = adapted["perplexity"] / before["perplexity"]
+    moved = {n for n in two if n not in one or not one[n].equal(two[n])}
     checks = {
         f"adapted below 0.8 of before: {ratio:.3f}": ratio < 0.8,
         f"merged equals adapted within rounding: {apart:.0e} nats": apart < 2e-4,
-        f"merging changed the {len(moved)} adapted weights only": moved == weights,
+        f"merging changed the {len(moved)} adapted weights only": (
+            moved == {f"{site}.weight" for site in sites}
+        ),
         "disabled(model) is the base, bit for bit": adapted["disabled_is_base"],
         "before and merged never imported lora_inject": before["plain"] and after["plain"],
     }
-    facts = f"Perplexity {before['perplexity']:.1f} before, {adapted['perplexity']:.1f} after."
-    write_page(out, facts, before["said"], adapted["said"], losses)
-    print(facts)
     for what, good in checks.items():
         print(f"{'ok  ' if good else 'FAIL'} {what}")
-    print(f"\nLook at {out / 'report.html'}.")
+    print(f"\nLook at {out / 'analysis.html'}.")
     if not all(checks.values()):
         raise SystemExit("error: a check failed; see above")
 
 
-def train(args: Any, config: Path, base: Path, adapter: Path, rows: Any) -> tuple[Any, Any]:
-    """Fine-tune the base and save the adapter; return its weights' names and each step's loss."""
+def train(
+    args: argparse.Namespace, config: Path, base: Path, adapter: Path, rows: list[pairs.Pair]
+) -> list[str]:
+    """Fine-tune the base and save the adapter; return the names of its sites."""
     import lora_inject as li
 
     torch.manual_seed(0)
     model, tokenizer = load(base)
     li.inject(model, config)
     print(li.summary(model))
-    examples = pairs.examples(tokenizer, rows, args.steps * BATCH, MAX_TOKENS, ended=True)
     optimizer = torch.optim.AdamW(li.parameter_groups(model, lr=args.lr), weight_decay=0.01)
     # the paper's: linear up over a tenth of the steps, then down to nothing
     schedule = get_linear_schedule_with_warmup(optimizer, args.steps // 10, args.steps)
+    examples = pairs.examples(tokenizer, rows, args.steps * BATCH, MAX_TOKENS, ended=True)
     losses, start = [], time.perf_counter()
     model.train()
     for step, batch in enumerate(pairs.batches(examples, BATCH), 1):
@@ -123,16 +115,19 @@ def train(args: Any, config: Path, base: Path, adapter: Path, rows: Any) -> tupl
         losses.append(loss.item())
         if step % 8 == 0 or step == args.steps:
             left = (time.perf_counter() - start) * (args.steps - step) / step
-            tell(f"step {step} of {args.steps}: loss {fmean(losses[-8:]):.3f}, {left:.0f} s to go")
+            print(
+                f"step {step} of {args.steps}: loss {fmean(losses[-8:]):.3f}, {left:.0f} s to go",
+                flush=True,
+            )
     li.save_adapter(model, adapter, overwrite=True)
-    return sorted(f"{name}.weight" for name in li.adapter_state(model).sites), losses
+    return list(li.adapter_state(model).sites)
 
 
 def measure(folder: Path, n: int, adapter: Path | None = None) -> dict[str, Any]:
     """Perplexity of the held-out targets and a few generations, with an adapter or plain."""
-    split = pairs.collect()
     model, tokenizer = load(folder)
-    examples = pairs.examples(tokenizer, split.held_out, n, MAX_TOKENS, ended=False)
+    held_out = pairs.collect().held_out
+    examples = pairs.examples(tokenizer, held_out, n, MAX_TOKENS, ended=False)
     found: dict[str, Any] = {}
     with torch.inference_mode():
         if adapter is not None:
@@ -145,17 +140,24 @@ def measure(folder: Path, n: int, adapter: Path | None = None) -> dict[str, Any]
                 found["disabled_is_base"] = torch.equal(model(tokens).logits, plain)
         cut = [pairs.collate(b, tokenizer.pad_token_id) for b in pairs.batches(examples, BATCH)]
         scores = torch.cat([pairs.target_log_probs(model, *batch) for batch in cut]).double()
-        small = [pair for pair in split.held_out if len(pair.code) <= 240][:3]
-        found["said"] = [(p.code, p.summary, say(model, tokenizer, p)) for p in small]
+        short = [pair for pair in held_out if len(pair.code) <= 240][:3]
+        found["said"] = [(p.code, p.summary, say(model, tokenizer, p.code)) for p in short]
     found |= {"perplexity": float((-scores.mean()).exp()), "log_probs": scores.tolist()}
     found["plain"] = "lora_inject" not in sys.modules
     print(f"perplexity of {len(scores):,} target tokens: {found['perplexity']:.2f}")
     return found
 
 
-def say(model: Any, tokenizer: Any, pair: pairs.Pair) -> str:
+def measure_apart(folder: Path, n: int, result: Path) -> dict[str, Any]:
+    """Measure a checkpoint in a process of its own, which has nothing of this one."""
+    words = [sys.executable, __file__, "--pairs", str(n), "--measure", folder, result]
+    subprocess.run(words, check=True)
+    return dict(json.loads(result.read_text(encoding="utf-8")))
+
+
+def say(model: Any, tokenizer: Any, code: str) -> str:
     """The model's own summary of a function: greedy, up to the end of the line."""
-    tokens = torch.tensor([tokenizer.encode(pairs.prompt_of(pair.code))])
+    tokens = torch.tensor([tokenizer.encode(pairs.prompt_of(code))])
     written = model.generate(tokens, max_new_tokens=24, do_sample=False)
     text = tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True)
     return str(text).strip().split("\n")[0]
@@ -166,24 +168,6 @@ def load(folder: Path) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def write_page(out: Path, facts: str, before: Any, after: Any, losses: list[float]) -> None:
-    """Write a page of what the models say, and the picture of the loss."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 2.6), layout="constrained")
-    means = [fmean(losses[i : i + 8]) for i in range(0, len(losses), 8)]
-    figure.subplots().plot(range(8, 8 * len(means) + 1, 8), means, marker="o")
-    figure.savefig(out / "loss.svg")
-    said = ""
-    for (code, human, base), (*_, adapted) in zip(before, after, strict=True):
-        rows = {"human": human, "before": base, "after": adapted}
-        said += f"<pre>{escape(code)}</pre>"
-        said += "".join(f"<p><b>{who}:</b> {escape(text)}</p>" for who, text in rows.items())
-        print(code, *(f"  {who}: {text}" for who, text in rows.items()), "", sep="\n")
-    page = PAGE.format(facts=facts, said=said)
-    (out / "report.html").write_text(page, encoding="utf-8")
-
-
 def tell(what: str) -> None:
     print(f"\n== {what}", flush=True)
 
@@ -192,13 +176,6 @@ def command(*words: object) -> None:
     """Run a command of the package as a user would."""
     print(f"$ lora-inject {shlex.join(map(str, words))}", flush=True)
     subprocess.run([sys.executable, "-m", "lora_inject", *map(str, words)], check=True)
-
-
-def in_a_process(folder: Path, result: Path, n: int) -> dict[str, Any]:
-    """Measure a checkpoint in a process of its own, which has nothing of this one."""
-    words = [sys.executable, __file__, "--pairs", str(n), "--measure", folder, result]
-    subprocess.run(words, check=True)
-    return dict(json.loads(result.read_text(encoding="utf-8")))
 
 
 def main() -> None:

@@ -7,9 +7,7 @@
 # --steps: of 8 pairs; --pairs: held-out ones to measure on. Needs Python 3.11 or newer and pip. When it
 # is started again, the environment .venv, which all scripts share, and the base are used again.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/environment.sh
-source scripts/environment.sh
-case " $* " in *" --help "* | *" -h "*) usage && exit ;; esac
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment
 exec "$venv/bin/python" scripts/demo.py "$@"

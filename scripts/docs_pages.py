@@ -11,18 +11,15 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import fields
-from enum import EnumType
 from pathlib import Path
 from typing import Any
 
 import typer.main
 import yaml
+from typer.cli import get_docs_for_click
 
 from lora_inject import errors
 from lora_inject.cli import app
-from lora_inject.cli.app import COMMANDS
-from lora_inject.cli.options import ReadOptions
 from lora_inject.core.spec.config import Config, json_schema
 from lora_inject.version import __version__
 
@@ -39,7 +36,6 @@ STAGES = {
     "CheckpointError": "Checkpoints on disk",
     "ServerError": "Servers",
 }
-SHARED = {option.name for option in fields(ReadOptions)}
 
 
 def on_config(config: Any) -> Any:
@@ -132,51 +128,12 @@ def _type(value: dict[str, Any]) -> str:
 
 
 def commands() -> str:
-    """Every command with its help, an example, and its arguments and options."""
+    """Every command with its help, its arguments and its options, as typer writes them."""
     group: Any = typer.main.get_command(app)
-    parts = []
-    shared: dict[str, str] = {}
-    for name, (_, _, example) in COMMANDS.items():
-        command = group.get_command(None, name)
-        parts.append(f"## {name}\n\n{_prose(command.help)}\n\n`lora-inject {example}`\n")
-        rows, reads = [], False
-        for parameter in command.params:
-            if parameter.name in SHARED:
-                shared[parameter.name] = _parameter(parameter)
-                reads = True
-            else:
-                rows.append(_parameter(parameter))
-        if rows:
-            parts.append("\n".join(["| argument or option | meaning |", "|---|---|", *rows]))
-        if reads:
-            parts.append("\nAlso [the options for reading adapters](#reading-adapters).")
-        parts.append("")
-    parts += ["## Reading adapters\n", "| option | meaning |", "|---|---|", *shared.values()]
-    return "\n".join(parts)
-
-
-def _parameter(parameter: Any) -> str:
-    words = ", ".join(f"`{n}`" for n in (*parameter.opts, *parameter.secondary_opts))
-    if parameter.param_type_name == "argument":
-        words = f"`{(parameter.metavar or parameter.name or '').strip('{}')}`"
-    meaning = (getattr(parameter, "help", "") or "").replace("|", "\\|").replace("\n", " ")
-    kind = parameter.type_descriptor.annotation
-    if isinstance(kind, EnumType):
-        meaning += f" {' or '.join(f'`{choice}`' for choice in kind)}."
-    flag = getattr(parameter, "is_flag", False)
-    if (
-        not flag
-        and parameter.default not in (None, (), [], ...)
-        and not callable(parameter.default)
-    ):
-        meaning += f" (default: `{parameter.default}`)"
-    if parameter.required and parameter.param_type_name == "option":
-        meaning += " Required."
-    return f"| {words} | {meaning} |"
-
-
-def _prose(text: str) -> str:
-    return re.sub(r"^\s*[\b\f]\s*$", "", text, flags=re.MULTILINE).strip()
+    text = get_docs_for_click(obj=group, ctx=typer.Context(group, info_name="lora-inject"))
+    text = text[text.index("\n## ") :]  # the page begins with what all commands share
+    text = re.sub(r"^(\* `--help`|Exit codes:).*\n", "", text, flags=re.MULTILINE)
+    return re.sub(r"^Example:\n  (.*)", r"**Example**: `\1`", text, flags=re.MULTILINE)
 
 
 def error_messages() -> str:

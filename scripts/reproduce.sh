@@ -6,9 +6,7 @@
 # Some hours on one core; may be stopped at any moment and started again. Prints the tables that
 # docs/evidence/reproduction.md has. Needs Python 3.11 or newer and pip.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/environment.sh
-source scripts/environment.sh
-case " $* " in *" --help "* | *" -h "*) usage && exit ;; esac
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment
 PYTHONPATH=scripts exec "$venv/bin/python" -m reproduction "$@"

@@ -9,19 +9,14 @@
 # Needs Python 3.11 or newer and pip. Tests marked `zoo` are left out unless -m says otherwise. If all
 # passes with --newest and no other option, it writes scripts/constraints.txt anew.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/environment.sh
-source scripts/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 # One thread for each of the two test processes: tiny models gain nothing from more, and lose much.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1
 tests=(-m pytest -n 2 --dist worksteal)
 newest=
 
 case ${1:-} in
-    -h | --help)
-        usage
-        exit
-        ;;
     --set)
         make_environment "${2:?a set of scripts/sets.txt}"
         exec "$venv/bin/python" "${tests[@]}" -m "not zoo and not recent" tests/contract tests/house/test_{patches,platforms}.py "${@:3}"
@@ -34,7 +29,6 @@ case ${1:-} in
     *) make_environment ;;
 esac
 
-"$venv/bin/python" scripts/versions.py show
 status=0
 check() {
     echo "\$ $*"
@@ -46,7 +40,14 @@ check lint-imports --no-cache
 check mypy -p lora_inject --no-warn-unused-ignores # which it needs depends on the version of torch
 [[ ! -e $venv/bin/mkdocs ]] || check mkdocs build --quiet --strict
 check python "${tests[@]}" --durations=15 -rfE -m "not zoo" "$@"
-if [[ $newest ]] && ((status == 0 && $# == 0)); then
-    "$venv/bin/python" scripts/versions.py renew
+
+# For all platforms: without a build's label, and without what torch for CUDA brings along in its own versions.
+if [[ $newest ]] && ((status == 0 && $# == 0)) && [[ $("$venv/bin/python" --version) == *" 3.11."* ]]; then
+    {
+        sed '/^#/!d' scripts/constraints.txt
+        "$venv/bin/python" -m pip list --format freeze | sed 's/+.*//' |
+            grep -Ev '^(nvidia-|cuda-|triton=|lora.inject=|pip=|setuptools=|uv=|llm.smol|gt.all.)' | LC_ALL=C sort -f
+    } >constraints.new
+    mv constraints.new scripts/constraints.txt
 fi
 exit "$status"

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import own_warnings
+import transformers
+from helpers import own_warnings, versions
 from helpers.forks import Forks
 from helpers.ranks import failures
 from hypothesis import settings
@@ -45,8 +46,15 @@ def script(name: str) -> ModuleType:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Decide which warnings fail a test, before the filters that pyproject.toml has for some."""
-    pinned = not script("versions").differences()
+    pinned = not versions.differences()
     config.getini("filterwarnings")[:0] = own_warnings.filters(pinned=pinned)
+
+
+def pytest_report_header() -> list[str]:
+    """Say what differs from the versions that the tests passed on."""
+    here = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    pairs = versions.differences().items()
+    return [here, *(f"{name} {got}, tested with {due}" for name, (due, got) in pairs)]
 
 
 FORKS = pytest.StashKey[Forks]()

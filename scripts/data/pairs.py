@@ -166,7 +166,7 @@ def collate(batch: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
 
 def target_log_probs(model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
     """Log-probability of each target token given all before it, (n_target_tokens,) in float32."""
-    hidden = model.get_decoder()(tokens).last_hidden_state  # (n, length, dim)
+    hidden = model.base_model(tokens).last_hidden_state  # (n, length, dim)
     predicts = labels[:, 1:] != IGNORED  # the state at i predicts the token at i + 1
     logits = model.get_output_embeddings()(hidden[:, :-1][predicts]).float()  # (n_target, vocab)
     return logits.log_softmax(-1).gather(1, labels[:, 1:][predicts][:, None]).squeeze(1)

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 # Before torch reads them: the profiler is loud, and no peer may ask a server for anything.
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.folder or REPO / (".reproduction/quick" if args.quick else ".reproduction")
     torch.set_num_threads(args.threads)
     measure.clock("cpu" if args.threads == 1 else "wall")  # leaves out waiting for a core
-    lab = Lab(folder, QUICK if args.quick else Sizes(), args.quick, listen())
+    lab = Lab(folder, QUICK if args.quick else Sizes(), args.quick)
     logging.disable_progress_bar()
     claims = []
     try:
@@ -73,23 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     print("\n## All claims\n", table(("claim", "in the paper", "here", ""), claims, words=4))
     return 0
-
-
-def listen() -> Callable[[], bool]:
-    """Remember Ctrl-C; the function that is returned says whether there was one.
-
-    Python drops an exception that is raised within a destructor, and with it the Ctrl-C that
-    happened to come there. It is left alone where it is ignored, as in a background job.
-    """
-    asked: list[int] = []
-
-    def stop(number: int, frame: object) -> None:  # noqa: ARG001 - what a handler is given
-        asked.append(number)
-        raise KeyboardInterrupt
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, stop)
-    return lambda: bool(asked)
 
 
 if __name__ == "__main__":

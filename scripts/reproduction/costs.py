@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,11 +14,11 @@ from data.pairs import target_log_probs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import lora_inject
+import lora_inject as li
 
 from . import sentences
 from .lab import FAILS, HOLDS, OPEN, PARTLY, Claim, Lab, Result, n_bytes, table, verdict
-from .methods import METHODS, TARGETS, attach
+from .methods import TARGETS, attach
 from .sentences import Classifier
 
 FUSED = {"match": r"attn\.c_attn", "slices": ["q", "k", "v"], "adapt": ["q", "v"]}
@@ -70,8 +69,8 @@ def count() -> Result:
     config = GPT2Config(n_layer=96, n_embd=12288, n_head=96, n_positions=2048)
     with torch.device("meta"):
         model: Any = GPT2LMHeadModel(config)
-    plans = {name: lora_inject.plan(model, config).n_trainable for name, config in GPT3.items()}
-    return {"parameters": size(model.parameters()) // 4, "adapters": plans}
+    plans = {name: li.plan(model, config).n_trainable for name, config in GPT3.items()}
+    return {"parameters": sum(p.numel() for p in model.parameters()), "adapters": plans}
 
 
 def size(tensors: Iterable[Tensor]) -> int:
@@ -129,7 +128,7 @@ def steps(lab: Lab) -> Result:
     for title, config in VARIANTS.items():
         model, _ = lab.decoder()
         if config:
-            lora_inject.inject(model, config)
+            li.inject(model, config)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-5)
 
@@ -199,12 +198,12 @@ def forwards(lab: Lab) -> Result:
     config = GPT2Config(n_layer=layers, n_embd=dim, n_head=max(2, dim // 64), vocab_size=1000)
     plain: Any = GPT2Model(config).eval()
     unmerged = copy.deepcopy(plain)
-    lora_inject.inject(unmerged, {"rank": 4, "alpha": 32, "targets": [FUSED]})
-    for parameter in lora_inject.adapter_parameters(unmerged).values():
+    li.inject(unmerged, {"rank": 4, "alpha": 32, "targets": [FUSED]})
+    for parameter in li.adapter_parameters(unmerged).values():
         nn.init.normal_(parameter, std=0.02)
     merged = copy.deepcopy(unmerged)
-    lora_inject.merge(merged, undo=False)
-    lora_inject.eject(merged)
+    li.merge(merged, undo=False)
+    li.eject(merged)
     body = sum(p.numel() for p in plain.h.parameters())
     wide = max(1, round(SHARE * body / (layers * 2 * dim)))
     one, two = copy.deepcopy(plain), copy.deepcopy(plain)
@@ -246,21 +245,21 @@ TASKS = ("movies", "products", "editorials")
 
 def switching(lab: Lab) -> tuple[list[str], list[Claim]]:
     """Three kinds of sentences on one base against three full copies (sections 1, 4.2)."""
-    method = METHODS["lora-qv-r8"]
-    rate, head = sentences.rate_of(lab, method), sentences.rate_of(lab, METHODS["head"])
+    method = "lora-qv-r8"
+    rate, head = sentences.rate_of(lab, method), sentences.rate_of(lab, "head")
     settings = {"rate": rate, "head": head, **lab.settings(*sentences.SHARED, "n_test")}
     for task in TASKS:
         args = (method, 0, rate, head, "test", f"{task}.safetensors", task)
         work = lambda args=args: sentences.fine_tune(lab, *args)  # noqa: E731
         lab.run(f"switching/{task}", settings, work)
     found = lab.run("switching/times", settings, lambda: switch(lab))
-    adapter, full, seconds = found["adapter_bytes"], found["full_bytes"], found["seconds"]
-    activate, load, copied = seconds
+    adapter, full = found["adapter_bytes"], found["full_bytes"]
+    activate, load, copied = (found["seconds"][way] for way in ("activate", "load", "copy"))
     claims = [
         (
             "Tasks are switched by swapping A and B, at a much lower cost than a full copy",
             "100 tasks: 354 GB instead of 35 TB",
-            (f"{1e6 * activate:.0f} µs to activate, {1000 * load:.1f} ms to load from disk; a full "
+            (f"{1e4 * activate:.0f} µs to activate, {1000 * load:.1f} ms to load from disk; a full "
             f"copy {1000 * copied:.1f} ms"),
             HOLDS if load < copied else PARTLY,
         ),
@@ -296,19 +295,20 @@ def switch(lab: Lab) -> Result:
     texts = {task: lab.sentences(task).test[:1] for task in TASKS}
     rows = {t: sentences.encode(tokenizer, r, lab.sizes.max_tokens) for t, r in texts.items()}
     for adapter, path in paths.items():
-        lora_inject.load_adapter(model, path, adapter)
+        li.load_adapter(model, path, adapter)
     mixed = mixed_off(model, lab, [r[0] for r in rows.values()])
-    lora_inject.activate(model, TASKS[0])
-    lora_inject.merge(model)
-    lora_inject.unmerge(model)
+    li.activate(model, TASKS[0])
+    li.merge(model)
+    li.unmerge(model)
     after = model.state_dict()
     exact = all(torch.equal(after[n], v) for n, v in plain.items() if not n.startswith("head."))
-    names = (f"again {n}" for n in itertools.count())
-    activate = in_turn(lambda task: lora_inject.activate(model, task))
-    load = in_turn(lambda task: lora_inject.load_adapter(model, paths[task], next(names)))
-    lora_inject.eject(model)
-    copied = in_turn(lambda _: model.load_state_dict(load_file(full)))
-    seconds = (activate, load, copied)
+    tasks, names = itertools.cycle(TASKS), (f"again {n}" for n in itertools.count())
+    ways = {
+        "activate": measure.many(lambda: li.activate(model, next(tasks)), 100),
+        "load": lambda: li.load_adapter(model, paths[next(tasks)], next(names)),
+        "copy": lambda: model.load_state_dict(load_file(full)),
+    }
+    seconds = {way: statistics.median(s) for way, s in measure.interleave(ways, 15).items()}
     sizes = {"adapter_bytes": paths[TASKS[0]].stat().st_size, "full_bytes": full.stat().st_size}
     return {"mixed_off": mixed, "exact": exact, "seconds": seconds, **sizes}
 
@@ -320,27 +320,17 @@ def mixed_off(model: Classifier, lab: Lab, rows: list[Any]) -> float:
     """
     plain = Classifier(lab.encoder()[0]).eval()
     for task in TASKS:
-        state = lora_inject.adapter_state(model, task)
-        lora_inject.install(plain, lora_inject.AdapterState(state.sites), task)
+        state = li.adapter_state(model, task)
+        li.install(plain, li.AdapterState(state.sites), task)
     ids, mask, _ = sentences.collate(rows)
     with torch.inference_mode():
-        with lora_inject.routed(plain, list(TASKS)):
+        with li.routed(plain, list(TASKS)):
             mixed = plain.encoder(ids, mask).last_hidden_state
         alone = []
         for row, task in enumerate(TASKS):
-            lora_inject.activate(plain, task)
+            li.activate(plain, task)
             alone.append(plain.encoder(ids, mask).last_hidden_state[row])
     return ((mixed - torch.stack(alone)).abs() * mask.unsqueeze(-1)).max().item()
-
-
-def in_turn(change: Callable[[str], Any]) -> float:
-    """Median seconds of a change, over the tasks in turn."""
-    seconds = []
-    for task in TASKS * 5:
-        start = time.perf_counter()
-        change(task)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 # ------------------------------------------------------------------------------------- together
@@ -383,7 +373,7 @@ def full_rank(lab: Lab) -> Result:
     rank = encoder.config.hidden_size
     target = copy.deepcopy(encoder)
     torch.manual_seed(0)
-    matrices = {site.weight for site in lora_inject.plan(encoder, full_config(1)).sites}
+    matrices = {site.weight for site in li.plan(encoder, full_config(1)).sites}
     with torch.no_grad():
         for name, parameter in target.named_parameters():
             if name in matrices or name.endswith("bias"):
@@ -411,10 +401,10 @@ def full_config(rank: int) -> dict[str, Any]:
 def reach(model: Any, target: Any, rank: int) -> None:
     """Inject, and set factors and biases to the nearest that the rank allows."""
     base = {name: p.detach() for name, p in model.named_parameters()}
-    lora_inject.inject(model, full_config(rank))
+    li.inject(model, full_config(rank))
     values = dict(target.named_parameters())
-    sites = lora_inject.adapter_state(model).sites
-    parameters = lora_inject.adapter_parameters(model)
+    sites = li.adapter_state(model).sites
+    parameters = li.adapter_parameters(model)
     with torch.no_grad():
         for name, site in sites.items():
             D = values[f"{name}.weight"] - base[f"{name}.weight"]

@@ -3,96 +3,71 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from data import pairs as data
 from data.pairs import Example
-from torch import Tensor
 
-import lora_inject
+import lora_inject as li
 
 from .lab import Claim, Lab, Result, table, verdict
-from .sentences import WEIGHT_DECAY, factor
+from .methods import Method, prefix, top_two, train
 
 BATCH = 8
 MAX_TOKENS = 112  # of a pair; what is longer is left out
 MARGIN = 0.02  # nats for each token: what counts as on par
 
 
-class Way(NamedTuple):
-    """One way to fine-tune the decoder; without rates it takes that of LoRA at r = 4."""
-
-    title: str
-    apply: Callable[[Any], Any]
-    rates: tuple[float, ...]
-
-
-def _top_two(model: Any) -> Any:
-    model.requires_grad_(False)
-    model.model.layers[-2:].requires_grad_(True)
-    return model
-
-
 def _lora(rank: int) -> Callable[[Any], Any]:
     config = {"rank": rank, "alpha": 8, "targets": [r"self_attn\.[qv]_proj"]}
-    return lambda model: lora_inject.inject(model, config)
+    return lambda model: li.inject(model, config)
 
 
-def _prefix(model: Any) -> Any:
-    from peft import PrefixTuningConfig, get_peft_model
-
-    # PEFT hands over the prefix by a name that transformers is about to change
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    return get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=10))
-
-
-WAYS = {
-    "lora-r4": Way("LoRA q, v, r = 4", _lora(4), (2e-3, 5e-3)),
-    "full": Way("full fine-tuning", lambda model: model, (5e-5, 2e-4)),
-    "lora-r1": Way("LoRA q, v, r = 1", _lora(1), ()),
-    "lora-r16": Way("LoRA q, v, r = 16", _lora(16), ()),
-    "top2": Way("top two layers", _top_two, (2e-4, 1e-3)),
-    "prefix": Way("prefix tuning, 10 tokens (PEFT)", _prefix, (1e-2, 5e-2)),
+METHODS = {
+    "lora-r4": Method("LoRA q, v, r = 4", _lora(4), (2e-3, 5e-3)),
+    "full": Method("full fine-tuning", lambda model: model, (5e-5, 2e-4)),
+    "lora-r1": Method("LoRA q, v, r = 1", _lora(1), like="lora-r4"),
+    "lora-r16": Method("LoRA q, v, r = 16", _lora(16), like="lora-r4"),
+    "top2": Method("top two layers", lambda m: top_two(m, m.model.layers), (2e-4, 1e-3)),
+    "prefix": Method(
+        "prefix tuning, 10 tokens (PEFT)", lambda m: prefix(m, "model", 10), (1e-2, 5e-2)
+    ),
 }
 
 
 def decoder(lab: Lab) -> tuple[list[str], list[Claim]]:
-    """Perplexity of every way; the rate is chosen on pairs of the training modules."""
+    """Perplexity of every method; the rate is chosen on pairs of the training modules."""
     settings = lab.settings("pair_steps", "n_pairs")
     start = lab.run("pairs/base", lab.settings("n_pairs"), lambda: base(lab))
     best: dict[str, tuple[float, Result]] = {}
-    for name, way in WAYS.items():
-        tried = {}
-        for rate in way.rates[: lab.sizes.keep_rates] or (best["lora-r4"][0],):
-            tried[rate] = lab.run(
+    for name, method in METHODS.items():
+        rates = method.rates[: lab.sizes.keep_rates] or (best[method.like][0],)
+        tried = [
+            lab.run(
                 f"pairs/{name}/{rate:g}",
                 {"rate": rate, **settings},
-                lambda way=way, rate=rate: fine_tune(lab, way, rate),
+                lambda method=method, rate=rate: fine_tune(lab, method, rate),
             )
-        rate = min(tried, key=lambda rate: tried[rate]["dev"])
-        best[name] = rate, tried[rate]
-    rows = [("untrained", f"{math.exp(start['test']):.2f}")]
+            for rate in rates
+        ]
+        best[name] = min(zip(rates, tried, strict=True), key=lambda one: one[1]["dev"])
     full = best["full"][1]
-    base_line = f"{math.exp(full['test']):.2f}"
-    claims = {}
-    for name, (_, result) in best.items():
-        mean, error = behind(result, full)
-        nats = "" if name == "full" else f"{mean:+.3f} ± {error:.3f}"
-        perplexity = f"{math.exp(result['test']):.2f}"
-        rows.append((WAYS[name].title, perplexity))
-        if name.startswith("lora"):
-            claims[name] = (
-                f"{WAYS[name].title}, is on par with full fine-tuning on a generation task",
-                "GPT-2 medium E2E: BLEU 70.4 against 68.2",
-                f"perplexity {perplexity} against {base_line} ({nats} nats a token)",
-                verdict(-mean, error, -MARGIN),
-            )
-    return [table(("method", "perplexity"), rows)], [
-        claims[name] for name in ("lora-r1", "lora-r4", "lora-r16")
-    ]
+    rows = [("untrained", f"{math.exp(start['test']):.2f}")]
+    rows += [(METHODS[n].title, f"{math.exp(r['test']):.2f}") for n, (_, r) in best.items()]
+    perplexities = dict(rows)
+    claims = []
+    for name in ("lora-r1", "lora-r4", "lora-r16"):
+        title, (mean, error) = METHODS[name].title, behind(best[name][1], full)
+        against = f"{perplexities[title]} against {perplexities[METHODS['full'].title]}"
+        claims.append((
+            f"{title}, is on par with full fine-tuning on a generation task",
+            "GPT-2 medium E2E: BLEU 70.4 against 68.2",
+            f"perplexity {against} ({mean:+.3f} ± {error:.3f} nats a token)",
+            verdict(-mean, error, -MARGIN),
+        ))  # fmt: skip
+    return [table(("method", "perplexity"), rows)], claims
 
 
 def parts(lab: Lab, tokenizer: Any) -> list[list[Example]]:
@@ -111,32 +86,19 @@ def base(lab: Lab) -> Result:
     return measure(model, parts(lab, tokenizer)[1:])
 
 
-def fine_tune(lab: Lab, way: Way, rate: float) -> Result:
+def fine_tune(lab: Lab, method: Method, rate: float) -> Result:
     """Train, then measure on both held-out parts."""
     model, tokenizer = lab.decoder()
-    rows = parts(lab, tokenizer)
+    rows, *measured = parts(lab, tokenizer)
     torch.manual_seed(0)
-    model = way.apply(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=WEIGHT_DECAY, fused=True)
-    order = data.batches(rows[0], BATCH)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, len(order)))
-    for batch in order:
-        (-log_probs(model, *data.collate(batch, 0)).mean()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return measure(model, rows[1:])
-
-
-def log_probs(model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of each target token; through PEFT's forward where PEFT wraps the model."""
-    if not hasattr(model, "peft_config"):
-        return data.target_log_probs(model, tokens, labels)
-    logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, :-1]
-    predicts = labels[:, 1:] != data.IGNORED
-    wanted = labels[:, 1:][predicts]
-    return logits[predicts].float().log_softmax(-1).gather(1, wanted[:, None]).squeeze(1)
+    method.apply(model)
+    train(
+        [p for p in model.parameters() if p.requires_grad],
+        data.batches(rows, BATCH),
+        lambda batch: -data.target_log_probs(model, *data.collate(batch, 0)).mean(),
+        rate,
+    )
+    return measure(model, measured)
 
 
 def measure(model: Any, parts: Sequence[Sequence[Example]]) -> Result:
@@ -147,7 +109,7 @@ def measure(model: Any, parts: Sequence[Sequence[Example]]) -> Result:
             nats, tokens = [], []
             for batch in data.batches(part, BATCH):
                 sizes = [len(e.tokens) - e.n_prompt for e in batch]
-                flat = log_probs(model, *data.collate(batch, 0))
+                flat = data.target_log_probs(model, *data.collate(batch, 0))
                 nats += [-piece.sum().item() for piece in flat.split(sizes)]
                 tokens += sizes
             means.append(sum(nats) / sum(tokens))

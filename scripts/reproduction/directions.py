@@ -18,8 +18,7 @@ from lora_inject import analysis
 
 from . import sentences
 from .lab import FAILS, HOLDS, OPEN, PARTLY, Claim, Lab, Result, table
-from .methods import METHODS
-from .sentences import SHARED, record_name
+from .sentences import SHARED, kept_name
 
 SMALL, LARGE = "lora-qv-r8", "lora-qv-r64"
 KINDS = {"q": "query", "v": "value"}
@@ -33,7 +32,7 @@ FIELDS = ("of_delta", "of_weight", "of_random", "weight_norm", "delta_norm", "fa
 def directions(lab: Lab) -> tuple[list[str], list[Claim]]:
     """Subspace similarity between ranks and seeds, and what the delta amplifies."""
     for seed, name in itertools.product(lab.sizes.seeds, (SMALL, LARGE)):
-        sentences.one(lab, METHODS[name], seed)
+        sentences.run(lab, name, seed)
     settings = lab.settings(*SHARED, "n_test", "seeds")
     phi = lab.run("directions/similarity", settings, lambda: similarities(lab))
     seven = lab.run("directions/amplification", settings, lambda: amplifications(lab))
@@ -48,7 +47,7 @@ def directions(lab: Lab) -> tuple[list[str], list[Claim]]:
 
 def blocks(lab: Lab, name: str, seed: int) -> dict[str, Any]:
     """The blocks of a kept adapter by the names of their sites."""
-    state = li.read_adapter(lab.kept(f"{record_name(name, seed)}.safetensors"))
+    state = li.read_adapter(lab.kept(kept_name(name, seed)))
     return {site: analysis.site_blocks(value)[0] for site, value in state.sites.items()}
 
 

@@ -59,7 +59,6 @@ class Lab:
     folder: Path
     sizes: Sizes
     toys: bool
-    stopped: Callable[[], bool] = lambda: False
 
     def run(self, name: str, settings: Mapping[str, Any], work: Callable[[], Result]) -> Result:
         """The result of a run, from its record or by doing it now, as JSON gives it back."""
@@ -69,8 +68,6 @@ class Lab:
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept["settings"] == wanted:
                 return kept["result"]
-        if self.stopped():
-            raise KeyboardInterrupt
         wall, cpu = time.perf_counter(), time.process_time()
         result = work()
         seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}

@@ -1,7 +1,8 @@
-"""The ways to fine-tune that are compared: what trains in each, besides the head.
+"""The ways to fine-tune that are compared, and the training that they share.
 
-A method leaves a classifier with exactly what trains requiring a gradient. Adapter layers, the
-paper's main rival, are written here: no kept library of them runs with transformers 5.
+A method leaves a model with exactly what trains requiring a gradient, a classifier's head aside.
+Adapter layers, the paper's main rival, are written here: no kept library of them runs with
+transformers 5.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-import lora_inject
+import lora_inject as li
 
 ALPHA = 16  # of RoBERTa in the paper's scripts; for every rank, as in the paper
+WEIGHT_DECAY, WARM_UP = 0.01, 0.06
 Q, K, V = (rf"attention\.self\.{name}" for name in ("query", "key", "value"))
 O = r"attention\.output\.dense"  # noqa: E741 - the paper's name
 UP, DOWN = r"intermediate\.dense", r"layer\.\d+\.output\.dense"
@@ -25,45 +28,50 @@ TARGETS = {
 }  # fmt: skip
 TITLES = {"qk": "q, k", "qv": "q, v", "qkvo": "q, k, v, o", "all": "all linears"}
 RANKS = (1, 2, 4, 8, 64)
+Batch = TypeVar("Batch")
 
 
 class Method(NamedTuple):
     """One way to fine-tune.
 
     Attributes:
-        name: As in the names of records.
         title: As in tables.
-        apply: Sets up what trains on a classifier.
-        like: Name of the method whose learning rate it takes; its own name where it is tuned.
-        rates: Learning rates to try, where it is tuned.
+        apply: Sets up what trains on a model.
+        rates: Learning rates to try; none where it takes that of another method.
+        like: That other method's name.
     """
 
-    name: str
     title: str
     apply: Callable[[Any], object]
-    like: str
     rates: tuple[float, ...] = ()
+    like: str = ""
 
 
-def top_two(model: Any) -> None:
+def train(
+    groups: Any, batches: Sequence[Batch], loss: Callable[[Batch], Tensor], rate: float = 0.0
+) -> None:
+    """One pass of AdamW over batches, with the paper's schedule: up, then down to nothing."""
+    optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=WEIGHT_DECAY, fused=True)
+    up = max(1, round(len(batches) * WARM_UP))
+
+    def factor(step: int) -> float:
+        return min((step + 1) / up, (len(batches) - step) / (len(batches) - up + 1))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    for batch in batches:
+        loss(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
+def top_two(model: Any, layers: Any) -> None:
     """The last two layers."""
     model.requires_grad_(False)
-    model.encoder.encoder.layer[-2:].requires_grad_(True)
+    layers[-2:].requires_grad_(True)
 
 
-def bitfit(model: Any) -> None:
-    """Every bias, by a config without sites."""
-    lora_inject.inject(model, {"targets": [], "bias": "all", "train": [r"head\..*"]})
-
-
-def lora(model: Any, sites: str, rank: int, also: Sequence[str] = ()) -> None:
-    """LoRA of one rank on the matrices that `sites` names."""
-    train = [r"head\..*", *also]
-    config = {"rank": rank, "alpha": ALPHA, "targets": TARGETS[sites], "train": train}
-    lora_inject.inject(model, config)
-
-
-def prefix(model: Any, n_tokens: int) -> None:
+def prefix(model: Any, body: str, n_tokens: int) -> None:
     """Trained keys and values in front of every layer's own, by PEFT."""
     from peft import PrefixTuningConfig, get_peft_model
 
@@ -71,12 +79,23 @@ def prefix(model: Any, n_tokens: int) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     model.requires_grad_(False)
     config = PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=n_tokens)
-    model.encoder = get_peft_model(model.encoder, config)
+    setattr(model, body, get_peft_model(getattr(model, body), config))
+
+
+def bitfit(model: Any) -> None:
+    """Every bias, by a config without sites."""
+    li.inject(model, {"targets": [], "bias": "all", "train": [r"head\..*"]})
+
+
+def lora(model: Any, sites: str, rank: int, also: Sequence[str] = ()) -> None:
+    """LoRA of one rank on the matrices that `sites` names."""
+    config = {"rank": rank, "alpha": ALPHA, "targets": TARGETS[sites]}
+    li.inject(model, {**config, "train": [r"head\..*", *also]})
 
 
 def prefix_and_lora(model: Any) -> None:
     """Both at once: LoRA on the model that PEFT has wrapped, the prefix among what trains."""
-    prefix(model, 16)
+    prefix(model, "encoder", 16)
     lora(model, "qv", 8, [r"prompt_encoder\..*"])
 
 
@@ -98,10 +117,9 @@ def attach(model: nn.Module, names: Sequence[str], dim: int, width: int, *, norm
     """Put an adapter layer behind each named layer, and freeze all else."""
     model.requires_grad_(False)
     for name in names:
-        parent, _, last = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        layer = Bottleneck(dim, width, normed=normed)
-        setattr(owner, last, nn.Sequential(getattr(owner, last), layer))
+        layer = model.get_submodule(name)
+        behind = nn.Sequential(layer, Bottleneck(dim, width, normed=normed))
+        model.set_submodule(name, behind)
 
 
 def adapter_layers(model: Any, width: int, parts: Sequence[str], *, normed: bool) -> None:
@@ -115,11 +133,6 @@ def adapter_layers(model: Any, width: int, parts: Sequence[str], *, normed: bool
         norm.requires_grad_(True)
 
 
-def _lora(sites: str, rank: int, like: str = "", rates: tuple[float, ...] = ()) -> Method:
-    name, title = f"lora-{sites}-r{rank}", f"LoRA {TITLES.get(sites, sites)}, r = {rank}"
-    return Method(name, title, partial(lora, sites=sites, rank=rank), like or name, rates)
-
-
 def _like(sites: str, rank: int) -> str:
     """The tuned method that is nearest to these sites and this rank."""
     if sites == "all":
@@ -127,30 +140,36 @@ def _like(sites: str, rank: int) -> str:
     return "lora-qv-r1" if rank < 4 else "lora-qv-r8" if rank < 64 else "lora-qv-r64"
 
 
-def _tuned(name: str, title: str, apply: Callable[[Any], object], *rates: float) -> Method:
-    return Method(name, title, apply, name, rates)
-
-
 LORA_RATES = (2e-3, 5e-3, 1.2e-2)
+LORA_TUNED = {
+    "lora-qv-r1": (1e-3, *LORA_RATES),
+    **dict.fromkeys(("lora-qv-r8", "lora-qv-r64", "lora-all-r8", "lora-all-r64"), LORA_RATES),
+}
 H = partial(adapter_layers, width=8, parts=("attention.output", "output"), normed=False)
 L = partial(adapter_layers, width=16, parts=("output",), normed=True)
-TUNED = (
-    _tuned("head", "head only", lambda model: model.requires_grad_(False), 3e-3, 1e-2, 3e-2),
-    _tuned("full", "full fine-tuning", lambda m: m.requires_grad_(True), 1e-4, 2e-4, 4e-4),
-    _lora("qv", 8, rates=LORA_RATES),
-    _lora("qv", 1, rates=(1e-3, *LORA_RATES)),
-    _tuned("bitfit", "BitFit: all biases", bitfit, 1e-3, 3e-3, 1e-2),
-    _lora("qv", 64, rates=LORA_RATES),
-    _tuned("top2", "top two layers", top_two, 1e-4, 3e-4, 1e-3),
-    _tuned("adapter-h", "Adapter-H, width 8", H, 1e-3, 3e-3, 1e-2),
-    _tuned("adapter-l", "Adapter-L, width 16", L, 1e-3, 3e-3, 1e-2, 3e-2),
-    _tuned(
-        *("prefix", "prefix tuning, 16 tokens (PEFT)", partial(prefix, n_tokens=16)),
-        *(3e-3, 1e-2, 3e-2, 1e-1),
+METHODS = {
+    "head": Method("head only", lambda m: m.requires_grad_(False), (3e-3, 1e-2, 3e-2)),
+    "full": Method("full fine-tuning", lambda m: m.requires_grad_(True), (1e-4, 2e-4, 4e-4)),
+    "top2": Method(
+        "top two layers", lambda m: top_two(m, m.encoder.encoder.layer), (1e-4, 3e-4, 1e-3)
     ),
-    _lora("all", 8, rates=LORA_RATES),
-    _lora("all", 64, rates=LORA_RATES),
-    _tuned("both", "LoRA q, v, r = 8, and prefix tuning", prefix_and_lora, *LORA_RATES),
-)
-METHODS = {f"lora-{s}-r{r}": _lora(s, r, _like(s, r)) for s in TARGETS for r in RANKS}
-METHODS |= {method.name: method for method in TUNED}
+    "bitfit": Method("BitFit: all biases", bitfit, (1e-3, 3e-3, 1e-2)),
+    "adapter-h": Method("Adapter-H, width 8", H, (1e-3, 3e-3, 1e-2)),
+    "adapter-l": Method("Adapter-L, width 16", L, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "prefix": Method(
+        "prefix tuning, 16 tokens (PEFT)",
+        partial(prefix, body="encoder", n_tokens=16),
+        (3e-3, 1e-2, 3e-2, 1e-1),
+    ),
+    "both": Method("LoRA q, v, r = 8, and prefix tuning", prefix_and_lora, LORA_RATES),
+}
+METHODS |= {
+    (name := f"lora-{sites}-r{rank}"): Method(
+        f"LoRA {TITLES.get(sites, sites)}, r = {rank}",
+        partial(lora, sites=sites, rank=rank),
+        LORA_TUNED.get(name, ()),
+        _like(sites, rank),
+    )
+    for sites in TARGETS
+    for rank in RANKS
+}

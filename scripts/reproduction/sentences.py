@@ -18,12 +18,11 @@ from data.models import mean_of_tokens
 from data.snippets import Snippet
 from torch import Tensor, nn
 
-import lora_inject
+import lora_inject as li
 
 from .lab import FAILS, HOLDS, OPEN, Claim, Lab, Result, table, verdict
-from .methods import METHODS, RANKS, TITLES, Method
+from .methods import METHODS, RANKS, TITLES, Method, train
 
-WEIGHT_DECAY, WARM_UP = 0.01, 0.06
 TUNING_SEED = 100
 KEPT = ("lora-qv-r8", "lora-qv-r64")  # adapters that the stage `directions` reads
 SHARED = ("n_train", "batch", "max_tokens")
@@ -48,7 +47,7 @@ class Classifier(nn.Module):
 
 
 def fine_tune(
-    lab: Lab, method: Method, seed: int, rate: float, head_rate: float, part: str,
+    lab: Lab, name: str, seed: int, rate: float, head_rate: float, part: str,
     keep: str = "", kind: str = "movies",
 ) -> Result:  # fmt: skip
     """Train on the training part, measure on another."""
@@ -58,37 +57,23 @@ def fine_tune(
     measured = encode(tokenizer, getattr(sentences, part), lab.sizes.max_tokens)
     torch.manual_seed(seed)
     model = Classifier(encoder).eval()
-    method.apply(model)
-    if not lora_inject.adapters(model):
+    METHODS[name].apply(model)
+    if not li.adapters(model):
         model.head.requires_grad_(True)
     head = {id(p) for p in model.head.parameters()}  # an adapter's copy of it sits there as well
     trained = [p for p in model.parameters() if p.requires_grad]
     others = [p for p in trained if id(p) not in head]
     groups = [{"params": [p for p in trained if id(p) in head], "lr": head_rate}]
     groups += [{"params": others, "lr": rate}] if others else []
-    train(model, groups, rows, lab.sizes.batch, seed)
+
+    def loss(batch: Sequence[Row]) -> Tensor:
+        ids, mask, labels = collate(batch)
+        return nn.functional.cross_entropy(model(ids, mask), labels)
+
+    train(groups, batches(rows, lab.sizes.batch, seed), loss)
     if keep:
-        lora_inject.save_adapter(model, lab.kept(keep), format="native", overwrite=True)
+        li.save_adapter(model, lab.kept(keep), format="native", overwrite=True)
     return {"parameters": sum(p.numel() for p in others), **evaluate(model, measured)}
-
-
-def train(model: nn.Module, groups: Any, rows: Sequence[Row], batch: int, seed: int) -> None:
-    """One pass over the rows."""
-    order = batches(rows, batch, seed)
-    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, len(order)))
-    for chosen in order:
-        ids, mask, labels = collate(chosen)
-        nn.functional.cross_entropy(model(ids, mask), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-
-
-def factor(step: int, steps: int) -> float:
-    """The schedule: linear up, then linear down to nothing."""
-    up = max(1, round(steps * WARM_UP))
-    return min((step + 1) / up, (steps - step) / (steps - up + 1))
 
 
 def evaluate(model: nn.Module, rows: Sequence[Row]) -> Result:
@@ -135,41 +120,32 @@ def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
 # ----------------------------------------------------------------------------- rates and scores
 
 
-def rate_of(lab: Lab, method: Method) -> float:
+def rate_of(lab: Lab, name: str) -> float:
     """The learning rate of a method, tuned now if it was not yet."""
-    found = tune(lab, METHODS[method.like])
+    tuned = name if METHODS[name].rates else METHODS[name].like
+    found = {}
+    for rate in METHODS[tuned].rates[: lab.sizes.keep_rates]:
+        head_rate = rate if tuned == "head" else rate_of(lab, "head")
+        settings = {"rate": rate, "head_rate": head_rate, **lab.settings(*SHARED, "n_dev")}
+        args = (tuned, TUNING_SEED, rate, head_rate, "dev")
+        work = lambda args=args: fine_tune(lab, *args)  # noqa: E731
+        found[rate] = lab.run(f"sentences/tuning/{tuned}/{rate:g}", settings, work)["accuracy"]
     return max(found, key=lambda rate: found[rate])
 
 
-def tune(lab: Lab, method: Method) -> dict[float, float]:
-    """Accuracy on the development part, for each learning rate of the method's grid."""
-    found = {}
-    for rate in method.rates[: lab.sizes.keep_rates]:
-        head_rate = rate if method.name == "head" else rate_of(lab, METHODS["head"])
-        settings = {"rate": rate, "head_rate": head_rate, **lab.settings(*SHARED, "n_dev")}
-        args = (method, TUNING_SEED, rate, head_rate, "dev")
-        result = lab.run(
-            f"sentences/tuning/{method.name}/{rate:g}",
-            settings,
-            lambda args=args: fine_tune(lab, *args),
-        )
-        found[rate] = result["accuracy"]
-    return found
+def kept_name(name: str, seed: int) -> str:
+    """The file of a run's adapter, among what is kept."""
+    return f"sentences/{name}/seed{seed}.safetensors"
 
 
-def record_name(method: str, seed: int) -> str:
-    return f"sentences/{method}/seed{seed}"
-
-
-def one(lab: Lab, method: Method, seed: int) -> Result:
+def run(lab: Lab, name: str, seed: int) -> Result:
     """One run that is measured on the test part."""
-    rate, head_rate = rate_of(lab, method), rate_of(lab, METHODS["head"])
-    name = record_name(method.name, seed)
-    keep = f"{name}.safetensors" if method.name in KEPT else ""
+    rate, head_rate = rate_of(lab, name), rate_of(lab, "head")
+    keep = kept_name(name, seed) if name in KEPT else ""
     settings = {"rate": rate, "head_rate": head_rate, "seed": seed}
-    settings |= lab.settings(*SHARED, "n_test")
+    work = lambda: fine_tune(lab, name, seed, rate, head_rate, "test", keep)  # noqa: E731
     return lab.run(
-        name, settings, lambda: fine_tune(lab, method, seed, rate, head_rate, "test", keep)
+        f"sentences/{name}/seed{seed}", {**settings, **lab.settings(*SHARED, "n_test")}, work
     )
 
 
@@ -192,11 +168,8 @@ class Scores(NamedTuple):
 
 def scores(lab: Lab, names: Sequence[str]) -> dict[str, Scores]:
     """Run methods with every seed; all methods of a seed first."""
-    for seed in lab.sizes.seeds:
-        for name in names:
-            one(lab, METHODS[name], seed)
-    seeds = lab.sizes.seeds
-    return {n: Scores(METHODS[n], [one(lab, METHODS[n], s) for s in seeds]) for n in names}
+    by_seed = [{name: run(lab, name, seed) for name in names} for seed in lab.sizes.seeds]
+    return {name: Scores(METHODS[name], [row[name] for row in by_seed]) for name in names}
 
 
 class Gap(NamedTuple):

@@ -1,11 +1,36 @@
-"""What tests need of libraries that older versions do not have: marks that skip with the reason.
+"""Whether this is what the tests passed on, and marks that skip what older versions do not have.
 
-`scripts/sets.txt` has the versions that the core tests run on.
+`scripts/constraints.txt` has the tested versions, `scripts/sets.txt` older ones for the core tests.
 """
+
+import platform
+import re
+from importlib.metadata import distributions
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+
+CONSTRAINTS = Path(__file__).parents[2] / "scripts" / "constraints.txt"
+
+
+def differences() -> dict[str, tuple[str, str]]:
+    """Of Python and packages that are here in another version: the tested one, and that here.
+
+    A build's label, as in 2.13.0+cpu, does not count.
+    """
+    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    tested = [line.split("==") for line in lines if not line.startswith("#")]
+    tested += [["Python", "3.11"]]
+    here = {_name(d.metadata["Name"]): d.version.partition("+")[0] for d in distributions()}
+    here["python"] = ".".join(platform.python_version_tuple()[:2])
+    pairs = {name: (due, here.get(_name(name), due)) for name, due in tested}
+    return {name: (due, got) for name, (due, got) in pairs.items() if due != got}
+
+
+def _name(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def at_least(library: str, *wanted: int) -> bool:
