@@ -19,7 +19,7 @@ from lora_inject.core.layers.selection import Mix
 from lora_inject.core.layers.survey import evaluating, memory_of, unwrapped
 from lora_inject.core.model.merge import merged_weights
 from lora_inject.core.roots.root import Injected, entries, root_of
-from lora_inject.core.roots.selecting import selecting
+from lora_inject.core.roots.selecting import check_runs_when_called, selecting
 from lora_inject.errors import StateError
 from lora_inject.formats.checkpoint_names import knows_names
 
@@ -154,6 +154,7 @@ class _Reference(nn.Module):
 
         @functools.wraps(attribute)
         def method(*args: Any, **kwargs: Any) -> Any:
+            check_runs_when_called(attribute, "reference", "Call it within disabled(model)")
             with self._alone():
                 return self._plain(attribute(*args, **kwargs))
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Generator, Iterable, Mapping, Set
+from contextlib import AbstractContextManager
 
 from torch import nn
 
 from lora_inject.core.functional.torch_inside import coroutine_enters
 from lora_inject.core.roots.root import check_names, root_of
-from lora_inject.core.roots.selecting import check_mixes, selecting, weights_of
+from lora_inject.core.roots.selecting import check_mixes, context, selecting, weights_of
 from lora_inject.errors import StateError, article, check_type
 from lora_inject.rows.by_row import Rows
 
@@ -68,11 +68,11 @@ def routed(
     if not rows or type(repeat) is not int or repeat < 1:
         given = f"got {len(rows)} rows and repeat={repeat!r}"
         raise StateError("routed()", given, "Give one adapter for each row, and a whole repeat")
-    return _entered(model, Rows(rows, repeat))
+    return _routed(model, Rows(rows, repeat))
 
 
-@contextmanager
-def _entered(model: nn.Module, rows: Rows) -> Iterator[None]:
+@context
+def _routed(model: nn.Module, rows: Rows) -> Generator[None, None, None]:
     """Check the names of rows, and run the body with them."""
     check_names(root_of(model, "routed", whole=False)[1], rows.names, "routed to")
     for row, mix in rows.mixes.items():

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -183,6 +183,24 @@ def test_a_context_decorates_functions() -> None:
     for _ in range(2):
         assert same_bits(decorated(X), wanted[None])
     assert same_bits(model(X), wanted["a"])
+
+
+async def _later() -> None: ...
+async def _one_by_one_later() -> AsyncIterator[None]:
+    yield
+
+
+def _one_by_one() -> Iterator[None]:
+    yield
+
+
+@pytest.mark.parametrize("body", [_later, _one_by_one, _one_by_one_later])
+def test_a_context_does_not_decorate_what_runs_once_it_has_ended(body: Callable[[], Any]) -> None:
+    """The body of a coroutine or a generator would run with the adapters."""
+    model, _ = served()
+    for name, context in (("disabled", li.disabled(model)), ("routed", li.routed(model, ["b"]))):
+        with refused(li.StateError, name, body.__name__, "with"):
+            context(body)
 
 
 def compiled(model: nn.Module) -> Any:

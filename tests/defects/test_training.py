@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,9 @@ class Parts(nn.Module):
     def both(self) -> tuple[nn.Module, int]:
         return self.layers[0], 1
 
+    def one_by_one(self, inputs: Tensor) -> Iterator[Tensor]:
+        yield self(inputs)
+
     def forward(self, inputs: Tensor) -> Tensor:
         return self.layers[0](inputs)
 
@@ -119,6 +122,12 @@ def test_the_parts_of_a_reference_compute_without_adapters(way: str) -> None:
     fill(li.inject(model, CONFIG))
     assert not torch.equal(WAYS[way](model, x), plain)
     assert torch.equal(WAYS[way](li.reference(model), x), plain)
+
+
+def test_a_reference_refuses_a_method_that_computes_later() -> None:
+    model = li.inject(Parts(), CONFIG)
+    with refused(li.StateError, "reference", "one_by_one", "disabled"):
+        li.reference(model).one_by_one(random(2, 4))
 
 
 @pytest.mark.parametrize("context", [li.disabled, lambda model: li.routed(model, ["default"] * 2)])

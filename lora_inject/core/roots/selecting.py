@@ -6,10 +6,12 @@ in its place, as one that was replaced would be left out in silence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import functools
+import inspect
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import _GeneratorContextManager, contextmanager
 from numbers import Real
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from torch import nn
 
@@ -27,6 +29,8 @@ from lora_inject.core.roots.root import (
 from lora_inject.errors import StateError, check_type
 
 M = TypeVar("M", bound=nn.Module)
+P = ParamSpec("P")
+F = TypeVar("F", bound=Callable[..., object])
 
 
 @alone
@@ -96,17 +100,50 @@ def check_mixes(model: nn.Module, weights: Mapping[str, float]) -> None:
         check_mixed(each)
 
 
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+class Context(_GeneratorContextManager[None]):
+    """What `contextlib.contextmanager` makes; it decorates no function that runs when it is left.
+
+    The body of a coroutine or a generator would run with the adapters, and nobody would see it.
+    """
+
+    def __call__(self, func: F) -> F:
+        """Return a function that runs inside."""
+        name = self.func.__name__.strip("_")
+        check_runs_when_called(func, name, f"Write with {name}(...): inside of it")
+        return super().__call__(func)
+
+
+def check_runs_when_called(function: Callable[..., object], asked: str, remedy: str) -> None:
+    """Refuse a function whose body runs after the call, when its context has been left."""
+    kinds = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+    if any(is_one(function) for is_one in kinds):
+        name = getattr(function, "__name__", "it")
+        problem = "its body runs after the call, when the context has been left"
+        raise StateError(f"{asked} around {name!r}", problem, remedy)
+
+
+def context(begin: Callable[P, Generator[None, None, None]]) -> Callable[P, Context]:
+    """Make a context of a generator, as `contextlib.contextmanager` does."""
+
+    @functools.wraps(begin)
+    def made(*args: P.args, **kwargs: P.kwargs) -> Context:
+        return Context(begin, args, kwargs)
+
+    return made
+
+
+@context
+def disabled(model: nn.Module) -> Generator[None, None, None]:
     """Return a context in which the plain base model runs: no adapter takes part.
 
-    As with `routed`, other threads and tasks are not affected. It decorates functions as well.
+    As with `routed`, other threads and tasks are not affected. It decorates functions as well, but
+    no coroutine or generator, whose body would run after it.
 
     Args:
         model: The root, or a module that holds it.
 
     Raises:
-        StateError: The model is merged, and so there is no plain base; or a generator enters it.
+        StateError: The model is merged, and so there is no plain base.
 
     Examples:
         >>> import torch
