@@ -73,12 +73,15 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
     Yields a function of bytes done and bytes in all, for any thread.
     """
+    if not is_live():  # rich 14.0 ends a bar that is switched off by an empty line
+        yield lambda *_: None
+        return
     from rich import progress as bars
     from rich.console import Console
 
     columns = (bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
     shown = (bars.TextColumn("{task.description}"), bars.BarColumn(), *columns)
-    how: Any = {"console": Console(stderr=True), "transient": True, "disable": not is_live()}
+    how: Any = {"console": Console(stderr=True), "transient": True}
     with bars.Progress(*shown, **how) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -4,7 +4,7 @@ Since 5.0, `from_pretrained` marks each parameter that it has read from a checkp
 ties to one (`core_model_loading.set_param_for_module`, `mark_tied_weights_as_initialized`), and
 then each module that it has gone through for the others (`PreTrainedModel._initialize_weights`). So
 a parameter without the mark, in a module that has it, got its values from an initializer.
-transformers 4 leaves no such trace.
+transformers 4 leaves no such trace, and nothing is noticed.
 """
 
 from __future__ import annotations

@@ -41,6 +41,12 @@ REQUIREMENTS: tuple[tuple[str, dict[str, str], str], ...] = (
         {"transformers": "5"},
         "refused: experts are modules there",
     ),
+    (
+        "a new head that nobody trains is refused",
+        {"transformers": "5"},
+        "not noticed: transformers 4 leaves no mark on it",
+    ),
+    ("merged_weights(names='checkpoint')", {"transformers": "5"}, "refused"),
     ("packed_experts()", {"transformers": "5.24"}, "refused"),
     ("a LoraConfig as config", {"peft": ""}, "write the config as YAML or a dict"),
     ("TRL's trainers", {"trl": ""}, "other trainers"),

@@ -13,6 +13,7 @@ from conftest import fill
 from helpers.merging import save_checkpoint
 from helpers.refusals import refused
 from helpers.states import Site, effect, linear, parameter, state_of
+from helpers.versions import needs_transformers_5
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -234,6 +235,7 @@ def test_findings_beside_w(tmp_path: Path, dtype: Any, size: Any, scale: Any, to
 # --------------------------------------------------------------------------------- other bases
 
 
+@needs_transformers_5
 def test_stacked_experts_that_the_file_keeps_apart(tmp_path: Path) -> None:
     """gate_up_proj (E, 2 I, H) against `experts.E.gate_proj` and `experts.E.up_proj`."""
     E, inner, width, where = 2, 6, 8, "model.layers.0.mlp.experts"

@@ -16,6 +16,7 @@ import transformers
 from conftest import fill
 from helpers.models import SIZES, tiny, tiny_llama
 from helpers.refusals import refused
+from helpers.versions import needs_transformers_5
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -243,6 +244,7 @@ def classifier(path: Path) -> Any:
     return transformers.BertForSequenceClassification.from_pretrained(path, num_labels=3)
 
 
+@needs_transformers_5  # 4 leaves no mark on what it has loaded
 def test_a_new_head_that_nobody_trains_is_refused_and_the_remedies_work(encoder: Path) -> None:
     model = classifier(encoder)
     assert "train: ['classifier']" in str(li.plan(model, QV)).replace("\n  ", " ")
@@ -259,6 +261,7 @@ def test_a_new_head_that_nobody_trains_is_refused_and_the_remedies_work(encoder:
     assert not li.adapter_state(li.inject(li.eject(model), QV, leave_new=True)).trained
 
 
+@needs_transformers_5  # 4 leaves no mark on what it has loaded
 def test_trials_and_searches_ask_the_same_question(encoder: Path) -> None:
     model, batches = classifier(encoder), [torch.arange(8).view(2, 4)]
     space = {"targets": {"qv": QV["targets"]}, "lr": [1e-3, 1e-2], "budget": {"steps": 10}}
@@ -274,6 +277,7 @@ def test_trials_and_searches_ask_the_same_question(encoder: Path) -> None:
         li.eject(model)
 
 
+@needs_transformers_5  # 4 leaves no mark on what it has loaded
 def test_what_stays_new_is_named_and_a_bias_of_zeros_may_stay(encoder: Path) -> None:
     """Every process starts from the same zeros."""
     li.inject(classifier(encoder), {**QV, "train": [r"classifier\.weight"]})
@@ -284,6 +288,7 @@ def test_what_stays_new_is_named_and_a_bias_of_zeros_may_stay(encoder: Path) -> 
     li.inject(classifier(encoder), {**on_it, "train": ["classifier"], "exclude": ["classifier"]})
 
 
+@needs_transformers_5  # 4 leaves no mark on what it has loaded
 def test_a_pooler_that_the_checkpoint_lacks_is_named_also_on_loading(tmp_path: Path) -> None:
     plain = transformers.BertModel(
         transformers.BertConfig(**SIZES["bert"]), add_pooling_layer=False

@@ -10,6 +10,7 @@ from conftest import fill
 from helpers.models import tiny, tiny_llama
 from helpers.reference import adapted, hold, random
 from helpers.refusals import refused
+from helpers.versions import needs_transformers_5
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GptOssForCausalLM
@@ -91,6 +92,7 @@ def test_a_rank_above_the_smaller_side_computes_w_plus_delta(target: str) -> Non
 # What a model states
 
 
+@needs_transformers_5
 def test_the_layout_of_experts_is_the_one_that_transformers_class_states() -> None:
     """Square experts: nothing but the class tells (in, out) from (out, in)."""
     plain = tiny(GptOssForCausalLM).eval()

@@ -10,6 +10,7 @@ from conftest import fill, same_bits, snapshot
 from helpers.experts import expert_rule, experts
 from helpers.refusals import refused
 from helpers.training import llama
+from helpers.versions import needs_transformers_5
 from safetensors.torch import load_file
 
 import lora_inject as li
@@ -83,6 +84,7 @@ def test_what_cannot_be_merged_is_refused_before_the_first() -> None:
         li.merged_weights(model, name="default")
 
 
+@needs_transformers_5
 @pytest.mark.parametrize("loaded", [False, True], ids=["made", "loaded"])
 @pytest.mark.parametrize(
     ("make", "targets"),
