@@ -7,9 +7,11 @@ reading of a file, a probe.
 import contextlib
 import copy
 import gc
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 import lora_inject as li
 
+PACKAGE = str(Path(li.__file__).parent)
 CONFIG = {"rank": 2, "alpha": 3.0, "targets": ["0"]}
 SHORT = 0.3  # seconds until somebody who waits for another thread goes on alone
 
@@ -184,3 +187,33 @@ def test_what_another_thread_puts_on_survives_a_refused_inject() -> None:
         loads[0].result()
     assert list(li.adapters(model)) == ["theirs"]
     assert torch.equal(model(x), alone(x))
+
+
+def test_no_thread_undoes_what_another_notes_of_use() -> None:
+    """The card and the summary said that no forward had used a layer, and a probe refused it.
+
+    Here another thread runs a first forward of another adapter within each of its expressions.
+    """
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval(), torch.ones(1, 4)
+    users = [f"u{i}" for i in range(80)]
+    for user in users:
+        li.inject(model, {"rank": 1, "targets": ["0", "1"]}, user)
+
+    def run(user: str) -> None:
+        with torch.no_grad(), li.routed(model, [user]):
+            model(x)
+
+    left = iter(users[1:])
+
+    def trace(frame: Any, *_: Any) -> None:
+        code = frame.f_code
+        is_ours = code.co_filename.startswith(PACKAGE) and code.co_name == "<genexpr>"
+        if is_ours and (user := next(left, None)):
+            elsewhere(lambda: run(user))
+
+    with torch.no_grad(), li.routed(model, users[:1]):
+        sys.settrace(trace)
+        model(x)
+        sys.settrace(None)
+    idle = {name for name, info in li.adapters(model).items() if info.idle}
+    assert idle <= set(left)

@@ -150,8 +150,7 @@ class Attached:
     float32 = False  # whether an adapter on the output asks for float32 arithmetic
     time_major = False  # whether its input may have time before batch (`rows.seen`)
     gains = False  # whether an adapter on the output has a gain
-    # Marks of the entries that forwards have used, and of those that others read meanwhile.
-    took_part: frozenset[str] = frozenset()
+    # Marks of the entries that others read while forwards used them.
     read_from_outside: frozenset[str] = frozenset()
     # Marks of the entries with memory that nobody has written to.
     garbage: frozenset[str] = frozenset()
@@ -165,6 +164,8 @@ class Attached:
         # For each thread that runs a forward of the module: the effective weights read in it, and
         # the hooks on saved tensors that it was entered with.
         self.running: dict[int, tuple[dict[Any, Tensor], Any]] = {}
+        # Marks of the entries that forwards have used: a set, to which several threads may add.
+        self.took_part: set[str] = set()
         # Whose updates on the output were looked up last, and these: one object, which another
         # thread cannot change between two reads.
         self.last_chosen = NOBODY
@@ -199,7 +200,7 @@ class Attached:
         for table in (self.forward, *self.reads.values()):
             table.pop(adapter, None)
         self.reads = {param: table for param, table in self.reads.items() if table}
-        self.took_part = self.took_part.difference(entry.mark for entry in removed)
+        self.took_part.difference_update(entry.mark for entry in removed)
         self.garbage = self.garbage.difference(entry.mark for entry in removed)
         self.flat.difference_update(*(entry.names.values() for entry in removed))
         self.last_chosen = NOBODY
@@ -230,15 +231,15 @@ class Attached:
 
     def forget_use(self) -> None:
         """Reset the notes of which entries take part in a forward."""
-        self.took_part = frozenset()
+        self.took_part = set()
         self.last_chosen = NOBODY
 
     def used(self, entries: Iterable[Entry]) -> None:
         """Note that entries take part in a forward."""
         taking = list(entries)
         self.check_started(taking, "a forward")
-        # No `union`: dynamo before torch 2.9 cannot trace that of a frozenset.
-        self.took_part = frozenset([*self.took_part, *(entry.mark for entry in taking)])
+        if not torch.compiler.is_compiling():  # no graph notes anything
+            self.took_part.update(entry.mark for entry in taking)
 
     def check_started(self, entries: Iterable[Entry], asked: str) -> None:
         """Raise if entries have memory that nobody has written to."""
