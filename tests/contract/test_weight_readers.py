@@ -304,6 +304,37 @@ def test_a_weight_that_would_be_computed_from_now_on_is_refused(kind: str, how: 
         net(x)
 
 
+OLD: dict[str, tuple[Callable[[Any], Any], str, Callable[[Any], Any]]] = {
+    "weight_norm": (lambda _: None, "weight", nn.utils.weight_norm),
+    "spectral_norm": (lambda _: None, "weight", nn.utils.spectral_norm),
+    "prune": (lambda _: None, "weight", REPLACING["prune"]),
+    "remove_weight_norm": (nn.utils.weight_norm, "weight_v", nn.utils.remove_weight_norm),
+    "remove_spectral_norm": (nn.utils.spectral_norm, "weight_orig", nn.utils.remove_spectral_norm),
+    "prune.remove": (REPLACING["prune"], "weight_orig", lambda m: prune.remove(m, "weight")),
+}
+
+
+@pytest.mark.parametrize("how", OLD)
+@pytest.mark.parametrize("is_merged", [False, True], ids=["active", "merged"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_what_takes_a_parameter_from_its_layer_is_refused_before_it_does(
+    how: str, is_merged: bool
+) -> None:
+    """W was gone then, or the adapter was left in what had been computed with it."""
+    before, site, act = OLD[how]
+    model = nn.Sequential(nn.Linear(D, D)).double().eval()
+    before(model[0])
+    fill(li.inject(model, {"rank": 2, "targets": [site]}))
+    x = torch.eye(D, dtype=torch.float64)
+    expected = model(x)
+    if is_merged:
+        li.merge(model)
+    with refused(li.LayerError, site, "merge(model", model=model):
+        act(model[0])
+    torch.testing.assert_close(model(x), expected)
+    act(li.eject(model)[0])
+
+
 @pytest.mark.parametrize("kind", ["convolution", "forward update"])
 def test_fusing_with_a_batch_norm_is_refused(kind: str) -> None:
     is_conv = kind == "convolution"
