@@ -88,6 +88,22 @@ def test_an_encoder_with_padding(nested: bool) -> None:
         assert error(run(model.eval()), run(wide.train())) < EXACT
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("targets", [EVERYTHING, ["linear2"], ["self_attn"], ["in_proj_weight"]])
+def test_a_nested_batch_where_torch_takes_one(targets: list[str]) -> None:
+    """In eval without gradients: torch attends by a kernel that refuses what is lazy."""
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    plain = nn.TransformerEncoder(layer, 2).double()
+    model, rows = adapted(plain, *targets).eval(), [random(n, 8) for n in (3, 1, 4)]
+    wide, batch = with_deltas(plain, model).eval(), torch.nested.nested_tensor(rows)
+    with torch.no_grad():
+        for _ in range(2):
+            for row, y in zip(rows, model(batch).unbind(), strict=True):
+                assert error(y, wide(row[None])[0]) < EXACT
+        with li.disabled(model):
+            assert error(model(batch).unbind()[0], plain.eval()(rows[0][None])[0]) < EXACT
+
+
 @pytest.mark.parametrize("stacked", [False, True], ids=["layer", "encoder"])
 @pytest.mark.parametrize("targets", [EVERYTHING, ["linear2"], ["self_attn"], ["out_proj"]], ids=str)
 def test_encoder_fast_path(targets: list[str], stacked: bool) -> None:

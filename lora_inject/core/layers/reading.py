@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Patch
-from lora_inject.core.functional.lazy import lazy_weight
+from lora_inject.core.functional.lazy import formed, lazy_weight
 from lora_inject.core.functional.torch_inside import in_forward, is_watched, saving_hooks
 from lora_inject.core.functional.weight import reads_as_sum
 from lora_inject.core.layers.attached import GATHERED, Attached, Entry, check_mixed, held_by
@@ -44,11 +44,13 @@ class OwnCode(threading.local):
         adds: The `Attached` of the layer whose forward an update is added to, or None.
         keeps: That of a layer whose code keeps or writes the parameters themselves.
         replaces: Whether that code may put others in their place, as `load_state_dict` does.
+        nested: Whether it computes a nested batch.
     """
 
     adds: Any = None
     keeps: Any = None
     replaces = False
+    nested = False
 
 
 OWN = OwnCode()
@@ -237,7 +239,8 @@ def _effective(layer: Any, raw: Tensor, taking: list[tuple[Entry, float]], outsi
 
     # From outside a trained copy is lazy, too: a loader only looks it up, others may write to it.
     if outside or len(patches) > 0:
-        return lazy_weight(value, patches, used=used, looks=True, gain=gain)
+        lazy = lazy_weight(value, patches, used=used, looks=True, gain=gain)
+        return formed(lazy) if OWN.nested else lazy
     used()
     return value
 
@@ -295,6 +298,8 @@ def run_reading(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     forward = layer._lora_plain.forward
     if torch.compiler.is_compiling():
         return forward(layer, *args, **kwargs)
+    # Torch attends in a nested batch by a kernel alone, which takes plain tensors.
+    nested, OWN.nested = OWN.nested, any(getattr(x, "is_nested", False) for x in args)
     thread, running = threading.get_ident(), layer._lora.running
     outer, running[thread] = running.get(thread), ({}, saving_hooks())
     try:
@@ -303,6 +308,7 @@ def run_reading(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         _refuse_moved(layer, before)
         return outputs
     finally:
+        OWN.nested = nested
         if outer is None:
             del running[thread]
         else:
