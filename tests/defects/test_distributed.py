@@ -129,15 +129,20 @@ def test_two_processes(job: str, failed: dict[str, str]) -> None:
 
 
 @needs_fsdp2
-def test_a_sharded_model_goes_with_its_last_reference(one_rank: None) -> None:
-    gone = []
-    for _ in range(3):
-        model = li.inject(two_layers(), CONFIG)
-        grads(shard(model), x())
-        gone.append(weakref.ref(model))
+@pytest.mark.parametrize("order", ["inject first", "shard first"])
+def test_a_sharded_model_goes_with_its_last_reference(order: str, one_rank: None) -> None:
+    gone = list[weakref.ref[Any]]()
+    for _ in range(10):
+        if order == "inject first":
+            model = shard(li.inject(two_layers(), CONFIG))
+        else:
+            model = li.inject(shard(two_layers()), CONFIG)
+        grads(model, x())
+        li.activate(model, "default")
+        gone += [weakref.ref(each) for each in (model, *model.parameters())]
         del model
         gc.collect()
-    assert [ref() for ref in gone] == [None] * 3
+        assert not any(ref() is not None for ref in gone)
 
 
 @needs_fsdp2
