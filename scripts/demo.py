@@ -115,10 +115,8 @@ def train(
         losses.append(loss.item())
         if step % 8 == 0 or step == args.steps:
             left = (time.perf_counter() - start) * (args.steps - step) / step
-            print(
-                f"step {step} of {args.steps}: loss {fmean(losses[-8:]):.3f}, {left:.0f} s to go",
-                flush=True,
-            )
+            done = f"step {step} of {args.steps}: loss {fmean(losses[-8:]):.3f}"
+            print(f"{done}, {left:.0f} s to go", flush=True)
     li.save_adapter(model, adapter, overwrite=True)
     return list(li.adapter_state(model).sites)
 

@@ -9,6 +9,7 @@ the target only, as eq. (2) of the paper asks.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import re
 import sysconfig
@@ -57,10 +58,11 @@ class Example(NamedTuple):
     n_prompt: int
 
 
-def collect(packages: Sequence[str] = PACKAGES) -> Split:
+@functools.cache
+def collect() -> Split:
     """Read the sources of the standard library and of packages, which are not imported."""
     roots = [(Path(sysconfig.get_path("stdlib")), "")]
-    specs = {name: importlib.util.find_spec(name) for name in packages}
+    specs = {name: importlib.util.find_spec(name) for name in PACKAGES}
     roots += [(Path(s.submodule_search_locations[0]), f"{n}.") for n, s in specs.items() if s]
     pairs: list[Pair] = []
     for root, top in roots:

@@ -40,7 +40,7 @@ METHODS = {
 def decoder(lab: Lab) -> tuple[list[str], list[Claim]]:
     """Perplexity of every method; the rate is chosen on pairs of the training modules."""
     settings = lab.settings("pair_steps", "n_pairs")
-    start = lab.run("pairs/base", lab.settings("n_pairs"), lambda: base(lab))
+    start = lab.run("pairs/base", lab.settings("n_pairs"), lambda: fine_tune(lab, None, 0))
     best: dict[str, tuple[float, Result]] = {}
     for name, method in METHODS.items():
         rates = method.rates[: lab.sizes.keep_rates] or (best[method.like][0],)
@@ -80,16 +80,12 @@ def parts(lab: Lab, tokenizer: Any) -> list[list[Example]]:
     return [known[:n_train], known[n_train:], test]
 
 
-def base(lab: Lab) -> Result:
-    """The untrained model."""
-    model, tokenizer = lab.decoder()
-    return measure(model, parts(lab, tokenizer)[1:])
-
-
-def fine_tune(lab: Lab, method: Method, rate: float) -> Result:
-    """Train, then measure on both held-out parts."""
+def fine_tune(lab: Lab, method: Method | None, rate: float) -> Result:
+    """Train, unless there is no method, then measure on both held-out parts."""
     model, tokenizer = lab.decoder()
     rows, *measured = parts(lab, tokenizer)
+    if method is None:
+        return measure(model, measured)
     torch.manual_seed(0)
     method.apply(model)
     train(

@@ -101,7 +101,7 @@ class Lab:
 
     def pairs(self) -> pairs.Split:
         """Pairs of a function and its summary, of this Python or made up."""
-        return toy.pairs() if self.toys else _pairs()
+        return toy.pairs() if self.toys else pairs.collect()
 
     def decoder(self) -> tuple[Any, Any]:
         """A fresh decoder and its tokenizer."""
@@ -117,11 +117,6 @@ class Lab:
 @functools.cache
 def _sentences(folder: Path | None, kind: str) -> snippets.Split:
     return snippets.split(toy.sentences(kind) if folder is None else snippets.read(folder, kind))
-
-
-@functools.cache
-def _pairs() -> pairs.Split:
-    return pairs.collect()
 
 
 # ------------------------------------------------------------------------------------- telling
